@@ -1,0 +1,325 @@
+"""On-policy self-distillation: score the student's completion twice, reduce the divergence, update. The paper.
+
+  student   C_S + completion   forward with gradient        theta
+  teacher   C_T + completion   forward without              theta, their EMA, or the initial weights
+
+Same function, same completion tokens; the rows of both align one to one. `update` is one jitted program: both
+forwards, divergence, backward, clipping, AdamW, EMA; the state is donated. Official:
+scripts/visual_opsd/train_visual_opsd.py. Letters: B batch rows, N + 1 completion rows, D hidden.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from opsd_jax import context as context_lib
+from opsd_jax import divergence, params as params_lib, rollout, sharding
+from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.model import bagel
+from opsd_jax.model.config import ModelConfig
+
+TEACHERS = ("ema", "self", "fixed")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and clipping; defaults are the paper's (App. C).
+
+    schedule: "cosine" (linear warm-up from 0, cosine to min_lr) or "constant". The first step has lr 0, as
+    officially: it fills the moments and changes nothing.
+    """
+
+    lr: float = 1e-5
+    min_lr: float = 1e-7
+    warmup_steps: int = 200
+    total_steps: int = 1000
+    schedule: str = "cosine"
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"optim.schedule is {self.schedule!r}: use 'cosine' or 'constant'")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """One training stage, static.
+
+    teacher: "ema" (official default), "self" (the live weights: one pytree), "fixed" (the initial weights).
+    reduction: "completion", the mean of each completion first, then over completions (official: short ones weigh
+      as much as long ones), or "token", every token alike; both are exact under accumulation.
+    accumulation: micro steps that one batch is cut into.
+    max_forward_tokens: completions are cut so that context + completion + 2 fits the teacher (official 10,240).
+    eos_after_cut: completions that did not end on eos still get a row that predicts eos (official: yes).
+    score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
+    freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
+    mesh: where state and batch live; None leaves shardings alone.
+    """
+
+    model: ModelConfig
+    bos: int
+    eos: int
+    divergence: DivergenceConfig = DivergenceConfig()
+    optim: OptimConfig = OptimConfig()
+    teacher: str = "ema"
+    ema_decay: float = 0.995
+    jsd_weight: float = 1.0
+    ce_weight: float = 0.0
+    reduction: str = "completion"
+    accumulation: int = 1
+    max_forward_tokens: int = 10240
+    eos_after_cut: bool = True
+    score_seam: bool = False
+    freeze: tuple[str, ...] = ()
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
+        if self.reduction not in ("completion", "token"):
+            raise ValueError(f"reduction is {self.reduction!r}: use 'completion' or 'token'")
+        if self.accumulation < 1:
+            raise ValueError("accumulation must be at least 1")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What both roles see of the same rows: two Contexts of B rows each."""
+
+    student: context_lib.Context
+    teacher: context_lib.Context
+
+
+# --- state -----------------------------------------------------------------------------------------------------
+
+def init_state(params, config: DistillConfig) -> dict:
+    """{params, opt, step} and, as the teacher asks, `ema` or `teacher` (copies of the trainable leaves only)."""
+    trainable, _ = params_lib.partition(params, config.freeze)
+    state = {"params": params, "opt": _adam(config.optim).init(trainable), "step": jnp.zeros((), jnp.int32)}
+    if config.teacher != "self":
+        state["ema" if config.teacher == "ema" else "teacher"] = jax.tree.map(jnp.copy, trainable)
+    return state
+
+
+def teacher_params(state: dict, config: DistillConfig) -> dict:
+    """The teacher's whole parameter dict: its own trainable leaves over the shared frozen ones."""
+    if config.teacher == "self":
+        return state["params"]
+    _, frozen = params_lib.partition(state["params"], config.freeze)
+    return params_lib.merge(state["ema" if config.teacher == "ema" else "teacher"], frozen)
+
+
+def learning_rate(step, config: OptimConfig):
+    """The rate of optimizer step k = 0, 1, ...: lr k / warm-up, then lr (f (1 - r) + r) with r = min_lr / lr and
+    f = (1 + cos(pi (k - warm-up) / (total - warm-up))) / 2. Past total_steps the cosine rises again."""
+    step = jnp.asarray(step, jnp.float32)
+    warm = step / max(config.warmup_steps, 1)
+    if config.schedule == "constant":
+        return config.lr * jnp.minimum(warm, 1.0) if config.warmup_steps else config.lr * jnp.ones_like(step)
+    progress = (step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1)
+    floor = config.min_lr / config.lr if config.lr else 0.0
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (1 - floor) + floor
+    return config.lr * jnp.where(step < config.warmup_steps, warm, cosine)
+
+
+def _adam(config):
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def apply_gradients(state: dict, grads, config: DistillConfig):
+    """Clip to the global norm, AdamW, EMA: (new state, {"grad_norm", "lr"}).
+
+    The clipping factor is min(1, max_norm / (norm + 1e-6)) over all trained parameters.
+    """
+    optim = config.optim
+    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+    norm = optax.global_norm(grads)
+    if optim.max_grad_norm:
+        factor = jnp.minimum(1.0, optim.max_grad_norm / (norm + 1e-6))
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    direction, opt = _adam(optim).update(grads, state["opt"])
+    rate = learning_rate(state["step"], optim)
+    trainable = jax.tree.map(lambda p, d: p * (1 - rate * optim.weight_decay) - rate * d, trainable, direction)
+    new = dict(state, params=params_lib.merge(trainable, frozen), opt=opt, step=state["step"] + 1)
+    if "ema" in state:
+        decay = config.ema_decay
+        new["ema"] = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], trainable)
+    return _pin(new, config.mesh), {"grad_norm": norm, "lr": rate}
+
+
+def _pin(state, mesh):
+    """Every leaf keeps the sharding of the layout; without this XLA may choose others and recompile."""
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding.tree(mesh, state))
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------
+
+def score(params, context, completion, *, config: ModelConfig):
+    """Hidden states that predict the completion's labels behind a context: [B, N + 1, D]."""
+    x = jnp.concatenate([bagel.embed(params, context, config=config),
+                         bagel.embed_tokens(params, completion.tokens, config=config)], axis=1)
+    after = context_lib.behind(context, completion.tokens.shape[1])
+    vectors = [jnp.concatenate(pair, axis=1)
+               for pair in zip((context.positions, context.limit, context.segment), after)]
+    hidden, _ = bagel.forward(params, x, *vectors, config=config)
+    return hidden[:, context.slots:]
+
+
+def scored_completion(trajectory: rollout.Trajectory, teacher_length, config: DistillConfig):
+    """The completion as both roles score it, by the official rules.
+
+    Empty completions become the single token eos (which then stands twice: as token and as label). A completion
+    that with the teacher's context exceeds max_forward_tokens is cut on both sides.
+
+    Args:
+      teacher_length: int32 [B], used slots of the teacher's context.
+    Returns:
+      context.Completion of [B, N + 1].
+    """
+    tokens, mask = trajectory.tokens, trajectory.mask
+    index = jnp.arange(tokens.shape[1])
+    n = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    empty = (n == 0)[:, None] & (index == 0)
+    tokens, mask, n = jnp.where(empty, config.eos, tokens), mask | empty, jnp.maximum(n, 1)
+    if config.score_seam:  # the delimiters between rounds count as tokens, too
+        n = jnp.maximum(trajectory.num_fed - 1, 1)
+    room = jnp.maximum(config.max_forward_tokens - teacher_length - 2, 1)
+    cut = teacher_length + n + 2 > config.max_forward_tokens
+    kept = jnp.where(cut, room, n)
+    eos_row = True if config.eos_after_cut else (trajectory.stop == rollout.STOP_EOS) & ~cut
+    if not config.score_seam:
+        return context_lib.completion(tokens, mask & (index < kept[:, None]), bos=config.bos, eos=config.eos,
+                                      eos_row=eos_row)
+    empty = jnp.pad(empty, ((0, 0), (1, 0)))
+    fed = jnp.where(empty, config.eos, trajectory.fed)
+    block = context_lib.completion(fed[:, 1:], index < kept[:, None], bos=config.bos, eos=config.eos, eos_row=eos_row)
+    chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
+    return dataclasses.replace(block, mask=block.mask & (chosen | (jnp.arange(index.size + 1) == kept[:, None])))
+
+
+def row_weights(mask, reduction: str):
+    """Weight of each row in the loss, float32 [B, N]; they add up to 1 over the batch."""
+    mask = mask.astype(jnp.float32)
+    if reduction == "token":
+        return mask / jnp.maximum(jnp.sum(mask), 1)
+    return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1) / mask.shape[0]
+
+
+def _micro(tree, count):
+    """[count * B, ...] -> [count, B, ...]. Micro step m takes the rows m, m + count, ...: the batch axis is cut
+    over devices in contiguous pieces, and so each piece is split in itself and nothing moves."""
+    def split(x):
+        if x.shape[0] % count:
+            raise ValueError(f"batch size {x.shape[0]} is not divisible by accumulation {count}")
+        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+    return jax.tree.map(split, tree)
+
+
+def _accumulate(loss, trainable, inputs, count):
+    """Gradients and metrics of `loss(trainable, inputs) -> (scalar, metrics)`, added up over micro steps."""
+    grad = jax.grad(loss, has_aux=True)
+    if count == 1:
+        return grad(trainable, inputs)
+    inputs = _micro(inputs, count)
+    shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, grad(trainable, x)), None), zeros, inputs)[0]
+
+
+# --- updates ---------------------------------------------------------------------------------------------------
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def update(state, batch: Batch, trajectory, *, config: DistillConfig):
+    """One optimizer step of on-policy self-distillation (paper Eq. 7, Algorithm 1).
+
+    Args:
+      state: see `init_state`; donated. batch: contexts of B rows. trajectory: what the student sampled for them.
+    Returns:
+      (state, metrics): float32 scalars loss, jsd, ce, lr, grad_norm, completion_len, eos_rate, image_skip_rate,
+      teacher_topk_mass, clip_fraction, student_entropy, teacher_entropy, and `jsd_by_position` [N + 1].
+    """
+    completion = scored_completion(trajectory, batch.teacher.length, config)
+    weights = row_weights(completion.mask, config.reduction)
+    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+    teacher = jax.lax.stop_gradient(teacher_params(state, config))
+
+    def loss(trainable, inputs):
+        batch, completion, weights = inputs
+        params = params_lib.merge(trainable, frozen)
+        hidden_t = jax.lax.stop_gradient(score(teacher, batch.teacher, completion, config=config.model))
+        hidden_s = score(params, batch.student, completion, config=config.model)
+        jsd, ce, signals = divergence.chunked(
+            hidden_s, params["llm"]["head"], hidden_t, teacher["llm"]["head"], completion.labels, config.divergence)
+        total = lambda values: jnp.sum(values * weights)
+        value = config.jsd_weight * total(jsd)
+        if config.ce_weight:
+            value += config.ce_weight * total(ce)
+        mask = completion.mask.astype(jnp.float32)
+        sums = {name: jnp.sum(x * mask) for name, x in signals.items()}
+        return value, {"loss": value, "jsd": total(jsd), "ce": total(ce), "sums": sums,
+                       "jsd_by_position": jnp.sum(jsd * mask, axis=0)}
+
+    grads, found = _accumulate(loss, trainable, (batch, completion, weights), config.accumulation)
+    state, step_metrics = apply_gradients(state, grads, config)
+    rows = completion.mask.astype(jnp.float32)
+    mean = lambda x: jnp.mean(x.astype(jnp.float32))
+    metrics = {
+        "loss": found["loss"], "jsd": found["jsd"], "ce": found["ce"], **step_metrics,
+        **{name: total / jnp.maximum(jnp.sum(rows), 1) for name, total in found["sums"].items()},
+        "completion_len": mean(jnp.sum(trajectory.mask, axis=1)),
+        "eos_rate": mean(trajectory.stop == rollout.STOP_EOS),
+        "image_skip_rate": mean(trajectory.num_skips > 0),
+        "jsd_by_position": found["jsd_by_position"] / jnp.maximum(jnp.sum(rows, axis=0), 1),
+    }
+    return state, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def sft_update(state, batch: context_lib.Supervised, *, config: DistillConfig):
+    """One optimizer step of supervised training on packed traces: cross entropy on the target rows.
+
+    Returns (state, metrics): loss, ce, accuracy (top-1 on targets), lr, grad_norm, completion_len (targets a row).
+    """
+    weights = row_weights(batch.mask, config.reduction)
+    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+
+    def loss(trainable, inputs):
+        batch, weights = inputs
+        params = params_lib.merge(trainable, frozen)
+        c = batch.context
+        hidden, _ = bagel.forward(params, bagel.embed(params, c, config=config.model), c.positions, c.limit,
+                                  c.segment, config=config.model)
+        hidden = jnp.take_along_axis(hidden, batch.rows[:, :, None], axis=1)
+        ce, correct = divergence.chunked_cross_entropy(hidden, params["llm"]["head"], batch.labels,
+                                                       config.divergence.chunk)
+        value = jnp.sum(ce * weights)
+        return value, {"loss": value, "ce": value, "correct": jnp.sum(correct * batch.mask)}
+
+    grads, found = _accumulate(loss, trainable, (batch, weights), config.accumulation)
+    state, step_metrics = apply_gradients(state, grads, config)
+    targets = jnp.sum(batch.mask, dtype=jnp.float32)
+    return state, {"loss": found["loss"], "ce": found["ce"], "accuracy": found["correct"] / jnp.maximum(targets, 1),
+                   "completion_len": targets / batch.mask.shape[0], **step_metrics}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def kl_to_student(teacher, student, batch: Batch, completion, *, config: ModelConfig, temperature: float = 1.0):
+    """Forward KL(teacher with C_T || student with C_S) on shared tokens, full vocabulary, nats (paper Eq. 4).
+
+    teacher, student: parameter dicts (may be different checkpoints). Returns float32 [B, N + 1]; mask it.
+    """
+    exact = DivergenceConfig(beta=0.0, top_k=0, clip=0.0, temperature=temperature, chunk=64)
+    values, _, _ = divergence.chunked(
+        score(student, batch.student, completion, config=config), student["llm"]["head"],
+        score(teacher, batch.teacher, completion, config=config), teacher["llm"]["head"],
+        completion.labels, exact, with_ce=False)
+    return values

@@ -1,0 +1,189 @@
+"""Token-level divergences between teacher and student, their signals, and cross entropy. Imports jax only.
+
+`generalized_jsd` on logits is the definition (small, official: scripts/visual_opsd/opsd_loss.py). Training calls
+`chunked`, its twin from hidden states and output heads, which never holds the logits of more than one chunk of
+time: at 8,192 tokens and a vocabulary of 152,064 full logits would take 29.9 GiB.
+
+Letters: B batch, N rows (tokens), D hidden, V vocabulary, K entries kept.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("jsd", "sampled_reverse_kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """Which divergence.
+
+    kind: "jsd", or "sampled_reverse_kl" (the policy-gradient form on the sampled tokens, officially "tinker").
+    beta: 0 forward KL(teacher || student), 1 reverse KL(student || teacher), in between the generalised JSD
+      beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S (paper Eq. 7). Both ends are separate
+      cases, as officially: the limits of the mixture form are 0.
+    temperature: divides both logits; the result is multiplied by its square (not for the sampled form).
+    top_k: both sides are restricted to the teacher's top_k entries and renormalised; 0 keeps the vocabulary.
+    tail: add one bucket that holds all other probability on each side, instead of renormalising. Official: no.
+    clip: upper bound, 0 for none. clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over
+      the vocabulary, as the official code does whatever it calls it; "token" bounds the sum.
+    chunk: rows of time whose logits exist at once in `chunked`.
+    """
+
+    kind: str = "jsd"
+    beta: float = 0.5
+    temperature: float = 1.0
+    top_k: int = 256
+    tail: bool = False
+    clip: float = 0.05
+    clip_unit: str = "entry"
+    chunk: int = 512
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"divergence.kind is {self.kind!r}: choose from {KINDS}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"divergence.beta is {self.beta}: it must lie in [0, 1]")
+        if self.temperature <= 0 or self.top_k < 0 or self.clip < 0 or self.chunk < 1:
+            raise ValueError("divergence needs temperature > 0, top_k >= 0, clip >= 0 and chunk >= 1")
+        if self.clip_unit not in ("entry", "token"):
+            raise ValueError(f"divergence.clip_unit is {self.clip_unit!r}: use 'entry' or 'token'")
+
+
+def _log_probs(student_logits, teacher_logits, config):
+    """(log p_S, log p_T, teacher mass on the kept entries): float32 [..., K], [..., K], [...]."""
+    temperature, vocabulary = config.temperature, student_logits.shape[-1]
+    if not 0 < config.top_k < vocabulary:
+        whole = [jax.nn.log_softmax((x / temperature).astype(jnp.float32), axis=-1)
+                 for x in (student_logits, teacher_logits)]
+        return *whole, jnp.ones(student_logits.shape[:-1], jnp.float32)
+    _, index = jax.lax.top_k(teacher_logits, config.top_k)
+    both = [(x / temperature).astype(jnp.float32) for x in (student_logits, teacher_logits)]
+    kept = [jnp.take_along_axis(x, index, axis=-1) for x in both]
+    total = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in both]
+    inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
+    mass = jnp.exp(inside[1] - total[1])[..., 0]
+    if not config.tail:
+        return kept[0] - inside[0], kept[1] - inside[1], mass
+    # log(1 - mass) with mass kept off 1 by one float32 step: an empty tail is tiny, not -inf.
+    tails = [jnp.log1p(-jnp.minimum(jnp.exp(i - t), 1 - 2.0 ** -24)) for i, t in zip(inside, total)]
+    return *(jnp.concatenate([k - t, tail], axis=-1) for k, t, tail in zip(kept, total, tails)), mass
+
+
+def _entries(log_s, log_t, beta):
+    """Contribution of every entry to the divergence, exactly 0 where both sides agree.
+
+    With d = log p_S - log p_T the mixture needs no sum of exponentials that rounds:
+      d >= 0:  log m - log p_S = log1p(beta (e^-d - 1)),        log m - log p_T = d + that
+      d <  0:  log m - log p_T = log1p((1 - beta) (e^d - 1)),   log m - log p_S = -d + that
+    """
+    p_s, p_t, d = jnp.exp(log_s), jnp.exp(log_t), log_s - log_t
+    if beta == 0:
+        return -p_t * d
+    if beta == 1:
+        return p_s * d
+    ahead = d >= 0
+    common = jnp.log1p(jnp.where(ahead, beta, 1 - beta) * jnp.expm1(jnp.where(ahead, -d, d)))
+    return (-beta * p_t * (jnp.where(ahead, d, 0) + common)
+            - (1 - beta) * p_s * (jnp.where(ahead, 0, -d) + common))
+
+
+def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
+    """Divergence of each row from logits [..., V]: (values float32 [...], signals).
+
+    No gradient flows to the teacher. signals (float32 [...], no gradient): teacher_topk_mass, clip_fraction (share
+    of entries, or rows, above the bound), student_entropy, teacher_entropy (nats, over the kept entries, after
+    the temperature). Clipped entries give no gradient. For beta 0 or 1 entries may be negative, and bounding them
+    from above only can make a row negative.
+    """
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    log_s, log_t, mass = _log_probs(student_logits, teacher_logits, config)
+    entries = _entries(log_s, log_t, config.beta)
+    clipped = jnp.zeros(entries.shape[:-1], jnp.float32)
+    if config.clip and config.clip_unit == "entry":
+        clipped = jnp.mean(entries > config.clip, axis=-1, dtype=jnp.float32)
+        entries = jnp.minimum(entries, config.clip)
+    values = jnp.sum(entries, axis=-1)
+    if config.clip and config.clip_unit == "token":
+        clipped = (values > config.clip).astype(jnp.float32)
+        values = jnp.minimum(values, config.clip)
+    entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    signals = {"teacher_topk_mass": mass, "clip_fraction": clipped,
+               "student_entropy": entropy(log_s), "teacher_entropy": entropy(log_t)}
+    return values * config.temperature ** 2, jax.lax.stop_gradient(signals)
+
+
+def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: float = 1.0):
+    """-(log p_T(x) - log p_S(x)) log p_S(x) with the bracket held fixed, at the sampled tokens: [...].
+
+    Its gradient is the policy gradient of the reverse KL. Full vocabulary, no top-k, clip, or temperature squared.
+    """
+    at = lambda x: -cross_entropy(x / temperature, tokens)
+    log_s, log_t = at(student_logits), at(jax.lax.stop_gradient(teacher_logits))
+    return -jax.lax.stop_gradient(log_t - log_s) * log_s
+
+
+def cross_entropy(logits, labels):
+    """-log softmax(logits)[labels] in float32: logits [..., V], labels int [...] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+
+
+def row_mean(values, mask):
+    """Mean over the rows that count; 0 where none does (official: all rows masked gives 0)."""
+    mask = mask.astype(values.dtype)
+    return jnp.sum(values * mask, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
+
+
+def _over_chunks(function, arrays, chunk):
+    """Maps function over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
+
+    arrays: [B, N, ...] each -> tree of [B, N]. Chunking time keeps the batch axis whole, which is the sharded one;
+    N is padded up to whole chunks and the padding cut off again.
+    """
+    n = arrays[0].shape[1]
+    count = -(-n // chunk)
+    if count == 1:
+        return jax.checkpoint(function)(*arrays)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - n)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    body = jax.checkpoint(lambda _, xs: (None, function(*xs)), prevent_cse=False)
+    _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1)[:, :n], out)
+
+
+def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, config: DivergenceConfig,
+            with_ce: bool = True):
+    """`generalized_jsd` (or the sampled form) from hidden states, chunk by chunk.
+
+    Args:
+      student_hidden, teacher_hidden: [B, N, D]. student_head, teacher_head: [D, V]. labels: int32 [B, N].
+    Returns:
+      (values [B, N], ce [B, N] of the student on the labels, signals of [B, N]); all float32. Padding rows carry
+      numbers too: mask them.
+    """
+
+    def piece(hidden_s, hidden_t, label):
+        project = lambda h, head: jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
+        logits_s, logits_t = project(hidden_s, student_head), jax.lax.stop_gradient(project(hidden_t, teacher_head))
+        values, signals = generalized_jsd(logits_s, logits_t, config)
+        if config.kind == "sampled_reverse_kl":
+            values = sampled_reverse_kl(logits_s, logits_t, label, config.temperature)
+        ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
+        return values, ce, signals
+
+    return _over_chunks(piece, (student_hidden, jax.lax.stop_gradient(teacher_hidden), labels), config.chunk)
+
+
+def chunked_cross_entropy(hidden, head, labels, chunk: int):
+    """Cross entropy and top-1 hits from hidden states [B, N, D]: (ce, correct), float32 [B, N] each."""
+
+    def piece(h, label):
+        logits = jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
+        return cross_entropy(logits, label), (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
+
+    return _over_chunks(piece, (hidden, labels), chunk)

@@ -1,0 +1,132 @@
+"""Qwen2 decoder as a mixture of transformers: two sets of weights, one attention, layers scanned.
+
+Text, image delimiters and ViT tokens run through the expert `und`; VAE latents through `gen`
+(official: modeling/bagel/qwen2_navit.py, Qwen2MoTDecoderLayer). Letters as in `attention`; L layers, D hidden.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from opsd_jax.model import attention
+from opsd_jax.model.config import LLMConfig, ModelConfig
+
+_matrix = nn.initializers.lecun_normal()
+
+
+def dense(x, kernel, bias=None):
+    """x [..., in] @ kernel [in, out] in the dtype of x. Two-dimensional inside: XLA:CPU is a third faster so."""
+    y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+    y = y.reshape(*x.shape[:-1], kernel.shape[-1])
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def rms_norm(x, scale, eps):
+    """Root-mean-square norm over the last axis, in float32; keeps the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+class Expert(nn.Module):
+    """Weights of one expert in one layer, and what they do before and after the shared attention."""
+
+    config: LLMConfig
+
+    def setup(self):
+        c = self.config
+        d, h, f = c.hidden_size, c.head_dim, c.intermediate_size
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        self.input_norm = self.param("input_norm", ones, (d,))
+        for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+            setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", _matrix, (d, heads * h)))
+            setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (heads * h,)))
+        self.q_norm = self.param("q_norm", ones, (h,))
+        self.k_norm = self.param("k_norm", ones, (h,))
+        self.o_kernel = self.param("o_kernel", _matrix, (c.num_heads * h, d))
+        self.post_norm = self.param("post_norm", ones, (d,))
+        self.gate_kernel = self.param("gate_kernel", _matrix, (d, f))
+        self.up_kernel = self.param("up_kernel", _matrix, (d, f))
+        self.down_kernel = self.param("down_kernel", _matrix, (f, d))
+
+    def qkv(self, x):
+        """[B, T, D] -> normalised q [B, T, H, h], k and v [B, T, K, h]; no positions yet."""
+        c = self.config
+        x = rms_norm(x, self.input_norm, c.rms_norm_eps)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+        q = rms_norm(heads(dense(x, self.q_kernel, self.q_bias)), self.q_norm, c.rms_norm_eps)
+        k = rms_norm(heads(dense(x, self.k_kernel, self.k_bias)), self.k_norm, c.rms_norm_eps)
+        return q, k, heads(dense(x, self.v_kernel, self.v_bias))
+
+    def output(self, x, attended):
+        """Residual stream x [B, T, D] after the attention output and the gated MLP."""
+        x = x + dense(attended, self.o_kernel)
+        y = rms_norm(x, self.post_norm, self.config.rms_norm_eps)
+        gated = jax.nn.silu(dense(y, self.gate_kernel)) * dense(y, self.up_kernel)
+        return x + dense(gated, self.down_kernel)
+
+
+class Block(nn.Module):
+    """One decoder layer. The carry holds (x, cache, layer): a cache that went in and out as scan inputs and
+    outputs would be copied whole at every decode step."""
+
+    config: ModelConfig
+
+    def setup(self):
+        self.und = Expert(self.config.llm)
+        if self.config.generation:
+            self.gen = Expert(self.config.llm)
+
+    def _mix(self, method, is_latent, *args):
+        mine = getattr(self.und, method)(*args)
+        if is_latent is None:
+            return mine
+        other = getattr(self.gen, method)(*args)
+        pick = lambda a, b: jnp.where(is_latent.reshape(is_latent.shape + (1,) * (a.ndim - 2)), b, a)
+        return jax.tree.map(pick, mine, other)
+
+    def __call__(self, carry, rope, mask, offset, is_latent):
+        x, cache, layer = carry
+        q, k, v = self._mix("qkv", is_latent, x)
+        q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+        if cache is not None:
+            cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype),
+                                                        (layer, 0, offset, 0, 0))
+                     for name, new in (("k", k), ("v", v))}
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
+                    for name in ("k", "v"))
+        x = self._mix("output", is_latent, x, attention.attend(q, k, v, mask))
+        return (x, cache, layer + 1), None
+
+
+class Decoder(nn.Module):
+    """The decoder stack with its embedding table and output head.
+
+    `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
+    {"k", "v": [L, B, S, K, h]} the new keys are written at slots offset..offset+T of all S slots and every query
+    may look at all of them, as far as `mask` [B, T, S] lets it. `is_latent` bool [B, T] picks the expert; None
+    means that no slot is a latent.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, cache=None, offset=0, is_latent=None):
+        c = self.config.llm
+        self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
+        self.param("head", _matrix, (c.hidden_size, c.vocab_size))
+        if is_latent is not None and not self.config.generation:
+            raise ValueError("latent slots need the generation expert: set model.generation = True")
+        rope = attention.rope_tables(positions, c.head_dim, c.rope_theta)
+        block = Block
+        if self.config.remat == "full":
+            block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+                         in_axes=(nn.broadcast,) * 4, unroll=self.config.unroll)(self.config, name="layers")
+        (x, cache, _), _ = layers((x, cache, jnp.int32(0)), rope, mask, offset, is_latent)
+        hidden = rms_norm(x, self.param("norm", nn.initializers.ones, (c.hidden_size,)), c.rms_norm_eps)
+        if self.config.generation:
+            norm_gen = self.param("norm_gen", nn.initializers.ones, (c.hidden_size,))
+            if is_latent is not None:
+                hidden = jnp.where(is_latent[:, :, None], rms_norm(x, norm_gen, c.rms_norm_eps), hidden)
+        return hidden, cache

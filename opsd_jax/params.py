@@ -1,0 +1,157 @@
+"""Facts about each parameter, once: its axes, its group, its name in the released checkpoints.
+
+Freezing, optimizer slots, EMA, shardings, import and export are readings of this table. Parameters live in one
+plain nested dict; a path such as "llm/layers/und/q_kernel" names a leaf. Leaves under "layers" are stacked over
+layers (first axis), checkpoints hold them one by one ({layer} in the name). Linear kernels are [in, out] here and
+[out, in] there.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One parameter: path, logical axes (see `sharding`), group, checkpoint name, whether it is transposed."""
+
+    path: str
+    axes: tuple[str | None, ...]
+    group: str
+    name: str
+    transpose: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.name
+
+
+def _linear(path, name, axes, group, bias=True):
+    rows = [Fact(f"{path}_kernel", axes, group, f"{name}.weight", transpose=True)]
+    if bias:
+        rows.append(Fact(f"{path}_bias", axes[:-2] + axes[-1:], group, f"{name}.bias"))
+    return rows
+
+
+def _expert(expert, group):
+    """One expert's rows; the generation expert's modules carry the suffix _moe_gen in the checkpoint."""
+    ours, gen = f"llm/layers/{expert}", "_moe_gen" if expert == "gen" else ""
+    theirs = "language_model.model.layers.{layer}"
+    rows = []
+    for letter, axis in (("q", "heads"), ("k", "kv"), ("v", "kv")):
+        rows += _linear(f"{ours}/{letter}", f"{theirs}.self_attn.{letter}_proj{gen}", ("layers", "embed", axis), group)
+    rows += _linear(f"{ours}/o", f"{theirs}.self_attn.o_proj{gen}", ("layers", "heads", "embed"), group, bias=False)
+    for word, axes in (("gate", ("layers", "embed", "mlp")), ("up", ("layers", "embed", "mlp")),
+                       ("down", ("layers", "mlp", "embed"))):
+        rows += _linear(f"{ours}/{word}", f"{theirs}.mlp{gen}.{word}_proj", axes, group, bias=False)
+    for path, name in (("q_norm", f"self_attn.q_norm{gen}"), ("k_norm", f"self_attn.k_norm{gen}"),
+                       ("input_norm", f"input_layernorm{gen}"), ("post_norm", f"post_attention_layernorm{gen}")):
+        rows.append(Fact(f"{ours}/{path}", ("layers", None), group, f"{theirs}.{name}.weight"))
+    return rows
+
+
+def _vit():
+    base, layer = "vit_model.vision_model", "vit_model.vision_model.encoder.layers.{layer}"
+    rows = _linear("vit/patch", f"{base}.embeddings.patch_embedding", (None, "vit_embed"), "vit")
+    rows.append(Fact("vit/position", (None, "vit_embed"), "vit", f"{base}.embeddings.position_embedding.weight"))
+    for ours, theirs, axes in (("q", "self_attn.q_proj", ("vit_embed", "vit_heads")),
+                               ("k", "self_attn.k_proj", ("vit_embed", "vit_heads")),
+                               ("v", "self_attn.v_proj", ("vit_embed", "vit_heads")),
+                               ("o", "self_attn.out_proj", ("vit_heads", "vit_embed")),
+                               ("fc1", "mlp.fc1", ("vit_embed", "vit_mlp")),
+                               ("fc2", "mlp.fc2", ("vit_mlp", "vit_embed"))):
+        rows += _linear(f"vit/layers/{ours}", f"{layer}.{theirs}", ("layers", *axes), "vit")
+    norms = [("vit/layers/norm1", f"{layer}.layer_norm1", ("layers", None)),
+             ("vit/layers/norm2", f"{layer}.layer_norm2", ("layers", None)),
+             ("vit/post_norm", f"{base}.post_layernorm", (None,))]
+    for ours, theirs, axes in norms:
+        rows += [Fact(f"{ours}_scale", axes, "vit", f"{theirs}.weight"), Fact(f"{ours}_bias", axes, "vit", f"{theirs}.bias")]
+    return rows
+
+
+TABLE = {fact.path: fact for fact in [
+    Fact("llm/embed", ("vocab", "embed"), "embed", "language_model.model.embed_tokens.weight"),
+    Fact("llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", transpose=True),
+    Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
+    Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
+    *_expert("und", "und"), *_expert("gen", "gen"), *_vit(),
+    *_linear("connector/fc1", "connector.fc1", ("vit_embed", "embed"), "connector"),
+    *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
+    Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
+]}
+
+GROUPS = ("embed", "und", "gen", "vit", "connector", "fixed")
+
+
+def flatten(tree) -> dict:
+    """Nested dict -> {"a/b/c": leaf}."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def unflatten(flat: dict) -> dict:
+    """{"a/b/c": leaf} -> nested dict."""
+    tree = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def fact(path: str) -> Fact:
+    """The table's row for a path. KeyError for a parameter that the table does not know."""
+    if path not in TABLE:
+        raise KeyError(f"parameter {path!r} has no row in opsd_jax/params.py: add its axes, group and checkpoint name")
+    return TABLE[path]
+
+
+def partition(params, freeze=()):
+    """Splits params into (trainable, frozen) nested dicts without common leaves; `merge` puts them together.
+
+    `freeze`: names from GROUPS. "fixed" (the 2-D position table) and "gen" (it gets no gradient where nothing is
+    drawn) are always frozen, as officially. ValueError for an unknown group or when nothing is left to train.
+    """
+    unknown = set(freeze) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}")
+    frozen_groups = {"fixed", "gen", *freeze}
+    flat = flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
+    if not trainable:
+        raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge(trainable, frozen):
+    """Inverse of `partition`."""
+    return unflatten({**flatten(trainable), **flatten(frozen)})
+
+
+def count(params) -> dict[str, int]:
+    """Number of parameters by group, with their "total"."""
+    counts = dict.fromkeys(GROUPS, 0)
+    for path, leaf in flatten(params).items():
+        counts[fact(path).group] += math.prod(leaf.shape)
+    counts["total"] = sum(counts.values())
+    return {group: n for group, n in counts.items() if n}
+
+
+def from_checkpoint(path: str, tensors: list):
+    """Checkpoint tensors of a parameter (one, or one a layer in order) -> our array."""
+    row = fact(path)
+    arrays = [t.T if row.transpose else t for t in tensors]
+    return jnp.stack(arrays) if row.stacked else jnp.asarray(arrays[0])
+
+
+def to_checkpoint(path: str, array) -> dict:
+    """Our array -> {checkpoint name: tensor}, one a layer for stacked parameters."""
+    row = fact(path)
+    turn = lambda a: a.T if row.transpose else a
+    if not row.stacked:
+        return {row.name: turn(array)}
+    return {row.name.format(layer=n): turn(a) for n, a in enumerate(array)}
