@@ -14,10 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, params as params_lib, rollout, sharding
+from opsd_jax import divergence, params as params_lib, rollout
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -61,7 +60,6 @@ class DistillConfig:
     eos_after_cut: completions that did not end on eos still get a row that predicts eos (official: yes).
     score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
-    mesh: where state and batch live; None leaves shardings alone.
     """
 
     model: ModelConfig
@@ -79,7 +77,6 @@ class DistillConfig:
     eos_after_cut: bool = True
     score_seam: bool = False
     freeze: tuple[str, ...] = ()
-    mesh: Mesh | None = None
 
     def __post_init__(self):
         if self.teacher not in TEACHERS:
@@ -153,12 +150,7 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
     if "ema" in state:
         decay = config.ema_decay
         new["ema"] = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], trainable)
-    return _pin(new, config.mesh), {"grad_norm": norm, "lr": rate}
-
-
-def _pin(state, mesh):
-    """Every leaf keeps the sharding of the layout; without this XLA may choose others and recompile."""
-    return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding.tree(mesh, state))
+    return new, {"grad_norm": norm, "lr": rate}
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------
@@ -237,8 +229,33 @@ def _accumulate(loss, trainable, inputs, count):
 
 # --- updates ---------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def program(function, state, config: DistillConfig):
+    """`function(state, ..., config)` jitted for states that lie as this one does.
+
+    The state is donated, and every leaf comes back with the sharding it went in with: left to itself, XLA picks
+    others for some, and the next step compiles again. state: arrays, or ShapeDtypeStructs with shardings.
+    """
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+    return _program(function, config, structure, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=None)
+def _program(function, config, structure, leaves):
+    shardings = jax.tree.unflatten(structure, leaves)
+    return jax.jit(functools.partial(function, config=config), donate_argnums=0, out_shardings=(shardings, None))
+
+
 def update(state, batch: Batch, trajectory, *, config: DistillConfig):
+    """One optimizer step of on-policy self-distillation, jitted and donated; see `update_step`."""
+    return program(update_step, state, config)(state, batch, trajectory)
+
+
+def sft_update(state, batch: context_lib.Supervised, *, config: DistillConfig):
+    """One optimizer step of supervised training, jitted and donated; see `sft_step`."""
+    return program(sft_step, state, config)(state, batch)
+
+
+def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
     """One optimizer step of on-policy self-distillation (paper Eq. 7, Algorithm 1).
 
     Args:
@@ -283,8 +300,7 @@ def update(state, batch: Batch, trajectory, *, config: DistillConfig):
     return state, metrics
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def sft_update(state, batch: context_lib.Supervised, *, config: DistillConfig):
+def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
     """One optimizer step of supervised training on packed traces: cross entropy on the target rows.
 
     Returns (state, metrics): loss, ce, accuracy (top-1 on targets), lr, grad_norm, completion_len (targets a row).

@@ -77,7 +77,7 @@ TABLE = {fact.path: fact for fact in [
     Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
     Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
     *_expert("und", "und"), *_expert("gen", "gen"), *_vit(),
-    *_linear("connector/fc1", "connector.fc1", ("vit_embed", "embed"), "connector"),
+    *_linear("connector/fc1", "connector.fc1", (None, "embed"), "connector"),
     *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
     Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
 ]}

@@ -1,0 +1,63 @@
+"""The main job in miniature: Visual-OPSD of a model of 0.2 M parameters, from nothing, on a laptop.
+
+  python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini           the maze
+  python -m opsd_jax.train --config=configs/mini.py:chart --workdir=/tmp/opsd-chart    the charts
+  python -m opsd_jax.train --config=configs/mini.py:smoke --workdir=/tmp/opsd-smoke    the same path, briefly
+  ... --arm=noise                                                                      one control arm alone
+
+The same code as the 7B model; only numbers differ. Settings were chosen on the validation split.
+"""
+
+from opsd_jax import settings
+from opsd_jax.tasks import vocabulary
+
+
+def get_config(arg: str = "maze"):
+    task = {"smoke": "chart"}.get(arg, arg)
+    if task not in ("maze", "chart"):
+        raise ValueError(f"configs/mini.py:{arg}: choose maze, chart or smoke")
+    c = settings.default()
+    c.stages = ("warmup", "opsd")
+
+    grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each
+    c.model.llm.update(vocab_size=448, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
+                       intermediate_size=192, rope_theta=100.0)
+    c.model.vit.update(hidden_size=64, num_layers=1, num_heads=4, intermediate_size=128, patch_size=8, side=8)
+    c.model.dtype = "float32"
+    c.model.remat = "none"
+    c.model.unroll = 4
+    c.images.update(stride=8, max_size=8 * grid, min_size=8 * grid)
+    c.prompts.update(system="", intro=vocabulary.INTRO, transition=vocabulary.TRANSITION)
+
+    c.data.tasks = ({"maze": "Spatial_Navigation", "chart": "Chart_Refocus"}[task],)
+    c.data.limits = ()
+    c.data.make.update(families=(task,), train=12000, validation=512, test=512)
+    patches = grid * grid
+    c.data.buckets.student = ((patches + 12, patches),)
+    c.data.buckets.teacher = ((2 * patches + 22, 2 * patches),)
+    c.data.buckets.trace = ((2 * patches + 56, 2 * patches, 40),)
+    c.data.cache_rows = 20000
+    c.data.threads = 1
+
+    c.warmup.update(steps=350, batch_size=48)
+    c.warmup.optim.update(lr=3e-3, min_lr=3e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01)
+    c.opsd.update(steps=400, batch_size=48, accumulation=1)
+    c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)
+    c.sft.update(steps=400, batch_size=48)
+    c.sft.optim = c.opsd.optim
+    c.teacher.kind = "fixed"
+    c.divergence.update(top_k=0, clip=0.0)
+    c.rollout.max_new_tokens = 36
+
+    c.eval.update(every=100, rows=256, visual_thoughts=("none", "real"), final_banned=True, batch_size=256)
+    c.checkpoint.every = 200
+    c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
+    c.arms.image = {"teacher": {"visual_thoughts": "image"}}
+    c.arms.sft = {"stages": ("sft",)}
+
+    if arg == "smoke":
+        c.data.make.update(train=2000, validation=128, test=128)
+        c.warmup.steps, c.opsd.steps, c.sft.steps = 150, 100, 100
+        c.eval.every = 0
+        c.arms = {"noise": c.arms.noise}
+    return c

@@ -1,0 +1,126 @@
+"""Control arms: ordinary runs that start from the weights with which a run's OPSD stage began.
+
+An arm is a named set of changes to the run's config (`config.arms`). Each is a process of its own in
+<workdir>/arms/<name>, started by the run's own command line plus --arm=NAME, so that it can be run alone as well.
+On CPUs one arm runs beside the main run (a model this small leaves a second core idle); on accelerators, which
+belong to one process, arms run one after another when the main run has ended.
+"""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import threading
+
+from opsd_jax import settings
+
+
+def settings_of(config, workdir: str, name: str):
+    """(config, workdir) of an arm. ValueError for an unknown one, FileNotFoundError if the run is not warmed up."""
+    from ml_collections import ConfigDict
+
+    if name not in config.arms:
+        raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
+    changes = config.arms[name].to_dict()
+    warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
+    start = os.path.join(workdir, "checkpoints", str(warm))
+    if not os.path.isdir(start):
+        raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
+    config = ConfigDict(config)
+    config.arms = ConfigDict()
+    config.stages = ("opsd",)
+    config.init_from = start
+    config.update(changes)
+    return config, os.path.join(workdir, "arms", name)
+
+
+class Arms:
+    """Runs the arms of a run, as processes."""
+
+    def __init__(self, names, workdir: str, argv):
+        self._queue, self._workdir, self._argv = collections.deque(names), workdir, argv
+        self._worker, self._failed = None, []
+
+    def start(self) -> None:
+        """Called when the run is warmed up: on CPUs a thread now runs arms beside the main run."""
+        import jax
+
+        if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
+            self._worker = threading.Thread(target=self._work, daemon=True)
+            self._worker.start()
+
+    def finish(self) -> None:
+        """Runs what is left and waits for all. RuntimeError names the arms that failed and where their log is."""
+        self._work()
+        if self._worker:
+            self._worker.join()
+        if self._failed:
+            raise RuntimeError("control arms failed: " + "; ".join(self._failed))
+
+    def _work(self) -> None:
+        while True:
+            try:
+                name = self._queue.popleft()
+            except IndexError:
+                return
+            folder = os.path.join(self._workdir, "arms", name)
+            os.makedirs(folder, exist_ok=True)
+            command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
+            print(f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)", file=sys.stderr, flush=True)
+            with open(os.path.join(folder, "log.txt"), "a") as log:
+                if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
+                    self._failed.append(f"{name} (see {folder}/log.txt)")
+
+
+def report(workdir: str, names) -> str:
+    """The table of a run and its arms, also written to report.md and report.json in the workdir.
+
+    Raises FileNotFoundError where an evaluation is missing.
+    """
+    with open(os.path.join(workdir, "config.json")) as f:
+        config = json.load(f)
+    rows = []
+    total = sum(config[stage]["steps"] for stage in config["stages"])
+    warm = total - config["opsd"]["steps"]
+    for what, kind in (("teacher: start, with visual thoughts", "real"), ("start, text only", "none"),
+                       ("start, text only, `<image_start>` banned", "none-banned")):
+        path = _summary(workdir, warm, kind)
+        if os.path.exists(path):
+            rows.append({"arm": what, **_read(path)})
+    for name, folder in (("OPSD", workdir), *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names)):
+        with open(os.path.join(folder, "config.json")) as f:
+            c = json.load(f)
+        last = sum(c[stage]["steps"] for stage in c["stages"])
+        row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
+        path = _summary(folder, last, "kl")
+        if os.path.exists(path):
+            with open(path) as f:
+                for task, kl in json.load(f)["tasks"].items():
+                    row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
+        rows.append(row)
+    lines = ["| arm | task | accuracy | 95 % interval | n | tokens | KL to teacher | closure |", "|---" * 8 + "|"]
+    for row in rows:
+        for task, b in row["tasks"].items():
+            low, high = b["interval_95"]
+            kl = f"{b['kl_before']:.3f} -> {b['kl']:.3f} | {100 * b['closure']:.0f} %" if "kl" in b else " | "
+            lines.append(f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {100 * low:.1f}–{100 * high:.1f} | "
+                         f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |")
+    text = "\n".join(lines) + "\n"
+    for name, content in (("report.md", text), ("report.json", json.dumps(rows, indent=1))):
+        path = os.path.join(workdir, name)
+        with open(path + ".tmp", "w") as f:
+            f.write(content)
+        os.replace(path + ".tmp", path)
+    return text
+
+
+def _summary(folder, step, kind):
+    return os.path.join(folder, "eval", f"{step:06d}-{kind}", "summary.json")
+
+
+def _read(path):
+    with open(path) as f:
+        summary = json.load(f)
+    keys = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+    return {"tasks": {task: {k: b[k] for k in keys} for task, b in summary["benchmarks"].items()}}

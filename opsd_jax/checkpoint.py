@@ -1,0 +1,505 @@
+"""Where a run is kept: checkpoints that survive kill -9, a full disk and another mesh.
+
+    <workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}: what continues a run
+    <workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any): what eval loads
+    + JSON metadata                       format, stage, step, config, metrics, versions
+
+Orbax is known to this file alone (its v1 interface is young: the version is pinned). A folder
+becomes visible under the name `<step>` only when complete; before, it is `<step>.orbax-checkpoint-tmp`.
+`Checkpoints` is for the one process group that trains: it deletes old and half-written folders. The
+functions `restore`, `restore_params` and `metadata` only read and are safe beside a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+FORMAT = 1  # raise it when the layout above changes
+_TMP = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last of all, on object stores too
+
+
+class CheckpointNotFound(FileNotFoundError):
+    """There is no complete checkpoint where one was asked for."""
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint's arrays are not those that the program expects."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read."""
+
+
+class ConfigMismatch(ValueError):
+    """A run would continue under other settings than it was started with."""
+
+
+# ---------------------------------------------------------------------------- a run's checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains; a context manager, closed (and waited for) at the end.
+
+    Opening it removes half-written folders that a killed run left, and says so. In a multi-process
+    run every process makes the same calls in the same order.
+
+    Args:
+      directory: the folder of the step folders, `<workdir>/checkpoints`; made if missing.
+      keep_latest: how many of the newest stay; at least 1.
+      keep_steps: steps that are never deleted, such as the last of each stage.
+      keep_every: steps divisible by it are never deleted.
+    """
+
+    def __init__(self, directory, *, keep_latest: int = 2, keep_steps: Iterable[int] = (),
+                 keep_every: int | None = None):
+        if keep_latest < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep_latest={keep_latest}, keep_every={keep_every}: both must be at least 1 "
+                             "(or keep_every=None); with none kept, a crash would lose the run")
+        self.directory = _absolute(directory)
+        self._keep = keep_latest, tuple(int(step) for step in keep_steps), keep_every
+        if half := _list(self.directory)[1]:
+            logging.warning("removing half-written checkpoints of an interrupted run under %s: %s",
+                            self.directory, ", ".join(half))
+        with _explained(f"opening the checkpoints folder {self.directory}"):
+            self._open()
+
+    def _open(self) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        keep_latest, keep_steps, keep_every = self._keep
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(keep_latest), policies.CustomSteps(keep_steps)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True)
+        self._newest = self.latest()  # complete or being written
+        self._failed = False
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:
+                raise
+            logging.exception("while the run stopped with %s, its last checkpoint failed too", kind.__name__)
+
+    def save(self, step: int, state: Any, params: Any, *, stage: str, config: Mapping,
+             metrics: Mapping[str, float] | None = None, wait: bool = False) -> bool:
+        """Starts writing a checkpoint; returns once the arrays are copied to host memory.
+
+        After it returns, `state` may be donated to the next update. An earlier save that is still
+        being written is waited for first.
+
+        Args:
+          step: position of the run: updates done so far, over all stages.
+          state: the training pytree, any shardings.
+          params: the weights to infer with; the caller chooses (the EMA, if there is one).
+          stage: `warmup`, `opsd` or `sft`.
+          config: settings as plain JSON types, see `config_to_json`.
+          metrics: numbers to keep beside the weights.
+          wait: returns only when the checkpoint is complete.
+
+        Returns:
+          False when this very step is already saved or being written (so a last save at the end of
+          a loop needs no case of its own), otherwise True.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written; names the folder.
+          ValueError: a newer checkpoint is there already.
+        """
+        step = int(step)
+        details = _details(step, stage, config, metrics)
+        if self._failed:  # Orbax has by then lost count of what lies on disk
+            self._open()
+        if self._newest is not None and step < self._newest:
+            raise ValueError(f"checkpoint {step} is older than checkpoint {self._newest} under "
+                             f"{self.directory}, which a resume would take: use another --workdir, or delete "
+                             "the newer folders")
+        fresh = step != self._newest
+        with self._writing(step):
+            if fresh:
+                self._checkpointer.save_checkpointables_async(
+                    step, {"state": state, "params": params}, custom_metadata=details, force=True)
+                self._newest = step
+            if wait:
+                self._checkpointer.wait()
+        return fresh
+
+    def wait(self) -> None:
+        """Blocks until the save in flight is complete. Raises CheckpointError, once, when it failed."""
+        if not self._failed:  # else it was told already; Orbax would raise the same error for ever
+            with self._writing(self._newest):
+                self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's threads. Raises CheckpointError as `wait` does."""
+        if not self._failed:
+            with self._writing(self._newest):
+                self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self, step) -> Iterator[None]:
+        try:
+            with _explained(f"writing checkpoint {step} (or the one before it) under {self.directory}",
+                            lambda: f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk "
+                                    "full, or the folder read-only? Mend that and start again"):
+                yield
+        except CheckpointError:
+            self._failed = True
+            raise
+
+    def latest(self) -> int | None:
+        """The newest complete step; one that is still being written does not count. None if there is none."""
+        return max(_list(self.directory)[0], default=None)
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The training pytree of `step`; see the function `restore`."""
+        self.wait()
+        return restore(self.directory / str(step), abstract_state)
+
+    def metadata(self, step: int) -> dict:
+        """What was noted beside the weights of `step`; see the function `metadata`."""
+        self.wait()
+        return metadata(self.directory / str(step))
+
+
+# ---------------------------------------------------------------------------- one checkpoint
+
+
+def save(directory, state: Any, params: Any, *, step: int = 0, stage: str = "", config: Mapping = {},
+         metrics: Mapping[str, float] | None = None) -> None:
+    """Writes one checkpoint into the folder `directory` itself and waits for it.
+
+    Args:
+      directory: the folder to make; it must not exist, or be empty.
+      state: the training pytree, or None when there are weights only (an imported release).
+      params, step, stage, config, metrics: as in `Checkpoints.save`.
+
+    Raises:
+      FileExistsError: the folder is not empty. CheckpointError: it could not be written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    directory = _absolute(directory)
+    details = _details(step, stage, config, metrics)
+    if directory.exists():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise FileExistsError(f"{directory} exists and is not empty: choose another folder, or delete it")
+        directory.rmdir()  # Orbax wants to be the one that makes it
+    items = {"params": params} if state is None else {"state": state, "params": params}
+    with _explained(f"writing the checkpoint {directory}"):
+        ocp.save_checkpointables(directory, items, custom_metadata=details)
+
+
+def restore(directory, abstract_state: Any) -> Any:
+    """The training pytree, each array laid out as `abstract_state` says, on any number of devices.
+
+    Args:
+      directory: a step folder; or a checkpoints folder or workdir, of which the newest is taken.
+      abstract_state: pytree of jax.ShapeDtypeStruct with sharding. Without a sharding a leaf goes
+        to the first device (single-process runs only).
+
+    Raises:
+      CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
+      differ; lists all of them. CheckpointError: the files cannot be read.
+    """
+    return _load(_resolve(directory), "state", abstract_state)
+
+
+def restore_params(directory, abstract_params: Any, *, partial: bool = False) -> Any:
+    """The weights to infer with, without touching the rest of the training state.
+
+    Args:
+      directory: as in `restore`.
+      abstract_params: as in `restore`; another floating dtype than the saved one is converted to.
+      partial: weights of the checkpoint that `abstract_params` lacks are left on disk (an expert
+        that is not used); otherwise they are an error.
+
+    Raises: as `restore`.
+    """
+    return _load(_resolve(directory), "params", abstract_params, convert=True, partial=partial)
+
+
+def metadata(directory) -> dict:
+    """`{format, stage, step, config, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
+    return _read_metadata(_resolve(directory))[1]
+
+
+def _details(step: int, stage: str, config: Mapping, metrics) -> dict:
+    import orbax.checkpoint
+
+    return {"format": FORMAT, "stage": stage, "step": int(step), "config": config_to_json(config),
+            "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+            "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__}}
+
+
+def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
+    """(item -> pytree of array metadata, our own JSON)."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _explained(f"reading the metadata of {directory}"):
+        found = ocp.checkpointables_metadata(directory)
+    details = found.custom_metadata or {}
+    if "format" not in details:
+        raise CheckpointMismatch(f"{directory} is an Orbax checkpoint, but not one of opsd_jax (its "
+                                 "metadata has no format): use `python -m opsd_jax.convert import`")
+    if details["format"] > FORMAT:
+        raise CheckpointMismatch(f"{directory} has format {details['format']}; this version of opsd_jax "
+                                 f"reads up to {FORMAT}: update opsd_jax")
+    return found.metadata, details
+
+
+def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, partial=False) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    stored = _read_metadata(directory)[0]
+    if item not in stored:
+        raise CheckpointMismatch(f"{directory} holds no {item!r}, only {sorted(stored)}: it has weights to "
+                                 "start from or to evaluate, not a run to continue")
+    abstract = jax.tree.map(_placed, abstract)
+    _check_structure(directory, item, stored[item], abstract, convert, partial)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context, _explained(f"reading {item!r} of checkpoint {directory}",
+                             lambda: "If its files are damaged, delete that folder: the newest of the others "
+                                     f"is used then ({_list(directory.parent)[0]})"):
+        return ocp.load_checkpointables(directory, {item: abstract})[item]
+
+
+def _placed(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise ValueError("an abstract leaf without sharding in a multi-process run: where should it go? "
+                             "Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)")
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_structure(directory, item, stored, abstract, convert, partial) -> None:
+    """Raises CheckpointMismatch with every path that differs; Orbax would stop at the first."""
+    stored = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _paths(stored).items()}
+    wanted = {}
+    for path, leaf in _paths(abstract).items():
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its uint32 words
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        wanted[path] = tuple(leaf.shape), np.dtype(leaf.dtype)
+
+    def agree(path):
+        if path not in wanted:
+            return partial
+        if path not in stored or stored[path][0] != wanted[path][0]:
+            return False
+        saved, now = stored[path][1], wanted[path][1]
+        floats = all(jax.dtypes.issubdtype(dtype, np.floating) for dtype in (saved, now))
+        return saved == now or (convert and floats)
+
+    def show(array):
+        return f"{array[1].name}{list(array[0])}" if array else "absent"
+
+    if bad := [path for path in sorted(stored.keys() | wanted.keys()) if not agree(path)]:
+        rows = [("array", "in the checkpoint", "expected now")]
+        rows += [(path, show(stored.get(path)), show(wanted.get(path))) for path in bad]
+        raise CheckpointMismatch(
+            f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
+            f"{_table(rows)}\n"
+            "Use the model and optimizer settings that it was saved with (they are in its metadata, under "
+            "config), or another checkpoint or --workdir")
+
+
+def _paths(tree) -> dict[str, Any]:
+    """{"opt/0/mu/kernel": leaf}; named tuples, lists and dicts spell alike, as Orbax stores them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def _absolute(directory) -> epath.Path:
+    directory = epath.Path(directory).expanduser()
+    return directory if "://" in str(directory) else directory.resolve()
+
+
+def _is_committed(directory: epath.Path) -> bool:
+    return (directory / _COMMITTED).exists()
+
+
+def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
+    """(complete steps, names of half-written folders), both sorted."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    half = [name for name in names if _TMP in name
+            or (name.isdigit() and not _is_committed(directory / name))]
+    return sorted(int(name) for name in names if name.isdigit() and name not in half), sorted(half)
+
+
+def _resolve(directory) -> epath.Path:
+    """The step folder that `directory` (step folder, checkpoints folder or workdir) stands for."""
+    directory = _absolute(directory)
+    if _is_committed(directory):
+        return directory
+    if directory.name.isdigit():  # a step by name: no other will do
+        steps, half = _list(directory.parent)
+        if any(name.split(".")[0] == directory.name for name in half):
+            raise CheckpointNotFound(f"{directory}: this save was interrupted and cannot be used. Complete "
+                                     f"steps beside it: {steps or 'none'}")
+        if steps:
+            raise CheckpointNotFound(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
+    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    steps, half = _list(folder)
+    if steps:
+        if half:
+            logging.warning("%s: the save %s was interrupted or is under way; using step %d, the newest "
+                            "complete one", folder, ", ".join(half), steps[-1])
+        return folder / str(steps[-1])
+    if half:
+        raise CheckpointNotFound(f"{folder}: the only save there was interrupted ({', '.join(half)}) and "
+                                 "there is no complete checkpoint: start the run again")
+    if not folder.exists():
+        raise CheckpointNotFound(f"{folder}: no such folder. Give a workdir, its checkpoints or one step")
+    names = sorted(path.name for path in folder.iterdir())
+    there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    raise CheckpointNotFound(f"{folder}: no checkpoint there (it holds: {there or 'nothing'}). Give a "
+                             "workdir, its checkpoints folder or one step")
+
+
+@contextlib.contextmanager
+def _explained(doing: str, mend=lambda: "") -> Iterator[None]:
+    """Turns whatever Orbax raises into one CheckpointError that names the folder and keeps the cause."""
+    try:
+        yield
+    except Exception as error:
+        reason = error
+        while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
+            reason = reason.__cause__
+        raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {mend()}".strip()) from error
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def config_to_json(config: Mapping) -> dict:
+    """Settings (a ConfigDict, or any mapping) as dict, list, str, int, float, bool and None.
+
+    Raises TypeError or ValueError, naming the key, for what JSON cannot hold.
+    """
+
+    def convert(value, key):
+        if isinstance(value, Mapping) or hasattr(value, "to_dict"):  # a ConfigDict is no Mapping
+            return {str(name): convert(value[name], f"{key}.{name}") for name in value}
+        if isinstance(value, (list, tuple)):
+            return [convert(item, f"{key}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"setting {key[1:]} is {value}, which JSON cannot hold: use None for 'no limit'")
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"setting {key[1:]} is a {type(value).__name__}, which JSON cannot hold: use its "
+                        "name, a number, a list or a dict")
+
+    return convert(config, "")
+
+
+def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = ()) -> None:
+    """Raises ConfigMismatch, with a table of the differences, unless both settings are the same.
+
+    Args:
+      saved, current: settings; compared as `config_to_json` writes them.
+      ignore: keys that may change on resume; "log" covers "log" and "log.every", not "logger".
+    """
+    ignore = tuple(ignore)
+
+    def flat(value, key=""):
+        if isinstance(value, dict) and value:
+            items = (flat(item, f"{key}.{name}").items() for name, item in value.items())
+            return dict(pair for pairs in items for pair in pairs)
+        return {key[1:]: json.dumps(value)}
+
+    saved, current = flat(config_to_json(saved)), flat(config_to_json(current))
+    keys = [key for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)
+            and not any(key == name or key.startswith(name + ".") for name in ignore)]
+    if keys:
+        rows = [("key", "saved", "now")]
+        rows += [(key, saved.get(key, "absent"), current.get(key, "absent")) for key in keys]
+        example = next((f" (such as --config.{key}={saved[key]})" for key in keys if key in saved), "")
+        free = f" May change on resume: {', '.join(ignore)}." if ignore else ""
+        raise ConfigMismatch(f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
+                             f"the saved ones{example}, or start a new run with another --workdir.{free}")
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join("  " + line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------- being asked to stop
+
+
+class Flag:
+    """Whether the run was asked to stop; see `install_sigterm`. As a context manager it leaves no trace."""
+
+    def __init__(self):
+        self.is_set = False
+        self._previous = {}
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after `step`; all processes of a run say so at the same step."""
+        if jax.distributed.is_initialized():
+            from jax.experimental import multihost_utils
+
+            self.is_set |= multihost_utils.reached_preemption_sync_point(step)
+        return self.is_set
+
+    def restore(self) -> None:
+        """Puts the signal handlers back that were there before."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __enter__(self) -> Flag:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+
+def install_sigterm() -> Flag:
+    """Lets the run end at a step's end, with a checkpoint, when it is asked to stop.
+
+    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the training loop polls; a
+    second SIGINT raises KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in
+    charge, for the processes must agree on the step: poll `Flag.reached(step)`, which covers both.
+    Outside of the main thread Python allows no handlers: the flag is then never set, and a warning says so.
+    """
+    flag = Flag()
+
+    def handle(number, frame):
+        if number == signal.SIGINT and flag.is_set:
+            raise KeyboardInterrupt
+        flag.is_set = True
+        logging.warning("%s: saving after this step, then stopping%s", signal.Signals(number).name,
+                        " (again to abort at once)" if number == signal.SIGINT else "")
+
+    if threading.current_thread() is not threading.main_thread():
+        logging.warning("not in the main thread: SIGTERM and Ctrl-C will not save a checkpoint first")
+    elif not jax.distributed.is_initialized():
+        flag._previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    return flag

@@ -1,0 +1,306 @@
+"""Prepared rows -> batches of contexts on the device; and the command line that prepares them.
+
+  python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
+  python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
+
+Every batch is a pure function of (seed, step): a host needs the step number alone to resume, and any number of
+hosts read the same global batches.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import threading
+
+import numpy as np
+
+from opsd_jax import context as context_lib
+from opsd_jax import images, settings
+from opsd_jax.context import Image
+from opsd_jax.datasets import visual_opsd
+from opsd_jax.datasets.plan import BatchPlan
+from opsd_jax.datasets.visual_opsd import Example
+from opsd_jax.distill import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A row ready for packing: the example, its question's ids, its pictures cut into patches."""
+
+    example: Example
+    question: np.ndarray
+    problem: Image
+    visual_thoughts: tuple[Image, ...]
+
+
+def folder(config, workdir: str) -> str:
+    return config.data.dir or os.path.join(workdir, "data")
+
+
+def make_if_absent(config, workdir: str) -> None:
+    """Makes the procedural data of `config.data.make` in the data folder, unless it is there."""
+    from opsd_jax import tasks
+    from opsd_jax.tasks import parquet
+
+    target, make = folder(config, workdir), config.data.make
+    if not make.families or os.path.isdir(os.path.join(target, visual_opsd.NAME)):
+        return
+    made = os.path.join(target, "made")
+    if not os.path.isdir(made):
+        counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
+        parquet.make_mini(made, families=make.families, counts=counts, seed=make.seed, difficulty=make.difficulty)
+    visual_opsd.prepare(os.path.join(made, "parquet"), target)
+
+
+def tokenizer_folder(config, workdir: str) -> str:
+    return config.tokenizer or os.path.join(folder(config, workdir), "made", "tokenizer")
+
+
+class Rows:
+    """Random access to the prepared rows of the tasks of a split, with a bounded cache."""
+
+    def __init__(self, config, workdir, tokenizer, split: str):
+        limits = config.data.limits if split == "train" and config.data.limits else [0] * len(config.data.tasks)
+        spec = [f"{split}[:{limit}]" if limit else split for limit in limits]
+        self.sources = [visual_opsd.open_source(folder(config, workdir), part, task=task)
+                        for task, part in zip(config.data.tasks, spec)]
+        self._tokenizer, self._suffix = tokenizer, config.prompts.suffix
+        self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
+        self._patch = config.model.vit.patch_size
+        self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
+        self._lock = threading.Lock()
+
+    def __call__(self, source: int, row: int) -> Prepared:
+        key = source, row
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        example = self.sources[source][row]
+        question = self._tokenizer.encode(example.question)
+        if self._suffix:
+            question = np.concatenate([question, self._tokenizer.encode(self._suffix)])
+        prepared = Prepared(example, question, self._image(example.problem_image),
+                            tuple(map(self._image, example.visual_thoughts)))
+        with self._lock:
+            self._cache[key] = prepared
+            while len(self._cache) > self._capacity:
+                self._cache.popitem(last=False)
+        return prepared
+
+    def _image(self, data) -> Image:
+        pixels = images.resize(images.open_rgb(data, transparency=self._transparency), self._rule)
+        grid = pixels.shape[0] // self._patch, pixels.shape[1] // self._patch
+        return Image(images.patchify(pixels, self._patch), grid)
+
+    def partner(self, source: int, row: int) -> Prepared:
+        """Another row of the same task: the one half a source further."""
+        size = len(self.sources[source])
+        return self(source, (row + max(size // 2, 1)) % size)
+
+
+class Packer:
+    """Rows -> packed contexts of static buckets. The same for training, evaluation and diagnostics."""
+
+    def __init__(self, config, tokenizer):
+        self.tokenizer, self.prompts = tokenizer, settings.prompts(config)
+        self.side, self.buckets = config.model.vit.side, config.data.buckets
+
+    def blocks(self, row: Prepared, kind: str, visual_thoughts=()) -> list:
+        """Blocks of a row as `student`, `teacher`, or one of the trace layouts `settings.LAYOUTS`."""
+        t, p, e = self.tokenizer, self.prompts, row.example
+        if kind == "student":
+            return context_lib.student(t, p, row.question, row.problem)
+        if kind == "teacher":
+            return context_lib.teacher(t, p, row.question, row.problem, visual_thoughts)
+        if kind == "interleaved":
+            return context_lib.interleaved(t, p, row.question, row.problem, e.thoughts, row.visual_thoughts, e.answer)
+        trace = context_lib.Text(self.reference(row), loss=True)
+        if kind == "reference":
+            return [*context_lib.teacher(t, p, row.question, row.problem, row.visual_thoughts), trace]
+        if kind == "text":
+            return [*context_lib.student(t, p, row.question, row.problem), trace]
+        raise ValueError(f"unknown layout {kind!r}: choose student, teacher or one of {settings.LAYOUTS}")
+
+    def reference(self, row: Prepared) -> np.ndarray:
+        """Ids of the row's text-only trace with its answer."""
+        e = row.example
+        if not e.full_text_only_thought.strip():
+            raise ValueError(f"row {e.pid} has no full_text_only_thought, which text and reference traces need: "
+                             "fill the column or set the stage's mix to interleaved rows only")
+        return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
+
+    def pack(self, rows, kind: str, bucket: int, blocks):
+        slots, patches = self.buckets[kind][bucket][:2]
+        return context_lib.pack(blocks, slots=slots, patches=patches, tokenizer=self.tokenizer, side=self.side,
+                                names=[row.example.pid for row in rows])
+
+    def student(self, rows, bucket: int = -1) -> context_lib.Context:
+        return self.pack(rows, "student", bucket, [self.blocks(row, "student") for row in rows])
+
+    def teacher(self, rows, partners, mode: str, rng, bucket: int = -1) -> context_lib.Context:
+        """Teacher contexts with the visual thoughts of a mode (`context.VISUAL_THOUGHTS`)."""
+        shown = [context_lib.replace_visual_thoughts(mode, row.problem, row.visual_thoughts,
+                                                     other.visual_thoughts if other else (), rng)
+                 for row, other in zip(rows, partners)]
+        return self.pack(rows, "teacher", bucket, [self.blocks(row, "teacher", vts) for row, vts in zip(rows, shown)])
+
+    def traces(self, rows, layouts, bucket: int = -1) -> context_lib.Supervised:
+        slots, patches, targets = self.buckets.trace[bucket]
+        return context_lib.supervise(
+            [self.blocks(row, layout) for row, layout in zip(rows, layouts)], slots=slots, patches=patches,
+            targets=targets, tokenizer=self.tokenizer, side=self.side, names=[row.example.pid for row in rows])
+
+    def bucket(self, row: Prepared) -> int:
+        """Index of the first bucket that the row fits in every role; -1 if none does."""
+        need = {kind: self._need([self.blocks(row, kind, row.visual_thoughts)]) for kind in ("student", "teacher")}
+        layouts = settings.LAYOUTS if row.example.full_text_only_thought.strip() else ("interleaved",)
+        need["trace"] = self._need([self.blocks(row, layout) for layout in layouts])
+        for index in range(len(self.buckets.student)):
+            if all(np.all(need[kind][:len(self.buckets[kind][index])] <= self.buckets[kind][index]) for kind in need):
+                return index
+        return -1
+
+    @staticmethod
+    def _need(rows):
+        slots = [sum(b.slots for b in blocks) for blocks in rows]
+        patches = [sum(len(b.patches) for b in blocks if isinstance(b, Image)) for blocks in rows]
+        targets = [sum(len(b.ids) + 1 for b in blocks if isinstance(b, context_lib.Text) and b.loss) for blocks in rows]
+        return np.array([max(slots), max(patches), max(targets)])
+
+
+class Batches:
+    """The training batches of a stage: host arrays of this process's rows for every step."""
+
+    def __init__(self, config, workdir, stage: str, rows: Rows, packer: Packer, *, process=0, processes=1):
+        self.config, self.stage, self.rows, self.packer = config, stage, rows, packer
+        self._part = slice(process, None, processes)
+        batch_size = config[stage].batch_size
+        if batch_size % processes:
+            raise ValueError(f"config.{stage}.batch_size {batch_size} is not divisible by {processes} processes")
+        buckets = range(len(config.data.buckets.student))
+        whole = len(buckets) == 1 and config.data.on_too_long == "fail"
+        lengths = [len(s) if whole else _bucket_index(config, workdir, rows, packer, n)
+                   for n, s in enumerate(rows.sources)]
+        self.plan = BatchPlan(lengths, config.data.weights or None, list(buckets), batch_size, config.seed)
+
+    def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[Prepared]]:
+        """Both contexts of the batch, and its rows."""
+        bucket, pairs = self.plan(step, attempt)
+        rows = [self.rows(*pair) for pair in pairs[self._part]]
+        mode = self.config.teacher.visual_thoughts
+        partners = [self.rows.partner(*pair) if mode == "swap" else None for pair in pairs[self._part]]
+        rng = generator(self.config.seed, "visual thoughts", step, attempt, self._part.start)
+        return Batch(self.packer.student(rows, bucket), self.packer.teacher(rows, partners, mode, rng, bucket)), rows
+
+    def traces(self, step: int) -> tuple[context_lib.Supervised, list[Prepared]]:
+        """Supervised traces in the layouts of the stage's mix."""
+        bucket, pairs = self.plan(step)
+        layouts = mixture(self.config[self.stage].mix, len(pairs))
+        rows = [self.rows(*pair) for pair in pairs[self._part]]
+        return self.packer.traces(rows, layouts[self._part], bucket), rows
+
+    def stream(self, start: int, stop: int):
+        """Iterator over the steps start..stop, made ahead of time in threads."""
+        import grain
+
+        load = self.opsd if self.stage == "opsd" else self.traces
+        options = grain.ReadOptions(num_threads=self.config.data.threads,
+                                    prefetch_buffer_size=max(self.config.data.prefetch, self.config.data.threads))
+        return iter(grain.MapDataset.range(start, stop).map(lambda step: load(int(step))).to_iter_dataset(options))
+
+
+def mixture(ratios, count: int) -> list[str]:
+    """Layout of each of `count` rows, in proportion to the ratios: {"a": 2, "b": 1}, 6 -> a a a a b b."""
+    names, total = [name for name in ratios if ratios[name]], sum(ratios.values())
+    if not names:
+        raise ValueError(f"the stage's mix {dict(ratios)} has no layout with a positive share")
+    edges = np.round(np.cumsum([ratios[name] for name in names]) / total * count).astype(int)
+    return [names[np.searchsorted(edges, n, side="right")] for n in range(count)]
+
+
+def generator(seed: int, name: str, *numbers: int) -> np.random.Generator:
+    """Random numbers that depend on a seed, a use and counters only."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *name.encode(), *numbers])))
+
+
+def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> np.ndarray:
+    """Bucket of every row of a source, int [rows]; computed once and kept in the workdir.
+
+    Rows that fit no bucket: an error that names the first ones, or with data.on_too_long = "skip" -1 in the index
+    and all their names in <workdir>/too_long.json.
+    """
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    task, size = config.data.tasks[source], len(rows.sources[source])
+    facts = json.dumps([task, size, str(rows.sources[source].split), config.data.buckets.to_dict(),
+                        config.images.to_dict(), config.prompts.to_dict()], sort_keys=True)
+    path = os.path.join(workdir, f"buckets-{task}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.npy")
+    if os.path.exists(path):
+        index = np.load(path, allow_pickle=False)
+    else:
+        with ThreadPoolExecutor(config.data.threads) as pool:
+            index = np.fromiter(pool.map(lambda n: packer.bucket(rows(source, n)), range(size)), np.int32, size)
+        with open(path + ".tmp", "wb") as f:
+            np.save(f, index, allow_pickle=False)
+        os.replace(path + ".tmp", path)
+    left_out = [rows.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
+    if left_out and config.data.on_too_long == "fail":
+        raise context_lib.TooLong(
+            f"{len(left_out)} rows of {task} fit no bucket, first {left_out[:5]}: enlarge config.data.buckets, or set "
+            "config.data.on_too_long=skip, which names them in too_long.json")
+    if left_out:
+        report = os.path.join(workdir, "too_long.json")
+        known = {}
+        if os.path.exists(report):
+            with open(report) as f:
+                known = json.load(f)
+        with open(report + ".tmp", "w") as f:
+            json.dump(known | {task: left_out}, f, indent=1)
+        os.replace(report + ".tmp", report)
+    return index
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+def main(argv=None) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m opsd_jax.data", description="Prepare data for training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="a folder of parquet -> ArrayRecord that TFDS reads")
+    prepare.add_argument("--source", required=True, help="<Task>/data/train-*.parquet, the released layout, or one task")
+    prepare.add_argument("--target", required=True, help="the TFDS data_dir to write")
+    prepare.add_argument("--on_bad_row", default="fail", choices=("fail", "skip"))
+    prepare.add_argument("--limit", type=int, help="first rows of each split only")
+    prepare.add_argument("--overwrite", action="store_true")
+    mini = commands.add_parser("make-mini", help="make procedural tasks and prepare them")
+    mini.add_argument("--target", required=True)
+    mini.add_argument("--families", default="maze,jigsaw,search,chart")
+    for split, count in (("train", 4000), ("validation", 512), ("test", 512)):
+        mini.add_argument(f"--{split}", type=int, default=count, help="rows of each family")
+    mini.add_argument("--difficulty", default="default", choices=("easy", "default", "hard"))
+    mini.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "prepare":
+            print(visual_opsd.prepare(args.source, args.target, on_bad_row=args.on_bad_row, limit=args.limit,
+                                      overwrite=args.overwrite))
+        else:
+            config = settings.default()
+            config.data.dir = args.target
+            config.data.make.update(families=tuple(args.families.split(",")), train=args.train,
+                                    validation=args.validation, test=args.test, difficulty=args.difficulty,
+                                    seed=args.seed)
+            if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)):
+                raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
+            make_if_absent(config, args.target)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"written to {args.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where training rows come from: released parquet files as TFDS folders, and the plan of batches."""

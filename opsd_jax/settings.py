@@ -1,0 +1,202 @@
+"""Every setting of a run with its default, and what the settings become.
+
+`default()` is the whole configuration: the files in configs/ change values in it and add no keys. The functions
+below turn it into the frozen, hashable views that jitted functions take as static arguments; a ConfigDict never
+enters jit. Defaults are the paper's (App. C) and the official release's; where the two disagree, the paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from opsd_jax import context, images
+from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+
+STAGES = ("warmup", "opsd", "sft")
+LAYOUTS = ("interleaved", "reference", "text")
+
+
+def default() -> ConfigDict:
+    """The paper's run: Visual-OPSD of ThinkMorph-7B, 1,000 steps."""
+    c = ConfigDict()
+    c.seed = 0
+    c.stages = ("opsd",)  # stages of the run in order, from STAGES; each starts with a fresh optimizer
+    c.init_from = ""  # where parameters come from: a checkpoint, workdir or released folder; "": random
+
+    c.model = ConfigDict()
+    c.model.llm = ConfigDict(dict(
+        vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, intermediate_size=18944,
+        rope_theta=1e6, rms_norm_eps=1e-6, head_dim=0))  # head_dim 0: hidden_size / num_heads
+    c.model.vit = ConfigDict(dict(
+        hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304, patch_size=14, side=70,
+        layer_norm_eps=1e-6))  # side: patches a side of the position tables
+    c.model.dtype = "bfloat16"  # compute dtype; parameters are float32
+    c.model.remat = "full"  # "none" keeps activations, "full" recomputes each layer in the backward pass
+    c.model.unroll = 1  # layers of the scan that are unrolled
+
+    c.tokenizer = ""  # a tokenizer folder; "": <data.dir>/tokenizer
+    c.prompts = ConfigDict()
+    c.prompts.system = context.SYSTEM_TRAINING  # an empty text leaves its block out
+    c.prompts.intro = context.INTRO
+    c.prompts.transition = context.TRANSITION
+    c.prompts.suffix = ""  # appended to every question
+
+    c.images = ConfigDict(dict(
+        stride=14, max_size=980, min_size=378, max_pixels=2_007_040,  # pixels, see images.Resize
+        transparency="drop"))  # what the official loader does; "white" composites on white
+
+    c.data = ConfigDict()
+    c.data.dir = ""  # prepared data (a TFDS data_dir); "": <workdir>/data
+    c.data.tasks = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")
+    c.data.limits = (6990, 6000, 6000, 6000)  # first rows of each task's train split; () for all
+    c.data.weights = ()  # share of each task in a batch; () for shares by row count, as officially
+    c.data.make = ConfigDict(dict(  # procedural data, made if data.dir is empty; families () makes nothing
+        families=(), train=0, validation=0, test=0, difficulty="default", seed=0))
+    c.data.buckets = ConfigDict(dict(  # static sizes, ascending; a row goes to the first bucket that it fits whole
+        student=((2048, 1500), (5376, 4900)),  # (slots, patches)
+        teacher=((4096, 3000), (10240, 9800)),
+        trace=((3072, 1500, 1024), (10240, 9800, 2048))))  # (slots, patches, targets) of warm-up and SFT
+    c.data.on_too_long = "fail"  # or "skip": rows beyond the largest bucket are named in <workdir>/too_long.json
+    c.data.threads = 4  # that decode and pack batches ahead of the step
+    c.data.prefetch = 4  # batches held ready
+    c.data.cache_rows = 0  # rows kept decoded and tokenised in memory
+
+    c.teacher = ConfigDict()
+    c.teacher.kind = "ema"  # "ema", "self" (the live weights) or "fixed" (the weights at the stage's start)
+    c.teacher.ema_decay = 0.995
+    c.teacher.visual_thoughts = "real"  # what stands in the teacher's VT slots: real | noise | swap | image | none
+
+    c.divergence = ConfigDict(dict(  # see divergence.DivergenceConfig
+        kind="jsd", beta=0.5, temperature=1.0, top_k=256, tail=False, clip=0.05, clip_unit="entry", chunk=256))
+
+    c.rollout = ConfigDict()
+    c.rollout.max_new_tokens = 1024  # budget of fed tokens, all rounds and delimiters
+    c.rollout.temperature = 1.0
+    c.rollout.greedy = False
+    c.rollout.top_k = 0  # 0: off
+    c.rollout.top_p = 1.0  # 1: off
+    c.rollout.max_image_skips = 1
+    c.rollout.ban_marker = False  # never sample a token that completes <image_start>
+    c.rollout.score_seam = False  # True: score the delimiters between rounds as they were sampled
+    c.rollout.eos_after_cut = True  # False: no eos target behind a completion that did not end by itself
+    c.rollout.empty_retries = 3  # new rows for a batch that holds an empty completion; then it becomes one eos
+
+    c.warmup = _stage(steps=3000, batch_size=16, lr=1e-5, reduction="token")
+    c.warmup.mix = ConfigDict(dict(interleaved=2, reference=1, text=1))  # rows of a batch by layout, as ratios
+    c.opsd = _stage(steps=1000, batch_size=16, lr=1e-5, reduction="completion")
+    c.opsd.accumulation = 2
+    c.opsd.jsd_weight = 1.0
+    c.opsd.ce_weight = 0.0
+    c.opsd.max_forward_tokens = 10240  # completions are cut so that the teacher's sequence fits
+    c.sft = _stage(steps=2000, batch_size=16, lr=1e-5, reduction="token")
+    c.sft.mix = ConfigDict(dict(interleaved=0, reference=0, text=1))
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps between evaluations on `split` while training; 0: none
+    c.eval.split = "validation"
+    c.eval.rows = 128  # of each task in those evaluations; 0: all
+    c.eval.visual_thoughts = ("none",)  # modes evaluated then
+    c.eval.final_split = "test"  # evaluated whole when a stage ends; "": not at all
+    c.eval.final_visual_thoughts = ("none", "real")
+    c.eval.final_banned = False  # also without pictures and with the marker banned
+    c.eval.kl = True  # also KL(start with VT || now without) on reference traces, after opsd and sft
+    c.eval.batch_size = 64
+    c.eval.max_new_tokens = 0  # 0: as rollout.max_new_tokens
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps; the last step of each stage is always saved and kept
+    c.checkpoint.keep_latest = 2
+    c.checkpoint.params = "student"  # the item for inference: "student" (what was evaluated officially) or "ema"
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps between lines of metrics.jsonl
+    c.log.samples_every = 50  # steps between rollouts written to samples/; 0: only the first batch
+    c.log.tensorboard = True
+    c.log.wandb = ""  # project name; "" for none
+
+    c.health = ConfigDict(dict(  # stop the run early; None switches a check off (metrics.Health)
+        min_length_fraction=0.2, patience=20, teacher_floor=0.5))
+
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: whatever is left
+    c.arms = ConfigDict()  # name -> changed settings: controls that start where this run's OPSD stage started
+    return c
+
+
+def _stage(*, steps, batch_size, lr, reduction):
+    c = ConfigDict(dict(steps=steps, batch_size=batch_size, accumulation=1, reduction=reduction, freeze=()))
+    c.optim = ConfigDict(dict(
+        lr=lr, min_lr=1e-7, warmup_steps=200, schedule="cosine", b1=0.9, b2=0.95, eps=1e-15, weight_decay=0.0,
+        max_grad_norm=1.0))
+    return c
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for what no single frozen view can see. Cheap: called before anything is read or made."""
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise ValueError(f"config.stages names {stage!r}: choose from {STAGES}")
+        if config[stage].batch_size % config[stage].accumulation:
+            raise ValueError(f"config.{stage}.batch_size {config[stage].batch_size} is not divisible by "
+                             f"config.{stage}.accumulation {config[stage].accumulation}")
+    buckets = config.data.buckets
+    if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
+        raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")
+    if config.teacher.visual_thoughts not in context.VISUAL_THOUGHTS:
+        raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}: "
+                         f"choose from {context.VISUAL_THOUGHTS}")
+    if config.images.stride != config.model.vit.patch_size:
+        raise ValueError(f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
+                         f"{config.model.vit.patch_size}: images are cut into whole patches")
+    if config.checkpoint.params not in ("student", "ema"):
+        raise ValueError(f"config.checkpoint.params is {config.checkpoint.params!r}: use 'student' or 'ema'")
+    if config.data.limits and len(config.data.limits) != len(config.data.tasks):
+        raise ValueError("config.data.limits needs one number for each of config.data.tasks, or ()")
+    if config.data.on_too_long not in ("fail", "skip"):
+        raise ValueError(f"config.data.on_too_long is {config.data.on_too_long!r}: use 'fail' or 'skip'")
+
+
+def stage_ends(config) -> dict[str, int]:
+    """The step at which each stage ends: {"warmup": 350, "opsd": 750}."""
+    ends, at = {}, 0
+    for stage in config.stages:
+        at += config[stage].steps
+        ends[stage] = at
+    return ends
+
+
+def model(config: ConfigDict) -> ModelConfig:
+    m = config.model
+    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), dtype=m.dtype, remat=m.remat, unroll=m.unroll)
+
+
+def prompts(config: ConfigDict) -> context.Prompts:
+    return context.Prompts(**config.prompts)
+
+
+def resize_rule(config: ConfigDict) -> images.Resize:
+    return images.Resize(**{k: v for k, v in config.images.items() if k != "transparency"})
+
+
+def rollout(config: ConfigDict, tokenizer, marker, **changes):
+    """RolloutConfig of the training rollouts; `changes` for evaluation."""
+    from opsd_jax.rollout import RolloutConfig
+
+    scored = ("score_seam", "eos_after_cut", "empty_retries")
+    values = {k: v for k, v in config.rollout.items() if k not in scored}
+    return RolloutConfig(model=model(config), bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, **(values | changes))
+
+
+def distill(config: ConfigDict, stage: str, tokenizer):
+    """DistillConfig of one stage. Supervised stages have no teacher."""
+    from opsd_jax.distill import DistillConfig, OptimConfig
+
+    s = config[stage]
+    if stage == "opsd":
+        own = dict(teacher=config.teacher.kind, ema_decay=config.teacher.ema_decay, jsd_weight=s.jsd_weight,
+                   ce_weight=s.ce_weight, max_forward_tokens=s.max_forward_tokens,
+                   score_seam=config.rollout.score_seam, eos_after_cut=config.rollout.eos_after_cut)
+    else:
+        own = dict(teacher="self")
+    return DistillConfig(
+        model=model(config), bos=tokenizer.bos, eos=tokenizer.eos, divergence=DivergenceConfig(**config.divergence),
+        optim=OptimConfig(total_steps=s.steps, **s.optim), reduction=s.reduction, accumulation=s.accumulation,
+        freeze=tuple(s.freeze), **own)

@@ -1,0 +1,107 @@
+"""Procedural visual-reasoning tasks whose intermediate step is a picture (the visual thought).
+
+Four families, one module each, in the manner of the four released data sets but small enough for a laptop:
+`maze`, `jigsaw`, `search`, `chart`. Each offers DIFFICULTY (named settings), `make` (one random problem and
+its canonical key), `score`, and the WORDS of its texts.
+
+Train, validation and test are disjoint by construction: the canonical key of a problem, which leaves out what
+makes near-duplicates (see each `make`), decides by its hash to which split the problem belongs. No seed, no
+count and no difficulty can move a problem from one split to another.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from opsd_jax.tasks import chart, jigsaw, maze, search
+from opsd_jax.tasks.row import Row
+
+FAMILIES = {"maze": maze, "jigsaw": jigsaw, "search": search, "chart": chart}
+BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}  # of 10
+
+_MAX_REJECTIONS = 10_000  # in a row. A split that is not exhausted accepts at least every tenth draw or so.
+
+
+def generate(
+    family: str, split: str, count: int, *, seed: int, difficulty: str = "default", **overrides
+) -> Iterator[Row]:
+    """Yields `count` distinct problems, the same ones for the same arguments.
+
+    A longer stream begins with the shorter one. Validation and test never hold two problems with one
+    canonical key; train may (a maze and its mirror image), but holds no problem image twice with the same
+    question.
+
+    Args:
+      family: one of FAMILIES.
+      split: one of BUCKETS.
+      seed: of the stream, together with split and family.
+      difficulty: name of the settings in the family's DIFFICULTY.
+      **overrides: single settings that replace those.
+    Raises:
+      ValueError: at once if an argument is not known; while iterating if the settings do not fit together or
+        allow fewer than `count` distinct problems.
+    """
+    module = _known(FAMILIES, family, "family")
+    buckets = _known(BUCKETS, split, "split")
+    settings = dict(_known(module.DIFFICULTY, difficulty, f"difficulty of {family}"))
+    for name in overrides:
+        _known(settings, name, f"setting of {family}")
+    return _stream(family, split, count, seed, module, buckets, settings | overrides)
+
+
+def score(metadata: dict, answer: str | None) -> bool:
+    """Whether the answer (text between the tags; None if there was none) solves this metadata's problem."""
+    return _known(FAMILIES, metadata.get("family"), "family in the metadata").score(metadata, answer)
+
+
+def extract_answer(text: str) -> str | None:
+    """Content of the last complete `<answer>...</answer>`, stripped; None when there is none.
+
+    "<answer>A</answer> no, <answer>B</answer> or <answer>C" -> "B"
+    """
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def _stream(family, split, count, seed, module, buckets, settings):
+    rng = np.random.Generator(np.random.Philox(key=_hash(f"{seed}/{split}/{family}".encode())))
+    seen = set()
+    index = rejections = 0
+    while index < count:
+        key, fields = module.make(rng, **settings)
+        identity = key
+        if split == "train":
+            identity += fields["question"].encode() + fields["problem_image"].tobytes()
+        identity = _hash(identity)
+        if identity in seen or _hash(family.encode() + key) % 10 not in buckets:
+            rejections += 1
+            if rejections == _MAX_REJECTIONS:
+                raise ValueError(
+                    f"{family}/{split}: only {index} of {count} distinct problems found before "
+                    f"{_MAX_REJECTIONS:,} draws in a row brought nothing new; ask for fewer, or widen the "
+                    f"settings {settings}"
+                )
+            continue
+        seen.add(identity)
+        yield Row(
+            pid=f"{family}-{split}-{index:07d}",
+            task=module.TASK,
+            full_text_only_thought=" ".join(fields["thoughts"]),
+            **fields | {"metadata": {"family": family, **fields["metadata"]}},
+        )
+        index += 1
+        rejections = 0
+
+
+def _hash(data: bytes) -> int:
+    """128 bits that are the same in every process, on every machine and in every version of Python."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "big")
+
+
+def _known(table, name, what: str):
+    """table[name], or an error that lists what there is."""
+    if name not in table:
+        raise ValueError(f"unknown {what}: {name!r}; there is {', '.join(table)}")
+    return table[name]

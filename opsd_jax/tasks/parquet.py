@@ -1,0 +1,147 @@
+"""Rows as parquet files in the schema of the released data sets, so that one reader serves both.
+
+The released column names are kept with their misspelling (`resoning_thought_0`). One column is ours:
+`metadata`, JSON with what `tasks.score` needs.
+"""
+
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+
+from opsd_jax.tasks import FAMILIES, generate
+from opsd_jax.tasks.row import Row
+from opsd_jax.tasks.vocabulary import build_tokenizer
+
+
+def write(
+    rows: Iterable[Row],
+    directory: str | os.PathLike,
+    *,
+    split: str,
+    shard_rows: int = 2048,
+    overwrite: bool = False,
+) -> list[pathlib.Path]:
+    """Writes rows of one task as `<directory>/<task>/data/<split>-00000-of-0000N.parquet`.
+
+    Holds one shard in memory at a time. The shards get their names when all of them are written: a failure on
+    the way leaves nothing behind.
+
+    Returns: the paths of the shards, in order.
+    Raises:
+      FileExistsError: there are shards of this split and `overwrite` is false.
+      ValueError: no rows, rows of two tasks, or a row that has not two thoughts and one visual thought.
+    """
+    import pyarrow.parquet as pq
+
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows={shard_rows} must be at least 1")
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"no rows to write for split {split!r} in {directory}")
+    rows = itertools.chain([first], rows)
+    folder = pathlib.Path(directory) / first.task / "data"
+    existing = sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    if existing and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists; choose another directory or pass overwrite=True")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    unfinished = []
+    try:
+        while shard := list(itertools.islice(rows, shard_rows)):
+            unfinished.append(folder / f".tmp-{os.getpid()}-{split}-{len(unfinished):05d}")
+            pq.write_table(_table(shard, first.task), unfinished[-1], row_group_size=256)
+        for path in existing:  # a shard of an older, longer set must not stay among the new ones
+            path.unlink()
+        paths = [folder / f"{split}-{index:05d}-of-{len(unfinished):05d}.parquet"
+                 for index in range(len(unfinished))]
+        for path, final in zip(unfinished, paths, strict=True):
+            os.replace(path, final)
+        return paths
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+
+
+def make_mini(
+    target: str | os.PathLike,
+    *,
+    families: Iterable[str] = tuple(FAMILIES),
+    counts: Mapping[str, int],
+    seed: int = 0,
+    difficulty: str = "default",
+) -> None:
+    """Makes a data set of procedural tasks: `<target>/parquet/<task>/data/*.parquet`, `<target>/tokenizer/`.
+
+    The tokenizer knows all families, so that its ids do not depend on which of them are made.
+
+    Args:
+      counts: rows of each family by split, {"train": 4000, "validation": 512, "test": 512}.
+    Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target.
+    """
+    target = pathlib.Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder; remove it or choose another target")
+    unfinished = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        for family in families:
+            for split, count in counts.items():
+                rows = generate(family, split, count, seed=seed, difficulty=difficulty)
+                write(rows, unfinished / "parquet", split=split)
+        build_tokenizer(unfinished / "tokenizer")
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _table(rows: list[Row], task: str):
+    import pyarrow as pa
+
+    image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
+    schema = pa.schema({
+        "pid": text,
+        "question": text,
+        "answer": text,
+        "problem_image_0": image,
+        "resoning_thought_0": text,
+        "reasoning_image_0": image,
+        "resoning_thought_1": text,
+        "task": text,
+        "full_text_only_thought": text,
+        "metadata": text,
+    })
+    records = []
+    problem, thought = "problem_image_0", "reasoning_image_0"
+    for row in rows:
+        if row.task != task:
+            raise ValueError(f"row {row.pid} is of task {row.task}, others of {task}; write each task apart")
+        if (len(row.thoughts), len(row.visual_thoughts)) != (2, 1):
+            raise ValueError(
+                f"row {row.pid} has {len(row.thoughts)} thoughts and {len(row.visual_thoughts)} visual "
+                "thoughts; the released schema holds 2 and 1"
+            )
+        records.append({
+            "pid": row.pid,
+            "question": row.question,
+            "answer": row.answer,
+            problem: {"bytes": _png(row.problem_image), "path": f"{row.pid}_{problem}.png"},
+            "resoning_thought_0": row.thoughts[0],
+            thought: {"bytes": _png(row.visual_thoughts[0]), "path": f"{row.pid}_{thought}.png"},
+            "resoning_thought_1": row.thoughts[1],
+            "task": row.task,
+            "full_text_only_thought": row.full_text_only_thought,
+            "metadata": json.dumps(row.metadata),
+        })
+    return pa.Table.from_pylist(records, schema=schema)
+
+
+def _png(image) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,429 @@
+"""A run, top to bottom: `python -m opsd_jax.train --config=configs/mini.py --workdir=W`.
+
+  settings -> data -> mesh -> model -> for each stage: (restore or start) -> loop -> checkpoint, evaluation -> arms
+
+A run is a sequence of stages (`warmup`, `opsd`, `sft`); step numbers go on from stage to stage. If W holds a run,
+it continues where that stopped, exactly. `--arm=NAME` runs one of the config's control arms in W/arms/NAME, from
+the weights with which W's first OPSD step began.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opsd_jax import settings
+
+# What may change between a run and its continuation.
+_FREE = ("log", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms")
+
+EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
+
+config_flags.DEFINE_config_file("config", None, "File with get_config(); see configs/.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Folder of the run; continues the run that it holds.")
+flags.DEFINE_string("arm", "", "Run this arm of the config, from the warm-up of the run in --workdir.")
+
+
+@dataclasses.dataclass
+class Run:
+    """What all stages share. Made once by `prepare`; nothing in it changes while training."""
+
+    config: object
+    workdir: str
+    data_workdir: str
+    mesh: object
+    tokenizer: object
+    marker: object
+    packer: object
+    clock: object
+    writer: object
+
+    def rollout(self, **changes):
+        return settings.rollout(self.config, self.tokenizer, self.marker, **changes)
+
+
+def main(argv) -> None:
+    from opsd_jax import arms
+
+    # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.
+    logging.get_absl_handler().addFilter(lambda record: "opsd_jax" in record.pathname or record.levelno >= 30)
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    if workdir is None or config is None:
+        raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
+    if flags.FLAGS.arm:
+        train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
+        return
+    controls = arms.Arms(list(config.arms), workdir, sys.argv[1:])
+    train(config, workdir, on_warm=controls.start)
+    if config.arms:
+        controls.finish()
+        print(arms.report(workdir, list(config.arms)))
+
+
+def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):
+    """Runs (or continues) a run and returns its final parameters.
+
+    on_warm: called when the weights are there that the OPSD stage starts from.
+    data_workdir: whose data and tokenizer are used where the config names none.
+    """
+    from opsd_jax import checkpoint
+
+    record_config(config, workdir)
+    ends = settings.stage_ends(config)
+    with checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
+            os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
+            keep_steps=[0, *ends.values()]) as checkpoints:
+        done = checkpoints.latest()
+        if done is not None:
+            saved = checkpoints.metadata(done)
+            checkpoint.check_config(saved["config"], config, ignore=_FREE)
+            logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
+        run = prepare(config, workdir, data_workdir or workdir, resume_step=None if done is None else done + 1)
+        with run.writer:
+            # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup is skipped, opsd starts from the
+            # parameters of step 350. With done = 500 warmup is skipped and opsd goes on with the state of step 500.
+            first, params = 0, None
+            for stage in config.stages:
+                if done is None or done < ends[stage] or stage == config.stages[-1]:
+                    if params is None and (done is None or done == first):
+                        params = initial_params(run, done)
+                    if stage == "opsd":
+                        on_warm()
+                    params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop)
+                    if stop.is_set:
+                        print(f"stopped as asked; the same command continues {workdir}")
+                        sys.exit(EXIT_STOPPED)
+                first = ends[stage]
+        print(f"{workdir}: where the time went\n{run.clock.table()}")
+        _write_json(os.path.join(workdir, "time.json"), run.clock.report())
+    return params
+
+
+def record_config(config, workdir: str) -> None:
+    """Checks the settings and writes W/config.json; ConfigMismatch if W holds a run with other settings."""
+    settings.check(config)
+    import jax
+
+    from opsd_jax import checkpoint
+
+    record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            checkpoint.check_config(json.load(f), record, ignore=_FREE)
+    elif jax.process_index() == 0:
+        os.makedirs(workdir, exist_ok=True)
+        _write_json(path, record)
+
+
+def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) -> Run:
+    """Makes everything of a run that is not weights: mesh, data, tokenizer, writers."""
+    import jax
+
+    from opsd_jax import checkpoint, data, metrics, rollout, sharding, tokenizer
+
+    clock = metrics.Clock()
+    primary = jax.process_index() == 0
+    mesh = sharding.make_mesh(**config.mesh)
+    for stage in config.stages:
+        micro, shards = config[stage].batch_size // config[stage].accumulation, sharding.batch_divisor(mesh)
+        if micro % shards:
+            raise ValueError(f"a micro batch of config.{stage} ({micro} rows) must be a multiple of the {shards} batch "
+                             "shards of config.mesh")
+    with clock("data"):
+        if primary:
+            data.make_if_absent(config, data_workdir)
+        tok = tokenizer.load(data.tokenizer_folder(config, data_workdir))
+    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
+    wandb = {"project": config.log.wandb, "config": checkpoint.config_to_json(config)} if config.log.wandb else None
+    writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard, wandb=wandb,
+                            resume_step=resume_step)
+    return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), clock, writer)
+
+
+def initial_params(run: Run, done):
+    """The weights that the first stage starts from, laid out on the mesh."""
+    import jax
+
+    from opsd_jax import checkpoint, convert, params as params_lib, sharding
+    from opsd_jax.model import bagel
+
+    config, model = run.config, settings.model(run.config)
+    abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
+    shardings = sharding.tree(run.mesh, abstract)
+    if done is not None or config.init_from:
+        source = os.path.join(run.workdir, "checkpoints", str(done)) if done is not None else config.init_from
+        if os.path.exists(os.path.join(source, "llm_config.json")):
+            found, params = convert.load(source)
+            if (found.llm, found.vit) != (model.llm, model.vit):
+                raise ValueError(f"{source} has sizes {found}, config.model says {model}: set config.model to them")
+            params = jax.device_put(params, shardings)
+        else:
+            params = checkpoint.restore_params(source, sharding.abstract(run.mesh, abstract))
+    else:
+        init = jax.jit(lambda key: bagel.init(key, config=model), out_shardings=shardings)
+        params = init(jax.random.key(config.seed))
+    counts = params_lib.count(params)
+    logging.info("parameters: %s", ", ".join(f"{group} {n:,}" for group, n in counts.items()))
+    return params
+
+
+def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints, done, stop):
+    """Steps first + 1 .. last of a run: one stage with its own optimizer and schedule. Returns the parameters.
+
+    params: the weights to start from; not used where a checkpoint of this stage is continued.
+    """
+    import jax
+
+    from opsd_jax import checkpoint, data, distill, metrics, rollout, sharding
+
+    config, clock = run.config, run.clock
+    distill_config = settings.distill(config, stage, run.tokenizer)
+    rollout_config = run.rollout()
+    on_policy = stage == "opsd"
+
+    # state: fresh from the parameters, or as the checkpoint left it
+    make_state = lambda p: distill.init_state(p, distill_config)
+    if done is not None and first < done:
+        from opsd_jax.model import bagel
+
+        abstract = jax.eval_shape(lambda: make_state(bagel.init(jax.random.key(0), config=distill_config.model)))
+        with clock("checkpoint"):
+            state = checkpoints.restore(done, sharding.abstract(run.mesh, abstract))
+        start = done
+    else:
+        shardings = sharding.tree(run.mesh, jax.eval_shape(make_state, params))
+        state = jax.jit(make_state, out_shardings=shardings)(params)
+        start = first
+        if on_policy and checkpoints.latest() is None:  # so that arms and diagnostics find the start
+            _save(run, checkpoints, start, state, stage, distill_config)
+
+    rows = data.Rows(config, run.data_workdir, run.tokenizer, "train")
+    batches = data.Batches(config, run.workdir, stage, rows, run.packer, process=jax.process_index(),
+                           processes=jax.process_count())
+    stream = batches.stream(start, last) if start < last else iter(())
+    buckets = batches.plan.num_buckets
+    health = metrics.Health(**config.health)
+    means, window = metrics.Means(), time.perf_counter()
+    sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    evaluation = Evaluation(run, stage)
+    guard = metrics.CompileGuard()
+    update = distill.program(distill.update_step if on_policy else distill.sft_step, state, distill_config)
+    for name, jitted, own in (("sample", rollout.sample, buckets + evaluation.signatures), ("update", update, buckets)):
+        guard.watch(name, jitted, jitted._cache_size() + own)
+
+    with metrics.Progress(last, f"{os.path.basename(os.path.normpath(run.workdir))}", stage, start=start,
+                          primary=jax.process_index() == 0) as progress:
+        for step in range(start, last):
+            with clock("data"):
+                host_batch, prepared = next(stream)
+                batch = sharding.put_batch(run.mesh, host_batch)
+            if on_policy:
+                with clock("sample"):
+                    rollout_params = jax.device_put(state["params"], sharding.tree(run.mesh, state["params"], "rollout"))
+                    key = jax.random.fold_in(sample_key, step)
+                    trajectory = rollout.sample(rollout_params, batch.student, key, config=rollout_config)
+                    attempt = 0
+                    while attempt < config.rollout.empty_retries and not _all_spoke(trajectory):
+                        attempt += 1
+                        host_batch, prepared = batches.opsd(step, attempt)
+                        batch = sharding.put_batch(run.mesh, host_batch)
+                        trajectory = rollout.sample(rollout_params, batch.student, jax.random.fold_in(key, attempt),
+                                                    config=rollout_config)
+                with clock("update"):
+                    state, found = update(state, batch, trajectory)
+                    jax.block_until_ready(state["step"])
+                found["empty_retries"] = attempt
+            else:
+                with clock("update"):
+                    state, found = update(state, batch)
+                    jax.block_until_ready(state["step"])
+            found.pop("jsd_by_position", None)
+            means.add({name: (value, 1) for name, value in found.items()})
+            now = step + 1
+
+            if step == start and start == first:
+                _show_batch(run, stage, now, prepared, host_batch)
+            if on_policy and (step == start or (config.log.samples_every and now % config.log.samples_every == 0)):
+                _show_rollouts(run, now, prepared, trajectory)
+            if now % config.log.every == 0 or now == last:
+                values, elapsed = means.take(), time.perf_counter() - window
+                window, done_steps = time.perf_counter(), now % config.log.every or config.log.every
+                values["samples_per_sec"] = done_steps * config[stage].batch_size / elapsed
+                values["tokens_per_sec"] = values["samples_per_sec"] * values["completion_len"]
+                values |= guard.check()
+                run.writer.scalars(now, stage, values)
+                health.check(now, values)
+                shown = {k: values[k] for k in ("loss", "accuracy", "completion_len") if k in values}
+                progress.update(now, **shown, **{"tokens/s": values["tokens_per_sec"]})
+            if config.eval.every and (now % config.eval.every == 0) and now < last:
+                with clock("eval"):
+                    scores = evaluation.during(now, state, distill_config)
+                run.writer.scalars(now, stage, scores)
+                health.check(now, scores)
+                window = time.perf_counter()
+            if now == last or stop.reached(now) or now % config.checkpoint.every == 0:
+                with clock("checkpoint"):
+                    _save(run, checkpoints, now, state, stage, distill_config)
+            if stop.is_set:
+                return state["params"]
+
+    if config.eval.final_split:
+        with clock("eval"):
+            evaluation.final(last, state["params"], start_step=first if stage in ("opsd", "sft") else None)
+    checkpoints.wait()
+    return state["params"]
+
+
+def _all_spoke(trajectory) -> bool:
+    """Whether no completion of the global batch is empty."""
+    import jax.numpy as jnp
+
+    return bool(jnp.all(trajectory.mask[:, 0]))
+
+
+def _save(run, checkpoints, step, state, stage, distill_config) -> None:
+    from opsd_jax import distill
+
+    params = state["params"]
+    if run.config.checkpoint.params == "ema" and "ema" in state:
+        params = distill.teacher_params(state, distill_config)
+    checkpoints.save(step, state, params, stage=stage, config=run.config)
+
+
+class Evaluation:
+    """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`."""
+
+    def __init__(self, run: Run, stage: str):
+        self.run, self.stage, self._rows = run, stage, {}
+        c = run.config.eval
+        # Programs that evaluation may add to the training sampler's: one a mode, the banned one, the EMA teacher's.
+        self.signatures = len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2
+
+    def _of(self, split):
+        from opsd_jax import data
+
+        if split not in self._rows:
+            self._rows[split] = data.Rows(self.run.config, self.run.data_workdir, self.run.tokenizer, split)
+        return self._rows[split]
+
+    def _evaluate(self, params, split, mode, limit, **changes):
+        import jax
+
+        from opsd_jax import eval as eval_lib, sharding
+
+        c = self.run.config
+        budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
+        params = jax.device_put(params, sharding.tree(self.run.mesh, params, "rollout"))
+        return eval_lib.evaluate(
+            params, self._of(split), self.run.packer, config=self.run.rollout(max_new_tokens=budget, **changes),
+            task_names=c.data.tasks, mode=mode, batch_size=c.eval.batch_size, limit=limit, seed=c.seed,
+            mesh=self.run.mesh)
+
+    def during(self, step, state, distill_config) -> dict:
+        """{"eval/<task>/<mode>": accuracy} on the validation rows; with an EMA teacher also its own accuracy."""
+        from opsd_jax import distill
+
+        c, scores = self.run.config, {}
+        for mode in c.eval.visual_thoughts:
+            for r in self._evaluate(state["params"], c.eval.split, mode, c.eval.rows):
+                scores[f"eval/{r.name}/{mode}"] = r.hits / len(r.predictions)
+        if "ema" in state and self.stage == "opsd":
+            teacher = distill.teacher_params(state, distill_config)
+            for r in self._evaluate(teacher, c.eval.split, c.teacher.visual_thoughts, c.eval.rows):
+                scores[f"eval/{r.name}/teacher"] = r.hits / len(r.predictions)
+        logging.info("step %d: %s", step, scores)
+        return scores
+
+    def final(self, step, params, start_step) -> None:
+        """Evaluates the whole final split and writes eval/<step>-<mode>/ with predictions and summary."""
+        import jax
+
+        from opsd_jax import checkpoint, eval as eval_lib, sharding
+
+        c, run = self.run.config, self.run
+        modes = [(mode, {}) for mode in c.eval.final_visual_thoughts]
+        modes += [("none", {"ban_marker": True})] if c.eval.final_banned else []
+        scores = {}
+        for mode, changes in modes:
+            name = mode + ("-banned" if changes else "")
+            results = self._evaluate(params, c.eval.final_split, mode, 0, **changes)
+            eval_lib.write(
+                os.path.join(run.workdir, "eval", f"{step:06d}-{name}"), results, protocol=f"mini-greedy-{name}",
+                checkpoint=os.path.join(run.workdir, "checkpoints", str(step)), seed=c.seed, split=c.eval.final_split)
+            scores |= {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
+        if c.eval.kl and start_step is not None:
+            abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
+            source = c.init_from or os.path.join(run.workdir, "checkpoints", str(start_step))
+            start = checkpoint.restore_params(source, abstract)
+            kl = lambda student: eval_lib.reference_kl(
+                start, student, self._of(c.eval.final_split), run.packer, config=settings.model(c),
+                task_names=c.data.tasks, batch_size=c.eval.batch_size, mesh=run.mesh)
+            before, after = kl(start), kl(params)
+            found = {task: {"before": before[task]["kl"], "after": after[task]["kl"], "n": after[task]["n"],
+                            "closure": 1 - after[task]["kl"] / before[task]["kl"]} for task in after}
+            os.makedirs(os.path.join(run.workdir, "eval", f"{step:06d}-kl"), exist_ok=True)
+            _write_json(os.path.join(run.workdir, "eval", f"{step:06d}-kl", "summary.json"),
+                        {"split": c.eval.final_split, "start": source, "unit": "nats per token", "tasks": found})
+            scores |= {f"kl/{task}/{k}": v for task, d in found.items() for k, v in d.items() if k != "n"}
+        run.writer.scalars(step, self.stage, scores)
+        logging.info("step %d, %s: %s", step, c.eval.final_split, scores)
+
+
+def _show_batch(run, stage, step, prepared, host_batch) -> None:
+    """Pictures and texts of the first rows of the first batch, as the model sees them."""
+    from opsd_jax import images
+
+    patch = run.config.model.vit.patch_size
+    for n, row in enumerate(prepared[:4]):
+        for name, image in (("problem", row.problem), *((f"vt{i}", vt) for i, vt in enumerate(row.visual_thoughts))):
+            run.writer.image(step, f"{stage}-row{n}-{name}", images.unpatchify(image.patches, image.grid, patch))
+    c = getattr(host_batch, "context", None) or host_batch.student
+    lines = []
+    for n, row in enumerate(prepared[:4]):
+        texts = {"context": c} if hasattr(host_batch, "context") else {
+            "student": host_batch.student, "teacher": host_batch.teacher}
+        lines.append(f"== {row.example.pid}: {row.example.question} -> {row.example.answer}")
+        lines += [f"{role}: {_context_text(run, x, n)}" for role, x in texts.items()]
+    run.writer.text(step, f"{stage}-first-batch", "\n".join(lines))
+
+
+def _context_text(run, c, row) -> str:
+    """The packed tokens of a row as text, patches shown as [n patches]."""
+    parts, patches = [], set(c.patch_slots[row].tolist())
+    run_length = 0
+    for slot in range(int(c.length[row]) + 1):
+        if slot in patches and slot < c.length[row]:
+            run_length += 1
+            continue
+        if run_length:
+            parts.append(f"[{run_length} patches]")
+            run_length = 0
+        if slot < c.length[row]:
+            parts.append(run.tokenizer.decode([c.tokens[row, slot]]))
+    return "".join(parts)
+
+
+def _show_rollouts(run, step, prepared, trajectory) -> None:
+    """What the student wrote for the first rows."""
+    import jax
+
+    if jax.process_count() > 1:  # rows of other hosts are not here
+        return
+    tokens, mask, skips = jax.device_get((trajectory.tokens, trajectory.mask, trajectory.num_skips))
+    run.writer.text(step, "rollouts", "\n".join(
+        f"{row.example.pid} ({skips[n]} skips), expected {row.example.answer!r}: {run.tokenizer.decode(tokens[n][mask[n]])}"
+        for n, row in enumerate(prepared[:8])))
+
+
+def _write_json(path, value) -> None:
+    with open(path + ".tmp", "w") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,406 @@
+"""Checkpoints: exact, complete or absent, on any mesh, with errors that say what to do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from opsd_jax import checkpoint
+from opsd_jax.checkpoint import (CheckpointError, CheckpointMismatch, CheckpointNotFound, Checkpoints,
+                                 ConfigMismatch)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def make_state(seed=0, width=4):
+    params = {"embed": jax.random.normal(jax.random.key(seed), (8, width)),
+              "layers": [{"kernel": jnp.full((width, width), seed + 0.5, jnp.bfloat16)},
+                         {"bias": jnp.arange(width)}]}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return {"params": params, "ema": jax.tree.map(lambda x: x + 1, params), "opt": optimizer.init(params),
+            "step": jnp.int32(seed), "rng": jax.random.key(seed)}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def keep(checkpoints, step, **more):
+    state = make_state(step)
+    return checkpoints.save(step, state, state["ema"], stage="opsd", config={"seed": step}, **more)
+
+
+def child(code, *arguments, env=None):
+    """Starts a fresh Python that runs `code`; its stdout is read line by line."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, **(env or {})}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=env,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+# ---------------------------------------------------------------------------- saving and restoring
+
+
+def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
+    state = make_state(3)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() is None
+        config = {"lr": 1e-3, "betas": (0.8, 0.9)}
+        assert checkpoints.save(3, state, state["ema"], stage="opsd", config=config,
+                                metrics={"loss": np.float32(0.5)}, wait=True)
+        assert checkpoints.latest() == 3
+        assert_same(checkpoints.restore(3, abstract(state)), state)
+        found = checkpoints.metadata(3)
+    assert found["config"] == {"lr": 1e-3, "betas": [0.8, 0.9]} and found["metrics"] == {"loss": 0.5}
+    assert (found["format"], found["stage"], found["step"]) == (checkpoint.FORMAT, "opsd", 3)
+    assert found["versions"]["jax"] == jax.__version__ and found["versions"]["orbax"]
+    # The step folder, its parent and the workdir all lead to it; without shardings it goes to one device.
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
+        assert_same(checkpoint.restore(folder, plain), state)
+        assert_same(checkpoint.restore_params(folder, plain["params"]), state["ema"])
+    assert checkpoint.metadata(tmp_path) == found
+
+
+def test_what_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=2, keep_steps=(3,), keep_every=5) as checkpoints:
+        for step in range(1, 10):
+            keep(checkpoints, step)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 5, 8, 9]
+
+
+def test_saving_a_step_again_is_skipped_and_an_older_one_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert keep(checkpoints, 4) and not keep(checkpoints, 4, wait=True)
+        with pytest.raises(ValueError, match="3 is older than checkpoint 4.*workdir"):
+            keep(checkpoints, 3)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not keep(checkpoints, 4) and keep(checkpoints, 5)
+    with pytest.raises(ValueError, match="keep_latest=0"):
+        Checkpoints(tmp_path, keep_latest=0)
+
+
+def test_a_save_in_flight_survives_donation_and_is_not_yet_the_latest(tmp_path):
+    state = {"params": {"w": jnp.arange(2**22, dtype=jnp.float32)}, "step": jnp.int32(1)}
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 7, s), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, state["params"], stage="opsd", config={})
+        assert checkpoints.latest() is None or (tmp_path / "1").exists()
+        state = jax.block_until_ready(update(state))
+        checkpoints.wait()
+        assert checkpoints.latest() == 1
+        assert_same(jax.tree.map(np.asarray, checkpoints.restore(1, abstract(state))), expected)
+
+
+def test_one_shot_save_refuses_to_overwrite(tmp_path):
+    state = make_state(1)
+    checkpoint.save(tmp_path / "run", state, state["params"], step=1, stage="warmup", config={"a": 1})
+    assert_same(checkpoint.restore(tmp_path / "run", abstract(state)), state)
+    with pytest.raises(FileExistsError, match="run exists and is not empty"):
+        checkpoint.save(tmp_path / "run", state, state["params"])
+    (tmp_path / "release").mkdir()  # an empty folder is welcome
+    checkpoint.save(tmp_path / "release", None, state["params"])
+    assert_same(checkpoint.restore_params(tmp_path / "release", abstract(state["params"])), state["params"])
+    with pytest.raises(CheckpointMismatch, match="no 'state', only .'params'."):
+        checkpoint.restore(tmp_path / "release", abstract(state))
+
+
+def test_params_may_change_their_floating_dtype_or_be_a_part(tmp_path):
+    params = {"und": {"w": jnp.linspace(0, 1, 12).reshape(3, 4)}, "gen": {"w": jnp.ones((3, 4))},
+              "ids": jnp.arange(3)}
+    checkpoint.save(tmp_path / "c", None, params)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    with pytest.raises(CheckpointMismatch, match=r"1 of 3 arrays(.|\n)*ids +int32\[3\] +bfloat16\[3\]"):
+        checkpoint.restore_params(tmp_path / "c", half)
+    half["ids"] = params["ids"]
+    loaded = checkpoint.restore_params(tmp_path / "c", half)
+    assert_same(loaded["und"]["w"], params["und"]["w"].astype(jnp.bfloat16))
+    part = {"und": half["und"]}
+    assert_same(checkpoint.restore_params(tmp_path / "c", part, partial=True), {"und": loaded["und"]})
+    with pytest.raises(CheckpointMismatch, match=r"gen/w"):
+        checkpoint.restore_params(tmp_path / "c", part)
+    with pytest.raises(CheckpointMismatch, match=r"und/b +absent +float32\[2\]"):  # partial is one way only
+        checkpoint.restore_params(tmp_path / "c", {"und": {**half["und"], "b": jnp.ones(2)}}, partial=True)
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def test_mismatch_lists_every_difference_at_once(tmp_path):
+    state = make_state(1, width=4)
+    checkpoint.save(tmp_path / "c", state, state["params"])
+    other = make_state(1, width=6)
+    del other["ema"]
+    other["params"]["head"] = jnp.ones((2, 2))
+    other["step"] = jnp.float32(0)
+    with pytest.raises(CheckpointMismatch) as caught:
+        checkpoint.restore(tmp_path / "c", abstract(other))
+    text = " ".join(str(caught.value).split())
+    for row in ("params/embed float32[8, 4] float32[8, 6]",
+                "params/layers/0/kernel bfloat16[4, 4] bfloat16[6, 6]",
+                "opt/1/0/mu/embed float32[8, 4] float32[8, 6]", "ema/embed float32[8, 4] absent",
+                "params/head absent float32[2, 2]", "step int32[] float32[]"):
+        assert row in text, row
+    assert str(tmp_path / "c") in text and "opt/1/0/count" not in text  # what agrees is not listed
+
+
+def test_no_checkpoint_says_what_is_there(tmp_path):
+    with pytest.raises(CheckpointNotFound, match="nothere: no such folder"):
+        checkpoint.restore(tmp_path / "nothere", {})
+    with pytest.raises(CheckpointNotFound, match="it holds: nothing"):
+        checkpoint.restore(tmp_path, {})
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointNotFound, match=f"{tmp_path}.*it holds: model.safetensors"):
+        checkpoint.restore_params(tmp_path, {})
+
+
+def test_half_a_save_is_named_and_the_complete_one_used(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    (folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    for path in (tmp_path, folder, folder / "7"):
+        with pytest.raises(CheckpointNotFound, match="interrupted"):
+            checkpoint.restore(path, {})
+    state = make_state(5)
+    checkpoint.save(folder / "5", state, state["params"])
+    with caplog.at_level("WARNING"):
+        assert_same(checkpoint.restore(tmp_path, abstract(state)), state)
+    assert "7.orbax-checkpoint-tmp" in caplog.text and "using step 5" in caplog.text
+    with pytest.raises(CheckpointNotFound, match=r"7: this save was interrupted.*\[5\]"):
+        checkpoint.restore(folder / "7", abstract(state))
+    with pytest.raises(CheckpointNotFound, match=r"6: no such checkpoint.*\[5\]"):
+        checkpoint.restore(folder / "6", abstract(state))
+    assert (folder / "7.orbax-checkpoint-tmp").exists()  # reading deletes nothing: a run may be writing it
+    caplog.clear()
+    with caplog.at_level("WARNING"), Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest() == 5
+        keep(checkpoints, 8, wait=True)
+        assert sorted(path.name for path in folder.iterdir()) == ["5", "8"]
+    assert "removing half-written" in caplog.text and "7.orbax-checkpoint-tmp" in caplog.text
+
+
+def test_damaged_files_and_strange_checkpoints(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
+    for step in (1, 2):
+        checkpoint.save(tmp_path / str(step), state, state)
+    largest = max((path for path in (tmp_path / "2" / "params").rglob("*") if path.is_file()),
+                  key=lambda path: path.stat().st_size)
+    os.truncate(largest, 100)
+    with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/2 failed.*delete that folder.*\[1, 2\]"):
+        checkpoint.restore_params(tmp_path, abstract(state))
+    ocp.save_checkpointables(tmp_path / "foreign", {"params": state})
+    with pytest.raises(CheckpointMismatch, match="foreign is an Orbax checkpoint, but not one of opsd_jax"):
+        checkpoint.restore_params(tmp_path / "foreign", abstract(state))
+    future = {"format": checkpoint.FORMAT + 1}
+    ocp.save_checkpointables(tmp_path / "future", {"params": state}, custom_metadata=future)
+    with pytest.raises(CheckpointMismatch, match="update opsd_jax"):
+        checkpoint.metadata(tmp_path / "future")
+
+
+def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
+    """Writes truly fail (a file-size limit); keep_latest=1 deletes step 1 if step 2 passes for written."""
+    code = """
+        import resource, sys
+        import jax, jax.numpy as jnp
+        from opsd_jax.checkpoint import Checkpoints, CheckpointError
+        state = lambda step: {"w": jax.random.normal(jax.random.key(step), (512, 512))}
+        limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        save = lambda c, step, **more: c.save(step, state(step), state(step), stage="opsd", config={}, **more)
+        with Checkpoints(sys.argv[1], keep_latest=1) as c:
+            save(c, 1, wait=True)
+            limit(100_000)
+            save(c, 2)  # async: the error comes with the next call
+            for call in (lambda: save(c, 3), lambda: save(c, 3, wait=True)):
+                try:
+                    call()
+                    print("no error")
+                except CheckpointError as error:
+                    print(isinstance(error, OSError), sys.argv[1] in str(error), "too large" in str(error),
+                          "usable: [1]" in str(error), c.latest())
+            c.wait()  # told already
+            restored = c.restore(1, state(0))
+            print("restored", bool((restored["w"] == state(1)["w"]).all()))
+            limit(resource.RLIM_INFINITY)
+            print("again", save(c, 3, wait=True), c.latest())
+            print("restored", bool((c.restore(3, state(0))["w"] == state(3)["w"]).all()))
+    """
+    lines = finish(child(code, tmp_path)).splitlines()
+    assert lines == ["True True True True 1"] * 2 + ["restored True", "again True 3", "restored True"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]  # 1 went only when 3 was complete
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints._checkpointer, "close", lambda: (_ for _ in ()).throw(ValueError("disk")))
+    with pytest.raises(ZeroDivisionError), checkpoints:
+        1 / 0
+    checkpoints._failed = False
+    with pytest.raises(CheckpointError, match="disk"), checkpoints:
+        pass
+
+
+# ---------------------------------------------------------------------------- other machines, and death
+
+
+def test_saved_on_eight_devices_restored_on_four(tmp_path):
+    code = """
+        import sys
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        from opsd_jax import checkpoint
+        count = int(sys.argv[2])
+        assert jax.device_count() == count
+        value = {"w": np.arange(16 * 24, dtype=np.float32).reshape(16, 24),
+                 "b": (np.arange(24) * 0.5).astype(jnp.bfloat16), "step": np.int32(9)}
+        if count == 8:
+            mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+            specs = {"w": P("fsdp"), "b": P("fsdp"), "step": P()}
+        else:
+            mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+            specs = {"w": P("y", "x"), "b": P(), "step": P()}
+        shardings = {key: NamedSharding(mesh, spec) for key, spec in specs.items()}
+        state = jax.device_put(value, shardings)
+        if count == 8:
+            checkpoint.save(sys.argv[1], state, {"w": state["w"]})
+        else:
+            shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            loaded = checkpoint.restore(sys.argv[1], jax.tree.map(shape, state))
+            params = checkpoint.restore_params(sys.argv[1], {"w": shape(state["w"])})
+            for found in (loaded, params):
+                print(all(found[key].sharding == shardings[key] for key in found),
+                      all((np.asarray(found[key]) == value[key]).all() for key in found))
+    """
+    for count in (8, 4):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        out = finish(child(code, tmp_path / "c", count, env=flags))
+    assert out.split() == ["True"] * 4
+
+
+def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
+    """A run of 100 MB saves is killed in the middle of one, three times; each start finds exact weights."""
+    code = """
+        import sys
+        import jax, jax.numpy as jnp
+        from opsd_jax.checkpoint import Checkpoints
+        size = 25 * 2**20 // 3
+        weights = jax.jit(lambda step: jnp.arange(size, dtype=jnp.float32) % 1000 + step)
+        make = lambda step: {"params": weights(step), "ema": weights(step + 1), "opt": weights(step + 2),
+                             "step": jnp.int32(step)}
+        with Checkpoints(sys.argv[1]) as checkpoints:
+            step = checkpoints.latest() or 0
+            if step:
+                state = checkpoints.restore(step, jax.eval_shape(make, 0))
+                assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, make(step)))
+                assert checkpoints.metadata(step)["step"] == step
+            print("restored", step, flush=True)
+            while True:
+                step += 1
+                state = make(step)
+                checkpoints.save(step, state, state["ema"], stage="opsd", config={})
+                checkpoints.wait()
+                print("saved", step, flush=True)
+    """
+    last, killed_midway, deadline = 0, 0, time.monotonic() + 100
+    for delay in (0.0, 0.05, 0.15, None):
+        process = child(code, tmp_path)
+        try:
+            word, step = process.stdout.readline().split() or pytest.fail(process.stderr.read()[-3000:])
+            assert word == "restored" and int(step) >= last, (word, step, last)
+            last = int(step)
+            if delay is None:
+                break
+            last = int(process.stdout.readline().split()[1])  # one more is complete
+            half = tmp_path / f"{last + 1}.orbax-checkpoint-tmp"
+            while not half.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(delay)
+        finally:
+            process.kill()
+            process.communicate()
+        killed_midway += half.exists()
+    assert killed_midway >= 1 and last >= 3
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def test_config_to_json():
+    config = ConfigDict({"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}})
+    config.total = config.get_ref("n") * 2
+    plain = checkpoint.config_to_json(config)
+    assert plain == {"lr": 1e-3, "betas": [0.8, 0.9], "name": None, "n": 3, "sub": {"on": True}, "total": 6}
+    assert json.loads(json.dumps(plain)) == plain
+    assert json.dumps(checkpoint.config_to_json({"n": np.int64(3), "on": np.True_})) == '{"n": 3, "on": true}'
+    with pytest.raises(TypeError, match="setting sub.dtype is a .*use its name"):
+        checkpoint.config_to_json({"sub": {"dtype": jnp.float32}})
+    with pytest.raises(ValueError, match=r"setting clip\[1\] is inf.*None"):
+        checkpoint.config_to_json({"clip": [1.0, float("inf")]})
+
+
+def test_check_config_shows_all_differences_and_the_mend():
+    saved = {"lr": 1e-3, "model": {"depth": 4, "old": 1}, "betas": [0.8, 0.9], "log": {"every": 10},
+             "logger": "a"}
+    checkpoint.check_config(saved, ConfigDict({**saved, "betas": (0.8, 0.9)}))
+    checkpoint.check_config(saved, {**saved, "log": {"every": 99, "new": 1}}, ignore=("log",))
+    current = {**saved, "lr": 2e-3, "model": {"depth": 4, "new": "x"}, "log": {"every": 5}, "logger": "b"}
+    with pytest.raises(ConfigMismatch) as caught:
+        checkpoint.check_config(saved, current, ignore=("log",))
+    text = " ".join(str(caught.value).split())
+    for row in ("lr 0.001 0.002", "model.old 1 absent", 'model.new absent "x"', 'logger "a" "b"',
+                "--config.logger=", "another --workdir", "May change on resume: log."):
+        assert row in text, row
+    assert "log.every" not in text and "betas" not in text and "depth" not in text
+
+
+# ---------------------------------------------------------------------------- being asked to stop
+
+
+def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with checkpoint.install_sigterm() as flag:
+            assert not flag.is_set and not flag.reached(1)
+            os.kill(os.getpid(), number)
+            assert flag.is_set and flag.reached(2)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_outside_of_the_main_thread_there_is_a_warning(caplog):
+    import threading
+
+    flags = []
+    with caplog.at_level("WARNING"):
+        thread = threading.Thread(target=lambda: flags.append(checkpoint.install_sigterm()))
+        thread.start()
+        thread.join()
+    assert not flags[0].is_set and "not in the main thread" in caplog.text

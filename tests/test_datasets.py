@@ -1,0 +1,717 @@
+"""opsd_jax/datasets: the parquet -> TFDS preparation, both sources, and the plan of batches."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+import io
+import json
+import os
+from pathlib import Path
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from opsd_jax.datasets import visual_opsd
+from opsd_jax.datasets.plan import BatchPlan
+from opsd_jax.datasets.visual_opsd import BadRow, BadSource, ParquetSource, open_source, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> dict:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(), mode=None).save(file, kind)
+    return {"bytes": file.getvalue(), "path": f"{seed}.png"}
+
+
+def row(i: int, **changes) -> dict:
+    """A row as released: one visual thought, two thoughts, the misspelt column names."""
+    return {"pid": f"p{i}", "question": f"What is {i}? ü汉", "answer": "ABCD"[i % 4],
+            "problem_image_0": picture(i), "resoning_thought_0": f"look {i}",
+            "reasoning_image_0": picture(1000 + i), "resoning_thought_1": f"so {i}", "task": "Maze",
+            "full_text_only_thought": f"all {i}"} | changes
+
+
+def write(path: Path, rows: list[dict], **options) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(column for r in rows for column in r))
+    table = pyarrow.Table.from_pylist([{column: r.get(column) for column in columns} for r in rows])
+    pyarrow.parquet.write_table(table, path, **options)
+    return path
+
+
+def maze(source: Path, rows: list[dict], **options) -> Path:
+    return write(source / "Maze" / "data" / "train-00000-of-00001.parquet", rows, **options)
+
+
+@pytest.fixture
+def two_tasks(tmp_path) -> Path:
+    """Maze: 2 train shards of 5 and 3 rows, 1 of validation; Chart: 4 rows with metadata, no data/ folder."""
+    source = tmp_path / "source"
+    write(source / "Maze/data/train-00000-of-00002.parquet", [row(i) for i in range(5)], row_group_size=2)
+    write(source / "Maze/data/train-00001-of-00002.parquet", [row(i) for i in range(5, 8)])
+    write(source / "Maze/data/validation-00000-of-00001.parquet", [row(i) for i in range(8, 10)])
+    write(source / "Chart_Refocus/train-00000-of-00001.parquet",
+          [row(i, task="", metadata=json.dumps({"bars": [i, 2.5]}) if i else "") for i in range(4)])
+    return source
+
+
+# -------------------------------------------------------------------------------- the good way
+
+
+def test_what_goes_in_comes_out(two_tasks, tmp_path):
+    report = prepare(two_tasks, tmp_path / "out")
+    assert report.rows == {"chart_refocus/train": 4, "maze/train": 8, "maze/validation": 2}
+    assert report.bad_rows == report.warnings == () and report.bytes > 0 and report.seconds > 0
+    source = open_source(tmp_path / "out", "train", task="Maze")
+    assert len(source) == 8
+    for i, example in enumerate(source):
+        r = row(i)
+        assert (example.pid, example.task) == (f"p{i}", "Maze")
+        assert (example.question, example.answer) == (r["question"], r["answer"])
+        assert example.problem_image == r["problem_image_0"]["bytes"]
+        assert example.visual_thoughts == (r["reasoning_image_0"]["bytes"],)
+        assert example.thoughts == (f"look {i}", f"so {i}") and example.full_text_only_thought == f"all {i}"
+        assert example.metadata == {}
+    chart = open_source(tmp_path / "out/visual_opsd/chart_refocus/1.0.0")
+    assert [e.metadata for e in chart] == [{}] + [{"bars": [i, 2.5]} for i in (1, 2, 3)]
+    assert chart[0].task == "Chart_Refocus"  # the row says none: its folder
+    assert source[np.int64(7)].pid == "p7"
+    for index in (-1, 8):
+        with pytest.raises(IndexError, match="8 rows"):
+            source[index]
+
+
+def test_pictures_pass_bit_by_bit_and_all_rounds_are_read(tmp_path):
+    kinds = [picture(1, "JPEG"), picture(2, "PNG", "RGBA"), picture(3, "WEBP"), picture(4, "PNG", "L")]
+    full = row(9) | {f"reasoning_image_{i}": picture(20 + i) for i in range(8)} \
+                  | {f"resoning_thought_{i}": f"t{i}" for i in range(8)}
+    few = [row(i, problem_image_0=kind, reasoning_image_0=kind) for i, kind in enumerate(kinds)]
+    maze(tmp_path / "s", few + [full])
+    prepare(tmp_path / "s", tmp_path / "out")
+    source = open_source(tmp_path / "out", task="maze")
+    for i, p in enumerate(kinds):
+        assert source[i].problem_image == p["bytes"] and source[i].visual_thoughts == (p["bytes"],)
+    assert source[4].thoughts == tuple(f"t{i}" for i in range(8))
+    assert source[4].visual_thoughts == tuple(picture(20 + i)["bytes"] for i in range(8))
+
+
+def test_plain_tfds_reads_it(two_tasks, tmp_path):
+    import tensorflow_datasets as tfds
+    prepare(two_tasks, tmp_path / "out")
+    by_folder = tfds.builder_from_directory(tmp_path / "out/visual_opsd/maze/1.0.0").as_data_source("train")
+    by_name = tfds.data_source("visual_opsd/maze", data_dir=tmp_path / "out", split="train")
+    for source in (by_folder, by_name):
+        assert len(source) == 8
+        assert source[6]["pid"] == b"p6" and list(source[6]["reasoning_thoughts"]) == [b"look 6", b"so 6"]
+        want = np.asarray(Image.open(io.BytesIO(row(6)["problem_image_0"]["bytes"])))
+        np.testing.assert_array_equal(source[6]["problem_image"], want)
+        assert len(source[6]["reasoning_images"]) == 1
+    raw = tfds.data_source("visual_opsd/maze", data_dir=tmp_path / "out", split="validation", decoders={
+        "problem_image": visual_opsd.RawBytes(), "reasoning_images": visual_opsd.RawBytes()})
+    assert raw[0]["problem_image"] == row(8)["problem_image_0"]["bytes"]
+
+
+@pytest.mark.parametrize("layout, given", [("data/train-0.parquet", "Maze"), ("train-0.parquet", "Maze"),
+                                           ("data/train.parquet", "Maze/data"), ("data/train-0.parquet", "")])
+def test_layouts(tmp_path, layout, given):
+    write(tmp_path / "s/Maze" / layout, [row(0)])
+    assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"maze/train": 1}
+    assert ParquetSource(tmp_path / "s" / given)[0] == open_source(tmp_path / "out", task="maze")[0]
+
+
+@pytest.mark.parametrize("split, want", [
+    ("train", range(8)), ("train[:3]", range(3)), ("train[3:6]", [3, 4, 5]), ("train[-2:]", [6, 7]),
+    ("train[25%:75%]", range(2, 6)), ("validation", [8, 9]), ("train[4:6]+validation[1:]", [4, 5, 9])])
+def test_slices_mean_the_same_in_both_sources(two_tasks, tmp_path, split, want):
+    prepare(two_tasks, tmp_path / "out")
+    prepared = open_source(tmp_path / "out", split, task="maze")
+    parquet = ParquetSource(two_tasks / "Maze", split)
+    assert [e.pid for e in prepared] == [f"p{i}" for i in want]
+    assert list(parquet) == list(prepared) and len(parquet) == len(prepared)
+
+
+def test_files_of_one_name_and_links_to_folders(tmp_path):
+    write(tmp_path / "blob/train-0.parquet", [row(0)])
+    write(tmp_path / "blob/data/train-0.parquet", [row(1)])
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/Maze").symlink_to(tmp_path / "blob")  # as from a download cache: the link has the name
+    for source in (tmp_path / "s", tmp_path / "s/Maze"):
+        assert prepare(source, tmp_path / "out").rows == {"maze/train": 2}
+    assert {e.pid for e in open_source(tmp_path / "out", task="maze")} == {"p0", "p1"}
+
+
+def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
+    prepare(two_tasks, tmp_path / "out")
+    for source in (open_source(tmp_path / "out", "train[1:7]", task="maze"),
+                   ParquetSource(two_tasks / "Maze", "train[1:7]")):
+        want = [source[i] for i in range(6)]
+        assert list(pickle.loads(pickle.dumps(source))) == want
+        order = np.random.default_rng(0).integers(0, 6, 200)
+        fresh = pickle.loads(pickle.dumps(source))
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(fresh.__getitem__, order)) == [want[i] for i in order]
+
+
+def test_limit_and_splits(two_tasks, tmp_path):
+    report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train",))
+    assert report.rows == {"chart_refocus/train": 4, "maze/train": 6}  # 5 of the first file, 1 of the second
+    assert [e.pid for e in open_source(tmp_path / "a", task="maze")] == [f"p{i}" for i in range(6)]
+    report = prepare(two_tasks / "Maze", tmp_path / "b", limit=2)
+    assert report.rows == {"maze/train": 2, "maze/validation": 2}
+    shards = sorted(p.name for p in (tmp_path / "b").rglob("*train.array_record*"))
+    assert shards == ["visual_opsd-train.array_record-00000-of-00001"]  # the second file is not needed
+
+
+def test_progress_bar_on_a_terminal_only(two_tasks, tmp_path, capsys, monkeypatch):
+    prepare(two_tasks, tmp_path / "a")
+    assert "preparing" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare(two_tasks, tmp_path / "b")
+    assert "preparing rows" in (shown := capsys.readouterr().err) and "100%" in shown
+    prepare(two_tasks, tmp_path / "c", progress=False)
+    assert "preparing" not in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- bad rows
+
+NOT_A_PICTURE = {"bytes": b"\x89PNG no", "path": None}
+CUT_OFF = {"bytes": picture(5, size=(64, 64))["bytes"][:-200], "path": None}
+BAD_ROWS = {
+    "blank question": ({"question": " \n"}, "question is empty"),
+    "no question": ({"question": None}, "question is empty"),
+    "no answer": ({"answer": ""}, "answer is empty"),
+    "no picture": ({"problem_image_0": None}, "problem_image_0 is missing"),
+    "path only": ({"problem_image_0": {"bytes": None, "path": "a.png"}}, "problem_image_0 holds no bytes"),
+    "broken picture": ({"problem_image_0": NOT_A_PICTURE}, "problem_image_0 cannot be decoded"),
+    "truncated picture": ({"problem_image_0": CUT_OFF}, "problem_image_0 cannot be decoded"),
+    "no thought": ({"resoning_thought_0": "", "resoning_thought_1": None}, "resoning_thought_0.*no thought"),
+    "bad metadata": ({"metadata": "{'a': 1}"}, "metadata is not JSON"),
+    "list metadata": ({"metadata": "[1]"}, "metadata is JSON, but not an object"),
+}
+
+
+@pytest.mark.parametrize("changes, reason", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row(tmp_path, changes, reason):
+    file = maze(tmp_path / "s", [row(0), row(1), row(2, **changes), row(3)])
+    with pytest.raises(BadRow, match=reason) as error:
+        prepare(tmp_path / "s", tmp_path / "out")
+    for part in (str(file), "row 2", "'p2'", "--on_bad_row=skip"):
+        assert part in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a worker process
+    source = ParquetSource(tmp_path / "s/Maze")
+    assert source[3].pid == "p3"
+    with pytest.raises(BadRow, match=reason):
+        source[2]
+
+    report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
+    (note,) = report.bad_rows
+    assert note[:3] == (str(file), 2, "p2") and report.rows == {"maze/train": 3}
+    assert note.reason in str(report) and "'p2'" in str(report)
+    written = json.loads((tmp_path / "out/visual_opsd/maze/1.0.0/report.json").read_text())
+    assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"maze/train": 3}
+    assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p0", "p1", "p3"]
+    with pytest.raises(BadRow):  # what was skipped before does not pass where it is to fail
+        prepare(tmp_path / "s", tmp_path / "out")
+
+
+def test_values_of_a_wrong_type(tmp_path):
+    maze(tmp_path / "a", [row(0, answer=7)])
+    with pytest.raises(BadRow, match="answer is of type int"):
+        prepare(tmp_path / "a", tmp_path / "out")
+    maze(tmp_path / "b", [row(0, problem_image_0="a.png")])
+    with pytest.raises(BadRow, match="problem_image_0 is not a picture"):
+        prepare(tmp_path / "b", tmp_path / "out")
+
+
+def test_every_bad_row_is_named_and_an_empty_shard_does_no_harm(tmp_path):
+    write(tmp_path / "s/Maze/train-0.parquet", [row(0, answer=""), row(1, question="")])
+    write(tmp_path / "s/Maze/train-1.parquet", [row(2)])
+    report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
+    assert [(note.row, note.pid) for note in report.bad_rows] == [(0, "p0"), (1, "p1")]
+    assert all(f"'{pid}'" in str(report) for pid in ("p0", "p1"))
+    assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p2"]
+
+
+def test_visual_thoughts_that_are_left_out_are_named(tmp_path):
+    good, none = picture(1), {"bytes": None, "path": None}
+    maze(tmp_path / "s", [
+        row(0, reasoning_image_0=None, reasoning_image_1=good, reasoning_image_2=None),  # a gap
+        row(1, reasoning_image_0=good, reasoning_image_1=CUT_OFF, reasoning_image_2=good),
+        row(2, reasoning_image_0=NOT_A_PICTURE),
+        row(3, reasoning_image_0=None),
+        row(4, reasoning_image_0=good, reasoning_image_1=none)])
+    report = prepare(tmp_path / "s", tmp_path / "out")
+    assert [(n.row, n.reason.split(": ")[0], n.reason.split()[1]) for n in report.warnings] == [
+        (0, "dropped_visual_thought", "reasoning_image_0"),
+        (1, "dropped_visual_thought", "reasoning_image_1"),
+        (2, "dropped_visual_thought", "reasoning_image_0"),
+        (2, "no_visual_thought", "the"), (3, "no_visual_thought", "the")]
+    assert "warning no_visual_thought: 2" in str(report)
+    source = open_source(tmp_path / "out", task="maze")
+    assert [len(e.visual_thoughts) for e in source] == [1, 2, 0, 0, 1]
+    assert source[0].visual_thoughts == (good["bytes"],)
+
+
+def test_other_warnings(tmp_path):
+    write(tmp_path / "s/Maze/train-0.parquet", [row(0), row(1, pid="p0"), row(2, difficulty=3)])
+    write(tmp_path / "s/Maze/train-1.parquet", [row(3, pid="p0"), row(4)])
+    write(tmp_path / "s/Maze/dev-0.parquet", [row(5)])
+    warnings = prepare(tmp_path / "s", tmp_path / "out").warnings
+    assert {(Path(n.file).name, n.row, n.reason.split(":")[0]) for n in warnings} == {
+        ("dev-0.parquet", None, "ignored_file"), ("train-0.parquet", None, "ignored_column"),
+        ("train-0.parquet", 1, "duplicate_pid"), ("train-1.parquet", 0, "duplicate_pid")}
+    assert any("difficulty" in n.reason for n in warnings)
+
+
+def test_rows_without_pid_get_one(tmp_path):
+    rows = [row(0), row(1)]
+    for r in rows:
+        del r["pid"], r["task"], r["full_text_only_thought"]
+    maze(tmp_path / "s", rows)
+    assert prepare(tmp_path / "s", tmp_path / "out").warnings == ()
+    example = open_source(tmp_path / "out", task="maze")[1]
+    assert (example.pid, example.task) == ("train-00000-of-00001:1", "Maze")
+    assert example.full_text_only_thought == ""
+
+
+# -------------------------------------------------------------------------------- bad sources
+
+
+def without(column: str, **more) -> dict:
+    return {k: v for k, v in (row(0) | more).items() if k != column}
+
+
+@pytest.mark.parametrize("bad, message", [
+    (without("answer"), "has no column 'answer'; its columns: pid, question"),
+    (without("problem_image_0", problem_image=picture(1)), "'problem_image'.*did you mean 'problem_image_0'"),
+    (without("resoning_thought_0", reasoning_thought_0="t"),
+     "no column 'resoning_thought_0'.*'reasoning_thought_0'.*did you mean 'resoning_thought_0'"),
+    (without("reasoning_image_0", resoning_image_0=picture(1)), "did you mean 'reasoning_image_0'"),
+    (row(0, reasoning_thought_2="t"), "did you mean 'resoning_thought_2'")])
+def test_columns_with_wrong_names(tmp_path, bad, message):
+    file = maze(tmp_path / "s", [bad])
+    for attempt in (lambda folder: prepare(folder, tmp_path / "out"), ParquetSource):
+        with pytest.raises(BadSource, match=message) as error:
+            attempt(tmp_path / "s")
+        assert str(file) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_are_none(tmp_path):
+    with pytest.raises(BadSource, match="nowhere is not a folder"):
+        prepare(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty/images").mkdir(parents=True)
+    with pytest.raises(BadSource, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "):
+        prepare(tmp_path / "empty", tmp_path / "out")
+    write(tmp_path / "s/Maze/part-0.parquet", [row(0)])
+    with pytest.raises(BadSource, match=r"train-\*.*part-0.parquet.*Rename"):
+        prepare(tmp_path / "s", tmp_path / "out")
+    write(tmp_path / "s/train-0.parquet", [row(0)])
+    with pytest.raises(BadSource, match="one task or several"):
+        prepare(tmp_path / "s", tmp_path / "out")
+    write(tmp_path / "space/My Maze/train-0.parquet", [row(0)])
+    with pytest.raises(BadSource, match="My Maze.*rename the folder"):
+        prepare(tmp_path / "space", tmp_path / "out")
+    maze(tmp_path / "case", [row(0)])
+    write(tmp_path / "case/maze/train-0.parquet", [row(0)])
+    with pytest.raises(BadSource, match="upper and lower case"):
+        prepare(tmp_path / "case", tmp_path / "out")
+    with pytest.raises(BadSource, match="Maze has no split test, only train"):
+        prepare(tmp_path / "case/Maze", tmp_path / "out", splits=("train", "test"))
+    with pytest.raises(BadSource, match="2 tasks.*Maze"):
+        maze(tmp_path / "two", [row(0)])
+        write(tmp_path / "two/Chart/train-0.parquet", [row(0)])
+        ParquetSource(tmp_path / "two")
+    with pytest.raises(ValueError, match="on_bad_row.*'ignore'"):
+        prepare(tmp_path / "two", tmp_path / "out", on_bad_row="ignore")
+    with pytest.raises(ValueError, match="limit"):
+        prepare(tmp_path / "two", tmp_path / "out", limit=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_without_rows_or_broken(tmp_path):
+    import pyarrow.parquet
+    good = maze(tmp_path / "s", [row(i, reasoning_image_0=picture(i, size=(99, 99))) for i in range(3)])
+    empty = pyarrow.parquet.read_table(good).slice(0, 0)
+    (tmp_path / "e/Maze").mkdir(parents=True)
+    pyarrow.parquet.write_table(empty, tmp_path / "e/Maze/train-0.parquet")
+    with pytest.raises(BadSource, match="train files hold no row"):
+        prepare(tmp_path / "e", tmp_path / "out")
+    maze(tmp_path / "all", [row(0, answer=""), row(1, answer="")])
+    with pytest.raises(BadSource, match="(?s)no row of maze/train is usable.*'p1'"):
+        prepare(tmp_path / "all", tmp_path / "out", on_bad_row="skip")
+    data = good.read_bytes()
+    for broken in (b"not parquet at all", data[:len(data) // 2], data[:4] + bytes(99) + data[103:]):
+        good.write_bytes(broken)
+        with pytest.raises(BadSource, match="(?s)cannot be read as parquet.*again") as error:
+            prepare(tmp_path / "s", tmp_path / "out2")
+        assert str(good) in str(error.value)
+
+
+def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
+    import pyarrow
+    noise = [picture(i, size=(200, 200)) for i in range(10)]  # 120 kB each
+    file = maze(tmp_path / "s", [row(i, problem_image_0=noise[i % 10]) for i in range(160)],
+                row_group_size=16, use_dictionary=False)
+    assert file.stat().st_size > 18e6
+    before, peak = pyarrow.total_allocated_bytes(), 0
+    for batch in visual_opsd._read_batches(file, 160):
+        assert len(batch) <= 32
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert 1e6 < peak < 10e6
+
+
+# -------------------------------------------------------------------------------- interruptions
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_full_disk_then_resume(tmp_path):
+    """A file size limit stands in for the full disk: ArrayRecord reports both alike, and on close only."""
+    for k in range(3):
+        size = (400, 400) if k == 1 else (12, 9)
+        write(tmp_path / f"s/Maze/train-{k}.parquet", [row(10 * k + i, problem_image_0=picture(i, size=size))
+                                                       for i in range(3)])
+    script = textwrap.dedent("""
+        import resource, signal, sys
+        from opsd_jax.datasets.visual_opsd import prepare
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        try:
+            prepare(*sys.argv[1:])
+        except OSError as error:
+            print(error)
+            sys.exit(3)
+        """)
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "s", tmp_path / "out"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert f"{folder}/visual_opsd-train.array_record-00001-of-00003 could not be written" in done.stdout
+    assert "free space" in done.stdout and "finished shards are kept" in done.stdout
+    assert sorted(stamps(folder)) == ["progress.json", "visual_opsd-train.array_record-00000-of-00003"]
+    with pytest.raises(FileNotFoundError, match="not finished.*opsd_jax.data prepare.*where it stopped"):
+        open_source(tmp_path / "out", task="maze")
+
+    (folder / "visual_opsd-train.array_record-00001-of-00003.tmp").write_bytes(b"left by a killed process")
+    first = stamps(folder)["visual_opsd-train.array_record-00000-of-00003"]
+    report = prepare(tmp_path / "s", tmp_path / "out")
+    assert stamps(folder)["visual_opsd-train.array_record-00000-of-00003"] == first
+    assert not list(folder.glob("*.tmp"))
+    whole = prepare(tmp_path / "s", tmp_path / "whole")
+    assert (report.rows, report.bytes) == (whole.rows, whole.bytes) == ({"maze/train": 9}, whole.bytes)
+    resumed, at_once = (list(open_source(tmp_path / target, task="maze")) for target in ("out", "whole"))
+    assert resumed == at_once and len(resumed) == 9
+
+
+def test_killed_in_the_first_shard(tmp_path):
+    maze(tmp_path / "s", [row(0), row(1, answer="")])
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    with pytest.raises(BadRow):
+        prepare(tmp_path / "s", tmp_path / "out")
+    assert sorted(stamps(folder)) == ["progress.json"]
+    (folder / "visual_opsd-train.array_record-00000-of-00001.tmp").write_bytes(b"left by a killed process")
+    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
+    (folder / "dataset_info.json").unlink()  # the metadata come again, too
+    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
+    assert len(open_source(folder)) == 1
+
+
+def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
+    read, calls = visual_opsd.read_row, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs["index"])
+        if len(calls) == 7:  # in the second shard
+            raise KeyboardInterrupt
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(visual_opsd, "read_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(two_tasks / "Maze", tmp_path / "out")
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    assert sorted(stamps(folder)) == ["progress.json", "visual_opsd-train.array_record-00000-of-00002"]
+    monkeypatch.setattr(visual_opsd, "read_row", lambda *a, **k: calls.append(0) or read(*a, **k))
+    calls.clear()
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    assert len(calls) == 3 + 2  # only the rows of the last two shards
+    assert [e.pid for e in open_source(tmp_path / "out", "train+validation", task="maze")] == \
+        [f"p{i}" for i in range(10)]
+
+
+def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    first = prepare(two_tasks / "Maze", tmp_path / "out")
+    before = stamps(folder)
+    assert prepare(two_tasks / "Maze", tmp_path / "out") == first and stamps(folder) == before
+    assert prepare(two_tasks / "Maze", tmp_path / "out", on_bad_row="skip") == first
+    with pytest.raises(FileExistsError, match="--overwrite") as error:
+        prepare(two_tasks / "Maze", tmp_path / "out", limit=3)
+    assert str(folder) in str(error.value) and stamps(folder) == before
+    assert prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["maze/train"] == 3
+    assert len(list(folder.glob("*train.array_record*"))) == 1 and len(open_source(folder)) == 3
+    (tmp_path / "other/visual_opsd/maze/1.0.0").mkdir(parents=True)
+    (tmp_path / "other/visual_opsd/maze/1.0.0/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="something else"):
+        prepare(two_tasks / "Maze", tmp_path / "other")
+
+
+def test_mending_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
+    source, folder = tmp_path / "s/Maze", tmp_path / "out/visual_opsd/maze/1.0.0"
+    write(source / "train-0.parquet", [row(0), row(1)])
+    write(source / "train-1.parquet", [row(2), row(3, answer="")])
+    with pytest.raises(BadRow):
+        prepare(source, tmp_path / "out")
+    first = stamps(folder)["visual_opsd-train.array_record-00000-of-00002"]
+    write(source / "train-1.parquet", [row(2), row(3)])
+    assert prepare(source, tmp_path / "out").rows == {"maze/train": 4}
+    write(source / "test-0.parquet", [row(4)])
+    assert prepare(source, tmp_path / "out").rows == {"maze/train": 4, "maze/test": 1}
+    assert stamps(folder)["visual_opsd-train.array_record-00000-of-00002"] == first
+    assert [e.pid for e in open_source(folder, "train+test")] == [f"p{i}" for i in range(5)]
+    write(source / "train-0.parquet", [row(7)])  # a finished shard's file is another now
+    with pytest.raises(FileExistsError, match="train.array_record-00000-of-00002.*--overwrite"):
+        prepare(source, tmp_path / "out")
+
+
+def test_broken_and_absent_targets(two_tasks, tmp_path):
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    whole = list(open_source(folder))
+    shard = folder / "visual_opsd-train.array_record-00001-of-00002"
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:1000]),
+                   lambda: os.truncate(shard, 100_000), lambda: shard.write_bytes(b""), shard.unlink):
+        damage()
+        with pytest.raises(FileNotFoundError, match="missing or truncated.*3 rows.*data prepare") as error:
+            open_source(folder)
+        assert str(shard) in str(error.value)
+        prepare(two_tasks / "Maze", tmp_path / "out")
+        assert list(open_source(folder)) == whole
+    with pytest.raises(FileNotFoundError, match="jigsaw/1.0.0 holds no.*python -m opsd_jax.data prepare"):
+        open_source(tmp_path / "out", task="Jigsaw")
+    with pytest.raises(FileNotFoundError, match="holds no prepared data"):
+        open_source(tmp_path / "out")
+    for opener, place in ((open_source, folder), (ParquetSource, two_tasks / "Maze")):
+        with pytest.raises(ValueError, match=f"{place}.*'test'.*train.*validation"):
+            opener(place, "test")
+        with pytest.raises(ValueError, match=f"{place}.*99"):
+            opener(place, "train[:99]")
+
+
+# -------------------------------------------------------------------------------- TFDS by class
+
+
+def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
+    """In a fresh process: TensorFlow is never imported, and nothing slow before it is needed."""
+    script = textwrap.dedent("""
+        import sys
+        from opsd_jax.datasets import plan, visual_opsd
+        slow = {"tensorflow_datasets", "pyarrow", "pandas", "tensorflow", "array_record", "jax"}
+        assert not slow & set(sys.modules), slow & set(sys.modules)
+        source, target, built = sys.argv[1:]
+        visual_opsd.prepare(source, target)
+        examples = list(visual_opsd.open_source(target, task="chart_refocus"))
+        assert examples == list(visual_opsd.ParquetSource(source + "/Chart_Refocus"))
+
+        import tensorflow_datasets as tfds
+        from opsd_jax.datasets.visual_opsd_builder import VisualOpsd
+        builder = VisualOpsd(config="chart_refocus", data_dir=built, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
+        assert examples == list(visual_opsd.open_source(built, task="chart_refocus"))
+        for data_dir in (target, built):  # the name is now a registered class, and still reads both
+            rows = tfds.data_source("visual_opsd/chart_refocus", data_dir=data_dir, split="train[1:]")
+            assert [r["pid"] for r in rows] == [b"p1", b"p2", b"p3"]
+        assert len(tfds.data_source("visual_opsd/maze", data_dir=target, split="train")) == 8
+        assert "tensorflow" not in sys.modules
+        print("fine")
+        """)
+    done = subprocess.run([sys.executable, "-c", script, two_tasks, tmp_path / "out", tmp_path / "built"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+# -------------------------------------------------------------------------------- the plan
+
+
+def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(rows) < out, -1, rng.integers(0, buckets, rows)).astype(np.int32)
+
+
+def some_plan(**changes) -> BatchPlan:
+    """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of proportion."""
+    return BatchPlan(**{"lengths": [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)],
+                        "weights": [5, 3.3, 1], "buckets": (256, 512, 1024), "batch_size": 4, "seed": 7,
+                        "chunk": 8} | changes)
+
+
+def visits(plan: BatchPlan, steps: range) -> Counter:
+    return Counter(pair for step in steps for pair in plan(step)[1])
+
+
+def test_the_order_never_changes():
+    """Pinned: a run must go on with the same rows after an update of NumPy."""
+    plan = BatchPlan([[0, 1, 0, 0], [1, 0]], [2, 1], (8, 16), batch_size=2, seed=0, chunk=3)
+    assert [plan(step) for step in range(6)] == PINNED
+    assert plan(4, attempt=1) == PINNED_RETRY
+
+
+def test_visits_and_mixture_with_one_bucket_at_every_step():
+    rows, weights = (50, 30, 7), (3, 2, 1)
+    plan = BatchPlan(rows, weights, (512,), batch_size=5, seed=3, chunk=16)
+    count = Counter()
+    for step in range(150):
+        bucket, batch = plan(step)
+        assert bucket == 0 and len(batch) == 5
+        count.update(batch)
+        for s in range(3):
+            seen = [count[s, r] for r in range(rows[s])]
+            assert max(seen) - min(seen) <= 1
+            assert abs(sum(seen) - weights[s] / 6 * 5 * (step + 1)) < 1
+
+
+def test_visits_and_mixture_with_buckets_at_chunk_ends():
+    plan = some_plan()
+    assert plan.chunk == 8
+    count = Counter()
+    for step in range(40 * 8):
+        count.update(plan(step)[1])
+        if (step + 1) % 8 == 0:
+            for s, length in enumerate(some_lengths := [buckets_of(1, 70, 3), buckets_of(2, 45, 3),
+                                                        buckets_of(3, 20, 3)]):
+                seen = [count[s, r] for r in np.flatnonzero(length >= 0)]
+                assert max(seen) - min(seen) <= 1
+                assert abs(sum(seen) - [5, 3.3, 1][s] / 9.3 * 4 * (step + 1)) < 1
+            assert len(count) <= sum((length >= 0).sum() for length in some_lengths)  # left out is left out
+
+
+def test_draws_are_seats_by_webster():
+    """Against the definition: the next draw goes to the source with the largest weight / (2 draws + 1)."""
+    weights = [0.1, 3, 1e-3, 0, 1, 1]
+    plan, draws = BatchPlan([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
+    for n in range(1, 3000):
+        draws[np.argmax(np.array(weights) / (2 * draws + 1))] += 1
+        assert plan._draws(n) == draws.tolist()
+    assert sum(plan._draws(10**12)) == 10**12  # exact, however far
+
+
+def test_default_weights_visit_every_row_once_an_epoch():
+    plan = BatchPlan([40, 16, 8], None, (1,), batch_size=8, seed=5)
+    for epoch in range(3):
+        assert set(visits(plan, range(8 * epoch, 8 * epoch + 8)).values()) == {1}
+        assert len(visits(plan, range(8 * epoch, 8 * epoch + 8))) == 64
+    assert visits(plan, range(4)) != visits(plan, range(8, 12))  # another order in the next epoch
+
+
+def test_no_hidden_state():
+    want = {step: some_plan()(step) for step in range(60)}  # a fresh plan each
+    used = some_plan()
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(60), 3))
+    for step in order:
+        used(step, attempt=step % 3)
+        assert used(step) == want[step]
+    want[3][1].append("changed by the caller")
+    assert used(3) == some_plan()(3)
+    with ThreadPoolExecutor(8) as pool:
+        fresh = pickle.loads(pickle.dumps(some_plan()))
+        assert list(pool.map(fresh, order)) == [some_plan()(step) for step in order]
+    assert [some_plan(seed=8)(s) for s in range(8)] != [some_plan()(s) for s in range(8)]
+
+
+def test_hosts_share_the_batch_and_the_bucket():
+    one = [some_plan()(step) for step in range(30)]
+    for hosts in (1, 2, 3, 4):
+        plans = [some_plan() for _ in range(hosts)]
+        for step in range(17, 30):  # resumed at 17, on another number of hosts
+            got = [plan(step) for plan in plans]
+            parts = [rows[p::hosts] for p, (_, rows) in enumerate(got)]
+            assert {bucket for bucket, _ in got} == {one[step][0]}
+            assert Counter(sum(parts, [])) == Counter(one[step][1])
+    first = Counter(rows[0][0] for _, rows in (BatchPlan([64, 64], None, (1,), 2, 0)(s) for s in range(64)))
+    assert min(first.values()) > 16  # no host is stuck with one source
+
+
+def test_buckets_hold_their_rows_and_seldom_mix():
+    plan, lengths = some_plan(), [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
+    for chunk in range(10):
+        mixed = 0
+        for step in range(8 * chunk, 8 * chunk + 8):
+            bucket, rows = plan(step)
+            inside = {lengths[s][r] for s, r in rows}
+            assert max(inside) == bucket and min(inside) >= 0
+            mixed += len(inside) > 1
+        assert mixed <= 2  # one batch at each border between buckets
+    assert len({bucket for bucket, _ in map(plan, range(8))}) == 3
+    order = [bucket for bucket, _ in map(plan, range(8))]
+    assert order != sorted(order)  # not from short to long
+
+
+def test_sources_by_count_go_to_the_largest_bucket():
+    plan = BatchPlan([6, [0] * 6], None, (8, 16), batch_size=3, seed=0)
+    for step in range(20):
+        bucket, rows = plan(step)
+        assert bucket == (1 if any(s == 0 for s, _ in rows) else 0)
+
+
+def test_attempts():
+    plan, lengths = some_plan(), [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
+    sources = Counter()
+    for step in range(100):
+        bucket, planned = plan(step)
+        retries = [plan(step, attempt) for attempt in (1, 2, 3)]
+        assert retries == [some_plan()(step, attempt) for attempt in (1, 2, 3)]
+        assert len({tuple(rows) for _, rows in retries}) == 3
+        for b, rows in retries:
+            assert b == bucket and len(set(rows)) == 4 and not set(rows) & set(planned)
+            assert all(0 <= lengths[s][r] <= bucket for s, r in rows)
+            sources.update(s for s, _ in rows)
+    for s, weight in enumerate([5, 3.3, 1]):
+        assert sources[s] / 1200 == pytest.approx(weight / 9.3, abs=0.03)
+    tiny = BatchPlan([2], None, (1,), batch_size=3, seed=0)  # nothing else to give: the same rows again
+    assert {r for _, r in tiny(0, attempt=1)[1]} == {0, 1}
+
+
+def test_batches_larger_than_everything_wrap_around():
+    plan = BatchPlan([3, [0, -1]], None, (1,), batch_size=11, seed=0)
+    assert Counter(plan(0)[1]) == Counter(plan(0)[1])
+    count = visits(plan, range(4))
+    assert sum(count.values()) == 44 and set(count.values()) == {11} and (1, 1) not in count
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"lengths": [], "weights": None}, "no source"), ({"weights": [1, 1]}, "2 weights for 3 sources"),
+    ({"weights": [1, -1, 1]}, "finite, >= 0"), ({"weights": [1, float("nan"), 1]}, "finite"),
+    ({"weights": [0, 0, 0]}, "not all 0"), ({"buckets": ()}, "buckets"),
+    ({"buckets": (2, 1, 3)}, "ascending"),
+    ({"buckets": (1, 2)}, r"lengths\[0\]\[\d+\] is bucket index 2, but there are 2 buckets"),
+    ({"lengths": [4, [0, -2]], "weights": None}, r"lengths\[1\]\[1\] is bucket index -2"),
+    ({"lengths": [4, [-1, -1]], "weights": None}, "source 1 has no row to draw.*2 rows, all left out"),
+    ({"lengths": [0], "weights": None}, "source 0 has no row"),
+    ({"lengths": [[.5]], "weights": None}, "int array"), ({"lengths": [[[1]]], "weights": None}, "int array"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"chunk": 0}, "chunk must be"), ({"seed": -1}, "seed must be")])
+def test_plans_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        some_plan(**changes)
+
+
+def test_negative_steps():
+    for call in ((-1,), (0, -1)):
+        with pytest.raises(ValueError, match="must be >= 0"):
+            some_plan()(*call)
+
+
+PINNED = [(1, [(0, 1), (1, 0)]), (0, [(0, 2), (0, 3)]), (0, [(0, 0), (1, 1)]),
+          (0, [(0, 3), (0, 2)]), (1, [(0, 1), (1, 0)]), (0, [(0, 0), (1, 1)])]
+PINNED_RETRY = (1, [(0, 2), (1, 1)])

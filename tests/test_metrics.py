@@ -1,0 +1,376 @@
+"""What a run tells: every number once, no silent loss, and a stop when it goes wrong."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opsd_jax import metrics
+from opsd_jax.metrics import (Clock, CompileGuard, Health, Means, Progress, TooManyCompiles, UnhealthyRun,
+                              Writer)
+
+# ---------------------------------------------------------------------------- numbers
+
+
+def test_wilson():
+    low, high = metrics.wilson(50, 100)
+    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)  # published values
+    low, high = metrics.wilson(1, 10)
+    assert (round(low, 4), round(high, 4)) == (0.0179, 0.4042)
+    assert metrics.wilson(0, 20)[0] == 0 and metrics.wilson(20, 20)[1] == 1 and metrics.wilson(0, 0) == (0, 1)
+    with pytest.raises(ValueError, match="7 successes of 5"):
+        metrics.wilson(7, 5)
+
+
+def test_means_weigh_by_count_and_wait_for_nothing():
+    reads = []
+
+    class OnDevice:
+        """Stands for a device array: reading it is what would make the host wait."""
+
+        def __init__(self, value):
+            self.value = value
+
+        def __array__(self, dtype=None, copy=None):
+            reads.append(self.value)
+            return np.asarray(self.value, dtype)
+
+    means = Means()
+    means.add({"loss": (OnDevice(2.0), OnDevice(1)), "len": (jnp.int32(10), jnp.int32(2))})
+    means.add({"loss": (OnDevice(2.0), OnDevice(3)), "eos": (0, 0)})
+    assert reads == []
+    taken = means.take()
+    assert taken["loss"] == 1.0 and taken["len"] == 5.0 and np.isnan(taken["eos"]) and len(reads) == 4
+    assert means.take() == {}
+    for _ in range(3):  # float32 would stop counting at 2**24
+        means.add({"n": (np.float32(2**24), 1), "m": (np.float32(1), 1)})
+    means.add({"n": (np.float32(1), 0)})
+    assert means.take()["n"] == (3 * 2**24 + 1) / 3
+    with pytest.raises(ValueError, match="'loss' must be a tuple"):
+        means.add({"loss": 1.0})
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_writer_writes_strict_json_lines(tmp_path):
+    with Writer(tmp_path, tensorboard=False) as writer:
+        values = {"loss": jnp.float32(0.5), "n": np.int64(2**40), "lr": jnp.bfloat16(0.25), "on": True}
+        writer.scalars(1, "opsd", values)
+        assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # already on disk
+        writer.scalars(2, "opsd", {"loss": float("nan"), "ok": [1.0], "norm": np.float32("inf")})
+        for value in ("text", None, np.ones(2)):
+            with pytest.raises(TypeError, match="metric 'x' is no number"):
+                writer.scalars(3, "opsd", {"x": value})
+        with pytest.raises(ValueError, match="'time'"):
+            writer.scalars(3, "opsd", {"time": 1.0})
+    first, second = lines(tmp_path / "metrics.jsonl")
+    assert list(first)[:3] == ["step", "time", "stage"] and first["time"] > 1.7e9 and first["stage"] == "opsd"
+    assert first["n"] == 2**40 and first["lr"] == 0.25 and first["on"] == 1 and "nonfinite" not in first
+    assert second["loss"] is None and second["norm"] is None and second["ok"] == 1.0
+    assert second["nonfinite"] == ["loss", "norm"]
+    assert metrics.read(tmp_path / "metrics.jsonl") == [first, second]
+    with pytest.raises(ValueError, match="object store"):
+        Writer("gs://bucket/run")
+
+
+def test_resume_moves_what_will_be_done_again(tmp_path, caplog):
+    path, old = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.superseded"
+
+    def run(steps, loss, resume_step=None):
+        with Writer(tmp_path, tensorboard=False, resume_step=resume_step) as writer:
+            for step in steps:
+                writer.scalars(step, "opsd", {"loss": loss})
+
+    run(range(1, 8), 1.0, resume_step=1)
+    with open(path, "a") as file:
+        file.write('{"step": 8, "time": 17')  # killed while writing
+    run(range(5, 7), 2.0, resume_step=5)
+    rows = [(row["step"], row["loss"]) for row in lines(path)]
+    assert rows == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    moved = old.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in moved[:-1]] == [5, 6, 7]
+    assert moved[-1] == '{"step": 8, "time": 17'
+    assert "moved 4 lines" in caplog.text
+    run([6], 3.0, resume_step=6)  # once more: the file of moved lines grows
+    assert [row["step"] for row in lines(path)] == [1, 2, 3, 4, 5, 6]
+    assert len(old.read_text().splitlines()) == 5
+    before = path.read_text()
+    run([7], 4.0)  # without resume_step all rows stay
+    assert path.read_text().startswith(before) and len(old.read_text().splitlines()) == 5
+    path.write_text(path.read_text().replace('"step": 2', '"stop": 2'))
+    with pytest.raises(ValueError, match="metrics.jsonl:2: not a JSON object.*step"):
+        run([8], 5.0, resume_step=8)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_samples_tensorboard_and_processes_that_do_not_write(tmp_path):
+    from PIL import Image
+
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    with Writer(tmp_path) as writer:
+        writer.scalars(3, "opsd", {"loss": 0.5, "bad": float("nan"), "eval/maze/text": 0.25})
+        writer.text(3, "rollout_0", "go right ünïcode")
+        writer.image(3, "batch/problem", image)
+        with pytest.raises(ValueError, match="not uint8"):
+            writer.image(3, "x", image / 255)
+        for name in ("../x", "a b", "/x", ""):
+            with pytest.raises(ValueError, match="sample name"):
+                writer.text(3, name, "x")
+    folder = tmp_path / "samples" / "000003"
+    assert (folder / "rollout_0.txt").read_text(encoding="utf-8") == "go right ünïcode"
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "batch" / "problem.png")), image)
+    (events,) = (tmp_path / "tb").iterdir()
+    content = events.read_bytes()
+    for tag in (b"opsd/loss", b"eval/maze/text", b"rollout_0", b"batch/problem"):
+        assert tag in content
+    assert b"opsd/bad" not in content
+    with Writer(tmp_path / "other", primary=False) as writer:
+        writer.scalars(1, "opsd", {"loss": 1.0})
+        writer.text(1, "a", "b")
+        writer.image(1, "a", image)
+    assert not (tmp_path / "other").exists()
+
+
+def test_wandb_is_asked_for_by_its_arguments(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row["loss"])),
+                                finish=lambda: logged.append("end"))
+    client = types.SimpleNamespace(init=lambda **arguments: logged.append(arguments["project"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    with Writer(tmp_path, tensorboard=False, wandb={"project": "opsd"}) as writer:
+        writer.scalars(4, "opsd", {"loss": 0.5})
+    assert logged == ["opsd", (4, 0.5), "end"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install opsd_jax\[wandb\]"):
+        Writer(tmp_path, tensorboard=False, wandb={})
+
+
+# ---------------------------------------------------------------------------- the terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_prints_plain_lines_now_and_then(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with Progress(100, "maze", "opsd", start=40, file=file) as progress:
+        for step in range(41, 101):
+            now[0] += 1
+            progress.update(step, loss=0.123456, note="ok")
+    shown = file.getvalue().splitlines()
+    assert [line.split()[2] for line in shown] == [f"{n}/100" for n in (41, 51, 61, 71, 81, 91, 100)]
+    assert shown[1] == "maze opsd  51/100  loss 0.1235  note ok  elapsed 0:00:11  left 0:00:49"
+    silent = io.StringIO()
+    with Progress(5, primary=False, file=silent) as progress:
+        progress.update(5)
+    assert silent.getvalue() == ""
+
+
+def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    with Progress(10, "maze", "opsd", start=2, file=file) as progress:
+        progress.update(7, loss=0.5)
+    shown = file.getvalue()
+    assert "maze opsd" in shown and "7/10" in shown and "loss 0.5" in shown and "elapsed" not in shown
+
+
+# ---------------------------------------------------------------------------- time
+
+
+def test_clock_counts_nested_phases_once():
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    for _ in range(2):
+        with clock("update"):
+            spend(3)
+            with clock("checkpoint"):
+                spend(1)
+                with clock("eval"):
+                    spend(0.5)
+            spend(2)
+    with pytest.raises(ZeroDivisionError), clock("sample"):
+        spend(4)
+        1 / 0
+    spend(3)
+    with clock("sample"):
+        assert clock.report()["other"] == 3
+    assert clock.report() == {"update": 10, "sample": 4, "checkpoint": 2, "eval": 1, "other": 3, "total": 20}
+    assert list(clock.report()) == ["update", "sample", "checkpoint", "eval", "other", "total"]
+    rows = [line.split() for line in clock.table().splitlines()]
+    assert rows[0] == ["update", "10.0", "s", "50.0", "%"]
+    assert rows[-1] == ["total", "20.0", "s", "100.0", "%"]
+
+
+def test_clock_takes_compilation_out_of_the_phase_it_happens_in():
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+
+    def compiles(seconds):
+        now[0] += seconds
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+
+    compiles(1)
+    with clock("update"):
+        now[0] += 5
+        compiles(2)
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 7.0)
+        thread = threading.Thread(target=lambda: compiles(4))  # beside this thread's work, not instead of it
+        thread.start()
+        thread.join()
+    assert clock.report() == {"update": 9, "compile": 3, "other": 0, "total": 12}
+
+
+def test_clock_hears_of_real_compilations():
+    clock = Clock()
+    with clock("update"):
+        jax.jit(lambda x: jnp.tanh(x) * 3)(np.ones(7))
+    report = clock.report()
+    assert 0 < report["compile"] < report["total"] and report["update"] > 0
+
+
+# ---------------------------------------------------------------------------- stopping in time
+
+
+def steps_until_stopped(health, rows):
+    for step, row in enumerate(rows, 1):
+        try:
+            health.check(step, row)
+        except UnhealthyRun as error:
+            return step, str(error)
+    return None
+
+
+def test_health_stops_on_nan_at_once():
+    for row in ({"loss": float("nan")}, {"loss": 1.0, "grad_norm": jnp.float32("inf")}, {"loss": None}):
+        good = {"loss": jnp.float32(1), "grad_norm": np.float32(2)}
+        step, message = steps_until_stopped(Health(), [good, row])
+        assert step == 2 and "stopped at step 2" in message and "optim.lr" in message
+    assert steps_until_stopped(Health(finite=None), [{"loss": float("nan")}] * 9) is None
+    assert steps_until_stopped(Health(), [{"stage": "opsd", "jsd": float("nan")}]) is None
+
+
+def test_health_stops_on_collapsed_length():
+    good, bad = [{"completion_len": n} for n in (90, 110, 100, 80, 120)], {"completion_len": 9.0}
+    step, message = steps_until_stopped(Health(), good + [bad] * 9)
+    assert step == 10 and "collapsed to 9 tokens, from 100" in message  # the fifth bad one
+    assert steps_until_stopped(Health(), good + ([bad] * 4 + good[:1]) * 5) is None  # never five in a row
+    assert steps_until_stopped(Health(), good + [{"completion_len": 10.0}] * 9) is None  # at the limit
+    assert steps_until_stopped(Health(min_length_fraction=None), good + [bad] * 9) is None
+    assert steps_until_stopped(Health(patience=2), good + [bad] * 9)[0] == 7
+
+
+def test_health_stops_when_completions_no_longer_end():
+    rows = [{"eos_rate": rate} for rate in (0.2, 0.6, 0.3, 0, 0.01, 0, 0, 0, 0)]
+    step, message = steps_until_stopped(Health(), rows)
+    assert step == 8 and "no longer end" in message and "teacher" in message
+    never = [{"eos_rate": 0.0}] * 20  # a start that never ended is not a collapse
+    assert steps_until_stopped(Health(), never) is None
+    assert steps_until_stopped(Health(min_eos_rate=None), [{"eos_rate": 0.9}] + never) is None
+
+
+def test_health_stops_on_teacher_erosion():
+    rows = [{"eval/maze/teacher": 0.95, "eval/maze/text": 0.02}, {"loss": 1.0},
+            {"eval/maze/teacher": 0.80, "eval/maze/text": 0.30},
+            {"eval/maze/teacher": 0.42, "eval/maze/text": 0.08}]
+    step, message = steps_until_stopped(Health(), rows)
+    assert step == 4 and "eval/maze/teacher fell to 0.420, from 0.950" in message and "slower EMA" in message
+    assert steps_until_stopped(Health(teacher_floor=None), rows) is None
+    assert steps_until_stopped(Health(teacher_floor=0.4), rows) is None
+    text = [{"eval/maze/text": 0.5}, {"eval/maze/text": 0.0}]  # the student's accuracy is its own affair
+    assert steps_until_stopped(Health(), text) is None
+    assert steps_until_stopped(Health(teacher_mode="text"), text)[0] == 2
+
+
+def test_health_stops_on_an_unsure_teacher():
+    rows = [{"teacher_entropy": 0.3}] * 5 + [{"teacher_entropy": 1.4}] * 5
+    assert steps_until_stopped(Health(), rows)[0] == 10
+    assert steps_until_stopped(Health(teacher_entropy_rise=1.2), rows) is None
+    rows = [{"teacher_topk_mass": 0.96}] * 5 + [{"teacher_topk_mass": 0.4}] * 5
+    step, message = steps_until_stopped(Health(), rows)
+    assert step == 10 and "0.4 of the teacher's probability, from 0.96" in message
+    assert steps_until_stopped(Health(teacher_topk_fraction=None), rows) is None
+
+
+def test_health_remembers_over_a_resume():
+    good, bad = {"completion_len": 100.0}, {"completion_len": 5.0}
+    health = Health()
+    health.replay([good] * 5 + [bad] * 4)
+    assert steps_until_stopped(health, [bad])[0] == 1
+    assert steps_until_stopped(Health(), [bad] * 20) is None  # what would be missed without
+    health.replay([{"loss": None}])  # an old row is not judged
+    with pytest.raises(ValueError, match="patience=0"):
+        Health(patience=0)
+
+
+def test_compile_guard():
+    update = jax.jit(lambda x: x + 1)
+    guard = CompileGuard()
+    guard.watch("update", update, 2)
+    guard.watch("sample", jax.jit(lambda x: x), 1)
+    assert guard.check() == {"compiles": 0, "compiles/update": 0, "compiles/sample": 0}
+    for size in (1, 2, 1, 2):
+        update(np.ones(size))
+    assert guard.check() == {"compiles": 2, "compiles/update": 2, "compiles/sample": 0}
+    update(np.ones(3))
+    with pytest.raises(TooManyCompiles, match="update 3 times, limit 2.*buckets"):
+        guard.check()
+    with pytest.raises(TypeError, match="'x' is not a jitted function"):
+        guard.watch("x", lambda x: x, 1)
+
+
+# ---------------------------------------------------------------------------- curves
+
+
+def test_curves(tmp_path, monkeypatch):
+    from PIL import Image
+
+    with Writer(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 20):
+            values = {"loss": 1 / step if step != 5 else float("nan"), "completion_len": 30.0,
+                      "teacher_entropy": 0.5, "student_entropy": 1.0}
+            if step % 5 == 0:
+                values["eval/maze/text"] = 0.5
+            writer.scalars(step, "warmup" if step < 10 else "opsd", values)
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 20, "ti')  # a run is writing
+    metrics.plot_curves(path, tmp_path / "curves.png")
+    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert image.shape[0] > 400 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="no rows"):
+        metrics.plot_curves(tmp_path / "empty.jsonl", tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install opsd_jax\[viz\]"):
+        metrics.plot_curves(path, tmp_path / "x.png")
+
+
+def test_importing_it_is_cheap():
+    code = ("import sys, opsd_jax.metrics, opsd_jax.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
+            "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
