@@ -33,9 +33,11 @@ def get_config(arg: str = "maze"):
     c.data.limits = ()
     c.data.make.update(families=(task,), train=12000, validation=512, test=512)
     patches = grid * grid
-    c.data.buckets.student = ((patches + 12, patches),)
-    c.data.buckets.teacher = ((2 * patches + 22, 2 * patches),)
-    c.data.buckets.trace = ((2 * patches + 56, 2 * patches, 40),)
+    # the longest texts of the task: slots in the student's, the teacher's context, a trace; its targets; budget
+    text = {"maze": (9, 18, 46, 32, 34), "chart": (11, 20, 31, 18, 18)}[task]
+    c.data.buckets.student = ((patches + text[0], patches),)
+    c.data.buckets.teacher = ((2 * patches + text[1], 2 * patches),)
+    c.data.buckets.trace = ((2 * patches + text[2], 2 * patches, text[3]),)
     c.data.cache_rows = 20000
     c.data.threads = 1
 
@@ -47,17 +49,19 @@ def get_config(arg: str = "maze"):
     c.sft.optim = c.opsd.optim
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
-    c.rollout.max_new_tokens = 36
+    c.rollout.max_new_tokens = text[4]
 
     c.eval.update(every=100, rows=256, visual_thoughts=("none", "real"), final_banned=True, batch_size=256)
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
     c.arms.image = {"teacher": {"visual_thoughts": "image"}}
+    c.arms.swap = {"teacher": {"visual_thoughts": "swap"}}
     c.arms.sft = {"stages": ("sft",)}
+    c.run_arms = ("noise", "image", "sft")
 
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
         c.warmup.steps, c.opsd.steps, c.sft.steps = 150, 100, 100
         c.eval.every = 0
-        c.arms = {"noise": c.arms.noise}
+        c.run_arms = ("noise",)
     return c

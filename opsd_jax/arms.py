@@ -28,7 +28,7 @@ def settings_of(config, workdir: str, name: str):
     if not os.path.isdir(start):
         raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
     config = ConfigDict(config)
-    config.arms = ConfigDict()
+    config.run_arms = ()
     config.stages = ("opsd",)
     config.init_from = start
     config.update(changes)

@@ -118,6 +118,7 @@ def default() -> ConfigDict:
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: whatever is left
     c.arms = ConfigDict()  # name -> changed settings: controls that start where this run's OPSD stage started
+    c.run_arms = ()  # names of the arms that the run starts by itself; any can be run with --arm=NAME
     return c
 
 
@@ -137,6 +138,10 @@ def check(config: ConfigDict) -> None:
         if config[stage].batch_size % config[stage].accumulation:
             raise ValueError(f"config.{stage}.batch_size {config[stage].batch_size} is not divisible by "
                              f"config.{stage}.accumulation {config[stage].accumulation}")
+    for name in config.run_arms:
+        if name not in config.arms or "opsd" not in config.stages:
+            raise ValueError(f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd stage "
+                             "to start from")
     buckets = config.data.buckets
     if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
         raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from opsd_jax import settings
 
 # What may change between a run and its continuation.
-_FREE = ("log", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms")
+_FREE = ("log", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms", "run_arms")
 
 EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
 
@@ -57,11 +57,11 @@ def main(argv) -> None:
     if flags.FLAGS.arm:
         train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
         return
-    controls = arms.Arms(list(config.arms), workdir, sys.argv[1:])
+    controls = arms.Arms(config.run_arms, workdir, sys.argv[1:])
     train(config, workdir, on_warm=controls.start)
-    if config.arms:
+    if config.run_arms:
         controls.finish()
-        print(arms.report(workdir, list(config.arms)))
+        print(arms.report(workdir, config.run_arms))
 
 
 def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):

@@ -431,11 +431,12 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
         foreign = [path.name for path in directory.glob("*") if path.suffix != ".tmp"]
     if foreign:
         raise FileExistsError(f"{directory} holds something else than {folder} as it is and as asked for now "
-                              f"(other files, splits or limit), e.g. {min(foreign)}: choose another --target, "
+                              f"(other files, splits or limit), e.g. {min(foreign)}: choose another target, "
                               "or replace it with --overwrite")
-    # A shard counts if all its rows are there; one that skipped bad rows does not where those are to fail.
-    finished = {name: record for name, record in done.items()
-                if _count_records(directory / name) == record["rows"] and (skip or not record["bad_rows"])}
+    for file, index, pid, reason in (note for record in done.values() for note in record["bad_rows"]):
+        if not skip:  # skipped by an earlier run
+            raise BadRow(file, index, pid, *reason.split(" ", 1))
+    finished = {name: record for name, record in done.items() if _count_records(directory / name) == record["rows"]}
     if len(finished) == len(shards) and report_file.exists() and (directory / "dataset_info.json").exists():
         return _read_report(report_file)
 
@@ -508,14 +509,12 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
 
 
 def _count_records(shard: Path) -> int:
-    """Rows of an ArrayRecord file, or -1 where it is missing or truncated."""
+    """Rows of an ArrayRecord file, 0 where it is missing or truncated."""
     from array_record.python import array_record_module
     reader = array_record_module.ArrayRecordReader(str(shard))
-    rows = reader.num_records()  # 0 for a broken file: only close tells
-    try:
+    rows = reader.num_records()
+    with contextlib.suppress(RuntimeError):  # where close tells that there was nothing to read
         reader.close()
-    except RuntimeError:
-        return -1
     return rows
 
 
@@ -603,7 +602,7 @@ class Source:
         builder = tfds.builder_from_directory(directory)
         for info in builder.info.splits.values():
             for path, rows in zip(info.filepaths, info.shard_lengths):
-                if _count_records(path) != rows:  # ArrayRecord takes a truncated file for an empty one
+                if _count_records(path) != rows:
                     raise FileNotFoundError(
                         f"{path} is missing or truncated (it should hold {rows} rows): copy it again, or run "
                         f"`{_PREPARE}` again, which remakes what is broken")

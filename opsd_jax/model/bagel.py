@@ -25,7 +25,8 @@ def _connector(config):
 def init(key, *, config: ModelConfig):
     """Fresh float32 parameters. Under `jax.eval_shape` this is the abstract tree of the model.
 
-    Linear layers draw N(0, 1/fan_in) truncated, embeddings N(0, 0.02); norms are 1, biases 0.
+    Linear layers draw N(0, 1/fan_in) truncated, those that write to the decoder's residual stream divided by twice
+    the number of layers, tables N(0, 1/width); norms are 1, biases 0.
     """
     c = config
     keys = jax.random.split(key, 3)

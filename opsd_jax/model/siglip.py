@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         c = self.config
         x = dense(patches, self.param("patch_kernel", _matrix, (c.patch_dim, c.hidden_size)),
                   self.param("patch_bias", nn.initializers.zeros, (c.hidden_size,)))
-        table = self.param("position", nn.initializers.normal(0.02), (c.side * c.side, c.hidden_size))
+        table = self.param("position", nn.initializers.normal(c.hidden_size ** -0.5), (c.side * c.side, c.hidden_size))
         x = x + table[positions].astype(x.dtype)
         everything = jnp.full_like(image, image.shape[1])
         mask = attention.visible(everything, image, image)
