@@ -162,7 +162,7 @@ def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
 
 
 def test_limit_and_splits(two_tasks, tmp_path):
-    report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train",))
+    report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train", "train"))
     assert report.rows == {"chart_refocus/train": 4, "maze/train": 6}  # 5 of the first file, 1 of the second
     assert [e.pid for e in open_source(tmp_path / "a", task="maze")] == [f"p{i}" for i in range(6)]
     report = prepare(two_tasks / "Maze", tmp_path / "b", limit=2)
@@ -201,7 +201,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("changes, reason", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_row(tmp_path, changes, reason):
-    file = maze(tmp_path / "s", [row(0), row(1), row(2, **changes), row(3)])
+    file = maze(tmp_path / "s", [row(0), row(1), row(2, **changes), row(3)], row_group_size=2)
     with pytest.raises(BadRow, match=reason) as error:
         prepare(tmp_path / "s", tmp_path / "out")
     for part in (str(file), "row 2", "'p2'", "--on_bad_row=skip"):
@@ -209,7 +209,7 @@ def test_bad_row(tmp_path, changes, reason):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a worker process
     source = ParquetSource(tmp_path / "s/Maze")
     assert source[3].pid == "p3"
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(BadRow, match=f"row 2, pid 'p2': {reason}"):
         source[2]
 
     report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
@@ -219,8 +219,9 @@ def test_bad_row(tmp_path, changes, reason):
     written = json.loads((tmp_path / "out/visual_opsd/maze/1.0.0/report.json").read_text())
     assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"maze/train": 3}
     assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p0", "p1", "p3"]
-    with pytest.raises(BadRow):  # what was skipped before does not pass where it is to fail
+    with pytest.raises(BadRow, match=f"row 2, pid 'p2': {reason}"):  # skipped before, but now to fail
         prepare(tmp_path / "s", tmp_path / "out")
+    assert len(open_source(tmp_path / "out", task="maze")) == 3  # and nothing is lost
 
 
 def test_values_of_a_wrong_type(tmp_path):
@@ -264,10 +265,10 @@ def test_visual_thoughts_that_are_left_out_are_named(tmp_path):
 def test_other_warnings(tmp_path):
     write(tmp_path / "s/Maze/train-0.parquet", [row(0), row(1, pid="p0"), row(2, difficulty=3)])
     write(tmp_path / "s/Maze/train-1.parquet", [row(3, pid="p0"), row(4)])
-    write(tmp_path / "s/Maze/dev-0.parquet", [row(5)])
+    write(tmp_path / "s/Maze/training-0.parquet", [row(5)])
     warnings = prepare(tmp_path / "s", tmp_path / "out").warnings
     assert {(Path(n.file).name, n.row, n.reason.split(":")[0]) for n in warnings} == {
-        ("dev-0.parquet", None, "ignored_file"), ("train-0.parquet", None, "ignored_column"),
+        ("training-0.parquet", None, "ignored_file"), ("train-0.parquet", None, "ignored_column"),
         ("train-0.parquet", 1, "duplicate_pid"), ("train-1.parquet", 0, "duplicate_pid")}
     assert any("difficulty" in n.reason for n in warnings)
 
@@ -421,11 +422,20 @@ def test_killed_in_the_first_shard(tmp_path):
     with pytest.raises(BadRow):
         prepare(tmp_path / "s", tmp_path / "out")
     assert sorted(stamps(folder)) == ["progress.json"]
+    (folder / "progress.json").rename(folder / "progress.json.tmp")  # killed even earlier
     (folder / "visual_opsd-train.array_record-00000-of-00001.tmp").write_bytes(b"left by a killed process")
     assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
     (folder / "dataset_info.json").unlink()  # the metadata come again, too
     assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
     assert len(open_source(folder)) == 1
+
+
+def test_shards_that_cannot_be_read_back_do_not_count(tmp_path, monkeypatch):
+    maze(tmp_path / "s", [row(0)])
+    monkeypatch.setattr(visual_opsd, "_count_records", lambda shard: 0)
+    with pytest.raises(OSError, match="read back.*run the same command again"):
+        prepare(tmp_path / "s", tmp_path / "out")
+    assert sorted(stamps(tmp_path / "out/visual_opsd/maze/1.0.0")) == ["progress.json"]
 
 
 def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
@@ -446,8 +456,16 @@ def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
     calls.clear()
     prepare(two_tasks / "Maze", tmp_path / "out")
     assert len(calls) == 3 + 2  # only the rows of the last two shards
-    assert [e.pid for e in open_source(tmp_path / "out", "train+validation", task="maze")] == \
-        [f"p{i}" for i in range(10)]
+    assert [e.pid for e in open_source(folder, "train+validation")] == [f"p{i}" for i in range(10)]
+
+    calls.clear()  # finished, then a shard is lost, and remaking it is interrupted
+    (folder / "visual_opsd-train.array_record-00001-of-00002").unlink()
+    calls += range(6)
+    monkeypatch.setattr(visual_opsd, "read_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(two_tasks / "Maze", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        open_source(folder)
 
 
 def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
@@ -621,7 +639,7 @@ def test_no_hidden_state():
     for step in order:
         used(step, attempt=step % 3)
         assert used(step) == want[step]
-    want[3][1].append("changed by the caller")
+    used(3)[1].append("changed by the caller")
     assert used(3) == some_plan()(3)
     with ThreadPoolExecutor(8) as pool:
         fresh = pickle.loads(pickle.dumps(some_plan()))
@@ -680,6 +698,12 @@ def test_attempts():
         assert sources[s] / 1200 == pytest.approx(weight / 9.3, abs=0.03)
     tiny = BatchPlan([2], None, (1,), batch_size=3, seed=0)  # nothing else to give: the same rows again
     assert {r for _, r in tiny(0, attempt=1)[1]} == {0, 1}
+
+
+def test_chunks_are_at_most_an_epoch():
+    plan = BatchPlan([[0, 1] * 8], None, (8, 16), batch_size=4, seed=0, chunk=64)
+    for epoch in range(5):
+        assert set(visits(plan, range(4 * epoch, 4 * epoch + 4)).values()) == {1}
 
 
 def test_batches_larger_than_everything_wrap_around():

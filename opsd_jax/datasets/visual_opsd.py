@@ -436,7 +436,8 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
     for file, index, pid, reason in (note for record in done.values() for note in record["bad_rows"]):
         if not skip:  # skipped by an earlier run
             raise BadRow(file, index, pid, *reason.split(" ", 1))
-    finished = {name: record for name, record in done.items() if _count_records(directory / name) == record["rows"]}
+    finished = {name: record for name, record in done.items()
+                if _count_records(directory / name) == record["rows"]}
     if len(finished) == len(shards) and report_file.exists() and (directory / "dataset_info.json").exists():
         return _read_report(report_file)
 

@@ -1,0 +1,27 @@
+from setuptools import find_packages, setup
+
+core = [
+    "jax>=0.10.2,<0.13", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18", "array_record>=0.8.3", "tensorflow-datasets>=4.9.10",
+    "importlib_resources",  # tensorflow-datasets uses it on every Python and declares it for 3.8 only
+    "pyarrow>=20", "pillow>=11", "numpy>=2.0", "einops>=0.8",
+    "transformers>=5", "tokenizers>=0.22", "safetensors>=0.5",  # tokenizer and weight files; never torch
+    "ml_collections>=1.1", "absl-py>=2.1", "etils>=1.12", "rich>=13", "tensorboardX>=2.6.2",
+]
+viz = ["matplotlib>=3.9"]
+
+setup(
+    name="opsd_jax",
+    version="0.1.0",
+    description="Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models",
+    packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=core,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "wandb": ["wandb"],
+        "viz": viz,
+        "dev": viz + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.18"],
+    },
+)

@@ -1,0 +1,29 @@
+"""Options and fixtures of all tests."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+DEFAULT_GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", default=str(DEFAULT_GOLDENS), metavar="DIR",
+                     help="golden data to replay (default: tests/goldens); any sizes and seeds")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    folder = config.getoption("--goldens")
+    if not os.path.isdir(folder):
+        raise pytest.UsageError(f"--goldens={folder} is not a folder")
+
+
+@pytest.fixture(scope="session")
+def goldens(pytestconfig) -> pathlib.Path:
+    """The folder of golden data; its README says what is in it."""
+    return pathlib.Path(pytestconfig.getoption("--goldens")).resolve()

@@ -1,0 +1,266 @@
+"""What each role sees: blocks, masks, rope positions, targets. The expectations are written out by hand."""
+
+import dataclasses
+import hashlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opsd_jax import context
+from opsd_jax.context import Image, Prompts, Text
+from opsd_jax.model import attention, bagel
+from tiny import ENDS, PROMPTS, TOKENIZER, image, pack
+
+BOS, EOS, IMAGE, IMAGE_END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
+SHORT = Prompts(system="s", intro="i", transition="t")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def ids(text):
+    return TOKENIZER.encode(text).tolist()
+
+
+def masks(packed):
+    """bool [B, T, T], what the network makes of the vectors."""
+    return np.asarray(attention.visible(jnp.asarray(packed.limit), jnp.asarray(packed.segment), jnp.asarray(packed.segment)))
+
+
+def dense_mask(blocks):
+    """The official rule with a dense matrix: a block sees all earlier ones, and itself causally or (image) wholly."""
+    total = sum(block.slots for block in blocks)
+    mask, start = np.zeros((total, total), bool), 0
+    for block in blocks:
+        stop = start + block.slots
+        mask[start:stop, :start] = True
+        inside = np.ones((block.slots, block.slots), bool)
+        mask[start:stop, start:stop] = np.tril(inside) if isinstance(block, Text) else inside
+        start = stop
+    return mask
+
+
+# ---- packing
+
+def test_student_slot_by_slot(rng):
+    problem = image(rng, (1, 2))
+    packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], slots=13, patches=3)
+    assert packed.tokens[0].tolist() == [BOS, *ids("s"), EOS, IMAGE, 0, 0, IMAGE_END, BOS, *ids("ab"), EOS, 0, 0]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 0, 0]
+    assert packed.segment[0].tolist() == [1] * 11 + [0] * 2
+    assert (packed.length.tolist(), packed.next_position.tolist()) == ([11], [8])
+    assert packed.patch_slots[0].tolist() == [4, 5, 13]
+    assert packed.patch_positions[0].tolist() == [0, 1, 0]
+    assert packed.patch_image[0].tolist() == [1, 1, 0]
+    assert packed.patches.dtype == np.uint8 and (packed.patches[0, :2] == problem.patches).all()
+    drawn = """
+        #............
+        ##...........
+        ###..........
+        #######......
+        #######......
+        #######......
+        #######......
+        ########.....
+        #########....
+        ##########...
+        ###########..
+        .............
+        ............."""
+    assert masks(packed)[0].tolist() == [[c == "#" for c in line] for line in drawn.split()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_teacher_is_the_student_plus_references(rng, count):
+    problem, thoughts = image(rng, (2, 2)), [image(rng, (1, 3)), image(rng, (2, 1))][:count]
+    mine = context.student(TOKENIZER, PROMPTS, "why?", problem)
+    blocks = context.teacher(TOKENIZER, PROMPTS, "why?", problem, [None, *thoughts, None])
+    assert [ids("look"), ids("now")] == [blocks[3].ids.tolist(), blocks[-1].ids.tolist()]
+    assert [b.slots for b in blocks[:3]] == [b.slots for b in mine] and blocks[4:-1] == thoughts
+    packed = pack([mine, blocks])
+    for row, made in enumerate([mine, blocks]):
+        used = int(packed.length[row])
+        assert used == sum(b.slots for b in made)
+        assert (masks(packed)[row, :used, :used] == dense_mask(made)).all()
+        assert not masks(packed)[row, used:].any() and not masks(packed)[row, :, used:].any()
+    assert (packed.tokens[1, :packed.length[0]] == packed.tokens[0, :packed.length[0]]).all()
+    # 5 + 1 + 6 rope ids of the student; intro 4 + 2, one an image, transition 3 + 2
+    assert packed.next_position.tolist() == [12, 12 + 6 + count + 5]
+    images_of_row = [packed.patch_image[1][packed.patch_image[1] > 0].tolist()]
+    assert images_of_row == [[1] * 4 + [2] * 3 * (count > 0) + [3] * 2 * (count > 1)]
+    assert packed.patch_positions[1, :4].tolist() == [0, 1, 6, 7]  # the table is 6 patches wide
+
+
+def test_rows_of_different_lengths_do_not_touch(rng):
+    short = context.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
+    long = context.teacher(TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))])
+    together, alone = pack([short, long]), pack([short])
+    for name in ("tokens", "positions", "limit", "segment", "patches", "patch_positions", "patch_image", "patch_slots"):
+        np.testing.assert_array_equal(getattr(together, name)[0], getattr(alone, name)[0], err_msg=name)
+
+
+@pytest.mark.parametrize("left_out", ["system", "intro", "transition"])
+def test_every_prompt_may_be_left_out(rng, left_out):
+    prompts = dataclasses.replace(SHORT, **{left_out: ""})
+    blocks = context.teacher(TOKENIZER, prompts, "q", image(rng), [image(rng)])
+    texts = [bytes(b.ids.tolist()).decode() for b in blocks if isinstance(b, Text)]
+    assert texts == [t for t in (prompts.system, "q", prompts.intro, prompts.transition) if t]
+
+
+def test_suffix_follows_the_question(rng):
+    blocks = context.student(TOKENIZER, Prompts(system="", suffix=" end"), "q", image(rng))
+    assert blocks[1].ids.tolist() == ids("q end")
+    assert context.student(TOKENIZER, SHORT, np.array([7, 8]), image(rng))[2].ids.tolist() == [7, 8]
+
+
+def test_too_long_names_the_row_and_the_mend(rng):
+    row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
+    assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
+    with pytest.raises(context.TooLong, match=r"row vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"):
+        pack([row[:2], row], slots=18, patches=4, names=["vsp-6", "vsp-7"])
+    with pytest.raises(context.TooLong, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
+        pack([row[:1], row], slots=19, patches=3)
+    with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
+        pack([[Image(np.zeros((7, 48), np.uint8), (1, 7))]])
+
+
+def test_one_float_image_normalises_the_whole_batch(rng):
+    pixels, noise = image(rng, (1, 2)), Image(np.full((1, 48), 0.25, np.float32), (1, 1))
+    packed = pack([[pixels, noise], [pixels]])
+    assert packed.patches.dtype == np.float32
+    expected = pixels.patches / 127.5 - 1
+    np.testing.assert_allclose(packed.patches[:, :2], np.stack([expected] * 2), atol=1e-6)
+    assert (packed.patches[0, 2] == 0.25).all()
+    np.testing.assert_allclose(bagel.normalize_patches(jnp.asarray(pixels.patches)), expected, atol=1e-6)
+    np.testing.assert_array_equal(bagel.normalize_patches(jnp.asarray(packed.patches)), packed.patches)
+
+
+# ---- what the teacher gets
+
+def test_visual_thought_modes(rng):
+    problem, own, other = image(rng, (3, 3)), [image(rng, (1, 2)), None, image(rng, (2, 2))], [None, image(rng)]
+    real = [own[0], own[2]]
+    replace = lambda mode: context.replace_visual_thoughts(mode, problem, own, other, rng)
+    assert replace("real") == real
+    assert replace("swap") == [other[1]]
+    assert replace("image") == [problem, problem]
+    assert replace("none") == []
+    first, second = replace("noise"), replace("noise")
+    assert [vt.grid for vt in first] == [vt.grid for vt in real]
+    assert [vt.patches.shape for vt in first] == [vt.patches.shape for vt in real]
+    assert first[0].patches.dtype == np.float32
+    assert not any(np.isin(a.patches, b.patches).any() for a, b in zip(first, second))
+    with pytest.raises(ValueError, match=r"visual_thoughts is 'blank'.*'real', 'noise', 'swap', 'image', 'none'"):
+        replace("blank")
+
+
+def test_noise_is_standard_normal(rng):
+    (noise,) = context.replace_visual_thoughts("noise", None, [image(rng, (5, 5), 4000)], [], rng)
+    values = noise.patches.ravel()  # 100,000 of them: a standard error is 0.003
+    assert abs(values.mean()) < 0.015 and abs(values.std() - 1) < 0.015
+    assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.008
+
+
+def test_official_prompts_byte_for_byte():
+    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
+    facts = {name: (len(getattr(context, name)), sha(getattr(context, name)))
+             for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")}
+    assert facts == {"SYSTEM_TRAINING": (403, "f5475ea0eb6d7f81"), "SYSTEM_INFERENCE": (404, "85c1385d54725046"),
+                     "INTRO": (203, "1c74bdc0c9ecd965"), "TRANSITION": (88, "91987117d9d1b511")}
+    training, inference = context.SYSTEM_TRAINING, context.SYSTEM_INFERENCE
+    assert training == training.strip() and inference == f"\n{inference.strip()}\n"
+    assert "i.e. <answer>" in training and "i.e.<answer>" in inference
+    assert inference.strip().replace("i.e.<", "i.e. <") == training
+    assert "</image_end>" in training  # the odd closing tag is the original's
+    assert Prompts() == Prompts(training, context.INTRO, context.TRANSITION, "")
+
+
+# ---- completions
+
+def test_completion_worked_example():
+    tokens = jnp.array([[11, 12, 13, 99], [11, 99, 99, 99], [11, 12, 13, 14], [99, 99, 99, 99]])
+    mask = jnp.arange(4) < jnp.array([3, 1, 4, 0])[:, None]
+    block = context.completion(tokens, mask, **ENDS)
+    assert block.tokens.tolist() == [[BOS, 11, 12, 13, 0], [BOS, 11, 0, 0, 0], [BOS, 11, 12, 13, 14], [BOS, 0, 0, 0, 0]]
+    assert block.labels.tolist() == [
+        [11, 12, 13, EOS, 0], [11, EOS, 0, 0, 0], [11, 12, 13, 14, EOS], [EOS, 0, 0, 0, 0]]
+    assert block.mask.sum(axis=1).tolist() == [4, 2, 5, 1]
+    assert (block.mask == (jnp.arange(5) < jnp.array([4, 2, 5, 1])[:, None])).all()
+    without = context.completion(tokens, mask, **ENDS, eos_row=False)
+    assert without.mask.sum(axis=1).tolist() == [3, 1, 4, 0]
+    some = context.completion(tokens, mask, **ENDS, eos_row=jnp.array([True, False, False, True]))
+    assert some.mask.sum(axis=1).tolist() == [4, 1, 4, 1]
+    for other in (without, some):
+        assert (other.tokens == block.tokens).all() and (other.labels == block.labels).all()
+
+
+def test_slots_behind_a_context_equal_one_packed_sequence(rng):
+    """Context, padding, completion: without the padding it is the sequence of one more text block."""
+    rows = [context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
+            context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))])]
+    packed = pack(rows, slots=40)
+    positions, limit, segment = map(np.asarray, context.behind(packed, 5))
+    assert segment.tolist() == [[1] * 5] * 2
+    whole = [np.concatenate(pair, axis=1)
+             for pair in ((packed.positions, positions), (packed.limit, limit), (packed.segment, segment))]
+    seen = np.asarray(attention.visible(*map(jnp.asarray, (whole[1], whole[2], whole[2]))))
+    for row, blocks in enumerate(rows):
+        blocks = [*blocks, Text(np.arange(3))]  # 3 ids and their delimiters: 5 slots
+        reference = pack([blocks])
+        total = int(reference.length[0])
+        used = np.flatnonzero(whole[2][row])
+        assert used.tolist() == [*range(packed.length[row]), *range(40, 45)] and len(used) == total
+        assert whole[0][row, used].tolist() == reference.positions[0, :total].tolist()
+        assert (seen[row][np.ix_(used, used)] == dense_mask(blocks)).all()
+        assert seen[row, used].sum() == dense_mask(blocks).sum()
+
+
+# ---- traces
+
+def test_wrappers_are_idempotent():
+    assert context.wrap_thought(" so it is ") == "<think>so it is</think>"
+    assert context.wrap_answer("B\n") == "<answer>B</answer>"
+    for wrap in (context.wrap_thought, context.wrap_answer):
+        assert wrap(wrap("x")) == wrap("x")
+    assert context.text_trace("t", "<answer>B</answer>") == "<think>t</think><answer>B</answer>"
+
+
+@pytest.mark.parametrize(("thoughts", "count", "texts"), [
+    (["a"], 0, ["<think>a</think><answer>B</answer>"]),
+    (["a", "b"], 1, ["<think>a</think><image_start>", 0, "<image_end><think>b</think><answer>B</answer>"]),
+    (["a", "b", "c"], 2, ["<think>a</think><image_start>", 0, "<image_end><think>b</think><image_start>", 1,
+                          "<image_end><think>c</think><answer>B</answer>"]),
+])
+def test_interleaved_structure(rng, thoughts, count, texts):
+    problem, drawn = image(rng), [image(rng) for _ in range(count)]
+    blocks = context.interleaved(TOKENIZER, PROMPTS, "q", problem, thoughts, drawn, "B")
+    prompt = context.student(TOKENIZER, PROMPTS, "q", problem)
+    assert [b.ids.tolist() for b in blocks[:3:2]] == [b.ids.tolist() for b in prompt[::2]] and blocks[1] is problem
+    number = {id(vt): n for n, vt in enumerate(drawn)}
+    assert [bytes(b.ids.tolist()).decode() if isinstance(b, Text) else number[id(b)] for b in blocks[3:]] == texts
+    assert [b.loss for b in blocks if isinstance(b, Text)] == [False, False] + [True] * (count + 1)
+
+
+def test_supervise_targets_of_an_interleaved_trace(rng):
+    row = [Text(np.array([1])), image(rng, (1, 2)), Text(np.array([2])), Text(np.array([3, 4]), loss=True),
+           image(rng, (1, 1)), Text(np.array([5]), loss=True)]
+    #      0-2                  3-6                 7-9                  10-13: bos 3 4 eos
+    #      14-16                17-19: bos 5 eos
+    made = lambda targets: context.supervise([row, row[:4]], slots=24, patches=4, targets=targets, tokenizer=TOKENIZER,
+                                             side=6, names=["long", "short"])
+    found = made(6)
+    assert found.rows.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
+    assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [3, 4, EOS, 0, 0, 0]]
+    assert found.mask.tolist() == [[True] * 5 + [False], [True] * 3 + [False] * 3]
+    reference = pack([row, row[:4]], slots=24, patches=4)
+    np.testing.assert_array_equal(found.context.limit, reference.limit)
+    np.testing.assert_array_equal(found.context.tokens, reference.tokens)
+    # each row's slot holds the token before its label
+    before = np.take_along_axis(found.context.tokens, found.rows, axis=1)
+    assert before[0, :5].tolist() == [BOS, 3, 4, BOS, 5]
+    assert made(5).mask.sum() == 8
+    with pytest.raises(context.TooLong, match="row long has more than 4 target tokens: enlarge"):
+        made(4)

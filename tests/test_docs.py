@@ -1,0 +1,205 @@
+"""README.md and docs/ against the code: keys, defaults, links, commands, messages, pictures, and the code in them."""
+
+import ast
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import shlex
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from opsd_jax import context, settings, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+pages = pytest.mark.parametrize("page", PAGES)
+
+
+def tables(text: str):
+    """The rows of all Markdown tables as {column: cell}; code marks are taken off the cells."""
+    header = None
+    for line in text.splitlines():
+        cells = [cell.strip().removeprefix("`").removesuffix("`") for cell in line.strip("| ").split(" | ")]
+        if not line.startswith("|"):
+            header = None
+        elif header is None:
+            header = [cell.strip() for cell in line.strip("| ").split("|")]
+        elif not set(line) <= set("|-: "):
+            yield dict(zip(header, cells, strict=True))
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def leaves(config, prefix="") -> dict:
+    """{"a.b": value}; an empty group is a value."""
+    found = {}
+    for name, value in config.items():
+        group = isinstance(value, ConfigDict) and len(value)
+        found |= leaves(value, f"{prefix}{name}.") if group else {prefix + name: value}
+    return {key: value.to_dict() if isinstance(value, ConfigDict) else value for key, value in found.items()}
+
+
+def value_of(cell: str):
+    return getattr(context, cell.removeprefix("context.")) if cell.startswith("context.") else ast.literal_eval(cell)
+
+
+def test_tables_are_read_as_written():
+    text = "| key | x |\n|---|---|\n| `a.b` | `(1, 2)` |\n| c | – |\n\n| key | y |\n|---|---|\n| `d` | `'e'` |\n"
+    assert list(tables(text)) == [{"key": "a.b", "x": "(1, 2)"}, {"key": "c", "x": "–"}, {"key": "d", "y": "'e'"}]
+    assert blocks("```bash\na\n```\n\n```python\nb\n\nc\n```\n") == [("bash", "a\n"), ("python", "b\n\nc\n")]
+
+
+def test_every_setting_is_documented_with_its_default():
+    shown = {}
+    for row in tables(PAGES["docs/config.md"]):
+        cells = {row["key"]: row["default"]} if "default" in row else {
+            f"{stage}.{row['key']}": row[stage] for stage in settings.STAGES if row[stage] != "–"}
+        assert row["meaning"], f"{row['key']} has no meaning"
+        assert not shown.keys() & cells.keys(), f"{row['key']} stands twice"
+        shown |= {key: (row["type"], cell) for key, cell in cells.items()}
+    defaults = leaves(settings.default())
+    assert sorted(defaults.keys() - shown.keys()) == [], "in settings.default() but not in docs/config.md"
+    assert sorted(shown.keys() - defaults.keys()) == [], "in docs/config.md but not in settings.default()"
+    wrong = {key: f"{kind} {cell}, not {defaults[key]!r}" for key, (kind, cell) in shown.items()
+             if value_of(cell) != defaults[key] or kind != type(settings.default()[key] if key == "arms" else
+                                                              defaults[key]).__name__}
+    assert wrong == {}
+
+
+def test_what_may_change_on_resume_is_documented():
+    sentence = re.search(r"These may change in between:\s(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL)[1]
+    assert re.findall(r"`(.*?)`", sentence) == list(train._FREE)
+
+
+def test_recipe_of_the_miniature():
+    configs = {arg: leaves(get_config("configs/mini.py")(arg)) for arg in ("maze", "chart", "smoke")}
+    rows = [row for row in tables(PAGES["docs/miniature.md"]) if "smoke" in row]
+    assert len(rows) > 20
+    wrong = {f"{row['key']} of {arg}": f"{row[arg]}, not {config[row['key']]!r}"
+             for row in rows for arg, config in configs.items() if value_of(row[arg]) != config[row["key"]]}
+    assert wrong == {}
+
+
+def test_arms_of_the_miniature():
+    listed = {row["arm"] for row in tables(PAGES["docs/miniature.md"]) if "differs in" in row}
+    assert listed == set(get_config("configs/mini.py")("maze").arms)
+
+
+def get_config(path: str):
+    spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
+
+
+@pages
+def test_links(page):
+    """Files that links and pictures point to, and headings behind a #."""
+    slug = lambda title: re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / path if path else ROOT / page
+        assert path.exists(), f"{page} links to {target}, which is not there"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(slug, titles), f"{page} links to {target}: no such heading"
+
+
+@pages
+def test_commands_and_paths_exist(page):
+    text = PAGES[page]
+    for module in re.findall(r"python -m (opsd_jax[\w.]*\w)", text):
+        spec = importlib.util.find_spec(module)
+        assert spec and "__main__" in pathlib.Path(spec.origin).read_text(), f"{page}: no command python -m {module}"
+    for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./]*[\w/]", text):
+        assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
+    for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
+        if path != "FILE":
+            get_config(path)(*[arg] if arg else [])
+    known = leaves(settings.default())
+    for key in re.findall(r"--config\.([\w.]+)=", text):
+        assert key in known or key == "a.b", f"{page}: no setting {key}"
+    groups = {key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)}
+    for name in re.findall(rf"`((?:{'|'.join(settings.default())})\.(?!md|py)[\w.]*\w)", text):
+        module, attribute = name.split(".")[:2]
+        code = importlib.util.find_spec(f"opsd_jax.{module}")
+        assert name in known or name in groups or (
+            code and hasattr(importlib.import_module(code.name), attribute)), f"{page}: no setting or function {name}"
+
+
+def test_ci_finds_the_test_command():
+    """As .ci/run looks for it."""
+    part = re.search(r"<!-- test command -->\n```bash\n(.*)\n```\n", PAGES["README.md"])
+    assert part and part[1].startswith("pip install -e ") and part[1].endswith("&& python -m pytest -q")
+
+
+def test_quoted_messages_are_in_the_code():
+    """First column of the tables of messages; … stands for what is filled in."""
+    def text(node):
+        if isinstance(node, ast.JoinedStr):
+            return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return text(node.left) + text(node.right)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    messages = {re.sub(r"\{[\w.:]*\}", "…", text(node)) for path in (ROOT / "opsd_jax").rglob("*.py")
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)}
+    rows = [row for row in tables(PAGES["docs/troubleshooting.md"]) if "message" in row]
+    assert len(rows) > 20
+    absent = [row["message"] for row in rows if not any(row["message"] in message for message in messages)]
+    assert absent == []
+
+
+def test_picture_of_the_contexts():
+    """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
+    svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
+    name = lambda tag: "{http://www.w3.org/2000/svg}" + tag
+    drawn = {group.get("aria-label"): [int(t.text) for t in group.iter(name("text")) if t.get("class") == "rope"]
+             for group in svg.iter(name("g"))}
+    prompts = context.Prompts(system="sss", intro="i", transition="t")
+    problem = tiny.image(np.random.default_rng(0))
+    asked = (tiny.TOKENIZER, prompts, "qq", problem)
+    for role, row in (("student", context.student(*asked)), ("teacher", context.teacher(*asked, [problem] * 2))):
+        packed = tiny.pack([row])
+        behind = np.asarray(context.behind(packed, 4)[0][0])
+        assert drawn[role] == [*packed.positions[0, :packed.length[0]], *behind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_code_runs_and_prints_what_it_says(page, tmp_path):
+    """Blocks of a page in order; /tmp is a folder of the test. Of the shell commands only those that make data."""
+    from opsd_jax import data
+
+    here = functools.partial(re.sub, r"/tmp/", f"{tmp_path}/")
+    namespace, printed = {}, None
+    for language, content in blocks(PAGES[page]):
+        if language == "bash":
+            for command in content.replace("\\\n", " ").splitlines():
+                if "opsd_jax.data" in command:
+                    data.main(shlex.split(here(command))[3:])
+        elif language == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(here(content), page, "exec"), namespace)
+            printed = out.getvalue()
+        elif language == "text" and printed:
+            assert printed.endswith(content)  # TFDS prints its own lines before
+            printed = None
+    assert not printed, f"{page} does not show what its last block prints: {json.dumps(printed)}"

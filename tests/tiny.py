@@ -1,0 +1,147 @@
+"""A model, a tokenizer and inputs small enough to compile fast; for tests alone.
+
+    tokenizer   a byte is a token (0-255), then the four delimiters
+    model       V 264, D 32, 2 layers of 4 heads over 2 kv heads; ViT of 4-pixel patches, E 16, 2 layers
+    images      1 x 1 to 3 x 3 patches of random uint8 values
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opsd_jax import context, distill, params as params_lib, rollout
+from opsd_jax.model import bagel
+from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+
+MODEL = ModelConfig(
+    llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48),
+    vit=ViTConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6))
+SLOTS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
+PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """Stands for `opsd_jax.tokenizer.Tokenizer`: every byte is its own token."""
+
+    bos: int = 256
+    eos: int = 257
+    image_start: int = 258
+    image_end: int = 259
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids):
+        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+    @property
+    def token_bytes(self):
+        return [bytes([i]) for i in range(256)] + [b"<bos>", b"<eos>", b"<img>", b"</img>"]
+
+
+TOKENIZER = ByteTokenizer()
+ENDS = {"bos": TOKENIZER.bos, "eos": TOKENIZER.eos}
+
+
+def params(config: ModelConfig = MODEL, seed: int = 0):
+    """Random parameters, drawn with NumPy (compiling `bagel.init` takes seconds). Every leaf carries noise: where
+    norms are 1 and biases 0 a test would miss their misuse. Logits have a spread of about 2."""
+    rng = np.random.default_rng(seed)
+    abstract = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path.endswith("kernel"):
+            return noise / leaf.shape[-2] ** 0.5
+        if path == "llm/head":
+            return noise * 2 / leaf.shape[0] ** 0.5
+        is_gain = "norm" in path and not path.endswith("bias")
+        return 1 + noise / 5 if is_gain else noise / 5
+
+    return params_lib.unflatten(
+        {path: jnp.asarray(draw(path, leaf)) for path, leaf in params_lib.flatten(abstract).items()})
+
+
+def copy(tree):
+    """New buffers: an update deletes those of the state that it is given."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Image:
+    return context.Image(rng.integers(0, 256, (grid[0] * grid[1], patch_dim), np.uint8), grid)
+
+
+def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: int | None = None):
+    """Random rows of different lengths with 0, 1 or 2 visual thoughts: (student rows, teacher rows) of blocks."""
+    grid = lambda: tuple(int(n) for n in rng.integers(1, 4, 2))
+    made = []
+    for _ in range(count):
+        question = rng.integers(0, 256, rng.integers(1, 9)).astype(np.int32)
+        thoughts = rng.integers(0, 3) if visual_thoughts is None else visual_thoughts
+        made.append((question, image(rng, grid()), [image(rng, grid()) for _ in range(thoughts)]))
+    return ([context.student(TOKENIZER, prompts, q, problem) for q, problem, _ in made],
+            [context.teacher(TOKENIZER, prompts, q, problem, thoughts) for q, problem, thoughts in made])
+
+
+def pack(blocks, slots: int = SLOTS, patches: int = PATCHES, **kwargs) -> context.Context:
+    return context.pack(blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side, **kwargs)
+
+
+def batch(rng, count: int, **kwargs) -> distill.Batch:
+    """Packed contexts of `count` random rows, both roles in the same bucket."""
+    return distill.Batch(*map(pack, rows(rng, count, **kwargs)))
+
+
+def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajectory:
+    """What the sampler returns if it draws these completions: for each row a list of rounds of token ids.
+
+    [[5, 6], [7]] is fed as  bos 5 6 eos bos 7,  one image skip between its two rounds.
+    """
+    n = len(completions)
+    ended = np.broadcast_to(np.asarray(ended_on_eos), n)
+    tokens, mask = np.zeros((n, budget - 1), np.int32), np.zeros((n, budget - 1), bool)
+    fed, chosen = np.zeros((n, budget), np.int32), np.zeros((n, budget), bool)
+    num_fed = np.zeros(n, np.int32)
+    for r, rounds in enumerate(completions):
+        content = [token for tokens_of_round in rounds for token in tokens_of_round]
+        tokens[r, :len(content)], mask[r, :len(content)] = content, True
+        stream = [(TOKENIZER.bos, False)]
+        for i, tokens_of_round in enumerate(rounds):
+            stream += [(TOKENIZER.eos, True), (TOKENIZER.bos, False)] if i else []
+            stream += [(token, True) for token in tokens_of_round]
+        num_fed[r] = len(stream)
+        fed[r, :len(stream)], chosen[r, :len(stream)] = zip(*stream)
+    return rollout.Trajectory(
+        tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), logprobs=jnp.zeros((n, budget - 1)),
+        num_skips=jnp.asarray([len(rounds) - 1 for rounds in completions], jnp.int32),
+        stop=jnp.where(ended, rollout.STOP_EOS, rollout.STOP_BUDGET).astype(jnp.int32),
+        fed=jnp.asarray(fed), fed_sampled=jnp.asarray(chosen), num_fed=jnp.asarray(num_fed))
+
+
+def random_trajectory(rng, count: int, budget: int) -> rollout.Trajectory:
+    """Random completions of one or two rounds that fit the budget; about half of them ended on eos."""
+    completions = []
+    for _ in range(count):
+        lengths = rng.integers(1, max(budget // 2 - 2, 2), rng.integers(1, 3))
+        completions.append([rng.integers(0, 256, n).tolist() for n in lengths])
+    return trajectory(completions, budget, rng.random(count) < 0.5)
+
+
+@functools.cache
+def marker(text: str = context.MARKER) -> rollout.Marker:
+    return rollout.Marker.build(TOKENIZER.token_bytes, MODEL.llm.vocab_size, text)
+
+
+def rollout_config(**kwargs) -> rollout.RolloutConfig:
+    return rollout.RolloutConfig(**{"model": MODEL, "marker": marker(), "max_new_tokens": 12, **ENDS, **kwargs})
+
+
+def distances(a, b) -> dict[str, float]:
+    """Largest absolute difference by parameter path."""
+    a, b = params_lib.flatten(a), params_lib.flatten(b)
+    assert a.keys() == b.keys()
+    return {path: float(np.abs(np.asarray(a[path]) - np.asarray(b[path])).max()) for path in a}
