@@ -21,7 +21,7 @@ def get_config(arg: str = "maze"):
 
     grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each
     c.model.llm.update(vocab_size=448, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
-                       intermediate_size=192, rope_theta=100.0)
+                       intermediate_size=128, rope_theta=100.0)
     c.model.vit.update(hidden_size=64, num_layers=1, num_heads=4, intermediate_size=128, patch_size=8, side=8)
     c.model.dtype = "float32"
     c.model.remat = "none"

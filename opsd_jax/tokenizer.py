@@ -22,9 +22,18 @@ class Tokenizer:
     image_start: int
     image_end: int
 
-    def encode(self, text: str) -> np.ndarray:
-        """int32 ids of the text; nothing is added around it."""
-        return np.asarray(self.backend.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    @functools.cached_property
+    def encode(self):
+        """text -> int32 ids; nothing is added around them. Keeps the ids of recent texts: prompts and questions recur
+        in every row, traces in every epoch."""
+
+        @functools.lru_cache(maxsize=1 << 16)
+        def encode(text: str) -> np.ndarray:
+            ids = np.asarray(self.backend.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            ids.setflags(write=False)
+            return ids
+
+        return encode
 
     def decode(self, ids) -> str:
         """Text of the ids. Ids beyond the vocabulary (models are padded to 152,064 rows) show as <|id|>."""

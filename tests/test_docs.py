@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: keys, defaults, links, commands, messages, pictures, and the code in them."""
+"""README.md and docs/ against the code: settings, links, commands, messages, a picture, their own code."""
 
 import ast
 import contextlib
@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import shlex
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -53,12 +53,14 @@ def leaves(config, prefix="") -> dict:
 
 
 def value_of(cell: str):
-    return getattr(context, cell.removeprefix("context.")) if cell.startswith("context.") else ast.literal_eval(cell)
+    if cell.startswith("context."):
+        return getattr(context, cell.removeprefix("context."))
+    return ast.literal_eval(cell)
 
 
 def test_tables_are_read_as_written():
-    text = "| key | x |\n|---|---|\n| `a.b` | `(1, 2)` |\n| c | – |\n\n| key | y |\n|---|---|\n| `d` | `'e'` |\n"
-    assert list(tables(text)) == [{"key": "a.b", "x": "(1, 2)"}, {"key": "c", "x": "–"}, {"key": "d", "y": "'e'"}]
+    text = "| key | x |\n|---|---|\n| `a.b` | `(1, 2)` |\n| c | – |\n\n| y |\n|---|\n| `'d'` |\n"
+    assert list(tables(text)) == [{"key": "a.b", "x": "(1, 2)"}, {"key": "c", "x": "–"}, {"y": "'d'"}]
     assert blocks("```bash\na\n```\n\n```python\nb\n\nc\n```\n") == [("bash", "a\n"), ("python", "b\n\nc\n")]
 
 
@@ -74,14 +76,13 @@ def test_every_setting_is_documented_with_its_default():
     assert sorted(defaults.keys() - shown.keys()) == [], "in settings.default() but not in docs/config.md"
     assert sorted(shown.keys() - defaults.keys()) == [], "in docs/config.md but not in settings.default()"
     wrong = {key: f"{kind} {cell}, not {defaults[key]!r}" for key, (kind, cell) in shown.items()
-             if value_of(cell) != defaults[key] or kind != type(settings.default()[key] if key == "arms" else
-                                                              defaults[key]).__name__}
+             if (kind, value_of(cell)) != (type(defaults[key]).__name__, defaults[key])}
     assert wrong == {}
 
 
 def test_what_may_change_on_resume_is_documented():
-    sentence = re.search(r"These may change in between:\s(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL)[1]
-    assert re.findall(r"`(.*?)`", sentence) == list(train._FREE)
+    sentence = re.search(r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL)
+    assert re.findall(r"`(.*?)`", sentence[1]) == list(train._FREE)
 
 
 def test_recipe_of_the_miniature():
@@ -126,7 +127,8 @@ def test_commands_and_paths_exist(page):
     text = PAGES[page]
     for module in re.findall(r"python -m (opsd_jax[\w.]*\w)", text):
         spec = importlib.util.find_spec(module)
-        assert spec and "__main__" in pathlib.Path(spec.origin).read_text(), f"{page}: no command python -m {module}"
+        is_command = spec and 'if __name__ == "__main__"' in pathlib.Path(spec.origin).read_text()
+        assert is_command, f"{page}: no command python -m {module}"
     for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./]*[\w/]", text):
         assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
     for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
@@ -139,8 +141,8 @@ def test_commands_and_paths_exist(page):
     for name in re.findall(rf"`((?:{'|'.join(settings.default())})\.(?!md|py)[\w.]*\w)", text):
         module, attribute = name.split(".")[:2]
         code = importlib.util.find_spec(f"opsd_jax.{module}")
-        assert name in known or name in groups or (
-            code and hasattr(importlib.import_module(code.name), attribute)), f"{page}: no setting or function {name}"
+        is_function = code and hasattr(importlib.import_module(code.name), attribute)
+        assert name in known or name in groups or is_function, f"{page}: no setting or function {name}"
 
 
 def test_ci_finds_the_test_command():
@@ -171,12 +173,13 @@ def test_picture_of_the_contexts():
     """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
     svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
     name = lambda tag: "{http://www.w3.org/2000/svg}" + tag
-    drawn = {group.get("aria-label"): [int(t.text) for t in group.iter(name("text")) if t.get("class") == "rope"]
-             for group in svg.iter(name("g"))}
+    ids = lambda group: [int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"]
+    drawn = {group.get("aria-label"): ids(group) for group in svg.iter(name("g"))}
     prompts = context.Prompts(system="sss", intro="i", transition="t")
     problem = tiny.image(np.random.default_rng(0))
     asked = (tiny.TOKENIZER, prompts, "qq", problem)
-    for role, row in (("student", context.student(*asked)), ("teacher", context.teacher(*asked, [problem] * 2))):
+    rows = {"student": context.student(*asked), "teacher": context.teacher(*asked, [problem] * 2)}
+    for role, row in rows.items():
         packed = tiny.pack([row])
         behind = np.asarray(context.behind(packed, 4)[0][0])
         assert drawn[role] == [*packed.positions[0, :packed.length[0]], *behind]
@@ -185,7 +188,7 @@ def test_picture_of_the_contexts():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_code_runs_and_prints_what_it_says(page, tmp_path):
-    """Blocks of a page in order; /tmp is a folder of the test. Of the shell commands only those that make data."""
+    """Blocks of a page in order; /tmp is a folder of the test. Of shell commands those that make data."""
     from opsd_jax import data
 
     here = functools.partial(re.sub, r"/tmp/", f"{tmp_path}/")
@@ -197,7 +200,7 @@ def test_code_runs_and_prints_what_it_says(page, tmp_path):
                     data.main(shlex.split(here(command))[3:])
         elif language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(here(content), page, "exec"), namespace)
+                exec(compile(here(content), page, "exec"), namespace)  # noqa: S102  our own pages
             printed = out.getvalue()
         elif language == "text" and printed:
             assert printed.endswith(content)  # TFDS prints its own lines before

@@ -1,0 +1,435 @@
+"""Scoring, loss, teachers, accumulation and the optimizer step, against plain NumPy on the model's own logits."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tiny
+from opsd_jax import context, distill, params as params_lib
+from opsd_jax.distill import DistillConfig, OptimConfig
+from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.model import bagel
+
+BOS, EOS = tiny.TOKENIZER.bos, tiny.TOKENIZER.eos
+BUDGET, ROWS = 10, 4
+# A divergence that clips and drops some entries. Steps of the optimizer are large, and its eps as well: then
+# rounding in a vanishing gradient does not grow into a step.
+BASE = DistillConfig(
+    model=tiny.MODEL, **tiny.ENDS, divergence=DivergenceConfig(top_k=40, clip=0.05, chunk=4), ema_decay=0.9,
+    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=10, eps=1e-3))
+variant = functools.partial(dataclasses.replace, BASE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Parameters of student and teacher, contexts of four rows, and completions: one with an image skip."""
+    rng = np.random.default_rng(0)
+    batch = tiny.batch(rng, ROWS, visual_thoughts=1)
+    draw = lambda n: rng.integers(0, 256, n).tolist()
+    completions = [[draw(5)], [draw(3), draw(2)], [draw(1)], [draw(9)]]
+    params = tiny.params(seed=1)
+    other = jax.tree.map(lambda x: x * 1.2, params)
+    return types.SimpleNamespace(
+        batch=batch, completions=completions, params=params, other=other,
+        trajectory=tiny.trajectory(completions, BUDGET, [True, True, True, False]))
+
+
+def state_of(case, config, **changes):
+    """A fresh state on buffers of its own; its teacher has the weights `case.other`."""
+    state = tiny.copy(distill.init_state(case.params, config))
+    if config.teacher != "self":
+        trainable, _ = params_lib.partition(case.other, config.freeze)
+        state["ema" if config.teacher == "ema" else "teacher"] = tiny.copy(trainable)
+    return state | changes
+
+
+def first_step(case, config, **changes):
+    return distill.update(state_of(case, config, **changes), case.batch, case.trajectory, config=config)
+
+
+@pytest.fixture(scope="module")
+def base(case):
+    """(state after one step, metrics) of BASE."""
+    return first_step(case, BASE)
+
+
+def gradients(state, metrics, optim=BASE.optim):
+    """The gradients that filled Adam's first moments: mu = (1 - b1) factor g."""
+    factor = min(1, optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6))
+    return {path: np.asarray(mu) / (1 - optim.b1) / factor for path, mu in params_lib.flatten(state["opt"].mu).items()}
+
+
+def assert_same_gradients(a, b, tolerance=1e-5):
+    """Leaf by leaf, relative to the largest entry of all."""
+    assert a.keys() == b.keys()
+    scale = max(np.abs(g).max() for g in a.values())
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+# ---- references
+
+@jax.jit
+def model_logits(params, one_context, completion):
+    return bagel.logits(params, distill.score(params, one_context, completion, config=tiny.MODEL))
+
+
+def softmax(x):
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def reference_rows(case, config, student_context, teacher_context, teacher_params):
+    """Row values float64 [B, N + 1] of divergence and cross entropy and of the signals, and the mask, by the book."""
+    completion = distill.scored_completion(case.trajectory, teacher_context.length, config)
+    of = lambda params, c: np.asarray(model_logits(params, c, completion), np.float64)
+    log_s, log_t = of(case.params, student_context), of(teacher_params, teacher_context)
+    d = config.divergence
+    ce = np.log(softmax(log_s))
+    ce = -np.take_along_axis(ce, np.asarray(completion.labels)[..., None], axis=-1)[..., 0]
+    top = np.argsort(-log_t, axis=-1)[..., :d.top_k]
+    mass = np.take_along_axis(softmax(log_t), top, axis=-1).sum(-1)
+    s, t = (softmax(np.take_along_axis(x, top, axis=-1)) for x in (log_s, log_t))
+    m = d.beta * t + (1 - d.beta) * s
+    entries = d.beta * t * np.log(t / m) + (1 - d.beta) * s * np.log(s / m)
+    entropy = lambda p: -(p * np.log(p)).sum(-1)
+    signals = {"teacher_topk_mass": mass, "clip_fraction": (entries > d.clip).mean(-1),
+               "student_entropy": entropy(s), "teacher_entropy": entropy(t)}
+    return np.minimum(entries, d.clip).sum(-1), ce, signals, np.asarray(completion.mask)
+
+
+def by_completion(values, mask):
+    return np.mean([row[count].mean() for row, count in zip(values, mask)])
+
+
+def by_token(values, mask):
+    return values[mask].mean()
+
+
+# ---- loss
+
+def test_loss_and_signals_against_numpy(case, base):
+    jsd, ce, signals, mask = reference_rows(case, BASE, case.batch.student, case.batch.teacher, case.other)
+    _, metrics = base
+    assert mask.sum(axis=1).tolist() == [6, 6, 2, 10]
+    assert 0.1 < signals["clip_fraction"][mask].mean() * 40 and signals["teacher_topk_mass"][mask].mean() < 0.99
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4)
+    close(metrics["loss"], by_completion(jsd, mask))
+    close(metrics["jsd"], by_completion(jsd, mask))
+    close(metrics["ce"], by_completion(ce, mask))
+    for name, values in signals.items():
+        close(metrics[name], by_token(values, mask), err_msg=name)
+    close(metrics["jsd_by_position"], (jsd * mask).sum(0) / np.maximum(mask.sum(0), 1))
+    assert (metrics["completion_len"], metrics["eos_rate"], metrics["image_skip_rate"]) == (5, 0.75, 0.25)
+    assert metrics["lr"] == 0
+
+
+def test_token_reduction_and_weights_against_numpy(case):
+    """Every token alike, both terms weighted; two micro steps give the same as one batch."""
+    config = variant(reduction="token", jsd_weight=2.0, ce_weight=0.5)
+    jsd, ce, _, mask = reference_rows(case, config, case.batch.student, case.batch.teacher, case.other)
+    whole_state, whole = first_step(case, config)
+    cut_state, cut = first_step(case, dataclasses.replace(config, accumulation=2))
+    for metrics in (whole, cut):
+        np.testing.assert_allclose(metrics["jsd"], by_token(jsd, mask), rtol=2e-4)
+        np.testing.assert_allclose(metrics["ce"], by_token(ce, mask), rtol=2e-4)
+        np.testing.assert_allclose(metrics["loss"], 2 * by_token(jsd, mask) + by_token(ce, mask) / 2, rtol=2e-4)
+    assert abs(by_token(jsd, mask) / by_completion(jsd, mask) - 1) > 0.02
+    assert_same_gradients(gradients(whole_state, whole), gradients(cut_state, cut))
+
+
+def test_four_micro_steps_equal_one_batch(case, base):
+    config = variant(accumulation=4)
+    state, metrics = first_step(case, config)
+    assert_same_gradients(gradients(*base), gradients(state, metrics))
+    for name, value in base[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    with pytest.raises(ValueError, match="batch size 4 is not divisible by accumulation 3"):
+        first_step(case, variant(accumulation=3))
+
+
+def test_roles_are_not_confused(case, base):
+    """The same program on swapped contexts: the teacher's weights stay with `batch.teacher`."""
+    swapped = distill.Batch(case.batch.teacher, case.batch.student)
+    _, metrics = distill.update(state_of(case, BASE), swapped, case.trajectory, config=BASE)
+    jsd, _, _, mask = reference_rows(case, BASE, swapped.student, swapped.teacher, case.other)
+    np.testing.assert_allclose(metrics["loss"], by_completion(jsd, mask), rtol=2e-4)
+    assert abs(metrics["loss"] / base[1]["loss"] - 1) > 0.01
+
+
+@pytest.mark.parametrize("group", ["embed", "und", "vit", "connector"])
+def test_gradients_against_finite_differences(case, base, group):
+    """Moves the student alone along its gradient: the loss must change by the gradient's length."""
+    flat = gradients(*base)
+    own = {path: g for path, g in flat.items() if params_lib.fact(path).group == group}
+    length = np.sqrt(sum((g ** 2).sum() for g in own.values()))
+    assert length > 1e-3
+
+    def loss(step):
+        moved = {path: x + step * own[path] / length if path in own else jnp.copy(x)
+                 for path, x in params_lib.flatten(case.params).items()}
+        return float(first_step(case, BASE, params=params_lib.unflatten(moved))[1]["loss"])
+
+    step = 0.01 / length  # the loss moves by about 0.02, its rounding is 1e-7
+    step = min(step, 0.02)
+    np.testing.assert_allclose((loss(step) - loss(-step)) / (2 * step), length, rtol=0.02)
+
+
+def test_recomputation_and_unrolling_change_nothing(case, base):
+    model = dataclasses.replace(tiny.MODEL, remat="full", unroll=2)
+    state, metrics = first_step(case, variant(model=model))
+    np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=1e-5)
+    assert_same_gradients(gradients(*base), gradients(state, metrics))
+
+
+def test_bfloat16_is_close(case, base):
+    state, metrics = first_step(case, variant(model=dataclasses.replace(tiny.MODEL, dtype="bfloat16")))
+    np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
+    assert metrics["loss"] != base[1]["loss"]
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["opt"].mu)))
+    a, b = (np.concatenate([g.ravel() for g in gradients(*pair).values()]) for pair in (base, (state, metrics)))
+    assert a @ b / np.sqrt(a @ a * (b @ b)) > 0.99
+
+
+# ---- teachers and state
+
+def test_a_teacher_with_the_students_context_has_nothing_to_teach(case):
+    """Exactly zero, in the optimised program: both forwards round alike, and so do both terms."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    config = variant(teacher="self")
+    same = distill.Batch(case.batch.student, case.batch.student)
+    state, metrics = distill.update(state_of(case, config), same, case.trajectory, config=config)
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert metrics["jsd"] == 0 and metrics["loss"] == 0 and not metrics["jsd_by_position"].any()
+    assert metrics["grad_norm"] < 1e-6
+    # and with its own context the teacher gets no gradient: the same as with a copy of the weights as teacher
+    assert set(state) == {"params", "opt", "step"}
+    live = first_step(case, config)
+    trainable, _ = params_lib.partition(case.params)
+    apart = first_step(case, BASE, ema=tiny.copy(trainable))
+    np.testing.assert_allclose(live[1]["loss"], apart[1]["loss"], rtol=1e-5)
+    assert_same_gradients(gradients(*live), gradients(*apart))
+
+
+def test_steps_of_an_ema_teacher(case, base):
+    """Step 0 has rate 0: moments fill and nothing moves. Then parameters move, and the EMA follows each step."""
+    before = params_lib.flatten(state_of(case, BASE)["params"])
+    state, _ = base
+    assert all((x == before[path]).all() for path, x in params_lib.flatten(state["params"]).items())
+    assert all(np.asarray(nu).any() for path, nu in params_lib.flatten(state["opt"].nu).items())
+    state = tiny.copy(state)
+    for step in (1, 2):
+        old, ema = tiny.copy(state["params"]), params_lib.flatten(tiny.copy(state["ema"]))
+        given = jax.tree.leaves(state)
+        state, metrics = distill.update(state, case.batch, case.trajectory, config=BASE)
+        assert all(x.is_deleted() for x in given)  # donated
+        assert state["step"] == step + 1
+        np.testing.assert_allclose(metrics["lr"], 0.005 * step, rtol=1e-6)
+        moved = tiny.distances(old, state["params"])
+        assert moved.pop("connector/position_table") == 0
+        assert min(moved.values()) > 1e-6
+        new = params_lib.flatten(state["params"])
+        for path, x in params_lib.flatten(state["ema"]).items():
+            np.testing.assert_allclose(x, 0.9 * ema[path] + 0.1 * new[path], atol=1e-6, err_msg=path)
+    assert set(state) == {"params", "opt", "step", "ema"}
+    assert "connector/position_table" not in params_lib.flatten(state["ema"])
+
+
+def test_a_fixed_teacher_and_frozen_groups_stay(case):
+    config = variant(teacher="fixed", freeze=("vit",))
+    state = state_of(case, config)
+    for tree in (state["opt"].mu, state["opt"].nu, state["teacher"]):
+        assert {params_lib.fact(path).group for path in params_lib.flatten(tree)} == {"embed", "und", "connector"}
+    before = tiny.copy(state)
+    for _ in range(3):
+        state, metrics = distill.update(state, case.batch, case.trajectory, config=config)
+    assert max(tiny.distances(before["teacher"], state["teacher"]).values()) == 0
+    for path, distance in tiny.distances(before["params"], state["params"]).items():
+        frozen = params_lib.fact(path).group in ("vit", "fixed")
+        assert (distance == 0) if frozen else distance > 1e-6, path
+    whole = distill.teacher_params(state, config)
+    assert tiny.distances(whole, case.params)["vit/patch_kernel"] == 0
+    assert tiny.distances(whole, case.other)["llm/head"] == 0
+
+
+def test_init_state_copies_the_teacher(case):
+    for teacher, key in (("ema", "ema"), ("fixed", "teacher")):
+        state = distill.init_state(case.params, variant(teacher=teacher))
+        assert set(state) == {"params", "opt", "step", key} and state["step"] == 0
+        mine, its = params_lib.flatten(state["params"]), params_lib.flatten(state[key])
+        assert mine.keys() - its.keys() == {"connector/position_table"}
+        for path, x in its.items():
+            assert (x == mine[path]).all() and x.unsafe_buffer_pointer() != mine[path].unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (dict(teacher="nobody"), r"'nobody': choose from \('ema', 'self', 'fixed'\)"),
+    (dict(reduction="sum"), "use 'completion' or 'token'"), (dict(accumulation=0), "at least 1")])
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        variant(**wrong)
+    with pytest.raises(ValueError, match="use 'cosine' or 'constant'"):
+        OptimConfig(schedule="linear")
+
+
+# ---- the optimizer
+
+def test_learning_rate_at_points_of_the_schedule():
+    paper = OptimConfig()
+    rate = lambda step, config=paper: float(distill.learning_rate(step, config))
+    half = (1e-5 + 1e-7) / 2
+    quarter = 1e-7 + (1e-5 - 1e-7) * (1 + np.sqrt(0.5)) / 2
+    for step, expected in [(0, 0), (1, 5e-8), (100, 5e-6), (200, 1e-5), (400, quarter), (600, half), (1000, 1e-7),
+                           (1400, half)]:
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-13)
+    flat = dataclasses.replace(paper, schedule="constant")
+    assert [rate(n, flat) for n in (0, 100, 200, 5000)] == pytest.approx([0, 5e-6, 1e-5, 1e-5])
+    assert rate(0, dataclasses.replace(flat, warmup_steps=0)) == pytest.approx(1e-5)
+    assert rate(0, dataclasses.replace(paper, warmup_steps=0)) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e3, 0.0])
+def test_optimizer_against_optax(max_norm):
+    """Five steps of clipping, AdamW and EMA on a few parameters; clipping by min(1, c / (norm + 1e-6))."""
+    rng = np.random.default_rng(0)
+    optim = OptimConfig(lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1, max_grad_norm=max_norm)
+    config = variant(optim=optim, ema_decay=0.8)
+    values = lambda: {"llm": {"embed": rng.normal(size=(5, 3)).astype(np.float32),
+                              "norm": rng.normal(size=3).astype(np.float32)}}
+    params = jax.tree.map(jnp.asarray, values())
+    state = distill.init_state(params, config)
+    reference = optax.adamw(lambda step: distill.learning_rate(step, optim), b1=0.9, b2=0.95, eps=1e-15,
+                            weight_decay=0.1)
+    slots, expected, ema = reference.init(params), params, params
+    for step in range(5):
+        grads = jax.tree.map(lambda x: 3 * x, values())
+        norm = np.sqrt(sum((g ** 2).sum() for g in jax.tree.leaves(grads)))
+        assert norm > 1.0
+        factor = min(1, max_norm / (norm + 1e-6)) if max_norm else 1
+        changes, slots = reference.update(jax.tree.map(lambda g: g * factor, grads), slots, expected)
+        expected = optax.apply_updates(expected, changes)
+        ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, ema, expected)
+        state, metrics = distill.apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
+        for ours, theirs in ((state["params"], expected), (state["ema"], ema), (state["opt"].mu, slots[0].mu)):
+            assert max(tiny.distances(ours, theirs).values()) < 2e-6
+    assert max(tiny.distances(state["params"], params).values()) > 0.05
+
+
+# ---- what is scored
+
+def scored(completions, teacher_length, ended=True, **settings):
+    trajectory = tiny.trajectory(completions, BUDGET, ended)
+    block = distill.scored_completion(trajectory, jnp.asarray(teacher_length), variant(**settings))
+    return jax.tree.map(np.asarray, block)
+
+
+def test_an_empty_completion_becomes_eos_twice():
+    for seam in (False, True):
+        block = scored([[[]], [[7]]], [20, 20], score_seam=seam)
+        assert block.tokens[:, :3].tolist() == [[BOS, EOS, 0], [BOS, 7, 0]]
+        assert block.labels[:, :2].tolist() == [[EOS, EOS], [7, EOS]]
+        assert block.mask.sum(axis=1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("seam", [False, True])
+@pytest.mark.parametrize("teacher_length", [20, 25, 26, 27, 30, 33, 34, 90])
+def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
+    """7 tokens, at most 34 slots: official `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)`, teacher_len with the
+    completion; only if that exceeds the limit."""
+    tokens = list(range(1, 8))
+    block = scored([[tokens]], [teacher_length], max_forward_tokens=34, score_seam=seam)
+    whole = teacher_length + len(tokens) + 2
+    kept = max(34 - (whole - (7 + 2)) - 2, 1) if whole > 34 else 7
+    assert block.labels[0, :kept + 1].tolist() == [*tokens[:kept], EOS]
+    assert block.tokens[0, :kept + 1].tolist() == [BOS, *tokens[:kept]]
+    assert block.mask[0].tolist() == [True] * (kept + 1) + [False] * (BUDGET - kept - 1)
+    assert (kept == 7) == (teacher_length <= 25) and (kept == 1) == (teacher_length >= 31)
+
+
+@pytest.mark.parametrize("seam", [False, True])
+def test_eos_after_a_cut(seam):
+    """Four rows: ended on eos, stopped by the budget, ended but cut here, stopped and cut here."""
+    rows, lengths, ended = [[[1, 2, 3]]] * 4, [10, 10, 17, 17], [True, False, True, False]
+    official = scored(rows, lengths, ended, max_forward_tokens=20, score_seam=seam)
+    mended = scored(rows, lengths, ended, max_forward_tokens=20, score_seam=seam, eos_after_cut=False)
+    assert official.mask.sum(axis=1).tolist() == [4, 4, 2, 2]
+    assert mended.mask.sum(axis=1).tolist() == [4, 3, 1, 1]
+    for name in ("tokens", "labels"):
+        np.testing.assert_array_equal(getattr(official, name), getattr(mended, name))
+
+
+def test_the_seam_of_an_image_skip():
+    """Official: rounds joined. With score_seam: what was fed; the eos that ended a round is a target, bos is not."""
+    rows = [[[1, 2], [3]], [[4]]]
+    joined = scored(rows, [20, 20])
+    assert joined.tokens[0, :4].tolist() == [BOS, 1, 2, 3] and joined.labels[0, :4].tolist() == [1, 2, 3, EOS]
+    assert joined.mask.sum(axis=1).tolist() == [4, 2]
+    seam = scored(rows, [20, 20], score_seam=True)
+    assert seam.tokens[0].tolist() == [BOS, 1, 2, EOS, BOS, 3, 0, 0, 0, 0]
+    assert seam.labels[0].tolist() == [1, 2, EOS, BOS, 3, EOS, 0, 0, 0, 0]
+    assert seam.mask[0].tolist() == [True, True, True, False, True, True] + [False] * 4
+    assert seam.tokens[1, :2].tolist() == [BOS, 4] and seam.mask[1].sum() == 2
+    # cut between the rounds: 3 of 5 fed tokens fit, the row behind them predicts eos
+    cut = scored(rows, [20, 20], score_seam=True, max_forward_tokens=25)
+    assert cut.labels[0, :4].tolist() == [1, 2, EOS, EOS] and cut.mask[0].sum() == 4
+
+
+def test_row_weights_by_hand():
+    mask = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
+    assert distill.row_weights(mask, "token").tolist() == [[0.25] * 3, [0.25, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(distill.row_weights(mask, "completion"), [[1 / 9] * 3, [1 / 3, 0, 0], [0, 0, 0]], rtol=1e-6)
+
+
+# ---- the diagnostic and supervised training
+
+def test_kl_to_student_against_numpy(case):
+    completion = distill.scored_completion(case.trajectory, case.batch.teacher.length, BASE)
+    kl = functools.partial(distill.kl_to_student, completion=completion, config=tiny.MODEL)
+    found, mask = np.asarray(kl(case.other, case.params, case.batch)), np.asarray(completion.mask)
+    of = lambda params, c: softmax(np.asarray(model_logits(params, c, completion), np.float64))
+    t, s = of(case.other, case.batch.teacher), of(case.params, case.batch.student)
+    np.testing.assert_allclose(found[mask], (t * np.log(t / s)).sum(-1)[mask], rtol=1e-3, atol=1e-5)
+    assert found[mask].min() > 0
+    same = kl(case.params, case.params, distill.Batch(case.batch.student, case.batch.student))
+    assert not np.asarray(same)[mask].any()
+    assert np.asarray(kl(case.params, case.params, case.batch))[mask].min() > 0
+
+
+def test_supervised_training(case):
+    """The first loss is the cross entropy that `score` gives on the same completions (two ways to pack one
+    sequence), and twenty steps on one batch lower it."""
+    tokens = [[token for part in rounds for token in part] for rounds in case.completions]
+    blocks, _ = tiny.rows(np.random.default_rng(5), ROWS)
+    packed = context.supervise(
+        [[*row, context.Text(np.array(ids), loss=True)] for row, ids in zip(blocks, tokens)],
+        slots=tiny.SLOTS, patches=tiny.PATCHES, targets=12, tokenizer=tiny.TOKENIZER, side=6)
+    completion = distill.scored_completion(case.trajectory, jnp.zeros(ROWS), BASE)
+    log_p = np.log(softmax(np.asarray(model_logits(case.params, tiny.pack(blocks), completion), np.float64)))
+    labels, mask = np.asarray(completion.labels), np.asarray(completion.mask)
+    ce = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+
+    config = variant(teacher="self", optim=OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8))
+    state, found = state_of(case, config), []
+    for _ in range(20):
+        state, metrics = distill.sft_update(state, packed, config=config)
+        found.append(metrics)
+    np.testing.assert_allclose(found[0]["loss"], by_completion(ce, mask), rtol=1e-4)
+    assert found[0]["completion_len"] == mask.sum() / ROWS
+    np.testing.assert_allclose(found[0]["accuracy"], by_token(log_p.argmax(-1) == labels, mask), atol=1e-6)
+    losses = [float(m["loss"]) for m in found]
+    assert losses[-1] < 0.5 * losses[0] and found[-1]["accuracy"] > found[0]["accuracy"]
+    assert distill.program(distill.sft_step, state, config)._cache_size() == 1
