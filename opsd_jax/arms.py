@@ -40,7 +40,18 @@ class Arms:
 
     def __init__(self, names, workdir: str, argv):
         self._queue, self._workdir, self._argv = collections.deque(names), workdir, argv
-        self._worker, self._failed = None, []
+        self._worker, self._failed, self._running = None, [], set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Leaves no process behind: arms that still run are asked to save and stop."""
+        self._queue.clear()
+        for process in list(self._running):
+            process.terminate()
+        if self._worker:
+            self._worker.join()
 
     def start(self) -> None:
         """Called when the run is warmed up: on CPUs a thread now runs arms beside the main run."""
@@ -69,8 +80,11 @@ class Arms:
             command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
             print(f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)", file=sys.stderr, flush=True)
             with open(os.path.join(folder, "log.txt"), "a") as log:
-                if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                self._running.add(process)
+                if process.wait():
                     self._failed.append(f"{name} (see {folder}/log.txt)")
+                self._running.discard(process)
 
 
 def report(workdir: str, names) -> str:

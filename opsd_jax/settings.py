@@ -33,7 +33,7 @@ def default() -> ConfigDict:
     c.model.remat = "full"  # "none" keeps activations, "full" recomputes each layer in the backward pass
     c.model.unroll = 1  # layers of the scan that are unrolled
 
-    c.tokenizer = ""  # a tokenizer folder; "": <data.dir>/tokenizer
+    c.tokenizer = ""  # a tokenizer folder; "": the one that data.make made
     c.prompts = ConfigDict()
     c.prompts.system = context.SYSTEM_TRAINING  # an empty text leaves its block out
     c.prompts.intro = context.INTRO
@@ -113,8 +113,9 @@ def default() -> ConfigDict:
     c.log.tensorboard = True
     c.log.wandb = ""  # project name; "" for none
 
-    c.health = ConfigDict(dict(  # stop the run early; None switches a check off (metrics.Health)
-        min_length_fraction=0.2, patience=20, teacher_floor=0.5))
+    c.health = ConfigDict(dict(  # when to stop a run early, see metrics.Health; 0 switches a watch off
+        min_length_fraction=0.1, min_eos_rate=0.02, teacher_floor=0.5, teacher_entropy_rise=1.0,
+        teacher_topk_fraction=0.5, patience=5, reference_checks=5))
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: whatever is left
     c.arms = ConfigDict()  # name -> changed settings: controls that start where this run's OPSD stage started

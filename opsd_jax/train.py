@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from opsd_jax import settings
 
 # What may change between a run and its continuation.
-_FREE = ("log", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms", "run_arms")
+_FREE = ("log", "health", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms", "run_arms")
 
 EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
 
@@ -57,10 +57,10 @@ def main(argv) -> None:
     if flags.FLAGS.arm:
         train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
         return
-    controls = arms.Arms(config.run_arms, workdir, sys.argv[1:])
-    train(config, workdir, on_warm=controls.start)
-    if config.run_arms:
+    with arms.Arms(config.run_arms, workdir, sys.argv[1:]) as controls:
+        train(config, workdir, on_warm=controls.start)
         controls.finish()
+    if config.run_arms:
         print(arms.report(workdir, config.run_arms))
 
 
@@ -136,6 +136,10 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
     with clock("data"):
         if primary:
             data.make_if_absent(config, data_workdir)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("data is there")
         tok = tokenizer.load(data.tokenizer_folder(config, data_workdir))
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     wandb = {"project": config.log.wandb, "config": checkpoint.config_to_json(config)} if config.log.wandb else None
@@ -198,7 +202,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         shardings = sharding.tree(run.mesh, jax.eval_shape(make_state, params))
         state = jax.jit(make_state, out_shardings=shardings)(params)
         start = first
-        if on_policy and checkpoints.latest() is None:  # so that arms and diagnostics find the start
+        if stage != "warmup" and checkpoints.latest() is None:  # where arms, the KL and diagnostics start from
             _save(run, checkpoints, start, state, stage, distill_config)
 
     rows = data.Rows(config, run.data_workdir, run.tokenizer, "train")
@@ -206,7 +210,10 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                            processes=jax.process_count())
     stream = batches.stream(start, last) if start < last else iter(())
     buckets = batches.plan.num_buckets
-    health = metrics.Health(**config.health)
+    health = metrics.Health(**{name: value or None for name, value in config.health.items()})
+    if start > first:
+        history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
+        health.replay(row for row in history if row["stage"] == stage)
     means, window = metrics.Means(), time.perf_counter()
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     evaluation = Evaluation(run, stage)
@@ -302,6 +309,8 @@ class Evaluation:
         c = run.config.eval
         # Programs that evaluation may add to the training sampler's: one a mode, the banned one, the EMA teacher's.
         self.signatures = len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2
+        for split in ([c.split] if c.every else []) + ([c.final_split] if c.final_split else []):
+            self._of(split)  # a missing split shows now, not after the last step
 
     def _of(self, split):
         from opsd_jax import data
@@ -357,7 +366,7 @@ class Evaluation:
             scores |= {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
         if c.eval.kl and start_step is not None:
             abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
-            source = c.init_from or os.path.join(run.workdir, "checkpoints", str(start_step))
+            source = os.path.join(run.workdir, "checkpoints", str(start_step))
             start = checkpoint.restore_params(source, abstract)
             kl = lambda student: eval_lib.reference_kl(
                 start, student, self._of(c.eval.final_split), run.packer, config=settings.model(c),

@@ -46,8 +46,11 @@ class Expert(nn.Module):
         for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
             setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", _matrix, (d, heads * h)))
             setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (heads * h,)))
-        self.q_norm = self.param("q_norm", ones, (h,))
-        self.k_norm = self.param("k_norm", ones, (h,))
+        # Normalised q and k bound a score by sqrt(h). Small heads start with larger gains, so that attention can be
+        # as sharp from the start as with the heads of 128 that the recipe comes from.
+        gain = nn.initializers.constant((128 / h) ** 0.25)
+        self.q_norm = self.param("q_norm", gain, (h,))
+        self.k_norm = self.param("k_norm", gain, (h,))
         self.o_kernel = self.param("o_kernel", _residual(c.num_layers), (c.num_heads * h, d))
         self.post_norm = self.param("post_norm", ones, (d,))
         self.gate_kernel = self.param("gate_kernel", _matrix, (d, f))

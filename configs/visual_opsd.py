@@ -1,0 +1,32 @@
+"""Visual-OPSD of ThinkMorph-7B as in the paper, and its controls.
+
+  python -m opsd_jax.train --config=configs/visual_opsd.py --workdir=W \
+      --config.init_from=ThinkMorph-7B --config.tokenizer=ThinkMorph-7B --config.data.dir=PREPARED
+
+  configs/visual_opsd.py:paper    EMA teacher with real visual thoughts (the default)
+                        :self     the teacher is the live weights: one parameter pytree
+                        :fixed    the teacher is the initial weights
+                        :noise    Gaussian noise in the visual thoughts' place
+                        :swap     another row's visual thoughts
+                        :image    the problem image in their place
+                        :none     intro and transition only
+                        :sft      text-only SFT from the same start
+
+Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target=PREPARED
+"""
+
+from opsd_jax import settings
+
+
+def get_config(arg: str = "paper"):
+    c = settings.default()
+    c.eval.final_split = ""  # the released data sets have a train split only
+    if arg in ("self", "fixed"):
+        c.teacher.kind = arg
+    elif arg in ("noise", "swap", "image", "none"):
+        c.teacher.visual_thoughts = arg
+    elif arg == "sft":
+        c.stages = ("sft",)
+    elif arg != "paper":
+        raise ValueError(f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none or sft")
+    return c

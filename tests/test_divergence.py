@@ -1,0 +1,336 @@
+"""The divergence: its definition, its ends, its switches, and the chunked form that training uses."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from opsd_jax import divergence
+from opsd_jax.divergence import DivergenceConfig
+
+BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
+# Bare: no top-k, no clip.
+bare = functools.partial(DivergenceConfig, top_k=0, clip=0.0)
+
+
+def draw(seed, *shape, scale=2.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+@pytest.fixture
+def logits():
+    """(student, teacher) of 6 rows and 33 entries."""
+    return draw(0, 6, 33), draw(1, 6, 33)
+
+
+def values_of(student, teacher, config):
+    return np.asarray(divergence.generalized_jsd(student, teacher, config)[0])
+
+
+# --- the definition --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_definition(logits, beta):
+    """Against float64 NumPy, for all switches."""
+    for temperature, top_k, tail, clip, unit in itertools.product(
+            (1.0, 2.5), (0, 8), (False, True), (0.0, 0.02), ("entry", "token")):
+        settings = dict(beta=beta, temperature=temperature, top_k=top_k, tail=tail, clip=clip, clip_unit=unit)
+        wanted = reference.generalized_jsd(*logits, **settings)
+        np.testing.assert_allclose(values_of(*logits, DivergenceConfig(**settings)), wanted, atol=2e-6, rtol=1e-5,
+                                   err_msg=str(settings))
+
+
+def kl(p, q):
+    return np.sum(p * np.log(p / q), axis=-1)
+
+
+def test_ends_are_directed(logits):
+    """beta 0 is KL(teacher || student), beta 1 is KL(student || teacher)."""
+    p_s, p_t = (reference.softmax(x.astype(np.float64)) for x in logits)
+    assert np.abs(kl(p_s, p_t) - kl(p_t, p_s)).min() > 1e-3  # the directions differ, or this would show nothing
+    np.testing.assert_allclose(values_of(*logits, bare(beta=0.0)), kl(p_t, p_s), rtol=1e-5)
+    np.testing.assert_allclose(values_of(*logits, bare(beta=1.0)), kl(p_s, p_t), rtol=1e-5)
+
+
+def test_jsd_is_symmetric_and_bounded(logits):
+    student, teacher = logits
+    values = values_of(student, teacher, bare(beta=0.5))
+    np.testing.assert_allclose(values, values_of(teacher, student, bare(beta=0.5)), rtol=1e-5)
+    assert (values > 0).all() and (values < np.log(2)).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 8}, {"top_k": 8, "tail": True}, {"clip": 0.05},
+                                      {"clip": 0.05, "clip_unit": "token", "temperature": 0.7}])
+def test_identical_inputs(logits, beta, settings):
+    """Equal distributions: exactly 0, and so is the gradient up to the rounding of a softmax."""
+    config = bare(**{"beta": beta, **settings})
+    teacher = logits[1]
+    total = lambda student: jnp.sum(divergence.generalized_jsd(student, teacher, config)[0])
+    value, gradient = jax.value_and_grad(total)(teacher)
+    assert float(value) == 0
+    np.testing.assert_allclose(gradient, 0, atol=2e-7)
+
+
+def test_shift_of_logits_does_not_matter(logits):
+    student, teacher = logits
+    config = DivergenceConfig(top_k=8)
+    np.testing.assert_allclose(values_of(student + 5, teacher - 3, config), values_of(student, teacher, config),
+                               atol=1e-6)
+
+
+def test_teacher_gets_no_gradient(logits):
+    for config in (bare(), DivergenceConfig(top_k=8, tail=True), bare(beta=0.0), bare(beta=1.0)):
+        total = lambda teacher: jnp.sum(divergence.generalized_jsd(logits[0], teacher, config)[0])
+        assert not np.asarray(jax.grad(total)(logits[1])).any()
+
+
+def test_gradient_by_finite_differences(logits):
+    student, teacher = (x[:2, :9].astype(np.float64) for x in logits)
+    for settings in ({"beta": 0.3}, {"beta": 0.0, "top_k": 4}, {"beta": 1.0, "top_k": 4, "tail": True},
+                     {"beta": 0.5, "clip": 0.02}, {"beta": 0.5, "clip": 0.3, "clip_unit": "token"}):
+        total = lambda s: reference.generalized_jsd(s, teacher, **settings).sum()
+        step = 1e-6
+        wanted = np.zeros_like(student)
+        for index in np.ndindex(*student.shape):
+            bump = np.zeros_like(student)
+            bump[index] = step
+            wanted[index] = (total(student + bump) - total(student - bump)) / (2 * step)
+        ours = jax.grad(lambda s: jnp.sum(divergence.generalized_jsd(
+            s, teacher.astype(np.float32), bare(**settings))[0]))(student.astype(np.float32))
+        np.testing.assert_allclose(ours, wanted, atol=2e-6, err_msg=str(settings))
+        assert np.abs(wanted).max() > 1e-3, settings
+
+
+# --- clip and top-k --------------------------------------------------------------------------------------------
+
+def test_clip_units():
+    """The worked example: entries .2313, .2313, 0; bounded each at .05, or their sum."""
+    teacher, student = np.log([[0.9, 0.05, 0.05]]), np.log([[0.05, 0.9, 0.05]])
+    for config, wanted in ((bare(), 0.4626), (bare(clip=0.05), 0.1000), (bare(clip=0.05, clip_unit="token"), 0.0500)):
+        assert values_of(student, teacher, config)[0] == pytest.approx(wanted, abs=5e-5)
+
+
+def test_clipped_entries_give_no_gradient():
+    teacher, student = np.log([[0.9, 0.05, 0.05]]), np.log([[0.05, 0.9, 0.05]])
+    for unit in ("entry", "token"):
+        config = bare(clip=0.05, clip_unit=unit)
+        (value, signals), gradient = jax.value_and_grad(
+            lambda s: (lambda v, x: (v[0], x))(*divergence.generalized_jsd(s, teacher, config)), has_aux=True)(student)
+        assert signals["clip_fraction"][0] == pytest.approx(2 / 3 if unit == "entry" else 1)
+        # The third entry is equal on both sides: no slope there either.
+        np.testing.assert_allclose(gradient, 0, atol=1e-7)
+
+
+def test_rows_clipped_from_above_only_can_be_negative():
+    """Officially nothing bounds the negative entries of a directed KL."""
+    student, teacher = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    assert values_of(student, teacher, bare(beta=0.0))[0] > 0
+    assert values_of(student, teacher, bare(beta=0.0, clip=0.05))[0] == pytest.approx(0.05 + 0.1 * np.log(0.1 / 0.5))
+
+
+def test_top_k_follows_the_teacher():
+    teacher = np.array([[0.0, 3.0, 2.0, 1.0, -1.0]], np.float32)
+    student = np.array([[9.0, 1.0, 1.0, 1.0, 8.0]], np.float32)  # its own favourites are not the teacher's
+    kept = values_of(student[:, 1:3], teacher[:, 1:3], bare())
+    values, signals = divergence.generalized_jsd(student, teacher, bare(top_k=2))
+    np.testing.assert_allclose(values, kept, rtol=1e-6)
+    assert signals["teacher_topk_mass"][0] == pytest.approx(reference.softmax(teacher)[0, 1:3].sum(), rel=1e-6)
+    gradient = jax.grad(lambda s: divergence.generalized_jsd(s, teacher, bare(top_k=2))[0][0])(student)
+    assert not gradient[0, [0, 3, 4]].any() and np.asarray(gradient[0, 1:3]).any()
+
+
+def test_top_k_of_the_whole_vocabulary(logits):
+    for top_k in (33, 34, 256):
+        np.testing.assert_array_equal(values_of(*logits, bare(top_k=top_k)), values_of(*logits, bare()))
+
+
+def test_tail_makes_distributions(logits):
+    """With the tail bucket both sides add up to 1, and mass that leaves the kept entries is seen."""
+    log_s, log_t, mass = divergence._log_probs(*logits, bare(top_k=5, tail=True))
+    assert log_s.shape == (6, 6)
+    np.testing.assert_allclose(np.exp(log_s).sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_t).sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_t[:, :5]).sum(-1), mass, atol=1e-6)
+    student = np.array([[2.0, 2.0, 9.0]], np.float32)
+    teacher = np.array([[2.0, 2.0, -9.0]], np.float32)
+    assert values_of(student, teacher, bare(top_k=2))[0] == pytest.approx(0, abs=1e-7)
+    assert values_of(student, teacher, bare(top_k=2, tail=True))[0] > 0.5
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_tail_of_one_entry_is_exact(logits, beta):
+    """A bucket that holds a single entry loses nothing."""
+    full = values_of(*logits, bare(beta=beta))
+    np.testing.assert_allclose(values_of(*logits, bare(beta=beta, top_k=32, tail=True)), full, atol=1e-5, rtol=1e-4)
+
+
+def test_empty_tail_is_finite():
+    """The kept entries hold all of float32's probability."""
+    teacher = np.array([[50.0, 0.0, -50.0, -60.0]], np.float32)
+    for beta in BETAS:
+        config = bare(beta=beta, top_k=2, tail=True)
+        value, gradient = jax.value_and_grad(
+            lambda s: divergence.generalized_jsd(s, teacher, config)[0][0])(teacher[:, ::-1].copy())
+        assert np.isfinite(value) and np.isfinite(gradient).all(), beta
+
+
+def test_extreme_logits():
+    """Logits far beyond float32's exponent, on the same entry, on opposite ones, and on one side only."""
+    left, right, flat = np.zeros((3, 16), np.float32)
+    left[0] = right[1] = 1e4
+    left[2] = right[2] = -1e4
+    student, teacher = np.stack([left, left, left, flat]), np.stack([right, left, flat, right])
+    for beta, (top_k, tail, clip) in itertools.product(BETAS, ((0, False, 0.0), (4, True, 0.05), (4, False, 0.0))):
+        config = bare(beta=beta, top_k=top_k, tail=tail, clip=clip)
+        value, gradient = jax.value_and_grad(
+            lambda s: jnp.sum(divergence.generalized_jsd(s, teacher, config)[0]))(student)
+        assert np.isfinite(value) and np.isfinite(gradient).all(), config
+    assert values_of(student, teacher, bare(beta=0.5))[0] == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_signals(logits):
+    config = DivergenceConfig(top_k=8, temperature=2.0, clip=0.0)
+    _, signals = divergence.generalized_jsd(*logits, config)
+    index = np.argsort(-logits[1], axis=-1)[:, :8]
+    for side, x in zip(("student", "teacher"), logits):
+        p = reference.softmax(np.take_along_axis(x, index, -1).astype(np.float64) / 2)
+        np.testing.assert_allclose(signals[f"{side}_entropy"], -np.sum(p * np.log(p), -1), rtol=1e-5)
+    mass = np.take_along_axis(reference.softmax(logits[1].astype(np.float64) / 2), index, -1).sum(-1)
+    np.testing.assert_allclose(signals["teacher_topk_mass"], mass, rtol=1e-5)
+    assert not np.asarray(signals["clip_fraction"]).any()
+
+
+@pytest.mark.parametrize("settings", [{"kind": "kl"}, {"beta": 1.5}, {"beta": -0.1}, {"temperature": 0.0},
+                                      {"top_k": -1}, {"clip": -0.1}, {"clip_unit": "row"}, {"chunk": 0}])
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match="divergence"):
+        DivergenceConfig(**settings)
+
+
+# --- the sampled form ------------------------------------------------------------------------------------------
+
+def test_sampled_reverse_kl_is_the_policy_gradient(logits):
+    """One sample: -(log p_T - log p_S)(x) (onehot(x) - p_S); averaged over x ~ p_S: the gradient of the reverse KL."""
+    student, teacher = logits
+    p_s, log_s, log_t = reference.softmax(student), reference.log_softmax(student), reference.log_softmax(teacher)
+    per_sample = jax.vmap(jax.grad(lambda s, t, x: divergence.sampled_reverse_kl(s, t, x)), (None, None, 0))
+    for row in range(2):
+        tokens = np.arange(student.shape[1])
+        gradients = per_sample(student[row], teacher[row], tokens)
+        wanted = -(log_t - log_s)[row][:, None] * (np.eye(len(tokens)) - p_s[row])
+        np.testing.assert_allclose(gradients, wanted, atol=2e-5)
+        reverse = jax.grad(lambda s: divergence.generalized_jsd(s, teacher[row], bare(beta=1.0))[0])(student[row])
+        np.testing.assert_allclose(p_s[row] @ np.asarray(gradients), reverse, atol=2e-5)
+
+
+def test_sampled_reverse_kl_ignores_the_teacher_gradient(logits):
+    tokens = np.arange(6)
+    total = lambda teacher: jnp.sum(divergence.sampled_reverse_kl(logits[0], teacher, tokens, 2.0))
+    assert not np.asarray(jax.grad(total)(logits[1])).any()
+
+
+# --- in chunks -------------------------------------------------------------------------------------------------
+
+B, N, D, V = 2, 13, 8, 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Hidden states, heads, labels."""
+    return {"student_hidden": draw(2, B, N, D, scale=1.0), "student_head": draw(3, D, V, scale=0.8),
+            "teacher_hidden": draw(4, B, N, D, scale=1.0), "teacher_head": draw(5, D, V, scale=0.8),
+            "labels": np.random.default_rng(6).integers(0, V, (B, N)).astype(np.int32)}
+
+
+def whole(student_hidden, student_head, teacher_hidden, teacher_head, labels, config):
+    """`chunked` spelled out on full logits."""
+    student, teacher = student_hidden @ student_head, teacher_hidden @ teacher_head
+    values, signals = divergence.generalized_jsd(student, teacher, config)
+    if config.kind == "sampled_reverse_kl":
+        values = divergence.sampled_reverse_kl(student, teacher, labels, config.temperature)
+    return values, divergence.cross_entropy(student, labels), signals
+
+
+# 5 and 12 do not divide 13; 99 takes everything at once.
+@pytest.mark.parametrize("chunk, settings", [
+    (1, dict(beta=0.5, top_k=16, clip=0.05)),
+    (5, dict(beta=0.5, top_k=16, clip=0.05)),
+    (99, dict(beta=0.5, top_k=16, clip=0.05)),
+    (5, dict(beta=0.0, top_k=0, clip=0.0, temperature=2.0)),
+    (12, dict(kind="sampled_reverse_kl", temperature=1.5))])
+def test_chunked(model, chunk, settings):
+    """Values, cross entropy, signals, and gradients for the hidden states and the head: as from full logits."""
+    config = DivergenceConfig(chunk=chunk, **settings)
+    weights = draw(7, B, N, scale=1.0)
+
+    def differentiate(function):
+        def loss(parts):
+            values, ce, signals = function(**parts, labels=model["labels"], config=config)
+            return jnp.sum(weights * (values + 0.3 * ce)), (values, ce, signals)
+        parts = {name: x for name, x in model.items() if name != "labels"}
+        (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(parts)
+        return found, gradients
+
+    found, gradients = differentiate(jax.jit(divergence.chunked, static_argnames="config"))
+    wanted, wanted_gradients = differentiate(whole)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5), found, wanted)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, wanted_gradients[name], atol=2e-5, rtol=1e-4, err_msg=name)
+        assert np.asarray(gradient).any() == name.startswith("student"), name
+
+
+def test_chunked_without_cross_entropy(model):
+    values, ce, _ = divergence.chunked(**model, config=DivergenceConfig(chunk=5), with_ce=False)
+    assert not np.asarray(ce).any()
+    np.testing.assert_array_equal(values, divergence.chunked(**model, config=DivergenceConfig(chunk=5))[0])
+
+
+@pytest.mark.parametrize("chunk", [4, 13])
+def test_chunked_cross_entropy(model, chunk):
+    hidden, head, labels = model["student_hidden"], model["student_head"], model["labels"].copy()
+    labels[0] = (hidden @ head)[0].argmax(-1)
+    ce, correct = divergence.chunked_cross_entropy(hidden, head, labels, chunk)
+    log_p = reference.log_softmax((hidden @ head).astype(np.float64))
+    np.testing.assert_allclose(ce, -np.take_along_axis(log_p, labels[..., None], -1)[..., 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(correct, (hidden @ head).argmax(-1) == labels)
+    assert np.asarray(correct[0]).all() and not np.asarray(correct[1]).all()
+
+
+def test_chunked_memory():
+    """The compiled program never holds the logits of all rows, neither forward nor backward."""
+    n, d, v, chunk = 2048, 16, 8192, 128
+    config = DivergenceConfig(top_k=64, chunk=chunk)
+    hidden, head = jax.ShapeDtypeStruct((1, n, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, n), jnp.int32)
+
+    def temporary(function):
+        loss = lambda h, w, ht, wt, labels: jnp.mean(function(h, w, ht, wt, labels, config)[0])
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head, hidden, head, labels).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    logits = n * v * 4
+    assert temporary(divergence.chunked) < logits // 2
+    assert temporary(whole) > logits  # or the bound above would show nothing
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------
+
+def test_row_mean():
+    values = jnp.array([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    np.testing.assert_array_equal(divergence.row_mean(values, mask), [1.5, 0.0])
+
+
+def test_cross_entropy_in_bfloat16():
+    """Logits may come in bfloat16: the sum over the vocabulary is done in float32."""
+    logits = jnp.asarray(draw(8, 3, 1000), jnp.bfloat16)
+    labels = jnp.array([0, 10, 999])
+    wanted = -reference.log_softmax(np.asarray(logits, np.float64))[np.arange(3), labels]
+    ours = divergence.cross_entropy(logits, labels)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
