@@ -20,7 +20,7 @@ def get_config(arg: str = "maze"):
     c.stages = ("warmup", "opsd")
 
     grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each
-    c.model.llm.update(vocab_size=448, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2,
+    c.model.llm.update(vocab_size=448, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4,
                        intermediate_size=128, rope_theta=100.0)
     c.model.vit.update(hidden_size=64, num_layers=1, num_heads=4, intermediate_size=128, patch_size=8, side=8)
     c.model.dtype = "float32"
@@ -34,15 +34,15 @@ def get_config(arg: str = "maze"):
     c.data.make.update(families=(task,), train=12000, validation=512, test=512)
     patches = grid * grid
     # the longest texts of the task: slots in the student's, the teacher's context, a trace; its targets; budget
-    text = {"maze": (9, 18, 46, 32, 34), "chart": (11, 20, 31, 18, 18)}[task]
+    text = {"maze": (9, 18, 55, 41, 43), "chart": (11, 20, 31, 18, 18)}[task]
     c.data.buckets.student = ((patches + text[0], patches),)
     c.data.buckets.teacher = ((2 * patches + text[1], 2 * patches),)
     c.data.buckets.trace = ((2 * patches + text[2], 2 * patches, text[3]),)
     c.data.cache_rows = 20000
     c.data.threads = 1
 
-    c.warmup.update(steps=350, batch_size=48)
-    c.warmup.optim.update(lr=3e-3, min_lr=3e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01)
+    c.warmup.update(steps={"maze": 400, "chart": 500}[task], batch_size=48)
+    c.warmup.optim.update(lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01)
     c.opsd.update(steps=400, batch_size=48, accumulation=1)
     c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)
     c.sft.update(steps=400, batch_size=48)

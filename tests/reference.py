@@ -1,7 +1,7 @@
 """A second opinion: the understanding path and the divergence in float64 NumPy, slow and plain.
 
-Written from the conventions in tests/goldens/README.md, without the package: dense masks, no cache, no padding, no
-stacking, weights by their checkpoint names. Letters: T slots, H heads, h head_dim.
+Written from the conventions in tests/goldens/README.md, without the package: dense masks, no cache, no
+padding, no stacking, weights by their checkpoint names. Letters: T slots, H heads, K kv heads, h head_dim.
 """
 
 import json
@@ -58,7 +58,7 @@ def read_tensors(directory) -> dict:
 
 
 class Reference:
-    """The model of a released folder. Blocks are anything with `ids`, or with `patches` (normalised) and `grid`."""
+    """The model of a released folder. Blocks: anything with `ids`, or with normalised `patches` and `grid`."""
 
     def __init__(self, directory, delimiters):
         """delimiters: ids of bos, eos, image start, image end."""
@@ -73,7 +73,8 @@ class Reference:
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
     def rms_norm(self, x, name):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.llm["rms_norm_eps"]) * self.weights[f"{name}.weight"]
+        scale = np.sqrt((x * x).mean(-1, keepdims=True) + self.llm["rms_norm_eps"])
+        return x / scale * self.weights[f"{name}.weight"]
 
     def layer_norm(self, x, name):
         x = x - x.mean(-1, keepdims=True)
@@ -101,8 +102,10 @@ class Reference:
         """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask)."""
         table = self.weights[f"{LLM}.embed_tokens.weight"]
         pieces, positions, starts, stops, rope_id = [], [], [], [], 0
-        rows = [(table[[self.bos, *b.ids, self.eos]], True) if hasattr(b, "ids") else (np.concatenate(
-            [table[[self.image_start]], self.image(b.patches, b.grid), table[[self.image_end]]]), False) for b in blocks]
+        text = lambda b: table[[self.bos, *b.ids, self.eos]]
+        image = lambda b: np.concatenate(
+            [table[[self.image_start]], self.image(b.patches, b.grid), table[[self.image_end]]])
+        rows = [(text(b), True) if hasattr(b, "ids") else (image(b), False) for b in blocks]
         for piece, causal in [*rows, (table[list(after)], True)]:
             n, at = len(piece), len(positions)
             pieces.append(piece)
@@ -134,7 +137,7 @@ class Reference:
         return self.linear(self.hidden(*self.pack(blocks, after)), "language_model.lm_head")
 
     def greedy(self, blocks, budget):
-        """(fed tokens with the leading bos, logits of each), by a whole forward pass a token; stops at eos."""
+        """(fed tokens with the leading bos, logits of each), a whole forward pass for each; stops at eos."""
         fed, rows = [self.bos], []
         while True:
             rows.append(self.logits(blocks, fed)[-1])
@@ -145,7 +148,7 @@ class Reference:
 
 
 def write_checkpoint(directory, llm: dict, vit: dict, seed: int):
-    """A released folder of random weights, the generation expert among them. llm, vit: the two config files."""
+    """A released folder of random weights with the generation expert. llm, vit: the two config files."""
     from safetensors.numpy import save_file
 
     rng, tensors = np.random.default_rng(seed), {}
@@ -201,14 +204,16 @@ def write_checkpoint(directory, llm: dict, vit: dict, seed: int):
     (directory / "vit_config.json").write_text(json.dumps(vit))
 
 
-def generalized_jsd(student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0, clip_unit="entry"):
+def generalized_jsd(student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0,
+                    clip_unit="entry"):
     """Divergence of each row of logits [N, V]; the meaning of the arguments is that of `DivergenceConfig`."""
     student, teacher = (np.asarray(x, np.float64) / temperature for x in (student, teacher))
     if 0 < top_k < student.shape[-1]:
         index = np.argsort(-teacher, axis=-1, kind="stable")[:, :top_k]
         kept = [np.take_along_axis(log_softmax(x), index, axis=-1) for x in (student, teacher)]
         if tail:
-            log_s, log_t = (np.concatenate([x, np.log1p(-np.exp(x).sum(-1, keepdims=True))], -1) for x in kept)
+            rest = lambda x: np.log1p(-np.exp(x).sum(-1, keepdims=True))
+            log_s, log_t = (np.concatenate([x, rest(x)], -1) for x in kept)
         else:
             log_s, log_t = (log_softmax(x) for x in kept)
     else:

@@ -1,4 +1,4 @@
-"""Pixels: decoding, transparency, sizes, patches, numbering. The golden images are replayed in test_parity."""
+"""Pixels: decoding, transparency, sizes, patches, numbering. test_parity replays the golden images."""
 
 import io
 
@@ -21,7 +21,7 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 
 
-# --- opening ---------------------------------------------------------------------------------------------------
+# --- opening -------------------------------------------------------------------------------------------
 
 def test_open_bytes_path_and_array(pixels, tmp_path):
     data = png(Image.fromarray(pixels))
@@ -88,7 +88,7 @@ def test_opaque_modes(mode, pixels):
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------
+# --- sizes ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rule, size, wanted", [
     (Resize(max_pixels=2007040), (378, 378), (378, 378)),
@@ -99,7 +99,7 @@ def test_opaque_modes(mode, pixels):
     (Resize(max_pixels=2007040), (371, 385), (378, 392)),  # 385 * 378 / 371 = 392.26
     (Resize(min_size=224), (64, 64), (224, 224)),  # inference
     (Resize(stride=16, max_size=1024, min_size=512), (1024, 512), (1024, 512)),  # VAE
-    (Resize(14, 140, 56, 11760), (980, 980), (84, 84)),  # the pixel rule scales by the ratio of AREAS: 140 * 0.6
+    (Resize(14, 140, 56, 11760), (980, 980), (84, 84)),  # the pixel rule takes the ratio of AREAS: 140 * 0.6
 ])
 def test_sizes(rule, size, wanted):
     assert rule(*size) == wanted
@@ -131,7 +131,7 @@ def test_resize_keeps_a_constant(colour):
     assert (images.resize(flat, Resize(min_size=56, max_size=140)) == colour).all()
 
 
-# --- patches ---------------------------------------------------------------------------------------------------
+# --- patches -------------------------------------------------------------------------------------------
 
 def test_patchify_order():
     """2 x 3 patches of 2 x 2: row-major patches; inside row, column, rgb."""
@@ -156,7 +156,7 @@ def test_patchify_needs_whole_patches(pixels):
         images.patchify(pixels, 7)
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------------
 
 def test_position_ids():
     ids = images.position_ids((2, 3), 10)
@@ -175,5 +175,6 @@ def test_interpolated_position_ids():
     """A grid of any size is spread over the whole table; a full grid is numbered as usual."""
     np.testing.assert_array_equal(images.interpolated_position_ids((1, 2), 10), [0, 5])
     for side in (7, 10, 70):
-        np.testing.assert_array_equal(images.interpolated_position_ids((side, side), side), np.arange(side * side))
+        ids = images.interpolated_position_ids((side, side), side)
+        np.testing.assert_array_equal(ids, np.arange(side * side))
     assert images.interpolated_position_ids((40, 40), 10).max() == 99

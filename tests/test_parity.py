@@ -1,7 +1,8 @@
-"""Replays of golden data of the official implementation: `--goldens=DIR` takes any sizes, seeds and numbers of cases.
+"""Replays of golden data of the official implementation.
 
-Sizes, settings and names come from the files alone. A set that the folder lacks is skipped by name, except in the
-default copy, where it is an error. Tolerances are those that the goldens' README suggests.
+`--goldens=DIR` takes any sizes, seeds and numbers of cases: sizes, settings and names come from the files. A set
+that the folder lacks is skipped by name, except in the default copy, where it is an error. Tolerances are those
+that the goldens' README suggests.
 """
 
 import dataclasses
@@ -17,7 +18,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import DEFAULT_GOLDENS
 from PIL import Image as PillowImage
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(folder, names or [None], ids=names or ["absent"])
 
 
-# --- reading and comparing -------------------------------------------------------------------------------------
+# --- reading and comparing -----------------------------------------------------------------------------
 
 def path_of(goldens, name):
     path = goldens / name
@@ -76,7 +76,8 @@ def close(actual, wanted, name=""):
 def close_gradient(actual, wanted, name=""):
     """The tolerance of gradients: relative to each tensor's largest value."""
     assert np.shape(actual) == wanted.shape, name
-    np.testing.assert_allclose(actual, wanted, atol=1e-6 + 1e-3 * np.abs(wanted).max(initial=0), rtol=0, err_msg=name)
+    atol = 1e-6 + 1e-3 * np.abs(wanted).max(initial=0)
+    np.testing.assert_allclose(actual, wanted, atol=atol, rtol=0, err_msg=name)
 
 
 equal = np.testing.assert_array_equal
@@ -90,17 +91,18 @@ def by_name(params) -> dict:
     return named
 
 
-# --- the model and its inputs ----------------------------------------------------------------------------------
+# --- the model and its inputs --------------------------------------------------------------------------
 
-@functools.lru_cache
-def load(directory, generation=False):
-    return convert.load(str(directory), generation=generation)
+def load(directory, generation):
+    """(config, params), the latter in NumPy: slicing them compiles nothing."""
+    config, params = convert.load(str(directory), generation=generation)
+    return config, jax.tree.map(np.asarray, params)
 
 
 @pytest.fixture(scope="session")
 def model(goldens):
     """(config, params) without the generation expert."""
-    return load(path_of(goldens, "checkpoint"))
+    return load(path_of(goldens, "checkpoint"), generation=False)
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +123,8 @@ def delimiters(bos_token_id, eos_token_id, start_of_image, end_of_image, **_):
 
 def image_block(pixels, patch):
     """float32 [3, H, W] -> an image block."""
-    _, height, width = pixels.shape
-    return context_lib.Image(images.patchify(pixels.transpose(1, 2, 0), patch), (height // patch, width // patch))
+    grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+    return context_lib.Image(images.patchify(pixels.transpose(1, 2, 0), patch), grid)
 
 
 def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
@@ -159,8 +161,8 @@ def completion(ids, tokenizer, batch, spare=SPARE):
 
 @functools.partial(jax.jit, static_argnames="config")
 def forward(params, context, *, config):
-    return bagel.forward(params, bagel.embed(params, context, config=config), context.positions, context.limit,
-                         context.segment, config=config)[0]
+    x = bagel.embed(params, context, config=config)
+    return bagel.forward(params, x, context.positions, context.limit, context.segment, config=config)[0]
 
 
 score = jax.jit(distill.score, static_argnames="config")
@@ -191,7 +193,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# --- checkpoint ------------------------------------------------------------------------------------------------
+# --- checkpoint ----------------------------------------------------------------------------------------
 
 def test_checkpoint(goldens, whole_model):
     """Every tensor of the file arrives, with its name, shape and value."""
@@ -220,7 +222,7 @@ def folder_with(files, configs, target):
 
 
 def test_checkpoint_bfloat16(goldens, model, tmp_path):
-    """Weights stored as bfloat16 under the name ema.safetensors: those of the goldens, or else rounded here."""
+    """Weights in bfloat16 under the name ema.safetensors: those of the goldens, or else rounded here."""
     from safetensors.numpy import save_file
 
     configs = path_of(goldens, "checkpoint")
@@ -256,14 +258,15 @@ def test_checkpoint_sharded(goldens, model, tmp_path):
     jax.tree.map(equal, params, model[1])
 
 
-# --- vit -------------------------------------------------------------------------------------------------------
+# --- vit -----------------------------------------------------------------------------------------------
 
 def test_vit(goldens, model, tokenizer):
     tensors, settings = read(goldens, "vit", "vit")
     config, params = model
-    patch = settings["patch_size"]
-    assert (patch, settings["max_num_patch_per_side"], settings["layers_used"], settings["layer_norm_eps"]) == (
-        config.vit.patch_size, config.vit.side, config.vit.num_layers, config.vit.layer_norm_eps)
+    vit, patch = params["vit"], config.vit.patch_size
+    for ours, name in ((patch, "patch_size"), (config.vit.side, "max_num_patch_per_side"),
+                       (config.vit.num_layers, "layers_used"), (config.vit.layer_norm_eps, "layer_norm_eps")):
+        assert ours == settings[name], name
     blocks = [image_block(pixels, patch) for _, pixels in sorted(
         matching(tensors, r"image(\d+)"), key=lambda found: int(found[0][1]))]
     assert [list(b.grid) for b in blocks] == [[h // patch, w // patch] for h, w in settings["image_sizes_hw"]]
@@ -280,20 +283,17 @@ def test_vit(goldens, model, tokenizer):
         return siglip.Encoder(config.vit).apply(
             {"params": params["vit"]}, packed.patches, packed.patch_positions, packed.patch_image)[0, :n]
 
-    post_norm = lambda x: siglip.layer_norm(x, params["vit"]["post_norm_scale"], params["vit"]["post_norm_bias"],
+    post_norm = lambda x: siglip.layer_norm(x, vit["post_norm_scale"], vit["post_norm_bias"],
                                             config.vit.layer_norm_eps)
-    layers = {0: tensors["hidden.embeddings"],
-              **{int(match[1]) + 1: x for match, x in matching(tensors, r"hidden\.layer(\d+)")}}
-    assert sorted(layers) == list(range(config.vit.num_layers + 1))
-    for count, hidden in layers.items():
-        shorter, cut = first_layers(config, params, "vit", count)
-        if count:  # a scan of no layers cannot be built
-            close(encode(cut, config=shorter), post_norm(hidden), f"behind {count} layers")
-    vit = params["vit"]
+    layers = matching(tensors, r"hidden\.layer(\d+)")
+    assert len(layers) == config.vit.num_layers
+    for match, hidden in layers:
+        shorter, cut = first_layers(config, params, "vit", int(match[1]) + 1)
+        close(encode(cut, config=shorter), post_norm(hidden), match[0])
     close(tensors["packed_vit_tokens"] @ vit["patch_kernel"] + vit["patch_bias"]
-          + vit["position"][tensors["packed_vit_position_ids"]], layers[0])
+          + vit["position"][tensors["packed_vit_position_ids"]], tensors["hidden.embeddings"])
     close(encode(params, config=config), tensors["vit_out"])
-    llm_input = bagel.encode_images(params, packed, config=config)[0, :n]
+    llm_input = jax.jit(functools.partial(bagel.encode_images, config=config))(params, packed)[0, :n]
     close(llm_input, tensors["llm_input"])
     close(llm_input - tensors["pos_embed"], tensors["connector_out"])
 
@@ -304,12 +304,12 @@ def test_position_tables(goldens, model):
     tables = matching(tensors, r"(vit|latent)_pos_embed_table")
     assert tables
     for match, table in tables:
-        side = math.isqrt(len(table))
-        np.testing.assert_allclose(siglip.sincos_table(side, table.shape[1]), table, atol=1e-6, err_msg=match[0])
+        ours = siglip.sincos_table(math.isqrt(len(table)), table.shape[1])
+        np.testing.assert_allclose(ours, table, atol=1e-6, err_msg=match[0])
     equal(model[1]["connector"]["position_table"], tensors["vit_pos_embed_table"])
 
 
-# --- text_forward ----------------------------------------------------------------------------------------------
+# --- text_forward --------------------------------------------------------------------------------------
 
 def test_text_forward(goldens, model):
     """Several documents in one pack; every layer."""
@@ -321,8 +321,9 @@ def test_text_forward(goldens, model):
     equal(tensors["packed_text_indexes"], np.arange(slots))
     positions = np.concatenate([np.arange(n) for n in lengths])
     equal(positions, tensors["packed_position_ids"])
-    vectors = [np.pad(v, (0, SPARE))[None].astype(np.int32) for v in (
-        tensors["packed_text_ids"], positions, np.arange(slots) + 1, np.repeat(np.arange(len(lengths)) + 1, lengths))]
+    documents = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    vectors = [np.pad(v, (0, SPARE))[None].astype(np.int32)
+               for v in (tensors["packed_text_ids"], positions, np.arange(slots) + 1, documents)]
     equal(attention.visible(vectors[2], vectors[3], vectors[3])[0, :slots, :slots], tensors["attention_mask"])
 
     @functools.partial(jax.jit, static_argnames="config")
@@ -342,7 +343,8 @@ def test_text_forward(goldens, model):
     ce = divergence.cross_entropy(logits, tensors["labels"])
     close(ce, tensors["ce"])
     assert float(ce.mean()) == pytest.approx(settings["ce_mean"], rel=1e-5)
-    chunked, hits = divergence.chunked_cross_entropy(hidden[None], params["llm"]["head"], tensors["labels"][None], 5)
+    chunked, hits = divergence.chunked_cross_entropy(
+        hidden[None], params["llm"]["head"], tensors["labels"][None], chunk=5)
     close(chunked[0], tensors["ce"])
     equal(hits[0] > 0, tensors["logits"].argmax(-1) == tensors["labels"])
 
@@ -360,7 +362,7 @@ def test_rope_tables(goldens, model):
     np.testing.assert_allclose(cos.ravel(), np.cos(np.tile(tensors["rope_inv_freq"], 2)), atol=1e-6)
 
 
-# --- und_forward -----------------------------------------------------------------------------------------------
+# --- und_forward ---------------------------------------------------------------------------------------
 
 def test_und_forward(goldens, und_forward, model, tokenizer):
     """Both packs: slots, positions, mask, targets exactly; hidden states, logits, cross entropy closely."""
@@ -368,18 +370,19 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
     config, params = model
     target = context_lib.Text(tensors["completion_ids"], loss=True)
     rows = [[*blocks, target] for blocks in role_blocks(tensors, tokenizer, config.vit.patch_size, settings)]
-    batch = context_lib.supervise(rows, **bucket(rows), targets=len(target.ids) + 1 + SPARE, tokenizer=tokenizer,
-                                  side=config.vit.side)
+    batch = context_lib.supervise(rows, **bucket(rows), targets=len(target.ids) + 1 + SPARE,
+                                  tokenizer=tokenizer, side=config.vit.side)
     context = batch.context
-    hidden = forward(params, context, config=config)
-    first = forward(*first_layers(config, params, "llm", 1)[1:], context,
-                    config=first_layers(config, params, "llm", 1)[0])
+    hidden = np.asarray(forward(params, context, config=config))
+    shorter, cut = first_layers(config, params, "llm", 1)
+    first = np.asarray(forward(cut, context, config=shorter))
     for r, role in enumerate(("student", "teacher")):
         golden = lambda name: tensors[f"{role}.{name}"]
         facts, n = settings[role], len(golden("packed_position_ids"))
         assert context.length[r] == facts["sequence_length"] == n
         assert [b.slots for b in rows[r]] == facts["split_lens"]
-        assert ["causal" if isinstance(b, context_lib.Text) else "full" for b in rows[r]] == facts["attn_modes"]
+        modes = ["causal" if isinstance(b, context_lib.Text) else "full" for b in rows[r]]
+        assert modes == facts["attn_modes"]
         equal(context.tokens[r, golden("packed_text_indexes")], golden("packed_text_ids"))
         equal(context.positions[r, :n], golden("packed_position_ids"))
         mask = attention.visible(context.limit, context.segment, context.segment)[r]
@@ -412,13 +415,13 @@ def test_score(goldens, und_forward, model, tokenizer):
     block = completion(tensors["completion_ids"], tokenizer, batch=2)
     n = len(tensors["completion_ids"]) + 1
     equal(block.mask.sum(axis=1), [n, n])
-    hidden = score(params, context, block, config=config)
+    hidden = np.asarray(score(params, context, block, config=config))
     for r, role in enumerate(("student", "teacher")):
         equal(block.labels[r, :n], tensors[f"{role}.packed_label_ids"])
         close(bagel.logits(params, hidden[r, :n]), tensors[f"{role}.logits"], role)
 
 
-# --- grads -----------------------------------------------------------------------------------------------------
+# --- grads ---------------------------------------------------------------------------------------------
 
 def kind_of(name, settings):
     """(DivergenceConfig, whether the loss is the cross entropy) of a gradient file."""
@@ -445,7 +448,7 @@ def test_grads(goldens, grads, whole_model, tokenizer):
     block = completion(sample["completion_ids"], tokenizer, batch=1)
 
     hidden_s, pull = jax.vjp(lambda params: score(params, student, block, config=config), params)
-    hidden_t = score(params, teacher, block, config=config)
+    hidden_t = score(params, teacher, block, config=config)  # a constant of the loss
 
     def reduce(hidden, head):
         values, ce, _ = divergence.chunked(hidden, head, hidden_t, head, block.labels, divergence_config)
@@ -459,7 +462,7 @@ def test_grads(goldens, grads, whole_model, tokenizer):
     assert float(loss) == pytest.approx(facts["loss"], rel=1e-5, abs=1e-6)
     n = len(sample["completion_ids"]) + 1
     for role, hidden in (("student", hidden_s), ("teacher", hidden_t)):
-        close(bagel.logits(params, hidden[0, :n]), tensors[f"{role}_logits"], role)
+        close(bagel.logits(params, np.asarray(hidden)[0, :n]), tensors[f"{role}_logits"], role)
     if "per_token_jsd" in tensors:
         np.testing.assert_allclose(values[0, :n], tensors["per_token_jsd"], atol=1e-6, rtol=1e-4)
     ours = by_name(params_lib.unflatten(gradients))
@@ -472,7 +475,8 @@ def test_grads(goldens, grads, whole_model, tokenizer):
     for name in ours:
         if name in facts["grad_norms"]:
             checked += 1
-            assert np.linalg.norm(ours[name]) == pytest.approx(facts["grad_norms"][name], rel=1e-3, abs=1e-6), name
+            wanted = pytest.approx(facts["grad_norms"][name], rel=1e-3, abs=1e-6)
+            assert np.linalg.norm(ours[name]) == wanted, name
         if name in facts["params_with_exact_zero_grad"]:
             assert not ours[name].any(), name
         if name in facts["params_with_grad_none"]:
@@ -506,7 +510,7 @@ def test_grads_from_logits(goldens, grads):
             np.testing.assert_allclose(values, tensors[name], atol=1e-6, rtol=1e-4, err_msg=name)
 
 
-# --- jsd -------------------------------------------------------------------------------------------------------
+# --- jsd -----------------------------------------------------------------------------------------------
 
 def test_jsd(goldens):
     """The whole grid of settings: values, reductions, gradients."""
@@ -522,10 +526,11 @@ def test_jsd(goldens):
 
     for i, case in enumerate(facts["cases"]):
         (_, values), gradient = jax.value_and_grad(mean, has_aux=True)(student, jsd_config(case))
-        np.testing.assert_allclose(values, tensors["per_token"][i], atol=5e-6, rtol=1e-5, err_msg=str(case))
-        assert float(jnp.mean(values)) == pytest.approx(case["mean"], rel=1e-5, abs=1e-6), case
-        assert float(jnp.sum(values)) == pytest.approx(case["sum"], rel=1e-5, abs=1e-5), case
-        assert float(divergence.row_mean(values, kept)) == pytest.approx(case["mean_with_labels"], rel=1e-5, abs=1e-6)
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=str(case))
+        near(values, tensors["per_token"][i], atol=5e-6)
+        near(jnp.mean(values), case["mean"], atol=1e-6)
+        near(jnp.sum(values), case["sum"], atol=1e-5)
+        near(divergence.row_mean(values, kept), case["mean_with_labels"], atol=1e-6)
         if i in gradient_of:
             close_gradient(gradient, gradient_of[i], str(case))
     assert float(divergence.row_mean(values, jnp.zeros_like(kept))) == facts["all_masked_value"]
@@ -543,11 +548,12 @@ def test_sampled_reverse_kl(goldens):
         close_gradient(gradient, tensors[f"tinker_grad.{i}"], str(case))
 
 
-# --- generate --------------------------------------------------------------------------------------------------
+# --- generate ------------------------------------------------------------------------------------------
 
 def prompt_blocks(tensors, tokenizer, patch):
     prompts = context_lib.Prompts(tensors.get("system_ids", ""), "", "")
-    return context_lib.student(tokenizer, prompts, tensors["question_ids"], image_block(tensors["image"], patch))
+    problem = image_block(tensors["image"], patch)
+    return context_lib.student(tokenizer, prompts, tensors["question_ids"], problem)
 
 
 def test_generate(goldens, generate, model, tokenizer):
@@ -555,9 +561,9 @@ def test_generate(goldens, generate, model, tokenizer):
     tensors, facts = read(goldens, "generate", generate)
     config, params = model
     skipping = "events" in facts
-    table = facts.get("decode_table", {})
-    vocabulary = config.llm.vocab_size
-    marker = rollout.Marker.build([table.get(str(i), f" {i}").encode() for i in range(vocabulary)], vocabulary)
+    table, vocabulary = facts.get("decode_table", {}), config.llm.vocab_size
+    texts = [table.get(str(token), f" {token}").encode() for token in range(vocabulary)]
+    marker = rollout.Marker.build(texts, vocabulary)
     settings = rollout.RolloutConfig(
         model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, greedy=True,
         max_new_tokens=facts["max_new_tokens" if skipping else "max_length"],
@@ -566,18 +572,19 @@ def test_generate(goldens, generate, model, tokenizer):
     other = [blocks[-1], *blocks]  # a longer row, so that the golden one stands before a gap
     context = pack([blocks, other], tokenizer, config)
     sampled, logits = rollout.sample(params, context, jax.random.key(0), config=settings, return_logits=True)
-    count, fed = int(sampled.num_fed[0]), np.asarray(sampled.fed[0])
-    returned = np.asarray(sampled.tokens[0])[np.asarray(sampled.mask[0])]
+    sampled, logits = jax.tree.map(np.asarray, (sampled, logits))
+    count, fed = sampled.num_fed[0], sampled.fed[0]
+    returned = sampled.tokens[0, sampled.mask[0]]
     wanted = tensors["completion_ids"] if skipping else tensors["tokens"][1:]
     equal(returned, wanted)
-    heard = logits[0, :count][fed[:count] != tokenizer.eos]  # officially no logits are made behind an injected eos
+    heard = logits[0, :count][fed[:count] != tokenizer.eos]  # officially an injected eos has no logits
     close(heard, tensors["logits"])
     if not skipping:
         equal(fed[:count], tensors["tokens"])
         equal(heard.argmax(-1), tensors["sampled_argmax"])
-        assert (int(sampled.stop[0]) == rollout.STOP_EOS) == facts["stopped_on_eos"]
+        assert (sampled.stop[0] == rollout.STOP_EOS) == facts["stopped_on_eos"]
         assert count == facts["n_tokens_returned"]
-        assert int(heard[-1].argmax()) == facts["last_sampled_but_not_returned"]
+        assert heard[-1].argmax() == facts["last_sampled_but_not_returned"]
         return
     assert wanted.tolist() == facts["completion"]
     expected, skips = [], 0
@@ -587,7 +594,7 @@ def test_generate(goldens, generate, model, tokenizer):
         skips += event["event"] == "append_to_cache"
         expected += event["token_ids"] if event["event"] == "append_to_cache" else event["returned"]
     assert fed[:count].tolist() == expected
-    assert int(sampled.num_skips[0]) == skips
+    assert sampled.num_skips[0] == skips
 
 
 def test_generate_cache(goldens, model, tokenizer):
@@ -617,26 +624,26 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         segment = jnp.pad(context.segment, ((0, 0), (0, room)))
         cache = bagel.init_cache(1, context.slots + room, config=config)
         x = bagel.embed(params, context, config=config)
-        _, prefill = bagel.forward(params, x, context.positions, context.limit, context.segment, config=config,
-                                   cache=cache, key_segment=segment)
+        _, prefill = bagel.forward(params, x, context.positions, context.limit, context.segment,
+                                   config=config, cache=cache, key_segment=segment)
         x = bagel.embed_tokens(params, tokens, config=config)
         hidden, final = bagel.forward(
             params, x, *context_lib.behind(context, room), config=config, cache=prefill, offset=context.slots,
             key_segment=segment.at[:, context.slots:].set(1))
         return prefill, final, bagel.logits(params, hidden[0])
 
-    prefill, final, logits = run(params, context)
+    prefill, final, logits = jax.tree.map(np.asarray, run(params, context))
     used = context.length[0]
     for match, wanted in cached:
         stage, letter, layer = match.groups()
         cache = (prefill if stage == "prefill" else final)[letter][int(layer or -1), 0]
-        kept = cache[:used] if stage == "prefill" else jnp.concatenate([cache[:used], cache[context.slots:]])
+        kept = cache[:used] if stage == "prefill" else np.concatenate([cache[:used], cache[context.slots:]])
         close(kept, wanted, match[0])
     close(logits, tensors["logits"])
     close(logits[:1], tensors["next_token_logits"])
 
 
-# --- schedule --------------------------------------------------------------------------------------------------
+# --- schedule ------------------------------------------------------------------------------------------
 
 def test_schedule(goldens):
     _, facts = read(goldens, "schedule", "schedule")
@@ -646,7 +653,8 @@ def test_schedule(goldens):
     for name, schedule in (("schedule", "cosine"), ("constant_schedule", "constant")):
         steps = np.array(facts[name]["steps"])
         rates = distill.learning_rate(steps, dataclasses.replace(settings, schedule=schedule))
-        np.testing.assert_allclose(rates, facts[name]["lr_values"], rtol=1e-5, atol=1e-6 * main["lr"], err_msg=name)
+        np.testing.assert_allclose(rates, facts[name]["lr_values"], rtol=1e-5, atol=1e-6 * main["lr"],
+                                   err_msg=name)
 
 
 def test_optimizer(goldens):
@@ -679,7 +687,7 @@ def test_optimizer(goldens):
         previous = np.asarray(moments.mu["llm"]["norm"])
 
 
-# --- opsd_steps ------------------------------------------------------------------------------------------------
+# --- opsd_steps ----------------------------------------------------------------------------------------
 
 def trajectory(completions):
     """What the sampler would return for these completions."""
@@ -688,9 +696,10 @@ def trajectory(completions):
     length = np.array([len(ids) for ids in completions], np.int32)
     mask = np.arange(room) < length[:, None]
     zeros = np.zeros_like(length)
-    return rollout.Trajectory(tokens=tokens, mask=mask, logprobs=np.zeros(mask.shape, np.float32), num_skips=zeros,
-                              stop=zeros + rollout.STOP_EOS, fed=np.pad(tokens, ((0, 0), (1, 0))),
-                              fed_sampled=np.pad(mask, ((0, 0), (1, 0))), num_fed=length + 1)
+    return rollout.Trajectory(
+        tokens=tokens, mask=mask, logprobs=np.zeros(mask.shape, np.float32), num_skips=zeros,
+        stop=zeros + rollout.STOP_EOS, fed=np.pad(tokens, ((0, 0), (1, 0))),
+        fed_sampled=np.pad(mask, ((0, 0), (1, 0))), num_fed=length + 1)
 
 
 def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
@@ -703,25 +712,30 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
         teacher=settings["teacher_mode"], ema_decay=settings["ema_decay"], jsd_weight=settings["jsd_weight"],
         ce_weight=settings["ce_weight"], accumulation=settings["grad_accum"], optim=distill.OptimConfig(
             lr=settings["lr"], min_lr=settings["min_lr"], warmup_steps=settings["warmup"],
-            total_steps=settings["total"], b1=settings["betas"][0], b2=settings["betas"][1], eps=settings["eps"],
-            weight_decay=settings["weight_decay"], max_grad_norm=settings["max_grad_norm"]))
+            total_steps=settings["total"], b1=settings["betas"][0], b2=settings["betas"][1],
+            eps=settings["eps"], weight_decay=settings["weight_decay"],
+            max_grad_norm=settings["max_grad_norm"]))
     numbers = sorted({int(match[1]) for match, _ in matching(tensors, r"sample(\d+)\..*")})
     samples = {n: role_blocks(tensors, tokenizer, model.vit.patch_size, {}, f"sample{n}.") for n in numbers}
     sizes = [bucket([blocks[role] for blocks in samples.values()]) for role in (0, 1)]
-    longest = max((tensors[f"sample{n}.completion_ids"] for n in numbers), key=len)
+    completions = {n: tensors[f"sample{n}.completion_ids"] for n in numbers}
+    longest = max(completions.values(), key=len)
 
-    def check(name, state, key):
-        """Compares the tensors called `name` + parameter name."""
-        ours, found = by_name(state[key]), 0
-        for match, wanted in matching(tensors, re.escape(name) + r"(.+)"):
-            found += 1
-            if not is_trap(match[1]):
-                np.testing.assert_allclose(ours[match[1]], wanted, atol=2e-5, rtol=0, err_msg=match[0])
-        return found
-
+    # Their gradient is zero but for rounding, which AdamW's tiny epsilon blows up to whole steps of noise.
     is_trap = lambda name: name.startswith("vit_model.") and name.endswith("self_attn.k_proj.bias")
+
+    def check(prefix, params):
+        """Compares the tensors called `prefix` + parameter name and counts them."""
+        ours = by_name(params)
+        wanted = matching(tensors, re.escape(prefix) + r"(.+)")
+        for match, tensor in wanted:
+            if not is_trap(match[1]):
+                np.testing.assert_allclose(ours[match[1]], tensor, atol=2e-5, rtol=0, err_msg=match[0])
+        return len(wanted)
+
     # Committed to a device like what comes back from an update, so that the program is compiled once.
-    state = jax.device_put(distill.init_state(jax.tree.map(jnp.copy, params), config), jax.devices()[0])
+    state = jax.jit(functools.partial(distill.init_state, config=config))(params)
+    state = jax.device_put(state, jax.devices()[0])
     order = facts["sample_order"]
     done = found = 0
     for k, step in enumerate(facts["steps"]):
@@ -731,28 +745,30 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
         done += len(ids)
         batch = distill.Batch(*(pack([samples[n][role] for n in ids], tokenizer, model, sizes[role])
                                 for role in (0, 1)))
-        # The longest completion rides along for its length only, so that all steps share one compiled program.
-        sampled = trajectory([*(tensors[f"sample{n}.completion_ids"] for n in ids), longest])
+        # The longest completion rides along for its length only: all steps share one compiled program.
+        sampled = trajectory([*(completions[n] for n in ids), longest])
         sampled = jax.tree.map(lambda x: x[:len(ids)], sampled)
-        assert [len(tensors[f"sample{n}.completion_ids"]) + 1 for n in ids] == [m["n_completion_rows"] for m in micros]
+        assert [len(completions[n]) + 1 for n in ids] == [micro["n_completion_rows"] for micro in micros]
         state, metrics = distill.update(state, batch, sampled, config=config)
         mean = lambda name: np.mean([micro[name] for micro in micros])
         for ours, wanted in (("lr", step["lr_used"]), ("grad_norm", step["grad_norm_before_clip"]),
                              ("jsd", mean("jsd")), ("ce", mean("ce")), ("loss", mean("loss"))):
-            np.testing.assert_allclose(metrics[ours], wanted, rtol=1e-4, atol=1e-7, err_msg=f"{ours}, step {k}")
-        found += check(f"step{k}.param.", state, "params") + (check(f"step{k}.ema.", state, "ema")
-                                                              if "ema" in state else 0)
-    assert found + check("final.param.", state, "params")
+            np.testing.assert_allclose(metrics[ours], wanted, rtol=1e-4, atol=1e-7,
+                                       err_msg=f"{ours}, step {k}")
+        found += check(f"step{k}.param.", state["params"])
+        if config.teacher == "ema":
+            found += check(f"step{k}.ema.", state["ema"])
+    assert found + check("final.param.", state["params"]) > len(facts["steps"])
     before, after = by_name(params), by_name(state["params"])
     unchanged = set(facts["unchanged_params"]) & set(after)
     assert unchanged
     for name in unchanged:
         equal(after[name], before[name], err_msg=name)
     for name in set(after) - unchanged:
-        assert (after[name] != before[name]).any(), name
+        assert is_trap(name) or (after[name] != before[name]).any(), name
 
 
-# --- preprocess ------------------------------------------------------------------------------------------------
+# --- preprocess ----------------------------------------------------------------------------------------
 
 def resize_rules(facts):
     return {name: images.Resize(stride=rule["image_stride"], max_size=rule["max_image_size"],
@@ -782,19 +798,19 @@ def test_preprocess_images(goldens):
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == row["sha256_resized_u8_hwc"], label
         if f"{label}.resized_u8_hwc" in tensors:
             equal(pixels, tensors[f"{label}.resized_u8_hwc"], err_msg=label)
-        near = functools.partial(np.testing.assert_allclose, rtol=0, atol=3e-7, err_msg=label)
+        near = functools.partial(np.testing.assert_allclose, rtol=0, err_msg=label)
         values = np.asarray(bagel.normalize_patches(pixels)).transpose(2, 0, 1)
-        np.testing.assert_allclose(values.mean((1, 2), np.float64), row["mean"], atol=1e-5, err_msg=label)
-        np.testing.assert_allclose(values.std((1, 2), np.float64, ddof=1), row["std"], atol=1e-5, err_msg=label)
+        near(values.mean((1, 2), np.float64), row["mean"], atol=1e-5)
+        near(values.std((1, 2), np.float64, ddof=1), row["std"], atol=1e-5)
         if f"{label}.tensor" in tensors:
-            near(values, tensors[f"{label}.tensor"])
+            near(values, tensors[f"{label}.tensor"], atol=3e-7)
         down, right = (max(1, n // 8) for n in pixels.shape[:2])
         if f"{label}.sample_tensor" in tensors:
-            near(values[:, ::down, ::right], tensors[f"{label}.sample_tensor"])
+            near(values[:, ::down, ::right], tensors[f"{label}.sample_tensor"], atol=3e-7)
         patches = images.patchify(pixels, rule.stride)
         assert len(patches) == row["n_patches"], label
         if f"{label}.patchified" in tensors:
-            near(bagel.normalize_patches(patches), tensors[f"{label}.patchified"])
+            near(bagel.normalize_patches(patches), tensors[f"{label}.patchified"], atol=3e-7)
 
 
 def test_preprocess_sizes(goldens):
@@ -830,10 +846,10 @@ def test_preprocess_position_ids(goldens):
             equal(images.interpolated_position_ids(grid, side), tensors[f"{name}.interpolate"], err_msg=name)
 
 
-# --- other sizes, without goldens ------------------------------------------------------------------------------
+# --- other sizes, without goldens ----------------------------------------------------------------------
 
 def test_other_sizes(tmp_path):
-    """A model of sizes unlike the golden ones against the NumPy reference: both packs, and greedy decoding."""
+    """A model of sizes unlike the golden ones against NumPy: both packs, and greedy decoding."""
     llm = {"vocab_size": 400, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5,
            "num_key_value_heads": 1, "intermediate_size": 72, "rope_theta": 5e4, "rms_norm_eps": 1e-5}
     vit = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
@@ -842,7 +858,7 @@ def test_other_sizes(tmp_path):
     write_checkpoint(tmp_path, llm, vit, seed=0)
     config, params = convert.load(str(tmp_path))
     assert (config.llm.head_dim, config.vit.num_layers, config.vit.side) == (8, 2, 7)
-    reference = Reference(tmp_path, (tokenizer.bos, tokenizer.eos, tokenizer.image_start, tokenizer.image_end))
+    reference = Reference(tmp_path, tuple(vars(tokenizer).values()))
     rng = np.random.default_rng(1)
     ids = lambda n: rng.integers(10, 380, n).astype(np.int32)
     picture = lambda rows, columns: context_lib.Image(
@@ -853,18 +869,19 @@ def test_other_sizes(tmp_path):
              context_lib.teacher(tokenizer, prompts, question, problem, [picture(2, 4), None, picture(6, 1)])]
     context = pack(roles, tokenizer, config)
     block = completion(answer, tokenizer, batch=2)
-    hidden = score(params, context, block, config=config)
+    hidden = np.asarray(score(params, context, block, config=config))
     for r, blocks in enumerate(roles):
         wanted = reference.logits(blocks, [tokenizer.bos, *answer])
         close(bagel.logits(params, hidden[r, :len(answer) + 1]), wanted[-len(answer) - 1:], f"role {r}")
 
     marker = rollout.Marker.build([b"."] * 400, 400)
-    settings = rollout.RolloutConfig(model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, greedy=True,
-                                     max_new_tokens=12)
-    sampled, logits = rollout.sample(params, context, jax.random.key(0), config=settings, return_logits=True)
+    settings = rollout.RolloutConfig(model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker,
+                                     greedy=True, max_new_tokens=12)
+    sampled, logits = jax.tree.map(np.asarray, rollout.sample(
+        params, context, jax.random.key(0), config=settings, return_logits=True))
     for r, blocks in enumerate(roles):
         fed, wanted = reference.greedy(blocks, budget=12)
         gap = np.sort(wanted, axis=-1)
         assert (gap[:, -1] - gap[:, -2]).min() > 1e-3  # no near-ties: the tokens are well defined
-        assert sampled.fed[r, :int(sampled.num_fed[r])].tolist() == fed
+        assert sampled.fed[r, :sampled.num_fed[r]].tolist() == fed
         close(logits[r, :len(fed)], wanted, f"role {r}")

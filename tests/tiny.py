@@ -5,6 +5,7 @@
     images      1 x 1 to 3 x 3 patches of random uint8 values
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -66,9 +67,17 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
         {path: jnp.asarray(draw(path, leaf)) for path, leaf in params_lib.flatten(abstract).items()})
 
 
+@contextlib.contextmanager
+def quick_compiles():
+    """XLA without most of its optimisations: large programs compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def copy(tree):
-    """New buffers: an update deletes those of the state that it is given."""
-    return jax.tree.map(jnp.copy, tree)
+    """New buffers in the same places: an update deletes those of the state that it is given."""
+    return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding, may_alias=False), tree)
 
 
 def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Image:

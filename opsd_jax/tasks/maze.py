@@ -16,7 +16,7 @@ from opsd_jax.tasks.tiles import assemble, cell_axes, cell_name
 TASK = "Spatial_Navigation"
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 WORDS = (
-    *"Find a safe path start goal".split(),
+    *"Find a safe path start goal holes none".split(),
     *MOVES,
     *(cell_name(row, column) for row in range(5) for column in range(5)),
 )
@@ -69,11 +69,12 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
     codes[top : top + size, left : left + size] = lake
     image = assemble(_tiles(cell)[codes])
     names = [cell_name(*position) for position in cells]
+    holes = [cell_name(int(row) + top, int(column) + left) for row, column in zip(*np.nonzero(lake == _HOLE))]
     return _canonical(lake), {
         "question": "Find a safe path.",
         "answer": " ".join(moves),
         "problem_image": image,
-        "thoughts": (f"start {names[0]} goal {names[-1]}", "path " + " ".join(names)),
+        "thoughts": (f"start {names[0]} goal {names[-1]} holes {' '.join(holes) or 'none'}", "path " + " ".join(names)),
         "visual_thoughts": (_draw_path(image, cells, cell),),
         "metadata": {"map": ["".join(_LETTERS[row]) for row in lake], "moves": len(moves)},
     }
