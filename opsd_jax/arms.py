@@ -58,18 +58,23 @@ class Arms:
         import jax
 
         if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
-            self._worker = threading.Thread(target=self._work, daemon=True)
+            self._worker = threading.Thread(target=self._work, args=(1,), daemon=True)
             self._worker.start()
 
     def finish(self) -> None:
         """Runs what is left and waits for all. RuntimeError names the arms that failed and where their log is."""
-        self._work()
+        self._work(0)
         if self._worker:
             self._worker.join()
         if self._failed:
             raise RuntimeError("control arms failed: " + "; ".join(self._failed))
 
-    def _work(self) -> None:
+    def _work(self, half: int) -> None:
+        """Runs arms one after another until none is left. On CPUs in one half of the cores: two small programs that
+        both spread over all cores wait for each other at every matrix product."""
+        cores = sorted(os.sched_getaffinity(0)) if self._worker and hasattr(os, "sched_getaffinity") else []
+        middle = len(cores) // 2
+        cores = cores[middle:] if half else cores[:middle]
         while True:
             try:
                 name = self._queue.popleft()
@@ -82,6 +87,8 @@ class Arms:
             with open(os.path.join(folder, "log.txt"), "a") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
                 self._running.add(process)
+                if cores:
+                    os.sched_setaffinity(process.pid, cores)
                 if process.wait():
                     self._failed.append(f"{name} (see {folder}/log.txt)")
                 self._running.discard(process)

@@ -54,6 +54,10 @@ def main(argv) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms compile the same programs, and so does a continued run
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "xla_cache"))
     if flags.FLAGS.arm:
         train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
         return

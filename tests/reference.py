@@ -58,7 +58,7 @@ def read_tensors(directory) -> dict:
 
 
 class Reference:
-    """The model of a released folder. Blocks: anything with `ids`, or with normalised `patches` and `grid`."""
+    """The model of a released folder. Blocks have `ids`, or normalised `patches` and a `grid`."""
 
     def __init__(self, directory, delimiters):
         """delimiters: ids of bos, eos, image start, image end."""

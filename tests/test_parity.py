@@ -1,8 +1,8 @@
 """Replays of golden data of the official implementation.
 
-`--goldens=DIR` takes any sizes, seeds and numbers of cases: sizes, settings and names come from the files. A set
-that the folder lacks is skipped by name, except in the default copy, where it is an error. Tolerances are those
-that the goldens' README suggests.
+`--goldens=DIR` takes any sizes, seeds and numbers of cases: sizes, settings and names come from the files. A
+set that the folder lacks is skipped by name, except in the default copy, where it is an error. Tolerances are
+those that the goldens' README suggests.
 """
 
 import dataclasses
@@ -156,7 +156,8 @@ def completion(ids, tokenizer, batch, spare=SPARE):
     """The completion, padded, the same for each row of a batch."""
     tokens = np.tile(np.pad(ids, (0, spare)), (batch, 1))
     mask = np.broadcast_to(np.arange(tokens.shape[1]) < len(ids), tokens.shape)
-    return context_lib.completion(tokens, mask, bos=tokenizer.bos, eos=tokenizer.eos)
+    make = jax.jit(functools.partial(context_lib.completion, bos=tokenizer.bos, eos=tokenizer.eos))
+    return jax.tree.map(np.asarray, make(tokens, mask))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -166,6 +167,8 @@ def forward(params, context, *, config):
 
 
 score = jax.jit(distill.score, static_argnames="config")
+cross_entropy = jax.jit(divergence.cross_entropy)
+visible = jax.jit(attention.visible)
 
 
 def first_layers(config, params, part, count):
@@ -177,7 +180,7 @@ def first_layers(config, params, part, count):
 
 def normed(hidden, config, params):
     """A golden residual stream behind the final norm, for models that were cut off."""
-    return mot.rms_norm(hidden, params["llm"]["norm"], config.llm.rms_norm_eps)
+    return jax.jit(mot.rms_norm)(hidden, params["llm"]["norm"], config.llm.rms_norm_eps)
 
 
 def jsd_config(settings, **more):
@@ -324,7 +327,8 @@ def test_text_forward(goldens, model):
     documents = np.repeat(np.arange(len(lengths)) + 1, lengths)
     vectors = [np.pad(v, (0, SPARE))[None].astype(np.int32)
                for v in (tensors["packed_text_ids"], positions, np.arange(slots) + 1, documents)]
-    equal(attention.visible(vectors[2], vectors[3], vectors[3])[0, :slots, :slots], tensors["attention_mask"])
+    mask = np.asarray(visible(vectors[2], vectors[3], vectors[3]))[0]
+    equal(mask[:slots, :slots], tensors["attention_mask"])
 
     @functools.partial(jax.jit, static_argnames="config")
     def run(params, tokens, positions, limit, segment, *, config):
@@ -336,11 +340,11 @@ def test_text_forward(goldens, model):
     for match, hidden in layers:
         shorter, cut = first_layers(config, params, "llm", int(match[1]) + 1)
         close(run(cut, *vectors, config=shorter), normed(hidden, config, params), match[0])
-    hidden = run(params, *vectors, config=config)
+    hidden = np.asarray(run(params, *vectors, config=config))
     close(hidden, tensors["hidden.norm"])
     logits = bagel.logits(params, hidden)
     close(logits, tensors["logits"])
-    ce = divergence.cross_entropy(logits, tensors["labels"])
+    ce = np.asarray(cross_entropy(logits, tensors["labels"]))
     close(ce, tensors["ce"])
     assert float(ce.mean()) == pytest.approx(settings["ce_mean"], rel=1e-5)
     chunked, hits = divergence.chunked_cross_entropy(
@@ -385,7 +389,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
         assert modes == facts["attn_modes"]
         equal(context.tokens[r, golden("packed_text_indexes")], golden("packed_text_ids"))
         equal(context.positions[r, :n], golden("packed_position_ids"))
-        mask = attention.visible(context.limit, context.segment, context.segment)[r]
+        mask = np.asarray(visible(context.limit, context.segment, context.segment))[r]
         equal(mask[:n, :n], golden("attention_mask"))
         assert not mask[:n, n:].any()
         patches = len(golden("packed_vit_tokens"))
@@ -402,7 +406,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
         close(hidden[r, :n], golden("hidden_final"), role)
         logits = bagel.logits(params, hidden[r, batch.rows[r, targets]])
         close(logits, golden("logits"), role)
-        ce = divergence.cross_entropy(logits, golden("packed_label_ids"))
+        ce = np.asarray(cross_entropy(logits, golden("packed_label_ids")))
         close(ce, golden("ce"), role)
         assert float(ce.mean()) == pytest.approx(settings[f"{role}_ce_mean"], rel=1e-5)
 
@@ -454,10 +458,10 @@ def test_grads(goldens, grads, whole_model, tokenizer):
         values, ce, _ = divergence.chunked(hidden, head, hidden_t, head, block.labels, divergence_config)
         return jnp.sum((ce if is_ce else values) * distill.row_weights(block.mask, "completion")), values
 
-    (loss, values), (of_hidden, of_head) = jax.value_and_grad(reduce, (0, 1), has_aux=True)(
+    (loss, values), (of_hidden, of_head) = jax.jit(jax.value_and_grad(reduce, (0, 1), has_aux=True))(
         hidden_s, params["llm"]["head"])
-    gradients = params_lib.flatten(pull(of_hidden)[0])
-    gradients["llm/head"] += of_head
+    gradients = params_lib.flatten(jax.tree.map(np.asarray, pull(of_hidden)[0]))
+    gradients["llm/head"] = gradients["llm/head"] + of_head
     np.testing.assert_allclose(loss, tensors["loss"][0], atol=1e-6, rtol=1e-5)
     assert float(loss) == pytest.approx(facts["loss"], rel=1e-5, abs=1e-6)
     n = len(sample["completion_ids"]) + 1
@@ -501,12 +505,12 @@ def test_grads_from_logits(goldens, grads):
             return divergence.sampled_reverse_kl(logits, teacher, labels, config.temperature)
         return divergence.generalized_jsd(logits, teacher, config)[0]
 
-    loss, gradient = jax.value_and_grad(lambda logits: jnp.mean(rows(logits, config)))(student)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda logits: jnp.mean(rows(logits, config))))(student)
     np.testing.assert_allclose(loss, tensors["loss"][0], atol=1e-6, rtol=1e-5)
     close_gradient(gradient, tensors["student_logits_grad"])
     for name, clip in (("per_token_jsd", config.clip), ("per_token_jsd_unclipped", 0.0)):
         if name in tensors:
-            values = rows(student, dataclasses.replace(config, clip=clip))
+            values = jax.jit(functools.partial(rows, config=dataclasses.replace(config, clip=clip)))(student)
             np.testing.assert_allclose(values, tensors[name], atol=1e-6, rtol=1e-4, err_msg=name)
 
 

@@ -254,6 +254,7 @@ def chain():
     for n in pieces:
         if b">" in spelled[n]:
             a[same[n], eos] += 3.5
+    a[eos, eos] += 50  # what is drawn behind an injected eos must be ignored
     params["llm"]["head"] = np.zeros((width, size), np.float32)
     params["llm"]["head"][:size], params["llm"]["head"][size:size + CHAINS] = a, b * 0.4
     params["llm"]["norm"] = np.ones(width, np.float32)
@@ -357,6 +358,16 @@ def test_keys_differ_and_repeat(sampled):
         sampled.params, sampled.context, jax.random.key(key), config=sampled.config, return_logits=True)[0].fed)
     np.testing.assert_array_equal(draw(11), sampled.trajectory.fed)
     assert (draw(12) != sampled.trajectory.fed).any(axis=1).sum() >= 4
+
+
+def test_every_step_draws_afresh(sampled):
+    """A model without preferences: tokens of a row differ from step to step, and from row to row."""
+    params = {**sampled.params, "llm": {**sampled.params["llm"], "head": sampled.params["llm"]["head"] * 0}}
+    t, _ = rollout.sample(params, sampled.context, jax.random.key(1), config=sampled.config, return_logits=True)
+    t = numpy_of(t)
+    np.testing.assert_allclose(t.logprobs[t.mask], -np.log(264), rtol=1e-5)
+    drawn = t.tokens[t.mask]
+    assert len(drawn) > 50 and len(set(drawn.tolist())) > 0.8 * len(drawn)
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
