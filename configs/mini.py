@@ -41,7 +41,7 @@ def get_config(arg: str = "maze"):
     c.data.cache_rows = 20000
     c.data.threads = 1
 
-    c.warmup.update(steps={"maze": 400, "chart": 500}[task], batch_size=48)
+    c.warmup.update(steps={"maze": 500, "chart": 600}[task], batch_size=48)
     c.warmup.optim.update(lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01)
     c.opsd.update(steps=400, batch_size=48, accumulation=1)
     c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)

@@ -252,14 +252,14 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 with clock("update"):
                     state, found = update(state, batch)
                     jax.block_until_ready(state["step"])
-            found.pop("jsd_by_position", None)
+            profile = found.pop("jsd_by_position", None)
             means.add({name: (value, 1) for name, value in found.items()})
             now = step + 1
 
             if step == start and start == first:
                 _show_batch(run, stage, now, prepared, host_batch)
             if on_policy and (step == start or (config.log.samples_every and now % config.log.samples_every == 0)):
-                _show_rollouts(run, now, prepared, trajectory)
+                _show_rollouts(run, now, prepared, trajectory, profile)
             if now % config.log.every == 0 or now == last:
                 values, elapsed = means.take(), time.perf_counter() - window
                 window, done_steps = time.perf_counter(), now % config.log.every or config.log.every
@@ -420,12 +420,18 @@ def _context_text(run, c, row) -> str:
     return "".join(parts)
 
 
-def _show_rollouts(run, step, prepared, trajectory) -> None:
-    """What the student wrote for the first rows."""
+def _show_rollouts(run, step, prepared, trajectory, profile) -> None:
+    """What the student wrote for the first rows, with their pictures, and the divergence at each position."""
     import jax
+
+    from opsd_jax import images
 
     if jax.process_count() > 1:  # rows of other hosts are not here
         return
+    for n, row in enumerate(prepared[:4]):
+        run.writer.image(step, f"rollout{n}-problem", images.unpatchify(
+            row.problem.patches, row.problem.grid, run.config.model.vit.patch_size))
+    run.writer.text(step, "jsd-by-position", "\n".join(f"{n:5d}  {x:.6f}" for n, x in enumerate(jax.device_get(profile))))
     tokens, mask, skips = jax.device_get((trajectory.tokens, trajectory.mask, trajectory.num_skips))
     run.writer.text(step, "rollouts", "\n".join(
         f"{row.example.pid} ({skips[n]} skips), expected {row.example.answer!r}: {run.tokenizer.decode(tokens[n][mask[n]])}"
