@@ -22,8 +22,10 @@ def settings_of(config, workdir: str, name: str):
 
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
-    changes = config.arms[name].to_dict()
-    warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
+    changes, ends = config.arms[name].to_dict(), settings.stage_ends(config)
+    if "opsd" not in ends:
+        raise ValueError(f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none")
+    warm = ends["opsd"] - config.opsd.steps
     start = os.path.join(workdir, "checkpoints", str(warm))
     if not os.path.isdir(start):
         raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
@@ -36,20 +38,23 @@ def settings_of(config, workdir: str, name: str):
 
 
 class Arms:
-    """Runs the arms of a run, as processes."""
+    """Runs the arms of a run, as processes. A context manager: where the run stops, they stop too."""
 
     def __init__(self, names, workdir: str, argv):
         self._queue, self._workdir, self._argv = collections.deque(names), workdir, argv
-        self._worker, self._failed, self._running = None, [], set()
+        self._worker, self._failed, self._running, self._stopped = None, [], set(), False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         """Leaves no process behind: arms that still run are asked to save and stop."""
+        self._stopped = True
         self._queue.clear()
         for process in list(self._running):
             process.terminate()
+        for process in list(self._running):
+            process.wait()
         if self._worker:
             self._worker.join()
 
@@ -89,6 +94,8 @@ class Arms:
                 self._running.add(process)
                 if cores:
                     os.sched_setaffinity(process.pid, cores)
+                if self._stopped:  # while it was being started
+                    process.terminate()
                 if process.wait():
                     self._failed.append(f"{name} (see {folder}/log.txt)")
                 self._running.discard(process)
@@ -99,20 +106,17 @@ def report(workdir: str, names) -> str:
 
     Raises FileNotFoundError where an evaluation is missing.
     """
-    with open(os.path.join(workdir, "config.json")) as f:
-        config = json.load(f)
-    rows = []
-    total = sum(config[stage]["steps"] for stage in config["stages"])
-    warm = total - config["opsd"]["steps"]
+    from opsd_jax.eval import load_config
+
+    config, rows = load_config(workdir), []
+    warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
     for what, kind in (("teacher: start, with visual thoughts", "real"), ("start, text only", "none"),
                        ("start, text only, `<image_start>` banned", "none-banned")):
         path = _summary(workdir, warm, kind)
         if os.path.exists(path):
             rows.append({"arm": what, **_read(path)})
     for name, folder in (("OPSD", workdir), *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names)):
-        with open(os.path.join(folder, "config.json")) as f:
-            c = json.load(f)
-        last = sum(c[stage]["steps"] for stage in c["stages"])
+        last = max(settings.stage_ends(load_config(folder)).values())
         row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
         path = _summary(folder, last, "kl")
         if os.path.exists(path):

@@ -39,18 +39,35 @@ def folder(config, workdir: str) -> str:
 
 
 def make_if_absent(config, workdir: str) -> None:
-    """Makes the procedural data of `config.data.make` in the data folder, unless it is there."""
+    """Makes the procedural data of `config.data.make` in the data folder, or finishes what was begun there.
+
+    Raises FileNotFoundError if there are no data and none to make; ValueError if those that are there were made with
+    other settings.
+    """
     from opsd_jax import tasks
     from opsd_jax.tasks import parquet
 
     target, make = folder(config, workdir), config.data.make
-    if not make.families or os.path.isdir(os.path.join(target, visual_opsd.NAME)):
-        return
-    made = os.path.join(target, "made")
+    made, record = os.path.join(target, "made"), os.path.join(target, "made.json")
     if not os.path.isdir(made):
+        if os.path.isdir(os.path.join(target, visual_opsd.NAME)):  # prepared from elsewhere
+            return
+        if not make.families:
+            raise FileNotFoundError(
+                f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
+                f"--target={target}`, or give --config.data.dir=FOLDER that holds {visual_opsd.NAME}/")
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
+        os.makedirs(target, exist_ok=True)
+        with open(record, "w") as f:
+            f.write(make.to_json())
         parquet.make_mini(made, families=make.families, counts=counts, seed=make.seed, difficulty=make.difficulty)
-    visual_opsd.prepare(os.path.join(made, "parquet"), target)
+    elif make.families and os.path.exists(record):
+        with open(record) as f:
+            was = json.load(f)
+        if was != json.loads(make.to_json()):
+            raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is "
+                             f"{json.loads(make.to_json())}: use those, another folder, or delete {target}")
+    visual_opsd.prepare(os.path.join(made, "parquet"), target)  # does nothing where all is done
 
 
 def tokenizer_folder(config, workdir: str) -> str:
@@ -127,8 +144,8 @@ class Packer:
         """Ids of the row's text-only trace with its answer."""
         e = row.example
         if not e.full_text_only_thought.strip():
-            raise ValueError(f"row {e.pid} has no full_text_only_thought, which text and reference traces need: "
-                             "fill the column or set the stage's mix to interleaved rows only")
+            raise ValueError(f"row {e.pid} has no full_text_only_thought, which text and reference traces need: fill "
+                             "the column, or set the stage's mix to interleaved rows only and config.eval.kl to False")
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
 
     def pack(self, rows, kind: str, bucket: int, blocks):
@@ -152,9 +169,16 @@ class Packer:
             [self.blocks(row, layout) for row, layout in zip(rows, layouts)], slots=slots, patches=patches,
             targets=targets, tokenizer=self.tokenizer, side=self.side, names=[row.example.pid for row in rows])
 
-    def bucket(self, row: Prepared) -> int:
-        """Index of the first bucket that the row fits in every role; -1 if none does."""
-        need = {kind: self._need([self.blocks(row, kind, row.visual_thoughts)]) for kind in ("student", "teacher")}
+    def bucket(self, row: Prepared, mode: str = "real", partner: Prepared | None = None) -> int:
+        """Index of the first bucket that the row fits in every role; -1 if none does.
+
+        It has room for the true visual thoughts and for those of `mode`, which a partner may have larger.
+        """
+        shown = context_lib.replace_visual_thoughts(
+            "real" if mode == "noise" else mode, row.problem, row.visual_thoughts,
+            partner.visual_thoughts if partner else (), None)
+        need = {"student": self._need([self.blocks(row, "student")]),
+                "teacher": self._need([self.blocks(row, "teacher", vts) for vts in (row.visual_thoughts, shown)])}
         layouts = settings.LAYOUTS if row.example.full_text_only_thought.strip() else ("interleaved",)
         need["trace"] = self._need([self.blocks(row, layout) for layout in layouts])
         for index in range(len(self.buckets.student)):
@@ -234,24 +258,29 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
+    import jax
+
     task, size = config.data.tasks[source], len(rows.sources[source])
+    mode = config.teacher.visual_thoughts
     facts = json.dumps([task, size, str(rows.sources[source].split), config.data.buckets.to_dict(),
-                        config.images.to_dict(), config.prompts.to_dict()], sort_keys=True)
+                        config.images.to_dict(), config.prompts.to_dict(), mode], sort_keys=True)
     path = os.path.join(workdir, f"buckets-{task}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.npy")
     if os.path.exists(path):
         index = np.load(path, allow_pickle=False)
     else:
+        find = lambda n: packer.bucket(rows(source, n), mode, rows.partner(source, n) if mode == "swap" else None)
         with ThreadPoolExecutor(config.data.threads) as pool:
-            index = np.fromiter(pool.map(lambda n: packer.bucket(rows(source, n)), range(size)), np.int32, size)
-        with open(path + ".tmp", "wb") as f:
-            np.save(f, index, allow_pickle=False)
-        os.replace(path + ".tmp", path)
+            index = np.fromiter(pool.map(find, range(size)), np.int32, size)
+        if jax.process_index() == 0:
+            with open(path + ".tmp", "wb") as f:
+                np.save(f, index, allow_pickle=False)
+            os.replace(path + ".tmp", path)
     left_out = [rows.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
     if left_out and config.data.on_too_long == "fail":
         raise context_lib.TooLong(
             f"{len(left_out)} rows of {task} fit no bucket, first {left_out[:5]}: enlarge config.data.buckets, or set "
             "config.data.on_too_long=skip, which names them in too_long.json")
-    if left_out:
+    if left_out and jax.process_index() == 0:
         report = os.path.join(workdir, "too_long.json")
         known = {}
         if os.path.exists(report):

@@ -6,6 +6,7 @@ The delimiters are resolved by name, never by counting added tokens: transformer
 
 import dataclasses
 import functools
+import os
 
 import numpy as np
 
@@ -66,9 +67,12 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 def load(directory: str) -> Tokenizer:
-    """Reads a tokenizer folder. ValueError if it lacks a delimiter, OSError if there is no tokenizer."""
+    """Reads a tokenizer folder. ValueError if it lacks a delimiter, FileNotFoundError if there is no tokenizer."""
     from transformers import AutoTokenizer
 
+    if not os.path.isdir(directory) or "tokenizer_config.json" not in os.listdir(directory):
+        raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
+                                "released model's tokenizer as --config.tokenizer=FOLDER")
     backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     vocabulary = backend.get_vocab()
     missing = [token for token in DELIMITERS.values() if token not in vocabulary]

@@ -10,6 +10,7 @@ the weights with which W's first OPSD step began.
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 
@@ -61,6 +62,7 @@ def main(argv) -> None:
     if flags.FLAGS.arm:
         train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # while training, `train` handles it
     with arms.Arms(config.run_arms, workdir, sys.argv[1:]) as controls:
         train(config, workdir, on_warm=controls.start)
         controls.finish()
@@ -68,10 +70,25 @@ def main(argv) -> None:
         print(arms.report(workdir, config.run_arms))
 
 
+def parse_flags(argv):
+    """The arguments left over. An override of a setting that does not exist ends the program with a suggestion."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        reason = error
+        while isinstance(reason, Exception):  # ml_collections wraps its "Did you mean" twice
+            reason = reason.args[0] if reason.args else ""
+        key, _, hint = reason.partition("\n")
+        wrong = [a for a in argv if a.startswith("--config.") and key.strip("'") in a.split("=")[0].split(".")]
+        if not wrong:  # a mistake in the config file itself
+            raise
+        sys.exit(f"error: {wrong[0]}: there is no setting {key}. {hint or 'All of them are in opsd_jax/settings.py.'}")
+
+
 def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):
     """Runs (or continues) a run and returns its final parameters.
 
-    on_warm: called when the weights are there that the OPSD stage starts from.
+    on_warm: called when the checkpoint is there that the OPSD stage starts from.
     data_workdir: whose data and tokenizer are used where the config names none.
     """
     from opsd_jax import checkpoint
@@ -86,18 +103,18 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
             saved = checkpoints.metadata(done)
             checkpoint.check_config(saved["config"], config, ignore=_FREE)
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
-        run = prepare(config, workdir, data_workdir or workdir, resume_step=None if done is None else done + 1)
+        run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1)
         with run.writer:
-            # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup is skipped, opsd starts from the
-            # parameters of step 350. With done = 500 warmup is skipped and opsd goes on with the state of step 500.
+            # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup has no step left but is evaluated, if
+            # that is missing, and opsd starts from its parameters. With done = 500 warmup is skipped and opsd goes on
+            # with the state of step 500.
             first, params = 0, None
             for stage in config.stages:
-                if done is None or done < ends[stage] or stage == config.stages[-1]:
+                if done is None or done <= ends[stage]:
                     if params is None and (done is None or done == first):
                         params = initial_params(run, done)
-                    if stage == "opsd":
-                        on_warm()
-                    params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop)
+                    params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop,
+                                         on_start=on_warm if stage == "opsd" else lambda: None)
                     if stop.is_set:
                         print(f"stopped as asked; the same command continues {workdir}")
                         sys.exit(EXIT_STOPPED)
@@ -108,18 +125,20 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
 
 
 def record_config(config, workdir: str) -> None:
-    """Checks the settings and writes W/config.json; ConfigMismatch if W holds a run with other settings."""
-    settings.check(config)
-    import jax
+    """Checks the settings and writes W/config.json; ConfigMismatch if W holds a run with other settings.
 
+    A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
+    """
     from opsd_jax import checkpoint
 
+    settings.check(config)
+
     record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
-    if os.path.exists(path):
+    rows = os.path.join(workdir, "metrics.jsonl")
+    if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
         with open(path) as f:
             checkpoint.check_config(json.load(f), record, ignore=_FREE)
-    elif jax.process_index() == 0:
-        os.makedirs(workdir, exist_ok=True)
+    else:
         _write_json(path, record)
 
 
@@ -136,6 +155,9 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
         micro, shards = config[stage].batch_size // config[stage].accumulation, sharding.batch_divisor(mesh)
         if micro % shards:
             raise ValueError(f"a micro batch of config.{stage} ({micro} rows) must be a multiple of the {shards} batch "
+                             "shards of config.mesh")
+        if config.eval.batch_size % shards:
+            raise ValueError(f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch "
                              "shards of config.mesh")
     with clock("data"):
         if primary:
@@ -179,19 +201,27 @@ def initial_params(run: Run, done):
     return params
 
 
-def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints, done, stop):
-    """Steps first + 1 .. last of a run: one stage with its own optimizer and schedule. Returns the parameters.
+def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints, done, stop, on_start):
+    """Steps first + 1 .. last of a run: one stage with its own optimizer and schedule. Returns the parameters to go
+    on from, those of its last checkpoint.
 
-    params: the weights to start from; not used where a checkpoint of this stage is continued.
+    params: the weights to start from; not used where a checkpoint of this stage is continued. on_start: called when
+    the checkpoint of those weights is complete.
     """
     import jax
 
-    from opsd_jax import checkpoint, data, distill, metrics, rollout, sharding
+    from opsd_jax import data, distill, metrics, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
     rollout_config = run.rollout()
     on_policy = stage == "opsd"
+
+    # data first: what is wrong with them shows before anything is saved
+    rows = data.Rows(config, run.data_workdir, run.tokenizer, "train")
+    batches = data.Batches(config, run.workdir, stage, rows, run.packer, process=jax.process_index(),
+                           processes=jax.process_count())
+    evaluation = Evaluation(run, stage)
 
     # state: fresh from the parameters, or as the checkpoint left it
     make_state = lambda p: distill.init_state(p, distill_config)
@@ -208,19 +238,17 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         start = first
         if stage != "warmup" and checkpoints.latest() is None:  # where arms, the KL and diagnostics start from
             _save(run, checkpoints, start, state, stage, distill_config)
+            checkpoints.wait()
+    on_start()
 
-    rows = data.Rows(config, run.data_workdir, run.tokenizer, "train")
-    batches = data.Batches(config, run.workdir, stage, rows, run.packer, process=jax.process_index(),
-                           processes=jax.process_count())
     stream = batches.stream(start, last) if start < last else iter(())
     buckets = batches.plan.num_buckets
     health = metrics.Health(**{name: value or None for name, value in config.health.items()})
     if start > first:
         history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
         health.replay(row for row in history if row["stage"] == stage)
-    means, window = metrics.Means(), time.perf_counter()
+    means, window, shown_at = metrics.Means(), time.perf_counter(), start
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    evaluation = Evaluation(run, stage)
     guard = metrics.CompileGuard()
     update = distill.program(distill.update_step if on_policy else distill.sft_step, state, distill_config)
     for name, jitted, own in (("sample", rollout.sample, buckets + evaluation.signatures), ("update", update, buckets)):
@@ -262,8 +290,8 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 _show_rollouts(run, now, prepared, trajectory, profile)
             if now % config.log.every == 0 or now == last:
                 values, elapsed = means.take(), time.perf_counter() - window
-                window, done_steps = time.perf_counter(), now % config.log.every or config.log.every
-                values["samples_per_sec"] = done_steps * config[stage].batch_size / elapsed
+                values["samples_per_sec"] = (now - shown_at) * config[stage].batch_size / elapsed
+                window, shown_at = time.perf_counter(), now
                 values["tokens_per_sec"] = values["samples_per_sec"] * values["completion_len"]
                 values |= guard.check()
                 run.writer.scalars(now, stage, values)
@@ -276,17 +304,19 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 run.writer.scalars(now, stage, scores)
                 health.check(now, scores)
                 window = time.perf_counter()
-            if now == last or stop.reached(now) or now % config.checkpoint.every == 0:
+            stopping = stop.reached(now)  # asked once: a signal that comes between save and return waits a step
+            if now == last or stopping or now % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     _save(run, checkpoints, now, state, stage, distill_config)
-            if stop.is_set:
+            if stopping:
                 return state["params"]
 
-    if config.eval.final_split:
-        with clock("eval"):
-            evaluation.final(last, state["params"], start_step=first if stage in ("opsd", "sft") else None)
     checkpoints.wait()
-    return state["params"]
+    params = _kept_params(run, state, distill_config)
+    if config.eval.final_split and not (start == last and evaluation.is_complete(last)):
+        with clock("eval"):
+            evaluation.final(last, params, start_step=first)
+    return params
 
 
 def _all_spoke(trajectory) -> bool:
@@ -296,13 +326,16 @@ def _all_spoke(trajectory) -> bool:
     return bool(jnp.all(trajectory.mask[:, 0]))
 
 
-def _save(run, checkpoints, step, state, stage, distill_config) -> None:
+def _kept_params(run, state, distill_config):
+    """The weights that a checkpoint offers: to evaluation, to export, and to the next stage and the arms."""
     from opsd_jax import distill
 
-    params = state["params"]
-    if run.config.checkpoint.params == "ema" and "ema" in state:
-        params = distill.teacher_params(state, distill_config)
-    checkpoints.save(step, state, params, stage=stage, config=run.config)
+    ema = run.config.checkpoint.params == "ema" and "ema" in state
+    return distill.teacher_params(state, distill_config) if ema else state["params"]
+
+
+def _save(run, checkpoints, step, state, stage, distill_config) -> None:
+    checkpoints.save(step, state, _kept_params(run, state, distill_config), stage=stage, config=run.config)
 
 
 class Evaluation:
@@ -351,37 +384,50 @@ class Evaluation:
         logging.info("step %d: %s", step, scores)
         return scores
 
+    def _modes(self) -> dict[str, tuple]:
+        """What the final evaluation measures: {name: (mode, ban_marker)}."""
+        c = self.run.config.eval
+        modes = {mode: (mode, False) for mode in c.final_visual_thoughts}
+        return modes | ({"none-banned": ("none", True)} if c.final_banned else {})
+
+    def _folder(self, step, name) -> str:
+        return os.path.join(self.run.workdir, "eval", f"{step:06d}-{name}")
+
+    @property
+    def _measures_kl(self) -> bool:
+        return self.run.config.eval.kl and self.stage != "warmup"
+
+    def is_complete(self, step) -> bool:
+        """Whether all results of `final` are there."""
+        names = [*self._modes(), *(["kl"] if self._measures_kl else [])]
+        return all(os.path.exists(os.path.join(self._folder(step, name), "summary.json")) for name in names)
+
     def final(self, step, params, start_step) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/ with predictions and summary."""
         import jax
 
         from opsd_jax import checkpoint, eval as eval_lib, sharding
 
-        c, run = self.run.config, self.run
-        modes = [(mode, {}) for mode in c.eval.final_visual_thoughts]
-        modes += [("none", {"ban_marker": True})] if c.eval.final_banned else []
-        scores = {}
-        for mode, changes in modes:
-            name = mode + ("-banned" if changes else "")
-            results = self._evaluate(params, c.eval.final_split, mode, 0, **changes)
-            eval_lib.write(
-                os.path.join(run.workdir, "eval", f"{step:06d}-{name}"), results, protocol=f"mini-greedy-{name}",
-                checkpoint=os.path.join(run.workdir, "checkpoints", str(step)), seed=c.seed, split=c.eval.final_split)
+        c, run, scores = self.run.config, self.run, {}
+        at = lambda step: os.path.join(run.workdir, "checkpoints", str(step))
+        for name, (mode, ban_marker) in self._modes().items():
+            results = self._evaluate(params, c.eval.final_split, mode, 0, ban_marker=ban_marker)
+            eval_lib.write(self._folder(step, name), results, protocol=f"mini-greedy-{name}", checkpoint=at(step),
+                           seed=c.seed, split=c.eval.final_split)
             scores |= {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
-        if c.eval.kl and start_step is not None:
+        if self._measures_kl:
             abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
-            source = os.path.join(run.workdir, "checkpoints", str(start_step))
-            start = checkpoint.restore_params(source, abstract)
+            start = checkpoint.restore_params(at(start_step), abstract)
             kl = lambda student: eval_lib.reference_kl(
                 start, student, self._of(c.eval.final_split), run.packer, config=settings.model(c),
                 task_names=c.data.tasks, batch_size=c.eval.batch_size, mesh=run.mesh)
             before, after = kl(start), kl(params)
             found = {task: {"before": before[task]["kl"], "after": after[task]["kl"], "n": after[task]["n"],
                             "closure": 1 - after[task]["kl"] / before[task]["kl"]} for task in after}
-            os.makedirs(os.path.join(run.workdir, "eval", f"{step:06d}-kl"), exist_ok=True)
-            _write_json(os.path.join(run.workdir, "eval", f"{step:06d}-kl", "summary.json"),
-                        {"split": c.eval.final_split, "start": source, "unit": "nats per token", "tasks": found})
+            _write_json(os.path.join(self._folder(step, "kl"), "summary.json"),
+                        {"split": c.eval.final_split, "start": at(start_step), "unit": "nats per token", "tasks": found})
             scores |= {f"kl/{task}/{k}": v for task, d in found.items() for k, v in d.items() if k != "n"}
+        eval_lib.write_table(run.workdir)
         run.writer.scalars(step, self.stage, scores)
         logging.info("step %d, %s: %s", step, c.eval.final_split, scores)
 
@@ -439,10 +485,15 @@ def _show_rollouts(run, step, prepared, trajectory, profile) -> None:
 
 
 def _write_json(path, value) -> None:
-    with open(path + ".tmp", "w") as f:
-        json.dump(value, f, indent=1)
-    os.replace(path + ".tmp", path)
+    """By the first process for all."""
+    import jax
+
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "w") as f:
+            json.dump(value, f, indent=1)
+        os.replace(path + ".tmp", path)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

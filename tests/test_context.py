@@ -27,11 +27,12 @@ def ids(text):
 
 def masks(packed):
     """bool [B, T, T], what the network makes of the vectors."""
-    return np.asarray(attention.visible(jnp.asarray(packed.limit), jnp.asarray(packed.segment), jnp.asarray(packed.segment)))
+    limit, segment = jnp.asarray(packed.limit), jnp.asarray(packed.segment)
+    return np.asarray(attention.visible(limit, segment, segment))
 
 
 def dense_mask(blocks):
-    """The official rule with a dense matrix: a block sees all earlier ones, and itself causally or (image) wholly."""
+    """The official rule as a matrix: a block sees all earlier ones, and itself causally or (image) wholly."""
     total = sum(block.slots for block in blocks)
     mask, start = np.zeros((total, total), bool), 0
     for block in blocks:
@@ -48,7 +49,8 @@ def dense_mask(blocks):
 def test_student_slot_by_slot(rng):
     problem = image(rng, (1, 2))
     packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], slots=13, patches=3)
-    assert packed.tokens[0].tolist() == [BOS, *ids("s"), EOS, IMAGE, 0, 0, IMAGE_END, BOS, *ids("ab"), EOS, 0, 0]
+    s, a, b = ids("sab")
+    assert packed.tokens[0].tolist() == [BOS, s, EOS, IMAGE, 0, 0, IMAGE_END, BOS, a, b, EOS, 0, 0]
     assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 0, 0]
     assert packed.segment[0].tolist() == [1] * 11 + [0] * 2
     assert (packed.length.tolist(), packed.next_position.tolist()) == ([11], [8])
@@ -98,8 +100,9 @@ def test_rows_of_different_lengths_do_not_touch(rng):
     short = context.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
     long = context.teacher(TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))])
     together, alone = pack([short, long]), pack([short])
-    for name in ("tokens", "positions", "limit", "segment", "patches", "patch_positions", "patch_image", "patch_slots"):
-        np.testing.assert_array_equal(getattr(together, name)[0], getattr(alone, name)[0], err_msg=name)
+    for field in dataclasses.fields(together):
+        ours, its = (getattr(packed, field.name)[0] for packed in (together, alone))
+        np.testing.assert_array_equal(ours, its, err_msg=field.name)
 
 
 @pytest.mark.parametrize("left_out", ["system", "intro", "transition"])
@@ -119,7 +122,7 @@ def test_suffix_follows_the_question(rng):
 def test_too_long_names_the_row_and_the_mend(rng):
     row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
     assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
-    with pytest.raises(context.TooLong, match=r"row vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"):
+    with pytest.raises(context.TooLong, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"):
         pack([row[:2], row], slots=18, patches=4, names=["vsp-6", "vsp-7"])
     with pytest.raises(context.TooLong, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
         pack([row[:1], row], slots=19, patches=3)
@@ -141,8 +144,8 @@ def test_one_float_image_normalises_the_whole_batch(rng):
 # ---- what the teacher gets
 
 def test_visual_thought_modes(rng):
-    problem, own, other = image(rng, (3, 3)), [image(rng, (1, 2)), None, image(rng, (2, 2))], [None, image(rng)]
-    real = [own[0], own[2]]
+    problem, real, other = image(rng, (3, 3)), [image(rng, (1, 2)), image(rng, (2, 2))], [None, image(rng)]
+    own = [real[0], None, real[1]]
     replace = lambda mode: context.replace_visual_thoughts(mode, problem, own, other, rng)
     assert replace("real") == real
     assert replace("swap") == [other[1]]
@@ -153,7 +156,7 @@ def test_visual_thought_modes(rng):
     assert [vt.patches.shape for vt in first] == [vt.patches.shape for vt in real]
     assert first[0].patches.dtype == np.float32
     assert not any(np.isin(a.patches, b.patches).any() for a, b in zip(first, second))
-    with pytest.raises(ValueError, match=r"visual_thoughts is 'blank'.*'real', 'noise', 'swap', 'image', 'none'"):
+    with pytest.raises(ValueError, match=r"is 'blank': choose.*'real', 'noise', 'swap', 'image', 'none'"):
         replace("blank")
 
 
@@ -168,8 +171,9 @@ def test_official_prompts_byte_for_byte():
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
     facts = {name: (len(getattr(context, name)), sha(getattr(context, name)))
              for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")}
-    assert facts == {"SYSTEM_TRAINING": (403, "f5475ea0eb6d7f81"), "SYSTEM_INFERENCE": (404, "85c1385d54725046"),
-                     "INTRO": (203, "1c74bdc0c9ecd965"), "TRANSITION": (88, "91987117d9d1b511")}
+    assert facts == {
+        "SYSTEM_TRAINING": (403, "f5475ea0eb6d7f81"), "SYSTEM_INFERENCE": (404, "85c1385d54725046"),
+        "INTRO": (203, "1c74bdc0c9ecd965"), "TRANSITION": (88, "91987117d9d1b511")}
     training, inference = context.SYSTEM_TRAINING, context.SYSTEM_INFERENCE
     assert training == training.strip() and inference == f"\n{inference.strip()}\n"
     assert "i.e. <answer>" in training and "i.e.<answer>" in inference
@@ -184,7 +188,8 @@ def test_completion_worked_example():
     tokens = jnp.array([[11, 12, 13, 99], [11, 99, 99, 99], [11, 12, 13, 14], [99, 99, 99, 99]])
     mask = jnp.arange(4) < jnp.array([3, 1, 4, 0])[:, None]
     block = context.completion(tokens, mask, **ENDS)
-    assert block.tokens.tolist() == [[BOS, 11, 12, 13, 0], [BOS, 11, 0, 0, 0], [BOS, 11, 12, 13, 14], [BOS, 0, 0, 0, 0]]
+    assert block.tokens.tolist() == [
+        [BOS, 11, 12, 13, 0], [BOS, 11, 0, 0, 0], [BOS, 11, 12, 13, 14], [BOS, 0, 0, 0, 0]]
     assert block.labels.tolist() == [
         [11, 12, 13, EOS, 0], [11, EOS, 0, 0, 0], [11, 12, 13, 14, EOS], [EOS, 0, 0, 0, 0]]
     assert block.mask.sum(axis=1).tolist() == [4, 2, 5, 1]
@@ -238,9 +243,11 @@ def test_interleaved_structure(rng, thoughts, count, texts):
     problem, drawn = image(rng), [image(rng) for _ in range(count)]
     blocks = context.interleaved(TOKENIZER, PROMPTS, "q", problem, thoughts, drawn, "B")
     prompt = context.student(TOKENIZER, PROMPTS, "q", problem)
-    assert [b.ids.tolist() for b in blocks[:3:2]] == [b.ids.tolist() for b in prompt[::2]] and blocks[1] is problem
+    assert [b.ids.tolist() for b in blocks[:3:2]] == [b.ids.tolist() for b in prompt[::2]]
+    assert blocks[1] is problem
     number = {id(vt): n for n, vt in enumerate(drawn)}
-    assert [bytes(b.ids.tolist()).decode() if isinstance(b, Text) else number[id(b)] for b in blocks[3:]] == texts
+    found = [bytes(b.ids.tolist()).decode() if isinstance(b, Text) else number[id(b)] for b in blocks[3:]]
+    assert found == texts
     assert [b.loss for b in blocks if isinstance(b, Text)] == [False, False] + [True] * (count + 1)
 
 
@@ -249,8 +256,9 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
            image(rng, (1, 1)), Text(np.array([5]), loss=True)]
     #      0-2                  3-6                 7-9                  10-13: bos 3 4 eos
     #      14-16                17-19: bos 5 eos
-    made = lambda targets: context.supervise([row, row[:4]], slots=24, patches=4, targets=targets, tokenizer=TOKENIZER,
-                                             side=6, names=["long", "short"])
+    made = lambda targets: context.supervise(
+        [row, row[:4]], slots=24, patches=4, targets=targets, tokenizer=TOKENIZER, side=6,
+        names=["long", "short"])
     found = made(6)
     assert found.rows.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [3, 4, EOS, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Scoring, loss, teachers, accumulation and the optimizer step, against plain NumPy on the model's own logits."""
+"""Scoring, loss, teachers, accumulation, the optimizer: against plain NumPy on the model's own logits."""
 
 import dataclasses
 import functools
@@ -51,7 +51,8 @@ def state_of(case, config, **changes):
     """A fresh state on buffers of its own; its teacher has the weights `case.other`."""
     state = distill.init_state(case.params, config)
     if config.teacher != "self":
-        state["ema" if config.teacher == "ema" else "teacher"], _ = params_lib.partition(case.other, config.freeze)
+        own, _ = params_lib.partition(case.other, config.freeze)
+        state["ema" if config.teacher == "ema" else "teacher"] = own
     return tiny.copy(state | changes)
 
 
@@ -68,7 +69,8 @@ def base(case):
 def gradients(state, metrics, optim=BASE.optim):
     """The gradients that filled Adam's first moments: mu = (1 - b1) factor g."""
     factor = min(1, optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6))
-    return {path: np.asarray(mu) / (1 - optim.b1) / factor for path, mu in params_lib.flatten(state["opt"].mu).items()}
+    return {path: np.asarray(mu) / (1 - optim.b1) / factor
+            for path, mu in params_lib.flatten(state["opt"].mu).items()}
 
 
 def assert_same_gradients(a, b, tolerance=1e-5):
@@ -106,7 +108,7 @@ def softmax(x):
 
 
 def reference_rows(case, config, student_context, teacher_context, teacher_params):
-    """Row values float64 [B, N + 1] of divergence and cross entropy and of the signals, and the mask, by the book."""
+    """Row values float64 [B, N + 1] of divergence, cross entropy and signals, and the mask."""
     completion = distill.scored_completion(case.trajectory, teacher_context.length, config)
     of = lambda params, c: np.asarray(model_logits(params, c, completion), np.float64)
     log_s, log_t = of(case.params, student_context), of(teacher_params, teacher_context)
@@ -151,8 +153,9 @@ def test_loss_and_signals_against_numpy(case, base):
 
 
 def test_token_reduction_weights_and_two_micro_steps(case):
-    """Every token alike, both terms weighted, the batch cut in two: value by NumPy, gradient by differences."""
-    config = variant(reduction="token", jsd_weight=2.0, ce_weight=0.5, accumulation=2, freeze=("vit", "connector"))
+    """Every token alike, both terms, the batch cut in two: value by NumPy, gradient by differences."""
+    config = variant(reduction="token", jsd_weight=2.0, ce_weight=0.5, accumulation=2,
+                     freeze=("vit", "connector"))
     teacher = distill.teacher_params(state_of(case, config), config)  # shares what is frozen
     jsd, ce, _, mask = reference_rows(case, config, case.batch.student, case.batch.teacher, teacher)
     state, metrics = first_step(case, config)
@@ -186,7 +189,8 @@ def test_roles_are_not_confused(case, base):
 
 @pytest.mark.parametrize("group", ["embed", "und", "vit", "connector"])
 def test_gradients_against_finite_differences(case, base, group):
-    assert_slope(case, BASE, {path: g for path, g in gradients(*base).items() if params_lib.fact(path).group == group})
+    of_group = lambda path: params_lib.fact(path).group == group
+    assert_slope(case, BASE, {path: g for path, g in gradients(*base).items() if of_group(path)})
 
 
 @pytest.mark.slow
@@ -195,21 +199,24 @@ def test_bfloat16_is_close(case, base):
     np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
     assert metrics["loss"] != base[1]["loss"]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["opt"].mu)))
-    a, b = (np.concatenate([g.ravel() for g in gradients(*pair).values()]) for pair in (base, (state, metrics)))
+    flat = lambda pair: np.concatenate([g.ravel() for g in gradients(*pair).values()])
+    a, b = flat(base), flat((state, metrics))
     assert a @ b / np.sqrt(a @ a * (b @ b)) > 0.95
 
 
 # ---- teachers and state
 
 def test_the_live_weights_as_teacher(case):
-    """With the student's own context there is nothing to teach: zero up to the rounding of two forwards that XLA may
-    fuse differently, and a divergence is quadratic in it. With its own context the teacher gets no gradient: all
-    is as with a copy of the weights."""
+    """With the student's context there is nothing to teach; with its own, the teacher gets no gradient.
+
+    The first is zero up to the rounding of two forwards that XLA may fuse differently (a divergence is
+    quadratic in it). The second: all is as with a copy of the weights.
+    """
     config = variant(teacher="self", freeze=("vit", "connector", "embed"))
     same = distill.Batch(case.batch.student, case.batch.student)
     state, metrics = distill.update(state_of(case, config), same, case.trajectory, config=config)
     assert set(state) == {"params", "opt", "step"}
-    assert 0 <= metrics["loss"] < 1e-11 and 0 <= metrics["jsd"] < 1e-11 and metrics["jsd_by_position"].max() < 1e-11
+    assert max(metrics["loss"], metrics["jsd"], metrics["jsd_by_position"].max()) < 1e-11
     assert metrics["grad_norm"] < 1e-5
     live = first_step(case, config)
     apart = first_step(case, BASE, ema=params_lib.partition(case.params)[0])
@@ -220,7 +227,7 @@ def test_the_live_weights_as_teacher(case):
 
 
 def test_steps_of_an_ema_teacher(case, base):
-    """Step 0 has rate 0: moments fill and nothing moves. Then parameters move, and the EMA follows each step."""
+    """Step 0 has rate 0: moments fill, nothing moves. Then parameters move, and the EMA follows each step."""
     before = params_lib.flatten(state_of(case, BASE)["params"])
     state, _ = base
     assert all((x == before[path]).all() for path, x in params_lib.flatten(state["params"]).items())
@@ -248,7 +255,7 @@ def test_a_fixed_teacher_and_frozen_groups_stay(case):
     config = variant(teacher="fixed", freeze=("vit",))
     state = state_of(case, config)
     for tree in (state["opt"].mu, state["opt"].nu, state["teacher"]):
-        assert {params_lib.fact(path).group for path in params_lib.flatten(tree)} == {"embed", "und", "connector"}
+        assert params_lib.count(tree).keys() == {"embed", "und", "connector", "total"}
     before = tiny.copy(state)
     for _ in range(3):
         state, metrics = distill.update(state, case.batch, case.trajectory, config=config)
@@ -288,8 +295,8 @@ def test_learning_rate_at_points_of_the_schedule():
     rate = lambda step, config=paper: float(distill.learning_rate(step, config))
     half = (1e-5 + 1e-7) / 2
     quarter = 1e-7 + (1e-5 - 1e-7) * (1 + np.sqrt(0.5)) / 2
-    for step, expected in [(0, 0), (1, 5e-8), (100, 5e-6), (200, 1e-5), (400, quarter), (600, half), (1000, 1e-7),
-                           (1400, half)]:
+    points = {0: 0, 1: 5e-8, 100: 5e-6, 200: 1e-5, 400: quarter, 600: half, 1000: 1e-7, 1400: half}
+    for step, expected in points.items():
         np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-13)
     flat = dataclasses.replace(paper, schedule="constant")
     assert [rate(n, flat) for n in (0, 100, 200, 5000)] == pytest.approx([0, 5e-6, 1e-5, 1e-5])
@@ -301,7 +308,8 @@ def test_learning_rate_at_points_of_the_schedule():
 def test_optimizer_against_optax(max_norm):
     """Five steps of clipping, AdamW and EMA on a few parameters; clipping by min(1, c / (norm + 1e-6))."""
     rng = np.random.default_rng(0)
-    optim = OptimConfig(lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1, max_grad_norm=max_norm)
+    optim = OptimConfig(lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1,
+                        max_grad_norm=max_norm)
     config = variant(optim=optim, ema_decay=0.8)
     values = lambda: {"llm": {"embed": rng.normal(size=(5, 3)).astype(np.float32),
                               "norm": rng.normal(size=3).astype(np.float32)}}
@@ -320,7 +328,8 @@ def test_optimizer_against_optax(max_norm):
         ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, ema, expected)
         state, metrics = distill.apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
-        for ours, theirs in ((state["params"], expected), (state["ema"], ema), (state["opt"].mu, slots[0].mu)):
+        found = state["params"], state["ema"], state["opt"].mu
+        for ours, theirs in zip(found, (expected, ema, slots[0].mu)):
             assert max(tiny.distances(ours, theirs).values()) < 2e-6
     assert max(tiny.distances(state["params"], params).values()) > 0.05
 
@@ -344,8 +353,8 @@ def test_an_empty_completion_becomes_eos_twice():
 @pytest.mark.parametrize("seam", [False, True])
 @pytest.mark.parametrize("teacher_length", [20, 25, 26, 27, 30, 33, 34, 90])
 def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
-    """7 tokens, at most 34 slots: official `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)`, teacher_len with the
-    completion; only if that exceeds the limit."""
+    """7 tokens, at most 34 slots: if the teacher's length, completion included, exceeds the limit, the
+    official code keeps `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)` tokens."""
     tokens = list(range(1, 8))
     block = scored([[tokens]], [teacher_length], max_forward_tokens=34, score_seam=seam)
     whole = teacher_length + len(tokens) + 2
@@ -369,7 +378,7 @@ def test_eos_after_a_cut(seam):
 
 
 def test_the_seam_of_an_image_skip():
-    """Official: rounds joined. With score_seam: what was fed; the eos that ended a round is a target, bos is not."""
+    """Official: rounds joined. score_seam: what was fed; eos that ended a round is a target, bos is not."""
     rows = [[[1, 2], [3]], [[4]]]
     joined = scored(rows, [20, 20])
     assert joined.tokens[0, :4].tolist() == [BOS, 1, 2, 3] and joined.labels[0, :4].tolist() == [1, 2, 3, EOS]
@@ -387,7 +396,8 @@ def test_the_seam_of_an_image_skip():
 def test_row_weights_by_hand():
     mask = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
     assert distill.row_weights(mask, "token").tolist() == [[0.25] * 3, [0.25, 0, 0], [0, 0, 0]]
-    np.testing.assert_allclose(distill.row_weights(mask, "completion"), [[1 / 9] * 3, [1 / 3, 0, 0], [0, 0, 0]], rtol=1e-6)
+    expected = [[1 / 9] * 3, [1 / 3, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(distill.row_weights(mask, "completion"), expected, rtol=1e-6)
 
 
 # ---- the diagnostic and supervised training
@@ -401,8 +411,8 @@ def test_kl_to_student_against_numpy(case):
     np.testing.assert_allclose(found[mask], (t * np.log(t / s)).sum(-1)[mask], rtol=1e-3, atol=1e-5)
     assert found[mask].min() > 0
     same = kl(case.params, case.params, distill.Batch(case.batch.student, case.batch.student))
-    assert not np.asarray(same)[mask].any()
-    assert np.asarray(kl(case.params, case.params, case.batch))[mask].min() > 0
+    assert np.abs(np.asarray(same)[mask]).max() < 1e-6
+    assert np.asarray(kl(case.params, case.params, case.batch))[mask].min() > 1e-3
 
 
 def test_supervised_training(case):
@@ -418,7 +428,8 @@ def test_supervised_training(case):
     labels, mask = np.asarray(completion.labels), np.asarray(completion.mask)
     ce = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
 
-    config = variant(teacher="self", optim=OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8))
+    optim = OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8)
+    config = variant(teacher="self", optim=optim)
     state, found = state_of(case, config), []
     for _ in range(20):
         state, metrics = distill.sft_update(state, packed, config=config)

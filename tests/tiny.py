@@ -18,7 +18,8 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 
 MODEL = ModelConfig(
-    llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48),
+    llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
+                  intermediate_size=48),
     vit=ViTConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6))
 SLOTS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
 PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
@@ -49,8 +50,10 @@ ENDS = {"bos": TOKENIZER.bos, "eos": TOKENIZER.eos}
 
 
 def params(config: ModelConfig = MODEL, seed: int = 0):
-    """Random parameters, drawn with NumPy (compiling `bagel.init` takes seconds). Every leaf carries noise: where
-    norms are 1 and biases 0 a test would miss their misuse. Logits have a spread of about 2."""
+    """Random parameters, drawn with NumPy (compiling `bagel.init` takes seconds); logits spread by about 2.
+
+    Every leaf carries noise: where norms are 1 and biases 0 a test would miss their misuse.
+    """
     rng = np.random.default_rng(seed)
     abstract = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
 
@@ -85,7 +88,7 @@ def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Ima
 
 
 def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: int | None = None):
-    """Random rows of different lengths with 0, 1 or 2 visual thoughts: (student rows, teacher rows) of blocks."""
+    """Random rows of different lengths, 0 to 2 visual thoughts: (student rows, teacher rows) of blocks."""
     grid = lambda: tuple(int(n) for n in rng.integers(1, 4, 2))
     made = []
     for _ in range(count):
@@ -97,7 +100,8 @@ def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: i
 
 
 def pack(blocks, slots: int = SLOTS, patches: int = PATCHES, **kwargs) -> context.Context:
-    return context.pack(blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side, **kwargs)
+    return context.pack(blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side,
+                        **kwargs)
 
 
 def batch(rng, count: int, **kwargs) -> distill.Batch:
@@ -146,7 +150,8 @@ def marker(text: str = context.MARKER) -> rollout.Marker:
 
 
 def rollout_config(**kwargs) -> rollout.RolloutConfig:
-    return rollout.RolloutConfig(**{"model": MODEL, "marker": marker(), "max_new_tokens": 12, **ENDS, **kwargs})
+    defaults = {"model": MODEL, "marker": marker(), "max_new_tokens": 12, **ENDS}
+    return rollout.RolloutConfig(**{**defaults, **kwargs})
 
 
 def distances(a, b) -> dict[str, float]:

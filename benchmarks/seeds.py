@@ -1,0 +1,33 @@
+"""Table of a run over seeds: python benchmarks/seeds.py W0 W1 W2
+
+Reads the report.json that each run with arms leaves in its workdir; accuracies and closures in per cent, one column
+a seed, then mean and standard deviation.
+"""
+
+import json
+import os
+import statistics
+import sys
+
+
+def main(workdirs):
+    if not workdirs:
+        sys.exit(__doc__)
+    reports = []
+    for workdir in workdirs:
+        with open(os.path.join(workdir, "report.json")) as f:
+            reports.append({row["arm"]: row["tasks"] for row in json.load(f)})
+    print("| arm | measure | " + " | ".join(os.path.basename(os.path.normpath(w)) for w in workdirs) + " | mean ± sd |")
+    print("|---" * (3 + len(workdirs)) + "|")
+    for arm in dict.fromkeys(arm for report in reports for arm in report):
+        for name, key in (("accuracy", "overall"), ("closure", "closure")):
+            values = [next(iter(r[arm].values())).get(key) if arm in r else None for r in reports]
+            found = [100 * v for v in values if v is not None]
+            if found:
+                spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+                cells = " | ".join("–" if v is None else f"{100 * v:.1f}" for v in values)
+                print(f"| {arm} | {name} | {cells} | {statistics.mean(found):.1f}{spread} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""The miniature made smaller still: a run of seconds, in this process or as the command that a user types.
+
+One dict of changes serves both: `config()` applies it, `command()` writes it as --config.key=value. Most of
+the time of such a run is compilation, so programs are compiled without much optimisation and kept in a folder
+that all tests of a session and their processes share.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+MINI = ROOT / "configs" / "mini.py"
+TASK = "Chart_Refocus"
+WARMUP, OPSD = 2, 4  # steps
+LAST = WARMUP + OPSD
+TEST_ROWS = 20
+
+_STAGE = {"batch_size": 8, "optim.lr": 3e-3, "optim.min_lr": 3e-4, "optim.warmup_steps": 1}
+CHANGES = {
+    "model.llm.hidden_size": 32, "model.llm.num_layers": 2, "model.llm.num_heads": 2,
+    "model.llm.num_kv_heads": 1, "model.llm.intermediate_size": 48, "model.vit.hidden_size": 16,
+    "model.vit.num_heads": 2, "model.vit.intermediate_size": 24, "model.unroll": 1,
+    "data.make.train": 64, "data.make.validation": 16, "data.make.test": TEST_ROWS,
+    "warmup.steps": WARMUP, "opsd.steps": OPSD, "sft.steps": WARMUP,  # warm-up and SFT as one program
+    **{f"{stage}.{key}": value for stage in ("warmup", "opsd", "sft") for key, value in _STAGE.items()},
+    "rollout.max_new_tokens": 8, "eval.batch_size": 8, "eval.rows": 8,
+    "checkpoint.every": 1, "checkpoint.keep_latest": 100, "log.every": 1, "log.samples_every": 2,
+}
+
+
+def config(**changes):
+    """The configuration without arms; a key's dots are written as __: config(opsd__steps=8)."""
+    spec = importlib.util.spec_from_file_location("mini", MINI)
+    mini = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mini)
+    c = mini.get_config("smoke")
+    c.run_arms = ()
+    c.update_from_flattened_dict(CHANGES | {key.replace("__", "."): value for key, value in changes.items()})
+    return c
+
+
+def command(workdir, *arguments) -> list[str]:
+    """The training command, with the arm of configs/mini.py:smoke; `arguments` come last."""
+    changes = [f"--config.{key}={value}" for key, value in CHANGES.items()]
+    return [sys.executable, "-m", "opsd_jax.train", f"--config={MINI}:smoke", f"--workdir={workdir}",
+            *changes, *arguments]
+
+
+def _jax_settings(tmp_path_factory) -> dict:
+    return {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+            "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled")}
+
+
+@contextlib.contextmanager
+def fast_compiles(tmp_path_factory):
+    """Settings of JAX for this process, put back at the end."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = _jax_settings(tmp_path_factory)
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def environment(tmp_path_factory) -> dict[str, str]:
+    """The same for a process of its own."""
+    settings = {name.upper(): str(value) for name, value in _jax_settings(tmp_path_factory).items()}
+    return os.environ | settings | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def run(command, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def trained(tmp_path_factory) -> pathlib.Path:
+    """A finished run (warm-up, OPSD) that the tests of a session share: copy it to change it."""
+    from opsd_jax import train
+
+    workdir = tmp_path_factory.getbasetemp() / "trained"
+    if not (workdir / "time.json").exists():
+        train.train(config(), str(workdir))
+    return workdir
+
+
+def abstract_params():
+    """Shapes of the model's parameters, what restoring them asks for."""
+    import jax
+
+    from opsd_jax import settings
+    from opsd_jax.model import bagel
+
+    return jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=settings.model(config())))

@@ -1,0 +1,259 @@
+"""What people get wrong, as they would: the error names the file, row or key, and how to mend it.
+
+Faults of single functions are tested beside them; here they come through the commands and through `train`.
+"""
+
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small_run
+from opsd_jax import checkpoint, context, data, settings, train
+from opsd_jax.datasets import visual_opsd
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles(tmp_path_factory):
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared data folder with its tokenizer."""
+    made = tmp_path_factory.mktemp("data")
+    data.make_if_absent(small_run.config(data__dir=str(made)), "")
+    return made
+
+
+def refused(kind, tmp_path, *parts, **changes):
+    """Training with these settings raises `kind` with all the parts in its message and saves nothing."""
+    with pytest.raises(kind) as error:
+        train.train(small_run.config(**changes), str(tmp_path / "w"))
+    for part in parts:
+        assert part in str(error.value)
+    assert checkpoint.Checkpoints(tmp_path / "w" / "checkpoints").latest() is None
+
+
+# --- parquet files ------------------------------------------------------------------------------------------
+
+def png():
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def parquet(tmp_path, changes=None, drop=None):
+    """A file of three rows in the released layout, the last one changed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"pid": f"p{n}", "question": "Which?", "answer": "B", "problem_image_0": png(),
+             "resoning_thought_0": "look", "reasoning_image_0": png()} for n in range(3)]
+    rows[2] |= changes or {}
+    path = tmp_path / "Maze" / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
+        [{key: value for key, value in row.items() if key != drop} for row in rows]), path)
+    return path
+
+
+def prepare(tmp_path, capsys, *arguments):
+    """(exit status, stdout, stderr) of `python -m opsd_jax.data prepare`."""
+    try:
+        data.main(["prepare", f"--source={tmp_path}", f"--target={tmp_path}/out", *arguments])
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("changes, fault", [
+    ({"problem_image_0": {"bytes": b"\x89PNG, broken", "path": None}}, "problem_image_0 cannot be decoded"),
+    ({"problem_image_0": {"bytes": png()["bytes"][:40], "path": None}}, "problem_image_0 cannot be decoded"),
+    ({"question": ""}, "question is empty"),
+    ({"question": "  \n"}, "question is empty"),
+    ({"answer": None}, "answer is empty"),
+])
+def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault):
+    path = parquet(tmp_path, changes)
+    status, _, error = prepare(tmp_path, capsys)
+    assert status == 1 and "Traceback" not in error
+    for part in (f"error: {path}, row 2, pid 'p2': {fault}", "Mend the row", "--on_bad_row=skip"):
+        assert part in error
+    status, told, _ = prepare(tmp_path, capsys, "--on_bad_row=skip")
+    assert status == 0 and "1 bad rows left out" in told and f"row 2, pid 'p2': {fault}" in told
+    assert len(visual_opsd.open_source(tmp_path / "out", task="Maze")) == 2
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "problem_image_0", "resoning_thought_0"])
+def test_a_missing_column_is_named(tmp_path, capsys, column):
+    path = parquet(tmp_path, drop=column)
+    status, _, error = prepare(tmp_path, capsys)
+    assert status == 1 and f"error: {path} has no column '{column}'" in error
+    assert "Rename or add the column" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_parquet(tmp_path, capsys):
+    status, _, error = prepare(tmp_path, capsys)
+    assert status == 1 and f"{tmp_path} holds no parquet: looked for *.parquet and data/*.parquet" in error
+
+
+def test_a_full_disk_while_preparing(tmp_path, capsys):
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)).save(noise, "PNG")
+    parquet(tmp_path, {"problem_image_0": {"bytes": noise.getvalue(), "path": None}})
+    with file_size_limit(20_000):
+        status, _, error = prepare(tmp_path, capsys)
+    assert status == 1 and "visual_opsd-train.array_record-00000-of-00001 could not be written" in error
+    assert "free space; then run the same command again" in error
+    assert prepare(tmp_path, capsys)[0] == 0
+    assert len(visual_opsd.open_source(tmp_path / "out", task="Maze")) == 3
+
+
+class file_size_limit:
+    """Writes beyond so many bytes of a file fail, as on a full disk."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_mistakes_on_the_command_line(tmp_path):
+    mistakes = {
+        "--config.divergence.btea=1": ["error: --config.divergence.btea=1: there is no", 'mean "beta"'],
+        "--config.divergnce.beta=1": ["error: --config.divergnce.beta=1: there is no", 'mean "divergence"'],
+        "--config.opsd.xyzzy=1": ["error: --config.opsd.xyzzy=1: there is no", "in opsd_jax/settings.py"],
+        "--config.opsd.steps=abc": ["flag --config.opsd.steps=abc: invalid literal for int"],
+        "--workdri=x": ["Unknown command line flag 'workdri'. Did you mean: workdir"],
+        "--config=configs/mini.py:chess": ["configs/mini.py:chess: choose maze, chart or smoke"],
+        "--arm=nosie": ["--arm=nosie: the config has the arms ['image', 'noise', 'sft', 'swap']"],
+    }
+    command = [sys.executable, "-m", "opsd_jax.train", "--config=configs/mini.py", f"--workdir={tmp_path}/w"]
+    start = lambda argument: subprocess.Popen([*command, argument], cwd=small_run.ROOT, text=True,
+                                              stderr=subprocess.PIPE)
+    running = {argument: start(argument) for argument in mistakes}  # all at once: starting is what takes long
+    for argument, parts in mistakes.items():
+        _, told = running[argument].communicate(timeout=300)
+        assert running[argument].returncode == 1
+        for part in parts:
+            assert part in told, told
+        assert "Traceback" not in told or argument in ("--config=configs/mini.py:chess", "--arm=nosie")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"stages": ("warmup", "opd")}, r"config.stages names 'opd': choose from \('warmup', 'opsd', 'sft'\)"),
+    ({"run_arms": ("nosie",)}, r"config.run_arms names 'nosie': arms are \['image', 'noise', 'sft', 'swap'"),
+    ({"opsd.accumulation": 3}, "config.opsd.batch_size 8 is not divisible by config.opsd.accumulation 3"),
+    ({"teacher.visual_thoughts": "reel"}, "config.teacher.visual_thoughts is 'reel': choose from"),
+    ({"images.stride": 16}, "config.images.stride 16 must equal config.model.vit.patch_size 8"),
+    ({"checkpoint.params": "average"}, "config.checkpoint.params is 'average': use 'student' or 'ema'"),
+    ({"data.limits": (1, 2)}, "config.data.limits needs one number for each of config.data.tasks"),
+    ({"data.on_too_long": "cut"}, "config.data.on_too_long is 'cut': use 'fail' or 'skip'"),
+    ({"data.buckets.trace": ()}, "config.data.buckets needs equally many entries"),
+])
+def test_settings_that_do_not_fit(changes, message):
+    config = small_run.config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        settings.check(config)
+
+
+def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):
+    refused(ValueError, tmp_path, "does not cover", "set config.mesh", data__dir=str(folder), mesh__data=99)
+
+
+# --- files that are not there -------------------------------------------------------------------------------
+
+def test_no_data(tmp_path):
+    away = str(tmp_path / "away")
+    command = f"python -m opsd_jax.data prepare --source=PARQUET_DIR --target={away}"
+    refused(FileNotFoundError, tmp_path, f"{away} holds no data", command, "--config.data.dir",
+            data__dir=away, data__make__families=())
+
+
+def test_no_data_of_a_task(tmp_path, folder):
+    refused(FileNotFoundError, tmp_path, "visual_opsd/jigsaw/1.0.0 holds no prepared data",
+            "opsd_jax.data prepare", data__dir=str(folder), data__tasks=("Jigsaw",))
+
+
+def test_no_tokenizer(tmp_path, folder):
+    away = str(tmp_path / "away")
+    refused(FileNotFoundError, tmp_path, f"{away} holds no tokenizer", "--config.tokenizer=FOLDER",
+            tokenizer=away, data__dir=str(folder))
+    os.makedirs(away)
+    refused(FileNotFoundError, tmp_path, f"{away} holds no tokenizer", tokenizer=away, data__dir=str(folder))
+
+
+def test_no_such_split_is_told_before_the_first_step(tmp_path, folder):
+    for changes in ({"eval__final_split": "dev"}, {"eval__split": "dev", "eval__every": 1}):
+        refused(ValueError, tmp_path, str(folder), "dev", data__dir=str(folder), **changes)
+
+
+def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
+    config = small_run.config()
+    (slots, patches, targets), = config.data.buckets.trace
+    refused(context.TooLong, tmp_path, "row chart-train-", f"its bucket has {slots - 9} and {patches}",
+            "data.buckets", data__dir=str(folder), data__buckets__trace=((slots - 9, patches, targets),))
+    refused(context.TooLong, tmp_path, "row chart-train-", f"more than {targets - 9} target tokens",
+            "targets", data__dir=str(folder), data__buckets__trace=((slots, patches, targets - 9),))
+
+
+def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_path, folder):
+    refused(FileNotFoundError, tmp_path, "tokenizer", tokenizer="/nowhere", data__dir=str(folder))
+    train.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
+    half = tmp_path / "other" / "checkpoints" / "7.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    refused(checkpoint.CheckpointNotFound, tmp_path, "interrupted (7.orbax-checkpoint-tmp)",
+            "no complete checkpoint", data__dir=str(folder), init_from=str(half.parent))
+    refused(checkpoint.CheckpointNotFound, tmp_path, f"{half.parent}/7: this save was interrupted",
+            data__dir=str(folder), init_from=str(half.parent / "7"))
+    refused(checkpoint.CheckpointNotFound, tmp_path, "/nowhere: no such folder. Give a workdir",
+            data__dir=str(folder), init_from="/nowhere")
+
+
+@pytest.mark.slow
+def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
+    trained = small_run.trained(tmp_path_factory)
+    refused(checkpoint.CheckpointMismatch, tmp_path, "llm/layers/und/gate_kernel", "48", "56",
+            data__dir=f"{trained}/data", init_from=str(trained), model__llm__intermediate_size=56)
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_training(tmp_path, tmp_path_factory, capsys):
+    """The run ends with the folder's name; when there is space again, it goes on to the same end."""
+    trained, workdir = small_run.trained(tmp_path_factory), tmp_path / "w"
+    shutil.copytree(trained / "data", workdir / "data")
+    steps = len(os.listdir(trained / "checkpoints"))
+    sizes = [path.stat().st_size for path in (trained / "checkpoints").rglob("*") if path.is_file()]
+    with file_size_limit(max(sizes) // 2), pytest.raises(checkpoint.CheckpointError) as error:
+        train.train(small_run.config(), str(workdir))
+    for part in (f"under {workdir}/checkpoints", "too large", "Is the disk full", "usable: none"):
+        assert part in str(error.value)
+    train.train(small_run.config(), str(workdir))
+    assert len(os.listdir(workdir / "checkpoints")) == steps
+    kept = [checkpoint.restore_params(w, small_run.abstract_params()) for w in (trained, workdir)]
+    np.testing.assert_array_equal(*(params["llm"]["head"] for params in kept))

@@ -1,0 +1,331 @@
+"""opsd_jax/data.py: prepared rows, packed contexts, and batches that depend on (seed, step) alone."""
+
+import collections
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import small_run
+from opsd_jax import context, data, tokenizer
+from opsd_jax.datasets import visual_opsd
+
+CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
+MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
+BUCKETS = {  # slots, patches (and targets); a maze has 16 patches and fits the first, a chart 25
+    "student": ((25, 16), (36, 25)), "teacher": ((50, 32), (70, 50)), "trace": ((87, 32, 41), (90, 50, 41))}
+
+
+def config(folder, buckets=None, **changes):
+    c = small_run.config(**dict(
+        data__dir=str(folder), data__tasks=(CHART, MAZE), data__make__families=("chart", "maze"),
+        images__max_size=40, images__min_size=32, data__cache_rows=200) | changes)
+    c.data.buckets.update(buckets or {name: sizes[1:] for name, sizes in BUCKETS.items()})
+    return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("data")
+    data.make_if_absent(config(made), "")
+    return made
+
+
+@pytest.fixture(scope="module")
+def tok(folder):
+    return tokenizer.load(folder / "made" / "tokenizer")
+
+
+@pytest.fixture
+def make(folder, tok, tmp_path):
+    """make(stage, buckets, process, processes, **changes) -> Batches of the two tasks."""
+
+    def made(stage="opsd", buckets=None, process=0, processes=1, **changes):
+        c = config(folder, buckets, **changes)
+        return data.Batches(c, str(tmp_path), stage, data.Rows(c, "", tok, "train"), data.Packer(c, tok),
+                            process=process, processes=processes)
+
+    return made
+
+
+def arrays(context):
+    return {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
+
+
+def assert_same(one, other, pick=slice(None)):
+    for name, array in arrays(one).items():
+        np.testing.assert_array_equal(array[pick], arrays(other)[name], err_msg=name)
+
+
+def pids(prepared):
+    return [row.example.pid for row in prepared]
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+def test_rows(folder, tok):
+    c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
+    rows = data.Rows(c, "", tok, "train")
+    assert [len(source) for source in rows.sources] == [10, 64]  # the limit is of the train split only
+    assert [len(source) for source in data.Rows(c, "", tok, "test").sources] == [small_run.TEST_ROWS] * 2
+    row = rows(0, 3)
+    assert tok.decode(row.question) == row.example.question + " now answer"
+    assert row.problem.grid == row.visual_thoughts[0].grid == (5, 5)
+    assert row.problem.patches.shape == (25, 192)
+    assert rows(1, 3).problem.grid == (4, 4) and row.problem.patches.dtype == np.uint8
+    assert rows(0, 3) is row  # kept in memory ...
+    rows(0, 4), rows(0, 5)
+    assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is room
+    assert data.Rows(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
+
+
+def test_the_partner_is_another_row_of_the_task(folder, tok):
+    rows = data.Rows(config(folder), "", tok, "test")
+    for source in (0, 1):
+        partners = [rows.partner(source, n).example.pid for n in range(small_run.TEST_ROWS)]
+        own = [rows(source, n).example.pid for n in range(small_run.TEST_ROWS)]
+        assert sorted(partners) == sorted(own) and all(a != b for a, b in zip(partners, own))
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+def test_layouts(folder, tok):
+    c = config(folder)
+    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    row = rows(0, 0)
+    texts = lambda kind, *args: [tok.decode(b.ids) if isinstance(b, context.Text) else "image"
+                                 for b in packer.blocks(row, kind, *args)]
+    e = row.example
+    trace = f"<think>{e.full_text_only_thought}</think><answer>{e.answer}</answer>"
+    student, teacher = ["image", e.question], ["image", e.question, "reference", "image", "now answer"]
+    assert texts("student") == student and texts("teacher", row.visual_thoughts) == teacher
+    assert texts("text") == [*student, trace] and texts("reference") == [*teacher, trace]
+    assert texts("interleaved") == [*student, f"<think>{e.thoughts[0]}</think><image_start>", "image",
+                                    f"<image_end><think>{e.thoughts[1]}</think><answer>{e.answer}</answer>"]
+    targets = [getattr(b, "loss", False) for kind in ("text", "reference") for b in packer.blocks(row, kind)]
+    assert targets == [False, False, True] + [False] * 5 + [True]
+    with pytest.raises(ValueError, match="unknown layout 'talk': choose"):
+        packer.blocks(row, "talk")
+    bare = dataclasses.replace(row, example=dataclasses.replace(e, full_text_only_thought=" "))
+    with pytest.raises(ValueError, match=f"row {e.pid} has no full_text_only_thought.*mix.*config.eval.kl"):
+        packer.reference(bare)
+
+
+@pytest.mark.parametrize("ratios, count, expected", [
+    ({"a": 2, "b": 1, "c": 1}, 8, "aaaabbcc"), ({"a": 2, "b": 1}, 6, "aaaabb"), ({"a": 0, "b": 3}, 3, "bbb"),
+    ({"a": 1, "b": 0, "c": 1}, 5, "aaccc"), ({"a": 1, "b": 9}, 4, "bbbb")])
+def test_mixture(ratios, count, expected):
+    assert "".join(data.mixture(ratios, count)) == expected
+
+
+def test_a_mixture_of_nothing():
+    with pytest.raises(ValueError, match="no layout with a positive share"):
+        data.mixture({"a": 0}, 4)
+
+
+# --- buckets ------------------------------------------------------------------------------------------------
+
+def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypatch):
+    batches = make(buckets=BUCKETS, opsd__batch_size=4)
+    seen = collections.Counter()
+    for step in range(batches.plan.chunk):
+        bucket, pairs = batches.plan(step)
+        batch, prepared = batches.opsd(step)
+        for role in ("student", "teacher"):
+            c = getattr(batch, role)
+            assert (c.slots, c.patches.shape[1]) == BUCKETS[role][bucket]
+        assert {row.example.task for row in prepared} <= ({MAZE} if bucket == 0 else {CHART, MAZE})
+        seen[bucket] += 1
+    assert min(seen[0], seen[1]) > 10
+    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("buckets-*.npy")) == [CHART, MAZE]
+    monkeypatch.setattr(data.Packer, "bucket", None)  # the second time the index is read, not made
+    assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
+
+
+def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
+    small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
+    with pytest.raises(context.TooLong, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"):
+        [make(buckets=small).opsd(step) for step in range(4)]  # one bucket: measured when they are packed
+    smaller = {name: (tuple(n - 1 for n in sizes[0]), sizes[0]) for name, sizes in BUCKETS.items()}
+    message = f"^64 rows of {CHART} fit no bucket, first .'chart-train-00000.*config.data.on_too_long=skip"
+    with pytest.raises(context.TooLong, match=message):
+        make(buckets=smaller)
+    assert not (tmp_path / "too_long.json").exists()
+
+    batches = make(buckets=smaller, data__on_too_long="skip", data__tasks=(MAZE,))
+    assert not (tmp_path / "too_long.json").exists()
+    with pytest.raises(ValueError, match="source 0 has no row to draw"):
+        make(buckets=smaller, data__on_too_long="skip", data__tasks=(CHART,))
+    named = json.loads((tmp_path / "too_long.json").read_text())
+    assert list(named) == [CHART] and len(set(named[CHART])) == 64
+    assert batches.opsd(0)[1][0].example.task == MAZE
+
+
+def test_some_rows_left_out(folder, tok, make, tmp_path):
+    """A budget of targets that half of the mazes' traces exceed."""
+    c = config(folder, data__tasks=(MAZE,))
+    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    targets = {}
+    for row in (rows(0, n) for n in range(64)):
+        layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
+        targets[row.example.pid] = max(sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False))
+                                       for blocks in layouts)
+    width = int(np.median(list(targets.values())))
+    too_long = {pid for pid, n in targets.items() if n > width}
+    assert 5 < len(too_long) < 59
+
+    sizes = {name: sizes[:1] for name, sizes in BUCKETS.items()} | {"trace": ((87, 32, width),)}
+    batches = make("warmup", sizes, data__on_too_long="skip", data__tasks=(MAZE,), warmup__batch_size=4)
+    assert set(json.loads((tmp_path / "too_long.json").read_text())[MAZE]) == too_long
+    drawn = {pid for step in range(20) for pid in pids(batches.traces(step)[1])}
+    assert drawn == targets.keys() - too_long
+
+
+@pytest.mark.parametrize("mode", ["swap", "image"])
+def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, tok, mode):
+    c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
+    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    maze, chart = rows(1, 0), rows(0, 0)
+    if mode == "swap":
+        row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
+    else:  # a problem image larger than its visual thought; student and trace fit the first bucket
+        packer.buckets.student = ((40, 25), (41, 25))
+        packer.buckets.trace = ((90, 50, 41), (91, 50, 41))
+        row, partner = dataclasses.replace(maze, problem=chart.problem), None
+        packer.buckets.teacher = ((60, 41), (70, 50))  # problem 25 + visual thought 16 patches
+    assert packer.bucket(row) == 0 and packer.bucket(row, mode, partner) == 1
+    packer.teacher([row], [partner], mode, None, bucket=1)
+    with pytest.raises(context.TooLong):
+        packer.teacher([row], [partner], mode, None, bucket=0)
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_are_a_function_of_seed_and_step(make, mode):
+    one, other = make(teacher__visual_thoughts=mode), make(teacher__visual_thoughts=mode)
+    other.opsd(7), other.opsd(0)  # what was asked for before does not matter
+    for step in (3, 11):
+        (a, rows_a), (b, rows_b) = one.opsd(step), other.opsd(step)
+        assert pids(rows_a) == pids(rows_b) and len(rows_a) == 8
+        assert_same(a.student, b.student)
+        assert_same(a.teacher, b.teacher)
+    assert pids(make(seed=1).opsd(3)[1]) != pids(one.opsd(3)[1])
+
+
+def test_what_the_teacher_sees_in_each_mode(make):
+    shown = {}
+    for mode in context.VISUAL_THOUGHTS:
+        batches = make(teacher__visual_thoughts=mode, data__tasks=(CHART,))
+        batch, rows = batches.opsd(0)
+        shown[mode] = batch.teacher
+        shown["rows"] = rows
+    second = slice(25, 50)  # patches behind the problem's
+    for n, row in enumerate(shown["rows"]):
+        for mode in ("real", "swap", "image"):
+            np.testing.assert_array_equal(shown[mode].patches[n, :25], row.problem.patches)
+        np.testing.assert_array_equal(shown["real"].patches[n, second], row.visual_thoughts[0].patches)
+        np.testing.assert_array_equal(shown["image"].patches[n, second], row.problem.patches)
+        assert (shown["swap"].patches[n, second] != row.visual_thoughts[0].patches).any()
+    assert shown["noise"].patches.dtype == np.float32 and (shown["none"].patch_image.max(1) == 1).all()
+    noise = shown["noise"].patches[:, second]
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_noise_is_fresh_at_every_step_and_attempt_and_the_same_for_a_seed(make):
+    def noise(*at, **changes):
+        batches = make(teacher__visual_thoughts="noise", data__tasks=(CHART,), **changes)
+        return batches.opsd(*at)[0].teacher.patches[:, 25:].ravel()
+
+    draws = [noise(0), noise(1), noise(0, 1), noise(0, seed=1)]
+    for i, a in enumerate(draws):
+        for b in draws[:i]:
+            assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
+    np.testing.assert_array_equal(draws[2], noise(0, 1))
+
+
+@pytest.mark.parametrize("stage", ["opsd", "warmup"])
+def test_two_hosts_share_what_one_would_have(make, stage):
+    whole, parts = make(stage), [make(stage, process=n, processes=2) for n in range(2)]
+    for step in (0, 5):
+        load = lambda b: b.opsd(step) if stage == "opsd" else b.traces(step)
+        (all_rows, prepared), halves = load(whole), [load(part) for part in parts]
+        for n, (half, rows) in enumerate(halves):
+            assert pids(rows) == pids(prepared)[n::2]
+            mine = slice(n, None, 2)
+            if stage == "opsd":
+                assert_same(all_rows.student, half.student, mine)
+                assert_same(all_rows.teacher, half.teacher, mine)
+            else:
+                assert_same(all_rows.context, half.context, mine)
+                for name in ("rows", "labels", "mask"):
+                    np.testing.assert_array_equal(getattr(all_rows, name)[mine], getattr(half, name))
+    with pytest.raises(ValueError, match="config.*batch_size 8 is not divisible by 3 processes"):
+        make(stage, processes=3)
+
+
+def test_attempts_bring_other_rows(make):
+    batches = make()
+    first, *others = [pids(batches.opsd(2, attempt)[1]) for attempt in range(4)]
+    for other in others:
+        assert not set(first) & set(other) and len(set(other)) == 8
+    assert others[0] != others[1] and pids(make().opsd(2, 1)[1]) == others[0]
+
+
+def test_traces_follow_the_mix(make, tok):
+    supervised, rows = make("warmup").traces(0)
+    texts = [tok.decode(labels[mask]) for labels, mask in zip(supervised.labels, supervised.mask)]
+    assert ["<image_start>" in text for text in texts] == [True] * 4 + [False] * 4  # interleaved 2 : 1 : 1
+    pictures = supervised.context.patch_image.max(1)
+    assert (pictures == [2] * 6 + [1] * 2).all()  # the reference layout with its picture, text without
+    for text, row in zip(texts, rows, strict=True):
+        assert re.search(rf"<answer>{row.example.answer}</answer><\|im_end\|>$", text)
+
+
+def test_weights_are_shares_of_the_tasks(make):
+    batches = make(data__weights=(3, 1))
+    tasks = collections.Counter(row.example.task for step in range(8) for row in batches.opsd(step)[1])
+    assert tasks == {CHART: 48, MAZE: 16}
+
+
+def test_stream_gives_the_steps_in_order_from_any_start(make):
+    batches = make(data__threads=3)
+    for step, (_, rows) in enumerate(batches.stream(5, 12), start=5):
+        assert pids(rows) == pids(batches.opsd(step)[1])
+    assert step == 11
+    small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
+    with pytest.raises(context.TooLong, match="row chart-train"):  # an error in a thread reaches the loop
+        list(make(buckets=small).stream(0, 4))
+
+
+# --- making data --------------------------------------------------------------------------------------------
+
+def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
+    c = small_run.config(data__make__train=8, data__make__validation=2, data__make__test=2)
+    data.make_if_absent(c, str(tmp_path))
+    prepared = visual_opsd.version_folder(tmp_path / "data", small_run.TASK)
+    before = [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())]
+    data.make_if_absent(c, str(tmp_path))
+    assert [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())] == before
+    (prepared / "report.json").unlink()  # as if killed on the way
+    data.make_if_absent(c, str(tmp_path))
+    assert len(visual_opsd.open_source(prepared)) == 8
+    c.data.make.train = 9
+    with pytest.raises(ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"):
+        data.make_if_absent(c, str(tmp_path))
+
+
+def test_make_mini_from_the_command_line(tmp_path, capsys):
+    target = str(tmp_path / "d")
+    counts = ["--train=4", "--validation=1", "--test=1"]
+    data.main(["make-mini", f"--target={target}", "--families=chart", *counts])
+    assert f"written to {target}" in capsys.readouterr().out
+    assert len(visual_opsd.open_source(target, "train+test", task=CHART)) == 5
+    for arguments, message in (
+            (["--families=chart"], "holds prepared data already: choose another --target"),
+            (["--families=chess", f"--target={tmp_path}/e"], "unknown family: 'chess'; there is maze")):
+        with pytest.raises(SystemExit) as stopped:
+            data.main(["make-mini", f"--target={target}", *arguments])
+        assert stopped.value.code == 1 and message in capsys.readouterr().err

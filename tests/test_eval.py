@@ -1,0 +1,307 @@
+"""Evaluation: the command repeats what training measured; what is counted; what it says when it cannot."""
+
+import dataclasses
+import functools
+import json
+import operator
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import small_run
+from opsd_jax import arms, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
+
+LAST = f"{small_run.LAST:06d}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles(tmp_path_factory):
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return small_run.trained(tmp_path_factory)
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(trained, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def read(folder):
+    """(summary, predictions as text) of a folder of results."""
+    return json.loads((folder / "summary.json").read_text()), (folder / "predictions.jsonl").read_text()
+
+
+def error_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        eval_lib.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 1
+    return capsys.readouterr().err
+
+
+def assert_same_results(one, other):
+    (a, predictions_a), (b, predictions_b) = read(one), read(other)
+    assert predictions_a == predictions_b
+    for key in ("protocol", "seed", "split"):
+        assert a[key] == b[key]
+    for summary in (a, b):
+        for key in ("seconds_per_sample", "timed_samples"):
+            assert summary["benchmarks"][small_run.TASK].pop(key) > 0
+    assert a["benchmarks"] == b["benchmarks"]
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_it_repeats_what_training_measured(trained, workdir, capsys):
+    shutil.rmtree(workdir / "eval")
+    eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none,real"])
+    eval_lib.main([f"--workdir={workdir}", "--ban_marker"])
+    eval_lib.main([f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/{small_run.WARMUP}"])
+    names = [f"{small_run.WARMUP:06d}-none", f"{LAST}-none", f"{LAST}-none-banned", f"{LAST}-real"]
+    assert sorted(os.listdir(workdir / "eval")) == [*names, "summary.md"]
+    for name in names:
+        assert_same_results(workdir / "eval" / name, trained / "eval" / name)
+    assert read(workdir / "eval" / names[0])[1] != read(workdir / "eval" / names[1])[1]
+
+    printed, progress = capsys.readouterr()
+    table = (workdir / "eval" / "summary.md").read_text()
+    assert printed.endswith(table)
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == names
+    assert f"{LAST}-real test  {small_run.TEST_ROWS}/{small_run.TEST_ROWS}  accuracy" in progress
+    assert "left 0:00:00" in progress
+    eval_lib.main([f"--workdir={trained}"])  # training wrote the same table, but for the seconds
+    rows = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
+    assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
+
+
+@pytest.mark.slow
+def test_the_name_tells_what_was_measured(workdir):
+    run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
+    run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5")
+    summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-first3-seed5")
+    assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
+        f"chart-validation-{n:07d}" for n in range(3)]
+    assert [summary[key] for key in ("seed", "split", "step", "first_rows")] == [5, "validation", 6, 3]
+    run(f"--checkpoint={workdir}/checkpoints/3", "--name=mine", "--rows=2", f"--benchmarks={small_run.TASK}")
+    assert read(workdir / "eval" / "mine")[0]["benchmarks"][small_run.TASK]["n"] == 2
+    run("--name=two", "--rows=2", "--visual_thoughts=none,swap")
+    assert {"two-none", "two-swap"} < set(os.listdir(workdir / "eval"))
+    assert f"{LAST}-none" in (workdir / "eval" / "summary.md").read_text()  # and what was there before
+
+
+@pytest.mark.slow
+def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
+    config = small_run.config(eval__final_visual_thoughts=("none",), eval__final_banned=False)
+    train.train(*arms.settings_of(config, str(workdir), "noise"), data_workdir=str(workdir))
+    arm = workdir / "arms" / "noise"
+    shutil.move(arm / "eval", arm / "by_training")
+    eval_lib.main([f"--workdir={arm}/"])  # a slash at the end does no harm
+    name = f"{small_run.OPSD:06d}-none"
+    assert_same_results(arm / "eval" / name, arm / "by_training" / name)
+
+    # Weights of another run: not under a name that this run's own could have.
+    foreign = [f"--workdir={workdir}", f"--checkpoint={arm}/checkpoints/{small_run.OPSD}"]
+    message = error_of(capsys, *foreign)
+    assert "is no step of" in message and "--name" in message
+    eval_lib.main([*foreign, "--name=noise"])
+    assert read(workdir / "eval" / "noise")[1] == read(arm / "eval" / name)[1]
+
+    shutil.move(workdir / "data", workdir / "moved")
+    message = error_of(capsys, f"--workdir={arm}")
+    assert f"{arm}/data" in message and f"{arm}/../../data" in message and "data.dir" in message
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--visual_thoughts=reel"], "--visual_thoughts=reel: choose from real, noise, swap, image, none"),
+    (["--visual_thoughts="], "--visual_thoughts=: choose from"),
+    (["--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)"),
+    (["--rows=-1"], "--rows=-1: give a number of rows"),
+    (["--split=dev"], "dev"),
+    ([f"--name={LAST}-none"], f"eval/{LAST}-none exists: choose another --name, or delete it"),
+])
+@pytest.mark.slow
+def test_what_cannot_be_evaluated(trained, capsys, arguments, message):
+    before = read(trained / "eval" / f"{LAST}-none")
+    assert message in error_of(capsys, f"--workdir={trained}", *arguments)
+    assert read(trained / "eval" / f"{LAST}-none") == before
+
+
+@pytest.mark.slow
+def test_no_run_and_no_checkpoint(workdir, tmp_path, capsys):
+    message = error_of(capsys, f"--workdir={tmp_path}")
+    assert f"{tmp_path} holds no run" in message and "opsd_jax.train" in message
+    steps = [int(name) for name in os.listdir(workdir / "checkpoints")]
+    message = error_of(capsys, f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/77")
+    assert f"no such checkpoint. Complete steps beside it: {sorted(steps)}" in message
+    for step in steps:
+        os.remove(workdir / "checkpoints" / str(step) / "commit_success.txt")
+    message = error_of(capsys, f"--workdir={workdir}")
+    assert "interrupted" in message and "no complete checkpoint: start the run again" in message
+
+
+@pytest.mark.slow
+def test_settings_come_back_as_they_were(trained):
+    config = eval_lib.load_config(str(trained))
+    assert checkpoint.config_to_json(config) == checkpoint.config_to_json(small_run.config())
+    before = small_run.config()
+    for path in ("stages", "data.tasks", "data.limits", "eval.final_visual_thoughts", "sft.freeze", "mesh"):
+        key = operator.attrgetter(path)
+        assert key(config) == key(before) and type(key(config)) is type(key(before))
+    assert settings.model(config) == settings.model(before) and hash(settings.model(config))
+
+
+# --- what is counted ----------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Example:
+    pid: str
+    answer: str
+    metadata: dict
+
+    @property
+    def example(self):  # it stands for a data.Prepared, too
+        return self
+
+
+class Sources:
+    """Stands for data.Rows, data.Packer and the tokenizer. Row n of source s is "s-n", its answer "an"."""
+
+    def __init__(self, *sizes):
+        self.sources = [[Example(f"{s}-{n}", f"a{n}", {}) for n in range(size)]
+                        for s, size in enumerate(sizes)]
+        self.tokenizer, self.packed = self, []
+
+    def __call__(self, source, n):
+        return self.sources[source][n]
+
+    def student(self, prepared):
+        self.packed.append([row.pid for row in prepared])
+        return np.array([[ord(c) for c in row.pid.ljust(6)] for row in prepared], np.int32)
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class Sampler:
+    """Stands for rollout.sample: answers rows of even numbers rightly, compiles once for each batch shape."""
+
+    def __init__(self):
+        self.shapes, self.calls = set(), 0
+
+    def _cache_size(self):
+        return len(self.shapes)
+
+    def __call__(self, params, context, key, *, config):
+        assert config.greedy
+        self.calls += 1
+        self.shapes.add(context.shape)
+        tokens, mask = np.zeros((len(context), 40), np.int32), np.zeros((len(context), 40), bool)
+        for b, row in enumerate(context):
+            number = int("".join(map(chr, row)).split("-")[1])
+            text = f"<answer>a{number if number % 2 == 0 else 'x'}</answer>"
+            tokens[b, :len(text)], mask[b, :len(text)] = [ord(c) for c in text], True
+        zeros = np.zeros(len(context), np.int32)
+        return rollout.Trajectory(tokens, mask, np.zeros_like(tokens, np.float32), zeros,
+                                  zeros + rollout.STOP_EOS, tokens, mask, zeros)
+
+
+def test_every_row_is_counted_once(monkeypatch):
+    rows, sampler, told = Sources(5, 3), Sampler(), []
+    monkeypatch.setattr(rollout, "sample", sampler)
+    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
+    evaluate = functools.partial(eval_lib.evaluate, {}, rows, rows, config=config, task_names=("A", "B"),
+                                 mode="none", batch_size=2)
+    results = evaluate(on_batch=lambda *numbers: told.append(numbers))
+    assert rows.packed == [["0-0", "0-1"], ["0-2", "0-3"], ["0-4", "0-4"], ["1-0", "1-1"], ["1-2", "1-2"]]
+    assert told == [(2, 1), (4, 2), (5, 3), (7, 4), (8, 5)]
+    found = [(r.name, r.hits, len(r.predictions), r.timed) for r in results]
+    assert found == [("A", 3, 5, 3), ("B", 2, 3, 3)]
+    first, second = results[0].predictions[:2]
+    assert first == {"index": 0, "pid": "0-0", "prediction": "<answer>a0</answer>", "answer": "a0",
+                     "expected": "a0", "hit": True, "tokens": 19, "stop": "eos", "image_skips": 0}
+    assert not second["hit"] and second["answer"] == "ax"
+    summary = results[0].summary()
+    assert summary["overall"] == 0.6 and summary["eos_rate"] == 1 and summary["mean_output_tokens"] == 19
+    low, high = summary["interval_95"]
+    assert 0.2 < low < 0.6 < high < 0.9
+
+    assert [len(r.predictions) for r in evaluate(limit=1)] == [1, 1]
+
+
+def test_seconds_are_not_the_compilers(monkeypatch):
+    """A single batch that compiled is sampled again for its time; one that did not is not."""
+    rows, sampler = Sources(2), Sampler()
+    monkeypatch.setattr(rollout, "sample", sampler)
+    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
+    for calls in (2, 3):
+        result, = eval_lib.evaluate({}, rows, rows, config=config, task_names=["A"], mode="none",
+                                    batch_size=2)
+        assert sampler.calls == calls and result.timed == 2 and result.seconds > 0
+
+
+def test_batches_are_filled_with_the_last_row():
+    assert list(eval_lib.batches(5, 2)) == [[0, 1], [2, 3], [4, 4]]
+    assert list(eval_lib.batches(2, 4)) == [[0, 1, 1, 1]] and list(eval_lib.batches(4, 4)) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("metadata, gold, text, expected", [
+    ({}, "7 cm", "<answer> 7   cm </answer>", ("7   cm", True)),
+    ({}, "7 cm", "<answer>7cm</answer>", ("7cm", False)),
+    ({}, "b", "<answer>b</answer> no: <answer>c</answer>", ("c", False)),
+    ({}, "b", "b", (None, False)),
+    ({"family": "chart", "answer": "n7"}, "something else", "<answer>n7</answer>", ("n7", True)),
+    ({"family": "chart", "answer": "n7"}, "n8", "<answer>n8</answer>", ("n8", False)),
+])
+def test_hits(metadata, gold, text, expected):
+    assert eval_lib.is_hit(Example("", gold, metadata), text) == expected
+
+
+@pytest.mark.slow
+def test_contexts_of_the_modes(trained):
+    config = small_run.config()
+    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
+    rows, packer = data.Rows(config, str(trained), tok, "test"), data.Packer(config, tok)
+    numbers = [0, 4, 4]
+    get = lambda mode, seed=0: eval_lib.contexts(rows, packer, 0, numbers, mode, seed)
+    prepared, student = get("none")
+    assert [row.example.pid for row in prepared] == [f"chart-test-{n:07d}" for n in numbers]
+    assert student.slots == config.data.buckets.student[-1][0]
+    shown = {mode: get(mode)[1].patches[:, 25:] for mode in ("real", "noise", "swap", "image")}
+    for b, n in enumerate(numbers):
+        own, other = rows(0, n), rows(0, (n + small_run.TEST_ROWS // 2) % small_run.TEST_ROWS)
+        np.testing.assert_array_equal(shown["real"][b], own.visual_thoughts[0].patches)
+        np.testing.assert_array_equal(shown["swap"][b], other.visual_thoughts[0].patches)
+        np.testing.assert_array_equal(shown["image"][b], own.problem.patches)
+    np.testing.assert_array_equal(shown["noise"], get("noise")[1].patches[:, 25:])
+    assert (get("noise", 1)[1].patches[:, 25:] != shown["noise"]).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
+    """With a KL of 0, 1, 2, ... along a trace, one of n targets has the mean (n - 1) / 2."""
+    from opsd_jax import distill
+
+    config = small_run.config()
+    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
+    rows, packer = data.Rows(config, str(trained), tok, "test"), data.Packer(config, tok)
+    seen = []
+
+    def kl_to_student(teacher, student, batch, completion, *, config):
+        assert (teacher, student) == ("theirs", "ours")
+        seen.append((batch.student.length, batch.teacher.length))
+        return np.broadcast_to(np.arange(completion.mask.shape[1], dtype=np.float32), completion.mask.shape)
+
+    monkeypatch.setattr(distill, "kl_to_student", kl_to_student)
+    found = eval_lib.reference_kl("theirs", "ours", rows, packer, config=None, task_names=[small_run.TASK],
+                                  batch_size=4, limit=6)
+    targets = np.array([len(packer.reference(rows(0, n))) + 1 for n in range(6)])  # and the closing eos
+    assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
+    assert len(seen) == 2 and all((t > s + 25).all() for s, t in seen)  # the teacher sees a picture more

@@ -1,0 +1,163 @@
+"""A run that was stopped, killed or cut off, and continued, is bit for bit the run that was not."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+import jax
+
+import small_run
+from opsd_jax import checkpoint, metrics, params as params_lib, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles(tmp_path_factory):
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return small_run.trained(tmp_path_factory)
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row}
+
+
+def state(workdir, step):
+    """The whole training state of a step as NumPy arrays by path: parameters, moments, teacher, step."""
+    from orbax.checkpoint import v1 as ocp
+
+    tree = ocp.load_checkpointables(workdir / "checkpoints" / str(step), {"state": None})["state"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(workdir, straight, last=small_run.LAST):
+    assert losses(workdir) == losses(straight) and len(losses(workdir)) == last
+    found, expected = state(workdir, last), state(straight, last)
+    assert found.keys() == expected.keys() and len(found) > 50
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+    for path in (straight / "eval").glob("*/predictions.jsonl"):
+        assert (workdir / path.relative_to(straight)).read_text() == path.read_text()
+
+
+def cut_off(straight, workdir, step):
+    """A copy of the run as a kill leaves it when `step` was the last complete checkpoint: a half-written next
+    one, rows of steps that were not saved, a line that breaks off."""
+    shutil.copytree(straight, workdir)
+    folder = workdir / "checkpoints"
+    (folder / str(step + 1)).rename(folder / f"{step + 1}.orbax-checkpoint-tmp")
+    shutil.rmtree(folder / f"{step + 1}.orbax-checkpoint-tmp" / "params")
+    for later in range(step + 2, small_run.LAST + 1):
+        shutil.rmtree(folder / str(later))
+    rows = [json.dumps(row) for row in metrics.read(straight / "metrics.jsonl") if row["step"] <= step + 1]
+    (workdir / "metrics.jsonl").write_text("\n".join([*rows, rows[-1][:40]]))
+    shutil.rmtree(workdir / "eval")
+    for path in (straight / "eval").iterdir():
+        if path.is_dir() and int(path.name[:6]) <= step:
+            shutil.copytree(path, workdir / "eval" / path.name)
+
+
+# Inside the warm-up, between the stages, and inside OPSD.
+@pytest.mark.parametrize("step", [1, small_run.WARMUP, small_run.WARMUP + 2])
+@pytest.mark.slow
+def test_continued_from_any_step(straight, tmp_path, step, caplog):
+    workdir = tmp_path / "w"
+    cut_off(straight, workdir, step)
+    with caplog.at_level("WARNING"):
+        train.train(small_run.config(), str(workdir))
+    assert f"{step + 1}.orbax-checkpoint-tmp" in caplog.text  # said, not silently removed
+    assert_same_run(workdir, straight)
+    *moved, torn = (workdir / "metrics.jsonl.superseded").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in moved} == {step + 1} and not torn.endswith("}")
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(straight, tmp_path, tmp_path_factory):
+    workdir, moment = tmp_path / "w", random.SystemRandom().uniform(0, 0.5)
+    command = small_run.command(workdir, "--config.run_arms=()")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=small_run.ROOT, env=small_run.environment(tmp_path_factory),
+                                   stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / "2" / "commit_success.txt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.005)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"the run had ended {moment:.3f} s after checkpoint 2"
+    train.train(small_run.config(), str(workdir))
+    assert_same_run(workdir, straight)
+
+
+@pytest.mark.slow
+def test_stages_go_on_from_what_the_checkpoint_offers(straight, tmp_path):
+    """With checkpoint.params = "ema" that is the average, in a run of one piece as well as after a resume."""
+    changes = dict(data__dir=str(straight / "data"), stages=("opsd", "sft"), teacher__kind="ema",
+                   teacher__ema_decay=0.5, checkpoint__params="ema", eval__final_split="")
+    whole, workdir = tmp_path / "whole", tmp_path / "w"
+    train.train(small_run.config(**changes), str(whole))
+    shutil.copytree(whole, workdir)
+    for step in range(small_run.OPSD + 1, small_run.OPSD + small_run.WARMUP + 1):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    train.train(small_run.config(**changes), str(workdir))
+    assert_same_run(workdir, whole)
+    folder = whole / "checkpoints" / str(small_run.OPSD)
+    offered = checkpoint.restore_params(folder, small_run.abstract_params())
+    live = state(whole, small_run.OPSD)["['params']['llm']['head']"]
+    assert not np.array_equal(offered["llm"]["head"], live)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypatch):
+    """Only the signal makes this run save before its stage ends."""
+    config, stop_at = small_run.config(checkpoint__every=1000), small_run.WARMUP + 2
+    scalars = metrics.Writer.scalars
+
+    def scalars_and_signal(self, step, *args):
+        scalars(self, step, *args)
+        if step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(metrics.Writer, "scalars", scalars_and_signal)
+        train.train(config, str(tmp_path))
+    assert stopped.value.code == train.EXIT_STOPPED != 0
+    assert checkpoint.metadata(tmp_path)["step"] == max(losses(tmp_path)) == stop_at
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the run's handler is gone
+    train.train(config, str(tmp_path))
+    assert_same_run(tmp_path, straight)
+    assert not (tmp_path / "metrics.jsonl.superseded").exists()  # no step was lost
+    rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert all(row["compiles/update"] == 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
+    with pytest.raises(checkpoint.ConfigMismatch) as error:
+        train.train(small_run.config(opsd__jsd_weight=2.0, divergence__beta=0.0), str(straight))
+    for part in ("divergence.beta", "0.5", "0.0", "opsd.jsd_weight", "2.0", "--workdir"):
+        assert part in str(error.value)
+    assert "warmup" not in str(error.value).split("May change on resume")[0]
+    # ... but what cannot change the result may change, and a run that failed before its first step is no run.
+    train.train(small_run.config(data__threads=2, log__every=5), str(straight))
+    (tmp_path / "config.json").write_text((straight / "config.json").read_text())
+    train.record_config(small_run.config(opsd__steps=7), str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
+
+
+@pytest.mark.slow
+def test_final_parameters_are_returned(straight):
+    params = train.train(small_run.config(), str(straight))
+    kept = checkpoint.restore_params(straight, params)
+    for path, leaf in params_lib.flatten(kept).items():
+        np.testing.assert_array_equal(leaf, params_lib.flatten(params)[path], err_msg=path)

@@ -1,0 +1,233 @@
+"""A whole run: what it leaves behind, from the command that a user types to the report of its arms."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import small_run
+from opsd_jax import arms, checkpoint, metrics, settings, train
+
+COMMON = {"step", "time", "stage", "loss", "ce", "lr", "grad_norm", "completion_len", "tokens_per_sec",
+          "samples_per_sec", "compiles"}
+OF_STAGE = {
+    "warmup": {"accuracy"}, "sft": {"accuracy"},
+    "opsd": {"jsd", "eos_rate", "image_skip_rate", "teacher_topk_mass", "clip_fraction", "student_entropy",
+             "teacher_entropy", "empty_retries"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles(tmp_path_factory):
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+@pytest.fixture
+def trained(tmp_path_factory):
+    return small_run.trained(tmp_path_factory)
+
+
+def check_metrics(workdir, stages):
+    """Rows of all steps in order, with the documented keys and finite numbers; returns them."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    updates = [row for row in rows if "loss" in row]
+    expected = [stage for stage, steps in stages.items() for _ in range(steps)]
+    assert [row["stage"] for row in updates] == expected
+    assert [row["step"] for row in updates] == list(range(1, len(expected) + 1))
+    for row in updates:
+        assert COMMON | OF_STAGE[row["stage"]] <= row.keys()
+        assert all(math.isfinite(v) for v in row.values() if not isinstance(v, str))
+        assert "nonfinite" not in row
+        assert abs(row["time"] - time.time()) < 3600 and row["samples_per_sec"] > 0
+        assert row["compiles/update"] == 1  # one program however many steps: see metrics.CompileGuard
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+    return rows
+
+
+def check_results(folder, *, n=small_run.TEST_ROWS):
+    """summary.json and predictions.jsonl agree with each other and with the contract."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"protocol", "checkpoint", "seed", "benchmarks"} <= summary.keys()
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    (task, b), = summary["benchmarks"].items()
+    assert {"overall", "unit", "n", "categories", "mean_output_tokens", "seconds_per_sample"} <= b.keys()
+    assert task == small_run.TASK and b["n"] == n == len(predictions)
+    assert [p["index"] for p in predictions] == list(range(n)) and len({p["pid"] for p in predictions}) == n
+    assert b["overall"] == sum(p["hit"] for p in predictions) / n
+    assert b["mean_output_tokens"] == sum(p["tokens"] for p in predictions) / n
+    assert b["seconds_per_sample"] > 0
+    return summary
+
+
+def check_workdir(workdir, stages, names):
+    """Every file that a run promises."""
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["stages"] == list(stages) and config["model"]["llm"]["hidden_size"] == 32
+    rows = check_metrics(workdir, stages)
+    last = sum(stages.values())
+    assert checkpoint.metadata(workdir)["step"] == last
+    assert checkpoint.metadata(workdir / "checkpoints" / str(last))["config"] == config
+    assert any(path.stat().st_size for path in (workdir / "tb").glob("events.out.tfevents.*"))
+    for name in names:
+        check_results(workdir / "eval" / f"{last:06d}-{name}")
+        assert f"eval/{small_run.TASK}/{name}" in rows[-1]
+    times = json.loads((workdir / "time.json").read_text())
+    phases = {"compile", "data", "update", "eval", "checkpoint"} | ({"sample"} if "opsd" in stages else set())
+    assert phases < times.keys() and math.isclose(sum(times.values()), 2 * times["total"])
+    assert not list(workdir.rglob("*.tmp"))
+    return rows
+
+
+@pytest.mark.slow
+def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
+    small_run.trained(tmp_path_factory)  # compiles the programs
+    done = small_run.run(small_run.command(tmp_path / "w"), env=small_run.environment(tmp_path_factory))
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ("none", "real", "none-banned")
+    check_workdir(tmp_path / "w", {"warmup": small_run.WARMUP, "opsd": small_run.OPSD}, names)
+
+    # The arm is an ordinary run that starts from the warm-up's weights.
+    arm = tmp_path / "w" / "arms" / "noise"
+    check_workdir(arm, {"opsd": small_run.OPSD}, names)
+    config = json.loads((arm / "config.json").read_text())
+    assert config["teacher"]["visual_thoughts"] == "noise"
+    assert config["init_from"].endswith(f"w/checkpoints/{small_run.WARMUP}")
+    start = [checkpoint.restore_params(path, small_run.abstract_params()) for path in
+             (arm / "checkpoints" / "0", tmp_path / "w" / "checkpoints" / str(small_run.WARMUP))]
+    jax.tree.map(np.testing.assert_array_equal, *start)
+
+    report = (tmp_path / "w" / "report.md").read_text()
+    assert report.rstrip() in done.stdout and "where the time went" in done.stdout
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert [row[0] for row in rows[2:]] == [
+        "teacher: start, with visual thoughts", "start, text only",
+        "start, text only, `<image_start>` banned", "OPSD, text only", "arm noise, text only"]
+    assert [bool(row[-1]) for row in rows[2:]] == [False, False, False, True, True]  # KL closure
+    kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())["tasks"]
+    assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-1][-1]
+    assert len(json.loads((tmp_path / "w" / "report.json").read_text())) == 5
+
+
+@pytest.mark.slow
+def test_samples_show_what_the_model_saw_and_wrote(trained):
+    stages = settings.stage_ends(small_run.config())
+    assert stages == {"warmup": small_run.WARMUP, "opsd": small_run.LAST}
+    for stage, step in (("warmup", 1), ("opsd", small_run.WARMUP + 1)):
+        folder = trained / "samples" / f"{step:06d}"
+        text = (folder / f"{stage}-first-batch.txt").read_text()
+        assert text.count("Height of the") >= 4 and "[25 patches]" in text and "<|im_start|>" in text
+        for n in range(4):
+            for name in ("problem", "vt0"):
+                pixels = np.asarray(Image.open(folder / f"{stage}-row{n}-{name}.png"))
+                assert pixels.shape == (40, 40, 3) and (pixels[-1] == 0).all()  # the chart's axis
+    steps = sorted(int(path.parent.name) for path in (trained / "samples").glob("*/rollouts.txt"))
+    assert steps == [3, 4, 6]  # the first of the stage, and every second
+    lines = (trained / "samples" / "000003" / "rollouts.txt").read_text().splitlines()
+    assert len(lines) >= 8 and "expected 'n" in lines[0] and lines[0].startswith("chart-train-")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(trained, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    contents = lambda: {path: path.read_bytes() for path in workdir.rglob("*")
+                        if path.is_file() and "tb" not in path.parts and path.name != "time.json"}
+    before = contents()
+    train.train(small_run.config(), str(workdir))
+    assert contents() == before
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(trained, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    for step in range(small_run.WARMUP + 1, small_run.LAST + 1):  # as if killed when the warm-up was saved
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "eval")
+    train.train(small_run.config(), str(workdir))
+    assert len(os.listdir(workdir / "eval")) == len(os.listdir(trained / "eval")) == 8
+    for path in (workdir / "eval").rglob("predictions.jsonl"):
+        assert path.read_text() == (trained / path.relative_to(workdir)).read_text()
+
+
+@pytest.mark.slow
+def test_supervised_training_alone(tmp_path):
+    config = small_run.config(stages=("sft",), sft__mix__interleaved=2, sft__mix__reference=1,
+                              eval__final_visual_thoughts=("none",), eval__final_banned=False)
+    train.train(config, str(tmp_path))
+    check_workdir(tmp_path, {"sft": 2}, ["none"])
+    kl = json.loads((tmp_path / "eval" / "000002-kl" / "summary.json").read_text())
+    assert kl["start"].endswith("checkpoints/0") and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
+    assert kl["tasks"][small_run.TASK]["before"] != kl["tasks"][small_run.TASK]["after"]
+
+
+@pytest.mark.slow
+def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
+    """And rows that a run wrote before its first checkpoint, when it was killed, do not stand there twice."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "stage": "opsd", "loss": 7.0}\n')
+    config = small_run.config(stages=("opsd",), data__dir=str(trained / "data"), eval__final_split="")
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
+    started = []
+    train.train(config, str(tmp_path), on_warm=lambda: started.append(checkpoint.metadata(tmp_path)["step"]))
+    assert started == [0]
+    check_metrics(tmp_path, {"opsd": small_run.OPSD})
+    assert "7.0" in (tmp_path / "metrics.jsonl.superseded").read_text()
+
+
+@pytest.mark.slow
+def test_health_remembers_what_was_before_a_resume(trained, tmp_path, monkeypatch):
+    workdir, seen = tmp_path / "w", []
+    shutil.copytree(trained, workdir)
+    for step in (5, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    monkeypatch.setattr(metrics.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows]))
+    train.train(small_run.config(), str(workdir))
+    assert seen == [[3, 4]]  # rows of OPSD, up to the checkpoint
+
+
+# --- arms ---------------------------------------------------------------------------------------------------
+
+def test_arms_need_a_name_and_a_start(tmp_path):
+    config = small_run.config()
+    with pytest.raises(ValueError, match="--arm=nosie: the config has the arms .*'noise'"):
+        arms.settings_of(config, str(tmp_path), "nosie")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints/2 is not there: run the same command without"):
+        arms.settings_of(config, str(tmp_path), "noise")
+
+
+def fake_python(tmp_path, monkeypatch, script):
+    """Arms started from now on run a shell script instead of Python."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
+    fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
+    with arms.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
+        with pytest.raises(RuntimeError, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"):
+            controls.finish()
+    assert (tmp_path / "arms" / "good" / "log.txt").read_text() == "-m opsd_jax.train --x --arm=good\n"
+
+
+def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
+    """SIGTERM to the run alone: its arm saves and stops too, and the next one is not started."""
+    fake_python(tmp_path, monkeypatch,
+                "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that the arm runs beside this process
+    with pytest.raises(SystemExit), arms.Arms(["a", "b"], str(tmp_path), []) as controls:
+        controls.start()
+        log = tmp_path / "arms" / "a" / "log.txt"
+        while not (log.exists() and "ready" in log.read_text()):
+            time.sleep(0.01)
+        sys.exit(train.EXIT_STOPPED)
+    assert log.read_text() == "ready\nsaved\n" and not (tmp_path / "arms" / "b").exists()
