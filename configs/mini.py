@@ -46,7 +46,7 @@ def get_config(arg: str = "maze"):
     c.opsd.update(steps=400, batch_size=48, accumulation=1)
     c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)
     c.sft.update(steps=400, batch_size=48)
-    c.sft.optim = c.opsd.optim
+    c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]

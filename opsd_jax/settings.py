@@ -133,6 +133,8 @@ def _stage(*, steps, batch_size, lr, reduction):
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for what no single frozen view can see. Cheap: called before anything is read or made."""
+    if not config.stages:
+        raise ValueError(f"config.stages is empty: name at least one of {STAGES}")
     for stage in config.stages:
         if stage not in STAGES:
             raise ValueError(f"config.stages names {stage!r}: choose from {STAGES}")
@@ -143,6 +145,9 @@ def check(config: ConfigDict) -> None:
         if name not in config.arms or "opsd" not in config.stages:
             raise ValueError(f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd stage "
                              "to start from")
+        if not config.eval.final_split or "none" not in config.eval.final_visual_thoughts:
+            raise ValueError("config.run_arms ends with a table of text-only accuracies: set config.eval.final_split, and "
+                             "'none' in config.eval.final_visual_thoughts")
     buckets = config.data.buckets
     if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
         raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")

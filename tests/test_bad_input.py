@@ -161,6 +161,8 @@ def test_mistakes_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"stages": ("warmup", "opd")}, r"config.stages names 'opd': choose from \('warmup', 'opsd', 'sft'\)"),
+    ({"stages": ()}, "config.stages is empty"),
+    ({"run_arms": ("noise",), "eval.final_split": ""}, "config.run_arms ends with a table of text-only accuracies"),
     ({"run_arms": ("nosie",)}, r"config.run_arms names 'nosie': arms are \['image', 'noise', 'sft', 'swap'"),
     ({"opsd.accumulation": 3}, "config.opsd.batch_size 8 is not divisible by config.opsd.accumulation 3"),
     ({"teacher.visual_thoughts": "reel"}, "config.teacher.visual_thoughts is 'reel': choose from"),
