@@ -110,7 +110,10 @@ def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
 
 
 def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
-    """The official alternative ("interpolate"): fractions i/rows and j/columns sorted into `side` equal bins."""
-    bins = np.arange(1 / side, 1.0, 1 / side)
-    row, column = (np.searchsorted(bins, np.arange(0, 1 - 1e-6, 1 / n), side="right") for n in grid)
+    """The official alternative ("interpolate"): fractions i/rows and j/columns sorted into `side` equal bins.
+
+    Rounded to float32 as there: in float64 a full grid would not be numbered 0, 1, 2, ... any more.
+    """
+    bins = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
+    row, column = (np.searchsorted(bins, (np.arange(n) * (1 / n)).astype(np.float32), side="right") for n in grid)
     return (row[:, None] * side + column).reshape(-1).astype(np.int32)

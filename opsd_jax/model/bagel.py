@@ -30,9 +30,10 @@ def init(key, *, config: ModelConfig):
     """
     c = config
     keys = jax.random.split(key, 3)
-    ids = jnp.zeros((1, 1), jnp.int32)
+    ids, yes = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    latent = {"is_latent": yes} if c.generation else {}  # an expert has parameters only once it is used
     variables = {
-        "llm": _decoder(c).init(keys[0], jnp.zeros((1, 1, c.llm.hidden_size)), ids, jnp.ones((1, 1, 1), bool)),
+        "llm": _decoder(c).init(keys[0], jnp.zeros((1, 1, c.llm.hidden_size)), ids, yes[None], **latent),
         "vit": _vit(c).init(keys[1], jnp.zeros((1, 1, c.vit.patch_dim)), ids, ids),
         "connector": _connector(c).init(keys[2], jnp.zeros((1, 1, c.vit.hidden_size)), ids),
     }
