@@ -139,7 +139,7 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
     """
     optim = config.optim
     trainable, frozen = params_lib.partition(state["params"], config.freeze)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if optim.max_grad_norm:
         factor = jnp.minimum(1.0, optim.max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * factor, grads)

@@ -128,12 +128,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
         if step == stop_at:
             signal.raise_signal(signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         patched.setattr(metrics.Writer, "scalars", scalars_and_signal)
         train.train(config, str(tmp_path))
     assert stopped.value.code == train.EXIT_STOPPED != 0
     assert checkpoint.metadata(tmp_path)["step"] == max(losses(tmp_path)) == stop_at
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the run's handler is gone
+    assert signal.getsignal(signal.SIGTERM) == before  # the run's handler is gone
     train.train(config, str(tmp_path))
     assert_same_run(tmp_path, straight)
     assert not (tmp_path / "metrics.jsonl.superseded").exists()  # no step was lost
