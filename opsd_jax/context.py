@@ -229,6 +229,7 @@ def wrap_thought(text: str) -> str:
 
 
 def wrap_answer(text: str) -> str:
+    """An answer inside its <answer> tags, which some sources already have."""
     text = text.strip()
     return text if text.startswith("<answer>") else f"<answer>{text}</answer>"
 

@@ -35,6 +35,7 @@ class Prepared:
 
 
 def folder(config, workdir: str) -> str:
+    """The TFDS data_dir of a run: config.data.dir, else <workdir>/data."""
     return config.data.dir or os.path.join(workdir, "data")
 
 
@@ -71,6 +72,7 @@ def make_if_absent(config, workdir: str) -> None:
 
 
 def tokenizer_folder(config, workdir: str) -> str:
+    """config.tokenizer, else the folder that making the procedural data left."""
     return config.tokenizer or os.path.join(folder(config, workdir), "made", "tokenizer")
 
 
@@ -295,6 +297,7 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
 # --- command line ----------------------------------------------------------------------------------------------
 
 def main(argv=None) -> None:
+    """`python -m opsd_jax.data prepare | make-mini`; errors in the data end it with one line and code 1."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.data", description="Prepare data for training.")

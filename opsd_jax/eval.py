@@ -342,6 +342,7 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
 
 
 def main(argv=None) -> None:
+    """`python -m opsd_jax.eval`; errors in the arguments end it with one line and code 1."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",

@@ -8,6 +8,7 @@ device, where `bagel.normalize_patches` maps them to [-1, 1].
 import dataclasses
 import io
 
+import einops
 import numpy as np
 
 
@@ -83,17 +84,16 @@ def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     """[H, W, 3] -> patches [H/p * W/p, p * p * 3], row-major; inside a patch row, column, rgb (rgb fastest)."""
-    h, w, c = pixels.shape
+    h, w, _ = pixels.shape
     if h % patch or w % patch:
         raise ValueError(f"an image of {h}x{w} pixels does not divide into patches of {patch}: check the resize stride")
-    grid = pixels.reshape(h // patch, patch, w // patch, patch, c).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(-1, patch * patch * c)
+    return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
     """Inverse of `patchify`: [N, p * p * 3] -> [H, W, 3], grid = (rows, columns)."""
     rows, columns = grid
-    return patches.reshape(rows, columns, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
+    return einops.rearrange(patches, "(h w) (p q c) -> (h p) (w q) c", h=rows, w=columns, p=patch, q=patch)
 
 
 def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:

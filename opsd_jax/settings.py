@@ -175,15 +175,18 @@ def stage_ends(config) -> dict[str, int]:
 
 
 def model(config: ConfigDict) -> ModelConfig:
+    """Sizes and compute of the network."""
     m = config.model
     return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), dtype=m.dtype, remat=m.remat, unroll=m.unroll)
 
 
 def prompts(config: ConfigDict) -> context.Prompts:
+    """The fixed texts of the contexts."""
     return context.Prompts(**config.prompts)
 
 
 def resize_rule(config: ConfigDict) -> images.Resize:
+    """The size rule of all pictures."""
     return images.Resize(**{k: v for k, v in config.images.items() if k != "transparency"})
 
 

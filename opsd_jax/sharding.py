@@ -45,6 +45,7 @@ def batch_divisor(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, P())
 
 

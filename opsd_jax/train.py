@@ -48,6 +48,7 @@ class Run:
 
 
 def main(argv) -> None:
+    """The command: one run and then its arms, or one arm."""
     from opsd_jax import arms
 
     # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.

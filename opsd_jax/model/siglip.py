@@ -23,6 +23,7 @@ def layer_norm(x, scale, bias, eps):
 
 
 def gelu(x):
+    """Its tanh approximation, as in the release."""
     return jax.nn.gelu(x, approximate=True)
 
 
