@@ -202,7 +202,10 @@ def test_settings_that_do_not_fit_raise(family, settings, message):
 def test_maze_thought_walks_the_shortest_path():
     for row in rows_of("maze", "train", 100):
         names = row.thoughts[1].split()[1:]
-        assert row.thoughts[0] == f"start {names[0]} goal {names[-1]}"
+        scene, holes = row.thoughts[0].split(" holes ")
+        assert scene == f"start {names[0]} goal {names[-1]}"
+        assert len(holes.split()) == max("".join(row.metadata["map"]).count("H"), 1)
+        assert (holes == "none") == ("H" not in "".join(row.metadata["map"])) and not set(holes.split()) & set(names)
         cells = [(int(name[1]), int(name[2])) for name in names]
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(cells)]
         assert steps == [MOVES[move] for move in row.answer.split()]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import small_run
-from opsd_jax import arms, checkpoint, metrics, settings, train
+from opsd_jax import arms, checkpoint, distill, metrics, settings, train
 
 COMMON = {"step", "time", "stage", "loss", "ce", "lr", "grad_norm", "completion_len", "tokens_per_sec",
           "samples_per_sec", "compiles"}
@@ -27,6 +27,12 @@ OF_STAGE = {
 def fast_compiles(tmp_path_factory):
     with small_run.fast_compiles(tmp_path_factory):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_programs():
+    """Compilations are counted per process: what earlier tests compiled must not count here."""
+    distill._program.cache_clear()
 
 
 @pytest.fixture
