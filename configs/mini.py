@@ -61,7 +61,7 @@ def get_config(arg: str = "maze"):
 
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
-        c.warmup.steps, c.opsd.steps, c.sft.steps = 150, 100, 100
+        c.warmup.steps, c.opsd.steps, c.sft.steps = 130, 70, 70
         c.eval.every = 0
         c.run_arms = ("noise",)
     return c
