@@ -17,7 +17,18 @@ Nothing sees a later block. Example, one text block of 1 id and one image of 2 p
   position   0    1    2    3     3   3   3      the next block starts at 4
   limit      1    2    3    7     7   7   7      slot i sees slots j < limit[i]
 
-Letters: B batch, T slots, P patches, C values of a patch, N completion tokens.
+Where images are drawn, an image also stands as VAE latents (official: data/interleave_datasets, bagel.py). Latent
+tokens run through another expert, so they are kept behind all other slots, cut off at a static place, and `order`
+says where each slot really stands:
+
+  sequence   bos x eos <img L0 L1 img> bos y eos         L0, L1: latent tokens
+  slots      bos x eos <img img> bos y eos | L0 L1
+  order       0  1  2   3    6    7  8  9  | 4  5
+
+`limit` counts places of the sequence. A noised image (what the flow loss is taken on) is seen by itself alone and
+leaves the rope id to the next block, its clean copy.
+
+Letters: B batch, T slots, P patches, C values of a patch, G latent tokens, N completion tokens.
 """
 
 import dataclasses
@@ -82,16 +93,51 @@ class Image:
         return len(self.patches) + 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """An image block as VAE latents: tokens float32 [n, C] (clean) and grid (rows, columns) of tokens.
+
+    `noised`: a copy that the flow loss is taken on; nothing outside sees it.
+    """
+
+    tokens: np.ndarray
+    grid: tuple[int, int]
+    noised: bool = False
+
+    @property
+    def slots(self) -> int:
+        return len(self.tokens) + 2
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "image", "order", "noised"],
+                   meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """The VAE latents of a packed batch, G a row behind its T other slots.
+
+    tokens: float32 [B, G, C], clean. positions: int32 [B, G], row * side + column in the latents' position table.
+    image: int32 [B, G], number of the latent image in its row, 0 at padding.
+    order: int32 [B, T + G], place of each slot in the sequence.
+    noised: int32 [B, T + G], number of the noised image that a slot belongs to, delimiters too; 0 elsewhere.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    image: np.ndarray
+    order: np.ndarray
+    noised: np.ndarray
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["tokens", "positions", "limit", "segment", "patches", "patch_positions", "patch_image",
-                 "patch_slots", "length", "next_position"], meta_fields=[])
+                 "patch_slots", "length", "next_position", "latents"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Context:
     """A batch of packed sequences of one static shape, padded at the end.
 
     tokens: int32 [B, T], the id at each text or delimiter slot, 0 at patches and padding.
-    positions: int32 [B, T], rope ids.
+    positions: int32 [B, T], rope ids. (This and the next two have T + G entries where there are latents.)
     limit: int32 [B, T], a query at slot i sees slots j < limit[i].
     segment: int32 [B, T], document number, 0 at padding; nothing sees another document.
     patches: uint8 or float32 [B, P, C], all images of the row one after another.
@@ -100,6 +146,7 @@ class Context:
     patch_slots: int32 [B, P], slot of each patch in the sequence, T at padding.
     length: int32 [B], used slots.
     next_position: int32 [B], rope id of whatever follows.
+    latents: Latents, or None where the batch was packed without.
     """
 
     tokens: np.ndarray
@@ -112,24 +159,28 @@ class Context:
     patch_slots: np.ndarray
     length: np.ndarray
     next_position: np.ndarray
+    latents: Latents | None = None
 
     @property
     def slots(self) -> int:
-        return self.tokens.shape[1]
+        """Static number of slots, T or T + G."""
+        return self.positions.shape[1]
 
 
 class TooLong(ValueError):
     """A row that does not fit its bucket."""
 
 
-def pack(rows, *, slots: int, patches: int, tokenizer, side: int, names=None) -> Context:
+def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int = 0, latent_side: int = 0,
+         names=None) -> Context:
     """Packs a batch of rows, each a list of blocks, into one Context of static shape [len(rows), slots].
 
     Args:
       slots, patches: the bucket: static sizes T and P. tokenizer: gives the four delimiter ids.
       side: patches a side of the position tables. names: one name a row for error messages.
+      latents, latent_side: static size G, and the side of the latents' position table; 0 where nothing is drawn.
     Raises:
-      TooLong: a row needs more slots or patches than the bucket has. Nothing is truncated.
+      TooLong: a row needs more slots, patches or latents than the bucket has. Nothing is truncated.
     """
     image_blocks = [b for row in rows for b in row if isinstance(b, Image)]
     width = image_blocks[0].patches.shape[1] if image_blocks else 1
@@ -137,45 +188,70 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, names=None) ->
     if dtype != np.uint8:  # a float batch is normalised as a whole
         dtype = np.dtype(np.float32)
     n, ints = len(rows), functools.partial(np.zeros, dtype=np.int32)
-    tokens, positions, limit, segment = (ints((n, slots)) for _ in range(4))
+    tokens = ints((n, slots))
+    positions, limit, segment, order, noised = (ints((n, slots + latents)) for _ in range(5))
     values = np.zeros((n, patches, width), dtype)
     patch_positions, patch_image = ints((n, patches)), ints((n, patches))
     patch_slots = np.full((n, patches), slots, np.int32)
+    latent_dim = next((b.tokens.shape[1] for row in rows for b in row if isinstance(b, Latent)), 1)
+    latent_tokens = np.zeros((n, latents, latent_dim), np.float32)
+    latent_positions, latent_image = ints((n, latents)), ints((n, latents))
     length, next_position = ints(n), ints(n)
     for r, blocks in enumerate(rows):
-        at = rope = used = number = 0
-        need = sum(b.slots for b in blocks), sum(len(b.patches) for b in blocks if isinstance(b, Image))
-        if need[0] > slots or need[1] > patches:
+        need = _need(blocks)
+        if any(has < wants for has, wants in zip((slots, patches, latents), need)):
+            what = " and ".join(f"{n} {name}" for n, name in zip(need, ("slots", "patches", "latents")) if n)
             raise TooLong(
-                f"row {names[r] if names else r} needs {need[0]} slots and {need[1]} patches, its bucket has {slots} "
-                f"and {patches}: enlarge data.buckets, lower the image size, or leave the row out")
+                f"row {names[r] if names else r} needs {what}, its bucket has {slots} and {patches}"
+                f"{f' and {latents}' if latents or need[2] else ''}: enlarge data.buckets, lower the image size, or leave "
+                "the row out")
+        # place: in the sequence. at, patch, latent: the next free slot, patch, latent token
+        place = rope = at = patch = latent = number = drawn = 0
         for block in blocks:
-            stop = at + block.slots
+            stop = place + block.slots
             if isinstance(block, Text):
-                tokens[r, at:stop] = [tokenizer.bos, *block.ids, tokenizer.eos]
-                positions[r, at:stop] = np.arange(rope, rope + block.slots)
-                limit[r, at:stop] = np.arange(at + 1, stop + 1)
-                rope += block.slots
-            else:
-                tokens[r, at], tokens[r, stop - 1] = tokenizer.image_start, tokenizer.image_end
-                positions[r, at:stop] = rope
-                limit[r, at:stop] = stop
+                own = np.arange(at, at + block.slots)
+                tokens[r, own] = [tokenizer.bos, *block.ids, tokenizer.eos]
+                positions[r, own] = np.arange(rope, rope + block.slots)
+                limit[r, own] = np.arange(place + 1, stop + 1)
+                at, advance = at + block.slots, block.slots
+            elif isinstance(block, Image):
+                own = np.arange(at, at + block.slots)
+                tokens[r, own[0]], tokens[r, own[-1]] = tokenizer.image_start, tokenizer.image_end
                 number += 1
-                new = slice(used, used + len(block.patches))
+                new = slice(patch, patch + len(block.patches))
                 pixels = block.patches
                 if dtype != np.uint8 and pixels.dtype == np.uint8:
                     pixels = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
                 values[r, new] = pixels
                 patch_positions[r, new] = images.position_ids(block.grid, side)
                 patch_image[r, new] = number
-                patch_slots[r, new] = np.arange(at + 1, stop - 1)
-                used += len(block.patches)
-                rope += 1
-            at = stop
-        segment[r, :at] = 1
-        length[r], next_position[r] = at, rope
+                patch_slots[r, new] = own[1:-1]
+                at, patch, advance = at + block.slots, new.stop, 1
+            else:
+                new = slice(latent, latent + len(block.tokens))
+                own = np.array([at, *range(slots + new.start, slots + new.stop), at + 1])
+                tokens[r, at], tokens[r, at + 1] = tokenizer.image_start, tokenizer.image_end
+                drawn += 1
+                latent_tokens[r, new] = block.tokens
+                latent_positions[r, new] = images.position_ids(block.grid, latent_side)
+                latent_image[r, new] = drawn
+                noised[r, own] = drawn if block.noised else 0
+                at, latent, advance = at + 2, new.stop, 0 if block.noised else 1
+            if not isinstance(block, Text):
+                positions[r, own], limit[r, own] = rope, stop
+            order[r, own], segment[r, own] = np.arange(place, stop), 1
+            place, rope = stop, rope + advance
+        length[r], next_position[r] = place, rope
+    extra = Latents(latent_tokens, latent_positions, latent_image, order, noised) if latents else None
     return Context(tokens, positions, limit, segment, values, patch_positions, patch_image, patch_slots, length,
-                   next_position)
+                   next_position, extra)
+
+
+def _need(blocks) -> tuple[int, int, int]:
+    """Slots, patches and latents of a row."""
+    latents = sum(len(b.tokens) for b in blocks if isinstance(b, Latent))
+    return (sum(b.slots for b in blocks) - latents, sum(len(b.patches) for b in blocks if isinstance(b, Image)), latents)
 
 
 def student(tokenizer, prompts: Prompts, question, problem: Image) -> list:
@@ -272,12 +348,12 @@ class Supervised:
     mask: np.ndarray
 
 
-def supervise(rows, *, slots: int, patches: int, targets: int, tokenizer, side: int, names=None) -> Supervised:
+def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervised:
     """Packs rows of blocks; blocks with `loss` give the targets: bos predicts the first id, the last id eos.
 
-    `targets`: static number R of target rows. TooLong as in `pack`.
+    `targets`: static number R of target rows. `sizes`: see `pack`. TooLong as there.
     """
-    packed = pack(rows, slots=slots, patches=patches, tokenizer=tokenizer, side=side, names=names)
+    packed = pack(rows, tokenizer=tokenizer, names=names, **sizes)
     at, labels = np.zeros((len(rows), targets), np.int32), np.zeros((len(rows), targets), np.int32)
     mask = np.zeros((len(rows), targets), bool)
     for r, blocks in enumerate(rows):
@@ -292,7 +368,7 @@ def supervise(rows, *, slots: int, patches: int, targets: int, tokenizer, side: 
                 labels[r, new] = [*block.ids, tokenizer.eos]
                 mask[r, new] = True
                 done = new.stop
-            start += block.slots
+            start += 2 if isinstance(block, Latent) else block.slots  # its tokens are behind all other slots
     return Supervised(packed, at, labels, mask)
 
 

@@ -81,7 +81,7 @@ def load(directory: str, *, generation: bool = False, **compute):
         names = [row.name.format(layer=n) for n in range(leaf.shape[0])] if row.stacked else [row.name]
         used.update(names)
         shape = leaf.shape[1:] if row.stacked else leaf.shape
-        shape = shape[::-1] if row.transpose else shape
+        shape = row.their_shape(shape)
         tensors = []
         for name in names:
             if name not in files:

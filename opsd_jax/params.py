@@ -8,6 +8,7 @@ layers (first axis), checkpoints hold them one by one ({layer} in the name). Lin
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,39 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One parameter: path, logical axes (see `sharding`), group, checkpoint name, whether it is transposed."""
+    """One parameter: path, logical axes (see `sharding`), group, checkpoint name, and `order`: our axes as axes of the
+    checkpoint's tensor, None if they are the same."""
 
     path: str
     axes: tuple[str | None, ...]
     group: str
     name: str
-    transpose: bool = False
+    order: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
+    @property
+    def file(self) -> str:
+        """Which file of a release holds it: "model" or, for the autoencoder, "ae"."""
+        return "ae" if self.group == "vae" else "model"
+
+    def ours(self, tensor):
+        """A tensor of the checkpoint (of one layer) with our axes."""
+        return tensor if self.order is None else tensor.transpose(self.order)
+
+    def theirs(self, array):
+        """Inverse of `ours`."""
+        return array if self.order is None else array.transpose([self.order.index(n) for n in range(array.ndim)])
+
+    def their_shape(self, shape) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor for our shape (of one layer)."""
+        return tuple(shape) if self.order is None else tuple(shape[self.order.index(n)] for n in range(len(shape)))
+
 
 def _linear(path, name, axes, group, bias=True):
-    rows = [Fact(f"{path}_kernel", axes, group, f"{name}.weight", transpose=True)]
+    rows = [Fact(f"{path}_kernel", axes, group, f"{name}.weight", order=(1, 0))]
     if bias:
         rows.append(Fact(f"{path}_bias", axes[:-2] + axes[-1:], group, f"{name}.bias"))
     return rows
@@ -73,16 +92,22 @@ def _vit():
 
 TABLE = {fact.path: fact for fact in [
     Fact("llm/embed", ("vocab", "embed"), "embed", "language_model.model.embed_tokens.weight"),
-    Fact("llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", transpose=True),
+    Fact("llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", order=(1, 0)),
     Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
     Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
     *_expert("und", "und"), *_expert("gen", "gen"), *_vit(),
     *_linear("connector/fc1", "connector.fc1", (None, "embed"), "connector"),
     *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
     Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
+    *_linear("latent/time_fc1", "time_embedder.mlp.0", (None, "embed"), "latent"),
+    *_linear("latent/time_fc2", "time_embedder.mlp.2", (None, "embed"), "latent"),
+    *_linear("latent/in", "vae2llm", (None, "embed"), "latent"),
+    *_linear("latent/out", "llm2vae", ("embed", None), "latent"),
+    Fact("latent/position_table", (None, "embed"), "fixed", "latent_pos_embed.pos_embed"),
 ]}
 
-GROUPS = ("embed", "und", "gen", "vit", "connector", "fixed")
+GROUPS = ("embed", "und", "gen", "vit", "connector", "latent", "vae", "fixed")
+DRAWING = ("gen", "latent")  # trained only where something is drawn
 
 
 def flatten(tree) -> dict:
@@ -102,23 +127,52 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
+# The autoencoder's names follow from its paths, because how many blocks it has is a matter of its config:
+# vae/encoder/down_0_block_1/conv1_kernel is encoder.down.0.block.1.conv1.weight of ae.safetensors.
+_VAE_PATH = re.compile(
+    r"vae/(?P<side>encoder|decoder)/((?P<level>(down|up)_\d+|mid)_(?P<block>(block|attn)_\d+|downsample|upsample)/)?"
+    r"(?P<module>\w+)_(?P<kind>kernel|bias|scale)")
+
+
+def _vae_fact(path):
+    match = _VAE_PATH.fullmatch(path)
+    if not match:
+        return None
+    level, block, module, kind = match["level"], match["block"], match["module"], match["kind"]
+    parts = [match["side"]]
+    if level:
+        # down_0 -> down.0; blocks of a resolution are a list (block.1), those in the middle are not (block_1)
+        parts += [level.replace("_", "."), block if level == "mid" else block.replace("_", ".")]
+    name = ".".join([*parts, module, "bias" if kind == "bias" else "weight"])
+    if kind == "kernel":  # HWIO here, OIHW there
+        return Fact(path, (None,) * 4, "vae", name, order=(2, 3, 1, 0))
+    return Fact(path, (None,), "vae", name)
+
+
+def find(path: str) -> Fact | None:
+    """The facts of a path, or None if it is no parameter's."""
+    return TABLE.get(path) or _vae_fact(path)
+
+
 def fact(path: str) -> Fact:
-    """The table's row for a path. KeyError for a parameter that the table does not know."""
-    if path not in TABLE:
+    """The facts of a path. KeyError for a parameter that is not known here."""
+    row = find(path)
+    if row is None:
         raise KeyError(f"parameter {path!r} has no row in opsd_jax/params.py: add its axes, group and checkpoint name")
-    return TABLE[path]
+    return row
 
 
-def partition(params, freeze=()):
+def partition(params, freeze=(), *, drawing: bool = False):
     """Splits params into (trainable, frozen) nested dicts without common leaves; `merge` puts them together.
 
-    `freeze`: names from GROUPS. "fixed" (the 2-D position table) and "gen" (it gets no gradient where nothing is
-    drawn) are always frozen, as officially. ValueError for an unknown group or when nothing is left to train.
+    `freeze`: names from GROUPS. "fixed" (the 2-D position tables) and "vae" are always frozen, as officially;
+    so is what only draws (`DRAWING`: it gets no gradient from text) unless `drawing` is set.
+    ValueError for an unknown group or when nothing is left to train.
     """
     unknown = set(freeze) - set(GROUPS)
     if unknown:
         raise ValueError(f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}")
-    frozen_groups = {"fixed", "gen", *freeze}
+    frozen_groups = {"fixed", "vae", *freeze, *(() if drawing else DRAWING)}
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
     if not trainable:
@@ -144,14 +198,13 @@ def count(params) -> dict[str, int]:
 def from_checkpoint(path: str, tensors: list):
     """Checkpoint tensors of a parameter (one, or one a layer in order) -> our array."""
     row = fact(path)
-    arrays = [t.T if row.transpose else t for t in tensors]
+    arrays = [row.ours(t) for t in tensors]
     return jnp.stack(arrays) if row.stacked else jnp.asarray(arrays[0])
 
 
 def to_checkpoint(path: str, array) -> dict:
     """Our array -> {checkpoint name: tensor}, one a layer for stacked parameters."""
     row = fact(path)
-    turn = lambda a: a.T if row.transpose else a
     if not row.stacked:
-        return {row.name: turn(array)}
-    return {row.name.format(layer=n): turn(a) for n, a in enumerate(array)}
+        return {row.name: row.theirs(array)}
+    return {row.name.format(layer=n): row.theirs(a) for n, a in enumerate(array)}

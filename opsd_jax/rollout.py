@@ -165,18 +165,17 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
       Trajectory; with `return_logits` (Trajectory, logits float32 [B, F, V] of every fed token).
     """
     model, budget = config.model, config.max_new_tokens
-    batch, slots = context.tokens.shape
+    batch, slots = context.positions.shape
     rows = jnp.arange(batch)
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1
 
-    x = bagel.embed(params, context, config=model)
     positions, limits, _ = context_lib.behind(context, budget)
     segment = jnp.pad(context.segment, ((0, 0), (0, budget)))
     cache = bagel.init_cache(batch, slots + budget, config=model)
-    _, cache = bagel.forward(params, x, context.positions, context.limit, context.segment, config=model,
-                             cache=cache, key_segment=segment)
+    _, cache = bagel.read(params, context, config=model, cache=cache, key_segment=segment)
     key_segment = segment.at[:, slots:].set(1)
+    order = bagel.behind(context.latents.order, slots + budget) if context.latents else None
 
     def step(state):
         t, token = state["t"], state["token"]
@@ -184,7 +183,7 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
         at = lambda vector: jax.lax.dynamic_slice_in_dim(vector, t, 1, axis=1)
         hidden, cache = bagel.forward(
             params, x, at(positions), at(limits), jnp.ones((batch, 1), jnp.int32), config=model,
-            cache=state["cache"], offset=slots + t, key_segment=key_segment)
+            cache=state["cache"], offset=slots + t, key_segment=key_segment, order=order)
         raw = bagel.logits(params, hidden[:, 0])
         logits = raw
         if config.ban_marker:

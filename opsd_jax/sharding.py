@@ -76,7 +76,7 @@ def tree(mesh: Mesh, abstract, layout: str = "train"):
         names = [str(key.key) for key in path if hasattr(key, "key")]
         for start in range(len(names)):
             name = "/".join(names[start:])
-            if name in params_lib.TABLE:
+            if params_lib.find(name):
                 return parameter(mesh, name, x.shape, layout)
         return replicated(mesh)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 _HIDDEN = -1e30
 
 
-def visible(limit, query_segment, key_segment):
+def visible(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None):
     """The attention mask as a rule on vectors.
 
     A query at slot i sees the keys j < limit[i] of its own document (segment > 0; 0 is padding):
@@ -18,25 +18,40 @@ def visible(limit, query_segment, key_segment):
         slot      0   1   2   3   4   5        0-1 text, 2-4 image block, 5 text
         limit     1   2   5   5   5   6        text: i + 1; inside an image: the end of the block
 
+    Where latents stand apart from the other slots (`context.Latents`), key_order says at which place of the
+    sequence a key really is. A key of a noised image (key_noised > 0: its number) is seen from inside it alone.
+
     Args:
       limit: int32 [B, T]. query_segment: int32 [B, T]. key_segment: int32 [B, S].
+      key_order: int32 [B, S] or None (slot j is at place j). query_noised: int32 [B, T], key_noised: int32 [B, S].
     Returns:
       bool [B, T, S].
     """
-    slots = jnp.arange(key_segment.shape[1], dtype=limit.dtype)
-    same = (query_segment[:, :, None] == key_segment[:, None, :]) & (key_segment[:, None, :] > 0)
-    return same & (slots < limit[:, :, None])
+    if key_order is None:
+        key_order = jnp.arange(key_segment.shape[1], dtype=limit.dtype)[None]
+    seen = (query_segment[:, :, None] == key_segment[:, None, :]) & (key_segment[:, None, :] > 0)
+    seen &= key_order[:, None, :] < limit[:, :, None]
+    if key_noised is not None:
+        seen &= (key_noised[:, None, :] == 0) | (key_noised[:, None, :] == query_noised[:, :, None])
+    return seen
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, query_block: int = 0):
     """Softmax attention with grouped kv heads; scores and softmax in float32.
 
     Args:
       q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G). mask: bool [B, T, S].
+      query_block: queries at a time, so that scores take [B, H, query_block, S]; 0 for all at once.
     Returns:
       [B, T, H * h].
     """
     b, t, heads, h = q.shape
+    if query_block and t > query_block:
+        count = -(-t // query_block)
+        pad = lambda x: jnp.pad(x, [(0, 0), (0, count * query_block - t)] + [(0, 0)] * (x.ndim - 2))
+        cut = lambda x: jnp.moveaxis(pad(x).reshape(b, count, query_block, *x.shape[2:]), 1, 0)
+        parts = jax.lax.map(lambda part: attend(part[0], k, v, part[1]), (cut(q), cut(mask)))
+        return jnp.moveaxis(parts, 0, 1).reshape(b, count * query_block, heads * h)[:, :t]
     kv_heads = k.shape[2]
     q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * jnp.asarray(h ** -0.5, q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)

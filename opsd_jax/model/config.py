@@ -49,22 +49,70 @@ class ViTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """FLUX autoencoder (official: modeling/autoencoder.py, which hard-codes these defaults).
+
+    `multipliers`: channels of each resolution, in units of `channels`; between two of them the picture is halved.
+    `scale`, `shift`: a latent is scale * (z - shift).
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """What drawing adds to the network: the generation expert, the latent path and the autoencoder.
+
+    `patch`: latents a side of one token. `side`: tokens a side of the latent position table.
+    `timestep_shift`: of the training times (sampling has its own, `flow.FlowConfig`).
+    """
+
+    vae: VAEConfig = VAEConfig()
+    patch: int = 2
+    side: int = 64
+    timestep_shift: float = 1.0
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of one latent token."""
+        return self.patch * self.patch * self.vae.z_channels
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one latent token; both sides of a drawn image are multiples of it."""
+        return self.patch * self.vae.downsample
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The whole network and how it is computed.
 
-    `generation`: whether the generation expert (`*_moe_gen` weights) is in the parameter tree. False where
-    nothing draws: it then costs no memory at all.
+    `generation`: sizes of what draws. None where nothing draws: the generation expert (`*_moe_gen` weights), the
+    latent path and the autoencoder are then not in the parameter tree and cost no memory at all.
     `dtype`: compute dtype, "float32" or "bfloat16"; parameters keep their own dtype.
     `remat`: "none" saves all activations of a block for the backward pass, "full" recomputes them.
     `unroll`: layers of the scan that are unrolled (a CPU gains about a fifth on shallow models).
+    `query_block`: attention scores are computed for this many queries at a time; 0 for all at once. A drawn image
+    of 4,096 tokens behind a long context needs it: scores at once would take tens of GiB.
     """
 
     llm: LLMConfig
     vit: ViTConfig
-    generation: bool = False
+    generation: GenerationConfig | None = None
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    query_block: int = 0
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):

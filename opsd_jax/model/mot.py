@@ -76,26 +76,30 @@ class Expert(nn.Module):
 
 class Block(nn.Module):
     """One decoder layer. The carry holds (x, cache, layer): a cache that went in and out as scan inputs and
-    outputs would be copied whole at every decode step."""
+    outputs would be copied whole at every decode step.
+
+    The last `latents` slots run through the expert `gen`, the others through `und`: because the cut is static, each
+    expert computes its own slots and no more."""
 
     config: ModelConfig
+    latents: int = 0
 
     def setup(self):
         self.und = Expert(self.config.llm)
         if self.config.generation:
             self.gen = Expert(self.config.llm)
 
-    def _mix(self, method, is_latent, *args):
-        mine = getattr(self.und, method)(*args)
-        if is_latent is None:
-            return mine
-        other = getattr(self.gen, method)(*args)
-        pick = lambda a, b: jnp.where(is_latent.reshape(is_latent.shape + (1,) * (a.ndim - 2)), b, a)
-        return jax.tree.map(pick, mine, other)
+    def _route(self, method, *args):
+        if not self.latents:
+            return getattr(self.und, method)(*args)
+        cut = args[0].shape[1] - self.latents
+        mine = getattr(self.und, method)(*(x[:, :cut] for x in args))
+        other = getattr(self.gen, method)(*(x[:, cut:] for x in args))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), mine, other)
 
-    def __call__(self, carry, rope, mask, offset, is_latent):
+    def __call__(self, carry, rope, mask, offset):
         x, cache, layer = carry
-        q, k, v = self._mix("qkv", is_latent, x)
+        q, k, v = self._route("qkv", x)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         if cache is not None:
             cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype),
@@ -103,7 +107,7 @@ class Block(nn.Module):
                      for name, new in (("k", k), ("v", v))}
             k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
                     for name in ("k", "v"))
-        x = self._mix("output", is_latent, x, attention.attend(q, k, v, mask))
+        x = self._route("output", x, attention.attend(q, k, v, mask, self.config.query_block))
         return (x, cache, layer + 1), None
 
 
@@ -112,29 +116,32 @@ class Decoder(nn.Module):
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
     {"k", "v": [L, B, S, K, h]} the new keys are written at slots offset..offset+T of all S slots and every query
-    may look at all of them, as far as `mask` [B, T, S] lets it. `is_latent` bool [B, T] picks the expert; None
-    means that no slot is a latent.
+    may look at all of them, as far as `mask` [B, T, S] lets it. The last `latents` of the T slots are VAE latents.
     """
 
     config: ModelConfig
+    latents: int = 0
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache=None, offset=0, is_latent=None):
+    def __call__(self, x, positions, mask, cache=None, offset=0):
         c = self.config.llm
         self.param("embed", nn.initializers.normal(c.hidden_size ** -0.5), (c.vocab_size, c.hidden_size))
         self.param("head", _matrix, (c.hidden_size, c.vocab_size))
-        if is_latent is not None and not self.config.generation:
-            raise ValueError("latent slots need the generation expert: set model.generation = True")
+        if self.latents and not self.config.generation:
+            raise ValueError("latent slots need the generation expert: this model was built without (model.generation)")
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                         in_axes=(nn.broadcast,) * 4, unroll=self.config.unroll)(self.config, name="layers")
-        (x, cache, _), _ = layers((x, cache, jnp.int32(0)), rope, mask, offset, is_latent)
-        hidden = rms_norm(x, self.param("norm", nn.initializers.ones, (c.hidden_size,)), c.rms_norm_eps)
+                         in_axes=(nn.broadcast,) * 3, unroll=self.config.unroll)(
+            self.config, self.latents, name="layers")
+        (x, cache, _), _ = layers((x, cache, jnp.int32(0)), rope, mask, offset)
+        cut = x.shape[1] - self.latents
+        norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
+        hidden = rms_norm(x[:, :cut], norm, c.rms_norm_eps)
         if self.config.generation:
             norm_gen = self.param("norm_gen", nn.initializers.ones, (c.hidden_size,))
-            if is_latent is not None:
-                hidden = jnp.where(is_latent[:, :, None], rms_norm(x, norm_gen, c.rms_norm_eps), hidden)
+            if self.latents:
+                hidden = jnp.concatenate([hidden, rms_norm(x[:, cut:], norm_gen, c.rms_norm_eps)], axis=1)
         return hidden, cache
