@@ -100,8 +100,11 @@ class Rows:
         question = self._tokenizer.encode(example.question)
         if self._suffix:
             question = np.concatenate([question, self._tokenizer.encode(self._suffix)])
-        prepared = Prepared(example, question, self._image(example.problem_image),
-                            tuple(map(self._image, example.visual_thoughts)))
+        try:
+            prepared = Prepared(example, question, self._image(example.problem_image),
+                                tuple(map(self._image, example.visual_thoughts)))
+        except images.UnreadableImage as error:
+            raise images.UnreadableImage(f"row {example.pid}: {error}") from error
         with self._lock:
             self._cache[key] = prepared
             while len(self._cache) > self._capacity:

@@ -7,21 +7,23 @@ device, where `bagel.normalize_patches` maps them to [-1, 1].
 
 import dataclasses
 import io
+import os
 
 import einops
 import numpy as np
 
+LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, where Pillow begins to warn
+
 
 class UnreadableImage(ValueError):
-    """An image whose bytes Pillow cannot decode."""
+    """No picture comes out of this: bytes that Pillow cannot decode, too many pixels, an array of another kind."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """The size rule of one image transform; sizes in pixels.
+    """The size rule of one image transform; sizes in pixels. The official ones: TRAINING, HARNESS_VIT, VAE.
 
-    Official training: stride 14, max_size 980, min_size 378, max_pixels 2,007,040; the inference wrapper: 980, 224
-    and the class default of max_pixels, 14 * 14 * 9 * 1024.
+    Any picture of at least one pixel is legal: 1 x 5,000 becomes 14 x 980.
     """
 
     stride: int = 14
@@ -34,7 +36,11 @@ class Resize:
 
         Quirks that are kept: both roundings are Python's (half to even); the pixel rule multiplies the sides by
         the ratio of areas, not by its square root; the long-side rule comes last and may undo the short-side one.
+
+        Raises ValueError for a picture without pixels.
         """
+        if min(width, height) < 1:
+            raise ValueError(f"a picture of {width} x {height} pixels has nothing to resize: leave the row out")
 
         def scaled(w, h, scale):
             snap = lambda x: max(self.stride, round(x / self.stride) * self.stride)
@@ -49,29 +55,65 @@ class Resize:
         return w, h
 
 
+TRAINING = Resize(stride=14, max_size=980, min_size=378, max_pixels=2_007_040)
+"""What the ViT sees in training, student and teacher alike: one resize, on loading (data/opsd_paired_dataset.py).
+EVAL.md names these numbers for evaluation too, where the wrapper does otherwise."""
+
+HARNESS_VIT = Resize(stride=14, max_size=980, min_size=224)
+"""What the ViT sees in the evaluation wrapper and inferencer.py, behind VAE (`two_stage`); max_pixels is the class's.
+Small pictures come out larger than in training: 192 x 192 -> 512 x 512 -> 518 x 518, there 378 x 378."""
+
+VAE = Resize(stride=16, max_size=1024, min_size=512)
+"""What the autoencoder sees (16: its 8 pixels a latent, 2 latents a token), and the first resize of inference."""
+
+
 def open_rgb(data, *, transparency: str = "white"):
     """Encoded bytes, a path, or a uint8 array [H, W, 3] -> Pillow RGB image.
 
-    `transparency`: "white" composites on white (the helper of the official code); "drop" keeps the raw colour of
-    transparent pixels, which is what its training loader really does: `.convert("RGB")` comes before the helper.
-    Raises UnreadableImage.
-    """
-    from PIL import Image
+    `transparency`: "white" composites on white (as the helper of the official code; it overlooks grey with alpha);
+    "drop" keeps the raw colour of transparent pixels, which is what its training loader really does:
+    `.convert("RGB")` comes before the helper.
 
+    As officially, the EXIF orientation is ignored, of an animation the first frame counts, and of 16-bit RGB the high
+    bytes. Grey values of more than 8 bits are refused: Pillow would clip them all to white.
+
+    Raises UnreadableImage, with the path where there is one; ValueError for another `transparency`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if transparency not in ("white", "drop"):
+        raise ValueError(f"transparency is {transparency!r}: choose 'white' or 'drop'")
     if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] != 3 or not data.size:
+            raise UnreadableImage(f"a picture as an array is uint8 [height, width, 3], not {data.dtype} "
+                                  f"{list(data.shape)}: convert it to 8-bit RGB")
         return Image.fromarray(data)
+    if isinstance(data, bytes):
+        name, source = f"an image of {len(data):,} bytes that begin with {data[:12]!r}", io.BytesIO(data)
+    elif isinstance(data, (str, os.PathLike)):
+        name = source = os.fspath(data)
+    else:
+        raise UnreadableImage(f"a picture is encoded bytes, a path or an array, not {type(data).__name__}: "
+                              "replace it or leave the row out")
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UnreadableImage(f"cannot decode the image ({e}): replace it or leave the row out") from e
-    has_alpha = image.mode in ("RGBA", "LA") or "transparency" in image.info
-    if transparency == "white" and has_alpha:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, (255, 255, 255))
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+        with Image.open(source) as image:
+            if image.width * image.height > LARGEST:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            if image.mode[0] in "IF":
+                raise ValueError(f"its grey values have more than 8 bits, mode {image.mode}: save it with 8")
+            image.load()
+        if transparency == "white" and image.has_transparency_data:
+            image = image.convert("RGBA")
+            canvas = Image.new("RGB", image.size, (255, 255, 255))
+            canvas.paste(image, mask=image.getchannel("A"))
+            return canvas
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise UnreadableImage(f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels") from e
+    except Exception as e:  # what a decoder raises on damaged bytes is anything
+        known = not isinstance(e, UnidentifiedImageError)
+        reason = f"{type(e).__name__}: {e}" if known else "no picture format that Pillow knows"
+        raise UnreadableImage(f"cannot decode {name} ({reason}): replace it or leave the row out") from e
 
 
 def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
@@ -80,6 +122,23 @@ def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
 
     size = rule(*image.size, num_images)
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np.ndarray]:
+    """What the inference pipeline makes of a Pillow RGB image: (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
+
+        picture -vae_rule-> uint8 -vit_rule-> ViT pixels
+                                  -vae_rule-> VAE pixels
+
+    Both resizes round to uint8, so the ViT does not see what one resize would give. The second VAE resize changes
+    nothing with `VAE` itself, but does with rules whose result they would size differently again.
+    Official: inferencer.py (interleave_inference, then the transforms in bagel.py). Text-only answers skip the VAE,
+    not its resize.
+    """
+    from PIL import Image
+
+    first = Image.fromarray(resize(image, vae_rule))
+    return resize(first, vae_rule), resize(first, vit_rule)
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:

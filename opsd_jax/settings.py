@@ -5,6 +5,8 @@ below turn it into the frozen, hashable views that jitted functions take as stat
 enters jit. Defaults are the paper's (App. C) and the official release's; where the two disagree, the paper's.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from opsd_jax import context, images
@@ -40,9 +42,8 @@ def default() -> ConfigDict:
     c.prompts.transition = context.TRANSITION
     c.prompts.suffix = ""  # appended to every question
 
-    c.images = ConfigDict(dict(
-        stride=14, max_size=980, min_size=378, max_pixels=2_007_040,  # pixels, see images.Resize
-        transparency="drop"))  # what the official loader does; "white" composites on white
+    c.images = ConfigDict(dataclasses.asdict(images.TRAINING))  # pixels, see images.Resize
+    c.images.transparency = "drop"  # what the official loader does; "white" composites on white
 
     c.data = ConfigDict()
     c.data.dir = ""  # prepared data (a TFDS data_dir); "": <workdir>/data

@@ -6,11 +6,13 @@ The delimiters are resolved by name, never by counting added tokens: transformer
 
 import dataclasses
 import functools
+import json
 import os
 
 import numpy as np
 
-DELIMITERS = {"bos": "<|im_start|>", "eos": "<|im_end|>", "image_start": "<|vision_start|>", "image_end": "<|vision_end|>"}
+DELIMITERS = {"bos": "<|im_start|>", "eos": "<|im_end|>",
+              "image_start": "<|vision_start|>", "image_end": "<|vision_end|>"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,26 +39,27 @@ class Tokenizer:
         return encode
 
     def decode(self, ids) -> str:
-        """Text of the ids. Ids beyond the vocabulary (models are padded to 152,064 rows) show as <|id|>."""
-        size, parts, run = len(self.backend), [], []
-        for token in [*map(int, ids), None]:
-            if token is not None and token < size:
-                run.append(token)
-                continue
-            parts.append(self.backend.decode(run, skip_special_tokens=False))
-            run = []
-            if token is not None:
-                parts.append(f"<|{token}|>")
-        return "".join(parts)
+        """Text of the ids; bytes that are no UTF-8, as where a character is cut, become U+FFFD.
+
+        Ids beyond the vocabulary show as <|id|>: the embedding is padded (released: 152,064 rows) and sampling may
+        return any row. Raises ValueError for a negative id.
+        """
+        known, parts = self.token_bytes, []
+        for token in map(int, ids):
+            if token < 0:
+                raise ValueError(f"token id {token} is negative: cut padding and ignored labels off before decoding")
+            parts.append(token < len(known) and known[token] or b"<|%d|>" % token)
+        return b"".join(parts).decode(errors="replace")
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of every token, by id: what `rollout.Marker` reads."""
+        """The bytes of every token, by id (none at an unused id): what `decode` joins and `rollout.Marker` reads."""
         to_byte = {char: byte for byte, char in _byte_alphabet().items()}
-        added = self.backend.get_added_vocab().values()
-        tokens = self.backend.convert_ids_to_tokens(range(len(self.backend)))
-        plain = lambda token: bytes(to_byte[c] for c in token)
-        return [t.encode() if n in added else plain(t) if t is not None else b"" for n, t in enumerate(tokens)]
+        added, vocabulary = self.backend.get_added_vocab(), self.backend.get_vocab()
+        spelled = [b""] * (max(vocabulary.values()) + 1)
+        for token, index in vocabulary.items():
+            spelled[index] = token.encode() if token in added else bytes(to_byte[char] for char in token)
+        return spelled
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -67,15 +70,44 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 def load(directory: str) -> Tokenizer:
-    """Reads a tokenizer folder. ValueError if it lacks a delimiter, FileNotFoundError if there is no tokenizer."""
+    """Reads a tokenizer folder: tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt.
+
+    The official code adds delimiters that the folder lacks, at the next free ids. Here that is an error: the released
+    folders hold all four (151644, 151645, 151652, 151653), others belong to another model.
+
+    Raises FileNotFoundError if there is no tokenizer; ValueError if its files do not parse or contradict each other,
+    if it is not byte-level, or if a delimiter is absent.
+    """
     from transformers import AutoTokenizer
 
-    if not os.path.isdir(directory) or "tokenizer_config.json" not in os.listdir(directory):
+    files = os.listdir(directory) if os.path.isdir(directory) else []
+    if "tokenizer_config.json" not in files:
         raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
                                 "released model's tokenizer as --config.tokenizer=FOLDER")
-    backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
+        raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
+                                "both vocab.json and merges.txt")
+    try:
+        with open(os.path.join(directory, "tokenizer_config.json"), encoding="utf-8") as f:
+            added = json.load(f).get("added_tokens_decoder", {})
+        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        backend.backend_tokenizer.no_truncation()  # a tokenizer.json may ask for both, and `encode` would obey
+        backend.backend_tokenizer.no_padding()
+    except Exception as e:  # the parsers raise anything, bare Exception too
+        raise ValueError(f"cannot read the tokenizer in {directory} ({e}): copy the folder of the released model's "
+                         "tokenizer again") from e
     vocabulary = backend.get_vocab()
+    for index, token in added.items():  # transformers would number them anew without a word
+        found = vocabulary.get(token["content"])
+        if found != int(index):
+            raise ValueError(f"the tokenizer in {directory} gives {token['content']} the id {found}, but its "
+                             f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
+                             "folder again")
+    if not vocabulary.keys() >= set(_byte_alphabet().values()):
+        raise ValueError(f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
+                         "byte-level BPE, as Qwen2's")
     missing = [token for token in DELIMITERS.values() if token not in vocabulary]
     if missing:
-        raise ValueError(f"the tokenizer in {directory} lacks {missing}: add them (the model needs rows for their ids)")
+        raise ValueError(f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
+                         "(Qwen2.5's tokenizers have all four)")
     return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})

@@ -1,19 +1,33 @@
 """Pixels: decoding, transparency, sizes, patches, numbering. test_parity replays the golden images."""
 
 import io
+import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from opsd_jax import images
-from opsd_jax.images import Resize, UnreadableImage
+from opsd_jax.images import HARNESS_VIT, TRAINING, VAE, Resize, UnreadableImage
+
+
+def encoded(image, kind, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def png(image, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    return buffer.getvalue()
+    return encoded(image, "PNG", **options)
+
+
+def handmade_png(width, height, *, bits=8, colour=2, rows=b"") -> bytes:
+    """What Pillow does not write: 16-bit colour (rows: filter byte and values), or sizes without any content."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 @pytest.fixture
@@ -33,20 +47,138 @@ def test_open_bytes_path_and_array(pixels, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_unreadable_bytes(data):
-    with pytest.raises(UnreadableImage, match="replace it or leave the row out"):
+HTML = b"<!DOCTYPE html><html>Not found</html>"
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"", "0 bytes"), (b"not an image", "12 bytes that begin with b'not an image'"),
+    (HTML, "begin with b'<!DOCTYPE ht'"),
+    (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "48 bytes")])
+def test_unreadable_bytes(data, said, tmp_path):
+    with pytest.raises(UnreadableImage, match=f"{re.escape(said)}.*replace it or leave the row out"):
+        images.open_rgb(data)
+    path = tmp_path / "row 7.png"
+    path.write_bytes(data)
+    for source in (path, str(path)):
+        with pytest.raises(UnreadableImage, match=f"{re.escape(str(path))} .*replace it or leave the row out"):
+            images.open_rgb(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_truncated_file(kind, pixels, tmp_path):
+    data = encoded(Image.fromarray(pixels), kind)
+    images.open_rgb(data)
+    path = tmp_path / "cut"
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(UnreadableImage, match=f"cannot decode {path} .*replace it"):
+        images.open_rgb(path)
+    with pytest.raises(UnreadableImage, match=f"cannot decode an image of {len(data) // 2:,} bytes"):
+        images.open_rgb(path.read_bytes())
+
+
+def test_any_damage_is_one_error(pixels):
+    """Whatever a decoder raises on flipped bytes: NotImplementedError, struct.error, ..."""
+    rng, refused = np.random.default_rng(0), 0
+    for kind in ("PNG", "JPEG", "DDS"):
+        data = encoded(Image.fromarray(pixels), kind)
+        for _ in range(100):
+            damaged = bytearray(data)
+            damaged[rng.integers(8, min(len(data), 120))] = rng.integers(0, 256)
+            try:
+                assert images.open_rgb(bytes(damaged)).mode == "RGB"
+            except UnreadableImage:
+                refused += 1
+    assert refused > 50
+
+
+def test_missing_file_and_directory(tmp_path):
+    for path in (tmp_path / "absent.png", tmp_path):
+        with pytest.raises(UnreadableImage, match=f"cannot decode {path} .*replace it or leave the row out"):
+            images.open_rgb(path)
+
+
+@pytest.mark.parametrize("data", [None, 3, [1, 2]])
+def test_neither_bytes_nor_path_nor_array(data):
+    with pytest.raises(UnreadableImage, match=f"not {type(data).__name__}: replace it"):
         images.open_rgb(data)
 
 
-def test_truncated_file(pixels):
-    with pytest.raises(UnreadableImage):
-        images.open_rgb(png(Image.fromarray(pixels))[:-200])
+@pytest.mark.parametrize("array", [
+    np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 1), np.uint8),
+    np.zeros((2, 4, 5, 3), np.uint8), np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 3), np.int32),
+    np.zeros((4, 5, 3), bool), np.zeros((0, 5, 3), np.uint8), np.zeros((4, 0, 3), np.uint8)],
+    ids=lambda array: f"{array.dtype}{array.shape}")
+def test_arrays_of_another_kind(array):
+    said = re.escape(f"not {array.dtype} {list(array.shape)}: convert it to 8-bit RGB")
+    with pytest.raises(UnreadableImage, match=said):
+        images.open_rgb(array)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises((UnreadableImage, FileNotFoundError), match="absent.png"):
-        images.open_rgb(tmp_path / "absent.png")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size, said", [
+    ((20_000, 20_000), "400000000 pixels"), ((12_000, 10_000), "12000 x 10000 pixels"),
+    ((89_478_486, 1), "89478486 x 1 pixels")])
+def test_too_many_pixels(size, said, tmp_path):
+    """Refused by the header alone: none of these files has any content to decode."""
+    path = tmp_path / "large.png"
+    path.write_bytes(handmade_png(*size))
+    for source, name in ((path, path), (path.read_bytes(), "an image of")):
+        with pytest.raises(UnreadableImage, match=f"{name} .*{said}.*scale it down to at most 89,478,485 pixels"):
+            images.open_rgb(source)
+
+
+def test_as_many_pixels_as_allowed():
+    with pytest.raises(UnreadableImage, match="cannot decode .*truncated"):  # so it was not refused by its size
+        images.open_rgb(handmade_png(9_459, 9_459, colour=0))
+
+
+@pytest.mark.parametrize("kind, values", [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32),
+                                          ("TIFF", np.float32)])
+def test_deep_grey_is_refused(kind, values):
+    """Pillow would clip: 256, 32768 and 65535 of 65535 all become white."""
+    data = encoded(Image.fromarray(np.array([[0, 256, 32768, 65535]]).astype(values)), kind)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[0, :, 0], [0, 255, 255, 255])
+    with pytest.raises(UnreadableImage, match="more than 8 bits.*save it with 8"):
+        images.open_rgb(data)
+
+
+def test_deep_colour_keeps_the_high_bytes():
+    values = [0x1234, 0x00FF, 0xFFFF, 0x8000, 0x7FFF, 0x0100]
+    image = images.open_rgb(handmade_png(2, 1, bits=16, rows=b"\0" + struct.pack(">6H", *values)))
+    np.testing.assert_array_equal(np.asarray(image).ravel(), [0x12, 0, 0xFF, 0x80, 0x7F, 1])
+
+
+def test_animation_shows_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    path = tmp_path / "frames.gif"
+    path.write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    for source in (path, path.read_bytes()):
+        assert (np.asarray(images.open_rgb(source)) == (200, 0, 0)).all()
+
+
+@pytest.mark.parametrize("ink, colour", [((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 0), (255, 255, 255)),
+                                         ((0, 0, 0, 255), (0, 0, 0)), ((0, 255, 255, 0), (255, 0, 0))])
+def test_cmyk_jpeg(ink, colour):
+    data = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
+    found = np.asarray(images.open_rgb(data)).astype(int)
+    np.testing.assert_allclose(found, np.broadcast_to(colour, found.shape), atol=3)
+
+
+def test_exif_orientation_is_ignored(pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to view
+    data = png(Image.fromarray(pixels), exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        assert ImageOps.exif_transpose(image).size == (20, 30)
+    np.testing.assert_array_equal(np.asarray(images.open_rgb(data)), pixels)
+
+
+def test_transparency_is_one_of_two():
+    with pytest.raises(ValueError, match="transparency is 'White': choose 'white' or 'drop'"):
+        images.open_rgb(b"", transparency="White")
 
 
 @pytest.mark.parametrize("transparency, left, middle", [("white", 255, 155), ("drop", 10, 10)])
@@ -90,19 +222,54 @@ def test_opaque_modes(mode, pixels):
 
 # --- sizes ---------------------------------------------------------------------------------------------
 
+def test_official_rules():
+    assert TRAINING == Resize(14, 980, 378, 2_007_040)
+    assert HARNESS_VIT == Resize(14, 980, 224, 1_806_336)
+    assert VAE == Resize(16, 1024, 512, 1_806_336)
+
+
+@pytest.mark.parametrize("size, wanted, tokens", [
+    ((192, 192), (378, 378), 729), ((256, 256), (378, 378), 729), ((384, 384), (378, 378), 729),
+    ((512, 512), (518, 518), 1369), ((640, 480), (644, 476), 1564), ((1024, 768), (980, 728), 3640),
+    ((1920, 1080), (980, 546), 2730), ((2000, 1000), (980, 490), 2450), ((3000, 2000), (980, 658), 3290),
+    ((3000, 300), (980, 98), 490), ((20_000, 20_000), (980, 980), 4900),
+])
+def test_training_sizes(size, wanted, tokens):
+    width, height = TRAINING(*size)
+    assert (width, height) == wanted and width * height == tokens * 14 ** 2
+    assert TRAINING(*size[::-1]) == wanted[::-1]
+
+
 @pytest.mark.parametrize("rule, size, wanted", [
-    (Resize(max_pixels=2007040), (378, 378), (378, 378)),
-    (Resize(max_pixels=2007040), (640, 480), (644, 476)),
-    (Resize(max_pixels=2007040), (1, 1), (378, 378)),  # the short side is scaled up
-    (Resize(max_pixels=2007040), (3000, 2000), (980, 658)),  # the long side is scaled down
-    (Resize(max_pixels=2007040), (800, 40), (980, 56)),  # the long-side rule undoes the short-side one
-    (Resize(max_pixels=2007040), (371, 385), (378, 392)),  # 385 * 378 / 371 = 392.26
-    (Resize(min_size=224), (64, 64), (224, 224)),  # inference
-    (Resize(stride=16, max_size=1024, min_size=512), (1024, 512), (1024, 512)),  # VAE
+    (TRAINING, (1, 1), (378, 378)),  # the short side is scaled up
+    (TRAINING, (800, 40), (980, 56)),  # the long-side rule undoes the short-side one
+    (TRAINING, (371, 385), (378, 392)),  # 385 * 378 / 371 = 392.26
+    (TRAINING, (1, 5000), (14, 980)),  # at least one stride
+    (TRAINING, (20_000, 10), (980, 14)),
+    (HARNESS_VIT, (64, 64), (224, 224)),
+    (HARNESS_VIT, (192, 192), (224, 224)),
+    (VAE, (1024, 512), (1024, 512)),
+    (VAE, (1, 5000), (16, 1024)),
     (Resize(14, 140, 56, 11760), (980, 980), (84, 84)),  # the pixel rule takes the ratio of AREAS: 140 * 0.6
 ])
 def test_sizes(rule, size, wanted):
     assert rule(*size) == wanted
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_no_pixels(size):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels"):
+        images.resize(Image.new("RGB", size), TRAINING)
+
+
+@pytest.mark.parametrize("size, wanted", [((1, 1), (378, 378)), ((1, 5000), (14, 980)), ((20_000, 10), (980, 14))])
+def test_one_pixel_and_thin_pictures_are_legal(size, wanted):
+    """They keep their colours: a constant stays, and so does the order from end to end."""
+    flat = images.resize(images.open_rgb(png(Image.new("RGB", size, (9, 200, 31)))), TRAINING)
+    assert flat.shape == (*wanted[::-1], 3) and (flat == (9, 200, 31)).all()
+    ramp = np.linspace(0, 255, size[0] * size[1]).astype(np.uint8).reshape(size[::-1])
+    pixels = images.resize(Image.fromarray(ramp).convert("RGB"), TRAINING).astype(int)
+    assert pixels[-1, -1, 0] - pixels[0, 0, 0] >= 250 * (size != (1, 1))
 
 
 def test_rounding_is_half_to_even():
@@ -129,6 +296,41 @@ def test_resize(pixels):
 def test_resize_keeps_a_constant(colour):
     flat = Image.new("RGB", (51, 33), (colour,) * 3)
     assert (images.resize(flat, Resize(min_size=56, max_size=140)) == colour).all()
+
+
+# --- the two resizes of inference ------------------------------------------------------------------------
+
+def bicubic(image, *sizes):
+    """Pillow's own resizes, one after the other."""
+    for size in sizes:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("size, vae, vit", [((192, 192), (512, 512), (518, 518)), ((640, 480), (688, 512), (686, 518))])
+def test_two_stages(size, vae, vit, pixels):
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+    for_vae, for_vit = images.two_stage(image, VAE, HARNESS_VIT)
+    assert for_vae.dtype == for_vit.dtype == np.uint8
+    np.testing.assert_array_equal(for_vae, bicubic(image, vae))  # the second VAE resize is none
+    np.testing.assert_array_equal(for_vit, bicubic(image, vae, vit))
+    assert (for_vit != bicubic(image, vit)).any()  # not what one resize to the same size gives
+    assert images.resize(image, HARNESS_VIT).shape != for_vit.shape  # and one resize gives another size
+
+
+def test_official_vae_resize_is_idempotent():
+    rng = np.random.default_rng(0)
+    for size in (10 ** rng.uniform(0, 4, (2000, 2))).astype(int).tolist():
+        once = VAE(*size)
+        assert VAE(*once) == once, size
+
+
+def test_second_vae_resize_can_matter(pixels):
+    """32 pixels are below 40, so this rule scales its own result up again: 37 x 80 -> 32 x 80 -> 32 x 96."""
+    rule, image = Resize(stride=16, max_size=96, min_size=40), Image.fromarray(pixels).resize((37, 80))
+    for_vae, for_vit = images.two_stage(image, rule, Resize(stride=14, max_size=980, min_size=28))
+    np.testing.assert_array_equal(for_vae, bicubic(image, (32, 80), (32, 96)))
+    np.testing.assert_array_equal(for_vit, bicubic(image, (32, 80), (28, 84)))  # from the first one
 
 
 # --- patches -------------------------------------------------------------------------------------------
