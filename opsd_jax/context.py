@@ -198,12 +198,12 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
     latent_positions, latent_image = ints((n, latents)), ints((n, latents))
     length, next_position = ints(n), ints(n)
     for r, blocks in enumerate(rows):
-        need = _need(blocks)
-        if any(has < wants for has, wants in zip((slots, patches, latents), need)):
-            what = " and ".join(f"{n} {name}" for n, name in zip(need, ("slots", "patches", "latents")) if n)
+        needs = need(blocks)
+        if any(has < wants for has, wants in zip((slots, patches, latents), needs)):
+            what = " and ".join(f"{n} {name}" for n, name in zip(needs, ("slots", "patches", "latents")) if n)
             raise TooLong(
                 f"row {names[r] if names else r} needs {what}, its bucket has {slots} and {patches}"
-                f"{f' and {latents}' if latents or need[2] else ''}: enlarge data.buckets, lower the image size, or leave "
+                f"{f' and {latents}' if latents or needs[2] else ''}: enlarge data.buckets, lower the image size, or leave "
                 "the row out")
         # place: in the sequence. at, patch, latent: the next free slot, patch, latent token
         place = rope = at = patch = latent = number = drawn = 0
@@ -248,8 +248,8 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
                    next_position, extra)
 
 
-def _need(blocks) -> tuple[int, int, int]:
-    """Slots, patches and latents of a row."""
+def need(blocks) -> tuple[int, int, int]:
+    """Slots, patches and latents that a row of blocks takes in `pack`."""
     latents = sum(len(b.tokens) for b in blocks if isinstance(b, Latent))
     return (sum(b.slots for b in blocks) - latents, sum(len(b.patches) for b in blocks if isinstance(b, Image)), latents)
 

@@ -1,0 +1,245 @@
+"""Answers and drawings from the command line and from Python."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from opsd_jax import context, generate, images, rollout
+
+NAMES = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "start_of_image": "<|vision_start|>",
+         "end_of_image": "<|vision_end|>"}
+
+
+def write_tokenizer(directory, delimiters, size):
+    """A byte-level tokenizer without merges whose delimiters have given ids; the rest is filled up with <|n|>."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    special = {id_: NAMES[key] for key, id_ in delimiters.items() if key in NAMES}
+    for n in range(len(vocabulary), size):
+        vocabulary[special.get(n, f"<|{n}|>")] = n
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(special.values()))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(str(directory))
+    return str(directory)
+
+
+def picture(seed, height, width):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
+    protocol = generate.Protocol(system="sys", max_new_tokens=6)
+    return generate.Model(tiny.DRAWING, tiny.params(tiny.DRAWING, seed=1), tiny.TOKENIZER, protocol,
+                          images.Resize(4, 24, 8), images.Resize(8, 48, 16))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every batch of blocks that is packed, in order."""
+    calls, pack = [], generate._pack
+    monkeypatch.setattr(generate, "_pack", lambda rows, model: (calls.append([list(row) for row in rows]),
+                                                                pack(rows, model))[1])
+    return calls
+
+
+def kinds(blocks):
+    return "".join(type(block).__name__[0] for block in blocks)  # Text, Image, Latent
+
+
+def run(model, questions, seed=0, **kwargs):
+    with tiny.quick_compiles():
+        return generate.reason(model, questions, jax.random.key(seed), **kwargs)
+
+
+FEW = {"num_timesteps": 3}
+
+
+def test_text_is_what_the_sampler_gives_behind_the_packed_question(model):
+    trace, = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
+    image = generate._image(images.resize(picture(0, 12, 16), model.vit), 4)
+    blocks = [context.Text(tiny.TOKENIZER.encode("sys")), image, context.Text(tiny.TOKENIZER.encode("what?"))]
+    found = rollout.sample(model.params, tiny.pack([blocks]), jax.random.key(1),
+                           config=tiny.rollout_config(model=tiny.DRAWING, max_new_tokens=6, greedy=True, max_image_skips=0))
+    ids = found.tokens[0][found.mask[0]]
+    assert trace.steps == [tiny.TOKENIZER.decode(ids)] and trace.tokens == len(ids) and trace.pictures == []
+
+
+def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
+    steps = []
+    trace, = run(model, [([picture(0, 12, 16), picture(1, 24, 16)], "what?")], draw=True, always=True, changes=FEW,
+                 on_step=lambda *seen: steps.append(seen))
+    assert [type(step) for step in trace.steps] == [str, np.ndarray, str, np.ndarray, str]
+    # as large as the last picture is for the autoencoder, and not all of one colour
+    assert all(p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.pictures)
+    assert steps == [(0, 2, 2), (1, 2, 2)]
+    text, drawn, again, drawn_again, last = recorded
+    assert [kinds(r) for r in text] == ["TLILIT"]
+    # the branches of guidance: everything, everything before the question, the texts of the user
+    assert [kinds(r) for r in drawn] == ["TLILITT", "TLILI", "TT"]
+    assert [kinds(r) for r in again] == ["TLILITTLI"]
+    assert [kinds(r) for r in drawn_again] == ["TLILITTLIT", "TLILI", "TT"]
+    assert [kinds(r) for r in last] == ["TLILITTLITLI"]
+    # what was drawn is what the model sees next
+    seen, pixels = generate.see(images.open_rgb(trace.pictures[0]), model)
+    np.testing.assert_array_equal(again[0][-1].patches, images.patchify(seen, 4))
+    assert again[0][-2].grid == (pixels.shape[0] // 8, pixels.shape[1] // 8)
+    # the text goes back as the ids of its string
+    np.testing.assert_array_equal(drawn[0][-1].ids, tiny.TOKENIZER.encode(trace.steps[0]))
+
+
+class Saying(tiny.ByteTokenizer):
+    """Decodes the model's k-th text as one of the given ones."""
+
+    def decode(self, ids):
+        return self.texts.pop(0)
+
+
+def saying(model, *texts):
+    tokenizer = Saying()
+    object.__setattr__(tokenizer, "texts", list(texts))
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("texts", "shape"), [
+    (["the end"], "t"), (["see <image_start>", "the end"], "tpt"), (["<image_start> a", "<image_start>", "x"], "tptpt"),
+    (["<image_start>"] * 3, "tptptp")])
+def test_it_draws_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
+    trace, = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], draw=True, changes=FEW)
+    assert "".join("t" if isinstance(step, str) else "p" for step in trace.steps) == shape
+    assert trace.text == "".join(texts)
+
+
+def test_text_alone_never_draws(model):
+    trace, = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], draw=False)
+    assert trace.steps == ["<image_start>"]
+
+
+def test_rows_of_a_batch_go_their_own_ways(model):
+    """The second row draws, the first one does not; the batch keeps its size."""
+    questions = [([picture(0, 16, 16)], "a?"), ([picture(1, 16, 24)], "longer?")]
+    first, second = run(saying(model, "no", "<image_start>", "done"), questions, draw=True, changes=FEW)
+    assert first.steps == ["no"]
+    assert second.steps[0] == "<image_start>" and second.steps[2] == "done" and second.pictures[0].shape == (16, 24, 3)
+
+
+def test_text_of_a_batch_is_that_of_each_question_alone(model):
+    questions = [([picture(0, 16, 16)], "a?"), ([], "a longer one?")]
+    together = [trace.text for trace in run(model, questions, draw=False)]
+    assert together == [run(model, [question], draw=False)[0].text for question in questions]
+
+
+def test_seeds_draw_different_pictures(model):
+    draw = lambda seed: run(model, [([], "a")], seed, draw=True, always=True, changes=FEW)[0].pictures[0]
+    first = draw(0)
+    assert first.shape == (48, 48, 3)  # nothing to take the size from: what the position table holds
+    np.testing.assert_array_equal(draw(0), first)
+    assert (draw(1) != first).any()
+
+
+def test_text_is_cut_at_another_bos():
+    assert generate._until_bos(tiny.TOKENIZER, np.array([65, 66, tiny.TOKENIZER.bos, 67])) == "AB"
+
+
+def test_sizes_of_the_release_and_in_proportion():
+    assert generate.in_proportion(images.TRAINING, 14, 980, 980) == images.TRAINING
+    assert generate.in_proportion(images.VAE, 16, 1024, 1024) == images.VAE
+    small = generate.in_proportion(images.TRAINING, 14, 140, 980)
+    assert (small.stride, small.max_size, small.min_size) == (14, 140, 54)
+
+
+def test_one_or_two_resizes(model):
+    shown = picture(0, 10, 30)
+    seen, pixels = generate.see(shown, model)
+    np.testing.assert_array_equal(seen, images.resize(shown, model.vit))
+    np.testing.assert_array_equal(pixels, images.resize(shown, model.vae))
+    twice = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, two_stages=True))
+    seen, again = generate.see(shown, twice)
+    np.testing.assert_array_equal(seen, images.resize(Image.fromarray(pixels), model.vit))
+    np.testing.assert_array_equal(again, pixels)
+
+
+def test_buckets_are_few_and_hold():
+    assert [generate.bucket(n) for n in (0, 1, 16, 17, 24, 25, 33, 48, 49, 4096, 4097)] == \
+        [0, 16, 16, 24, 24, 32, 48, 48, 64, 4096, 6144]
+
+
+def test_page_shows_texts_and_pictures():
+    long = generate.page(["word" * 500, picture(0, 8, 16)])
+    short = generate.page(["word", picture(0, 8, 16)])
+    assert long.width == short.width and long.height > short.height + 100
+    assert len(np.unique(np.asarray(short).reshape(-1, 3), axis=0)) > 20
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def released(goldens, tmp_path_factory):
+    """A released folder in small, with a tokenizer: (folder, its configs)."""
+    source, folder = goldens / "checkpoint", tmp_path_factory.mktemp("released")
+    if not (source / "ae.safetensors").exists():
+        pytest.skip("these goldens have no autoencoder")
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    sizes = json.loads((source / "llm_config.json").read_text())
+    write_tokenizer(folder, json.loads((source / "special_tokens.json").read_text()), sizes["vocab_size"])
+    picture(0, 60, 90).save(folder / "maze.png")
+    return folder
+
+
+def command(folder, *arguments):
+    with tiny.quick_compiles():
+        generate.main([f"--checkpoint={folder}", f"--image={folder}/maze.png", "--question=Where?",
+                       "--max_new_tokens=12", *arguments])
+
+
+def test_command_draws(released, tmp_path, capsys):
+    command(released, "--visual_thoughts=generated", "--always_draw", "--steps=3", "--rounds=2", f"--out={tmp_path}")
+    out, err = capsys.readouterr()
+    record = json.loads((tmp_path / "0.json").read_text())
+    drawn = Image.open(tmp_path / "0-0.png")
+    assert [list(step) for step in record["steps"]] == [["text"], ["picture"], ["text"]]
+    assert f"[drawn: {tmp_path}/0-0.png]" in out and record["steps"][0]["text"] in out
+    assert "drawing 1" in err and "1 pictures" in err
+    assert max(drawn.size) > 14 and drawn.size[0] > drawn.size[1]  # the shape of the maze
+    assert Image.open(tmp_path / "0.png").height > 640  # both pictures at 320 pixels, and text
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_command_answers_in_text_without_reading_what_draws(released, tmp_path, capsys, monkeypatch):
+    for file in released.iterdir():
+        if file.name != "ae.safetensors":
+            shutil.copyfile(file, tmp_path / file.name)
+    command(tmp_path)
+    text = capsys.readouterr().out
+    command(released, "--protocol=paper")
+    assert capsys.readouterr().out == text and text.strip()
+    command(released, "--dtype=bfloat16", "--protocol=harness")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--visual_thoughts=generated"], "needs --out=FOLDER"),
+    (["--always_draw"], "--always_draw needs --visual_thoughts=generated"),
+    (["--question="], "the question is empty"),
+    (["--image={folder}/nothing.png"], "nothing.png"),
+    (["--image={folder}/config.json"], "config.json"),
+    (["--tokenizer={folder}/.."], "holds no tokenizer"),
+    (["--checkpoint={folder}/.."], "holds no run")])
+def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(released, *(a.format(folder=released) for a in arguments))
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and message in err and err.count("\n") == 1
