@@ -171,18 +171,21 @@ class TooLong(ValueError):
     """A row that does not fit its bucket."""
 
 
-def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int = 0, latent_side: int = 0,
-         names=None) -> Context:
+def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int = 0, latent_dim: int = 0,
+         latent_side: int = 0, names=None) -> Context:
     """Packs a batch of rows, each a list of blocks, into one Context of static shape [len(rows), slots].
 
     Args:
       slots, patches: the bucket: static sizes T and P. tokenizer: gives the four delimiter ids.
       side: patches a side of the position tables. names: one name a row for error messages.
-      latents, latent_side: static size G, and the side of the latents' position table; 0 where nothing is drawn.
+      latents, latent_dim, latent_side: static sizes G and C, and the side of the latents' position table; 0 where
+        nothing is drawn.
     Raises:
       TooLong: a row needs more slots, patches or latents than the bucket has. Nothing is truncated.
     """
     image_blocks = [b for row in rows for b in row if isinstance(b, Image)]
+    if latents and not (latent_dim and latent_side):
+        raise ValueError(f"packing {latents} latents a row needs latent_dim and latent_side, static sizes as well")
     width = image_blocks[0].patches.shape[1] if image_blocks else 1
     dtype = np.result_type(*{b.patches.dtype for b in image_blocks}) if image_blocks else np.uint8
     if dtype != np.uint8:  # a float batch is normalised as a whole
@@ -193,7 +196,6 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
     values = np.zeros((n, patches, width), dtype)
     patch_positions, patch_image = ints((n, patches)), ints((n, patches))
     patch_slots = np.full((n, patches), slots, np.int32)
-    latent_dim = next((b.tokens.shape[1] for row in rows for b in row if isinstance(b, Latent)), 1)
     latent_tokens = np.zeros((n, latents, latent_dim), np.float32)
     latent_positions, latent_image = ints((n, latents)), ints((n, latents))
     length, next_position = ints(n), ints(n)

@@ -156,7 +156,12 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
 # --- scoring ---------------------------------------------------------------------------------------------------
 
 def score(params, context, completion, *, config: ModelConfig):
-    """Hidden states that predict the completion's labels behind a context: [B, N + 1, D]."""
+    """Hidden states that predict the completion's labels behind a context: [B, N + 1, D].
+
+    ValueError for a context with latents: both roles see images as ViT tokens alone, as officially.
+    """
+    if context.latents is not None:
+        raise ValueError("a completion is scored behind contexts without latents: pack them with latents=0")
     x = jnp.concatenate([bagel.embed(params, context, config=config),
                          bagel.embed_tokens(params, completion.tokens, config=config)], axis=1)
     after = context_lib.behind(context, completion.tokens.shape[1])
@@ -312,8 +317,7 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
         batch, weights = inputs
         params = params_lib.merge(trainable, frozen)
         c = batch.context
-        hidden, _ = bagel.forward(params, bagel.embed(params, c, config=config.model), c.positions, c.limit,
-                                  c.segment, config=config.model)
+        hidden, _ = bagel.read(params, c, config=config.model)
         hidden = jnp.take_along_axis(hidden, batch.rows[:, :, None], axis=1)
         ce, correct = divergence.chunked_cross_entropy(hidden, params["llm"]["head"], batch.labels,
                                                        config.divergence.chunk)

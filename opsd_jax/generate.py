@@ -117,13 +117,13 @@ def bucket(n: int, step: int = 16) -> int:
     return size
 
 
-def _pack(rows, model, **more):
+def _pack(rows, model):
     """Rows of blocks -> Context of bucketed sizes."""
     needs = np.max([context_lib.need(blocks) for blocks in rows], axis=0)
     drawn = model.config.generation
-    return context_lib.pack(
-        rows, slots=bucket(needs[0]), patches=bucket(needs[1]), latents=bucket(needs[2]),
-        latent_side=drawn.side if drawn else 0, tokenizer=model.tokenizer, side=model.config.vit.side, **more)
+    sizes = {"latent_dim": drawn.latent_dim, "latent_side": drawn.side} if drawn else {}
+    return context_lib.pack(rows, slots=bucket(needs[0]), patches=bucket(needs[1]), latents=bucket(needs[2]), **sizes,
+                            tokenizer=model.tokenizer, side=model.config.vit.side)
 
 
 # --- rounds of text and pictures -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A second opinion: the understanding path and the divergence in float64 NumPy, slow and plain.
+"""A second opinion: both paths of the model, the autoencoder and the divergence in float64 NumPy, slow and plain.
 
 Written from the conventions in tests/goldens/README.md, without the package: dense masks, no cache, no
 padding, no stacking, weights by their checkpoint names. Letters: T slots, H heads, K kv heads, h head_dim.
@@ -6,6 +6,7 @@ padding, no stacking, weights by their checkpoint names. Letters: T slots, H hea
 
 import json
 import pathlib
+import types
 
 import numpy as np
 
@@ -20,6 +21,10 @@ def softmax(x):
 def log_softmax(x):
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
 
 
 def gelu(x):
@@ -45,27 +50,49 @@ def rope(x, positions, theta):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def read_tensors(directory) -> dict:
-    """{name: tensor} of a released folder: one file or shards, but not its VAE (ae.safetensors)."""
+def convolve(x, weight, bias, stride=1, pad=((1, 1), (1, 1))):
+    """x [C, H, W] with weight [D, C, k, k]; pad: rows above and below, columns left and right."""
+    size = weight.shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), *pad)), size, axis=(1, 2))
+    return np.einsum("chwij,dcij->dhw", windows[:, ::stride, ::stride], weight, optimize=True) + bias[:, None, None]
+
+
+def guide(v, text, image, *, a, b, renorm, renorm_min):
+    """Velocities [N, C] of the three contexts -> the guided one; renorm: "global", "channel" or "text_channel"."""
+    axes = None if renorm == "global" else -1
+    norm = lambda x: np.sqrt((x * x).sum(axes, keepdims=True))
+    shrunk = lambda u: u * np.clip(norm(v) / (norm(u) + 1e-8), renorm_min, 1)
+    u = text + a * (v - text)
+    if renorm == "text_channel":
+        return image + b * (shrunk(u) - image)
+    return shrunk(image + b * (u - image))
+
+
+def read_tensors(directory, part="model") -> dict:
+    """{name: tensor} of a released folder. part: "model", one file or shards, or "ae", its VAE (ae.safetensors)."""
     import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
     from safetensors.numpy import load_file
 
     tensors = {}
     for path in sorted(pathlib.Path(directory).glob("*.safetensors")):
-        if path.stem != "ae":
+        if (path.stem == "ae") == (part == "ae"):
             tensors.update(load_file(path))
     return tensors
 
 
 class Reference:
-    """The model of a released folder. Blocks have `ids`, or normalised `patches` and a `grid`."""
+    """The model of a released folder. Blocks have `ids`, or a `grid` and normalised `patches` or latent `tokens` (with
+    a `time` if it is not 0)."""
 
     def __init__(self, directory, delimiters):
         """delimiters: ids of bos, eos, image start, image end."""
         directory = pathlib.Path(directory)
         self.llm = json.loads((directory / "llm_config.json").read_text())
         self.vit = json.loads((directory / "vit_config.json").read_text())
-        self.weights = {name: w.astype(np.float64) for name, w in read_tensors(directory).items()}
+        self.whole = json.loads((directory / "config.json").read_text())
+        self.ae = json.loads((directory / "ae_params.json").read_text())
+        tensors = {**read_tensors(directory), **read_tensors(directory, "ae")}
+        self.weights = {name: w.astype(np.float64) for name, w in tensors.items()}
         self.bos, self.eos, self.image_start, self.image_end = delimiters
 
     def linear(self, x, name):
@@ -98,39 +125,60 @@ class Reference:
         x = gelu(self.linear(self.layer_norm(x, f"{VIT}.post_layernorm"), "connector.fc1"))
         return self.linear(x, "connector.fc2") + self.weights["vit_pos_embed.pos_embed"][ids]
 
+    def latents(self, tokens, grid, time):
+        """What latent tokens [n, C] at a flow time become in the decoder's sequence."""
+        angles = time * 10000 ** (-np.arange(128) / 128)
+        wave = np.concatenate([np.cos(angles), np.sin(angles)])
+        ids = [row * self.whole["max_latent_size"] + column for row in range(grid[0]) for column in range(grid[1])]
+        return (self.linear(tokens.astype(np.float64), "vae2llm")
+                + self.linear(silu(self.linear(wave, "time_embedder.mlp.0")), "time_embedder.mlp.2")
+                + self.weights["latent_pos_embed.pos_embed"][ids])
+
     def pack(self, blocks, after=()):
-        """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask)."""
+        """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask, whether a slot is a
+        latent token)."""
         table = self.weights[f"{LLM}.embed_tokens.weight"]
-        pieces, positions, starts, stops, rope_id = [], [], [], [], 0
-        text = lambda b: table[[self.bos, *b.ids, self.eos]]
-        image = lambda b: np.concatenate(
-            [table[[self.image_start]], self.image(b.patches, b.grid), table[[self.image_end]]])
-        rows = [(text(b), True) if hasattr(b, "ids") else (image(b), False) for b in blocks]
-        for piece, causal in [*rows, (table[list(after)], True)]:
-            n, at = len(piece), len(positions)
+        pieces, positions, stops, drawn, rope_id = [], [], [], [], 0
+        for block in [*blocks, None]:
+            if block is None:
+                piece = table[list(after)]
+            elif hasattr(block, "ids"):
+                piece = table[[self.bos, *block.ids, self.eos]]
+            else:
+                inner = (self.image(block.patches, block.grid) if hasattr(block, "patches")
+                         else self.latents(block.tokens, block.grid, getattr(block, "time", 0.0)))
+                piece = np.concatenate([table[[self.image_start]], inner, table[[self.image_end]]])
+            n, at, causal = len(piece), len(positions), block is None or hasattr(block, "ids")
             pieces.append(piece)
             positions += range(rope_id, rope_id + n) if causal else [rope_id] * n
             rope_id += n if causal else 1
-            starts += [at] * n
             stops += range(at + 1, at + n + 1) if causal else [at + n] * n
+            drawn += [hasattr(block, "tokens") and 0 < i < n - 1 for i in range(n)]
         mask = np.arange(len(positions)) < np.array(stops)[:, None]
-        return np.concatenate(pieces), np.array(positions), mask
+        return np.concatenate(pieces), np.array(positions), mask, np.array(drawn)
 
-    def hidden(self, x, positions, mask):
-        """States after the final norm, [T, D]."""
+    def hidden(self, x, positions, mask, drawn):
+        """States after the final norm, [T, D]; `drawn` slots use the weights called *_moe_gen."""
         heads = lambda y: y.reshape(len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"])
+
+        def expert(apply, x, name):
+            y = apply(x, name.format(""))
+            if drawn.any():
+                y[drawn] = apply(x, name.format("_moe_gen"))[drawn]
+            return y
+
         for n in range(self.llm["num_hidden_layers"]):
-            layer = f"{LLM}.layers.{n}"
-            y = self.rms_norm(x, f"{layer}.input_layernorm")
-            q, k, v = (heads(self.linear(y, f"{layer}.self_attn.{c}_proj")) for c in "qkv")
-            q, k = (rope(self.rms_norm(a, f"{layer}.self_attn.{c}_norm"), positions, self.llm["rope_theta"])
+            linear = lambda x, name: expert(self.linear, x, f"{LLM}.layers.{n}.{name}")
+            norm = lambda x, name: expert(self.rms_norm, x, f"{LLM}.layers.{n}.{name}")
+            y = norm(x, "input_layernorm{}")
+            q, k, v = (heads(linear(y, f"self_attn.{c}_proj{{}}")) for c in "qkv")
+            q, k = (rope(norm(a, f"self_attn.{c}_norm{{}}"), positions, self.llm["rope_theta"])
                     for a, c in ((q, "q"), (k, "k")))
-            x = x + self.linear(attention(q, k, v, mask), f"{layer}.self_attn.o_proj")
-            y = self.rms_norm(x, f"{layer}.post_attention_layernorm")
-            gate = self.linear(y, f"{layer}.mlp.gate_proj")
-            y = gate / (1 + np.exp(-gate)) * self.linear(y, f"{layer}.mlp.up_proj")
-            x = x + self.linear(y, f"{layer}.mlp.down_proj")
-        return self.rms_norm(x, f"{LLM}.norm")
+            x = x + linear(attention(q, k, v, mask), "self_attn.o_proj{}")
+            y = norm(x, "post_attention_layernorm{}")
+            y = silu(linear(y, "mlp{}.gate_proj")) * linear(y, "mlp{}.up_proj")
+            x = x + linear(y, "mlp{}.down_proj")
+        return expert(self.rms_norm, x, f"{LLM}.norm{{}}")
 
     def logits(self, blocks, after=()):
         """Logits of every slot, [T, V]."""
@@ -147,11 +195,76 @@ class Reference:
             fed.append(token)
 
 
-def write_checkpoint(directory, llm: dict, vit: dict, seed: int):
-    """A released folder of random weights with the generation expert. llm, vit: the two config files."""
+    def draw(self, contexts, noise, grid, times, interval, **guidance):
+        """Latent tokens [n, C] at time 0, from `noise` at time 1. contexts: blocks of cond, text and image; times: the
+        grid; interval, guidance: see `guide`. No cache: each step is a whole forward pass behind each context."""
+        x = noise.astype(np.float64)
+
+        def velocity(blocks, time):
+            new = types.SimpleNamespace(tokens=x, grid=grid, time=time)
+            states = self.hidden(*self.pack([*blocks, new]))[-len(x) - 1:-1]
+            return self.linear(states, "llm2vae")
+
+        for time, following in zip(times[:-1], times[1:]):
+            if interval[0] < time <= interval[1]:
+                v = guide(*(velocity(blocks, time) for blocks in contexts), **guidance)
+            else:
+                v = velocity(contexts[0], time)
+            x = x - v * (time - following)
+        return x
+
+    def conv(self, x, name, **more):
+        return convolve(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **more)
+
+    def group_norm(self, x, name):
+        y = x.reshape(32, -1)
+        y = y - y.mean(1, keepdims=True)
+        y = (y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-6)).reshape(x.shape)
+        return y * self.weights[f"{name}.weight"][:, None, None] + self.weights[f"{name}.bias"][:, None, None]
+
+    def residual(self, x, name):
+        y = self.conv(silu(self.group_norm(x, f"{name}.norm1")), f"{name}.conv1")
+        y = self.conv(silu(self.group_norm(y, f"{name}.norm2")), f"{name}.conv2")
+        if f"{name}.nin_shortcut.weight" in self.weights:
+            x = self.conv(x, f"{name}.nin_shortcut", pad=((0, 0), (0, 0)))
+        return x + y
+
+    def middle(self, x, name):
+        x, flat = self.residual(x, f"{name}.block_1"), ((0, 0), (0, 0))
+        y = self.group_norm(x, f"{name}.attn_1.norm")
+        q, k, v = (self.conv(y, f"{name}.attn_1.{c}", pad=flat).reshape(len(x), -1).T[:, None] for c in "qkv")
+        y = attention(q, k, v, np.True_).T.reshape(x.shape)
+        return self.residual(x + self.conv(y, f"{name}.attn_1.proj_out", pad=flat), f"{name}.block_2")
+
+    def encode(self, pixels, noise):
+        """Pixels [3, H, W] and noise [z, h, w] -> sampled latents [z, h, w]."""
+        x, levels = self.conv(pixels.astype(np.float64), "encoder.conv_in"), len(self.ae["ch_mult"])
+        for level in range(levels):
+            for block in range(self.ae["num_res_blocks"]):
+                x = self.residual(x, f"encoder.down.{level}.block.{block}")
+            if level < levels - 1:
+                x = self.conv(x, f"encoder.down.{level}.downsample.conv", stride=2, pad=((0, 1), (0, 1)))
+        x = silu(self.group_norm(self.middle(x, "encoder.mid"), "encoder.norm_out"))
+        mean, log_variance = np.split(self.conv(x, "encoder.conv_out"), 2)
+        return self.ae["scale_factor"] * (mean + np.exp(log_variance / 2) * noise - self.ae["shift_factor"])
+
+    def decode(self, latents):
+        """Latents [z, h, w] -> pixels [3, H, W], not clipped."""
+        x = self.conv(latents / self.ae["scale_factor"] + self.ae["shift_factor"], "decoder.conv_in")
+        x = self.middle(x, "decoder.mid")
+        for level in reversed(range(len(self.ae["ch_mult"]))):
+            for block in range(self.ae["num_res_blocks"] + 1):
+                x = self.residual(x, f"decoder.up.{level}.block.{block}")
+            if level:
+                x = self.conv(x.repeat(2, axis=1).repeat(2, axis=2), f"decoder.up.{level}.upsample.conv")
+        return self.conv(silu(self.group_norm(x, "decoder.norm_out")), "decoder.conv_out")
+
+
+def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, seed: int, shards: int = 1):
+    """A released folder of random weights. llm, vit, whole, ae: its four config files; shards: files of the model."""
     from safetensors.numpy import save_file
 
-    rng, tensors = np.random.default_rng(seed), {}
+    rng, tensors, of_ae = np.random.default_rng(seed), {}, {}
     d, f, e = llm["hidden_size"], llm["intermediate_size"], vit["hidden_size"]
     h, side = d // llm["num_attention_heads"], vit["image_size"] // vit["patch_size"]
 
@@ -195,13 +308,73 @@ def write_checkpoint(directory, llm: dict, vit: dict, seed: int):
     linear("connector.fc1", d, e)
     linear("connector.fc2", d, d)
     draw("vit_pos_embed.pos_embed", side * side, d, scale=0.5)
-    for name in ("vae2llm", "llm2vae"):
-        linear(name, d, d)
+    values = whole["latent_patch_size"] ** 2 * ae["z_channels"]
+    linear("vae2llm", d, values)
+    linear("llm2vae", values, d)
+    linear("time_embedder.mlp.0", d, 256)
+    linear("time_embedder.mlp.2", d, d)
+    draw("latent_pos_embed.pos_embed", whole["max_latent_size"] ** 2, d, scale=0.5)
+
+    def conv(name, out, into, size=3):
+        fan_in = into * size ** 2
+        of_ae[f"{name}.weight"] = rng.standard_normal((out, into, size, size), np.float32) / np.float32(fan_in ** 0.5)
+        of_ae[f"{name}.bias"] = 0.1 * rng.standard_normal(out, np.float32)
+
+    def group_norm(name, size):
+        of_ae[f"{name}.weight"] = 1 + 0.1 * rng.standard_normal(size, np.float32)
+        of_ae[f"{name}.bias"] = 0.1 * rng.standard_normal(size, np.float32)
+
+    def residual(name, out, into):
+        group_norm(f"{name}.norm1", into)
+        conv(f"{name}.conv1", out, into)
+        group_norm(f"{name}.norm2", out)
+        conv(f"{name}.conv2", out, out)
+        if out != into:
+            conv(f"{name}.nin_shortcut", out, into, size=1)
+
+    def middle(name, width):
+        group_norm(f"{name}.attn_1.norm", width)
+        for module in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.attn_1.{module}", width, width, size=1)
+        for block in ("block_1", "block_2"):
+            residual(f"{name}.{block}", width, width)
+
+    widths = [ae["ch"] * multiplier for multiplier in ae["ch_mult"]]
+    conv("encoder.conv_in", widths[0], 3)
+    into = widths[0]
+    for level, width in enumerate(widths):
+        for block in range(ae["num_res_blocks"]):
+            residual(f"encoder.down.{level}.block.{block}", width, into)
+            into = width
+        if level < len(widths) - 1:
+            conv(f"encoder.down.{level}.downsample.conv", width, width)
+    middle("encoder.mid", into)
+    group_norm("encoder.norm_out", into)
+    conv("encoder.conv_out", 2 * ae["z_channels"], into)
+    conv("decoder.conv_in", into, ae["z_channels"])
+    middle("decoder.mid", into)
+    for level in reversed(range(len(widths))):
+        for block in range(ae["num_res_blocks"] + 1):
+            residual(f"decoder.up.{level}.block.{block}", widths[level], into)
+            into = widths[level]
+        if level:
+            conv(f"decoder.up.{level}.upsample.conv", into, into)
+    group_norm("decoder.norm_out", into)
+    conv("decoder.conv_out", 3, into)
+
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "ema.safetensors")
-    (directory / "llm_config.json").write_text(json.dumps(llm))
-    (directory / "vit_config.json").write_text(json.dumps(vit))
+    if shards == 1:
+        save_file(tensors, directory / "ema.safetensors")
+    else:
+        files = [f"ema-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+        weight_map = {name: files[n % shards] for n, name in enumerate(sorted(tensors))}
+        for file in files:
+            save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, directory / file)
+        (directory / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file(of_ae, directory / "ae.safetensors")
+    for name, settings in (("llm_config", llm), ("vit_config", vit), ("config", whole), ("ae_params", ae)):
+        (directory / f"{name}.json").write_text(json.dumps(settings))
 
 
 def generalized_jsd(student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0,

@@ -1,16 +1,18 @@
 """What each role sees: blocks, masks, rope positions, targets. The expectations are written out by hand."""
 
 import dataclasses
+import functools
 import hashlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opsd_jax import context
-from opsd_jax.context import Image, Prompts, Text
+from opsd_jax.context import Image, Latent, Prompts, Text
 from opsd_jax.model import attention, bagel
-from tiny import ENDS, PROMPTS, TOKENIZER, image, pack
+from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
 BOS, EOS, IMAGE, IMAGE_END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
 SHORT = Prompts(system="s", intro="i", transition="t")
@@ -26,22 +28,33 @@ def ids(text):
 
 
 def masks(packed):
-    """bool [B, T, T], what the network makes of the vectors."""
+    """bool [B, T, T] (T + G with latents), what the network makes of the vectors."""
     limit, segment = jnp.asarray(packed.limit), jnp.asarray(packed.segment)
-    return np.asarray(attention.visible(limit, segment, segment))
+    if packed.latents is None:
+        return np.asarray(attention.visible(limit, segment, segment))
+    order, noised = map(jnp.asarray, (packed.latents.order, packed.latents.noised))
+    return np.asarray(attention.visible(limit, segment, segment, order, noised, noised))
 
 
 def dense_mask(blocks):
-    """The official rule as a matrix: a block sees all earlier ones, and itself causally or (image) wholly."""
+    """The official rule as a matrix: a block sees all earlier ones but noised images, and itself causally (text) or
+    wholly."""
     total = sum(block.slots for block in blocks)
-    mask, start = np.zeros((total, total), bool), 0
+    mask, start, hidden = np.zeros((total, total), bool), 0, np.zeros(total, bool)
     for block in blocks:
         stop = start + block.slots
-        mask[start:stop, :start] = True
+        mask[start:stop, :start] = ~hidden[:start]
         inside = np.ones((block.slots, block.slots), bool)
         mask[start:stop, start:stop] = np.tril(inside) if isinstance(block, Text) else inside
+        hidden[start:stop] = isinstance(block, Latent) and block.noised
         start = stop
     return mask
+
+
+def in_sequence(packed, row):
+    """Slots of a row in the order of the sequence, by `Latents.order`."""
+    used = np.flatnonzero(packed.segment[row])
+    return used[np.argsort(packed.latents.order[row, used])]
 
 
 # ---- packing
@@ -100,9 +113,9 @@ def test_rows_of_different_lengths_do_not_touch(rng):
     short = context.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
     long = context.teacher(TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))])
     together, alone = pack([short, long]), pack([short])
-    for field in dataclasses.fields(together):
-        ours, its = (getattr(packed, field.name)[0] for packed in (together, alone))
-        np.testing.assert_array_equal(ours, its, err_msg=field.name)
+    assert together.latents is alone.latents is None
+    for ours, its in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(ours[:1], its)
 
 
 @pytest.mark.parametrize("left_out", ["system", "intro", "transition"])
@@ -139,6 +152,109 @@ def test_one_float_image_normalises_the_whole_batch(rng):
     assert (packed.patches[0, 2] == 0.25).all()
     np.testing.assert_allclose(bagel.normalize_patches(jnp.asarray(pixels.patches)), expected, atol=1e-6)
     np.testing.assert_array_equal(bagel.normalize_patches(jnp.asarray(packed.patches)), packed.patches)
+
+
+# ---- packing with latents
+
+draw_pack = functools.partial(pack, latent_dim=DRAWING.generation.latent_dim, latent_side=DRAWING.generation.side)
+
+
+def test_latents_slot_by_slot(rng):
+    """The noised copy of an image, then the clean one, at the same rope id; and a row beside it without latents."""
+    noised, clean = latent(rng, (1, 2), noised=True), latent(rng, (2, 1))
+    row = [Text(np.array([7])), noised, clean, Text(np.array([8]))]
+    packed = draw_pack([row, [Text(np.array([9]))]], slots=12, patches=2, latents=6)
+    # sequence: bos 7 eos <img N0 N1 img> <img C0 C1 img> bos 8 eos
+    assert packed.tokens[0].tolist() == [BOS, 7, EOS, IMAGE, IMAGE_END, IMAGE, IMAGE_END, BOS, 8, EOS, 0, 0]
+    found = packed.latents
+    assert found.order[0].tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 12, 13, 0, 0] + [4, 5, 8, 9, 0, 0]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 0, 0] + [3, 3, 3, 3, 0, 0]
+    assert packed.limit[0].tolist() == [1, 2, 3, 7, 7, 11, 11, 12, 13, 14, 0, 0] + [7, 7, 11, 11, 0, 0]
+    assert packed.segment[0].tolist() == [1] * 10 + [0] * 2 + [1] * 4 + [0] * 2
+    assert found.noised[0].tolist() == [0, 0, 0, 1, 1] + [0] * 7 + [1, 1] + [0] * 4
+    assert found.image[0].tolist() == [1, 1, 2, 2, 0, 0]
+    assert found.positions[0].tolist() == [0, 1, 0, 6, 0, 0]  # the table is 6 tokens wide
+    np.testing.assert_array_equal(found.tokens[0], [*noised.tokens, *clean.tokens, *np.zeros((2, 16))])
+    assert (packed.length.tolist(), packed.next_position.tolist(), packed.slots) == ([14, 3], [7, 3], 18)
+    assert packed.tokens[1].tolist() == [BOS, 9, EOS] + [0] * 9
+    assert packed.segment[1].tolist() == [1] * 3 + [0] * 15 and packed.limit[1].tolist() == [1, 2, 3] + [0] * 15
+    assert not any(x[1].any() for x in (found.tokens, found.positions, found.image, found.noised))
+    seen = masks(packed)
+    assert seen[1].sum() == 6 and not seen[0, [10, 11, 16, 17]].any() and not seen[0][:, [10, 11, 16, 17]].any()
+    drawn = """
+        #.............
+        ##............
+        ###...........
+        #######.......
+        #######.......
+        #######.......
+        #######.......
+        ###....####...
+        ###....####...
+        ###....####...
+        ###....####...
+        ###....#####..
+        ###....######.
+        ###....#######"""
+    places = in_sequence(packed, 0)
+    assert seen[0][np.ix_(places, places)].tolist() == [[c == "#" for c in line] for line in drawn.split()]
+
+
+def test_masks_of_mixed_rows(rng):
+    """Rows with two noised images, with clean ones alone, and without latents, against the matrix of the blocks."""
+    text = lambda n: Text(rng.integers(0, 256, n).astype(np.int32))
+    rows = [
+        [text(2), image(rng, (1, 2)), latent(rng, (2, 2), True), latent(rng, (2, 2)), image(rng, (1, 3)), text(1),
+         latent(rng, (1, 3), True), latent(rng, (1, 3)), text(3)],
+        [latent(rng, (3, 3)), text(1), latent(rng, (1, 1)), image(rng, (2, 2))],
+        [text(4), image(rng, (2, 1)), text(0)],
+        [latent(rng, (1, 2), True)],
+    ]
+    packed = draw_pack(rows, slots=40, patches=8, latents=15)
+    seen, noised = masks(packed), packed.latents.noised
+    for row, blocks in enumerate(rows):
+        places = in_sequence(packed, row)
+        total = sum(block.slots for block in blocks)
+        assert packed.length[row] == len(places) == total
+        assert packed.latents.order[row, places].tolist() == list(range(total))
+        assert (seen[row][np.ix_(places, places)] == dense_mask(blocks)).all()
+        assert seen[row].sum() == dense_mask(blocks).sum()  # padding neither sees nor is seen
+        inner = [packed.positions[row, places[sum(b.slots for b in blocks[:n])]] for n in range(len(blocks))]
+        rope = 0
+        for block, at in zip(blocks, inner):
+            assert at == rope
+            rope += block.slots if isinstance(block, Text) else 0 if isinstance(block, Latent) and block.noised else 1
+        assert packed.next_position[row] == rope
+    places = in_sequence(packed, 0)
+    # 4 text, 4 image, 6 noised, 6 clean, 5 image, 3 text, 5 noised, 5 clean, 5 text
+    assert noised[0, places].tolist() == [0] * 8 + [1] * 6 + [0] * 14 + [3] * 5 + [0] * 10
+    assert packed.patch_slots[0].tolist() == [5, 6, 13, 14, 15, 40, 40, 40]  # delimiters of latents take slots, too
+
+
+def test_latents_that_do_not_fit(rng):
+    row = [Text(np.array([1])), latent(rng, (2, 2)), latent(rng, (1, 2))]
+    assert draw_pack([row], slots=7, patches=0, latents=6).length == 13  # fits exactly
+    with pytest.raises(context.TooLong, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"):
+        draw_pack([row[:1], row], slots=7, patches=3, latents=5, names=["vsp-6", "vsp-7"])
+    with pytest.raises(context.TooLong, match=r"row 0 needs 7 slots and 6 latents.*6 and 3 and 6"):
+        draw_pack([row], slots=6, patches=3, latents=6)
+    with pytest.raises(context.TooLong, match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0"):
+        draw_pack([row], slots=9, patches=3)
+    with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
+        draw_pack([[latent(rng, (1, 7))]], latents=7)
+
+
+def test_unused_latents_change_nothing_else(rng):
+    rows = [context.student(TOKENIZER, PROMPTS, "q", image(rng, (1, 2))), [Text(np.array([1]))]]
+    with_room, without = draw_pack(rows, slots=30, patches=4, latents=5), pack(rows, slots=30, patches=4)
+    assert with_room.slots == 35 and without.slots == 30
+    for field in dataclasses.fields(context.Context):
+        if field.name != "latents":
+            ours, its = (getattr(packed, field.name) for packed in (with_room, without))
+            np.testing.assert_array_equal(ours[:, :30] if ours.ndim > 1 else ours, its, err_msg=field.name)
+    used = without.segment > 0
+    assert (with_room.latents.order[:, :30][used] == np.nonzero(used)[1]).all()
+    assert not with_room.segment[:, 30:].any() and not with_room.latents.noised.any()
 
 
 # ---- what the teacher gets
@@ -272,3 +388,19 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
     assert made(5).mask.sum() == 8
     with pytest.raises(context.TooLong, match="row long has more than 4 target tokens: enlarge"):
         made(4)
+
+
+def test_supervise_targets_behind_latents(rng):
+    """Latents take two slots among the others, so targets behind them are found by their tokens."""
+    row = [Text(np.array([1])), Text(np.array([3, 4]), loss=True), latent(rng, (2, 2), True), latent(rng, (2, 2)),
+           image(rng, (1, 1)), Text(np.array([5]), loss=True)]
+    # slots: 0-2, 3-6 bos 3 4 eos, 7-8 noised, 9-10 clean, 11-13 image, 14-16 bos 5 eos
+    plain = [Text(np.array([1])), Text(np.array([6]), loss=True)]
+    found = context.supervise([row, plain], slots=20, patches=2, targets=6, latents=8, latent_dim=16, latent_side=6,
+                              tokenizer=TOKENIZER, side=6)
+    assert found.rows.tolist() == [[3, 4, 5, 14, 15, 0], [3, 4, 0, 0, 0, 0]]
+    assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [6, EOS, 0, 0, 0, 0]]
+    assert found.mask.tolist() == [[True] * 5 + [False], [True] * 2 + [False] * 4]
+    before = np.take_along_axis(found.context.tokens, found.rows, axis=1)
+    assert before[0, :5].tolist() == [BOS, 3, 4, BOS, 5] and before[1, :2].tolist() == [BOS, 6]
+    assert found.context.latents.tokens.shape == (2, 8, 16)

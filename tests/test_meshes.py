@@ -177,3 +177,29 @@ def test_layouts_of_parameters():
     assert found["step"].spec == found["opt"].count.spec == P()
     with pytest.raises(ValueError):
         spec("llm/embed", (264, 32, 1))
+
+
+def test_layouts_of_what_draws():
+    """Expert and latent path are cut like their twins; the autoencoder is whole everywhere, and so is what is no
+    parameter at all."""
+    mesh = jax.sharding.AbstractMesh((2, 4, 2), sharding.AXES)
+    params = jax.eval_shape(lambda: tiny.params(tiny.DRAWING))
+    config = dataclasses.replace(CONFIG, model=tiny.DRAWING)
+    state = jax.eval_shape(lambda p: distill.init_state(p, config), params)
+    for layout in ("train", "rollout"):
+        found = sharding.tree(mesh, state, layout)
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        flat = params_lib.flatten(found["params"])
+        for path, place in flat.items():
+            if path.startswith("vae/"):
+                assert place.is_fully_replicated, path
+            if "/gen/" in path:
+                assert place == flat[path.replace("/gen/", "/und/")], path
+    train, rollout_layout = (params_lib.flatten(sharding.tree(mesh, params, layout)) for layout in ("train", "rollout"))
+    spec = lambda path, flat=train: flat[f"latent/{path}"].spec
+    assert [spec("in_kernel"), spec("out_kernel"), spec("time_fc2_kernel")] == [
+        P(None, "fsdp"), P("fsdp", None), P(None, "fsdp")]
+    assert [spec("in_bias"), spec("out_bias"), spec("position_table")] == [P("fsdp"), P(None), P(None, "fsdp")]
+    assert all(place.is_fully_replicated for path, place in rollout_layout.items() if path.startswith("latent/"))
+    structs = sharding.abstract(mesh, params)
+    assert {path: leaf.sharding for path, leaf in params_lib.flatten(structs).items()} == train

@@ -11,14 +11,14 @@ import pytest
 import tiny
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
-from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, ViTConfig
 
-BOTH = dataclasses.replace(tiny.MODEL, generation=True)
+BOTH = tiny.DRAWING
 SEVEN_B = ModelConfig(
     llm=LLMConfig(vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4,
                   intermediate_size=18944),
     vit=ViTConfig(hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304),
-    generation=True)
+    generation=GenerationConfig())
 
 
 def abstract(config):
@@ -27,18 +27,25 @@ def abstract(config):
 
 def test_every_parameter_has_a_row_and_every_row_a_parameter():
     leaves = params_lib.flatten(abstract(BOTH))
-    assert leaves.keys() == params_lib.TABLE.keys()
+    in_vae = {path for path in leaves if path.startswith("vae/")}
+    assert leaves.keys() - in_vae == params_lib.TABLE.keys() and len(in_vae) > 80
     for path, leaf in leaves.items():
         row = params_lib.fact(path)
         assert row.path == path and len(row.axes) == leaf.ndim and row.group in params_lib.GROUPS
         assert row.stacked == ("/layers/" in path) == (row.axes[0] == "layers")
-        assert row.transpose == (path.endswith("kernel") or path == "llm/head")
+        assert (row.group == "vae") == (row.file == "ae") == (path in in_vae)
+        matrix = path.endswith("kernel") or path == "llm/head"
+        assert row.order == ((2, 3, 1, 0) if matrix and path in in_vae else (1, 0) if matrix else None)
         assert leaf.shape[0] == 2 or not row.stacked
     without = params_lib.flatten(abstract(tiny.MODEL))
-    assert leaves.keys() - without.keys() == {p for p, row in params_lib.TABLE.items() if row.group == "gen"}
-    assert len({row.name for row in params_lib.TABLE.values()}) == len(params_lib.TABLE)
-    with pytest.raises(KeyError, match=r"'llm/bias' has no row in opsd_jax/params.py"):
-        params_lib.fact("llm/bias")
+    assert without.keys() == {path for path, row in params_lib.TABLE.items()
+                              if row.group not in ("gen", "latent", "vae") and not path.startswith("latent/")}
+    assert len({params_lib.fact(path).name for path in leaves}) == len(leaves)
+    assert params_lib.fact("latent/position_table").group == "fixed"
+    for wrong in ("llm/bias", "vae/encoder/down_0_block_1/conv1", "vae/conv_in_kernel", "vae/encoder/conv_in_kernels"):
+        assert params_lib.find(wrong) is None
+        with pytest.raises(KeyError, match=f"'{wrong}' has no row in opsd_jax/params.py"):
+            params_lib.fact(wrong)
 
 
 @pytest.mark.parametrize(("path", "name", "shape"), [
@@ -59,14 +66,38 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
     ("vit/layers/norm2_scale", "vit_model.vision_model.encoder.layers.1.layer_norm2.weight", (16,)),
     ("vit/post_norm_bias", "vit_model.vision_model.post_layernorm.bias", (16,)),
     ("connector/fc1_kernel", "connector.fc1.weight", (32, 16)),
-    ("connector/position_table", "vit_pos_embed.pos_embed", (36, 32))])
+    ("connector/position_table", "vit_pos_embed.pos_embed", (36, 32)),
+    ("latent/time_fc1_kernel", "time_embedder.mlp.0.weight", (32, 256)),
+    ("latent/time_fc2_bias", "time_embedder.mlp.2.bias", (32,)),
+    ("latent/in_kernel", "vae2llm.weight", (32, 16)),
+    ("latent/out_kernel", "llm2vae.weight", (16, 32)),
+    ("latent/position_table", "latent_pos_embed.pos_embed", (36, 32)),
+    ("vae/encoder/conv_in_kernel", "encoder.conv_in.weight", (32, 3, 3, 3)),
+    ("vae/encoder/down_1_block_0/norm2_scale", "encoder.down.1.block.0.norm2.weight", (32,)),
+    ("vae/encoder/down_2_block_0/conv1_kernel", "encoder.down.2.block.0.conv1.weight", (64, 32, 3, 3)),
+    ("vae/encoder/down_2_block_0/nin_shortcut_kernel", "encoder.down.2.block.0.nin_shortcut.weight", (64, 32, 1, 1)),
+    ("vae/encoder/down_0_downsample/conv_kernel", "encoder.down.0.downsample.conv.weight", (32, 32, 3, 3)),
+    ("vae/encoder/mid_attn_1/q_kernel", "encoder.mid.attn_1.q.weight", (64, 64, 1, 1)),
+    ("vae/encoder/mid_attn_1/norm_bias", "encoder.mid.attn_1.norm.bias", (64,)),
+    ("vae/encoder/mid_block_2/conv2_bias", "encoder.mid.block_2.conv2.bias", (64,)),
+    ("vae/encoder/norm_out_scale", "encoder.norm_out.weight", (64,)),
+    ("vae/encoder/conv_out_kernel", "encoder.conv_out.weight", (8, 64, 3, 3)),
+    ("vae/decoder/conv_in_kernel", "decoder.conv_in.weight", (64, 4, 3, 3)),
+    ("vae/decoder/up_1_block_1/conv1_kernel", "decoder.up.1.block.1.conv1.weight", (32, 32, 3, 3)),
+    ("vae/decoder/up_2_upsample/conv_bias", "decoder.up.2.upsample.conv.bias", (64,)),
+    ("vae/decoder/mid_attn_1/proj_out_kernel", "decoder.mid.attn_1.proj_out.weight", (64, 64, 1, 1)),
+    ("vae/decoder/conv_out_kernel", "decoder.conv_out.weight", (3, 32, 3, 3))])
 def test_names_and_shapes_of_the_release(path, name, shape):
     leaf = params_lib.flatten(abstract(BOTH))[path]
     values = np.arange(np.prod(leaf.shape), dtype=np.float32).reshape(leaf.shape)
-    tensor = params_lib.to_checkpoint(path, values)[name]
-    assert tensor.shape == shape
-    ours = values[1] if params_lib.fact(path).stacked else values  # the last of two layers
-    np.testing.assert_array_equal(tensor, ours.T if params_lib.fact(path).transpose else ours)
+    row, tensor = params_lib.fact(path), params_lib.to_checkpoint(path, values)[name]
+    ours = values[1] if row.stacked else values  # the last of two layers
+    assert tensor.shape == shape == row.their_shape(ours.shape)
+    if ours.ndim == 4:  # a convolution
+        ours = np.einsum("hwio->oihw", ours)
+    elif path.endswith("kernel") or path == "llm/head":
+        ours = ours.T
+    np.testing.assert_array_equal(tensor, ours)
 
 
 def test_checkpoint_round_trip():
@@ -80,15 +111,18 @@ def test_checkpoint_round_trip():
     assert len(names) == len(params) + stacked  # two layers each
 
 
+@pytest.mark.parametrize("drawing", [False, True])
 @pytest.mark.parametrize("freeze", [(), ("vit",), ("embed", "und", "vit")])
-def test_partition_and_merge(freeze):
+def test_partition_and_merge(freeze, drawing):
+    """What only draws is trained where something is drawn; the autoencoder and the position tables never."""
     params = tiny.params(BOTH)
-    trainable, frozen = params_lib.partition(params, freeze)
+    trainable, frozen = params_lib.partition(params, freeze, drawing=drawing)
     held, trained = params_lib.flatten(frozen), params_lib.flatten(trainable)
     groups = lambda flat: {params_lib.fact(path).group for path in flat}
-    assert groups(held) == {"gen", "fixed", *freeze}
-    assert groups(trained) == {"embed", "und", "vit", "connector"} - set(freeze)
-    assert held.keys() | trained.keys() == params_lib.TABLE.keys() and not held.keys() & trained.keys()
+    draws = {"gen", "latent"}
+    assert groups(held) == {"fixed", "vae", *freeze} | (set() if drawing else draws)
+    assert groups(trained) == {"embed", "und", "vit", "connector"} - set(freeze) | (draws if drawing else set())
+    assert held.keys() | trained.keys() == params_lib.flatten(params).keys() and not held.keys() & trained.keys()
     whole = params_lib.merge(trainable, frozen)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(params)))
@@ -100,6 +134,8 @@ def test_wrong_groups_are_refused():
         params_lib.partition(params, ("vit", "llm"))
     with pytest.raises(ValueError, match="leaves no parameter to train"):
         params_lib.partition(params, ("embed", "und", "vit", "connector"))
+    with pytest.raises(ValueError, match="leaves no parameter to train"):
+        params_lib.partition(abstract(BOTH), ("embed", "und", "vit", "connector", "latent", "gen"), drawing=True)
 
 
 def test_flatten_and_unflatten():
@@ -109,7 +145,7 @@ def test_flatten_and_unflatten():
 
 
 def test_counts_of_the_released_size():
-    """By hand from the shapes of BAGEL-7B-MoT: 14.6 billion, 8.1 of them without the generation expert."""
+    """By hand from the shapes of BAGEL-7B-MoT: 14.7 billion, 8.1 of them without what draws."""
     d, kv, mlp, layers = 3584, 4 * 128, 18944, 28
     attention = 2 * d * d + d + 2 * (d * kv + kv)  # q and o, bias of q, k and v with biases
     expert = layers * (attention + 3 * d * mlp + 2 * d + 2 * 128) + d  # norms of layer and heads; last norm
@@ -121,16 +157,52 @@ def test_counts_of_the_released_size():
         "gen": expert,
         "vit": 14 * 14 * 3 * e + e + 70 * 70 * e + 26 * vit_layer + 2 * e,
         "connector": e * d + d + d * d + d,
-        "fixed": 70 * 70 * d,
+        "latent": 256 * d + d + d * d + d + 64 * d + d + d * 64 + 64,  # two time layers, in, out
+        "vae": 34_274_208 + 49_545_475,
+        "fixed": (70 * 70 + 64 * 64) * d,
     }
     expected["total"] = sum(expected.values())
-    assert params_lib.count(abstract(SEVEN_B)) == expected
+    found = params_lib.count(abstract(SEVEN_B))
+    print("\n" + "\n".join(f"{name:10}{n:16,}" for name, n in found.items()))
+    assert found == expected
     billions = {name: round(n / 1e9, 3) for name, n in expected.items()}
-    assert billions == {"embed": 1.09, "und": 6.526, "gen": 6.526, "vit": 0.403, "connector": 0.017,
-                        "fixed": 0.018, "total": 14.578}
-    counts = params_lib.count(abstract(dataclasses.replace(SEVEN_B, generation=False)))
-    assert counts == {name: n for name, n in expected.items() if name != "gen"} | {
-        "total": expected["total"] - expected["gen"]}
+    assert billions == {"embed": 1.09, "und": 6.526, "gen": 6.526, "vit": 0.403, "connector": 0.017, "latent": 0.014,
+                        "vae": 0.084, "fixed": 0.032, "total": 14.691}
+    draws = {"gen": 0, "latent": 0, "vae": 0, "fixed": 70 * 70 * d}
+    counts = {name: n for name, n in (expected | draws).items() if n and name != "total"}
+    assert params_lib.count(abstract(dataclasses.replace(SEVEN_B, generation=None))) == counts | {
+        "total": sum(counts.values())}
+
+
+def test_counts_of_the_autoencoder():
+    """By hand, layer by layer: 83.8 million parameters with channels of 128 (1, 2, 4, 4) and 16 latent channels."""
+    conv = lambda into, out, size=3: size * size * into * out + out
+    block = lambda into, out: (2 * into + conv(into, out) + 2 * out + conv(out, out)
+                               + (conv(into, out, 1) if into != out else 0))
+    attention = 2 * 512 + 4 * conv(512, 512, 1)
+    middle = 2 * block(512, 512) + attention
+    encoder = {
+        "in": conv(3, 128),
+        "128": 2 * block(128, 128) + conv(128, 128),
+        "256": block(128, 256) + block(256, 256) + conv(256, 256),
+        "512": block(256, 512) + block(512, 512) + conv(512, 512),
+        "last": 2 * block(512, 512),
+        "middle": middle,
+        "out": 2 * 512 + conv(512, 2 * 16),
+    }
+    decoder = {
+        "in": conv(16, 512),
+        "middle": middle,
+        "first": 3 * block(512, 512) + conv(512, 512),
+        "512": 3 * block(512, 512) + conv(512, 512),
+        "256": block(512, 256) + 2 * block(256, 256) + conv(256, 256),
+        "128": block(256, 128) + 2 * block(128, 128),
+        "out": 2 * 128 + conv(128, 3),
+    }
+    tree = abstract(SEVEN_B)["vae"]
+    sizes = {side: sum(leaf.size for leaf in jax.tree.leaves(tree[side])) for side in tree}
+    assert sizes == {"encoder": sum(encoder.values()), "decoder": sum(decoder.values())}
+    assert sizes == {"encoder": 34_274_208, "decoder": 49_545_475} and sum(sizes.values()) == 83_819_683
 
 
 def test_initialisation():

@@ -2,6 +2,7 @@
 
     tokenizer   a byte is a token (0-255), then the four delimiters
     model       V 264, D 32, 2 layers of 4 heads over 2 kv heads; ViT of 4-pixel patches, E 16, 2 layers
+    drawing     the same with a generation expert; a latent token is 2 x 2 latents of 4 channels, 8 x 8 pixels
     images      1 x 1 to 3 x 3 patches of random uint8 values
 """
 
@@ -15,12 +16,15 @@ import numpy as np
 
 from opsd_jax import context, distill, params as params_lib, rollout
 from opsd_jax.model import bagel
-from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
 MODEL = ModelConfig(
     llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
                   intermediate_size=48),
     vit=ViTConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6))
+# The autoencoder's norm has 32 groups, so its widths are multiples of 32; one of its steps keeps the width.
+DRAWING = dataclasses.replace(MODEL, generation=GenerationConfig(
+    vae=VAEConfig(channels=32, multipliers=(1, 1, 2), num_res_blocks=1, z_channels=4), patch=2, side=6))
 SLOTS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
 PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
 
@@ -60,7 +64,8 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path.endswith("kernel"):
-            return noise / leaf.shape[-2] ** 0.5
+            fan_in = np.prod(leaf.shape[:-1]) if path.startswith("vae") else leaf.shape[-2]
+            return noise / np.float32(fan_in ** 0.5)
         if path == "llm/head":
             return noise * 2 / leaf.shape[0] ** 0.5
         is_gain = "norm" in path and not path.endswith("bias")
@@ -85,6 +90,11 @@ def copy(tree):
 
 def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Image:
     return context.Image(rng.integers(0, 256, (grid[0] * grid[1], patch_dim), np.uint8), grid)
+
+
+def latent(rng, grid=(2, 2), noised: bool = False) -> context.Latent:
+    tokens = rng.standard_normal((grid[0] * grid[1], DRAWING.generation.latent_dim), np.float32)
+    return context.Latent(tokens, grid, noised)
 
 
 def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: int | None = None):

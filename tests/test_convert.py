@@ -1,0 +1,624 @@
+"""Released folders in and out: every bit, straight to its device, and every fault named.
+
+Run as a program, this file is the child process that measures memory (`memory DIR`) or loads onto a mesh of four
+devices (`mesh DIR`).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tiny
+from opsd_jax import checkpoint, convert, params as params_lib, settings, sharding
+from opsd_jax.model import siglip
+from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
+
+# Sizes that no other test has: 5 heads over 1 kv head, head_dim apart from the width, one latent a token.
+ODD = ModelConfig(
+    llm=LLMConfig(vocab_size=400, hidden_size=60, num_layers=2, num_heads=5, num_kv_heads=1, intermediate_size=72,
+                  rope_theta=5e4, rms_norm_eps=1e-5, head_dim=16),
+    vit=ViTConfig(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40, patch_size=5, side=7,
+                  layer_norm_eps=1e-5),
+    generation=GenerationConfig(vae=VAEConfig(channels=32, multipliers=(1, 2), num_res_blocks=1, z_channels=8, scale=0.5,
+                                              shift=0.25), patch=1, side=6, timestep_shift=3.0))
+
+
+def tensors_of(config, dtype=np.float32, seed=0):
+    """{"model": {name: tensor}, "ae": {...}}: random weights of a release of these sizes."""
+    rng, files = np.random.default_rng(seed), {"model": {}, "ae": {}}
+    for path, leaf in convert._abstract(config).items():
+        row = params_lib.fact(path)
+        for name in convert._names(row, leaf.shape):
+            files[row.file][name] = rng.standard_normal(convert._layer_shape(row, leaf.shape), np.float32).astype(dtype)
+    for name, side in (("vit_pos_embed", config.vit.side), ("latent_pos_embed", config.generation.side)):
+        table = siglip.sincos_table(side, config.llm.hidden_size)
+        files["model"][f"{name}.pos_embed"] = table.astype(dtype)
+    return files
+
+
+def write_release(folder, config, dtype=np.float32, name="model", shards=1):
+    """A released folder of random weights."""
+    folder.mkdir(parents=True)
+    files = tensors_of(config, dtype)
+    save_file(files["ae"], folder / "ae.safetensors")
+    if shards == 1:
+        save_file(files["model"], folder / f"{name}.safetensors")
+    else:
+        places = {}
+        for n in range(shards):
+            part = dict(list(files["model"].items())[n::shards])
+            save_file(part, folder / f"{name}-{n}.safetensors")
+            places |= dict.fromkeys(part, f"{name}-{n}.safetensors")
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for file, content in convert._configs(config).items():
+        (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+def read_release(folder):
+    """{"model": {name: tensor}, "ae": {...}} as the safetensors library reads them."""
+    files = {path.name: load_file(path) for path in sorted(pathlib.Path(folder).glob("*.safetensors"))}
+    vae = files.pop("ae.safetensors", {})
+    return {"model": {name: x for part in files.values() for name, x in part.items()}, "ae": vae}
+
+
+def named(params):
+    """As `read_release`, of our parameters."""
+    files = {"model": {}, "ae": {}}
+    for path, leaf in params_lib.flatten(params).items():
+        files[params_lib.fact(path).file] |= params_lib.to_checkpoint(path, np.asarray(leaf))
+    return files
+
+
+def same(a, b):
+    """Two of those are equal in names, dtypes, shapes and bits."""
+    for file in ("model", "ae"):
+        assert a[file].keys() == b[file].keys()
+        for name, x in a[file].items():
+            y = b[file][name]
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+            assert np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes(), name
+
+
+def change(folder, file="model", add=(), drop=()):
+    """Rewrites a file of a release with tensors added (or replaced) and dropped."""
+    path = folder / f"{file}.safetensors"
+    tensors = load_file(path) | dict(add)
+    save_file({name: x for name, x in tensors.items() if name not in drop}, path)
+
+
+@pytest.fixture(scope="module")
+def golden(goldens, tmp_path_factory):
+    """The golden release, with a tokenizer file; the autoencoder is random where the goldens have none."""
+    folder = tmp_path_factory.mktemp("golden") / "release"
+    source = goldens / "checkpoint"
+    shutil.copytree(source, folder, ignore=lambda _, names: [n for n in names if (source / n).is_dir()])
+    (folder / "tokenizer.json").write_text("{}")
+    if not (folder / "ae.safetensors").exists():
+        z = json.loads((folder / "config.json").read_text())["vae_config"]
+        vae = VAEConfig(channels=32, multipliers=(1, 1, 1, 1), num_res_blocks=1, z_channels=z["z_channels"])
+        config = dataclasses.replace(ODD, generation=GenerationConfig(vae))
+        (folder / "ae_params.json").write_text(json.dumps(convert._configs(config)["ae_params.json"]))
+        save_file(tensors_of(config)["ae"], folder / "ae.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(golden, tmp_path_factory):
+    target = tmp_path_factory.mktemp("imported") / "whole"
+    convert.main(["import", f"--source={golden}", f"--target={target}"])
+    return target
+
+
+@pytest.fixture(scope="module")
+def understanding(golden, tmp_path_factory):
+    target = tmp_path_factory.mktemp("imported") / "understanding"
+    convert.main(["import", f"--source={golden}", f"--target={target}", "--only=understanding"])
+    return target
+
+
+@pytest.fixture
+def copied(golden, tmp_path):
+    """The golden release, to be spoiled."""
+    return pathlib.Path(shutil.copytree(golden, tmp_path / "spoiled"))
+
+
+def refuses(folder, *parts, kind=ValueError, generation=True):
+    """Loading raises an error of this kind with all the parts in its message."""
+    with pytest.raises(kind) as error:
+        convert.load(str(folder), generation=generation)
+    for part in parts:
+        assert part in str(error.value)
+    return str(error.value)
+
+
+# --- load ------------------------------------------------------------------------------------------------
+
+def test_whole_model(golden):
+    config, params = convert.load(str(golden), generation=True)
+    files = read_release(golden)
+    same(named(params), files)
+    sizes = json.loads((golden / "config.json").read_text())
+    assert config.generation.patch == sizes["latent_patch_size"]
+    assert config.generation.side == sizes["max_latent_size"]
+    assert config.generation.timestep_shift == sizes["timestep_shift"]
+    assert config.generation.vae.channels == files["ae"]["encoder.conv_in.weight"].shape[0]
+
+
+def test_understanding_leaves_the_rest_on_disk(golden, capsys):
+    config, params = convert.load(str(golden), remat="full")
+    assert config.generation is None and config.remat == "full"
+    kept, files = named(params), read_release(golden)
+    left = {name for name in files["model"] if convert._GENERATION.fullmatch(name)}
+    same(kept, {"model": {name: x for name, x in files["model"].items() if name not in left}, "ae": {}})
+    assert len(left) > 25 and f"{len(left)} tensors of the generation expert stay on disk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "shards", "dtype"), [("ema", 1, np.float32), ("model", 3, jnp.bfloat16),
+                                                       ("ema", 2, np.float16)])
+def test_other_sizes_files_and_dtypes(tmp_path, name, shards, dtype):
+    folder = write_release(tmp_path / "odd", ODD, dtype, name, shards)
+    config, params = convert.load(str(folder), generation=True, dtype=None)
+    assert config == ODD
+    same(named(params), read_release(folder))
+
+
+def test_dtypes(tmp_path):
+    """float32 unless another is asked for."""
+    folder = write_release(tmp_path / "odd", ODD, jnp.bfloat16)
+    kept = {name: x for name, x in read_release(folder)["model"].items() if not convert._GENERATION.fullmatch(name)}
+    for dtype, arguments in ((np.float32, {}), (np.float16, {"dtype": "float16"}), (jnp.bfloat16, {"dtype": ""})):
+        _, params = convert.load(str(folder), **arguments)
+        same(named(params), {"model": {name: x.astype(dtype) for name, x in kept.items()}, "ae": {}})
+    with pytest.raises(ValueError, match="dtype=int8: parameters are float32, bfloat16 or float16"):
+        convert.load(str(folder), dtype="int8")
+
+
+def test_official_autoencoder_without_a_file_of_its_sizes(copied):
+    (copied / "ae_params.json").unlink()
+    sizes = json.loads((copied / "config.json").read_text())
+    if sizes["vae_config"] != {"downsample": 8, "z_channels": 16}:
+        refuses(copied, "the autoencoder has", "ae_params.json")
+    else:
+        assert convert.read_config(str(copied), generation=True).generation.vae == VAEConfig()
+
+
+def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
+    """The official trainer saves none, and extrapolates to other sizes."""
+    original = read_release(copied)["model"]
+    latent = original["latent_pos_embed.pos_embed"]
+    change(copied, add={"latent_pos_embed.pos_embed": latent[:9]}, drop=["vit_pos_embed.pos_embed"])
+    _, params = convert.load(str(copied), generation=True)
+    np.testing.assert_allclose(params["latent"]["position_table"], latent, atol=2e-6)
+    np.testing.assert_allclose(params["connector"]["position_table"], original["vit_pos_embed.pos_embed"], atol=2e-6)
+    out = capsys.readouterr().out
+    assert f"latent_pos_embed.pos_embed has 9 rows in the file, not {len(latent)}: its fixed positions are computed" in out
+    assert "vit_pos_embed.pos_embed is not in the file: its fixed positions are computed" in out
+    change(copied, add={"latent_pos_embed.pos_embed": latent[:, :8]})
+    refuses(copied, "misshapen latent_pos_embed.pos_embed")
+
+
+@pytest.mark.parametrize("shape", [(37,), (70, 300), (5, 6, 3, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_slices(tmp_path, monkeypatch, shape, dtype):
+    """Any slice with any axes, reading the bytes of its rows and no others."""
+    values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
+    save_file({"before": values, "x": values}, tmp_path / "a.safetensors")
+    tensor, read = convert._header(tmp_path / "a.safetensors")["x"], []
+    fill = convert._fill
+    monkeypatch.setattr(convert, "_fill", lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)))
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        order = rng.permutation(len(shape))
+        stops = [int(rng.integers(1, size + 1)) for size in shape]
+        index = tuple(slice(int(rng.integers(0, stop)), stop) if rng.random() < 0.7 else slice(None) for stop in stops)
+        read.clear()
+        piece = convert._read(tensor, index, tuple(order))
+        assert piece.dtype == dtype and piece.flags.c_contiguous
+        np.testing.assert_array_equal(piece, values[index].transpose(order))
+        rows = values[index[0]]
+        assert sum(read) == rows.nbytes
+
+
+def test_mesh(tmp_path):
+    """On four devices every parameter lies as `sharding` says, and is what one device gets."""
+    folder = write_release(tmp_path / "odd", ODD)
+    child("mesh", folder)
+
+
+def child(what, folder):
+    flags = {"mesh": "--xla_force_host_platform_device_count=4"}.get(what, "")
+    found = subprocess.run([sys.executable, __file__, what, str(folder)], env=os.environ | {"XLA_FLAGS": flags},
+                           capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout.splitlines()
+
+
+def on_meshes(folder):
+    whole, mesh = read_release(folder), sharding.make_mesh(fsdp=2, tensor=2)
+    for layout, generation in (("train", True), ("rollout", False)):
+        _, params = convert.load(folder, generation=generation, mesh=mesh, layout=layout)
+        flat = params_lib.flatten(params)
+        for path, leaf in flat.items():
+            assert leaf.sharding == sharding.parameter(mesh, path, leaf.shape, layout), path
+        assert sum(not leaf.sharding.is_fully_replicated for leaf in flat.values()) > 10
+        found = named(params)
+        same(found, {file: {name: x for name, x in whole[file].items() if name in found[file]} for file in whole})
+        assert len(found["ae"]) == (len(whole["ae"]) if generation else 0)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """Host memory peaks at the parameters plus two of the largest tensors (and 64 MiB of small things)."""
+    config = dataclasses.replace(ODD, generation=None, llm=LLMConfig(
+        vocab_size=32768, hidden_size=2048, num_layers=7, num_heads=16, num_kv_heads=4, intermediate_size=8192))
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rows, at, largest = {}, 0, 0
+    for path, leaf in convert._abstract(config).items():
+        row = params_lib.fact(path)
+        for name in convert._names(row, leaf.shape):
+            size = 4 * math.prod(shape := convert._layer_shape(row, leaf.shape))
+            rows[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+            at, largest = at + size, max(largest, size)
+    header = json.dumps(rows).encode()
+    with open(folder / "model.safetensors", "wb") as f:  # zeros, with holes instead of blocks on the disk
+        f.write(struct.pack("<Q", len(header)) + header)
+        f.truncate(8 + len(header) + at)
+    for file, content in convert._configs(config).items():
+        (folder / file).write_text(json.dumps(content))
+    assert at > 2e9
+    over = int(child("memory", folder)[-1])
+    print(f"{at / 2**30:.2f} GiB of parameters, largest tensor {largest / 2**20:.0f} MiB, peak {over / 2**20:.0f} MiB above")
+    assert over <= 2 * largest + (64 << 20)
+
+
+def memory(folder):
+    jax.devices()
+    before = convert.peak_memory()
+    _, params = convert.load(folder)
+    print(convert.peak_memory() - before - sum(x.nbytes for x in jax.tree.leaves(params)))
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+def test_every_wrong_tensor_is_named_at_once(copied):
+    tensors = load_file(copied / "model.safetensors")
+    embed, norm = "language_model.model.embed_tokens.weight", "language_model.model.norm.weight"
+    last = "vit_model.vision_model.post_layernorm.bias"
+    change(copied, add={"rotary.inv_freq": np.ones(3, np.float32), embed: tensors[embed][:-1],
+                        norm: tensors[norm].astype(np.int32)},
+           drop=["language_model.lm_head.weight", "language_model.model.layers.1.self_attn.q_proj_moe_gen.bias"])
+    change(copied, "ae", add={"encoder.extra": np.ones(2, np.float32)})
+    rows, width = tensors[embed].shape
+    message = refuses(
+        copied, f"missing language_model.lm_head.weight (expected shape {(rows, width)})",
+        "missing language_model.model.layers.1.self_attn.q_proj_moe_gen.bias",
+        f"misshapen {embed}: the file has {(rows - 1, width)}, the configs say {(rows, width)}",
+        f"mistyped {norm}: I32, where one of F32, BF16, F16 is expected",
+        "surplus rotary.inv_freq in model.safetensors", "surplus encoder.extra in ae.safetensors", "--only=understanding")
+    assert last not in message and message.count("\n") == 7
+    message = refuses(copied, "surplus rotary.inv_freq", generation=False)
+    assert "moe_gen" not in message and "encoder.extra" not in message
+
+
+def test_non_finite_weights_are_named(copied):
+    tensors = load_file(copied / "model.safetensors")
+    spoiled = {}
+    for name, value in (("language_model.lm_head.weight", np.nan), ("connector.fc1.bias", np.inf),
+                        ("language_model.model.layers.1.mlp.up_proj.weight", -np.inf)):
+        spoiled[name] = tensors[name].copy()
+        spoiled[name].flat[-1] = value
+    change(copied, add=spoiled)
+    message = refuses(copied, *(f"non-finite {name}" for name in spoiled), generation=False)
+    assert message.count("non-finite") == 3
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_finite(dtype):
+    kind = convert._DTYPES[dtype]
+    largest = jnp.finfo(kind).max
+    x = np.full(1 << 19, largest, kind)
+    assert convert._is_finite(x, dtype) and convert._is_finite(-x, dtype)
+    for value in (np.nan, np.inf, -np.inf):
+        for place in (0, (1 << 18) + 5, -1):
+            y = x.copy()
+            y[place] = value
+            assert not convert._is_finite(y, dtype)
+
+
+def test_layers_of_unlike_dtypes(copied):
+    name = "language_model.model.layers.{}.input_layernorm.weight"
+    change(copied, add={name.format(1): load_file(copied / "model.safetensors")[name.format(1)].astype(np.float16)})
+    with pytest.raises(ValueError, match=r"mistyped .*input_layernorm.weight: its layers are F16, F32; .*--dtype"):
+        convert.load(str(copied), dtype=None)
+    convert.load(str(copied))
+
+
+@pytest.mark.parametrize(("spoil", "part"), [
+    (lambda data: data[:-3], "its header says"), (lambda data: data + b"x", "its header says"),
+    (lambda data: data[:200], "ends inside its header"), (lambda data: b"", "ends inside its header"),
+    (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "ends inside its header"),
+    (lambda data: data[:9] + b"!" + data[10:], "no readable safetensors header"),
+    (lambda data: data.replace(b"[0,", b"[4,", 1), "contradict each other")])
+def test_damaged_files(copied, spoil, part):
+    path = copied / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(spoil(data))
+    assert path.read_bytes() != data
+    refuses(copied, str(path), part, "download or copy it again", generation=False)
+
+
+def test_damaged_shards(tmp_path):
+    folder = write_release(tmp_path / "odd", ODD, shards=3)
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    places = json.loads(text)["weight_map"]
+    moved = next(name for name, file in places.items() if file == "model-0.safetensors")
+    index.write_text(json.dumps({"weight_map": places | {moved: "model-1.safetensors"}}))
+    refuses(folder, f"model-1.safetensors lacks {moved}", f"model-0.safetensors holds {moved}, which", str(index))
+    index.write_text(text[:-5])
+    refuses(folder, str(index), "not valid JSON")
+    index.write_text("{}")
+    refuses(folder, str(index), "no weight_map")
+    index.write_text(text)
+    for n in (0, 2):
+        (folder / f"model-{n}.safetensors").unlink()
+    refuses(folder, "lacks model-0.safetensors, model-2.safetensors", index.name, kind=FileNotFoundError)
+
+
+def test_missing_files(copied):
+    (copied / "ae.safetensors").unlink()
+    refuses(copied, "ae.safetensors is missing", "--only=understanding", kind=FileNotFoundError)
+    (copied / "config.json").unlink()
+    refuses(copied, "config.json is missing: drawing needs its latent_patch_size")
+    convert.load(str(copied))
+    (copied / "model.safetensors").unlink()
+    refuses(copied, "neither model.safetensors nor ema.safetensors", kind=FileNotFoundError, generation=False)
+    (copied / "vit_config.json").unlink()
+    refuses(copied, "vit_config.json is missing", kind=FileNotFoundError, generation=False)
+    (copied / "llm_config.json").unlink()
+    refuses(copied, "is no released folder", "convert import", kind=FileNotFoundError, generation=False)
+    assert not convert.is_model(str(copied))
+
+
+def test_configs_that_disagree(copied):
+    top = json.loads((copied / "config.json").read_text())
+    llm, vit = (json.loads((copied / f"{name}_config.json").read_text()) for name in ("llm", "vit"))
+    wrong = json.loads(json.dumps(top)) | {"vit_max_num_patch_per_side": 3}
+    wrong["llm_config"]["rope_theta"], wrong["vit_config"]["hidden_size"] = 12.0, 7
+    wrong["vae_config"]["z_channels"] = 5
+    (copied / "config.json").write_text(json.dumps(wrong))
+    refuses(copied, f"llm_config.rope_theta is 12.0 in config.json and {llm['rope_theta']} in llm_config.json",
+            f"vit_config.hidden_size is 7 in config.json and {vit['hidden_size']}", "vit_max_num_patch_per_side is 3",
+            "vae_config.z_channels is 5 in config.json")
+    # releases differ in whether the layer that is dropped counts here
+    for layers in (vit["num_hidden_layers"], vit["num_hidden_layers"] - 1):
+        (copied / "config.json").write_text(json.dumps(top | {"vit_config": vit | {"num_hidden_layers": layers}}))
+        assert convert.read_config(str(copied)).vit.num_layers == vit["num_hidden_layers"] - 1
+    (copied / "config.json").write_text(json.dumps(top | {"vit_config": vit | {"num_hidden_layers": 9}}))
+    refuses(copied, "vit_config.num_hidden_layers is 9 in config.json", generation=False)
+    (copied / "config.json").write_text(json.dumps(top))
+    del llm["rope_theta"], vit["patch_size"]
+    (copied / "llm_config.json").write_text(json.dumps(llm))
+    (copied / "vit_config.json").write_text(json.dumps(vit))
+    refuses(copied, "llm_config.json lacks 'rope_theta'", "vit_config.json lacks 'patch_size'", generation=False)
+
+
+# --- import ----------------------------------------------------------------------------------------------
+
+def test_imported_folder(golden, imported):
+    """It loads as the release does, keeps its side files, and tells where it came from."""
+    files = read_release(golden)
+    for dtype in ("float32", None):
+        config, params = convert.load(str(imported), generation=True, dtype=dtype)
+        same(named(params), files)
+    assert config == convert.read_config(str(golden), generation=True)
+    _, part = convert.load(str(imported), dtype="bfloat16", mesh=sharding.make_mesh())
+    assert "latent" not in part and {str(x.dtype) for x in jax.tree.leaves(part)} == {"bfloat16"}
+    source = json.loads((imported / "release" / "source.json").read_text())
+    assert source == {"path": str(golden), "file": "model", "dtype": "float32", "only": ""}
+    for name in ("config.json", "llm_config.json", "vit_config.json", "ae_params.json", "special_tokens.json",
+                 "tokenizer.json"):
+        assert (imported / "release" / name).read_bytes() == (golden / name).read_bytes()
+    assert convert.tokenizer_folder(str(imported)) == str(imported / "release")
+    assert convert.tokenizer_folder(str(golden)) == str(golden)
+    assert convert.is_model(str(imported)) and convert.is_model(str(golden))
+
+
+def test_imported_folder_starts_a_run(imported):
+    """What training does with config.init_from = an imported folder."""
+    config = convert.read_config(str(imported))
+    abstract = params_lib.unflatten(dict(convert._abstract(config)))
+    params = checkpoint.restore_params(imported, abstract, partial=True)
+    assert "gen" not in params["llm"]["layers"]
+    assert checkpoint.metadata(imported)["config"]["model"]["llm"] == dataclasses.asdict(config.llm)
+
+
+def test_import_for_understanding(golden, understanding, capsys):
+    _, params = convert.load(str(understanding))
+    same(named(params), named(convert.load(str(golden))[1]))
+    refuses(understanding, "imported with --only=understanding", "import the release again")
+
+
+def test_import_of_other_dtype(golden, tmp_path):
+    convert.import_release(str(golden), str(tmp_path / "a"), only="understanding", dtype="bfloat16")
+    _, params = convert.load(str(tmp_path / "a"), dtype=None)
+    same(named(params), named(convert.load(str(golden), dtype="bfloat16")[1]))
+    assert json.loads((tmp_path / "a/release/source.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_commands_that_fail_leave_nothing(copied, tmp_path, capsys):
+    def fails(*arguments):
+        with pytest.raises(SystemExit) as error:
+            convert.main(list(arguments))
+        assert error.value.code == 1
+        return capsys.readouterr().err
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    assert "is not empty" in fails("import", f"--source={copied}", f"--target={tmp_path / 'full'}")
+    assert "is no released folder" in fails("import", f"--source={tmp_path}", f"--target={tmp_path / 't'}")
+    assert "local folders only" in fails("import", f"--source={copied}", "--target=gs://bucket/x")
+    change(copied, add={"extra": np.ones(1, np.float32)})
+    assert "error: " in (said := fails("import", f"--source={copied}", f"--target={tmp_path / 't'}"))
+    assert "surplus extra" in said
+    assert "released folder already" in fails("export", f"--source={copied}", f"--target={tmp_path / 't'}")
+    assert "no checkpoint there" in fails("export", f"--source={tmp_path / 'full'}", f"--target={tmp_path / 't'}")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+# --- export ----------------------------------------------------------------------------------------------
+
+def export(source, target, *arguments):
+    convert.main(["export", f"--source={source}", f"--target={target}", *arguments])
+    return target
+
+
+def test_round_trip(golden, imported, tmp_path):
+    """import, export, import: the same bits, configs and tokenizer."""
+    out = export(imported, tmp_path / "out")
+    same(read_release(out), read_release(golden))
+    names = {"config.json", "llm_config.json", "vit_config.json", "ae_params.json", "special_tokens.json", "tokenizer.json"}
+    assert names | {"model.safetensors", "ae.safetensors"} == set(os.listdir(out))
+    for name in names:
+        assert (out / name).read_bytes() == (golden / name).read_bytes()
+    convert.import_release(str(out), str(tmp_path / "again"))
+    same(named(convert.load(str(tmp_path / "again"), generation=True)[1]), read_release(golden))
+
+
+def test_round_trip_of_bfloat16(golden, tmp_path):
+    """A release in bfloat16 with its autoencoder in float32, under the name ema; by a step folder."""
+    folder = pathlib.Path(shutil.copytree(golden, tmp_path / "release"))
+    (folder / "model.safetensors").unlink()
+    save_file({name: x.astype(jnp.bfloat16) for name, x in load_file(golden / "model.safetensors").items()},
+              folder / "ema.safetensors")
+    convert.import_release(str(folder), str(tmp_path / "a"))
+    assert json.loads((tmp_path / "a/release/source.json").read_text())["dtype"] == "bfloat16 and float32"
+    out = export(tmp_path / "a/checkpoints/0", tmp_path / "out", "--name=ema")
+    same(read_release(out), read_release(folder))
+    assert (out / "ema.safetensors").exists() and not (out / "model.safetensors").exists()
+    convert.import_release(str(out), str(tmp_path / "b"))
+    (_, a), (_, b) = (convert.load(str(tmp_path / name), generation=True, dtype="") for name in "ab")
+    same(named(a), named(b))
+
+
+def test_export_in_shards_and_other_dtype(golden, imported, tmp_path, capsys):
+    out = export(imported, tmp_path / "out", "--max_shard_gb=0.0003", "--dtype=bfloat16")
+    parts = sorted(path.name for path in out.glob("model-*.safetensors"))
+    assert len(parts) > 2 and parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    assert all((out / part).stat().st_size < 0.0004e9 for part in parts)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    wanted = {file: {name: x.astype(jnp.bfloat16) for name, x in found.items()}
+              for file, found in read_release(golden).items()}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in wanted["model"].values())
+    assert set(index["weight_map"].values()) == set(parts)
+    same(read_release(out), wanted)
+    same(named(convert.load(str(out), generation=True, dtype=None)[1]), wanted)
+
+
+def test_export_completes_what_draws_from_the_release(golden, imported, understanding, tmp_path, capsys):
+    """By its own note, and from an imported folder."""
+    for n, base in enumerate(("", f"--base={imported}")):
+        out = export(understanding, tmp_path / f"out{n}", *filter(None, [base]))
+        same(read_release(out), read_release(golden))
+        assert (out / "config.json").read_bytes() == (golden / "config.json").read_bytes()
+        assert f"what draws is that of {base.removeprefix('--base=') or golden}" in capsys.readouterr().out
+
+
+def test_export_of_the_understanding_path(golden, understanding, tmp_path, capsys):
+    out = export(understanding, tmp_path / "out", "--base=none")
+    assert "the understanding path only; config.json says visual_gen false" in capsys.readouterr().out
+    assert not json.loads((out / "config.json").read_text())["visual_gen"]
+    assert {path.name for path in out.glob("ae*")} == set()
+    _, params = convert.load(str(out))
+    same(named(params), named(convert.load(str(golden))[1]))
+    refuses(out, "ae.safetensors is missing", kind=FileNotFoundError)
+
+
+def test_base_that_does_not_fit(golden, understanding, tmp_path, capsys):
+    def fails(base):
+        with pytest.raises(SystemExit):
+            export(understanding, tmp_path / "out", f"--base={base}")
+        return capsys.readouterr().err
+
+    assert "has other sizes" in fails(write_release(tmp_path / "odd", ODD))
+    assert "is not there" in fails(tmp_path / "gone")
+    half = tmp_path / "half"
+    export(understanding, half, "--base=none")
+    assert "holds no generation expert" in fails(half)
+    moved = shutil.copytree(understanding, tmp_path / "moved")
+    note = moved / "release" / "source.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"path": str(tmp_path / "gone")}))
+    with pytest.raises(SystemExit):
+        export(moved, tmp_path / "out")
+    assert "--base=FOLDER, or --base=none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def run_folder(workdir, model, init_from, seed=1):
+    """A run's workdir with a checkpoint of step 7: (parameters, workdir)."""
+    config = settings.default()
+    config.init_from = str(init_from)
+    for name, part in (("llm", model.llm), ("vit", model.vit)):
+        config.model[name].update(dataclasses.asdict(part))
+    params = tiny.params(dataclasses.replace(model, generation=None), seed)
+    saved = checkpoint.config_to_json(config)
+    os.makedirs(workdir / "checkpoints")
+    (workdir / "config.json").write_text(json.dumps(saved))
+    (workdir / "data" / "made" / "tokenizer").mkdir(parents=True)
+    (workdir / "data" / "made" / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    checkpoint.save(workdir / "checkpoints" / "7", {"step": jnp.int32(7)}, params, step=7, stage="opsd", config=saved)
+    return params, workdir
+
+
+def test_export_of_a_run(golden, understanding, tmp_path):
+    """Trained weights with the untouched rest of the release that the run's start descends from."""
+    model = convert.read_config(str(golden))
+    params, workdir = run_folder(tmp_path / "w", model, understanding)
+    out, by_step = export(workdir, tmp_path / "out"), export(workdir / "checkpoints/7", tmp_path / "step")
+    files, trained = read_release(golden), named(params)["model"]
+    assert len(trained) > 50
+    same(read_release(out), {"model": files["model"] | trained, "ae": files["ae"]})
+    same(read_release(by_step), read_release(out))
+    assert (out / "tokenizer_config.json").exists()
+    assert (out / "config.json").read_bytes() == (golden / "config.json").read_bytes()
+    assert convert.load(str(out), generation=True)[0] == convert.read_config(str(golden), generation=True)
+
+
+def test_export_of_a_run_from_nothing(tmp_path, capsys):
+    params, workdir = run_folder(tmp_path / "w", tiny.MODEL, "")
+    out = export(workdir, tmp_path / "out")
+    assert "the understanding path only" in capsys.readouterr().out
+    config, found = convert.load(str(out))
+    assert config == tiny.MODEL
+    same(named(found), named(params))
+
+
+def test_diverged_weights_are_not_exported(tmp_path, capsys):
+    params = tiny.params()
+    params["llm"]["layers"]["und"]["q_bias"] = params["llm"]["layers"]["und"]["q_bias"].at[1, 0].set(jnp.nan)
+    checkpoint.save(tmp_path / "c" / "3", None, params, config={"model": {
+        "llm": dataclasses.asdict(tiny.MODEL.llm), "vit": dataclasses.asdict(tiny.MODEL.vit)}})
+    with pytest.raises(SystemExit):
+        export(tmp_path / "c" / "3", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "NaN or infinite: language_model.model.layers.1.self_attn.q_proj.bias\n" in said
+    assert sorted(os.listdir(tmp_path)) == ["c"]
+
+
+if __name__ == "__main__":
+    {"mesh": on_meshes, "memory": memory}[sys.argv[1]](sys.argv[2])
