@@ -1,100 +1,970 @@
-"""Released checkpoints (safetensors folders of BAGEL / ThinkMorph) -> model config and parameters.
+"""Released checkpoints (safetensors folders of BAGEL / ThinkMorph) <-> our parameters and checkpoints.
 
-Names and layouts are facts of `params.TABLE`; nothing here depends on sizes.
+    python -m opsd_jax.convert import --source=HF_DIR --target=DIR
+    python -m opsd_jax.convert export --source=DIR --target=HF_DIR
+
+  HF_DIR   {model,ema}.safetensors (or shards with an index), ae.safetensors, config files, tokenizer files
+  DIR      checkpoints/0/ (Orbax, the weights alone) and release/ (config and tokenizer files, source.json)
+
+Names and layouts are facts of `params.TABLE`; nothing here depends on sizes. safetensors files are read and written
+here byte by byte: the library reads whole tensors where a device needs a slice, and writes whole files at once.
+The format: uint64 length of a JSON header, the header {name: {dtype, shape, data_offsets}}, the data.
 """
 
+import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
+import re
+import shutil
+import struct
+import time
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import params as params_lib
-from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
-# Tensors that the understanding path does not use: the generation expert's projections in and out.
-_GENERATION_ONLY = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
+# What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
+_GENERATION = re.compile(r".*_moe_gen\b.*|(time_embedder|vae2llm|llm2vae|latent_pos_embed)\..*")
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+_EXPONENT = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+_CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "ae_params.json")
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "special_tokens.json", "generation_config.json")
+_AGAIN = "the file is incomplete or damaged: download or copy it again"
+_GROUP = 1 << 28  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
 
 
-def _json(directory, name):
+# ---------------------------------------------------------------------------- folders
+
+
+def is_released(directory: str) -> bool:
+    """Whether it is a folder in the layout of the releases."""
+    return os.path.isfile(os.path.join(directory, "llm_config.json"))
+
+
+def is_imported(directory: str) -> bool:
+    """Whether it is a folder that `import` made."""
+    return os.path.isfile(os.path.join(directory, "release", "source.json"))
+
+
+def is_model(directory: str) -> bool:
+    """Whether `load` can read the folder."""
+    return is_released(directory) or is_imported(directory)
+
+
+def tokenizer_folder(directory: str) -> str:
+    """Where the config and tokenizer files of a folder for `load` lie."""
+    return os.path.join(directory, "release") if is_imported(directory) else directory
+
+
+def _json(directory, name, why="a released folder has llm_config.json, vit_config.json and model.safetensors or "
+          "ema.safetensors"):
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing: --source must be a folder with llm_config.json, vit_config.json "
-                                "and model.safetensors or ema.safetensors")
-    with open(path) as f:
-        return json.load(f)
+        raise FileNotFoundError(f"{path} is missing: {why}")
+    with open(path, encoding="utf-8") as f:
+        try:
+            found = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {_AGAIN}")
+    return found
+
+
+@contextlib.contextmanager
+def _new_folder(target):
+    """A folder beside `target` that takes its name once complete. FileExistsError if `target` holds anything."""
+    if "://" in target:
+        raise ValueError(f"--target={target}: conversion writes local folders only; copy the folder afterwards")
+    target = os.path.abspath(target)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise FileExistsError(f"--target={target} exists and is not empty: choose another folder, or delete it")
+    made = f"{target}.tmp-{os.getpid()}"
+    os.makedirs(made)
+    try:
+        yield made
+        os.rename(made, target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _write_json(path, content):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------- sizes
 
 
 def read_config(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
-    """ModelConfig from llm_config.json and vit_config.json of a released folder.
+    """ModelConfig from the config files of a released or imported folder.
 
-    vit_config.json counts one layer more than the file holds: the release drops the last one.
-    `compute`: dtype, remat, unroll of `ModelConfig`.
+    vit_config.json counts one layer more than the weights have: the release drops the last one.
+
+    Args:
+      generation: also the sizes of what draws, from config.json and ae_params.json (without it: the official
+        autoencoder's).
+      compute: dtype, remat, unroll, query_block of `ModelConfig`.
+    Raises:
+      FileNotFoundError: a config file is missing. ValueError: a key is missing, or files disagree; lists all.
     """
+    directory = tokenizer_folder(directory)
     llm, vit = _json(directory, "llm_config.json"), _json(directory, "vit_config.json")
+    whole = os.path.isfile(os.path.join(directory, "config.json"))
+    top = _json(directory, "config.json") if whole else {}
+    problems = []
+
+    def get(values, file, *keys):
+        problems.extend(f"{file} lacks {key!r}" for key in keys if key not in values)
+        return [values.get(key) for key in keys]
+
+    vocab, width, layers, heads, kv_heads, mlp, theta, eps = get(
+        llm, "llm_config.json", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "intermediate_size", "rope_theta", "rms_norm_eps")
+    vit_width, vit_layers, vit_heads, vit_mlp, patch, pixels = get(
+        vit, "vit_config.json", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "patch_size", "image_size")
+    if generation and not whole:
+        problems.append("config.json is missing: drawing needs its latent_patch_size and max_latent_size")
+    elif generation:
+        latent_patch, latent_side = get(top, "config.json", "latent_patch_size", "max_latent_size")
+    if problems:
+        raise ValueError(f"the config files of {directory} are incomplete:\n  " + "\n  ".join(problems))
+
+    # config.json repeats both files; it may count the vision layers as they are in the weights
+    for name, own in (("llm_config", llm), ("vit_config", vit)):
+        for key, value in (top.get(name) or {}).items():
+            if key not in _COMPARED or key not in own:
+                continue
+            if value not in (own[key], own[key] - ((name, key) == ("vit_config", "num_hidden_layers"))):
+                problems.append(f"{name}.{key} is {value} in config.json and {own[key]} in {name}.json")
+    if top.get("vit_max_num_patch_per_side", pixels // patch) != pixels // patch:
+        problems.append(f"vit_max_num_patch_per_side is {top['vit_max_num_patch_per_side']} in config.json, but images "
+                        f"of {pixels} pixels in patches of {patch}, as vit_config.json says, have {pixels // patch}")
+    drawing = None
+    if generation:
+        vae = _autoencoder(directory, problems)
+        for key in ("downsample", "z_channels"):
+            value = (top.get("vae_config") or {}).get(key, getattr(vae, key))
+            if value != getattr(vae, key):
+                problems.append(f"vae_config.{key} is {value} in config.json, the autoencoder has {getattr(vae, key)} "
+                                "(from ae_params.json, or officially)")
+        drawing = GenerationConfig(vae=vae, patch=latent_patch, side=latent_side,
+                                   timestep_shift=top.get("timestep_shift", 1.0))
+    if problems:
+        raise ValueError(f"the config files of {directory} disagree; take all of them from one release:\n  "
+                         + "\n  ".join(problems))
     return ModelConfig(
-        llm=LLMConfig(
-            vocab_size=llm["vocab_size"], hidden_size=llm["hidden_size"], num_layers=llm["num_hidden_layers"],
-            num_heads=llm["num_attention_heads"], num_kv_heads=llm["num_key_value_heads"],
-            intermediate_size=llm["intermediate_size"], rope_theta=llm["rope_theta"],
-            rms_norm_eps=llm["rms_norm_eps"]),
-        vit=ViTConfig(
-            hidden_size=vit["hidden_size"], num_layers=vit["num_hidden_layers"] - 1,
-            num_heads=vit["num_attention_heads"], intermediate_size=vit["intermediate_size"],
-            patch_size=vit["patch_size"], side=vit["image_size"] // vit["patch_size"]),
-        generation=generation, **compute)
+        llm=LLMConfig(vocab_size=vocab, hidden_size=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+                      intermediate_size=mlp, rope_theta=theta, rms_norm_eps=eps, head_dim=llm.get("head_dim") or 0),
+        vit=ViTConfig(hidden_size=vit_width, num_layers=vit_layers - 1, num_heads=vit_heads, intermediate_size=vit_mlp,
+                      patch_size=patch, side=pixels // patch, layer_norm_eps=vit.get("layer_norm_eps", 1e-6)),
+        generation=drawing, **compute)
 
 
-def _tensor_files(directory):
-    """{tensor name: file} of model.safetensors, ema.safetensors, or either one's sharded index."""
-    from safetensors import safe_open
+_COMPARED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "rope_theta", "rms_norm_eps", "head_dim", "patch_size", "image_size",
+             "layer_norm_eps"}
 
+
+def _autoencoder(directory, problems) -> VAEConfig:
+    """From ae_params.json; the official code's numbers where the folder has no such file, as the releases."""
+    if not os.path.isfile(os.path.join(directory, "ae_params.json")):
+        return VAEConfig()
+    found = _json(directory, "ae_params.json")
+    names = {"ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "num_res_blocks",
+             "z_channels": "z_channels", "scale_factor": "scale", "shift_factor": "shift"}
+    if missing := [key for key in names if key not in found]:
+        raise ValueError(f"{os.path.join(directory, 'ae_params.json')} lacks {missing}")
+    values = {ours: found[theirs] for theirs, ours in names.items()}
+    vae = VAEConfig(**values | {"multipliers": tuple(values["multipliers"])})
+    for key, value in (("downsample", vae.downsample), ("in_channels", 3), ("out_ch", 3)):
+        if found.get(key, value) != value:
+            problems.append(f"{key} is {found[key]} in ae_params.json; the model has {value}")
+    return vae
+
+
+def _saved_config(directory, settings) -> ModelConfig:
+    """ModelConfig of a checkpoint from the settings in its metadata (of a run, or of an import)."""
+    sizes = settings.get("model") or {}
+    if not {"llm", "vit"} <= sizes.keys():
+        raise ValueError(f"the metadata of {directory} has no config.model.llm and .vit: it is no checkpoint of a run "
+                         "or of `convert import`")
+    drawing = sizes.get("generation") or None
+    if drawing:
+        vae = VAEConfig(**drawing["vae"] | {"multipliers": tuple(drawing["vae"]["multipliers"])})
+        drawing = GenerationConfig(**drawing | {"vae": vae})
+    return ModelConfig(llm=LLMConfig(**sizes["llm"]), vit=ViTConfig(**sizes["vit"]), generation=drawing)
+
+
+@functools.cache
+def _abstract(config) -> types.MappingProxyType:
+    """{path: shape and dtype} of the model's parameters."""
+    from opsd_jax.model import bagel
+
+    shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
+    return types.MappingProxyType(params_lib.flatten(shapes))
+
+
+# ---------------------------------------------------------------------------- safetensors files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies: file, position of its first byte, dtype as the format spells it, shape."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _header(path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file. ValueError if it is cut off or no such file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {_AGAIN}")
+        try:
+            rows = json.loads(f.read(length))
+            rows.pop("__metadata__", None)
+            found = {name: _Tensor(path, 8 + length + row["data_offsets"][0], row["dtype"], tuple(row["shape"]))
+                     for name, row in rows.items()}
+            ends = [8 + length + row["data_offsets"][1] for row in rows.values()]
+            whole = all(math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize == end - tensor.offset
+                        for tensor, end in zip(found.values(), ends) if tensor.dtype in _DTYPES)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} has no readable safetensors header ({error!r}): {_AGAIN}") from error
+    if not whole:
+        raise ValueError(f"{path}: sizes in its header contradict each other: {_AGAIN}")
+    if max(ends, default=size) != size:
+        raise ValueError(f"{path} has {size:,} bytes, its header says {max(ends):,}: {_AGAIN}")
+    return found
+
+
+def _headers(directory) -> tuple[dict[str, _Tensor], str]:
+    """(tensors, stem) of model.safetensors, else ema.safetensors, or of the shards of an index of either one."""
     for stem in ("model", "ema"):
-        index = os.path.join(directory, f"{stem}.safetensors.index.json")
-        if os.path.isfile(index):
-            with open(index) as f:
-                return {name: os.path.join(directory, part) for name, part in json.load(f)["weight_map"].items()}
+        name = f"{stem}.safetensors.index.json"
+        if os.path.isfile(os.path.join(directory, name)):
+            return _shards(directory, name), stem
         path = os.path.join(directory, f"{stem}.safetensors")
         if os.path.isfile(path):
-            with safe_open(path, framework="numpy") as f:
-                return dict.fromkeys(f.keys(), path)
+            return _header(path), stem
     raise FileNotFoundError(f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)")
 
 
-def load(directory: str, *, generation: bool = False, **compute):
-    """Reads a released folder: (ModelConfig, params), params float32 on the default device.
-
-    `generation`: also read the generation expert. Raises ValueError that lists every missing, surplus or
-    misshapen tensor by name at once.
-    """
-    import jax
-    from safetensors import safe_open
-
-    from opsd_jax.model import bagel
-
-    config = read_config(directory, generation=generation, **compute)
-    abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
-    files = _tensor_files(directory)
-    opened = {path: safe_open(path, framework="numpy") for path in set(files.values())}
-    problems, used, flat = [], set(), {}
-    for path, leaf in params_lib.flatten(abstract).items():
-        row = params_lib.fact(path)
-        names = [row.name.format(layer=n) for n in range(leaf.shape[0])] if row.stacked else [row.name]
-        used.update(names)
-        shape = leaf.shape[1:] if row.stacked else leaf.shape
-        shape = row.their_shape(shape)
-        tensors = []
-        for name in names:
-            if name not in files:
-                problems.append(f"missing {name} (expected shape {shape})")
-                continue
-            tensor = opened[files[name]].get_tensor(name).astype(np.float32)
-            if tensor.shape != shape:
-                problems.append(f"misshapen {name}: file has {tensor.shape}, the configs say {shape}")
-            tensors.append(tensor)
-        if len(tensors) == len(names) and not problems:
-            flat[path] = params_lib.from_checkpoint(path, tensors)
-    ignored = lambda name: name.startswith(_GENERATION_ONLY) or (not generation and "_moe_gen" in name)
-    problems += [f"surplus {name}" for name in files if name not in used and not ignored(name)]
+def _shards(directory, index):
+    places = _json(directory, index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
+        raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {_AGAIN}")
+    parts = sorted(set(places.values()))
+    if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them")
+    found, problems = {}, []
+    for part in parts:
+        held = _header(os.path.join(directory, part))
+        named = {name for name, place in places.items() if place == part}
+        problems += [f"{part} lacks {name}, which the index puts there" for name in sorted(named - held.keys())]
+        problems += [f"{part} holds {name}, which the index does not put there" for name in sorted(held.keys() - named)]
+        found |= held
     if problems:
+        raise ValueError(f"{os.path.join(directory, index)} does not fit its files; take all from one release:\n  "
+                         + "\n  ".join(problems))
+    return found
+
+
+def _fill(file, offset, array):
+    """Reads the bytes of a contiguous array; they arrive in it without a second copy."""
+    file.seek(offset)
+    rest = memoryview(array.reshape(-1).view(np.uint8))
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise ValueError(f"{file.name} ended while it was read: {_AGAIN}")
+        rest = rest[count:]
+
+
+def _read(tensor: _Tensor, index=(), order=None) -> np.ndarray:
+    """The slice `index` (a slice for each axis; () for all) of a tensor, its axes in `order`, contiguous.
+
+    Of the file, only the rows of the slice are read. Columns and transposed tensors go through a buffer of few rows,
+    in which both ways of reading stay in the processor's cache: at 7B several times as fast as a transpose by XLA.
+    """
+    dtype = _DTYPES[tensor.dtype]
+    index = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [(0, size) for size in tensor.shape]
+    shape = tuple(stop - start for start, stop in index)
+    out = np.empty(shape if order is None else [shape[axis] for axis in order], dtype)
+    first, row = index[0][0] if index else 0, math.prod(tensor.shape[1:]) * dtype.itemsize
+    with open(tensor.file, "rb", buffering=0) as f:
+        if order is None and shape[1:] == tensor.shape[1:]:
+            _fill(f, tensor.offset + first * row, out)
+            return out
+        bits = out.view(_EXPONENT[tensor.dtype][0])  # NumPy moves integers faster than bfloat16
+        bits = bits if order is None else bits.transpose(np.argsort(order))
+        rows = min(shape[0], max(64, (1 << 20) // row))
+        columns = tuple(slice(*bounds) for bounds in index[1:])
+        block = np.empty((rows, *tensor.shape[1:]), bits.dtype)
+        for at in range(0, shape[0], rows):
+            part = block[:shape[0] - at]
+            _fill(f, tensor.offset + (first + at) * row, part)
+            bits[at:at + rows] = part[(slice(None), *columns)]
+    return out
+
+
+def _is_finite(array, dtype: str) -> bool:
+    """Whether a contiguous array is free of NaN and infinities: their exponent bits are all set."""
+    kind, exponent = _EXPONENT[dtype]
+    bits, step = array.reshape(-1).view(kind), 1 << 18  # pieces that stay in the processor's cache
+    return not any(((bits[at:at + step] & kind(exponent)) == exponent).any() for at in range(0, bits.size, step))
+
+
+def _spell(dtype) -> str:
+    """A dtype as the format spells it."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+# ---------------------------------------------------------------------------- what goes where
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One parameter and what fills it: tensors of files (one, or one a layer in order), or a table made here."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: tuple[_Tensor, ...]
+    table: np.ndarray | None = None
+
+    @property
+    def row(self) -> params_lib.Fact:
+        return params_lib.fact(self.path)
+
+    @property
+    def names(self) -> list[str]:
+        return _names(self.row, self.shape)
+
+
+def _names(row, shape):
+    return [row.name.format(layer=n) for n in range(shape[0])] if row.stacked else [row.name]
+
+
+def _layer_shape(row, shape):
+    """Shape of the checkpoint's tensors for our shape."""
+    return row.their_shape(shape[1:] if row.stacked else shape)
+
+
+def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
+    """How the files of a released folder fill the model's parameters, from their headers alone.
+
+    dtype: of all parameters; None for each as it is stored.
+    Returns:
+      (parameters, sentences for the user).
+    Raises:
+      ValueError that lists every missing, surplus, misshapen or mistyped tensor by name.
+    """
+    files, stem = {}, {}
+    files["model"], name = _headers(directory)
+    stem["model"] = f"{name}.safetensors"
+    if config.generation:
+        path = os.path.join(directory, "ae.safetensors")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is missing: what draws needs the autoencoder; copy it there, or do "
+                                    "without (import --only=understanding)")
+        files["ae"], stem["ae"] = _header(path), "ae.safetensors"
+    problems, notes, leaves = [], [], []
+    used = {file: set() for file in files}
+    default = dtype or _DTYPES.get(getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None))
+    for path, leaf in _abstract(config).items():
+        row = params_lib.fact(path)
+        shape, found = _layer_shape(row, leaf.shape), []
+        for name in _names(row, leaf.shape):
+            used[row.file].add(name)
+            tensor = files[row.file].get(name)
+            if tensor is None:
+                wrong = f"missing {name} (expected shape {shape})"
+            elif tensor.dtype not in _DTYPES:
+                wrong = f"mistyped {name}: {tensor.dtype}, where one of {', '.join(_DTYPES)} is expected"
+            elif tensor.shape != shape:
+                wrong = f"misshapen {name}: the file has {tensor.shape}, the configs say {shape}"
+            else:
+                found.append(tensor)
+                continue
+            if row.group == "fixed" and tensor is None:
+                notes.append(f"{name} is not in the file: its fixed positions are computed")
+            elif row.group == "fixed" and wrong.startswith("misshapen") and tensor.shape[1:] == shape[1:]:
+                notes.append(f"{name} has {tensor.shape[0]} rows in the file, not {shape[0]}: its fixed positions are "
+                             "computed instead")
+            else:
+                problems.append(wrong)
+        stored = {tensor.dtype for tensor in found}
+        if len(stored) > 1 and dtype is None:
+            problems.append(f"mistyped {row.name}: its layers are {', '.join(sorted(stored))}; choose one with --dtype")
+        table = None
+        if row.group == "fixed" and not found:
+            from opsd_jax.model.siglip import sincos_table
+
+            table = sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1])
+        target = dtype or (_DTYPES[stored.pop()] if stored else default)
+        leaves.append(_Leaf(path, leaf.shape, target, tuple(found), table))
+    for file, tensors in files.items():
+        left = [name for name in tensors if name not in used[file]]
+        ignored = [name for name in left if not config.generation and _GENERATION.fullmatch(name)]
+        problems += [f"surplus {name} in {stem[file]}" for name in left if name not in ignored]
+        if ignored:
+            notes.append(f"{len(ignored)} tensors of the generation expert stay on disk")
+    if problems:
+        lacking = [problem.split()[1] for problem in problems if problem.startswith("missing")]
+        if any(map(_GENERATION.fullmatch, lacking)):
+            problems.append("if the folder holds no generation expert: import --only=understanding")
         raise ValueError(f"{directory} does not fit its configs:\n  " + "\n  ".join(problems))
-    return config, params_lib.unflatten(flat)
+    return leaves, notes
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def load(directory: str, *, generation: bool = False, dtype: str | None = "float32", mesh=None, layout: str = "train",
+         **compute):
+    """Reads a released folder, or one that `import` made: (ModelConfig, params).
+
+    Tensor by tensor, and of each only what the devices of this process hold: the host's memory peaks at their
+    share of the parameters plus two tensors.
+
+    Args:
+      generation: also what draws: generation expert, latent path, autoencoder.
+      dtype: of the parameters; None or "" for each as it is stored. (The compute dtype is `ModelConfig.dtype`.)
+      mesh, layout: where they go, see `sharding`; None for the first device.
+      compute: remat, unroll, query_block of `ModelConfig`.
+    Raises:
+      FileNotFoundError: a file is missing. ValueError: files cannot be read or do not fit; names each tensor.
+    """
+    kind = None if not dtype else jnp.dtype(dtype)
+    if kind is not None and kind not in _DTYPES.values():
+        raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
+    if not is_model(directory):
+        raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json) and was not made by "
+                                "`python -m opsd_jax.convert import`")
+    config = read_config(directory, generation=generation, **compute)
+    if is_imported(directory):
+        return config, _restore(directory, config, kind, mesh, layout)
+    leaves, notes = _plan(directory, config, kind)
+    if jax.process_index() == 0:
+        for note in notes:
+            print(f"{directory}: {note}", flush=True)
+    return config, _place(directory, leaves, mesh, layout)
+
+
+def _restore(directory, config, dtype, mesh, layout):
+    """The parameters of an imported folder."""
+    from opsd_jax import checkpoint, sharding
+
+    only = _json(directory, "release/source.json")["only"]
+    if config.generation and only:
+        raise ValueError(f"{directory} was imported with --only={only} and cannot draw: import the release again "
+                         "without it")
+    stored = _stored(directory)
+    typed = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or getattr(stored.get(path), "dtype", leaf.dtype))
+             for path, leaf in _abstract(config).items()}
+    abstract = params_lib.unflatten(typed)
+    if mesh is not None:
+        abstract = sharding.abstract(mesh, abstract, layout)
+    return checkpoint.restore_params(directory, abstract, partial=not config.generation and not only)
+
+
+def _place(directory, leaves, mesh, layout):
+    """Reads the planned parameters onto the devices."""
+    from opsd_jax import metrics
+
+    began, done, read, flat, bad = time.monotonic(), 0, 0, {}, []
+    total = sum(len(leaf.tensors) for leaf in leaves)
+    with metrics.Progress(total, "tensors", "read", primary=jax.process_index() == 0) as progress:
+        for leaf in leaves:
+            where = _sharding(leaf, mesh, layout)
+            slices = _layer_sharding(where) if leaf.row.stacked else where
+            if leaf.table is not None:
+                array = jax.make_array_from_callback(leaf.shape, where, leaf.table.astype(leaf.dtype).__getitem__)
+            elif leaf.row.stacked:
+                array = _zeros(leaf.shape, leaf.dtype, where)()
+            for n, (name, tensor) in enumerate(zip(leaf.names, leaf.tensors)):
+                piece, count, finite = _fetch(tensor, leaf.row, slices)
+                array = _put(where)(array, piece, n) if leaf.row.stacked else piece.astype(leaf.dtype)
+                # waiting bounds the memory: no second tensor is read before this one is gone
+                array.block_until_ready()
+                del piece
+                if not finite:
+                    bad.append(f"non-finite {name} in {tensor.file}")
+                read, done = read + count, done + 1
+                progress.update(done, size=_gib(read))
+            flat[leaf.path] = array
+    if bad:
+        raise ValueError(f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:\n  "
+                         + "\n  ".join(bad))
+    if jax.process_index() == 0:
+        held = sum(shard.data.nbytes for array in flat.values() for shard in array.addressable_shards)
+        print(f"{directory}: read {_gib(read)} in {time.monotonic() - began:.0f} s; target {_gib(held)} on this "
+              f"process, peak host memory of the process {_gib(peak_memory())}", flush=True)
+    return params_lib.unflatten(flat)
+
+
+def _fetch(tensor, row, where):
+    """(a tensor with our axes on the devices, bytes read, whether they are finite); in the checkpoint's dtype."""
+    kept, finite = {}, True
+
+    def read(index):
+        nonlocal finite
+        key = str(index)  # devices that hold the same slice share one reading
+        if key not in kept:
+            kept[key] = _read(tensor, row.their_shape(index), row.order)
+            finite = finite and _is_finite(kept[key], tensor.dtype)
+        return kept[key]
+
+    shape = row.ours(np.broadcast_to(0, tensor.shape)).shape
+    array = jax.make_array_from_callback(shape, where, read)
+    array.block_until_ready()
+    return array, sum(piece.nbytes for piece in kept.values()), finite
+
+
+def _sharding(leaf, mesh, layout):
+    from opsd_jax import sharding
+
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return sharding.parameter(mesh, leaf.path, leaf.shape, layout)
+
+
+def _layer_sharding(where):
+    """Sharding of one layer of a stacked parameter."""
+    if isinstance(where, jax.sharding.SingleDeviceSharding):
+        return where
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*where.spec[1:]))
+
+
+@functools.cache
+def _zeros(shape, dtype, where):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+@functools.cache
+def _put(where):
+    """(leaf, tensor, n) -> leaf with the tensor as its layer n, in place."""
+
+    def put(leaf, tensor, n):
+        return jax.lax.dynamic_update_index_in_dim(leaf, tensor.astype(leaf.dtype), n, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=where)
+
+
+def _gib(size) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held so far."""
+    try:
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) << 10
+    except OSError:  # no Linux
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+
+
+def _stored(directory) -> dict:
+    """{path: shape and dtype} of the weights in a checkpoint, of a run or imported."""
+    from opsd_jax import checkpoint
+
+    items = checkpoint._read_metadata(checkpoint._resolve(directory))[0]
+    if "params" not in items:
+        raise ValueError(f"{directory} holds no weights to export, only {sorted(items)}")
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for path, leaf in checkpoint._paths(items["params"]).items()}
+
+
+# ---------------------------------------------------------------------------- import
+
+
+def import_release(source: str, target: str, *, only: str = "", dtype: str = "") -> None:
+    """Makes `target`, a checkpoint with the weights of the released folder `source`.
+
+    Args:
+      only: "understanding" leaves out what draws. dtype: "float32", "bfloat16", or "" for each tensor as stored.
+    """
+    from opsd_jax import checkpoint
+
+    if not is_released(source):
+        raise FileNotFoundError(f"--source={source} is no released folder: it has no llm_config.json")
+    with _new_folder(target) as made:
+        config, params = load(source, generation=not only, dtype=dtype)
+        kinds = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
+        sizes = {name: part and dataclasses.asdict(part) for name, part in
+                 (("llm", config.llm), ("vit", config.vit), ("generation", config.generation))}
+        release = os.path.join(made, "release")
+        os.makedirs(release)
+        _copy(source, release, _CONFIGS + _TOKENIZER)
+        _write_json(os.path.join(release, "source.json"), {
+            "path": os.path.abspath(source), "file": _headers(source)[1], "dtype": " and ".join(kinds), "only": only})
+        checkpoint.save(os.path.join(made, "checkpoints", "0"), None, params, stage="import", config={"model": sizes})
+        counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
+    print(f"{target}: {counts} parameters in {' and '.join(kinds)}; peak host memory of the process "
+          f"{_gib(peak_memory())}")
+
+
+def _copy(source, target, names):
+    for name in names:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+
+
+# ---------------------------------------------------------------------------- export
+
+
+def export_release(source: str, target: str, *, base: str = "", dtype: str = "", name: str = "model",
+                   max_shard_gb: float = 0) -> None:
+    """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
+
+    What draws comes from the checkpoint or, if that holds the understanding path alone, unchanged from `base`.
+
+    Args:
+      source: an imported folder, a run's workdir or one of its step folders.
+      base: a released or imported folder, or a run; "" for the one that the source was made or started from,
+        "none" for a folder that cannot draw.
+      dtype: "float32", "bfloat16", or "" for each tensor as it is.
+      name: of the file: "model" or "ema".
+      max_shard_gb: larger files become several with an index; 0 for one file, which the official programs need.
+    """
+    from opsd_jax import checkpoint
+
+    kind = jnp.dtype(dtype) if dtype else None
+    if is_released(source):
+        raise ValueError(f"--source={source} is a released folder already: export reads checkpoints")
+    with _new_folder(target) as made:
+        workdir = _workdir(source)
+        source = workdir if is_imported(workdir) else source
+        stored, draws = _stored(source), _draws(source)
+        config = _saved_config(source, checkpoint.metadata(source)["config"])
+        origin = "" if base == "none" else _base(source, base, needed=not draws)
+        if origin:
+            there = _config_of(origin)
+            if (there.llm, there.vit) != (config.llm, config.vit):
+                raise ValueError(f"{origin} has other sizes than {source}, for which it shall be the base:\n"
+                                 f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}")
+            if config.generation not in (None, there.generation):
+                raise ValueError(f"{origin} draws with other sizes than {source}, for which it shall be the base:\n"
+                                 f"  {there.generation}\n  {config.generation}")
+            config = dataclasses.replace(config, generation=there.generation)
+        if draws and config.generation is None:
+            raise ValueError(f"the metadata of {source} has no sizes of what draws: give --base=FOLDER, a release")
+        if not draws and not origin:
+            config = dataclasses.replace(config, generation=None)
+        wanted = _abstract(config)
+        if wrong := [path for path, leaf in stored.items() if path not in wanted or leaf.shape != wanted[path].shape]:
+            raise ValueError(f"{source}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}")
+
+        parts = [_of_checkpoint(source, stored)]
+        missing = {path: leaf for path, leaf in wanted.items() if path not in stored}
+        if missing and is_released(origin):
+            parts.append(_of_release(origin, config, missing))
+        elif missing and origin:
+            there = _stored(origin)
+            parts.append(_of_checkpoint(origin, {path: there[path] for path in missing if path in there}))
+        outline = {}
+        for rows, _ in parts:
+            outline |= rows
+        absent = [row.name for path in wanted for row in [params_lib.fact(path)]
+                  if (row.file, _names(row, wanted[path].shape)[0]) not in outline]
+        if absent:
+            raise ValueError(f"neither {source} nor its base {origin or '(none)'} holds {', '.join(absent)}")
+        if kind is not None:
+            outline = {key: (shape, kind) for key, (shape, _) in outline.items()}
+        tensors = (item for _, part in parts for item in part)
+        written = _write_tensors(made, outline, tensors, name, int(max_shard_gb * 1e9))
+        _write_configs(made, source, origin, config)
+    if config.generation is None:
+        print(f"{target}: the understanding path only; config.json says visual_gen false")
+    elif not draws:
+        print(f"{target}: what draws is that of {origin}")
+    print(f"{target}: {_gib(written)}, {len(outline)} tensors; peak host memory of the process {_gib(peak_memory())}")
+
+
+def _workdir(source) -> str:
+    """The workdir or imported folder that a source of export, which may be its step folder, belongs to."""
+    from opsd_jax import checkpoint
+
+    return os.path.dirname(os.path.dirname(str(checkpoint._resolve(source))))
+
+
+def _origin(directory) -> str:
+    """The folder that a checkpoint was made or started from; "" if none."""
+    from opsd_jax import checkpoint
+
+    if is_imported(directory):
+        return _json(directory, "release/source.json")["path"]
+    return checkpoint.metadata(directory)["config"].get("init_from") or ""
+
+
+def _draws(directory) -> bool:
+    """Whether a folder holds the generation expert."""
+    if is_released(directory):
+        return params_lib.fact("llm/norm_gen").name in _headers(directory)[0]
+    return "llm/norm_gen" in _stored(directory)
+
+
+def _base(source, base, needed) -> str:
+    """The folder with the generation expert that a checkpoint descends from, or a given one; "" if none.
+
+    A released folder without generation expert is none. needed: FileNotFoundError if a folder is gone.
+    """
+    at = base or _origin(source)
+    while at:
+        if not os.path.isdir(at):
+            if not needed and not base:
+                return ""
+            raise FileNotFoundError(f"{at}, from which {source} takes what draws, is not there: give --base=FOLDER, or "
+                                    "--base=none for a folder that cannot draw")
+        if _draws(at):
+            return at
+        at = "" if is_released(at) else _origin(at)
+    if base:
+        raise ValueError(f"--base={base} holds no generation expert: give another, or --base=none")
+    return ""
+
+
+def _config_of(directory) -> ModelConfig:
+    """Sizes of a folder that draws."""
+    from opsd_jax import checkpoint
+
+    if is_model(directory):
+        return read_config(directory, generation=True)
+    return _saved_config(directory, checkpoint.metadata(directory)["config"])
+
+
+def _of_checkpoint(directory, leaves):
+    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint."""
+    from opsd_jax import checkpoint
+
+    outline = {}
+    for path, leaf in leaves.items():
+        row = params_lib.fact(path)
+        outline |= {(row.file, name): (_layer_shape(row, leaf.shape), np.dtype(leaf.dtype))
+                    for name in _names(row, leaf.shape)}
+
+    def tensors(group):
+        restored = checkpoint.restore_params(directory, params_lib.unflatten(group), partial=True)
+        for path, array in params_lib.flatten(restored).items():
+            row, array = params_lib.fact(path), np.asarray(array)
+            for n, name in enumerate(_names(row, array.shape)):
+                yield row.file, name, row.theirs(array[n] if row.stacked else array)
+
+    # a generator for each group, so that nothing of it is left when the next one is read
+    return outline, (item for group in _groups(leaves) for item in tensors(group))
+
+
+def _groups(leaves):
+    """Cuts {path: shape and dtype} into such dicts of about _GROUP bytes."""
+    group, size = {}, 0
+    for path, leaf in leaves.items():
+        if group and size + leaf.size * leaf.dtype.itemsize > _GROUP:
+            yield group
+            group, size = {}, 0
+        group[path] = leaf
+        size += leaf.size * leaf.dtype.itemsize
+    yield group
+
+
+def _of_release(directory, config, paths):
+    """As `_of_checkpoint`, of a released folder."""
+    leaves = [leaf for leaf in _plan(directory, config, None)[0] if leaf.path in paths]
+    outline = {(leaf.row.file, name): (_layer_shape(leaf.row, leaf.shape), leaf.dtype)
+               for leaf in leaves for name in leaf.names}
+
+    def tensors():
+        for leaf in leaves:
+            if leaf.table is not None:
+                yield leaf.row.file, leaf.names[0], leaf.table
+            for name, tensor in zip(leaf.names, leaf.tensors):
+                yield leaf.row.file, name, _read(tensor)
+
+    return outline, tensors()
+
+
+def _write_tensors(folder, outline, tensors, stem, limit) -> int:
+    """Writes the files of a release and returns their size. Headers first, then each tensor at its place as it
+    comes: memory holds one at a time, in whatever order.
+
+    outline: {("model" or "ae", name): (shape, dtype)}. limit: bytes of a file of the model; 0 for one file.
+    """
+    from opsd_jax import metrics
+
+    nbytes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in outline.items()}
+    shards, room = [], 0
+    for key in sorted(outline):
+        if key[0] == "model":
+            if not shards or (limit and room + nbytes[key] > limit):
+                shards.append([])
+                room = 0
+            shards[-1].append(key)
+            room += nbytes[key]
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    files = dict(zip(names, shards))
+    if drawn := [key for key in sorted(outline) if key[0] == "ae"]:
+        files["ae.safetensors"] = drawn
+    if len(shards) > 1:
+        places = {key[1]: file for file, keys in files.items() for key in keys if key[0] == "model"}
+        _write_json(os.path.join(folder, f"{stem}.safetensors.index.json"), {
+            "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)}, "weight_map": places})
+
+    places, bad, written = {}, [], 0
+    with contextlib.ExitStack() as stack, metrics.Progress(len(outline), "tensors", "written") as progress:
+        for file, keys in files.items():
+            rows, at = {"__metadata__": {"format": "pt"}}, 0
+            for key in keys:
+                shape, dtype = outline[key]
+                rows[key[1]] = {"dtype": _spell(dtype), "shape": list(shape), "data_offsets": [at, at + nbytes[key]]}
+                at += nbytes[key]
+            header = json.dumps(rows).encode()
+            header += b" " * (-len(header) % 8)
+            out = stack.enter_context(open(os.path.join(folder, file), "wb"))
+            out.write(struct.pack("<Q", len(header)) + header)
+            places |= {key: (out, 8 + len(header) + rows[key[1]]["data_offsets"][0]) for key in keys}
+        for file, name, tensor in tensors:
+            out, at = places.pop((file, name))
+            dtype = outline[file, name][1]
+            tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
+            if not _is_finite(tensor, _spell(dtype)):
+                bad.append(name)
+            out.seek(at)
+            out.write(memoryview(tensor.reshape(-1).view(np.uint8)))
+            written += tensor.nbytes
+            progress.update(len(outline) - len(places), size=_gib(written))
+            del tensor  # with it, what it is a view of
+    if bad:
+        raise ValueError(f"nothing is exported, for these weights are NaN or infinite: {', '.join(bad)}")
+    if places:
+        raise ValueError(f"these tensors were announced and never written: {', '.join(name for _, name in places)}")
+    return written
+
+
+def _write_configs(folder, source, origin, config) -> None:
+    """Config and tokenizer files: those of the release that the weights descend from, else made from the sizes."""
+    release = next((tokenizer_folder(at) for at in (source, origin) if at and is_model(at)), "")
+    if release:
+        found = read_config(release, generation=config.generation is not None)
+        if found != config:
+            raise ValueError(f"the config files in {release} say other sizes than the weights of {source}:\n  {found}\n"
+                             f"  {config}")
+        _copy(release, folder, _CONFIGS if config.generation else _CONFIGS[:-1])
+    for name, content in _configs(config).items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            _write_json(path, content)
+    if config.generation is None:  # a whole release's says that it draws
+        path = os.path.join(folder, "config.json")
+        _write_json(path, _json(folder, "config.json") | {"visual_gen": False})
+    tokenizer = _tokenizer_of(source) or release
+    if tokenizer:
+        _copy(tokenizer, folder, _TOKENIZER)
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER):
+        print(f"{source}: no tokenizer files found; copy them into the target")
+
+
+def _tokenizer_of(source) -> str:
+    """The tokenizer folder of a run; "" if the source is no run, or the folder is not there."""
+    from opsd_jax import data
+    from opsd_jax import eval as evaluation
+
+    workdir = _workdir(source)
+    if not os.path.isfile(os.path.join(workdir, "config.json")):
+        return ""
+    config = evaluation.load_config(workdir)
+    folders = [data.tokenizer_folder(config, at) for at in (workdir, os.path.join(workdir, "..", ".."))]  # or its run's
+    return next(filter(os.path.isdir, folders), "")
+
+
+def _configs(config) -> dict[str, dict]:
+    """The config files of a release of these sizes."""
+    llm, vit = config.llm, config.vit
+    language = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "tie_word_embeddings": False, "vocab_size": llm.vocab_size, "hidden_size": llm.hidden_size,
+        "num_hidden_layers": llm.num_layers,
+        "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_kv_heads,
+        "intermediate_size": llm.intermediate_size, "rope_theta": llm.rope_theta, "rms_norm_eps": llm.rms_norm_eps}
+    if llm.head_dim * llm.num_heads != llm.hidden_size:
+        language["head_dim"] = llm.head_dim
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": vit.hidden_size, "num_hidden_layers": vit.num_layers + 1,
+        "num_attention_heads": vit.num_heads, "intermediate_size": vit.intermediate_size, "patch_size": vit.patch_size,
+        "image_size": vit.side * vit.patch_size}
+    if vit.layer_norm_eps != 1e-6:
+        vision["layer_norm_eps"] = vit.layer_norm_eps
+    top = {
+        "architectures": ["Bagel"], "model_type": "bagel",
+        "visual_und": True, "visual_gen": config.generation is not None, "connector_act": "gelu_pytorch_tanh",
+        "interpolate_pos": False, "vit_max_num_patch_per_side": vit.side,
+        "llm_config": language, "vit_config": vision | {"num_hidden_layers": vit.num_layers}}
+    files = {"llm_config.json": language, "vit_config.json": vision, "config.json": top}
+    if config.generation:
+        g, v = config.generation, config.generation.vae
+        top |= {"latent_patch_size": g.patch, "max_latent_size": g.side, "timestep_shift": g.timestep_shift,
+                "vae_config": {"downsample": v.downsample, "z_channels": v.z_channels}}
+        files["ae_params.json"] = {
+            "in_channels": 3, "out_ch": 3, "downsample": v.downsample, "ch": v.channels, "ch_mult": list(v.multipliers),
+            "num_res_blocks": v.num_res_blocks, "z_channels": v.z_channels, "scale_factor": v.scale,
+            "shift_factor": v.shift}
+    return files
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def main(argv=None) -> None:
+    """`python -m opsd_jax.convert`; errors in the arguments or files end it with a message and code 1."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m opsd_jax.convert",
+                                     description="Released safetensors folders <-> checkpoints of opsd_jax.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    reading = commands.add_parser("import", help="released folder -> checkpoint")
+    reading.add_argument("--source", required=True, help="a released folder")
+    reading.add_argument("--target", required=True, help="the folder to make")
+    reading.add_argument("--only", default="", choices=["understanding"], help="leave out what draws")
+    writing = commands.add_parser("export", help="checkpoint -> folder as released")
+    writing.add_argument("--source", required=True, help="an imported folder, a run's workdir or a step folder")
+    writing.add_argument("--target", required=True, help="the folder to make")
+    writing.add_argument("--base", default="", help="where what draws comes from if the source lacks it: a released or "
+                         "imported folder (default: the one that the source descends from), or none")
+    writing.add_argument("--name", default="model", choices=["model", "ema"], help="of the file (default: model)")
+    writing.add_argument("--max_shard_gb", default=0, type=float,
+                         help="cut larger files (default 0: one file, as the official programs expect)")
+    for command in (reading, writing):
+        command.add_argument("--dtype", default="", choices=["float32", "bfloat16"], help="default: as stored")
+    args = parser.parse_args(argv)
+    if not os.environ.get("JAX_PLATFORMS"):  # the host's memory and cores do all of it
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        if args.command == "import":
+            import_release(args.source, args.target, only=args.only, dtype=args.dtype)
+        else:
+            export_release(args.source, args.target, base=args.base, dtype=args.dtype, name=args.name,
+                           max_shard_gb=args.max_shard_gb)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -78,8 +78,11 @@ def load(directory: str) -> Tokenizer:
     Raises FileNotFoundError if there is no tokenizer; ValueError if its files do not parse or contradict each other,
     if it is not byte-level, or if a delimiter is absent.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it takes a released folder's config.json for a model that it does not know
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
         raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "

@@ -187,11 +187,11 @@ def initial_params(run: Run, done):
     shardings = sharding.tree(run.mesh, abstract)
     if done is not None or config.init_from:
         source = os.path.join(run.workdir, "checkpoints", str(done)) if done is not None else config.init_from
-        if os.path.exists(os.path.join(source, "llm_config.json")):
-            found, params = convert.load(source)
+        if convert.is_model(source):
+            found = convert.read_config(source)
             if (found.llm, found.vit) != (model.llm, model.vit):
                 raise ValueError(f"{source} has sizes {found}, config.model says {model}: set config.model to them")
-            params = jax.device_put(params, shardings)
+            _, params = convert.load(source, mesh=run.mesh)  # float32, without what draws
         else:
             params = checkpoint.restore_params(source, sharding.abstract(run.mesh, abstract))
     else:

@@ -31,8 +31,8 @@ ODD = ModelConfig(
                   rope_theta=5e4, rms_norm_eps=1e-5, head_dim=16),
     vit=ViTConfig(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40, patch_size=5, side=7,
                   layer_norm_eps=1e-5),
-    generation=GenerationConfig(vae=VAEConfig(channels=32, multipliers=(1, 2), num_res_blocks=1, z_channels=8, scale=0.5,
-                                              shift=0.25), patch=1, side=6, timestep_shift=3.0))
+    generation=GenerationConfig(patch=1, side=6, timestep_shift=3.0, vae=VAEConfig(
+        channels=32, multipliers=(1, 2), num_res_blocks=1, z_channels=8, scale=0.5, shift=0.25)))
 
 
 def tensors_of(config, dtype=np.float32, seed=0):
@@ -41,7 +41,8 @@ def tensors_of(config, dtype=np.float32, seed=0):
     for path, leaf in convert._abstract(config).items():
         row = params_lib.fact(path)
         for name in convert._names(row, leaf.shape):
-            files[row.file][name] = rng.standard_normal(convert._layer_shape(row, leaf.shape), np.float32).astype(dtype)
+            shape = convert._layer_shape(row, leaf.shape)
+            files[row.file][name] = rng.standard_normal(shape, np.float32).astype(dtype)
     for name, side in (("vit_pos_embed", config.vit.side), ("latent_pos_embed", config.generation.side)):
         table = siglip.sincos_table(side, config.llm.hidden_size)
         files["model"][f"{name}.pos_embed"] = table.astype(dtype)
@@ -204,7 +205,7 @@ def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
     np.testing.assert_allclose(params["latent"]["position_table"], latent, atol=2e-6)
     np.testing.assert_allclose(params["connector"]["position_table"], original["vit_pos_embed.pos_embed"], atol=2e-6)
     out = capsys.readouterr().out
-    assert f"latent_pos_embed.pos_embed has 9 rows in the file, not {len(latent)}: its fixed positions are computed" in out
+    assert f"latent_pos_embed.pos_embed has 9 rows in the file, not {len(latent)}: its fixed positions" in out
     assert "vit_pos_embed.pos_embed is not in the file: its fixed positions are computed" in out
     change(copied, add={"latent_pos_embed.pos_embed": latent[:, :8]})
     refuses(copied, "misshapen latent_pos_embed.pos_embed")
@@ -223,7 +224,8 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
     for _ in range(12):
         order = rng.permutation(len(shape))
         stops = [int(rng.integers(1, size + 1)) for size in shape]
-        index = tuple(slice(int(rng.integers(0, stop)), stop) if rng.random() < 0.7 else slice(None) for stop in stops)
+        index = tuple(slice(int(rng.integers(0, stop)), stop) if rng.random() < 0.7 else slice(None)
+                      for stop in stops)
         read.clear()
         piece = convert._read(tensor, index, tuple(order))
         assert piece.dtype == dtype and piece.flags.c_contiguous
@@ -232,6 +234,7 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
         assert sum(read) == rows.nbytes
 
 
+@pytest.mark.slow
 def test_mesh(tmp_path):
     """On four devices every parameter lies as `sharding` says, and is what one device gets."""
     folder = write_release(tmp_path / "odd", ODD)
@@ -241,7 +244,7 @@ def test_mesh(tmp_path):
 def child(what, folder):
     flags = {"mesh": "--xla_force_host_platform_device_count=4"}.get(what, "")
     found = subprocess.run([sys.executable, __file__, what, str(folder)], env=os.environ | {"XLA_FLAGS": flags},
-                           capture_output=True, text=True, timeout=600)
+                           capture_output=True, text=True, timeout=600, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout.splitlines()
 
@@ -281,7 +284,8 @@ def test_memory(tmp_path):
         (folder / file).write_text(json.dumps(content))
     assert at > 2e9
     over = int(child("memory", folder)[-1])
-    print(f"{at / 2**30:.2f} GiB of parameters, largest tensor {largest / 2**20:.0f} MiB, peak {over / 2**20:.0f} MiB above")
+    print(f"{at / 2**30:.2f} GiB of parameters, largest tensor {largest / 2**20:.0f} MiB, "
+          f"peak {over / 2**20:.0f} MiB above")
     assert over <= 2 * largest + (64 << 20)
 
 
@@ -308,7 +312,8 @@ def test_every_wrong_tensor_is_named_at_once(copied):
         "missing language_model.model.layers.1.self_attn.q_proj_moe_gen.bias",
         f"misshapen {embed}: the file has {(rows - 1, width)}, the configs say {(rows, width)}",
         f"mistyped {norm}: I32, where one of F32, BF16, F16 is expected",
-        "surplus rotary.inv_freq in model.safetensors", "surplus encoder.extra in ae.safetensors", "--only=understanding")
+        "surplus rotary.inv_freq in model.safetensors", "surplus encoder.extra in ae.safetensors",
+        "--only=understanding")
     assert last not in message and message.count("\n") == 7
     message = refuses(copied, "surplus rotary.inv_freq", generation=False)
     assert "moe_gen" not in message and "encoder.extra" not in message
@@ -368,7 +373,8 @@ def test_damaged_shards(tmp_path):
     places = json.loads(text)["weight_map"]
     moved = next(name for name, file in places.items() if file == "model-0.safetensors")
     index.write_text(json.dumps({"weight_map": places | {moved: "model-1.safetensors"}}))
-    refuses(folder, f"model-1.safetensors lacks {moved}", f"model-0.safetensors holds {moved}, which", str(index))
+    refuses(folder, f"model-1.safetensors lacks {moved}", f"model-0.safetensors holds {moved}, which the index does",
+            str(index))
     index.write_text(text[:-5])
     refuses(folder, str(index), "not valid JSON")
     index.write_text("{}")
@@ -492,7 +498,8 @@ def test_round_trip(golden, imported, tmp_path):
     """import, export, import: the same bits, configs and tokenizer."""
     out = export(imported, tmp_path / "out")
     same(read_release(out), read_release(golden))
-    names = {"config.json", "llm_config.json", "vit_config.json", "ae_params.json", "special_tokens.json", "tokenizer.json"}
+    names = {name for name in os.listdir(golden) if name.endswith("json") and name != "shapes.json"}
+    assert {"config.json", "ae_params.json", "special_tokens.json", "tokenizer.json"} < names
     assert names | {"model.safetensors", "ae.safetensors"} == set(os.listdir(out))
     for name in names:
         assert (out / name).read_bytes() == (golden / name).read_bytes()
