@@ -204,7 +204,9 @@ def save(directory, state: Any, params: Any, *, step: int = 0, stage: str = "", 
             raise FileExistsError(f"{directory} exists and is not empty: choose another folder, or delete it")
         directory.rmdir()  # Orbax wants to be the one that makes it
     items = {"params": params} if state is None else {"state": state, "params": params}
-    with _explained(f"writing the checkpoint {directory}"):
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = _in_flight(items)
+    with context, _explained(f"writing the checkpoint {directory}"):
         ocp.save_checkpointables(directory, items, custom_metadata=details)
 
 
@@ -220,7 +222,7 @@ def restore(directory, abstract_state: Any) -> Any:
       CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
       differ; lists all of them. CheckpointError: the files cannot be read.
     """
-    return _load(_resolve(directory), "state", abstract_state)
+    return _load(resolve(directory), "state", abstract_state)
 
 
 def restore_params(directory, abstract_params: Any, *, partial: bool = False) -> Any:
@@ -234,12 +236,19 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
     Raises: as `restore`.
     """
-    return _load(_resolve(directory), "params", abstract_params, convert=True, partial=partial)
+    return _load(resolve(directory), "params", abstract_params, convert=True, partial=partial)
 
 
 def metadata(directory) -> dict:
     """`{format, stage, step, config, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
-    return _read_metadata(_resolve(directory))[1]
+    return _read_metadata(resolve(directory))[1]
+
+
+def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """{item: {path: shape and dtype}} of a checkpoint; `directory` as in `restore`."""
+    return {item: {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+                   for path, leaf in _paths(tree).items()}
+            for item, tree in _read_metadata(resolve(directory))[0].items()}
 
 
 def _details(step: int, stage: str, config: Mapping, metrics) -> dict:
@@ -277,10 +286,17 @@ def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, par
     _check_structure(directory, item, stored[item], abstract, convert, partial)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    context.memory.read_concurrent_bytes = _in_flight(abstract)
     with context, _explained(f"reading {item!r} of checkpoint {directory}",
                              lambda: "If its files are damaged, delete that folder: the newest of the others "
                                      f"is used then ({_list(directory.parent)[0]})"):
         return ocp.load_checkpointables(directory, {item: abstract})[item]
+
+
+def _in_flight(tree) -> int:
+    """Bytes that Orbax may hold beside the arrays: left to itself it copies all of them at once, and with less than
+    the largest array it fails."""
+    return (1 << 28) + max((leaf.size * leaf.dtype.itemsize for leaf in _paths(tree).values()), default=0)
 
 
 def _placed(leaf) -> jax.ShapeDtypeStruct:
@@ -350,7 +366,7 @@ def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
     return sorted(int(name) for name in names if name.isdigit() and name not in half), sorted(half)
 
 
-def _resolve(directory) -> epath.Path:
+def resolve(directory) -> epath.Path:
     """The step folder that `directory` (step folder, checkpoints folder or workdir) stands for."""
     directory = _absolute(directory)
     if _is_committed(directory):

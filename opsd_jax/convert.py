@@ -6,20 +6,17 @@
   HF_DIR   {model,ema}.safetensors (or shards with an index), ae.safetensors, config files, tokenizer files
   DIR      checkpoints/0/ (Orbax, the weights alone) and release/ (config and tokenizer files, source.json)
 
-Names and layouts are facts of `params.TABLE`; nothing here depends on sizes. safetensors files are read and written
-here byte by byte: the library reads whole tensors where a device needs a slice, and writes whole files at once.
-The format: uint64 length of a JSON header, the header {name: {dtype, shape, data_offsets}}, the data.
+Names and layouts are facts of `params.TABLE`; nothing here depends on sizes.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
 import shutil
-import struct
+import sys
 import time
 import types
 
@@ -28,16 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import params as params_lib
+from opsd_jax import tensor_files
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
 _GENERATION = re.compile(r".*_moe_gen\b.*|(time_embedder|vae2llm|llm2vae|latent_pos_embed)\..*")
-_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
-_EXPONENT = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
 _CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "ae_params.json")
 _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "special_tokens.json", "generation_config.json")
-_AGAIN = "the file is incomplete or damaged: download or copy it again"
 _GROUP = 1 << 28  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
 
 
@@ -64,21 +59,6 @@ def tokenizer_folder(directory: str) -> str:
     return os.path.join(directory, "release") if is_imported(directory) else directory
 
 
-def _json(directory, name, why="a released folder has llm_config.json, vit_config.json and model.safetensors or "
-          "ema.safetensors"):
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing: {why}")
-    with open(path, encoding="utf-8") as f:
-        try:
-            found = json.load(f)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): {_AGAIN}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {_AGAIN}")
-    return found
-
-
 @contextlib.contextmanager
 def _new_folder(target):
     """A folder beside `target` that takes its name once complete. FileExistsError if `target` holds anything."""
@@ -97,11 +77,6 @@ def _new_folder(target):
         raise
 
 
-def _write_json(path, content):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=2) + "\n")
-
-
 # ---------------------------------------------------------------------------- sizes
 
 
@@ -118,9 +93,9 @@ def read_config(directory: str, *, generation: bool = False, **compute) -> Model
       FileNotFoundError: a config file is missing. ValueError: a key is missing, or files disagree; lists all.
     """
     directory = tokenizer_folder(directory)
-    llm, vit = _json(directory, "llm_config.json"), _json(directory, "vit_config.json")
+    llm, vit = tensor_files.read_json(directory, "llm_config.json"), tensor_files.read_json(directory, "vit_config.json")
     whole = os.path.isfile(os.path.join(directory, "config.json"))
-    top = _json(directory, "config.json") if whole else {}
+    top = tensor_files.read_json(directory, "config.json") if whole else {}
     problems = []
 
     def get(values, file, *keys):
@@ -180,7 +155,7 @@ def _autoencoder(directory, problems) -> VAEConfig:
     """From ae_params.json; the official code's numbers where the folder has no such file, as the releases."""
     if not os.path.isfile(os.path.join(directory, "ae_params.json")):
         return VAEConfig()
-    found = _json(directory, "ae_params.json")
+    found = tensor_files.read_json(directory, "ae_params.json")
     names = {"ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "num_res_blocks",
              "z_channels": "z_channels", "scale_factor": "scale", "shift_factor": "shift"}
     if missing := [key for key in names if key not in found]:
@@ -215,126 +190,6 @@ def _abstract(config) -> types.MappingProxyType:
     return types.MappingProxyType(params_lib.flatten(shapes))
 
 
-# ---------------------------------------------------------------------------- safetensors files
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies: file, position of its first byte, dtype as the format spells it, shape."""
-
-    file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def _header(path) -> dict[str, _Tensor]:
-    """The tensors of a safetensors file. ValueError if it is cut off or no such file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {_AGAIN}")
-        try:
-            rows = json.loads(f.read(length))
-            rows.pop("__metadata__", None)
-            found = {name: _Tensor(path, 8 + length + row["data_offsets"][0], row["dtype"], tuple(row["shape"]))
-                     for name, row in rows.items()}
-            ends = [8 + length + row["data_offsets"][1] for row in rows.values()]
-            whole = all(math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize == end - tensor.offset
-                        for tensor, end in zip(found.values(), ends) if tensor.dtype in _DTYPES)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} has no readable safetensors header ({error!r}): {_AGAIN}") from error
-    if not whole:
-        raise ValueError(f"{path}: sizes in its header contradict each other: {_AGAIN}")
-    if max(ends, default=size) != size:
-        raise ValueError(f"{path} has {size:,} bytes, its header says {max(ends):,}: {_AGAIN}")
-    return found
-
-
-def _headers(directory) -> tuple[dict[str, _Tensor], str]:
-    """(tensors, stem) of model.safetensors, else ema.safetensors, or of the shards of an index of either one."""
-    for stem in ("model", "ema"):
-        name = f"{stem}.safetensors.index.json"
-        if os.path.isfile(os.path.join(directory, name)):
-            return _shards(directory, name), stem
-        path = os.path.join(directory, f"{stem}.safetensors")
-        if os.path.isfile(path):
-            return _header(path), stem
-    raise FileNotFoundError(f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)")
-
-
-def _shards(directory, index):
-    places = _json(directory, index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
-        raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {_AGAIN}")
-    parts = sorted(set(places.values()))
-    if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
-        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them")
-    found, problems = {}, []
-    for part in parts:
-        held = _header(os.path.join(directory, part))
-        named = {name for name, place in places.items() if place == part}
-        problems += [f"{part} lacks {name}, which the index puts there" for name in sorted(named - held.keys())]
-        problems += [f"{part} holds {name}, which the index does not put there" for name in sorted(held.keys() - named)]
-        found |= held
-    if problems:
-        raise ValueError(f"{os.path.join(directory, index)} does not fit its files; take all from one release:\n  "
-                         + "\n  ".join(problems))
-    return found
-
-
-def _fill(file, offset, array):
-    """Reads the bytes of a contiguous array; they arrive in it without a second copy."""
-    file.seek(offset)
-    rest = memoryview(array.reshape(-1).view(np.uint8))
-    while rest:
-        count = file.readinto(rest)
-        if not count:
-            raise ValueError(f"{file.name} ended while it was read: {_AGAIN}")
-        rest = rest[count:]
-
-
-def _read(tensor: _Tensor, index=(), order=None) -> np.ndarray:
-    """The slice `index` (a slice for each axis; () for all) of a tensor, its axes in `order`, contiguous.
-
-    Of the file, only the rows of the slice are read. Columns and transposed tensors go through a buffer of few rows,
-    in which both ways of reading stay in the processor's cache: at 7B several times as fast as a transpose by XLA.
-    """
-    dtype = _DTYPES[tensor.dtype]
-    index = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [(0, size) for size in tensor.shape]
-    shape = tuple(stop - start for start, stop in index)
-    out = np.empty(shape if order is None else [shape[axis] for axis in order], dtype)
-    first, row = index[0][0] if index else 0, math.prod(tensor.shape[1:]) * dtype.itemsize
-    with open(tensor.file, "rb", buffering=0) as f:
-        if order is None and shape[1:] == tensor.shape[1:]:
-            _fill(f, tensor.offset + first * row, out)
-            return out
-        bits = out.view(_EXPONENT[tensor.dtype][0])  # NumPy moves integers faster than bfloat16
-        bits = bits if order is None else bits.transpose(np.argsort(order))
-        rows = min(shape[0], max(64, (1 << 20) // row))
-        columns = tuple(slice(*bounds) for bounds in index[1:])
-        block = np.empty((rows, *tensor.shape[1:]), bits.dtype)
-        for at in range(0, shape[0], rows):
-            part = block[:shape[0] - at]
-            _fill(f, tensor.offset + (first + at) * row, part)
-            bits[at:at + rows] = part[(slice(None), *columns)]
-    return out
-
-
-def _is_finite(array, dtype: str) -> bool:
-    """Whether a contiguous array is free of NaN and infinities: their exponent bits are all set."""
-    kind, exponent = _EXPONENT[dtype]
-    bits, step = array.reshape(-1).view(kind), 1 << 18  # pieces that stay in the processor's cache
-    return not any(((bits[at:at + step] & kind(exponent)) == exponent).any() for at in range(0, bits.size, step))
-
-
-def _spell(dtype) -> str:
-    """A dtype as the format spells it."""
-    return next(name for name, known in _DTYPES.items() if known == dtype)
-
-
 # ---------------------------------------------------------------------------- what goes where
 
 
@@ -345,7 +200,7 @@ class _Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    tensors: tuple[_Tensor, ...]
+    tensors: tuple[tensor_files.Tensor, ...]
     table: np.ndarray | None = None
 
     @property
@@ -376,17 +231,17 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
       ValueError that lists every missing, surplus, misshapen or mistyped tensor by name.
     """
     files, stem = {}, {}
-    files["model"], name = _headers(directory)
+    files["model"], name = tensor_files.folder(directory)
     stem["model"] = f"{name}.safetensors"
     if config.generation:
         path = os.path.join(directory, "ae.safetensors")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is missing: what draws needs the autoencoder; copy it there, or do "
                                     "without (import --only=understanding)")
-        files["ae"], stem["ae"] = _header(path), "ae.safetensors"
+        files["ae"], stem["ae"] = tensor_files.header(path), "ae.safetensors"
     problems, notes, leaves = [], [], []
     used = {file: set() for file in files}
-    default = dtype or _DTYPES.get(getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None))
+    default = dtype or tensor_files.DTYPES.get(getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None))
     for path, leaf in _abstract(config).items():
         row = params_lib.fact(path)
         shape, found = _layer_shape(row, leaf.shape), []
@@ -395,8 +250,8 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
             tensor = files[row.file].get(name)
             if tensor is None:
                 wrong = f"missing {name} (expected shape {shape})"
-            elif tensor.dtype not in _DTYPES:
-                wrong = f"mistyped {name}: {tensor.dtype}, where one of {', '.join(_DTYPES)} is expected"
+            elif tensor.dtype not in tensor_files.DTYPES:
+                wrong = f"mistyped {name}: {tensor.dtype}, where one of {', '.join(tensor_files.DTYPES)} is expected"
             elif tensor.shape != shape:
                 wrong = f"misshapen {name}: the file has {tensor.shape}, the configs say {shape}"
             else:
@@ -417,7 +272,7 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
             from opsd_jax.model.siglip import sincos_table
 
             table = sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1])
-        target = dtype or (_DTYPES[stored.pop()] if stored else default)
+        target = dtype or (tensor_files.DTYPES[stored.pop()] if stored else default)
         leaves.append(_Leaf(path, leaf.shape, target, tuple(found), table))
     for file, tensors in files.items():
         left = [name for name in tensors if name not in used[file]]
@@ -452,7 +307,7 @@ def load(directory: str, *, generation: bool = False, dtype: str | None = "float
       FileNotFoundError: a file is missing. ValueError: files cannot be read or do not fit; names each tensor.
     """
     kind = None if not dtype else jnp.dtype(dtype)
-    if kind is not None and kind not in _DTYPES.values():
+    if kind is not None and kind not in tensor_files.DTYPES.values():
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     if not is_model(directory):
         raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json) and was not made by "
@@ -463,7 +318,7 @@ def load(directory: str, *, generation: bool = False, dtype: str | None = "float
     leaves, notes = _plan(directory, config, kind)
     if jax.process_index() == 0:
         for note in notes:
-            print(f"{directory}: {note}", flush=True)
+            print(f"{directory}: {note}", file=sys.stderr)
     return config, _place(directory, leaves, mesh, layout)
 
 
@@ -471,7 +326,7 @@ def _restore(directory, config, dtype, mesh, layout):
     """The parameters of an imported folder."""
     from opsd_jax import checkpoint, sharding
 
-    only = _json(directory, "release/source.json")["only"]
+    only = tensor_files.read_json(directory, "release/source.json")["only"]
     if config.generation and only:
         raise ValueError(f"{directory} was imported with --only={only} and cannot draw: import the release again "
                          "without it")
@@ -507,15 +362,15 @@ def _place(directory, leaves, mesh, layout):
                 if not finite:
                     bad.append(f"non-finite {name} in {tensor.file}")
                 read, done = read + count, done + 1
-                progress.update(done, size=_gib(read))
+                progress.update(done, size=tensor_files.size_of(read))
             flat[leaf.path] = array
     if bad:
         raise ValueError(f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:\n  "
                          + "\n  ".join(bad))
     if jax.process_index() == 0:
         held = sum(shard.data.nbytes for array in flat.values() for shard in array.addressable_shards)
-        print(f"{directory}: read {_gib(read)} in {time.monotonic() - began:.0f} s; target {_gib(held)} on this "
-              f"process, peak host memory of the process {_gib(peak_memory())}", flush=True)
+        print(f"{directory}: read {tensor_files.size_of(read)} in {time.monotonic() - began:.0f} s; target {tensor_files.size_of(held)} on this "
+              f"process, peak host memory of the process {tensor_files.size_of(peak_memory())}", file=sys.stderr)
     return params_lib.unflatten(flat)
 
 
@@ -527,8 +382,8 @@ def _fetch(tensor, row, where):
         nonlocal finite
         key = str(index)  # devices that hold the same slice share one reading
         if key not in kept:
-            kept[key] = _read(tensor, row.their_shape(index), row.order)
-            finite = finite and _is_finite(kept[key], tensor.dtype)
+            kept[key] = tensor_files.read(tensor, row.their_shape(index), row.order)
+            finite = finite and tensor_files.is_finite(kept[key], tensor.dtype)
         return kept[key]
 
     shape = row.ours(np.broadcast_to(0, tensor.shape)).shape
@@ -567,10 +422,6 @@ def _put(where):
     return jax.jit(put, donate_argnums=0, out_shardings=where)
 
 
-def _gib(size) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
-
-
 def peak_memory() -> int:
     """The most memory in bytes that this process has held so far."""
     try:
@@ -587,11 +438,10 @@ def _stored(directory) -> dict:
     """{path: shape and dtype} of the weights in a checkpoint, of a run or imported."""
     from opsd_jax import checkpoint
 
-    items = checkpoint._read_metadata(checkpoint._resolve(directory))[0]
+    items = checkpoint.contents(directory)
     if "params" not in items:
         raise ValueError(f"{directory} holds no weights to export, only {sorted(items)}")
-    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in checkpoint._paths(items["params"]).items()}
+    return items["params"]
 
 
 # ---------------------------------------------------------------------------- import
@@ -615,12 +465,12 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
         release = os.path.join(made, "release")
         os.makedirs(release)
         _copy(source, release, _CONFIGS + _TOKENIZER)
-        _write_json(os.path.join(release, "source.json"), {
-            "path": os.path.abspath(source), "file": _headers(source)[1], "dtype": " and ".join(kinds), "only": only})
+        tensor_files.write_json(os.path.join(release, "source.json"), {
+            "path": os.path.abspath(source), "file": tensor_files.folder(source)[1], "dtype": " and ".join(kinds), "only": only})
         checkpoint.save(os.path.join(made, "checkpoints", "0"), None, params, stage="import", config={"model": sizes})
         counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
     print(f"{target}: {counts} parameters in {' and '.join(kinds)}; peak host memory of the process "
-          f"{_gib(peak_memory())}")
+          f"{tensor_files.size_of(peak_memory())}")
 
 
 def _copy(source, target, names):
@@ -633,7 +483,7 @@ def _copy(source, target, names):
 
 
 def export_release(source: str, target: str, *, base: str = "", dtype: str = "", name: str = "model",
-                   max_shard_gb: float = 0) -> None:
+                   max_shard_gb: float = 5) -> None:
     """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
 
     What draws comes from the checkpoint or, if that holds the understanding path alone, unchanged from `base`.
@@ -644,7 +494,7 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         "none" for a folder that cannot draw.
       dtype: "float32", "bfloat16", or "" for each tensor as it is.
       name: of the file: "model" or "ema".
-      max_shard_gb: larger files become several with an index; 0 for one file, which the official programs need.
+      max_shard_gb: larger files become several with an index; 0 for one file.
     """
     from opsd_jax import checkpoint
 
@@ -691,20 +541,20 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         if kind is not None:
             outline = {key: (shape, kind) for key, (shape, _) in outline.items()}
         tensors = (item for _, part in parts for item in part)
-        written = _write_tensors(made, outline, tensors, name, int(max_shard_gb * 1e9))
+        written = tensor_files.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
         _write_configs(made, source, origin, config)
     if config.generation is None:
         print(f"{target}: the understanding path only; config.json says visual_gen false")
     elif not draws:
         print(f"{target}: what draws is that of {origin}")
-    print(f"{target}: {_gib(written)}, {len(outline)} tensors; peak host memory of the process {_gib(peak_memory())}")
+    print(f"{target}: {tensor_files.size_of(written)}, {len(outline)} tensors; peak host memory of the process {tensor_files.size_of(peak_memory())}")
 
 
 def _workdir(source) -> str:
     """The workdir or imported folder that a source of export, which may be its step folder, belongs to."""
     from opsd_jax import checkpoint
 
-    return os.path.dirname(os.path.dirname(str(checkpoint._resolve(source))))
+    return os.path.dirname(os.path.dirname(str(checkpoint.resolve(source))))
 
 
 def _origin(directory) -> str:
@@ -712,14 +562,14 @@ def _origin(directory) -> str:
     from opsd_jax import checkpoint
 
     if is_imported(directory):
-        return _json(directory, "release/source.json")["path"]
+        return tensor_files.read_json(directory, "release/source.json")["path"]
     return checkpoint.metadata(directory)["config"].get("init_from") or ""
 
 
 def _draws(directory) -> bool:
     """Whether a folder holds the generation expert."""
     if is_released(directory):
-        return params_lib.fact("llm/norm_gen").name in _headers(directory)[0]
+        return params_lib.fact("llm/norm_gen").name in tensor_files.folder(directory)[0]
     return "llm/norm_gen" in _stored(directory)
 
 
@@ -796,67 +646,9 @@ def _of_release(directory, config, paths):
             if leaf.table is not None:
                 yield leaf.row.file, leaf.names[0], leaf.table
             for name, tensor in zip(leaf.names, leaf.tensors):
-                yield leaf.row.file, name, _read(tensor)
+                yield leaf.row.file, name, tensor_files.read(tensor)
 
     return outline, tensors()
-
-
-def _write_tensors(folder, outline, tensors, stem, limit) -> int:
-    """Writes the files of a release and returns their size. Headers first, then each tensor at its place as it
-    comes: memory holds one at a time, in whatever order.
-
-    outline: {("model" or "ae", name): (shape, dtype)}. limit: bytes of a file of the model; 0 for one file.
-    """
-    from opsd_jax import metrics
-
-    nbytes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in outline.items()}
-    shards, room = [], 0
-    for key in sorted(outline):
-        if key[0] == "model":
-            if not shards or (limit and room + nbytes[key] > limit):
-                shards.append([])
-                room = 0
-            shards[-1].append(key)
-            room += nbytes[key]
-    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
-        f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
-    files = dict(zip(names, shards))
-    if drawn := [key for key in sorted(outline) if key[0] == "ae"]:
-        files["ae.safetensors"] = drawn
-    if len(shards) > 1:
-        places = {key[1]: file for file, keys in files.items() for key in keys if key[0] == "model"}
-        _write_json(os.path.join(folder, f"{stem}.safetensors.index.json"), {
-            "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)}, "weight_map": places})
-
-    places, bad, written = {}, [], 0
-    with contextlib.ExitStack() as stack, metrics.Progress(len(outline), "tensors", "written") as progress:
-        for file, keys in files.items():
-            rows, at = {"__metadata__": {"format": "pt"}}, 0
-            for key in keys:
-                shape, dtype = outline[key]
-                rows[key[1]] = {"dtype": _spell(dtype), "shape": list(shape), "data_offsets": [at, at + nbytes[key]]}
-                at += nbytes[key]
-            header = json.dumps(rows).encode()
-            header += b" " * (-len(header) % 8)
-            out = stack.enter_context(open(os.path.join(folder, file), "wb"))
-            out.write(struct.pack("<Q", len(header)) + header)
-            places |= {key: (out, 8 + len(header) + rows[key[1]]["data_offsets"][0]) for key in keys}
-        for file, name, tensor in tensors:
-            out, at = places.pop((file, name))
-            dtype = outline[file, name][1]
-            tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
-            if not _is_finite(tensor, _spell(dtype)):
-                bad.append(name)
-            out.seek(at)
-            out.write(memoryview(tensor.reshape(-1).view(np.uint8)))
-            written += tensor.nbytes
-            progress.update(len(outline) - len(places), size=_gib(written))
-            del tensor  # with it, what it is a view of
-    if bad:
-        raise ValueError(f"nothing is exported, for these weights are NaN or infinite: {', '.join(bad)}")
-    if places:
-        raise ValueError(f"these tensors were announced and never written: {', '.join(name for _, name in places)}")
-    return written
 
 
 def _write_configs(folder, source, origin, config) -> None:
@@ -871,10 +663,10 @@ def _write_configs(folder, source, origin, config) -> None:
     for name, content in _configs(config).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            _write_json(path, content)
+            tensor_files.write_json(path, content)
     if config.generation is None:  # a whole release's says that it draws
         path = os.path.join(folder, "config.json")
-        _write_json(path, _json(folder, "config.json") | {"visual_gen": False})
+        tensor_files.write_json(path, tensor_files.read_json(folder, "config.json") | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release
     if tokenizer:
         _copy(tokenizer, folder, _TOKENIZER)
@@ -949,8 +741,8 @@ def main(argv=None) -> None:
     writing.add_argument("--base", default="", help="where what draws comes from if the source lacks it: a released or "
                          "imported folder (default: the one that the source descends from), or none")
     writing.add_argument("--name", default="model", choices=["model", "ema"], help="of the file (default: model)")
-    writing.add_argument("--max_shard_gb", default=0, type=float,
-                         help="cut larger files (default 0: one file, as the official programs expect)")
+    writing.add_argument("--max_shard_gb", default=5, type=float, help="cut larger files and write an index (default "
+                         "5); 0 for one file, which the official demo and harness want")
     for command in (reading, writing):
         command.add_argument("--dtype", default="", choices=["float32", "bfloat16"], help="default: as stored")
     args = parser.parse_args(argv)

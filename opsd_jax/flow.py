@@ -162,10 +162,10 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
     # start and end stand before the latents, where the expert's cut wants them: inside the block order has no meaning
     block = jnp.concatenate([jnp.broadcast_to(ends, (batch, *ends.shape[1:])), latents], axis=1)
     block = jnp.tile(block, (rows // batch, 1, 1))
-    shape = block.shape[:2]
+    # one query stands for all: they share their rope id and see the same keys, so that the mask is [R * B, 1, keys]
+    everything, document = jnp.full((rows, 1), canvas.segment.shape[1]), jnp.ones((rows, 1), jnp.int32)
     hidden, cache = bagel.forward(
-        params, block, jnp.broadcast_to(canvas.rope[:, None], shape), jnp.full(shape, canvas.segment.shape[1]),
-        jnp.ones(shape, jnp.int32), config=model, cache=cache, offset=canvas.slots,
+        params, block, canvas.rope[:, None], everything, document, config=model, cache=cache, offset=canvas.slots,
         key_segment=canvas.segment, order=canvas.order, latents=tokens)
     found = bagel.velocity(params, hidden[:, 2:], config=model)
     return found.reshape(rows // batch, batch, *found.shape[1:]), cache

@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from opsd_jax import checkpoint, convert, params as params_lib, settings, sharding
+from opsd_jax import checkpoint, convert, params as params_lib, settings, sharding, tensor_files
 from opsd_jax.model import siglip
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -164,7 +164,7 @@ def test_understanding_leaves_the_rest_on_disk(golden, capsys):
     kept, files = named(params), read_release(golden)
     left = {name for name in files["model"] if convert._GENERATION.fullmatch(name)}
     same(kept, {"model": {name: x for name, x in files["model"].items() if name not in left}, "ae": {}})
-    assert len(left) > 25 and f"{len(left)} tensors of the generation expert stay on disk" in capsys.readouterr().out
+    assert len(left) > 25 and f"{len(left)} tensors of the generation expert stay on disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "shards", "dtype"), [("ema", 1, np.float32), ("model", 3, jnp.bfloat16),
@@ -204,7 +204,7 @@ def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
     _, params = convert.load(str(copied), generation=True)
     np.testing.assert_allclose(params["latent"]["position_table"], latent, atol=2e-6)
     np.testing.assert_allclose(params["connector"]["position_table"], original["vit_pos_embed.pos_embed"], atol=2e-6)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert f"latent_pos_embed.pos_embed has 9 rows in the file, not {len(latent)}: its fixed positions" in out
     assert "vit_pos_embed.pos_embed is not in the file: its fixed positions are computed" in out
     change(copied, add={"latent_pos_embed.pos_embed": latent[:, :8]})
@@ -217,9 +217,9 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
     """Any slice with any axes, reading the bytes of its rows and no others."""
     values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
     save_file({"before": values, "x": values}, tmp_path / "a.safetensors")
-    tensor, read = convert._header(tmp_path / "a.safetensors")["x"], []
-    fill = convert._fill
-    monkeypatch.setattr(convert, "_fill", lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)))
+    tensor, read = tensor_files.header(tmp_path / "a.safetensors")["x"], []
+    fill = tensor_files._fill
+    monkeypatch.setattr(tensor_files, "_fill", lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)))
     rng = np.random.default_rng(0)
     for _ in range(12):
         order = rng.permutation(len(shape))
@@ -227,7 +227,7 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
         index = tuple(slice(int(rng.integers(0, stop)), stop) if rng.random() < 0.7 else slice(None)
                       for stop in stops)
         read.clear()
-        piece = convert._read(tensor, index, tuple(order))
+        piece = tensor_files.read(tensor, index, tuple(order))
         assert piece.dtype == dtype and piece.flags.c_contiguous
         np.testing.assert_array_equal(piece, values[index].transpose(order))
         rows = values[index[0]]
@@ -263,7 +263,8 @@ def on_meshes(folder):
 
 
 @pytest.mark.slow
-def test_memory(tmp_path):
+@pytest.mark.parametrize("command", ["load", "import"])
+def test_memory(tmp_path, command):
     """Host memory peaks at the parameters plus two of the largest tensors (and 64 MiB of small things)."""
     config = dataclasses.replace(ODD, generation=None, llm=LLMConfig(
         vocab_size=32768, hidden_size=2048, num_layers=7, num_heads=16, num_kv_heads=4, intermediate_size=8192))
@@ -283,17 +284,18 @@ def test_memory(tmp_path):
     for file, content in convert._configs(config).items():
         (folder / file).write_text(json.dumps(content))
     assert at > 2e9
-    over = int(child("memory", folder)[-1])
-    print(f"{at / 2**30:.2f} GiB of parameters, largest tensor {largest / 2**20:.0f} MiB, "
+    over = int(child(f"memory of {command}", folder)[-1])
+    print(f"{command}: {at / 2**30:.2f} GiB of parameters, largest tensor {largest / 2**20:.0f} MiB, "
           f"peak {over / 2**20:.0f} MiB above")
     assert over <= 2 * largest + (64 << 20)
 
 
-def memory(folder):
+def memory(folder, read):
     jax.devices()
     before = convert.peak_memory()
-    _, params = convert.load(folder)
-    print(convert.peak_memory() - before - sum(x.nbytes for x in jax.tree.leaves(params)))
+    read(folder)
+    size = sum(math.prod(leaf.shape) * 4 for leaf in convert._abstract(convert.read_config(folder)).values())
+    print(convert.peak_memory() - before - size)
 
 
 # --- faults ----------------------------------------------------------------------------------------------
@@ -333,15 +335,15 @@ def test_non_finite_weights_are_named(copied):
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_finite(dtype):
-    kind = convert._DTYPES[dtype]
+    kind = tensor_files.DTYPES[dtype]
     largest = jnp.finfo(kind).max
     x = np.full(1 << 19, largest, kind)
-    assert convert._is_finite(x, dtype) and convert._is_finite(-x, dtype)
+    assert tensor_files.is_finite(x, dtype) and tensor_files.is_finite(-x, dtype)
     for value in (np.nan, np.inf, -np.inf):
         for place in (0, (1 << 18) + 5, -1):
             y = x.copy()
             y[place] = value
-            assert not convert._is_finite(y, dtype)
+            assert not tensor_files.is_finite(y, dtype)
 
 
 def test_layers_of_unlike_dtypes(copied):
@@ -628,4 +630,11 @@ def test_diverged_weights_are_not_exported(tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    {"mesh": on_meshes, "memory": memory}[sys.argv[1]](sys.argv[2])
+    mode, folder = sys.argv[1:]
+    if mode == "mesh":
+        on_meshes(folder)
+    elif mode == "memory of load":
+        kept = []
+        memory(folder, lambda folder: kept.append(convert.load(folder)))
+    else:
+        memory(folder, lambda folder: convert.import_release(folder, folder + "-imported", only="understanding"))

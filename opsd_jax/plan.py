@@ -1,0 +1,541 @@
+"""What a step takes on a TPU slice that is not there: `python -m opsd_jax.plan --config=C --topology=v5p:2x2x2`.
+
+  settings -> shapes of state, contexts and trajectory, cut over the mesh -> `rollout.sample` and `distill.update`,
+  traced and compiled for the slice as the run would -> bill
+
+The compiler for TPUs (libtpu) runs on any Linux machine and assigns real buffers, so a program that does not fit
+fails here as it would there. What this does not tell: numerics, measured speed, and what the runtime keeps for
+itself. `--topology=cpu:8` compiles for eight devices that the CPU plays, anywhere; its temporary memory says little
+about a TPU.
+
+Two things lie in memory beside a program and are added to its own peak: while the student samples, the whole
+training state; while it is updated, the copy of the parameters that sampled (see `train.train_stage`).
+
+Letters: n devices of a collective's group.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
+
+from absl import app, flags
+
+from opsd_jax import settings, train  # train defines --config
+
+GIB = 2 ** 30
+UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
+STEP = ("sample", "update")  # the programs of a step on the policy; supervised stages have "update" alone
+
+flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
+flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-centre network.")
+flags.DEFINE_enum("only", "", ["", *STEP], "Compile this program alone.")
+flags.DEFINE_string("stage", "", "Stage of the config (default: opsd if it has one, else its first).")
+flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
+flags.DEFINE_float("hbm", 0, "GiB a device, in place of the chip's own.")
+flags.DEFINE_bool("quick", False, "Compile with less effort: three times faster, peaks some 5 % off.")
+flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
+
+
+# --- topologies ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A generation of TPUs, for each device that JAX sees (half a chip on tpu7x).
+
+    hbm: GiB that libtpu lets a program have. flops: bfloat16 peak a second. bandwidth: HBM, bytes a second.
+    link: one ICI link one way, bytes a second. axes: of the torus. counted: what a name like v5p-16 counts for each
+    chip. devices: of a chip. Sources: Google's pages of the generations; hbm as libtpu 0.0.42 enforces it.
+    """
+
+    hbm: float
+    flops: float
+    bandwidth: float
+    link: float
+    axes: int
+    counted: int = 1
+    devices: int = 1
+
+
+CHIPS = {
+    "v4": Chip(30.75, 275e12, 1.2e12, 4.5e10, 3, counted=2),
+    "v5e": Chip(15.75, 197e12, 8.1e11, 4.5e10, 2),
+    "v5p": Chip(95.74, 459e12, 2.77e12, 9e10, 3, counted=2),
+    "v6e": Chip(31.25, 918e12, 1.64e12, 9e10, 2),
+    "tpu7x": Chip(94.75, 1153e12, 3.69e12, 9e10, 3, counted=2, devices=2),
+}
+DCN = 6.25e9  # bytes a second and chip between slices
+_OTHER_NAMES = {"v5litepod": "v5e", "7x": "tpu7x", "v7x": "tpu7x"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One or several equal slices. family: a key of CHIPS, or "cpu". grid: chips along each axis of a slice."""
+
+    family: str
+    grid: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}:{'x'.join(map(str, self.grid))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.grid) * self.slices
+
+    @property
+    def devices(self) -> int:
+        return self.chips * (CHIPS[self.family].devices if self.family in CHIPS else 1)
+
+    @property
+    def hbm(self) -> float | None:
+        """GiB a device; None for a CPU, which has no bound of its own."""
+        return CHIPS[self.family].hbm if self.family in CHIPS else None
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """Which axes of the torus are closed: full cubes of 4 in three dimensions, 16 in two."""
+        closed = (CHIPS[self.family].axes == 3 and all(n % 4 == 0 for n in self.grid)) or self.grid == (16, 16)
+        return (closed,) * len(self.grid) + (False,) * (3 - len(self.grid))
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """v5p:2x2x2 (chips along each axis), v5p-16 (as clouds name it), cpu:8. ValueError that says what is possible.
+
+    Names of v4, v5p and tpu7x count TensorCores, two a chip: v5p-16 is 8 chips. Names of v5e and v6e count chips.
+    """
+    choices = f"use FAMILY:GRID or FAMILY-COUNT with FAMILY of {', '.join(CHIPS)}, or cpu:N"
+    match = re.fullmatch(r"(\w+)([:-])(\d+(?:x\d+)*)", text)
+    if not match or slices < 1:
+        raise ValueError(f"--topology={text!r} with --slices={slices}: {choices}, and at least one slice")
+    family, mark, sizes = match.groups()
+    family = _OTHER_NAMES.get(family, family)
+    grid = tuple(map(int, sizes.split("x")))
+    if family == "cpu" and len(grid) == 1 and grid[0] > 0 and slices == 1:
+        return Topology("cpu", grid)
+    if family not in CHIPS:
+        raise ValueError(f"--topology={text!r}: {choices}{'; a CPU has one slice' if family == 'cpu' else ''}")
+    chip = CHIPS[family]
+    if mark == ":":
+        if len(grid) != chip.axes or min(grid) < 1:
+            raise ValueError(f"--topology={text!r}: {family} has a grid of {chip.axes} axes, such as "
+                             f"{family}:{'x'.join(['2'] * chip.axes)}")
+        return Topology(family, grid, slices)
+    chips = grid[0] / chip.counted
+    if len(grid) > 1 or chips not in _sizes(chip.axes):
+        names = ", ".join(f"{family}-{n * chip.counted}" for n in sorted(_sizes(chip.axes)))
+        raise ValueError(f"--topology={text!r}: {family} comes as {names}"
+                         f"{' (TensorCores, two a chip)' if chip.counted > 1 else ''}; or name its grid, {family}:...")
+    return Topology(family, _sizes(chip.axes)[int(chips)], slices)
+
+
+@functools.cache
+def _sizes(axes: int) -> dict[int, tuple[int, ...]]:
+    """Chips of a slice -> its usual grid: each doubling makes the shortest axis longer, the last one first."""
+    grid = [1] * axes if axes == 2 else [2, 2, 1]
+    largest = 256 if axes == 2 else 4096
+    found = {math.prod(grid): tuple(grid)}
+    while math.prod(grid) < largest:
+        shortest = max(n for n in range(axes) if grid[n] == min(grid))
+        grid[shortest] *= 2
+        found[math.prod(grid)] = tuple(grid)
+    found.pop(2, None)
+    return found
+
+
+def devices_of(topology: Topology) -> list:
+    """Devices to compile for, slice by slice. They hold no arrays. Needs a process without a started JAX backend."""
+    import jax
+
+    # Nothing here runs on an accelerator, and a program must not be held up by one that is in use.
+    jax.config.update("jax_platforms", "cpu")
+    if topology.family == "cpu":
+        _start_cpu(topology.devices)
+        return jax.devices()[:topology.devices]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(missing_libtpu())
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+             "TPU_LOG_DIR": "disabled", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+             "TF_CPP_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    # A program compiled for absent devices can be written to the cache but not be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+    from jax.experimental import topologies
+
+    options = {"wrap": topology.wrap, "num_slices": topology.slices}
+    if topology.family in ("v4", "v5p"):
+        options["chip_config_name"] = "megacore"  # two TensorCores as one device
+    if math.prod(topology.grid) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+    except Exception as error:  # libtpu raises its own types
+        raise ValueError(f"libtpu knows no slice {topology.name}: {str(error).splitlines()[0]}") from error
+    return sorted(found, key=lambda device: (getattr(device, "slice_index", 0), device.id))
+
+
+def _start_cpu(count):
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend is there already
+        pass
+    if len(jax.devices()) < count:
+        raise ValueError(f"--topology=cpu:{count} needs a process of its own: JAX already runs with "
+                         f"{len(jax.devices())} devices")
+
+
+def missing_libtpu() -> str:
+    """What to install to compile for a TPU."""
+    wants = next((r.split(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
+    return ("compiling for a TPU needs its compiler, libtpu, which is not installed here. No TPU is needed:\n"
+            f"    pip install '{wants}'\n"
+            f"is the version that jax {importlib.metadata.version('jax')} asks for (Linux x86-64, some 200 MB). "
+            "Without it, --topology=cpu:8 compiles for fake devices.")
+
+
+# --- programs --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted program of a step, traced and not compiled.
+
+    kinds: {kind: pytree of ShapeDtypeStructs} of its arguments. beside: the same of what else lies in memory.
+    trips: how often its `while` loop without a fixed length runs at most. cache: bytes of its KV cache, all devices.
+    """
+
+    name: str
+    traced: object
+    kinds: dict
+    beside: dict
+    trips: int = 1
+    cache: int = 0
+
+
+def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list[Program]:
+    """The programs of one step of a stage, from shapes alone. ValueError as a run with this config would raise."""
+    import jax
+    import jax.numpy as jnp
+
+    from opsd_jax import context, distill, rollout, sharding
+    from opsd_jax.model import bagel
+
+    settings.check(config)
+    check_batch(config, stage, mesh)
+    size = config[stage].batch_size
+    ends = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
+    model, own = settings.model(config), settings.distill(config, stage, ends)
+    whole = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(mesh)), tree)
+
+    def array(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.batch(mesh))
+
+    def packed(slots, patches, dtype=jnp.uint8):
+        row, patch = array(slots), array(patches)
+        return context.Context(
+            tokens=row, positions=row, limit=row, segment=row, patches=array(patches, model.vit.patch_dim, dtype=dtype),
+            patch_positions=patch, patch_image=patch, patch_slots=patch, length=array(), next_position=array())
+
+    params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
+    state = sharding.abstract(mesh, jax.eval_shape(lambda p: distill.init_state(p, own), params))
+    teacher = {name: state[name] for name in ("ema", "teacher") if name in state}
+    held = {"params": state["params"], "optimizer": state["opt"], "teacher": teacher}
+
+    buckets = config.data.buckets
+    if not -len(buckets.student) <= bucket < len(buckets.student):
+        raise ValueError(f"--bucket={bucket}: config.data.buckets has {len(buckets.student)}")
+    if stage != "opsd":
+        if only == "sample":
+            raise ValueError(f"--only=sample: stage {stage} samples nothing, choose another --stage or none")
+        slots, patches, targets = buckets.trace[bucket]
+        batch = context.Supervised(packed(slots, patches), array(targets), array(targets),
+                                   array(targets, dtype=jnp.bool_))
+        traced = distill.program(distill.sft_step, state, own).trace(state, batch)
+        return [Program("update", traced, held | {"batch": batch}, {})]
+
+    noise = config.teacher.visual_thoughts == "noise"  # drawn as floats
+    batch = distill.Batch(packed(*buckets.student[bucket]),
+                          packed(*buckets.teacher[bucket], dtype=jnp.float32 if noise else jnp.uint8))
+    # The table of a marker is a constant of the program: only its size matters, as long as it is not all zeros.
+    marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
+    sampling = settings.rollout(config, ends, marker)
+    sampler = sharding.abstract(mesh, params, "rollout")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    # Leaves that both layouts cut alike are one array; the others lie in memory twice.
+    differs = lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else a
+    trained_only = jax.tree.map(differs, state["params"], sampler)
+    sampled_only = jax.tree.map(differs, sampler, state["params"])
+    found = []
+    if only != "update":
+        slots = batch.student.slots + sampling.max_new_tokens
+        cache = jax.eval_shape(lambda: bagel.init_cache(size, slots, config=model))
+        traced = rollout.sample.trace(sampler, batch.student, key, config=sampling)
+        beside = held | {"params": trained_only, "batch": batch.teacher}
+        found.append(Program("sample", traced, {"params": sampler, "batch": batch.student}, beside,
+                             trips=sampling.max_new_tokens, cache=_bytes(cache)))
+    if only != "sample":
+        drawn = whole(jax.eval_shape(lambda *a: rollout.sample(*a, config=sampling), params, batch.student, key))
+        traced = distill.program(distill.update_step, state, own).trace(state, batch, drawn)
+        found.append(Program("update", traced, held | {"batch": (batch, drawn)},
+                             {"params": sampled_only}))
+    return found
+
+
+def check_batch(config, stage: str, mesh) -> None:
+    """ValueError where a run would not start: the rows of a micro step must fill the batch shards of the mesh."""
+    from opsd_jax import sharding
+
+    s, shards = config[stage], sharding.batch_divisor(mesh)
+    if (s.batch_size // s.accumulation) % shards:
+        raise ValueError(
+            f"a micro batch of config.{stage} has {s.batch_size // s.accumulation} rows (batch_size {s.batch_size} / "
+            f"accumulation {s.accumulation}) for {shards} batch shards (mesh data x fsdp): lower "
+            f"config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices to config.mesh.tensor")
+
+
+def _bytes(tree) -> int:
+    """Bytes of all leaves, whole."""
+    import jax
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that one device holds of a pytree of arrays or ShapeDtypeStructs with shardings."""
+    import jax
+
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def matmul_flops(jaxpr, trips: int = 1) -> int:
+    """Floating point operations of all matrix products and convolutions of a jaxpr, on all devices together.
+
+    A scan counts its body as often as it runs; a `while` loop `trips` times; of the branches of a condition the
+    largest counts. Recomputation counts, because it is in the jaxpr.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, []
+        for value in eqn.params.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                item = getattr(item, "jaxpr", item)  # of a closed one
+                if hasattr(item, "eqns"):
+                    inner.append(matmul_flops(item, trips))
+        if name == "dot_general":
+            contracted = eqn.params["dimension_numbers"][0][0]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
+                eqn.invars[0].aval.shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
+        times = {"scan": eqn.params.get("length", 1), "while": trips}.get(name, 1)
+        total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+# --- what the compiled program does ----------------------------------------------------------------------------
+#
+# The text of an optimised HLO module: computations of one instruction a line,
+#   %name = bf16[2,64]{1,0:T(8,128)S(1)} all-gather(%operand, ...), channel_id=2, replica_groups=..., dimensions={0}
+# S(1) marks what lies in on-chip memory. Loops are `while` instructions that name two computations.
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+_SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
+_ARRAY = re.compile(r"\b(pred|token|bf16|c64|[suf]\d+|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota",
+         "copy-done", "custom-call", "optimization-barrier"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """name, shape (text), op, operands (names) and everything behind them (text)."""
+
+    name: str
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    rest: str
+
+    def named(self, *keys) -> list[str]:
+        """Computations that it names under one of the keys: body=%name, branch_computations={%a, %b}."""
+        return [name for key in keys for found in re.findall(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
+                for name in re.findall(r"[\w.\-]+", found)]
+
+
+def read_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """({computation: {instruction name: Instruction}}, name of the entry)."""
+    computations, current, entry = {}, None, ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif line == "}":
+            current = None
+        elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)):
+            shape, rest = _cut(found[2]) if found[2].startswith("(") else found[2].split(" ", 1)
+            op, _, rest = rest.strip().partition("(")
+            inside, rest = _cut("(" + rest)
+            current[found[1]] = Instruction(found[1], shape, op, tuple(re.findall(r"%([\w.\-]+)", inside)), inside + rest)
+    return computations, entry
+
+
+def _cut(text):
+    """Cuts behind the parenthesis that closes the first one."""
+    depth = 0
+    for at, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[:at + 1], text[at + 1:]
+    return text, ""
+
+
+def _arrays(shape: str, hbm_only: bool = False) -> list[int]:
+    """Bytes of each array in the text of a shape."""
+    found = []
+    for kind, sizes, layout in _ARRAY.findall(shape):
+        if not (hbm_only and re.search(r"S\([1-9]", layout)):
+            bits = int(re.search(r"\d+", kind)[0]) if kind not in _SIZES else 8 * _SIZES[kind]
+            found.append(math.prod(map(int, sizes.split(","))) * bits // 8 if sizes else bits // 8)
+    return found
+
+
+def _group(rest: str, devices: int) -> int:
+    """Devices of a collective's group, from any of the ways that HLO writes replica_groups."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d, ]*)\}", rest):
+        return len(found[1].split(","))
+    return devices
+
+
+def _trips(loop: Instruction, computations, otherwise: int) -> int:
+    """How often a loop runs: what the compiler noted, or the bound that its condition compares with."""
+    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(found[1])
+    seen, bounds = list(loop.named("condition")), []
+    for name in seen:
+        for i in computations.get(name, {}).values():
+            seen += i.named("calls")
+            if i.op == "constant" and i.shape.startswith(("s32[]", "u32[]", "s64[]")):
+                bounds += map(int, re.findall(r"^\((\d+)\)", i.rest))
+    return max(bounds, default=otherwise)
+
+
+def traffic(text: str, devices: int, trips: int = 1) -> dict:
+    """What a device sends and reads when the module `text` runs once, loops unrolled.
+
+    Args:
+      trips: of loops whose bound cannot be found.
+    Returns:
+      {"collectives": {kind: {"count", "bytes"}}, "hbm_bytes"}. bytes: what each device sends in a ring, with S bytes
+      of result in a group of n: all-gather and all-to-all S (n - 1) / n, reduce-scatter S (n - 1), all-reduce
+      2 S (n - 1) / n, collective-permute and send S. A reduce-scatter may also appear as an all-reduce that is cut
+      afterwards. hbm_bytes: operands and results of every fused operation that lie in HBM; of an array that is only
+      sliced, the slice. Both branches of a condition count.
+    """
+    computations, entry = read_hlo(text)
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    hbm, seen = 0, set()
+
+    def send(i, kind, result, times, rest):
+        n = _group(rest, devices)
+        share = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "send": 1}
+        found[kind]["count"] += times
+        found[kind]["bytes"] += int(times * result * share.get(kind, (n - 1) / n))
+
+    def collectives(name, times, inside):
+        """Those of a computation and of what it fuses. A collective that is spread over several fusions of one
+        computation, to overlap with their products, has one channel and counts once."""
+        for i in computations[name].values():
+            kind = i.op.removesuffix("-start")
+            fused = i.named("calls")
+            if kind in COLLECTIVES or kind == "send":
+                channel = (inside, (re.search(r"channel_id=(\d+)", i.rest) or [i.name])[0])
+                if name == inside or channel not in seen:
+                    seen.add(channel)
+                    arrays = _arrays(i.shape)
+                    result = max(arrays) if i.op.endswith("-start") and kind != "all-reduce" else sum(arrays)
+                    send(i, kind, result, times, i.rest)
+            elif fused and "all-reduce-scatter" in fused[0]:
+                inner = next((j for j in computations[fused[0]].values() if j.op == "all-reduce"), i)
+                send(i, "reduce-scatter", sum(_arrays(i.shape)), times, inner.rest)
+            else:
+                for other in fused:
+                    collectives(other, times, inside)
+
+    def visit(name, times):
+        nonlocal hbm
+        collectives(name, times, name)
+        for i in computations[name].values():
+            if i.op == "while":
+                loops = times * _trips(i, computations, trips)
+                for body in i.named("body", "condition"):
+                    visit(body, loops)
+            elif i.op in ("call", "conditional"):
+                for branch in i.named("to_apply", "branch_computations", "true_computation", "false_computation"):
+                    visit(branch, times)
+            else:
+                hbm += times * _touched(i, computations[name], computations)
+
+    visit(entry, 1)
+    return {"collectives": {kind: dict(found[kind]) for kind in (*COLLECTIVES, "send") if kind in found},
+            "hbm_bytes": int(hbm)}
+
+
+def _touched(i: Instruction, around, computations) -> int:
+    """Bytes of HBM that an instruction reads and writes."""
+    if i.op in _FREE or i.op.endswith("-done"):
+        return 0
+    here = lambda shape: sum(_arrays(shape, hbm_only=True))
+    result = here(i.shape)
+    if i.op in ("dynamic-slice", "gather", "slice"):
+        return 2 * result
+    if i.op in ("dynamic-update-slice", "scatter"):
+        return 2 * here(around[i.operands[-1 if i.op == "scatter" else 1]].shape)
+    if i.op in ("copy-start", "slice-start"):
+        return here(i.shape)
+    inner = i.named("calls")
+    if i.op != "fusion" or inner[0] not in computations:
+        return result + sum(here(around[o].shape) for o in i.operands if o in around)
+    fused = computations[inner[0]]
+    total, root = 0, list(fused.values())[-1]
+    parameters = {int(p.rest[1:p.rest.index(")")]): p.name for p in fused.values() if p.op == "parameter"}
+    updated = {u.operands[0]: u for u in fused.values() if u.op == "dynamic-update-slice"}
+    for n, operand in enumerate(i.operands):
+        if operand in around and n in parameters and here(around[operand].shape):
+            total += _read(parameters[n], fused, computations, updated)
+    if root.op == "dynamic-update-slice" or (updated and root.op in ("bitcast", "tuple")):
+        return total + sum(here(fused[u.operands[1]].shape) for u in updated.values())
+    return total + result
+
+
+def _read(name, fused, computations, updated) -> int:
+    """Bytes that a fused computation reads of one of its parameters: slices where it is only sliced or updated."""
+    users = [u for u in fused.values() if name in u.operands]
+    if users and all(u.op in ("dynamic-slice", "slice", "gather", "bitcast", "dynamic-update-slice") for u in users):
+        size = 0
+        for u in users:
+            if u.op == "bitcast":
+                size += _read(u.name, fused, computations, updated)
+            elif u.op != "dynamic-update-slice" or u.operands[0] != name:
+                size += sum(_arrays(u.shape if u.op != "dynamic-update-slice" else fused[name].shape))
+        return size
+    return sum(_arrays(fused[name].shape))

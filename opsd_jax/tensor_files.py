@@ -1,0 +1,219 @@
+"""safetensors files, and the folders of them that releases are: read by the slice, written tensor by tensor.
+
+The format is a uint64 with the length of a JSON header, the header {name: {dtype, shape, data_offsets}}, the data.
+Read and written here byte by byte, because the library's slices read the whole tensor and hold it twice, and its
+writer wants a whole file's tensors at once: a host would need a multiple of its share of the weights.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+_EXPONENT = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+DAMAGED = "the file is incomplete or damaged: download or copy it again"
+
+
+def read_json(directory, name, why="a released folder has llm_config.json, vit_config.json and model.safetensors or "
+          "ema.safetensors"):
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: {why}")
+    with open(path, encoding="utf-8") as f:
+        try:
+            found = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): {DAMAGED}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {DAMAGED}")
+    return found
+
+
+def write_json(path, content):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2) + "\n")
+
+
+def size_of(size) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: file, position of its first byte, dtype as the format spells it, shape."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def header(path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. ValueError if it is cut off or no such file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {DAMAGED}")
+        try:
+            rows = json.loads(f.read(length))
+            rows.pop("__metadata__", None)
+            found = {name: Tensor(path, 8 + length + row["data_offsets"][0], row["dtype"], tuple(row["shape"]))
+                     for name, row in rows.items()}
+            ends = [8 + length + row["data_offsets"][1] for row in rows.values()]
+            whole = all(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize == end - tensor.offset
+                        for tensor, end in zip(found.values(), ends) if tensor.dtype in DTYPES)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} has no readable safetensors header ({error!r}): {DAMAGED}") from error
+    if not whole:
+        raise ValueError(f"{path}: sizes in its header contradict each other: {DAMAGED}")
+    if max(ends, default=size) != size:
+        raise ValueError(f"{path} has {size:,} bytes, its header says {max(ends):,}: {DAMAGED}")
+    return found
+
+
+def folder(directory) -> tuple[dict[str, Tensor], str]:
+    """(tensors, stem) of model.safetensors, else ema.safetensors, or of the shards of an index of either one."""
+    for stem in ("model", "ema"):
+        name = f"{stem}.safetensors.index.json"
+        if os.path.isfile(os.path.join(directory, name)):
+            return _shards(directory, name), stem
+        path = os.path.join(directory, f"{stem}.safetensors")
+        if os.path.isfile(path):
+            return header(path), stem
+    raise FileNotFoundError(f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)")
+
+
+def _shards(directory, index):
+    places = read_json(directory, index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
+        raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}")
+    parts = sorted(set(places.values()))
+    if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them")
+    found, problems = {}, []
+    for part in parts:
+        held = header(os.path.join(directory, part))
+        named = {name for name, place in places.items() if place == part}
+        problems += [f"{part} lacks {name}, which the index puts there" for name in sorted(named - held.keys())]
+        problems += [f"{part} holds {name}, which the index does not put there" for name in sorted(held.keys() - named)]
+        found |= held
+    if problems:
+        raise ValueError(f"{os.path.join(directory, index)} does not fit its files; take all from one release:\n  "
+                         + "\n  ".join(problems))
+    return found
+
+
+def _fill(file, offset, array):
+    """Reads the bytes of a contiguous array; they arrive in it without a second copy."""
+    file.seek(offset)
+    rest = memoryview(array.reshape(-1).view(np.uint8))
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise ValueError(f"{file.name} ended while it was read: {DAMAGED}")
+        rest = rest[count:]
+
+
+def read(tensor: Tensor, index=(), order=None) -> np.ndarray:
+    """The slice `index` (a slice for each axis; () for all) of a tensor, its axes in `order`, contiguous.
+
+    Of the file, only the rows of the slice are read. Columns and transposed tensors go through a buffer of few rows,
+    in which both ways of reading stay in the processor's cache: at 7B several times as fast as a transpose by XLA.
+    """
+    dtype = DTYPES[tensor.dtype]
+    index = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [(0, size) for size in tensor.shape]
+    shape = tuple(stop - start for start, stop in index)
+    out = np.empty(shape if order is None else [shape[axis] for axis in order], dtype)
+    first, row = index[0][0] if index else 0, math.prod(tensor.shape[1:]) * dtype.itemsize
+    with open(tensor.file, "rb", buffering=0) as f:
+        if order is None and shape[1:] == tensor.shape[1:]:
+            _fill(f, tensor.offset + first * row, out)
+            return out
+        bits = out.view(_EXPONENT[tensor.dtype][0])  # NumPy moves integers faster than bfloat16
+        bits = bits if order is None else bits.transpose(np.argsort(order))
+        rows = min(shape[0], max(64, (1 << 20) // row))
+        columns = tuple(slice(*bounds) for bounds in index[1:])
+        block = np.empty((rows, *tensor.shape[1:]), bits.dtype)
+        for at in range(0, shape[0], rows):
+            part = block[:shape[0] - at]
+            _fill(f, tensor.offset + (first + at) * row, part)
+            bits[at:at + rows] = part[(slice(None), *columns)]
+    return out
+
+
+def is_finite(array, dtype: str) -> bool:
+    """Whether a contiguous array is free of NaN and infinities: their exponent bits are all set."""
+    kind, exponent = _EXPONENT[dtype]
+    bits, step = array.reshape(-1).view(kind), 1 << 18  # pieces that stay in the processor's cache
+    return not any(((bits[at:at + step] & kind(exponent)) == exponent).any() for at in range(0, bits.size, step))
+
+
+def spell(dtype) -> str:
+    """A dtype as the format spells it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def write(folder, outline, tensors, stem, limit) -> int:
+    """Writes the files of a release and returns their size. Headers first, then each tensor at its place as it
+    comes: memory holds one at a time, in whatever order.
+
+    outline: {("model" or "ae", name): (shape, dtype)}. limit: bytes of a file of the model; 0 for one file.
+    """
+    from opsd_jax import metrics
+
+    nbytes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in outline.items()}
+    shards, room = [], 0
+    for key in sorted(outline):
+        if key[0] == "model":
+            if not shards or (limit and room + nbytes[key] > limit):
+                shards.append([])
+                room = 0
+            shards[-1].append(key)
+            room += nbytes[key]
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    files = dict(zip(names, shards))
+    if drawn := [key for key in sorted(outline) if key[0] == "ae"]:
+        files["ae.safetensors"] = drawn
+    if len(shards) > 1:
+        places = {key[1]: file for file, keys in files.items() for key in keys if key[0] == "model"}
+        write_json(os.path.join(folder, f"{stem}.safetensors.index.json"), {
+            "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)}, "weight_map": places})
+
+    places, bad, written = {}, [], 0
+    with contextlib.ExitStack() as stack, metrics.Progress(len(outline), "tensors", "written") as progress:
+        for file, keys in files.items():
+            rows, at = {"__metadata__": {"format": "pt"}}, 0
+            for key in keys:
+                shape, dtype = outline[key]
+                rows[key[1]] = {"dtype": spell(dtype), "shape": list(shape), "data_offsets": [at, at + nbytes[key]]}
+                at += nbytes[key]
+            header = json.dumps(rows).encode()
+            header += b" " * (-len(header) % 8)
+            out = stack.enter_context(open(os.path.join(folder, file), "wb"))
+            out.write(struct.pack("<Q", len(header)) + header)
+            places |= {key: (out, 8 + len(header) + rows[key[1]]["data_offsets"][0]) for key in keys}
+        for file, name, tensor in tensors:
+            out, at = places.pop((file, name))
+            dtype = outline[file, name][1]
+            tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
+            if not is_finite(tensor, spell(dtype)):
+                bad.append(name)
+            out.seek(at)
+            out.write(memoryview(tensor.reshape(-1).view(np.uint8)))
+            written += tensor.nbytes
+            progress.update(len(outline) - len(places), size=size_of(written))
+            del tensor  # with it, what it is a view of
+    if bad:
+        raise ValueError(f"nothing is exported, for these weights are NaN or infinite: {', '.join(bad)}")
+    if places:
+        raise ValueError(f"these tensors were announced and never written: {', '.join(name for _, name in places)}")
+    return written
