@@ -202,7 +202,7 @@ def main(argv):
         config = flow.FlowConfig(m, TOKENIZER.image_start, TOKENIZER.image_end, num_timesteps=args.steps,
                                  **{**flow.HARNESS, **scale})
         inputs = jax.device_put((contexts(args, config, problem), positions, real))
-        prepare, made_prepare = compiled(flow.prepare, params, *inputs, config=config)
+        prepare, made_prepare = compiled(flow.prepare, params, *inputs, config=config.model)
         denoise, runs = None, []
         for _ in range(args.repeats + 1):
             (canvas, cache), preparing = timed(prepare, params, *inputs)

@@ -27,6 +27,12 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICE
 export PYTHONUNBUFFERED=1
 export OPSD_COORDINATOR=127.0.0.1:$port OPSD_NUM_PROCESSES=$count
 
+prefixed() {
+  trap '' INT TERM
+  local line
+  while IFS= read -r line || [[ -n $line ]]; do printf '%s\n' "$1$line"; done
+}
+
 pids=()
 asked=0
 stop() {
@@ -41,7 +47,7 @@ stop() {
 trap stop INT TERM
 
 for ((i = 0; i < count; i++)); do
-  OPSD_PROCESS_ID=$i "$@" > >(awk -v p="[$i] " '{ print p $0; fflush() }') 2>&1 &
+  OPSD_PROCESS_ID=$i "$@" > >(prefixed "[$i] ") 2>&1 &
   pids+=($!)
 done
 
@@ -69,7 +75,7 @@ while ((${#left[@]})); do
     if [[ -z $deadline ]]; then
       echo "ending the others" >&2
       for i in "${left[@]}"; do kill -TERM "${pids[i]}" 2> /dev/null || true; done
-      deadline=$((SECONDS + 5))
+      deadline=$((SECONDS + 3))
     elif ((SECONDS > deadline)); then
       for i in "${left[@]}"; do kill -KILL "${pids[i]}" 2> /dev/null || true; done
     fi

@@ -2,7 +2,7 @@
 # A run on Cloud TPU VMs, from your own machine: queued resources, one slice or several.
 #
 #   launch/tpu_vm.sh create                  asks for the TPU and waits until it is there; again goes on waiting
-#   launch/tpu_vm.sh setup                   copies this checkout to all workers, installs it, mounts the bucket as runs/
+#   launch/tpu_vm.sh setup                   copies this checkout to all workers, installs it, mounts BUCKET as runs/
 #   launch/tpu_vm.sh run -- COMMAND...       starts the command of a laptop on all workers; again continues the run
 #   launch/tpu_vm.sh logs                    follows the log of one worker (WORKER=0, NODE=0)
 #   launch/tpu_vm.sh stop                    all workers save and stop (code 42)
@@ -104,7 +104,8 @@ create() {
         fail "$NAME is $now: $0 delete, then create again (gcloud compute tpus queued-resources describe tells why)"
         ;;
     esac
-    ((waited < WAIT_S)) || fail "$NAME is still $now after $WAIT_S s; it stays in the queue: create again to go on waiting"
+    ((waited < WAIT_S)) ||
+      fail "$NAME is still $now after $WAIT_S s; it stays in the queue: create again to go on waiting"
     echo "$NAME is $now; waited $waited of $WAIT_S s"
     sleep "$POLL_S"
     waited=$((waited + POLL_S))
@@ -139,7 +140,10 @@ case ${1:-} in
       --command="tail -n 100 -F opsd/log.txt"
     ;;
   # One process is enough: it tells the others, and all save the same step.
-  stop) gcloud_ compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 --command="bash opsd/launch/tpu_worker.sh stop" ;;
+  stop)
+    gcloud_ compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
+      --command="bash opsd/launch/tpu_worker.sh stop"
+    ;;
   delete) gcloud_ compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet ;;
   *) fail "usage: $0 create | setup | run -- COMMAND... | logs | stop | delete (the head of this file says more)" ;;
 esac

@@ -26,7 +26,8 @@ setup() {
         sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
       sudo apt-get update -q && sudo apt-get install -qy gcsfuse
     fi
-    gcsfuse "$bucket" runs
+    # On TPU machines gcsfuse would remember for ever what other workers have long changed.
+    gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$bucket" runs
   fi
 }
 

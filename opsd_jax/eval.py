@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from opsd_jax import metrics, tasks
+from opsd_jax import distributed, metrics, tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +362,7 @@ def main(argv=None) -> None:
                         help="of the results in W/eval (default: <step>-<mode>[-banned])")
     args = parser.parse_args(argv)
     try:
+        distributed.initialize()
         evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
                      benchmarks=args.benchmarks, limit=args.rows, ban_marker=args.ban_marker, seed=args.seed,
                      name=args.name)

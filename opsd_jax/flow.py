@@ -113,20 +113,19 @@ def guide(velocity, text, image, real, config: FlowConfig):
 
 # --- drawing ---------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["segment", "order", "rope", "positions", "real"],
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["segment", "rope", "positions", "real"],
                    meta_fields=["slots"])
 @dataclasses.dataclass(frozen=True)
 class Canvas:
     """Where the steps of a drawing look: R * B contexts in a cache, and the block that is drawn behind each.
 
     The cache {"k", "v": [L, R * B, slots + 2 + G, K, h]} goes beside it, because each step writes to it.
-    segment, order: int32 [R * B, slots + 2 + G], of all keys.
+    segment: int32 [R * B, slots + 2 + G], of all keys.
     rope: int32 [R * B], the block's rope id. positions: int32 [B, G], ids in the latents' position table.
     real: bool [B, G], False at padding. slots: static number of context slots.
     """
 
     segment: jax.Array
-    order: jax.Array
     rope: jax.Array
     positions: jax.Array
     real: jax.Array
@@ -134,21 +133,20 @@ class Canvas:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def prepare(params, contexts, positions, real, *, config: FlowConfig):
+def prepare(params, contexts, positions, real, *, config: ModelConfig):
     """Computes the keys and values of the contexts: (Canvas, cache).
 
     Args:
       contexts: Context [R * B, T], branch by branch in the order of `FlowConfig.branches`.
       positions: int32 [B, G], real: bool [B, G] (a prefix of each row): the image's tokens, see `layout`.
     """
-    model, (rows, slots) = config.model, contexts.positions.shape
+    rows, slots = contexts.positions.shape
     block = 2 + positions.shape[1]
     tiled = jnp.tile(real, (rows // real.shape[0], 1))
     segment = jnp.concatenate([contexts.segment, jnp.ones((rows, 2), jnp.int32), tiled.astype(jnp.int32)], axis=1)
-    order = contexts.latents.order if contexts.latents else jnp.broadcast_to(jnp.arange(slots), (rows, slots))
-    cache = bagel.init_cache(rows, slots + block, config=model)
-    _, cache = bagel.read(params, contexts, config=model, cache=cache, key_segment=segment.at[:, slots:].set(0))
-    return Canvas(segment, bagel.behind(order, slots + block), contexts.next_position, positions, real, slots), cache
+    cache = bagel.init_cache(rows, slots + block, config=config)
+    _, cache = bagel.read(params, contexts, config=config, cache=cache, key_segment=segment.at[:, slots:].set(0))
+    return Canvas(segment, contexts.next_position, positions, real, slots), cache
 
 
 def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
@@ -166,7 +164,7 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
     everything, document = jnp.full((rows, 1), canvas.segment.shape[1]), jnp.ones((rows, 1), jnp.int32)
     hidden, cache = bagel.forward(
         params, block, canvas.rope[:, None], everything, document, config=model, cache=cache, offset=canvas.slots,
-        key_segment=canvas.segment, order=canvas.order, latents=tokens)
+        key_segment=canvas.segment, latents=tokens)
     found = bagel.velocity(params, hidden[:, 2:], config=model)
     return found.reshape(rows // batch, batch, *found.shape[1:]), cache
 
@@ -196,8 +194,12 @@ def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_ste
       contexts, positions, real: as in `prepare`. noise: float32 [B, G, C], x at t = 1.
       on_step: called with the number of steps done, every `every` steps; None runs all of them in one call.
     """
-    canvas, cache = prepare(params, contexts, positions, real, config=config)
-    x, steps, batch = jnp.array(noise), config.num_timesteps - 1, positions.shape[0]
+    batch, needed = positions.shape[0], len(config.branches) * positions.shape[0]
+    if contexts.positions.shape[0] != needed:
+        raise ValueError(f"{batch} images with the branches {', '.join(config.branches)} need {needed} contexts, "
+                         f"branch by branch, not {contexts.positions.shape[0]}")
+    canvas, cache = prepare(params, contexts, positions, real, config=config.model)
+    x, steps = jnp.array(noise), config.num_timesteps - 1
     first, last = guided_steps(config)
     for begin, end, guided in ((0, first, False), (first, last, True), (last, steps, False)):
         if begin == end:
@@ -218,7 +220,7 @@ def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_ste
 
 @functools.partial(jax.jit, static_argnames=("batch",))
 def _first_branch(canvas, cache, batch):
-    place = dataclasses.replace(canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "order", "rope")})
+    place = dataclasses.replace(canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "rope")})
     return place, jax.tree.map(lambda a: a[:, :batch], cache)
 
 

@@ -206,8 +206,6 @@ def _ask(model, pictures, text, keys, draw) -> dict:
     tokenizer = model.tokenizer
     block = lambda t: [context_lib.Text(tokenizer.encode(t))] if t else []
     system, question = block(model.protocol.system), block(text)
-    if not question:
-        raise ValueError("the question is empty: give --question=TEXT")
     shown, grid = [], None
     for picture in pictures:
         blocks, grid = _picture_blocks(model, picture, next(keys), draw)
@@ -275,23 +273,25 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(PROTOCOLS)}")
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
     compute = {"query_block": 512}  # the scores of a large picture at once would not fit
-    asked = PROTOCOLS[protocol or "paper"]
-    rule = None
+    asked, rule = PROTOCOLS[protocol or "paper"], None
     if convert.is_model(directory):
+        tok = tokenizer_lib.load(tokenizer or convert.tokenizer_folder(directory))
         config, params = convert.load(directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute)
         config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
-        folder = tokenizer or convert.tokenizer_folder(directory)
     else:
         workdir = directory
         if not os.path.isdir(os.path.join(directory, "checkpoints")):  # a step: W/checkpoints/STEP
             workdir = os.path.normpath(os.path.join(directory, "..", ".."))
+        if not os.path.isfile(os.path.join(workdir, "config.json")):
+            raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json), none that `python -m "
+                                    "opsd_jax.convert import` made (no release/), and no run (no config.json)")
         run = eval_lib.load_config(workdir)
+        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, eval_lib.data_workdir(run, workdir)))
         config = dataclasses.replace(settings.model(run), **compute, **({"dtype": dtype} if dtype else {}))
         if draw and config.generation is None:
             raise ValueError(f"{directory} was trained without what draws: it has no generation expert")
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
         params = checkpoint.restore_params(directory, sharding.abstract(mesh, abstract, "rollout"))
-        folder = tokenizer or data.tokenizer_folder(run, eval_lib.data_workdir(run, workdir))
         if not protocol:
             rule = settings.resize_rule(run)
             asked = Protocol(system=run.prompts.system, transparency=run.images.transparency,
@@ -299,7 +299,7 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
     vit, drawn = config.vit, config.generation
     rule = rule or in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
     vae = in_proportion(images.VAE, drawn.stride, drawn.side * drawn.stride, 1024) if drawn else images.VAE
-    return Model(config, params, tokenizer_lib.load(folder), asked, rule, vae)
+    return Model(config, params, tok, asked, rule, vae)
 
 
 # --- command line ----------------------------------------------------------------------------------------------
@@ -382,6 +382,7 @@ def main(argv=None) -> None:
                         help="prompt, sizes, decoding, guidance (default: the run's own; of a release, paper)")
     parser.add_argument("--steps", type=int, default=50, help="points of the denoising grid, one more than steps")
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
+    parser.add_argument("--temperature", type=float, help="of the text; 0 for the most probable token")
     parser.add_argument("--rounds", type=int, help="of text, at most")
     parser.add_argument("--tokenizer", default="", help="a folder (default: the checkpoint's own)")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="default: as stored")
@@ -404,10 +405,14 @@ def _run(args):
         raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the pictures")
     if not draw and args.always_draw:
         raise ValueError("--always_draw needs --visual_thoughts=generated")
+    if not args.question.strip():
+        raise ValueError("the question is empty: give --question=TEXT")
     for path in args.image:  # what cannot be read shows before minutes of loading
         images.open_rgb(path)
     model = load(args.checkpoint, draw=draw, protocol=args.protocol, tokenizer=args.tokenizer, dtype=args.dtype)
     changes = {name: getattr(args, name) for name in ("max_new_tokens", "rounds") if getattr(args, name) is not None}
+    if args.temperature is not None:
+        changes |= {"greedy": True} if args.temperature == 0 else {"greedy": False, "temperature": args.temperature}
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, **changes))
     pictures = [images.open_rgb(path, transparency=model.protocol.transparency) for path in args.image]
     bars = {}

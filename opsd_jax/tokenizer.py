@@ -78,7 +78,7 @@ def load(directory: str) -> Tokenizer:
     Raises FileNotFoundError if there is no tokenizer; ValueError if its files do not parse or contradict each other,
     if it is not byte-level, or if a delimiter is absent.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that PyTorch is absent is as it should be
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

@@ -56,6 +56,12 @@ def main(argv) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
+    from opsd_jax import distributed
+
+    several = distributed.initialize()
+    if several and config.run_arms and not flags.FLAGS.arm:
+        raise app.UsageError("several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
+                             "command of its own, with --arm=NAME, when this run is done")
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms compile the same programs, and so does a continued run
@@ -63,7 +69,8 @@ def main(argv) -> None:
     if flags.FLAGS.arm:
         train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # while training, `train` handles it
+    if not several:  # JAX tells all processes of a SIGTERM to one; a handler set here would replace its own
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # while training, `train` handles it
     with arms.Arms(config.run_arms, workdir, sys.argv[1:]) as controls:
         train(config, workdir, on_warm=controls.start)
         controls.finish()

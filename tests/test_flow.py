@@ -470,7 +470,7 @@ def test_steps_do_not_copy_the_cache(guided):
     config = config_of(model=model)
     struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
     rows, slots, keys = 3 if guided else 1, 2048, 2048 + 2 + 4
-    canvas = flow.Canvas(segment=struct(rows, keys), order=struct(rows, keys), rope=struct(rows),
+    canvas = flow.Canvas(segment=struct(rows, keys), rope=struct(rows),
                          positions=struct(1, 4), real=struct(1, 4, dtype=bool), slots=slots)
     cache = jax.eval_shape(lambda: bagel.init_cache(rows, keys, config=model))
     params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
@@ -534,3 +534,11 @@ def test_gradients_of_the_loss(params, mixed):
     trainable, _ = params_lib.partition(params, ("embed", "und", "vit", "connector"), drawing=True)
     trained = params_lib.flatten(trainable).keys()
     assert {params_lib.fact(path).group for path in trained} == {"gen", "latent"} and trained <= reached
+
+
+def test_contexts_of_a_branch_that_is_missing(params, rng):
+    """Short of branches, indexing would quietly take another one's velocity."""
+    packed = pack([[text(rng, 3)]], slots=5, patches=0)
+    positions, real = flow.layout([(1, 2)], 2, SIDE)
+    with pytest.raises(ValueError, match="1 images with the branches cond, text, image need 3 contexts, .* not 1"):
+        flow.draw(params, packed, np.zeros((1, 2, C), np.float32), positions, real, config=config_of())

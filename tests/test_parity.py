@@ -794,7 +794,7 @@ def canvas_of(blocks, grid, whole_model, tokenizer, config):
     model, params = whole_model
     packed = pack(blocks, tokenizer, model, bucket(blocks, model))
     positions, real = flow.layout([grid], math.prod(grid) + SPARE, model.generation.side)
-    return packed, positions, real, *flow.prepare(params, packed, positions, real, config=config)
+    return packed, positions, real, *flow.prepare(params, packed, positions, real, config=config.model)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -54,7 +54,9 @@ def attend(q, k, v, mask, query_block: int = 0):
         pad = lambda x: jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))
         cut = lambda x: jnp.moveaxis(pad(x).reshape(b, count, block, *x.shape[2:]), 1, 0)
         masks = cut(mask) if mask.shape[1] > 1 else None
-        parts = jax.lax.map(lambda part: attend(part[0], k, v, mask if part[1] is None else part[1]), (cut(q), masks))
+        # the backward pass recomputes a block's scores; kept, those of all blocks would be as large as without blocks
+        some = jax.checkpoint(lambda part: attend(part[0], k, v, mask if part[1] is None else part[1]))
+        parts = jax.lax.map(some, (cut(q), masks))
         return jnp.moveaxis(parts, 0, 1).reshape(b, count * block, heads * h)[:, :t]
     kv_heads = k.shape[2]
     q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * jnp.asarray(h ** -0.5, q.dtype)

@@ -1,0 +1,589 @@
+"""How a run starts elsewhere: launch files are read, run with stand-ins for cloud commands, and really run on CPU."""
+
+import ast
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+import yaml
+
+from opsd_jax import distributed
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+SLICES = sorted(path.parent.name for path in LAUNCH.glob("gke/*/kustomization.yaml"))
+COMMAND = ["python", "-m", "opsd_jax.train", "--config=configs/mini.py", "--workdir=runs/a b", "--config.run_arms=()"]
+
+
+def environment(**changes) -> dict:
+    """This process's environment without what would make a run of several processes of it."""
+    inherited = {key: value for key, value in os.environ.items()
+                 if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS", "DRY_RUN"))}
+    return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in changes.items()}
+
+
+def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", LAUNCH / script, *map(str, arguments)], cwd=cwd, env=environment(**variables),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def stand_in(folder, name: str, body: str) -> str:
+    """Puts a command `name` on a PATH, which it returns; "$LOG" gets its arguments, NUL between, newline behind."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{{ printf '%s\\0' {name} \"$@\"; echo; }} >> {folder}/log\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def calls(folder) -> list[list[str]]:
+    log = folder / "log"
+    return [line.split("\0")[:-1] for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+
+
+# --- scripts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script):
+    assert script.stat().st_mode & stat.S_IXUSR, f"{script} is not executable"
+    found = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    found = subprocess.run(["shellcheck", "--severity=warning", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), fails="", **variables):
+    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such resource")."""
+    (tmp_path / "states").write_text("".join(state + "\n" for state in states))
+    path = stand_in(tmp_path / "bin", "gcloud", f"""
+        case "$*" in
+          *describe*)
+            read -r state < {tmp_path}/states
+            sed -i 1d {tmp_path}/states
+            [[ -n $state ]] || {{ echo "NOT_FOUND" >&2; exit 1; }}
+            echo "$state" ;;
+          *scp*) cp "$5" {tmp_path}/pack.tar.gz 2> /dev/null || cp "$4" {tmp_path}/pack.tar.gz ;;
+        esac
+        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""")
+    variables = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "POLL_S": 0} | variables
+    result = bash("tpu_vm.sh", *arguments, PATH=path, **variables)
+    return result, [call[3:] for call in calls(tmp_path / "bin")]  # without gcloud compute tpus
+
+
+PLACE = ["--zone=z", "--project=p"]
+DESCRIBE = ["queued-resources", "describe", "opsd", *PLACE, "--format=value(state.state)"]
+
+
+def test_tpu_vm_creates_and_waits(tmp_path):
+    result, made = tpu_vm(tmp_path, "create", states=["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    assert result.returncode == 0, result.stderr
+    create = ["queued-resources", "create", "opsd", "--node-id=opsd", *PLACE, "--accelerator-type=v5litepod-16",
+              "--runtime-version=v2-alpha-tpuv5-lite", "--scopes=https://www.googleapis.com/auth/cloud-platform"]
+    assert made == [DESCRIBE, create, DESCRIBE, DESCRIBE, DESCRIBE]
+    assert "opsd is ACTIVE" in result.stdout
+
+
+def test_tpu_vm_creates_several_spot_slices(tmp_path):
+    _, made = tpu_vm(tmp_path, "create", states=["", "ACTIVE"], SLICES=2, SPOT=1, TYPE="v6e-16")
+    assert made[1][3:5] == ["--node-count=2", "--node-prefix=opsd"]
+    assert {"--spot", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"} <= set(made[1])
+
+
+def test_tpu_vm_goes_on_waiting_for_what_is_asked_for_already(tmp_path):
+    result, made = tpu_vm(tmp_path, "create", states=["PROVISIONING", "PROVISIONING", "ACTIVE"])
+    assert result.returncode == 0 and made == [DESCRIBE] * 3
+
+
+@pytest.mark.parametrize("states, variables, message", [
+    (["", "FAILED"], {}, "opsd is FAILED"),
+    (["", "WAITING_FOR_RESOURCES"], {"WAIT_S": 0}, "still WAITING_FOR_RESOURCES after 0 s"),
+    ([], {"PROJECT": ""}, "PROJECT is not set"),
+    ([], {"SLICES": "two"}, "SLICES=two"),
+    ([""], {"TYPE": "v9-8"}, "set VERSION"),
+])
+def test_tpu_vm_says_why_it_gives_up(tmp_path, states, variables, message):
+    result, _ = tpu_vm(tmp_path, "create", states=states, **variables)
+    assert result.returncode == 1 and message in result.stderr
+
+
+def test_tpu_vm_sets_up_all_workers_of_all_slices(tmp_path):
+    result, made = tpu_vm(tmp_path, "setup", SLICES=2)
+    assert result.returncode == 0, result.stderr
+    assert [call[:2] for call in made] == [["tpu-vm", "scp"]] * 2 + [["tpu-vm", "ssh"]] * 2
+    assert [call[3] for call in made[:2]] == ["opsd-0:opsd.tar.gz", "opsd-1:opsd.tar.gz"]
+    assert sorted(call[2] for call in made[2:]) == ["opsd-0", "opsd-1"]
+    assert all("--worker=all" in call for call in made)
+    assert all(call[-1].endswith("tpu_worker.sh setup b") for call in made[2:])
+    with tarfile.open(tmp_path / "pack.tar.gz") as pack:
+        names = pack.getnames()
+    assert {"opsd_jax/train.py", "launch/tpu_worker.sh", "setup.py", "constraints/py312.txt"} <= set(names)
+    assert not [name for name in names if name.startswith(".git/")]
+
+
+def test_tpu_vm_runs_the_command_word_by_word(tmp_path):
+    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND)
+    assert result.returncode == 0 and len(made) == 1 and "--worker=all" in made[0]
+    remote = made[0][-1].removeprefix("--command=")
+    assert shlex.split(remote) == ["bash", "opsd/launch/tpu_worker.sh", "run", *COMMAND]
+
+
+def test_tpu_vm_notices_a_worker_that_fails(tmp_path):
+    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND, SLICES=2, fails="opsd-1")
+    assert result.returncode == 1 and "failed on a worker" in result.stderr and len(made) == 2
+
+
+def test_tpu_vm_logs_stops_deletes(tmp_path):
+    for command in ("logs", "stop", "delete"):
+        result, made = tpu_vm(tmp_path, command, SLICES=2, WORKER=3, NODE=1)
+        assert result.returncode == 0, result.stderr
+    logs, stop, delete = made
+    assert logs[2] == "opsd-1" and "--worker=3" in logs
+    assert stop[2] == "opsd-0" and "--worker=0" in stop  # one is enough
+    assert delete == ["queued-resources", "delete", "opsd", *PLACE, "--force", "--quiet"]
+
+
+def test_dry_run_prints_the_commands_and_calls_none(tmp_path):
+    for arguments in (["create"], ["setup"], ["run", "--", *COMMAND], ["logs"], ["stop"], ["delete"]):
+        result, made = tpu_vm(tmp_path, *arguments, DRY_RUN=1)
+        assert result.returncode == 0 and made == []
+        lines = result.stdout.splitlines()
+        assert lines and all(shlex.split(line)[:3] == ["gcloud", "compute", "tpus"] for line in lines)
+    place = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
+    result = bash("xpk.sh", "try", "--", *COMMAND, DRY_RUN=1, STORAGE="s", **place)
+    words = shlex.split(result.stdout)
+    assert words[:3] == ["xpk", "workload", "create"]
+    assert {"--workload=try", "--restart-on-exit-codes=43", "--num-slices=1", "--tpu-type=v5litepod-16"} <= set(words)
+    assert shlex.split(words[-1].removeprefix("--command=")) == ["exec", *COMMAND]
+    assert "STORAGE is not set" in bash("xpk.sh", "try", "--", "x", **place).stderr
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_tpu_worker_starts_once_and_stops(tmp_path):
+    (tmp_path / "launch").mkdir()
+    worker = shutil.copy(LAUNCH / "tpu_worker.sh", tmp_path / "launch")
+    do = lambda *words: subprocess.run(["bash", worker, *words], env=environment(SETTLE_S=0.2), capture_output=True,
+                                       text=True, timeout=60)
+    program = ("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
+               "print(sys.argv[1:], flush=True); time.sleep(60)")
+    assert do("stop").returncode == 1
+    assert do("run", sys.executable, "-c", program, "a b", "()").returncode == 0
+    wait_for(lambda: "['a b', '()']" in (tmp_path / "log.txt").read_text())
+    again = do("run", "true")
+    assert again.returncode == 1 and "a command runs already" in again.stderr
+    assert do("stop").returncode == 0
+    wait_for(lambda: (tmp_path / "run.code").exists() and (tmp_path / "run.code").read_text() == "42\n")
+    broken = do("run", "bash", "-c", "echo reason; exit 7")
+    assert broken.returncode == 1 and "reason" in broken.stderr
+
+
+@pytest.mark.parametrize("code, restarts, requeued", [
+    (0, 0, 0), (1, 0, 0), (42, 0, 1), (43, 3, 1), (134, 0, 1), (42, 20, 0)])
+def test_slurm_starts_the_command_and_continues_what_can_be_continued(tmp_path, code, restarts, requeued):
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/activate").write_text("")
+    path = stand_in(tmp_path / "bin", "srun", f'echo "timeout $OPSD_TIMEOUT_S"; exit {code}')
+    stand_in(tmp_path / "bin", "scontrol", "")
+    result = bash("slurm.sbatch", *COMMAND, cwd=tmp_path, PATH=path, SLURM_JOB_ID=7, SLURM_RESTART_COUNT=restarts)
+    assert result.returncode == code and "timeout 600" in result.stdout
+    made = calls(tmp_path / "bin")
+    assert made[0] == ["srun", "--kill-on-bad-exit=0", "--label", *COMMAND]
+    assert made[1:] == [["scontrol", "requeue", "7"]] * requeued
+
+
+def test_slurm_asks_for_one_process_for_each_gpu_of_whole_nodes():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), flags=re.MULTILINE))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert "exclusive" in options and "gpus-per-task" not in options
+    assert options["signal"].startswith("TERM@")  # to the processes; "B:" would be the batch shell
+
+
+# --- GKE ----------------------------------------------------------------------------------------------------
+
+CHIPS_PER_HOST = {"tpu-v5-lite-podslice": 4, "tpu-v5p-slice": 4, "tpu-v6e-slice": 4}  # in slices of several hosts
+
+
+def overlaid(name: str) -> dict:
+    """gke_jobset.yaml as launch/gke/<name> changes it: its patches are replacements, and its images."""
+    folder = LAUNCH / "gke" / name
+    overlay = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    (base,) = overlay["resources"]
+    jobset = yaml.safe_load((folder / base).read_text())
+    for patch in overlay["patches"]:
+        for change in yaml.safe_load(patch["patch"]):
+            assert change["op"] == "replace"
+            *way, last = [int(key) if key.isdigit() else key for key in change["path"].split("/")[1:]]
+            place = jobset
+            for key in way:
+                place = place[key]
+            assert last in place, f"{name} replaces {change['path']}, which is not there"
+            place[last] = change["value"]
+    (image,) = overlay["images"]
+    for container in pod_of(jobset)["containers"]:
+        assert container["image"] == image["name"]
+        container["image"] = f"{image['newName']}:{image['newTag']}"
+    return jobset
+
+
+def job_of(jobset) -> dict:
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+def pod_of(jobset) -> dict:
+    return job_of(jobset)["template"]["spec"]
+
+
+def config_of(command):
+    """The settings that a training command gives."""
+    (path,) = (word.removeprefix("--config=") for word in command if word.startswith("--config="))
+    spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", " ".join(command)):
+        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+    return config
+
+
+def test_there_are_slices():
+    assert {"v5e-16", "v5p-8"} <= set(SLICES)
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_jobset_fits_its_slice(name):
+    jobset = overlaid(name)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job, pod = job_of(jobset), pod_of(jobset)
+    (container,) = pod["containers"]
+    accelerator = pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert chips == CHIPS_PER_HOST[accelerator]
+    assert job["completions"] == job["parallelism"]
+    assert job["completions"] * chips == math.prod(map(int, topology.split("x")))
+    kind, cores = re.match(r"(v\w+)-(\d+)", name).groups()
+    assert int(cores) == job["completions"] * chips * (2 if kind == "v5p" else 1)  # v5p names count cores
+    slices = jobset["spec"]["replicatedJobs"][0]["replicas"]
+    assert slices == int((re.search(r"-x(\d+)$", name) or [0, 1])[1])
+    assert (f"--config.mesh.data={slices}" in container["command"]) == (slices > 1)
+    assert len(jobset["metadata"]["name"]) + len("-slice-0-0-xxxxx") <= 63
+    config = config_of(container["command"])
+    for rows in (*(config[stage].batch_size // config[stage].accumulation for stage in config.stages),
+                 config.eval.batch_size):
+        assert rows % (job["completions"] * chips * slices) == 0, "the batch does not fit the devices"
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_jobset_restarts_what_can_be_continued(name):
+    jobset = overlaid(name)
+    job, pod = job_of(jobset), pod_of(jobset)
+    assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0  # a lost host restarts the whole set
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
+    ((rule,), (policy,)) = job["podFailurePolicy"]["rules"], jobset["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "In"
+    assert not {0, 42, distributed.EXIT_PEER_LOST, 134, 137} & set(rule["onExitCodes"]["values"])
+    assert rule["onExitCodes"]["containerName"] in [container["name"] for container in pod["containers"]]
+    assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_pods_find_each_other_and_their_folder(name, monkeypatch):
+    jobset = overlaid(name)
+    job, pod = job_of(jobset), pod_of(jobset)
+    (container,) = pod["containers"]
+    assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
+    given = {item["name"]: item["value"] for item in container["env"]}
+    assert not {"OPSD_COORDINATOR", "OPSD_PROCESS_ID"} & given.keys()  # the same in all Pods: JAX finds them
+    assert all(isinstance(value, str) for value in given.values())
+    # what GKE adds to the environment of such Pods
+    slices, hosts = jobset["spec"]["replicatedJobs"][0]["replicas"], job["completions"]
+    given["TPU_WORKER_HOSTNAMES"] = ",".join(f"{jobset['metadata']['name']}-slice-0-{n}" for n in range(hosts))
+    if slices > 1:
+        given["MEGASCALE_NUM_SLICES"] = str(slices)
+    for variable in [v for v in os.environ if v.startswith(("OPSD_", "SLURM_", "TPU_", "JAX_PLATFORMS"))]:
+        monkeypatch.delenv(variable)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    assert distributed._cluster_size() == hosts * slices
+    # the workdir lies in the mounted bucket
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert volume["name"] == mount["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    assert "metadata-cache:ttl-secs:0" in volume["csi"]["volumeAttributes"]["mountOptions"]  # others write there too
+    workdir = next(word for word in container["command"] if word.startswith("--workdir="))
+    assert workdir.removeprefix("--workdir=").startswith(mount["mountPath"] + "/")
+    assert container["command"][:3] == ["python", "-m", "opsd_jax.train"]  # no shell: it gets SIGTERM itself
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here")
+@pytest.mark.parametrize("name", SLICES)
+def test_kustomize_reads_it_as_these_tests_do(name):
+    built = subprocess.run(["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", LAUNCH / "gke" / name],
+                           capture_output=True, text=True, timeout=60)
+    assert built.returncode == 0, built.stderr
+    assert yaml.safe_load(built.stdout) == overlaid(name)
+
+
+def test_gke_base_alone_is_a_v5e_16():
+    base = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    same = overlaid("v5e-16")
+    for jobset in (base, same):  # what each user sets
+        pod = pod_of(jobset)
+        del jobset["metadata"]["name"], pod["containers"][0]["image"], pod["containers"][0]["command"]
+        del pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"]
+    assert base == same
+
+
+# --- Docker, notebook ---------------------------------------------------------------------------------------
+
+
+def test_dockerfile_names_what_there_is():
+    lines = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert {"opsd_jax", "configs", "setup.py", "constraints"} == set(copied)
+    assert all((ROOT / source).exists() for source in copied)
+    version = re.search(r"^FROM python:3\.(\d+)", "\n".join(lines), flags=re.MULTILINE)[1]
+    (constraints,) = re.findall(r"-c (\S+)", "\n".join(lines))
+    assert constraints == f"constraints/py3{version}.txt" and (ROOT / constraints).exists()
+    (extra,) = re.findall(r"^ARG EXTRA=(\w+)$", "\n".join(lines), flags=re.MULTILINE)
+    assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
+    command = json.loads(lines[-1].removeprefix("CMD "))
+    assert command[:3] == ["python", "-m", "opsd_jax.train"]
+
+
+def cells(kind: str) -> list[dict]:
+    notebook = json.loads((LAUNCH / "colab.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_notebook_compiles_and_carries_no_output():
+    for cell in cells("code"):
+        compile("".join(cell["source"]), "colab.ipynb", "exec")
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        assert len(cell["source"]) <= 25, "a cell is small"
+    tags = [tag for cell in cells("code") for tag in cell["metadata"].get("tags", [])]
+    assert tags == ["settings", "install"]
+    kinds = [cell["cell_type"] for cell in json.loads((LAUNCH / "colab.ipynb").read_text())["cells"]]
+    assert kinds[0] == "markdown" and len(cells("markdown")) >= 8
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path, tmp_path_factory):
+    """Its cells in order, on a run of a few steps, without the installation."""
+    import small_run
+
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("configs", "opsd_jax"):
+        (checkout / name).symlink_to(ROOT / name)
+    flags = [f"--config.{key}={value}" for key, value in small_run.CHANGES.items()]
+    parts = []
+    for cell in cells("code"):
+        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
+        if "install" not in tags:
+            parts.append(source + f"\nEXTRA = {flags!r}" if "settings" in tags else source)
+    program = tmp_path / "cells.py"
+    program.write_text("import matplotlib\nmatplotlib.use('agg')\n" + "\n\n".join(parts))
+    result = subprocess.run([sys.executable, program], cwd=checkout, capture_output=True, text=True, timeout=600,
+                            env=small_run.environment(tmp_path_factory))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "question:" in result.stdout and "| arm noise, text only |" in result.stdout
+    assert (checkout / "runs/smoke/curves.png").stat().st_size > 10_000
+
+
+# --- who belongs to the run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No trace of a cluster; jax.distributed must not be called."""
+    for name in list(os.environ):
+        if name.startswith(("OPSD_", "SLURM_", "TPU_WORKER", "TPU_PROCESS", "MEGASCALE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    called = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **kwargs: called.append(kwargs))
+    yield monkeypatch
+    assert called == []
+
+
+def test_a_single_process_joins_nothing(alone):
+    assert distributed.initialize() is False
+
+
+def test_one_process_by_name_looks_for_no_cluster(alone):
+    alone.setenv("OPSD_NUM_PROCESSES", "1")
+    alone.setattr(distributed, "_cluster_size", lambda: pytest.fail("looked for a cluster"))
+    assert distributed.initialize() is False
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"OPSD_COORDINATOR": "h:1"}, "OPSD_NUM_PROCESSES, OPSD_PROCESS_ID not"),
+    ({"OPSD_NUM_PROCESSES": "2"}, "OPSD_COORDINATOR, OPSD_PROCESS_ID not"),
+    ({"OPSD_COORDINATOR": "h", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "0"}, "give HOST:PORT"),
+    ({"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "2"}, "from 0 to 1"),
+    ({"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "two", "OPSD_PROCESS_ID": "0"}, "OPSD_NUM_PROCESSES=two"),
+    ({"OPSD_TIMEOUT_S": "0"}, "OPSD_TIMEOUT_S=0"),
+])
+def test_wrong_environment_is_named(alone, given, message):
+    for name, value in given.items():
+        alone.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize()
+
+
+def test_slurm_is_found_in_a_step_only(alone):
+    for name, value in {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        alone.setenv(name, value)
+    assert distributed._cluster_size() == 1  # the batch script
+    alone.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    assert distributed._cluster_size() == 16
+
+
+@pytest.mark.parametrize("endpoints, slices, size", [
+    ("a,b,c,d", "", 4), ("a", "", 1), ("", "", 1), ("a,b", "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n", 6)])
+def test_tpu_vms_ask_their_metadata(alone, endpoints, slices, size):
+    alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    alone.setattr(distributed, "_metadata", {"worker-network-endpoints": endpoints, "tpu-env": slices}.get)
+    alone.setattr(distributed.glob, "glob", lambda pattern: [])
+    assert distributed._cluster_size() == 1  # no chips
+    alone.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    assert distributed._cluster_size() == size
+    alone.setenv("JAX_PLATFORMS", "cpu")
+    assert distributed._cluster_size() == 1
+
+
+def test_a_lost_peer_is_told_from_an_error():
+    import jax
+
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer")
+    wrapped = OSError("writing checkpoint 3 failed")
+    wrapped.__cause__ = lost
+    assert distributed.peer_is_lost(lost) and distributed.peer_is_lost(wrapped)
+    assert not distributed.peer_is_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.peer_is_lost(ValueError("connection reset"))
+
+
+# --- really several processes -------------------------------------------------------------------------------
+
+SUM = """
+from opsd_jax import distributed
+assert distributed.initialize()
+import jax, sys, time
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+mesh = Mesh(np.array(jax.devices()), "d")
+mine = np.arange(2.0) + 10 * jax.process_index()
+rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("d")), mine)
+add = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "d"), mesh=mesh, in_specs=PartitionSpec("d"),
+                            out_specs=PartitionSpec()))
+print(jax.process_index(), jax.local_device_count(), jax.device_count(), float(add(rows)[0]))
+"""
+
+
+def local(count, program, **variables):
+    started = time.monotonic()
+    result = bash("local_multiprocess.sh", count, "--", sys.executable, "-c", program, **variables)
+    return result, time.monotonic() - started
+
+
+def test_two_processes_with_two_devices_each_agree_on_a_sum():
+    result, _ = local(2, SUM)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = [line for line in result.stdout.splitlines() if re.match(r"\[\d\] \d ", line)]
+    assert sorted(said) == ["[0] 0 2 4 22.0", "[1] 1 2 4 22.0"]
+
+
+def test_one_that_fails_ends_the_others():
+    program = SUM + "if jax.process_index(): raise KeyError('my own mistake')\ntime.sleep(60)"
+    result, seconds = local(2, program)
+    assert result.returncode == 1 and seconds < 40, result.stdout
+    assert "[1] KeyError: 'my own mistake'" in result.stdout
+    assert re.search(r"^\[1\] process 1 of 2 on \S+: failed by itself", result.stdout, flags=re.MULTILINE)
+    assert "process 1 of 2 ended with code 1" in result.stderr
+
+
+def test_one_that_waits_for_another_says_so():
+    command = [sys.executable, "-c", SUM]
+    given = {"OPSD_COORDINATOR": "127.0.0.1:19", "OPSD_NUM_PROCESSES": 2, "OPSD_PROCESS_ID": 1, "OPSD_TIMEOUT_S": 1}
+    result = subprocess.run(command, env=environment(**given), capture_output=True, text=True, timeout=60)
+    assert result.returncode == distributed.EXIT_PEER_LOST
+    assert re.search(r"process 1 of 2 on \S+ waited 1 s .* \(coordinator 127.0.0.1:19\)", result.stderr)
+
+
+def test_launcher_hands_sigterm_on():
+    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); print('up'); time.sleep(60)"
+    process = subprocess.Popen(["bash", LAUNCH / "local_multiprocess.sh", "2", "--", sys.executable, "-c", program],
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] up\n", "[1] up\n"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 42
+    process.stdout.close()
+
+
+TRAIN = """
+import sys
+from absl import flags
+flags.FLAGS.mark_as_parsed()
+from opsd_jax import distributed
+distributed.initialize()
+sys.path.insert(0, {tests!r})
+import small_run
+from opsd_jax import train
+train.train(small_run.config(stages=("warmup",), warmup__steps=120, eval__every=0, eval__final_split="",
+                             checkpoint__every=1000), {workdir!r})
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_factory):
+    """And one process alone, on as many devices, finishes what two have begun."""
+    import small_run
+
+    workdir = tmp_path / "run"
+    program = TRAIN.format(tests=str(ROOT / "tests"), workdir=str(workdir))
+    given = environment(**{k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")},
+                        XLA_FLAGS="--xla_force_host_platform_device_count=2", OPSD_NUM_PROCESSES=2,
+                        OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}", OPSD_TIMEOUT_S=120)
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=given | {"OPSD_PROCESS_ID": str(n)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
+    rows = workdir / "metrics.jsonl"
+    wait_for(lambda: (rows.exists() and rows.read_text().count("\n") >= 2) or any(p.poll() for p in processes), 300)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [42, 42], said
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 2 <= step < 120
+    alone = given | {"OPSD_NUM_PROCESSES": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    del alone["OPSD_COORDINATOR"]
+    result = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == list(range(1, 121))
