@@ -212,7 +212,7 @@ class Program:
     """One jitted program of a step, traced and not compiled.
 
     kinds: {kind: pytree of ShapeDtypeStructs} of its arguments. beside: the same of what else lies in memory.
-    trips: how often its `while` loop without a fixed length runs at most. cache: bytes of its KV cache, all devices.
+    trips: how often its `while` loop without a fixed length runs at most. cache: shape of its keys, [L, B, S, K, h].
     """
 
     name: str
@@ -220,7 +220,7 @@ class Program:
     kinds: dict
     beside: dict
     trips: int = 1
-    cache: int = 0
+    cache: object = None
 
 
 def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list[Program]:
@@ -285,7 +285,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
         traced = rollout.sample.trace(sampler, batch.student, key, config=sampling)
         beside = held | {"params": trained_only, "batch": batch.teacher}
         found.append(Program("sample", traced, {"params": sampler, "batch": batch.student}, beside,
-                             trips=sampling.max_new_tokens, cache=_bytes(cache)))
+                             trips=sampling.max_new_tokens, cache=cache["k"]))
     if only != "sample":
         drawn = whole(jax.eval_shape(lambda *a: rollout.sample(*a, config=sampling), params, batch.student, key))
         traced = distill.program(distill.update_step, state, own).trace(state, batch, drawn)
@@ -304,13 +304,6 @@ def check_batch(config, stage: str, mesh) -> None:
             f"a micro batch of config.{stage} has {s.batch_size // s.accumulation} rows (batch_size {s.batch_size} / "
             f"accumulation {s.accumulation}) for {shards} batch shards (mesh data x fsdp): lower "
             f"config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices to config.mesh.tensor")
-
-
-def _bytes(tree) -> int:
-    """Bytes of all leaves, whole."""
-    import jax
-
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree) -> int:
@@ -362,13 +355,15 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """name, shape (text), op, operands (names) and everything behind them (text)."""
+    """name, shape (text), op, operands (names), everything from their parenthesis on (text), and whether it is the
+    result of its computation."""
 
     name: str
     shape: str
     op: str
     operands: tuple[str, ...]
     rest: str
+    root: bool = False
 
     def named(self, *keys) -> list[str]:
         """Computations that it names under one of the keys: body=%name, branch_computations={%a, %b}."""
@@ -386,11 +381,13 @@ def read_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif line == "}":
             current = None
-        elif current is not None and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)):
-            shape, rest = _cut(found[2]) if found[2].startswith("(") else found[2].split(" ", 1)
+        elif current is not None and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line)):
+            root, name, rest = found.groups()
+            shape, rest = _cut(rest) if rest.startswith("(") else rest.split(" ", 1)
             op, _, rest = rest.strip().partition("(")
-            inside, rest = _cut("(" + rest)
-            current[found[1]] = Instruction(found[1], shape, op, tuple(re.findall(r"%([\w.\-]+)", inside)), inside + rest)
+            operands, rest = _cut("(" + rest)
+            current[name] = Instruction(name, shape, op, tuple(re.findall(r"%([\w.\-]+)", operands)),
+                                        operands + rest, bool(root))
     return computations, entry
 
 
@@ -512,30 +509,241 @@ def _touched(i: Instruction, around, computations) -> int:
         return 2 * here(around[i.operands[-1 if i.op == "scatter" else 1]].shape)
     if i.op in ("copy-start", "slice-start"):
         return here(i.shape)
-    inner = i.named("calls")
-    if i.op != "fusion" or inner[0] not in computations:
+    if i.op != "fusion":
         return result + sum(here(around[o].shape) for o in i.operands if o in around)
-    fused = computations[inner[0]]
-    total, root = 0, list(fused.values())[-1]
-    parameters = {int(p.rest[1:p.rest.index(")")]): p.name for p in fused.values() if p.op == "parameter"}
-    updated = {u.operands[0]: u for u in fused.values() if u.op == "dynamic-update-slice"}
-    for n, operand in enumerate(i.operands):
-        if operand in around and n in parameters and here(around[operand].shape):
-            total += _read(parameters[n], fused, computations, updated)
-    if root.op == "dynamic-update-slice" or (updated and root.op in ("bitcast", "tuple")):
-        return total + sum(here(fused[u.operands[1]].shape) for u in updated.values())
-    return total + result
+    inside = computations[i.named("calls")[0]]
+    parameters = _parameters(inside)
+    read = sum(_read(parameters[n], inside, computations) for n, o in enumerate(i.operands) if here(around[o].shape))
+    root = next(j for j in inside.values() if j.root)
+    return read + (min(result, _written(root, inside, computations)) if result else 0)
 
 
-def _read(name, fused, computations, updated) -> int:
-    """Bytes that a fused computation reads of one of its parameters: slices where it is only sliced or updated."""
-    users = [u for u in fused.values() if name in u.operands]
-    if users and all(u.op in ("dynamic-slice", "slice", "gather", "bitcast", "dynamic-update-slice") for u in users):
-        size = 0
-        for u in users:
-            if u.op == "bitcast":
-                size += _read(u.name, fused, computations, updated)
-            elif u.op != "dynamic-update-slice" or u.operands[0] != name:
-                size += sum(_arrays(u.shape if u.op != "dynamic-update-slice" else fused[name].shape))
-        return size
-    return sum(_arrays(fused[name].shape))
+def _parameters(inside) -> dict[int, str]:
+    return {int(i.rest[1:i.rest.index(")")]): i.name for i in inside.values() if i.op == "parameter"}
+
+
+def _read(name, inside, computations) -> int:
+    """Bytes that a fused computation reads of one of its values: where it is only sliced, the slices."""
+    whole, total = sum(_arrays(inside[name].shape)), 0
+    for user in inside.values():
+        for n in (n for n, operand in enumerate(user.operands) if operand == name):
+            if n == 0 and user.op in ("dynamic-slice", "slice", "gather"):
+                total += sum(_arrays(user.shape))
+            elif user.op == "bitcast":
+                total += _read(user.name, inside, computations)
+            elif user.op == "fusion":
+                inner = computations[user.named("calls")[0]]
+                total += _read(_parameters(inner)[n], inner, computations)
+            elif n or user.op != "dynamic-update-slice":  # which leaves the rest of its operand in place
+                total += whole
+    return min(total, whole)
+
+
+def _written(root: Instruction, inside, computations) -> int:
+    """Bytes that a fused computation writes: of an array that is updated in place, the update."""
+    if root.op == "dynamic-update-slice":
+        return sum(_arrays(inside[root.operands[1]].shape))
+    if root.op in ("bitcast", "tuple"):
+        return sum(_written(inside[o], inside, computations) for o in root.operands)
+    if root.op == "fusion":
+        inner = computations[root.named("calls")[0]]
+        return _written(next(i for i in inner.values() if i.root), inner, computations)
+    return sum(_arrays(root.shape))
+
+
+# --- the bill --------------------------------------------------------------------------------------------------
+
+_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)")
+_UNITS = {"K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
+
+
+def bill(program: Program, topology: Topology, hbm: float | None = None) -> dict:
+    """Compiles a program and tells what it takes of each device; see docs/scaling.md for every entry.
+
+    hbm: GiB a device, None for no bound. A program that does not fit even alone comes back with `fits` False and
+    what the compiler said it needs; other errors of the compiler are raised.
+    """
+    import jax
+
+    inside = {kind: bytes_per_device(tree) for kind, tree in program.kinds.items()}
+    beside = sum(bytes_per_device(tree) for tree in program.beside.values())
+    flops = matmul_flops(program.traced.jaxpr.jaxpr, program.trips) // topology.devices
+    found = {"program": program.name, "fits": None, "hbm_gib": hbm, "needs_gib": None, "peak_gib": None,
+             "beside_gib": beside / GIB, "bytes": inside | {"beside": beside},
+             "flops": {"traced": flops, "cost_analysis": None}, "hbm_bytes": None, "collectives": None, "seconds": None}
+    platform = "cpu" if topology.family == "cpu" else "tpu"
+    started = time.perf_counter()
+    try:
+        compiled = program.traced.lower(lowering_platforms=(platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = _NEEDS.search(str(error))
+        size, unit = (said[1] or said[3], said[2] or said[4]) if said else (0, "G")
+        needs = float(size) * _UNITS[unit]
+        if said and said[3]:  # temporaries alone: the arguments come on top
+            needs += sum(inside.values())
+        return found | {"fits": False, "needs_gib": (max(needs, sum(inside.values())) + beside) / GIB,
+                        "compile_seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}
+    taken = traffic(text, topology.devices, program.trips)
+    if platform == "tpu":
+        peak = memory.peak_memory_in_bytes
+    else:  # a CPU's leaves the temporaries out
+        peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                + memory.temp_size_in_bytes)
+    cache = _cache_bytes(program, text)
+    kinds = inside | {
+        "padding": memory.argument_size_in_bytes - sum(inside.values()), "kv_cache": cache,
+        "activations": memory.temp_size_in_bytes - cache, "code": memory.generated_code_size_in_bytes, "beside": beside}
+    needs = (peak + beside) / GIB
+    return found | {
+        "fits": hbm is None or needs <= hbm, "needs_gib": needs, "peak_gib": peak / GIB, "bytes": kinds,
+        "flops": {"traced": flops, "cost_analysis": cost.get("flops")}, **taken,
+        "seconds": step_seconds(flops, taken, topology), "compile_seconds": seconds}
+
+
+def _cache_bytes(program, text) -> int:
+    """What a device holds of the KV cache, read off the compiled program: the compiler chooses how it is cut."""
+    if program.cache is None:
+        return 0
+    layers, rows, slots, heads, width = program.cache.shape
+    cuts = [tuple(map(int, cut)) for cut in re.findall(rf"\[{layers},(\d+),{slots},(\d+),(\d+)\]", text)]
+    largest = max((b * k * h for b, k, h in cuts if b <= rows and k <= heads and h <= width), default=0)
+    return 2 * layers * slots * largest * program.cache.dtype.itemsize  # keys and values
+
+
+def step_seconds(flops: int, taken: dict, topology: Topology) -> dict | None:
+    """A model of how long a program runs: {"compute", "hbm", "network", "overlapped", "serial"}; None for a CPU.
+
+    compute: products at UTILIZATION of the peak. hbm: its traffic at full bandwidth. network: collectives along one
+    axis of the torus, both directions, at full speed, and what crosses slices at DCN. overlapped: the longest of the
+    three; serial: the longer of compute and hbm, then the network. The truth should lie between, or beyond where
+    operations are small.
+    """
+    if topology.family not in CHIPS:
+        return None
+    chip, moved = CHIPS[topology.family], {kind: c["bytes"] for kind, c in taken["collectives"].items()}
+    compute, hbm = flops / (chip.flops * UTILIZATION), taken["hbm_bytes"] / chip.bandwidth
+    across = moved.pop("send", 0)
+    network = sum(moved.values()) / (2 * chip.link) + across / (DCN / chip.devices)
+    return {"compute": compute, "hbm": hbm, "network": network, "overlapped": max(compute, hbm, network),
+            "serial": max(compute, hbm) + network}
+
+
+def advice(found: dict, config, stage: str, mesh) -> list[str]:
+    """What to change where a program does not fit: settings by name, the cheapest first."""
+    from opsd_jax import sharding
+
+    lines, size = [], found["bytes"]
+    gib = lambda kind: f"{size.get(kind, 0) / GIB:.1f} GiB"
+    if found["program"] == "update":
+        s, shards = config[stage], sharding.batch_divisor(mesh)
+        if config.model.remat == "none":
+            lines.append("config.model.remat=full recomputes activations instead of keeping them")
+        if not config.model.get("query_block", 1):
+            lines.append("config.model.query_block=512 computes attention for 512 queries at a time")
+        rows = s.batch_size // s.accumulation // shards
+        if rows > 1:
+            lines.append(f"config.{stage}.accumulation={s.batch_size // shards} takes one row a device at a time "
+                         f"instead of {rows}")
+        if config.divergence.chunk > 128:
+            lines.append(f"config.divergence.chunk={config.divergence.chunk // 2} halves the logits that exist at once")
+        if "lora" in config[stage] or "lora" in config:
+            lines.append("LoRA leaves no moments and gradients for the full weights")
+    else:
+        lines.append(f"config.{stage}.batch_size or config.rollout.max_new_tokens: the KV cache takes {gib('kv_cache')}")
+    if size.get("teacher"):
+        lines.append(f"config.teacher.kind=self keeps no second set of weights ({gib('teacher')})")
+    elif found["program"] == "sample" and config.teacher.kind != "self":
+        lines.append("config.teacher.kind=self keeps no second set of weights")
+    if stage == "opsd":
+        copy = size["params"] if found["program"] == "sample" else size["beside"]
+        lines.append(f"config.mesh.tensor: the sampler's own copy of the weights ({copy / GIB:.1f} GiB) is cut along it alone")
+    lines.append("config.mesh.fsdp: twice as many devices hold half of parameters, moments and EMA each")
+    if len(config.data.buckets.student) > 1:
+        lines.append("--bucket=0 shows the smaller bucket: config.data.buckets without the largest one, with "
+                     "config.data.on_too_long=skip, leaves its rows out")
+    return lines
+
+
+def table(report: dict) -> str:
+    """The bill for people."""
+    lines = [f"{report['topology']}: {report['chips']} chips, {report['devices']} devices"
+             + (f" of {report['hbm_gib']:g} GiB" if report["hbm_gib"] else "")
+             + f"; mesh {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}",
+             "parameters: " + ", ".join(f"{group} {n:,}" for group, n in report["parameters"].items())]
+    for p in report["programs"]:
+        lines += ["", f"{p['program']}, for each device" + (
+            f" (compiled in {p['compile_seconds']:.0f} s)" if p["peak_gib"] is not None else "")]
+        lines += [f"  {kind:<18} {n / GIB:>9.3f} GiB" for kind, n in p["bytes"].items() if n or kind == "params"]
+        bound = f" of {p['hbm_gib']:g} GiB" if p["hbm_gib"] else ""
+        if p["peak_gib"] is not None:
+            lines.append(f"  {'peak':<18} {p['peak_gib']:>9.3f} GiB" + (
+                f", with what lies beside {p['needs_gib']:.3f} GiB" if p["beside_gib"] else ""))
+        lines.append(f"  {'fits' if p['fits'] else 'does not fit'}: needs {'' if p['peak_gib'] else 'at least '}"
+                     f"{p['needs_gib']:.2f} GiB{bound}")
+        lines += [f"    {line}" for line in p["advice"]]
+        if p["collectives"] is not None:
+            lines += [f"  {kind:<18} {c['bytes'] / 1e9:>9.3f} GB sent in {c['count']:,} calls"
+                      for kind, c in p["collectives"].items()]
+            lines.append(f"  {'HBM traffic':<18} {p['hbm_bytes'] / 1e9:>9.1f} GB")
+        counted = p["flops"]["cost_analysis"]
+        lines.append(f"  {'matrix products':<18} {p['flops']['traced'] / 1e12:>9.3f} TFLOP" + (
+            f" (cost analysis, loop bodies once: {counted / 1e12:.3f})" if counted is not None else ""))
+        if p["seconds"]:
+            s = p["seconds"]
+            lines.append(f"  modelled           {s['overlapped']:>9.3f} to {s['serial']:.3f} s: compute {s['compute']:.3f} "
+                         f"(at {UTILIZATION:.0%} of peak), HBM {s['hbm']:.3f}, network {s['network']:.3f}")
+    return "\n".join(lines)
+
+
+def plan(config, topology: Topology, *, stage: str = "", only: str = "", bucket: int = -1, hbm: float = 0,
+         quick: bool = False) -> dict:
+    """The whole report, what --out writes: topology, mesh, parameters by group, one bill a program."""
+    import jax
+
+    from opsd_jax import params as params_lib, sharding
+
+    stage = stage or ("opsd" if "opsd" in config.stages else config.stages[0])
+    if stage not in settings.STAGES:
+        raise ValueError(f"--stage={stage!r}: choose from {settings.STAGES}")
+    bound = hbm or topology.hbm
+    mesh = sharding.make_mesh(**config.mesh, devices=devices_of(topology))
+    made = programs(config, stage, mesh, bucket, only)
+    if quick:
+        jax.config.update("jax_optimization_level", "O1")
+    found = [bill(program, topology, bound) for program in made]
+    for one in found:
+        one["advice"] = [] if one["fits"] else advice(one, config, stage, mesh)
+    version = lambda name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    return {
+        "topology": topology.name, "slices": topology.slices, "chips": topology.chips, "devices": topology.devices,
+        "hbm_gib": bound, "mesh": dict(mesh.shape), "stage": stage, "bucket": bucket,
+        "parameters": params_lib.count(made[0].kinds["params"]),
+        "fits": all(one["fits"] for one in found), "programs": found,
+        "versions": {"jax": jax.__version__, "libtpu": version("libtpu")}, "quick": quick}
+
+
+def main(argv) -> None:
+    """The command; exit code 3 where something does not fit."""
+    f = flags.FLAGS
+    if f.config is None or not f.topology:
+        raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+    try:
+        report = plan(f.config, parse_topology(f.topology, f.slices), stage=f.stage, only=f.only, bucket=f.bucket,
+                      hbm=f.hbm, quick=f.quick)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table(report))
+    if f.out:
+        with open(f.out + ".tmp", "w") as file:
+            json.dump(report, file, indent=1)
+        os.replace(f.out + ".tmp", f.out)
+    sys.exit(0 if report["fits"] else 3)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=train.parse_flags)

@@ -148,7 +148,7 @@ def test_commands_and_paths_exist(page):
 def test_ci_finds_the_test_command():
     """As .ci/run looks for it."""
     part = re.search(r"<!-- test command -->\n```bash\n(.*)\n```\n", PAGES["README.md"])
-    assert part and part[1].startswith("pip install -e ") and part[1].endswith("&& python -m pytest -q")
+    assert part and part[1].startswith("pip install -e ") and part[1].endswith("&& python -m pytest -q -n 2 --dist loadfile")
 
 
 def test_quoted_messages_are_in_the_code():
