@@ -11,6 +11,7 @@ decoding are those of a named protocol, `PROTOCOLS`. Official: inferencer.py, In
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -151,7 +152,7 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
     if draw:
         drawing = flow.FlowConfig(model=config, image_start=tokenizer.image_start, image_end=tokenizer.image_end,
                                   **{**(flow.HARNESS if protocol.guidance == "harness" else {}), **(changes or {})})
-    keys = iter(jax.random.split(key, 1000))
+    keys = (jax.random.fold_in(key, n) for n in itertools.count())
     rows = [_ask(model, pictures, text, keys, draw) for pictures, text in questions]
     traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in rows]
     active = list(range(len(rows)))
@@ -179,7 +180,8 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
         pictures = _draw(model, [rows[n] for n in chosen], next(keys), drawing, report)
         for picture, n in zip(pictures, wants):
             traces[n].steps.append(picture)
-            rows[n]["cond"] += _picture_blocks(model, images.open_rgb(picture), next(keys), True)[0]
+            if number + 1 < protocol.rounds:
+                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(picture), next(keys), True)[0]
         _spent(traces, "drawing", before)
         active = wants
     return traces
