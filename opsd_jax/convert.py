@@ -26,7 +26,7 @@ import numpy as np
 
 from opsd_jax import params as params_lib
 from opsd_jax import tensor_files
-from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from opsd_jax.model.config import GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
 _GENERATION = re.compile(r".*_moe_gen\b.*|(time_embedder|vae2llm|llm2vae|latent_pos_embed)\..*")
@@ -178,7 +178,9 @@ def _saved_config(directory, settings) -> ModelConfig:
     if drawing:
         vae = VAEConfig(**drawing["vae"] | {"multipliers": tuple(drawing["vae"]["multipliers"])})
         drawing = GenerationConfig(**drawing | {"vae": vae})
-    return ModelConfig(llm=LLMConfig(**sizes["llm"]), vit=ViTConfig(**sizes["vit"]), generation=drawing)
+    lora = settings.get("lora") or {}
+    lora = LoRAConfig(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora.get("rank") else None
+    return ModelConfig(llm=LLMConfig(**sizes["llm"]), vit=ViTConfig(**sizes["vit"]), generation=drawing, lora=lora)
 
 
 @functools.cache
@@ -487,6 +489,7 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
     """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
 
     What draws comes from the checkpoint or, if that holds the understanding path alone, unchanged from `base`.
+    Adapters (LoRA) are added to their matrices.
 
     Args:
       source: an imported folder, a run's workdir or one of its step folders.
@@ -524,7 +527,12 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         if wrong := [path for path, leaf in stored.items() if path not in wanted or leaf.shape != wanted[path].shape]:
             raise ValueError(f"{source}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}")
 
-        parts = [_of_checkpoint(source, stored)]
+        lora, config = config.lora, dataclasses.replace(config, lora=None)
+        if absent := [path for path in wanted if path not in stored and params_lib.fact(path).group == "lora"]:
+            raise ValueError(f"{source} lacks the adapters that its metadata speaks of: {', '.join(absent)}")
+        wanted = _abstract(config)
+
+        parts = [_of_checkpoint(source, stored, lora)]
         missing = {path: leaf for path, leaf in wanted.items() if path not in stored}
         if missing and is_released(origin):
             parts.append(_of_release(origin, config, missing))
@@ -602,10 +610,15 @@ def _config_of(directory) -> ModelConfig:
     return _saved_config(directory, checkpoint.metadata(directory)["config"])
 
 
-def _of_checkpoint(directory, leaves):
-    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint."""
+def _of_checkpoint(directory, leaves, lora=None):
+    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint.
+
+    lora: the LoRAConfig of adapters among them; they are added to their matrices.
+    """
     from opsd_jax import checkpoint
 
+    adapters = {path: leaf for path, leaf in leaves.items() if params_lib.fact(path).group == "lora"}
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in adapters}
     outline = {}
     for path, leaf in leaves.items():
         row = params_lib.fact(path)
@@ -613,11 +626,18 @@ def _of_checkpoint(directory, leaves):
                     for name in _names(row, leaf.shape)}
 
     def tensors(group):
-        restored = checkpoint.restore_params(directory, params_lib.unflatten(group), partial=True)
-        for path, array in params_lib.flatten(restored).items():
-            row, array = params_lib.fact(path), np.asarray(array)
+        beside = {path: pair for path in group if (pair := params_lib.adapters_of(path)) and pair[0] in adapters}
+        wanted = group | {path: adapters[path] for pair in beside.values() for path in pair}
+        restored = checkpoint.restore_params(directory, params_lib.unflatten(wanted), partial=True)
+        restored = {path: np.asarray(array) for path, array in params_lib.flatten(restored).items()}
+        for path in group:
+            row, array = params_lib.fact(path), restored[path]
+            pair = [restored[factor] for factor in beside.get(path, ())]
             for n, name in enumerate(_names(row, array.shape)):
-                yield row.file, name, row.theirs(array[n] if row.stacked else array)
+                tensor = array[n] if row.stacked else array
+                if pair:
+                    tensor = np.asarray(params_lib.merge_matrix(tensor, *(factor[n] for factor in pair), lora))
+                yield row.file, name, row.theirs(tensor)
 
     # a generator for each group, so that nothing of it is left when the next one is read
     return outline, (item for group in _groups(leaves) for item in tensors(group))

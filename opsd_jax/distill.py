@@ -8,6 +8,7 @@ forwards, divergence, backward, clipping, AdamW, EMA; the state is donated. Offi
 scripts/visual_opsd/train_visual_opsd.py. Letters: B batch rows, N + 1 completion rows, D hidden.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -60,6 +61,7 @@ class DistillConfig:
     eos_after_cut: completions that did not end on eos still get a row that predicts eos (official: yes).
     score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
+      With LoRA (`model.lora`) all but the adapters are frozen, and this must be empty.
     """
 
     model: ModelConfig
@@ -247,7 +249,13 @@ def program(function, state, config: DistillConfig):
 @functools.lru_cache(maxsize=None)
 def _program(function, config, structure, leaves):
     shardings = jax.tree.unflatten(structure, leaves)
-    return jax.jit(functools.partial(function, config=config), donate_argnums=0, out_shardings=(shardings, None))
+    mesh = getattr(leaves[0], "mesh", None)  # none on a single device
+
+    def under_mesh(*arguments):  # so that `sharding.rows` knows it
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+            return function(*arguments, config=config)
+
+    return jax.jit(under_mesh, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def update(state, batch: Batch, trajectory, *, config: DistillConfig):

@@ -3,7 +3,7 @@
 Freezing, optimizer slots, EMA, shardings, import and export are readings of this table. Parameters live in one
 plain nested dict; a path such as "llm/layers/und/q_kernel" names a leaf. Leaves under "layers" are stacked over
 layers (first axis), checkpoints hold them one by one ({layer} in the name). Linear kernels are [in, out] here and
-[out, in] there.
+[out, in] there. Adapters (LoRA) are unknown to released checkpoints: `merge_lora` adds them to the matrices.
 """
 
 import dataclasses
@@ -13,21 +13,23 @@ import re
 import jax
 import jax.numpy as jnp
 
+from opsd_jax.model.config import LORA_TARGETS
+
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One parameter: path, logical axes (see `sharding`), group, checkpoint name, and `order`: our axes as axes of the
-    checkpoint's tensor, None if they are the same."""
+    """One parameter: path, logical axes (see `sharding`), group, checkpoint name (None: releases do not
+    know it), and `order`: our axes as axes of the checkpoint's tensor, None if they are the same."""
 
     path: str
     axes: tuple[str | None, ...]
     group: str
-    name: str
+    name: str | None
     order: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> bool:
-        return "{layer}" in self.name
+        return self.axes[0] == "layers"
 
     @property
     def file(self) -> str:
@@ -106,7 +108,7 @@ TABLE = {fact.path: fact for fact in [
     Fact("latent/position_table", (None, "embed"), "fixed", "latent_pos_embed.pos_embed"),
 ]}
 
-GROUPS = ("embed", "und", "gen", "vit", "connector", "latent", "vae", "fixed")
+GROUPS = ("embed", "und", "gen", "vit", "connector", "latent", "vae", "fixed", "lora")
 DRAWING = ("gen", "latent")  # trained only where something is drawn
 
 
@@ -149,9 +151,22 @@ def _vae_fact(path):
     return Fact(path, (None,), "vae", name)
 
 
+# The factors of an adapter lie like the matrix they are beside: a [L, in, r] is cut as its input, b [L, r, out] as its
+# output. "llm/layers/und/q_lora_a" is beside "llm/layers/und/q_kernel".
+_LORA_PATH = re.compile(rf"(?P<matrix>llm/layers/und/({'|'.join(LORA_TARGETS)}))_lora_(?P<factor>[ab])")
+
+
+def _lora_fact(path):
+    match = _LORA_PATH.fullmatch(path)
+    if not match:
+        return None
+    layers, into, out = TABLE[f"{match['matrix']}_kernel"].axes
+    return Fact(path, (layers, into, None) if match["factor"] == "a" else (layers, None, out), "lora", None)
+
+
 def find(path: str) -> Fact | None:
     """The facts of a path, or None if it is no parameter's."""
-    return TABLE.get(path) or _vae_fact(path)
+    return TABLE.get(path) or _vae_fact(path) or _lora_fact(path)
 
 
 def fact(path: str) -> Fact:
@@ -166,8 +181,9 @@ def partition(params, freeze=(), *, drawing: bool = False):
     """Splits params into (trainable, frozen) nested dicts without common leaves; `merge` puts them together.
 
     `freeze`: names from GROUPS. "fixed" (the 2-D position tables) and "vae" are always frozen, as officially;
-    so is what only draws (`DRAWING`: it gets no gradient from text) unless `drawing` is set.
-    ValueError for an unknown group or when nothing is left to train.
+    so is what only draws (`DRAWING`: it gets no gradient from text) unless `drawing` is set. Params with adapters
+    (group "lora") train these alone.
+    ValueError for an unknown group, for `freeze` with adapters, or when nothing is left to train.
     """
     unknown = set(freeze) - set(GROUPS)
     if unknown:
@@ -175,6 +191,10 @@ def partition(params, freeze=(), *, drawing: bool = False):
     frozen_groups = {"fixed", "vae", *freeze, *(() if drawing else DRAWING)}
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
+    adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
+    if adapters and freeze:
+        raise ValueError(f"freeze={tuple(freeze)} with LoRA, which trains its adapters alone: leave freeze empty")
+    trainable = adapters or trainable
     if not trainable:
         raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
@@ -186,6 +206,44 @@ def merge(trainable, frozen):
     return unflatten({**flatten(trainable), **flatten(frozen)})
 
 
+def adapters_of(path: str) -> tuple[str, str] | None:
+    """Paths of the two factors (a, b) of the adapter that a matrix may have; None where there never is one."""
+    pair = tuple(f"{path.removesuffix('_kernel')}_lora_{factor}" for factor in "ab")
+    return pair if path.endswith("_kernel") and find(pair[0]) else None
+
+
+def merge_matrix(kernel, a, b, lora):
+    """kernel [..., in, out] + alpha / rank * a [..., in, r] b [..., r, out]: in float32, then in the kernel's dtype."""
+    product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+    return (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
+
+
+def merge_lora(params, lora):
+    """Params without adapters that compute the same: each is added to its matrix.
+
+    lora: the LoRAConfig that the params were made with. ValueError if they hold other adapters.
+    """
+    flat = flatten(params)
+    adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
+    held = {path: leaf.shape[-1 if path.endswith("a") else -2] for path, leaf in adapters.items()}
+    wanted = {f"llm/layers/und/{target}_lora_{factor}": lora.rank for target in lora.targets for factor in "ab"}
+    if held != wanted:
+        raise ValueError(f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}")
+    merged = {path: leaf for path, leaf in flat.items() if path not in adapters}
+    for path, leaf in merged.items():
+        pair = adapters_of(path)
+        if pair and pair[0] in adapters:
+            merged[path] = merge_matrix(leaf, *(adapters[factor] for factor in pair), lora)
+    return unflatten(merged)
+
+
+def in_compute_dtype(params, dtype: str):
+    """Parameters as the forward pass uses them: all but the norms' scales in the compute dtype (each use would cast
+    them to it anyway, so results are the same), for programs that read them many times."""
+    cast = lambda path, leaf: leaf if "norm" in path.rsplit("/", 1)[-1] else leaf.astype(dtype)
+    return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
+
+
 def count(params) -> dict[str, int]:
     """Number of parameters by group, with their "total"."""
     counts = dict.fromkeys(GROUPS, 0)
@@ -195,16 +253,23 @@ def count(params) -> dict[str, int]:
     return {group: n for group, n in counts.items() if n}
 
 
-def from_checkpoint(path: str, tensors: list):
-    """Checkpoint tensors of a parameter (one, or one a layer in order) -> our array."""
+def _released(path):
     row = fact(path)
+    if row.name is None:
+        raise ValueError(f"{path} is an adapter, which released checkpoints do not know: merge_lora first")
+    return row
+
+
+def from_checkpoint(path: str, tensors: list):
+    """Checkpoint tensors of a parameter (one, or one a layer in order) -> our array. ValueError for an adapter's."""
+    row = _released(path)
     arrays = [row.ours(t) for t in tensors]
     return jnp.stack(arrays) if row.stacked else jnp.asarray(arrays[0])
 
 
 def to_checkpoint(path: str, array) -> dict:
-    """Our array -> {checkpoint name: tensor}, one a layer for stacked parameters."""
-    row = fact(path)
+    """Our array -> {checkpoint name: tensor}, one a layer for stacked parameters. ValueError for an adapter's."""
+    row = _released(path)
     if not row.stacked:
         return {row.name: row.theirs(array)}
     return {row.name.format(layer=n): row.theirs(a) for n, a in enumerate(array)}

@@ -8,8 +8,8 @@ fails here as it would there. What this does not tell: numerics, measured speed,
 itself. `--topology=cpu:8` compiles for eight devices that the CPU plays, anywhere; its temporary memory says little
 about a TPU.
 
-Two things lie in memory beside a program and are added to its own peak: while the student samples, the whole
-training state; while it is updated, the copy of the parameters that sampled (see `train.train_stage`).
+While the student samples, the whole training state lies in memory beside the program and is added to its peak; the
+copy of the parameters that sampled is gone when the update begins (see `train.train_stage`).
 
 Letters: n devices of a collective's group.
 """
@@ -198,7 +198,8 @@ def _start_cpu(count):
 
 def missing_libtpu() -> str:
     """What to install to compile for a TPU."""
-    wants = next((r.split(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
+    wanted = [r.split(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+    wants = wanted[0] if wanted else "libtpu"
     return ("compiling for a TPU needs its compiler, libtpu, which is not installed here. No TPU is needed:\n"
             f"    pip install '{wants}'\n"
             f"is the version that jax {importlib.metadata.version('jax')} asks for (Linux x86-64, some 200 MB). "
@@ -228,7 +229,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     import jax
     import jax.numpy as jnp
 
-    from opsd_jax import context, distill, rollout, sharding
+    from opsd_jax import context, distill, params as params_lib, rollout, sharding
     from opsd_jax.model import bagel
 
     settings.check(config)
@@ -271,13 +272,13 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     # The table of a marker is a constant of the program: only its size matters, as long as it is not all zeros.
     marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
     sampling = settings.rollout(config, ends, marker)
-    sampler = sharding.abstract(mesh, params, "rollout")
+    sampler = sharding.abstract(
+        mesh, jax.eval_shape(lambda p: params_lib.in_compute_dtype(p, model.dtype), params), "rollout")
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     # Leaves that both layouts cut alike are one array; the others lie in memory twice.
-    differs = lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else a
-    trained_only = jax.tree.map(differs, state["params"], sampler)
-    sampled_only = jax.tree.map(differs, sampler, state["params"])
+    same = lambda a, b: a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    trained_only = jax.tree.map(lambda a, b: None if same(a, b) else a, state["params"], sampler)
     found = []
     if only != "update":
         slots = batch.student.slots + sampling.max_new_tokens
@@ -289,8 +290,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     if only != "sample":
         drawn = whole(jax.eval_shape(lambda *a: rollout.sample(*a, config=sampling), params, batch.student, key))
         traced = distill.program(distill.update_step, state, own).trace(state, batch, drawn)
-        found.append(Program("update", traced, held | {"batch": (batch, drawn)},
-                             {"params": sampled_only}))
+        found.append(Program("update", traced, held | {"batch": (batch, drawn)}, {}))
     return found
 
 
@@ -316,8 +316,9 @@ def bytes_per_device(tree) -> int:
 def matmul_flops(jaxpr, trips: int = 1) -> int:
     """Floating point operations of all matrix products and convolutions of a jaxpr, on all devices together.
 
-    A scan counts its body as often as it runs; a `while` loop `trips` times; of the branches of a condition the
-    largest counts. Recomputation counts, because it is in the jaxpr.
+    A scan counts its body as often as it runs, a kernel its body for every block of its grid (also those that it
+    skips), a `while` loop `trips` times; of the branches of a condition the largest counts. Recomputation counts,
+    because it is in the jaxpr.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -336,6 +337,10 @@ def matmul_flops(jaxpr, trips: int = 1) -> int:
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
         times = {"scan": eqn.params.get("length", 1), "while": trips}.get(name, 1)
+        if name == "shard_map":  # its body is what one device does
+            times = eqn.params["mesh"].size
+        if name == "pallas_call":  # one turn of its grid
+            times = math.prod(eqn.params["grid_mapping"].grid)
         total += times * (max(inner, default=0) if name == "cond" else sum(inner))
     return total
 
@@ -350,7 +355,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|bf16|c64|[suf]\d+|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota",
-         "copy-done", "custom-call", "optimization-barrier"}
+         "optimization-barrier"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,8 +457,12 @@ def traffic(text: str, devices: int, trips: int = 1) -> dict:
     found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     hbm, seen = 0, set()
 
-    def send(i, kind, result, times, rest):
+    def send(kind, arrays, times, rest, started=False):
+        """arrays: bytes of the result; if `started`, operand and result are among them, and the operand is left out."""
         n = _group(rest, devices)
+        result = sum(arrays)
+        if started:
+            result = max(arrays) // (n if kind == "reduce-scatter" else 1)
         share = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "send": 1}
         found[kind]["count"] += times
         found[kind]["bytes"] += int(times * result * share.get(kind, (n - 1) / n))
@@ -468,12 +477,11 @@ def traffic(text: str, devices: int, trips: int = 1) -> dict:
                 channel = (inside, (re.search(r"channel_id=(\d+)", i.rest) or [i.name])[0])
                 if name == inside or channel not in seen:
                     seen.add(channel)
-                    arrays = _arrays(i.shape)
-                    result = max(arrays) if i.op.endswith("-start") and kind != "all-reduce" else sum(arrays)
-                    send(i, kind, result, times, i.rest)
+                    started = kind == "send" or (i.op.endswith("-start") and kind != "all-reduce")
+                    send(kind, _arrays(i.shape), times, i.rest, started)
             elif fused and "all-reduce-scatter" in fused[0]:
                 inner = next((j for j in computations[fused[0]].values() if j.op == "all-reduce"), i)
-                send(i, "reduce-scatter", sum(_arrays(i.shape)), times, inner.rest)
+                send("reduce-scatter", _arrays(i.shape), times, inner.rest)
             else:
                 for other in fused:
                     collectives(other, times, inside)
@@ -499,7 +507,8 @@ def traffic(text: str, devices: int, trips: int = 1) -> dict:
 
 def _touched(i: Instruction, around, computations) -> int:
     """Bytes of HBM that an instruction reads and writes."""
-    if i.op in _FREE or i.op.endswith("-done"):
+    kernel = '"tpu_custom_call"' in i.rest  # other calls allocate and assume
+    if i.op in _FREE or i.op.endswith("-done") or (i.op == "custom-call" and not kernel):
         return 0
     here = lambda shape: sum(_arrays(shape, hbm_only=True))
     result = here(i.shape)
@@ -553,7 +562,8 @@ def _written(root: Instruction, inside, computations) -> int:
 
 # --- the bill --------------------------------------------------------------------------------------------------
 
-_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)")
+# Two ways in which libtpu says how much a program wants, arguments and all.
+_NEEDS = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of [\d.]+[KMGT] hbm|\) exceeds)")
 _UNITS = {"K": 2 ** 10, "M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 
 
@@ -579,10 +589,7 @@ def bill(program: Program, topology: Topology, hbm: float | None = None) -> dict
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = _NEEDS.search(str(error))
-        size, unit = (said[1] or said[3], said[2] or said[4]) if said else (0, "G")
-        needs = float(size) * _UNITS[unit]
-        if said and said[3]:  # temporaries alone: the arguments come on top
-            needs += sum(inside.values())
+        needs = float(said[1]) * _UNITS[said[2]] if said else 0
         return found | {"fits": False, "needs_gib": (max(needs, sum(inside.values())) + beside) / GIB,
                         "compile_seconds": time.perf_counter() - started}
     seconds = time.perf_counter() - started
@@ -596,7 +603,7 @@ def bill(program: Program, topology: Topology, hbm: float | None = None) -> dict
                 + memory.temp_size_in_bytes)
     cache = _cache_bytes(program, text)
     kinds = inside | {
-        "padding": memory.argument_size_in_bytes - sum(inside.values()), "kv_cache": cache,
+        "padding": max(memory.argument_size_in_bytes - sum(inside.values()), 0), "kv_cache": cache,
         "activations": memory.temp_size_in_bytes - cache, "code": memory.generated_code_size_in_bytes, "beside": beside}
     needs = (peak + beside) / GIB
     return found | {
@@ -638,30 +645,32 @@ def advice(found: dict, config, stage: str, mesh) -> list[str]:
     from opsd_jax import sharding
 
     lines, size = [], found["bytes"]
-    gib = lambda kind: f"{size.get(kind, 0) / GIB:.1f} GiB"
     if found["program"] == "update":
         s, shards = config[stage], sharding.batch_divisor(mesh)
         if config.model.remat == "none":
             lines.append("config.model.remat=full recomputes activations instead of keeping them")
-        if not config.model.get("query_block", 1):
-            lines.append("config.model.query_block=512 computes attention for 512 queries at a time")
+        if config.model.attention == "dense":
+            if not config.model.query_block:
+                lines.append("config.model.query_block=512 computes attention for 512 queries at a time")
+            lines.append("config.model.attention=flash keeps no attention scores in memory (TPU)")
         rows = s.batch_size // s.accumulation // shards
         if rows > 1:
             lines.append(f"config.{stage}.accumulation={s.batch_size // shards} takes one row a device at a time "
                          f"instead of {rows}")
         if config.divergence.chunk > 128:
             lines.append(f"config.divergence.chunk={config.divergence.chunk // 2} halves the logits that exist at once")
-        if "lora" in config[stage] or "lora" in config:
-            lines.append("LoRA leaves no moments and gradients for the full weights")
+        if not config.lora.rank:
+            lines.append("config.lora.rank=64 trains adapters alone: no moments, gradients or EMA of the weights")
     else:
-        lines.append(f"config.{stage}.batch_size or config.rollout.max_new_tokens: the KV cache takes {gib('kv_cache')}")
-    if size.get("teacher"):
-        lines.append(f"config.teacher.kind=self keeps no second set of weights ({gib('teacher')})")
-    elif found["program"] == "sample" and config.teacher.kind != "self":
-        lines.append("config.teacher.kind=self keeps no second set of weights")
+        lines.append(f"smaller config.{stage}.batch_size or config.rollout.max_new_tokens"
+                     + (f": the KV cache takes {size['kv_cache'] / GIB:.1f} GiB" if "kv_cache" in size else ""))
     if stage == "opsd":
-        copy = size["params"] if found["program"] == "sample" else size["beside"]
-        lines.append(f"config.mesh.tensor: the sampler's own copy of the weights ({copy / GIB:.1f} GiB) is cut along it alone")
+        if config.teacher.kind != "self":
+            lines.append("config.teacher.kind=self keeps no second set of weights")
+    if found["program"] == "sample":
+        tensor = mesh.devices.size // sharding.batch_divisor(mesh)
+        lines.append(f"config.mesh.tensor={2 * tensor} halves the sampler's own copy of the weights "
+                     f"({size['params'] / GIB:.1f} GiB), which mesh.fsdp does not cut")
     lines.append("config.mesh.fsdp: twice as many devices hold half of parameters, moments and EMA each")
     if len(config.data.buckets.student) > 1:
         lines.append("--bucket=0 shows the smaller bucket: config.data.buckets without the largest one, with "
@@ -671,7 +680,8 @@ def advice(found: dict, config, stage: str, mesh) -> list[str]:
 
 def table(report: dict) -> str:
     """The bill for people."""
-    lines = [f"{report['topology']}: {report['chips']} chips, {report['devices']} devices"
+    several = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+    lines = [f"{several}{report['topology']}: {report['chips']} chips, {report['devices']} devices"
              + (f" of {report['hbm_gib']:g} GiB" if report["hbm_gib"] else "")
              + f"; mesh {', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())}",
              "parameters: " + ", ".join(f"{group} {n:,}" for group, n in report["parameters"].items())]
@@ -695,8 +705,9 @@ def table(report: dict) -> str:
             f" (cost analysis, loop bodies once: {counted / 1e12:.3f})" if counted is not None else ""))
         if p["seconds"]:
             s = p["seconds"]
-            lines.append(f"  modelled           {s['overlapped']:>9.3f} to {s['serial']:.3f} s: compute {s['compute']:.3f} "
-                         f"(at {UTILIZATION:.0%} of peak), HBM {s['hbm']:.3f}, network {s['network']:.3f}")
+            lines.append(f"  {'modelled':<18} {s['overlapped']:>9.3f} to {s['serial']:.3f} s: "
+                         f"compute {s['compute']:.3f} (at {UTILIZATION:.0%} of peak), HBM {s['hbm']:.3f}, "
+                         f"network {s['network']:.3f}")
     return "\n".join(lines)
 
 

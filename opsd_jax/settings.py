@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import context, images
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.model.config import LORA_TARGETS, LLMConfig, LoRAConfig, ModelConfig, ViTConfig
 
 STAGES = ("warmup", "opsd", "sft")
 LAYOUTS = ("interleaved", "reference", "text")
@@ -34,6 +34,10 @@ def default() -> ConfigDict:
     c.model.dtype = "bfloat16"  # compute dtype; parameters are float32
     c.model.remat = "full"  # "none" keeps activations, "full" recomputes each layer in the backward pass
     c.model.unroll = 1  # layers of the scan that are unrolled
+    c.model.attention = "dense"  # or "flash" (TPU), "cudnn" (GPU): kernels without scores in memory
+    c.model.query_block = 512  # dense attention: queries at a time; 0: all at once
+
+    c.lora = ConfigDict(dict(rank=0, alpha=16.0, targets=LORA_TARGETS))  # rank 0: off; else only adapters are trained
 
     c.tokenizer = ""  # a tokenizer folder; "": the one that data.make made
     c.prompts = ConfigDict()
@@ -142,6 +146,9 @@ def check(config: ConfigDict) -> None:
         if config[stage].batch_size % config[stage].accumulation:
             raise ValueError(f"config.{stage}.batch_size {config[stage].batch_size} is not divisible by "
                              f"config.{stage}.accumulation {config[stage].accumulation}")
+        if lora(config) and config[stage].freeze:
+            raise ValueError(f"config.{stage}.freeze is {config[stage].freeze} with config.lora, which trains its "
+                             "adapters alone: leave freeze empty, or set config.lora.rank=0")
     for name in config.run_arms:
         if name not in config.arms or "opsd" not in config.stages:
             raise ValueError(f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd stage "
@@ -178,7 +185,14 @@ def stage_ends(config) -> dict[str, int]:
 def model(config: ConfigDict) -> ModelConfig:
     """Sizes and compute of the network."""
     m = config.model
-    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), dtype=m.dtype, remat=m.remat, unroll=m.unroll)
+    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), lora=lora(config), dtype=m.dtype, remat=m.remat,
+                       unroll=m.unroll, attention=m.attention, query_block=m.query_block)
+
+
+def lora(config: ConfigDict) -> LoRAConfig | None:
+    """The adapters of the understanding expert; None where they are off."""
+    c = config.lora
+    return LoRAConfig(c.rank, c.alpha, tuple(c.targets)) if c.rank else None
 
 
 def prompts(config: ConfigDict) -> context.Prompts:

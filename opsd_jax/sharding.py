@@ -89,6 +89,14 @@ def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
                         tree_of_shapes, tree(mesh, tree_of_shapes, layout))
 
 
+def rows(x):
+    """x [B, ...] held to the layout of a batch where a program is traced under a mesh (see `distill.program`); x itself
+    elsewhere. Without this the compiler may gather the rows of all devices instead of a layer's weights."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(_BATCH))
+
+
 def put_batch(mesh: Mesh, host_batch):
     """This process's rows of the global batch -> global arrays on the mesh."""
     sharding = batch(mesh)

@@ -200,7 +200,19 @@ def initial_params(run: Run, done):
                 raise ValueError(f"{source} has sizes {found}, config.model says {model}: set config.model to them")
             _, params = convert.load(source, mesh=run.mesh)  # float32, without what draws
         else:
-            params = checkpoint.restore_params(source, sharding.abstract(run.mesh, abstract))
+            there = checkpoint.metadata(source)["config"].get("lora") or {}
+            here = checkpoint.config_to_json(config.lora)
+            if there.get("rank") and there != here:
+                raise ValueError(f"{source} has adapters of config.lora {there}, this run has {here}: set config.lora to "
+                                 "theirs, or start from what `python -m opsd_jax.convert export` makes of it")
+            wanted = sharding.abstract(run.mesh, abstract)
+            if model.lora and not there.get("rank"):
+                _, wanted = params_lib.partition(wanted)
+            params = checkpoint.restore_params(source, wanted)
+        if model.lora and "lora" not in params_lib.count(params):  # new adapters, without effect so far
+            adapters = jax.jit(lambda key: params_lib.partition(bagel.init(key, config=model))[0],
+                               out_shardings=params_lib.partition(shardings)[0])
+            params = params_lib.merge(adapters(jax.random.key(config.seed)), params)
     else:
         init = jax.jit(lambda key: bagel.init(key, config=model), out_shardings=shardings)
         params = init(jax.random.key(config.seed))
@@ -218,7 +230,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     """
     import jax
 
-    from opsd_jax import data, distill, metrics, rollout, sharding
+    from opsd_jax import data, distill, metrics, params as params_lib, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
@@ -270,7 +282,8 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 batch = sharding.put_batch(run.mesh, host_batch)
             if on_policy:
                 with clock("sample"):
-                    rollout_params = jax.device_put(state["params"], sharding.tree(run.mesh, state["params"], "rollout"))
+                    rollout_params = params_lib.in_compute_dtype(state["params"], config.model.dtype)
+                    rollout_params = jax.device_put(rollout_params, sharding.tree(run.mesh, rollout_params, "rollout"))
                     key = jax.random.fold_in(sample_key, step)
                     trajectory = rollout.sample(rollout_params, batch.student, key, config=rollout_config)
                     attempt = 0
@@ -280,6 +293,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                         batch = sharding.put_batch(run.mesh, host_batch)
                         trajectory = rollout.sample(rollout_params, batch.student, jax.random.fold_in(key, attempt),
                                                     config=rollout_config)
+                    del rollout_params  # the update wants its room
                 with clock("update"):
                     state, found = update(state, batch, trajectory)
                     jax.block_until_ready(state["step"])

@@ -1,13 +1,35 @@
 """Attention with masks given as vectors, and rotary positions.
 
+How it is computed is a setting (`ModelConfig.attention`), never found out from the backend:
+
+  dense   scores in memory, all at once or some queries at a time; anywhere
+  flash   the kernel of `flash`, driven by the vectors of the mask; TPU
+  cudnn   cuDNN's kernel with the mask as an array [B, T, S]; GPU, bfloat16
+
+One query (decoding) is computed densely in all modes: its scores are one row, and there is nothing to save.
+
 Letters: B batch, T query slots, S key slots, H heads, K kv heads, G = H // K, h head_dim.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 # Large and finite: a padded query sees no key at all, and softmax over -inf would be NaN in its row.
 _HIDDEN = -1e30
+_KERNEL = ("flash", "flash_interpret")
+
+
+class Mask(NamedTuple):
+    """Who sees whom, by the rule of `visible`, whose arguments these are. T is 1 where all queries see the same."""
+
+    limit: jax.Array
+    query_segment: jax.Array
+    key_segment: jax.Array
+    key_order: jax.Array | None = None
+    query_noised: jax.Array | None = None
+    key_noised: jax.Array | None = None
 
 
 def visible(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None):
@@ -36,16 +58,36 @@ def visible(limit, query_segment, key_segment, key_order=None, query_noised=None
     return seen
 
 
-def attend(q, k, v, mask, query_block: int = 0):
+def lay_out(mask: Mask, queries: int, kind: str):
+    """What `attend` wants of a mask, computed once for all layers: bool [B, T, S] ([B, 1, S] where all queries see
+    the same), or for the kernel of `flash` its Plan, so that nothing of that size is ever made.
+
+    queries: T. kind: see `ModelConfig.attention`.
+    """
+    if kind in _KERNEL and queries > 1:
+        from opsd_jax.model import flash  # Pallas takes 0.4 s to import: for those who use it
+
+        return flash.plan(*mask, queries=queries)
+    return visible(*mask)
+
+
+def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
     """Softmax attention with grouped kv heads; scores and softmax in float32.
 
     Args:
-      q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G). mask: bool [B, T, S], or [B, 1, S] where
-        all queries see the same keys.
-      query_block: queries at a time, so that scores take [B, H, query_block, S]; 0 for all at once.
+      q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G).
+      mask: of `lay_out` with the same kind; bool [B, T, S], or [B, 1, S] where all queries see the same keys.
+      query_block: queries at a time if dense, so that scores take [B, H, query_block, S]; 0 for all at once.
+      kind: see `ModelConfig.attention`. One query is computed densely, whatever it says.
     Returns:
-      [B, T, H * h].
+      [B, T, H * h]. A query that sees no key gets something finite: zeros (flash) or the mean of v.
     """
+    if kind in _KERNEL and q.shape[1] > 1:
+        from opsd_jax.model import flash
+
+        return flash.attend(q, k, v, mask, interpret=kind == "flash_interpret")
+    if kind == "cudnn" and q.shape[1] > 1:
+        return _cudnn(q, k, v, mask)
     b, t, heads, h = q.shape
     if query_block and t > query_block:
         # even blocks: 4,098 queries by 512 are 9 times 456, not 8 times 512 and 510 rows of padding
@@ -67,6 +109,28 @@ def attend(q, k, v, mask, query_block: int = 0):
         scores += jnp.where(mask, 0.0, _HIDDEN)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, heads * h)
+
+
+def _cudnn(q, k, v, mask):
+    """`attend` by cuDNN. Its kernel takes the mask as a bias [B, 1, T, S] in bfloat16, a row for every query, and
+    trains on even T and S only."""
+    from opsd_jax.model import flash
+
+    b, t, heads, h = q.shape
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(f"model.attention is 'cudnn', which computes in bfloat16, and model.dtype {q.dtype.name!r}: "
+                         "set model.dtype='bfloat16', or model.attention='dense'")
+    message = ("model.attention is 'cudnn', which needs an NVIDIA GPU with cuDNN: on a CPU set 'dense', on a TPU "
+               "'flash' or 'dense'")
+    even = lambda x, axes: jnp.pad(x, [(0, n % 2 if axis in axes else 0) for axis, n in enumerate(x.shape)])
+    mask = flash.only_on(mask, platform="cuda", message=message)
+    mask = even(jnp.broadcast_to(mask, (b, t, k.shape[1])), (1, 2))
+    q, k, v = (even(x, (1,)) for x in (q, k, v))
+    try:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    except RuntimeError as error:  # "cuDNN is not detected."
+        raise NotImplementedError(f"{message} ({error})") from error
+    return out[:, :t].reshape(b, t, heads * h)
 
 
 def rope_tables(positions, head_dim, theta):

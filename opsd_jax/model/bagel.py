@@ -5,6 +5,8 @@ Letters: B batch, T slots, P patches, G latent tokens, C values of one, D hidden
 slots, K kv heads, h head_dim.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,7 @@ def _decoder(config, latents=0):
 
 
 def _vit(config):
-    return siglip.Encoder(config.vit, config.unroll)
+    return siglip.Encoder(config.vit, config.unroll, config.attention, config.remat, config.query_block)
 
 
 def _connector(config):
@@ -39,15 +41,15 @@ def init(key, *, config: ModelConfig):
     Linear layers draw N(0, 1/fan_in) truncated, those that write to the decoder's residual stream divided by twice
     the number of layers, tables N(0, 1/width); norms are 1, biases 0.
     """
-    c = config
+    c = dataclasses.replace(config, attention="dense")  # the same parameters, and no kernel for two slots
     keys = jax.random.split(key, 6)
     ids = jnp.zeros((1, 1), jnp.int32)
     # an expert has parameters only once it is used, so the decoder sees one slot of each kind
     slots = 2 if c.generation else 1
     two = jnp.zeros((1, slots), jnp.int32)
+    mask = attention.Mask(*jnp.ones((3, 1, slots), jnp.int32))
     variables = {
-        "llm": _decoder(c, slots - 1).init(keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two,
-                                           jnp.ones((1, slots, slots), bool)),
+        "llm": _decoder(c, slots - 1).init(keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two, mask),
         "vit": _vit(c).init(keys[1], jnp.zeros((1, 1, c.vit.patch_dim)), ids, ids),
         "connector": _connector(c).init(keys[2], jnp.zeros((1, 1, c.vit.hidden_size)), ids),
     }
@@ -118,7 +120,7 @@ def forward(params, x, positions, limit, segment, *, config: ModelConfig, cache=
     """Decoder over embedded slots.
 
     Args:
-      x: [B, T, D]. positions, limit, segment: int32 [B, T] (see `attention.visible`).
+      x: [B, T, D]. positions, limit, segment: int32 [B, T] (see `attention.visible`); [B, 1] where all are alike.
       cache: {"k", "v"} [L, B, S, K, h] or None; new keys go to slots offset..offset+T. limit then counts cache
         slots and `key_segment` int32 [B, S] must be given.
       order: int32 [B, S] places of the keys in the sequence, None where slot j is at place j. noised: int32 [B, T],
@@ -127,7 +129,7 @@ def forward(params, x, positions, limit, segment, *, config: ModelConfig, cache=
     Returns:
       (hidden [B, T, D] after the final norm, cache).
     """
-    mask = attention.visible(limit, segment, segment if cache is None else key_segment, order, noised, noised)
+    mask = attention.Mask(limit, segment, segment if cache is None else key_segment, order, noised, noised)
     return _decoder(config, latents).apply({"params": params["llm"]}, x, positions, mask, cache, offset)
 
 

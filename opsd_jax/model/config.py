@@ -5,6 +5,8 @@ Numbers only: 7B and the laptop miniature differ here and nowhere else.
 
 import dataclasses
 
+ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
+
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
@@ -93,29 +95,65 @@ class GenerationConfig:
         return self.patch * self.vae.downsample
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters of the understanding expert: alpha / rank * a b is added to each target matrix.
+
+    They are then all that is trained (`params.partition`). targets: of LORA_TARGETS.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"lora.rank is {self.rank}, lora.alpha {self.alpha}: both are positive; rank 0 in the "
+                             "settings stands for no LoRA")
+        if not self.targets:
+            raise ValueError(f"lora.targets is empty, so rank {self.rank} adapts nothing: name some of {LORA_TARGETS}")
+        if len({*self.targets} & {*LORA_TARGETS}) != len(self.targets):
+            raise ValueError(f"lora.targets is {self.targets}: choose from {LORA_TARGETS}, each once at most")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The whole network and how it is computed.
 
     `generation`: sizes of what draws. None where nothing draws: the generation expert (`*_moe_gen` weights), the
     latent path and the autoencoder are then not in the parameter tree and cost no memory at all.
+    `lora`: adapters beside matrices of the understanding expert; None for none.
     `dtype`: compute dtype, "float32" or "bfloat16"; parameters keep their own dtype.
     `remat`: "none" saves all activations of a block for the backward pass, "full" recomputes them.
     `unroll`: layers of the scan that are unrolled (a CPU gains about a fifth on shallow models).
-    `query_block`: attention scores are computed for this many queries at a time; 0 for all at once. A drawn image
+    `attention`: "dense" (scores in memory), "flash" (own kernel, TPU), "cudnn" (cuDNN's kernel, GPU, bfloat16) or
+    "flash_interpret" (the TPU kernel run slowly anywhere, for tests); see `attention`. The autoencoder, with one head
+    of all channels, is always dense.
+    `query_block`: dense attention scores are computed for this many queries at a time; 0 for all at once. A drawn image
     of 4,096 tokens behind a long context needs it: scores at once would take tens of GiB.
     """
 
     llm: LLMConfig
     vit: ViTConfig
     generation: GenerationConfig | None = None
+    lora: LoRAConfig | None = None
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
     query_block: int = 0
+    attention: str = "dense"
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in ("none", "full"):
             raise ValueError(f"model.remat is {self.remat!r}: use 'none' or 'full'")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention is {self.attention!r}: choose from {ATTENTION}")

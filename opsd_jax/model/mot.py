@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from opsd_jax import sharding
 from opsd_jax.model import attention
-from opsd_jax.model.config import LLMConfig, ModelConfig
+from opsd_jax.model.config import LLMConfig, LoRAConfig, ModelConfig
 
 _matrix = nn.initializers.lecun_normal()
 
@@ -34,9 +35,13 @@ def rms_norm(x, scale, eps):
 
 
 class Expert(nn.Module):
-    """Weights of one expert in one layer, and what they do before and after the shared attention."""
+    """Weights of one expert in one layer, and what they do before and after the shared attention.
+
+    lora: adapters beside its matrices: x W + alpha / rank (x a) b, with b = 0 at the start. None for none.
+    """
 
     config: LLMConfig
+    lora: LoRAConfig | None = None
 
     def setup(self):
         c = self.config
@@ -56,22 +61,35 @@ class Expert(nn.Module):
         self.gate_kernel = self.param("gate_kernel", _matrix, (d, f))
         self.up_kernel = self.param("up_kernel", _matrix, (d, f))
         self.down_kernel = self.param("down_kernel", _residual(c.num_layers), (f, d))
+        if self.lora:
+            for name in self.lora.targets:
+                width, out = getattr(self, f"{name}_kernel").shape
+                setattr(self, f"{name}_lora_a", self.param(f"{name}_lora_a", _matrix, (width, self.lora.rank)))
+                setattr(self, f"{name}_lora_b", self.param(f"{name}_lora_b", zeros, (self.lora.rank, out)))
+
+    def _dense(self, name, x, bias=None):
+        """x [..., in] through the matrix `name` and the adapter beside it, if any."""
+        y = dense(x, getattr(self, f"{name}_kernel"), bias)
+        if self.lora is None or name not in self.lora.targets:
+            return y
+        low = dense(x, getattr(self, f"{name}_lora_a"))
+        return y + self.lora.scale * dense(low, getattr(self, f"{name}_lora_b"))
 
     def qkv(self, x):
         """[B, T, D] -> normalised q [B, T, H, h], k and v [B, T, K, h]; no positions yet."""
         c = self.config
         x = rms_norm(x, self.input_norm, c.rms_norm_eps)
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-        q = rms_norm(heads(dense(x, self.q_kernel, self.q_bias)), self.q_norm, c.rms_norm_eps)
-        k = rms_norm(heads(dense(x, self.k_kernel, self.k_bias)), self.k_norm, c.rms_norm_eps)
-        return q, k, heads(dense(x, self.v_kernel, self.v_bias))
+        q = rms_norm(heads(self._dense("q", x, self.q_bias)), self.q_norm, c.rms_norm_eps)
+        k = rms_norm(heads(self._dense("k", x, self.k_bias)), self.k_norm, c.rms_norm_eps)
+        return q, k, heads(self._dense("v", x, self.v_bias))
 
     def output(self, x, attended):
         """Residual stream x [B, T, D] after the attention output and the gated MLP."""
-        x = x + dense(attended, self.o_kernel)
+        x = x + self._dense("o", attended)
         y = rms_norm(x, self.post_norm, self.config.rms_norm_eps)
-        gated = jax.nn.silu(dense(y, self.gate_kernel)) * dense(y, self.up_kernel)
-        return x + dense(gated, self.down_kernel)
+        gated = jax.nn.silu(self._dense("gate", y)) * self._dense("up", y)
+        return x + self._dense("down", gated)
 
 
 class Block(nn.Module):
@@ -85,7 +103,7 @@ class Block(nn.Module):
     latents: int = 0
 
     def setup(self):
-        self.und = Expert(self.config.llm)
+        self.und = Expert(self.config.llm, self.config.lora)
         if self.config.generation:
             self.gen = Expert(self.config.llm)
 
@@ -99,6 +117,7 @@ class Block(nn.Module):
 
     def __call__(self, carry, rope, mask, offset):
         x, cache, layer = carry
+        x = sharding.rows(x)
         q, k, v = self._route("qkv", x)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         if cache is not None:
@@ -107,8 +126,9 @@ class Block(nn.Module):
                      for name, new in (("k", k), ("v", v))}
             k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
                     for name in ("k", "v"))
-        x = self._route("output", x, attention.attend(q, k, v, mask, self.config.query_block))
-        return (x, cache, layer + 1), None
+        attended = attention.attend(q, k, v, mask, self.config.query_block, self.config.attention)
+        x = self._route("output", x, attended)
+        return (sharding.rows(x), cache, layer + 1), None
 
 
 class Decoder(nn.Module):
@@ -116,7 +136,8 @@ class Decoder(nn.Module):
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
     {"k", "v": [L, B, S, K, h]} the new keys are written at slots offset..offset+T of all S slots and every query
-    may look at all of them, as far as `mask` [B, T, S] lets it. The last `latents` of the T slots are VAE latents.
+    may look at all of them, as far as `mask` (an `attention.Mask`) lets it. The last `latents` of the T slots are
+    VAE latents.
     """
 
     config: ModelConfig
@@ -130,6 +151,7 @@ class Decoder(nn.Module):
         if self.latents and not self.config.generation:
             raise ValueError("latent slots need the generation expert: this model was built without (model.generation)")
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta)
+        mask = attention.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway

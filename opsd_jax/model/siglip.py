@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import sharding
 from opsd_jax.model import attention
 from opsd_jax.model.config import ViTConfig
 from opsd_jax.model.mot import _matrix, dense
@@ -31,6 +32,8 @@ class Layer(nn.Module):
     """One pre-norm encoder layer; every image attends to itself only. No rotary positions."""
 
     config: ViTConfig
+    kind: str = "dense"
+    query_block: int = 0
 
     def _affine(self, x, name, width):
         return dense(x, self.param(f"{name}_kernel", _matrix, (x.shape[-1], width)),
@@ -44,11 +47,12 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         c = self.config
+        x = sharding.rows(x)
         y = self._norm(x, "norm1")
         q, k, v = (self._affine(y, name, c.hidden_size).reshape(*y.shape[:2], c.num_heads, -1) for name in "qkv")
-        x = x + self._affine(attention.attend(q, k, v, mask), "o", c.hidden_size)
+        x = x + self._affine(attention.attend(q, k, v, mask, self.query_block, self.kind), "o", c.hidden_size)
         y = gelu(self._affine(self._norm(x, "norm2"), "fc1", c.intermediate_size))
-        return x + self._affine(y, "fc2", c.hidden_size), None
+        return sharding.rows(x + self._affine(y, "fc2", c.hidden_size)), None
 
 
 class Encoder(nn.Module):
@@ -56,7 +60,10 @@ class Encoder(nn.Module):
     -> [B, P, E]."""
 
     config: ViTConfig
-    unroll: int = 1
+    unroll: int = 1  # this and the others: see ModelConfig
+    kind: str = "dense"
+    remat: str = "none"
+    query_block: int = 0
 
     @nn.compact
     def __call__(self, patches, positions, image):
@@ -66,9 +73,10 @@ class Encoder(nn.Module):
         table = self.param("position", nn.initializers.normal(c.hidden_size ** -0.5), (c.side * c.side, c.hidden_size))
         x = x + table[positions].astype(x.dtype)
         everything = jnp.full_like(image, image.shape[1])
-        mask = attention.visible(everything, image, image)
-        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                         in_axes=nn.broadcast, unroll=self.unroll)(c, name="layers")
+        mask = attention.lay_out(attention.Mask(everything, image, image), image.shape[1], self.kind)
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
+        layers = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+                         in_axes=nn.broadcast, unroll=self.unroll)(c, self.kind, self.query_block, name="layers")
         x, _ = layers(x, mask)
         width = (c.hidden_size,)
         return layer_norm(x, self.param("post_norm_scale", nn.initializers.ones, width),

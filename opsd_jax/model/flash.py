@@ -1,0 +1,351 @@
+"""Attention for TPUs whose scores stay on the chip: a Pallas kernel driven by the vectors of the mask.
+
+Online softmax over blocks of keys, float32 throughout; the backward pass recomputes the scores from what the
+forward pass keeps of each query (log of its sum of exponentials), as in FlashAttention (Dao et al., 2022). Scores
+lie transposed, keys along sublanes and queries along lanes: then maxima, sums and all that is known of a query are
+rows [1, queries], and nothing is stored broadcast over lanes.
+
+The mask is the rule of `attention.visible`, evaluated on a block at a time. A block of keys that no query of a
+block can see is neither fetched nor computed: `plan` finds out from the largest limit, the smallest place of a key
+and the document numbers of each block.
+
+  key blocks      0 1 2 3          fetched      0 1 2 3
+  queries 0       # . . .          queries 0    0 0 0 0      the same block again costs no transfer, and a step
+          1       # # . .                  1    0 1 1 1      computes only where its own number stands
+          2       . # # .                  2    1 1 2 2
+
+Letters: B batch, T query slots, S key slots, K kv heads, G query heads a kv head, h head_dim. I query blocks, J key
+blocks, of q and s slots. Not on a real TPU yet: see docs/performance.md.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import PartitionSpec
+
+from opsd_jax import sharding
+
+# Large and finite: -inf less -inf would be NaN where a query has seen nothing yet.
+_HIDDEN = -1e30
+_FAR = 2 ** 30  # place of a key that nobody sees
+
+
+class Plan(NamedTuple):
+    """A mask as the kernel reads it, the same for all layers. Slots are padded to whole blocks.
+
+    queries: int32 [B, 2 or 3, I q], rows limit, document, and, where images are noised, the number of the noised one.
+    keys: int32 [B, J s, 2 or 3], columns place, document (-1: nobody's), number of the noised image.
+    key_blocks: int32 [B, I, J], the key block to have at hand in each step; computed where it is J's own number.
+    query_blocks: int32 [B, J, I], the same for the pass that goes over queries.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    key_blocks: jax.Array
+    query_blocks: jax.Array
+
+
+def block_size(slots: int) -> int:
+    """Slots of a block: a multiple of 128, the size of the lanes, that pads little; the largest of those."""
+    if slots <= 128:
+        return 128
+    return min((512, 384, 256), key=lambda size: -(-slots // size) * size)
+
+
+def plan(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None, *, queries: int,
+         blocks: tuple[int, int] | None = None) -> Plan:
+    """The Plan of a mask.
+
+    Args:
+      the vectors of `attention.visible`; those of queries are [B, T], or [B, 1] where all T see the same keys.
+      queries: T. blocks: (q, s), slots of a block of queries and of keys; None for `block_size`.
+    """
+    batch, slots = key_segment.shape
+    size_q, size_s = blocks or (block_size(queries), block_size(slots))
+    fill = lambda x, size, value: jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
+    of_query = lambda x: fill(jnp.broadcast_to(x, (batch, queries)), size_q, 0)
+    of_key = lambda x, value: fill(jnp.broadcast_to(x, (batch, slots)), size_s, value)
+    if key_order is None:
+        key_order = jnp.arange(slots)[None]
+    limit, document = of_query(limit), of_query(query_segment)
+    real = key_segment > 0
+    place = of_key(jnp.where(real, key_order, _FAR), _FAR)
+    owner = of_key(jnp.where(real, key_segment, -1), -1)
+    rows, columns = [limit, document], [place, owner]
+    if key_noised is not None:
+        rows.append(of_query(query_noised))
+        columns.append(of_key(key_noised, 0))
+
+    cut = lambda x, size: x.reshape(batch, -1, size)
+    seeing, seen = cut(document, size_q), cut(owner, size_s)
+    furthest = jnp.max(cut(jnp.where(document > 0, limit, 0), size_q), axis=-1)[:, :, None]
+    nearest = jnp.min(cut(place, size_s), axis=-1)[:, None]
+    lowest = lambda x: jnp.min(jnp.where(x > 0, x, _FAR), axis=-1)
+    needed = (nearest < furthest) & (lowest(seen)[:, None] <= jnp.max(seeing, axis=-1)[:, :, None])
+    needed &= lowest(seeing)[:, :, None] <= jnp.max(seen, axis=-1)[:, None]
+    return Plan(jnp.stack(rows, axis=1), jnp.stack(columns, axis=2), _at_hand(needed),
+                _at_hand(jnp.swapaxes(needed, 1, 2)))
+
+
+def _at_hand(needed):
+    """bool [B, N, M] -> int32 [B, N, M]: the last m so far that is needed, before the first one that one."""
+    number = jnp.where(needed, jnp.arange(needed.shape[2], dtype=jnp.int32), -1)
+    last = jax.lax.cummax(number, axis=2)
+    return jnp.where(last < 0, jnp.argmax(needed, axis=2).astype(jnp.int32)[:, :, None], last)
+
+
+def attend(q, k, v, plan: Plan, interpret: bool = False):
+    """Softmax attention with grouped kv heads; queries that see no key get 0.
+
+    Args:
+      q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G). plan: of this mask.
+      interpret: run the kernel as plain JAX, on any backend; slow, for tests.
+    Returns:
+      [B, T, H * h]. NotImplementedError when it is compiled for anything but a TPU without `interpret`.
+    """
+    b, t, heads, h = q.shape
+    kv = k.shape[2]
+    fill = lambda x, slots: jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+    q = fill(q, plan.queries.shape[2]).reshape(b, -1, kv, heads // kv, h).transpose(0, 2, 3, 1, 4)
+    k, v = (fill(x, plan.keys.shape[1]).transpose(0, 2, 1, 3) for x in (k, v))
+    out = _attend(interpret, q, k, v, plan)
+    return out.transpose(0, 3, 1, 2, 4)[:, :t].reshape(b, t, heads * h)
+
+
+# --- the passes ------------------------------------------------------------------------------------------------
+#
+# Arrays of a pass: q, out and their gradients [B, K, G, T, h], k and v [B, K, S, h], float32 rows of what is known of
+# each query [B, K, G, 1, T]: lse, the log of its sum of exponentials, and delta, out times its gradient.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(interpret, q, k, v, plan):
+    return _attend_forward(interpret, q, k, v, plan)[0]
+
+
+def _attend_forward(interpret, q, k, v, plan):
+    if not interpret:
+        q = only_on(q, platform="tpu", message=(
+            "model.attention is 'flash', a kernel for TPUs: on a CPU set 'dense' ('flash_interpret' runs the kernel "
+            "slowly, for tests), on a GPU 'dense' or 'cudnn'"))
+    out, lse = _each_its_own(_forward, interpret, plan.queries, plan.keys, plan.key_blocks, q, k, v)
+    return out, (q, k, v, plan, out, lse)
+
+
+def _attend_backward(interpret, kept, gradient):
+    q, k, v, plan, out, lse = kept
+    delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, :, :, None]
+    rest = (q, k, v, gradient, lse, delta)
+    dq = _each_its_own(_backward_queries, interpret, plan.queries, plan.keys, plan.key_blocks, *rest)
+    dk, dv = _each_its_own(_backward_keys, interpret, plan.queries, plan.keys, plan.query_blocks, *rest)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(queries, keys, q, k):
+    """Transposed scores float32 [s, q] of a block, and bool [s, q]: which of them count."""
+    row, column = queries[...], keys[...]
+    seen = (column[:, 1:2] == row[1:2]) & (column[:, :1] < row[:1])
+    if row.shape[0] > 2:
+        seen &= (column[:, 2:3] == 0) | (column[:, 2:3] == row[2:3])
+    return _product(k[...], q[...], 1, 1) * q.shape[-1] ** -0.5, seen
+
+
+def _product(a, b, axis_a, axis_b):
+    """Matrix product over the given axis of each, float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(at_hand, queries, keys, q, k, v, out, lse, top, total, mixed, *, place):
+    step, last, computed = place(at_hand)
+
+    @pl.when(step == 0)
+    def _():
+        top[...] = jnp.full_like(top, _HIDDEN)
+        total[...] = jnp.zeros_like(total)
+        mixed[...] = jnp.zeros_like(mixed)
+
+    @pl.when(computed)
+    def _():
+        scores, seen = _scores(queries, keys, q, k)
+        new = jnp.maximum(top[...], jnp.max(jnp.where(seen, scores, _HIDDEN), axis=0, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
+        shrink = jnp.exp(top[...] - new)
+        top[...] = new
+        total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+        mixed[...] = mixed[...] * shrink + _product(v[...], weights.astype(v.dtype), 0, 0)
+
+    @pl.when(step == last)
+    def _():
+        some = jnp.where(total[...] > 0, total[...], 1.0)
+        out[...] = (mixed[...] / some).T.astype(out.dtype)
+        lse[...] = top[...] + jnp.log(some)
+
+
+def _gradients(queries, keys, q, k, v, gradient, lse, delta):
+    """(weights, gradient of the scores), both transposed, float32 [s, q]."""
+    scores, seen = _scores(queries, keys, q, k)
+    weights = jnp.where(seen, jnp.exp(scores - lse[...]), 0.0)
+    return weights, weights * (_product(v[...], gradient[...], 1, 1) - delta[...])
+
+
+def _queries_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dq, total, *, place):
+    step, last, computed = place(at_hand)
+
+    @pl.when(step == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(computed)
+    def _():
+        _, change = _gradients(queries, keys, q, k, v, gradient, lse, delta)
+        total[...] += _product(change.astype(k.dtype), k[...], 0, 0)
+
+    @pl.when(step == last)
+    def _():
+        dq[...] = (total[...] * q.shape[-1] ** -0.5).astype(dq.dtype)
+
+
+def _keys_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dk, dv, total_k, total_v, *, place):
+    step, last, computed = place(at_hand)
+
+    @pl.when(step == 0)
+    def _():
+        total_k[...] = jnp.zeros_like(total_k)
+        total_v[...] = jnp.zeros_like(total_v)
+
+    @pl.when(computed)
+    def _():
+        weights, change = _gradients(queries, keys, q, k, v, gradient, lse, delta)
+        total_v[...] += _product(weights.astype(gradient.dtype), gradient[...], 1, 0)
+        total_k[...] += _product(change.astype(q.dtype), q[...], 1, 0)
+
+    @pl.when(step == last)
+    def _():
+        dk[...] = (total_k[...] * q.shape[-1] ** -0.5).astype(dk.dtype)
+        dv[...] = total_v[...].astype(dv.dtype)
+
+
+def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
+    """One pass. inputs: queries, keys, at hand, q, k, v, and in backward passes gradient, lse, delta. outputs: shapes.
+
+    Grid, the last axis being added up in scratch memory:
+      over keys     (B, K * G, I, J)     step: the key block
+      over queries  (B, K, J, G * I)     step: head of the group * I + query block
+    """
+    queries, keys, at_hand, q, k, *_ = inputs
+    batch, kv, group, _, h = q.shape
+    count_i, count_j = at_hand.shape[1:] if over_keys else at_hand.shape[:0:-1]
+    size_q, size_s = queries.shape[2] // count_i, keys.shape[1] // count_j
+    grid = (batch, kv * group, count_i, count_j) if over_keys else (batch, kv, count_j, group * count_i)
+    wide = count_j if over_keys else count_i  # blocks that are stepped over, and the length of a row of `at_hand`
+
+    over, rest = jax.lax.div, jax.lax.rem  # nothing is negative: simpler code than that of // and %
+
+    def other(b, m, step, table):
+        """The block to have at hand, of those that are stepped over."""
+        return table[(b * grid[2] + m) * wide + rest(step, wide)]
+
+    def where(b, n, m, step, table):
+        """(b, kv head, head of its group, query block, key block) of a step."""
+        if over_keys:
+            return b, over(n, group), rest(n, group), m, other(b, m, step, table)
+        return b, n, over(step, wide), other(b, m, step, table), m
+
+    def place(table):
+        """(step, last step, whether this step computes) inside a kernel."""
+        b, m, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+        return step, grid[3] - 1, other(b, m, step, table) == rest(step, wide)
+
+    def spec(shape, pick):
+        return pl.BlockSpec(shape, lambda *at: pick(*where(*at)))
+
+    of_queries = spec((None, queries.shape[1], size_q), lambda b, n, g, i, j: (b, 0, i))
+    of_keys = spec((None, size_s, keys.shape[2]), lambda b, n, g, i, j: (b, j, 0))
+    query = spec((None, None, None, size_q, h), lambda b, n, g, i, j: (b, n, g, i, 0))
+    key = spec((None, None, size_s, h), lambda b, n, g, i, j: (b, n, j, 0))
+    row = spec((None, None, None, 1, size_q), lambda b, n, g, i, j: (b, n, g, 0, i))
+    sizes = {"query": query, "key": key, "row": row}
+    memory = {"query": (size_q, h), "query_transposed": (h, size_q), "key": (size_s, h), "row": (1, size_q)}
+    found = pl.pallas_call(
+        functools.partial(kernel, place=place),
+        out_shape=[shape for _, shape in outputs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid,
+            in_specs=[of_queries, of_keys, query, key, key, query, row, row][:len(inputs) - 1],
+            out_specs=[sizes[name] for name, _ in outputs],
+            scratch_shapes=[pltpu.VMEM(memory[name], jnp.float32) for name in scratch]),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        interpret=interpret,
+    )(at_hand.reshape(-1), queries, keys, *inputs[3:])
+    return found
+
+
+def _shape(x, dtype=None):
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
+
+
+def _row(q):
+    return jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), jnp.float32)
+
+
+def _forward(queries, keys, key_blocks, q, k, v, *, interpret):
+    return _call(_forward_kernel, (queries, keys, key_blocks, q, k, v), [("query", _shape(q)), ("row", _row(q))],
+                 ["row", "row", "query_transposed"], over_keys=True, interpret=interpret)
+
+
+def _backward_queries(queries, keys, key_blocks, q, k, v, gradient, lse, delta, *, interpret):
+    return _call(_queries_kernel, (queries, keys, key_blocks, q, k, v, gradient, lse, delta), [("query", _shape(q))],
+                 ["query"], over_keys=True, interpret=interpret)[0]
+
+
+def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *, interpret):
+    return _call(_keys_kernel, (queries, keys, query_blocks, q, k, v, gradient, lse, delta),
+                 [("key", _shape(k)), ("key", _shape(v))], ["key", "key"], over_keys=False, interpret=interpret)
+
+
+def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
+    """A pass where the mesh of `jax.set_mesh` has several devices: each computes its rows of the batch and its kv
+    heads, and nothing is exchanged. XLA cannot cut a kernel; without a mesh it says so when it compiles for several
+    devices. What a mesh axis does not divide is computed whole."""
+    function, inputs = functools.partial(function, interpret=interpret), (queries, keys, at_hand, q, *rest)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*inputs)
+    rows, heads = sharding.batch(mesh).spec[0], sharding.LAYOUTS["train"]["kv"]
+    rows = rows if q.shape[0] % sharding.batch_divisor(mesh) == 0 else None
+    heads = heads if q.shape[1] % mesh.shape[heads] == 0 else None
+    cut = PartitionSpec(rows, heads)
+    specs = tuple(cut if x.ndim > 3 else PartitionSpec(rows) for x in inputs)
+    return jax.shard_map(function, in_specs=specs, out_specs=cut, check_vma=False)(*inputs)
+
+
+# --- where it may run ------------------------------------------------------------------------------------------
+
+def only_on(x, *, platform: str, message: str):
+    """x, not to be differentiated, unchanged; NotImplementedError(message) when lowered for another platform.
+
+    The default backend does not tell: programs are compiled on a CPU for TPUs that are not there.
+    """
+    return _only_on.bind(x, platform=platform, message=message)
+
+
+_only_on = Primitive("only_on")
+_only_on.def_abstract_eval(lambda x, **_: x)
+
+
+def _lower_only_on(ctx, x, *, platform, message):
+    if set(ctx.platforms or ctx.module_context.platforms) - {platform}:
+        raise NotImplementedError(message)
+    return [x]
+
+
+mlir.register_lowering(_only_on, _lower_only_on)
+_only_on.def_impl(lambda x, **params: jax.jit(lambda x: _only_on.bind(x, **params))(x))
