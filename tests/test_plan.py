@@ -303,9 +303,17 @@ def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
     assert done.returncode == 3, done.stdout + done.stderr
     assert "does not fit: needs" in done.stdout and "fits:" not in done.stdout
     for setting in ("opsd.accumulation=8 takes one row", "teacher.kind=self", "model.remat=full", "mesh.fsdp",
-                    "divergence.chunk=128", "mesh.tensor=2 halves"):
+                    "divergence.chunk=128"):
         assert f"config.{setting}" in done.stdout
     assert "--bucket" not in done.stdout  # there is but one
+    assert "mesh.tensor" not in done.stdout  # the sampler's copy is gone by then
+
+
+def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
+    found = {"program": "sample", "bytes": {"params": 3 * plan.GIB, "kv_cache": plan.GIB // 2}}
+    lines = "\n".join(plan.advice(found, small_run.config(), "opsd", mesh))
+    assert "config.mesh.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)" in lines
+    assert "the KV cache takes 0.5 GiB" in lines and "accumulation" not in lines
 
 
 def test_bad_arguments_end_with_one_line(tmp_path_factory):
