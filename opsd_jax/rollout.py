@@ -13,7 +13,18 @@ never continued, nor is one after which at most one token is left, nor one past 
 The marker is a string, and tokens merge across its edges (`><` is one Qwen token), so it is found in the bytes:
 `Marker` folds a string-matching automaton and the tokenizer into one table next[state, token].
 
-Letters: B batch, T context slots, N completion tokens, V vocabulary.
+Rows end at different lengths, and a row that is done still costs its place in every step. With fewer slots than rows
+(`RolloutConfig.slots`) the rows wait in a queue, and slots that are free take the next ones, all in the same program:
+
+  slot 0   aaaaaa ccccccccc          step by step, every slot holds one row
+  slot 1   bbbbbbbbbbb ddddd
+
+Keys go to the same column in all slots, so that a step writes one column of the cache; the columns behind the
+context are a ring of `max_new_tokens`, and no row lives longer than that:
+
+  cache of a slot   [ context 0 .. T-1 | ring, at T + (step mod budget) ]
+
+Letters: B slots, Q rows (B = Q without a queue), T context slots, N completion tokens, V vocabulary; D shards.
 """
 
 import dataclasses
@@ -90,6 +101,9 @@ class RolloutConfig:
     temperature, top_k (0: off), top_p (1: off): of the sampling distribution.
     max_image_skips: rounds continued after the marker. ban_marker: tokens that would complete the marker are
     never chosen. bos, eos: token ids.
+    slots: rows that are sampled at a time, the others wait; 0 for all at once. refill: slots that must be free before
+    rows are taken from the queue; 0 for a quarter. shards: devices along the batch; each shard has its own part of
+    slots and queue, so that no row moves between devices.
     """
 
     model: ModelConfig
@@ -103,6 +117,9 @@ class RolloutConfig:
     top_p: float = 1.0
     max_image_skips: int = 1
     ban_marker: bool = False
+    slots: int = 0
+    refill: int = 0
+    shards: int = 1
 
     def __post_init__(self):
         if self.max_new_tokens < 2:
@@ -113,11 +130,21 @@ class RolloutConfig:
             raise ValueError(f"rollout.top_p is {self.top_p}: it must lie in (0, 1]")
         if self.top_k < 0 or self.max_image_skips < 0:
             raise ValueError("rollout.top_k and rollout.max_image_skips must not be negative")
+        if min(self.slots, self.refill) < 0 or self.slots % self.shards or self.refill > max(self.slots, 0):
+            raise ValueError(f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
+                             f"rollout.refill {self.refill} at most that")
+
+    @property
+    def group(self) -> int:
+        """Rows that are taken from the queue at a time: refill, or a quarter of the slots, rounded up to shards."""
+        wanted = self.refill or self.slots // 4
+        return max(-(-wanted // self.shards), 1) * self.shards
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "logprobs", "num_skips", "stop", "fed", "fed_sampled", "num_fed"], meta_fields=[])
+    data_fields=["tokens", "mask", "logprobs", "num_skips", "stop", "fed", "fed_sampled", "num_fed", "ended"],
+    meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """Sampled completions. N = max_new_tokens - 1, F = max_new_tokens.
@@ -129,6 +156,7 @@ class Trajectory:
     fed: int32 [B, F], every token in the order it was fed, with bos and injected delimiters.
     fed_sampled: bool [B, F], whether the model chose it: content, and the eos that a skip fed (False: bos, padding).
     num_fed: int32 [B].
+    ended: int32 [B], decoding steps of the whole call that had run when the row was done; None if not sampled here.
     """
 
     tokens: jax.Array
@@ -139,6 +167,13 @@ class Trajectory:
     fed: jax.Array
     fed_sampled: jax.Array
     num_fed: jax.Array
+    ended: jax.Array | None = None
+
+
+def utilisation(trajectory: Trajectory, slots: int = 0):
+    """Share of the decoding steps' places that held a row which was not done. slots: `RolloutConfig.slots`."""
+    places = slots or trajectory.num_fed.shape[0]
+    return trajectory.num_fed.sum() / (places * trajectory.ended.max())
 
 
 def _restrict(logits, config):
@@ -159,85 +194,192 @@ def _restrict(logits, config):
 def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool = False):
     """Samples one completion a row.
 
+    What a row draws depends on `rng` and its number alone, not on its neighbours, on slots or on devices.
+
     Args:
-      params: the model's dict. context: Context [B, T] (rows may differ in length). rng: a PRNG key.
+      params: the model's dict. context: Context [Q, T] (rows may differ in length). rng: a PRNG key.
     Returns:
-      Trajectory; with `return_logits` (Trajectory, logits float32 [B, F, V] of every fed token).
+      Trajectory; with `return_logits` (Trajectory, logits float32 [Q, F, V] of every fed token).
+    Raises:
+      ValueError: the rows do not divide into config.shards.
     """
     model, budget = config.model, config.max_new_tokens
-    batch, slots = context.positions.shape
-    rows = jnp.arange(batch)
-    table = jnp.asarray(config.marker.table)
-    seen = table.shape[0] - 1
+    queued, slots = context.positions.shape
+    if not config.slots or config.slots >= queued:  # every row has its slot
+        state = _begin(jnp.arange(queued), context, config, return_logits)
+        cache = bagel.init_cache(queued, slots + budget, config=model)
+        _, state["cache"] = bagel.read(params, context, config=model, cache=cache, key_segment=state["segment"])
+        step = functools.partial(_step, params, rng, config, slots)
+        state = jax.lax.while_loop(lambda s: ~jnp.all(s["done"]), step, state)
+        return _result(state, budget)
+    return _sample_queue(params, context, rng, config, return_logits)
 
-    positions, limits, _ = context_lib.behind(context, budget)
-    segment = jnp.pad(context.segment, ((0, 0), (0, budget)))
-    cache = bagel.init_cache(batch, slots + budget, config=model)
-    _, cache = bagel.read(params, context, config=model, cache=cache, key_segment=segment)
-    key_segment = segment.at[:, slots:].set(1)
-    order = bagel.behind(context.latents.order, slots + budget) if context.latents else None
 
-    def step(state):
-        t, token = state["t"], state["token"]
-        x = bagel.embed_tokens(params, token[:, None], config=model)
-        at = lambda vector: jax.lax.dynamic_slice_in_dim(vector, t, 1, axis=1)
-        hidden, cache = bagel.forward(
-            params, x, at(positions), at(limits), jnp.ones((batch, 1), jnp.int32), config=model,
-            cache=state["cache"], offset=slots + t, key_segment=key_segment, order=order)
-        raw = bagel.logits(params, hidden[:, 0])
-        logits = raw
-        if config.ban_marker:
-            logits = jnp.where(table[state["marker"]] == seen, -jnp.inf, logits)
-        logits = _restrict(logits, config)
-        key = jax.random.fold_in(rng, t)
-        drawn = (jnp.argmax(logits, axis=-1) if config.greedy else jax.random.categorical(key, logits)).astype(jnp.int32)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0]
-
-        # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
-        used = t + 1
-        done, inject = state["done"], state["inject"]
-        ends = (drawn == config.eos) & (inject == 0)
-        again = (ends & (state["skips"] < config.max_image_skips) & (budget - used > 1)
-                 & (state["marker"] == seen) & ~done)
-        forced = jnp.where(again, config.eos, config.bos)
-        is_forced = again | (inject == 1)
-        stops = (ends & ~again) | (used == budget)
-        content = ~(done | stops | is_forced)
-        token = jnp.where(done | stops, 0, jnp.where(is_forced, forced, drawn))
-        written = jnp.where(content, state["count"], budget)  # out of bounds: dropped
-        out = {
-            "tokens": state["out"]["tokens"].at[rows, written].set(drawn, mode="drop"),
-            "logprobs": state["out"]["logprobs"].at[rows, written].set(logprob, mode="drop"),
-            "fed": state["out"]["fed"].at[:, used].set(token, mode="drop"),
-            "fed_sampled": state["out"]["fed_sampled"].at[:, used].set(content | again, mode="drop"),
-        }
-        if return_logits:
-            out["logits"] = state["out"]["logits"].at[:, t].set(raw)
-        return {
-            "t": used, "token": token, "cache": cache, "out": out,
-            "done": done | stops,
-            "stop": jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), state["stop"]),
-            "inject": jnp.where(again, 1, 0),
-            "marker": jnp.where(content, table[state["marker"], drawn].astype(jnp.int32),
-                                jnp.where(is_forced, 0, state["marker"])),
-            "skips": state["skips"] + again,
-            "count": state["count"] + content,
-            "num_fed": jnp.where(done | stops, state["num_fed"], used + 1),
-        }
-
+def _begin(rows, context, config, return_logits):
+    """What the slots remember besides the cache before rows `rows`, int32 [B], with these contexts feed bos."""
+    batch, budget = rows.shape[0], config.max_new_tokens
     zeros = jnp.zeros(batch, jnp.int32)
     out = {"tokens": jnp.zeros((batch, budget - 1), jnp.int32), "logprobs": jnp.zeros((batch, budget - 1)),
            "fed": jnp.zeros((batch, budget), jnp.int32).at[:, 0].set(config.bos),
            "fed_sampled": jnp.zeros((batch, budget), bool)}
     if return_logits:
-        out["logits"] = jnp.zeros((batch, budget, model.llm.vocab_size))
-    state = {"t": jnp.int32(0), "token": jnp.full(batch, config.bos, jnp.int32), "cache": cache, "out": out,
-             "done": jnp.zeros(batch, bool), "stop": zeros, "inject": zeros, "marker": zeros, "skips": zeros,
-             "count": zeros, "num_fed": zeros + 1}
-    state = jax.lax.while_loop(lambda s: (s["t"] < budget) & ~jnp.all(s["done"]), step, state)
+        out["logits"] = jnp.zeros((batch, budget, config.model.llm.vocab_size))
+    return {
+        "step": jnp.int32(0), "row": rows, "t": zeros, "token": zeros + config.bos, "out": out,
+        "position": jnp.asarray(context.next_position), "segment": jnp.pad(context.segment, ((0, 0), (0, budget))),
+        "done": jnp.zeros(batch, bool), "stop": zeros, "inject": zeros, "marker": zeros, "skips": zeros,
+        "count": zeros, "num_fed": zeros + 1, "ended": zeros}
+
+
+def _step(params, rng, config, slots, state):
+    """Feeds one token in every slot and draws the next. slots: T, where the ring begins."""
+    model, budget = config.model, config.max_new_tokens
+    t, token, done, inject = state["t"], state["token"], state["done"], state["inject"]
+    places = jnp.arange(t.shape[0])
+    table = jnp.asarray(config.marker.table)
+    seen = table.shape[0] - 1
+
+    column = slots + state["step"] % budget
+    segment = jax.lax.dynamic_update_slice_in_dim(state["segment"], jnp.ones_like(t)[:, None], column, axis=1)
+    x = bagel.embed_tokens(params, token[:, None], config=model)
+    # All keys of the segment are in the past: those of the row before were taken out when its slot was given away.
+    hidden, cache = bagel.forward(
+        params, x, (state["position"] + t)[:, None], jnp.full((1, 1), segment.shape[1]), jnp.ones_like(t)[:, None],
+        config=model, cache=state["cache"], offset=column, key_segment=segment)
+    raw = bagel.logits(params, hidden[:, 0])
+    logits = raw
+    if config.ban_marker:
+        logits = jnp.where(table[state["marker"]] == seen, -jnp.inf, logits)
+    logits = _restrict(logits, config)
+    if config.greedy:
+        drawn = jnp.argmax(logits, axis=-1)
+    else:
+        keys = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(rng, row), t))(state["row"], t)
+        drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    drawn = drawn.astype(jnp.int32)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0]
+
+    # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
+    used = t + 1
+    ends = (drawn == config.eos) & (inject == 0)
+    again = (ends & (state["skips"] < config.max_image_skips) & (budget - used > 1)
+             & (state["marker"] == seen) & ~done)
+    forced = jnp.where(again, config.eos, config.bos)
+    is_forced = again | (inject == 1)
+    stops = (ends & ~again) | (used == budget)
+    over = done | stops
+    content = ~(over | is_forced)
+    token = jnp.where(over, 0, jnp.where(is_forced, forced, drawn))
+    # out of bounds: dropped
+    written, fed = jnp.where(content, state["count"], budget), jnp.where(over, budget, used)
+    put = lambda name, column, value: state["out"][name].at[places, column].set(value, mode="drop")
+    out = {"tokens": put("tokens", written, drawn), "logprobs": put("logprobs", written, logprob),
+           "fed": put("fed", fed, token), "fed_sampled": put("fed_sampled", fed, content | again)}
+    if "logits" in state["out"]:
+        out["logits"] = put("logits", jnp.where(done, budget, t), raw)
+    return {
+        "step": state["step"] + 1, "row": state["row"], "t": jnp.where(done, t, used), "token": token, "cache": cache,
+        "out": out, "position": state["position"], "segment": segment,
+        "done": over,
+        "stop": jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), state["stop"]),
+        "inject": jnp.where(again, 1, 0),
+        "marker": jnp.where(content, table[state["marker"], drawn].astype(jnp.int32),
+                            jnp.where(is_forced, 0, state["marker"])),
+        "skips": state["skips"] + again,
+        "count": state["count"] + content,
+        "num_fed": jnp.where(over, state["num_fed"], used + 1),
+        "ended": jnp.where(stops & ~done, state["step"] + 1, state["ended"]),
+    }
+
+
+def _result(state, budget):
     out = state["out"]
     trajectory = Trajectory(
         tokens=out["tokens"], mask=jnp.arange(budget - 1) < state["count"][:, None], logprobs=out["logprobs"],
         num_skips=state["skips"], stop=state["stop"], fed=out["fed"], fed_sampled=out["fed_sampled"],
-        num_fed=state["num_fed"])
-    return (trajectory, out["logits"]) if return_logits else trajectory
+        num_fed=state["num_fed"], ended=state["ended"])
+    return (trajectory, out["logits"]) if "logits" in out else trajectory
+
+
+# --- the queue -------------------------------------------------------------------------------------------------
+
+_KEPT = ("out", "stop", "skips", "count", "num_fed", "ended")  # what a row leaves behind
+
+
+def _sample_queue(params, context, rng, config, return_logits):
+    """`sample` with fewer slots than rows: until all are done, take rows into free slots, then decode until there are
+    enough free ones again. Of each shard, slots b = B / D, rows q = Q / D, group g."""
+    model, budget = config.model, config.max_new_tokens
+    (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
+    if queued % shards:
+        raise ValueError(f"{queued} rows cannot be shared by the {shards} batch shards of rollout.shards")
+    rows, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
+    first = jnp.arange(shards)[:, None] * rows  # number of a shard's first row
+    split = lambda x, n: x.reshape(shards, n, *x.shape[1:])
+    join = lambda x: x.reshape(-1, *x.shape[2:])
+    pick = jax.vmap(lambda x, at: x[at])  # [D, n, ..], [D, g] -> [D, g, ..]
+    put = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
+    step = functools.partial(_step, params, rng, config, slots)
+
+    def left(state):
+        return rows - state["next"]  # [D], rows that wait
+
+    def free(state):
+        return split(state["done"], own).sum(axis=1)  # [D]
+
+    def harvest(state):
+        """Copies what the slots hold of their rows; a row that is not done is copied again later."""
+        at = split(state["row"], own) - first  # an empty slot has row Q or more: dropped
+        at = jnp.where((at >= 0) & (at < rows), at, rows)
+        kept = {name: state[name] for name in _KEPT}
+        return jax.tree.map(lambda x, new: join(put(split(x, rows), at, split(new, own))), state["results"], kept)
+
+    def admit(state):
+        """Takes up to `group` rows a shard into free slots."""
+        results, waits = harvest(state), split(state["done"], own)
+        slot = jnp.argsort(~waits, axis=1)[:, :group]  # stable: free slots first
+        row = state["next"][:, None] + jnp.arange(group)
+        takes = jnp.take_along_axis(waits, slot, axis=1) & (row < rows)
+        slot = jnp.where(takes, slot, own)  # out of bounds: dropped
+        some = jax.tree.map(lambda x: join(pick(split(jnp.asarray(x), rows), jnp.minimum(row, rows - 1))), context)
+        _, read = bagel.read(params, some, config=model, cache=bagel.init_cache(shards * group, slots, config=model),
+                             key_segment=some.segment)
+        new = _begin(join(first + row), some, config, return_logits)
+        del new["step"]
+        old = {name: state[name] for name in new}
+        taken = jax.tree.map(lambda x, value: join(put(split(x, own), slot, split(value, group))), old, new)
+        cache = jax.tree.map(lambda x, value: _put_keys(x, value, slot), state["cache"], read)
+        return {**state, **taken, "cache": cache, "results": results, "next": state["next"] + takes.sum(axis=1)}
+
+    def decodes(state):
+        """Whether to go on without new rows: a shard that could use some has not enough free slots yet."""
+        wanted = jnp.minimum(group, left(state))
+        return ~jnp.all(state["done"]) & ((wanted.sum() == 0) | jnp.any(free(state) < wanted))
+
+    empty = jax.tree.map(lambda x: jnp.repeat(x[:1], batch, axis=0), context)
+    state = _begin(jnp.full(batch, queued), empty, config, return_logits)
+    state |= {"done": jnp.ones(batch, bool), "next": jnp.zeros(shards, jnp.int32),
+              "cache": bagel.init_cache(batch, slots + budget, config=model)}
+    state["results"] = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype),
+                                    {name: state[name] for name in _KEPT})
+    state = jax.lax.while_loop(
+        lambda s: ~jnp.all(s["done"]) | jnp.any(left(s) > 0),
+        lambda s: jax.lax.while_loop(decodes, lambda s: {**s, **step(s)}, admit(s)), state)
+    return _result(harvest(state), budget)
+
+
+def _put_keys(cache, new, slot):
+    """Writes keys of contexts, new [L, D * g, T, K, h], to the slots of a cache [L, D * b, S, K, h], S >= T.
+
+    slot: int32 [D, g], of the shard's b; b and more are dropped. Spelled out because a mapped update would move the
+    shards to the front, and with them the cache.
+    """
+    layers, _, columns, heads, width = cache.shape
+    shards, group = slot.shape
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 3, 4, 5), inserted_window_dims=(2,), scatter_dims_to_operand_dims=(2,),
+        operand_batching_dims=(1,), scatter_indices_batching_dims=(0,))
+    found = jax.lax.scatter(
+        cache.reshape(layers, shards, -1, columns, heads, width), slot[:, :, None],
+        new.reshape(layers, shards, group, -1, heads, width), numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+    return found.reshape(cache.shape)

@@ -102,9 +102,60 @@ def test_a_trajectory_tells_the_same_story_twice(sampled):
         assert len(seams) == t.num_skips[row]
         assert all(chosen[s] and fed[s + 1] == bos and not chosen[s + 1] for s in seams if s + 1 < n)
         assert content(t, row) == fed[chosen & (fed != eos)].tolist()
-        assert n == 14 if t.stop[row] == BUDGET_SPENT else n < 14
+        assert n == 14 or t.stop[row] == EOS_DRAWN  # eos may be drawn behind the last token of the budget, too
+        assert t.ended[row] == n
         assert not t.tokens[row][~t.mask[row]].any() and not t.logprobs[row][~t.mask[row]].any()
         assert (np.diff(t.mask[row].astype(int)) <= 0).all()
+
+
+# ---- the queue
+
+SAME = ("tokens", "mask", "fed", "fed_sampled", "num_fed", "num_skips", "stop")
+
+
+@pytest.fixture(scope="module")
+def crowd(sampled):
+    """Twelve rows of different contexts and lengths, all at once."""
+    blocks, _ = tiny.rows(np.random.default_rng(4), 12)
+    packed = tiny.pack(blocks, slots=28, patches=9)
+    draw = lambda **kw: numpy_of(rollout.sample(sampled.params, packed, jax.random.key(2),
+                                                config=dataclasses.replace(sampled.config, **kw)))
+    return types.SimpleNamespace(draw=draw, packed=packed, whole=draw())
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(slots=1), dict(slots=5, refill=1), dict(slots=5, refill=3), dict(slots=4, refill=4),
+    dict(slots=6, refill=2, shards=2), dict(slots=8, refill=8, shards=4)], ids=str)
+def test_a_queue_draws_what_slots_for_all_draw(crowd, sizes):
+    """Sampled, with image skips: the columns of the ring are reused and nothing of the row before shows through."""
+    queued = crowd.draw(**sizes)
+    assert len(set(crowd.whole.num_fed)) > 3
+    for name in SAME:
+        np.testing.assert_array_equal(getattr(queued, name), getattr(crowd.whole, name), err_msg=name)
+    np.testing.assert_allclose(queued.logprobs, crowd.whole.logprobs, atol=2e-4)
+    steps, slots = queued.ended.max(), sizes["slots"]
+    assert crowd.whole.num_fed.sum() <= steps * slots
+    if sizes.get("refill") == 1:  # a free slot never waits while there are rows: no slot ends early by a whole row
+        assert steps * slots - queued.num_fed.sum() < slots * queued.num_fed.max()
+        assert (np.sort(queued.ended)[:5] == np.sort(queued.num_fed[:5])).sum() >= 1
+    assert rollout.utilisation(queued, slots) == queued.num_fed.sum() / (steps * slots)
+
+
+def test_a_queue_with_logits_and_a_remainder(sampled, crowd):
+    """Seven rows by four slots, greedy, with a banned marker; logits of every fed token."""
+    packed = jax.tree.map(lambda x: x[:7], crowd.packed)
+    config = dataclasses.replace(sampled.config, greedy=True, ban_marker=True)
+    draw = lambda **kw: rollout.sample(sampled.params, packed, jax.random.key(0), return_logits=True,
+                                       config=dataclasses.replace(config, **kw))
+    (whole, logits), (queued, found) = draw(), draw(slots=4, refill=2)
+    np.testing.assert_array_equal(whole.fed, queued.fed)
+    for row, n in enumerate(np.asarray(whole.num_fed)):
+        np.testing.assert_allclose(found[row, :n], logits[row, :n], atol=2e-4)
+
+
+def test_rows_must_divide_into_shards(crowd):
+    with pytest.raises(ValueError, match="12 rows cannot be shared by the 5 batch shards"):
+        crowd.draw(slots=5, refill=5, shards=5)
 
 
 # ---- distributions
@@ -378,6 +429,8 @@ def test_every_step_draws_afresh(sampled):
 @pytest.mark.parametrize(("wrong", "message"), [
     (dict(max_new_tokens=1), "max_new_tokens is 1"), (dict(temperature=0.0), "set rollout.greedy"),
     (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.5), "top_p is 1.5"),
+    (dict(slots=3, shards=2), "rollout.slots 3 must be a multiple of the 2 batch shards"),
+    (dict(slots=2, refill=3), "rollout.refill 3 at most that"), (dict(slots=-1), "rollout.slots -1"),
     (dict(top_k=-1), "must not be negative"), (dict(max_image_skips=-1), "must not be negative")])
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
