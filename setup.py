@@ -4,7 +4,7 @@ core = [
     "jax>=0.10.2,<0.13", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8,<0.13",
     "grain>=0.2.18", "array_record>=0.8.3", "tensorflow-datasets>=4.9.10",
     "importlib_resources",  # tensorflow-datasets uses it on every Python and declares it for 3.8 only
-    "pyarrow>=20", "pillow>=11", "numpy>=2.0", "einops>=0.8",
+    "pyarrow>=20", "pandas>=2.2", "pillow>=11", "numpy>=2.0", "einops>=0.8",
     "transformers>=5", "tokenizers>=0.22", "safetensors>=0.5",  # tokenizer and weight files; never torch
     "ml_collections>=1.1", "absl-py>=2.1", "etils>=1.12", "rich>=13", "tensorboardX>=2.6.2",
 ]
