@@ -325,7 +325,8 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
     params = checkpoint_lib.restore_params(checkpoint, sharding.abstract(mesh, abstract, "rollout"))
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     rollout_config = settings.rollout(
-        config, tok, marker, ban_marker=ban_marker,
+        config, tok, marker, ban_marker=ban_marker, slots=config.eval.slots, refill=0,
+        shards=sharding.batch_divisor(mesh),
         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
 
     total, summaries = sum(_size(rows, s, limit) for s in range(len(rows.sources))), {}

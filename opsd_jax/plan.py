@@ -271,7 +271,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
                           packed(*buckets.teacher[bucket], dtype=jnp.float32 if noise else jnp.uint8))
     # The table of a marker is a constant of the program: only its size matters, as long as it is not all zeros.
     marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
-    sampling = settings.rollout(config, ends, marker)
+    sampling = settings.rollout(config, ends, marker, shards=sharding.batch_divisor(mesh))
     sampler = sharding.abstract(
         mesh, jax.eval_shape(lambda p: params_lib.in_compute_dtype(p, model.dtype), params), "rollout")
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -282,7 +282,8 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     found = []
     if only != "update":
         slots = batch.student.slots + sampling.max_new_tokens
-        cache = jax.eval_shape(lambda: bagel.init_cache(size, slots, config=model))
+        held_rows = min(sampling.slots or size, size)
+        cache = jax.eval_shape(lambda: bagel.init_cache(held_rows, slots, config=model))
         traced = rollout.sample.trace(sampler, batch.student, key, config=sampling)
         beside = held | {"params": trained_only, "batch": batch.teacher}
         found.append(Program("sample", traced, {"params": sampler, "batch": batch.student}, beside,

@@ -172,8 +172,8 @@ class Trajectory:
 
 def utilisation(trajectory: Trajectory, slots: int = 0):
     """Share of the decoding steps' places that held a row which was not done. slots: `RolloutConfig.slots`."""
-    places = slots or trajectory.num_fed.shape[0]
-    return trajectory.num_fed.sum() / (places * trajectory.ended.max())
+    rows = trajectory.num_fed.shape[0]
+    return trajectory.num_fed.sum() / (min(slots or rows, rows) * trajectory.ended.max())
 
 
 def _restrict(logits, config):

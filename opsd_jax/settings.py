@@ -81,6 +81,8 @@ def default() -> ConfigDict:
     c.rollout.top_p = 1.0  # 1: off
     c.rollout.max_image_skips = 1
     c.rollout.ban_marker = False  # never sample a token that completes <image_start>
+    c.rollout.slots = 0  # rows sampled at a time, the others of the batch wait in a queue; 0: all at once
+    c.rollout.refill = 0  # slots that must be free before waiting rows take them; 0: a quarter
     c.rollout.score_seam = False  # True: score the delimiters between rounds as they were sampled
     c.rollout.eos_after_cut = True  # False: no eos target behind a completion that did not end by itself
     c.rollout.empty_retries = 3  # new rows for a batch that holds an empty completion; then it becomes one eos
@@ -105,6 +107,7 @@ def default() -> ConfigDict:
     c.eval.final_banned = False  # also without pictures and with the marker banned
     c.eval.kl = True  # also KL(start with VT || now without) on reference traces, after opsd and sft
     c.eval.batch_size = 64
+    c.eval.slots = 0  # as rollout.slots, of an evaluation batch
     c.eval.max_new_tokens = 0  # 0: as rollout.max_new_tokens
 
     c.checkpoint = ConfigDict()

@@ -44,7 +44,10 @@ class Run:
     writer: object
 
     def rollout(self, **changes):
-        return settings.rollout(self.config, self.tokenizer, self.marker, **changes)
+        from opsd_jax import sharding
+
+        shards = sharding.batch_divisor(self.mesh)
+        return settings.rollout(self.config, self.tokenizer, self.marker, shards=shards, **changes)
 
 
 def main(argv) -> None:
@@ -298,6 +301,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                     state, found = update(state, batch, trajectory)
                     jax.block_until_ready(state["step"])
                 found["empty_retries"] = attempt
+                found["slot_utilisation"] = rollout.utilisation(trajectory, config.rollout.slots)
             else:
                 with clock("update"):
                     state, found = update(state, batch)
@@ -386,8 +390,9 @@ class Evaluation:
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
         params = jax.device_put(params, sharding.tree(self.run.mesh, params, "rollout"))
+        sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(
-            params, self._of(split), self.run.packer, config=self.run.rollout(max_new_tokens=budget, **changes),
+            params, self._of(split), self.run.packer, config=sampling,
             task_names=c.data.tasks, mode=mode, batch_size=c.eval.batch_size, limit=limit, seed=c.seed,
             mesh=self.run.mesh)
 
