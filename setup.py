@@ -22,6 +22,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
         "viz": viz,
-        "dev": viz + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.18"],
+        # libtpu compiles for TPUs without one, which tests of `plan` do
+        "dev": viz + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.18",
+                      "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"],
     },
 )

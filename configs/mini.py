@@ -3,6 +3,7 @@
   python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini           the maze
   python -m opsd_jax.train --config=configs/mini.py:chart --workdir=/tmp/opsd-chart    the charts
   python -m opsd_jax.train --config=configs/mini.py:smoke --workdir=/tmp/opsd-smoke    the same path, briefly
+  python -m opsd_jax.train --config=configs/mini.py:draw --workdir=/tmp/opsd-draw      charts, and learns to draw
   ... --arm=noise                                                                      one control arm alone
 
 The same code as the 7B model; only numbers differ. Settings were chosen on the validation split.
@@ -13,9 +14,9 @@ from opsd_jax.tasks import vocabulary
 
 
 def get_config(arg: str = "maze"):
-    task = {"smoke": "chart"}.get(arg, arg)
+    task = {"smoke": "chart", "draw": "chart"}.get(arg, arg)
     if task not in ("maze", "chart"):
-        raise ValueError(f"configs/mini.py:{arg}: choose maze, chart or smoke")
+        raise ValueError(f"configs/mini.py:{arg}: choose maze, chart, smoke or draw")
     c = settings.default()
     c.stages = ("warmup", "opsd")
 
@@ -64,4 +65,18 @@ def get_config(arg: str = "maze"):
         c.warmup.steps, c.opsd.steps, c.sft.steps = 130, 70, 70
         c.eval.every = 0
         c.run_arms = ("noise",)
+    if arg == "draw":
+        c.stages = ("autoencoder", "warmup", "opsd")
+        # scale and shift: 1 / latent_std and latent_mean of metrics.jsonl where the autoencoder's stage ends
+        c.model.generation.update(on=True, channels=32, multipliers=(1, 1, 1), num_res_blocks=1, z_channels=4, scale=1.08,
+                                  shift=0.0, patch=2, side=grid)
+        c.data.buckets.trace = ((2 * patches + text[2] + 6, 2 * patches, text[3]),)
+        c.data.buckets.drawn = ((3 * patches, 2, 8 * grid, 8 * grid),)
+        c.autoencoder.update(steps=300, batch_size=8, kl_weight=3e-3)
+        c.autoencoder.optim.update(lr=3e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8)
+        c.warmup.update(steps=600, batch_size=32)
+        c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=2)
+        c.drawing.update(num_timesteps=13, timestep_shift=1.0, text_scale=1.0, image_scale=1.0)
+        c.log.samples_every = 100
+        c.run_arms = ()
     return c

@@ -31,6 +31,13 @@ KINDS = {
 }
 """How each benchmark is prompted and scored; the file of NAME is NAME.tsv."""
 
+PAPER = {
+    "VSP_maze_task_main_original": (75.83, 85.83), "VisPuzzle": (77.50, 86.00), "ChartQA_h_bar": (78.00, 78.79),
+    "ChartQA_v_bar": (78.00, 78.79), "VStarBench": (67.01, 64.92), "BLINK_Jigsaw": (66.00, 77.33), "MMVP": (78.33, 77.33),
+    "SAT_circular": (52.67, 54.00), "BLINK": (59.49, 61.44), "CV-Bench-2D": (80.86, 80.64), "CV-Bench-3D": (80.86, 80.64),
+}
+"""The paper's Table 2 in per cent: ThinkMorph, Visual-OPSD. Its one ChartQA and its one CV-Bench stand at both parts."""
+
 _COLUMNS = {"mcq": ("question", "A", "answer"), "circular": ("question", "A", "answer"),
             "cvbench": ("prompt", "A", "answer"), "chartqa": ("question", "answer"),
             "vsp": ("question", "maze_map", "maze_size")}
@@ -396,11 +403,24 @@ def _score_row(row: Row, text: str) -> dict:
     return {"index": row.index, "option": option, "hit": _hit(row, option), "needs_judge": needs_judge}
 
 
+def first(table: Table, count: int) -> Table:
+    """The first rows of a table, or all rows of its first questions where it is circular."""
+    if table.kind != "circular":
+        return dataclasses.replace(table, rows=table.rows[:count])
+    questions = list(dict.fromkeys(map(_question, table.rows)))[:count]
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if _question(row) in questions))
+
+
+def _question(row) -> int:
+    """The question of a circular table that a row turns."""
+    return int(row.cells.get("g_index", row.index % _TURN))
+
+
 def _circular(table, texts):
     """({question: hit}, {question: hit of the first pass alone}, questions without a main row)."""
     turns = {}
     for row in table.rows:
-        turns.setdefault(int(row.cells.get("g_index", row.index % _TURN)), []).append(row)
+        turns.setdefault(_question(row), []).append(row)
     hits, first, orphans = {}, {}, []
     for g, rows in sorted(turns.items()):
         if all(row.index != g for row in rows):

@@ -16,22 +16,26 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import images, settings
+from opsd_jax import generate, images, settings
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
 from opsd_jax.datasets.visual_opsd import Example
-from opsd_jax.distill import Batch
+from opsd_jax.distill import Batch, Drawn, Pictures
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """A row ready for packing: the example, its question's ids, its pictures cut into patches."""
+    """A row ready for packing: the example, its question's ids, its pictures cut into patches.
+
+    pixels: the same pictures, problem first, as the autoencoder sees them, uint8 [H, W, 3]; empty where nothing draws.
+    """
 
     example: Example
     question: np.ndarray
     problem: Image
     visual_thoughts: tuple[Image, ...]
+    pixels: tuple[np.ndarray, ...] = ()
 
 
 def folder(config, workdir: str) -> str:
@@ -77,9 +81,9 @@ def tokenizer_folder(config, workdir: str) -> str:
 
 
 class Rows:
-    """Random access to the prepared rows of the tasks of a split, with a bounded cache."""
+    """Random access to the prepared rows of the tasks of a split, with a bounded cache. drawing: with `pixels`."""
 
-    def __init__(self, config, workdir, tokenizer, split: str):
+    def __init__(self, config, workdir, tokenizer, split: str, drawing: bool = False):
         limits = config.data.limits if split == "train" and config.data.limits else [0] * len(config.data.tasks)
         spec = [f"{split}[:{limit}]" if limit else split for limit in limits]
         self.sources = [visual_opsd.open_source(folder(config, workdir), part, task=task)
@@ -87,6 +91,7 @@ class Rows:
         self._tokenizer, self._suffix = tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
+        self._drawn_rule = generate.vae_rule(settings.model(config).generation) if drawing else None
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
 
@@ -101,18 +106,21 @@ class Rows:
         if self._suffix:
             question = np.concatenate([question, self._tokenizer.encode(self._suffix)])
         try:
-            prepared = Prepared(example, question, self._image(example.problem_image),
-                                tuple(map(self._image, example.visual_thoughts)))
+            shown = [images.open_rgb(data, transparency=self._transparency)
+                     for data in (example.problem_image, *example.visual_thoughts)]
         except images.UnreadableImage as error:
             raise images.UnreadableImage(f"row {example.pid}: {error}") from error
+        problem, *thoughts = map(self._image, shown)
+        pixels = tuple(images.resize(picture, self._drawn_rule) for picture in shown) if self._drawn_rule else ()
+        prepared = Prepared(example, question, problem, tuple(thoughts), pixels)
         with self._lock:
             self._cache[key] = prepared
             while len(self._cache) > self._capacity:
                 self._cache.popitem(last=False)
         return prepared
 
-    def _image(self, data) -> Image:
-        pixels = images.resize(images.open_rgb(data, transparency=self._transparency), self._rule)
+    def _image(self, picture) -> Image:
+        pixels = images.resize(picture, self._rule)
         grid = pixels.shape[0] // self._patch, pixels.shape[1] // self._patch
         return Image(images.patchify(pixels, self._patch), grid)
 
@@ -128,6 +136,7 @@ class Packer:
     def __init__(self, config, tokenizer):
         self.tokenizer, self.prompts = tokenizer, settings.prompts(config)
         self.side, self.buckets = config.model.vit.side, config.data.buckets
+        self.generation = settings.model(config).generation
 
     def blocks(self, row: Prepared, kind: str, visual_thoughts=()) -> list:
         """Blocks of a row as `student`, `teacher`, or one of the trace layouts `settings.LAYOUTS`."""
@@ -138,12 +147,44 @@ class Packer:
             return context_lib.teacher(t, p, row.question, row.problem, visual_thoughts)
         if kind == "interleaved":
             return context_lib.interleaved(t, p, row.question, row.problem, e.thoughts, row.visual_thoughts, e.answer)
+        if kind == "drawn":
+            return self._drawn(row)
         trace = context_lib.Text(self.reference(row), loss=True)
         if kind == "reference":
             return [*context_lib.teacher(t, p, row.question, row.problem, row.visual_thoughts), trace]
         if kind == "text":
             return [*context_lib.student(t, p, row.question, row.problem), trace]
         raise ValueError(f"unknown layout {kind!r}: choose student, teacher or one of {settings.LAYOUTS}")
+
+    def _drawn(self, row: Prepared) -> list:
+        """The interleaved trace as the model sees it when it draws: each picture as latents, then as patches, and each
+        visual thought first as noised latents. The latents are filled in on the device (`flow.with_latents`)."""
+        pictures, drawn, blocks = iter(row.pixels), self.generation, []
+        for block in self.blocks(row, "interleaved"):
+            if isinstance(block, Image):
+                height, width, _ = next(pictures).shape
+                grid = height // drawn.stride, width // drawn.stride
+                empty = np.zeros((grid[0] * grid[1], drawn.latent_dim), np.float32)
+                is_thought = any(isinstance(b, Image) for b in blocks)
+                blocks += [context_lib.Latent(empty, grid, noised=True)] * is_thought + [context_lib.Latent(empty, grid)]
+            blocks.append(block)
+        return blocks
+
+    def pictures(self, rows, bucket: int = -1) -> Pictures:
+        """The pictures of rows for the autoencoder; None stands for a row without. TooLong where one does not fit."""
+        _, count, height, width = self.buckets.drawn[bucket]
+        pixels = np.zeros((len(rows), count, height, width, 3), np.uint8)
+        sizes = np.zeros((len(rows), count, 2), np.int32)
+        for r, row in enumerate(rows):
+            shown = row.pixels if row else ()
+            if len(shown) > count or any(x.shape[0] > height or x.shape[1] > width for x in shown):
+                raise context_lib.TooLong(
+                    f"row {row.example.pid} has pictures of {', '.join(f'{x.shape[0]}x{x.shape[1]}' for x in shown)} "
+                    f"pixels, its bucket {count} of {height}x{width}: enlarge data.buckets.drawn, or leave the row out")
+            for m, picture in enumerate(shown):
+                pixels[r, m, :picture.shape[0], :picture.shape[1]] = picture
+                sizes[r, m] = picture.shape[:2]
+        return Pictures(pixels, sizes)
 
     def reference(self, row: Prepared) -> np.ndarray:
         """Ids of the row's text-only trace with its answer."""
@@ -161,18 +202,23 @@ class Packer:
     def student(self, rows, bucket: int = -1) -> context_lib.Context:
         return self.pack(rows, "student", bucket, [self.blocks(row, "student") for row in rows])
 
-    def teacher(self, rows, partners, mode: str, rng, bucket: int = -1) -> context_lib.Context:
-        """Teacher contexts with the visual thoughts of a mode (`context.VISUAL_THOUGHTS`)."""
+    def teacher(self, rows, partners, mode: str, rngs, bucket: int = -1) -> context_lib.Context:
+        """Teacher contexts with the visual thoughts of a mode (`context.VISUAL_THOUGHTS`). rngs: one a row, so that a
+        row's noise does not depend on the others."""
         shown = [context_lib.replace_visual_thoughts(mode, row.problem, row.visual_thoughts,
                                                      other.visual_thoughts if other else (), rng)
-                 for row, other in zip(rows, partners)]
+                 for row, other, rng in zip(rows, partners, rngs, strict=True)]
         return self.pack(rows, "teacher", bucket, [self.blocks(row, "teacher", vts) for row, vts in zip(rows, shown)])
 
     def traces(self, rows, layouts, bucket: int = -1) -> context_lib.Supervised:
         slots, patches, targets = self.buckets.trace[bucket]
+        sizes = {}
+        if rows[0].pixels:  # all batches of a stage that draws hold latents, whatever the layouts of this part of one
+            sizes = {"latents": self.buckets.drawn[bucket][0], "latent_dim": self.generation.latent_dim,
+                     "latent_side": self.generation.side}
         return context_lib.supervise(
             [self.blocks(row, layout) for row, layout in zip(rows, layouts)], slots=slots, patches=patches,
-            targets=targets, tokenizer=self.tokenizer, side=self.side, names=[row.example.pid for row in rows])
+            targets=targets, tokenizer=self.tokenizer, side=self.side, names=[row.example.pid for row in rows], **sizes)
 
     def bucket(self, row: Prepared, mode: str = "real", partner: Prepared | None = None) -> int:
         """Index of the first bucket that the row fits in every role; -1 if none does.
@@ -184,8 +230,13 @@ class Packer:
             partner.visual_thoughts if partner else (), None)
         need = {"student": self._need([self.blocks(row, "student")]),
                 "teacher": self._need([self.blocks(row, "teacher", vts) for vts in (row.visual_thoughts, shown)])}
-        layouts = settings.LAYOUTS if row.example.full_text_only_thought.strip() else ("interleaved",)
-        need["trace"] = self._need([self.blocks(row, layout) for layout in layouts])
+        layouts = ["interleaved", *(("reference", "text") if row.example.full_text_only_thought.strip() else ()),
+                   *(("drawn",) if row.pixels else ())]
+        blocks = [self.blocks(row, layout) for layout in layouts]
+        need["trace"] = self._need(blocks)
+        if row.pixels:
+            need["drawn"] = np.array([context_lib.need(blocks[-1])[2], len(row.pixels),
+                                      *np.max([x.shape[:2] for x in row.pixels], axis=0)])
         for index in range(len(self.buckets.student)):
             if all(np.all(need[kind][:len(self.buckets[kind][index])] <= self.buckets[kind][index]) for kind in need):
                 return index
@@ -193,21 +244,21 @@ class Packer:
 
     @staticmethod
     def _need(rows):
-        slots = [sum(b.slots for b in blocks) for blocks in rows]
-        patches = [sum(len(b.patches) for b in blocks if isinstance(b, Image)) for blocks in rows]
+        slots, patches, _ = zip(*map(context_lib.need, rows))
         targets = [sum(len(b.ids) + 1 for b in blocks if isinstance(b, context_lib.Text) and b.loss) for blocks in rows]
         return np.array([max(slots), max(patches), max(targets)])
 
 
 class Batches:
-    """The training batches of a stage: host arrays of this process's rows for every step."""
+    """The training batches of a stage: host arrays of this process's rows for every step.
 
-    def __init__(self, config, workdir, stage: str, rows: Rows, packer: Packer, *, process=0, processes=1):
+    share: which rows of a batch these are, see `sharding.local_rows`; None for all.
+    """
+
+    def __init__(self, config, workdir, stage: str, rows: Rows, packer: Packer, *, share=None):
         self.config, self.stage, self.rows, self.packer = config, stage, rows, packer
-        self._part = slice(process, None, processes)
         batch_size = config[stage].batch_size
-        if batch_size % processes:
-            raise ValueError(f"config.{stage}.batch_size {batch_size} is not divisible by {processes} processes")
+        self._share = list(range(batch_size) if share is None else share)
         buckets = range(len(config.data.buckets.student))
         whole = len(buckets) == 1 and config.data.on_too_long == "fail"
         lengths = [len(s) if whole else _bucket_index(config, workdir, rows, packer, n)
@@ -217,24 +268,34 @@ class Batches:
     def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[Prepared]]:
         """Both contexts of the batch, and its rows."""
         bucket, pairs = self.plan(step, attempt)
-        rows = [self.rows(*pair) for pair in pairs[self._part]]
+        rows = [self.rows(*pairs[n]) for n in self._share]
         mode = self.config.teacher.visual_thoughts
-        partners = [self.rows.partner(*pair) if mode == "swap" else None for pair in pairs[self._part]]
-        rng = generator(self.config.seed, "visual thoughts", step, attempt, self._part.start)
-        return Batch(self.packer.student(rows, bucket), self.packer.teacher(rows, partners, mode, rng, bucket)), rows
+        partners = [self.rows.partner(*pairs[n]) if mode == "swap" else None for n in self._share]
+        rngs = [generator(self.config.seed, "visual thoughts", step, attempt, n) for n in self._share]
+        return Batch(self.packer.student(rows, bucket), self.packer.teacher(rows, partners, mode, rngs, bucket)), rows
 
-    def traces(self, step: int) -> tuple[context_lib.Supervised, list[Prepared]]:
-        """Supervised traces in the layouts of the stage's mix."""
+    def traces(self, step: int) -> tuple[context_lib.Supervised | Drawn, list[Prepared]]:
+        """Supervised traces in the layouts of the stage's mix, with their pictures where it draws."""
         bucket, pairs = self.plan(step)
         layouts = mixture(self.config[self.stage].mix, len(pairs))
-        rows = [self.rows(*pair) for pair in pairs[self._part]]
-        return self.packer.traces(rows, layouts[self._part], bucket), rows
+        rows, layouts = [self.rows(*pairs[n]) for n in self._share], [layouts[n] for n in self._share]
+        traces = self.packer.traces(rows, layouts, bucket)
+        if not settings.draws(self.config, self.stage):
+            return traces, rows
+        shown = [row if layout == "drawn" else None for row, layout in zip(rows, layouts)]
+        return Drawn(traces, self.packer.pictures(shown, bucket)), rows
+
+    def pictures(self, step: int) -> tuple[Pictures, list[Prepared]]:
+        """All pictures of the batch's rows."""
+        bucket, pairs = self.plan(step)
+        rows = [self.rows(*pairs[n]) for n in self._share]
+        return self.packer.pictures(rows, bucket), rows
 
     def stream(self, start: int, stop: int):
         """Iterator over the steps start..stop, made ahead of time in threads."""
         import grain
 
-        load = self.opsd if self.stage == "opsd" else self.traces
+        load = {"opsd": self.opsd, "autoencoder": self.pictures}.get(self.stage, self.traces)
         options = grain.ReadOptions(num_threads=self.config.data.threads,
                                     prefetch_buffer_size=max(self.config.data.prefetch, self.config.data.threads))
         return iter(grain.MapDataset.range(start, stop).map(lambda step: load(int(step))).to_iter_dataset(options))

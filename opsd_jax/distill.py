@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, params as params_lib, rollout
+from opsd_jax import divergence, flow, params as params_lib, rollout
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
 TEACHERS = ("ema", "self", "fixed")
+TRAINS = ("text", "drawing", "autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,9 @@ class DistillConfig:
     score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
       With LoRA (`model.lora`) all but the adapters are frozen, and this must be empty.
+    trains: "text" (`update_step`, `sft_step`: what only draws is frozen), "drawing" (`drawn_step`: that too) or
+      "autoencoder" (`autoencoder_step`: it alone). ce_weight, mse_weight: of the two losses of `drawn_step`.
+    kl_weight: of the posterior's KL divergence in `autoencoder_step`.
     """
 
     model: ModelConfig
@@ -79,8 +83,15 @@ class DistillConfig:
     eos_after_cut: bool = True
     score_seam: bool = False
     freeze: tuple[str, ...] = ()
+    trains: str = "text"
+    mse_weight: float = 1.0
+    kl_weight: float = 0.0
 
     def __post_init__(self):
+        if self.trains not in TRAINS:
+            raise ValueError(f"trains is {self.trains!r}: choose from {TRAINS}")
+        if self.trains != "text" and self.model.generation is None:
+            raise ValueError(f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)")
         if self.teacher not in TEACHERS:
             raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
         if self.reduction not in ("completion", "token"):
@@ -98,11 +109,46 @@ class Batch:
     teacher: context_lib.Context
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["pixels", "sizes"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The pictures of B rows as the autoencoder sees them: the problem, then the visual thoughts.
+
+    pixels: uint8 [B, M, H, W, 3], each picture in the upper left corner. sizes: int32 [B, M, 2], its height and width, 0
+    where there is none.
+    """
+
+    pixels: jax.Array
+    sizes: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["traces", "pictures"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Traces whose contexts hold latents, and the pictures that these are encoded from (`flow.with_latents`)."""
+
+    traces: context_lib.Supervised
+    pictures: Pictures
+
+
 # --- state -----------------------------------------------------------------------------------------------------
+
+def split(params, config: DistillConfig):
+    """(trainable, frozen) of a stage, as `params.partition`; the autoencoder is trained by its own stage alone."""
+    if config.trains == "autoencoder":
+        return {"vae": params["vae"]}, {name: tree for name, tree in params.items() if name != "vae"}
+    return params_lib.partition(params, config.freeze, drawing=config.trains == "drawing")
+
+
+def understanding(params):
+    """The parameters that text needs: all but those of what draws. Nothing is copied."""
+    return params_lib.unflatten({path: leaf for path, leaf in params_lib.flatten(params).items()
+                                 if path.split("/")[0] not in ("latent", "vae") and params_lib.fact(path).group != "gen"})
+
 
 def init_state(params, config: DistillConfig) -> dict:
     """{params, opt, step} and, as the teacher asks, `ema` or `teacher` (copies of the trainable leaves only)."""
-    trainable, _ = params_lib.partition(params, config.freeze)
+    trainable, _ = split(params, config)
     state = {"params": params, "opt": _adam(config.optim).init(trainable), "step": jnp.zeros((), jnp.int32)}
     if config.teacher != "self":
         state["ema" if config.teacher == "ema" else "teacher"] = jax.tree.map(jnp.copy, trainable)
@@ -113,7 +159,7 @@ def teacher_params(state: dict, config: DistillConfig) -> dict:
     """The teacher's whole parameter dict: its own trainable leaves over the shared frozen ones."""
     if config.teacher == "self":
         return state["params"]
-    _, frozen = params_lib.partition(state["params"], config.freeze)
+    _, frozen = split(state["params"], config)
     return params_lib.merge(state["ema" if config.teacher == "ema" else "teacher"], frozen)
 
 
@@ -140,7 +186,7 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
     The clipping factor is min(1, max_norm / (norm + 1e-6)) over all trained parameters.
     """
     optim = config.optim
-    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+    trainable, frozen = split(state["params"], config)
     norm = optax.tree.norm(grads)
     if optim.max_grad_norm:
         factor = jnp.minimum(1.0, optim.max_grad_norm / (norm + 1e-6))
@@ -279,7 +325,7 @@ def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
     """
     completion = scored_completion(trajectory, batch.teacher.length, config)
     weights = row_weights(completion.mask, config.reduction)
-    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+    trainable, frozen = split(state["params"], config)
     teacher = jax.lax.stop_gradient(teacher_params(state, config))
 
     def loss(trainable, inputs):
@@ -318,8 +364,10 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
 
     Returns (state, metrics): loss, ce, accuracy (top-1 on targets), lr, grad_norm, completion_len (targets a row).
     """
+    if config.trains != "text":
+        raise ValueError(f"traces of text do not train the {config.trains}: that has a step of its own")
     weights = row_weights(batch.mask, config.reduction)
-    trainable, frozen = params_lib.partition(state["params"], config.freeze)
+    trainable, frozen = split(state["params"], config)
 
     def loss(trainable, inputs):
         batch, weights = inputs
@@ -337,6 +385,86 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
     targets = jnp.sum(batch.mask, dtype=jnp.float32)
     return state, {"loss": found["loss"], "ce": found["ce"], "accuracy": found["correct"] / jnp.maximum(targets, 1),
                    "completion_len": targets / batch.mask.shape[0], **step_metrics}
+
+
+def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
+    """One optimizer step on traces with drawn visual thoughts: cross entropy on the texts, and flow matching.
+
+    Each noised image has one flow time; the squared errors of its velocities count alike over all noised tokens of the
+    batch. Latents are encoded here, from pixels. key: of the posterior, the times and the noise.
+
+    Returns (state, metrics): as `sft_step`, and mse.
+    """
+    traces, latents, model = batch.traces, batch.traces.context.latents, config.model
+    count, drawn = latents.tokens.shape[1], model.generation
+    rows, pictures, height, width = batch.pictures.pixels.shape[:4]
+    keys = jax.random.split(key, 3)
+    down, z = drawn.vae.downsample, drawn.vae.z_channels
+    posterior = jax.random.normal(keys[0], (rows, pictures, height // down, width // down, z))
+    noise = jax.random.normal(keys[1], latents.tokens.shape)
+    noised = latents.noised[:, -count:]
+    # the number of a noised image in its row chooses its time
+    raw = jnp.take_along_axis(jax.random.normal(keys[2], (rows, 2 * pictures)), noised, axis=1)
+    times = jnp.where(noised > 0, flow.training_times(raw, drawn.timestep_shift), 0.0)
+    share = (noised > 0) / jnp.maximum(jnp.sum(noised > 0) * drawn.latent_dim, 1)
+    weights = row_weights(traces.mask, config.reduction)
+    trainable, frozen = split(state["params"], config)
+
+    def loss(trainable, inputs):
+        traces, pictures, weights, posterior, noise, times, share = inputs
+        params = params_lib.merge(trainable, frozen)
+        context = flow.with_latents(frozen, traces.context, pictures.pixels, pictures.sizes, posterior, config=model)
+        errors, _, hidden = flow.loss(params, context, times, noise, config=model)
+        hidden = jnp.take_along_axis(hidden, traces.rows[:, :, None], axis=1)
+        ce, correct = divergence.chunked_cross_entropy(hidden, params["llm"]["head"], traces.labels,
+                                                       config.divergence.chunk)
+        ce, mse = jnp.sum(ce * weights), jnp.sum(errors * share[:, :, None])
+        value = config.ce_weight * ce + config.mse_weight * mse
+        return value, {"loss": value, "ce": ce, "mse": mse, "correct": jnp.sum(correct * traces.mask)}
+
+    inputs = (traces, batch.pictures, weights, posterior, noise, times, share)
+    grads, found = _accumulate(loss, trainable, inputs, config.accumulation)
+    state, step_metrics = apply_gradients(state, grads, config)
+    targets = jnp.sum(traces.mask, dtype=jnp.float32)
+    return state, {"loss": found["loss"], "ce": found["ce"], "mse": found["mse"],
+                   "accuracy": found["correct"] / jnp.maximum(targets, 1),
+                   "completion_len": targets / traces.mask.shape[0], **step_metrics}
+
+
+def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
+    """One optimizer step of the autoencoder: mse + kl_weight * kl, with a sample of the posterior.
+
+      mse   squared error of the pixels in [-1, 1], mean over the pixels of all pictures and their colours
+      kl    KL(posterior || N(0, 1)), nats, mean over the values of the latents
+
+    key: of the samples. Returns (state, metrics): loss, mse, kl, lr, grad_norm, and latent_mean and latent_std of the
+    samples, which `shift` and 1 / `scale` of the model should be.
+    """
+    vae = config.model.generation.vae
+    _, inside = flow.padded(batch.pixels, batch.sizes)
+    corners = inside[..., ::vae.downsample, ::vae.downsample]
+    share, latent_share = (mask / jnp.maximum(jnp.sum(mask), 1) for mask in (inside, corners))
+    noise = jax.random.normal(key, (*corners.shape, vae.z_channels))
+    trainable, frozen = split(state["params"], config)
+
+    def loss(trainable, inputs):
+        batch, share, latent_share, noise = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs)
+        params = params_lib.merge(trainable, frozen)
+        pixels, _ = flow.padded(batch.pixels, batch.sizes)
+        mean, log_variance = bagel.encode_pixels(params, pixels, config=config.model)
+        z = mean + jnp.exp(log_variance / 2) * noise
+        found = bagel.decode_latents(params, vae.scale * (z - vae.shift), config=config.model)
+        average = lambda x, share: jnp.sum(jnp.mean(x, axis=-1) * share)
+        mse = average((found - pixels) ** 2, share)
+        kl = average((mean ** 2 + jnp.exp(log_variance) - 1 - log_variance) / 2, latent_share)
+        value = mse + config.kl_weight * kl
+        return value, {"loss": value, "mse": mse, "kl": kl, "latent_mean": average(z, latent_share),
+                       "square": average(z ** 2, latent_share)}
+
+    grads, found = _accumulate(loss, trainable, (batch, share, latent_share, noise), config.accumulation)
+    state, step_metrics = apply_gradients(state, grads, config)
+    found["latent_std"] = jnp.sqrt(jnp.maximum(found.pop("square") - found["latent_mean"] ** 2, 0.0))
+    return state, found | step_metrics
 
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))

@@ -1,25 +1,43 @@
-"""Greedy answers to every row of a split, scored: `python -m opsd_jax.eval --workdir=W`.
+"""Answers to every question of a benchmark, scored: `python -m opsd_jax.eval --workdir=W`.
 
-  --visual_thoughts   what the model sees: `none` is the student (image and question); the others are the
-                      teacher's context with its own pictures (`real`), noise, another row's (`swap`) or the
-                      problem image (`image`). Several, separated by commas.
-  --benchmarks        tasks of the run, by their own name or that of their family; all if not given
+  --benchmarks        tasks of the run, by their own name or that of their family; with --data_dir also the public
+                      tables there (`benchmarks.KINDS`); all that there are if not given
+  --visual_thoughts   what the model sees, several separated by commas:
+                        none       the student: pictures and question of the row
+                        real       the teacher's context with the row's own visual thoughts; noise, another row's (swap)
+                                   or the problem image (image) in their places; none of them (remove): rows that have
+                                   visual thoughts
+                        generated  the model draws them where its text asks for it, as ThinkMorph does, and sees them;
+                                   generated-noise, -swap, -remove: it sees noise, what another row drew, or nothing
+  --protocol          prompt, picture sizes and decoding of a named protocol (`generate.PROTOCOLS`); the run's own and
+                      greedy if not given
 
-  W/eval/<step>-<mode>/predictions.jsonl   one answer a line
-  W/eval/<step>-<mode>/summary.json        accuracy with its interval, tokens and seconds of each task
-  W/eval/summary.md                        all summaries in W/eval as one table
+  W/eval/<name>/predictions.jsonl   one answer a line        W/eval/<name>/<table>.tsv   for the public harness
+  W/eval/<name>/summary.json        scores                   W/eval/<name>/pictures/     what was drawn
+  W/eval/<name>/report.html         all of it to leaf through
+  W/eval/summary.md                 all summaries in W/eval as one table
 
-Training evaluates with the same functions: the same checkpoint gives the same answers.
+An evaluation that was killed goes on where it stopped when the same command comes again. Training evaluates with the
+same functions: the same checkpoint gives the same answers.
 """
 
+import collections
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import time
 
 import numpy as np
 
-from opsd_jax import distributed, metrics, tasks
+from opsd_jax import benchmarks as benchmarks_lib
+from opsd_jax import distributed, images, metrics, tasks
+
+# Modes of the teacher's context, of drawing, and all.
+CONTEXTS = ("real", "noise", "swap", "image", "remove")
+DRAWN = ("generated", "generated-noise", "generated-swap", "generated-remove")
+MODES = ("none", *CONTEXTS, *DRAWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +45,28 @@ class Result:
     """Predictions of one benchmark in one mode, with what they cost."""
 
     name: str
-    predictions: list  # dicts: index, pid, prediction, answer, expected, hit, tokens, stop, image_skips
+    predictions: list  # dicts: index, prediction, hit, tokens; of prepared rows also pid, answer, expected, stop, ...
     seconds: float  # of generation, without batches that compiled
     timed: int  # rows that `seconds` covers
+    judged: dict | None = None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
 
     @property
     def hits(self) -> int:
-        return sum(p["hit"] for p in self.predictions)
+        return sum(bool(p["hit"]) for p in self.predictions)
 
     def summary(self) -> dict:
         n = len(self.predictions)
-        low, high = metrics.wilson(self.hits, n)
-        return {
-            "overall": self.hits / n, "unit": "fraction", "n": n, "categories": {},
-            "interval_95": [low, high],
-            "mean_output_tokens": sum(p["tokens"] for p in self.predictions) / n,
-            "seconds_per_sample": self.seconds / self.timed, "timed_samples": self.timed,
-            "eos_rate": sum(p["stop"] == "eos" for p in self.predictions) / n,
-            "image_skip_rate": sum(p["image_skips"] > 0 for p in self.predictions) / n,
-        }
+        share = lambda of: sum(map(of, self.predictions)) / n
+        found = self.judged or {"overall": self.hits / n, "unit": "fraction", "n": n, "categories": {},
+                                "interval_95": list(metrics.wilson(self.hits, n))}
+        found = {**found, "mean_output_tokens": share(lambda p: p["tokens"]),
+                 "seconds_per_sample": self.seconds / self.timed if self.timed else None, "timed_samples": self.timed}
+        if "stop" in self.predictions[0]:
+            found |= {"eos_rate": share(lambda p: p["stop"] == "eos"),
+                      "image_skip_rate": share(lambda p: p["image_skips"] > 0)}
+        if "pictures" in self.predictions[0]:
+            found["pictures_per_sample"] = share(lambda p: p["pictures"])
+        return found
 
 
 def is_hit(example, text: str) -> tuple[str | None, bool]:
@@ -63,15 +84,16 @@ def batches(size: int, batch_size: int):
 
 
 def contexts(rows, packer, source: int, numbers, mode: str, seed: int):
-    """Prepared rows and the context of a mode for them: the student's for "none", else the teacher's."""
+    """Prepared rows and the context of a mode for them: the student's for "none", else the teacher's ("remove": with
+    its texts alone)."""
     from opsd_jax.data import generator
 
     prepared = [rows(source, n) for n in numbers]
     if mode == "none":
         return prepared, packer.student(prepared)
     partners = [rows.partner(source, n) if mode == "swap" else None for n in numbers]
-    rng = generator(seed, "eval visual thoughts", numbers[0])
-    return prepared, packer.teacher(prepared, partners, mode, rng)
+    rngs = [generator(seed, "eval visual thoughts", source, n) for n in numbers]
+    return prepared, packer.teacher(prepared, partners, "none" if mode == "remove" else mode, rngs)
 
 
 def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size: int, limit: int = 0,
@@ -83,41 +105,58 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
       mode: see the module. batch_size: of all processes together. limit: first rows of each task; 0: all.
       on_batch: called after each batch with how many rows are done, and how many of them right, in all tasks.
     """
+    config = dataclasses.replace(config, greedy=True)
+    results, done, hits = [], 0, 0
+    for source, name in enumerate(task_names):
+        predictions, seconds, timed, single = {}, 0.0, 0, None
+        for numbers in batches(_size(rows, source, limit), batch_size):
+            packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh)
+            found, took, compiled = _sample(params, packed, config)
+            if not compiled:  # else the time is the compiler's
+                seconds, timed = seconds + took, timed + len(set(numbers))
+            single = packed, numbers
+            predictions |= _read(found, placed, rows.sources[source], packer.tokenizer)
+            if on_batch:
+                on_batch(done + len(predictions), hits + sum(p["hit"] for p in predictions.values()))
+        if not timed:  # a single batch, and it compiled
+            seconds, timed = _sample(params, single[0], config)[1], len(set(single[1]))
+        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed))
+        done, hits = done + len(predictions), hits + results[-1].hits
+    return results
+
+
+def _batch(rows, packer, source, numbers, mode, seed, mesh):
+    """(context of the batch, row numbers as they lie in it) on the mesh."""
+    mine = _own_part(numbers, mesh)
+    return _put(mesh, (contexts(rows, packer, source, mine, mode, seed)[1], np.asarray(mine, np.int32)))
+
+
+def _sample(params, packed, config):
+    """(Trajectory, seconds, whether that holds a compilation)."""
     import jax
 
     from opsd_jax import rollout
 
-    config, key = dataclasses.replace(config, greedy=True), jax.random.key(seed)
-    results, done, hits = [], 0, 0
-    for source, name in enumerate(task_names):
-        predictions, seconds, timed = {}, 0.0, 0
-        for numbers in batches(_size(rows, source, limit), batch_size):
-            mine = _own_part(numbers)
-            _, packed = contexts(rows, packer, source, mine, mode, seed)
-            packed, placed = _put(mesh, (packed, np.asarray(mine, np.int32)))
-            before, programs = time.perf_counter(), rollout.sample._cache_size()
-            found = jax.block_until_ready(rollout.sample(params, packed, key, config=config))
-            if rollout.sample._cache_size() == programs:  # else the time is the compiler's
-                seconds, timed = seconds + time.perf_counter() - before, timed + len(set(numbers))
-            found, placed = _fetch((found, placed))
-            for b, n in enumerate(placed.tolist()):
-                ids, example = found.tokens[b][found.mask[b]], rows.sources[source][n]
-                text = packer.tokenizer.decode(ids)
-                answer, hit = is_hit(example, text)
-                predictions[n] = {
-                    "index": n, "pid": example.pid, "prediction": text, "answer": answer,
-                    "expected": example.answer, "hit": hit, "tokens": len(ids),
-                    "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
-                    "image_skips": int(found.num_skips[b])}
-            if on_batch:
-                on_batch(done + len(predictions), hits + sum(p["hit"] for p in predictions.values()))
-        if not timed:  # a single batch, and it compiled
-            before, timed = time.perf_counter(), len(set(numbers))
-            jax.block_until_ready(rollout.sample(params, packed, key, config=config))
-            seconds = time.perf_counter() - before
-        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed))
-        done, hits = done + len(predictions), hits + results[-1].hits
-    return results
+    before, programs = time.perf_counter(), rollout.sample._cache_size()
+    found = jax.block_until_ready(rollout.sample(params, packed, jax.random.key(0), config=config))
+    return found, time.perf_counter() - before, rollout.sample._cache_size() > programs
+
+
+def _read(found, placed, examples, tokenizer) -> dict:
+    """{row number: prediction} of a sampled batch."""
+    from opsd_jax import rollout
+
+    found, placed = _fetch((found, placed))
+    predictions = {}
+    for b, n in enumerate(placed.tolist()):
+        ids, example = found.tokens[b][found.mask[b]], examples[n]
+        text = tokenizer.decode(ids)
+        answer, hit = is_hit(example, text)
+        predictions[n] = {
+            "index": n, "pid": example.pid, "prediction": text, "answer": answer, "expected": example.answer,
+            "hit": hit, "tokens": len(ids), "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
+            "image_skips": int(found.num_skips[b])}
+    return predictions
 
 
 def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_size: int, limit: int = 0,
@@ -135,7 +174,7 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
     for source, name in enumerate(task_names):
         values = {}
         for numbers in batches(_size(rows, source, limit), batch_size):
-            mine = _own_part(numbers)
+            mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0)
             tokens, mask = np.zeros((len(mine), width), np.int32), np.zeros((len(mine), width), bool)
             for b, row in enumerate(prepared):
@@ -156,14 +195,11 @@ def _size(rows, source: int, limit: int) -> int:
     return min(limit, size) if limit else size
 
 
-def _own_part(numbers: list) -> list:
+def _own_part(numbers: list, mesh) -> list:
     """The rows of a batch that this process packs."""
-    import jax
+    from opsd_jax import sharding
 
-    if len(numbers) % jax.process_count():
-        raise ValueError(f"an evaluation batch of {len(numbers)} rows cannot be shared by "
-                         f"{jax.process_count()} processes: set config.eval.batch_size to a multiple of them")
-    return numbers[jax.process_index()::jax.process_count()]
+    return [numbers[n] for n in sharding.local_rows(mesh, len(numbers))] if mesh else numbers
 
 
 def _put(mesh, host_batch):
@@ -201,7 +237,7 @@ def write_table(workdir: str) -> str:
                 summary = json.load(f)
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
-    text = table(summaries) + "\n"
+    text = "\n\n".join(filter(None, [table(summaries), speeds(summaries)])) + "\n"
     _write(os.path.join(folder, "summary.md"), text)
     return text
 
@@ -217,15 +253,49 @@ def _write(path, text):
         os.replace(path + ".tmp", path)
 
 
+def percent(found: dict) -> float:
+    """The overall score of a benchmark's summary in per cent."""
+    return found["overall"] * (100 if found["unit"] == "fraction" else 1)
+
+
 def table(summaries: dict[str, dict]) -> str:
-    """Markdown table of summaries by name: accuracy with its 95 % interval, tokens, seconds."""
-    lines = ["| run | task | accuracy | 95 % interval | n | tokens | s/sample |", "|---" * 7 + "|"]
+    """Markdown table of summaries by name: score with its 95 % interval, tokens, seconds; the paper's where it has one."""
+    public = any(b in benchmarks_lib.PAPER for s in summaries.values() for b in s["benchmarks"])
+    head = ["run", "task", "accuracy", "95 % interval", "n", "tokens", "s/sample"]
+    head += ["paper: ThinkMorph", "paper: Visual-OPSD"] if public else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, summary in summaries.items():
         for task, b in summary["benchmarks"].items():
             low, high = b["interval_95"]
-            lines.append(f"| {name} | {task} | {100 * b['overall']:.1f} % | {100 * low:.1f}–{100 * high:.1f} "
-                         f"| {b['n']} | {b['mean_output_tokens']:.1f} | {b['seconds_per_sample']:.4f} |")
+            seconds = "–" if b["seconds_per_sample"] is None else f"{b['seconds_per_sample']:.4f}"
+            line = (f"| {name} | {task} | {percent(b):.1f} % | {100 * low:.1f}–{100 * high:.1f} "
+                    f"| {b['n']} | {b['mean_output_tokens']:.1f} | {seconds} |")
+            if public:
+                teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
+                line += f" {teacher} | {student} |" if teacher else " | |"
+            lines.append(line)
     return "\n".join(lines)
+
+
+def speeds(summaries: dict[str, dict]) -> str:
+    """Markdown table of how much longer drawing takes than answering in text: pairs that differ in the mode alone."""
+    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "first_rows", "asked_by")]
+    lines = []
+    for name, drawn in summaries.items():
+        for other, text in summaries.items():
+            if drawn.get("mode") != "generated" or text.get("mode") != "none" or same(drawn) != same(text):
+                continue
+            for task in sorted(set(drawn["benchmarks"]) & set(text["benchmarks"])):
+                long, short = (s["benchmarks"][task] for s in (drawn, text))
+                if long["seconds_per_sample"] and short["seconds_per_sample"]:
+                    ratio = long["seconds_per_sample"] / short["seconds_per_sample"]
+                    gain = percent(short) - percent(long)
+                    lines.append(f"| {task} | {name} | {other} | {long['seconds_per_sample']:.4f} "
+                                 f"| {short['seconds_per_sample']:.4f} | {ratio:.1f}x | {gain:+.1f} |")
+    if not lines:
+        return ""
+    return "\n".join(["| task | drawing | text alone | s/sample | s/sample | speed-up (paper: 14.3x) | accuracy gained |",
+                      "|---" * 7 + "|", *lines])
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -269,77 +339,376 @@ def choose_tasks(benchmarks, task_names) -> tuple[str, ...]:
     return tuple(dict.fromkeys(known[name.lower()] for name in benchmarks)) or tuple(task_names)
 
 
-def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchmarks=(), split: str = "test",
-                 limit: int = 0, ban_marker: bool = False, seed: int | None = None, name: str = "") -> dict:
-    """Evaluates a checkpoint of a run in each of the modes and writes the results to W/eval.
+def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchmarks=(), data_dir: str = "",
+                 protocol: str = "", split: str = "test", limit: int = 0, ban_marker: bool = False,
+                 seed: int | None = None, name: str = "", batch_size: int = 0, skip_bad: bool = False,
+                 against: str = "") -> dict:
+    """Evaluates a model in each of the modes and writes the results to W/eval.
 
     Args:
-      workdir: of the run, or of an arm. checkpoint: a step folder; "" for the newest one of the run.
-      limit: first rows of each task only; 0 for all. seed: of the noise; None for the run's.
+      workdir: of the run, or of an arm; with another model in `checkpoint`, a folder for results.
+      checkpoint: a step folder; "" for the newest one of the run; or a released or imported model.
+      benchmarks: names, see the module. data_dir: folder of the public tables. protocol: see the module.
+      limit: first rows of each benchmark only; 0 for all. seed: of noise and sampling; None for the run's.
       name: of the results. "" makes one that tells what was measured, so that a rerun replaces equals by
-        equals: <step>-<mode>[-banned], and more where split, rows, tasks or seed are not the run's own.
+        equals: <step>-<mode>[-banned][-<protocol>], and more where split, rows, tasks or seed are not the run's own.
+      batch_size: 0 for config.eval.batch_size (16 for a model that is no run).
+      skip_bad: rows of a table that cannot be shown are listed in the summary and left out, instead of an error.
+      against: results to compare with in the report: a name in W/eval, or a folder.
     Returns:
       {name: summary}.
     Raises:
       FileNotFoundError: no run, data or checkpoint. FileExistsError: `name` is taken. ValueError: unknown
       modes, benchmarks or split, or a checkpoint of another run without a name.
     """
-    import jax
+    job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
+                  split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
+    compared = _read_results(workdir, against) if against else None
+    summaries = {}
+    for mode in modes:
+        summaries[job.names[mode]] = (_in_context if mode in job.contexts else _asked)(job, mode, skip_bad, compared)
+    return summaries
 
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all modes of one command share. Made by `prepare`, which finds out what cannot be done."""
+
+    workdir: str
+    config: object  # of the run; None for a model that is none
+    checkpoint: str
+    names: dict  # mode -> name of the results
+    contexts: tuple  # modes in which rows are packed as in training, by the run's own protocol
+    tasks: tuple  # of the run
+    tables: tuple  # benchmarks.Table
+    where: str  # whose data: W, or of an arm the run's
+    protocol: str
+    split: str
+    limit: int
+    ban_marker: bool
+    seed: int
+    batch_size: int
+    about: dict  # for every summary
+
+
+def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split, limit, ban_marker, seed, name,
+            batch_size) -> Job:
+    """Checks what `evaluate_run` is given, before anything slow."""
     from opsd_jax import checkpoint as checkpoint_lib
-    from opsd_jax import context, data, rollout, settings, sharding, tokenizer
-    from opsd_jax.model import bagel
+    from opsd_jax import convert, generate
 
     for mode in modes:
-        if mode not in context.VISUAL_THOUGHTS:
-            raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(context.VISUAL_THOUGHTS)}")
+        if mode not in MODES:
+            raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(MODES)}")
     if limit < 0:
         raise ValueError(f"--rows={limit}: give a number of rows, or 0 for all")
-    config = load_config(workdir)
-    own = os.path.join(workdir, "checkpoints")
-    checkpoint = checkpoint or os.path.join(own, str(checkpoint_lib.metadata(workdir)["step"]))
-    step = checkpoint_lib.metadata(checkpoint)["step"]
-    if not name and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) != os.path.realpath(own):
-        raise ValueError(f"--checkpoint={checkpoint} is no step of {own}: say with --name under which name "
-                         f"its results shall stand in {workdir}/eval")
-    chosen, seed = choose_tasks(benchmarks, config.data.tasks), config.seed if seed is None else seed
+    if protocol and protocol not in generate.PROTOCOLS:
+        raise ValueError(f"--protocol={protocol}: choose from {', '.join(generate.PROTOCOLS)}")
+    released = bool(checkpoint) and convert.is_model(checkpoint)
+    config = None if released else load_config(workdir)
+    files = benchmarks_lib.find(data_dir) if data_dir else {}
+    if released and not data_dir:
+        raise ValueError(f"--checkpoint={checkpoint} is a model without data of its own: give --data_dir=FOLDER with "
+                         "the public tables")
+    public = [b for b in benchmarks if b in files] if benchmarks else list(files)
+    rest = [b for b in benchmarks if b not in files]
+    if data_dir and (unknown := [b for b in rest if b in benchmarks_lib.KINDS or released]):
+        raise ValueError(f"--benchmarks={unknown[0]}: {data_dir} holds {', '.join(files)}")
+    own = choose_tasks(rest, config.data.tasks) if config and (rest or not data_dir) else ()
+    if public and (wrong := [mode for mode in modes if mode in CONTEXTS]):
+        raise ValueError(f"--visual_thoughts={wrong[0]}: public tables hold no visual thoughts of their rows: choose from "
+                         f"none, {', '.join(DRAWN)}")
+    if protocol and (wrong := [mode for mode in modes if mode in CONTEXTS]):
+        raise ValueError(f"--protocol={protocol} with --visual_thoughts={wrong[0]}: the teacher's contexts are those of "
+                         "training, without a protocol")
+    if ban_marker and (protocol or public or set(modes) & set(DRAWN)):
+        raise ValueError("--ban_marker is for tasks of a run without a protocol and without drawing")
+    contexts = () if protocol or public else ("none", *CONTEXTS)
+
+    if released:
+        step, stem = None, os.path.basename(os.path.normpath(checkpoint))
+    else:
+        steps = os.path.join(workdir, "checkpoints")
+        checkpoint = checkpoint or os.path.join(steps, str(checkpoint_lib.metadata(workdir)["step"]))
+        step = checkpoint_lib.metadata(checkpoint)["step"]
+        stem = f"{step:06d}"
+        if not name and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) != os.path.realpath(steps):
+            raise ValueError(f"--checkpoint={checkpoint} is no step of {steps}: say with --name under which name "
+                             f"its results shall stand in {workdir}/eval")
+    own_seed = config.seed if config else 0
+    seed = own_seed if seed is None else seed
     labels = {mode: f"{mode}-banned" if ban_marker else mode for mode in modes}
     if name:
         names = {mode: name if len(modes) == 1 else f"{name}-{label}" for mode, label in labels.items()}
         for folder in (os.path.join(workdir, "eval", n) for n in names.values()):
-            if os.path.exists(folder):
+            if os.path.exists(os.path.join(folder, "summary.json")):
                 raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
     else:
-        differs = [split] if split != config.eval.final_split else []
+        differs = [protocol] if protocol else []
+        differs += [split] if config and own and split != config.eval.final_split else []
         differs += [f"first{limit}"] if limit else []
-        differs += chosen if chosen != tuple(config.data.tasks) else ()
-        differs += [f"seed{seed}"] if seed != config.seed else []
-        names = {mode: "-".join([f"{step:06d}", label, *differs]) for mode, label in labels.items()}
-    config.data.tasks = chosen
+        if public:
+            differs += [*public, *own] if benchmarks else ["public"]
+        elif own != tuple(config.data.tasks):
+            differs += own
+        differs += [f"seed{seed}"] if seed != own_seed else []
+        names = {mode: "-".join([stem, label, *differs]) for mode, label in labels.items()}
+    tables = tuple(benchmarks_lib.read(files[b]) for b in public)
+    batch_size = batch_size or (config.eval.batch_size if config else 16)
+    about = {"checkpoint": checkpoint, "seed": seed, "split": split, "step": step, "first_rows": limit,
+             "asked_by": protocol or "run"}
+    return Job(workdir, config, checkpoint, names, contexts, own, tables, data_workdir(config, workdir) if own else workdir,
+               protocol, split, limit, ban_marker, seed, batch_size, about)
 
-    where = data_workdir(config, workdir)
-    tok = tokenizer.load(data.tokenizer_folder(config, where))
-    rows, packer = data.Rows(config, where, tok, split), data.Packer(config, tok)
+
+def _in_context(job: Job, mode: str, skip_bad: bool, compared) -> dict:
+    """Tasks of the run, rows packed as in training."""
+    import jax
+
+    from opsd_jax import answers, data, rollout, settings, sharding, tokenizer
+    from opsd_jax import checkpoint as checkpoint_lib
+    from opsd_jax.model import bagel
+
+    config = job.config.copy_and_resolve_references()
+    config.data.tasks = job.tasks
+    tok = tokenizer.load(data.tokenizer_folder(config, job.where))
+    rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
-    params = checkpoint_lib.restore_params(checkpoint, sharding.abstract(mesh, abstract, "rollout"))
+    params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract, "rollout"))
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    rollout_config = settings.rollout(
-        config, tok, marker, ban_marker=ban_marker, slots=config.eval.slots, refill=0,
-        shards=sharding.batch_divisor(mesh),
-        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    sampling = settings.rollout(
+        config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
+        shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    chosen = [_of_rows(rows, packer, source, name, job) for source, name in enumerate(job.tasks)]
+    batches = answers.plan(chosen, job.batch_size)
+    last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
 
-    total, summaries = sum(_size(rows, s, limit) for s in range(len(rows.sources))), {}
-    for mode in modes:
-        with metrics.Progress(total, names[mode], split, primary=jax.process_index() == 0) as progress:
-            results = evaluate(
-                params, rows, packer, config=rollout_config, task_names=chosen, mode=mode,
-                batch_size=config.eval.batch_size, limit=limit, seed=seed, mesh=mesh,
-                on_batch=lambda done, hits: progress.update(done, accuracy=hits / done))
-        summaries[names[mode]] = write(
-            os.path.join(workdir, "eval", names[mode]), results, protocol=f"mini-greedy-{labels[mode]}",
-            checkpoint=checkpoint, seed=seed, split=split, step=step, first_rows=limit)
-    return summaries
+    def answer(number, benchmark, keys):
+        source = job.tasks.index(benchmark.name)
+        filled = [*keys, *[keys[-1]] * (job.batch_size - len(keys))]
+        packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh)
+        found, seconds, compiled = _sample(params, packed, sampling)
+        if compiled and number == last[benchmark.name]:  # or there might be no time of this benchmark at all
+            found, seconds, compiled = _sample(params, packed, sampling)
+        predictions = _read(found, placed, rows.sources[source], tok)
+        return {"predictions": [predictions[key] for key in keys], "seconds": seconds, "compiled": compiled}
+
+    label = f"{mode}-banned" if job.ban_marker else mode
+    shown = lambda benchmark, key: _shown(rows, packer, job.tasks.index(benchmark.name), key, mode, job.seed)
+    return _run(job, mode, batches, answer, together=True, shown=shown, compared=compared,
+                protocol=f"mini-greedy-{label}")
+
+
+def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
+    """Questions put by a protocol, with drawing or without; each process asks its share on its own devices."""
+    import jax
+
+    from opsd_jax import answers, data, generate, sharding
+
+    mesh = sharding.make_mesh(tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices())
+    model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
+    cache = "jpeg75" if job.protocol == "harness" else "lossless"
+    chosen = [answers.of_table(table, cache=cache, limit=job.limit) for table in job.tables]
+    if job.tasks:
+        config = job.config.copy_and_resolve_references()
+        config.data.tasks = job.tasks
+        rows, packer = data.Rows(config, job.where, model.tokenizer, job.split), data.Packer(config, model.tokenizer)
+        chosen += [_of_rows(rows, packer, source, name, job) for source, name in enumerate(job.tasks)]
+    bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen if benchmark.name not in job.tasks}
+    bad = {name: rows for name, rows in bad.items() if rows}
+    if bad and not skip_bad:
+        first = next(iter(next(iter(bad.values())).values()))
+        raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, the first: {first}. Mend them, or leave them "
+                         "out with --on_bad_row=skip; " + "; ".join(f"{n}: {', '.join(map(str, r))}" for n, r in bad.items()))
+    batch_size = -(-job.batch_size // sharding.batch_divisor(mesh)) * sharding.batch_divisor(mesh)
+    batches = answers.plan(chosen, batch_size, {(name, key) for name, rows in bad.items() for key in rows})
+    folder = os.path.join(job.workdir, "eval", job.names[mode])
+    drawn = _generated_of(job, mode) if mode == "generated-swap" else ""
+    last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
+
+    def answer(number, benchmark, keys):
+        questions = [benchmark.question(key) for key in keys]
+        key = jax.random.fold_in(jax.random.key(job.seed), number)
+        again = functools.partial(
+            answers.ask, model, questions, key, mode=mode, batch_size=batch_size,
+            change=answers.changer(mode, benchmark.name, keys, seed=job.seed, drawn=drawn))
+        traces, seconds, compiled = again()
+        if compiled and number == last[benchmark.name]:  # or there might be no time of this benchmark at all
+            traces, seconds, compiled = again()
+        predictions = []
+        for row, trace in zip(keys, traces):
+            for n, picture in enumerate(trace.pictures):
+                generate.save_picture(picture, answers.picture_path(folder, benchmark.name, row, n))
+            text = generate.as_harness(trace) if job.protocol == "harness" and mode != "none" else trace.text
+            predictions.append({"index": row, "prediction": text, "expected": benchmark.expected(row),
+                                "tokens": trace.tokens, "pictures": len(trace.pictures)})
+        return {"predictions": predictions, "seconds": seconds, "compiled": compiled}
+
+    def shown(benchmark, key):
+        own = [(f"picture {n + 1}", picture) for n, picture in enumerate(benchmark.question(key)[0])]
+        files = itertools.takewhile(os.path.exists, (
+            answers.picture_path(folder, benchmark.name, key, n) for n in itertools.count()))
+        return own + [(f"drawn {n + 1}", images.open_rgb(file)) for n, file in enumerate(files)]
+
+    return _run(job, mode, batches, answer, together=False, shown=shown, compared=compared, bad=bad,
+                protocol=f"{job.protocol or 'run'}-{mode}")
+
+
+def _generated_of(job: Job, mode: str) -> str:
+    """Folder of the results in mode "generated" that go with those of `mode`."""
+    return os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
+
+
+def _of_rows(rows, packer, source: int, name: str, job: Job):
+    """Prepared rows as a benchmark: the task's rule scores."""
+    from opsd_jax import answers
+
+    examples = rows.sources[source]
+
+    def question(key):
+        example = examples[key]
+        picture = images.open_rgb(example.problem_image, transparency=job.config.images.transparency)
+        return [picture], example.question + job.config.prompts.suffix
+
+    def judge(texts):
+        found = {}
+        for key, text in texts.items():
+            answer, hit = is_hit(examples[key], text)
+            found[key] = {"pid": examples[key].pid, "answer": answer, "hit": hit}
+        return found, None
+
+    return answers.Benchmark(name, tuple(range(_size(rows, source, job.limit))), question,
+                             lambda key: examples[key].answer, judge)
+
+
+def _shown(rows, packer, source, key, mode, seed):
+    """(caption, picture) of what a row showed: its picture, and what stood in the slots of its visual thoughts."""
+    from opsd_jax import context as context_lib
+    from opsd_jax.data import generator
+
+    def pixels(image):
+        patches = image.patches
+        if patches.dtype != np.uint8:  # normalised
+            patches = np.round(np.clip(patches + 1, 0, 2) * 127.5).astype(np.uint8)
+        return images.unpatchify(patches, image.grid, round((patches.shape[1] / 3) ** 0.5))
+
+    row = rows(source, key)
+    found = [("problem", pixels(row.problem))]
+    if mode != "none":
+        partner = rows.partner(source, key) if mode == "swap" else None
+        slots = context_lib.replace_visual_thoughts(
+            "none" if mode == "remove" else mode, row.problem, row.visual_thoughts,
+            partner.visual_thoughts if partner else (), generator(seed, "eval visual thoughts", source, key))
+        found += [(f"visual thought {n + 1} ({mode})", pixels(image)) for n, image in enumerate(slots)]
+    return found
+
+
+def _run(job: Job, mode: str, batches, answer, *, together: bool, shown, compared, protocol: str, bad=None) -> dict:
+    """Answers, scores and writes; the summary."""
+    import jax
+
+    from opsd_jax import answers
+
+    name = job.names[mode]
+    folder, total = os.path.join(job.workdir, "eval", name), sum(len(keys) for _, keys in batches)
+    identity = {**job.about, "mode": mode, "protocol": protocol, "batch_size": job.batch_size, "ban_marker": job.ban_marker,
+                "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
+    done = collections.Counter()
+    with metrics.Progress(total, name, job.split if job.tasks else "", primary=jax.process_index() == 0) as progress:
+        def on_batch(record):
+            done["rows"] += len(record["predictions"])
+            done["hits"] += sum(bool(p.get("hit")) for p in record["predictions"])
+            known = {"accuracy": done["hits"] / done["rows"]} if "hit" in record["predictions"][0] else {}
+            progress.update(done["rows"], **known)
+
+        records = answers.collect(folder, identity, batches, answer, on_batch, together=together)
+    results, chosen = [], list(dict.fromkeys(benchmark for benchmark, _ in batches))
+    if records is None:  # another process writes
+        return {}
+    for benchmark in chosen:
+        own = [r for r, (b, _) in zip(records, batches, strict=True) if b is benchmark]
+        predictions = {p["index"]: p for r in own for p in r["predictions"]}
+        found, judged = benchmark.judge({key: p["prediction"] for key, p in predictions.items()})
+        if judged is not None:
+            judged |= {"bad_rows": [str(key) for key in (bad or {}).get(benchmark.name, ())], "md5": benchmark.table.md5,
+                       "without_image": list(benchmark.table.dropped)}
+        in_order = [{**predictions[key], **found[key]} for key in benchmark.keys if key in predictions]
+        clean = [r for r in own if not r["compiled"]]
+        results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean),
+                              sum(len(r["predictions"]) for r in clean), judged))
+        if benchmark.table:
+            answered = tuple(row for row in benchmark.table.rows if row.index in predictions)
+            benchmarks_lib.export(os.path.join(folder, f"{benchmark.name}.tsv"),
+                                  dataclasses.replace(benchmark.table, rows=answered),
+                                  {key: p["prediction"] for key, p in predictions.items()})
+    summary = write(folder, results, protocol=protocol, mode=mode, **job.about)
+    _write(os.path.join(folder, "report.html"),
+           page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
+    answers.forget(folder)
+    return summary
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+def _read_results(workdir: str, against: str) -> tuple[str, dict]:
+    """(name, {(benchmark, index): hit}) of earlier results: a name in W/eval, or a folder."""
+    folder = against if os.path.isdir(against) else os.path.join(workdir, "eval", against)
+    path = os.path.join(folder, "predictions.jsonl")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--against={against}: no {path}: give a name in {workdir}/eval, or such a folder")
+    with open(path, encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return os.path.basename(os.path.normpath(folder)), {(r["benchmark"], str(r["index"])): bool(r["hit"]) for r in rows}
+
+
+def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 60) -> str:
+    """HTML of one evaluation: scores, comparison, and up to `most` rows of each benchmark, spread evenly.
+
+    shown: (benchmark, key) -> list of (caption, picture). compared: see `_read_results`.
+    """
+    from opsd_jax import report
+
+    scores = summary["benchmarks"]
+    parts = [report.paragraph(
+        f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, seed {summary['seed']}. Intervals hold "
+        "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left.")]
+    parts.append(report.intervals([(task, percent(s), 100 * s["interval_95"][0], 100 * s["interval_95"][1])
+                                   for task, s in scores.items()]))
+    rows = []
+    for task, s in scores.items():
+        teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
+        rows.append([task, percent(s), s["n"], s["mean_output_tokens"], s["seconds_per_sample"], s["timed_samples"],
+                     s.get("pictures_per_sample"), s.get("needs_judge"), len(s.get("bad_rows", ())), teacher, student])
+    parts.append(report.table(
+        ["benchmark", "score %", "n", "tokens", "s/sample", "timed", "pictures", "no rule applied", "rows left out",
+         "paper: ThinkMorph", "paper: Visual-OPSD"], rows))
+    for task, s in scores.items():
+        if s["categories"] or s.get("extras"):
+            parts += [report.heading(task, 3), report.table(
+                ["by", "value"], [[k, v] for k, v in {**s["categories"], **s.get("extras", {})}.items()])]
+    if compared:
+        other, hits = compared
+        lines = []
+        for result in results:
+            both = [(bool(p["hit"]), hits[result.name, str(p["index"])]) for p in result.predictions
+                    if (result.name, str(p["index"])) in hits]
+            wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
+            lines.append([result.name, len(both), wins, losses, len(both) - wins - losses, metrics.mcnemar(wins, losses)])
+        parts += [report.heading(f"Against {other}"), report.table(
+            ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"], lines)]
+    for result in results:
+        step = max(1, -(-len(result.predictions) // most))
+        items = []
+        for p in result.predictions[::step]:
+            text = benchmarks[result.name].question(p["index"])[1]
+            pictures = [report.picture(picture, caption=caption)
+                        for caption, picture in shown(benchmarks[result.name], p["index"])]
+            items.append({"title": f"{result.name} {p.get('pid', p['index'])}", "hit": bool(p["hit"]), "parts": [
+                report.row(*pictures), report.paragraph(text), report.paragraph(p["prediction"])],
+                "note": f"expected {p['expected']}; {p['tokens']} tokens"})
+        parts += [report.heading(f"{result.name}: {len(items)} of {len(result.predictions)} rows"), report.samples(items)]
+    return report.page(f"Evaluation {name}", *parts)
 
 
 def main(argv=None) -> None:
@@ -347,26 +716,34 @@ def main(argv=None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
-                                     description="Answer a split greedily and score it.")
+                                     description="Answer the questions of benchmarks and score the answers.")
     names = lambda text: tuple(text.split(","))
     parser.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
-    parser.add_argument("--checkpoint", default="", help="a step folder (default: the newest of the run)")
+    parser.add_argument("--checkpoint", default="",
+                        help="a step folder (default: the newest of the run), or a released or imported model")
     parser.add_argument("--benchmarks", default=(), type=names,
-                        help="tasks or families (default: all of the run)")
+                        help="tasks or families, public tables (default: all tables of --data_dir, else all of the run)")
+    parser.add_argument("--data_dir", default="", help="folder of the public tables, NAME.tsv")
     parser.add_argument("--visual_thoughts", default=("none",), type=names,
-                        help="none (the student), real, noise, swap or image; several separated by commas")
+                        help=f"{', '.join(MODES)}; several separated by commas")
+    parser.add_argument("--protocol", default="", help="paper or harness (default: the run's own, greedy)")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=0, help="first rows of each task only (default: all)")
+    parser.add_argument("--rows", type=int, default=0, help="first rows of each benchmark only (default: all)")
+    parser.add_argument("--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)")
+    parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
+                        help="rows of a table that cannot be shown; skip lists them in the summary")
     parser.add_argument("--ban_marker", action="store_true", help="never sample what completes <image_start>")
-    parser.add_argument("--seed", type=int, help="of the noise (default: the run's)")
+    parser.add_argument("--seed", type=int, help="of noise and sampling (default: the run's)")
+    parser.add_argument("--against", default="", help="results to compare with: a name in W/eval, or a folder")
     parser.add_argument("--name", default="",
-                        help="of the results in W/eval (default: <step>-<mode>[-banned])")
+                        help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])")
     args = parser.parse_args(argv)
     try:
         distributed.initialize()
         evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
-                     benchmarks=args.benchmarks, limit=args.rows, ban_marker=args.ban_marker, seed=args.seed,
-                     name=args.name)
+                     benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
+                     ban_marker=args.ban_marker, seed=args.seed, name=args.name, batch_size=args.batch_size,
+                     skip_bad=args.on_bad_row == "skip", against=args.against)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(write_table(args.workdir), end="")

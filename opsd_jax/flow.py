@@ -273,6 +273,37 @@ def training_times(raw, shift: float):
     return shifted(jax.nn.sigmoid(raw), shift)
 
 
+def padded(pixels, sizes):
+    """uint8 [..., H, W, 3] with the sizes int32 [..., 2] (height, width) of the pictures in their upper left corners ->
+    (float32 in [-1, 1], 0 outside of the picture; bool [..., H, W], inside)."""
+    rows, columns = jnp.arange(pixels.shape[-3])[:, None], jnp.arange(pixels.shape[-2])
+    inside = (rows < sizes[..., :1, None]) & (columns < sizes[..., 1:, None])
+    return jnp.where(inside[..., None], bagel.normalize_patches(pixels), 0.0), inside
+
+
+def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
+    """A context whose latent tokens are those of pictures, encoded by the frozen autoencoder.
+
+    Pictures of several sizes are encoded in one shape, padded with zeros, and cut afterwards, as officially; near the
+    padding they come out a little otherwise than alone.
+
+    Args:
+      context: packed with latents of any values. Picture 0 of a row is its latent image 1, and a later picture m its
+        latent images 2 m (noised) and 2 m + 1 (clean).
+      pixels: uint8 [B, M, H, W, 3]. sizes: int32 [B, M, 2], 0 where there is no picture. noise: float32 [B, M, h, w, z],
+        of the posterior.
+    """
+    found, drawn, (batch, count) = context.latents, config.generation, pixels.shape[:2]
+    flat = lambda x: x.reshape(batch * count, *x.shape[2:])
+    tokens = to_tokens(encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), drawn.patch)
+    size, columns = tokens.shape[1], pixels.shape[3] // drawn.stride
+    row, column = found.positions // drawn.side, found.positions % drawn.side
+    at = found.image // 2 * size + row * columns + column
+    tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
+    tokens = jnp.where(found.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
+    return dataclasses.replace(context, latents=dataclasses.replace(found, tokens=tokens))
+
+
 def loss(params, context, times, noise, *, config: ModelConfig):
     """Squared velocity errors on a packed batch with latents.
 

@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import images
+from opsd_jax import images, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 
@@ -65,6 +65,8 @@ class Model:
     protocol: Protocol
     vit: images.Resize
     vae: images.Resize
+    mesh: object = None
+    drawing: dict = dataclasses.field(default_factory=dict)  # changes to `flow.FlowConfig` that belong to it
 
 
 @dataclasses.dataclass
@@ -96,6 +98,11 @@ def in_proportion(rule: images.Resize, stride: int, size: int, released: int) ->
                          round(rule.max_pixels * scale ** 2))
 
 
+def vae_rule(generation) -> images.Resize:
+    """The size rule of what the autoencoder sees, for a model of these sizes; the same in training and inference."""
+    return in_proportion(images.VAE, generation.stride, generation.side * generation.stride, 1024)
+
+
 def see(picture, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
     if model.protocol.two_stages:  # also where nothing is drawn
@@ -123,18 +130,29 @@ def _pack(rows, model):
     needs = np.max([context_lib.need(blocks) for blocks in rows], axis=0)
     drawn = model.config.generation
     sizes = {"latent_dim": drawn.latent_dim, "latent_side": drawn.side} if drawn else {}
-    return context_lib.pack(rows, slots=bucket(needs[0]), patches=bucket(needs[1]), latents=bucket(needs[2]), **sizes,
-                            tokenizer=model.tokenizer, side=model.config.vit.side)
+    packed = context_lib.pack(rows, slots=bucket(needs[0]), patches=bucket(needs[1]), latents=bucket(needs[2]), **sizes,
+                              tokenizer=model.tokenizer, side=model.config.vit.side)
+    return sharding.put_batch(model.mesh, packed) if model.mesh else packed
+
+
+def compilations() -> int:
+    """How many programs have been compiled here: what takes time once."""
+    from opsd_jax import flow, rollout
+
+    return sum(jitted._cache_size() for jitted in (rollout.sample, flow.prepare, flow.denoise, flow.encode, flow.decode))
 
 
 # --- rounds of text and pictures -------------------------------------------------------------------------------
 
-def reason(model: Model, questions, key, *, draw: bool, always: bool = False, changes=None, on_step=None) -> list[Trace]:
+def reason(model: Model, questions, key, *, draw: bool, always: bool = False, changes=None, change=None,
+           on_step=None) -> list[Trace]:
     """Answers a batch of questions, drawing where the text asks for it.
 
     Args:
       questions: list of (Pillow RGB images, text). key: a PRNG key. draw: False for text alone.
       always: draw after every round but the last, whatever the text says. changes: to `flow.FlowConfig`.
+      change: (row, round, picture uint8 [H, W, 3]) -> the picture that the model sees instead of the one that it drew,
+        or None for none; the trace keeps what was drawn.
       on_step: called with (round, steps done, steps) while drawing.
     Raises:
       ValueError: `draw` with a model that cannot.
@@ -151,7 +169,7 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
     drawing = None
     if draw:
         drawing = flow.FlowConfig(model=config, image_start=tokenizer.image_start, image_end=tokenizer.image_end,
-                                  **{**(flow.HARNESS if protocol.guidance == "harness" else {}), **(changes or {})})
+                                  **{**(flow.HARNESS if protocol.guidance == "harness" else {}), **model.drawing, **(changes or {})})
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
     rows = [_ask(model, pictures, text, keys, draw) for pictures, text in questions]
     traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in rows]
@@ -180,8 +198,9 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
         pictures = _draw(model, [rows[n] for n in chosen], next(keys), drawing, report)
         for picture, n in zip(pictures, wants):
             traces[n].steps.append(picture)
-            if number + 1 < protocol.rounds:
-                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(picture), next(keys), True)[0]
+            seen = change(n, number, picture) if change else picture
+            if number + 1 < protocol.rounds and seen is not None:
+                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(seen), next(keys), True)[0]
         _spent(traces, "drawing", before)
         active = wants
     return traces
@@ -254,28 +273,28 @@ def _draw(model, rows, key, drawing, on_step):
 
 # --- what a folder holds ---------------------------------------------------------------------------------------
 
-def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "", dtype: str = "") -> Model:
+def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "", dtype: str = "", mesh=None) -> Model:
     """Reads a released or imported folder, or the newest (or given) checkpoint of a run.
 
     Args:
       draw: also read what draws; without it that stays on disk. protocol: a name of `PROTOCOLS`, or "" for the run's
         own prompt and sizes, "paper" for a released model. tokenizer: a folder; "" for the one that belongs to it.
-      dtype: "float32" or "bfloat16"; "" as stored.
+      dtype: "float32" or "bfloat16"; "" as stored. mesh: None for all devices along `tensor`, and one question.
     Raises:
       FileNotFoundError: not a model. ValueError: it cannot draw; unknown protocol.
     """
     import jax
 
-    from opsd_jax import checkpoint, convert, data, settings, sharding
+    from opsd_jax import checkpoint, convert, data, settings
     from opsd_jax import eval as eval_lib
     from opsd_jax import tokenizer as tokenizer_lib
     from opsd_jax.model import bagel
 
     if protocol and protocol not in PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(PROTOCOLS)}")
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=-1)
+    placed, mesh = mesh, mesh or sharding.make_mesh(data=1, fsdp=1, tensor=-1)
     compute = {"query_block": 512}  # the scores of a large picture at once would not fit
-    asked, rule = PROTOCOLS[protocol or "paper"], None
+    asked = PROTOCOLS[protocol or "paper"]
     if convert.is_model(directory):
         tok = tokenizer_lib.load(tokenizer or convert.tokenizer_folder(directory))
         config, params = convert.load(directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute)
@@ -292,24 +311,30 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
         config = dataclasses.replace(settings.model(run), **compute, **({"dtype": dtype} if dtype else {}))
         if draw and config.generation is None:
             raise ValueError(f"{directory} was trained without what draws: it has no generation expert")
+        config = config if draw else dataclasses.replace(config, generation=None)
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
-        params = checkpoint.restore_params(directory, sharding.abstract(mesh, abstract, "rollout"))
+        params = checkpoint.restore_params(directory, sharding.abstract(mesh, abstract, "rollout"), partial=not draw)
         if not protocol:
-            rule = settings.resize_rule(run)
-            asked = Protocol(system=run.prompts.system, transparency=run.images.transparency,
-                             max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens)
+            return of_run(run, config, params, tok, placed)
     vit, drawn = config.vit, config.generation
-    rule = rule or in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
-    vae = in_proportion(images.VAE, drawn.stride, drawn.side * drawn.stride, 1024) if drawn else images.VAE
-    return Model(config, params, tok, asked, rule, vae)
+    rule = in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
+    return Model(config, params, tok, asked, rule, vae_rule(drawn) if drawn else images.VAE, placed)
+
+
+def of_run(run, config, params, tokenizer, mesh=None) -> Model:
+    """The model of a run as it answers by itself: prompt, sizes and drawing of the run's settings `run`."""
+    from opsd_jax import settings
+
+    protocol = Protocol(system=run.prompts.system, transparency=run.images.transparency,
+                        max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens)
+    vae = vae_rule(config.generation) if config.generation else images.VAE
+    return Model(config, params, tokenizer, protocol, settings.resize_rule(run), vae, mesh, dict(run.drawing))
 
 
 # --- command line ----------------------------------------------------------------------------------------------
 
 def write(directory: str, questions, traces) -> list[str]:
     """Writes each trace: N-K.png for its pictures, N.json, and N.png, a page with all of it. Returns the pages."""
-    from PIL import Image
-
     os.makedirs(directory, exist_ok=True)
     pages = []
     for n, ((pictures, question), trace) in enumerate(zip(questions, traces)):
@@ -319,20 +344,37 @@ def write(directory: str, questions, traces) -> list[str]:
                 steps.append({"text": step})
             else:
                 steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
-                _save(Image.fromarray(step), os.path.join(directory, steps[-1]["picture"]))
+                save_picture(step, os.path.join(directory, steps[-1]["picture"]))
         record = {"question": question, "steps": steps, "tokens": trace.tokens, "seconds": trace.seconds}
         path = os.path.join(directory, f"{n}.json")
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             json.dump(record, f, indent=1, ensure_ascii=False)
         os.replace(path + ".tmp", path)
         pages.append(os.path.join(directory, f"{n}.png"))
-        _save(page([*pictures, question, *trace.steps]), pages[-1])
+        save_picture(page([*pictures, question, *trace.steps]), pages[-1])
     return pages
 
 
-def _save(image, path):
-    image.save(path + ".tmp", format="PNG")
+def save_picture(picture, path: str) -> None:
+    """Writes a Pillow image, or uint8 [H, W, 3], as PNG, atomically."""
+    from PIL import Image
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
+
+
+def as_harness(trace: Trace) -> str:
+    """A trace in the form in which the public harness keeps answers with pictures."""
+    parts, rounds = [], 0
+    for step in trace.steps:
+        if isinstance(step, str):
+            parts.append(f"Round_{rounds}:\n{step}")
+            rounds += 1
+        else:
+            parts.append("[Image]")
+    return "\n".join(parts)
 
 
 def page(items, width: int = 640):
@@ -382,7 +424,8 @@ def main(argv=None) -> None:
                         help="draw after every round but the last, whether the text asks for it or not")
     parser.add_argument("--protocol", default="", choices=["", *PROTOCOLS],
                         help="prompt, sizes, decoding, guidance (default: the run's own; of a release, paper)")
-    parser.add_argument("--steps", type=int, default=50, help="points of the denoising grid, one more than steps")
+    parser.add_argument("--steps", type=int,
+                        help="points of the denoising grid, one more than steps (default: the run's, of a release 50)")
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
     parser.add_argument("--temperature", type=float, help="of the text; 0 for the most probable token")
     parser.add_argument("--rounds", type=int, help="of text, at most")
@@ -427,7 +470,7 @@ def _run(args):
 
     questions = [(pictures, args.question)]
     traces = reason(model, questions, jax.random.key(args.seed), draw=draw, always=args.always_draw,
-                    changes={"num_timesteps": args.steps}, on_step=on_step)
+                    changes={"num_timesteps": args.steps} if args.steps else None, on_step=on_step)
     trace, drawn = traces[0], 0
     for step in trace.steps:
         if isinstance(step, str):

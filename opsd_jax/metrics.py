@@ -59,6 +59,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
 
 
+def mcnemar(wins: int, losses: int) -> float:
+    """Exact two-sided p-value of McNemar's test: how likely pairs that differ would be as uneven if each were a coin."""
+    n, k = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+
+
 class Means:
     """Means over several steps, from (sum, count) pairs that stay on the device until `take`."""
 

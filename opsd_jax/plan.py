@@ -213,14 +213,14 @@ class Program:
     """One jitted program of a step, traced and not compiled.
 
     kinds: {kind: pytree of ShapeDtypeStructs} of its arguments. beside: the same of what else lies in memory.
-    trips: how often its `while` loop without a fixed length runs at most. cache: shape of its keys, [L, B, S, K, h].
+    trips: how often its `while` loops without a fixed length run at most, from the outermost inwards. cache: shape of its keys, [L, B, S, K, h].
     """
 
     name: str
     traced: object
     kinds: dict
     beside: dict
-    trips: int = 1
+    trips: tuple[int, ...] = (1,)
     cache: object = None
 
 
@@ -287,12 +287,20 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
         traced = rollout.sample.trace(sampler, batch.student, key, config=sampling)
         beside = held | {"params": trained_only, "batch": batch.teacher}
         found.append(Program("sample", traced, {"params": sampler, "batch": batch.student}, beside,
-                             trips=sampling.max_new_tokens, cache=cache["k"]))
+                             trips=_sampler_trips(sampling, size), cache=cache["k"]))
     if only != "sample":
         drawn = whole(jax.eval_shape(lambda *a: rollout.sample(*a, config=sampling), params, batch.student, key))
         traced = distill.program(distill.update_step, state, own).trace(state, batch, drawn)
         found.append(Program("update", traced, held | {"batch": (batch, drawn)}, {}))
     return found
+
+
+def _sampler_trips(sampling, rows: int) -> tuple[int, ...]:
+    """Of the sampler's loops, if all rows use up the budget: steps; with a queue refills, and steps between two."""
+    if not sampling.slots or sampling.slots >= rows:
+        return (sampling.max_new_tokens,)
+    refills = -(-rows // sampling.group)
+    return refills, -(-sampling.max_new_tokens * -(-rows // sampling.slots) // refills)
 
 
 def check_batch(config, stage: str, mesh) -> None:
@@ -314,21 +322,22 @@ def bytes_per_device(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def matmul_flops(jaxpr, trips: int = 1) -> int:
+def matmul_flops(jaxpr, trips: tuple[int, ...] = (1,)) -> int:
     """Floating point operations of all matrix products and convolutions of a jaxpr, on all devices together.
 
     A scan counts its body as often as it runs, a kernel its body for every block of its grid (also those that it
-    skips), a `while` loop `trips` times; of the branches of a condition the largest counts. Recomputation counts,
+    skips), a `while` loop `trips` times (see Program); of the branches of a condition the largest counts. Recomputation counts,
     because it is in the jaxpr.
     """
     total = 0
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, []
+        deeper = trips[1:] or trips if name == "while" else trips
         for value in eqn.params.values():
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 item = getattr(item, "jaxpr", item)  # of a closed one
                 if hasattr(item, "eqns"):
-                    inner.append(matmul_flops(item, trips))
+                    inner.append(matmul_flops(item, deeper))
         if name == "dot_general":
             contracted = eqn.params["dimension_numbers"][0][0]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
@@ -337,7 +346,7 @@ def matmul_flops(jaxpr, trips: int = 1) -> int:
             kernel = eqn.invars[1].aval.shape
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
-        times = {"scan": eqn.params.get("length", 1), "while": trips}.get(name, 1)
+        times = {"scan": eqn.params.get("length", 1), "while": trips[0]}.get(name, 1)
         if name == "shard_map":  # its body is what one device does
             times = eqn.params["mesh"].size
         if name == "pallas_call":  # one turn of its grid
@@ -429,24 +438,26 @@ def _group(rest: str, devices: int) -> int:
     return devices
 
 
-def _trips(loop: Instruction, computations, otherwise: int) -> int:
-    """How often a loop runs: what the compiler noted, or the bound that its condition compares with."""
+def _trips(loop: Instruction, computations) -> int | None:
+    """How often a loop runs: what the compiler noted, or the bound if its condition is one comparison; else None."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(found[1])
     seen, bounds = list(loop.named("condition")), []
     for name in seen:
         for i in computations.get(name, {}).values():
             seen += i.named("calls")
+            if i.root and i.op not in ("compare", "fusion", "call"):
+                return None
             if i.op == "constant" and i.shape.startswith(("s32[]", "u32[]", "s64[]")):
                 bounds += map(int, re.findall(r"^\((\d+)\)", i.rest))
-    return max(bounds, default=otherwise)
+    return max(bounds, default=None)
 
 
-def traffic(text: str, devices: int, trips: int = 1) -> dict:
+def traffic(text: str, devices: int, trips: tuple[int, ...] = (1,)) -> dict:
     """What a device sends and reads when the module `text` runs once, loops unrolled.
 
     Args:
-      trips: of loops whose bound cannot be found.
+      trips: of loops whose bound cannot be found, see Program.
     Returns:
       {"collectives": {kind: {"count", "bytes"}}, "hbm_bytes"}. bytes: what each device sends in a ring, with S bytes
       of result in a group of n: all-gather and all-to-all S (n - 1) / n, reduce-scatter S (n - 1), all-reduce
@@ -487,21 +498,22 @@ def traffic(text: str, devices: int, trips: int = 1) -> dict:
                 for other in fused:
                     collectives(other, times, inside)
 
-    def visit(name, times):
+    def visit(name, times, trips):
         nonlocal hbm
         collectives(name, times, name)
         for i in computations[name].values():
             if i.op == "while":
-                loops = times * _trips(i, computations, trips)
+                known = _trips(i, computations)
                 for body in i.named("body", "condition"):
-                    visit(body, loops)
+                    visit(body, times * (trips[0] if known is None else known),
+                          trips if known is not None else trips[1:] or trips)
             elif i.op in ("call", "conditional"):
                 for branch in i.named("to_apply", "branch_computations", "true_computation", "false_computation"):
-                    visit(branch, times)
+                    visit(branch, times, trips)
             else:
                 hbm += times * _touched(i, computations[name], computations)
 
-    visit(entry, 1)
+    visit(entry, 1, trips)
     return {"collectives": {kind: dict(found[kind]) for kind in (*COLLECTIVES, "send") if kind in found},
             "hbm_bytes": int(hbm)}
 

@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from opsd_jax import context, images
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.model.config import LORA_TARGETS, LLMConfig, LoRAConfig, ModelConfig, ViTConfig
+from opsd_jax.model.config import (
+    LORA_TARGETS, GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
 
-STAGES = ("warmup", "opsd", "sft")
-LAYOUTS = ("interleaved", "reference", "text")
+STAGES = ("autoencoder", "warmup", "opsd", "sft")
+LAYOUTS = ("interleaved", "reference", "text", "drawn")
 
 
 def default() -> ConfigDict:
@@ -31,6 +32,9 @@ def default() -> ConfigDict:
     c.model.vit = ConfigDict(dict(
         hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304, patch_size=14, side=70,
         layer_norm_eps=1e-6))  # side: patches a side of the position tables
+    c.model.generation = ConfigDict(dict(  # what draws; without `on` it is not in the model
+        on=False, channels=128, multipliers=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, scale=0.3611, shift=0.1159,
+        patch=2, side=64, timestep_shift=1.0))
     c.model.dtype = "bfloat16"  # compute dtype; parameters are float32
     c.model.remat = "full"  # "none" keeps activations, "full" recomputes each layer in the backward pass
     c.model.unroll = 1  # layers of the scan that are unrolled
@@ -59,7 +63,8 @@ def default() -> ConfigDict:
     c.data.buckets = ConfigDict(dict(  # static sizes, ascending; a row goes to the first bucket that it fits whole
         student=((2048, 1500), (5376, 4900)),  # (slots, patches)
         teacher=((4096, 3000), (10240, 9800)),
-        trace=((3072, 1500, 1024), (10240, 9800, 2048))))  # (slots, patches, targets) of warm-up and SFT
+        trace=((3072, 1500, 1024), (10240, 9800, 2048)),  # (slots, patches, targets) of warm-up and SFT
+        drawn=()))  # (latent tokens, pictures of a row, their height, width) where a stage draws
     c.data.on_too_long = "fail"  # or "skip": rows beyond the largest bucket are named in <workdir>/too_long.json
     c.data.threads = 4  # that decode and pack batches ahead of the step
     c.data.prefetch = 4  # batches held ready
@@ -87,8 +92,13 @@ def default() -> ConfigDict:
     c.rollout.eos_after_cut = True  # False: no eos target behind a completion that did not end by itself
     c.rollout.empty_retries = 3  # new rows for a batch that holds an empty completion; then it becomes one eos
 
+    c.autoencoder = _stage(steps=2000, batch_size=16, lr=1e-4, reduction="token")
+    del c.autoencoder.reduction, c.autoencoder.freeze  # it has neither tokens nor other groups than its own
+    c.autoencoder.kl_weight = 1e-4
     c.warmup = _stage(steps=3000, batch_size=16, lr=1e-5, reduction="token")
-    c.warmup.mix = ConfigDict(dict(interleaved=2, reference=1, text=1))  # rows of a batch by layout, as ratios
+    c.warmup.mix = ConfigDict(dict(interleaved=2, reference=1, text=1, drawn=0))  # rows of a batch by layout, as ratios
+    c.warmup.ce_weight = 1.0  # where the mix has drawn rows: of the cross entropy
+    c.warmup.mse_weight = 1.0  # and of the squared error of the velocities
     c.opsd = _stage(steps=1000, batch_size=16, lr=1e-5, reduction="completion")
     c.opsd.accumulation = 2
     c.opsd.jsd_weight = 1.0
@@ -96,6 +106,9 @@ def default() -> ConfigDict:
     c.opsd.max_forward_tokens = 10240  # completions are cut so that the teacher's sequence fits
     c.sft = _stage(steps=2000, batch_size=16, lr=1e-5, reduction="token")
     c.sft.mix = ConfigDict(dict(interleaved=0, reference=0, text=1))
+
+    c.drawing = ConfigDict(dict(  # how a run's model draws, see flow.FlowConfig
+        num_timesteps=50, timestep_shift=3.0, text_scale=3.0, image_scale=1.5))
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations on `split` while training; 0: none
@@ -149,7 +162,21 @@ def check(config: ConfigDict) -> None:
         if config[stage].batch_size % config[stage].accumulation:
             raise ValueError(f"config.{stage}.batch_size {config[stage].batch_size} is not divisible by "
                              f"config.{stage}.accumulation {config[stage].accumulation}")
-        if lora(config) and config[stage].freeze:
+        if draws(config, stage):
+            what = "stages" if stage == "autoencoder" else "warmup.mix.drawn"
+            if not config.model.generation.on:
+                raise ValueError(f"config.{what} trains what draws, which this model lacks: set "
+                                 "config.model.generation.on=True")
+            if len(config.data.buckets.drawn) != len(config.data.buckets.trace):
+                raise ValueError(f"config.{what} needs config.data.buckets.drawn, one (latents, pictures, height, width) "
+                                 "for each entry of config.data.buckets.trace")
+            stride = model(config).generation.stride
+            if any(side % stride for sizes in config.data.buckets.drawn for side in sizes[2:]):
+                raise ValueError(f"config.data.buckets.drawn is {config.data.buckets.drawn}: heights and widths must be "
+                                 f"multiples of the {stride} pixels of a latent token")
+            if lora(config):
+                raise ValueError(f"config.{what} trains what draws, config.lora its adapters alone: set config.lora.rank=0")
+        if lora(config) and config[stage].get("freeze"):
             raise ValueError(f"config.{stage}.freeze is {config[stage].freeze} with config.lora, which trains its "
                              "adapters alone: leave freeze empty, or set config.lora.rank=0")
     for name in config.run_arms:
@@ -176,6 +203,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.data.on_too_long is {config.data.on_too_long!r}: use 'fail' or 'skip'")
 
 
+def draws(config, stage: str) -> bool:
+    """Whether a stage trains what draws, and so wants pictures as the autoencoder sees them."""
+    return stage == "autoencoder" or (stage == "warmup" and config.warmup.mix.drawn > 0)
+
+
 def stage_ends(config) -> dict[str, int]:
     """The step at which each stage ends: {"warmup": 350, "opsd": 750}."""
     ends, at = {}, 0
@@ -187,9 +219,12 @@ def stage_ends(config) -> dict[str, int]:
 
 def model(config: ConfigDict) -> ModelConfig:
     """Sizes and compute of the network."""
-    m = config.model
-    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), lora=lora(config), dtype=m.dtype, remat=m.remat,
-                       unroll=m.unroll, attention=m.attention, query_block=m.query_block)
+    m, g, generation = config.model, config.model.generation, None
+    if g.on:
+        vae = VAEConfig(g.channels, tuple(g.multipliers), g.num_res_blocks, g.z_channels, g.scale, g.shift)
+        generation = GenerationConfig(vae, g.patch, g.side, g.timestep_shift)
+    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), generation=generation, lora=lora(config),
+                       dtype=m.dtype, remat=m.remat, unroll=m.unroll, attention=m.attention, query_block=m.query_block)
 
 
 def lora(config: ConfigDict) -> LoRAConfig | None:
@@ -209,12 +244,14 @@ def resize_rule(config: ConfigDict) -> images.Resize:
 
 
 def rollout(config: ConfigDict, tokenizer, marker, **changes):
-    """RolloutConfig of the training rollouts; `changes` for evaluation."""
+    """RolloutConfig of the training rollouts; `changes` for evaluation. The sampler reads and writes text: it needs
+    no parameters of what draws."""
     from opsd_jax.rollout import RolloutConfig
 
     scored = ("score_seam", "eos_after_cut", "empty_retries")
     values = {k: v for k, v in config.rollout.items() if k not in scored}
-    return RolloutConfig(model=model(config), bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, **(values | changes))
+    text = dataclasses.replace(model(config), generation=None)
+    return RolloutConfig(model=text, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, **(values | changes))
 
 
 def distill(config: ConfigDict, stage: str, tokenizer):
@@ -226,9 +263,14 @@ def distill(config: ConfigDict, stage: str, tokenizer):
         own = dict(teacher=config.teacher.kind, ema_decay=config.teacher.ema_decay, jsd_weight=s.jsd_weight,
                    ce_weight=s.ce_weight, max_forward_tokens=s.max_forward_tokens,
                    score_seam=config.rollout.score_seam, eos_after_cut=config.rollout.eos_after_cut)
+    elif stage == "autoencoder":
+        own = dict(teacher="self", trains="autoencoder", kl_weight=s.kl_weight)
+    elif draws(config, stage):
+        own = dict(teacher="self", trains="drawing", ce_weight=s.ce_weight, mse_weight=s.mse_weight)
     else:
         own = dict(teacher="self")
+    if stage != "autoencoder":
+        own |= dict(reduction=s.reduction, freeze=tuple(s.freeze))
     return DistillConfig(
         model=model(config), bos=tokenizer.bos, eos=tokenizer.eos, divergence=DivergenceConfig(**config.divergence),
-        optim=OptimConfig(total_steps=s.steps, **s.optim), reduction=s.reduction, accumulation=s.accumulation,
-        freeze=tuple(s.freeze), **own)
+        optim=OptimConfig(total_steps=s.steps, **s.optim), accumulation=s.accumulation, **own)

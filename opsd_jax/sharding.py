@@ -12,6 +12,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from opsd_jax import params as params_lib
@@ -27,7 +28,11 @@ LAYOUTS = {"train": _TRAIN, "rollout": _ROLLOUT}
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one size may be -1 (whatever is left). ValueError if the sizes do not fit."""
+    """A mesh over all devices; one size may be -1 (whatever is left).
+
+    On TPUs neighbours in the mesh are neighbours in the torus, and of several slices `data` alone goes across, over the
+    data-centre network. ValueError if the sizes do not fit.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
@@ -36,7 +41,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not cover {len(devices)} devices: "
                          "set config.mesh so that the product of its sizes is the number of devices")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise ValueError(f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, since fsdp and "
+                         "tensor would wait for the network between slices at every layer")
+    if slices > 1:
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def batch_divisor(mesh: Mesh) -> int:
@@ -97,7 +111,64 @@ def rows(x):
     return jax.lax.with_sharding_constraint(x, P(_BATCH))
 
 
+def local_rows(mesh: Mesh, size: int) -> list[int]:
+    """Which rows of a batch of `size` this process's devices hold, ascending: what `put_batch` wants of it.
+
+        mesh 4 x 2 of two processes, size 8      devices   0 0 | 0 0 | 1 1 | 1 1     process 0: rows 0 1 2 3
+        mesh 2 x 4, `tensor` across processes    devices   0 0 1 1 | 0 0 1 1         both: all rows
+
+    ValueError where the batch shards of the mesh do not divide `size`.
+    """
+    shards = batch_divisor(mesh)
+    if size % shards:
+        raise ValueError(f"{size} rows do not divide into the {shards} batch shards of the mesh (data x fsdp): change the "
+                         "batch size, or give devices to config.mesh.tensor")
+    found = batch(mesh).addressable_devices_indices_map((size,))
+    return sorted({n for (rows,) in found.values() for n in range(*rows.indices(size))})
+
+
 def put_batch(mesh: Mesh, host_batch):
-    """This process's rows of the global batch -> global arrays on the mesh."""
-    sharding = batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host_batch)
+    """This process's rows of the global batch (see `local_rows`) -> global arrays on the mesh."""
+    sharding, shards = batch(mesh), batch_divisor(mesh)
+    # with one row a shard, as many rows as this process holds shards
+    factor = shards // len(local_rows(mesh, shards))
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * factor, *x.shape[1:]))
+
+    return jax.tree.map(put, host_batch)
+
+
+def move(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
+    """A function that casts a tree of arrays and lays it out: leaves that stay what and where they are go through
+    untouched, all others in one compiled program.
+
+    One program, because processes that start a transfer for each leaf may start them in different orders, and wait for
+    each other for ever.
+
+    Args:
+      abstract: the tree, arrays or ShapeDtypeStructs with shardings. cast: pytree -> pytree of the same structure.
+    """
+    leaves, structure = jax.tree.flatten(abstract)
+    wanted = jax.tree.leaves(jax.eval_shape(cast, abstract))
+    places = jax.tree.leaves(tree(mesh, abstract, layout))
+    moved = [n for n, (x, y, place) in enumerate(zip(leaves, wanted, places))
+             if x.dtype != y.dtype or not x.sharding.is_equivalent_to(place, x.ndim)]
+
+    def program(some):
+        whole = [jax.numpy.zeros(x.shape, x.dtype) for x in leaves]  # those that are not used are not computed
+        for n, x in zip(moved, some):
+            whole[n] = x
+        cast_leaves = jax.tree.leaves(cast(jax.tree.unflatten(structure, whole)))
+        return [cast_leaves[n] for n in moved]
+
+    program = jax.jit(program, out_shardings=[places[n] for n in moved])
+
+    def apply(arrays):
+        flat = jax.tree.leaves(arrays)
+        for n, x in zip(moved, program([flat[n] for n in moved]) if moved else ()):
+            flat[n] = x
+        return jax.tree.unflatten(structure, flat)
+
+    return apply

@@ -198,10 +198,13 @@ def initial_params(run: Run, done):
     if done is not None or config.init_from:
         source = os.path.join(run.workdir, "checkpoints", str(done)) if done is not None else config.init_from
         if convert.is_model(source):
-            found = convert.read_config(source)
-            if (found.llm, found.vit) != (model.llm, model.vit):
+            found = convert.read_config(source, generation=bool(model.generation))
+            if model.generation:  # how training times are drawn is no size
+                shift = model.generation.timestep_shift
+                found = dataclasses.replace(found, generation=dataclasses.replace(found.generation, timestep_shift=shift))
+            if (found.llm, found.vit, found.generation) != (model.llm, model.vit, model.generation):
                 raise ValueError(f"{source} has sizes {found}, config.model says {model}: set config.model to them")
-            _, params = convert.load(source, mesh=run.mesh)  # float32, without what draws
+            _, params = convert.load(source, generation=bool(model.generation), mesh=run.mesh)  # float32
         else:
             there = checkpoint.metadata(source)["config"].get("lora") or {}
             here = checkpoint.config_to_json(config.lora)
@@ -238,13 +241,13 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
     rollout_config = run.rollout()
-    on_policy = stage == "opsd"
+    on_policy, draws = stage == "opsd", settings.draws(config, stage)
 
     # data first: what is wrong with them shows before anything is saved
-    rows = data.Rows(config, run.data_workdir, run.tokenizer, "train")
-    batches = data.Batches(config, run.workdir, stage, rows, run.packer, process=jax.process_index(),
-                           processes=jax.process_count())
-    evaluation = Evaluation(run, stage)
+    rows = data.Rows(config, run.data_workdir, run.tokenizer, "train", drawing=draws)
+    batches = data.Batches(config, run.workdir, stage, rows, run.packer,
+                           share=sharding.local_rows(run.mesh, config[stage].batch_size))
+    evaluation, evaluates = Evaluation(run, stage), stage != "autoencoder"
 
     # state: fresh from the parameters, or as the checkpoint left it
     make_state = lambda p: distill.init_state(p, distill_config)
@@ -259,7 +262,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         shardings = sharding.tree(run.mesh, jax.eval_shape(make_state, params))
         state = jax.jit(make_state, out_shardings=shardings)(params)
         start = first
-        if stage != "warmup" and checkpoints.latest() is None:  # where arms, the KL and diagnostics start from
+        if stage in ("opsd", "sft") and checkpoints.latest() is None:  # where arms, the KL and diagnostics start from
             _save(run, checkpoints, start, state, stage, distill_config)
             checkpoints.wait()
     on_start()
@@ -271,11 +274,17 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
         health.replay(row for row in history if row["stage"] == stage)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
+    for_sampling = on_policy and sharding.move(
+        run.mesh, distill.understanding(state["params"]), "rollout",
+        cast=lambda params: params_lib.in_compute_dtype(params, config.model.dtype))
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = metrics.CompileGuard()
-    update = distill.program(distill.update_step if on_policy else distill.sft_step, state, distill_config)
-    for name, jitted, own in (("sample", rollout.sample, buckets + evaluation.signatures), ("update", update, buckets)):
-        guard.watch(name, jitted, jitted._cache_size() + own)
+    step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step}
+    update = distill.program(step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config)
+    draw_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    guard.watch("update", update, update._cache_size() + buckets)
+    if not draws:  # there what is drawn for samples/ has shapes of its own
+        guard.watch("sample", rollout.sample, rollout.sample._cache_size() + buckets + evaluation.signatures)
 
     with metrics.Progress(last, f"{os.path.basename(os.path.normpath(run.workdir))}", stage, start=start,
                           primary=jax.process_index() == 0) as progress:
@@ -285,8 +294,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 batch = sharding.put_batch(run.mesh, host_batch)
             if on_policy:
                 with clock("sample"):
-                    rollout_params = params_lib.in_compute_dtype(state["params"], config.model.dtype)
-                    rollout_params = jax.device_put(rollout_params, sharding.tree(run.mesh, rollout_params, "rollout"))
+                    rollout_params = for_sampling(distill.understanding(state["params"]))
                     key = jax.random.fold_in(sample_key, step)
                     trajectory = rollout.sample(rollout_params, batch.student, key, config=rollout_config)
                     attempt = 0
@@ -304,27 +312,33 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 found["slot_utilisation"] = rollout.utilisation(trajectory, config.rollout.slots)
             else:
                 with clock("update"):
-                    state, found = update(state, batch)
+                    state, found = update(state, batch, *([jax.random.fold_in(draw_key, step)] if draws else []))
                     jax.block_until_ready(state["step"])
             profile = found.pop("jsd_by_position", None)
             means.add({name: (value, 1) for name, value in found.items()})
             now = step + 1
 
-            if step == start and start == first:
-                _show_batch(run, stage, now, prepared, host_batch)
+            if step == start and start == first and stage != "autoencoder":
+                _show_batch(run, stage, now, prepared, host_batch.traces if draws else host_batch)
+            if draws and (now == last or config.log.samples_every and now % config.log.samples_every == 0):
+                with clock("samples"):
+                    show = _show_reconstructions if stage == "autoencoder" else _show_drawings
+                    show(run, now, prepared, state["params"])
             if on_policy and (step == start or (config.log.samples_every and now % config.log.samples_every == 0)):
                 _show_rollouts(run, now, prepared, trajectory, profile)
             if now % config.log.every == 0 or now == last:
                 values, elapsed = means.take(), time.perf_counter() - window
                 values["samples_per_sec"] = (now - shown_at) * config[stage].batch_size / elapsed
                 window, shown_at = time.perf_counter(), now
-                values["tokens_per_sec"] = values["samples_per_sec"] * values["completion_len"]
+                if "completion_len" in values:
+                    values["tokens_per_sec"] = values["samples_per_sec"] * values["completion_len"]
                 values |= guard.check()
                 run.writer.scalars(now, stage, values)
                 health.check(now, values)
-                shown = {k: values[k] for k in ("loss", "accuracy", "completion_len") if k in values}
-                progress.update(now, **shown, **{"tokens/s": values["tokens_per_sec"]})
-            if config.eval.every and (now % config.eval.every == 0) and now < last:
+                shown = {"loss": "loss", "mse": "mse", "accuracy": "accuracy", "completion_len": "completion_len",
+                         "tokens/s": "tokens_per_sec"}
+                progress.update(now, **{name: values[key] for name, key in shown.items() if key in values})
+            if evaluates and config.eval.every and (now % config.eval.every == 0) and now < last:
                 with clock("eval"):
                     scores = evaluation.during(now, state, distill_config)
                 run.writer.scalars(now, stage, scores)
@@ -339,7 +353,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
     checkpoints.wait()
     params = _kept_params(run, state, distill_config)
-    if config.eval.final_split and not (start == last and evaluation.is_complete(last)):
+    if evaluates and config.eval.final_split and not (start == last and evaluation.is_complete(last)):
         with clock("eval"):
             evaluation.final(last, params, start_step=first)
     return params
@@ -385,11 +399,12 @@ class Evaluation:
     def _evaluate(self, params, split, mode, limit, **changes):
         import jax
 
-        from opsd_jax import eval as eval_lib, sharding
+        from opsd_jax import distill, eval as eval_lib, sharding
 
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
-        params = jax.device_put(params, sharding.tree(self.run.mesh, params, "rollout"))
+        params = distill.understanding(params)
+        params = sharding.move(self.run.mesh, params, "rollout")(params)
         sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(
             params, self._of(split), self.run.packer, config=sampling,
@@ -477,19 +492,70 @@ def _show_batch(run, stage, step, prepared, host_batch) -> None:
     run.writer.text(step, f"{stage}-first-batch", "\n".join(lines))
 
 
+def _show_reconstructions(run, step, prepared, params) -> None:
+    """The pictures of the first rows, and below what the autoencoder makes of them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from opsd_jax import flow
+
+    if jax.process_count() > 1:  # a program of one host's pictures would wait for the others
+        return
+    config = settings.model(run.config)
+    drawn = config.generation
+    for n, row in enumerate(prepared[:4]):
+        for m, pixels in enumerate(row.pixels):
+            height, width = (side // drawn.stride for side in pixels.shape[:2])
+            size = (1, height * drawn.patch, width * drawn.patch, drawn.vae.z_channels)
+            sizes = np.array([pixels.shape[:2]])
+            latents = flow.encode(params, flow.padded(pixels[None], sizes)[0], jnp.zeros(size), config=config)
+            found = flow.decode(params, flow.to_tokens(latents, drawn.patch), grid=(height, width), config=config)
+            run.writer.image(step, f"reconstruction{n}-{m}", np.concatenate([pixels, np.asarray(found[0])]))
+
+
+def _show_drawings(run, step, prepared, params) -> None:
+    """For the first rows: the problem, the first visual thought, and what the model draws, side by side; what it wrote."""
+    import jax
+    import numpy as np
+
+    from opsd_jax import generate, images
+
+    if jax.process_count() > 1:
+        return
+    model = generate.of_run(run.config, settings.model(run.config), params, run.tokenizer)
+    model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
+    rows, lines = prepared[:4], []
+    questions = [([images.open_rgb(row.example.problem_image, transparency=run.config.images.transparency)],
+                  row.example.question) for row in rows]
+    traces = generate.reason(model, questions, jax.random.key(run.config.seed), draw=True, always=True)
+    for n, (row, trace) in enumerate(zip(rows, traces)):
+        lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
+        pictures = [*row.pixels[:2], trace.pictures[0]]
+        canvas = np.full((max(x.shape[0] for x in pictures), sum(x.shape[1] for x in pictures), 3), 255, np.uint8)
+        left = 0
+        for picture in pictures:
+            canvas[:picture.shape[0], left:left + picture.shape[1]] = picture
+            left += picture.shape[1]
+        run.writer.image(step, f"drawing{n}", canvas)
+    run.writer.text(step, "drawings", "\n".join(lines))
+
+
 def _context_text(run, c, row) -> str:
-    """The packed tokens of a row as text, patches shown as [n patches]."""
-    parts, patches = [], set(c.patch_slots[row].tolist())
-    run_length = 0
-    for slot in range(int(c.length[row]) + 1):
-        if slot in patches and slot < c.length[row]:
-            run_length += 1
-            continue
-        if run_length:
-            parts.append(f"[{run_length} patches]")
-            run_length = 0
-        if slot < c.length[row]:
-            parts.append(run.tokenizer.decode([c.tokens[row, slot]]))
+    """The packed sequence of a row as text, patches shown as [n patches], latents as [n latents]."""
+    import itertools
+
+    import numpy as np
+
+    slots, patches = np.arange(c.length[row]), set(c.patch_slots[row].tolist())
+    if c.latents is not None:  # in the order of the sequence
+        places = np.where(c.segment[row] > 0, c.latents.order[row], c.slots)
+        slots = np.argsort(places, kind="stable")[:c.length[row]]
+    kind = lambda slot: "latents" if slot >= c.tokens.shape[1] else "patches" if slot in patches else ""
+    parts = []
+    for name, group in itertools.groupby(slots.tolist(), kind):
+        group = list(group)
+        parts += [f"[{len(group)} {name}]"] if name else [run.tokenizer.decode([c.tokens[row, n]]) for n in group]
     return "".join(parts)
 
 

@@ -54,9 +54,33 @@ def test_answering():
         assert line["cache_mib"] * 2 ** 20 == 2 * 2 * line["batch"] * (905 + 6) * 2 * 8 * 4
 
 
+@pytest.mark.slow
+def test_step(tmp_path):
+    lines, table = run("step", "--tokens=5", "--rows=40", "--vocabulary=600", "--chunk=16", "--decode_batch=1,2",
+                       "--train_batch=2", f"--json={tmp_path / 'step.json'}")
+    assert [(line["part"], line.get("batch")) for line in lines] == [
+        ("decode", 1), ("decode", 2), ("train", 2), ("loss", None), ("loss, states", None)] and len(table) == 7
+    assert json.loads((tmp_path / "step.json").read_text()) == lines
+    for line in lines:
+        assert line["seconds"] > 0 and line["cpu_seconds"] > 0 and line["temporary_mib"] > 0
+        assert line["peak_mib"] - line["rss_start_mib"] == line["peak_part_mib"] > 0
+    for line in lines[:2]:  # image of 256 patches and 32 ids, two delimiters each
+        assert line["context_slots"] == 258 + 34
+        assert line["tokens_per_second"] == pytest.approx(line["batch"] * 5 / line["seconds"])
+        assert line["cpu_seconds_per_token"] == pytest.approx(line["cpu_seconds"] / (line["batch"] * 5))
+    train, whole, states = lines[2:]
+    assert (train["student_slots"], train["teacher_slots"]) == (292 + 6, 292 + 42 + 2 * 258 + 26 + 6)
+    assert train["cpu_seconds_per_sample"] == train["cpu_seconds"] / 2
+    assert train["alias_mib"] > 0.9 * train["outputs_mib"]  # the state is donated
+    # the gradient of the states [40, 32], and of the head [32, 600]; beside them scalars
+    head = 32 * 600 * 4 / 2 ** 20
+    assert whole["outputs_mib"] - states["outputs_mib"] == pytest.approx(head, rel=1e-2)
+    assert states["outputs_mib"] == pytest.approx(40 * 32 * 4 / 2 ** 20, rel=0.1)
+
+
 @pytest.mark.parametrize(("name", "options", "says"), [
     ("drawing", ["--image=40x32"], "multiples of 16"), ("drawing", ["--image=2048x64"], "at most 1024"),
-    ("answering", ["--context=9"], "the context takes")])
+    ("answering", ["--context=9"], "the context takes"), ("step", ["--parts=sleep"], "is not one of")])
 @pytest.mark.slow
 def test_sizes_that_cannot_be(name, options, says):
     done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--size=tiny", *options], capture_output=True,

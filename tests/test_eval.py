@@ -1,19 +1,22 @@
 """Evaluation: the command repeats what training measured; what is counted; what it says when it cannot."""
 
+import csv
 import dataclasses
 import functools
 import json
 import operator
 import os
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
 import small_run
-from opsd_jax import arms, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
+from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
 
 LAST = f"{small_run.LAST:06d}"
+TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,6 +86,75 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
 
 
 @pytest.mark.slow
+def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
+    """Both protocols; a kill in between changes nothing; what the harness would judge; the page shows the pictures."""
+    run = lambda *more: eval_lib.main([f"--workdir={workdir}", f"--data_dir={TABLES}", "--batch_size=4",
+                                       "--benchmarks=BLINK,ChartQA_h_bar", *more])
+    run(f"--against={LAST}-none")
+    folder = workdir / "eval" / f"{LAST}-none-BLINK-ChartQA_h_bar"
+    summary, predictions = read(folder)
+    table = benchmarks.read(TABLES / "BLINK.tsv")
+    blink, chart = (summary["benchmarks"][name] for name in ("BLINK", "ChartQA_h_bar"))
+    assert blink["n"] == len(table.rows) and blink["md5"] == table.md5 and blink["needs_judge"] > 0
+    assert (blink["unit"], chart["unit"]) == ("fraction", "percent") and blink["timed_samples"] > 0
+    lines = [json.loads(line) for line in predictions.splitlines()]
+    assert [line["index"] for line in lines if line["benchmark"] == "BLINK"] == [row.index for row in table.rows]
+    texts = {line["index"]: line["prediction"] for line in lines if line["benchmark"] == "BLINK"}
+    assert benchmarks.score(table, texts).overall == blink["overall"]
+    with open(folder / "BLINK.tsv", encoding="utf-8", newline="") as f:
+        exported = list(csv.DictReader(f, delimiter="\t"))
+    assert {int(row["index"]): row["prediction"] for row in exported} == texts
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image") >= len(lines) and "McNemar" in html and "59.49" in html
+    assert "| 59.49 | 61.44 |" in (workdir / "eval" / "summary.md").read_text()
+    assert not list(folder.glob("partial*"))
+
+    asked, ask = [], answers.ask
+    def dies(*args, **kwargs):
+        asked.append(len(args[1]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(*args, **kwargs)
+    monkeypatch.setattr(answers, "ask", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--name=again")
+    run("--name=again")
+    # the one that died twice; all programs were compiled before
+    assert len(asked) == 1 + -(-len(table.rows) // 4) + -(-chart["n"] // 4)
+    assert read(workdir / "eval" / "again")[1] == predictions
+
+    run("--protocol=harness", "--rows=2", "--seed=3")
+    summary, _ = read(workdir / "eval" / f"{LAST}-none-harness-first2-BLINK-ChartQA_h_bar-seed3")
+    assert summary["protocol"] == "harness-none" and summary["seed"] == 3 and summary["asked_by"] == "harness"
+
+
+@pytest.mark.slow
+def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
+    text = (TABLES / "MMVP.tsv").read_text()
+    table = benchmarks.read(TABLES / "MMVP.tsv")
+    (tmp_path / "MMVP.tsv").write_text(text.replace(table.rows[1].pictures[0], "AAAA" * 40))
+    command = [f"--workdir={workdir}", f"--data_dir={tmp_path}", "--batch_size=4"]
+    message = error_of(capsys, *command)
+    assert "1 rows cannot be shown" in message and f"row {table.rows[1].index}" in message
+    eval_lib.main([*command, "--on_bad_row=skip"])
+    summary, predictions = read(workdir / "eval" / f"{LAST}-none-public")
+    assert summary["benchmarks"]["MMVP"]["bad_rows"] == [str(table.rows[1].index)]
+    assert len(predictions.splitlines()) == len(table.rows) - 1 == summary["benchmarks"]["MMVP"]["n"]
+
+
+@pytest.mark.slow
+def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
+    eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=remove,noise"])
+    texts, noise = (read(workdir / "eval" / f"{LAST}-{mode}")[0] for mode in ("remove", "noise"))
+    assert texts["protocol"] == "mini-greedy-remove" and texts["mode"] == "remove"
+    assert "visual thought 1 (noise)" in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
+    assert "visual thought" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
+    eval_lib.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
+    summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-first3")
+    assert summary["benchmarks"][small_run.TASK]["n"] == 3 and '"pid"' in predictions
+
+
+@pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
     run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
     run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5")
@@ -120,11 +192,19 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--visual_thoughts=reel"], "--visual_thoughts=reel: choose from real, noise, swap, image, none"),
+    (["--visual_thoughts=reel"], "--visual_thoughts=reel: choose from none, real, noise, swap, image, remove, generated"),
     (["--visual_thoughts="], "--visual_thoughts=: choose from"),
     (["--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)"),
     (["--rows=-1"], "--rows=-1: give a number of rows"),
     (["--split=dev"], "dev"),
+    (["--protocol=papr"], "--protocol=papr: choose from paper, harness"),
+    (["--protocol=paper", "--visual_thoughts=real"], "--protocol=paper with --visual_thoughts=real: the teacher's"),
+    ([f"--data_dir={TABLES}", "--visual_thoughts=none,swap"], "--visual_thoughts=swap: public tables hold no"),
+    ([f"--data_dir={TABLES}", "--benchmarks=MMVQ"], "--benchmarks=MMVQ: this run has the tasks"),
+    (["--data_dir=/nowhere"], "no benchmark file in /nowhere: put NAME.tsv there"),
+    (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
+    (["--visual_thoughts=generated"], "was trained without what draws"),
+    (["--against=gone", "--rows=1"], "--against=gone: no "),
     ([f"--name={LAST}-none"], f"eval/{LAST}-none exists: choose another --name, or delete it"),
 ])
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Every mesh computes the same: tokens, losses and parameters on 8 fake devices against one device.
+"""Every mesh computes the same: tokens, losses, gradients and parameters on 2, 4 and 8 fake devices against one.
 
 The devices exist in a child process only (this file, run as a program): it goes through the meshes and leaves
-an .npz for each, with parameters and EMA in the order of `jax.tree.leaves`.
+an .npz for each, with gradients, parameters and EMA in the order of `jax.tree.leaves`.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from opsd_jax import distill, params as params_lib, rollout, sharding
 # not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
 ONE = (1, 1, 1)
 MESHES = {ONE: (1, 1.0), (1, 8, 1): (1, 0.16), (2, 2, 2): (2, 0.28)}
-SLOW = {(8, 1, 1): (1, 1.0), (1, 4, 2): (2, 0.16)}
+SLOW = {(8, 1, 1): (1, 1.0), (1, 4, 2): (2, 0.16), (1, 2, 1): (1, 0.52), (1, 1, 2): (1, 0.56), (2, 2, 1): (2, 0.52)}
 ROWS, BUDGET = 8, 6
 CONFIG = distill.DistillConfig(
     model=tiny.MODEL, **tiny.ENDS, divergence=distill.DivergenceConfig(top_k=40),
     optim=distill.OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, eps=1e-3))
-GREEDY = tiny.rollout_config(max_new_tokens=BUDGET, greedy=True)
+SAMPLING = tiny.rollout_config(max_new_tokens=BUDGET)
 
 
 def inputs():
@@ -36,21 +36,40 @@ def inputs():
     return tiny.params(), tiny.batch(rng, ROWS, visual_thoughts=1), tiny.random_trajectory(rng, ROWS, BUDGET)
 
 
-def run(mesh, accumulation: int) -> dict:
-    """Samples in the rollout layout (with micro steps in the train layout, too) and does three updates."""
-    params, batch, trajectory = inputs()
-    put = lambda tree, layout="train": jax.device_put(tree, sharding.tree(mesh, tree, layout))
+def whole(mesh, tree) -> list[np.ndarray]:
+    """The leaves, also where other processes hold parts of them: made whole on every device by one program."""
+    leaves = jax.tree.leaves(tree)
+    if not all(x.is_fully_addressable for x in leaves):
+        leaves = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(leaves)
+    return [np.array(x) for x in leaves]
+
+
+def run(mesh, accumulation: int, part=slice(None)) -> dict:
+    """Samples in the rollout layout (with micro steps in the train layout, too) and does three updates.
+
+    part: rows of the batch that this process hands in.
+    """
+    params, *rows = inputs()
+    batch, trajectory = jax.tree.map(lambda x: x[part], rows)
+    # One program after another: between processes on CPU, collectives of several at once may wait for each other for
+    # ever, and moving a leaf is a program.
+    wait = jax.block_until_ready
+    put = lambda tree, layout="train": jax.tree.map(
+        lambda x, place: wait(jax.device_put(x, place, may_alias=False)), tree, sharding.tree(mesh, tree, layout))
+    host = lambda tree: jax.tree.map(np.asarray, tree)  # what every process has whole
     batch, trajectory, found = sharding.put_batch(mesh, batch), sharding.put_batch(mesh, trajectory), {}
     assert batch.student.tokens.sharding.spec == P(("data", "fsdp"))
     for layout in ("rollout", "train")[:accumulation]:
         programs = rollout.sample._cache_size()
         for _ in range(2):
-            sampled = rollout.sample(put(params, layout), batch.student, jax.random.key(1), config=GREEDY)
-        found[f"{layout}_tokens"] = sampled.fed
+            placed = put(host(params))
+            placed = wait(sharding.move(mesh, placed, layout)(placed))
+            sampled = wait(rollout.sample(placed, batch.student, jax.random.key(1), config=SAMPLING))
+        (found[f"{layout}_tokens"],) = whole(mesh, sampled.fed)
         found[f"{layout}_programs"] = rollout.sample._cache_size() - programs
 
     config = dataclasses.replace(CONFIG, accumulation=accumulation)
-    state = put(tiny.copy(distill.init_state(params, config)))
+    state = put(host(distill.init_state(params, config)))
     placed = jax.tree.map(lambda x: x.sharding, state)
     abstract = jax.eval_shape(lambda: distill.init_state(params, config))
     assert jax.tree.map(lambda x: x.sharding, sharding.abstract(mesh, abstract)) == placed
@@ -59,12 +78,14 @@ def run(mesh, accumulation: int) -> dict:
     found["losses"], found["deleted"] = [], True
     for step in range(3):
         given = jax.tree.leaves(state)
-        state, metrics = distill.update(state, batch, trajectory, config=config)
+        state, metrics = wait(distill.update(state, batch, trajectory, config=config))
         found["losses"].append([metrics["loss"], metrics["grad_norm"], metrics["student_entropy"]])
         found["deleted"] &= all(x.is_deleted() for x in given)
+        if step == 0:  # the first moments are (1 - b1) times the clipped gradients
+            scale = (1 - CONFIG.optim.b1) * min(1, CONFIG.optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6))
+            found |= {f"grad{n}": x / scale for n, x in enumerate(whole(mesh, state["opt"].mu))}
         if step == 1:
-            leaves = jax.tree.leaves((state["params"], state["ema"]))
-            found |= {f"leaf{n}": np.array(x) for n, x in enumerate(leaves)}
+            found |= {f"leaf{n}": x for n, x in enumerate(whole(mesh, (state["params"], state["ema"])))}
     moved = jax.tree.map(lambda x, place: not x.sharding.is_equivalent_to(place, x.ndim), state, placed)
     found["resharded"] = sum(jax.tree.leaves(moved))
     found["update_programs"] = distill.program(distill.update_step, state, config)._cache_size()
@@ -117,8 +138,9 @@ def check(results, sizes):
             assert here[f"{layout}_programs"] == 1
     np.testing.assert_allclose(here["losses"], one["losses"], rtol=0, atol=1e-5)
     for key in one:
-        if key.startswith("leaf"):
-            np.testing.assert_allclose(here[key], one[key], rtol=0, atol=1e-5, err_msg=key)
+        if key.startswith(("grad", "leaf")):  # gradients are smaller than parameters
+            atol = 1e-6 if key.startswith("grad") else 1e-5
+            np.testing.assert_allclose(here[key], one[key], rtol=0, atol=atol, err_msg=key)
     # every leaf is where it was, its old buffers are gone, and all three steps were one program
     assert here["resharded"] == 0 and here["deleted"] and here["update_programs"] == 1
     assert here["share"] <= {**MESHES, **SLOW}[sizes][1]
@@ -136,12 +158,14 @@ def test_more_meshes_compute_the_same(slow_results, sizes):
 
 
 def test_the_comparison_sees_something(results):
-    """Tokens differ between rows, and most parameters moved by far more than the tolerance."""
+    """Tokens differ between rows, and most gradients and changes are far above the tolerance."""
     one, before = results[ONE], jax.tree.leaves(tiny.params())
     assert len(np.unique(one["rollout_tokens"], axis=0)) == ROWS
     moved = sorted(float(np.abs(one[f"leaf{n}"] - x).max()) for n, x in enumerate(before))
     assert len([key for key in one if key.startswith("leaf")]) == 2 * len(before) - 1
     assert moved[len(moved) // 10] > 1e-3
+    largest = sorted(float(np.abs(x).max()) for key, x in one.items() if key.startswith("grad"))
+    assert len(largest) == len(before) - 1 and largest[len(largest) // 10] > 1e-3
 
 
 # ---- on one device

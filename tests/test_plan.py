@@ -133,9 +133,9 @@ def test_collectives_and_traffic_of_a_module():
 
 def test_loops_without_a_bound_run_as_often_as_told():
     open_ended = HLO.replace("%bound = s32[] constant(5)", "%bound = s32[] get-tuple-element(%state.1), index=0")
-    assert plan.traffic(open_ended, 32, trips=11)["collectives"]["all-gather"]["count"] == 11
+    assert plan.traffic(open_ended, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 11
     noted = open_ended.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
-    assert plan.traffic(noted, 32, trips=11)["collectives"]["all-gather"]["count"] == 7
+    assert plan.traffic(noted, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 7
 
 
 def test_updates_in_place_write_the_update_alone():
@@ -183,7 +183,15 @@ def test_flops_count_loops_and_recomputation():
     assert plan.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16 ** 3
     endless = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
     square = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    assert plan.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=7) == 7 * product
+    nested = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x)
+    assert plan.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7)) == (3 + 21) * product
+    assert plan.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
+
+
+def test_loops_of_a_sampler_with_a_queue():
+    """16 rows of up to 32 tokens by 8 slots, 4 at a time: 4 refills, 64 steps; all at once: 32 steps."""
+    of = lambda **kw: plan._sampler_trips(types.SimpleNamespace(max_new_tokens=32, **kw), 16)
+    assert of(slots=8, group=4) == (4, 16) and of(slots=0) == of(slots=16) == (32,)
 
 
 def test_modelled_time_by_hand():
@@ -245,7 +253,7 @@ def test_the_bill_is_the_sum_of_the_shards(eight):
     slots, patches = config.data.buckets.student[0]
     assert sample["bytes"]["batch"] == packed(slots, patches)
     budget = config.rollout.max_new_tokens
-    trajectory = 2 * ((budget - 1) * (4 + 1 + 4) + budget * (4 + 1) + 3 * 4)
+    trajectory = 2 * ((budget - 1) * (4 + 1 + 4) + budget * (4 + 1) + 4 * 4)
     teacher = packed(*config.data.buckets.teacher[0])
     assert update["bytes"]["batch"] == packed(slots, patches) + teacher + trajectory
     # keys and values of two layers and two rows; there is one kv head, so its 16 entries are what tensor cuts
@@ -391,7 +399,7 @@ def _tpu(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("only, arguments", [
-    ("update", ["--topology=v5p-32", "--config.opsd.accumulation=1"]),
+    ("update", ["--topology=v5e-16", "--config.opsd.accumulation=4", "--config.mesh.tensor=4"]),
     ("sample", ["--topology=v5e-64", "--config.opsd.accumulation=1", "--config.mesh.tensor=4"])])
 def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
     pytest.importorskip("libtpu")
@@ -405,6 +413,21 @@ def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
     if only == "update":  # weights are gathered layer by layer: not the rows of all devices
         sent = sum(c["bytes"] for c in program["collectives"].values())
         assert sent < 12 * 4 * report["parameters"]["total"]
+
+
+@pytest.mark.slow
+def test_only_data_crosses_slices(tmp_path, tmp_path_factory):
+    """Two slices of four chips, in small: copies of the model that exchange gradients."""
+    pytest.importorskip("libtpu")
+    run = lambda *sizes: small_run.run(
+        _command("--topology=v5e:2x2", "--slices=2", "--only=update", *sizes, f"--out={tmp_path / 'bill.json'}"),
+        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""})
+    done = run("--config.mesh.fsdp=4", "--config.mesh.data=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "bill.json").read_text())
+    assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and report["devices"] == 8
+    done = run("--config.mesh.fsdp=8")
+    assert done.returncode == 1 and "config.mesh.data is 1 for 2 slices" in done.stderr
 
 
 @pytest.mark.slow

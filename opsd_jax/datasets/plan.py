@@ -13,7 +13,7 @@ How one chunk is made (2 sources of weights 2:1, 2 buckets, batch_size 2, chunk 
     4. shuffle the batches, and the rows inside each
                                          [b x] [c a] [d y]                steps 0, 1, 2 of the chunk
 
-One host of two takes `rows[0::2]`, the other `rows[1::2]`. No chunk needs an earlier one, so a batch
+A host takes the rows of its devices, see `sharding.local_rows`. No chunk needs an earlier one, so a batch
 far into the run costs as much as the first.
 """
 

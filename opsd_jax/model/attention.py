@@ -111,6 +111,50 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, heads * h)
 
 
+class Groups(NamedTuple):
+    """Whose attention to whom is recorded, see `shares`.
+
+    queries: float32 [B, T, M], keys: float32 [B, S, N], 1 where a slot is in a group. scale: float32 [], of the scores.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    scale: jax.Array
+
+
+def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
+    """Attention weights of groups of queries on groups of keys, float32 [B, M, N]: averaged over the heads, added up
+    over the queries and keys of the groups.
+
+    The weights are those of `attend`, computed again, some queries at a time, whatever kernel attends: neither weights
+    nor mask ever exist for more than `query_block` queries (0: all at once).
+
+    Args:
+      q: [B, T, H, h]. k: [B, S, K, h]. mask: the vectors, as `lay_out` takes them.
+    """
+    b, t, heads, h = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * groups.scale.astype(q.dtype)
+    of_queries = {"limit": mask.limit, "query_segment": mask.query_segment, "query_noised": mask.query_noised}
+    of_queries = {name: jnp.broadcast_to(x, (b, t)) for name, x in of_queries.items() if x is not None}
+
+    def of_some(part):
+        q, queries, vectors = part
+        seen = visible(**vectors, key_segment=mask.key_segment, key_order=mask.key_order, key_noised=mask.key_noised)
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _HIDDEN), axis=-1)
+        return jnp.einsum("bts,btm,bsn->bmn", jnp.mean(weights, axis=(1, 2)), queries, groups.keys)
+
+    block = min(query_block or t, t)
+    count = -(-t // block)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))  # padding is in no group
+        return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
+
+    return jnp.sum(jax.lax.map(of_some, jax.tree.map(cut, (q, groups.queries, of_queries))), axis=0)
+
+
 def _cudnn(q, k, v, mask):
     """`attend` by cuDNN. Its kernel takes the mask as a bias [B, 1, T, S] in bfloat16, a row for every query, and
     trains on even T and S only."""

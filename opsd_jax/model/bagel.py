@@ -133,6 +133,26 @@ def forward(params, x, positions, limit, segment, *, config: ModelConfig, cache=
     return _decoder(config, latents).apply({"params": params["llm"]}, x, positions, mask, cache, offset)
 
 
+def attention_shares(params, x, positions, limit, segment, queries, keys, *, num_queries: int, num_keys: int,
+                     config: ModelConfig, scaled: bool = True):
+    """How much groups of slots attend to groups of slots in each layer, as `forward` over the same slots does it.
+
+    Args:
+      x, positions, limit, segment: as in `forward`. queries, keys: int32 [B, T], number of the group that a slot is in
+        as query and as key, 1..num_queries and 1..num_keys; 0 for none.
+      scaled: False leaves 1 / sqrt(h) out of the softmax that is recorded (not out of the one that acts), as the
+        official recorder does (modeling/bagel/qwen2_navit.py).
+    Returns:
+      float32 [L, B, num_queries, num_keys]: attention weights averaged over heads, added up over both groups.
+    """
+    groups = attention.Groups(
+        jax.nn.one_hot(queries - 1, num_queries), jax.nn.one_hot(keys - 1, num_keys),
+        jnp.float32(config.llm.head_dim ** -0.5 if scaled else 1))
+    mask = attention.Mask(limit, segment, segment)
+    _, _, shares = _decoder(config).apply({"params": params["llm"]}, x, positions, mask, groups=groups)
+    return shares
+
+
 def read(params, context, *, config: ModelConfig, cache=None, key_segment=None, latents=None, times=None):
     """`forward` over a whole context (with what it holds of latents): (hidden [B, T + G, D], cache).
 

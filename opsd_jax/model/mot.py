@@ -115,7 +115,7 @@ class Block(nn.Module):
         other = getattr(self.gen, method)(*(x[:, cut:] for x in args))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), mine, other)
 
-    def __call__(self, carry, rope, mask, offset):
+    def __call__(self, carry, rope, mask, offset, record=None):
         x, cache, layer = carry
         x = sharding.rows(x)
         q, k, v = self._route("qkv", x)
@@ -128,7 +128,8 @@ class Block(nn.Module):
                     for name in ("k", "v"))
         attended = attention.attend(q, k, v, mask, self.config.query_block, self.config.attention)
         x = self._route("output", x, attended)
-        return (sharding.rows(x), cache, layer + 1), None
+        shares = None if record is None else attention.shares(q, k, *record, self.config.query_block)
+        return (sharding.rows(x), cache, layer + 1), shares
 
 
 class Decoder(nn.Module):
@@ -138,27 +139,30 @@ class Decoder(nn.Module):
     {"k", "v": [L, B, S, K, h]} the new keys are written at slots offset..offset+T of all S slots and every query
     may look at all of them, as far as `mask` (an `attention.Mask`) lets it. The last `latents` of the T slots are
     VAE latents.
+
+    groups: `attention.Groups`, whose shares of attention in each layer, [L, B, M, N], are then a third result.
     """
 
     config: ModelConfig
     latents: int = 0
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache=None, offset=0):
+    def __call__(self, x, positions, mask, cache=None, offset=0, groups=None):
         c = self.config.llm
         self.param("embed", nn.initializers.normal(c.hidden_size ** -0.5), (c.vocab_size, c.hidden_size))
         self.param("head", _matrix, (c.hidden_size, c.vocab_size))
         if self.latents and not self.config.generation:
             raise ValueError("latent slots need the generation expert: this model was built without (model.generation)")
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta)
+        record = None if groups is None else (mask, groups)
         mask = attention.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                         in_axes=(nn.broadcast,) * 3, unroll=self.config.unroll)(
+                         in_axes=(nn.broadcast,) * 4, unroll=self.config.unroll)(
             self.config, self.latents, name="layers")
-        (x, cache, _), _ = layers((x, cache, jnp.int32(0)), rope, mask, offset)
+        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, mask, offset, record)
         cut = x.shape[1] - self.latents
         norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         hidden = rms_norm(x[:, :cut], norm, c.rms_norm_eps)
@@ -166,4 +170,4 @@ class Decoder(nn.Module):
             norm_gen = self.param("norm_gen", nn.initializers.ones, (c.hidden_size,))
             if self.latents:
                 hidden = jnp.concatenate([hidden, rms_norm(x[:, cut:], norm_gen, c.rms_norm_eps)], axis=1)
-        return hidden, cache
+        return (hidden, cache) if groups is None else (hidden, cache, shares)

@@ -1,0 +1,158 @@
+"""Answers that are kept batch by batch; what is done to drawn pictures; benchmarks of both kinds."""
+
+import collections
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opsd_jax import answers, benchmarks, generate
+from opsd_jax import eval as eval_lib
+
+TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
+
+
+def bench(name, size=5):
+    return answers.Benchmark(name, tuple(range(size)), None, None, None, size=lambda key: key % 2)
+
+
+# --- keeping
+
+def collect(folder, batches, died_at=None, identity=None):
+    asked = []
+
+    def answer(number, benchmark, keys):
+        if number == died_at:
+            raise KeyboardInterrupt
+        asked.append(number)
+        return {"predictions": [{"index": key, "prediction": f"{benchmark.name} ü\n{key}"} for key in keys]}
+
+    told = []
+    try:
+        records = answers.collect(str(folder), identity or {"seed": 0}, batches, answer,
+                                  lambda record: told.append(record["batch"]), together=True)
+    except KeyboardInterrupt:
+        records = None
+    return records, asked, told
+
+
+def test_a_kill_loses_one_batch_at_most(tmp_path):
+    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    assert [(b.name, keys) for b, keys in batches] == [("A", [0, 2]), ("A", [4, 1]), ("A", [3]), ("B", [0, 1])]
+    whole, asked, told = collect(tmp_path / "whole", batches)
+    assert asked == told == [0, 1, 2, 3]
+    for torn in (b"", b'{"batch": 2, "predictions": [{"ind'):
+        folder = tmp_path / f"part{len(torn)}"
+        assert collect(folder, batches, died_at=2)[1] == [0, 1]
+        with open(folder / "partial.jsonl", "ab") as f:
+            f.write(torn)
+        records, asked, told = collect(folder, batches)
+        assert asked == [2, 3] and told == [0, 1, 2, 3] and records == whole
+        assert (folder / "partial.jsonl").read_bytes() == (tmp_path / "whole" / "partial.jsonl").read_bytes()
+    answers.forget(str(folder))
+    assert not list(folder.iterdir())
+
+
+def test_answers_of_other_conditions_are_not_mixed(tmp_path):
+    batches = answers.plan([bench("A")], 2)
+    collect(tmp_path, batches, died_at=1, identity={"seed": 0, "mode": "none"})
+    before = (tmp_path / "partial.jsonl").read_bytes()
+    with pytest.raises(answers.Other, match="begun with another mode, seed: give the same"):
+        collect(tmp_path, batches, identity={"seed": 1, "mode": "real"})
+    assert (tmp_path / "partial.jsonl").read_bytes() == before
+
+
+def test_rows_that_take_no_part_are_left_out_of_the_plan():
+    assert answers.plan([bench("A", 3)], 4, {("A", 1), ("B", 0)})[0][1] == [0, 2]
+
+
+# --- drawn pictures
+
+def test_what_a_changed_picture_is(tmp_path):
+    picture = np.full((8, 8, 3), 7, np.uint8)
+    assert answers.changer("generated", "T", [1], seed=0) is None and answers.changer("none", "T", [1], seed=0) is None
+    assert answers.changer("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
+    noise = answers.changer("generated-noise", "T", [1, 2], seed=0)
+    first, other, round_2 = noise(0, 0, picture), noise(1, 0, picture), noise(0, 1, picture)
+    assert first.shape == picture.shape and first.dtype == np.uint8
+    assert (noise(0, 0, picture) == first).all() and (first != other).any() and (first != round_2).any()
+    assert (answers.changer("generated-noise", "T", [1], seed=1)(0, 0, picture) != first).any()
+    values = answers.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5 - 1
+    assert abs(values.mean()) < 0.02 and abs(np.mean(np.abs(values) == 1) - 0.317) < 0.02  # beyond one sigma: cut off
+
+
+def test_a_swap_shows_what_the_next_row_drew(tmp_path):
+    shade = {(1, 0): 10, (3, 0): 30, (3, 1): 31, (5, 0): 50}
+    for (row, number), value in shade.items():
+        generate.save_picture(np.full((4, 4, 3), value, np.uint8), answers.picture_path(str(tmp_path), "T", row, number))
+    generate.save_picture(np.zeros((4, 4, 3), np.uint8), answers.picture_path(str(tmp_path), "T-2", 4, 0))
+    swap = answers.changer("generated-swap", "T", [1, 3, 5, 4], seed=0, drawn=str(tmp_path))
+    mine = np.zeros((4, 4, 3), np.uint8)
+    assert [int(swap(b, 0, mine)[0, 0, 0]) for b in range(4)] == [30, 50, 10, 50]
+    assert int(swap(0, 1, mine)[0, 0, 0]) == 31
+    assert int(swap(9, 0, mine)[0, 0, 0]) == 50  # a filler row is the last one again
+    with pytest.raises(FileNotFoundError, match="no other row of T has a picture of round 2"):
+        swap(1, 1, mine)
+    with pytest.raises(FileNotFoundError, match="--visual_thoughts=generated of the same checkpoint"):
+        answers.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
+
+
+def test_the_form_of_the_harness():
+    trace = generate.Trace(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5, {})
+    assert generate.as_harness(trace) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"
+
+
+# --- benchmarks
+
+def test_a_table_as_a_benchmark():
+    table = benchmarks.read(TABLES / "BLINK.tsv")
+    found = answers.of_table(table, cache="lossless", limit=3)
+    assert found.keys == tuple(row.index for row in table.rows[:3]) and not answers.broken(found)
+    pictures, text = found.question(found.keys[0])
+    assert all(isinstance(p, Image.Image) for p in pictures) and "<|image_1|>" in text and len(pictures) == found.size(
+        found.keys[0])
+    lines, summary = found.judge({key: found.expected(key) for key in found.keys})
+    assert summary["overall"] == 1 == summary["n"] / 3 and all(line["hit"] for line in lines.values())
+    lines, summary = found.judge({found.keys[0]: found.expected(found.keys[0]), found.keys[1]: "?"})
+    assert summary["overall"] == 0.5 and summary["needs_judge"] == 1 and summary["interval_95"][0] > 0
+
+
+def test_first_rows_of_a_circular_table_are_whole_questions():
+    table = benchmarks.read(TABLES / "SAT_circular.tsv")
+    found = answers.of_table(table, cache="lossless", limit=1)
+    right = found.judge({key: f"<answer>{found.expected(key)}</answer>" for key in found.keys})[1]
+    assert len(found.keys) > 1 and right["n"] == 1 and right["overall"] == 1
+
+
+# --- tables
+
+def entry(overall, seconds, unit="fraction"):
+    return {"overall": overall, "unit": unit, "n": 10, "interval_95": [0.1, 0.9], "mean_output_tokens": 3.0,
+            "seconds_per_sample": seconds}
+
+
+def test_the_ratio_of_drawing_to_text():
+    of = lambda mode, found, **more: {"mode": mode, "checkpoint": "c", "benchmarks": {"MMVP": found}, **more}
+    summaries = {"n": of("none", entry(0.75, 0.1)), "g": of("generated", entry(70.0, 1.43, "percent")),
+                 "other": of("generated", entry(0.1, 9), checkpoint="d"), "untimed": of("none", entry(0.5, None))}
+    lines = eval_lib.speeds(summaries).splitlines()
+    assert len(lines) == 3 and lines[2].endswith("| 14.3x | +5.0 |")
+    assert "| 78.33 | 77.33 |" in eval_lib.table(summaries) and "| – |" in eval_lib.table(summaries)
+    assert eval_lib.speeds({"n": summaries["n"]}) == ""
+
+
+def test_paper_numbers_are_of_known_benchmarks():
+    assert set(benchmarks.PAPER) == set(benchmarks.KINDS)
+    unique = collections.OrderedDict((value, None) for value in benchmarks.PAPER.values())
+    teacher, student = np.mean(list(unique), axis=0)  # nine columns of Table 2 and their published means
+    assert len(unique) == 9 and round(teacher, 2) == 70.63 and round(student, 2) == 74.03
+
+
+def test_json_lines_are_what_training_writes(tmp_path):
+    """One row of predictions, by hand."""
+    result = eval_lib.Result("T", [{"index": 0, "prediction": "x", "hit": True, "tokens": 1}], 1.0, 1)
+    eval_lib.write(str(tmp_path), [result], checkpoint="c", seed=0, protocol="p")
+    assert json.loads((tmp_path / "predictions.jsonl").read_text()) == {
+        "benchmark": "T", "index": 0, "prediction": "x", "hit": True, "tokens": 1}

@@ -1,0 +1,456 @@
+"""Diagnoses: divergences against full logits, attention shares against a dense softmax, intervals, the commands."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import small_run
+import tiny
+from opsd_jax import context, data, diagnose, distill
+from opsd_jax import eval as eval_lib
+from opsd_jax.model import attention, bagel, mot
+from tiny import MODEL, TOKENIZER
+
+LAST = f"{small_run.LAST:06d}"
+QUERIES, KEYS = len(diagnose.QUERIES), len(diagnose.KEYS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compiles(tmp_path_factory):
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def numpy_kl(teacher_logits, student_logits):
+    """KL(teacher || student) of each row."""
+    t, s = log_softmax(teacher_logits), log_softmax(student_logits)
+    return (np.exp(t) * (t - s)).sum(-1)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+def numpy_shares(q, k, seen, queries, keys, scale):
+    """Sums over groups of the head-averaged weights, slot by slot in float64: [B, M, K]."""
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    found = np.zeros((len(q), queries.max(), keys.max()))
+    for b in range(len(q)):
+        for t in np.flatnonzero(queries[b]):
+            for head in range(heads):
+                scores = k[b, :, head // (heads // kv_heads)] @ q[b, t, head] * scale
+                weights = np.where(seen[b, t], np.exp(scores - scores[seen[b, t]].max()), 0)
+                weights /= weights.sum()
+                for s in np.flatnonzero(keys[b]):
+                    found[b, queries[b, t] - 1, keys[b, s] - 1] += weights[s] / heads
+    return found
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 4, 7, 20])
+def test_shares_of_random_queries_and_keys(block):
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((2, 7, heads, 8), np.float32) for heads in (4, 2))
+    limit = rng.integers(1, 8, (2, 7)).astype(np.int32)
+    segment = np.ones((2, 7), np.int32)
+    queries, keys = rng.integers(0, 3, (2, 7)), rng.integers(0, 4, (2, 7))
+    seen = np.arange(7) < limit[:, :, None]
+    hot = lambda numbers, count: jax.nn.one_hot(numbers - 1, count)
+    for scale in (8 ** -0.5, 1.0):
+        found = attention.shares(q, k, attention.Mask(limit, segment, segment),
+                                 attention.Groups(hot(queries, 2), hot(keys, 3), jnp.float32(scale)), block)
+        np.testing.assert_allclose(found, numpy_shares(q, k, seen, queries, keys, scale), atol=1e-5)
+
+
+def sequence(batch):
+    """What `bagel.forward` takes for the teachers' contexts of a batch: (x, positions, limit, segment)."""
+    c = batch.teacher
+    return jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c), c.positions, c.limit, c.segment
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_shares_in_a_model(scaled):
+    """The first layer's, from its own q and k; the second one's sum to the number of queries."""
+    rng = np.random.default_rng(1)
+    params, slots = tiny.params(), sequence(tiny.batch(rng, 2))
+    x, positions, limit, segment = slots
+    used = segment > 0
+    queries, keys = (np.where(used, rng.integers(low, n + 1, used.shape), 0).astype(np.int32)
+                     for low, n in ((0, 2), (1, 3)))
+    found = jax.jit(functools.partial(
+        bagel.attention_shares, num_queries=2, num_keys=3, scaled=scaled,
+        config=dataclasses.replace(MODEL, query_block=20)))(params, *slots, queries, keys)
+    assert found.shape == (2, 2, 2, 3)
+
+    first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
+    q, k, _ = mot.Expert(MODEL.llm).apply({"params": first}, x, method="qkv")
+    rope = attention.rope_tables(positions, MODEL.llm.head_dim, MODEL.llm.rope_theta)
+    seen = np.asarray(attention.visible(limit, segment, segment))
+    expected = numpy_shares(attention.rotate(q, rope), attention.rotate(k, rope), seen, queries, keys,
+                            MODEL.llm.head_dim ** -0.5 if scaled else 1.0)
+    np.testing.assert_allclose(found[0], expected, atol=2e-4)
+    counts = np.stack([(queries == n).sum(axis=1) for n in (1, 2)], axis=1)
+    np.testing.assert_allclose(found.sum(axis=-1), np.broadcast_to(counts, (2, 2, 2)), rtol=1e-5)
+
+
+def test_recording_leaves_the_model_alone():
+    rng = np.random.default_rng(2)
+    params, (x, positions, limit, segment) = tiny.params(), sequence(tiny.batch(rng, 2))
+    mask = attention.Mask(limit, segment, segment)
+    apply = jax.jit(functools.partial(mot.Decoder(MODEL).apply, {"params": params["llm"]}, x, positions, mask))
+    groups = attention.Groups(*(jax.nn.one_hot(segment - 1, 1),) * 2, jnp.float32(1))
+    plain, recorded = apply(), apply(groups=groups)
+    assert len(plain) == 2 and len(recorded) == 3
+    np.testing.assert_allclose(plain[0], recorded[0], atol=1e-5)
+
+
+def test_groups_of_slots():
+    """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5, transition 6, text 7,
+    delimiters 8; queries 1 before, 2 after."""
+    rng, packer = np.random.default_rng(0), types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d"))
+    problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
+    names = lambda packer, blocks, layout: [x.tolist() for x in diagnose.groups(packer, blocks, layout)]
+    teacher = context.teacher(TOKENIZER, packer.prompts, "q", problem, [thought, thought])
+    keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
+    assert names(packer, teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
+    assert names(packer, context.student(TOKENIZER, packer.prompts, "q", problem), "student") == [
+        [0] * 7 + [1] * 3, keys[:10]]
+    removed = context.teacher(TOKENIZER, packer.prompts, "q", problem, [])
+    assert names(packer, removed, "teacher") == [[0] * 7 + [1] * 7 + [2] * 3, keys[:14] + keys[20:]]
+    bare = types.SimpleNamespace(prompts=context.Prompts("", "", ""))
+    blocks = context.student(TOKENIZER, bare.prompts, "q", problem)
+    blocks += [context.Text(np.array([5])), thought, context.Text(np.array([6, 7]))]
+    assert names(bare, blocks, "interleaved") == [
+        [0] * 7 + [1] * 3 + [0] * 3 + [2] * 4, [8, 2, 2, 8] + [3] * 3 + [7] * 3 + [8, 5, 8] + [7] * 4]
+
+
+def test_shares_are_means_over_the_queries_of_a_group():
+    """With completions behind contexts of different lengths; a group without queries is NaN."""
+    rng = np.random.default_rng(3)
+    batch, tokens = tiny.batch(rng, 2), rng.integers(0, 256, (2, 5)).astype(np.int32)
+    c = batch.teacher
+    queries, keys = (np.zeros((2, c.slots + 5), np.int32) for _ in range(2))
+    keys[:, :c.slots], keys[:, c.slots:] = c.segment, 7
+    queries[0, c.slots:c.slots + 3] = queries[1, c.slots:] = 3
+    queries[0, 1] = 1
+    found = diagnose.attention_shares(tiny.params(), c, tokens, queries, keys, config=MODEL)
+    assert found.shape == (2, MODEL.llm.num_layers, QUERIES, KEYS)
+    np.testing.assert_allclose(found[:, :, 2].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found[0, :, 0].sum(-1), 1, rtol=1e-5)
+    assert np.all(np.isnan(found[:, :, 1])) and np.all(np.isnan(found[1, :, 0]))
+    assert np.all(found[:, :, 2, 6] > 0) and np.all(found[:, :, 2, 1:6] == 0)
+    mean = diagnose._mean_over_rows({"a": np.asarray(found[:1]), "b": np.asarray(found[1:])})
+    np.testing.assert_allclose(mean[:, 2], np.asarray(found)[:, :, 2].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(mean[:, 0], found[0, :, 0], rtol=1e-5)
+    assert list(diagnose._named(mean)) == ["text before", "completion"]
+
+
+# --- divergences --------------------------------------------------------------------------------------------------
+
+def test_ends_are_aligned():
+    """4 scored rows against 3, then 2 against 2 without a common end."""
+    def side(rows, labels, counts):
+        return context.Supervised(None, np.array(rows), np.array(labels), np.arange(4) < np.array(counts)[:, None])
+
+    teacher = side([[2, 3, 4, 5], [7, 8, 0, 0]], [[10, 11, 12, 13], [20, 21, 0, 0]], [4, 2])
+    student = side([[1, 2, 3, 0], [5, 6, 0, 0]], [[11, 9, 13, 0], [20, 22, 0, 0]], [3, 2])
+    of_teacher, of_student, labels, mask, tail = diagnose.align_ends(teacher, student)
+    assert of_teacher.tolist() == [[3, 4, 5, 0], [7, 8, 0, 0]] and of_student.tolist() == [[1, 2, 3, 0], [5, 6, 0, 0]]
+    assert labels.tolist() == [[11, 9, 13, 0], [20, 22, 0, 0]] and mask.sum(axis=1).tolist() == [3, 2]
+    assert tail.tolist() == [1, 0]
+    assert diagnose.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
+
+
+def test_the_official_variant_from_full_logits():
+    """The script's two sequences of a row, packed and aligned here by hand."""
+    rng = np.random.default_rng(4)
+    teacher, student = tiny.params(), tiny.params(seed=1)
+    example = types.SimpleNamespace(thoughts=("ab", "c"), answer="d", full_text_only_thought="abc", pid="p")
+    row = types.SimpleNamespace(example=example, question=np.array([5, 6], np.int32), problem=tiny.image(rng),
+                                visual_thoughts=(tiny.image(rng, (1, 2)), tiny.image(rng)))
+    packer = types.SimpleNamespace(tokenizer=TOKENIZER, side=MODEL.vit.side, reference=lambda row: TOKENIZER.encode(
+        context.text_trace(row.example.full_text_only_thought, row.example.answer)))
+    sizes = {"slots": 96, "patches": 6, "targets": 64}
+    sides = [context.supervise([blocks], tokenizer=TOKENIZER, side=MODEL.vit.side, **sizes)
+             for blocks in diagnose.official_blocks(packer, row)]
+    of_teacher, of_student, _, mask, tail = diagnose.align_ends(*sides)
+    found = diagnose.paired_kl(teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL)
+
+    ask = [row.problem, context.Text(row.question)]
+    first, second, only = (TOKENIZER.encode(text) for text in (
+        "<think>ab</think>", "<think>c</think><answer>d</answer>", "<think>abc</think><answer>d</answer>"))
+    full_logits, logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0])), {}
+    for name, params, blocks, ends in (
+            ("teacher", teacher, [*ask, context.Text(first), row.visual_thoughts[0], context.Text(second)],
+             [(6 + 4, len(first)), (6 + 4 + len(first) + 2 + 4, len(second))]),
+            ("student", student, [*ask, context.Text(only)], [(6 + 4, len(only))])):
+        packed = tiny.pack([blocks], slots=sizes["slots"], patches=6)
+        every = full_logits(params, packed)[0]
+        logits[name] = np.concatenate([every[at:at + n + 1] for at, n in ends])  # bos to the last id, which says eos
+    n = min(map(len, logits.values()))
+    expected = numpy_kl(logits["teacher"][-n:], logits["student"][-n:])
+    assert mask.sum() == n == len(only) + 1 and expected.max() > 0.1
+    np.testing.assert_allclose(found[0][mask[0]], expected, rtol=1e-3, atol=1e-4)
+    assert tail[0] == len("c</think><answer>d</answer>") + 1
+
+
+def test_intervals_of_the_bootstrap():
+    rng = np.random.default_rng(5)
+    before = [rng.gamma(2, 1, 200), rng.gamma(2, 3, 100)]
+    found = diagnose.bootstrap(before, [x / 4 for x in before], seed=3)
+    assert found == diagnose.bootstrap(before, [x / 4 for x in before], seed=3)
+    other = diagnose.bootstrap(before, [x / 4 for x in before], seed=4)
+    assert found["macro"]["before"] == other["macro"]["before"] and found["macro"] != other["macro"]
+    # Paired: what is a quarter in each row is one in every resample.
+    np.testing.assert_allclose([found["macro"]["closure"], *found["samples"]["closure_95"]], 0.75, rtol=1e-12)
+    means = [x.mean() for x in before]
+    np.testing.assert_allclose([t["before"] for t in found["tasks"]], means)
+    np.testing.assert_allclose(found["macro"]["before"], np.mean(means))
+    np.testing.assert_allclose(found["samples"]["before"], np.concatenate(before).mean())
+    assert [t["n"] for t in found["tasks"]] == [200, 100] and found["macro"]["n"] == 300
+    low, high = found["tasks"][0]["before_95"]
+    np.testing.assert_allclose((high - low) / 2, 1.96 * before[0].std() / 200 ** 0.5, rtol=0.1)
+    # Independent noise in both widens the closure's interval.
+    noisy = diagnose.bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
+    assert noisy["closure_95"][0] < 0.75 - 0.02 and noisy["closure_95"][1] > 0.75 + 0.02
+    nothing = diagnose.bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
+    assert nothing["closure"] is None and nothing["closure_95"] is None and nothing["before"] == 0
+    assert "after" not in diagnose.bootstrap(before)["macro"]
+
+
+def test_summary_of_divergences():
+    """A mean over tokens, then over rows, then over tasks; the tail by itself."""
+    record = lambda task, before, after, tail: {
+        "task": task, "labels": [0] * len(before), "before": before, "after": after, "tail": tail}
+    records = [record("a", [1, 3], [1, 1], 1), record("a", [5], [2], 1), record("b", [9, 9, 9], [3, 6, 9], 0)]
+    found = diagnose.summarise_kl(records, ("a", "b"), seed=0)
+    assert found["tasks"]["a"]["before"] == 3.5 and found["tasks"]["a"]["after"] == 1.5
+    assert found["macro"]["before"] == 6.25 and found["macro"]["after"] == 3.75 and found["macro"]["closure"] == 0.4
+    np.testing.assert_allclose(found["samples"]["before"], 16 / 3)
+    assert found["tokens"] == 2 and found["spread"]["median"] == 5 and found["spread"]["max"] == 9
+    assert found["tail"] is None  # task b has none
+    assert diagnose.summarise_kl(records[:2], ("a",), seed=0)["tail"]["macro"]["before"] == 4
+
+
+@pytest.mark.parametrize("only_this, only_reference, p", [
+    (1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 10, 2 / 1024), (5, 5, 1), (0, 0, 1), (3, 4, 1), (8, 2, 112 / 1024)])
+def test_pairs_are_compared(only_this, only_reference, p):
+    hits = [True] * only_this + [False] * only_reference + [True, False]
+    other = [False] * only_this + [True] * only_reference + [True, False]
+    assert diagnose.compare(hits, other) == {"only_this": only_this, "only_reference": only_reference, "p": p}
+
+
+def test_summary_of_interventions():
+    answers = lambda *hits: [{"hit": bool(hit)} for hit in hits]
+    found = {"real": {"a": answers(1, 1, 0), "b": answers(1)}, "noise": {"a": answers(0, 1, 1), "b": answers(0)},
+             "none": {"a": answers(0, 0, 0), "b": answers(0)}}
+    summary = diagnose.summarise_interventions(found, ("a", "b"))
+    assert summary["a"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 1, "p": 1}
+    assert summary["all"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 2, "p": 1}
+    assert summary["all"]["real"]["accuracy"] == 0.75 and summary["all"]["real"]["n"] == 4
+    assert summary["all"]["real"]["against_none"] == {"only_this": 3, "only_reference": 0, "p": 0.25}
+    assert "against_real" not in summary["all"]["real"] and "against_none" not in summary["b"]["none"]
+    low, high = summary["all"]["real"]["interval_95"]
+    assert 0.30 < low < 0.31 and 0.95 < high < 0.96
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A copy of the finished run that the tests here share."""
+    copy = tmp_path_factory.mktemp("diagnose") / "w"
+    shutil.copytree(small_run.trained(tmp_path_factory), copy)
+    return copy
+
+
+def run(workdir, *arguments):
+    """The folder of the results, and their summary."""
+    before = set(os.listdir(workdir / "diagnose")) if (workdir / "diagnose").exists() else set()
+    diagnose.main([arguments[0], f"--workdir={workdir}", *arguments[1:]])
+    name, = set(os.listdir(workdir / "diagnose")) - before
+    return workdir / "diagnose" / name, json.loads((workdir / "diagnose" / name / "summary.json").read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_page(folder, *texts):
+    page = (folder / "report.html").read_text()
+    for text in texts:
+        assert text in page
+    assert sorted(set(os.listdir(folder)) - {"tokens.jsonl", "predictions.jsonl", "shares.npz"}) == [
+        "report.html", "summary.json"]  # and nothing half-written
+
+
+@pytest.mark.slow
+def test_kl_command(workdir):
+    folder, summary = run(workdir, "kl", "--rows=10")
+    assert folder.name == f"kl-{LAST}-first10"
+    check_page(folder, "closed %", "Shared tail", "Completions: base", "nats", "data:image/png")
+    records = lines(folder / "tokens.jsonl")
+    assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
+        str(small_run.WARMUP)] * 2 + [str(small_run.LAST)]
+    for kind in diagnose.COMPLETIONS:
+        mine = [r for r in records if r["completion"] == kind]
+        assert [r["index"] for r in mine] == list(range(10))
+        by_task = summary["completions"][kind]["tasks"][small_run.TASK]
+        for name in ("before", "after"):
+            assert all(len(r[name]) == len(r["labels"]) == len(r["pieces"]) for r in mine)
+            np.testing.assert_allclose(by_task[name], np.mean([np.mean(r[name]) for r in mine]), rtol=1e-9)
+        np.testing.assert_allclose(by_task["closure"], 1 - by_task["after"] / by_task["before"], rtol=1e-9)
+
+    # Token by token from full logits, each row alone, teacher and student as in training.
+    opened = diagnose.open_run(str(workdir), limit=10)
+    teacher, student = (diagnose.load(opened, str(workdir / "checkpoints" / str(step)))
+                        for step in (small_run.WARMUP, small_run.LAST))
+    logits = jax.jit(lambda params, c, fed: bagel.logits(params, distill.score(
+        params, c, context.Completion(fed, None, None), config=opened.model)))
+    context_of = lambda r, mode: eval_lib.contexts(opened.rows, opened.packer, 0, [r["index"]], mode, 0)[1]
+    for kind in ("base", "student", "data"):
+        for r in [r for r in records if r["completion"] == kind][:3]:
+            ids = r["labels"]
+            if kind == "data":
+                trace = opened.packer.reference(opened.rows(0, r["index"])).tolist()
+                assert ids == [*trace, opened.tokenizer.eos]
+            fed = np.zeros((1, 40), np.int32)
+            fed[0, :len(ids)] = opened.tokenizer.bos, *ids[:-1]
+            of_teacher = logits(teacher, context_of(r, "real"), fed)[0, :len(ids)]
+            for name, params in (("before", teacher), ("after", student)):
+                expected = numpy_kl(of_teacher, logits(params, context_of(r, "none"), fed)[0, :len(ids)])
+                np.testing.assert_allclose(r[name], expected, rtol=1e-3, atol=2e-5)
+
+    # The same on the traces as training measured, over the same rows.
+    args = dict(config=opened.model, task_names=opened.tasks, batch_size=opened.batch_size, limit=10, mesh=opened.mesh)
+    theirs = eval_lib.reference_kl(teacher, student, opened.rows, opened.packer, **args)[small_run.TASK]
+    np.testing.assert_allclose(summary["completions"]["data"]["macro"]["after"], theirs["kl"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_kl_of_chosen_completions(workdir):
+    """Greedy completions end as sampled: with eos, or cut by the budget and then without. One model has no after."""
+    folder, summary = run(workdir, "kl", "--rows=5", "--completions=base", "--temperature=0", "--batch_size=2",
+                          f"--student={workdir}/checkpoints/{small_run.WARMUP}")
+    assert folder.name == f"kl-{small_run.WARMUP:06d}-first5-base-temperature0"
+    assert "after" not in summary["completions"]["base"]["macro"]
+    predictions = lines(workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "predictions.jsonl")
+    opened = diagnose.open_run(str(workdir))
+    for r, p in zip(lines(folder / "tokens.jsonl"), predictions):
+        ended = p["stop"] == "eos"
+        assert len(r["labels"]) == p["tokens"] + ended and (r["labels"][-1] == opened.tokenizer.eos) == ended
+        assert opened.tokenizer.decode(r["labels"][:p["tokens"]]) == p["prediction"]
+
+
+@pytest.mark.slow
+def test_interventions_command(workdir):
+    folder, summary = run(workdir, "interventions", "--rows=8")
+    assert folder.name == f"interventions-{LAST}-first8"
+    check_page(folder, "noise against real", "McNemar", "Where the answers look")
+    found = lines(folder / "predictions.jsonl")
+    assert [p["mode"] for p in found[::8]] == list(diagnose.MODES)
+    for mode in ("none", "real"):  # what training's evaluation answered
+        theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")[:8]
+        assert [p["prediction"] for p in found if p["mode"] == mode] == [p["prediction"] for p in theirs]
+        assert summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
+    shares = summary["attention_of_the_answers"]
+    for mode in diagnose.MODES:
+        np.testing.assert_allclose(sum(shares[mode].values()), 1, rtol=1e-5)
+        assert (shares[mode]["visual thoughts"] > 0) == (mode in ("real", "noise", "swap"))
+        assert (shares[mode]["transition"] > 0) == (mode != "none")
+
+
+@pytest.mark.slow
+def test_attention_command(workdir):
+    folder, summary = run(workdir, "attention", "--rows=8", "--batch_size=4")
+    assert folder.name == f"attention-{LAST}-first8"
+    check_page(folder, "Text before the visual thoughts", "txt1-&gt;img1", "share of attention, %")
+    assert summary["scaled"] and set(summary["official"]) == {"real", "noise", "swap"}
+    with np.load(folder / "shares.npz", allow_pickle=False) as arrays:
+        arrays = {name: arrays[name] for name in arrays}
+    layers = small_run.CHANGES["model.llm.num_layers"]
+    assert {x.shape for x in arrays.values()} == {(8, layers, QUERIES, KEYS)} and len(arrays) == 6
+    for name, x in arrays.items():
+        there = [m for m, query in enumerate(diagnose.QUERIES) if query != "completion" or name.startswith("teacher")]
+        np.testing.assert_allclose(x[:, :, there].sum(axis=-1), 1, rtol=1e-5)
+        assert np.all(np.isnan(x[:, :, 2])) == name.startswith("interleaved")
+        assert np.all(x[:, :, 0, diagnose.KEYS.index("visual thoughts")] == 0)  # what comes later is not seen
+        assert np.all(x[:, :, 1, diagnose.KEYS.index("visual thoughts")] > 0)
+    real, noise = (arrays[f"interleaved/{mode}/{small_run.TASK}"] for mode in ("real", "noise"))
+    np.testing.assert_allclose(real[:, :, 0], noise[:, :, 0], atol=1e-5)
+    assert np.abs(real[:, :, 1] - noise[:, :, 1]).max() > 1e-4
+    np.testing.assert_allclose(summary["official"]["real"]["txt1->img1"], real[:, :, 1, 4].mean(axis=0), rtol=1e-5)
+
+    # One row from its own q and k: the first layer of the interleaved trace.
+    opened = diagnose.open_run(str(workdir), limit=8)
+    params = diagnose.load(opened, str(workdir / "checkpoints" / str(small_run.LAST)))
+    row = opened.rows(0, 3)
+    blocks = opened.packer.blocks(row, "interleaved")
+    c = opened.packer.pack([row], "trace", -1, [blocks])
+    x = bagel.embed(params, c, config=opened.model)
+    first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
+    q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
+    rope = attention.rope_tables(c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta)
+    pad = lambda numbers: np.pad(numbers, (0, c.slots - len(numbers)))[None]
+    queries, keys = map(pad, diagnose.groups(opened.packer, blocks, "interleaved"))
+    seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
+    sums = numpy_shares(attention.rotate(q, rope), attention.rotate(k, rope), seen, queries, keys,
+                        opened.model.llm.head_dim ** -0.5)[0]
+    for m in (0, 1):
+        np.testing.assert_allclose(real[3, 0, m], sums[m] / (queries == m + 1).sum(), atol=1e-4)
+
+    sharp = run(workdir, "attention", "--rows=8", "--official_scale")
+    assert sharp[0].name == f"attention-{LAST}-first8-official-scale" and not sharp[1]["scaled"]
+    assert "without 1/√d" in (sharp[0] / "report.html").read_text()
+    assert sharp[1]["official"]["real"] != summary["official"]["real"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, message", [
+    (["kl", "--completions=base,mine"], "--completions=mine: choose from base, student, data, official"),
+    (["kl", "--temperature=-1"], "--temperature=-1: give a positive number"),
+    (["kl", "--rows=-1"], "--rows=-1"),
+    (["attention", "--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus"),
+    (["interventions", "--split=dev"], "dev"),
+    (["interventions", "--checkpoint={}/checkpoints/77"], "no such checkpoint"),
+    (["kl", "--teacher=/tmp"], "is no step of"),
+])
+def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        diagnose.main([arguments[0], f"--workdir={workdir}", *(a.format(workdir) for a in arguments[1:])])
+    found = capsys.readouterr().err
+    assert stopped.value.code == 1 and message in found and found.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
+    folder, _ = run(workdir, "kl", "--rows=2", "--completions=data", "--name=mine")
+    assert folder.name == "mine"
+    with pytest.raises(SystemExit):
+        diagnose.main(["kl", f"--workdir={workdir}", "--name=mine"])
+    assert "mine exists: choose another --name, or delete it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        diagnose.main(["kl", f"--workdir={tmp_path}"])
+    assert "holds no run" in capsys.readouterr().err
+
+    class Blind(data.Rows):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.sources = [[dataclasses.replace(s[n], visual_thoughts=()) for n in range(3)] for s in self.sources]
+
+    monkeypatch.setattr(data, "Rows", Blind)
+    with pytest.raises(SystemExit):
+        diagnose.main(["attention", f"--workdir={workdir}", "--rows=3"])
+    assert f"the first 3 rows of {small_run.TASK}, test, have no visual thoughts" in capsys.readouterr().err

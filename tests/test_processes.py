@@ -1,0 +1,154 @@
+"""A run of two processes with four devices each computes what one process with one device does.
+
+The processes exist as children only (this file, run by launch/local_multiprocess.sh): they join by
+`distributed.initialize`, go through the meshes of `test_meshes.run`, every process with its own rows, and assemble the
+batches of a small data set; the first leaves .npz files.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import small_run
+
+COUNT, DEVICES, STEPS = 2, 4, (0, 5)
+# (data, fsdp, tensor): micro steps. Processes hold one half each of `fsdp`, of `data`, or of every row.
+MESHES = {(1, 4, 2): 1, (2, 2, 2): 2, (1, 1, 8): 1}
+BATCH = 8
+
+
+def batches(data_dir, workdir, share=None, **changes):
+    """data.Batches of the OPSD stage over the rows of small_run.py."""
+    from opsd_jax import data, tokenizer
+
+    config = small_run.config(data__dir=str(data_dir), opsd__batch_size=BATCH, **changes)
+    tok = tokenizer.load(data.tokenizer_folder(config, ""))
+    rows = data.Rows(config, "", tok, "train")
+    return data.Batches(config, str(workdir), "opsd", rows, data.Packer(config, tok), share=share)
+
+
+def main(folder, data_dir):
+    import faulthandler
+
+    from opsd_jax import distributed
+
+    faulthandler.dump_traceback_later(800, exit=True)  # processes that wait for each other for ever say where
+    distributed.initialize()
+    import jax
+
+    import test_meshes
+    from opsd_jax import sharding
+
+    me = jax.process_index()
+    folder = pathlib.Path(folder)
+
+    def leave(name, found):
+        if me == 0:
+            np.savez(folder / f"{name}.npz", **found)
+
+    mesh = sharding.make_mesh(1, -1, 1)
+    mine = batches(data_dir, folder, sharding.local_rows(mesh, BATCH))
+    for step in STEPS:
+        batch = sharding.put_batch(mesh, mine.opsd(step)[0])
+        leave(f"batch{step}", {f"{n}": x for n, x in enumerate(test_meshes.whole(mesh, batch))})
+    for sizes, accumulation in MESHES.items():
+        mesh = sharding.make_mesh(*sizes)
+        found = test_meshes.run(mesh, accumulation, np.array(sharding.local_rows(mesh, test_meshes.ROWS)))
+        leave(test_meshes.name_of(sizes), jax.tree.map(np.asarray, found) | {"here": jax.local_device_count()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    from opsd_jax import data
+
+    made = tmp_path_factory.mktemp("rows")
+    data.make_if_absent(small_run.config(data__dir=str(made)), "")
+    return made
+
+
+# --- who reads which rows -----------------------------------------------------------------------------------
+
+def half(process, processes):
+    return range(process * BATCH // processes, (process + 1) * BATCH // processes)
+
+
+@pytest.mark.parametrize("processes", [2, 4, BATCH])
+def test_processes_share_the_batch_that_one_would_have(data_dir, tmp_path, processes):
+    import jax
+
+    one = batches(data_dir, tmp_path)
+    parts = [batches(data_dir, tmp_path, half(n, processes)) for n in range(processes)]
+    for step in STEPS:
+        batch, rows = one.opsd(step)
+        found = [part.opsd(step) for part in parts]
+        pids = [[row.example.pid for row in prepared] for _, prepared in found]
+        assert {len(names) for names in pids} == {BATCH // processes}
+        assert sum(pids, []) == [row.example.pid for row in rows]
+        assert len(set(sum(pids, []))) == BATCH  # the rows of two processes are never the same
+        together = jax.tree.map(lambda *xs: np.concatenate(xs), *(part for part, _ in found))
+        jax.tree.map(np.testing.assert_array_equal, together, batch)
+    assert pids != [[row.example.pid for row in part.opsd(STEPS[0])[1]] for part in parts]
+
+
+# --- really two processes -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two(data_dir, tmp_path_factory):
+    """{file: what the processes found}."""
+    here, folder = pathlib.Path(__file__).resolve(), tmp_path_factory.mktemp("two")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))}
+    env |= {"DEVICES": str(DEVICES), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(here.parents[1])}
+    launcher = here.parents[1] / "launch" / "local_multiprocess.sh"
+    command = ["bash", launcher, str(COUNT), "--", sys.executable, here, folder, data_dir]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The same in this process, on one device."""
+    import jax
+
+    import test_meshes
+    import tiny
+    from opsd_jax import sharding
+
+    with tiny.quick_compiles():
+        found = test_meshes.run(sharding.make_mesh(*test_meshes.ONE, devices=jax.devices()[:1]), 1)
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_two_processes_put_the_same_batch_on_their_devices(two, data_dir, tmp_path, step):
+    import jax
+
+    batch, _ = batches(data_dir, tmp_path).opsd(step)
+    found = two[f"batch{step}"]
+    for n, leaf in enumerate(jax.tree.leaves(batch)):
+        np.testing.assert_array_equal(found[f"{n}"], leaf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_two_processes_compute_what_one_does(two, one, sizes):
+    found = two["x".join(map(str, sizes))]
+    assert found["here"] == DEVICES < np.prod(sizes) == COUNT * DEVICES
+    np.testing.assert_array_equal(found["rollout_tokens"], one["rollout_tokens"])
+    np.testing.assert_allclose(found["losses"], one["losses"], rtol=0, atol=1e-5)
+    assert found["resharded"] == 0 and found["deleted"] and found["update_programs"] == 1
+    assert found.keys() >= one.keys() and sum(key.startswith("grad") for key in one) > 40
+    for key in one:
+        if key.startswith(("grad", "leaf")):
+            atol = 1e-6 if key.startswith("grad") else 1e-5
+            np.testing.assert_allclose(found[key], one[key], rtol=0, atol=atol, err_msg=key)
