@@ -48,6 +48,8 @@ def get_config(arg: str = "maze"):
     c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)
     c.sft.update(steps=400, batch_size=48)
     c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
+    c.offline.update(steps=400, batch_size=48)
+    c.offline.optim.update(c.opsd.optim)
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
@@ -57,26 +59,30 @@ def get_config(arg: str = "maze"):
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
     c.arms.image = {"teacher": {"visual_thoughts": "image"}}
     c.arms.swap = {"teacher": {"visual_thoughts": "swap"}}
+    c.arms.none = {"teacher": {"visual_thoughts": "none"}}
     c.arms.sft = {"stages": ("sft",)}
+    c.arms.offline = {"stages": ("offline",)}
     c.run_arms = ("noise", "image", "sft")
 
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
-        c.warmup.steps, c.opsd.steps, c.sft.steps = 130, 70, 70
+        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 130, 70, 70, 70
         c.eval.every = 0
         c.run_arms = ("noise",)
     if arg == "draw":
         c.stages = ("autoencoder", "warmup", "opsd")
-        # scale and shift: 1 / latent_std and latent_mean of metrics.jsonl where the autoencoder's stage ends
-        c.model.generation.update(on=True, channels=32, multipliers=(1, 1, 1), num_res_blocks=1, z_channels=4, scale=1.08,
-                                  shift=0.0, patch=2, side=grid)
+        # shift: latent_mean of metrics.jsonl where the autoencoder's stage ends. scale: 1.8 / latent_std, because charts
+        # differ in a third of the latents' variance only; that third is what has to stand out of the noise.
+        c.model.generation.update(on=True, channels=32, multipliers=(1, 1, 1), num_res_blocks=1, z_channels=4, scale=1.2,
+                                  shift=0.154, patch=2, side=grid, timestep_shift=3.0)
         c.data.buckets.trace = ((2 * patches + text[2] + 6, 2 * patches, text[3]),)
         c.data.buckets.drawn = ((3 * patches, 2, 8 * grid, 8 * grid),)
-        c.autoencoder.update(steps=300, batch_size=8, kl_weight=3e-3)
+        c.autoencoder.update(steps=300, batch_size=8, kl_weight=3e-4)
         c.autoencoder.optim.update(lr=3e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8)
-        c.warmup.update(steps=600, batch_size=32)
-        c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=2)
-        c.drawing.update(num_timesteps=13, timestep_shift=1.0, text_scale=1.0, image_scale=1.0)
-        c.log.samples_every = 100
+        c.warmup.update(steps=3000, batch_size=12)
+        c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=4)
+        c.warmup.optim.update(lr=3e-3, min_lr=1e-3)
+        c.drawing.update(num_timesteps=25, timestep_shift=3.0, text_scale=1.0, image_scale=1.0)
+        c.log.samples_every = 250
         c.run_arms = ()
     return c

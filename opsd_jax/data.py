@@ -91,6 +91,7 @@ class Rows:
         self._tokenizer, self._suffix = tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
+        self.drawing = drawing
         self._drawn_rule = generate.vae_rule(settings.model(config).generation) if drawing else None
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
@@ -329,7 +330,7 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
     task, size = config.data.tasks[source], len(rows.sources[source])
     mode = config.teacher.visual_thoughts
     facts = json.dumps([task, size, str(rows.sources[source].split), config.data.buckets.to_dict(),
-                        config.images.to_dict(), config.prompts.to_dict(), mode], sort_keys=True)
+                        config.images.to_dict(), config.prompts.to_dict(), mode, rows.drawing], sort_keys=True)
     path = os.path.join(workdir, f"buckets-{task}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.npy")
     if os.path.exists(path):
         index = np.load(path, allow_pickle=False)

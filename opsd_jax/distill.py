@@ -66,6 +66,7 @@ class DistillConfig:
     trains: "text" (`update_step`, `sft_step`: what only draws is frozen), "drawing" (`drawn_step`: that too) or
       "autoencoder" (`autoencoder_step`: it alone). ce_weight, mse_weight: of the two losses of `drawn_step`.
     kl_weight: of the posterior's KL divergence in `autoencoder_step`.
+    cached_weight, cached_temperature: of the KL to a cached teacher, in `offline.step`.
     """
 
     model: ModelConfig
@@ -86,6 +87,8 @@ class DistillConfig:
     trains: str = "text"
     mse_weight: float = 1.0
     kl_weight: float = 0.0
+    cached_weight: float = 0.5
+    cached_temperature: float = 2.0
 
     def __post_init__(self):
         if self.trains not in TRAINS:

@@ -168,8 +168,9 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
         greedy=protocol.greedy, temperature=protocol.temperature, max_image_skips=0)
     drawing = None
     if draw:
+        guidance = flow.HARNESS if protocol.guidance == "harness" else {}
         drawing = flow.FlowConfig(model=config, image_start=tokenizer.image_start, image_end=tokenizer.image_end,
-                                  **{**(flow.HARNESS if protocol.guidance == "harness" else {}), **model.drawing, **(changes or {})})
+                                  **{**guidance, **model.drawing, **(changes or {})})
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
     rows = [_ask(model, pictures, text, keys, draw) for pictures, text in questions]
     traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in rows]

@@ -14,7 +14,7 @@ from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model.config import (
     LORA_TARGETS, GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
 
-STAGES = ("autoencoder", "warmup", "opsd", "sft")
+STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 LAYOUTS = ("interleaved", "reference", "text", "drawn")
 
 
@@ -106,6 +106,10 @@ def default() -> ConfigDict:
     c.opsd.max_forward_tokens = 10240  # completions are cut so that the teacher's sequence fits
     c.sft = _stage(steps=2000, batch_size=16, lr=1e-5, reduction="token")
     c.sft.mix = ConfigDict(dict(interleaved=0, reference=0, text=1))
+    c.offline = _stage(steps=8000, batch_size=16, lr=1e-5, reduction="token")  # a cached teacher, see offline.py
+    c.offline.top_k = 256  # the teacher's entries that are kept; the whole vocabulary where that is smaller
+    c.offline.temperature = 2.0
+    c.offline.weight = 0.5  # of the KL beside the cross entropy
 
     c.drawing = ConfigDict(dict(  # how a run's model draws, see flow.FlowConfig
         num_timesteps=50, timestep_shift=3.0, text_scale=3.0, image_scale=1.5))
@@ -118,7 +122,7 @@ def default() -> ConfigDict:
     c.eval.final_split = "test"  # evaluated whole when a stage ends; "": not at all
     c.eval.final_visual_thoughts = ("none", "real")
     c.eval.final_banned = False  # also without pictures and with the marker banned
-    c.eval.kl = True  # also KL(start with VT || now without) on reference traces, after opsd and sft
+    c.eval.kl = True  # also KL(start with VT || now without) on reference traces, after opsd, sft, offline
     c.eval.batch_size = 64
     c.eval.slots = 0  # as rollout.slots, of an evaluation batch
     c.eval.max_new_tokens = 0  # 0: as rollout.max_new_tokens
@@ -186,6 +190,12 @@ def check(config: ConfigDict) -> None:
         if not config.eval.final_split or "none" not in config.eval.final_visual_thoughts:
             raise ValueError("config.run_arms ends with a table of text-only accuracies: set config.eval.final_split, and "
                              "'none' in config.eval.final_visual_thoughts")
+    if "offline" in config.stages:
+        if config.offline.top_k < 1 or config.offline.temperature <= 0 or config.offline.weight < 0:
+            raise ValueError("config.offline needs top_k >= 1, temperature > 0 and weight >= 0")
+        if config.teacher.visual_thoughts != "real":
+            raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
+                             "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage out")
     buckets = config.data.buckets
     if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
         raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")
@@ -255,7 +265,7 @@ def rollout(config: ConfigDict, tokenizer, marker, **changes):
 
 
 def distill(config: ConfigDict, stage: str, tokenizer):
-    """DistillConfig of one stage. Supervised stages have no teacher."""
+    """DistillConfig of one stage. Supervised stages have no teacher; that of `offline` is on disk."""
     from opsd_jax.distill import DistillConfig, OptimConfig
 
     s = config[stage]
@@ -267,6 +277,8 @@ def distill(config: ConfigDict, stage: str, tokenizer):
         own = dict(teacher="self", trains="autoencoder", kl_weight=s.kl_weight)
     elif draws(config, stage):
         own = dict(teacher="self", trains="drawing", ce_weight=s.ce_weight, mse_weight=s.mse_weight)
+    elif stage == "offline":
+        own = dict(teacher="self", cached_weight=s.weight, cached_temperature=s.temperature)
     else:
         own = dict(teacher="self")
     if stage != "autoencoder":

@@ -2,9 +2,9 @@
 
   settings -> data -> mesh -> model -> for each stage: (restore or start) -> loop -> checkpoint, evaluation -> arms
 
-A run is a sequence of stages (`warmup`, `opsd`, `sft`); step numbers go on from stage to stage. If W holds a run,
-it continues where that stopped, exactly. `--arm=NAME` runs one of the config's control arms in W/arms/NAME, from
-the weights with which W's first OPSD step began.
+A run is a sequence of stages (`autoencoder`, `warmup`, `opsd`, `sft`, `offline`); step numbers go on from stage to
+stage. If W holds a run, it continues where that stopped, exactly. `--arm=NAME` runs one of the config's control arms
+in W/arms/NAME, from the weights with which W's first OPSD step began.
 """
 
 import dataclasses
@@ -236,7 +236,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     """
     import jax
 
-    from opsd_jax import data, distill, metrics, params as params_lib, rollout, sharding
+    from opsd_jax import data, distill, metrics, offline, params as params_lib, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
@@ -245,9 +245,18 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
     # data first: what is wrong with them shows before anything is saved
     rows = data.Rows(config, run.data_workdir, run.tokenizer, "train", drawing=draws)
-    batches = data.Batches(config, run.workdir, stage, rows, run.packer,
+    make_batches = offline.Batches if stage == "offline" else data.Batches
+    batches = make_batches(config, run.workdir, stage, rows, run.packer,
                            share=sharding.local_rows(run.mesh, config[stage].batch_size))
     evaluation, evaluates = Evaluation(run, stage), stage != "autoencoder"
+
+    if stage == "offline" and (done is None or done < last):
+        with clock("collect"):  # in the middle of the stage the teacher is read again, before the optimizer takes its room
+            batches.cache = offline.collect(
+                initial_params(run, first) if params is None else params, config, run.workdir, rows, run.packer,
+                run.mesh, stopped=lambda: stop.is_set)
+        if batches.cache is None:
+            return params
 
     # state: fresh from the parameters, or as the checkpoint left it
     make_state = lambda p: distill.init_state(p, distill_config)
@@ -262,7 +271,8 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         shardings = sharding.tree(run.mesh, jax.eval_shape(make_state, params))
         state = jax.jit(make_state, out_shardings=shardings)(params)
         start = first
-        if stage in ("opsd", "sft") and checkpoints.latest() is None:  # where arms, the KL and diagnostics start from
+        # where arms, the KL and diagnostics start from
+        if stage in ("opsd", "sft", "offline") and checkpoints.latest() is None:
             _save(run, checkpoints, start, state, stage, distill_config)
             checkpoints.wait()
     on_start()
@@ -279,7 +289,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         cast=lambda params: params_lib.in_compute_dtype(params, config.model.dtype))
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = metrics.CompileGuard()
-    step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step}
+    step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step, "offline": offline.step}
     update = distill.program(step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config)
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     guard.watch("update", update, update._cache_size() + buckets)
@@ -319,7 +329,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
             now = step + 1
 
             if step == start and start == first and stage != "autoencoder":
-                _show_batch(run, stage, now, prepared, host_batch.traces if draws else host_batch)
+                _show_batch(run, stage, now, prepared, getattr(host_batch, "traces", host_batch))
             if draws and (now == last or config.log.samples_every and now % config.log.samples_every == 0):
                 with clock("samples"):
                     show = _show_reconstructions if stage == "autoencoder" else _show_drawings

@@ -41,17 +41,18 @@ def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.C
 
 
 def stand_in(folder, name: str, body: str) -> str:
-    """Puts a command `name` on a PATH, which it returns; "$LOG" gets its arguments, NUL between, newline behind."""
+    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL behind each, and a
+    newline and NUL at the end, in one write: several may run at once."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\n{{ printf '%s\\0' {name} \"$@\"; echo; }} >> {folder}/log\n{body}\n")
+    path.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\n' >> {folder}/log\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return f"{folder}:{os.environ['PATH']}"
 
 
 def calls(folder) -> list[list[str]]:
     log = folder / "log"
-    return [line.split("\0")[:-1] for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+    return [line.split("\0")[:-1] for line in log.read_text().split("\n\0")[:-1]] if log.exists() else []
 
 
 # --- scripts ------------------------------------------------------------------------------------------------
