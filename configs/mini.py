@@ -79,9 +79,9 @@ def get_config(arg: str = "maze"):
         c.data.buckets.drawn = ((3 * patches, 2, 8 * grid, 8 * grid),)
         c.autoencoder.update(steps=300, batch_size=8, kl_weight=3e-4)
         c.autoencoder.optim.update(lr=3e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8)
-        c.warmup.update(steps=3000, batch_size=12)
+        c.warmup.update(steps=2000, batch_size=12)
         c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=4)
-        c.warmup.optim.update(lr=3e-3, min_lr=1e-3)
+        c.warmup.optim.update(lr=3e-3, min_lr=5e-4)
         c.drawing.update(num_timesteps=25, timestep_shift=3.0, text_scale=1.0, image_scale=1.0)
         c.log.samples_every = 250
         c.run_arms = ()

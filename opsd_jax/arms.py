@@ -18,8 +18,6 @@ from opsd_jax import settings
 
 def settings_of(config, workdir: str, name: str):
     """(config, workdir) of an arm. ValueError for an unknown one, FileNotFoundError if the run is not warmed up."""
-    from ml_collections import ConfigDict
-
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
     changes, ends = config.arms[name].to_dict(), settings.stage_ends(config)
@@ -29,7 +27,7 @@ def settings_of(config, workdir: str, name: str):
     start = os.path.join(workdir, "checkpoints", str(warm))
     if not os.path.isdir(start):
         raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
-    config = ConfigDict(config)
+    config = config.copy_and_resolve_references()  # ConfigDict(config) would share its inner dicts
     config.run_arms = ()
     config.stages = ("opsd",)
     config.init_from = start
@@ -106,7 +104,7 @@ def report(workdir: str, names) -> str:
 
     Raises FileNotFoundError where an evaluation is missing.
     """
-    from opsd_jax.eval import load_config
+    from opsd_jax.data import load_config
 
     config, rows = load_config(workdir), []
     warm = settings.stage_ends(config)["opsd"] - config.opsd.steps

@@ -697,12 +697,11 @@ def _write_configs(folder, source, origin, config) -> None:
 def _tokenizer_of(source) -> str:
     """The tokenizer folder of a run; "" if the source is no run, or the folder is not there."""
     from opsd_jax import data
-    from opsd_jax import eval as evaluation
 
     workdir = _workdir(source)
     if not os.path.isfile(os.path.join(workdir, "config.json")):
         return ""
-    config = evaluation.load_config(workdir)
+    config = data.load_config(workdir)
     folders = [data.tokenizer_folder(config, at) for at in (workdir, os.path.join(workdir, "..", ".."))]  # or its run's
     return next(filter(os.path.isdir, folders), "")
 

@@ -16,7 +16,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import generate, images, settings
+from opsd_jax import images, settings
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -41,6 +41,29 @@ class Prepared:
 def folder(config, workdir: str) -> str:
     """The TFDS data_dir of a run: config.data.dir, else <workdir>/data."""
     return config.data.dir or os.path.join(workdir, "data")
+
+
+def load_config(workdir: str):
+    """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{workdir} holds no run (no {path}): give the --workdir of a run of "
+                                "`python -m opsd_jax.train`, or of one of its arms, W/arms/NAME")
+    config = settings.default()
+    with open(path) as f:
+        config.update(json.load(f))  # JSON's lists become tuples where the default is one
+    return config
+
+
+def workdir_of(config, workdir: str) -> str:
+    """The workdir whose data the run in `workdir` used: its own, or for an arm (W/arms/NAME) the run's, W."""
+    places = {folder(config, w): w for w in (workdir, os.path.join(workdir, "..", ".."))}
+    for place, where in places.items():
+        if os.path.isdir(os.path.join(place, visual_opsd.NAME)):
+            return where
+    raise FileNotFoundError(f"the data of {workdir} are not there: looked for {visual_opsd.NAME}/ in "
+                            f"{' and '.join(places)}. Put them back, or set data.dir in "
+                            f"{workdir}/config.json")
 
 
 def make_if_absent(config, workdir: str) -> None:
@@ -92,7 +115,7 @@ class Rows:
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
         self.drawing = drawing
-        self._drawn_rule = generate.vae_rule(settings.model(config).generation) if drawing else None
+        self._drawn_rule = images.vae_rule(settings.model(config).generation) if drawing else None
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import distributed, divergence, metrics
+from opsd_jax import data, distributed, divergence, metrics
 from opsd_jax import eval as eval_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -98,13 +98,13 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     a multiple of what the devices share.
     Raises FileNotFoundError: no run or data. ValueError: unknown tasks, no visual thoughts in the rows.
     """
-    from opsd_jax import data, rollout, settings, sharding, tokenizer
+    from opsd_jax import rollout, settings, sharding, tokenizer
 
     if limit < 0 or batch_size < 0:
         raise ValueError(f"--rows={limit} --batch_size={batch_size}: give positive numbers, or 0 for all rows and for "
                          "the run's batch size")
-    config = eval_lib.load_config(workdir)
-    where, chosen = eval_lib.data_workdir(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
+    config = data.load_config(workdir)
+    where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
     limits = dict(zip(config.data.tasks, config.data.limits))
     config.data.tasks, config.data.limits = chosen, tuple(limits[task] for task in chosen if limits)
     split = split or config.eval.final_split or "train"
@@ -134,12 +134,12 @@ def start(workdir: str) -> str:
     """The checkpoint that a run's OPSD (or else SFT) stage started from."""
     from opsd_jax import settings
 
-    config = eval_lib.load_config(workdir)
+    config = data.load_config(workdir)
     ends = settings.stage_ends(config)
-    stage = next((stage for stage in ("opsd", "sft") if stage in ends), None)
+    stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
     if stage is None:
         raise ValueError(f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training to "
-                         "compare before and after; diagnose one with an opsd or sft stage")
+                         "compare before and after; diagnose one with an opsd, sft or offline stage")
     return os.path.join(workdir, "checkpoints", str(ends[stage] - config[stage].steps))
 
 
@@ -847,7 +847,7 @@ def diagnose(args) -> str:
     from opsd_jax import checkpoint as checkpoint_lib
 
     what, workdir = args.analysis, os.path.normpath(args.workdir)
-    config = eval_lib.load_config(workdir)  # no run: said first
+    config = data.load_config(workdir)  # no run: said first
     given = args.student if what == "kl" else args.checkpoint
     model = given or newest(workdir)
     step = checkpoint_lib.metadata(model)["step"]

@@ -300,34 +300,6 @@ def speeds(summaries: dict[str, dict]) -> str:
 
 # --- command line -------------------------------------------------------------------------------------------
 
-def load_config(workdir: str):
-    """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run."""
-    from opsd_jax import settings
-
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{workdir} holds no run (no {path}): give the --workdir of a run of "
-                                "`python -m opsd_jax.train`, or of one of its arms, W/arms/NAME")
-    config = settings.default()
-    with open(path) as f:
-        config.update(json.load(f))  # JSON's lists become tuples where the default is one
-    return config
-
-
-def data_workdir(config, workdir: str) -> str:
-    """The workdir whose data the run in `workdir` used: its own, or for an arm (W/arms/NAME) the run's, W."""
-    from opsd_jax import data
-    from opsd_jax.datasets import visual_opsd
-
-    places = {data.folder(config, w): w for w in (workdir, os.path.join(workdir, "..", ".."))}
-    for folder, where in places.items():
-        if os.path.isdir(os.path.join(folder, visual_opsd.NAME)):
-            return where
-    raise FileNotFoundError(f"the data of {workdir} are not there: looked for {visual_opsd.NAME}/ in "
-                            f"{' and '.join(places)}. Put them back, or set data.dir in "
-                            f"{workdir}/config.json")
-
-
 def choose_tasks(benchmarks, task_names) -> tuple[str, ...]:
     """The tasks that `benchmarks` name, or whose family; all for (). ValueError lists what there is."""
     families = {family: module.TASK for family, module in tasks.FAMILIES.items() if module.TASK in task_names}
@@ -395,7 +367,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
             batch_size) -> Job:
     """Checks what `evaluate_run` is given, before anything slow."""
     from opsd_jax import checkpoint as checkpoint_lib
-    from opsd_jax import convert, generate
+    from opsd_jax import convert, data, generate
 
     for mode in modes:
         if mode not in MODES:
@@ -405,7 +377,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     if protocol and protocol not in generate.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(generate.PROTOCOLS)}")
     released = bool(checkpoint) and convert.is_model(checkpoint)
-    config = None if released else load_config(workdir)
+    config = None if released else data.load_config(workdir)
     files = benchmarks_lib.find(data_dir) if data_dir else {}
     if released and not data_dir:
         raise ValueError(f"--checkpoint={checkpoint} is a model without data of its own: give --data_dir=FOLDER with "
@@ -457,7 +429,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     batch_size = batch_size or (config.eval.batch_size if config else 16)
     about = {"checkpoint": checkpoint, "seed": seed, "split": split, "step": step, "first_rows": limit,
              "asked_by": protocol or "run"}
-    return Job(workdir, config, checkpoint, names, contexts, own, tables, data_workdir(config, workdir) if own else workdir,
+    return Job(workdir, config, checkpoint, names, contexts, own, tables, data.workdir_of(config, workdir) if own else workdir,
                protocol, split, limit, ban_marker, seed, batch_size, about)
 
 

@@ -90,19 +90,6 @@ class Trace:
 
 # --- what the model is shown -----------------------------------------------------------------------------------
 
-def in_proportion(rule: images.Resize, stride: int, size: int, released: int) -> images.Resize:
-    """A size rule for a model whose position table holds pictures of `size` pixels, where the released one holds
-    `released` (70 patches of 14 = 980; 64 latent tokens of 16 = 1,024)."""
-    scale = size / released
-    return images.Resize(stride, round(rule.max_size * scale), round(rule.min_size * scale),
-                         round(rule.max_pixels * scale ** 2))
-
-
-def vae_rule(generation) -> images.Resize:
-    """The size rule of what the autoencoder sees, for a model of these sizes; the same in training and inference."""
-    return in_proportion(images.VAE, generation.stride, generation.side * generation.stride, 1024)
-
-
 def see(picture, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
     if model.protocol.two_stages:  # also where nothing is drawn
@@ -287,7 +274,6 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
     import jax
 
     from opsd_jax import checkpoint, convert, data, settings
-    from opsd_jax import eval as eval_lib
     from opsd_jax import tokenizer as tokenizer_lib
     from opsd_jax.model import bagel
 
@@ -307,8 +293,8 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
         if not os.path.isfile(os.path.join(workdir, "config.json")):
             raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json), none that `python -m "
                                     "opsd_jax.convert import` made (no release/), and no run (no config.json)")
-        run = eval_lib.load_config(workdir)
-        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, eval_lib.data_workdir(run, workdir)))
+        run = data.load_config(workdir)
+        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, data.workdir_of(run, workdir)))
         config = dataclasses.replace(settings.model(run), **compute, **({"dtype": dtype} if dtype else {}))
         if draw and config.generation is None:
             raise ValueError(f"{directory} was trained without what draws: it has no generation expert")
@@ -318,8 +304,8 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
         if not protocol:
             return of_run(run, config, params, tok, placed)
     vit, drawn = config.vit, config.generation
-    rule = in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
-    return Model(config, params, tok, asked, rule, vae_rule(drawn) if drawn else images.VAE, placed)
+    rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
+    return Model(config, params, tok, asked, rule, images.vae_rule(drawn) if drawn else images.VAE, placed)
 
 
 def of_run(run, config, params, tokenizer, mesh=None) -> Model:
@@ -328,7 +314,7 @@ def of_run(run, config, params, tokenizer, mesh=None) -> Model:
 
     protocol = Protocol(system=run.prompts.system, transparency=run.images.transparency,
                         max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens)
-    vae = vae_rule(config.generation) if config.generation else images.VAE
+    vae = images.vae_rule(config.generation) if config.generation else images.VAE
     return Model(config, params, tokenizer, protocol, settings.resize_rule(run), vae, mesh, dict(run.drawing))
 
 

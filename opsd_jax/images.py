@@ -124,6 +124,20 @@ def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
+def in_proportion(rule: Resize, stride: int, size: int, released: int) -> Resize:
+    """A size rule for a model whose position table holds pictures of `size` pixels, where the released one holds
+    `released` (70 patches of 14 = 980; 64 latent tokens of 16 = 1,024)."""
+    scale = size / released
+    return Resize(stride, round(rule.max_size * scale), round(rule.min_size * scale),
+                         round(rule.max_pixels * scale ** 2))
+
+
+def vae_rule(generation) -> Resize:
+    """The size rule of what the autoencoder sees, for a model of these sizes (GenerationConfig); the same in training and
+    inference."""
+    return in_proportion(VAE, generation.stride, generation.side * generation.stride, 1024)
+
+
 def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np.ndarray]:
     """What the inference pipeline makes of a Pillow RGB image: (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
 

@@ -33,6 +33,7 @@ from opsd_jax import settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
+PLANNED = ("warmup", "opsd", "sft")  # stages whose programs are planned
 STEP = ("sample", "update")  # the programs of a step on the policy; supervised stages have "update" alone
 
 flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
@@ -233,6 +234,8 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     from opsd_jax.model import bagel
 
     settings.check(config)
+    if stage not in PLANNED or settings.draws(config, stage):
+        raise ValueError(f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without drawing")
     check_batch(config, stage, mesh)
     size = config[stage].batch_size
     ends = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program

@@ -407,7 +407,6 @@ class Evaluation:
         return self._rows[split]
 
     def _evaluate(self, params, split, mode, limit, **changes):
-        import jax
 
         from opsd_jax import distill, eval as eval_lib, sharding
 

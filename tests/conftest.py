@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "long: takes minutes; runs only with -m long")
     folder = config.getoption("--goldens")
     if not os.path.isdir(folder):
         raise pytest.UsageError(f"--goldens={folder} is not a folder")
@@ -27,3 +28,10 @@ def pytest_configure(config):
 def goldens(pytestconfig) -> pathlib.Path:
     """The folder of golden data; its README says what is in it."""
     return pathlib.Path(pytestconfig.getoption("--goldens")).resolve()
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in (config.getoption("-m") or ""):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run it with -m long"))

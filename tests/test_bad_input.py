@@ -143,8 +143,8 @@ def test_mistakes_on_the_command_line(tmp_path):
         "--config.opsd.xyzzy=1": ["error: --config.opsd.xyzzy=1: there is no", "in opsd_jax/settings.py"],
         "--config.opsd.steps=abc": ["flag --config.opsd.steps=abc: invalid literal for int"],
         "--workdri=x": ["Unknown command line flag 'workdri'. Did you mean: workdir"],
-        "--config=configs/mini.py:chess": ["configs/mini.py:chess: choose maze, chart or smoke"],
-        "--arm=nosie": ["--arm=nosie: the config has the arms ['image', 'noise', 'sft', 'swap']"],
+        "--config=configs/mini.py:chess": ["configs/mini.py:chess: choose maze, chart, smoke or draw"],
+        "--arm=nosie": ["--arm=nosie: the config has the arms ['image', 'noise', 'none', 'offline', 'sft', 'swap']"],
     }
     command = [sys.executable, "-m", "opsd_jax.train", "--config=configs/mini.py", f"--workdir={tmp_path}/w"]
     start = lambda argument: subprocess.Popen([*command, argument], cwd=small_run.ROOT, text=True,
@@ -160,10 +160,10 @@ def test_mistakes_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"stages": ("warmup", "opd")}, r"config.stages names 'opd': choose from \('warmup', 'opsd', 'sft'\)"),
+    ({"stages": ("warmup", "opd")}, r"config.stages names 'opd': choose from \('autoencoder', 'warmup', 'opsd', 'sft', 'offline'\)"),
     ({"stages": ()}, "config.stages is empty"),
     ({"run_arms": ("noise",), "eval.final_split": ""}, "config.run_arms ends with a table of text-only accuracies"),
-    ({"run_arms": ("nosie",)}, r"config.run_arms names 'nosie': arms are \['image', 'noise', 'sft', 'swap'"),
+    ({"run_arms": ("nosie",)}, r"config.run_arms names 'nosie': arms are \['image', 'noise', 'none', 'offline', 'sft', 'swap'"),
     ({"opsd.accumulation": 3}, "config.opsd.batch_size 8 is not divisible by config.opsd.accumulation 3"),
     ({"teacher.visual_thoughts": "reel"}, "config.teacher.visual_thoughts is 'reel': choose from"),
     ({"images.stride": 16}, "config.images.stride 16 must equal config.model.vit.patch_size 8"),

@@ -374,6 +374,7 @@ def small_draw(**changes):
     return c
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, capsys):
     with small_run.fast_compiles(tmp_path_factory):

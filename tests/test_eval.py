@@ -229,7 +229,7 @@ def test_no_run_and_no_checkpoint(workdir, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_settings_come_back_as_they_were(trained):
-    config = eval_lib.load_config(str(trained))
+    config = data.load_config(str(trained))
     assert checkpoint.config_to_json(config) == checkpoint.config_to_json(small_run.config())
     before = small_run.config()
     for path in ("stages", "data.tasks", "data.limits", "eval.final_visual_thoughts", "sft.freeze", "mesh"):

@@ -12,7 +12,6 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import context, data, generate, images, rollout, tokenizer
-from opsd_jax import eval as eval_lib
 
 NAMES = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "start_of_image": "<|vision_start|>",
          "end_of_image": "<|vision_end|>"}
@@ -160,9 +159,9 @@ def test_text_is_cut_at_another_bos():
 
 
 def test_sizes_of_the_release_and_in_proportion():
-    assert generate.in_proportion(images.TRAINING, 14, 980, 980) == images.TRAINING
-    assert generate.in_proportion(images.VAE, 16, 1024, 1024) == images.VAE
-    small = generate.in_proportion(images.TRAINING, 14, 140, 980)
+    assert images.in_proportion(images.TRAINING, 14, 980, 980) == images.TRAINING
+    assert images.in_proportion(images.VAE, 16, 1024, 1024) == images.VAE
+    small = images.in_proportion(images.TRAINING, 14, 140, 980)
     assert (small.stride, small.max_size, small.min_size) == (14, 140, 54)
 
 
@@ -262,7 +261,7 @@ def workdir(tmp_path_factory):
 
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
-    row = data.Rows(eval_lib.load_config(str(workdir)), str(workdir), tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
+    row = data.Rows(data.load_config(str(workdir)), str(workdir), tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
                     "test").sources[0][0]
     images.open_rgb(row.problem_image).save(tmp_path / "chart.png")
     predictions = (workdir / "eval" / f"{small_run.LAST:06d}-none" / "predictions.jsonl").read_text().splitlines()
