@@ -232,8 +232,9 @@ def test_command_answers_in_text_without_reading_what_draws(released, tmp_path, 
     text = capsys.readouterr().out
     command(released, "--protocol=paper", "--temperature=0")
     assert capsys.readouterr().out == text
-    command(released, "--temperature=3")  # random weights often end at once
-    assert len(capsys.readouterr().out) > 5
+    for seed in range(4):  # random weights often end at once
+        command(released, "--temperature=3", f"--seed={seed}")
+    assert len(capsys.readouterr().out) > 20
     command(released, "--dtype=bfloat16", "--protocol=harness")
     assert "tokens in" in capsys.readouterr().err
 
