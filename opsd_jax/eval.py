@@ -634,7 +634,7 @@ def _read_results(workdir: str, against: str) -> tuple[str, dict]:
     return os.path.basename(os.path.normpath(folder)), {(r["benchmark"], str(r["index"])): bool(r["hit"]) for r in rows}
 
 
-def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 60) -> str:
+def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 30) -> str:
     """HTML of one evaluation: scores, comparison, and up to `most` rows of each benchmark, spread evenly.
 
     shown: (benchmark, key) -> list of (caption, picture). compared: see `_read_results`.
