@@ -1,0 +1,128 @@
+"""Rows of a run with pictures that its model draws in the place of their visual thoughts.
+
+  python -m opsd_jax.data redraw --workdir=W --target=DIR [--checkpoint=W/checkpoints/STEP]
+  python -m opsd_jax.train ... --config.data.dir=DIR
+
+A control: the teacher reads what the model can draw itself, not what somebody prepared. Every row gets as many pictures
+as it had, whether the model's text asks for them or not. Splits that are not drawn are copied, so that a run finds all
+that it evaluates on.
+"""
+
+import dataclasses
+import io
+import json
+import os
+
+import numpy as np
+
+from opsd_jax import data, generate, images, metrics
+from opsd_jax.datasets import visual_opsd
+
+SHARD = 512  # rows of a parquet file; what a kill can cost
+
+
+def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",), batch_size: int = 64, seed: int = 0):
+    """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them (`visual_opsd.prepare`).
+
+    Interrupted, it goes on behind the last whole file. Rows of every split that the run uses are written.
+
+    Args:
+      workdir: of the run, or of an arm. checkpoint: a step folder whose model draws; "" for the newest.
+      splits: those whose visual thoughts are drawn.
+    Raises:
+      FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
+      cannot draw; unknown splits.
+    """
+    import jax
+
+    from opsd_jax import checkpoint as checkpoint_lib
+
+    config = data.load_config(workdir)
+    used = list(dict.fromkeys(s for s in ("train", config.eval.split, config.eval.final_split) if s))
+    if unknown := set(splits) - set(used):
+        raise ValueError(f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}")
+    checkpoint = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
+    folder, record = os.path.join(target, "drawn"), {"checkpoint": os.path.realpath(checkpoint), "splits": list(splits),
+                                                     "batch_size": batch_size, "seed": seed}
+    _claim(os.path.join(folder, "redraw.json"), record)
+    model, number = generate.load(checkpoint, draw=True), 0
+    for task in config.data.tasks:
+        for split in used:
+            source = visual_opsd.open_source(data.folder(config, data.workdir_of(config, workdir)), split, task=task)
+            count = -(-len(source) // SHARD)
+            with metrics.Progress(len(source), f"{'drawing' if split in splits else 'copying'} {task}", split) as progress:
+                for shard in range(count):
+                    path = os.path.join(folder, "parquet", task, "data", f"{split}-{shard:05d}-of-{count:05d}.parquet")
+                    rows = [source[n] for n in range(shard * SHARD, min((shard + 1) * SHARD, len(source)))]
+                    if not os.path.exists(path):
+                        if split in splits:
+                            key = jax.random.fold_in(jax.random.key(seed), number)
+                            rows = _draw(model, config, rows, key, batch_size)
+                        _write(path, rows)
+                    number += 1
+                    progress.update(shard * SHARD + len(rows))
+    return visual_opsd.prepare(os.path.join(folder, "parquet"), target)
+
+
+def _claim(path, record):
+    """Writes the record, or raises FileExistsError where another one stands."""
+    if os.path.exists(path):
+        with open(path) as f:
+            there = json.load(f)
+        if there != record:
+            raise FileExistsError(f"{path} says that pictures there were drawn with {there}, not {record}: choose another "
+                                  "--target, or delete it")
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".tmp", "w") as f:
+        json.dump(record, f)
+    os.replace(path + ".tmp", path)
+
+
+def _draw(model, config, rows, key, batch_size) -> list:
+    """The examples with drawn pictures, as PNG."""
+    import jax
+
+    found, size = [], min(batch_size, len(rows))
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
+        rounds = 1 + max(len(row.visual_thoughts) for row in part)
+        asked = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=rounds))
+        questions = [([images.open_rgb(row.problem_image, transparency=config.images.transparency)],
+                      row.question + config.prompts.suffix) for row in [*part, *[part[-1]] * (size - len(part))]]
+        traces = generate.reason(asked, questions, jax.random.fold_in(key, start), draw=True, always=True)
+        found += [dataclasses.replace(row, visual_thoughts=tuple(map(_png, trace.pictures[:len(row.visual_thoughts)])))
+                  for row, trace in zip(part, traces)]
+    return found
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write(path, rows) -> None:
+    """Examples as a parquet file in the released columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
+    thoughts, drawn = (max(len(of(row)) for row in rows) for of in (lambda r: r.thoughts, lambda r: r.visual_thoughts))
+    schema = {"pid": text, "question": text, "answer": text, "task": text, "full_text_only_thought": text,
+              "metadata": text, "problem_image_0": image, **{f"resoning_thought_{n}": text for n in range(thoughts)},
+              **{f"reasoning_image_{n}": image for n in range(drawn)}}
+    at = lambda values, n: values[n] if n < len(values) else None
+    picture = lambda value, name: value and {"bytes": value, "path": name}
+    records = [{
+        "pid": row.pid, "question": row.question, "answer": row.answer, "task": row.task,
+        "full_text_only_thought": row.full_text_only_thought, "metadata": json.dumps(row.metadata),
+        "problem_image_0": picture(row.problem_image, f"{row.pid}.png"),
+        **{f"resoning_thought_{n}": at(row.thoughts, n) for n in range(thoughts)},
+        **{f"reasoning_image_{n}": picture(at(row.visual_thoughts, n), f"{row.pid}_{n}.png") for n in range(drawn)},
+    } for row in rows]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(schema)), path + ".tmp", row_group_size=256)
+    os.replace(path + ".tmp", path)

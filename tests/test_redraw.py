@@ -1,0 +1,75 @@
+"""Rows with drawn pictures in the place of their visual thoughts; the drawing itself is stood in for."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+import small_run
+from opsd_jax import checkpoint, data, generate, images, redraw
+from opsd_jax.datasets import visual_opsd
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A workdir with settings and data, and a model that draws one grey for each question."""
+    config = small_run.config()
+    work = tmp_path / "w"
+    work.mkdir()
+    data.make_if_absent(config, str(work))
+    (work / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
+    calls = []
+
+    def reason(model, questions, key, *, draw, always):
+        assert draw and always and model.protocol.rounds == 2
+        calls.append(len(questions))
+        return [generate.Trace(["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {})
+                for _, q in questions]
+
+    model = generate.Model(None, None, None, generate.Protocol(), images.TRAINING, images.VAE)
+    monkeypatch.setattr(generate, "load", lambda directory, draw: model)
+    monkeypatch.setattr(generate, "reason", reason)
+    return types.SimpleNamespace(path=str(work), calls=calls, config=config)
+
+
+def rows(folder, split):
+    source = visual_opsd.open_source(folder, split, task=small_run.TASK)
+    return [source[n] for n in range(len(source))]
+
+
+def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(redraw, "SHARD", 8)
+    target = tmp_path / "drawn"
+    draw = lambda **kw: redraw.redraw(workdir.path, str(target), checkpoint="c", batch_size=4, **kw)
+    draw()
+    for split in ("train", workdir.config.eval.final_split):
+        before, after = rows(f"{workdir.path}/data", split), rows(target, split)
+        assert [row.pid for row in before] == [row.pid for row in after]
+        for old, new in zip(before, after):
+            for name in ("question", "answer", "problem_image", "thoughts", "full_text_only_thought", "metadata", "task"):
+                assert getattr(old, name) == getattr(new, name)
+            assert len(new.visual_thoughts) == len(old.visual_thoughts) == 1
+            if split == "train":
+                grey = np.asarray(images.open_rgb(new.visual_thoughts[0]))
+                assert grey.shape == (8, 8, 3) and (grey == sum(map(ord, new.question)) % 251).all()
+            else:
+                assert new.visual_thoughts == old.visual_thoughts
+    assert set(workdir.calls) == {4} and sum(workdir.calls) >= len(rows(target, "train"))
+
+    done = len(workdir.calls)
+    shards = sorted((target / "drawn" / "parquet").glob("*/data/train-*.parquet"))
+    assert len(shards) > 1
+    shards[-1].unlink()  # a kill before the last file
+    draw()
+    assert 0 < len(workdir.calls) - done <= 2
+    with pytest.raises(FileExistsError, match="choose another --target"):
+        draw(seed=1)
+
+
+def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--splits=dev: the run uses train, validation, test, not dev"):
+        redraw.redraw(workdir.path, str(tmp_path / "d"), checkpoint="c", splits=("dev",))
+    with pytest.raises(SystemExit):
+        data.main(["redraw", f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])
+    assert "holds no run" in capsys.readouterr().err
