@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import params as params_lib
+from opsd_jax import settings as settings_lib
 from opsd_jax import tensor_files
 from opsd_jax.model.config import GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -175,7 +176,9 @@ def _saved_config(directory, settings) -> ModelConfig:
         raise ValueError(f"the metadata of {directory} has no config.model.llm and .vit: it is no checkpoint of a run "
                          "or of `convert import`")
     drawing = sizes.get("generation") or None
-    if drawing:
+    if drawing and "on" in drawing:  # of a run
+        drawing = settings_lib.generation(drawing)
+    elif drawing:  # of an import
         vae = VAEConfig(**drawing["vae"] | {"multipliers": tuple(drawing["vae"]["multipliers"])})
         drawing = GenerationConfig(**drawing | {"vae": vae})
     lora = settings.get("lora") or {}

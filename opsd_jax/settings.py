@@ -229,12 +229,17 @@ def stage_ends(config) -> dict[str, int]:
 
 def model(config: ConfigDict) -> ModelConfig:
     """Sizes and compute of the network."""
-    m, g, generation = config.model, config.model.generation, None
-    if g.on:
-        vae = VAEConfig(g.channels, tuple(g.multipliers), g.num_res_blocks, g.z_channels, g.scale, g.shift)
-        generation = GenerationConfig(vae, g.patch, g.side, g.timestep_shift)
-    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), generation=generation, lora=lora(config),
+    m = config.model
+    return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), generation=generation(m.generation), lora=lora(config),
                        dtype=m.dtype, remat=m.remat, unroll=m.unroll, attention=m.attention, query_block=m.query_block)
+
+
+def generation(g) -> GenerationConfig | None:
+    """Sizes of what draws, from config.model.generation or the same read from JSON; None where it is off."""
+    if not g["on"]:
+        return None
+    vae = VAEConfig(g["channels"], tuple(g["multipliers"]), g["num_res_blocks"], g["z_channels"], g["scale"], g["shift"])
+    return GenerationConfig(vae, g["patch"], g["side"], g["timestep_shift"])
 
 
 def lora(config: ConfigDict) -> LoRAConfig | None:

@@ -241,6 +241,7 @@ def test_the_drawn_loss_against_numpy(prepared):
     assert found["completion_len"] == pytest.approx(t.mask.sum() / 3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
     config = tiny_config()

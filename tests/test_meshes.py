@@ -151,6 +151,7 @@ def test_every_mesh_computes_the_same(results, sizes):
     check(results, sizes)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SLOW, ids=name_of)
 def test_more_meshes_compute_the_same(slow_results, sizes):

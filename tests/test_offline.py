@@ -386,6 +386,7 @@ def states(workdir, step):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_and_its_continuation(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

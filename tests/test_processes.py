@@ -128,6 +128,7 @@ def one():
     return jax.tree.map(np.asarray, found)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_two_processes_put_the_same_batch_on_their_devices(two, data_dir, tmp_path, step):
@@ -139,6 +140,7 @@ def test_two_processes_put_the_same_batch_on_their_devices(two, data_dir, tmp_pa
         np.testing.assert_array_equal(found[f"{n}"], leaf)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_two_processes_compute_what_one_does(two, one, sizes):
