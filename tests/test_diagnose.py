@@ -339,6 +339,7 @@ def test_kl_command(workdir):
     np.testing.assert_allclose(summary["completions"]["data"]["macro"]["after"], theirs["kl"], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kl_of_chosen_completions(workdir):
     """Greedy completions end as sampled: with eos, or cut by the budget and then without. One model has no after."""
@@ -434,6 +435,7 @@ def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
     assert stopped.value.code == 1 and message in found and found.count("\n") == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
     folder, _ = run(workdir, "kl", "--rows=2", "--completions=data", "--name=mine")

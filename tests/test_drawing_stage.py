@@ -199,6 +199,7 @@ def stage_config(config, stage="warmup", **changes):
     return dataclasses.replace(settings.distill(config, stage, tiny.TOKENIZER), **changes)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_drawn_loss_against_numpy(prepared):
     """Two rows with pictures of different shapes and one text row; weights, shift and posterior as they should be."""
@@ -305,6 +306,7 @@ def squares(rng, count, side=8):
     return pixels
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_autoencoder_learns_and_ignores_padding():
     rng = np.random.default_rng(0)
