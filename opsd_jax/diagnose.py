@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import data, distributed, divergence, metrics
+from opsd_jax import data, distributed, divergence, metrics, sharding
 from opsd_jax import eval as eval_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -98,7 +98,7 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     a multiple of what the devices share.
     Raises FileNotFoundError: no run or data. ValueError: unknown tasks, no visual thoughts in the rows.
     """
-    from opsd_jax import rollout, settings, sharding, tokenizer
+    from opsd_jax import rollout, settings, tokenizer
 
     if limit < 0 or batch_size < 0:
         raise ValueError(f"--rows={limit} --batch_size={batch_size}: give positive numbers, or 0 for all rows and for "
@@ -146,7 +146,6 @@ def start(workdir: str) -> str:
 def load(run: Run, checkpoint: str):
     """The weights in a checkpoint, laid out for scoring."""
     from opsd_jax import checkpoint as checkpoint_lib
-    from opsd_jax import sharding
 
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=run.model))
     return checkpoint_lib.restore_params(checkpoint, sharding.abstract(run.mesh, abstract),
@@ -154,14 +153,12 @@ def load(run: Run, checkpoint: str):
 
 
 def _for_sampling(run, params):
-    from opsd_jax import sharding
-
     return sharding.move(run.mesh, params, "rollout")(params)
 
 
 def _sampling(run, **changes):
     """RolloutConfig of the run's evaluation."""
-    from opsd_jax import settings, sharding
+    from opsd_jax import settings
 
     c = run.config
     return settings.rollout(c, run.tokenizer, run.marker, slots=c.eval.slots, refill=0,
@@ -171,8 +168,6 @@ def _sampling(run, **changes):
 
 def _batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
-    from opsd_jax import sharding
-
     mine = sharding.local_rows(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
         for numbers in eval_lib.batches(run.size(source), run.batch_size):
@@ -180,8 +175,6 @@ def _batches(run):
 
 
 def _put(run, tree):
-    from opsd_jax import sharding
-
     return sharding.put_batch(run.mesh, tree)
 
 
@@ -314,6 +307,7 @@ def _official_batch(run, source, mine) -> dict:
     return {"labels": labels, "mask": mask, "tail": tail, "kl": kl}
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames="config")
 def paired_kl(teacher, student, teacher_context, student_context, teacher_rows, student_rows, *, config: ModelConfig):
     """Forward KL(teacher || student) between predictions at slots of two contexts, full vocabulary, nats.
@@ -608,6 +602,7 @@ def groups(packer, blocks, layout: str):
     return np.array(queries, np.int32), np.array(keys, np.int32)
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "scaled"))
 def attention_shares(params, context, tokens, queries, keys, *, config: ModelConfig, scaled: bool = True):
     """Share of their attention that groups of slots of a context, with completion tokens [B, N + 1] behind it, pay to

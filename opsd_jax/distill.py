@@ -8,7 +8,6 @@ forwards, divergence, backward, clipping, AdamW, EMA; the state is donated. Offi
 scripts/visual_opsd/train_visual_opsd.py. Letters: B batch rows, N + 1 completion rows, D hidden.
 """
 
-import contextlib
 import dataclasses
 import functools
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, flow, params as params_lib, rollout
+from opsd_jax import divergence, flow, params as params_lib, rollout, sharding
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -300,8 +299,8 @@ def _program(function, config, structure, leaves):
     shardings = jax.tree.unflatten(structure, leaves)
     mesh = getattr(leaves[0], "mesh", None)  # none on a single device
 
-    def under_mesh(*arguments):  # so that `sharding.rows` knows it
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+    def under_mesh(*arguments):
+        with sharding.known(mesh):
             return function(*arguments, config=config)
 
     return jax.jit(under_mesh, donate_argnums=0, out_shardings=(shardings, None))
@@ -470,6 +469,7 @@ def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
     return state, found | step_metrics
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def kl_to_student(teacher, student, batch: Batch, completion, *, config: ModelConfig, temperature: float = 1.0):
     """Forward KL(teacher with C_T || student with C_S) on shared tokens, full vocabulary, nats (paper Eq. 4).

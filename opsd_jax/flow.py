@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import images
+from opsd_jax import images, sharding
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -132,6 +132,7 @@ class Canvas:
     slots: int
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
 def prepare(params, contexts, positions, real, *, config: ModelConfig):
     """Computes the keys and values of the contexts: (Canvas, cache).
@@ -169,6 +170,7 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
     return found.reshape(rows // batch, batch, *found.shape[1:]), cache
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "guided"), donate_argnames=("cache", "x"))
 def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig, guided: bool):
     """Euler steps first .. last - 1 (traced: one program for any number of them) of x [B, G, C].
@@ -245,6 +247,7 @@ def to_latents(tokens, grid: tuple[int, int], patch: int):
     return einops.rearrange(tokens, "... (h w) (p q z) -> ... (h p) (w q) z", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
 def encode(params, pixels, noise, *, config: ModelConfig):
     """Pixels float32 [N, H, W, 3] in [-1, 1] -> latents float32 [N, h, w, z].
@@ -256,6 +259,7 @@ def encode(params, pixels, noise, *, config: ModelConfig):
     return vae.scale * (mean + jnp.exp(log_variance / 2) * noise - vae.shift)
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("grid", "config"))
 def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
     """Latent tokens [N, rows * columns, C] of images of one grid -> uint8 [N, H, W, 3].

@@ -147,6 +147,7 @@ def _logits(params, hidden):
 
 # --- what is cached --------------------------------------------------------------------------------------------
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "chunk"))
 def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk: int):
     """What the cache holds of a batch of traces: (log_probs, indices, weights) as in `Cached`.

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import context as context_lib
+from opsd_jax import sharding
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -190,6 +191,7 @@ def _restrict(logits, config):
     return logits
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "return_logits"))
 def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool = False):
     """Samples one completion a row.

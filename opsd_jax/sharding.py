@@ -8,6 +8,8 @@ along it), `tensor` (heads, mlp and vocabulary are cut along it).
                    weights again for every token
 """
 
+import contextlib
+import functools
 import math
 
 import jax
@@ -103,10 +105,43 @@ def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
                         tree_of_shapes, tree(mesh, tree_of_shapes, layout))
 
 
+def known(mesh: Mesh | None):
+    """A context in which programs are traced that ask for their mesh: `rows` does, and the kernel of `model.attention`
+    "flash", which XLA cannot cut over several devices by itself. Where arrays go does not change. None: no mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else contextlib.nullcontext()
+
+
+class on_mesh:
+    """Decorates a jitted function: called and traced inside `known`, with the mesh that its first argument, a tree of
+    arrays or ShapeDtypeStructs, lies on. Inside another program that one's context holds."""
+
+    def __init__(self, jitted):
+        functools.update_wrapper(self, jitted)
+        self._cache_size = jitted._cache_size  # what `metrics.CompileGuard` counts
+
+    def __call__(self, tree, *arguments, **named):
+        with self._context(tree):
+            return self.__wrapped__(tree, *arguments, **named)
+
+    def trace(self, tree, *arguments, **named):
+        with self._context(tree):
+            return self.__wrapped__.trace(tree, *arguments, **named)
+
+    def lower(self, *arguments, **named):
+        return self.trace(*arguments, **named).lower()
+
+    def _context(self, tree):
+        leaf = jax.tree.leaves(tree)[0]
+        traced = isinstance(leaf, jax.core.Tracer)
+        return contextlib.nullcontext() if traced else known(getattr(getattr(leaf, "sharding", None), "mesh", None))
+
+
 def rows(x):
-    """x [B, ...] held to the layout of a batch where a program is traced under a mesh (see `distill.program`); x itself
-    elsewhere. Without this the compiler may gather the rows of all devices instead of a layer's weights."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """x [B, ...] held to the layout of a batch where a program is traced inside `known`; x itself elsewhere, and where
+    the devices do not divide B. Without this the compiler may gather the rows of all devices instead of a layer's
+    weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % batch_divisor(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, P(_BATCH))
 

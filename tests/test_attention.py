@@ -366,6 +366,35 @@ def test_answers_are_the_same():
 
 
 @pytest.mark.slow
+def test_sampling_on_several_devices_goes_through_the_kernel():
+    """The parameters' mesh is known while the sampler is traced: without it the kernel would not be cut, and on a TPU
+    not compile."""
+    program = """if True:
+        import dataclasses
+        import jax, numpy as np
+        import tiny
+        from test_attention import FLASH
+        from opsd_jax import rollout, sharding
+        mesh, params = sharding.make_mesh(1, 2, 2), tiny.params()
+        packed = tiny.batch(np.random.default_rng(4), 4).student
+        def sample(model, params, packed):
+            config = tiny.rollout_config(model=model, greedy=True, max_new_tokens=5)
+            return rollout.sample.trace(params, packed, jax.random.key(0), config=config).jaxpr, rollout.sample(
+                params, packed, jax.random.key(0), config=config).fed
+        on_mesh = jax.device_put(params, sharding.tree(mesh, params, "rollout")), sharding.put_batch(mesh, packed)
+        _, expected = sample(tiny.MODEL, params, packed)
+        jaxpr, found = sample(dataclasses.replace(tiny.MODEL, **FLASH), *on_mesh)
+        np.testing.assert_array_equal(found, expected)
+        assert "shard_map" in str(jaxpr)
+        print("the same")
+        """
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu",
+               PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "the same", done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_several_devices_compute_their_own_rows_and_heads():
     """Four processors that the CPU plays, in a process of their own."""
     program = """if True:
