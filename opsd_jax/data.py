@@ -2,7 +2,6 @@
 
   python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
-  python -m opsd_jax.data redraw --workdir=W --target=DIR
 
 Every batch is a pure function of (seed, step): a host needs the step number alone to resume, and any number of
 hosts read the same global batches.
@@ -404,21 +403,9 @@ def main(argv=None) -> None:
         mini.add_argument(f"--{split}", type=int, default=count, help="rows of each family")
     mini.add_argument("--difficulty", default="default", choices=("easy", "default", "hard"))
     mini.add_argument("--seed", type=int, default=0)
-    drawn = commands.add_parser("redraw", help="rows of a run with pictures that its model draws as visual thoughts")
-    drawn.add_argument("--workdir", required=True, help="of a run whose model can draw")
-    drawn.add_argument("--target", required=True, help="the TFDS data_dir to write")
-    drawn.add_argument("--checkpoint", default="", help="a step folder (default: the newest of the run)")
-    drawn.add_argument("--splits", default="train", help="to draw; the others that the run uses are copied")
-    drawn.add_argument("--batch_size", type=int, default=64)
-    drawn.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        if args.command == "redraw":
-            from opsd_jax import redraw
-
-            print(redraw.redraw(args.workdir, args.target, checkpoint=args.checkpoint, seed=args.seed,
-                                splits=tuple(args.splits.split(",")), batch_size=args.batch_size))
-        elif args.command == "prepare":
+        if args.command == "prepare":
             print(visual_opsd.prepare(args.source, args.target, on_bad_row=args.on_bad_row, limit=args.limit,
                                       overwrite=args.overwrite))
         else:

@@ -13,7 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from opsd_jax.model.config import LORA_TARGETS
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of a decoder layer that can have adapters
 
 
 @dataclasses.dataclass(frozen=True)

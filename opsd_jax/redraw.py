@@ -1,6 +1,6 @@
 """Rows of a run with pictures that its model draws in the place of their visual thoughts.
 
-  python -m opsd_jax.data redraw --workdir=W --target=DIR [--checkpoint=W/checkpoints/STEP]
+  python -m opsd_jax.redraw --workdir=W --target=DIR [--checkpoint=W/checkpoints/STEP]
   python -m opsd_jax.train ... --config.data.dir=DIR
 
 A control: the teacher reads what the model can draw itself, not what somebody prepared. Every row gets as many pictures
@@ -126,3 +126,29 @@ def _write(path, rows) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(schema)), path + ".tmp", row_group_size=256)
     os.replace(path + ".tmp", path)
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+def main(argv=None) -> None:
+    """`python -m opsd_jax.redraw`; errors in the arguments end it with one line and code 1."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m opsd_jax.redraw", description="Rows of a run with pictures that its "
+                                     "model draws in the place of their visual thoughts, to train on.")
+    parser.add_argument("--workdir", required=True, help="of a run whose model can draw")
+    parser.add_argument("--target", required=True, help="the TFDS data_dir to write")
+    parser.add_argument("--checkpoint", default="", help="a step folder (default: the newest of the run)")
+    parser.add_argument("--splits", default="train", help="to draw; the others that the run uses are copied")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        print(redraw(args.workdir, args.target, checkpoint=args.checkpoint, seed=args.seed,
+                     splits=tuple(args.splits.split(",")), batch_size=args.batch_size))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from opsd_jax import context, images
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model.config import (
-    LORA_TARGETS, GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
+    GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
+from opsd_jax.params import LORA_TARGETS
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 LAYOUTS = ("interleaved", "reference", "text", "drawn")

@@ -145,6 +145,24 @@ def test_commands_and_paths_exist(page):
         assert name in known or name in groups or is_function, f"{page}: no setting or function {name}"
 
 
+def test_rooms_import_from_rooms_below_them():
+    """README's table of rooms is complete, and its order is that of the imports, those inside functions included."""
+    rooms = [row["room"].removeprefix("opsd_jax/").removesuffix(".py").rstrip("/")
+             for row in tables(PAGES["README.md"]) if "room" in row]
+    package = ROOT / "opsd_jax"
+    assert {*rooms} == {path.stem for path in package.iterdir() if path.name[0] not in "_."}
+    for n, room in enumerate(rooms):
+        for path in [package / f"{room}.py"] if (package / f"{room}.py").exists() else (package / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{name}" for name in names]
+                inside = {name.split(".")[1] for name in names if name.startswith("opsd_jax.")} - {room}
+                assert inside <= {*rooms[n + 1:]}, f"{path.name}, line {getattr(node, 'lineno', 0)}"
+                assert not any(name.startswith("flax") for name in names) or room == "model"
+                assert not any(name.startswith("orbax") for name in names) or room == "checkpoint"
+
+
 def test_ci_finds_the_test_command():
     """As .ci/run looks for it."""
     part = re.search(r"<!-- test command -->\n```bash\n(.*)\n```\n", PAGES["README.md"])

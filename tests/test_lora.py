@@ -20,7 +20,8 @@ from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
-from opsd_jax.model.config import LORA_TARGETS, LoRAConfig
+from opsd_jax.model.config import LoRAConfig
+from opsd_jax.params import LORA_TARGETS
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=2, alpha=1.0, targets=("v", "down"))

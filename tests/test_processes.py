@@ -154,3 +154,74 @@ def test_two_processes_compute_what_one_does(two, one, sizes):
         if key.startswith(("grad", "leaf")):
             atol = 1e-6 if key.startswith("grad") else 1e-5
             np.testing.assert_allclose(found[key], one[key], rtol=0, atol=atol, err_msg=key)
+
+
+# --- whole commands -----------------------------------------------------------------------------------------
+
+def module(name, *arguments, processes=1):
+    """Runs `python -m opsd_jax.<name>` as one process with one device or as several with four each."""
+    here = pathlib.Path(__file__).resolve().parents[1]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))}
+    env |= {"DEVICES": str(DEVICES), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(here), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", f"opsd_jax.{name}", *map(str, arguments)]
+    if processes > 1:
+        command = ["bash", here / "launch" / "local_multiprocess.sh", str(processes), "--", *command]
+    done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (command, done.stdout[-4000:] + done.stderr[-4000:])
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """{processes: workdir} of one run, trained by one process and by two."""
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+    for processes in (1, COUNT):
+        found[processes] = folder / f"{processes}"
+        module("train", *small_run.command(found[processes])[3:], "--config.run_arms=()", processes=processes)
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
+    """Warm-up, sampling, updates, evaluations and checkpoints."""
+    from opsd_jax import metrics
+
+    one, two = (metrics.read(str(workdirs[n] / "metrics.jsonl")) for n in (1, COUNT))
+    assert [(row["step"], row["stage"]) for row in one] == [(row["step"], row["stage"]) for row in two]
+    assert len(one) >= small_run.LAST
+    for a, b in zip(one, two):
+        same = {key for key in a if not key.endswith(("_per_sec", "seconds")) and isinstance(a[key], float)}
+        assert same <= b.keys()
+        for key in same:
+            np.testing.assert_allclose(b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"step {a['step']} {key}")
+    names = lambda n: sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
+    assert names(1) == names(COUNT)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
+    """Tasks, which all answer together, a public table, of which each takes a share, and the KL."""
+    import json
+
+    import test_benchmark_files
+
+    w, tables = workdirs[1], tmp_path / "tables"
+    tables.mkdir()
+    test_benchmark_files.write(tables, test_benchmark_files.mcq(13))
+    for processes in (1, COUNT):
+        common = "--workdir", w, "--batch_size=8"
+        module("eval", *common, "--visual_thoughts=real", f"--name=tasks{processes}", processes=processes)
+        module("eval", *common, f"--data_dir={tables}", "--rows=11", f"--name=table{processes}", processes=processes)
+        module("diagnose", "kl", *common, "--rows=12", "--completions=base,data", f"--name=kl{processes}",
+               processes=processes)
+    read = lambda name: [json.loads(line) for line in (w / name).read_text().splitlines()]
+    for kind, rows in (("tasks", small_run.TEST_ROWS), ("table", 11)):
+        one, two = (read(f"eval/{kind}{n}/predictions.jsonl") for n in (1, COUNT))
+        assert one == two and len(one) == rows
+        assert not list((w / "eval" / f"{kind}{COUNT}").glob("partial*"))
+    one, two = (read(f"diagnose/kl{n}/tokens.jsonl") for n in (1, COUNT))
+    assert len(one) == len(two) > 12
+    for a, b in zip(one, two):
+        assert [a[k] for k in ("task", "index", "labels")] == [b[k] for k in ("task", "index", "labels")]
+        np.testing.assert_allclose(b["before"], a["before"], atol=1e-5)

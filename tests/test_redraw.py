@@ -71,5 +71,5 @@ def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
     with pytest.raises(ValueError, match="--splits=dev: the run uses train, validation, test, not dev"):
         redraw.redraw(workdir.path, str(tmp_path / "d"), checkpoint="c", splits=("dev",))
     with pytest.raises(SystemExit):
-        data.main(["redraw", f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])
+        redraw.main([f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])
     assert "holds no run" in capsys.readouterr().err

@@ -5,6 +5,8 @@ Numbers only: 7B and the laptop miniature differ here and nowhere else.
 
 import dataclasses
 
+from opsd_jax.params import LORA_TARGETS
+
 ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
 
 
@@ -95,7 +97,6 @@ class GenerationConfig:
         return self.patch * self.vae.downsample
 
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
