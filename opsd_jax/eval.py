@@ -237,7 +237,7 @@ def write_table(workdir: str) -> str:
                 summary = json.load(f)
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
-    text = "\n\n".join(filter(None, [table(summaries), speeds(summaries)])) + "\n"
+    text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
     _write(os.path.join(folder, "summary.md"), text)
     return text
 
@@ -277,9 +277,26 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def seeds(summaries: dict[str, dict]) -> str:
+    """Markdown table of scores over seeds: of summaries that differ in the seed alone, mean and standard deviation."""
+    groups = collections.defaultdict(dict)
+    for summary in summaries.values():
+        alike = [summary.get(key) for key in ("checkpoint", "protocol", "split", "first_rows")]
+        for task, b in summary["benchmarks"].items():
+            groups[task, b["n"], *map(str, alike)].setdefault(summary["seed"], b)
+    lines = []
+    for (task, n, checkpoint, protocol, *_), by_seed in groups.items():
+        if len(by_seed) > 1:
+            scores = [percent(b) for b in by_seed.values()]
+            lines.append(f"| {protocol} | {os.path.basename(checkpoint)} | {task} | {np.mean(scores):.1f} ± "
+                         f"{np.std(scores, ddof=1):.1f} % | {', '.join(map(str, sorted(by_seed)))} | {n} |")
+    head = "| protocol | checkpoint | task | accuracy, mean ± standard deviation | seeds | n |"
+    return "\n".join([head, "|---" * 6 + "|", *lines]) if lines else ""
+
+
 def speeds(summaries: dict[str, dict]) -> str:
     """Markdown table of how much longer drawing takes than answering in text: pairs that differ in the mode alone."""
-    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "first_rows", "asked_by")]
+    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "first_rows", "asked_by", "seed")]
     lines = []
     for name, drawn in summaries.items():
         for other, text in summaries.items():
@@ -705,17 +722,20 @@ def main(argv=None) -> None:
     parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
                         help="rows of a table that cannot be shown; skip lists them in the summary")
     parser.add_argument("--ban_marker", action="store_true", help="never sample what completes <image_start>")
-    parser.add_argument("--seed", type=int, help="of noise and sampling (default: the run's)")
+    parser.add_argument("--seed", default=(None,), type=lambda text: tuple(map(int, text.split(","))),
+                        help="of noise and sampling; several separated by commas (default: the run's)")
     parser.add_argument("--against", default="", help="results to compare with: a name in W/eval, or a folder")
     parser.add_argument("--name", default="",
                         help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])")
     args = parser.parse_args(argv)
     try:
         distributed.initialize()
-        evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
-                     benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
-                     ban_marker=args.ban_marker, seed=args.seed, name=args.name, batch_size=args.batch_size,
-                     skip_bad=args.on_bad_row == "skip", against=args.against)
+        for seed in args.seed:
+            name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name
+            evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
+                         benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
+                         ban_marker=args.ban_marker, seed=seed, name=name, batch_size=args.batch_size,
+                         skip_bad=args.on_bad_row == "skip", against=args.against)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(write_table(args.workdir), end="")

@@ -143,6 +143,15 @@ def test_the_ratio_of_drawing_to_text():
     assert eval_lib.speeds({"n": summaries["n"]}) == ""
 
 
+def test_mean_over_seeds():
+    of = lambda seed, overall, **more: {"seed": seed, "checkpoint": "w/c", "protocol": "harness-none", "benchmarks": {
+        "MMVP": entry(overall, 0.1)}, **more}
+    summaries = {"a": of(0, 0.5), "b": of(1, 0.7), "c": of(2, 0.6), "again": of(2, 0.9), "p": of(1, 0.1, protocol="paper-none")}
+    *_, line = eval_lib.seeds(summaries).splitlines()
+    assert line == "| harness-none | c | MMVP | 60.0 ± 10.0 % | 0, 1, 2 | 10 |"
+    assert eval_lib.seeds({name: summaries[name] for name in "ap"}) == ""
+
+
 def test_paper_numbers_are_of_known_benchmarks():
     assert set(benchmarks.PAPER) == set(benchmarks.KINDS)
     unique = collections.OrderedDict((value, None) for value in benchmarks.PAPER.values())

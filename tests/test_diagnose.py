@@ -14,13 +14,16 @@ import pytest
 
 import small_run
 import tiny
-from opsd_jax import context, data, diagnose, distill
+from opsd_jax import context, data, distill
 from opsd_jax import eval as eval_lib
+from opsd_jax.diagnose import __main__ as command
+from opsd_jax.diagnose import attention as looks
+from opsd_jax.diagnose import interventions, kl, runs
 from opsd_jax.model import attention, bagel, mot
 from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
-QUERIES, KEYS = len(diagnose.QUERIES), len(diagnose.KEYS)
+QUERIES, KEYS = len(looks.QUERIES), len(looks.KEYS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,7 +124,7 @@ def test_groups_of_slots():
     delimiters 8; queries 1 before, 2 after."""
     rng, packer = np.random.default_rng(0), types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d"))
     problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
-    names = lambda packer, blocks, layout: [x.tolist() for x in diagnose.groups(packer, blocks, layout)]
+    names = lambda packer, blocks, layout: [x.tolist() for x in looks.groups(packer, blocks, layout)]
     teacher = context.teacher(TOKENIZER, packer.prompts, "q", problem, [thought, thought])
     keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
     assert names(packer, teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
@@ -145,16 +148,16 @@ def test_shares_are_means_over_the_queries_of_a_group():
     keys[:, :c.slots], keys[:, c.slots:] = c.segment, 7
     queries[0, c.slots:c.slots + 3] = queries[1, c.slots:] = 3
     queries[0, 1] = 1
-    found = diagnose.attention_shares(tiny.params(), c, tokens, queries, keys, config=MODEL)
+    found = looks.attention_shares(tiny.params(), c, tokens, queries, keys, config=MODEL)
     assert found.shape == (2, MODEL.llm.num_layers, QUERIES, KEYS)
     np.testing.assert_allclose(found[:, :, 2].sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[0, :, 0].sum(-1), 1, rtol=1e-5)
     assert np.all(np.isnan(found[:, :, 1])) and np.all(np.isnan(found[1, :, 0]))
     assert np.all(found[:, :, 2, 6] > 0) and np.all(found[:, :, 2, 1:6] == 0)
-    mean = diagnose._mean_over_rows({"a": np.asarray(found[:1]), "b": np.asarray(found[1:])})
+    mean = looks.mean_over_rows({"a": np.asarray(found[:1]), "b": np.asarray(found[1:])})
     np.testing.assert_allclose(mean[:, 2], np.asarray(found)[:, :, 2].mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(mean[:, 0], found[0, :, 0], rtol=1e-5)
-    assert list(diagnose._named(mean)) == ["text before", "completion"]
+    assert list(looks.named(mean)) == ["text before", "completion"]
 
 
 # --- divergences --------------------------------------------------------------------------------------------------
@@ -166,11 +169,11 @@ def test_ends_are_aligned():
 
     teacher = side([[2, 3, 4, 5], [7, 8, 0, 0]], [[10, 11, 12, 13], [20, 21, 0, 0]], [4, 2])
     student = side([[1, 2, 3, 0], [5, 6, 0, 0]], [[11, 9, 13, 0], [20, 22, 0, 0]], [3, 2])
-    of_teacher, of_student, labels, mask, tail = diagnose.align_ends(teacher, student)
+    of_teacher, of_student, labels, mask, tail = kl.align_ends(teacher, student)
     assert of_teacher.tolist() == [[3, 4, 5, 0], [7, 8, 0, 0]] and of_student.tolist() == [[1, 2, 3, 0], [5, 6, 0, 0]]
     assert labels.tolist() == [[11, 9, 13, 0], [20, 22, 0, 0]] and mask.sum(axis=1).tolist() == [3, 2]
     assert tail.tolist() == [1, 0]
-    assert diagnose.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
+    assert kl.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
 
 
 def test_the_official_variant_from_full_logits():
@@ -184,9 +187,9 @@ def test_the_official_variant_from_full_logits():
         context.text_trace(row.example.full_text_only_thought, row.example.answer)))
     sizes = {"slots": 96, "patches": 6, "targets": 64}
     sides = [context.supervise([blocks], tokenizer=TOKENIZER, side=MODEL.vit.side, **sizes)
-             for blocks in diagnose.official_blocks(packer, row)]
-    of_teacher, of_student, _, mask, tail = diagnose.align_ends(*sides)
-    found = diagnose.paired_kl(teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL)
+             for blocks in kl.official_blocks(packer, row)]
+    of_teacher, of_student, _, mask, tail = kl.align_ends(*sides)
+    found = kl.paired_kl(teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL)
 
     ask = [row.problem, context.Text(row.question)]
     first, second, only = (TOKENIZER.encode(text) for text in (
@@ -209,9 +212,9 @@ def test_the_official_variant_from_full_logits():
 def test_intervals_of_the_bootstrap():
     rng = np.random.default_rng(5)
     before = [rng.gamma(2, 1, 200), rng.gamma(2, 3, 100)]
-    found = diagnose.bootstrap(before, [x / 4 for x in before], seed=3)
-    assert found == diagnose.bootstrap(before, [x / 4 for x in before], seed=3)
-    other = diagnose.bootstrap(before, [x / 4 for x in before], seed=4)
+    found = kl.bootstrap(before, [x / 4 for x in before], seed=3)
+    assert found == kl.bootstrap(before, [x / 4 for x in before], seed=3)
+    other = kl.bootstrap(before, [x / 4 for x in before], seed=4)
     assert found["macro"]["before"] == other["macro"]["before"] and found["macro"] != other["macro"]
     # Paired: what is a quarter in each row is one in every resample.
     np.testing.assert_allclose([found["macro"]["closure"], *found["samples"]["closure_95"]], 0.75, rtol=1e-12)
@@ -223,11 +226,11 @@ def test_intervals_of_the_bootstrap():
     low, high = found["tasks"][0]["before_95"]
     np.testing.assert_allclose((high - low) / 2, 1.96 * before[0].std() / 200 ** 0.5, rtol=0.1)
     # Independent noise in both widens the closure's interval.
-    noisy = diagnose.bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
+    noisy = kl.bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
     assert noisy["closure_95"][0] < 0.75 - 0.02 and noisy["closure_95"][1] > 0.75 + 0.02
-    nothing = diagnose.bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
+    nothing = kl.bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
     assert nothing["closure"] is None and nothing["closure_95"] is None and nothing["before"] == 0
-    assert "after" not in diagnose.bootstrap(before)["macro"]
+    assert "after" not in kl.bootstrap(before)["macro"]
 
 
 def test_summary_of_divergences():
@@ -235,13 +238,13 @@ def test_summary_of_divergences():
     record = lambda task, before, after, tail: {
         "task": task, "labels": [0] * len(before), "before": before, "after": after, "tail": tail}
     records = [record("a", [1, 3], [1, 1], 1), record("a", [5], [2], 1), record("b", [9, 9, 9], [3, 6, 9], 0)]
-    found = diagnose.summarise_kl(records, ("a", "b"), seed=0)
+    found = kl.summarise(records, ("a", "b"), seed=0)
     assert found["tasks"]["a"]["before"] == 3.5 and found["tasks"]["a"]["after"] == 1.5
     assert found["macro"]["before"] == 6.25 and found["macro"]["after"] == 3.75 and found["macro"]["closure"] == 0.4
     np.testing.assert_allclose(found["samples"]["before"], 16 / 3)
     assert found["tokens"] == 2 and found["spread"]["median"] == 5 and found["spread"]["max"] == 9
     assert found["tail"] is None  # task b has none
-    assert diagnose.summarise_kl(records[:2], ("a",), seed=0)["tail"]["macro"]["before"] == 4
+    assert kl.summarise(records[:2], ("a",), seed=0)["tail"]["macro"]["before"] == 4
 
 
 @pytest.mark.parametrize("only_this, only_reference, p", [
@@ -249,14 +252,14 @@ def test_summary_of_divergences():
 def test_pairs_are_compared(only_this, only_reference, p):
     hits = [True] * only_this + [False] * only_reference + [True, False]
     other = [False] * only_this + [True] * only_reference + [True, False]
-    assert diagnose.compare(hits, other) == {"only_this": only_this, "only_reference": only_reference, "p": p}
+    assert interventions.compare(hits, other) == {"only_this": only_this, "only_reference": only_reference, "p": p}
 
 
 def test_summary_of_interventions():
     answers = lambda *hits: [{"hit": bool(hit)} for hit in hits]
     found = {"real": {"a": answers(1, 1, 0), "b": answers(1)}, "noise": {"a": answers(0, 1, 1), "b": answers(0)},
              "none": {"a": answers(0, 0, 0), "b": answers(0)}}
-    summary = diagnose.summarise_interventions(found, ("a", "b"))
+    summary = interventions.summarise(found, ("a", "b"))
     assert summary["a"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 1, "p": 1}
     assert summary["all"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 2, "p": 1}
     assert summary["all"]["real"]["accuracy"] == 0.75 and summary["all"]["real"]["n"] == 4
@@ -279,7 +282,7 @@ def workdir(tmp_path_factory):
 def run(workdir, *arguments):
     """The folder of the results, and their summary."""
     before = set(os.listdir(workdir / "diagnose")) if (workdir / "diagnose").exists() else set()
-    diagnose.main([arguments[0], f"--workdir={workdir}", *arguments[1:]])
+    command.main([arguments[0], f"--workdir={workdir}", *arguments[1:]])
     name, = set(os.listdir(workdir / "diagnose")) - before
     return workdir / "diagnose" / name, json.loads((workdir / "diagnose" / name / "summary.json").read_text())
 
@@ -304,7 +307,7 @@ def test_kl_command(workdir):
     records = lines(folder / "tokens.jsonl")
     assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
         str(small_run.WARMUP)] * 2 + [str(small_run.LAST)]
-    for kind in diagnose.COMPLETIONS:
+    for kind in kl.COMPLETIONS:
         mine = [r for r in records if r["completion"] == kind]
         assert [r["index"] for r in mine] == list(range(10))
         by_task = summary["completions"][kind]["tasks"][small_run.TASK]
@@ -314,8 +317,8 @@ def test_kl_command(workdir):
         np.testing.assert_allclose(by_task["closure"], 1 - by_task["after"] / by_task["before"], rtol=1e-9)
 
     # Token by token from full logits, each row alone, teacher and student as in training.
-    opened = diagnose.open_run(str(workdir), limit=10)
-    teacher, student = (diagnose.load(opened, str(workdir / "checkpoints" / str(step)))
+    opened = runs.open_run(str(workdir), limit=10)
+    teacher, student = (runs.load(opened, str(workdir / "checkpoints" / str(step)))
                         for step in (small_run.WARMUP, small_run.LAST))
     logits = jax.jit(lambda params, c, fed: bagel.logits(params, distill.score(
         params, c, context.Completion(fed, None, None), config=opened.model)))
@@ -348,7 +351,7 @@ def test_kl_of_chosen_completions(workdir):
     assert folder.name == f"kl-{small_run.WARMUP:06d}-first5-base-temperature0"
     assert "after" not in summary["completions"]["base"]["macro"]
     predictions = lines(workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "predictions.jsonl")
-    opened = diagnose.open_run(str(workdir))
+    opened = runs.open_run(str(workdir))
     for r, p in zip(lines(folder / "tokens.jsonl"), predictions):
         ended = p["stop"] == "eos"
         assert len(r["labels"]) == p["tokens"] + ended and (r["labels"][-1] == opened.tokenizer.eos) == ended
@@ -361,13 +364,13 @@ def test_interventions_command(workdir):
     assert folder.name == f"interventions-{LAST}-first8"
     check_page(folder, "noise against real", "McNemar", "Where the answers look")
     found = lines(folder / "predictions.jsonl")
-    assert [p["mode"] for p in found[::8]] == list(diagnose.MODES)
+    assert [p["mode"] for p in found[::8]] == list(interventions.MODES)
     for mode in ("none", "real"):  # what training's evaluation answered
         theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")[:8]
         assert [p["prediction"] for p in found if p["mode"] == mode] == [p["prediction"] for p in theirs]
         assert summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
     shares = summary["attention_of_the_answers"]
-    for mode in diagnose.MODES:
+    for mode in interventions.MODES:
         np.testing.assert_allclose(sum(shares[mode].values()), 1, rtol=1e-5)
         assert (shares[mode]["visual thoughts"] > 0) == (mode in ("real", "noise", "swap"))
         assert (shares[mode]["transition"] > 0) == (mode != "none")
@@ -384,19 +387,19 @@ def test_attention_command(workdir):
     layers = small_run.CHANGES["model.llm.num_layers"]
     assert {x.shape for x in arrays.values()} == {(8, layers, QUERIES, KEYS)} and len(arrays) == 6
     for name, x in arrays.items():
-        there = [m for m, query in enumerate(diagnose.QUERIES) if query != "completion" or name.startswith("teacher")]
+        there = [m for m, query in enumerate(looks.QUERIES) if query != "completion" or name.startswith("teacher")]
         np.testing.assert_allclose(x[:, :, there].sum(axis=-1), 1, rtol=1e-5)
         assert np.all(np.isnan(x[:, :, 2])) == name.startswith("interleaved")
-        assert np.all(x[:, :, 0, diagnose.KEYS.index("visual thoughts")] == 0)  # what comes later is not seen
-        assert np.all(x[:, :, 1, diagnose.KEYS.index("visual thoughts")] > 0)
+        assert np.all(x[:, :, 0, looks.KEYS.index("visual thoughts")] == 0)  # what comes later is not seen
+        assert np.all(x[:, :, 1, looks.KEYS.index("visual thoughts")] > 0)
     real, noise = (arrays[f"interleaved/{mode}/{small_run.TASK}"] for mode in ("real", "noise"))
     np.testing.assert_allclose(real[:, :, 0], noise[:, :, 0], atol=1e-5)
     assert np.abs(real[:, :, 1] - noise[:, :, 1]).max() > 1e-4
     np.testing.assert_allclose(summary["official"]["real"]["txt1->img1"], real[:, :, 1, 4].mean(axis=0), rtol=1e-5)
 
     # One row from its own q and k: the first layer of the interleaved trace.
-    opened = diagnose.open_run(str(workdir), limit=8)
-    params = diagnose.load(opened, str(workdir / "checkpoints" / str(small_run.LAST)))
+    opened = runs.open_run(str(workdir), limit=8)
+    params = runs.load(opened, str(workdir / "checkpoints" / str(small_run.LAST)))
     row = opened.rows(0, 3)
     blocks = opened.packer.blocks(row, "interleaved")
     c = opened.packer.pack([row], "trace", -1, [blocks])
@@ -405,7 +408,7 @@ def test_attention_command(workdir):
     q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
     rope = attention.rope_tables(c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta)
     pad = lambda numbers: np.pad(numbers, (0, c.slots - len(numbers)))[None]
-    queries, keys = map(pad, diagnose.groups(opened.packer, blocks, "interleaved"))
+    queries, keys = map(pad, looks.groups(opened.packer, blocks, "interleaved"))
     seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
     sums = numpy_shares(attention.rotate(q, rope), attention.rotate(k, rope), seen, queries, keys,
                         opened.model.llm.head_dim ** -0.5)[0]
@@ -430,7 +433,7 @@ def test_attention_command(workdir):
 ])
 def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        diagnose.main([arguments[0], f"--workdir={workdir}", *(a.format(workdir) for a in arguments[1:])])
+        command.main([arguments[0], f"--workdir={workdir}", *(a.format(workdir) for a in arguments[1:])])
     found = capsys.readouterr().err
     assert stopped.value.code == 1 and message in found and found.count("\n") == 1
 
@@ -441,10 +444,10 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
     folder, _ = run(workdir, "kl", "--rows=2", "--completions=data", "--name=mine")
     assert folder.name == "mine"
     with pytest.raises(SystemExit):
-        diagnose.main(["kl", f"--workdir={workdir}", "--name=mine"])
+        command.main(["kl", f"--workdir={workdir}", "--name=mine"])
     assert "mine exists: choose another --name, or delete it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        diagnose.main(["kl", f"--workdir={tmp_path}"])
+        command.main(["kl", f"--workdir={tmp_path}"])
     assert "holds no run" in capsys.readouterr().err
 
     class Blind(data.Rows):
@@ -454,5 +457,5 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(data, "Rows", Blind)
     with pytest.raises(SystemExit):
-        diagnose.main(["attention", f"--workdir={workdir}", "--rows=3"])
+        command.main(["attention", f"--workdir={workdir}", "--rows=3"])
     assert f"the first 3 rows of {small_run.TASK}, test, have no visual thoughts" in capsys.readouterr().err

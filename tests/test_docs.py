@@ -127,6 +127,8 @@ def test_commands_and_paths_exist(page):
     text = PAGES[page]
     for module in re.findall(r"python -m (opsd_jax[\w.]*\w)", text):
         spec = importlib.util.find_spec(module)
+        if spec and spec.submodule_search_locations:  # a package: its __main__
+            spec = importlib.util.find_spec(f"{module}.__main__")
         is_command = spec and 'if __name__ == "__main__"' in pathlib.Path(spec.origin).read_text()
         assert is_command, f"{page}: no command python -m {module}"
     for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./]*[\w/]", text):

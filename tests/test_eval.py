@@ -157,7 +157,8 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
 @pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
     run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
-    run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5")
+    run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5,6")
+    assert "| 5, 6 | 3 |" in (workdir / "eval" / "summary.md").read_text()
     summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-first3-seed5")
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
         f"chart-validation-{n:07d}" for n in range(3)]

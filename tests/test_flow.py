@@ -15,7 +15,7 @@ import pytest
 
 import reference
 import tiny
-from opsd_jax import context, flow, params as params_lib, rollout
+from opsd_jax import flow, params as params_lib, rollout
 from opsd_jax.context import Image, Latent, Text
 from opsd_jax.model import bagel
 from tiny import DRAWING, TOKENIZER, image, latent

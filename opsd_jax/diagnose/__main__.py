@@ -1,0 +1,149 @@
+"""The command: one analysis, or evaluation in all modes and all analyses on one page."""
+
+import os
+
+from opsd_jax import data, distributed
+from opsd_jax import eval as eval_lib
+from opsd_jax.diagnose import attention, interventions, kl, runs
+
+
+def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[str]]:
+    """Answers in every mode that the model and its rows allow (`eval.evaluate_run`), then the three analyses; one page
+    for people, and under it what each leaves by itself."""
+    modes = ("none", *eval_lib.CONTEXTS, *(eval_lib.DRAWN if run.config.model.generation.on else ()))
+    summaries = eval_lib.evaluate_run(
+        run.workdir, modes, checkpoint=checkpoint, benchmarks=run.tasks, split=run.split, limit=run.limit,
+        batch_size=run.batch_size, seed=run.seed, name="" if _own(run.workdir, checkpoint) else os.path.basename(folder))
+    base = runs.start(run.workdir)
+    analyses = {
+        "kl": lambda to: kl.measure(run, to, teacher=base, student=checkpoint, base=base),
+        "interventions": lambda to: interventions.measure(run, to, checkpoint=checkpoint),
+        "attention": lambda to: attention.measure(run, to, checkpoint=checkpoint)}
+    pages = {name: analyse(os.path.join(folder, name)) for name, analyse in analyses.items()}
+    summary = {"analysis": "all", "checkpoint": checkpoint, **run.facts(), "evaluations": list(summaries),
+               "analyses": list(analyses)}
+    return runs.finish(folder, summary, lambda s: all_page(run, s, summaries, pages))
+
+
+def all_page(run: runs.Run, summary: dict, summaries: dict, pages: dict) -> tuple[str, list[str]]:
+    """(title, HTML parts): accuracies, tokens and seconds of all modes, then the pages of the analyses."""
+    from opsd_jax import report
+
+    parts = [report.paragraph(
+        f"Checkpoint `{summary['checkpoint']}`, split {summary['split']}. One model answers the same questions: from the "
+        "picture alone (**none**, the student), as the teacher with the rows' own visual thoughts (**real**) or something "
+        "else in their places, and, if it can draw, with pictures that it draws itself (**generated**)."),
+        report.heading("Answers")]
+    for task in run.tasks:
+        found = [(s["mode"], s["benchmarks"][task]) for s in summaries.values()]
+        parts += [report.heading(task, 3), report.intervals(
+            [(mode, eval_lib.percent(b), *(100 * x for x in b["interval_95"])) for mode, b in found])]
+        text = dict(found)["none"]["seconds_per_sample"]
+        rows = [[mode, eval_lib.percent(b), b["n"], b["mean_output_tokens"], b["seconds_per_sample"],
+                 b["seconds_per_sample"] and text and b["seconds_per_sample"] / text, b["timed_samples"],
+                 b.get("pictures_per_sample")] for mode, b in found]
+        parts += [report.table(["sees", "accuracy %", "rows", "tokens", "s/sample", "times none", "rows timed",
+                                "pictures drawn"], rows),
+                  report.note("Seconds leave out batches that compiled a program. Paper: drawing takes 14.3 times as long "
+                              f"as answering in text. Every answer to leaf through: {run.workdir}/eval/*/report.html")]
+    for title, inner in pages.values():
+        parts += [report.heading(title, 1), *inner]
+    return f"Evaluation and diagnosis of {os.path.basename(os.path.normpath(run.workdir))}", parts
+
+
+def diagnose(args) -> str:
+    """Runs the analysis that the parsed arguments ask for; the folder of its results."""
+    from opsd_jax import checkpoint as checkpoint_lib
+
+    what, workdir = args.analysis, os.path.normpath(args.workdir)
+    config = data.load_config(workdir)  # no run: said first
+    given = args.student if what == "kl" else args.checkpoint
+    model = given or runs.newest(workdir)
+    step = checkpoint_lib.metadata(model)["step"]
+    foreign = [x for x in (given, getattr(args, "teacher", "")) if x and not _own(workdir, x)]
+    if foreign and not args.name:
+        raise ValueError(f"{foreign[0]} is no step of {os.path.realpath(workdir)}/checkpoints: say with --name under which "
+                         f"name the results shall stand in {workdir}/diagnose")
+    differs = [args.split] if args.split not in ("", config.eval.final_split) else []
+    differs += [f"first{args.rows}" if args.rows else "all"] if args.rows != runs.ROWS else []
+    differs += args.benchmarks
+    differs += [f"seed{args.seed}"] if args.seed not in (None, config.seed) else []
+    if what == "kl":
+        for kind in args.completions:
+            if kind not in kl.COMPLETIONS:
+                raise ValueError(f"--completions={kind}: choose from {', '.join(kl.COMPLETIONS)}")
+        if args.temperature < 0:
+            raise ValueError(f"--temperature={args.temperature:g}: give a positive number, or 0 for the most likely "
+                             "token")
+        base = runs.start(workdir)
+        teacher = args.teacher or base
+        differs += args.completions if args.completions != kl.COMPLETIONS else ()
+        differs += [f"temperature{args.temperature:g}"] if args.temperature != 1 else []
+        if args.teacher:
+            differs += [f"teacher{checkpoint_lib.metadata(teacher)['step']:06d}"]
+    elif what == "attention":
+        differs += ["official-scale"] if args.official_scale else []
+    folder = os.path.join(workdir, "diagnose", args.name or "-".join([what, f"{step:06d}", *differs]))
+    if args.name and os.path.exists(os.path.join(folder, "summary.json")):
+        raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
+    run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
+                   seed=args.seed)
+    if what == "kl":
+        kl.measure(run, folder, teacher=teacher, student=model, base=base, kinds=args.completions,
+               temperature=args.temperature)
+    elif what == "interventions":
+        interventions.measure(run, folder, checkpoint=model)
+    elif what == "attention":
+        attention.measure(run, folder, checkpoint=model, official_scale=args.official_scale)
+    else:
+        run_all(run, folder, checkpoint=model)
+    return folder
+
+
+def _own(workdir, checkpoint) -> bool:
+    """Whether a checkpoint is a step of the run."""
+    steps = os.path.realpath(os.path.join(workdir, "checkpoints"))
+    return os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) == steps
+
+
+def main(argv=None) -> None:
+    """`python -m opsd_jax.diagnose`; errors in the arguments end it with one line and code 1."""
+    import argparse
+
+    names = lambda text: tuple(text.split(","))
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
+    common.add_argument("--split", default="", help="of the rows (default: the run's config.eval.final_split)")
+    common.add_argument("--rows", type=int, default=runs.ROWS,
+                        help=f"first rows of each task, 0 for all (default: {runs.ROWS})")
+    common.add_argument("--benchmarks", default=(), type=names, help="tasks or families (default: all of the run)")
+    common.add_argument("--batch_size", type=int, default=0, help="(default: the run's config.eval.batch_size)")
+    common.add_argument("--seed", type=int, help="of noise, sampling and resampling (default: the run's)")
+    common.add_argument("--name", default="", help="of the results in W/diagnose (default: tells what was measured)")
+    parser = argparse.ArgumentParser(prog="python -m opsd_jax.diagnose", description="The paper's analyses of a run.")
+    analyses = parser.add_subparsers(dest="analysis", required=True)
+    compared = analyses.add_parser("kl", parents=[common], help="how much visual thoughts change what the model says")
+    compared.add_argument("--teacher", default="", help="a step folder (default: where the run's OPSD stage started)")
+    compared.add_argument("--student", default="", help="a step folder (default: the newest of the run)")
+    compared.add_argument("--completions", default=kl.COMPLETIONS, type=names,
+                    help=f"{', '.join(kl.COMPLETIONS)}; several separated by commas (default: all)")
+    compared.add_argument("--temperature", type=float, default=1.0,
+                    help="of sampled completions; 0: most likely token (default: 1)")
+    for name, text in (("all", "evaluation in all modes and the three analyses, on one page"),
+                       ("interventions", "answers with visual thoughts replaced or removed"),
+                       ("attention", "attention to pictures, layer by layer")):
+        analysis = analyses.add_parser(name, parents=[common], help=text)
+        analysis.add_argument("--checkpoint", default="", help="a step folder (default: the newest of the run)")
+    analysis.add_argument("--official_scale", action="store_true",
+                          help="softmax without 1/sqrt(d), as officially recorded")
+    args = parser.parse_args(argv)
+    try:
+        distributed.initialize()
+        folder = diagnose(args)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The run that is diagnosed: its rows, weights and batches; and the files that an analysis leaves."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+
+from opsd_jax import data, metrics, sharding
+from opsd_jax import eval as eval_lib
+from opsd_jax.model import bagel
+from opsd_jax.model.config import ModelConfig
+
+ROWS = 128  # of each task, if the command does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is diagnosed, and the rows it is diagnosed on. Made by `open_run`.
+
+    model: ModelConfig without what draws. limit: first rows of each task, 0 for all. batch_size: of all processes.
+    """
+
+    workdir: str
+    config: object
+    model: ModelConfig
+    mesh: object
+    tokenizer: object
+    marker: object
+    rows: object
+    packer: object
+    tasks: tuple
+    split: str
+    limit: int
+    batch_size: int
+    seed: int
+
+    def size(self, source: int) -> int:
+        """Rows of a task that are looked at."""
+        size = len(self.rows.sources[source])
+        return min(self.limit, size) if self.limit else size
+
+    @property
+    def total(self) -> int:
+        return sum(self.size(source) for source in range(len(self.tasks)))
+
+    def facts(self) -> dict:
+        """What every summary says."""
+        return {"split": self.split, "seed": self.seed, "rows": {t: self.size(s) for s, t in enumerate(self.tasks)}}
+
+
+def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS, batch_size: int = 0,
+             seed: int | None = None) -> Run:
+    """Opens the run (or arm) in a workdir for its diagnosis.
+
+    split: "" for the one that the run evaluates at its end. batch_size: 0 for the run's config.eval.batch_size; made
+    a multiple of what the devices share.
+    Raises FileNotFoundError: no run or data. ValueError: unknown tasks, no visual thoughts in the rows.
+    """
+    from opsd_jax import rollout, settings, tokenizer
+
+    if limit < 0 or batch_size < 0:
+        raise ValueError(f"--rows={limit} --batch_size={batch_size}: give positive numbers, or 0 for all rows and for "
+                         "the run's batch size")
+    config = data.load_config(workdir)
+    where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
+    limits = dict(zip(config.data.tasks, config.data.limits))
+    config.data.tasks, config.data.limits = chosen, tuple(limits[task] for task in chosen if limits)
+    split = split or config.eval.final_split or "train"
+    tok = tokenizer.load(data.tokenizer_folder(config, where))
+    mesh = sharding.make_mesh(tensor=config.mesh.tensor)
+    unit = sharding.batch_divisor(mesh)
+    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
+    run = Run(workdir, config, dataclasses.replace(settings.model(config), generation=None), mesh, tok, marker,
+              data.Rows(config, where, tok, split), data.Packer(config, tok), chosen, split, limit, unit,
+              config.seed if seed is None else seed)
+    for source, task in enumerate(chosen):
+        if not any(run.rows.sources[source][n].visual_thoughts for n in range(run.size(source))):
+            raise ValueError(f"the first {run.size(source)} rows of {task}, {split}, have no visual thoughts: there is "
+                             "nothing to diagnose; choose another --split or --benchmarks")
+    wanted = min(batch_size or config.eval.batch_size, max(run.size(s) for s in range(len(chosen))))
+    return dataclasses.replace(run, batch_size=-(-wanted // unit) * unit)
+
+
+def newest(workdir: str) -> str:
+    """The newest checkpoint of a run."""
+    from opsd_jax import checkpoint
+
+    return os.path.join(workdir, "checkpoints", str(checkpoint.metadata(workdir)["step"]))
+
+
+def start(workdir: str) -> str:
+    """The checkpoint that a run's OPSD (or else SFT) stage started from."""
+    from opsd_jax import settings
+
+    config = data.load_config(workdir)
+    ends = settings.stage_ends(config)
+    stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
+    if stage is None:
+        raise ValueError(f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training to "
+                         "compare before and after; diagnose one with an opsd, sft or offline stage")
+    return os.path.join(workdir, "checkpoints", str(ends[stage] - config[stage].steps))
+
+
+def load(run: Run, checkpoint: str):
+    """The weights in a checkpoint, laid out for scoring."""
+    from opsd_jax import checkpoint as checkpoint_lib
+
+    abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=run.model))
+    return checkpoint_lib.restore_params(checkpoint, sharding.abstract(run.mesh, abstract),
+                                         partial=run.config.model.generation.on)
+
+
+def for_sampling(run, params):
+    return sharding.move(run.mesh, params, "rollout")(params)
+
+
+def sampling(run, **changes):
+    """RolloutConfig of the run's evaluation."""
+    from opsd_jax import settings
+
+    c = run.config
+    return settings.rollout(c, run.tokenizer, run.marker, slots=c.eval.slots, refill=0,
+                            shards=sharding.batch_divisor(run.mesh),
+                            max_new_tokens=c.eval.max_new_tokens or c.rollout.max_new_tokens, **changes)
+
+
+def batches(run):
+    """(source, numbers of the rows that this process packs) of every batch."""
+    mine = sharding.local_rows(run.mesh, run.batch_size)
+    for source in range(len(run.tasks)):
+        for numbers in eval_lib.batches(run.size(source), run.batch_size):
+            yield source, [numbers[n] for n in mine]
+
+
+def put(run, tree):
+    return sharding.put_batch(run.mesh, tree)
+
+
+def fetch(tree):
+    """Global arrays -> NumPy arrays of the whole batch, on every process."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def progress(run, total, name):
+    return metrics.Progress(total, name, run.split, primary=jax.process_index() == 0)
+
+
+def answers(run: Run, params, modes, name: str) -> dict:
+    """Greedy answers in each of the modes: {mode: {task: [prediction]}}, predictions as in `eval.Result`."""
+    params, found = for_sampling(run, params), {}
+    with progress(run, run.total * len(modes), name) as shown:
+        for k, mode in enumerate(modes):
+            results = eval_lib.evaluate(
+                params, run.rows, run.packer, config=sampling(run), task_names=run.tasks, mode=mode,
+                batch_size=run.batch_size, limit=run.limit, seed=run.seed, mesh=run.mesh,
+                on_batch=lambda done, hits: shown.update(k * run.total + done, mode=mode, accuracy=hits / done))
+            found[mode] = {r.name: r.predictions for r in results}
+    return found
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+def pictures(run, row) -> list[str]:
+    from opsd_jax import images, report
+
+    patch = run.config.model.vit.patch_size
+    shown = [("problem", row.problem), *((f"visual thought {n}", vt) for n, vt in enumerate(row.visual_thoughts))]
+    return [report.picture(images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption)
+            for caption, image in shown]
+
+
+def finish(folder, summary, page) -> tuple[str, list[str]]:
+    """Writes report.html and, last of all, summary.json, by the first process for all; the parts of the page."""
+    from opsd_jax import report
+
+    if jax.process_index():
+        return "", []
+    title, parts = page(summary)
+    report.write(os.path.join(folder, "report.html"), report.page(title, *parts))
+    write(os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return title, parts
+
+
+def write(path, text) -> None:
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(path + ".tmp", path)
+
+
+def write_arrays(path, arrays) -> None:
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "wb") as f:
+            np.savez_compressed(f, allow_pickle=False, **arrays)
+        os.replace(path + ".tmp", path)
