@@ -371,7 +371,7 @@ def resolve(directory) -> epath.Path:
     directory = _absolute(directory)
     if _is_committed(directory):
         return directory
-    if directory.name.isdigit():  # a step by name: no other will do
+    if directory.name.isdigit() and not (directory / "checkpoints").is_dir():  # a step by name: no other will do
         steps, half = _list(directory.parent)
         if any(name.split(".")[0] == directory.name for name in half):
             raise CheckpointNotFound(f"{directory}: this save was interrupted and cannot be used. Complete "

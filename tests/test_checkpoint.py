@@ -179,6 +179,12 @@ def test_no_checkpoint_says_what_is_there(tmp_path):
         checkpoint.restore_params(tmp_path, {})
 
 
+def test_a_workdir_may_have_a_number_as_its_name(tmp_path):
+    state = make_state(5)
+    checkpoint.save(tmp_path / "7" / "checkpoints" / "5", state, state["params"])
+    assert_same(checkpoint.restore(tmp_path / "7", abstract(state)), state)
+
+
 def test_half_a_save_is_named_and_the_complete_one_used(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     (folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
