@@ -11,6 +11,7 @@
                         :image    the problem image in their place
                         :none     intro and transition only
                         :sft      text-only SFT from the same start
+                        :offline  the same and KL to a teacher whose log-probabilities are kept beforehand
                         :lora     adapters of rank 64 alone are trained, at ten times the rate; ours, not the paper's
 
 Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target=PREPARED
@@ -26,12 +27,12 @@ def get_config(arg: str = "paper"):
         c.teacher.kind = arg
     elif arg in ("noise", "swap", "image", "none"):
         c.teacher.visual_thoughts = arg
-    elif arg == "sft":
-        c.stages = ("sft",)
+    elif arg in ("sft", "offline"):
+        c.stages = (arg,)
     elif arg == "lora":
         c.lora.update(rank=64, alpha=128.0)
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
     elif arg != "paper":
-        raise ValueError(f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, sft or "
-                         "lora")
+        raise ValueError(f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, sft, "
+                         "offline or lora")
     return c

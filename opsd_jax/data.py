@@ -219,11 +219,13 @@ class Packer:
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
 
     def pack(self, rows, kind: str, bucket: int, blocks):
+        """Contexts of blocks, a list a row, in the sizes of `data.buckets.<kind>[bucket]`."""
         slots, patches = self.buckets[kind][bucket][:2]
         return context_lib.pack(blocks, slots=slots, patches=patches, tokenizer=self.tokenizer, side=self.side,
                                 names=[row.example.pid for row in rows])
 
     def student(self, rows, bucket: int = -1) -> context_lib.Context:
+        """Student contexts: picture and question."""
         return self.pack(rows, "student", bucket, [self.blocks(row, "student") for row in rows])
 
     def teacher(self, rows, partners, mode: str, rngs, bucket: int = -1) -> context_lib.Context:
@@ -235,6 +237,7 @@ class Packer:
         return self.pack(rows, "teacher", bucket, [self.blocks(row, "teacher", vts) for row, vts in zip(rows, shown)])
 
     def traces(self, rows, layouts, bucket: int = -1) -> context_lib.Supervised:
+        """Traces to learn from, each row in its layout (`settings.LAYOUTS`)."""
         slots, patches, targets = self.buckets.trace[bucket]
         sizes = {}
         if rows[0].pixels:  # all batches of a stage that draws hold latents, whatever the layouts of this part of one

@@ -11,8 +11,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 KINDS = ("jsd", "sampled_reverse_kl")
+_KEPT = "the teacher's largest entries"  # a name for `jax.checkpoint`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,13 @@ def _log_probs(student_logits, teacher_logits, config):
         whole = [jax.nn.log_softmax((x / temperature).astype(jnp.float32), axis=-1)
                  for x in (student_logits, teacher_logits)]
         return *whole, jnp.ones(student_logits.shape[:-1], jnp.float32)
-    _, index = jax.lax.top_k(teacher_logits, config.top_k)
     both = [(x / temperature).astype(jnp.float32) for x in (student_logits, teacher_logits)]
-    kept = [jnp.take_along_axis(x, index, axis=-1) for x in both]
-    total = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in both]
+    top, index = jax.lax.top_k(teacher_logits, config.top_k)
+    # All that the backward pass needs: with these saved, `_over_chunks` computes neither side's logits again.
+    top, index, of_teacher = (checkpoint_name(x, _KEPT) for x in (
+        (top / temperature).astype(jnp.float32), index, jax.nn.logsumexp(both[1], axis=-1, keepdims=True)))
+    kept = [checkpoint_name(jnp.take_along_axis(both[0], index, axis=-1), _KEPT), top]
+    total = [jax.nn.logsumexp(both[0], axis=-1, keepdims=True), of_teacher]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
     mass = jnp.exp(inside[1] - total[1])[..., 0]
     if not config.tail:
@@ -137,21 +142,23 @@ def row_mean(values, mask):
 
 
 def _over_chunks(function, arrays, chunk):
-    """Maps function over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
+    """Maps function over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved. What is
+    named _KEPT is saved, K numbers a row.
 
     arrays: [B, N, ...] each -> tree of [B, N]. Chunking time keeps the batch axis whole, which is the sharded one;
     N is padded up to whole chunks and the padding cut off again.
     """
     n = arrays[0].shape[1]
     count = -(-n // chunk)
+    keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
     if count == 1:
-        return jax.checkpoint(function)(*arrays)
+        return jax.checkpoint(function, policy=keep)(*arrays)
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, count * chunk - n)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
-    body = jax.checkpoint(lambda _, xs: (None, function(*xs)), prevent_cse=False)
+    body = jax.checkpoint(lambda _, xs: (None, function(*xs)), policy=keep, prevent_cse=False)
     _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1)[:, :n], out)
 

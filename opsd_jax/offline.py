@@ -207,6 +207,7 @@ def key(params, config, rows) -> dict:
 
 
 def kept_entries(config) -> int:
+    """K: how many of the teacher's entries are kept."""
     return min(config.offline.top_k, config.model.llm.vocab_size)
 
 

@@ -33,7 +33,7 @@ from opsd_jax import settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
-PLANNED = ("warmup", "opsd", "sft")  # stages whose programs are planned
+PLANNED = ("warmup", "opsd", "sft", "offline")  # stages whose programs are planned
 STEP = ("sample", "update")  # the programs of a step on the policy; supervised stages have "update" alone
 
 flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
@@ -214,7 +214,8 @@ class Program:
     """One jitted program of a step, traced and not compiled.
 
     kinds: {kind: pytree of ShapeDtypeStructs} of its arguments. beside: the same of what else lies in memory.
-    trips: how often its `while` loops without a fixed length run at most, from the outermost inwards. cache: shape of its keys, [L, B, S, K, h].
+    trips: how often its `while` loops without a fixed length run at most, from the outermost inwards.
+    cache: shape of its keys, [L, B, S, K, h].
     """
 
     name: str
@@ -230,7 +231,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     import jax
     import jax.numpy as jnp
 
-    from opsd_jax import context, distill, params as params_lib, rollout, sharding
+    from opsd_jax import context, distill, offline, params as params_lib, rollout, sharding
     from opsd_jax.model import bagel
 
     settings.check(config)
@@ -266,7 +267,12 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
         slots, patches, targets = buckets.trace[bucket]
         batch = context.Supervised(packed(slots, patches), array(targets), array(targets),
                                    array(targets, dtype=jnp.bool_))
-        traced = distill.program(distill.sft_step, state, own).trace(state, batch)
+        step = distill.sft_step
+        if stage == "offline":
+            kept, half, step = offline.kept_entries(config), jnp.float16, offline.step
+            batch = offline.Cached(batch, array(targets), array(targets, kept, dtype=half), array(targets, kept),
+                                   array(targets, dtype=half))
+        traced = distill.program(step, state, own).trace(state, batch)
         return [Program("update", traced, held | {"batch": batch}, {})]
 
     noise = config.teacher.visual_thoughts == "noise"  # drawn as floats

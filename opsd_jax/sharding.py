@@ -124,6 +124,7 @@ class on_mesh:
             return self.__wrapped__(tree, *arguments, **named)
 
     def trace(self, tree, *arguments, **named):
+        """As that of what `jax.jit` returns; `lower`, too."""
         with self._context(tree):
             return self.__wrapped__.trace(tree, *arguments, **named)
 

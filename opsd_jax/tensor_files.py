@@ -22,6 +22,7 @@ DAMAGED = "the file is incomplete or damaged: download or copy it again"
 
 def read_json(directory, name, why="a released folder has llm_config.json, vit_config.json and model.safetensors or "
           "ema.safetensors"):
+    """The JSON object in a file of a folder. FileNotFoundError says `why` it is wanted; ValueError: damaged, no object."""
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: {why}")
@@ -36,11 +37,13 @@ def read_json(directory, name, why="a released folder has llm_config.json, vit_c
 
 
 def write_json(path, content):
+    """Writes a file as released folders have them."""
     with open(path, "w", encoding="utf-8") as f:
         f.write(json.dumps(content, indent=2) + "\n")
 
 
 def size_of(size) -> str:
+    """Bytes for people."""
     return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
 
 

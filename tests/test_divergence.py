@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from opsd_jax import divergence
+from opsd_jax import divergence, plan
 from opsd_jax.divergence import DivergenceConfig
 
 BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
@@ -322,6 +322,19 @@ def test_chunked_memory():
     logits = n * v * 4
     assert temporary(divergence.chunked) < logits // 2
     assert temporary(whole) > logits  # or the bound above would show nothing
+
+
+@pytest.mark.parametrize("chunk", [5, 13])
+@pytest.mark.parametrize("settings, products", [
+    (dict(top_k=16), 4),  # both sides' logits; gradients of the hidden states and of the head
+    (dict(top_k=16, tail=True), 5),  # the tail's gradient goes through the student's logits
+    (dict(top_k=0, clip=0.0), 6)])
+def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, settings, products):
+    config = DivergenceConfig(chunk=chunk, **settings)
+    loss = lambda student_hidden, student_head: jnp.mean(divergence.chunked(
+        **model | {"student_hidden": student_hidden, "student_head": student_head}, config=config)[0])
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(model["student_hidden"], model["student_head"])
+    assert plan.matmul_flops(traced.jaxpr.jaxpr) == products * 2 * B * -(-N // chunk) * chunk * D * V
 
 
 # --- helpers -------------------------------------------------------------------------------------------

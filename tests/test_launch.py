@@ -560,22 +560,38 @@ sys.path.insert(0, {tests!r})
 import small_run
 from opsd_jax import train
 train.train(small_run.config(stages=("warmup",), warmup__steps=120, eval__every=0, eval__final_split="",
-                             checkpoint__every=1000), {workdir!r})
+                             checkpoint__every={every}), {workdir!r})
 """
+
+
+def two_processes(workdir, tmp_path_factory, every, **variables):
+    """A run of two processes with two devices each, begun: ([processes], program, environment of both)."""
+    import small_run
+
+    program = TRAIN.format(tests=str(ROOT / "tests"), workdir=str(workdir), every=every)
+    given = environment(**{k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")},
+                        XLA_FLAGS="--xla_force_host_platform_device_count=2", OPSD_NUM_PROCESSES=2,
+                        OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}", **variables)
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=given | {"OPSD_PROCESS_ID": str(n)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
+    return processes, program, given
+
+
+def finish_alone(workdir, program, given, devices):
+    """One process continues a run of two to its end."""
+    alone = given | {"OPSD_NUM_PROCESSES": "1", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    del alone["OPSD_COORDINATOR"]
+    result = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in rows] == list(range(1, 121))
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_factory):
     """And one process alone, on as many devices, finishes what two have begun."""
-    import small_run
-
     workdir = tmp_path / "run"
-    program = TRAIN.format(tests=str(ROOT / "tests"), workdir=str(workdir))
-    given = environment(**{k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")},
-                        XLA_FLAGS="--xla_force_host_platform_device_count=2", OPSD_NUM_PROCESSES=2,
-                        OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}", OPSD_TIMEOUT_S=120)
-    processes = [subprocess.Popen([sys.executable, "-c", program], env=given | {"OPSD_PROCESS_ID": str(n)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
+    processes, program, given = two_processes(workdir, tmp_path_factory, every=1000, OPSD_TIMEOUT_S=120)
     rows = workdir / "metrics.jsonl"
     wait_for(lambda: (rows.exists() and rows.read_text().count("\n") >= 2) or any(p.poll() for p in processes), 300)
     processes[1].send_signal(signal.SIGTERM)
@@ -583,8 +599,25 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
     assert [process.returncode for process in processes] == [42, 42], said
     (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert 2 <= step < 120
-    alone = given | {"OPSD_NUM_PROCESSES": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    del alone["OPSD_COORDINATOR"]
-    result = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == list(range(1, 121))
+    finish_alone(workdir, program, given, devices=4)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_missed_in_time_and_the_run_goes_on(tmp_path, tmp_path_factory, victim):
+    """The other one ends with a message and a code that says so; one process on one device finishes the run."""
+    workdir, timeout = tmp_path / "run", 20
+    processes, program, given = two_processes(workdir, tmp_path_factory, every=4, OPSD_TIMEOUT_S=timeout)
+    steps = lambda: [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    wait_for(lambda: steps() or any(p.poll() for p in processes), 300)
+    processes[victim].kill()
+    started = time.monotonic()
+    said = processes[1 - victim].communicate(timeout=300)[0]
+    assert time.monotonic() - started < timeout + 30
+    assert processes[victim].wait() == -signal.SIGKILL
+    code = processes[1 - victim].returncode
+    assert code in (distributed.EXIT_PEER_LOST, -signal.SIGABRT), said[-3000:]
+    assert re.search(r"another process is gone|task.*(unhealthy|heartbeat)|leader|coordination", said), said[-3000:]
+    assert max(steps()) < 120
+    finish_alone(workdir, program, given, devices=1)

@@ -13,7 +13,8 @@ import pytest
 
 import small_run
 import tiny
-from opsd_jax import checkpoint, context, data, distill, metrics, offline, settings, sharding, tokenizer, train
+from opsd_jax import (
+    checkpoint, context, data, distill, metrics, offline, plan, settings, sharding, tokenizer, train)
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 
@@ -249,6 +250,14 @@ def test_batches_hold_their_rows(collected):
             np.testing.assert_array_equal(batch.log_probs[b][:count], found["log_probs"])
             np.testing.assert_array_equal(batch.indices[b][:count], found["indices"])
             np.testing.assert_array_equal(batch.weights[b][:count], found["weight"])
+
+
+def test_the_plan_knows_the_batch(collected):
+    """Shapes that `plan` compiles for are those of a run."""
+    (program,) = plan.programs(collected.config, "offline", collected.mesh)
+    batch, _ = collected.batches(collected.collect()).traces(0)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+    assert shapes(program.kinds["batch"]) == shapes(batch) and program.name == "update"
 
 
 def test_top_k_is_bounded_by_the_vocabulary(folder):

@@ -113,6 +113,7 @@ def load(run: Run, checkpoint: str):
 
 
 def for_sampling(run, params):
+    """The weights laid out as the sampler wants them."""
     return sharding.move(run.mesh, params, "rollout")(params)
 
 
@@ -135,6 +136,7 @@ def batches(run):
 
 
 def put(run, tree):
+    """This process's rows of a batch -> arrays on the run's mesh."""
     return sharding.put_batch(run.mesh, tree)
 
 
@@ -146,6 +148,7 @@ def fetch(tree):
 
 
 def progress(run, total, name):
+    """A progress bar over `total` rows, shown by the first process."""
     return metrics.Progress(total, name, run.split, primary=jax.process_index() == 0)
 
 
@@ -165,6 +168,7 @@ def answers(run: Run, params, modes, name: str) -> dict:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 def pictures(run, row) -> list[str]:
+    """HTML of a prepared row's problem image and visual thoughts."""
     from opsd_jax import images, report
 
     patch = run.config.model.vit.patch_size
@@ -186,6 +190,7 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
 
 
 def write(path, text) -> None:
+    """Writes a text file, whole or not at all, by the first process for all."""
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "w", encoding="utf-8") as f:
@@ -194,6 +199,7 @@ def write(path, text) -> None:
 
 
 def write_arrays(path, arrays) -> None:
+    """The same for arrays by name, as .npz."""
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
