@@ -307,12 +307,13 @@ def speeds(summaries: dict[str, dict]) -> str:
                 if long["seconds_per_sample"] and short["seconds_per_sample"]:
                     ratio = long["seconds_per_sample"] / short["seconds_per_sample"]
                     gain = percent(short) - percent(long)
-                    lines.append(f"| {task} | {name} | {other} | {long['seconds_per_sample']:.4f} "
-                                 f"| {short['seconds_per_sample']:.4f} | {ratio:.1f}x | {gain:+.1f} |")
+                    lines.append(f"| {task} | {name} | {other} | {long.get('pictures_per_sample', 0):.2f} "
+                                 f"| {long['seconds_per_sample']:.4f} | {short['seconds_per_sample']:.4f} "
+                                 f"| {ratio:.1f}x | {gain:+.1f} |")
     if not lines:
         return ""
-    return "\n".join(["| task | drawing | text alone | s/sample | s/sample | speed-up (paper: 14.3x) | accuracy gained |",
-                      "|---" * 7 + "|", *lines])
+    return "\n".join(["| task | drawing | text alone | pictures a sample | s/sample | s/sample | speed-up (paper: 14.3x) "
+                      "| accuracy gained |", "|---" * 8 + "|", *lines])
 
 
 # --- command line -------------------------------------------------------------------------------------------

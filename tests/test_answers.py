@@ -135,10 +135,10 @@ def entry(overall, seconds, unit="fraction"):
 
 def test_the_ratio_of_drawing_to_text():
     of = lambda mode, found, **more: {"mode": mode, "checkpoint": "c", "benchmarks": {"MMVP": found}, **more}
-    summaries = {"n": of("none", entry(0.75, 0.1)), "g": of("generated", entry(70.0, 1.43, "percent")),
+    summaries = {"n": of("none", entry(0.75, 0.1)), "g": of("generated", entry(70.0, 1.43, "percent") | {"pictures_per_sample": 1.25}),
                  "other": of("generated", entry(0.1, 9), checkpoint="d"), "untimed": of("none", entry(0.5, None))}
     lines = eval_lib.speeds(summaries).splitlines()
-    assert len(lines) == 3 and lines[2].endswith("| 14.3x | +5.0 |")
+    assert len(lines) == 3 and lines[2].endswith("| 1.25 | 1.4300 | 0.1000 | 14.3x | +5.0 |")
     assert "| 78.33 | 77.33 |" in eval_lib.table(summaries) and "| – |" in eval_lib.table(summaries)
     assert eval_lib.speeds({"n": summaries["n"]}) == ""
 

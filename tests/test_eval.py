@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import small_run
+from test_generate import released  # noqa: F401, a fixture
 from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
 
 LAST = f"{small_run.LAST:06d}"
@@ -126,6 +127,25 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     run("--protocol=harness", "--rows=2", "--seed=3")
     summary, _ = read(workdir / "eval" / f"{LAST}-none-harness-first2-BLINK-ChartQA_h_bar-seed3")
     assert summary["protocol"] == "harness-none" and summary["seed"] == 3 and summary["asked_by"] == "harness"
+
+
+@pytest.mark.slow
+def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_path_factory):
+    """Folders without a run: results lie under the folder's own name."""
+    from opsd_jax import convert
+
+    imported, results = tmp_path / "imported", tmp_path / "results"
+    with small_run.fast_compiles(tmp_path_factory):
+        convert.main(["import", f"--source={released}", f"--target={imported}"])
+        for checkpoint in (released, imported):
+            for protocol in ("paper", "harness"):
+                eval_lib.main([f"--workdir={results}", f"--checkpoint={checkpoint}", f"--data_dir={TABLES}", "--rows=2",
+                               "--benchmarks=BLINK", f"--protocol={protocol}", "--batch_size=2"])
+    for protocol in ("paper", "harness"):
+        (a, one), (b, other) = (read(results / "eval" / f"{folder.name}-none-{protocol}-first2-BLINK")
+                                for folder in (released, imported))
+        assert one == other and a["benchmarks"]["BLINK"]["n"] == 2 and a["step"] is None
+        assert a["protocol"] == b["protocol"] == f"{protocol}-none" and a["checkpoint"] != b["checkpoint"]
 
 
 @pytest.mark.slow
