@@ -31,8 +31,9 @@ def all_page(run: runs.Run, summary: dict, summaries: dict, pages: dict) -> tupl
 
     parts = [report.paragraph(
         f"Checkpoint `{summary['checkpoint']}`, split {summary['split']}. One model answers the same questions: from the "
-        "picture alone (**none**, the student), as the teacher with the rows' own visual thoughts (**real**) or something "
-        "else in their places, and, if it can draw, with pictures that it draws itself (**generated**)."),
+        "picture alone (**none**, the student); as the teacher with the rows' own visual thoughts (**real**), with **noise**, "
+        "another row's (**swap**), the problem once more (**image**) or nothing (**remove**) in their places; and, if it can "
+        "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those."),
         report.heading("Answers")]
     for task in run.tasks:
         found = [(s["mode"], s["benchmarks"][task]) for s in summaries.values()]
