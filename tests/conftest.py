@@ -30,6 +30,32 @@ def goldens(pytestconfig) -> pathlib.Path:
     return pathlib.Path(pytestconfig.getoption("--goldens")).resolve()
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """See tiny.py."""
+    import tiny
+
+    with tiny.quick_compiles():
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast_compiles(tmp_path_factory):
+    """Programs of the module's tests are compiled without much optimisation and kept for others; see small_run.py."""
+    import small_run
+
+    with small_run.fast_compiles(tmp_path_factory):
+        yield
+
+
+@pytest.fixture
+def own_programs():
+    """Compilations are counted per process: what earlier tests compiled must not count here."""
+    from opsd_jax import distill
+
+    distill._program.cache_clear()
+
+
 def pytest_collection_modifyitems(config, items):
     if "long" not in (config.getoption("-m") or ""):
         for item in items:

@@ -21,6 +21,8 @@ from opsd_jax.context import Text
 from opsd_jax.model import attention, bagel, flash
 from tiny import DRAWING, MODEL, TOKENIZER, image, latent
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def drawn(t, s, heads=4, kv=2, width=8, seed=0):
     """q, k, v, and a mask in which some queries see nothing."""
@@ -113,12 +115,6 @@ FLASH = {"attention": "flash_interpret"}
 SLOTS, LATENTS = 30, 8
 pack = functools.partial(tiny.pack, slots=SLOTS, patches=12, latents=LATENTS, latent_side=DRAWING.generation.side,
                          latent_dim=DRAWING.generation.latent_dim)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with tiny.quick_compiles():
-        yield
 
 
 def text(n):

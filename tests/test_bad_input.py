@@ -18,11 +18,7 @@ import small_run
 from opsd_jax import checkpoint, context, data, settings, train
 from opsd_jax.datasets import visual_opsd
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @pytest.fixture(scope="module")

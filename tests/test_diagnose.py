@@ -25,11 +25,7 @@ from tiny import MODEL, TOKENIZER
 LAST = f"{small_run.LAST:06d}"
 QUERIES, KEYS = len(looks.QUERIES), len(looks.KEYS)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 def log_softmax(logits):

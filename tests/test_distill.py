@@ -25,11 +25,7 @@ BASE = DistillConfig(
     optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=10, eps=1e-3))
 variant = functools.partial(dataclasses.replace, BASE)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with tiny.quick_compiles():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

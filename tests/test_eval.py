@@ -19,11 +19,7 @@ from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_l
 LAST = f"{small_run.LAST:06d}"
 TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("fast_compiles")
 
 
 @pytest.fixture(scope="module")

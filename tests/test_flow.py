@@ -23,11 +23,7 @@ from tiny import DRAWING, TOKENIZER, image, latent
 C, SIDE = DRAWING.generation.latent_dim, DRAWING.generation.side
 pack = functools.partial(tiny.pack, latent_dim=DRAWING.generation.latent_dim, latent_side=SIDE)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with tiny.quick_compiles():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ class Sequence:
     def __init__(self, params, blocks, after=()):
         p = jax.tree.map(lambda a: np.asarray(a, np.float64), {name: params[name] for name in ("llm", "latent")})
         table, pieces, positions, gens, noised = p["llm"]["embed"], [], [], [], []
-        rope, starts, stops = 0, [], []
+        rope, stops = 0, []
         for block in [*blocks, *([np.asarray(after)] if len(after) else [])]:
             block, tokens, times = block if isinstance(block, tuple) else (block, None, 0.0)
             causal, advance, hidden = False, 1, isinstance(block, Latent) and block.noised

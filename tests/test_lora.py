@@ -41,11 +41,7 @@ def abstract(config):
 def adapters(tree) -> dict:
     return {path: leaf for path, leaf in params_lib.flatten(tree).items() if "_lora_" in path}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with tiny.quick_compiles():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

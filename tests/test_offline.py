@@ -20,17 +20,7 @@ from opsd_jax.model import bagel
 
 MAZE = "Spatial_Navigation"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def own_programs():
-    """Compilations are counted per process: what earlier tests compiled must not count here."""
-    distill._program.cache_clear()
+pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -13,19 +13,9 @@ import pytest
 import jax
 
 import small_run
-from opsd_jax import checkpoint, distill, metrics, params as params_lib, train
+from opsd_jax import checkpoint, metrics, params as params_lib, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def own_programs():
-    """Compilations are counted per process: what earlier tests compiled must not count here."""
-    distill._program.cache_clear()
+pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import small_run
-from opsd_jax import arms, checkpoint, distill, metrics, settings, train
+from opsd_jax import arms, checkpoint, metrics, settings, train
 
 COMMON = {"step", "time", "stage", "loss", "ce", "lr", "grad_norm", "completion_len", "tokens_per_sec",
           "samples_per_sec", "compiles"}
@@ -22,17 +22,7 @@ OF_STAGE = {
     "opsd": {"jsd", "eos_rate", "image_skip_rate", "teacher_topk_mass", "clip_fraction", "student_entropy",
              "teacher_entropy", "empty_retries"}}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compiles(tmp_path_factory):
-    with small_run.fast_compiles(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def own_programs():
-    """Compilations are counted per process: what earlier tests compiled must not count here."""
-    distill._program.cache_clear()
+pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
 
 @pytest.fixture

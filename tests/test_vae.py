@@ -16,11 +16,7 @@ from opsd_jax.model.config import GenerationConfig
 VAE = tiny.DRAWING.generation.vae
 C = VAE.z_channels
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with tiny.quick_compiles():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
