@@ -25,7 +25,8 @@ class Benchmark:
     """keys: of its rows, in order. question: key -> (Pillow RGB images, text). expected: key -> the right answer.
 
     judge: {key: text} -> (what each prediction line gets besides, {key: {"hit": bool, ...}}; what the summary gets:
-    overall, unit, n, categories, interval_95 and more). `size`: key -> slots and patches that it takes, to sort by.
+    overall, unit, n, categories, interval_95 and more). size: key -> number by which rows of like length are brought
+    together: the pictures of a table's row, the bucket of a task's.
     """
 
     name: str

@@ -269,6 +269,12 @@ class Packer:
                 return index
         return -1
 
+    def fitting(self, kind: str, blocks) -> int:
+        """The first bucket of a kind of contexts that has room for a row's blocks; the last where none has, which packing
+        will refuse by the row's name."""
+        need, sizes = self._need([blocks])[:2], self.buckets[kind]
+        return next((n for n, size in enumerate(sizes) if np.all(need <= size[:2])), len(sizes) - 1)
+
     @staticmethod
     def _need(rows):
         slots, patches, _ = zip(*map(context_lib.need, rows))

@@ -77,23 +77,60 @@ def is_hit(example, text: str) -> tuple[str | None, bool]:
     return answer, answer is not None and answer.split() == example.answer.split()
 
 
-def batches(size: int, batch_size: int):
-    """Row numbers by batch, the last one filled up with its last row: 3 rows by 2 -> [0, 1], [2, 2]."""
-    for start in range(0, size, batch_size):
-        yield [min(n, size - 1) for n in range(start, start + batch_size)]
+def batches(numbers, batch_size: int):
+    """Row numbers by batch, the last one filled up with its last row: 0, 1, 2 by 2 -> [0, 1], [2, 2]."""
+    for start in range(0, len(numbers), batch_size):
+        part = list(numbers[start:start + batch_size])
+        yield part + part[-1:] * (batch_size - len(part))
 
 
-def contexts(rows, packer, source: int, numbers, mode: str, seed: int):
+def buckets_of(rows, packer, source: int, size: int, modes) -> list[int]:
+    """For each of a source's first `size` rows the bucket with room for its context in all of the modes.
+
+    With a single bucket nothing is read; else all rows are, by every process for itself.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from opsd_jax import context as context_lib
+
+    if len(packer.buckets.student) == 1:
+        return [0] * size
+
+    def find(n):
+        row, found = rows(source, n), []
+        for mode in modes:
+            if mode == "none":
+                found.append(packer.fitting("student", packer.blocks(row, "student")))
+                continue
+            partner = rows.partner(source, n) if mode == "swap" else None
+            shown = context_lib.replace_visual_thoughts(  # noise is as large as what it replaces
+                {"remove": "none", "noise": "real"}.get(mode, mode), row.problem, row.visual_thoughts,
+                partner.visual_thoughts if partner else (), None)
+            found.append(packer.fitting("teacher", packer.blocks(row, "teacher", shown)))
+        return max(found)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(find, range(size)))
+
+
+def by_length(rows, packer, source: int, size: int, batch_size: int, modes):
+    """(bucket, row numbers) of every batch: rows of one bucket together, in order."""
+    found = buckets_of(rows, packer, source, size, modes)
+    for numbers in batches(sorted(range(size), key=found.__getitem__), batch_size):
+        yield max(found[n] for n in numbers), numbers
+
+
+def contexts(rows, packer, source: int, numbers, mode: str, seed: int, bucket: int = -1):
     """Prepared rows and the context of a mode for them: the student's for "none", else the teacher's ("remove": with
-    its texts alone)."""
+    its texts alone). bucket: of config.data.buckets."""
     from opsd_jax.data import generator
 
     prepared = [rows(source, n) for n in numbers]
     if mode == "none":
-        return prepared, packer.student(prepared)
+        return prepared, packer.student(prepared, bucket)
     partners = [rows.partner(source, n) if mode == "swap" else None for n in numbers]
     rngs = [generator(seed, "eval visual thoughts", source, n) for n in numbers]
-    return prepared, packer.teacher(prepared, partners, "none" if mode == "remove" else mode, rngs)
+    return prepared, packer.teacher(prepared, partners, "none" if mode == "remove" else mode, rngs, bucket)
 
 
 def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size: int, limit: int = 0,
@@ -109,8 +146,8 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
     results, done, hits = [], 0, 0
     for source, name in enumerate(task_names):
         predictions, seconds, timed, single = {}, 0.0, 0, None
-        for numbers in batches(_size(rows, source, limit), batch_size):
-            packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh)
+        for bucket, numbers in by_length(rows, packer, source, _size(rows, source, limit), batch_size, (mode,)):
+            packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh, bucket)
             found, took, compiled = _sample(params, packed, config)
             if not compiled:  # else the time is the compiler's
                 seconds, timed = seconds + took, timed + len(set(numbers))
@@ -125,10 +162,10 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
     return results
 
 
-def _batch(rows, packer, source, numbers, mode, seed, mesh):
+def _batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
     """(context of the batch, row numbers as they lie in it) on the mesh."""
     mine = _own_part(numbers, mesh)
-    return _put(mesh, (contexts(rows, packer, source, mine, mode, seed)[1], np.asarray(mine, np.int32)))
+    return _put(mesh, (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)))
 
 
 def _sample(params, packed, config):
@@ -173,14 +210,14 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
     ends = {"bos": packer.tokenizer.bos, "eos": packer.tokenizer.eos}
     for source, name in enumerate(task_names):
         values = {}
-        for numbers in batches(_size(rows, source, limit), batch_size):
+        for bucket, numbers in by_length(rows, packer, source, _size(rows, source, limit), batch_size, ("none", "real")):
             mine = _own_part(numbers, mesh)
-            prepared, c_t = contexts(rows, packer, source, mine, "real", 0)
+            prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
             tokens, mask = np.zeros((len(mine), width), np.int32), np.zeros((len(mine), width), bool)
             for b, row in enumerate(prepared):
                 ids = packer.reference(row)
                 tokens[b, :len(ids)], mask[b, :len(ids)] = ids, True
-            batch = distill.Batch(packer.student(prepared), c_t)
+            batch = distill.Batch(packer.student(prepared, bucket), c_t)
             batch, tokens, mask, placed = _put(mesh, (batch, tokens, mask, np.asarray(mine, np.int32)))
             completion = context_lib.completion(tokens, mask, **ends)
             kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
@@ -470,14 +507,17 @@ def _in_context(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     sampling = settings.rollout(
         config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
         shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    chosen = [_of_rows(rows, packer, source, name, job) for source, name in enumerate(job.tasks)]
+    lengths = {name: buckets_of(rows, packer, source, _size(rows, source, job.limit), (mode,))
+               for source, name in enumerate(job.tasks)}
+    chosen = [dataclasses.replace(_of_rows(rows, packer, source, name, job), size=lengths[name].__getitem__)
+              for source, name in enumerate(job.tasks)]
     batches = answers.plan(chosen, job.batch_size)
     last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
 
     def answer(number, benchmark, keys):
         source = job.tasks.index(benchmark.name)
         filled = [*keys, *[keys[-1]] * (job.batch_size - len(keys))]
-        packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh)
+        packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh, max(map(benchmark.size, keys)))
         found, seconds, compiled = _sample(params, packed, sampling)
         if compiled and number == last[benchmark.name]:  # or there might be no time of this benchmark at all
             found, seconds, compiled = _sample(params, packed, sampling)

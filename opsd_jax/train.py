@@ -394,8 +394,9 @@ class Evaluation:
     def __init__(self, run: Run, stage: str):
         self.run, self.stage, self._rows = run, stage, {}
         c = run.config.eval
-        # Programs that evaluation may add to the training sampler's: one a mode, the banned one, the EMA teacher's.
-        self.signatures = len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2
+        # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
+        # teacher's.
+        self.signatures = (len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2) * len(run.config.data.buckets.student)
         for split in ([c.split] if c.every else []) + ([c.final_split] if c.final_split else []):
             self._of(split)  # a missing split shows now, not after the last step
 

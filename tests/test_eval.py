@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -274,12 +275,12 @@ class Sources:
     def __init__(self, *sizes):
         self.sources = [[Example(f"{s}-{n}", f"a{n}", {}) for n in range(size)]
                         for s, size in enumerate(sizes)]
-        self.tokenizer, self.packed = self, []
+        self.tokenizer, self.packed, self.buckets = self, [], types.SimpleNamespace(student=["the only one"])
 
     def __call__(self, source, n):
         return self.sources[source][n]
 
-    def student(self, prepared):
+    def student(self, prepared, bucket):
         self.packed.append([row.pid for row in prepared])
         return np.array([[ord(c) for c in row.pid.ljust(6)] for row in prepared], np.int32)
 
@@ -345,8 +346,8 @@ def test_seconds_are_not_the_compilers(monkeypatch):
 
 
 def test_batches_are_filled_with_the_last_row():
-    assert list(eval_lib.batches(5, 2)) == [[0, 1], [2, 3], [4, 4]]
-    assert list(eval_lib.batches(2, 4)) == [[0, 1, 1, 1]] and list(eval_lib.batches(4, 4)) == [[0, 1, 2, 3]]
+    assert list(eval_lib.batches(range(5), 2)) == [[0, 1], [2, 3], [4, 4]]
+    assert list(eval_lib.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(eval_lib.batches(range(4), 4)) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("metadata, gold, text, expected", [
@@ -379,6 +380,49 @@ def test_contexts_of_the_modes(trained):
         np.testing.assert_array_equal(shown["image"][b], own.problem.patches)
     np.testing.assert_array_equal(shown["noise"], get("noise")[1].patches[:, 25:])
     assert (get("noise", 1)[1].patches[:, 25:] != shown["noise"]).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
+    """Short rows in short contexts, and the same answers and KL as with one bucket; in all modes, with a swapped picture."""
+    config = small_run.config()
+    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
+
+    class Rows(data.Rows):  # every third question is asked twice
+        def __call__(self, source, n):
+            row = super().__call__(source, n)
+            return row if n % 3 else dataclasses.replace(row, question=np.tile(row.question, 2))
+
+    rows, buckets = Rows(config, str(trained), tok, "test"), config.data.buckets
+    more = len(rows(0, 0).question) // 2
+    long = {kind: ((buckets[kind][0][0] + more, *buckets[kind][0][1:]),) for kind in ("student", "teacher", "trace")}
+    short = {kind: (buckets[kind][0],) for kind in long}
+    buckets.update(long)
+    packer = data.Packer(config.copy_and_resolve_references(), tok)
+    buckets.update({kind: short[kind] + long[kind] for kind in long})
+    both = data.Packer(config, tok)
+    found = eval_lib.buckets_of(rows, both, 0, small_run.TEST_ROWS, ("none",))
+    assert found == [int(n % 3 == 0) for n in range(small_run.TEST_ROWS)]
+
+    params = checkpoint.restore_params(trained, small_run.abstract_params())
+    sampled, sample = [], rollout.sample
+    def seen(params, packed, key, *, config):
+        sampled.append((packed.slots, packed.length.tolist()))
+        return sample(params, packed, key, config=config)
+    seen._cache_size = sample._cache_size
+    monkeypatch.setattr(rollout, "sample", seen)
+    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
+    ask = lambda packer, mode: eval_lib.evaluate(
+        params, rows, packer, config=settings.rollout(config, tok, marker, max_new_tokens=8), task_names=[small_run.TASK],
+        mode=mode, batch_size=4)[0].predictions
+    for mode in ("none", "swap", "noise", "remove"):
+        sampled.clear()
+        with_two, sizes = ask(both, mode), {slots for slots, _ in sampled}
+        assert len(sizes) == (1 if mode == "remove" else 2) and with_two == ask(packer, mode)
+        assert all(length <= slots for slots, of_batch in sampled for length in of_batch)
+    kl = lambda packer: eval_lib.reference_kl(
+        params, params, rows, packer, config=settings.model(config), task_names=[small_run.TASK], batch_size=4, limit=6)
+    assert kl(both)[small_run.TASK]["kl"] == pytest.approx(kl(packer)[small_run.TASK]["kl"], abs=1e-5)
 
 
 @pytest.mark.slow

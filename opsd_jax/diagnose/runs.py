@@ -131,7 +131,7 @@ def batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
     mine = sharding.local_rows(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
-        for numbers in eval_lib.batches(run.size(source), run.batch_size):
+        for numbers in eval_lib.batches(range(run.size(source)), run.batch_size):
             yield source, [numbers[n] for n in mine]
 
 
