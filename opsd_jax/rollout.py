@@ -237,7 +237,6 @@ def _step(params, rng, config, slots, state):
     """Feeds one token in every slot and draws the next. slots: T, where the ring begins."""
     model, budget = config.model, config.max_new_tokens
     t, token, done, inject = state["t"], state["token"], state["done"], state["inject"]
-    places = jnp.arange(t.shape[0])
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1
 
@@ -272,9 +271,10 @@ def _step(params, rng, config, slots, state):
     over = done | stops
     content = ~(over | is_forced)
     token = jnp.where(over, 0, jnp.where(is_forced, forced, drawn))
-    # out of bounds: dropped
+    # out of bounds: dropped. Mapped over rows, or devices would exchange theirs at every token.
     written, fed = jnp.where(content, state["count"], budget), jnp.where(over, budget, used)
-    put = lambda name, column, value: state["out"][name].at[places, column].set(value, mode="drop")
+    write = jax.vmap(lambda x, column, value: x.at[column].set(value, mode="drop"))
+    put = lambda name, column, value: write(state["out"][name], column, value)
     out = {"tokens": put("tokens", written, drawn), "logprobs": put("logprobs", written, logprob),
            "fed": put("fed", fed, token), "fed_sampled": put("fed_sampled", fed, content | again)}
     if "logits" in state["out"]:
