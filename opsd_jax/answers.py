@@ -9,15 +9,14 @@ A benchmark here is names, keys and three functions, so that the loop and the pa
 import dataclasses
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable
 
 import numpy as np
 
 from opsd_jax import benchmarks, generate, images, metrics
-
-# What is done to a picture that the model has drawn before it sees it.
-CHANGES = ("noise", "swap", "remove")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,11 +54,10 @@ def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0) -> Benchmar
     def judge(texts):
         report = benchmarks.score(part, texts, partial=True)
         found = {row["index"]: {k: v for k, v in row.items() if k != "index"} for row in report.rows}
-        scores = list(report.groups.values()) if report.groups else [row["hit"] for row in found.values()]
-        n, hits = len(scores), sum(bool(score) for score in scores)
         return found, {
-            "overall": report.overall, "unit": report.unit, "n": n, "categories": report.per_category,
-            "interval_95": list(metrics.wilson(hits, n)), "extras": report.extras,
+            "overall": report.overall, "unit": report.unit, "n": sum(n for _, n in report.parts),
+            "categories": report.per_category, "interval_95": list(metrics.wilson_of_mean(report.parts)),
+            "extras": report.extras,
             "needs_judge": sum(bool(row.get("needs_judge")) for row in found.values()),
             "without_main_row": len(report.orphans)}
 
@@ -80,14 +78,14 @@ def broken(benchmark: Benchmark) -> dict:
     return found
 
 
-def plan(chosen, batch_size: int, skip=frozenset()) -> list:
+def plan(chosen, batch_size: int, skip={}) -> list:
     """Batches (benchmark, keys), rows of like size together, the last one of a benchmark shorter.
 
-    skip: (name, key) of rows that take no part.
+    skip: {name: keys} of rows that take no part.
     """
     batches = []
     for benchmark in chosen:
-        keys = [key for key in benchmark.keys if (benchmark.name, key) not in skip]
+        keys = [key for key in benchmark.keys if key not in skip.get(benchmark.name, ())]
         keys.sort(key=benchmark.size)  # stable: rows of one size stay in order
         batches += [(benchmark, keys[n:n + batch_size]) for n in range(0, len(keys), batch_size)]
     return batches
@@ -95,15 +93,15 @@ def plan(chosen, batch_size: int, skip=frozenset()) -> list:
 
 # --- asking ----------------------------------------------------------------------------------------------------
 
-def ask(model: generate.Model, questions, key, *, mode: str, batch_size: int, change=None, steps: dict | None = None):
+def ask(model: generate.Model, questions, key, *, mode: str, batch_size: int, change=None):
     """Traces of questions, and (seconds, whether something was compiled).
 
     mode: "none", "generated", or "generated-noise", "-swap", "-remove". The batch is filled up to batch_size with its
-    last question. change: see `generate.reason`. steps: changes to `flow.FlowConfig`.
+    last question. change: see `generate.reason`.
     """
     filled = [*questions, *[questions[-1]] * (batch_size - len(questions))]
     programs, before = generate.compilations(), time.perf_counter()
-    traces = generate.reason(model, filled, key, draw=mode != "none", changes=steps, change=change)
+    traces = generate.reason(model, filled, key, draw=mode != "none", change=change)
     return traces[:len(questions)], time.perf_counter() - before, generate.compilations() > programs
 
 
@@ -155,7 +153,7 @@ def _drawn_rows(folder, name) -> dict[str, int]:
     place = os.path.join(folder, "pictures", name)
     if not folder or not os.path.isdir(place):
         raise FileNotFoundError(
-            f"{place or 'no folder'} holds no drawn pictures: swaps show a row what another one drew. Evaluate "
+            f"{place} holds no drawn pictures: swaps show a row what another one drew. Evaluate "
             "--visual_thoughts=generated of the same checkpoint and rows first, or in the same command")
     found = {}
     for file in os.listdir(place):
@@ -168,90 +166,119 @@ def _drawn_rows(folder, name) -> dict[str, int]:
 
 # --- keeping ---------------------------------------------------------------------------------------------------
 
+FILE = "answers.jsonl"  # the identity, then a line for each batch that is done; next to it answers-<process>.jsonl
+
+
 class Other(ValueError):
     """A folder holds answers that were begun under other conditions."""
+
+
+def share(batches, together: bool) -> range:
+    """Numbers of the batches that this process answers: all, or every n-th."""
+    import jax
+
+    return range(len(batches)) if together else range(jax.process_index(), len(batches), jax.process_count())
 
 
 def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, together: bool):
     """Answers all batches, or those that are missing: their records in order on the first process, None on others.
 
-    W/eval/<name>/partial.jsonl holds the identity and then a line for each batch that is done. A line that a kill cut
-    off is dropped; the batch is answered again, with the same key.
+    Answers stay in the folder, so that a killed evaluation goes on, with any number of processes, and a finished one is
+    not asked again. A line that a kill cut off is dropped; the batch is answered again, with the same key. Where nothing
+    is kept, drawn pictures of the folder are removed: they are of other answers.
 
     Args:
-      identity: what must be the same to go on: checkpoint, mode, protocol, seed, the rows of the batches.
+      identity: what must be the same to go on: checkpoint, mode, protocol, seed, tables, the rows of the batches.
       batches: (benchmark, keys). answer: (number, benchmark, keys) -> record, a dict that JSON takes.
-      on_batch: called with each record, also with those that were there.
-      together: whether all processes answer each batch together. Else each answers every n-th one, with a file of its
-        own, partial-<process>.jsonl.
+      on_batch: called with each record of this process's share, also with those that were there.
+      together: whether all processes answer each batch together. Else each answers every n-th one.
     Raises:
-      Other: the folder holds answers of another identity.
+      Other: the folder holds answers of another identity. ValueError: a damaged file.
     """
     import jax
     from jax.experimental import multihost_utils
 
     process, processes = jax.process_index(), jax.process_count()
-    share = range(len(batches)) if together else range(process, len(batches), processes)
-    writes = process == 0 or not together
-    path = lambda n: os.path.join(folder, "partial.jsonl" if together or processes == 1 else f"partial-{n}.jsonl")
-    identity = json.loads(json.dumps({**identity, "shares": 1 if together else processes}))
-    records, trouble = [], None
-    if writes:
+    identity, records, trouble = json.loads(json.dumps(identity)), {}, None
+    if process == 0:
         try:
-            os.makedirs(folder, exist_ok=True)
-            records = _resume(path(process), identity)
-        except Other as error:
+            records = _gather(folder, identity)
+        except (OSError, ValueError) as error:
             trouble = error
-    done = len(records) if trouble is None else -1
-    if processes > 1:  # all learn of an error of one, and where to go on
-        known = np.ravel(multihost_utils.process_allgather(np.array([done])))
-        done = int(known[0]) if together else done
-        trouble = trouble or (Other(f"{folder}: another process found answers of other conditions") if min(known) < 0
-                              else None)
+    if processes > 1:  # all learn of the first one's error, and wait until it has put the files in order
+        fine = multihost_utils.process_allgather(np.array([trouble is None]))
+        if not np.all(fine) and trouble is None:
+            trouble = Other(f"{folder}: the first process cannot go on there; its message says why")
     if trouble:
         raise trouble
-    for record in records:
+    path = os.path.join(folder, FILE)
+    if process:
+        records = _read(path, identity)
+    if not together and processes > 1:
+        path = os.path.join(folder, f"answers-{process}.jsonl")
+        _write(path, identity, {})
+    for number in share(batches, together):
+        if number not in records:
+            records[number] = {"batch": number, **answer(number, *batches[number])}
+            if process == 0 or not together:
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(records[number], ensure_ascii=False) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
         if on_batch:
-            on_batch(record)
-    for number in share[done:]:
-        record = {"batch": number, **answer(number, *batches[number])}
-        if writes:
-            with open(path(process), "a", encoding="utf-8") as f:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-        records.append(record)
-        if on_batch:
-            on_batch(record)
+            on_batch(records[number])
     if processes > 1:
         multihost_utils.sync_global_devices(f"all of {folder} is answered")
     if process:
         return None
-    if processes > 1 and not together:
-        records = [record for n in range(processes) for record in _resume(path(n), identity)]
-    return sorted(json.loads(json.dumps(records)), key=lambda record: record["batch"])
+    if not together:
+        records = _gather(folder, identity)
+    return [json.loads(json.dumps(records[number])) for number in sorted(records)]
 
 
-def forget(folder: str) -> None:
-    """Removes what `collect` kept, when all of it is in other files."""
-    for name in os.listdir(folder):
-        if name.startswith("partial") and name.endswith(".jsonl"):
-            os.remove(os.path.join(folder, name))
+def is_begun(folder: str) -> bool:
+    """Whether a folder holds answers that `collect` kept."""
+    return bool(_files(folder))
 
 
-def _resume(path, identity) -> list[dict]:
-    """Records in the whole lines behind the identity; the file is cut to those, or begun."""
-    lines = []
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            text = f.read()
+def _files(folder) -> list[str]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(os.path.join(folder, n) for n in names if re.fullmatch(r"answers(-\d+)?\.jsonl", n))
+
+
+def _gather(folder, identity) -> dict:
+    """{batch: record} of all files of a folder, which are made one."""
+    os.makedirs(folder, exist_ok=True)
+    records, files = {}, _files(folder)
+    for path in files:
+        records |= _read(path, identity)
+    if not records:
+        shutil.rmtree(os.path.join(folder, "pictures"), ignore_errors=True)
+    _write(os.path.join(folder, FILE), identity, records)
+    for path in files:
+        if os.path.basename(path) != FILE:
+            os.remove(path)
+    return records
+
+
+def _read(path, identity) -> dict:
+    """{batch: record} of the whole lines of a file. Other, if there are some behind another identity."""
+    with open(path, "rb") as f:
+        text = f.read()
+    try:
         lines = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
-    if lines and lines[0] != identity:
+        records = {record["batch"]: record for record in lines[1:]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and all its rows are asked again") from error
+    if records and lines[0] != identity:
         changed = sorted(key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key))
         raise Other(f"{path} was begun with another {', '.join(changed)}: give the same, choose another --name, or delete "
                     "the folder")
-    kept = lines or [identity]
+    return records
+
+
+def _write(path, identity, records) -> None:
+    lines = [identity, *(records[number] for number in sorted(records))]
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     os.replace(path + ".tmp", path)
-    return kept[1:]

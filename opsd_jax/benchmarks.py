@@ -93,6 +93,7 @@ class Report:
     orphans: tuple  # circular: questions without a main row, which the harness leaves out of the score
     missing: tuple  # indices without a prediction, if `partial`
     dropped: tuple  # indices of rows without an image
+    parts: tuple  # (hits, n) of the proportions whose mean `overall` is: one, or one for each source (CV-Bench-2D)
 
 
 def find(data_dir) -> dict[str, pathlib.Path]:
@@ -346,11 +347,12 @@ def score(table: Table, predictions: dict, partial: bool = False) -> Report:
     details = [_score_row(row, texts[row.index]) for row in rows]
     hits = {d["index"]: d["hit"] for d in details}
     overall, per_category, extras, groups, orphans = _mean(hits.values()), {}, {}, {}, ()
+    parts = ((sum(hits.values()), len(hits)),)
 
-    def by(column, scores=hits):
+    def by(column, scores=hits, measure=_mean):
         values = [(row.cells[column], scores[row.index]) for row in rows if row.index in scores and
                   not _missing(row.cells.get(column))]
-        return {str(v): _mean(s for value, s in values if value == v) for v in dict.fromkeys(v for v, _ in values)}
+        return {str(v): measure([s for value, s in values if value == v]) for v in dict.fromkeys(v for v, _ in values)}
 
     if table.kind == "chartqa":
         per_category = by("split" if "split" in rows[0].cells else "category")
@@ -359,10 +361,12 @@ def score(table: Table, predictions: dict, partial: bool = False) -> Report:
     elif table.name == "CV-Bench-2D":
         per_category = by("source")
         overall = _mean(per_category.values())
+        parts = tuple(by("source", measure=lambda scores: (sum(scores), len(scores))).values())
         as_text = {row.index: _hit(row, scoring.choose(texts[row.index], row.untyped)[0]) for row in rows}
         extras["overall_if_options_kept_as_text"] = _mean(by("source", as_text).values())
     elif table.kind == "circular":
         groups, first, orphans = _circular(table, texts)
+        parts = ((sum(groups.values()), len(groups)),)
         overall, extras["overall_exact_matching_run"] = _mean(groups.values()), _mean(first.values())
         per_category = by("l2-category", groups) | by("category", groups)  # a group bears its main row's index
     elif table.kind != "vsp":
@@ -374,7 +378,8 @@ def score(table: Table, predictions: dict, partial: bool = False) -> Report:
             extras["pair_accuracy_newer_harness"] = _mean(hits[a] * hits[b] for a, b in pairs)
     splits = {str(row.cells["split"]) for row in rows if not _missing(row.cells.get("split"))}
     return Report(table.name, "percent" if table.kind == "chartqa" else "fraction", overall, per_category, extras,
-                  splits.pop() if len(splits) == 1 else None, tuple(details), groups, orphans, missing, table.dropped)
+                  splits.pop() if len(splits) == 1 else None, tuple(details), groups, orphans, missing, table.dropped,
+                  parts)
 
 
 def _mean(values) -> float:

@@ -475,14 +475,18 @@ class Flag:
 
     def __init__(self):
         self.is_set = False
+        self._asked = 0
         self._previous = {}
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; all processes of a run say so at the same step."""
+    def reached(self) -> bool:
+        """Whether to save and stop now. All processes of a run get the same answer if they ask equally often."""
         if jax.distributed.is_initialized():
             from jax.experimental import multihost_utils
 
-            self.is_set |= multihost_utils.reached_preemption_sync_point(step)
+            # Not the step: the processes stop at the number behind the largest that one has asked for, and where a
+            # signal comes before the first question that is 1, which a continued run's steps are past.
+            self._asked += 1
+            self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)
         return self.is_set
 
     def restore(self) -> None:
@@ -502,7 +506,7 @@ def install_sigterm() -> Flag:
 
     SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the training loop polls; a
     second SIGINT raises KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in
-    charge, for the processes must agree on the step: poll `Flag.reached(step)`, which covers both.
+    charge, for the processes must agree on the step: poll `Flag.reached()`, which covers both.
     Outside of the main thread Python allows no handlers: the flag is then never set, and a warning says so.
     """
     flag = Flag()

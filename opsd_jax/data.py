@@ -66,6 +66,14 @@ def workdir_of(config, workdir: str) -> str:
                             f"{workdir}/config.json")
 
 
+def with_tasks(config, chosen):
+    """A copy of the settings with some of the tasks, each with its own entry of `data.limits`."""
+    config = config.copy_and_resolve_references()
+    limits = dict(zip(config.data.tasks, config.data.limits))
+    config.data.tasks, config.data.limits = tuple(chosen), tuple(limits[task] for task in chosen if limits)
+    return config
+
+
 def make_if_absent(config, workdir: str) -> None:
     """Makes the procedural data of `config.data.make` in the data folder, or finishes what was begun there.
 
@@ -107,10 +115,12 @@ class Rows:
     """Random access to the prepared rows of the tasks of a split, with a bounded cache. drawing: with `pixels`."""
 
     def __init__(self, config, workdir, tokenizer, split: str, drawing: bool = False):
+        where = folder(config, workdir)
         limits = config.data.limits if split == "train" and config.data.limits else [0] * len(config.data.tasks)
         spec = [f"{split}[:{limit}]" if limit else split for limit in limits]
-        self.sources = [visual_opsd.open_source(folder(config, workdir), part, task=task)
+        self.sources = [visual_opsd.open_source(where, part, task=task)
                         for task, part in zip(config.data.tasks, spec)]
+        self.digests = [visual_opsd.digest(where, task) for task in config.data.tasks]  # what caches of the rows depend on
         self._tokenizer, self._suffix = tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
@@ -217,6 +227,20 @@ class Packer:
             raise ValueError(f"row {e.pid} has no full_text_only_thought, which text and reference traces need: fill "
                              "the column, or set the stage's mix to interleaved rows only and config.eval.kl to False")
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
+
+    def references(self, rows) -> tuple[np.ndarray, np.ndarray]:
+        """The rows' `reference`, padded to the targets of the largest bucket: int32 [B, R] and what is real, bool [B, R].
+        TooLong where one does not fit."""
+        width = self.buckets.trace[-1][2]
+        tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+        for b, row in enumerate(rows):
+            ids = self.reference(row)
+            if len(ids) > width:
+                raise context_lib.TooLong(
+                    f"the text trace of row {row.example.pid} has {len(ids)} tokens, the largest of "
+                    f"config.data.buckets.trace has room for {width}: enlarge it, or set config.eval.kl to False")
+            tokens[b, :len(ids)], mask[b, :len(ids)] = ids, True
+        return tokens, mask
 
     def pack(self, rows, kind: str, bucket: int, blocks):
         """Contexts of blocks, a list a row, in the sizes of `data.buckets.<kind>[bucket]`."""
@@ -361,8 +385,10 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
 
     task, size = config.data.tasks[source], len(rows.sources[source])
     mode = config.teacher.visual_thoughts
-    facts = json.dumps([task, size, str(rows.sources[source].split), config.data.buckets.to_dict(),
-                        config.images.to_dict(), config.prompts.to_dict(), mode, rows.drawing], sort_keys=True)
+    vocabulary = hashlib.blake2b(b"\0".join(packer.tokenizer.token_bytes)).hexdigest()
+    facts = json.dumps([task, size, str(rows.sources[source].split), rows.digests[source], vocabulary,
+                        config.data.buckets.to_dict(), config.images.to_dict(), config.prompts.to_dict(), mode,
+                        config.model.generation.to_dict() if rows.drawing else None], sort_keys=True)
     path = os.path.join(workdir, f"buckets-{task}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.npy")
     if os.path.exists(path):
         index = np.load(path, allow_pickle=False)
@@ -370,15 +396,15 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
         find = lambda n: packer.bucket(rows(source, n), mode, rows.partner(source, n) if mode == "swap" else None)
         with ThreadPoolExecutor(config.data.threads) as pool:
             index = np.fromiter(pool.map(find, range(size)), np.int32, size)
-        if jax.process_index() == 0:
-            with open(path + ".tmp", "wb") as f:
-                np.save(f, index, allow_pickle=False)
-            os.replace(path + ".tmp", path)
     left_out = [rows.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
     if left_out and config.data.on_too_long == "fail":
         raise context_lib.TooLong(
             f"{len(left_out)} rows of {task} fit no bucket, first {left_out[:5]}: enlarge config.data.buckets, or set "
             "config.data.on_too_long=skip, which names them in too_long.json")
+    if not os.path.exists(path) and jax.process_index() == 0:
+        with open(path + ".tmp", "wb") as f:
+            np.save(f, index, allow_pickle=False)
+        os.replace(path + ".tmp", path)
     if left_out and jax.process_index() == 0:
         report = os.path.join(workdir, "too_long.json")
         known = {}

@@ -129,6 +129,18 @@ def _metadata(key: str) -> str:
         return ""
 
 
+def end_with_error(error) -> None:
+    """Ends a command whose arguments, files or data are wrong: one line and code 1. Of several processes this one ends
+    at once, without waiting for the others to leave with it."""
+    import jax
+
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(1)
+
+
 def _give_up(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(EXIT_PEER_LOST)

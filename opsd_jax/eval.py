@@ -5,8 +5,8 @@
   --visual_thoughts   what the model sees, several separated by commas:
                         none       the student: pictures and question of the row
                         real       the teacher's context with the row's own visual thoughts; noise, another row's (swap)
-                                   or the problem image (image) in their places; none of them (remove): rows that have
-                                   visual thoughts
+                                   or the problem image (image) in their places; none of them (remove): tasks whose rows
+                                   have visual thoughts, those without are counted
                         generated  the model draws them where its text asks for it, as ThinkMorph does, and sees them;
                                    generated-noise, -swap, -remove: it sees noise, what another row drew, or nothing
   --protocol          prompt, picture sizes and decoding of a named protocol (`generate.PROTOCOLS`); the run's own and
@@ -15,10 +15,11 @@
   W/eval/<name>/predictions.jsonl   one answer a line        W/eval/<name>/<table>.tsv   for the public harness
   W/eval/<name>/summary.json        scores                   W/eval/<name>/pictures/     what was drawn
   W/eval/<name>/report.html         all of it to leaf through
+  W/eval/<name>/answers.jsonl       what was answered so far
   W/eval/summary.md                 all summaries in W/eval as one table
 
-An evaluation that was killed goes on where it stopped when the same command comes again. Training evaluates with the
-same functions: the same checkpoint gives the same answers.
+An evaluation that was killed goes on where it stopped when the same command comes again, and one that is done is scored
+again without asking. Training evaluates with the same functions: the same checkpoint gives the same answers.
 """
 
 import collections
@@ -49,6 +50,7 @@ class Result:
     seconds: float  # of generation, without batches that compiled
     timed: int  # rows that `seconds` covers
     judged: dict | None = None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
+    without_visual_thoughts: int | None = None  # rows that have none, in a mode that shows them or something instead
 
     @property
     def hits(self) -> int:
@@ -64,6 +66,8 @@ class Result:
         if "stop" in self.predictions[0]:
             found |= {"eos_rate": share(lambda p: p["stop"] == "eos"),
                       "image_skip_rate": share(lambda p: p["image_skips"] > 0)}
+        if self.without_visual_thoughts is not None:
+            found["without_visual_thoughts"] = self.without_visual_thoughts
         if "pictures" in self.predictions[0]:
             found["pictures_per_sample"] = share(lambda p: p["pictures"])
         return found
@@ -91,26 +95,47 @@ def buckets_of(rows, packer, source: int, size: int, modes) -> list[int]:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from opsd_jax import context as context_lib
-
     if len(packer.buckets.student) == 1:
         return [0] * size
 
     def find(n):
-        row, found = rows(source, n), []
-        for mode in modes:
-            if mode == "none":
-                found.append(packer.fitting("student", packer.blocks(row, "student")))
-                continue
-            partner = rows.partner(source, n) if mode == "swap" else None
-            shown = context_lib.replace_visual_thoughts(  # noise is as large as what it replaces
-                {"remove": "none", "noise": "real"}.get(mode, mode), row.problem, row.visual_thoughts,
-                partner.visual_thoughts if partner else (), None)
-            found.append(packer.fitting("teacher", packer.blocks(row, "teacher", shown)))
-        return max(found)
+        return max(packer.fitting(*_blocks_of(rows, packer, source, n, mode)) for mode in modes)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(find, range(size)))
+
+
+def _blocks_of(rows, packer, source: int, n: int, mode: str):
+    """(kind of context, blocks) of a row in a mode; of noise those of what it replaces, which are as large."""
+    from opsd_jax import context as context_lib
+
+    row = rows(source, n)
+    if mode == "none":
+        return "student", packer.blocks(row, "student")
+    partner = rows.partner(source, n) if mode == "swap" else None
+    shown = context_lib.replace_visual_thoughts(
+        {"remove": "none", "noise": "real"}.get(mode, mode), row.problem, row.visual_thoughts,
+        partner.visual_thoughts if partner else (), None)
+    return "teacher", packer.blocks(row, "teacher", shown)
+
+
+def check_fit(rows, packer, task_names, modes, limit: int = 0, traces: bool = False) -> None:
+    """TooLong, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
+    from opsd_jax import context as context_lib
+
+    for source, name in enumerate(task_names):
+        for n in range(_size(rows, source, limit)):
+            row = rows(source, n)
+            for mode in modes:
+                kind, blocks = _blocks_of(rows, packer, source, n, mode)
+                slots, patches, _ = context_lib.need(blocks)
+                if (slots, patches) != tuple(np.minimum((slots, patches), packer.buckets[kind][-1][:2])):
+                    raise context_lib.TooLong(
+                        f"row {row.example.pid} of {name}, to be evaluated in mode {mode}, needs {slots} slots and {patches} "
+                        f"patches, the largest of config.data.buckets.{kind} has {packer.buckets[kind][-1][:2]}: enlarge it, or "
+                        "change config.eval")
+            if traces:
+                packer.references([row])
 
 
 def by_length(rows, packer, source: int, size: int, batch_size: int, modes):
@@ -157,7 +182,8 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
                 on_batch(done + len(predictions), hits + sum(p["hit"] for p in predictions.values()))
         if not timed:  # a single batch, and it compiled
             seconds, timed = _sample(params, single[0], config)[1], len(set(single[1]))
-        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed))
+        without = _without_visual_thoughts(rows, source, sorted(predictions)) if mode in CONTEXTS else None
+        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed, None, without))
         done, hits = done + len(predictions), hits + results[-1].hits
     return results
 
@@ -181,9 +207,9 @@ def _sample(params, packed, config):
 
 def _read(found, placed, examples, tokenizer) -> dict:
     """{row number: prediction} of a sampled batch."""
-    from opsd_jax import rollout
+    from opsd_jax import rollout, sharding
 
-    found, placed = _fetch((found, placed))
+    found, placed = sharding.fetch((found, placed))
     predictions = {}
     for b, n in enumerate(placed.tolist()):
         ids, example = found.tokens[b][found.mask[b]], examples[n]
@@ -204,27 +230,28 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
     Returns {task: {"kl", "n"}}.
     """
     from opsd_jax import context as context_lib
-    from opsd_jax import distill
+    from opsd_jax import distill, sharding
 
-    found, width = {}, packer.buckets.trace[-1][2]
+    found = {}
     ends = {"bos": packer.tokenizer.bos, "eos": packer.tokenizer.eos}
     for source, name in enumerate(task_names):
         values = {}
         for bucket, numbers in by_length(rows, packer, source, _size(rows, source, limit), batch_size, ("none", "real")):
             mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
-            tokens, mask = np.zeros((len(mine), width), np.int32), np.zeros((len(mine), width), bool)
-            for b, row in enumerate(prepared):
-                ids = packer.reference(row)
-                tokens[b, :len(ids)], mask[b, :len(ids)] = ids, True
+            tokens, mask = packer.references(prepared)
             batch = distill.Batch(packer.student(prepared, bucket), c_t)
             batch, tokens, mask, placed = _put(mesh, (batch, tokens, mask, np.asarray(mine, np.int32)))
             completion = context_lib.completion(tokens, mask, **ends)
             kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
-            kl, counted, placed = _fetch((kl, completion.mask, placed))
+            kl, counted, placed = sharding.fetch((kl, completion.mask, placed))
             values |= zip(placed.tolist(), ((kl * counted).sum(1) / counted.sum(1)).tolist())
         found[name] = {"kl": float(np.mean(list(values.values()))), "n": len(values)}
     return found
+
+
+def _without_visual_thoughts(rows, source: int, numbers) -> int:
+    return sum(not rows.sources[source][n].visual_thoughts for n in numbers)
 
 
 def _size(rows, source: int, limit: int) -> int:
@@ -245,22 +272,15 @@ def _put(mesh, host_batch):
     return sharding.put_batch(mesh, host_batch) if mesh else host_batch
 
 
-def _fetch(tree):
-    """Global arrays -> NumPy arrays of the whole batch, on every process, in the order of the mesh."""
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 def write(directory: str, results, *, checkpoint: str, seed: int, protocol: str, **more) -> dict:
     """Writes predictions.jsonl and summary.json, the latter last and atomically; returns the summary."""
     summary = {"protocol": protocol, "checkpoint": checkpoint, "seed": seed, **more,
                "benchmarks": {r.name: r.summary() for r in results}}
-    _write(os.path.join(directory, "predictions.jsonl"), "".join(
+    metrics.write_text(os.path.join(directory, "predictions.jsonl"), "".join(
         json.dumps({"benchmark": r.name, **p}) + "\n" for r in results for p in r.predictions))
-    _write(os.path.join(directory, "summary.json"), json.dumps(summary, indent=1) + "\n")
+    metrics.write_text(os.path.join(directory, "summary.json"), json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -275,19 +295,8 @@ def write_table(workdir: str) -> str:
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
     text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
-    _write(os.path.join(folder, "summary.md"), text)
+    metrics.write_text(os.path.join(folder, "summary.md"), text)
     return text
-
-
-def _write(path, text):
-    """By the first process for all."""
-    import jax
-
-    if jax.process_index() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(path + ".tmp", path)
 
 
 def percent(found: dict) -> float:
@@ -393,7 +402,8 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
     compared = _read_results(workdir, against) if against else None
     summaries = {}
     for mode in modes:
-        summaries[job.names[mode]] = (_in_context if mode in job.contexts else _asked)(job, mode, skip_bad, compared)
+        summaries[job.names[mode]] = (
+            _in_context(job, mode, compared) if mode in job.contexts else _asked(job, mode, skip_bad, compared))
     return summaries
 
 
@@ -421,14 +431,14 @@ class Job:
 def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split, limit, ban_marker, seed, name,
             batch_size) -> Job:
     """Checks what `evaluate_run` is given, before anything slow."""
+    from opsd_jax import answers, convert, data, generate
     from opsd_jax import checkpoint as checkpoint_lib
-    from opsd_jax import convert, data, generate
 
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(MODES)}")
-    if limit < 0:
-        raise ValueError(f"--rows={limit}: give a number of rows, or 0 for all")
+    if limit < 0 or batch_size < 0:
+        raise ValueError(f"--rows={limit} --batch_size={batch_size}: give numbers of rows, 0 for all and for the run's own")
     if protocol and protocol not in generate.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(generate.PROTOCOLS)}")
     released = bool(checkpoint) and convert.is_model(checkpoint)
@@ -441,6 +451,8 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     rest = [b for b in benchmarks if b not in files]
     if data_dir and (unknown := [b for b in rest if b in benchmarks_lib.KINDS or released]):
         raise ValueError(f"--benchmarks={unknown[0]}: {data_dir} holds {', '.join(files)}")
+    if not data_dir and (absent := [b for b in rest if b in benchmarks_lib.KINDS]):
+        raise ValueError(f"--benchmarks={absent[0]} is a public table: give --data_dir=FOLDER that holds {absent[0]}.tsv")
     own = choose_tasks(rest, config.data.tasks) if config and (rest or not data_dir) else ()
     if public and (wrong := [mode for mode in modes if mode in CONTEXTS]):
         raise ValueError(f"--visual_thoughts={wrong[0]}: public tables hold no visual thoughts of their rows: choose from "
@@ -468,8 +480,11 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     if name:
         names = {mode: name if len(modes) == 1 else f"{name}-{label}" for mode, label in labels.items()}
         for folder in (os.path.join(workdir, "eval", n) for n in names.values()):
-            if os.path.exists(os.path.join(folder, "summary.json")):
-                raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
+            if os.path.exists(os.path.join(folder, "summary.json")) and not answers.is_begun(folder):
+                raise FileExistsError(f"{folder} holds results of something else: choose another --name, or delete it")
+        if "generated-swap" in modes and len(modes) == 1:
+            raise ValueError("--visual_thoughts=generated-swap with a --name: it shows what other rows drew in mode generated "
+                             "of the same name, so give --visual_thoughts=generated,generated-swap")
     else:
         differs = [protocol] if protocol else []
         differs += [split] if config and own and split != config.eval.final_split else []
@@ -482,22 +497,21 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
         names = {mode: "-".join([stem, label, *differs]) for mode, label in labels.items()}
     tables = tuple(benchmarks_lib.read(files[b]) for b in public)
     batch_size = batch_size or (config.eval.batch_size if config else 16)
-    about = {"checkpoint": checkpoint, "seed": seed, "split": split, "step": step, "first_rows": limit,
+    about = {"checkpoint": checkpoint, "seed": seed, "split": split if own else None, "step": step, "first_rows": limit,
              "asked_by": protocol or "run"}
     return Job(workdir, config, checkpoint, names, contexts, own, tables, data.workdir_of(config, workdir) if own else workdir,
                protocol, split, limit, ban_marker, seed, batch_size, about)
 
 
-def _in_context(job: Job, mode: str, skip_bad: bool, compared) -> dict:
+def _in_context(job: Job, mode: str, compared) -> dict:
     """Tasks of the run, rows packed as in training."""
     import jax
 
-    from opsd_jax import answers, data, rollout, settings, sharding, tokenizer
+    from opsd_jax import data, rollout, settings, sharding, tokenizer
     from opsd_jax import checkpoint as checkpoint_lib
     from opsd_jax.model import bagel
 
-    config = job.config.copy_and_resolve_references()
-    config.data.tasks = job.tasks
+    config = data.with_tasks(job.config, job.tasks)
     tok = tokenizer.load(data.tokenizer_folder(config, job.where))
     rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
@@ -509,25 +523,28 @@ def _in_context(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
     lengths = {name: buckets_of(rows, packer, source, _size(rows, source, job.limit), (mode,))
                for source, name in enumerate(job.tasks)}
-    chosen = [dataclasses.replace(_of_rows(rows, packer, source, name, job), size=lengths[name].__getitem__)
+    chosen = [dataclasses.replace(_of_rows(rows, source, name, job), size=lengths[name].__getitem__)
               for source, name in enumerate(job.tasks)]
-    batches = answers.plan(chosen, job.batch_size)
-    last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
+    without = {b.name: _without_visual_thoughts(rows, source, b.keys)
+               for source, b in enumerate(chosen)} if mode in CONTEXTS else {}
+    if bare := [b.name for b in chosen if without.get(b.name) == len(b.keys)]:
+        raise ValueError(f"--visual_thoughts={mode}: no row of {bare[0]}, {job.split}, has visual thoughts: leave the mode or "
+                         "the task out")
 
     def answer(number, benchmark, keys):
         source = job.tasks.index(benchmark.name)
         filled = [*keys, *[keys[-1]] * (job.batch_size - len(keys))]
         packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh, max(map(benchmark.size, keys)))
         found, seconds, compiled = _sample(params, packed, sampling)
-        if compiled and number == last[benchmark.name]:  # or there might be no time of this benchmark at all
+        if compiled:  # or there might be no time of rows of this length at all
             found, seconds, compiled = _sample(params, packed, sampling)
         predictions = _read(found, placed, rows.sources[source], tok)
         return {"predictions": [predictions[key] for key in keys], "seconds": seconds, "compiled": compiled}
 
     label = f"{mode}-banned" if job.ban_marker else mode
-    shown = lambda benchmark, key: _shown(rows, packer, job.tasks.index(benchmark.name), key, mode, job.seed)
-    return _run(job, mode, batches, answer, together=True, shown=shown, compared=compared,
-                protocol=f"mini-greedy-{label}")
+    shown = lambda benchmark, key: _shown(rows, job.tasks.index(benchmark.name), key, mode, job.seed)
+    return _run(job, mode, chosen, job.batch_size, answer, together=True, shown=shown, compared=compared,
+                protocol=f"mini-greedy-{label}", without=without)
 
 
 def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
@@ -541,10 +558,8 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     cache = "jpeg75" if job.protocol == "harness" else "lossless"
     chosen = [answers.of_table(table, cache=cache, limit=job.limit) for table in job.tables]
     if job.tasks:
-        config = job.config.copy_and_resolve_references()
-        config.data.tasks = job.tasks
-        rows, packer = data.Rows(config, job.where, model.tokenizer, job.split), data.Packer(config, model.tokenizer)
-        chosen += [_of_rows(rows, packer, source, name, job) for source, name in enumerate(job.tasks)]
+        rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
+        chosen += [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
     bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen if benchmark.name not in job.tasks}
     bad = {name: rows for name, rows in bad.items() if rows}
     if bad and not skip_bad:
@@ -552,9 +567,16 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, the first: {first}. Mend them, or leave them "
                          "out with --on_bad_row=skip; " + "; ".join(f"{n}: {', '.join(map(str, r))}" for n, r in bad.items()))
     batch_size = -(-job.batch_size // sharding.batch_divisor(mesh)) * sharding.batch_divisor(mesh)
-    batches = answers.plan(chosen, batch_size, {(name, key) for name, rows in bad.items() for key in rows})
+    for benchmark in chosen:  # what cannot be scored shows before anything is asked
+        left = [key for key in benchmark.keys if key not in bad.get(benchmark.name, {})]
+        try:
+            benchmark.judge(dict.fromkeys(left, ""))
+        except ValueError as error:
+            raise ValueError(f"{benchmark.name}: {len(left)} of {len(benchmark.keys)} rows can be asked, and no score comes of "
+                             f"them ({error}): mend the rows that cannot be shown, or ask more of them") from error
     folder = os.path.join(job.workdir, "eval", job.names[mode])
     drawn = _generated_of(job, mode) if mode == "generated-swap" else ""
+    batches = answers.plan(chosen, batch_size, bad)
     last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
 
     def answer(number, benchmark, keys):
@@ -581,7 +603,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
             answers.picture_path(folder, benchmark.name, key, n) for n in itertools.count()))
         return own + [(f"drawn {n + 1}", images.open_rgb(file)) for n, file in enumerate(files)]
 
-    return _run(job, mode, batches, answer, together=False, shown=shown, compared=compared, bad=bad,
+    return _run(job, mode, chosen, batch_size, answer, together=False, shown=shown, compared=compared, bad=bad,
                 protocol=f"{job.protocol or 'run'}-{mode}")
 
 
@@ -590,7 +612,7 @@ def _generated_of(job: Job, mode: str) -> str:
     return os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
 
 
-def _of_rows(rows, packer, source: int, name: str, job: Job):
+def _of_rows(rows, source: int, name: str, job: Job):
     """Prepared rows as a benchmark: the task's rule scores."""
     from opsd_jax import answers
 
@@ -612,7 +634,7 @@ def _of_rows(rows, packer, source: int, name: str, job: Job):
                              lambda key: examples[key].answer, judge)
 
 
-def _shown(rows, packer, source, key, mode, seed):
+def _shown(rows, source, key, mode, seed):
     """(caption, picture) of what a row showed: its picture, and what stood in the slots of its visual thoughts."""
     from opsd_jax import context as context_lib
     from opsd_jax.data import generator
@@ -634,15 +656,22 @@ def _shown(rows, packer, source, key, mode, seed):
     return found
 
 
-def _run(job: Job, mode: str, batches, answer, *, together: bool, shown, compared, protocol: str, bad=None) -> dict:
-    """Answers, scores and writes; the summary."""
+def _run(job: Job, mode: str, chosen, batch_size: int, answer, *, together: bool, shown, compared, protocol: str, bad={},
+         without={}) -> dict:
+    """Answers, scores and writes; the summary.
+
+    bad: {benchmark: rows that are left out}. without: {benchmark: how many rows have no visual thoughts}.
+    """
     import jax
 
     from opsd_jax import answers
 
-    name = job.names[mode]
-    folder, total = os.path.join(job.workdir, "eval", name), sum(len(keys) for _, keys in batches)
+    name, batches = job.names[mode], answers.plan(chosen, batch_size, bad)
+    folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
+    total = sum(len(batches[number][1]) for number in share)
     identity = {**job.about, "mode": mode, "protocol": protocol, "batch_size": job.batch_size, "ban_marker": job.ban_marker,
+                "checkpoint": os.path.relpath(os.path.realpath(job.checkpoint), os.path.realpath(job.workdir)),
+                "tables": {table.name: table.md5 for table in job.tables},
                 "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
     done = collections.Counter()
     with metrics.Progress(total, name, job.split if job.tasks else "", primary=jax.process_index() == 0) as progress:
@@ -653,7 +682,7 @@ def _run(job: Job, mode: str, batches, answer, *, together: bool, shown, compare
             progress.update(done["rows"], **known)
 
         records = answers.collect(folder, identity, batches, answer, on_batch, together=together)
-    results, chosen = [], list(dict.fromkeys(benchmark for benchmark, _ in batches))
+    results, processes = [], 1 if together else jax.process_count()
     if records is None:  # another process writes
         return {}
     for benchmark in chosen:
@@ -661,21 +690,20 @@ def _run(job: Job, mode: str, batches, answer, *, together: bool, shown, compare
         predictions = {p["index"]: p for r in own for p in r["predictions"]}
         found, judged = benchmark.judge({key: p["prediction"] for key, p in predictions.items()})
         if judged is not None:
-            judged |= {"bad_rows": [str(key) for key in (bad or {}).get(benchmark.name, ())], "md5": benchmark.table.md5,
+            judged |= {"bad_rows": [str(key) for key in bad.get(benchmark.name, ())], "md5": benchmark.table.md5,
                        "without_image": list(benchmark.table.dropped)}
         in_order = [{**predictions[key], **found[key]} for key in benchmark.keys if key in predictions]
-        clean = [r for r in own if not r["compiled"]]
-        results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean),
-                              sum(len(r["predictions"]) for r in clean), judged))
+        clean = [r for r in own if not r["compiled"]]  # several processes answer side by side
+        results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean) / processes,
+                              sum(len(r["predictions"]) for r in clean), judged, without.get(benchmark.name)))
         if benchmark.table:
             answered = tuple(row for row in benchmark.table.rows if row.index in predictions)
             benchmarks_lib.export(os.path.join(folder, f"{benchmark.name}.tsv"),
                                   dataclasses.replace(benchmark.table, rows=answered),
                                   {key: p["prediction"] for key, p in predictions.items()})
     summary = write(folder, results, protocol=protocol, mode=mode, **job.about)
-    _write(os.path.join(folder, "report.html"),
+    metrics.write_text(os.path.join(folder, "report.html"),
            page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
-    answers.forget(folder)
     return summary
 
 
@@ -687,8 +715,11 @@ def _read_results(workdir: str, against: str) -> tuple[str, dict]:
     path = os.path.join(folder, "predictions.jsonl")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--against={against}: no {path}: give a name in {workdir}/eval, or such a folder")
-    with open(path, encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+    except ValueError as error:
+        raise ValueError(f"--against={against}: {path} is damaged ({error}): evaluate again") from error
     return os.path.basename(os.path.normpath(folder)), {(r["benchmark"], str(r["index"])): bool(r["hit"]) for r in rows}
 
 
@@ -745,6 +776,8 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.eval`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    import jax
+
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
                                      description="Answer the questions of benchmarks and score the answers.")
     names = lambda text: tuple(text.split(","))
@@ -778,8 +811,9 @@ def main(argv=None) -> None:
                          ban_marker=args.ban_marker, seed=seed, name=name, batch_size=args.batch_size,
                          skip_bad=args.on_bad_row == "skip", against=args.against)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(write_table(args.workdir), end="")
+        distributed.end_with_error(error)
+    if jax.process_index() == 0:
+        print(write_table(args.workdir), end="")
 
 
 if __name__ == "__main__":

@@ -437,6 +437,8 @@ def _run(args):
         raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the pictures")
     if not draw and args.always_draw:
         raise ValueError("--always_draw needs --visual_thoughts=generated")
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds={args.rounds}: an answer takes at least one")
     if not args.question.strip():
         raise ValueError("the question is empty: give --question=TEXT")
     for path in args.image:  # what cannot be read shows before minutes of loading
@@ -457,7 +459,7 @@ def _run(args):
 
     questions = [(pictures, args.question)]
     traces = reason(model, questions, jax.random.key(args.seed), draw=draw, always=args.always_draw,
-                    changes={"num_timesteps": args.steps} if args.steps else None, on_step=on_step)
+                    changes={} if args.steps is None else {"num_timesteps": args.steps}, on_step=on_step)
     trace, drawn = traces[0], 0
     for step in trace.steps:
         if isinstance(step, str):

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ class TooManyCompiles(RuntimeError):
 
 
 # ---------------------------------------------------------------------------- numbers
+
+
+def wilson_of_mean(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """95 % interval of the mean of several proportions, each (successes, n): Wilson's intervals combined by the method of
+    Zou and Donner, in which the distances from each proportion to its own limits add up as squares. Of one it is `wilson`."""
+    if len(parts) == 1:
+        return wilson(*parts[0])
+    shares = [successes / n for successes, n in parts]
+    mean, limits = sum(shares) / len(parts), [wilson(*part) for part in parts]
+    off = [math.sqrt(sum((limit[side] - share) ** 2 for limit, share in zip(limits, shares))) / len(parts) for side in (0, 1)]
+    return max(mean - off[0], 0.0), min(mean + off[1], 1.0)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -150,7 +161,7 @@ class Writer:
 
         Args:
           step: updates done.
-          stage: `warmup`, `opsd` or `sft`.
+          stage: of `settings.STAGES`.
           values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
             written as null and its key is listed under `nonfinite`.
 
@@ -238,6 +249,14 @@ def _supersede(path: Path, resume_step: int | None) -> None:
         _write(old, before + "".join(line + "\n" for line in moved).encode())
         _write(path, "".join(line + "\n" for line in kept).encode())
         logging.warning("%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name)
+
+
+def write_text(path, text: str) -> None:
+    """Writes a text file whole or not at all, with its folders, by the first process for all."""
+    import jax
+
+    if jax.process_index() == 0:
+        _write(Path(path), text.encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -385,7 +404,6 @@ class Health:
     min_length_fraction: float | None = 0.1  # completion_len may not fall below this part of its reference
     min_eos_rate: float | None = 0.02  # eos_rate may not fall to this, once it was above 0.5
     teacher_floor: float | None = 0.7  # the teacher's own accuracy: nor below this part of its first value
-    teacher_mode: str = "teacher"  # eval/<task>/<teacher_mode> is that accuracy
     teacher_entropy_rise: float | None = 1.0  # teacher_entropy may not rise by more nats over its reference
     teacher_topk_fraction: float | None = 0.5  # teacher_topk_mass: nor below this part of its reference
     patience: int = 5
@@ -412,7 +430,7 @@ class Health:
         values = {key: _number(value) for key, value in metrics.items()}
         problems = [
             f"{key} is {metrics[key]}. Go back to an earlier checkpoint with a lower optim.lr or a gradient "
-            "clip, and look at the batch of this step (health.finite=None to go on)"
+            "clip, and look at the batch of this step"
             for key in self.finite or () if key in values and not math.isfinite(values[key])]
 
         def watch(key, limit, bad, message, checks=self.reference_checks, patience=self.patience):
@@ -429,26 +447,26 @@ class Health:
 
         watch("completion_len", self.min_length_fraction, lambda value, part, usual: value < part * usual,
               "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower "
-              "optim.lr or take a fixed teacher (health.min_length_fraction=None if short answers are right)")
+              "optim.lr or take a fixed teacher (health.min_length_fraction=0 if short answers are right)")
         self._ended |= values.get("eos_rate", 0.0) > 0.5
         watch("eos_rate", self.min_eos_rate, lambda value, low, _: self._ended and value <= low,
               "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. Take "
-              "a fixed or ema teacher instead of self, or lower optim.lr (health.min_eos_rate=None to go on)")
+              "a fixed or ema teacher instead of self, or lower optim.lr (health.min_eos_rate=0 to go on)")
         # A student forgets how to read the visual thoughts; a teacher that is its average forgets with it.
         for key in values:
-            if key.startswith("eval/") and key.endswith(f"/{self.teacher_mode}"):
+            if key.startswith("eval/") and key.endswith("/teacher"):
                 watch(key, self.teacher_floor, lambda value, part, start: value < part * start,
                       "the teacher's own accuracy {key} fell to {value:.3f}, from {usual:.3f} at the start: "
                       "what it teaches is no longer right. Go back to an earlier checkpoint with a fixed "
-                      "teacher, a slower EMA or a lower optim.lr (health.teacher_floor=None to go on)",
+                      "teacher, a slower EMA or a lower optim.lr (health.teacher_floor=0 to go on)",
                       checks=1, patience=1)
         watch("teacher_entropy", self.teacher_entropy_rise, lambda value, rise, usual: value > usual + rise,
               "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at the "
-              "start. Take a fixed teacher or a slower EMA (health.teacher_entropy_rise=None to go on)")
+              "start. Take a fixed teacher or a slower EMA (health.teacher_entropy_rise=0 to go on)")
         watch("teacher_topk_mass", self.teacher_topk_fraction,
               lambda value, part, usual: value < part * usual,
               "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} at the "
-              "start. Raise top-k or take a fixed teacher (health.teacher_topk_fraction=None to go on)")
+              "start. Raise top-k or take a fixed teacher (health.teacher_topk_fraction=0 to go on)")
         return problems
 
 

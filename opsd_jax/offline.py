@@ -202,8 +202,8 @@ def key(params, config, rows) -> dict:
     return {"format": FORMAT, "teacher": fingerprint(params), "top_k": kept_entries(config), "model": part["model"],
             "lora": part["lora"], "prompts": part["prompts"], "images": part["images"],
             "buckets": part["data"]["buckets"],
-            "rows": {task: [str(source.split), len(source)]
-                     for task, source in zip(config.data.tasks, rows.sources, strict=True)}}
+            "rows": {task: [str(source.split), len(source), digest]
+                     for task, source, digest in zip(config.data.tasks, rows.sources, rows.digests, strict=True)}}
 
 
 def kept_entries(config) -> int:
@@ -329,8 +329,6 @@ def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, 
 def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     """{(row, pid): array of `record_type`} of a batch, on every process. numbers: row numbers, as many as a batch has;
     they may repeat."""
-    from jax.experimental import multihost_utils
-
     from opsd_jax import settings
 
     mine = [numbers[n] for n in sharding.local_rows(mesh, len(numbers))]
@@ -339,8 +337,8 @@ def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     teacher, student, placed = sharding.put_batch(mesh, (*both, np.asarray(mine, np.int32)))
     values = teacher_outputs(params, teacher, student, config=settings.model(config), top_k=top_k,
                              chunk=config.divergence.chunk)
-    log_probs, indices, weights, labels, mask, placed = multihost_utils.process_allgather(
-        (*values, student.labels, student.mask, placed), tiled=True)
+    log_probs, indices, weights, labels, mask, placed = sharding.fetch(
+        (*values, student.labels, student.mask, placed))
     found = {}
     for b, n in enumerate(placed.tolist()):
         pid, real = prepared[n].example.pid, mask[b]

@@ -237,7 +237,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     settings.check(config)
     if stage not in PLANNED or settings.draws(config, stage):
         raise ValueError(f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without drawing")
-    check_batch(config, stage, mesh)
+    train.check_batch(config, stage, sharding.batch_divisor(mesh))
     size = config[stage].batch_size
     ends = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
     model, own = settings.model(config), settings.distill(config, stage, ends)
@@ -282,12 +282,14 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
     sampling = settings.rollout(config, ends, marker, shards=sharding.batch_divisor(mesh))
     sampler = sharding.abstract(
-        mesh, jax.eval_shape(lambda p: params_lib.in_compute_dtype(p, model.dtype), params), "rollout")
+        mesh, jax.eval_shape(lambda p: params_lib.in_compute_dtype(distill.understanding(p), model.dtype), params), "rollout")
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     # Leaves that both layouts cut alike are one array; the others lie in memory twice.
     same = lambda a, b: a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    trained_only = jax.tree.map(lambda a, b: None if same(a, b) else a, state["params"], sampler)
+    sampled = params_lib.flatten(sampler)
+    trained_only = {path: leaf for path, leaf in params_lib.flatten(state["params"]).items()
+                    if path not in sampled or not same(leaf, sampled[path])}
     found = []
     if only != "update":
         slots = batch.student.slots + sampling.max_new_tokens
@@ -310,18 +312,6 @@ def _sampler_trips(sampling, rows: int) -> tuple[int, ...]:
         return (sampling.max_new_tokens,)
     refills = -(-rows // sampling.group)
     return refills, -(-sampling.max_new_tokens * -(-rows // sampling.slots) // refills)
-
-
-def check_batch(config, stage: str, mesh) -> None:
-    """ValueError where a run would not start: the rows of a micro step must fill the batch shards of the mesh."""
-    from opsd_jax import sharding
-
-    s, shards = config[stage], sharding.batch_divisor(mesh)
-    if (s.batch_size // s.accumulation) % shards:
-        raise ValueError(
-            f"a micro batch of config.{stage} has {s.batch_size // s.accumulation} rows (batch_size {s.batch_size} / "
-            f"accumulation {s.accumulation}) for {shards} batch shards (mesh data x fsdp): lower "
-            f"config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices to config.mesh.tensor")
 
 
 def bytes_per_device(tree) -> int:
@@ -691,6 +681,8 @@ def advice(found: dict, config, stage: str, mesh) -> list[str]:
             lines.append("config.teacher.kind=self keeps no second set of weights")
     if found["program"] == "sample":
         tensor = mesh.devices.size // sharding.batch_divisor(mesh)
+        if not config.rollout.slots and config[stage].batch_size > sharding.batch_divisor(mesh):
+            lines.append(f"config.rollout.slots={sharding.batch_divisor(mesh)} keeps the cache of one row a device at a time")
         lines.append(f"config.mesh.tensor={2 * tensor} halves the sampler's own copy of the weights "
                      f"({size['params'] / GIB:.1f} GiB), which mesh.fsdp does not cut")
     lines.append("config.mesh.fsdp: twice as many devices hold half of parameters, moments and EMA each")
@@ -765,6 +757,8 @@ def main(argv) -> None:
     f = flags.FLAGS
     if f.config is None or not f.topology:
         raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+    if f.out:  # what cannot be written shows before minutes of compiling
+        os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
     try:
         report = plan(f.config, parse_topology(f.topology, f.slices), stage=f.stage, only=f.only, bucket=f.bucket,
                       hbm=f.hbm, quick=f.quick)

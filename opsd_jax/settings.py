@@ -159,6 +159,27 @@ def _stage(*, steps, batch_size, lr, reduction):
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for what no single frozen view can see. Cheap: called before anything is read or made."""
+    least = {"checkpoint.every": 1, "checkpoint.keep_latest": 1, "log.every": 1, "log.samples_every": 0, "eval.every": 0,
+             "eval.rows": 0, "eval.batch_size": 1, "eval.slots": 0, "data.threads": 1, "data.prefetch": 0, "data.cache_rows": 0,
+             "rollout.empty_retries": 0, "health.patience": 1, "health.reference_checks": 1,
+             **{f"{stage}.{key}": bound for stage in config.stages if stage in STAGES
+                for key, bound in (("steps", 1), ("batch_size", 1), ("accumulation", 1))}}
+    for key, bound in least.items():
+        group, name = key.split(".")
+        if config[group][name] < bound:
+            raise ValueError(f"config.{key} is {config[group][name]}: give at least {bound}")
+    if config.eval.max_new_tokens and config.eval.max_new_tokens < 2:
+        raise ValueError(f"config.eval.max_new_tokens is {config.eval.max_new_tokens}: bos and one token need 2; 0 takes "
+                         "config.rollout.max_new_tokens")
+    modes = ("none", "real", "noise", "swap", "image", "remove")
+    for key in ("visual_thoughts", "final_visual_thoughts"):
+        if wrong := [mode for mode in config.eval[key] if mode not in modes]:
+            raise ValueError(f"config.eval.{key} names {wrong[0]!r}: choose from {modes}")
+    if not config.data.tasks:
+        raise ValueError("config.data.tasks is empty: name at least one")
+    for kind, sizes in config.data.buckets.items():
+        if any(any(a > b for a, b in zip(small, large)) for small, large in zip(sizes, sizes[1:])):
+            raise ValueError(f"config.data.buckets.{kind} is {sizes}: sizes must not fall from one bucket to the next")
     if not config.stages:
         raise ValueError(f"config.stages is empty: name at least one of {STAGES}")
     for stage in config.stages:

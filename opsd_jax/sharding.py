@@ -37,6 +37,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {dict(zip(AXES, sizes))}: config.mesh takes positive sizes, and -1 for one of them")
     if sizes.count(-1) == 1:
         rest = math.prod(s for s in sizes if s != -1)
         sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
@@ -68,11 +70,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch(mesh: Mesh) -> NamedSharding:
     """Arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(_BATCH))
-
-
-def accumulated_batch(mesh: Mesh) -> NamedSharding:
-    """Arrays [micro steps, batch, ...]."""
-    return NamedSharding(mesh, P(None, _BATCH))
 
 
 def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedSharding:
@@ -174,6 +171,13 @@ def put_batch(mesh: Mesh, host_batch):
         return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * factor, *x.shape[1:]))
 
     return jax.tree.map(put, host_batch)
+
+
+def fetch(tree):
+    """Global arrays -> NumPy arrays of the whole batch, on every process, in the order of the mesh."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def move(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):

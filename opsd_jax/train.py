@@ -8,6 +8,7 @@ in W/arms/NAME, from the weights with which W's first OPSD step began.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from ml_collections import config_flags
 from opsd_jax import settings
 
 # What may change between a run and its continuation.
-_FREE = ("log", "health", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms", "run_arms")
+_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
+         "run_arms")
 
 EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
 
@@ -127,6 +129,7 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
                     params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop,
                                          on_start=on_warm if stage == "opsd" else lambda: None)
                     if stop.is_set:
+                        checkpoints.wait()  # a save that fails is no stop as asked
                         print(f"stopped as asked; the same command continues {workdir}")
                         sys.exit(EXIT_STOPPED)
                 first = ends[stage]
@@ -163,13 +166,7 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
     primary = jax.process_index() == 0
     mesh = sharding.make_mesh(**config.mesh)
     for stage in config.stages:
-        micro, shards = config[stage].batch_size // config[stage].accumulation, sharding.batch_divisor(mesh)
-        if micro % shards:
-            raise ValueError(f"a micro batch of config.{stage} ({micro} rows) must be a multiple of the {shards} batch "
-                             "shards of config.mesh")
-        if config.eval.batch_size % shards:
-            raise ValueError(f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch "
-                             "shards of config.mesh")
+        check_batch(config, stage, sharding.batch_divisor(mesh))
     with clock("data"):
         if primary:
             data.make_if_absent(config, data_workdir)
@@ -183,6 +180,20 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
     writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard, wandb=wandb,
                             resume_step=resume_step)
     return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), clock, writer)
+
+
+def check_batch(config, stage: str, shards: int) -> None:
+    """ValueError where the rows of a stage's micro step, or of its evaluation, do not fill the batch shards of a mesh."""
+    s = config[stage]
+    micro = s.batch_size // s.accumulation
+    if micro % shards:
+        raise ValueError(
+            f"a micro step of config.{stage} has {micro} rows (batch_size {s.batch_size} / accumulation {s.accumulation}) for "
+            f"{shards} batch shards (mesh data x fsdp): lower config.{stage}.accumulation, raise "
+            f"config.{stage}.batch_size, or give devices to config.mesh.tensor")
+    if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
+        raise ValueError(f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch shards of "
+                         "config.mesh")
 
 
 def initial_params(run: Run, done):
@@ -254,7 +265,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         with clock("collect"):  # in the middle of the stage the teacher is read again, before the optimizer takes its room
             batches.cache = offline.collect(
                 initial_params(run, first) if params is None else params, config, run.workdir, rows, run.packer,
-                run.mesh, stopped=lambda: stop.is_set)
+                run.mesh, stopped=stop.reached)
         if batches.cache is None:
             return params
 
@@ -279,7 +290,8 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
     stream = batches.stream(start, last) if start < last else iter(())
     buckets = batches.plan.num_buckets
-    health = metrics.Health(**{name: value or None for name, value in config.health.items()})
+    counts = ("patience", "reference_checks")  # of the others 0 switches a watch off
+    health = metrics.Health(**{name: value if name in counts else value or None for name, value in config.health.items()})
     if start > first:
         history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
         health.replay(row for row in history if row["stage"] == stage)
@@ -349,12 +361,13 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                          "tokens/s": "tokens_per_sec"}
                 progress.update(now, **{name: values[key] for name, key in shown.items() if key in values})
             if evaluates and config.eval.every and (now % config.eval.every == 0) and now < last:
+                before = time.perf_counter()
                 with clock("eval"):
                     scores = evaluation.during(now, state, distill_config)
                 run.writer.scalars(now, stage, scores)
                 health.check(now, scores)
-                window = time.perf_counter()
-            stopping = stop.reached(now)  # asked once: a signal that comes between save and return waits a step
+                window += time.perf_counter() - before  # no part of the steps' time
+            stopping = stop.reached()  # asked once: a signal that comes between save and return waits a step
             if now == last or stopping or now % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     _save(run, checkpoints, now, state, stage, distill_config)
@@ -392,13 +405,21 @@ class Evaluation:
     """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`."""
 
     def __init__(self, run: Run, stage: str):
-        self.run, self.stage, self._rows = run, stage, {}
+        from opsd_jax import eval as eval_lib
+
+        self.run, self.stage, self._rows, self._moves = run, stage, {}, {}
         c = run.config.eval
         # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
         # teacher's.
         self.signatures = (len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2) * len(run.config.data.buckets.student)
-        for split in ([c.split] if c.every else []) + ([c.final_split] if c.final_split else []):
-            self._of(split)  # a missing split shows now, not after the last step
+        # What cannot be evaluated shows now, not after the last step: a missing split, rows that fit no bucket.
+        run.rollout(max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens, slots=c.slots, refill=0)
+        fit = functools.partial(eval_lib.check_fit, packer=run.packer, task_names=run.config.data.tasks)
+        if c.every:
+            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts} - {""}, limit=c.rows)
+        if c.final_split:
+            kl = {"none", "real"} if self._measures_kl else set()
+            fit(self._of(c.final_split), modes={*c.final_visual_thoughts, *kl}, traces=bool(kl))
 
     def _of(self, split):
         from opsd_jax import data
@@ -408,13 +429,19 @@ class Evaluation:
         return self._rows[split]
 
     def _evaluate(self, params, split, mode, limit, **changes):
+        import jax
 
-        from opsd_jax import distill, eval as eval_lib, sharding
+        from opsd_jax import distill, eval as eval_lib, params as params_lib, sharding
 
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
         params = distill.understanding(params)
-        params = sharding.move(self.run.mesh, params, "rollout")(params)
+        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
+        if places not in self._moves:  # a program each, which is compiled once
+            self._moves[places] = sharding.move(
+                self.run.mesh, params, "rollout",
+                cast=lambda tree: params_lib.in_compute_dtype(tree, self.run.config.model.dtype))
+        params = self._moves[places](params)
         sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(
             params, self._of(split), self.run.packer, config=sampling,
@@ -537,7 +564,7 @@ def _show_drawings(run, step, prepared, params) -> None:
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
     rows, lines = prepared[:4], []
     questions = [([images.open_rgb(row.example.problem_image, transparency=run.config.images.transparency)],
-                  row.example.question) for row in rows]
+                  row.example.question + run.config.prompts.suffix) for row in rows]
     traces = generate.reason(model, questions, jax.random.key(run.config.seed), draw=True, always=True)
     for n, (row, trace) in enumerate(zip(rows, traces)):
         lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
@@ -588,14 +615,9 @@ def _show_rollouts(run, step, prepared, trajectory, profile) -> None:
 
 
 def _write_json(path, value) -> None:
-    """By the first process for all."""
-    import jax
+    from opsd_jax import metrics
 
-    if jax.process_index() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "w") as f:
-            json.dump(value, f, indent=1)
-        os.replace(path + ".tmp", path)
+    metrics.write_text(path, json.dumps(value, indent=1))
 
 
 if __name__ == "__main__":

@@ -46,26 +46,62 @@ def test_a_kill_loses_one_batch_at_most(tmp_path):
     for torn in (b"", b'{"batch": 2, "predictions": [{"ind'):
         folder = tmp_path / f"part{len(torn)}"
         assert collect(folder, batches, died_at=2)[1] == [0, 1]
-        with open(folder / "partial.jsonl", "ab") as f:
+        with open(folder / answers.FILE, "ab") as f:
             f.write(torn)
         records, asked, told = collect(folder, batches)
         assert asked == [2, 3] and told == [0, 1, 2, 3] and records == whole
-        assert (folder / "partial.jsonl").read_bytes() == (tmp_path / "whole" / "partial.jsonl").read_bytes()
-    answers.forget(str(folder))
-    assert not list(folder.iterdir())
+        assert (folder / answers.FILE).read_bytes() == (tmp_path / "whole" / answers.FILE).read_bytes()
+        assert collect(folder, batches)[:2] == (whole, [])  # what is done is not asked again
+
+
+def test_answers_of_several_processes_are_one(tmp_path):
+    """Three processes were killed; one goes on with all that they had."""
+    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    whole, *_ = collect(tmp_path / "whole", batches)
+    lines = (tmp_path / "whole" / answers.FILE).read_text().splitlines()
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for process, line in ((0, lines[1]), (1, None), (2, lines[3])):
+        (folder / f"answers-{process}.jsonl").write_text("\n".join(filter(None, [lines[0], line])) + "\n")
+    records, asked, _ = collect(folder, batches)
+    assert asked == [1, 3] and records == whole and [p.name for p in folder.iterdir()] == [answers.FILE]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    batches = answers.plan([bench("A")], 2)
+    collect(tmp_path, batches)
+    with open(tmp_path / answers.FILE, "a") as f:
+        f.write("{no json}\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
+        collect(tmp_path, batches)
+
+
+def test_drawn_pictures_of_other_answers_are_removed(tmp_path):
+    batches, stale = answers.plan([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
+    for kept in (False, True):
+        stale.parent.mkdir(parents=True, exist_ok=True)
+        stale.touch()
+        collect(tmp_path, batches)
+        assert stale.exists() == kept
 
 
 def test_answers_of_other_conditions_are_not_mixed(tmp_path):
     batches = answers.plan([bench("A")], 2)
     collect(tmp_path, batches, died_at=1, identity={"seed": 0, "mode": "none"})
-    before = (tmp_path / "partial.jsonl").read_bytes()
+    before = (tmp_path / answers.FILE).read_bytes()
     with pytest.raises(answers.Other, match="begun with another mode, seed: give the same"):
         collect(tmp_path, batches, identity={"seed": 1, "mode": "real"})
-    assert (tmp_path / "partial.jsonl").read_bytes() == before
+    assert (tmp_path / answers.FILE).read_bytes() == before
+
+
+def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
+    batches = answers.plan([bench("A")], 2)
+    collect(tmp_path, batches, died_at=0, identity={"batch_size": 64})
+    assert collect(tmp_path, batches, identity={"batch_size": 2})[1] == [0, 1, 2]
 
 
 def test_rows_that_take_no_part_are_left_out_of_the_plan():
-    assert answers.plan([bench("A", 3)], 4, {("A", 1), ("B", 0)})[0][1] == [0, 2]
+    assert answers.plan([bench("A", 3)], 4, {"A": [1], "B": [0]})[0][1] == [0, 2]
 
 
 # --- drawn pictures

@@ -532,6 +532,14 @@ def test_one_that_fails_ends_the_others():
     assert "process 1 of 2 ended with code 1" in result.stderr
 
 
+def test_wrong_arguments_of_one_end_it_at_once():
+    """It does not wait to leave together with those that wait for it."""
+    program = SUM + "if jax.process_index(): distributed.end_with_error(ValueError('no such row'))\ntime.sleep(60)"
+    result, seconds = local(2, program)
+    assert result.returncode == 1 and seconds < 40, result.stdout
+    assert "[1] error: no such row\n" in result.stdout
+
+
 def test_one_that_waits_for_another_says_so():
     command = [sys.executable, "-c", SUM]
     given = {"OPSD_COORDINATOR": "127.0.0.1:19", "OPSD_NUM_PROCESSES": 2, "OPSD_PROCESS_ID": 1, "OPSD_TIMEOUT_S": 1}

@@ -244,10 +244,11 @@ def test_batches_hold_their_rows(collected):
 
 def test_the_plan_knows_the_batch(collected):
     """Shapes that `plan` compiles for are those of a run."""
-    (program,) = plan.programs(collected.config, "offline", collected.mesh)
-    batch, _ = collected.batches(collected.collect()).traces(0)
+    batches = collected.batches(collected.collect())
+    batch, _ = batches.traces(0)
+    (program,) = plan.programs(collected.config, "offline", collected.mesh, bucket=batches.plan(0)[0])
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
-    assert shapes(program.kinds["batch"]) == shapes(batch) and program.name == "update"
+    assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)
 
 
 def test_top_k_is_bounded_by_the_vocabulary(folder):

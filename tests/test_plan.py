@@ -1,5 +1,6 @@
 """plan: names of slices, what compiled programs send and read, and the bill, added up by hand."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from opsd_jax import params as params_lib, plan, settings, sharding
+from opsd_jax import params as params_lib, plan, settings, sharding, train
 from opsd_jax.model import bagel
 from tests import small_run
 
@@ -373,9 +374,19 @@ def test_supervised_stages_have_one_program(mesh):
 def test_settings_that_no_run_would_start_with(mesh):
     with pytest.raises(ValueError, match="--bucket=1"):
         plan.programs(small_run.config(), "opsd", mesh, bucket=1)
-    four = types.SimpleNamespace(shape={"data": 2, "fsdp": 8, "tensor": 1})
     with pytest.raises(ValueError, match="has 8 rows .* for 16 batch shards"):
-        plan.check_batch(small_run.config(), "opsd", four)
+        train.check_batch(small_run.config(), "opsd", 16)
+    for every, final_split in ((0, ""), (1, ""), (0, "test")):  # where nothing is evaluated, its batches may be of any size
+        config = small_run.config(eval__batch_size=6, eval__every=every, eval__final_split=final_split)
+        with contextlib.nullcontext() if not every and not final_split else pytest.raises(ValueError, match="eval.batch_size 6"):
+            train.check_batch(config, "opsd", 4)
+
+
+def test_the_sampler_holds_nothing_that_draws(mesh):
+    config = small_run.config(model__generation__on=True)
+    program, = plan.programs(config, "opsd", mesh, only="sample")
+    assert {*program.kinds["params"]} == {"llm", "vit", "connector"}
+    assert "latent" in {path.split("/")[0] for path in program.beside["params"]}
 
 
 def test_programs_are_those_that_a_run_compiles(mesh):

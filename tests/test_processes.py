@@ -219,7 +219,7 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
     for kind, rows in (("tasks", small_run.TEST_ROWS), ("table", 11)):
         one, two = (read(f"eval/{kind}{n}/predictions.jsonl") for n in (1, COUNT))
         assert one == two and len(one) == rows
-        assert not list((w / "eval" / f"{kind}{COUNT}").glob("partial*"))
+        assert [p.name for p in (w / "eval" / f"{kind}{COUNT}").glob("answers*")] == ["answers.jsonl"]
     one, two = (read(f"diagnose/kl{n}/tokens.jsonl") for n in (1, COUNT))
     assert len(one) == len(two) > 12
     for a, b in zip(one, two):

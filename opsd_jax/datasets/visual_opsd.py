@@ -381,6 +381,21 @@ def version_folder(target: str | os.PathLike, task: str) -> Path:
     return Path(target) / NAME / task.lower() / VERSION
 
 
+def digest(target: str | os.PathLike, task: str) -> str:
+    """A name for the prepared files of a task, by their names, sizes and contents' records: what a cache of its rows
+    depends on."""
+    import hashlib
+
+    folder = version_folder(target, task)
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json" and path.name != "report.json":  # that one holds seconds
+            found.update(path.name.encode() + path.read_bytes())
+        elif "array_record" in path.name:
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+    return found.hexdigest()
+
+
 def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] | None, limit: int | None
                  ) -> tuple[Path, list[_Shard], list[Note]]:
     """Target folder, shards to write, and warnings about files and columns. Reads footers and pids only."""

@@ -14,9 +14,10 @@ def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     summaries = eval_lib.evaluate_run(
         run.workdir, modes, checkpoint=checkpoint, benchmarks=run.tasks, split=run.split, limit=run.limit,
         batch_size=run.batch_size, seed=run.seed, name="" if _own(run.workdir, checkpoint) else os.path.basename(folder))
-    base = runs.start(run.workdir)
+    base, traced = runs.start(run.workdir), run.without_trace() is None
     analyses = {
-        "kl": lambda to: kl.measure(run, to, teacher=base, student=checkpoint, base=base),
+        "kl": lambda to: kl.measure(run, to, teacher=base, student=checkpoint, base=base,
+                                    kinds=[kind for kind in kl.COMPLETIONS if kind not in kl.OF_TRACES or traced]),
         "interventions": lambda to: interventions.measure(run, to, checkpoint=checkpoint),
         "attention": lambda to: attention.measure(run, to, checkpoint=checkpoint)}
     pages = {name: analyse(os.path.join(folder, name)) for name, analyse in analyses.items()}
@@ -82,16 +83,21 @@ def diagnose(args) -> str:
         differs += [f"temperature{args.temperature:g}"] if args.temperature != 1 else []
         if args.teacher:
             differs += [f"teacher{checkpoint_lib.metadata(teacher)['step']:06d}"]
+    elif what == "all":
+        runs.start(workdir)  # nothing to compare: said before anything is answered
     elif what == "attention":
         differs += ["official-scale"] if args.official_scale else []
     folder = os.path.join(workdir, "diagnose", args.name or "-".join([what, f"{step:06d}", *differs]))
     if args.name and os.path.exists(os.path.join(folder, "summary.json")):
         raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
     run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
-                   seed=args.seed)
+                        seed=args.seed)
     if what == "kl":
+        if (wrong := [kind for kind in args.completions if kind in kl.OF_TRACES]) and (pid := run.without_trace()):
+            raise ValueError(f"row {pid} has no full_text_only_thought, which --completions={wrong[0]} needs: give "
+                             "--completions=base,student")
         kl.measure(run, folder, teacher=teacher, student=model, base=base, kinds=args.completions,
-               temperature=args.temperature)
+                   temperature=args.temperature)
     elif what == "interventions":
         interventions.measure(run, folder, checkpoint=model)
     elif what == "attention":
@@ -142,7 +148,7 @@ def main(argv=None) -> None:
         distributed.initialize()
         folder = diagnose(args)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        distributed.end_with_error(error)
     print(f"written to {folder}")
 
 

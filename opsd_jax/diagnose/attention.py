@@ -107,7 +107,7 @@ def shares_by_row(run: runs.Run, params, layout: str, mode: str, predictions=Non
         context, tokens, queries, keys, index = runs.put(
             run, (context, tokens, queries, keys, np.asarray(mine, np.int32)))
         shares = attention_shares(params, context, tokens, queries, keys, config=config, scaled=scaled)
-        shares, index = runs.fetch((shares, index))
+        shares, index = sharding.fetch((shares, index))
         found[run.tasks[source]] |= zip(index.tolist(), shares)
     return {task: np.stack([rows[n] for n in sorted(rows)]) for task, rows in found.items()}
 

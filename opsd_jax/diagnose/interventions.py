@@ -39,7 +39,7 @@ def measure(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
         layout = "student" if mode == "none" else "teacher"
         shares = attention.shares_by_row(run, params, layout, mode, found[mode])
         shares_of[mode] = attention.named(attention.mean_over_rows(shares).mean(axis=0))["completion"]
-    runs.write(os.path.join(folder, "predictions.jsonl"), "".join(
+    metrics.write_text(os.path.join(folder, "predictions.jsonl"), "".join(
         json.dumps({"mode": mode, "task": task, **p}) + "\n"
         for mode, by_task in found.items() for task, predictions in by_task.items() for p in predictions))
     summary = {"analysis": "interventions", "checkpoint": checkpoint, **run.facts(),

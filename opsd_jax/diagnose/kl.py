@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, sharding
+from opsd_jax import divergence, metrics, sharding
 from opsd_jax import eval as eval_lib
 from opsd_jax.diagnose import runs
 from opsd_jax.model import bagel
@@ -20,6 +20,7 @@ from opsd_jax.model.config import ModelConfig
 
 BOOTSTRAP = 2000  # resamples
 COMPLETIONS = ("base", "student", "data", "official")
+OF_TRACES = ("data", "official")  # need the rows' text traces
 _COMPLETION_TEXTS = {
     "base": "What the model said without visual thoughts before training.",
     "student": "What the trained student says without visual thoughts.",
@@ -54,7 +55,7 @@ def divergences(run: runs.Run, kind: str, *, teacher, before, after=None, sample
         for name, student in (("before", before), ("after", after)):
             if student is not None:
                 found[name] = arrays["kl"](teacher, student)
-        found = runs.fetch(found)
+        found = sharding.fetch(found)
         for b, n in enumerate(found["index"].tolist()):
             mask = found["mask"][b]
             record = {"task": run.tasks[source], "index": n, "pid": run.rows.sources[source][n].pid,
@@ -75,8 +76,7 @@ def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
     prepared, c_t = eval_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
     batch = runs.put(run, distill.Batch(run.packer.student(prepared), c_t))
     if kind == "data":
-        tokens, mask = _padded([run.packer.reference(row) for row in prepared], run.packer.buckets.trace[-1][2])
-        tokens, mask = runs.put(run, (tokens, mask))
+        tokens, mask = runs.put(run, run.packer.references(prepared))
         ended = True
     else:
         decoding = {"temperature": temperature, "greedy": False} if temperature else {"greedy": True}
@@ -86,14 +86,6 @@ def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
     completion = context_lib.completion(tokens, mask, bos=run.tokenizer.bos, eos=run.tokenizer.eos, eos_row=ended)
     kl = lambda teacher, student: distill.kl_to_student(teacher, student, batch, completion, config=run.model)
     return {"labels": completion.labels, "mask": completion.mask, "tail": jnp.sum(completion.mask, axis=1), "kl": kl}
-
-
-def _padded(ids, width):
-    """Lists of ids -> int32 [B, width], bool [B, width]."""
-    tokens, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), bool)
-    for b, row in enumerate(ids):
-        tokens[b, :len(row)], mask[b, :len(row)] = row, True
-    return tokens, mask
 
 
 def official_blocks(packer, row) -> tuple[list, list]:
@@ -232,7 +224,7 @@ def summarise(records, tasks, seed: int) -> dict:
 
 
 def measure(run: runs.Run, folder: str, *, teacher: str, student: str, base: str, kinds=COMPLETIONS,
-           temperature: float = 1.0) -> tuple[str, list[str]]:
+            temperature: float = 1.0) -> tuple[str, list[str]]:
     """Measures and writes `kl`; teacher, student, base: checkpoints. The base is the student before training."""
     weights = {}
     for path in (teacher, base, student):
@@ -254,7 +246,7 @@ def measure(run: runs.Run, folder: str, *, teacher: str, student: str, base: str
                 sampler=runs.for_sampling(run, weights[sampler]) if sampler else None)
             summary[kind] = summarise(found[kind], run.tasks, run.seed)
     lines = [{"completion": kind, **r, "pieces": _pieces(run, r["labels"])} for kind in kinds for r in found[kind]]
-    runs.write(os.path.join(folder, "tokens.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    metrics.write_text(os.path.join(folder, "tokens.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     facts = {**run.facts(), "unit": "nats per token", "teacher": teacher, "base": base, "student": student,
              "temperature": temperature, "bootstrap": BOOTSTRAP}
     return runs.finish(folder, {"analysis": "kl", **facts, "completions": summary}, lambda s: page(run, s, found))

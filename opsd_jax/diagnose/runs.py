@@ -45,6 +45,11 @@ class Run:
     def total(self) -> int:
         return sum(self.size(source) for source in range(len(self.tasks)))
 
+    def without_trace(self) -> str | None:
+        """The pid of the first row that has no text trace; None if all have one."""
+        rows = (self.rows.sources[source][n] for source in range(len(self.tasks)) for n in range(self.size(source)))
+        return next((row.pid for row in rows if not row.full_text_only_thought.strip()), None)
+
     def facts(self) -> dict:
         """What every summary says."""
         return {"split": self.split, "seed": self.seed, "rows": {t: self.size(s) for s, t in enumerate(self.tasks)}}
@@ -65,8 +70,7 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
                          "the run's batch size")
     config = data.load_config(workdir)
     where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
-    limits = dict(zip(config.data.tasks, config.data.limits))
-    config.data.tasks, config.data.limits = chosen, tuple(limits[task] for task in chosen if limits)
+    config = data.with_tasks(config, chosen)
     split = split or config.eval.final_split or "train"
     tok = tokenizer.load(data.tokenizer_folder(config, where))
     mesh = sharding.make_mesh(tensor=config.mesh.tensor)
@@ -140,13 +144,6 @@ def put(run, tree):
     return sharding.put_batch(run.mesh, tree)
 
 
-def fetch(tree):
-    """Global arrays -> NumPy arrays of the whole batch, on every process."""
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def progress(run, total, name):
     """A progress bar over `total` rows, shown by the first process."""
     return metrics.Progress(total, name, run.split, primary=jax.process_index() == 0)
@@ -185,21 +182,12 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
         return "", []
     title, parts = page(summary)
     report.write(os.path.join(folder, "report.html"), report.page(title, *parts))
-    write(os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    metrics.write_text(os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return title, parts
 
 
-def write(path, text) -> None:
-    """Writes a text file, whole or not at all, by the first process for all."""
-    if jax.process_index() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(path + ".tmp", path)
-
-
 def write_arrays(path, arrays) -> None:
-    """The same for arrays by name, as .npz."""
+    """Writes arrays by name as .npz, whole or not at all, by the first process for all."""
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
