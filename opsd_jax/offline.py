@@ -38,6 +38,7 @@ from opsd_jax.model import bagel
 
 FORMAT = 1  # raise it when the files above, or what is in them, change
 SHARD = 128  # rows of a file: at 7B about 80 MB, and what a kill loses
+OPEN = 256  # files that are held open; systems often allow 1,024
 
 
 class WrongCache(ValueError):
@@ -261,6 +262,8 @@ class Cache:
         with self._lock:
             try:
                 if path not in self._open:
+                    while len(self._open) >= OPEN:
+                        self._open.pop(next(iter(self._open))).close()
                     self._open[path] = np.load(path, allow_pickle=False)
                 shard = self._open[path]
                 if shard["key"] != self.digest:

@@ -222,7 +222,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
     (["--visual_thoughts=generated"], "was trained without what draws"),
     (["--against=gone", "--rows=1"], "--against=gone: no "),
-    ([f"--name={LAST}-none"], f"eval/{LAST}-none holds results of something else: choose another --name"),
+    ([f"--name={small_run.WARMUP:06d}-none"], f"eval/{small_run.WARMUP:06d}-none holds results of something else: choose another --name"),
 ])
 @pytest.mark.slow
 def test_what_cannot_be_evaluated(trained, capsys, arguments, message):

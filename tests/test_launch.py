@@ -564,6 +564,7 @@ from absl import flags
 flags.FLAGS.mark_as_parsed()
 from opsd_jax import distributed
 distributed.initialize()
+print("joined", flush=True)
 sys.path.insert(0, {tests!r})
 import small_run
 from opsd_jax import train
@@ -607,6 +608,13 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
     assert [process.returncode for process in processes] == [42, 42], said
     (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert 2 <= step < 120
+    # continued, and stopped again before its first step
+    processes, _, _ = two_processes(workdir, tmp_path_factory, every=1000, OPSD_TIMEOUT_S=120)
+    assert any("joined" in line for line in processes[1].stdout)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [42, 42], said
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) <= step + 2
     finish_alone(workdir, program, given, devices=4)
 
 

@@ -251,6 +251,17 @@ def test_the_plan_knows_the_batch(collected):
     assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)
 
 
+def test_more_files_than_may_be_open(collected, monkeypatch):
+    monkeypatch.setattr(offline, "OPEN", 1)
+    batches = collected.batches(collected.collect())
+    found = [batches.traces(step)[0].indices for step in range(6)]
+    assert len(batches.cache._open) == 1
+    monkeypatch.setattr(offline, "OPEN", 256)
+    again = collected.batches(collected.collect())
+    for step, indices in enumerate(found):
+        np.testing.assert_array_equal(indices, again.traces(step)[0].indices)
+
+
 def test_top_k_is_bounded_by_the_vocabulary(folder):
     c = config(folder, offline__top_k=100000)
     assert offline.kept_entries(c) == c.model.llm.vocab_size == 448
