@@ -194,6 +194,16 @@ def _batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
     return _put(mesh, (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)))
 
 
+def for_sampling(mesh, params, dtype: str):
+    """A function that lays trained parameters out for the sampler, without what draws, in the dtype of the computation:
+    trees that lie as this one does."""
+    from opsd_jax import distill, params as params_lib, sharding
+
+    understood = distill.understanding(params)
+    move = sharding.move(mesh, understood, "rollout", cast=lambda tree: params_lib.in_compute_dtype(tree, dtype))
+    return lambda params: move(distill.understanding(params))
+
+
 def _sample(params, packed, config):
     """(Trajectory, seconds, whether that holds a compilation)."""
     import jax
@@ -516,7 +526,8 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
-    params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract, "rollout"))
+    params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
+    params = for_sampling(mesh, params, config.model.dtype)(params)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     sampling = settings.rollout(
         config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,

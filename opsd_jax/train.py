@@ -247,7 +247,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     """
     import jax
 
-    from opsd_jax import data, distill, metrics, offline, params as params_lib, rollout, sharding
+    from opsd_jax import data, distill, eval as eval_lib, metrics, offline, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
@@ -296,9 +296,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
         history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
         health.replay(row for row in history if row["stage"] == stage)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
-    for_sampling = on_policy and sharding.move(
-        run.mesh, distill.understanding(state["params"]), "rollout",
-        cast=lambda params: params_lib.in_compute_dtype(params, config.model.dtype))
+    for_sampling = on_policy and eval_lib.for_sampling(run.mesh, state["params"], config.model.dtype)
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = metrics.CompileGuard()
     step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step, "offline": offline.step}
@@ -316,7 +314,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 batch = sharding.put_batch(run.mesh, host_batch)
             if on_policy:
                 with clock("sample"):
-                    rollout_params = for_sampling(distill.understanding(state["params"]))
+                    rollout_params = for_sampling(state["params"])
                     key = jax.random.fold_in(sample_key, step)
                     trajectory = rollout.sample(rollout_params, batch.student, key, config=rollout_config)
                     attempt = 0
@@ -431,16 +429,13 @@ class Evaluation:
     def _evaluate(self, params, split, mode, limit, **changes):
         import jax
 
-        from opsd_jax import distill, eval as eval_lib, params as params_lib, sharding
+        from opsd_jax import eval as eval_lib
 
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
-        params = distill.understanding(params)
         places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
         if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = sharding.move(
-                self.run.mesh, params, "rollout",
-                cast=lambda tree: params_lib.in_compute_dtype(tree, self.run.config.model.dtype))
+            self._moves[places] = eval_lib.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
         params = self._moves[places](params)
         sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(

@@ -30,6 +30,25 @@ def goldens(pytestconfig) -> pathlib.Path:
     return pathlib.Path(pytestconfig.getoption("--goldens")).resolve()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Each program that XLA compiled holds some of the 65,530 memory mappings that Linux gives a process; without one
+    more the compiler crashes. Between modules all are dropped when many are held."""
+    yield
+    import gc
+
+    import jax
+
+    try:
+        with open("/proc/self/maps") as f:
+            held = sum(1 for _ in f)
+    except OSError:  # no Linux
+        return
+    if held > 25000:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """See tiny.py."""

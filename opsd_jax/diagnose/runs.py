@@ -118,7 +118,7 @@ def load(run: Run, checkpoint: str):
 
 def for_sampling(run, params):
     """The weights laid out as the sampler wants them."""
-    return sharding.move(run.mesh, params, "rollout")(params)
+    return eval_lib.for_sampling(run.mesh, params, run.config.model.dtype)(params)
 
 
 def sampling(run, **changes):
