@@ -75,6 +75,30 @@ def own_programs():
     distill._program.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def released(goldens, tmp_path_factory):
+    """A released folder in small, with a tokenizer and a picture."""
+    import json
+    import shutil
+
+    import numpy as np
+    from PIL import Image
+
+    import tiny
+
+    source, folder = goldens / "checkpoint", tmp_path_factory.mktemp("released")
+    if not (source / "ae.safetensors").exists():
+        pytest.skip("these goldens have no autoencoder")
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    sizes = json.loads((source / "llm_config.json").read_text())
+    tiny.write_tokenizer(folder, json.loads((source / "special_tokens.json").read_text()), sizes["vocab_size"])
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "maze.png")
+    return folder
+
+
 def pytest_collection_modifyitems(config, items):
     if "long" not in (config.getoption("-m") or ""):
         for item in items:

@@ -739,3 +739,15 @@ def test_negative_steps():
 PINNED = [(1, [(0, 1), (1, 0)]), (0, [(0, 2), (0, 3)]), (0, [(0, 0), (1, 1)]),
           (0, [(0, 3), (0, 2)]), (1, [(0, 1), (1, 0)]), (0, [(0, 0), (1, 1)])]
 PINNED_RETRY = (1, [(0, 2), (1, 1)])
+
+
+def test_a_digest_is_that_of_the_prepared_files(tmp_path):
+    folder = visual_opsd.version_folder(tmp_path, "T")
+    folder.mkdir(parents=True)
+    rows, found = folder / "visual_opsd-train.array_record-00000-of-00001", []
+    for path, content in ((rows, "abc"), (folder / "features.json", "{}"), (rows, "abcd"), (folder / "features.json", "{ }")):
+        path.write_text(content)
+        found.append(visual_opsd.digest(tmp_path, "T"))
+    assert len({*found}) == 4
+    (folder / "report.json").write_text('{"seconds": 3}')  # how long it took is no part of the data
+    assert visual_opsd.digest(tmp_path, "T") == found[-1]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import small_run
-from test_generate import released  # noqa: F401, a fixture
 from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
 
 LAST = f"{small_run.LAST:06d}"

@@ -13,26 +13,6 @@ import small_run
 import tiny
 from opsd_jax import context, data, generate, images, rollout, tokenizer
 
-NAMES = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "start_of_image": "<|vision_start|>",
-         "end_of_image": "<|vision_end|>"}
-
-
-def write_tokenizer(directory, delimiters, size):
-    """A byte-level tokenizer without merges whose delimiters have given ids; the rest is filled up with <|n|>."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: n for n, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    special = {id_: NAMES[key] for key, id_ in delimiters.items() if key in NAMES}
-    for n in range(len(vocabulary), size):
-        vocabulary[special.get(n, f"<|{n}|>")] = n
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(list(special.values()))
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(str(directory))
-    return str(directory)
-
 
 def picture(seed, height, width):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
@@ -189,21 +169,6 @@ def test_page_shows_texts_and_pictures():
 
 
 # --- the command ------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def released(goldens, tmp_path_factory):
-    """A released folder in small, with a tokenizer: (folder, its configs)."""
-    source, folder = goldens / "checkpoint", tmp_path_factory.mktemp("released")
-    if not (source / "ae.safetensors").exists():
-        pytest.skip("these goldens have no autoencoder")
-    for file in source.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-    sizes = json.loads((source / "llm_config.json").read_text())
-    write_tokenizer(folder, json.loads((source / "special_tokens.json").read_text()), sizes["vocab_size"])
-    picture(0, 60, 90).save(folder / "maze.png")
-    return folder
-
 
 def command(folder, *arguments):
     with tiny.quick_compiles():

@@ -169,3 +169,24 @@ def distances(a, b) -> dict[str, float]:
     a, b = params_lib.flatten(a), params_lib.flatten(b)
     assert a.keys() == b.keys()
     return {path: float(np.abs(np.asarray(a[path]) - np.asarray(b[path])).max()) for path in a}
+
+
+DELIMITERS = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "start_of_image": "<|vision_start|>",
+              "end_of_image": "<|vision_end|>"}
+
+
+def write_tokenizer(directory, delimiters, size):
+    """A byte-level tokenizer without merges whose delimiters have given ids; the rest is filled up with <|n|>."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    special = {id_: DELIMITERS[key] for key, id_ in delimiters.items() if key in DELIMITERS}
+    for n in range(len(vocabulary), size):
+        vocabulary[special.get(n, f"<|{n}|>")] = n
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(special.values()))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(str(directory))
+    return str(directory)

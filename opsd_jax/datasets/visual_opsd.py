@@ -383,12 +383,12 @@ def version_folder(target: str | os.PathLike, task: str) -> Path:
 
 def digest(target: str | os.PathLike, task: str) -> str:
     """A name for the prepared files of a task, by their names, sizes and contents' records: what a cache of its rows
-    depends on."""
+    depends on. Reading them is `open_source`'s, and its errors."""
     import hashlib
 
     folder = version_folder(target, task)
     found = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):
         if path.suffix == ".json" and path.name != "report.json":  # that one holds seconds
             found.update(path.name.encode() + path.read_bytes())
         elif "array_record" in path.name:
