@@ -78,12 +78,12 @@ def broken(benchmark: Benchmark) -> dict:
     return found
 
 
-def plan(chosen, batch_size: int, skip={}) -> list:
+def plan(chosen, batch_size: int, skip=None) -> list:
     """Batches (benchmark, keys), rows of like size together, the last one of a benchmark shorter.
 
     skip: {name: keys} of rows that take no part.
     """
-    batches = []
+    batches, skip = [], skip or {}
     for benchmark in chosen:
         keys = [key for key in benchmark.keys if key not in skip.get(benchmark.name, ())]
         keys.sort(key=benchmark.size)  # stable: rows of one size stay in order

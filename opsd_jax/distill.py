@@ -148,6 +148,14 @@ def understanding(params):
                                  if path.split("/")[0] not in ("latent", "vae") and params_lib.fact(path).group != "gen"})
 
 
+def for_sampling(mesh, params, dtype: str):
+    """A function that lays trained parameters out for the sampler, without what draws, in the dtype of the computation:
+    for trees that lie as this one does (arrays or ShapeDtypeStructs)."""
+    move = sharding.move(mesh, understanding(params), "rollout",
+                         cast=lambda tree: params_lib.in_compute_dtype(tree, dtype))
+    return lambda params: move(understanding(params))
+
+
 def init_state(params, config: DistillConfig) -> dict:
     """{params, opt, step} and, as the teacher asks, `ema` or `teacher` (copies of the trainable leaves only)."""
     trainable, _ = split(params, config)

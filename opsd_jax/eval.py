@@ -33,10 +33,10 @@ import time
 import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import distributed, images, metrics, tasks
+from opsd_jax import distributed, images, metrics, settings, tasks
 
 # Modes of the teacher's context, of drawing, and all.
-CONTEXTS = ("real", "noise", "swap", "image", "remove")
+CONTEXTS = tuple(mode for mode in settings.MODES if mode != "none")
 DRAWN = ("generated", "generated-noise", "generated-swap", "generated-remove")
 MODES = ("none", *CONTEXTS, *DRAWN)
 
@@ -129,7 +129,7 @@ def check_fit(rows, packer, task_names, modes, limit: int = 0, traces: bool = Fa
             for mode in modes:
                 kind, blocks = _blocks_of(rows, packer, source, n, mode)
                 slots, patches, _ = context_lib.need(blocks)
-                if (slots, patches) != tuple(np.minimum((slots, patches), packer.buckets[kind][-1][:2])):
+                if np.any(np.array([slots, patches]) > packer.buckets[kind][-1][:2]):
                     raise context_lib.TooLong(
                         f"row {row.example.pid} of {name}, to be evaluated in mode {mode}, needs {slots} slots and {patches} "
                         f"patches, the largest of config.data.buckets.{kind} has {packer.buckets[kind][-1][:2]}: enlarge it, or "
@@ -192,16 +192,6 @@ def _batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
     """(context of the batch, row numbers as they lie in it) on the mesh."""
     mine = _own_part(numbers, mesh)
     return _put(mesh, (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)))
-
-
-def for_sampling(mesh, params, dtype: str):
-    """A function that lays trained parameters out for the sampler, without what draws, in the dtype of the computation:
-    trees that lie as this one does."""
-    from opsd_jax import distill, params as params_lib, sharding
-
-    understood = distill.understanding(params)
-    move = sharding.move(mesh, understood, "rollout", cast=lambda tree: params_lib.in_compute_dtype(tree, dtype))
-    return lambda params: move(distill.understanding(params))
 
 
 def _sample(params, packed, config):
@@ -517,7 +507,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     """Tasks of the run, rows packed as in training."""
     import jax
 
-    from opsd_jax import data, rollout, settings, sharding, tokenizer
+    from opsd_jax import answers, data, distill, rollout, sharding, tokenizer
     from opsd_jax import checkpoint as checkpoint_lib
     from opsd_jax.model import bagel
 
@@ -527,7 +517,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
-    params = for_sampling(mesh, params, config.model.dtype)(params)
+    params = distill.for_sampling(mesh, params, config.model.dtype)(params)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     sampling = settings.rollout(
         config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
@@ -554,7 +544,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
 
     label = f"{mode}-banned" if job.ban_marker else mode
     shown = lambda benchmark, key: _shown(rows, job.tasks.index(benchmark.name), key, mode, job.seed)
-    return _run(job, mode, chosen, job.batch_size, answer, together=True, shown=shown, compared=compared,
+    return _run(job, mode, chosen, answers.plan(chosen, job.batch_size), answer, together=True, shown=shown, compared=compared,
                 protocol=f"mini-greedy-{label}", without=without)
 
 
@@ -614,7 +604,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
             answers.picture_path(folder, benchmark.name, key, n) for n in itertools.count()))
         return own + [(f"drawn {n + 1}", images.open_rgb(file)) for n, file in enumerate(files)]
 
-    return _run(job, mode, chosen, batch_size, answer, together=False, shown=shown, compared=compared, bad=bad,
+    return _run(job, mode, chosen, batches, answer, together=False, shown=shown, compared=compared, bad=bad,
                 protocol=f"{job.protocol or 'run'}-{mode}")
 
 
@@ -667,8 +657,8 @@ def _shown(rows, source, key, mode, seed):
     return found
 
 
-def _run(job: Job, mode: str, chosen, batch_size: int, answer, *, together: bool, shown, compared, protocol: str, bad={},
-         without={}) -> dict:
+def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown, compared, protocol: str, bad=None,
+         without=None) -> dict:
     """Answers, scores and writes; the summary.
 
     bad: {benchmark: rows that are left out}. without: {benchmark: how many rows have no visual thoughts}.
@@ -677,7 +667,7 @@ def _run(job: Job, mode: str, chosen, batch_size: int, answer, *, together: bool
 
     from opsd_jax import answers
 
-    name, batches = job.names[mode], answers.plan(chosen, batch_size, bad)
+    name, bad, without = job.names[mode], bad or {}, without or {}
     folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
     total = sum(len(batches[number][1]) for number in share)
     identity = {**job.about, "mode": mode, "protocol": protocol, "batch_size": job.batch_size, "ban_marker": job.ban_marker,

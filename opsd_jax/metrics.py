@@ -393,7 +393,7 @@ class Clock:
 
 @dataclasses.dataclass(kw_only=True)
 class Health:
-    """Stops a run of one stage that has gone wrong. Each watch is switched off by None.
+    """Stops a run of one stage that has gone wrong. None or 0 switches a watch off.
 
     References are means of the first `reference_checks` checks; a watch raises after `patience` bad
     checks one after the other. On resume, `replay` the rows of the stage first: a reference taken
@@ -435,7 +435,7 @@ class Health:
 
         def watch(key, limit, bad, message, checks=self.reference_checks, patience=self.patience):
             value = values.get(key, math.nan)
-            if limit is None or not math.isfinite(value):
+            if not limit or not math.isfinite(value):
                 return
             first = self._first.setdefault(key, [])
             if len(first) < checks:

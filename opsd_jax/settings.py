@@ -16,6 +16,7 @@ from opsd_jax.model.config import (
 from opsd_jax.params import LORA_TARGETS
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
+MODES = (*context.VISUAL_THOUGHTS, "remove")  # what evaluation may show: the last, the teacher's texts alone
 LAYOUTS = ("interleaved", "reference", "text", "drawn")
 
 
@@ -171,10 +172,9 @@ def check(config: ConfigDict) -> None:
     if config.eval.max_new_tokens and config.eval.max_new_tokens < 2:
         raise ValueError(f"config.eval.max_new_tokens is {config.eval.max_new_tokens}: bos and one token need 2; 0 takes "
                          "config.rollout.max_new_tokens")
-    modes = ("none", "real", "noise", "swap", "image", "remove")
     for key in ("visual_thoughts", "final_visual_thoughts"):
-        if wrong := [mode for mode in config.eval[key] if mode not in modes]:
-            raise ValueError(f"config.eval.{key} names {wrong[0]!r}: choose from {modes}")
+        if wrong := [mode for mode in config.eval[key] if mode not in MODES]:
+            raise ValueError(f"config.eval.{key} names {wrong[0]!r}: choose from {MODES}")
     if not config.data.tasks:
         raise ValueError("config.data.tasks is empty: name at least one")
     for kind, sizes in config.data.buckets.items():

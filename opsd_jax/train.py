@@ -247,7 +247,7 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     """
     import jax
 
-    from opsd_jax import data, distill, eval as eval_lib, metrics, offline, rollout, sharding
+    from opsd_jax import data, distill, metrics, offline, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
@@ -290,13 +290,12 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
     stream = batches.stream(start, last) if start < last else iter(())
     buckets = batches.plan.num_buckets
-    counts = ("patience", "reference_checks")  # of the others 0 switches a watch off
-    health = metrics.Health(**{name: value if name in counts else value or None for name, value in config.health.items()})
+    health = metrics.Health(**config.health)
     if start > first:
         history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
         health.replay(row for row in history if row["stage"] == stage)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
-    for_sampling = on_policy and eval_lib.for_sampling(run.mesh, state["params"], config.model.dtype)
+    for_sampling = on_policy and distill.for_sampling(run.mesh, state["params"], config.model.dtype)
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = metrics.CompileGuard()
     step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step, "offline": offline.step}
@@ -414,7 +413,7 @@ class Evaluation:
         run.rollout(max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens, slots=c.slots, refill=0)
         fit = functools.partial(eval_lib.check_fit, packer=run.packer, task_names=run.config.data.tasks)
         if c.every:
-            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts} - {""}, limit=c.rows)
+            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts}, limit=c.rows)
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
             fit(self._of(c.final_split), modes={*c.final_visual_thoughts, *kl}, traces=bool(kl))
@@ -429,13 +428,13 @@ class Evaluation:
     def _evaluate(self, params, split, mode, limit, **changes):
         import jax
 
-        from opsd_jax import eval as eval_lib
+        from opsd_jax import distill, eval as eval_lib
 
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
         places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
         if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = eval_lib.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
+            self._moves[places] = distill.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
         params = self._moves[places](params)
         sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(

@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from opsd_jax import data, metrics, sharding
+from opsd_jax import data, distill, metrics, sharding
 from opsd_jax import eval as eval_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -118,7 +118,7 @@ def load(run: Run, checkpoint: str):
 
 def for_sampling(run, params):
     """The weights laid out as the sampler wants them."""
-    return eval_lib.for_sampling(run.mesh, params, run.config.model.dtype)(params)
+    return distill.for_sampling(run.mesh, params, run.config.model.dtype)(params)
 
 
 def sampling(run, **changes):
