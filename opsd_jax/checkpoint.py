@@ -17,6 +17,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -69,15 +70,13 @@ class Checkpoints:
                              "(or keep_every=None); with none kept, a crash would lose the run")
         self.directory = _absolute(directory)
         self._keep = keep_latest, tuple(int(step) for step in keep_steps), keep_every
-        if half := _list(self.directory)[1]:
-            logging.warning("removing half-written checkpoints of an interrupted run under %s: %s",
-                            self.directory, ", ".join(half))
         with _explained(f"opening the checkpoints folder {self.directory}"):
             self._open()
 
     def _open(self) -> None:
         from orbax.checkpoint import v1 as ocp
 
+        _remove_half_written(self.directory)
         keep_latest, keep_steps, keep_every = self._keep
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_latest), policies.CustomSteps(keep_steps)]
@@ -364,6 +363,33 @@ def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
     half = [name for name in names if _TMP in name
             or (name.isdigit() and not _is_committed(directory / name))]
     return sorted(int(name) for name in names if name.isdigit() and name not in half), sorted(half)
+
+
+def _remove_half_written(directory: epath.Path) -> None:
+    """Takes away what interrupted saves left, until it stays away.
+
+    When a save fails in a process that goes on (a notebook on a full disk), the writers of its other arrays run on
+    for a moment and make their folders again. Orbax's own removal gives up at the first of them, and the next save
+    fails with it.
+    """
+    def half():
+        return [name for name in _list(directory)[1] if _TMP in name]
+
+    if not half():
+        return
+    logging.warning("removing half-written checkpoints of an interrupted run under %s: %s", directory,
+                    ", ".join(half()))
+    if jax.process_index():
+        return
+    for _ in range(100):
+        for name in half():
+            with contextlib.suppress(OSError):  # something was written into it meanwhile
+                (directory / name).rmtree(missing_ok=True)
+        time.sleep(0.1)
+        if not half():
+            return
+    raise CheckpointError(f"{directory}: {', '.join(half())} cannot be removed, or comes back: does another run "
+                          "write there? Stop it, or delete the folder")
 
 
 def resolve(directory) -> epath.Path:

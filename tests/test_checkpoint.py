@@ -1,11 +1,13 @@
 """Checkpoints: exact, complete or absent, on any mesh, with errors that say what to do."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -259,6 +261,27 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
     lines = finish(child(code, tmp_path)).splitlines()
     assert lines == ["True True True True 1"] * 2 + ["restored True", "again True 3", "restored True"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]  # 1 went only when 3 was complete
+
+
+def test_writers_of_a_failed_save_may_still_be_at_work(tmp_path):
+    """As after a full disk in a notebook: the folder comes back while it is removed, and then stays away."""
+    half = tmp_path / "1.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    stop = time.monotonic() + 1.0
+
+    def write():
+        number = 0
+        while time.monotonic() < stop:
+            half.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed in between
+                (half / f"{(number := number + 1)}").write_text("x")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with Checkpoints(tmp_path) as checkpoints:
+        keep(checkpoints, 1, wait=True)
+    writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
