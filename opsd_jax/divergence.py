@@ -40,7 +40,7 @@ class DivergenceConfig:
     tail: bool = False
     clip: float = 0.05
     clip_unit: str = "entry"
-    chunk: int = 512
+    chunk: int = 192
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -53,20 +53,35 @@ class DivergenceConfig:
             raise ValueError(f"divergence.clip_unit is {self.clip_unit!r}: use 'entry' or 'token'")
 
 
-def _log_probs(student_logits, teacher_logits, config):
-    """(log p_S, log p_T, teacher mass on the kept entries): float32 [..., K], [..., K], [...]."""
-    temperature, vocabulary = config.temperature, student_logits.shape[-1]
-    if not 0 < config.top_k < vocabulary:
-        whole = [jax.nn.log_softmax((x / temperature).astype(jnp.float32), axis=-1)
-                 for x in (student_logits, teacher_logits)]
-        return *whole, jnp.ones(student_logits.shape[:-1], jnp.float32)
-    both = [(x / temperature).astype(jnp.float32) for x in (student_logits, teacher_logits)]
-    top, index = jax.lax.top_k(teacher_logits, config.top_k)
-    # All that the backward pass needs: with these saved, `_over_chunks` computes neither side's logits again.
-    top, index, of_teacher = (checkpoint_name(x, _KEPT) for x in (
-        (top / temperature).astype(jnp.float32), index, jax.nn.logsumexp(both[1], axis=-1, keepdims=True)))
-    kept = [checkpoint_name(jnp.take_along_axis(both[0], index, axis=-1), _KEPT), top]
-    total = [jax.nn.logsumexp(both[0], axis=-1, keepdims=True), of_teacher]
+def _of_teacher(logits, config):
+    """What the divergence needs of the teacher's logits [..., V], divided by the temperature, in float32.
+
+    With top_k: (its largest entries [..., K], their places int32 [..., K], logsumexp of all [..., 1]); without:
+    (all entries [..., V],).
+    """
+    scaled = lambda x: (x / config.temperature).astype(jnp.float32)
+    if not _restricts(config, logits.shape[-1]):
+        return scaled(logits),
+    # Two-dimensional, as XLA's own top-k is: behind another shape it copies all logits first.
+    top, index = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), config.top_k)
+    kept = (*logits.shape[:-1], config.top_k)
+    return scaled(top).reshape(kept), index.reshape(kept), jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True)
+
+
+def _restricts(config, vocabulary: int) -> bool:
+    return 0 < config.top_k < vocabulary
+
+
+def _log_probs(student_logits, teacher, config):
+    """(log p_S, log p_T, teacher mass on the kept entries): float32 [..., K], [..., K], [...]; teacher: see above."""
+    student = (student_logits / config.temperature).astype(jnp.float32)
+    if not _restricts(config, student.shape[-1]):
+        return (jax.nn.log_softmax(student, axis=-1), jax.nn.log_softmax(teacher[0], axis=-1),
+                jnp.ones(student.shape[:-1], jnp.float32))
+    top, index, of_teacher = teacher
+    # All that the backward pass needs: with these saved, `_over_chunks` does not compute the student's logits again.
+    kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
+    total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), of_teacher]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
     mass = jnp.exp(inside[1] - total[1])[..., 0]
     if not config.tail:
@@ -102,8 +117,11 @@ def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
     the temperature). Clipped entries give no gradient. For beta 0 or 1 entries may be negative, and bounding them
     from above only can make a row negative.
     """
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    log_s, log_t, mass = _log_probs(student_logits, teacher_logits, config)
+    return _divergence(student_logits, _of_teacher(jax.lax.stop_gradient(teacher_logits), config), config)
+
+
+def _divergence(student_logits, teacher, config):
+    log_s, log_t, mass = _log_probs(student_logits, teacher, config)
     entries = _entries(log_s, log_t, config.beta)
     clipped = jnp.zeros(entries.shape[:-1], jnp.float32)
     if config.clip and config.clip_unit == "entry":
@@ -145,11 +163,12 @@ def _over_chunks(function, arrays, chunk):
     """Maps function over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved. What is
     named _KEPT is saved, K numbers a row.
 
-    arrays: [B, N, ...] each -> tree of [B, N]. Chunking time keeps the batch axis whole, which is the sharded one;
-    N is padded up to whole chunks and the padding cut off again.
+    arrays: [B, N, ...] each -> tree of [B, N, ...]. Chunking time keeps the batch axis whole, which is the sharded one;
+    chunks are even (1,025 rows by 192 are 6 chunks of 171), the padding of the last is cut off again.
     """
     n = arrays[0].shape[1]
     count = -(-n // chunk)
+    chunk = -(-n // count)
     keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
     if count == 1:
         return jax.checkpoint(function, policy=keep)(*arrays)
@@ -160,7 +179,7 @@ def _over_chunks(function, arrays, chunk):
 
     body = jax.checkpoint(lambda _, xs: (None, function(*xs)), policy=keep, prevent_cse=False)
     _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1)[:, :n], out)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out)
 
 
 def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, config: DivergenceConfig,
@@ -174,16 +193,26 @@ def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, 
       numbers too: mask them.
     """
 
-    def piece(hidden_s, hidden_t, label):
-        project = lambda h, head: jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
-        logits_s, logits_t = project(hidden_s, student_head), jax.lax.stop_gradient(project(hidden_t, teacher_head))
-        values, signals = generalized_jsd(logits_s, logits_t, config)
+    project = lambda h, head: jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
+    teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
+    if first:  # the teacher's K entries of all rows, before any logits of the student exist: half the memory
+        teacher = _over_chunks(lambda h: _of_teacher(project(h, teacher_head), config), (teacher_hidden,), config.chunk)
+    else:
+        teacher = teacher_hidden,
+
+    def piece(hidden_s, label, *teacher):
+        logits_s = project(hidden_s, student_head)
+        if not first:
+            logits_t = project(*teacher, teacher_head)
+            teacher = _of_teacher(logits_t, config)
+        values, signals = _divergence(logits_s, teacher, config)
         if config.kind == "sampled_reverse_kl":
             values = sampled_reverse_kl(logits_s, logits_t, label, config.temperature)
         ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
         return values, ce, signals
 
-    return _over_chunks(piece, (student_hidden, jax.lax.stop_gradient(teacher_hidden), labels), config.chunk)
+    return _over_chunks(piece, (student_hidden, labels, *teacher), config.chunk)
 
 
 def chunked_cross_entropy(hidden, head, labels, chunk: int):

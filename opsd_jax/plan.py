@@ -669,7 +669,7 @@ def advice(found: dict, config, stage: str, mesh) -> list[str]:
         if rows > 1:
             lines.append(f"config.{stage}.accumulation={s.batch_size // shards} takes one row a device at a time "
                          f"instead of {rows}")
-        if config.divergence.chunk > 128:
+        if config.divergence.chunk > 32:
             lines.append(f"config.divergence.chunk={config.divergence.chunk // 2} halves the logits that exist at once")
         if not config.lora.rank:
             lines.append("config.lora.rank=64 trains adapters alone: no moments, gradients or EMA of the weights")

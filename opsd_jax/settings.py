@@ -78,7 +78,7 @@ def default() -> ConfigDict:
     c.teacher.visual_thoughts = "real"  # what stands in the teacher's VT slots: real | noise | swap | image | none
 
     c.divergence = ConfigDict(dict(  # see divergence.DivergenceConfig
-        kind="jsd", beta=0.5, temperature=1.0, top_k=256, tail=False, clip=0.05, clip_unit="entry", chunk=256))
+        kind="jsd", beta=0.5, temperature=1.0, top_k=256, tail=False, clip=0.05, clip_unit="entry", chunk=192))
 
     c.rollout = ConfigDict()
     c.rollout.max_new_tokens = 1024  # budget of fed tokens, all rounds and delimiters

@@ -151,7 +151,8 @@ def test_top_k_of_the_whole_vocabulary(logits):
 
 def test_tail_makes_distributions(logits):
     """With the tail bucket both sides add up to 1, and mass that leaves the kept entries is seen."""
-    log_s, log_t, mass = divergence._log_probs(*logits, bare(top_k=5, tail=True))
+    config = bare(top_k=5, tail=True)
+    log_s, log_t, mass = divergence._log_probs(logits[0], divergence._of_teacher(logits[1], config), config)
     assert log_s.shape == (6, 6)
     np.testing.assert_allclose(np.exp(log_s).sum(-1), 1, atol=1e-6)
     np.testing.assert_allclose(np.exp(log_t).sum(-1), 1, atol=1e-6)
@@ -309,19 +310,33 @@ def test_chunked_cross_entropy(model, chunk):
 
 def test_chunked_memory():
     """The compiled program never holds the logits of all rows, neither forward nor backward."""
-    n, d, v, chunk = 2048, 16, 8192, 128
-    config = DivergenceConfig(top_k=64, chunk=chunk)
+    logits = 2048 * 8192 * 4
+    assert temporary(divergence.chunked, arguments=(0, 1), chunk=128) < logits // 2
+    assert temporary(whole, arguments=(0, 1), chunk=128) > logits  # or the bound above would show nothing
+
+
+def test_one_side_at_a_time():
+    """With top_k the teacher's logits of a chunk are gone before the student's are made; else both exist."""
+    logits = 512 * 8192 * 4
+    assert temporary(divergence.chunked, arguments=0, chunk=512) < 1.25 * logits
+    assert temporary(divergence.chunked, arguments=0, chunk=512, top_k=0) > 2 * logits
+
+
+def temporary(function, arguments, chunk, top_k=64):
+    n, d, v = 2048, 16, 8192
+    config = DivergenceConfig(top_k=top_k, chunk=chunk)
     hidden, head = jax.ShapeDtypeStruct((1, n, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
-    labels = jax.ShapeDtypeStruct((1, n), jnp.int32)
+    loss = lambda h, w, ht, wt, labels: jnp.mean(function(h, w, ht, wt, labels, config)[0])
+    program = jax.jit(jax.grad(loss, argnums=arguments)).lower(
+        hidden, head, hidden, head, jax.ShapeDtypeStruct((1, n), jnp.int32)).compile()
+    return program.memory_analysis().temp_size_in_bytes
 
-    def temporary(function):
-        loss = lambda h, w, ht, wt, labels: jnp.mean(function(h, w, ht, wt, labels, config)[0])
-        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head, hidden, head, labels).compile()
-        return program.memory_analysis().temp_size_in_bytes
 
-    logits = n * v * 4
-    assert temporary(divergence.chunked) < logits // 2
-    assert temporary(whole) > logits  # or the bound above would show nothing
+def test_chunks_are_even(model):
+    """13 rows by 12 are two chunks of 7, not 12 and 11 of padding."""
+    loss = lambda hidden: jnp.mean(divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0])
+    traced = jax.jit(loss).trace(model["student_hidden"])
+    assert plan.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
 
 
 @pytest.mark.parametrize("chunk", [5, 13])

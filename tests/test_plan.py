@@ -312,7 +312,7 @@ def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
     assert done.returncode == 3, done.stdout + done.stderr
     assert "does not fit: needs" in done.stdout and "fits:" not in done.stdout
     for setting in ("opsd.accumulation=8 takes one row", "teacher.kind=self", "model.remat=full", "mesh.fsdp",
-                    "divergence.chunk=128"):
+                    "divergence.chunk=96"):
         assert f"config.{setting}" in done.stdout
     assert "--bucket" not in done.stdout  # there is but one
     assert "mesh.tensor" not in done.stdout  # the sampler's copy is gone by then
