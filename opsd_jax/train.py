@@ -106,11 +106,12 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
     """
     from opsd_jax import checkpoint
 
-    record_config(config, workdir)
+    settings.check(config)
     ends = settings.stage_ends(config)
-    with checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
+    with checkpoint.only_writer(workdir), checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
             os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
             keep_steps=[0, *ends.values()]) as checkpoints:
+        record_config(config, workdir)
         done = checkpoints.latest()
         if done is not None:
             saved = checkpoints.metadata(done)
@@ -139,13 +140,11 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
 
 
 def record_config(config, workdir: str) -> None:
-    """Checks the settings and writes W/config.json; ConfigMismatch if W holds a run with other settings.
+    """Writes W/config.json; ConfigMismatch if W holds a run with other settings.
 
     A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
     """
     from opsd_jax import checkpoint
-
-    settings.check(config)
 
     record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")

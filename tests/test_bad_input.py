@@ -240,6 +240,11 @@ def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
             data__dir=f"{trained}/data", init_from=str(trained), model__llm__intermediate_size=56)
 
 
+def test_a_folder_that_another_run_writes_into(tmp_path, folder):
+    with checkpoint.only_writer(tmp_path / "w"):
+        refused(checkpoint.WorkdirInUse, tmp_path, f"{tmp_path}/w", f"process {os.getpid()} on", data__dir=str(folder))
+
+
 @pytest.mark.slow
 def test_a_full_disk_while_training(tmp_path, tmp_path_factory, capsys):
     """The run ends with the folder's name; when there is space again, it goes on to the same end."""
