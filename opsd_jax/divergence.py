@@ -1,4 +1,4 @@
-"""Token-level divergences between teacher and student, their signals, and cross entropy. Imports jax only.
+"""Token-level divergences between teacher and student, their signals, and cross entropy.
 
 `generalized_jsd` on logits is the definition (small, official: scripts/visual_opsd/opsd_loss.py). Training calls
 `chunked`, its twin from hidden states and output heads, which never holds the logits of more than one chunk of
@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from opsd_jax import sharding
 
 KINDS = ("jsd", "sampled_reverse_kl")
 _KEPT = "the teacher's largest entries"  # a name for `jax.checkpoint`
@@ -79,7 +81,7 @@ def _log_probs(student_logits, teacher, config):
         return (jax.nn.log_softmax(student, axis=-1), jax.nn.log_softmax(teacher[0], axis=-1),
                 jnp.ones(student.shape[:-1], jnp.float32))
     top, index, of_teacher = teacher
-    # All that the backward pass needs: with these saved, `_over_chunks` does not compute the student's logits again.
+    # All that the backward pass needs: with these saved, `over_chunks` does not compute the student's logits again.
     kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
     total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), of_teacher]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
@@ -159,27 +161,38 @@ def row_mean(values, mask):
     return jnp.sum(values * mask, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
-def _over_chunks(function, arrays, chunk):
-    """Maps function over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved. What is
-    named _KEPT is saved, K numbers a row.
+def over_chunks(function, heads, arrays, chunk: int):
+    """function(heads, *arrays) over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
+    What is named _KEPT is saved, K numbers a row.
 
-    arrays: [B, N, ...] each -> tree of [B, N, ...]. Chunking time keeps the batch axis whole, which is the sharded one;
-    chunks are even (1,025 rows by 192 are 6 chunks of 171), the padding of the last is cut off again.
+    Args:
+      heads: tree of arrays that all rows share, [D, V]. arrays: [B, N, ...] each. chunk: rows of time at once; chunks
+        are even (1,025 by 192 are 6 of 171), the padding of the last is cut off again.
+    Returns:
+      tree of [B, N, ...]. Each device computes its own rows of the batch.
     """
     n = arrays[0].shape[1]
     count = -(-n // chunk)
-    chunk = -(-n // count)
+    size = -(-n // count)
     keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
-    if count == 1:
-        return jax.checkpoint(function, policy=keep)(*arrays)
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * chunk - n)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, count * size - n)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
-    body = jax.checkpoint(lambda _, xs: (None, function(*xs)), policy=keep, prevent_cse=False)
-    _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out)
+    def loop(heads, *arrays):
+        if count == 1:
+            return jax.checkpoint(function, policy=keep)(heads, *arrays)
+        body = jax.checkpoint(lambda _, xs: (None, function(heads, *xs)), policy=keep, prevent_cse=False)
+        _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
+        return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out)
+
+    return sharding.by_rows(loop, heads, *arrays)
+
+
+def project(hidden, head):
+    """hidden [B, N, D], head [D, V] -> logits float32 [B, N, V], computed in the dtype of hidden."""
+    return jnp.einsum("bnd,dv->bnv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
 def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, config: DivergenceConfig,
@@ -192,19 +205,18 @@ def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, 
       (values [B, N], ce [B, N] of the student on the labels, signals of [B, N]); all float32. Padding rows carry
       numbers too: mask them.
     """
-
-    project = lambda h, head: jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
     if first:  # the teacher's K entries of all rows, before any logits of the student exist: half the memory
-        teacher = _over_chunks(lambda h: _of_teacher(project(h, teacher_head), config), (teacher_hidden,), config.chunk)
+        heads, teacher = (student_head,), over_chunks(
+            lambda head, h: _of_teacher(project(h, head), config), teacher_head, (teacher_hidden,), config.chunk)
     else:
-        teacher = teacher_hidden,
+        heads, teacher = (student_head, teacher_head), (teacher_hidden,)
 
-    def piece(hidden_s, label, *teacher):
-        logits_s = project(hidden_s, student_head)
+    def piece(heads, hidden_s, label, *teacher):
+        logits_s = project(hidden_s, heads[0])
         if not first:
-            logits_t = project(*teacher, teacher_head)
+            logits_t = project(*teacher, heads[1])
             teacher = _of_teacher(logits_t, config)
         values, signals = _divergence(logits_s, teacher, config)
         if config.kind == "sampled_reverse_kl":
@@ -212,14 +224,14 @@ def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, 
         ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
         return values, ce, signals
 
-    return _over_chunks(piece, (student_hidden, labels, *teacher), config.chunk)
+    return over_chunks(piece, heads, (student_hidden, labels, *teacher), config.chunk)
 
 
 def chunked_cross_entropy(hidden, head, labels, chunk: int):
     """Cross entropy and top-1 hits from hidden states [B, N, D]: (ce, correct), float32 [B, N] each."""
 
-    def piece(h, label):
-        logits = jnp.einsum("bnd,dv->bnv", h, head.astype(h.dtype)).astype(jnp.float32)
+    def piece(head, h, label):
+        logits = project(h, head)
         return cross_entropy(logits, label), (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
 
-    return _over_chunks(piece, (hidden, labels), chunk)
+    return over_chunks(piece, head, (hidden, labels), chunk)

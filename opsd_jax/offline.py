@@ -112,14 +112,14 @@ def step(state, batch: Cached, *, config: distill.DistillConfig):
         traces, log_probs, indices, weights, share = inputs
         params = params_lib.merge(trainable, frozen)
 
-        def piece(hidden, labels, log_probs, indices):
-            logits = _logits(params, hidden)
+        def piece(head, hidden, labels, log_probs, indices):
+            logits = divergence.project(hidden, head)
             hit = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
             return (divergence.cross_entropy(logits, labels), hit,
                     cached_kl(logits, log_probs, indices, config.cached_temperature))
 
         inputs = _target_states(params, traces, config.model), traces.labels, log_probs, indices
-        ce, correct, kl = divergence._over_chunks(piece, inputs, config.divergence.chunk)
+        ce, correct, kl = divergence.over_chunks(piece, params["llm"]["head"], inputs, config.divergence.chunk)
         ce, kl = jnp.sum(ce * weights), jnp.sum(kl * share)
         value = ce + config.cached_weight * kl
         return value, {"loss": value, "ce": ce, "kl": kl, "correct": jnp.sum(correct * traces.mask)}
@@ -140,12 +140,6 @@ def _target_states(params, traces, model):
     return jnp.take_along_axis(hidden, traces.rows[:, :, None], axis=1)
 
 
-def _logits(params, hidden):
-    """hidden [B, N, D] -> float32 [B, N, V]; the batch axis, which is cut over devices, stays whole."""
-    head = params["llm"]["head"].astype(hidden.dtype)
-    return jnp.einsum("bnd,dv->bnv", hidden, head).astype(jnp.float32)
-
-
 # --- what is cached --------------------------------------------------------------------------------------------
 
 @sharding.on_mesh
@@ -158,23 +152,14 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
       config: ModelConfig. chunk: targets of a row whose logits exist at once.
     """
     states = [_target_states(params, traces, config) for traces in (with_thoughts, without)]
-    count = states[0].shape[1]
-    chunk = min(chunk, count)
-    pieces = -(-count // chunk)
 
-    def split(x):  # [B, R, D] -> [pieces, B, chunk, D]; padding is cut off again
-        x = jnp.pad(x, ((0, 0), (0, pieces * chunk - count), (0, 0)))
-        return jnp.moveaxis(x.reshape(x.shape[0], pieces, chunk, -1), 1, 0)
-
-    def piece(pair):
-        log_t, log_s = (jax.nn.log_softmax(_logits(params, x)) for x in pair)
+    def piece(head, *pair):
+        log_t, log_s = (jax.nn.log_softmax(divergence.project(x, head)) for x in pair)
         log_probs, indices = jax.lax.top_k(log_t, top_k)
         kl = jnp.maximum(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0)  # rounding may go below
         return log_probs.astype(jnp.float16), indices.astype(jnp.int32), kl.astype(jnp.float16)
 
-    found = jax.lax.map(piece, tuple(map(split, states)))
-    join = lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :count]
-    return jax.tree.map(join, found)
+    return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
 
 
 @jax.jit

@@ -346,8 +346,8 @@ def matmul_flops(jaxpr, trips: tuple[int, ...] = (1,)) -> int:
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
         times = {"scan": eqn.params.get("length", 1), "while": trips[0]}.get(name, 1)
-        if name == "shard_map":  # its body is what one device does
-            times = eqn.params["mesh"].size
+        if name == "shard_map":  # its body is what one device does along these axes
+            times = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
         if name == "pallas_call":  # one turn of its grid
             times = math.prod(eqn.params["grid_mapping"].grid)
         total += times * (max(inner, default=0) if name == "cond" else sum(inner))

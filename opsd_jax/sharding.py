@@ -144,6 +144,24 @@ def rows(x):
     return jax.lax.with_sharding_constraint(x, P(_BATCH))
 
 
+def by_rows(function, whole, *rows):
+    """function(whole, *rows) -> tree of [B, ...], each device at its own rows, exchanging nothing in between.
+
+    For loops over pieces of a row: `whole`, a tree of arrays without a batch, is gathered once before and its gradient
+    summed up once after. Left to itself the compiler does both in each turn of the loop, or gathers the rows of all
+    devices. Along `tensor` arrays are cut as the compiler likes. The plain call where nothing is `known` of the mesh, and
+    where the devices do not divide B.
+
+    Args:
+      rows: trees of arrays [B, ...].
+    """
+    mesh, size = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
+    if mesh.empty or batch_divisor(mesh) == 1 or size % batch_divisor(mesh):
+        return function(whole, *rows)
+    return jax.shard_map(function, in_specs=(P(), *[P(_BATCH)] * len(rows)), out_specs=P(_BATCH),
+                         axis_names=set(_BATCH), check_vma=False)(whole, *rows)
+
+
 def local_rows(mesh: Mesh, size: int) -> list[int]:
     """Which rows of a batch of `size` this process's devices hold, ascending: what `put_batch` wants of it.
 

@@ -11,12 +11,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import tiny
-from opsd_jax import distill, params as params_lib, rollout, sharding
+from opsd_jax import distill, divergence, params as params_lib, plan, rollout, sharding
 
 # (data, fsdp, tensor): micro steps of an update, share of the state that each device may hold. Pieces that do
 # not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
@@ -25,7 +26,7 @@ MESHES = {ONE: (1, 1.0), (1, 8, 1): (1, 0.16), (2, 2, 2): (2, 0.28)}
 SLOW = {(8, 1, 1): (1, 1.0), (1, 4, 2): (2, 0.16), (1, 2, 1): (1, 0.52), (1, 1, 2): (1, 0.56), (2, 2, 1): (2, 0.52)}
 ROWS, BUDGET = 8, 6
 CONFIG = distill.DistillConfig(
-    model=tiny.MODEL, **tiny.ENDS, divergence=distill.DivergenceConfig(top_k=40),
+    model=tiny.MODEL, **tiny.ENDS, divergence=distill.DivergenceConfig(top_k=40, chunk=3),
     optim=distill.OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, eps=1e-3))
 SAMPLING = tiny.rollout_config(max_new_tokens=BUDGET)
 
@@ -92,11 +93,29 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
     return found
 
 
+def exchanges(mesh, count: int, known: bool) -> int:
+    """How often devices exchange something in the loss of ROWS rows, cut into `count` chunks, and its gradient."""
+    array = lambda place, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    cut = lambda *shape: array(sharding.batch(mesh), *shape)
+    head = array(sharding.parameter(mesh, "llm/head", (64, 264)), 64, 264)
+    config = dataclasses.replace(CONFIG.divergence, chunk=24 // count)
+
+    def loss(hidden_s, head, hidden_t, labels):
+        return jnp.mean(divergence.chunked(hidden_s, head, hidden_t, head, labels.astype(int), config)[0])
+
+    with sharding.known(mesh if known else None):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(cut(ROWS, 24, 64), head, cut(ROWS, 24, 64), cut(ROWS, 24))
+    sent = plan.traffic(program.compile().as_text(), mesh.size)["collectives"]
+    return sum(kind["count"] for kind in sent.values())
+
+
 def main(folder, *meshes):
     for name in meshes:
         sizes = tuple(map(int, name.split("x")))
         mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:np.prod(sizes)])
         found = jax.tree.map(np.asarray, run(mesh, {**MESHES, **SLOW}[sizes][0]))
+        if sizes == (1, 8, 1):
+            found["exchanges"] = [[exchanges(mesh, count, known) for count in (2, 6)] for known in (True, False)]
         np.savez(pathlib.Path(folder) / f"{name}.npz", **found)
 
 
@@ -149,6 +168,13 @@ def check(results, sizes):
 @pytest.mark.parametrize("sizes", MESHES, ids=name_of)
 def test_every_mesh_computes_the_same(results, sizes):
     check(results, sizes)
+
+
+def test_chunks_of_the_loss_exchange_nothing(results):
+    """The head is gathered before the chunks, for each side, and its gradient summed up after them."""
+    ours, of_the_compiler = results[1, 8, 1]["exchanges"]
+    assert 0 < ours[0] == ours[1] <= 4
+    assert of_the_compiler[0] < of_the_compiler[1]
 
 
 @pytest.mark.long
