@@ -66,16 +66,13 @@ class Checkpoints:
       directory: the folder of the step folders, `<workdir>/checkpoints`; made if missing.
       keep_latest: how many of the newest stay; at least 1.
       keep_steps: steps that are never deleted, such as the last of each stage.
-      keep_every: steps divisible by it are never deleted.
     """
 
-    def __init__(self, directory, *, keep_latest: int = 2, keep_steps: Iterable[int] = (),
-                 keep_every: int | None = None):
-        if keep_latest < 1 or (keep_every is not None and keep_every < 1):
-            raise ValueError(f"keep_latest={keep_latest}, keep_every={keep_every}: both must be at least 1 "
-                             "(or keep_every=None); with none kept, a crash would lose the run")
+    def __init__(self, directory, *, keep_latest: int = 2, keep_steps: Iterable[int] = ()):
+        if keep_latest < 1:
+            raise ValueError(f"keep_latest={keep_latest}: with none kept, a crash would lose the run")
         self.directory = _absolute(directory)
-        self._keep = keep_latest, tuple(int(step) for step in keep_steps), keep_every
+        self._keep = keep_latest, tuple(int(step) for step in keep_steps)
         with _explained(f"opening the checkpoints folder {self.directory}"):
             self._open()
 
@@ -83,11 +80,9 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         _remove_half_written(self.directory)
-        keep_latest, keep_steps, keep_every = self._keep
+        keep_latest, keep_steps = self._keep
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(keep_latest), policies.CustomSteps(keep_steps)]
-        if keep_every:
-            keep.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             self.directory, preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True)

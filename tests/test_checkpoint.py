@@ -89,7 +89,7 @@ def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
 
 
 def test_what_is_kept(tmp_path):
-    with Checkpoints(tmp_path, keep_latest=2, keep_steps=(3,), keep_every=5) as checkpoints:
+    with Checkpoints(tmp_path, keep_latest=2, keep_steps=(3, 5)) as checkpoints:
         for step in range(1, 10):
             keep(checkpoints, step)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 5, 8, 9]
