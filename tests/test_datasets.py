@@ -397,7 +397,7 @@ def test_full_disk_then_resume(tmp_path):
         """)
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "s", tmp_path / "out"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 3, done.stderr
     assert f"{folder}/visual_opsd-train.array_record-00001-of-00003 could not be written" in done.stdout
     assert "free space" in done.stdout and "finished shards are kept" in done.stdout
@@ -555,7 +555,7 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
         print("fine")
         """)
     done = subprocess.run([sys.executable, "-c", script, two_tasks, tmp_path / "out", tmp_path / "built"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=100)
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
