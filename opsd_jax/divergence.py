@@ -32,7 +32,7 @@ class DivergenceConfig:
     tail: add one bucket that holds all other probability on each side, instead of renormalising. Official: no.
     clip: upper bound, 0 for none. clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over
       the vocabulary, as the official code does whatever it calls it; "token" bounds the sum.
-    chunk: rows of time whose logits exist at once in `chunked`.
+    chunk: rows of time whose logits exist at once in `chunked`, of one side where top_k restricts them, else of both.
     """
 
     kind: str = "jsd"
