@@ -519,7 +519,8 @@ def only_writer(workdir) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise WorkdirInUse(f"{folder} is being written by {lock.read().strip() or 'another run'}: wait until that is "
-                               "done, stop it, or use another --workdir") from None
+                               "done, stop it, or use another --workdir. Where that machine is gone and its network "
+                               f"disk still keeps the lock, delete {folder}/lock") from None
         except OSError as error:
             logging.warning("%s: no locks there (%s); see to it that no other run writes into it", folder, error)
         lock.truncate(0)
