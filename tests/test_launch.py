@@ -506,7 +506,8 @@ mine = np.arange(2.0) + 10 * jax.process_index()
 rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("d")), mine)
 add = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "d"), mesh=mesh, in_specs=PartitionSpec("d"),
                             out_specs=PartitionSpec()))
-print(jax.process_index(), jax.local_device_count(), jax.device_count(), float(add(rows)[0]))
+# a line of its own: Gloo's threads write theirs to the same stdout, in pieces
+print("\\nsum", jax.process_index(), jax.local_device_count(), jax.device_count(), float(add(rows)[0]))
 """
 
 
@@ -519,8 +520,8 @@ def local(count, program, **variables):
 def test_two_processes_with_two_devices_each_agree_on_a_sum():
     result, _ = local(2, SUM)
     assert result.returncode == 0, result.stdout + result.stderr
-    said = [line for line in result.stdout.splitlines() if re.match(r"\[\d\] \d ", line)]
-    assert sorted(said) == ["[0] 0 2 4 22.0", "[1] 1 2 4 22.0"]
+    said = [line for line in result.stdout.splitlines() if re.match(r"\[\d\] sum ", line)]
+    assert sorted(said) == ["[0] sum 0 2 4 22.0", "[1] sum 1 2 4 22.0"]
 
 
 def test_one_that_fails_ends_the_others():
