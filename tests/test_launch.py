@@ -42,17 +42,17 @@ def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.C
 
 def stand_in(folder, name: str, body: str) -> str:
     """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL behind each, and a
-    newline and NUL at the end, in one write: several may run at once."""
+    record separator and NUL at the end. Several may run at once, so in one write: bash makes two of a newline."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\n' >> {folder}/log\n{body}\n")
+    path.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\x1e' >> {folder}/log\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return f"{folder}:{os.environ['PATH']}"
 
 
 def calls(folder) -> list[list[str]]:
     log = folder / "log"
-    return [line.split("\0")[:-1] for line in log.read_text().split("\n\0")[:-1]] if log.exists() else []
+    return [line.split("\0")[:-1] for line in log.read_text().split("\x1e\0")[:-1]] if log.exists() else []
 
 
 # --- scripts ------------------------------------------------------------------------------------------------
