@@ -319,11 +319,6 @@ def update(state, batch: Batch, trajectory, *, config: DistillConfig):
     return program(update_step, state, config)(state, batch, trajectory)
 
 
-def sft_update(state, batch: context_lib.Supervised, *, config: DistillConfig):
-    """One optimizer step of supervised training, jitted and donated; see `sft_step`."""
-    return program(sft_step, state, config)(state, batch)
-
-
 def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
     """One optimizer step of on-policy self-distillation (paper Eq. 7, Algorithm 1).
 

@@ -155,12 +155,6 @@ def cross_entropy(logits, labels):
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
 
 
-def row_mean(values, mask):
-    """Mean over the rows that count; 0 where none does (official: all rows masked gives 0)."""
-    mask = mask.astype(values.dtype)
-    return jnp.sum(values * mask, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
-
-
 def over_chunks(function, heads, arrays, chunk: int):
     """function(heads, *arrays) over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
     What is named _KEPT is saved, K numbers a row.

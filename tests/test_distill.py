@@ -428,7 +428,7 @@ def test_supervised_training(case):
     config = variant(teacher="self", optim=optim)
     state, found = state_of(case, config), []
     for _ in range(20):
-        state, metrics = distill.sft_update(state, packed, config=config)
+        state, metrics = distill.program(distill.sft_step, state, config)(state, packed)
         found.append(metrics)
     np.testing.assert_allclose(found[0]["loss"], by_completion(ce, mask), rtol=1e-4)
     assert found[0]["completion_len"] == mask.sum() / ROWS

@@ -354,12 +354,6 @@ def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, se
 
 # --- helpers -------------------------------------------------------------------------------------------
 
-def test_row_mean():
-    values = jnp.array([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
-    mask = jnp.array([[True, True, False], [False, False, False]])
-    np.testing.assert_array_equal(divergence.row_mean(values, mask), [1.5, 0.0])
-
-
 def test_cross_entropy_in_bfloat16():
     """Logits may come in bfloat16: the sum over the vocabulary is done in float32."""
     logits = jnp.asarray(draw(8, 3, 1000), jnp.bfloat16)
