@@ -14,6 +14,7 @@ setup(
     name="opsd_jax",
     version="0.1.0",
     description="Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models",
+    license="Apache-2.0",  # as the official code and weights
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
     python_requires=">=3.11",
     install_requires=core,
