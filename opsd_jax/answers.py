@@ -222,7 +222,7 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
             records[number] = {"batch": number, **answer(number, *batches[number])}
             if process == 0 or not together:
                 with open(path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(records[number], ensure_ascii=False) + "\n")
+                    f.write(json.dumps(records[number]) + "\n")
                     f.flush()
                     os.fsync(f.fileno())
         if on_batch:
@@ -280,5 +280,5 @@ def _read(path, identity) -> dict:
 def _write(path, identity, records) -> None:
     lines = [identity, *(records[number] for number in sorted(records))]
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        f.writelines(json.dumps(line) + "\n" for line in lines)
     os.replace(path + ".tmp", path)

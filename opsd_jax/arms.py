@@ -87,7 +87,7 @@ class Arms:
             os.makedirs(folder, exist_ok=True)
             command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
             print(f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)", file=sys.stderr, flush=True)
-            with open(os.path.join(folder, "log.txt"), "a") as log:
+            with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
                 self._running.add(process)
                 if cores:
@@ -118,7 +118,7 @@ def report(workdir: str, names) -> str:
         row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
         path = _summary(folder, last, "kl")
         if os.path.exists(path):
-            with open(path) as f:
+            with open(path, encoding="utf-8") as f:
                 for task, kl in json.load(f)["tasks"].items():
                     row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
         rows.append(row)
@@ -132,7 +132,7 @@ def report(workdir: str, names) -> str:
     text = "\n".join(lines) + "\n"
     for name, content in (("report.md", text), ("report.json", json.dumps(rows, indent=1))):
         path = os.path.join(workdir, name)
-        with open(path + ".tmp", "w") as f:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.write(content)
         os.replace(path + ".tmp", path)
     return text
@@ -143,7 +143,7 @@ def _summary(folder, step, kind):
 
 
 def _read(path):
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         summary = json.load(f)
     keys = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
     return {"tasks": {task: {k: b[k] for k in keys} for task, b in summary["benchmarks"].items()}}

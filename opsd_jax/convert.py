@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import cli
 from opsd_jax import params as params_lib
 from opsd_jax import settings as settings_lib
 from opsd_jax import tensor_files
@@ -430,7 +431,7 @@ def _put(where):
 def peak_memory() -> int:
     """The most memory in bytes that this process has held so far."""
     try:
-        with open("/proc/self/status") as f:
+        with open("/proc/self/status", encoding="utf-8") as f:
             return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) << 10
     except OSError:  # no Linux
         import resource
@@ -750,6 +751,7 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.convert`; errors in the arguments or files end it with a message and code 1."""
     import argparse
 
+    cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.convert",
                                      description="Released safetensors folders <-> checkpoints of opsd_jax.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -16,7 +16,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import images, settings
+from opsd_jax import cli, images, settings
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -50,7 +50,7 @@ def load_config(workdir: str):
         raise FileNotFoundError(f"{workdir} holds no run (no {path}): give the --workdir of a run of "
                                 "`python -m opsd_jax.train`, or of one of its arms, W/arms/NAME")
     config = settings.default()
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         config.update(json.load(f))  # JSON's lists become tuples where the default is one
     return config
 
@@ -94,11 +94,11 @@ def make_if_absent(config, workdir: str) -> None:
                 f"--target={target}`, or give --config.data.dir=FOLDER that holds {visual_opsd.NAME}/")
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
         os.makedirs(target, exist_ok=True)
-        with open(record, "w") as f:
+        with open(record, "w", encoding="utf-8") as f:
             f.write(make.to_json())
         parquet.make_mini(made, families=make.families, counts=counts, seed=make.seed, difficulty=make.difficulty)
     elif make.families and os.path.exists(record):
-        with open(record) as f:
+        with open(record, encoding="utf-8") as f:
             was = json.load(f)
         if was != json.loads(make.to_json()):
             raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is "
@@ -409,9 +409,9 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
         report = os.path.join(workdir, "too_long.json")
         known = {}
         if os.path.exists(report):
-            with open(report) as f:
+            with open(report, encoding="utf-8") as f:
                 known = json.load(f)
-        with open(report + ".tmp", "w") as f:
+        with open(report + ".tmp", "w", encoding="utf-8") as f:
             json.dump(known | {task: left_out}, f, indent=1)
         os.replace(report + ".tmp", report)
     return index
@@ -423,6 +423,7 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.data prepare | make-mini`; errors in the data end it with one line and code 1."""
     import argparse
 
+    cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.data", description="Prepare data for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="a folder of parquet -> ArrayRecord that TFDS reads")

@@ -33,7 +33,7 @@ import time
 import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import distributed, images, metrics, settings, tasks
+from opsd_jax import cli, distributed, images, metrics, settings, tasks
 
 # Modes of the teacher's context, of drawing, and all.
 CONTEXTS = tuple(mode for mode in settings.MODES if mode != "none")
@@ -290,7 +290,7 @@ def write_table(workdir: str) -> str:
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name, "summary.json")
         if os.path.exists(path):
-            with open(path) as f:
+            with open(path, encoding="utf-8") as f:
                 summary = json.load(f)
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
@@ -779,6 +779,7 @@ def main(argv=None) -> None:
 
     import jax
 
+    cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
                                      description="Answer the questions of benchmarks and score the answers.")
     names = lambda text: tuple(text.split(","))

@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import images, sharding
+from opsd_jax import cli, images, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 
@@ -335,7 +335,7 @@ def write(directory: str, questions, traces) -> list[str]:
         record = {"question": question, "steps": steps, "tokens": trace.tokens, "seconds": trace.seconds}
         path = os.path.join(directory, f"{n}.json")
         with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(record, f, indent=1, ensure_ascii=False)
+            json.dump(record, f, indent=1)
         os.replace(path + ".tmp", path)
         pages.append(os.path.join(directory, f"{n}.png"))
         save_picture(page([*pictures, question, *trace.steps]), pages[-1])
@@ -401,6 +401,7 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.generate`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.generate", description="Answer one question.")
     parser.add_argument("--checkpoint", required=True,
                         help="a released or imported folder, a run's workdir, or one of its step folders")
@@ -439,6 +440,7 @@ def _run(args):
         raise ValueError("--always_draw needs --visual_thoughts=generated")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds={args.rounds}: an answer takes at least one")
+    args.question = cli.text("question", args.question)
     if not args.question.strip():
         raise ValueError("the question is empty: give --question=TEXT")
     for path in args.image:  # what cannot be read shows before minutes of loading

@@ -252,11 +252,14 @@ def _supersede(path: Path, resume_step: int | None) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Writes a text file whole or not at all, with its folders, by the first process for all."""
+    """Writes a text file whole or not at all, with its folders, by the first process for all.
+
+    What is no text, as in the name of a file that is no UTF-8, becomes an escape.
+    """
     import jax
 
     if jax.process_index() == 0:
-        _write(Path(path), text.encode())
+        _write(Path(path), text.encode(errors="backslashreplace"))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -216,7 +216,7 @@ class Cache:
         self._open, self._lock = {}, threading.Lock()
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
-            with open(path) as f:
+            with open(path, encoding="utf-8") as f:
                 was = json.load(f)
             if was != facts:
                 raise WrongCache(f"{folder} holds the outputs of another teacher or of other settings:\n"
@@ -224,7 +224,7 @@ class Cache:
                                  + "\nUse those, another --workdir, or delete the folder: it is then collected anew")
         elif jax.process_index() == 0:
             os.makedirs(folder, exist_ok=True)
-            with open(path + ".tmp", "w") as f:
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
                 json.dump(facts, f, indent=1)
             os.replace(path + ".tmp", path)
 

@@ -29,7 +29,7 @@ import types
 
 from absl import app, flags
 
-from opsd_jax import settings, train  # train defines --config
+from opsd_jax import cli, settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -754,6 +754,7 @@ def plan(config, topology: Topology, *, stage: str = "", only: str = "", bucket:
 
 def main(argv) -> None:
     """The command; exit code 3 where something does not fit."""
+    cli.start()
     f = flags.FLAGS
     if f.config is None or not f.topology:
         raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
@@ -766,7 +767,7 @@ def main(argv) -> None:
         sys.exit(f"error: {error}")
     print(table(report))
     if f.out:
-        with open(f.out + ".tmp", "w") as file:
+        with open(f.out + ".tmp", "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
         os.replace(f.out + ".tmp", f.out)
     sys.exit(0 if report["fits"] else 3)

@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import data, generate, images, metrics
+from opsd_jax import cli, data, generate, images, metrics
 from opsd_jax.datasets import visual_opsd
 
 SHARD = 512  # rows of a parquet file; what a kill can cost
@@ -67,14 +67,14 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
 def _claim(path, record):
     """Writes the record, or raises FileExistsError where another one stands."""
     if os.path.exists(path):
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             there = json.load(f)
         if there != record:
             raise FileExistsError(f"{path} says that pictures there were drawn with {there}, not {record}: choose another "
                                   "--target, or delete it")
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w") as f:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(record, f)
     os.replace(path + ".tmp", path)
 
@@ -134,6 +134,7 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.redraw`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.redraw", description="Rows of a run with pictures that its "
                                      "model draws in the place of their visual thoughts, to train on.")
     parser.add_argument("--workdir", required=True, help="of a run whose model can draw")

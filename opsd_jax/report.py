@@ -150,8 +150,9 @@ def row(*parts: str) -> str:
 
 
 def write(path: str | os.PathLike, html: str) -> None:
-    """Writes the page as UTF-8 in one step: a reader sees the old file or the new. Makes missing folders."""
-    content = html.encode("utf-8")
+    """Writes the page as UTF-8 in one step: a reader sees the old file or the new. Makes missing folders. What is no text
+    becomes an escape."""
+    content = html.encode(errors="backslashreplace")
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")

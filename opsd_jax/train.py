@@ -18,7 +18,7 @@ import time
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from opsd_jax import settings
+from opsd_jax import cli, settings
 
 # What may change between a run and its continuation.
 _FREE = ("log", "health", "eval", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
@@ -56,6 +56,7 @@ def main(argv) -> None:
     """The command: one run and then its arms, or one arm."""
     from opsd_jax import arms
 
+    cli.start()
     # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.
     logging.get_absl_handler().addFilter(lambda record: "opsd_jax" in record.pathname or record.levelno >= 30)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
@@ -149,7 +150,7 @@ def record_config(config, workdir: str) -> None:
     record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             checkpoint.check_config(json.load(f), record, ignore=_FREE)
     else:
         _write_json(path, record)

@@ -557,7 +557,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _read_report(path: Path) -> Report:
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text(encoding="utf-8"))
     notes = {key: tuple(Note(**note) for note in fields[key]) for key in ("bad_rows", "warnings")}
     return Report(**fields | notes)
 

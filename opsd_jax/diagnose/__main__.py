@@ -2,7 +2,7 @@
 
 import os
 
-from opsd_jax import data, distributed
+from opsd_jax import cli, data, distributed
 from opsd_jax import eval as eval_lib
 from opsd_jax.diagnose import attention, interventions, kl, runs
 
@@ -117,6 +117,7 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.diagnose`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    cli.start()
     names = lambda text: tuple(text.split(","))
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")

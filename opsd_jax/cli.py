@@ -1,0 +1,73 @@
+"""What all commands share: a terminal of any encoding, and the values of flags checked with messages that name the flag."""
+
+import os
+import re
+import sys
+
+SEEDS = 2 ** 32  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
+
+
+def start() -> None:
+    """To be called first in every command: what the terminal's encoding lacks is printed as an escape such as \\u2013.
+
+    Otherwise a finished evaluation could end with a UnicodeEncodeError while it prints its table.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def text(flag: str, value: str) -> str:
+    """The value of a flag as it was typed, where Python took the terminal for one without UTF-8."""
+    try:
+        return os.fsencode(value).decode() if re.search("[\ud800-\udfff]", value) else value
+    except UnicodeError as error:
+        raise ValueError(f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as LC_ALL=C.UTF-8") from error
+
+
+# --- values of flags: types for argparse, whose errors name the flag ----------------------------------------------
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in "a,b"."""
+    return tuple(text.split(","))
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The numbers in "0,1"."""
+    import argparse
+
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, and no list of them such as 0,1,2") from None
+
+
+# --- checks that commands make before anything slow: a ValueError names the flag, the value and the fix -------------
+
+def check_once(flag: str, values) -> None:
+    """Each value is given once."""
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"--{flag}={','.join(map(str, values))} names {twice[0]} twice: give each once")
+
+
+def check_seed(seed: int) -> None:
+    """Seeds are told apart by 32 bits."""
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"--seed={seed}: give a whole number from 0 to {SEEDS - 1}; others would repeat one of these")
+
+
+def check_name(name: str) -> None:
+    """A name of results is one folder: nothing is written elsewhere, and every summary is found."""
+    if not re.fullmatch(r"[\w=,-][\w.=,-]*", name):
+        raise ValueError(f"--name={name}: give one folder name of letters, digits and _ - . = , that does not start with a dot")
+
+
+def check_folder(flag: str, path: str) -> None:
+    """Files can be written in the folder `path`, which may be still to be made."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ValueError(f"--{flag}={path}: {there} is no folder: give another one, or move that file away")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--{flag}={path}: files cannot be written in {there}: give a folder that can be written")
