@@ -132,14 +132,15 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step} is older than checkpoint {self._newest} under "
                              f"{self.directory}, which a resume would take: use another --workdir, or delete "
                              "the newer folders")
+        self.wait()
         fresh = step != self._newest
-        with self._writing(step):
-            if fresh:
+        if fresh:
+            with self._writing(step):
                 self._checkpointer.save_checkpointables_async(
                     step, {"state": state, "params": params}, custom_metadata=details, force=True)
                 self._newest = step
-            if wait:
-                self._checkpointer.wait()
+        if wait:
+            self.wait()
         return fresh
 
     def wait(self) -> None:
@@ -147,12 +148,25 @@ class Checkpoints:
         if not self._failed:  # else it was told already; Orbax would raise the same error for ever
             with self._writing(self._newest):
                 self._checkpointer.wait()
+            self._check_kept()
 
     def close(self) -> None:
         """Waits, then frees Orbax's threads. Raises CheckpointError as `wait` does."""
         if not self._failed:
             with self._writing(self._newest):
                 self._checkpointer.close()
+            self._check_kept()
+
+    def _check_kept(self) -> None:
+        """Raises CheckpointError, once, where the newest checkpoint is gone: Orbax would make its folder again and go on."""
+        if self._newest is None or jax.process_index():
+            return
+        if not _is_committed(self.directory / str(self._newest)):
+            self._failed = True
+            raise CheckpointError(
+                f"{self.directory}/{self._newest} was complete, or about to be, and is gone: the folder was deleted or "
+                f"replaced while the run was writing there. Still complete: {_list(self.directory)[0] or 'none'}. Start the "
+                "run again, and keep the folder until it ends")
 
     @contextlib.contextmanager
     def _writing(self, step) -> Iterator[None]:

@@ -4,6 +4,7 @@
     <workdir>/metrics.jsonl.superseded  lines of updates that a killed run did and its successor did again
     <workdir>/tb/                       the same for TensorBoard
     <workdir>/samples/<step>/           texts and pictures
+    <workdir>/wandb.json                the id of the run at Weights & Biases, which a continuation takes up again
 
 Sums and counts stay on the device until they are written (`Means`), so that logging never makes the
 host wait for the step that is running. Everything here is for any training loop; what is measured is
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -126,7 +128,8 @@ class Writer:
       workdir: a local (or mounted) folder; made if missing.
       primary: whether this process writes, `jax.process_index() == 0`; the others do nothing.
       tensorboard: whether to write `<workdir>/tb/` too.
-      wandb: arguments for `wandb.init` (such as {"project": "opsd", "id": ...}) to log there too.
+      wandb: arguments for `wandb.init` (such as {"project": "opsd", "name": ...}) to log there too. The id is made once
+        and kept in the workdir, so that all starts of a run are one run there.
       resume_step: the first step that this process will do. Rows of it and of later steps are
         from a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears
         once. None keeps all rows and appends.
@@ -153,7 +156,7 @@ class Writer:
                 import wandb as client
             except ImportError as error:
                 raise ImportError("no wandb here: pip install opsd_jax[wandb], or log without it") from error
-            self._wandb = client.init(dir=str(self.workdir), resume="allow", **wandb)
+            self._wandb = client.init(dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb)
         self._jsonl = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
 
     def scalars(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
@@ -165,7 +168,8 @@ class Writer:
           values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
             written as null and its key is listed under `nonfinite`.
 
-        Raises TypeError or ValueError, naming the key, for values that are no number.
+        Raises TypeError or ValueError, naming the key, for values that are no number; FileNotFoundError when the file was
+        deleted while it was being written.
         """
         if not self.primary:
             return
@@ -184,6 +188,7 @@ class Writer:
             row["nonfinite"] = [key for key in numbers if key not in finite]
         self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
         self._jsonl.flush()
+        self._check_kept()
         if self._tensorboard:
             for key, value in finite.items():
                 self._tensorboard.add_scalar(key if "/" in key else f"{stage}/{key}", value, step)
@@ -215,6 +220,13 @@ class Writer:
             raise ValueError(f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders")
         _write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
 
+    def _check_kept(self) -> None:
+        """Writing to a deleted file succeeds, and the numbers are lost: FileNotFoundError instead."""
+        path = self.workdir / "metrics.jsonl"
+        if not path.exists() or path.stat().st_size < self._jsonl.tell():
+            raise FileNotFoundError(f"{path} was deleted or replaced while the run was writing it. What the run has not "
+                                    "saved elsewhere is lost: start it again, and keep the folder until it ends")
+
     def close(self) -> None:
         """Flushes and closes all."""
         if self._jsonl:
@@ -227,8 +239,25 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self._jsonl and kind is None:
+                self._check_kept()
+        finally:
+            self.close()
+
+
+def _wandb_id(workdir: Path) -> str:
+    """The id of the workdir's run at Weights & Biases; made, and kept in wandb.json, at the first call."""
+    path = workdir / "wandb.json"
+    if not path.exists():
+        _write(path, json.dumps({"id": secrets.token_hex(8)}).encode())
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))["id"]
+        if isinstance(found, str) and found:
+            return found
+    raise ValueError(f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at Weights & '
+                     "Biases. Write that, or delete the file: the run then goes on as a new one there")
 
 
 def _supersede(path: Path, resume_step: int | None) -> None:
@@ -398,15 +427,18 @@ class Clock:
 class Health:
     """Stops a run of one stage that has gone wrong. None or 0 switches a watch off.
 
-    References are means of the first `reference_checks` checks; a watch raises after `patience` bad
-    checks one after the other. On resume, `replay` the rows of the stage first: a reference taken
+    Most watches compare with the run's own start: references are means of the first `reference_checks` checks. What is
+    wrong from the start has absolute limits: `min_length`, `max_unfinished`. A watch raises after `patience` bad checks
+    one after the other. On resume, `replay` the rows of the stage first: a reference taken
     from a run that is already sick would find it healthy.
     """
 
     finite: tuple[str, ...] | None = ("loss", "grad_norm")  # may not be nan or inf, not even once
+    min_length: float | None = 1.0  # tokens: completion_len may not start at this or below
+    max_unfinished: float | None = 1.0  # 1 - eos_rate may not be this or more from the start
     min_length_fraction: float | None = 0.1  # completion_len may not fall below this part of its reference
     min_eos_rate: float | None = 0.02  # eos_rate may not fall to this, once it was above 0.5
-    teacher_floor: float | None = 0.7  # the teacher's own accuracy: nor below this part of its first value
+    teacher_floor: float | None = 0.5  # the teacher's own accuracy: nor below this part of its first value
     teacher_entropy_rise: float | None = 1.0  # teacher_entropy may not rise by more nats over its reference
     teacher_topk_fraction: float | None = 0.5  # teacher_topk_mass: nor below this part of its reference
     patience: int = 5
@@ -415,8 +447,8 @@ class Health:
     def __post_init__(self):
         if min(self.patience, self.reference_checks) < 1:
             raise ValueError(f"patience={self.patience}, reference_checks={self.reference_checks}: need >= 1")
-        self._first: dict[str, list[float]] = {}  # values at the start
-        self._bad: dict[str, int] = {}  # bad checks one after the other
+        self._first: dict[tuple[str, str], list[float]] = {}  # watch and metric -> values at the start
+        self._bad: dict[tuple[str, str], int] = {}  # watch and metric -> bad checks one after the other
         self._ended = False  # completions did end, once
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -436,40 +468,46 @@ class Health:
             "clip, and look at the batch of this step"
             for key in self.finite or () if key in values and not math.isfinite(values[key])]
 
-        def watch(key, limit, bad, message, checks=self.reference_checks, patience=self.patience):
-            value = values.get(key, math.nan)
+        def watch(name, key, bad, message, checks=self.reference_checks, patience=self.patience):
+            value, limit = values.get(key, math.nan), getattr(self, name)
             if not limit or not math.isfinite(value):
                 return
-            first = self._first.setdefault(key, [])
+            first = self._first.setdefault((name, key), [])
             if len(first) < checks:
                 first.append(value)
             usual = sum(first) / len(first)
-            self._bad[key] = self._bad.get(key, 0) + 1 if bad(value, limit, usual) else 0
-            if self._bad[key] >= patience:
-                problems.append(message.format(key=key, value=value, usual=usual))
+            self._bad[name, key] = self._bad.get((name, key), 0) + 1 if bad(value, limit, usual) else 0
+            if self._bad[name, key] >= patience:
+                problems.append(message.format(key=key, value=value, usual=usual) + f" (health.{name}=0 to go on)")
 
-        watch("completion_len", self.min_length_fraction, lambda value, part, usual: value < part * usual,
-              "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower "
-              "optim.lr or take a fixed teacher (health.min_length_fraction=0 if short answers are right)")
         self._ended |= values.get("eos_rate", 0.0) > 0.5
-        watch("eos_rate", self.min_eos_rate, lambda value, low, _: self._ended and value <= low,
-              "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. Take "
-              "a fixed or ema teacher instead of self, or lower optim.lr (health.min_eos_rate=0 to go on)")
+        watch("min_length", "completion_len", lambda value, low, usual: max(value, usual) <= low,
+              "completions are empty from the start: completion_len is {value:.3g}, in spite of rollout.empty_retries. The "
+              "model ends its answers at once: do its weights (init_from) and the tokenizer belong together, and is it "
+              "trained for these prompts?")
+        watch("max_unfinished", "eos_rate", lambda value, high, _: not self._ended and 1 - value >= high,
+              "completions never end within the budget: eos_rate is {value:.3g}, and was never above 0.5. Raise "
+              "rollout.max_new_tokens, or lower rollout.temperature; if the texts in samples/ make no sense, weights "
+              "(init_from) and tokenizer do not belong together")
+        watch("min_length_fraction", "completion_len", lambda value, part, usual: value < part * usual,
+              "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower optim.lr or take a "
+              "fixed teacher, unless short answers are right")
+        watch("min_eos_rate", "eos_rate", lambda value, low, _: self._ended and value <= low,
+              "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. Take a fixed or ema "
+              "teacher instead of self, or lower optim.lr")
         # A student forgets how to read the visual thoughts; a teacher that is its average forgets with it.
         for key in values:
             if key.startswith("eval/") and key.endswith("/teacher"):
-                watch(key, self.teacher_floor, lambda value, part, start: value < part * start,
-                      "the teacher's own accuracy {key} fell to {value:.3f}, from {usual:.3f} at the start: "
-                      "what it teaches is no longer right. Go back to an earlier checkpoint with a fixed "
-                      "teacher, a slower EMA or a lower optim.lr (health.teacher_floor=0 to go on)",
-                      checks=1, patience=1)
-        watch("teacher_entropy", self.teacher_entropy_rise, lambda value, rise, usual: value > usual + rise,
-              "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at the "
-              "start. Take a fixed teacher or a slower EMA (health.teacher_entropy_rise=0 to go on)")
-        watch("teacher_topk_mass", self.teacher_topk_fraction,
-              lambda value, part, usual: value < part * usual,
-              "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} at the "
-              "start. Raise top-k or take a fixed teacher (health.teacher_topk_fraction=0 to go on)")
+                watch("teacher_floor", key, lambda value, part, start: value < part * start,
+                      "the teacher's own accuracy {key} fell to {value:.3f}, from {usual:.3f} at the start: what it teaches "
+                      "is no longer right. Go back to an earlier checkpoint with a fixed teacher, a slower EMA or a lower "
+                      "optim.lr", checks=1, patience=1)
+        watch("teacher_entropy_rise", "teacher_entropy", lambda value, rise, usual: value > usual + rise,
+              "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at the start. Take a "
+              "fixed teacher or a slower EMA")
+        watch("teacher_topk_fraction", "teacher_topk_mass", lambda value, part, usual: value < part * usual,
+              "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} at the start. Raise "
+              "top-k or take a fixed teacher")
         return problems
 
 

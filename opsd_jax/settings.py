@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from opsd_jax import context, images
+from opsd_jax import context, images, metrics
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model.config import (
     GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
@@ -140,9 +140,8 @@ def default() -> ConfigDict:
     c.log.tensorboard = True
     c.log.wandb = ""  # project name; "" for none
 
-    c.health = ConfigDict(dict(  # when to stop a run early, see metrics.Health; 0 switches a watch off
-        min_length_fraction=0.1, min_eos_rate=0.02, teacher_floor=0.5, teacher_entropy_rise=1.0,
-        teacher_topk_fraction=0.5, patience=5, reference_checks=5))
+    c.health = ConfigDict(dataclasses.asdict(metrics.Health()))  # when to stop a run early; 0 switches a watch off
+    del c.health.finite  # no setting: always watched
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: whatever is left
     c.arms = ConfigDict()  # name -> changed settings: controls that start where this run's OPSD stage started

@@ -135,8 +135,8 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
                         print(f"stopped as asked; the same command continues {workdir}")
                         sys.exit(EXIT_STOPPED)
                 first = ends[stage]
-        print(f"{workdir}: where the time went\n{run.clock.table()}")
-        _write_json(os.path.join(workdir, "time.json"), run.clock.report())
+            print(f"{workdir}: where the time went\n{run.clock.table()}")
+            _write_json(os.path.join(workdir, "time.json"), run.clock.report())
     return params
 
 
@@ -160,7 +160,7 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
     """Makes everything of a run that is not weights: mesh, data, tokenizer, writers."""
     import jax
 
-    from opsd_jax import checkpoint, data, metrics, rollout, sharding, tokenizer
+    from opsd_jax import data, metrics, rollout, sharding, tokenizer
 
     clock = metrics.Clock()
     primary = jax.process_index() == 0
@@ -176,10 +176,19 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
             multihost_utils.sync_global_devices("data is there")
         tok = tokenizer.load(data.tokenizer_folder(config, data_workdir))
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    wandb = {"project": config.log.wandb, "config": checkpoint.config_to_json(config)} if config.log.wandb else None
-    writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard, wandb=wandb,
-                            resume_step=resume_step)
+    writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard,
+                            wandb=wandb_arguments(config, workdir, data_workdir), resume_step=resume_step)
     return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), clock, writer)
+
+
+def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
+    """What a run tells Weights & Biases about itself, None if it does not log there. A run and its arms are one group."""
+    from opsd_jax import checkpoint
+
+    if not config.log.wandb:
+        return None
+    name, group = (os.path.basename(os.path.abspath(folder)) for folder in (workdir, data_workdir))
+    return {"project": config.log.wandb, "name": name, "group": group, "config": checkpoint.config_to_json(config)}
 
 
 def check_batch(config, stage: str, shards: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,31 @@ def test_saving_a_step_again_is_skipped_and_an_older_one_refused(tmp_path):
         assert not keep(checkpoints, 4) and keep(checkpoints, 5)
     with pytest.raises(ValueError, match="keep_latest=0"):
         Checkpoints(tmp_path, keep_latest=0)
+
+
+@pytest.mark.parametrize("when", ["save", "wait", "close"])
+def test_a_folder_deleted_meanwhile_is_an_error(tmp_path, when):
+    """Orbax would make it again: the run would end well with half of its checkpoints."""
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 was complete, .* is gone.* Still complete: none"):
+        with Checkpoints(folder, keep_latest=2) as checkpoints:
+            keep(checkpoints, 1)
+            keep(checkpoints, 2, wait=True)
+            shutil.rmtree(folder)
+            if when == "save":
+                keep(checkpoints, 3)
+            elif when == "wait":
+                checkpoints.wait()
+    assert not (folder / "3").exists()
+
+
+def test_older_checkpoints_may_be_deleted_meanwhile(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
+        for step in (1, 2):
+            keep(checkpoints, step, wait=True)
+        shutil.rmtree(tmp_path / "1")
+        keep(checkpoints, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 def test_a_save_in_flight_survives_donation_and_is_not_yet_the_latest(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -159,18 +160,62 @@ def test_samples_tensorboard_and_processes_that_do_not_write(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_wandb_is_asked_for_by_its_arguments(tmp_path, monkeypatch):
-    logged = []
-    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row["loss"])),
-                                finish=lambda: logged.append("end"))
-    client = types.SimpleNamespace(init=lambda **arguments: logged.append(arguments["project"]) or run)
+def wandb_stand_in(monkeypatch):
+    """A module in the place of wandb; what it is told."""
+    told = []
+    run = types.SimpleNamespace(log=lambda row, step: told.append((step, row["loss"])),
+                                finish=lambda: told.append("end"))
+    client = types.SimpleNamespace(init=lambda **arguments: told.append(arguments) or run)
     monkeypatch.setitem(sys.modules, "wandb", client)
+    return told
+
+
+def test_wandb_is_asked_for_by_its_arguments(tmp_path, monkeypatch):
+    told = wandb_stand_in(monkeypatch)
     with Writer(tmp_path, tensorboard=False, wandb={"project": "opsd"}) as writer:
         writer.scalars(4, "opsd", {"loss": 0.5})
-    assert logged == ["opsd", (4, 0.5), "end"]
+    assert told[0]["project"] == "opsd" and told[1:] == [(4, 0.5), "end"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install opsd_jax\[wandb\]"):
         Writer(tmp_path, tensorboard=False, wandb={})
+
+
+def test_all_starts_of_a_run_are_one_run_at_wandb(tmp_path, monkeypatch):
+    told = wandb_stand_in(monkeypatch)
+    for folder in ("run", "run", "other"):
+        Writer(tmp_path / folder, tensorboard=False, wandb={"project": "opsd"}).close()
+    first, again, other = (x for x in told if x != "end")
+    assert first["id"] == again["id"] != other["id"] and first["resume"] == again["resume"] == "allow"
+    for text in ("", "{", "[]", '{"id": 3}', '{"id": ""}'):
+        (tmp_path / "run" / "wandb.json").write_text(text)
+        with pytest.raises(ValueError, match="run/wandb.json is damaged.* delete the file"):
+            Writer(tmp_path / "run", tensorboard=False, wandb={"project": "opsd"})
+
+
+@pytest.mark.parametrize("lost", ["the workdir", "the file", "its content"])
+def test_a_file_that_is_deleted_while_it_is_written_is_an_error(tmp_path, lost):
+    import shutil
+
+    def lose(workdir):
+        shutil.rmtree(workdir)
+        if lost != "the workdir":
+            workdir.mkdir()
+        if lost == "its content":  # another run has begun there
+            (workdir / "metrics.jsonl").write_text("{}\n")
+
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl was deleted or replaced while the run was writing it"):
+        with Writer(tmp_path / "w", tensorboard=False) as writer:
+            writer.scalars(1, "opsd", {"loss": 1.0})
+            lose(tmp_path / "w")
+            writer.scalars(2, "opsd", {"loss": 1.0})
+    with pytest.raises(FileNotFoundError, match="deleted or replaced"):  # after the last line
+        with Writer(tmp_path / "v", tensorboard=False) as writer:
+            writer.scalars(1, "opsd", {"loss": 1.0})
+            lose(tmp_path / "v")
+    with pytest.raises(KeyError):  # another error is not hidden
+        with Writer(tmp_path / "u", tensorboard=False) as writer:
+            lose(tmp_path / "u")
+            raise KeyError
 
 
 # ---------------------------------------------------------------------------- the terminal
@@ -300,9 +345,33 @@ def test_health_stops_when_completions_no_longer_end():
     rows = [{"eos_rate": rate} for rate in (0.2, 0.6, 0.3, 0, 0.01, 0, 0, 0, 0)]
     step, message = steps_until_stopped(Health(), rows)
     assert step == 8 and "no longer end" in message and "teacher" in message
-    never = [{"eos_rate": 0.0}] * 20  # a start that never ended is not a collapse
-    assert steps_until_stopped(Health(), never) is None
+    never = [{"eos_rate": 0.0}] * 20
     assert steps_until_stopped(Health(min_eos_rate=None), [{"eos_rate": 0.9}] + never) is None
+
+
+@pytest.mark.parametrize("rows, stopped, message", [
+    ([{"completion_len": 0.0}] * 9, 5, "completions are empty from the start: completion_len is 0, .*init_from"),
+    ([{"completion_len": n} for n in (0.5, 1.0, 0.9, 1.0, 1.0)], 5, "empty from the start: completion_len is 1,"),
+    ([{"completion_len": n} for n in (1.0, 1.0, 2.0, *[1.0] * 6)], None, ""),  # it began with more
+    ([{"completion_len": 100.0}] * 5 + [{"completion_len": 0.0}] * 5, 10, "collapsed to 0 tokens"),  # not from the start
+    ([{"eos_rate": 0.0}] * 9, 5, "completions never end within the budget.*rollout.max_new_tokens"),
+    ([{"eos_rate": rate} for rate in (0.3, 0.1, 0, 0, 0, 0, 0)], 7, "never end within the budget"),
+    ([{"eos_rate": rate} for rate in [0, 0, 0, 0, 0.01] * 5], None, ""),  # some end now and then
+    ([{"eos_rate": 0.6}] + [{"eos_rate": 0.0}] * 5, 6, "no longer end"),
+])
+def test_health_stops_what_is_wrong_from_the_start(rows, stopped, message):
+    found = steps_until_stopped(Health(), rows)
+    assert found is None if stopped is None else found[0] == stopped
+    if found:
+        assert re.search(message, found[1]) and found[1].count("to go on") == 1  # one watch says it, not two
+    off = Health(min_length=0, max_unfinished=0, min_length_fraction=0, min_eos_rate=0)
+    assert steps_until_stopped(off, rows) is None
+
+
+def test_settings_of_health_are_its_own_defaults():
+    from opsd_jax import settings
+
+    assert Health(**settings.default().health) == Health() and Health().teacher_floor == 0.5
 
 
 def test_health_stops_on_teacher_erosion():

@@ -189,6 +189,14 @@ def test_health_remembers_what_was_before_a_resume(trained, tmp_path, monkeypatc
     assert seen == [[3, 4]]  # rows of OPSD, up to the checkpoint
 
 
+def test_a_run_and_its_arms_are_a_group_at_wandb():
+    config = small_run.config(log__wandb="opsd")
+    of = lambda *folders: {key: value for key, value in train.wandb_arguments(config, *folders).items() if key != "config"}
+    assert of("/runs/a/", "/runs/a/") == {"project": "opsd", "name": "a", "group": "a"}
+    assert of("/runs/a/arms/noise", "/runs/a/") == {"project": "opsd", "name": "noise", "group": "a"}
+    assert train.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
+
+
 # --- arms ---------------------------------------------------------------------------------------------------
 
 def test_arms_need_a_name_and_a_start(tmp_path):
