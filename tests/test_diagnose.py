@@ -172,37 +172,83 @@ def test_ends_are_aligned():
     assert kl.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
 
 
-def test_the_official_variant_from_full_logits():
-    """The script's two sequences of a row, packed and aligned here by hand."""
-    rng = np.random.default_rng(4)
-    teacher, student = tiny.params(), tiny.params(seed=1)
-    example = types.SimpleNamespace(thoughts=("ab", "c"), answer="d", full_text_only_thought="abc", pid="p")
+BOS, EOS, START, END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
+PATCH = -1
+OFFICIAL = {  # thoughts, text-only thought, answer -> tokens of the teacher and of the student after [image] [question]
+    "as released": ((("ab", "c"), "xy", "d"),
+                    [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
+                    [BOS, 120, 121, EOS, BOS, 100, EOS]),
+    "raw: neither stripped nor tagged": (((" a", "<think>"), "b\n", "1 "),
+                                         [BOS, 32, 97, EOS, START, PATCH, PATCH, END, BOS, *b"<think>", EOS,
+                                          BOS, 49, 32, EOS],
+                                         [BOS, 98, 10, EOS, BOS, 49, 32, EOS]),
+    "no text-only thought": ((("ab", "c"), "", "d"),
+                             [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
+                             [BOS, 97, 98, 32, 99, EOS, BOS, 100, EOS]),
+    "one thought": ((("ab",), "x", "d"),
+                    [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 100, EOS],
+                    [BOS, 120, EOS, BOS, 100, EOS]),
+    "a third thought, which the script does not read": (
+        (("a", "b", "c"), "x", "d"),
+        [BOS, 97, EOS, START, PATCH, PATCH, END, BOS, 98, EOS, BOS, 100, EOS], [BOS, 120, EOS, BOS, 100, EOS]),
+}
+
+
+def official_row(texts, rng):
+    """(packer, row) with two visual thoughts, of which the script reads the first."""
+    thoughts, text_only, answer = texts
+    example = types.SimpleNamespace(thoughts=thoughts, answer=answer, full_text_only_thought=text_only, pid="p")
     row = types.SimpleNamespace(example=example, question=np.array([5, 6], np.int32), problem=tiny.image(rng),
                                 visual_thoughts=(tiny.image(rng, (1, 2)), tiny.image(rng)))
-    packer = types.SimpleNamespace(tokenizer=TOKENIZER, side=MODEL.vit.side, reference=lambda row: TOKENIZER.encode(
-        context.text_trace(row.example.full_text_only_thought, row.example.answer)))
-    sizes = {"slots": 96, "patches": 6, "targets": 64}
-    sides = [context.supervise([blocks], tokenizer=TOKENIZER, side=MODEL.vit.side, **sizes)
+    return types.SimpleNamespace(tokenizer=TOKENIZER, side=MODEL.vit.side), row
+
+
+def one_by_one(blocks):
+    """Tokens of a sequence, PATCH for each patch."""
+    return [int(n) for block in blocks for n in (
+        [START, *[PATCH] * len(block.patches), END] if isinstance(block, context.Image) else [BOS, *block.ids, EOS])]
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_blocks_of_the_official_script(case):
+    """Worked out by hand from kl_diagnostic.py: build_sequence and compute_kl_for_sample."""
+    texts, of_teacher, of_student = OFFICIAL[case]
+    packer, row = official_row(texts, np.random.default_rng(4))
+    ask = [START, PATCH, PATCH, PATCH, PATCH, END, BOS, 5, 6, EOS]
+    teacher, student = kl.official_blocks(packer, row)
+    assert one_by_one(teacher) == ask + of_teacher and one_by_one(student) == ask + of_student
+    for blocks, tokens in ((teacher, ask + of_teacher), (student, ask + of_student)):
+        side = context.supervise([blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side)
+        # scored: after the question, every text position but the eos that ends a block
+        scored = [n for n, token in enumerate(tokens) if n >= len(ask) and token not in (PATCH, START, END, EOS)]
+        assert side.rows[0][side.mask[0]].tolist() == scored
+        assert side.labels[0][side.mask[0]].tolist() == [tokens[n + 1] for n in scored]
+
+
+def test_values_of_the_official_script():
+    """From the logits of one full forward pass for each of the two sequences, packed and paired here by hand."""
+    rng = np.random.default_rng(4)
+    teacher, student = tiny.params(), tiny.params(seed=1)
+    packer, row = official_row((("ab", "ca"), "xyca", "d"), rng)
+    sides = [context.supervise([blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side)
              for blocks in kl.official_blocks(packer, row)]
-    of_teacher, of_student, _, mask, tail = kl.align_ends(*sides)
+    of_teacher, of_student, labels, mask, tail = kl.align_ends(*sides)
     found = kl.paired_kl(teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL)
 
-    ask = [row.problem, context.Text(row.question)]
-    first, second, only = (TOKENIZER.encode(text) for text in (
-        "<think>ab</think>", "<think>c</think><answer>d</answer>", "<think>abc</think><answer>d</answer>"))
-    full_logits, logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0])), {}
-    for name, params, blocks, ends in (
-            ("teacher", teacher, [*ask, context.Text(first), row.visual_thoughts[0], context.Text(second)],
-             [(6 + 4, len(first)), (6 + 4 + len(first) + 2 + 4, len(second))]),
-            ("student", student, [*ask, context.Text(only)], [(6 + 4, len(only))])):
-        packed = tiny.pack([blocks], slots=sizes["slots"], patches=6)
-        every = full_logits(params, packed)[0]
-        logits[name] = np.concatenate([every[at:at + n + 1] for at, n in ends])  # bos to the last id, which says eos
-    n = min(map(len, logits.values()))
-    expected = numpy_kl(logits["teacher"][-n:], logits["student"][-n:])
-    assert mask.sum() == n == len(only) + 1 and expected.max() > 0.1
+    text = lambda text: context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+    ask, shown = [row.problem, context.Text(row.question)], row.visual_thoughts[0]
+    full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
+    every = lambda params, blocks: np.asarray(full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0])
+    # [image] 6, [question] 4, [ab] 4, [thought] 4, [ca] 4, [d] 3; and [image] 6, [question] 4, [xyca] 6, [d] 3
+    full = every(teacher, [*ask, text("ab"), shown, text("ca"), text("d")])
+    teacher_logits = np.concatenate([full[10:13], full[18:21], full[22:24]])  # 8 positions
+    full = every(student, [*ask, text("xyca"), text("d")])
+    student_logits = np.concatenate([full[10:15], full[16:18]])  # 7
+    expected = numpy_kl(teacher_logits[-7:], student_logits)
+    assert mask.sum() == 7 and expected.max() > 0.1
     np.testing.assert_allclose(found[0][mask[0]], expected, rtol=1e-3, atol=1e-4)
-    assert tail[0] == len("c</think><answer>d</answer>") + 1
+    assert labels[0][mask[0]].tolist() == [*b"xyca", EOS, *b"d", EOS]
+    assert tail[0] == len("ca") + 1 + len("d") + 1
 
 
 def test_intervals_of_the_bootstrap():
@@ -230,9 +276,9 @@ def test_intervals_of_the_bootstrap():
 
 
 def test_summary_of_divergences():
-    """A mean over tokens, then over rows, then over tasks; the tail by itself."""
-    record = lambda task, before, after, tail: {
-        "task": task, "labels": [0] * len(before), "before": before, "after": after, "tail": tail}
+    """A mean over tokens, then over rows, then over tasks; the answer and the tail by themselves."""
+    record = lambda task, before, after, tail: {"task": task, "labels": [0] * len(before), "before": before,
+                                                "after": after, "tail": tail, "answer": 1}
     records = [record("a", [1, 3], [1, 1], 1), record("a", [5], [2], 1), record("b", [9, 9, 9], [3, 6, 9], 0)]
     found = kl.summarise(records, ("a", "b"), seed=0)
     assert found["tasks"]["a"]["before"] == 3.5 and found["tasks"]["a"]["after"] == 1.5
@@ -241,6 +287,8 @@ def test_summary_of_divergences():
     assert found["tokens"] == 2 and found["spread"]["median"] == 5 and found["spread"]["max"] == 9
     assert found["tail"] is None  # task b has none
     assert kl.summarise(records[:2], ("a",), seed=0)["tail"]["macro"]["before"] == 4
+    assert found["answer"]["tasks"]["b"] == found["tasks"]["b"] | {"after": 9, "after_95": [9, 9], "closure": 0,
+                                                                   "closure_95": [0, 0]}
 
 
 @pytest.mark.parametrize("only_this, only_reference, p", [
@@ -299,7 +347,7 @@ def check_page(folder, *texts):
 def test_kl_command(workdir):
     folder, summary = run(workdir, "kl", "--rows=10")
     assert folder.name == f"kl-{LAST}-first10"
-    check_page(folder, "closed %", "Shared tail", "Completions: base", "nats", "data:image/png")
+    check_page(folder, "closed %", "Shared tail", "answer_span_avg_kl", "Completions: base", "nats", "data:image/png")
     records = lines(folder / "tokens.jsonl")
     assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
         str(small_run.WARMUP)] * 2 + [str(small_run.LAST)]
@@ -331,6 +379,24 @@ def test_kl_command(workdir):
             for name, params in (("before", teacher), ("after", student)):
                 expected = numpy_kl(of_teacher, logits(params, context_of(r, "none"), fed)[0, :len(ids)])
                 np.testing.assert_allclose(r[name], expected, rtol=1e-3, atol=2e-5)
+
+    # The released script's pairing of a row, each of its two sequences by itself, cut and paired by hand.
+    read = jax.jit(lambda params, c: bagel.logits(params, bagel.read(params, c, config=opened.model)[0]))
+    for r in [r for r in records if r["completion"] == "official"][:2]:
+        row = opened.rows(0, r["index"])
+        e, text = row.example, lambda text: context.Text(opened.tokenizer.encode(text))
+        scored, sequences = [], [
+            [row.problem, text(e.question), text(e.thoughts[0]), row.visual_thoughts[0], text(e.thoughts[1]), text(e.answer)],
+            [row.problem, text(e.question), text(e.full_text_only_thought), text(e.answer)]]
+        for params, blocks in zip((teacher, student), sequences):
+            starts = np.cumsum([0] + [block.slots for block in blocks])
+            own = [n for start, block in zip(starts[2:], blocks[2:]) if isinstance(block, context.Text)
+                   for n in range(start, start + block.slots - 1)]
+            packed = context.pack([blocks], slots=96, patches=64, tokenizer=opened.tokenizer, side=opened.packer.side)
+            scored.append(np.asarray(read(params, packed)[0])[own])
+        n = min(map(len, scored))
+        assert r["answer"] == len(opened.tokenizer.encode(e.answer)) + 1 <= r["tail"] <= n == len(r["after"])
+        np.testing.assert_allclose(r["after"], numpy_kl(scored[0][-n:], scored[1][-n:]), rtol=1e-3, atol=2e-5)
 
     # The same on the traces as training measured, over the same rows.
     args = dict(config=opened.model, task_names=opened.tasks, batch_size=opened.batch_size, limit=10, mesh=opened.mesh)

@@ -17,7 +17,7 @@ def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     base, traced = runs.start(run.workdir), run.without_trace() is None
     analyses = {
         "kl": lambda to: kl.measure(run, to, teacher=base, student=checkpoint, base=base,
-                                    kinds=[kind for kind in kl.COMPLETIONS if kind not in kl.OF_TRACES or traced]),
+                                    kinds=[kind for kind in kl.COMPLETIONS if kind != "data" or traced]),
         "interventions": lambda to: interventions.measure(run, to, checkpoint=checkpoint),
         "attention": lambda to: attention.measure(run, to, checkpoint=checkpoint)}
     pages = {name: analyse(os.path.join(folder, name)) for name, analyse in analyses.items()}
@@ -93,9 +93,9 @@ def diagnose(args) -> str:
     run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
                         seed=args.seed)
     if what == "kl":
-        if (wrong := [kind for kind in args.completions if kind in kl.OF_TRACES]) and (pid := run.without_trace()):
-            raise ValueError(f"row {pid} has no full_text_only_thought, which --completions={wrong[0]} needs: give "
-                             "--completions=base,student")
+        if "data" in args.completions and (pid := run.without_trace()):
+            raise ValueError(f"row {pid} has no full_text_only_thought, which --completions=data needs: give "
+                             "--completions=base,student,official")
         kl.measure(run, folder, teacher=teacher, student=model, base=base, kinds=args.completions,
                    temperature=args.temperature)
     elif what == "interventions":

@@ -20,15 +20,18 @@ from opsd_jax.model.config import ModelConfig
 
 BOOTSTRAP = 2000  # resamples
 COMPLETIONS = ("base", "student", "data", "official")
-OF_TRACES = ("data", "official")  # need the rows' text traces
+SPANS = {  # parts of an "official" record that are measured again by themselves
+    "answer": "The answer with its eos, by which the released script decides (`answer_span_avg_kl`):",
+    "tail": "Shared tail, the last positions whose tokens are the same in both texts:"}
 _COMPLETION_TEXTS = {
     "base": "What the model said without visual thoughts before training.",
     "student": "What the trained student says without visual thoughts.",
     "data": "The rows' own text traces.",
     "official": (
-        "The released script's pairing, for comparison: **not** Eq. 4. One model reads thought, picture, thought and "
-        "answer, the other the text trace and the answer; both behind picture and question alone; positions are "
-        "matched from the end. Only the tail is the same text (“shared tail”). Picture sizes are the run's own.")}
+        "What the released script computes, for comparison: **not** Eq. 4. After image and question the teacher reads "
+        "thought, visual thought, thought and answer, the student the text-only thought and the answer: each the raw "
+        "text of its column in a block of its own, with no tags added. Positions are matched from the end, so most of "
+        "them compare different words. Image sizes are the run's own.")}
 
 
 def divergences(run: runs.Run, kind: str, *, teacher, before, after=None, sampler=None, temperature: float = 1.0,
@@ -43,15 +46,15 @@ def divergences(run: runs.Run, kind: str, *, teacher, before, after=None, sample
       on_rows: called after each batch with its number of rows.
     Returns:
       A record a row, in order: task, index, pid, labels [n], before [n], after [n] (with `after`), in nats; of kind
-      "official" also `tail`, how many of the last labels are the same in both texts.
+      "official" also the lengths of its `SPANS`, which end with the last label.
     """
     records, number = {}, 0
     for source, mine in runs.batches(run):
         arrays = _official_batch(run, source, mine) if kind == "official" else _batch(
             run, source, mine, kind, sampler, temperature, number)
         number += 1
-        found = {"labels": arrays["labels"], "mask": arrays["mask"], "tail": arrays["tail"],
-                 "index": runs.put(run, np.asarray(mine, np.int32))}
+        found = {name: values for name, values in arrays.items() if name != "kl"}
+        found["index"] = runs.put(run, np.asarray(mine, np.int32))
         for name, student in (("before", before), ("after", after)):
             if student is not None:
                 found[name] = arrays["kl"](teacher, student)
@@ -62,15 +65,14 @@ def divergences(run: runs.Run, kind: str, *, teacher, before, after=None, sample
                       "labels": found["labels"][b][mask].tolist()}
             record |= {name: found[name][b][mask].astype(float).tolist()
                        for name in ("before", "after") if name in found}
-            if kind == "official":
-                record["tail"] = int(found["tail"][b])
+            record |= {name: int(found[name][b]) for name in SPANS if name in found}
             records[source, n] = record
         on_rows(len({*found["index"].tolist()}))
     return [records[key] for key in sorted(records)]
 
 
 def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
-    """Shared completions behind the contexts of training: {labels, mask, tail, kl}."""
+    """Shared completions after the contexts of training: {labels, mask, kl}."""
     from opsd_jax import distill, rollout
 
     prepared, c_t = eval_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
@@ -85,24 +87,27 @@ def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
         tokens, mask, ended = found.tokens, found.mask, found.stop == rollout.STOP_EOS
     completion = context_lib.completion(tokens, mask, bos=run.tokenizer.bos, eos=run.tokenizer.eos, eos_row=ended)
     kl = lambda teacher, student: distill.kl_to_student(teacher, student, batch, completion, config=run.model)
-    return {"labels": completion.labels, "mask": completion.mask, "tail": jnp.sum(completion.mask, axis=1), "kl": kl}
+    return {"labels": completion.labels, "mask": completion.mask, "kl": kl}
 
 
 def official_blocks(packer, row) -> tuple[list, list]:
     """Blocks of a row as the released script (kl_diagnostic.py) shows it to its teacher and to its student.
 
-      teacher  [problem image] [question] [thought 0] [visual thought 0] [thought 1, answer]
-      student  [problem image] [question] [text-only thought, answer]
+      teacher  [problem image] [question] [thought 0] [visual thought 0] [thought 1] [answer]
+      student  [problem image] [question] [text-only thought] [answer]
 
-    No system prompt, intro or transition. The texts with `loss` are scored.
+    No system prompt, intro or transition. Each text is the raw one of its column, no tags added, in a block
+    bos ... eos of its own. Thoughts and answer have `loss`: they are scored from their bos, which predicts the first
+    token, to their last token, which predicts eos. Without a text-only thought the student reads the two thoughts,
+    joined with a space.
     """
-    tokenizer, example = packer.tokenizer, row.example
-    text = lambda *parts: context_lib.Text(tokenizer.encode("".join(parts)), loss=True)
-    ask = [row.problem, context_lib.Text(row.question)]
-    first, *rest = map(context_lib.wrap_thought, example.thoughts[:2])
-    answer = context_lib.wrap_answer(example.answer)
-    teacher = [*ask, text(first), *row.visual_thoughts[:1], text(*rest, answer)]
-    return teacher, [*ask, context_lib.Text(packer.reference(row), loss=True)]
+    example = row.example
+    block = lambda text, loss=True: context_lib.Text(packer.tokenizer.encode(text), loss)
+    ask, answer = [row.problem, context_lib.Text(row.question)], block(example.answer)
+    thoughts = example.thoughts[:2]
+    first, *rest = map(block, thoughts)
+    text_only = block(example.full_text_only_thought or " ".join(thoughts))
+    return [*ask, first, *row.visual_thoughts[:1], *rest, answer], [*ask, text_only, answer]
 
 
 def align_ends(teacher, student):
@@ -126,16 +131,17 @@ def align_ends(teacher, student):
 
 
 def _official_batch(run, source, mine) -> dict:
-    """As `_batch`, by the released script's pairing."""
+    """As `_batch`, by the released script's pairing, with the lengths of `SPANS`."""
     prepared = [run.rows(source, n) for n in mine]
     slots, patches, targets = run.packer.buckets.trace[-1]
     sides = [context_lib.supervise(blocks, slots=slots, patches=patches, targets=targets, tokenizer=run.tokenizer,
                                    side=run.packer.side, names=[row.example.pid for row in prepared])
              for blocks in zip(*(official_blocks(run.packer, row) for row in prepared))]
-    of_teacher, of_student, labels, mask, tail = runs.put(run, align_ends(*sides))
+    answer = np.asarray([len(run.packer.tokenizer.encode(row.example.answer)) + 1 for row in prepared], np.int32)
+    of_teacher, of_student, labels, mask, tail, answer = runs.put(run, (*align_ends(*sides), answer))
     contexts = runs.put(run, [side.context for side in sides])
     kl = lambda teacher, student: paired_kl(teacher, student, *contexts, of_teacher, of_student, config=run.model)
-    return {"labels": labels, "mask": mask, "tail": tail, "kl": kl}
+    return {"labels": labels, "mask": mask, "tail": tail, "answer": answer, "kl": kl}
 
 
 @sharding.on_mesh
@@ -203,12 +209,12 @@ def summarise(records, tasks, seed: int) -> dict:
     """The summary of one kind of completion: by task, macro mean of the tasks, mean over rows.
 
     Each value is a mean over the tokens of a completion, then over rows. `spread`: of the rows before training.
-    Where texts differ ("official") the same again over the shared tail, under "tail".
+    Of kind "official" the same again over each of `SPANS`, under its name; None where a task has none.
     """
     def over(part):
         values = {name: [[np.mean(part(r, name)) for r in records if r["task"] == task and len(part(r, name))]
                          for task in tasks] for name in ("before", "after") if name in records[0]}
-        if not all(map(len, values["before"])):  # a task without a shared tail
+        if not all(map(len, values["before"])):  # a task whose texts never end alike
             return None
         found = bootstrap(values["before"], values.get("after"), seed=seed)
         every = np.concatenate(values["before"])
@@ -218,8 +224,9 @@ def summarise(records, tasks, seed: int) -> dict:
 
     found = over(lambda r, name: r[name])
     found["tokens"] = float(np.mean([len(r["labels"]) for r in records]))
-    if "tail" in records[0]:
-        found["tail"] = over(lambda r, name: r[name][len(r[name]) - r["tail"]:])
+    for span in SPANS:
+        if span in records[0]:
+            found[span] = over(lambda r, name: r[name][len(r[name]) - r[span]:])
     return found
 
 
@@ -272,8 +279,9 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
         "closed.")]
     for kind, s in summary["completions"].items():
         parts += [report.heading(f"Completions: {kind}"), report.paragraph(_COMPLETION_TEXTS[kind]), _kl_table(s)]
-        if s.get("tail"):
-            parts += [report.paragraph("Shared tail:"), _kl_table(s["tail"])]
+        for span, text in SPANS.items():
+            if s.get(span):
+                parts += [report.paragraph(text), _kl_table(s[span])]
         names = ["before", *(["after"] if trained else [])]
         longest = max(len(r["labels"]) for r in found[kind])
         at = lambda name, n: np.mean([r[name][n] for r in found[kind] if len(r[name]) > n])
