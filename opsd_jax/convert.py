@@ -24,17 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import cli
+from opsd_jax import cli, json_files
 from opsd_jax import params as params_lib
-from opsd_jax import settings as settings_lib
-from opsd_jax import tensor_files
-from opsd_jax.model.config import GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig
+from opsd_jax import release_configs, tensor_files
+from opsd_jax.model.config import ModelConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
 _GENERATION = re.compile(r".*_moe_gen\b.*|(time_embedder|vae2llm|llm2vae|latent_pos_embed)\..*")
-_CONFIGS = ("llm_config.json", "vit_config.json", "config.json", "ae_params.json")
 _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "special_tokens.json", "generation_config.json")
+_LISTED = 1000  # faults of tensors that an error lists
 _GROUP = 1 << 28  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
 
 
@@ -83,108 +82,8 @@ def _new_folder(target):
 
 
 def read_config(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
-    """ModelConfig from the config files of a released or imported folder.
-
-    vit_config.json counts one layer more than the weights have: the release drops the last one.
-
-    Args:
-      generation: also the sizes of what draws, from config.json and ae_params.json (without it: the official
-        autoencoder's).
-      compute: dtype, remat, unroll, query_block of `ModelConfig`.
-    Raises:
-      FileNotFoundError: a config file is missing. ValueError: a key is missing, or files disagree; lists all.
-    """
-    directory = tokenizer_folder(directory)
-    llm, vit = tensor_files.read_json(directory, "llm_config.json"), tensor_files.read_json(directory, "vit_config.json")
-    whole = os.path.isfile(os.path.join(directory, "config.json"))
-    top = tensor_files.read_json(directory, "config.json") if whole else {}
-    problems = []
-
-    def get(values, file, *keys):
-        problems.extend(f"{file} lacks {key!r}" for key in keys if key not in values)
-        return [values.get(key) for key in keys]
-
-    vocab, width, layers, heads, kv_heads, mlp, theta, eps = get(
-        llm, "llm_config.json", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "intermediate_size", "rope_theta", "rms_norm_eps")
-    vit_width, vit_layers, vit_heads, vit_mlp, patch, pixels = get(
-        vit, "vit_config.json", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-        "patch_size", "image_size")
-    if generation and not whole:
-        problems.append("config.json is missing: drawing needs its latent_patch_size and max_latent_size")
-    elif generation:
-        latent_patch, latent_side = get(top, "config.json", "latent_patch_size", "max_latent_size")
-    if problems:
-        raise ValueError(f"the config files of {directory} are incomplete:\n  " + "\n  ".join(problems))
-
-    # config.json repeats both files; it may count the vision layers as they are in the weights
-    for name, own in (("llm_config", llm), ("vit_config", vit)):
-        for key, value in (top.get(name) or {}).items():
-            if key not in _COMPARED or key not in own:
-                continue
-            if value not in (own[key], own[key] - ((name, key) == ("vit_config", "num_hidden_layers"))):
-                problems.append(f"{name}.{key} is {value} in config.json and {own[key]} in {name}.json")
-    if top.get("vit_max_num_patch_per_side", pixels // patch) != pixels // patch:
-        problems.append(f"vit_max_num_patch_per_side is {top['vit_max_num_patch_per_side']} in config.json, but images "
-                        f"of {pixels} pixels in patches of {patch}, as vit_config.json says, have {pixels // patch}")
-    drawing = None
-    if generation:
-        vae = _autoencoder(directory, problems)
-        for key in ("downsample", "z_channels"):
-            value = (top.get("vae_config") or {}).get(key, getattr(vae, key))
-            if value != getattr(vae, key):
-                problems.append(f"vae_config.{key} is {value} in config.json, the autoencoder has {getattr(vae, key)} "
-                                "(from ae_params.json, or officially)")
-        drawing = GenerationConfig(vae=vae, patch=latent_patch, side=latent_side,
-                                   timestep_shift=top.get("timestep_shift", 1.0))
-    if problems:
-        raise ValueError(f"the config files of {directory} disagree; take all of them from one release:\n  "
-                         + "\n  ".join(problems))
-    return ModelConfig(
-        llm=LLMConfig(vocab_size=vocab, hidden_size=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-                      intermediate_size=mlp, rope_theta=theta, rms_norm_eps=eps, head_dim=llm.get("head_dim") or 0),
-        vit=ViTConfig(hidden_size=vit_width, num_layers=vit_layers - 1, num_heads=vit_heads, intermediate_size=vit_mlp,
-                      patch_size=patch, side=pixels // patch, layer_norm_eps=vit.get("layer_norm_eps", 1e-6)),
-        generation=drawing, **compute)
-
-
-_COMPARED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "intermediate_size", "rope_theta", "rms_norm_eps", "head_dim", "patch_size", "image_size",
-             "layer_norm_eps"}
-
-
-def _autoencoder(directory, problems) -> VAEConfig:
-    """From ae_params.json; the official code's numbers where the folder has no such file, as the releases."""
-    if not os.path.isfile(os.path.join(directory, "ae_params.json")):
-        return VAEConfig()
-    found = tensor_files.read_json(directory, "ae_params.json")
-    names = {"ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "num_res_blocks",
-             "z_channels": "z_channels", "scale_factor": "scale", "shift_factor": "shift"}
-    if missing := [key for key in names if key not in found]:
-        raise ValueError(f"{os.path.join(directory, 'ae_params.json')} lacks {missing}")
-    values = {ours: found[theirs] for theirs, ours in names.items()}
-    vae = VAEConfig(**values | {"multipliers": tuple(values["multipliers"])})
-    for key, value in (("downsample", vae.downsample), ("in_channels", 3), ("out_ch", 3)):
-        if found.get(key, value) != value:
-            problems.append(f"{key} is {found[key]} in ae_params.json; the model has {value}")
-    return vae
-
-
-def _saved_config(directory, settings) -> ModelConfig:
-    """ModelConfig of a checkpoint from the settings in its metadata (of a run, or of an import)."""
-    sizes = settings.get("model") or {}
-    if not {"llm", "vit"} <= sizes.keys():
-        raise ValueError(f"the metadata of {directory} has no config.model.llm and .vit: it is no checkpoint of a run "
-                         "or of `convert import`")
-    drawing = sizes.get("generation") or None
-    if drawing and "on" in drawing:  # of a run
-        drawing = settings_lib.generation(drawing)
-    elif drawing:  # of an import
-        vae = VAEConfig(**drawing["vae"] | {"multipliers": tuple(drawing["vae"]["multipliers"])})
-        drawing = GenerationConfig(**drawing | {"vae": vae})
-    lora = settings.get("lora") or {}
-    lora = LoRAConfig(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora.get("rank") else None
-    return ModelConfig(llm=LLMConfig(**sizes["llm"]), vit=ViTConfig(**sizes["vit"]), generation=drawing, lora=lora)
+    """ModelConfig from the config files of a released or imported folder; see `release_configs.read`."""
+    return release_configs.read(tokenizer_folder(directory), generation=generation, **compute)
 
 
 @functools.cache
@@ -273,13 +172,8 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
         stored = {tensor.dtype for tensor in found}
         if len(stored) > 1 and dtype is None:
             problems.append(f"mistyped {row.name}: its layers are {', '.join(sorted(stored))}; choose one with --dtype")
-        table = None
-        if row.group == "fixed" and not found:
-            from opsd_jax.model.siglip import sincos_table
-
-            table = sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1])
         target = dtype or (tensor_files.DTYPES[stored.pop()] if stored else default)
-        leaves.append(_Leaf(path, leaf.shape, target, tuple(found), table))
+        leaves.append(_Leaf(path, leaf.shape, target, tuple(found)))
     for file, tensors in files.items():
         left = [name for name in tensors if name not in used[file]]
         ignored = [name for name in left if not config.generation and _GENERATION.fullmatch(name)]
@@ -289,8 +183,14 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
     if problems:
         lacking = [problem.split()[1] for problem in problems if problem.startswith("missing")]
         if any(map(_GENERATION.fullmatch, lacking)):
-            problems.append("if the folder holds no generation expert: import --only=understanding")
-        raise ValueError(f"{directory} does not fit its configs:\n  " + "\n  ".join(problems))
+            problems.insert(0, "if the folder holds no generation expert: import --only=understanding")
+        more = [f"and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else []
+        raise ValueError(f"{directory} does not fit its configs:\n  " + "\n  ".join(problems[:_LISTED] + more))
+    for n, leaf in enumerate(leaves):
+        if leaf.row.group == "fixed" and not leaf.tensors:
+            from opsd_jax.model.siglip import sincos_table
+
+            leaves[n] = dataclasses.replace(leaf, table=sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1]))
     return leaves, notes
 
 
@@ -332,7 +232,7 @@ def _restore(directory, config, dtype, mesh, layout):
     """The parameters of an imported folder."""
     from opsd_jax import checkpoint, sharding
 
-    only = tensor_files.read_json(directory, "release/source.json")["only"]
+    only = _note(directory)["only"]
     if config.generation and only:
         raise ValueError(f"{directory} was imported with --only={only} and cannot draw: import the release again "
                          "without it")
@@ -440,6 +340,17 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
 
+def _note(directory) -> dict[str, str]:
+    """What `import` noted about an imported folder: path, file and only."""
+    path = os.path.join(directory, "release", "source.json")
+    found = json_files.Object(path, json_files.read(path), [])
+    note = {key: found.text(key) for key in ("path", "file", "only")}
+    if note["only"] not in ("", "understanding", None):
+        found.refuse("only", ': give "" or "understanding"')
+    found.check("this is not what `convert import` writes; import the release again:")
+    return note
+
+
 def _stored(directory) -> dict:
     """{path: shape and dtype} of the weights in a checkpoint, of a run or imported."""
     from opsd_jax import checkpoint
@@ -470,8 +381,8 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
                  (("llm", config.llm), ("vit", config.vit), ("generation", config.generation))}
         release = os.path.join(made, "release")
         os.makedirs(release)
-        _copy(source, release, _CONFIGS + _TOKENIZER)
-        tensor_files.write_json(os.path.join(release, "source.json"), {
+        _copy(source, release, release_configs.NAMES + _TOKENIZER)
+        json_files.write(os.path.join(release, "source.json"), {
             "path": os.path.abspath(source), "file": tensor_files.folder(source)[1], "dtype": " and ".join(kinds), "only": only})
         checkpoint.save(os.path.join(made, "checkpoints", "0"), None, params, stage="import", config={"model": sizes})
         counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
@@ -512,7 +423,7 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         workdir = _workdir(source)
         source = workdir if is_imported(workdir) else source
         stored, draws = _stored(source), _draws(source)
-        config = _saved_config(source, checkpoint.metadata(source)["config"])
+        config = release_configs.of_metadata(checkpoint.metadata(source)["config"], source)
         origin = "" if base == "none" else _base(source, base, needed=not draws)
         if origin:
             there = _config_of(origin)
@@ -574,7 +485,7 @@ def _origin(directory) -> str:
     from opsd_jax import checkpoint
 
     if is_imported(directory):
-        return tensor_files.read_json(directory, "release/source.json")["path"]
+        return _note(directory)["path"]
     return checkpoint.metadata(directory)["config"].get("init_from") or ""
 
 
@@ -611,7 +522,7 @@ def _config_of(directory) -> ModelConfig:
 
     if is_model(directory):
         return read_config(directory, generation=True)
-    return _saved_config(directory, checkpoint.metadata(directory)["config"])
+    return release_configs.of_metadata(checkpoint.metadata(directory)["config"], directory)
 
 
 def _of_checkpoint(directory, leaves, lora=None):
@@ -683,14 +594,14 @@ def _write_configs(folder, source, origin, config) -> None:
         if found != config:
             raise ValueError(f"the config files in {release} say other sizes than the weights of {source}:\n  {found}\n"
                              f"  {config}")
-        _copy(release, folder, _CONFIGS if config.generation else _CONFIGS[:-1])
-    for name, content in _configs(config).items():
+        _copy(release, folder, release_configs.NAMES if config.generation else release_configs.NAMES[:-1])
+    for name, content in release_configs.contents(config).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            tensor_files.write_json(path, content)
+            json_files.write(path, content)
     if config.generation is None:  # a whole release's says that it draws
         path = os.path.join(folder, "config.json")
-        tensor_files.write_json(path, tensor_files.read_json(folder, "config.json") | {"visual_gen": False})
+        json_files.write(path, json_files.read(path) | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release
     if tokenizer:
         _copy(tokenizer, folder, _TOKENIZER)
@@ -708,40 +619,6 @@ def _tokenizer_of(source) -> str:
     config = data.load_config(workdir)
     folders = [data.tokenizer_folder(config, at) for at in (workdir, os.path.join(workdir, "..", ".."))]  # or its run's
     return next(filter(os.path.isdir, folders), "")
-
-
-def _configs(config) -> dict[str, dict]:
-    """The config files of a release of these sizes."""
-    llm, vit = config.llm, config.vit
-    language = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-        "tie_word_embeddings": False, "vocab_size": llm.vocab_size, "hidden_size": llm.hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_heads, "num_key_value_heads": llm.num_kv_heads,
-        "intermediate_size": llm.intermediate_size, "rope_theta": llm.rope_theta, "rms_norm_eps": llm.rms_norm_eps}
-    if llm.head_dim * llm.num_heads != llm.hidden_size:
-        language["head_dim"] = llm.head_dim
-    vision = {
-        "model_type": "siglip_vision_model", "hidden_size": vit.hidden_size, "num_hidden_layers": vit.num_layers + 1,
-        "num_attention_heads": vit.num_heads, "intermediate_size": vit.intermediate_size, "patch_size": vit.patch_size,
-        "image_size": vit.side * vit.patch_size}
-    if vit.layer_norm_eps != 1e-6:
-        vision["layer_norm_eps"] = vit.layer_norm_eps
-    top = {
-        "architectures": ["Bagel"], "model_type": "bagel",
-        "visual_und": True, "visual_gen": config.generation is not None, "connector_act": "gelu_pytorch_tanh",
-        "interpolate_pos": False, "vit_max_num_patch_per_side": vit.side,
-        "llm_config": language, "vit_config": vision | {"num_hidden_layers": vit.num_layers}}
-    files = {"llm_config.json": language, "vit_config.json": vision, "config.json": top}
-    if config.generation:
-        g, v = config.generation, config.generation.vae
-        top |= {"latent_patch_size": g.patch, "max_latent_size": g.side, "timestep_shift": g.timestep_shift,
-                "vae_config": {"downsample": v.downsample, "z_channels": v.z_channels}}
-        files["ae_params.json"] = {
-            "in_channels": 3, "out_ch": 3, "downsample": v.downsample, "ch": v.channels, "ch_mult": list(v.multipliers),
-            "num_res_blocks": v.num_res_blocks, "z_channels": v.z_channels, "scale_factor": v.scale,
-            "shift_factor": v.shift}
-    return files
 
 
 # ---------------------------------------------------------------------------- the command

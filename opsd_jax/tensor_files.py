@@ -15,31 +15,11 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import json_files
+from opsd_jax.json_files import DAMAGED
+
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 _EXPONENT = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
-DAMAGED = "the file is incomplete or damaged: download or copy it again"
-
-
-def read_json(directory, name, why="a released folder has llm_config.json, vit_config.json and model.safetensors or "
-          "ema.safetensors"):
-    """The JSON object in a file of a folder. FileNotFoundError says `why` it is wanted; ValueError: damaged, no object."""
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing: {why}")
-    with open(path, encoding="utf-8") as f:
-        try:
-            found = json.load(f)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): {DAMAGED}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {DAMAGED}")
-    return found
-
-
-def write_json(path, content):
-    """Writes a file as released folders have them."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=2) + "\n")
 
 
 def size_of(size) -> str:
@@ -49,10 +29,11 @@ def size_of(size) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: file, position of its first byte, dtype as the format spells it, shape."""
+    """Where a tensor is stored: file, positions of its first byte and after its last, dtype as the format spells it."""
 
     file: str
     offset: int
+    end: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -64,22 +45,32 @@ def header(path) -> dict[str, Tensor]:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {DAMAGED}")
+            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {DAMAGED}{json_files.is_pointer(path)}")
+        name, found = "", {}
         try:
             rows = json.loads(f.read(length))
             rows.pop("__metadata__", None)
-            found = {name: Tensor(path, 8 + length + row["data_offsets"][0], row["dtype"], tuple(row["shape"]))
-                     for name, row in rows.items()}
-            ends = [8 + length + row["data_offsets"][1] for row in rows.values()]
-            whole = all(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize == end - tensor.offset
-                        for tensor, end in zip(found.values(), ends) if tensor.dtype in DTYPES)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} has no readable safetensors header ({error!r}): {DAMAGED}") from error
-    if not whole:
-        raise ValueError(f"{path}: sizes in its header contradict each other: {DAMAGED}")
-    if max(ends, default=size) != size:
-        raise ValueError(f"{path} has {size:,} bytes, its header says {max(ends):,}: {DAMAGED}")
+            for name, row in rows.items():
+                found[name] = _tensor(path, 8 + length, **row)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} has no readable safetensors header ({name}: {str(error)[:200]}): {DAMAGED}") from error
+    end = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].end)):
+        if tensor.offset != end or (
+                tensor.dtype in DTYPES and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.end - tensor.offset):
+            raise ValueError(f"{path}: sizes in its header contradict each other, first at {name}: {DAMAGED}")
+        end = tensor.end
+    if end != size:
+        raise ValueError(f"{path} has {size:,} bytes, its header says {end:,}: {DAMAGED}")
     return found
+
+
+def _tensor(path, base, dtype, shape, data_offsets) -> Tensor:
+    """A row of a header; whatever is not of its type is a ValueError."""
+    numbers = [*shape, *data_offsets]
+    if not isinstance(dtype, str) or len(data_offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"dtype {dtype}, shape {shape}, data_offsets {data_offsets}")
+    return Tensor(path, base + data_offsets[0], base + data_offsets[1], dtype, tuple(shape))
 
 
 def folder(directory) -> tuple[dict[str, Tensor], str]:
@@ -95,7 +86,7 @@ def folder(directory) -> tuple[dict[str, Tensor], str]:
 
 
 def _shards(directory, index):
-    places = read_json(directory, index).get("weight_map")
+    places = json_files.read(os.path.join(directory, index)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
         raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}")
     parts = sorted(set(places.values()))
@@ -188,7 +179,7 @@ def write(folder, outline, tensors, stem, limit) -> int:
         files["ae.safetensors"] = drawn
     if len(shards) > 1:
         places = {key[1]: file for file, keys in files.items() for key in keys if key[0] == "model"}
-        write_json(os.path.join(folder, f"{stem}.safetensors.index.json"), {
+        json_files.write(os.path.join(folder, f"{stem}.safetensors.index.json"), {
             "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)}, "weight_map": places})
 
     places, bad, written = {}, [], 0

@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from opsd_jax import checkpoint, convert, params as params_lib, settings, sharding, tensor_files
+from opsd_jax import checkpoint, convert, params as params_lib, release_configs, settings, sharding, tensor_files
 from opsd_jax.model import siglip
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -63,7 +63,7 @@ def write_release(folder, config, dtype=np.float32, name="model", shards=1):
             save_file(part, folder / f"{name}-{n}.safetensors")
             places |= dict.fromkeys(part, f"{name}-{n}.safetensors")
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    for file, content in convert._configs(config).items():
+    for file, content in release_configs.contents(config).items():
         (folder / file).write_text(json.dumps(content))
     return folder
 
@@ -111,7 +111,7 @@ def golden(goldens, tmp_path_factory):
         z = json.loads((folder / "config.json").read_text())["vae_config"]
         vae = VAEConfig(channels=32, multipliers=(1, 1, 1, 1), num_res_blocks=1, z_channels=z["z_channels"])
         config = dataclasses.replace(ODD, generation=GenerationConfig(vae))
-        (folder / "ae_params.json").write_text(json.dumps(convert._configs(config)["ae_params.json"]))
+        (folder / "ae_params.json").write_text(json.dumps(release_configs.contents(config)["ae_params.json"]))
         save_file(tensors_of(config)["ae"], folder / "ae.safetensors")
     return folder
 
@@ -281,7 +281,7 @@ def test_memory(tmp_path, command):
     with open(folder / "model.safetensors", "wb") as f:  # zeros, with holes instead of blocks on the disk
         f.write(struct.pack("<Q", len(header)) + header)
         f.truncate(8 + len(header) + at)
-    for file, content in convert._configs(config).items():
+    for file, content in release_configs.contents(config).items():
         (folder / file).write_text(json.dumps(content))
     assert at > 2e9
     over = int(child(f"memory of {command}", folder)[-1])
@@ -391,7 +391,7 @@ def test_missing_files(copied):
     (copied / "ae.safetensors").unlink()
     refuses(copied, "ae.safetensors is missing", "--only=understanding", kind=FileNotFoundError)
     (copied / "config.json").unlink()
-    refuses(copied, "config.json is missing: drawing needs its latent_patch_size")
+    refuses(copied, "config.json is missing: image generation needs its latent_patch_size")
     convert.load(str(copied))
     (copied / "model.safetensors").unlink()
     refuses(copied, "neither model.safetensors nor ema.safetensors", kind=FileNotFoundError, generation=False)
@@ -423,6 +423,184 @@ def test_configs_that_disagree(copied):
     (copied / "llm_config.json").write_text(json.dumps(llm))
     (copied / "vit_config.json").write_text(json.dumps(vit))
     refuses(copied, "llm_config.json lacks 'rope_theta'", "vit_config.json lacks 'patch_size'", generation=False)
+
+
+def edit(folder, file, change):
+    """Changes keys of a config file: {key: value}, "a.b" for a key of an object, `DROP` to drop it."""
+    path = folder / file
+    content = json.loads(path.read_text())
+    for key, value in change.items():
+        *outer, last = key.split(".")
+        place = content
+        for name in outer:
+            place = place[name]
+        if value is DROP:
+            del place[last]
+        else:
+            place[last] = value
+    path.write_text(json.dumps(content))
+
+
+DROP = object()
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(("file", "key", "value"), [
+    ("llm_config.json", "rope_scaling", YARN),
+    ("llm_config.json", "rope_scaling", {"rope_type": "default", "mrope_section": [2, 3, 3]}),
+    ("llm_config.json", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}),
+    ("llm_config.json", "rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+    ("llm_config.json", "use_sliding_window", True), ("llm_config.json", "layer_types", ["sliding_attention"] * 3),
+    ("llm_config.json", "hidden_act", "gelu"), ("llm_config.json", "qk_norm", False), ("llm_config.json", "qk_norm", 1),
+    ("llm_config.json", "layer_module", "Qwen2MoEDecoderLayer"), ("llm_config.json", "tie_word_embeddings", True),
+    ("llm_config.json", "attention_bias", False), ("llm_config.json", "mlp_bias", True),
+    ("vit_config.json", "hidden_act", "quick_gelu"), ("vit_config.json", "rope", True), ("vit_config.json", "num_channels", 1),
+    ("config.json", "connector_act", "relu"), ("config.json", "interpolate_pos", True), ("config.json", "visual_und", False),
+    ("config.json", "llm_config.rope_scaling", YARN), ("config.json", "llm_config.hidden_act", "gelu"),
+    ("config.json", "vit_config.rope", True), ("ae_params.json", "out_ch", 4)])
+def test_what_is_not_implemented_is_refused(copied, file, key, value):
+    """By file, key and value, before any weight is read."""
+    edit(copied, file, {key: value})
+    refuses(copied, f"{file}: {key} is {json.dumps(value)}, but only")
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("llm_config.json", {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ("llm_config.json", {"rope_theta": DROP, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000}}),
+    ("llm_config.json", {"rope_theta": DROP, "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0}}),
+    ("llm_config.json", {"rope_scaling": {"type": "default"}, "layer_types": ["full_attention"] * 3}),
+    ("llm_config.json", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0, "attention_dropout": 0.1}),
+    ("llm_config.json", {"head_dim": None, "hidden_act": None, "qk_norm": DROP, "freeze_und": True, "is_causal": True}),
+    ("vit_config.json", {"layer_norm_eps": None, "rope": None, "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}),
+    ("config.json", {"timestep_shift": None, "vae_config": None, "connector_act": None, "vit_config": None}),
+    ("config.json", {"llm_config.rope_theta": DROP, "llm_config.rope_parameters": {"rope_theta": 1e6}}),
+    ("config.json", {"llm_config.vocab_size": None, "llm_config.head_dim": 16, "llm_config.layer_module": DROP})])
+def test_keys_that_change_nothing(copied, file, change):
+    """null is absent; so are keys of transformers 5 and those without effect."""
+    wanted = convert.read_config(str(copied), generation=True)
+    if wanted.llm.rope_theta != 1e6 or wanted.llm.head_dim != 16 or wanted.llm.num_layers != 3:
+        pytest.skip("written for the goldens of the repository")
+    edit(copied, file, change)
+    assert convert.read_config(str(copied), generation=True) == wanted
+
+
+def test_key_heads_that_are_null(tmp_path):
+    """As in the official code: as many as query heads."""
+    folder = write_release(tmp_path / "odd", ODD)
+    for file, key in (("llm_config.json", "num_key_value_heads"), ("config.json", "llm_config.num_key_value_heads")):
+        edit(folder, file, {key: None})
+    assert convert.read_config(str(folder)).llm.num_kv_heads == 5
+
+
+@pytest.mark.parametrize(("file", "key", "value", "fix"), [
+    ("llm_config.json", "hidden_size", "32", "give a whole number from 1"),
+    ("llm_config.json", "hidden_size", 64.0, "give a whole number from 1"),
+    ("llm_config.json", "hidden_size", None, "give a whole number from 1"),
+    ("llm_config.json", "num_hidden_layers", 10**9, "give a whole number from 1 to 1000"),
+    ("llm_config.json", "num_attention_heads", 0, "give a whole number from 1"),
+    ("llm_config.json", "num_key_value_heads", True, "give a whole number from 1"),
+    ("llm_config.json", "vocab_size", [320], "give a whole number from 1"),
+    ("llm_config.json", "rope_theta", "1e6", "give a positive number"),
+    ("llm_config.json", "rms_norm_eps", float("nan"), "give a positive number"),
+    ("llm_config.json", "rms_norm_eps", 10**400, "give a positive number"),
+    ("llm_config.json", "head_dim", {}, "give a whole number from 1"),
+    ("llm_config.json", "rope_scaling", "linear", "give an object in braces"),
+    ("vit_config.json", "num_hidden_layers", 1, "give a whole number from 2"),
+    ("vit_config.json", "image_size", -980, "give a whole number from 1"),
+    ("vit_config.json", "layer_norm_eps", "1e-6", "give a positive number"),
+    ("config.json", "llm_config", [1], "give an object in braces"),
+    ("config.json", "vae_config", "", "give an object in braces"),
+    ("config.json", "max_latent_size", 10**6, "give a whole number from 1 to 512"),
+    ("config.json", "timestep_shift", False, "give a positive number"),
+    ("ae_params.json", "ch_mult", 2, "give a list of whole numbers"),
+    ("ae_params.json", "ch_mult", [1, "2"], "give a list of whole numbers"),
+    ("ae_params.json", "ch_mult", [], "give a list of whole numbers"),
+    ("ae_params.json", "scale_factor", None, "give a positive number")])
+def test_values_of_the_wrong_type(copied, file, key, value, fix):
+    edit(copied, file, {key: value})
+    refuses(copied, str(copied), f"{file}: {key} is {json.dumps(value)[:70]}", fix)
+
+
+@pytest.mark.parametrize(("file", "key", "value", "part"), [
+    ("llm_config.json", "num_attention_heads", 7, "is not divisible by num_heads 7"),
+    ("llm_config.json", "head_dim", 15, "head_dim 15 is odd"),
+    ("llm_config.json", "num_key_value_heads", 3, "must be a multiple of num_kv_heads 3"),
+    ("vit_config.json", "num_attention_heads", 7, "vit hidden_size 48 is not divisible by its num_heads 7"),
+    ("vit_config.json", "patch_size", 2000, "images of 140 pixels (image_size) in patches of 2000"),
+    ("ae_params.json", "ch", 48, "48 channels: group norms need a multiple of 32"),
+    ("ae_params.json", "downsample", 16, "downsample is 16, but 4 numbers in ch_mult make 8")])
+def test_sizes_that_contradict_each_other(golden, copied, file, key, value, part):
+    (copied / "config.json").write_text(json.dumps(
+        {name: value for name, value in json.loads((golden / "config.json").read_text()).items()
+         if name in ("latent_patch_size", "max_latent_size")}))
+    if json.loads((golden / "vit_config.json").read_text())["image_size"] != 140:
+        pytest.skip("written for the goldens of the repository")
+    edit(copied, file, {key: value})
+    refuses(copied, str(copied), part)
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    ({"dtype": ["F32"]}, "dtype ['F32']"), ({"dtype": None}, "dtype None"), ({"shape": "64"}, "shape 64"),
+    ({"shape": [4.0]}, "shape [4.0]"), ({"shape": [-1]}, "shape [-1]"), ({"shape": {}}, "contradict each other"),
+    ({"data_offsets": [0]}, "data_offsets [0]"), ({"data_offsets": [0.5, 1.5]}, "data_offsets [0.5, 1.5]"),
+    ({"data_offsets": None}, "must be an iterable"), ({"more": 1}, "unexpected keyword argument 'more'")])
+def test_header_of_the_wrong_types(copied, change, part):
+    path = copied / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    rows = json.loads(data[8:8 + length])
+    rows["connector.fc1.bias"] |= change
+    head = json.dumps(rows).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data[8 + length:])
+    refuses(copied, str(path), "connector.fc1.bias", part, "download or copy it again", generation=False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "llm_config.json"])
+def test_git_lfs_pointers_are_recognised(copied, name):
+    (copied / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 29206\n")
+    refuses(copied, str(copied / name), "it is a Git LFS pointer: run `git lfs pull`")
+
+
+@pytest.mark.parametrize(("key", "value", "fix"), [
+    ("only", None, "give a text"), ("only", "generation", 'give "" or "understanding"'), ("path", 3, "give a text")])
+def test_note_of_an_import_that_was_changed(imported, tmp_path, key, value, fix):
+    folder = pathlib.Path(shutil.copytree(imported, tmp_path / "changed"))
+    edit(folder / "release", "source.json", {key: value})
+    refuses(folder, f"release/source.json: {key} is {json.dumps(value)}: {fix}", "import the release again")
+
+
+@pytest.mark.parametrize(("config", "part"), [
+    ({}, "has no config.model.llm and .vit"), ([1], "has no config.model.llm and .vit"),
+    ({"model": 3}, "has no config.model.llm and .vit"),
+    ({"model": {"llm": "", "vit": {}}}, 'model.llm is "": give an object in braces'),
+    ({"model": {"llm": {}, "vit": {}}}, "lacks 'model.llm.vocab_size'"),
+    ({"model": {"llm": dataclasses.asdict(ODD.llm) | {"num_heads": None}, "vit": dataclasses.asdict(ODD.vit)}},
+     "model.llm.num_heads is null: give a whole number"),
+    ({"model": {"llm": dataclasses.asdict(ODD.llm) | {"num_heads": 3, "num_kv_heads": 2}, "vit": dataclasses.asdict(ODD.vit)}},
+     "must be a multiple of num_kv_heads 2"),
+    ({"model": {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit), "generation": {"on": True}}},
+     "lacks 'model.generation.channels'"),
+    ({"model": {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit)},
+      "lora": {"rank": 2, "alpha": "x", "targets": "q"}}, "lora.targets is \"q\": give a list of texts")])
+def test_sizes_in_the_metadata_of_a_checkpoint(config, part):
+    with pytest.raises(ValueError) as error:
+        release_configs.of_metadata(config, "W/checkpoints/7")
+    assert part in str(error.value) and "W/checkpoints/7" in str(error.value)
+
+
+def test_sizes_from_the_metadata(golden):
+    """Of an import the dataclasses, of a run its settings."""
+    sizes = {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit)}
+    drawn = {"generation": dataclasses.asdict(ODD.generation)}
+    assert release_configs.of_metadata(json.loads(json.dumps({"model": sizes | drawn})), "x") == ODD
+    config = settings.default()
+    config.model.generation.on, config.lora.rank = True, 4
+    again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
+    assert again == dataclasses.replace(settings.model(config), dtype="float32", remat="none", query_block=0)
+    config.model.generation.on, config.lora.rank = False, 0
+    again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
+    assert again.generation is None and again.lora is None
+
 
 
 # --- import ----------------------------------------------------------------------------------------------

@@ -33,6 +33,10 @@ class LLMConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of values")
+        if self.hidden_size % 4:
+            raise ValueError(f"llm hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions needs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,10 @@ class ViTConfig:
     patch_size: int = 14
     side: int = 70  # patches a side of the position tables: patch id = row * side + column
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"vit hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}")
 
     @property
     def patch_dim(self) -> int:
@@ -66,6 +74,10 @@ class VAEConfig:
     z_channels: int = 16
     scale: float = 0.3611
     shift: float = 0.1159
+
+    def __post_init__(self):
+        if self.channels % 32:
+            raise ValueError(f"the autoencoder has {self.channels} channels: group norms need a multiple of 32")
 
     @property
     def downsample(self) -> int:

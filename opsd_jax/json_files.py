@@ -1,0 +1,116 @@
+"""JSON files that other programs wrote: every fault is an error that names file, key, value and fix."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+DAMAGED = "the file is incomplete or damaged: download or copy it again"
+_LFS = b"version https://git-lfs"
+_REQUIRED = object()
+
+
+def read(path: str, why: str = "", fix: str = DAMAGED) -> dict:
+    """The JSON object in a file.
+
+    Raises FileNotFoundError, which says `why` the file is needed; ValueError: not JSON, or no object.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing" + (f": {why}" if why else ""))
+    with open(path, encoding="utf-8") as f:
+        try:
+            found = json.load(f)
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of open brackets
+            raise ValueError(f"{path} is not valid JSON ({error}): {fix}{is_pointer(path)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {fix}")
+    return found
+
+
+def write(path: str, content: Mapping) -> None:
+    """Writes a file as released folders have them."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2) + "\n")
+
+
+def is_pointer(path: str) -> str:
+    """For error messages: what to do about a Git LFS pointer; "" if the file is none."""
+    with open(path, "rb") as f:
+        return " (it is a Git LFS pointer: run `git lfs pull`)" if f.read(len(_LFS)) == _LFS else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """A JSON object of a file, read key by key with type and range.
+
+    A faulty value is None, and a sentence about it is added to `problems`: the caller reads all keys, then raises one
+    error with every fault (`check`). null is an absent key.
+
+    file: the name of the file in messages. prefix: the path of keys to this object, "vae_config." for example.
+    """
+
+    file: str
+    values: Mapping[str, Any]
+    problems: list[str]
+    prefix: str = ""
+
+    def integer(self, key: str, *, least: int = 1, most: int = 1 << 24, default=_REQUIRED) -> int | None:
+        return self._get(key, f"a whole number from {least} to {most}", default,
+                         lambda x: type(x) is int and least <= x <= most)
+
+    def number(self, key: str, *, positive: bool = True, default=_REQUIRED) -> float | None:
+        def fits(x):
+            return type(x) in (int, float) and abs(x) <= 1e300 and math.isfinite(x) and (x > 0 or not positive)
+
+        return self._get(key, "a positive number" if positive else "a finite number", default, fits)
+
+    def text(self, key: str, default=_REQUIRED) -> str | None:
+        return self._get(key, "a text", default, lambda x: isinstance(x, str))
+
+    def integers(self, key: str, *, most: int = 1 << 24, default=_REQUIRED) -> tuple[int, ...] | None:
+        """A list of at least one positive whole number, as a tuple."""
+        found = self._get(key, f"a list of whole numbers from 1 to {most}", default, lambda x: isinstance(x, list) and x != []
+                          and all(type(n) is int and 1 <= n <= most for n in x))
+        return tuple(found) if isinstance(found, list) else found
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """A list of texts, as a tuple."""
+        found = self._get(key, "a list of texts", _REQUIRED,
+                          lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x))
+        return tuple(found) if isinstance(found, list) else found
+
+    def child(self, key: str) -> "Object":
+        """The object that a key holds; an empty one if the key is absent."""
+        found = self._get(key, "an object in braces", {}, lambda x: isinstance(x, dict))
+        return Object(self.file, found or {}, self.problems, f"{self.prefix}{key}.")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def refuse(self, key: str, why: str) -> None:
+        """Adds what is wrong with the value of a key."""
+        self.problems.append(f"{self.file}: {self.prefix}{key} is {shown(self.values.get(key))}{why}")
+
+    def check(self, summary: str) -> None:
+        """Raises ValueError with all problems so far, if any."""
+        if self.problems:
+            raise ValueError(summary + "\n  " + "\n  ".join(self.problems))
+
+    def _get(self, key, wanted, default, fits):
+        value = self.values.get(key)
+        if value is None and default is not _REQUIRED:
+            return default
+        if value is None and key not in self.values:
+            self.problems.append(f"{self.file} lacks {self.prefix + key!r}: give {wanted}")
+        elif not fits(value):
+            self.refuse(key, f": give {wanted}")
+            return None
+        return value
+
+
+def shown(value) -> str:
+    """A JSON value in an error message, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
