@@ -475,12 +475,13 @@ def config_to_json(config: Mapping) -> dict:
     return convert(config, "")
 
 
-def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = ()) -> None:
+def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = (), defaults: Mapping = {}) -> None:
     """Raises ConfigMismatch, with a table of the differences, unless both settings are the same.
 
     Args:
       saved, current: settings; compared as `config_to_json` writes them.
       ignore: keys that may change on resume; "log" covers "log" and "log.every", not "logger".
+      defaults: what a setting was before it existed: taken for keys that `saved` lacks.
     """
     ignore = tuple(ignore)
 
@@ -490,7 +491,8 @@ def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = ()
             return dict(pair for pairs in items for pair in pairs)
         return {key[1:]: json.dumps(value)}
 
-    saved, current = flat(config_to_json(saved)), flat(config_to_json(current))
+    saved, current, defaults = (flat(config_to_json(values)) for values in (saved, current, defaults))
+    saved |= {key: defaults[key] for key in current.keys() - saved.keys() if key in defaults}
     keys = [key for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)
             and not any(key == name or key.startswith(name + ".") for name in ignore)]
     if keys:

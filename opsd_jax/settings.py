@@ -41,6 +41,7 @@ def default() -> ConfigDict:
     c.model.remat = "full"  # "none" keeps activations, "full" recomputes each layer in the backward pass
     c.model.unroll = 1  # layers of the scan that are unrolled
     c.model.attention = "dense"  # or "flash" (TPU), "cudnn" (GPU): kernels without scores in memory
+    c.model.rope_bfloat16 = False  # True: rotary frequencies in bfloat16, as the official trainer has them under FSDP
     c.model.query_block = 512  # dense attention: queries at a time; 0: all at once
 
     c.lora = ConfigDict(dict(rank=0, alpha=16.0, targets=LORA_TARGETS))  # rank 0: off; else only adapters are trained
@@ -252,7 +253,8 @@ def model(config: ConfigDict) -> ModelConfig:
     """Sizes and compute of the network."""
     m = config.model
     return ModelConfig(llm=LLMConfig(**m.llm), vit=ViTConfig(**m.vit), generation=generation(m.generation), lora=lora(config),
-                       dtype=m.dtype, remat=m.remat, unroll=m.unroll, attention=m.attention, query_block=m.query_block)
+                       dtype=m.dtype, remat=m.remat, unroll=m.unroll, attention=m.attention, query_block=m.query_block,
+                       rope_bfloat16=m.rope_bfloat16)
 
 
 def generation(g) -> GenerationConfig | None:

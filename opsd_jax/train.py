@@ -116,7 +116,7 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
         done = checkpoints.latest()
         if done is not None:
             saved = checkpoints.metadata(done)
-            checkpoint.check_config(saved["config"], config, ignore=_FREE)
+            checkpoint.check_config(saved["config"], config, ignore=_FREE, defaults=settings.default())
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
         run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1)
         with run.writer:
@@ -151,7 +151,7 @@ def record_config(config, workdir: str) -> None:
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
         with open(path, encoding="utf-8") as f:
-            checkpoint.check_config(json.load(f), record, ignore=_FREE)
+            checkpoint.check_config(json.load(f), record, ignore=_FREE, defaults=settings.default())
     else:
         _write_json(path, record)
 

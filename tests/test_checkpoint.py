@@ -434,6 +434,18 @@ def test_check_config_shows_all_differences_and_the_mend():
     assert "log.every" not in text and "betas" not in text and "depth" not in text
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_default():
+    saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
+    check = lambda **model: checkpoint.check_config(saved, {"model": {"depth": 4} | model}, defaults=defaults)
+    check(new=False)
+    with pytest.raises(ConfigMismatch, match=r"model.new +false +true"):
+        check(new=True)
+    with pytest.raises(ConfigMismatch, match=r"model.unknown +absent +1"):
+        check(new=False, unknown=1)
+    with pytest.raises(ConfigMismatch, match=r"model.depth +4 +2"):  # saved, so the default says nothing
+        check(depth=2)
+
+
 # ---------------------------------------------------------------------------- being asked to stop
 
 

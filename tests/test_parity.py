@@ -437,6 +437,29 @@ def test_rope_tables(goldens, model):
     np.testing.assert_allclose(cos.ravel(), np.cos(np.tile(tensors["rope_inv_freq"], 2)), atol=1e-6)
 
 
+def test_rope_frequencies_in_bfloat16(model):
+    """`model.rope_bfloat16`: inv_freq as FSDP casts it, under jit too; the model's output moves by as much as that."""
+    theta, dim = 1e6, 128
+    exact = np.float32(1) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+    rounded = exact.astype(jnp.bfloat16).astype(np.float64)
+    assert 0.0035 < np.abs(rounded / exact - 1).max() < 0.0039
+    positions = np.array([[1, 7, 4321]])
+    for inv_freq, bfloat16 in ((rounded, True), (exact.astype(np.float64), False)):
+        angles = np.tile(positions[0][:, None] * inv_freq, 2)
+        tables = jax.jit(functools.partial(attention.rope_tables, head_dim=dim, theta=theta, bfloat16=bfloat16))(positions)
+        for ours, expected in zip(tables, (np.cos(angles), np.sin(angles))):
+            # angles reach 4,321, of which float32 keeps 2.4e-4
+            np.testing.assert_allclose(ours[0, :, 0], expected, atol=6e-4)
+            np.testing.assert_allclose(ours[0, :2, 0], expected[:2], atol=2e-6)
+
+    config, params = model
+    x = np.random.default_rng(0).standard_normal((1, 40, config.llm.hidden_size), np.float32)
+    everything = (np.arange(40)[None], np.arange(1, 41)[None], np.ones((1, 40), np.int32))
+    hidden = [np.asarray(jax.jit(functools.partial(bagel.forward, config=dataclasses.replace(
+        config, rope_bfloat16=bfloat16)))(params, x, *everything)[0]) for bfloat16 in (False, True)]
+    assert 1e-4 < np.abs(hidden[0] - hidden[1]).max() / np.abs(hidden[0]).max() < 0.2
+
+
 # --- und_forward ---------------------------------------------------------------------------------------
 
 def test_und_forward(goldens, und_forward, model, tokenizer):

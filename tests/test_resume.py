@@ -152,6 +152,16 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    older = checkpoint.config_to_json(small_run.config())
+    del older["model"]["rope_bfloat16"], older["arms"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    train.record_config(small_run.config(), str(tmp_path))
+    with pytest.raises(checkpoint.ConfigMismatch, match=r"model.rope_bfloat16 +false +true"):
+        train.record_config(small_run.config(model__rope_bfloat16=True), str(tmp_path))
+
+
 @pytest.mark.slow
 def test_final_parameters_are_returned(straight):
     params = train.train(small_run.config(), str(straight))

@@ -177,9 +177,14 @@ def _cudnn(q, k, v, mask):
     return out[:, :t].reshape(b, t, heads * h)
 
 
-def rope_tables(positions, head_dim, theta):
-    """cos and sin of the rotation angles, float32 [B, T, 1, h], two equal halves (rotate-half form)."""
+def rope_tables(positions, head_dim, theta, bfloat16: bool = False):
+    """cos and sin of the rotation angles, float32 [B, T, 1, h], two equal halves (rotate-half form).
+
+    bfloat16: round the frequencies to it, see `ModelConfig.rope_bfloat16`.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if bfloat16:  # not astype there and back, which XLA may leave out
+        frequencies = jax.lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=7)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
     return jnp.cos(angles), jnp.sin(angles)

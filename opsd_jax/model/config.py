@@ -149,6 +149,8 @@ class ModelConfig:
     `attention`: "dense" (scores in memory), "flash" (own kernel, TPU), "cudnn" (cuDNN's kernel, GPU, bfloat16) or
     "flash_interpret" (the TPU kernel run slowly anywhere, for tests); see `attention`. The autoencoder, with one head
     of all channels, is always dense.
+    `rope_bfloat16`: round the decoder's rotary frequencies (inv_freq) to bfloat16, up to 0.37 % off, as the official
+    trainer does under FSDP, which casts buffers. The official inference code does not.
     `query_block`: dense attention scores are computed for this many queries at a time; 0 for all at once. A drawn image
     of 4,096 tokens behind a long context needs it: scores at once would take tens of GiB.
     """
@@ -162,6 +164,7 @@ class ModelConfig:
     unroll: int = 1
     query_block: int = 0
     attention: str = "dense"
+    rope_bfloat16: bool = False
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):

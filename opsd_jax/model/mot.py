@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         self.param("head", _matrix, (c.hidden_size, c.vocab_size))
         if self.latents and not self.config.generation:
             raise ValueError("latent slots need the generation expert: this model was built without (model.generation)")
-        rope = attention.rope_tables(positions, c.head_dim, c.rope_theta)
+        rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
         record = None if groups is None else (mask, groups)
         mask = attention.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
