@@ -242,14 +242,10 @@ def scored_completion(trajectory: rollout.Trajectory, teacher_length, config: Di
     """
     tokens, mask = trajectory.tokens, trajectory.mask
     index = jnp.arange(tokens.shape[1])
-    n = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    empty = (n == 0)[:, None] & (index == 0)
-    tokens, mask, n = jnp.where(empty, config.eos, tokens), mask | empty, jnp.maximum(n, 1)
-    if config.score_seam:  # the delimiters between rounds count as tokens, too
-        n = jnp.maximum(trajectory.num_fed - 1, 1)
-    room = jnp.maximum(config.max_forward_tokens - teacher_length - 2, 1)
-    cut = teacher_length + n + 2 > config.max_forward_tokens
-    kept = jnp.where(cut, room, n)
+    empty = ~jnp.any(mask, axis=1, keepdims=True) & (index == 0)
+    tokens, mask = jnp.where(empty, config.eos, tokens), mask | empty
+    cut = is_cut(trajectory, teacher_length, config)
+    kept = jnp.where(cut, jnp.maximum(config.max_forward_tokens - teacher_length - 2, 1), _length(trajectory, config))
     eos_row = True if config.eos_after_cut else (trajectory.stop == rollout.STOP_EOS) & ~cut
     if not config.score_seam:
         return context_lib.completion(tokens, mask & (index < kept[:, None]), bos=config.bos, eos=config.eos,
@@ -259,6 +255,17 @@ def scored_completion(trajectory: rollout.Trajectory, teacher_length, config: Di
     block = context_lib.completion(fed[:, 1:], index < kept[:, None], bos=config.bos, eos=config.eos, eos_row=eos_row)
     chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
     return dataclasses.replace(block, mask=block.mask & (chosen | (jnp.arange(index.size + 1) == kept[:, None])))
+
+
+def is_cut(trajectory: rollout.Trajectory, teacher_length, config: DistillConfig):
+    """Whether a completion with the teacher's context exceeds max_forward_tokens, bool [B]."""
+    return teacher_length + _length(trajectory, config) + 2 > config.max_forward_tokens
+
+
+def _length(trajectory, config):
+    """Tokens of each completion, int32 [B]; of an empty one 1. With score_seam the delimiters between rounds count, too."""
+    n = trajectory.num_fed - 1 if config.score_seam else jnp.sum(trajectory.mask, axis=1, dtype=jnp.int32)
+    return jnp.maximum(n, 1)
 
 
 def row_weights(mask, reduction: str):
@@ -325,7 +332,8 @@ def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
     Args:
       state: see `init_state`; donated. batch: contexts of B rows. trajectory: what the student sampled for them.
     Returns:
-      (state, metrics): float32 scalars loss, jsd, ce, lr, grad_norm, completion_len, eos_rate, image_skip_rate,
+      (state, metrics): float32 scalars loss, jsd, ce, lr, grad_norm, completion_len, scored_len (positions of a completion
+      that are scored, its end included), cut_rate (completions that max_forward_tokens cut), eos_rate, image_skip_rate,
       teacher_topk_mass, clip_fraction, student_entropy, teacher_entropy, and `jsd_by_position` [N + 1].
     """
     completion = scored_completion(trajectory, batch.teacher.length, config)
@@ -357,6 +365,8 @@ def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
         "loss": found["loss"], "jsd": found["jsd"], "ce": found["ce"], **step_metrics,
         **{name: total / jnp.maximum(jnp.sum(rows), 1) for name, total in found["sums"].items()},
         "completion_len": mean(jnp.sum(trajectory.mask, axis=1)),
+        "scored_len": mean(jnp.sum(completion.mask, axis=1)),
+        "cut_rate": mean(is_cut(trajectory, batch.teacher.length, config)),
         "eos_rate": mean(trajectory.stop == rollout.STOP_EOS),
         "image_skip_rate": mean(trajectory.num_skips > 0),
         "jsd_by_position": found["jsd_by_position"] / jnp.maximum(jnp.sum(rows, axis=0), 1),

@@ -17,6 +17,7 @@ from opsd_jax.params import LORA_TARGETS
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 MODES = (*context.VISUAL_THOUGHTS, "remove")  # what evaluation may show: the last, the teacher's texts alone
+LEAST_SCORED = 64  # tokens of a completion that opsd.max_forward_tokens must leave beside any teacher's context
 LAYOUTS = ("interleaved", "reference", "text", "drawn")
 
 
@@ -65,7 +66,7 @@ def default() -> ConfigDict:
         families=(), train=0, validation=0, test=0, difficulty="default", seed=0))
     c.data.buckets = ConfigDict(dict(  # static sizes, ascending; a row goes to the first bucket that it fits whole
         student=((2048, 1500), (5376, 4900)),  # (slots, patches)
-        teacher=((4096, 3000), (10240, 9800)),
+        teacher=((4096, 3000), (10112, 9800)),  # opsd.max_forward_tokens less 126 tokens to score
         trace=((3072, 1500, 1024), (10240, 9800, 2048)),  # (slots, patches, targets) of warm-up and SFT
         drawn=()))  # (latent tokens, pictures of a row, their height, width) where a stage draws
     c.data.on_too_long = "fail"  # or "skip": rows beyond the largest bucket are named in <workdir>/too_long.json
@@ -106,7 +107,7 @@ def default() -> ConfigDict:
     c.opsd.accumulation = 2
     c.opsd.jsd_weight = 1.0
     c.opsd.ce_weight = 0.0
-    c.opsd.max_forward_tokens = 10240  # completions are cut so that the teacher's sequence fits
+    c.opsd.max_forward_tokens = 10240  # completions are cut so that the teacher's sequence fits, see `cut_rate`
     c.sft = _stage(steps=2000, batch_size=16, lr=1e-5, reduction="token")
     c.sft.mix = ConfigDict(dict(interleaved=0, reference=0, text=1))
     c.offline = _stage(steps=8000, batch_size=16, lr=1e-5, reduction="token")  # a cached teacher, see offline.py
@@ -221,6 +222,15 @@ def check(config: ConfigDict) -> None:
     buckets = config.data.buckets
     if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
         raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")
+    if "opsd" in config.stages:
+        largest, least = buckets.teacher[-1][0], min(LEAST_SCORED, config.rollout.max_new_tokens)
+        if config.opsd.max_forward_tokens < largest + 2 + least:
+            raise ValueError(
+                f"config.opsd.max_forward_tokens is {config.opsd.max_forward_tokens}: with a teacher's context of {largest} "
+                f"positions, the largest of config.data.buckets.teacher, a completion would be cut to "
+                f"{max(config.opsd.max_forward_tokens - largest - 2, 1)} tokens. Give at least {largest + 2 + least} "
+                f"({least} tokens to score), or {largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that "
+                "bucket smaller")
     if config.teacher.visual_thoughts not in context.VISUAL_THOUGHTS:
         raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}: "
                          f"choose from {context.VISUAL_THOUGHTS}")

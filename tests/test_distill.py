@@ -145,6 +145,7 @@ def test_loss_and_signals_against_numpy(case, base):
         close(metrics[name], by_token(values, mask), err_msg=name)
     close(metrics["jsd_by_position"], (jsd * mask).sum(0) / np.maximum(mask.sum(0), 1))
     assert (metrics["completion_len"], metrics["eos_rate"], metrics["image_skip_rate"]) == (5, 0.75, 0.25)
+    assert (metrics["scored_len"], metrics["cut_rate"]) == (mask.sum(1).mean(), 0)
     assert metrics["lr"] == 0
 
 
@@ -359,6 +360,16 @@ def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
     assert block.tokens[0, :kept + 1].tolist() == [BOS, *tokens[:kept]]
     assert block.mask[0].tolist() == [True] * (kept + 1) + [False] * (BUDGET - kept - 1)
     assert (kept == 7) == (teacher_length <= 25) and (kept == 1) == (teacher_length >= 31)
+
+
+@pytest.mark.parametrize("seam", [False, True])
+def test_what_counts_as_cut(seam):
+    """An empty completion is one token; between rounds two delimiters count where they are scored."""
+    rows = [[[]], [[]], [[1, 2]], [[1, 2]], [[1], [2]]]
+    trajectory = tiny.trajectory(rows, BUDGET, True)
+    lengths = jnp.array([17, 18, 16, 17, 16])
+    found = distill.is_cut(trajectory, lengths, variant(max_forward_tokens=20, score_seam=seam))
+    assert found.tolist() == [False, True, False, True, seam]
 
 
 @pytest.mark.parametrize("seam", [False, True])

@@ -20,7 +20,7 @@ COMMON = {"step", "time", "stage", "loss", "ce", "lr", "grad_norm", "completion_
 OF_STAGE = {
     "warmup": {"accuracy"}, "sft": {"accuracy"},
     "opsd": {"jsd", "eos_rate", "image_skip_rate", "teacher_topk_mass", "clip_fraction", "student_entropy",
-             "teacher_entropy", "empty_retries"}}
+             "teacher_entropy", "empty_retries", "scored_len", "cut_rate"}}
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
@@ -187,6 +187,29 @@ def test_health_remembers_what_was_before_a_resume(trained, tmp_path, monkeypatc
     monkeypatch.setattr(metrics.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows]))
     train.train(small_run.config(), str(workdir))
     assert seen == [[3, 4]]  # rows of OPSD, up to the checkpoint
+
+
+@pytest.mark.parametrize("limit, cut_to", [(10, 1), (70, 1), (75, 3), (79, 7), (80, None), (10240, None)])
+def test_the_teacher_must_leave_tokens_to_score(limit, cut_to):
+    """A teacher's context of 70 positions and a budget of 8 tokens."""
+    config = small_run.config(opsd__max_forward_tokens=limit)
+    assert config.data.buckets.teacher[-1][0] == 70 and config.rollout.max_new_tokens == 8
+    if cut_to is None:
+        settings.check(config)
+    else:
+        with pytest.raises(ValueError, match=rf"max_forward_tokens is {limit}: .* cut to {cut_to} tokens. Give at least 80 "):
+            settings.check(config)
+    config.stages = ("warmup",)
+    settings.check(config)
+
+
+def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
+    config = settings.default()
+    settings.check(config)
+    assert config.opsd.max_forward_tokens == 10240
+    config.opsd.max_forward_tokens -= 63
+    with pytest.raises(ValueError, match="64 tokens to score"):
+        settings.check(config)
 
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():
