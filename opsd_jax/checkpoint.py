@@ -6,7 +6,7 @@
 
 Orbax is known to this file alone (its v1 interface is young: the version is pinned). A folder
 becomes visible under the name `<step>` only when complete; before, it is `<step>.orbax-checkpoint-tmp`.
-`Checkpoints` is for the one process group that trains (see `only_writer`): it deletes old and half-written folders. The
+`Checkpoints` is for the one process group that trains (see `locks`): it deletes old and half-written folders. The
 functions `restore`, `restore_params` and `metadata` only read and are safe beside a run.
 """
 
@@ -15,9 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +25,8 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+
+from opsd_jax import paths
 
 FORMAT = 1  # raise it when the layout above changes
 _TMP = ".orbax-checkpoint-tmp"
@@ -47,10 +47,6 @@ class CheckpointError(OSError):
 
 class ConfigMismatch(ValueError):
     """A run would continue under other settings than it was started with."""
-
-
-class WorkdirInUse(OSError):
-    """Another run is writing into the folder."""
 
 
 # ---------------------------------------------------------------------------- a run's checkpoints
@@ -364,8 +360,8 @@ def _paths(tree) -> dict[str, Any]:
 
 
 def _absolute(directory) -> epath.Path:
-    directory = epath.Path(directory).expanduser()
-    return directory if "://" in str(directory) else directory.resolve()
+    paths.check_given("checkpoint folder", directory, orbax=True)
+    return epath.Path(directory).resolve()
 
 
 def _is_committed(directory: epath.Path) -> bool:
@@ -508,41 +504,6 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
     return "\n".join("  " + line.rstrip() for line in lines)
-
-
-# ---------------------------------------------------------------------------- one run a folder
-
-
-@contextlib.contextmanager
-def only_writer(workdir) -> Iterator[None]:
-    """Keeps `workdir` to this run: a second one would delete the first one's unfinished checkpoints and mix its rows.
-
-    The lock on `workdir/lock` is the system's, which frees it however the process ends; the file says who had it last.
-    Object stores have none, and of several processes the first one locks for all.
-
-    Raises WorkdirInUse with the number of the other process.
-    """
-    folder = _absolute(workdir)
-    if "://" in str(folder) or jax.process_index():
-        yield
-        return
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise WorkdirInUse(f"{folder} is being written by {lock.read().strip() or 'another run'}: wait until that is "
-                               "done, stop it, or use another --workdir. Where that machine is gone and its network "
-                               f"disk still keeps the lock, delete {folder}/lock") from None
-        except OSError as error:
-            logging.warning("%s: no locks there (%s); see to it that no other run writes into it", folder, error)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield
 
 
 # ---------------------------------------------------------------------------- being asked to stop

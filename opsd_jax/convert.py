@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import cli, json_files
+from opsd_jax import cli, json_files, locks
 from opsd_jax import params as params_lib
-from opsd_jax import release_configs, tensor_files
+from opsd_jax import paths, release_configs, tensor_files
 from opsd_jax.model.config import ModelConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
@@ -63,19 +63,18 @@ def tokenizer_folder(directory: str) -> str:
 @contextlib.contextmanager
 def _new_folder(target):
     """A folder beside `target` that takes its name once complete. FileExistsError if `target` holds anything."""
-    if "://" in target:
-        raise ValueError(f"--target={target}: conversion writes local folders only; copy the folder afterwards")
     target = os.path.abspath(target)
-    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise FileExistsError(f"--target={target} exists and is not empty: choose another folder, or delete it")
-    made = f"{target}.tmp-{os.getpid()}"
-    os.makedirs(made)
-    try:
-        yield made
-        os.rename(made, target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    with locks.only_writer(target):
+        if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+            raise FileExistsError(f"--target={target} exists and is not empty: choose another folder, or delete it")
+        made = f"{target}.tmp-{os.getpid()}"
+        os.makedirs(made)
+        try:
+            yield made
+            os.rename(made, target)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
 
 
 # ---------------------------------------------------------------------------- sizes
@@ -212,6 +211,7 @@ def load(directory: str, *, generation: bool = False, dtype: str | None = "float
     Raises:
       FileNotFoundError: a file is missing. ValueError: files cannot be read or do not fit; names each tensor.
     """
+    paths.check_given("checkpoint", directory)
     kind = None if not dtype else jnp.dtype(dtype)
     if kind is not None and kind not in tensor_files.DTYPES.values():
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
@@ -372,6 +372,8 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     """
     from opsd_jax import checkpoint
 
+    paths.check_given("--source", source)
+    paths.check_given("--target", target, orbax=True)
     if not is_released(source):
         raise FileNotFoundError(f"--source={source} is no released folder: it has no llm_config.json")
     with _new_folder(target) as made:
@@ -416,6 +418,8 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
     """
     from opsd_jax import checkpoint
 
+    for flag, path in (("--source", source), ("--target", target), ("--base", base)):
+        paths.check(flag, path)
     kind = jnp.dtype(dtype) if dtype else None
     if is_released(source):
         raise ValueError(f"--source={source} is a released folder already: export reads checkpoints")

@@ -16,7 +16,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, settings
+from opsd_jax import cli, images, locks, paths, settings
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -40,11 +40,13 @@ class Prepared:
 
 def folder(config, workdir: str) -> str:
     """The TFDS data_dir of a run: config.data.dir, else <workdir>/data."""
+    paths.check("config.data.dir", config.data.dir)
     return config.data.dir or os.path.join(workdir, "data")
 
 
 def load_config(workdir: str):
     """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run."""
+    paths.check_given("--workdir", workdir, orbax=True)
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{workdir} holds no run (no {path}): give the --workdir of a run of "
@@ -75,23 +77,30 @@ def with_tasks(config, chosen):
 
 
 def make_if_absent(config, workdir: str) -> None:
-    """Makes the procedural data of `config.data.make` in the data folder, or finishes what was begun there.
+    """Makes the procedural data of `config.data.make` in the data folder, or finishes what was begun there. Where another
+    command is doing that, waits until it is done.
 
     Raises FileNotFoundError if there are no data and none to make; ValueError if those that are there were made with
     other settings.
     """
-    from opsd_jax import tasks
-    from opsd_jax.tasks import parquet
-
     target, make = folder(config, workdir), config.data.make
-    made, record = os.path.join(target, "made"), os.path.join(target, "made.json")
-    if not os.path.isdir(made):
+    if not os.path.isdir(os.path.join(target, "made")):
         if os.path.isdir(os.path.join(target, visual_opsd.NAME)):  # prepared from elsewhere
             return
         if not make.families:
             raise FileNotFoundError(
                 f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
                 f"--target={target}`, or give --config.data.dir=FOLDER that holds {visual_opsd.NAME}/")
+    with locks.only_writer(target, wait=True):
+        _make(make, target)
+
+
+def _make(make, target: str) -> None:
+    from opsd_jax import tasks
+    from opsd_jax.tasks import parquet
+
+    made, record = os.path.join(target, "made"), os.path.join(target, "made.json")
+    if not os.path.isdir(made):
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
         os.makedirs(target, exist_ok=True)
         with open(record, "w", encoding="utf-8") as f:
@@ -445,14 +454,16 @@ def main(argv=None) -> None:
             print(visual_opsd.prepare(args.source, args.target, on_bad_row=args.on_bad_row, limit=args.limit,
                                       overwrite=args.overwrite))
         else:
+            paths.check_given("--target", args.target)
             config = settings.default()
             config.data.dir = args.target
             config.data.make.update(families=tuple(args.families.split(",")), train=args.train,
                                     validation=args.validation, test=args.test, difficulty=args.difficulty,
                                     seed=args.seed)
-            if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)):
-                raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
-            make_if_absent(config, args.target)
+            with locks.only_writer(args.target):
+                if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)):
+                    raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
+                make_if_absent(config, args.target)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"written to {args.target}")

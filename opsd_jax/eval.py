@@ -33,7 +33,7 @@ import time
 import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import cli, distributed, images, metrics, settings, tasks
+from opsd_jax import cli, distributed, images, metrics, paths, settings, tasks
 
 # Modes of the teacher's context, of drawing, and all.
 CONTEXTS = tuple(mode for mode in settings.MODES if mode != "none")
@@ -397,6 +397,10 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
       FileNotFoundError: no run, data or checkpoint. FileExistsError: `name` is taken. ValueError: unknown
       modes, benchmarks or split, or a checkpoint of another run without a name.
     """
+    paths.check_given("--workdir", workdir, orbax=True)
+    paths.check("--checkpoint", checkpoint)
+    paths.check("--data_dir", data_dir)
+    paths.check("--against", against)
     job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
                   split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
     compared = _read_results(workdir, against) if against else None

@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, sharding
+from opsd_jax import cli, images, paths, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 
@@ -277,6 +277,8 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
     from opsd_jax import tokenizer as tokenizer_lib
     from opsd_jax.model import bagel
 
+    paths.check_given("--checkpoint", directory)
+    paths.check("--tokenizer", tokenizer)
     if protocol and protocol not in PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(PROTOCOLS)}")
     placed, mesh = mesh, mesh or sharding.make_mesh(data=1, fsdp=1, tensor=-1)
@@ -322,6 +324,7 @@ def of_run(run, config, params, tokenizer, mesh=None) -> Model:
 
 def write(directory: str, questions, traces) -> list[str]:
     """Writes each trace: N-K.png for its pictures, N.json, and N.png, a page with all of it. Returns the pages."""
+    paths.check_given("--out", directory)
     os.makedirs(directory, exist_ok=True)
     pages = []
     for n, ((pictures, question), trace) in enumerate(zip(questions, traces)):
@@ -443,7 +446,10 @@ def _run(args):
     args.question = cli.text("question", args.question)
     if not args.question.strip():
         raise ValueError("the question is empty: give --question=TEXT")
+    paths.check_given("--checkpoint", args.checkpoint)
+    paths.check("--out", args.out)
     for path in args.image:  # what cannot be read shows before minutes of loading
+        paths.check_given("--image", path)
         images.open_rgb(path)
     model = load(args.checkpoint, draw=draw, protocol=args.protocol, tokenizer=args.tokenizer, dtype=args.dtype)
     changes = {name: getattr(args, name) for name in ("max_new_tokens", "rounds") if getattr(args, name) is not None}

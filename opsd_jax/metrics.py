@@ -33,6 +33,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from opsd_jax import paths
+
 
 class UnhealthyRun(RuntimeError):
     """Going on would waste the machine: the message says what is seen and how to mend it."""
@@ -137,9 +139,7 @@ class Writer:
 
     def __init__(self, workdir, *, primary: bool = True, tensorboard: bool = True,
                  wandb: Mapping[str, Any] | None = None, resume_step: int | None = None):
-        if "://" in str(workdir):
-            raise ValueError(f"workdir {workdir}: lines cannot be appended to an object store. Mount the "
-                             "bucket (gcsfuse) and give the mounted folder")
+        paths.check_given("workdir", workdir)
         self.workdir = Path(workdir)
         self.primary = primary
         self._jsonl = self._tensorboard = self._wandb = None

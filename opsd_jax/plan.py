@@ -29,7 +29,7 @@ import types
 
 from absl import app, flags
 
-from opsd_jax import cli, settings, train  # train defines --config
+from opsd_jax import cli, paths, settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -758,6 +758,10 @@ def main(argv) -> None:
     f = flags.FLAGS
     if f.config is None or not f.topology:
         raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+    try:
+        paths.check("--out", f.out)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if f.out:  # what cannot be written shows before minutes of compiling
         os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
     try:

@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import cli, data, generate, images, metrics
+from opsd_jax import cli, data, generate, images, locks, metrics, paths
 from opsd_jax.datasets import visual_opsd
 
 SHARD = 512  # rows of a parquet file; what a kill can cost
@@ -31,12 +31,15 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
       splits: those whose visual thoughts are drawn.
     Raises:
       FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
-      cannot draw; unknown splits.
+      cannot draw; unknown splits. locks.FolderInUse: another command is writing into DIR.
     """
     import jax
 
     from opsd_jax import checkpoint as checkpoint_lib
 
+    paths.check_given("--workdir", workdir, orbax=True)
+    paths.check("--checkpoint", checkpoint)
+    paths.check_given("--target", target)
     config = data.load_config(workdir)
     used = list(dict.fromkeys(s for s in ("train", config.eval.split, config.eval.final_split) if s))
     if unknown := set(splits) - set(used):
@@ -44,24 +47,26 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
     checkpoint = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
     folder, record = os.path.join(target, "drawn"), {"checkpoint": os.path.realpath(checkpoint), "splits": list(splits),
                                                      "batch_size": batch_size, "seed": seed}
-    _claim(os.path.join(folder, "redraw.json"), record)
-    model, number = generate.load(checkpoint, draw=True), 0
-    for task in config.data.tasks:
-        for split in used:
-            source = visual_opsd.open_source(data.folder(config, data.workdir_of(config, workdir)), split, task=task)
-            count = -(-len(source) // SHARD)
-            with metrics.Progress(len(source), f"{'drawing' if split in splits else 'copying'} {task}", split) as progress:
-                for shard in range(count):
-                    path = os.path.join(folder, "parquet", task, "data", f"{split}-{shard:05d}-of-{count:05d}.parquet")
-                    rows = [source[n] for n in range(shard * SHARD, min((shard + 1) * SHARD, len(source)))]
-                    if not os.path.exists(path):
-                        if split in splits:
-                            key = jax.random.fold_in(jax.random.key(seed), number)
-                            rows = _draw(model, config, rows, key, batch_size)
-                        _write(path, rows)
-                    number += 1
-                    progress.update(shard * SHARD + len(rows))
-    return visual_opsd.prepare(os.path.join(folder, "parquet"), target)
+    with locks.only_writer(target):
+        _claim(os.path.join(folder, "redraw.json"), record)
+        model, number = generate.load(checkpoint, draw=True), 0
+        for task in config.data.tasks:
+            for split in used:
+                source = visual_opsd.open_source(data.folder(config, data.workdir_of(config, workdir)), split, task=task)
+                count = -(-len(source) // SHARD)
+                doing = "drawing" if split in splits else "copying"
+                with metrics.Progress(len(source), f"{doing} {task}", split) as progress:
+                    for shard in range(count):
+                        path = os.path.join(folder, "parquet", task, "data", f"{split}-{shard:05d}-of-{count:05d}.parquet")
+                        rows = [source[n] for n in range(shard * SHARD, min((shard + 1) * SHARD, len(source)))]
+                        if not os.path.exists(path):
+                            if split in splits:
+                                key = jax.random.fold_in(jax.random.key(seed), number)
+                                rows = _draw(model, config, rows, key, batch_size)
+                            _write(path, rows)
+                        number += 1
+                        progress.update(shard * SHARD + len(rows))
+        return visual_opsd.prepare(os.path.join(folder, "parquet"), target)
 
 
 def _claim(path, record):

@@ -9,7 +9,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from opsd_jax import context, images, metrics
+from opsd_jax import context, images, metrics, paths
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model.config import (
     GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
@@ -161,6 +161,9 @@ def _stage(*, steps, batch_size, lr, reduction):
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for what no single frozen view can see. Cheap: called before anything is read or made."""
+    paths.check("config.init_from", config.init_from)
+    paths.check("config.tokenizer", config.tokenizer)
+    paths.check("config.data.dir", config.data.dir)
     least = {"checkpoint.every": 1, "checkpoint.keep_latest": 1, "log.every": 1, "log.samples_every": 0, "eval.every": 0,
              "eval.rows": 0, "eval.batch_size": 1, "eval.slots": 0, "data.threads": 1, "data.prefetch": 0, "data.cache_rows": 0,
              "rollout.empty_retries": 0, "health.patience": 1, "health.reference_checks": 1,

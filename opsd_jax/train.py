@@ -18,7 +18,7 @@ import time
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from opsd_jax import cli, settings
+from opsd_jax import cli, paths, settings
 
 # What may change between a run and its continuation.
 _FREE = ("log", "health", "eval", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
@@ -62,6 +62,7 @@ def main(argv) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
+    _check_path("--workdir", workdir, orbax=True)
     from opsd_jax import distributed
 
     several = distributed.initialize()
@@ -86,6 +87,10 @@ def main(argv) -> None:
 
 def parse_flags(argv):
     """The arguments left over. An override of a setting that does not exist ends the program with a suggestion."""
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        if name.lstrip("-") == "config":
+            _check_path("--config", value)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
@@ -99,17 +104,28 @@ def parse_flags(argv):
         sys.exit(f"error: {wrong[0]}: there is no setting {key}. {hint or 'All of them are in opsd_jax/settings.py.'}")
 
 
+def _check_path(flag, path, **options) -> None:
+    """Ends the command where a path cannot be used (`paths.check_given`)."""
+    try:
+        paths.check_given(flag, path, **options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):
     """Runs (or continues) a run and returns its final parameters.
 
     on_warm: called when the checkpoint is there that the OPSD stage starts from.
     data_workdir: whose data and tokenizer are used where the config names none.
     """
-    from opsd_jax import checkpoint
+    from opsd_jax import checkpoint, convert, locks
 
+    paths.check_given("--workdir", workdir, orbax=True)
     settings.check(config)
+    if config.init_from and not convert.is_released(config.init_from):
+        paths.check("config.init_from", config.init_from, orbax=True)
     ends = settings.stage_ends(config)
-    with checkpoint.only_writer(workdir), checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
+    with locks.only_writer(workdir, inside=True), checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
             os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
             keep_steps=[0, *ends.values()]) as checkpoints:
         record_config(config, workdir)

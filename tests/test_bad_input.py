@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import small_run
-from opsd_jax import checkpoint, context, data, settings, train
+from opsd_jax import checkpoint, context, data, locks, settings, train
 from opsd_jax.datasets import visual_opsd
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -241,8 +241,8 @@ def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
 
 
 def test_a_folder_that_another_run_writes_into(tmp_path, folder):
-    with checkpoint.only_writer(tmp_path / "w"):
-        refused(checkpoint.WorkdirInUse, tmp_path, f"{tmp_path}/w", f"process {os.getpid()} on", data__dir=str(folder))
+    with locks.only_writer(tmp_path / "w", inside=True):
+        refused(locks.FolderInUse, tmp_path, f"{tmp_path}/w", f"process {os.getpid()} on", data__dir=str(folder))
 
 
 @pytest.mark.slow

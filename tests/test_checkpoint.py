@@ -449,30 +449,6 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default():
 # ---------------------------------------------------------------------------- being asked to stop
 
 
-def test_one_run_a_folder(tmp_path):
-    """The second is told who is there; a run that was killed keeps nobody out."""
-    code = """
-        import sys, time
-        from opsd_jax import checkpoint
-        with checkpoint.only_writer(sys.argv[1]):
-            print("in", flush=True)
-            time.sleep(600)
-    """
-    first = child(code, tmp_path / "w")
-    try:
-        assert first.stdout.readline() == "in\n"
-        with pytest.raises(checkpoint.WorkdirInUse, match=f"{tmp_path}/w is being written by process {first.pid} on .*--workdir"):
-            with checkpoint.only_writer(tmp_path / "w"):
-                pass
-        with checkpoint.only_writer(tmp_path / "w" / "arms" / "noise"):  # a folder of its own
-            pass
-    finally:
-        first.kill()
-        first.communicate()
-    with checkpoint.only_writer(tmp_path / "w"):
-        assert f"process {os.getpid()} on" in (tmp_path / "w" / "lock").read_text()
-
-
 def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):

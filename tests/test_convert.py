@@ -658,7 +658,7 @@ def test_commands_that_fail_leave_nothing(copied, tmp_path, capsys):
     before = sorted(os.listdir(tmp_path))
     assert "is not empty" in fails("import", f"--source={copied}", f"--target={tmp_path / 'full'}")
     assert "is no released folder" in fails("import", f"--source={tmp_path}", f"--target={tmp_path / 't'}")
-    assert "local folders only" in fails("import", f"--source={copied}", "--target=gs://bucket/x")
+    assert "mount the bucket" in fails("import", f"--source={copied}", "--target=gs://bucket/x")
     change(copied, add={"extra": np.ones(1, np.float32)})
     assert "error: " in (said := fails("import", f"--source={copied}", f"--target={tmp_path / 't'}"))
     assert "surplus extra" in said

@@ -98,7 +98,7 @@ def test_writer_writes_strict_json_lines(tmp_path):
     assert second["loss"] is None and second["norm"] is None and second["ok"] == 1.0
     assert second["nonfinite"] == ["loss", "norm"]
     assert metrics.read(tmp_path / "metrics.jsonl") == [first, second]
-    with pytest.raises(ValueError, match="object store"):
+    with pytest.raises(ValueError, match="mount the bucket"):
         Writer("gs://bucket/run")
 
 

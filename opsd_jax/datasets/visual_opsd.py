@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 from absl import logging
 from PIL import Image
 
+from opsd_jax import locks, paths
+
 NAME, VERSION = "visual_opsd", "1.0.0"
 SPLITS = ("train", "validation", "test")
 ROUNDS = 8  # thoughts and visual thoughts a row can hold
@@ -358,15 +360,19 @@ def prepare(source: str | os.PathLike, target: str | os.PathLike, *, on_bad_row:
     Raises:
       BadSource, BadRow: see there.
       FileExistsError: the target folder holds rows of other files, splits or another limit.
+      locks.FolderInUse: another command is writing there.
       OSError: a failing write, e.g. a full disk; no half shard counts as finished.
     """
+    paths.check_given("--source", source)
+    paths.check_given("--target", target)
     if on_bad_row not in ("fail", "skip"):
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 row, or None for all, got {limit}")
     work = {task: (folder, *_plan_shards(task, folder, Path(target), splits, limit))
             for task, folder in task_folders(source).items()}
-    with _bar(progress, sum(shard.rows for _, _, shards, _ in work.values() for shard in shards)) as tick:
+    rows = sum(shard.rows for _, _, shards, _ in work.values() for shard in shards)
+    with locks.only_writer(target), _bar(progress, rows) as tick:
         reports = [_prepare_task(task, *plan, on_bad_row == "skip", overwrite, tick)
                    for task, plan in work.items()]
     return Report(rows={name: n for report in reports for name, n in report.rows.items()},

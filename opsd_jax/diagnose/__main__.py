@@ -2,7 +2,7 @@
 
 import os
 
-from opsd_jax import cli, data, distributed
+from opsd_jax import cli, data, distributed, paths
 from opsd_jax import eval as eval_lib
 from opsd_jax.diagnose import attention, interventions, kl, runs
 
@@ -57,6 +57,8 @@ def diagnose(args) -> str:
     """Runs the analysis that the parsed arguments ask for; the folder of its results."""
     from opsd_jax import checkpoint as checkpoint_lib
 
+    for name in ("workdir", "checkpoint", "teacher", "student"):
+        paths.check(f"--{name}", getattr(args, name, ""), orbax=True)
     what, workdir = args.analysis, os.path.normpath(args.workdir)
     config = data.load_config(workdir)  # no run: said first
     given = args.student if what == "kl" else args.checkpoint

@@ -1,0 +1,50 @@
+"""Which paths are accepted: the one check that every command makes of every path, before it does anything.
+
+Accepted are paths of mounted file systems. An address such as gs://bucket/x is refused: `os` would take it for a local
+folder named `gs:`. Buckets are used through a mount, see docs/launch.md.
+"""
+
+import os
+import re
+import unicodedata
+
+_ADDRESS = re.compile(r"://|(?:^|/)[A-Za-z][A-Za-z0-9+.-]*:(?:/|$)")  # the second: what `os.path` makes of gs://b
+_GLOB = "[]*?\\"  # Orbax and TensorStore treat them as patterns: arrays are written and never found again
+_REMOTE_ROOTS = ("gs", "s3", "az", "hf")  # epath, which Orbax and TFDS use, reads /gs/b as gs://b
+
+
+def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
+    """Raises ValueError for a path that cannot be used; makes and reads nothing.
+
+    Args:
+      name: what the user calls it, such as "--workdir" or "config.data.dir".
+      path: what was given. "" passes: it means "not given" (see `check_given`).
+      orbax: whether checkpoints are written to or read from it, or from a folder in it.
+    """
+    path = os.fspath(path)
+    if not path:
+        return
+    shown = f"{name}={path!r}"
+    if _ADDRESS.search(path):
+        raise ValueError(f"{shown} is an address, not a folder of a mounted file system: mount the bucket, for example "
+                         "with gcsfuse, and give the mounted folder")
+    if odd := [char for char in path if unicodedata.category(char) == "Cc"]:
+        raise ValueError(f"{shown} holds the character {odd[0]!r}: use a path of printable characters")
+    if path[0] == "~":
+        raise ValueError(f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole path")
+    place = os.path.realpath(path)  # the folder above counts as well, and where a link leads
+    root, _, rest = place.lstrip("/").partition("/")
+    if root in _REMOTE_ROOTS:
+        raise ValueError(f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket at "
+                         "another place")
+    if orbax and (found := sorted(set(place) & set(_GLOB))):
+        whole = "" if place == path else f" (which is {place})"
+        raise ValueError(f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be read "
+                         f"again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them")
+
+
+def check_given(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
+    """As `check`; "" is an error too: without this, it would mean the current folder."""
+    if not os.fspath(path):
+        raise ValueError(f"{name} is empty (an unset shell variable?): give a path")
+    check(name, path, orbax=orbax)
