@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Iterator
 
-import jax
 from absl import logging
 
 from opsd_jax import paths
@@ -24,20 +23,21 @@ class FolderInUse(OSError):
 
 
 @contextlib.contextmanager
-def only_writer(folder, *, inside: bool = False, wait: bool = False) -> Iterator[None]:
-    """Keeps `folder` to the caller and to what it calls. Of several processes of a run the first one locks for all.
+def only_writer(folder, *, inside: bool = False, wait: bool = False, primary: bool = True) -> Iterator[None]:
+    """Keeps `folder` to the caller and to what it calls.
 
     Args:
       folder: it need not exist.
       inside: the lock file is <folder>/lock (of a workdir, which is made) and stays. Without it, it is .<name>.lock
         beside the folder, so that a command that fails leaves no folder, and is removed at the end.
       wait: until the other command is done, instead of an error.
+      primary: of the processes of one run, the first one locks for all; the others pass.
     Raises:
       FolderInUse: names the process that writes there and its machine.
     """
     paths.check_given("folder", folder)
     folder = os.path.realpath(folder)
-    if jax.process_index() or not inside and folder in _held.get():
+    if not primary or not inside and folder in _held.get():
         yield
         return
     parent, name = os.path.split(folder)

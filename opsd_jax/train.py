@@ -118,6 +118,8 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
     on_warm: called when the checkpoint is there that the OPSD stage starts from.
     data_workdir: whose data and tokenizer are used where the config names none.
     """
+    import jax
+
     from opsd_jax import checkpoint, convert, locks
 
     paths.check_given("--workdir", workdir, orbax=True)
@@ -125,7 +127,8 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
     if config.init_from and not convert.is_released(config.init_from):
         paths.check("config.init_from", config.init_from, orbax=True)
     ends = settings.stage_ends(config)
-    with locks.only_writer(workdir, inside=True), checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
+    lock = locks.only_writer(workdir, inside=True, primary=jax.process_index() == 0)
+    with lock, checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
             os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
             keep_steps=[0, *ends.values()]) as checkpoints:
         record_config(config, workdir)
