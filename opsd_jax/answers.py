@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from opsd_jax import benchmarks, generate, images, metrics
+from opsd_jax.datasets.plan import subset_facts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,11 +36,12 @@ class Benchmark:
     judge: Callable
     size: Callable = lambda key: 0
     table: benchmarks.Table | None = None
+    subset: dict | None = None  # see `plan.subset_facts`
 
 
-def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0) -> Benchmark:
-    """A public table as a benchmark. cache: see `benchmarks.images`. limit: see `benchmarks.first`; 0: all."""
-    part = benchmarks.first(table, limit) if limit else table
+def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
+    """A public table as a benchmark. cache: see `benchmarks.images`. limit, seed: see `benchmarks.subset`."""
+    part = benchmarks.subset(table, limit, seed)
     rows = {row.index: row for row in part.rows}
 
     def question(key):
@@ -52,19 +54,20 @@ def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0) -> Benchmar
         return str(cells["maze_map"] if table.kind == "vsp" else cells["answer"])
 
     def judge(texts):
-        report = benchmarks.score(part, texts, partial=True)
+        report = benchmarks.score(table, texts, partial=True)  # of the whole one: MMVP's pairs are told by their places
         found = {row["index"]: {k: v for k, v in row.items() if k != "index"} for row in report.rows}
         return found, {
             "overall": report.overall, "unit": report.unit, "n": sum(n for _, n in report.parts),
             "categories": report.per_category, "interval_95": list(metrics.wilson_of_mean(report.parts)),
             "extras": report.extras,
             "needs_judge": sum(bool(row.get("needs_judge")) for row in found.values()),
-            "without_main_row": len(report.orphans)}
+            "without_main_row": len(benchmarks.questions(part) & set(report.orphans))}
 
     def size(key):
         return len(benchmarks.wrapper(benchmarks.messages(rows[key]))[1])
 
-    return Benchmark(table.name, tuple(rows), question, expected, judge, size, part)
+    facts = subset_facts(benchmarks.size(part), benchmarks.size(table), seed)
+    return Benchmark(table.name, tuple(rows), question, expected, judge, size, part, facts)
 
 
 def broken(benchmark: Benchmark) -> dict:

@@ -408,17 +408,28 @@ def _score_row(row: Row, text: str) -> dict:
     return {"index": row.index, "option": option, "hit": _hit(row, option), "needs_judge": needs_judge}
 
 
-def first(table: Table, count: int) -> Table:
-    """The first rows of a table, or all rows of its first questions where it is circular."""
-    if table.kind != "circular":
-        return dataclasses.replace(table, rows=table.rows[:count])
-    questions = list(dict.fromkeys(map(_question, table.rows)))[:count]
-    return dataclasses.replace(table, rows=tuple(row for row in table.rows if _question(row) in questions))
+def questions(table: Table) -> set:
+    """What is asked, told apart by index: each row, or in a circular table each question with all its turns."""
+    return set(map(_question, table.rows))
 
 
-def _question(row) -> int:
-    """The question of a circular table that a row turns."""
-    return int(row.cells.get("g_index", row.index % _TURN))
+def size(table: Table) -> int:
+    """Number of questions."""
+    return len(questions(table))
+
+
+def subset(table: Table, count: int, seed: int) -> Table:
+    """A table with `count` of the questions (all for 0), chosen at random by the seed, in the order of the table."""
+    from opsd_jax.datasets import plan
+
+    asked = list(dict.fromkeys(map(_question, table.rows)))
+    chosen = {asked[n] for n in plan.subset(len(asked), count, seed)}
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if _question(row) in chosen))
+
+
+def _question(row) -> int | str:
+    """The index of a row, or of the question that it turns in a circular table."""
+    return int(row.cells.get("g_index", row.index % _TURN)) if KINDS[row.name] == "circular" else row.index
 
 
 def _circular(table, texts):

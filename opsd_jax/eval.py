@@ -34,6 +34,7 @@ import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
 from opsd_jax import cli, distributed, images, metrics, paths, settings, tasks
+from opsd_jax.datasets import plan
 
 # Modes of the teacher's context, of drawing, and all.
 CONTEXTS = tuple(mode for mode in settings.MODES if mode != "none")
@@ -51,6 +52,7 @@ class Result:
     timed: int  # rows that `seconds` covers
     judged: dict | None = None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
     without_visual_thoughts: int | None = None  # rows that have none, in a mode that shows them or something instead
+    subset: dict | None = None  # see `plan.subset_facts`
 
     @property
     def hits(self) -> int:
@@ -63,6 +65,8 @@ class Result:
                                 "interval_95": list(metrics.wilson(self.hits, n))}
         found = {**found, "mean_output_tokens": share(lambda p: p["tokens"]),
                  "seconds_per_sample": self.seconds / self.timed if self.timed else None, "timed_samples": self.timed}
+        if self.subset:
+            found["rows"] = self.subset
         if "stop" in self.predictions[0]:
             found |= {"eos_rate": share(lambda p: p["stop"] == "eos"),
                       "image_skip_rate": share(lambda p: p["image_skips"] > 0)}
@@ -88,21 +92,21 @@ def batches(numbers, batch_size: int):
         yield part + part[-1:] * (batch_size - len(part))
 
 
-def buckets_of(rows, packer, source: int, size: int, modes) -> list[int]:
-    """For each of a source's first `size` rows the bucket with room for its context in all of the modes.
+def buckets_of(rows, packer, source: int, numbers, modes) -> list[int]:
+    """For each of the numbered rows of a source the bucket that holds its context in all of the modes.
 
-    With a single bucket nothing is read; else all rows are, by every process for itself.
+    With a single bucket nothing is read; else all of these rows are, by every process for itself.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     if len(packer.buckets.student) == 1:
-        return [0] * size
+        return [0] * len(numbers)
 
     def find(n):
         return max(packer.fitting(*_blocks_of(rows, packer, source, n, mode)) for mode in modes)
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(find, range(size)))
+        return list(pool.map(find, numbers))
 
 
 def _blocks_of(rows, packer, source: int, n: int, mode: str):
@@ -119,12 +123,12 @@ def _blocks_of(rows, packer, source: int, n: int, mode: str):
     return "teacher", packer.blocks(row, "teacher", shown)
 
 
-def check_fit(rows, packer, task_names, modes, limit: int = 0, traces: bool = False) -> None:
+def check_fit(rows, packer, task_names, modes, limit: int = 0, subset_seed: int = 0, traces: bool = False) -> None:
     """TooLong, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
     from opsd_jax import context as context_lib
 
     for source, name in enumerate(task_names):
-        for n in range(_size(rows, source, limit)):
+        for n in _numbers(rows, source, limit, subset_seed):
             row = rows(source, n)
             for mode in modes:
                 kind, blocks = _blocks_of(rows, packer, source, n, mode)
@@ -138,10 +142,10 @@ def check_fit(rows, packer, task_names, modes, limit: int = 0, traces: bool = Fa
                 packer.references([row])
 
 
-def by_length(rows, packer, source: int, size: int, batch_size: int, modes):
-    """(bucket, row numbers) of every batch: rows of one bucket together, in order."""
-    found = buckets_of(rows, packer, source, size, modes)
-    for numbers in batches(sorted(range(size), key=found.__getitem__), batch_size):
+def by_length(rows, packer, source: int, chosen, batch_size: int, modes):
+    """(bucket, row numbers) of every batch of the chosen rows: rows of one bucket together, in order."""
+    found = dict(zip(chosen, buckets_of(rows, packer, source, chosen, modes), strict=True))
+    for numbers in batches(sorted(chosen, key=found.__getitem__), batch_size):
         yield max(found[n] for n in numbers), numbers
 
 
@@ -159,19 +163,20 @@ def contexts(rows, packer, source: int, numbers, mode: str, seed: int, bucket: i
 
 
 def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size: int, limit: int = 0,
-             seed: int = 0, mesh=None, on_batch=None) -> list[Result]:
-    """Answers all rows of all sources greedily.
+             subset_seed: int = 0, seed: int = 0, mesh=None, on_batch=None) -> list[Result]:
+    """Answers all rows of all sources greedily, or a random subset of each.
 
     Args:
       params: the model's dict. rows, packer: of the split. config: RolloutConfig; sampling is made greedy.
-      mode: see the module. batch_size: of all processes together. limit: first rows of each task; 0: all.
+      mode: see the module. batch_size: of all processes together.
+      limit, subset_seed: rows of each task, chosen by the seed (`plan.subset`); 0: all. seed: of noise.
       on_batch: called after each batch with how many rows are done, and how many of them right, in all tasks.
     """
     config = dataclasses.replace(config, greedy=True)
     results, done, hits = [], 0, 0
     for source, name in enumerate(task_names):
         predictions, seconds, timed, single = {}, 0.0, 0, None
-        for bucket, numbers in by_length(rows, packer, source, _size(rows, source, limit), batch_size, (mode,)):
+        for bucket, numbers in by_length(rows, packer, source, _numbers(rows, source, limit, subset_seed), batch_size, (mode,)):
             packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh, bucket)
             found, took, compiled = _sample(params, packed, config)
             if not compiled:  # else the time is the compiler's
@@ -183,7 +188,8 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
         if not timed:  # a single batch, and it compiled
             seconds, timed = _sample(params, single[0], config)[1], len(set(single[1]))
         without = _without_visual_thoughts(rows, source, sorted(predictions)) if mode in CONTEXTS else None
-        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed, None, without))
+        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed, None, without,
+                              plan.subset_facts(len(predictions), len(rows.sources[source]), subset_seed)))
         done, hits = done + len(predictions), hits + results[-1].hits
     return results
 
@@ -223,7 +229,7 @@ def _read(found, placed, examples, tokenizer) -> dict:
 
 
 def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_size: int, limit: int = 0,
-                 mesh=None) -> dict:
+                 subset_seed: int = 0, mesh=None) -> dict:
     """KL(teacher with the true visual thoughts || student without) on the rows' text traces, nats per token.
 
     Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over rows. config: ModelConfig.
@@ -236,7 +242,8 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
     ends = {"bos": packer.tokenizer.bos, "eos": packer.tokenizer.eos}
     for source, name in enumerate(task_names):
         values = {}
-        for bucket, numbers in by_length(rows, packer, source, _size(rows, source, limit), batch_size, ("none", "real")):
+        chosen = _numbers(rows, source, limit, subset_seed)
+        for bucket, numbers in by_length(rows, packer, source, chosen, batch_size, ("none", "real")):
             mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
             tokens, mask = packer.references(prepared)
@@ -254,9 +261,8 @@ def _without_visual_thoughts(rows, source: int, numbers) -> int:
     return sum(not rows.sources[source][n].visual_thoughts for n in numbers)
 
 
-def _size(rows, source: int, limit: int) -> int:
-    size = len(rows.sources[source])
-    return min(limit, size) if limit else size
+def _numbers(rows, source: int, limit: int, subset_seed: int) -> list[int]:
+    return plan.subset(len(rows.sources[source]), limit, subset_seed)
 
 
 def _own_part(numbers: list, mesh) -> list:
@@ -304,6 +310,11 @@ def percent(found: dict) -> float:
     return found["overall"] * (100 if found["unit"] == "fraction" else 1)
 
 
+def _counted(found: dict) -> str:
+    """How many rows a score is of: "128", or of a random subset "128 of 512"."""
+    return f"{found['n']} of {found['rows']['of']}" if "rows" in found else str(found["n"])
+
+
 def table(summaries: dict[str, dict]) -> str:
     """Markdown table of summaries by name: score with its 95 % interval, tokens, seconds; the paper's where it has one."""
     public = any(b in benchmarks_lib.PAPER for s in summaries.values() for b in s["benchmarks"])
@@ -315,7 +326,7 @@ def table(summaries: dict[str, dict]) -> str:
             low, high = b["interval_95"]
             seconds = "–" if b["seconds_per_sample"] is None else f"{b['seconds_per_sample']:.4f}"
             line = (f"| {name} | {task} | {percent(b):.1f} % | {100 * low:.1f}–{100 * high:.1f} "
-                    f"| {b['n']} | {b['mean_output_tokens']:.1f} | {seconds} |")
+                    f"| {_counted(b)} | {b['mean_output_tokens']:.1f} | {seconds} |")
             if public:
                 teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
                 line += f" {teacher} | {student} |" if teacher else " | |"
@@ -327,9 +338,9 @@ def seeds(summaries: dict[str, dict]) -> str:
     """Markdown table of scores over seeds: of summaries that differ in the seed alone, mean and standard deviation."""
     groups = collections.defaultdict(dict)
     for summary in summaries.values():
-        alike = [summary.get(key) for key in ("checkpoint", "protocol", "split", "first_rows")]
+        alike = [summary.get(key) for key in ("checkpoint", "protocol", "split")]
         for task, b in summary["benchmarks"].items():
-            groups[task, b["n"], *map(str, alike)].setdefault(summary["seed"], b)
+            groups[task, _counted(b), *map(str, [*alike, b.get("rows")])].setdefault(summary["seed"], b)
     lines = []
     for (task, n, checkpoint, protocol, *_), by_seed in groups.items():
         if len(by_seed) > 1:
@@ -342,7 +353,7 @@ def seeds(summaries: dict[str, dict]) -> str:
 
 def speeds(summaries: dict[str, dict]) -> str:
     """Markdown table of how much longer drawing takes than answering in text: pairs that differ in the mode alone."""
-    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "first_rows", "asked_by", "seed")]
+    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "asked_by", "seed")]
     lines = []
     for name, drawn in summaries.items():
         for other, text in summaries.items():
@@ -350,6 +361,8 @@ def speeds(summaries: dict[str, dict]) -> str:
                 continue
             for task in sorted(set(drawn["benchmarks"]) & set(text["benchmarks"])):
                 long, short = (s["benchmarks"][task] for s in (drawn, text))
+                if long.get("rows") != short.get("rows"):
+                    continue
                 if long["seconds_per_sample"] and short["seconds_per_sample"]:
                     ratio = long["seconds_per_sample"] / short["seconds_per_sample"]
                     gain = percent(short) - percent(long)
@@ -385,7 +398,9 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
       workdir: of the run, or of an arm; with another model in `checkpoint`, a folder for results.
       checkpoint: a step folder; "" for the newest one of the run; or a released or imported model.
       benchmarks: names, see the module. data_dir: folder of the public tables. protocol: see the module.
-      limit: first rows of each benchmark only; 0 for all. seed: of noise and sampling; None for the run's.
+      limit: a random subset of so many rows of each benchmark (of whole questions where a table asks each several times);
+        0 for all. It depends on config.seed (0 for a model that is no run), so results of several seeds stay paired.
+      seed: of noise and sampling; None for the run's.
       name: of the results. "" makes one that tells what was measured, so that a rerun replaces equals by
         equals: <step>-<mode>[-banned][-<protocol>], and more where split, rows, tasks or seed are not the run's own.
       batch_size: 0 for config.eval.batch_size (16 for a model that is no run).
@@ -426,6 +441,7 @@ class Job:
     protocol: str
     split: str
     limit: int
+    subset_seed: int  # the same for every --seed
     ban_marker: bool
     seed: int
     batch_size: int
@@ -437,6 +453,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     """Checks what `evaluate_run` is given, before anything slow."""
     from opsd_jax import answers, convert, data, generate
     from opsd_jax import checkpoint as checkpoint_lib
+    from opsd_jax.datasets import visual_opsd
 
     for mode in modes:
         if mode not in MODES:
@@ -478,6 +495,8 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
         if not name and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) != os.path.realpath(steps):
             raise ValueError(f"--checkpoint={checkpoint} is no step of {steps}: say with --name under which name "
                              f"its results shall stand in {workdir}/eval")
+    tables = tuple(benchmarks_lib.read(files[b]) for b in public)
+    where = data.workdir_of(config, workdir) if own else workdir
     own_seed = config.seed if config else 0
     seed = own_seed if seed is None else seed
     labels = {mode: f"{mode}-banned" if ban_marker else mode for mode in modes}
@@ -490,21 +509,24 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
             raise ValueError("--visual_thoughts=generated-swap with a --name: it shows what other rows drew in mode generated "
                              "of the same name, so give --visual_thoughts=generated,generated-swap")
     else:
+        sizes = [benchmarks_lib.size(table) for table in tables]
+        if limit and own:
+            place = data.folder(config, where)
+            sizes += [len(visual_opsd.open_source(place, split, task=task)) for task in own]
         differs = [protocol] if protocol else []
         differs += [split] if config and own and split != config.eval.final_split else []
-        differs += [f"first{limit}"] if limit else []
+        differs += [f"random{limit}"] if any(limit < size for size in sizes) and limit else []
         if public:
             differs += [*public, *own] if benchmarks else ["public"]
         elif own != tuple(config.data.tasks):
             differs += own
         differs += [f"seed{seed}"] if seed != own_seed else []
         names = {mode: "-".join([stem, label, *differs]) for mode, label in labels.items()}
-    tables = tuple(benchmarks_lib.read(files[b]) for b in public)
     batch_size = batch_size or (config.eval.batch_size if config else 16)
-    about = {"checkpoint": checkpoint, "seed": seed, "split": split if own else None, "step": step, "first_rows": limit,
+    about = {"checkpoint": checkpoint, "seed": seed, "split": split if own else None, "step": step,
              "asked_by": protocol or "run"}
-    return Job(workdir, config, checkpoint, names, contexts, own, tables, data.workdir_of(config, workdir) if own else workdir,
-               protocol, split, limit, ban_marker, seed, batch_size, about)
+    return Job(workdir, config, checkpoint, names, contexts, own, tables, where, protocol, split, limit, own_seed, ban_marker,
+               seed, batch_size, about)
 
 
 def _in_context(job: Job, mode: str, compared) -> dict:
@@ -526,10 +548,10 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     sampling = settings.rollout(
         config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
         shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    lengths = {name: buckets_of(rows, packer, source, _size(rows, source, job.limit), (mode,))
-               for source, name in enumerate(job.tasks)}
-    chosen = [dataclasses.replace(_of_rows(rows, source, name, job), size=lengths[name].__getitem__)
-              for source, name in enumerate(job.tasks)]
+    chosen = [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
+    lengths = {b.name: dict(zip(b.keys, buckets_of(rows, packer, source, b.keys, (mode,)), strict=True))
+               for source, b in enumerate(chosen)}
+    chosen = [dataclasses.replace(b, size=lengths[b.name].__getitem__) for b in chosen]
     without = {b.name: _without_visual_thoughts(rows, source, b.keys)
                for source, b in enumerate(chosen)} if mode in CONTEXTS else {}
     if bare := [b.name for b in chosen if without.get(b.name) == len(b.keys)]:
@@ -561,7 +583,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     mesh = sharding.make_mesh(tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices())
     model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
     cache = "jpeg75" if job.protocol == "harness" else "lossless"
-    chosen = [answers.of_table(table, cache=cache, limit=job.limit) for table in job.tables]
+    chosen = [answers.of_table(table, cache=cache, limit=job.limit, seed=job.subset_seed) for table in job.tables]
     if job.tasks:
         rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
         chosen += [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
@@ -635,8 +657,9 @@ def _of_rows(rows, source: int, name: str, job: Job):
             found[key] = {"pid": examples[key].pid, "answer": answer, "hit": hit}
         return found, None
 
-    return answers.Benchmark(name, tuple(range(_size(rows, source, job.limit))), question,
-                             lambda key: examples[key].answer, judge)
+    keys = tuple(_numbers(rows, source, job.limit, job.subset_seed))
+    return answers.Benchmark(name, keys, question, lambda key: examples[key].answer, judge,
+                             subset=plan.subset_facts(len(keys), len(examples), job.subset_seed))
 
 
 def _shown(rows, source, key, mode, seed):
@@ -700,7 +723,8 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
         in_order = [{**predictions[key], **found[key]} for key in benchmark.keys if key in predictions]
         clean = [r for r in own if not r["compiled"]]  # several processes answer side by side
         results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean) / processes,
-                              sum(len(r["predictions"]) for r in clean), judged, without.get(benchmark.name)))
+                              sum(len(r["predictions"]) for r in clean), judged, without.get(benchmark.name),
+                              benchmark.subset))
         if benchmark.table:
             answered = tuple(row for row in benchmark.table.rows if row.index in predictions)
             benchmarks_lib.export(os.path.join(folder, f"{benchmark.name}.tsv"),
@@ -738,13 +762,15 @@ def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=No
     scores = summary["benchmarks"]
     parts = [report.paragraph(
         f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, seed {summary['seed']}. Intervals hold "
-        "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left.")]
+        "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left."
+        + "".join(f" {task}: a random subset, {_counted(s)}, chosen with seed {s['rows']['seed']}."
+                  for task, s in scores.items() if "rows" in s))]
     parts.append(report.intervals([(task, percent(s), 100 * s["interval_95"][0], 100 * s["interval_95"][1])
                                    for task, s in scores.items()]))
     rows = []
     for task, s in scores.items():
         teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
-        rows.append([task, percent(s), s["n"], s["mean_output_tokens"], s["seconds_per_sample"], s["timed_samples"],
+        rows.append([task, percent(s), _counted(s), s["mean_output_tokens"], s["seconds_per_sample"], s["timed_samples"],
                      s.get("pictures_per_sample"), s.get("needs_judge"), len(s.get("bad_rows", ())), teacher, student])
     parts.append(report.table(
         ["benchmark", "score %", "n", "tokens", "s/sample", "timed", "pictures", "no rule applied", "rows left out",
@@ -797,7 +823,7 @@ def main(argv=None) -> None:
                         help=f"{', '.join(MODES)}; several separated by commas")
     parser.add_argument("--protocol", default="", help="paper or harness (default: the run's own, greedy)")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=0, help="first rows of each benchmark only (default: all)")
+    parser.add_argument("--rows", type=int, default=0, help="a random subset of so many rows of each benchmark (default, or 0: all)")
     parser.add_argument("--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)")
     parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
                         help="rows of a table that cannot be shown; skip lists them in the summary")

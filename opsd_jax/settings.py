@@ -121,7 +121,7 @@ def default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations on `split` while training; 0: none
     c.eval.split = "validation"
-    c.eval.rows = 128  # of each task in those evaluations; 0: all
+    c.eval.rows = 128  # random subset of each task, the same every time, in those evaluations; 0: all
     c.eval.visual_thoughts = ("none",)  # modes evaluated then
     c.eval.final_split = "test"  # evaluated whole when a stage ends; "": not at all
     c.eval.final_visual_thoughts = ("none", "real")

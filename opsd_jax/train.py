@@ -441,7 +441,8 @@ class Evaluation:
         run.rollout(max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens, slots=c.slots, refill=0)
         fit = functools.partial(eval_lib.check_fit, packer=run.packer, task_names=run.config.data.tasks)
         if c.every:
-            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts}, limit=c.rows)
+            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts}, limit=c.rows,
+                subset_seed=run.config.seed)
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
             fit(self._of(c.final_split), modes={*c.final_visual_thoughts, *kl}, traces=bool(kl))
@@ -467,8 +468,8 @@ class Evaluation:
         sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
         return eval_lib.evaluate(
             params, self._of(split), self.run.packer, config=sampling,
-            task_names=c.data.tasks, mode=mode, batch_size=c.eval.batch_size, limit=limit, seed=c.seed,
-            mesh=self.run.mesh)
+            task_names=c.data.tasks, mode=mode, batch_size=c.eval.batch_size, limit=limit, subset_seed=c.seed,
+            seed=c.seed, mesh=self.run.mesh)
 
     def during(self, step, state, distill_config) -> dict:
         """{"eval/<task>/<mode>": accuracy} on the validation rows; with an EMA teacher also its own accuracy."""

@@ -145,7 +145,7 @@ def test_the_form_of_the_harness():
 def test_a_table_as_a_benchmark():
     table = benchmarks.read(TABLES / "BLINK.tsv")
     found = answers.of_table(table, cache="lossless", limit=3)
-    assert found.keys == tuple(row.index for row in table.rows[:3]) and not answers.broken(found)
+    assert found.keys == tuple(row.index for row in benchmarks.subset(table, 3, 0).rows) and not answers.broken(found)
     pictures, text = found.question(found.keys[0])
     assert all(isinstance(p, Image.Image) for p in pictures) and "<|image_1|>" in text and len(pictures) == found.size(
         found.keys[0])
@@ -201,3 +201,28 @@ def test_json_lines_are_what_training_writes(tmp_path):
     eval_lib.write(str(tmp_path), [result], checkpoint="c", seed=0, protocol="p")
     assert json.loads((tmp_path / "predictions.jsonl").read_text()) == {
         "benchmark": "T", "index": 0, "prediction": "x", "hit": True, "tokens": 1}
+
+
+# --- random subsets
+
+def test_a_subset_is_random_in_order_and_nested():
+    from opsd_jax.datasets import plan
+
+    some, more = plan.subset(512, 128, 0), plan.subset(512, 256, 0)
+    assert len(set(some)) == 128 and some == sorted(some) == plan.subset(512, 128, 0) != plan.subset(512, 128, 1)
+    assert set(some) < set(more) and plan.subset(5, 0, 0) == plan.subset(5, 9, 0) == list(range(5))
+    by_quarter = np.bincount(np.array(some) // 128)  # an ordered split: small problems first
+    assert by_quarter.min() > 16 and by_quarter.max() < 48
+    times = np.bincount(sum([plan.subset(20, 5, seed) for seed in range(400)], []))
+    assert abs(times - 100).max() < 40
+
+
+def test_a_subset_of_a_table_has_whole_questions():
+    table = benchmarks.read(TABLES / "SAT_circular.tsv")
+    part, whole = benchmarks.subset(table, 1, 0), benchmarks.questions(table)
+    asked = benchmarks.questions(part)
+    assert len(asked) == 1 and part.rows == tuple(row for row in table.rows if benchmarks._question(row) in asked)
+    assert {q for seed in range(40) for q in benchmarks.questions(benchmarks.subset(table, 1, seed))} == whole
+    found = answers.of_table(table, cache="lossless", limit=1, seed=0)
+    assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(row.index for row in part.rows)
+    assert answers.of_table(table, cache="lossless").subset is None

@@ -323,3 +323,14 @@ def test_import_is_light():
     code = ("import sys, opsd_jax.scoring, opsd_jax.benchmarks\n"
             "print([m for m in ('pandas', 'numpy', 'jax', 'flax', 'PIL', 'transformers') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_pairs_of_a_random_subset_are_those_of_the_table(tmp_path):
+    """MMVP asks in pairs, rows 2i and 2i+1: two rows that a subset put side by side are none."""
+    from opsd_jax import answers
+
+    table = benchmarks.read(write(tmp_path, mcq(8), "MMVP"))
+    seed = next(s for s in range(99) if [r.index for r in benchmarks.subset(table, 4, s).rows] == [0, 2, 3, 5])
+    found = answers.of_table(table, cache="lossless", limit=4, seed=seed)
+    summary = found.judge({0: "A", 2: "A", 3: "B", 5: "A"})[1]
+    assert summary["extras"] == {"pair_accuracy_newer_harness": 0.0} and summary["overall"] == 0.75 and summary["n"] == 4

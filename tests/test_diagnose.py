@@ -16,6 +16,7 @@ import small_run
 import tiny
 from opsd_jax import context, data, distill
 from opsd_jax import eval as eval_lib
+from opsd_jax.datasets import plan
 from opsd_jax.diagnose import __main__ as command
 from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, runs
@@ -346,14 +347,14 @@ def check_page(folder, *texts):
 @pytest.mark.slow
 def test_kl_command(workdir):
     folder, summary = run(workdir, "kl", "--rows=10")
-    assert folder.name == f"kl-{LAST}-first10"
+    assert folder.name == f"kl-{LAST}-random10"
     check_page(folder, "closed %", "Shared tail", "answer_span_avg_kl", "Completions: base", "nats", "data:image/png")
     records = lines(folder / "tokens.jsonl")
     assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
         str(small_run.WARMUP)] * 2 + [str(small_run.LAST)]
     for kind in kl.COMPLETIONS:
         mine = [r for r in records if r["completion"] == kind]
-        assert [r["index"] for r in mine] == list(range(10))
+        assert [r["index"] for r in mine] == plan.subset(small_run.TEST_ROWS, 10, 0)
         by_task = summary["completions"][kind]["tasks"][small_run.TASK]
         for name in ("before", "after"):
             assert all(len(r[name]) == len(r["labels"]) == len(r["pieces"]) for r in mine)
@@ -410,11 +411,11 @@ def test_kl_of_chosen_completions(workdir):
     """Greedy completions end as sampled: with eos, or cut by the budget and then without. One model has no after."""
     folder, summary = run(workdir, "kl", "--rows=5", "--completions=base", "--temperature=0", "--batch_size=2",
                           f"--student={workdir}/checkpoints/{small_run.WARMUP}")
-    assert folder.name == f"kl-{small_run.WARMUP:06d}-first5-base-temperature0"
+    assert folder.name == f"kl-{small_run.WARMUP:06d}-random5-base-temperature0"
     assert "after" not in summary["completions"]["base"]["macro"]
     predictions = lines(workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "predictions.jsonl")
     opened = runs.open_run(str(workdir))
-    for r, p in zip(lines(folder / "tokens.jsonl"), predictions):
+    for r, p in zip(lines(folder / "tokens.jsonl"), [predictions[n] for n in plan.subset(small_run.TEST_ROWS, 5, 0)]):
         ended = p["stop"] == "eos"
         assert len(r["labels"]) == p["tokens"] + ended and (r["labels"][-1] == opened.tokenizer.eos) == ended
         assert opened.tokenizer.decode(r["labels"][:p["tokens"]]) == p["prediction"]
@@ -423,12 +424,13 @@ def test_kl_of_chosen_completions(workdir):
 @pytest.mark.slow
 def test_interventions_command(workdir):
     folder, summary = run(workdir, "interventions", "--rows=8")
-    assert folder.name == f"interventions-{LAST}-first8"
+    assert folder.name == f"interventions-{LAST}-random8"
     check_page(folder, "noise against real", "McNemar", "Where the answers look")
     found = lines(folder / "predictions.jsonl")
     assert [p["mode"] for p in found[::8]] == list(interventions.MODES)
     for mode in ("none", "real"):  # what training's evaluation answered
-        theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")[:8]
+        theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")
+        theirs = [theirs[n] for n in plan.subset(small_run.TEST_ROWS, 8, 0)]
         assert [p["prediction"] for p in found if p["mode"] == mode] == [p["prediction"] for p in theirs]
         assert summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
     shares = summary["attention_of_the_answers"]
@@ -441,7 +443,7 @@ def test_interventions_command(workdir):
 @pytest.mark.slow
 def test_attention_command(workdir):
     folder, summary = run(workdir, "attention", "--rows=8", "--batch_size=4")
-    assert folder.name == f"attention-{LAST}-first8"
+    assert folder.name == f"attention-{LAST}-random8"
     check_page(folder, "Text before the visual thoughts", "txt1-&gt;img1", "share of attention, %")
     assert summary["scaled"] and set(summary["official"]) == {"real", "noise", "swap"}
     with np.load(folder / "shares.npz", allow_pickle=False) as arrays:
@@ -462,7 +464,7 @@ def test_attention_command(workdir):
     # One row from its own q and k: the first layer of the interleaved trace.
     opened = runs.open_run(str(workdir), limit=8)
     params = runs.load(opened, str(workdir / "checkpoints" / str(small_run.LAST)))
-    row = opened.rows(0, 3)
+    row = opened.rows(0, opened.numbers(0)[3])
     blocks = opened.packer.blocks(row, "interleaved")
     c = opened.packer.pack([row], "trace", -1, [blocks])
     x = bagel.embed(params, c, config=opened.model)
@@ -478,7 +480,7 @@ def test_attention_command(workdir):
         np.testing.assert_allclose(real[3, 0, m], sums[m] / (queries == m + 1).sum(), atol=1e-4)
 
     sharp = run(workdir, "attention", "--rows=8", "--official_scale")
-    assert sharp[0].name == f"attention-{LAST}-first8-official-scale" and not sharp[1]["scaled"]
+    assert sharp[0].name == f"attention-{LAST}-random8-official-scale" and not sharp[1]["scaled"]
     assert "without 1/√d" in (sharp[0] / "report.html").read_text()
     assert sharp[1]["official"]["real"] != summary["official"]["real"]
 
@@ -520,4 +522,4 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "Rows", Blind)
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
-    assert f"the first 3 rows of {small_run.TASK}, test, have no visual thoughts" in capsys.readouterr().err
+    assert f"none of the 3 rows of {small_run.TASK}, test, has visual thoughts" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import pytest
 
 import small_run
 from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
+from opsd_jax.datasets import plan
 
 LAST = f"{small_run.LAST:06d}"
 TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
@@ -120,7 +121,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert read(workdir / "eval" / "again")[1] == predictions
 
     run("--protocol=harness", "--rows=2", "--seed=3")
-    summary, _ = read(workdir / "eval" / f"{LAST}-none-harness-first2-BLINK-ChartQA_h_bar-seed3")
+    summary, _ = read(workdir / "eval" / f"{LAST}-none-harness-random2-BLINK-ChartQA_h_bar-seed3")
     assert summary["protocol"] == "harness-none" and summary["seed"] == 3 and summary["asked_by"] == "harness"
 
 
@@ -137,7 +138,7 @@ def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_p
                 eval_lib.main([f"--workdir={results}", f"--checkpoint={checkpoint}", f"--data_dir={TABLES}", "--rows=2",
                                "--benchmarks=BLINK", f"--protocol={protocol}", "--batch_size=2"])
     for protocol in ("paper", "harness"):
-        (a, one), (b, other) = (read(results / "eval" / f"{folder.name}-none-{protocol}-first2-BLINK")
+        (a, one), (b, other) = (read(results / "eval" / f"{folder.name}-none-{protocol}-random2-BLINK")
                                 for folder in (released, imported))
         assert one == other and a["benchmarks"]["BLINK"]["n"] == 2 and a["step"] is None
         assert a["protocol"] == b["protocol"] == f"{protocol}-none" and a["checkpoint"] != b["checkpoint"]
@@ -165,7 +166,7 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
     assert "visual thought 1 (noise)" in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
     assert "visual thought" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
     eval_lib.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
-    summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-first3")
+    summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-random3")
     assert summary["benchmarks"][small_run.TASK]["n"] == 3 and '"pid"' in predictions
 
 
@@ -173,11 +174,13 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
 def test_the_name_tells_what_was_measured(workdir):
     run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
     run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5,6")
-    assert "| 5, 6 | 3 |" in (workdir / "eval" / "summary.md").read_text()
-    summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-first3-seed5")
+    assert "| 5, 6 | 3 of 16 |" in (workdir / "eval" / "summary.md").read_text()
+    summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-random3-seed5")
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
-        f"chart-validation-{n:07d}" for n in range(3)]
-    assert [summary[key] for key in ("seed", "split", "step", "first_rows")] == [5, "validation", 6, 3]
+        f"chart-validation-{n:07d}" for n in plan.subset(16, 3, 0)]  # the run's seed, whatever --seed is
+    assert [summary[key] for key in ("seed", "split", "step")] == [5, "validation", 6]
+    assert summary["benchmarks"][small_run.TASK]["rows"] == {"drawn": 3, "of": 16, "seed": 0}
+    assert "a random subset, 3 of 16" in (workdir / "eval" / f"{LAST}-noise-validation-random3-seed5" / "report.html").read_text()
     run(f"--checkpoint={workdir}/checkpoints/3", "--name=mine", "--rows=2", f"--benchmarks={small_run.TASK}")
     assert read(workdir / "eval" / "mine")[0]["benchmarks"][small_run.TASK]["n"] == 2
     run("--name=two", "--rows=2", "--visual_thoughts=none,swap")
@@ -329,7 +332,10 @@ def test_every_row_is_counted_once(monkeypatch):
     low, high = summary["interval_95"]
     assert 0.2 < low < 0.6 < high < 0.9
 
-    assert [len(r.predictions) for r in evaluate(limit=1)] == [1, 1]
+    first, second = evaluate(limit=2, subset_seed=3, seed=9)
+    assert [p["index"] for p in first.predictions] == plan.subset(5, 2, 3) != [0, 1]
+    assert first.summary()["rows"] == {"drawn": 2, "of": 5, "seed": 3} and len(second.predictions) == 2
+    assert "rows" not in evaluate(limit=7)[0].summary()
 
 
 def test_seconds_are_not_the_compilers(monkeypatch):
@@ -399,7 +405,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     packer = data.Packer(config.copy_and_resolve_references(), tok)
     buckets.update({kind: short[kind] + long[kind] for kind in long})
     both = data.Packer(config, tok)
-    found = eval_lib.buckets_of(rows, both, 0, small_run.TEST_ROWS, ("none",))
+    found = eval_lib.buckets_of(rows, both, 0, range(small_run.TEST_ROWS), ("none",))
     assert found == [int(n % 3 == 0) for n in range(small_run.TEST_ROWS)]
 
     params = checkpoint.restore_params(trained, small_run.abstract_params())
@@ -441,6 +447,6 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
     monkeypatch.setattr(distill, "kl_to_student", kl_to_student)
     found = eval_lib.reference_kl("theirs", "ours", rows, packer, config=None, task_names=[small_run.TASK],
                                   batch_size=4, limit=6)
-    targets = np.array([len(packer.reference(rows(0, n))) + 1 for n in range(6)])  # and the closing eos
+    targets = np.array([len(packer.reference(rows(0, n))) + 1 for n in plan.subset(small_run.TEST_ROWS, 6, 0)])  # and the closing eos
     assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
     assert len(seen) == 2 and all((t > s + 25).all() for s, t in seen)  # the teacher sees a picture more

@@ -31,7 +31,7 @@ def all_page(run: runs.Run, summary: dict, summaries: dict, pages: dict) -> tupl
     from opsd_jax import report
 
     parts = [report.paragraph(
-        f"Checkpoint `{summary['checkpoint']}`, split {summary['split']}. One model answers the same questions: from the "
+        f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. One model answers the same questions: from the "
         "picture alone (**none**, the student); as the teacher with the rows' own visual thoughts (**real**), with **noise**, "
         "another row's (**swap**), the problem once more (**image**) or nothing (**remove**) in their places; and, if it can "
         "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those."),
@@ -69,7 +69,9 @@ def diagnose(args) -> str:
         raise ValueError(f"{foreign[0]} is no step of {os.path.realpath(workdir)}/checkpoints: say with --name under which "
                          f"name the results shall stand in {workdir}/diagnose")
     differs = [args.split] if args.split not in ("", config.eval.final_split) else []
-    differs += [f"first{args.rows}" if args.rows else "all"] if args.rows != runs.ROWS else []
+    run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
+                        seed=args.seed)
+    differs += [f"random{args.rows}"] if run.is_subset else []
     differs += args.benchmarks
     differs += [f"seed{args.seed}"] if args.seed not in (None, config.seed) else []
     if what == "kl":
@@ -92,8 +94,6 @@ def diagnose(args) -> str:
     folder = os.path.join(workdir, "diagnose", args.name or "-".join([what, f"{step:06d}", *differs]))
     if args.name and os.path.exists(os.path.join(folder, "summary.json")):
         raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
-    run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
-                        seed=args.seed)
     if what == "kl":
         if "data" in args.completions and (pid := run.without_trace()):
             raise ValueError(f"row {pid} has no full_text_only_thought, which --completions=data needs: give "
@@ -125,7 +125,7 @@ def main(argv=None) -> None:
     common.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
     common.add_argument("--split", default="", help="of the rows (default: the run's config.eval.final_split)")
     common.add_argument("--rows", type=int, default=runs.ROWS,
-                        help=f"first rows of each task, 0 for all (default: {runs.ROWS})")
+                        help=f"a random subset of so many rows of each task, 0 for all (default: {runs.ROWS})")
     common.add_argument("--benchmarks", default=(), type=names, help="tasks or families (default: all of the run)")
     common.add_argument("--batch_size", type=int, default=0, help="(default: the run's config.eval.batch_size)")
     common.add_argument("--seed", type=int, help="of noise, sampling and resampling (default: the run's)")

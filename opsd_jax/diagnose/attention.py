@@ -167,7 +167,7 @@ def page(summary: dict) -> tuple[str, list[str]]:
     scale = ("1/√d as the model has it" if summary["scaled"] else
              "**without 1/√d**, as the official recorder has it: sharper than the attention that acts")
     parts = [report.paragraph(
-        f"Checkpoint `{summary['checkpoint']}`, split {summary['split']}. Share of the attention of text tokens, mean "
+        f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. Share of the attention of text tokens, mean "
         f"over heads, tokens and rows; softmax with {scale}."), report.note(
         "**interleaved**: the rows' traces, thought – picture – thought. **teacher**: the teacher's context; its texts "
         "before (question, intro) and after (transition) the visual thoughts, and the model's own greedy answer "

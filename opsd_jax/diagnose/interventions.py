@@ -52,7 +52,7 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
     from opsd_jax import report
 
     parts = [report.paragraph(
-        f"Checkpoint `{summary['checkpoint']}`, split {summary['split']}, greedy answers to the same rows. **none**: "
+        f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}, greedy answers to the same rows. **none**: "
         "the student's context, picture and question; the others are the teacher's: **real** with the row's own visual "
         "thoughts, **noise** and **swap** (another row's) in their places, **remove** with its texts and no picture."),
         report.note("Bars: 95 % intervals by Wilson. p: McNemar's exact test on the rows that one mode answers right "

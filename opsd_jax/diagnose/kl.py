@@ -273,7 +273,7 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
         "tokens of a completion, then over rows (paper Eq. 4). **before**: the student is "
         f"`{summary['base']}`, **after**: `{summary['student']}`; the teacher is `{summary['teacher']}` both times. "
         "Closed = 1 − after / before (Eq. 9)."), report.note(
-        f"Rows of split {summary['split']}; sampled completions at temperature {summary['temperature']:g} (0: the most "
+        f"Rows of split {runs.rows_text(summary)}; sampled completions at temperature {summary['temperature']:g} (0: the most "
         f"likely token). Intervals hold 95 %: {summary['bootstrap']} resamples of the rows within their task, before "
         f"and after together, seed {summary['seed']}. Paper, on rows of its own: 4.64 before, 1.93 after, 58 % "
         "closed.")]

@@ -9,17 +9,19 @@ import numpy as np
 
 from opsd_jax import data, distill, metrics, sharding
 from opsd_jax import eval as eval_lib
+from opsd_jax.datasets import plan
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
-ROWS = 128  # of each task, if the command does not say
+ROWS = 128  # of each task, chosen at random, if the command does not say
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run that is diagnosed, and the rows it is diagnosed on. Made by `open_run`.
 
-    model: ModelConfig without what draws. limit: first rows of each task, 0 for all. batch_size: of all processes.
+    model: ModelConfig without what draws. limit: a random subset of so many rows of each task (`plan.subset`, by
+    config.seed), 0 for all. batch_size: of all processes.
     """
 
     workdir: str
@@ -36,23 +38,28 @@ class Run:
     batch_size: int
     seed: int
 
-    def size(self, source: int) -> int:
+    def numbers(self, source: int) -> list[int]:
         """Rows of a task that are looked at."""
-        size = len(self.rows.sources[source])
-        return min(self.limit, size) if self.limit else size
+        return plan.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
 
     @property
     def total(self) -> int:
-        return sum(self.size(source) for source in range(len(self.tasks)))
+        return sum(len(self.numbers(source)) for source in range(len(self.tasks)))
+
+    @property
+    def is_subset(self) -> bool:
+        return self.total < sum(map(len, self.rows.sources))
 
     def without_trace(self) -> str | None:
         """The pid of the first row that has no text trace; None if all have one."""
-        rows = (self.rows.sources[source][n] for source in range(len(self.tasks)) for n in range(self.size(source)))
+        rows = (self.rows.sources[source][n] for source in range(len(self.tasks)) for n in self.numbers(source))
         return next((row.pid for row in rows if not row.full_text_only_thought.strip()), None)
 
     def facts(self) -> dict:
         """What every summary says."""
-        return {"split": self.split, "seed": self.seed, "rows": {t: self.size(s) for s, t in enumerate(self.tasks)}}
+        rows = {task: {"drawn": len(self.numbers(source)), "of": len(self.rows.sources[source]), "seed": self.config.seed}
+                for source, task in enumerate(self.tasks)}
+        return {"split": self.split, "seed": self.seed, "rows": rows}
 
 
 def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS, batch_size: int = 0,
@@ -80,10 +87,11 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
               data.Rows(config, where, tok, split), data.Packer(config, tok), chosen, split, limit, unit,
               config.seed if seed is None else seed)
     for source, task in enumerate(chosen):
-        if not any(run.rows.sources[source][n].visual_thoughts for n in range(run.size(source))):
-            raise ValueError(f"the first {run.size(source)} rows of {task}, {split}, have no visual thoughts: there is "
-                             "nothing to diagnose; choose another --split or --benchmarks")
-    wanted = min(batch_size or config.eval.batch_size, max(run.size(s) for s in range(len(chosen))))
+        numbers = run.numbers(source)
+        if not any(run.rows.sources[source][n].visual_thoughts for n in numbers):
+            raise ValueError(f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there is nothing to "
+                             "diagnose; choose another --split or --benchmarks")
+    wanted = min(batch_size or config.eval.batch_size, max(len(run.numbers(s)) for s in range(len(chosen))))
     return dataclasses.replace(run, batch_size=-(-wanted // unit) * unit)
 
 
@@ -135,7 +143,7 @@ def batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
     mine = sharding.local_rows(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
-        for numbers in eval_lib.batches(range(run.size(source)), run.batch_size):
+        for numbers in eval_lib.batches(run.numbers(source), run.batch_size):
             yield source, [numbers[n] for n in mine]
 
 
@@ -156,10 +164,19 @@ def answers(run: Run, params, modes, name: str) -> dict:
         for k, mode in enumerate(modes):
             results = eval_lib.evaluate(
                 params, run.rows, run.packer, config=sampling(run), task_names=run.tasks, mode=mode,
-                batch_size=run.batch_size, limit=run.limit, seed=run.seed, mesh=run.mesh,
+                batch_size=run.batch_size, limit=run.limit, subset_seed=run.config.seed, seed=run.seed,
+                mesh=run.mesh,
                 on_batch=lambda done, hits: shown.update(k * run.total + done, mode=mode, accuracy=hits / done))
             found[mode] = {r.name: r.predictions for r in results}
     return found
+
+
+def rows_text(summary: dict) -> str:
+    """Which rows a summary is of: "test, 128 of 512 rows chosen at random with seed 0"."""
+    parts = [f"{'' if len(summary['rows']) == 1 else task + ': '}" + (
+        f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}" if r["drawn"] < r["of"] else f"all {r['of']} rows")
+        for task, r in summary["rows"].items()]
+    return f"{summary['split']}, {'; '.join(parts)}"
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
