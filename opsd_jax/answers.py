@@ -191,7 +191,8 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
     is kept, drawn pictures of the folder are removed: they are of other answers.
 
     Args:
-      identity: what must be the same to go on: checkpoint, mode, protocol, seed, tables, the rows of the batches.
+      identity: what must be the same to go on: fingerprints of weights, tokenizer and data, mode, protocol, seed, tables,
+        the rows of the batches.
       batches: (benchmark, keys). answer: (number, benchmark, keys) -> record, a dict that JSON takes.
       on_batch: called with each record of this process's share, also with those that were there.
       together: whether all processes answer each batch together. Else each answers every n-th one.
@@ -244,6 +245,20 @@ def is_begun(folder: str) -> bool:
     return bool(_files(folder))
 
 
+def identity_of(folder: str) -> dict:
+    """The identity of the answers in a folder where `is_begun`."""
+    path = _files(folder)[0]
+    with open(path, encoding="utf-8") as f:
+        try:
+            return dict(json.loads(f.readline()))
+        except (TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path, error) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}): delete it, and all its rows are asked again")
+
+
 def _files(folder) -> list[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(os.path.join(folder, n) for n in names if re.fullmatch(r"answers(-\d+)?\.jsonl", n))
@@ -272,11 +287,11 @@ def _read(path, identity) -> dict:
         lines = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
         records = {record["batch"]: record for record in lines[1:]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and all its rows are asked again") from error
+        raise _damaged(path, error) from error
     if records and lines[0] != identity:
         changed = sorted(key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key))
-        raise Other(f"{path} was begun with another {', '.join(changed)}: give the same, choose another --name, or delete "
-                    "the folder")
+        model = "the model has changed since: " if {"weights", "tokenizer"} & set(changed) else "give the same, "
+        raise Other(f"{path} was begun with another {', '.join(changed)}: {model}choose another --name, or delete the folder")
     return records
 
 

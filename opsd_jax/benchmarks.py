@@ -232,6 +232,15 @@ def _missing(value) -> bool:
     return value is None or isinstance(value, float) and math.isnan(value)
 
 
+def digest_of_files(table: Table) -> str:
+    """Checksum of the image files that a table names, "" where it holds all images itself."""
+    files = dict.fromkeys(p for row in table.rows for p in row.pictures if isinstance(p, pathlib.Path))
+    found = hashlib.blake2b(digest_size=16)
+    for path in files:
+        found.update(hashlib.blake2b(path.read_bytes()).digest())
+    return found.hexdigest() if files else ""
+
+
 def images(row: Row, cache: str = "lossless") -> list:
     """The row's pictures as Pillow RGB images, in order; transparency is dropped, not blended.
 

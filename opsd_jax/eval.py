@@ -34,6 +34,7 @@ import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
 from opsd_jax import cli, distributed, images, metrics, paths, settings, tasks
+from opsd_jax import params as params_lib
 from opsd_jax.datasets import plan
 
 # Modes of the teacher's context, of drawing, and all.
@@ -543,11 +544,13 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
+    facts = {**_model_facts(distill.understanding(params), tok), "data": dict(zip(job.tasks, rows.digests, strict=True))}
     params = distill.for_sampling(mesh, params, config.model.dtype)(params)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     sampling = settings.rollout(
         config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
         shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+    asked = {"max_new_tokens": sampling.max_new_tokens, "prompts": config.prompts.to_dict(), "images": config.images.to_dict()}
     chosen = [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
     lengths = {b.name: dict(zip(b.keys, buckets_of(rows, packer, source, b.keys, (mode,)), strict=True))
                for source, b in enumerate(chosen)}
@@ -571,7 +574,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     label = f"{mode}-banned" if job.ban_marker else mode
     shown = lambda benchmark, key: _shown(rows, job.tasks.index(benchmark.name), key, mode, job.seed)
     return _run(job, mode, chosen, answers.plan(chosen, job.batch_size), answer, together=True, shown=shown, compared=compared,
-                protocol=f"mini-greedy-{label}", without=without)
+                protocol=f"mini-greedy-{label}", without=without, facts=facts, asked=asked)
 
 
 def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
@@ -582,10 +585,12 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
 
     mesh = sharding.make_mesh(tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices())
     model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
+    facts = _model_facts(model.params, model.tokenizer)
     cache = "jpeg75" if job.protocol == "harness" else "lossless"
     chosen = [answers.of_table(table, cache=cache, limit=job.limit, seed=job.subset_seed) for table in job.tables]
     if job.tasks:
         rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
+        facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))
         chosen += [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
     bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen if benchmark.name not in job.tasks}
     bad = {name: rows for name, rows in bad.items() if rows}
@@ -602,7 +607,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
             raise ValueError(f"{benchmark.name}: {len(left)} of {len(benchmark.keys)} rows can be asked, and no score comes of "
                              f"them ({error}): mend the rows that cannot be shown, or ask more of them") from error
     folder = os.path.join(job.workdir, "eval", job.names[mode])
-    drawn = _generated_of(job, mode) if mode == "generated-swap" else ""
+    drawn = _generated_of(job, mode, facts["weights"]) if mode == "generated-swap" else ""
     batches = answers.plan(chosen, batch_size, bad)
     last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
 
@@ -631,12 +636,24 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         return own + [(f"drawn {n + 1}", images.open_rgb(file)) for n, file in enumerate(files)]
 
     return _run(job, mode, chosen, batches, answer, together=False, shown=shown, compared=compared, bad=bad,
-                protocol=f"{job.protocol or 'run'}-{mode}")
+                protocol=f"{job.protocol or 'run'}-{mode}", facts=facts,
+                asked={**dataclasses.asdict(model.protocol), "drawing": model.drawing})
 
 
-def _generated_of(job: Job, mode: str) -> str:
-    """Folder of the results in mode "generated" that go with those of `mode`."""
-    return os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
+def _model_facts(params, tokenizer) -> dict:
+    """What tells a model from another one under the same path."""
+    return {"weights": params_lib.fingerprint(params), "tokenizer": tokenizer.digest}
+
+
+def _generated_of(job: Job, mode: str, weights: str) -> str:
+    """Folder of the results in mode "generated" that go with those of `mode`. ValueError where other weights made them."""
+    from opsd_jax import answers
+
+    folder = os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
+    if answers.is_begun(folder) and answers.identity_of(folder).get("weights") != weights:
+        raise ValueError(f"{folder} holds images that other weights generated than those in {job.checkpoint}: delete it, and "
+                         "evaluate --visual_thoughts=generated again")
+    return folder
 
 
 def _of_rows(rows, source: int, name: str, job: Job):
@@ -684,10 +701,11 @@ def _shown(rows, source, key, mode, seed):
     return found
 
 
-def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown, compared, protocol: str, bad=None,
-         without=None) -> dict:
+def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown, compared, protocol: str, facts: dict,
+         asked: dict, bad=None, without=None) -> dict:
     """Answers, scores and writes; the summary.
 
+    facts: fingerprints of the weights, the tokenizer and the tasks' rows, for the summary too. asked: prompts and decoding.
     bad: {benchmark: rows that are left out}. without: {benchmark: how many rows have no visual thoughts}.
     """
     import jax
@@ -697,10 +715,11 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
     name, bad, without = job.names[mode], bad or {}, without or {}
     folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
     total = sum(len(batches[number][1]) for number in share)
-    identity = {**job.about, "mode": mode, "protocol": protocol, "batch_size": job.batch_size, "ban_marker": job.ban_marker,
-                "checkpoint": os.path.relpath(os.path.realpath(job.checkpoint), os.path.realpath(job.workdir)),
-                "tables": {table.name: table.md5 for table in job.tables},
+    identity = {**job.about, **facts, "asked": asked, "mode": mode, "protocol": protocol, "batch_size": job.batch_size,
+                "ban_marker": job.ban_marker, "tables": {table.name: table.md5 for table in job.tables},
+                "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
                 "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
+    del identity["checkpoint"]  # the weights tell, wherever they are stored
     done = collections.Counter()
     with metrics.Progress(total, name, job.split if job.tasks else "", primary=jax.process_index() == 0) as progress:
         def on_batch(record):
@@ -730,7 +749,7 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
             benchmarks_lib.export(os.path.join(folder, f"{benchmark.name}.tsv"),
                                   dataclasses.replace(benchmark.table, rows=answered),
                                   {key: p["prediction"] for key, p in predictions.items()})
-    summary = write(folder, results, protocol=protocol, mode=mode, **job.about)
+    summary = write(folder, results, protocol=protocol, mode=mode, **job.about, **facts)
     metrics.write_text(os.path.join(folder, "report.html"),
            page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
     return summary

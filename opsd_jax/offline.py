@@ -162,24 +162,9 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
     return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
 
 
-@jax.jit
-def _checksums(params):
-    """uint32 of each array: its bits, each times an odd number of its place, modulo 2^32. The order in which devices
-    add makes no difference."""
-    def one(x):
-        bits, place = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), jnp.uint32(0)
-        for axis in range(x.ndim):
-            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-    return jax.tree.map(one, params)
-
-
 def fingerprint(params) -> str:
-    """A name for weights that changes with any of them, and not with how they lie on devices."""
-    flat = params_lib.flatten(distill.understanding(params))
-    sums = jax.device_get(_checksums(flat))
-    facts = sorted((path, list(x.shape), int(sums[path])) for path, x in flat.items())
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    """Checksum of the weights that a teacher of texts uses, see `params.fingerprint`."""
+    return params_lib.fingerprint(distill.understanding(params))
 
 
 def key(params, config, rows) -> dict:

@@ -7,6 +7,8 @@ layers (first axis), checkpoints hold them one by one ({layer} in the name). Lin
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import re
 
@@ -251,6 +253,26 @@ def count(params) -> dict[str, int]:
         counts[fact(path).group] += math.prod(leaf.shape)
     counts["total"] = sum(counts.values())
     return {group: n for group, n in counts.items() if n}
+
+
+@jax.jit
+def _checksums(flat):
+    """uint32 of each array: its bits, each times an odd number of its place, modulo 2^32. The order in which devices
+    add makes no difference."""
+    def one(x):
+        bits, place = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), jnp.uint32(0)
+        for axis in range(x.ndim):
+            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return jax.tree.map(one, flat)
+
+
+def fingerprint(params) -> str:
+    """Checksum of weights, computed where they are: it changes with any of them, and not with their layout on devices."""
+    flat = flatten(params)
+    sums = jax.device_get(_checksums(flat))
+    facts = sorted((path, list(x.shape), int(sums[path])) for path, x in flat.items())
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 def _released(path):

@@ -6,6 +6,7 @@ The delimiters are resolved by name, never by counting added tokens: transformer
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 
@@ -60,6 +61,15 @@ class Tokenizer:
         for token, index in vocabulary.items():
             spelled[index] = token.encode() if token in added else bytes(to_byte[char] for char in token)
         return spelled
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Checksum of what ids mean: the bytes of every token, and the ids of the delimiters."""
+        found = hashlib.blake2b(digest_size=16)
+        for token in self.token_bytes:
+            found.update(len(token).to_bytes(4, "little") + token)
+        found.update(json.dumps([self.bos, self.eos, self.image_start, self.image_end]).encode())
+        return found.hexdigest()
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -226,3 +226,17 @@ def test_a_subset_of_a_table_has_whole_questions():
     found = answers.of_table(table, cache="lossless", limit=1, seed=0)
     assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(row.index for row in part.rows)
     assert answers.of_table(table, cache="lossless").subset is None
+
+
+def test_answers_of_another_model_are_not_taken(tmp_path):
+    """Same path, same name, other weights or another tokenizer."""
+    batches = answers.plan([bench("A")], 2)
+    first = {"weights": "a", "tokenizer": "t", "step": 3}
+    collect(tmp_path, batches, identity=first)
+    for changes, named in (({"weights": "b"}, "weights"), ({"tokenizer": "u"}, "tokenizer"), ({"weights": "b", "step": 4}, "step, weights")):
+        with pytest.raises(answers.Other, match=f"begun with another {named}: the model has changed since: choose another --name"):
+            collect(tmp_path, batches, identity=first | changes)
+    assert answers.identity_of(str(tmp_path)) == first and collect(tmp_path, batches, identity=first)[1] == []
+    (tmp_path / answers.FILE).write_text('{"weights": "a"')
+    with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
+        answers.identity_of(str(tmp_path))

@@ -145,6 +145,38 @@ def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_p
 
 
 @pytest.mark.slow
+def test_other_weights_under_the_same_path_are_asked_anew(released, tmp_path, tmp_path_factory, capsys):
+    """As when a later checkpoint is exported to the same folder: its answers are its own, or there are none."""
+    from safetensors import numpy as safetensors
+
+    latest = tmp_path / "latest"
+    shutil.copytree(released, latest)
+    command = [f"--workdir={tmp_path}/results", f"--data_dir={TABLES}", "--rows=2", "--benchmarks=BLINK", "--batch_size=2"]
+    folder = tmp_path / "results" / "eval" / "latest-none-random2-BLINK"
+    with small_run.fast_compiles(tmp_path_factory):
+        eval_lib.main([*command, f"--checkpoint={latest}"])
+        before, predictions = read(folder)
+        shutil.move(latest, tmp_path / "moved")  # the same weights elsewhere are the same model
+        (tmp_path / "again").mkdir()
+        shutil.copytree(tmp_path / "moved", tmp_path / "again" / "latest")
+        eval_lib.main([*command, f"--checkpoint={tmp_path}/again/latest"])
+        assert read(folder)[1] == predictions
+
+        file = next((tmp_path / "moved").glob("*ema*.safetensors"), None) or tmp_path / "moved" / "model.safetensors"
+        tensors = safetensors.load_file(file)
+        name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
+        tensors[name] = tensors[name][::-1].copy()  # one matrix, the same numbers in another order
+        safetensors.save_file(tensors, file)
+        shutil.move(tmp_path / "moved", latest)
+        message = error_of(capsys, *command, f"--checkpoint={latest}")
+        assert "another weights: the model has changed since: choose another --name" in message and str(folder) in message
+        assert read(folder)[1] == predictions
+        eval_lib.main([*command, f"--checkpoint={latest}", "--name=later"])
+    after, _ = read(tmp_path / "results" / "eval" / "later")
+    assert after["weights"] != before["weights"] and after["tokenizer"] == before["tokenizer"]
+
+
+@pytest.mark.slow
 def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
     text = (TABLES / "MMVP.tsv").read_text()
     table = benchmarks.read(TABLES / "MMVP.tsv")

@@ -1,5 +1,6 @@
 """A tokenizer folder as the released models have it, in both of its forms: loading, ids, bytes, bad folders."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -322,3 +323,14 @@ def test_not_byte_level(tmp_path):
         tokenizer.DELIMITERS.values())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} has no token for some bytes.*byte-level BPE"):
         tokenizer.load(tmp_path)
+
+
+def test_digest_tells_vocabularies_apart(folder, tok):
+    """The same folder again, and its other form, are the same tokenizer; swapped tokens or delimiters are not."""
+    assert tokenizer.load(folder).digest == tok.digest
+    other = tokenizer.load(folder)
+    other.token_bytes[5], other.token_bytes[6] = other.token_bytes[6], other.token_bytes[5]
+    joined = tokenizer.load(folder)  # b"ab", b"c" and b"a", b"bc"
+    joined.token_bytes[5:7] = [joined.token_bytes[5] + joined.token_bytes[6][:1], joined.token_bytes[6][1:]]
+    delimiter = dataclasses.replace(tok, eos=tok.bos)
+    assert len({t.digest for t in (tok, other, joined, delimiter)}) == 4
