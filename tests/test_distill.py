@@ -331,6 +331,42 @@ def test_optimizer_against_optax(max_norm):
     assert max(tiny.distances(state["params"], params).values()) > 0.05
 
 
+def torch_adamw(gradients, lr, b1, b2, eps):
+    """Parameters that start at 0 after torch.optim.AdamW, in float64 and in the order of its operations: the square
+    root of the second moment is divided by that of its bias correction, then eps is added."""
+    parameter, first, second = (np.zeros(gradients.shape[1]) for _ in range(3))
+    for step, g in enumerate(gradients.astype(np.float64), 1):
+        first, second = first + (1 - b1) * (g - first), b2 * second + (1 - b2) * g * g
+        denominator = np.sqrt(second) / np.sqrt(1 - b2 ** step) + eps
+        parameter = parameter - lr / (1 - b1 ** step) * first / denominator
+    return parameter
+
+
+def test_adamw_against_the_order_of_torch():
+    """The same gradients, down to far below eps, give the same steps in both orders. What does not are gradients that
+    differ by the rounding of float32 sums: with an eps of 1e-15 AdamW follows it where a gradient is nearly zero."""
+    rng = np.random.default_rng(0)
+    optim = OptimConfig(lr=2e-3, schedule="constant", warmup_steps=0, max_grad_norm=0.0)
+    config = variant(optim=optim, teacher="self")
+
+    def ours(gradients):
+        state = distill.init_state({"llm": {"norm": jnp.zeros(gradients.shape[1])}}, config)
+        for g in gradients:
+            state, _ = distill.apply_gradients(state, {"llm": {"norm": jnp.asarray(g)}}, config)
+        return np.asarray(state["params"]["llm"]["norm"])
+
+    steps = lambda a, b: np.abs(a - b) / optim.lr
+    normal = rng.standard_normal((3, 200_000), np.float32)
+    for smallest in (1, 1e-5, 1e-22):
+        scale = np.exp(rng.uniform(np.log(smallest), 0, normal.shape[1])).astype(np.float32)
+        expected = torch_adamw(normal * scale, optim.lr, optim.b1, optim.b2, optim.eps)
+        assert steps(ours(normal * scale), expected).max() < 3e-6
+        if smallest == 1e-5:
+            rounding = np.float32(3e-7) * rng.standard_normal(normal.shape, np.float32)
+            moved = steps(ours(normal * scale), ours(normal * scale + rounding))
+            assert moved[scale > 0.1].max() < 0.01 and moved.max() > 0.02 and scale[moved > 0.02].max() < 1e-2
+
+
 # ---- what is scored
 
 def scored(completions, teacher_length, ended=True, **settings):
