@@ -58,16 +58,17 @@ def check_seed(seed: int) -> None:
 
 def check_name(name: str) -> None:
     """A name of results is one folder: nothing is written elsewhere, and every summary is found."""
-    if not re.fullmatch(r"[\w=,-][\w.=,-]*", name):
+    if not re.fullmatch(r"[\w=,-][\w.=,-]*", name) or name == "summary.md":  # that is the table of all results
         raise ValueError(f"--name={name}: give one folder name of letters, digits and _ - . = , that does not start with a dot")
 
 
-def check_folder(flag: str, path: str) -> None:
-    """Files can be written in the folder `path`, which may be still to be made."""
-    there = os.path.abspath(path)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        raise ValueError(f"--{flag}={path}: {there} is no folder: give another one, or move that file away")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--{flag}={path}: files cannot be written in {there}: give a folder that can be written")
+def check_number(flag: str, value, least: int) -> None:
+    """Whole numbers and the least one that makes sense; None: not given."""
+    if value is not None and value < least:
+        raise ValueError(f"--{flag}={value}: give a whole number, at least {least}")
+
+
+def check_temperature(value) -> None:
+    """0, or what does not overflow where logits are divided by it; None: not given."""
+    if value is not None and not (value == 0 or 1e-3 <= value <= 1e3):  # nan is not
+        raise ValueError(f"--temperature={value:g}: give a positive number from 0.001 to 1000, or 0 for the most probable token")

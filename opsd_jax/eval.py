@@ -459,6 +459,12 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(MODES)}")
+    cli.check_once("visual_thoughts", modes)
+    cli.check_once("benchmarks", benchmarks)
+    if seed is not None:
+        cli.check_seed(seed)
+    if name:
+        cli.check_name(name)
     if limit < 0 or batch_size < 0:
         raise ValueError(f"--rows={limit} --batch_size={batch_size}: give numbers of rows, 0 for all and for the run's own")
     if protocol and protocol not in generate.PROTOCOLS:
@@ -487,7 +493,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     contexts = () if protocol or public else ("none", *CONTEXTS)
 
     if released:
-        step, stem = None, os.path.basename(os.path.normpath(checkpoint))
+        step, stem = None, os.path.basename(os.path.abspath(checkpoint))
     else:
         steps = os.path.join(workdir, "checkpoints")
         checkpoint = checkpoint or os.path.join(steps, str(checkpoint_lib.metadata(workdir)["step"]))
@@ -523,6 +529,8 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
             differs += own
         differs += [f"seed{seed}"] if seed != own_seed else []
         names = {mode: "-".join([stem, label, *differs]) for mode, label in labels.items()}
+    for folder in names.values():
+        paths.check_writable("--workdir", os.path.join(workdir, "eval", folder))
     batch_size = batch_size or (config.eval.batch_size if config else 16)
     about = {"checkpoint": checkpoint, "seed": seed, "split": split if own else None, "step": step,
              "asked_by": protocol or "run"}
@@ -831,14 +839,13 @@ def main(argv=None) -> None:
     cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
                                      description="Answer the questions of benchmarks and score the answers.")
-    names = lambda text: tuple(text.split(","))
     parser.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
     parser.add_argument("--checkpoint", default="",
                         help="a step folder (default: the newest of the run), or a released or imported model")
-    parser.add_argument("--benchmarks", default=(), type=names,
+    parser.add_argument("--benchmarks", default=(), type=cli.names,
                         help="tasks or families, public tables (default: all tables of --data_dir, else all of the run)")
     parser.add_argument("--data_dir", default="", help="folder of the public tables, NAME.tsv")
-    parser.add_argument("--visual_thoughts", default=("none",), type=names,
+    parser.add_argument("--visual_thoughts", default=("none",), type=cli.names,
                         help=f"{', '.join(MODES)}; several separated by commas")
     parser.add_argument("--protocol", default="", help="paper or harness (default: the run's own, greedy)")
     parser.add_argument("--split", default="test")
@@ -847,13 +854,17 @@ def main(argv=None) -> None:
     parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
                         help="rows of a table that cannot be shown; skip lists them in the summary")
     parser.add_argument("--ban_marker", action="store_true", help="never sample what completes <image_start>")
-    parser.add_argument("--seed", default=(None,), type=lambda text: tuple(map(int, text.split(","))),
+    parser.add_argument("--seed", default=(None,), type=cli.whole_numbers,
                         help="of noise and sampling; several separated by commas (default: the run's)")
     parser.add_argument("--against", default="", help="results to compare with: a name in W/eval, or a folder")
     parser.add_argument("--name", default="",
                         help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])")
     args = parser.parse_args(argv)
     try:
+        cli.check_once("seed", args.seed)
+        for seed in args.seed:
+            if seed is not None:
+                cli.check_seed(seed)
         distributed.initialize()
         for seed in args.seed:
             name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 import time
 
@@ -23,6 +24,7 @@ from opsd_jax import context as context_lib
 from opsd_jax import cli, images, paths, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
+_RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,10 +324,34 @@ def of_run(run, config, params, tokenizer, mesh=None) -> Model:
 
 # --- command line ----------------------------------------------------------------------------------------------
 
+def earlier(directory: str) -> list[str]:
+    """The files in a folder that an earlier `write` left there, by its N.json.
+
+    Raises ValueError for other files of such names: they would be taken for results, or be lost.
+    """
+    names = sorted(n for n in os.listdir(directory) if _RESULT.fullmatch(n)) if os.path.isdir(directory) else []
+    known = set()
+    for name in (n for n in names if n.endswith(".json")):
+        try:
+            with open(os.path.join(directory, name), encoding="utf-8") as f:
+                known |= {name, f"{name[:-5]}.png", *(s["picture"] for s in json.load(f)["steps"] if "picture" in s)}
+        except (ValueError, KeyError, TypeError):
+            pass  # not one of ours
+    if strange := [name for name in names if name not in known]:
+        raise ValueError(f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there names: results have "
+                         "such names, so give another folder, or delete them")
+    return [os.path.join(directory, name) for name in names]
+
+
 def write(directory: str, questions, traces) -> list[str]:
-    """Writes each trace: N-K.png for its pictures, N.json, and N.png, a page with all of it. Returns the pages."""
+    """Writes each trace: N-K.png for its pictures, N.json, and N.png, a page with all of it. Returns the pages.
+
+    Results that an earlier call left in the folder are replaced, all of them.
+    """
     paths.check_given("--out", directory)
     os.makedirs(directory, exist_ok=True)
+    for path in earlier(directory):
+        os.remove(path)
     pages = []
     for n, ((pictures, question), trace) in enumerate(zip(questions, traces)):
         steps = []
@@ -441,13 +467,19 @@ def _run(args):
         raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the pictures")
     if not draw and args.always_draw:
         raise ValueError("--always_draw needs --visual_thoughts=generated")
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"--rounds={args.rounds}: an answer takes at least one")
+    # a budget counts the first token, bos; a denoising grid has two ends
+    for flag, least in (("rounds", 1), ("max_new_tokens", 2), ("steps", 2)):
+        cli.check_number(flag, getattr(args, flag), least)
+    cli.check_temperature(args.temperature)
+    cli.check_seed(args.seed)
     args.question = cli.text("question", args.question)
     if not args.question.strip():
         raise ValueError("the question is empty: give --question=TEXT")
     paths.check_given("--checkpoint", args.checkpoint)
     paths.check("--out", args.out)
+    if args.out:
+        paths.check_writable("--out", args.out)
+        earlier(args.out)
     for path in args.image:  # what cannot be read shows before minutes of loading
         paths.check_given("--image", path)
         images.open_rgb(path)

@@ -48,3 +48,14 @@ def check_given(name: str, path: str | os.PathLike, *, orbax: bool = False) -> N
     if not os.fspath(path):
         raise ValueError(f"{name} is empty (an unset shell variable?): give a path")
     check(name, path, orbax=orbax)
+
+
+def check_writable(name: str, folder: str | os.PathLike) -> None:
+    """Raises ValueError unless files can be written in the folder, which may be still to be made; makes nothing."""
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ValueError(f"{name}={os.fspath(folder)}: {there} is no folder: give another path, or move that file away")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={os.fspath(folder)}: no permission to write in {there}: give another path")

@@ -759,12 +759,12 @@ def main(argv) -> None:
     if f.config is None or not f.topology:
         raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
     try:
-        paths.check("--out", f.out)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if f.out:  # what cannot be written shows before minutes of compiling
-        os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
-    try:
+        if f.out:  # what cannot be written shows before minutes of compiling
+            paths.check("--out", f.out)
+            if os.path.isdir(f.out):
+                raise ValueError(f"--out={f.out} is a folder: name a file, such as {os.path.join(f.out, 'plan.json')}")
+            paths.check_writable("--out", os.path.dirname(os.path.abspath(f.out)))
+            os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
         report = plan(f.config, parse_topology(f.topology, f.slices), stage=f.stage, only=f.only, bucket=f.bucket,
                       hbm=f.hbm, quick=f.quick)
     except ValueError as error:

@@ -239,3 +239,28 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.main([f"--checkpoint={workdir}", "--question=a", "--visual_thoughts=generated", f"--out={tmp_path}"])
     assert "was trained without what draws" in capsys.readouterr().err
+
+
+# --- a folder that is used again
+
+def trace_of(*steps):
+    return generate.Trace(list(steps), 3, {"text": 0.1, "drawing": 0.2})
+
+
+def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
+    image = picture(0, 8, 8)
+    pixels, question = np.asarray(image), ([image], "what?")
+    (tmp_path / "mine.png").touch()
+    generate.write(str(tmp_path), [question] * 2, [trace_of("a", pixels, "b", pixels, "c"), trace_of("x", pixels)])
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png", "0-1.png", "1.json", "1.png", "1-0.png"}
+    generate.write(str(tmp_path), [question], [trace_of("a", pixels)])
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png"}
+
+
+@pytest.mark.parametrize("name, content", [("0.png", b""), ("0-3.png", b""), ("7.json", b"[1, 2]"), ("0.json", b"{cut")])
+def test_other_files_of_such_names_are_kept(released, tmp_path, name, content, capsys):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        command(released, f"--out={tmp_path}")
+    assert f"holds {name}, which no earlier answer there names" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == content

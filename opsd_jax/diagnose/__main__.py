@@ -59,6 +59,11 @@ def diagnose(args) -> str:
 
     for name in ("workdir", "checkpoint", "teacher", "student"):
         paths.check(f"--{name}", getattr(args, name, ""), orbax=True)
+    if args.seed is not None:
+        cli.check_seed(args.seed)
+    if args.name:
+        cli.check_name(args.name)
+    cli.check_once("benchmarks", args.benchmarks)
     what, workdir = args.analysis, os.path.normpath(args.workdir)
     config = data.load_config(workdir)  # no run: said first
     given = args.student if what == "kl" else args.checkpoint
@@ -78,9 +83,8 @@ def diagnose(args) -> str:
         for kind in args.completions:
             if kind not in kl.COMPLETIONS:
                 raise ValueError(f"--completions={kind}: choose from {', '.join(kl.COMPLETIONS)}")
-        if args.temperature < 0:
-            raise ValueError(f"--temperature={args.temperature:g}: give a positive number, or 0 for the most likely "
-                             "token")
+        cli.check_once("completions", args.completions)
+        cli.check_temperature(args.temperature)
         base = runs.start(workdir)
         teacher = args.teacher or base
         differs += args.completions if args.completions != kl.COMPLETIONS else ()
@@ -94,6 +98,7 @@ def diagnose(args) -> str:
     folder = os.path.join(workdir, "diagnose", args.name or "-".join([what, f"{step:06d}", *differs]))
     if args.name and os.path.exists(os.path.join(folder, "summary.json")):
         raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
+    paths.check_writable("--workdir", folder)
     if what == "kl":
         if "data" in args.completions and (pid := run.without_trace()):
             raise ValueError(f"row {pid} has no full_text_only_thought, which --completions=data needs: give "
@@ -120,13 +125,12 @@ def main(argv=None) -> None:
     import argparse
 
     cli.start()
-    names = lambda text: tuple(text.split(","))
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
     common.add_argument("--split", default="", help="of the rows (default: the run's config.eval.final_split)")
     common.add_argument("--rows", type=int, default=runs.ROWS,
                         help=f"a random subset of so many rows of each task, 0 for all (default: {runs.ROWS})")
-    common.add_argument("--benchmarks", default=(), type=names, help="tasks or families (default: all of the run)")
+    common.add_argument("--benchmarks", default=(), type=cli.names, help="tasks or families (default: all of the run)")
     common.add_argument("--batch_size", type=int, default=0, help="(default: the run's config.eval.batch_size)")
     common.add_argument("--seed", type=int, help="of noise, sampling and resampling (default: the run's)")
     common.add_argument("--name", default="", help="of the results in W/diagnose (default: tells what was measured)")
@@ -135,7 +139,7 @@ def main(argv=None) -> None:
     compared = analyses.add_parser("kl", parents=[common], help="how much visual thoughts change what the model says")
     compared.add_argument("--teacher", default="", help="a step folder (default: where the run's OPSD stage started)")
     compared.add_argument("--student", default="", help="a step folder (default: the newest of the run)")
-    compared.add_argument("--completions", default=kl.COMPLETIONS, type=names,
+    compared.add_argument("--completions", default=kl.COMPLETIONS, type=cli.names,
                     help=f"{', '.join(kl.COMPLETIONS)}; several separated by commas (default: all)")
     compared.add_argument("--temperature", type=float, default=1.0,
                     help="of sampled completions; 0: most likely token (default: 1)")
