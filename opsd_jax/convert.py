@@ -377,6 +377,7 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     if not is_released(source):
         raise FileNotFoundError(f"--source={source} is no released folder: it has no llm_config.json")
     with _new_folder(target) as made:
+        _check_tokenizer(source, read_config(source))
         config, params = load(source, generation=not only, dtype=dtype)
         kinds = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
         sizes = {name: part and dataclasses.asdict(part) for name, part in
@@ -390,6 +391,15 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
         counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
     print(f"{target}: {counts} parameters in {' and '.join(kinds)}; peak host memory of the process "
           f"{tensor_files.size_of(peak_memory())}")
+
+
+def _check_tokenizer(directory, config) -> None:
+    """Raises ValueError if a tokenizer in a folder is not one of the model: what is imported or exported must work."""
+    from opsd_jax import tokenizer
+
+    files = set(os.listdir(directory))
+    if "tokenizer_config.json" in files and ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files):
+        tokenizer.load(directory, vocab_size=config.llm.vocab_size)
 
 
 def _copy(source, target, names):
@@ -468,8 +478,8 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         if kind is not None:
             outline = {key: (shape, kind) for key, (shape, _) in outline.items()}
         tensors = (item for _, part in parts for item in part)
-        written = tensor_files.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
         _write_configs(made, source, origin, config)
+        written = tensor_files.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
     if config.generation is None:
         print(f"{target}: the understanding path only; config.json says visual_gen false")
     elif not draws:
@@ -608,6 +618,7 @@ def _write_configs(folder, source, origin, config) -> None:
         json_files.write(path, json_files.read(path) | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release
     if tokenizer:
+        _check_tokenizer(tokenizer, config)
         _copy(tokenizer, folder, _TOKENIZER)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER):
         print(f"{source}: no tokenizer files found; copy them into the target")

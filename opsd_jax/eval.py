@@ -547,7 +547,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     from opsd_jax.model import bagel
 
     config = data.with_tasks(job.config, job.tasks)
-    tok = tokenizer.load(data.tokenizer_folder(config, job.where))
+    tok = tokenizer.load(data.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size)
     rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))

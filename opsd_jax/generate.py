@@ -287,7 +287,8 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
     compute = {"query_block": 512}  # the scores of a large picture at once would not fit
     asked = PROTOCOLS[protocol or "paper"]
     if convert.is_model(directory):
-        tok = tokenizer_lib.load(tokenizer or convert.tokenizer_folder(directory))
+        size = convert.read_config(directory, generation=draw).llm.vocab_size
+        tok = tokenizer_lib.load(tokenizer or convert.tokenizer_folder(directory), vocab_size=size)
         config, params = convert.load(directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute)
         config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
     else:
@@ -298,7 +299,8 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
             raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json), none that `python -m "
                                     "opsd_jax.convert import` made (no release/), and no run (no config.json)")
         run = data.load_config(workdir)
-        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, data.workdir_of(run, workdir)))
+        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, data.workdir_of(run, workdir)),
+                                 vocab_size=run.model.llm.vocab_size)
         config = dataclasses.replace(settings.model(run), **compute, **({"dtype": dtype} if dtype else {}))
         if draw and config.generation is None:
             raise ValueError(f"{directory} was trained without what draws: it has no generation expert")

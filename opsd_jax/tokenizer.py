@@ -1,4 +1,4 @@
-"""A released tokenizer folder (Qwen2 or the miniature's) behind five facts and three functions.
+"""A released tokenizer folder (Qwen2's or the miniature's) as four delimiters and three functions.
 
 The delimiters are resolved by name, never by counting added tokens: transformers 5 no longer lists them in
 `special_tokens_map`, which made the official helper count tokens as new that were there already.
@@ -12,13 +12,19 @@ import os
 
 import numpy as np
 
+from opsd_jax import json_files
+
 DELIMITERS = {"bos": "<|im_start|>", "eos": "<|im_end|>",
               "image_start": "<|vision_start|>", "image_end": "<|vision_end|>"}
+# Qwen2's split rule; each digit is a token of its own
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+_MOST = 1 << 24  # ids beyond are damage: the list of all tokens would not fit into memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Token ids of the four delimiters, and the transformers tokenizer behind them."""
+    """Token ids of the four delimiters, and the tokenizer (of the library `tokenizers`) that they belong to."""
 
     backend: object
     bos: int
@@ -33,7 +39,7 @@ class Tokenizer:
 
         @functools.lru_cache(maxsize=1 << 16)
         def encode(text: str) -> np.ndarray:
-            ids = np.asarray(self.backend.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            ids = np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
             ids.setflags(write=False)
             return ids
 
@@ -56,7 +62,8 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token, by id (none at an unused id): what `decode` joins and `rollout.Marker` reads."""
         to_byte = {char: byte for byte, char in _byte_alphabet().items()}
-        added, vocabulary = self.backend.get_added_vocab(), self.backend.get_vocab()
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        vocabulary = self.backend.get_vocab()
         spelled = [b""] * (max(vocabulary.values()) + 1)
         for token, index in vocabulary.items():
             spelled[index] = token.encode() if token in added else bytes(to_byte[char] for char in token)
@@ -79,20 +86,22 @@ def _byte_alphabet() -> dict[int, str]:
     return {**{b: chr(b) for b in keep}, **{b: chr(256 + n) for n, b in enumerate(moved)}}
 
 
-def load(directory: str) -> Tokenizer:
+def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
     """Reads a tokenizer folder: tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt.
+
+    Where there is a tokenizer.json, it alone says how a text is split: transformers 5 would rebuild normaliser and
+    pre-tokenizer from `tokenizer_class` or a config.json in the folder, and give other ids. The two other files are
+    read as Qwen2's tokenizer reads them.
 
     The official code adds delimiters that the folder lacks, at the next free ids. Here that is an error: the released
     folders hold all four (151644, 151645, 151652, 151653), others belong to another model.
 
-    Raises FileNotFoundError if there is no tokenizer; ValueError if its files do not parse or contradict each other,
-    if it is not byte-level, or if a delimiter is absent.
+    Args:
+      vocab_size: rows of the embedding of the model that shall read the ids; None where there is no model.
+    Raises:
+      FileNotFoundError: there is no tokenizer. ValueError: its files do not parse or contradict each other, it is not
+      byte-level, a delimiter is absent, or an id is beyond the embedding.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that PyTorch is absent is as it should be
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it takes a released folder's config.json for a model that it does not know
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
         raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
@@ -100,27 +109,94 @@ def load(directory: str) -> Tokenizer:
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
                                 "both vocab.json and merges.txt")
+    again = "copy the folder of the released model's tokenizer again"
+    reading = "tokenizer_config.json"
     try:
-        with open(os.path.join(directory, "tokenizer_config.json"), encoding="utf-8") as f:
-            added = json.load(f).get("added_tokens_decoder", {})
-        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        backend.backend_tokenizer.no_truncation()  # a tokenizer.json may ask for both, and `encode` would obey
-        backend.backend_tokenizer.no_padding()
-    except Exception as e:  # the parsers raise anything, bare Exception too
-        raise ValueError(f"cannot read the tokenizer in {directory} ({e}): copy the folder of the released model's "
-                         "tokenizer again") from e
+        config = json_files.read(os.path.join(directory, reading))
+        added = _added(config)
+        reading = "tokenizer.json" if "tokenizer.json" in files else "vocab.json and merges.txt"
+        backend = _of_tokenizer_json(directory) if "tokenizer.json" in files else _of_vocabulary(directory, config, added)
+    except Exception as e:  # the library raises anything, bare Exception too
+        raise ValueError(f"cannot read the tokenizer in {directory} ({reading}: {e}): {again}") from e
     vocabulary = backend.get_vocab()
-    for index, token in added.items():  # transformers would number them anew without a word
+    for index, token in added.items():
         found = vocabulary.get(token["content"])
-        if found != int(index):
+        if found != index:
             raise ValueError(f"the tokenizer in {directory} gives {token['content']} the id {found}, but its "
                              f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
                              "folder again")
-    if not vocabulary.keys() >= set(_byte_alphabet().values()):
-        raise ValueError(f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
-                         "byte-level BPE, as Qwen2's")
+    _check_bytes(directory, backend)
     missing = [token for token in DELIMITERS.values() if token not in vocabulary]
     if missing:
         raise ValueError(f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
                          "(Qwen2.5's tokenizers have all four)")
+    largest = max(vocabulary, key=vocabulary.get)
+    if vocabulary[largest] >= (vocab_size or _MOST):
+        raise ValueError(f"the tokenizer in {directory} has ids up to {vocabulary[largest]} ({largest!r}), but the model "
+                         f"has {vocab_size or _MOST} embeddings (model.llm.vocab_size): give the tokenizer that belongs to "
+                         f"the model, or for a new model set vocab_size to at least {vocabulary[largest] + 1}")
     return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
+
+
+def _added(config) -> dict[int, dict]:
+    """{id: description} of the added tokens in tokenizer_config.json. ValueError where they are malformed."""
+    entries = config.get("added_tokens_decoder") or {}
+    try:
+        found = {int(index): token for index, token in sorted(entries.items(), key=lambda item: int(item[0]))}
+        if all(isinstance(token["content"], str) for token in found.values()):
+            return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"added_tokens_decoder is {json_files.shown(entries)}, which does not map ids to objects with a text "
+                     "as content")
+
+
+def _of_tokenizer_json(directory):
+    """The tokenizer that tokenizer.json describes, cutting and padding nothing."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _of_vocabulary(directory, config, added):
+    """Qwen2's tokenizer of vocab.json and merges.txt: composed characters (NFC), its split rule, byte-level BPE."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    kind = config.get("tokenizer_class")
+    if kind not in (None, "Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raise ValueError(f"tokenizer_class is {kind!r} in tokenizer_config.json, and vocab.json and merges.txt are read as "
+                         "Qwen2Tokenizer does: save it with a tokenizer.json")
+    backend = tokenizers.Tokenizer(models.BPE.from_file(
+        *(os.path.join(directory, name) for name in ("vocab.json", "merges.txt"))))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    backend.add_tokens([tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+                        for token in added.values()])
+    # tokens that the vocabulary holds already, and that the config names as whole ones
+    named = [config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")]
+    named += config.get("additional_special_tokens") or []
+    named = [token["content"] if isinstance(token, dict) else token for token in named if token]
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in named
+                                if backend.token_to_id(token) is not None])
+    return backend
+
+
+def _check_bytes(directory, backend) -> None:
+    """ValueError unless the tokens are spelled in bytes, and every byte has one."""
+    alphabet = set(_byte_alphabet().values())
+    if not backend.get_vocab().keys() >= alphabet:
+        raise ValueError(f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
+                         "byte-level BPE, as Qwen2's")
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not set().union(*(backend.get_vocab().keys() - added)) <= alphabet:
+        wrong = next(token for token in sorted(backend.get_vocab().keys() - added) if not set(token) <= alphabet)
+        raise ValueError(f"the tokenizer in {directory} spells its token {wrong!r} in no bytes: use one of byte-level BPE, "
+                         "as Qwen2's")

@@ -193,7 +193,7 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("data is there")
-        tok = tokenizer.load(data.tokenizer_folder(config, data_workdir))
+        tok = tokenizer.load(data.tokenizer_folder(config, data_workdir), vocab_size=config.model.llm.vocab_size)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard,
                             wandb=wandb_arguments(config, workdir, data_workdir), resume_step=resume_step)

@@ -4,7 +4,9 @@ Faults of single functions are tested beside them; here they come through the co
 """
 
 import io
+import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -15,8 +17,11 @@ import pytest
 from PIL import Image
 
 import small_run
-from opsd_jax import checkpoint, context, data, locks, settings, train
+import tiny
+from opsd_jax import checkpoint, context, convert, data, generate, locks, settings, tokenizer, train
+from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
+from opsd_jax.diagnose import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -127,6 +132,43 @@ class file_size_limit:
 
     def __exit__(self, *_):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+# --- tokenizer and model ------------------------------------------------------------------------------------
+
+def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, capsys):
+    """Every command that brings the two together refuses them, with both numbers, before it does anything slow."""
+    changes = dict(data__dir=str(folder), model__llm__vocab_size=300)
+    largest = len(tokenizer.load(folder / "made" / "tokenizer").token_bytes) - 1
+    said = f"has ids up to {largest} ('<|vision_end|>'), but the model has 300 embeddings (model.llm.vocab_size)"
+    refused(ValueError, tmp_path, said, f"set vocab_size to at least {largest + 1}", **changes)
+    workdir, config = tmp_path / "run", checkpoint.config_to_json(small_run.config(**changes))
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config))
+    checkpoint.save(workdir / "checkpoints" / "7", None, {"a": np.zeros(3, np.float32)}, step=7, config=config)
+    for command in (lambda: eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
+                    lambda: runs.open_run(str(workdir)),
+                    lambda: generate.load(str(workdir), draw=False)):
+        try:
+            command()
+        except (ValueError, SystemExit) as error:
+            assert said in f"{error} {capsys.readouterr().err}"
+        else:
+            raise AssertionError("it goes on")
+
+    spoiled = shutil.copytree(released, tmp_path / "release")
+    sizes = json.loads((spoiled / "llm_config.json").read_text())["vocab_size"]
+    tiny.write_tokenizer(spoiled, json.loads((spoiled / "special_tokens.json").read_text()), sizes + 1)
+    said = f"has ids up to {sizes} ('<|{sizes}|>'), but the model has {sizes} embeddings"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        generate.load(str(spoiled), draw=True)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        convert.import_release(str(spoiled), str(tmp_path / "imported"))
+    convert.import_release(str(released), str(tmp_path / "imported"), only="understanding")
+    tiny.write_tokenizer(tmp_path / "imported" / "release", json.loads((spoiled / "special_tokens.json").read_text()), sizes + 1)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        convert.export_release(str(tmp_path / "imported"), str(tmp_path / "out"), base="none")
+    assert not (tmp_path / "out").exists()
 
 
 # --- settings -----------------------------------------------------------------------------------------------

@@ -164,6 +164,78 @@ def test_token_bytes_of_unused_ids(tmp_path):
     assert tok.decode([top, tok.bos]) == f"<|{top}|><|im_start|>"
 
 
+# --- what tokenizer.json says is the truth -------------------------------------------------------------
+
+OTHER_TEXTS = ["It's 12345 words,  isn't it?", "\u0041\u030a \u212b caf\u00e9 CAFE\u0301", "a  b\n\n c", "GPT'S don't"]
+
+
+def other_tokenizers():
+    """Byte-level tokenizers with other normalisers and split rules than Qwen2's."""
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers
+
+    def change(normalizer=None, pre=None):
+        made = trained()
+        made.normalizer = normalizer
+        if pre:
+            made.pre_tokenizer = pre
+        return made
+
+    bytes_of = lambda **k: pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False} | k)
+    return {
+        "no normaliser": change(), "lower case": change(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+        "GPT-2's rule": change(pre=bytes_of(use_regex=True)), "prefix space": change(pre=bytes_of(add_prefix_space=True)),
+        "digits by three": change(pre=pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated"), bytes_of()]))}
+
+
+@pytest.mark.parametrize("config_json", [None, {"model_type": "qwen2"}, {"model_type": "llama"}, {"model_type": "bagel"}])
+@pytest.mark.parametrize("named", ["Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("kind", ["no normaliser", "lower case", "GPT-2's rule", "prefix space", "digits by three"])
+def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
+    """Whatever tokenizer_class or a neighbouring config.json say: transformers 5 rebuilds the rules from them."""
+    import tokenizers
+
+    folder = write(tmp_path / "t", with_json=True, made=other_tokenizers()[kind])
+    edit(folder / "tokenizer_config.json", lambda config: config.update(tokenizer_class=named))
+    if config_json:
+        (folder / "config.json").write_text(json.dumps(config_json))
+    plain, tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), tokenizer.load(folder)
+    for text in OTHER_TEXTS + TEXTS:
+        assert tok.encode(text).tolist() == plain.encode(text, add_special_tokens=False).ids, text
+
+
+def test_other_tokenizers_differ():
+    """Or the test above would show nothing."""
+    usual = [trained().encode(text).ids for text in OTHER_TEXTS]
+    for kind, made in other_tokenizers().items():
+        assert [made.encode(text).ids for text in OTHER_TEXTS] != usual, kind
+
+
+def test_vocabulary_and_merges_as_qwen2_reads_them(tmp_path):
+    """The same ids as transformers' class, and no other class is taken for it."""
+    from transformers import Qwen2Tokenizer
+
+    folder = write(tmp_path / "t", with_json=False)
+    theirs, tok = Qwen2Tokenizer.from_pretrained(folder), tokenizer.load(folder)
+    for text in OTHER_TEXTS + TEXTS:
+        assert tok.encode(text).tolist() == theirs.encode(text, add_special_tokens=False), text
+    edit(folder / "tokenizer_config.json", lambda config: config.update(tokenizer_class="GPT2Tokenizer"))
+    with pytest.raises(ValueError, match="tokenizer_class is 'GPT2Tokenizer' in tokenizer_config.json.*save it with a tok"):
+        tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+def test_ids_beyond_the_embedding(tmp_path, with_json):
+    """Looking them up would read the last row, without a word."""
+    folder = write(tmp_path / "t", with_json=with_json)
+    largest = tokenizer.load(folder).image_end
+    assert tokenizer.load(folder, vocab_size=largest + 1).image_end == largest
+    with pytest.raises(ValueError, match=rf"has ids up to {largest} \('<\|vision_end\|>'\), but the model has {largest} "
+                                         rf"embeddings .*set vocab_size to at least {largest + 1}"):
+        tokenizer.load(folder, vocab_size=largest)
+
+
 # --- marker and prompts ---------------------------------------------------------------------------------
 
 def finds(marker, ids) -> bool:
@@ -246,7 +318,9 @@ def test_beside_a_model(folder, tmp_path):
 
 def test_saved_again_by_transformers(tok, tmp_path):
     """Such a folder has no added_tokens_decoder and no vocab.json any more."""
-    tok.backend.save_pretrained(tmp_path)
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tok.backend).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     again = tokenizer.load(tmp_path)
     assert again.token_bytes == tok.token_bytes and again.image_end == tok.image_end
@@ -299,6 +373,24 @@ def test_files_that_do_not_parse(tmp_path, name, content):
     folder = write(tmp_path / "t", with_json=name == "tokenizer.json")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=f"cannot read the tokenizer in {folder} .*copy the folder"):
+        tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+@pytest.mark.parametrize("added", [["<|im_start|>"], {"x": {"content": "a"}}, {"5": "a"}, {"5": {"content": None}}, {"5": {}}, 3])
+def test_added_tokens_that_are_malformed(tmp_path, added, with_json):
+    folder = write(tmp_path / "t", with_json=with_json)
+    edit(folder / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder=added))
+    with pytest.raises(ValueError, match=f"{folder} .tokenizer_config.json: added_tokens_decoder is .*copy the folder"):
+        tokenizer.load(folder)
+
+
+def test_token_that_is_no_bytes(tmp_path):
+    folder = write(tmp_path / "t", with_json=True)
+    edit(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update(
+        {"\u2581x": content["model"]["vocab"].pop(next(reversed(content["model"]["vocab"])))}))
+    edit(folder / "tokenizer.json", lambda content: content["model"].update(merges=[]))
+    with pytest.raises(ValueError, match="spells its token '\u2581x' in no bytes: use one of byte-level BPE"):
         tokenizer.load(folder)
 
 

@@ -79,7 +79,7 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
     config = data.with_tasks(config, chosen)
     split = split or config.eval.final_split or "train"
-    tok = tokenizer.load(data.tokenizer_folder(config, where))
+    tok = tokenizer.load(data.tokenizer_folder(config, where), vocab_size=config.model.llm.vocab_size)
     mesh = sharding.make_mesh(tensor=config.mesh.tensor)
     unit = sharding.batch_divisor(mesh)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
