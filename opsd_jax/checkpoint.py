@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +27,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from opsd_jax import paths
+from opsd_jax import json_files, paths
 
 FORMAT = 1  # raise it when the layout above changes
+_DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "metrics": dict, "versions": dict}
 _TMP = ".orbax-checkpoint-tmp"
+_OLD = ".being-deleted"  # renamed before it is deleted: a reader finds a checkpoint whole or not at all
 _COMMITTED = "commit_success.txt"  # Orbax writes it last of all, on object stores too
 
 
@@ -43,6 +46,10 @@ class CheckpointMismatch(ValueError):
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read."""
+
+
+class CheckpointGone(CheckpointNotFound):
+    """A checkpoint was deleted while it was being read."""
 
 
 class ConfigMismatch(ValueError):
@@ -76,13 +83,10 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         _remove_half_written(self.directory)
-        keep_latest, keep_steps = self._keep
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(keep_latest), policies.CustomSteps(keep_steps)]
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True)
+        # Orbax keeps all: it would delete older ones before anybody has opened the new one, see `_settle`
+        self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=True)
         self._newest = self.latest()  # complete or being written
+        self._unverified = None  # (step, what was given to be saved) of a save that nobody has waited for
         self._failed = False
 
     def __enter__(self) -> Checkpoints:
@@ -101,7 +105,7 @@ class Checkpoints:
         """Starts writing a checkpoint; returns once the arrays are copied to host memory.
 
         After it returns, `state` may be donated to the next update. An earlier save that is still
-        being written is waited for first.
+        being written is waited for first; when it can be opened, those that are not to be kept are deleted.
 
         Args:
           step: position of the run: updates done so far, over all stages.
@@ -135,23 +139,42 @@ class Checkpoints:
                 self._checkpointer.save_checkpointables_async(
                     step, {"state": state, "params": params}, custom_metadata=details, force=True)
                 self._newest = step
+                self._unverified = step, jax.tree.map(_outline, {"state": state, "params": params})
         if wait:
             self.wait()
         return fresh
 
     def wait(self) -> None:
-        """Blocks until the save in flight is complete. Raises CheckpointError, once, when it failed."""
+        """Blocks until the save in flight is complete and was opened. Raises CheckpointError, once, when it failed."""
         if not self._failed:  # else it was told already; Orbax would raise the same error for ever
             with self._writing(self._newest):
                 self._checkpointer.wait()
             self._check_kept()
+            self._settle()
 
     def close(self) -> None:
         """Waits, then frees Orbax's threads. Raises CheckpointError as `wait` does."""
+        self.wait()
         if not self._failed:
             with self._writing(self._newest):
                 self._checkpointer.close()
-            self._check_kept()
+
+    def _settle(self) -> None:
+        """Opens the checkpoint that was just written, and only then deletes the older ones that are not to be kept."""
+        if self._unverified is None:
+            return
+        (step, given), self._unverified = self._unverified, None
+        try:
+            _verify(self.directory / str(step), given)
+        except CheckpointError:
+            self._failed = True
+            raise
+        if jax.process_index():
+            return
+        keep_latest, keep_steps = self._keep
+        for old in _list(self.directory)[0][:-keep_latest]:
+            if old not in keep_steps:
+                _delete(self.directory / str(old))
 
     def _check_kept(self) -> None:
         """Raises CheckpointError, once, where the newest checkpoint is gone: Orbax would make its folder again and go on."""
@@ -218,6 +241,40 @@ def save(directory, state: Any, params: Any, *, step: int = 0, stage: str = "", 
     context.memory.write_concurrent_bytes = _in_flight(items)
     with context, _explained(f"writing the checkpoint {directory}"):
         ocp.save_checkpointables(directory, items, custom_metadata=details)
+    _verify(directory, jax.tree.map(_outline, items))
+
+
+def _outline(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
+    """Opens a checkpoint that Orbax has called complete, and compares its arrays with those that were given to it.
+
+    Raises CheckpointError where they differ; the folder then has the name of a half-written one, which nothing loads.
+    """
+    try:
+        stored = _read_metadata(directory)[0]
+        for item, tree in given.items():
+            _check_structure(directory, item, stored.get(item, {}), tree, convert=False, partial=False)
+    except (CheckpointError, CheckpointMismatch) as error:
+        aside = directory.parent / f"{directory.name}{_TMP}"
+        if jax.process_index() == 0 and directory.exists():
+            directory.rename(aside)
+        raise CheckpointError(
+            f"checkpoint {directory} was written but cannot be opened: {error}\nIt was renamed to {aside.name} and does not "
+            f"count. Complete and usable: {_list(directory.parent)[0] or 'none'}. Does the disk, or the mount, keep what is "
+            "written to it? Start again, with another folder if this comes back") from error
+
+
+def _delete(directory: epath.Path) -> None:
+    """Deletes a checkpoint. What cannot be deleted stays under a name that nothing loads, and the next run tries again."""
+    old = directory.parent / f"{directory.name}{_OLD}"
+    try:
+        directory.rename(old)
+        old.rmtree()
+    except OSError as error:
+        logging.warning("%s: an old checkpoint cannot be deleted (%s)", directory, error)
 
 
 def restore(directory, abstract_state: Any) -> Any:
@@ -232,7 +289,7 @@ def restore(directory, abstract_state: Any) -> Any:
       CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
       differ; lists all of them. CheckpointError: the files cannot be read.
     """
-    return _load(resolve(directory), "state", abstract_state)
+    return of_newest(directory, lambda folder: _load(folder, "state", abstract_state))
 
 
 def restore_params(directory, abstract_params: Any, *, partial: bool = False) -> Any:
@@ -246,19 +303,41 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
     Raises: as `restore`.
     """
-    return _load(resolve(directory), "params", abstract_params, convert=True, partial=partial)
+    return of_newest(directory, lambda folder: _load(folder, "params", abstract_params, convert=True, partial=partial))
 
 
 def metadata(directory) -> dict:
     """`{format, stage, step, config, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
-    return _read_metadata(resolve(directory))[1]
+    return of_newest(directory, _read_metadata)[1]
 
 
 def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """{item: {path: shape and dtype}} of a checkpoint; `directory` as in `restore`."""
     return {item: {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
                    for path, leaf in _paths(tree).items()}
-            for item, tree in _read_metadata(resolve(directory))[0].items()}
+            for item, tree in of_newest(directory, _read_metadata)[0].items()}
+
+
+def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
+    """`work` done with the step folder that `directory` (as in `restore`) stands for.
+
+    A run that goes on deletes its older checkpoints. Where it deletes this one meanwhile, the work is done again with the
+    newest one; CheckpointGone if `directory` is that very step.
+    """
+    while True:
+        folder = resolve(directory)
+        try:
+            return work(folder)
+        except (CheckpointError, CheckpointMismatch, CheckpointNotFound) as error:
+            if _is_committed(folder):
+                raise
+            if folder == _absolute(directory):
+                raise CheckpointGone(
+                    f"{folder} was deleted while it was being read, probably by the run that wrote it, which keeps its newest "
+                    "ones (checkpoint.keep_latest): take a later step, or leave the step out for the newest") from error
+            if folder == resolve(directory):
+                raise
+            logging.warning("%s was deleted while it was being read: going on with the newest checkpoint", folder)
 
 
 def _details(step: int, stage: str, config: Mapping, metrics) -> dict:
@@ -273,15 +352,25 @@ def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
     """(item -> pytree of array metadata, our own JSON)."""
     from orbax.checkpoint import v1 as ocp
 
-    with _explained(f"reading the metadata of {directory}"):
+    try:  # Orbax would take a damaged file for an empty one
+        json_files.read(os.path.join(directory, "_CHECKPOINT_METADATA"), fix="it is damaged")
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"{error}. {_if_damaged(directory)}") from error
+    with _explained(f"reading the metadata of {directory}", lambda: _if_damaged(directory)):
         found = ocp.checkpointables_metadata(directory)
     details = found.custom_metadata or {}
     if "format" not in details:
         raise CheckpointMismatch(f"{directory} is an Orbax checkpoint, but not one of opsd_jax (its "
                                  "metadata has no format): use `python -m opsd_jax.convert import`")
-    if details["format"] > FORMAT:
+    if isinstance(details["format"], int) and details["format"] > FORMAT:
         raise CheckpointMismatch(f"{directory} has format {details['format']}; this version of opsd_jax "
                                  f"reads up to {FORMAT}: update opsd_jax")
+    if faulty := [key for key, kind in _DETAILS.items() if not isinstance(details.get(key), kind)]:
+        raise CheckpointError(f"{directory}/_CHECKPOINT_METADATA: {', '.join(faulty)} of custom_metadata cannot be read. "
+                              f"{_if_damaged(directory)}")
+    if lost := [item for item, tree in found.metadata.items() if not _paths(tree)]:  # about which Orbax only logs an error
+        raise CheckpointError(f"{directory}: no array of {lost[0]!r} can be opened, its files are incomplete or damaged. "
+                              f"{_if_damaged(directory)}")
     return found.metadata, details
 
 
@@ -297,10 +386,12 @@ def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, par
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     context.memory.read_concurrent_bytes = _in_flight(abstract)
-    with context, _explained(f"reading {item!r} of checkpoint {directory}",
-                             lambda: "If its files are damaged, delete that folder: the newest of the others "
-                                     f"is used then ({_list(directory.parent)[0]})"):
+    with context, _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)):
         return ocp.load_checkpointables(directory, {item: abstract})[item]
+
+
+def _if_damaged(directory: epath.Path) -> str:
+    return f"If its files are damaged, delete that folder: the newest of the others is used then ({_list(directory.parent)[0]})"
 
 
 def _in_flight(tree) -> int:
@@ -377,18 +468,19 @@ def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
 
 
 def _remove_half_written(directory: epath.Path) -> None:
-    """Takes away what interrupted saves left, until it stays away.
+    """Takes away what interrupted saves and deletions left, until it stays away.
 
     When a save fails in a process that goes on (a notebook on a full disk), the writers of its other arrays run on
     for a moment and make their folders again. Orbax's own removal gives up at the first of them, and the next save
     fails with it.
     """
     def half():
-        return [name for name in _list(directory)[1] if _TMP in name]
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        return sorted(name for name in names if _TMP in name or _OLD in name)
 
     if not half():
         return
-    logging.warning("removing half-written checkpoints of an interrupted run under %s: %s", directory,
+    logging.warning("removing half-written checkpoints of an interrupted run, or half-deleted ones, under %s: %s", directory,
                     ", ".join(half()))
     if jax.process_index():
         return

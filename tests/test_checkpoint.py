@@ -289,6 +289,99 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]  # 1 went only when 3 was complete
 
 
+@pytest.mark.parametrize("damage", [
+    lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 0), lambda folder: shutil.rmtree(folder / "params"),
+    lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 40), lambda folder: os.remove(folder / "state" / "_METADATA"),
+    lambda folder: os.truncate(folder / "params" / "manifest.ocdbt", 0), lambda folder: os.remove(folder / "_CHECKPOINT_METADATA")])
+def test_a_save_that_cannot_be_opened_is_not_complete_and_the_older_one_stays(tmp_path, damage):
+    """Found when it is waited for, and when the next one is saved."""
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        keep(checkpoints, 1, wait=True)
+        for step, find in ((2, checkpoints.wait), (3, lambda: keep(checkpoints, 4))):
+            keep(checkpoints, step)
+            checkpoints._checkpointer.wait()
+            damage(tmp_path / str(step))
+            with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/{step} was written but cannot be opened: .*usable: \[1\]"):
+                find()
+            assert checkpoints.latest() == 1 and checkpoint.metadata(tmp_path)["step"] == 1
+        assert keep(checkpoints, 4, wait=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["4"]
+    assert_same(checkpoint.restore(tmp_path, abstract(make_state(4))), make_state(4))
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding", "params/manifest.ocdbt",
+                                  "params/array_metadatas/process_0"])
+def test_cut_files_name_the_folder_and_the_fix(tmp_path, name):
+    """Orbax takes most of them for an empty checkpoint."""
+    weights = {"w": jnp.arange(6.0)}
+    checkpoint.save(tmp_path / "3", None, weights, step=3)
+    raw = (tmp_path / "3" / name).read_bytes()
+    for content in (b"", raw[:len(raw) // 2], b"\0" * 100):
+        (tmp_path / "3" / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/3.*delete that folder: the newest of the others"):
+            checkpoint.restore_params(tmp_path, weights)
+
+
+@pytest.mark.parametrize("key, value", [("format", "x"), ("config", []), ("step", None), ("stage", 3)])
+def test_details_of_another_type(tmp_path, key, value):
+    checkpoint.save(tmp_path / "3", None, {"w": jnp.ones(2)})
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"3/_CHECKPOINT_METADATA: {key} of custom_metadata cannot be read. .*delete that"):
+        checkpoint.metadata(tmp_path)
+
+
+def test_where_orbax_loses_arrays_the_save_fails(tmp_path, monkeypatch):
+    """Such paths are refused; without that, the check after the save finds what is lost."""
+    monkeypatch.setattr(checkpoint.paths, "check_given", lambda *_, **__: None)
+    with pytest.raises(CheckpointError, match=r"(?s)a\[1\] was written but cannot be opened: .*no array of 'params'"):
+        checkpoint.save(tmp_path / "a[1]", None, {"w": jnp.ones(2)})
+    assert not (tmp_path / "a[1]").exists()
+
+
+def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        for step in (1, 2):
+            keep(checkpoints, step)
+        assert (tmp_path / "1").exists()
+        checkpoints.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    (tmp_path / "2").rename(tmp_path / "2.being-deleted")  # as a kill in the middle leaves it
+    with pytest.raises(CheckpointNotFound):
+        checkpoint.metadata(tmp_path)
+    with Checkpoints(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_beside_a_run_that_deletes_its_older_checkpoints(tmp_path, caplog):
+    """The newest when nothing else was asked for; otherwise an error that says what happened."""
+    states = {step: make_state(step) for step in (1, 2)}
+    checkpoint.save(tmp_path / "1", states[1], states[1]["ema"], step=1)
+    read, seen = checkpoint._read_metadata, []
+
+    def rotated(folder):
+        if not seen:
+            seen.append(folder.name)
+            checkpoint.save(tmp_path / "2", states[2], states[2]["ema"], step=2)
+            shutil.rmtree(tmp_path / "1")
+        return read(folder)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
+        patch.setattr(checkpoint, "_read_metadata", rotated)
+        assert_same(checkpoint.restore(tmp_path, abstract(states[2])), states[2])
+        assert seen == ["1"] and "going on with the newest" in caplog.text
+        shutil.rmtree(tmp_path / "2")
+        checkpoint.save(tmp_path / "1", states[1], states[1]["ema"], step=1)
+        seen.clear()
+        with pytest.raises(checkpoint.CheckpointGone, match=f"{tmp_path}/1 was deleted while.*take a later step"):
+            checkpoint.restore_params(tmp_path / "1", abstract(states[1]["ema"]))
+    os.truncate(tmp_path / "2" / "_CHECKPOINT_METADATA", 0)
+    with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA is not valid JSON.*delete that folder"):  # not deleted
+        checkpoint.metadata(tmp_path)
+
+
 def test_writers_of_a_failed_save_may_still_be_at_work(tmp_path):
     """As after a full disk in a notebook: the folder comes back while it is removed, and then stays away."""
     half = tmp_path / "1.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
