@@ -1,7 +1,7 @@
 """Table of a run over seeds: python benchmarks/seeds.py W0 W1 W2
 
-Reads the report.json that each run with arms leaves in its workdir; accuracies and closures in per cent, one column
-a seed, then mean and standard deviation.
+Reads the report.json that each run with arms leaves in its workdir; accuracies (text only, and of the same weights
+with the rows' true visual thoughts) and closures in per cent, one column a seed, then mean and standard deviation.
 """
 
 import json
@@ -20,8 +20,10 @@ def main(workdirs):
     print("| arm | measure | " + " | ".join(os.path.basename(os.path.normpath(w)) for w in workdirs) + " | mean ± sd |")
     print("|---" * (3 + len(workdirs)) + "|")
     for arm in dict.fromkeys(arm for report in reports for arm in report):
-        for name, key in (("accuracy", "overall"), ("closure", "closure")):
-            values = [next(iter(r[arm].values())).get(key) if arm in r else None for r in reports]
+        tasks = [next(iter(r[arm].values())) if arm in r else {} for r in reports]
+        for name, values in (("accuracy", [b.get("overall") for b in tasks]),
+                             ("with visual thoughts", [b.get("real", {}).get("overall") for b in tasks]),
+                             ("closure", [b.get("closure") for b in tasks])):
             found = [100 * v for v in values if v is not None]
             if found:
                 spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""

@@ -102,6 +102,9 @@ class Arms:
 def report(workdir: str, names) -> str:
     """The table of a run and its arms, also written to report.md and report.json in the workdir.
 
+    Beside each text-only accuracy it has that of the same weights with the rows' true visual thoughts, where the final
+    evaluation measured it: training changes how well a model reads them.
+
     Raises FileNotFoundError where an evaluation is missing.
     """
     from opsd_jax.data import load_config
@@ -113,21 +116,26 @@ def report(workdir: str, names) -> str:
         path = _summary(workdir, warm, kind)
         if os.path.exists(path):
             rows.append({"arm": what, **_read(path)})
+            if kind == "none":
+                _add_reading(rows[-1], workdir, warm)
     for name, folder in (("OPSD", workdir), *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names)):
         last = max(settings.stage_ends(load_config(folder)).values())
         row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
+        _add_reading(row, folder, last)
         path = _summary(folder, last, "kl")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
                 for task, kl in json.load(f)["tasks"].items():
                     row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
         rows.append(row)
-    lines = ["| arm | task | accuracy | 95 % interval | n | tokens | KL to teacher | closure |", "|---" * 8 + "|"]
+    lines = ["| arm | task | accuracy | 95 % interval | with true visual thoughts | n | tokens | KL to teacher | closure |",
+             "|---" * 9 + "|"]
+    interval = lambda b: f"{100 * b['interval_95'][0]:.1f}–{100 * b['interval_95'][1]:.1f}"
     for row in rows:
         for task, b in row["tasks"].items():
-            low, high = b["interval_95"]
+            read = f"{100 * b['real']['overall']:.1f} % ({interval(b['real'])})" if "real" in b else ""
             kl = f"{b['kl_before']:.3f} -> {b['kl']:.3f} | {100 * b['closure']:.0f} %" if "kl" in b else " | "
-            lines.append(f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {100 * low:.1f}–{100 * high:.1f} | "
+            lines.append(f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {interval(b)} | {read} | "
                          f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |")
     text = "\n".join(lines) + "\n"
     for name, content in (("report.md", text), ("report.json", json.dumps(rows, indent=1))):
@@ -140,6 +148,14 @@ def report(workdir: str, names) -> str:
 
 def _summary(folder, step, kind):
     return os.path.join(folder, "eval", f"{step:06d}-{kind}", "summary.json")
+
+
+def _add_reading(row, folder, step):
+    """Adds `real` to each task of a text-only row: how the same weights answer with the true visual thoughts."""
+    path = _summary(folder, step, "real")
+    if os.path.exists(path):
+        for task, b in _read(path)["tasks"].items():
+            row["tasks"][task]["real"] = {k: b[k] for k in ("overall", "interval_95")}
 
 
 def _read(path):

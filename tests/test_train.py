@@ -109,7 +109,16 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     assert [bool(row[-1]) for row in rows[2:]] == [False, False, False, True, True]  # KL closure
     kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())["tasks"]
     assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-1][-1]
-    assert len(json.loads((tmp_path / "w" / "report.json").read_text())) == 5
+    found = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert len(found) == 5
+    # The same row says how a trained model answers without visual thoughts, and with the true ones.
+    place = rows[0].index("with true visual thoughts")
+    assert [bool(row[place]) for row in rows[2:]] == [False, True, False, True, True]
+    for n, folder, step in ((1, tmp_path / "w", small_run.WARMUP), (3, tmp_path / "w", small_run.LAST),
+                            (4, arm, small_run.OPSD)):
+        real = json.loads((folder / "eval" / f"{step:06d}-real" / "summary.json").read_text())["benchmarks"][small_run.TASK]
+        assert found[n]["tasks"][small_run.TASK]["real"] == {k: real[k] for k in ("overall", "interval_95")}
+        assert rows[2 + n][place].startswith(f"{100 * real['overall']:.1f} % (")
 
 
 @pytest.mark.slow
