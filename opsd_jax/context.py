@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import images
+from opsd_jax.tags import wrap_answer, wrap_thought
 
 # Official prompts, byte for byte (data/opsd_pack_builder.py; inferencer.py for the inference variant, which
 # differs in the outer newlines and in the missing space after "i.e.": other token ids).
@@ -298,18 +299,6 @@ def replace_visual_thoughts(mode: str, problem: Image, own, other, rng: np.rando
     if mode == "none":
         return []
     raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
-
-
-def wrap_thought(text: str) -> str:
-    """A reasoning text inside its <think> tags, which some sources already have."""
-    text = text.strip()
-    return text if text.startswith("<think>") else f"<think>{text}</think>"
-
-
-def wrap_answer(text: str) -> str:
-    """An answer inside its <answer> tags, which some sources already have."""
-    text = text.strip()
-    return text if text.startswith("<answer>") else f"<answer>{text}</answer>"
 
 
 def text_trace(full_text_only_thought: str, answer: str) -> str:

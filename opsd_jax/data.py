@@ -11,12 +11,13 @@ import collections
 import dataclasses
 import json
 import os
+import pathlib
 import threading
 
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, locks, paths, settings
+from opsd_jax import cli, images, locks, paths, settings, tags, tasks
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -77,42 +78,81 @@ def with_tasks(config, chosen):
 
 
 def make_if_absent(config, workdir: str) -> None:
-    """Makes the procedural data of `config.data.make` in the data folder, or finishes what was begun there. Where another
-    command is doing that, waits until it is done.
+    """Makes the procedural data of `config.data.make` in <workdir>/data, or finishes what was begun in the data folder.
+    Where another command is doing that, waits until it is done.
+
+    In a folder that `config.data.dir` names nothing is begun, because a mistyped name would be a new folder. What
+    make-mini began there is finished; it may hold more families than `config.data.make` asks for.
 
     Raises FileNotFoundError if there are no data and none to make; ValueError if those that are there were made with
     other settings.
     """
-    target, make = folder(config, workdir), config.data.make
-    if not os.path.isdir(os.path.join(target, "made")):
+    target, make = folder(config, workdir), config.data.make.to_dict()
+    was = _made(target)
+    if was is None:
         if os.path.isdir(os.path.join(target, visual_opsd.NAME)):  # prepared from elsewhere
             return
-        if not make.families:
+        if config.data.dir or not make["families"]:
             raise FileNotFoundError(
                 f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
-                f"--target={target}`, or give --config.data.dir=FOLDER that holds {visual_opsd.NAME}/")
+                f"--target={target}` or `python -m opsd_jax.data make-mini --target={target}`, or give "
+                f"--config.data.dir=FOLDER that holds {visual_opsd.NAME}/. Procedural data (config.data.make.families) "
+                "are made by the run itself only where config.data.dir is empty")
+    elif not make["families"]:  # as they are
+        make = was
+    elif config.data.dir and {*make["families"]} <= {*was["families"]}:
+        make["families"] = was["families"]
     with locks.only_writer(target, wait=True):
-        _make(make, target)
+        make_procedural(target, make)
 
 
-def _make(make, target: str) -> None:
-    from opsd_jax import tasks
+def make_procedural(target: str, make: dict) -> None:
+    """Makes procedural data in a folder, or finishes what the same settings began there. make: as `config.data.make`.
+
+    Raises ValueError if others were begun there; locks.FolderInUse.
+    """
+    with locks.only_writer(target):
+        _make(target, json.loads(json.dumps(make)))  # as it comes back from the record
+
+
+def _make(target: str, make: dict) -> None:
     from opsd_jax.tasks import parquet
 
-    made, record = os.path.join(target, "made"), os.path.join(target, "made.json")
+    was, made = _made(target), os.path.join(target, "made")
+    if was is None:
+        os.makedirs(target, exist_ok=True)
+        visual_opsd.write_json(pathlib.Path(target, _RECORD), make)
+    elif was != make:
+        raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is {make}: use "
+                         f"those, another folder, or delete {target}")
     if not os.path.isdir(made):
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
-        os.makedirs(target, exist_ok=True)
-        with open(record, "w", encoding="utf-8") as f:
-            f.write(make.to_json())
-        parquet.make_mini(made, families=make.families, counts=counts, seed=make.seed, difficulty=make.difficulty)
-    elif make.families and os.path.exists(record):
-        with open(record, encoding="utf-8") as f:
-            was = json.load(f)
-        if was != json.loads(make.to_json()):
-            raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is "
-                             f"{json.loads(make.to_json())}: use those, another folder, or delete {target}")
+        try:
+            parquet.make_mini(made, families=make["families"], counts=counts, seed=make["seed"],
+                              difficulty=make["difficulty"])
+        except BaseException:  # nothing was begun: the corrected command may have other settings
+            os.remove(os.path.join(target, _RECORD))
+            raise
     visual_opsd.prepare(os.path.join(made, "parquet"), target)  # does nothing where all is done
+
+
+_RECORD = "made.json"  # settings of the procedural data in a folder, written before them
+
+
+def _made(target: str) -> dict | None:
+    """With which settings procedural data were begun in a folder; None if none were. ValueError where it is damaged."""
+    path = os.path.join(target, _RECORD)
+    try:
+        with open(path, encoding="utf-8") as f:
+            was = json.load(f)
+        if not isinstance(was, dict) or not isinstance(was.get("families"), list):
+            raise ValueError("it holds no settings")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to use the prepared data as they are, or delete {target} "
+                         "to make them again") from error
+    return was
 
 
 def tokenizer_folder(config, workdir: str) -> str:
@@ -130,7 +170,7 @@ class Rows:
         self.sources = [visual_opsd.open_source(where, part, task=task)
                         for task, part in zip(config.data.tasks, spec)]
         self.digests = [visual_opsd.digest(where, task) for task in config.data.tasks]  # what caches of the rows depend on
-        self._tokenizer, self._suffix = tokenizer, config.prompts.suffix
+        self._tasks, self._tokenizer, self._suffix = config.data.tasks, tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
         self.drawing = drawing
@@ -168,9 +208,36 @@ class Rows:
         return Image(images.patchify(pixels, self._patch), grid)
 
     def partner(self, source: int, row: int) -> Prepared:
-        """Another row of the same task: the one half a source further."""
+        """Another row of the same task: the one half a source further. ValueError where there is no other."""
         size = len(self.sources[source])
-        return self(source, (row + max(size // 2, 1)) % size)
+        if size < 2:
+            raise ValueError(f"visual thoughts in mode swap are those of another row, and {self._tasks[source]} has a single "
+                             f"row in {self.sources[source].split}: raise its config.data.limits, or leave the task out")
+        return self(source, (row + size // 2) % size)
+
+    def check_references(self, source: int, numbers) -> None:
+        """ValueError that names the rows whose stored answer no completion matches, not even the one training teaches.
+
+        Preparation refuses such rows; this is for folders that an older version prepared, and for what only the tokenizer
+        tells.
+        """
+        found = []
+        for n in numbers:
+            example = self.sources[source][n]
+            taught = tags.wrap_answer(example.answer)
+            fault = tasks.fault(example.metadata, taught)
+            if not fault:
+                ids = self._tokenizer.encode(taught).tolist()
+                said = self._tokenizer.decode(ids[:ids.index(self._tokenizer.eos)] if self._tokenizer.eos in ids else ids)
+                if not tasks.judge(example.metadata, taught, said)[1]:
+                    fault = f"answer {example.answer!r} is read as {said!r} by the tokenizer"
+            if fault:
+                found.append(f"row {example.pid}: {fault}")
+        if found:
+            raise ValueError(
+                f"no completion can be right for {len(found)} rows of {self._tasks[source]} in {self.sources[source].directory}: "
+                f"{'; '.join(found[:5])}{' ...' if found[5:] else ''}. Correct them in the parquet files and prepare the folder "
+                "again with --overwrite, or leave them out with --on_bad_row=skip --overwrite")
 
 
 class Packer:
@@ -323,6 +390,9 @@ class Batches:
 
     def __init__(self, config, workdir, stage: str, rows: Rows, packer: Packer, *, share=None):
         self.config, self.stage, self.rows, self.packer = config, stage, rows, packer
+        if stage == "opsd" and config.teacher.visual_thoughts == "swap":
+            for source in range(len(rows.sources)):
+                rows.partner(source, 0)  # where a task has no other row, this tells before the first step
         batch_size = config[stage].batch_size
         self._share = list(range(batch_size) if share is None else share)
         buckets = range(len(config.data.buckets.student))
@@ -455,15 +525,12 @@ def main(argv=None) -> None:
                                       overwrite=args.overwrite))
         else:
             paths.check_given("--target", args.target)
-            config = settings.default()
-            config.data.dir = args.target
-            config.data.make.update(families=tuple(args.families.split(",")), train=args.train,
-                                    validation=args.validation, test=args.test, difficulty=args.difficulty,
-                                    seed=args.seed)
             with locks.only_writer(args.target):
-                if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)):
+                if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)) and _made(args.target) is None:
                     raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
-                make_if_absent(config, args.target)
+                make_procedural(args.target, {
+                    "families": args.families.split(","), "train": args.train, "validation": args.validation,
+                    "test": args.test, "difficulty": args.difficulty, "seed": args.seed})
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"written to {args.target}")

@@ -33,7 +33,7 @@ import time
 import numpy as np
 
 from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import cli, distributed, images, metrics, paths, settings, tasks
+from opsd_jax import cli, distributed, images, metrics, paths, settings, tags, tasks
 from opsd_jax import params as params_lib
 from opsd_jax.datasets import plan
 
@@ -80,10 +80,7 @@ class Result:
 
 def is_hit(example, text: str) -> tuple[str | None, bool]:
     """(answer found in the text, whether it is right): by the procedural task's rule, or word for word."""
-    answer = tasks.extract_answer(text)
-    if "family" in example.metadata:
-        return answer, bool(tasks.score(example.metadata, answer))
-    return answer, answer is not None and answer.split() == example.answer.split()
+    return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
 
 
 def batches(numbers, batch_size: int):
@@ -129,7 +126,9 @@ def check_fit(rows, packer, task_names, modes, limit: int = 0, subset_seed: int 
     from opsd_jax import context as context_lib
 
     for source, name in enumerate(task_names):
-        for n in _numbers(rows, source, limit, subset_seed):
+        numbers = _numbers(rows, source, limit, subset_seed)
+        rows.check_references(source, numbers)
+        for n in numbers:
             row = rows(source, n)
             for mode in modes:
                 kind, blocks = _blocks_of(rows, packer, source, n, mode)
@@ -669,7 +668,6 @@ def _of_rows(rows, source: int, name: str, job: Job):
     from opsd_jax import answers
 
     examples = rows.sources[source]
-
     def question(key):
         example = examples[key]
         picture = images.open_rgb(example.problem_image, transparency=job.config.images.transparency)
@@ -683,6 +681,7 @@ def _of_rows(rows, source: int, name: str, job: Job):
         return found, None
 
     keys = tuple(_numbers(rows, source, job.limit, job.subset_seed))
+    rows.check_references(source, keys)
     return answers.Benchmark(name, keys, question, lambda key: examples[key].answer, judge,
                              subset=plan.subset_facts(len(keys), len(examples), job.subset_seed))
 

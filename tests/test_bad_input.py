@@ -18,7 +18,7 @@ from PIL import Image
 
 import small_run
 import tiny
-from opsd_jax import checkpoint, context, convert, data, generate, locks, settings, tokenizer, train
+from opsd_jax import checkpoint, context, convert, data, generate, locks, settings, tasks, tokenizer, train
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.diagnose import runs
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiles")
 def folder(tmp_path_factory):
     """A prepared data folder with its tokenizer."""
     made = tmp_path_factory.mktemp("data")
-    data.make_if_absent(small_run.config(data__dir=str(made)), "")
+    data.make_procedural(str(made), small_run.config().data.make.to_dict())
     return made
 
 
@@ -57,13 +57,24 @@ def parquet(tmp_path, changes=None, drop=None):
     import pyarrow.parquet
 
     rows = [{"pid": f"p{n}", "question": "Which?", "answer": "B", "problem_image_0": png(),
-             "resoning_thought_0": "look", "reasoning_image_0": png()} for n in range(3)]
+             "resoning_thought_0": "look", "reasoning_image_0": png(), "metadata": None} for n in range(3)]
     rows[2] |= changes or {}
     path = tmp_path / "Maze" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
         [{key: value for key, value in row.items() if key != drop} for row in rows]), path)
     return path
+
+
+def change(path, row, **values):
+    """Edits a row of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    rows = table.to_pylist()
+    rows[row] |= values
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), path)
 
 
 def prepare(tmp_path, capsys, *arguments):
@@ -82,6 +93,9 @@ def prepare(tmp_path, capsys, *arguments):
     ({"question": ""}, "question is empty"),
     ({"question": "  \n"}, "question is empty"),
     ({"answer": None}, "answer is empty"),
+    ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
+    ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'"),
+    ({"metadata": '{"family": "maze", "map": ["FG"]}'}, "metadata has no 'map'"),
 ])
 def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault):
     path = parquet(tmp_path, changes)
@@ -223,11 +237,13 @@ def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):
 
 # --- files that are not there -------------------------------------------------------------------------------
 
-def test_no_data(tmp_path):
+@pytest.mark.parametrize("families", [(), ("chart",)])
+def test_no_data(tmp_path, families):
     away = str(tmp_path / "away")
     command = f"python -m opsd_jax.data prepare --source=PARQUET_DIR --target={away}"
-    refused(FileNotFoundError, tmp_path, f"{away} holds no data", command, "--config.data.dir",
-            data__dir=away, data__make__families=())
+    refused(FileNotFoundError, tmp_path, f"{away} holds no data", command, f"make-mini --target={away}", "--config.data.dir",
+            data__dir=away, data__make__families=families)
+    assert not os.path.exists(away)
 
 
 def test_no_data_of_a_task(tmp_path, folder):
@@ -246,6 +262,24 @@ def test_no_tokenizer(tmp_path, folder):
 def test_no_such_split_is_told_before_the_first_step(tmp_path, folder):
     for changes in ({"eval__final_split": "dev"}, {"eval__split": "dev", "eval__every": 1}):
         refused(ValueError, tmp_path, str(folder), "dev", data__dir=str(folder), **changes)
+
+
+def test_a_swap_of_a_single_row(tmp_path, folder):
+    refused(ValueError, tmp_path, f"{small_run.TASK} has a single row in train", "data.limits", data__dir=str(folder),
+            stages=("opsd",), teacher__visual_thoughts="swap", data__limits=(1,))
+
+
+def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
+    """As an older version prepared it; what is new is refused in preparation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "fault", lambda *_: None)
+        shutil.copytree(folder, tmp_path / "data")
+        rows = tmp_path / "data/made/parquet"
+        for path in rows.glob("*/data/test-*.parquet"):
+            change(path, 3, answer="<answer>n7")
+        visual_opsd.prepare(rows, tmp_path / "data", overwrite=True)
+    refused(ValueError, tmp_path, "no completion can be right for 1 rows of Chart_Refocus", "answer has <answer> without",
+            "row chart-test-", data__dir=str(tmp_path / "data"))
 
 
 def test_a_row_that_exceeds_its_bucket(tmp_path, folder):

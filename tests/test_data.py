@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def config(folder, buckets=None, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
-    data.make_if_absent(config(made), "")
+    data.make_procedural(str(made), config(made).data.make.to_dict())
     return made
 
 
@@ -318,15 +320,114 @@ def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(fol
         data.make_if_absent(c, str(tmp_path))
 
 
+def killed(*arguments):
+    """make-mini that dies without cleaning up, after it made the rows."""
+    script = ("import os; from opsd_jax import data; from opsd_jax.tasks import parquet\n"
+              f"parquet.build_tokenizer = lambda folder: os._exit(9)\ndata.main(['make-mini', *{arguments}])")
+    assert small_run.run([sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == 9
+
+
 def test_make_mini_from_the_command_line(tmp_path, capsys):
     target = str(tmp_path / "d")
-    counts = ["--train=4", "--validation=1", "--test=1"]
-    data.main(["make-mini", f"--target={target}", "--families=chart", *counts])
-    assert f"written to {target}" in capsys.readouterr().out
-    assert len(visual_opsd.open_source(target, "train+test", task=CHART)) == 5
-    for arguments, message in (
-            (["--families=chart"], "holds prepared data already: choose another --target"),
-            (["--families=chess", f"--target={tmp_path}/e"], "unknown family: 'chess'; there is maze")):
+    command = [f"--target={target}", "--families=chart", "--train=4", "--validation=1", "--test=1"]
+    killed(*command)
+    assert sorted(os.listdir(target)) == [".tmp-made", "made.json"]
+
+    def refused(message, *arguments):
         with pytest.raises(SystemExit) as stopped:
-            data.main(["make-mini", f"--target={target}", *arguments])
-        assert stopped.value.code == 1 and message in capsys.readouterr().err
+            data.main(["make-mini", *arguments])
+        assert stopped.value.code == 1 and re.search(message, capsys.readouterr().err)
+
+    refused("made with other settings.*'train': 4.*'train': 5", *command, "--train=5")
+    for _ in range(2):  # continued; then all is done
+        data.main(["make-mini", *command])
+        assert f"written to {target}" in capsys.readouterr().out
+        assert len(visual_opsd.open_source(target, "train+test", task=CHART)) == 5
+        assert sorted(os.listdir(target)) == ["made", "made.json", "visual_opsd"]
+    refused("made with other settings.*'seed': 0.*'seed': 1", *command, "--seed=1")
+    (tmp_path / "d" / "made.json").unlink()  # as a folder prepared from elsewhere
+    refused("holds prepared data already: choose another --target", *command)
+    other = f"--target={tmp_path}/e"
+    refused("unknown family: 'chess'; there is maze", *command, other, "--families=chess")
+    data.main(["make-mini", *command, other])  # a refused command leaves nothing that is in the way
+
+
+def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
+    """Else a mistyped name would be filled with procedural data."""
+    mistyped = tmp_path / "dta"
+    with pytest.raises(FileNotFoundError, match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir"):
+        data.make_if_absent(config(mistyped), str(tmp_path))
+    assert not os.listdir(tmp_path)
+    data.make_if_absent(config(folder, data__make__families=("maze",)), "")  # more are there than are asked for
+    with pytest.raises(ValueError, match="made with other settings.*'seed': 0.*'seed': 1"):
+        data.make_if_absent(config(folder, data__make__seed=1), "")
+    data.make_if_absent(config(folder, data__make__families=(), data__make__seed=1), "")  # as they are
+    begun = tmp_path / "begun"
+    killed(f"--target={begun}", "--families=chart", "--train=4", "--validation=1", "--test=1")
+    data.make_if_absent(config(begun, data__make__families=()), "")
+    assert len(visual_opsd.open_source(begun, "train", task=CHART)) == 4
+
+
+@pytest.mark.parametrize("content", ["", '{"families": ["cha', "\0" * 200, "[]", '{"families": 3}'])
+def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "made.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/data/made.json is damaged .*: delete it .*or delete {tmp_path}/data"):
+        data.make_if_absent(small_run.config(), str(tmp_path))
+
+
+# --- references ---------------------------------------------------------------------------------------------
+
+ANSWERS = ["B", "<answer>B</answer>", "<answer> B </answer>", " B \n", "the answer is <answer>B</answer>", "B.", "1,000", "B\u200b",
+           "\ufeffB", "cafe\u0301", "caf\u00e9", "<answer>cafe\u0301</answer>", "\u212b", "\u0958", "two\u00a0words", "B</answer>"]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A tokenizer that normalises to NFC, as Qwen2's does."""
+    from opsd_jax.tasks import vocabulary
+
+    made = tmp_path_factory.mktemp("qwen")
+    vocabulary.build_tokenizer(made)
+    facts = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
+    (made / "tokenizer.json").write_text(json.dumps(facts | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    return tokenizer.load(made)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_training_teaches_is_right(qwen, tok, answer):
+    from opsd_jax import eval as eval_lib
+
+    example = visual_opsd.Example("p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so")
+    taught = context.text_trace(example.full_text_only_thought, answer)
+    for t in (qwen, tok):
+        assert eval_lib.is_hit(example, t.decode(t.encode(taught)))[1]
+        for wrong in ("<answer>C</answer>", "B", "<answer></answer>", "<answer>B"):
+            assert not eval_lib.is_hit(example, wrong)[1]
+
+
+def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):
+    rows = data.Rows(config(folder), "", qwen, "test")
+    rows.check_references(0, range(small_run.TEST_ROWS))
+    good = rows.sources[1]
+    edits = {3: {"metadata": {"family": "maze", "map": ["FF", "FG"]}}, 5: {"answer": "<answer>R"},
+             7: {"answer": "B<|im_end|>", "metadata": {}}}
+    bad = [dataclasses.replace(good[n], **edits.get(n, {})) for n in range(small_run.TEST_ROWS)]
+    rows.sources[1] = type("Source", (list,), {"directory": good.directory})(bad)
+    with pytest.raises(ValueError) as error:
+        rows.check_references(1, range(small_run.TEST_ROWS))
+    for part in (f"3 rows of {MAZE} in {good.directory}", f"row {bad[3].pid}: metadata has a 'map' without start S",
+                 f"row {bad[5].pid}: answer has <answer> without", f"row {bad[7].pid}: answer 'B<|im_end|>' is read as '<answer>B' by",
+                 "--on_bad_row=skip"):
+        assert part in str(error.value)
+    rows.check_references(1, [0, 1, 2, 4, 6])
+
+
+def test_a_swap_needs_another_row(folder, tok, make):
+    one = dict(data__limits=(1, 0), teacher__visual_thoughts="swap")
+    with pytest.raises(ValueError, match=f"mode swap.*another row, and {CHART} has a single row in train.*data.limits"):
+        make(**one)
+    make("warmup", **one)  # without a teacher
+    rows = data.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")
+    for source, size in ((0, 2), (1, 3)):
+        assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))

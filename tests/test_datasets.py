@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from opsd_jax import images
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
 from opsd_jax.datasets.visual_opsd import BadRow, BadSource, ParquetSource, open_source, prepare
@@ -196,7 +198,79 @@ BAD_ROWS = {
     "no thought": ({"resoning_thought_0": "", "resoning_thought_1": None}, "resoning_thought_0.*no thought"),
     "bad metadata": ({"metadata": "{'a': 1}"}, "metadata is not JSON"),
     "list metadata": ({"metadata": "[1]"}, "metadata is JSON, but not an object"),
+    "zero-width answer": ({"answer": "\u200b \ufeff"}, "answer is empty"),
+    "unclosed answer": ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
+    "unknown family": ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'.*choose from maze"),
+    "family alone": ({"metadata": '{"family": "chart"}'}, "metadata has no text 'answer'"),
+    "maze without goal": ({"metadata": '{"family": "maze", "map": ["SF", "FF"]}', "answer": "R"}, "metadata has a 'map' without goal G"),
+    "wrong label": ({"metadata": '{"family": "chart", "answer": "n7"}', "answer": "n8"}, "answer 'n8' is wrong by the row's metadata"),
 }
+
+
+def encoded(image, kind="PNG", **options) -> dict:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+grey16 = Image.fromarray(np.zeros((9, 12), np.uint16))
+PICTURES = {  # what the parquet file holds -> whether training opens it
+    "RGB": (picture(0), True), "RGBA": (picture(0, mode="RGBA"), True), "grey": (picture(0, mode="L"), True),
+    "CMYK": (encoded(Image.new("CMYK", (9, 9)), "JPEG"), True), "1 bit": (encoded(Image.new("1", (9, 9))), True),
+    "grey and alpha": (encoded(Image.new("LA", (9, 9))), True), "palette": (encoded(Image.new("P", (9, 9))), True),
+    "palette and alpha": (encoded(Image.new("P", (9, 9)), transparency=0), True),
+    "animated": (encoded(Image.new("P", (9, 9)), "GIF", save_all=True, append_images=[Image.new("P", (9, 9), 1)]), True),
+    "16-bit grey": (encoded(grey16), False), "16-bit grey TIFF": (encoded(grey16, "TIFF"), False),
+    "float TIFF": (encoded(Image.new("F", (9, 9)), "TIFF"), False), "32-bit TIFF": (encoded(Image.new("I", (9, 9)), "TIFF"), False),
+    "too large": (encoded(Image.new("1", (30_000, 3_000))), False),
+    "cut": (CUT_OFF, False), "text": ({"bytes": b"<svg/>", "path": None}, False),
+}
+
+
+@pytest.mark.parametrize("value, is_good", PICTURES.values(), ids=PICTURES)
+def test_preparation_takes_the_pictures_that_training_opens(tmp_path, value, is_good):
+    for transparency in ("white", "drop"):
+        try:
+            images.open_rgb(value["bytes"], transparency=transparency)
+        except images.UnreadableImage:
+            assert not is_good
+        else:
+            assert is_good
+    file = maze(tmp_path / "s", [row(0), row(1, problem_image_0=value, reasoning_image_0=value)])
+    report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
+    source = open_source(tmp_path / "out", task="maze")
+    if is_good:
+        assert report.bad_rows == report.warnings == ()
+        assert source[1].problem_image == source[1].visual_thoughts[0] == value["bytes"]
+    else:
+        (note,) = report.bad_rows
+        assert note[:3] == (str(file), 1, "p1") and note.reason.startswith("problem_image_0 cannot be decoded: ")
+        assert len(source) == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, is_good) in PICTURES.items() if is_good])
+def test_plain_tfds_gives_the_channels_that_its_features_tell(tmp_path, kind):
+    import tensorflow_datasets as tfds
+    maze(tmp_path / "s", [row(0, problem_image_0=PICTURES[kind][0], reasoning_image_0=PICTURES[kind][0])])
+    prepare(tmp_path / "s", tmp_path / "out")
+    builder = tfds.builder_from_directory(tmp_path / "out/visual_opsd/maze/1.0.0")
+    found, told = builder.as_data_source("train")[0], builder.info.features
+    for image, feature in ((found["problem_image"], told["problem_image"]),
+                           (found["reasoning_images"][0], told["reasoning_images"].feature)):
+        assert feature.shape == (None, None, 3)
+        np.testing.assert_array_equal(image, np.asarray(images.open_rgb(PICTURES[kind][0]["bytes"], transparency="drop")))
+
+
+def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
+    full = {f"reasoning_image_{i}": picture(20 + i) for i in range(10)} | {f"resoning_thought_{i}": f"t{i}" for i in range(9)}
+    maze(tmp_path / "s", [row(0), row(1) | full, row(2)])
+    report = prepare(tmp_path / "s", tmp_path / "out")
+    assert [(n.row, n.pid, n.reason) for n in report.warnings] == [
+        (1, "p1", "dropped_visual_thought: reasoning_image_8 is not read, a row holds 8"),
+        (1, "p1", "dropped_visual_thought: reasoning_image_9 is not read, a row holds 8"),
+        (1, "p1", "dropped_thought: resoning_thought_8 is not read, a row holds 8")]
+    example = open_source(tmp_path / "out", task="maze")[1]
+    assert len(example.visual_thoughts) == len(example.thoughts) == 8 and "warning dropped_thought: 1 (first: " in str(report)
 
 
 @pytest.mark.parametrize("changes, reason", BAD_ROWS.values(), ids=BAD_ROWS)
@@ -741,13 +815,135 @@ PINNED = [(1, [(0, 1), (1, 0)]), (0, [(0, 2), (0, 3)]), (0, [(0, 0), (1, 1)]),
 PINNED_RETRY = (1, [(0, 2), (1, 1)])
 
 
-def test_a_digest_is_that_of_the_prepared_files(tmp_path):
-    folder = visual_opsd.version_folder(tmp_path, "T")
-    folder.mkdir(parents=True)
-    rows, found = folder / "visual_opsd-train.array_record-00000-of-00001", []
-    for path, content in ((rows, "abc"), (folder / "features.json", "{}"), (rows, "abcd"), (folder / "features.json", "{ }")):
-        path.write_text(content)
-        found.append(visual_opsd.digest(tmp_path, "T"))
-    assert len({*found}) == 4
-    (folder / "report.json").write_text('{"seconds": 3}')  # how long it took is no part of the data
-    assert visual_opsd.digest(tmp_path, "T") == found[-1]
+def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
+    """Not of the folder's place, the time, or the way that it was made; but of every byte of a row."""
+    import tensorflow_datasets as tfds
+    from opsd_jax.datasets.visual_opsd_builder import VisualOpsd
+
+    def digest(place, *rows, **changes):
+        write(tmp_path / place / "s/Chart_Refocus/train-0.parquet", [row(0), *rows])
+        prepare(tmp_path / place / "s", tmp_path / place / "out", **changes)
+        return visual_opsd.digest(tmp_path / place / "out", "Chart_Refocus")
+
+    known = digest("a", row(1, answer="A"))
+    folder = visual_opsd.version_folder(tmp_path / "a/out", "Chart_Refocus")
+    assert digest("deep/b", row(1, answer="A")) == digest("c", row(1, answer="A"), row(2, answer=""), on_bad_row="skip") == known
+    assert len({known, digest("d", row(1, answer="B")), digest("e"), digest("f", row(1, answer="A"), row(2))}) == 4
+    shutil.copytree(tmp_path / "a/out", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "a/s")
+    for remove in ("nothing", "report.json", "progress.json"):
+        (visual_opsd.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(missing_ok=True)
+        assert visual_opsd.digest(tmp_path / "copy", "Chart_Refocus") == known
+    built = VisualOpsd(config="chart_refocus", data_dir=tmp_path / "built", file_format="array_record")
+    config = tfds.download.DownloadConfig(manual_dir=tmp_path / "deep/b/s")
+    built.download_and_prepare(download_config=config)
+    of_builder = visual_opsd.digest(tmp_path / "built", "Chart_Refocus")
+    shard, = visual_opsd.version_folder(tmp_path / "built", "Chart_Refocus").glob("*array_record*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)  # the same size
+    assert len({of_builder, visual_opsd.digest(tmp_path / "built", "Chart_Refocus")}) == 2
+    records = json.loads((folder / "progress.json").read_text())
+    for record in records.values():  # as an older version wrote it
+        del record["blake2b"], record["file_bytes"]
+    (folder / "progress.json").write_text(json.dumps(records))
+    assert visual_opsd.digest(tmp_path / "a/out", "Chart_Refocus") == known
+
+
+def test_an_edited_file_of_the_same_size_and_time_is_seen(tmp_path):
+    file = maze(tmp_path / "s", [row(0, answer="A")])
+    before = file.stat()
+    prepare(tmp_path / "s", tmp_path / "out")
+    maze(tmp_path / "s", [row(0, answer="B")])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(FileExistsError, match=f"{tmp_path}/out.*other or edited files.*--overwrite"):
+        prepare(tmp_path / "s", tmp_path / "out")
+    prepare(tmp_path / "s", tmp_path / "out", overwrite=True)
+    assert [e.answer for e in open_source(tmp_path / "out", task="maze")] == ["B"]
+
+
+def test_a_folder_of_an_older_version_is_written_again(two_tasks, tmp_path):
+    """It knew its source by size alone."""
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    whole, progress = list(open_source(folder)), json.loads((folder / "progress.json").read_text())
+    for record in progress.values():
+        record["shard"][3] = (two_tasks / "Maze" / record["shard"][2]).stat().st_size
+        del record["blake2b"], record["file_bytes"]
+    (folder / "progress.json").write_text(json.dumps(progress))
+    before = stamps(folder)
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    assert list(open_source(folder)) == whole
+    assert all(stamps(folder)[name] > before[name] for name in progress)
+    progress[min(progress)]["shard"][3] += 1
+    (folder / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        prepare(two_tasks / "Maze", tmp_path / "out")
+
+
+DAMAGES = {"empty": lambda data: b"", "cut": lambda data: data[:len(data) // 2], "NUL": lambda data: bytes(len(data)),
+           "list": lambda data: b"[1]", "number": lambda data: b"7", "other keys": lambda data: b'{"a": {"b": null}}'}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "report.json", "progress.json"])
+def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
+    maze(tmp_path / "s", [row(0), row(1)])
+    first = prepare(tmp_path / "s", tmp_path / "out")
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    whole, good = list(open_source(folder)), (folder / name).read_bytes()
+    shard = stamps(folder)["visual_opsd-train.array_record-00000-of-00001"]
+    known = visual_opsd.digest(tmp_path / "out", "maze")
+    (folder / name).write_bytes(DAMAGES[damage](good))
+    if name in ("dataset_info.json", "features.json"):
+        with pytest.raises(ValueError, match=f"(?s){folder}/{name} is missing or damaged .*`python -m opsd_jax.data prepare .*again"):
+            open_source(folder)
+    else:
+        assert list(open_source(folder)) == whole  # it does not need them
+    assert visual_opsd.digest(tmp_path / "out", "maze") == known
+    if name == "progress.json":  # it alone tells what the folder holds
+        with pytest.raises(ValueError, match=f"{folder}/{name} is damaged .*{tmp_path}/s/Maze again with --overwrite"):
+            prepare(tmp_path / "s", tmp_path / "out")
+        prepare(tmp_path / "s", tmp_path / "out", overwrite=True)
+    else:
+        assert prepare(tmp_path / "s", tmp_path / "out").rows == first.rows
+        assert stamps(folder)["visual_opsd-train.array_record-00000-of-00001"] == shard  # kept
+    assert list(open_source(folder)) == whole
+    if name != "report.json":  # which holds the seconds
+        assert (folder / name).read_bytes() == good
+    assert visual_opsd._read_report(folder / "report.json").rows == first.rows
+
+
+def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    folder = tmp_path / "out/visual_opsd/maze/1.0.0"
+    shard, before = folder / "visual_opsd-train.array_record-00000-of-00002", stamps(folder)
+    good = shard.read_bytes()
+    shard.write_bytes(good[:500] + bytes([good[500] ^ 1]) + good[501:])
+    prepare(two_tasks / "Maze", tmp_path / "out")
+    assert shard.read_bytes() == good
+    assert stamps(folder)["visual_opsd-train.array_record-00001-of-00002"] == before["visual_opsd-train.array_record-00001-of-00002"]
+
+
+@pytest.mark.long
+def test_row_groups_beyond_2_gib(tmp_path):
+    """Arrow gives no such picture column in one piece. The pictures end in zeros, so the file itself is small."""
+    import pyarrow
+    import pyarrow.parquet
+    file = tmp_path / "s/Maze/train-0.parquet"
+    file.parent.mkdir(parents=True)
+
+    def large(i):
+        r = row(i)
+        return pyarrow.Table.from_pylist([r | {"problem_image_0": r["problem_image_0"] | {
+            "bytes": r["problem_image_0"]["bytes"] + bytes(64 << 20)}}])
+
+    table = pyarrow.concat_tables([large(i) for i in range(33)])
+    pyarrow.parquet.write_table(table, file, row_group_size=33, compression="zstd", use_dictionary=False)
+    del table
+    assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2 ** 31
+    found = [index for batch in visual_opsd._read_batches(file, 33) for index, _ in batch]
+    assert found == [*range(33)]
+    assert ParquetSource(tmp_path / "s/Maze")[32].pid == "p32"
+    assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"maze/train": 2}

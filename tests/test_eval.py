@@ -15,7 +15,7 @@ import pytest
 
 import small_run
 from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
-from opsd_jax.datasets import plan
+from opsd_jax.datasets import plan, visual_opsd
 
 LAST = f"{small_run.LAST:06d}"
 TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
@@ -208,8 +208,9 @@ def test_the_name_tells_what_was_measured(workdir):
     run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5,6")
     assert "| 5, 6 | 3 of 16 |" in (workdir / "eval" / "summary.md").read_text()
     summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-random3-seed5")
+    source = visual_opsd.open_source(workdir / "data", "validation", task=small_run.TASK)
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
-        f"chart-validation-{n:07d}" for n in plan.subset(16, 3, 0)]  # the run's seed, whatever --seed is
+        source[n].pid for n in plan.subset(16, 3, 0)]  # the run's seed, whatever --seed is
     assert [summary[key] for key in ("seed", "split", "step")] == [5, "validation", 6]
     assert summary["benchmarks"][small_run.TASK]["rows"] == {"drawn": 3, "of": 16, "seed": 0}
     assert "a random subset, 3 of 16" in (workdir / "eval" / f"{LAST}-noise-validation-random3-seed5" / "report.html").read_text()
@@ -406,7 +407,7 @@ def test_contexts_of_the_modes(trained):
     numbers = [0, 4, 4]
     get = lambda mode, seed=0: eval_lib.contexts(rows, packer, 0, numbers, mode, seed)
     prepared, student = get("none")
-    assert [row.example.pid for row in prepared] == [f"chart-test-{n:07d}" for n in numbers]
+    assert [row.example.pid for row in prepared] == [rows.sources[0][n].pid for n in numbers]
     assert student.slots == config.data.buckets.student[-1][0]
     shown = {mode: get(mode)[1].patches[:, 25:] for mode in ("real", "noise", "swap", "image")}
     for b, n in enumerate(numbers):

@@ -99,10 +99,10 @@ def test_what_a_writer_calls_may_write_and_other_threads_may_not(tmp_path):
 
 def test_runs_that_share_data_wait_for_the_one_that_makes_them(tmp_path, holder, caplog, monkeypatch):
     config, waited = settings.default(), []
-    config.data.dir, config.data.make.families = str(tmp_path / "d"), ("chart",)
-    first = holder(tmp_path / "d", seconds=1)
+    config.data.make.families = ("chart",)
+    first = holder(tmp_path / "w" / "data", seconds=1)
     began = time.monotonic()
-    monkeypatch.setattr(data, "_make", lambda make, target: waited.append(time.monotonic() - began))
+    monkeypatch.setattr(data, "_make", lambda target, make: waited.append(time.monotonic() - began))
     with caplog.at_level("WARNING"):
         data.make_if_absent(config, str(tmp_path / "w"))
     assert waited[0] > 0.8 and f"is being written by process {first.pid}" in caplog.text

@@ -143,7 +143,7 @@ def test_tokens_without_a_teacher_are_counted_and_have_no_kl():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
-    data.make_if_absent(config(made), "")
+    data.make_procedural(str(made), config(made).data.make.to_dict())
     return made
 
 

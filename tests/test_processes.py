@@ -71,7 +71,7 @@ def data_dir(tmp_path_factory):
     from opsd_jax import data
 
     made = tmp_path_factory.mktemp("rows")
-    data.make_if_absent(small_run.config(data__dir=str(made)), "")
+    data.make_procedural(str(made), small_run.config().data.make.to_dict())
     return made
 
 

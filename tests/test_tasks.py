@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opsd_jax import tasks
 from opsd_jax.tasks import FAMILIES, extract_answer, generate, jigsaw, parquet, picture, score, vocabulary
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
@@ -43,7 +44,7 @@ def test_rows_are_whole_and_gold_answers_score(family, difficulty):
     assert len({row.problem_image.tobytes() + row.question.encode() for row in rows}) == 200
     side = 8 * FAMILIES[family].DIFFICULTY[difficulty]["grid"]
     for row in rows:
-        assert score(row.metadata, row.answer)
+        assert score(row.metadata, row.answer) and tasks.fault(row.metadata, f"<answer>{row.answer}</answer>") is None
         assert row.task == FAMILIES[family].TASK and row.metadata["family"] == family
         assert json.loads(json.dumps(row.metadata)) == row.metadata
         (thought,) = row.visual_thoughts
@@ -418,13 +419,51 @@ def test_make_mini(tmp_path):
         for task in ("Chart_Refocus", "Visual_Search") for split in ("test", "train")
     ] + ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
     table = pq.read_table(target / "parquet/Chart_Refocus/data/train-00000-of-00001.parquet")
-    assert table["answer"].to_pylist() == [row.answer for row in rows_of("chart", "train", 6)]
+    found = dict(zip(table["pid"].to_pylist(), table["answer"].to_pylist()))
+    assert found == {row.pid: row.answer for row in rows_of("chart", "train", 6)}  # in another order
     with pytest.raises(FileExistsError, match="not an empty folder"):
         parquet.make_mini(target, families=["chart"], counts={"train": 1}, seed=3)
     with pytest.raises(ValueError, match="unknown difficulty"):
         parquet.make_mini(tmp_path / "b", families=["chart"], counts={"train": 1}, seed=3, difficulty="x")
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
     assert [path.name for path in target.parent.iterdir()] == ["mini"]
+
+
+def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
+    """`generate` uses up the small mazes first; a subset of the first rows must not hold them all."""
+    import pyarrow.parquet as pq
+
+    for target in ("a", "b"):
+        parquet.make_mini(tmp_path / target, families=["maze"], counts={"test": 512})
+    one, other = (pq.read_table(tmp_path / target / "parquet/Spatial_Navigation/data/test-00000-of-00001.parquet")
+                  for target in ("a", "b"))
+    assert one.equals(other)
+    assert {*one["pid"].to_pylist()} == {f"maze-test-{n:07d}" for n in range(512)}
+    small = np.array([len(json.loads(text)["map"]) == 3 for text in one["metadata"].to_pylist()])
+    parts = small.reshape(4, 128).sum(1)
+    assert small.sum() > 8 and parts.max() <= small.sum() / 2 and (parts > 0).sum() >= 3
+
+
+@pytest.mark.parametrize("metadata, answer, fault", [
+    ({}, "<answer>B</answer>", None), ({"family": "chart", "answer": "n7"}, "<answer>n7</answer>", None),
+    ({"family": "maze", "map": ["SF", "HG"]}, "<answer>R D</answer>", None),
+    ({}, "<answer>B", "answer has <answer> without </answer>"), ({}, "<answer> </answer>", "answer is empty"),
+    ({}, "<answer>\u200b</answer>", "answer is empty"),
+    ({"family": "chess"}, "<answer>n7</answer>", "metadata has family 'chess'"),
+    ({"family": ["maze"]}, "<answer>n7</answer>", "metadata has family"),
+    *[({"family": family}, "<answer>n7</answer>", "metadata has no text 'answer'") for family in ("chart", "search", "jigsaw")],
+    ({"family": "chart", "answer": 7}, "<answer>7</answer>", "metadata has no text 'answer', only 7"),
+    ({"family": "chart", "answer": "n7"}, "<answer>n8</answer>", "answer 'n8' is wrong by the row's metadata"),
+    *[({"family": "maze"} | metadata, "<answer>R</answer>", "metadata has no 'map'")
+      for metadata in ({}, {"map": None}, {"map": "SG"}, {"map": ["SG"]}, {"map": [1]})],
+    ({"family": "maze", "map": ["FF", "HG"]}, "<answer>R D</answer>", "metadata has a 'map' without start S:"),
+    ({"family": "maze", "map": ["SF", "HF"]}, "<answer>R D</answer>", "metadata has a 'map' without goal G:"),
+    ({"family": "maze", "map": []}, "<answer>R D</answer>", "metadata has a 'map' without start S and goal G:"),
+    ({"family": "maze", "map": ["SH", "HG"]}, "<answer>R D</answer>", "answer 'R D' is wrong"),
+])
+def test_rows_that_no_answer_can_match_are_told(metadata, answer, fault):
+    found = tasks.fault(metadata, answer)
+    assert found is None if fault is None else found.startswith(fault)
 
 
 def test_contact_sheet(tmp_path):

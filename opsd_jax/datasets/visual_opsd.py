@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import io
 import json
 import operator
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from PIL import Image
 
-from opsd_jax import locks, paths
+from opsd_jax import images, locks, paths, tags, tasks
 
 NAME, VERSION = "visual_opsd", "1.0.0"
 SPLITS = ("train", "validation", "test")
@@ -44,9 +45,11 @@ _THOUGHTS = tuple(f"resoning_thought_{i}" for i in range(ROUNDS))  # spelt so in
 _VISUALS = tuple(f"reasoning_image_{i}" for i in range(ROUNDS))
 _REQUIRED = ("question", "answer", _PROBLEM, _THOUGHTS[0])
 _COLUMNS = ("pid", "task", *_REQUIRED[:3], *_THOUGHTS, *_VISUALS, "full_text_only_thought", "metadata")
+_IMAGES = ("problem_image", "reasoning_images")  # features of encoded pictures
 _TEXTS = ("pid", "task", "question", "answer", "full_text_only_thought")  # fields both here and in TFDS
 _NO_PICTURE = {"bytes": None, "path": None}  # some writers' None
-_BATCH_ROWS = 32  # rows of parquet in memory at a time
+_SURPLUS = re.compile(r"(resoning_thought|reasoning_image)_(\d+)")  # beyond _THOUGHTS and _VISUALS: see `_is_surplus`
+_BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20  # of parquet in memory at a time: rows, or fewer where they are large
 _PREPARE = "python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR"
 
 
@@ -111,7 +114,7 @@ class Report:
       rows: rows written, by "<task>/<split>".
       bad_rows: every row left out, with the reason.
       warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
-        `dropped_visual_thought`, `duplicate_pid`, `ignored_column` or `ignored_file`.
+        `dropped_visual_thought`, `dropped_thought`, `duplicate_pid`, `ignored_column` or `ignored_file`.
       bytes: of the written records.
       seconds: of the run that finished the work.
     """
@@ -145,12 +148,13 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
       file, index, task: where the row stands, for messages and for a missing pid or task column.
 
     Returns:
-      The example and its warnings: visual thoughts that are missing between others or cannot be decoded are
-      left out with a warning, and a row left without any gets one.
+      The example and its warnings: visual thoughts that are missing between others, cannot be decoded, or follow
+      the last that a row can hold are left out with a warning, and a row left without any gets one; likewise surplus
+      thoughts.
 
     Raises:
-      BadRow: blank question or answer, no thought, a problem picture that cannot be decoded, a value of a
-        wrong type, metadata that is no JSON object.
+      BadRow: blank question or answer, no thought, a problem picture that training could not open, a value of a
+        wrong type, metadata that is no JSON object or cannot score, an answer that no completion matches.
     """
     pid = str(row["pid"]) if row.get("pid") is not None else f"{Path(file).stem}:{index}"
 
@@ -164,7 +168,7 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
         return value or ""
 
     for column in ("question", "answer"):
-        if not text(column).strip():
+        if tasks.is_blank(text(column)):
             raise bad(column, "is empty")
     thoughts = tuple(t for t in map(text, _THOUGHTS) if t.strip())
     if not thoughts:
@@ -179,6 +183,10 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
             warnings.append(Note(file, index, pid, f"dropped_visual_thought: {column} {fault}"))
         else:
             visual_thoughts.append(row[column]["bytes"])
+    for column in filter(_is_surplus, row):
+        if row[column] not in (None, "", _NO_PICTURE):
+            kind = "dropped_thought" if column.startswith("resoning") else "dropped_visual_thought"
+            warnings.append(Note(file, index, pid, f"{kind}: {column} is not read, a row holds {ROUNDS}"))
     if not visual_thoughts:
         warnings.append(Note(file, index, pid, "no_visual_thought: the teacher sees what the student sees"))
 
@@ -188,6 +196,8 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
         raise bad("metadata", f"is not JSON ({error})") from None
     if not isinstance(metadata, dict):
         raise bad("metadata", "is JSON, but not an object {...}")
+    if fault := tasks.fault(metadata, tags.wrap_answer(text("answer"))):
+        raise bad(*fault.split(" ", 1))
     example = Example(pid, text("task") or task, text("question"), text("answer"), row[_PROBLEM]["bytes"],
                       tuple(visual_thoughts), thoughts, text("full_text_only_thought"), metadata)
     return example, tuple(warnings)
@@ -201,10 +211,9 @@ def _picture_fault(value: Any) -> str | None:
     if not value.get("bytes"):
         return f"holds no bytes (path: {value.get('path')!r}); embed the pictures in the parquet file"
     try:
-        with Image.open(io.BytesIO(value["bytes"])) as image:
-            image.load()
-    except Exception as error:  # Pillow raises many types for broken pictures
-        return f"cannot be decoded ({error})"
+        images.open_rgb(value["bytes"])  # the function that training opens it with
+    except images.UnreadableImage as error:
+        return f"cannot be decoded: {error}"
     return None
 
 
@@ -214,16 +223,33 @@ def features():
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))
     return tfds.features.FeaturesDict({name: text() for name in (*_TEXTS, "metadata")} | {
         "problem_image": image(), "reasoning_thoughts": tfds.features.Sequence(text()),
-        "reasoning_images": tfds.features.Sequence(image())})
+        "reasoning_images": tfds.features.Sequence(image())} | {
+        f"{name}_original": tfds.features.Sequence(text()) for name in _IMAGES})
 
 
 def to_features(example: Example) -> dict[str, Any]:
-    """The example as TFDS encodes it. Pictures as files, which it stores verbatim; arrays need TensorFlow."""
-    return {name: getattr(example, name) for name in _TEXTS} | {
-        "metadata": json.dumps(example.metadata) if example.metadata else "",
-        "problem_image": io.BytesIO(example.problem_image),
-        "reasoning_thoughts": list(example.thoughts),
-        "reasoning_images": [io.BytesIO(image) for image in example.visual_thoughts]}
+    """The example as TFDS encodes it. Pictures as files, which it stores verbatim; arrays need TensorFlow.
+
+    Plain TFDS would show RGBA or CMYK with four channels and a palette as numbers. So a file that is neither RGB nor grey
+    is stored as RGB, and beside it, in `<feature>_original`, as it was: [] where all are as they were.
+    """
+    record = {name: getattr(example, name) for name in _TEXTS} | {
+        "metadata": json.dumps(example.metadata) if example.metadata else "", "reasoning_thoughts": list(example.thoughts)}
+    for name, files in zip(_IMAGES, ((example.problem_image,), example.visual_thoughts)):
+        shown = [_as_rgb(data) for data in files]
+        changed = any(one is not other for one, other in zip(shown, files))
+        record[name], record[f"{name}_original"] = [io.BytesIO(data) for data in shown], list(files) if changed else []
+    return record | {"problem_image": record["problem_image"][0]}
+
+
+def _as_rgb(data: bytes) -> bytes:
+    """The same encoded picture where plain TFDS shows it with three channels, else a PNG of what training sees by default."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode in ("RGB", "L"):
+            return data
+    file = io.BytesIO()
+    images.open_rgb(data, transparency="drop").save(file, "PNG")
+    return file.getvalue()
 
 
 # -------------------------------------------------------------------------------- parquet
@@ -294,27 +320,40 @@ def _columns(path: Path, present: list[str]) -> list[str]:
     missing = [column for column in _REQUIRED if column not in present]
     awaited = [column for column in dict.fromkeys((*missing, *_THOUGHTS, *_VISUALS)) if column not in present]
     hints = [f"{column!r} is not read: did you mean {close[0]!r}?"
-             for column in present if column not in _COLUMNS
+             for column in present if column not in _COLUMNS and not _is_surplus(column)
              if (close := difflib.get_close_matches(column, awaited, 1, cutoff=0.85))]
     if missing or hints:
         fault = f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
         raise BadSource(f"{path} {fault}; its columns: {', '.join(present)}. "
                         + " ".join(hints or ["Rename or add the column"])
                         + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')")
-    return [column for column in _COLUMNS if column in present]
+    return [*filter(present.__contains__, _COLUMNS), *filter(_is_surplus, present)]
+
+
+def _is_surplus(column: str) -> bool:
+    """Whether a column holds a thought or visual thought beyond the last that a row can hold."""
+    found = _SURPLUS.fullmatch(column)
+    return bool(found) and int(found[2]) >= ROUNDS
+
+
+def _one_by_one(file, columns: list[str], **options) -> Iterator[Any]:
+    """Arrow batches of one row each. Arrow cannot give more than 2 GiB of a picture column in one batch, and only the
+    row itself tells how large it is."""
+    return file.iter_batches(1, columns=columns, **options)
 
 
 def _read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
     """Rows 0 .. stop-1 as lists of (row number, row): a batch and its row group in memory, never a file."""
+    rows, size = [], 0
     with _parquet(path) as file:
-        first = 0
-        for batch in file.iter_batches(_BATCH_ROWS, columns=_columns(path, file.schema_arrow.names)):
-            rows = batch.slice(0, stop - first).to_pylist()
-            if rows:
-                yield list(enumerate(rows, start=first))
-            first += len(rows)
-            if first >= stop:
-                return
+        for index, batch in zip(range(stop), _one_by_one(file, _columns(path, file.schema_arrow.names))):
+            rows.append((index, batch.to_pylist()[0]))
+            size += batch.nbytes
+            if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
+                yield rows
+                rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[Example]:
@@ -328,11 +367,11 @@ def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[Example]:
 
 
 class _Shard(NamedTuple):
-    """One output file to write, from the first `rows` rows of one parquet file of `size` bytes."""
+    """One output file to write, from the first `rows` rows of one parquet file, whose checksum is `blake2b`."""
     split: str
     name: str
     file: str
-    size: int
+    blake2b: str
     rows: int
 
 
@@ -342,7 +381,8 @@ def prepare(source: str | os.PathLike, target: str | os.PathLike, *, on_bad_row:
     """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, in memory of a few rows.
 
     Interrupted, it goes on where it stopped when run again: finished shards are kept. Run on finished work it
-    changes nothing and gives the report again. All footers and columns are checked before a byte is written.
+    changes nothing and gives the report again; what is damaged there is written again. Files are compared by their
+    content. All footers and columns are checked before a byte is written.
 
     Args:
       source: a folder of <Task>/data/<split>-*.parquet, or one such task.
@@ -359,7 +399,8 @@ def prepare(source: str | os.PathLike, target: str | os.PathLike, *, on_bad_row:
 
     Raises:
       BadSource, BadRow: see there.
-      FileExistsError: the target folder holds rows of other files, splits or another limit.
+      FileExistsError: the target folder holds rows of other files, splits or another limit, or of a file that has been
+        edited since.
       locks.FolderInUse: another command is writing there.
       OSError: a failing write, e.g. a full disk; no half shard counts as finished.
     """
@@ -388,23 +429,32 @@ def version_folder(target: str | os.PathLike, task: str) -> Path:
 
 
 def digest(target: str | os.PathLike, task: str) -> str:
-    """A name for the prepared files of a task, by their names, sizes and contents' records: what a cache of its rows
-    depends on. Reading them is `open_source`'s, and its errors."""
-    import hashlib
+    """A checksum of the prepared rows of a task: of the content of its shards, wherever the folder is stored and whenever
+    it was written. What a cache of the rows depends on.
 
-    folder = version_folder(target, task)
-    found = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob("*")):
-        if path.suffix == ".json" and path.name != "report.json":  # that one holds seconds
-            found.update(path.name.encode() + path.read_bytes())
-        elif "array_record" in path.name:
-            found.update(f"{path.name} {path.stat().st_size}".encode())
+    `prepare` left the shards' own checksums in progress.json; where they are not there, as in a folder made by the TFDS
+    builder, or a shard has another size by now, the shard is read. What is broken is `open_source`'s to tell.
+    """
+    folder, found = version_folder(target, task), hashlib.blake2b(digest_size=16)
+    try:
+        records = _read_progress(folder / "progress.json")
+    except (FileNotFoundError, ValueError):
+        records = {}
+    for path in sorted(folder.glob(f"{NAME}-*.array_record-*")):
+        record = records.get(path.name, {})
+        known = "blake2b" in record and record["file_bytes"] == path.stat().st_size
+        found.update(f"{path.name} {record['blake2b'] if known else _checksum(path)}\n".encode())
     return found.hexdigest()
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] | None, limit: int | None
                  ) -> tuple[Path, list[_Shard], list[Note]]:
-    """Target folder, shards to write, and warnings about files and columns. Reads footers and pids only."""
+    """Target folder, shards to write, and warnings about files and columns. Decodes nothing but the pids."""
     files, others = _split_files(folder)
     if absent := set(splits or ()) - set(files):
         raise BadSource(f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(files)}")
@@ -418,12 +468,13 @@ def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] 
             with _parquet(path) as file:
                 present, rows = file.schema_arrow.names, min(left, file.metadata.num_rows)
                 _columns(path, present)
-                found = file.read(columns=["pid"])["pid"][:rows].to_pylist() if "pid" in present else []
+                pids_here = file.iter_batches(columns=["pid"]) if "pid" in present else ()
+                found = [pid for batch in pids_here for pid in batch["pid"].to_pylist()][:rows]
             left -= rows
             if rows:
                 takes.append((path, rows))
                 notes += [Note(str(path), None, "", f"ignored_column: {column} is not read")
-                          for column in present if column not in _COLUMNS]
+                          for column in present if column not in _COLUMNS and not _is_surplus(column)]
             for row, pid in enumerate(found):
                 here = (str(path), row)
                 if pid is not None and (there := pids.setdefault(str(pid), here)) != here:
@@ -431,7 +482,7 @@ def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] 
         if not takes:
             raise BadSource(f"{folder}: the {split} files hold no row: write them again, or leave them out")
         shards += [_Shard(split, f"{NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
-                          path.relative_to(folder).as_posix(), path.stat().st_size, rows)
+                          path.relative_to(folder).as_posix(), _checksum(path), rows)
                    for i, (path, rows) in enumerate(takes)]
     return version_folder(target, task), shards, notes
 
@@ -445,34 +496,39 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
             for path in directory.glob(pattern):
                 path.unlink()
     if progress_file.exists():
-        done = json.loads(progress_file.read_text())
-        foreign = [name for name, record in done.items() if record["shard"] not in map(list, shards)]
+        try:
+            done = _read_progress(progress_file)
+        except ValueError as error:
+            raise ValueError(f"{error}: which rows the folder holds is not known, so prepare {folder} again with "
+                             "--overwrite") from error
+        foreign = [name for name, record in done.items()
+                   if not any(_is_of(record, shard, folder) for shard in shards)]
     else:
         done = {}
         foreign = [path.name for path in directory.glob("*") if path.suffix != ".tmp"]
     if foreign:
         raise FileExistsError(f"{directory} holds something else than {folder} as it is and as asked for now "
-                              f"(other files, splits or limit), e.g. {min(foreign)}: choose another target, "
+                              f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another target, "
                               "or replace it with --overwrite")
     for file, index, pid, reason in (note for record in done.values() for note in record["bad_rows"]):
         if not skip:  # skipped by an earlier run
             raise BadRow(file, index, pid, *reason.split(" ", 1))
-    finished = {name: record for name, record in done.items()
-                if _count_records(directory / name) == record["rows"]}
-    if len(finished) == len(shards) and report_file.exists() and (directory / "dataset_info.json").exists():
-        return _read_report(report_file)
+    finished = {name: record for name, record in done.items() if _is_whole(directory / name, record)}
+    if len(finished) == len(shards) and _metadata_fits(directory, shards, finished):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: written again
+            return _read_report(report_file)
 
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         report_file.unlink(missing_ok=True)
-        _write_json(progress_file, finished)
+        write_json(progress_file, finished)
     for shard in shards:
         if shard.name in finished:
             tick(shard.rows)
             continue
         with _writing(directory / shard.name):
             finished[shard.name] = _write_shard(task, folder / shard.file, shard, directory, skip, tick)
-            _write_json(progress_file, finished)
+            write_json(progress_file, finished)
         logging.info("%s: %d rows", directory / shard.name, finished[shard.name]["rows"])
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
@@ -486,7 +542,7 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
             raise BadSource(f"{folder}: no row of {name} is usable:\n{report}")
     with _writing(report_file):
         _write_metadata(directory, records)
-        _write_json(report_file, vars(report) | {
+        write_json(report_file, vars(report) | {
             key: [note._asdict() for note in getattr(report, key)] for key in ("bad_rows", "warnings")})
     return report
 
@@ -522,6 +578,7 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
         writer.close()
         if _count_records(unfinished) != record["rows"]:
             raise OSError(f"{record['rows']} rows were written and cannot all be read back")
+        record |= {"file_bytes": unfinished.stat().st_size, "blake2b": _checksum(unfinished)}
         os.replace(unfinished, directory / shard.name)
     finally:
         with contextlib.suppress(RuntimeError):  # the first error is the one to tell
@@ -556,9 +613,37 @@ def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
         description="Questions about a picture with interleaved textual and visual reasoning.")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _read_progress(path: Path) -> dict[str, dict]:
+    """The records of finished shards by name. FileNotFoundError; ValueError with the path where it is damaged."""
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        for record in done.values():
+            _Shard(*record["shard"]), record["rows"] + record["bytes"]
+            [Note(*note) for note in (*record["bad_rows"], *record["warnings"])]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return done
+
+
+def _is_of(record: dict, shard: _Shard, folder: Path) -> bool:
+    """Whether a record of progress.json is of this shard; before there were checksums it held the parquet's size."""
+    is_old = isinstance(record["shard"][3], int)
+    return record["shard"] == list(shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard)
+
+
+def _is_whole(path: Path, record: dict) -> bool:
+    """Whether a shard holds what was written. Without its checksum (older versions) nobody knows."""
+    return "blake2b" in record and isinstance(record["shard"][3], str) and path.exists() \
+        and path.stat().st_size == record["file_bytes"] and _checksum(path) == record["blake2b"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a small file whole or not at all, even where the power fails."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=1))
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
@@ -619,9 +704,8 @@ class Source:
     """
 
     def __init__(self, directory: Path, split: str):
-        import tensorflow_datasets as tfds
         self.directory, self.split = directory, split
-        builder = tfds.builder_from_directory(directory)
+        builder = _builder(directory)
         for info in builder.info.splits.values():
             for path, rows in zip(info.filepaths, info.shard_lengths):
                 if _count_records(path) != rows:
@@ -637,14 +721,45 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[_in_range(index, len(self))]
+        # Older folders have no originals: everything there is one.
+        (problem,), visual_thoughts = (
+            list(row.get(f"{name}_original", ())) or shown
+            for name, shown in (("problem_image", [row["problem_image"]]), ("reasoning_images", row["reasoning_images"])))
         return Example(
             **{name: row[name].decode() for name in _TEXTS},
-            problem_image=row["problem_image"], visual_thoughts=tuple(row["reasoning_images"]),
+            problem_image=problem, visual_thoughts=tuple(visual_thoughts),
             thoughts=tuple(thought.decode() for thought in row["reasoning_thoughts"]),
             metadata=json.loads(row["metadata"] or "{}"))
 
     def __reduce__(self):
         return Source, (self.directory, self.split)
+
+
+def _builder(directory: Path):
+    """The TFDS builder of a prepared folder. ValueError that names the damaged file."""
+    import tensorflow_datasets as tfds
+    fix = f"run `{_PREPARE}` again, which writes it again"
+    for name in ("features.json", "dataset_info.json"):  # the builder reads both
+        try:
+            if name == "features.json":
+                absent = {*_TEXTS, *_IMAGES} - {*tfds.features.FeatureConnector.from_config(directory)}
+                if absent:
+                    raise ValueError(f"it lacks {', '.join(sorted(absent))}")
+            else:
+                builder = tfds.builder_from_directory(directory)
+        except Exception as error:  # TFDS and protobuf raise many types
+            raise ValueError(f"{directory / name} is missing or damaged ({error}): {fix}") from error
+    return builder
+
+
+def _metadata_fits(directory: Path, shards: list[_Shard], finished: dict[str, dict]) -> bool:
+    """Whether the files that TFDS reads tell of these shards."""
+    try:
+        told = {name: info.shard_lengths for name, info in _builder(directory).info.splits.items()}
+    except ValueError:
+        return False
+    return told == {split: [finished[shard.name]["rows"] for shard in shards if shard.split == split]
+                    for split in {shard.split for shard in shards}}
 
 
 def open_source(directory: str | os.PathLike, split: str = "train", task: str | None = None) -> Source:
@@ -657,7 +772,7 @@ def open_source(directory: str | os.PathLike, split: str = "train", task: str | 
 
     Raises:
       FileNotFoundError: nothing there, an unfinished preparation, or a missing or truncated shard.
-      ValueError: an unknown split.
+      ValueError: an unknown split, or a damaged file, which is named.
     """
     directory = version_folder(directory, task) if task is not None else Path(directory)
     started, finished = (directory / "progress.json").exists(), (directory / "report.json").exists()
@@ -734,8 +849,10 @@ def _row_groups(path: Path) -> Iterator[tuple[Path, int, int, int]]:
 
 
 def _read_group(path: Path, group: int):
+    import pyarrow
     with _parquet(path) as file:
-        return file.read_row_group(group, columns=_columns(path, file.schema_arrow.names))
+        columns = _columns(path, file.schema_arrow.names)
+        return pyarrow.Table.from_batches(_one_by_one(file, columns, row_groups=[group]))
 
 
 @contextlib.contextmanager

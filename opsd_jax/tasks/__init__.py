@@ -10,11 +10,12 @@ count and no difficulty can move a problem from one split to another.
 """
 
 import hashlib
-import re
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
 
+from opsd_jax.tags import extract_answer
 from opsd_jax.tasks import chart, jigsaw, maze, search
 from opsd_jax.tasks.row import Row
 
@@ -56,17 +57,45 @@ def score(metadata: dict, answer: str | None) -> bool:
     return _known(FAMILIES, metadata.get("family"), "family in the metadata").score(metadata, answer)
 
 
-def extract_answer(text: str) -> str | None:
-    """Content of the last complete `<answer>...</answer>`, stripped; None when there is none.
+def judge(metadata: dict, taught: str, text: str) -> tuple[str | None, bool]:
+    """(answer found in the text, whether it is right): by the procedural task's rule, or word for word.
 
-    "<answer>A</answer> no, <answer>B</answer> or <answer>C" -> "B"
+    taught: the row's own answer as training teaches it (`tags.wrap_answer`). It is read as the text is, so that what
+    was learnt to the letter is right.
     """
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
-    return found[-1].strip() if found else None
+    answer, reference = extract_answer(text), extract_answer(taught)
+    if "family" in metadata:
+        return answer, bool(score(metadata, answer))
+    return answer, None not in (answer, reference) and answer.split() == reference.split()
+
+
+def fault(metadata: dict, taught: str) -> str | None:
+    """Why a row cannot be scored, or calls its own answer wrong; begins with the column at fault. None for a good row.
+
+    Args: as `judge`.
+    """
+    reference = extract_answer(taught)
+    if reference is None:
+        return "answer has <answer> without </answer>, so no completion matches it"
+    if is_blank(reference):
+        return "answer is empty"
+    if "family" not in metadata:
+        return None
+    family = metadata["family"]
+    if not isinstance(family, str) or family not in FAMILIES:
+        return f"metadata has family {family!r}, and no rule scores it: choose from {', '.join(FAMILIES)}, or rename the key"
+    if reason := FAMILIES[family].fault(metadata):
+        return f"metadata {reason}"
+    return None if score(metadata, reference) else f"answer {reference!r} is wrong by the row's metadata"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, control and zero-width characters at most."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def _stream(family, split, count, seed, module, buckets, settings):
-    rng = np.random.Generator(np.random.Philox(key=_hash(f"{seed}/{split}/{family}".encode())))
+    rng = generator(f"{seed}/{split}/{family}")
     seen = set()
     index = rejections = 0
     while index < count:
@@ -93,6 +122,11 @@ def _stream(family, split, count, seed, module, buckets, settings):
         )
         index += 1
         rejections = 0
+
+
+def generator(name: str) -> np.random.Generator:
+    """Random numbers that depend on the name alone, in every process and on every machine."""
+    return np.random.Generator(np.random.Philox(key=_hash(name.encode())))
 
 
 def _hash(data: bytes) -> int:

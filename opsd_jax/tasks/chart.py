@@ -77,6 +77,11 @@ def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
     }
 
 
+def fault(metadata: dict) -> str | None:
+    """What `score` lacks in the metadata; None if nothing."""
+    return None if isinstance(metadata.get("answer"), str) else f"has no text 'answer', only {metadata.get('answer')!r}"
+
+
 def score(metadata: dict, answer: str | None) -> bool:
     """True if the answer is the gold word ("n7")."""
     return answer is not None and answer.strip() == metadata["answer"]

@@ -73,6 +73,11 @@ def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
     }
 
 
+def fault(metadata: dict) -> str | None:
+    """What `score` lacks in the metadata; None if nothing."""
+    return None if isinstance(metadata.get("answer"), str) else f"has no text 'answer', only {metadata.get('answer')!r}"
+
+
 def score(metadata: dict, answer: str | None) -> bool:
     """True if the answer lists the pieces in the gold order, separated by spaces."""
     return answer is not None and answer.split() == metadata["answer"].split()

@@ -80,6 +80,15 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
     }
 
 
+def fault(metadata: dict) -> str | None:
+    """What `score` lacks in the metadata; None if nothing."""
+    lake = metadata.get("map")
+    if not isinstance(lake, list) or not all(isinstance(line, str) and len(line) == len(lake) for line in lake):
+        return f"has no 'map' of n lines with n letters each, but {lake!r}"
+    absent = [what for letter, what in (("S", "start S"), ("G", "goal G")) if not any(letter in line for line in lake)]
+    return f"has a 'map' without {' and '.join(absent)}: {lake!r}" if absent else None
+
+
 def score(metadata: dict, answer: str | None) -> bool:
     """True if the moves ("R D R") stay on the lake, off the holes, and end on the goal."""
     lake = metadata["map"]

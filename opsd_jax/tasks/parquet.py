@@ -12,7 +12,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 
-from opsd_jax.tasks import FAMILIES, generate
+from opsd_jax.tasks import FAMILIES, generate, generator
 from opsd_jax.tasks.row import Row
 from opsd_jax.tasks.vocabulary import build_tokenizer
 
@@ -77,21 +77,26 @@ def make_mini(
 ) -> None:
     """Makes a data set of procedural tasks: `<target>/parquet/<task>/data/*.parquet`, `<target>/tokenizer/`.
 
-    The tokenizer knows all families, so that its ids do not depend on which of them are made.
+    The tokenizer knows all families, so that its ids do not depend on which of them are made. The rows of a split are
+    shuffled, because `generate` uses up small problems first: so the first rows are like all the others. They keep the
+    pids of `generate`.
 
     Args:
       counts: rows of each family by split, {"train": 4000, "validation": 512, "test": 512}.
-    Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target.
+    Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target, and
+    what a killed process left is removed.
     """
     target = pathlib.Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder; remove it or choose another target")
-    unfinished = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    unfinished = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         for family in families:
             for split, count in counts.items():
-                rows = generate(family, split, count, seed=seed, difficulty=difficulty)
-                write(rows, unfinished / "parquet", split=split)
+                rows = list(generate(family, split, count, seed=seed, difficulty=difficulty))
+                order = generator(f"order/{seed}/{split}/{family}").permutation(count)
+                write((rows[n] for n in order), unfinished / "parquet", split=split)
         build_tokenizer(unfinished / "tokenizer")
         os.replace(unfinished, target)
     finally:
