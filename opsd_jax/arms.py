@@ -20,19 +20,14 @@ def settings_of(config, workdir: str, name: str):
     """(config, workdir) of an arm. ValueError for an unknown one, FileNotFoundError if the run is not warmed up."""
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
-    changes, ends = config.arms[name].to_dict(), settings.stage_ends(config)
+    ends = settings.stage_ends(config)
     if "opsd" not in ends:
         raise ValueError(f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none")
     warm = ends["opsd"] - config.opsd.steps
     start = os.path.join(workdir, "checkpoints", str(warm))
     if not os.path.isdir(start):
         raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
-    config = config.copy_and_resolve_references()  # ConfigDict(config) would share its inner dicts
-    config.run_arms = ()
-    config.stages = ("opsd",)
-    config.init_from = start
-    config.update(changes)
-    return config, os.path.join(workdir, "arms", name)
+    return settings.arm(config, name, start), os.path.join(workdir, "arms", name)
 
 
 class Arms:

@@ -10,13 +10,14 @@ scripts/visual_opsd/train_visual_opsd.py. Letters: B batch rows, N + 1 completio
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, flow, params as params_lib, rollout, sharding
+from opsd_jax import checks, divergence, flow, params as params_lib, rollout, sharding
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -33,18 +34,19 @@ class OptimConfig:
     officially: it fills the moments and changes nothing.
     """
 
-    lr: float = 1e-5
-    min_lr: float = 1e-7
-    warmup_steps: int = 200
-    total_steps: int = 1000
+    lr: Annotated[float, "[0, 1]"] = 1e-5
+    min_lr: Annotated[float, "[0, 1]"] = 1e-7
+    warmup_steps: Annotated[int, "[0, inf)"] = 200
+    total_steps: Annotated[int, "[1, inf)"] = 1000
     schedule: str = "cosine"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-15
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    b1: Annotated[float, "[0, 1)"] = 0.9
+    b2: Annotated[float, "[0, 1)"] = 0.95
+    eps: Annotated[float, "[1e-30, 1]"] = 1e-15  # less is 0 in float32, where 0 / 0 follows
+    weight_decay: Annotated[float, "[0, 1]"] = 0.0
+    max_grad_norm: Annotated[float, "[0, inf)"] = 1.0
 
     def __post_init__(self):
+        checks.fields(self, "optim")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"optim.schedule is {self.schedule!r}: use 'cosine' or 'constant'")
 
@@ -74,22 +76,23 @@ class DistillConfig:
     divergence: DivergenceConfig = DivergenceConfig()
     optim: OptimConfig = OptimConfig()
     teacher: str = "ema"
-    ema_decay: float = 0.995
-    jsd_weight: float = 1.0
-    ce_weight: float = 0.0
+    ema_decay: Annotated[float, "[0, 1]"] = 0.995
+    jsd_weight: Annotated[float, "[0, inf)"] = 1.0
+    ce_weight: Annotated[float, "[0, inf)"] = 0.0
     reduction: str = "completion"
-    accumulation: int = 1
-    max_forward_tokens: int = 10240
+    accumulation: Annotated[int, "[1, inf)"] = 1
+    max_forward_tokens: Annotated[int, "[1, inf)"] = 10240
     eos_after_cut: bool = True
     score_seam: bool = False
     freeze: tuple[str, ...] = ()
     trains: str = "text"
-    mse_weight: float = 1.0
-    kl_weight: float = 0.0
-    cached_weight: float = 0.5
-    cached_temperature: float = 2.0
+    mse_weight: Annotated[float, "[0, inf)"] = 1.0
+    kl_weight: Annotated[float, "[0, inf)"] = 0.0
+    cached_weight: Annotated[float, "[0, inf)"] = 0.5
+    cached_temperature: Annotated[float, checks.TEMPERATURE] = 2.0
 
     def __post_init__(self):
+        checks.fields(self, "distill")
         if self.trains not in TRAINS:
             raise ValueError(f"trains is {self.trains!r}: choose from {TRAINS}")
         if self.trains != "text" and self.model.generation is None:
@@ -98,8 +101,6 @@ class DistillConfig:
             raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
         if self.reduction not in ("completion", "token"):
             raise ValueError(f"reduction is {self.reduction!r}: use 'completion' or 'token'")
-        if self.accumulation < 1:
-            raise ValueError("accumulation must be at least 1")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
@@ -175,12 +176,12 @@ def teacher_params(state: dict, config: DistillConfig) -> dict:
 
 def learning_rate(step, config: OptimConfig):
     """The rate of optimizer step k = 0, 1, ...: lr k / warm-up, then lr (f (1 - r) + r) with r = min_lr / lr and
-    f = (1 + cos(pi (k - warm-up) / (total - warm-up))) / 2. Past total_steps the cosine rises again."""
+    f = (1 + cos(pi (k - warm-up) / (total - warm-up))) / 2. From total_steps on the cosine stays at its end."""
     step = jnp.asarray(step, jnp.float32)
     warm = step / max(config.warmup_steps, 1)
     if config.schedule == "constant":
         return config.lr * jnp.minimum(warm, 1.0) if config.warmup_steps else config.lr * jnp.ones_like(step)
-    progress = (step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1)
+    progress = jnp.minimum((step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1), 1)
     floor = config.min_lr / config.lr if config.lr else 0.0
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (1 - floor) + floor
     return config.lr * jnp.where(step < config.warmup_steps, warm, cosine)

@@ -8,12 +8,13 @@ Letters: B batch, N rows (tokens), D hidden, V vocabulary, K entries kept.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from opsd_jax import sharding
+from opsd_jax import checks, sharding
 
 KINDS = ("jsd", "sampled_reverse_kl")
 _KEPT = "the teacher's largest entries"  # a name for `jax.checkpoint`
@@ -36,21 +37,18 @@ class DivergenceConfig:
     """
 
     kind: str = "jsd"
-    beta: float = 0.5
-    temperature: float = 1.0
-    top_k: int = 256
+    beta: Annotated[float, "[0, 1]"] = 0.5
+    temperature: Annotated[float, checks.TEMPERATURE] = 1.0
+    top_k: Annotated[int, "[0, inf)"] = 256
     tail: bool = False
-    clip: float = 0.05
+    clip: Annotated[float, "[0, inf)"] = 0.05
     clip_unit: str = "entry"
-    chunk: int = 192
+    chunk: Annotated[int, "[1, inf)"] = 192
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"divergence.kind is {self.kind!r}: choose from {KINDS}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"divergence.beta is {self.beta}: it must lie in [0, 1]")
-        if self.temperature <= 0 or self.top_k < 0 or self.clip < 0 or self.chunk < 1:
-            raise ValueError("divergence needs temperature > 0, top_k >= 0, clip >= 0 and chunk >= 1")
+        checks.fields(self, "divergence")
         if self.clip_unit not in ("entry", "token"):
             raise ValueError(f"divergence.clip_unit is {self.clip_unit!r}: use 'entry' or 'token'")
 

@@ -14,13 +14,14 @@ Letters: B images, R branches (1 to 3), G latent tokens, C values of one (patch 
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import images, sharding
+from opsd_jax import checks, images, sharding
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -40,20 +41,19 @@ class FlowConfig:
     model: ModelConfig
     image_start: int
     image_end: int
-    num_timesteps: int = 50
-    timestep_shift: float = 3.0
-    text_scale: float = 3.0
-    image_scale: float = 1.5
+    num_timesteps: Annotated[int, "[2, inf); a grid has at least its two ends"] = 50
+    timestep_shift: Annotated[float, "(0, inf)"] = 3.0
+    text_scale: Annotated[float, "[0, inf)"] = 3.0
+    image_scale: Annotated[float, "[0, inf)"] = 1.5
     interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
-    renorm_min: float = 0.0
+    renorm_min: Annotated[float, "[0, 1]"] = 0.0
 
     def __post_init__(self):
         if self.model.generation is None:
             raise ValueError("this model cannot draw: it was loaded without its generation expert (import the checkpoint "
                              "without --only=understanding)")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}: a grid has at least its two ends")
+        checks.fields(self, "drawing")
         if self.renorm not in RENORMS:
             raise ValueError(f"renorm is {self.renorm!r}: choose from {RENORMS}")
 

@@ -8,9 +8,12 @@ device, where `bagel.normalize_patches` maps them to [-1, 1].
 import dataclasses
 import io
 import os
+from typing import Annotated
 
 import einops
 import numpy as np
+
+from opsd_jax import checks
 
 LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, where Pillow begins to warn
 
@@ -26,10 +29,13 @@ class Resize:
     Any picture of at least one pixel is legal: 1 x 5,000 becomes 14 x 980.
     """
 
-    stride: int = 14
-    max_size: int = 980
-    min_size: int = 378
-    max_pixels: int = 14 * 14 * 9 * 1024
+    stride: Annotated[int, "[1, inf)"] = 14
+    max_size: Annotated[int, "[1, inf)"] = 980
+    min_size: Annotated[int, "[1, inf)"] = 378
+    max_pixels: Annotated[int, "[1, inf)"] = 14 * 14 * 9 * 1024
+
+    def __post_init__(self):
+        checks.fields(self, "images")
 
     def __call__(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
         """(width, height) of the resized image.

@@ -27,7 +27,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -434,15 +434,15 @@ class Health:
     """
 
     finite: tuple[str, ...] | None = ("loss", "grad_norm")  # may not be nan or inf, not even once
-    min_length: float | None = 1.0  # tokens: completion_len may not start at this or below
-    max_unfinished: float | None = 1.0  # 1 - eos_rate may not be this or more from the start
-    min_length_fraction: float | None = 0.1  # completion_len may not fall below this part of its reference
-    min_eos_rate: float | None = 0.02  # eos_rate may not fall to this, once it was above 0.5
-    teacher_floor: float | None = 0.5  # the teacher's own accuracy: nor below this part of its first value
-    teacher_entropy_rise: float | None = 1.0  # teacher_entropy may not rise by more nats over its reference
-    teacher_topk_fraction: float | None = 0.5  # teacher_topk_mass: nor below this part of its reference
-    patience: int = 5
-    reference_checks: int = 5
+    min_length: Annotated[float | None, "[0, inf)"] = 1.0  # tokens: completion_len may not start at this or below
+    max_unfinished: Annotated[float | None, "[0, 1]"] = 1.0  # 1 - eos_rate may not be this or more from the start
+    min_length_fraction: Annotated[float | None, "[0, inf)"] = 0.1  # completion_len may not fall below this part of its reference
+    min_eos_rate: Annotated[float | None, "[0, 1]"] = 0.02  # eos_rate may not fall to this, once it was above 0.5
+    teacher_floor: Annotated[float | None, "[0, 1]"] = 0.5  # the teacher's own accuracy: nor below this part of its first value
+    teacher_entropy_rise: Annotated[float | None, "[0, inf)"] = 1.0  # teacher_entropy may not rise by more nats over its reference
+    teacher_topk_fraction: Annotated[float | None, "[0, 1]"] = 0.5  # teacher_topk_mass: nor below this part of its reference
+    patience: Annotated[int, "[1, inf)"] = 5
+    reference_checks: Annotated[int, "[1, inf)"] = 5
 
     def __post_init__(self):
         if min(self.patience, self.reference_checks) < 1:

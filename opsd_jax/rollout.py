@@ -29,13 +29,14 @@ Letters: B slots, Q rows (B = Q without a queue), T context slots, N completion 
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import checks, sharding
 from opsd_jax import context as context_lib
-from opsd_jax import sharding
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -111,27 +112,20 @@ class RolloutConfig:
     bos: int
     eos: int
     marker: Marker
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
+    max_new_tokens: Annotated[int, "[2, inf)"] = 1024
+    temperature: Annotated[float, f"{checks.TEMPERATURE}; for the argmax set rollout.greedy"] = 1.0
     greedy: bool = False
-    top_k: int = 0
-    top_p: float = 1.0
-    max_image_skips: int = 1
+    top_k: Annotated[int, "[0, inf)"] = 0
+    top_p: Annotated[float, "(0, 1]"] = 1.0
+    max_image_skips: Annotated[int, "[0, inf)"] = 1
     ban_marker: bool = False
-    slots: int = 0
-    refill: int = 0
-    shards: int = 1
+    slots: Annotated[int, "[0, inf)"] = 0
+    refill: Annotated[int, "[0, inf)"] = 0
+    shards: Annotated[int, "[1, inf)"] = 1
 
     def __post_init__(self):
-        if self.max_new_tokens < 2:
-            raise ValueError(f"rollout.max_new_tokens is {self.max_new_tokens}: bos and one token need at least 2")
-        if self.temperature <= 0:
-            raise ValueError("rollout.temperature must be positive: for the argmax set rollout.greedy")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"rollout.top_p is {self.top_p}: it must lie in (0, 1]")
-        if self.top_k < 0 or self.max_image_skips < 0:
-            raise ValueError("rollout.top_k and rollout.max_image_skips must not be negative")
-        if min(self.slots, self.refill) < 0 or self.slots % self.shards or self.refill > max(self.slots, 0):
+        checks.fields(self, "rollout")
+        if self.slots % self.shards or self.refill > self.slots:
             raise ValueError(f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
                              f"rollout.refill {self.refill} at most that")
 

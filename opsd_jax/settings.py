@@ -6,14 +6,22 @@ enters jit. Defaults are the paper's (App. C) and the official release's; where 
 """
 
 import dataclasses
+import difflib
+import functools
+import importlib.util
+import sys
+import types
 
 from ml_collections import ConfigDict
 
-from opsd_jax import context, images, metrics, paths
+from opsd_jax import checks, context, images, metrics, params, paths, tasks
+from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.flow import FlowConfig
 from opsd_jax.model.config import (
-    GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
+    MULTIPLIER, GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig)
 from opsd_jax.params import LORA_TARGETS
+from opsd_jax.rollout import RolloutConfig
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 MODES = (*context.VISUAL_THOUGHTS, "remove")  # what evaluation may show: the last, the teacher's texts alone
@@ -159,93 +167,281 @@ def _stage(*, steps, batch_size, lr, reduction):
     return c
 
 
+# --- what a setting may be -------------------------------------------------------------------------------------
+
+# Numbers in tuples, each with its range.
+_ELEMENTS = {"data.limits": (int, "[0, inf)"), "data.weights": (float, "[0, inf)"),
+             "model.generation.multipliers": (int, MULTIPLIER)}
+
+# What one entry of data.buckets.KIND holds, whole numbers of at least 1.
+_BUCKETS = {"student": ("slots", "patches"), "teacher": ("slots", "patches"), "trace": ("slots", "patches", "targets"),
+            "drawn": ("latent tokens", "pictures", "height", "width")}
+
+_CHOICES = {
+    "stages": STAGES, "teacher.visual_thoughts": context.VISUAL_THOUGHTS, "eval.visual_thoughts": MODES,
+    "eval.final_visual_thoughts": MODES, "checkpoint.params": ("student", "ema"), "data.on_too_long": ("fail", "skip"),
+    "images.transparency": ("drop", "white"), "data.make.families": tuple(tasks.FAMILIES),
+    "data.make.difficulty": ("easy", "default", "hard"), "lora.targets": LORA_TARGETS,
+    **{f"{stage}.freeze": params.GROUPS for stage in STAGES}}
+
+
+@functools.cache
+def ranges() -> dict[str, str]:
+    """{key: range} of every setting that is a number; see `checks`. Fields of dataclasses declare theirs there."""
+    views = [("model.llm", LLMConfig), ("model.vit", ViTConfig), ("model.generation", VAEConfig),
+             ("model.generation", GenerationConfig), ("model", ModelConfig), ("lora", LoRAConfig), ("images", images.Resize),
+             ("teacher", DistillConfig), ("divergence", DivergenceConfig), ("rollout", RolloutConfig),
+             ("drawing", FlowConfig), ("health", metrics.Health),
+             *((stage, DistillConfig) for stage in STAGES), *((f"{stage}.optim", OptimConfig) for stage in STAGES)]
+    cached, seed = checks.ranges(DistillConfig), f"[0, {2 ** 32})"  # JAX keeps the low 32 bits of a seed
+    found = {f"{group}.{name}": allowed for group, view in views for name, (_, allowed) in checks.ranges(view).items()} | {
+        "seed": seed, "lora.rank": "[0, inf)", "data.make.seed": seed,
+        "data.make.train": "[0, inf)", "data.make.validation": "[0, inf)", "data.make.test": "[0, inf)",
+        "data.threads": "[1, inf)", "data.prefetch": "[0, inf)", "data.cache_rows": "[0, inf)",
+        "rollout.empty_retries": "[0, inf)",
+        **{f"{stage}.{name}": "[1, inf)" for stage in STAGES for name in ("steps", "batch_size")},
+        **{f"{stage}.mix.{layout}": "[0, inf)" for stage in ("warmup", "sft") for layout in LAYOUTS},
+        "offline.top_k": "[1, inf)", "offline.temperature": cached["cached_temperature"][1],
+        "offline.weight": cached["cached_weight"][1],
+        "eval.every": "[0, inf)", "eval.rows": "[0, inf)", "eval.batch_size": "[1, inf)", "eval.slots": "[0, inf)",
+        "eval.max_new_tokens": "[2, inf), or 0",
+        "checkpoint.every": "[1, inf)", "checkpoint.keep_latest": "[1, inf)",
+        "log.every": "[1, inf)", "log.samples_every": "[0, inf)",
+        **{f"mesh.{axis}": "[1, inf), or -1" for axis in ("data", "fsdp", "tensor")}}
+    return {key: allowed for key, allowed in found.items() if key in default_values()}
+
+
+@functools.cache
+def default_values() -> dict:
+    """{"group.key": value} of `default()`, without `arms`, whose keys are free."""
+    def values(group, prefix=""):
+        found = {}
+        for name, value in group.items():
+            key = prefix + name
+            if key != "arms":
+                found |= values(value, f"{key}.") if isinstance(value, ConfigDict) else {key: value}
+        return found
+
+    return values(default())
+
+
+def unknown(key: str) -> str:
+    """What to say of a key that is no setting, with the nearest one that is."""
+    group, path = default(), []
+    for part in key.split("."):
+        if part not in group:
+            close = difflib.get_close_matches(part, group, 1)
+            hint = f'Did you mean "{close[0]}"?' if close else "All of them are in opsd_jax/settings.py."
+            return f"there is no setting '{part}' in {'.'.join(['config', *path])}. {hint}"
+        group, path = group[part], [*path, part]
+        if not isinstance(group, ConfigDict):
+            break
+    return f"{'.'.join(['config', *path])} is no group of settings"
+
+
 def check(config: ConfigDict) -> None:
-    """Raises ValueError for what no single frozen view can see. Cheap: called before anything is read or made."""
-    paths.check("config.init_from", config.init_from)
-    paths.check("config.tokenizer", config.tokenizer)
-    paths.check("config.data.dir", config.data.dir)
-    least = {"checkpoint.every": 1, "checkpoint.keep_latest": 1, "log.every": 1, "log.samples_every": 0, "eval.every": 0,
-             "eval.rows": 0, "eval.batch_size": 1, "eval.slots": 0, "data.threads": 1, "data.prefetch": 0, "data.cache_rows": 0,
-             "rollout.empty_retries": 0, "health.patience": 1, "health.reference_checks": 1,
-             **{f"{stage}.{key}": bound for stage in config.stages if stage in STAGES
-                for key, bound in (("steps", 1), ("batch_size", 1), ("accumulation", 1))}}
-    for key, bound in least.items():
-        group, name = key.split(".")
-        if config[group][name] < bound:
-            raise ValueError(f"config.{key} is {config[group][name]}: give at least {bound}")
-    if config.eval.max_new_tokens and config.eval.max_new_tokens < 2:
-        raise ValueError(f"config.eval.max_new_tokens is {config.eval.max_new_tokens}: bos and one token need 2; 0 takes "
-                         "config.rollout.max_new_tokens")
-    for key in ("visual_thoughts", "final_visual_thoughts"):
-        if wrong := [mode for mode in config.eval[key] if mode not in MODES]:
-            raise ValueError(f"config.eval.{key} names {wrong[0]!r}: choose from {MODES}")
-    if not config.data.tasks:
-        raise ValueError("config.data.tasks is empty: name at least one")
-    for kind, sizes in config.data.buckets.items():
-        if any(any(a > b for a, b in zip(small, large)) for small, large in zip(sizes, sizes[1:])):
-            raise ValueError(f"config.data.buckets.{kind} is {sizes}: sizes must not fall from one bucket to the next")
-    if not config.stages:
-        raise ValueError(f"config.stages is empty: name at least one of {STAGES}")
-    for stage in config.stages:
-        if stage not in STAGES:
-            raise ValueError(f"config.stages names {stage!r}: choose from {STAGES}")
-        if config[stage].batch_size % config[stage].accumulation:
-            raise ValueError(f"config.{stage}.batch_size {config[stage].batch_size} is not divisible by "
-                             f"config.{stage}.accumulation {config[stage].accumulation}")
-        if draws(config, stage):
-            what = "stages" if stage == "autoencoder" else "warmup.mix.drawn"
-            if not config.model.generation.on:
-                raise ValueError(f"config.{what} trains what draws, which this model lacks: set "
-                                 "config.model.generation.on=True")
-            if len(config.data.buckets.drawn) != len(config.data.buckets.trace):
-                raise ValueError(f"config.{what} needs config.data.buckets.drawn, one (latents, pictures, height, width) "
-                                 "for each entry of config.data.buckets.trace")
-            stride = model(config).generation.stride
-            if any(side % stride for sizes in config.data.buckets.drawn for side in sizes[2:]):
-                raise ValueError(f"config.data.buckets.drawn is {config.data.buckets.drawn}: heights and widths must be "
-                                 f"multiples of the {stride} pixels of a latent token")
-            if lora(config):
-                raise ValueError(f"config.{what} trains what draws, config.lora its adapters alone: set config.lora.rank=0")
-        if lora(config) and config[stage].get("freeze"):
-            raise ValueError(f"config.{stage}.freeze is {config[stage].freeze} with config.lora, which trains its "
-                             "adapters alone: leave freeze empty, or set config.lora.rank=0")
+    """ValueError, with key, value and what is right, for settings that no run can have: keys that are unknown or missing,
+    values of another type or out of their range, and values that do not go together. Nothing is read or made."""
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config is a {type(config).__name__}: get_config() returns the ConfigDict of "
+                         "opsd_jax.settings.default(), with changed values")
+    _check_group(config, default(), "config", "")
+    _check_together(config)
+    for name, changes in config.arms.items():
+        if not isinstance(changes, ConfigDict):
+            raise ValueError(f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such as "
+                             '{"teacher": {"visual_thoughts": "noise"}}')
+        _check_group(changes, default(), f"config.arms.{name}", "", partial=True)
     for name in config.run_arms:
         if name not in config.arms or "opsd" not in config.stages:
             raise ValueError(f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd stage "
                              "to start from")
-        if not config.eval.final_split or "none" not in config.eval.final_visual_thoughts:
+        changed = arm(config, name)
+        try:
+            _check_together(changed)
+        except ValueError as error:
+            raise ValueError(f"config.arms.{name}: {error}") from None
+        if any(not c.eval.final_split or "none" not in c.eval.final_visual_thoughts for c in (config, changed)):
             raise ValueError("config.run_arms ends with a table of text-only accuracies: set config.eval.final_split, and "
                              "'none' in config.eval.final_visual_thoughts")
-    if "offline" in config.stages:
-        if config.offline.top_k < 1 or config.offline.temperature <= 0 or config.offline.weight < 0:
-            raise ValueError("config.offline needs top_k >= 1, temperature > 0 and weight >= 0")
-        if config.teacher.visual_thoughts != "real":
-            raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
-                             "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage out")
-    buckets = config.data.buckets
-    if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
-        raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")
-    if "opsd" in config.stages:
-        largest, least = buckets.teacher[-1][0], min(LEAST_SCORED, config.rollout.max_new_tokens)
-        if config.opsd.max_forward_tokens < largest + 2 + least:
-            raise ValueError(
-                f"config.opsd.max_forward_tokens is {config.opsd.max_forward_tokens}: with a teacher's context of {largest} "
-                f"positions, the largest of config.data.buckets.teacher, a completion would be cut to "
-                f"{max(config.opsd.max_forward_tokens - largest - 2, 1)} tokens. Give at least {largest + 2 + least} "
-                f"({least} tokens to score), or {largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that "
-                "bucket smaller")
-    if config.teacher.visual_thoughts not in context.VISUAL_THOUGHTS:
-        raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}: "
-                         f"choose from {context.VISUAL_THOUGHTS}")
+
+
+def _check_group(config, known, shown: str, prefix: str, partial: bool = False) -> None:
+    """The keys of a group are the known ones, and the value of each is right by itself. partial: some may be missing."""
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{shown}.{name}: {unknown(prefix + name)}")
+    if missing := [name for name in known if name not in config and not partial]:
+        raise ValueError(f"{shown} lacks {', '.join(missing)}: change values of settings.default() one by one, or with "
+                         "update(), instead of replacing a whole group")
+    for name, usual in known.items():
+        if name not in config:
+            continue
+        value = config[name]
+        if not isinstance(usual, ConfigDict):
+            _check_value(value, usual, f"{shown}.{name}", prefix + name)
+        elif not isinstance(value, ConfigDict):
+            raise ValueError(f"{shown}.{name} is {value!r}, but it is a group of settings: set one of "
+                             f"{', '.join(usual)} in it")
+        elif prefix + name != "arms":
+            _check_group(value, usual, f"{shown}.{name}", f"{prefix}{name}.", partial)
+
+
+def _check_value(value, usual, shown: str, key: str) -> None:
+    """One value by itself: type, range, choices."""
+    group, _, name = key.rpartition(".")
+    if isinstance(usual, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{shown} is {value!r}: give True or False")
+    elif isinstance(usual, (int, float)):
+        checks.number(shown, value, type(usual), ranges()[key])
+    elif isinstance(usual, str):
+        if not isinstance(value, str):
+            raise ValueError(f"{shown} is {value!r}: give a text")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"{shown} is {value!r}: {_choose(_CHOICES[key])}")
+    elif not isinstance(value, (tuple, list)):
+        raise ValueError(f"{shown} is {value!r}: give a tuple, such as {usual or '()'}")
+    elif key in _ELEMENTS:
+        for n, element in enumerate(value):
+            checks.number(f"{shown}[{n}]", element, *_ELEMENTS[key])
+    elif group == "data.buckets":
+        whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
+        if not all(isinstance(sizes, (tuple, list)) and len(sizes) == len(_BUCKETS[name]) and all(map(whole, sizes))
+                   for sizes in value):
+            raise ValueError(f"{shown} is {value}: give a tuple that holds one ({', '.join(_BUCKETS[name])}) for each "
+                             "bucket, in whole numbers of at least 1, such as "
+                             f"({tuple(2 ** (11 - n) for n in range(len(_BUCKETS[name])))},)")
+        if any(any(a > b for a, b in zip(small, large)) for small, large in zip(value, value[1:])):
+            raise ValueError(f"{shown} is {value}: sizes must not fall from one bucket to the next")
+    else:
+        for element in value:
+            if not isinstance(element, str):
+                raise ValueError(f"{shown} is {value!r}: give names, each in quotes")
+            if key in _CHOICES and element not in _CHOICES[key]:
+                raise ValueError(f"{shown} names {element!r}: {_choose(_CHOICES[key])}")
+        checks.once(shown, value)
+
+
+def _choose(choices) -> str:
+    return f"use {choices[0]!r} or {choices[1]!r}" if len(choices) == 2 else f"choose from {choices}"
+
+
+def _check_together(config) -> None:
+    """What depends on several settings, or on this machine. Each is right by itself."""
+    paths.check("config.init_from", config.init_from)
+    paths.check("config.tokenizer", config.tokenizer)
+    paths.check("config.data.dir", config.data.dir)
+    if not config.stages:
+        raise ValueError(f"config.stages is empty: name at least one of {STAGES}")
+    _check_data(config)
+    network = model(config)
     if config.images.stride != config.model.vit.patch_size:
         raise ValueError(f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
                          f"{config.model.vit.patch_size}: images are cut into whole patches")
-    if config.checkpoint.params not in ("student", "ema"):
-        raise ValueError(f"config.checkpoint.params is {config.checkpoint.params!r}: use 'student' or 'ema'")
-    if config.data.limits and len(config.data.limits) != len(config.data.tasks):
-        raise ValueError("config.data.limits needs one number for each of config.data.tasks, or ()")
-    if config.data.on_too_long not in ("fail", "skip"):
-        raise ValueError(f"config.data.on_too_long is {config.data.on_too_long!r}: use 'fail' or 'skip'")
+    if network.generation:
+        FlowConfig(network, 0, 1, **config.drawing)
+    if list(config.mesh.values()).count(-1) > 1:
+        raise ValueError(f"config.mesh is {config.mesh.to_dict()}: only one size can be -1, whatever is left")
+    ends = types.SimpleNamespace(bos=0, eos=1)  # of the tokenizer, which may be still to be made
+    rollout(config, ends, None)
+    rollout(config, ends, None, max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            slots=config.eval.slots, refill=0)
+    for stage in config.stages:
+        _check_stage(config, stage)
+        try:
+            distill(config, stage, ends)
+        except ValueError as error:
+            raise ValueError(f"config.{stage}: {error}") from None
+    if "offline" in config.stages and config.teacher.visual_thoughts != "real":
+        raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
+                         "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage out")
+    for modes, asked, off in (("visual_thoughts", config.eval.every, "every=0"),
+                              ("final_visual_thoughts", config.eval.final_split, "final_split=''")):
+        if asked and not config.eval[modes]:
+            raise ValueError(f"config.eval.{modes} is empty, so that evaluation has nothing to do: name some of {MODES}, or "
+                             f"set config.eval.{off}")
+    if config.log.wandb and not ("wandb" in sys.modules or importlib.util.find_spec("wandb")):
+        raise ValueError(f"config.log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install -e "
+                         '".[wandb]", or set config.log.wandb=\'\'')
+
+
+def _check_data(config) -> None:
+    """Tasks, their shares, the procedural data and the buckets."""
+    data, buckets = config.data, config.data.buckets
+    if not data.tasks:
+        raise ValueError("config.data.tasks is empty: name at least one")
+    for name in ("limits", "weights"):
+        if data[name] and len(data[name]) != len(data.tasks):
+            raise ValueError(f"config.data.{name} needs one number for each of config.data.tasks, or (); it is {data[name]} "
+                             f"for {data.tasks}")
+    if data.weights and not any(data.weights):
+        raise ValueError(f"config.data.weights is {data.weights}: give at least one task a share above 0")
+    if data.make.families and not data.dir:  # else the data are there
+        used = {"train": "config.stages", config.eval.split: "config.eval.every" if config.eval.every else "",
+                config.eval.final_split: "config.eval.final_split"}
+        for split in tasks.BUCKETS:
+            if used.get(split) and not data.make[split]:
+                raise ValueError(f"config.data.make.{split} is 0, but {used[split]} needs that split: give at least 1")
+    if len({len(buckets.student), len(buckets.teacher), len(buckets.trace)}) != 1 or not buckets.student:
+        raise ValueError("config.data.buckets needs equally many entries for student, teacher and trace, at least one")
+
+
+def _check_stage(config, stage: str) -> None:
+    """A stage that will run."""
+    s, drawing = config[stage], draws(config, stage)
+    if s.batch_size % s.accumulation:
+        raise ValueError(f"config.{stage}.batch_size {s.batch_size} is not divisible by config.{stage}.accumulation "
+                         f"{s.accumulation}")
+    if s.optim.warmup_steps > s.steps:
+        raise ValueError(f"config.{stage}.optim.warmup_steps is {s.optim.warmup_steps}, but the stage has {s.steps} steps: "
+                         f"give at most config.{stage}.steps")
+    if s.optim.schedule == "cosine" and s.optim.min_lr > s.optim.lr:
+        raise ValueError(f"config.{stage}.optim.min_lr is {s.optim.min_lr}, above config.{stage}.optim.lr {s.optim.lr}: the "
+                         "cosine falls to it, so give at most the peak rate")
+    if "mix" in s and not any(s.mix.values()):
+        raise ValueError(f"config.{stage}.mix is {s.mix.to_dict()}: give at least one layout a share above 0")
+    if "freeze" in s:
+        if lora(config) and s.freeze:
+            raise ValueError(f"config.{stage}.freeze is {s.freeze} with config.lora, which trains its adapters alone: leave "
+                             "freeze empty, or set config.lora.rank=0")
+        if not {*params.GROUPS} - {"fixed", "vae", "lora", *(() if drawing else params.DRAWING), *s.freeze}:
+            raise ValueError(f"config.{stage}.freeze is {s.freeze}: nothing is left to train")
+    if stage == "opsd":
+        largest, least = config.data.buckets.teacher[-1][0], min(LEAST_SCORED, config.rollout.max_new_tokens)
+        if s.max_forward_tokens < largest + 2 + least:
+            raise ValueError(
+                f"config.opsd.max_forward_tokens is {s.max_forward_tokens}: with a teacher's context of {largest} positions, "
+                f"the largest of config.data.buckets.teacher, a completion would be cut to "
+                f"{max(s.max_forward_tokens - largest - 2, 1)} tokens. Give at least {largest + 2 + least} ({least} tokens to "
+                f"score), or {largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that bucket smaller")
+    if not drawing:
+        return
+    what = "stages" if stage == "autoencoder" else "warmup.mix.drawn"
+    if not config.model.generation.on:
+        raise ValueError(f"config.{what} trains what draws, which this model lacks: set config.model.generation.on=True")
+    if len(config.data.buckets.drawn) != len(config.data.buckets.trace):
+        raise ValueError(f"config.{what} needs config.data.buckets.drawn, one (latents, pictures, height, width) "
+                         "for each entry of config.data.buckets.trace")
+    stride = model(config).generation.stride
+    if any(side % stride for sizes in config.data.buckets.drawn for side in sizes[2:]):
+        raise ValueError(f"config.data.buckets.drawn is {config.data.buckets.drawn}: heights and widths must be "
+                         f"multiples of the {stride} pixels of a latent token")
+    if lora(config):
+        raise ValueError(f"config.{what} trains what draws, config.lora its adapters alone: set config.lora.rank=0")
+
+
+# --- what the settings become ----------------------------------------------------------------------------------
+
+def arm(config, name: str, start: str = "") -> ConfigDict:
+    """The settings of a control arm: those of the run with the arm's changes, from the OPSD stage on. start: the
+    checkpoint that the stage starts from."""
+    changed = config.copy_and_resolve_references()  # ConfigDict(config) would share its inner dicts
+    changed.run_arms = ()
+    changed.stages = ("opsd",)
+    changed.init_from = start
+    changed.update(config.arms[name].to_dict())
+    return changed
 
 
 def draws(config, stage: str) -> bool:
@@ -297,8 +493,6 @@ def resize_rule(config: ConfigDict) -> images.Resize:
 def rollout(config: ConfigDict, tokenizer, marker, **changes):
     """RolloutConfig of the training rollouts; `changes` for evaluation. The sampler reads and writes text: it needs
     no parameters of what draws."""
-    from opsd_jax.rollout import RolloutConfig
-
     scored = ("score_seam", "eos_after_cut", "empty_retries")
     values = {k: v for k, v in config.rollout.items() if k not in scored}
     text = dataclasses.replace(model(config), generation=None)
@@ -307,8 +501,6 @@ def rollout(config: ConfigDict, tokenizer, marker, **changes):
 
 def distill(config: ConfigDict, stage: str, tokenizer):
     """DistillConfig of one stage. Supervised stages have no teacher; that of `offline` is on disk."""
-    from opsd_jax.distill import DistillConfig, OptimConfig
-
     s = config[stage]
     if stage == "opsd":
         own = dict(teacher=config.teacher.kind, ema_decay=config.teacher.ema_decay, jsd_weight=s.jsd_weight,

@@ -305,7 +305,7 @@ def test_branches():
 def test_wrong_configs_are_refused():
     with pytest.raises(ValueError, match="this model cannot draw.*without --only=understanding"):
         config_of(model=tiny.MODEL)
-    with pytest.raises(ValueError, match="num_timesteps is 1: a grid has at least its two ends"):
+    with pytest.raises(ValueError, match="num_timesteps is 1: give a whole number in .2, inf.; a grid has at least its two ends"):
         config_of(num_timesteps=1)
     with pytest.raises(ValueError, match=r"renorm is 'none': choose from \('global', 'channel', 'text_channel'\)"):
         config_of(renorm="none")

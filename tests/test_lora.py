@@ -194,11 +194,11 @@ def test_settings():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"rank": -1}, r"lora.rank is -1, .* positive"),
-    ({"rank": 2, "alpha": 0.0}, r"lora.alpha 0.0: both are positive"),
+    ({"rank": -1}, r"config.lora.rank is -1: give a whole number in \[0, inf\)"),
+    ({"rank": 2, "alpha": 0.0}, r"config.lora.alpha is 0.0: give a number in \(0, inf\)"),
     ({"rank": 2, "targets": ()}, r"lora.targets is empty, so rank 2 adapts nothing"),
-    ({"rank": 2, "targets": ("q", "w")}, r"lora.targets is \('q', 'w'\): choose from \('q', 'k'"),
-    ({"rank": 2, "targets": ("q", "q")}, "each once at most")])
+    ({"rank": 2, "targets": ("q", "w")}, r"config.lora.targets names 'w': choose from \('q', 'k'"),
+    ({"rank": 2, "targets": ("q", "q")}, "config.lora.targets names q twice: give each once")])
 def test_wrong_settings(changes, message):
     config = settings.default()
     config.lora.update(changes)

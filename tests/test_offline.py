@@ -376,12 +376,17 @@ def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
 # --- the stage ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
-    ({"offline__top_k": 0}, "top_k >= 1"), ({"offline__temperature": 0.0}, "temperature > 0"),
-    ({"offline__weight": -1.0}, "weight >= 0"), ({"teacher__visual_thoughts": "noise"}, "reads the true ones")])
+    ({"offline__top_k": 0}, r"config.offline.top_k is 0: give a whole number in \[1, inf\)"),
+    ({"offline__temperature": 0.0}, r"config.offline.temperature is 0.0: give a number in \[0.001, 1000\]"),
+    ({"offline__weight": -1.0}, r"config.offline.weight is -1.0: give a number in \[0, inf\)"),
+    ({"teacher__visual_thoughts": "noise"}, "reads the true ones")])
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        settings.check(small_run.config(stages=("offline",), **changes))
-    settings.check(small_run.config(**changes | {"stages": ("opsd",)}))  # elsewhere they are not looked at
+        settings.check(small_run.config(stages=("offline",), offline__optim__warmup_steps=1, **changes))
+
+
+def test_another_stage_may_have_noise_in_the_teacher():
+    settings.check(small_run.config(stages=("opsd",), teacher__visual_thoughts="noise"))
 
 
 def stage_config(**changes):

@@ -430,8 +430,9 @@ def test_every_step_draws_afresh(sampled):
     (dict(max_new_tokens=1), "max_new_tokens is 1"), (dict(temperature=0.0), "set rollout.greedy"),
     (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.5), "top_p is 1.5"),
     (dict(slots=3, shards=2), "rollout.slots 3 must be a multiple of the 2 batch shards"),
-    (dict(slots=2, refill=3), "rollout.refill 3 at most that"), (dict(slots=-1), "rollout.slots -1"),
-    (dict(top_k=-1), "must not be negative"), (dict(max_image_skips=-1), "must not be negative")])
+    (dict(slots=2, refill=3), "rollout.refill 3 at most that"), (dict(slots=-1), "rollout.slots is -1"),
+    (dict(top_k=-1), "top_k is -1"), (dict(max_image_skips=-1), "max_image_skips is -1"),
+    (dict(temperature=float("nan")), "temperature is nan"), (dict(temperature=1e-40), r"in \[0.001, 1000\]")])
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny.rollout_config(**wrong)

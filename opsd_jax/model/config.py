@@ -4,27 +4,31 @@ Numbers only: 7B and the laptop miniature differ here and nowhere else.
 """
 
 import dataclasses
+from typing import Annotated
 
+from opsd_jax import checks
 from opsd_jax.params import LORA_TARGETS
 
 ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
+MULTIPLIER = "[1, inf)"  # range of each of VAEConfig.multipliers
 
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
     """Qwen2 mixture-of-transformers decoder (official: modeling/bagel/qwen2_navit.py)."""
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    head_dim: int = 0  # 0: hidden_size // num_heads
+    vocab_size: Annotated[int, "[1, inf)"]
+    hidden_size: Annotated[int, "[1, inf)"]
+    num_layers: Annotated[int, "[1, inf)"]
+    num_heads: Annotated[int, "[1, inf)"]
+    num_kv_heads: Annotated[int, "[1, inf)"]
+    intermediate_size: Annotated[int, "[1, inf)"]
+    rope_theta: Annotated[float, "(0, inf)"] = 1e6
+    rms_norm_eps: Annotated[float, "(0, 1]"] = 1e-6
+    head_dim: Annotated[int, "[0, inf)"] = 0  # 0: hidden_size // num_heads
 
     def __post_init__(self):
+        checks.fields(self, "model.llm")
         if not self.head_dim:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
@@ -43,15 +47,16 @@ class LLMConfig:
 class ViTConfig:
     """SigLIP NaViT encoder. `num_layers` counts the layers that run (the release configures 27, keeps 26)."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    patch_size: int = 14
-    side: int = 70  # patches a side of the position tables: patch id = row * side + column
-    layer_norm_eps: float = 1e-6
+    hidden_size: Annotated[int, "[1, inf)"]
+    num_layers: Annotated[int, "[1, inf)"]
+    num_heads: Annotated[int, "[1, inf)"]
+    intermediate_size: Annotated[int, "[1, inf)"]
+    patch_size: Annotated[int, "[1, inf)"] = 14
+    side: Annotated[int, "[1, inf)"] = 70  # patches a side of the position tables: patch id = row * side + column
+    layer_norm_eps: Annotated[float, "(0, 1]"] = 1e-6
 
     def __post_init__(self):
+        checks.fields(self, "model.vit")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"vit hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}")
 
@@ -68,14 +73,19 @@ class VAEConfig:
     `scale`, `shift`: a latent is scale * (z - shift).
     """
 
-    channels: int = 128
+    channels: Annotated[int, "[1, inf)"] = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 16
-    scale: float = 0.3611
-    shift: float = 0.1159
+    num_res_blocks: Annotated[int, "[1, inf)"] = 2
+    z_channels: Annotated[int, "[1, inf)"] = 16
+    scale: Annotated[float, "(0, inf)"] = 0.3611
+    shift: Annotated[float, "(-inf, inf)"] = 0.1159
 
     def __post_init__(self):
+        checks.fields(self, "model.generation")
+        if not self.multipliers:
+            raise ValueError("model.generation.multipliers is empty: give the channels of at least one resolution")
+        for factor in self.multipliers:
+            checks.number("model.generation.multipliers, of which one", factor, int, MULTIPLIER)
         if self.channels % 32:
             raise ValueError(f"the autoencoder has {self.channels} channels: group norms need a multiple of 32")
 
@@ -94,9 +104,12 @@ class GenerationConfig:
     """
 
     vae: VAEConfig = VAEConfig()
-    patch: int = 2
-    side: int = 64
-    timestep_shift: float = 1.0
+    patch: Annotated[int, "[1, inf)"] = 2
+    side: Annotated[int, "[1, inf)"] = 64
+    timestep_shift: Annotated[float, "(0, inf)"] = 1.0
+
+    def __post_init__(self):
+        checks.fields(self, "model.generation")
 
     @property
     def latent_dim(self) -> int:
@@ -109,8 +122,6 @@ class GenerationConfig:
         return self.patch * self.vae.downsample
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters of the understanding expert: alpha / rank * a b is added to each target matrix.
@@ -118,14 +129,12 @@ class LoRAConfig:
     They are then all that is trained (`params.partition`). targets: of LORA_TARGETS.
     """
 
-    rank: int
-    alpha: float
+    rank: Annotated[int, "[1, inf)"]
+    alpha: Annotated[float, "(0, inf)"]
     targets: tuple[str, ...] = LORA_TARGETS
 
     def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"lora.rank is {self.rank}, lora.alpha {self.alpha}: both are positive; rank 0 in the "
-                             "settings stands for no LoRA")
+        checks.fields(self, "lora")
         if not self.targets:
             raise ValueError(f"lora.targets is empty, so rank {self.rank} adapts nothing: name some of {LORA_TARGETS}")
         if len({*self.targets} & {*LORA_TARGETS}) != len(self.targets):
@@ -161,12 +170,13 @@ class ModelConfig:
     lora: LoRAConfig | None = None
     dtype: str = "float32"
     remat: str = "none"
-    unroll: int = 1
-    query_block: int = 0
+    unroll: Annotated[int, "[1, inf)"] = 1
+    query_block: Annotated[int, "[0, inf)"] = 0
     attention: str = "dense"
     rope_bfloat16: bool = False
 
     def __post_init__(self):
+        checks.fields(self, "model")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in ("none", "full"):
