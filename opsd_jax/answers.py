@@ -23,6 +23,7 @@ from opsd_jax.datasets.plan import subset_facts
 @dataclasses.dataclass(frozen=True, eq=False)
 class Benchmark:
     """keys: of its rows, in order. question: key -> (Pillow RGB images, text). expected: key -> the right answer.
+    asked: key -> what tells the row from all others in any results: (pid, answer), or (md5 of the table, index).
 
     judge: {key: text} -> (what each prediction line gets besides, {key: {"hit": bool, ...}}; what the summary gets:
     overall, unit, n, categories, interval_95 and more). size: key -> number by which rows of like length are brought
@@ -37,6 +38,7 @@ class Benchmark:
     size: Callable = lambda key: 0
     table: benchmarks.Table | None = None
     subset: dict | None = None  # see `plan.subset_facts`
+    asked: Callable = lambda key: ("", str(key))
 
 
 def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
@@ -67,7 +69,8 @@ def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0, seed: int =
         return len(benchmarks.wrapper(benchmarks.messages(rows[key]))[1])
 
     facts = subset_facts(benchmarks.size(part), benchmarks.size(table), seed)
-    return Benchmark(table.name, tuple(rows), question, expected, judge, size, part, facts)
+    return Benchmark(table.name, tuple(rows), question, expected, judge, size, part, facts,
+                     asked=lambda key: (table.md5, str(key)))
 
 
 def broken(benchmark: Benchmark) -> dict:
@@ -285,6 +288,8 @@ def _read(path, identity) -> dict:
         text = f.read()
     try:
         lines = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no JSON object")
         records = {record["batch"]: record for record in lines[1:]}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error

@@ -100,9 +100,10 @@ def report(workdir: str, names) -> str:
     Beside each text-only accuracy it has that of the same weights with the rows' true visual thoughts, where the final
     evaluation measured it: training changes how well a model reads them.
 
-    Raises FileNotFoundError where an evaluation is missing.
+    Raises FileNotFoundError where an evaluation is missing, ValueError where its summary is cut.
     """
     from opsd_jax.data import load_config
+    from opsd_jax.eval import read_summary
 
     config, rows = load_config(workdir), []
     warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
@@ -119,9 +120,8 @@ def report(workdir: str, names) -> str:
         _add_reading(row, folder, last)
         path = _summary(folder, last, "kl")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                for task, kl in json.load(f)["tasks"].items():
-                    row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
+            for task, kl in read_summary(path)["tasks"].items():
+                row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
         rows.append(row)
     lines = ["| arm | task | accuracy | 95 % interval | with true visual thoughts | n | tokens | KL to teacher | closure |",
              "|---" * 9 + "|"]
@@ -154,7 +154,7 @@ def _add_reading(row, folder, step):
 
 
 def _read(path):
-    with open(path, encoding="utf-8") as f:
-        summary = json.load(f)
+    from opsd_jax.eval import read_summary
+
     keys = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
-    return {"tasks": {task: {k: b[k] for k in keys} for task, b in summary["benchmarks"].items()}}
+    return {"tasks": {task: {k: b[k] for k in keys} for task, b in read_summary(path)["benchmarks"].items()}}

@@ -31,6 +31,7 @@ import os
 import time
 
 import numpy as np
+from absl import logging
 
 from opsd_jax import benchmarks as benchmarks_lib
 from opsd_jax import cli, distributed, images, metrics, paths, settings, tags, tasks
@@ -290,14 +291,36 @@ def write(directory: str, results, *, checkpoint: str, seed: int, protocol: str,
     return summary
 
 
+_IN_SUMMARIES = ("overall", "unit", "n", "interval_95", "mean_output_tokens", "seconds_per_sample")
+
+
+def read_summary(path: str) -> dict:
+    """A summary.json. ValueError, with what to do, where it is cut or something else."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            found = json.load(f)
+            scores = found.get("benchmarks", {})
+            if lacking := [key for key in _IN_SUMMARIES for b in scores.values() if key not in b]:
+                raise ValueError(f"no {lacking[0]}")
+            if scores and not {"seed", "checkpoint", "protocol"} <= found.keys():
+                raise ValueError("no seed, checkpoint or protocol")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is cut or no summary ({error}): delete its folder, and evaluate again") from error
+    return found
+
+
 def write_table(workdir: str) -> str:
-    """Writes W/eval/summary.md, the table of all summaries in W/eval, and returns it."""
+    """Writes W/eval/summary.md, the table of all summaries in W/eval, and returns it. What cannot be read is left out,
+    with a warning."""
     folder, summaries = os.path.join(workdir, "eval"), {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name, "summary.json")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                summary = json.load(f)
+            try:
+                summary = read_summary(path)
+            except (OSError, ValueError) as error:
+                logging.warning("left out of summary.md: %s", error)
+                continue
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
     text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
@@ -418,7 +441,7 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
     paths.check("--against", against)
     job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
                   split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
-    compared = _read_results(workdir, against) if against else None
+    compared = read_results(workdir, against) if against else None
     summaries = {}
     for mode in modes:
         summaries[job.names[mode]] = (
@@ -683,6 +706,7 @@ def _of_rows(rows, source: int, name: str, job: Job):
     keys = tuple(_numbers(rows, source, job.limit, job.subset_seed))
     rows.check_references(source, keys)
     return answers.Benchmark(name, keys, question, lambda key: examples[key].answer, judge,
+                             asked=lambda key: (examples[key].pid, examples[key].answer),
                              subset=plan.subset_facts(len(keys), len(examples), job.subset_seed))
 
 
@@ -726,6 +750,8 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
                 "ban_marker": job.ban_marker, "tables": {table.name: table.md5 for table in job.tables},
                 "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
                 "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
+    if compared:
+        check_pairs(compared, chosen, job.about["split"])
     del identity["checkpoint"]  # the weights tell, wherever they are stored
     done = collections.Counter()
     with metrics.Progress(total, name, job.split if job.tasks else "", primary=jax.process_index() == 0) as progress:
@@ -764,24 +790,65 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
 
 # --- the page -----------------------------------------------------------------------------------------------
 
-def _read_results(workdir: str, against: str) -> tuple[str, dict]:
-    """(name, {(benchmark, index): hit}) of earlier results: a name in W/eval, or a folder."""
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Earlier results that new ones are compared with."""
+
+    name: str
+    split: str | None  # of the tasks
+    hits: dict  # benchmark -> {what was asked, as in `answers.Benchmark.asked`: whether the answer was right}
+
+
+def read_results(workdir: str, against: str) -> Compared:
+    """Earlier results: a name in W/eval, or a folder."""
     folder = against if os.path.isdir(against) else os.path.join(workdir, "eval", against)
-    path = os.path.join(folder, "predictions.jsonl")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--against={against}: no {path}: give a name in {workdir}/eval, or such a folder")
+    record, path = (os.path.join(folder, name) for name in ("summary.json", "predictions.jsonl"))
+    if absent := [file for file in (record, path) if not os.path.isfile(file)]:
+        raise FileNotFoundError(f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a folder, of a "
+                                "finished evaluation")
+    summary, hits, twice = read_summary(record), {}, set()
     try:
         with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-    except ValueError as error:
-        raise ValueError(f"--against={against}: {path} is damaged ({error}): evaluate again") from error
-    return os.path.basename(os.path.normpath(folder)), {(r["benchmark"], str(r["index"])): bool(r["hit"]) for r in rows}
+            for row in map(json.loads, f):
+                name = row["benchmark"]
+                asked = (row["pid"], row["expected"]) if "pid" in row else (
+                    summary["benchmarks"][name]["md5"], str(row["index"]))
+                if asked in hits.setdefault(name, {}):
+                    twice.add((name, asked))
+                hits[name][asked] = bool(row["hit"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--against={against}: {path} is damaged ({error!r}): evaluate again") from error
+    for name, asked in twice:  # which of them a row is the pair of, nothing tells
+        del hits[name][asked]
+    return Compared(os.path.basename(os.path.normpath(folder)), summary.get("split"), hits)
+
+
+def check_pairs(compared: Compared, chosen, split: str | None) -> None:
+    """ValueError unless the rows of each benchmark are those that the earlier results answered, half of them at least.
+
+    A row and its pair have the same pid and the same answer, of a public table the same file and index.
+    """
+    shared = [benchmark for benchmark in chosen if benchmark.name in compared.hits]
+    start = f"--against={compared.name}"
+    if not shared:
+        raise ValueError(f"{start} has results of {', '.join(compared.hits) or 'nothing'}, not of "
+                         f"{', '.join(b.name for b in chosen)}: give results of the same benchmarks")
+    if any(not b.table for b in shared) and split and compared.split and split != compared.split:
+        raise ValueError(f"{start} has results of split {compared.split}, these are of {split}: give results of the same rows")
+    for benchmark in shared:
+        here, there = {benchmark.asked(key) for key in benchmark.keys}, compared.hits[benchmark.name]
+        pairs = len(here & there.keys())
+        others = len({name for name, _ in here} & {name for name, _ in there.keys() - here}) if not benchmark.table else 0
+        if 2 * pairs < min(len(here), len(there)) or not pairs or 10 * others > pairs:
+            why = f", and {others} have the same pid and another answer" if others else ""
+            raise ValueError(f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of which {pairs} are "
+                             f"the same{why}: give results of the same data")
 
 
 def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 30) -> str:
     """HTML of one evaluation: scores, comparison, and up to `most` rows of each benchmark, spread evenly.
 
-    shown: (benchmark, key) -> list of (caption, picture). compared: see `_read_results`.
+    shown: (benchmark, key) -> list of (caption, picture). compared: a `Compared`.
     """
     from opsd_jax import report
 
@@ -806,14 +873,13 @@ def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=No
             parts += [report.heading(task, 3), report.table(
                 ["by", "value"], [[k, v] for k, v in {**s["categories"], **s.get("extras", {})}.items()])]
     if compared:
-        other, hits = compared
         lines = []
-        for result in results:
-            both = [(bool(p["hit"]), hits[result.name, str(p["index"])]) for p in result.predictions
-                    if (result.name, str(p["index"])) in hits]
+        for result in (r for r in results if r.name in compared.hits):
+            hits, asked = compared.hits[result.name], benchmarks[result.name].asked
+            both = [(bool(p["hit"]), hits[asked(p["index"])]) for p in result.predictions if asked(p["index"]) in hits]
             wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
             lines.append([result.name, len(both), wins, losses, len(both) - wins - losses, metrics.mcnemar(wins, losses)])
-        parts += [report.heading(f"Against {other}"), report.table(
+        parts += [report.heading(f"Against {compared.name}"), report.table(
             ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"], lines)]
     for result in results:
         step = max(1, -(-len(result.predictions) // most))

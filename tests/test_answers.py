@@ -240,3 +240,80 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
     (tmp_path / answers.FILE).write_text('{"weights": "a"')
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
         answers.identity_of(str(tmp_path))
+
+
+# --- summaries and comparisons
+
+def results(folder, rows, **more):
+    """Writes results of a benchmark T: rows of (pid, expected, hit)."""
+    predictions = [{"index": n, "pid": pid, "expected": expected, "prediction": "x", "hit": hit, "tokens": 1}
+                   for n, (pid, expected, hit) in enumerate(rows)]
+    eval_lib.write(str(folder), [eval_lib.Result("T", predictions, 1.0, 1)], checkpoint="c", seed=0, protocol="p", **more)
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", '{"benchmarks": {"T": {"overall": 0.5}}, "seed": 0}', "[1]", "null", '{"benchmarks": 7}', '{"benchmarks": {"T": 1}}',
+    '{"benchmarks": {"T": null}}', "\ufffd\x00"])
+def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplog):
+    results(tmp_path / "eval" / "good", [("a", "A", True)])
+    results(tmp_path / "eval" / "bad", [("a", "A", True)])
+    (tmp_path / "eval" / "bad" / "summary.json").write_text(content)
+    table = eval_lib.write_table(str(tmp_path))
+    assert "| good | T | 100.0 %" in table and "bad" not in table and (tmp_path / "eval" / "summary.md").read_text() == table
+    assert f"{tmp_path}/eval/bad/summary.json is cut or no summary" in caplog.text and "evaluate again" in caplog.text
+    with pytest.raises(ValueError, match="bad/summary.json is cut or no summary .* delete its folder"):
+        eval_lib.read_results(str(tmp_path), "bad")
+
+
+def test_a_cut_file_of_predictions_is_named(tmp_path):
+    results(tmp_path / "eval" / "x", [("a", "A", True)] * 2)
+    path = tmp_path / "eval" / "x" / "predictions.jsonl"
+    for text in (path.read_text()[:-20], '{"benchmark": "T"}\n', "[]\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"--against=x: {path} is damaged .* evaluate again"):
+            eval_lib.read_results(str(tmp_path), "x")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="--against=x: no .*predictions.jsonl: give a name"):
+        eval_lib.read_results(str(tmp_path), "x")
+
+
+def asking(rows, name="T", table=None):
+    return answers.Benchmark(name, tuple(range(len(rows))), None, None, None, table=table, asked=lambda key: rows[key][:2])
+
+
+ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
+
+
+@pytest.mark.parametrize("here, there, split, message", [
+    (ROWS, ROWS, "test", None), (ROWS, ROWS[::-1], "test", None),
+    (ROWS[:7], ROWS, "test", None), (ROWS, ROWS[5:12], "test", None),  # a subset of either
+    (ROWS, [*ROWS[:38], ("p38", "?", True), ("q", "A", True)], "test", None),  # one answer was corrected
+    (ROWS, ROWS, "validation", "has results of split test, these are of validation"),
+    (ROWS, [(f"v{pid}", a, h) for pid, a, h in ROWS], "test", "T has 40 rows here and 40 there, of which 0 are the same: give"),
+    (ROWS, [(pid, "ABCD"[n % 3], h) for n, (pid, a, h) in enumerate(ROWS)], "test", "and 28 have the same pid and another answer"),
+    (ROWS[:20], ROWS[15:], "test", "T has 20 rows here and 25 there, of which 5 are the same"),
+    (ROWS, [("same", "A", True)] * 40, "test", "of which 0 are the same")])
+def test_only_the_same_questions_are_compared(tmp_path, here, there, split, message):
+    results(tmp_path / "eval" / "x", there, split="test")
+    compared = eval_lib.read_results(str(tmp_path), "x")
+    if message is None:
+        eval_lib.check_pairs(compared, [asking(here)], split)
+    else:
+        with pytest.raises(ValueError, match=f"--against=x.*{message}"):
+            eval_lib.check_pairs(compared, [asking(here)], split)
+    with pytest.raises(ValueError, match="--against=x has results of T, not of U: give results of the same benchmarks"):
+        eval_lib.check_pairs(compared, [asking(here, "U")], "test")
+
+
+def test_pairs_are_found_by_what_was_asked(tmp_path):
+    """The other results hold the rows in another order, and one that is not here."""
+    results(tmp_path / "eval" / "x", [("c", "A", True), ("a", "A", False), ("z", "B", True), ("b", "B", True)])
+    predictions = [{"index": n, "pid": pid, "prediction": "", "expected": e, "hit": hit, "tokens": 1}
+                   for n, (pid, e, hit) in enumerate([("a", "A", True), ("b", "B", True), ("c", "A", False)])]
+    result = eval_lib.Result("T", predictions, 1.0, 1)
+    bench = answers.Benchmark("T", (0, 1, 2), lambda key: ([], "?"), None, None,
+                              asked=lambda key: (predictions[key]["pid"], predictions[key]["expected"]))
+    summary = {"checkpoint": "c", "protocol": "p", "seed": 0, "benchmarks": {"T": result.summary()}}
+    html = eval_lib.page("n", summary, [result], {"T": bench}, lambda *_: [], eval_lib.read_results(str(tmp_path), "x"))
+    cells = html[html.index("Against x"):].split("</table>")[0].split("<td")[1:]
+    assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
