@@ -74,8 +74,9 @@ def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0, seed: int =
 
 
 def broken(benchmark: Benchmark) -> dict:
-    """{key: what is wrong} of rows whose question or pictures cannot be made; reads all pictures once."""
-    found = {}
+    """{key: what is wrong} of rows whose question or pictures cannot be made, or that no answer can match; reads all
+    pictures once."""
+    found = benchmarks.unmatchable(benchmark.table) if benchmark.table else {}
     for key in benchmark.keys:
         try:
             benchmark.question(key)

@@ -41,6 +41,7 @@ PAPER = {
 _COLUMNS = {"mcq": ("question", "A", "answer"), "circular": ("question", "A", "answer"),
             "cvbench": ("prompt", "A", "answer"), "chartqa": ("question", "answer"),
             "vsp": ("question", "maze_map", "maze_size")}
+_LETTERED = ("mcq", "circular", "cvbench")  # kinds whose answer is a letter
 _REFERENCE = 64  # characters: an image cell up to this length is the index of the row whose picture it shares
 _TURN = 1_000_000  # row g + j * _TURN of a circular table is turn j of question g, where no g_index says it
 
@@ -72,6 +73,7 @@ class Table:
     md5: str  # of the file: published scores belong to a version of it
     rows: tuple[Row, ...]
     dropped: tuple  # indices
+    respelt: dict = dataclasses.field(default_factory=dict)  # index -> the answer cell, "(A)", where `cells` has "A" for it
 
     @property
     def kind(self) -> str:
@@ -145,7 +147,7 @@ def read(path) -> Table:
     _check_index(path, name, records)
     dropped = tuple(r["index"] for r in records if _missing(r.get("image", "")))
     cells = {str(r["index"]): str(r["image"]) for r in records if "image" in r and not _missing(r["image"])}
-    rows = []
+    rows, respelt = [], {}
     for record, texts in zip(records, untyped):
         if _missing(record.get("image", "")):
             continue
@@ -154,10 +156,77 @@ def read(path) -> Table:
         record = {c: value for c, value in record.items() if c != "image"}
         if KINDS[name] == "vsp":
             _whole(path, record, "maze_size")
-        rows.append(Row(str(path), name, record["index"], record, pictures, stored, texts))
+        row = Row(str(path), name, record["index"], record, pictures, stored, texts)
+        if (letter := _letter(row)) and letter != record["answer"]:
+            respelt[row.index] = str(record["answer"])
+            row = dataclasses.replace(row, cells=record | {"answer": letter})
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no row has an image: download it again")
-    return Table(name, str(path), md5, tuple(rows), dropped)
+    return Table(name, str(path), md5, tuple(rows), dropped, respelt)
+
+
+def _letter(row: Row) -> str | None:
+    """The option letter that a row's answer cell names: itself, by the option's whole text, or between marks; else None.
+
+    CV-Bench as its authors publish it has "(A)", which equals no letter, so that the harness counts every answer wrong.
+    """
+    if KINDS[row.name] not in _LETTERED or _missing(row.cells["answer"]):
+        return None
+    answer = str(row.cells["answer"])
+    if answer in row.options:
+        return answer
+    by_text = [letter for letter, option in row.options.items() if option == answer]
+    between = re.fullmatch(r"[\s().:\[\]]*([A-Z])[\s().:\[\]]*", answer)
+    letter = by_text[0] if len(by_text) == 1 else between and between[1]
+    return letter if letter in row.options else None
+
+
+def unmatchable(table: Table) -> dict:
+    """{index: what is wrong} of rows for which no answer would be right, whatever a model says."""
+    found = {}
+    for row in table.rows:
+        column, why = _fault_of_answer(row)
+        if why:
+            found[row.index] = f"{row.file}: row {row.index}, column {column}: {row.cells.get(column)!r}: {why}"
+    return found
+
+
+def _fault_of_answer(row: Row) -> tuple[str, str]:
+    """(column, why no answer can be right), ("", "") where one can."""
+    kind, cells = KINDS[row.name], row.cells
+    if kind == "vsp":
+        return _fault_of_maze(cells["maze_map"], int(cells["maze_size"]))
+    if _missing(cells["answer"]):
+        return "answer", "there is no right answer: fill the cell"
+    if kind in _LETTERED:
+        return ("", "") if _letter(row) else (
+            "answer", f"it is none of the row's options {', '.join(row.options) or '(none)'} (cells such as None and NA count as "
+            "empty): give the letter of one")
+    good = [truth for truth in scoring.accepted(cells["answer"]) if truth.strip()]
+    good = [truth for truth in good if scoring.relaxed(truth.strip(), truth, fork=True)]
+    return ("", "") if good else ("answer", "answers are compared without blanks around them, so none equals it: correct the cell")
+
+
+def _fault_of_maze(maze, size: int) -> tuple[str, str]:
+    lines = [] if _missing(maze) else scoring.maze_rows(maze)
+    if not lines or {len(line) for line in lines} != {len(lines)}:
+        return "maze_map", "it is no square of cells, written as ['SF', 'FG']: correct the cell"
+    if len(lines) != size:
+        return "maze_size", f"the maze has {len(lines)} rows: give that number"
+    cells = {(r, c): cell for r, line in enumerate(lines) for c, cell in enumerate(line)}
+    if strange := sorted(set(cells.values()) - set("SGFH")):
+        return "maze_map", f"it holds {strange[0]!r}: use S (start), G (goal), F (free) and H (hole)"
+    places = {cell: place for place, cell in cells.items()}
+    if absent := [cell for cell in "SG" if cell not in places]:
+        return "maze_map", f"it has no {absent[0]}: give it a start S and a goal G"
+    reached, edge = {places["S"]}, [places["S"]]
+    while edge:
+        r, c = edge.pop()
+        new = {place for place in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)) if cells.get(place, "H") != "H"} - reached
+        reached |= new
+        edge += new
+    return ("", "") if places["G"] in reached else ("maze_map", "no route leads from S to G: correct the cell")
 
 
 def _check_index(path, name, records):
@@ -214,7 +283,8 @@ def _pictures(path, name, record, cells) -> tuple[tuple, tuple]:
     cell, seen = cells[str(record["index"])], set()
     while len(cell) <= _REFERENCE:
         if cell in seen or cell not in cells:
-            fail("image", f"it refers to row {cell!r}, which has no picture", "give a row's index or a base64 text")
+            fail("image", f"it refers to row {cell!r}, which has no picture", "give a row's index or a base64 text (of more than "
+                 f"{_REFERENCE} characters)")
         seen.add(cell)
         cell = cells[cell]
     pictures = items("image", cell)
@@ -275,8 +345,15 @@ def images(row: Row, cache: str = "lossless") -> list:
 
 
 def _decode(text: str) -> bytes:
+    """The bytes of a base64 text, also in the forms that other tools write: after "data:image/png;base64,", as Python's
+    b'...', with the alphabet for URLs, without padding."""
+    text = "".join(text.split())
+    text = re.sub(r"^data:[\w/+.-]*;base64,", "", text)
+    text = re.sub(r"""^b(['"])(.*)\1$""", r"\2", text)
+    padded = text.translate(str.maketrans("-_", "+/")).rstrip("=")
+    padded += "=" * (-len(padded) % 4)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(padded, validate=True)
     except ValueError as e:
         raise ValueError(f"broken base64 text of {len(text):,} characters ({e}): replace it") from e
 
@@ -468,6 +545,10 @@ def _texts(table, predictions, partial) -> tuple[dict, tuple]:
     bad = [i for i, text in predictions.items() if not isinstance(text, str)]
     if bad:
         raise ValueError(f"the prediction for row {bad[0]} is {type(predictions[bad[0]]).__name__}: give texts")
+    bad = [i for i, text in predictions.items() if re.search("[\ud800-\udfff]", text)]
+    if bad:
+        raise ValueError(f"the prediction for row {bad[0]} holds half a surrogate pair, which no UTF-8 file can: "
+                         f"{predictions[bad[0]][:40]!r}: replace it with U+FFFD")
     missing = tuple(i for i in indices if i not in predictions)
     if missing and not partial or len(missing) == len(indices):
         raise ValueError(f"{len(missing)} of {len(indices)} rows of {table.path} have no prediction, such as "

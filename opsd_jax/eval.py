@@ -614,20 +614,21 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     from opsd_jax import answers, data, generate, sharding
 
     mesh = sharding.make_mesh(tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices())
-    model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
-    facts = _model_facts(model.params, model.tokenizer)
     cache = "jpeg75" if job.protocol == "harness" else "lossless"
     chosen = [answers.of_table(table, cache=cache, limit=job.limit, seed=job.subset_seed) for table in job.tables]
+    bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen}  # before minutes of loading
+    bad = {name: rows for name, rows in bad.items() if rows}
+    if bad and not skip_bad:
+        first = next(iter(next(iter(bad.values())).values()))
+        where = "; ".join(f"{name}: {', '.join(map(str, rows))}" for name, rows in bad.items())
+        raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, or no answer can match them, the first: {first}. "
+                         f"Correct them, or leave them out with --on_bad_row=skip; {where}")
+    model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
+    facts = _model_facts(model.params, model.tokenizer)
     if job.tasks:
         rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
         facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))
         chosen += [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
-    bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen if benchmark.name not in job.tasks}
-    bad = {name: rows for name, rows in bad.items() if rows}
-    if bad and not skip_bad:
-        first = next(iter(next(iter(bad.values())).values()))
-        raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, the first: {first}. Mend them, or leave them "
-                         "out with --on_bad_row=skip; " + "; ".join(f"{n}: {', '.join(map(str, r))}" for n, r in bad.items()))
     batch_size = -(-job.batch_size // sharding.batch_divisor(mesh)) * sharding.batch_divisor(mesh)
     for benchmark in chosen:  # what cannot be scored shows before anything is asked
         left = [key for key in benchmark.keys if key not in bad.get(benchmark.name, {})]
@@ -772,6 +773,7 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
         if judged is not None:
             judged |= {"bad_rows": [str(key) for key in bad.get(benchmark.name, ())], "md5": benchmark.table.md5,
                        "without_image": list(benchmark.table.dropped)}
+            judged |= {"respelt_answers": benchmark.table.respelt} if benchmark.table.respelt else {}
         in_order = [{**predictions[key], **found[key]} for key in benchmark.keys if key in predictions]
         clean = [r for r in own if not r["compiled"]]  # several processes answer side by side
         results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean) / processes,
@@ -917,7 +919,7 @@ def main(argv=None) -> None:
     parser.add_argument("--rows", type=int, default=0, help="a random subset of so many rows of each benchmark (default, or 0: all)")
     parser.add_argument("--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)")
     parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
-                        help="rows of a table that cannot be shown; skip lists them in the summary")
+                        help="rows of a table that cannot be shown or scored; skip lists them in the summary")
     parser.add_argument("--ban_marker", action="store_true", help="never sample what completes <image_start>")
     parser.add_argument("--seed", default=(None,), type=cli.whole_numbers,
                         help="of noise and sampling; several separated by commas (default: the run's)")
