@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import types
 
@@ -438,6 +439,24 @@ def test_interventions_command(workdir):
         np.testing.assert_allclose(sum(shares[mode].values()), 1, rtol=1e-5)
         assert (shares[mode]["visual thoughts"] > 0) == (mode in ("real", "noise", "swap"))
         assert (shares[mode]["transition"] > 0) == (mode != "none")
+
+
+@pytest.mark.slow
+def test_everything_on_one_page(workdir):
+    """With the answers of the weights that training started from: how it changed what true visual thoughts give."""
+    folder, summary = run(workdir, "all", "--rows=0")
+    assert folder.name == f"all-{LAST}" and summary["analyses"] == ["kl", "interventions", "attention"]
+    start = f"{small_run.WARMUP:06d}"
+    assert summary["evaluations"] == [f"{LAST}-{mode}" for mode in ("none", *eval_lib.CONTEXTS)] + [
+        f"{start}-none", f"{start}-real"]
+    page = (folder / "report.html").read_text()
+    table = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    for name, label in ((f"{LAST}-real", "real"), (f"{start}-real", "real, before training"),
+                        (f"{start}-none", "none, before training")):
+        found = json.loads((workdir / "eval" / name / "summary.json").read_text())["benchmarks"][small_run.TASK]
+        cells = next(cells for row in table if (cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) and cells[0] == label)
+        assert float(cells[1]) == pytest.approx(100 * found["overall"], rel=1e-3) and cells[2] == str(found["n"])
+    assert all((folder / name / "summary.json").exists() for name in summary["analyses"])
 
 
 @pytest.mark.slow

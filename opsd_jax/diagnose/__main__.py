@@ -1,5 +1,6 @@
 """The command: one analysis, or evaluation in all modes and all analyses on one page."""
 
+import functools
 import os
 
 from opsd_jax import cli, data, distributed, paths
@@ -8,36 +9,44 @@ from opsd_jax.diagnose import attention, interventions, kl, runs
 
 
 def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[str]]:
-    """Answers in every mode that the model and its rows allow (`eval.evaluate_run`), then the three analyses; one page
-    for people, and under it what each leaves by itself."""
+    """Answers in every mode that the model and its rows allow (`eval.evaluate_run`), with those of the weights that
+    training started from, then the three analyses; one page for people, and under it what each leaves by itself."""
     modes = ("none", *eval_lib.CONTEXTS, *(eval_lib.DRAWN if run.config.model.generation.on else ()))
-    summaries = eval_lib.evaluate_run(
-        run.workdir, modes, checkpoint=checkpoint, benchmarks=run.tasks, split=run.split, limit=run.limit,
-        batch_size=run.batch_size, seed=run.seed, name="" if _own(run.workdir, checkpoint) else os.path.basename(folder))
+    evaluate = functools.partial(eval_lib.evaluate_run, run.workdir, benchmarks=run.tasks, split=run.split,
+                                 limit=run.limit, batch_size=run.batch_size, seed=run.seed)
+    summaries = evaluate(modes, checkpoint=checkpoint,
+                         name="" if _own(run.workdir, checkpoint) else os.path.basename(folder))
     base, traced = runs.start(run.workdir), run.without_trace() is None
+    trained = os.path.realpath(base) != os.path.realpath(checkpoint)
+    before = evaluate(("none", "real"), checkpoint=base) if trained else {}
     analyses = {
         "kl": lambda to: kl.measure(run, to, teacher=base, student=checkpoint, base=base,
                                     kinds=[kind for kind in kl.COMPLETIONS if kind != "data" or traced]),
         "interventions": lambda to: interventions.measure(run, to, checkpoint=checkpoint),
         "attention": lambda to: attention.measure(run, to, checkpoint=checkpoint)}
     pages = {name: analyse(os.path.join(folder, name)) for name, analyse in analyses.items()}
-    summary = {"analysis": "all", "checkpoint": checkpoint, **run.facts(), "evaluations": list(summaries),
+    summary = {"analysis": "all", "checkpoint": checkpoint, **run.facts(), "evaluations": [*summaries, *before],
                "analyses": list(analyses)}
-    return runs.finish(folder, summary, lambda s: all_page(run, s, summaries, pages))
+    return runs.finish(folder, summary, lambda s: all_page(run, s, summaries, before, pages))
 
 
-def all_page(run: runs.Run, summary: dict, summaries: dict, pages: dict) -> tuple[str, list[str]]:
-    """(title, HTML parts): accuracies, tokens and seconds of all modes, then the pages of the analyses."""
+def all_page(run: runs.Run, summary: dict, summaries: dict, before: dict, pages: dict) -> tuple[str, list[str]]:
+    """(title, HTML parts): accuracies, tokens and seconds of all modes, then the pages of the analyses.
+
+    summaries, before: of the model in all modes, and of the weights that its training started from in some.
+    """
     from opsd_jax import report
 
     parts = [report.paragraph(
         f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. One model answers the same questions: from the "
         "picture alone (**none**, the student); as the teacher with the rows' own visual thoughts (**real**), with **noise**, "
         "another row's (**swap**), the problem once more (**image**) or nothing (**remove**) in their places; and, if it can "
-        "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those."),
+        "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those. **Before training**: the weights that the run's training started "
+        "from, on the same rows; **real** beside it is what training did to how the model reads true visual thoughts."),
         report.heading("Answers")]
     for task in run.tasks:
         found = [(s["mode"], s["benchmarks"][task]) for s in summaries.values()]
+        found += [(f"{s['mode']}, before training", s["benchmarks"][task]) for s in before.values()]
         parts += [report.heading(task, 3), report.intervals(
             [(mode, eval_lib.percent(b), *(100 * x for x in b["interval_95"])) for mode, b in found])]
         text = dict(found)["none"]["seconds_per_sample"]
