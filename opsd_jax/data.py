@@ -8,6 +8,7 @@ hosts read the same global batches.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, locks, paths, settings, tags, tasks
+from opsd_jax import cli, images, json_files, locks, paths, settings, tags, tasks
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -142,16 +143,12 @@ _RECORD = "made.json"  # settings of the procedural data in a folder, written be
 def _made(target: str) -> dict | None:
     """With which settings procedural data were begun in a folder; None if none were. ValueError where it is damaged."""
     path = os.path.join(target, _RECORD)
-    try:
-        with open(path, encoding="utf-8") as f:
-            was = json.load(f)
-        if not isinstance(was, dict) or not isinstance(was.get("families"), list):
-            raise ValueError("it holds no settings")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it to use the prepared data as they are, or delete {target} "
-                         "to make them again") from error
+    fix = f"delete it to use the prepared data as they are, or delete {target} to make them again"
+    was = json_files.read(path, fix=fix)
+    if not isinstance(was.get("families"), list):
+        raise ValueError(f"{path} names no families: {fix}")
     return was
 
 
@@ -469,9 +466,11 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
                         config.data.buckets.to_dict(), config.images.to_dict(), config.prompts.to_dict(), mode,
                         config.model.generation.to_dict() if rows.drawing else None], sort_keys=True)
     path = os.path.join(workdir, f"buckets-{task}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.npy")
+    index = None
     if os.path.exists(path):
-        index = np.load(path, allow_pickle=False)
-    else:
+        with contextlib.suppress(ValueError, EOFError):  # cut by a power failure: worked out again
+            index = np.load(path, allow_pickle=False)
+    if is_new := index is None or index.shape != (size,):
         find = lambda n: packer.bucket(rows(source, n), mode, rows.partner(source, n) if mode == "swap" else None)
         with ThreadPoolExecutor(config.data.threads) as pool:
             index = np.fromiter(pool.map(find, range(size)), np.int32, size)
@@ -480,16 +479,15 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
         raise context_lib.TooLong(
             f"{len(left_out)} rows of {task} fit no bucket, first {left_out[:5]}: enlarge config.data.buckets, or set "
             "config.data.on_too_long=skip, which names them in too_long.json")
-    if not os.path.exists(path) and jax.process_index() == 0:
+    if is_new and jax.process_index() == 0:
         with open(path + ".tmp", "wb") as f:
             np.save(f, index, allow_pickle=False)
         os.replace(path + ".tmp", path)
     if left_out and jax.process_index() == 0:
         report = os.path.join(workdir, "too_long.json")
         known = {}
-        if os.path.exists(report):
-            with open(report, encoding="utf-8") as f:
-                known = json.load(f)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or cut
+            known = json_files.read(report)
         with open(report + ".tmp", "w", encoding="utf-8") as f:
             json.dump(known | {task: left_out}, f, indent=1)
         os.replace(report + ".tmp", report)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import checkpoint, context as context_lib
-from opsd_jax import data, distill, divergence, metrics, params as params_lib, sharding
+from opsd_jax import data, distill, divergence, json_files, metrics, params as params_lib, sharding
 from opsd_jax.model import bagel
 
 FORMAT = 1  # raise it when the files above, or what is in them, change
@@ -201,8 +201,7 @@ class Cache:
         self._open, self._lock = {}, threading.Lock()
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                was = json.load(f)
+            was = json_files.read(path, fix=f"delete {folder}, and it is collected anew")
             if was != facts:
                 raise WrongCache(f"{folder} holds the outputs of another teacher or of other settings:\n"
                                  + "\n".join(_differences(was, facts))

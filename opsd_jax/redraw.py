@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import cli, data, generate, images, locks, metrics, paths
+from opsd_jax import cli, data, generate, images, json_files, locks, metrics, paths
 from opsd_jax.datasets import visual_opsd
 
 SHARD = 512  # rows of a parquet file; what a kill can cost
@@ -75,8 +75,7 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
 def _claim(path, record):
     """Writes the record, or raises FileExistsError where another one stands."""
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            there = json.load(f)
+        there = json_files.read(path, fix=f"delete {os.path.dirname(path)}, and all is drawn again")
         if there != record:
             raise FileExistsError(f"{path} says that pictures there were drawn with {there}, not {record}: choose another "
                                   "--target, or delete it")

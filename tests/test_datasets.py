@@ -227,6 +227,7 @@ PICTURES = {  # what the parquet file holds -> whether training opens it
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("value, is_good", PICTURES.values(), ids=PICTURES)
 def test_preparation_takes_the_pictures_that_training_opens(tmp_path, value, is_good):
     for transparency in ("white", "drop"):
@@ -443,6 +444,15 @@ def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
         assert len(batch) <= 32
         peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert 1e6 < peak < 10e6
+
+
+def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
+    file = maze(tmp_path / "s", [row(i) for i in range(70)], row_group_size=50)
+    sizes = lambda stop=70: [len(batch) for batch in visual_opsd._read_batches(file, stop)]
+    assert sizes() == [32, 32, 6] and sizes(33) == [32, 1] and sizes(0) == []
+    monkeypatch.setattr(visual_opsd, "_BATCH_BYTES", 1)
+    assert sizes() == [1] * 70
+    assert [index for batch in visual_opsd._read_batches(file, 70) for index, _ in batch] == [*range(70)]
 
 
 # -------------------------------------------------------------------------------- interruptions
