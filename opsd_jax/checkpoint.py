@@ -2,7 +2,7 @@
 
     <workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}: what continues a run
     <workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any): what eval loads
-    + JSON metadata                       format, stage, step, config, metrics, versions
+    + JSON metadata                       format, stage, step, config, digests of data and tokenizer, metrics, versions
 
 Orbax is known to this file alone (its v1 interface is young: the version is pinned). A folder
 becomes visible under the name `<step>` only when complete; before, it is `<step>.orbax-checkpoint-tmp`.
@@ -53,7 +53,7 @@ class CheckpointGone(CheckpointNotFound):
 
 
 class ConfigMismatch(ValueError):
-    """A run would continue under other settings than it was started with."""
+    """A run would continue with other settings, data or another tokenizer than it was started with."""
 
 
 # ---------------------------------------------------------------------------- a run's checkpoints
@@ -101,7 +101,7 @@ class Checkpoints:
             logging.exception("while the run stopped with %s, its last checkpoint failed too", kind.__name__)
 
     def save(self, step: int, state: Any, params: Any, *, stage: str, config: Mapping,
-             metrics: Mapping[str, float] | None = None, wait: bool = False) -> bool:
+             digests: Mapping | None = None, metrics: Mapping[str, float] | None = None, wait: bool = False) -> bool:
         """Starts writing a checkpoint; returns once the arrays are copied to host memory.
 
         After it returns, `state` may be donated to the next update. An earlier save that is still
@@ -113,6 +113,7 @@ class Checkpoints:
           params: the weights to infer with; the caller chooses (the EMA, if there is one).
           stage: `warmup`, `opsd` or `sft`.
           config: settings as plain JSON types, see `config_to_json`.
+          digests: checksums of what the run reads, see `check_digests`.
           metrics: numbers to keep beside the weights.
           wait: returns only when the checkpoint is complete.
 
@@ -125,7 +126,7 @@ class Checkpoints:
           ValueError: a newer checkpoint is there already.
         """
         step = int(step)
-        details = _details(step, stage, config, metrics)
+        details = _details(step, stage, config, metrics, digests)
         if self._failed:  # Orbax has by then lost count of what lies on disk
             self._open()
         if self._newest is not None and step < self._newest:
@@ -307,7 +308,7 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
 
 def metadata(directory) -> dict:
-    """`{format, stage, step, config, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
+    """`{format, stage, step, config, digests, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
     return of_newest(directory, _read_metadata)[1]
 
 
@@ -340,10 +341,11 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             logging.warning("%s was deleted while it was being read: going on with the newest checkpoint", folder)
 
 
-def _details(step: int, stage: str, config: Mapping, metrics) -> dict:
+def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> dict:
     import orbax.checkpoint
 
     return {"format": FORMAT, "stage": stage, "step": int(step), "config": config_to_json(config),
+            "digests": dict(digests or {}),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__}}
 
@@ -590,6 +592,33 @@ def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = ()
         free = f" May change on resume: {', '.join(ignore)}." if ignore else ""
         raise ConfigMismatch(f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
                              f"the saved ones{example}, or start a new run with another --workdir.{free}")
+
+
+def check_digests(saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run") -> None:
+    """Raises ConfigMismatch, with a table of the differences, unless data and tokenizer are those of a checkpoint.
+
+    Args:
+      saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted, with a warning: it was
+        written before there were digests.
+      accepted: "data", "tokenizer": what may differ (config.checkpoint.accept_changed).
+      whose: whose data or tokenizer `saved` are.
+    """
+    rows, kinds = [("what", "was", "now")], []
+    for kind, now in current.items():
+        was = saved.get(kind)
+        if was is None:
+            logging.warning("%s has no digest of its %s: whether that is the same one cannot be told", whose, kind)
+        elif was != now and kind not in accepted:
+            kinds.append(kind)
+            pairs = {kind: (was, now)} if isinstance(now, str) else {
+                f"{kind}.{name}": (was.get(name, "absent"), now.get(name, "absent")) for name in sorted(was.keys() | now.keys())}
+            rows += [(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    if kinds:
+        names = " and ".join(kinds)
+        raise ConfigMismatch(
+            f"{whose} was trained with another content of {names} (digests):\n{_table(rows)}\nPut the {names} back as it was, "
+            "or start a new run with another --workdir. To go on with what is there now, knowing that it differs: "
+            f'--config.checkpoint.accept_changed="{tuple(kinds)}"')
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -142,6 +142,7 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps; the last step of each stage is always saved and kept
     c.checkpoint.keep_latest = 2
+    c.checkpoint.accept_changed = ()  # "data", "tokenizer": a run goes on although their content is another than before
     c.checkpoint.params = "student"  # the item for inference: "student" (what was evaluated officially) or "ema"
 
     c.log = ConfigDict()

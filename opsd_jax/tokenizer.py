@@ -22,6 +22,10 @@ _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 _MOST = 1 << 24  # ids beyond are damage: the list of all tokens would not fit into memory
 
 
+# Cases in which tokenizers with the same tokens differ: contractions, digits, spaces, Unicode forms, scripts, case.
+_PROBE = "It's DON'T 12345 + 6.75%  \n\n\tx_y==Straße café cafe\u0301 \ufb01 Ⅷ 日本語 Привет 🙂 unbelievable <think>(A)</think>"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Token ids of the four delimiters, and the tokenizer (of the library `tokenizers`) that they belong to."""
@@ -71,11 +75,12 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Checksum of what ids mean: the bytes of every token, and the ids of the delimiters."""
+        """Checksum of what ids mean and how text is split: the bytes of every token, the ids of the delimiters and of a text."""
         found = hashlib.blake2b(digest_size=16)
         for token in self.token_bytes:
             found.update(len(token).to_bytes(4, "little") + token)
-        found.update(json.dumps([self.bos, self.eos, self.image_start, self.image_end]).encode())
+        delimiters = [self.bos, self.eos, self.image_start, self.image_end]
+        found.update(json.dumps([delimiters, self.encode(_PROBE).tolist()]).encode())
         return found.hexdigest()
 
 

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from opsd_jax import cli, paths, settings
 
 # What may change between a run and its continuation.
-_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
+_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "checkpoint.accept_changed", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
          "run_arms")
 
 EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
@@ -42,6 +42,7 @@ class Run:
     tokenizer: object
     marker: object
     packer: object
+    digests: dict
     clock: object
     writer: object
 
@@ -132,12 +133,12 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
             os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
             keep_steps=[0, *ends.values()]) as checkpoints:
         record_config(config, workdir)
-        done = checkpoints.latest()
+        done, saved = checkpoints.latest(), None
         if done is not None:
             saved = checkpoints.metadata(done)
             checkpoint.check_config(saved["config"], config, ignore=_FREE, defaults=settings.default())
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
-        run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1)
+        run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved)
         with run.writer:
             # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup has no step left but is evaluated, if
             # that is missing, and opsd starts from its parameters. With done = 500 warmup is skipped and opsd goes on
@@ -175,11 +176,16 @@ def record_config(config, workdir: str) -> None:
         _write_json(path, record)
 
 
-def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) -> Run:
-    """Makes everything of a run that is not weights: mesh, data, tokenizer, writers."""
+def prepare(config, workdir: str, data_workdir: str, resume_step: int | None, saved: dict | None = None) -> Run:
+    """Makes everything of a run that is not weights: mesh, data, tokenizer, writers.
+
+    saved: the metadata of the checkpoint that it continues from, None at the start. ConfigMismatch where the data or the
+    tokenizer have another content now.
+    """
     import jax
 
-    from opsd_jax import data, metrics, rollout, sharding, tokenizer
+    from opsd_jax import checkpoint, data, metrics, rollout, sharding, tokenizer
+    from opsd_jax.datasets import visual_opsd
 
     clock = metrics.Clock()
     primary = jax.process_index() == 0
@@ -194,10 +200,29 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None) ->
 
             multihost_utils.sync_global_devices("data is there")
         tok = tokenizer.load(data.tokenizer_folder(config, data_workdir), vocab_size=config.model.llm.vocab_size)
+        where = data.folder(config, data_workdir)
+        digests = {"data": {task: visual_opsd.digest(where, task) for task in config.data.tasks}, "tokenizer": tok.digest}
+    if saved:
+        checkpoint.check_digests(saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed)
+    elif config.init_from:
+        checkpoint.check_digests(_tokenizer_of_origin(config), {"tokenizer": tok.digest}, whose=config.init_from,
+                                 accepted=config.checkpoint.accept_changed)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard,
                             wandb=wandb_arguments(config, workdir, data_workdir), resume_step=resume_step)
-    return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), clock, writer)
+    return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), digests, clock, writer)
+
+
+def _tokenizer_of_origin(config) -> dict:
+    """{"tokenizer": digest} of the weights that a run starts from; {} where they have no tokenizer with them."""
+    from opsd_jax import checkpoint, convert, tokenizer
+
+    if not convert.is_model(config.init_from):
+        return checkpoint.metadata(config.init_from).get("digests") or {}
+    folder = convert.tokenizer_folder(config.init_from)
+    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return {}
+    return {"tokenizer": tokenizer.load(folder).digest}
 
 
 def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
@@ -423,7 +448,8 @@ def _kept_params(run, state, distill_config):
 
 
 def _save(run, checkpoints, step, state, stage, distill_config) -> None:
-    checkpoints.save(step, state, _kept_params(run, state, distill_config), stage=stage, config=run.config)
+    checkpoints.save(step, state, _kept_params(run, state, distill_config), stage=stage, config=run.config,
+                     digests=run.digests)
 
 
 class Evaluation:

@@ -539,6 +539,27 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default():
         check(depth=2)
 
 
+def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
+    saved = {"data": {"Maze": "11", "Chart": "22"}, "tokenizer": "aa"}
+    checkpoint.check_digests(saved, json.loads(json.dumps(saved)))
+    for change, kinds, rows in (
+            ({"data": {"Maze": "11", "Chart": "33"}}, ("data",), ["data.Chart 22 33"]),
+            ({"tokenizer": "bb"}, ("tokenizer",), ["tokenizer aa bb"]),
+            ({"data": {"Maze": "12"}, "tokenizer": "bb"}, ("data", "tokenizer"),
+             ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"])):
+        with pytest.raises(ConfigMismatch) as caught:
+            checkpoint.check_digests(saved, saved | change)
+        text = " ".join(str(caught.value).split())
+        for part in (*rows, f'--config.checkpoint.accept_changed="{kinds}"', "another --workdir"):
+            assert part in text, part
+        checkpoint.check_digests(saved, saved | change, accepted=kinds)
+    with pytest.raises(ConfigMismatch, match="tokenizer"):
+        checkpoint.check_digests(saved, {"data": {}, "tokenizer": "bb"}, accepted=("data",))
+    with caplog.at_level("WARNING"):
+        checkpoint.check_digests({}, saved)  # of a version without digests
+    assert "no digest of its data" in caplog.text and "no digest of its tokenizer" in caplog.text
+
+
 # ---------------------------------------------------------------------------- being asked to stop
 
 

@@ -13,7 +13,7 @@ import pytest
 import jax
 
 import small_run
-from opsd_jax import checkpoint, metrics, params as params_lib, train
+from opsd_jax import checkpoint, data, metrics, params as params_lib, train
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
@@ -150,6 +150,35 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     (tmp_path / "config.json").write_text((straight / "config.json").read_text())
     train.record_config(small_run.config(opsd__steps=7), str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
+
+
+def swap_two_tokens(folder):
+    """Another tokenizer of the same size: two of its tokens have each other's ids."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
+    workdir, other = tmp_path / "w", small_run.config(data__make__seed=5)
+    shutil.copytree(straight, workdir)
+    data.make_if_absent(other, str(tmp_path / "other"))
+    shutil.rmtree(workdir / "data")
+    shutil.copytree(tmp_path / "other" / "data", workdir / "data")
+    shutil.copy(straight / "data" / "made.json", workdir / "data")
+    rows = (workdir / "metrics.jsonl").read_text()
+    with pytest.raises(checkpoint.ConfigMismatch, match=rf"another content of data .digests.:(.|\n)*data.{small_run.TASK} "):
+        train.train(small_run.config(), str(workdir))
+    swap_two_tokens(workdir / "data" / "made" / "tokenizer")
+    with pytest.raises(checkpoint.ConfigMismatch, match="another content of tokenizer"):
+        train.train(small_run.config(checkpoint__accept_changed=("data",)), str(workdir))
+    with pytest.raises(checkpoint.ConfigMismatch, match=f"{straight} was trained with another content of tokenizer"):
+        train.train(small_run.config(init_from=str(straight), data__dir=str(workdir / "data")), str(tmp_path / "new"))
+    assert (workdir / "metrics.jsonl").read_text() == rows and not (tmp_path / "new" / "metrics.jsonl").exists()
+    train.train(small_run.config(checkpoint__accept_changed=("data", "tokenizer")), str(workdir))
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
