@@ -180,7 +180,8 @@ _BUCKETS = {"student": ("slots", "patches"), "teacher": ("slots", "patches"), "t
 
 _CHOICES = {
     "stages": STAGES, "teacher.visual_thoughts": context.VISUAL_THOUGHTS, "eval.visual_thoughts": MODES,
-    "eval.final_visual_thoughts": MODES, "checkpoint.params": ("student", "ema"), "data.on_too_long": ("fail", "skip"),
+    "eval.final_visual_thoughts": MODES, "checkpoint.params": ("student", "ema"),
+    "checkpoint.accept_changed": ("data", "tokenizer"), "data.on_too_long": ("fail", "skip"),
     "images.transparency": ("drop", "white"), "data.make.families": tuple(tasks.FAMILIES),
     "data.make.difficulty": ("easy", "default", "hard"), "lora.targets": LORA_TARGETS,
     **{f"{stage}.freeze": params.GROUPS for stage in STAGES}}
