@@ -278,19 +278,20 @@ def _delete(directory: epath.Path) -> None:
         logging.warning("%s: an old checkpoint cannot be deleted (%s)", directory, error)
 
 
-def restore(directory, abstract_state: Any) -> Any:
+def restore(directory, abstract_state: Any, *, partial: bool = False) -> Any:
     """The training pytree, each array laid out as `abstract_state` says, on any number of devices.
 
     Args:
       directory: a step folder; or a checkpoints folder or workdir, of which the newest is taken.
       abstract_state: pytree of jax.ShapeDtypeStruct with sharding. Without a sharding a leaf goes
         to the first device (single-process runs only).
+      partial: arrays that `abstract_state` lacks are left on disk; otherwise they are an error.
 
     Raises:
       CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
       differ; lists all of them. CheckpointError: the files cannot be read.
     """
-    return of_newest(directory, lambda folder: _load(folder, "state", abstract_state))
+    return of_newest(directory, lambda folder: _load(folder, "state", abstract_state, partial=partial))
 
 
 def restore_params(directory, abstract_params: Any, *, partial: bool = False) -> Any:

@@ -345,8 +345,9 @@ def _note(directory) -> dict[str, str]:
     path = os.path.join(directory, "release", "source.json")
     found = json_files.Object(path, json_files.read(path), [])
     note = {key: found.text(key) for key in ("path", "file", "only")}
-    if note["only"] not in ("", "understanding", None):
-        found.refuse("only", ': give "" or "understanding"')
+    for key, values in (("only", ("", "understanding")), ("file", ("model", "ema"))):
+        if note[key] is not None and note[key] not in values:
+            found.refuse(key, f": give {json_files.shown(values[0])} or {json_files.shown(values[1])}")
     found.check("this is not what `convert import` writes; import the release again:")
     return note
 
@@ -411,7 +412,7 @@ def _copy(source, target, names):
 # ---------------------------------------------------------------------------- export
 
 
-def export_release(source: str, target: str, *, base: str = "", dtype: str = "", name: str = "model",
+def export_release(source: str, target: str, *, base: str = "", dtype: str = "", name: str = "",
                    max_shard_gb: float = 5) -> None:
     """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
 
@@ -423,7 +424,8 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
       base: a released or imported folder, or a run; "" for the one that the source was made or started from,
         "none" for a folder that cannot draw.
       dtype: "float32", "bfloat16", or "" for each tensor as it is.
-      name: of the file: "model" or "ema".
+      name: which weights, and the name of their file: "model" for the student's, "ema" for the teacher's averages of
+        them; "" for "model", or for what the release that was imported calls them.
       max_shard_gb: larger files become several with an index; 0 for one file.
     """
     from opsd_jax import checkpoint
@@ -435,8 +437,10 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         raise ValueError(f"--source={source} is a released folder already: export reads checkpoints")
     with _new_folder(target) as made:
         workdir = _workdir(source)
-        source = workdir if is_imported(workdir) else source
+        # one step from here on: a run that goes on saves others meanwhile
+        source = workdir if is_imported(workdir) else str(checkpoint.resolve(source))
         stored, draws = _stored(source), _draws(source)
+        name, places = _chosen(source, stored, name)
         config = release_configs.of_metadata(checkpoint.metadata(source)["config"], source)
         origin = "" if base == "none" else _base(source, base, needed=not draws)
         if origin:
@@ -461,13 +465,13 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
             raise ValueError(f"{source} lacks the adapters that its metadata speaks of: {', '.join(absent)}")
         wanted = _abstract(config)
 
-        parts = [_of_checkpoint(source, stored, lora)]
+        parts = [_of_checkpoint(source, stored, places, lora)]
         missing = {path: leaf for path, leaf in wanted.items() if path not in stored}
         if missing and is_released(origin):
             parts.append(_of_release(origin, config, missing))
         elif missing and origin:
             there = _stored(origin)
-            parts.append(_of_checkpoint(origin, {path: there[path] for path in missing if path in there}))
+            parts.append(_of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {}))
         outline = {}
         for rows, _ in parts:
             outline |= rows
@@ -539,12 +543,50 @@ def _config_of(directory) -> ModelConfig:
     return release_configs.of_metadata(checkpoint.metadata(directory)["config"], directory)
 
 
-def _of_checkpoint(directory, leaves, lora=None):
-    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint.
+def _chosen(source, stored, name) -> tuple[str, dict[str, str]]:
+    """(name of the file to export, where in the state of the checkpoint each parameter is that `params` has not right).
 
-    lora: the LoRAConfig of adapters among them; they are added to their matrices.
+    `params` is the student's weights or, with config.checkpoint.params=ema, the teacher's. The state has the student's as
+    `params` and, of those that are trained, the teacher's as `ema`.
     """
     from opsd_jax import checkpoint
+
+    if is_imported(source):
+        file = _note(source)["file"]
+        if name not in ("", file):
+            raise ValueError(f"--name={name}: {source} was imported from {file}.safetensors and holds those weights alone; "
+                             f"leave --name out, or import a release with {name}.safetensors")
+        return file, {}
+    details, state = checkpoint.metadata(source), checkpoint.contents(source).get("state", {})
+    averages = [path.removeprefix("ema/") for path in state if path.startswith("ema/")]
+    if name == "ema" and not averages:
+        raise ValueError(f"--name=ema: {source} holds no averaged weights (its stage is "
+                         f"{details['stage']!r}): they exist in the opsd stage with config.teacher.kind=ema; export the "
+                         "student with --name=model")
+    if name == "ema":
+        return name, dict.fromkeys(averages, "ema")
+    of_teacher = averages and (details["config"].get("checkpoint") or {}).get("params") == "ema"
+    return "model", dict.fromkeys(stored if of_teacher else (), "params")
+
+
+def _of_checkpoint(directory, leaves, places, lora=None):
+    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint.
+
+    places: {path: part of the state} of those that are not taken from the item `params`. lora: the LoRAConfig of
+    adapters among them; they are added to their matrices.
+    """
+    from opsd_jax import checkpoint
+
+    def read(wanted):
+        found = {}
+        for part in {places.get(path, "") for path in wanted}:
+            tree = params_lib.unflatten({path: leaf for path, leaf in wanted.items() if places.get(path, "") == part})
+            if part:
+                tree = checkpoint.restore(directory, {part: tree}, partial=True)[part]
+            else:
+                tree = checkpoint.restore_params(directory, tree, partial=True)
+            found |= {path: np.asarray(array) for path, array in params_lib.flatten(tree).items()}
+        return found
 
     adapters = {path: leaf for path, leaf in leaves.items() if params_lib.fact(path).group == "lora"}
     leaves = {path: leaf for path, leaf in leaves.items() if path not in adapters}
@@ -557,8 +599,7 @@ def _of_checkpoint(directory, leaves, lora=None):
     def tensors(group):
         beside = {path: pair for path in group if (pair := params_lib.adapters_of(path)) and pair[0] in adapters}
         wanted = group | {path: adapters[path] for pair in beside.values() for path in pair}
-        restored = checkpoint.restore_params(directory, params_lib.unflatten(wanted), partial=True)
-        restored = {path: np.asarray(array) for path, array in params_lib.flatten(restored).items()}
+        restored = read(wanted)
         for path in group:
             row, array = params_lib.fact(path), restored[path]
             pair = [restored[factor] for factor in beside.get(path, ())]
@@ -656,9 +697,10 @@ def main(argv=None) -> None:
     writing.add_argument("--target", required=True, help="the folder to make")
     writing.add_argument("--base", default="", help="where what draws comes from if the source lacks it: a released or "
                          "imported folder (default: the one that the source descends from), or none")
-    writing.add_argument("--name", default="model", choices=["model", "ema"], help="of the file (default: model)")
+    writing.add_argument("--name", default="", choices=["", "model", "ema"], help="which weights, and the name of their "
+                         "file: model, the student's, or ema, the teacher's averages (default: model, or as imported)")
     writing.add_argument("--max_shard_gb", default=5, type=float, help="cut larger files and write an index (default "
-                         "5); 0 for one file, which the official demo and harness want")
+                         "5), which the official demo reads; 0 for one file, which the official trainer wants")
     for command in (reading, writing):
         command.add_argument("--dtype", default="", choices=["float32", "bfloat16"], help="default: as stored")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from opsd_jax import checkpoint, convert, params as params_lib, release_configs, settings, sharding, tensor_files
+from opsd_jax import checkpoint, convert, distill, params as params_lib, release_configs, settings, sharding, tensor_files
 from opsd_jax.model import siglip
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -562,7 +562,8 @@ def test_git_lfs_pointers_are_recognised(copied, name):
 
 
 @pytest.mark.parametrize(("key", "value", "fix"), [
-    ("only", None, "give a text"), ("only", "generation", 'give "" or "understanding"'), ("path", 3, "give a text")])
+    ("only", None, "give a text"), ("only", "generation", 'give "" or "understanding"'),
+    ("file", "weights", 'give "model" or "ema"'), ("path", 3, "give a text")])
 def test_note_of_an_import_that_was_changed(imported, tmp_path, key, value, fix):
     folder = pathlib.Path(shutil.copytree(imported, tmp_path / "changed"))
     edit(folder / "release", "source.json", {key: value})
@@ -784,6 +785,68 @@ def test_export_of_a_run(golden, understanding, tmp_path):
     assert (out / "tokenizer_config.json").exists()
     assert (out / "config.json").read_bytes() == (golden / "config.json").read_bytes()
     assert convert.load(str(out), generation=True)[0] == convert.read_config(str(golden), generation=True)
+
+
+def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
+    """A run's workdir with a whole training state: (student's weights, teacher's weights, workdir).
+
+    kept: config.checkpoint.params. rank: of adapters, which are then all that is trained and averaged.
+    """
+    config = settings.default()
+    for name, part in (("llm", tiny.MODEL.llm), ("vit", tiny.MODEL.vit)):
+        config.model[name].update(dataclasses.asdict(part))
+    config.checkpoint.params, config.teacher.kind, config.lora.rank = kept, teacher, rank
+    config.model.dtype = "float32"
+    how = distill.DistillConfig(model=settings.model(config), bos=0, eos=1, teacher=teacher)
+    params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), tiny.params(how.model))  # adapters start at 0
+    state = distill.init_state(params, how)
+    if teacher == "ema":
+        state["ema"] = jax.tree.map(lambda x: np.float32(0.5) * np.asarray(x), state["ema"])
+    average = distill.teacher_params(state, how)
+    saved = checkpoint.config_to_json(config)
+    os.makedirs(workdir)
+    (workdir / "config.json").write_text(json.dumps(saved))
+    checkpoint.save(workdir / "checkpoints" / "7", state, average if kept == "ema" and teacher == "ema" else params, step=7,
+                    stage="opsd", config=saved)
+    return [{"model": {name: x for path, leaf in params_lib.flatten(
+        params_lib.merge_lora(tree, how.model.lora) if rank else tree).items()
+        for name, x in params_lib.to_checkpoint(path, np.asarray(leaf)).items()}, "ae": {}} for tree in (params, average)
+            ] + [workdir]
+
+
+@pytest.mark.parametrize(("kept", "rank"), [("student", 0), ("ema", 0), ("ema", 2)])
+def test_the_name_of_an_export_says_whose_weights_it_holds(tmp_path, monkeypatch, kept, rank):
+    """The student's as model, the teacher's averages as ema, whichever of them the checkpoint keeps for inference."""
+    monkeypatch.setattr(convert, "_GROUP", 1 << 16)  # several groups
+    student, average, workdir = averaged_run(tmp_path / "w", kept=kept, rank=rank)
+    for n, (arguments, file, wanted) in enumerate(([[], "model", student], [["--name=ema"], "ema", average])):
+        out = export(workdir, tmp_path / f"{n}", *arguments)
+        assert sorted(path.name for path in out.glob("*.safetensors")) == [f"{file}.safetensors"]
+        same(read_release(out), wanted)
+    assert any(not np.array_equal(x, average["model"][name]) for name, x in student["model"].items())
+
+
+@pytest.mark.parametrize("teacher", ["self", "fixed"])
+def test_no_averages_to_export(tmp_path, capsys, teacher):
+    _, _, workdir = averaged_run(tmp_path / "w", kept="student", teacher=teacher)
+    with pytest.raises(SystemExit):
+        export(workdir, tmp_path / "out", "--name=ema")
+    assert f"--name=ema: {workdir}/checkpoints/7 holds no averaged weights (its stage is 'opsd')" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_import_keeps_its_name(golden, imported, tmp_path, capsys):
+    """It holds one file's weights, and is exported under that name alone."""
+    folder = pathlib.Path(shutil.copytree(golden, tmp_path / "release"))
+    (folder / "model.safetensors").rename(folder / "ema.safetensors")
+    convert.import_release(str(folder), str(tmp_path / "averages"))
+    for source, name, other in ((imported, "model", "ema"), (tmp_path / "averages", "ema", "model")):
+        out = export(source, tmp_path / f"out-{name}")
+        assert (out / f"{name}.safetensors").exists() and not (out / f"{other}.safetensors").exists()
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            export(source, tmp_path / "not", f"--name={other}")
+        assert f"--name={other}: {source} was imported from {name}.safetensors" in capsys.readouterr().err
 
 
 def test_export_of_a_run_from_nothing(tmp_path, capsys):
