@@ -46,17 +46,29 @@ def folder(config, workdir: str) -> str:
     return config.data.dir or os.path.join(workdir, "data")
 
 
+_WRITE_AGAIN = ("delete the file and give the run's training command once more, which writes it again (checkpoints hold the "
+                "settings, too)")
+
+
 def load_config(workdir: str):
-    """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run."""
+    """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run; ValueError if its record
+    of them cannot be read."""
+    record, config = read_record(workdir), settings.default()
+    try:
+        config.update(record)  # JSON's lists become tuples where the default is one
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{workdir}/config.json holds settings of another type ({error}): {_WRITE_AGAIN}") from error
+    return config
+
+
+def read_record(workdir: str) -> dict:
+    """What <workdir>/config.json holds: the settings as JSON; the errors of `load_config`."""
     paths.check_given("--workdir", workdir, orbax=True)
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{workdir} holds no run (no {path}): give the --workdir of a run of "
                                 "`python -m opsd_jax.train`, or of one of its arms, W/arms/NAME")
-    config = settings.default()
-    with open(path, encoding="utf-8") as f:
-        config.update(json.load(f))  # JSON's lists become tuples where the default is one
-    return config
+    return json_files.read(path, fix=_WRITE_AGAIN)
 
 
 def workdir_of(config, workdir: str) -> str:
@@ -487,7 +499,7 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
         report = os.path.join(workdir, "too_long.json")
         known = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or cut
-            known = json_files.read(report)
+            known = json_files.read(report, fix="delete it, and it is written again")
         with open(report + ".tmp", "w", encoding="utf-8") as f:
             json.dump(known | {task: left_out}, f, indent=1)
         os.replace(report + ".tmp", report)

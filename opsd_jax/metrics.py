@@ -111,7 +111,7 @@ def read(metrics_jsonl) -> list[dict]:
 
     Raises ValueError, naming file and line, for any other line that is not a row.
     """
-    lines = Path(metrics_jsonl).read_text(encoding="utf-8").split("\n")
+    lines = Path(metrics_jsonl).read_text(encoding="utf-8", errors="replace").split("\n")
     return [_row(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
@@ -120,7 +120,8 @@ def _row(line: str, where: str) -> dict:
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
-    raise ValueError(f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Mend that line")
+    raise ValueError(f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: a "
+                     "continuation of the run moves such lines to metrics.jsonl.superseded")
 
 
 class Writer:
@@ -261,16 +262,22 @@ def _wandb_id(workdir: Path) -> str:
 
 
 def _supersede(path: Path, resume_step: int | None) -> None:
-    """Moves rows with step >= resume_step, and a torn last line, from `path` to `path`.superseded."""
+    """Moves rows with step >= resume_step, and lines that are damaged, from `path` to `path`.superseded."""
     if not path.exists():
         return
     *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept, moved = [], []
+    kept, moved, damaged = [], [], []
     for number, line in enumerate(lines, 1):
-        again = resume_step is not None and _row(line, f"{path}:{number}")["step"] >= resume_step
+        try:
+            again = _row(line, f"{path}:{number}")["step"] >= (math.inf if resume_step is None else resume_step)
+        except ValueError:  # a power cut leaves NUL, or half a line that the next start went on behind
+            again = True
+            damaged.append(number)
         (moved if again else kept).append(line)
     if torn:  # the run was killed while it wrote this line
         moved.append(torn)
+    if damaged:
+        logging.warning("%s: lines %s are damaged (a full disk, a power cut?); their numbers are lost", path, damaged)
     if moved:
         old = Path(f"{path}.superseded")
         # The old file first: should we be killed in between, lines are there twice rather than lost.

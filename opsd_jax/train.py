@@ -165,13 +165,12 @@ def record_config(config, workdir: str) -> None:
 
     A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
     """
-    from opsd_jax import checkpoint
+    from opsd_jax import checkpoint, data
 
     record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
-        with open(path, encoding="utf-8") as f:
-            checkpoint.check_config(json.load(f), record, ignore=_FREE, defaults=settings.default())
+        checkpoint.check_config(data.read_record(workdir), record, ignore=_FREE, defaults=settings.default())
     else:
         _write_json(path, record)
 

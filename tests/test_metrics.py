@@ -126,10 +126,21 @@ def test_resume_moves_what_will_be_done_again(tmp_path, caplog):
     before = path.read_text()
     run([7], 4.0)  # without resume_step all rows stay
     assert path.read_text().startswith(before) and len(old.read_text().splitlines()) == 5
-    path.write_text(path.read_text().replace('"step": 2', '"stop": 2'))
-    with pytest.raises(ValueError, match="metrics.jsonl:2: not a JSON object.*step"):
-        run([8], 5.0, resume_step=8)
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damaged", [b"\0" * 40, b'{"step": 2, "ti', b'{"stop": 2}', b"[]", b"\xff\xfe", b'{"step": "2"}'])
+def test_damaged_lines_are_named_and_a_continuation_goes_on_without_them(tmp_path, damaged, caplog):
+    """As a power cut or a full disk leaves them, in the middle of the file."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2: not a JSON object.*Delete that line"):
+        metrics.read(path)
+    with caplog.at_level("WARNING"), Writer(tmp_path, tensorboard=False, resume_step=4) as writer:
+        writer.scalars(4, "opsd", {"loss": 1.0})
+    assert f"{path}: lines [2] are damaged" in caplog.text
+    assert [row["step"] for row in metrics.read(path)] == [1, 3, 4]
+    assert len((tmp_path / "metrics.jsonl.superseded").read_bytes().splitlines()) == 1
 
 
 def test_samples_tensorboard_and_processes_that_do_not_write(tmp_path):

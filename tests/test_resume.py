@@ -181,6 +181,20 @@ def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
     train.train(small_run.config(checkpoint__accept_changed=("data", "tokenizer")), str(workdir))
 
 
+@pytest.mark.parametrize("content", ["", '{"seed": ', "\0" * 50, "[]", '{"model": 3}', '{"seed": "x"}', '{"data": {"tasks": 3}}'])
+def test_a_damaged_record_of_the_settings_names_the_file_and_the_fix(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*delete the file and give the run's training command"):
+        data.load_config(str(tmp_path))
+    if not content.startswith('{"'):
+        with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*delete the file and give the run's training command"):
+            train.record_config(small_run.config(), str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    train.record_config(small_run.config(), str(tmp_path))
+    assert data.load_config(str(tmp_path)).opsd.steps == small_run.OPSD
+
+
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     older = checkpoint.config_to_json(small_run.config())
     del older["model"]["rope_bfloat16"], older["arms"]
