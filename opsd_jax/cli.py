@@ -4,6 +4,8 @@ import os
 import re
 import sys
 
+from opsd_jax import checks
+
 SEEDS = 2 ** 32  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
 
 
@@ -46,8 +48,16 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def check_once(flag: str, values) -> None:
     """Each value is given once."""
-    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
-        raise ValueError(f"--{flag}={','.join(map(str, values))} names {twice[0]} twice: give each once")
+    checks.once(f"--{flag}={','.join(map(str, values))}", values)
+
+
+def check_precision() -> None:
+    """JAX computes in 32 bits. What computes calls this first."""
+    import jax
+
+    if jax.config.jax_enable_x64:
+        raise ValueError("JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do not compile "
+                         "with 64: unset JAX_ENABLE_X64, or set it to 0")
 
 
 def check_seed(seed: int) -> None:

@@ -707,6 +707,7 @@ def main(argv=None) -> None:
     if not os.environ.get("JAX_PLATFORMS"):  # the host's memory and cores do all of it
         jax.config.update("jax_platforms", "cpu")
     try:
+        cli.check_precision()
         if args.command == "import":
             import_release(args.source, args.target, only=args.only, dtype=args.dtype)
         else:

@@ -478,6 +478,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     from opsd_jax import checkpoint as checkpoint_lib
     from opsd_jax.datasets import visual_opsd
 
+    cli.check_precision()
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(MODES)}")

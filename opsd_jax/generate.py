@@ -469,6 +469,7 @@ def _run(args):
         raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the pictures")
     if not draw and args.always_draw:
         raise ValueError("--always_draw needs --visual_thoughts=generated")
+    cli.check_precision()
     # a budget counts the first token, bos; a denoising grid has two ends
     for flag, least in (("rounds", 1), ("max_new_tokens", 2), ("steps", 2)):
         cli.check_number(flag, getattr(args, flag), least)

@@ -227,14 +227,13 @@ class Program:
 
 
 def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list[Program]:
-    """The programs of one step of a stage, from shapes alone. ValueError as a run with this config would raise."""
+    """The programs of one step of a stage, from shapes alone, with settings that are checked."""
     import jax
     import jax.numpy as jnp
 
     from opsd_jax import context, distill, offline, params as params_lib, rollout, sharding
     from opsd_jax.model import bagel
 
-    settings.check(config)
     if stage not in PLANNED or settings.draws(config, stage):
         raise ValueError(f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without drawing")
     train.check_batch(config, stage, sharding.batch_divisor(mesh))
@@ -732,6 +731,8 @@ def plan(config, topology: Topology, *, stage: str = "", only: str = "", bucket:
 
     from opsd_jax import params as params_lib, sharding
 
+    cli.check_precision()
+    settings.check(config)
     stage = stage or ("opsd" if "opsd" in config.stages else config.stages[0])
     if stage not in settings.STAGES:
         raise ValueError(f"--stage={stage!r}: choose from {settings.STAGES}")
@@ -767,7 +768,7 @@ def main(argv) -> None:
             os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
         report = plan(f.config, parse_topology(f.topology, f.slices), stage=f.stage, only=f.only, bucket=f.bucket,
                       hbm=f.hbm, quick=f.quick)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(report))
     if f.out:

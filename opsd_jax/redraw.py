@@ -37,6 +37,7 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
 
     from opsd_jax import checkpoint as checkpoint_lib
 
+    cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
     paths.check("--checkpoint", checkpoint)
     paths.check_given("--target", target)

@@ -9,14 +9,17 @@ in W/arms/NAME, from the weights with which W's first OPSD step began.
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import cli, paths, settings
 
@@ -54,8 +57,9 @@ class Run:
 
 
 def main(argv) -> None:
-    """The command: one run and then its arms, or one arm."""
-    from opsd_jax import arms
+    """The command: one run and then its arms, or one arm. What is wrong with settings, files or data is told in one line;
+    --verbosity=1 adds where in the code."""
+    from opsd_jax import distributed
 
     cli.start()
     # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.
@@ -63,19 +67,29 @@ def main(argv) -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
-    _check_path("--workdir", workdir, orbax=True)
-    from opsd_jax import distributed
+    try:
+        _run(config, workdir, flags.FLAGS.arm)
+    except (ValueError, OSError) as error:
+        if distributed.peer_is_lost(error):
+            raise
+        logging.debug("where the error comes from:", exc_info=error)
+        distributed.end_with_error(error)
 
+
+def _run(config, workdir: str, arm: str) -> None:
+    from opsd_jax import arms, distributed
+
+    check(config, workdir)
     several = distributed.initialize()
-    if several and config.run_arms and not flags.FLAGS.arm:
-        raise app.UsageError("several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
-                             "command of its own, with --arm=NAME, when this run is done")
+    if several and config.run_arms and not arm:
+        raise ValueError("several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
+                         "command of its own, with --arm=NAME, when this run is done")
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms compile the same programs, and so does a continued run
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "xla_cache"))
-    if flags.FLAGS.arm:
-        train(*arms.settings_of(config, workdir, flags.FLAGS.arm), data_workdir=workdir)
+    if arm:
+        train(*arms.settings_of(config, workdir, arm), data_workdir=workdir)
         return
     if not several:  # JAX tells all processes of a SIGTERM to one; a handler set here would replace its own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # while training, `train` handles it
@@ -86,6 +100,38 @@ def main(argv) -> None:
         print(arms.report(workdir, config.run_arms))
 
 
+class _ConfigFile(flags.ArgumentParser):
+    """Reads FILE or FILE:ARGUMENT; what is wrong in the file ends the command with one line that names it."""
+
+    def parse(self, path):
+        file, _, argument = path.partition(":")
+        spec = importlib.util.spec_from_file_location("config_file", file)
+        try:
+            if not os.path.isfile(file) or spec is None:
+                raise ValueError("there is no such Python file: give one with get_config(), such as configs/mini.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise ValueError("it has no function get_config(), which returns the settings; see configs/mini.py")
+            config = module.get_config(*[argument] if argument else [])
+            if not isinstance(config, ConfigDict):
+                raise ValueError(f"get_config() returned {config!r:.40}: return the ConfigDict of "
+                                 "opsd_jax.settings.default(), with changed values")
+        except Exception as error:  # whatever the file does
+            origin, said = spec and spec.origin, str(error).partition("\n")[0]
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+            if isinstance(error, SyntaxError) and error.filename == origin:
+                lines = [error.lineno]
+            if not isinstance(error, (ValueError, OSError)):
+                said = f"{type(error).__name__}: {said}"
+            where = f"{file}, line {lines[-1]}: " if lines else f"{file}: "
+            sys.exit(f"error: {said}" if said.startswith(path) else f"error: {where}{said}")
+        return config.lock()
+
+
+flags.FLAGS["config"].parser = _ConfigFile()
+
+
 def parse_flags(argv):
     """The arguments left over. An override of a setting that does not exist ends the program with a suggestion."""
     for argument in argv:
@@ -94,15 +140,12 @@ def parse_flags(argv):
             _check_path("--config", value)
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        reason = error
-        while isinstance(reason, Exception):  # ml_collections wraps its "Did you mean" twice
-            reason = reason.args[0] if reason.args else ""
-        key, _, hint = reason.partition("\n")
-        wrong = [a for a in argv if a.startswith("--config.") and key.strip("'") in a.split("=")[0].split(".")]
-        if not wrong:  # a mistake in the config file itself
-            raise
-        sys.exit(f"error: {wrong[0]}: there is no setting {key}. {hint or 'All of them are in opsd_jax/settings.py.'}")
+    except (AttributeError, KeyError, TypeError) as error:
+        for argument in argv:
+            key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+            if key and key[1] not in settings.default_values():
+                sys.exit(f"error: {argument}: {settings.unknown(key[1])}")
+        raise error
 
 
 def _check_path(flag, path, **options) -> None:
@@ -113,6 +156,17 @@ def _check_path(flag, path, **options) -> None:
         sys.exit(f"error: {error}")
 
 
+def check(config, workdir: str) -> None:
+    """ValueError for what would fail later; nothing is made."""
+    from opsd_jax import convert
+
+    cli.check_precision()
+    paths.check_given("--workdir", workdir, orbax=True)
+    settings.check(config)
+    if config.init_from and not convert.is_released(config.init_from):
+        paths.check("config.init_from", config.init_from, orbax=True)
+
+
 def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):
     """Runs (or continues) a run and returns its final parameters.
 
@@ -121,12 +175,9 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
     """
     import jax
 
-    from opsd_jax import checkpoint, convert, locks
+    from opsd_jax import checkpoint, locks
 
-    paths.check_given("--workdir", workdir, orbax=True)
-    settings.check(config)
-    if config.init_from and not convert.is_released(config.init_from):
-        paths.check("config.init_from", config.init_from, orbax=True)
+    check(config, workdir)
     ends = settings.stage_ends(config)
     lock = locks.only_writer(workdir, inside=True, primary=jax.process_index() == 0)
     with lock, checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(

@@ -3,14 +3,17 @@
 The table is by kind: numbers out of range, values of another type, names given twice, shapes, what depends on each other.
 """
 
+import contextlib
 import math
 
+import jax
 import numpy as np
 import pytest
 import small_run
 from ml_collections import ConfigDict
 
-from opsd_jax import checks, distill, settings, train
+from opsd_jax import checks, convert, distill, eval as eval_lib, generate, plan, redraw, settings, train
+from opsd_jax.diagnose import __main__ as diagnose
 
 
 def refused(message: str, **changes) -> None:
@@ -215,3 +218,57 @@ def test_zero_where_it_means_something():
     settings.check(small_run.config(
         eval__every=0, eval__rows=0, data__limits=(0,), log__samples_every=0, opsd__optim__max_grad_norm=0.0,
         rollout__top_k=0, divergence__top_k=0, divergence__clip=0.0, health__teacher_floor=0.0, opsd__optim__warmup_steps=0))
+
+
+# --- config files -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1", "it has no function get_config()"), ("def get_config():\n    pass", "get_config() returned None: return the"),
+    ("def get_config():\n    return {}", "get_config() returned {}: return the ConfigDict"),
+    ("def get_config(:\n    pass", ", line 1: SyntaxError: "), ("\n\nimport nosuch", ", line 3: ModuleNotFoundError: "),
+    ("def get_config():\n    return undefined", ", line 2: NameError: name 'undefined' is not defined"),
+    ("def get_config():\n    raise ValueError('no')", ", line 2: no"),
+    ("from opsd_jax import settings\n\ndef get_config():\n    c = settings.default()\n    c.opsd.steps = 'x'\n    return c",
+     ", line 5: TypeError: Could not override field 'steps'"), (None, "there is no such Python file")])
+def test_config_files_that_are_wrong(text, message, tmp_path):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        train._ConfigFile().parse(str(path))
+    assert ended.value.code.startswith(f"error: {path}") and message in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_plan_checks_settings_first():
+    with pytest.raises(ValueError, match="config.stages is empty"):
+        plan.plan(small_run.config(stages=()), plan.parse_topology("cpu:1"))
+
+
+# --- 64 bits ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def x64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.parametrize("command, flags", [
+    (eval_lib.main, ["--workdir=W"]), (generate.main, ["--checkpoint=W", "--question=q"]), (diagnose.main, ["kl", "--workdir=W"]),
+    (redraw.main, ["--workdir=W", "--target=T"]), (convert.main, ["import", "--source=S", "--target=T"])])
+def test_64_bits_are_refused_before_anything_is_read(command, flags, capsys):
+    with x64(), pytest.raises(SystemExit) as ended:
+        command(flags)
+    assert ended.value.code == 1 and "error: JAX_ENABLE_X64 is set" in capsys.readouterr().err
+
+
+def test_64_bits_are_refused_by_train_and_plan(tmp_path):
+    with x64(), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
+        train.train(SMALL, str(tmp_path / "w"))
+    with x64(), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
+        plan.plan(SMALL, plan.parse_topology("cpu:1"))
+    assert not (tmp_path / "w").exists()

@@ -66,6 +66,7 @@ def diagnose(args) -> str:
     """Runs the analysis that the parsed arguments ask for; the folder of its results."""
     from opsd_jax import checkpoint as checkpoint_lib
 
+    cli.check_precision()
     for name in ("workdir", "checkpoint", "teacher", "student"):
         paths.check(f"--{name}", getattr(args, name, ""), orbax=True)
     if args.seed is not None:
