@@ -75,9 +75,12 @@ class Object:
                           and all(type(n) is int and 1 <= n <= most for n in x))
         return tuple(found) if isinstance(found, list) else found
 
-    def texts(self, key: str) -> tuple[str, ...] | None:
+    def flag(self, key: str, default=_REQUIRED) -> bool | None:
+        return self._get(key, "true or false", default, lambda x: isinstance(x, bool))
+
+    def texts(self, key: str, default=_REQUIRED) -> tuple[str, ...] | None:
         """A list of texts, as a tuple."""
-        found = self._get(key, "a list of texts", _REQUIRED,
+        found = self._get(key, "a list of texts", default,
                           lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x))
         return tuple(found) if isinstance(found, list) else found
 

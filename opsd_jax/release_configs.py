@@ -6,6 +6,7 @@ that is computed here: a release that was trained with another one would load an
 
 import dataclasses
 import os
+import typing
 
 from opsd_jax import json_files
 from opsd_jax.model.config import GenerationConfig, LLMConfig, LoRAConfig, ModelConfig, VAEConfig, ViTConfig
@@ -243,15 +244,11 @@ def of_metadata(settings, directory: str) -> ModelConfig:
 
 
 def _fields(kind, found) -> dict:
-    """Arguments of a dataclass from the keys of a JSON object, each of the field's type."""
-    values = {}
-    for field in dataclasses.fields(kind):
-        if field.type is int:
-            values[field.name] = found.integer(field.name, least=0 if field.name == "head_dim" else 1)
-        elif field.type is float:
-            values[field.name] = found.number(field.name, positive=field.name != "shift")
-        elif field.type == tuple[int, ...]:
-            values[field.name] = found.integers(field.name)
-        elif field.type == tuple[str, ...]:
-            values[field.name] = found.texts(field.name)
-    return values
+    """Arguments of a dataclass from the keys of a JSON object, each of the field's type; a key may be absent where the
+    field has a default."""
+    defaults = {field.name: {} if field.default is dataclasses.MISSING else {"default": field.default}
+                for field in dataclasses.fields(kind)}
+    # the hints without the ranges, which the dataclass checks itself
+    read = {int: lambda name, **k: found.integer(name, least=0, **k), float: lambda name, **k: found.number(
+        name, positive=False, **k), bool: found.flag, tuple[int, ...]: found.integers, tuple[str, ...]: found.texts}
+    return {name: read[of](name, **defaults[name]) for name, of in typing.get_type_hints(kind).items() if of in read}

@@ -579,8 +579,9 @@ def test_note_of_an_import_that_was_changed(imported, tmp_path, key, value, fix)
      "model.llm.num_heads is null: give a whole number"),
     ({"model": {"llm": dataclasses.asdict(ODD.llm) | {"num_heads": 3, "num_kv_heads": 2}, "vit": dataclasses.asdict(ODD.vit)}},
      "must be a multiple of num_kv_heads 2"),
-    ({"model": {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit), "generation": {"on": True}}},
-     "lacks 'model.generation.channels'"),
+    ({"model": {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit),
+                "generation": {"on": True, "channels": "8"}}},
+     'model.generation.channels is "8": give a whole number'),
     ({"model": {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit)},
       "lora": {"rank": 2, "alpha": "x", "targets": "q"}}, "lora.targets is \"q\": give a list of texts")])
 def test_sizes_in_the_metadata_of_a_checkpoint(config, part):
