@@ -535,12 +535,18 @@ def main(argv=None) -> None:
                                       overwrite=args.overwrite))
         else:
             paths.check_given("--target", args.target)
+            families, counts = cli.names(args.families), {split: getattr(args, split) for split in tasks.BUCKETS}
+            cli.check_once("families", families)
+            for split, count in counts.items():
+                cli.check_number(split, count, 0)
+            if not any(counts.values()):
+                raise ValueError("--train, --validation and --test are all 0: give at least one split a row")
+            cli.check_seed(args.seed)
             with locks.only_writer(args.target):
                 if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)) and _made(args.target) is None:
                     raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
                 make_procedural(args.target, {
-                    "families": args.families.split(","), "train": args.train, "validation": args.validation,
-                    "test": args.test, "difficulty": args.difficulty, "seed": args.seed})
+                    "families": families, **counts, "difficulty": args.difficulty, "seed": args.seed})
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"written to {args.target}")

@@ -189,7 +189,8 @@ _CHOICES = {
 
 @functools.cache
 def ranges() -> dict[str, str]:
-    """{key: range} of every setting that is a number; see `checks`. Fields of dataclasses declare theirs there."""
+    """{key: range} of every number among the settings, or of each in a tuple; see `checks`. Fields of dataclasses declare
+    theirs there."""
     views = [("model.llm", LLMConfig), ("model.vit", ViTConfig), ("model.generation", VAEConfig),
              ("model.generation", GenerationConfig), ("model", ModelConfig), ("lora", LoRAConfig), ("images", images.Resize),
              ("teacher", DistillConfig), ("divergence", DivergenceConfig), ("rollout", RolloutConfig),
@@ -197,7 +198,7 @@ def ranges() -> dict[str, str]:
              *((stage, DistillConfig) for stage in STAGES), *((f"{stage}.optim", OptimConfig) for stage in STAGES)]
     cached, seed = checks.ranges(DistillConfig), f"[0, {2 ** 32})"  # JAX keeps the low 32 bits of a seed
     found = {f"{group}.{name}": allowed for group, view in views for name, (_, allowed) in checks.ranges(view).items()} | {
-        "seed": seed, "lora.rank": "[0, inf)", "data.make.seed": seed,
+        **{key: allowed for key, (_, allowed) in _ELEMENTS.items()}, "seed": seed, "lora.rank": "[0, inf)", "data.make.seed": seed,
         "data.make.train": "[0, inf)", "data.make.validation": "[0, inf)", "data.make.test": "[0, inf)",
         "data.threads": "[1, inf)", "data.prefetch": "[0, inf)", "data.cache_rows": "[0, inf)",
         "rollout.empty_retries": "[0, inf)",

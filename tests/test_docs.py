@@ -80,6 +80,14 @@ def test_every_setting_is_documented_with_its_default():
     assert wrong == {}
 
 
+def test_every_range_is_documented():
+    shown = {}
+    for row in tables(PAGES["docs/config.md"]):
+        keys = [row["key"]] if "default" in row else [f"{stage}.{row['key']}" for stage in settings.STAGES if row[stage] != "–"]
+        shown |= {key: row["range"] for key in keys if row["range"] != "–"}
+    assert shown == {key: allowed.partition(";")[0] for key, allowed in settings.ranges().items()}
+
+
 def test_what_may_change_on_resume_is_documented():
     sentence = re.search(r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL)
     assert re.findall(r"`(.*?)`", sentence[1]) == list(train._FREE)

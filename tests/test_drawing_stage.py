@@ -371,7 +371,8 @@ def small_draw(**changes):
     spec.loader.exec_module(mini)
     c = mini.get_config("draw")
     c.update_from_flattened_dict(small_run.CHANGES | {
-        "autoencoder.steps": 2, "autoencoder.batch_size": 4, "warmup.steps": 3, "opsd.steps": 1, "eval.every": 0,
+        "autoencoder.steps": 2, "autoencoder.batch_size": 4, "autoencoder.optim.warmup_steps": 1,
+        "warmup.steps": 3, "opsd.steps": 1, "eval.every": 0,
         "eval.final_visual_thoughts": ("none",), "eval.final_banned": False, "eval.kl": False, "drawing.num_timesteps": 3,
         "log.samples_every": 0} | changes)
     return c

@@ -12,7 +12,7 @@ import pytest
 import small_run
 from ml_collections import ConfigDict
 
-from opsd_jax import checks, convert, distill, eval as eval_lib, generate, plan, redraw, settings, train
+from opsd_jax import checks, convert, data, distill, eval as eval_lib, generate, plan, redraw, settings, train
 from opsd_jax.diagnose import __main__ as diagnose
 
 
@@ -118,7 +118,7 @@ def set_unknown(key):
     (lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
      "config.teacher lacks ema_decay, visual_thoughts: change values of settings.default() one by one"),
     (lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
-     'config.arms.noise.teacher.visul_thoughts: there is no setting \'visul_thoughts\' in config.teacher. Did you mean "visual_'),
+     'config.arms.noise.teacher.visul_thoughts: there is no setting \'visul_thoughts\' in config.teacher. Did you mean "visua'),
     (lambda c: c.arms.update(long={"opsd": {"steps": "many"}}), "config.arms.long.opsd.steps is 'many': give a whole number"),
     (lambda c: c.arms.update(cold={"rollout": {"temperature": 0.0}}), "config.arms.cold.rollout.temperature is 0.0: give"),
     (lambda c: c.arms.update(flat={"opsd": 3}), "config.arms.flat.opsd is 3, but it is a group of settings"),
@@ -220,6 +220,17 @@ def test_zero_where_it_means_something():
         rollout__top_k=0, divergence__top_k=0, divergence__clip=0.0, health__teacher_floor=0.0, opsd__optim__warmup_steps=0))
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--families=chart,maze,chart"], "--families=chart,maze,chart names chart twice: give each once"),
+    (["--train=-1"], "--train=-1: give a whole number, at least 0"), (["--seed=-1"], "--seed=-1: give a whole number from 0"),
+    (["--train=0", "--validation=0", "--test=0"], "are all 0: give at least one split a row")])
+def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        data.main(["make-mini", f"--target={tmp_path}/made", *flags])
+    assert ended.value.code == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
 # --- config files -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, message", [
@@ -258,7 +269,8 @@ def x64():
 
 
 @pytest.mark.parametrize("command, flags", [
-    (eval_lib.main, ["--workdir=W"]), (generate.main, ["--checkpoint=W", "--question=q"]), (diagnose.main, ["kl", "--workdir=W"]),
+    (eval_lib.main, ["--workdir=W"]), (generate.main, ["--checkpoint=W", "--question=q"]),
+    (diagnose.main, ["kl", "--workdir=W"]),
     (redraw.main, ["--workdir=W", "--target=T"]), (convert.main, ["import", "--source=S", "--target=T"])])
 def test_64_bits_are_refused_before_anything_is_read(command, flags, capsys):
     with x64(), pytest.raises(SystemExit) as ended:
