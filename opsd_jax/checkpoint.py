@@ -49,7 +49,7 @@ class CheckpointError(OSError):
 
 
 class CheckpointGone(CheckpointNotFound):
-    """A checkpoint was deleted while it was being read."""
+    """A checkpoint is not there any more: the run that wrote it has gone on, and keeps its newest ones."""
 
 
 class ConfigMismatch(ValueError):
@@ -342,6 +342,18 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             logging.warning("%s was deleted while it was being read: going on with the newest checkpoint", folder)
 
 
+def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
+    """`work()`, which takes the newest checkpoint of a run where none is `given`: again with the then newest one, where the
+    run deletes that one before the work has read it."""
+    while True:
+        try:
+            return work()
+        except CheckpointGone as error:
+            if given:
+                raise
+            logging.warning("%s Going on with the newest checkpoint", error)
+
+
 def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> dict:
     import orbax.checkpoint
 
@@ -509,7 +521,8 @@ def resolve(directory) -> epath.Path:
             raise CheckpointNotFound(f"{directory}: this save was interrupted and cannot be used. Complete "
                                      f"steps beside it: {steps or 'none'}")
         if steps:
-            raise CheckpointNotFound(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
+            error = CheckpointGone if steps[-1] > int(directory.name) else CheckpointNotFound
+            raise error(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
     steps, half = _list(folder)
     if steps:

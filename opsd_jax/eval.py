@@ -435,18 +435,24 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
       FileNotFoundError: no run, data or checkpoint. FileExistsError: `name` is taken. ValueError: unknown
       modes, benchmarks or split, or a checkpoint of another run without a name.
     """
+    from opsd_jax import checkpoint as checkpoint_lib
+
     paths.check_given("--workdir", workdir, orbax=True)
     paths.check("--checkpoint", checkpoint)
     paths.check("--data_dir", data_dir)
     paths.check("--against", against)
-    job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
-                  split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
-    compared = read_results(workdir, against) if against else None
-    summaries = {}
-    for mode in modes:
-        summaries[job.names[mode]] = (
-            _in_context(job, mode, compared) if mode in job.contexts else _asked(job, mode, skip_bad, compared))
-    return summaries
+
+    def evaluate():
+        job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
+                      split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
+        compared = read_results(workdir, against) if against else None
+        summaries = {}
+        for mode in modes:
+            summaries[job.names[mode]] = (
+                _in_context(job, mode, compared) if mode in job.contexts else _asked(job, mode, skip_bad, compared))
+        return summaries
+
+    return checkpoint_lib.retry_if_gone(evaluate, given=checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,12 +48,18 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
     used = list(dict.fromkeys(s for s in ("train", config.eval.split, config.eval.final_split) if s))
     if unknown := set(splits) - set(used):
         raise ValueError(f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}")
-    checkpoint = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
-    folder, record = os.path.join(target, "drawn"), {"checkpoint": os.path.realpath(checkpoint), "splits": list(splits),
-                                                     "batch_size": batch_size, "seed": seed}
+    folder, number = os.path.join(target, "drawn"), 0
+    place = os.path.join(folder, "redraw.json")
+
+    def load():
+        step = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
+        record = {"checkpoint": os.path.realpath(step), "splits": list(splits), "batch_size": batch_size, "seed": seed}
+        _check_claim(place, record)
+        return generate.load(step, draw=True), record
+
     with locks.only_writer(target):
-        _claim(os.path.join(folder, "redraw.json"), record)
-        model, number = generate.load(checkpoint, draw=True), 0
+        model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
+        metrics.write_text(place, json.dumps(record))
         for task in config.data.tasks:
             for split in used:
                 source = visual_opsd.open_source(data.folder(config, data.workdir_of(config, workdir)), split, task=task)
@@ -73,18 +79,13 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
         return visual_opsd.prepare(os.path.join(folder, "parquet"), target)
 
 
-def _claim(path, record):
-    """Writes the record, or raises FileExistsError where another one stands."""
+def _check_claim(path, record) -> None:
+    """FileExistsError where the record of other images is stored."""
     if os.path.exists(path):
         there = json_files.read(path, fix=f"delete {os.path.dirname(path)}, and all is drawn again")
         if there != record:
             raise FileExistsError(f"{path} says that pictures there were drawn with {there}, not {record}: choose another "
                                   "--target, or delete it")
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(record, f)
-    os.replace(path + ".tmp", path)
 
 
 def _draw(model, config, rows, key, batch_size) -> list:

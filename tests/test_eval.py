@@ -58,6 +58,28 @@ def assert_same_results(one, other):
     assert a["benchmarks"] == b["benchmarks"]
 
 
+@pytest.mark.slow
+def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch, caplog):
+    """Between the choice of the newest one and its reading; then the next one is answered, under its own name."""
+    steps, load = workdir / "checkpoints", tokenizer.load
+    before, last = steps / str(small_run.LAST - 1), steps / str(small_run.LAST)
+
+    def rotated(folder, **kwargs):
+        if not last.exists():
+            (tmp_path / "last").rename(last)
+            shutil.rmtree(before)
+        return load(folder, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "load", rotated)
+    last.rename(tmp_path / "last")
+    with caplog.at_level("WARNING"):
+        assert list(eval_lib.evaluate_run(str(workdir), limit=4, name="x")) == ["x"]
+    assert f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
+    assert read(workdir / "eval" / "x")[0]["checkpoint"].endswith(f"/{small_run.LAST}")
+    with pytest.raises(checkpoint.CheckpointGone, match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}"):
+        eval_lib.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 @pytest.mark.slow

@@ -67,6 +67,22 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
         draw(seed=1)
 
 
+def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch):
+    """The record has the name of the one that was read."""
+    steps, load = [3, 5], generate.load
+    monkeypatch.setattr(checkpoint, "metadata", lambda folder: {"step": steps[0]})
+
+    def rotated(directory, draw):
+        if steps.pop(0) == 3:
+            raise checkpoint.CheckpointGone(directory)
+        return load(directory, draw)
+
+    monkeypatch.setattr(generate, "load", rotated)
+    redraw.redraw(workdir.path, str(tmp_path / "d"), batch_size=4)
+    record = json.loads((tmp_path / "d" / "drawn" / "redraw.json").read_text())
+    assert record["checkpoint"].endswith("w/checkpoints/5")
+
+
 def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
     with pytest.raises(ValueError, match="--splits=dev: the run uses train, validation, test, not dev"):
         redraw.redraw(workdir.path, str(tmp_path / "d"), checkpoint="c", splits=("dev",))

@@ -134,6 +134,8 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.diagnose`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    from opsd_jax import checkpoint as checkpoint_lib
+
     cli.start()
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
@@ -163,7 +165,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         distributed.initialize()
-        folder = diagnose(args)
+        given = "".join(getattr(args, name, "") for name in ("checkpoint", "teacher", "student"))
+        folder = checkpoint_lib.retry_if_gone(lambda: diagnose(args), given=given)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     print(f"written to {folder}")
