@@ -16,6 +16,7 @@ import os
 import numpy as np
 
 from opsd_jax import cli, data, generate, images, json_files, locks, metrics, paths
+from opsd_jax import params as params_lib
 from opsd_jax.datasets import visual_opsd
 
 SHARD = 512  # rows of a parquet file; what a kill can cost
@@ -49,20 +50,24 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
     if unknown := set(splits) - set(used):
         raise ValueError(f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}")
     folder, number = os.path.join(target, "drawn"), 0
-    place = os.path.join(folder, "redraw.json")
+    record_path, place = os.path.join(folder, "redraw.json"), data.folder(config, data.workdir_of(config, workdir))
+    rows = {task: visual_opsd.digest(place, task) for task in config.data.tasks}
 
     def load():
         step = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
-        record = {"checkpoint": os.path.realpath(step), "splits": list(splits), "batch_size": batch_size, "seed": seed}
-        _check_claim(place, record)
-        return generate.load(step, draw=True), record
+        model = generate.load(step, draw=True)
+        # the weights, not their path: another model may be stored there by now
+        record = {"weights": params_lib.fingerprint(model.params), "rows": rows, "splits": list(splits),
+                  "batch_size": batch_size, "seed": seed}
+        _check_claim(record_path, record)
+        return model, record
 
     with locks.only_writer(target):
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
-        metrics.write_text(place, json.dumps(record))
+        metrics.write_text(record_path, json.dumps(record))
         for task in config.data.tasks:
             for split in used:
-                source = visual_opsd.open_source(data.folder(config, data.workdir_of(config, workdir)), split, task=task)
+                source = visual_opsd.open_source(place, split, task=task)
                 count = -(-len(source) // SHARD)
                 doing = "drawing" if split in splits else "copying"
                 with metrics.Progress(len(source), f"{doing} {task}", split) as progress:
@@ -83,9 +88,10 @@ def _check_claim(path, record) -> None:
     """FileExistsError where the record of other images is stored."""
     if os.path.exists(path):
         there = json_files.read(path, fix=f"delete {os.path.dirname(path)}, and all is drawn again")
-        if there != record:
-            raise FileExistsError(f"{path} says that pictures there were drawn with {there}, not {record}: choose another "
-                                  "--target, or delete it")
+        if changed := [key for key in {**there, **record} if there.get(key) != record.get(key)]:
+            now, was = ({key: x.get(key) for key in changed} for x in (record, there))
+            raise FileExistsError(f"{path} says that images there were generated with other {', '.join(changed)}, {was}, not {now}: "
+                                  "choose another --target, or delete it")
 
 
 def _draw(model, config, rows, key, batch_size) -> list:

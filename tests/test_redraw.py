@@ -1,5 +1,6 @@
 """Rows with drawn pictures in the place of their visual thoughts; the drawing itself is stood in for."""
 
+import dataclasses
 import json
 import types
 
@@ -30,7 +31,7 @@ def workdir(tmp_path, monkeypatch):
     model = generate.Model(None, None, None, generate.Protocol(), images.TRAINING, images.VAE)
     monkeypatch.setattr(generate, "load", lambda directory, draw: model)
     monkeypatch.setattr(generate, "reason", reason)
-    return types.SimpleNamespace(path=str(work), calls=calls, config=config)
+    return types.SimpleNamespace(path=str(work), calls=calls, config=config, model=model)
 
 
 def rows(folder, split):
@@ -63,8 +64,16 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
     shards[-1].unlink()  # a kill before the last file
     draw()
     assert 0 < len(workdir.calls) - done <= 2
-    with pytest.raises(FileExistsError, match="choose another --target"):
+    with pytest.raises(FileExistsError, match="generated with other seed.*choose another --target"):
         draw(seed=1)
+    other = dataclasses.replace(workdir.model, params={"head": np.ones(3, np.float32)})  # another model under the same path
+    monkeypatch.setattr(generate, "load", lambda directory, draw: other)
+    with pytest.raises(FileExistsError, match="generated with other weights"):
+        draw()
+    record = target / "drawn" / "redraw.json"
+    record.write_text(record.read_text()[:20])
+    with pytest.raises(ValueError, match=f"{record} is not valid JSON .* delete {target}/drawn"):
+        draw()
 
 
 def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch):
