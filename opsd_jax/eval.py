@@ -581,7 +581,7 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
-    facts = {**_model_facts(distill.understanding(params), tok), "data": dict(zip(job.tasks, rows.digests, strict=True))}
+    facts = {**model_facts(distill.understanding(params), tok), "data": dict(zip(job.tasks, rows.digests, strict=True))}
     params = distill.for_sampling(mesh, params, config.model.dtype)(params)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     sampling = settings.rollout(
@@ -631,7 +631,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, or no answer can match them, the first: {first}. "
                          f"Correct them, or leave them out with --on_bad_row=skip; {where}")
     model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
-    facts = _model_facts(model.params, model.tokenizer)
+    facts = model_facts(model.params, model.tokenizer)
     if job.tasks:
         rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
         facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))
@@ -678,7 +678,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
                 asked={**dataclasses.asdict(model.protocol), "drawing": model.drawing})
 
 
-def _model_facts(params, tokenizer) -> dict:
+def model_facts(params, tokenizer) -> dict:
     """What tells a model from another one under the same path."""
     return {"weights": params_lib.fingerprint(params), "tokenizer": tokenizer.digest}
 

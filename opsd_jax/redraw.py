@@ -51,13 +51,13 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
         raise ValueError(f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}")
     folder, number = os.path.join(target, "drawn"), 0
     record_path, place = os.path.join(folder, "redraw.json"), data.folder(config, data.workdir_of(config, workdir))
-    rows = {task: visual_opsd.digest(place, task) for task in config.data.tasks}
+    digests = {task: visual_opsd.digest(place, task) for task in config.data.tasks}
 
     def load():
         step = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
         model = generate.load(step, draw=True)
         # the weights, not their path: another model may be stored there by now
-        record = {"weights": params_lib.fingerprint(model.params), "rows": rows, "splits": list(splits),
+        record = {"weights": params_lib.fingerprint(model.params), "rows": digests, "splits": list(splits),
                   "batch_size": batch_size, "seed": seed}
         _check_claim(record_path, record)
         return model, record

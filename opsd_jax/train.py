@@ -584,14 +584,15 @@ class Evaluation:
         """Evaluates the whole final split and writes eval/<step>-<mode>/ with predictions and summary."""
         import jax
 
-        from opsd_jax import checkpoint, eval as eval_lib, sharding
+        from opsd_jax import checkpoint, distill, eval as eval_lib, sharding
 
         c, run, scores = self.run.config, self.run, {}
+        facts = eval_lib.model_facts(distill.understanding(params), run.tokenizer)
         at = lambda step: os.path.join(run.workdir, "checkpoints", str(step))
         for name, (mode, ban_marker) in self._modes().items():
             results = self._evaluate(params, c.eval.final_split, mode, 0, ban_marker=ban_marker)
             eval_lib.write(self._folder(step, name), results, protocol=f"mini-greedy-{name}", checkpoint=at(step),
-                           seed=c.seed, split=c.eval.final_split)
+                           seed=c.seed, split=c.eval.final_split, **facts)
             scores |= {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
         if self._measures_kl:
             abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))

@@ -50,7 +50,7 @@ def error_of(capsys, *arguments):
 def assert_same_results(one, other):
     (a, predictions_a), (b, predictions_b) = read(one), read(other)
     assert predictions_a == predictions_b
-    for key in ("protocol", "seed", "split"):
+    for key in ("protocol", "seed", "split", "weights", "tokenizer"):
         assert a[key] == b[key]
     for summary in (a, b):
         for key in ("seconds_per_sample", "timed_samples"):
