@@ -56,9 +56,8 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
     def load():
         step = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
         model = generate.load(step, draw=True)
-        # the weights, not their path: another model may be stored there by now
-        record = {"weights": params_lib.fingerprint(model.params), "rows": digests, "splits": list(splits),
-                  "batch_size": batch_size, "seed": seed}
+        record = {"checkpoint": os.path.realpath(step), "weights": params_lib.fingerprint(model.params), "rows": digests,
+                  "splits": list(splits), "batch_size": batch_size, "seed": seed}
         _check_claim(record_path, record)
         return model, record
 
@@ -88,7 +87,8 @@ def _check_claim(path, record) -> None:
     """FileExistsError where the record of other images is stored."""
     if os.path.exists(path):
         there = json_files.read(path, fix=f"delete {os.path.dirname(path)}, and all is drawn again")
-        if changed := [key for key in {**there, **record} if there.get(key) != record.get(key)]:
+        # the weights count, not their path: another model may be stored there by now
+        if changed := [key for key in {**there, **record} if there.get(key) != record.get(key) and key != "checkpoint"]:
             now, was = ({key: x.get(key) for key in changed} for x in (record, there))
             raise FileExistsError(f"{path} says that images there were generated with other {', '.join(changed)}, {was}, not {now}: "
                                   "choose another --target, or delete it")
