@@ -269,7 +269,8 @@ def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
     assert [(n.row, n.pid, n.reason) for n in report.warnings] == [
         (1, "p1", "dropped_visual_thought: reasoning_image_8 is not read, a row holds 8"),
         (1, "p1", "dropped_visual_thought: reasoning_image_9 is not read, a row holds 8"),
-        (1, "p1", "dropped_thought: resoning_thought_8 is not read, a row holds 8")]
+        (1, "p1", "dropped_thought: resoning_thought_8 is not read, a row holds 8"),
+        (1, "p1", "unused_visual_thought: between 8 thoughts interleaved traces show 7 of 8; the teacher sees all")]
     example = open_source(tmp_path / "out", task="maze")[1]
     assert len(example.visual_thoughts) == len(example.thoughts) == 8 and "warning dropped_thought: 1 (first: " in str(report)
 
@@ -328,7 +329,7 @@ def test_visual_thoughts_that_are_left_out_are_named(tmp_path):
     report = prepare(tmp_path / "s", tmp_path / "out")
     assert [(n.row, n.reason.split(": ")[0], n.reason.split()[1]) for n in report.warnings] == [
         (0, "dropped_visual_thought", "reasoning_image_0"),
-        (1, "dropped_visual_thought", "reasoning_image_1"),
+        (1, "dropped_visual_thought", "reasoning_image_1"), (1, "unused_visual_thought", "between"),
         (2, "dropped_visual_thought", "reasoning_image_0"),
         (2, "no_visual_thought", "the"), (3, "no_visual_thought", "the")]
     assert "warning no_visual_thought: 2" in str(report)

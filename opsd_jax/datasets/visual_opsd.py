@@ -114,7 +114,8 @@ class Report:
       rows: rows written, by "<task>/<split>".
       bad_rows: every row left out, with the reason.
       warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
-        `dropped_visual_thought`, `dropped_thought`, `duplicate_pid`, `ignored_column` or `ignored_file`.
+        `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`, `duplicate_pid`, `ignored_column` or
+        `ignored_file`.
       bytes: of the written records.
       seconds: of the run that finished the work.
     """
@@ -189,10 +190,13 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
             warnings.append(Note(file, index, pid, f"{kind}: {column} is not read, a row holds {ROUNDS}"))
     if not visual_thoughts:
         warnings.append(Note(file, index, pid, "no_visual_thought: the teacher sees what the student sees"))
+    if len(visual_thoughts) >= len(thoughts):  # in an interleaved trace, each follows a thought and precedes another
+        warnings.append(Note(file, index, pid, f"unused_visual_thought: between {len(thoughts)} thoughts interleaved traces "
+                             f"show {len(thoughts) - 1} of {len(visual_thoughts)}; the teacher sees all"))
 
     try:
         metadata = json.loads(text("metadata") or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of open brackets
         raise bad("metadata", f"is not JSON ({error})") from None
     if not isinstance(metadata, dict):
         raise bad("metadata", "is JSON, but not an object {...}")
@@ -448,6 +452,8 @@ def digest(target: str | os.PathLike, task: str) -> str:
 
 
 def _checksum(path: Path) -> str:
+    if (size := path.stat().st_size) > 1 << 28:  # seconds, on a mounted bucket perhaps a minute
+        logging.info("%s: reading %.1f GB for a checksum", path, size / 1e9)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
