@@ -753,6 +753,8 @@ def _builder(directory: Path):
                     raise ValueError(f"it lacks {', '.join(sorted(absent))}")
             else:
                 builder = tfds.builder_from_directory(directory)
+                for split in builder.info.splits.values():
+                    _ = split.filenames  # worked out from the entries only now
         except Exception as error:  # TFDS and protobuf raise many types
             raise ValueError(f"{directory / name} is missing or damaged ({error}): {fix}") from error
     return builder

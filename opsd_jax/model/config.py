@@ -178,8 +178,8 @@ class ModelConfig:
     def __post_init__(self):
         checks.fields(self, "model")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
+            raise ValueError(f"config.model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in ("none", "full"):
-            raise ValueError(f"model.remat is {self.remat!r}: use 'none' or 'full'")
+            raise ValueError(f"config.model.remat is {self.remat!r}: use 'none' or 'full'")
         if self.attention not in ATTENTION:
-            raise ValueError(f"model.attention is {self.attention!r}: choose from {ATTENTION}")
+            raise ValueError(f"config.model.attention is {self.attention!r}: choose from {ATTENTION}")
