@@ -19,11 +19,12 @@ _LARGEST = float(np.finfo(np.float32).max)
 def number(name: str, value, kind: type, allowed: str) -> None:
     """ValueError, with name, value and range, unless a value is a number of a kind (int or float) in the range."""
     right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    if not right or not _holds(allowed, value):
+    if not right or not holds(allowed, value):
         raise ValueError(f"{name} is {value!r}: give a {'whole ' if kind is int else ''}number in {allowed}")
 
 
-def _holds(allowed: str, value) -> bool:
+def holds(allowed: str, value) -> bool:
+    """Whether a finite number is in a range."""
     text = allowed.partition(";")[0]
     interval, *single = text.split(", or ")
     opening, low, high, closing = re.fullmatch(r"([\[(])(.+), (.+)([\])])", interval).groups()

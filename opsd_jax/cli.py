@@ -79,6 +79,6 @@ def check_number(flag: str, value, least: int) -> None:
 
 
 def check_temperature(value) -> None:
-    """0, or what does not overflow where logits are divided by it; None: not given."""
-    if value is not None and not (value == 0 or 1e-3 <= value <= 1e3):  # nan is not
-        raise ValueError(f"--temperature={value:g}: give a positive number from 0.001 to 1000, or 0 for the most probable token")
+    """None: not given."""
+    if value is not None and not checks.holds(f"{checks.TEMPERATURE}, or 0", value):
+        raise ValueError(f"--temperature={value:g}: give a number in {checks.TEMPERATURE}, or 0 for the most probable token")

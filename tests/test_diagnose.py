@@ -507,7 +507,7 @@ def test_attention_command(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, message", [
     (["kl", "--completions=base,mine"], "--completions=mine: choose from base, student, data, official"),
-    (["kl", "--temperature=-1"], "--temperature=-1: give a positive number"),
+    (["kl", "--temperature=-1"], "--temperature=-1: give a number in"),
     (["kl", "--rows=-1"], "--rows=-1"),
     (["attention", "--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus"),
     (["interventions", "--split=dev"], "dev"),
