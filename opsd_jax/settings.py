@@ -251,6 +251,7 @@ def check(config: ConfigDict) -> None:
     _check_group(config, default(), "config", "")
     _check_together(config)
     for name, changes in config.arms.items():
+        paths.check("the name of an arm", name, orbax=True)  # its folder is <workdir>/arms/<name>
         if not isinstance(changes, ConfigDict):
             raise ValueError(f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such as "
                              '{"teacher": {"visual_thoughts": "noise"}}')

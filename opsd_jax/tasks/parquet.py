@@ -12,6 +12,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 
+from opsd_jax import paths
 from opsd_jax.tasks import FAMILIES, generate, generator
 from opsd_jax.tasks.row import Row
 from opsd_jax.tasks.vocabulary import build_tokenizer
@@ -86,6 +87,7 @@ def make_mini(
     Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target, and
     what a killed process left is removed.
     """
+    paths.check_given("target", target)
     target = pathlib.Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder; remove it or choose another target")
