@@ -187,7 +187,7 @@ def share(batches, together: bool) -> range:
     return range(len(batches)) if together else range(jax.process_index(), len(batches), jax.process_count())
 
 
-def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, together: bool):
+def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, together: bool, before_batch=lambda: None):
     """Answers all batches, or those that are missing: their records in order on the first process, None on others.
 
     Answers stay in the folder, so that a killed evaluation goes on, with any number of processes, and a finished one is
@@ -200,6 +200,7 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
       batches: (benchmark, keys). answer: (number, benchmark, keys) -> record, a dict that JSON takes.
       on_batch: called with each record of this process's share, also with those that were there.
       together: whether all processes answer each batch together. Else each answers every n-th one.
+      before_batch: called before each batch, such as `checkpoint.Flag.check`; by all processes equally often.
     Raises:
       Other: the folder holds answers of another identity. ValueError: a damaged file.
     """
@@ -226,6 +227,7 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
         path = os.path.join(folder, f"answers-{process}.jsonl")
         _write(path, identity, {})
     for number in share(batches, together):
+        before_batch()
         if number not in records:
             records[number] = {"batch": number, **answer(number, *batches[number])}
             if process == 0 or not together:
@@ -235,6 +237,8 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
                     os.fsync(f.fileno())
         if on_batch:
             on_batch(records[number])
+    for _ in range(len(share(batches, together)), -(-len(batches) // (1 if together else processes))):
+        before_batch()  # others have a batch more
     if processes > 1:
         multihost_utils.sync_global_devices(f"all of {folder} is answered")
     if process:
@@ -261,6 +265,15 @@ def identity_of(folder: str) -> dict:
 
 def _damaged(path, error) -> ValueError:
     return ValueError(f"{path} is damaged ({error}): delete it, and all its rows are asked again")
+
+
+def forget(folder: str) -> None:
+    """Removes the answers that `collect` kept, by the first process for all."""
+    import jax
+
+    if jax.process_index() == 0:
+        for path in _files(folder):
+            os.remove(path)
 
 
 def _files(folder) -> list[str]:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from opsd_jax import json_files, paths
+from opsd_jax import distributed, json_files, paths
 
 FORMAT = 1  # raise it when the layout above changes
 _DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "metrics": dict, "versions": dict}
@@ -644,11 +645,22 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 # ---------------------------------------------------------------------------- being asked to stop
 
 
+class Stopped(SystemExit):
+    """The process was asked to stop and does so, with code 42: what it did is saved, and the same command continues."""
+
+    def __init__(self):
+        super().__init__(distributed.EXIT_STOPPED)
+
+
 class Flag:
-    """Whether the run was asked to stop; see `install_sigterm`. As a context manager it leaves no trace."""
+    """Whether the process was asked to stop; see `install_sigterm`. As a context manager it leaves no trace.
+
+    promise: what the message at the signal says; to be set where something else begins, so that it is true.
+    """
 
     def __init__(self):
         self.is_set = False
+        self.promise = "stopping before the next step"
         self._asked = 0
         self._previous = {}
 
@@ -663,6 +675,11 @@ class Flag:
             self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)
         return self.is_set
 
+    def check(self) -> None:
+        """Raises Stopped if it is time to stop. To be called between batches, by all processes equally often."""
+        if self.reached():
+            raise Stopped
+
     def restore(self) -> None:
         """Puts the signal handlers back that were there before."""
         while self._previous:
@@ -676,11 +693,11 @@ class Flag:
 
 
 def install_sigterm() -> Flag:
-    """Lets the run end at a step's end, with a checkpoint, when it is asked to stop.
+    """Lets a program end where nothing is lost, between two steps or batches, when it is asked to stop.
 
-    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the training loop polls; a
-    second SIGINT raises KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in
-    charge, for the processes must agree on the step: poll `Flag.reached()`, which covers both.
+    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the loops poll; a second SIGINT raises
+    KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in charge, for the processes must agree on
+    the step: poll `Flag.reached()` or `Flag.check()`, which cover both. A program that never asks is not stopped.
     Outside of the main thread Python allows no handlers: the flag is then never set, and a warning says so.
     """
     flag = Flag()
@@ -689,7 +706,7 @@ def install_sigterm() -> Flag:
         if number == signal.SIGINT and flag.is_set:
             raise KeyboardInterrupt
         flag.is_set = True
-        logging.warning("%s: saving after this step, then stopping%s", signal.Signals(number).name,
+        logging.warning("%s: %s%s", signal.Signals(number).name, flag.promise,
                         " (again to abort at once)" if number == signal.SIGINT else "")
 
     if threading.current_thread() is not threading.main_thread():
@@ -697,3 +714,15 @@ def install_sigterm() -> Flag:
     elif not jax.distributed.is_initialized():
         flag._previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     return flag
+
+
+@contextlib.contextmanager
+def stoppable(again: str) -> Iterator[Flag]:
+    """For commands that work batch by batch: their flag. again: what the same command does next time."""
+    with install_sigterm() as stop:
+        stop.promise = "stopping after this batch"
+        try:
+            yield stop
+        except Stopped:
+            print(f"stopped as asked; {again}", file=sys.stderr)
+            raise

@@ -11,7 +11,7 @@ others. OPSD_NUM_PROCESSES=1 alone forbids the search. A single process starts n
 How a process of a run ends:
     0     done
     1     it failed by itself; the traceback says why
-    42    asked to stop (SIGTERM to any process); all have saved the same step
+    42    asked to stop (SIGTERM to any process); all have saved the same step, or the same batches of an evaluation
     43    another process is gone or never came (`EXIT_PEER_LOST`); that one's log has the cause
     134   JAX aborted it, because another process sent no sign of life; the message has the number of that process
 After 42, 43 and 134 the same command continues from the last complete checkpoint.
@@ -28,6 +28,7 @@ import urllib.request
 
 from absl import logging
 
+EXIT_STOPPED = 42
 EXIT_PEER_LOST = 43
 _ENVIRONMENT = ("OPSD_COORDINATOR", "OPSD_NUM_PROCESSES", "OPSD_PROCESS_ID")
 _HEARTBEAT_S = 100  # silence after which a process counts as dead; less if OPSD_TIMEOUT_S is less

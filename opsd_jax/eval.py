@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
@@ -164,7 +165,7 @@ def contexts(rows, packer, source: int, numbers, mode: str, seed: int, bucket: i
 
 
 def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size: int, limit: int = 0,
-             subset_seed: int = 0, seed: int = 0, mesh=None, on_batch=None) -> list[Result]:
+             subset_seed: int = 0, seed: int = 0, mesh=None, on_batch=None, before_batch=lambda: None) -> list[Result]:
     """Answers all rows of all sources greedily, or a random subset of each.
 
     Args:
@@ -172,12 +173,14 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
       mode: see the module. batch_size: of all processes together.
       limit, subset_seed: rows of each task, chosen by the seed (`plan.subset`); 0: all. seed: of noise.
       on_batch: called after each batch with how many rows are done, and how many of them right, in all tasks.
+      before_batch: called before each batch, such as `checkpoint.Flag.check`.
     """
     config = dataclasses.replace(config, greedy=True)
     results, done, hits = [], 0, 0
     for source, name in enumerate(task_names):
         predictions, seconds, timed, single = {}, 0.0, 0, None
         for bucket, numbers in by_length(rows, packer, source, _numbers(rows, source, limit, subset_seed), batch_size, (mode,)):
+            before_batch()
             packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh, bucket)
             found, took, compiled = _sample(params, packed, config)
             if not compiled:  # else the time is the compiler's
@@ -230,10 +233,11 @@ def _read(found, placed, examples, tokenizer) -> dict:
 
 
 def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_size: int, limit: int = 0,
-                 subset_seed: int = 0, mesh=None) -> dict:
+                 subset_seed: int = 0, mesh=None, before_batch=lambda: None) -> dict:
     """KL(teacher with the true visual thoughts || student without) on the rows' text traces, nats per token.
 
     Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over rows. config: ModelConfig.
+    before_batch: as in `evaluate`.
     Returns {task: {"kl", "n"}}.
     """
     from opsd_jax import context as context_lib
@@ -245,6 +249,7 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
         values = {}
         chosen = _numbers(rows, source, limit, subset_seed)
         for bucket, numbers in by_length(rows, packer, source, chosen, batch_size, ("none", "real")):
+            before_batch()
             mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
             tokens, mask = packer.references(prepared)
@@ -414,7 +419,7 @@ def choose_tasks(benchmarks, task_names) -> tuple[str, ...]:
 def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchmarks=(), data_dir: str = "",
                  protocol: str = "", split: str = "test", limit: int = 0, ban_marker: bool = False,
                  seed: int | None = None, name: str = "", batch_size: int = 0, skip_bad: bool = False,
-                 against: str = "") -> dict:
+                 against: str = "", before_batch=lambda: None) -> dict:
     """Evaluates a model in each of the modes and writes the results to W/eval.
 
     Args:
@@ -429,6 +434,7 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
       batch_size: 0 for config.eval.batch_size (16 for a model that is no run).
       skip_bad: rows of a table that cannot be shown are listed in the summary and left out, instead of an error.
       against: results to compare with in the report: a name in W/eval, or a folder.
+      before_batch: called before each batch, such as `checkpoint.Flag.check`.
     Returns:
       {name: summary}.
     Raises:
@@ -445,11 +451,12 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
     def evaluate():
         job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
                       split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
+        job = dataclasses.replace(job, before_batch=before_batch)
         compared = read_results(workdir, against) if against else None
         summaries = {}
         for mode in modes:
-            summaries[job.names[mode]] = (
-                _in_context(job, mode, compared) if mode in job.contexts else _asked(job, mode, skip_bad, compared))
+            summaries[job.names[mode]] = (answer_in_context(job, mode, open_model(job, mode), compared)
+                                          if mode in job.contexts else _asked(job, mode, skip_bad, compared))
         return summaries
 
     return checkpoint_lib.retry_if_gone(evaluate, given=checkpoint)
@@ -475,11 +482,12 @@ class Job:
     seed: int
     batch_size: int
     about: dict  # for every summary
+    before_batch: Callable = lambda: None
 
 
 def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split, limit, ban_marker, seed, name,
-            batch_size) -> Job:
-    """Checks what `evaluate_run` is given, before anything slow."""
+            batch_size, config=None) -> Job:
+    """Checks what `evaluate_run` is given, before anything slow. config: of the run; None: what W/config.json says."""
     from opsd_jax import answers, convert, data, generate
     from opsd_jax import checkpoint as checkpoint_lib
     from opsd_jax.datasets import visual_opsd
@@ -499,7 +507,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     if protocol and protocol not in generate.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(generate.PROTOCOLS)}")
     released = bool(checkpoint) and convert.is_model(checkpoint)
-    config = None if released else data.load_config(workdir)
+    config = None if released else config if config is not None else data.load_config(workdir)
     files = benchmarks_lib.find(data_dir) if data_dir else {}
     if released and not data_dir:
         raise ValueError(f"--checkpoint={checkpoint} is a model without data of its own: give --data_dir=FOLDER with "
@@ -567,25 +575,52 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
                seed, batch_size, about)
 
 
-def _in_context(job: Job, mode: str, compared) -> dict:
-    """Tasks of the run, rows packed as in training."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What answers tasks of a run in its contexts: rows of the split, and the model.
+
+    params: laid out for the sampler. facts: see `facts_of`.
+    """
+
+    params: dict
+    rows: object
+    packer: object
+    marker: object
+    mesh: object
+    facts: dict
+
+
+def open_model(job: Job, mode: str) -> Opened:
+    """Reads what a command needs; ValueError where no row of a task has the visual thoughts that the mode shows."""
     import jax
 
-    from opsd_jax import answers, data, distill, rollout, sharding, tokenizer
+    from opsd_jax import data, distill, rollout, sharding, tokenizer
     from opsd_jax import checkpoint as checkpoint_lib
     from opsd_jax.model import bagel
 
     config = data.with_tasks(job.config, job.tasks)
     tok = tokenizer.load(data.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size)
     rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
+    for source, name in enumerate(job.tasks if mode in CONTEXTS else ()):
+        numbers = _numbers(rows, source, job.limit, job.subset_seed)
+        if _without_visual_thoughts(rows, source, numbers) == len(numbers):
+            raise ValueError(f"--visual_thoughts={mode}: no row of {name}, {job.split}, has visual thoughts: leave the mode "
+                             "or the task out")
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
-    facts = {**model_facts(distill.understanding(params), tok), "data": dict(zip(job.tasks, rows.digests, strict=True))}
-    params = distill.for_sampling(mesh, params, config.model.dtype)(params)
-    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
+    facts = facts_of(params, rows, packer, job.tasks)
+    return Opened(distill.for_sampling(mesh, params, config.model.dtype)(params), rows, packer,
+                  rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size), mesh, facts)
+
+
+def answer_in_context(job: Job, mode: str, opened: Opened, compared=None) -> dict:
+    """Tasks of the run, rows packed as in training; the summary."""
+    from opsd_jax import answers, sharding
+
+    config, rows, packer, mesh = job.config, opened.rows, opened.packer, opened.mesh
     sampling = settings.rollout(
-        config, tok, marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
+        config, packer.tokenizer, opened.marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
         shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
     asked = {"max_new_tokens": sampling.max_new_tokens, "prompts": config.prompts.to_dict(), "images": config.images.to_dict()}
     chosen = [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
@@ -594,24 +629,21 @@ def _in_context(job: Job, mode: str, compared) -> dict:
     chosen = [dataclasses.replace(b, size=lengths[b.name].__getitem__) for b in chosen]
     without = {b.name: _without_visual_thoughts(rows, source, b.keys)
                for source, b in enumerate(chosen)} if mode in CONTEXTS else {}
-    if bare := [b.name for b in chosen if without.get(b.name) == len(b.keys)]:
-        raise ValueError(f"--visual_thoughts={mode}: no row of {bare[0]}, {job.split}, has visual thoughts: leave the mode or "
-                         "the task out")
 
     def answer(number, benchmark, keys):
         source = job.tasks.index(benchmark.name)
         filled = [*keys, *[keys[-1]] * (job.batch_size - len(keys))]
         packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh, max(map(benchmark.size, keys)))
-        found, seconds, compiled = _sample(params, packed, sampling)
+        found, seconds, compiled = _sample(opened.params, packed, sampling)
         if compiled:  # or there might be no time of rows of this length at all
-            found, seconds, compiled = _sample(params, packed, sampling)
-        predictions = _read(found, placed, rows.sources[source], tok)
+            found, seconds, compiled = _sample(opened.params, packed, sampling)
+        predictions = _read(found, placed, rows.sources[source], packer.tokenizer)
         return {"predictions": [predictions[key] for key in keys], "seconds": seconds, "compiled": compiled}
 
     label = f"{mode}-banned" if job.ban_marker else mode
     shown = lambda benchmark, key: _shown(rows, job.tasks.index(benchmark.name), key, mode, job.seed)
     return _run(job, mode, chosen, answers.plan(chosen, job.batch_size), answer, together=True, shown=shown, compared=compared,
-                protocol=f"mini-greedy-{label}", without=without, facts=facts, asked=asked)
+                protocol=f"mini-greedy-{label}", without=without, facts=opened.facts, asked=asked)
 
 
 def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
@@ -681,6 +713,14 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
 def model_facts(params, tokenizer) -> dict:
     """What tells a model from another one under the same path."""
     return {"weights": params_lib.fingerprint(params), "tokenizer": tokenizer.digest}
+
+
+def facts_of(params, rows, packer, task_names) -> dict:
+    """What tells a run's model and its rows from others under the same paths. params: as they are stored."""
+    from opsd_jax import distill
+
+    return {**model_facts(distill.understanding(params), packer.tokenizer),
+            "data": dict(zip(task_names, rows.digests, strict=True))}
 
 
 def _generated_of(job: Job, mode: str, weights: str) -> str:
@@ -769,7 +809,8 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
             known = {"accuracy": done["hits"] / done["rows"]} if "hit" in record["predictions"][0] else {}
             progress.update(done["rows"], **known)
 
-        records = answers.collect(folder, identity, batches, answer, on_batch, together=together)
+        records = answers.collect(folder, identity, batches, answer, on_batch, together=together,
+                                  before_batch=job.before_batch)
     results, processes = [], 1 if together else jax.process_count()
     if records is None:  # another process writes
         return {}
@@ -910,6 +951,8 @@ def main(argv=None) -> None:
 
     import jax
 
+    from opsd_jax import checkpoint as checkpoint_lib
+
     cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
                                      description="Answer the questions of benchmarks and score the answers.")
@@ -940,12 +983,13 @@ def main(argv=None) -> None:
             if seed is not None:
                 cli.check_seed(seed)
         distributed.initialize()
-        for seed in args.seed:
-            name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name
-            evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
-                         benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
-                         ban_marker=args.ban_marker, seed=seed, name=name, batch_size=args.batch_size,
-                         skip_bad=args.on_bad_row == "skip", against=args.against)
+        with checkpoint_lib.stoppable("the same command continues") as stop:
+            for seed in args.seed:
+                name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name
+                evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
+                             benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
+                             ban_marker=args.ban_marker, seed=seed, name=name, batch_size=args.batch_size,
+                             skip_bad=args.on_bad_row == "skip", against=args.against, before_batch=stop.check)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:

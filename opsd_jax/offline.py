@@ -260,12 +260,12 @@ def _differences(was, now, name=""):
 
 
 def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, mesh, *,
-            stopped=lambda: False) -> Cache | None:
+            before_batch=lambda: None) -> Cache:
     """The teacher's outputs on all training rows, in <workdir>/teacher_cache; what is there already stays.
 
     Args:
       params: the teacher, laid out on the mesh. rows: of the train split.
-      stopped: asked before each batch; if it says yes, the result is None, and the next call goes on.
+      before_batch: called before each batch, such as `checkpoint.Flag.check`. If it raises, the next call goes on.
     """
     cache = Cache(os.path.join(workdir, "teacher_cache"), key(params, config, rows))
     shards = [(source, first) for source, held in enumerate(rows.sources) for first in range(0, len(held), SHARD)]
@@ -286,8 +286,7 @@ def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, 
             groups.pop(-1, None)  # left out of training too, and named in too_long.json
             for bucket, members in sorted(groups.items()):
                 for at in range(0, len(members), size):
-                    if stopped():
-                        return None
+                    before_batch()
                     batch = members[at:at + size]
                     batch += batch[-1:] * (size - len(batch))
                     found |= _outputs(params, prepared, batch, bucket, config, packer, mesh)

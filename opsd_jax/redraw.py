@@ -22,14 +22,16 @@ from opsd_jax.datasets import visual_opsd
 SHARD = 512  # rows of a parquet file; what a kill can cost
 
 
-def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",), batch_size: int = 64, seed: int = 0):
+def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",), batch_size: int = 64, seed: int = 0,
+           before_batch=lambda: None):
     """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them (`visual_opsd.prepare`).
 
     Interrupted, it goes on behind the last whole file. Rows of every split that the run uses are written.
 
     Args:
       workdir: of the run, or of an arm. checkpoint: a step folder whose model draws; "" for the newest.
-      splits: those whose visual thoughts are drawn.
+      splits: those whose visual thoughts are drawn. before_batch: called before each batch, such as
+        `checkpoint.Flag.check`.
     Raises:
       FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
       cannot draw; unknown splits. locks.FolderInUse: another command is writing into DIR.
@@ -76,7 +78,7 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
                         if not os.path.exists(path):
                             if split in splits:
                                 key = jax.random.fold_in(jax.random.key(seed), number)
-                                rows = _draw(model, config, rows, key, batch_size)
+                                rows = _draw(model, config, rows, key, batch_size, before_batch)
                             _write(path, rows)
                         number += 1
                         progress.update(shard * SHARD + len(rows))
@@ -94,12 +96,13 @@ def _check_claim(path, record) -> None:
                                   "choose another --target, or delete it")
 
 
-def _draw(model, config, rows, key, batch_size) -> list:
+def _draw(model, config, rows, key, batch_size, before_batch) -> list:
     """The examples with drawn pictures, as PNG."""
     import jax
 
     found, size = [], min(batch_size, len(rows))
     for start in range(0, len(rows), size):
+        before_batch()
         part = rows[start:start + size]
         rounds = 1 + max(len(row.visual_thoughts) for row in part)
         asked = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=rounds))
@@ -149,6 +152,8 @@ def main(argv=None) -> None:
     """`python -m opsd_jax.redraw`; errors in the arguments end it with one line and code 1."""
     import argparse
 
+    from opsd_jax import checkpoint as checkpoint_lib
+
     cli.start()
     parser = argparse.ArgumentParser(prog="python -m opsd_jax.redraw", description="Rows of a run with pictures that its "
                                      "model draws in the place of their visual thoughts, to train on.")
@@ -160,8 +165,9 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        print(redraw(args.workdir, args.target, checkpoint=args.checkpoint, seed=args.seed,
-                     splits=tuple(args.splits.split(",")), batch_size=args.batch_size))
+        with checkpoint_lib.stoppable("the same command continues after the last whole file") as stop:
+            print(redraw(args.workdir, args.target, checkpoint=args.checkpoint, seed=args.seed,
+                         splits=tuple(args.splits.split(",")), batch_size=args.batch_size, before_batch=stop.check))
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -7,6 +7,7 @@ stage. If W holds a run, it continues where that stopped, exactly. `--arm=NAME` 
 in W/arms/NAME, from the weights with which W's first OPSD step began.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -22,12 +23,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import cli, paths, settings
+from opsd_jax.distributed import EXIT_STOPPED
 
 # What may change between a run and its continuation.
 _FREE = ("log", "health", "eval", "checkpoint.keep_latest", "checkpoint.accept_changed", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
          "run_arms")
-
-EXIT_STOPPED = 42  # SIGTERM came: the state is saved, the same command continues
 
 config_flags.DEFINE_config_file("config", None, "File with get_config(); see configs/.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of the run; continues the run that it holds.")
@@ -190,7 +190,7 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
             checkpoint.check_config(saved["config"], config, ignore=_FREE, defaults=settings.default())
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
         run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved)
-        with run.writer:
+        with run.writer, _said_when_stopped(workdir, checkpoints):
             # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup has no step left but is evaluated, if
             # that is missing, and opsd starts from its parameters. With done = 500 warmup is skipped and opsd goes on
             # with the state of step 500.
@@ -201,14 +201,24 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
                         params = initial_params(run, done)
                     params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop,
                                          on_start=on_warm if stage == "opsd" else lambda: None)
-                    if stop.is_set:
-                        checkpoints.wait()  # a save that fails is no stop as asked
-                        print(f"stopped as asked; the same command continues {workdir}")
-                        sys.exit(EXIT_STOPPED)
+                    stop.check()
                 first = ends[stage]
             print(f"{workdir}: where the time went\n{run.clock.table()}")
             _write_json(os.path.join(workdir, "time.json"), run.clock.report())
     return params
+
+
+@contextlib.contextmanager
+def _said_when_stopped(workdir, checkpoints):
+    """Says how a run that is asked to stop goes on, once its last checkpoint is complete."""
+    from opsd_jax import checkpoint
+
+    try:
+        yield
+    except checkpoint.Stopped:
+        checkpoints.wait()  # a save that fails is no stop as asked
+        print(f"stopped as asked; the same command continues {workdir}")
+        raise
 
 
 def record_config(config, workdir: str) -> None:
@@ -346,11 +356,12 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     on from, those of its last checkpoint.
 
     params: the weights to start from; not used where a checkpoint of this stage is continued. on_start: called when
-    the checkpoint of those weights is complete.
+    the checkpoint of those weights is complete. Raises Stopped where `stop` is set, between steps or batches of an
+    evaluation; what was done by then is saved.
     """
     import jax
 
-    from opsd_jax import data, distill, metrics, offline, rollout, sharding
+    from opsd_jax import checkpoint, data, distill, metrics, offline, rollout, sharding
 
     config, clock = run.config, run.clock
     distill_config = settings.distill(config, stage, run.tokenizer)
@@ -362,15 +373,13 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     make_batches = offline.Batches if stage == "offline" else data.Batches
     batches = make_batches(config, run.workdir, stage, rows, run.packer,
                            share=sharding.local_rows(run.mesh, config[stage].batch_size))
-    evaluation, evaluates = Evaluation(run, stage), stage != "autoencoder"
+    evaluation, evaluates = Evaluation(run, stage, stop), stage != "autoencoder"
 
     if stage == "offline" and (done is None or done < last):
         with clock("collect"):  # in the middle of the stage the teacher is read again, before the optimizer takes its room
             batches.cache = offline.collect(
                 initial_params(run, first) if params is None else params, config, run.workdir, rows, run.packer,
-                run.mesh, stopped=stop.reached)
-        if batches.cache is None:
-            return params
+                run.mesh, before_batch=stop.check)
 
     # state: fresh from the parameters, or as the checkpoint left it
     make_state = lambda p: distill.init_state(p, distill_config)
@@ -395,8 +404,10 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     buckets = batches.plan.num_buckets
     health = metrics.Health(**config.health)
     if start > first:
-        history = metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
-        health.replay(row for row in history if row["stage"] == stage)
+        history = [row for row in metrics.read(os.path.join(run.workdir, "metrics.jsonl")) if row["stage"] == stage]
+        health.replay(history)
+        if evaluation.is_due(start, last) and evaluation.is_missing(start, history):  # the run was stopped while it evaluated
+            evaluation.during(start, state, distill_config, health)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
     for_sampling = on_policy and distill.for_sampling(run.mesh, state["params"], config.model.dtype)
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -408,9 +419,11 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     if not draws:  # there what is drawn for samples/ has shapes of its own
         guard.watch("sample", rollout.sample, rollout.sample._cache_size() + buckets + evaluation.signatures)
 
+    stop.check()
     with metrics.Progress(last, f"{os.path.basename(os.path.normpath(run.workdir))}", stage, start=start,
                           primary=jax.process_index() == 0) as progress:
         for step in range(start, last):
+            stop.promise = "saving after this step, then stopping"
             with clock("data"):
                 host_batch, prepared = next(stream)
                 batch = sharding.put_batch(run.mesh, host_batch)
@@ -460,25 +473,23 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 shown = {"loss": "loss", "mse": "mse", "accuracy": "accuracy", "completion_len": "completion_len",
                          "tokens/s": "tokens_per_sec"}
                 progress.update(now, **{name: values[key] for name, key in shown.items() if key in values})
-            if evaluates and config.eval.every and (now % config.eval.every == 0) and now < last:
-                before = time.perf_counter()
-                with clock("eval"):
-                    scores = evaluation.during(now, state, distill_config)
-                run.writer.scalars(now, stage, scores)
-                health.check(now, scores)
-                window += time.perf_counter() - before  # no part of the steps' time
-            stopping = stop.reached()  # asked once: a signal that comes between save and return waits a step
-            if now == last or stopping or now % config.checkpoint.every == 0:
+            stopping, due = stop.reached(), evaluation.is_due(now, last)
+            if now == last or stopping or due or now % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     _save(run, checkpoints, now, state, stage, distill_config)
             if stopping:
-                return state["params"]
+                raise checkpoint.Stopped
+            if due:
+                before = time.perf_counter()
+                evaluation.during(now, state, distill_config, health)
+                window += time.perf_counter() - before  # no part of the steps' time
 
     checkpoints.wait()
     params = _kept_params(run, state, distill_config)
     if evaluates and config.eval.final_split and not (start == last and evaluation.is_complete(last)):
         with clock("eval"):
             evaluation.final(last, params, start_step=first)
+    stop.promise = "stopping before the next step"
     return params
 
 
@@ -503,12 +514,15 @@ def _save(run, checkpoints, step, state, stage, distill_config) -> None:
 
 
 class Evaluation:
-    """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`."""
+    """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`.
 
-    def __init__(self, run: Run, stage: str):
+    stop: `checkpoint.Flag`, asked before each batch. The step that is evaluated is saved by then.
+    """
+
+    def __init__(self, run: Run, stage: str, stop):
         from opsd_jax import eval as eval_lib
 
-        self.run, self.stage, self._rows, self._moves = run, stage, {}, {}
+        self.run, self.stage, self._stop, self._rows, self._moves = run, stage, stop, {}, {}
         c = run.config.eval
         # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
         # teacher's.
@@ -530,37 +544,58 @@ class Evaluation:
             self._rows[split] = data.Rows(self.run.config, self.run.data_workdir, self.run.tokenizer, split)
         return self._rows[split]
 
-    def _evaluate(self, params, split, mode, limit, **changes):
+    def is_due(self, step, last) -> bool:
+        """Whether `during` belongs to a step; the last one of a stage has `final`."""
+        every = self.run.config.eval.every
+        return self.stage != "autoencoder" and every > 0 and step % every == 0 and step < last
+
+    def is_missing(self, step, history) -> bool:
+        """Whether the rows of metrics.jsonl lack the scores of a step; for all processes as the first one finds it."""
         import jax
+        import numpy as np
 
-        from opsd_jax import distill, eval as eval_lib
+        missing = not any(key.startswith("eval/") for row in history if row["step"] == step for key in row)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
 
-        c = self.run.config
-        budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
-        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
-        if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = distill.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
-        params = self._moves[places](params)
-        sampling = self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0, **changes)
-        return eval_lib.evaluate(
-            params, self._of(split), self.run.packer, config=sampling,
-            task_names=c.data.tasks, mode=mode, batch_size=c.eval.batch_size, limit=limit, subset_seed=c.seed,
-            seed=c.seed, mesh=self.run.mesh)
+            missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
+        return missing
 
-    def during(self, step, state, distill_config) -> dict:
-        """{"eval/<task>/<mode>": accuracy} on the validation rows; with an EMA teacher also its own accuracy."""
+    def during(self, step, state, distill_config, health) -> None:
+        """Logs {"eval/<task>/<mode>": accuracy} on the validation rows; with an EMA teacher also its own accuracy."""
         from opsd_jax import distill
 
         c, scores = self.run.config, {}
-        for mode in c.eval.visual_thoughts:
-            for r in self._evaluate(state["params"], c.eval.split, mode, c.eval.rows):
-                scores[f"eval/{r.name}/{mode}"] = r.hits / len(r.predictions)
-        if "ema" in state and self.stage == "opsd":
-            teacher = distill.teacher_params(state, distill_config)
-            for r in self._evaluate(teacher, c.eval.split, c.teacher.visual_thoughts, c.eval.rows):
-                scores[f"eval/{r.name}/teacher"] = r.hits / len(r.predictions)
+        self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
+        with self.run.clock("eval"):
+            for mode in c.eval.visual_thoughts:
+                scores |= self._accuracies(state["params"], mode, mode)
+            if "ema" in state and self.stage == "opsd":
+                scores |= self._accuracies(distill.teacher_params(state, distill_config), c.teacher.visual_thoughts, "teacher")
         logging.info("step %d: %s", step, scores)
-        return scores
+        self.run.writer.scalars(step, self.stage, scores)
+        health.check(step, scores)
+
+    def _accuracies(self, params, mode, name) -> dict:
+        from opsd_jax import eval as eval_lib
+
+        c = self.run.config
+        budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
+        results = eval_lib.evaluate(
+            self._for_sampling(params), self._of(c.eval.split), self.run.packer, task_names=c.data.tasks, mode=mode,
+            config=self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0), batch_size=c.eval.batch_size,
+            limit=c.eval.rows, subset_seed=c.seed, seed=c.seed, mesh=self.run.mesh, before_batch=self._stop.check)
+        return {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
+
+    def _for_sampling(self, params):
+        import jax
+
+        from opsd_jax import distill
+
+        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
+        if places not in self._moves:  # a program each, which is compiled once
+            self._moves[places] = distill.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
+        return self._moves[places](params)
 
     def _modes(self) -> dict[str, tuple]:
         """What the final evaluation measures: {name: (mode, ban_marker)}."""
@@ -581,25 +616,33 @@ class Evaluation:
         return all(os.path.exists(os.path.join(self._folder(step, name), "summary.json")) for name in names)
 
     def final(self, step, params, start_step) -> None:
-        """Evaluates the whole final split and writes eval/<step>-<mode>/ with predictions and summary."""
+        """Evaluates the whole final split and writes eval/<step>-<mode>/, exactly as the command `opsd_jax.eval` does.
+
+        Stopped in between, it goes on with the batches that are missing.
+        """
         import jax
 
-        from opsd_jax import checkpoint, distill, eval as eval_lib, sharding
+        from opsd_jax import checkpoint, eval as eval_lib, sharding
 
         c, run, scores = self.run.config, self.run, {}
-        facts = eval_lib.model_facts(distill.understanding(params), run.tokenizer)
+        self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         at = lambda step: os.path.join(run.workdir, "checkpoints", str(step))
+        rows = self._of(c.eval.final_split)
+        opened = eval_lib.Opened(self._for_sampling(params), rows, run.packer, run.marker, run.mesh,
+                                 eval_lib.facts_of(params, rows, run.packer, c.data.tasks))
         for name, (mode, ban_marker) in self._modes().items():
-            results = self._evaluate(params, c.eval.final_split, mode, 0, ban_marker=ban_marker)
-            eval_lib.write(self._folder(step, name), results, protocol=f"mini-greedy-{name}", checkpoint=at(step),
-                           seed=c.seed, split=c.eval.final_split, **facts)
-            scores |= {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
+            job = eval_lib.prepare(run.workdir, (mode,), checkpoint=at(step), benchmarks=(), data_dir="", protocol="",
+                                   split=c.eval.final_split, limit=0, ban_marker=ban_marker, seed=None, name="", batch_size=0,
+                                   config=c)
+            summary = _answers(dataclasses.replace(job, before_batch=self._stop.check), mode, opened)
+            scores |= {f"eval/{task}/{name}": b["overall"] for task, b in summary.get("benchmarks", {}).items()}
+        del opened  # the sampler's copy of the weights
         if self._measures_kl:
             abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
             start = checkpoint.restore_params(at(start_step), abstract)
             kl = lambda student: eval_lib.reference_kl(
                 start, student, self._of(c.eval.final_split), run.packer, config=settings.model(c),
-                task_names=c.data.tasks, batch_size=c.eval.batch_size, mesh=run.mesh)
+                task_names=c.data.tasks, batch_size=c.eval.batch_size, mesh=run.mesh, before_batch=self._stop.check)
             before, after = kl(start), kl(params)
             found = {task: {"before": before[task]["kl"], "after": after[task]["kl"], "n": after[task]["n"],
                             "closure": 1 - after[task]["kl"] / before[task]["kl"]} for task in after}
@@ -609,6 +652,19 @@ class Evaluation:
         eval_lib.write_table(run.workdir)
         run.writer.scalars(step, self.stage, scores)
         logging.info("step %d, %s: %s", step, c.eval.final_split, scores)
+
+
+def _answers(job, mode, opened) -> dict:
+    """The summary of `eval.answer_in_context`. Answers that were begun under other settings of config.eval, which may
+    change in between, are dropped."""
+    from opsd_jax import answers, eval as eval_lib
+
+    try:
+        return eval_lib.answer_in_context(job, mode, opened)
+    except answers.Other as error:
+        logging.warning("asking all again: %s", error)
+        answers.forget(os.path.join(job.workdir, "eval", job.names[mode]))
+        return eval_lib.answer_in_context(job, mode, opened)
 
 
 def _show_batch(run, stage, step, prepared, host_batch) -> None:

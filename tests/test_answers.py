@@ -3,12 +3,15 @@
 import collections
 import json
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from PIL import Image
 
-from opsd_jax import answers, benchmarks, generate
+from opsd_jax import answers, benchmarks, checkpoint, generate
 from opsd_jax import eval as eval_lib
 
 TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
@@ -98,6 +101,43 @@ def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
     batches = answers.plan([bench("A")], 2)
     collect(tmp_path, batches, died_at=0, identity={"batch_size": 64})
     assert collect(tmp_path, batches, identity={"batch_size": 2})[1] == [0, 1, 2]
+
+
+def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
+    batches, asked = answers.plan([bench("A"), bench("B", 2)], 2), []
+    answer = lambda number, benchmark, keys: asked.append(number) or {"predictions": []}
+
+    def stop_before_the_third():
+        if len(asked) == 2:
+            raise checkpoint.Stopped
+
+    with pytest.raises(checkpoint.Stopped):
+        answers.collect(str(tmp_path), {}, batches, answer, together=True, before_batch=stop_before_the_third)
+    answers.collect(str(tmp_path), {}, batches, answer, together=True)
+    assert asked == [0, 1, 2, 3]
+    answers.forget(str(tmp_path))
+    assert not answers.is_begun(str(tmp_path))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("done", [0, 2])
+def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, together, done):
+    """Four batches for three processes: those with one batch less ask once more. JAX stops all at the same question."""
+    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    collect(tmp_path / "0", batches, died_at=done)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    asked = []
+    for process in range(3):
+        if process:
+            shutil.copytree(tmp_path / "0", tmp_path / f"{process}")
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        times = iter(range(99))
+        answers.collect(str(tmp_path / f"{process}"), {"seed": 0}, batches, lambda *_: {"predictions": []},
+                        together=together, before_batch=lambda: next(times))
+        asked.append(next(times))
+    assert asked == [len(batches) if together else 2] * 3
 
 
 def test_rows_that_take_no_part_are_left_out_of_the_plan():

@@ -576,6 +576,27 @@ def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+def test_the_message_at_a_signal_says_what_happens_now(caplog):
+    with checkpoint.install_sigterm() as flag:
+        flag.check()
+        for number, promise, end in ((signal.SIGTERM, "saving after this step, then stopping", ""),
+                                     (signal.SIGINT, "step 7 is saved; stopping", " (again to abort at once)")):
+            flag.is_set, flag.promise = False, promise
+            signal.raise_signal(number)
+            assert caplog.messages[-1] == f"{number.name}: {promise}{end}"
+        with pytest.raises(SystemExit) as stopped:
+            flag.check()
+    assert stopped.value.code == 42 and isinstance(stopped.value, checkpoint.Stopped)
+
+
+def test_a_command_that_is_stopped_says_how_it_goes_on(capsys):
+    with pytest.raises(checkpoint.Stopped), checkpoint.stoppable("the same command continues") as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        stop.check()
+    assert capsys.readouterr().err.endswith("stopped as asked; the same command continues\n")
+
+
 def test_outside_of_the_main_thread_there_is_a_warning(caplog):
     import threading
 

@@ -100,7 +100,7 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == names
     assert f"{LAST}-real test  {small_run.TEST_ROWS}/{small_run.TEST_ROWS}  accuracy" in progress
     assert "left 0:00:00" in progress
-    eval_lib.main([f"--workdir={trained}"])  # training wrote the same table, but for the seconds
+    eval_lib.main([f"--workdir={trained}"])  # training wrote the same table, but for the seconds, and kept its answers
     rows = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
     assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
 

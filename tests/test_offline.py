@@ -171,7 +171,7 @@ class Made:
     def collect(self, **changes):
         given = dict(params=self.params, config=self.config) | changes
         return offline.collect(given["params"], given["config"], str(self.workdir), self.rows, self.packer, self.mesh,
-                               stopped=given.get("stopped", lambda: False))
+                               before_batch=given.get("before_batch", lambda: None))
 
     def batches(self, cache):
         batches = offline.Batches(self.config, str(self.workdir), "offline", self.rows, self.packer)
@@ -286,8 +286,9 @@ def test_what_is_there_stays_and_what_lacks_is_collected(copied, monkeypatch):
 
 def test_a_stop_and_a_failed_write_leave_whole_files(copied, monkeypatch):
     shutil.rmtree(copied.workdir / "teacher_cache")
-    asked = iter([False] * 6 + [True])
-    assert copied.collect(stopped=lambda: next(asked)) is None
+    asked = iter(range(6))
+    with pytest.raises(StopIteration):
+        copied.collect(before_batch=lambda: next(asked))
     assert [name for name in sorted(files(copied)) if name.endswith(".npz")] == [f"{small_run.TASK}-0000000.npz",
                                                                                 f"{small_run.TASK}-0000016.npz"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import types
 
 import numpy as np
@@ -90,6 +91,26 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     redraw.redraw(workdir.path, str(tmp_path / "d"), batch_size=4)
     record = json.loads((tmp_path / "d" / "drawn" / "redraw.json").read_text())
     assert record["checkpoint"].endswith("w/checkpoints/5")
+
+
+def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(redraw, "SHARD", 8)
+    target, reason = tmp_path / "drawn", generate.reason
+
+    def reason_and_signal(*args, **kwargs):
+        if len(workdir.calls) == 2:  # in the first batch of the second file
+            signal.raise_signal(signal.SIGTERM)
+        return reason(*args, **kwargs)
+
+    main = lambda: redraw.main([f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(generate, "reason", reason_and_signal)
+        main()
+    assert stopped.value.code == 42 and len(workdir.calls) == 3
+    assert "the same command continues after the last whole file" in capsys.readouterr().err
+    assert len(list(target.glob("drawn/parquet/*/data/train-*.parquet"))) == 1
+    main()
+    assert len(rows(target, "train")) == len(rows(f"{workdir.path}/data", "train"))
 
 
 def test_what_cannot_be_drawn(workdir, tmp_path, capsys):

@@ -13,7 +13,8 @@ import pytest
 import jax
 
 import small_run
-from opsd_jax import checkpoint, data, metrics, params as params_lib, train
+from opsd_jax import checkpoint, data, eval as eval_lib, metrics, params as params_lib, train
+from opsd_jax.diagnose import __main__ as diagnose
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
@@ -136,6 +137,91 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     assert not (tmp_path / "metrics.jsonl.superseded").exists()  # no step was lost
     rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
     assert all(row["compiles/update"] == 1 for row in rows)
+
+
+def signal_at(patched, number, function="_sample"):
+    """SIGTERM in the batch of that number (from 0) of evaluations from now on; the list of the batches' numbers."""
+    run, batches = getattr(eval_lib, function), []
+
+    def run_and_signal(*args, **kwargs):
+        batches.append(len(batches))
+        if batches[-1] == number:
+            signal.raise_signal(signal.SIGTERM)
+        return run(*args, **kwargs)
+
+    patched.setattr(eval_lib, function, run_and_signal)
+    return batches
+
+
+@pytest.mark.slow
+def test_a_stop_while_evaluating_loses_no_step_and_no_answer(straight, tmp_path, monkeypatch, caplog):
+    """In an evaluation in between, in its repetition, and in the final one."""
+    at = small_run.WARMUP + 1
+    config = small_run.config(data__dir=str(straight / "data"), stages=("opsd",), checkpoint__every=1000, eval__every=at,
+                              eval__visual_thoughts=("none", "real"), eval__rows=16, eval__kl=False, eval__final_banned=False)
+    whole, workdir = tmp_path / "whole", tmp_path / "w"
+    train.train(config, str(whole))
+    rows = lambda folder: [(row["step"], sorted(row)) for row in metrics.read(folder / "metrics.jsonl")]
+    final = lambda folder: {path.parent.name: path.read_text() for path in folder.glob("eval/*/predictions.jsonl")}
+    assert any(key.startswith("eval/") for step, keys in rows(whole) if step == at for key in keys)
+
+    def stopped(number):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as error:
+            batches = signal_at(patched, number)
+            train.train(config, str(workdir))
+        assert error.value.code == train.EXIT_STOPPED
+        return len(batches)
+
+    for _ in range(2):  # of 4 batches of an evaluation the second
+        assert stopped(1) == 2
+        assert checkpoint.metadata(workdir)["step"] == at == rows(workdir)[-1][0] == len(rows(workdir))
+        assert caplog.messages[-1] == f"SIGTERM: step {at} is saved; stopping after this batch of the evaluation"
+    # then all of it, and of the final evaluation, 2 x 3 batches, which may be asked twice for their time, some
+    asked = stopped(6)
+    folder = workdir / "eval" / f"{small_run.OPSD:06d}-none"
+    kept = len((folder / "answers.jsonl").read_text().splitlines()) - 1
+    assert asked == 7 and 1 <= kept <= 3 and checkpoint.metadata(workdir)["step"] == small_run.OPSD
+    assert not list(workdir.glob("eval/*/summary.json")) or kept == 3
+    with monkeypatch.context() as patched:
+        again = signal_at(patched, None)
+        train.train(config, str(workdir))
+    assert 6 - kept <= len(again) < 12
+    assert rows(workdir) == rows(whole) and final(workdir) == final(whole)
+    assert not (workdir / "metrics.jsonl.superseded").exists()
+
+
+@pytest.mark.slow
+def test_answers_under_other_settings_are_asked_again(straight, tmp_path, monkeypatch, caplog):
+    """eval.batch_size may change between two starts."""
+    workdir = tmp_path / "w"
+    less = dict(eval__kl=False, eval__final_visual_thoughts=("none",), eval__final_banned=False)
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "eval")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        signal_at(patched, 1)
+        train.train(small_run.config(**less), str(workdir))
+    train.train(small_run.config(eval__batch_size=4, **less), str(workdir))
+    assert "asking all again" in caplog.text and "begun with another batch_size, rows" in caplog.text
+    for path in (workdir / "eval").glob("*/predictions.jsonl"):
+        assert len(path.read_text().splitlines()) == small_run.TEST_ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, function, arguments", [
+    (eval_lib, "_sample", ["--visual_thoughts=none,real", "--name=x"]),
+    (diagnose, "contexts", ["kl", "--rows=0", "--completions=data"]),
+], ids=["eval", "diagnose"])
+def test_commands_stop_between_batches(straight, tmp_path, monkeypatch, capsys, command, function, arguments):
+    workdir = tmp_path / "w"
+    shutil.copytree(straight, workdir)
+    run = lambda: command.main([*arguments, f"--workdir={workdir}"])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as error:
+        batches = signal_at(patched, 1, function)
+        run()
+    assert error.value.code == train.EXIT_STOPPED and len(batches) == 2
+    assert "stopped as asked; the same command" in capsys.readouterr().err
+    assert not list((workdir / "diagnose").rglob("*.json")) if command is diagnose else True
+    run()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     training started from, then the three analyses; one page for people, and under it what each leaves by itself."""
     modes = ("none", *eval_lib.CONTEXTS, *(eval_lib.DRAWN if run.config.model.generation.on else ()))
     evaluate = functools.partial(eval_lib.evaluate_run, run.workdir, benchmarks=run.tasks, split=run.split,
-                                 limit=run.limit, batch_size=run.batch_size, seed=run.seed)
+                                 limit=run.limit, batch_size=run.batch_size, seed=run.seed, before_batch=run.before_batch)
     summaries = evaluate(modes, checkpoint=checkpoint,
                          name="" if _own(run.workdir, checkpoint) else os.path.basename(folder))
     base, traced = runs.start(run.workdir), run.without_trace() is None
@@ -62,7 +62,7 @@ def all_page(run: runs.Run, summary: dict, summaries: dict, before: dict, pages:
     return f"Evaluation and diagnosis of {os.path.basename(os.path.normpath(run.workdir))}", parts
 
 
-def diagnose(args) -> str:
+def diagnose(args, before_batch=lambda: None) -> str:
     """Runs the analysis that the parsed arguments ask for; the folder of its results."""
     from opsd_jax import checkpoint as checkpoint_lib
 
@@ -85,7 +85,7 @@ def diagnose(args) -> str:
                          f"name the results shall stand in {workdir}/diagnose")
     differs = [args.split] if args.split not in ("", config.eval.final_split) else []
     run = runs.open_run(workdir, split=args.split, benchmarks=args.benchmarks, limit=args.rows, batch_size=args.batch_size,
-                        seed=args.seed)
+                        seed=args.seed, before_batch=before_batch)
     differs += [f"random{args.rows}"] if run.is_subset else []
     differs += args.benchmarks
     differs += [f"seed{args.seed}"] if args.seed not in (None, config.seed) else []
@@ -166,7 +166,8 @@ def main(argv=None) -> None:
     try:
         distributed.initialize()
         given = "".join(getattr(args, name, "") for name in ("checkpoint", "teacher", "student"))
-        folder = checkpoint_lib.retry_if_gone(lambda: diagnose(args), given=given)
+        with checkpoint_lib.stoppable("the same command starts the analysis again") as stop:
+            folder = checkpoint_lib.retry_if_gone(lambda: diagnose(args, before_batch=stop.check), given=given)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     print(f"written to {folder}")

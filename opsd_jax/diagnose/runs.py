@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ class Run:
 
     model: ModelConfig without what draws. limit: a random subset of so many rows of each task (`plan.subset`, by
     config.seed), 0 for all. batch_size: of all processes.
+    before_batch: called before each batch, such as `checkpoint.Flag.check`.
     """
 
     workdir: str
@@ -37,6 +39,7 @@ class Run:
     limit: int
     batch_size: int
     seed: int
+    before_batch: Callable = lambda: None
 
     def numbers(self, source: int) -> list[int]:
         """Rows of a task that are looked at."""
@@ -63,7 +66,7 @@ class Run:
 
 
 def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS, batch_size: int = 0,
-             seed: int | None = None) -> Run:
+             seed: int | None = None, before_batch=lambda: None) -> Run:
     """Opens the run (or arm) in a workdir for its diagnosis.
 
     split: "" for the one that the run evaluates at its end. batch_size: 0 for the run's config.eval.batch_size; made
@@ -85,7 +88,7 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     run = Run(workdir, config, dataclasses.replace(settings.model(config), generation=None), mesh, tok, marker,
               data.Rows(config, where, tok, split), data.Packer(config, tok), chosen, split, limit, unit,
-              config.seed if seed is None else seed)
+              config.seed if seed is None else seed, before_batch)
     for source, task in enumerate(chosen):
         numbers = run.numbers(source)
         if not any(run.rows.sources[source][n].visual_thoughts for n in numbers):
@@ -144,6 +147,7 @@ def batches(run):
     mine = sharding.local_rows(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
         for numbers in eval_lib.batches(run.numbers(source), run.batch_size):
+            run.before_batch()
             yield source, [numbers[n] for n in mine]
 
 
@@ -165,7 +169,7 @@ def answers(run: Run, params, modes, name: str) -> dict:
             results = eval_lib.evaluate(
                 params, run.rows, run.packer, config=sampling(run), task_names=run.tasks, mode=mode,
                 batch_size=run.batch_size, limit=run.limit, subset_seed=run.config.seed, seed=run.seed,
-                mesh=run.mesh,
+                mesh=run.mesh, before_batch=run.before_batch,
                 on_batch=lambda done, hits: shown.update(k * run.total + done, mode=mode, accuracy=hits / done))
             found[mode] = {r.name: r.predictions for r in results}
     return found
