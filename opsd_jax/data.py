@@ -56,7 +56,7 @@ def load_config(workdir: str):
     record, config = read_record(workdir), settings.default()
     try:
         config.update(record)  # JSON's lists become tuples where the default is one
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{workdir}/config.json holds settings of another type ({error}): {_WRITE_AGAIN}") from error
     return config
 

@@ -525,7 +525,7 @@ def test_values_of_the_wrong_type(copied, file, key, value, fix):
     ("llm_config.json", "num_attention_heads", 7, "is not divisible by num_heads 7"),
     ("llm_config.json", "head_dim", 15, "head_dim 15 is odd"),
     ("llm_config.json", "num_key_value_heads", 3, "must be a multiple of num_kv_heads 3"),
-    ("vit_config.json", "num_attention_heads", 7, "vit hidden_size 48 is not divisible by its num_heads 7"),
+    ("vit_config.json", "num_attention_heads", 7, "vit.hidden_size 48 is not divisible by its num_heads 7"),
     ("vit_config.json", "patch_size", 2000, "images of 140 pixels (image_size) in patches of 2000"),
     ("ae_params.json", "ch", 48, "48 channels: group norms need a multiple of 32"),
     ("ae_params.json", "downsample", 16, "downsample is 16, but 4 numbers in ch_mult make 8")])

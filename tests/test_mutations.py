@@ -144,10 +144,10 @@ def linked(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(source, target, copy_function=os.link))
 
 
-def check(seeds, source, target, names, work, key="\0") -> None:
+def check(seeds, source, target, names, work, keys=()) -> None:
     """Damages one of the files for each seed and does the work; fails with every outcome that is no clear error.
 
-    key: what an error may name instead of the file.
+    keys: what an error may name instead of the file.
     """
     wrong, refused = [], 0
     for seed in seeds:
@@ -162,7 +162,7 @@ def check(seeds, source, target, names, work, key="\0") -> None:
             said = str(error)
             if type(error) in (UnicodeDecodeError, UnicodeEncodeError, json.JSONDecodeError):
                 wrong.append(f"seed {seed}, {what}: a bare {type(error).__name__}")
-            elif not any(name in said for name in (str(folder), path.name, key)):
+            elif not any(name in said for name in (str(folder), path.name, *keys)):
                 wrong.append(f"seed {seed}, {what}: names neither file nor folder: {said}")
         except BaseException as error:  # the parsers written in Rust raise PanicException, which is no Exception
             if isinstance(error, KeyboardInterrupt):
@@ -287,7 +287,7 @@ def test_parquet_files(parquet, tmp_path):
 
 @pytest.mark.slow
 def test_prepared_folders(parquet, tmp_path):
-    """Read, and prepared again; all files but the rows themselves, which have no checksum of their own."""
+    """Read, and prepared again."""
     prepared = tmp_path / "prepared"
     visual_opsd.prepare(parquet, prepared, progress=False)
     names = [path.relative_to(prepared).as_posix() for path in sorted(prepared.rglob("*.json"))]
@@ -298,6 +298,8 @@ def test_prepared_folders(parquet, tmp_path):
         read_all(folder)
 
     check(range(7000, 7080), prepared, tmp_path / "read", names, work)
+    rows = [path.relative_to(prepared).as_posix() for path in prepared.rglob("*.array_record*")]
+    check(range(7500, 7530), prepared, tmp_path / "rows", rows, work)
     check(range(8000, 8080), prepared, tmp_path / "again", names,
           lambda folder: (visual_opsd.prepare(parquet, folder, progress=False), read_all(folder)))
 
@@ -337,4 +339,4 @@ def test_record_of_a_run(tmp_path):
         settings.check(config)
         settings.model(config)
 
-    check(range(10000, 10200), run, tmp_path / "damaged", ["config.json"], work, key="config.")
+    check(range(10000, 10200), run, tmp_path / "damaged", ["config.json"], work, keys=("config.", "model."))

@@ -198,7 +198,7 @@ def test_buckets_of_another_shape(key, wrong, unit):
     ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
     ({"mesh__data": -1}, "only one size can be -1"), ({"log__wandb": "p"}, "but wandb is not installed: pip install"),
     ({"model__llm__num_heads": 3}, "hidden_size 32 is not divisible by num_heads 3"),
-    ({"model__vit__num_heads": 3}, "vit hidden_size 16 is not divisible by its num_heads 3"),
+    ({"model__vit__num_heads": 3}, "vit.hidden_size 16 is not divisible by its num_heads 3"),
     ({"model__llm__head_dim": 7}, "head_dim 7 is odd"), ({"model__dtype": "float16"}, "model.dtype is 'float16'"),
     ({"teacher__kind": "emma"}, "config.opsd: teacher.kind is 'emma'"),
     ({"opsd__optim__schedule": "linear"}, "config.opsd: optim.schedule is 'linear': use 'cosine' or 'constant'"),

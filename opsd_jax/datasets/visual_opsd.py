@@ -726,19 +726,28 @@ class Source:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[_in_range(index, len(self))]
-        # Older folders have no originals: everything there is one.
-        (problem,), visual_thoughts = (
-            list(row.get(f"{name}_original", ())) or shown
-            for name, shown in (("problem_image", [row["problem_image"]]), ("reasoning_images", row["reasoning_images"])))
-        return Example(
-            **{name: row[name].decode() for name in _TEXTS},
-            problem_image=problem, visual_thoughts=tuple(visual_thoughts),
-            thoughts=tuple(thought.decode() for thought in row["reasoning_thoughts"]),
-            metadata=json.loads(row["metadata"] or "{}"))
+        index = _in_range(index, len(self))
+        try:
+            return _of_features(self._rows[index])
+        except Exception as error:  # TFDS and protobuf raise many types
+            raise ValueError(f"{self.directory}, row {index} of {self.split}: it cannot be read ({error}): its file, or "
+                             f"features.json, is damaged; delete the folder and run `{_PREPARE}` again") from error
 
     def __reduce__(self):
         return Source, (self.directory, self.split)
+
+
+def _of_features(row: dict) -> Example:
+    """The Example of a row as TFDS reads it."""
+    # Older folders have no originals: everything there is one.
+    (problem,), visual_thoughts = (
+        list(row.get(f"{name}_original", ())) or shown
+        for name, shown in (("problem_image", [row["problem_image"]]), ("reasoning_images", row["reasoning_images"])))
+    return Example(
+        **{name: row[name].decode() for name in _TEXTS},
+        problem_image=problem, visual_thoughts=tuple(visual_thoughts),
+        thoughts=tuple(thought.decode() for thought in row["reasoning_thoughts"]),
+        metadata=json.loads(row["metadata"] or "{}"))
 
 
 def _builder(directory: Path):

@@ -32,15 +32,15 @@ class LLMConfig:
         if not self.head_dim:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                    f"model.llm.hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
                     "set head_dim or change one of them")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(f"model.llm.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of values")
+            raise ValueError(f"model.llm.head_dim {self.head_dim} is odd: rotary positions turn pairs of values")
         if self.hidden_size % 4:
-            raise ValueError(f"llm hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions needs")
+            raise ValueError(f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions needs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ViTConfig:
     def __post_init__(self):
         checks.fields(self, "model.vit")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"vit hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}")
+            raise ValueError(f"model.vit.hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}")
 
     @property
     def patch_dim(self) -> int:
@@ -178,8 +178,8 @@ class ModelConfig:
     def __post_init__(self):
         checks.fields(self, "model")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"config.model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
+            raise ValueError(f"model.dtype is {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in ("none", "full"):
-            raise ValueError(f"config.model.remat is {self.remat!r}: use 'none' or 'full'")
+            raise ValueError(f"model.remat is {self.remat!r}: use 'none' or 'full'")
         if self.attention not in ATTENTION:
-            raise ValueError(f"config.model.attention is {self.attention!r}: choose from {ATTENTION}")
+            raise ValueError(f"model.attention is {self.attention!r}: choose from {ATTENTION}")
