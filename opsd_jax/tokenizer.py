@@ -75,12 +75,15 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Checksum of what ids mean and how text is split: the bytes of every token, the ids of the delimiters and of a text."""
+        """Checksum of what ids mean and how text is split: the bytes of every token, the merges, and the ids of the
+        delimiters and of a text. (The file itself would not do: its form differs between versions of the library.)"""
         found = hashlib.blake2b(digest_size=16)
         for token in self.token_bytes:
             found.update(len(token).to_bytes(4, "little") + token)
+        merges = json.loads(self.backend.to_str())["model"].get("merges", [])
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # older libraries: one text
         delimiters = [self.bos, self.eos, self.image_start, self.image_end]
-        found.update(json.dumps([delimiters, self.encode(_PROBE).tolist()]).encode())
+        found.update(json.dumps([merges, delimiters, self.encode(_PROBE).tolist()]).encode())
         return found.hexdigest()
 
 

@@ -426,3 +426,26 @@ def test_digest_tells_vocabularies_apart(folder, tok):
     joined.token_bytes[5:7] = [joined.token_bytes[5] + joined.token_bytes[6][:1], joined.token_bytes[6][1:]]
     delimiter = dataclasses.replace(tok, eos=tok.bos)
     assert len({t.digest for t in (tok, other, joined, delimiter)}) == 4
+
+
+def test_digest_tells_merges_apart(tmp_path):
+    """The same tokens, joined in another order: some texts get other ids."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    vocabulary = {char: n for n, char in enumerate(tokenizer._byte_alphabet().values())}
+    for token in ("ab", "bc", *tokenizer.DELIMITERS.values()):
+        vocabulary[token] = len(vocabulary)
+    digests, ids = [], []
+    for n, merges in enumerate(([("a", "b"), ("b", "c")], [("b", "c"), ("a", "b")])):
+        made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.add_special_tokens(list(tokenizer.DELIMITERS.values()))
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        made.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text("{}")
+        loaded = tokenizer.load(str(folder))
+        digests.append(loaded.digest)
+        ids.append(loaded.encode("abc").tolist())
+    assert ids[0] != ids[1] and digests[0] != digests[1]
