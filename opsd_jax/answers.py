@@ -309,7 +309,7 @@ def _read(path, identity) -> dict:
         raise _damaged(path, error) from error
     if records and lines[0] != identity:
         changed = sorted(key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key))
-        model = "the model has changed since: " if {"weights", "tokenizer"} & set(changed) else "give the same, "
+        model = "the model has changed since: " if {"weights", "generation_weights", "tokenizer"} & set(changed) else "give the same, "
         raise Other(f"{path} was begun with another {', '.join(changed)}: {model}choose another --name, or delete the folder")
     return records
 

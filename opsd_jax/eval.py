@@ -362,17 +362,22 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def _model_of(summary: dict) -> str:
+    """What two summaries of one model have in common: its weights; of results without a fingerprint the path."""
+    return summary.get("weights") or summary["checkpoint"]
+
+
 def seeds(summaries: dict[str, dict]) -> str:
     """Markdown table of scores over seeds: of summaries that differ in the seed alone, mean and standard deviation."""
     groups = collections.defaultdict(dict)
     for summary in summaries.values():
-        alike = [summary.get(key) for key in ("checkpoint", "protocol", "split")]
+        alike = [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
         for task, b in summary["benchmarks"].items():
-            groups[task, _counted(b), *map(str, [*alike, b.get("rows")])].setdefault(summary["seed"], b)
+            groups[task, _counted(b), *map(str, [*alike, b.get("rows")])].setdefault(summary["seed"], (summary, b))
     lines = []
-    for (task, n, checkpoint, protocol, *_), by_seed in groups.items():
+    for (task, n, _, protocol, *_), by_seed in groups.items():
         if len(by_seed) > 1:
-            scores = [percent(b) for b in by_seed.values()]
+            scores, checkpoint = [percent(b) for _, b in by_seed.values()], next(iter(by_seed.values()))[0]["checkpoint"]
             lines.append(f"| {protocol} | {os.path.basename(checkpoint)} | {task} | {np.mean(scores):.1f} ± "
                          f"{np.std(scores, ddof=1):.1f} % | {', '.join(map(str, sorted(by_seed)))} | {n} |")
     head = "| protocol | checkpoint | task | accuracy, mean ± standard deviation | seeds | n |"
@@ -381,7 +386,7 @@ def seeds(summaries: dict[str, dict]) -> str:
 
 def speeds(summaries: dict[str, dict]) -> str:
     """Markdown table of how much longer drawing takes than answering in text: pairs that differ in the mode alone."""
-    same = lambda s: [s.get(key) for key in ("checkpoint", "split", "asked_by", "seed")]
+    same = lambda s: [_model_of(s), *(s.get(key) for key in ("split", "asked_by", "seed"))]
     lines = []
     for name, drawn in summaries.items():
         for other, text in summaries.items():
@@ -677,7 +682,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
             raise ValueError(f"{benchmark.name}: {len(left)} of {len(benchmark.keys)} rows can be asked, and no score comes of "
                              f"them ({error}): mend the rows that cannot be shown, or ask more of them") from error
     folder = os.path.join(job.workdir, "eval", job.names[mode])
-    drawn = _generated_of(job, mode, facts["weights"]) if mode == "generated-swap" else ""
+    drawn = _generated_of(job, mode, facts) if mode == "generated-swap" else ""
     batches = answers.plan(chosen, batch_size, bad)
     last = {benchmark.name: number for number, (benchmark, _) in enumerate(batches)}
 
@@ -711,8 +716,15 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
 
 
 def model_facts(params, tokenizer) -> dict:
-    """What tells a model from another one under the same path."""
-    return {"weights": params_lib.fingerprint(params), "tokenizer": tokenizer.digest}
+    """What tells a model from another one under the same path. Weights that only generate images are apart, so that
+    results with and without images have the other fingerprint in common."""
+    from opsd_jax import distill
+
+    understanding = distill.understanding(params)
+    text = params_lib.flatten(understanding)
+    rest = {path: leaf for path, leaf in params_lib.flatten(params).items() if path not in text}
+    facts = {"weights": params_lib.fingerprint(understanding), "tokenizer": tokenizer.digest}
+    return facts | ({"generation_weights": params_lib.fingerprint(params_lib.unflatten(rest))} if rest else {})
 
 
 def facts_of(params, rows, packer, task_names) -> dict:
@@ -723,12 +735,13 @@ def facts_of(params, rows, packer, task_names) -> dict:
             "data": dict(zip(task_names, rows.digests, strict=True))}
 
 
-def _generated_of(job: Job, mode: str, weights: str) -> str:
+def _generated_of(job: Job, mode: str, facts: dict) -> str:
     """Folder of the results in mode "generated" that go with those of `mode`. ValueError where other weights made them."""
     from opsd_jax import answers
 
     folder = os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
-    if answers.is_begun(folder) and answers.identity_of(folder).get("weights") != weights:
+    there = answers.identity_of(folder) if answers.is_begun(folder) else facts
+    if any(there.get(key) != facts[key] for key in ("weights", "generation_weights")):
         raise ValueError(f"{folder} holds images that other weights generated than those in {job.checkpoint}: delete it, and "
                          "evaluate --visual_thoughts=generated again")
     return folder
@@ -794,7 +807,7 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
     name, bad, without = job.names[mode], bad or {}, without or {}
     folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
     total = sum(len(batches[number][1]) for number in share)
-    identity = {**job.about, **facts, "asked": asked, "mode": mode, "protocol": protocol, "batch_size": job.batch_size,
+    identity = {**job.about, **facts, "prompt or decoding": asked, "mode": mode, "protocol": protocol, "batch_size": job.batch_size,
                 "ban_marker": job.ban_marker, "tables": {table.name: table.md5 for table in job.tables},
                 "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
                 "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from opsd_jax import answers, benchmarks, checkpoint, generate
+from opsd_jax import answers, benchmarks, checkpoint, distill, generate
 from opsd_jax import eval as eval_lib
 
 TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
@@ -217,6 +218,7 @@ def test_the_ratio_of_drawing_to_text():
     assert len(lines) == 3 and lines[2].endswith("| 1.25 | 1.4300 | 0.1000 | 14.3x | +5.0 |")
     assert "| 78.33 | 77.33 |" in eval_lib.table(summaries) and "| – |" in eval_lib.table(summaries)
     assert eval_lib.speeds({"n": summaries["n"]}) == ""
+    assert eval_lib.speeds({"n": summaries["n"] | {"weights": "1"}, "g": summaries["g"] | {"weights": "2"}}) == ""
 
 
 def test_mean_over_seeds():
@@ -226,6 +228,10 @@ def test_mean_over_seeds():
     *_, line = eval_lib.seeds(summaries).splitlines()
     assert line == "| harness-none | c | MMVP | 60.0 ± 10.0 % | 0, 1, 2 | 10 |"
     assert eval_lib.seeds({name: summaries[name] for name in "ap"}) == ""
+    # the path is the same, the weights are not; the weights are the same, the path is not
+    assert eval_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
+    moved = eval_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="1", checkpoint="w/d")})
+    assert "| c | MMVP | 60.0" in moved
 
 
 def test_paper_numbers_are_of_known_benchmarks():
@@ -357,3 +363,16 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
     html = eval_lib.page("n", summary, [result], {"T": bench}, lambda *_: [], eval_lib.read_results(str(tmp_path), "x"))
     cells = html[html.index("Against x"):].split("</table>")[0].split("<td")[1:]
     assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
+
+
+def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
+    import jax
+    import tiny
+
+    whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
+    facts = eval_lib.model_facts(whole, tok)
+    alone = eval_lib.model_facts(distill.understanding(whole), tok)
+    assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {"generation_weights"}
+    for part, same, other in (("vae", "weights", "generation_weights"), ("connector", "generation_weights", "weights")):
+        changed = eval_lib.model_facts({**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok)
+        assert changed[same] == facts[same] and changed[other] != facts[other]
