@@ -90,8 +90,10 @@ def _shards(directory, index):
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
         raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}")
     parts = sorted(set(places.values()))
+    whole = index.removesuffix(".index.json")
+    or_else = f", or delete the index, for {whole} is there" if os.path.isfile(os.path.join(directory, whole)) else ""
     if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
-        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them")
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them{or_else}")
     found, problems = {}, []
     for part in parts:
         held = header(os.path.join(directory, part))

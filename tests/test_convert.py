@@ -385,6 +385,8 @@ def test_damaged_shards(tmp_path):
     for n in (0, 2):
         (folder / f"model-{n}.safetensors").unlink()
     refuses(folder, "lacks model-0.safetensors, model-2.safetensors", index.name, kind=FileNotFoundError)
+    (folder / "model-1.safetensors").rename(folder / "model.safetensors")
+    refuses(folder, "or delete the index, for model.safetensors is there", kind=FileNotFoundError)
 
 
 def test_missing_files(copied):
