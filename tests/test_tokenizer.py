@@ -208,11 +208,11 @@ def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
 def test_other_tokenizers_differ(tmp_path):
     """Or the test above would show nothing."""
     usual = [trained().encode(text).ids for text in OTHER_TEXTS]
-    digests = {tokenizer.load(write(tmp_path / "usual", with_json=True)).digest}
+    digest = tokenizer.load(write(tmp_path / "usual", with_json=True)).digest
     for kind, made in other_tokenizers().items():
         assert [made.encode(text).ids for text in OTHER_TEXTS] != usual, kind
-        digests.add(tokenizer.load(write(tmp_path / kind, with_json=True, made=made)).digest)
-    assert len(digests) == 6  # the vocabulary is the same in all
+        # the vocabulary is the same
+        assert tokenizer.load(write(tmp_path / kind, with_json=True, made=made)).digest != digest, kind
 
 
 def test_vocabulary_and_merges_as_qwen2_reads_them(tmp_path):
