@@ -30,6 +30,10 @@ def settings_of(config, workdir: str, name: str):
     return settings.arm(config, name, start), os.path.join(workdir, "arms", name)
 
 
+class ArmsFailed(RuntimeError):
+    """The run itself is done; a control arm is not."""
+
+
 class Arms:
     """Runs the arms of a run, as processes. A context manager: where the run stops, they stop too."""
 
@@ -60,12 +64,12 @@ class Arms:
             self._worker.start()
 
     def finish(self) -> None:
-        """Runs what is left and waits for all. RuntimeError names the arms that failed and where their log is."""
+        """Runs what is left and waits for all. ArmsFailed names those that failed, with their logs."""
         self._work(0)
         if self._worker:
             self._worker.join()
         if self._failed:
-            raise RuntimeError("control arms failed: " + "; ".join(self._failed))
+            raise ArmsFailed("control arms failed: " + "; ".join(self._failed))
 
     def _work(self, half: int) -> None:
         """Runs arms one after another until none is left. On CPUs in one half of the cores: two small programs that

@@ -57,9 +57,9 @@ class Run:
 
 
 def main(argv) -> None:
-    """The command: one run and then its arms, or one arm. What is wrong with settings, files or data is told in one line;
-    --verbosity=1 adds where in the code."""
-    from opsd_jax import distributed
+    """The command: one run and then its arms, or one arm. What is wrong with settings, files or data, or with the run's
+    health, is told in one line; --verbosity=1 adds where in the code."""
+    from opsd_jax import arms, distributed, metrics
 
     cli.start()
     # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.
@@ -69,7 +69,7 @@ def main(argv) -> None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
     try:
         _run(config, workdir, flags.FLAGS.arm)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, metrics.UnhealthyRun, arms.ArmsFailed) as error:
         if distributed.peer_is_lost(error):
             raise
         logging.debug("where the error comes from:", exc_info=error)

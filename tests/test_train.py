@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -250,9 +251,22 @@ def fake_python(tmp_path, monkeypatch, script):
 def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
     with arms.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
-        with pytest.raises(RuntimeError, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"):
+        with pytest.raises(arms.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"):
             controls.finish()
     assert (tmp_path / "arms" / "good" / "log.txt").read_text() == "-m opsd_jax.train --x --arm=good\n"
+
+
+@pytest.mark.parametrize("error", [metrics.UnhealthyRun("stopped at step 3: loss is nan"), arms.ArmsFailed("noise"),
+                                   ValueError("config.seed is -1"), FileNotFoundError("no data")])
+def test_what_is_no_fault_of_the_code_is_told_in_one_line(monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "_run", fail)
+    monkeypatch.setattr(train.flags, "FLAGS", types.SimpleNamespace(config=1, workdir="w", arm=""))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([])
+    assert stopped.value.code == 1 and capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
