@@ -230,6 +230,25 @@ def test_a_run_and_its_arms_are_a_group_at_wandb():
     assert train.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost, step", [(".", small_run.OPSD - 1), ("checkpoints", small_run.OPSD)])
+def test_a_run_whose_folder_is_deleted_ends_with_an_error(trained, tmp_path, monkeypatch, lost, step):
+    """While it trains, and before its last save."""
+    config = small_run.config(stages=("opsd",), data__dir=str(trained / "data"), eval__final_split="",
+                              checkpoint__every=1000)  # nothing is being written when it is deleted
+    scalars = metrics.Writer.scalars
+
+    def scalars_and_delete(self, now, *args):
+        scalars(self, now, *args)
+        if now == step:
+            shutil.rmtree(tmp_path / "w" / lost)
+
+    monkeypatch.setattr(metrics.Writer, "scalars", scalars_and_delete)
+    with pytest.raises(OSError, match="was deleted or replaced|is gone"):
+        train.train(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w" / "time.json").exists()
+
+
 # --- arms ---------------------------------------------------------------------------------------------------
 
 def test_arms_need_a_name_and_a_start(tmp_path):
