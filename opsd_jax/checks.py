@@ -13,6 +13,7 @@ import typing
 import numpy as np
 
 TEMPERATURE = "[0.001, 1000]"  # beyond it float32 logits overflow, or all tokens are equally likely
+SEED = f"[0, {2 ** 32})"  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
 _LARGEST = float(np.finfo(np.float32).max)
 
 

@@ -6,8 +6,6 @@ import sys
 
 from opsd_jax import checks
 
-SEEDS = 2 ** 32  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
-
 
 def start() -> None:
     """To be called first in every command: what the terminal's encoding lacks is printed as an escape such as \\u2013.
@@ -62,8 +60,8 @@ def check_precision() -> None:
 
 def check_seed(seed: int) -> None:
     """Seeds are told apart by 32 bits."""
-    if not 0 <= seed < SEEDS:
-        raise ValueError(f"--seed={seed}: give a whole number from 0 to {SEEDS - 1}; others would repeat one of these")
+    if not checks.holds(checks.SEED, seed):
+        raise ValueError(f"--seed={seed}: give a whole number from 0 to {2 ** 32 - 1}; others would repeat one of these")
 
 
 def check_name(name: str) -> None:

@@ -196,7 +196,7 @@ def ranges() -> dict[str, str]:
              ("teacher", DistillConfig), ("divergence", DivergenceConfig), ("rollout", RolloutConfig),
              ("drawing", FlowConfig), ("health", metrics.Health),
              *((stage, DistillConfig) for stage in STAGES), *((f"{stage}.optim", OptimConfig) for stage in STAGES)]
-    cached, seed = checks.ranges(DistillConfig), f"[0, {2 ** 32})"  # JAX keeps the low 32 bits of a seed
+    cached, seed = checks.ranges(DistillConfig), checks.SEED
     found = {f"{group}.{name}": allowed for group, view in views for name, (_, allowed) in checks.ranges(view).items()} | {
         **{key: allowed for key, (_, allowed) in _ELEMENTS.items()}, "seed": seed, "lora.rank": "[0, inf)", "data.make.seed": seed,
         "data.make.train": "[0, inf)", "data.make.validation": "[0, inf)", "data.make.test": "[0, inf)",
