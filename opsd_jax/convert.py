@@ -144,6 +144,8 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
                                     "without (import --only=understanding)")
         files["ae"], stem["ae"] = tensor_files.header(path), "ae.safetensors"
     problems, notes, leaves = [], [], []
+    if name == "model" and tensor_files.is_there(directory, "ema"):
+        notes.append("there is model.safetensors and ema.safetensors; the weights of model.safetensors are read")
     used = {file: set() for file in files}
     default = dtype or tensor_files.DTYPES.get(getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None))
     for path, leaf in _abstract(config).items():

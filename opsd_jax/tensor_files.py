@@ -76,13 +76,16 @@ def _tensor(path, base, dtype, shape, data_offsets) -> Tensor:
 def folder(directory) -> tuple[dict[str, Tensor], str]:
     """(tensors, stem) of model.safetensors, else ema.safetensors, or of the shards of an index of either one."""
     for stem in ("model", "ema"):
-        name = f"{stem}.safetensors.index.json"
-        if os.path.isfile(os.path.join(directory, name)):
-            return _shards(directory, name), stem
-        path = os.path.join(directory, f"{stem}.safetensors")
-        if os.path.isfile(path):
-            return header(path), stem
+        index, path = f"{stem}.safetensors.index.json", os.path.join(directory, f"{stem}.safetensors")
+        if is_there(directory, stem):
+            sharded = os.path.isfile(os.path.join(directory, index))
+            return _shards(directory, index) if sharded else header(path), stem
     raise FileNotFoundError(f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)")
+
+
+def is_there(directory, stem: str) -> bool:
+    """Whether a folder holds STEM.safetensors, or an index of its shards."""
+    return any(os.path.isfile(os.path.join(directory, f"{stem}.safetensors{end}")) for end in ("", ".index.json"))
 
 
 def _shards(directory, index):
@@ -90,6 +93,9 @@ def _shards(directory, index):
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
         raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}")
     parts = sorted(set(places.values()))
+    if outside := [part for part in parts if os.path.isabs(part) or ".." in part.split("/")]:
+        raise ValueError(f"{os.path.join(directory, index)} names {outside[0]}, which is outside the folder: copy the file into "
+                         "it and correct the name")
     whole = index.removesuffix(".index.json")
     or_else = f", or delete the index, for {whole} is there" if os.path.isfile(os.path.join(directory, whole)) else ""
     if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:

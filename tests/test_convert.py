@@ -381,12 +381,21 @@ def test_damaged_shards(tmp_path):
     refuses(folder, str(index), "not valid JSON")
     index.write_text("{}")
     refuses(folder, str(index), "no weight_map")
+    for away in ("../odd/model-1.safetensors", str(folder / "model-1.safetensors")):
+        index.write_text(text.replace("model-1.safetensors", away))
+        refuses(folder, f"{index} names {away}, which is outside the folder")
     index.write_text(text)
     for n in (0, 2):
         (folder / f"model-{n}.safetensors").unlink()
     refuses(folder, "lacks model-0.safetensors, model-2.safetensors", index.name, kind=FileNotFoundError)
     (folder / "model-1.safetensors").rename(folder / "model.safetensors")
     refuses(folder, "or delete the index, for model.safetensors is there", kind=FileNotFoundError)
+
+
+def test_of_two_sets_of_weights_the_one_that_is_read_is_named(copied, capsys):
+    shutil.copyfile(copied / "model.safetensors", copied / "ema.safetensors")
+    convert.load(str(copied))
+    assert f"{copied}: there is model.safetensors and ema.safetensors; the weights of model" in capsys.readouterr().err
 
 
 def test_missing_files(copied):
