@@ -485,7 +485,12 @@ def _run(args):
         earlier(args.out)
     for path in args.image:  # what cannot be read shows before minutes of loading
         paths.check_given("--image", path)
-        images.open_rgb(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--image={path}: there is no such file: give the path of an image")
+        try:
+            images.open_rgb(path)
+        except images.UnreadableImage as error:
+            raise ValueError(f"--image={path}: {error}") from error
     model = load(args.checkpoint, draw=draw, protocol=args.protocol, tokenizer=args.tokenizer, dtype=args.dtype)
     changes = {name: getattr(args, name) for name in ("max_new_tokens", "rounds") if getattr(args, name) is not None}
     if args.temperature is not None:

@@ -30,6 +30,8 @@ def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
                          "with gcsfuse, and give the mounted folder")
     if odd := [char for char in path if unicodedata.category(char) == "Cc"]:
         raise ValueError(f"{shown} holds the character {odd[0]!r}: use a path of printable characters")
+    if re.search("[\ud800-\udfff]", path):  # bytes that Python could not decode
+        raise ValueError(f"{shown} is no UTF-8, or the terminal's encoding is not: set a UTF-8 locale, such as LC_ALL=C.UTF-8")
     if path[0] == "~":
         raise ValueError(f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole path")
     place = os.path.realpath(path)  # the folder above counts as well, and where a link leads

@@ -70,6 +70,10 @@ def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
         "layer_norm_eps": vit.number("layer_norm_eps", default=1e-6)}
     if generation and not whole:
         problems.append("config.json is missing: image generation needs its latent_patch_size and max_latent_size")
+    elif generation and top.values.get("visual_gen") is False and not top.has("latent_patch_size"):
+        problems.append("config.json: visual_gen is false, so the folder has no image generation: import it with "
+                        "--only=understanding, or ask it without --visual_thoughts=generated")
+        latent, vae, autoencoder = {}, None, json_files.Object("config.json", {}, problems)
     elif generation:
         latent = dict(patch=top.integer("latent_patch_size", most=1 << 8), side=top.integer("max_latent_size", most=_SIDE),
                       timestep_shift=top.number("timestep_shift", default=1.0))

@@ -113,7 +113,7 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
         raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
-                                "released model's tokenizer as --config.tokenizer=FOLDER")
+                                "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER")
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
                                 "both vocab.json and merges.txt")
@@ -134,6 +134,7 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
                              f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
                              "folder again")
     _check_bytes(directory, backend)
+    _check_lossless(directory, backend)
     missing = [token for token in DELIMITERS.values() if token not in vocabulary]
     if missing:
         raise ValueError(f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
@@ -208,3 +209,16 @@ def _check_bytes(directory, backend) -> None:
         wrong = next(token for token in sorted(backend.get_vocab().keys() - added) if not set(token) <= alphabet)
         raise ValueError(f"the tokenizer in {directory} spells its token {wrong!r} in no bytes: use one of byte-level BPE, "
                          "as Qwen2's")
+
+
+def _check_lossless(directory, backend) -> None:
+    """ValueError where text would be lost, as without a pre-tokenizer of kind ByteLevel, or ids would be random."""
+    if getattr(backend.model, "dropout", None):
+        raise ValueError(f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the same "
+                         "text would get other ids each time: set it to null")
+    text = _PROBE.partition("<")[0]  # tags may be added tokens that take the blanks around them
+    wanted = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    said = Tokenizer(backend, 0, 0, 0, 0).decode(backend.encode(text, add_special_tokens=False).ids)
+    if said.strip() != wanted.strip():
+        raise ValueError(f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give its "
+                         "tokenizer.json the pre-tokenizer ByteLevel, or use the released model's")

@@ -749,6 +749,14 @@ def test_export_of_the_understanding_path(golden, understanding, tmp_path, capsy
     refuses(out, "ae.safetensors is missing", kind=FileNotFoundError)
 
 
+def test_import_of_a_folder_without_image_generation(golden, understanding, tmp_path):
+    """As the export of a run on texts: the error says which flag leaves image generation out."""
+    out = export(understanding, tmp_path / "out", "--base=none")
+    top = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({key: top[key] for key in top.keys() - {"latent_patch_size", "max_latent_size"}}))
+    refuses(out, "config.json: visual_gen is false", "--only=understanding")
+
+
 def test_base_that_does_not_fit(golden, understanding, tmp_path, capsys):
     def fails(base):
         with pytest.raises(SystemExit):

@@ -198,6 +198,7 @@ BAD_ROWS = {
     "no thought": ({"resoning_thought_0": "", "resoning_thought_1": None}, "resoning_thought_0.*no thought"),
     "bad metadata": ({"metadata": "{'a': 1}"}, "metadata is not JSON"),
     "list metadata": ({"metadata": "[1]"}, "metadata is JSON, but not an object"),
+    "metadata as a struct": ({"metadata": {"family": "maze"}}, r"metadata is of type dict, not text\. Mend[^)]*$"),
     "zero-width answer": ({"answer": "\u200b \ufeff"}, "answer is empty"),
     "unclosed answer": ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
     "unknown family": ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'.*choose from maze"),
@@ -606,7 +607,7 @@ def test_broken_and_absent_targets(two_tasks, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no prepared data"):
         open_source(tmp_path / "out")
     for opener, place in ((open_source, folder), (ParquetSource, two_tasks / "Maze")):
-        with pytest.raises(ValueError, match=f"{place}.*'test'.*train.*validation"):
+        with pytest.raises(ValueError, match=f"split 'test' .--split.*{place}.*'test'.*train.*validation"):
             opener(place, "test")
         with pytest.raises(ValueError, match=f"{place}.*99"):
             opener(place, "train[:99]")

@@ -208,8 +208,8 @@ def test_command_answers_in_text_without_reading_what_draws(released, tmp_path, 
     (["--visual_thoughts=generated"], "needs --out=FOLDER"),
     (["--always_draw"], "--always_draw needs --visual_thoughts=generated"),
     (["--question="], "the question is empty"),
-    (["--image={folder}/nothing.png"], "nothing.png"),
-    (["--image={folder}/config.json"], "config.json"),
+    (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
+    (["--image={folder}/config.json"], "config.json: cannot decode"),
     (["--tokenizer={folder}/.."], "holds no tokenizer"),
     (["--checkpoint={folder}/.."], "is no released folder (no llm_config.json)")])
 def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):

@@ -15,7 +15,8 @@ from opsd_jax.tasks import parquet
 
 ADDRESSES = ("gs://bucket/p", "s3://bucket/p", "file:///tmp/p", "hf://user/model", "http://host/p", "gs:/bucket/p", "a/gs://b",
              "gs:")
-OTHERS = {"a\nb": "the character", "a\0b": "the character", "~/runs": "$HOME", "/gs/bucket/p": "gs://bucket/p",
+OTHERS = {"a\nb": "the character", "a\0b": "the character", "runs/\udcc3\udca9": "LC_ALL=C.UTF-8", "~/runs": "$HOME",
+          "/gs/bucket/p": "gs://bucket/p",
           "/s3/p": "the address s3://p"}
 PATTERNS = ("exp[lr=1e-5]", "a[1]", "a]", "a*", "what?", "a\\b", "a[1]/inside")
 

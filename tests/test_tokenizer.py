@@ -205,6 +205,26 @@ def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
         assert tok.encode(text).tolist() == plain.encode(text, add_special_tokens=False).ids, text
 
 
+LOSSY = {
+    "no pre-tokenizer": (lambda made: made.update(pre_tokenizer=None), "text would be lost"),
+    "another pre-tokenizer": (lambda made: made.update(
+        pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}), "text would be lost"),
+    "whole words": (lambda made: made.update(
+        model={"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"}), "text would be lost"),
+    "dropout": (lambda made: made["model"].update(dropout=0.5), "has dropout 0.5.*set it to null"),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_tokenizers_that_lose_text_are_refused(tmp_path, kind):
+    """All bytes have tokens, but the rules never ask for them; or the ids are others each time."""
+    change, message = LOSSY[kind]
+    folder = write(tmp_path / "t", with_json=True)
+    edit(folder / "tokenizer.json", change)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.load(folder)
+
+
 def test_other_tokenizers_differ(tmp_path):
     """Or the test above would show nothing."""
     usual = [trained().encode(text).ids for text in OTHER_TEXTS]

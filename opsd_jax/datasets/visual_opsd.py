@@ -194,8 +194,9 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
         warnings.append(Note(file, index, pid, f"unused_visual_thought: between {len(thoughts)} thoughts interleaved traces "
                              f"show {len(thoughts) - 1} of {len(visual_thoughts)}; the teacher sees all"))
 
+    stored = text("metadata")
     try:
-        metadata = json.loads(text("metadata") or "{}")
+        metadata = json.loads(stored or "{}")
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of open brackets
         raise bad("metadata", f"is not JSON ({error})") from None
     if not isinstance(metadata, dict):
@@ -718,7 +719,7 @@ class Source:
                     raise FileNotFoundError(
                         f"{path} is missing or truncated (it should hold {rows} rows): copy it again, or run "
                         f"`{_PREPARE}` again, which remakes what is broken")
-        with _naming(directory):
+        with _naming(directory, split):
             self._rows = builder.as_data_source(
                 split, decoders={"problem_image": RawBytes(), "reasoning_images": RawBytes()})
 
@@ -828,7 +829,7 @@ class ParquetSource:
         # Pieces of row groups that make up the split: [(path, group, first row in file, first row in group)].
         self._pieces: list[tuple[Path, int, int, int]] = []
         self._starts = [0]  # of the pieces, in rows of this source; at the end its length
-        with _naming(self.directory):
+        with _naming(self.directory, split):
             parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
         for part in parts:
             start, stop = part.from_ or 0, sum(sizes[part.splitname]) if part.to is None else part.to
@@ -873,12 +874,12 @@ def _read_group(path: Path, group: int):
 
 
 @contextlib.contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """TFDS says what is wrong with a split, but not where."""
+def _naming(directory: Path, split: str) -> Iterator[None]:
+    """TFDS says what is wrong with a split, but not with which, nor where."""
     try:
         yield
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{directory}: {error}") from error
+        raise ValueError(f"split {split!r} (--split, or a setting) of {directory}: {error}") from error
 
 
 def _in_range(index: int, length: int) -> int:
