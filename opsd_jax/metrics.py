@@ -436,8 +436,8 @@ class Health:
 
     Most watches compare with the run's own start: references are means of the first `reference_checks` checks. What is
     wrong from the start has absolute limits: `min_length`, `max_unfinished`. A watch raises after `patience` bad checks
-    one after the other. On resume, `replay` the rows of the stage first: a reference taken
-    from a run that is already sick would find it healthy.
+    one after the other; `max_unfinished` waits for `reference_checks` more. On resume, `replay` the rows of the stage
+    first: a reference taken from a run that is already sick would find it healthy.
     """
 
     finite: tuple[str, ...] | None = ("loss", "grad_norm")  # may not be nan or inf, not even once
@@ -495,7 +495,8 @@ class Health:
         watch("max_unfinished", "eos_rate", lambda value, high, _: not self._ended and 1 - value >= high,
               "completions never end within the budget: eos_rate is {value:.3g}, and was never above 0.5. Raise "
               "rollout.max_new_tokens, or lower rollout.temperature; if the texts in samples/ make no sense, weights "
-              "(init_from) and tokenizer do not belong together")
+              "(init_from) and tokenizer do not belong together",
+              patience=self.reference_checks + self.patience)  # a short budget and a young model look alike at first
         watch("min_length_fraction", "completion_len", lambda value, part, usual: value < part * usual,
               "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower optim.lr or take a "
               "fixed teacher, unless short answers are right")
