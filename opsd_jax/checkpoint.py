@@ -511,6 +511,11 @@ def _remove_half_written(directory: epath.Path) -> None:
                           "write there? Stop it, or delete the folder")
 
 
+def is_begun(workdir) -> bool:
+    """Whether a run has a complete checkpoint, from which it goes on."""
+    return bool(_list(_absolute(workdir) / "checkpoints")[0])
+
+
 def resolve(directory) -> epath.Path:
     """The step folder that `directory` (step folder, checkpoints folder or workdir) stands for."""
     directory = _absolute(directory)

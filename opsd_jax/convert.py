@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import cli, json_files, locks
+from opsd_jax import checks, cli, json_files, locks
 from opsd_jax import params as params_lib
 from opsd_jax import paths, release_configs, tensor_files
 from opsd_jax.model.config import ModelConfig
@@ -434,6 +434,7 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
 
     for flag, path in (("--source", source), ("--target", target), ("--base", base)):
         paths.check(flag, path)
+    checks.number("--max_shard_gb", max_shard_gb, float, "[0, 1e9]; 0 for one file")
     kind = jnp.dtype(dtype) if dtype else None
     if is_released(source):
         raise ValueError(f"--source={source} is a released folder already: export reads checkpoints")

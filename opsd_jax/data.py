@@ -100,11 +100,37 @@ def make_if_absent(config, workdir: str) -> None:
     Raises FileNotFoundError if there are no data and none to make; ValueError if those that are there were made with
     other settings.
     """
-    target, make = folder(config, workdir), config.data.make.to_dict()
-    was = _made(target)
+    target = folder(config, workdir)
+    make = _to_make(config, target)
+    if make:
+        with locks.only_writer(target, wait=True):
+            make_procedural(target, make)
+
+
+def check_there(config, workdir: str) -> None:
+    """FileNotFoundError where `make_if_absent` finds no data and has none to make, ValueError where they lack a task of
+    config.data.tasks; makes nothing."""
+    target = folder(config, workdir)
+    make, prepared = _to_make(config, target), pathlib.Path(target, visual_opsd.NAME)
+    families = {family: module.TASK for family, module in tasks.FAMILIES.items()}
+    made = [families[family] for family in (make["families"] if make else ()) if family in families]
+    there = {path.name: path.name for path in (prepared.iterdir() if prepared.is_dir() else ()) if path.is_dir()}
+    there |= {task.lower(): task for task in made}
+    for task in config.data.tasks:
+        if task.lower() not in there:
+            more = (f"choose from {', '.join(sorted(there.values())) or 'none'}, or make another: config.data.make.families is "
+                    f"{tuple(make['families'])}, of {families}" if make else
+                    f"it holds {', '.join(sorted(there.values())) or 'none'}: choose from these, or prepare that one there")
+            raise ValueError(f"config.data.tasks names {task!r}, which the data in {target} lack: {more}")
+
+
+def _to_make(config, target) -> dict | None:
+    """With which settings procedural data are made or finished in the data folder; None: all is there, prepared from
+    elsewhere. FileNotFoundError as `make_if_absent`."""
+    was, make = _made(target), config.data.make.to_dict()
     if was is None:
-        if os.path.isdir(os.path.join(target, visual_opsd.NAME)):  # prepared from elsewhere
-            return
+        if os.path.isdir(os.path.join(target, visual_opsd.NAME)):
+            return None
         if config.data.dir or not make["families"]:
             raise FileNotFoundError(
                 f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
@@ -115,8 +141,7 @@ def make_if_absent(config, workdir: str) -> None:
         make = was
     elif config.data.dir and {*make["families"]} <= {*was["families"]}:
         make["families"] = was["families"]
-    with locks.only_writer(target, wait=True):
-        make_procedural(target, make)
+    return make
 
 
 def make_procedural(target: str, make: dict) -> None:
@@ -169,15 +194,22 @@ def tokenizer_folder(config, workdir: str) -> str:
     return config.tokenizer or os.path.join(folder(config, workdir), "made", "tokenizer")
 
 
+def _open(where, split: str, task: str, limit: int) -> visual_opsd.Source:
+    """A split of a task, of which `limit` rows are taken; 0: all."""
+    source = visual_opsd.open_source(where, split, task=task)
+    if limit > len(source):
+        raise ValueError(f"config.data.limits asks for the first {limit} rows of {task}, but {where} holds {len(source)} for "
+                         f"{split}: give at most that, or 0 for all")
+    return visual_opsd.open_source(where, f"{split}[:{limit}]", task=task) if limit else source
+
+
 class Rows:
     """Random access to the prepared rows of the tasks of a split, with a bounded cache. drawing: with `pixels`."""
 
     def __init__(self, config, workdir, tokenizer, split: str, drawing: bool = False):
         where = folder(config, workdir)
         limits = config.data.limits if split == "train" and config.data.limits else [0] * len(config.data.tasks)
-        spec = [f"{split}[:{limit}]" if limit else split for limit in limits]
-        self.sources = [visual_opsd.open_source(where, part, task=task)
-                        for task, part in zip(config.data.tasks, spec)]
+        self.sources = [_open(where, split, task, limit) for task, limit in zip(config.data.tasks, limits)]
         self.digests = [visual_opsd.digest(where, task) for task in config.data.tasks]  # what caches of the rows depend on
         self._tasks, self._tokenizer, self._suffix = config.data.tasks, tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency

@@ -325,6 +325,8 @@ def _check_value(value, usual, shown: str, key: str) -> None:
             if key in _CHOICES and element not in _CHOICES[key]:
                 raise ValueError(f"{shown} names {element!r}: {_choose(_CHOICES[key])}")
         checks.once(shown, value)
+        if key == "data.tasks":  # a task's folder has its name in lower case
+            checks.once(shown, [element.lower() for element in value])
 
 
 def _choose(choices) -> str:
@@ -384,6 +386,9 @@ def _check_data(config) -> None:
     if data.make.families and not data.dir:  # else the data are there
         used = {"train": "config.stages", config.eval.split: "config.eval.every" if config.eval.every else "",
                 config.eval.final_split: "config.eval.final_split"}
+        for key, split in (("split", config.eval.split), ("final_split", config.eval.final_split)):
+            if used.get(split) and split.isidentifier() and split not in tasks.BUCKETS:  # else a slice, as test[:64]
+                raise ValueError(f"config.eval.{key} is {split!r}: procedural data have the splits {', '.join(tasks.BUCKETS)}")
         for split in tasks.BUCKETS:
             if used.get(split) and not data.make[split]:
                 raise ValueError(f"config.data.make.{split} is 0, but {used[split]} needs that split: give at least 1")

@@ -94,6 +94,18 @@ def _byte_alphabet() -> dict[int, str]:
     return {**{b: chr(b) for b in keep}, **{b: chr(256 + n) for n, b in enumerate(moved)}}
 
 
+def check_there(directory: str) -> list[str]:
+    """The names of the files in a tokenizer folder. FileNotFoundError where those that `load` reads are not there."""
+    files = os.listdir(directory) if os.path.isdir(directory) else []
+    if "tokenizer_config.json" not in files:
+        raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
+                                "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER")
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
+        raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
+                                "both vocab.json and merges.txt")
+    return files
+
+
 def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
     """Reads a tokenizer folder: tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt.
 
@@ -110,13 +122,7 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
       FileNotFoundError: there is no tokenizer. ValueError: its files do not parse or contradict each other, it is not
       byte-level, a delimiter is absent, or an id is beyond the embedding.
     """
-    files = os.listdir(directory) if os.path.isdir(directory) else []
-    if "tokenizer_config.json" not in files:
-        raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
-                                "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER")
-    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
-        raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
-                                "both vocab.json and merges.txt")
+    files = check_there(directory)
     again = "copy the folder of the released model's tokenizer again"
     reading = "tokenizer_config.json"
     try:

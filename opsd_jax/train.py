@@ -92,12 +92,21 @@ def _run(config, workdir: str, arm: str) -> None:
         train(*arms.settings_of(config, workdir, arm), data_workdir=workdir)
         return
     if not several:  # JAX tells all processes of a SIGTERM to one; a handler set here would replace its own
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # while training, `train` handles it
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)  # while training, `train` handles them
     with arms.Arms(config.run_arms, workdir, sys.argv[1:]) as controls:
         train(config, workdir, on_warm=controls.start)
         controls.finish()
     if config.run_arms:
         print(arms.report(workdir, config.run_arms))
+
+
+def _stop(number, frame) -> None:
+    """Ends the command where it does not train itself; arms that run save and stop first (`arms.Arms`)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again aborts at once
+    print(f"{signal.Signals(number).name}: stopping, and arms that run with it; the same command continues", file=sys.stderr,
+          flush=True)
+    sys.exit(EXIT_STOPPED)
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -156,18 +165,39 @@ def _check_path(flag, path, **options) -> None:
         sys.exit(f"error: {error}")
 
 
-def check(config, workdir: str) -> None:
-    """ValueError for what would fail later; nothing is made."""
-    from opsd_jax import convert
+def check(config, workdir: str, data_workdir: str = "") -> None:
+    """ValueError or FileNotFoundError for what would fail later, in the run or in an arm that it starts; nothing is made.
 
+    data_workdir: as in `train`.
+    """
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
     settings.check(config)
+    _check_there(config, workdir, data_workdir or workdir)
+    for name in config.run_arms:
+        try:
+            _check_there(settings.arm(config, name), os.path.join(workdir, "arms", name), workdir)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"config.arms.{name}: {error}") from None
+
+
+def _check_there(config, workdir: str, data_workdir: str) -> None:
+    """What a run reads is there: its data or how to make them, a tokenizer, and what it starts from."""
+    from opsd_jax import checkpoint, convert, data, tokenizer
+
+    data.check_there(config, data_workdir)
+    if config.tokenizer:
+        tokenizer.check_there(config.tokenizer)
     if config.init_from and not convert.is_released(config.init_from):
         paths.check("config.init_from", config.init_from, orbax=True)
+    if config.init_from and not convert.is_model(config.init_from) and not checkpoint.is_begun(workdir):
+        try:
+            checkpoint.resolve(config.init_from)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}") from None
 
 
-def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lambda: None):
+def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None):
     """Runs (or continues) a run and returns its final parameters.
 
     on_warm: called when the checkpoint is there that the OPSD stage starts from.
@@ -177,7 +207,7 @@ def train(config, workdir: str, *, data_workdir: str | None = None, on_warm=lamb
 
     from opsd_jax import checkpoint, locks
 
-    check(config, workdir)
+    check(config, workdir, data_workdir)
     ends = settings.stage_ends(config)
     lock = locks.only_writer(workdir, inside=True, primary=jax.process_index() == 0)
     with lock, checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(

@@ -730,6 +730,14 @@ def test_export_in_shards_and_other_dtype(golden, imported, tmp_path, capsys):
     same(named(convert.load(str(out), generation=True, dtype=None)[1]), wanted)
 
 
+@pytest.mark.parametrize("size", ["-1", "nan", "inf"])
+def test_a_size_of_files_that_cannot_be_is_refused(imported, tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as ended:
+        export(imported, tmp_path / "out", f"--max_shard_gb={size}")
+    assert ended.value.code == 1 and f"--max_shard_gb is {size}.0"[:18] in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
 def test_export_completes_what_draws_from_the_release(golden, imported, understanding, tmp_path, capsys):
     """By its own note, and from an imported folder."""
     for n, base in enumerate(("", f"--base={imported}")):

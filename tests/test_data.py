@@ -374,6 +374,13 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
     assert len(visual_opsd.open_source(begun, "train", task=CHART)) == 4
 
 
+def test_rows_beyond_a_split_name_the_setting(folder, tok):
+    wrong = config(folder, data__limits=(0, 100))
+    with pytest.raises(ValueError, match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train"):
+        data.Rows(wrong, "", tok, "train")
+    assert [len(source) for source in data.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources] == [64, 5]
+
+
 @pytest.mark.parametrize("content", ["", '{"families": ["cha', "\0" * 200, "[]", '{"families": 3}'])
 def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
     (tmp_path / "data").mkdir()

@@ -4,7 +4,9 @@ The table is by kind: numbers out of range, values of another type, names given 
 """
 
 import contextlib
+import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -284,3 +286,58 @@ def test_64_bits_are_refused_by_train_and_plan(tmp_path):
     with x64(), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
         plan.plan(SMALL, plan.parse_topology("cpu:1"))
     assert not (tmp_path / "w").exists()
+
+
+# --- what is not there --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder that looks like data prepared from elsewhere, of one task."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "visual_opsd" / "maze_nav").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(data__tasks=("Chart_Refocsu",)), "config.data.tasks names 'Chart_Refocsu', .*choose from Chart_Refocus, or make"),
+    (dict(data__tasks=("Chart_Refocus", "")), "config.data.tasks names '', "),
+    (dict(data__make__families=("maze",)), r"names 'Chart_Refocus'.*choose from Spatial_Navigation.*families is \('maze',\)"),
+    (dict(data__dir="PREPARED"), "config.data.tasks names 'Chart_Refocus', .*it holds maze_nav: choose"),
+    (dict(data__dir="NOWHERE"), "NOWHERE holds no data"),
+    (dict(data__make__families=()), "w/data holds no data"),
+    (dict(eval__final_split="tset"), "config.eval.final_split is 'tset': .*train, validation, test"),
+    (dict(eval__split="valid", eval__every=2), "config.eval.split is 'valid'"),
+    (dict(data__tasks=("Chart_Refocus", "chart_refocus")), "data.tasks names chart_refocus twice"),
+    (dict(tokenizer="NOWHERE"), "NOWHERE holds no tokenizer"),
+    (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE' .*no such folder"),
+    (dict(init_from="PREPARED"), "config.init_from='.*' is no model and holds no checkpoint"),
+])
+@pytest.mark.parametrize("arm", [False, True], ids=["run", "arm"])
+def test_what_is_not_there_is_said_before_anything_is_made(tmp_path, prepared, changes, message, arm):
+    """In an arm that the run will start, too: it would fail when the run is done."""
+    places = {"PREPARED": str(prepared), "NOWHERE": str(tmp_path / "NOWHERE")}
+    changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    c = small_run.config(**({} if arm else changes))
+    if arm:
+        if changes.get("data__make__families") == ():
+            changes["data__dir"], message = str(tmp_path / "NOWHERE"), "NOWHERE holds no data"
+        nested = {}
+        for key, value in changes.items():
+            *groups, name = key.split("__")
+            functools.reduce(lambda group, name: group.setdefault(name, {}), groups, nested)[name] = value
+        c.arms = ConfigDict({"wrong": nested})
+        c.run_arms, message = ("wrong",), f"config.arms.wrong.*{message}"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.check(c, str(tmp_path / "w"))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_goes_on_without_what_it_started_from(tmp_path):
+    """Weights that a run began with may be gone when it continues."""
+    c = small_run.config(init_from=str(tmp_path / "gone"))
+    step = tmp_path / "w" / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="config.init_from"):
+        train.check(c, str(tmp_path / "w"))
+    (step / "commit_success.txt").touch()
+    train.check(c, str(tmp_path / "w"))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import types
@@ -286,6 +287,32 @@ def test_what_is_no_fault_of_the_code_is_told_in_one_line(monkeypatch, capsys, e
     with pytest.raises(SystemExit) as stopped:
         train.main([])
     assert stopped.value.code == 1 and capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number):
+    """The run is done: the command waits until the arm has saved, and ends with 42."""
+    fake_python(tmp_path, monkeypatch, "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done")
+    log = tmp_path / "arms" / "a" / "log.txt"
+
+    def ask():
+        while not (log.exists() and "ready" in log.read_text()):
+            time.sleep(0.01)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(train, "check", lambda *_: None)
+    monkeypatch.setattr(train, "train", lambda *_, **__: None)
+    monkeypatch.setattr(arms.Arms, "finish", lambda self: (self.start(), ask()))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train._run(small_run.config(run_arms=("a",)), str(tmp_path), "")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == train.EXIT_STOPPED and log.read_text() == "ready\nsaved\n"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{number.name}: stopping")
 
 
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
