@@ -121,7 +121,12 @@ def noise_picture(picture, rng: np.random.Generator) -> np.ndarray:
 
 def picture_path(folder: str, name: str, key, number: int) -> str:
     """Where the `number`-th picture that was drawn for a row lies."""
-    return os.path.join(folder, "pictures", name, f"{key}-{number}.png")
+    return os.path.join(folder, "pictures", name, f"{_file_stem(key)}-{number}.png")
+
+
+def _file_stem(key) -> str:
+    """A row's key in file names: of a table it is any text, "../x" as well, and nothing is written elsewhere."""
+    return str(key).replace("/", "%2F")
 
 
 def changer(mode: str, name: str, keys, *, seed: int, drawn: str = ""):
@@ -145,7 +150,7 @@ def changer(mode: str, name: str, keys, *, seed: int, drawn: str = ""):
     others = _drawn_rows(drawn, name)
 
     def swap(b, number, picture):
-        own = str(keys[min(b, len(keys) - 1)])
+        own = _file_stem(keys[min(b, len(keys) - 1)])
         there = sorted(key for key, count in others.items() if number < count and key != own)
         if not there:
             raise FileNotFoundError(f"no other row of {name} has a picture of round {number + 1} in {drawn}/pictures/{name}: "
@@ -156,7 +161,7 @@ def changer(mode: str, name: str, keys, *, seed: int, drawn: str = ""):
 
 
 def _drawn_rows(folder, name) -> dict[str, int]:
-    """{key as text: how many pictures} of a finished evaluation."""
+    """{key as in file names: how many pictures} of a finished evaluation."""
     place = os.path.join(folder, "pictures", name)
     if not folder or not os.path.isdir(place):
         raise FileNotFoundError(

@@ -107,7 +107,9 @@ def boxed_path(prediction: str) -> str | None:
 
 
 def maze_rows(maze) -> list[str]:
-    """Rows of a maze of S, G, F, H, given as a list or printed as one, with commas or without."""
+    """Rows of a maze of S, G, F, H, given as a list or printed as one, with commas or without; an empty cell (NaN) has none."""
+    if isinstance(maze, float):
+        return []
     return re.findall(r"'([^']*)'", maze) if isinstance(maze, str) else list(maze)
 
 

@@ -176,6 +176,17 @@ def test_a_swap_shows_what_the_next_row_drew(tmp_path):
         answers.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
 
 
+def test_images_of_any_index_stay_in_their_folder(tmp_path):
+    """An index of a public table may be any text."""
+    keys = ["../../x", "a/b"]
+    for shade, key in enumerate(keys):
+        path = answers.picture_path(str(tmp_path), "T", key, 0)
+        assert pathlib.Path(path).resolve().parent == tmp_path / "pictures" / "T"
+        generate.save_picture(np.full((4, 4, 3), shade, np.uint8), path)
+    swap = answers.changer("generated-swap", "T", keys, seed=0, drawn=str(tmp_path))
+    assert [int(swap(b, 0, None)[0, 0, 0]) for b in range(2)] == [1, 0]
+
+
 def test_the_form_of_the_harness():
     trace = generate.Trace(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5, {})
     assert generate.as_harness(trace) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"

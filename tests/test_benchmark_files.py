@@ -351,6 +351,7 @@ MAZE = ["SFH", "FFH", "HFG"]
     ("MMVP", {"A": "same", "B": "same", "answer": "same"}, "answer", "none of the row's options"),
     ("SAT_circular", {"answer": "C"}, "answer", "none of the row's options A, B"),
     ("CV-Bench-2D", {"answer": "(D)"}, "answer", "none of the row's options"),
+    ("CV-Bench-2D", {"source": ""}, "source", "would not count"),
     ("CV-Bench-3D", {"answer": "[A, B]"}, "answer", "none of the row's options"),
     ("ChartQA_h_bar", {"answer": ""}, "answer", "no right answer"),
     ("ChartQA_h_bar", {"answer": "[]"}, "answer", "none equals it"),
@@ -373,6 +374,7 @@ def test_rows_that_no_answer_can_match_are_named(tmp_path, name, cells, column, 
     found = benchmarks.unmatchable(table)
     assert list(found) == [1] and f"{table.path}: row 1, column {column}: " in found[1] and reason in found[1]
     assert answers.broken(answers.of_table(table, cache="lossless")) == found
+    assert len(benchmarks.score(table, dict.fromkeys(range(3), "x")).rows) == 3  # such a row ends nothing
 
 
 @pytest.mark.parametrize("answer, letter", [("A", "A"), ("(A)", "A"), ("(B)", "B"), ("B.", "B"), (" A ", "A"), ("[B]", "B"),
