@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from opsd_jax import benchmarks, generate, images, metrics
+from opsd_jax import benchmarks, files, generate, images, metrics
 from opsd_jax.datasets.plan import subset_facts
 
 
@@ -321,6 +321,4 @@ def _read(path, identity) -> dict:
 
 def _write(path, identity, records) -> None:
     lines = [identity, *(records[number] for number in sorted(records))]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
-    os.replace(path + ".tmp", path)
+    files.write(path, "".join(json.dumps(line) + "\n" for line in lines))

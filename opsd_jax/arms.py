@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 
-from opsd_jax import settings
+from opsd_jax import files, settings
 
 
 def settings_of(config, workdir: str, name: str):
@@ -138,10 +138,7 @@ def report(workdir: str, names) -> str:
                          f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |")
     text = "\n".join(lines) + "\n"
     for name, content in (("report.md", text), ("report.json", json.dumps(rows, indent=1))):
-        path = os.path.join(workdir, name)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(content)
-        os.replace(path + ".tmp", path)
+        files.write(os.path.join(workdir, name), content)
     return text
 
 

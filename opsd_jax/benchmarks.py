@@ -16,13 +16,12 @@ import dataclasses
 import hashlib
 import io
 import math
-import os
 import pathlib
 import re
 import string
 import warnings
 
-from opsd_jax import scoring
+from opsd_jax import files, scoring
 
 KINDS = {
     "VSP_maze_task_main_original": "vsp", "VisPuzzle": "mcq", "ChartQA_h_bar": "chartqa", "ChartQA_v_bar": "chartqa",
@@ -572,11 +571,7 @@ def export(path, table: Table, predictions: dict) -> None:
     columns = [c for c in table.rows[0].cells if c != "prediction"]
     lines = [["" if _missing(row.cells[c]) else row.cells[c] for c in columns] + [predictions[row.index]]
              for row in table.rows]
-    text = _tsv([*columns, "prediction"], lines).encode()
-    temporary = f"{os.fspath(path)}.tmp"
-    with open(temporary, "wb") as f:
-        f.write(text)
-    os.replace(temporary, path)
+    files.write(path, _tsv([*columns, "prediction"], lines))
 
 
 def _tsv(columns, lines) -> str:

@@ -18,7 +18,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, json_files, locks, paths, settings, tags, tasks
+from opsd_jax import cli, files, images, json_files, locks, paths, settings, tags, tasks
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -158,8 +158,7 @@ def _make(target: str, make: dict) -> None:
 
     was, made = _made(target), os.path.join(target, "made")
     if was is None:
-        os.makedirs(target, exist_ok=True)
-        visual_opsd.write_json(pathlib.Path(target, _RECORD), make)
+        files.write(os.path.join(target, _RECORD), json.dumps(make, indent=1))
     elif was != make:
         raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is {make}: use "
                          f"those, another folder, or delete {target}")
@@ -524,17 +523,14 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
             f"{len(left_out)} rows of {task} fit no bucket, first {left_out[:5]}: enlarge config.data.buckets, or set "
             "config.data.on_too_long=skip, which names them in too_long.json")
     if is_new and jax.process_index() == 0:
-        with open(path + ".tmp", "wb") as f:
+        with files.replacing(path) as f:
             np.save(f, index, allow_pickle=False)
-        os.replace(path + ".tmp", path)
     if left_out and jax.process_index() == 0:
         report = os.path.join(workdir, "too_long.json")
         known = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or cut
             known = json_files.read(report, fix="delete it, and it is written again")
-        with open(report + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(known | {task: left_out}, f, indent=1)
-        os.replace(report + ".tmp", report)
+        files.write(report, json.dumps(known | {task: left_out}, indent=1))
     return index
 
 

@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, images, paths, sharding
+from opsd_jax import cli, files, images, paths, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 _RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
@@ -364,10 +364,7 @@ def write(directory: str, questions, traces) -> list[str]:
                 steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
                 save_picture(step, os.path.join(directory, steps[-1]["picture"]))
         record = {"question": question, "steps": steps, "tokens": trace.tokens, "seconds": trace.seconds}
-        path = os.path.join(directory, f"{n}.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(record, f, indent=1)
-        os.replace(path + ".tmp", path)
+        files.write(os.path.join(directory, f"{n}.json"), json.dumps(record, indent=1))
         pages.append(os.path.join(directory, f"{n}.png"))
         save_picture(page([*pictures, question, *trace.steps]), pages[-1])
     return pages
@@ -377,10 +374,9 @@ def save_picture(picture, path: str) -> None:
     """Writes a Pillow image, or uint8 [H, W, 3], as PNG, atomically."""
     from PIL import Image
 
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    picture.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    with files.replacing(path) as f:
+        picture.save(f, format="PNG")
 
 
 def as_harness(trace: Trace) -> str:

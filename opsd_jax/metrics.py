@@ -18,7 +18,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 import secrets
 import sys
@@ -33,7 +32,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from opsd_jax import paths
+from opsd_jax import files, paths
 
 
 class UnhealthyRun(RuntimeError):
@@ -219,7 +218,7 @@ class Writer:
     def _sample(self, step: int, name: str, content: bytes) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name):
             raise ValueError(f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders")
-        _write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
+        files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
 
     def _check_kept(self) -> None:
         """Writing to a deleted file succeeds, and the numbers are lost: FileNotFoundError instead."""
@@ -252,7 +251,7 @@ def _wandb_id(workdir: Path) -> str:
     """The id of the workdir's run at Weights & Biases; made, and kept in wandb.json, at the first call."""
     path = workdir / "wandb.json"
     if not path.exists():
-        _write(path, json.dumps({"id": secrets.token_hex(8)}).encode())
+        files.write(path, json.dumps({"id": secrets.token_hex(8)}))
     with contextlib.suppress(ValueError, KeyError, TypeError):
         found = json.loads(path.read_text(encoding="utf-8"))["id"]
         if isinstance(found, str) and found:
@@ -282,28 +281,15 @@ def _supersede(path: Path, resume_step: int | None) -> None:
         old = Path(f"{path}.superseded")
         # The old file first: should we be killed in between, lines are there twice rather than lost.
         before = old.read_bytes() if old.exists() else b""
-        _write(old, before + "".join(line + "\n" for line in moved).encode())
-        _write(path, "".join(line + "\n" for line in kept).encode())
+        files.write(old, before + "".join(line + "\n" for line in moved).encode())
+        files.write(path, "".join(line + "\n" for line in kept))
         logging.warning("%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name)
 
 
 def write_text(path, text: str) -> None:
-    """Writes a text file whole or not at all, with its folders, by the first process for all.
-
-    What is no text, as in the name of a file that is no UTF-8, becomes an escape.
-    """
-    import jax
-
+    """`files.write`, by the first process for all."""
     if jax.process_index() == 0:
-        _write(Path(path), text.encode(errors="backslashreplace"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step: a reader sees the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.tmp")
-    half.write_bytes(content)
-    os.replace(half, path)
+        files.write(path, text)
 
 
 # ---------------------------------------------------------------------------- the terminal
@@ -588,4 +574,4 @@ def plot_curves(metrics_jsonl, out_png) -> None:
             axes.legend(fontsize="small")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
-    _write(Path(out_png), png.getvalue())
+    files.write(out_png, png.getvalue())

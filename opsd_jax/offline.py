@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import checkpoint, context as context_lib
-from opsd_jax import data, distill, divergence, json_files, metrics, params as params_lib, sharding
+from opsd_jax import data, distill, divergence, files, json_files, metrics, params as params_lib, sharding
 from opsd_jax.model import bagel
 
 FORMAT = 1  # raise it when the files above, or what is in them, change
@@ -207,10 +207,7 @@ class Cache:
                                  + "\n".join(_differences(was, facts))
                                  + "\nUse those, another --workdir, or delete the folder: it is then collected anew")
         elif jax.process_index() == 0:
-            os.makedirs(folder, exist_ok=True)
-            with open(path + ".tmp", "w", encoding="utf-8") as f:
-                json.dump(facts, f, indent=1)
-            os.replace(path + ".tmp", path)
+            files.write(path, json.dumps(facts, indent=1))
 
     def path(self, task: str, row: int) -> str:
         """The file that holds a row."""
@@ -218,10 +215,8 @@ class Cache:
 
     def write(self, task: str, row: int, found: dict) -> None:
         """Writes the file of `row`. found: {(row, pid): array of `record_type`}."""
-        path = self.path(task, row)
-        with open(path + ".tmp", "wb") as f:
+        with files.replacing(self.path(task, row)) as f:
             np.savez(f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()})
-        os.replace(path + ".tmp", path)
 
     def __call__(self, task: str, row: int, pid: str, labels) -> np.ndarray:
         """The stored targets of a row, [tokens of `record_type`]. MissingRow, or WrongCache if they are of another

@@ -29,7 +29,7 @@ import types
 
 from absl import app, flags
 
-from opsd_jax import cli, paths, settings, train  # train defines --config
+from opsd_jax import cli, files, paths, settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -772,9 +772,7 @@ def main(argv) -> None:
         sys.exit(f"error: {error}")
     print(table(report))
     if f.out:
-        with open(f.out + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-        os.replace(f.out + ".tmp", f.out)
+        files.write(f.out, json.dumps(report, indent=1))
     sys.exit(0 if report["fits"] else 3)
 
 

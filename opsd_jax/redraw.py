@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import cli, data, generate, images, json_files, locks, metrics, paths
+from opsd_jax import cli, data, files, generate, images, json_files, locks, metrics, paths
 from opsd_jax import params as params_lib
 from opsd_jax.datasets import visual_opsd
 
@@ -141,9 +141,8 @@ def _write(path, rows) -> None:
         **{f"resoning_thought_{n}": at(row.thoughts, n) for n in range(thoughts)},
         **{f"reasoning_image_{n}": picture(at(row.visual_thoughts, n), f"{row.pid}_{n}.png") for n in range(drawn)},
     } for row in rows]
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(schema)), path + ".tmp", row_group_size=256)
-    os.replace(path + ".tmp", path)
+    with files.replacing(path) as f:
+        pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(schema)), f, row_group_size=256)
 
 
 # --- command line ----------------------------------------------------------------------------------------------

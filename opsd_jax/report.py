@@ -12,8 +12,6 @@ import html
 import io
 import math
 import numbers
-import os
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -147,20 +145,6 @@ def stack(*parts: str) -> str:
 def row(*parts: str) -> str:
     """Parts side by side; they wrap where the page is too narrow."""
     return f'<div class="row">{_join(parts, "row")}</div>'
-
-
-def write(path: str | os.PathLike, html: str) -> None:
-    """Writes the page as UTF-8 in one step: a reader sees the old file or the new. Makes missing folders. What is no text
-    becomes an escape."""
-    content = html.encode(errors="backslashreplace")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_bytes(content)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- tables

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import math
-import os
 import re
 from html.parser import HTMLParser
 
@@ -399,28 +398,3 @@ def test_parts_are_strings():
     for block in (report.stack, report.row, lambda *parts: report.page("t", *parts)):
         with pytest.raises(ValueError, match="part 1 is a list"):
             block("<p></p>", ["<p></p>"])
-
-
-# ---------------------------------------------------------------------------- files
-def test_write_makes_folders_and_utf8(tmp_path):
-    path = tmp_path / "a" / "report.html"
-    report.write(path, "<p>é ∞ 图\n</p>")
-    assert path.read_bytes() == "<p>é ∞ 图\n</p>".encode()
-    report.write(str(path), "new")
-    assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["report.html"]
-
-
-def test_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    report.write(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        report.write(path, "\ud800")
-
-    def full(*_):
-        assert path.read_text() == "old"  # everything is written beside the page first
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        report.write(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]

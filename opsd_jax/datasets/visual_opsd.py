@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from PIL import Image
 
+from opsd_jax import files as files_lib
 from opsd_jax import images, locks, paths, tags, tasks
 
 NAME, VERSION = "visual_opsd", "1.0.0"
@@ -528,14 +529,14 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         report_file.unlink(missing_ok=True)
-        write_json(progress_file, finished)
+        _write_json(progress_file, finished)
     for shard in shards:
         if shard.name in finished:
             tick(shard.rows)
             continue
         with _writing(directory / shard.name):
             finished[shard.name] = _write_shard(task, folder / shard.file, shard, directory, skip, tick)
-            write_json(progress_file, finished)
+            _write_json(progress_file, finished)
         logging.info("%s: %d rows", directory / shard.name, finished[shard.name]["rows"])
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
@@ -549,7 +550,7 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
             raise BadSource(f"{folder}: no row of {name} is usable:\n{report}")
     with _writing(report_file):
         _write_metadata(directory, records)
-        write_json(report_file, vars(report) | {
+        _write_json(report_file, vars(report) | {
             key: [note._asdict() for note in getattr(report, key)] for key in ("bad_rows", "warnings")})
     return report
 
@@ -644,14 +645,8 @@ def _is_whole(path: Path, record: dict) -> bool:
         and path.stat().st_size == record["file_bytes"] and _checksum(path) == record["blake2b"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a small file whole or not at all, even where the power fails."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def _write_json(path: Path, value: Any) -> None:
+    files_lib.write(path, json.dumps(value, indent=1))
 
 
 def _read_report(path: Path) -> Report:

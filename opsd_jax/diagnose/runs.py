@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from opsd_jax import data, distill, metrics, sharding
+from opsd_jax import data, distill, files, metrics, sharding
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import plan
 from opsd_jax.model import bagel
@@ -202,7 +202,7 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
     if jax.process_index():
         return "", []
     title, parts = page(summary)
-    report.write(os.path.join(folder, "report.html"), report.page(title, *parts))
+    metrics.write_text(os.path.join(folder, "report.html"), report.page(title, *parts))
     metrics.write_text(os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return title, parts
 
@@ -210,7 +210,5 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
 def write_arrays(path, arrays) -> None:
     """Writes arrays by name as .npz, whole or not at all, by the first process for all."""
     if jax.process_index() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
+        with files.replacing(path) as f:
             np.savez_compressed(f, allow_pickle=False, **arrays)
-        os.replace(path + ".tmp", path)

@@ -1,10 +1,10 @@
 """Contact sheets: what the rows look like to a person."""
 
 import os
-import pathlib
 import textwrap
 from collections.abc import Iterable
 
+from opsd_jax import files
 from opsd_jax.tasks.row import Row
 
 _SCALE, _GAP, _LINE, _LETTER = 4, 12, 13, 6  # enlargement; pixels between pictures, of a line, of a letter
@@ -39,7 +39,5 @@ def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4
         for picture in pictures:
             sheet.paste(picture, (left, top))
             left += picture.width + _GAP
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    sheet.save(unfinished, "PNG")
-    os.replace(unfinished, path)
+    with files.replacing(path) as file:
+        sheet.save(file, "PNG")
