@@ -559,7 +559,13 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
                  tick: Callable[[int], None]) -> dict:
     """Converts one parquet file; gives the shard's record for progress.json."""
     from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer
     schema = features()
+    serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
+
+    def serialized(example: Example) -> bytes:
+        record = serializer.get_tf_example(schema.encode_example(to_features(example)))
+        return record.SerializeToString(deterministic=True)  # else each process has an order of fields, and a digest, of its own
 
     def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[Note, ...]]:
         try:
@@ -568,7 +574,7 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
             if not skip:
                 raise
             return None, (error.note,)
-        return schema.serialize_example(schema.encode_example(to_features(example))), warnings
+        return serialized(example), warnings
 
     record: dict[str, Any] = {"shard": list(shard), "rows": 0, "bytes": 0, "bad_rows": [], "warnings": []}
     unfinished = directory / (shard.name + ".tmp")
