@@ -19,6 +19,7 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import cli, files, images, json_files, locks, paths, settings, tags, tasks
+from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -108,8 +109,8 @@ def make_if_absent(config, workdir: str) -> None:
 
 
 def check_there(config, workdir: str) -> None:
-    """FileNotFoundError where `make_if_absent` finds no data and has none to make, ValueError where they lack a task of
-    config.data.tasks; makes nothing."""
+    """FileNotFoundError where `make_if_absent` finds no data and has none to make, or there is no tokenizer and none comes
+    with the data; ValueError where they lack a task of config.data.tasks; makes nothing."""
     target = folder(config, workdir)
     make, prepared = _to_make(config, target), pathlib.Path(target, visual_opsd.NAME)
     families = {family: module.TASK for family, module in tasks.FAMILIES.items()}
@@ -122,6 +123,8 @@ def check_there(config, workdir: str) -> None:
                     f"{tuple(make['families'])}, of {families}" if make else
                     f"it holds {', '.join(sorted(there.values())) or 'none'}: choose from these, or prepare that one there")
             raise ValueError(f"config.data.tasks names {task!r}, which the data in {target} lack: {more}")
+    if config.tokenizer or make is None:
+        tokenizer_lib.check_there(tokenizer_folder(config, workdir))
 
 
 def _to_make(config, target) -> dict | None:

@@ -249,8 +249,8 @@ def test_no_data(tmp_path, families):
 
 
 def test_no_data_of_a_task(tmp_path, folder):
-    refused(FileNotFoundError, tmp_path, "visual_opsd/jigsaw/1.0.0 holds no prepared data",
-            "opsd_jax.data prepare", data__dir=str(folder), data__tasks=("Jigsaw",))
+    refused(ValueError, tmp_path, f"config.data.tasks names 'Jigsaw', which the data in {folder} lack",
+            data__dir=str(folder), data__tasks=("Jigsaw",))
 
 
 def test_no_tokenizer(tmp_path, folder):
@@ -259,6 +259,11 @@ def test_no_tokenizer(tmp_path, folder):
             tokenizer=away, data__dir=str(folder))
     os.makedirs(away)
     refused(FileNotFoundError, tmp_path, f"{away} holds no tokenizer", tokenizer=away, data__dir=str(folder))
+    (only,) = os.listdir(folder / "visual_opsd")
+    shutil.copytree(folder / "visual_opsd", tmp_path / "prepared" / "visual_opsd")  # data that no tokenizer comes with
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/prepared/made/tokenizer holds no tokenizer"):
+        train.train(small_run.config(data__dir=str(tmp_path / "prepared"), data__tasks=(only,)), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_no_such_split_is_told_before_the_first_step(tmp_path, folder):
