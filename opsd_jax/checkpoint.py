@@ -86,6 +86,9 @@ class Checkpoints:
         _remove_half_written(self.directory)
         # Orbax keeps all: it would delete older ones before anybody has opened the new one, see `_settle`
         self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=True)
+        # Orbax asks for preemption with its own numbers, from threads too. The processes would agree on one of those
+        # instead of a number of `Flag`, which then never comes: SIGTERM would be swallowed.
+        self._checkpointer._manager.reached_preemption = lambda step: False
         self._newest = self.latest()  # complete or being written
         self._unverified = None  # (step, what was given to be saved) of a save that nobody has waited for
         self._failed = False

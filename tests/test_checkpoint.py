@@ -606,3 +606,15 @@ def test_outside_of_the_main_thread_there_is_a_warning(caplog):
         thread.start()
         thread.join()
     assert not flags[0].is_set and "not in the main thread" in caplog.text
+
+
+def test_only_the_flag_asks_whether_to_stop(tmp_path, monkeypatch):
+    """The processes of a run agree on the number of a question after a signal. A question of Orbax, which counts steps,
+    would be taken for one of the loop's, and a run of several processes would not stop."""
+    asked = []
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda n: asked.append(n) or False)
+    x = {"w": np.arange(4.0, dtype=np.float32)}
+    with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, x, x, stage="opsd", config={})
+    assert checkpoints.latest() == 2 and not asked
