@@ -302,7 +302,7 @@ def _gather(folder, identity) -> dict:
 
 
 def _read(path, identity) -> dict:
-    """{batch: record} of the whole lines of a file. Other, if there are some behind another identity."""
+    """{batch: record} of the whole lines of a file. Other, if there are some of another identity."""
     with open(path, "rb") as f:
         text = f.read()
     try:
@@ -314,7 +314,11 @@ def _read(path, identity) -> dict:
         raise _damaged(path, error) from error
     if records and lines[0] != identity:
         changed = sorted(key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key))
-        model = "the model has changed since: " if {"weights", "generation_weights", "tokenizer"} & set(changed) else "give the same, "
+        if "weights" in changed and "weights" not in lines[0]:
+            raise Other(f"{path} has no fingerprint of the weights: an older version began it, so which model gave its answers "
+                        "is not known: choose another --name, or delete the folder")
+        model = "the model has changed since: " if {"weights", "generation_weights", "tokenizer"} & {*changed} else (
+            "give the same, ")
         raise Other(f"{path} was begun with another {', '.join(changed)}: {model}choose another --name, or delete the folder")
     return records
 

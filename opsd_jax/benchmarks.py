@@ -206,7 +206,8 @@ def _fault_of_answer(row: Row) -> tuple[str, str]:
             "empty): give the letter of one")
     good = [truth for truth in scoring.accepted(cells["answer"]) if truth.strip()]
     good = [truth for truth in good if scoring.relaxed(truth.strip(), truth, fork=True)]
-    return ("", "") if good else ("answer", "answers are compared without blanks around them, so none equals it: correct the cell")
+    return ("", "") if good else (
+        "answer", "answers are compared without blanks around them, so none equals it: correct the cell")
 
 
 def _fault_of_maze(maze, size: int) -> tuple[str, str]:

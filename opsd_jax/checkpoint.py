@@ -131,7 +131,7 @@ class Checkpoints:
         """
         step = int(step)
         details = _details(step, stage, config, metrics, digests)
-        if self._failed:  # Orbax has by then lost count of what lies on disk
+        if self._failed:  # Orbax no longer knows what is on disk
             self._open()
         if self._newest is not None and step < self._newest:
             raise ValueError(f"checkpoint {step} is older than checkpoint {self._newest} under "
@@ -195,13 +195,18 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self, step) -> Iterator[None]:
         try:
-            with _explained(f"writing checkpoint {step} (or the one before it) under {self.directory}",
-                            lambda: f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk "
-                                    "full, or the folder read-only? Mend that and start again"):
+            with _explained(f"writing checkpoint {step} (or the one before it) under {self.directory}", self._why_not_written):
                 yield
         except CheckpointError:
             self._failed = True
             raise
+
+    def _why_not_written(self) -> str:
+        if not self.directory.is_dir():
+            return ("The folder is gone: it was deleted or moved while the run was writing there. Put it back if it was moved, "
+                    "start the run again, and keep the folder until it ends")
+        return (f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk full, or the folder read-only? Fix that "
+                "and start again")
 
     def latest(self) -> int | None:
         """The newest complete step; one that is still being written does not count. None if there is none."""
@@ -346,14 +351,32 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             logging.warning("%s was deleted while it was being read: going on with the newest checkpoint", folder)
 
 
+def newest(workdir: str) -> str:
+    """The step folder of a run's newest checkpoint; in a run of several processes the one that the first process finds."""
+    try:
+        step, error = metadata(workdir)["step"], None
+    except (CheckpointError, CheckpointMismatch, CheckpointNotFound) as found:
+        step, error = -1, found
+    if jax.process_count() > 1:  # a run beside may save another one before the next process looks
+        from jax.experimental import multihost_utils
+
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step < 0:
+        raise error or CheckpointNotFound(f"{workdir}: the first process finds no checkpoint there; its message says more")
+    return os.path.join(workdir, "checkpoints", str(step))
+
+
 def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
     """`work()`, which takes the newest checkpoint of a run where none is `given`: again with the then newest one, where the
-    run deletes that one before the work has read it."""
+    run deletes that one before the work has read it.
+
+    Several processes do not begin again: some of them may have read it all, and would go on alone.
+    """
     while True:
         try:
             return work()
         except CheckpointGone as error:
-            if given:
+            if given or jax.process_count() > 1:
                 raise
             logging.warning("%s Going on with the newest checkpoint", error)
 
@@ -551,7 +574,7 @@ def resolve(directory) -> epath.Path:
 
 
 @contextlib.contextmanager
-def _explained(doing: str, mend=lambda: "") -> Iterator[None]:
+def _explained(doing: str, fix=lambda: "") -> Iterator[None]:
     """Turns whatever Orbax raises into one CheckpointError that names the folder and keeps the cause."""
     try:
         yield
@@ -559,7 +582,7 @@ def _explained(doing: str, mend=lambda: "") -> Iterator[None]:
         reason = error
         while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
             reason = reason.__cause__
-        raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {mend()}".strip()) from error
+        raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {fix()}".strip()) from error
 
 
 # ---------------------------------------------------------------------------- settings
@@ -677,7 +700,7 @@ class Flag:
         if jax.distributed.is_initialized():
             from jax.experimental import multihost_utils
 
-            # Not the step: the processes stop at the number behind the largest that one has asked for, and where a
+            # Not the step: the processes stop at the number after the largest that one has asked for, and where a
             # signal comes before the first question that is 1, which a continued run's steps are past.
             self._asked += 1
             self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)

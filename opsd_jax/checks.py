@@ -48,6 +48,12 @@ def fields(instance, group: str) -> None:
         number(f"{group}.{name}", getattr(instance, name), kind, allowed)
 
 
+def folder_name(shown: str, value: str) -> None:
+    """ValueError unless a value is the name of one folder, which is made where it belongs and nowhere else."""
+    if not re.fullmatch(r"[\w=,-][\w.=,-]*", value):
+        raise ValueError(f"{shown}: give one folder name of letters, digits and _ - . = , that does not start with a dot")
+
+
 def once(name: str, values) -> None:
     """ValueError where one of the values is given twice."""
     if twice := [value for n, value in enumerate(values) if value in values[:n]]:

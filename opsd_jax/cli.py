@@ -1,5 +1,6 @@
 """What all commands share: a terminal of any encoding, and the values of flags checked with messages that name the flag."""
 
+import argparse
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ def text(flag: str, value: str) -> str:
     try:
         return os.fsencode(value).decode() if re.search("[\ud800-\udfff]", value) else value
     except UnicodeError as error:
-        raise ValueError(f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as LC_ALL=C.UTF-8") from error
+        raise ValueError(f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as "
+                         "LC_ALL=C.UTF-8") from error
 
 
 # --- values of flags: types for argparse, whose errors name the flag ----------------------------------------------
@@ -34,8 +36,6 @@ def names(text: str) -> tuple[str, ...]:
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """The numbers in "0,1"."""
-    import argparse
-
     try:
         return tuple(map(int, text.split(",")))
     except ValueError:
@@ -66,8 +66,9 @@ def check_seed(seed: int) -> None:
 
 def check_name(name: str) -> None:
     """A name of results is one folder: nothing is written elsewhere, and every summary is found."""
-    if not re.fullmatch(r"[\w=,-][\w.=,-]*", name) or name == "summary.md":  # that is the table of all results
-        raise ValueError(f"--name={name}: give one folder name of letters, digits and _ - . = , that does not start with a dot")
+    checks.folder_name(f"--name={name}", name)
+    if name == "summary.md":
+        raise ValueError("--name=summary.md: the table of all results has that name: give one folder name of your own")
 
 
 def check_number(flag: str, value, least: int) -> None:

@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import checks, cli, json_files, locks
+from opsd_jax import checks, cli, distributed, json_files, locks, paths, release_configs, tensor_files
 from opsd_jax import params as params_lib
-from opsd_jax import paths, release_configs, tensor_files
 from opsd_jax.model.config import ModelConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
@@ -62,12 +61,16 @@ def tokenizer_folder(directory: str) -> str:
 
 @contextlib.contextmanager
 def _new_folder(target):
-    """A folder beside `target` that takes its name once complete. FileExistsError if `target` holds anything."""
+    """A folder beside `target` that takes its name once complete. FileExistsError if `target` holds anything.
+
+    What a killed process left of it is removed: only one at a time converts into a target.
+    """
     target = os.path.abspath(target)
     with locks.only_writer(target):
         if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
             raise FileExistsError(f"--target={target} exists and is not empty: choose another folder, or delete it")
-        made = f"{target}.tmp-{os.getpid()}"
+        made = os.path.join(os.path.dirname(target), f".tmp-{os.path.basename(target)}")
+        shutil.rmtree(made, ignore_errors=True)
         os.makedirs(made)
         try:
             yield made
@@ -277,8 +280,9 @@ def _place(directory, leaves, mesh, layout):
                          + "\n  ".join(bad))
     if jax.process_index() == 0:
         held = sum(shard.data.nbytes for array in flat.values() for shard in array.addressable_shards)
-        print(f"{directory}: read {tensor_files.size_of(read)} in {time.monotonic() - began:.0f} s; target {tensor_files.size_of(held)} on this "
-              f"process, peak host memory of the process {tensor_files.size_of(peak_memory())}", file=sys.stderr)
+        size_of = tensor_files.size_of
+        print(f"{directory}: read {size_of(read)} in {time.monotonic() - began:.0f} s; target {size_of(held)} on this process, "
+              f"peak host memory of the process {size_of(peak_memory())}", file=sys.stderr)
     return params_lib.unflatten(flat)
 
 
@@ -337,7 +341,6 @@ def peak_memory() -> int:
             return int(re.search(r"VmHWM:\s+(\d+)", f.read())[1]) << 10
     except OSError:  # no Linux
         import resource
-        import sys
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
@@ -491,7 +494,8 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         print(f"{target}: the understanding path only; config.json says visual_gen false")
     elif not draws:
         print(f"{target}: what draws is that of {origin}")
-    print(f"{target}: {tensor_files.size_of(written)}, {len(outline)} tensors; peak host memory of the process {tensor_files.size_of(peak_memory())}")
+    print(f"{target}: {tensor_files.size_of(written)}, {len(outline)} tensors; peak host memory of the process "
+          f"{tensor_files.size_of(peak_memory())}")
 
 
 def _workdir(source) -> str:
@@ -717,7 +721,7 @@ def main(argv=None) -> None:
             export_release(args.source, args.target, base=args.base, dtype=args.dtype, name=args.name,
                            max_shard_gb=args.max_shard_gb)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        distributed.end_with_error(error)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import threading
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, files, images, json_files, locks, paths, settings, tags, tasks
+from opsd_jax import cli, distributed, files, images, json_files, locks, paths, settings, tags, tasks
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.context import Image
 from opsd_jax.datasets import visual_opsd
@@ -554,7 +554,7 @@ def main(argv=None) -> None:
     prepare.add_argument("--overwrite", action="store_true")
     mini = commands.add_parser("make-mini", help="make procedural tasks and prepare them")
     mini.add_argument("--target", required=True)
-    mini.add_argument("--families", default="maze,jigsaw,search,chart")
+    mini.add_argument("--families", default=tuple(tasks.FAMILIES), type=cli.names)
     for split, count in (("train", 4000), ("validation", 512), ("test", 512)):
         mini.add_argument(f"--{split}", type=int, default=count, help="rows of each family")
     mini.add_argument("--difficulty", default="default", choices=("easy", "default", "hard"))
@@ -562,12 +562,13 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.command == "prepare":
+            cli.check_number("limit", args.limit, 1)
             print(visual_opsd.prepare(args.source, args.target, on_bad_row=args.on_bad_row, limit=args.limit,
                                       overwrite=args.overwrite))
         else:
             paths.check_given("--target", args.target)
-            families, counts = cli.names(args.families), {split: getattr(args, split) for split in tasks.BUCKETS}
-            cli.check_once("families", families)
+            counts = {split: getattr(args, split) for split in tasks.BUCKETS}
+            cli.check_once("families", args.families)
             for split, count in counts.items():
                 cli.check_number(split, count, 0)
             if not any(counts.values()):
@@ -577,9 +578,9 @@ def main(argv=None) -> None:
                 if os.path.isdir(os.path.join(args.target, visual_opsd.NAME)) and _made(args.target) is None:
                     raise FileExistsError(f"{args.target} holds prepared data already: choose another --target")
                 make_procedural(args.target, {
-                    "families": families, **counts, "difficulty": args.difficulty, "seed": args.seed})
+                    "families": args.families, **counts, "difficulty": args.difficulty, "seed": args.seed})
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        distributed.end_with_error(error)
     print(f"written to {args.target}")
 
 

@@ -507,8 +507,8 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
         cli.check_seed(seed)
     if name:
         cli.check_name(name)
-    if limit < 0 or batch_size < 0:
-        raise ValueError(f"--rows={limit} --batch_size={batch_size}: give numbers of rows, 0 for all and for the run's own")
+    cli.check_number("rows", limit, 0)
+    cli.check_number("batch_size", batch_size, 0)
     if protocol and protocol not in generate.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(generate.PROTOCOLS)}")
     released = bool(checkpoint) and convert.is_model(checkpoint)
@@ -538,7 +538,7 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
         step, stem = None, os.path.basename(os.path.abspath(checkpoint))
     else:
         steps = os.path.join(workdir, "checkpoints")
-        checkpoint = checkpoint or os.path.join(steps, str(checkpoint_lib.metadata(workdir)["step"]))
+        checkpoint = checkpoint or checkpoint_lib.newest(workdir)
         step = checkpoint_lib.metadata(checkpoint)["step"]
         stem = f"{step:06d}"
         if not name and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) != os.path.realpath(steps):
@@ -807,8 +807,9 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
     name, bad, without = job.names[mode], bad or {}, without or {}
     folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
     total = sum(len(batches[number][1]) for number in share)
-    identity = {**job.about, **facts, "prompt or decoding": asked, "mode": mode, "protocol": protocol, "batch_size": job.batch_size,
-                "ban_marker": job.ban_marker, "tables": {table.name: table.md5 for table in job.tables},
+    identity = {**job.about, **facts, "prompt or decoding": asked, "mode": mode, "protocol": protocol,
+                "batch_size": job.batch_size, "ban_marker": job.ban_marker,
+                "tables": {table.name: table.md5 for table in job.tables},
                 "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
                 "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
     if compared:
@@ -847,7 +848,7 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
                                   {key: p["prediction"] for key, p in predictions.items()})
     summary = write(folder, results, protocol=protocol, mode=mode, **job.about, **facts)
     metrics.write_text(os.path.join(folder, "report.html"),
-           page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
+                       page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
     return summary
 
 
@@ -979,7 +980,8 @@ def main(argv=None) -> None:
                         help=f"{', '.join(MODES)}; several separated by commas")
     parser.add_argument("--protocol", default="", help="paper or harness (default: the run's own, greedy)")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=0, help="a random subset of so many rows of each benchmark (default, or 0: all)")
+    parser.add_argument("--rows", type=int, default=0,
+                        help="a random subset of so many rows of each benchmark (default, or 0: all)")
     parser.add_argument("--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)")
     parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
                         help="rows of a table that cannot be shown or scored; skip lists them in the summary")

@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, files, images, paths, sharding
+from opsd_jax import cli, distributed, files, images, paths, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 _RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
@@ -452,7 +452,7 @@ def main(argv=None) -> None:
     try:
         _run(args)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        distributed.end_with_error(error)
 
 
 def _run(args):

@@ -432,7 +432,7 @@ class Health:
     min_length_fraction: Annotated[float | None, "[0, inf)"] = 0.1  # completion_len may not fall below this part of its reference
     min_eos_rate: Annotated[float | None, "[0, 1]"] = 0.02  # eos_rate may not fall to this, once it was above 0.5
     teacher_floor: Annotated[float | None, "[0, 1]"] = 0.5  # the teacher's own accuracy: nor below this part of its first value
-    teacher_entropy_rise: Annotated[float | None, "[0, inf)"] = 1.0  # teacher_entropy may not rise by more nats over its reference
+    teacher_entropy_rise: Annotated[float | None, "[0, inf)"] = 1.0  # teacher_entropy: nor more nats above its reference
     teacher_topk_fraction: Annotated[float | None, "[0, 1]"] = 0.5  # teacher_topk_mass: nor below this part of its reference
     patience: Annotated[int, "[1, inf)"] = 5
     reference_checks: Annotated[int, "[1, inf)"] = 5

@@ -29,7 +29,7 @@ import types
 
 from absl import app, flags
 
-from opsd_jax import cli, files, paths, settings, train  # train defines --config
+from opsd_jax import cli, distributed, files, paths, settings, train  # train defines --config
 
 GIB = 2 ** 30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -769,7 +769,7 @@ def main(argv) -> None:
         report = plan(f.config, parse_topology(f.topology, f.slices), stage=f.stage, only=f.only, bucket=f.bucket,
                       hbm=f.hbm, quick=f.quick)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        distributed.end_with_error(error)
     print(table(report))
     if f.out:
         files.write(f.out, json.dumps(report, indent=1))

@@ -15,7 +15,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import cli, data, files, generate, images, json_files, locks, metrics, paths
+from opsd_jax import cli, data, distributed, files, generate, images, json_files, locks, metrics, paths
 from opsd_jax import params as params_lib
 from opsd_jax.datasets import visual_opsd
 
@@ -26,7 +26,7 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
            before_batch=lambda: None):
     """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them (`visual_opsd.prepare`).
 
-    Interrupted, it goes on behind the last whole file. Rows of every split that the run uses are written.
+    Interrupted, it goes on after the last whole file. Rows of every split that the run uses are written.
 
     Args:
       workdir: of the run, or of an arm. checkpoint: a step folder whose model draws; "" for the newest.
@@ -52,11 +52,10 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
     if unknown := set(splits) - set(used):
         raise ValueError(f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}")
     folder, number = os.path.join(target, "drawn"), 0
-    record_path, place = os.path.join(folder, "redraw.json"), data.folder(config, data.workdir_of(config, workdir))
-    digests = {task: visual_opsd.digest(place, task) for task in config.data.tasks}
+    record_path = os.path.join(folder, "redraw.json")
 
     def load():
-        step = checkpoint or os.path.join(workdir, "checkpoints", str(checkpoint_lib.metadata(workdir)["step"]))
+        step = checkpoint or checkpoint_lib.newest(workdir)
         model = generate.load(step, draw=True)
         record = {"checkpoint": os.path.realpath(step), "weights": params_lib.fingerprint(model.params), "rows": digests,
                   "splits": list(splits), "batch_size": batch_size, "seed": seed}
@@ -64,6 +63,8 @@ def redraw(workdir: str, target: str, *, checkpoint: str = "", splits=("train",)
         return model, record
 
     with locks.only_writer(target):
+        place = data.folder(config, data.workdir_of(config, workdir))
+        digests = {task: visual_opsd.digest(place, task) for task in config.data.tasks}
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         metrics.write_text(record_path, json.dumps(record))
         for task in config.data.tasks:
@@ -92,8 +93,8 @@ def _check_claim(path, record) -> None:
         # the weights count, not their path: another model may be stored there by now
         if changed := [key for key in {**there, **record} if there.get(key) != record.get(key) and key != "checkpoint"]:
             now, was = ({key: x.get(key) for key in changed} for x in (record, there))
-            raise FileExistsError(f"{path} says that images there were generated with other {', '.join(changed)}, {was}, not {now}: "
-                                  "choose another --target, or delete it")
+            raise FileExistsError(f"{path} says that images there were generated with other {', '.join(changed)}, {was}, not "
+                                  f"{now}: choose another --target, or delete it")
 
 
 def _draw(model, config, rows, key, batch_size, before_batch) -> list:
@@ -159,16 +160,16 @@ def main(argv=None) -> None:
     parser.add_argument("--workdir", required=True, help="of a run whose model can draw")
     parser.add_argument("--target", required=True, help="the TFDS data_dir to write")
     parser.add_argument("--checkpoint", default="", help="a step folder (default: the newest of the run)")
-    parser.add_argument("--splits", default="train", help="to draw; the others that the run uses are copied")
+    parser.add_argument("--splits", default=("train",), type=cli.names, help="to draw; the others that the run uses are copied")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
         with checkpoint_lib.stoppable("the same command continues after the last whole file") as stop:
             print(redraw(args.workdir, args.target, checkpoint=args.checkpoint, seed=args.seed,
-                         splits=tuple(args.splits.split(",")), batch_size=args.batch_size, before_batch=stop.check))
+                         splits=args.splits, batch_size=args.batch_size, before_batch=stop.check))
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        distributed.end_with_error(error)
 
 
 if __name__ == "__main__":

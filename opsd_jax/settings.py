@@ -5,6 +5,7 @@ below turn it into the frozen, hashable views that jitted functions take as stat
 enters jit. Defaults are the paper's (App. C) and the official release's; where the two disagree, the paper's.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -198,8 +199,8 @@ def ranges() -> dict[str, str]:
              *((stage, DistillConfig) for stage in STAGES), *((f"{stage}.optim", OptimConfig) for stage in STAGES)]
     cached, seed = checks.ranges(DistillConfig), checks.SEED
     found = {f"{group}.{name}": allowed for group, view in views for name, (_, allowed) in checks.ranges(view).items()} | {
-        **{key: allowed for key, (_, allowed) in _ELEMENTS.items()}, "seed": seed, "lora.rank": "[0, inf)", "data.make.seed": seed,
-        "data.make.train": "[0, inf)", "data.make.validation": "[0, inf)", "data.make.test": "[0, inf)",
+        **{key: allowed for key, (_, allowed) in _ELEMENTS.items()}, "seed": seed, "lora.rank": "[0, inf)",
+        "data.make.seed": seed, "data.make.train": "[0, inf)", "data.make.validation": "[0, inf)", "data.make.test": "[0, inf)",
         "data.threads": "[1, inf)", "data.prefetch": "[0, inf)", "data.cache_rows": "[0, inf)",
         "rollout.empty_retries": "[0, inf)",
         **{f"{stage}.{name}": "[1, inf)" for stage in STAGES for name in ("steps", "batch_size")},
@@ -251,7 +252,7 @@ def check(config: ConfigDict) -> None:
     _check_group(config, default(), "config", "")
     _check_together(config)
     for name, changes in config.arms.items():
-        paths.check("the name of an arm", name, orbax=True)  # its folder is <workdir>/arms/<name>
+        checks.folder_name(f"config.arms.{name}", name)  # its folder is <workdir>/arms/<name>
         if not isinstance(changes, ConfigDict):
             raise ValueError(f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such as "
                              '{"teacher": {"visual_thoughts": "noise"}}')
@@ -341,7 +342,8 @@ def _check_together(config) -> None:
     if not config.stages:
         raise ValueError(f"config.stages is empty: name at least one of {STAGES}")
     _check_data(config)
-    network = model(config)
+    with _keys_named():
+        network = model(config)
     if config.images.stride != config.model.vit.patch_size:
         raise ValueError(f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
                          f"{config.model.vit.patch_size}: images are cut into whole patches")
@@ -350,15 +352,14 @@ def _check_together(config) -> None:
     if list(config.mesh.values()).count(-1) > 1:
         raise ValueError(f"config.mesh is {config.mesh.to_dict()}: only one size can be -1, whatever is left")
     ends = types.SimpleNamespace(bos=0, eos=1)  # of the tokenizer, which may be still to be made
-    rollout(config, ends, None)
-    rollout(config, ends, None, max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-            slots=config.eval.slots, refill=0)
+    with _keys_named():
+        rollout(config, ends, None)
+        rollout(config, ends, None, max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                slots=config.eval.slots, refill=0)
     for stage in config.stages:
         _check_stage(config, stage)
-        try:
+        with _keys_named(stage):
             distill(config, stage, ends)
-        except ValueError as error:
-            raise ValueError(f"config.{stage}: {error}") from None
     if "offline" in config.stages and config.teacher.visual_thoughts != "real":
         raise ValueError(f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
                          "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage out")
@@ -370,6 +371,17 @@ def _check_together(config) -> None:
     if config.log.wandb and not ("wandb" in sys.modules or importlib.util.find_spec("wandb")):
         raise ValueError(f"config.log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install -e "
                          '".[wandb]", or set config.log.wandb=\'\'')
+
+
+@contextlib.contextmanager
+def _keys_named(stage: str = ""):
+    """Errors of the dataclasses begin with the name of a field: here with the whole key, of the stage or of all stages."""
+    try:
+        yield
+    except ValueError as error:
+        name = str(error).split(maxsplit=1)[0]
+        key = next((key for key in (f"{stage}.{name}", name) if key in default_values()), None)
+        raise ValueError(str(error).replace(name, f"config.{key}", 1) if key else str(error)) from None
 
 
 def _check_data(config) -> None:

@@ -220,11 +220,11 @@ def _check_bytes(directory, backend) -> None:
 def _check_lossless(directory, backend) -> None:
     """ValueError where text would be lost, as without a pre-tokenizer of kind ByteLevel, or ids would be random."""
     if getattr(backend.model, "dropout", None):
-        raise ValueError(f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the same "
-                         "text would get other ids each time: set it to null")
+        raise ValueError(f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the "
+                         "same text would get other ids each time: set it to null")
     text = _PROBE.partition("<")[0]  # tags may be added tokens that take the blanks around them
     wanted = backend.normalizer.normalize_str(text) if backend.normalizer else text
     said = Tokenizer(backend, 0, 0, 0, 0).decode(backend.encode(text, add_special_tokens=False).ids)
     if said.strip() != wanted.strip():
-        raise ValueError(f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give its "
-                         "tokenizer.json the pre-tokenizer ByteLevel, or use the released model's")
+        raise ValueError(f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give "
+                         "its tokenizer.json the pre-tokenizer ByteLevel, or use the released model's")

@@ -26,8 +26,8 @@ from opsd_jax import cli, paths, settings
 from opsd_jax.distributed import EXIT_STOPPED
 
 # What may change between a run and its continuation.
-_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "checkpoint.accept_changed", "data.threads", "data.prefetch", "data.cache_rows", "mesh", "arms",
-         "run_arms")
+_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "checkpoint.accept_changed", "data.threads", "data.prefetch",
+         "data.cache_rows", "mesh", "arms", "run_arms")
 
 config_flags.DEFINE_config_file("config", None, "File with get_config(); see configs/.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of the run; continues the run that it holds.")
@@ -192,7 +192,8 @@ def _check_there(config, workdir: str, data_workdir: str) -> None:
         try:
             checkpoint.resolve(config.init_from)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}") from None
+            raise FileNotFoundError(f"config.init_from={config.init_from!r} is no model and holds no checkpoint: "
+                                    f"{error}") from None
 
 
 def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None):

@@ -293,6 +293,10 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
     for changes, named in (({"weights": "b"}, "weights"), ({"tokenizer": "u"}, "tokenizer"), ({"weights": "b", "step": 4}, "step, weights")):
         with pytest.raises(answers.Other, match=f"begun with another {named}: the model has changed since: choose another --name"):
             collect(tmp_path, batches, identity=first | changes)
+    (tmp_path / "old").mkdir()
+    collect(tmp_path / "old", batches, identity={"step": 3})  # as before there were fingerprints
+    with pytest.raises(answers.Other, match="no fingerprint of the weights: an older version began it.*delete the folder"):
+        collect(tmp_path / "old", batches, identity=first)
     assert answers.identity_of(str(tmp_path)) == first and collect(tmp_path, batches, identity=first)[1] == []
     (tmp_path / answers.FILE).write_text('{"weights": "a"')
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):

@@ -123,6 +123,19 @@ def test_a_folder_deleted_meanwhile_is_an_error(tmp_path, when):
     assert not (folder / "3").exists()
 
 
+def test_a_folder_deleted_during_a_save(tmp_path, monkeypatch):
+    """Not "Is the disk full?"."""
+    def fail():
+        raise FileNotFoundError(f"{tmp_path}/checkpoints/2.orbax-checkpoint-tmp")
+
+    with pytest.raises(CheckpointError, match="writing checkpoint 1 .* failed: .* The folder is gone: it was deleted or moved"):
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            keep(checkpoints, 1, wait=True)
+            shutil.rmtree(tmp_path / "checkpoints")
+            monkeypatch.setattr(checkpoints._checkpointer, "wait", fail)
+            checkpoints.wait()
+
+
 def test_older_checkpoints_may_be_deleted_meanwhile(tmp_path):
     with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
         for step in (1, 2):
@@ -380,6 +393,46 @@ def test_reading_beside_a_run_that_deletes_its_older_checkpoints(tmp_path, caplo
     os.truncate(tmp_path / "2" / "_CHECKPOINT_METADATA", 0)
     with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA is not valid JSON.*delete that folder"):  # not deleted
         checkpoint.metadata(tmp_path)
+
+
+def test_several_processes_take_the_checkpoint_that_the_first_one_finds(tmp_path, monkeypatch):
+    from jax.experimental import multihost_utils
+
+    states, given = make_state(1), []
+    with pytest.raises(CheckpointNotFound, match="no such folder"):
+        checkpoint.newest(tmp_path / "none")
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "checkpoints" / str(step), states, states["ema"], step=step)
+    assert checkpoint.newest(tmp_path) == f"{tmp_path}/checkpoints/2"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda step: given.append(int(step)) or np.int32(first))
+    first = 1  # the run saved another one before this process looked
+    assert checkpoint.newest(tmp_path) == f"{tmp_path}/checkpoints/1" and given == [2]
+    first = -1
+    with pytest.raises(CheckpointNotFound, match="the first process finds no checkpoint"):
+        checkpoint.newest(tmp_path)
+    first = 2
+    assert checkpoint.newest(tmp_path / "none") == f"{tmp_path}/none/checkpoints/2" and given[-1] == -1
+
+
+@pytest.mark.parametrize("processes, given, times", [(1, "", 3), (1, "W/checkpoints/1", 1), (2, "", 1)])
+def test_one_process_begins_again_where_its_checkpoint_is_deleted(monkeypatch, processes, given, times):
+    """Several do not: the others may have read it, and would wait for this one."""
+    calls = []
+
+    def work():
+        calls.append(0)
+        if len(calls) < 3:
+            raise checkpoint.CheckpointGone("1 was deleted.")
+        return "done"
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    if times == 3:
+        assert checkpoint.retry_if_gone(work, given=given) == "done"
+    else:
+        with pytest.raises(checkpoint.CheckpointGone):
+            checkpoint.retry_if_gone(work, given=given)
+    assert len(calls) == times
 
 
 def test_writers_of_a_failed_save_may_still_be_at_work(tmp_path):

@@ -532,13 +532,24 @@ def test_values_of_the_wrong_type(copied, file, key, value, fix):
     refuses(copied, str(copied), f"{file}: {key} is {json.dumps(value)[:70]}", fix)
 
 
+def test_what_a_killed_conversion_left_is_removed(golden, tmp_path):
+    left, target = tmp_path / ".tmp-x", tmp_path / "x"
+    (left / "release").mkdir(parents=True)  # killed while it copied
+    (left / "release" / "junk").write_text("")
+    convert.import_release(str(golden), str(target), only="understanding")
+    assert os.listdir(tmp_path) == ["x"] and not (target / "release" / "junk").exists()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert.import_release(str(golden), str(target), only="understanding")
+
+
+
 @pytest.mark.parametrize(("file", "key", "value", "part"), [
     ("llm_config.json", "num_attention_heads", 7, "is not divisible by num_heads 7"),
     ("llm_config.json", "head_dim", 15, "head_dim 15 is odd"),
     ("llm_config.json", "num_key_value_heads", 3, "must be a multiple of num_kv_heads 3"),
     ("vit_config.json", "num_attention_heads", 7, "vit.hidden_size 48 is not divisible by its num_heads 7"),
     ("vit_config.json", "patch_size", 2000, "images of 140 pixels (image_size) in patches of 2000"),
-    ("ae_params.json", "ch", 48, "48 channels: group norms need a multiple of 32"),
+    ("ae_params.json", "ch", 48, "channels is 48: group norms need a multiple of 32"),
     ("ae_params.json", "downsample", 16, "downsample is 16, but 4 numbers in ch_mult make 8")])
 def test_sizes_that_contradict_each_other(golden, copied, file, key, value, part):
     (copied / "config.json").write_text(json.dumps(

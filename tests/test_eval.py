@@ -270,7 +270,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     (["--visual_thoughts=reel"], "--visual_thoughts=reel: choose from none, real, noise, swap, image, remove, generated"),
     (["--visual_thoughts="], "--visual_thoughts=: choose from"),
     (["--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)"),
-    (["--rows=-1"], "--rows=-1 --batch_size=0: give numbers of rows"),
+    (["--rows=-1"], "--rows=-1: give a whole number, at least 0"),
     (["--split=dev"], "dev"),
     (["--protocol=papr"], "--protocol=papr: choose from paper, harness"),
     (["--protocol=paper", "--visual_thoughts=real"], "--protocol=paper with --visual_thoughts=real: the teacher's"),

@@ -199,17 +199,26 @@ def test_buckets_of_another_shape(key, wrong, unit):
     ({"opsd__freeze": ("embed", "und", "vit", "connector")}, "nothing is left to train"),
     ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
     ({"mesh__data": -1}, "only one size can be -1"), ({"log__wandb": "p"}, "but wandb is not installed: pip install"),
-    ({"model__llm__num_heads": 3}, "hidden_size 32 is not divisible by num_heads 3"),
-    ({"model__vit__num_heads": 3}, "vit.hidden_size 16 is not divisible by its num_heads 3"),
-    ({"model__llm__head_dim": 7}, "head_dim 7 is odd"), ({"model__dtype": "float16"}, "model.dtype is 'float16'"),
-    ({"teacher__kind": "emma"}, "config.opsd: teacher.kind is 'emma'"),
-    ({"opsd__optim__schedule": "linear"}, "config.opsd: optim.schedule is 'linear': use 'cosine' or 'constant'"),
-    ({"rollout__refill": 3}, "rollout.refill 3 at most that"), ({"divergence__kind": "kl"}, "divergence.kind is 'kl'"),
+    ({"model__llm__num_heads": 3}, "config.model.llm.hidden_size 32 is not divisible by num_heads 3"),
+    ({"model__vit__num_heads": 3}, "config.model.vit.hidden_size 16 is not divisible by its num_heads 3"),
+    ({"model__llm__head_dim": 7}, "head_dim 7 is odd"), ({"model__dtype": "float16"}, "config.model.dtype is 'float16'"),
+    ({"teacher__kind": "emma"}, "config.teacher.kind is 'emma'"),
+    ({"opsd__optim__schedule": "linear"}, "config.opsd.optim.schedule is 'linear': use 'cosine' or 'constant'"),
+    ({"rollout__refill": 3}, "config.rollout.slots 0 must be a multiple of the 1 batch shards"), ({"divergence__kind": "kl"}, "config.divergence.kind is 'kl'"),
     ({"run_arms": ("sft",), "sft__optim__warmup_steps": 50}, "config.arms.sft: config.sft.optim.warmup_steps is 50"),
     ({"run_arms": ("sft",), "sft__batch_size": 7, "sft__accumulation": 2}, "config.arms.sft: config.sft.batch_size 7"),
 ])
 def test_settings_that_do_not_go_together(changes, message):
     refused(message, **changes)
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/x", "", "x[1]"])
+def test_an_arm_is_named_as_one_folder(name):
+    config = small_run.config()
+    with config.unlocked():
+        config.arms[name] = ConfigDict({"seed": 1})
+    with pytest.raises(ValueError, match=r"^config.arms.*: give one folder name"):
+        settings.check(config)
 
 
 def test_an_arm_that_will_not_run_may_wait_to_be_right():

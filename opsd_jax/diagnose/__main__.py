@@ -41,8 +41,9 @@ def all_page(run: runs.Run, summary: dict, summaries: dict, before: dict, pages:
         f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. One model answers the same questions: from the "
         "picture alone (**none**, the student); as the teacher with the rows' own visual thoughts (**real**), with **noise**, "
         "another row's (**swap**), the problem once more (**image**) or nothing (**remove**) in their places; and, if it can "
-        "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those. **Before training**: the weights that the run's training started "
-        "from, on the same rows; **real** beside it is what training did to how the model reads true visual thoughts."),
+        "draw, with pictures that it draws itself (**generated**), or again with something else in the places of those. **Before "
+        "training**: the weights that the run's training started from, on the same rows; **real** beside it is what training "
+        "did to how the model reads true visual thoughts."),
         report.heading("Answers")]
     for task in run.tasks:
         found = [(s["mode"], s["benchmarks"][task]) for s in summaries.values()]
@@ -77,7 +78,7 @@ def diagnose(args, before_batch=lambda: None) -> str:
     what, workdir = args.analysis, os.path.normpath(args.workdir)
     config = data.load_config(workdir)  # no run: said first
     given = args.student if what == "kl" else args.checkpoint
-    model = given or runs.newest(workdir)
+    model = given or checkpoint_lib.newest(workdir)
     step = checkpoint_lib.metadata(model)["step"]
     foreign = [x for x in (given, getattr(args, "teacher", "")) if x and not _own(workdir, x)]
     if foreign and not args.name:

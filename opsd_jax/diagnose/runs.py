@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from opsd_jax import data, distill, files, metrics, sharding
+from opsd_jax import cli, data, distill, files, metrics, sharding
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import plan
 from opsd_jax.model import bagel
@@ -75,9 +75,8 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     """
     from opsd_jax import rollout, settings, tokenizer
 
-    if limit < 0 or batch_size < 0:
-        raise ValueError(f"--rows={limit} --batch_size={batch_size}: give positive numbers, or 0 for all rows and for "
-                         "the run's batch size")
+    cli.check_number("rows", limit, 0)
+    cli.check_number("batch_size", batch_size, 0)
     config = data.load_config(workdir)
     where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
     config = data.with_tasks(config, chosen)
@@ -96,13 +95,6 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
                              "diagnose; choose another --split or --benchmarks")
     wanted = min(batch_size or config.eval.batch_size, max(len(run.numbers(s)) for s in range(len(chosen))))
     return dataclasses.replace(run, batch_size=-(-wanted // unit) * unit)
-
-
-def newest(workdir: str) -> str:
-    """The newest checkpoint of a run."""
-    from opsd_jax import checkpoint
-
-    return os.path.join(workdir, "checkpoints", str(checkpoint.metadata(workdir)["step"]))
 
 
 def start(workdir: str) -> str:
@@ -178,7 +170,8 @@ def answers(run: Run, params, modes, name: str) -> dict:
 def rows_text(summary: dict) -> str:
     """Which rows a summary is of: "test, 128 of 512 rows chosen at random with seed 0"."""
     parts = [f"{'' if len(summary['rows']) == 1 else task + ': '}" + (
-        f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}" if r["drawn"] < r["of"] else f"all {r['of']} rows")
+        f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}" if r["drawn"] < r["of"] else
+        f"all {r['of']} rows")
         for task, r in summary["rows"].items()]
     return f"{summary['split']}, {'; '.join(parts)}"
 

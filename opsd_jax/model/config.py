@@ -40,7 +40,8 @@ class LLMConfig:
         if self.head_dim % 2:
             raise ValueError(f"model.llm.head_dim {self.head_dim} is odd: rotary positions turn pairs of values")
         if self.hidden_size % 4:
-            raise ValueError(f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions needs")
+            raise ValueError(f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions "
+                             "needs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class VAEConfig:
         for factor in self.multipliers:
             checks.number("model.generation.multipliers, of which one", factor, int, MULTIPLIER)
         if self.channels % 32:
-            raise ValueError(f"the autoencoder has {self.channels} channels: group norms need a multiple of 32")
+            raise ValueError(f"model.generation.channels is {self.channels}: group norms need a multiple of 32")
 
     @property
     def downsample(self) -> int:
