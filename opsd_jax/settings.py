@@ -428,6 +428,8 @@ def _check_stage(config, stage: str) -> None:
                              "freeze empty, or set config.lora.rank=0")
         if not {*params.GROUPS} - {"fixed", "vae", "lora", *(() if drawing else params.DRAWING), *s.freeze}:
             raise ValueError(f"config.{stage}.freeze is {s.freeze}: nothing is left to train")
+    if stage == "opsd" and not s.jsd_weight and not s.ce_weight:
+        raise ValueError("config.opsd.jsd_weight and config.opsd.ce_weight are both 0: nothing would be learned")
     if stage == "opsd":
         largest, least = config.data.buckets.teacher[-1][0], min(LEAST_SCORED, config.rollout.max_new_tokens)
         if s.max_forward_tokens < largest + 2 + least:

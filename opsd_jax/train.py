@@ -275,10 +275,12 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None, sa
 
     from opsd_jax import checkpoint, data, metrics, rollout, sharding, tokenizer
     from opsd_jax.datasets import visual_opsd
+    from opsd_jax.model import attention
 
     clock = metrics.Clock()
     primary = jax.process_index() == 0
     mesh = sharding.make_mesh(**config.mesh)
+    attention.check_platform(config.model.attention, mesh.devices.flat[0].platform)
     for stage in config.stages:
         check_batch(config, stage, sharding.batch_divisor(mesh))
     with clock("data"):

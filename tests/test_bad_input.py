@@ -21,6 +21,7 @@ import tiny
 from opsd_jax import checkpoint, context, convert, data, generate, locks, settings, tasks, tokenizer, train
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
+from opsd_jax.model import attention
 from opsd_jax.diagnose import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -225,12 +226,26 @@ def test_mistakes_on_the_command_line(tmp_path):
     ({"data.limits": (1, 2)}, "config.data.limits needs one number for each of config.data.tasks"),
     ({"data.on_too_long": "cut"}, "config.data.on_too_long is 'cut': use 'fail' or 'skip'"),
     ({"data.buckets.trace": ()}, "config.data.buckets needs equally many entries"),
+    ({"opsd.jsd_weight": 0.0}, "config.opsd.jsd_weight and config.opsd.ce_weight are both 0"),
 ])
 def test_settings_that_do_not_fit(changes, message):
     config = small_run.config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         settings.check(config)
+
+
+@pytest.mark.parametrize("kind, platform", [("flash", "cpu"), ("cudnn", "cpu"), ("flash", "gpu"), ("cudnn", "tpu")])
+def test_kernels_that_the_devices_lack(kind, platform):
+    with pytest.raises(ValueError, match=f"config.model.attention is '{kind}', a kernel for a .*set config.model.attention='dense'"):
+        attention.check_platform(kind, platform)
+    for good in ("dense", "flash_interpret", {"tpu": "flash", "gpu": "cudnn"}.get(platform, "dense")):
+        attention.check_platform(good, platform)
+
+
+def test_a_kernel_that_the_devices_lack_is_told_before_data_are_made(tmp_path):
+    refused(ValueError, tmp_path, "config.model.attention is 'flash'", model__attention="flash")
+    assert not (tmp_path / "w" / "data").exists()
 
 
 def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):

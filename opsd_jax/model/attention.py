@@ -71,6 +71,17 @@ def lay_out(mask: Mask, queries: int, kind: str):
     return visible(*mask)
 
 
+def check_platform(kind: str, platform: str) -> None:
+    """ValueError where a kernel cannot run on the devices, which compiling would tell only after the data are made.
+
+    kind: see `ModelConfig.attention`. platform: of the devices, "cpu", "gpu" or "tpu".
+    """
+    needed = {"flash": "tpu", "cudnn": "gpu"}.get(kind, platform)
+    if platform != needed:
+        raise ValueError(f"config.model.attention is {kind!r}, a kernel for a {needed.upper()}, and the devices here are "
+                         f"{platform.upper()}s: set config.model.attention='dense'")
+
+
 def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
     """Softmax attention with grouped kv heads; scores and softmax in float32.
 
