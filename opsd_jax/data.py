@@ -10,6 +10,7 @@ hosts read the same global batches.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -212,14 +213,18 @@ class Rows:
         where = folder(config, workdir)
         limits = config.data.limits if split == "train" and config.data.limits else [0] * len(config.data.tasks)
         self.sources = [_open(where, split, task, limit) for task, limit in zip(config.data.tasks, limits)]
-        self.digests = [visual_opsd.digest(where, task) for task in config.data.tasks]  # what caches of the rows depend on
-        self._tasks, self._tokenizer, self._suffix = config.data.tasks, tokenizer, config.prompts.suffix
+        self._where, self._tasks, self._tokenizer, self._suffix = where, config.data.tasks, tokenizer, config.prompts.suffix
         self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
         self.drawing = drawing
         self._drawn_rule = images.vae_rule(settings.model(config).generation) if drawing else None
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        """Checksum of the prepared rows of each task, on which caches depend; not asked for, nothing is read for it."""
+        return [visual_opsd.digest(self._where, task) for task in self._tasks]
 
     def __call__(self, source: int, row: int) -> Prepared:
         key = source, row

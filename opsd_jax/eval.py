@@ -35,7 +35,7 @@ import numpy as np
 from absl import logging
 
 from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import cli, distributed, images, metrics, paths, settings, tags, tasks
+from opsd_jax import cli, distributed, images, json_files, metrics, paths, settings, tags, tasks
 from opsd_jax import params as params_lib
 from opsd_jax.datasets import plan
 
@@ -301,16 +301,16 @@ _IN_SUMMARIES = ("overall", "unit", "n", "interval_95", "mean_output_tokens", "s
 
 def read_summary(path: str) -> dict:
     """A summary.json. ValueError, with what to do, where it is cut or something else."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            found = json.load(f)
-            scores = found.get("benchmarks", {})
-            if lacking := [key for key in _IN_SUMMARIES for b in scores.values() if key not in b]:
-                raise ValueError(f"no {lacking[0]}")
-            if scores and not {"seed", "checkpoint", "protocol"} <= found.keys():
-                raise ValueError("no seed, checkpoint or protocol")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is cut or no summary ({error}): delete its folder, and evaluate again") from error
+    fix = "delete its folder, and evaluate again"
+    found = json_files.read(path, fix=fix)
+    try:
+        scores = found.get("benchmarks", {})
+        lacking = [key for key in _IN_SUMMARIES for b in scores.values() if key not in b]
+        lacking += [key for key in ("seed", "checkpoint", "protocol") if scores and key not in found]
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no summary ({error}): {fix}") from error
+    if lacking:
+        raise ValueError(f"{path} is no summary (no {lacking[0]}): {fix}")
     return found
 
 

@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import cli, distributed, files, images, paths, sharding
+from opsd_jax import cli, distributed, files, images, json_files, paths, sharding
 
 VISUAL_THOUGHTS = ("none", "generated")
 _RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
@@ -335,8 +335,8 @@ def earlier(directory: str) -> list[str]:
     known = set()
     for name in (n for n in names if n.endswith(".json")):
         try:
-            with open(os.path.join(directory, name), encoding="utf-8") as f:
-                known |= {name, f"{name[:-5]}.png", *(s["picture"] for s in json.load(f)["steps"] if "picture" in s)}
+            steps = json_files.read(os.path.join(directory, name))["steps"]
+            known |= {name, f"{name[:-5]}.png", *(step["picture"] for step in steps if "picture" in step)}
         except (ValueError, KeyError, TypeError):
             pass  # not one of ours
     if strange := [name for name in names if name not in known]:

@@ -321,8 +321,8 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
     (tmp_path / "eval" / "bad" / "summary.json").write_text(content)
     table = eval_lib.write_table(str(tmp_path))
     assert "| good | T | 100.0 %" in table and "bad" not in table and (tmp_path / "eval" / "summary.md").read_text() == table
-    assert f"{tmp_path}/eval/bad/summary.json is cut or no summary" in caplog.text and "evaluate again" in caplog.text
-    with pytest.raises(ValueError, match="bad/summary.json is cut or no summary .* delete its folder"):
+    assert f"left out of summary.md: {tmp_path}/eval/bad/summary.json " in caplog.text and "evaluate again" in caplog.text
+    with pytest.raises(ValueError, match="bad/summary.json (is not valid JSON|is no summary|holds a).*: delete its folder, and"):
         eval_lib.read_results(str(tmp_path), "bad")
 
 
