@@ -191,9 +191,9 @@ def _check_there(config, workdir: str, data_workdir: str) -> None:
     if config.init_from and not convert.is_model(config.init_from) and not checkpoint.is_begun(workdir):
         try:
             checkpoint.resolve(config.init_from)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"config.init_from={config.init_from!r} is no model and holds no checkpoint: "
-                                    f"{error}") from None
+        except checkpoint.CheckpointNotFound as error:
+            raise checkpoint.CheckpointNotFound(
+                f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}") from None
 
 
 def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None):
