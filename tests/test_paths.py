@@ -58,7 +58,6 @@ READ = {
 ORBAX = {
     "train --workdir": lambda p: of_flags(train.main, config=settings.default(), workdir=p),
     "train": lambda p: of_train(p),
-    "config.arms": lambda p: of_train(arms={p: {}}),
     "config.init_from": lambda p: of_train(init_from=p),
     "import --target": lambda p: convert.main(["import", "--source=s", f"--target={p}"]),
     "export --source": lambda p: convert.main(["export", f"--source={p}", "--target=t"]),
@@ -102,7 +101,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("what", READ | ORBAX)
 def test_addresses_and_what_is_read_as_one(what, refusal):
-    name = what.split()[-1] if "--" in what or what.startswith("config.") and what != "config.arms" else ""
+    name = what.split()[-1] if "--" in what or what.startswith("config.") else ""
     for path in ADDRESSES:
         message = refusal((READ | ORBAX)[what], path)
         assert f"{name}={path!r} is an address" in message and "mount the bucket" in message, message

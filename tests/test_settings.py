@@ -212,7 +212,7 @@ def test_settings_that_do_not_go_together(changes, message):
     refused(message, **changes)
 
 
-@pytest.mark.parametrize("name", ["a/b", "/tmp/x", "", "x[1]"])
+@pytest.mark.parametrize("name", ["a/b", "/tmp/x", "", "x[1]", "gs://b", "a*", "~x", "a b"])
 def test_an_arm_is_named_as_one_folder(name):
     config = small_run.config()
     with config.unlocked():
