@@ -185,9 +185,9 @@ def _check_there(config, workdir: str, data_workdir: str) -> None:
     """What a run reads is there: its data or how to make them, a tokenizer, and what it starts from."""
     from opsd_jax import checkpoint, convert, data
 
-    data.check_there(config, data_workdir)
-    if config.init_from and not convert.is_released(config.init_from):
+    if config.init_from and not convert.is_released(config.init_from):  # before what is looked for at any path
         paths.check("config.init_from", config.init_from, orbax=True)
+    data.check_there(config, data_workdir)
     if config.init_from and not convert.is_model(config.init_from) and not checkpoint.is_begun(workdir):
         try:
             checkpoint.resolve(config.init_from)
