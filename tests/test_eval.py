@@ -281,7 +281,9 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     (["--visual_thoughts=generated"], "was trained without what draws"),
     (["--against=gone", "--rows=1"], "--against=gone: no "),
     ([f"--against={LAST}-none", "--split=validation"], f"--against={LAST}-none has results of split test, these are of validation"),
-    ([f"--name={small_run.WARMUP:06d}-none"], f"eval/{small_run.WARMUP:06d}-none holds results of something else: choose another --name"),
+    ([f"--name={small_run.WARMUP:06d}-none"],
+     f"eval/{small_run.WARMUP:06d}-none/answers.jsonl was begun with another step, weights: the model has changed since: choose "
+     "another --name"),
 ])
 @pytest.mark.slow
 def test_what_cannot_be_evaluated(trained, capsys, arguments, message):

@@ -345,9 +345,9 @@ def test_a_run_is_evaluated_and_answers(run):
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"
     evaluation.evaluate_run(str(workdir), ("none",), name="again", limit=8)
-    first = [[json.loads(line)["prediction"] for line in path.read_text().splitlines()][:8]
-             for path in (during, workdir / "eval" / "again" / "predictions.jsonl")]
-    assert first[0] == first[1] and any(first[0])
+    found, again = ({p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
+                    for path in (during, workdir / "eval" / "again" / "predictions.jsonl"))
+    assert len(again) == 8 and any(again.values()) and again == {n: found[n] for n in again}
     answering = generate.load(str(workdir), draw=False)
     assert answering.config.lora == LORA and adapters(answering.params).keys() == adapters(abstract(model())).keys()
     trace, = generate.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)

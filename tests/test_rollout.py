@@ -250,7 +250,6 @@ def qwen_like():
     """A byte-level BPE with Qwen's split rule: tokens merge across both edges of the marker."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -260,8 +259,7 @@ def qwen_like():
     backend.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
         vocab_size=64, special_tokens=list(DELIMITERS.values()), show_progress=False))
     vocabulary = backend.get_vocab()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False),
-                     **{name: vocabulary[token] for name, token in DELIMITERS.items()})
+    return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
 
 
 @pytest.fixture(scope="module")
