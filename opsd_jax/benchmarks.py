@@ -213,7 +213,7 @@ def _fault_of_answer(row: Row) -> tuple[str, str]:
 def _fault_of_maze(maze, size: int) -> tuple[str, str]:
     lines = [] if _missing(maze) else scoring.maze_rows(maze)
     if not lines or {len(line) for line in lines} != {len(lines)}:
-        return "maze_map", "it is no square of cells, written as ['SF', 'FG']: correct the cell"
+        return "maze_map", "not a square maze written as ['SF', 'FG']: correct the cell"
     if len(lines) != size:
         return "maze_size", f"the maze has {len(lines)} rows: give that number"
     cells = {(r, c): cell for r, line in enumerate(lines) for c, cell in enumerate(line)}

@@ -50,7 +50,7 @@ class CheckpointError(OSError):
 
 
 class CheckpointGone(CheckpointNotFound):
-    """A checkpoint is not there any more: the run that wrote it has gone on, and keeps its newest ones."""
+    """A checkpoint was deleted by the run that wrote it, which keeps only its newest ones."""
 
 
 class ConfigMismatch(ValueError):

@@ -227,7 +227,7 @@ def of_metadata(settings, directory: str) -> ModelConfig:
     found = json_files.Object(f"the metadata of {directory}", settings if isinstance(settings, dict) else {}, [])
     model, adapters = found.child("model"), found.child("lora")
     if not (model.has("llm") and model.has("vit")):
-        raise ValueError(f"the metadata of {directory} has no config.model.llm and .vit: it is no checkpoint of a run "
+        raise ValueError(f"the metadata of {directory} has no config.model.llm and .vit: it is not a checkpoint of a run "
                          "or of `convert import`")
     llm, vit, sizes = _fields(LLMConfig, model.child("llm")), _fields(ViTConfig, model.child("vit")), model.child("generation")
     generation = None
@@ -237,7 +237,7 @@ def of_metadata(settings, directory: str) -> ModelConfig:
     lora = None
     if adapters.has("rank") and adapters.values["rank"] != 0:
         lora = _fields(LoRAConfig, adapters)
-    summary = f"{directory} is no checkpoint of a model that this version knows:"
+    summary = f"{directory} is not a checkpoint of a model that this version can read:"
     found.check(summary)
     try:
         return ModelConfig(

@@ -240,7 +240,7 @@ def unknown(key: str) -> str:
         group, path = group[part], [*path, part]
         if not isinstance(group, ConfigDict):
             break
-    return f"{'.'.join(['config', *path])} is no group of settings"
+    return f"{'.'.join(['config', *path])} is not a group of settings"
 
 
 def check(config: ConfigDict) -> None:
@@ -442,7 +442,7 @@ def _check_stage(config, stage: str) -> None:
         return
     what = "stages" if stage == "autoencoder" else "warmup.mix.drawn"
     if not config.model.generation.on:
-        raise ValueError(f"config.{what} trains what draws, which this model lacks: set config.model.generation.on=True")
+        raise ValueError(f"config.{what} trains image generation, which this model lacks: set config.model.generation.on=True")
     if len(config.data.buckets.drawn) != len(config.data.buckets.trace):
         raise ValueError(f"config.{what} needs config.data.buckets.drawn, one (latents, pictures, height, width) "
                          "for each entry of config.data.buckets.trace")
@@ -451,7 +451,8 @@ def _check_stage(config, stage: str) -> None:
         raise ValueError(f"config.data.buckets.drawn is {config.data.buckets.drawn}: heights and widths must be "
                          f"multiples of the {stride} pixels of a latent token")
     if lora(config):
-        raise ValueError(f"config.{what} trains what draws, config.lora its adapters alone: set config.lora.rank=0")
+        raise ValueError(f"config.{what} trains image generation, but with config.lora only adapters are trained: "
+                         "set config.lora.rank=0")
 
 
 # --- what the settings become ----------------------------------------------------------------------------------
@@ -468,7 +469,7 @@ def arm(config, name: str, start: str = "") -> ConfigDict:
 
 
 def draws(config, stage: str) -> bool:
-    """Whether a stage trains what draws, and so wants pictures as the autoencoder sees them."""
+    """Whether a stage trains image generation, and so needs images as the autoencoder sees them."""
     return stage == "autoencoder" or (stage == "warmup" and config.warmup.mix.drawn > 0)
 
 

@@ -360,11 +360,11 @@ MAZE = ["SFH", "FFH", "HFG"]
     ("ChartQA_v_bar", {"answer": "inf"}, "answer", "none equals it"),
     *[("VSP_maze_task_main_original", cells, column, reason) for cells, column, reason in (
         ({"maze_map": ["FFH", "FFH", "HFG"]}, "maze_map", "has no S"), ({"maze_map": ["SFH", "FFH", "HFF"]}, "maze_map", "has no G"),
-        ({"maze_map": ["SFH", "FF", "HFG"]}, "maze_map", "no square"), ({"maze_map": ["SFG", "FFH"]}, "maze_map", "no square"),
+        ({"maze_map": ["SFH", "FF", "HFG"]}, "maze_map", "not a square"), ({"maze_map": ["SFG", "FFH"]}, "maze_map", "not a square"),
         ({"maze_size": 4}, "maze_size", "has 3 rows"), ({"maze_size": 2}, "maze_size", "has 3 rows"),
         ({"maze_size": 0}, "maze_size", "has 3 rows"), ({"maze_map": ["SHH", "HHH", "HHG"]}, "maze_map", "no route leads from S to G"),
         ({"maze_map": ["SxH", "FFH", "HFG"]}, "maze_map", "'x'"), ({"maze_map": ["sFH", "FFH", "HFg"]}, "maze_map", "'g'"),
-        ({"maze_map": "SFHFFHHFG"}, "maze_map", "no square"), ({"maze_map": ""}, "maze_map", "no square"))]])
+        ({"maze_map": "SFHFFHHFG"}, "maze_map", "not a square"), ({"maze_map": ""}, "maze_map", "not a square"))]])
 def test_rows_that_no_answer_can_match_are_named(tmp_path, name, cells, column, reason):
     from opsd_jax import answers
 

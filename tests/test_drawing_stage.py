@@ -179,8 +179,8 @@ def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model.generation.on": False}, "config.warmup.mix.drawn trains what draws.*config.model.generation.on=True"),
-    ({"model.generation.on": False, "stages": ("autoencoder",)}, "config.stages trains what draws"),
+    ({"model.generation.on": False}, "config.warmup.mix.drawn trains image generation.*config.model.generation.on=True"),
+    ({"model.generation.on": False, "stages": ("autoencoder",)}, "config.stages trains image generation"),
     ({"data.buckets.drawn": ()}, "config.warmup.mix.drawn needs config.data.buckets.drawn"),
     ({"data.buckets.drawn": ((9, 2, 48, 44),)}, "multiples of the 8 pixels"),
     ({"lora.rank": 2}, "set config.lora.rank=0"),

@@ -10,7 +10,7 @@ from opsd_jax.diagnose import attention, interventions, kl, runs
 
 def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[str]]:
     """Answers in every mode that the model and its rows allow (`eval.evaluate_run`), with those of the weights that
-    training started from, then the three analyses; one page for people, and under it what each leaves by itself."""
+    training started from, then the three analyses; one page that contains the pages of the analyses."""
     modes = ("none", *eval_lib.CONTEXTS, *(eval_lib.DRAWN if run.config.model.generation.on else ()))
     evaluate = functools.partial(eval_lib.evaluate_run, run.workdir, benchmarks=run.tasks, split=run.split,
                                  limit=run.limit, batch_size=run.batch_size, seed=run.seed, before_batch=run.before_batch)

@@ -21,7 +21,7 @@ ROWS = 128  # of each task, chosen at random, if the command does not say
 class Run:
     """A run that is diagnosed, and the rows it is diagnosed on. Made by `open_run`.
 
-    model: ModelConfig without what draws. limit: a random subset of so many rows of each task (`plan.subset`, by
+    model: ModelConfig without image generation. limit: the size of a random subset of each task (`plan.subset`, by
     config.seed), 0 for all. batch_size: of all processes.
     before_batch: called before each batch, such as `checkpoint.Flag.check`.
     """
