@@ -7,7 +7,6 @@ belong to one process, arms run one after another when the main run has ended.
 """
 
 import collections
-import json
 import os
 import subprocess
 import sys
@@ -137,8 +136,8 @@ def report(workdir: str, names) -> str:
             lines.append(f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {interval(b)} | {read} | "
                          f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |")
     text = "\n".join(lines) + "\n"
-    for name, content in (("report.md", text), ("report.json", json.dumps(rows, indent=1))):
-        files.write(os.path.join(workdir, name), content)
+    files.write(os.path.join(workdir, "report.md"), text)
+    files.write_json(os.path.join(workdir, "report.json"), rows)
     return text
 
 

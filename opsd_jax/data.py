@@ -131,11 +131,14 @@ def check_there(config, workdir: str) -> None:
 def _to_make(config, target) -> dict | None:
     """With which settings procedural data are made or finished in the data folder; None: all is there, prepared from
     elsewhere. FileNotFoundError as `make_if_absent`."""
-    was, make = _made(target), config.data.make.to_dict()
+    was, make = _made(target), json.loads(config.data.make.to_json())  # as it comes back from the record
     if was is None:
         if os.path.isdir(os.path.join(target, visual_opsd.NAME)):
             return None
         if config.data.dir or not make["families"]:
+            if os.path.basename(os.path.abspath(target)) == visual_opsd.NAME:
+                raise FileNotFoundError(f"{target} holds no data itself: give the folder that it is in, "
+                                        f"--config.data.dir={os.path.dirname(os.path.abspath(target))}")
             raise FileNotFoundError(
                 f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
                 f"--target={target}` or `python -m opsd_jax.data make-mini --target={target}`, or give "
@@ -145,7 +148,18 @@ def _to_make(config, target) -> dict | None:
         make = was
     elif config.data.dir and {*make["families"]} <= {*was["families"]}:
         make["families"] = was["families"]
+    if was is not None:
+        _check_same(target, was, make)
     return make
+
+
+def _check_same(target: str, was: dict, make: dict) -> None:
+    """ValueError, with what differs, where a folder holds procedural data of other settings than `make`."""
+    if differs := [key for key in {**was, **make} if was.get(key) != make.get(key)]:
+        there, now = ({key: of.get(key, "absent") for key in differs} for of in (was, make))
+        raise ValueError(f"{target} was made with other settings: config.data.make was {there} and is now {now}. Give those of "
+                         "the folder, use its data as they are (--config.data.make.families='()' of a run), choose another "
+                         f"folder, or delete {target} to make the data again")
 
 
 def make_procedural(target: str, make: dict) -> None:
@@ -154,7 +168,7 @@ def make_procedural(target: str, make: dict) -> None:
     Raises ValueError if others were begun there; locks.FolderInUse.
     """
     with locks.only_writer(target):
-        _make(target, json.loads(json.dumps(make)))  # as it comes back from the record
+        _make(target, json.loads(json.dumps(make)))  # lists for tuples, as in the record
 
 
 def _make(target: str, make: dict) -> None:
@@ -162,10 +176,8 @@ def _make(target: str, make: dict) -> None:
 
     was, made = _made(target), os.path.join(target, "made")
     if was is None:
-        files.write(os.path.join(target, _RECORD), json.dumps(make, indent=1))
-    elif was != make:
-        raise ValueError(f"{target} was made with other settings: config.data.make was {was}, now it is {make}: use "
-                         f"those, another folder, or delete {target}")
+        files.write_json(os.path.join(target, _RECORD), make)
+    _check_same(target, was or make, make)
     if not os.path.isdir(made):
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
         try:
@@ -174,7 +186,13 @@ def _make(target: str, make: dict) -> None:
         except BaseException:  # nothing was begun: the corrected command may have other settings
             os.remove(os.path.join(target, _RECORD))
             raise
-    visual_opsd.prepare(os.path.join(made, "parquet"), target)  # does nothing where all is done
+    parquet_dir = os.path.join(made, "parquet")
+    try:
+        visual_opsd.prepare(parquet_dir, target)  # does nothing where all is done
+    except FileExistsError as error:
+        raise FileExistsError(f"{target} was prepared from other files than {parquet_dir} holds now (was one edited?): delete "
+                              f"{target} and give the same command again, or prepare {parquet_dir} into another folder with "
+                              "`python -m opsd_jax.data prepare`") from error
 
 
 _RECORD = "made.json"  # settings of the procedural data in a folder, written before them
@@ -538,7 +556,7 @@ def _bucket_index(config, workdir, rows: Rows, packer: Packer, source: int) -> n
         known = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or cut
             known = json_files.read(report, fix="delete it, and it is written again")
-        files.write(report, json.dumps(known | {task: left_out}, indent=1))
+        files.write_json(report, known | {task: left_out})
     return index
 
 

@@ -1,9 +1,10 @@
 """Files that are written whole or not at all: a reader sees the old content or the new, even where the power fails."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -31,3 +32,8 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file. Text is UTF-8; what is no text, as in the name of a file that is no UTF-8, becomes an escape."""
     with replacing(path) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as JSON, a line for each entry."""
+    write(path, json.dumps(value, indent=1))

@@ -12,7 +12,6 @@ decoding are those of a named protocol, `PROTOCOLS`. Official: inferencer.py, In
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 import sys
@@ -364,7 +363,7 @@ def write(directory: str, questions, traces) -> list[str]:
                 steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
                 save_picture(step, os.path.join(directory, steps[-1]["picture"]))
         record = {"question": question, "steps": steps, "tokens": trace.tokens, "seconds": trace.seconds}
-        files.write(os.path.join(directory, f"{n}.json"), json.dumps(record, indent=1))
+        files.write_json(os.path.join(directory, f"{n}.json"), record)
         pages.append(os.path.join(directory, f"{n}.png"))
         save_picture(page([*pictures, question, *trace.steps]), pages[-1])
     return pages

@@ -207,7 +207,7 @@ class Cache:
                                  + "\n".join(_differences(was, facts))
                                  + "\nUse those, another --workdir, or delete the folder: it is then collected anew")
         elif jax.process_index() == 0:
-            files.write(path, json.dumps(facts, indent=1))
+            files.write_json(path, facts)
 
     def path(self, task: str, row: int) -> str:
         """The file that holds a row."""

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import re
@@ -772,7 +771,7 @@ def main(argv) -> None:
         distributed.end_with_error(error)
     print(table(report))
     if f.out:
-        files.write(f.out, json.dumps(report, indent=1))
+        files.write_json(f.out, report)
     sys.exit(0 if report["fits"] else 3)
 
 

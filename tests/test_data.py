@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -351,6 +352,11 @@ def test_make_mini_from_the_command_line(tmp_path, capsys):
         assert len(visual_opsd.open_source(target, "train+test", task=CHART)) == 5
         assert sorted(os.listdir(target)) == ["made", "made.json", "visual_opsd"]
     refused("made with other settings.*'seed': 0.*'seed': 1", *command, "--seed=1")
+    parquet = next((tmp_path / "d" / "made" / "parquet").glob("*/data/train-*"))
+    content = parquet.read_bytes()
+    shutil.copyfile(next(parquet.parent.glob("test-*")), parquet)  # an edited file
+    refused(f"was prepared from other files.*delete {target} and give the same command again", *command)
+    parquet.write_bytes(content)
     (tmp_path / "d" / "made.json").unlink()  # as a folder prepared from elsewhere
     refused("holds prepared data already: choose another --target", *command)
     other = f"--target={tmp_path}/e"
@@ -363,6 +369,9 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
     mistyped = tmp_path / "dta"
     with pytest.raises(FileNotFoundError, match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir"):
         data.make_if_absent(config(mistyped), str(tmp_path))
+    inner = os.path.join(folder, visual_opsd.NAME)
+    with pytest.raises(FileNotFoundError, match=f"{inner} holds no data itself: give the folder .*dir={folder}$"):
+        data.make_if_absent(config(inner), str(tmp_path))
     assert not os.listdir(tmp_path)
     data.make_if_absent(config(folder, data__make__families=("maze",)), "")  # more are there than are asked for
     with pytest.raises(ValueError, match="made with other settings.*'seed': 0.*'seed': 1"):

@@ -35,7 +35,7 @@ from absl import logging
 from PIL import Image
 
 from opsd_jax import files as files_lib
-from opsd_jax import images, locks, paths, tags, tasks
+from opsd_jax import images, json_files, locks, paths, tags, tasks
 
 NAME, VERSION = "visual_opsd", "1.0.0"
 SPLITS = ("train", "validation", "test")
@@ -529,14 +529,14 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         report_file.unlink(missing_ok=True)
-        _write_json(progress_file, finished)
+        files_lib.write_json(progress_file, finished)
     for shard in shards:
         if shard.name in finished:
             tick(shard.rows)
             continue
         with _writing(directory / shard.name):
             finished[shard.name] = _write_shard(task, folder / shard.file, shard, directory, skip, tick)
-            _write_json(progress_file, finished)
+            files_lib.write_json(progress_file, finished)
         logging.info("%s: %d rows", directory / shard.name, finished[shard.name]["rows"])
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
@@ -550,7 +550,7 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
             raise BadSource(f"{folder}: no row of {name} is usable:\n{report}")
     with _writing(report_file):
         _write_metadata(directory, records)
-        _write_json(report_file, vars(report) | {
+        files_lib.write_json(report_file, vars(report) | {
             key: [note._asdict() for note in getattr(report, key)] for key in ("bad_rows", "warnings")})
     return report
 
@@ -651,12 +651,8 @@ def _is_whole(path: Path, record: dict) -> bool:
         and path.stat().st_size == record["file_bytes"] and _checksum(path) == record["blake2b"]
 
 
-def _write_json(path: Path, value: Any) -> None:
-    files_lib.write(path, json.dumps(value, indent=1))
-
-
 def _read_report(path: Path) -> Report:
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = json_files.read(str(path))
     notes = {key: tuple(Note(**note) for note in fields[key]) for key in ("bad_rows", "warnings")}
     return Report(**fields | notes)
 

@@ -41,6 +41,8 @@ def build_tokenizer(
     Raises FileExistsError if the folder holds a tokenizer and `overwrite` is false.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of missing PyTorch, which nothing here needs
     from transformers import PreTrainedTokenizerFast
 
     directory = pathlib.Path(directory)
