@@ -1,12 +1,27 @@
 from setuptools import find_packages, setup
 
 core = [
-    "jax>=0.10.2,<0.13", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8,<0.13",
-    "grain>=0.2.18", "array_record>=0.8.3", "tensorflow-datasets>=4.9.10",
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18",
+    "array_record>=0.8.3",
+    "tensorflow-datasets>=4.9.10",
     "importlib_resources",  # tensorflow-datasets uses it on every Python and declares it for 3.8 only
-    "pyarrow>=20", "pandas>=2.2", "pillow>=11", "numpy>=2.0", "einops>=0.8",
-    "transformers>=5", "tokenizers>=0.22", "safetensors>=0.5",  # tokenizer and weight files; never torch
-    "ml_collections>=1.1", "absl-py>=2.1", "etils>=1.12", "rich>=13", "tensorboardX>=2.6.2",
+    "pyarrow>=20",
+    "pandas>=2.2",
+    "pillow>=11",
+    "numpy>=2.0",
+    "einops>=0.8",
+    "transformers>=5",
+    "tokenizers>=0.22",
+    "safetensors>=0.5",  # tokenizer and weight files; never torch
+    "ml_collections>=1.1",
+    "absl-py>=2.1",
+    "etils>=1.12",
+    "rich>=13",
+    "tensorboardX>=2.6.2",
 ]
 viz = ["matplotlib>=3.9"]
 
@@ -24,7 +39,13 @@ setup(
         "wandb": ["wandb"],
         "viz": viz,
         # libtpu compiles for TPUs without one, which tests of `plan` do
-        "dev": viz + ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.18",
-                      "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+        "dev": viz
+        + [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "tensorboard>=2.18",
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
     },
 )

@@ -33,14 +33,22 @@ def prefill(params, contexts, *, config: rollout.RolloutConfig):
 def main(argv):
     parser = drawing.options(__doc__)
     parser.add_argument("--tokens", type=int, default=201, help="tokens of an answer")
-    parser.add_argument("--batch", type=lambda word: [int(n) for n in word.split(",")], default=[1, 16])
+    parser.add_argument(
+        "--batch", type=lambda word: [int(n) for n in word.split(",")], default=[1, 16]
+    )
     args = parser.parse_args(argv)
     m = drawing.model(args.size, dtype=args.dtype, query_block=args.query_block, unroll=args.unroll)
     m = dataclasses.replace(m, generation=None)
     params = drawing.random_params(m)
     # budget: the tokens and the bos that is fed before them; each takes a pass of the decoder
-    config = rollout.RolloutConfig(m, bos=drawing.TOKENIZER.bos, eos=m.llm.vocab_size, greedy=True,
-                                   marker=rollout.Marker.build([], m.llm.vocab_size), max_new_tokens=args.tokens + 1)
+    config = rollout.RolloutConfig(
+        m,
+        bos=drawing.TOKENIZER.bos,
+        eos=m.llm.vocab_size,
+        greedy=True,
+        marker=rollout.Marker.build([], m.llm.vocab_size),
+        max_new_tokens=args.tokens + 1,
+    )
     rng = np.random.default_rng(0)
     seen = drawing.vit_image(rng, args.problem, m)
     row = [drawing.text(rng, 110, m), seen, drawing.text(rng, 60, m)]
@@ -49,8 +57,15 @@ def main(argv):
         sys.exit(f"--context={args.context}: the context takes {need} slots")
     lines = []
     for batch in args.batch:
-        packed = jax.device_put(context.pack([row] * batch, slots=args.context or need, patches=len(seen.patches),
-                                             side=m.vit.side, tokenizer=drawing.TOKENIZER))
+        packed = jax.device_put(
+            context.pack(
+                [row] * batch,
+                slots=args.context or need,
+                patches=len(seen.patches),
+                side=m.vit.side,
+                tokenizer=drawing.TOKENIZER,
+            )
+        )
         key = jax.random.key(0)
         sample, made = drawing.compiled(rollout.sample, params, packed, key, config=config)
         read, made_read = drawing.compiled(prefill, params, packed, config=config)
@@ -60,18 +75,49 @@ def main(argv):
             sys.exit("an answer ended before --tokens")
         seconds, prefilling = statistics.median(s for _, s in whole[1:]), statistics.median(first)
         decoding = seconds - prefilling
-        lines.append({
-            **drawing.about("answering", args, m, params), "batch": batch, "tokens": args.tokens,
-            "problem": "x".join(map(str, args.problem)), "context_slots": packed.slots, "seconds": seconds,
-            "prefill": prefilling, "ms_per_token": 1e3 * decoding / config.max_new_tokens,
-            "tokens_per_second": batch * args.tokens / seconds, "runs": [s for _, s in whole[1:]],
-            "prefill_runs": first, **made, "prefill_temporary_mib": made_read["temporary_mib"],
-            "cache_mib": 2 * np.dtype("uint16" if args.dtype == "bfloat16" else args.dtype).itemsize * m.llm.num_layers
-            * batch * (packed.slots + config.max_new_tokens) * m.llm.num_kv_heads * m.llm.head_dim / drawing.MIB,
-            "peak_mib": drawing.peak_mib()})
+        lines.append(
+            {
+                **drawing.about("answering", args, m, params),
+                "batch": batch,
+                "tokens": args.tokens,
+                "problem": "x".join(map(str, args.problem)),
+                "context_slots": packed.slots,
+                "seconds": seconds,
+                "prefill": prefilling,
+                "ms_per_token": 1e3 * decoding / config.max_new_tokens,
+                "tokens_per_second": batch * args.tokens / seconds,
+                "runs": [s for _, s in whole[1:]],
+                "prefill_runs": first,
+                **made,
+                "prefill_temporary_mib": made_read["temporary_mib"],
+                "cache_mib": 2
+                * np.dtype("uint16" if args.dtype == "bfloat16" else args.dtype).itemsize
+                * m.llm.num_layers
+                * batch
+                * (packed.slots + config.max_new_tokens)
+                * m.llm.num_kv_heads
+                * m.llm.head_dim
+                / drawing.MIB,
+                "peak_mib": drawing.peak_mib(),
+            }
+        )
         print(json.dumps(lines[-1]), flush=True)
-    drawing.show(lines, ["batch", "tokens", "seconds", "prefill", "ms_per_token", "tokens_per_second", "context_slots",
-                         "temporary_mib", "cache_mib", "peak_mib", "compile_seconds"])
+    drawing.show(
+        lines,
+        [
+            "batch",
+            "tokens",
+            "seconds",
+            "prefill",
+            "ms_per_token",
+            "tokens_per_second",
+            "context_slots",
+            "temporary_mib",
+            "cache_mib",
+            "peak_mib",
+            "compile_seconds",
+        ],
+    )
 
 
 if __name__ == "__main__":

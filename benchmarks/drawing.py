@@ -23,27 +23,54 @@ from opsd_jax import context, flow, images, params as params_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
-MIB = 2 ** 20
+MIB = 2**20
 TOKENIZER = types.SimpleNamespace(bos=1, eos=2, image_start=3, image_end=4)
 SIZES = {
     "tiny": ModelConfig(
-        llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48),
+        llm=LLMConfig(
+            vocab_size=264,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=48,
+        ),
         vit=ViTConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24),
-        generation=GenerationConfig(VAEConfig(channels=32, multipliers=(1, 1, 1, 1), num_res_blocks=1))),
+        generation=GenerationConfig(
+            VAEConfig(channels=32, multipliers=(1, 1, 1, 1), num_res_blocks=1)
+        ),
+    ),
     "mid": ModelConfig(
-        llm=LLMConfig(vocab_size=32000, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=2,
-                      intermediate_size=1408),
+        llm=LLMConfig(
+            vocab_size=32000,
+            hidden_size=512,
+            num_layers=8,
+            num_heads=8,
+            num_kv_heads=2,
+            intermediate_size=1408,
+        ),
         vit=ViTConfig(hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024),
-        generation=GenerationConfig(VAEConfig(channels=32))),
+        generation=GenerationConfig(VAEConfig(channels=32)),
+    ),
     # scores at once would take 3 * 28 * 4,098 * 6,865 * 4 bytes: 8.8 GiB a layer
     "7b": ModelConfig(
-        llm=LLMConfig(vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4,
-                      intermediate_size=18944),
+        llm=LLMConfig(
+            vocab_size=152064,
+            hidden_size=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            intermediate_size=18944,
+        ),
         vit=ViTConfig(hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304),
-        generation=GenerationConfig(), query_block=512)}
+        generation=GenerationConfig(),
+        query_block=512,
+    ),
+}
 
 
 # --- what both benchmarks share --------------------------------------------------------------------------------
+
 
 def model(size: str, **changes) -> ModelConfig:
     """The sizes of that name; changes: fields of ModelConfig that are not None."""
@@ -56,8 +83,12 @@ def random_params(config: ModelConfig):
 
     @functools.partial(jax.jit, static_argnames=("shape", "scale"))
     def normal(key, shape, scale):
-        if len(shape) == 3:  # stacked over layers: one at a time, or the random bits of all would stand beside them
-            return jax.lax.map(lambda k: normal(k, shape[1:], scale), jax.random.split(key, shape[0]))
+        if (
+            len(shape) == 3
+        ):  # stacked over layers: one at a time, or the random bits of all would stand beside them
+            return jax.lax.map(
+                lambda k: normal(k, shape[1:], scale), jax.random.split(key, shape[0])
+            )
         return jax.random.normal(key, shape, config.dtype) * jnp.asarray(scale, config.dtype)
 
     leaves = {}
@@ -67,9 +98,13 @@ def random_params(config: ModelConfig):
         elif path.endswith("scale") or "norm" in path.split("/")[-1]:
             leaves[path] = jnp.ones(leaf.shape, config.dtype)
         else:
-            fan_in = leaf.shape[-1] if path.endswith(("embed", "position", "table")) else int(np.prod(leaf.shape[:-1]))
+            fan_in = (
+                leaf.shape[-1]
+                if path.endswith(("embed", "position", "table"))
+                else int(np.prod(leaf.shape[:-1]))
+            )
             fan_in //= leaf.shape[0] if len(leaf.shape) == 3 else 1
-            leaves[path] = normal(jax.random.key(n), leaf.shape, fan_in ** -0.5)
+            leaves[path] = normal(jax.random.key(n), leaf.shape, fan_in**-0.5)
     return jax.block_until_ready(params_lib.unflatten(leaves))
 
 
@@ -78,7 +113,9 @@ def vit_image(rng, size: tuple[int, int], config: ModelConfig) -> context.Image:
     patch = config.vit.patch_size
     width, height = images.Resize(stride=patch)(size[1], size[0])
     grid = (height // patch, width // patch)
-    return context.Image(rng.integers(0, 256, (grid[0] * grid[1], config.vit.patch_dim), np.uint8), grid)
+    return context.Image(
+        rng.integers(0, 256, (grid[0] * grid[1], config.vit.patch_dim), np.uint8), grid
+    )
 
 
 def text(rng, count: int, config: ModelConfig) -> context.Text:
@@ -90,7 +127,10 @@ def compiled(function, *args, **static):
     start = time.perf_counter()
     program = function.lower(*args, **static).compile()
     memory = program.memory_analysis()
-    return program, {"compile_seconds": time.perf_counter() - start, "temporary_mib": memory.temp_size_in_bytes / MIB}
+    return program, {
+        "compile_seconds": time.perf_counter() - start,
+        "temporary_mib": memory.temp_size_in_bytes / MIB,
+    }
 
 
 def timed(function, *args):
@@ -108,9 +148,18 @@ def peak_mib():
 def about(name: str, args, config: ModelConfig, params) -> dict:
     """What every line of a benchmark carries."""
     counts = params_lib.count(params)
-    return {"benchmark": name, "size": args.size, "dtype": config.dtype, "device": jax.devices()[0].device_kind,
-            "platform": jax.default_backend(), "jax": jax.__version__, "parameters": counts["total"],
-            "query_block": config.query_block, "unroll": config.unroll, "repeats": args.repeats}
+    return {
+        "benchmark": name,
+        "size": args.size,
+        "dtype": config.dtype,
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+        "parameters": counts["total"],
+        "query_block": config.query_block,
+        "unroll": config.unroll,
+        "repeats": args.repeats,
+    }
 
 
 def show(lines: list[dict], columns: list[str]) -> None:
@@ -123,11 +172,17 @@ def show(lines: list[dict], columns: list[str]) -> None:
 
 def options(doc: str) -> argparse.ArgumentParser:
     """The command line that both have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--problem", type=pixels, default=(512, 512), help="problem image, HEIGHTxWIDTH pixels")
-    parser.add_argument("--context", type=int, default=0, help="static slots of the context; 0: as many as needed")
+    parser.add_argument(
+        "--problem", type=pixels, default=(512, 512), help="problem image, HEIGHTxWIDTH pixels"
+    )
+    parser.add_argument(
+        "--context", type=int, default=0, help="static slots of the context; 0: as many as needed"
+    )
     parser.add_argument("--query_block", type=int, help="see ModelConfig; default: the size's")
     parser.add_argument("--unroll", type=int, help="see ModelConfig; default: the size's")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each program")
@@ -135,12 +190,13 @@ def options(doc: str) -> argparse.ArgumentParser:
 
 
 def pixels(word: str) -> tuple[int, int]:
-    """"1024x768" -> (1024, 768): height and width."""
+    """ "1024x768" -> (1024, 768): height and width."""
     height, width = map(int, word.split("x"))
     return height, width
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
+
 
 def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
     """Context [R * B, T + G] of the branches; problem: latent tokens [G, C] of the problem image."""
@@ -148,43 +204,72 @@ def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
     latent = context.Latent(problem, tuple(n // g.stride for n in args.problem))
     seen = vit_image(rng, args.problem, m)
     system, question, thought = (text(rng, n, m) for n in (110, 60, 200))
-    rows = {"cond": [system, latent, seen, question, thought], "text": [system, latent, seen],
-            "image": [system, question]}
+    rows = {
+        "cond": [system, latent, seen, question, thought],
+        "text": [system, latent, seen],
+        "image": [system, question],
+    }
     need = sum(b.slots for b in rows["cond"])
     if args.context and args.context < need:
         sys.exit(f"--context={args.context}: the context takes {need} slots")
     return context.pack(
         [rows[branch] for branch in config.branches for _ in range(args.batch)],
-        slots=(args.context or need) - len(problem), patches=len(seen.patches), latents=len(problem),
-        latent_dim=g.latent_dim, latent_side=g.side, side=m.vit.side, tokenizer=TOKENIZER)
+        slots=(args.context or need) - len(problem),
+        patches=len(seen.patches),
+        latents=len(problem),
+        latent_dim=g.latent_dim,
+        latent_side=g.side,
+        side=m.vit.side,
+        tokenizer=TOKENIZER,
+    )
 
 
 def main(argv):
     parser = options(__doc__)
-    parser.add_argument("--image", type=pixels, default=(1024, 1024), help="drawn image, HEIGHTxWIDTH pixels")
-    parser.add_argument("--steps", type=int, default=50, help="points of the time grid, one more than steps")
+    parser.add_argument(
+        "--image", type=pixels, default=(1024, 1024), help="drawn image, HEIGHTxWIDTH pixels"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=50, help="points of the time grid, one more than steps"
+    )
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args(argv)
     m = model(args.size, dtype=args.dtype, query_block=args.query_block, unroll=args.unroll)
     g = m.generation
     for name in ("image", "problem"):
         if any(n % g.stride or n > g.stride * g.side for n in getattr(args, name)):
-            sys.exit(f"--{name}: sides must be multiples of {g.stride} and at most {g.stride * g.side} pixels")
+            sys.exit(
+                f"--{name}: sides must be multiples of {g.stride} and at most {g.stride * g.side} pixels"
+            )
     params = random_params(m)
-    facts = {**about("drawing", args, m, params), "image": "x".join(map(str, args.image)),
-             "problem": "x".join(map(str, args.problem)), "batch": args.batch}
+    facts = {
+        **about("drawing", args, m, params),
+        "image": "x".join(map(str, args.image)),
+        "problem": "x".join(map(str, args.problem)),
+        "batch": args.batch,
+    }
     lines = []
 
     def report(measure, seconds, **more):
-        lines.append({**facts, "measure": measure, "seconds": statistics.median(seconds), "runs": seconds, **more,
-                      "peak_mib": peak_mib()})
+        lines.append(
+            {
+                **facts,
+                "measure": measure,
+                "seconds": statistics.median(seconds),
+                "runs": seconds,
+                **more,
+                "peak_mib": peak_mib(),
+            }
+        )
         print(json.dumps(lines[-1]), flush=True)
         return lines[-1]["seconds"]
 
     grid = tuple(n // g.stride for n in args.image)
     rng = np.random.default_rng(0)
     pixel_values = rng.uniform(-1, 1, (args.batch, *args.problem, 3)).astype(np.float32)
-    noise = np.zeros((args.batch, *(n // g.vae.downsample for n in args.problem), g.vae.z_channels), np.float32)
+    noise = np.zeros(
+        (args.batch, *(n // g.vae.downsample for n in args.problem), g.vae.z_channels), np.float32
+    )
     encode, made = compiled(flow.encode, params, pixel_values, noise, config=m)
     runs = [timed(encode, params, pixel_values, noise) for _ in range(args.repeats + 1)]
     encoding = report("encode", [seconds for _, seconds in runs[1:]], **made)
@@ -193,14 +278,22 @@ def main(argv):
     noise = rng.standard_normal((args.batch, grid[0] * grid[1], g.latent_dim), np.float32)
     positions, real = flow.layout([grid] * args.batch, noise.shape[1], g.side)
     decode, made = compiled(flow.decode, params, jnp.asarray(noise), grid=grid, config=m)
-    decoding = report("decode", [timed(decode, params, jnp.asarray(noise))[1] for _ in range(args.repeats + 1)][1:],
-                      **made)
+    decoding = report(
+        "decode",
+        [timed(decode, params, jnp.asarray(noise))[1] for _ in range(args.repeats + 1)][1:],
+        **made,
+    )
 
     scales = {1: {"text_scale": 1.0}, 2: {"image_scale": 1.0}, 3: {}}
     steps = args.steps - 1
     for branches, scale in scales.items():
-        config = flow.FlowConfig(m, TOKENIZER.image_start, TOKENIZER.image_end, num_timesteps=args.steps,
-                                 **{**flow.HARNESS, **scale})
+        config = flow.FlowConfig(
+            m,
+            TOKENIZER.image_start,
+            TOKENIZER.image_end,
+            num_timesteps=args.steps,
+            **{**flow.HARNESS, **scale},
+        )
         inputs = jax.device_put((contexts(args, config, problem), positions, real))
         prepare, made_prepare = compiled(flow.prepare, params, *inputs, config=config.model)
         denoise, runs = None, []
@@ -208,8 +301,16 @@ def main(argv):
             (canvas, cache), preparing = timed(prepare, params, *inputs)
             x, bounds = jnp.array(noise), (jnp.int32(0), jnp.int32(steps))
             if denoise is None:
-                denoise, made = compiled(flow.denoise, params, canvas, cache, x, *bounds, config=config,
-                                         guided=branches > 1)
+                denoise, made = compiled(
+                    flow.denoise,
+                    params,
+                    canvas,
+                    cache,
+                    x,
+                    *bounds,
+                    config=config,
+                    guided=branches > 1,
+                )
             cache_mib = sum(a.nbytes for a in cache.values()) / MIB
             (x, cache), denoising = timed(denoise, params, canvas, cache, x, *bounds)
             runs.append((preparing, denoising))
@@ -217,15 +318,46 @@ def main(argv):
         if not np.isfinite(x).all():
             sys.exit("the drawn latents are not finite")
         size = {"branches": branches, "context_slots": canvas.slots, "drawn_tokens": noise.shape[1]}
-        preparing = report("prepare", [p for p, _ in runs[1:]], **size, **made_prepare, cache_mib=cache_mib)
+        preparing = report(
+            "prepare", [p for p, _ in runs[1:]], **size, **made_prepare, cache_mib=cache_mib
+        )
         denoising = [d for _, d in runs[1:]]
-        drawing = report("denoise", denoising, **size, **made, cache_mib=cache_mib, steps=steps,
-                         per_step=statistics.median(denoising) / steps)
+        drawing = report(
+            "denoise",
+            denoising,
+            **size,
+            **made,
+            cache_mib=cache_mib,
+            steps=steps,
+            per_step=statistics.median(denoising) / steps,
+        )
         # the images of a batch are drawn side by side
-        report("image", [p + d + decoding for p, d in runs[1:]], **size, steps=steps, prepare=preparing,
-               denoise=drawing, decode=decoding, encode=encoding)
-    show(lines, ["measure", "branches", "seconds", "per_step", "steps", "context_slots", "drawn_tokens",
-                 "temporary_mib", "cache_mib", "peak_mib", "compile_seconds"])
+        report(
+            "image",
+            [p + d + decoding for p, d in runs[1:]],
+            **size,
+            steps=steps,
+            prepare=preparing,
+            denoise=drawing,
+            decode=decoding,
+            encode=encoding,
+        )
+    show(
+        lines,
+        [
+            "measure",
+            "branches",
+            "seconds",
+            "per_step",
+            "steps",
+            "context_slots",
+            "drawn_tokens",
+            "temporary_mib",
+            "cache_mib",
+            "peak_mib",
+            "compile_seconds",
+        ],
+    )
 
 
 if __name__ == "__main__":

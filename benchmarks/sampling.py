@@ -30,20 +30,37 @@ def main(argv):
     parser.add_argument("--mean", type=int, default=200, help="tokens, and size of the vocabulary")
     parser.add_argument("--budget", type=int, default=1024, help="most tokens of a row")
     parser.add_argument("--slots", type=numbers, default=[0, 16])
-    parser.add_argument("--refill", type=numbers, default=[0], help="for each of --slots; 0: a quarter")
+    parser.add_argument(
+        "--refill", type=numbers, default=[0], help="for each of --slots; 0: a quarter"
+    )
     args = parser.parse_args(argv)
     m = drawing.model(args.size, dtype=args.dtype, query_block=args.query_block, unroll=args.unroll)
-    m = dataclasses.replace(m, generation=None, llm=dataclasses.replace(m.llm, vocab_size=max(args.mean, 8)))
+    m = dataclasses.replace(
+        m, generation=None, llm=dataclasses.replace(m.llm, vocab_size=max(args.mean, 8))
+    )
     params = drawing.random_params(m)
     params["llm"]["head"] = params["llm"]["head"] * 0
-    base = rollout.RolloutConfig(m, bos=drawing.TOKENIZER.bos, eos=1, marker=rollout.Marker.build([], m.llm.vocab_size),
-                                 max_new_tokens=args.budget)
+    base = rollout.RolloutConfig(
+        m,
+        bos=drawing.TOKENIZER.bos,
+        eos=1,
+        marker=rollout.Marker.build([], m.llm.vocab_size),
+        max_new_tokens=args.budget,
+    )
     rng = np.random.default_rng(0)
     seen = drawing.vit_image(rng, args.problem, m)
     rows = [[seen, drawing.text(rng, 60, m)] for _ in range(args.rows)]
     slots = sum(block.slots for block in rows[0])
-    packed = jax.device_put(context.pack(rows, slots=slots, patches=len(seen.patches), side=m.vit.side, latents=0,
-                                         tokenizer=drawing.TOKENIZER))
+    packed = jax.device_put(
+        context.pack(
+            rows,
+            slots=slots,
+            patches=len(seen.patches),
+            side=m.vit.side,
+            latents=0,
+            tokenizer=drawing.TOKENIZER,
+        )
+    )
     lines, key, fed = [], jax.random.key(0), None
     for width, refill in [(s, r) for s in args.slots for r in (args.refill if s else [0])]:
         config = dataclasses.replace(base, slots=width, refill=refill)
@@ -53,16 +70,39 @@ def main(argv):
         if fed is not None and not np.array_equal(fed, found.fed):
             sys.exit(f"--slots={width} drew other tokens than the ones before")
         fed, tokens = np.asarray(found.fed), int(found.mask.sum())
-        lines.append({
-            **drawing.about("sampling", args, m, params), "rows": args.rows, "slots": width or args.rows,
-            "refill": config.group if width else 0, "mean_tokens": tokens / args.rows,
-            "longest": int(found.num_fed.max()), "steps": int(found.ended.max()),
-            "utilisation": float(rollout.utilisation(found, width)), "seconds": seconds,
-            "tokens_per_second": tokens / seconds, "runs": [s for _, s in runs[1:]], **made,
-            "peak_mib": drawing.peak_mib()})
+        lines.append(
+            {
+                **drawing.about("sampling", args, m, params),
+                "rows": args.rows,
+                "slots": width or args.rows,
+                "refill": config.group if width else 0,
+                "mean_tokens": tokens / args.rows,
+                "longest": int(found.num_fed.max()),
+                "steps": int(found.ended.max()),
+                "utilisation": float(rollout.utilisation(found, width)),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "runs": [s for _, s in runs[1:]],
+                **made,
+                "peak_mib": drawing.peak_mib(),
+            }
+        )
         print(json.dumps(lines[-1]), flush=True)
-    drawing.show(lines, ["rows", "slots", "refill", "mean_tokens", "steps", "utilisation", "seconds",
-                         "tokens_per_second", "temporary_mib", "compile_seconds"])
+    drawing.show(
+        lines,
+        [
+            "rows",
+            "slots",
+            "refill",
+            "mean_tokens",
+            "steps",
+            "utilisation",
+            "seconds",
+            "tokens_per_second",
+            "temporary_mib",
+            "compile_seconds",
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -17,13 +17,19 @@ def main(workdirs):
     for workdir in workdirs:
         with open(os.path.join(workdir, "report.json")) as f:
             reports.append({row["arm"]: row["tasks"] for row in json.load(f)})
-    print("| arm | measure | " + " | ".join(os.path.basename(os.path.normpath(w)) for w in workdirs) + " | mean ± sd |")
+    print(
+        "| arm | measure | "
+        + " | ".join(os.path.basename(os.path.normpath(w)) for w in workdirs)
+        + " | mean ± sd |"
+    )
     print("|---" * (3 + len(workdirs)) + "|")
     for arm in dict.fromkeys(arm for report in reports for arm in report):
         tasks = [next(iter(r[arm].values())) if arm in r else {} for r in reports]
-        for name, values in (("accuracy", [b.get("overall") for b in tasks]),
-                             ("with visual thoughts", [b.get("real", {}).get("overall") for b in tasks]),
-                             ("closure", [b.get("closure") for b in tasks])):
+        for name, values in (
+            ("accuracy", [b.get("overall") for b in tasks]),
+            ("with visual thoughts", [b.get("real", {}).get("overall") for b in tasks]),
+            ("closure", [b.get("closure") for b in tasks]),
+        ):
             found = [100 * v for v in values if v is not None]
             if found:
                 spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""

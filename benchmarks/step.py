@@ -46,6 +46,7 @@ GRID = (16, 16)  # patches of an image of 224 x 224 pixels
 
 # --- memory and time -------------------------------------------------------------------------------------------
 
+
 def resident(field: str) -> float:
     """VmRSS or VmHWM (its peak) of this process, MiB. Not getrusage: its peak includes that of the parent."""
     status = pathlib.Path("/proc/self/status").read_text()
@@ -57,8 +58,10 @@ def compiled(function, *args, **static):
     start = time.process_time()
     program, facts = drawing.compiled(function, *args, **static)
     memory = program.memory_analysis()
-    mib = {f"{name}_mib": getattr(memory, f"{field}_size_in_bytes") / drawing.MIB
-           for name, field in (("arguments", "argument"), ("outputs", "output"), ("alias", "alias"))}
+    mib = {
+        f"{name}_mib": getattr(memory, f"{field}_size_in_bytes") / drawing.MIB
+        for name, field in (("arguments", "argument"), ("outputs", "output"), ("alias", "alias"))
+    }
     return program, {**facts, "compile_cpu_seconds": time.process_time() - start, **mib}
 
 
@@ -73,21 +76,32 @@ def measured(call, repeats: int) -> dict:
         runs.append((seconds, time.process_time() - start))
     seconds, cpu = zip(*runs[1:])
     during = resident("VmHWM")
-    return {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu), "runs": seconds,
-            "cpu_runs": cpu, "run_mib": during - before, "peak_mib": max(peak, during)}
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu),
+        "runs": seconds,
+        "cpu_runs": cpu,
+        "run_mib": during - before,
+        "peak_mib": max(peak, during),
+    }
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------
 
+
 def contexts(batch: int, model) -> distill.Batch:
     """Batch of `batch` random rows, as long as they need."""
     rng = np.random.default_rng(0)
-    image = lambda: context.Image(rng.integers(0, 256, (GRID[0] * GRID[1], model.vit.patch_dim), np.uint8), GRID)
+    image = lambda: context.Image(
+        rng.integers(0, 256, (GRID[0] * GRID[1], model.vit.patch_dim), np.uint8), GRID
+    )
     text = lambda count: drawing.text(rng, count, model)
 
     def packed(rows):
         slots, patches, _ = context.need(rows[0])
-        return context.pack(rows, slots=slots, patches=patches, side=model.vit.side, tokenizer=drawing.TOKENIZER)
+        return context.pack(
+            rows, slots=slots, patches=patches, side=model.vit.side, tokenizer=drawing.TOKENIZER
+        )
 
     student = [[image(), text(32)] for _ in range(batch)]
     teacher = [[*row, text(40), image(), image(), text(24)] for row in student]
@@ -100,20 +114,33 @@ def trajectory(batch: int, tokens: int, model) -> rollout.Trajectory:
     drawn = rng.integers(5, model.llm.vocab_size, (batch, tokens)).astype(np.int32)
     sampled = np.ones((batch, tokens), bool)
     each = lambda value: np.full(batch, value, np.int32)
-    return jax.device_put(rollout.Trajectory(
-        tokens=drawn, mask=sampled, logprobs=np.zeros((batch, tokens), np.float32), num_skips=each(0),
-        stop=each(rollout.STOP_BUDGET), fed=np.pad(drawn, ((0, 0), (1, 0)), constant_values=drawing.TOKENIZER.bos),
-        fed_sampled=np.pad(sampled, ((0, 0), (1, 0))), num_fed=each(tokens + 1)))
+    return jax.device_put(
+        rollout.Trajectory(
+            tokens=drawn,
+            mask=sampled,
+            logprobs=np.zeros((batch, tokens), np.float32),
+            num_skips=each(0),
+            stop=each(rollout.STOP_BUDGET),
+            fed=np.pad(drawn, ((0, 0), (1, 0)), constant_values=drawing.TOKENIZER.bos),
+            fed_sampled=np.pad(sampled, ((0, 0), (1, 0))),
+            num_fed=each(tokens + 1),
+        )
+    )
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
 
+
 def decode(args, model, batch: int) -> dict:
     params = drawing.random_params(model)
     # budget: the tokens and the bos that is fed before them; each takes a pass of the decoder
-    config = rollout.RolloutConfig(model, bos=drawing.TOKENIZER.bos, eos=model.llm.vocab_size,
-                                   marker=rollout.Marker.build([], model.llm.vocab_size),
-                                   max_new_tokens=args.tokens + 1)
+    config = rollout.RolloutConfig(
+        model,
+        bos=drawing.TOKENIZER.bos,
+        eos=model.llm.vocab_size,
+        marker=rollout.Marker.build([], model.llm.vocab_size),
+        max_new_tokens=args.tokens + 1,
+    )
     seen, key = contexts(batch, model).student, jax.random.key(0)
     sample, facts = compiled(rollout.sample, params, seen, key, config=config)
     read, _ = compiled(answering.prefill, params, seen, config=config)
@@ -122,24 +149,37 @@ def decode(args, model, batch: int) -> dict:
     if not bool(sample(params, seen, key).mask.all()):
         sys.exit("a completion ended before --tokens")
     count = batch * args.tokens
-    return {**drawing.about("step", args, model, params), **facts, **found, "tokens": args.tokens,
-            "context_slots": seen.slots, "prefill_seconds": prefill["seconds"],
-            "prefill_cpu_seconds": prefill["cpu_seconds"], "tokens_per_second": count / found["seconds"],
-            "tokens_per_cpu_second": count / found["cpu_seconds"],
-            "cpu_seconds_per_token": found["cpu_seconds"] / count,
-            "decoding_cpu_seconds_per_token": (found["cpu_seconds"] - prefill["cpu_seconds"]) / count}
+    return {
+        **drawing.about("step", args, model, params),
+        **facts,
+        **found,
+        "tokens": args.tokens,
+        "context_slots": seen.slots,
+        "prefill_seconds": prefill["seconds"],
+        "prefill_cpu_seconds": prefill["cpu_seconds"],
+        "tokens_per_second": count / found["seconds"],
+        "tokens_per_cpu_second": count / found["cpu_seconds"],
+        "cpu_seconds_per_token": found["cpu_seconds"] / count,
+        "decoding_cpu_seconds_per_token": (found["cpu_seconds"] - prefill["cpu_seconds"]) / count,
+    }
 
 
 def train(args, model, batch: int) -> dict:
     # the update keeps its parameters in float32 whatever it computes in
     params = drawing.random_params(dataclasses.replace(model, dtype="float32"))
-    config = distill.DistillConfig(model, bos=drawing.TOKENIZER.bos, eos=drawing.TOKENIZER.eos,
-                                   divergence=divergence.DivergenceConfig(chunk=args.chunk))
+    config = distill.DistillConfig(
+        model,
+        bos=drawing.TOKENIZER.bos,
+        eos=drawing.TOKENIZER.eos,
+        divergence=divergence.DivergenceConfig(chunk=args.chunk),
+    )
     about = drawing.about("step", args, model, params)
     rows, completions = contexts(batch, model), trajectory(batch, args.tokens, model)
     state = distill.init_state(params, config)
     del params
-    update, facts = compiled(distill.program(distill.update_step, state, config), state, rows, completions)
+    update, facts = compiled(
+        distill.program(distill.update_step, state, config), state, rows, completions
+    )
 
     def call():
         nonlocal state
@@ -149,10 +189,19 @@ def train(args, model, batch: int) -> dict:
     found = measured(call, args.repeats)
     if not np.isfinite(call()["loss"]):
         sys.exit("the loss is not finite")
-    return {**about, **facts, **found, "tokens": args.tokens, "student_slots": rows.student.slots + args.tokens + 1,
-            "teacher_slots": rows.teacher.slots + args.tokens + 1, "remat": model.remat, "chunk": args.chunk,
-            "seconds_per_sample": found["seconds"] / batch, "cpu_seconds_per_sample": found["cpu_seconds"] / batch,
-            "samples_per_cpu_second": batch / found["cpu_seconds"]}
+    return {
+        **about,
+        **facts,
+        **found,
+        "tokens": args.tokens,
+        "student_slots": rows.student.slots + args.tokens + 1,
+        "teacher_slots": rows.teacher.slots + args.tokens + 1,
+        "remat": model.remat,
+        "chunk": args.chunk,
+        "seconds_per_sample": found["seconds"] / batch,
+        "cpu_seconds_per_sample": found["cpu_seconds"] / batch,
+        "samples_per_cpu_second": batch / found["cpu_seconds"],
+    }
 
 
 def loss(args, model, head: bool) -> dict:
@@ -161,7 +210,9 @@ def loss(args, model, head: bool) -> dict:
     width = model.llm.hidden_size
     random = lambda n, *shape: jax.random.normal(jax.random.key(n), shape, model.dtype)
     states = [random(n, 1, args.rows, width) for n in (0, 1)]
-    heads = [random(n, width, args.vocabulary) * jnp.asarray(width ** -0.5, model.dtype) for n in (2, 3)]
+    heads = [
+        random(n, width, args.vocabulary) * jnp.asarray(width**-0.5, model.dtype) for n in (2, 3)
+    ]
     labels = jax.random.randint(jax.random.key(4), (1, args.rows), 0, args.vocabulary)
 
     def mean(states_s, head_s, states_t, head_t, labels):
@@ -169,13 +220,24 @@ def loss(args, model, head: bool) -> dict:
         return jnp.mean(jsd), jax.tree.map(jnp.mean, (ce, signals))
 
     inputs = jax.block_until_ready((states[0], heads[0], states[1], heads[1], labels))
-    program, facts = compiled(jax.jit(jax.value_and_grad(mean, argnums=(0, 1) if head else 0, has_aux=True)), *inputs)
+    program, facts = compiled(
+        jax.jit(jax.value_and_grad(mean, argnums=(0, 1) if head else 0, has_aux=True)), *inputs
+    )
     found = measured(functools.partial(program, *inputs), args.repeats)
-    return {**drawing.about("step", args, model, {"llm": {"head": heads[0]}}), **facts, **found, "rows": args.rows,
-            "vocabulary": args.vocabulary, "hidden": width, "top_k": config.top_k, "chunk": config.chunk}
+    return {
+        **drawing.about("step", args, model, {"llm": {"head": heads[0]}}),
+        **facts,
+        **found,
+        "rows": args.rows,
+        "vocabulary": args.vocabulary,
+        "hidden": width,
+        "top_k": config.top_k,
+        "chunk": config.chunk,
+    }
 
 
 # --- cases -----------------------------------------------------------------------------------------------------
+
 
 def cases(args) -> list[tuple[str, int]]:
     """(part, batch) of every process to start; for the loss 1 and 0 stand for with and without the head."""
@@ -186,33 +248,55 @@ def cases(args) -> list[tuple[str, int]]:
 def run(args) -> dict:
     """One case, in this process."""
     part, n = args.case.split(":")
-    model = drawing.model(args.size, dtype=args.dtype, query_block=args.query_block, unroll=args.unroll,
-                          remat=args.remat)
+    model = drawing.model(
+        args.size,
+        dtype=args.dtype,
+        query_block=args.query_block,
+        unroll=args.unroll,
+        remat=args.remat,
+    )
     model = dataclasses.replace(model, generation=None)
     jax.block_until_ready(jnp.zeros(1))
     start = resident("VmRSS")
     line = {"decode": decode, "train": train, "loss": loss}[part](args, model, int(n))
     name = {"loss": "loss" if n == "1" else "loss, states"}.get(part, part)
-    return {"part": name, **({} if part == "loss" else {"batch": int(n)}), **line, "rss_start_mib": start,
-            "peak_part_mib": line["peak_mib"] - start}
+    return {
+        "part": name,
+        **({} if part == "loss" else {"batch": int(n)}),
+        **line,
+        "rss_start_mib": start,
+        "peak_part_mib": line["peak_mib"] - start,
+    }
 
 
 def main(argv):
     numbers = lambda word: [int(n) for n in word.split(",")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", type=lambda word: word.split(","), default=list(PARTS))
     parser.add_argument("--size", choices=drawing.SIZES, default="mid")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype"
+    )
     parser.add_argument("--decode_batch", type=numbers, default=[1, 4, 16])
     parser.add_argument("--train_batch", type=numbers, default=[1, 4])
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a completion")
     parser.add_argument("--rows", type=int, default=1025, help="rows of the loss")
-    parser.add_argument("--vocabulary", type=int, default=152064, help="entries of each row of the loss")
+    parser.add_argument(
+        "--vocabulary", type=int, default=152064, help="entries of each row of the loss"
+    )
     usual = settings.default()
-    parser.add_argument("--chunk", type=int, default=usual.divergence.chunk, help="see DivergenceConfig")
+    parser.add_argument(
+        "--chunk", type=int, default=usual.divergence.chunk, help="see DivergenceConfig"
+    )
     for name in ("query_block", "unroll", "remat"):
-        parser.add_argument(f"--{name}", type=type(usual.model[name]), default=usual.model[name],
-                            help="see ModelConfig")
+        parser.add_argument(
+            f"--{name}",
+            type=type(usual.model[name]),
+            default=usual.model[name],
+            help="see ModelConfig",
+        )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each program")
     parser.add_argument("--json", type=pathlib.Path, help="file for the JSON objects")
     parser.add_argument("--case", help="PART:BATCH, for the processes that this one starts")
@@ -224,15 +308,35 @@ def main(argv):
         return
     lines = []
     for part, n in cases(args):
-        done = subprocess.run([sys.executable, __file__, *argv, f"--case={part}:{n}"], stdout=subprocess.PIPE,
-                              text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *argv, f"--case={part}:{n}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode:
             sys.exit(f"{part}:{n} failed with {done.returncode}: {done.stdout}")
         lines.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(lines[-1]), flush=True)
-    drawing.show(lines, ["part", "batch", "seconds", "cpu_seconds", "cpu_seconds_per_token", "cpu_seconds_per_sample",
-                         "tokens_per_second", "compile_seconds", "rss_start_mib", "peak_mib", "run_mib",
-                         "arguments_mib", "outputs_mib", "temporary_mib", "alias_mib"])
+    drawing.show(
+        lines,
+        [
+            "part",
+            "batch",
+            "seconds",
+            "cpu_seconds",
+            "cpu_seconds_per_token",
+            "cpu_seconds_per_sample",
+            "tokens_per_second",
+            "compile_seconds",
+            "rss_start_mib",
+            "peak_mib",
+            "run_mib",
+            "arguments_mib",
+            "outputs_mib",
+            "temporary_mib",
+            "alias_mib",
+        ],
+    )
     if args.json:
         unfinished = args.json.with_name(args.json.name + ".part")
         unfinished.write_text(json.dumps(lines, indent=1) + "\n")

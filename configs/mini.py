@@ -21,9 +21,18 @@ def get_config(arg: str = "maze"):
     c.stages = ("warmup", "opsd")
 
     grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each
-    c.model.llm.update(vocab_size=448, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=4,
-                       intermediate_size=128, rope_theta=100.0)
-    c.model.vit.update(hidden_size=64, num_layers=1, num_heads=4, intermediate_size=128, patch_size=8, side=8)
+    c.model.llm.update(
+        vocab_size=448,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        intermediate_size=128,
+        rope_theta=100.0,
+    )
+    c.model.vit.update(
+        hidden_size=64, num_layers=1, num_heads=4, intermediate_size=128, patch_size=8, side=8
+    )
     c.model.dtype = "float32"
     c.model.remat = "none"
     c.model.unroll = 4
@@ -43,9 +52,13 @@ def get_config(arg: str = "maze"):
     c.data.threads = 1
 
     c.warmup.update(steps={"maze": 500, "chart": 600}[task], batch_size=48)
-    c.warmup.optim.update(lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01)
+    c.warmup.optim.update(
+        lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01
+    )
     c.opsd.update(steps=400, batch_size=48, accumulation=1)
-    c.opsd.optim.update(lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01)
+    c.opsd.optim.update(
+        lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01
+    )
     c.sft.update(steps=400, batch_size=48)
     c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
     c.offline.update(steps=400, batch_size=48)
@@ -54,7 +67,9 @@ def get_config(arg: str = "maze"):
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
 
-    c.eval.update(every=100, rows=256, visual_thoughts=("none", "real"), final_banned=True, batch_size=256)
+    c.eval.update(
+        every=100, rows=256, visual_thoughts=("none", "real"), final_banned=True, batch_size=256
+    )
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
     c.arms.image = {"teacher": {"visual_thoughts": "image"}}
@@ -73,8 +88,18 @@ def get_config(arg: str = "maze"):
         c.stages = ("autoencoder", "warmup", "opsd")
         # shift: latent_mean of metrics.jsonl where the autoencoder's stage ends. scale: 1.8 / latent_std, because charts
         # differ in a third of the latents' variance only; that third is what has to stand out of the noise.
-        c.model.generation.update(on=True, channels=32, multipliers=(1, 1, 1), num_res_blocks=1, z_channels=4, scale=1.2,
-                                  shift=0.154, patch=2, side=grid, timestep_shift=3.0)
+        c.model.generation.update(
+            on=True,
+            channels=32,
+            multipliers=(1, 1, 1),
+            num_res_blocks=1,
+            z_channels=4,
+            scale=1.2,
+            shift=0.154,
+            patch=2,
+            side=grid,
+            timestep_shift=3.0,
+        )
         c.data.buckets.trace = ((2 * patches + text[2] + 6, 2 * patches, text[3]),)
         c.data.buckets.drawn = ((3 * patches, 2, 8 * grid, 8 * grid),)
         c.autoencoder.update(steps=300, batch_size=8, kl_weight=3e-4)

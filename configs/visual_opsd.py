@@ -33,6 +33,8 @@ def get_config(arg: str = "paper"):
         c.lora.update(rank=64, alpha=128.0)
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
     elif arg != "paper":
-        raise ValueError(f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, sft, "
-                         "offline or lora")
+        raise ValueError(
+            f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, sft, "
+            "offline or lora"
+        )
     return c

@@ -56,21 +56,38 @@ def of_table(table: benchmarks.Table, *, cache: str, limit: int = 0, seed: int =
         return str(cells["maze_map"] if table.kind == "vsp" else cells["answer"])
 
     def judge(texts):
-        report = benchmarks.score(table, texts, partial=True)  # of the whole one: MMVP's pairs are told by their places
-        found = {row["index"]: {k: v for k, v in row.items() if k != "index"} for row in report.rows}
+        report = benchmarks.score(
+            table, texts, partial=True
+        )  # of the whole one: MMVP's pairs are told by their places
+        found = {
+            row["index"]: {k: v for k, v in row.items() if k != "index"} for row in report.rows
+        }
         return found, {
-            "overall": report.overall, "unit": report.unit, "n": sum(n for _, n in report.parts),
-            "categories": report.per_category, "interval_95": list(metrics.wilson_of_mean(report.parts)),
+            "overall": report.overall,
+            "unit": report.unit,
+            "n": sum(n for _, n in report.parts),
+            "categories": report.per_category,
+            "interval_95": list(metrics.wilson_of_mean(report.parts)),
             "extras": report.extras,
             "needs_judge": sum(bool(row.get("needs_judge")) for row in found.values()),
-            "without_main_row": len(benchmarks.questions(part) & set(report.orphans))}
+            "without_main_row": len(benchmarks.questions(part) & set(report.orphans)),
+        }
 
     def size(key):
         return len(benchmarks.wrapper(benchmarks.messages(rows[key]))[1])
 
     facts = subset_facts(benchmarks.size(part), benchmarks.size(table), seed)
-    return Benchmark(table.name, tuple(rows), question, expected, judge, size, part, facts,
-                     asked=lambda key: (table.md5, str(key)))
+    return Benchmark(
+        table.name,
+        tuple(rows),
+        question,
+        expected,
+        judge,
+        size,
+        part,
+        facts,
+        asked=lambda key: (table.md5, str(key)),
+    )
 
 
 def broken(benchmark: Benchmark) -> dict:
@@ -94,11 +111,12 @@ def plan(chosen, batch_size: int, skip=None) -> list:
     for benchmark in chosen:
         keys = [key for key in benchmark.keys if key not in skip.get(benchmark.name, ())]
         keys.sort(key=benchmark.size)  # stable: rows of one size stay in order
-        batches += [(benchmark, keys[n:n + batch_size]) for n in range(0, len(keys), batch_size)]
+        batches += [(benchmark, keys[n : n + batch_size]) for n in range(0, len(keys), batch_size)]
     return batches
 
 
 # --- asking ----------------------------------------------------------------------------------------------------
+
 
 def ask(model: generate.Model, questions, key, *, mode: str, batch_size: int, change=None):
     """Traces of questions, and (seconds, whether something was compiled).
@@ -109,7 +127,11 @@ def ask(model: generate.Model, questions, key, *, mode: str, batch_size: int, ch
     filled = [*questions, *[questions[-1]] * (batch_size - len(questions))]
     programs, before = generate.compilations(), time.perf_counter()
     traces = generate.reason(model, filled, key, draw=mode != "none", change=change)
-    return traces[:len(questions)], time.perf_counter() - before, generate.compilations() > programs
+    return (
+        traces[: len(questions)],
+        time.perf_counter() - before,
+        generate.compilations() > programs,
+    )
 
 
 def noise_picture(picture, rng: np.random.Generator) -> np.ndarray:
@@ -141,11 +163,15 @@ def changer(mode: str, name: str, keys, *, seed: int, drawn: str = ""):
     if kind == "remove":
         return lambda b, number, picture: None
     if kind == "noise":
+
         def noise(b, number, picture):
             from opsd_jax.data import generator
 
             b = min(b, len(keys) - 1)
-            return noise_picture(picture, generator(seed, f"noise for a drawn picture, {name} {keys[b]}", number))
+            return noise_picture(
+                picture, generator(seed, f"noise for a drawn picture, {name} {keys[b]}", number)
+            )
+
         return noise
     others = _drawn_rows(drawn, name)
 
@@ -153,10 +179,13 @@ def changer(mode: str, name: str, keys, *, seed: int, drawn: str = ""):
         own = _file_stem(keys[min(b, len(keys) - 1)])
         there = sorted(key for key, count in others.items() if number < count and key != own)
         if not there:
-            raise FileNotFoundError(f"no other row of {name} has a picture of round {number + 1} in {drawn}/pictures/{name}: "
-                                    "a swap needs two rows that draw")
+            raise FileNotFoundError(
+                f"no other row of {name} has a picture of round {number + 1} in {drawn}/pictures/{name}: "
+                "a swap needs two rows that draw"
+            )
         chosen = next((key for key in there if key > own), there[0])
         return np.asarray(images.open_rgb(picture_path(drawn, name, chosen, number)))
+
     return swap
 
 
@@ -166,7 +195,8 @@ def _drawn_rows(folder, name) -> dict[str, int]:
     if not folder or not os.path.isdir(place):
         raise FileNotFoundError(
             f"{place} holds no drawn pictures: swaps show a row what another one drew. Evaluate "
-            "--visual_thoughts=generated of the same checkpoint and rows first, or in the same command")
+            "--visual_thoughts=generated of the same checkpoint and rows first, or in the same command"
+        )
     found = {}
     for file in os.listdir(place):
         stem, _, ending = file.rpartition(".")
@@ -189,10 +219,23 @@ def share(batches, together: bool) -> range:
     """Numbers of the batches that this process answers: all, or every n-th."""
     import jax
 
-    return range(len(batches)) if together else range(jax.process_index(), len(batches), jax.process_count())
+    return (
+        range(len(batches))
+        if together
+        else range(jax.process_index(), len(batches), jax.process_count())
+    )
 
 
-def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, together: bool, before_batch=lambda: None):
+def collect(
+    folder: str,
+    identity: dict,
+    batches,
+    answer,
+    on_batch=None,
+    *,
+    together: bool,
+    before_batch=lambda: None,
+):
     """Answers all batches, or those that are missing: their records in order on the first process, None on others.
 
     Answers stay in the folder, so that a killed evaluation goes on, with any number of processes, and a finished one is
@@ -219,7 +262,9 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
             records = _gather(folder, identity)
         except (OSError, ValueError) as error:
             trouble = error
-    if processes > 1:  # all learn of the first one's error, and wait until it has put the files in order
+    if (
+        processes > 1
+    ):  # all learn of the first one's error, and wait until it has put the files in order
         fine = multihost_utils.process_allgather(np.array([trouble is None]))
         if not np.all(fine) and trouble is None:
             trouble = Other(f"{folder}: the first process cannot go on there; its message says why")
@@ -242,7 +287,9 @@ def collect(folder: str, identity: dict, batches, answer, on_batch=None, *, toge
                     os.fsync(f.fileno())
         if on_batch:
             on_batch(records[number])
-    for _ in range(len(share(batches, together)), -(-len(batches) // (1 if together else processes))):
+    for _ in range(
+        len(share(batches, together)), -(-len(batches) // (1 if together else processes))
+    ):
         before_batch()  # others have a batch more
     if processes > 1:
         multihost_utils.sync_global_devices(f"all of {folder} is answered")
@@ -283,7 +330,9 @@ def forget(folder: str) -> None:
 
 def _files(folder) -> list[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(os.path.join(folder, n) for n in names if re.fullmatch(r"answers(-\d+)?\.jsonl", n))
+    return sorted(
+        os.path.join(folder, n) for n in names if re.fullmatch(r"answers(-\d+)?\.jsonl", n)
+    )
 
 
 def _gather(folder, identity) -> dict:
@@ -306,20 +355,29 @@ def _read(path, identity) -> dict:
     with open(path, "rb") as f:
         text = f.read()
     try:
-        lines = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+        lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is no JSON object")
         records = {record["batch"]: record for record in lines[1:]}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     if records and lines[0] != identity:
-        changed = sorted(key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key))
+        changed = sorted(
+            key for key in {*lines[0], *identity} if lines[0].get(key) != identity.get(key)
+        )
         if "weights" in changed and "weights" not in lines[0]:
-            raise Other(f"{path} has no fingerprint of the weights: an older version began it, so which model gave its answers "
-                        "is not known: choose another --name, or delete the folder")
-        model = "the model has changed since: " if {"weights", "generation_weights", "tokenizer"} & {*changed} else (
-            "give the same, ")
-        raise Other(f"{path} was begun with another {', '.join(changed)}: {model}choose another --name, or delete the folder")
+            raise Other(
+                f"{path} has no fingerprint of the weights: an older version began it, so which model gave its answers "
+                "is not known: choose another --name, or delete the folder"
+            )
+        model = (
+            "the model has changed since: "
+            if {"weights", "generation_weights", "tokenizer"} & {*changed}
+            else ("give the same, ")
+        )
+        raise Other(
+            f"{path} was begun with another {', '.join(changed)}: {model}choose another --name, or delete the folder"
+        )
     return records
 
 

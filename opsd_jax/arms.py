@@ -21,11 +21,15 @@ def settings_of(config, workdir: str, name: str):
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
     ends = settings.stage_ends(config)
     if "opsd" not in ends:
-        raise ValueError(f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none")
+        raise ValueError(
+            f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none"
+        )
     warm = ends["opsd"] - config.opsd.steps
     start = os.path.join(workdir, "checkpoints", str(warm))
     if not os.path.isdir(start):
-        raise FileNotFoundError(f"{start} is not there: run the same command without --arm first, up to step {warm}")
+        raise FileNotFoundError(
+            f"{start} is not there: run the same command without --arm first, up to step {warm}"
+        )
     return settings.arm(config, name, start), os.path.join(workdir, "arms", name)
 
 
@@ -73,7 +77,11 @@ class Arms:
     def _work(self, half: int) -> None:
         """Runs arms one after another until none is left. On CPUs in one half of the cores: two small programs that
         both spread over all cores wait for each other at every matrix product."""
-        cores = sorted(os.sched_getaffinity(0)) if self._worker and hasattr(os, "sched_getaffinity") else []
+        cores = (
+            sorted(os.sched_getaffinity(0))
+            if self._worker and hasattr(os, "sched_getaffinity")
+            else []
+        )
         middle = len(cores) // 2
         cores = cores[middle:] if half else cores[:middle]
         while True:
@@ -84,7 +92,11 @@ class Arms:
             folder = os.path.join(self._workdir, "arms", name)
             os.makedirs(folder, exist_ok=True)
             command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
-            print(f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)", file=sys.stderr, flush=True)
+            print(
+                f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)",
+                file=sys.stderr,
+                flush=True,
+            )
             with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
                 self._running.add(process)
@@ -110,31 +122,51 @@ def report(workdir: str, names) -> str:
 
     config, rows = load_config(workdir), []
     warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
-    for what, kind in (("teacher: start, with visual thoughts", "real"), ("start, text only", "none"),
-                       ("start, text only, `<image_start>` banned", "none-banned")):
+    for what, kind in (
+        ("teacher: start, with visual thoughts", "real"),
+        ("start, text only", "none"),
+        ("start, text only, `<image_start>` banned", "none-banned"),
+    ):
         path = _summary(workdir, warm, kind)
         if os.path.exists(path):
             rows.append({"arm": what, **_read(path)})
             if kind == "none":
                 _add_reading(rows[-1], workdir, warm)
-    for name, folder in (("OPSD", workdir), *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names)):
+    for name, folder in (
+        ("OPSD", workdir),
+        *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names),
+    ):
         last = max(settings.stage_ends(load_config(folder)).values())
         row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
         _add_reading(row, folder, last)
         path = _summary(folder, last, "kl")
         if os.path.exists(path):
             for task, kl in read_summary(path)["tasks"].items():
-                row["tasks"][task] |= {"kl": kl["after"], "kl_before": kl["before"], "closure": kl["closure"]}
+                row["tasks"][task] |= {
+                    "kl": kl["after"],
+                    "kl_before": kl["before"],
+                    "closure": kl["closure"],
+                }
         rows.append(row)
-    lines = ["| arm | task | accuracy | 95 % interval | with true visual thoughts | n | tokens | KL to teacher | closure |",
-             "|---" * 9 + "|"]
+    lines = [
+        "| arm | task | accuracy | 95 % interval | with true visual thoughts | n | tokens | KL to teacher | closure |",
+        "|---" * 9 + "|",
+    ]
     interval = lambda b: f"{100 * b['interval_95'][0]:.1f}–{100 * b['interval_95'][1]:.1f}"
     for row in rows:
         for task, b in row["tasks"].items():
-            read = f"{100 * b['real']['overall']:.1f} % ({interval(b['real'])})" if "real" in b else ""
-            kl = f"{b['kl_before']:.3f} -> {b['kl']:.3f} | {100 * b['closure']:.0f} %" if "kl" in b else " | "
-            lines.append(f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {interval(b)} | {read} | "
-                         f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |")
+            read = (
+                f"{100 * b['real']['overall']:.1f} % ({interval(b['real'])})" if "real" in b else ""
+            )
+            kl = (
+                f"{b['kl_before']:.3f} -> {b['kl']:.3f} | {100 * b['closure']:.0f} %"
+                if "kl" in b
+                else " | "
+            )
+            lines.append(
+                f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {interval(b)} | {read} | "
+                f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |"
+            )
     text = "\n".join(lines) + "\n"
     files.write(os.path.join(workdir, "report.md"), text)
     files.write_json(os.path.join(workdir, "report.json"), rows)
@@ -157,4 +189,8 @@ def _read(path):
     from opsd_jax.eval import read_summary
 
     keys = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
-    return {"tasks": {task: {k: b[k] for k in keys} for task, b in read_summary(path)["benchmarks"].items()}}
+    return {
+        "tasks": {
+            task: {k: b[k] for k in keys} for task, b in read_summary(path)["benchmarks"].items()
+        }
+    }

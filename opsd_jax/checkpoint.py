@@ -31,7 +31,14 @@ from etils import epath
 from opsd_jax import distributed, json_files, paths
 
 FORMAT = 1  # raise it when the layout above changes
-_DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "metrics": dict, "versions": dict}
+_DETAILS = {
+    "format": int,
+    "stage": str,
+    "step": int,
+    "config": dict,
+    "metrics": dict,
+    "versions": dict,
+}
 _TMP = ".orbax-checkpoint-tmp"
 _OLD = ".being-deleted"  # renamed before it is deleted: a reader finds a checkpoint whole or not at all
 _COMMITTED = "commit_success.txt"  # Orbax writes it last of all, on object stores too
@@ -74,7 +81,9 @@ class Checkpoints:
 
     def __init__(self, directory, *, keep_latest: int = 2, keep_steps: Iterable[int] = ()):
         if keep_latest < 1:
-            raise ValueError(f"keep_latest={keep_latest}: with none kept, a crash would lose the run")
+            raise ValueError(
+                f"keep_latest={keep_latest}: with none kept, a crash would lose the run"
+            )
         self.directory = _absolute(directory)
         self._keep = keep_latest, tuple(int(step) for step in keep_steps)
         with _explained(f"opening the checkpoints folder {self.directory}"):
@@ -90,7 +99,9 @@ class Checkpoints:
         # instead of a number of `Flag`, which then never comes: SIGTERM would be swallowed.
         self._checkpointer._manager.reached_preemption = lambda step: False
         self._newest = self.latest()  # complete or being written
-        self._unverified = None  # (step, what was given to be saved) of a save that nobody has waited for
+        self._unverified = (
+            None  # (step, what was given to be saved) of a save that nobody has waited for
+        )
         self._failed = False
 
     def __enter__(self) -> Checkpoints:
@@ -102,10 +113,22 @@ class Checkpoints:
         except CheckpointError:
             if kind is None:
                 raise
-            logging.exception("while the run stopped with %s, its last checkpoint failed too", kind.__name__)
+            logging.exception(
+                "while the run stopped with %s, its last checkpoint failed too", kind.__name__
+            )
 
-    def save(self, step: int, state: Any, params: Any, *, stage: str, config: Mapping,
-             digests: Mapping | None = None, metrics: Mapping[str, float] | None = None, wait: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        params: Any,
+        *,
+        stage: str,
+        config: Mapping,
+        digests: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
+        wait: bool = False,
+    ) -> bool:
         """Starts writing a checkpoint; returns once the arrays are copied to host memory.
 
         After it returns, `state` may be donated to the next update. An earlier save that is still
@@ -134,15 +157,18 @@ class Checkpoints:
         if self._failed:  # Orbax no longer knows what is on disk
             self._open()
         if self._newest is not None and step < self._newest:
-            raise ValueError(f"checkpoint {step} is older than checkpoint {self._newest} under "
-                             f"{self.directory}, which a resume would take: use another --workdir, or delete "
-                             "the newer folders")
+            raise ValueError(
+                f"checkpoint {step} is older than checkpoint {self._newest} under "
+                f"{self.directory}, which a resume would take: use another --workdir, or delete "
+                "the newer folders"
+            )
         self.wait()
         fresh = step != self._newest
         if fresh:
             with self._writing(step):
                 self._checkpointer.save_checkpointables_async(
-                    step, {"state": state, "params": params}, custom_metadata=details, force=True)
+                    step, {"state": state, "params": params}, custom_metadata=details, force=True
+                )
                 self._newest = step
                 self._unverified = step, jax.tree.map(_outline, {"state": state, "params": params})
         if wait:
@@ -190,12 +216,16 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.directory}/{self._newest} was complete, or about to be, and is gone: the folder was deleted or "
                 f"replaced while the run was writing there. Still complete: {_list(self.directory)[0] or 'none'}. Start the "
-                "run again, and keep the folder until it ends")
+                "run again, and keep the folder until it ends"
+            )
 
     @contextlib.contextmanager
     def _writing(self, step) -> Iterator[None]:
         try:
-            with _explained(f"writing checkpoint {step} (or the one before it) under {self.directory}", self._why_not_written):
+            with _explained(
+                f"writing checkpoint {step} (or the one before it) under {self.directory}",
+                self._why_not_written,
+            ):
                 yield
         except CheckpointError:
             self._failed = True
@@ -203,10 +233,14 @@ class Checkpoints:
 
     def _why_not_written(self) -> str:
         if not self.directory.is_dir():
-            return ("The folder is gone: it was deleted or moved while the run was writing there. Put it back if it was moved, "
-                    "start the run again, and keep the folder until it ends")
-        return (f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk full, or the folder read-only? Fix that "
-                "and start again")
+            return (
+                "The folder is gone: it was deleted or moved while the run was writing there. Put it back if it was moved, "
+                "start the run again, and keep the folder until it ends"
+            )
+        return (
+            f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk full, or the folder read-only? Fix that "
+            "and start again"
+        )
 
     def latest(self) -> int | None:
         """The newest complete step; one that is still being written does not count. None if there is none."""
@@ -226,8 +260,16 @@ class Checkpoints:
 # ---------------------------------------------------------------------------- one checkpoint
 
 
-def save(directory, state: Any, params: Any, *, step: int = 0, stage: str = "", config: Mapping = {},
-         metrics: Mapping[str, float] | None = None) -> None:
+def save(
+    directory,
+    state: Any,
+    params: Any,
+    *,
+    step: int = 0,
+    stage: str = "",
+    config: Mapping = {},
+    metrics: Mapping[str, float] | None = None,
+) -> None:
     """Writes one checkpoint into the folder `directory` itself and waits for it.
 
     Args:
@@ -244,7 +286,9 @@ def save(directory, state: Any, params: Any, *, step: int = 0, stage: str = "", 
     details = _details(step, stage, config, metrics)
     if directory.exists():
         if not directory.is_dir() or any(directory.iterdir()):
-            raise FileExistsError(f"{directory} exists and is not empty: choose another folder, or delete it")
+            raise FileExistsError(
+                f"{directory} exists and is not empty: choose another folder, or delete it"
+            )
         directory.rmdir()  # Orbax wants to be the one that makes it
     items = {"params": params} if state is None else {"state": state, "params": params}
     context = ocp.Context()
@@ -266,7 +310,9 @@ def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
     try:
         stored = _read_metadata(directory)[0]
         for item, tree in given.items():
-            _check_structure(directory, item, stored.get(item, {}), tree, convert=False, partial=False)
+            _check_structure(
+                directory, item, stored.get(item, {}), tree, convert=False, partial=False
+            )
     except (CheckpointError, CheckpointMismatch) as error:
         aside = directory.parent / f"{directory.name}{_TMP}"
         if jax.process_index() == 0 and directory.exists():
@@ -274,7 +320,8 @@ def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"checkpoint {directory} was written but cannot be opened: {error}\nIt was renamed to {aside.name} and does not "
             f"count. Complete and usable: {_list(directory.parent)[0] or 'none'}. Does the disk, or the mount, keep what is "
-            "written to it? Start again, with another folder if this comes back") from error
+            "written to it? Start again, with another folder if this comes back"
+        ) from error
 
 
 def _delete(directory: epath.Path) -> None:
@@ -300,7 +347,9 @@ def restore(directory, abstract_state: Any, *, partial: bool = False) -> Any:
       CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
       differ; lists all of them. CheckpointError: the files cannot be read.
     """
-    return of_newest(directory, lambda folder: _load(folder, "state", abstract_state, partial=partial))
+    return of_newest(
+        directory, lambda folder: _load(folder, "state", abstract_state, partial=partial)
+    )
 
 
 def restore_params(directory, abstract_params: Any, *, partial: bool = False) -> Any:
@@ -314,7 +363,10 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
     Raises: as `restore`.
     """
-    return of_newest(directory, lambda folder: _load(folder, "params", abstract_params, convert=True, partial=partial))
+    return of_newest(
+        directory,
+        lambda folder: _load(folder, "params", abstract_params, convert=True, partial=partial),
+    )
 
 
 def metadata(directory) -> dict:
@@ -324,9 +376,13 @@ def metadata(directory) -> dict:
 
 def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """{item: {path: shape and dtype}} of a checkpoint; `directory` as in `restore`."""
-    return {item: {path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
-                   for path, leaf in _paths(tree).items()}
-            for item, tree in of_newest(directory, _read_metadata)[0].items()}
+    return {
+        item: {
+            path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for path, leaf in _paths(tree).items()
+        }
+        for item, tree in of_newest(directory, _read_metadata)[0].items()
+    }
 
 
 def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
@@ -345,10 +401,14 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             if folder == _absolute(directory):
                 raise CheckpointGone(
                     f"{folder} was deleted while it was being read, probably by the run that wrote it, which keeps its newest "
-                    "ones (checkpoint.keep_latest): take a later step, or leave the step out for the newest") from error
+                    "ones (checkpoint.keep_latest): take a later step, or leave the step out for the newest"
+                ) from error
             if folder == resolve(directory):
                 raise
-            logging.warning("%s was deleted while it was being read: going on with the newest checkpoint", folder)
+            logging.warning(
+                "%s was deleted while it was being read: going on with the newest checkpoint",
+                folder,
+            )
 
 
 def newest(workdir: str) -> str:
@@ -362,7 +422,9 @@ def newest(workdir: str) -> str:
 
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step < 0:
-        raise error or CheckpointNotFound(f"{workdir}: the first process finds no checkpoint there; its message says more")
+        raise error or CheckpointNotFound(
+            f"{workdir}: the first process finds no checkpoint there; its message says more"
+        )
     return os.path.join(workdir, "checkpoints", str(step))
 
 
@@ -384,10 +446,15 @@ def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
 def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> dict:
     import orbax.checkpoint
 
-    return {"format": FORMAT, "stage": stage, "step": int(step), "config": config_to_json(config),
-            "digests": dict(digests or {}),
-            "metrics": {key: float(value) for key, value in (metrics or {}).items()},
-            "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__}}
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "step": int(step),
+        "config": config_to_json(config),
+        "digests": dict(digests or {}),
+        "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+        "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__},
+    }
 
 
 def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
@@ -402,17 +469,27 @@ def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
         found = ocp.checkpointables_metadata(directory)
     details = found.custom_metadata or {}
     if "format" not in details:
-        raise CheckpointMismatch(f"{directory} is an Orbax checkpoint, but not one of opsd_jax (its "
-                                 "metadata has no format): use `python -m opsd_jax.convert import`")
+        raise CheckpointMismatch(
+            f"{directory} is an Orbax checkpoint, but not one of opsd_jax (its "
+            "metadata has no format): use `python -m opsd_jax.convert import`"
+        )
     if isinstance(details["format"], int) and details["format"] > FORMAT:
-        raise CheckpointMismatch(f"{directory} has format {details['format']}; this version of opsd_jax "
-                                 f"reads up to {FORMAT}: update opsd_jax")
+        raise CheckpointMismatch(
+            f"{directory} has format {details['format']}; this version of opsd_jax "
+            f"reads up to {FORMAT}: update opsd_jax"
+        )
     if faulty := [key for key, kind in _DETAILS.items() if not isinstance(details.get(key), kind)]:
-        raise CheckpointError(f"{directory}/_CHECKPOINT_METADATA: {', '.join(faulty)} of custom_metadata cannot be read. "
-                              f"{_if_damaged(directory)}")
-    if lost := [item for item, tree in found.metadata.items() if not _paths(tree)]:  # about which Orbax only logs an error
-        raise CheckpointError(f"{directory}: no array of {lost[0]!r} can be opened, its files are incomplete or damaged. "
-                              f"{_if_damaged(directory)}")
+        raise CheckpointError(
+            f"{directory}/_CHECKPOINT_METADATA: {', '.join(faulty)} of custom_metadata cannot be read. "
+            f"{_if_damaged(directory)}"
+        )
+    if lost := [
+        item for item, tree in found.metadata.items() if not _paths(tree)
+    ]:  # about which Orbax only logs an error
+        raise CheckpointError(
+            f"{directory}: no array of {lost[0]!r} can be opened, its files are incomplete or damaged. "
+            f"{_if_damaged(directory)}"
+        )
     return found.metadata, details
 
 
@@ -421,14 +498,19 @@ def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, par
 
     stored = _read_metadata(directory)[0]
     if item not in stored:
-        raise CheckpointMismatch(f"{directory} holds no {item!r}, only {sorted(stored)}: it has weights to "
-                                 "start from or to evaluate, not a run to continue")
+        raise CheckpointMismatch(
+            f"{directory} holds no {item!r}, only {sorted(stored)}: it has weights to "
+            "start from or to evaluate, not a run to continue"
+        )
     abstract = jax.tree.map(_placed, abstract)
     _check_structure(directory, item, stored[item], abstract, convert, partial)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     context.memory.read_concurrent_bytes = _in_flight(abstract)
-    with context, _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)):
+    with (
+        context,
+        _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)),
+    ):
         return ocp.load_checkpointables(directory, {item: abstract})[item]
 
 
@@ -439,22 +521,28 @@ def _if_damaged(directory: epath.Path) -> str:
 def _in_flight(tree) -> int:
     """Bytes that Orbax may hold beside the arrays: left to itself it copies all of them at once, and with less than
     the largest array it fails."""
-    return (1 << 28) + max((leaf.size * leaf.dtype.itemsize for leaf in _paths(tree).values()), default=0)
+    return (1 << 28) + max(
+        (leaf.size * leaf.dtype.itemsize for leaf in _paths(tree).values()), default=0
+    )
 
 
 def _placed(leaf) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         if jax.process_count() > 1:
-            raise ValueError("an abstract leaf without sharding in a multi-process run: where should it go? "
-                             "Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)")
+            raise ValueError(
+                "an abstract leaf without sharding in a multi-process run: where should it go? "
+                "Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+            )
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _check_structure(directory, item, stored, abstract, convert, partial) -> None:
     """Raises CheckpointMismatch with every path that differs; Orbax would stop at the first."""
-    stored = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _paths(stored).items()}
+    stored = {
+        path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _paths(stored).items()
+    }
     wanted = {}
     for path, leaf in _paths(abstract).items():
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its uint32 words
@@ -480,7 +568,8 @@ def _check_structure(directory, item, stored, abstract, convert, partial) -> Non
             f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
             f"{_table(rows)}\n"
             "Use the model and optimizer settings that it was saved with (they are in its metadata, under "
-            "config), or another checkpoint or --workdir")
+            "config), or another checkpoint or --workdir"
+        )
 
 
 def _paths(tree) -> dict[str, Any]:
@@ -504,8 +593,11 @@ def _is_committed(directory: epath.Path) -> bool:
 def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
     """(complete steps, names of half-written folders), both sorted."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    half = [name for name in names if _TMP in name
-            or (name.isdigit() and not _is_committed(directory / name))]
+    half = [
+        name
+        for name in names
+        if _TMP in name or (name.isdigit() and not _is_committed(directory / name))
+    ]
     return sorted(int(name) for name in names if name.isdigit() and name not in half), sorted(half)
 
 
@@ -516,14 +608,18 @@ def _remove_half_written(directory: epath.Path) -> None:
     for a moment and make their folders again. Orbax's own removal gives up at the first of them, and the next save
     fails with it.
     """
+
     def half():
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
         return sorted(name for name in names if _TMP in name or _OLD in name)
 
     if not half():
         return
-    logging.warning("removing half-written checkpoints of an interrupted run, or half-deleted ones, under %s: %s", directory,
-                    ", ".join(half()))
+    logging.warning(
+        "removing half-written checkpoints of an interrupted run, or half-deleted ones, under %s: %s",
+        directory,
+        ", ".join(half()),
+    )
     if jax.process_index():
         return
     for _ in range(100):
@@ -533,8 +629,10 @@ def _remove_half_written(directory: epath.Path) -> None:
         time.sleep(0.1)
         if not half():
             return
-    raise CheckpointError(f"{directory}: {', '.join(half())} cannot be removed, or comes back: does another run "
-                          "write there? Stop it, or delete the folder")
+    raise CheckpointError(
+        f"{directory}: {', '.join(half())} cannot be removed, or comes back: does another run "
+        "write there? Stop it, or delete the folder"
+    )
 
 
 def is_begun(workdir) -> bool:
@@ -547,11 +645,15 @@ def resolve(directory) -> epath.Path:
     directory = _absolute(directory)
     if _is_committed(directory):
         return directory
-    if directory.name.isdigit() and not (directory / "checkpoints").is_dir():  # a step by name: no other will do
+    if (
+        directory.name.isdigit() and not (directory / "checkpoints").is_dir()
+    ):  # a step by name: no other will do
         steps, half = _list(directory.parent)
         if any(name.split(".")[0] == directory.name for name in half):
-            raise CheckpointNotFound(f"{directory}: this save was interrupted and cannot be used. Complete "
-                                     f"steps beside it: {steps or 'none'}")
+            raise CheckpointNotFound(
+                f"{directory}: this save was interrupted and cannot be used. Complete "
+                f"steps beside it: {steps or 'none'}"
+            )
         if steps:
             error = CheckpointGone if steps[-1] > int(directory.name) else CheckpointNotFound
             raise error(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
@@ -559,18 +661,29 @@ def resolve(directory) -> epath.Path:
     steps, half = _list(folder)
     if steps:
         if half:
-            logging.warning("%s: the save %s was interrupted or is under way; using step %d, the newest "
-                            "complete one", folder, ", ".join(half), steps[-1])
+            logging.warning(
+                "%s: the save %s was interrupted or is under way; using step %d, the newest "
+                "complete one",
+                folder,
+                ", ".join(half),
+                steps[-1],
+            )
         return folder / str(steps[-1])
     if half:
-        raise CheckpointNotFound(f"{folder}: the only save there was interrupted ({', '.join(half)}) and "
-                                 "there is no complete checkpoint: start the run again")
+        raise CheckpointNotFound(
+            f"{folder}: the only save there was interrupted ({', '.join(half)}) and "
+            "there is no complete checkpoint: start the run again"
+        )
     if not folder.exists():
-        raise CheckpointNotFound(f"{folder}: no such folder. Give a workdir, its checkpoints or one step")
+        raise CheckpointNotFound(
+            f"{folder}: no such folder. Give a workdir, its checkpoints or one step"
+        )
     names = sorted(path.name for path in folder.iterdir())
     there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    raise CheckpointNotFound(f"{folder}: no checkpoint there (it holds: {there or 'nothing'}). Give a "
-                             "workdir, its checkpoints folder or one step")
+    raise CheckpointNotFound(
+        f"{folder}: no checkpoint there (it holds: {there or 'nothing'}). Give a "
+        "workdir, its checkpoints folder or one step"
+    )
 
 
 @contextlib.contextmanager
@@ -602,16 +715,22 @@ def config_to_json(config: Mapping) -> dict:
         if isinstance(value, np.generic):
             value = value.item()
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"setting {key[1:]} is {value}, which JSON cannot hold: use None for 'no limit'")
+            raise ValueError(
+                f"setting {key[1:]} is {value}, which JSON cannot hold: use None for 'no limit'"
+            )
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise TypeError(f"setting {key[1:]} is a {type(value).__name__}, which JSON cannot hold: use its "
-                        "name, a number, a list or a dict")
+        raise TypeError(
+            f"setting {key[1:]} is a {type(value).__name__}, which JSON cannot hold: use its "
+            "name, a number, a list or a dict"
+        )
 
     return convert(config, "")
 
 
-def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = (), defaults: Mapping = {}) -> None:
+def check_config(
+    saved: Mapping, current: Mapping, *, ignore: Iterable[str] = (), defaults: Mapping = {}
+) -> None:
     """Raises ConfigMismatch, with a table of the differences, unless both settings are the same.
 
     Args:
@@ -627,20 +746,32 @@ def check_config(saved: Mapping, current: Mapping, *, ignore: Iterable[str] = ()
             return dict(pair for pairs in items for pair in pairs)
         return {key[1:]: json.dumps(value)}
 
-    saved, current, defaults = (flat(config_to_json(values)) for values in (saved, current, defaults))
+    saved, current, defaults = (
+        flat(config_to_json(values)) for values in (saved, current, defaults)
+    )
     saved |= {key: defaults[key] for key in current.keys() - saved.keys() if key in defaults}
-    keys = [key for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)
-            and not any(key == name or key.startswith(name + ".") for name in ignore)]
+    keys = [
+        key
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+        and not any(key == name or key.startswith(name + ".") for name in ignore)
+    ]
     if keys:
         rows = [("key", "saved", "now")]
         rows += [(key, saved.get(key, "absent"), current.get(key, "absent")) for key in keys]
-        example = next((f" (such as --config.{key}={saved[key]})" for key in keys if key in saved), "")
+        example = next(
+            (f" (such as --config.{key}={saved[key]})" for key in keys if key in saved), ""
+        )
         free = f" May change on resume: {', '.join(ignore)}." if ignore else ""
-        raise ConfigMismatch(f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
-                             f"the saved ones{example}, or start a new run with another --workdir.{free}")
+        raise ConfigMismatch(
+            f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
+            f"the saved ones{example}, or start a new run with another --workdir.{free}"
+        )
 
 
-def check_digests(saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run") -> None:
+def check_digests(
+    saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run"
+) -> None:
     """Raises ConfigMismatch, with a table of the differences, unless data and tokenizer are those of a checkpoint.
 
     Args:
@@ -653,18 +784,29 @@ def check_digests(saved: Mapping, current: Mapping, *, accepted: Iterable[str] =
     for kind, now in current.items():
         was = saved.get(kind)
         if was is None:
-            logging.warning("%s has no digest of its %s: whether that is the same one cannot be told", whose, kind)
+            logging.warning(
+                "%s has no digest of its %s: whether that is the same one cannot be told",
+                whose,
+                kind,
+            )
         elif was != now and kind not in accepted:
             kinds.append(kind)
-            pairs = {kind: (was, now)} if isinstance(now, str) else {
-                f"{kind}.{name}": (was.get(name, "absent"), now.get(name, "absent")) for name in sorted(was.keys() | now.keys())}
+            pairs = (
+                {kind: (was, now)}
+                if isinstance(now, str)
+                else {
+                    f"{kind}.{name}": (was.get(name, "absent"), now.get(name, "absent"))
+                    for name in sorted(was.keys() | now.keys())
+                }
+            )
             rows += [(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
     if kinds:
         names = " and ".join(kinds)
         raise ConfigMismatch(
             f"{whose} was trained with another content of {names} (digests):\n{_table(rows)}\nPut the {names} back as it was, "
             "or start a new run with another --workdir. To go on with what is there now, knowing that it differs: "
-            f'--config.checkpoint.accept_changed="{tuple(kinds)}"')
+            f'--config.checkpoint.accept_changed="{tuple(kinds)}"'
+        )
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
@@ -737,13 +879,21 @@ def install_sigterm() -> Flag:
         if number == signal.SIGINT and flag.is_set:
             raise KeyboardInterrupt
         flag.is_set = True
-        logging.warning("%s: %s%s", signal.Signals(number).name, flag.promise,
-                        " (again to abort at once)" if number == signal.SIGINT else "")
+        logging.warning(
+            "%s: %s%s",
+            signal.Signals(number).name,
+            flag.promise,
+            " (again to abort at once)" if number == signal.SIGINT else "",
+        )
 
     if threading.current_thread() is not threading.main_thread():
-        logging.warning("not in the main thread: SIGTERM and Ctrl-C will not save a checkpoint first")
+        logging.warning(
+            "not in the main thread: SIGTERM and Ctrl-C will not save a checkpoint first"
+        )
     elif not jax.distributed.is_initialized():
-        flag._previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        flag._previous = {
+            number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
     return flag
 
 

@@ -13,15 +13,19 @@ import typing
 import numpy as np
 
 TEMPERATURE = "[0.001, 1000]"  # beyond it float32 logits overflow, or all tokens are equally likely
-SEED = f"[0, {2 ** 32})"  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
+SEED = f"[0, {2**32})"  # JAX keeps the low 32 bits of a seed: a larger one would repeat another
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def number(name: str, value, kind: type, allowed: str) -> None:
     """ValueError, with name, value and range, unless a value is a number of a kind (int or float) in the range."""
-    right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(
+        value, bool
+    )
     if not right or not holds(allowed, value):
-        raise ValueError(f"{name} is {value!r}: give a {'whole ' if kind is int else ''}number in {allowed}")
+        raise ValueError(
+            f"{name} is {value!r}: give a {'whole ' if kind is int else ''}number in {allowed}"
+        )
 
 
 def holds(allowed: str, value) -> bool:
@@ -38,8 +42,11 @@ def holds(allowed: str, value) -> bool:
 def ranges(cls) -> dict[str, tuple[type, str]]:
     """{field: (int or float, range)} of the fields of a dataclass that declare one."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: (int if hint.__origin__ is int else float, hint.__metadata__[0]) for name, hint in hints.items()
-            if typing.get_origin(hint) is typing.Annotated}
+    return {
+        name: (int if hint.__origin__ is int else float, hint.__metadata__[0])
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is typing.Annotated
+    }
 
 
 def fields(instance, group: str) -> None:
@@ -51,7 +58,9 @@ def fields(instance, group: str) -> None:
 def folder_name(shown: str, value: str) -> None:
     """ValueError unless a value is the name of one folder, which is made where it belongs and nowhere else."""
     if not re.fullmatch(r"[\w=,-][\w.=,-]*", value):
-        raise ValueError(f"{shown}: give one folder name of letters, digits and _ - . = , that does not start with a dot")
+        raise ValueError(
+            f"{shown}: give one folder name of letters, digits and _ - . = , that does not start with a dot"
+        )
 
 
 def once(name: str, values) -> None:

@@ -23,11 +23,14 @@ def text(flag: str, value: str) -> str:
     try:
         return os.fsencode(value).decode() if re.search("[\ud800-\udfff]", value) else value
     except UnicodeError as error:
-        raise ValueError(f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as "
-                         "LC_ALL=C.UTF-8") from error
+        raise ValueError(
+            f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as "
+            "LC_ALL=C.UTF-8"
+        ) from error
 
 
 # --- values of flags: types for argparse, whose errors name the flag ----------------------------------------------
+
 
 def names(text: str) -> tuple[str, ...]:
     """The names in "a,b"."""
@@ -39,10 +42,13 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(int, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, and no list of them such as 0,1,2") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no whole number, and no list of them such as 0,1,2"
+        ) from None
 
 
 # --- checks that commands make before anything slow: a ValueError names the flag, the value and the fix -------------
+
 
 def check_once(flag: str, values) -> None:
     """Each value is given once."""
@@ -54,21 +60,27 @@ def check_precision() -> None:
     import jax
 
     if jax.config.jax_enable_x64:
-        raise ValueError("JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do not compile "
-                         "with 64: unset JAX_ENABLE_X64, or set it to 0")
+        raise ValueError(
+            "JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do not compile "
+            "with 64: unset JAX_ENABLE_X64, or set it to 0"
+        )
 
 
 def check_seed(seed: int) -> None:
     """Seeds are told apart by 32 bits."""
     if not checks.holds(checks.SEED, seed):
-        raise ValueError(f"--seed={seed}: give a whole number from 0 to {2 ** 32 - 1}; others would repeat one of these")
+        raise ValueError(
+            f"--seed={seed}: give a whole number from 0 to {2**32 - 1}; others would repeat one of these"
+        )
 
 
 def check_name(name: str) -> None:
     """A name of results is one folder: nothing is written elsewhere, and every summary is found."""
     checks.folder_name(f"--name={name}", name)
     if name == "summary.md":
-        raise ValueError("--name=summary.md: the table of all results has that name: give one folder name of your own")
+        raise ValueError(
+            "--name=summary.md: the table of all results has that name: give one folder name of your own"
+        )
 
 
 def check_number(flag: str, value, least: int) -> None:
@@ -80,4 +92,6 @@ def check_number(flag: str, value, least: int) -> None:
 def check_temperature(value) -> None:
     """None: not given."""
     if value is not None and not checks.holds(f"{checks.TEMPERATURE}, or 0", value):
-        raise ValueError(f"--temperature={value:g}: give a number in {checks.TEMPERATURE}, or 0 for the most probable token")
+        raise ValueError(
+            f"--temperature={value:g}: give a number in {checks.TEMPERATURE}, or 0 for the most probable token"
+        )

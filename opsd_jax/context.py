@@ -47,13 +47,16 @@ SYSTEM_TRAINING = (
     "Let's think step by step to answer the question. For text-based thinking, enclose the process within "
     "<think> </think>, e.g. <think> thinking process here </think>. For visual thinking, enclose the content within "
     "<image_start> </image_end>, e.g. <image_start> thinking image here </image_end>. Finally conclude with the final "
-    "answer wrapped in <answer></answer> tags, i.e. <answer> answer here </answer>.")
+    "answer wrapped in <answer></answer> tags, i.e. <answer> answer here </answer>."
+)
 SYSTEM_INFERENCE = "\n" + SYSTEM_TRAINING.replace("i.e. <answer>", "i.e.<answer>") + "\n"
 INTRO = (
     "The following images are privileged visual references that depict the intermediate visual thoughts on the path "
-    "to the correct answer. Use them silently as grounding context; do not describe or echo them.")
+    "to the correct answer. Use them silently as grounding context; do not describe or echo them."
+)
 TRANSITION = (
-    "Now, using your own independent reasoning, answer the problem above. Think step by step.")
+    "Now, using your own independent reasoning, answer the problem above. Think step by step."
+)
 
 VISUAL_THOUGHTS = ("real", "noise", "swap", "image", "none")
 MARKER = "<image_start>"
@@ -110,8 +113,11 @@ class Latent:
         return len(self.tokens) + 2
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "image", "order", "noised"],
-                   meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "image", "order", "noised"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Latents:
     """The VAE latents of a packed batch, G a row behind its T other slots.
@@ -131,8 +137,21 @@ class Latents:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "limit", "segment", "patches", "patch_positions", "patch_image",
-                 "patch_slots", "length", "next_position", "latents"], meta_fields=[])
+    data_fields=[
+        "tokens",
+        "positions",
+        "limit",
+        "segment",
+        "patches",
+        "patch_positions",
+        "patch_image",
+        "patch_slots",
+        "length",
+        "next_position",
+        "latents",
+    ],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Context:
     """A batch of packed sequences of one static shape, padded at the end.
@@ -172,8 +191,18 @@ class TooLong(ValueError):
     """A row that does not fit its bucket."""
 
 
-def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int = 0, latent_dim: int = 0,
-         latent_side: int = 0, names=None) -> Context:
+def pack(
+    rows,
+    *,
+    slots: int,
+    patches: int,
+    tokenizer,
+    side: int,
+    latents: int = 0,
+    latent_dim: int = 0,
+    latent_side: int = 0,
+    names=None,
+) -> Context:
     """Packs a batch of rows, each a list of blocks, into one Context of static shape [len(rows), slots].
 
     Args:
@@ -186,7 +215,9 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
     """
     image_blocks = [b for row in rows for b in row if isinstance(b, Image)]
     if latents and not (latent_dim and latent_side):
-        raise ValueError(f"packing {latents} latents a row needs latent_dim and latent_side, static sizes as well")
+        raise ValueError(
+            f"packing {latents} latents a row needs latent_dim and latent_side, static sizes as well"
+        )
     width = image_blocks[0].patches.shape[1] if image_blocks else 1
     dtype = np.result_type(*{b.patches.dtype for b in image_blocks}) if image_blocks else np.uint8
     if dtype != np.uint8:  # a float batch is normalised as a whole
@@ -203,11 +234,14 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
     for r, blocks in enumerate(rows):
         needs = need(blocks)
         if any(has < wants for has, wants in zip((slots, patches, latents), needs)):
-            what = " and ".join(f"{n} {name}" for n, name in zip(needs, ("slots", "patches", "latents")) if n)
+            what = " and ".join(
+                f"{n} {name}" for n, name in zip(needs, ("slots", "patches", "latents")) if n
+            )
             raise TooLong(
                 f"row {names[r] if names else r} needs {what}, its bucket has {slots} and {patches}"
                 f"{f' and {latents}' if latents or needs[2] else ''}: enlarge data.buckets, lower the image size, or leave "
-                "the row out")
+                "the row out"
+            )
         # place: in the sequence. at, patch, latent: the next free slot, patch, latent token
         place = rope = at = patch = latent = number = drawn = 0
         for block in blocks:
@@ -246,15 +280,32 @@ def pack(rows, *, slots: int, patches: int, tokenizer, side: int, latents: int =
             order[r, own], segment[r, own] = np.arange(place, stop), 1
             place, rope = stop, rope + advance
         length[r], next_position[r] = place, rope
-    extra = Latents(latent_tokens, latent_positions, latent_image, order, noised) if latents else None
-    return Context(tokens, positions, limit, segment, values, patch_positions, patch_image, patch_slots, length,
-                   next_position, extra)
+    extra = (
+        Latents(latent_tokens, latent_positions, latent_image, order, noised) if latents else None
+    )
+    return Context(
+        tokens,
+        positions,
+        limit,
+        segment,
+        values,
+        patch_positions,
+        patch_image,
+        patch_slots,
+        length,
+        next_position,
+        extra,
+    )
 
 
 def need(blocks) -> tuple[int, int, int]:
     """Slots, patches and latents that a row of blocks takes in `pack`."""
     latents = sum(len(b.tokens) for b in blocks if isinstance(b, Latent))
-    return (sum(b.slots for b in blocks) - latents, sum(len(b.patches) for b in blocks if isinstance(b, Image)), latents)
+    return (
+        sum(b.slots for b in blocks) - latents,
+        sum(len(b.patches) for b in blocks if isinstance(b, Image)),
+        latents,
+    )
 
 
 def student(tokenizer, prompts: Prompts, question, problem: Image) -> list:
@@ -270,8 +321,12 @@ def student(tokenizer, prompts: Prompts, question, problem: Image) -> list:
 def teacher(tokenizer, prompts: Prompts, question, problem: Image, visual_thoughts) -> list:
     """Blocks of the teacher's context (Eq. 1/5): the student's, then intro, VT images in order (None entries are
     skipped), transition. The reasoning texts and the answer are never in it."""
-    return [*student(tokenizer, prompts, question, problem), *_prompt(tokenizer, prompts.intro),
-            *(vt for vt in visual_thoughts if vt is not None), *_prompt(tokenizer, prompts.transition)]
+    return [
+        *student(tokenizer, prompts, question, problem),
+        *_prompt(tokenizer, prompts.intro),
+        *(vt for vt in visual_thoughts if vt is not None),
+        *_prompt(tokenizer, prompts.transition),
+    ]
 
 
 def _prompt(tokenizer, text):
@@ -280,7 +335,9 @@ def _prompt(tokenizer, text):
     return [Text(text)] if len(text) else []
 
 
-def replace_visual_thoughts(mode: str, problem: Image, own, other, rng: np.random.Generator) -> list:
+def replace_visual_thoughts(
+    mode: str, problem: Image, own, other, rng: np.random.Generator
+) -> list:
     """The VT images that the teacher gets in a mode of `VISUAL_THOUGHTS`.
 
     real: its own. noise: standard normal values of the same shapes, in normalised pixel space, drawn afresh at
@@ -306,14 +363,16 @@ def text_trace(full_text_only_thought: str, answer: str) -> str:
     return wrap_thought(full_text_only_thought) + wrap_answer(answer)
 
 
-def interleaved(tokenizer, prompts: Prompts, question, problem: Image, thoughts, visual_thoughts, answer: str) -> list:
+def interleaved(
+    tokenizer, prompts: Prompts, question, problem: Image, thoughts, visual_thoughts, answer: str
+) -> list:
     """Blocks of an interleaved trace as the base model was trained on: text, drawn image, text, ...
 
     Round i is `<think>t_i</think><image_start>`, then the image, then the next round, which opens with
     `<image_end>`; the last one ends with the answer. Every text is a target. Here the images stand as ViT tokens.
     """
     blocks = student(tokenizer, prompts, question, problem)
-    drawn = list(visual_thoughts)[:len(thoughts)]
+    drawn = list(visual_thoughts)[: len(thoughts)]
     for n, thought in enumerate(thoughts):
         text = (MARKER_END if 0 < n <= len(drawn) else "") + wrap_thought(thought)
         text += MARKER if n < len(drawn) and n + 1 < len(thoughts) else ""
@@ -324,7 +383,11 @@ def interleaved(tokenizer, prompts: Prompts, question, problem: Image, thoughts,
     return blocks
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["context", "rows", "labels", "mask"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["context", "rows", "labels", "mask"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Supervised:
     """A packed batch with training targets.
@@ -353,17 +416,23 @@ def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervis
             if isinstance(block, Text) and block.loss:
                 new = slice(done, done + len(block.ids) + 1)
                 if new.stop > targets:
-                    raise TooLong(f"row {names[r] if names else r} has more than {targets} target tokens: enlarge "
-                                  "the bucket's `targets` or leave the row out")
+                    raise TooLong(
+                        f"row {names[r] if names else r} has more than {targets} target tokens: enlarge "
+                        "the bucket's `targets` or leave the row out"
+                    )
                 at[r, new] = np.arange(start, start + len(block.ids) + 1)
                 labels[r, new] = [*block.ids, tokenizer.eos]
                 mask[r, new] = True
                 done = new.stop
-            start += 2 if isinstance(block, Latent) else block.slots  # its tokens are behind all other slots
+            start += (
+                2 if isinstance(block, Latent) else block.slots
+            )  # its tokens are behind all other slots
     return Supervised(packed, at, labels, mask)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "labels", "mask"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "labels", "mask"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """The same completion as it stands behind both contexts.
@@ -405,5 +474,8 @@ def behind(context: Context, slots: int):
     """
     index = jnp.arange(slots, dtype=jnp.int32)
     shape = (context.tokens.shape[0], slots)
-    return (context.next_position[:, None] + index, jnp.broadcast_to(context.slots + 1 + index, shape),
-            jnp.ones(shape, jnp.int32))
+    return (
+        context.next_position[:, None] + index,
+        jnp.broadcast_to(context.slots + 1 + index, shape),
+        jnp.ones(shape, jnp.int32),
+    )

@@ -24,16 +24,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import checks, cli, distributed, json_files, locks, paths, release_configs, tensor_files
+from opsd_jax import (
+    checks,
+    cli,
+    distributed,
+    json_files,
+    locks,
+    paths,
+    release_configs,
+    tensor_files,
+)
 from opsd_jax import params as params_lib
 from opsd_jax.model.config import ModelConfig
 
 # What the understanding path leaves on disk: the generation expert, and the latent path in and out of it.
 _GENERATION = re.compile(r".*_moe_gen\b.*|(time_embedder|vae2llm|llm2vae|latent_pos_embed)\..*")
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "special_tokens.json", "generation_config.json")
+_TOKENIZER = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "special_tokens.json",
+    "generation_config.json",
+)
 _LISTED = 1000  # faults of tensors that an error lists
-_GROUP = 1 << 28  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
+_GROUP = (
+    1 << 28
+)  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
 
 
 # ---------------------------------------------------------------------------- folders
@@ -68,7 +87,9 @@ def _new_folder(target):
     target = os.path.abspath(target)
     with locks.only_writer(target):
         if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
-            raise FileExistsError(f"--target={target} exists and is not empty: choose another folder, or delete it")
+            raise FileExistsError(
+                f"--target={target} exists and is not empty: choose another folder, or delete it"
+            )
         made = os.path.join(os.path.dirname(target), f".tmp-{os.path.basename(target)}")
         shutil.rmtree(made, ignore_errors=True)
         os.makedirs(made)
@@ -143,14 +164,20 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
     if config.generation:
         path = os.path.join(directory, "ae.safetensors")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing: what draws needs the autoencoder; copy it there, or do "
-                                    "without (import --only=understanding)")
+            raise FileNotFoundError(
+                f"{path} is missing: what draws needs the autoencoder; copy it there, or do "
+                "without (import --only=understanding)"
+            )
         files["ae"], stem["ae"] = tensor_files.header(path), "ae.safetensors"
     problems, notes, leaves = [], [], []
     if name == "model" and tensor_files.is_there(directory, "ema"):
-        notes.append("there is model.safetensors and ema.safetensors; the weights of model.safetensors are read")
+        notes.append(
+            "there is model.safetensors and ema.safetensors; the weights of model.safetensors are read"
+        )
     used = {file: set() for file in files}
-    default = dtype or tensor_files.DTYPES.get(getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None))
+    default = dtype or tensor_files.DTYPES.get(
+        getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None)
+    )
     for path, leaf in _abstract(config).items():
         row = params_lib.fact(path)
         shape, found = _layer_shape(row, leaf.shape), []
@@ -168,14 +195,22 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
                 continue
             if row.group == "fixed" and tensor is None:
                 notes.append(f"{name} is not in the file: its fixed positions are computed")
-            elif row.group == "fixed" and wrong.startswith("misshapen") and tensor.shape[1:] == shape[1:]:
-                notes.append(f"{name} has {tensor.shape[0]} rows in the file, not {shape[0]}: its fixed positions are "
-                             "computed instead")
+            elif (
+                row.group == "fixed"
+                and wrong.startswith("misshapen")
+                and tensor.shape[1:] == shape[1:]
+            ):
+                notes.append(
+                    f"{name} has {tensor.shape[0]} rows in the file, not {shape[0]}: its fixed positions are "
+                    "computed instead"
+                )
             else:
                 problems.append(wrong)
         stored = {tensor.dtype for tensor in found}
         if len(stored) > 1 and dtype is None:
-            problems.append(f"mistyped {row.name}: its layers are {', '.join(sorted(stored))}; choose one with --dtype")
+            problems.append(
+                f"mistyped {row.name}: its layers are {', '.join(sorted(stored))}; choose one with --dtype"
+            )
         target = dtype or (tensor_files.DTYPES[stored.pop()] if stored else default)
         leaves.append(_Leaf(path, leaf.shape, target, tuple(found)))
     for file, tensors in files.items():
@@ -187,22 +222,35 @@ def _plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
     if problems:
         lacking = [problem.split()[1] for problem in problems if problem.startswith("missing")]
         if any(map(_GENERATION.fullmatch, lacking)):
-            problems.insert(0, "if the folder holds no generation expert: import --only=understanding")
+            problems.insert(
+                0, "if the folder holds no generation expert: import --only=understanding"
+            )
         more = [f"and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else []
-        raise ValueError(f"{directory} does not fit its configs:\n  " + "\n  ".join(problems[:_LISTED] + more))
+        raise ValueError(
+            f"{directory} does not fit its configs:\n  " + "\n  ".join(problems[:_LISTED] + more)
+        )
     for n, leaf in enumerate(leaves):
         if leaf.row.group == "fixed" and not leaf.tensors:
             from opsd_jax.model.siglip import sincos_table
 
-            leaves[n] = dataclasses.replace(leaf, table=sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1]))
+            leaves[n] = dataclasses.replace(
+                leaf, table=sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1])
+            )
     return leaves, notes
 
 
 # ---------------------------------------------------------------------------- load
 
 
-def load(directory: str, *, generation: bool = False, dtype: str | None = "float32", mesh=None, layout: str = "train",
-         **compute):
+def load(
+    directory: str,
+    *,
+    generation: bool = False,
+    dtype: str | None = "float32",
+    mesh=None,
+    layout: str = "train",
+    **compute,
+):
     """Reads a released folder, or one that `import` made: (ModelConfig, params).
 
     Tensor by tensor, and of each only what the devices of this process hold: the host's memory peaks at their
@@ -221,8 +269,10 @@ def load(directory: str, *, generation: bool = False, dtype: str | None = "float
     if kind is not None and kind not in tensor_files.DTYPES.values():
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     if not is_model(directory):
-        raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json) and was not made by "
-                                "`python -m opsd_jax.convert import`")
+        raise FileNotFoundError(
+            f"{directory} is no released folder (no llm_config.json) and was not made by "
+            "`python -m opsd_jax.convert import`"
+        )
     config = read_config(directory, generation=generation, **compute)
     if is_imported(directory):
         return config, _restore(directory, config, kind, mesh, layout)
@@ -239,15 +289,23 @@ def _restore(directory, config, dtype, mesh, layout):
 
     only = _note(directory)["only"]
     if config.generation and only:
-        raise ValueError(f"{directory} was imported with --only={only} and cannot draw: import the release again "
-                         "without it")
+        raise ValueError(
+            f"{directory} was imported with --only={only} and cannot draw: import the release again "
+            "without it"
+        )
     stored = _stored(directory)
-    typed = {path: jax.ShapeDtypeStruct(leaf.shape, dtype or getattr(stored.get(path), "dtype", leaf.dtype))
-             for path, leaf in _abstract(config).items()}
+    typed = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, dtype or getattr(stored.get(path), "dtype", leaf.dtype)
+        )
+        for path, leaf in _abstract(config).items()
+    }
     abstract = params_lib.unflatten(typed)
     if mesh is not None:
         abstract = sharding.abstract(mesh, abstract, layout)
-    return checkpoint.restore_params(directory, abstract, partial=not config.generation and not only)
+    return checkpoint.restore_params(
+        directory, abstract, partial=not config.generation and not only
+    )
 
 
 def _place(directory, leaves, mesh, layout):
@@ -261,12 +319,16 @@ def _place(directory, leaves, mesh, layout):
             where = _sharding(leaf, mesh, layout)
             slices = _layer_sharding(where) if leaf.row.stacked else where
             if leaf.table is not None:
-                array = jax.make_array_from_callback(leaf.shape, where, leaf.table.astype(leaf.dtype).__getitem__)
+                array = jax.make_array_from_callback(
+                    leaf.shape, where, leaf.table.astype(leaf.dtype).__getitem__
+                )
             elif leaf.row.stacked:
                 array = _zeros(leaf.shape, leaf.dtype, where)()
             for n, (name, tensor) in enumerate(zip(leaf.names, leaf.tensors)):
                 piece, count, finite = _fetch(tensor, leaf.row, slices)
-                array = _put(where)(array, piece, n) if leaf.row.stacked else piece.astype(leaf.dtype)
+                array = (
+                    _put(where)(array, piece, n) if leaf.row.stacked else piece.astype(leaf.dtype)
+                )
                 # waiting bounds the memory: no second tensor is read before this one is gone
                 array.block_until_ready()
                 del piece
@@ -276,13 +338,20 @@ def _place(directory, leaves, mesh, layout):
                 progress.update(done, size=tensor_files.size_of(read))
             flat[leaf.path] = array
     if bad:
-        raise ValueError(f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:\n  "
-                         + "\n  ".join(bad))
+        raise ValueError(
+            f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:\n  "
+            + "\n  ".join(bad)
+        )
     if jax.process_index() == 0:
-        held = sum(shard.data.nbytes for array in flat.values() for shard in array.addressable_shards)
+        held = sum(
+            shard.data.nbytes for array in flat.values() for shard in array.addressable_shards
+        )
         size_of = tensor_files.size_of
-        print(f"{directory}: read {size_of(read)} in {time.monotonic() - began:.0f} s; target {size_of(held)} on this process, "
-              f"peak host memory of the process {size_of(peak_memory())}", file=sys.stderr)
+        print(
+            f"{directory}: read {size_of(read)} in {time.monotonic() - began:.0f} s; target {size_of(held)} on this process, "
+            f"peak host memory of the process {size_of(peak_memory())}",
+            file=sys.stderr,
+        )
     return params_lib.unflatten(flat)
 
 
@@ -342,7 +411,9 @@ def peak_memory() -> int:
     except OSError:  # no Linux
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (
+            0 if sys.platform == "darwin" else 10
+        )
 
 
 def _note(directory) -> dict[str, str]:
@@ -352,7 +423,9 @@ def _note(directory) -> dict[str, str]:
     note = {key: found.text(key) for key in ("path", "file", "only")}
     for key, values in (("only", ("", "understanding")), ("file", ("model", "ema"))):
         if note[key] is not None and note[key] not in values:
-            found.refuse(key, f": give {json_files.shown(values[0])} or {json_files.shown(values[1])}")
+            found.refuse(
+                key, f": give {json_files.shown(values[0])} or {json_files.shown(values[1])}"
+            )
     found.check("this is not what `convert import` writes; import the release again:")
     return note
 
@@ -381,22 +454,45 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     paths.check_given("--source", source)
     paths.check_given("--target", target, orbax=True)
     if not is_released(source):
-        raise FileNotFoundError(f"--source={source} is no released folder: it has no llm_config.json")
+        raise FileNotFoundError(
+            f"--source={source} is no released folder: it has no llm_config.json"
+        )
     with _new_folder(target) as made:
         _check_tokenizer(source, read_config(source))
         config, params = load(source, generation=not only, dtype=dtype)
         kinds = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})
-        sizes = {name: part and dataclasses.asdict(part) for name, part in
-                 (("llm", config.llm), ("vit", config.vit), ("generation", config.generation))}
+        sizes = {
+            name: part and dataclasses.asdict(part)
+            for name, part in (
+                ("llm", config.llm),
+                ("vit", config.vit),
+                ("generation", config.generation),
+            )
+        }
         release = os.path.join(made, "release")
         os.makedirs(release)
         _copy(source, release, release_configs.NAMES + _TOKENIZER)
-        json_files.write(os.path.join(release, "source.json"), {
-            "path": os.path.abspath(source), "file": tensor_files.folder(source)[1], "dtype": " and ".join(kinds), "only": only})
-        checkpoint.save(os.path.join(made, "checkpoints", "0"), None, params, stage="import", config={"model": sizes})
+        json_files.write(
+            os.path.join(release, "source.json"),
+            {
+                "path": os.path.abspath(source),
+                "file": tensor_files.folder(source)[1],
+                "dtype": " and ".join(kinds),
+                "only": only,
+            },
+        )
+        checkpoint.save(
+            os.path.join(made, "checkpoints", "0"),
+            None,
+            params,
+            stage="import",
+            config={"model": sizes},
+        )
         counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
-    print(f"{target}: {counts} parameters in {' and '.join(kinds)}; peak host memory of the process "
-          f"{tensor_files.size_of(peak_memory())}")
+    print(
+        f"{target}: {counts} parameters in {' and '.join(kinds)}; peak host memory of the process "
+        f"{tensor_files.size_of(peak_memory())}"
+    )
 
 
 def _check_tokenizer(directory, config) -> None:
@@ -404,7 +500,9 @@ def _check_tokenizer(directory, config) -> None:
     from opsd_jax import tokenizer
 
     files = set(os.listdir(directory))
-    if "tokenizer_config.json" in files and ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files):
+    if "tokenizer_config.json" in files and (
+        "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
+    ):
         tokenizer.load(directory, vocab_size=config.llm.vocab_size)
 
 
@@ -417,8 +515,15 @@ def _copy(source, target, names):
 # ---------------------------------------------------------------------------- export
 
 
-def export_release(source: str, target: str, *, base: str = "", dtype: str = "", name: str = "",
-                   max_shard_gb: float = 5) -> None:
+def export_release(
+    source: str,
+    target: str,
+    *,
+    base: str = "",
+    dtype: str = "",
+    name: str = "",
+    max_shard_gb: float = 5,
+) -> None:
     """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
 
     What draws comes from the checkpoint or, if that holds the understanding path alone, unchanged from `base`.
@@ -440,7 +545,9 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
     checks.number("--max_shard_gb", max_shard_gb, float, "[0, 1e9]; 0 for one file")
     kind = jnp.dtype(dtype) if dtype else None
     if is_released(source):
-        raise ValueError(f"--source={source} is a released folder already: export reads checkpoints")
+        raise ValueError(
+            f"--source={source} is a released folder already: export reads checkpoints"
+        )
     with _new_folder(target) as made:
         workdir = _workdir(source)
         # one step from here on: a run that goes on saves others meanwhile
@@ -452,23 +559,39 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         if origin:
             there = _config_of(origin)
             if (there.llm, there.vit) != (config.llm, config.vit):
-                raise ValueError(f"{origin} has other sizes than {source}, for which it shall be the base:\n"
-                                 f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}")
+                raise ValueError(
+                    f"{origin} has other sizes than {source}, for which it shall be the base:\n"
+                    f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}"
+                )
             if config.generation not in (None, there.generation):
-                raise ValueError(f"{origin} draws with other sizes than {source}, for which it shall be the base:\n"
-                                 f"  {there.generation}\n  {config.generation}")
+                raise ValueError(
+                    f"{origin} draws with other sizes than {source}, for which it shall be the base:\n"
+                    f"  {there.generation}\n  {config.generation}"
+                )
             config = dataclasses.replace(config, generation=there.generation)
         if draws and config.generation is None:
-            raise ValueError(f"the metadata of {source} has no sizes of what draws: give --base=FOLDER, a release")
+            raise ValueError(
+                f"the metadata of {source} has no sizes of what draws: give --base=FOLDER, a release"
+            )
         if not draws and not origin:
             config = dataclasses.replace(config, generation=None)
         wanted = _abstract(config)
-        if wrong := [path for path, leaf in stored.items() if path not in wanted or leaf.shape != wanted[path].shape]:
-            raise ValueError(f"{source}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}")
+        if wrong := [
+            path
+            for path, leaf in stored.items()
+            if path not in wanted or leaf.shape != wanted[path].shape
+        ]:
+            raise ValueError(
+                f"{source}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}"
+            )
 
         lora, config = config.lora, dataclasses.replace(config, lora=None)
-        if absent := [path for path in wanted if path not in stored and params_lib.fact(path).group == "lora"]:
-            raise ValueError(f"{source} lacks the adapters that its metadata speaks of: {', '.join(absent)}")
+        if absent := [
+            path for path in wanted if path not in stored and params_lib.fact(path).group == "lora"
+        ]:
+            raise ValueError(
+                f"{source} lacks the adapters that its metadata speaks of: {', '.join(absent)}"
+            )
         wanted = _abstract(config)
 
         parts = [_of_checkpoint(source, stored, places, lora)]
@@ -477,14 +600,22 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
             parts.append(_of_release(origin, config, missing))
         elif missing and origin:
             there = _stored(origin)
-            parts.append(_of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {}))
+            parts.append(
+                _of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {})
+            )
         outline = {}
         for rows, _ in parts:
             outline |= rows
-        absent = [row.name for path in wanted for row in [params_lib.fact(path)]
-                  if (row.file, _names(row, wanted[path].shape)[0]) not in outline]
+        absent = [
+            row.name
+            for path in wanted
+            for row in [params_lib.fact(path)]
+            if (row.file, _names(row, wanted[path].shape)[0]) not in outline
+        ]
         if absent:
-            raise ValueError(f"neither {source} nor its base {origin or '(none)'} holds {', '.join(absent)}")
+            raise ValueError(
+                f"neither {source} nor its base {origin or '(none)'} holds {', '.join(absent)}"
+            )
         if kind is not None:
             outline = {key: (shape, kind) for key, (shape, _) in outline.items()}
         tensors = (item for _, part in parts for item in part)
@@ -494,8 +625,10 @@ def export_release(source: str, target: str, *, base: str = "", dtype: str = "",
         print(f"{target}: the understanding path only; config.json says visual_gen false")
     elif not draws:
         print(f"{target}: what draws is that of {origin}")
-    print(f"{target}: {tensor_files.size_of(written)}, {len(outline)} tensors; peak host memory of the process "
-          f"{tensor_files.size_of(peak_memory())}")
+    print(
+        f"{target}: {tensor_files.size_of(written)}, {len(outline)} tensors; peak host memory of the process "
+        f"{tensor_files.size_of(peak_memory())}"
+    )
 
 
 def _workdir(source) -> str:
@@ -531,8 +664,10 @@ def _base(source, base, needed) -> str:
         if not os.path.isdir(at):
             if not needed and not base:
                 return ""
-            raise FileNotFoundError(f"{at}, from which {source} takes what draws, is not there: give --base=FOLDER, or "
-                                    "--base=none for a folder that cannot draw")
+            raise FileNotFoundError(
+                f"{at}, from which {source} takes what draws, is not there: give --base=FOLDER, or "
+                "--base=none for a folder that cannot draw"
+            )
         if _draws(at):
             return at
         at = "" if is_released(at) else _origin(at)
@@ -561,15 +696,19 @@ def _chosen(source, stored, name) -> tuple[str, dict[str, str]]:
     if is_imported(source):
         file = _note(source)["file"]
         if name not in ("", file):
-            raise ValueError(f"--name={name}: {source} was imported from {file}.safetensors and holds those weights alone; "
-                             f"leave --name out, or import a release with {name}.safetensors")
+            raise ValueError(
+                f"--name={name}: {source} was imported from {file}.safetensors and holds those weights alone; "
+                f"leave --name out, or import a release with {name}.safetensors"
+            )
         return file, {}
     details, state = checkpoint.metadata(source), checkpoint.contents(source).get("state", {})
     averages = [path.removeprefix("ema/") for path in state if path.startswith("ema/")]
     if name == "ema" and not averages:
-        raise ValueError(f"--name=ema: {source} holds no averaged weights (its stage is "
-                         f"{details['stage']!r}): they exist in the opsd stage with config.teacher.kind=ema; export the "
-                         "student with --name=model")
+        raise ValueError(
+            f"--name=ema: {source} holds no averaged weights (its stage is "
+            f"{details['stage']!r}): they exist in the opsd stage with config.teacher.kind=ema; export the "
+            "student with --name=model"
+        )
     if name == "ema":
         return name, dict.fromkeys(averages, "ema")
     of_teacher = averages and (details["config"].get("checkpoint") or {}).get("params") == "ema"
@@ -587,7 +726,9 @@ def _of_checkpoint(directory, leaves, places, lora=None):
     def read(wanted):
         found = {}
         for part in {places.get(path, "") for path in wanted}:
-            tree = params_lib.unflatten({path: leaf for path, leaf in wanted.items() if places.get(path, "") == part})
+            tree = params_lib.unflatten(
+                {path: leaf for path, leaf in wanted.items() if places.get(path, "") == part}
+            )
             if part:
                 tree = checkpoint.restore(directory, {part: tree}, partial=True)[part]
             else:
@@ -595,16 +736,24 @@ def _of_checkpoint(directory, leaves, places, lora=None):
             found |= {path: np.asarray(array) for path, array in params_lib.flatten(tree).items()}
         return found
 
-    adapters = {path: leaf for path, leaf in leaves.items() if params_lib.fact(path).group == "lora"}
+    adapters = {
+        path: leaf for path, leaf in leaves.items() if params_lib.fact(path).group == "lora"
+    }
     leaves = {path: leaf for path, leaf in leaves.items() if path not in adapters}
     outline = {}
     for path, leaf in leaves.items():
         row = params_lib.fact(path)
-        outline |= {(row.file, name): (_layer_shape(row, leaf.shape), np.dtype(leaf.dtype))
-                    for name in _names(row, leaf.shape)}
+        outline |= {
+            (row.file, name): (_layer_shape(row, leaf.shape), np.dtype(leaf.dtype))
+            for name in _names(row, leaf.shape)
+        }
 
     def tensors(group):
-        beside = {path: pair for path in group if (pair := params_lib.adapters_of(path)) and pair[0] in adapters}
+        beside = {
+            path: pair
+            for path in group
+            if (pair := params_lib.adapters_of(path)) and pair[0] in adapters
+        }
         wanted = group | {path: adapters[path] for pair in beside.values() for path in pair}
         restored = read(wanted)
         for path in group:
@@ -613,7 +762,9 @@ def _of_checkpoint(directory, leaves, places, lora=None):
             for n, name in enumerate(_names(row, array.shape)):
                 tensor = array[n] if row.stacked else array
                 if pair:
-                    tensor = np.asarray(params_lib.merge_matrix(tensor, *(factor[n] for factor in pair), lora))
+                    tensor = np.asarray(
+                        params_lib.merge_matrix(tensor, *(factor[n] for factor in pair), lora)
+                    )
                 yield row.file, name, row.theirs(tensor)
 
     # a generator for each group, so that nothing of it is left when the next one is read
@@ -635,8 +786,11 @@ def _groups(leaves):
 def _of_release(directory, config, paths):
     """As `_of_checkpoint`, of a released folder."""
     leaves = [leaf for leaf in _plan(directory, config, None)[0] if leaf.path in paths]
-    outline = {(leaf.row.file, name): (_layer_shape(leaf.row, leaf.shape), leaf.dtype)
-               for leaf in leaves for name in leaf.names}
+    outline = {
+        (leaf.row.file, name): (_layer_shape(leaf.row, leaf.shape), leaf.dtype)
+        for leaf in leaves
+        for name in leaf.names
+    }
 
     def tensors():
         for leaf in leaves:
@@ -654,9 +808,15 @@ def _write_configs(folder, source, origin, config) -> None:
     if release:
         found = read_config(release, generation=config.generation is not None)
         if found != config:
-            raise ValueError(f"the config files in {release} say other sizes than the weights of {source}:\n  {found}\n"
-                             f"  {config}")
-        _copy(release, folder, release_configs.NAMES if config.generation else release_configs.NAMES[:-1])
+            raise ValueError(
+                f"the config files in {release} say other sizes than the weights of {source}:\n  {found}\n"
+                f"  {config}"
+            )
+        _copy(
+            release,
+            folder,
+            release_configs.NAMES if config.generation else release_configs.NAMES[:-1],
+        )
     for name, content in release_configs.contents(config).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -680,7 +840,9 @@ def _tokenizer_of(source) -> str:
     if not os.path.isfile(os.path.join(workdir, "config.json")):
         return ""
     config = data.load_config(workdir)
-    folders = [data.tokenizer_folder(config, at) for at in (workdir, os.path.join(workdir, "..", ".."))]  # or its run's
+    folders = [
+        data.tokenizer_folder(config, at) for at in (workdir, os.path.join(workdir, "..", ".."))
+    ]  # or its run's
     return next(filter(os.path.isdir, folders), "")
 
 
@@ -692,24 +854,46 @@ def main(argv=None) -> None:
     import argparse
 
     cli.start()
-    parser = argparse.ArgumentParser(prog="python -m opsd_jax.convert",
-                                     description="Released safetensors folders <-> checkpoints of opsd_jax.")
+    parser = argparse.ArgumentParser(
+        prog="python -m opsd_jax.convert",
+        description="Released safetensors folders <-> checkpoints of opsd_jax.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     reading = commands.add_parser("import", help="released folder -> checkpoint")
     reading.add_argument("--source", required=True, help="a released folder")
     reading.add_argument("--target", required=True, help="the folder to make")
-    reading.add_argument("--only", default="", choices=["understanding"], help="leave out what draws")
+    reading.add_argument(
+        "--only", default="", choices=["understanding"], help="leave out what draws"
+    )
     writing = commands.add_parser("export", help="checkpoint -> folder as released")
-    writing.add_argument("--source", required=True, help="an imported folder, a run's workdir or a step folder")
+    writing.add_argument(
+        "--source", required=True, help="an imported folder, a run's workdir or a step folder"
+    )
     writing.add_argument("--target", required=True, help="the folder to make")
-    writing.add_argument("--base", default="", help="where what draws comes from if the source lacks it: a released or "
-                         "imported folder (default: the one that the source descends from), or none")
-    writing.add_argument("--name", default="", choices=["", "model", "ema"], help="which weights, and the name of their "
-                         "file: model, the student's, or ema, the teacher's averages (default: model, or as imported)")
-    writing.add_argument("--max_shard_gb", default=5, type=float, help="cut larger files and write an index (default "
-                         "5), which the official demo reads; 0 for one file, which the official trainer wants")
+    writing.add_argument(
+        "--base",
+        default="",
+        help="where what draws comes from if the source lacks it: a released or "
+        "imported folder (default: the one that the source descends from), or none",
+    )
+    writing.add_argument(
+        "--name",
+        default="",
+        choices=["", "model", "ema"],
+        help="which weights, and the name of their "
+        "file: model, the student's, or ema, the teacher's averages (default: model, or as imported)",
+    )
+    writing.add_argument(
+        "--max_shard_gb",
+        default=5,
+        type=float,
+        help="cut larger files and write an index (default "
+        "5), which the official demo reads; 0 for one file, which the official trainer wants",
+    )
     for command in (reading, writing):
-        command.add_argument("--dtype", default="", choices=["float32", "bfloat16"], help="default: as stored")
+        command.add_argument(
+            "--dtype", default="", choices=["float32", "bfloat16"], help="default: as stored"
+        )
     args = parser.parse_args(argv)
     if not os.environ.get("JAX_PLATFORMS"):  # the host's memory and cores do all of it
         jax.config.update("jax_platforms", "cpu")
@@ -718,8 +902,14 @@ def main(argv=None) -> None:
         if args.command == "import":
             import_release(args.source, args.target, only=args.only, dtype=args.dtype)
         else:
-            export_release(args.source, args.target, base=args.base, dtype=args.dtype, name=args.name,
-                           max_shard_gb=args.max_shard_gb)
+            export_release(
+                args.source,
+                args.target,
+                base=args.base,
+                dtype=args.dtype,
+                name=args.name,
+                max_shard_gb=args.max_shard_gb,
+            )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
 

@@ -96,14 +96,18 @@ class DistillConfig:
         if self.trains not in TRAINS:
             raise ValueError(f"trains is {self.trains!r}: choose from {TRAINS}")
         if self.trains != "text" and self.model.generation is None:
-            raise ValueError(f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)")
+            raise ValueError(
+                f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)"
+            )
         if self.teacher not in TEACHERS:
             raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
         if self.reduction not in ("completion", "token"):
             raise ValueError(f"reduction is {self.reduction!r}: use 'completion' or 'token'")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What both roles see of the same rows: two Contexts of B rows each."""
@@ -112,7 +116,9 @@ class Batch:
     teacher: context_lib.Context
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["pixels", "sizes"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pixels", "sizes"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Pictures:
     """The pictures of B rows as the autoencoder sees them: the problem, then the visual thoughts.
@@ -125,7 +131,9 @@ class Pictures:
     sizes: jax.Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["traces", "pictures"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["traces", "pictures"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """Traces whose contexts hold latents, and the pictures that these are encoded from (`flow.with_latents`)."""
@@ -136,31 +144,47 @@ class Drawn:
 
 # --- state -----------------------------------------------------------------------------------------------------
 
+
 def split(params, config: DistillConfig):
     """(trainable, frozen) of a stage, as `params.partition`; the autoencoder is trained by its own stage alone."""
     if config.trains == "autoencoder":
-        return {"vae": params["vae"]}, {name: tree for name, tree in params.items() if name != "vae"}
+        return {"vae": params["vae"]}, {
+            name: tree for name, tree in params.items() if name != "vae"
+        }
     return params_lib.partition(params, config.freeze, drawing=config.trains == "drawing")
 
 
 def understanding(params):
     """The parameters that text needs: all but those of what draws. Nothing is copied."""
-    return params_lib.unflatten({path: leaf for path, leaf in params_lib.flatten(params).items()
-                                 if path.split("/")[0] not in ("latent", "vae") and params_lib.fact(path).group != "gen"})
+    return params_lib.unflatten(
+        {
+            path: leaf
+            for path, leaf in params_lib.flatten(params).items()
+            if path.split("/")[0] not in ("latent", "vae") and params_lib.fact(path).group != "gen"
+        }
+    )
 
 
 def for_sampling(mesh, params, dtype: str):
     """A function that lays trained parameters out for the sampler, without what draws, in the dtype of the computation:
     for trees that lie as this one does (arrays or ShapeDtypeStructs)."""
-    move = sharding.move(mesh, understanding(params), "rollout",
-                         cast=lambda tree: params_lib.in_compute_dtype(tree, dtype))
+    move = sharding.move(
+        mesh,
+        understanding(params),
+        "rollout",
+        cast=lambda tree: params_lib.in_compute_dtype(tree, dtype),
+    )
     return lambda params: move(understanding(params))
 
 
 def init_state(params, config: DistillConfig) -> dict:
     """{params, opt, step} and, as the teacher asks, `ema` or `teacher` (copies of the trainable leaves only)."""
     trainable, _ = split(params, config)
-    state = {"params": params, "opt": _adam(config.optim).init(trainable), "step": jnp.zeros((), jnp.int32)}
+    state = {
+        "params": params,
+        "opt": _adam(config.optim).init(trainable),
+        "step": jnp.zeros((), jnp.int32),
+    }
     if config.teacher != "self":
         state["ema" if config.teacher == "ema" else "teacher"] = jax.tree.map(jnp.copy, trainable)
     return state
@@ -180,8 +204,14 @@ def learning_rate(step, config: OptimConfig):
     step = jnp.asarray(step, jnp.float32)
     warm = step / max(config.warmup_steps, 1)
     if config.schedule == "constant":
-        return config.lr * jnp.minimum(warm, 1.0) if config.warmup_steps else config.lr * jnp.ones_like(step)
-    progress = jnp.minimum((step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1), 1)
+        return (
+            config.lr * jnp.minimum(warm, 1.0)
+            if config.warmup_steps
+            else config.lr * jnp.ones_like(step)
+        )
+    progress = jnp.minimum(
+        (step - config.warmup_steps) / max(config.total_steps - config.warmup_steps, 1), 1
+    )
     floor = config.min_lr / config.lr if config.lr else 0.0
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (1 - floor) + floor
     return config.lr * jnp.where(step < config.warmup_steps, warm, cosine)
@@ -204,7 +234,9 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
         grads = jax.tree.map(lambda g: g * factor, grads)
     direction, opt = _adam(optim).update(grads, state["opt"])
     rate = learning_rate(state["step"], optim)
-    trainable = jax.tree.map(lambda p, d: p * (1 - rate * optim.weight_decay) - rate * d, trainable, direction)
+    trainable = jax.tree.map(
+        lambda p, d: p * (1 - rate * optim.weight_decay) - rate * d, trainable, direction
+    )
     new = dict(state, params=params_lib.merge(trainable, frozen), opt=opt, step=state["step"] + 1)
     if "ema" in state:
         decay = config.ema_decay
@@ -214,20 +246,30 @@ def apply_gradients(state: dict, grads, config: DistillConfig):
 
 # --- scoring ---------------------------------------------------------------------------------------------------
 
+
 def score(params, context, completion, *, config: ModelConfig):
     """Hidden states that predict the completion's labels behind a context: [B, N + 1, D].
 
     ValueError for a context with latents: both roles see images as ViT tokens alone, as officially.
     """
     if context.latents is not None:
-        raise ValueError("a completion is scored behind contexts without latents: pack them with latents=0")
-    x = jnp.concatenate([bagel.embed(params, context, config=config),
-                         bagel.embed_tokens(params, completion.tokens, config=config)], axis=1)
+        raise ValueError(
+            "a completion is scored behind contexts without latents: pack them with latents=0"
+        )
+    x = jnp.concatenate(
+        [
+            bagel.embed(params, context, config=config),
+            bagel.embed_tokens(params, completion.tokens, config=config),
+        ],
+        axis=1,
+    )
     after = context_lib.behind(context, completion.tokens.shape[1])
-    vectors = [jnp.concatenate(pair, axis=1)
-               for pair in zip((context.positions, context.limit, context.segment), after)]
+    vectors = [
+        jnp.concatenate(pair, axis=1)
+        for pair in zip((context.positions, context.limit, context.segment), after)
+    ]
     hidden, _ = bagel.forward(params, x, *vectors, config=config)
-    return hidden[:, context.slots:]
+    return hidden[:, context.slots :]
 
 
 def scored_completion(trajectory: rollout.Trajectory, teacher_length, config: DistillConfig):
@@ -246,16 +288,25 @@ def scored_completion(trajectory: rollout.Trajectory, teacher_length, config: Di
     empty = ~jnp.any(mask, axis=1, keepdims=True) & (index == 0)
     tokens, mask = jnp.where(empty, config.eos, tokens), mask | empty
     cut = is_cut(trajectory, teacher_length, config)
-    kept = jnp.where(cut, jnp.maximum(config.max_forward_tokens - teacher_length - 2, 1), _length(trajectory, config))
+    kept = jnp.where(
+        cut,
+        jnp.maximum(config.max_forward_tokens - teacher_length - 2, 1),
+        _length(trajectory, config),
+    )
     eos_row = True if config.eos_after_cut else (trajectory.stop == rollout.STOP_EOS) & ~cut
     if not config.score_seam:
-        return context_lib.completion(tokens, mask & (index < kept[:, None]), bos=config.bos, eos=config.eos,
-                                      eos_row=eos_row)
+        return context_lib.completion(
+            tokens, mask & (index < kept[:, None]), bos=config.bos, eos=config.eos, eos_row=eos_row
+        )
     empty = jnp.pad(empty, ((0, 0), (1, 0)))
     fed = jnp.where(empty, config.eos, trajectory.fed)
-    block = context_lib.completion(fed[:, 1:], index < kept[:, None], bos=config.bos, eos=config.eos, eos_row=eos_row)
+    block = context_lib.completion(
+        fed[:, 1:], index < kept[:, None], bos=config.bos, eos=config.eos, eos_row=eos_row
+    )
     chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
-    return dataclasses.replace(block, mask=block.mask & (chosen | (jnp.arange(index.size + 1) == kept[:, None])))
+    return dataclasses.replace(
+        block, mask=block.mask & (chosen | (jnp.arange(index.size + 1) == kept[:, None]))
+    )
 
 
 def is_cut(trajectory: rollout.Trajectory, teacher_length, config: DistillConfig):
@@ -265,7 +316,11 @@ def is_cut(trajectory: rollout.Trajectory, teacher_length, config: DistillConfig
 
 def _length(trajectory, config):
     """Tokens of each completion, int32 [B]; of an empty one 1. With score_seam the delimiters between rounds count, too."""
-    n = trajectory.num_fed - 1 if config.score_seam else jnp.sum(trajectory.mask, axis=1, dtype=jnp.int32)
+    n = (
+        trajectory.num_fed - 1
+        if config.score_seam
+        else jnp.sum(trajectory.mask, axis=1, dtype=jnp.int32)
+    )
     return jnp.maximum(n, 1)
 
 
@@ -280,10 +335,12 @@ def row_weights(mask, reduction: str):
 def _micro(tree, count):
     """[count * B, ...] -> [count, B, ...]. Micro step m takes the rows m, m + count, ...: the batch axis is cut
     over devices in contiguous pieces, and so each piece is split in itself and nothing moves."""
+
     def split(x):
         if x.shape[0] % count:
             raise ValueError(f"batch size {x.shape[0]} is not divisible by accumulation {count}")
         return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
     return jax.tree.map(split, tree)
 
 
@@ -295,10 +352,13 @@ def _accumulate(loss, trainable, inputs, count):
     inputs = _micro(inputs, count)
     shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], inputs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, grad(trainable, x)), None), zeros, inputs)[0]
+    return jax.lax.scan(
+        lambda total, x: (jax.tree.map(jnp.add, total, grad(trainable, x)), None), zeros, inputs
+    )[0]
 
 
 # --- updates ---------------------------------------------------------------------------------------------------
+
 
 def program(function, state, config: DistillConfig):
     """`function(state, ..., config)` jitted for states that lie as this one does.
@@ -345,25 +405,41 @@ def update_step(state, batch: Batch, trajectory, *, config: DistillConfig):
     def loss(trainable, inputs):
         batch, completion, weights = inputs
         params = params_lib.merge(trainable, frozen)
-        hidden_t = jax.lax.stop_gradient(score(teacher, batch.teacher, completion, config=config.model))
+        hidden_t = jax.lax.stop_gradient(
+            score(teacher, batch.teacher, completion, config=config.model)
+        )
         hidden_s = score(params, batch.student, completion, config=config.model)
         jsd, ce, signals = divergence.chunked(
-            hidden_s, params["llm"]["head"], hidden_t, teacher["llm"]["head"], completion.labels, config.divergence)
+            hidden_s,
+            params["llm"]["head"],
+            hidden_t,
+            teacher["llm"]["head"],
+            completion.labels,
+            config.divergence,
+        )
         total = lambda values: jnp.sum(values * weights)
         value = config.jsd_weight * total(jsd)
         if config.ce_weight:
             value += config.ce_weight * total(ce)
         mask = completion.mask.astype(jnp.float32)
         sums = {name: jnp.sum(x * mask) for name, x in signals.items()}
-        return value, {"loss": value, "jsd": total(jsd), "ce": total(ce), "sums": sums,
-                       "jsd_by_position": jnp.sum(jsd * mask, axis=0)}
+        return value, {
+            "loss": value,
+            "jsd": total(jsd),
+            "ce": total(ce),
+            "sums": sums,
+            "jsd_by_position": jnp.sum(jsd * mask, axis=0),
+        }
 
     grads, found = _accumulate(loss, trainable, (batch, completion, weights), config.accumulation)
     state, step_metrics = apply_gradients(state, grads, config)
     rows = completion.mask.astype(jnp.float32)
     mean = lambda x: jnp.mean(x.astype(jnp.float32))
     metrics = {
-        "loss": found["loss"], "jsd": found["jsd"], "ce": found["ce"], **step_metrics,
+        "loss": found["loss"],
+        "jsd": found["jsd"],
+        "ce": found["ce"],
+        **step_metrics,
         **{name: total / jnp.maximum(jnp.sum(rows), 1) for name, total in found["sums"].items()},
         "completion_len": mean(jnp.sum(trajectory.mask, axis=1)),
         "scored_len": mean(jnp.sum(completion.mask, axis=1)),
@@ -381,7 +457,9 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
     Returns (state, metrics): loss, ce, accuracy (top-1 on targets), lr, grad_norm, completion_len (targets a row).
     """
     if config.trains != "text":
-        raise ValueError(f"traces of text do not train the {config.trains}: that has a step of its own")
+        raise ValueError(
+            f"traces of text do not train the {config.trains}: that has a step of its own"
+        )
     weights = row_weights(batch.mask, config.reduction)
     trainable, frozen = split(state["params"], config)
 
@@ -391,16 +469,22 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
         c = batch.context
         hidden, _ = bagel.read(params, c, config=config.model)
         hidden = jnp.take_along_axis(hidden, batch.rows[:, :, None], axis=1)
-        ce, correct = divergence.chunked_cross_entropy(hidden, params["llm"]["head"], batch.labels,
-                                                       config.divergence.chunk)
+        ce, correct = divergence.chunked_cross_entropy(
+            hidden, params["llm"]["head"], batch.labels, config.divergence.chunk
+        )
         value = jnp.sum(ce * weights)
         return value, {"loss": value, "ce": value, "correct": jnp.sum(correct * batch.mask)}
 
     grads, found = _accumulate(loss, trainable, (batch, weights), config.accumulation)
     state, step_metrics = apply_gradients(state, grads, config)
     targets = jnp.sum(batch.mask, dtype=jnp.float32)
-    return state, {"loss": found["loss"], "ce": found["ce"], "accuracy": found["correct"] / jnp.maximum(targets, 1),
-                   "completion_len": targets / batch.mask.shape[0], **step_metrics}
+    return state, {
+        "loss": found["loss"],
+        "ce": found["ce"],
+        "accuracy": found["correct"] / jnp.maximum(targets, 1),
+        "completion_len": targets / batch.mask.shape[0],
+        **step_metrics,
+    }
 
 
 def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
@@ -429,22 +513,35 @@ def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
     def loss(trainable, inputs):
         traces, pictures, weights, posterior, noise, times, share = inputs
         params = params_lib.merge(trainable, frozen)
-        context = flow.with_latents(frozen, traces.context, pictures.pixels, pictures.sizes, posterior, config=model)
+        context = flow.with_latents(
+            frozen, traces.context, pictures.pixels, pictures.sizes, posterior, config=model
+        )
         errors, _, hidden = flow.loss(params, context, times, noise, config=model)
         hidden = jnp.take_along_axis(hidden, traces.rows[:, :, None], axis=1)
-        ce, correct = divergence.chunked_cross_entropy(hidden, params["llm"]["head"], traces.labels,
-                                                       config.divergence.chunk)
+        ce, correct = divergence.chunked_cross_entropy(
+            hidden, params["llm"]["head"], traces.labels, config.divergence.chunk
+        )
         ce, mse = jnp.sum(ce * weights), jnp.sum(errors * share[:, :, None])
         value = config.ce_weight * ce + config.mse_weight * mse
-        return value, {"loss": value, "ce": ce, "mse": mse, "correct": jnp.sum(correct * traces.mask)}
+        return value, {
+            "loss": value,
+            "ce": ce,
+            "mse": mse,
+            "correct": jnp.sum(correct * traces.mask),
+        }
 
     inputs = (traces, batch.pictures, weights, posterior, noise, times, share)
     grads, found = _accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = apply_gradients(state, grads, config)
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
-    return state, {"loss": found["loss"], "ce": found["ce"], "mse": found["mse"],
-                   "accuracy": found["correct"] / jnp.maximum(targets, 1),
-                   "completion_len": targets / traces.mask.shape[0], **step_metrics}
+    return state, {
+        "loss": found["loss"],
+        "ce": found["ce"],
+        "mse": found["mse"],
+        "accuracy": found["correct"] / jnp.maximum(targets, 1),
+        "completion_len": targets / traces.mask.shape[0],
+        **step_metrics,
+    }
 
 
 def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
@@ -458,13 +555,15 @@ def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
     """
     vae = config.model.generation.vae
     _, inside = flow.padded(batch.pixels, batch.sizes)
-    corners = inside[..., ::vae.downsample, ::vae.downsample]
+    corners = inside[..., :: vae.downsample, :: vae.downsample]
     share, latent_share = (mask / jnp.maximum(jnp.sum(mask), 1) for mask in (inside, corners))
     noise = jax.random.normal(key, (*corners.shape, vae.z_channels))
     trainable, frozen = split(state["params"], config)
 
     def loss(trainable, inputs):
-        batch, share, latent_share, noise = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs)
+        batch, share, latent_share, noise = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), inputs
+        )
         params = params_lib.merge(trainable, frozen)
         pixels, _ = flow.padded(batch.pixels, batch.sizes)
         mean, log_variance = bagel.encode_pixels(params, pixels, config=config.model)
@@ -472,27 +571,43 @@ def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
         found = bagel.decode_latents(params, vae.scale * (z - vae.shift), config=config.model)
         average = lambda x, share: jnp.sum(jnp.mean(x, axis=-1) * share)
         mse = average((found - pixels) ** 2, share)
-        kl = average((mean ** 2 + jnp.exp(log_variance) - 1 - log_variance) / 2, latent_share)
+        kl = average((mean**2 + jnp.exp(log_variance) - 1 - log_variance) / 2, latent_share)
         value = mse + config.kl_weight * kl
-        return value, {"loss": value, "mse": mse, "kl": kl, "latent_mean": average(z, latent_share),
-                       "square": average(z ** 2, latent_share)}
+        return value, {
+            "loss": value,
+            "mse": mse,
+            "kl": kl,
+            "latent_mean": average(z, latent_share),
+            "square": average(z**2, latent_share),
+        }
 
-    grads, found = _accumulate(loss, trainable, (batch, share, latent_share, noise), config.accumulation)
+    grads, found = _accumulate(
+        loss, trainable, (batch, share, latent_share, noise), config.accumulation
+    )
     state, step_metrics = apply_gradients(state, grads, config)
-    found["latent_std"] = jnp.sqrt(jnp.maximum(found.pop("square") - found["latent_mean"] ** 2, 0.0))
+    found["latent_std"] = jnp.sqrt(
+        jnp.maximum(found.pop("square") - found["latent_mean"] ** 2, 0.0)
+    )
     return state, found | step_metrics
 
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
-def kl_to_student(teacher, student, batch: Batch, completion, *, config: ModelConfig, temperature: float = 1.0):
+def kl_to_student(
+    teacher, student, batch: Batch, completion, *, config: ModelConfig, temperature: float = 1.0
+):
     """Forward KL(teacher with C_T || student with C_S) on shared tokens, full vocabulary, nats (paper Eq. 4).
 
     teacher, student: parameter dicts (may be different checkpoints). Returns float32 [B, N + 1]; mask it.
     """
     exact = DivergenceConfig(beta=0.0, top_k=0, clip=0.0, temperature=temperature, chunk=64)
     values, _, _ = divergence.chunked(
-        score(student, batch.student, completion, config=config), student["llm"]["head"],
-        score(teacher, batch.teacher, completion, config=config), teacher["llm"]["head"],
-        completion.labels, exact, with_ce=False)
+        score(student, batch.student, completion, config=config),
+        student["llm"]["head"],
+        score(teacher, batch.teacher, completion, config=config),
+        teacher["llm"]["head"],
+        completion.labels,
+        exact,
+        with_ce=False,
+    )
     return values

@@ -57,17 +57,28 @@ def initialize() -> bool:
         return False
     heartbeat = min(timeout, _HEARTBEAT_S)
     where = f"coordinator {by_hand['coordinator_address']}" if by_hand else "cluster found by JAX"
-    who = f"process {by_hand['process_id'] if by_hand else '?'} of {count} on {socket.gethostname()}"
+    who = (
+        f"process {by_hand['process_id'] if by_hand else '?'} of {count} on {socket.gethostname()}"
+    )
     logging.info("%s: waiting for the others (%s), at most %d s", who, where, timeout)
     # JAX would abort the process without a word about who waits for whom: be there before it.
-    alarm = threading.Timer(timeout, _give_up, [
-        f"{who} waited {timeout} s for the other processes ({where}). Were all {count} started, with the same "
-        "OPSD_NUM_PROCESSES, and can they reach process 0? OPSD_TIMEOUT_S sets the time"])
+    alarm = threading.Timer(
+        timeout,
+        _give_up,
+        [
+            f"{who} waited {timeout} s for the other processes ({where}). Were all {count} started, with the same "
+            "OPSD_NUM_PROCESSES, and can they reach process 0? OPSD_TIMEOUT_S sets the time"
+        ],
+    )
     alarm.daemon = True
     alarm.start()
     try:
-        jax.distributed.initialize(**by_hand, initialization_timeout=timeout + 60,
-                                   heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=timeout)
+        jax.distributed.initialize(
+            **by_hand,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=timeout,
+        )
         who = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
     finally:
         alarm.cancel()
@@ -84,15 +95,21 @@ def _by_hand() -> dict:
     if given == ["OPSD_NUM_PROCESSES"] and os.environ["OPSD_NUM_PROCESSES"] == "1":
         return {"num_processes": 1}
     if absent := [name for name in _ENVIRONMENT if name not in given]:
-        raise ValueError(f"{', '.join(given)} set, {', '.join(absent)} not: a run of several processes needs all "
-                         "three (python -m pydoc opsd_jax.distributed)")
+        raise ValueError(
+            f"{', '.join(given)} set, {', '.join(absent)} not: a run of several processes needs all "
+            "three (python -m pydoc opsd_jax.distributed)"
+        )
     address = os.environ["OPSD_COORDINATOR"]
     if not re.fullmatch(r".+:\d+", address):
-        raise ValueError(f"OPSD_COORDINATOR={address}: give HOST:PORT of process 0, such as 10.0.0.1:8476")
+        raise ValueError(
+            f"OPSD_COORDINATOR={address}: give HOST:PORT of process 0, such as 10.0.0.1:8476"
+        )
     count = _number("OPSD_NUM_PROCESSES", None, least=1)
     process = _number("OPSD_PROCESS_ID", None, least=0)
     if process >= count:
-        raise ValueError(f"OPSD_PROCESS_ID={process}: with OPSD_NUM_PROCESSES={count} they go from 0 to {count - 1}")
+        raise ValueError(
+            f"OPSD_PROCESS_ID={process}: with OPSD_NUM_PROCESSES={count} they go from 0 to {count - 1}"
+        )
     return {"coordinator_address": address, "num_processes": count, "process_id": process}
 
 
@@ -105,24 +122,34 @@ def _number(name: str, default, least: int) -> int:
 
 def _cluster_size() -> int:
     """Processes of the run that this process was started for by Slurm or on Cloud TPUs; otherwise 1."""
-    if {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= os.environ.keys():  # a step, not the batch script
+    if {
+        "SLURM_STEP_NODELIST",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+    } <= os.environ.keys():  # a step, not the batch script
         return _number("SLURM_NTASKS", 1, least=1)
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not importlib.util.find_spec("libtpu"):
         return 1
-    if hosts := os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES"):  # GKE
+    if hosts := os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get(
+        "TPU_WORKER_HOSTNAMES"
+    ):  # GKE
         return len(hosts.split(",")) * _number("MEGASCALE_NUM_SLICES", 1, least=1)
     if not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
         return 1
     hosts = _metadata("worker-network-endpoints").split(",")  # a TPU VM; "" elsewhere
-    slices = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env"), flags=re.MULTILINE)
+    slices = re.search(
+        r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env"), flags=re.MULTILINE
+    )
     return len(hosts) * (int(slices[1]) if slices else 1)
 
 
 def _metadata(key: str) -> str:
     """An attribute of this Google Cloud machine; "" where there is none."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
-                                     headers={"Metadata-Flavor": "Google"})
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
+        headers={"Metadata-Flavor": "Google"},
+    )
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             return reply.read().decode()
@@ -150,14 +177,22 @@ def _give_up(message: str) -> None:
 def _ending(who: str, heartbeat: int, previous):
     """An excepthook that ends the process at once. Python's own end would wait for all processes to agree to leave,
     which those that wait for this one never do."""
+
     def hook(kind, error, trace):
         previous(kind, error, trace)
         if peer_is_lost(error):
-            code, story = EXIT_PEER_LOST, ("another process is gone: the log of the one that ended first has the "
-                                           "cause. The same command continues from the last checkpoint")
+            code, story = (
+                EXIT_PEER_LOST,
+                (
+                    "another process is gone: the log of the one that ended first has the "
+                    "cause. The same command continues from the last checkpoint"
+                ),
+            )
         else:
             code = 130 if kind is KeyboardInterrupt else 1
-            story = f"failed by itself; the others end when they miss it, within about {heartbeat} s"
+            story = (
+                f"failed by itself; the others end when they miss it, within about {heartbeat} s"
+            )
         print(f"{who}: {story}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -172,7 +207,9 @@ def peer_is_lost(error) -> bool:
 
     signs = r"UNAVAILABLE|DEADLINE_EXCEEDED|gloo|heartbeat|coordination service|connection (reset|closed)|socket closed"
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(signs, str(error), flags=re.IGNORECASE):
+        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(
+            signs, str(error), flags=re.IGNORECASE
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -61,11 +61,15 @@ def _of_teacher(logits, config):
     """
     scaled = lambda x: (x / config.temperature).astype(jnp.float32)
     if not _restricts(config, logits.shape[-1]):
-        return scaled(logits),
+        return (scaled(logits),)
     # Two-dimensional, as XLA's own top-k is: behind another shape it copies all logits first.
     top, index = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), config.top_k)
     kept = (*logits.shape[:-1], config.top_k)
-    return scaled(top).reshape(kept), index.reshape(kept), jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True)
+    return (
+        scaled(top).reshape(kept),
+        index.reshape(kept),
+        jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True),
+    )
 
 
 def _restricts(config, vocabulary: int) -> bool:
@@ -76,8 +80,11 @@ def _log_probs(student_logits, teacher, config):
     """(log p_S, log p_T, teacher mass on the kept entries): float32 [..., K], [..., K], [...]; teacher: see above."""
     student = (student_logits / config.temperature).astype(jnp.float32)
     if not _restricts(config, student.shape[-1]):
-        return (jax.nn.log_softmax(student, axis=-1), jax.nn.log_softmax(teacher[0], axis=-1),
-                jnp.ones(student.shape[:-1], jnp.float32))
+        return (
+            jax.nn.log_softmax(student, axis=-1),
+            jax.nn.log_softmax(teacher[0], axis=-1),
+            jnp.ones(student.shape[:-1], jnp.float32),
+        )
     top, index, of_teacher = teacher
     # All that the backward pass needs: with these saved, `over_chunks` does not compute the student's logits again.
     kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
@@ -87,8 +94,10 @@ def _log_probs(student_logits, teacher, config):
     if not config.tail:
         return kept[0] - inside[0], kept[1] - inside[1], mass
     # log(1 - mass) with mass kept off 1 by one float32 step: an empty tail is tiny, not -inf.
-    tails = [jnp.log1p(-jnp.minimum(jnp.exp(i - t), 1 - 2.0 ** -24)) for i, t in zip(inside, total)]
-    return *(jnp.concatenate([k - t, tail], axis=-1) for k, t, tail in zip(kept, total, tails)), mass
+    tails = [jnp.log1p(-jnp.minimum(jnp.exp(i - t), 1 - 2.0**-24)) for i, t in zip(inside, total)]
+    return *(
+        jnp.concatenate([k - t, tail], axis=-1) for k, t, tail in zip(kept, total, tails)
+    ), mass
 
 
 def _entries(log_s, log_t, beta):
@@ -105,8 +114,9 @@ def _entries(log_s, log_t, beta):
         return p_s * d
     ahead = d >= 0
     common = jnp.log1p(jnp.where(ahead, beta, 1 - beta) * jnp.expm1(jnp.where(ahead, -d, d)))
-    return (-beta * p_t * (jnp.where(ahead, d, 0) + common)
-            - (1 - beta) * p_s * (jnp.where(ahead, 0, -d) + common))
+    return -beta * p_t * (jnp.where(ahead, d, 0) + common) - (1 - beta) * p_s * (
+        jnp.where(ahead, 0, -d) + common
+    )
 
 
 def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
@@ -117,7 +127,9 @@ def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
     the temperature). Clipped entries give no gradient. For beta 0 or 1 entries may be negative, and bounding them
     from above only can make a row negative.
     """
-    return _divergence(student_logits, _of_teacher(jax.lax.stop_gradient(teacher_logits), config), config)
+    return _divergence(
+        student_logits, _of_teacher(jax.lax.stop_gradient(teacher_logits), config), config
+    )
 
 
 def _divergence(student_logits, teacher, config):
@@ -132,9 +144,13 @@ def _divergence(student_logits, teacher, config):
         clipped = (values > config.clip).astype(jnp.float32)
         values = jnp.minimum(values, config.clip)
     entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    signals = {"teacher_topk_mass": mass, "clip_fraction": clipped,
-               "student_entropy": entropy(log_s), "teacher_entropy": entropy(log_t)}
-    return values * config.temperature ** 2, jax.lax.stop_gradient(signals)
+    signals = {
+        "teacher_topk_mass": mass,
+        "clip_fraction": clipped,
+        "student_entropy": entropy(log_s),
+        "teacher_entropy": entropy(log_t),
+    }
+    return values * config.temperature**2, jax.lax.stop_gradient(signals)
 
 
 def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: float = 1.0):
@@ -150,7 +166,10 @@ def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: floa
 def cross_entropy(logits, labels):
     """-log softmax(logits)[labels] in float32: logits [..., V], labels int [...] -> [...]."""
     logits = logits.astype(jnp.float32)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return (
+        jax.nn.logsumexp(logits, axis=-1)
+        - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    )
 
 
 def over_chunks(function, heads, arrays, chunk: int):
@@ -175,9 +194,13 @@ def over_chunks(function, heads, arrays, chunk: int):
     def loop(heads, *arrays):
         if count == 1:
             return jax.checkpoint(function, policy=keep)(heads, *arrays)
-        body = jax.checkpoint(lambda _, xs: (None, function(heads, *xs)), policy=keep, prevent_cse=False)
+        body = jax.checkpoint(
+            lambda _, xs: (None, function(heads, *xs)), policy=keep, prevent_cse=False
+        )
         _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
-        return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out)
+        return jax.tree.map(
+            lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out
+        )
 
     return sharding.by_rows(loop, heads, *arrays)
 
@@ -187,8 +210,15 @@ def project(hidden, head):
     return jnp.einsum("bnd,dv->bnv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
-def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, config: DivergenceConfig,
-            with_ce: bool = True):
+def chunked(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    labels,
+    config: DivergenceConfig,
+    with_ce: bool = True,
+):
     """`generalized_jsd` (or the sampled form) from hidden states, chunk by chunk.
 
     Args:
@@ -200,8 +230,15 @@ def chunked(student_hidden, student_head, teacher_hidden, teacher_head, labels, 
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
     if first:  # the teacher's K entries of all rows, before any logits of the student exist: half the memory
-        heads, teacher = (student_head,), over_chunks(
-            lambda head, h: _of_teacher(project(h, head), config), teacher_head, (teacher_hidden,), config.chunk)
+        heads, teacher = (
+            (student_head,),
+            over_chunks(
+                lambda head, h: _of_teacher(project(h, head), config),
+                teacher_head,
+                (teacher_hidden,),
+                config.chunk,
+            ),
+        )
     else:
         heads, teacher = (student_head, teacher_head), (teacher_hidden,)
 
@@ -224,6 +261,8 @@ def chunked_cross_entropy(hidden, head, labels, chunk: int):
 
     def piece(head, h, label):
         logits = project(h, head)
-        return cross_entropy(logits, label), (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
+        return cross_entropy(logits, label), (jnp.argmax(logits, axis=-1) == label).astype(
+            jnp.float32
+        )
 
     return over_chunks(piece, head, (hidden, labels), chunk)

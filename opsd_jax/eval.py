@@ -53,8 +53,12 @@ class Result:
     predictions: list  # dicts: index, prediction, hit, tokens; of prepared rows also pid, answer, expected, stop, ...
     seconds: float  # of generation, without batches that compiled
     timed: int  # rows that `seconds` covers
-    judged: dict | None = None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
-    without_visual_thoughts: int | None = None  # rows that have none, in a mode that shows them or something instead
+    judged: dict | None = (
+        None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
+    )
+    without_visual_thoughts: int | None = (
+        None  # rows that have none, in a mode that shows them or something instead
+    )
     subset: dict | None = None  # see `plan.subset_facts`
 
     @property
@@ -64,15 +68,26 @@ class Result:
     def summary(self) -> dict:
         n = len(self.predictions)
         share = lambda of: sum(map(of, self.predictions)) / n
-        found = self.judged or {"overall": self.hits / n, "unit": "fraction", "n": n, "categories": {},
-                                "interval_95": list(metrics.wilson(self.hits, n))}
-        found = {**found, "mean_output_tokens": share(lambda p: p["tokens"]),
-                 "seconds_per_sample": self.seconds / self.timed if self.timed else None, "timed_samples": self.timed}
+        found = self.judged or {
+            "overall": self.hits / n,
+            "unit": "fraction",
+            "n": n,
+            "categories": {},
+            "interval_95": list(metrics.wilson(self.hits, n)),
+        }
+        found = {
+            **found,
+            "mean_output_tokens": share(lambda p: p["tokens"]),
+            "seconds_per_sample": self.seconds / self.timed if self.timed else None,
+            "timed_samples": self.timed,
+        }
         if self.subset:
             found["rows"] = self.subset
         if "stop" in self.predictions[0]:
-            found |= {"eos_rate": share(lambda p: p["stop"] == "eos"),
-                      "image_skip_rate": share(lambda p: p["image_skips"] > 0)}
+            found |= {
+                "eos_rate": share(lambda p: p["stop"] == "eos"),
+                "image_skip_rate": share(lambda p: p["image_skips"] > 0),
+            }
         if self.without_visual_thoughts is not None:
             found["without_visual_thoughts"] = self.without_visual_thoughts
         if "pictures" in self.predictions[0]:
@@ -88,7 +103,7 @@ def is_hit(example, text: str) -> tuple[str | None, bool]:
 def batches(numbers, batch_size: int):
     """Row numbers by batch, the last one filled up with its last row: 0, 1, 2 by 2 -> [0, 1], [2, 2]."""
     for start in range(0, len(numbers), batch_size):
-        part = list(numbers[start:start + batch_size])
+        part = list(numbers[start : start + batch_size])
         yield part + part[-1:] * (batch_size - len(part))
 
 
@@ -118,12 +133,18 @@ def _blocks_of(rows, packer, source: int, n: int, mode: str):
         return "student", packer.blocks(row, "student")
     partner = rows.partner(source, n) if mode == "swap" else None
     shown = context_lib.replace_visual_thoughts(
-        {"remove": "none", "noise": "real"}.get(mode, mode), row.problem, row.visual_thoughts,
-        partner.visual_thoughts if partner else (), None)
+        {"remove": "none", "noise": "real"}.get(mode, mode),
+        row.problem,
+        row.visual_thoughts,
+        partner.visual_thoughts if partner else (),
+        None,
+    )
     return "teacher", packer.blocks(row, "teacher", shown)
 
 
-def check_fit(rows, packer, task_names, modes, limit: int = 0, subset_seed: int = 0, traces: bool = False) -> None:
+def check_fit(
+    rows, packer, task_names, modes, limit: int = 0, subset_seed: int = 0, traces: bool = False
+) -> None:
     """TooLong, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
     from opsd_jax import context as context_lib
 
@@ -139,7 +160,8 @@ def check_fit(rows, packer, task_names, modes, limit: int = 0, subset_seed: int 
                     raise context_lib.TooLong(
                         f"row {row.example.pid} of {name}, to be evaluated in mode {mode}, needs {slots} slots and {patches} "
                         f"patches, the largest of config.data.buckets.{kind} has {packer.buckets[kind][-1][:2]}: enlarge it, or "
-                        "change config.eval")
+                        "change config.eval"
+                    )
             if traces:
                 packer.references([row])
 
@@ -161,11 +183,27 @@ def contexts(rows, packer, source: int, numbers, mode: str, seed: int, bucket: i
         return prepared, packer.student(prepared, bucket)
     partners = [rows.partner(source, n) if mode == "swap" else None for n in numbers]
     rngs = [generator(seed, "eval visual thoughts", source, n) for n in numbers]
-    return prepared, packer.teacher(prepared, partners, "none" if mode == "remove" else mode, rngs, bucket)
+    return prepared, packer.teacher(
+        prepared, partners, "none" if mode == "remove" else mode, rngs, bucket
+    )
 
 
-def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size: int, limit: int = 0,
-             subset_seed: int = 0, seed: int = 0, mesh=None, on_batch=None, before_batch=lambda: None) -> list[Result]:
+def evaluate(
+    params,
+    rows,
+    packer,
+    *,
+    config,
+    task_names,
+    mode: str,
+    batch_size: int,
+    limit: int = 0,
+    subset_seed: int = 0,
+    seed: int = 0,
+    mesh=None,
+    on_batch=None,
+    before_batch=lambda: None,
+) -> list[Result]:
     """Answers all rows of all sources greedily, or a random subset of each.
 
     Args:
@@ -179,7 +217,9 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
     results, done, hits = [], 0, 0
     for source, name in enumerate(task_names):
         predictions, seconds, timed, single = {}, 0.0, 0, None
-        for bucket, numbers in by_length(rows, packer, source, _numbers(rows, source, limit, subset_seed), batch_size, (mode,)):
+        for bucket, numbers in by_length(
+            rows, packer, source, _numbers(rows, source, limit, subset_seed), batch_size, (mode,)
+        ):
             before_batch()
             packed, placed = _batch(rows, packer, source, numbers, mode, seed, mesh, bucket)
             found, took, compiled = _sample(params, packed, config)
@@ -188,12 +228,27 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
             single = packed, numbers
             predictions |= _read(found, placed, rows.sources[source], packer.tokenizer)
             if on_batch:
-                on_batch(done + len(predictions), hits + sum(p["hit"] for p in predictions.values()))
+                on_batch(
+                    done + len(predictions), hits + sum(p["hit"] for p in predictions.values())
+                )
         if not timed:  # a single batch, and it compiled
             seconds, timed = _sample(params, single[0], config)[1], len(set(single[1]))
-        without = _without_visual_thoughts(rows, source, sorted(predictions)) if mode in CONTEXTS else None
-        results.append(Result(name, [predictions[n] for n in sorted(predictions)], seconds, timed, None, without,
-                              plan.subset_facts(len(predictions), len(rows.sources[source]), subset_seed)))
+        without = (
+            _without_visual_thoughts(rows, source, sorted(predictions))
+            if mode in CONTEXTS
+            else None
+        )
+        results.append(
+            Result(
+                name,
+                [predictions[n] for n in sorted(predictions)],
+                seconds,
+                timed,
+                None,
+                without,
+                plan.subset_facts(len(predictions), len(rows.sources[source]), subset_seed),
+            )
+        )
         done, hits = done + len(predictions), hits + results[-1].hits
     return results
 
@@ -201,7 +256,10 @@ def evaluate(params, rows, packer, *, config, task_names, mode: str, batch_size:
 def _batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
     """(context of the batch, row numbers as they lie in it) on the mesh."""
     mine = _own_part(numbers, mesh)
-    return _put(mesh, (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)))
+    return _put(
+        mesh,
+        (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)),
+    )
 
 
 def _sample(params, packed, config):
@@ -226,14 +284,33 @@ def _read(found, placed, examples, tokenizer) -> dict:
         text = tokenizer.decode(ids)
         answer, hit = is_hit(example, text)
         predictions[n] = {
-            "index": n, "pid": example.pid, "prediction": text, "answer": answer, "expected": example.answer,
-            "hit": hit, "tokens": len(ids), "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
-            "image_skips": int(found.num_skips[b])}
+            "index": n,
+            "pid": example.pid,
+            "prediction": text,
+            "answer": answer,
+            "expected": example.answer,
+            "hit": hit,
+            "tokens": len(ids),
+            "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
+            "image_skips": int(found.num_skips[b]),
+        }
     return predictions
 
 
-def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_size: int, limit: int = 0,
-                 subset_seed: int = 0, mesh=None, before_batch=lambda: None) -> dict:
+def reference_kl(
+    teacher,
+    student,
+    rows,
+    packer,
+    *,
+    config,
+    task_names,
+    batch_size: int,
+    limit: int = 0,
+    subset_seed: int = 0,
+    mesh=None,
+    before_batch=lambda: None,
+) -> dict:
     """KL(teacher with the true visual thoughts || student without) on the rows' text traces, nats per token.
 
     Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over rows. config: ModelConfig.
@@ -248,13 +325,17 @@ def reference_kl(teacher, student, rows, packer, *, config, task_names, batch_si
     for source, name in enumerate(task_names):
         values = {}
         chosen = _numbers(rows, source, limit, subset_seed)
-        for bucket, numbers in by_length(rows, packer, source, chosen, batch_size, ("none", "real")):
+        for bucket, numbers in by_length(
+            rows, packer, source, chosen, batch_size, ("none", "real")
+        ):
             before_batch()
             mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
             tokens, mask = packer.references(prepared)
             batch = distill.Batch(packer.student(prepared, bucket), c_t)
-            batch, tokens, mask, placed = _put(mesh, (batch, tokens, mask, np.asarray(mine, np.int32)))
+            batch, tokens, mask, placed = _put(
+                mesh, (batch, tokens, mask, np.asarray(mine, np.int32))
+            )
             completion = context_lib.completion(tokens, mask, **ends)
             kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
             kl, counted, placed = sharding.fetch((kl, completion.mask, placed))
@@ -286,13 +367,25 @@ def _put(mesh, host_batch):
 
 # --- files --------------------------------------------------------------------------------------------------
 
+
 def write(directory: str, results, *, checkpoint: str, seed: int, protocol: str, **more) -> dict:
     """Writes predictions.jsonl and summary.json, the latter last and atomically; returns the summary."""
-    summary = {"protocol": protocol, "checkpoint": checkpoint, "seed": seed, **more,
-               "benchmarks": {r.name: r.summary() for r in results}}
-    metrics.write_text(os.path.join(directory, "predictions.jsonl"), "".join(
-        json.dumps({"benchmark": r.name, **p}) + "\n" for r in results for p in r.predictions))
-    metrics.write_text(os.path.join(directory, "summary.json"), json.dumps(summary, indent=1) + "\n")
+    summary = {
+        "protocol": protocol,
+        "checkpoint": checkpoint,
+        "seed": seed,
+        **more,
+        "benchmarks": {r.name: r.summary() for r in results},
+    }
+    metrics.write_text(
+        os.path.join(directory, "predictions.jsonl"),
+        "".join(
+            json.dumps({"benchmark": r.name, **p}) + "\n" for r in results for p in r.predictions
+        ),
+    )
+    metrics.write_text(
+        os.path.join(directory, "summary.json"), json.dumps(summary, indent=1) + "\n"
+    )
     return summary
 
 
@@ -306,7 +399,9 @@ def read_summary(path: str) -> dict:
     try:
         scores = found.get("benchmarks", {})
         lacking = [key for key in _IN_SUMMARIES for b in scores.values() if key not in b]
-        lacking += [key for key in ("seed", "checkpoint", "protocol") if scores and key not in found]
+        lacking += [
+            key for key in ("seed", "checkpoint", "protocol") if scores and key not in found
+        ]
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no summary ({error}): {fix}") from error
     if lacking:
@@ -353,8 +448,10 @@ def table(summaries: dict[str, dict]) -> str:
         for task, b in summary["benchmarks"].items():
             low, high = b["interval_95"]
             seconds = "–" if b["seconds_per_sample"] is None else f"{b['seconds_per_sample']:.4f}"
-            line = (f"| {name} | {task} | {percent(b):.1f} % | {100 * low:.1f}–{100 * high:.1f} "
-                    f"| {_counted(b)} | {b['mean_output_tokens']:.1f} | {seconds} |")
+            line = (
+                f"| {name} | {task} | {percent(b):.1f} % | {100 * low:.1f}–{100 * high:.1f} "
+                f"| {_counted(b)} | {b['mean_output_tokens']:.1f} | {seconds} |"
+            )
             if public:
                 teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
                 line += f" {teacher} | {student} |" if teacher else " | |"
@@ -373,13 +470,20 @@ def seeds(summaries: dict[str, dict]) -> str:
     for summary in summaries.values():
         alike = [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
         for task, b in summary["benchmarks"].items():
-            groups[task, _counted(b), *map(str, [*alike, b.get("rows")])].setdefault(summary["seed"], (summary, b))
+            groups[task, _counted(b), *map(str, [*alike, b.get("rows")])].setdefault(
+                summary["seed"], (summary, b)
+            )
     lines = []
     for (task, n, _, protocol, *_), by_seed in groups.items():
         if len(by_seed) > 1:
-            scores, checkpoint = [percent(b) for _, b in by_seed.values()], next(iter(by_seed.values()))[0]["checkpoint"]
-            lines.append(f"| {protocol} | {os.path.basename(checkpoint)} | {task} | {np.mean(scores):.1f} ± "
-                         f"{np.std(scores, ddof=1):.1f} % | {', '.join(map(str, sorted(by_seed)))} | {n} |")
+            scores, checkpoint = (
+                [percent(b) for _, b in by_seed.values()],
+                next(iter(by_seed.values()))[0]["checkpoint"],
+            )
+            lines.append(
+                f"| {protocol} | {os.path.basename(checkpoint)} | {task} | {np.mean(scores):.1f} ± "
+                f"{np.std(scores, ddof=1):.1f} % | {', '.join(map(str, sorted(by_seed)))} | {n} |"
+            )
     head = "| protocol | checkpoint | task | accuracy, mean ± standard deviation | seeds | n |"
     return "\n".join([head, "|---" * 6 + "|", *lines]) if lines else ""
 
@@ -390,7 +494,11 @@ def speeds(summaries: dict[str, dict]) -> str:
     lines = []
     for name, drawn in summaries.items():
         for other, text in summaries.items():
-            if drawn.get("mode") != "generated" or text.get("mode") != "none" or same(drawn) != same(text):
+            if (
+                drawn.get("mode") != "generated"
+                or text.get("mode") != "none"
+                or same(drawn) != same(text)
+            ):
                 continue
             for task in sorted(set(drawn["benchmarks"]) & set(text["benchmarks"])):
                 long, short = (s["benchmarks"][task] for s in (drawn, text))
@@ -399,32 +507,61 @@ def speeds(summaries: dict[str, dict]) -> str:
                 if long["seconds_per_sample"] and short["seconds_per_sample"]:
                     ratio = long["seconds_per_sample"] / short["seconds_per_sample"]
                     gain = percent(short) - percent(long)
-                    lines.append(f"| {task} | {name} | {other} | {long.get('pictures_per_sample', 0):.2f} "
-                                 f"| {long['seconds_per_sample']:.4f} | {short['seconds_per_sample']:.4f} "
-                                 f"| {ratio:.1f}x | {gain:+.1f} |")
+                    lines.append(
+                        f"| {task} | {name} | {other} | {long.get('pictures_per_sample', 0):.2f} "
+                        f"| {long['seconds_per_sample']:.4f} | {short['seconds_per_sample']:.4f} "
+                        f"| {ratio:.1f}x | {gain:+.1f} |"
+                    )
     if not lines:
         return ""
-    return "\n".join(["| task | drawing | text alone | pictures a sample | s/sample | s/sample | speed-up (paper: 14.3x) "
-                      "| accuracy gained |", "|---" * 8 + "|", *lines])
+    return "\n".join(
+        [
+            "| task | drawing | text alone | pictures a sample | s/sample | s/sample | speed-up (paper: 14.3x) "
+            "| accuracy gained |",
+            "|---" * 8 + "|",
+            *lines,
+        ]
+    )
 
 
 # --- command line -------------------------------------------------------------------------------------------
 
+
 def choose_tasks(benchmarks, task_names) -> tuple[str, ...]:
     """The tasks that `benchmarks` name, or whose family; all for (). ValueError lists what there is."""
-    families = {family: module.TASK for family, module in tasks.FAMILIES.items() if module.TASK in task_names}
+    families = {
+        family: module.TASK
+        for family, module in tasks.FAMILIES.items()
+        if module.TASK in task_names
+    }
     known = {task.lower(): task for task in task_names} | families
     for name in benchmarks:
         if name.lower() not in known:
-            raise ValueError(f"--benchmarks={name}: this run has the tasks {', '.join(task_names)} (or, by "
-                             f"family, {', '.join(families) or 'none'})")
+            raise ValueError(
+                f"--benchmarks={name}: this run has the tasks {', '.join(task_names)} (or, by "
+                f"family, {', '.join(families) or 'none'})"
+            )
     return tuple(dict.fromkeys(known[name.lower()] for name in benchmarks)) or tuple(task_names)
 
 
-def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchmarks=(), data_dir: str = "",
-                 protocol: str = "", split: str = "test", limit: int = 0, ban_marker: bool = False,
-                 seed: int | None = None, name: str = "", batch_size: int = 0, skip_bad: bool = False,
-                 against: str = "", before_batch=lambda: None) -> dict:
+def evaluate_run(
+    workdir: str,
+    modes=("none",),
+    *,
+    checkpoint: str = "",
+    benchmarks=(),
+    data_dir: str = "",
+    protocol: str = "",
+    split: str = "test",
+    limit: int = 0,
+    ban_marker: bool = False,
+    seed: int | None = None,
+    name: str = "",
+    batch_size: int = 0,
+    skip_bad: bool = False,
+    against: str = "",
+    before_batch=lambda: None,
+) -> dict:
     """Evaluates a model in each of the modes and writes the results to W/eval.
 
     Args:
@@ -454,14 +591,29 @@ def evaluate_run(workdir: str, modes=("none",), *, checkpoint: str = "", benchma
     paths.check("--against", against)
 
     def evaluate():
-        job = prepare(workdir, modes, checkpoint=checkpoint, benchmarks=benchmarks, data_dir=data_dir, protocol=protocol,
-                      split=split, limit=limit, ban_marker=ban_marker, seed=seed, name=name, batch_size=batch_size)
+        job = prepare(
+            workdir,
+            modes,
+            checkpoint=checkpoint,
+            benchmarks=benchmarks,
+            data_dir=data_dir,
+            protocol=protocol,
+            split=split,
+            limit=limit,
+            ban_marker=ban_marker,
+            seed=seed,
+            name=name,
+            batch_size=batch_size,
+        )
         job = dataclasses.replace(job, before_batch=before_batch)
         compared = read_results(workdir, against) if against else None
         summaries = {}
         for mode in modes:
-            summaries[job.names[mode]] = (answer_in_context(job, mode, open_model(job, mode), compared)
-                                          if mode in job.contexts else _asked(job, mode, skip_bad, compared))
+            summaries[job.names[mode]] = (
+                answer_in_context(job, mode, open_model(job, mode), compared)
+                if mode in job.contexts
+                else _asked(job, mode, skip_bad, compared)
+            )
         return summaries
 
     return checkpoint_lib.retry_if_gone(evaluate, given=checkpoint)
@@ -490,8 +642,22 @@ class Job:
     before_batch: Callable = lambda: None
 
 
-def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split, limit, ban_marker, seed, name,
-            batch_size, config=None) -> Job:
+def prepare(
+    workdir,
+    modes,
+    *,
+    checkpoint,
+    benchmarks,
+    data_dir,
+    protocol,
+    split,
+    limit,
+    ban_marker,
+    seed,
+    name,
+    batch_size,
+    config=None,
+) -> Job:
     """Checks what `evaluate_run` is given, before anything slow. config: of the run; None: what W/config.json says."""
     from opsd_jax import answers, convert, data, generate
     from opsd_jax import checkpoint as checkpoint_lib
@@ -515,23 +681,33 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     config = None if released else config if config is not None else data.load_config(workdir)
     files = benchmarks_lib.find(data_dir) if data_dir else {}
     if released and not data_dir:
-        raise ValueError(f"--checkpoint={checkpoint} is a model without data of its own: give --data_dir=FOLDER with "
-                         "the public tables")
+        raise ValueError(
+            f"--checkpoint={checkpoint} is a model without data of its own: give --data_dir=FOLDER with "
+            "the public tables"
+        )
     public = [b for b in benchmarks if b in files] if benchmarks else list(files)
     rest = [b for b in benchmarks if b not in files]
     if data_dir and (unknown := [b for b in rest if b in benchmarks_lib.KINDS or released]):
         raise ValueError(f"--benchmarks={unknown[0]}: {data_dir} holds {', '.join(files)}")
     if not data_dir and (absent := [b for b in rest if b in benchmarks_lib.KINDS]):
-        raise ValueError(f"--benchmarks={absent[0]} is a public table: give --data_dir=FOLDER that holds {absent[0]}.tsv")
+        raise ValueError(
+            f"--benchmarks={absent[0]} is a public table: give --data_dir=FOLDER that holds {absent[0]}.tsv"
+        )
     own = choose_tasks(rest, config.data.tasks) if config and (rest or not data_dir) else ()
     if public and (wrong := [mode for mode in modes if mode in CONTEXTS]):
-        raise ValueError(f"--visual_thoughts={wrong[0]}: public tables hold no visual thoughts of their rows: choose from "
-                         f"none, {', '.join(DRAWN)}")
+        raise ValueError(
+            f"--visual_thoughts={wrong[0]}: public tables hold no visual thoughts of their rows: choose from "
+            f"none, {', '.join(DRAWN)}"
+        )
     if protocol and (wrong := [mode for mode in modes if mode in CONTEXTS]):
-        raise ValueError(f"--protocol={protocol} with --visual_thoughts={wrong[0]}: the teacher's contexts are those of "
-                         "training, without a protocol")
+        raise ValueError(
+            f"--protocol={protocol} with --visual_thoughts={wrong[0]}: the teacher's contexts are those of "
+            "training, without a protocol"
+        )
     if ban_marker and (protocol or public or set(modes) & set(DRAWN)):
-        raise ValueError("--ban_marker is for tasks of a run without a protocol and without drawing")
+        raise ValueError(
+            "--ban_marker is for tasks of a run without a protocol and without drawing"
+        )
     contexts = () if protocol or public else ("none", *CONTEXTS)
 
     if released:
@@ -541,22 +717,34 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
         checkpoint = checkpoint or checkpoint_lib.newest(workdir)
         step = checkpoint_lib.metadata(checkpoint)["step"]
         stem = f"{step:06d}"
-        if not name and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) != os.path.realpath(steps):
-            raise ValueError(f"--checkpoint={checkpoint} is no step of {steps}: say with --name under which name "
-                             f"its results shall stand in {workdir}/eval")
+        if not name and os.path.realpath(
+            os.path.dirname(os.path.normpath(checkpoint))
+        ) != os.path.realpath(steps):
+            raise ValueError(
+                f"--checkpoint={checkpoint} is no step of {steps}: say with --name under which name "
+                f"its results shall stand in {workdir}/eval"
+            )
     tables = tuple(benchmarks_lib.read(files[b]) for b in public)
     where = data.workdir_of(config, workdir) if own else workdir
     own_seed = config.seed if config else 0
     seed = own_seed if seed is None else seed
     labels = {mode: f"{mode}-banned" if ban_marker else mode for mode in modes}
     if name:
-        names = {mode: name if len(modes) == 1 else f"{name}-{label}" for mode, label in labels.items()}
+        names = {
+            mode: name if len(modes) == 1 else f"{name}-{label}" for mode, label in labels.items()
+        }
         for folder in (os.path.join(workdir, "eval", n) for n in names.values()):
-            if os.path.exists(os.path.join(folder, "summary.json")) and not answers.is_begun(folder):
-                raise FileExistsError(f"{folder} holds results of something else: choose another --name, or delete it")
+            if os.path.exists(os.path.join(folder, "summary.json")) and not answers.is_begun(
+                folder
+            ):
+                raise FileExistsError(
+                    f"{folder} holds results of something else: choose another --name, or delete it"
+                )
         if "generated-swap" in modes and len(modes) == 1:
-            raise ValueError("--visual_thoughts=generated-swap with a --name: it shows what other rows drew in mode generated "
-                             "of the same name, so give --visual_thoughts=generated,generated-swap")
+            raise ValueError(
+                "--visual_thoughts=generated-swap with a --name: it shows what other rows drew in mode generated "
+                "of the same name, so give --visual_thoughts=generated,generated-swap"
+            )
     else:
         sizes = [benchmarks_lib.size(table) for table in tables]
         if limit and own:
@@ -574,10 +762,31 @@ def prepare(workdir, modes, *, checkpoint, benchmarks, data_dir, protocol, split
     for folder in names.values():
         paths.check_writable("--workdir", os.path.join(workdir, "eval", folder))
     batch_size = batch_size or (config.eval.batch_size if config else 16)
-    about = {"checkpoint": checkpoint, "seed": seed, "split": split if own else None, "step": step,
-             "asked_by": protocol or "run"}
-    return Job(workdir, config, checkpoint, names, contexts, own, tables, where, protocol, split, limit, own_seed, ban_marker,
-               seed, batch_size, about)
+    about = {
+        "checkpoint": checkpoint,
+        "seed": seed,
+        "split": split if own else None,
+        "step": step,
+        "asked_by": protocol or "run",
+    }
+    return Job(
+        workdir,
+        config,
+        checkpoint,
+        names,
+        contexts,
+        own,
+        tables,
+        where,
+        protocol,
+        split,
+        limit,
+        own_seed,
+        ban_marker,
+        seed,
+        batch_size,
+        about,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,19 +813,29 @@ def open_model(job: Job, mode: str) -> Opened:
     from opsd_jax.model import bagel
 
     config = data.with_tasks(job.config, job.tasks)
-    tok = tokenizer.load(data.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size)
+    tok = tokenizer.load(
+        data.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size
+    )
     rows, packer = data.Rows(config, job.where, tok, job.split), data.Packer(config, tok)
     for source, name in enumerate(job.tasks if mode in CONTEXTS else ()):
         numbers = _numbers(rows, source, job.limit, job.subset_seed)
         if _without_visual_thoughts(rows, source, numbers) == len(numbers):
-            raise ValueError(f"--visual_thoughts={mode}: no row of {name}, {job.split}, has visual thoughts: leave the mode "
-                             "or the task out")
+            raise ValueError(
+                f"--visual_thoughts={mode}: no row of {name}, {job.split}, has visual thoughts: leave the mode "
+                "or the task out"
+            )
     mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
     facts = facts_of(params, rows, packer, job.tasks)
-    return Opened(distill.for_sampling(mesh, params, config.model.dtype)(params), rows, packer,
-                  rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size), mesh, facts)
+    return Opened(
+        distill.for_sampling(mesh, params, config.model.dtype)(params),
+        rows,
+        packer,
+        rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size),
+        mesh,
+        facts,
+    )
 
 
 def answer_in_context(job: Job, mode: str, opened: Opened, compared=None) -> dict:
@@ -625,30 +844,67 @@ def answer_in_context(job: Job, mode: str, opened: Opened, compared=None) -> dic
 
     config, rows, packer, mesh = job.config, opened.rows, opened.packer, opened.mesh
     sampling = settings.rollout(
-        config, packer.tokenizer, opened.marker, ban_marker=job.ban_marker, slots=config.eval.slots, refill=0, greedy=True,
-        shards=sharding.batch_divisor(mesh), max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
-    asked = {"max_new_tokens": sampling.max_new_tokens, "prompts": config.prompts.to_dict(), "images": config.images.to_dict()}
+        config,
+        packer.tokenizer,
+        opened.marker,
+        ban_marker=job.ban_marker,
+        slots=config.eval.slots,
+        refill=0,
+        greedy=True,
+        shards=sharding.batch_divisor(mesh),
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+    )
+    asked = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "prompts": config.prompts.to_dict(),
+        "images": config.images.to_dict(),
+    }
     chosen = [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
-    lengths = {b.name: dict(zip(b.keys, buckets_of(rows, packer, source, b.keys, (mode,)), strict=True))
-               for source, b in enumerate(chosen)}
+    lengths = {
+        b.name: dict(zip(b.keys, buckets_of(rows, packer, source, b.keys, (mode,)), strict=True))
+        for source, b in enumerate(chosen)
+    }
     chosen = [dataclasses.replace(b, size=lengths[b.name].__getitem__) for b in chosen]
-    without = {b.name: _without_visual_thoughts(rows, source, b.keys)
-               for source, b in enumerate(chosen)} if mode in CONTEXTS else {}
+    without = (
+        {b.name: _without_visual_thoughts(rows, source, b.keys) for source, b in enumerate(chosen)}
+        if mode in CONTEXTS
+        else {}
+    )
 
     def answer(number, benchmark, keys):
         source = job.tasks.index(benchmark.name)
         filled = [*keys, *[keys[-1]] * (job.batch_size - len(keys))]
-        packed, placed = _batch(rows, packer, source, filled, mode, job.seed, mesh, max(map(benchmark.size, keys)))
+        packed, placed = _batch(
+            rows, packer, source, filled, mode, job.seed, mesh, max(map(benchmark.size, keys))
+        )
         found, seconds, compiled = _sample(opened.params, packed, sampling)
         if compiled:  # or there might be no time of rows of this length at all
             found, seconds, compiled = _sample(opened.params, packed, sampling)
         predictions = _read(found, placed, rows.sources[source], packer.tokenizer)
-        return {"predictions": [predictions[key] for key in keys], "seconds": seconds, "compiled": compiled}
+        return {
+            "predictions": [predictions[key] for key in keys],
+            "seconds": seconds,
+            "compiled": compiled,
+        }
 
     label = f"{mode}-banned" if job.ban_marker else mode
-    shown = lambda benchmark, key: _shown(rows, job.tasks.index(benchmark.name), key, mode, job.seed)
-    return _run(job, mode, chosen, answers.plan(chosen, job.batch_size), answer, together=True, shown=shown, compared=compared,
-                protocol=f"mini-greedy-{label}", without=without, facts=opened.facts, asked=asked)
+    shown = lambda benchmark, key: _shown(
+        rows, job.tasks.index(benchmark.name), key, mode, job.seed
+    )
+    return _run(
+        job,
+        mode,
+        chosen,
+        answers.plan(chosen, job.batch_size),
+        answer,
+        together=True,
+        shown=shown,
+        compared=compared,
+        protocol=f"mini-greedy-{label}",
+        without=without,
+        facts=opened.facts,
+        asked=asked,
+    )
 
 
 def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
@@ -657,20 +913,31 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
 
     from opsd_jax import answers, data, generate, sharding
 
-    mesh = sharding.make_mesh(tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices())
+    mesh = sharding.make_mesh(
+        tensor=job.config.mesh.tensor if job.config else 1, devices=jax.local_devices()
+    )
     cache = "jpeg75" if job.protocol == "harness" else "lossless"
-    chosen = [answers.of_table(table, cache=cache, limit=job.limit, seed=job.subset_seed) for table in job.tables]
-    bad = {benchmark.name: answers.broken(benchmark) for benchmark in chosen}  # before minutes of loading
+    chosen = [
+        answers.of_table(table, cache=cache, limit=job.limit, seed=job.subset_seed)
+        for table in job.tables
+    ]
+    bad = {
+        benchmark.name: answers.broken(benchmark) for benchmark in chosen
+    }  # before minutes of loading
     bad = {name: rows for name, rows in bad.items() if rows}
     if bad and not skip_bad:
         first = next(iter(next(iter(bad.values())).values()))
         where = "; ".join(f"{name}: {', '.join(map(str, rows))}" for name, rows in bad.items())
-        raise ValueError(f"{sum(map(len, bad.values()))} rows cannot be shown, or no answer can match them, the first: {first}. "
-                         f"Correct them, or leave them out with --on_bad_row=skip; {where}")
+        raise ValueError(
+            f"{sum(map(len, bad.values()))} rows cannot be shown, or no answer can match them, the first: {first}. "
+            f"Correct them, or leave them out with --on_bad_row=skip; {where}"
+        )
     model = generate.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
     facts = model_facts(model.params, model.tokenizer)
     if job.tasks:
-        rows = data.Rows(data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split)
+        rows = data.Rows(
+            data.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split
+        )
         facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))
         chosen += [_of_rows(rows, source, name, job) for source, name in enumerate(job.tasks)]
     batch_size = -(-job.batch_size // sharding.batch_divisor(mesh)) * sharding.batch_divisor(mesh)
@@ -679,8 +946,10 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         try:
             benchmark.judge(dict.fromkeys(left, ""))
         except ValueError as error:
-            raise ValueError(f"{benchmark.name}: {len(left)} of {len(benchmark.keys)} rows can be asked, and no score comes of "
-                             f"them ({error}): mend the rows that cannot be shown, or ask more of them") from error
+            raise ValueError(
+                f"{benchmark.name}: {len(left)} of {len(benchmark.keys)} rows can be asked, and no score comes of "
+                f"them ({error}): mend the rows that cannot be shown, or ask more of them"
+            ) from error
     folder = os.path.join(job.workdir, "eval", job.names[mode])
     drawn = _generated_of(job, mode, facts) if mode == "generated-swap" else ""
     batches = answers.plan(chosen, batch_size, bad)
@@ -690,29 +959,63 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
         questions = [benchmark.question(key) for key in keys]
         key = jax.random.fold_in(jax.random.key(job.seed), number)
         again = functools.partial(
-            answers.ask, model, questions, key, mode=mode, batch_size=batch_size,
-            change=answers.changer(mode, benchmark.name, keys, seed=job.seed, drawn=drawn))
+            answers.ask,
+            model,
+            questions,
+            key,
+            mode=mode,
+            batch_size=batch_size,
+            change=answers.changer(mode, benchmark.name, keys, seed=job.seed, drawn=drawn),
+        )
         traces, seconds, compiled = again()
-        if compiled and number == last[benchmark.name]:  # or there might be no time of this benchmark at all
+        if (
+            compiled and number == last[benchmark.name]
+        ):  # or there might be no time of this benchmark at all
             traces, seconds, compiled = again()
         predictions = []
         for row, trace in zip(keys, traces):
             for n, picture in enumerate(trace.pictures):
                 generate.save_picture(picture, answers.picture_path(folder, benchmark.name, row, n))
-            text = generate.as_harness(trace) if job.protocol == "harness" and mode != "none" else trace.text
-            predictions.append({"index": row, "prediction": text, "expected": benchmark.expected(row),
-                                "tokens": trace.tokens, "pictures": len(trace.pictures)})
+            text = (
+                generate.as_harness(trace)
+                if job.protocol == "harness" and mode != "none"
+                else trace.text
+            )
+            predictions.append(
+                {
+                    "index": row,
+                    "prediction": text,
+                    "expected": benchmark.expected(row),
+                    "tokens": trace.tokens,
+                    "pictures": len(trace.pictures),
+                }
+            )
         return {"predictions": predictions, "seconds": seconds, "compiled": compiled}
 
     def shown(benchmark, key):
-        own = [(f"picture {n + 1}", picture) for n, picture in enumerate(benchmark.question(key)[0])]
-        files = itertools.takewhile(os.path.exists, (
-            answers.picture_path(folder, benchmark.name, key, n) for n in itertools.count()))
+        own = [
+            (f"picture {n + 1}", picture) for n, picture in enumerate(benchmark.question(key)[0])
+        ]
+        files = itertools.takewhile(
+            os.path.exists,
+            (answers.picture_path(folder, benchmark.name, key, n) for n in itertools.count()),
+        )
         return own + [(f"drawn {n + 1}", images.open_rgb(file)) for n, file in enumerate(files)]
 
-    return _run(job, mode, chosen, batches, answer, together=False, shown=shown, compared=compared, bad=bad,
-                protocol=f"{job.protocol or 'run'}-{mode}", facts=facts,
-                asked={**dataclasses.asdict(model.protocol), "drawing": model.drawing})
+    return _run(
+        job,
+        mode,
+        chosen,
+        batches,
+        answer,
+        together=False,
+        shown=shown,
+        compared=compared,
+        bad=bad,
+        protocol=f"{job.protocol or 'run'}-{mode}",
+        facts=facts,
+        asked={**dataclasses.asdict(model.protocol), "drawing": model.drawing},
+    )
 
 
 def model_facts(params, tokenizer) -> dict:
@@ -724,15 +1027,19 @@ def model_facts(params, tokenizer) -> dict:
     text = params_lib.flatten(understanding)
     rest = {path: leaf for path, leaf in params_lib.flatten(params).items() if path not in text}
     facts = {"weights": params_lib.fingerprint(understanding), "tokenizer": tokenizer.digest}
-    return facts | ({"generation_weights": params_lib.fingerprint(params_lib.unflatten(rest))} if rest else {})
+    return facts | (
+        {"generation_weights": params_lib.fingerprint(params_lib.unflatten(rest))} if rest else {}
+    )
 
 
 def facts_of(params, rows, packer, task_names) -> dict:
     """What tells a run's model and its rows from others under the same paths. params: as they are stored."""
     from opsd_jax import distill
 
-    return {**model_facts(distill.understanding(params), packer.tokenizer),
-            "data": dict(zip(task_names, rows.digests, strict=True))}
+    return {
+        **model_facts(distill.understanding(params), packer.tokenizer),
+        "data": dict(zip(task_names, rows.digests, strict=True)),
+    }
 
 
 def _generated_of(job: Job, mode: str, facts: dict) -> str:
@@ -742,8 +1049,10 @@ def _generated_of(job: Job, mode: str, facts: dict) -> str:
     folder = os.path.join(job.workdir, "eval", job.names[mode].replace(mode, "generated"))
     there = answers.identity_of(folder) if answers.is_begun(folder) else facts
     if any(there.get(key) != facts[key] for key in ("weights", "generation_weights")):
-        raise ValueError(f"{folder} holds images that other weights generated than those in {job.checkpoint}: delete it, and "
-                         "evaluate --visual_thoughts=generated again")
+        raise ValueError(
+            f"{folder} holds images that other weights generated than those in {job.checkpoint}: delete it, and "
+            "evaluate --visual_thoughts=generated again"
+        )
     return folder
 
 
@@ -752,9 +1061,12 @@ def _of_rows(rows, source: int, name: str, job: Job):
     from opsd_jax import answers
 
     examples = rows.sources[source]
+
     def question(key):
         example = examples[key]
-        picture = images.open_rgb(example.problem_image, transparency=job.config.images.transparency)
+        picture = images.open_rgb(
+            example.problem_image, transparency=job.config.images.transparency
+        )
         return [picture], example.question + job.config.prompts.suffix
 
     def judge(texts):
@@ -766,9 +1078,15 @@ def _of_rows(rows, source: int, name: str, job: Job):
 
     keys = tuple(_numbers(rows, source, job.limit, job.subset_seed))
     rows.check_references(source, keys)
-    return answers.Benchmark(name, keys, question, lambda key: examples[key].answer, judge,
-                             asked=lambda key: (examples[key].pid, examples[key].answer),
-                             subset=plan.subset_facts(len(keys), len(examples), job.subset_seed))
+    return answers.Benchmark(
+        name,
+        keys,
+        question,
+        lambda key: examples[key].answer,
+        judge,
+        asked=lambda key: (examples[key].pid, examples[key].answer),
+        subset=plan.subset_facts(len(keys), len(examples), job.subset_seed),
+    )
 
 
 def _shown(rows, source, key, mode, seed):
@@ -787,14 +1105,34 @@ def _shown(rows, source, key, mode, seed):
     if mode != "none":
         partner = rows.partner(source, key) if mode == "swap" else None
         slots = context_lib.replace_visual_thoughts(
-            "none" if mode == "remove" else mode, row.problem, row.visual_thoughts,
-            partner.visual_thoughts if partner else (), generator(seed, "eval visual thoughts", source, key))
-        found += [(f"visual thought {n + 1} ({mode})", pixels(image)) for n, image in enumerate(slots)]
+            "none" if mode == "remove" else mode,
+            row.problem,
+            row.visual_thoughts,
+            partner.visual_thoughts if partner else (),
+            generator(seed, "eval visual thoughts", source, key),
+        )
+        found += [
+            (f"visual thought {n + 1} ({mode})", pixels(image)) for n, image in enumerate(slots)
+        ]
     return found
 
 
-def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown, compared, protocol: str, facts: dict,
-         asked: dict, bad=None, without=None) -> dict:
+def _run(
+    job: Job,
+    mode: str,
+    chosen,
+    batches,
+    answer,
+    *,
+    together: bool,
+    shown,
+    compared,
+    protocol: str,
+    facts: dict,
+    asked: dict,
+    bad=None,
+    without=None,
+) -> dict:
     """Answers, scores and writes; the summary.
 
     facts: fingerprints of the weights, the tokenizer and the tasks' rows, for the summary too. asked: prompts and decoding.
@@ -807,24 +1145,45 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
     name, bad, without = job.names[mode], bad or {}, without or {}
     folder, share = os.path.join(job.workdir, "eval", name), answers.share(batches, together)
     total = sum(len(batches[number][1]) for number in share)
-    identity = {**job.about, **facts, "prompt or decoding": asked, "mode": mode, "protocol": protocol,
-                "batch_size": job.batch_size, "ban_marker": job.ban_marker,
-                "tables": {table.name: table.md5 for table in job.tables},
-                "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
-                "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches]}
+    identity = {
+        **job.about,
+        **facts,
+        "prompt or decoding": asked,
+        "mode": mode,
+        "protocol": protocol,
+        "batch_size": job.batch_size,
+        "ban_marker": job.ban_marker,
+        "tables": {table.name: table.md5 for table in job.tables},
+        "images": {table.name: benchmarks_lib.digest_of_files(table) for table in job.tables},
+        "rows": [[benchmark.name, list(keys)] for benchmark, keys in batches],
+    }
     if compared:
         check_pairs(compared, chosen, job.about["split"])
     del identity["checkpoint"]  # the weights tell, wherever they are stored
     done = collections.Counter()
-    with metrics.Progress(total, name, job.split if job.tasks else "", primary=jax.process_index() == 0) as progress:
+    with metrics.Progress(
+        total, name, job.split if job.tasks else "", primary=jax.process_index() == 0
+    ) as progress:
+
         def on_batch(record):
             done["rows"] += len(record["predictions"])
             done["hits"] += sum(bool(p.get("hit")) for p in record["predictions"])
-            known = {"accuracy": done["hits"] / done["rows"]} if "hit" in record["predictions"][0] else {}
+            known = (
+                {"accuracy": done["hits"] / done["rows"]}
+                if "hit" in record["predictions"][0]
+                else {}
+            )
             progress.update(done["rows"], **known)
 
-        records = answers.collect(folder, identity, batches, answer, on_batch, together=together,
-                                  before_batch=job.before_batch)
+        records = answers.collect(
+            folder,
+            identity,
+            batches,
+            answer,
+            on_batch,
+            together=together,
+            before_batch=job.before_batch,
+        )
     results, processes = [], 1 if together else jax.process_count()
     if records is None:  # another process writes
         return {}
@@ -833,26 +1192,46 @@ def _run(job: Job, mode: str, chosen, batches, answer, *, together: bool, shown,
         predictions = {p["index"]: p for r in own for p in r["predictions"]}
         found, judged = benchmark.judge({key: p["prediction"] for key, p in predictions.items()})
         if judged is not None:
-            judged |= {"bad_rows": [str(key) for key in bad.get(benchmark.name, ())], "md5": benchmark.table.md5,
-                       "without_image": list(benchmark.table.dropped)}
-            judged |= {"respelt_answers": benchmark.table.respelt} if benchmark.table.respelt else {}
-        in_order = [{**predictions[key], **found[key]} for key in benchmark.keys if key in predictions]
+            judged |= {
+                "bad_rows": [str(key) for key in bad.get(benchmark.name, ())],
+                "md5": benchmark.table.md5,
+                "without_image": list(benchmark.table.dropped),
+            }
+            judged |= (
+                {"respelt_answers": benchmark.table.respelt} if benchmark.table.respelt else {}
+            )
+        in_order = [
+            {**predictions[key], **found[key]} for key in benchmark.keys if key in predictions
+        ]
         clean = [r for r in own if not r["compiled"]]  # several processes answer side by side
-        results.append(Result(benchmark.name, in_order, sum(r["seconds"] for r in clean) / processes,
-                              sum(len(r["predictions"]) for r in clean), judged, without.get(benchmark.name),
-                              benchmark.subset))
+        results.append(
+            Result(
+                benchmark.name,
+                in_order,
+                sum(r["seconds"] for r in clean) / processes,
+                sum(len(r["predictions"]) for r in clean),
+                judged,
+                without.get(benchmark.name),
+                benchmark.subset,
+            )
+        )
         if benchmark.table:
             answered = tuple(row for row in benchmark.table.rows if row.index in predictions)
-            benchmarks_lib.export(os.path.join(folder, f"{benchmark.name}.tsv"),
-                                  dataclasses.replace(benchmark.table, rows=answered),
-                                  {key: p["prediction"] for key, p in predictions.items()})
+            benchmarks_lib.export(
+                os.path.join(folder, f"{benchmark.name}.tsv"),
+                dataclasses.replace(benchmark.table, rows=answered),
+                {key: p["prediction"] for key, p in predictions.items()},
+            )
     summary = write(folder, results, protocol=protocol, mode=mode, **job.about, **facts)
-    metrics.write_text(os.path.join(folder, "report.html"),
-                       page(name, summary, results, {b.name: b for b in chosen}, shown, compared))
+    metrics.write_text(
+        os.path.join(folder, "report.html"),
+        page(name, summary, results, {b.name: b for b in chosen}, shown, compared),
+    )
     return summary
 
 
 # --- the page -----------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
@@ -868,20 +1247,27 @@ def read_results(workdir: str, against: str) -> Compared:
     folder = against if os.path.isdir(against) else os.path.join(workdir, "eval", against)
     record, path = (os.path.join(folder, name) for name in ("summary.json", "predictions.jsonl"))
     if absent := [file for file in (record, path) if not os.path.isfile(file)]:
-        raise FileNotFoundError(f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a folder, of a "
-                                "finished evaluation")
+        raise FileNotFoundError(
+            f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a folder, of a "
+            "finished evaluation"
+        )
     summary, hits, twice = read_summary(record), {}, set()
     try:
         with open(path, encoding="utf-8") as f:
             for row in map(json.loads, f):
                 name = row["benchmark"]
-                asked = (row["pid"], row["expected"]) if "pid" in row else (
-                    summary["benchmarks"][name]["md5"], str(row["index"]))
+                asked = (
+                    (row["pid"], row["expected"])
+                    if "pid" in row
+                    else (summary["benchmarks"][name]["md5"], str(row["index"]))
+                )
                 if asked in hits.setdefault(name, {}):
                     twice.add((name, asked))
                 hits[name][asked] = bool(row["hit"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--against={against}: {path} is damaged ({error!r}): evaluate again") from error
+        raise ValueError(
+            f"--against={against}: {path} is damaged ({error!r}): evaluate again"
+        ) from error
     for name, asked in twice:  # which of them a row is the pair of, nothing tells
         del hits[name][asked]
     return Compared(os.path.basename(os.path.normpath(folder)), summary.get("split"), hits)
@@ -895,21 +1281,36 @@ def check_pairs(compared: Compared, chosen, split: str | None) -> None:
     shared = [benchmark for benchmark in chosen if benchmark.name in compared.hits]
     start = f"--against={compared.name}"
     if not shared:
-        raise ValueError(f"{start} has results of {', '.join(compared.hits) or 'nothing'}, not of "
-                         f"{', '.join(b.name for b in chosen)}: give results of the same benchmarks")
+        raise ValueError(
+            f"{start} has results of {', '.join(compared.hits) or 'nothing'}, not of "
+            f"{', '.join(b.name for b in chosen)}: give results of the same benchmarks"
+        )
     if any(not b.table for b in shared) and split and compared.split and split != compared.split:
-        raise ValueError(f"{start} has results of split {compared.split}, these are of {split}: give results of the same rows")
+        raise ValueError(
+            f"{start} has results of split {compared.split}, these are of {split}: give results of the same rows"
+        )
     for benchmark in shared:
-        here, there = {benchmark.asked(key) for key in benchmark.keys}, compared.hits[benchmark.name]
+        here, there = (
+            {benchmark.asked(key) for key in benchmark.keys},
+            compared.hits[benchmark.name],
+        )
         pairs = len(here & there.keys())
-        others = len({name for name, _ in here} & {name for name, _ in there.keys() - here}) if not benchmark.table else 0
+        others = (
+            len({name for name, _ in here} & {name for name, _ in there.keys() - here})
+            if not benchmark.table
+            else 0
+        )
         if 2 * pairs < min(len(here), len(there)) or not pairs or 10 * others > pairs:
             why = f", and {others} have the same pid and another answer" if others else ""
-            raise ValueError(f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of which {pairs} are "
-                             f"the same{why}: give results of the same data")
+            raise ValueError(
+                f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of which {pairs} are "
+                f"the same{why}: give results of the same data"
+            )
 
 
-def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 30) -> str:
+def page(
+    name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 30
+) -> str:
     """HTML of one evaluation: scores, comparison, and up to `most` rows of each benchmark, spread evenly.
 
     shown: (benchmark, key) -> list of (caption, picture). compared: a `Compared`.
@@ -917,45 +1318,121 @@ def page(name: str, summary: dict, results, benchmarks: dict, shown, compared=No
     from opsd_jax import report
 
     scores = summary["benchmarks"]
-    parts = [report.paragraph(
-        f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, seed {summary['seed']}. Intervals hold "
-        "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left."
-        + "".join(f" {task}: a random subset, {_counted(s)}, chosen with seed {s['rows']['seed']}."
-                  for task, s in scores.items() if "rows" in s))]
-    parts.append(report.intervals([(task, percent(s), 100 * s["interval_95"][0], 100 * s["interval_95"][1])
-                                   for task, s in scores.items()]))
+    parts = [
+        report.paragraph(
+            f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, seed {summary['seed']}. Intervals hold "
+            "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left."
+            + "".join(
+                f" {task}: a random subset, {_counted(s)}, chosen with seed {s['rows']['seed']}."
+                for task, s in scores.items()
+                if "rows" in s
+            )
+        )
+    ]
+    parts.append(
+        report.intervals(
+            [
+                (task, percent(s), 100 * s["interval_95"][0], 100 * s["interval_95"][1])
+                for task, s in scores.items()
+            ]
+        )
+    )
     rows = []
     for task, s in scores.items():
         teacher, student = benchmarks_lib.PAPER.get(task, (None, None))
-        rows.append([task, percent(s), _counted(s), s["mean_output_tokens"], s["seconds_per_sample"], s["timed_samples"],
-                     s.get("pictures_per_sample"), s.get("needs_judge"), len(s.get("bad_rows", ())), teacher, student])
-    parts.append(report.table(
-        ["benchmark", "score %", "n", "tokens", "s/sample", "timed", "pictures", "no rule applied", "rows left out",
-         "paper: ThinkMorph", "paper: Visual-OPSD"], rows))
+        rows.append(
+            [
+                task,
+                percent(s),
+                _counted(s),
+                s["mean_output_tokens"],
+                s["seconds_per_sample"],
+                s["timed_samples"],
+                s.get("pictures_per_sample"),
+                s.get("needs_judge"),
+                len(s.get("bad_rows", ())),
+                teacher,
+                student,
+            ]
+        )
+    parts.append(
+        report.table(
+            [
+                "benchmark",
+                "score %",
+                "n",
+                "tokens",
+                "s/sample",
+                "timed",
+                "pictures",
+                "no rule applied",
+                "rows left out",
+                "paper: ThinkMorph",
+                "paper: Visual-OPSD",
+            ],
+            rows,
+        )
+    )
     for task, s in scores.items():
         if s["categories"] or s.get("extras"):
-            parts += [report.heading(task, 3), report.table(
-                ["by", "value"], [[k, v] for k, v in {**s["categories"], **s.get("extras", {})}.items()])]
+            parts += [
+                report.heading(task, 3),
+                report.table(
+                    ["by", "value"],
+                    [[k, v] for k, v in {**s["categories"], **s.get("extras", {})}.items()],
+                ),
+            ]
     if compared:
         lines = []
         for result in (r for r in results if r.name in compared.hits):
             hits, asked = compared.hits[result.name], benchmarks[result.name].asked
-            both = [(bool(p["hit"]), hits[asked(p["index"])]) for p in result.predictions if asked(p["index"]) in hits]
+            both = [
+                (bool(p["hit"]), hits[asked(p["index"])])
+                for p in result.predictions
+                if asked(p["index"]) in hits
+            ]
             wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
-            lines.append([result.name, len(both), wins, losses, len(both) - wins - losses, metrics.mcnemar(wins, losses)])
-        parts += [report.heading(f"Against {compared.name}"), report.table(
-            ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"], lines)]
+            lines.append(
+                [
+                    result.name,
+                    len(both),
+                    wins,
+                    losses,
+                    len(both) - wins - losses,
+                    metrics.mcnemar(wins, losses),
+                ]
+            )
+        parts += [
+            report.heading(f"Against {compared.name}"),
+            report.table(
+                ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"], lines
+            ),
+        ]
     for result in results:
         step = max(1, -(-len(result.predictions) // most))
         items = []
         for p in result.predictions[::step]:
             text = benchmarks[result.name].question(p["index"])[1]
-            pictures = [report.picture(picture, caption=caption)
-                        for caption, picture in shown(benchmarks[result.name], p["index"])]
-            items.append({"title": f"{result.name} {p.get('pid', p['index'])}", "hit": bool(p["hit"]), "parts": [
-                report.row(*pictures), report.paragraph(text), report.paragraph(p["prediction"])],
-                "note": f"expected {p['expected']}; {p['tokens']} tokens"})
-        parts += [report.heading(f"{result.name}: {len(items)} of {len(result.predictions)} rows"), report.samples(items)]
+            pictures = [
+                report.picture(picture, caption=caption)
+                for caption, picture in shown(benchmarks[result.name], p["index"])
+            ]
+            items.append(
+                {
+                    "title": f"{result.name} {p.get('pid', p['index'])}",
+                    "hit": bool(p["hit"]),
+                    "parts": [
+                        report.row(*pictures),
+                        report.paragraph(text),
+                        report.paragraph(p["prediction"]),
+                    ],
+                    "note": f"expected {p['expected']}; {p['tokens']} tokens",
+                }
+            )
+        parts += [
+            report.heading(f"{result.name}: {len(items)} of {len(result.predictions)} rows"),
+            report.samples(items),
+        ]
     return report.page(f"Evaluation {name}", *parts)
 
 
@@ -968,29 +1445,67 @@ def main(argv=None) -> None:
     from opsd_jax import checkpoint as checkpoint_lib
 
     cli.start()
-    parser = argparse.ArgumentParser(prog="python -m opsd_jax.eval",
-                                     description="Answer the questions of benchmarks and score the answers.")
-    parser.add_argument("--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME")
-    parser.add_argument("--checkpoint", default="",
-                        help="a step folder (default: the newest of the run), or a released or imported model")
-    parser.add_argument("--benchmarks", default=(), type=cli.names,
-                        help="tasks or families, public tables (default: all tables of --data_dir, else all of the run)")
+    parser = argparse.ArgumentParser(
+        prog="python -m opsd_jax.eval",
+        description="Answer the questions of benchmarks and score the answers.",
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        help="a step folder (default: the newest of the run), or a released or imported model",
+    )
+    parser.add_argument(
+        "--benchmarks",
+        default=(),
+        type=cli.names,
+        help="tasks or families, public tables (default: all tables of --data_dir, else all of the run)",
+    )
     parser.add_argument("--data_dir", default="", help="folder of the public tables, NAME.tsv")
-    parser.add_argument("--visual_thoughts", default=("none",), type=cli.names,
-                        help=f"{', '.join(MODES)}; several separated by commas")
-    parser.add_argument("--protocol", default="", help="paper or harness (default: the run's own, greedy)")
+    parser.add_argument(
+        "--visual_thoughts",
+        default=("none",),
+        type=cli.names,
+        help=f"{', '.join(MODES)}; several separated by commas",
+    )
+    parser.add_argument(
+        "--protocol", default="", help="paper or harness (default: the run's own, greedy)"
+    )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--rows", type=int, default=0,
-                        help="a random subset of so many rows of each benchmark (default, or 0: all)")
-    parser.add_argument("--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)")
-    parser.add_argument("--on_bad_row", choices=("fail", "skip"), default="fail",
-                        help="rows of a table that cannot be shown or scored; skip lists them in the summary")
-    parser.add_argument("--ban_marker", action="store_true", help="never sample what completes <image_start>")
-    parser.add_argument("--seed", default=(None,), type=cli.whole_numbers,
-                        help="of noise and sampling; several separated by commas (default: the run's)")
-    parser.add_argument("--against", default="", help="results to compare with: a name in W/eval, or a folder")
-    parser.add_argument("--name", default="",
-                        help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=0,
+        help="a random subset of so many rows of each benchmark (default, or 0: all)",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)"
+    )
+    parser.add_argument(
+        "--on_bad_row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="rows of a table that cannot be shown or scored; skip lists them in the summary",
+    )
+    parser.add_argument(
+        "--ban_marker", action="store_true", help="never sample what completes <image_start>"
+    )
+    parser.add_argument(
+        "--seed",
+        default=(None,),
+        type=cli.whole_numbers,
+        help="of noise and sampling; several separated by commas (default: the run's)",
+    )
+    parser.add_argument(
+        "--against", default="", help="results to compare with: a name in W/eval, or a folder"
+    )
+    parser.add_argument(
+        "--name",
+        default="",
+        help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])",
+    )
     args = parser.parse_args(argv)
     try:
         cli.check_once("seed", args.seed)
@@ -1001,10 +1516,23 @@ def main(argv=None) -> None:
         with checkpoint_lib.stoppable("the same command continues") as stop:
             for seed in args.seed:
                 name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name
-                evaluate_run(args.workdir, args.visual_thoughts, checkpoint=args.checkpoint, split=args.split,
-                             benchmarks=args.benchmarks, data_dir=args.data_dir, protocol=args.protocol, limit=args.rows,
-                             ban_marker=args.ban_marker, seed=seed, name=name, batch_size=args.batch_size,
-                             skip_bad=args.on_bad_row == "skip", against=args.against, before_batch=stop.check)
+                evaluate_run(
+                    args.workdir,
+                    args.visual_thoughts,
+                    checkpoint=args.checkpoint,
+                    split=args.split,
+                    benchmarks=args.benchmarks,
+                    data_dir=args.data_dir,
+                    protocol=args.protocol,
+                    limit=args.rows,
+                    ban_marker=args.ban_marker,
+                    seed=seed,
+                    name=name,
+                    batch_size=args.batch_size,
+                    skip_bad=args.on_bad_row == "skip",
+                    against=args.against,
+                    before_batch=stop.check,
+                )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:

@@ -31,7 +31,9 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file. Text is UTF-8; what is no text, as in the name of a file that is no UTF-8, becomes an escape."""
     with replacing(path) as file:
-        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+        file.write(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -51,8 +51,10 @@ class FlowConfig:
 
     def __post_init__(self):
         if self.model.generation is None:
-            raise ValueError("this model cannot draw: it was loaded without its generation expert (import the checkpoint "
-                             "without --only=understanding)")
+            raise ValueError(
+                "this model cannot draw: it was loaded without its generation expert (import the checkpoint "
+                "without --only=understanding)"
+            )
         checks.fields(self, "drawing")
         if self.renorm not in RENORMS:
             raise ValueError(f"renorm is {self.renorm!r}: choose from {RENORMS}")
@@ -70,6 +72,7 @@ HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renor
 
 # --- schedule and guidance -------------------------------------------------------------------------------------
 
+
 def shifted(times, shift: float):
     """s t / (1 + (s - 1) t): times moved towards 1 for s > 1."""
     return shift * times / (1 + (shift - 1) * times)
@@ -77,7 +80,9 @@ def shifted(times, shift: float):
 
 def timesteps(config: FlowConfig) -> np.ndarray:
     """The time grid, float32 [num_timesteps], from 1 down to 0."""
-    return shifted(np.linspace(1, 0, config.num_timesteps, dtype=np.float32), np.float32(config.timestep_shift))
+    return shifted(
+        np.linspace(1, 0, config.num_timesteps, dtype=np.float32), np.float32(config.timestep_shift)
+    )
 
 
 def guided_steps(config: FlowConfig) -> tuple[int, int]:
@@ -113,8 +118,12 @@ def guide(velocity, text, image, real, config: FlowConfig):
 
 # --- drawing ---------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["segment", "rope", "positions", "real"],
-                   meta_fields=["slots"])
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["segment", "rope", "positions", "real"],
+    meta_fields=["slots"],
+)
 @dataclasses.dataclass(frozen=True)
 class Canvas:
     """Where the steps of a drawing look: R * B contexts in a cache, and the block that is drawn behind each.
@@ -144,9 +153,13 @@ def prepare(params, contexts, positions, real, *, config: ModelConfig):
     rows, slots = contexts.positions.shape
     block = 2 + positions.shape[1]
     tiled = jnp.tile(real, (rows // real.shape[0], 1))
-    segment = jnp.concatenate([contexts.segment, jnp.ones((rows, 2), jnp.int32), tiled.astype(jnp.int32)], axis=1)
+    segment = jnp.concatenate(
+        [contexts.segment, jnp.ones((rows, 2), jnp.int32), tiled.astype(jnp.int32)], axis=1
+    )
     cache = bagel.init_cache(rows, slots + block, config=config)
-    _, cache = bagel.read(params, contexts, config=config, cache=cache, key_segment=segment.at[:, slots:].set(0))
+    _, cache = bagel.read(
+        params, contexts, config=config, cache=cache, key_segment=segment.at[:, slots:].set(0)
+    )
     return Canvas(segment, contexts.next_position, positions, real, slots), cache
 
 
@@ -157,15 +170,29 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
     batch, tokens, _ = x.shape
     rows = canvas.segment.shape[0]
     latents = bagel.embed_latents(params, x, jnp.reshape(t, (1, 1)), canvas.positions, config=model)
-    ends = bagel.embed_tokens(params, jnp.array([[config.image_start, config.image_end]]), config=model)
+    ends = bagel.embed_tokens(
+        params, jnp.array([[config.image_start, config.image_end]]), config=model
+    )
     # start and end stand before the latents, where the expert's cut wants them: inside the block order has no meaning
     block = jnp.concatenate([jnp.broadcast_to(ends, (batch, *ends.shape[1:])), latents], axis=1)
     block = jnp.tile(block, (rows // batch, 1, 1))
     # one query stands for all: they share their rope id and see the same keys, so that the mask is [R * B, 1, keys]
-    everything, document = jnp.full((rows, 1), canvas.segment.shape[1]), jnp.ones((rows, 1), jnp.int32)
+    everything, document = (
+        jnp.full((rows, 1), canvas.segment.shape[1]),
+        jnp.ones((rows, 1), jnp.int32),
+    )
     hidden, cache = bagel.forward(
-        params, block, canvas.rope[:, None], everything, document, config=model, cache=cache, offset=canvas.slots,
-        key_segment=canvas.segment, latents=tokens)
+        params,
+        block,
+        canvas.rope[:, None],
+        everything,
+        document,
+        config=model,
+        cache=cache,
+        offset=canvas.slots,
+        key_segment=canvas.segment,
+        latents=tokens,
+    )
     found = bagel.velocity(params, hidden[:, 2:], config=model)
     return found.reshape(rows // batch, batch, *found.shape[1:]), cache
 
@@ -183,13 +210,19 @@ def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig
     def step(n, carry):
         x, cache = carry
         found, cache = velocities(params, canvas, cache, x, times[n], config=config)
-        v = guide(found[0], found[1], found[2] if len(found) > 2 else None, canvas.real, config) if guided else found[0]
+        v = (
+            guide(found[0], found[1], found[2] if len(found) > 2 else None, canvas.real, config)
+            if guided
+            else found[0]
+        )
         return x - v * (times[n] - times[n + 1]), cache
 
     return jax.lax.fori_loop(first, last, step, (x, cache))
 
 
-def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_step=None, every: int = 5):
+def draw(
+    params, contexts, noise, positions, real, *, config: FlowConfig, on_step=None, every: int = 5
+):
     """Draws B images: latent tokens float32 [B, G, C] at t = 0.
 
     Args:
@@ -198,8 +231,10 @@ def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_ste
     """
     batch, needed = positions.shape[0], len(config.branches) * positions.shape[0]
     if contexts.positions.shape[0] != needed:
-        raise ValueError(f"{batch} images with the branches {', '.join(config.branches)} need {needed} contexts, "
-                         f"branch by branch, not {contexts.positions.shape[0]}")
+        raise ValueError(
+            f"{batch} images with the branches {', '.join(config.branches)} need {needed} contexts, "
+            f"branch by branch, not {contexts.positions.shape[0]}"
+        )
     canvas, cache = prepare(params, contexts, positions, real, config=config.model)
     x, steps = jnp.array(noise), config.num_timesteps - 1
     first, last = guided_steps(config)
@@ -207,7 +242,9 @@ def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_ste
         if begin == end:
             continue
         place, keys = canvas, cache
-        if not guided and len(canvas.rope) > batch:  # the first branch is enough: its keys are copied out, once
+        if (
+            not guided and len(canvas.rope) > batch
+        ):  # the first branch is enough: its keys are copied out, once
             place, keys = _first_branch(canvas, cache, batch)
         for start in range(begin, end, every if on_step else steps):
             stop = min(start + every, end) if on_step else end
@@ -222,7 +259,9 @@ def draw(params, contexts, noise, positions, real, *, config: FlowConfig, on_ste
 
 @functools.partial(jax.jit, static_argnames=("batch",))
 def _first_branch(canvas, cache, batch):
-    place = dataclasses.replace(canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "rope")})
+    place = dataclasses.replace(
+        canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "rope")}
+    )
     return place, jax.tree.map(lambda a: a[:, :batch], cache)
 
 
@@ -231,11 +270,12 @@ def layout(grids, tokens: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     positions, real = np.zeros((len(grids), tokens), np.int32), np.zeros((len(grids), tokens), bool)
     for b, grid in enumerate(grids):
         ids = images.position_ids(grid, side)
-        positions[b, :len(ids)], real[b, :len(ids)] = ids, True
+        positions[b, : len(ids)], real[b, : len(ids)] = ids, True
     return positions, real
 
 
 # --- pixels and latents ----------------------------------------------------------------------------------------
+
 
 def to_tokens(latents, patch: int):
     """Latents [..., h, w, z] -> tokens [..., h/p * w/p, p * p * z] (patch row, patch column, z; z fastest)."""
@@ -244,7 +284,9 @@ def to_tokens(latents, patch: int):
 
 def to_latents(tokens, grid: tuple[int, int], patch: int):
     """Inverse of `to_tokens`; grid: (rows, columns) of tokens."""
-    return einops.rearrange(tokens, "... (h w) (p q z) -> ... (h p) (w q) z", h=grid[0], w=grid[1], p=patch, q=patch)
+    return einops.rearrange(
+        tokens, "... (h w) (p q z) -> ... (h p) (w q) z", h=grid[0], w=grid[1], p=patch, q=patch
+    )
 
 
 @sharding.on_mesh
@@ -266,11 +308,14 @@ def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
 
     Truncated, not rounded, as officially: floor(255 clip(x / 2 + 1 / 2, 0, 1)).
     """
-    pixels = bagel.decode_latents(params, to_latents(tokens, grid, config.generation.patch), config=config)
+    pixels = bagel.decode_latents(
+        params, to_latents(tokens, grid, config.generation.patch), config=config
+    )
     return (jnp.clip(pixels * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
 # --- training --------------------------------------------------------------------------------------------------
+
 
 def training_times(raw, shift: float):
     """Standard normal draws -> flow times: sigmoid, then the training shift. -inf gives 0, a clean image."""
@@ -299,7 +344,9 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
     """
     found, drawn, (batch, count) = context.latents, config.generation, pixels.shape[:2]
     flat = lambda x: x.reshape(batch * count, *x.shape[2:])
-    tokens = to_tokens(encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), drawn.patch)
+    tokens = to_tokens(
+        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), drawn.patch
+    )
     size, columns = tokens.shape[1], pixels.shape[3] // drawn.stride
     row, column = found.positions // drawn.side, found.positions % drawn.side
     at = found.image // 2 * size + row * columns + column
@@ -321,6 +368,6 @@ def loss(params, context, times, noise, *, config: ModelConfig):
     clean = context.latents.tokens
     x = (1 - times)[:, :, None] * clean + times[:, :, None] * noise
     hidden, _ = bagel.read(params, context, config=config, latents=x, times=times)
-    predicted = bagel.velocity(params, hidden[:, -clean.shape[1]:], config=config)
+    predicted = bagel.velocity(params, hidden[:, -clean.shape[1] :], config=config)
     counted = (times > 0) & (context.latents.image > 0)
     return jnp.where(counted[:, :, None], (predicted - (noise - clean)) ** 2, 0.0), counted, hidden

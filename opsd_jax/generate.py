@@ -51,8 +51,14 @@ PROTOCOLS = {
     # what the paper states (Sec. 3.1, App. M); its guidance is that of the official inferencer.py
     "paper": Protocol(),
     # what the public evaluation harness does (vlm/ThinkMorph.py)
-    "harness": Protocol(vit=images.HARNESS_VIT, two_stages=True, greedy=False, temperature=0.3, max_new_tokens=4096,
-                        guidance="harness"),
+    "harness": Protocol(
+        vit=images.HARNESS_VIT,
+        two_stages=True,
+        greedy=False,
+        temperature=0.3,
+        max_new_tokens=4096,
+        guidance="harness",
+    ),
 }
 
 
@@ -67,7 +73,9 @@ class Model:
     vit: images.Resize
     vae: images.Resize
     mesh: object = None
-    drawing: dict = dataclasses.field(default_factory=dict)  # changes to `flow.FlowConfig` that belong to it
+    drawing: dict = dataclasses.field(
+        default_factory=dict
+    )  # changes to `flow.FlowConfig` that belong to it
 
 
 @dataclasses.dataclass
@@ -91,6 +99,7 @@ class Trace:
 
 # --- what the model is shown -----------------------------------------------------------------------------------
 
+
 def see(picture, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
     if model.protocol.two_stages:  # also where nothing is drawn
@@ -100,7 +109,9 @@ def see(picture, model: Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _image(pixels, patch):
-    return context_lib.Image(images.patchify(pixels, patch), (pixels.shape[0] // patch, pixels.shape[1] // patch))
+    return context_lib.Image(
+        images.patchify(pixels, patch), (pixels.shape[0] // patch, pixels.shape[1] // patch)
+    )
 
 
 def bucket(n: int, step: int = 16) -> int:
@@ -118,8 +129,15 @@ def _pack(rows, model):
     needs = np.max([context_lib.need(blocks) for blocks in rows], axis=0)
     drawn = model.config.generation
     sizes = {"latent_dim": drawn.latent_dim, "latent_side": drawn.side} if drawn else {}
-    packed = context_lib.pack(rows, slots=bucket(needs[0]), patches=bucket(needs[1]), latents=bucket(needs[2]), **sizes,
-                              tokenizer=model.tokenizer, side=model.config.vit.side)
+    packed = context_lib.pack(
+        rows,
+        slots=bucket(needs[0]),
+        patches=bucket(needs[1]),
+        latents=bucket(needs[2]),
+        **sizes,
+        tokenizer=model.tokenizer,
+        side=model.config.vit.side,
+    )
     return sharding.put_batch(model.mesh, packed) if model.mesh else packed
 
 
@@ -127,13 +145,26 @@ def compilations() -> int:
     """How many programs have been compiled here: what takes time once."""
     from opsd_jax import flow, rollout
 
-    return sum(jitted._cache_size() for jitted in (rollout.sample, flow.prepare, flow.denoise, flow.encode, flow.decode))
+    return sum(
+        jitted._cache_size()
+        for jitted in (rollout.sample, flow.prepare, flow.denoise, flow.encode, flow.decode)
+    )
 
 
 # --- rounds of text and pictures -------------------------------------------------------------------------------
 
-def reason(model: Model, questions, key, *, draw: bool, always: bool = False, changes=None, change=None,
-           on_step=None) -> list[Trace]:
+
+def reason(
+    model: Model,
+    questions,
+    key,
+    *,
+    draw: bool,
+    always: bool = False,
+    changes=None,
+    change=None,
+    on_step=None,
+) -> list[Trace]:
     """Answers a batch of questions, drawing where the text asks for it.
 
     Args:
@@ -152,13 +183,24 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
     protocol, tokenizer, config = model.protocol, model.tokenizer, model.config
     marker = rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size)
     sampling = rollout.RolloutConfig(
-        model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, max_new_tokens=protocol.max_new_tokens,
-        greedy=protocol.greedy, temperature=protocol.temperature, max_image_skips=0)
+        model=config,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        marker=marker,
+        max_new_tokens=protocol.max_new_tokens,
+        greedy=protocol.greedy,
+        temperature=protocol.temperature,
+        max_image_skips=0,
+    )
     drawing = None
     if draw:
         guidance = flow.HARNESS if protocol.guidance == "harness" else {}
-        drawing = flow.FlowConfig(model=config, image_start=tokenizer.image_start, image_end=tokenizer.image_end,
-                                  **{**guidance, **model.drawing, **(changes or {})})
+        drawing = flow.FlowConfig(
+            model=config,
+            image_start=tokenizer.image_start,
+            image_end=tokenizer.image_end,
+            **{**guidance, **model.drawing, **(changes or {})},
+        )
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
     rows = [_ask(model, pictures, text, keys, draw) for pictures, text in questions]
     traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in rows]
@@ -167,7 +209,12 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
         # The batch keeps its size, so that nothing compiles again: rows that are done are filled up with another.
         chosen = active + [active[0]] * (len(rows) - len(active))
         before = time.perf_counter()
-        found = rollout.sample(model.params, _pack([rows[n]["cond"] for n in chosen], model), next(keys), config=sampling)
+        found = rollout.sample(
+            model.params,
+            _pack([rows[n]["cond"] for n in chosen], model),
+            next(keys),
+            config=sampling,
+        )
         tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
         _spent(traces, "text", before)
         wants = []
@@ -189,7 +236,9 @@ def reason(model: Model, questions, key, *, draw: bool, always: bool = False, ch
             traces[n].steps.append(picture)
             seen = change(n, number, picture) if change else picture
             if number + 1 < protocol.rounds and seen is not None:
-                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(seen), next(keys), True)[0]
+                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(seen), next(keys), True)[
+                    0
+                ]
         _spent(traces, "drawing", before)
         active = wants
     return traces
@@ -203,15 +252,15 @@ def _spent(traces, what, before):
 def _until_bos(tokenizer, ids) -> str:
     """Text of the ids up to another bos, where the official code cuts it."""
     stops = np.flatnonzero(ids == tokenizer.bos)
-    return tokenizer.decode(ids[:stops[0]] if len(stops) else ids)
+    return tokenizer.decode(ids[: stops[0]] if len(stops) else ids)
 
 
 def _ask(model, pictures, text, keys, draw) -> dict:
     """The contexts of a question: {"cond", "text", "image"}, lists of blocks, and the grid of what it may draw.
 
-      cond    system, images, question          grows with every round
-      text    system, images                    what guidance by text compares with
-      image   system, question                  what guidance by images compares with
+    cond    system, images, question          grows with every round
+    text    system, images                    what guidance by text compares with
+    image   system, question                  what guidance by images compares with
     """
     tokenizer = model.tokenizer
     block = lambda t: [context_lib.Text(tokenizer.encode(t))] if t else []
@@ -222,7 +271,12 @@ def _ask(model, pictures, text, keys, draw) -> dict:
         shown += blocks
     if draw and grid is None:  # nothing to take the size from: the largest square
         grid = (model.config.generation.side,) * 2
-    return {"cond": system + shown + question, "text": system + shown, "image": system + question, "grid": grid}
+    return {
+        "cond": system + shown + question,
+        "text": system + shown,
+        "image": system + question,
+        "grid": grid,
+    }
 
 
 def _picture_blocks(model, picture, key, draw):
@@ -255,14 +309,31 @@ def _draw(model, rows, key, drawing, on_step):
     positions, real = flow.layout(grids, size, drawn.side)
     noise = jax.random.normal(key, (len(rows), size, drawn.latent_dim))
     contexts = _pack([row[branch] for branch in drawing.branches for row in rows], model)
-    tokens = flow.draw(model.params, contexts, noise, positions, real, config=drawing, on_step=on_step)
-    return [np.asarray(flow.decode(model.params, tokens[b:b + 1, :a * c], grid=(a, c), config=model.config)[0])
-            for b, (a, c) in enumerate(grids)]
+    tokens = flow.draw(
+        model.params, contexts, noise, positions, real, config=drawing, on_step=on_step
+    )
+    return [
+        np.asarray(
+            flow.decode(model.params, tokens[b : b + 1, : a * c], grid=(a, c), config=model.config)[
+                0
+            ]
+        )
+        for b, (a, c) in enumerate(grids)
+    ]
 
 
 # --- what a folder holds ---------------------------------------------------------------------------------------
 
-def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "", dtype: str = "", mesh=None) -> Model:
+
+def load(
+    directory: str,
+    *,
+    draw: bool,
+    protocol: str = "",
+    tokenizer: str = "",
+    dtype: str = "",
+    mesh=None,
+) -> Model:
     """Reads a released or imported folder, or the newest (or given) checkpoint of a run.
 
     Args:
@@ -288,59 +359,89 @@ def load(directory: str, *, draw: bool, protocol: str = "", tokenizer: str = "",
     if convert.is_model(directory):
         size = convert.read_config(directory, generation=draw).llm.vocab_size
         tok = tokenizer_lib.load(tokenizer or convert.tokenizer_folder(directory), vocab_size=size)
-        config, params = convert.load(directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute)
+        config, params = convert.load(
+            directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute
+        )
         config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
     else:
         workdir = directory
         if not os.path.isdir(os.path.join(directory, "checkpoints")):  # a step: W/checkpoints/STEP
             workdir = os.path.normpath(os.path.join(directory, "..", ".."))
         if not os.path.isfile(os.path.join(workdir, "config.json")):
-            raise FileNotFoundError(f"{directory} is no released folder (no llm_config.json), none that `python -m "
-                                    "opsd_jax.convert import` made (no release/), and no run (no config.json)")
+            raise FileNotFoundError(
+                f"{directory} is no released folder (no llm_config.json), none that `python -m "
+                "opsd_jax.convert import` made (no release/), and no run (no config.json)"
+            )
         run = data.load_config(workdir)
-        tok = tokenizer_lib.load(tokenizer or data.tokenizer_folder(run, data.workdir_of(run, workdir)),
-                                 vocab_size=run.model.llm.vocab_size)
-        config = dataclasses.replace(settings.model(run), **compute, **({"dtype": dtype} if dtype else {}))
+        tok = tokenizer_lib.load(
+            tokenizer or data.tokenizer_folder(run, data.workdir_of(run, workdir)),
+            vocab_size=run.model.llm.vocab_size,
+        )
+        config = dataclasses.replace(
+            settings.model(run), **compute, **({"dtype": dtype} if dtype else {})
+        )
         if draw and config.generation is None:
-            raise ValueError(f"{directory} was trained without what draws: it has no generation expert")
+            raise ValueError(
+                f"{directory} was trained without what draws: it has no generation expert"
+            )
         config = config if draw else dataclasses.replace(config, generation=None)
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
-        params = checkpoint.restore_params(directory, sharding.abstract(mesh, abstract, "rollout"), partial=not draw)
+        params = checkpoint.restore_params(
+            directory, sharding.abstract(mesh, abstract, "rollout"), partial=not draw
+        )
         if not protocol:
             return of_run(run, config, params, tok, placed)
     vit, drawn = config.vit, config.generation
     rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
-    return Model(config, params, tok, asked, rule, images.vae_rule(drawn) if drawn else images.VAE, placed)
+    return Model(
+        config, params, tok, asked, rule, images.vae_rule(drawn) if drawn else images.VAE, placed
+    )
 
 
 def of_run(run, config, params, tokenizer, mesh=None) -> Model:
     """The model of a run as it answers by itself: prompt, sizes and drawing of the run's settings `run`."""
     from opsd_jax import settings
 
-    protocol = Protocol(system=run.prompts.system, transparency=run.images.transparency,
-                        max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens)
+    protocol = Protocol(
+        system=run.prompts.system,
+        transparency=run.images.transparency,
+        max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens,
+    )
     vae = images.vae_rule(config.generation) if config.generation else images.VAE
-    return Model(config, params, tokenizer, protocol, settings.resize_rule(run), vae, mesh, dict(run.drawing))
+    return Model(
+        config, params, tokenizer, protocol, settings.resize_rule(run), vae, mesh, dict(run.drawing)
+    )
 
 
 # --- command line ----------------------------------------------------------------------------------------------
+
 
 def earlier(directory: str) -> list[str]:
     """The files in a folder that an earlier `write` left there, by its N.json.
 
     Raises ValueError for other files of such names: they would be taken for results, or be lost.
     """
-    names = sorted(n for n in os.listdir(directory) if _RESULT.fullmatch(n)) if os.path.isdir(directory) else []
+    names = (
+        sorted(n for n in os.listdir(directory) if _RESULT.fullmatch(n))
+        if os.path.isdir(directory)
+        else []
+    )
     known = set()
     for name in (n for n in names if n.endswith(".json")):
         try:
             steps = json_files.read(os.path.join(directory, name))["steps"]
-            known |= {name, f"{name[:-5]}.png", *(step["picture"] for step in steps if "picture" in step)}
+            known |= {
+                name,
+                f"{name[:-5]}.png",
+                *(step["picture"] for step in steps if "picture" in step),
+            }
         except (ValueError, KeyError, TypeError):
             pass  # not one of ours
     if strange := [name for name in names if name not in known]:
-        raise ValueError(f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there names: results have "
-                         "such names, so give another folder, or delete them")
+        raise ValueError(
+            f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there names: results have "
+            "such names, so give another folder, or delete them"
+        )
     return [os.path.join(directory, name) for name in names]
 
 
@@ -362,7 +463,12 @@ def write(directory: str, questions, traces) -> list[str]:
             else:
                 steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
                 save_picture(step, os.path.join(directory, steps[-1]["picture"]))
-        record = {"question": question, "steps": steps, "tokens": trace.tokens, "seconds": trace.seconds}
+        record = {
+            "question": question,
+            "steps": steps,
+            "tokens": trace.tokens,
+            "seconds": trace.seconds,
+        }
         files.write_json(os.path.join(directory, f"{n}.json"), record)
         pages.append(os.path.join(directory, f"{n}.png"))
         save_picture(page([*pictures, question, *trace.steps]), pages[-1])
@@ -399,19 +505,27 @@ def page(items, width: int = 640):
     for item in items:
         if isinstance(item, str):
             lines, line = [], ""
-            for char in "".join(c if c.isprintable() else " " for c in item):  # wraps anywhere: traces may have no spaces
+            for char in "".join(
+                c if c.isprintable() else " " for c in item
+            ):  # wraps anywhere: traces may have no spaces
                 if draw.textlength(line + char, font=font) > width - 2 * margin:
                     lines.append(line)
                     line = ""
                 line += char
             text = "\n".join([*lines, line])
-            part = Image.new("RGB", (width, draw.multiline_textbbox((0, 0), text, font=font)[3] + margin), "white")
+            part = Image.new(
+                "RGB",
+                (width, draw.multiline_textbbox((0, 0), text, font=font)[3] + margin),
+                "white",
+            )
             ImageDraw.Draw(part).multiline_text((margin, 0), text, fill="black", font=font)
         else:
             shown = Image.fromarray(item) if isinstance(item, np.ndarray) else item
             scale = 320 / max(shown.size)
             size = tuple(max(1, round(s * scale)) for s in shown.size)
-            shown = shown.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+            shown = shown.resize(
+                size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+            )
             part = Image.new("RGB", (width, size[1] + margin), "white")
             part.paste(shown, (margin, 0))
         parts.append(part)
@@ -428,25 +542,48 @@ def main(argv=None) -> None:
     import argparse
 
     cli.start()
-    parser = argparse.ArgumentParser(prog="python -m opsd_jax.generate", description="Answer one question.")
-    parser.add_argument("--checkpoint", required=True,
-                        help="a released or imported folder, a run's workdir, or one of its step folders")
-    parser.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
+    parser = argparse.ArgumentParser(
+        prog="python -m opsd_jax.generate", description="Answer one question."
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a released or imported folder, a run's workdir, or one of its step folders",
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], help="a picture; may be given several times"
+    )
     parser.add_argument("--question", required=True)
     parser.add_argument("--visual_thoughts", default="none", choices=VISUAL_THOUGHTS)
-    parser.add_argument("--always_draw", action="store_true",
-                        help="draw after every round but the last, whether the text asks for it or not")
-    parser.add_argument("--protocol", default="", choices=["", *PROTOCOLS],
-                        help="prompt, sizes, decoding, guidance (default: the run's own; of a release, paper)")
-    parser.add_argument("--steps", type=int,
-                        help="points of the denoising grid, one more than steps (default: the run's, of a release 50)")
+    parser.add_argument(
+        "--always_draw",
+        action="store_true",
+        help="draw after every round but the last, whether the text asks for it or not",
+    )
+    parser.add_argument(
+        "--protocol",
+        default="",
+        choices=["", *PROTOCOLS],
+        help="prompt, sizes, decoding, guidance (default: the run's own; of a release, paper)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="points of the denoising grid, one more than steps (default: the run's, of a release 50)",
+    )
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
-    parser.add_argument("--temperature", type=float, help="of the text; 0 for the most probable token")
+    parser.add_argument(
+        "--temperature", type=float, help="of the text; 0 for the most probable token"
+    )
     parser.add_argument("--rounds", type=int, help="of text, at most")
     parser.add_argument("--tokenizer", default="", help="a folder (default: the checkpoint's own)")
-    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="default: as stored")
+    parser.add_argument(
+        "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: as stored"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="", help="folder for pictures and the page; needed for drawing")
+    parser.add_argument(
+        "--out", default="", help="folder for pictures and the page; needed for drawing"
+    )
     args = parser.parse_args(argv)
     try:
         _run(args)
@@ -481,17 +618,35 @@ def _run(args):
     for path in args.image:  # what cannot be read shows before minutes of loading
         paths.check_given("--image", path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"--image={path}: there is no such file: give the path of an image")
+            raise FileNotFoundError(
+                f"--image={path}: there is no such file: give the path of an image"
+            )
         try:
             images.open_rgb(path)
         except images.UnreadableImage as error:
             raise ValueError(f"--image={path}: {error}") from error
-    model = load(args.checkpoint, draw=draw, protocol=args.protocol, tokenizer=args.tokenizer, dtype=args.dtype)
-    changes = {name: getattr(args, name) for name in ("max_new_tokens", "rounds") if getattr(args, name) is not None}
+    model = load(
+        args.checkpoint,
+        draw=draw,
+        protocol=args.protocol,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+    )
+    changes = {
+        name: getattr(args, name)
+        for name in ("max_new_tokens", "rounds")
+        if getattr(args, name) is not None
+    }
     if args.temperature is not None:
-        changes |= {"greedy": True} if args.temperature == 0 else {"greedy": False, "temperature": args.temperature}
+        changes |= (
+            {"greedy": True}
+            if args.temperature == 0
+            else {"greedy": False, "temperature": args.temperature}
+        )
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, **changes))
-    pictures = [images.open_rgb(path, transparency=model.protocol.transparency) for path in args.image]
+    pictures = [
+        images.open_rgb(path, transparency=model.protocol.transparency) for path in args.image
+    ]
     bars = {}
 
     def on_step(number, done, steps):
@@ -501,8 +656,15 @@ def _run(args):
             bar.close()
 
     questions = [(pictures, args.question)]
-    traces = reason(model, questions, jax.random.key(args.seed), draw=draw, always=args.always_draw,
-                    changes={} if args.steps is None else {"num_timesteps": args.steps}, on_step=on_step)
+    traces = reason(
+        model,
+        questions,
+        jax.random.key(args.seed),
+        draw=draw,
+        always=args.always_draw,
+        changes={} if args.steps is None else {"num_timesteps": args.steps},
+        on_step=on_step,
+    )
     trace, drawn = traces[0], 0
     for step in trace.steps:
         if isinstance(step, str):
@@ -512,8 +674,11 @@ def _run(args):
             drawn += 1
     if args.out:
         write(args.out, questions, traces)
-    print(f"{trace.tokens} tokens in {trace.seconds['text']:.1f} s, {drawn} pictures in {trace.seconds['drawing']:.1f} s "
-          "(with compilation)", file=sys.stderr)
+    print(
+        f"{trace.tokens} tokens in {trace.seconds['text']:.1f} s, {drawn} pictures in {trace.seconds['drawing']:.1f} s "
+        "(with compilation)",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

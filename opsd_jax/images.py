@@ -46,13 +46,17 @@ class Resize:
         Raises ValueError for a picture without pixels.
         """
         if min(width, height) < 1:
-            raise ValueError(f"a picture of {width} x {height} pixels has nothing to resize: leave the row out")
+            raise ValueError(
+                f"a picture of {width} x {height} pixels has nothing to resize: leave the row out"
+            )
 
         def scaled(w, h, scale):
             snap = lambda x: max(self.stride, round(x / self.stride) * self.stride)
             return snap(round(w * scale)), snap(round(h * scale))
 
-        scale = max(min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height))
+        scale = max(
+            min(self.max_size / max(width, height), 1.0), self.min_size / min(width, height)
+        )
         w, h = scaled(width, height, scale)
         if w * h > self.max_pixels / num_images:
             w, h = scaled(w, h, self.max_pixels / num_images / (w * h))
@@ -91,22 +95,31 @@ def open_rgb(data, *, transparency: str = "white"):
         raise ValueError(f"transparency is {transparency!r}: choose 'white' or 'drop'")
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] != 3 or not data.size:
-            raise UnreadableImage(f"a picture as an array is uint8 [height, width, 3], not {data.dtype} "
-                                  f"{list(data.shape)}: convert it to 8-bit RGB")
+            raise UnreadableImage(
+                f"a picture as an array is uint8 [height, width, 3], not {data.dtype} "
+                f"{list(data.shape)}: convert it to 8-bit RGB"
+            )
         return Image.fromarray(data)
     if isinstance(data, bytes):
-        name, source = f"an image of {len(data):,} bytes that begin with {data[:12]!r}", io.BytesIO(data)
+        name, source = (
+            f"an image of {len(data):,} bytes that begin with {data[:12]!r}",
+            io.BytesIO(data),
+        )
     elif isinstance(data, (str, os.PathLike)):
         name = source = os.fspath(data)
     else:
-        raise UnreadableImage(f"a picture is encoded bytes, a path or an array, not {type(data).__name__}: "
-                              "replace it or leave the row out")
+        raise UnreadableImage(
+            f"a picture is encoded bytes, a path or an array, not {type(data).__name__}: "
+            "replace it or leave the row out"
+        )
     try:
         with Image.open(source) as image:
             if image.width * image.height > LARGEST:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             if image.mode[0] in "IF":
-                raise ValueError(f"its grey values have more than 8 bits, mode {image.mode}: save it with 8")
+                raise ValueError(
+                    f"its grey values have more than 8 bits, mode {image.mode}: save it with 8"
+                )
             image.load()
         if transparency == "white" and image.has_transparency_data:
             image = image.convert("RGBA")
@@ -115,11 +128,15 @@ def open_rgb(data, *, transparency: str = "white"):
             return canvas
         return image if image.mode == "RGB" else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UnreadableImage(f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels") from e
+        raise UnreadableImage(
+            f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels"
+        ) from e
     except Exception as e:  # what a decoder raises on damaged bytes is anything
         known = not isinstance(e, UnidentifiedImageError)
         reason = f"{type(e).__name__}: {e}" if known else "no picture format that Pillow knows"
-        raise UnreadableImage(f"cannot decode {name} ({reason}): replace it or leave the row out") from e
+        raise UnreadableImage(
+            f"cannot decode {name} ({reason}): replace it or leave the row out"
+        ) from e
 
 
 def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
@@ -134,8 +151,12 @@ def in_proportion(rule: Resize, stride: int, size: int, released: int) -> Resize
     """A size rule for a model whose position table holds pictures of `size` pixels, where the released one holds
     `released` (70 patches of 14 = 980; 64 latent tokens of 16 = 1,024)."""
     scale = size / released
-    return Resize(stride, round(rule.max_size * scale), round(rule.min_size * scale),
-                         round(rule.max_pixels * scale ** 2))
+    return Resize(
+        stride,
+        round(rule.max_size * scale),
+        round(rule.min_size * scale),
+        round(rule.max_pixels * scale**2),
+    )
 
 
 def vae_rule(generation) -> Resize:
@@ -165,26 +186,32 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     """[H, W, 3] -> patches [H/p * W/p, p * p * 3], row-major; inside a patch row, column, rgb (rgb fastest)."""
     h, w, _ = pixels.shape
     if h % patch or w % patch:
-        raise ValueError(f"an image of {h}x{w} pixels does not divide into patches of {patch}: check the resize stride")
+        raise ValueError(
+            f"an image of {h}x{w} pixels does not divide into patches of {patch}: check the resize stride"
+        )
     return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
     """Inverse of `patchify`: [N, p * p * 3] -> [H, W, 3], grid = (rows, columns)."""
     rows, columns = grid
-    return einops.rearrange(patches, "(h w) (p q c) -> (h p) (w q) c", h=rows, w=columns, p=patch, q=patch)
+    return einops.rearrange(
+        patches, "(h w) (p q c) -> (h p) (w q) c", h=rows, w=columns, p=patch, q=patch
+    )
 
 
 def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
     """int32 [rows * columns]: row * side + column, ids of the position tables ("extrapolate").
 
-        side 10, grid 2 x 3:   0  1  2
-                              10 11 12
+    side 10, grid 2 x 3:   0  1  2
+                          10 11 12
     """
     rows, columns = grid
     if rows > side or columns > side:
-        raise ValueError(f"an image of {rows}x{columns} patches exceeds the {side}x{side} position table: "
-                         "lower images.max_size or use a model with a larger table")
+        raise ValueError(
+            f"an image of {rows}x{columns} patches exceeds the {side}x{side} position table: "
+            "lower images.max_size or use a model with a larger table"
+        )
     return (np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1).astype(np.int32)
 
 
@@ -194,5 +221,8 @@ def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
     Rounded to float32 as there: in float64 a full grid would not be numbered 0, 1, 2, ... any more.
     """
     bins = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
-    row, column = (np.searchsorted(bins, (np.arange(n) * (1 / n)).astype(np.float32), side="right") for n in grid)
+    row, column = (
+        np.searchsorted(bins, (np.arange(n) * (1 / n)).astype(np.float32), side="right")
+        for n in grid
+    )
     return (row[:, None] * side + column).reshape(-1).astype(np.int32)

@@ -23,7 +23,9 @@ def read(path: str, why: str = "", fix: str = DAMAGED) -> dict:
         try:
             found = json.load(f)
         except (ValueError, RecursionError) as error:  # RecursionError: thousands of open brackets
-            raise ValueError(f"{path} is not valid JSON ({error}): {fix}{is_pointer(path)}") from error
+            raise ValueError(
+                f"{path} is not valid JSON ({error}): {fix}{is_pointer(path)}"
+            ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {fix}")
     return found
@@ -56,23 +58,44 @@ class Object:
     problems: list[str]
     prefix: str = ""
 
-    def integer(self, key: str, *, least: int = 1, most: int = 1 << 24, default=_REQUIRED) -> int | None:
-        return self._get(key, f"a whole number from {least} to {most}", default,
-                         lambda x: type(x) is int and least <= x <= most)
+    def integer(
+        self, key: str, *, least: int = 1, most: int = 1 << 24, default=_REQUIRED
+    ) -> int | None:
+        return self._get(
+            key,
+            f"a whole number from {least} to {most}",
+            default,
+            lambda x: type(x) is int and least <= x <= most,
+        )
 
     def number(self, key: str, *, positive: bool = True, default=_REQUIRED) -> float | None:
         def fits(x):
-            return type(x) in (int, float) and abs(x) <= 1e300 and math.isfinite(x) and (x > 0 or not positive)
+            return (
+                type(x) in (int, float)
+                and abs(x) <= 1e300
+                and math.isfinite(x)
+                and (x > 0 or not positive)
+            )
 
         return self._get(key, "a positive number" if positive else "a finite number", default, fits)
 
     def text(self, key: str, default=_REQUIRED) -> str | None:
         return self._get(key, "a text", default, lambda x: isinstance(x, str))
 
-    def integers(self, key: str, *, most: int = 1 << 24, default=_REQUIRED) -> tuple[int, ...] | None:
+    def integers(
+        self, key: str, *, most: int = 1 << 24, default=_REQUIRED
+    ) -> tuple[int, ...] | None:
         """A list of at least one positive whole number, as a tuple."""
-        found = self._get(key, f"a list of whole numbers from 1 to {most}", default, lambda x: isinstance(x, list) and x != []
-                          and all(type(n) is int and 1 <= n <= most for n in x))
+        found = self._get(
+            key,
+            f"a list of whole numbers from 1 to {most}",
+            default,
+            lambda x: (
+                isinstance(x, list)
+                and x != []
+                and all(type(n) is int and 1 <= n <= most for n in x)
+            ),
+        )
         return tuple(found) if isinstance(found, list) else found
 
     def flag(self, key: str, default=_REQUIRED) -> bool | None:
@@ -80,8 +103,12 @@ class Object:
 
     def texts(self, key: str, default=_REQUIRED) -> tuple[str, ...] | None:
         """A list of texts, as a tuple."""
-        found = self._get(key, "a list of texts", default,
-                          lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x))
+        found = self._get(
+            key,
+            "a list of texts",
+            default,
+            lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x),
+        )
         return tuple(found) if isinstance(found, list) else found
 
     def child(self, key: str) -> "Object":
@@ -94,7 +121,9 @@ class Object:
 
     def refuse(self, key: str, why: str) -> None:
         """Adds what is wrong with the value of a key."""
-        self.problems.append(f"{self.file}: {self.prefix}{key} is {shown(self.values.get(key))}{why}")
+        self.problems.append(
+            f"{self.file}: {self.prefix}{key} is {shown(self.values.get(key))}{why}"
+        )
 
     def check(self, summary: str) -> None:
         """Raises ValueError with all problems so far, if any."""

@@ -15,7 +15,9 @@ from absl import logging
 
 from opsd_jax import paths
 
-_held = contextvars.ContextVar("folders whose lock a caller in this thread has", default=frozenset())
+_held = contextvars.ContextVar(
+    "folders whose lock a caller in this thread has", default=frozenset()
+)
 
 
 class FolderInUse(OSError):
@@ -23,7 +25,9 @@ class FolderInUse(OSError):
 
 
 @contextlib.contextmanager
-def only_writer(folder, *, inside: bool = False, wait: bool = False, primary: bool = True) -> Iterator[None]:
+def only_writer(
+    folder, *, inside: bool = False, wait: bool = False, primary: bool = True
+) -> Iterator[None]:
     """Keeps `folder` to the caller and to what it calls.
 
     Args:
@@ -78,15 +82,23 @@ def _lock(path, folder, wait):
             if not wait:
                 raise FolderInUse(
                     f"{folder} is being written by {owner}: wait until that is done, stop it, or use another folder. Where "
-                    f"that machine is gone and its network disk still keeps the lock, delete {path}") from None
+                    f"that machine is gone and its network disk still keeps the lock, delete {path}"
+                ) from None
             if not told:
-                logging.warning("%s is being written by %s: waiting until that is done", folder, owner)
+                logging.warning(
+                    "%s is being written by %s: waiting until that is done", folder, owner
+                )
                 told = True
             time.sleep(0.2)
         except OSError as error:
             if file:
                 file.close()
-            logging.warning("%s: no lock there (%s): make sure that no other command writes into %s", path, error, folder)
+            logging.warning(
+                "%s: no lock there (%s): make sure that no other command writes into %s",
+                path,
+                error,
+                folder,
+            )
             return None
 
 

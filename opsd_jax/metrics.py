@@ -53,7 +53,11 @@ def wilson_of_mean(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
         return wilson(*parts[0])
     shares = [successes / n for successes, n in parts]
     mean, limits = sum(shares) / len(parts), [wilson(*part) for part in parts]
-    off = [math.sqrt(sum((limit[side] - share) ** 2 for limit, share in zip(limits, shares))) / len(parts) for side in (0, 1)]
+    off = [
+        math.sqrt(sum((limit[side] - share) ** 2 for limit, share in zip(limits, shares)))
+        / len(parts)
+        for side in (0, 1)
+    ]
     return max(mean - off[0], 0.0), min(mean + off[1], 1.0)
 
 
@@ -76,7 +80,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def mcnemar(wins: int, losses: int) -> float:
     """Exact two-sided p-value of McNemar's test: how likely pairs that differ would be as uneven if each were a coin."""
     n, k = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 class Means:
@@ -89,7 +93,9 @@ class Means:
         """Adds `{key: (sum, count)}`, scalars on device or host. Copies nothing and waits for nothing."""
         for key, pair in pairs.items():
             if not isinstance(pair, tuple) or len(pair) != 2:
-                raise ValueError(f"metric {key!r} must be a tuple (sum, count); a plain number is (x, 1)")
+                raise ValueError(
+                    f"metric {key!r} must be a tuple (sum, count); a plain number is (x, 1)"
+                )
         self._added.append(dict(pairs))
 
     def take(self) -> dict[str, float]:
@@ -99,7 +105,10 @@ class Means:
             for key, pair in pairs.items():
                 totals[key] = totals.get(key, 0) + np.array(pair, np.float64)
         self._added = []
-        return {key: float(total / count) if count else math.nan for key, (total, count) in totals.items()}
+        return {
+            key: float(total / count) if count else math.nan
+            for key, (total, count) in totals.items()
+        }
 
 
 # ---------------------------------------------------------------------------- files
@@ -119,8 +128,10 @@ def _row(line: str, where: str) -> dict:
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
-    raise ValueError(f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: a "
-                     "continuation of the run moves such lines to metrics.jsonl.superseded")
+    raise ValueError(
+        f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: a "
+        "continuation of the run moves such lines to metrics.jsonl.superseded"
+    )
 
 
 class Writer:
@@ -137,8 +148,15 @@ class Writer:
         once. None keeps all rows and appends.
     """
 
-    def __init__(self, workdir, *, primary: bool = True, tensorboard: bool = True,
-                 wandb: Mapping[str, Any] | None = None, resume_step: int | None = None):
+    def __init__(
+        self,
+        workdir,
+        *,
+        primary: bool = True,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
         paths.check_given("workdir", workdir)
         self.workdir = Path(workdir)
         self.primary = primary
@@ -150,13 +168,19 @@ class Writer:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.workdir / "tb"), purge_step=resume_step, flush_secs=30)
+            self._tensorboard = SummaryWriter(
+                str(self.workdir / "tb"), purge_step=resume_step, flush_secs=30
+            )
         if wandb is not None:
             try:
                 import wandb as client
             except ImportError as error:
-                raise ImportError("no wandb here: pip install opsd_jax[wandb], or log without it") from error
-            self._wandb = client.init(dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb)
+                raise ImportError(
+                    "no wandb here: pip install opsd_jax[wandb], or log without it"
+                ) from error
+            self._wandb = client.init(
+                dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb
+            )
         self._jsonl = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
 
     def scalars(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
@@ -205,7 +229,9 @@ class Writer:
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes `<workdir>/samples/<step>/<name>.png`, and to TensorBoard; uint8 [height, width, 3]."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"{name!r}: {image.dtype}{list(image.shape)} not uint8 [height, width, 3]")
+            raise ValueError(
+                f"{name!r}: {image.dtype}{list(image.shape)} not uint8 [height, width, 3]"
+            )
         if self.primary:
             from PIL import Image
 
@@ -217,15 +243,19 @@ class Writer:
 
     def _sample(self, step: int, name: str, content: bytes) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name):
-            raise ValueError(f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders")
+            raise ValueError(
+                f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders"
+            )
         files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
 
     def _check_kept(self) -> None:
         """Writing to a deleted file succeeds, and the numbers are lost: FileNotFoundError instead."""
         path = self.workdir / "metrics.jsonl"
         if not path.exists() or path.stat().st_size < self._jsonl.tell():
-            raise FileNotFoundError(f"{path} was deleted or replaced while the run was writing it. What the run has not "
-                                    "saved elsewhere is lost: start it again, and keep the folder until it ends")
+            raise FileNotFoundError(
+                f"{path} was deleted or replaced while the run was writing it. What the run has not "
+                "saved elsewhere is lost: start it again, and keep the folder until it ends"
+            )
 
     def close(self) -> None:
         """Flushes and closes all."""
@@ -256,8 +286,10 @@ def _wandb_id(workdir: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))["id"]
         if isinstance(found, str) and found:
             return found
-    raise ValueError(f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at Weights & '
-                     "Biases. Write that, or delete the file: the run then goes on as a new one there")
+    raise ValueError(
+        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at Weights & '
+        "Biases. Write that, or delete the file: the run then goes on as a new one there"
+    )
 
 
 def _supersede(path: Path, resume_step: int | None) -> None:
@@ -268,22 +300,32 @@ def _supersede(path: Path, resume_step: int | None) -> None:
     kept, moved, damaged = [], [], []
     for number, line in enumerate(lines, 1):
         try:
-            again = _row(line, f"{path}:{number}")["step"] >= (math.inf if resume_step is None else resume_step)
-        except ValueError:  # a power cut leaves NUL, or half a line that the next start went on behind
+            again = _row(line, f"{path}:{number}")["step"] >= (
+                math.inf if resume_step is None else resume_step
+            )
+        except (
+            ValueError
+        ):  # a power cut leaves NUL, or half a line that the next start went on behind
             again = True
             damaged.append(number)
         (moved if again else kept).append(line)
     if torn:  # the run was killed while it wrote this line
         moved.append(torn)
     if damaged:
-        logging.warning("%s: lines %s are damaged (a full disk, a power cut?); their numbers are lost", path, damaged)
+        logging.warning(
+            "%s: lines %s are damaged (a full disk, a power cut?); their numbers are lost",
+            path,
+            damaged,
+        )
     if moved:
         old = Path(f"{path}.superseded")
         # The old file first: should we be killed in between, lines are there twice rather than lost.
         before = old.read_bytes() if old.exists() else b""
         files.write(old, before + "".join(line + "\n" for line in moved).encode())
         files.write(path, "".join(line + "\n" for line in kept))
-        logging.warning("%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name)
+        logging.warning(
+            "%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name
+        )
 
 
 def write_text(path, text: str) -> None:
@@ -305,8 +347,17 @@ class Progress:
       file: where to; stderr by default.
     """
 
-    def __init__(self, total: int, description: str = "", stage: str = "", *, start: int = 0,
-                 primary: bool = True, interval: float = 10.0, file=None):
+    def __init__(
+        self,
+        total: int,
+        description: str = "",
+        stage: str = "",
+        *,
+        start: int = 0,
+        primary: bool = True,
+        interval: float = 10.0,
+        file=None,
+    ):
         self._file = file or sys.stderr
         self._total, self._start, self._interval, self._primary = total, start, interval, primary
         self._title = " ".join(filter(None, (description, stage)))
@@ -317,24 +368,36 @@ class Progress:
             from rich import progress
             from rich.console import Console
 
-            columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
-                       "{task.fields[numbers]}", progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+            columns = (
+                "{task.description}",
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                "{task.fields[numbers]}",
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+            )
             self._bar = progress.Progress(*columns, console=Console(file=self._file))
             self._task = self._bar.add_task(self._title, total=total, completed=start, numbers="")
             self._bar.start()
 
     def update(self, step: int, **fields) -> None:
         """Shows that `step` steps are done, and the fields (numbers or strings) beside it."""
-        numbers = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                            for key, value in fields.items())
+        numbers = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in fields.items()
+        )
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif self._primary and (now - self._shown >= self._interval or step >= self._total):
             self._shown = now
             left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
-            print(f"{self._title}  {step}/{self._total}  {numbers}  elapsed {_hms(now - self._began)}  "
-                  f"left {_hms(left) if step > self._start else '?'}", file=self._file, flush=True)
+            print(
+                f"{self._title}  {step}/{self._total}  {numbers}  elapsed {_hms(now - self._began)}  "
+                f"left {_hms(left) if step > self._start else '?'}",
+                file=self._file,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -375,8 +438,11 @@ class Clock:
         thread, self_ref = threading.get_ident(), weakref.ref(self)
 
         def listen(event: str, seconds: float, **_) -> None:
-            if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == thread and (
-                    clock := self_ref()):
+            if (
+                event == "/jax/core/compile/backend_compile_duration"
+                and threading.get_ident() == thread
+                and (clock := self_ref())
+            ):
                 clock._spend("compile", seconds)
                 clock._inner[-1] += seconds
 
@@ -402,15 +468,20 @@ class Clock:
         """Seconds of each phase, longest first, then `other` (open phases too) and `total`, their sum."""
         total = self._now() - self._began
         phases = dict(sorted(self._seconds.items(), key=lambda item: -item[1]))
-        return phases | {"other": total - sum(phases.values()) + phases.get("other", 0.0), "total": total}
+        return phases | {
+            "other": total - sum(phases.values()) + phases.get("other", 0.0),
+            "total": total,
+        }
 
     def table(self) -> str:
         """The report as text, with per cent of the wall time."""
         report = self.report()
         share = 100 / report["total"] if report["total"] else 0.0
         width = max(map(len, report))
-        return "\n".join(f"{phase:<{width}} {seconds:10.1f} s {seconds * share:6.1f} %"
-                         for phase, seconds in report.items())
+        return "\n".join(
+            f"{phase:<{width}} {seconds:10.1f} s {seconds * share:6.1f} %"
+            for phase, seconds in report.items()
+        )
 
 
 # ---------------------------------------------------------------------------- stopping in time
@@ -427,21 +498,41 @@ class Health:
     """
 
     finite: tuple[str, ...] | None = ("loss", "grad_norm")  # may not be nan or inf, not even once
-    min_length: Annotated[float | None, "[0, inf)"] = 1.0  # tokens: completion_len may not start at this or below
-    max_unfinished: Annotated[float | None, "[0, 1]"] = 1.0  # 1 - eos_rate may not be this or more from the start
-    min_length_fraction: Annotated[float | None, "[0, inf)"] = 0.1  # completion_len may not fall below this part of its reference
-    min_eos_rate: Annotated[float | None, "[0, 1]"] = 0.02  # eos_rate may not fall to this, once it was above 0.5
-    teacher_floor: Annotated[float | None, "[0, 1]"] = 0.5  # the teacher's own accuracy: nor below this part of its first value
-    teacher_entropy_rise: Annotated[float | None, "[0, inf)"] = 1.0  # teacher_entropy: nor more nats above its reference
-    teacher_topk_fraction: Annotated[float | None, "[0, 1]"] = 0.5  # teacher_topk_mass: nor below this part of its reference
+    min_length: Annotated[float | None, "[0, inf)"] = (
+        1.0  # tokens: completion_len may not start at this or below
+    )
+    max_unfinished: Annotated[float | None, "[0, 1]"] = (
+        1.0  # 1 - eos_rate may not be this or more from the start
+    )
+    min_length_fraction: Annotated[float | None, "[0, inf)"] = (
+        0.1  # completion_len may not fall below this part of its reference
+    )
+    min_eos_rate: Annotated[float | None, "[0, 1]"] = (
+        0.02  # eos_rate may not fall to this, once it was above 0.5
+    )
+    teacher_floor: Annotated[float | None, "[0, 1]"] = (
+        0.5  # the teacher's own accuracy: nor below this part of its first value
+    )
+    teacher_entropy_rise: Annotated[float | None, "[0, inf)"] = (
+        1.0  # teacher_entropy: nor more nats above its reference
+    )
+    teacher_topk_fraction: Annotated[float | None, "[0, 1]"] = (
+        0.5  # teacher_topk_mass: nor below this part of its reference
+    )
     patience: Annotated[int, "[1, inf)"] = 5
     reference_checks: Annotated[int, "[1, inf)"] = 5
 
     def __post_init__(self):
         if min(self.patience, self.reference_checks) < 1:
-            raise ValueError(f"patience={self.patience}, reference_checks={self.reference_checks}: need >= 1")
-        self._first: dict[tuple[str, str], list[float]] = {}  # watch and metric -> values at the start
-        self._bad: dict[tuple[str, str], int] = {}  # watch and metric -> bad checks one after the other
+            raise ValueError(
+                f"patience={self.patience}, reference_checks={self.reference_checks}: need >= 1"
+            )
+        self._first: dict[
+            tuple[str, str], list[float]
+        ] = {}  # watch and metric -> values at the start
+        self._bad: dict[
+            tuple[str, str], int
+        ] = {}  # watch and metric -> bad checks one after the other
         self._ended = False  # completions did end, once
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -459,7 +550,9 @@ class Health:
         problems = [
             f"{key} is {metrics[key]}. Go back to an earlier checkpoint with a lower optim.lr or a gradient "
             "clip, and look at the batch of this step"
-            for key in self.finite or () if key in values and not math.isfinite(values[key])]
+            for key in self.finite or ()
+            if key in values and not math.isfinite(values[key])
+        ]
 
         def watch(name, key, bad, message, checks=self.reference_checks, patience=self.patience):
             value, limit = values.get(key, math.nan), getattr(self, name)
@@ -469,39 +562,74 @@ class Health:
             if len(first) < checks:
                 first.append(value)
             usual = sum(first) / len(first)
-            self._bad[name, key] = self._bad.get((name, key), 0) + 1 if bad(value, limit, usual) else 0
+            self._bad[name, key] = (
+                self._bad.get((name, key), 0) + 1 if bad(value, limit, usual) else 0
+            )
             if self._bad[name, key] >= patience:
-                problems.append(message.format(key=key, value=value, usual=usual) + f" (health.{name}=0 to go on)")
+                problems.append(
+                    message.format(key=key, value=value, usual=usual)
+                    + f" (health.{name}=0 to go on)"
+                )
 
         self._ended |= values.get("eos_rate", 0.0) > 0.5
-        watch("min_length", "completion_len", lambda value, low, usual: max(value, usual) <= low,
-              "completions are empty from the start: completion_len is {value:.3g}, in spite of rollout.empty_retries. The "
-              "model ends its answers at once: do its weights (init_from) and the tokenizer belong together, and is it "
-              "trained for these prompts?")
-        watch("max_unfinished", "eos_rate", lambda value, high, _: not self._ended and 1 - value >= high,
-              "completions never end within the budget: eos_rate is {value:.3g}, and was never above 0.5. Raise "
-              "rollout.max_new_tokens, or lower rollout.temperature; if the texts in samples/ make no sense, weights "
-              "(init_from) and tokenizer do not belong together",
-              patience=self.reference_checks + self.patience)  # a short budget and a young model look alike at first
-        watch("min_length_fraction", "completion_len", lambda value, part, usual: value < part * usual,
-              "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower optim.lr or take a "
-              "fixed teacher, unless short answers are right")
-        watch("min_eos_rate", "eos_rate", lambda value, low, _: self._ended and value <= low,
-              "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. Take a fixed or ema "
-              "teacher instead of self, or lower optim.lr")
+        watch(
+            "min_length",
+            "completion_len",
+            lambda value, low, usual: max(value, usual) <= low,
+            "completions are empty from the start: completion_len is {value:.3g}, in spite of rollout.empty_retries. The "
+            "model ends its answers at once: do its weights (init_from) and the tokenizer belong together, and is it "
+            "trained for these prompts?",
+        )
+        watch(
+            "max_unfinished",
+            "eos_rate",
+            lambda value, high, _: not self._ended and 1 - value >= high,
+            "completions never end within the budget: eos_rate is {value:.3g}, and was never above 0.5. Raise "
+            "rollout.max_new_tokens, or lower rollout.temperature; if the texts in samples/ make no sense, weights "
+            "(init_from) and tokenizer do not belong together",
+            patience=self.reference_checks + self.patience,
+        )  # a short budget and a young model look alike at first
+        watch(
+            "min_length_fraction",
+            "completion_len",
+            lambda value, part, usual: value < part * usual,
+            "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower optim.lr or take a "
+            "fixed teacher, unless short answers are right",
+        )
+        watch(
+            "min_eos_rate",
+            "eos_rate",
+            lambda value, low, _: self._ended and value <= low,
+            "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. Take a fixed or ema "
+            "teacher instead of self, or lower optim.lr",
+        )
         # A student forgets how to read the visual thoughts; a teacher that is its average forgets with it.
         for key in values:
             if key.startswith("eval/") and key.endswith("/teacher"):
-                watch("teacher_floor", key, lambda value, part, start: value < part * start,
-                      "the teacher's own accuracy {key} fell to {value:.3f}, from {usual:.3f} at the start: what it teaches "
-                      "is no longer right. Go back to an earlier checkpoint with a fixed teacher, a slower EMA or a lower "
-                      "optim.lr", checks=1, patience=1)
-        watch("teacher_entropy_rise", "teacher_entropy", lambda value, rise, usual: value > usual + rise,
-              "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at the start. Take a "
-              "fixed teacher or a slower EMA")
-        watch("teacher_topk_fraction", "teacher_topk_mass", lambda value, part, usual: value < part * usual,
-              "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} at the start. Raise "
-              "top-k or take a fixed teacher")
+                watch(
+                    "teacher_floor",
+                    key,
+                    lambda value, part, start: value < part * start,
+                    "the teacher's own accuracy {key} fell to {value:.3f}, from {usual:.3f} at the start: what it teaches "
+                    "is no longer right. Go back to an earlier checkpoint with a fixed teacher, a slower EMA or a lower "
+                    "optim.lr",
+                    checks=1,
+                    patience=1,
+                )
+        watch(
+            "teacher_entropy_rise",
+            "teacher_entropy",
+            lambda value, rise, usual: value > usual + rise,
+            "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at the start. Take a "
+            "fixed teacher or a slower EMA",
+        )
+        watch(
+            "teacher_topk_fraction",
+            "teacher_topk_mass",
+            lambda value, part, usual: value < part * usual,
+            "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} at the start. Raise "
+            "top-k or take a fixed teacher",
+        )
         return problems
 
 
@@ -532,12 +660,18 @@ class CompileGuard:
         """`{"compiles": of all, "compiles/<name>": of each}`, for the metrics. Raises TooManyCompiles."""
         counts = {name: jitted._cache_size() for name, (jitted, _) in self._watched.items()}
         if over := [name for name, count in counts.items() if count > self._watched[name][1]]:
-            each = ", ".join(f"{name} {counts[name]} times, limit {self._watched[name][1]}" for name in over)
+            each = ", ".join(
+                f"{name} {counts[name]} times, limit {self._watched[name][1]}" for name in over
+            )
             raise TooManyCompiles(
                 f"compiled too often: {each}. The arguments change in shape, dtype, weak type, sharding, "
                 "static value, or between host and device. JAX_EXPLAIN_CACHE_MISSES=1 shows which: pad them "
-                "to the buckets and place them alike, or allow more buckets")
-        return {"compiles": sum(counts.values()), **{f"compiles/{name}": n for name, n in counts.items()}}
+                "to the buckets and place them alike, or allow more buckets"
+            )
+        return {
+            "compiles": sum(counts.values()),
+            **{f"compiles/{name}": n for name, n in counts.items()},
+        }
 
 
 # ---------------------------------------------------------------------------- curves
@@ -557,17 +691,28 @@ def plot_curves(metrics_jsonl, out_png) -> None:
     if not rows:
         raise ValueError(f"{metrics_jsonl} holds no rows: nothing to draw yet")
     names = sorted({key for row in rows for key in row})
-    panels = {"loss": [name for name in ("loss", "jsd", "ce") if name in names],
-              "completion length (tokens)": [name for name in names if name == "completion_len"],
-              "entropy (nats)": [name for name in ("student_entropy", "teacher_entropy") if name in names],
-              "accuracy": [name for name in names if name.startswith("eval/")]}
+    panels = {
+        "loss": [name for name in ("loss", "jsd", "ce") if name in names],
+        "completion length (tokens)": [name for name in names if name == "completion_len"],
+        "entropy (nats)": [
+            name for name in ("student_entropy", "teacher_entropy") if name in names
+        ],
+        "accuracy": [name for name in names if name.startswith("eval/")],
+    }
     figure = Figure(figsize=(11, 7), layout="constrained")
     for (title, keys), axes in zip(panels.items(), figure.subplots(2, 2).flat):
         for key in keys:
             for stage in dict.fromkeys(row["stage"] for row in rows if row.get(key) is not None):
-                points = [(row["step"], row[key]) for row in rows
-                          if row["stage"] == stage and row.get(key) is not None]
-                axes.plot(*zip(*points), marker="." if len(points) < 50 else None, label=f"{key} ({stage})")
+                points = [
+                    (row["step"], row[key])
+                    for row in rows
+                    if row["stage"] == stage and row.get(key) is not None
+                ]
+                axes.plot(
+                    *zip(*points),
+                    marker="." if len(points) < 50 else None,
+                    label=f"{key} ({stage})",
+                )
         axes.set(title=title, xlabel="step", ylim=(-0.02, 1.02) if title == "accuracy" else None)
         axes.grid(alpha=0.3)
         if keys:

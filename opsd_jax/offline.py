@@ -33,7 +33,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import checkpoint, context as context_lib
-from opsd_jax import data, distill, divergence, files, json_files, metrics, params as params_lib, sharding
+from opsd_jax import (
+    data,
+    distill,
+    divergence,
+    files,
+    json_files,
+    metrics,
+    params as params_lib,
+    sharding,
+)
 from opsd_jax.model import bagel
 
 FORMAT = 1  # raise it when the files above, or what is in them, change
@@ -49,8 +58,11 @@ class MissingRow(LookupError):
     """A row to train on has no cached teacher."""
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["traces", "labels", "log_probs", "indices", "weights"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["traces", "labels", "log_probs", "indices", "weights"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Cached:
     """Text traces with what the teacher made of them.
@@ -69,6 +81,7 @@ class Cached:
 
 # --- the loss --------------------------------------------------------------------------------------------------
 
+
 def cached_kl(logits, log_probs, indices, temperature: float):
     """T^2 KL(teacher || student) of each token, float32 [...].
 
@@ -81,8 +94,10 @@ def cached_kl(logits, log_probs, indices, temperature: float):
     """
     scaled = logits.astype(jnp.float32) / temperature
     log_t = jax.nn.log_softmax(log_probs.astype(jnp.float32) / temperature, axis=-1)
-    log_s = jnp.take_along_axis(scaled, indices, axis=-1) - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    return temperature ** 2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+    log_s = jnp.take_along_axis(scaled, indices, axis=-1) - jax.nn.logsumexp(
+        scaled, axis=-1, keepdims=True
+    )
+    return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
 
 
 def shares(weights, used):
@@ -94,7 +109,11 @@ def shares(weights, used):
     weights, even = weights.astype(jnp.float32) * used, used.astype(jnp.float32)
     total = jnp.sum(weights, axis=1, keepdims=True)
     chosen = jnp.where(total > 0, weights, even)
-    return chosen / jnp.maximum(jnp.sum(chosen, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny) / used.shape[0]
+    return (
+        chosen
+        / jnp.maximum(jnp.sum(chosen, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        / used.shape[0]
+    )
 
 
 def step(state, batch: Cached, *, config: distill.DistillConfig):
@@ -115,11 +134,16 @@ def step(state, batch: Cached, *, config: distill.DistillConfig):
         def piece(head, hidden, labels, log_probs, indices):
             logits = divergence.project(hidden, head)
             hit = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-            return (divergence.cross_entropy(logits, labels), hit,
-                    cached_kl(logits, log_probs, indices, config.cached_temperature))
+            return (
+                divergence.cross_entropy(logits, labels),
+                hit,
+                cached_kl(logits, log_probs, indices, config.cached_temperature),
+            )
 
         inputs = _target_states(params, traces, config.model), traces.labels, log_probs, indices
-        ce, correct, kl = divergence.over_chunks(piece, params["llm"]["head"], inputs, config.divergence.chunk)
+        ce, correct, kl = divergence.over_chunks(
+            piece, params["llm"]["head"], inputs, config.divergence.chunk
+        )
         ce, kl = jnp.sum(ce * weights), jnp.sum(kl * share)
         value = ce + config.cached_weight * kl
         return value, {"loss": value, "ce": ce, "kl": kl, "correct": jnp.sum(correct * traces.mask)}
@@ -128,10 +152,15 @@ def step(state, batch: Cached, *, config: distill.DistillConfig):
     grads, found = distill._accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = distill.apply_gradients(state, grads, config)
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
-    return state, {"loss": found["loss"], "ce": found["ce"], "kl": found["kl"],
-                   "cache_used": jnp.sum(used, dtype=jnp.float32) / jnp.maximum(targets, 1),
-                   "accuracy": found["correct"] / jnp.maximum(targets, 1),
-                   "completion_len": targets / traces.mask.shape[0], **step_metrics}
+    return state, {
+        "loss": found["loss"],
+        "ce": found["ce"],
+        "kl": found["kl"],
+        "cache_used": jnp.sum(used, dtype=jnp.float32) / jnp.maximum(targets, 1),
+        "accuracy": found["correct"] / jnp.maximum(targets, 1),
+        "completion_len": targets / traces.mask.shape[0],
+        **step_metrics,
+    }
 
 
 def _target_states(params, traces, model):
@@ -141,6 +170,7 @@ def _target_states(params, traces, model):
 
 
 # --- what is cached --------------------------------------------------------------------------------------------
+
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "chunk"))
@@ -156,7 +186,9 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
     def piece(head, *pair):
         log_t, log_s = (jax.nn.log_softmax(divergence.project(x, head)) for x in pair)
         log_probs, indices = jax.lax.top_k(log_t, top_k)
-        kl = jnp.maximum(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0)  # rounding may go below
+        kl = jnp.maximum(
+            jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0
+        )  # rounding may go below
         return log_probs.astype(jnp.float16), indices.astype(jnp.int32), kl.astype(jnp.float16)
 
     return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
@@ -170,11 +202,22 @@ def fingerprint(params) -> str:
 def key(params, config, rows) -> dict:
     """What cached outputs depend on. Not the temperature: it is applied when training."""
     part = checkpoint.config_to_json(config)
-    return {"format": FORMAT, "teacher": fingerprint(params), "top_k": kept_entries(config), "model": part["model"],
-            "lora": part["lora"], "prompts": part["prompts"], "images": part["images"],
-            "buckets": part["data"]["buckets"],
-            "rows": {task: [str(source.split), len(source), digest]
-                     for task, source, digest in zip(config.data.tasks, rows.sources, rows.digests, strict=True)}}
+    return {
+        "format": FORMAT,
+        "teacher": fingerprint(params),
+        "top_k": kept_entries(config),
+        "model": part["model"],
+        "lora": part["lora"],
+        "prompts": part["prompts"],
+        "images": part["images"],
+        "buckets": part["data"]["buckets"],
+        "rows": {
+            task: [str(source.split), len(source), digest]
+            for task, source, digest in zip(
+                config.data.tasks, rows.sources, rows.digests, strict=True
+            )
+        },
+    }
 
 
 def kept_entries(config) -> int:
@@ -184,8 +227,14 @@ def kept_entries(config) -> int:
 
 def record_type(top_k: int) -> np.dtype:
     """What is stored of a target."""
-    return np.dtype([("label", np.int32), ("weight", np.float16), ("log_probs", np.float16, (top_k,)),
-                     ("indices", np.int32, (top_k,))])
+    return np.dtype(
+        [
+            ("label", np.int32),
+            ("weight", np.float16),
+            ("log_probs", np.float16, (top_k,)),
+            ("indices", np.int32, (top_k,)),
+        ]
+    )
 
 
 class Cache:
@@ -197,15 +246,19 @@ class Cache:
     def __init__(self, folder: str, facts: dict):
         facts = json.loads(json.dumps(facts))
         self.folder, self.top_k = folder, facts["top_k"]
-        self.digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(
+            json.dumps(facts, sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
         self._open, self._lock = {}, threading.Lock()
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
             was = json_files.read(path, fix=f"delete {folder}, and it is collected anew")
             if was != facts:
-                raise WrongCache(f"{folder} holds the outputs of another teacher or of other settings:\n"
-                                 + "\n".join(_differences(was, facts))
-                                 + "\nUse those, another --workdir, or delete the folder: it is then collected anew")
+                raise WrongCache(
+                    f"{folder} holds the outputs of another teacher or of other settings:\n"
+                    + "\n".join(_differences(was, facts))
+                    + "\nUse those, another --workdir, or delete the folder: it is then collected anew"
+                )
         elif jax.process_index() == 0:
             files.write_json(path, facts)
 
@@ -216,7 +269,9 @@ class Cache:
     def write(self, task: str, row: int, found: dict) -> None:
         """Writes the file of `row`. found: {(row, pid): array of `record_type`}."""
         with files.replacing(self.path(task, row)) as f:
-            np.savez(f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()})
+            np.savez(
+                f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()}
+            )
 
     def __call__(self, task: str, row: int, pid: str, labels) -> np.ndarray:
         """The stored targets of a row, [tokens of `record_type`]. MissingRow, or WrongCache if they are of another
@@ -231,17 +286,25 @@ class Cache:
                     self._open[path] = np.load(path, allow_pickle=False)
                 shard = self._open[path]
                 if shard["key"] != self.digest:
-                    raise WrongCache(f"{path} belongs to another cache than key.json beside it: {again}")
+                    raise WrongCache(
+                        f"{path} belongs to another cache than key.json beside it: {again}"
+                    )
                 if name not in shard.files:
-                    raise MissingRow(f"{path} has no teacher for row {row}, pid {pid}, of {task}: {again}")
+                    raise MissingRow(
+                        f"{path} has no teacher for row {row}, pid {pid}, of {task}: {again}"
+                    )
                 found = shard[name]
             except FileNotFoundError as error:
-                raise MissingRow(f"{path}, with the teacher for row {row}, pid {pid}, of {task}, is not there: start "
-                                 "again, which collects it anew") from error
+                raise MissingRow(
+                    f"{path}, with the teacher for row {row}, pid {pid}, of {task}, is not there: start "
+                    "again, which collects it anew"
+                ) from error
             except (zipfile.BadZipFile, EOFError, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error}): {again}") from error
         if found.dtype != record_type(self.top_k) or not np.array_equal(found["label"], labels):
-            raise WrongCache(f"{path} was made for another trace of row {row}, pid {pid}, of {task}: {again}")
+            raise WrongCache(
+                f"{path} was made for another trace of row {row}, pid {pid}, of {task}: {again}"
+            )
         return found
 
 
@@ -254,8 +317,16 @@ def _differences(was, now, name=""):
         yield f"  {name}: there {was}, now {now}"
 
 
-def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, mesh, *,
-            before_batch=lambda: None) -> Cache:
+def collect(
+    params,
+    config,
+    workdir: str,
+    rows: data.Rows,
+    packer: data.Packer,
+    mesh,
+    *,
+    before_batch=lambda: None,
+) -> Cache:
     """The teacher's outputs on all training rows, in <workdir>/teacher_cache; what is there already stays.
 
     Args:
@@ -263,15 +334,30 @@ def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, 
       before_batch: called before each batch, such as `checkpoint.Flag.check`. If it raises, the next call goes on.
     """
     cache = Cache(os.path.join(workdir, "teacher_cache"), key(params, config, rows))
-    shards = [(source, first) for source, held in enumerate(rows.sources) for first in range(0, len(held), SHARD)]
-    missing = [(source, first) for source, first in shards
-               if not os.path.exists(cache.path(config.data.tasks[source], first))]
+    shards = [
+        (source, first)
+        for source, held in enumerate(rows.sources)
+        for first in range(0, len(held), SHARD)
+    ]
+    missing = [
+        (source, first)
+        for source, first in shards
+        if not os.path.exists(cache.path(config.data.tasks[source], first))
+    ]
     _meet("listed")  # before the first process writes what others would not miss any more
     one_bucket = len(packer.buckets.trace) == 1 and config.data.on_too_long == "fail"
     size = config.offline.batch_size // config.offline.accumulation
     primary = jax.process_index() == 0
-    with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool, metrics.Progress(
-            len(shards), "teacher cache", "collect", start=len(shards) - len(missing), primary=primary) as progress:
+    with (
+        concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool,
+        metrics.Progress(
+            len(shards),
+            "teacher cache",
+            "collect",
+            start=len(shards) - len(missing),
+            primary=primary,
+        ) as progress,
+    ):
         for done, (source, first) in enumerate(missing, len(shards) - len(missing) + 1):
             numbers = range(first, min(first + SHARD, len(rows.sources[source])))
             prepared = dict(zip(numbers, pool.map(functools.partial(rows, source), numbers)))
@@ -282,7 +368,7 @@ def collect(params, config, workdir: str, rows: data.Rows, packer: data.Packer, 
             for bucket, members in sorted(groups.items()):
                 for at in range(0, len(members), size):
                     before_batch()
-                    batch = members[at:at + size]
+                    batch = members[at : at + size]
                     batch += batch[-1:] * (size - len(batch))
                     found |= _outputs(params, prepared, batch, bucket, config, packer, mesh)
             if primary:
@@ -301,20 +387,33 @@ def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     shown, top_k = [prepared[n] for n in mine], kept_entries(config)
     both = [packer.traces(shown, [layout] * len(shown), bucket) for layout in ("reference", "text")]
     teacher, student, placed = sharding.put_batch(mesh, (*both, np.asarray(mine, np.int32)))
-    values = teacher_outputs(params, teacher, student, config=settings.model(config), top_k=top_k,
-                             chunk=config.divergence.chunk)
+    values = teacher_outputs(
+        params,
+        teacher,
+        student,
+        config=settings.model(config),
+        top_k=top_k,
+        chunk=config.divergence.chunk,
+    )
     log_probs, indices, weights, labels, mask, placed = sharding.fetch(
-        (*values, student.labels, student.mask, placed))
+        (*values, student.labels, student.mask, placed)
+    )
     found = {}
     for b, n in enumerate(placed.tolist()):
         pid, real = prepared[n].example.pid, mask[b]
         record = np.zeros(real.sum(), record_type(top_k))
-        for name, array in (("label", labels), ("weight", weights), ("log_probs", log_probs), ("indices", indices)):
+        for name, array in (
+            ("label", labels),
+            ("weight", weights),
+            ("log_probs", log_probs),
+            ("indices", indices),
+        ):
             record[name] = array[b][real]
         if not (np.isfinite(record["log_probs"]).all() and np.isfinite(record["weight"]).all()):
             raise FloatingPointError(
                 f"the teacher's log-probabilities of row {pid} are not finite: the weights that the stage starts with "
-                "are damaged, or config.model.dtype is too narrow for them")
+                "are damaged, or config.model.dtype is too narrow for them"
+            )
         found[n, pid] = record
     return found
 
@@ -342,6 +441,11 @@ class Batches(data.Batches):
         found["label"] = -1
         for b, ((source, n), row) in enumerate(zip(pairs, rows)):
             labels = traces.labels[b][traces.mask[b]]
-            found[b, :len(labels)] = self.cache(self.config.data.tasks[source], n, row.example.pid, labels)
-        parts = [np.ascontiguousarray(found[name]) for name in ("label", "log_probs", "indices", "weight")]
+            found[b, : len(labels)] = self.cache(
+                self.config.data.tasks[source], n, row.example.pid, labels
+            )
+        parts = [
+            np.ascontiguousarray(found[name])
+            for name in ("label", "log_probs", "indices", "weight")
+        ]
         return Cached(traces, *parts), rows

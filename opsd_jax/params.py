@@ -15,7 +15,15 @@ import re
 import jax
 import jax.numpy as jnp
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of a decoder layer that can have adapters
+LORA_TARGETS = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "gate",
+    "up",
+    "down",
+)  # matrices of a decoder layer that can have adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +52,19 @@ class Fact:
 
     def theirs(self, array):
         """Inverse of `ours`."""
-        return array if self.order is None else array.transpose([self.order.index(n) for n in range(array.ndim)])
+        return (
+            array
+            if self.order is None
+            else array.transpose([self.order.index(n) for n in range(array.ndim)])
+        )
 
     def their_shape(self, shape) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor for our shape (of one layer)."""
-        return tuple(shape) if self.order is None else tuple(shape[self.order.index(n)] for n in range(len(shape)))
+        return (
+            tuple(shape)
+            if self.order is None
+            else tuple(shape[self.order.index(n)] for n in range(len(shape)))
+        )
 
 
 def _linear(path, name, axes, group, bias=True):
@@ -64,13 +80,31 @@ def _expert(expert, group):
     theirs = "language_model.model.layers.{layer}"
     rows = []
     for letter, axis in (("q", "heads"), ("k", "kv"), ("v", "kv")):
-        rows += _linear(f"{ours}/{letter}", f"{theirs}.self_attn.{letter}_proj{gen}", ("layers", "embed", axis), group)
-    rows += _linear(f"{ours}/o", f"{theirs}.self_attn.o_proj{gen}", ("layers", "heads", "embed"), group, bias=False)
-    for word, axes in (("gate", ("layers", "embed", "mlp")), ("up", ("layers", "embed", "mlp")),
-                       ("down", ("layers", "mlp", "embed"))):
+        rows += _linear(
+            f"{ours}/{letter}",
+            f"{theirs}.self_attn.{letter}_proj{gen}",
+            ("layers", "embed", axis),
+            group,
+        )
+    rows += _linear(
+        f"{ours}/o",
+        f"{theirs}.self_attn.o_proj{gen}",
+        ("layers", "heads", "embed"),
+        group,
+        bias=False,
+    )
+    for word, axes in (
+        ("gate", ("layers", "embed", "mlp")),
+        ("up", ("layers", "embed", "mlp")),
+        ("down", ("layers", "mlp", "embed")),
+    ):
         rows += _linear(f"{ours}/{word}", f"{theirs}.mlp{gen}.{word}_proj", axes, group, bias=False)
-    for path, name in (("q_norm", f"self_attn.q_norm{gen}"), ("k_norm", f"self_attn.k_norm{gen}"),
-                       ("input_norm", f"input_layernorm{gen}"), ("post_norm", f"post_attention_layernorm{gen}")):
+    for path, name in (
+        ("q_norm", f"self_attn.q_norm{gen}"),
+        ("k_norm", f"self_attn.k_norm{gen}"),
+        ("input_norm", f"input_layernorm{gen}"),
+        ("post_norm", f"post_attention_layernorm{gen}"),
+    ):
         rows.append(Fact(f"{ours}/{path}", ("layers", None), group, f"{theirs}.{name}.weight"))
     return rows
 
@@ -78,37 +112,58 @@ def _expert(expert, group):
 def _vit():
     base, layer = "vit_model.vision_model", "vit_model.vision_model.encoder.layers.{layer}"
     rows = _linear("vit/patch", f"{base}.embeddings.patch_embedding", (None, "vit_embed"), "vit")
-    rows.append(Fact("vit/position", (None, "vit_embed"), "vit", f"{base}.embeddings.position_embedding.weight"))
-    for ours, theirs, axes in (("q", "self_attn.q_proj", ("vit_embed", "vit_heads")),
-                               ("k", "self_attn.k_proj", ("vit_embed", "vit_heads")),
-                               ("v", "self_attn.v_proj", ("vit_embed", "vit_heads")),
-                               ("o", "self_attn.out_proj", ("vit_heads", "vit_embed")),
-                               ("fc1", "mlp.fc1", ("vit_embed", "vit_mlp")),
-                               ("fc2", "mlp.fc2", ("vit_mlp", "vit_embed"))):
+    rows.append(
+        Fact(
+            "vit/position",
+            (None, "vit_embed"),
+            "vit",
+            f"{base}.embeddings.position_embedding.weight",
+        )
+    )
+    for ours, theirs, axes in (
+        ("q", "self_attn.q_proj", ("vit_embed", "vit_heads")),
+        ("k", "self_attn.k_proj", ("vit_embed", "vit_heads")),
+        ("v", "self_attn.v_proj", ("vit_embed", "vit_heads")),
+        ("o", "self_attn.out_proj", ("vit_heads", "vit_embed")),
+        ("fc1", "mlp.fc1", ("vit_embed", "vit_mlp")),
+        ("fc2", "mlp.fc2", ("vit_mlp", "vit_embed")),
+    ):
         rows += _linear(f"vit/layers/{ours}", f"{layer}.{theirs}", ("layers", *axes), "vit")
-    norms = [("vit/layers/norm1", f"{layer}.layer_norm1", ("layers", None)),
-             ("vit/layers/norm2", f"{layer}.layer_norm2", ("layers", None)),
-             ("vit/post_norm", f"{base}.post_layernorm", (None,))]
+    norms = [
+        ("vit/layers/norm1", f"{layer}.layer_norm1", ("layers", None)),
+        ("vit/layers/norm2", f"{layer}.layer_norm2", ("layers", None)),
+        ("vit/post_norm", f"{base}.post_layernorm", (None,)),
+    ]
     for ours, theirs, axes in norms:
-        rows += [Fact(f"{ours}_scale", axes, "vit", f"{theirs}.weight"), Fact(f"{ours}_bias", axes, "vit", f"{theirs}.bias")]
+        rows += [
+            Fact(f"{ours}_scale", axes, "vit", f"{theirs}.weight"),
+            Fact(f"{ours}_bias", axes, "vit", f"{theirs}.bias"),
+        ]
     return rows
 
 
-TABLE = {fact.path: fact for fact in [
-    Fact("llm/embed", ("vocab", "embed"), "embed", "language_model.model.embed_tokens.weight"),
-    Fact("llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", order=(1, 0)),
-    Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
-    Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
-    *_expert("und", "und"), *_expert("gen", "gen"), *_vit(),
-    *_linear("connector/fc1", "connector.fc1", (None, "embed"), "connector"),
-    *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
-    Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
-    *_linear("latent/time_fc1", "time_embedder.mlp.0", (None, "embed"), "latent"),
-    *_linear("latent/time_fc2", "time_embedder.mlp.2", (None, "embed"), "latent"),
-    *_linear("latent/in", "vae2llm", (None, "embed"), "latent"),
-    *_linear("latent/out", "llm2vae", ("embed", None), "latent"),
-    Fact("latent/position_table", (None, "embed"), "fixed", "latent_pos_embed.pos_embed"),
-]}
+TABLE = {
+    fact.path: fact
+    for fact in [
+        Fact("llm/embed", ("vocab", "embed"), "embed", "language_model.model.embed_tokens.weight"),
+        Fact(
+            "llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", order=(1, 0)
+        ),
+        Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
+        Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
+        *_expert("und", "und"),
+        *_expert("gen", "gen"),
+        *_vit(),
+        *_linear("connector/fc1", "connector.fc1", (None, "embed"), "connector"),
+        *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
+        Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
+        *_linear("latent/time_fc1", "time_embedder.mlp.0", (None, "embed"), "latent"),
+        *_linear("latent/time_fc2", "time_embedder.mlp.2", (None, "embed"), "latent"),
+        *_linear("latent/in", "vae2llm", (None, "embed"), "latent"),
+        *_linear("latent/out", "llm2vae", ("embed", None), "latent"),
+        Fact("latent/position_table", (None, "embed"), "fixed", "latent_pos_embed.pos_embed"),
+    ]
+}
 
 GROUPS = ("embed", "und", "gen", "vit", "connector", "latent", "vae", "fixed", "lora")
 DRAWING = ("gen", "latent")  # trained only where something is drawn
@@ -116,7 +171,10 @@ DRAWING = ("gen", "latent")  # trained only where something is drawn
 
 def flatten(tree) -> dict:
     """Nested dict -> {"a/b/c": leaf}."""
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def unflatten(flat: dict) -> dict:
@@ -135,7 +193,8 @@ def unflatten(flat: dict) -> dict:
 # vae/encoder/down_0_block_1/conv1_kernel is encoder.down.0.block.1.conv1.weight of ae.safetensors.
 _VAE_PATH = re.compile(
     r"vae/(?P<side>encoder|decoder)/((?P<level>(down|up)_\d+|mid)_(?P<block>(block|attn)_\d+|downsample|upsample)/)?"
-    r"(?P<module>\w+)_(?P<kind>kernel|bias|scale)")
+    r"(?P<module>\w+)_(?P<kind>kernel|bias|scale)"
+)
 
 
 def _vae_fact(path):
@@ -155,7 +214,9 @@ def _vae_fact(path):
 
 # The factors of an adapter lie like the matrix they are beside: a [L, in, r] is cut as its input, b [L, r, out] as its
 # output. "llm/layers/und/q_lora_a" is beside "llm/layers/und/q_kernel".
-_LORA_PATH = re.compile(rf"(?P<matrix>llm/layers/und/({'|'.join(LORA_TARGETS)}))_lora_(?P<factor>[ab])")
+_LORA_PATH = re.compile(
+    rf"(?P<matrix>llm/layers/und/({'|'.join(LORA_TARGETS)}))_lora_(?P<factor>[ab])"
+)
 
 
 def _lora_fact(path):
@@ -163,7 +224,9 @@ def _lora_fact(path):
     if not match:
         return None
     layers, into, out = TABLE[f"{match['matrix']}_kernel"].axes
-    return Fact(path, (layers, into, None) if match["factor"] == "a" else (layers, None, out), "lora", None)
+    return Fact(
+        path, (layers, into, None) if match["factor"] == "a" else (layers, None, out), "lora", None
+    )
 
 
 def find(path: str) -> Fact | None:
@@ -175,7 +238,9 @@ def fact(path: str) -> Fact:
     """The facts of a path. KeyError for a parameter that is not known here."""
     row = find(path)
     if row is None:
-        raise KeyError(f"parameter {path!r} has no row in opsd_jax/params.py: add its axes, group and checkpoint name")
+        raise KeyError(
+            f"parameter {path!r} has no row in opsd_jax/params.py: add its axes, group and checkpoint name"
+        )
     return row
 
 
@@ -189,13 +254,17 @@ def partition(params, freeze=(), *, drawing: bool = False):
     """
     unknown = set(freeze) - set(GROUPS)
     if unknown:
-        raise ValueError(f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}")
+        raise ValueError(
+            f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}"
+        )
     frozen_groups = {"fixed", "vae", *freeze, *(() if drawing else DRAWING)}
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
     adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
     if adapters and freeze:
-        raise ValueError(f"freeze={tuple(freeze)} with LoRA, which trains its adapters alone: leave freeze empty")
+        raise ValueError(
+            f"freeze={tuple(freeze)} with LoRA, which trains its adapters alone: leave freeze empty"
+        )
     trainable = adapters or trainable
     if not trainable:
         raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
@@ -228,9 +297,15 @@ def merge_lora(params, lora):
     flat = flatten(params)
     adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
     held = {path: leaf.shape[-1 if path.endswith("a") else -2] for path, leaf in adapters.items()}
-    wanted = {f"llm/layers/und/{target}_lora_{factor}": lora.rank for target in lora.targets for factor in "ab"}
+    wanted = {
+        f"llm/layers/und/{target}_lora_{factor}": lora.rank
+        for target in lora.targets
+        for factor in "ab"
+    }
     if held != wanted:
-        raise ValueError(f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}")
+        raise ValueError(
+            f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}"
+        )
     merged = {path: leaf for path, leaf in flat.items() if path not in adapters}
     for path, leaf in merged.items():
         pair = adapters_of(path)
@@ -259,11 +334,15 @@ def count(params) -> dict[str, int]:
 def _checksums(flat):
     """uint32 of each array: its bits, each times an odd number of its place, modulo 2^32. The order in which devices
     add makes no difference."""
+
     def one(x):
         bits, place = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), jnp.uint32(0)
         for axis in range(x.ndim):
-            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(
+                jnp.uint32, x.shape, axis
+            )
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
     return jax.tree.map(one, flat)
 
 
@@ -278,7 +357,9 @@ def fingerprint(params) -> str:
 def _released(path):
     row = fact(path)
     if row.name is None:
-        raise ValueError(f"{path} is an adapter, which released checkpoints do not know: merge_lora first")
+        raise ValueError(
+            f"{path} is an adapter, which released checkpoints do not know: merge_lora first"
+        )
     return row
 
 

@@ -8,7 +8,9 @@ import os
 import re
 import unicodedata
 
-_ADDRESS = re.compile(r"://|(?:^|/)[A-Za-z][A-Za-z0-9+.-]*:(?:/|$)")  # the second: what `os.path` makes of gs://b
+_ADDRESS = re.compile(
+    r"://|(?:^|/)[A-Za-z][A-Za-z0-9+.-]*:(?:/|$)"
+)  # the second: what `os.path` makes of gs://b
 _GLOB = "[]*?\\"  # Orbax and TensorStore treat them as patterns: arrays are written and never found again
 _REMOTE_ROOTS = ("gs", "s3", "az", "hf")  # epath, which Orbax and TFDS use, reads /gs/b as gs://b
 
@@ -26,23 +28,35 @@ def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
         return
     shown = f"{name}={path!r}"
     if _ADDRESS.search(path):
-        raise ValueError(f"{shown} is an address, not a folder of a mounted file system: mount the bucket, for example "
-                         "with gcsfuse, and give the mounted folder")
+        raise ValueError(
+            f"{shown} is an address, not a folder of a mounted file system: mount the bucket, for example "
+            "with gcsfuse, and give the mounted folder"
+        )
     if odd := [char for char in path if unicodedata.category(char) == "Cc"]:
-        raise ValueError(f"{shown} holds the character {odd[0]!r}: use a path of printable characters")
+        raise ValueError(
+            f"{shown} holds the character {odd[0]!r}: use a path of printable characters"
+        )
     if re.search("[\ud800-\udfff]", path):  # bytes that Python could not decode
-        raise ValueError(f"{shown} is no UTF-8, or the terminal's encoding is not: set a UTF-8 locale, such as LC_ALL=C.UTF-8")
+        raise ValueError(
+            f"{shown} is no UTF-8, or the terminal's encoding is not: set a UTF-8 locale, such as LC_ALL=C.UTF-8"
+        )
     if path[0] == "~":
-        raise ValueError(f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole path")
+        raise ValueError(
+            f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole path"
+        )
     place = os.path.realpath(path)  # the folder above counts as well, and where a link leads
     root, _, rest = place.lstrip("/").partition("/")
     if root in _REMOTE_ROOTS:
-        raise ValueError(f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket at "
-                         "another place")
+        raise ValueError(
+            f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket at "
+            "another place"
+        )
     if orbax and (found := sorted(set(place) & set(_GLOB))):
         whole = "" if place == path else f" (which is {place})"
-        raise ValueError(f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be read "
-                         f"again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them")
+        raise ValueError(
+            f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be read "
+            f"again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them"
+        )
 
 
 def check_given(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
@@ -58,6 +72,10 @@ def check_writable(name: str, folder: str | os.PathLike) -> None:
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
-        raise ValueError(f"{name}={os.fspath(folder)}: {there} is no folder: give another path, or move that file away")
+        raise ValueError(
+            f"{name}={os.fspath(folder)}: {there} is no folder: give another path, or move that file away"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={os.fspath(folder)}: no permission to write in {there}: give another path")
+        raise ValueError(
+            f"{name}={os.fspath(folder)}: no permission to write in {there}: give another path"
+        )

@@ -113,11 +113,13 @@ def page(title: str, *parts: str) -> str:
         if number > 1:
             other = re.sub(r'((?:id|for|name)="|href="#)s(?=[-\d])', rf"\g<1>s{number}_", other)
         first += '<section class="samples">' + other
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-            f"<h1>{_text(title)}</h1>\n{first}\n</main>\n</body>\n</html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{_text(title)}</h1>\n{first}\n</main>\n</body>\n</html>\n"
+    )
 
 
 def heading(text: str, level: int = 2) -> str:
@@ -148,7 +150,9 @@ def row(*parts: str) -> str:
 
 
 # ---------------------------------------------------------------------------- tables
-def table(columns: Sequence[str], rows: Sequence[Sequence], *, align: Sequence[str] | None = None) -> str:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence], *, align: Sequence[str] | None = None
+) -> str:
     """A table that scrolls inside its box where it is long or wide.
 
     Args:
@@ -164,14 +168,26 @@ def table(columns: Sequence[str], rows: Sequence[Sequence], *, align: Sequence[s
         raise ValueError("table without columns")
     align = ["left"] + ["right"] * (len(columns) - 1) if align is None else list(align)
     if len(align) != len(columns) or not set(align) <= {"left", "right", "center"}:
-        raise ValueError(f"align {align}: needs left, right or center for each of the columns {list(columns)}")
-    head = "".join(f'<th scope="col" class="{a}">{_text(c)}</th>' for c, a in zip(columns, align, strict=True))
+        raise ValueError(
+            f"align {align}: needs left, right or center for each of the columns {list(columns)}"
+        )
+    head = "".join(
+        f'<th scope="col" class="{a}">{_text(c)}</th>' for c, a in zip(columns, align, strict=True)
+    )
     body = []
     for number, cells in enumerate(rows):
         if isinstance(cells, str) or len(cells) != len(columns):
-            raise ValueError(f"table row {number} is {cells!r}, but the columns are {list(columns)}")
-        body.append("<tr>" + "".join(f'<td class="{a}">{_cell(cell, f"table row {number}, column {column!r}")}</td>'
-                                     for column, cell, a in zip(columns, cells, align, strict=True)) + "</tr>")
+            raise ValueError(
+                f"table row {number} is {cells!r}, but the columns are {list(columns)}"
+            )
+        body.append(
+            "<tr>"
+            + "".join(
+                f'<td class="{a}">{_cell(cell, f"table row {number}, column {column!r}")}</td>'
+                for column, cell, a in zip(columns, cells, align, strict=True)
+            )
+            + "</tr>"
+        )
     if not body:
         body = [f'<tr><td class="center" colspan="{len(columns)}">{_DASH} no rows</td></tr>']
     return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{_NEW.join(body)}</tbody></table>")
@@ -193,7 +209,9 @@ def heat(rows: Sequence[str], columns: Sequence[str], values, *, digits: int = 2
     """
     values = np.asarray(values, np.float64)
     if not len(rows) or not len(columns) or values.shape != (len(rows), len(columns)):
-        raise ValueError(f"heat: values of shape {values.shape} for {len(rows)} rows and {len(columns)} columns")
+        raise ValueError(
+            f"heat: values of shape {values.shape} for {len(rows)} rows and {len(columns)} columns"
+        )
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     negative = bool((values < 0).any())
@@ -208,11 +226,19 @@ def heat(rows: Sequence[str], columns: Sequence[str], values, *, digits: int = 2
         return f'<td{_cold(value)} style="--v:{share}">{text}</td>'
 
     head = "".join(f'<th scope="col" class="right">{_text(c)}</th>' for c in columns)
-    body = [f'<tr><th scope="row" class="left">{_text(label)}</th>{"".join(map(cell, line))}</tr>'
-            for label, line in zip(rows, values, strict=True)]
-    grid = _scroll(f'<table class="heat"><thead><tr><th></th>{head}</tr></thead>'
-                   f"<tbody>{_NEW.join(body)}</tbody></table>")
-    legend = _legend(_number(low), _number(high), _number(-high) if negative else "") if finite.size else ""
+    body = [
+        f'<tr><th scope="row" class="left">{_text(label)}</th>{"".join(map(cell, line))}</tr>'
+        for label, line in zip(rows, values, strict=True)
+    ]
+    grid = _scroll(
+        f'<table class="heat"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{_NEW.join(body)}</tbody></table>"
+    )
+    legend = (
+        _legend(_number(low), _number(high), _number(-high) if negative else "")
+        if finite.size
+        else ""
+    )
     return f"<div>{grid}{legend}</div>"
 
 
@@ -238,8 +264,10 @@ def picture(image, *, size: int | None = None, caption: str = "") -> str:
         raise ValueError(f"picture {caption!r}: size {size}; needs at least 1 pixel")
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")) or not image.width * image.height:
-            raise ValueError(f"picture {caption!r}: mode {image.mode}, {image.width} x {image.height} pixels; needs "
-                             f"8 bits a channel and at least one pixel")
+            raise ValueError(
+                f"picture {caption!r}: mode {image.mode}, {image.width} x {image.height} pixels; needs "
+                f"8 bits a channel and at least one pixel"
+            )
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -247,8 +275,10 @@ def picture(image, *, size: int | None = None, caption: str = "") -> str:
     else:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise ValueError(f"picture {caption!r}: {array.dtype} {array.shape}; needs uint8 [H, W, 3] or a Pillow "
-                             f"image")
+            raise ValueError(
+                f"picture {caption!r}: {array.dtype} {array.shape}; needs uint8 [H, W, 3] or a Pillow "
+                f"image"
+            )
         image = Image.fromarray(np.ascontiguousarray(array))
 
     content, factor, looks = io.BytesIO(), 1, ""
@@ -261,11 +291,15 @@ def picture(image, *, size: int | None = None, caption: str = "") -> str:
         image.save(content, kind, quality=85)
     data = base64.b64encode(content.getvalue()).decode("ascii")
     below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    return (f'<figure><img{looks} src="data:image/{kind};base64,{data}" width="{image.width * factor}" '
-            f'height="{image.height * factor}" alt="{_text(caption)}" decoding="async">{below}</figure>')
+    return (
+        f'<figure><img{looks} src="data:image/{kind};base64,{data}" width="{image.width * factor}" '
+        f'height="{image.height * factor}" alt="{_text(caption)}" decoding="async">{below}</figure>'
+    )
 
 
-def tokens(pieces: Sequence[str], values: Sequence[float], *, unit: str, top: float | None = None) -> str:
+def tokens(
+    pieces: Sequence[str], values: Sequence[float], *, unit: str, top: float | None = None
+) -> str:
     """Text with a background for each token: none at 0, full from `top`. Pointing at a token shows its value.
 
     Negative values have a second colour, infinite ones the full colour; tokens without value (None, NaN) are
@@ -289,7 +323,9 @@ def tokens(pieces: Sequence[str], values: Sequence[float], *, unit: str, top: fl
     sizes = np.abs(values[np.isfinite(values)])
     meaning = ""
     if top is None:
-        top, meaning = (float(np.percentile(sizes, 95)), " (95th percentile)") if sizes.size else (0.0, "")
+        top, meaning = (
+            (float(np.percentile(sizes, 95)), " (95th percentile)") if sizes.size else (0.0, "")
+        )
         if not top and sizes.size:
             top, meaning = float(sizes.max()), " (greatest)"
 
@@ -299,7 +335,9 @@ def tokens(pieces: Sequence[str], values: Sequence[float], *, unit: str, top: fl
             return f'<span class="none" title="{_DASH} {_text(unit)}">{text}</span>'
         share = _share(abs(value), top)
         look = f' style="--v:{share}"' if share else ""
-        return f'<span{_cold(value)}{look} title="{_text(f"{_number(value)} {unit}")}">{text}</span>'
+        return (
+            f'<span{_cold(value)}{look} title="{_text(f"{_number(value)} {unit}")}">{text}</span>'
+        )
 
     spans = "".join(map(span, pieces, values))
     missing = int(np.isnan(values).sum())
@@ -328,7 +366,9 @@ def intervals(rows: Sequence[tuple], *, unit: str = "%", top: float = 100) -> st
     entries = [_interval(number, entry, top) for number, entry in enumerate(rows)]
     if not entries:
         return note(f"{_DASH} no rows")
-    lowest = min([0.0, *(number for _, *values in entries for number in values if not math.isnan(number))])
+    lowest = min(
+        [0.0, *(number for _, *values in entries for number in values if not math.isnan(number))]
+    )
     ticks, step = _ticks(lowest, top)
     bottom = min(0.0, math.floor(lowest / step) * step)
     ticks = list(dict.fromkeys([bottom, *ticks]))
@@ -342,26 +382,41 @@ def intervals(rows: Sequence[tuple], *, unit: str = "%", top: float = 100) -> st
     def text(value):
         return (f"{value:.1f}" if unit == "%" else _number(value)).replace("-", "−")
 
-    grid = "".join(f'<line x1="{at(t)}" x2="{at(t)}" y1="0" y2="26" stroke="var(--line)"/>' for t in ticks)
+    grid = "".join(
+        f'<line x1="{at(t)}" x2="{at(t)}" y1="0" y2="26" stroke="var(--line)"/>' for t in ticks
+    )
     bars, suffix = [], f" {unit}" if unit else ""
     for label, value, low, high in entries:
         shapes, figures = grid, _DASH
         if not math.isnan(value):
-            shapes += (f'<rect x="{at(min(value, 0))}" width="{share(abs(value))}" y="6" height="14" rx="2" '
-                       f'fill="var(--bar)"/>')
+            shapes += (
+                f'<rect x="{at(min(value, 0))}" width="{share(abs(value))}" y="6" height="14" rx="2" '
+                f'fill="var(--bar)"/>'
+            )
             figures = _text(f"{text(value)}{suffix}")
             if not math.isnan(low):
-                shapes += (f'<line x1="{at(low)}" x2="{at(high)}" y1="13" y2="13" stroke="var(--text)" '
-                           f'stroke-width="1.5"/>')
-                shapes += "".join(f'<line x1="{at(x)}" x2="{at(x)}" y1="9" y2="17" stroke="var(--text)" '
-                                  f'stroke-width="1.5"/>' for x in (low, high))
+                shapes += (
+                    f'<line x1="{at(low)}" x2="{at(high)}" y1="13" y2="13" stroke="var(--text)" '
+                    f'stroke-width="1.5"/>'
+                )
+                shapes += "".join(
+                    f'<line x1="{at(x)}" x2="{at(x)}" y1="9" y2="17" stroke="var(--text)" '
+                    f'stroke-width="1.5"/>'
+                    for x in (low, high)
+                )
                 figures += f" <small>({text(low)} to {text(high)})</small>"
             shapes += f'<circle cx="{at(value)}" cy="13" r="3.5" fill="var(--c0)"/>'
-        bars.append(f'<tr><th scope="row">{_text(label)}</th><td><svg width="100%" height="26" aria-hidden="true">'
-                     f'{shapes}</svg></td><td>{figures}</td></tr>')
-    axis = "".join(f'<text x="{at(t)}" y="13" text-anchor="middle">{_tick(t, step)}</text>' for t in ticks)
-    bars.append(f'<tr><td></td><td><svg width="100%" height="18" aria-hidden="true">{axis}</svg></td>'
-                 "<td></td></tr>")
+        bars.append(
+            f'<tr><th scope="row">{_text(label)}</th><td><svg width="100%" height="26" aria-hidden="true">'
+            f"{shapes}</svg></td><td>{figures}</td></tr>"
+        )
+    axis = "".join(
+        f'<text x="{at(t)}" y="13" text-anchor="middle">{_tick(t, step)}</text>' for t in ticks
+    )
+    bars.append(
+        f'<tr><td></td><td><svg width="100%" height="18" aria-hidden="true">{axis}</svg></td>'
+        "<td></td></tr>"
+    )
     meaning = note("Thin lines, and the numbers in brackets: 95 % intervals.")
     return f'<div class="whole"><table class="intervals"><tbody>{_NEW.join(bars)}</tbody></table>{meaning}</div>'
 
@@ -398,7 +453,9 @@ def lines(series: dict[str, Sequence[tuple[float, float]]], *, x: str, y: str) -
       ValueError: no series, more than 16, a point that is no pair, or an x that is not finite.
     """
     if not 0 < len(series) <= 2 * _COLOURS:
-        raise ValueError(f"lines: {len(series)} series {list(series)}; a chart takes 1 to {2 * _COLOURS}")
+        raise ValueError(
+            f"lines: {len(series)} series {list(series)}; a chart takes 1 to {2 * _COLOURS}"
+        )
     points = {name: _points(name, entries) for name, entries in series.items()}
     everything = np.concatenate(list(points.values()))
     everything = everything[np.isfinite(everything[:, 1])]
@@ -420,15 +477,21 @@ def lines(series: dict[str, Sequence[tuple[float, float]]], *, x: str, y: str) -
     ticks, step = _ticks(low, high)
     for tick in ticks:
         at = f"{100 * down(tick):.2f}%"
-        marks.append(f'<line x1="0" x2="100%" y1="{at}" y2="{at}" stroke="var(--line)"/>'
-                     f'<text x="0" y="{at}" dx="-8" dy="4" text-anchor="end">{_tick(tick, step)}</text>')
+        marks.append(
+            f'<line x1="0" x2="100%" y1="{at}" y2="{at}" stroke="var(--line)"/>'
+            f'<text x="0" y="{at}" dx="-8" dy="4" text-anchor="end">{_tick(tick, step)}</text>'
+        )
     ticks, step = _ticks(left, right)
     for tick in ticks:
         at = f"{100 * across(tick):.2f}%"
-        marks.append(f'<line x1="{at}" x2="{at}" y1="0" y2="100%" stroke="var(--line)" stroke-dasharray="2 4"/>'
-                     f'<text x="{at}" y="100%" dy="18" text-anchor="middle">{_tick(tick, step)}</text>')
-    marks.append('<line x1="0" x2="100%" y1="100%" y2="100%" stroke="var(--grey)"/>'
-                 '<line x1="0" x2="0" y1="0" y2="100%" stroke="var(--grey)"/>')
+        marks.append(
+            f'<line x1="{at}" x2="{at}" y1="0" y2="100%" stroke="var(--line)" stroke-dasharray="2 4"/>'
+            f'<text x="{at}" y="100%" dy="18" text-anchor="middle">{_tick(tick, step)}</text>'
+        )
+    marks.append(
+        '<line x1="0" x2="100%" y1="100%" y2="100%" stroke="var(--grey)"/>'
+        '<line x1="0" x2="0" y1="0" y2="100%" stroke="var(--grey)"/>'
+    )
 
     legend = []
     for number, (name, data) in enumerate(points.items()):
@@ -437,33 +500,65 @@ def lines(series: dict[str, Sequence[tuple[float, float]]], *, x: str, y: str) -
         seen = np.isfinite(data[:, 1])
         dots = seen.sum() <= _DOTS
         strokes, circles = [], []
-        for run in np.split(data, np.flatnonzero(~seen)):  # each run but the first begins with a missing point
+        for run in np.split(
+            data, np.flatnonzero(~seen)
+        ):  # each run but the first begins with a missing point
             run = run[np.isfinite(run[:, 1])]
             if len(run) > 1:
-                strokes.append("M" + " ".join(f"{1000 * across(a):.1f},{1000 * down(b):.1f}" for a, b in run))
+                strokes.append(
+                    "M" + " ".join(f"{1000 * across(a):.1f},{1000 * down(b):.1f}" for a, b in run)
+                )
             if dots or len(run) == 1:
-                circles += [f'<circle cx="{100 * across(a):.2f}%" cy="{100 * down(b):.2f}%" r="3" fill="currentColor">'
-                            f"<title>{_text(f'{name}: {_number(b)} at {_number(a)}')}</title></circle>" for a, b in run]
+                circles += [
+                    f'<circle cx="{100 * across(a):.2f}%" cy="{100 * down(b):.2f}%" r="3" fill="currentColor">'
+                    f"<title>{_text(f'{name}: {_number(b)} at {_number(a)}')}</title></circle>"
+                    for a, b in run
+                ]
         # Stretched to the width of the page; the texts and dots outside keep their size on every screen.
-        path = (f'<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none">'
+        path = (
+            (
+                f'<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none">'
                 f'<path d="{"".join(strokes)}" fill="none" stroke="currentColor" stroke-width="2" '
                 f'stroke-linejoin="round" vector-effect="non-scaling-stroke"'
-                f'{dashes}/></svg>') if strokes else ""
+                f"{dashes}/></svg>"
+            )
+            if strokes
+            else ""
+        )
         marks.append(f'<g class="{colour}">{path}{"".join(circles)}</g>')
         missing = len(data) - int(seen.sum())
-        more = f" ({_DASH} no values)" if not seen.any() else f" ({missing} without value)" if missing else ""
-        legend.append(f'<li class="{colour}{" dashed" if dashed else ""}"><span>{_text(name)}{more}</span></li>')
-    return (f'<div class="chart"><p class="note">{_text(y)}</p>'
-            f'<svg role="img" aria-label="{_text(f"{y} over {x}")}">{_NEW.join(marks)}</svg>'
-            f'<p class="note below">{_text(x)}</p><ul class="legend">{"".join(legend)}</ul></div>')
+        more = (
+            f" ({_DASH} no values)"
+            if not seen.any()
+            else f" ({missing} without value)"
+            if missing
+            else ""
+        )
+        legend.append(
+            f'<li class="{colour}{" dashed" if dashed else ""}"><span>{_text(name)}{more}</span></li>'
+        )
+    return (
+        f'<div class="chart"><p class="note">{_text(y)}</p>'
+        f'<svg role="img" aria-label="{_text(f"{y} over {x}")}">{_NEW.join(marks)}</svg>'
+        f'<p class="note below">{_text(x)}</p><ul class="legend">{"".join(legend)}</ul></div>'
+    )
 
 
 def _points(name: str, entries) -> np.ndarray:
     """[N, 2] floats of a series of `lines`, NaN where y is None."""
     for number, entry in enumerate(entries):
-        if isinstance(entry, str) or len(entry) != 2 or entry[0] is None or not math.isfinite(entry[0]):
-            raise ValueError(f"lines: point {number} of {name!r} is {entry!r}; needs (x, y) with a finite x")
-    return np.asarray([(a, math.nan if b is None else b) for a, b in entries], np.float64).reshape(-1, 2)
+        if (
+            isinstance(entry, str)
+            or len(entry) != 2
+            or entry[0] is None
+            or not math.isfinite(entry[0])
+        ):
+            raise ValueError(
+                f"lines: point {number} of {name!r} is {entry!r}; needs (x, y) with a finite x"
+            )
+    return np.asarray([(a, math.nan if b is None else b) for a, b in entries], np.float64).reshape(
+        -1, 2
+    )
 
 
 # ---------------------------------------------------------------------------- samples
@@ -485,24 +580,37 @@ def samples(items: Sequence[dict]) -> str:
     for number, item in enumerate(items, start=1):
         wrong = {"title", "parts"} - set(item) or set(item) - {"title", "hit", "parts", "note"}
         if wrong:
-            raise ValueError(f"sample {number}: missing or unknown {sorted(wrong)}; needs title, parts, and may have "
-                             f"hit, note")
+            raise ValueError(
+                f"sample {number}: missing or unknown {sorted(wrong)}; needs title, parts, and may have "
+                f"hit, note"
+            )
         if not isinstance(item.get("hit"), (bool, np.bool_, type(None))):
-            raise ValueError(f"sample {number} ({item['title']!r}): hit {item['hit']!r}; needs True, False or None")
-    kinds = ["unjudged" if item.get("hit") is None else "hit" if item["hit"] else "miss" for item in items]
+            raise ValueError(
+                f"sample {number} ({item['title']!r}): hit {item['hit']!r}; needs True, False or None"
+            )
+    kinds = [
+        "unjudged" if item.get("hit") is None else "hit" if item["hit"] else "miss"
+        for item in items
+    ]
     words = {"hit": "✓ hit", "miss": "✗ miss", "unjudged": f"{_DASH} not judged"}
     counts = {"all": len(items)} | {kind: kinds.count(kind) for kind in words}
     labels = {"all": "all", "hit": "hits", "miss": "misses", "unjudged": "not judged"}
     if not counts["unjudged"]:
         del labels["unjudged"]
-    choice = "".join(f'<input type="radio" name="s-show" id="s-{kind}" class="s-{kind}"'
-                     f'{" checked" if kind == "all" else ""}> <label for="s-{kind}">{label} ({counts[kind]})</label>\n'
-                     for kind, label in labels.items())
+    choice = "".join(
+        f'<input type="radio" name="s-show" id="s-{kind}" class="s-{kind}"'
+        f'{" checked" if kind == "all" else ""}> <label for="s-{kind}">{label} ({counts[kind]})</label>\n'
+        for kind, label in labels.items()
+    )
 
     def links(look, number, shown_numbers):
         place = shown_numbers.index(number)
         before = f'<a href="#s{shown_numbers[place - 1]}">← previous</a>' if place else ""
-        after = f'<a href="#s{shown_numbers[place + 1]}">next →</a>' if place + 1 < len(shown_numbers) else ""
+        after = (
+            f'<a href="#s{shown_numbers[place + 1]}">next →</a>'
+            if place + 1 < len(shown_numbers)
+            else ""
+        )
         return f'<nav class="{look}">{before}{after}</nav>'
 
     each = range(1, len(items) + 1)
@@ -510,23 +618,34 @@ def samples(items: Sequence[dict]) -> str:
     shown = []
     for number, item, kind in zip(each, items, kinds, strict=True):
         # The anchor lies inside of <details>: browsers open it for a link to something inside, not for one to itself.
-        shown.append(f'<details class="{kind}"{" open" if len(items) <= _OPEN_SAMPLES else ""}>'
-                     f'<summary><b>{words[kind]}</b>{number}. {_spans(item["title"])}</summary><div id="s{number}">'
-                     f'{note(item["note"]) if item.get("note") else ""}{_join(item["parts"], f"sample {number}")}'
-                     f'{links("any", number, each)}{links("same", number, alike[kind])}</div></details>')
+        shown.append(
+            f'<details class="{kind}"{" open" if len(items) <= _OPEN_SAMPLES else ""}>'
+            f'<summary><b>{words[kind]}</b>{number}. {_spans(item["title"])}</summary><div id="s{number}">'
+            f"{note(item['note']) if item.get('note') else ''}{_join(item['parts'], f'sample {number}')}"
+            f"{links('any', number, each)}{links('same', number, alike[kind])}</div></details>"
+        )
     return f'<section class="samples">{choice}{_NEW.join(shown)}</section>'
 
 
 # ---------------------------------------------------------------------------- small things
 def _text(value) -> str:
     """Escaped for contents and attributes. Control characters become visible (␛), lone surrogates �."""
-    shown = "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "␡" if c == "\x7f" else
-                    "\ufffd" if "\ud800" <= c <= "\udfff" else c for c in str(value))
+    shown = "".join(
+        chr(0x2400 + ord(c))
+        if c < " " and c not in "\n\t"
+        else "␡"
+        if c == "\x7f"
+        else "\ufffd"
+        if "\ud800" <= c <= "\udfff"
+        else c
+        for c in str(value)
+    )
     return html.escape(shown)
 
 
 def _spans(text: str) -> str:
     """Escaped, with `code` and **bold**."""
+
     def span(match):
         if match[1] is not None:
             return f"<code>{match[1]}</code>"
@@ -565,7 +684,9 @@ def _cell(value, where: str) -> str:
         return _aligned(float(value))
     if isinstance(value, str):
         return _text(value)
-    raise ValueError(f"{where}: {value!r} is a {type(value).__name__}; cells are str, int, float or None")
+    raise ValueError(
+        f"{where}: {value!r} is a {type(value).__name__}; cells are str, int, float or None"
+    )
 
 
 def _join(parts, where: str) -> str:
@@ -573,8 +694,10 @@ def _join(parts, where: str) -> str:
         raise ValueError(f"{where}: parts is one string; needs a list of HTML strings")
     for number, part in enumerate(parts):
         if not isinstance(part, str):
-            raise ValueError(f"{where}: part {number} is a {type(part).__name__}; parts are HTML strings "
-                             f"(unpack lists with *)")
+            raise ValueError(
+                f"{where}: part {number} is a {type(part).__name__}; parts are HTML strings "
+                f"(unpack lists with *)"
+            )
     return "\n".join(parts)
 
 
@@ -597,7 +720,9 @@ def _cold(value: float) -> str:
 def _legend(low: str, high: str, negative: str) -> str:
     """What the colours of `tokens` and `heat` mean."""
     second = f'; 0<span class="scale cold"></span>{_text(negative)}' if negative else ""
-    return f'<p class="note">Colours: {_text(low)}<span class="scale"></span>{_text(high)}{second}</p>'
+    return (
+        f'<p class="note">Colours: {_text(low)}<span class="scale"></span>{_text(high)}{second}</p>'
+    )
 
 
 def _ticks(low: float, high: float) -> tuple[list[float], float]:

@@ -70,18 +70,20 @@ class Marker:
         longest = max(map(len, token_bytes), default=0)
         bytes_at = np.full((longest, vocab_size), -1, np.int16)  # -1: the token has no such byte
         for token, data in enumerate(token_bytes[:vocab_size]):
-            bytes_at[:len(data), token] = list(data)
+            bytes_at[: len(data), token] = list(data)
         states = np.repeat(np.arange(len(pattern) + 1)[:, None], vocab_size, axis=1)
         for row in bytes_at:
             states = np.where(row >= 0, step[states, row], states)
         table = states.astype(np.int8)
-        return cls(table, hashlib.blake2b(table.tobytes() + text.encode(), digest_size=16).hexdigest())
+        return cls(
+            table, hashlib.blake2b(table.tobytes() + text.encode(), digest_size=16).hexdigest()
+        )
 
 
 def _automaton(pattern: bytes) -> np.ndarray:
     """Knuth-Morris-Pratt as a table int [len + 1, 256]: next state by state and byte; the last state absorbs.
 
-        pattern "aab":   state 0 -a-> 1 -a-> 2 -b-> 3 (stays),   2 -a-> 2,   1 -other-> 0
+    pattern "aab":   state 0 -a-> 1 -a-> 2 -b-> 3 (stays),   2 -a-> 2,   1 -other-> 0
     """
     n = len(pattern)
     table = np.zeros((n + 1, 256), np.int64)
@@ -126,8 +128,10 @@ class RolloutConfig:
     def __post_init__(self):
         checks.fields(self, "rollout")
         if self.slots % self.shards or self.refill > self.slots:
-            raise ValueError(f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
-                             f"rollout.refill {self.refill} at most that")
+            raise ValueError(
+                f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
+                f"rollout.refill {self.refill} at most that"
+            )
 
     @property
     def group(self) -> int:
@@ -138,8 +142,19 @@ class RolloutConfig:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "logprobs", "num_skips", "stop", "fed", "fed_sampled", "num_fed", "ended"],
-    meta_fields=[])
+    data_fields=[
+        "tokens",
+        "mask",
+        "logprobs",
+        "num_skips",
+        "stop",
+        "fed",
+        "fed_sampled",
+        "num_fed",
+        "ended",
+    ],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """Sampled completions. N = max_new_tokens - 1, F = max_new_tokens.
@@ -179,7 +194,9 @@ def _restrict(logits, config):
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if config.top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
+            ordered, axis=-1
+        )
         lowest = jnp.min(jnp.where(before < config.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
@@ -204,7 +221,9 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
     if not config.slots or config.slots >= queued:  # every row has its slot
         state = _begin(jnp.arange(queued), context, config, return_logits)
         cache = bagel.init_cache(queued, slots + budget, config=model)
-        _, state["cache"] = bagel.read(params, context, config=model, cache=cache, key_segment=state["segment"])
+        _, state["cache"] = bagel.read(
+            params, context, config=model, cache=cache, key_segment=state["segment"]
+        )
         step = functools.partial(_step, params, rng, config, slots)
         state = jax.lax.while_loop(lambda s: ~jnp.all(s["done"]), step, state)
         return _result(state, budget)
@@ -215,16 +234,31 @@ def _begin(rows, context, config, return_logits):
     """What the slots remember besides the cache before rows `rows`, int32 [B], with these contexts feed bos."""
     batch, budget = rows.shape[0], config.max_new_tokens
     zeros = jnp.zeros(batch, jnp.int32)
-    out = {"tokens": jnp.zeros((batch, budget - 1), jnp.int32), "logprobs": jnp.zeros((batch, budget - 1)),
-           "fed": jnp.zeros((batch, budget), jnp.int32).at[:, 0].set(config.bos),
-           "fed_sampled": jnp.zeros((batch, budget), bool)}
+    out = {
+        "tokens": jnp.zeros((batch, budget - 1), jnp.int32),
+        "logprobs": jnp.zeros((batch, budget - 1)),
+        "fed": jnp.zeros((batch, budget), jnp.int32).at[:, 0].set(config.bos),
+        "fed_sampled": jnp.zeros((batch, budget), bool),
+    }
     if return_logits:
         out["logits"] = jnp.zeros((batch, budget, config.model.llm.vocab_size))
     return {
-        "step": jnp.int32(0), "row": rows, "t": zeros, "token": zeros + config.bos, "out": out,
-        "position": jnp.asarray(context.next_position), "segment": jnp.pad(context.segment, ((0, 0), (0, budget))),
-        "done": jnp.zeros(batch, bool), "stop": zeros, "inject": zeros, "marker": zeros, "skips": zeros,
-        "count": zeros, "num_fed": zeros + 1, "ended": zeros}
+        "step": jnp.int32(0),
+        "row": rows,
+        "t": zeros,
+        "token": zeros + config.bos,
+        "out": out,
+        "position": jnp.asarray(context.next_position),
+        "segment": jnp.pad(context.segment, ((0, 0), (0, budget))),
+        "done": jnp.zeros(batch, bool),
+        "stop": zeros,
+        "inject": zeros,
+        "marker": zeros,
+        "skips": zeros,
+        "count": zeros,
+        "num_fed": zeros + 1,
+        "ended": zeros,
+    }
 
 
 def _step(params, rng, config, slots, state):
@@ -235,12 +269,22 @@ def _step(params, rng, config, slots, state):
     seen = table.shape[0] - 1
 
     column = slots + state["step"] % budget
-    segment = jax.lax.dynamic_update_slice_in_dim(state["segment"], jnp.ones_like(t)[:, None], column, axis=1)
+    segment = jax.lax.dynamic_update_slice_in_dim(
+        state["segment"], jnp.ones_like(t)[:, None], column, axis=1
+    )
     x = bagel.embed_tokens(params, token[:, None], config=model)
     # All keys of the segment are in the past: those of the row before were taken out when its slot was given away.
     hidden, cache = bagel.forward(
-        params, x, (state["position"] + t)[:, None], jnp.full((1, 1), segment.shape[1]), jnp.ones_like(t)[:, None],
-        config=model, cache=state["cache"], offset=column, key_segment=segment)
+        params,
+        x,
+        (state["position"] + t)[:, None],
+        jnp.full((1, 1), segment.shape[1]),
+        jnp.ones_like(t)[:, None],
+        config=model,
+        cache=state["cache"],
+        offset=column,
+        key_segment=segment,
+    )
     raw = bagel.logits(params, hidden[:, 0])
     logits = raw
     if config.ban_marker:
@@ -249,7 +293,9 @@ def _step(params, rng, config, slots, state):
     if config.greedy:
         drawn = jnp.argmax(logits, axis=-1)
     else:
-        keys = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(rng, row), t))(state["row"], t)
+        keys = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(rng, row), t))(
+            state["row"], t
+        )
         drawn = jax.vmap(jax.random.categorical)(keys, logits)
     drawn = drawn.astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0]
@@ -257,8 +303,13 @@ def _step(params, rng, config, slots, state):
     # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
     used = t + 1
     ends = (drawn == config.eos) & (inject == 0)
-    again = (ends & (state["skips"] < config.max_image_skips) & (budget - used > 1)
-             & (state["marker"] == seen) & ~done)
+    again = (
+        ends
+        & (state["skips"] < config.max_image_skips)
+        & (budget - used > 1)
+        & (state["marker"] == seen)
+        & ~done
+    )
     forced = jnp.where(again, config.eos, config.bos)
     is_forced = again | (inject == 1)
     stops = (ends & ~again) | (used == budget)
@@ -269,18 +320,31 @@ def _step(params, rng, config, slots, state):
     written, fed = jnp.where(content, state["count"], budget), jnp.where(over, budget, used)
     write = jax.vmap(lambda x, column, value: x.at[column].set(value, mode="drop"))
     put = lambda name, column, value: write(state["out"][name], column, value)
-    out = {"tokens": put("tokens", written, drawn), "logprobs": put("logprobs", written, logprob),
-           "fed": put("fed", fed, token), "fed_sampled": put("fed_sampled", fed, content | again)}
+    out = {
+        "tokens": put("tokens", written, drawn),
+        "logprobs": put("logprobs", written, logprob),
+        "fed": put("fed", fed, token),
+        "fed_sampled": put("fed_sampled", fed, content | again),
+    }
     if "logits" in state["out"]:
         out["logits"] = put("logits", jnp.where(done, budget, t), raw)
     return {
-        "step": state["step"] + 1, "row": state["row"], "t": jnp.where(done, t, used), "token": token, "cache": cache,
-        "out": out, "position": state["position"], "segment": segment,
+        "step": state["step"] + 1,
+        "row": state["row"],
+        "t": jnp.where(done, t, used),
+        "token": token,
+        "cache": cache,
+        "out": out,
+        "position": state["position"],
+        "segment": segment,
         "done": over,
         "stop": jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), state["stop"]),
         "inject": jnp.where(again, 1, 0),
-        "marker": jnp.where(content, table[state["marker"], drawn].astype(jnp.int32),
-                            jnp.where(is_forced, 0, state["marker"])),
+        "marker": jnp.where(
+            content,
+            table[state["marker"], drawn].astype(jnp.int32),
+            jnp.where(is_forced, 0, state["marker"]),
+        ),
         "skips": state["skips"] + again,
         "count": state["count"] + content,
         "num_fed": jnp.where(over, state["num_fed"], used + 1),
@@ -291,9 +355,16 @@ def _step(params, rng, config, slots, state):
 def _result(state, budget):
     out = state["out"]
     trajectory = Trajectory(
-        tokens=out["tokens"], mask=jnp.arange(budget - 1) < state["count"][:, None], logprobs=out["logprobs"],
-        num_skips=state["skips"], stop=state["stop"], fed=out["fed"], fed_sampled=out["fed_sampled"],
-        num_fed=state["num_fed"], ended=state["ended"])
+        tokens=out["tokens"],
+        mask=jnp.arange(budget - 1) < state["count"][:, None],
+        logprobs=out["logprobs"],
+        num_skips=state["skips"],
+        stop=state["stop"],
+        fed=out["fed"],
+        fed_sampled=out["fed_sampled"],
+        num_fed=state["num_fed"],
+        ended=state["ended"],
+    )
     return (trajectory, out["logits"]) if "logits" in out else trajectory
 
 
@@ -308,7 +379,9 @@ def _sample_queue(params, context, rng, config, return_logits):
     model, budget = config.model, config.max_new_tokens
     (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
     if queued % shards:
-        raise ValueError(f"{queued} rows cannot be shared by the {shards} batch shards of rollout.shards")
+        raise ValueError(
+            f"{queued} rows cannot be shared by the {shards} batch shards of rollout.shards"
+        )
     rows, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
     first = jnp.arange(shards)[:, None] * rows  # number of a shard's first row
     split = lambda x, n: x.reshape(shards, n, *x.shape[1:])
@@ -328,7 +401,9 @@ def _sample_queue(params, context, rng, config, return_logits):
         at = split(state["row"], own) - first  # an empty slot has row Q or more: dropped
         at = jnp.where((at >= 0) & (at < rows), at, rows)
         kept = {name: state[name] for name in _KEPT}
-        return jax.tree.map(lambda x, new: join(put(split(x, rows), at, split(new, own))), state["results"], kept)
+        return jax.tree.map(
+            lambda x, new: join(put(split(x, rows), at, split(new, own))), state["results"], kept
+        )
 
     def admit(state):
         """Takes up to `group` rows a shard into free slots."""
@@ -337,15 +412,30 @@ def _sample_queue(params, context, rng, config, return_logits):
         row = state["next"][:, None] + jnp.arange(group)
         takes = jnp.take_along_axis(waits, slot, axis=1) & (row < rows)
         slot = jnp.where(takes, slot, own)  # out of bounds: dropped
-        some = jax.tree.map(lambda x: join(pick(split(jnp.asarray(x), rows), jnp.minimum(row, rows - 1))), context)
-        _, read = bagel.read(params, some, config=model, cache=bagel.init_cache(shards * group, slots, config=model),
-                             key_segment=some.segment)
+        some = jax.tree.map(
+            lambda x: join(pick(split(jnp.asarray(x), rows), jnp.minimum(row, rows - 1))), context
+        )
+        _, read = bagel.read(
+            params,
+            some,
+            config=model,
+            cache=bagel.init_cache(shards * group, slots, config=model),
+            key_segment=some.segment,
+        )
         new = _begin(join(first + row), some, config, return_logits)
         del new["step"]
         old = {name: state[name] for name in new}
-        taken = jax.tree.map(lambda x, value: join(put(split(x, own), slot, split(value, group))), old, new)
+        taken = jax.tree.map(
+            lambda x, value: join(put(split(x, own), slot, split(value, group))), old, new
+        )
         cache = jax.tree.map(lambda x, value: _put_keys(x, value, slot), state["cache"], read)
-        return {**state, **taken, "cache": cache, "results": results, "next": state["next"] + takes.sum(axis=1)}
+        return {
+            **state,
+            **taken,
+            "cache": cache,
+            "results": results,
+            "next": state["next"] + takes.sum(axis=1),
+        }
 
     def decodes(state):
         """Whether to go on without new rows: a shard that could use some has not enough free slots yet."""
@@ -354,13 +444,19 @@ def _sample_queue(params, context, rng, config, return_logits):
 
     empty = jax.tree.map(lambda x: jnp.repeat(x[:1], batch, axis=0), context)
     state = _begin(jnp.full(batch, queued), empty, config, return_logits)
-    state |= {"done": jnp.ones(batch, bool), "next": jnp.zeros(shards, jnp.int32),
-              "cache": bagel.init_cache(batch, slots + budget, config=model)}
-    state["results"] = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype),
-                                    {name: state[name] for name in _KEPT})
+    state |= {
+        "done": jnp.ones(batch, bool),
+        "next": jnp.zeros(shards, jnp.int32),
+        "cache": bagel.init_cache(batch, slots + budget, config=model),
+    }
+    state["results"] = jax.tree.map(
+        lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), {name: state[name] for name in _KEPT}
+    )
     state = jax.lax.while_loop(
         lambda s: ~jnp.all(s["done"]) | jnp.any(left(s) > 0),
-        lambda s: jax.lax.while_loop(decodes, lambda s: {**s, **step(s)}, admit(s)), state)
+        lambda s: jax.lax.while_loop(decodes, lambda s: {**s, **step(s)}, admit(s)),
+        state,
+    )
     return _result(harvest(state), budget)
 
 
@@ -373,9 +469,17 @@ def _put_keys(cache, new, slot):
     layers, _, columns, heads, width = cache.shape
     shards, group = slot.shape
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 3, 4, 5), inserted_window_dims=(2,), scatter_dims_to_operand_dims=(2,),
-        operand_batching_dims=(1,), scatter_indices_batching_dims=(0,))
+        update_window_dims=(0, 3, 4, 5),
+        inserted_window_dims=(2,),
+        scatter_dims_to_operand_dims=(2,),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
     found = jax.lax.scatter(
-        cache.reshape(layers, shards, -1, columns, heads, width), slot[:, :, None],
-        new.reshape(layers, shards, group, -1, heads, width), numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+        cache.reshape(layers, shards, -1, columns, heads, width),
+        slot[:, :, None],
+        new.reshape(layers, shards, group, -1, heads, width),
+        numbers,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )
     return found.reshape(cache.shape)

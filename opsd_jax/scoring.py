@@ -12,8 +12,12 @@ NOTHING = "Z"
 """The option of a refusal, of a lone Z, and of an answer in which no rule finds a letter."""
 
 _FAILED = "Failed to obtain answer via API"
-_REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
-             "I'm sorry, but without the image provided", "Cannot determine the answer")
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
@@ -28,6 +32,7 @@ def tagged(text: str) -> str | None:
 
 
 # --- multiple choice ----------------------------------------------------------------------------------------
+
 
 def infer(text: str, options: dict[str, str]) -> str | None:
     """The option letter that a text names, "Z" for a refusal or a lone Z, or None if no rule decides.
@@ -87,7 +92,9 @@ def circular(rows) -> tuple[bool, bool | None]:
         return False, False
     if all(option is not None for option, _ in first):
         return True, True
-    return all(choose(prediction, options)[0] == answer for prediction, options, answer in rows), None
+    return all(
+        choose(prediction, options)[0] == answer for prediction, options, answer in rows
+    ), None
 
 
 # --- maze routes --------------------------------------------------------------------------------------------
@@ -132,6 +139,7 @@ def walk(maze, size: int, path: str | None) -> bool:
 
 
 # --- charts -------------------------------------------------------------------------------------------------
+
 
 def extract(prediction: str) -> tuple[str, bool]:
     """(answer, needs_judge) of a chart answer: the tagged part, else the whole text; stripped, may be empty.

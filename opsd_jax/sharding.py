@@ -23,8 +23,16 @@ AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis.
-_TRAIN = {"embed": "fsdp", "heads": "tensor", "kv": "tensor", "mlp": "tensor", "vocab": "tensor",
-          "vit_embed": "fsdp", "vit_heads": "tensor", "vit_mlp": "tensor"}
+_TRAIN = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "vit_embed": "fsdp",
+    "vit_heads": "tensor",
+    "vit_mlp": "tensor",
+}
 _ROLLOUT = {logical: axis for logical, axis in _TRAIN.items() if axis == "tensor"}
 LAYOUTS = {"train": _TRAIN, "rollout": _ROLLOUT}
 
@@ -38,20 +46,30 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes))}: config.mesh takes positive sizes, and -1 for one of them")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))}: config.mesh takes positive sizes, and -1 for one of them"
+        )
     if sizes.count(-1) == 1:
         rest = math.prod(s for s in sizes if s != -1)
         sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not cover {len(devices)} devices: "
-                         "set config.mesh so that the product of its sizes is the number of devices")
-    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+        raise ValueError(
+            f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not cover {len(devices)} devices: "
+            "set config.mesh so that the product of its sizes is the number of devices"
+        )
+    slices = (
+        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    )
     if sizes[0] % slices:
-        raise ValueError(f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, since fsdp and "
-                         "tensor would wait for the network between slices at every layer")
+        raise ValueError(
+            f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, since fsdp and "
+            "tensor would wait for the network between slices at every layer"
+        )
     if slices > 1:
         inside = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
@@ -98,14 +116,21 @@ def tree(mesh: Mesh, abstract, layout: str = "train"):
 
 def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
     """ShapeDtypeStructs with shardings, what restoring a checkpoint asks for."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        tree_of_shapes, tree(mesh, tree_of_shapes, layout))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree_of_shapes,
+        tree(mesh, tree_of_shapes, layout),
+    )
 
 
 def known(mesh: Mesh | None):
     """A context in which programs are traced that ask for their mesh: `rows` does, and the kernel of `model.attention`
     "flash", which XLA cannot cut over several devices by itself. Where arrays go does not change. None: no mesh."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else contextlib.nullcontext()
+    return (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        if mesh is not None
+        else contextlib.nullcontext()
+    )
 
 
 class on_mesh:
@@ -131,7 +156,11 @@ class on_mesh:
     def _context(self, tree):
         leaf = jax.tree.leaves(tree)[0]
         traced = isinstance(leaf, jax.core.Tracer)
-        return contextlib.nullcontext() if traced else known(getattr(getattr(leaf, "sharding", None), "mesh", None))
+        return (
+            contextlib.nullcontext()
+            if traced
+            else known(getattr(getattr(leaf, "sharding", None), "mesh", None))
+        )
 
 
 def rows(x):
@@ -158,8 +187,13 @@ def by_rows(function, whole, *rows):
     mesh, size = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
     if mesh.empty or batch_divisor(mesh) == 1 or size % batch_divisor(mesh):
         return function(whole, *rows)
-    return jax.shard_map(function, in_specs=(P(), *[P(_BATCH)] * len(rows)), out_specs=P(_BATCH),
-                         axis_names=set(_BATCH), check_vma=False)(whole, *rows)
+    return jax.shard_map(
+        function,
+        in_specs=(P(), *[P(_BATCH)] * len(rows)),
+        out_specs=P(_BATCH),
+        axis_names=set(_BATCH),
+        check_vma=False,
+    )(whole, *rows)
 
 
 def local_rows(mesh: Mesh, size: int) -> list[int]:
@@ -172,8 +206,10 @@ def local_rows(mesh: Mesh, size: int) -> list[int]:
     """
     shards = batch_divisor(mesh)
     if size % shards:
-        raise ValueError(f"{size} rows do not divide into the {shards} batch shards of the mesh (data x fsdp): change the "
-                         "batch size, or give devices to config.mesh.tensor")
+        raise ValueError(
+            f"{size} rows do not divide into the {shards} batch shards of the mesh (data x fsdp): change the "
+            "batch size, or give devices to config.mesh.tensor"
+        )
     found = batch(mesh).addressable_devices_indices_map((size,))
     return sorted({n for (rows,) in found.values() for n in range(*rows.indices(size))})
 
@@ -186,7 +222,9 @@ def put_batch(mesh: Mesh, host_batch):
 
     def put(x):
         x = np.asarray(x)
-        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * factor, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(
+            sharding, x, (x.shape[0] * factor, *x.shape[1:])
+        )
 
     return jax.tree.map(put, host_batch)
 
@@ -211,11 +249,16 @@ def move(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
     leaves, structure = jax.tree.flatten(abstract)
     wanted = jax.tree.leaves(jax.eval_shape(cast, abstract))
     places = jax.tree.leaves(tree(mesh, abstract, layout))
-    moved = [n for n, (x, y, place) in enumerate(zip(leaves, wanted, places))
-             if x.dtype != y.dtype or not x.sharding.is_equivalent_to(place, x.ndim)]
+    moved = [
+        n
+        for n, (x, y, place) in enumerate(zip(leaves, wanted, places))
+        if x.dtype != y.dtype or not x.sharding.is_equivalent_to(place, x.ndim)
+    ]
 
     def program(some):
-        whole = [jax.numpy.zeros(x.shape, x.dtype) for x in leaves]  # those that are not used are not computed
+        whole = [
+            jax.numpy.zeros(x.shape, x.dtype) for x in leaves
+        ]  # those that are not used are not computed
         for n, x in zip(moved, some):
             whole[n] = x
         cast_leaves = jax.tree.leaves(cast(jax.tree.unflatten(structure, whole)))

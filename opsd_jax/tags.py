@@ -23,5 +23,9 @@ def extract_answer(text: str) -> str | None:
 
     In Unicode's normal form C, as tokenizers of the Qwen2 kind write every text.
     """
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", unicodedata.normalize("NFC", text), flags=re.DOTALL)
+    found = re.findall(
+        r"<answer>((?:(?!<answer>).)*?)</answer>",
+        unicodedata.normalize("NFC", text),
+        flags=re.DOTALL,
+    )
     return found[-1].strip() if found else None

@@ -19,7 +19,11 @@ from opsd_jax import json_files
 from opsd_jax.json_files import DAMAGED
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
-_EXPONENT = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+_EXPONENT = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
 
 
 def size_of(size) -> str:
@@ -45,7 +49,9 @@ def header(path) -> dict[str, Tensor]:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise ValueError(f"{path} ends inside its header ({size:,} bytes): {DAMAGED}{json_files.is_pointer(path)}")
+            raise ValueError(
+                f"{path} ends inside its header ({size:,} bytes): {DAMAGED}{json_files.is_pointer(path)}"
+            )
         name, found = "", {}
         try:
             rows = json.loads(f.read(length))
@@ -53,12 +59,19 @@ def header(path) -> dict[str, Tensor]:
             for name, row in rows.items():
                 found[name] = _tensor(path, 8 + length, **row)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has no readable safetensors header ({name}: {str(error)[:200]}): {DAMAGED}") from error
+            raise ValueError(
+                f"{path} has no readable safetensors header ({name}: {str(error)[:200]}): {DAMAGED}"
+            ) from error
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].end)):
         if tensor.offset != end or (
-                tensor.dtype in DTYPES and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize != tensor.end - tensor.offset):
-            raise ValueError(f"{path}: sizes in its header contradict each other, first at {name}: {DAMAGED}")
+            tensor.dtype in DTYPES
+            and math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+            != tensor.end - tensor.offset
+        ):
+            raise ValueError(
+                f"{path}: sizes in its header contradict each other, first at {name}: {DAMAGED}"
+            )
         end = tensor.end
     if end != size:
         raise ValueError(f"{path} has {size:,} bytes, its header says {end:,}: {DAMAGED}")
@@ -68,7 +81,11 @@ def header(path) -> dict[str, Tensor]:
 def _tensor(path, base, dtype, shape, data_offsets) -> Tensor:
     """A row of a header; whatever is not of its type is a ValueError."""
     numbers = [*shape, *data_offsets]
-    if not isinstance(dtype, str) or len(data_offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+    if (
+        not isinstance(dtype, str)
+        or len(data_offsets) != 2
+        or any(type(n) is not int or n < 0 for n in numbers)
+    ):
         raise ValueError(f"dtype {dtype}, shape {shape}, data_offsets {data_offsets}")
     return Tensor(path, base + data_offsets[0], base + data_offsets[1], dtype, tuple(shape))
 
@@ -76,40 +93,66 @@ def _tensor(path, base, dtype, shape, data_offsets) -> Tensor:
 def folder(directory) -> tuple[dict[str, Tensor], str]:
     """(tensors, stem) of model.safetensors, else ema.safetensors, or of the shards of an index of either one."""
     for stem in ("model", "ema"):
-        index, path = f"{stem}.safetensors.index.json", os.path.join(directory, f"{stem}.safetensors")
+        index, path = (
+            f"{stem}.safetensors.index.json",
+            os.path.join(directory, f"{stem}.safetensors"),
+        )
         if is_there(directory, stem):
             sharded = os.path.isfile(os.path.join(directory, index))
             return _shards(directory, index) if sharded else header(path), stem
-    raise FileNotFoundError(f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)")
+    raise FileNotFoundError(
+        f"{directory} holds neither model.safetensors nor ema.safetensors (nor an index of one)"
+    )
 
 
 def is_there(directory, stem: str) -> bool:
     """Whether a folder holds STEM.safetensors, or an index of its shards."""
-    return any(os.path.isfile(os.path.join(directory, f"{stem}.safetensors{end}")) for end in ("", ".index.json"))
+    return any(
+        os.path.isfile(os.path.join(directory, f"{stem}.safetensors{end}"))
+        for end in ("", ".index.json")
+    )
 
 
 def _shards(directory, index):
     places = json_files.read(os.path.join(directory, index)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
-        raise ValueError(f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}")
+        raise ValueError(
+            f"{os.path.join(directory, index)} has no weight_map of names to files: {DAMAGED}"
+        )
     parts = sorted(set(places.values()))
     if outside := [part for part in parts if os.path.isabs(part) or ".." in part.split("/")]:
-        raise ValueError(f"{os.path.join(directory, index)} names {outside[0]}, which is outside the folder: copy the file into "
-                         "it and correct the name")
+        raise ValueError(
+            f"{os.path.join(directory, index)} names {outside[0]}, which is outside the folder: copy the file into "
+            "it and correct the name"
+        )
     whole = index.removesuffix(".index.json")
-    or_else = f", or delete the index, for {whole} is there" if os.path.isfile(os.path.join(directory, whole)) else ""
+    or_else = (
+        f", or delete the index, for {whole} is there"
+        if os.path.isfile(os.path.join(directory, whole))
+        else ""
+    )
     if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
-        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which {index} names: download them{or_else}")
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(missing)}, which {index} names: download them{or_else}"
+        )
     found, problems = {}, []
     for part in parts:
         held = header(os.path.join(directory, part))
         named = {name for name, place in places.items() if place == part}
-        problems += [f"{part} lacks {name}, which the index puts there" for name in sorted(named - held.keys())]
-        problems += [f"{part} holds {name}, which the index does not put there" for name in sorted(held.keys() - named)]
+        problems += [
+            f"{part} lacks {name}, which the index puts there"
+            for name in sorted(named - held.keys())
+        ]
+        problems += [
+            f"{part} holds {name}, which the index does not put there"
+            for name in sorted(held.keys() - named)
+        ]
         found |= held
     if problems:
-        raise ValueError(f"{os.path.join(directory, index)} does not fit its files; take all from one release:\n  "
-                         + "\n  ".join(problems))
+        raise ValueError(
+            f"{os.path.join(directory, index)} does not fit its files; take all from one release:\n  "
+            + "\n  ".join(problems)
+        )
     return found
 
 
@@ -131,7 +174,9 @@ def read(tensor: Tensor, index=(), order=None) -> np.ndarray:
     in which both ways of reading stay in the processor's cache: at 7B several times as fast as a transpose by XLA.
     """
     dtype = DTYPES[tensor.dtype]
-    index = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [(0, size) for size in tensor.shape]
+    index = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [
+        (0, size) for size in tensor.shape
+    ]
     shape = tuple(stop - start for start, stop in index)
     out = np.empty(shape if order is None else [shape[axis] for axis in order], dtype)
     first, row = index[0][0] if index else 0, math.prod(tensor.shape[1:]) * dtype.itemsize
@@ -145,9 +190,9 @@ def read(tensor: Tensor, index=(), order=None) -> np.ndarray:
         columns = tuple(slice(*bounds) for bounds in index[1:])
         block = np.empty((rows, *tensor.shape[1:]), bits.dtype)
         for at in range(0, shape[0], rows):
-            part = block[:shape[0] - at]
+            part = block[: shape[0] - at]
             _fill(f, tensor.offset + (first + at) * row, part)
-            bits[at:at + rows] = part[(slice(None), *columns)]
+            bits[at : at + rows] = part[(slice(None), *columns)]
     return out
 
 
@@ -155,7 +200,10 @@ def is_finite(array, dtype: str) -> bool:
     """Whether a contiguous array is free of NaN and infinities: their exponent bits are all set."""
     kind, exponent = _EXPONENT[dtype]
     bits, step = array.reshape(-1).view(kind), 1 << 18  # pieces that stay in the processor's cache
-    return not any(((bits[at:at + step] & kind(exponent)) == exponent).any() for at in range(0, bits.size, step))
+    return not any(
+        ((bits[at : at + step] & kind(exponent)) == exponent).any()
+        for at in range(0, bits.size, step)
+    )
 
 
 def spell(dtype) -> str:
@@ -180,29 +228,46 @@ def write(folder, outline, tensors, stem, limit) -> int:
                 room = 0
             shards[-1].append(key)
             room += nbytes[key]
-    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
-        f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    names = (
+        [f"{stem}.safetensors"]
+        if len(shards) == 1
+        else [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    )
     files = dict(zip(names, shards))
     if drawn := [key for key in sorted(outline) if key[0] == "ae"]:
         files["ae.safetensors"] = drawn
     if len(shards) > 1:
         places = {key[1]: file for file, keys in files.items() for key in keys if key[0] == "model"}
-        json_files.write(os.path.join(folder, f"{stem}.safetensors.index.json"), {
-            "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)}, "weight_map": places})
+        json_files.write(
+            os.path.join(folder, f"{stem}.safetensors.index.json"),
+            {
+                "metadata": {"total_size": sum(nbytes[key] for keys in shards for key in keys)},
+                "weight_map": places,
+            },
+        )
 
     places, bad, written = {}, [], 0
-    with contextlib.ExitStack() as stack, metrics.Progress(len(outline), "tensors", "written") as progress:
+    with (
+        contextlib.ExitStack() as stack,
+        metrics.Progress(len(outline), "tensors", "written") as progress,
+    ):
         for file, keys in files.items():
             rows, at = {"__metadata__": {"format": "pt"}}, 0
             for key in keys:
                 shape, dtype = outline[key]
-                rows[key[1]] = {"dtype": spell(dtype), "shape": list(shape), "data_offsets": [at, at + nbytes[key]]}
+                rows[key[1]] = {
+                    "dtype": spell(dtype),
+                    "shape": list(shape),
+                    "data_offsets": [at, at + nbytes[key]],
+                }
                 at += nbytes[key]
             header = json.dumps(rows).encode()
             header += b" " * (-len(header) % 8)
             out = stack.enter_context(open(os.path.join(folder, file), "wb"))
             out.write(struct.pack("<Q", len(header)) + header)
-            places |= {key: (out, 8 + len(header) + rows[key[1]]["data_offsets"][0]) for key in keys}
+            places |= {
+                key: (out, 8 + len(header) + rows[key[1]]["data_offsets"][0]) for key in keys
+            }
         for file, name, tensor in tensors:
             out, at = places.pop((file, name))
             dtype = outline[file, name][1]
@@ -215,7 +280,11 @@ def write(folder, outline, tensors, stem, limit) -> int:
             progress.update(len(outline) - len(places), size=size_of(written))
             del tensor  # with it, what it is a view of
     if bad:
-        raise ValueError(f"nothing is exported, for these weights are NaN or infinite: {', '.join(bad)}")
+        raise ValueError(
+            f"nothing is exported, for these weights are NaN or infinite: {', '.join(bad)}"
+        )
     if places:
-        raise ValueError(f"these tensors were announced and never written: {', '.join(name for _, name in places)}")
+        raise ValueError(
+            f"these tensors were announced and never written: {', '.join(name for _, name in places)}"
+        )
     return written

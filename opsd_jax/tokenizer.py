@@ -14,11 +14,17 @@ import numpy as np
 
 from opsd_jax import json_files
 
-DELIMITERS = {"bos": "<|im_start|>", "eos": "<|im_end|>",
-              "image_start": "<|vision_start|>", "image_end": "<|vision_end|>"}
+DELIMITERS = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "image_start": "<|vision_start|>",
+    "image_end": "<|vision_end|>",
+}
 # Qwen2's split rule; each digit is a token of its own
-_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-          r"\s+(?!\S)|\s+")
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 _MOST = 1 << 24  # ids beyond are damage: the list of all tokens would not fit into memory
 
 
@@ -58,7 +64,9 @@ class Tokenizer:
         known, parts = self.token_bytes, []
         for token in map(int, ids):
             if token < 0:
-                raise ValueError(f"token id {token} is negative: cut padding and ignored labels off before decoding")
+                raise ValueError(
+                    f"token id {token} is negative: cut padding and ignored labels off before decoding"
+                )
             parts.append(token < len(known) and known[token] or b"<|%d|>" % token)
         return b"".join(parts).decode(errors="replace")
 
@@ -70,7 +78,9 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab()
         spelled = [b""] * (max(vocabulary.values()) + 1)
         for token, index in vocabulary.items():
-            spelled[index] = token.encode() if token in added else bytes(to_byte[char] for char in token)
+            spelled[index] = (
+                token.encode() if token in added else bytes(to_byte[char] for char in token)
+            )
         return spelled
 
     @functools.cached_property
@@ -81,7 +91,9 @@ class Tokenizer:
         for token in self.token_bytes:
             found.update(len(token).to_bytes(4, "little") + token)
         merges = json.loads(self.backend.to_str())["model"].get("merges", [])
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # older libraries: one text
+        merges = [
+            merge if isinstance(merge, str) else " ".join(merge) for merge in merges
+        ]  # older libraries: one text
         delimiters = [self.bos, self.eos, self.image_start, self.image_end]
         found.update(json.dumps([merges, delimiters, self.encode(_PROBE).tolist()]).encode())
         return found.hexdigest()
@@ -98,11 +110,15 @@ def check_there(directory: str) -> list[str]:
     """The names of the files in a tokenizer folder. FileNotFoundError where those that `load` reads are not there."""
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
-        raise FileNotFoundError(f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
-                                "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER")
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
+            "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER"
+        )
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
-        raise FileNotFoundError(f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
-                                "both vocab.json and merges.txt")
+        raise FileNotFoundError(
+            f"the tokenizer in {directory} has no vocabulary: copy its tokenizer.json there, or "
+            "both vocab.json and merges.txt"
+        )
     return files
 
 
@@ -129,27 +145,39 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
         config = json_files.read(os.path.join(directory, reading))
         added = _added(config)
         reading = "tokenizer.json" if "tokenizer.json" in files else "vocab.json and merges.txt"
-        backend = _of_tokenizer_json(directory) if "tokenizer.json" in files else _of_vocabulary(directory, config, added)
+        backend = (
+            _of_tokenizer_json(directory)
+            if "tokenizer.json" in files
+            else _of_vocabulary(directory, config, added)
+        )
     except Exception as e:  # the library raises anything, bare Exception too
-        raise ValueError(f"cannot read the tokenizer in {directory} ({reading}: {e}): {again}") from e
+        raise ValueError(
+            f"cannot read the tokenizer in {directory} ({reading}: {e}): {again}"
+        ) from e
     vocabulary = backend.get_vocab()
     for index, token in added.items():
         found = vocabulary.get(token["content"])
         if found != index:
-            raise ValueError(f"the tokenizer in {directory} gives {token['content']} the id {found}, but its "
-                             f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
-                             "folder again")
+            raise ValueError(
+                f"the tokenizer in {directory} gives {token['content']} the id {found}, but its "
+                f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
+                "folder again"
+            )
     _check_bytes(directory, backend)
     _check_lossless(directory, backend)
     missing = [token for token in DELIMITERS.values() if token not in vocabulary]
     if missing:
-        raise ValueError(f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
-                         "(Qwen2.5's tokenizers have all four)")
+        raise ValueError(
+            f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
+            "(Qwen2.5's tokenizers have all four)"
+        )
     largest = max(vocabulary, key=vocabulary.get)
     if vocabulary[largest] >= (vocab_size or _MOST):
-        raise ValueError(f"the tokenizer in {directory} has ids up to {vocabulary[largest]} ({largest!r}), but the model "
-                         f"has {vocab_size or _MOST} embeddings (model.llm.vocab_size): give the tokenizer that belongs to "
-                         f"the model, or for a new model set vocab_size to at least {vocabulary[largest] + 1}")
+        raise ValueError(
+            f"the tokenizer in {directory} has ids up to {vocabulary[largest]} ({largest!r}), but the model "
+            f"has {vocab_size or _MOST} embeddings (model.llm.vocab_size): give the tokenizer that belongs to "
+            f"the model, or for a new model set vocab_size to at least {vocabulary[largest] + 1}"
+        )
     return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
 
 
@@ -157,13 +185,18 @@ def _added(config) -> dict[int, dict]:
     """{id: description} of the added tokens in tokenizer_config.json. ValueError where they are malformed."""
     entries = config.get("added_tokens_decoder") or {}
     try:
-        found = {int(index): token for index, token in sorted(entries.items(), key=lambda item: int(item[0]))}
+        found = {
+            int(index): token
+            for index, token in sorted(entries.items(), key=lambda item: int(item[0]))
+        }
         if all(isinstance(token["content"], str) for token in found.values()):
             return found
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise ValueError(f"added_tokens_decoder is {json_files.shown(entries)}, which does not map ids to objects with a text "
-                     "as content")
+    raise ValueError(
+        f"added_tokens_decoder is {json_files.shown(entries)}, which does not map ids to objects with a text "
+        "as content"
+    )
 
 
 def _of_tokenizer_json(directory):
@@ -183,24 +216,43 @@ def _of_vocabulary(directory, config, added):
 
     kind = config.get("tokenizer_class")
     if kind not in (None, "Qwen2Tokenizer", "Qwen2TokenizerFast"):
-        raise ValueError(f"tokenizer_class is {kind!r} in tokenizer_config.json, and vocab.json and merges.txt are read as "
-                         "Qwen2Tokenizer does: save it with a tokenizer.json")
-    backend = tokenizers.Tokenizer(models.BPE.from_file(
-        *(os.path.join(directory, name) for name in ("vocab.json", "merges.txt"))))
+        raise ValueError(
+            f"tokenizer_class is {kind!r} in tokenizer_config.json, and vocab.json and merges.txt are read as "
+            "Qwen2Tokenizer does: save it with a tokenizer.json"
+        )
+    backend = tokenizers.Tokenizer(
+        models.BPE.from_file(
+            *(os.path.join(directory, name) for name in ("vocab.json", "merges.txt"))
+        )
+    )
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    backend.add_tokens([tokenizers.AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
-                        for token in added.values()])
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(
+                token["content"], **{flag: token[flag] for flag in flags if flag in token}
+            )
+            for token in added.values()
+        ]
+    )
     # tokens that the vocabulary holds already, and that the config names as whole ones
     named = [config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")]
     named += config.get("additional_special_tokens") or []
     named = [token["content"] if isinstance(token, dict) else token for token in named if token]
-    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in named
-                                if backend.token_to_id(token) is not None])
+    backend.add_special_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False)
+            for token in named
+            if backend.token_to_id(token) is not None
+        ]
+    )
     return backend
 
 
@@ -208,23 +260,35 @@ def _check_bytes(directory, backend) -> None:
     """ValueError unless the tokens are spelled in bytes, and every byte has one."""
     alphabet = set(_byte_alphabet().values())
     if not backend.get_vocab().keys() >= alphabet:
-        raise ValueError(f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
-                         "byte-level BPE, as Qwen2's")
+        raise ValueError(
+            f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
+            "byte-level BPE, as Qwen2's"
+        )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     if not set().union(*(backend.get_vocab().keys() - added)) <= alphabet:
-        wrong = next(token for token in sorted(backend.get_vocab().keys() - added) if not set(token) <= alphabet)
-        raise ValueError(f"the tokenizer in {directory} spells its token {wrong!r} in no bytes: use one of byte-level BPE, "
-                         "as Qwen2's")
+        wrong = next(
+            token
+            for token in sorted(backend.get_vocab().keys() - added)
+            if not set(token) <= alphabet
+        )
+        raise ValueError(
+            f"the tokenizer in {directory} spells its token {wrong!r} in no bytes: use one of byte-level BPE, "
+            "as Qwen2's"
+        )
 
 
 def _check_lossless(directory, backend) -> None:
     """ValueError where text would be lost, as without a pre-tokenizer of kind ByteLevel, or ids would be random."""
     if getattr(backend.model, "dropout", None):
-        raise ValueError(f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the "
-                         "same text would get other ids each time: set it to null")
+        raise ValueError(
+            f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the "
+            "same text would get other ids each time: set it to null"
+        )
     text = _PROBE.partition("<")[0]  # tags may be added tokens that take the blanks around them
     wanted = backend.normalizer.normalize_str(text) if backend.normalizer else text
     said = Tokenizer(backend, 0, 0, 0, 0).decode(backend.encode(text, add_special_tokens=False).ids)
     if said.strip() != wanted.strip():
-        raise ValueError(f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give "
-                         "its tokenizer.json the pre-tokenizer ByteLevel, or use the released model's")
+        raise ValueError(
+            f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give "
+            "its tokenizer.json the pre-tokenizer ByteLevel, or use the released model's"
+        )

@@ -26,12 +26,27 @@ from opsd_jax import cli, paths, settings
 from opsd_jax.distributed import EXIT_STOPPED
 
 # What may change between a run and its continuation.
-_FREE = ("log", "health", "eval", "checkpoint.keep_latest", "checkpoint.accept_changed", "data.threads", "data.prefetch",
-         "data.cache_rows", "mesh", "arms", "run_arms")
+_FREE = (
+    "log",
+    "health",
+    "eval",
+    "checkpoint.keep_latest",
+    "checkpoint.accept_changed",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_rows",
+    "mesh",
+    "arms",
+    "run_arms",
+)
 
-config_flags.DEFINE_config_file("config", None, "File with get_config(); see configs/.", lock_config=True)
+config_flags.DEFINE_config_file(
+    "config", None, "File with get_config(); see configs/.", lock_config=True
+)
 flags.DEFINE_string("workdir", None, "Folder of the run; continues the run that it holds.")
-flags.DEFINE_string("arm", "", "Run this arm of the config, from the warm-up of the run in --workdir.")
+flags.DEFINE_string(
+    "arm", "", "Run this arm of the config, from the warm-up of the run in --workdir."
+)
 
 
 @dataclasses.dataclass
@@ -63,7 +78,9 @@ def main(argv) -> None:
 
     cli.start()
     # Orbax and TFDS tell much; a run's terminal shows what this package says, and warnings.
-    logging.get_absl_handler().addFilter(lambda record: "opsd_jax" in record.pathname or record.levelno >= 30)
+    logging.get_absl_handler().addFilter(
+        lambda record: "opsd_jax" in record.pathname or record.levelno >= 30
+    )
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
@@ -82,16 +99,24 @@ def _run(config, workdir: str, arm: str) -> None:
     check(config, workdir)
     several = distributed.initialize()
     if several and config.run_arms and not arm:
-        raise ValueError("several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
-                         "command of its own, with --arm=NAME, when this run is done")
+        raise ValueError(
+            "several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
+            "command of its own, with --arm=NAME, when this run is done"
+        )
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms compile the same programs, and so does a continued run
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "xla_cache"))
+    if not os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR"
+    ):  # arms compile the same programs, and so does a continued run
+        jax.config.update(
+            "jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "xla_cache")
+        )
     if arm:
         train(*arms.settings_of(config, workdir, arm), data_workdir=workdir)
         return
-    if not several:  # JAX tells all processes of a SIGTERM to one; a handler set here would replace its own
+    if (
+        not several
+    ):  # JAX tells all processes of a SIGTERM to one; a handler set here would replace its own
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while training, `train` handles them
     with arms.Arms(config.run_arms, workdir, sys.argv[1:]) as controls:
@@ -104,8 +129,11 @@ def _run(config, workdir: str, arm: str) -> None:
 def _stop(number, frame) -> None:
     """Ends the command where it does not train itself; arms that run save and stop first (`arms.Arms`)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again aborts at once
-    print(f"{signal.Signals(number).name}: stopping, and arms that run with it; the same command continues", file=sys.stderr,
-          flush=True)
+    print(
+        f"{signal.Signals(number).name}: stopping, and arms that run with it; the same command continues",
+        file=sys.stderr,
+        flush=True,
+    )
     sys.exit(EXIT_STOPPED)
 
 
@@ -117,18 +145,28 @@ class _ConfigFile(flags.ArgumentParser):
         spec = importlib.util.spec_from_file_location("config_file", file)
         try:
             if not os.path.isfile(file) or spec is None:
-                raise ValueError("there is no such Python file: give one with get_config(), such as configs/mini.py")
+                raise ValueError(
+                    "there is no such Python file: give one with get_config(), such as configs/mini.py"
+                )
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
-                raise ValueError("it has no function get_config(), which returns the settings; see configs/mini.py")
+                raise ValueError(
+                    "it has no function get_config(), which returns the settings; see configs/mini.py"
+                )
             config = module.get_config(*[argument] if argument else [])
             if not isinstance(config, ConfigDict):
-                raise ValueError(f"get_config() returned {config!r:.40}: return the ConfigDict of "
-                                 "opsd_jax.settings.default(), with changed values")
+                raise ValueError(
+                    f"get_config() returned {config!r:.40}: return the ConfigDict of "
+                    "opsd_jax.settings.default(), with changed values"
+                )
         except Exception as error:  # whatever the file does
             origin, said = spec and spec.origin, str(error).partition("\n")[0]
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename == origin
+            ]
             if isinstance(error, SyntaxError) and error.filename == origin:
                 lines = [error.lineno]
             if not isinstance(error, (ValueError, OSError)):
@@ -185,15 +223,22 @@ def _check_there(config, workdir: str, data_workdir: str) -> None:
     """What a run reads is there: its data or how to make them, a tokenizer, and what it starts from."""
     from opsd_jax import checkpoint, convert, data
 
-    if config.init_from and not convert.is_released(config.init_from):  # before what is looked for at any path
+    if config.init_from and not convert.is_released(
+        config.init_from
+    ):  # before what is looked for at any path
         paths.check("config.init_from", config.init_from, orbax=True)
     data.check_there(config, data_workdir)
-    if config.init_from and not convert.is_model(config.init_from) and not checkpoint.is_begun(workdir):
+    if (
+        config.init_from
+        and not convert.is_model(config.init_from)
+        and not checkpoint.is_begun(workdir)
+    ):
         try:
             checkpoint.resolve(config.init_from)
         except checkpoint.CheckpointNotFound as error:
             raise checkpoint.CheckpointNotFound(
-                f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}") from None
+                f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}"
+            ) from None
 
 
 def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None):
@@ -209,16 +254,26 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
     check(config, workdir, data_workdir)
     ends = settings.stage_ends(config)
     lock = locks.only_writer(workdir, inside=True, primary=jax.process_index() == 0)
-    with lock, checkpoint.install_sigterm() as stop, checkpoint.Checkpoints(
-            os.path.join(workdir, "checkpoints"), keep_latest=config.checkpoint.keep_latest,
-            keep_steps=[0, *ends.values()]) as checkpoints:
+    with (
+        lock,
+        checkpoint.install_sigterm() as stop,
+        checkpoint.Checkpoints(
+            os.path.join(workdir, "checkpoints"),
+            keep_latest=config.checkpoint.keep_latest,
+            keep_steps=[0, *ends.values()],
+        ) as checkpoints,
+    ):
         record_config(config, workdir)
         done, saved = checkpoints.latest(), None
         if done is not None:
             saved = checkpoints.metadata(done)
-            checkpoint.check_config(saved["config"], config, ignore=_FREE, defaults=settings.default())
+            checkpoint.check_config(
+                saved["config"], config, ignore=_FREE, defaults=settings.default()
+            )
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
-        run = prepare(config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved)
+        run = prepare(
+            config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved
+        )
         with run.writer, _said_when_stopped(workdir, checkpoints):
             # With done = 350 and stages warmup (0..350], opsd (350..750]: warmup has no step left but is evaluated, if
             # that is missing, and opsd starts from its parameters. With done = 500 warmup is skipped and opsd goes on
@@ -228,8 +283,17 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
                 if done is None or done <= ends[stage]:
                     if params is None and (done is None or done == first):
                         params = initial_params(run, done)
-                    params = train_stage(run, stage, first, ends[stage], params, checkpoints, done, stop,
-                                         on_start=on_warm if stage == "opsd" else lambda: None)
+                    params = train_stage(
+                        run,
+                        stage,
+                        first,
+                        ends[stage],
+                        params,
+                        checkpoints,
+                        done,
+                        stop,
+                        on_start=on_warm if stage == "opsd" else lambda: None,
+                    )
                     stop.check()
                 first = ends[stage]
             print(f"{workdir}: where the time went\n{run.clock.table()}")
@@ -260,12 +324,16 @@ def record_config(config, workdir: str) -> None:
     record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
-        checkpoint.check_config(data.read_record(workdir), record, ignore=_FREE, defaults=settings.default())
+        checkpoint.check_config(
+            data.read_record(workdir), record, ignore=_FREE, defaults=settings.default()
+        )
     else:
         _write_json(path, record)
 
 
-def prepare(config, workdir: str, data_workdir: str, resume_step: int | None, saved: dict | None = None) -> Run:
+def prepare(
+    config, workdir: str, data_workdir: str, resume_step: int | None, saved: dict | None = None
+) -> Run:
     """Makes everything of a run that is not weights: mesh, data, tokenizer, writers.
 
     saved: the metadata of the checkpoint that it continues from, None at the start. ConfigMismatch where the data or the
@@ -290,18 +358,45 @@ def prepare(config, workdir: str, data_workdir: str, resume_step: int | None, sa
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("data is there")
-        tok = tokenizer.load(data.tokenizer_folder(config, data_workdir), vocab_size=config.model.llm.vocab_size)
+        tok = tokenizer.load(
+            data.tokenizer_folder(config, data_workdir), vocab_size=config.model.llm.vocab_size
+        )
         where = data.folder(config, data_workdir)
-        digests = {"data": {task: visual_opsd.digest(where, task) for task in config.data.tasks}, "tokenizer": tok.digest}
+        digests = {
+            "data": {task: visual_opsd.digest(where, task) for task in config.data.tasks},
+            "tokenizer": tok.digest,
+        }
     if saved:
-        checkpoint.check_digests(saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed)
+        checkpoint.check_digests(
+            saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed
+        )
     elif config.init_from:
-        checkpoint.check_digests(_tokenizer_of_origin(config), {"tokenizer": tok.digest}, whose=config.init_from,
-                                 accepted=config.checkpoint.accept_changed)
+        checkpoint.check_digests(
+            _tokenizer_of_origin(config),
+            {"tokenizer": tok.digest},
+            whose=config.init_from,
+            accepted=config.checkpoint.accept_changed,
+        )
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    writer = metrics.Writer(workdir, primary=primary, tensorboard=config.log.tensorboard,
-                            wandb=wandb_arguments(config, workdir, data_workdir), resume_step=resume_step)
-    return Run(config, workdir, data_workdir, mesh, tok, marker, data.Packer(config, tok), digests, clock, writer)
+    writer = metrics.Writer(
+        workdir,
+        primary=primary,
+        tensorboard=config.log.tensorboard,
+        wandb=wandb_arguments(config, workdir, data_workdir),
+        resume_step=resume_step,
+    )
+    return Run(
+        config,
+        workdir,
+        data_workdir,
+        mesh,
+        tok,
+        marker,
+        data.Packer(config, tok),
+        digests,
+        clock,
+        writer,
+    )
 
 
 def _tokenizer_of_origin(config) -> dict:
@@ -323,7 +418,12 @@ def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
     if not config.log.wandb:
         return None
     name, group = (os.path.basename(os.path.abspath(folder)) for folder in (workdir, data_workdir))
-    return {"project": config.log.wandb, "name": name, "group": group, "config": checkpoint.config_to_json(config)}
+    return {
+        "project": config.log.wandb,
+        "name": name,
+        "group": group,
+        "config": checkpoint.config_to_json(config),
+    }
 
 
 def check_batch(config, stage: str, shards: int) -> None:
@@ -334,10 +434,13 @@ def check_batch(config, stage: str, shards: int) -> None:
         raise ValueError(
             f"a micro step of config.{stage} has {micro} rows (batch_size {s.batch_size} / accumulation {s.accumulation}) for "
             f"{shards} batch shards (mesh data x fsdp): lower config.{stage}.accumulation, raise "
-            f"config.{stage}.batch_size, or give devices to config.mesh.tensor")
+            f"config.{stage}.batch_size, or give devices to config.mesh.tensor"
+        )
     if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
-        raise ValueError(f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch shards of "
-                         "config.mesh")
+        raise ValueError(
+            f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch shards of "
+            "config.mesh"
+        )
 
 
 def initial_params(run: Run, done):
@@ -351,28 +454,44 @@ def initial_params(run: Run, done):
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     shardings = sharding.tree(run.mesh, abstract)
     if done is not None or config.init_from:
-        source = os.path.join(run.workdir, "checkpoints", str(done)) if done is not None else config.init_from
+        source = (
+            os.path.join(run.workdir, "checkpoints", str(done))
+            if done is not None
+            else config.init_from
+        )
         if convert.is_model(source):
             found = convert.read_config(source, generation=bool(model.generation))
             if model.generation:  # how training times are drawn is no size
                 shift = model.generation.timestep_shift
-                found = dataclasses.replace(found, generation=dataclasses.replace(found.generation, timestep_shift=shift))
+                found = dataclasses.replace(
+                    found, generation=dataclasses.replace(found.generation, timestep_shift=shift)
+                )
             if (found.llm, found.vit, found.generation) != (model.llm, model.vit, model.generation):
-                raise ValueError(f"{source} has sizes {found}, config.model says {model}: set config.model to them")
-            _, params = convert.load(source, generation=bool(model.generation), mesh=run.mesh)  # float32
+                raise ValueError(
+                    f"{source} has sizes {found}, config.model says {model}: set config.model to them"
+                )
+            _, params = convert.load(
+                source, generation=bool(model.generation), mesh=run.mesh
+            )  # float32
         else:
             there = checkpoint.metadata(source)["config"].get("lora") or {}
             here = checkpoint.config_to_json(config.lora)
             if there.get("rank") and there != here:
-                raise ValueError(f"{source} has adapters of config.lora {there}, this run has {here}: set config.lora to "
-                                 "theirs, or start from what `python -m opsd_jax.convert export` makes of it")
+                raise ValueError(
+                    f"{source} has adapters of config.lora {there}, this run has {here}: set config.lora to "
+                    "theirs, or start from what `python -m opsd_jax.convert export` makes of it"
+                )
             wanted = sharding.abstract(run.mesh, abstract)
             if model.lora and not there.get("rank"):
                 _, wanted = params_lib.partition(wanted)
             params = checkpoint.restore_params(source, wanted)
-        if model.lora and "lora" not in params_lib.count(params):  # new adapters, without effect so far
-            adapters = jax.jit(lambda key: params_lib.partition(bagel.init(key, config=model))[0],
-                               out_shardings=params_lib.partition(shardings)[0])
+        if model.lora and "lora" not in params_lib.count(
+            params
+        ):  # new adapters, without effect so far
+            adapters = jax.jit(
+                lambda key: params_lib.partition(bagel.init(key, config=model))[0],
+                out_shardings=params_lib.partition(shardings)[0],
+            )
             params = params_lib.merge(adapters(jax.random.key(config.seed)), params)
     else:
         init = jax.jit(lambda key: bagel.init(key, config=model), out_shardings=shardings)
@@ -382,7 +501,9 @@ def initial_params(run: Run, done):
     return params
 
 
-def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints, done, stop, on_start):
+def train_stage(
+    run: Run, stage: str, first: int, last: int, params, checkpoints, done, stop, on_start
+):
     """Steps first + 1 .. last of a run: one stage with its own optimizer and schedule. Returns the parameters to go
     on from, those of its last checkpoint.
 
@@ -402,22 +523,38 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     # data first: what is wrong with them shows before anything is saved
     rows = data.Rows(config, run.data_workdir, run.tokenizer, "train", drawing=draws)
     make_batches = offline.Batches if stage == "offline" else data.Batches
-    batches = make_batches(config, run.workdir, stage, rows, run.packer,
-                           share=sharding.local_rows(run.mesh, config[stage].batch_size))
+    batches = make_batches(
+        config,
+        run.workdir,
+        stage,
+        rows,
+        run.packer,
+        share=sharding.local_rows(run.mesh, config[stage].batch_size),
+    )
     evaluation, evaluates = Evaluation(run, stage, stop), stage != "autoencoder"
 
     if stage == "offline" and (done is None or done < last):
-        with clock("collect"):  # in the middle of the stage the teacher is read again, before the optimizer takes its room
+        with clock(
+            "collect"
+        ):  # in the middle of the stage the teacher is read again, before the optimizer takes its room
             batches.cache = offline.collect(
-                initial_params(run, first) if params is None else params, config, run.workdir, rows, run.packer,
-                run.mesh, before_batch=stop.check)
+                initial_params(run, first) if params is None else params,
+                config,
+                run.workdir,
+                rows,
+                run.packer,
+                run.mesh,
+                before_batch=stop.check,
+            )
 
     # state: fresh from the parameters, or as the checkpoint left it
     make_state = lambda p: distill.init_state(p, distill_config)
     if done is not None and first < done:
         from opsd_jax.model import bagel
 
-        abstract = jax.eval_shape(lambda: make_state(bagel.init(jax.random.key(0), config=distill_config.model)))
+        abstract = jax.eval_shape(
+            lambda: make_state(bagel.init(jax.random.key(0), config=distill_config.model))
+        )
         with clock("checkpoint"):
             state = checkpoints.restore(done, sharding.abstract(run.mesh, abstract))
         start = done
@@ -435,24 +572,43 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
     buckets = batches.plan.num_buckets
     health = metrics.Health(**config.health)
     if start > first:
-        history = [row for row in metrics.read(os.path.join(run.workdir, "metrics.jsonl")) if row["stage"] == stage]
+        history = [
+            row
+            for row in metrics.read(os.path.join(run.workdir, "metrics.jsonl"))
+            if row["stage"] == stage
+        ]
         health.replay(history)
-        if evaluation.is_due(start, last) and evaluation.is_missing(start, history):  # the run was stopped while it evaluated
+        if evaluation.is_due(start, last) and evaluation.is_missing(
+            start, history
+        ):  # the run was stopped while it evaluated
             evaluation.during(start, state, distill_config, health)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
     for_sampling = on_policy and distill.for_sampling(run.mesh, state["params"], config.model.dtype)
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = metrics.CompileGuard()
-    step_of = {"autoencoder": distill.autoencoder_step, "opsd": distill.update_step, "offline": offline.step}
-    update = distill.program(step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config)
+    step_of = {
+        "autoencoder": distill.autoencoder_step,
+        "opsd": distill.update_step,
+        "offline": offline.step,
+    }
+    update = distill.program(
+        step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config
+    )
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     guard.watch("update", update, update._cache_size() + buckets)
     if not draws:  # there what is drawn for samples/ has shapes of its own
-        guard.watch("sample", rollout.sample, rollout.sample._cache_size() + buckets + evaluation.signatures)
+        guard.watch(
+            "sample", rollout.sample, rollout.sample._cache_size() + buckets + evaluation.signatures
+        )
 
     stop.check()
-    with metrics.Progress(last, f"{os.path.basename(os.path.normpath(run.workdir))}", stage, start=start,
-                          primary=jax.process_index() == 0) as progress:
+    with metrics.Progress(
+        last,
+        f"{os.path.basename(os.path.normpath(run.workdir))}",
+        stage,
+        start=start,
+        primary=jax.process_index() == 0,
+    ) as progress:
         for step in range(start, last):
             stop.promise = "saving after this step, then stopping"
             with clock("data"):
@@ -462,14 +618,20 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 with clock("sample"):
                     rollout_params = for_sampling(state["params"])
                     key = jax.random.fold_in(sample_key, step)
-                    trajectory = rollout.sample(rollout_params, batch.student, key, config=rollout_config)
+                    trajectory = rollout.sample(
+                        rollout_params, batch.student, key, config=rollout_config
+                    )
                     attempt = 0
                     while attempt < config.rollout.empty_retries and not _all_spoke(trajectory):
                         attempt += 1
                         host_batch, prepared = batches.opsd(step, attempt)
                         batch = sharding.put_batch(run.mesh, host_batch)
-                        trajectory = rollout.sample(rollout_params, batch.student, jax.random.fold_in(key, attempt),
-                                                    config=rollout_config)
+                        trajectory = rollout.sample(
+                            rollout_params,
+                            batch.student,
+                            jax.random.fold_in(key, attempt),
+                            config=rollout_config,
+                        )
                     del rollout_params  # the update wants its room
                 with clock("update"):
                     state, found = update(state, batch, trajectory)
@@ -478,7 +640,9 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 found["slot_utilisation"] = rollout.utilisation(trajectory, config.rollout.slots)
             else:
                 with clock("update"):
-                    state, found = update(state, batch, *([jax.random.fold_in(draw_key, step)] if draws else []))
+                    state, found = update(
+                        state, batch, *([jax.random.fold_in(draw_key, step)] if draws else [])
+                    )
                     jax.block_until_ready(state["step"])
             profile = found.pop("jsd_by_position", None)
             means.add({name: (value, 1) for name, value in found.items()})
@@ -486,11 +650,15 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
             if step == start and start == first and stage != "autoencoder":
                 _show_batch(run, stage, now, prepared, getattr(host_batch, "traces", host_batch))
-            if draws and (now == last or config.log.samples_every and now % config.log.samples_every == 0):
+            if draws and (
+                now == last or config.log.samples_every and now % config.log.samples_every == 0
+            ):
                 with clock("samples"):
                     show = _show_reconstructions if stage == "autoencoder" else _show_drawings
                     show(run, now, prepared, state["params"])
-            if on_policy and (step == start or (config.log.samples_every and now % config.log.samples_every == 0)):
+            if on_policy and (
+                step == start or (config.log.samples_every and now % config.log.samples_every == 0)
+            ):
                 _show_rollouts(run, now, prepared, trajectory, profile)
             if now % config.log.every == 0 or now == last:
                 values, elapsed = means.take(), time.perf_counter() - window
@@ -501,9 +669,16 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
                 values |= guard.check()
                 run.writer.scalars(now, stage, values)
                 health.check(now, values)
-                shown = {"loss": "loss", "mse": "mse", "accuracy": "accuracy", "completion_len": "completion_len",
-                         "tokens/s": "tokens_per_sec"}
-                progress.update(now, **{name: values[key] for name, key in shown.items() if key in values})
+                shown = {
+                    "loss": "loss",
+                    "mse": "mse",
+                    "accuracy": "accuracy",
+                    "completion_len": "completion_len",
+                    "tokens/s": "tokens_per_sec",
+                }
+                progress.update(
+                    now, **{name: values[key] for name, key in shown.items() if key in values}
+                )
             stopping, due = stop.reached(), evaluation.is_due(now, last)
             if now == last or stopping or due or now % config.checkpoint.every == 0:
                 with clock("checkpoint"):
@@ -517,7 +692,11 @@ def train_stage(run: Run, stage: str, first: int, last: int, params, checkpoints
 
     checkpoints.wait()
     params = _kept_params(run, state, distill_config)
-    if evaluates and config.eval.final_split and not (start == last and evaluation.is_complete(last)):
+    if (
+        evaluates
+        and config.eval.final_split
+        and not (start == last and evaluation.is_complete(last))
+    ):
         with clock("eval"):
             evaluation.final(last, params, start_step=first)
     stop.promise = "stopping before the next step"
@@ -540,8 +719,14 @@ def _kept_params(run, state, distill_config):
 
 
 def _save(run, checkpoints, step, state, stage, distill_config) -> None:
-    checkpoints.save(step, state, _kept_params(run, state, distill_config), stage=stage, config=run.config,
-                     digests=run.digests)
+    checkpoints.save(
+        step,
+        state,
+        _kept_params(run, state, distill_config),
+        stage=stage,
+        config=run.config,
+        digests=run.digests,
+    )
 
 
 class Evaluation:
@@ -557,13 +742,25 @@ class Evaluation:
         c = run.config.eval
         # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
         # teacher's.
-        self.signatures = (len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2) * len(run.config.data.buckets.student)
+        self.signatures = (len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2) * len(
+            run.config.data.buckets.student
+        )
         # What cannot be evaluated shows now, not after the last step: a missing split, rows that fit no bucket.
-        run.rollout(max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens, slots=c.slots, refill=0)
-        fit = functools.partial(eval_lib.check_fit, packer=run.packer, task_names=run.config.data.tasks)
+        run.rollout(
+            max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens,
+            slots=c.slots,
+            refill=0,
+        )
+        fit = functools.partial(
+            eval_lib.check_fit, packer=run.packer, task_names=run.config.data.tasks
+        )
         if c.every:
-            fit(self._of(c.split), modes={*c.visual_thoughts, run.config.teacher.visual_thoughts}, limit=c.rows,
-                subset_seed=run.config.seed)
+            fit(
+                self._of(c.split),
+                modes={*c.visual_thoughts, run.config.teacher.visual_thoughts},
+                limit=c.rows,
+                subset_seed=run.config.seed,
+            )
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
             fit(self._of(c.final_split), modes={*c.final_visual_thoughts, *kl}, traces=bool(kl))
@@ -572,7 +769,9 @@ class Evaluation:
         from opsd_jax import data
 
         if split not in self._rows:
-            self._rows[split] = data.Rows(self.run.config, self.run.data_workdir, self.run.tokenizer, split)
+            self._rows[split] = data.Rows(
+                self.run.config, self.run.data_workdir, self.run.tokenizer, split
+            )
         return self._rows[split]
 
     def is_due(self, step, last) -> bool:
@@ -585,7 +784,9 @@ class Evaluation:
         import jax
         import numpy as np
 
-        missing = not any(key.startswith("eval/") for row in history if row["step"] == step for key in row)
+        missing = not any(
+            key.startswith("eval/") for row in history if row["step"] == step for key in row
+        )
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -602,7 +803,11 @@ class Evaluation:
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
             if "ema" in state and self.stage == "opsd":
-                scores |= self._accuracies(distill.teacher_params(state, distill_config), c.teacher.visual_thoughts, "teacher")
+                scores |= self._accuracies(
+                    distill.teacher_params(state, distill_config),
+                    c.teacher.visual_thoughts,
+                    "teacher",
+                )
         logging.info("step %d: %s", step, scores)
         self.run.writer.scalars(step, self.stage, scores)
         health.check(step, scores)
@@ -613,9 +818,19 @@ class Evaluation:
         c = self.run.config
         budget = c.eval.max_new_tokens or c.rollout.max_new_tokens
         results = eval_lib.evaluate(
-            self._for_sampling(params), self._of(c.eval.split), self.run.packer, task_names=c.data.tasks, mode=mode,
-            config=self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0), batch_size=c.eval.batch_size,
-            limit=c.eval.rows, subset_seed=c.seed, seed=c.seed, mesh=self.run.mesh, before_batch=self._stop.check)
+            self._for_sampling(params),
+            self._of(c.eval.split),
+            self.run.packer,
+            task_names=c.data.tasks,
+            mode=mode,
+            config=self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0),
+            batch_size=c.eval.batch_size,
+            limit=c.eval.rows,
+            subset_seed=c.seed,
+            seed=c.seed,
+            mesh=self.run.mesh,
+            before_batch=self._stop.check,
+        )
         return {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
 
     def _for_sampling(self, params):
@@ -625,7 +840,9 @@ class Evaluation:
 
         places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
         if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = distill.for_sampling(self.run.mesh, params, self.run.config.model.dtype)
+            self._moves[places] = distill.for_sampling(
+                self.run.mesh, params, self.run.config.model.dtype
+            )
         return self._moves[places](params)
 
     def _modes(self) -> dict[str, tuple]:
@@ -644,7 +861,9 @@ class Evaluation:
     def is_complete(self, step) -> bool:
         """Whether all results of `final` are there."""
         names = [*self._modes(), *(["kl"] if self._measures_kl else [])]
-        return all(os.path.exists(os.path.join(self._folder(step, name), "summary.json")) for name in names)
+        return all(
+            os.path.exists(os.path.join(self._folder(step, name), "summary.json")) for name in names
+        )
 
     def final(self, step, params, start_step) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/, exactly as the command `opsd_jax.eval` does.
@@ -659,27 +878,74 @@ class Evaluation:
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         at = lambda step: os.path.join(run.workdir, "checkpoints", str(step))
         rows = self._of(c.eval.final_split)
-        opened = eval_lib.Opened(self._for_sampling(params), rows, run.packer, run.marker, run.mesh,
-                                 eval_lib.facts_of(params, rows, run.packer, c.data.tasks))
+        opened = eval_lib.Opened(
+            self._for_sampling(params),
+            rows,
+            run.packer,
+            run.marker,
+            run.mesh,
+            eval_lib.facts_of(params, rows, run.packer, c.data.tasks),
+        )
         for name, (mode, ban_marker) in self._modes().items():
-            job = eval_lib.prepare(run.workdir, (mode,), checkpoint=at(step), benchmarks=(), data_dir="", protocol="",
-                                   split=c.eval.final_split, limit=0, ban_marker=ban_marker, seed=None, name="", batch_size=0,
-                                   config=c)
-            summary = _answers(dataclasses.replace(job, before_batch=self._stop.check), mode, opened)
-            scores |= {f"eval/{task}/{name}": b["overall"] for task, b in summary.get("benchmarks", {}).items()}
+            job = eval_lib.prepare(
+                run.workdir,
+                (mode,),
+                checkpoint=at(step),
+                benchmarks=(),
+                data_dir="",
+                protocol="",
+                split=c.eval.final_split,
+                limit=0,
+                ban_marker=ban_marker,
+                seed=None,
+                name="",
+                batch_size=0,
+                config=c,
+            )
+            summary = _answers(
+                dataclasses.replace(job, before_batch=self._stop.check), mode, opened
+            )
+            scores |= {
+                f"eval/{task}/{name}": b["overall"]
+                for task, b in summary.get("benchmarks", {}).items()
+            }
         del opened  # the sampler's copy of the weights
         if self._measures_kl:
             abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
             start = checkpoint.restore_params(at(start_step), abstract)
             kl = lambda student: eval_lib.reference_kl(
-                start, student, self._of(c.eval.final_split), run.packer, config=settings.model(c),
-                task_names=c.data.tasks, batch_size=c.eval.batch_size, mesh=run.mesh, before_batch=self._stop.check)
+                start,
+                student,
+                self._of(c.eval.final_split),
+                run.packer,
+                config=settings.model(c),
+                task_names=c.data.tasks,
+                batch_size=c.eval.batch_size,
+                mesh=run.mesh,
+                before_batch=self._stop.check,
+            )
             before, after = kl(start), kl(params)
-            found = {task: {"before": before[task]["kl"], "after": after[task]["kl"], "n": after[task]["n"],
-                            "closure": 1 - after[task]["kl"] / before[task]["kl"]} for task in after}
-            _write_json(os.path.join(self._folder(step, "kl"), "summary.json"),
-                        {"split": c.eval.final_split, "start": at(start_step), "unit": "nats per token", "tasks": found})
-            scores |= {f"kl/{task}/{k}": v for task, d in found.items() for k, v in d.items() if k != "n"}
+            found = {
+                task: {
+                    "before": before[task]["kl"],
+                    "after": after[task]["kl"],
+                    "n": after[task]["n"],
+                    "closure": 1 - after[task]["kl"] / before[task]["kl"],
+                }
+                for task in after
+            }
+            _write_json(
+                os.path.join(self._folder(step, "kl"), "summary.json"),
+                {
+                    "split": c.eval.final_split,
+                    "start": at(start_step),
+                    "unit": "nats per token",
+                    "tasks": found,
+                },
+            )
+            scores |= {
+                f"kl/{task}/{k}": v for task, d in found.items() for k, v in d.items() if k != "n"
+            }
         eval_lib.write_table(run.workdir)
         run.writer.scalars(step, self.stage, scores)
         logging.info("step %d, %s: %s", step, c.eval.final_split, scores)
@@ -704,13 +970,21 @@ def _show_batch(run, stage, step, prepared, host_batch) -> None:
 
     patch = run.config.model.vit.patch_size
     for n, row in enumerate(prepared[:4]):
-        for name, image in (("problem", row.problem), *((f"vt{i}", vt) for i, vt in enumerate(row.visual_thoughts))):
-            run.writer.image(step, f"{stage}-row{n}-{name}", images.unpatchify(image.patches, image.grid, patch))
+        for name, image in (
+            ("problem", row.problem),
+            *((f"vt{i}", vt) for i, vt in enumerate(row.visual_thoughts)),
+        ):
+            run.writer.image(
+                step, f"{stage}-row{n}-{name}", images.unpatchify(image.patches, image.grid, patch)
+            )
     c = getattr(host_batch, "context", None) or host_batch.student
     lines = []
     for n, row in enumerate(prepared[:4]):
-        texts = {"context": c} if hasattr(host_batch, "context") else {
-            "student": host_batch.student, "teacher": host_batch.teacher}
+        texts = (
+            {"context": c}
+            if hasattr(host_batch, "context")
+            else {"student": host_batch.student, "teacher": host_batch.teacher}
+        )
         lines.append(f"== {row.example.pid}: {row.example.question} -> {row.example.answer}")
         lines += [f"{role}: {_context_text(run, x, n)}" for role, x in texts.items()]
     run.writer.text(step, f"{stage}-first-batch", "\n".join(lines))
@@ -733,9 +1007,15 @@ def _show_reconstructions(run, step, prepared, params) -> None:
             height, width = (side // drawn.stride for side in pixels.shape[:2])
             size = (1, height * drawn.patch, width * drawn.patch, drawn.vae.z_channels)
             sizes = np.array([pixels.shape[:2]])
-            latents = flow.encode(params, flow.padded(pixels[None], sizes)[0], jnp.zeros(size), config=config)
-            found = flow.decode(params, flow.to_tokens(latents, drawn.patch), grid=(height, width), config=config)
-            run.writer.image(step, f"reconstruction{n}-{m}", np.concatenate([pixels, np.asarray(found[0])]))
+            latents = flow.encode(
+                params, flow.padded(pixels[None], sizes)[0], jnp.zeros(size), config=config
+            )
+            found = flow.decode(
+                params, flow.to_tokens(latents, drawn.patch), grid=(height, width), config=config
+            )
+            run.writer.image(
+                step, f"reconstruction{n}-{m}", np.concatenate([pixels, np.asarray(found[0])])
+            )
 
 
 def _show_drawings(run, step, prepared, params) -> None:
@@ -750,16 +1030,29 @@ def _show_drawings(run, step, prepared, params) -> None:
     model = generate.of_run(run.config, settings.model(run.config), params, run.tokenizer)
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
     rows, lines = prepared[:4], []
-    questions = [([images.open_rgb(row.example.problem_image, transparency=run.config.images.transparency)],
-                  row.example.question + run.config.prompts.suffix) for row in rows]
-    traces = generate.reason(model, questions, jax.random.key(run.config.seed), draw=True, always=True)
+    questions = [
+        (
+            [
+                images.open_rgb(
+                    row.example.problem_image, transparency=run.config.images.transparency
+                )
+            ],
+            row.example.question + run.config.prompts.suffix,
+        )
+        for row in rows
+    ]
+    traces = generate.reason(
+        model, questions, jax.random.key(run.config.seed), draw=True, always=True
+    )
     for n, (row, trace) in enumerate(zip(rows, traces)):
         lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
         pictures = [*row.pixels[:2], trace.pictures[0]]
-        canvas = np.full((max(x.shape[0] for x in pictures), sum(x.shape[1] for x in pictures), 3), 255, np.uint8)
+        canvas = np.full(
+            (max(x.shape[0] for x in pictures), sum(x.shape[1] for x in pictures), 3), 255, np.uint8
+        )
         left = 0
         for picture in pictures:
-            canvas[:picture.shape[0], left:left + picture.shape[1]] = picture
+            canvas[: picture.shape[0], left : left + picture.shape[1]] = picture
             left += picture.shape[1]
         run.writer.image(step, f"drawing{n}", canvas)
     run.writer.text(step, "drawings", "\n".join(lines))
@@ -774,12 +1067,18 @@ def _context_text(run, c, row) -> str:
     slots, patches = np.arange(c.length[row]), set(c.patch_slots[row].tolist())
     if c.latents is not None:  # in the order of the sequence
         places = np.where(c.segment[row] > 0, c.latents.order[row], c.slots)
-        slots = np.argsort(places, kind="stable")[:c.length[row]]
-    kind = lambda slot: "latents" if slot >= c.tokens.shape[1] else "patches" if slot in patches else ""
+        slots = np.argsort(places, kind="stable")[: c.length[row]]
+    kind = lambda slot: (
+        "latents" if slot >= c.tokens.shape[1] else "patches" if slot in patches else ""
+    )
     parts = []
     for name, group in itertools.groupby(slots.tolist(), kind):
         group = list(group)
-        parts += [f"[{len(group)} {name}]"] if name else [run.tokenizer.decode([c.tokens[row, n]]) for n in group]
+        parts += (
+            [f"[{len(group)} {name}]"]
+            if name
+            else [run.tokenizer.decode([c.tokens[row, n]]) for n in group]
+        )
     return "".join(parts)
 
 
@@ -792,13 +1091,27 @@ def _show_rollouts(run, step, prepared, trajectory, profile) -> None:
     if jax.process_count() > 1:  # rows of other hosts are not here
         return
     for n, row in enumerate(prepared[:4]):
-        run.writer.image(step, f"rollout{n}-problem", images.unpatchify(
-            row.problem.patches, row.problem.grid, run.config.model.vit.patch_size))
-    run.writer.text(step, "jsd-by-position", "\n".join(f"{n:5d}  {x:.6f}" for n, x in enumerate(jax.device_get(profile))))
+        run.writer.image(
+            step,
+            f"rollout{n}-problem",
+            images.unpatchify(
+                row.problem.patches, row.problem.grid, run.config.model.vit.patch_size
+            ),
+        )
+    run.writer.text(
+        step,
+        "jsd-by-position",
+        "\n".join(f"{n:5d}  {x:.6f}" for n, x in enumerate(jax.device_get(profile))),
+    )
     tokens, mask, skips = jax.device_get((trajectory.tokens, trajectory.mask, trajectory.num_skips))
-    run.writer.text(step, "rollouts", "\n".join(
-        f"{row.example.pid} ({skips[n]} skips), expected {row.example.answer!r}: {run.tokenizer.decode(tokens[n][mask[n]])}"
-        for n, row in enumerate(prepared[:8])))
+    run.writer.text(
+        step,
+        "rollouts",
+        "\n".join(
+            f"{row.example.pid} ({skips[n]} skips), expected {row.example.answer!r}: {run.tokenizer.decode(tokens[n][mask[n]])}"
+            for n, row in enumerate(prepared[:8])
+        ),
+    )
 
 
 def _write_json(path, value) -> None:

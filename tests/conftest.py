@@ -12,12 +12,18 @@ DEFAULT_GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", default=str(DEFAULT_GOLDENS), metavar="DIR",
-                     help="golden data to replay (default: tests/goldens); any sizes and seeds")
+    parser.addoption(
+        "--goldens",
+        default=str(DEFAULT_GOLDENS),
+        metavar="DIR",
+        help="golden data to replay (default: tests/goldens); any sizes and seeds",
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line(
+        "markers", "slow: takes more than a few seconds; leave out with -m 'not slow'"
+    )
     config.addinivalue_line("markers", "long: takes minutes; runs only with -m long")
     folder = config.getoption("--goldens")
     if not os.path.isdir(folder):
@@ -93,7 +99,9 @@ def released(goldens, tmp_path_factory):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     sizes = json.loads((source / "llm_config.json").read_text())
-    tiny.write_tokenizer(folder, json.loads((source / "special_tokens.json").read_text()), sizes["vocab_size"])
+    tiny.write_tokenizer(
+        folder, json.loads((source / "special_tokens.json").read_text()), sizes["vocab_size"]
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "maze.png")
     return folder

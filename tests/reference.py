@@ -28,7 +28,7 @@ def silu(x):
 
 
 def gelu(x):
-    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def attention(q, k, v, mask):
@@ -54,7 +54,10 @@ def convolve(x, weight, bias, stride=1, pad=((1, 1), (1, 1))):
     """x [C, H, W] with weight [D, C, k, k]; pad: rows above and below, columns left and right."""
     size = weight.shape[2:]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), *pad)), size, axis=(1, 2))
-    return np.einsum("chwij,dcij->dhw", windows[:, ::stride, ::stride], weight, optimize=True) + bias[:, None, None]
+    return (
+        np.einsum("chwij,dcij->dhw", windows[:, ::stride, ::stride], weight, optimize=True)
+        + bias[:, None, None]
+    )
 
 
 def guide(v, text, image, *, a, b, renorm, renorm_min):
@@ -129,10 +132,16 @@ class Reference:
         """What latent tokens [n, C] at a flow time become in the decoder's sequence."""
         angles = time * 10000 ** (-np.arange(128) / 128)
         wave = np.concatenate([np.cos(angles), np.sin(angles)])
-        ids = [row * self.whole["max_latent_size"] + column for row in range(grid[0]) for column in range(grid[1])]
-        return (self.linear(tokens.astype(np.float64), "vae2llm")
-                + self.linear(silu(self.linear(wave, "time_embedder.mlp.0")), "time_embedder.mlp.2")
-                + self.weights["latent_pos_embed.pos_embed"][ids])
+        ids = [
+            row * self.whole["max_latent_size"] + column
+            for row in range(grid[0])
+            for column in range(grid[1])
+        ]
+        return (
+            self.linear(tokens.astype(np.float64), "vae2llm")
+            + self.linear(silu(self.linear(wave, "time_embedder.mlp.0")), "time_embedder.mlp.2")
+            + self.weights["latent_pos_embed.pos_embed"][ids]
+        )
 
     def pack(self, blocks, after=()):
         """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask, whether a slot is a
@@ -145,8 +154,11 @@ class Reference:
             elif hasattr(block, "ids"):
                 piece = table[[self.bos, *block.ids, self.eos]]
             else:
-                inner = (self.image(block.patches, block.grid) if hasattr(block, "patches")
-                         else self.latents(block.tokens, block.grid, getattr(block, "time", 0.0)))
+                inner = (
+                    self.image(block.patches, block.grid)
+                    if hasattr(block, "patches")
+                    else self.latents(block.tokens, block.grid, getattr(block, "time", 0.0))
+                )
                 piece = np.concatenate([table[[self.image_start]], inner, table[[self.image_end]]])
             n, at, causal = len(piece), len(positions), block is None or hasattr(block, "ids")
             pieces.append(piece)
@@ -159,7 +171,9 @@ class Reference:
 
     def hidden(self, x, positions, mask, drawn):
         """States after the final norm, [T, D]; `drawn` slots use the weights called *_moe_gen."""
-        heads = lambda y: y.reshape(len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"])
+        heads = lambda y: y.reshape(
+            len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"]
+        )
 
         def expert(apply, x, name):
             y = apply(x, name.format(""))
@@ -172,8 +186,10 @@ class Reference:
             norm = lambda x, name: expert(self.rms_norm, x, f"{LLM}.layers.{n}.{name}")
             y = norm(x, "input_layernorm{}")
             q, k, v = (heads(linear(y, f"self_attn.{c}_proj{{}}")) for c in "qkv")
-            q, k = (rope(norm(a, f"self_attn.{c}_norm{{}}"), positions, self.llm["rope_theta"])
-                    for a, c in ((q, "q"), (k, "k")))
+            q, k = (
+                rope(norm(a, f"self_attn.{c}_norm{{}}"), positions, self.llm["rope_theta"])
+                for a, c in ((q, "q"), (k, "k"))
+            )
             x = x + linear(attention(q, k, v, mask), "self_attn.o_proj{}")
             y = norm(x, "post_attention_layernorm{}")
             y = silu(linear(y, "mlp{}.gate_proj")) * linear(y, "mlp{}.up_proj")
@@ -194,7 +210,6 @@ class Reference:
                 return fed, np.array(rows)
             fed.append(token)
 
-
     def draw(self, contexts, noise, grid, times, interval, **guidance):
         """Latent tokens [n, C] at time 0, from `noise` at time 1. contexts: blocks of cond, text and image; times: the
         grid; interval, guidance: see `guide`. No cache: each step is a whole forward pass behind each context."""
@@ -202,7 +217,7 @@ class Reference:
 
         def velocity(blocks, time):
             new = types.SimpleNamespace(tokens=x, grid=grid, time=time)
-            states = self.hidden(*self.pack([*blocks, new]))[-len(x) - 1:-1]
+            states = self.hidden(*self.pack([*blocks, new]))[-len(x) - 1 : -1]
             return self.linear(states, "llm2vae")
 
         for time, following in zip(times[:-1], times[1:]):
@@ -220,7 +235,10 @@ class Reference:
         y = x.reshape(32, -1)
         y = y - y.mean(1, keepdims=True)
         y = (y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-6)).reshape(x.shape)
-        return y * self.weights[f"{name}.weight"][:, None, None] + self.weights[f"{name}.bias"][:, None, None]
+        return (
+            y * self.weights[f"{name}.weight"][:, None, None]
+            + self.weights[f"{name}.bias"][:, None, None]
+        )
 
     def residual(self, x, name):
         y = self.conv(silu(self.group_norm(x, f"{name}.norm1")), f"{name}.conv1")
@@ -232,9 +250,14 @@ class Reference:
     def middle(self, x, name):
         x, flat = self.residual(x, f"{name}.block_1"), ((0, 0), (0, 0))
         y = self.group_norm(x, f"{name}.attn_1.norm")
-        q, k, v = (self.conv(y, f"{name}.attn_1.{c}", pad=flat).reshape(len(x), -1).T[:, None] for c in "qkv")
+        q, k, v = (
+            self.conv(y, f"{name}.attn_1.{c}", pad=flat).reshape(len(x), -1).T[:, None]
+            for c in "qkv"
+        )
         y = attention(q, k, v, np.True_).T.reshape(x.shape)
-        return self.residual(x + self.conv(y, f"{name}.attn_1.proj_out", pad=flat), f"{name}.block_2")
+        return self.residual(
+            x + self.conv(y, f"{name}.attn_1.proj_out", pad=flat), f"{name}.block_2"
+        )
 
     def encode(self, pixels, noise):
         """Pixels [3, H, W] and noise [z, h, w] -> sampled latents [z, h, w]."""
@@ -243,24 +266,34 @@ class Reference:
             for block in range(self.ae["num_res_blocks"]):
                 x = self.residual(x, f"encoder.down.{level}.block.{block}")
             if level < levels - 1:
-                x = self.conv(x, f"encoder.down.{level}.downsample.conv", stride=2, pad=((0, 1), (0, 1)))
+                x = self.conv(
+                    x, f"encoder.down.{level}.downsample.conv", stride=2, pad=((0, 1), (0, 1))
+                )
         x = silu(self.group_norm(self.middle(x, "encoder.mid"), "encoder.norm_out"))
         mean, log_variance = np.split(self.conv(x, "encoder.conv_out"), 2)
-        return self.ae["scale_factor"] * (mean + np.exp(log_variance / 2) * noise - self.ae["shift_factor"])
+        return self.ae["scale_factor"] * (
+            mean + np.exp(log_variance / 2) * noise - self.ae["shift_factor"]
+        )
 
     def decode(self, latents):
         """Latents [z, h, w] -> pixels [3, H, W], not clipped."""
-        x = self.conv(latents / self.ae["scale_factor"] + self.ae["shift_factor"], "decoder.conv_in")
+        x = self.conv(
+            latents / self.ae["scale_factor"] + self.ae["shift_factor"], "decoder.conv_in"
+        )
         x = self.middle(x, "decoder.mid")
         for level in reversed(range(len(self.ae["ch_mult"]))):
             for block in range(self.ae["num_res_blocks"] + 1):
                 x = self.residual(x, f"decoder.up.{level}.block.{block}")
             if level:
-                x = self.conv(x.repeat(2, axis=1).repeat(2, axis=2), f"decoder.up.{level}.upsample.conv")
+                x = self.conv(
+                    x.repeat(2, axis=1).repeat(2, axis=2), f"decoder.up.{level}.upsample.conv"
+                )
         return self.conv(silu(self.group_norm(x, "decoder.norm_out")), "decoder.conv_out")
 
 
-def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, seed: int, shards: int = 1):
+def write_checkpoint(
+    directory, llm: dict, vit: dict, whole: dict, ae: dict, seed: int, shards: int = 1
+):
     """A released folder of random weights. llm, vit, whole, ae: its four config files; shards: files of the model."""
     from safetensors.numpy import save_file
 
@@ -278,7 +311,7 @@ def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, see
             draw(f"{name}.bias", out, scale=0.1)
 
     draw(f"{LLM}.embed_tokens.weight", llm["vocab_size"], d, scale=1.0)
-    draw("language_model.lm_head.weight", llm["vocab_size"], d, scale=3 * d ** -0.5)
+    draw("language_model.lm_head.weight", llm["vocab_size"], d, scale=3 * d**-0.5)
     for gen in ("", "_moe_gen"):
         draw(f"{LLM}.norm{gen}.weight", d, mean=1.0, scale=0.1)
         for n in range(llm["num_hidden_layers"]):
@@ -289,8 +322,12 @@ def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, see
             linear(f"{layer}.self_attn.o_proj{gen}", d, d, bias=False)
             for name, out, into in (("gate", f, d), ("up", f, d), ("down", d, f)):
                 linear(f"{layer}.mlp{gen}.{name}_proj", out, into, bias=False)
-            for name, size in ((f"self_attn.q_norm{gen}", h), (f"self_attn.k_norm{gen}", h),
-                               (f"input_layernorm{gen}", d), (f"post_attention_layernorm{gen}", d)):
+            for name, size in (
+                (f"self_attn.q_norm{gen}", h),
+                (f"self_attn.k_norm{gen}", h),
+                (f"input_layernorm{gen}", d),
+                (f"post_attention_layernorm{gen}", d),
+            ):
                 draw(f"{layer}.{name}.weight", size, mean=1.2, scale=0.1)
     linear(f"{VIT}.embeddings.patch_embedding", e, vit["patch_size"] ** 2 * 3)
     draw(f"{VIT}.embeddings.position_embedding.weight", side * side, e, scale=0.3)
@@ -301,8 +338,11 @@ def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, see
         linear(f"{layer}.self_attn.out_proj", e, e)
         linear(f"{layer}.mlp.fc1", vit["intermediate_size"], e)
         linear(f"{layer}.mlp.fc2", e, vit["intermediate_size"])
-    for name in [f"{VIT}.post_layernorm"] + [f"{VIT}.encoder.layers.{n}.layer_norm{i}" for i in (1, 2)
-                                             for n in range(vit["num_hidden_layers"] - 1)]:
+    for name in [f"{VIT}.post_layernorm"] + [
+        f"{VIT}.encoder.layers.{n}.layer_norm{i}"
+        for i in (1, 2)
+        for n in range(vit["num_hidden_layers"] - 1)
+    ]:
         draw(f"{name}.weight", e, mean=1.0, scale=0.1)
         draw(f"{name}.bias", e, scale=0.1)
     linear("connector.fc1", d, e)
@@ -316,8 +356,10 @@ def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, see
     draw("latent_pos_embed.pos_embed", whole["max_latent_size"] ** 2, d, scale=0.5)
 
     def conv(name, out, into, size=3):
-        fan_in = into * size ** 2
-        of_ae[f"{name}.weight"] = rng.standard_normal((out, into, size, size), np.float32) / np.float32(fan_in ** 0.5)
+        fan_in = into * size**2
+        of_ae[f"{name}.weight"] = rng.standard_normal(
+            (out, into, size, size), np.float32
+        ) / np.float32(fan_in**0.5)
         of_ae[f"{name}.bias"] = 0.1 * rng.standard_normal(out, np.float32)
 
     def group_norm(name, size):
@@ -370,15 +412,26 @@ def write_checkpoint(directory, llm: dict, vit: dict, whole: dict, ae: dict, see
         files = [f"ema-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
         weight_map = {name: files[n % shards] for n, name in enumerate(sorted(tensors))}
         for file in files:
-            save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, directory / file)
-        (directory / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            save_file(
+                {name: tensors[name] for name in weight_map if weight_map[name] == file},
+                directory / file,
+            )
+        (directory / "ema.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
     save_file(of_ae, directory / "ae.safetensors")
-    for name, settings in (("llm_config", llm), ("vit_config", vit), ("config", whole), ("ae_params", ae)):
+    for name, settings in (
+        ("llm_config", llm),
+        ("vit_config", vit),
+        ("config", whole),
+        ("ae_params", ae),
+    ):
         (directory / f"{name}.json").write_text(json.dumps(settings))
 
 
-def generalized_jsd(student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0,
-                    clip_unit="entry"):
+def generalized_jsd(
+    student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0, clip_unit="entry"
+):
     """Divergence of each row of logits [N, V]; the meaning of the arguments is that of `DivergenceConfig`."""
     student, teacher = (np.asarray(x, np.float64) / temperature for x in (student, teacher))
     if 0 < top_k < student.shape[-1]:
@@ -404,4 +457,4 @@ def generalized_jsd(student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=F
     values = entries.sum(-1)
     if clip and clip_unit == "token":
         values = np.minimum(values, clip)
-    return values * temperature ** 2
+    return values * temperature**2

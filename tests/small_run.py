@@ -21,14 +21,33 @@ TEST_ROWS = 20
 
 _STAGE = {"batch_size": 8, "optim.lr": 3e-3, "optim.min_lr": 3e-4, "optim.warmup_steps": 1}
 CHANGES = {
-    "model.llm.hidden_size": 32, "model.llm.num_layers": 2, "model.llm.num_heads": 2,
-    "model.llm.num_kv_heads": 1, "model.llm.intermediate_size": 48, "model.vit.hidden_size": 16,
-    "model.vit.num_heads": 2, "model.vit.intermediate_size": 24, "model.unroll": 1,
-    "data.make.train": 64, "data.make.validation": 16, "data.make.test": TEST_ROWS,
-    "warmup.steps": WARMUP, "opsd.steps": OPSD, "sft.steps": WARMUP,  # warm-up and SFT as one program
-    **{f"{stage}.{key}": value for stage in ("warmup", "opsd", "sft") for key, value in _STAGE.items()},
-    "rollout.max_new_tokens": 8, "eval.batch_size": 8, "eval.rows": 8,
-    "checkpoint.every": 1, "checkpoint.keep_latest": 100, "log.every": 1, "log.samples_every": 2,
+    "model.llm.hidden_size": 32,
+    "model.llm.num_layers": 2,
+    "model.llm.num_heads": 2,
+    "model.llm.num_kv_heads": 1,
+    "model.llm.intermediate_size": 48,
+    "model.vit.hidden_size": 16,
+    "model.vit.num_heads": 2,
+    "model.vit.intermediate_size": 24,
+    "model.unroll": 1,
+    "data.make.train": 64,
+    "data.make.validation": 16,
+    "data.make.test": TEST_ROWS,
+    "warmup.steps": WARMUP,
+    "opsd.steps": OPSD,
+    "sft.steps": WARMUP,  # warm-up and SFT as one program
+    **{
+        f"{stage}.{key}": value
+        for stage in ("warmup", "opsd", "sft")
+        for key, value in _STAGE.items()
+    },
+    "rollout.max_new_tokens": 8,
+    "eval.batch_size": 8,
+    "eval.rows": 8,
+    "checkpoint.every": 1,
+    "checkpoint.keep_latest": 100,
+    "log.every": 1,
+    "log.samples_every": 2,
 }
 
 
@@ -39,21 +58,33 @@ def config(**changes):
     spec.loader.exec_module(mini)
     c = mini.get_config("smoke")
     c.run_arms = ()
-    c.update_from_flattened_dict(CHANGES | {key.replace("__", "."): value for key, value in changes.items()})
+    c.update_from_flattened_dict(
+        CHANGES | {key.replace("__", "."): value for key, value in changes.items()}
+    )
     return c
 
 
 def command(workdir, *arguments) -> list[str]:
     """The training command, with the arm of configs/mini.py:smoke; `arguments` come last."""
     changes = [f"--config.{key}={value}" for key, value in CHANGES.items()]
-    return [sys.executable, "-m", "opsd_jax.train", f"--config={MINI}:smoke", f"--workdir={workdir}",
-            *changes, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "opsd_jax.train",
+        f"--config={MINI}:smoke",
+        f"--workdir={workdir}",
+        *changes,
+        *arguments,
+    ]
 
 
 def _jax_settings(tmp_path_factory) -> dict:
-    return {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-            "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled")}
+    return {
+        "jax_disable_most_optimizations": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+    }
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ def bench(name, size=5):
 
 # --- keeping
 
+
 def collect(folder, batches, died_at=None, identity=None):
     asked = []
 
@@ -31,12 +32,22 @@ def collect(folder, batches, died_at=None, identity=None):
         if number == died_at:
             raise KeyboardInterrupt
         asked.append(number)
-        return {"predictions": [{"index": key, "prediction": f"{benchmark.name} ü\n{key}"} for key in keys]}
+        return {
+            "predictions": [
+                {"index": key, "prediction": f"{benchmark.name} ü\n{key}"} for key in keys
+            ]
+        }
 
     told = []
     try:
-        records = answers.collect(str(folder), identity or {"seed": 0}, batches, answer,
-                                  lambda record: told.append(record["batch"]), together=True)
+        records = answers.collect(
+            str(folder),
+            identity or {"seed": 0},
+            batches,
+            answer,
+            lambda record: told.append(record["batch"]),
+            together=True,
+        )
     except KeyboardInterrupt:
         records = None
     return records, asked, told
@@ -44,7 +55,12 @@ def collect(folder, batches, died_at=None, identity=None):
 
 def test_a_kill_loses_one_batch_at_most(tmp_path):
     batches = answers.plan([bench("A"), bench("B", 2)], 2)
-    assert [(b.name, keys) for b, keys in batches] == [("A", [0, 2]), ("A", [4, 1]), ("A", [3]), ("B", [0, 1])]
+    assert [(b.name, keys) for b, keys in batches] == [
+        ("A", [0, 2]),
+        ("A", [4, 1]),
+        ("A", [3]),
+        ("B", [0, 1]),
+    ]
     whole, asked, told = collect(tmp_path / "whole", batches)
     assert asked == told == [0, 1, 2, 3]
     for torn in (b"", b'{"batch": 2, "predictions": [{"ind'):
@@ -54,7 +70,9 @@ def test_a_kill_loses_one_batch_at_most(tmp_path):
             f.write(torn)
         records, asked, told = collect(folder, batches)
         assert asked == [2, 3] and told == [0, 1, 2, 3] and records == whole
-        assert (folder / answers.FILE).read_bytes() == (tmp_path / "whole" / answers.FILE).read_bytes()
+        assert (folder / answers.FILE).read_bytes() == (
+            tmp_path / "whole" / answers.FILE
+        ).read_bytes()
         assert collect(folder, batches)[:2] == (whole, [])  # what is done is not asked again
 
 
@@ -66,9 +84,15 @@ def test_answers_of_several_processes_are_one(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     for process, line in ((0, lines[1]), (1, None), (2, lines[3])):
-        (folder / f"answers-{process}.jsonl").write_text("\n".join(filter(None, [lines[0], line])) + "\n")
+        (folder / f"answers-{process}.jsonl").write_text(
+            "\n".join(filter(None, [lines[0], line])) + "\n"
+        )
     records, asked, _ = collect(folder, batches)
-    assert asked == [1, 3] and records == whole and [p.name for p in folder.iterdir()] == [answers.FILE]
+    assert (
+        asked == [1, 3]
+        and records == whole
+        and [p.name for p in folder.iterdir()] == [answers.FILE]
+    )
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -113,7 +137,9 @@ def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
             raise checkpoint.Stopped
 
     with pytest.raises(checkpoint.Stopped):
-        answers.collect(str(tmp_path), {}, batches, answer, together=True, before_batch=stop_before_the_third)
+        answers.collect(
+            str(tmp_path), {}, batches, answer, together=True, before_batch=stop_before_the_third
+        )
     answers.collect(str(tmp_path), {}, batches, answer, together=True)
     assert asked == [0, 1, 2, 3]
     answers.forget(str(tmp_path))
@@ -135,8 +161,14 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
             shutil.copytree(tmp_path / "0", tmp_path / f"{process}")
         monkeypatch.setattr(jax, "process_index", lambda: process)
         times = iter(range(99))
-        answers.collect(str(tmp_path / f"{process}"), {"seed": 0}, batches, lambda *_: {"predictions": []},
-                        together=together, before_batch=lambda: next(times))
+        answers.collect(
+            str(tmp_path / f"{process}"),
+            {"seed": 0},
+            batches,
+            lambda *_: {"predictions": []},
+            together=together,
+            before_batch=lambda: next(times),
+        )
         asked.append(next(times))
     assert asked == [len(batches) if together else 2] * 3
 
@@ -147,24 +179,41 @@ def test_rows_that_take_no_part_are_left_out_of_the_plan():
 
 # --- drawn pictures
 
+
 def test_what_a_changed_picture_is(tmp_path):
     picture = np.full((8, 8, 3), 7, np.uint8)
-    assert answers.changer("generated", "T", [1], seed=0) is None and answers.changer("none", "T", [1], seed=0) is None
+    assert (
+        answers.changer("generated", "T", [1], seed=0) is None
+        and answers.changer("none", "T", [1], seed=0) is None
+    )
     assert answers.changer("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
     noise = answers.changer("generated-noise", "T", [1, 2], seed=0)
     first, other, round_2 = noise(0, 0, picture), noise(1, 0, picture), noise(0, 1, picture)
     assert first.shape == picture.shape and first.dtype == np.uint8
-    assert (noise(0, 0, picture) == first).all() and (first != other).any() and (first != round_2).any()
+    assert (
+        (noise(0, 0, picture) == first).all()
+        and (first != other).any()
+        and (first != round_2).any()
+    )
     assert (answers.changer("generated-noise", "T", [1], seed=1)(0, 0, picture) != first).any()
-    values = answers.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5 - 1
-    assert abs(values.mean()) < 0.02 and abs(np.mean(np.abs(values) == 1) - 0.317) < 0.02  # beyond one sigma: cut off
+    values = (
+        answers.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5 - 1
+    )
+    assert (
+        abs(values.mean()) < 0.02 and abs(np.mean(np.abs(values) == 1) - 0.317) < 0.02
+    )  # beyond one sigma: cut off
 
 
 def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     shade = {(1, 0): 10, (3, 0): 30, (3, 1): 31, (5, 0): 50}
     for (row, number), value in shade.items():
-        generate.save_picture(np.full((4, 4, 3), value, np.uint8), answers.picture_path(str(tmp_path), "T", row, number))
-    generate.save_picture(np.zeros((4, 4, 3), np.uint8), answers.picture_path(str(tmp_path), "T-2", 4, 0))
+        generate.save_picture(
+            np.full((4, 4, 3), value, np.uint8),
+            answers.picture_path(str(tmp_path), "T", row, number),
+        )
+    generate.save_picture(
+        np.zeros((4, 4, 3), np.uint8), answers.picture_path(str(tmp_path), "T-2", 4, 0)
+    )
     swap = answers.changer("generated-swap", "T", [1, 3, 5, 4], seed=0, drawn=str(tmp_path))
     mine = np.zeros((4, 4, 3), np.uint8)
     assert [int(swap(b, 0, mine)[0, 0, 0]) for b in range(4)] == [30, 50, 10, 50]
@@ -172,7 +221,9 @@ def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     assert int(swap(9, 0, mine)[0, 0, 0]) == 50  # a filler row is the last one again
     with pytest.raises(FileNotFoundError, match="no other row of T has a picture of round 2"):
         swap(1, 1, mine)
-    with pytest.raises(FileNotFoundError, match="--visual_thoughts=generated of the same checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match="--visual_thoughts=generated of the same checkpoint"
+    ):
         answers.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
 
 
@@ -194,17 +245,27 @@ def test_the_form_of_the_harness():
 
 # --- benchmarks
 
+
 def test_a_table_as_a_benchmark():
     table = benchmarks.read(TABLES / "BLINK.tsv")
     found = answers.of_table(table, cache="lossless", limit=3)
-    assert found.keys == tuple(row.index for row in benchmarks.subset(table, 3, 0).rows) and not answers.broken(found)
+    assert found.keys == tuple(
+        row.index for row in benchmarks.subset(table, 3, 0).rows
+    ) and not answers.broken(found)
     pictures, text = found.question(found.keys[0])
-    assert all(isinstance(p, Image.Image) for p in pictures) and "<|image_1|>" in text and len(pictures) == found.size(
-        found.keys[0])
+    assert (
+        all(isinstance(p, Image.Image) for p in pictures)
+        and "<|image_1|>" in text
+        and len(pictures) == found.size(found.keys[0])
+    )
     lines, summary = found.judge({key: found.expected(key) for key in found.keys})
-    assert summary["overall"] == 1 == summary["n"] / 3 and all(line["hit"] for line in lines.values())
+    assert summary["overall"] == 1 == summary["n"] / 3 and all(
+        line["hit"] for line in lines.values()
+    )
     lines, summary = found.judge({found.keys[0]: found.expected(found.keys[0]), found.keys[1]: "?"})
-    assert summary["overall"] == 0.5 and summary["needs_judge"] == 1 and summary["interval_95"][0] > 0
+    assert (
+        summary["overall"] == 0.5 and summary["needs_judge"] == 1 and summary["interval_95"][0] > 0
+    )
 
 
 def test_first_rows_of_a_circular_table_are_whole_questions():
@@ -216,57 +277,103 @@ def test_first_rows_of_a_circular_table_are_whole_questions():
 
 # --- tables
 
+
 def entry(overall, seconds, unit="fraction"):
-    return {"overall": overall, "unit": unit, "n": 10, "interval_95": [0.1, 0.9], "mean_output_tokens": 3.0,
-            "seconds_per_sample": seconds}
+    return {
+        "overall": overall,
+        "unit": unit,
+        "n": 10,
+        "interval_95": [0.1, 0.9],
+        "mean_output_tokens": 3.0,
+        "seconds_per_sample": seconds,
+    }
 
 
 def test_the_ratio_of_drawing_to_text():
-    of = lambda mode, found, **more: {"mode": mode, "checkpoint": "c", "benchmarks": {"MMVP": found}, **more}
-    summaries = {"n": of("none", entry(0.75, 0.1)), "g": of("generated", entry(70.0, 1.43, "percent") | {"pictures_per_sample": 1.25}),
-                 "other": of("generated", entry(0.1, 9), checkpoint="d"), "untimed": of("none", entry(0.5, None))}
+    of = lambda mode, found, **more: {
+        "mode": mode,
+        "checkpoint": "c",
+        "benchmarks": {"MMVP": found},
+        **more,
+    }
+    summaries = {
+        "n": of("none", entry(0.75, 0.1)),
+        "g": of("generated", entry(70.0, 1.43, "percent") | {"pictures_per_sample": 1.25}),
+        "other": of("generated", entry(0.1, 9), checkpoint="d"),
+        "untimed": of("none", entry(0.5, None)),
+    }
     lines = eval_lib.speeds(summaries).splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 1.25 | 1.4300 | 0.1000 | 14.3x | +5.0 |")
     assert "| 78.33 | 77.33 |" in eval_lib.table(summaries) and "| – |" in eval_lib.table(summaries)
     assert eval_lib.speeds({"n": summaries["n"]}) == ""
-    assert eval_lib.speeds({"n": summaries["n"] | {"weights": "1"}, "g": summaries["g"] | {"weights": "2"}}) == ""
+    assert (
+        eval_lib.speeds(
+            {"n": summaries["n"] | {"weights": "1"}, "g": summaries["g"] | {"weights": "2"}}
+        )
+        == ""
+    )
 
 
 def test_mean_over_seeds():
-    of = lambda seed, overall, **more: {"seed": seed, "checkpoint": "w/c", "protocol": "harness-none", "benchmarks": {
-        "MMVP": entry(overall, 0.1)}, **more}
-    summaries = {"a": of(0, 0.5), "b": of(1, 0.7), "c": of(2, 0.6), "again": of(2, 0.9), "p": of(1, 0.1, protocol="paper-none")}
+    of = lambda seed, overall, **more: {
+        "seed": seed,
+        "checkpoint": "w/c",
+        "protocol": "harness-none",
+        "benchmarks": {"MMVP": entry(overall, 0.1)},
+        **more,
+    }
+    summaries = {
+        "a": of(0, 0.5),
+        "b": of(1, 0.7),
+        "c": of(2, 0.6),
+        "again": of(2, 0.9),
+        "p": of(1, 0.1, protocol="paper-none"),
+    }
     *_, line = eval_lib.seeds(summaries).splitlines()
     assert line == "| harness-none | c | MMVP | 60.0 ± 10.0 % | 0, 1, 2 | 10 |"
     assert eval_lib.seeds({name: summaries[name] for name in "ap"}) == ""
     # the path is the same, the weights are not; the weights are the same, the path is not
     assert eval_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
-    moved = eval_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="1", checkpoint="w/d")})
+    moved = eval_lib.seeds(
+        {"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="1", checkpoint="w/d")}
+    )
     assert "| c | MMVP | 60.0" in moved
 
 
 def test_paper_numbers_are_of_known_benchmarks():
     assert set(benchmarks.PAPER) == set(benchmarks.KINDS)
     unique = collections.OrderedDict((value, None) for value in benchmarks.PAPER.values())
-    teacher, student = np.mean(list(unique), axis=0)  # nine columns of Table 2 and their published means
+    teacher, student = np.mean(
+        list(unique), axis=0
+    )  # nine columns of Table 2 and their published means
     assert len(unique) == 9 and round(teacher, 2) == 70.63 and round(student, 2) == 74.03
 
 
 def test_json_lines_are_what_training_writes(tmp_path):
     """One row of predictions, by hand."""
-    result = eval_lib.Result("T", [{"index": 0, "prediction": "x", "hit": True, "tokens": 1}], 1.0, 1)
+    result = eval_lib.Result(
+        "T", [{"index": 0, "prediction": "x", "hit": True, "tokens": 1}], 1.0, 1
+    )
     eval_lib.write(str(tmp_path), [result], checkpoint="c", seed=0, protocol="p")
     assert json.loads((tmp_path / "predictions.jsonl").read_text()) == {
-        "benchmark": "T", "index": 0, "prediction": "x", "hit": True, "tokens": 1}
+        "benchmark": "T",
+        "index": 0,
+        "prediction": "x",
+        "hit": True,
+        "tokens": 1,
+    }
 
 
 # --- random subsets
+
 
 def test_a_subset_is_random_in_order_and_nested():
     from opsd_jax.datasets import plan
 
     some, more = plan.subset(512, 128, 0), plan.subset(512, 256, 0)
-    assert len(set(some)) == 128 and some == sorted(some) == plan.subset(512, 128, 0) != plan.subset(512, 128, 1)
+    assert len(set(some)) == 128 and some == sorted(some) == plan.subset(
+        512, 128, 0
+    ) != plan.subset(512, 128, 1)
     assert set(some) < set(more) and plan.subset(5, 0, 0) == plan.subset(5, 9, 0) == list(range(5))
     by_quarter = np.bincount(np.array(some) // 128)  # an ordered split: small problems first
     assert by_quarter.min() > 16 and by_quarter.max() < 48
@@ -278,10 +385,16 @@ def test_a_subset_of_a_table_has_whole_questions():
     table = benchmarks.read(TABLES / "SAT_circular.tsv")
     part, whole = benchmarks.subset(table, 1, 0), benchmarks.questions(table)
     asked = benchmarks.questions(part)
-    assert len(asked) == 1 and part.rows == tuple(row for row in table.rows if benchmarks._question(row) in asked)
-    assert {q for seed in range(40) for q in benchmarks.questions(benchmarks.subset(table, 1, seed))} == whole
+    assert len(asked) == 1 and part.rows == tuple(
+        row for row in table.rows if benchmarks._question(row) in asked
+    )
+    assert {
+        q for seed in range(40) for q in benchmarks.questions(benchmarks.subset(table, 1, seed))
+    } == whole
     found = answers.of_table(table, cache="lossless", limit=1, seed=0)
-    assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(row.index for row in part.rows)
+    assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(
+        row.index for row in part.rows
+    )
     assert answers.of_table(table, cache="lossless").subset is None
 
 
@@ -290,14 +403,27 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
     batches = answers.plan([bench("A")], 2)
     first = {"weights": "a", "tokenizer": "t", "step": 3}
     collect(tmp_path, batches, identity=first)
-    for changes, named in (({"weights": "b"}, "weights"), ({"tokenizer": "u"}, "tokenizer"), ({"weights": "b", "step": 4}, "step, weights")):
-        with pytest.raises(answers.Other, match=f"begun with another {named}: the model has changed since: choose another --name"):
+    for changes, named in (
+        ({"weights": "b"}, "weights"),
+        ({"tokenizer": "u"}, "tokenizer"),
+        ({"weights": "b", "step": 4}, "step, weights"),
+    ):
+        with pytest.raises(
+            answers.Other,
+            match=f"begun with another {named}: the model has changed since: choose another --name",
+        ):
             collect(tmp_path, batches, identity=first | changes)
     (tmp_path / "old").mkdir()
     collect(tmp_path / "old", batches, identity={"step": 3})  # as before there were fingerprints
-    with pytest.raises(answers.Other, match="no fingerprint of the weights: an older version began it.*delete the folder"):
+    with pytest.raises(
+        answers.Other,
+        match="no fingerprint of the weights: an older version began it.*delete the folder",
+    ):
         collect(tmp_path / "old", batches, identity=first)
-    assert answers.identity_of(str(tmp_path)) == first and collect(tmp_path, batches, identity=first)[1] == []
+    assert (
+        answers.identity_of(str(tmp_path)) == first
+        and collect(tmp_path, batches, identity=first)[1] == []
+    )
     (tmp_path / answers.FILE).write_text('{"weights": "a"')
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
         answers.identity_of(str(tmp_path))
@@ -305,24 +431,55 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
 
 # --- summaries and comparisons
 
+
 def results(folder, rows, **more):
     """Writes results of a benchmark T: rows of (pid, expected, hit)."""
-    predictions = [{"index": n, "pid": pid, "expected": expected, "prediction": "x", "hit": hit, "tokens": 1}
-                   for n, (pid, expected, hit) in enumerate(rows)]
-    eval_lib.write(str(folder), [eval_lib.Result("T", predictions, 1.0, 1)], checkpoint="c", seed=0, protocol="p", **more)
+    predictions = [
+        {"index": n, "pid": pid, "expected": expected, "prediction": "x", "hit": hit, "tokens": 1}
+        for n, (pid, expected, hit) in enumerate(rows)
+    ]
+    eval_lib.write(
+        str(folder),
+        [eval_lib.Result("T", predictions, 1.0, 1)],
+        checkpoint="c",
+        seed=0,
+        protocol="p",
+        **more,
+    )
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", '{"benchmarks": {"T": {"overall": 0.5}}, "seed": 0}', "[1]", "null", '{"benchmarks": 7}', '{"benchmarks": {"T": 1}}',
-    '{"benchmarks": {"T": null}}', "\ufffd\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        '{"benchmarks": {"T": {"overall": 0.5}}, "seed": 0}',
+        "[1]",
+        "null",
+        '{"benchmarks": 7}',
+        '{"benchmarks": {"T": 1}}',
+        '{"benchmarks": {"T": null}}',
+        "\ufffd\x00",
+    ],
+)
 def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplog):
     results(tmp_path / "eval" / "good", [("a", "A", True)])
     results(tmp_path / "eval" / "bad", [("a", "A", True)])
     (tmp_path / "eval" / "bad" / "summary.json").write_text(content)
     table = eval_lib.write_table(str(tmp_path))
-    assert "| good | T | 100.0 %" in table and "bad" not in table and (tmp_path / "eval" / "summary.md").read_text() == table
-    assert f"left out of summary.md: {tmp_path}/eval/bad/summary.json " in caplog.text and "evaluate again" in caplog.text
-    with pytest.raises(ValueError, match="bad/summary.json (is not valid JSON|is no summary|holds a).*: delete its folder, and"):
+    assert (
+        "| good | T | 100.0 %" in table
+        and "bad" not in table
+        and (tmp_path / "eval" / "summary.md").read_text() == table
+    )
+    assert (
+        f"left out of summary.md: {tmp_path}/eval/bad/summary.json " in caplog.text
+        and "evaluate again" in caplog.text
+    )
+    with pytest.raises(
+        ValueError,
+        match="bad/summary.json (is not valid JSON|is no summary|holds a).*: delete its folder, and",
+    ):
         eval_lib.read_results(str(tmp_path), "bad")
 
 
@@ -339,21 +496,50 @@ def test_a_cut_file_of_predictions_is_named(tmp_path):
 
 
 def asking(rows, name="T", table=None):
-    return answers.Benchmark(name, tuple(range(len(rows))), None, None, None, table=table, asked=lambda key: rows[key][:2])
+    return answers.Benchmark(
+        name,
+        tuple(range(len(rows))),
+        None,
+        None,
+        None,
+        table=table,
+        asked=lambda key: rows[key][:2],
+    )
 
 
 ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
 
 
-@pytest.mark.parametrize("here, there, split, message", [
-    (ROWS, ROWS, "test", None), (ROWS, ROWS[::-1], "test", None),
-    (ROWS[:7], ROWS, "test", None), (ROWS, ROWS[5:12], "test", None),  # a subset of either
-    (ROWS, [*ROWS[:38], ("p38", "?", True), ("q", "A", True)], "test", None),  # one answer was corrected
-    (ROWS, ROWS, "validation", "has results of split test, these are of validation"),
-    (ROWS, [(f"v{pid}", a, h) for pid, a, h in ROWS], "test", "T has 40 rows here and 40 there, of which 0 are the same: give"),
-    (ROWS, [(pid, "ABCD"[n % 3], h) for n, (pid, a, h) in enumerate(ROWS)], "test", "and 28 have the same pid and another answer"),
-    (ROWS[:20], ROWS[15:], "test", "T has 20 rows here and 25 there, of which 5 are the same"),
-    (ROWS, [("same", "A", True)] * 40, "test", "of which 0 are the same")])
+@pytest.mark.parametrize(
+    "here, there, split, message",
+    [
+        (ROWS, ROWS, "test", None),
+        (ROWS, ROWS[::-1], "test", None),
+        (ROWS[:7], ROWS, "test", None),
+        (ROWS, ROWS[5:12], "test", None),  # a subset of either
+        (
+            ROWS,
+            [*ROWS[:38], ("p38", "?", True), ("q", "A", True)],
+            "test",
+            None,
+        ),  # one answer was corrected
+        (ROWS, ROWS, "validation", "has results of split test, these are of validation"),
+        (
+            ROWS,
+            [(f"v{pid}", a, h) for pid, a, h in ROWS],
+            "test",
+            "T has 40 rows here and 40 there, of which 0 are the same: give",
+        ),
+        (
+            ROWS,
+            [(pid, "ABCD"[n % 3], h) for n, (pid, a, h) in enumerate(ROWS)],
+            "test",
+            "and 28 have the same pid and another answer",
+        ),
+        (ROWS[:20], ROWS[15:], "test", "T has 20 rows here and 25 there, of which 5 are the same"),
+        (ROWS, [("same", "A", True)] * 40, "test", "of which 0 are the same"),
+    ],
+)
 def test_only_the_same_questions_are_compared(tmp_path, here, there, split, message):
     results(tmp_path / "eval" / "x", there, split="test")
     compared = eval_lib.read_results(str(tmp_path), "x")
@@ -362,21 +548,42 @@ def test_only_the_same_questions_are_compared(tmp_path, here, there, split, mess
     else:
         with pytest.raises(ValueError, match=f"--against=x.*{message}"):
             eval_lib.check_pairs(compared, [asking(here)], split)
-    with pytest.raises(ValueError, match="--against=x has results of T, not of U: give results of the same benchmarks"):
+    with pytest.raises(
+        ValueError,
+        match="--against=x has results of T, not of U: give results of the same benchmarks",
+    ):
         eval_lib.check_pairs(compared, [asking(here, "U")], "test")
 
 
 def test_pairs_are_found_by_what_was_asked(tmp_path):
     """The other results hold the rows in another order, and one that is not here."""
-    results(tmp_path / "eval" / "x", [("c", "A", True), ("a", "A", False), ("z", "B", True), ("b", "B", True)])
-    predictions = [{"index": n, "pid": pid, "prediction": "", "expected": e, "hit": hit, "tokens": 1}
-                   for n, (pid, e, hit) in enumerate([("a", "A", True), ("b", "B", True), ("c", "A", False)])]
+    results(
+        tmp_path / "eval" / "x",
+        [("c", "A", True), ("a", "A", False), ("z", "B", True), ("b", "B", True)],
+    )
+    predictions = [
+        {"index": n, "pid": pid, "prediction": "", "expected": e, "hit": hit, "tokens": 1}
+        for n, (pid, e, hit) in enumerate([("a", "A", True), ("b", "B", True), ("c", "A", False)])
+    ]
     result = eval_lib.Result("T", predictions, 1.0, 1)
-    bench = answers.Benchmark("T", (0, 1, 2), lambda key: ([], "?"), None, None,
-                              asked=lambda key: (predictions[key]["pid"], predictions[key]["expected"]))
+    bench = answers.Benchmark(
+        "T",
+        (0, 1, 2),
+        lambda key: ([], "?"),
+        None,
+        None,
+        asked=lambda key: (predictions[key]["pid"], predictions[key]["expected"]),
+    )
     summary = {"checkpoint": "c", "protocol": "p", "seed": 0, "benchmarks": {"T": result.summary()}}
-    html = eval_lib.page("n", summary, [result], {"T": bench}, lambda *_: [], eval_lib.read_results(str(tmp_path), "x"))
-    cells = html[html.index("Against x"):].split("</table>")[0].split("<td")[1:]
+    html = eval_lib.page(
+        "n",
+        summary,
+        [result],
+        {"T": bench},
+        lambda *_: [],
+        eval_lib.read_results(str(tmp_path), "x"),
+    )
+    cells = html[html.index("Against x") :].split("</table>")[0].split("<td")[1:]
     assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
 
 
@@ -387,7 +594,14 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
     whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
     facts = eval_lib.model_facts(whole, tok)
     alone = eval_lib.model_facts(distill.understanding(whole), tok)
-    assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {"generation_weights"}
-    for part, same, other in (("vae", "weights", "generation_weights"), ("connector", "generation_weights", "weights")):
-        changed = eval_lib.model_facts({**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok)
+    assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {
+        "generation_weights"
+    }
+    for part, same, other in (
+        ("vae", "weights", "generation_weights"),
+        ("connector", "generation_weights", "weights"),
+    ):
+        changed = eval_lib.model_facts(
+            {**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok
+        )
         assert changed[same] == facts[same] and changed[other] != facts[other]

@@ -30,7 +30,12 @@ def drawn(t, s, heads=4, kv=2, width=8, seed=0):
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
     mask = rng.random((2, t, s)) < 0.6
     mask[1, :2] = False
-    return normal(2, t, heads, width), normal(2, s, kv, width), normal(2, s, kv, width), jnp.asarray(mask)
+    return (
+        normal(2, t, heads, width),
+        normal(2, s, kv, width),
+        normal(2, s, kv, width),
+        jnp.asarray(mask),
+    )
 
 
 def dense(q, k, v, mask):
@@ -59,7 +64,9 @@ def test_query_blocks_have_the_same_gradients(block):
     q, k, v, mask = drawn(7, 9)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 7, 32), np.float32))
     loss = lambda block, q, k, v: jnp.sum(attention.attend(q, k, v, mask, block) * weights)
-    at_once, in_blocks = (jax.grad(functools.partial(loss, n), argnums=(0, 1, 2))(q, k, v) for n in (0, block))
+    at_once, in_blocks = (
+        jax.grad(functools.partial(loss, n), argnums=(0, 1, 2))(q, k, v) for n in (0, block)
+    )
     for ours, its in zip(in_blocks, at_once):
         assert np.abs(its).max() > 0.1
         np.testing.assert_allclose(ours, its, atol=1e-5)
@@ -80,15 +87,25 @@ def test_query_blocks_with_masks_that_broadcast(block):
     np.testing.assert_allclose(attention.attend(q, k, v, mask[:, 3:4], block), expected, atol=1e-5)
     expected = dense(q, k, v, np.ones((2, 6, 9), bool))
     for shape in ((2, 6, 1), (2, 1, 1)):
-        np.testing.assert_allclose(attention.attend(q, k, v, jnp.ones(shape, bool), block), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            attention.attend(q, k, v, jnp.ones(shape, bool), block), expected, atol=1e-5
+        )
 
 
 def test_query_blocks_need_less_memory():
     """Scores at once take B * H * T * S floats; in blocks a small share of it."""
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-        ((1, 512, 4, 8), jnp.float32), ((1, 512, 2, 8), jnp.float32), ((1, 512, 2, 8), jnp.float32),
-        ((1, 512, 512), bool))]
-    compiled = lambda block: jax.jit(functools.partial(attention.attend, query_block=block)).lower(*shapes).compile()
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((1, 512, 4, 8), jnp.float32),
+            ((1, 512, 2, 8), jnp.float32),
+            ((1, 512, 2, 8), jnp.float32),
+            ((1, 512, 512), bool),
+        )
+    ]
+    compiled = lambda block: (
+        jax.jit(functools.partial(attention.attend, query_block=block)).lower(*shapes).compile()
+    )
     at_once, in_blocks = (compiled(block).memory_analysis().temp_size_in_bytes for block in (0, 32))
     assert at_once >= 4 * 512 * 512 * 4 > 4 * in_blocks
 
@@ -100,7 +117,9 @@ def test_the_rule_of_the_mask():
     limit, order = vector(9, 8), np.stack([rng.permutation(8) for _ in range(3)]).astype(np.int32)
     segment, noised = vector(3, 8), vector(3, 8)
     for places, numbers in ((None, None), (order, None), (order, noised)):
-        found = attention.visible(*map(jnp.asarray, (limit, segment, segment)), places, numbers, numbers)
+        found = attention.visible(
+            *map(jnp.asarray, (limit, segment, segment)), places, numbers, numbers
+        )
         for b, i, j in np.ndindex(3, 8, 8):
             place = j if places is None else places[b, j]
             seen = segment[b, i] == segment[b, j] > 0 and place < limit[b, i]
@@ -113,8 +132,14 @@ def test_the_rule_of_the_mask():
 
 FLASH = {"attention": "flash_interpret"}
 SLOTS, LATENTS = 30, 8
-pack = functools.partial(tiny.pack, slots=SLOTS, patches=12, latents=LATENTS, latent_side=DRAWING.generation.side,
-                         latent_dim=DRAWING.generation.latent_dim)
+pack = functools.partial(
+    tiny.pack,
+    slots=SLOTS,
+    patches=12,
+    latents=LATENTS,
+    latent_side=DRAWING.generation.side,
+    latent_dim=DRAWING.generation.latent_dim,
+)
 
 
 def text(n):
@@ -125,21 +150,37 @@ def mask_of(packed, documents=False):
     """The Mask of a packed batch of SLOTS + LATENTS slots; documents: what follows the first 11 is a second one."""
     segment = np.where(documents & (packed.latents.order >= 11), 2, 1) * packed.segment
     order, noised = packed.latents.order, packed.latents.noised
-    return attention.Mask(*map(jnp.asarray, (packed.limit, segment, segment, order, noised, noised)))
+    return attention.Mask(
+        *map(jnp.asarray, (packed.limit, segment, segment, order, noised, noised))
+    )
 
 
 def layouts():
     """Name -> Mask of two rows."""
     rng = np.random.default_rng(0)
-    pictures = [[text(2), image(rng, (3, 2)), text(6)], [image(rng, (2, 2)), text(1), image(rng, (1, 3)), text(3)]]
-    drawn = [[text(3), latent(rng, (2, 2)), text(4), latent(rng, (1, 3)), text(2)],
-             [latent(rng, (2, 2)), text(1), image(rng, (2, 2)), latent(rng, (2, 2)), text(5)]]
+    pictures = [
+        [text(2), image(rng, (3, 2)), text(6)],
+        [image(rng, (2, 2)), text(1), image(rng, (1, 3)), text(3)],
+    ]
+    drawn = [
+        [text(3), latent(rng, (2, 2)), text(4), latent(rng, (1, 3)), text(2)],
+        [latent(rng, (2, 2)), text(1), image(rng, (2, 2)), latent(rng, (2, 2)), text(5)],
+    ]
     noisy, clean = (functools.partial(latent, rng, noised=noised) for noised in (True, False))
-    noised = [[text(3), noisy((1, 2)), clean((1, 2)), text(4)],
-              [text(1), noisy((2, 2)), clean((1, 2)), noisy((1, 2)), text(1)]]
-    return {"text": mask_of(pack([[text(20)], [text(9)]])), "images": mask_of(pack(pictures)),
-            "documents": mask_of(pack([[text(9), text(12)], [text(9), image(rng, (3, 3)), text(2)]]), documents=True),
-            "latents": mask_of(pack(drawn)), "noised": mask_of(pack(noised)), "nothing": mask_of(pack([[], [text(4)]]))}
+    noised = [
+        [text(3), noisy((1, 2)), clean((1, 2)), text(4)],
+        [text(1), noisy((2, 2)), clean((1, 2)), noisy((1, 2)), text(1)],
+    ]
+    return {
+        "text": mask_of(pack([[text(20)], [text(9)]])),
+        "images": mask_of(pack(pictures)),
+        "documents": mask_of(
+            pack([[text(9), text(12)], [text(9), image(rng, (3, 3)), text(2)]]), documents=True
+        ),
+        "latents": mask_of(pack(drawn)),
+        "noised": mask_of(pack(noised)),
+        "nothing": mask_of(pack([[], [text(4)]])),
+    }
 
 
 LAYOUTS = layouts()
@@ -148,14 +189,25 @@ LAYOUTS = layouts()
 def arrays(t, s, heads=4, kv=2, width=8, dtype=jnp.float32, seed=0):
     """q, k, v and a gradient of what attention makes of them."""
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for shape in (
-        (2, t, heads, width), (2, s, kv, width), (2, s, kv, width), (2, t, heads * width))]
+    return [
+        jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+        for shape in (
+            (2, t, heads, width),
+            (2, s, kv, width),
+            (2, s, kv, width),
+            (2, t, heads * width),
+        )
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "blocks"))
 def attended(q, k, v, gradient, mask, kind, blocks=None):
     """(output, gradients of q, k and v)."""
-    laid = flash.plan(*mask, queries=q.shape[1], blocks=blocks) if blocks else attention.lay_out(mask, q.shape[1], kind)
+    laid = (
+        flash.plan(*mask, queries=q.shape[1], blocks=blocks)
+        if blocks
+        else attention.lay_out(mask, q.shape[1], kind)
+    )
     out, back = jax.vjp(lambda q, k, v: attention.attend(q, k, v, laid, kind=kind), q, k, v)
     return out, *back(gradient)
 
@@ -169,7 +221,10 @@ def both(kind, blocks, q, k, v, gradient, mask):
     """`attended` of the kernel and densely, without the queries that see nothing."""
     some = seeing(mask)
     gradient = jnp.where(some, gradient, 0)
-    ours, its = attended(q, k, v, gradient, mask, kind, blocks), attended(q, k, v, gradient, mask, "dense")
+    ours, its = (
+        attended(q, k, v, gradient, mask, kind, blocks),
+        attended(q, k, v, gradient, mask, "dense"),
+    )
     return (jnp.where(some, ours[0], 0), *ours[1:]), (jnp.where(some, its[0], 0), *its[1:])
 
 
@@ -190,8 +245,12 @@ def test_the_kernel_equals_dense_attention(name):
 def test_the_kernel_with_other_heads_and_fewer_queries_than_keys():
     """5 heads on one kv head; 7 queries of a cache with 33 slots."""
     cache = np.arange(33)[None].repeat(2, 0)
-    mask = attention.Mask(*(jnp.asarray(x, jnp.int32) for x in (
-        [np.arange(20, 27), np.arange(9, 16)], np.ones((2, 7)), cache % 5 > 0)))
+    mask = attention.Mask(
+        *(
+            jnp.asarray(x, jnp.int32)
+            for x in ([np.arange(20, 27), np.arange(9, 16)], np.ones((2, 7)), cache % 5 > 0)
+        )
+    )
     agree(*both("flash_interpret", (16, 8), *arrays(7, 33, heads=5, kv=1), mask), 3e-6)
 
 
@@ -225,7 +284,13 @@ def test_which_blocks_are_at_hand():
     """The drawing in the docstring of `flash`, and one with blocks before the first needed one, and none at all."""
     lines = ["#...", "##..", ".##.", "..#.", "...."]
     found = flash._at_hand(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
-    assert found[0].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 2, 2], [2, 2, 2, 2], [0, 0, 0, 0]]
+    assert found[0].tolist() == [
+        [0, 0, 0, 0],
+        [0, 1, 1, 1],
+        [1, 1, 2, 2],
+        [2, 2, 2, 2],
+        [0, 0, 0, 0],
+    ]
 
 
 def test_blocks_that_nobody_sees_are_left_out():
@@ -250,7 +315,9 @@ def test_what_stands_in_a_block_that_nobody_sees_does_not_matter():
         np.testing.assert_array_equal(ours[:, :slots], its[:, :slots])
 
 
-@pytest.mark.parametrize("slots, size", [(2, 128), (128, 128), (300, 384), (1024, 512), (4098, 384), (4900, 384)])
+@pytest.mark.parametrize(
+    "slots, size", [(2, 128), (128, 128), (300, 384), (1024, 512), (4098, 384), (4900, 384)]
+)
 def test_block_sizes_pad_little(slots, size):
     assert flash.block_size(slots) == size
 
@@ -275,15 +342,19 @@ def test_nothing_as_large_as_queries_times_keys_is_made():
     params = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
     for kind, below in (("dense", False), ("flash_interpret", True), ("flash", True)):
         run = functools.partial(bagel.forward, config=dataclasses.replace(config, attention=kind))
-        traced = jax.make_jaxpr(jax.grad(lambda p, *a: jnp.sum(run(p, *a)[0])))(params, x, vector, vector, vector)
+        traced = jax.make_jaxpr(jax.grad(lambda p, *a: jnp.sum(run(p, *a)[0])))(
+            params, x, vector, vector, vector
+        )
         assert (largest(traced.jaxpr) < slots * slots / 4) == below, kind
 
 
 @pytest.mark.parametrize("heads, kv, width", [(28, 4, 128), (16, 16, 72)], ids=["decoder", "vit"])
 def test_the_kernel_lowers_for_a_tpu(heads, kv, width):
     """At the sizes of 7B, noised latents included. The tiles that the TPU wants are checked here, its memory is not."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
-        (1, 700, heads, width), (1, 900, kv, width), (1, 900, kv, width))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((1, 700, heads, width), (1, 900, kv, width), (1, 900, kv, width))
+    ]
     of_query, of_key = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (700, 900))
     mask = attention.Mask(of_query, of_query, of_key, of_key, of_query, of_key)
 
@@ -298,6 +369,7 @@ def test_the_kernel_lowers_for_a_tpu(heads, kv, width):
 
 # ---- the whole model
 
+
 @pytest.fixture(scope="module")
 def params():
     return tiny.params(DRAWING)
@@ -305,8 +377,19 @@ def params():
 
 def test_a_context_with_latents_reads_the_same(params):
     rng = np.random.default_rng(1)
-    packed = pack([[text(2), image(rng, (2, 2)), latent(rng, (1, 2), noised=True), latent(rng, (1, 2)), text(3)],
-                   [image(rng, (2, 3)), text(4)]], slots=20)
+    packed = pack(
+        [
+            [
+                text(2),
+                image(rng, (2, 2)),
+                latent(rng, (1, 2), noised=True),
+                latent(rng, (1, 2)),
+                text(3),
+            ],
+            [image(rng, (2, 3)), text(4)],
+        ],
+        slots=20,
+    )
     read = lambda config: jax.jit(functools.partial(bagel.read, config=config))(params, packed)[0]
     dense, ours = read(DRAWING), read(dataclasses.replace(DRAWING, **FLASH))
     np.testing.assert_allclose(ours[packed.segment > 0], dense[packed.segment > 0], atol=2e-5)
@@ -316,8 +399,12 @@ def test_a_context_with_latents_reads_the_same(params):
 def test_scores_and_their_gradients_are_the_same():
     params, rng = tiny.params(), np.random.default_rng(2)
     packed = tiny.batch(rng, 2).student
-    completion = context.completion(jnp.asarray(rng.integers(0, 256, (2, 5))), jnp.arange(5) < jnp.array([[5], [3]]),
-                                    bos=TOKENIZER.bos, eos=TOKENIZER.eos)
+    completion = context.completion(
+        jnp.asarray(rng.integers(0, 256, (2, 5))),
+        jnp.arange(5) < jnp.array([[5], [3]]),
+        bos=TOKENIZER.bos,
+        eos=TOKENIZER.eos,
+    )
     weights = completion.mask[:, :, None] * jnp.asarray(rng.standard_normal((2, 6, 32), np.float32))
 
     def run(config):
@@ -338,7 +425,9 @@ def test_a_picture_is_drawn_the_same(params):
     noise = rng.standard_normal((1, 4, DRAWING.generation.latent_dim), np.float32)
 
     def draw(model):
-        config = flow.FlowConfig(model, TOKENIZER.image_start, TOKENIZER.image_end, num_timesteps=3, interval=(0, 1))
+        config = flow.FlowConfig(
+            model, TOKENIZER.image_start, TOKENIZER.image_end, num_timesteps=3, interval=(0, 1)
+        )
         return np.asarray(flow.draw(params, contexts, noise, positions, real, config=config))
 
     expected = draw(DRAWING)
@@ -384,8 +473,12 @@ def test_sampling_on_several_devices_goes_through_the_kernel():
         assert "shard_map" in str(jaxpr)
         print("the same")
         """
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu",
-               PYTHONPATH=os.path.dirname(os.path.abspath(__file__)))
+    env = dict(
+        os.environ,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        JAX_PLATFORMS="cpu",
+        PYTHONPATH=os.path.dirname(os.path.abspath(__file__)),
+    )
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "the same", done.stderr[-2000:]
 
@@ -417,12 +510,15 @@ def test_several_devices_compute_their_own_rows_and_heads():
             np.testing.assert_allclose(ours, its, atol=5e-6)
         print("the same")
         """
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
+    env = dict(
+        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "the same", done.stderr[-2000:]
 
 
 # ---- what is chosen, and where it may run
+
 
 def test_one_query_is_computed_densely_by_all():
     """Decoding: also where the kernels themselves would not run."""
@@ -430,13 +526,29 @@ def test_one_query_is_computed_densely_by_all():
     mask = attention.Mask(*jnp.array([[[9], [4]], [[1], [1]]]), jnp.ones((2, 12), jnp.int32))
     for kind in ("dense", "flash", "cudnn"):
         found = attention.attend(q, k, v, attention.lay_out(mask, 1, kind), kind=kind)
-        np.testing.assert_allclose(found, dense(q, k, v, np.asarray(attention.visible(*mask))), atol=1e-5)
+        np.testing.assert_allclose(
+            found, dense(q, k, v, np.asarray(attention.visible(*mask))), atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("kind, dtype, error, message", [
-    ("flash", jnp.float32, NotImplementedError, "model.attention is 'flash'.*on a CPU set 'dense'"),
-    ("cudnn", jnp.bfloat16, NotImplementedError, "model.attention is 'cudnn'.*on a CPU set 'dense'"),
-    ("cudnn", jnp.float32, ValueError, "set model.dtype='bfloat16'")])
+@pytest.mark.parametrize(
+    "kind, dtype, error, message",
+    [
+        (
+            "flash",
+            jnp.float32,
+            NotImplementedError,
+            "model.attention is 'flash'.*on a CPU set 'dense'",
+        ),
+        (
+            "cudnn",
+            jnp.bfloat16,
+            NotImplementedError,
+            "model.attention is 'cudnn'.*on a CPU set 'dense'",
+        ),
+        ("cudnn", jnp.float32, ValueError, "set model.dtype='bfloat16'"),
+    ],
+)
 @pytest.mark.parametrize("jit", [True, False])
 def test_kernels_of_other_machines_say_so(kind, dtype, error, message, jit):
     q, k, v, _ = arrays(38, 38, dtype=dtype)
@@ -454,10 +566,16 @@ def test_an_unknown_kind_is_named():
 def test_cudnn_is_lowered_for_gpus_alone(monkeypatch):
     """With its gradients; XLA's implementation stands in for cuDNN, which is not here."""
     real = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, mask, implementation: real(*a, mask=mask))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, mask, implementation: real(*a, mask=mask)
+    )
     q, k, v, _ = arrays(38, 38, dtype=jnp.bfloat16)
     laid = attention.lay_out(LAYOUTS["text"], 38, "cudnn")
-    gradient = jax.jit(jax.grad(lambda q: jnp.sum(attention.attend(q, k, v, laid, kind="cudnn").astype(jnp.float32))))
+    gradient = jax.jit(
+        jax.grad(
+            lambda q: jnp.sum(attention.attend(q, k, v, laid, kind="cudnn").astype(jnp.float32))
+        )
+    )
     jax.export.export(gradient, platforms=["cuda"])(q)
     for platform in ("cpu", "tpu"):
         with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
@@ -479,7 +597,9 @@ def test_what_cudnn_is_given(monkeypatch, queries, one_row):
     monkeypatch.setattr(flash, "only_on", lambda x, **_: x)
     q, k, v, _ = arrays(queries, 37, dtype=jnp.bfloat16)
     seen = attention.visible(*LAYOUTS["images"])[:, :queries, :37]
-    seen = jnp.pad(seen, ((0, 0), (0, queries - seen.shape[1]), (0, 0)))[:, :1 if one_row else None]
+    seen = jnp.pad(seen, ((0, 0), (0, queries - seen.shape[1]), (0, 0)))[
+        :, : 1 if one_row else None
+    ]
     found = attention.attend(q, k, v, seen, kind="cudnn")
     some = np.broadcast_to(np.asarray(seen).any(-1), (2, queries))
     assert found.shape == (2, queries, 32)

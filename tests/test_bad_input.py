@@ -18,7 +18,18 @@ from PIL import Image
 
 import small_run
 import tiny
-from opsd_jax import checkpoint, context, convert, data, generate, locks, settings, tasks, tokenizer, train
+from opsd_jax import (
+    checkpoint,
+    context,
+    convert,
+    data,
+    generate,
+    locks,
+    settings,
+    tasks,
+    tokenizer,
+    train,
+)
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.model import attention
@@ -46,6 +57,7 @@ def refused(kind, tmp_path, *parts, **changes):
 
 # --- parquet files ------------------------------------------------------------------------------------------
 
+
 def png():
     file = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "PNG")
@@ -57,13 +69,27 @@ def parquet(tmp_path, changes=None, drop=None):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{"pid": f"p{n}", "question": "Which?", "answer": "B", "problem_image_0": png(),
-             "resoning_thought_0": "look", "reasoning_image_0": png(), "metadata": None} for n in range(3)]
+    rows = [
+        {
+            "pid": f"p{n}",
+            "question": "Which?",
+            "answer": "B",
+            "problem_image_0": png(),
+            "resoning_thought_0": "look",
+            "reasoning_image_0": png(),
+            "metadata": None,
+        }
+        for n in range(3)
+    ]
     rows[2] |= changes or {}
     path = tmp_path / "Maze" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
-        [{key: value for key, value in row.items() if key != drop} for row in rows]), path)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [{key: value for key, value in row.items() if key != drop} for row in rows]
+        ),
+        path,
+    )
     return path
 
 
@@ -88,16 +114,25 @@ def prepare(tmp_path, capsys, *arguments):
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("changes, fault", [
-    ({"problem_image_0": {"bytes": b"\x89PNG, broken", "path": None}}, "problem_image_0 cannot be decoded"),
-    ({"problem_image_0": {"bytes": png()["bytes"][:40], "path": None}}, "problem_image_0 cannot be decoded"),
-    ({"question": ""}, "question is empty"),
-    ({"question": "  \n"}, "question is empty"),
-    ({"answer": None}, "answer is empty"),
-    ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
-    ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'"),
-    ({"metadata": '{"family": "maze", "map": ["FG"]}'}, "metadata has no 'map'"),
-])
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        (
+            {"problem_image_0": {"bytes": b"\x89PNG, broken", "path": None}},
+            "problem_image_0 cannot be decoded",
+        ),
+        (
+            {"problem_image_0": {"bytes": png()["bytes"][:40], "path": None}},
+            "problem_image_0 cannot be decoded",
+        ),
+        ({"question": ""}, "question is empty"),
+        ({"question": "  \n"}, "question is empty"),
+        ({"answer": None}, "answer is empty"),
+        ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
+        ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'"),
+        ({"metadata": '{"family": "maze", "map": ["FG"]}'}, "metadata has no 'map'"),
+    ],
+)
 def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault):
     path = parquet(tmp_path, changes)
     status, _, error = prepare(tmp_path, capsys)
@@ -120,16 +155,24 @@ def test_a_missing_column_is_named(tmp_path, capsys, column):
 
 def test_a_source_without_parquet(tmp_path, capsys):
     status, _, error = prepare(tmp_path, capsys)
-    assert status == 1 and f"{tmp_path} holds no parquet: looked for *.parquet and data/*.parquet" in error
+    assert (
+        status == 1
+        and f"{tmp_path} holds no parquet: looked for *.parquet and data/*.parquet" in error
+    )
 
 
 def test_a_full_disk_while_preparing(tmp_path, capsys):
     noise = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)).save(noise, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)).save(
+        noise, "PNG"
+    )
     parquet(tmp_path, {"problem_image_0": {"bytes": noise.getvalue(), "path": None}})
     with file_size_limit(20_000):
         status, _, error = prepare(tmp_path, capsys)
-    assert status == 1 and "visual_opsd-train.array_record-00000-of-00001 could not be written" in error
+    assert (
+        status == 1
+        and "visual_opsd-train.array_record-00000-of-00001 could not be written" in error
+    )
     assert "free space; then run the same command again" in error
     assert prepare(tmp_path, capsys)[0] == 0
     assert len(visual_opsd.open_source(tmp_path / "out", task="Maze")) == 3
@@ -151,6 +194,7 @@ class file_size_limit:
 
 # --- tokenizer and model ------------------------------------------------------------------------------------
 
+
 def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, capsys):
     """Every command that brings the two together refuses them, with both numbers, before it does anything slow."""
     changes = dict(data__dir=str(folder), model__llm__vocab_size=300)
@@ -160,10 +204,14 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     workdir, config = tmp_path / "run", checkpoint.config_to_json(small_run.config(**changes))
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config))
-    checkpoint.save(workdir / "checkpoints" / "7", None, {"a": np.zeros(3, np.float32)}, step=7, config=config)
-    for command in (lambda: eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
-                    lambda: runs.open_run(str(workdir)),
-                    lambda: generate.load(str(workdir), draw=False)):
+    checkpoint.save(
+        workdir / "checkpoints" / "7", None, {"a": np.zeros(3, np.float32)}, step=7, config=config
+    )
+    for command in (
+        lambda: eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
+        lambda: runs.open_run(str(workdir)),
+        lambda: generate.load(str(workdir), draw=False),
+    ):
         try:
             command()
         except (ValueError, SystemExit) as error:
@@ -173,14 +221,20 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
 
     spoiled = shutil.copytree(released, tmp_path / "release")
     sizes = json.loads((spoiled / "llm_config.json").read_text())["vocab_size"]
-    tiny.write_tokenizer(spoiled, json.loads((spoiled / "special_tokens.json").read_text()), sizes + 1)
+    tiny.write_tokenizer(
+        spoiled, json.loads((spoiled / "special_tokens.json").read_text()), sizes + 1
+    )
     said = f"has ids up to {sizes} ('<|{sizes}|>'), but the model has {sizes} embeddings"
     with pytest.raises(ValueError, match=re.escape(said)):
         generate.load(str(spoiled), draw=True)
     with pytest.raises(ValueError, match=re.escape(said)):
         convert.import_release(str(spoiled), str(tmp_path / "imported"))
     convert.import_release(str(released), str(tmp_path / "imported"), only="understanding")
-    tiny.write_tokenizer(tmp_path / "imported" / "release", json.loads((spoiled / "special_tokens.json").read_text()), sizes + 1)
+    tiny.write_tokenizer(
+        tmp_path / "imported" / "release",
+        json.loads((spoiled / "special_tokens.json").read_text()),
+        sizes + 1,
+    )
     with pytest.raises(ValueError, match=re.escape(said)):
         convert.export_release(str(tmp_path / "imported"), str(tmp_path / "out"), base="none")
     assert not (tmp_path / "out").exists()
@@ -188,23 +242,48 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
 
 # --- settings -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 def test_mistakes_on_the_command_line(tmp_path):
     mistakes = {
-        "--config.divergence.btea=1": ["error: --config.divergence.btea=1: there is no", 'mean "beta"'],
-        "--config.divergnce.beta=1": ["error: --config.divergnce.beta=1: there is no", 'mean "divergence"'],
-        "--config.opsd.xyzzy=1": ["error: --config.opsd.xyzzy=1: there is no", "in opsd_jax/settings.py"],
+        "--config.divergence.btea=1": [
+            "error: --config.divergence.btea=1: there is no",
+            'mean "beta"',
+        ],
+        "--config.divergnce.beta=1": [
+            "error: --config.divergnce.beta=1: there is no",
+            'mean "divergence"',
+        ],
+        "--config.opsd.xyzzy=1": [
+            "error: --config.opsd.xyzzy=1: there is no",
+            "in opsd_jax/settings.py",
+        ],
         "--config.opsd.steps=abc": ["flag --config.opsd.steps=abc: invalid literal for int"],
         "--workdri=x": ["Unknown command line flag 'workdri'. Did you mean: workdir"],
-        "--config=configs/mini.py:chess": ["error: configs/mini.py:chess: choose maze, chart, smoke or draw"],
-        "--arm=nosie": ["error: --arm=nosie: the config has the arms ['image', 'noise', 'none', 'offline', 'sft', 'swap']"],
-        "--config.data.buckets.student=(36,25)": ["error: config.data.buckets.student is (36, 25): give a tuple that holds"],
+        "--config=configs/mini.py:chess": [
+            "error: configs/mini.py:chess: choose maze, chart, smoke or draw"
+        ],
+        "--arm=nosie": [
+            "error: --arm=nosie: the config has the arms ['image', 'noise', 'none', 'offline', 'sft', 'swap']"
+        ],
+        "--config.data.buckets.student=(36,25)": [
+            "error: config.data.buckets.student is (36, 25): give a tuple that holds"
+        ],
         "--config.stages=('opsd','opsd')": ["error: config.stages names opsd twice"],
     }
-    command = [sys.executable, "-m", "opsd_jax.train", "--config=configs/mini.py", f"--workdir={tmp_path}/w"]
-    start = lambda argument: subprocess.Popen([*command, argument], cwd=small_run.ROOT, text=True,
-                                              stderr=subprocess.PIPE)
-    running = {argument: start(argument) for argument in mistakes}  # all at once: starting is what takes long
+    command = [
+        sys.executable,
+        "-m",
+        "opsd_jax.train",
+        "--config=configs/mini.py",
+        f"--workdir={tmp_path}/w",
+    ]
+    start = lambda argument: subprocess.Popen(
+        [*command, argument], cwd=small_run.ROOT, text=True, stderr=subprocess.PIPE
+    )
+    running = {
+        argument: start(argument) for argument in mistakes
+    }  # all at once: starting is what takes long
     for argument, parts in mistakes.items():
         _, told = running[argument].communicate(timeout=300)
         assert running[argument].returncode == 1
@@ -214,20 +293,44 @@ def test_mistakes_on_the_command_line(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"stages": ("warmup", "opd")}, r"config.stages names 'opd': choose from \('autoencoder', 'warmup', 'opsd', 'sft', 'offline'\)"),
-    ({"stages": ()}, "config.stages is empty"),
-    ({"run_arms": ("noise",), "eval.final_split": ""}, "config.run_arms ends with a table of text-only accuracies"),
-    ({"run_arms": ("nosie",)}, r"config.run_arms names 'nosie': arms are \['image', 'noise', 'none', 'offline', 'sft', 'swap'"),
-    ({"opsd.accumulation": 3}, "config.opsd.batch_size 8 is not divisible by config.opsd.accumulation 3"),
-    ({"teacher.visual_thoughts": "reel"}, "config.teacher.visual_thoughts is 'reel': choose from"),
-    ({"images.stride": 16}, "config.images.stride 16 must equal config.model.vit.patch_size 8"),
-    ({"checkpoint.params": "average"}, "config.checkpoint.params is 'average': use 'student' or 'ema'"),
-    ({"data.limits": (1, 2)}, "config.data.limits needs one number for each of config.data.tasks"),
-    ({"data.on_too_long": "cut"}, "config.data.on_too_long is 'cut': use 'fail' or 'skip'"),
-    ({"data.buckets.trace": ()}, "config.data.buckets needs equally many entries"),
-    ({"opsd.jsd_weight": 0.0}, "config.opsd.jsd_weight and config.opsd.ce_weight are both 0"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"stages": ("warmup", "opd")},
+            r"config.stages names 'opd': choose from \('autoencoder', 'warmup', 'opsd', 'sft', 'offline'\)",
+        ),
+        ({"stages": ()}, "config.stages is empty"),
+        (
+            {"run_arms": ("noise",), "eval.final_split": ""},
+            "config.run_arms ends with a table of text-only accuracies",
+        ),
+        (
+            {"run_arms": ("nosie",)},
+            r"config.run_arms names 'nosie': arms are \['image', 'noise', 'none', 'offline', 'sft', 'swap'",
+        ),
+        (
+            {"opsd.accumulation": 3},
+            "config.opsd.batch_size 8 is not divisible by config.opsd.accumulation 3",
+        ),
+        (
+            {"teacher.visual_thoughts": "reel"},
+            "config.teacher.visual_thoughts is 'reel': choose from",
+        ),
+        ({"images.stride": 16}, "config.images.stride 16 must equal config.model.vit.patch_size 8"),
+        (
+            {"checkpoint.params": "average"},
+            "config.checkpoint.params is 'average': use 'student' or 'ema'",
+        ),
+        (
+            {"data.limits": (1, 2)},
+            "config.data.limits needs one number for each of config.data.tasks",
+        ),
+        ({"data.on_too_long": "cut"}, "config.data.on_too_long is 'cut': use 'fail' or 'skip'"),
+        ({"data.buckets.trace": ()}, "config.data.buckets needs equally many entries"),
+        ({"opsd.jsd_weight": 0.0}, "config.opsd.jsd_weight and config.opsd.ce_weight are both 0"),
+    ],
+)
 def test_settings_that_do_not_fit(changes, message):
     config = small_run.config()
     config.update_from_flattened_dict(changes)
@@ -235,11 +338,20 @@ def test_settings_that_do_not_fit(changes, message):
         settings.check(config)
 
 
-@pytest.mark.parametrize("kind, platform", [("flash", "cpu"), ("cudnn", "cpu"), ("flash", "gpu"), ("cudnn", "tpu")])
+@pytest.mark.parametrize(
+    "kind, platform", [("flash", "cpu"), ("cudnn", "cpu"), ("flash", "gpu"), ("cudnn", "tpu")]
+)
 def test_kernels_that_the_devices_lack(kind, platform):
-    with pytest.raises(ValueError, match=f"config.model.attention is '{kind}', a kernel for a .*set config.model.attention='dense'"):
+    with pytest.raises(
+        ValueError,
+        match=f"config.model.attention is '{kind}', a kernel for a .*set config.model.attention='dense'",
+    ):
         attention.check_platform(kind, platform)
-    for good in ("dense", "flash_interpret", {"tpu": "flash", "gpu": "cudnn"}.get(platform, "dense")):
+    for good in (
+        "dense",
+        "flash_interpret",
+        {"tpu": "flash", "gpu": "cudnn"}.get(platform, "dense"),
+    ):
         attention.check_platform(good, platform)
 
 
@@ -249,35 +361,75 @@ def test_a_kernel_that_the_devices_lack_is_told_before_data_are_made(tmp_path):
 
 
 def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):
-    refused(ValueError, tmp_path, "does not cover", "set config.mesh", data__dir=str(folder), mesh__data=99)
+    refused(
+        ValueError,
+        tmp_path,
+        "does not cover",
+        "set config.mesh",
+        data__dir=str(folder),
+        mesh__data=99,
+    )
 
 
 # --- files that are not there -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("families", [(), ("chart",)])
 def test_no_data(tmp_path, families):
     away = str(tmp_path / "away")
     command = f"python -m opsd_jax.data prepare --source=PARQUET_DIR --target={away}"
-    refused(FileNotFoundError, tmp_path, f"{away} holds no data", command, f"make-mini --target={away}", "--config.data.dir",
-            data__dir=away, data__make__families=families)
+    refused(
+        FileNotFoundError,
+        tmp_path,
+        f"{away} holds no data",
+        command,
+        f"make-mini --target={away}",
+        "--config.data.dir",
+        data__dir=away,
+        data__make__families=families,
+    )
     assert not os.path.exists(away)
 
 
 def test_no_data_of_a_task(tmp_path, folder):
-    refused(ValueError, tmp_path, f"config.data.tasks names 'Jigsaw', which the data in {folder} lack",
-            data__dir=str(folder), data__tasks=("Jigsaw",))
+    refused(
+        ValueError,
+        tmp_path,
+        f"config.data.tasks names 'Jigsaw', which the data in {folder} lack",
+        data__dir=str(folder),
+        data__tasks=("Jigsaw",),
+    )
 
 
 def test_no_tokenizer(tmp_path, folder):
     away = str(tmp_path / "away")
-    refused(FileNotFoundError, tmp_path, f"{away} holds no tokenizer", "--config.tokenizer=FOLDER",
-            tokenizer=away, data__dir=str(folder))
+    refused(
+        FileNotFoundError,
+        tmp_path,
+        f"{away} holds no tokenizer",
+        "--config.tokenizer=FOLDER",
+        tokenizer=away,
+        data__dir=str(folder),
+    )
     os.makedirs(away)
-    refused(FileNotFoundError, tmp_path, f"{away} holds no tokenizer", tokenizer=away, data__dir=str(folder))
+    refused(
+        FileNotFoundError,
+        tmp_path,
+        f"{away} holds no tokenizer",
+        tokenizer=away,
+        data__dir=str(folder),
+    )
     (only,) = os.listdir(folder / "visual_opsd")
-    shutil.copytree(folder / "visual_opsd", tmp_path / "prepared" / "visual_opsd")  # data that no tokenizer comes with
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/prepared/made/tokenizer holds no tokenizer"):
-        train.train(small_run.config(data__dir=str(tmp_path / "prepared"), data__tasks=(only,)), str(tmp_path / "other"))
+    shutil.copytree(
+        folder / "visual_opsd", tmp_path / "prepared" / "visual_opsd"
+    )  # data that no tokenizer comes with
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path}/prepared/made/tokenizer holds no tokenizer"
+    ):
+        train.train(
+            small_run.config(data__dir=str(tmp_path / "prepared"), data__tasks=(only,)),
+            str(tmp_path / "other"),
+        )
     assert not (tmp_path / "other").exists()
 
 
@@ -287,8 +439,16 @@ def test_no_such_split_is_told_before_the_first_step(tmp_path, folder):
 
 
 def test_a_swap_of_a_single_row(tmp_path, folder):
-    refused(ValueError, tmp_path, f"{small_run.TASK} has a single row in train", "data.limits", data__dir=str(folder),
-            stages=("opsd",), teacher__visual_thoughts="swap", data__limits=(1,))
+    refused(
+        ValueError,
+        tmp_path,
+        f"{small_run.TASK} has a single row in train",
+        "data.limits",
+        data__dir=str(folder),
+        stages=("opsd",),
+        teacher__visual_thoughts="swap",
+        data__limits=(1,),
+    )
 
 
 def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
@@ -300,17 +460,37 @@ def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
         for path in rows.glob("*/data/test-*.parquet"):
             change(path, 3, answer="<answer>n7")
         visual_opsd.prepare(rows, tmp_path / "data", overwrite=True)
-    refused(ValueError, tmp_path, "no completion can be right for 1 rows of Chart_Refocus", "answer has <answer> without",
-            "row chart-test-", data__dir=str(tmp_path / "data"))
+    refused(
+        ValueError,
+        tmp_path,
+        "no completion can be right for 1 rows of Chart_Refocus",
+        "answer has <answer> without",
+        "row chart-test-",
+        data__dir=str(tmp_path / "data"),
+    )
 
 
 def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
     config = small_run.config()
-    (slots, patches, targets), = config.data.buckets.trace
-    refused(context.TooLong, tmp_path, "row chart-train-", f"its bucket has {slots - 9} and {patches}",
-            "data.buckets", data__dir=str(folder), data__buckets__trace=((slots - 9, patches, targets),))
-    refused(context.TooLong, tmp_path, "row chart-train-", f"more than {targets - 9} target tokens",
-            "targets", data__dir=str(folder), data__buckets__trace=((slots, patches, targets - 9),))
+    ((slots, patches, targets),) = config.data.buckets.trace
+    refused(
+        context.TooLong,
+        tmp_path,
+        "row chart-train-",
+        f"its bucket has {slots - 9} and {patches}",
+        "data.buckets",
+        data__dir=str(folder),
+        data__buckets__trace=((slots - 9, patches, targets),),
+    )
+    refused(
+        context.TooLong,
+        tmp_path,
+        "row chart-train-",
+        f"more than {targets - 9} target tokens",
+        "targets",
+        data__dir=str(folder),
+        data__buckets__trace=((slots, patches, targets - 9),),
+    )
 
 
 def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_path, folder):
@@ -320,27 +500,58 @@ def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_pat
 
 # --- checkpoints --------------------------------------------------------------------------------------------
 
+
 def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
     half = tmp_path / "other" / "checkpoints" / "7.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
-    refused(checkpoint.CheckpointNotFound, tmp_path, "interrupted (7.orbax-checkpoint-tmp)",
-            "no complete checkpoint", data__dir=str(folder), init_from=str(half.parent))
-    refused(checkpoint.CheckpointNotFound, tmp_path, f"{half.parent}/7: this save was interrupted",
-            data__dir=str(folder), init_from=str(half.parent / "7"))
-    refused(checkpoint.CheckpointNotFound, tmp_path, "/nowhere: no such folder. Give a workdir",
-            data__dir=str(folder), init_from="/nowhere")
+    refused(
+        checkpoint.CheckpointNotFound,
+        tmp_path,
+        "interrupted (7.orbax-checkpoint-tmp)",
+        "no complete checkpoint",
+        data__dir=str(folder),
+        init_from=str(half.parent),
+    )
+    refused(
+        checkpoint.CheckpointNotFound,
+        tmp_path,
+        f"{half.parent}/7: this save was interrupted",
+        data__dir=str(folder),
+        init_from=str(half.parent / "7"),
+    )
+    refused(
+        checkpoint.CheckpointNotFound,
+        tmp_path,
+        "/nowhere: no such folder. Give a workdir",
+        data__dir=str(folder),
+        init_from="/nowhere",
+    )
 
 
 @pytest.mark.slow
 def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
     trained = small_run.trained(tmp_path_factory)
-    refused(checkpoint.CheckpointMismatch, tmp_path, "llm/layers/und/gate_kernel", "48", "56",
-            data__dir=f"{trained}/data", init_from=str(trained), model__llm__intermediate_size=56)
+    refused(
+        checkpoint.CheckpointMismatch,
+        tmp_path,
+        "llm/layers/und/gate_kernel",
+        "48",
+        "56",
+        data__dir=f"{trained}/data",
+        init_from=str(trained),
+        model__llm__intermediate_size=56,
+    )
 
 
 def test_a_folder_that_another_run_writes_into(tmp_path, folder):
     with locks.only_writer(tmp_path / "w", inside=True):
-        refused(locks.FolderInUse, tmp_path, f"{tmp_path}/w", f"process {os.getpid()} on", data__dir=str(folder))
+        refused(
+            locks.FolderInUse,
+            tmp_path,
+            f"{tmp_path}/w",
+            f"process {os.getpid()} on",
+            data__dir=str(folder),
+        )
 
 
 @pytest.mark.slow

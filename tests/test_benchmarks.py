@@ -13,53 +13,97 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 def run(name, *options):
     """(the JSON lines, the rows of the table) that a benchmark prints."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--size=tiny", "--dtype=float32", "--repeats=1", *options]
+    command = [
+        sys.executable,
+        str(FOLDER / f"{name}.py"),
+        "--size=tiny",
+        "--dtype=float32",
+        "--repeats=1",
+        *options,
+    ]
     # compiled without optimisation: half the seconds
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    return [json.loads(s) for s in lines if s.startswith("{")], [s for s in lines if s.startswith("|")]
+    return [json.loads(s) for s in lines if s.startswith("{")], [
+        s for s in lines if s.startswith("|")
+    ]
 
 
 @pytest.mark.slow
 def test_drawing():
     lines, table = run("drawing", "--image=32x48", "--problem=32x32", "--steps=3", "--context=1200")
-    assert [line["measure"] for line in lines] == ["encode", "decode"] + ["prepare", "denoise", "image"] * 3
+    assert [line["measure"] for line in lines] == ["encode", "decode"] + [
+        "prepare",
+        "denoise",
+        "image",
+    ] * 3
     assert len(table) == len(lines) + 2
     by = {(line["measure"], line.get("branches")): line for line in lines}
-    common = {"benchmark": "drawing", "size": "tiny", "dtype": "float32", "platform": "cpu", "batch": 1, "repeats": 1}
+    common = {
+        "benchmark": "drawing",
+        "size": "tiny",
+        "dtype": "float32",
+        "platform": "cpu",
+        "batch": 1,
+        "repeats": 1,
+    }
     for line in lines:
-        assert common.items() <= line.items() and {"device", "parameters", "peak_mib"} <= line.keys()
+        assert (
+            common.items() <= line.items() and {"device", "parameters", "peak_mib"} <= line.keys()
+        )
         assert line["seconds"] > 0 and len(line["runs"]) == 1
     for branches in (1, 2, 3):
         steps, image = by["denoise", branches], by["image", branches]
         assert (steps["context_slots"], steps["drawn_tokens"], steps["steps"]) == (1200, 6, 2)
         assert steps["per_step"] == steps["seconds"] / 2 and steps["temporary_mib"] > 0
-        assert image["seconds"] == pytest.approx(sum(image[part] for part in ("prepare", "denoise", "decode")))
+        assert image["seconds"] == pytest.approx(
+            sum(image[part] for part in ("prepare", "denoise", "decode"))
+        )
         # k and v of 2 layers, 2 kv heads of 8, float32: contexts, the two delimiters and the drawn tokens
-        assert steps["cache_mib"] * 2 ** 20 == 2 * 2 * branches * (1200 + 2 + 6) * 2 * 8 * 4
+        assert steps["cache_mib"] * 2**20 == 2 * 2 * branches * (1200 + 2 + 6) * 2 * 8 * 4
 
 
 @pytest.mark.slow
 def test_answering():
     lines, table = run("answering", "--tokens=5", "--batch=1,2", "--problem=32x32")
-    assert [(line["batch"], line["tokens"]) for line in lines] == [(1, 5), (2, 5)] and len(table) == 4
+    assert [(line["batch"], line["tokens"]) for line in lines] == [(1, 5), (2, 5)] and len(
+        table
+    ) == 4
     for line in lines:
         assert line["seconds"] > 0 and line["prefill"] > 0
         assert line["tokens_per_second"] == pytest.approx(line["batch"] * 5 / line["seconds"])
         assert line["ms_per_token"] == pytest.approx(1e3 * (line["seconds"] - line["prefill"]) / 6)
         # 112 slots of the system prompt, 27 x 27 patches with two delimiters, 62 of the question; then bos and 5
         assert line["context_slots"] == 112 + 731 + 62
-        assert line["cache_mib"] * 2 ** 20 == 2 * 2 * line["batch"] * (905 + 6) * 2 * 8 * 4
+        assert line["cache_mib"] * 2**20 == 2 * 2 * line["batch"] * (905 + 6) * 2 * 8 * 4
 
 
 @pytest.mark.slow
 def test_step(tmp_path):
-    lines, table = run("step", "--tokens=5", "--rows=40", "--vocabulary=600", "--chunk=16", "--decode_batch=1,2",
-                       "--train_batch=2", f"--json={tmp_path / 'step.json'}")
+    lines, table = run(
+        "step",
+        "--tokens=5",
+        "--rows=40",
+        "--vocabulary=600",
+        "--chunk=16",
+        "--decode_batch=1,2",
+        "--train_batch=2",
+        f"--json={tmp_path / 'step.json'}",
+    )
     assert [(line["part"], line.get("batch")) for line in lines] == [
-        ("decode", 1), ("decode", 2), ("train", 2), ("loss", None), ("loss, states", None)] and len(table) == 7
+        ("decode", 1),
+        ("decode", 2),
+        ("train", 2),
+        ("loss", None),
+        ("loss, states", None),
+    ] and len(table) == 7
     assert json.loads((tmp_path / "step.json").read_text()) == lines
     for line in lines:
         assert line["seconds"] > 0 and line["cpu_seconds"] > 0 and line["temporary_mib"] > 0
@@ -67,22 +111,38 @@ def test_step(tmp_path):
     for line in lines[:2]:  # image of 256 patches and 32 ids, two delimiters each
         assert line["context_slots"] == 258 + 34
         assert line["tokens_per_second"] == pytest.approx(line["batch"] * 5 / line["seconds"])
-        assert line["cpu_seconds_per_token"] == pytest.approx(line["cpu_seconds"] / (line["batch"] * 5))
+        assert line["cpu_seconds_per_token"] == pytest.approx(
+            line["cpu_seconds"] / (line["batch"] * 5)
+        )
     train, whole, states = lines[2:]
-    assert (train["student_slots"], train["teacher_slots"]) == (292 + 6, 292 + 42 + 2 * 258 + 26 + 6)
+    assert (train["student_slots"], train["teacher_slots"]) == (
+        292 + 6,
+        292 + 42 + 2 * 258 + 26 + 6,
+    )
     assert train["cpu_seconds_per_sample"] == train["cpu_seconds"] / 2
     assert train["alias_mib"] > 0.9 * train["outputs_mib"]  # the state is donated
     # the gradient of the states [40, 32], and of the head [32, 600]; beside them scalars
-    head = 32 * 600 * 4 / 2 ** 20
+    head = 32 * 600 * 4 / 2**20
     assert whole["outputs_mib"] - states["outputs_mib"] == pytest.approx(head, rel=1e-2)
-    assert states["outputs_mib"] == pytest.approx(40 * 32 * 4 / 2 ** 20, rel=0.1)
+    assert states["outputs_mib"] == pytest.approx(40 * 32 * 4 / 2**20, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "options", "says"), [
-    ("drawing", ["--image=40x32"], "multiples of 16"), ("drawing", ["--image=2048x64"], "at most 1024"),
-    ("answering", ["--context=9"], "the context takes"), ("step", ["--parts=sleep"], "is not one of")])
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("drawing", ["--image=40x32"], "multiples of 16"),
+        ("drawing", ["--image=2048x64"], "at most 1024"),
+        ("answering", ["--context=9"], "the context takes"),
+        ("step", ["--parts=sleep"], "is not one of"),
+    ],
+)
 @pytest.mark.slow
 def test_sizes_that_cannot_be(name, options, says):
-    done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), "--size=tiny", *options], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), "--size=tiny", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 1 and says in done.stderr

@@ -19,19 +19,33 @@ import pytest
 from ml_collections import ConfigDict
 
 from opsd_jax import checkpoint
-from opsd_jax.checkpoint import (CheckpointError, CheckpointMismatch, CheckpointNotFound, Checkpoints,
-                                 ConfigMismatch)
+from opsd_jax.checkpoint import (
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    Checkpoints,
+    ConfigMismatch,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def make_state(seed=0, width=4):
-    params = {"embed": jax.random.normal(jax.random.key(seed), (8, width)),
-              "layers": [{"kernel": jnp.full((width, width), seed + 0.5, jnp.bfloat16)},
-                         {"bias": jnp.arange(width)}]}
+    params = {
+        "embed": jax.random.normal(jax.random.key(seed), (8, width)),
+        "layers": [
+            {"kernel": jnp.full((width, width), seed + 0.5, jnp.bfloat16)},
+            {"bias": jnp.arange(width)},
+        ],
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    return {"params": params, "ema": jax.tree.map(lambda x: x + 1, params), "opt": optimizer.init(params),
-            "step": jnp.int32(seed), "rng": jax.random.key(seed)}
+    return {
+        "params": params,
+        "ema": jax.tree.map(lambda x: x + 1, params),
+        "opt": optimizer.init(params),
+        "step": jnp.int32(seed),
+        "rng": jax.random.key(seed),
+    }
 
 
 def abstract(tree):
@@ -55,8 +69,13 @@ def keep(checkpoints, step, **more):
 def child(code, *arguments, env=None):
     """Starts a fresh Python that runs `code`; its stdout is read line by line."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, **(env or {})}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):
@@ -73,12 +92,21 @@ def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest() is None
         config = {"lr": 1e-3, "betas": (0.8, 0.9)}
-        assert checkpoints.save(3, state, state["ema"], stage="opsd", config=config,
-                                metrics={"loss": np.float32(0.5)}, wait=True)
+        assert checkpoints.save(
+            3,
+            state,
+            state["ema"],
+            stage="opsd",
+            config=config,
+            metrics={"loss": np.float32(0.5)},
+            wait=True,
+        )
         assert checkpoints.latest() == 3
         assert_same(checkpoints.restore(3, abstract(state)), state)
         found = checkpoints.metadata(3)
-    assert found["config"] == {"lr": 1e-3, "betas": [0.8, 0.9]} and found["metrics"] == {"loss": 0.5}
+    assert found["config"] == {"lr": 1e-3, "betas": [0.8, 0.9]} and found["metrics"] == {
+        "loss": 0.5
+    }
     assert (found["format"], found["stage"], found["step"]) == (checkpoint.FORMAT, "opsd", 3)
     assert found["versions"]["jax"] == jax.__version__ and found["versions"]["orbax"]
     # The step folder, its parent and the workdir all lead to it; without shardings it goes to one device.
@@ -111,7 +139,9 @@ def test_saving_a_step_again_is_skipped_and_an_older_one_refused(tmp_path):
 def test_a_folder_deleted_meanwhile_is_an_error(tmp_path, when):
     """Orbax would make it again: the run would end well with half of its checkpoints."""
     folder = tmp_path / "checkpoints"
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 was complete, .* is gone.* Still complete: none"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/2 was complete, .* is gone.* Still complete: none"
+    ):
         with Checkpoints(folder, keep_latest=2) as checkpoints:
             keep(checkpoints, 1)
             keep(checkpoints, 2, wait=True)
@@ -125,10 +155,14 @@ def test_a_folder_deleted_meanwhile_is_an_error(tmp_path, when):
 
 def test_a_folder_deleted_during_a_save(tmp_path, monkeypatch):
     """Not "Is the disk full?"."""
+
     def fail():
         raise FileNotFoundError(f"{tmp_path}/checkpoints/2.orbax-checkpoint-tmp")
 
-    with pytest.raises(CheckpointError, match="writing checkpoint 1 .* failed: .* The folder is gone: it was deleted or moved"):
+    with pytest.raises(
+        CheckpointError,
+        match="writing checkpoint 1 .* failed: .* The folder is gone: it was deleted or moved",
+    ):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             keep(checkpoints, 1, wait=True)
             shutil.rmtree(tmp_path / "checkpoints")
@@ -160,33 +194,48 @@ def test_a_save_in_flight_survives_donation_and_is_not_yet_the_latest(tmp_path):
 
 def test_one_shot_save_refuses_to_overwrite(tmp_path):
     state = make_state(1)
-    checkpoint.save(tmp_path / "run", state, state["params"], step=1, stage="warmup", config={"a": 1})
+    checkpoint.save(
+        tmp_path / "run", state, state["params"], step=1, stage="warmup", config={"a": 1}
+    )
     assert_same(checkpoint.restore(tmp_path / "run", abstract(state)), state)
     with pytest.raises(FileExistsError, match="run exists and is not empty"):
         checkpoint.save(tmp_path / "run", state, state["params"])
     (tmp_path / "release").mkdir()  # an empty folder is welcome
     checkpoint.save(tmp_path / "release", None, state["params"])
-    assert_same(checkpoint.restore_params(tmp_path / "release", abstract(state["params"])), state["params"])
+    assert_same(
+        checkpoint.restore_params(tmp_path / "release", abstract(state["params"])), state["params"]
+    )
     with pytest.raises(CheckpointMismatch, match="no 'state', only .'params'."):
         checkpoint.restore(tmp_path / "release", abstract(state))
 
 
 def test_params_may_change_their_floating_dtype_or_be_a_part(tmp_path):
-    params = {"und": {"w": jnp.linspace(0, 1, 12).reshape(3, 4)}, "gen": {"w": jnp.ones((3, 4))},
-              "ids": jnp.arange(3)}
+    params = {
+        "und": {"w": jnp.linspace(0, 1, 12).reshape(3, 4)},
+        "gen": {"w": jnp.ones((3, 4))},
+        "ids": jnp.arange(3),
+    }
     checkpoint.save(tmp_path / "c", None, params)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    with pytest.raises(CheckpointMismatch, match=r"1 of 3 arrays(.|\n)*ids +int32\[3\] +bfloat16\[3\]"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"1 of 3 arrays(.|\n)*ids +int32\[3\] +bfloat16\[3\]"
+    ):
         checkpoint.restore_params(tmp_path / "c", half)
     half["ids"] = params["ids"]
     loaded = checkpoint.restore_params(tmp_path / "c", half)
     assert_same(loaded["und"]["w"], params["und"]["w"].astype(jnp.bfloat16))
     part = {"und": half["und"]}
-    assert_same(checkpoint.restore_params(tmp_path / "c", part, partial=True), {"und": loaded["und"]})
+    assert_same(
+        checkpoint.restore_params(tmp_path / "c", part, partial=True), {"und": loaded["und"]}
+    )
     with pytest.raises(CheckpointMismatch, match=r"gen/w"):
         checkpoint.restore_params(tmp_path / "c", part)
-    with pytest.raises(CheckpointMismatch, match=r"und/b +absent +float32\[2\]"):  # partial is one way only
-        checkpoint.restore_params(tmp_path / "c", {"und": {**half["und"], "b": jnp.ones(2)}}, partial=True)
+    with pytest.raises(
+        CheckpointMismatch, match=r"und/b +absent +float32\[2\]"
+    ):  # partial is one way only
+        checkpoint.restore_params(
+            tmp_path / "c", {"und": {**half["und"], "b": jnp.ones(2)}}, partial=True
+        )
 
 
 # ---------------------------------------------------------------------------- errors
@@ -202,10 +251,14 @@ def test_mismatch_lists_every_difference_at_once(tmp_path):
     with pytest.raises(CheckpointMismatch) as caught:
         checkpoint.restore(tmp_path / "c", abstract(other))
     text = " ".join(str(caught.value).split())
-    for row in ("params/embed float32[8, 4] float32[8, 6]",
-                "params/layers/0/kernel bfloat16[4, 4] bfloat16[6, 6]",
-                "opt/1/0/mu/embed float32[8, 4] float32[8, 6]", "ema/embed float32[8, 4] absent",
-                "params/head absent float32[2, 2]", "step int32[] float32[]"):
+    for row in (
+        "params/embed float32[8, 4] float32[8, 6]",
+        "params/layers/0/kernel bfloat16[4, 4] bfloat16[6, 6]",
+        "opt/1/0/mu/embed float32[8, 4] float32[8, 6]",
+        "ema/embed float32[8, 4] absent",
+        "params/head absent float32[2, 2]",
+        "step int32[] float32[]",
+    ):
         assert row in text, row
     assert str(tmp_path / "c") in text and "opt/1/0/count" not in text  # what agrees is not listed
 
@@ -241,7 +294,9 @@ def test_half_a_save_is_named_and_the_complete_one_used(tmp_path, caplog):
         checkpoint.restore(folder / "7", abstract(state))
     with pytest.raises(CheckpointNotFound, match=r"6: no such checkpoint.*\[5\]"):
         checkpoint.restore(folder / "6", abstract(state))
-    assert (folder / "7.orbax-checkpoint-tmp").exists()  # reading deletes nothing: a run may be writing it
+    assert (
+        folder / "7.orbax-checkpoint-tmp"
+    ).exists()  # reading deletes nothing: a run may be writing it
     caplog.clear()
     with caplog.at_level("WARNING"), Checkpoints(folder) as checkpoints:
         assert checkpoints.latest() == 5
@@ -256,13 +311,19 @@ def test_damaged_files_and_strange_checkpoints(tmp_path):
     state = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
     for step in (1, 2):
         checkpoint.save(tmp_path / str(step), state, state)
-    largest = max((path for path in (tmp_path / "2" / "params").rglob("*") if path.is_file()),
-                  key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in (tmp_path / "2" / "params").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     os.truncate(largest, 100)
-    with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/2 failed.*delete that folder.*\[1, 2\]"):
+    with pytest.raises(
+        CheckpointError, match=rf"(?s){tmp_path}/2 failed.*delete that folder.*\[1, 2\]"
+    ):
         checkpoint.restore_params(tmp_path, abstract(state))
     ocp.save_checkpointables(tmp_path / "foreign", {"params": state})
-    with pytest.raises(CheckpointMismatch, match="foreign is an Orbax checkpoint, but not one of opsd_jax"):
+    with pytest.raises(
+        CheckpointMismatch, match="foreign is an Orbax checkpoint, but not one of opsd_jax"
+    ):
         checkpoint.restore_params(tmp_path / "foreign", abstract(state))
     future = {"format": checkpoint.FORMAT + 1}
     ocp.save_checkpointables(tmp_path / "future", {"params": state}, custom_metadata=future)
@@ -298,14 +359,27 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
             print("restored", bool((c.restore(3, state(0))["w"] == state(3)["w"]).all()))
     """
     lines = finish(child(code, tmp_path)).splitlines()
-    assert lines == ["True True True True 1"] * 2 + ["restored True", "again True 3", "restored True"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]  # 1 went only when 3 was complete
+    assert lines == ["True True True True 1"] * 2 + [
+        "restored True",
+        "again True 3",
+        "restored True",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "3"
+    ]  # 1 went only when 3 was complete
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 0), lambda folder: shutil.rmtree(folder / "params"),
-    lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 40), lambda folder: os.remove(folder / "state" / "_METADATA"),
-    lambda folder: os.truncate(folder / "params" / "manifest.ocdbt", 0), lambda folder: os.remove(folder / "_CHECKPOINT_METADATA")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 0),
+        lambda folder: shutil.rmtree(folder / "params"),
+        lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 40),
+        lambda folder: os.remove(folder / "state" / "_METADATA"),
+        lambda folder: os.truncate(folder / "params" / "manifest.ocdbt", 0),
+        lambda folder: os.remove(folder / "_CHECKPOINT_METADATA"),
+    ],
+)
 def test_a_save_that_cannot_be_opened_is_not_complete_and_the_older_one_stays(tmp_path, damage):
     """Found when it is waited for, and when the next one is saved."""
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
@@ -314,7 +388,10 @@ def test_a_save_that_cannot_be_opened_is_not_complete_and_the_older_one_stays(tm
             keep(checkpoints, step)
             checkpoints._checkpointer.wait()
             damage(tmp_path / str(step))
-            with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/{step} was written but cannot be opened: .*usable: \[1\]"):
+            with pytest.raises(
+                CheckpointError,
+                match=rf"(?s){tmp_path}/{step} was written but cannot be opened: .*usable: \[1\]",
+            ):
                 find()
             assert checkpoints.latest() == 1 and checkpoint.metadata(tmp_path)["step"] == 1
         assert keep(checkpoints, 4, wait=True)
@@ -322,34 +399,53 @@ def test_a_save_that_cannot_be_opened_is_not_complete_and_the_older_one_stays(tm
     assert_same(checkpoint.restore(tmp_path, abstract(make_state(4))), make_state(4))
 
 
-@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding", "params/manifest.ocdbt",
-                                  "params/array_metadatas/process_0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_CHECKPOINT_METADATA",
+        "params/_METADATA",
+        "params/_sharding",
+        "params/manifest.ocdbt",
+        "params/array_metadatas/process_0",
+    ],
+)
 def test_cut_files_name_the_folder_and_the_fix(tmp_path, name):
     """Orbax takes most of them for an empty checkpoint."""
     weights = {"w": jnp.arange(6.0)}
     checkpoint.save(tmp_path / "3", None, weights, step=3)
     raw = (tmp_path / "3" / name).read_bytes()
-    for content in (b"", raw[:len(raw) // 2], b"\0" * 100):
+    for content in (b"", raw[: len(raw) // 2], b"\0" * 100):
         (tmp_path / "3" / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}/3.*delete that folder: the newest of the others"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"(?s){tmp_path}/3.*delete that folder: the newest of the others",
+        ):
             checkpoint.restore_params(tmp_path, weights)
 
 
-@pytest.mark.parametrize("key, value", [("format", "x"), ("config", []), ("step", None), ("stage", 3)])
+@pytest.mark.parametrize(
+    "key, value", [("format", "x"), ("config", []), ("step", None), ("stage", 3)]
+)
 def test_details_of_another_type(tmp_path, key, value):
     checkpoint.save(tmp_path / "3", None, {"w": jnp.ones(2)})
     path = tmp_path / "3" / "_CHECKPOINT_METADATA"
     content = json.loads(path.read_text())
     content["custom_metadata"][key] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=f"3/_CHECKPOINT_METADATA: {key} of custom_metadata cannot be read. .*delete that"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"3/_CHECKPOINT_METADATA: {key} of custom_metadata cannot be read. .*delete that",
+    ):
         checkpoint.metadata(tmp_path)
 
 
 def test_where_orbax_loses_arrays_the_save_fails(tmp_path, monkeypatch):
     """Such paths are refused; without that, the check after the save finds what is lost."""
     monkeypatch.setattr(checkpoint.paths, "check_given", lambda *_, **__: None)
-    with pytest.raises(CheckpointError, match=r"(?s)a\[1\] was written but cannot be opened: .*no array of 'params'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)a\[1\] was written but cannot be opened: .*no array of 'params'",
+    ):
         checkpoint.save(tmp_path / "a[1]", None, {"w": jnp.ones(2)})
     assert not (tmp_path / "a[1]").exists()
 
@@ -388,10 +484,14 @@ def test_reading_beside_a_run_that_deletes_its_older_checkpoints(tmp_path, caplo
         shutil.rmtree(tmp_path / "2")
         checkpoint.save(tmp_path / "1", states[1], states[1]["ema"], step=1)
         seen.clear()
-        with pytest.raises(checkpoint.CheckpointGone, match=f"{tmp_path}/1 was deleted while.*take a later step"):
+        with pytest.raises(
+            checkpoint.CheckpointGone, match=f"{tmp_path}/1 was deleted while.*take a later step"
+        ):
             checkpoint.restore_params(tmp_path / "1", abstract(states[1]["ema"]))
     os.truncate(tmp_path / "2" / "_CHECKPOINT_METADATA", 0)
-    with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA is not valid JSON.*delete that folder"):  # not deleted
+    with pytest.raises(
+        CheckpointError, match="_CHECKPOINT_METADATA is not valid JSON.*delete that folder"
+    ):  # not deleted
         checkpoint.metadata(tmp_path)
 
 
@@ -405,18 +505,28 @@ def test_several_processes_take_the_checkpoint_that_the_first_one_finds(tmp_path
         checkpoint.save(tmp_path / "checkpoints" / str(step), states, states["ema"], step=step)
     assert checkpoint.newest(tmp_path) == f"{tmp_path}/checkpoints/2"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda step: given.append(int(step)) or np.int32(first))
+    monkeypatch.setattr(
+        multihost_utils,
+        "broadcast_one_to_all",
+        lambda step: given.append(int(step)) or np.int32(first),
+    )
     first = 1  # the run saved another one before this process looked
     assert checkpoint.newest(tmp_path) == f"{tmp_path}/checkpoints/1" and given == [2]
     first = -1
     with pytest.raises(CheckpointNotFound, match="the first process finds no checkpoint"):
         checkpoint.newest(tmp_path)
     first = 2
-    assert checkpoint.newest(tmp_path / "none") == f"{tmp_path}/none/checkpoints/2" and given[-1] == -1
+    assert (
+        checkpoint.newest(tmp_path / "none") == f"{tmp_path}/none/checkpoints/2" and given[-1] == -1
+    )
 
 
-@pytest.mark.parametrize("processes, given, times", [(1, "", 3), (1, "W/checkpoints/1", 1), (2, "", 1)])
-def test_one_process_begins_again_where_its_checkpoint_is_deleted(monkeypatch, processes, given, times):
+@pytest.mark.parametrize(
+    "processes, given, times", [(1, "", 3), (1, "W/checkpoints/1", 1), (2, "", 1)]
+)
+def test_one_process_begins_again_where_its_checkpoint_is_deleted(
+    monkeypatch, processes, given, times
+):
     """Several do not: the others may have read it, and would wait for this one."""
     calls = []
 
@@ -458,7 +568,9 @@ def test_writers_of_a_failed_save_may_still_be_at_work(tmp_path):
 
 def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoints._checkpointer, "close", lambda: (_ for _ in ()).throw(ValueError("disk")))
+    monkeypatch.setattr(
+        checkpoints._checkpointer, "close", lambda: (_ for _ in ()).throw(ValueError("disk"))
+    )
     with pytest.raises(ZeroDivisionError), checkpoints:
         1 / 0
     checkpoints._failed = False
@@ -531,7 +643,9 @@ def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
     for delay in (0.0, 0.05, 0.15, None):
         process = child(code, tmp_path)
         try:
-            word, step = process.stdout.readline().split() or pytest.fail(process.stderr.read()[-3000:])
+            word, step = process.stdout.readline().split() or pytest.fail(
+                process.stderr.read()[-3000:]
+            )
             assert word == "restored" and int(step) >= last, (word, step, last)
             last = int(step)
             if delay is None:
@@ -553,12 +667,24 @@ def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
 
 
 def test_config_to_json():
-    config = ConfigDict({"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}})
+    config = ConfigDict(
+        {"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}}
+    )
     config.total = config.get_ref("n") * 2
     plain = checkpoint.config_to_json(config)
-    assert plain == {"lr": 1e-3, "betas": [0.8, 0.9], "name": None, "n": 3, "sub": {"on": True}, "total": 6}
+    assert plain == {
+        "lr": 1e-3,
+        "betas": [0.8, 0.9],
+        "name": None,
+        "n": 3,
+        "sub": {"on": True},
+        "total": 6,
+    }
     assert json.loads(json.dumps(plain)) == plain
-    assert json.dumps(checkpoint.config_to_json({"n": np.int64(3), "on": np.True_})) == '{"n": 3, "on": true}'
+    assert (
+        json.dumps(checkpoint.config_to_json({"n": np.int64(3), "on": np.True_}))
+        == '{"n": 3, "on": true}'
+    )
     with pytest.raises(TypeError, match="setting sub.dtype is a .*use its name"):
         checkpoint.config_to_json({"sub": {"dtype": jnp.float32}})
     with pytest.raises(ValueError, match=r"setting clip\[1\] is inf.*None"):
@@ -566,29 +692,51 @@ def test_config_to_json():
 
 
 def test_check_config_shows_all_differences_and_the_mend():
-    saved = {"lr": 1e-3, "model": {"depth": 4, "old": 1}, "betas": [0.8, 0.9], "log": {"every": 10},
-             "logger": "a"}
+    saved = {
+        "lr": 1e-3,
+        "model": {"depth": 4, "old": 1},
+        "betas": [0.8, 0.9],
+        "log": {"every": 10},
+        "logger": "a",
+    }
     checkpoint.check_config(saved, ConfigDict({**saved, "betas": (0.8, 0.9)}))
     checkpoint.check_config(saved, {**saved, "log": {"every": 99, "new": 1}}, ignore=("log",))
-    current = {**saved, "lr": 2e-3, "model": {"depth": 4, "new": "x"}, "log": {"every": 5}, "logger": "b"}
+    current = {
+        **saved,
+        "lr": 2e-3,
+        "model": {"depth": 4, "new": "x"},
+        "log": {"every": 5},
+        "logger": "b",
+    }
     with pytest.raises(ConfigMismatch) as caught:
         checkpoint.check_config(saved, current, ignore=("log",))
     text = " ".join(str(caught.value).split())
-    for row in ("lr 0.001 0.002", "model.old 1 absent", 'model.new absent "x"', 'logger "a" "b"',
-                "--config.logger=", "another --workdir", "May change on resume: log."):
+    for row in (
+        "lr 0.001 0.002",
+        "model.old 1 absent",
+        'model.new absent "x"',
+        'logger "a" "b"',
+        "--config.logger=",
+        "another --workdir",
+        "May change on resume: log.",
+    ):
         assert row in text, row
     assert "log.every" not in text and "betas" not in text and "depth" not in text
 
 
 def test_a_setting_that_is_newer_than_the_run_had_its_default():
     saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
-    check = lambda **model: checkpoint.check_config(saved, {"model": {"depth": 4} | model}, defaults=defaults)
+    check = lambda **model: checkpoint.check_config(
+        saved, {"model": {"depth": 4} | model}, defaults=defaults
+    )
     check(new=False)
     with pytest.raises(ConfigMismatch, match=r"model.new +false +true"):
         check(new=True)
     with pytest.raises(ConfigMismatch, match=r"model.unknown +absent +1"):
         check(new=False, unknown=1)
-    with pytest.raises(ConfigMismatch, match=r"model.depth +4 +2"):  # saved, so the default says nothing
+    with pytest.raises(
+        ConfigMismatch, match=r"model.depth +4 +2"
+    ):  # saved, so the default says nothing
         check(depth=2)
 
 
@@ -596,10 +744,14 @@ def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
     saved = {"data": {"Maze": "11", "Chart": "22"}, "tokenizer": "aa"}
     checkpoint.check_digests(saved, json.loads(json.dumps(saved)))
     for change, kinds, rows in (
-            ({"data": {"Maze": "11", "Chart": "33"}}, ("data",), ["data.Chart 22 33"]),
-            ({"tokenizer": "bb"}, ("tokenizer",), ["tokenizer aa bb"]),
-            ({"data": {"Maze": "12"}, "tokenizer": "bb"}, ("data", "tokenizer"),
-             ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"])):
+        ({"data": {"Maze": "11", "Chart": "33"}}, ("data",), ["data.Chart 22 33"]),
+        ({"tokenizer": "bb"}, ("tokenizer",), ["tokenizer aa bb"]),
+        (
+            {"data": {"Maze": "12"}, "tokenizer": "bb"},
+            ("data", "tokenizer"),
+            ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"],
+        ),
+    ):
         with pytest.raises(ConfigMismatch) as caught:
             checkpoint.check_digests(saved, saved | change)
         text = " ".join(str(caught.value).split())
@@ -632,8 +784,10 @@ def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
 def test_the_message_at_a_signal_says_what_happens_now(caplog):
     with checkpoint.install_sigterm() as flag:
         flag.check()
-        for number, promise, end in ((signal.SIGTERM, "saving after this step, then stopping", ""),
-                                     (signal.SIGINT, "step 7 is saved; stopping", " (again to abort at once)")):
+        for number, promise, end in (
+            (signal.SIGTERM, "saving after this step, then stopping", ""),
+            (signal.SIGINT, "step 7 is saved; stopping", " (again to abort at once)"),
+        ):
             flag.is_set, flag.promise = False, promise
             signal.raise_signal(number)
             assert caplog.messages[-1] == f"{number.name}: {promise}{end}"
@@ -643,7 +797,10 @@ def test_the_message_at_a_signal_says_what_happens_now(caplog):
 
 
 def test_a_command_that_is_stopped_says_how_it_goes_on(capsys):
-    with pytest.raises(checkpoint.Stopped), checkpoint.stoppable("the same command continues") as stop:
+    with (
+        pytest.raises(checkpoint.Stopped),
+        checkpoint.stoppable("the same command continues") as stop,
+    ):
         stop.check()
         signal.raise_signal(signal.SIGTERM)
         stop.check()
@@ -665,7 +822,10 @@ def test_only_the_flag_asks_whether_to_stop(tmp_path, monkeypatch):
     """The processes of a run agree on the number of a question after a signal. A question of Orbax, which counts steps,
     would be taken for one of the loop's, and a run of several processes would not stop."""
     asked = []
-    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda n: asked.append(n) or False)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda n: asked.append(n) or False,
+    )
     x = {"w": np.arange(4.0, dtype=np.float32)}
     with checkpoint.Checkpoints(tmp_path / "c") as checkpoints:
         for step in (1, 2):

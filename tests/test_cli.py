@@ -29,9 +29,14 @@ def test_every_command_prepares_the_terminal_first():
     mains = {}
     for path in PACKAGE.rglob("*.py"):
         if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
-            main = next(n for n in ast.parse(path.read_text(encoding="utf-8")).body
-                        if isinstance(n, ast.FunctionDef) and n.name == "main")
-            call = next(n for n in main.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call))
+            main = next(
+                n
+                for n in ast.parse(path.read_text(encoding="utf-8")).body
+                if isinstance(n, ast.FunctionDef) and n.name == "main"
+            )
+            call = next(
+                n for n in main.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
+            )
             mains[path.relative_to(PACKAGE).as_posix()] = ast.unparse(call)
     assert len(mains) >= 8 and set(mains.values()) == {"cli.start()"}, mains
 
@@ -40,7 +45,11 @@ def test_files_are_written_and_read_as_utf8():
     """Whatever the locale says: every text file that is opened names its encoding."""
     found = []
     for path in PACKAGE.rglob("*.py"):
-        for call in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
+        for call in (
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call)
+        ):
             if ast.unparse(call.func) == "open":
                 mode = next((ast.unparse(a) for a in call.args[1:2]), "'r'")
                 if "b" not in mode and "encoding" not in {k.arg for k in call.keywords}:
@@ -50,15 +59,40 @@ def test_files_are_written_and_read_as_utf8():
 
 def test_a_question_typed_in_a_terminal_without_utf8():
     code = "import sys; from opsd_jax import cli; print(ascii(cli.text('question', sys.argv[1])))"
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(PACKAGE.parent)}
-    run = lambda question: subprocess.run([sys.executable, "-c", code, question], env=env, capture_output=True, text=True)
+    env = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(PACKAGE.parent),
+    }
+    run = lambda question: subprocess.run(
+        [sys.executable, "-c", code, question], env=env, capture_output=True, text=True
+    )
     assert run("wo? – 问".encode()).stdout == ascii("wo? – 问") + "\n"
     assert "the text is no UTF-8" in run(b"wo\xff").stderr
 
 
 # --- values of flags
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", ".", "..", ".hidden", "a b", "a\n", "x*", "a:b", "a\\b", "", "summary.md"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/b",
+        "/tmp/x",
+        ".",
+        "..",
+        ".hidden",
+        "a b",
+        "a\n",
+        "x*",
+        "a:b",
+        "a\\b",
+        "",
+        "summary.md",
+    ],
+)
 def test_names_that_are_no_folder_name(name):
     with pytest.raises(ValueError, match="^--name=(.|\n)*give one folder name"):
         cli.check_name(name)
@@ -69,11 +103,23 @@ def test_names_of_results(name):
     cli.check_name(name)
 
 
-@pytest.mark.parametrize("check, good, bad", [
-    (cli.check_seed, [0, 1, 2 ** 32 - 1], [-1, 2 ** 32, 2 ** 32 + 7, -2 ** 32]),
-    (cli.check_temperature, [None, 0, 0.0, 1e-3, 0.3, 1], [-1, float("nan"), float("inf"), -float("inf"), 1e-40, 1e30]),
-    (lambda x: cli.check_number("steps", x, 2), [None, 2, 50], [1, 0, -5]),
-    (lambda x: cli.check_once("seed", x), [(), (None,), (0, 1)], [(0, 0), ("a", "b", "a"), ("", "")])])
+@pytest.mark.parametrize(
+    "check, good, bad",
+    [
+        (cli.check_seed, [0, 1, 2**32 - 1], [-1, 2**32, 2**32 + 7, -(2**32)]),
+        (
+            cli.check_temperature,
+            [None, 0, 0.0, 1e-3, 0.3, 1],
+            [-1, float("nan"), float("inf"), -float("inf"), 1e-40, 1e30],
+        ),
+        (lambda x: cli.check_number("steps", x, 2), [None, 2, 50], [1, 0, -5]),
+        (
+            lambda x: cli.check_once("seed", x),
+            [(), (None,), (0, 1)],
+            [(0, 0), ("a", "b", "a"), ("", "")],
+        ),
+    ],
+)
 def test_ranges(check, good, bad):
     for value in good:
         check(value)
@@ -82,14 +128,20 @@ def test_ranges(check, good, bad):
             check(value)
 
 
-@pytest.mark.parametrize("module, arguments, flag", [
-    ("eval", ["--workdir=W", "--seed=x"], "--seed"), ("eval", ["--workdir=W", "--seed=0,,1"], "--seed"),
-    ("eval", ["--workdir=W", "--seed=1.5"], "--seed"), ("eval", ["--workdir=W", "--rows=many"], "--rows"),
-    ("eval", ["--workdir=W", "--batch_size=1e3"], "--batch_size"),
-    ("generate", ["--checkpoint=C", "--question=q", "--temperature=warm"], "--temperature"),
-    ("generate", ["--checkpoint=C", "--question=q", "--steps=3.5"], "--steps"),
-    ("diagnose.__main__", ["kl", "--workdir=W", "--temperature="], "--temperature"),
-    ("diagnose.__main__", ["attention", "--workdir=W", "--seed=0,1"], "--seed")])
+@pytest.mark.parametrize(
+    "module, arguments, flag",
+    [
+        ("eval", ["--workdir=W", "--seed=x"], "--seed"),
+        ("eval", ["--workdir=W", "--seed=0,,1"], "--seed"),
+        ("eval", ["--workdir=W", "--seed=1.5"], "--seed"),
+        ("eval", ["--workdir=W", "--rows=many"], "--rows"),
+        ("eval", ["--workdir=W", "--batch_size=1e3"], "--batch_size"),
+        ("generate", ["--checkpoint=C", "--question=q", "--temperature=warm"], "--temperature"),
+        ("generate", ["--checkpoint=C", "--question=q", "--steps=3.5"], "--steps"),
+        ("diagnose.__main__", ["kl", "--workdir=W", "--temperature="], "--temperature"),
+        ("diagnose.__main__", ["attention", "--workdir=W", "--seed=0,1"], "--seed"),
+    ],
+)
 def test_what_does_not_parse_is_named_by_its_flag(module, arguments, flag, capsys):
     import importlib
 
@@ -99,29 +151,95 @@ def test_what_does_not_parse_is_named_by_its_flag(module, arguments, flag, capsy
     assert stopped.value.code == 2 and f"argument {flag}:" in message and "lambda" not in message
 
 
-@pytest.mark.parametrize("module, arguments, message", [
-    ("eval", ["--workdir=W", "--seed=0,4294967296"], "--seed=4294967296: give a whole number from 0 to 4294967295"),
-    ("eval", ["--workdir=W", "--seed=-1"], "--seed=-1: give"),
-    ("eval", ["--workdir=W", "--seed=3,4,3"], "--seed=3,4,3 names 3 twice"),
-    ("eval", ["--workdir=W", "--visual_thoughts=none,none"], "--visual_thoughts=none,none names none twice"),
-    ("eval", ["--workdir=W", "--benchmarks=MMVP,BLINK,MMVP"], "--benchmarks=MMVP,BLINK,MMVP names MMVP twice"),
-    ("eval", ["--workdir=W", "--name=../../x"], "--name=../../x: give one folder name"),
-    ("eval", ["--workdir=W", "--name=a/b"], "--name=a/b: give one folder name"),
-    ("diagnose.__main__", ["kl", "--workdir=W", "--name=../x"], "--name=../x: give one folder name"),
-    ("diagnose.__main__", ["kl", "--workdir=W", "--seed=4294967296"], "--seed=4294967296: give"),
-    ("diagnose.__main__", ["attention", "--workdir=W", "--benchmarks=a,a"], "--benchmarks=a,a names a twice"),
-    ("redraw", ["--workdir=W", "--target=T", "--splits=train,train"], "--splits=train,train names train twice"),
-    ("redraw", ["--workdir=W", "--target=T", "--batch_size=0"], "--batch_size=0: give a whole number, at least 1"),
-    ("redraw", ["--workdir=W", "--target=T", "--seed=-2"], "--seed=-2: give"),
-    ("generate", ["--checkpoint=C", "--question=q", "--temperature=nan"], "--temperature=nan: give"),
-    ("generate", ["--checkpoint=C", "--question=q", "--temperature=1e-40"], "--temperature=1e-40: give"),
-    ("generate", ["--checkpoint=C", "--question=q", "--steps=1"], "--steps=1: give a whole number, at least 2"),
-    ("generate", ["--checkpoint=C", "--question=q", "--max_new_tokens=0"], "--max_new_tokens=0: give a whole number, at least 2"),
-    ("generate", ["--checkpoint=C", "--question=q", "--rounds=0"], "--rounds=0: give a whole number, at least 1"),
-    ("generate", ["--checkpoint=C", "--question=q", "--seed=4294967296"], "--seed=4294967296: give"),
-    ("generate", ["--checkpoint=C", "--question=q", f"--out={__file__}"], "is no folder"),
-    ("generate", ["--checkpoint=C", "--question=q", f"--out={__file__}/inside"], "is no folder")])
-def test_wrong_values_end_a_command_before_anything_is_read(module, arguments, message, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        (
+            "eval",
+            ["--workdir=W", "--seed=0,4294967296"],
+            "--seed=4294967296: give a whole number from 0 to 4294967295",
+        ),
+        ("eval", ["--workdir=W", "--seed=-1"], "--seed=-1: give"),
+        ("eval", ["--workdir=W", "--seed=3,4,3"], "--seed=3,4,3 names 3 twice"),
+        (
+            "eval",
+            ["--workdir=W", "--visual_thoughts=none,none"],
+            "--visual_thoughts=none,none names none twice",
+        ),
+        (
+            "eval",
+            ["--workdir=W", "--benchmarks=MMVP,BLINK,MMVP"],
+            "--benchmarks=MMVP,BLINK,MMVP names MMVP twice",
+        ),
+        ("eval", ["--workdir=W", "--name=../../x"], "--name=../../x: give one folder name"),
+        ("eval", ["--workdir=W", "--name=a/b"], "--name=a/b: give one folder name"),
+        (
+            "diagnose.__main__",
+            ["kl", "--workdir=W", "--name=../x"],
+            "--name=../x: give one folder name",
+        ),
+        (
+            "diagnose.__main__",
+            ["kl", "--workdir=W", "--seed=4294967296"],
+            "--seed=4294967296: give",
+        ),
+        (
+            "diagnose.__main__",
+            ["attention", "--workdir=W", "--benchmarks=a,a"],
+            "--benchmarks=a,a names a twice",
+        ),
+        (
+            "redraw",
+            ["--workdir=W", "--target=T", "--splits=train,train"],
+            "--splits=train,train names train twice",
+        ),
+        (
+            "redraw",
+            ["--workdir=W", "--target=T", "--batch_size=0"],
+            "--batch_size=0: give a whole number, at least 1",
+        ),
+        ("redraw", ["--workdir=W", "--target=T", "--seed=-2"], "--seed=-2: give"),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--temperature=nan"],
+            "--temperature=nan: give",
+        ),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--temperature=1e-40"],
+            "--temperature=1e-40: give",
+        ),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--steps=1"],
+            "--steps=1: give a whole number, at least 2",
+        ),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--max_new_tokens=0"],
+            "--max_new_tokens=0: give a whole number, at least 2",
+        ),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--rounds=0"],
+            "--rounds=0: give a whole number, at least 1",
+        ),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", "--seed=4294967296"],
+            "--seed=4294967296: give",
+        ),
+        ("generate", ["--checkpoint=C", "--question=q", f"--out={__file__}"], "is no folder"),
+        (
+            "generate",
+            ["--checkpoint=C", "--question=q", f"--out={__file__}/inside"],
+            "is no folder",
+        ),
+    ],
+)
+def test_wrong_values_end_a_command_before_anything_is_read(
+    module, arguments, message, capsys, tmp_path, monkeypatch
+):
     import importlib
 
     monkeypatch.chdir(tmp_path)
@@ -140,5 +258,7 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     for place in ("file", "file/x", "gone", "gone/x"):
-        with pytest.raises(ValueError, match=r"^--out=.*: .*/(file|gone) is no folder: give another path"):
+        with pytest.raises(
+            ValueError, match=r"^--out=.*: .*/(file|gone) is no folder: give another path"
+        ):
             paths.check_writable("--out", tmp_path / place)

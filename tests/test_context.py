@@ -14,7 +14,12 @@ from opsd_jax.context import Image, Latent, Prompts, Text
 from opsd_jax.model import attention, bagel
 from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
-BOS, EOS, IMAGE, IMAGE_END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
+BOS, EOS, IMAGE, IMAGE_END = (
+    TOKENIZER.bos,
+    TOKENIZER.eos,
+    TOKENIZER.image_start,
+    TOKENIZER.image_end,
+)
 SHORT = Prompts(system="s", intro="i", transition="t")
 
 
@@ -59,6 +64,7 @@ def in_sequence(packed, row):
 
 # ---- packing
 
+
 def test_student_slot_by_slot(rng):
     problem = image(rng, (1, 2))
     packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], slots=13, patches=3)
@@ -101,7 +107,7 @@ def test_teacher_is_the_student_plus_references(rng, count):
         assert used == sum(b.slots for b in made)
         assert (masks(packed)[row, :used, :used] == dense_mask(made)).all()
         assert not masks(packed)[row, used:].any() and not masks(packed)[row, :, used:].any()
-    assert (packed.tokens[1, :packed.length[0]] == packed.tokens[0, :packed.length[0]]).all()
+    assert (packed.tokens[1, : packed.length[0]] == packed.tokens[0, : packed.length[0]]).all()
     # 5 + 1 + 6 rope ids of the student; intro 4 + 2, one an image, transition 3 + 2
     assert packed.next_position.tolist() == [12, 12 + 6 + count + 5]
     images_of_row = [packed.patch_image[1][packed.patch_image[1] > 0].tolist()]
@@ -111,7 +117,9 @@ def test_teacher_is_the_student_plus_references(rng, count):
 
 def test_rows_of_different_lengths_do_not_touch(rng):
     short = context.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
-    long = context.teacher(TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))])
+    long = context.teacher(
+        TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))]
+    )
     together, alone = pack([short, long]), pack([short])
     assert together.latents is alone.latents is None
     for ours, its in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
@@ -135,7 +143,9 @@ def test_suffix_follows_the_question(rng):
 def test_too_long_names_the_row_and_the_mend(rng):
     row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
     assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
-    with pytest.raises(context.TooLong, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"):
+    with pytest.raises(
+        context.TooLong, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"
+    ):
         pack([row[:2], row], slots=18, patches=4, names=["vsp-6", "vsp-7"])
     with pytest.raises(context.TooLong, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
         pack([row[:1], row], slots=19, patches=3)
@@ -150,13 +160,19 @@ def test_one_float_image_normalises_the_whole_batch(rng):
     expected = pixels.patches / 127.5 - 1
     np.testing.assert_allclose(packed.patches[:, :2], np.stack([expected] * 2), atol=1e-6)
     assert (packed.patches[0, 2] == 0.25).all()
-    np.testing.assert_allclose(bagel.normalize_patches(jnp.asarray(pixels.patches)), expected, atol=1e-6)
-    np.testing.assert_array_equal(bagel.normalize_patches(jnp.asarray(packed.patches)), packed.patches)
+    np.testing.assert_allclose(
+        bagel.normalize_patches(jnp.asarray(pixels.patches)), expected, atol=1e-6
+    )
+    np.testing.assert_array_equal(
+        bagel.normalize_patches(jnp.asarray(packed.patches)), packed.patches
+    )
 
 
 # ---- packing with latents
 
-draw_pack = functools.partial(pack, latent_dim=DRAWING.generation.latent_dim, latent_side=DRAWING.generation.side)
+draw_pack = functools.partial(
+    pack, latent_dim=DRAWING.generation.latent_dim, latent_side=DRAWING.generation.side
+)
 
 
 def test_latents_slot_by_slot(rng):
@@ -165,22 +181,55 @@ def test_latents_slot_by_slot(rng):
     row = [Text(np.array([7])), noised, clean, Text(np.array([8]))]
     packed = draw_pack([row, [Text(np.array([9]))]], slots=12, patches=2, latents=6)
     # sequence: bos 7 eos <img N0 N1 img> <img C0 C1 img> bos 8 eos
-    assert packed.tokens[0].tolist() == [BOS, 7, EOS, IMAGE, IMAGE_END, IMAGE, IMAGE_END, BOS, 8, EOS, 0, 0]
+    assert packed.tokens[0].tolist() == [
+        BOS,
+        7,
+        EOS,
+        IMAGE,
+        IMAGE_END,
+        IMAGE,
+        IMAGE_END,
+        BOS,
+        8,
+        EOS,
+        0,
+        0,
+    ]
     found = packed.latents
     assert found.order[0].tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 12, 13, 0, 0] + [4, 5, 8, 9, 0, 0]
     assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 0, 0] + [3, 3, 3, 3, 0, 0]
-    assert packed.limit[0].tolist() == [1, 2, 3, 7, 7, 11, 11, 12, 13, 14, 0, 0] + [7, 7, 11, 11, 0, 0]
+    assert packed.limit[0].tolist() == [1, 2, 3, 7, 7, 11, 11, 12, 13, 14, 0, 0] + [
+        7,
+        7,
+        11,
+        11,
+        0,
+        0,
+    ]
     assert packed.segment[0].tolist() == [1] * 10 + [0] * 2 + [1] * 4 + [0] * 2
     assert found.noised[0].tolist() == [0, 0, 0, 1, 1] + [0] * 7 + [1, 1] + [0] * 4
     assert found.image[0].tolist() == [1, 1, 2, 2, 0, 0]
     assert found.positions[0].tolist() == [0, 1, 0, 6, 0, 0]  # the table is 6 tokens wide
-    np.testing.assert_array_equal(found.tokens[0], [*noised.tokens, *clean.tokens, *np.zeros((2, 16))])
-    assert (packed.length.tolist(), packed.next_position.tolist(), packed.slots) == ([14, 3], [7, 3], 18)
+    np.testing.assert_array_equal(
+        found.tokens[0], [*noised.tokens, *clean.tokens, *np.zeros((2, 16))]
+    )
+    assert (packed.length.tolist(), packed.next_position.tolist(), packed.slots) == (
+        [14, 3],
+        [7, 3],
+        18,
+    )
     assert packed.tokens[1].tolist() == [BOS, 9, EOS] + [0] * 9
-    assert packed.segment[1].tolist() == [1] * 3 + [0] * 15 and packed.limit[1].tolist() == [1, 2, 3] + [0] * 15
+    assert (
+        packed.segment[1].tolist() == [1] * 3 + [0] * 15
+        and packed.limit[1].tolist() == [1, 2, 3] + [0] * 15
+    )
     assert not any(x[1].any() for x in (found.tokens, found.positions, found.image, found.noised))
     seen = masks(packed)
-    assert seen[1].sum() == 6 and not seen[0, [10, 11, 16, 17]].any() and not seen[0][:, [10, 11, 16, 17]].any()
+    assert (
+        seen[1].sum() == 6
+        and not seen[0, [10, 11, 16, 17]].any()
+        and not seen[0][:, [10, 11, 16, 17]].any()
+    )
     drawn = """
         #.............
         ##............
@@ -197,15 +246,26 @@ def test_latents_slot_by_slot(rng):
         ###....######.
         ###....#######"""
     places = in_sequence(packed, 0)
-    assert seen[0][np.ix_(places, places)].tolist() == [[c == "#" for c in line] for line in drawn.split()]
+    assert seen[0][np.ix_(places, places)].tolist() == [
+        [c == "#" for c in line] for line in drawn.split()
+    ]
 
 
 def test_masks_of_mixed_rows(rng):
     """Rows with two noised images, with clean ones alone, and without latents, against the matrix of the blocks."""
     text = lambda n: Text(rng.integers(0, 256, n).astype(np.int32))
     rows = [
-        [text(2), image(rng, (1, 2)), latent(rng, (2, 2), True), latent(rng, (2, 2)), image(rng, (1, 3)), text(1),
-         latent(rng, (1, 3), True), latent(rng, (1, 3)), text(3)],
+        [
+            text(2),
+            image(rng, (1, 2)),
+            latent(rng, (2, 2), True),
+            latent(rng, (2, 2)),
+            image(rng, (1, 3)),
+            text(1),
+            latent(rng, (1, 3), True),
+            latent(rng, (1, 3)),
+            text(3),
+        ],
         [latent(rng, (3, 3)), text(1), latent(rng, (1, 1)), image(rng, (2, 2))],
         [text(4), image(rng, (2, 1)), text(0)],
         [latent(rng, (1, 2), True)],
@@ -219,26 +279,48 @@ def test_masks_of_mixed_rows(rng):
         assert packed.latents.order[row, places].tolist() == list(range(total))
         assert (seen[row][np.ix_(places, places)] == dense_mask(blocks)).all()
         assert seen[row].sum() == dense_mask(blocks).sum()  # padding neither sees nor is seen
-        inner = [packed.positions[row, places[sum(b.slots for b in blocks[:n])]] for n in range(len(blocks))]
+        inner = [
+            packed.positions[row, places[sum(b.slots for b in blocks[:n])]]
+            for n in range(len(blocks))
+        ]
         rope = 0
         for block, at in zip(blocks, inner):
             assert at == rope
-            rope += block.slots if isinstance(block, Text) else 0 if isinstance(block, Latent) and block.noised else 1
+            rope += (
+                block.slots
+                if isinstance(block, Text)
+                else 0
+                if isinstance(block, Latent) and block.noised
+                else 1
+            )
         assert packed.next_position[row] == rope
     places = in_sequence(packed, 0)
     # 4 text, 4 image, 6 noised, 6 clean, 5 image, 3 text, 5 noised, 5 clean, 5 text
     assert noised[0, places].tolist() == [0] * 8 + [1] * 6 + [0] * 14 + [3] * 5 + [0] * 10
-    assert packed.patch_slots[0].tolist() == [5, 6, 13, 14, 15, 40, 40, 40]  # delimiters of latents take slots, too
+    assert packed.patch_slots[0].tolist() == [
+        5,
+        6,
+        13,
+        14,
+        15,
+        40,
+        40,
+        40,
+    ]  # delimiters of latents take slots, too
 
 
 def test_latents_that_do_not_fit(rng):
     row = [Text(np.array([1])), latent(rng, (2, 2)), latent(rng, (1, 2))]
     assert draw_pack([row], slots=7, patches=0, latents=6).length == 13  # fits exactly
-    with pytest.raises(context.TooLong, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"):
+    with pytest.raises(
+        context.TooLong, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"
+    ):
         draw_pack([row[:1], row], slots=7, patches=3, latents=5, names=["vsp-6", "vsp-7"])
     with pytest.raises(context.TooLong, match=r"row 0 needs 7 slots and 6 latents.*6 and 3 and 6"):
         draw_pack([row], slots=6, patches=3, latents=6)
-    with pytest.raises(context.TooLong, match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0"):
+    with pytest.raises(
+        context.TooLong, match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0"
+    ):
         draw_pack([row], slots=9, patches=3)
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
         draw_pack([[latent(rng, (1, 7))]], latents=7)
@@ -246,12 +328,17 @@ def test_latents_that_do_not_fit(rng):
 
 def test_unused_latents_change_nothing_else(rng):
     rows = [context.student(TOKENIZER, PROMPTS, "q", image(rng, (1, 2))), [Text(np.array([1]))]]
-    with_room, without = draw_pack(rows, slots=30, patches=4, latents=5), pack(rows, slots=30, patches=4)
+    with_room, without = (
+        draw_pack(rows, slots=30, patches=4, latents=5),
+        pack(rows, slots=30, patches=4),
+    )
     assert with_room.slots == 35 and without.slots == 30
     for field in dataclasses.fields(context.Context):
         if field.name != "latents":
             ours, its = (getattr(packed, field.name) for packed in (with_room, without))
-            np.testing.assert_array_equal(ours[:, :30] if ours.ndim > 1 else ours, its, err_msg=field.name)
+            np.testing.assert_array_equal(
+                ours[:, :30] if ours.ndim > 1 else ours, its, err_msg=field.name
+            )
     used = without.segment > 0
     assert (with_room.latents.order[:, :30][used] == np.nonzero(used)[1]).all()
     assert not with_room.segment[:, 30:].any() and not with_room.latents.noised.any()
@@ -259,8 +346,13 @@ def test_unused_latents_change_nothing_else(rng):
 
 # ---- what the teacher gets
 
+
 def test_visual_thought_modes(rng):
-    problem, real, other = image(rng, (3, 3)), [image(rng, (1, 2)), image(rng, (2, 2))], [None, image(rng)]
+    problem, real, other = (
+        image(rng, (3, 3)),
+        [image(rng, (1, 2)), image(rng, (2, 2))],
+        [None, image(rng)],
+    )
     own = [real[0], None, real[1]]
     replace = lambda mode: context.replace_visual_thoughts(mode, problem, own, other, rng)
     assert replace("real") == real
@@ -272,7 +364,9 @@ def test_visual_thought_modes(rng):
     assert [vt.patches.shape for vt in first] == [vt.patches.shape for vt in real]
     assert first[0].patches.dtype == np.float32
     assert not any(np.isin(a.patches, b.patches).any() for a, b in zip(first, second))
-    with pytest.raises(ValueError, match=r"is 'blank': choose.*'real', 'noise', 'swap', 'image', 'none'"):
+    with pytest.raises(
+        ValueError, match=r"is 'blank': choose.*'real', 'noise', 'swap', 'image', 'none'"
+    ):
         replace("blank")
 
 
@@ -285,11 +379,16 @@ def test_noise_is_standard_normal(rng):
 
 def test_official_prompts_byte_for_byte():
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
-    facts = {name: (len(getattr(context, name)), sha(getattr(context, name)))
-             for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")}
+    facts = {
+        name: (len(getattr(context, name)), sha(getattr(context, name)))
+        for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")
+    }
     assert facts == {
-        "SYSTEM_TRAINING": (403, "f5475ea0eb6d7f81"), "SYSTEM_INFERENCE": (404, "85c1385d54725046"),
-        "INTRO": (203, "1c74bdc0c9ecd965"), "TRANSITION": (88, "91987117d9d1b511")}
+        "SYSTEM_TRAINING": (403, "f5475ea0eb6d7f81"),
+        "SYSTEM_INFERENCE": (404, "85c1385d54725046"),
+        "INTRO": (203, "1c74bdc0c9ecd965"),
+        "TRANSITION": (88, "91987117d9d1b511"),
+    }
     training, inference = context.SYSTEM_TRAINING, context.SYSTEM_INFERENCE
     assert training == training.strip() and inference == f"\n{inference.strip()}\n"
     assert "i.e. <answer>" in training and "i.e.<answer>" in inference
@@ -300,14 +399,23 @@ def test_official_prompts_byte_for_byte():
 
 # ---- completions
 
+
 def test_completion_worked_example():
     tokens = jnp.array([[11, 12, 13, 99], [11, 99, 99, 99], [11, 12, 13, 14], [99, 99, 99, 99]])
     mask = jnp.arange(4) < jnp.array([3, 1, 4, 0])[:, None]
     block = context.completion(tokens, mask, **ENDS)
     assert block.tokens.tolist() == [
-        [BOS, 11, 12, 13, 0], [BOS, 11, 0, 0, 0], [BOS, 11, 12, 13, 14], [BOS, 0, 0, 0, 0]]
+        [BOS, 11, 12, 13, 0],
+        [BOS, 11, 0, 0, 0],
+        [BOS, 11, 12, 13, 14],
+        [BOS, 0, 0, 0, 0],
+    ]
     assert block.labels.tolist() == [
-        [11, 12, 13, EOS, 0], [11, EOS, 0, 0, 0], [11, 12, 13, 14, EOS], [EOS, 0, 0, 0, 0]]
+        [11, 12, 13, EOS, 0],
+        [11, EOS, 0, 0, 0],
+        [11, 12, 13, 14, EOS],
+        [EOS, 0, 0, 0, 0],
+    ]
     assert block.mask.sum(axis=1).tolist() == [4, 2, 5, 1]
     assert (block.mask == (jnp.arange(5) < jnp.array([4, 2, 5, 1])[:, None])).all()
     without = context.completion(tokens, mask, **ENDS, eos_row=False)
@@ -320,13 +428,21 @@ def test_completion_worked_example():
 
 def test_slots_behind_a_context_equal_one_packed_sequence(rng):
     """Context, padding, completion: without the padding it is the sequence of one more text block."""
-    rows = [context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
-            context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))])]
+    rows = [
+        context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
+        context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
+    ]
     packed = pack(rows, slots=40)
     positions, limit, segment = map(np.asarray, context.behind(packed, 5))
     assert segment.tolist() == [[1] * 5] * 2
-    whole = [np.concatenate(pair, axis=1)
-             for pair in ((packed.positions, positions), (packed.limit, limit), (packed.segment, segment))]
+    whole = [
+        np.concatenate(pair, axis=1)
+        for pair in (
+            (packed.positions, positions),
+            (packed.limit, limit),
+            (packed.segment, segment),
+        )
+    ]
     seen = np.asarray(attention.visible(*map(jnp.asarray, (whole[1], whole[2], whole[2]))))
     for row, blocks in enumerate(rows):
         blocks = [*blocks, Text(np.arange(3))]  # 3 ids and their delimiters: 5 slots
@@ -341,6 +457,7 @@ def test_slots_behind_a_context_equal_one_packed_sequence(rng):
 
 # ---- traces
 
+
 def test_wrappers_are_idempotent():
     assert context.wrap_thought(" so it is ") == "<think>so it is</think>"
     assert context.wrap_answer("B\n") == "<answer>B</answer>"
@@ -349,12 +466,28 @@ def test_wrappers_are_idempotent():
     assert context.text_trace("t", "<answer>B</answer>") == "<think>t</think><answer>B</answer>"
 
 
-@pytest.mark.parametrize(("thoughts", "count", "texts"), [
-    (["a"], 0, ["<think>a</think><answer>B</answer>"]),
-    (["a", "b"], 1, ["<think>a</think><image_start>", 0, "<image_end><think>b</think><answer>B</answer>"]),
-    (["a", "b", "c"], 2, ["<think>a</think><image_start>", 0, "<image_end><think>b</think><image_start>", 1,
-                          "<image_end><think>c</think><answer>B</answer>"]),
-])
+@pytest.mark.parametrize(
+    ("thoughts", "count", "texts"),
+    [
+        (["a"], 0, ["<think>a</think><answer>B</answer>"]),
+        (
+            ["a", "b"],
+            1,
+            ["<think>a</think><image_start>", 0, "<image_end><think>b</think><answer>B</answer>"],
+        ),
+        (
+            ["a", "b", "c"],
+            2,
+            [
+                "<think>a</think><image_start>",
+                0,
+                "<image_end><think>b</think><image_start>",
+                1,
+                "<image_end><think>c</think><answer>B</answer>",
+            ],
+        ),
+    ],
+)
 def test_interleaved_structure(rng, thoughts, count, texts):
     problem, drawn = image(rng), [image(rng) for _ in range(count)]
     blocks = context.interleaved(TOKENIZER, PROMPTS, "q", problem, thoughts, drawn, "B")
@@ -362,19 +495,33 @@ def test_interleaved_structure(rng, thoughts, count, texts):
     assert [b.ids.tolist() for b in blocks[:3:2]] == [b.ids.tolist() for b in prompt[::2]]
     assert blocks[1] is problem
     number = {id(vt): n for n, vt in enumerate(drawn)}
-    found = [bytes(b.ids.tolist()).decode() if isinstance(b, Text) else number[id(b)] for b in blocks[3:]]
+    found = [
+        bytes(b.ids.tolist()).decode() if isinstance(b, Text) else number[id(b)] for b in blocks[3:]
+    ]
     assert found == texts
     assert [b.loss for b in blocks if isinstance(b, Text)] == [False, False] + [True] * (count + 1)
 
 
 def test_supervise_targets_of_an_interleaved_trace(rng):
-    row = [Text(np.array([1])), image(rng, (1, 2)), Text(np.array([2])), Text(np.array([3, 4]), loss=True),
-           image(rng, (1, 1)), Text(np.array([5]), loss=True)]
+    row = [
+        Text(np.array([1])),
+        image(rng, (1, 2)),
+        Text(np.array([2])),
+        Text(np.array([3, 4]), loss=True),
+        image(rng, (1, 1)),
+        Text(np.array([5]), loss=True),
+    ]
     #      0-2                  3-6                 7-9                  10-13: bos 3 4 eos
     #      14-16                17-19: bos 5 eos
     made = lambda targets: context.supervise(
-        [row, row[:4]], slots=24, patches=4, targets=targets, tokenizer=TOKENIZER, side=6,
-        names=["long", "short"])
+        [row, row[:4]],
+        slots=24,
+        patches=4,
+        targets=targets,
+        tokenizer=TOKENIZER,
+        side=6,
+        names=["long", "short"],
+    )
     found = made(6)
     assert found.rows.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [3, 4, EOS, 0, 0, 0]]
@@ -392,12 +539,27 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
 
 def test_supervise_targets_behind_latents(rng):
     """Latents take two slots among the others, so targets behind them are found by their tokens."""
-    row = [Text(np.array([1])), Text(np.array([3, 4]), loss=True), latent(rng, (2, 2), True), latent(rng, (2, 2)),
-           image(rng, (1, 1)), Text(np.array([5]), loss=True)]
+    row = [
+        Text(np.array([1])),
+        Text(np.array([3, 4]), loss=True),
+        latent(rng, (2, 2), True),
+        latent(rng, (2, 2)),
+        image(rng, (1, 1)),
+        Text(np.array([5]), loss=True),
+    ]
     # slots: 0-2, 3-6 bos 3 4 eos, 7-8 noised, 9-10 clean, 11-13 image, 14-16 bos 5 eos
     plain = [Text(np.array([1])), Text(np.array([6]), loss=True)]
-    found = context.supervise([row, plain], slots=20, patches=2, targets=6, latents=8, latent_dim=16, latent_side=6,
-                              tokenizer=TOKENIZER, side=6)
+    found = context.supervise(
+        [row, plain],
+        slots=20,
+        patches=2,
+        targets=6,
+        latents=8,
+        latent_dim=16,
+        latent_side=6,
+        tokenizer=TOKENIZER,
+        side=6,
+    )
     assert found.rows.tolist() == [[3, 4, 5, 14, 15, 0], [3, 4, 0, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [6, EOS, 0, 0, 0, 0]]
     assert found.mask.tolist() == [[True] * 5 + [False], [True] * 2 + [False] * 4]

@@ -18,13 +18,24 @@ from opsd_jax.datasets import visual_opsd
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
 MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
 BUCKETS = {  # slots, patches (and targets); a maze has 16 patches and fits the first, a chart 25
-    "student": ((25, 16), (36, 25)), "teacher": ((50, 32), (70, 50)), "trace": ((87, 32, 41), (90, 50, 41))}
+    "student": ((25, 16), (36, 25)),
+    "teacher": ((50, 32), (70, 50)),
+    "trace": ((87, 32, 41), (90, 50, 41)),
+}
 
 
 def config(folder, buckets=None, **changes):
-    c = small_run.config(**dict(
-        data__dir=str(folder), data__tasks=(CHART, MAZE), data__make__families=("chart", "maze"),
-        images__max_size=40, images__min_size=32, data__cache_rows=200) | changes)
+    c = small_run.config(
+        **dict(
+            data__dir=str(folder),
+            data__tasks=(CHART, MAZE),
+            data__make__families=("chart", "maze"),
+            images__max_size=40,
+            images__min_size=32,
+            data__cache_rows=200,
+        )
+        | changes
+    )
     c.data.buckets.update(buckets or {name: sizes[1:] for name, sizes in BUCKETS.items()})
     return c
 
@@ -47,8 +58,14 @@ def make(folder, tok, tmp_path):
 
     def made(stage="opsd", buckets=None, share=None, **changes):
         c = config(folder, buckets, **changes)
-        return data.Batches(c, str(tmp_path), stage, data.Rows(c, "", tok, "train"), data.Packer(c, tok),
-                            share=share)
+        return data.Batches(
+            c,
+            str(tmp_path),
+            stage,
+            data.Rows(c, "", tok, "train"),
+            data.Packer(c, tok),
+            share=share,
+        )
 
     return made
 
@@ -70,11 +87,17 @@ def pids(prepared):
 
 # --- rows ---------------------------------------------------------------------------------------------------
 
+
 def test_rows(folder, tok):
     c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
     rows = data.Rows(c, "", tok, "train")
-    assert [len(source) for source in rows.sources] == [10, 64]  # the limit is of the train split only
-    assert [len(source) for source in data.Rows(c, "", tok, "test").sources] == [small_run.TEST_ROWS] * 2
+    assert [len(source) for source in rows.sources] == [
+        10,
+        64,
+    ]  # the limit is of the train split only
+    assert [len(source) for source in data.Rows(c, "", tok, "test").sources] == [
+        small_run.TEST_ROWS
+    ] * 2
     row = rows(0, 3)
     assert tok.decode(row.question) == row.example.question + " now answer"
     assert row.problem.grid == row.visual_thoughts[0].grid == (5, 5)
@@ -96,31 +119,54 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
 
 # --- packing ------------------------------------------------------------------------------------------------
 
+
 def test_layouts(folder, tok):
     c = config(folder)
     rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
     row = rows(0, 0)
-    texts = lambda kind, *args: [tok.decode(b.ids) if isinstance(b, context.Text) else "image"
-                                 for b in packer.blocks(row, kind, *args)]
+    texts = lambda kind, *args: [
+        tok.decode(b.ids) if isinstance(b, context.Text) else "image"
+        for b in packer.blocks(row, kind, *args)
+    ]
     e = row.example
     trace = f"<think>{e.full_text_only_thought}</think><answer>{e.answer}</answer>"
-    student, teacher = ["image", e.question], ["image", e.question, "reference", "image", "now answer"]
+    student, teacher = (
+        ["image", e.question],
+        ["image", e.question, "reference", "image", "now answer"],
+    )
     assert texts("student") == student and texts("teacher", row.visual_thoughts) == teacher
     assert texts("text") == [*student, trace] and texts("reference") == [*teacher, trace]
-    assert texts("interleaved") == [*student, f"<think>{e.thoughts[0]}</think><image_start>", "image",
-                                    f"<image_end><think>{e.thoughts[1]}</think><answer>{e.answer}</answer>"]
-    targets = [getattr(b, "loss", False) for kind in ("text", "reference") for b in packer.blocks(row, kind)]
+    assert texts("interleaved") == [
+        *student,
+        f"<think>{e.thoughts[0]}</think><image_start>",
+        "image",
+        f"<image_end><think>{e.thoughts[1]}</think><answer>{e.answer}</answer>",
+    ]
+    targets = [
+        getattr(b, "loss", False)
+        for kind in ("text", "reference")
+        for b in packer.blocks(row, kind)
+    ]
     assert targets == [False, False, True] + [False] * 5 + [True]
     with pytest.raises(ValueError, match="unknown layout 'talk': choose"):
         packer.blocks(row, "talk")
     bare = dataclasses.replace(row, example=dataclasses.replace(e, full_text_only_thought=" "))
-    with pytest.raises(ValueError, match=f"row {e.pid} has no full_text_only_thought.*mix.*config.eval.kl"):
+    with pytest.raises(
+        ValueError, match=f"row {e.pid} has no full_text_only_thought.*mix.*config.eval.kl"
+    ):
         packer.reference(bare)
 
 
-@pytest.mark.parametrize("ratios, count, expected", [
-    ({"a": 2, "b": 1, "c": 1}, 8, "aaaabbcc"), ({"a": 2, "b": 1}, 6, "aaaabb"), ({"a": 0, "b": 3}, 3, "bbb"),
-    ({"a": 1, "b": 0, "c": 1}, 5, "aaccc"), ({"a": 1, "b": 9}, 4, "bbbb")])
+@pytest.mark.parametrize(
+    "ratios, count, expected",
+    [
+        ({"a": 2, "b": 1, "c": 1}, 8, "aaaabbcc"),
+        ({"a": 2, "b": 1}, 6, "aaaabb"),
+        ({"a": 0, "b": 3}, 3, "bbb"),
+        ({"a": 1, "b": 0, "c": 1}, 5, "aaccc"),
+        ({"a": 1, "b": 9}, 4, "bbbb"),
+    ],
+)
 def test_mixture(ratios, count, expected):
     assert "".join(data.mixture(ratios, count)) == expected
 
@@ -131,6 +177,7 @@ def test_a_mixture_of_nothing():
 
 
 # --- buckets ------------------------------------------------------------------------------------------------
+
 
 def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypatch):
     batches = make(buckets=BUCKETS, opsd__batch_size=4)
@@ -144,12 +191,15 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
         assert {row.example.task for row in prepared} <= ({MAZE} if bucket == 0 else {CHART, MAZE})
         seen[bucket] += 1
     assert min(seen[0], seen[1]) > 10
-    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("buckets-*.npy")) == [CHART, MAZE]
+    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("buckets-*.npy")) == [
+        CHART,
+        MAZE,
+    ]
     monkeypatch.setattr(data.Packer, "bucket", None)  # the second time the index is read, not made
     assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
     monkeypatch.undo()
     for path in tmp_path.glob("buckets-*.npy"):  # cut by a power failure
-        path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     for _ in range(2):
         assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
         monkeypatch.setattr(data.Packer, "bucket", None)  # it was written again
@@ -157,8 +207,12 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
 
 def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
-    with pytest.raises(context.TooLong, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"):
-        [make(buckets=small).opsd(step) for step in range(4)]  # one bucket: measured when they are packed
+    with pytest.raises(
+        context.TooLong, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"
+    ):
+        [
+            make(buckets=small).opsd(step) for step in range(4)
+        ]  # one bucket: measured when they are packed
     smaller = {name: (tuple(n - 1 for n in sizes[0]), sizes[0]) for name, sizes in BUCKETS.items()}
     message = f"^64 rows of {CHART} fit no bucket, first .'chart-train-00000.*config.data.on_too_long=skip"
     with pytest.raises(context.TooLong, match=message):
@@ -181,14 +235,17 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
     targets = {}
     for row in (rows(0, n) for n in range(64)):
         layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
-        targets[row.example.pid] = max(sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False))
-                                       for blocks in layouts)
+        targets[row.example.pid] = max(
+            sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False)) for blocks in layouts
+        )
     width = int(np.median(list(targets.values())))
     too_long = {pid for pid, n in targets.items() if n > width}
     assert 5 < len(too_long) < 59
 
     sizes = {name: sizes[:1] for name, sizes in BUCKETS.items()} | {"trace": ((87, 32, width),)}
-    batches = make("warmup", sizes, data__on_too_long="skip", data__tasks=(MAZE,), warmup__batch_size=4)
+    batches = make(
+        "warmup", sizes, data__on_too_long="skip", data__tasks=(MAZE,), warmup__batch_size=4
+    )
     assert set(json.loads((tmp_path / "too_long.json").read_text())[MAZE]) == too_long
     drawn = {pid for step in range(20) for pid in pids(batches.traces(step)[1])}
     assert drawn == targets.keys() - too_long
@@ -214,6 +271,7 @@ def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, to
 
 # --- batches ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_are_a_function_of_seed_and_step(make, mode):
     one, other = make(teacher__visual_thoughts=mode), make(teacher__visual_thoughts=mode)
@@ -237,10 +295,14 @@ def test_what_the_teacher_sees_in_each_mode(make):
     for n, row in enumerate(shown["rows"]):
         for mode in ("real", "swap", "image"):
             np.testing.assert_array_equal(shown[mode].patches[n, :25], row.problem.patches)
-        np.testing.assert_array_equal(shown["real"].patches[n, second], row.visual_thoughts[0].patches)
+        np.testing.assert_array_equal(
+            shown["real"].patches[n, second], row.visual_thoughts[0].patches
+        )
         np.testing.assert_array_equal(shown["image"].patches[n, second], row.problem.patches)
         assert (shown["swap"].patches[n, second] != row.visual_thoughts[0].patches).any()
-    assert shown["noise"].patches.dtype == np.float32 and (shown["none"].patch_image.max(1) == 1).all()
+    assert (
+        shown["noise"].patches.dtype == np.float32 and (shown["none"].patch_image.max(1) == 1).all()
+    )
     noise = shown["noise"].patches[:, second]
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
@@ -261,7 +323,9 @@ def test_noise_is_fresh_at_every_step_and_attempt_and_the_same_for_a_seed(make):
 def test_two_hosts_share_what_one_would_have(make, stage):
     """Whatever rows a host has, they are those of the whole batch; noise, too."""
     shares = [0, 1, 2, 3], [2, 5, 7]
-    whole, *parts = (make(stage, share=share, teacher__visual_thoughts="noise") for share in (None, *shares))
+    whole, *parts = (
+        make(stage, share=share, teacher__visual_thoughts="noise") for share in (None, *shares)
+    )
     for step in (0, 5):
         load = lambda b: b.opsd(step) if stage == "opsd" else b.traces(step)
         (all_rows, prepared), halves = load(whole), [load(part) for part in parts]
@@ -273,7 +337,9 @@ def test_two_hosts_share_what_one_would_have(make, stage):
             else:
                 assert_same(all_rows.context, half.context, mine)
                 for name in ("rows", "labels", "mask"):
-                    np.testing.assert_array_equal(getattr(all_rows, name)[mine], getattr(half, name))
+                    np.testing.assert_array_equal(
+                        getattr(all_rows, name)[mine], getattr(half, name)
+                    )
 
 
 def test_attempts_bring_other_rows(make):
@@ -287,16 +353,22 @@ def test_attempts_bring_other_rows(make):
 def test_traces_follow_the_mix(make, tok):
     supervised, rows = make("warmup").traces(0)
     texts = [tok.decode(labels[mask]) for labels, mask in zip(supervised.labels, supervised.mask)]
-    assert ["<image_start>" in text for text in texts] == [True] * 4 + [False] * 4  # interleaved 2 : 1 : 1
+    assert ["<image_start>" in text for text in texts] == [True] * 4 + [
+        False
+    ] * 4  # interleaved 2 : 1 : 1
     pictures = supervised.context.patch_image.max(1)
-    assert (pictures == [2] * 6 + [1] * 2).all()  # the reference layout with its picture, text without
+    assert (
+        pictures == [2] * 6 + [1] * 2
+    ).all()  # the reference layout with its picture, text without
     for text, row in zip(texts, rows, strict=True):
         assert re.search(rf"<answer>{row.example.answer}</answer><\|im_end\|>$", text)
 
 
 def test_weights_are_shares_of_the_tasks(make):
     batches = make(data__weights=(3, 1))
-    tasks = collections.Counter(row.example.task for step in range(8) for row in batches.opsd(step)[1])
+    tasks = collections.Counter(
+        row.example.task for step in range(8) for row in batches.opsd(step)[1]
+    )
     assert tasks == {CHART: 48, MAZE: 16}
 
 
@@ -306,11 +378,14 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
         assert pids(rows) == pids(batches.opsd(step)[1])
     assert step == 11
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
-    with pytest.raises(context.TooLong, match="row chart-train"):  # an error in a thread reaches the loop
+    with pytest.raises(
+        context.TooLong, match="row chart-train"
+    ):  # an error in a thread reaches the loop
         list(make(buckets=small).stream(0, 4))
 
 
 # --- making data --------------------------------------------------------------------------------------------
+
 
 def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
     c = small_run.config(data__make__train=8, data__make__validation=2, data__make__test=2)
@@ -323,15 +398,24 @@ def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(fol
     data.make_if_absent(c, str(tmp_path))
     assert len(visual_opsd.open_source(prepared)) == 8
     c.data.make.train = 9
-    with pytest.raises(ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"):
+    with pytest.raises(
+        ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"
+    ):
         data.make_if_absent(c, str(tmp_path))
 
 
 def killed(*arguments):
     """make-mini that dies without cleaning up, after it made the rows."""
-    script = ("import os; from opsd_jax import data; from opsd_jax.tasks import parquet\n"
-              f"parquet.build_tokenizer = lambda folder: os._exit(9)\ndata.main(['make-mini', *{arguments}])")
-    assert small_run.run([sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == 9
+    script = (
+        "import os; from opsd_jax import data; from opsd_jax.tasks import parquet\n"
+        f"parquet.build_tokenizer = lambda folder: os._exit(9)\ndata.main(['make-mini', *{arguments}])"
+    )
+    assert (
+        small_run.run(
+            [sys.executable, "-c", script], env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        ).returncode
+        == 9
+    )
 
 
 def test_make_mini_from_the_command_line(tmp_path, capsys):
@@ -355,7 +439,9 @@ def test_make_mini_from_the_command_line(tmp_path, capsys):
     parquet = next((tmp_path / "d" / "made" / "parquet").glob("*/data/train-*"))
     content = parquet.read_bytes()
     shutil.copyfile(next(parquet.parent.glob("test-*")), parquet)  # an edited file
-    refused(f"was prepared from other files.*delete {target} and give the same command again", *command)
+    refused(
+        f"was prepared from other files.*delete {target} and give the same command again", *command
+    )
     parquet.write_bytes(content)
     (tmp_path / "d" / "made.json").unlink()  # as a folder prepared from elsewhere
     refused("holds prepared data already: choose another --target", *command)
@@ -367,16 +453,25 @@ def test_make_mini_from_the_command_line(tmp_path, capsys):
 def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
     """Else a mistyped name would be filled with procedural data."""
     mistyped = tmp_path / "dta"
-    with pytest.raises(FileNotFoundError, match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir",
+    ):
         data.make_if_absent(config(mistyped), str(tmp_path))
     inner = os.path.join(folder, visual_opsd.NAME)
-    with pytest.raises(FileNotFoundError, match=f"{inner} holds no data itself: give the folder .*dir={folder}$"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{inner} holds no data itself: give the folder .*dir={folder}$"
+    ):
         data.make_if_absent(config(inner), str(tmp_path))
     assert not os.listdir(tmp_path)
-    data.make_if_absent(config(folder, data__make__families=("maze",)), "")  # more are there than are asked for
+    data.make_if_absent(
+        config(folder, data__make__families=("maze",)), ""
+    )  # more are there than are asked for
     with pytest.raises(ValueError, match="made with other settings.*'seed': 0.*'seed': 1"):
         data.make_if_absent(config(folder, data__make__seed=1), "")
-    data.make_if_absent(config(folder, data__make__families=(), data__make__seed=1), "")  # as they are
+    data.make_if_absent(
+        config(folder, data__make__families=(), data__make__seed=1), ""
+    )  # as they are
     begun = tmp_path / "begun"
     killed(f"--target={begun}", "--families=chart", "--train=4", "--validation=1", "--test=1")
     data.make_if_absent(config(begun, data__make__families=()), "")
@@ -385,23 +480,47 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
 
 def test_rows_beyond_a_split_name_the_setting(folder, tok):
     wrong = config(folder, data__limits=(0, 100))
-    with pytest.raises(ValueError, match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train"):
+    with pytest.raises(
+        ValueError,
+        match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train",
+    ):
         data.Rows(wrong, "", tok, "train")
-    assert [len(source) for source in data.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources] == [64, 5]
+    assert [
+        len(source)
+        for source in data.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources
+    ] == [64, 5]
 
 
 @pytest.mark.parametrize("content", ["", '{"families": ["cha', "\0" * 200, "[]", '{"families": 3}'])
 def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "made.json").write_text(content)
-    with pytest.raises(ValueError, match=f"{tmp_path}/data/made.json .*: delete it .*or delete {tmp_path}/data to"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/data/made.json .*: delete it .*or delete {tmp_path}/data to"
+    ):
         data.make_if_absent(small_run.config(), str(tmp_path))
 
 
 # --- references ---------------------------------------------------------------------------------------------
 
-ANSWERS = ["B", "<answer>B</answer>", "<answer> B </answer>", " B \n", "the answer is <answer>B</answer>", "B.", "1,000", "B\u200b",
-           "\ufeffB", "cafe\u0301", "caf\u00e9", "<answer>cafe\u0301</answer>", "\u212b", "\u0958", "two\u00a0words", "B</answer>"]
+ANSWERS = [
+    "B",
+    "<answer>B</answer>",
+    "<answer> B </answer>",
+    " B \n",
+    "the answer is <answer>B</answer>",
+    "B.",
+    "1,000",
+    "B\u200b",
+    "\ufeffB",
+    "cafe\u0301",
+    "caf\u00e9",
+    "<answer>cafe\u0301</answer>",
+    "\u212b",
+    "\u0958",
+    "two\u00a0words",
+    "B</answer>",
+]
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +531,9 @@ def qwen(tmp_path_factory):
     made = tmp_path_factory.mktemp("qwen")
     vocabulary.build_tokenizer(made)
     facts = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
-    (made / "tokenizer.json").write_text(json.dumps(facts | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    (made / "tokenizer.json").write_text(
+        json.dumps(facts | {"normalizer": {"type": "NFC"}}), encoding="utf-8"
+    )
     return tokenizer.load(made)
 
 
@@ -420,7 +541,9 @@ def qwen(tmp_path_factory):
 def test_what_training_teaches_is_right(qwen, tok, answer):
     from opsd_jax import eval as eval_lib
 
-    example = visual_opsd.Example("p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so")
+    example = visual_opsd.Example(
+        "p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so"
+    )
     taught = context.text_trace(example.full_text_only_thought, answer)
     for t in (qwen, tok):
         assert eval_lib.is_hit(example, t.decode(t.encode(taught)))[1]
@@ -432,22 +555,32 @@ def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen)
     rows = data.Rows(config(folder), "", qwen, "test")
     rows.check_references(0, range(small_run.TEST_ROWS))
     good = rows.sources[1]
-    edits = {3: {"metadata": {"family": "maze", "map": ["FF", "FG"]}}, 5: {"answer": "<answer>R"},
-             7: {"answer": "B<|im_end|>", "metadata": {}}}
+    edits = {
+        3: {"metadata": {"family": "maze", "map": ["FF", "FG"]}},
+        5: {"answer": "<answer>R"},
+        7: {"answer": "B<|im_end|>", "metadata": {}},
+    }
     bad = [dataclasses.replace(good[n], **edits.get(n, {})) for n in range(small_run.TEST_ROWS)]
     rows.sources[1] = type("Source", (list,), {"directory": good.directory})(bad)
     with pytest.raises(ValueError) as error:
         rows.check_references(1, range(small_run.TEST_ROWS))
-    for part in (f"3 rows of {MAZE} in {good.directory}", f"row {bad[3].pid}: metadata has a 'map' without start S",
-                 f"row {bad[5].pid}: answer has <answer> without", f"row {bad[7].pid}: answer 'B<|im_end|>' is read as '<answer>B' by",
-                 "--on_bad_row=skip"):
+    for part in (
+        f"3 rows of {MAZE} in {good.directory}",
+        f"row {bad[3].pid}: metadata has a 'map' without start S",
+        f"row {bad[5].pid}: answer has <answer> without",
+        f"row {bad[7].pid}: answer 'B<|im_end|>' is read as '<answer>B' by",
+        "--on_bad_row=skip",
+    ):
         assert part in str(error.value)
     rows.check_references(1, [0, 1, 2, 4, 6])
 
 
 def test_a_swap_needs_another_row(folder, tok, make):
     one = dict(data__limits=(1, 0), teacher__visual_thoughts="swap")
-    with pytest.raises(ValueError, match=f"mode swap.*another row, and {CHART} has a single row in train.*data.limits"):
+    with pytest.raises(
+        ValueError,
+        match=f"mode swap.*another row, and {CHART} has a single row in train.*data.limits",
+    ):
         make(**one)
     make("warmup", **one)  # without a teacher
     rows = data.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")

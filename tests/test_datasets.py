@@ -24,9 +24,13 @@ from opsd_jax.datasets.visual_opsd import BadRow, BadSource, ParquetSource, open
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def picture(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (12, 9)) -> dict:
+def picture(
+    seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (12, 9)
+) -> dict:
     channels = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (size[1], size[0], channels), dtype=np.uint8
+    )
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze(), mode=None).save(file, kind)
     return {"bytes": file.getvalue(), "path": f"{seed}.png"}
@@ -34,15 +38,23 @@ def picture(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, in
 
 def row(i: int, **changes) -> dict:
     """A row as released: one visual thought, two thoughts, the misspelt column names."""
-    return {"pid": f"p{i}", "question": f"What is {i}? ü汉", "answer": "ABCD"[i % 4],
-            "problem_image_0": picture(i), "resoning_thought_0": f"look {i}",
-            "reasoning_image_0": picture(1000 + i), "resoning_thought_1": f"so {i}", "task": "Maze",
-            "full_text_only_thought": f"all {i}"} | changes
+    return {
+        "pid": f"p{i}",
+        "question": f"What is {i}? ü汉",
+        "answer": "ABCD"[i % 4],
+        "problem_image_0": picture(i),
+        "resoning_thought_0": f"look {i}",
+        "reasoning_image_0": picture(1000 + i),
+        "resoning_thought_1": f"so {i}",
+        "task": "Maze",
+        "full_text_only_thought": f"all {i}",
+    } | changes
 
 
 def write(path: Path, rows: list[dict], **options) -> Path:
     import pyarrow
     import pyarrow.parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for r in rows for column in r))
     table = pyarrow.Table.from_pylist([{column: r.get(column) for column in columns} for r in rows])
@@ -58,11 +70,17 @@ def maze(source: Path, rows: list[dict], **options) -> Path:
 def two_tasks(tmp_path) -> Path:
     """Maze: 2 train shards of 5 and 3 rows, 1 of validation; Chart: 4 rows with metadata, no data/ folder."""
     source = tmp_path / "source"
-    write(source / "Maze/data/train-00000-of-00002.parquet", [row(i) for i in range(5)], row_group_size=2)
+    write(
+        source / "Maze/data/train-00000-of-00002.parquet",
+        [row(i) for i in range(5)],
+        row_group_size=2,
+    )
     write(source / "Maze/data/train-00001-of-00002.parquet", [row(i) for i in range(5, 8)])
     write(source / "Maze/data/validation-00000-of-00001.parquet", [row(i) for i in range(8, 10)])
-    write(source / "Chart_Refocus/train-00000-of-00001.parquet",
-          [row(i, task="", metadata=json.dumps({"bars": [i, 2.5]}) if i else "") for i in range(4)])
+    write(
+        source / "Chart_Refocus/train-00000-of-00001.parquet",
+        [row(i, task="", metadata=json.dumps({"bars": [i, 2.5]}) if i else "") for i in range(4)],
+    )
     return source
 
 
@@ -81,7 +99,10 @@ def test_what_goes_in_comes_out(two_tasks, tmp_path):
         assert (example.question, example.answer) == (r["question"], r["answer"])
         assert example.problem_image == r["problem_image_0"]["bytes"]
         assert example.visual_thoughts == (r["reasoning_image_0"]["bytes"],)
-        assert example.thoughts == (f"look {i}", f"so {i}") and example.full_text_only_thought == f"all {i}"
+        assert (
+            example.thoughts == (f"look {i}", f"so {i}")
+            and example.full_text_only_thought == f"all {i}"
+        )
         assert example.metadata == {}
     chart = open_source(tmp_path / "out/visual_opsd/chart_refocus/1.0.0")
     assert [e.metadata for e in chart] == [{}] + [{"bars": [i, 2.5]} for i in (1, 2, 3)]
@@ -93,9 +114,17 @@ def test_what_goes_in_comes_out(two_tasks, tmp_path):
 
 
 def test_pictures_pass_bit_by_bit_and_all_rounds_are_read(tmp_path):
-    kinds = [picture(1, "JPEG"), picture(2, "PNG", "RGBA"), picture(3, "WEBP"), picture(4, "PNG", "L")]
-    full = row(9) | {f"reasoning_image_{i}": picture(20 + i) for i in range(8)} \
-                  | {f"resoning_thought_{i}": f"t{i}" for i in range(8)}
+    kinds = [
+        picture(1, "JPEG"),
+        picture(2, "PNG", "RGBA"),
+        picture(3, "WEBP"),
+        picture(4, "PNG", "L"),
+    ]
+    full = (
+        row(9)
+        | {f"reasoning_image_{i}": picture(20 + i) for i in range(8)}
+        | {f"resoning_thought_{i}": f"t{i}" for i in range(8)}
+    )
     few = [row(i, problem_image_0=kind, reasoning_image_0=kind) for i, kind in enumerate(kinds)]
     maze(tmp_path / "s", few + [full])
     prepare(tmp_path / "s", tmp_path / "out")
@@ -108,31 +137,60 @@ def test_pictures_pass_bit_by_bit_and_all_rounds_are_read(tmp_path):
 
 def test_plain_tfds_reads_it(two_tasks, tmp_path):
     import tensorflow_datasets as tfds
+
     prepare(two_tasks, tmp_path / "out")
-    by_folder = tfds.builder_from_directory(tmp_path / "out/visual_opsd/maze/1.0.0").as_data_source("train")
+    by_folder = tfds.builder_from_directory(tmp_path / "out/visual_opsd/maze/1.0.0").as_data_source(
+        "train"
+    )
     by_name = tfds.data_source("visual_opsd/maze", data_dir=tmp_path / "out", split="train")
     for source in (by_folder, by_name):
         assert len(source) == 8
-        assert source[6]["pid"] == b"p6" and list(source[6]["reasoning_thoughts"]) == [b"look 6", b"so 6"]
+        assert source[6]["pid"] == b"p6" and list(source[6]["reasoning_thoughts"]) == [
+            b"look 6",
+            b"so 6",
+        ]
         want = np.asarray(Image.open(io.BytesIO(row(6)["problem_image_0"]["bytes"])))
         np.testing.assert_array_equal(source[6]["problem_image"], want)
         assert len(source[6]["reasoning_images"]) == 1
-    raw = tfds.data_source("visual_opsd/maze", data_dir=tmp_path / "out", split="validation", decoders={
-        "problem_image": visual_opsd.RawBytes(), "reasoning_images": visual_opsd.RawBytes()})
+    raw = tfds.data_source(
+        "visual_opsd/maze",
+        data_dir=tmp_path / "out",
+        split="validation",
+        decoders={
+            "problem_image": visual_opsd.RawBytes(),
+            "reasoning_images": visual_opsd.RawBytes(),
+        },
+    )
     assert raw[0]["problem_image"] == row(8)["problem_image_0"]["bytes"]
 
 
-@pytest.mark.parametrize("layout, given", [("data/train-0.parquet", "Maze"), ("train-0.parquet", "Maze"),
-                                           ("data/train.parquet", "Maze/data"), ("data/train-0.parquet", "")])
+@pytest.mark.parametrize(
+    "layout, given",
+    [
+        ("data/train-0.parquet", "Maze"),
+        ("train-0.parquet", "Maze"),
+        ("data/train.parquet", "Maze/data"),
+        ("data/train-0.parquet", ""),
+    ],
+)
 def test_layouts(tmp_path, layout, given):
     write(tmp_path / "s/Maze" / layout, [row(0)])
     assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"maze/train": 1}
     assert ParquetSource(tmp_path / "s" / given)[0] == open_source(tmp_path / "out", task="maze")[0]
 
 
-@pytest.mark.parametrize("split, want", [
-    ("train", range(8)), ("train[:3]", range(3)), ("train[3:6]", [3, 4, 5]), ("train[-2:]", [6, 7]),
-    ("train[25%:75%]", range(2, 6)), ("validation", [8, 9]), ("train[4:6]+validation[1:]", [4, 5, 9])])
+@pytest.mark.parametrize(
+    "split, want",
+    [
+        ("train", range(8)),
+        ("train[:3]", range(3)),
+        ("train[3:6]", [3, 4, 5]),
+        ("train[-2:]", [6, 7]),
+        ("train[25%:75%]", range(2, 6)),
+        ("validation", [8, 9]),
+        ("train[4:6]+validation[1:]", [4, 5, 9]),
+    ],
+)
 def test_slices_mean_the_same_in_both_sources(two_tasks, tmp_path, split, want):
     prepare(two_tasks, tmp_path / "out")
     prepared = open_source(tmp_path / "out", split, task="maze")
@@ -145,7 +203,9 @@ def test_files_of_one_name_and_links_to_folders(tmp_path):
     write(tmp_path / "blob/train-0.parquet", [row(0)])
     write(tmp_path / "blob/data/train-0.parquet", [row(1)])
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/Maze").symlink_to(tmp_path / "blob")  # as from a download cache: the link has the name
+    (tmp_path / "s/Maze").symlink_to(
+        tmp_path / "blob"
+    )  # as from a download cache: the link has the name
     for source in (tmp_path / "s", tmp_path / "s/Maze"):
         assert prepare(source, tmp_path / "out").rows == {"maze/train": 2}
     assert {e.pid for e in open_source(tmp_path / "out", task="maze")} == {"p0", "p1"}
@@ -153,8 +213,10 @@ def test_files_of_one_name_and_links_to_folders(tmp_path):
 
 def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
     prepare(two_tasks, tmp_path / "out")
-    for source in (open_source(tmp_path / "out", "train[1:7]", task="maze"),
-                   ParquetSource(two_tasks / "Maze", "train[1:7]")):
+    for source in (
+        open_source(tmp_path / "out", "train[1:7]", task="maze"),
+        ParquetSource(two_tasks / "Maze", "train[1:7]"),
+    ):
         want = [source[i] for i in range(6)]
         assert list(pickle.loads(pickle.dumps(source))) == want
         order = np.random.default_rng(0).integers(0, 6, 200)
@@ -165,12 +227,17 @@ def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
 
 def test_limit_and_splits(two_tasks, tmp_path):
     report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train", "train"))
-    assert report.rows == {"chart_refocus/train": 4, "maze/train": 6}  # 5 of the first file, 1 of the second
+    assert report.rows == {
+        "chart_refocus/train": 4,
+        "maze/train": 6,
+    }  # 5 of the first file, 1 of the second
     assert [e.pid for e in open_source(tmp_path / "a", task="maze")] == [f"p{i}" for i in range(6)]
     report = prepare(two_tasks / "Maze", tmp_path / "b", limit=2)
     assert report.rows == {"maze/train": 2, "maze/validation": 2}
     shards = sorted(p.name for p in (tmp_path / "b").rglob("*train.array_record*"))
-    assert shards == ["visual_opsd-train.array_record-00000-of-00001"]  # the second file is not needed
+    assert shards == [
+        "visual_opsd-train.array_record-00000-of-00001"
+    ]  # the second file is not needed
 
 
 def test_progress_bar_on_a_terminal_only(two_tasks, tmp_path, capsys, monkeypatch):
@@ -192,19 +259,37 @@ BAD_ROWS = {
     "no question": ({"question": None}, "question is empty"),
     "no answer": ({"answer": ""}, "answer is empty"),
     "no picture": ({"problem_image_0": None}, "problem_image_0 is missing"),
-    "path only": ({"problem_image_0": {"bytes": None, "path": "a.png"}}, "problem_image_0 holds no bytes"),
+    "path only": (
+        {"problem_image_0": {"bytes": None, "path": "a.png"}},
+        "problem_image_0 holds no bytes",
+    ),
     "broken picture": ({"problem_image_0": NOT_A_PICTURE}, "problem_image_0 cannot be decoded"),
     "truncated picture": ({"problem_image_0": CUT_OFF}, "problem_image_0 cannot be decoded"),
-    "no thought": ({"resoning_thought_0": "", "resoning_thought_1": None}, "resoning_thought_0.*no thought"),
+    "no thought": (
+        {"resoning_thought_0": "", "resoning_thought_1": None},
+        "resoning_thought_0.*no thought",
+    ),
     "bad metadata": ({"metadata": "{'a': 1}"}, "metadata is not JSON"),
     "list metadata": ({"metadata": "[1]"}, "metadata is JSON, but not an object"),
-    "metadata as a struct": ({"metadata": {"family": "maze"}}, r"metadata is of type dict, not text\. Mend[^)]*$"),
+    "metadata as a struct": (
+        {"metadata": {"family": "maze"}},
+        r"metadata is of type dict, not text\. Mend[^)]*$",
+    ),
     "zero-width answer": ({"answer": "\u200b \ufeff"}, "answer is empty"),
     "unclosed answer": ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
-    "unknown family": ({"metadata": '{"family": "chess"}'}, "metadata has family 'chess'.*choose from maze"),
+    "unknown family": (
+        {"metadata": '{"family": "chess"}'},
+        "metadata has family 'chess'.*choose from maze",
+    ),
     "family alone": ({"metadata": '{"family": "chart"}'}, "metadata has no text 'answer'"),
-    "maze without goal": ({"metadata": '{"family": "maze", "map": ["SF", "FF"]}', "answer": "R"}, "metadata has a 'map' without goal G"),
-    "wrong label": ({"metadata": '{"family": "chart", "answer": "n7"}', "answer": "n8"}, "answer 'n8' is wrong by the row's metadata"),
+    "maze without goal": (
+        {"metadata": '{"family": "maze", "map": ["SF", "FF"]}', "answer": "R"},
+        "metadata has a 'map' without goal G",
+    ),
+    "wrong label": (
+        {"metadata": '{"family": "chart", "answer": "n7"}', "answer": "n8"},
+        "answer 'n8' is wrong by the row's metadata",
+    ),
 }
 
 
@@ -216,15 +301,27 @@ def encoded(image, kind="PNG", **options) -> dict:
 
 grey16 = Image.fromarray(np.zeros((9, 12), np.uint16))
 PICTURES = {  # what the parquet file holds -> whether training opens it
-    "RGB": (picture(0), True), "RGBA": (picture(0, mode="RGBA"), True), "grey": (picture(0, mode="L"), True),
-    "CMYK": (encoded(Image.new("CMYK", (9, 9)), "JPEG"), True), "1 bit": (encoded(Image.new("1", (9, 9))), True),
-    "grey and alpha": (encoded(Image.new("LA", (9, 9))), True), "palette": (encoded(Image.new("P", (9, 9))), True),
+    "RGB": (picture(0), True),
+    "RGBA": (picture(0, mode="RGBA"), True),
+    "grey": (picture(0, mode="L"), True),
+    "CMYK": (encoded(Image.new("CMYK", (9, 9)), "JPEG"), True),
+    "1 bit": (encoded(Image.new("1", (9, 9))), True),
+    "grey and alpha": (encoded(Image.new("LA", (9, 9))), True),
+    "palette": (encoded(Image.new("P", (9, 9))), True),
     "palette and alpha": (encoded(Image.new("P", (9, 9)), transparency=0), True),
-    "animated": (encoded(Image.new("P", (9, 9)), "GIF", save_all=True, append_images=[Image.new("P", (9, 9), 1)]), True),
-    "16-bit grey": (encoded(grey16), False), "16-bit grey TIFF": (encoded(grey16, "TIFF"), False),
-    "float TIFF": (encoded(Image.new("F", (9, 9)), "TIFF"), False), "32-bit TIFF": (encoded(Image.new("I", (9, 9)), "TIFF"), False),
+    "animated": (
+        encoded(
+            Image.new("P", (9, 9)), "GIF", save_all=True, append_images=[Image.new("P", (9, 9), 1)]
+        ),
+        True,
+    ),
+    "16-bit grey": (encoded(grey16), False),
+    "16-bit grey TIFF": (encoded(grey16, "TIFF"), False),
+    "float TIFF": (encoded(Image.new("F", (9, 9)), "TIFF"), False),
+    "32-bit TIFF": (encoded(Image.new("I", (9, 9)), "TIFF"), False),
     "too large": (encoded(Image.new("1", (30_000, 3_000))), False),
-    "cut": (CUT_OFF, False), "text": ({"bytes": b"<svg/>", "path": None}, False),
+    "cut": (CUT_OFF, False),
+    "text": ({"bytes": b"<svg/>", "path": None}, False),
 }
 
 
@@ -246,34 +343,53 @@ def test_preparation_takes_the_pictures_that_training_opens(tmp_path, value, is_
         assert source[1].problem_image == source[1].visual_thoughts[0] == value["bytes"]
     else:
         (note,) = report.bad_rows
-        assert note[:3] == (str(file), 1, "p1") and note.reason.startswith("problem_image_0 cannot be decoded: ")
+        assert note[:3] == (str(file), 1, "p1") and note.reason.startswith(
+            "problem_image_0 cannot be decoded: "
+        )
         assert len(source) == 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, is_good) in PICTURES.items() if is_good])
 def test_plain_tfds_gives_the_channels_that_its_features_tell(tmp_path, kind):
     import tensorflow_datasets as tfds
-    maze(tmp_path / "s", [row(0, problem_image_0=PICTURES[kind][0], reasoning_image_0=PICTURES[kind][0])])
+
+    maze(
+        tmp_path / "s",
+        [row(0, problem_image_0=PICTURES[kind][0], reasoning_image_0=PICTURES[kind][0])],
+    )
     prepare(tmp_path / "s", tmp_path / "out")
     builder = tfds.builder_from_directory(tmp_path / "out/visual_opsd/maze/1.0.0")
     found, told = builder.as_data_source("train")[0], builder.info.features
-    for image, feature in ((found["problem_image"], told["problem_image"]),
-                           (found["reasoning_images"][0], told["reasoning_images"].feature)):
+    for image, feature in (
+        (found["problem_image"], told["problem_image"]),
+        (found["reasoning_images"][0], told["reasoning_images"].feature),
+    ):
         assert feature.shape == (None, None, 3)
-        np.testing.assert_array_equal(image, np.asarray(images.open_rgb(PICTURES[kind][0]["bytes"], transparency="drop")))
+        np.testing.assert_array_equal(
+            image, np.asarray(images.open_rgb(PICTURES[kind][0]["bytes"], transparency="drop"))
+        )
 
 
 def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
-    full = {f"reasoning_image_{i}": picture(20 + i) for i in range(10)} | {f"resoning_thought_{i}": f"t{i}" for i in range(9)}
+    full = {f"reasoning_image_{i}": picture(20 + i) for i in range(10)} | {
+        f"resoning_thought_{i}": f"t{i}" for i in range(9)
+    }
     maze(tmp_path / "s", [row(0), row(1) | full, row(2)])
     report = prepare(tmp_path / "s", tmp_path / "out")
     assert [(n.row, n.pid, n.reason) for n in report.warnings] == [
         (1, "p1", "dropped_visual_thought: reasoning_image_8 is not read, a row holds 8"),
         (1, "p1", "dropped_visual_thought: reasoning_image_9 is not read, a row holds 8"),
         (1, "p1", "dropped_thought: resoning_thought_8 is not read, a row holds 8"),
-        (1, "p1", "unused_visual_thought: between 8 thoughts interleaved traces show 7 of 8; the teacher sees all")]
+        (
+            1,
+            "p1",
+            "unused_visual_thought: between 8 thoughts interleaved traces show 7 of 8; the teacher sees all",
+        ),
+    ]
     example = open_source(tmp_path / "out", task="maze")[1]
-    assert len(example.visual_thoughts) == len(example.thoughts) == 8 and "warning dropped_thought: 1 (first: " in str(report)
+    assert len(example.visual_thoughts) == len(
+        example.thoughts
+    ) == 8 and "warning dropped_thought: 1 (first: " in str(report)
 
 
 @pytest.mark.parametrize("changes, reason", BAD_ROWS.values(), ids=BAD_ROWS)
@@ -283,7 +399,9 @@ def test_bad_row(tmp_path, changes, reason):
         prepare(tmp_path / "s", tmp_path / "out")
     for part in (str(file), "row 2", "'p2'", "--on_bad_row=skip"):
         assert part in str(error.value)
-    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as from a worker process
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(
+        error.value
+    )  # as from a worker process
     source = ParquetSource(tmp_path / "s/Maze")
     assert source[3].pid == "p3"
     with pytest.raises(BadRow, match=f"row 2, pid 'p2': {reason}"):
@@ -296,7 +414,9 @@ def test_bad_row(tmp_path, changes, reason):
     written = json.loads((tmp_path / "out/visual_opsd/maze/1.0.0/report.json").read_text())
     assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"maze/train": 3}
     assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p0", "p1", "p3"]
-    with pytest.raises(BadRow, match=f"row 2, pid 'p2': {reason}"):  # skipped before, but now to fail
+    with pytest.raises(
+        BadRow, match=f"row 2, pid 'p2': {reason}"
+    ):  # skipped before, but now to fail
         prepare(tmp_path / "s", tmp_path / "out")
     assert len(open_source(tmp_path / "out", task="maze")) == 3  # and nothing is lost
 
@@ -321,18 +441,25 @@ def test_every_bad_row_is_named_and_an_empty_shard_does_no_harm(tmp_path):
 
 def test_visual_thoughts_that_are_left_out_are_named(tmp_path):
     good, none = picture(1), {"bytes": None, "path": None}
-    maze(tmp_path / "s", [
-        row(0, reasoning_image_0=None, reasoning_image_1=good, reasoning_image_2=None),  # a gap
-        row(1, reasoning_image_0=good, reasoning_image_1=CUT_OFF, reasoning_image_2=good),
-        row(2, reasoning_image_0=NOT_A_PICTURE),
-        row(3, reasoning_image_0=None),
-        row(4, reasoning_image_0=good, reasoning_image_1=none)])
+    maze(
+        tmp_path / "s",
+        [
+            row(0, reasoning_image_0=None, reasoning_image_1=good, reasoning_image_2=None),  # a gap
+            row(1, reasoning_image_0=good, reasoning_image_1=CUT_OFF, reasoning_image_2=good),
+            row(2, reasoning_image_0=NOT_A_PICTURE),
+            row(3, reasoning_image_0=None),
+            row(4, reasoning_image_0=good, reasoning_image_1=none),
+        ],
+    )
     report = prepare(tmp_path / "s", tmp_path / "out")
     assert [(n.row, n.reason.split(": ")[0], n.reason.split()[1]) for n in report.warnings] == [
         (0, "dropped_visual_thought", "reasoning_image_0"),
-        (1, "dropped_visual_thought", "reasoning_image_1"), (1, "unused_visual_thought", "between"),
+        (1, "dropped_visual_thought", "reasoning_image_1"),
+        (1, "unused_visual_thought", "between"),
         (2, "dropped_visual_thought", "reasoning_image_0"),
-        (2, "no_visual_thought", "the"), (3, "no_visual_thought", "the")]
+        (2, "no_visual_thought", "the"),
+        (3, "no_visual_thought", "the"),
+    ]
     assert "warning no_visual_thought: 2" in str(report)
     source = open_source(tmp_path / "out", task="maze")
     assert [len(e.visual_thoughts) for e in source] == [1, 2, 0, 0, 1]
@@ -345,8 +472,11 @@ def test_other_warnings(tmp_path):
     write(tmp_path / "s/Maze/training-0.parquet", [row(5)])
     warnings = prepare(tmp_path / "s", tmp_path / "out").warnings
     assert {(Path(n.file).name, n.row, n.reason.split(":")[0]) for n in warnings} == {
-        ("training-0.parquet", None, "ignored_file"), ("train-0.parquet", None, "ignored_column"),
-        ("train-0.parquet", 1, "duplicate_pid"), ("train-1.parquet", 0, "duplicate_pid")}
+        ("training-0.parquet", None, "ignored_file"),
+        ("train-0.parquet", None, "ignored_column"),
+        ("train-0.parquet", 1, "duplicate_pid"),
+        ("train-1.parquet", 0, "duplicate_pid"),
+    }
     assert any("difficulty" in n.reason for n in warnings)
 
 
@@ -368,13 +498,25 @@ def without(column: str, **more) -> dict:
     return {k: v for k, v in (row(0) | more).items() if k != column}
 
 
-@pytest.mark.parametrize("bad, message", [
-    (without("answer"), "has no column 'answer'; its columns: pid, question"),
-    (without("problem_image_0", problem_image=picture(1)), "'problem_image'.*did you mean 'problem_image_0'"),
-    (without("resoning_thought_0", reasoning_thought_0="t"),
-     "no column 'resoning_thought_0'.*'reasoning_thought_0'.*did you mean 'resoning_thought_0'"),
-    (without("reasoning_image_0", resoning_image_0=picture(1)), "did you mean 'reasoning_image_0'"),
-    (row(0, reasoning_thought_2="t"), "did you mean 'resoning_thought_2'")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (without("answer"), "has no column 'answer'; its columns: pid, question"),
+        (
+            without("problem_image_0", problem_image=picture(1)),
+            "'problem_image'.*did you mean 'problem_image_0'",
+        ),
+        (
+            without("resoning_thought_0", reasoning_thought_0="t"),
+            "no column 'resoning_thought_0'.*'reasoning_thought_0'.*did you mean 'resoning_thought_0'",
+        ),
+        (
+            without("reasoning_image_0", resoning_image_0=picture(1)),
+            "did you mean 'reasoning_image_0'",
+        ),
+        (row(0, reasoning_thought_2="t"), "did you mean 'resoning_thought_2'"),
+    ],
+)
 def test_columns_with_wrong_names(tmp_path, bad, message):
     file = maze(tmp_path / "s", [bad])
     for attempt in (lambda folder: prepare(folder, tmp_path / "out"), ParquetSource):
@@ -388,7 +530,9 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(BadSource, match="nowhere is not a folder"):
         prepare(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty/images").mkdir(parents=True)
-    with pytest.raises(BadSource, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "):
+    with pytest.raises(
+        BadSource, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "
+    ):
         prepare(tmp_path / "empty", tmp_path / "out")
     write(tmp_path / "s/Maze/part-0.parquet", [row(0)])
     with pytest.raises(BadSource, match=r"train-\*.*part-0.parquet.*Rename"):
@@ -418,7 +562,10 @@ def test_sources_that_are_none(tmp_path):
 
 def test_files_without_rows_or_broken(tmp_path):
     import pyarrow.parquet
-    good = maze(tmp_path / "s", [row(i, reasoning_image_0=picture(i, size=(99, 99))) for i in range(3)])
+
+    good = maze(
+        tmp_path / "s", [row(i, reasoning_image_0=picture(i, size=(99, 99))) for i in range(3)]
+    )
     empty = pyarrow.parquet.read_table(good).slice(0, 0)
     (tmp_path / "e/Maze").mkdir(parents=True)
     pyarrow.parquet.write_table(empty, tmp_path / "e/Maze/train-0.parquet")
@@ -428,7 +575,11 @@ def test_files_without_rows_or_broken(tmp_path):
     with pytest.raises(BadSource, match="(?s)no row of maze/train is usable.*'p1'"):
         prepare(tmp_path / "all", tmp_path / "out", on_bad_row="skip")
     data = good.read_bytes()
-    for broken in (b"not parquet at all", data[:len(data) // 2], data[:4] + bytes(99) + data[103:]):
+    for broken in (
+        b"not parquet at all",
+        data[: len(data) // 2],
+        data[:4] + bytes(99) + data[103:],
+    ):
         good.write_bytes(broken)
         with pytest.raises(BadSource, match="(?s)cannot be read as parquet.*again") as error:
             prepare(tmp_path / "s", tmp_path / "out2")
@@ -437,9 +588,14 @@ def test_files_without_rows_or_broken(tmp_path):
 
 def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
     import pyarrow
+
     noise = [picture(i, size=(200, 200)) for i in range(10)]  # 120 kB each
-    file = maze(tmp_path / "s", [row(i, problem_image_0=noise[i % 10]) for i in range(160)],
-                row_group_size=16, use_dictionary=False)
+    file = maze(
+        tmp_path / "s",
+        [row(i, problem_image_0=noise[i % 10]) for i in range(160)],
+        row_group_size=16,
+        use_dictionary=False,
+    )
     assert file.stat().st_size > 18e6
     before, peak = pyarrow.total_allocated_bytes(), 0
     for batch in visual_opsd._read_batches(file, 160):
@@ -454,7 +610,9 @@ def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
     assert sizes() == [32, 32, 6] and sizes(33) == [32, 1] and sizes(0) == []
     monkeypatch.setattr(visual_opsd, "_BATCH_BYTES", 1)
     assert sizes() == [1] * 70
-    assert [index for batch in visual_opsd._read_batches(file, 70) for index, _ in batch] == [*range(70)]
+    assert [index for batch in visual_opsd._read_batches(file, 70) for index, _ in batch] == [
+        *range(70)
+    ]
 
 
 # -------------------------------------------------------------------------------- interruptions
@@ -468,8 +626,10 @@ def test_full_disk_then_resume(tmp_path):
     """A file size limit stands in for the full disk: ArrayRecord reports both alike, and on close only."""
     for k in range(3):
         size = (400, 400) if k == 1 else (12, 9)
-        write(tmp_path / f"s/Maze/train-{k}.parquet", [row(10 * k + i, problem_image_0=picture(i, size=size))
-                                                       for i in range(3)])
+        write(
+            tmp_path / f"s/Maze/train-{k}.parquet",
+            [row(10 * k + i, problem_image_0=picture(i, size=size)) for i in range(3)],
+        )
     script = textwrap.dedent("""
         import resource, signal, sys
         from opsd_jax.datasets.visual_opsd import prepare
@@ -482,23 +642,42 @@ def test_full_disk_then_resume(tmp_path):
             sys.exit(3)
         """)
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "s", tmp_path / "out"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "s", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 3, done.stderr
-    assert f"{folder}/visual_opsd-train.array_record-00001-of-00003 could not be written" in done.stdout
+    assert (
+        f"{folder}/visual_opsd-train.array_record-00001-of-00003 could not be written"
+        in done.stdout
+    )
     assert "free space" in done.stdout and "finished shards are kept" in done.stdout
-    assert sorted(stamps(folder)) == ["progress.json", "visual_opsd-train.array_record-00000-of-00003"]
-    with pytest.raises(FileNotFoundError, match="not finished.*opsd_jax.data prepare.*where it stopped"):
+    assert sorted(stamps(folder)) == [
+        "progress.json",
+        "visual_opsd-train.array_record-00000-of-00003",
+    ]
+    with pytest.raises(
+        FileNotFoundError, match="not finished.*opsd_jax.data prepare.*where it stopped"
+    ):
         open_source(tmp_path / "out", task="maze")
 
-    (folder / "visual_opsd-train.array_record-00001-of-00003.tmp").write_bytes(b"left by a killed process")
+    (folder / "visual_opsd-train.array_record-00001-of-00003.tmp").write_bytes(
+        b"left by a killed process"
+    )
     first = stamps(folder)["visual_opsd-train.array_record-00000-of-00003"]
     report = prepare(tmp_path / "s", tmp_path / "out")
     assert stamps(folder)["visual_opsd-train.array_record-00000-of-00003"] == first
     assert not list(folder.glob("*.tmp"))
     whole = prepare(tmp_path / "s", tmp_path / "whole")
-    assert (report.rows, report.bytes) == (whole.rows, whole.bytes) == ({"maze/train": 9}, whole.bytes)
-    resumed, at_once = (list(open_source(tmp_path / target, task="maze")) for target in ("out", "whole"))
+    assert (
+        (report.rows, report.bytes) == (whole.rows, whole.bytes) == ({"maze/train": 9}, whole.bytes)
+    )
+    resumed, at_once = (
+        list(open_source(tmp_path / target, task="maze")) for target in ("out", "whole")
+    )
     assert resumed == at_once and len(resumed) == 9
 
 
@@ -509,7 +688,9 @@ def test_killed_in_the_first_shard(tmp_path):
         prepare(tmp_path / "s", tmp_path / "out")
     assert sorted(stamps(folder)) == ["progress.json"]
     (folder / "progress.json").rename(folder / "progress.json.tmp")  # killed even earlier
-    (folder / "visual_opsd-train.array_record-00000-of-00001.tmp").write_bytes(b"left by a killed process")
+    (folder / "visual_opsd-train.array_record-00000-of-00001.tmp").write_bytes(
+        b"left by a killed process"
+    )
     assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
     (folder / "dataset_info.json").unlink()  # the metadata come again, too
     assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
@@ -537,7 +718,10 @@ def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(two_tasks / "Maze", tmp_path / "out")
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
-    assert sorted(stamps(folder)) == ["progress.json", "visual_opsd-train.array_record-00000-of-00002"]
+    assert sorted(stamps(folder)) == [
+        "progress.json",
+        "visual_opsd-train.array_record-00000-of-00002",
+    ]
     monkeypatch.setattr(visual_opsd, "read_row", lambda *a, **k: calls.append(0) or read(*a, **k))
     calls.clear()
     prepare(two_tasks / "Maze", tmp_path / "out")
@@ -563,7 +747,10 @@ def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite") as error:
         prepare(two_tasks / "Maze", tmp_path / "out", limit=3)
     assert str(folder) in str(error.value) and stamps(folder) == before
-    assert prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["maze/train"] == 3
+    assert (
+        prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["maze/train"]
+        == 3
+    )
     assert len(list(folder.glob("*train.array_record*"))) == 1 and len(open_source(folder)) == 3
     (tmp_path / "other/visual_opsd/maze/1.0.0").mkdir(parents=True)
     (tmp_path / "other/visual_opsd/maze/1.0.0/notes.txt").write_text("mine")
@@ -594,20 +781,30 @@ def test_broken_and_absent_targets(two_tasks, tmp_path):
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
     whole = list(open_source(folder))
     shard = folder / "visual_opsd-train.array_record-00001-of-00002"
-    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:1000]),
-                   lambda: os.truncate(shard, 100_000), lambda: shard.write_bytes(b""), shard.unlink):
+    for damage in (
+        lambda: shard.write_bytes(shard.read_bytes()[:1000]),
+        lambda: os.truncate(shard, 100_000),
+        lambda: shard.write_bytes(b""),
+        shard.unlink,
+    ):
         damage()
-        with pytest.raises(FileNotFoundError, match="missing or truncated.*3 rows.*data prepare") as error:
+        with pytest.raises(
+            FileNotFoundError, match="missing or truncated.*3 rows.*data prepare"
+        ) as error:
             open_source(folder)
         assert str(shard) in str(error.value)
         prepare(two_tasks / "Maze", tmp_path / "out")
         assert list(open_source(folder)) == whole
-    with pytest.raises(FileNotFoundError, match="jigsaw/1.0.0 holds no.*python -m opsd_jax.data prepare"):
+    with pytest.raises(
+        FileNotFoundError, match="jigsaw/1.0.0 holds no.*python -m opsd_jax.data prepare"
+    ):
         open_source(tmp_path / "out", task="Jigsaw")
     with pytest.raises(FileNotFoundError, match="holds no prepared data"):
         open_source(tmp_path / "out")
     for opener, place in ((open_source, folder), (ParquetSource, two_tasks / "Maze")):
-        with pytest.raises(ValueError, match=f"split 'test' .--split.*{place}.*'test'.*train.*validation"):
+        with pytest.raises(
+            ValueError, match=f"split 'test' .--split.*{place}.*'test'.*train.*validation"
+        ):
             opener(place, "test")
         with pytest.raises(ValueError, match=f"{place}.*99"):
             opener(place, "train[:99]")
@@ -640,8 +837,13 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
         assert "tensorflow" not in sys.modules
         print("fine")
         """)
-    done = subprocess.run([sys.executable, "-c", script, two_tasks, tmp_path / "out", tmp_path / "built"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script, two_tasks, tmp_path / "out", tmp_path / "built"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
@@ -655,9 +857,17 @@ def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarr
 
 def some_plan(**changes) -> BatchPlan:
     """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of proportion."""
-    return BatchPlan(**{"lengths": [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)],
-                        "weights": [5, 3.3, 1], "buckets": (256, 512, 1024), "batch_size": 4, "seed": 7,
-                        "chunk": 8} | changes)
+    return BatchPlan(
+        **{
+            "lengths": [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)],
+            "weights": [5, 3.3, 1],
+            "buckets": (256, 512, 1024),
+            "batch_size": 4,
+            "seed": 7,
+            "chunk": 8,
+        }
+        | changes
+    )
 
 
 def visits(plan: BatchPlan, steps: range) -> Counter:
@@ -692,12 +902,15 @@ def test_visits_and_mixture_with_buckets_at_chunk_ends():
     for step in range(40 * 8):
         count.update(plan(step)[1])
         if (step + 1) % 8 == 0:
-            for s, length in enumerate(some_lengths := [buckets_of(1, 70, 3), buckets_of(2, 45, 3),
-                                                        buckets_of(3, 20, 3)]):
+            for s, length in enumerate(
+                some_lengths := [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
+            ):
                 seen = [count[s, r] for r in np.flatnonzero(length >= 0)]
                 assert max(seen) - min(seen) <= 1
                 assert abs(sum(seen) - [5, 3.3, 1][s] / 9.3 * 4 * (step + 1)) < 1
-            assert len(count) <= sum((length >= 0).sum() for length in some_lengths)  # left out is left out
+            assert len(count) <= sum(
+                (length >= 0).sum() for length in some_lengths
+            )  # left out is left out
 
 
 def test_draws_are_seats_by_webster():
@@ -742,7 +955,9 @@ def test_hosts_share_the_batch_and_the_bucket():
             parts = [rows[p::hosts] for p, (_, rows) in enumerate(got)]
             assert {bucket for bucket, _ in got} == {one[step][0]}
             assert Counter(sum(parts, [])) == Counter(one[step][1])
-    first = Counter(rows[0][0] for _, rows in (BatchPlan([64, 64], None, (1,), 2, 0)(s) for s in range(64)))
+    first = Counter(
+        rows[0][0] for _, rows in (BatchPlan([64, 64], None, (1,), 2, 0)(s) for s in range(64))
+    )
     assert min(first.values()) > 16  # no host is stuck with one source
 
 
@@ -782,7 +997,9 @@ def test_attempts():
             sources.update(s for s, _ in rows)
     for s, weight in enumerate([5, 3.3, 1]):
         assert sources[s] / 1200 == pytest.approx(weight / 9.3, abs=0.03)
-    tiny = BatchPlan([2], None, (1,), batch_size=3, seed=0)  # nothing else to give: the same rows again
+    tiny = BatchPlan(
+        [2], None, (1,), batch_size=3, seed=0
+    )  # nothing else to give: the same rows again
     assert {r for _, r in tiny(0, attempt=1)[1]} == {0, 1}
 
 
@@ -799,18 +1016,30 @@ def test_batches_larger_than_everything_wrap_around():
     assert sum(count.values()) == 44 and set(count.values()) == {11} and (1, 1) not in count
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"lengths": [], "weights": None}, "no source"), ({"weights": [1, 1]}, "2 weights for 3 sources"),
-    ({"weights": [1, -1, 1]}, "finite, >= 0"), ({"weights": [1, float("nan"), 1]}, "finite"),
-    ({"weights": [0, 0, 0]}, "not all 0"), ({"buckets": ()}, "buckets"),
-    ({"buckets": (2, 1, 3)}, "ascending"),
-    ({"buckets": (1, 2)}, r"lengths\[0\]\[\d+\] is bucket index 2, but there are 2 buckets"),
-    ({"lengths": [4, [0, -2]], "weights": None}, r"lengths\[1\]\[1\] is bucket index -2"),
-    ({"lengths": [4, [-1, -1]], "weights": None}, "source 1 has no row to draw.*2 rows, all left out"),
-    ({"lengths": [0], "weights": None}, "source 0 has no row"),
-    ({"lengths": [[.5]], "weights": None}, "int array"), ({"lengths": [[[1]]], "weights": None}, "int array"),
-    ({"batch_size": 0}, "batch_size must be at least 1"),
-    ({"chunk": 0}, "chunk must be"), ({"seed": -1}, "seed must be")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lengths": [], "weights": None}, "no source"),
+        ({"weights": [1, 1]}, "2 weights for 3 sources"),
+        ({"weights": [1, -1, 1]}, "finite, >= 0"),
+        ({"weights": [1, float("nan"), 1]}, "finite"),
+        ({"weights": [0, 0, 0]}, "not all 0"),
+        ({"buckets": ()}, "buckets"),
+        ({"buckets": (2, 1, 3)}, "ascending"),
+        ({"buckets": (1, 2)}, r"lengths\[0\]\[\d+\] is bucket index 2, but there are 2 buckets"),
+        ({"lengths": [4, [0, -2]], "weights": None}, r"lengths\[1\]\[1\] is bucket index -2"),
+        (
+            {"lengths": [4, [-1, -1]], "weights": None},
+            "source 1 has no row to draw.*2 rows, all left out",
+        ),
+        ({"lengths": [0], "weights": None}, "source 0 has no row"),
+        ({"lengths": [[0.5]], "weights": None}, "int array"),
+        ({"lengths": [[[1]]], "weights": None}, "int array"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"chunk": 0}, "chunk must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
 def test_plans_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
         some_plan(**changes)
@@ -822,8 +1051,14 @@ def test_negative_steps():
             some_plan()(*call)
 
 
-PINNED = [(1, [(0, 1), (1, 0)]), (0, [(0, 2), (0, 3)]), (0, [(0, 0), (1, 1)]),
-          (0, [(0, 3), (0, 2)]), (1, [(0, 1), (1, 0)]), (0, [(0, 0), (1, 1)])]
+PINNED = [
+    (1, [(0, 1), (1, 0)]),
+    (0, [(0, 2), (0, 3)]),
+    (0, [(0, 0), (1, 1)]),
+    (0, [(0, 3), (0, 2)]),
+    (1, [(0, 1), (1, 0)]),
+    (0, [(0, 0), (1, 1)]),
+]
 PINNED_RETRY = (1, [(0, 2), (1, 1)])
 
 
@@ -837,7 +1072,9 @@ def test_records_have_one_order_of_fields(tmp_path):
     (shard,) = visual_opsd.version_folder(tmp_path / "out", "Maze").glob("*.array_record-*")
     record = bytes(array_record_module.ArrayRecordReader(str(shard)).read_all()[0])
     read = tf_example_pb2.Example.FromString(record)
-    assert record == read.SerializeToString(deterministic=True) and set(read.features.feature) == set(visual_opsd.features())
+    assert record == read.SerializeToString(deterministic=True) and set(
+        read.features.feature
+    ) == set(visual_opsd.features())
 
 
 def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
@@ -852,18 +1089,38 @@ def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
 
     known = digest("a", row(1, answer="A"))
     folder = visual_opsd.version_folder(tmp_path / "a/out", "Chart_Refocus")
-    assert digest("deep/b", row(1, answer="A")) == digest("c", row(1, answer="A"), row(2, answer=""), on_bad_row="skip") == known
-    assert len({known, digest("d", row(1, answer="B")), digest("e"), digest("f", row(1, answer="A"), row(2))}) == 4
+    assert (
+        digest("deep/b", row(1, answer="A"))
+        == digest("c", row(1, answer="A"), row(2, answer=""), on_bad_row="skip")
+        == known
+    )
+    assert (
+        len(
+            {
+                known,
+                digest("d", row(1, answer="B")),
+                digest("e"),
+                digest("f", row(1, answer="A"), row(2)),
+            }
+        )
+        == 4
+    )
     shutil.copytree(tmp_path / "a/out", tmp_path / "copy")
     shutil.rmtree(tmp_path / "a/s")
     for remove in ("nothing", "report.json", "progress.json"):
-        (visual_opsd.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(missing_ok=True)
+        (visual_opsd.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(
+            missing_ok=True
+        )
         assert visual_opsd.digest(tmp_path / "copy", "Chart_Refocus") == known
-    built = VisualOpsd(config="chart_refocus", data_dir=tmp_path / "built", file_format="array_record")
+    built = VisualOpsd(
+        config="chart_refocus", data_dir=tmp_path / "built", file_format="array_record"
+    )
     config = tfds.download.DownloadConfig(manual_dir=tmp_path / "deep/b/s")
     built.download_and_prepare(download_config=config)
     of_builder = visual_opsd.digest(tmp_path / "built", "Chart_Refocus")
-    shard, = visual_opsd.version_folder(tmp_path / "built", "Chart_Refocus").glob("*array_record*")
+    (shard,) = visual_opsd.version_folder(tmp_path / "built", "Chart_Refocus").glob(
+        "*array_record*"
+    )
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)  # the same size
@@ -882,7 +1139,9 @@ def test_an_edited_file_of_the_same_size_and_time_is_seen(tmp_path):
     maze(tmp_path / "s", [row(0, answer="B")])
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    with pytest.raises(FileExistsError, match=f"{tmp_path}/out.*other or edited files.*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=f"{tmp_path}/out.*other or edited files.*--overwrite"
+    ):
         prepare(tmp_path / "s", tmp_path / "out")
     prepare(tmp_path / "s", tmp_path / "out", overwrite=True)
     assert [e.answer for e in open_source(tmp_path / "out", task="maze")] == ["B"]
@@ -907,12 +1166,20 @@ def test_a_folder_of_an_older_version_is_written_again(two_tasks, tmp_path):
         prepare(two_tasks / "Maze", tmp_path / "out")
 
 
-DAMAGES = {"empty": lambda data: b"", "cut": lambda data: data[:len(data) // 2], "NUL": lambda data: bytes(len(data)),
-           "list": lambda data: b"[1]", "number": lambda data: b"7", "other keys": lambda data: b'{"a": {"b": null}}'}
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "NUL": lambda data: bytes(len(data)),
+    "list": lambda data: b"[1]",
+    "number": lambda data: b"7",
+    "other keys": lambda data: b'{"a": {"b": null}}',
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "report.json", "progress.json"])
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "features.json", "report.json", "progress.json"]
+)
 def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     maze(tmp_path / "s", [row(0), row(1)])
     first = prepare(tmp_path / "s", tmp_path / "out")
@@ -922,13 +1189,19 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     known = visual_opsd.digest(tmp_path / "out", "maze")
     (folder / name).write_bytes(DAMAGES[damage](good))
     if name in ("dataset_info.json", "features.json"):
-        with pytest.raises(ValueError, match=f"(?s){folder}/{name} is missing or damaged .*`python -m opsd_jax.data prepare .*again"):
+        with pytest.raises(
+            ValueError,
+            match=f"(?s){folder}/{name} is missing or damaged .*`python -m opsd_jax.data prepare .*again",
+        ):
             open_source(folder)
     else:
         assert list(open_source(folder)) == whole  # it does not need them
     assert visual_opsd.digest(tmp_path / "out", "maze") == known
     if name == "progress.json":  # it alone tells what the folder holds
-        with pytest.raises(ValueError, match=f"{folder}/{name} is damaged .*{tmp_path}/s/Maze again with --overwrite"):
+        with pytest.raises(
+            ValueError,
+            match=f"{folder}/{name} is damaged .*{tmp_path}/s/Maze again with --overwrite",
+        ):
             prepare(tmp_path / "s", tmp_path / "out")
         prepare(tmp_path / "s", tmp_path / "out", overwrite=True)
     else:
@@ -948,7 +1221,10 @@ def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
     shard.write_bytes(good[:500] + bytes([good[500] ^ 1]) + good[501:])
     prepare(two_tasks / "Maze", tmp_path / "out")
     assert shard.read_bytes() == good
-    assert stamps(folder)["visual_opsd-train.array_record-00001-of-00002"] == before["visual_opsd-train.array_record-00001-of-00002"]
+    assert (
+        stamps(folder)["visual_opsd-train.array_record-00001-of-00002"]
+        == before["visual_opsd-train.array_record-00001-of-00002"]
+    )
 
 
 @pytest.mark.long
@@ -956,18 +1232,28 @@ def test_row_groups_beyond_2_gib(tmp_path):
     """Arrow gives no such picture column in one piece. The pictures end in zeros, so the file itself is small."""
     import pyarrow
     import pyarrow.parquet
+
     file = tmp_path / "s/Maze/train-0.parquet"
     file.parent.mkdir(parents=True)
 
     def large(i):
         r = row(i)
-        return pyarrow.Table.from_pylist([r | {"problem_image_0": r["problem_image_0"] | {
-            "bytes": r["problem_image_0"]["bytes"] + bytes(64 << 20)}}])
+        return pyarrow.Table.from_pylist(
+            [
+                r
+                | {
+                    "problem_image_0": r["problem_image_0"]
+                    | {"bytes": r["problem_image_0"]["bytes"] + bytes(64 << 20)}
+                }
+            ]
+        )
 
     table = pyarrow.concat_tables([large(i) for i in range(33)])
-    pyarrow.parquet.write_table(table, file, row_group_size=33, compression="zstd", use_dictionary=False)
+    pyarrow.parquet.write_table(
+        table, file, row_group_size=33, compression="zstd", use_dictionary=False
+    )
     del table
-    assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2 ** 31
+    assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2**31
     found = [index for batch in visual_opsd._read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
     assert ParquetSource(tmp_path / "s/Maze")[32].pid == "p32"

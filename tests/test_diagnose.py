@@ -44,6 +44,7 @@ def numpy_kl(teacher_logits, student_logits):
 
 # --- attention ----------------------------------------------------------------------------------------------------
 
+
 def numpy_shares(q, k, seen, queries, keys, scale):
     """Sums over groups of the head-averaged weights, slot by slot in float64: [B, M, K]."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
@@ -69,16 +70,26 @@ def test_shares_of_random_queries_and_keys(block):
     queries, keys = rng.integers(0, 3, (2, 7)), rng.integers(0, 4, (2, 7))
     seen = np.arange(7) < limit[:, :, None]
     hot = lambda numbers, count: jax.nn.one_hot(numbers - 1, count)
-    for scale in (8 ** -0.5, 1.0):
-        found = attention.shares(q, k, attention.Mask(limit, segment, segment),
-                                 attention.Groups(hot(queries, 2), hot(keys, 3), jnp.float32(scale)), block)
+    for scale in (8**-0.5, 1.0):
+        found = attention.shares(
+            q,
+            k,
+            attention.Mask(limit, segment, segment),
+            attention.Groups(hot(queries, 2), hot(keys, 3), jnp.float32(scale)),
+            block,
+        )
         np.testing.assert_allclose(found, numpy_shares(q, k, seen, queries, keys, scale), atol=1e-5)
 
 
 def sequence(batch):
     """What `bagel.forward` takes for the teachers' contexts of a batch: (x, positions, limit, segment)."""
     c = batch.teacher
-    return jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c), c.positions, c.limit, c.segment
+    return (
+        jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c),
+        c.positions,
+        c.limit,
+        c.segment,
+    )
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -88,19 +99,33 @@ def test_shares_in_a_model(scaled):
     params, slots = tiny.params(), sequence(tiny.batch(rng, 2))
     x, positions, limit, segment = slots
     used = segment > 0
-    queries, keys = (np.where(used, rng.integers(low, n + 1, used.shape), 0).astype(np.int32)
-                     for low, n in ((0, 2), (1, 3)))
-    found = jax.jit(functools.partial(
-        bagel.attention_shares, num_queries=2, num_keys=3, scaled=scaled,
-        config=dataclasses.replace(MODEL, query_block=20)))(params, *slots, queries, keys)
+    queries, keys = (
+        np.where(used, rng.integers(low, n + 1, used.shape), 0).astype(np.int32)
+        for low, n in ((0, 2), (1, 3))
+    )
+    found = jax.jit(
+        functools.partial(
+            bagel.attention_shares,
+            num_queries=2,
+            num_keys=3,
+            scaled=scaled,
+            config=dataclasses.replace(MODEL, query_block=20),
+        )
+    )(params, *slots, queries, keys)
     assert found.shape == (2, 2, 2, 3)
 
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(MODEL.llm).apply({"params": first}, x, method="qkv")
     rope = attention.rope_tables(positions, MODEL.llm.head_dim, MODEL.llm.rope_theta)
     seen = np.asarray(attention.visible(limit, segment, segment))
-    expected = numpy_shares(attention.rotate(q, rope), attention.rotate(k, rope), seen, queries, keys,
-                            MODEL.llm.head_dim ** -0.5 if scaled else 1.0)
+    expected = numpy_shares(
+        attention.rotate(q, rope),
+        attention.rotate(k, rope),
+        seen,
+        queries,
+        keys,
+        MODEL.llm.head_dim**-0.5 if scaled else 1.0,
+    )
     np.testing.assert_allclose(found[0], expected, atol=2e-4)
     counts = np.stack([(queries == n).sum(axis=1) for n in (1, 2)], axis=1)
     np.testing.assert_allclose(found.sum(axis=-1), np.broadcast_to(counts, (2, 2, 2)), rtol=1e-5)
@@ -110,7 +135,9 @@ def test_recording_leaves_the_model_alone():
     rng = np.random.default_rng(2)
     params, (x, positions, limit, segment) = tiny.params(), sequence(tiny.batch(rng, 2))
     mask = attention.Mask(limit, segment, segment)
-    apply = jax.jit(functools.partial(mot.Decoder(MODEL).apply, {"params": params["llm"]}, x, positions, mask))
+    apply = jax.jit(
+        functools.partial(mot.Decoder(MODEL).apply, {"params": params["llm"]}, x, positions, mask)
+    )
     groups = attention.Groups(*(jax.nn.one_hot(segment - 1, 1),) * 2, jnp.float32(1))
     plain, recorded = apply(), apply(groups=groups)
     assert len(plain) == 2 and len(recorded) == 3
@@ -120,21 +147,30 @@ def test_recording_leaves_the_model_alone():
 def test_groups_of_slots():
     """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5, transition 6, text 7,
     delimiters 8; queries 1 before, 2 after."""
-    rng, packer = np.random.default_rng(0), types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d"))
+    rng, packer = (
+        np.random.default_rng(0),
+        types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d")),
+    )
     problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
-    names = lambda packer, blocks, layout: [x.tolist() for x in looks.groups(packer, blocks, layout)]
+    names = lambda packer, blocks, layout: [
+        x.tolist() for x in looks.groups(packer, blocks, layout)
+    ]
     teacher = context.teacher(TOKENIZER, packer.prompts, "q", problem, [thought, thought])
     keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
     assert names(packer, teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
     assert names(packer, context.student(TOKENIZER, packer.prompts, "q", problem), "student") == [
-        [0] * 7 + [1] * 3, keys[:10]]
+        [0] * 7 + [1] * 3,
+        keys[:10],
+    ]
     removed = context.teacher(TOKENIZER, packer.prompts, "q", problem, [])
     assert names(packer, removed, "teacher") == [[0] * 7 + [1] * 7 + [2] * 3, keys[:14] + keys[20:]]
     bare = types.SimpleNamespace(prompts=context.Prompts("", "", ""))
     blocks = context.student(TOKENIZER, bare.prompts, "q", problem)
     blocks += [context.Text(np.array([5])), thought, context.Text(np.array([6, 7]))]
     assert names(bare, blocks, "interleaved") == [
-        [0] * 7 + [1] * 3 + [0] * 3 + [2] * 4, [8, 2, 2, 8] + [3] * 3 + [7] * 3 + [8, 5, 8] + [7] * 4]
+        [0] * 7 + [1] * 3 + [0] * 3 + [2] * 4,
+        [8, 2, 2, 8] + [3] * 3 + [7] * 3 + [8, 5, 8] + [7] * 4,
+    ]
 
 
 def test_shares_are_means_over_the_queries_of_a_group():
@@ -143,8 +179,8 @@ def test_shares_are_means_over_the_queries_of_a_group():
     batch, tokens = tiny.batch(rng, 2), rng.integers(0, 256, (2, 5)).astype(np.int32)
     c = batch.teacher
     queries, keys = (np.zeros((2, c.slots + 5), np.int32) for _ in range(2))
-    keys[:, :c.slots], keys[:, c.slots:] = c.segment, 7
-    queries[0, c.slots:c.slots + 3] = queries[1, c.slots:] = 3
+    keys[:, : c.slots], keys[:, c.slots :] = c.segment, 7
+    queries[0, c.slots : c.slots + 3] = queries[1, c.slots :] = 3
     queries[0, 1] = 1
     found = looks.attention_shares(tiny.params(), c, tokens, queries, keys, config=MODEL)
     assert found.shape == (2, MODEL.llm.num_layers, QUERIES, KEYS)
@@ -160,16 +196,26 @@ def test_shares_are_means_over_the_queries_of_a_group():
 
 # --- divergences --------------------------------------------------------------------------------------------------
 
+
 def test_ends_are_aligned():
     """4 scored rows against 3, then 2 against 2 without a common end."""
+
     def side(rows, labels, counts):
-        return context.Supervised(None, np.array(rows), np.array(labels), np.arange(4) < np.array(counts)[:, None])
+        return context.Supervised(
+            None, np.array(rows), np.array(labels), np.arange(4) < np.array(counts)[:, None]
+        )
 
     teacher = side([[2, 3, 4, 5], [7, 8, 0, 0]], [[10, 11, 12, 13], [20, 21, 0, 0]], [4, 2])
     student = side([[1, 2, 3, 0], [5, 6, 0, 0]], [[11, 9, 13, 0], [20, 22, 0, 0]], [3, 2])
     of_teacher, of_student, labels, mask, tail = kl.align_ends(teacher, student)
-    assert of_teacher.tolist() == [[3, 4, 5, 0], [7, 8, 0, 0]] and of_student.tolist() == [[1, 2, 3, 0], [5, 6, 0, 0]]
-    assert labels.tolist() == [[11, 9, 13, 0], [20, 22, 0, 0]] and mask.sum(axis=1).tolist() == [3, 2]
+    assert of_teacher.tolist() == [[3, 4, 5, 0], [7, 8, 0, 0]] and of_student.tolist() == [
+        [1, 2, 3, 0],
+        [5, 6, 0, 0],
+    ]
+    assert labels.tolist() == [[11, 9, 13, 0], [20, 22, 0, 0]] and mask.sum(axis=1).tolist() == [
+        3,
+        2,
+    ]
     assert tail.tolist() == [1, 0]
     assert kl.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
 
@@ -177,38 +223,60 @@ def test_ends_are_aligned():
 BOS, EOS, START, END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
 PATCH = -1
 OFFICIAL = {  # thoughts, text-only thought, answer -> tokens of the teacher and of the student after [image] [question]
-    "as released": ((("ab", "c"), "xy", "d"),
-                    [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
-                    [BOS, 120, 121, EOS, BOS, 100, EOS]),
-    "raw: neither stripped nor tagged": (((" a", "<think>"), "b\n", "1 "),
-                                         [BOS, 32, 97, EOS, START, PATCH, PATCH, END, BOS, *b"<think>", EOS,
-                                          BOS, 49, 32, EOS],
-                                         [BOS, 98, 10, EOS, BOS, 49, 32, EOS]),
-    "no text-only thought": ((("ab", "c"), "", "d"),
-                             [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
-                             [BOS, 97, 98, 32, 99, EOS, BOS, 100, EOS]),
-    "one thought": ((("ab",), "x", "d"),
-                    [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 100, EOS],
-                    [BOS, 120, EOS, BOS, 100, EOS]),
+    "as released": (
+        (("ab", "c"), "xy", "d"),
+        [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
+        [BOS, 120, 121, EOS, BOS, 100, EOS],
+    ),
+    "raw: neither stripped nor tagged": (
+        ((" a", "<think>"), "b\n", "1 "),
+        [BOS, 32, 97, EOS, START, PATCH, PATCH, END, BOS, *b"<think>", EOS, BOS, 49, 32, EOS],
+        [BOS, 98, 10, EOS, BOS, 49, 32, EOS],
+    ),
+    "no text-only thought": (
+        (("ab", "c"), "", "d"),
+        [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
+        [BOS, 97, 98, 32, 99, EOS, BOS, 100, EOS],
+    ),
+    "one thought": (
+        (("ab",), "x", "d"),
+        [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 100, EOS],
+        [BOS, 120, EOS, BOS, 100, EOS],
+    ),
     "a third thought, which the script does not read": (
         (("a", "b", "c"), "x", "d"),
-        [BOS, 97, EOS, START, PATCH, PATCH, END, BOS, 98, EOS, BOS, 100, EOS], [BOS, 120, EOS, BOS, 100, EOS]),
+        [BOS, 97, EOS, START, PATCH, PATCH, END, BOS, 98, EOS, BOS, 100, EOS],
+        [BOS, 120, EOS, BOS, 100, EOS],
+    ),
 }
 
 
 def official_row(texts, rng):
     """(packer, row) with two visual thoughts, of which the script reads the first."""
     thoughts, text_only, answer = texts
-    example = types.SimpleNamespace(thoughts=thoughts, answer=answer, full_text_only_thought=text_only, pid="p")
-    row = types.SimpleNamespace(example=example, question=np.array([5, 6], np.int32), problem=tiny.image(rng),
-                                visual_thoughts=(tiny.image(rng, (1, 2)), tiny.image(rng)))
+    example = types.SimpleNamespace(
+        thoughts=thoughts, answer=answer, full_text_only_thought=text_only, pid="p"
+    )
+    row = types.SimpleNamespace(
+        example=example,
+        question=np.array([5, 6], np.int32),
+        problem=tiny.image(rng),
+        visual_thoughts=(tiny.image(rng, (1, 2)), tiny.image(rng)),
+    )
     return types.SimpleNamespace(tokenizer=TOKENIZER, side=MODEL.vit.side), row
 
 
 def one_by_one(blocks):
     """Tokens of a sequence, PATCH for each patch."""
-    return [int(n) for block in blocks for n in (
-        [START, *[PATCH] * len(block.patches), END] if isinstance(block, context.Image) else [BOS, *block.ids, EOS])]
+    return [
+        int(n)
+        for block in blocks
+        for n in (
+            [START, *[PATCH] * len(block.patches), END]
+            if isinstance(block, context.Image)
+            else [BOS, *block.ids, EOS]
+        )
+    ]
 
 
 @pytest.mark.parametrize("case", OFFICIAL)
@@ -220,9 +288,15 @@ def test_blocks_of_the_official_script(case):
     teacher, student = kl.official_blocks(packer, row)
     assert one_by_one(teacher) == ask + of_teacher and one_by_one(student) == ask + of_student
     for blocks, tokens in ((teacher, ask + of_teacher), (student, ask + of_student)):
-        side = context.supervise([blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side)
+        side = context.supervise(
+            [blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side
+        )
         # scored: after the question, every text position but the eos that ends a block
-        scored = [n for n, token in enumerate(tokens) if n >= len(ask) and token not in (PATCH, START, END, EOS)]
+        scored = [
+            n
+            for n, token in enumerate(tokens)
+            if n >= len(ask) and token not in (PATCH, START, END, EOS)
+        ]
         assert side.rows[0][side.mask[0]].tolist() == scored
         assert side.labels[0][side.mask[0]].tolist() == [tokens[n + 1] for n in scored]
 
@@ -232,15 +306,23 @@ def test_values_of_the_official_script():
     rng = np.random.default_rng(4)
     teacher, student = tiny.params(), tiny.params(seed=1)
     packer, row = official_row((("ab", "ca"), "xyca", "d"), rng)
-    sides = [context.supervise([blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side)
-             for blocks in kl.official_blocks(packer, row)]
+    sides = [
+        context.supervise(
+            [blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side
+        )
+        for blocks in kl.official_blocks(packer, row)
+    ]
     of_teacher, of_student, labels, mask, tail = kl.align_ends(*sides)
-    found = kl.paired_kl(teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL)
+    found = kl.paired_kl(
+        teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL
+    )
 
     text = lambda text: context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
     ask, shown = [row.problem, context.Text(row.question)], row.visual_thoughts[0]
     full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
-    every = lambda params, blocks: np.asarray(full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0])
+    every = lambda params, blocks: np.asarray(
+        full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0]
+    )
     # [image] 6, [question] 4, [ab] 4, [thought] 4, [ca] 4, [d] 3; and [image] 6, [question] 4, [xyca] 6, [d] 3
     full = every(teacher, [*ask, text("ab"), shown, text("ca"), text("d")])
     teacher_logits = np.concatenate([full[10:13], full[18:21], full[22:24]])  # 8 positions
@@ -261,14 +343,16 @@ def test_intervals_of_the_bootstrap():
     other = kl.bootstrap(before, [x / 4 for x in before], seed=4)
     assert found["macro"]["before"] == other["macro"]["before"] and found["macro"] != other["macro"]
     # Paired: what is a quarter in each row is one in every resample.
-    np.testing.assert_allclose([found["macro"]["closure"], *found["samples"]["closure_95"]], 0.75, rtol=1e-12)
+    np.testing.assert_allclose(
+        [found["macro"]["closure"], *found["samples"]["closure_95"]], 0.75, rtol=1e-12
+    )
     means = [x.mean() for x in before]
     np.testing.assert_allclose([t["before"] for t in found["tasks"]], means)
     np.testing.assert_allclose(found["macro"]["before"], np.mean(means))
     np.testing.assert_allclose(found["samples"]["before"], np.concatenate(before).mean())
     assert [t["n"] for t in found["tasks"]] == [200, 100] and found["macro"]["n"] == 300
     low, high = found["tasks"][0]["before_95"]
-    np.testing.assert_allclose((high - low) / 2, 1.96 * before[0].std() / 200 ** 0.5, rtol=0.1)
+    np.testing.assert_allclose((high - low) / 2, 1.96 * before[0].std() / 200**0.5, rtol=0.1)
     # Independent noise in both widens the closure's interval.
     noisy = kl.bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
     assert noisy["closure_95"][0] < 0.75 - 0.02 and noisy["closure_95"][1] > 0.75 + 0.02
@@ -279,43 +363,85 @@ def test_intervals_of_the_bootstrap():
 
 def test_summary_of_divergences():
     """A mean over tokens, then over rows, then over tasks; the answer and the tail by themselves."""
-    record = lambda task, before, after, tail: {"task": task, "labels": [0] * len(before), "before": before,
-                                                "after": after, "tail": tail, "answer": 1}
-    records = [record("a", [1, 3], [1, 1], 1), record("a", [5], [2], 1), record("b", [9, 9, 9], [3, 6, 9], 0)]
+    record = lambda task, before, after, tail: {
+        "task": task,
+        "labels": [0] * len(before),
+        "before": before,
+        "after": after,
+        "tail": tail,
+        "answer": 1,
+    }
+    records = [
+        record("a", [1, 3], [1, 1], 1),
+        record("a", [5], [2], 1),
+        record("b", [9, 9, 9], [3, 6, 9], 0),
+    ]
     found = kl.summarise(records, ("a", "b"), seed=0)
     assert found["tasks"]["a"]["before"] == 3.5 and found["tasks"]["a"]["after"] == 1.5
-    assert found["macro"]["before"] == 6.25 and found["macro"]["after"] == 3.75 and found["macro"]["closure"] == 0.4
+    assert (
+        found["macro"]["before"] == 6.25
+        and found["macro"]["after"] == 3.75
+        and found["macro"]["closure"] == 0.4
+    )
     np.testing.assert_allclose(found["samples"]["before"], 16 / 3)
     assert found["tokens"] == 2 and found["spread"]["median"] == 5 and found["spread"]["max"] == 9
     assert found["tail"] is None  # task b has none
     assert kl.summarise(records[:2], ("a",), seed=0)["tail"]["macro"]["before"] == 4
-    assert found["answer"]["tasks"]["b"] == found["tasks"]["b"] | {"after": 9, "after_95": [9, 9], "closure": 0,
-                                                                   "closure_95": [0, 0]}
+    assert found["answer"]["tasks"]["b"] == found["tasks"]["b"] | {
+        "after": 9,
+        "after_95": [9, 9],
+        "closure": 0,
+        "closure_95": [0, 0],
+    }
 
 
-@pytest.mark.parametrize("only_this, only_reference, p", [
-    (1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 10, 2 / 1024), (5, 5, 1), (0, 0, 1), (3, 4, 1), (8, 2, 112 / 1024)])
+@pytest.mark.parametrize(
+    "only_this, only_reference, p",
+    [
+        (1, 9, 22 / 1024),
+        (9, 1, 22 / 1024),
+        (0, 10, 2 / 1024),
+        (5, 5, 1),
+        (0, 0, 1),
+        (3, 4, 1),
+        (8, 2, 112 / 1024),
+    ],
+)
 def test_pairs_are_compared(only_this, only_reference, p):
     hits = [True] * only_this + [False] * only_reference + [True, False]
     other = [False] * only_this + [True] * only_reference + [True, False]
-    assert interventions.compare(hits, other) == {"only_this": only_this, "only_reference": only_reference, "p": p}
+    assert interventions.compare(hits, other) == {
+        "only_this": only_this,
+        "only_reference": only_reference,
+        "p": p,
+    }
 
 
 def test_summary_of_interventions():
     answers = lambda *hits: [{"hit": bool(hit)} for hit in hits]
-    found = {"real": {"a": answers(1, 1, 0), "b": answers(1)}, "noise": {"a": answers(0, 1, 1), "b": answers(0)},
-             "none": {"a": answers(0, 0, 0), "b": answers(0)}}
+    found = {
+        "real": {"a": answers(1, 1, 0), "b": answers(1)},
+        "noise": {"a": answers(0, 1, 1), "b": answers(0)},
+        "none": {"a": answers(0, 0, 0), "b": answers(0)},
+    }
     summary = interventions.summarise(found, ("a", "b"))
     assert summary["a"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 1, "p": 1}
     assert summary["all"]["noise"]["against_real"] == {"only_this": 1, "only_reference": 2, "p": 1}
     assert summary["all"]["real"]["accuracy"] == 0.75 and summary["all"]["real"]["n"] == 4
-    assert summary["all"]["real"]["against_none"] == {"only_this": 3, "only_reference": 0, "p": 0.25}
-    assert "against_real" not in summary["all"]["real"] and "against_none" not in summary["b"]["none"]
+    assert summary["all"]["real"]["against_none"] == {
+        "only_this": 3,
+        "only_reference": 0,
+        "p": 0.25,
+    }
+    assert (
+        "against_real" not in summary["all"]["real"] and "against_none" not in summary["b"]["none"]
+    )
     low, high = summary["all"]["real"]["interval_95"]
     assert 0.30 < low < 0.31 and 0.95 < high < 0.96
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
@@ -329,8 +455,10 @@ def run(workdir, *arguments):
     """The folder of the results, and their summary."""
     before = set(os.listdir(workdir / "diagnose")) if (workdir / "diagnose").exists() else set()
     command.main([arguments[0], f"--workdir={workdir}", *arguments[1:]])
-    name, = set(os.listdir(workdir / "diagnose")) - before
-    return workdir / "diagnose" / name, json.loads((workdir / "diagnose" / name / "summary.json").read_text())
+    (name,) = set(os.listdir(workdir / "diagnose")) - before
+    return workdir / "diagnose" / name, json.loads(
+        (workdir / "diagnose" / name / "summary.json").read_text()
+    )
 
 
 def lines(path):
@@ -341,34 +469,56 @@ def check_page(folder, *texts):
     page = (folder / "report.html").read_text()
     for text in texts:
         assert text in page
-    assert sorted(set(os.listdir(folder)) - {"tokens.jsonl", "predictions.jsonl", "shares.npz"}) == [
-        "report.html", "summary.json"]  # and nothing half-written
+    assert sorted(
+        set(os.listdir(folder)) - {"tokens.jsonl", "predictions.jsonl", "shares.npz"}
+    ) == ["report.html", "summary.json"]  # and nothing half-written
 
 
 @pytest.mark.slow
 def test_kl_command(workdir):
     folder, summary = run(workdir, "kl", "--rows=10")
     assert folder.name == f"kl-{LAST}-random10"
-    check_page(folder, "closed %", "Shared tail", "answer_span_avg_kl", "Completions: base", "nats", "data:image/png")
+    check_page(
+        folder,
+        "closed %",
+        "Shared tail",
+        "answer_span_avg_kl",
+        "Completions: base",
+        "nats",
+        "data:image/png",
+    )
     records = lines(folder / "tokens.jsonl")
     assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
-        str(small_run.WARMUP)] * 2 + [str(small_run.LAST)]
+        str(small_run.WARMUP)
+    ] * 2 + [str(small_run.LAST)]
     for kind in kl.COMPLETIONS:
         mine = [r for r in records if r["completion"] == kind]
         assert [r["index"] for r in mine] == plan.subset(small_run.TEST_ROWS, 10, 0)
         by_task = summary["completions"][kind]["tasks"][small_run.TASK]
         for name in ("before", "after"):
             assert all(len(r[name]) == len(r["labels"]) == len(r["pieces"]) for r in mine)
-            np.testing.assert_allclose(by_task[name], np.mean([np.mean(r[name]) for r in mine]), rtol=1e-9)
-        np.testing.assert_allclose(by_task["closure"], 1 - by_task["after"] / by_task["before"], rtol=1e-9)
+            np.testing.assert_allclose(
+                by_task[name], np.mean([np.mean(r[name]) for r in mine]), rtol=1e-9
+            )
+        np.testing.assert_allclose(
+            by_task["closure"], 1 - by_task["after"] / by_task["before"], rtol=1e-9
+        )
 
     # Token by token from full logits, each row alone, teacher and student as in training.
     opened = runs.open_run(str(workdir), limit=10)
-    teacher, student = (runs.load(opened, str(workdir / "checkpoints" / str(step)))
-                        for step in (small_run.WARMUP, small_run.LAST))
-    logits = jax.jit(lambda params, c, fed: bagel.logits(params, distill.score(
-        params, c, context.Completion(fed, None, None), config=opened.model)))
-    context_of = lambda r, mode: eval_lib.contexts(opened.rows, opened.packer, 0, [r["index"]], mode, 0)[1]
+    teacher, student = (
+        runs.load(opened, str(workdir / "checkpoints" / str(step)))
+        for step in (small_run.WARMUP, small_run.LAST)
+    )
+    logits = jax.jit(
+        lambda params, c, fed: bagel.logits(
+            params,
+            distill.score(params, c, context.Completion(fed, None, None), config=opened.model),
+        )
+    )
+    context_of = lambda r, mode: eval_lib.contexts(
+        opened.rows, opened.packer, 0, [r["index"]], mode, 0
+    )[1]
     for kind in ("base", "student", "data"):
         for r in [r for r in records if r["completion"] == kind][:3]:
             ids = r["labels"]
@@ -376,50 +526,102 @@ def test_kl_command(workdir):
                 trace = opened.packer.reference(opened.rows(0, r["index"])).tolist()
                 assert ids == [*trace, opened.tokenizer.eos]
             fed = np.zeros((1, 40), np.int32)
-            fed[0, :len(ids)] = opened.tokenizer.bos, *ids[:-1]
-            of_teacher = logits(teacher, context_of(r, "real"), fed)[0, :len(ids)]
+            fed[0, : len(ids)] = opened.tokenizer.bos, *ids[:-1]
+            of_teacher = logits(teacher, context_of(r, "real"), fed)[0, : len(ids)]
             for name, params in (("before", teacher), ("after", student)):
-                expected = numpy_kl(of_teacher, logits(params, context_of(r, "none"), fed)[0, :len(ids)])
+                expected = numpy_kl(
+                    of_teacher, logits(params, context_of(r, "none"), fed)[0, : len(ids)]
+                )
                 np.testing.assert_allclose(r[name], expected, rtol=1e-3, atol=2e-5)
 
     # The released script's pairing of a row, each of its two sequences by itself, cut and paired by hand.
-    read = jax.jit(lambda params, c: bagel.logits(params, bagel.read(params, c, config=opened.model)[0]))
+    read = jax.jit(
+        lambda params, c: bagel.logits(params, bagel.read(params, c, config=opened.model)[0])
+    )
     for r in [r for r in records if r["completion"] == "official"][:2]:
         row = opened.rows(0, r["index"])
         e, text = row.example, lambda text: context.Text(opened.tokenizer.encode(text))
-        scored, sequences = [], [
-            [row.problem, text(e.question), text(e.thoughts[0]), row.visual_thoughts[0], text(e.thoughts[1]), text(e.answer)],
-            [row.problem, text(e.question), text(e.full_text_only_thought), text(e.answer)]]
+        scored, sequences = (
+            [],
+            [
+                [
+                    row.problem,
+                    text(e.question),
+                    text(e.thoughts[0]),
+                    row.visual_thoughts[0],
+                    text(e.thoughts[1]),
+                    text(e.answer),
+                ],
+                [row.problem, text(e.question), text(e.full_text_only_thought), text(e.answer)],
+            ],
+        )
         for params, blocks in zip((teacher, student), sequences):
             starts = np.cumsum([0] + [block.slots for block in blocks])
-            own = [n for start, block in zip(starts[2:], blocks[2:]) if isinstance(block, context.Text)
-                   for n in range(start, start + block.slots - 1)]
-            packed = context.pack([blocks], slots=96, patches=64, tokenizer=opened.tokenizer, side=opened.packer.side)
+            own = [
+                n
+                for start, block in zip(starts[2:], blocks[2:])
+                if isinstance(block, context.Text)
+                for n in range(start, start + block.slots - 1)
+            ]
+            packed = context.pack(
+                [blocks], slots=96, patches=64, tokenizer=opened.tokenizer, side=opened.packer.side
+            )
             scored.append(np.asarray(read(params, packed)[0])[own])
         n = min(map(len, scored))
-        assert r["answer"] == len(opened.tokenizer.encode(e.answer)) + 1 <= r["tail"] <= n == len(r["after"])
-        np.testing.assert_allclose(r["after"], numpy_kl(scored[0][-n:], scored[1][-n:]), rtol=1e-3, atol=2e-5)
+        assert (
+            r["answer"]
+            == len(opened.tokenizer.encode(e.answer)) + 1
+            <= r["tail"]
+            <= n
+            == len(r["after"])
+        )
+        np.testing.assert_allclose(
+            r["after"], numpy_kl(scored[0][-n:], scored[1][-n:]), rtol=1e-3, atol=2e-5
+        )
 
     # The same on the traces as training measured, over the same rows.
-    args = dict(config=opened.model, task_names=opened.tasks, batch_size=opened.batch_size, limit=10, mesh=opened.mesh)
-    theirs = eval_lib.reference_kl(teacher, student, opened.rows, opened.packer, **args)[small_run.TASK]
-    np.testing.assert_allclose(summary["completions"]["data"]["macro"]["after"], theirs["kl"], rtol=1e-5)
+    args = dict(
+        config=opened.model,
+        task_names=opened.tasks,
+        batch_size=opened.batch_size,
+        limit=10,
+        mesh=opened.mesh,
+    )
+    theirs = eval_lib.reference_kl(teacher, student, opened.rows, opened.packer, **args)[
+        small_run.TASK
+    ]
+    np.testing.assert_allclose(
+        summary["completions"]["data"]["macro"]["after"], theirs["kl"], rtol=1e-5
+    )
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_kl_of_chosen_completions(workdir):
     """Greedy completions end as sampled: with eos, or cut by the budget and then without. One model has no after."""
-    folder, summary = run(workdir, "kl", "--rows=5", "--completions=base", "--temperature=0", "--batch_size=2",
-                          f"--student={workdir}/checkpoints/{small_run.WARMUP}")
+    folder, summary = run(
+        workdir,
+        "kl",
+        "--rows=5",
+        "--completions=base",
+        "--temperature=0",
+        "--batch_size=2",
+        f"--student={workdir}/checkpoints/{small_run.WARMUP}",
+    )
     assert folder.name == f"kl-{small_run.WARMUP:06d}-random5-base-temperature0"
     assert "after" not in summary["completions"]["base"]["macro"]
     predictions = lines(workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "predictions.jsonl")
     opened = runs.open_run(str(workdir))
-    for r, p in zip(lines(folder / "tokens.jsonl"), [predictions[n] for n in plan.subset(small_run.TEST_ROWS, 5, 0)]):
+    for r, p in zip(
+        lines(folder / "tokens.jsonl"),
+        [predictions[n] for n in plan.subset(small_run.TEST_ROWS, 5, 0)],
+    ):
         ended = p["stop"] == "eos"
-        assert len(r["labels"]) == p["tokens"] + ended and (r["labels"][-1] == opened.tokenizer.eos) == ended
-        assert opened.tokenizer.decode(r["labels"][:p["tokens"]]) == p["prediction"]
+        assert (
+            len(r["labels"]) == p["tokens"] + ended
+            and (r["labels"][-1] == opened.tokenizer.eos) == ended
+        )
+        assert opened.tokenizer.decode(r["labels"][: p["tokens"]]) == p["prediction"]
 
 
 @pytest.mark.slow
@@ -432,8 +634,12 @@ def test_interventions_command(workdir):
     for mode in ("none", "real"):  # what training's evaluation answered
         theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")
         theirs = [theirs[n] for n in plan.subset(small_run.TEST_ROWS, 8, 0)]
-        assert [p["prediction"] for p in found if p["mode"] == mode] == [p["prediction"] for p in theirs]
-        assert summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
+        assert [p["prediction"] for p in found if p["mode"] == mode] == [
+            p["prediction"] for p in theirs
+        ]
+        assert (
+            summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
+        )
     shares = summary["attention_of_the_answers"]
     for mode in interventions.MODES:
         np.testing.assert_allclose(sum(shares[mode].values()), 1, rtol=1e-5)
@@ -445,17 +651,34 @@ def test_interventions_command(workdir):
 def test_everything_on_one_page(workdir):
     """With the answers of the weights that training started from: how it changed what true visual thoughts give."""
     folder, summary = run(workdir, "all", "--rows=0")
-    assert folder.name == f"all-{LAST}" and summary["analyses"] == ["kl", "interventions", "attention"]
+    assert folder.name == f"all-{LAST}" and summary["analyses"] == [
+        "kl",
+        "interventions",
+        "attention",
+    ]
     start = f"{small_run.WARMUP:06d}"
     assert summary["evaluations"] == [f"{LAST}-{mode}" for mode in ("none", *eval_lib.CONTEXTS)] + [
-        f"{start}-none", f"{start}-real"]
+        f"{start}-none",
+        f"{start}-real",
+    ]
     page = (folder / "report.html").read_text()
     table = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
-    for name, label in ((f"{LAST}-real", "real"), (f"{start}-real", "real, before training"),
-                        (f"{start}-none", "none, before training")):
-        found = json.loads((workdir / "eval" / name / "summary.json").read_text())["benchmarks"][small_run.TASK]
-        cells = next(cells for row in table if (cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) and cells[0] == label)
-        assert float(cells[1]) == pytest.approx(100 * found["overall"], rel=1e-3) and cells[2] == str(found["n"])
+    for name, label in (
+        (f"{LAST}-real", "real"),
+        (f"{start}-real", "real, before training"),
+        (f"{start}-none", "none, before training"),
+    ):
+        found = json.loads((workdir / "eval" / name / "summary.json").read_text())["benchmarks"][
+            small_run.TASK
+        ]
+        cells = next(
+            cells
+            for row in table
+            if (cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) and cells[0] == label
+        )
+        assert float(cells[1]) == pytest.approx(100 * found["overall"], rel=1e-3) and cells[
+            2
+        ] == str(found["n"])
     assert all((folder / name / "summary.json").exists() for name in summary["analyses"])
 
 
@@ -470,15 +693,23 @@ def test_attention_command(workdir):
     layers = small_run.CHANGES["model.llm.num_layers"]
     assert {x.shape for x in arrays.values()} == {(8, layers, QUERIES, KEYS)} and len(arrays) == 6
     for name, x in arrays.items():
-        there = [m for m, query in enumerate(looks.QUERIES) if query != "completion" or name.startswith("teacher")]
+        there = [
+            m
+            for m, query in enumerate(looks.QUERIES)
+            if query != "completion" or name.startswith("teacher")
+        ]
         np.testing.assert_allclose(x[:, :, there].sum(axis=-1), 1, rtol=1e-5)
         assert np.all(np.isnan(x[:, :, 2])) == name.startswith("interleaved")
-        assert np.all(x[:, :, 0, looks.KEYS.index("visual thoughts")] == 0)  # what comes later is not seen
+        assert np.all(
+            x[:, :, 0, looks.KEYS.index("visual thoughts")] == 0
+        )  # what comes later is not seen
         assert np.all(x[:, :, 1, looks.KEYS.index("visual thoughts")] > 0)
     real, noise = (arrays[f"interleaved/{mode}/{small_run.TASK}"] for mode in ("real", "noise"))
     np.testing.assert_allclose(real[:, :, 0], noise[:, :, 0], atol=1e-5)
     assert np.abs(real[:, :, 1] - noise[:, :, 1]).max() > 1e-4
-    np.testing.assert_allclose(summary["official"]["real"]["txt1->img1"], real[:, :, 1, 4].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(
+        summary["official"]["real"]["txt1->img1"], real[:, :, 1, 4].mean(axis=0), rtol=1e-5
+    )
 
     # One row from its own q and k: the first layer of the interleaved trace.
     opened = runs.open_run(str(workdir), limit=8)
@@ -489,12 +720,20 @@ def test_attention_command(workdir):
     x = bagel.embed(params, c, config=opened.model)
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
-    rope = attention.rope_tables(c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta)
+    rope = attention.rope_tables(
+        c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta
+    )
     pad = lambda numbers: np.pad(numbers, (0, c.slots - len(numbers)))[None]
     queries, keys = map(pad, looks.groups(opened.packer, blocks, "interleaved"))
     seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
-    sums = numpy_shares(attention.rotate(q, rope), attention.rotate(k, rope), seen, queries, keys,
-                        opened.model.llm.head_dim ** -0.5)[0]
+    sums = numpy_shares(
+        attention.rotate(q, rope),
+        attention.rotate(k, rope),
+        seen,
+        queries,
+        keys,
+        opened.model.llm.head_dim**-0.5,
+    )[0]
     for m in (0, 1):
         np.testing.assert_allclose(real[3, 0, m], sums[m] / (queries == m + 1).sum(), atol=1e-4)
 
@@ -505,18 +744,29 @@ def test_attention_command(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, message", [
-    (["kl", "--completions=base,mine"], "--completions=mine: choose from base, student, data, official"),
-    (["kl", "--temperature=-1"], "--temperature=-1: give a number in"),
-    (["kl", "--rows=-1"], "--rows=-1"),
-    (["attention", "--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus"),
-    (["interventions", "--split=dev"], "dev"),
-    (["interventions", "--checkpoint={}/checkpoints/77"], "no such checkpoint"),
-    (["kl", "--teacher=/tmp"], "is no step of"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["kl", "--completions=base,mine"],
+            "--completions=mine: choose from base, student, data, official",
+        ),
+        (["kl", "--temperature=-1"], "--temperature=-1: give a number in"),
+        (["kl", "--rows=-1"], "--rows=-1"),
+        (
+            ["attention", "--benchmarks=maze"],
+            "--benchmarks=maze: this run has the tasks Chart_Refocus",
+        ),
+        (["interventions", "--split=dev"], "dev"),
+        (["interventions", "--checkpoint={}/checkpoints/77"], "no such checkpoint"),
+        (["kl", "--teacher=/tmp"], "is no step of"),
+    ],
+)
 def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        command.main([arguments[0], f"--workdir={workdir}", *(a.format(workdir) for a in arguments[1:])])
+        command.main(
+            [arguments[0], f"--workdir={workdir}", *(a.format(workdir) for a in arguments[1:])]
+        )
     found = capsys.readouterr().err
     assert stopped.value.code == 1 and message in found and found.count("\n") == 1
 
@@ -536,9 +786,15 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
     class Blind(data.Rows):
         def __init__(self, *args):
             super().__init__(*args)
-            self.sources = [[dataclasses.replace(s[n], visual_thoughts=()) for n in range(3)] for s in self.sources]
+            self.sources = [
+                [dataclasses.replace(s[n], visual_thoughts=()) for n in range(3)]
+                for s in self.sources
+            ]
 
     monkeypatch.setattr(data, "Rows", Blind)
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
-    assert f"none of the 3 rows of {small_run.TASK}, test, has visual thoughts" in capsys.readouterr().err
+    assert (
+        f"none of the 3 rows of {small_run.TASK}, test, has visual thoughts"
+        in capsys.readouterr().err
+    )

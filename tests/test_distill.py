@@ -21,8 +21,12 @@ BUDGET, ROWS = 10, 4
 # A divergence that clips and drops some entries. Steps of the optimizer are large, and its eps as well: then
 # rounding in a vanishing gradient does not grow into a step.
 BASE = DistillConfig(
-    model=tiny.MODEL, **tiny.ENDS, divergence=DivergenceConfig(top_k=40, clip=0.05, chunk=4), ema_decay=0.9,
-    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=10, eps=1e-3))
+    model=tiny.MODEL,
+    **tiny.ENDS,
+    divergence=DivergenceConfig(top_k=40, clip=0.05, chunk=4),
+    ema_decay=0.9,
+    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, total_steps=10, eps=1e-3),
+)
 variant = functools.partial(dataclasses.replace, BASE)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -39,8 +43,12 @@ def case():
     trainable, frozen = params_lib.partition(params)
     other = params_lib.merge(jax.tree.map(lambda x: x * 1.2, trainable), frozen)
     return types.SimpleNamespace(
-        batch=batch, completions=completions, params=params, other=other,
-        trajectory=tiny.trajectory(completions, BUDGET, [True, True, True, False]))
+        batch=batch,
+        completions=completions,
+        params=params,
+        other=other,
+        trajectory=tiny.trajectory(completions, BUDGET, [True, True, True, False]),
+    )
 
 
 def state_of(case, config, **changes):
@@ -53,7 +61,9 @@ def state_of(case, config, **changes):
 
 
 def first_step(case, config, **changes):
-    return distill.update(state_of(case, config, **changes), case.batch, case.trajectory, config=config)
+    return distill.update(
+        state_of(case, config, **changes), case.batch, case.trajectory, config=config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +75,10 @@ def base(case):
 def gradients(state, metrics, optim=BASE.optim):
     """The gradients that filled Adam's first moments: mu = (1 - b1) factor g."""
     factor = min(1, optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6))
-    return {path: np.asarray(mu) / (1 - optim.b1) / factor
-            for path, mu in params_lib.flatten(state["opt"].mu).items()}
+    return {
+        path: np.asarray(mu) / (1 - optim.b1) / factor
+        for path, mu in params_lib.flatten(state["opt"].mu).items()
+    }
 
 
 def assert_same_gradients(a, b, tolerance=1e-5):
@@ -79,12 +91,14 @@ def assert_same_gradients(a, b, tolerance=1e-5):
 
 def assert_slope(case, config, found):
     """Moves the student alone along the gradients found: the loss must change by their length."""
-    length = np.sqrt(sum((g ** 2).sum() for g in found.values()))
+    length = np.sqrt(sum((g**2).sum() for g in found.values()))
     assert length > 1e-2
 
     def loss(step):
-        moved = {path: x + step * found[path] / length if path in found else x
-                 for path, x in params_lib.flatten(case.params).items()}
+        moved = {
+            path: x + step * found[path] / length if path in found else x
+            for path, x in params_lib.flatten(case.params).items()
+        }
         return float(first_step(case, config, params=params_lib.unflatten(moved))[1]["loss"])
 
     step = 0.002  # the loss moves by about 0.001, and its rounding is 1e-8
@@ -92,6 +106,7 @@ def assert_slope(case, config, found):
 
 
 # ---- references
+
 
 @jax.jit
 def model_logits(params, one_context, completion):
@@ -111,14 +126,18 @@ def reference_rows(case, config, student_context, teacher_context, teacher_param
     d = config.divergence
     ce = np.log(softmax(log_s))
     ce = -np.take_along_axis(ce, np.asarray(completion.labels)[..., None], axis=-1)[..., 0]
-    top = np.argsort(-log_t, axis=-1)[..., :d.top_k]
+    top = np.argsort(-log_t, axis=-1)[..., : d.top_k]
     mass = np.take_along_axis(softmax(log_t), top, axis=-1).sum(-1)
     s, t = (softmax(np.take_along_axis(x, top, axis=-1)) for x in (log_s, log_t))
     m = d.beta * t + (1 - d.beta) * s
     entries = d.beta * t * np.log(t / m) + (1 - d.beta) * s * np.log(s / m)
     entropy = lambda p: -(p * np.log(p)).sum(-1)
-    signals = {"teacher_topk_mass": mass, "clip_fraction": (entries > d.clip).mean(-1),
-               "student_entropy": entropy(s), "teacher_entropy": entropy(t)}
+    signals = {
+        "teacher_topk_mass": mass,
+        "clip_fraction": (entries > d.clip).mean(-1),
+        "student_entropy": entropy(s),
+        "teacher_entropy": entropy(t),
+    }
     return np.minimum(entries, d.clip).sum(-1), ce, signals, np.asarray(completion.mask)
 
 
@@ -132,11 +151,17 @@ def by_token(values, mask):
 
 # ---- loss
 
+
 def test_loss_and_signals_against_numpy(case, base):
-    jsd, ce, signals, mask = reference_rows(case, BASE, case.batch.student, case.batch.teacher, case.other)
+    jsd, ce, signals, mask = reference_rows(
+        case, BASE, case.batch.student, case.batch.teacher, case.other
+    )
     _, metrics = base
     assert mask.sum(axis=1).tolist() == [6, 6, 2, 10]
-    assert signals["clip_fraction"][mask].mean() > 0.01 and signals["teacher_topk_mass"][mask].mean() < 0.99
+    assert (
+        signals["clip_fraction"][mask].mean() > 0.01
+        and signals["teacher_topk_mass"][mask].mean() < 0.99
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4)
     close(metrics["loss"], by_completion(jsd, mask))
     close(metrics["jsd"], by_completion(jsd, mask))
@@ -144,15 +169,24 @@ def test_loss_and_signals_against_numpy(case, base):
     for name, values in signals.items():
         close(metrics[name], by_token(values, mask), err_msg=name)
     close(metrics["jsd_by_position"], (jsd * mask).sum(0) / np.maximum(mask.sum(0), 1))
-    assert (metrics["completion_len"], metrics["eos_rate"], metrics["image_skip_rate"]) == (5, 0.75, 0.25)
+    assert (metrics["completion_len"], metrics["eos_rate"], metrics["image_skip_rate"]) == (
+        5,
+        0.75,
+        0.25,
+    )
     assert (metrics["scored_len"], metrics["cut_rate"]) == (mask.sum(1).mean(), 0)
     assert metrics["lr"] == 0
 
 
 def test_token_reduction_weights_and_two_micro_steps(case):
     """Every token alike, both terms, the batch cut in two: value by NumPy, gradient by differences."""
-    config = variant(reduction="token", jsd_weight=2.0, ce_weight=0.5, accumulation=2,
-                     freeze=("vit", "connector"))
+    config = variant(
+        reduction="token",
+        jsd_weight=2.0,
+        ce_weight=0.5,
+        accumulation=2,
+        freeze=("vit", "connector"),
+    )
     teacher = distill.teacher_params(state_of(case, config), config)  # shares what is frozen
     jsd, ce, _, mask = reference_rows(case, config, case.batch.student, case.batch.teacher, teacher)
     state, metrics = first_step(case, config)
@@ -192,7 +226,9 @@ def test_gradients_against_finite_differences(case, base, group):
 
 @pytest.mark.slow
 def test_bfloat16_is_close(case, base):
-    state, metrics = first_step(case, variant(model=dataclasses.replace(tiny.MODEL, dtype="bfloat16")))
+    state, metrics = first_step(
+        case, variant(model=dataclasses.replace(tiny.MODEL, dtype="bfloat16"))
+    )
     np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
     assert metrics["loss"] != base[1]["loss"]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["opt"].mu)))
@@ -202,6 +238,7 @@ def test_bfloat16_is_close(case, base):
 
 
 # ---- teachers and state
+
 
 def test_the_live_weights_as_teacher(case):
     """With the student's context there is nothing to teach; with its own, the teacher gets no gradient.
@@ -243,7 +280,9 @@ def test_steps_of_an_ema_teacher(case, base):
         assert min(moved.values()) > 1e-6
         new = params_lib.flatten(state["params"])
         for path, x in params_lib.flatten(state["ema"]).items():
-            np.testing.assert_allclose(x, 0.9 * ema[path] + 0.1 * new[path], atol=1e-6, err_msg=path)
+            np.testing.assert_allclose(
+                x, 0.9 * ema[path] + 0.1 * new[path], atol=1e-6, err_msg=path
+            )
     assert set(state) == {"params", "opt", "step", "ema"}
     assert "connector/position_table" not in params_lib.flatten(state["ema"])
 
@@ -272,12 +311,19 @@ def test_init_state_copies_the_teacher(case):
         mine, its = params_lib.flatten(state["params"]), params_lib.flatten(state[key])
         assert mine.keys() - its.keys() == {"connector/position_table"}
         for path, x in its.items():
-            assert (x == mine[path]).all() and x.unsafe_buffer_pointer() != mine[path].unsafe_buffer_pointer()
+            assert (x == mine[path]).all() and x.unsafe_buffer_pointer() != mine[
+                path
+            ].unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(teacher="nobody"), r"'nobody': choose from \('ema', 'self', 'fixed'\)"),
-    (dict(reduction="sum"), "use 'completion' or 'token'"), (dict(accumulation=0), r"accumulation is 0: give a whole number in \[1, inf\)")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(teacher="nobody"), r"'nobody': choose from \('ema', 'self', 'fixed'\)"),
+        (dict(reduction="sum"), "use 'completion' or 'token'"),
+        (dict(accumulation=0), r"accumulation is 0: give a whole number in \[1, inf\)"),
+    ],
+)
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         variant(**wrong)
@@ -286,6 +332,7 @@ def test_wrong_settings_are_refused(wrong, message):
 
 
 # ---- the optimizer
+
 
 def test_learning_rate_at_points_of_the_schedule():
     paper = OptimConfig()
@@ -305,22 +352,34 @@ def test_learning_rate_at_points_of_the_schedule():
 def test_optimizer_against_optax(max_norm):
     """Five steps of clipping, AdamW and EMA on a few parameters; clipping by min(1, c / (norm + 1e-6))."""
     rng = np.random.default_rng(0)
-    optim = OptimConfig(lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1,
-                        max_grad_norm=max_norm)
+    optim = OptimConfig(
+        lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1, max_grad_norm=max_norm
+    )
     config = variant(optim=optim, ema_decay=0.8)
-    values = lambda: {"llm": {"embed": rng.normal(size=(5, 3)).astype(np.float32),
-                              "norm": rng.normal(size=3).astype(np.float32)}}
+    values = lambda: {
+        "llm": {
+            "embed": rng.normal(size=(5, 3)).astype(np.float32),
+            "norm": rng.normal(size=3).astype(np.float32),
+        }
+    }
     params = jax.tree.map(jnp.asarray, values())
     state = distill.init_state(params, config)
-    reference = optax.adamw(lambda step: distill.learning_rate(step, optim), b1=0.9, b2=0.95, eps=1e-15,
-                            weight_decay=0.1)
+    reference = optax.adamw(
+        lambda step: distill.learning_rate(step, optim),
+        b1=0.9,
+        b2=0.95,
+        eps=1e-15,
+        weight_decay=0.1,
+    )
     slots, expected, ema = reference.init(params), params, params
     for step in range(5):
         grads = jax.tree.map(lambda x: 3 * x, values())
-        norm = np.sqrt(sum((g ** 2).sum() for g in jax.tree.leaves(grads)))
+        norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
         assert norm > 1.0
         factor = min(1, max_norm / (norm + 1e-6)) if max_norm else 1
-        changes, slots = reference.update(jax.tree.map(lambda g: g * factor, grads), slots, expected)
+        changes, slots = reference.update(
+            jax.tree.map(lambda g: g * factor, grads), slots, expected
+        )
         expected = optax.apply_updates(expected, changes)
         ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, ema, expected)
         state, metrics = distill.apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
@@ -337,8 +396,8 @@ def torch_adamw(gradients, lr, b1, b2, eps):
     parameter, first, second = (np.zeros(gradients.shape[1]) for _ in range(3))
     for step, g in enumerate(gradients.astype(np.float64), 1):
         first, second = first + (1 - b1) * (g - first), b2 * second + (1 - b2) * g * g
-        denominator = np.sqrt(second) / np.sqrt(1 - b2 ** step) + eps
-        parameter = parameter - lr / (1 - b1 ** step) * first / denominator
+        denominator = np.sqrt(second) / np.sqrt(1 - b2**step) + eps
+        parameter = parameter - lr / (1 - b1**step) * first / denominator
     return parameter
 
 
@@ -364,10 +423,15 @@ def test_adamw_against_the_order_of_torch():
         if smallest == 1e-5:
             rounding = np.float32(3e-7) * rng.standard_normal(normal.shape, np.float32)
             moved = steps(ours(normal * scale), ours(normal * scale + rounding))
-            assert moved[scale > 0.1].max() < 0.01 and moved.max() > 0.02 and scale[moved > 0.02].max() < 1e-2
+            assert (
+                moved[scale > 0.1].max() < 0.01
+                and moved.max() > 0.02
+                and scale[moved > 0.02].max() < 1e-2
+            )
 
 
 # ---- what is scored
+
 
 def scored(completions, teacher_length, ended=True, **settings):
     trajectory = tiny.trajectory(completions, BUDGET, ended)
@@ -392,8 +456,8 @@ def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
     block = scored([[tokens]], [teacher_length], max_forward_tokens=34, score_seam=seam)
     whole = teacher_length + len(tokens) + 2
     kept = max(34 - (whole - (7 + 2)) - 2, 1) if whole > 34 else 7
-    assert block.labels[0, :kept + 1].tolist() == [*tokens[:kept], EOS]
-    assert block.tokens[0, :kept + 1].tolist() == [BOS, *tokens[:kept]]
+    assert block.labels[0, : kept + 1].tolist() == [*tokens[:kept], EOS]
+    assert block.tokens[0, : kept + 1].tolist() == [BOS, *tokens[:kept]]
     assert block.mask[0].tolist() == [True] * (kept + 1) + [False] * (BUDGET - kept - 1)
     assert (kept == 7) == (teacher_length <= 25) and (kept == 1) == (teacher_length >= 31)
 
@@ -413,7 +477,9 @@ def test_eos_after_a_cut(seam):
     """Four rows: ended on eos, stopped by the budget, ended but cut here, stopped and cut here."""
     rows, lengths, ended = [[[1, 2, 3]]] * 4, [10, 10, 17, 17], [True, False, True, False]
     official = scored(rows, lengths, ended, max_forward_tokens=20, score_seam=seam)
-    mended = scored(rows, lengths, ended, max_forward_tokens=20, score_seam=seam, eos_after_cut=False)
+    mended = scored(
+        rows, lengths, ended, max_forward_tokens=20, score_seam=seam, eos_after_cut=False
+    )
     assert official.mask.sum(axis=1).tolist() == [4, 4, 2, 2]
     assert mended.mask.sum(axis=1).tolist() == [4, 3, 1, 1]
     for name in ("tokens", "labels"):
@@ -424,7 +490,12 @@ def test_the_seam_of_an_image_skip():
     """Official: rounds joined. score_seam: what was fed; eos that ended a round is a target, bos is not."""
     rows = [[[1, 2], [3]], [[4]]]
     joined = scored(rows, [20, 20])
-    assert joined.tokens[0, :4].tolist() == [BOS, 1, 2, 3] and joined.labels[0, :4].tolist() == [1, 2, 3, EOS]
+    assert joined.tokens[0, :4].tolist() == [BOS, 1, 2, 3] and joined.labels[0, :4].tolist() == [
+        1,
+        2,
+        3,
+        EOS,
+    ]
     assert joined.mask.sum(axis=1).tolist() == [4, 2]
     seam = scored(rows, [20, 20], score_seam=True)
     assert seam.tokens[0].tolist() == [BOS, 1, 2, EOS, BOS, 3, 0, 0, 0, 0]
@@ -444,6 +515,7 @@ def test_row_weights_by_hand():
 
 
 # ---- the diagnostic and supervised training
+
 
 def test_kl_to_student_against_numpy(case):
     completion = distill.scored_completion(case.trajectory, case.batch.teacher.length, BASE)
@@ -465,9 +537,16 @@ def test_supervised_training(case):
     blocks, _ = tiny.rows(np.random.default_rng(5), ROWS)
     packed = context.supervise(
         [[*row, context.Text(np.array(ids), loss=True)] for row, ids in zip(blocks, tokens)],
-        slots=tiny.SLOTS, patches=tiny.PATCHES, targets=12, tokenizer=tiny.TOKENIZER, side=6)
+        slots=tiny.SLOTS,
+        patches=tiny.PATCHES,
+        targets=12,
+        tokenizer=tiny.TOKENIZER,
+        side=6,
+    )
     completion = distill.scored_completion(case.trajectory, jnp.zeros(ROWS), BASE)
-    log_p = np.log(softmax(np.asarray(model_logits(case.params, tiny.pack(blocks), completion), np.float64)))
+    log_p = np.log(
+        softmax(np.asarray(model_logits(case.params, tiny.pack(blocks), completion), np.float64))
+    )
     labels, mask = np.asarray(completion.labels), np.asarray(completion.mask)
     ce = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
 
@@ -479,7 +558,9 @@ def test_supervised_training(case):
         found.append(metrics)
     np.testing.assert_allclose(found[0]["loss"], by_completion(ce, mask), rtol=1e-4)
     assert found[0]["completion_len"] == mask.sum() / ROWS
-    np.testing.assert_allclose(found[0]["accuracy"], by_token(log_p.argmax(-1) == labels, mask), atol=1e-6)
+    np.testing.assert_allclose(
+        found[0]["accuracy"], by_token(log_p.argmax(-1) == labels, mask), atol=1e-6
+    )
     losses = [float(m["loss"]) for m in found]
     assert losses[-1] < 0.5 * losses[0] and found[-1]["accuracy"] > found[0]["accuracy"]
     assert distill.program(distill.sft_step, state, config)._cache_size() == 1

@@ -33,12 +33,16 @@ def values_of(student, teacher, config):
 
 # --- the definition ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_definition(logits, beta):
     """Against float64 NumPy, for all switches."""
     for temperature, top_k, tail, clip, unit in itertools.product(
-            (1.0, 2.5), (0, 8), (False, True), (0.0, 0.02), ("entry", "token")):
-        settings = dict(beta=beta, temperature=temperature, top_k=top_k, tail=tail, clip=clip, clip_unit=unit)
+        (1.0, 2.5), (0, 8), (False, True), (0.0, 0.02), ("entry", "token")
+    ):
+        settings = dict(
+            beta=beta, temperature=temperature, top_k=top_k, tail=tail, clip=clip, clip_unit=unit
+        )
         wanted = reference.generalized_jsd(*logits, **settings)
         values = values_of(*logits, DivergenceConfig(**settings))
         np.testing.assert_allclose(values, wanted, atol=2e-6, rtol=1e-5, err_msg=str(settings))
@@ -64,8 +68,16 @@ def test_jsd_is_symmetric_and_bounded(logits):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("settings", [{}, {"top_k": 8}, {"top_k": 8, "tail": True}, {"clip": 0.05},
-                                      {"clip": 0.05, "clip_unit": "token", "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 8},
+        {"top_k": 8, "tail": True},
+        {"clip": 0.05},
+        {"clip": 0.05, "clip_unit": "token", "temperature": 0.7},
+    ],
+)
 def test_identical_inputs(logits, beta, settings):
     """Equal distributions: the value is exactly 0, the gradient but for the last bit of a softmax."""
     config = bare(**{"beta": beta, **settings})
@@ -91,24 +103,38 @@ def test_teacher_gets_no_gradient(logits):
 
 def test_gradient_by_finite_differences(logits):
     student, teacher = (x.astype(np.float64) for x in logits)
-    for settings in ({"beta": 0.3}, {"beta": 0.0, "top_k": 8}, {"beta": 1.0, "top_k": 8, "tail": True},
-                     {"beta": 0.5, "clip": 0.02}, {"beta": 0.5, "clip": 0.45, "clip_unit": "token"}):
+    for settings in (
+        {"beta": 0.3},
+        {"beta": 0.0, "top_k": 8},
+        {"beta": 1.0, "top_k": 8, "tail": True},
+        {"beta": 0.5, "clip": 0.02},
+        {"beta": 0.5, "clip": 0.45, "clip_unit": "token"},
+    ):
         rows = lambda s: reference.generalized_jsd(s, teacher, **settings)
         bumps = 1e-6 * np.eye(student.shape[1])  # rows do not mix: one entry of all rows at a time
-        wanted = np.stack([rows(student + bump) - rows(student - bump) for bump in bumps], axis=1) / 2e-6
-        ours = jax.grad(lambda s: jnp.sum(divergence.generalized_jsd(
-            s, teacher.astype(np.float32), bare(**settings))[0]))(student.astype(np.float32))
+        wanted = (
+            np.stack([rows(student + bump) - rows(student - bump) for bump in bumps], axis=1) / 2e-6
+        )
+        ours = jax.grad(
+            lambda s: jnp.sum(
+                divergence.generalized_jsd(s, teacher.astype(np.float32), bare(**settings))[0]
+            )
+        )(student.astype(np.float32))
         np.testing.assert_allclose(ours, wanted, atol=2e-6, err_msg=str(settings))
         assert np.abs(wanted).max() > 1e-3, settings
 
 
 # --- clip and top-k ------------------------------------------------------------------------------------
 
+
 def test_clip_units():
     """The worked example: entries .2313, .2313, 0; bounded each at .05, or their sum."""
     teacher, student = np.log([[0.9, 0.05, 0.05]]), np.log([[0.05, 0.9, 0.05]])
-    for settings, wanted in ((dict(), 0.4626), (dict(clip=0.05), 0.1000),
-                             (dict(clip=0.05, clip_unit="token"), 0.0500)):
+    for settings, wanted in (
+        (dict(), 0.4626),
+        (dict(clip=0.05), 0.1000),
+        (dict(clip=0.05, clip_unit="token"), 0.0500),
+    ):
         assert values_of(student, teacher, bare(**settings))[0] == pytest.approx(wanted, abs=5e-5)
 
 
@@ -134,25 +160,33 @@ def test_rows_clipped_from_above_only_can_be_negative():
 
 def test_top_k_follows_the_teacher():
     teacher = np.array([[0.0, 3.0, 2.0, 1.0, -1.0]], np.float32)
-    student = np.array([[9.0, 1.0, 1.0, 1.0, 8.0]], np.float32)  # its own favourites are not the teacher's
+    student = np.array(
+        [[9.0, 1.0, 1.0, 1.0, 8.0]], np.float32
+    )  # its own favourites are not the teacher's
     kept = values_of(student[:, 1:3], teacher[:, 1:3], bare())
     values, signals = divergence.generalized_jsd(student, teacher, bare(top_k=2))
     np.testing.assert_allclose(values, kept, rtol=1e-6)
     mass = reference.softmax(teacher)[0, 1:3].sum()
     assert signals["teacher_topk_mass"][0] == pytest.approx(mass, rel=1e-6)
-    gradient = jax.grad(lambda s: divergence.generalized_jsd(s, teacher, bare(top_k=2))[0][0])(student)
+    gradient = jax.grad(lambda s: divergence.generalized_jsd(s, teacher, bare(top_k=2))[0][0])(
+        student
+    )
     assert not gradient[0, [0, 3, 4]].any() and np.asarray(gradient[0, 1:3]).any()
 
 
 def test_top_k_of_the_whole_vocabulary(logits):
     for top_k in (33, 34, 256):
-        np.testing.assert_array_equal(values_of(*logits, bare(top_k=top_k)), values_of(*logits, bare()))
+        np.testing.assert_array_equal(
+            values_of(*logits, bare(top_k=top_k)), values_of(*logits, bare())
+        )
 
 
 def test_tail_makes_distributions(logits):
     """With the tail bucket both sides add up to 1, and mass that leaves the kept entries is seen."""
     config = bare(top_k=5, tail=True)
-    log_s, log_t, mass = divergence._log_probs(logits[0], divergence._of_teacher(logits[1], config), config)
+    log_s, log_t, mass = divergence._log_probs(
+        logits[0], divergence._of_teacher(logits[1], config), config
+    )
     assert log_s.shape == (6, 6)
     np.testing.assert_allclose(np.exp(log_s).sum(-1), 1, atol=1e-6)
     np.testing.assert_allclose(np.exp(log_t).sum(-1), 1, atol=1e-6)
@@ -177,7 +211,8 @@ def test_empty_tail_is_finite():
     for beta in BETAS:
         config = bare(beta=beta, top_k=2, tail=True)
         value, gradient = jax.value_and_grad(
-            lambda s: divergence.generalized_jsd(s, teacher, config)[0][0])(teacher[:, ::-1].copy())
+            lambda s: divergence.generalized_jsd(s, teacher, config)[0][0]
+        )(teacher[:, ::-1].copy())
         assert np.isfinite(value) and np.isfinite(gradient).all(), beta
 
 
@@ -192,7 +227,8 @@ def test_extreme_logits():
     for beta, (top_k, tail, clip) in itertools.product(BETAS, switches):
         config = bare(beta=beta, top_k=top_k, tail=tail, clip=clip)
         value, gradient = jax.value_and_grad(
-            lambda s: jnp.sum(divergence.generalized_jsd(s, teacher, config)[0]))(student)
+            lambda s: jnp.sum(divergence.generalized_jsd(s, teacher, config)[0])
+        )(student)
         assert np.isfinite(value) and np.isfinite(gradient).all(), config
     assert values_of(student, teacher, bare(beta=0.5))[0] == pytest.approx(np.log(2), rel=1e-6)
 
@@ -203,14 +239,29 @@ def test_signals(logits):
     index = np.argsort(-logits[1], axis=-1)[:, :8]
     for side, x in zip(("student", "teacher"), logits):
         p = reference.softmax(np.take_along_axis(x, index, -1).astype(np.float64) / 2)
-        np.testing.assert_allclose(signals[f"{side}_entropy"], -np.sum(p * np.log(p), -1), rtol=1e-5)
-    mass = np.take_along_axis(reference.softmax(logits[1].astype(np.float64) / 2), index, -1).sum(-1)
+        np.testing.assert_allclose(
+            signals[f"{side}_entropy"], -np.sum(p * np.log(p), -1), rtol=1e-5
+        )
+    mass = np.take_along_axis(reference.softmax(logits[1].astype(np.float64) / 2), index, -1).sum(
+        -1
+    )
     np.testing.assert_allclose(signals["teacher_topk_mass"], mass, rtol=1e-5)
     assert not np.asarray(signals["clip_fraction"]).any()
 
 
-@pytest.mark.parametrize("settings", [{"kind": "kl"}, {"beta": 1.5}, {"beta": -0.1}, {"temperature": 0.0},
-                                      {"top_k": -1}, {"clip": -0.1}, {"clip_unit": "row"}, {"chunk": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "kl"},
+        {"beta": 1.5},
+        {"beta": -0.1},
+        {"temperature": 0.0},
+        {"top_k": -1},
+        {"clip": -0.1},
+        {"clip_unit": "row"},
+        {"chunk": 0},
+    ],
+)
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match="divergence"):
         DivergenceConfig(**settings)
@@ -218,12 +269,15 @@ def test_bad_settings(settings):
 
 # --- the sampled form ----------------------------------------------------------------------------------
 
+
 def test_sampled_reverse_kl_is_the_policy_gradient(logits):
     """One sample: -(log p_T - log p_S)(x) (onehot(x) - p_S). Their mean over x ~ p_S: the slope of the KL."""
     student, teacher = logits
     log_s, log_t = reference.log_softmax(student), reference.log_softmax(teacher)
     p_s = np.exp(log_s)
-    per_sample = jax.vmap(jax.grad(lambda s, t, x: divergence.sampled_reverse_kl(s, t, x)), (None, None, 0))
+    per_sample = jax.vmap(
+        jax.grad(lambda s, t, x: divergence.sampled_reverse_kl(s, t, x)), (None, None, 0)
+    )
     for row in range(2):
         tokens = np.arange(student.shape[1])
         gradients = per_sample(student[row], teacher[row], tokens)
@@ -248,9 +302,13 @@ B, N, D, V = 2, 13, 8, 40
 @pytest.fixture(scope="module")
 def model():
     """Hidden states, heads, labels."""
-    return {"student_hidden": draw(2, B, N, D, scale=1.0), "student_head": draw(3, D, V, scale=0.8),
-            "teacher_hidden": draw(4, B, N, D, scale=1.0), "teacher_head": draw(5, D, V, scale=0.8),
-            "labels": np.random.default_rng(6).integers(0, V, (B, N)).astype(np.int32)}
+    return {
+        "student_hidden": draw(2, B, N, D, scale=1.0),
+        "student_head": draw(3, D, V, scale=0.8),
+        "teacher_hidden": draw(4, B, N, D, scale=1.0),
+        "teacher_head": draw(5, D, V, scale=0.8),
+        "labels": np.random.default_rng(6).integers(0, V, (B, N)).astype(np.int32),
+    }
 
 
 def whole(student_hidden, student_head, teacher_hidden, teacher_head, labels, config):
@@ -263,12 +321,16 @@ def whole(student_hidden, student_head, teacher_hidden, teacher_head, labels, co
 
 
 # 5 and 12 do not divide 13; 99 takes everything at once.
-@pytest.mark.parametrize("chunk, settings", [
-    (1, dict(beta=0.5, top_k=16, clip=0.05)),
-    (5, dict(beta=0.5, top_k=16, clip=0.05)),
-    (99, dict(beta=0.5, top_k=16, clip=0.05)),
-    (5, dict(beta=0.0, top_k=0, clip=0.0, temperature=2.0)),
-    (12, dict(kind="sampled_reverse_kl", temperature=1.5))])
+@pytest.mark.parametrize(
+    "chunk, settings",
+    [
+        (1, dict(beta=0.5, top_k=16, clip=0.05)),
+        (5, dict(beta=0.5, top_k=16, clip=0.05)),
+        (99, dict(beta=0.5, top_k=16, clip=0.05)),
+        (5, dict(beta=0.0, top_k=0, clip=0.0, temperature=2.0)),
+        (12, dict(kind="sampled_reverse_kl", temperature=1.5)),
+    ],
+)
 def test_chunked(model, chunk, settings):
     """Values, cross entropy, signals, gradients for hidden states and head: as from full logits."""
     config = DivergenceConfig(chunk=chunk, **settings)
@@ -278,6 +340,7 @@ def test_chunked(model, chunk, settings):
         def loss(parts):
             values, ce, signals = function(**parts, labels=model["labels"], config=config)
             return jnp.sum(weights * (values + 0.3 * ce)), (values, ce, signals)
+
         parts = {name: x for name, x in model.items() if name != "labels"}
         (_, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(parts)
         return found, gradients
@@ -286,14 +349,18 @@ def test_chunked(model, chunk, settings):
     wanted, wanted_gradients = differentiate(whole)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5), found, wanted)
     for name, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, wanted_gradients[name], atol=2e-5, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            gradient, wanted_gradients[name], atol=2e-5, rtol=1e-4, err_msg=name
+        )
         assert np.asarray(gradient).any() == name.startswith("student"), name
 
 
 def test_chunked_without_cross_entropy(model):
     values, ce, _ = divergence.chunked(**model, config=DivergenceConfig(chunk=5), with_ce=False)
     assert not np.asarray(ce).any()
-    np.testing.assert_array_equal(values, divergence.chunked(**model, config=DivergenceConfig(chunk=5))[0])
+    np.testing.assert_array_equal(
+        values, divergence.chunked(**model, config=DivergenceConfig(chunk=5))[0]
+    )
 
 
 @pytest.mark.parametrize("chunk", [4, 13])
@@ -312,7 +379,9 @@ def test_chunked_memory():
     """The compiled program never holds the logits of all rows, neither forward nor backward."""
     logits = 2048 * 8192 * 4
     assert temporary(divergence.chunked, arguments=(0, 1), chunk=128) < logits // 2
-    assert temporary(whole, arguments=(0, 1), chunk=128) > logits  # or the bound above would show nothing
+    assert (
+        temporary(whole, arguments=(0, 1), chunk=128) > logits
+    )  # or the bound above would show nothing
 
 
 def test_one_side_at_a_time():
@@ -325,34 +394,55 @@ def test_one_side_at_a_time():
 def temporary(function, arguments, chunk, top_k=64):
     n, d, v = 2048, 16, 8192
     config = DivergenceConfig(top_k=top_k, chunk=chunk)
-    hidden, head = jax.ShapeDtypeStruct((1, n, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
+    hidden, head = (
+        jax.ShapeDtypeStruct((1, n, d), jnp.float32),
+        jax.ShapeDtypeStruct((d, v), jnp.float32),
+    )
     loss = lambda h, w, ht, wt, labels: jnp.mean(function(h, w, ht, wt, labels, config)[0])
-    program = jax.jit(jax.grad(loss, argnums=arguments)).lower(
-        hidden, head, hidden, head, jax.ShapeDtypeStruct((1, n), jnp.int32)).compile()
+    program = (
+        jax.jit(jax.grad(loss, argnums=arguments))
+        .lower(hidden, head, hidden, head, jax.ShapeDtypeStruct((1, n), jnp.int32))
+        .compile()
+    )
     return program.memory_analysis().temp_size_in_bytes
 
 
 def test_chunks_are_even(model):
     """13 rows by 12 are two chunks of 7, not 12 and 11 of padding."""
-    loss = lambda hidden: jnp.mean(divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0])
+    loss = lambda hidden: jnp.mean(
+        divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0]
+    )
     traced = jax.jit(loss).trace(model["student_hidden"])
     assert plan.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
 
 
 @pytest.mark.parametrize("chunk", [5, 13])
-@pytest.mark.parametrize("settings, products", [
-    (dict(top_k=16), 4),  # both sides' logits; gradients of the hidden states and of the head
-    (dict(top_k=16, tail=True), 5),  # the tail's gradient goes through the student's logits
-    (dict(top_k=0, clip=0.0), 6)])
+@pytest.mark.parametrize(
+    "settings, products",
+    [
+        (dict(top_k=16), 4),  # both sides' logits; gradients of the hidden states and of the head
+        (dict(top_k=16, tail=True), 5),  # the tail's gradient goes through the student's logits
+        (dict(top_k=0, clip=0.0), 6),
+    ],
+)
 def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, settings, products):
     config = DivergenceConfig(chunk=chunk, **settings)
-    loss = lambda student_hidden, student_head: jnp.mean(divergence.chunked(
-        **model | {"student_hidden": student_hidden, "student_head": student_head}, config=config)[0])
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(model["student_hidden"], model["student_head"])
-    assert plan.matmul_flops(traced.jaxpr.jaxpr) == products * 2 * B * -(-N // chunk) * chunk * D * V
+    loss = lambda student_hidden, student_head: jnp.mean(
+        divergence.chunked(
+            **model | {"student_hidden": student_hidden, "student_head": student_head},
+            config=config,
+        )[0]
+    )
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(
+        model["student_hidden"], model["student_head"]
+    )
+    assert (
+        plan.matmul_flops(traced.jaxpr.jaxpr) == products * 2 * B * -(-N // chunk) * chunk * D * V
+    )
 
 
 # --- helpers -------------------------------------------------------------------------------------------
+
 
 def test_cross_entropy_in_bfloat16():
     """Logits may come in bfloat16: the sum over the vocabulary is done in float32."""

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 from opsd_jax import context, settings, train
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 pages = pytest.mark.parametrize("page", PAGES)
 
 
@@ -29,7 +31,10 @@ def tables(text: str):
     """The rows of all Markdown tables as {column: cell}; code marks are taken off the cells."""
     header = None
     for line in text.splitlines():
-        cells = [cell.strip().removeprefix("`").removesuffix("`") for cell in line.strip("| ").split(" | ")]
+        cells = [
+            cell.strip().removeprefix("`").removesuffix("`")
+            for cell in line.strip("| ").split(" | ")
+        ]
         if not line.startswith("|"):
             header = None
         elif header is None:
@@ -49,7 +54,10 @@ def leaves(config, prefix="") -> dict:
     for name, value in config.items():
         group = isinstance(value, ConfigDict) and len(value)
         found |= leaves(value, f"{prefix}{name}.") if group else {prefix + name: value}
-    return {key: value.to_dict() if isinstance(value, ConfigDict) else value for key, value in found.items()}
+    return {
+        key: value.to_dict() if isinstance(value, ConfigDict) else value
+        for key, value in found.items()
+    }
 
 
 def value_of(cell: str):
@@ -60,45 +68,78 @@ def value_of(cell: str):
 
 def test_tables_are_read_as_written():
     text = "| key | x |\n|---|---|\n| `a.b` | `(1, 2)` |\n| c | – |\n\n| y |\n|---|\n| `'d'` |\n"
-    assert list(tables(text)) == [{"key": "a.b", "x": "(1, 2)"}, {"key": "c", "x": "–"}, {"y": "'d'"}]
-    assert blocks("```bash\na\n```\n\n```python\nb\n\nc\n```\n") == [("bash", "a\n"), ("python", "b\n\nc\n")]
+    assert list(tables(text)) == [
+        {"key": "a.b", "x": "(1, 2)"},
+        {"key": "c", "x": "–"},
+        {"y": "'d'"},
+    ]
+    assert blocks("```bash\na\n```\n\n```python\nb\n\nc\n```\n") == [
+        ("bash", "a\n"),
+        ("python", "b\n\nc\n"),
+    ]
 
 
 def test_every_setting_is_documented_with_its_default():
     shown = {}
     for row in tables(PAGES["docs/config.md"]):
-        cells = {row["key"]: row["default"]} if "default" in row else {
-            f"{stage}.{row['key']}": row[stage] for stage in settings.STAGES if row[stage] != "–"}
+        cells = (
+            {row["key"]: row["default"]}
+            if "default" in row
+            else {
+                f"{stage}.{row['key']}": row[stage]
+                for stage in settings.STAGES
+                if row[stage] != "–"
+            }
+        )
         assert row["meaning"], f"{row['key']} has no meaning"
         assert not shown.keys() & cells.keys(), f"{row['key']} stands twice"
         shown |= {key: (row["type"], cell) for key, cell in cells.items()}
     defaults = leaves(settings.default())
-    assert sorted(defaults.keys() - shown.keys()) == [], "in settings.default() but not in docs/config.md"
-    assert sorted(shown.keys() - defaults.keys()) == [], "in docs/config.md but not in settings.default()"
-    wrong = {key: f"{kind} {cell}, not {defaults[key]!r}" for key, (kind, cell) in shown.items()
-             if (kind, value_of(cell)) != (type(defaults[key]).__name__, defaults[key])}
+    assert sorted(defaults.keys() - shown.keys()) == [], (
+        "in settings.default() but not in docs/config.md"
+    )
+    assert sorted(shown.keys() - defaults.keys()) == [], (
+        "in docs/config.md but not in settings.default()"
+    )
+    wrong = {
+        key: f"{kind} {cell}, not {defaults[key]!r}"
+        for key, (kind, cell) in shown.items()
+        if (kind, value_of(cell)) != (type(defaults[key]).__name__, defaults[key])
+    }
     assert wrong == {}
 
 
 def test_every_range_is_documented():
     shown = {}
     for row in tables(PAGES["docs/config.md"]):
-        keys = [row["key"]] if "default" in row else [f"{stage}.{row['key']}" for stage in settings.STAGES if row[stage] != "–"]
+        keys = (
+            [row["key"]]
+            if "default" in row
+            else [f"{stage}.{row['key']}" for stage in settings.STAGES if row[stage] != "–"]
+        )
         shown |= {key: row["range"] for key in keys if row["range"] != "–"}
     assert shown == {key: allowed.partition(";")[0] for key, allowed in settings.ranges().items()}
 
 
 def test_what_may_change_on_resume_is_documented():
-    sentence = re.search(r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL)
+    sentence = re.search(
+        r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL
+    )
     assert re.findall(r"`(.*?)`", sentence[1]) == list(train._FREE)
 
 
 def test_recipe_of_the_miniature():
-    configs = {arg: leaves(get_config("configs/mini.py")(arg)) for arg in ("maze", "chart", "smoke")}
+    configs = {
+        arg: leaves(get_config("configs/mini.py")(arg)) for arg in ("maze", "chart", "smoke")
+    }
     rows = [row for row in tables(PAGES["docs/miniature.md"]) if "smoke" in row]
     assert len(rows) > 20
-    wrong = {f"{row['key']} of {arg}": f"{row[arg]}, not {config[row['key']]!r}"
-             for row in rows for arg, config in configs.items() if value_of(row[arg]) != config[row["key"]]}
+    wrong = {
+        f"{row['key']} of {arg}": f"{row[arg]}, not {config[row['key']]!r}"
+        for row in rows
+        for arg, config in configs.items()
+        if value_of(row[arg]) != config[row["key"]]
+    }
     assert wrong == {}
 
 
@@ -152,23 +193,40 @@ def test_commands_and_paths_exist(page):
         module, attribute = name.split(".")[:2]
         code = importlib.util.find_spec(f"opsd_jax.{module}")
         is_function = code and hasattr(importlib.import_module(code.name), attribute)
-        assert name in known or name in groups or is_function, f"{page}: no setting or function {name}"
+        assert name in known or name in groups or is_function, (
+            f"{page}: no setting or function {name}"
+        )
 
 
 def test_rooms_import_from_rooms_below_them():
     """README's table of rooms is complete, and its order is that of the imports, those inside functions included."""
-    rooms = [row["room"].removeprefix("opsd_jax/").removesuffix(".py").rstrip("/")
-             for row in tables(PAGES["README.md"]) if "room" in row]
+    rooms = [
+        row["room"].removeprefix("opsd_jax/").removesuffix(".py").rstrip("/")
+        for row in tables(PAGES["README.md"])
+        if "room" in row
+    ]
     package = ROOT / "opsd_jax"
     assert {*rooms} == {path.stem for path in package.iterdir() if path.name[0] not in "_."}
     for n, room in enumerate(rooms):
-        for path in [package / f"{room}.py"] if (package / f"{room}.py").exists() else (package / room).glob("*.py"):
+        for path in (
+            [package / f"{room}.py"]
+            if (package / f"{room}.py").exists()
+            else (package / room).glob("*.py")
+        ):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, (ast.Import, ast.ImportFrom))
+                    else []
+                )
                 if isinstance(node, ast.ImportFrom):
                     names = [f"{node.module}.{name}" for name in names]
-                inside = {name.split(".")[1] for name in names if name.startswith("opsd_jax.")} - {room}
-                assert inside <= {*rooms[n + 1:]}, f"{path.name}, line {getattr(node, 'lineno', 0)}"
+                inside = {name.split(".")[1] for name in names if name.startswith("opsd_jax.")} - {
+                    room
+                }
+                assert inside <= {*rooms[n + 1 :]}, (
+                    f"{path.name}, line {getattr(node, 'lineno', 0)}"
+                )
                 assert not any(name.startswith("flax") for name in names) or room == "model"
                 assert not any(name.startswith("orbax") for name in names) or room == "checkpoint"
 
@@ -176,24 +234,36 @@ def test_rooms_import_from_rooms_below_them():
 def test_ci_finds_the_test_command():
     """As .ci/run looks for it."""
     part = re.search(r"<!-- test command -->\n```bash\n(.*)\n```\n", PAGES["README.md"])
-    assert part and part[1].startswith("pip install -e ") and part[1].endswith("&& python -m pytest -q -n 2 --dist loadfile")
+    assert (
+        part
+        and part[1].startswith("pip install -e ")
+        and part[1].endswith("&& python -m pytest -q -n 2 --dist loadfile")
+    )
 
 
 def test_quoted_messages_are_in_the_code():
     """First column of the tables of messages; … stands for what is filled in."""
+
     def text(node):
         if isinstance(node, ast.JoinedStr):
-            return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            return "".join(
+                part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+            )
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return text(node.left) + text(node.right)
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
 
-    messages = {re.sub(r"\{[\w.:]*\}", "…", text(node)) for path in (ROOT / "opsd_jax").rglob("*.py")
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)}
+    messages = {
+        re.sub(r"\{[\w.:]*\}", "…", text(node))
+        for path in (ROOT / "opsd_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)
+    }
     rows = [row for row in tables(PAGES["docs/troubleshooting.md"]) if "message" in row]
     assert len(rows) > 20
-    absent = [row["message"] for row in rows if not any(row["message"] in message for message in messages)]
+    absent = [
+        row["message"] for row in rows if not any(row["message"] in message for message in messages)
+    ]
     assert absent == []
 
 
@@ -201,7 +271,9 @@ def test_picture_of_the_contexts():
     """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
     svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
     name = lambda tag: "{http://www.w3.org/2000/svg}" + tag
-    ids = lambda group: [int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"]
+    ids = lambda group: [
+        int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"
+    ]
     drawn = {group.get("aria-label"): ids(group) for group in svg.iter(name("g"))}
     prompts = context.Prompts(system="sss", intro="i", transition="t")
     problem = tiny.image(np.random.default_rng(0))
@@ -210,7 +282,7 @@ def test_picture_of_the_contexts():
     for role, row in rows.items():
         packed = tiny.pack([row])
         behind = np.asarray(context.behind(packed, 4)[0][0])
-        assert drawn[role] == [*packed.positions[0, :packed.length[0]], *behind]
+        assert drawn[role] == [*packed.positions[0, : packed.length[0]], *behind]
 
 
 @pytest.mark.slow

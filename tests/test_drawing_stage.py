@@ -13,7 +13,17 @@ from PIL import Image
 
 import small_run
 import tiny
-from opsd_jax import context, data, distill, flow, generate, metrics, params as params_lib, settings, train
+from opsd_jax import (
+    context,
+    data,
+    distill,
+    flow,
+    generate,
+    metrics,
+    params as params_lib,
+    settings,
+    train,
+)
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.visual_opsd import Example
 from opsd_jax.model import bagel
@@ -42,8 +52,17 @@ def tiny_config(**changes):
     for name in ("llm", "vit"):
         c.model[name].update(dataclasses.asdict(getattr(tiny.DRAWING, name)))
     c.model.generation.update(
-        on=True, channels=v.channels, multipliers=v.multipliers, num_res_blocks=v.num_res_blocks, z_channels=v.z_channels,
-        scale=v.scale, shift=v.shift, patch=DRAWN.patch, side=DRAWN.side, timestep_shift=DRAWN.timestep_shift)
+        on=True,
+        channels=v.channels,
+        multipliers=v.multipliers,
+        num_res_blocks=v.num_res_blocks,
+        z_channels=v.z_channels,
+        scale=v.scale,
+        shift=v.shift,
+        patch=DRAWN.patch,
+        side=DRAWN.side,
+        timestep_shift=DRAWN.timestep_shift,
+    )
     c.model.update(dtype="float32", remat="none", query_block=0)
     c.images.update(stride=4, max_size=24, min_size=8)
     c.prompts.update(system="sys", intro="look", transition="now")
@@ -60,26 +79,39 @@ def tiny_config(**changes):
 
 def png(seed, height, width):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    ).save(file, "PNG")
     return file.getvalue()
 
 
 def example(n, height=16, width=24):
-    return Example(f"row-{n}", "T", "which?", "B", png(n, height, width), (png(n + 99, height, width),),
-                   ("see", "so B"), "it is B")
+    return Example(
+        f"row-{n}",
+        "T",
+        "which?",
+        "B",
+        png(n, height, width),
+        (png(n + 99, height, width),),
+        ("see", "so B"),
+        "it is B",
+    )
 
 
 @pytest.fixture
 def prepared(monkeypatch):
     """prepared(config, examples) -> the rows as a stage that draws reads them."""
+
     def make(config, examples):
         monkeypatch.setattr(visual_opsd, "open_source", lambda *_, **__: examples)
         rows = data.Rows(config, "", tiny.TOKENIZER, "train", drawing=True)
         return [rows(0, n) for n in range(len(examples))]
+
     return make
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------
+
 
 class Saying(tiny.ByteTokenizer):
     """Decodes the model's k-th text as one of the given ones."""
@@ -94,23 +126,36 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     config = tiny_config()
     model, params = settings.model(config), tiny.params(tiny.DRAWING)
     assert model == tiny.DRAWING
-    row, = prepared(config, [example(0, 24, 24)])  # the size that both resizes keep
+    (row,) = prepared(config, [example(0, 24, 24)])  # the size that both resizes keep
     packer = data.Packer(config, tiny.TOKENIZER)
     blocks = packer.blocks(row, "drawn")
-    assert "".join(type(block).__name__[0] for block in blocks) == "TLITTLLIT"  # Text, Latent, Image
+    assert (
+        "".join(type(block).__name__[0] for block in blocks) == "TLITTLLIT"
+    )  # Text, Latent, Image
     first, last = (block for block in blocks if isinstance(block, context.Text) and block.loss)
 
     # inference: its texts and its picture are those of the trace
     contexts, tokenizer = [], Saying()
-    object.__setattr__(tokenizer, "texts", [tiny.TOKENIZER.decode(first.ids), tiny.TOKENIZER.decode(last.ids)])
+    object.__setattr__(
+        tokenizer, "texts", [tiny.TOKENIZER.decode(first.ids), tiny.TOKENIZER.decode(last.ids)]
+    )
     drawer = generate.of_run(config, model, params, tokenizer)
-    drawer = dataclasses.replace(drawer, protocol=dataclasses.replace(drawer.protocol, max_new_tokens=4))
-    monkeypatch.setattr(generate, "_draw", lambda _, rows, *rest: (contexts.append(list(rows[0]["cond"])),
-                                                                   [row.pixels[1]])[1])
+    drawer = dataclasses.replace(
+        drawer, protocol=dataclasses.replace(drawer.protocol, max_new_tokens=4)
+    )
+    monkeypatch.setattr(
+        generate,
+        "_draw",
+        lambda _, rows, *rest: (contexts.append(list(rows[0]["cond"])), [row.pixels[1]])[1],
+    )
     pack = generate._pack
-    monkeypatch.setattr(generate, "_pack", lambda rows, _: (contexts.append(list(rows[0])), pack(rows, drawer))[1])
+    monkeypatch.setattr(
+        generate, "_pack", lambda rows, _: (contexts.append(list(rows[0])), pack(rows, drawer))[1]
+    )
     with Image.open(io.BytesIO(row.example.problem_image)) as picture:
-        generate.reason(drawer, [([picture.convert("RGB")], row.example.question)], jax.random.key(0), draw=True)
+        generate.reason(
+            drawer, [([picture.convert("RGB")], row.example.question)], jax.random.key(0), draw=True
+        )
     asked, drawing, answering = contexts
     trained = {"drawing": blocks[:5], "answering": blocks[:5] + blocks[6:8]}
     for name, found in (("drawing", drawing), ("answering", answering)):
@@ -127,29 +172,42 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     rng = np.random.default_rng(0)
     grid = blocks[1].grid
     problem, thought = (rng.standard_normal((grid[0] * grid[1], C), np.float32) for _ in range(2))
-    fill = lambda blocks: [dataclasses.replace(b, tokens=problem if n == 1 else thought) if isinstance(b, context.Latent)
-                           else b for n, b in enumerate(blocks)]
+    fill = lambda blocks: [
+        dataclasses.replace(b, tokens=problem if n == 1 else thought)
+        if isinstance(b, context.Latent)
+        else b
+        for n, b in enumerate(blocks)
+    ]
     noise, t = rng.standard_normal(thought.shape, np.float32), 0.7
     sizes = {"latent_dim": C, "latent_side": DRAWN.side}
     whole = tiny.pack([fill(blocks)], slots=200, patches=80, latents=3 * len(thought), **sizes)
     begin = len(problem)
     x, times = np.array(whole.latents.tokens), np.zeros((1, 3 * len(thought)), np.float32)
-    x[0, begin:2 * begin], times[0, begin:2 * begin] = (1 - t) * thought + t * noise, t
-    assert (whole.latents.noised[0, 200 + begin:200 + 2 * begin] == 2).all()
+    x[0, begin : 2 * begin], times[0, begin : 2 * begin] = (1 - t) * thought + t * noise, t
+    assert (whole.latents.noised[0, 200 + begin : 200 + 2 * begin] == 2).all()
     hidden, _ = jitted(bagel.read)(params, whole, config=model, latents=x, times=times)
-    velocity = bagel.velocity(params, hidden[:, 200 + begin:200 + 2 * begin], config=model)
+    velocity = bagel.velocity(params, hidden[:, 200 + begin : 200 + 2 * begin], config=model)
 
     behind = tiny.pack([fill(drawing)], slots=200, patches=80, latents=len(problem), **sizes)
     positions, real = flow.layout([grid], len(thought), DRAWN.side)
     canvas, cache = flow.prepare(params, behind, positions, real, config=model)
-    sampler = flow.FlowConfig(model, tiny.TOKENIZER.image_start, tiny.TOKENIZER.image_end, text_scale=1.0)
-    found, _ = flow.velocities(params, canvas, cache, x[:, begin:2 * begin], jnp.float32(t), config=sampler)
+    sampler = flow.FlowConfig(
+        model, tiny.TOKENIZER.image_start, tiny.TOKENIZER.image_end, text_scale=1.0
+    )
+    found, _ = flow.velocities(
+        params, canvas, cache, x[:, begin : 2 * begin], jnp.float32(t), config=sampler
+    )
     np.testing.assert_allclose(found[0], velocity, atol=2e-5)
 
-    answer = tiny.pack([fill(answering) + [last]], slots=200, patches=80, latents=2 * len(problem), **sizes)
+    answer = tiny.pack(
+        [fill(answering) + [last]], slots=200, patches=80, latents=2 * len(problem), **sizes
+    )
     after, _ = jitted(bagel.read)(params, answer, config=model)
-    texts = [sum(2 if isinstance(b, context.Latent) else b.slots for b in row) for row in (blocks[:-1], answering)]
-    one, other = (h[0, start:start + last.slots] for h, start in zip((hidden, after), texts))
+    texts = [
+        sum(2 if isinstance(b, context.Latent) else b.slots for b in row)
+        for row in (blocks[:-1], answering)
+    ]
+    one, other = (h[0, start : start + last.slots] for h, start in zip((hidden, after), texts))
     np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -159,15 +217,32 @@ def test_batches_hold_pictures_of_their_drawn_rows(prepared):
     packer = data.Packer(config, tiny.TOKENIZER)
     traces = packer.traces(rows, ["drawn", "text"])
     pictures = packer.pictures([rows[0], None])
-    assert pictures.sizes.tolist() == [[[24, 32], [24, 32]], [[0, 0], [0, 0]]]  # 16 x 24 enlarged: shorter side 24
+    assert pictures.sizes.tolist() == [
+        [[24, 32], [24, 32]],
+        [[0, 0], [0, 0]],
+    ]  # 16 x 24 enlarged: shorter side 24
     np.testing.assert_array_equal(pictures.pixels[0, 1, :24, :32], rows[0].pixels[1])
     image = traces.context.latents.image
-    assert [np.bincount(line, minlength=4).tolist() for line in image] == [[18, 12, 12, 12], [54, 0, 0, 0]]
-    assert traces.mask[0].sum() == len("<think>see</think><image_start><image_end><think>so B</think><answer>B</answer>") + 2
+    assert [np.bincount(line, minlength=4).tolist() for line in image] == [
+        [18, 12, 12, 12],
+        [54, 0, 0, 0],
+    ]
+    assert (
+        traces.mask[0].sum()
+        == len("<think>see</think><image_start><image_end><think>so B</think><answer>B</answer>")
+        + 2
+    )
 
 
-@pytest.mark.parametrize("bucket, fits", [
-    ((36, 2, 24, 32), True), ((35, 2, 24, 32), False), ((36, 1, 24, 32), False), ((36, 2, 16, 32), False)])
+@pytest.mark.parametrize(
+    "bucket, fits",
+    [
+        ((36, 2, 24, 32), True),
+        ((35, 2, 24, 32), False),
+        ((36, 1, 24, 32), False),
+        ((36, 2, 16, 32), False),
+    ],
+)
 def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
     config = tiny_config(data__buckets__drawn=(bucket,))
     rows = prepared(config, [example(7)])
@@ -178,13 +253,22 @@ def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
             packer.traces(rows, ["drawn"]), packer.pictures(rows)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model.generation.on": False}, "config.warmup.mix.drawn trains image generation.*config.model.generation.on=True"),
-    ({"model.generation.on": False, "stages": ("autoencoder",)}, "config.stages trains image generation"),
-    ({"data.buckets.drawn": ()}, "config.warmup.mix.drawn needs config.data.buckets.drawn"),
-    ({"data.buckets.drawn": ((9, 2, 48, 44),)}, "multiples of the 8 pixels"),
-    ({"lora.rank": 2}, "set config.lora.rank=0"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"model.generation.on": False},
+            "config.warmup.mix.drawn trains image generation.*config.model.generation.on=True",
+        ),
+        (
+            {"model.generation.on": False, "stages": ("autoencoder",)},
+            "config.stages trains image generation",
+        ),
+        ({"data.buckets.drawn": ()}, "config.warmup.mix.drawn needs config.data.buckets.drawn"),
+        ({"data.buckets.drawn": ((9, 2, 48, 44),)}, "multiples of the 8 pixels"),
+        ({"lora.rank": 2}, "set config.lora.rank=0"),
+    ],
+)
 def test_settings_that_cannot_draw(changes, message):
     config = tiny_config()
     settings.check(config)
@@ -195,6 +279,7 @@ def test_settings_that_cannot_draw(changes, message):
 
 # --- the losses -------------------------------------------------------------------------------------------------
 
+
 def stage_config(config, stage="warmup", **changes):
     return dataclasses.replace(settings.distill(config, stage, tiny.TOKENIZER), **changes)
 
@@ -203,10 +288,14 @@ def stage_config(config, stage="warmup", **changes):
 @pytest.mark.slow
 def test_the_drawn_loss_against_numpy(prepared):
     """Two rows with pictures of different shapes and one text row; weights, shift and posterior as they should be."""
-    config = tiny_config(warmup__ce_weight=0.5, warmup__mse_weight=2.0, model__generation__timestep_shift=2.0)
+    config = tiny_config(
+        warmup__ce_weight=0.5, warmup__mse_weight=2.0, model__generation__timestep_shift=2.0
+    )
     rows = prepared(config, [example(0), example(1, 24, 16), example(2)])
     packer = data.Packer(config, tiny.TOKENIZER)
-    batch = distill.Drawn(packer.traces(rows, ["drawn", "drawn", "text"]), packer.pictures([*rows[:2], None]))
+    batch = distill.Drawn(
+        packer.traces(rows, ["drawn", "drawn", "text"]), packer.pictures([*rows[:2], None])
+    )
     own = stage_config(config)
     model, key = own.model, jax.random.key(3)
     params = tiny.params(model)
@@ -224,21 +313,31 @@ def test_the_drawn_loss_against_numpy(prepared):
         for m, pixels in enumerate(row.pixels):
             canvas = np.zeros((1, 48, 48, 3), np.float32)
             canvas[0, :height, :width] = (pixels / np.float32(255) - 0.5) / 0.5
-            latents = np.asarray(flow.encode(params, canvas, posterior[r, m:m + 1], config=model))[0]
-            tokens = flow.to_tokens(latents[:height // 4, :width // 4], 2)
+            latents = np.asarray(
+                flow.encode(params, canvas, posterior[r, m : m + 1], config=model)
+            )[0]
+            tokens = flow.to_tokens(latents[: height // 4, : width // 4], 2)
             for n in (0,) if m == 0 else (1, 2):
-                clean[r, n * at:(n + 1) * at] = tokens
+                clean[r, n * at : (n + 1) * at] = tokens
         t = 1 / (1 + np.exp(-raw[r, 2]))  # image 2 is the noised one
-        times[r, at:2 * at] = 2 * t / (1 + t)
+        times[r, at : 2 * at] = 2 * t / (1 + t)
     x = (1 - times[:, :, None]) * clean + times[:, :, None] * noise
-    hidden, _ = jitted(bagel.read)(params, batch.traces.context, config=model, latents=x, times=times)
-    errors = (np.asarray(bagel.velocity(params, hidden[:, -54:], config=model)) - (noise - clean)) ** 2
+    hidden, _ = jitted(bagel.read)(
+        params, batch.traces.context, config=model, latents=x, times=times
+    )
+    errors = (
+        np.asarray(bagel.velocity(params, hidden[:, -54:], config=model)) - (noise - clean)
+    ) ** 2
     mse = errors[times > 0].mean()
     logits = np.asarray(bagel.logits(params, hidden), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     t = batch.traces
-    ce = -np.concatenate([logp[r, t.rows[r, t.mask[r]], t.labels[r, t.mask[r]]] for r in range(3)]).mean()
-    np.testing.assert_allclose([found["mse"], found["ce"], found["loss"]], [mse, ce, ce / 2 + 2 * mse], rtol=2e-5)
+    ce = -np.concatenate(
+        [logp[r, t.rows[r, t.mask[r]], t.labels[r, t.mask[r]]] for r in range(3)]
+    ).mean()
+    np.testing.assert_allclose(
+        [found["mse"], found["ce"], found["loss"]], [mse, ce, ce / 2 + 2 * mse], rtol=2e-5
+    )
     assert found["completion_len"] == pytest.approx(t.mask.sum() / 3)
 
 
@@ -249,8 +348,10 @@ def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
     rows = prepared(config, [example(n) for n in range(4)])
     packer = data.Packer(config, tiny.TOKENIZER)
     layouts = ["drawn", "text", "drawn", "text"]
-    batch = distill.Drawn(packer.traces(rows, layouts),
-                          packer.pictures([row if layout == "drawn" else None for row, layout in zip(rows, layouts)]))
+    batch = distill.Drawn(
+        packer.traces(rows, layouts),
+        packer.pictures([row if layout == "drawn" else None for row, layout in zip(rows, layouts)]),
+    )
     found = []
     for accumulation in (1, 2):
         own = stage_config(config, accumulation=accumulation)
@@ -273,7 +374,12 @@ def test_each_stage_trains_its_own():
         held = [state["opt"].mu, state["opt"].nu, *([state["ema"]] if stage == "opsd" else [])]
         assert all(jax.tree.structure(tree) == jax.tree.structure(trained) for tree in held)
     text = {"embed", "und", "vit", "connector"}
-    assert groups == {"autoencoder": {"vae"}, "warmup": text | {"gen", "latent"}, "opsd": text, "sft": text}
+    assert groups == {
+        "autoencoder": {"vae"},
+        "warmup": text | {"gen", "latent"},
+        "opsd": text,
+        "sft": text,
+    }
 
 
 def test_text_needs_no_parameters_of_drawing():
@@ -294,8 +400,10 @@ def test_a_step_of_text_does_not_train_what_draws():
 
 # --- the autoencoder --------------------------------------------------------------------------------------------
 
-SMALL = dataclasses.replace(tiny.DRAWING, generation=GenerationConfig(
-    VAEConfig(32, (1, 1), 1, 2, scale=0.5, shift=0.3), patch=2, side=6))
+SMALL = dataclasses.replace(
+    tiny.DRAWING,
+    generation=GenerationConfig(VAEConfig(32, (1, 1), 1, 2, scale=0.5, shift=0.3), patch=2, side=6),
+)
 
 
 def squares(rng, count, side=8):
@@ -310,8 +418,13 @@ def squares(rng, count, side=8):
 @pytest.mark.slow
 def test_the_autoencoder_learns_and_ignores_padding():
     rng = np.random.default_rng(0)
-    own = stage_config(tiny_config(), "autoencoder", model=SMALL, kl_weight=1e-3,
-                       optim=distill.OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8))
+    own = stage_config(
+        tiny_config(),
+        "autoencoder",
+        model=SMALL,
+        kl_weight=1e-3,
+        optim=distill.OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8),
+    )
     state = distill.init_state(bagel.init(jax.random.key(0), config=SMALL), own)
     sizes = np.full((4, 2, 2), 8, np.int32)
     sizes[0, 0], sizes[1, 1] = (4, 6), 0
@@ -319,7 +432,10 @@ def test_the_autoencoder_learns_and_ignores_padding():
     outside = pixels.copy()
     outside[0, 0, 4:], outside[0, 0, :, 6:], outside[1, 1] = 7, 200, 99
     step = jitted(distill.autoencoder_step)
-    one, other = (step(state, distill.Pictures(x, sizes), jax.random.key(1), config=own)[1] for x in (pixels, outside))
+    one, other = (
+        step(state, distill.Pictures(x, sizes), jax.random.key(1), config=own)[1]
+        for x in (pixels, outside)
+    )
     assert one == other
     np.testing.assert_allclose(one["loss"], one["mse"] + 1e-3 * one["kl"], rtol=1e-6)
 
@@ -340,8 +456,9 @@ def test_the_autoencoder_loss_against_numpy():
     own = stage_config(tiny_config(), "autoencoder", model=SMALL, kl_weight=0.25, accumulation=2)
     params = tiny.params(SMALL)
     pixels, sizes = squares(rng, 2), np.array([[[8, 8], [0, 0]], [[8, 4], [8, 8]]], np.int32)
-    _, found = jitted(distill.autoencoder_step)(distill.init_state(params, own), distill.Pictures(pixels, sizes), key,
-                                                config=own)
+    _, found = jitted(distill.autoencoder_step)(
+        distill.init_state(params, own), distill.Pictures(pixels, sizes), key, config=own
+    )
     noise = np.asarray(jax.random.normal(key, (2, 2, 4, 4, 2)))
     squared, kls, samples = [], [], []
     for r, m in ((0, 0), (1, 0), (1, 1)):
@@ -352,8 +469,8 @@ def test_the_autoencoder_loss_against_numpy():
         z = mean + np.exp(logvar / 2) * noise[r, m]
         back = np.asarray(jitted(bagel.decode_latents)(params, 0.5 * (z - 0.3), config=SMALL))
         squared.append(((back - x) ** 2)[0, :height, :width].ravel())
-        inside = lambda a: a[0, :height // 2, :width // 2].ravel()
-        kls.append(inside((mean ** 2 + np.exp(logvar) - 1 - logvar) / 2))
+        inside = lambda a: a[0, : height // 2, : width // 2].ravel()
+        kls.append(inside((mean**2 + np.exp(logvar) - 1 - logvar) / 2))
         samples.append(inside(z))
     mse, kl, z = (np.concatenate(parts) for parts in (squared, kls, samples))
     expected = [mse.mean(), kl.mean(), mse.mean() + kl.mean() / 4, z.mean(), z.std()]
@@ -363,6 +480,7 @@ def test_the_autoencoder_loss_against_numpy():
 
 # --- a run ------------------------------------------------------------------------------------------------------
 
+
 def small_draw(**changes):
     import importlib.util
 
@@ -370,11 +488,23 @@ def small_draw(**changes):
     mini = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mini)
     c = mini.get_config("draw")
-    c.update_from_flattened_dict(small_run.CHANGES | {
-        "autoencoder.steps": 2, "autoencoder.batch_size": 4, "autoencoder.optim.warmup_steps": 1,
-        "warmup.steps": 3, "opsd.steps": 1, "eval.every": 0,
-        "eval.final_visual_thoughts": ("none",), "eval.final_banned": False, "eval.kl": False, "drawing.num_timesteps": 3,
-        "log.samples_every": 0} | changes)
+    c.update_from_flattened_dict(
+        small_run.CHANGES
+        | {
+            "autoencoder.steps": 2,
+            "autoencoder.batch_size": 4,
+            "autoencoder.optim.warmup_steps": 1,
+            "warmup.steps": 3,
+            "opsd.steps": 1,
+            "eval.every": 0,
+            "eval.final_visual_thoughts": ("none",),
+            "eval.final_banned": False,
+            "eval.kl": False,
+            "drawing.num_timesteps": 3,
+            "log.samples_every": 0,
+        }
+        | changes
+    )
     return c
 
 
@@ -386,10 +516,16 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         train.train(small_draw(), str(straight))
         rows = [row for row in metrics.read(straight / "metrics.jsonl") if "loss" in row]
         assert [row["stage"] for row in rows] == ["autoencoder"] * 2 + ["warmup"] * 3 + ["opsd"]
-        assert {"mse", "kl", "latent_std", "latent_mean"} <= rows[0].keys() and {"ce", "mse"} <= rows[2].keys()
+        assert {"mse", "kl", "latent_std", "latent_mean"} <= rows[0].keys() and {
+            "ce",
+            "mse",
+        } <= rows[2].keys()
         drawn = Image.open(straight / "samples" / "000005" / "drawing0.png")
         assert drawn.size == (3 * 40, 40)
-        assert Image.open(straight / "samples" / "000002" / "reconstruction0-1.png").size == (40, 80)
+        assert Image.open(straight / "samples" / "000002" / "reconstruction0-1.png").size == (
+            40,
+            80,
+        )
 
         for cut in (1, 4):  # inside the autoencoder's stage, and inside the warm-up
             shutil.copytree(straight, again)
@@ -406,17 +542,31 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
 
         model = settings.model(small_draw())
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
-        saved = {step: checkpoint.restore_params(straight / "checkpoints" / str(step), abstract) for step in (2, 5, 6)}
+        saved = {
+            step: checkpoint.restore_params(straight / "checkpoints" / str(step), abstract)
+            for step in (2, 5, 6)
+        }
         group = lambda path: params_lib.fact(path).group
-        moved = lambda a, b: {group(path) for path, d in tiny.distances(saved[a], saved[b]).items() if d}
+        moved = lambda a, b: {
+            group(path) for path, d in tiny.distances(saved[a], saved[b]).items() if d
+        }
         assert moved(2, 5) == {"embed", "und", "vit", "connector", "gen", "latent"}
         assert moved(5, 6) <= {"embed", "und", "vit", "connector"}
 
         # and the command draws with it
         image = tmp_path / "problem.png"
         Image.open(straight / "samples" / "000003" / "warmup-row0-problem.png").save(image)
-        generate.main([f"--checkpoint={straight}", f"--image={image}", "--question=Height of the second highest bar?",
-                       "--visual_thoughts=generated", "--always_draw", "--rounds=2", f"--out={tmp_path / 'out'}"])
+        generate.main(
+            [
+                f"--checkpoint={straight}",
+                f"--image={image}",
+                "--question=Height of the second highest bar?",
+                "--visual_thoughts=generated",
+                "--always_draw",
+                "--rounds=2",
+                f"--out={tmp_path / 'out'}",
+            ]
+        )
         assert "1 pictures" in capsys.readouterr().err
         assert Image.open(tmp_path / "out" / "0-0.png").size == (40, 40)
         text = generate.load(str(straight), draw=False)

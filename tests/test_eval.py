@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 import small_run
-from opsd_jax import answers, arms, benchmarks, checkpoint, data, eval as eval_lib, rollout, settings, tokenizer, train
+from opsd_jax import (
+    answers,
+    arms,
+    benchmarks,
+    checkpoint,
+    data,
+    eval as eval_lib,
+    rollout,
+    settings,
+    tokenizer,
+    train,
+)
 from opsd_jax.datasets import plan, visual_opsd
 
 LAST = f"{small_run.LAST:06d}"
@@ -37,7 +48,9 @@ def workdir(trained, tmp_path):
 
 def read(folder):
     """(summary, predictions as text) of a folder of results."""
-    return json.loads((folder / "summary.json").read_text()), (folder / "predictions.jsonl").read_text()
+    return json.loads((folder / "summary.json").read_text()), (
+        folder / "predictions.jsonl"
+    ).read_text()
 
 
 def error_of(capsys, *arguments):
@@ -74,20 +87,28 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     last.rename(tmp_path / "last")
     with caplog.at_level("WARNING"):
         assert list(eval_lib.evaluate_run(str(workdir), limit=4, name="x")) == ["x"]
-    assert f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
+    assert (
+        f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
+    )
     assert read(workdir / "eval" / "x")[0]["checkpoint"].endswith(f"/{small_run.LAST}")
-    with pytest.raises(checkpoint.CheckpointGone, match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}"):
+    with pytest.raises(
+        checkpoint.CheckpointGone,
+        match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}",
+    ):
         eval_lib.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
 
 
 # --- the command --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.slow
 def test_it_repeats_what_training_measured(trained, workdir, capsys):
     shutil.rmtree(workdir / "eval")
     eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none,real"])
     eval_lib.main([f"--workdir={workdir}", "--ban_marker"])
-    eval_lib.main([f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/{small_run.WARMUP}"])
+    eval_lib.main(
+        [f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/{small_run.WARMUP}"]
+    )
     names = [f"{small_run.WARMUP:06d}-none", f"{LAST}-none", f"{LAST}-none-banned", f"{LAST}-real"]
     assert sorted(os.listdir(workdir / "eval")) == [*names, "summary.md"]
     for name in names:
@@ -100,7 +121,9 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == names
     assert f"{LAST}-real test  {small_run.TEST_ROWS}/{small_run.TEST_ROWS}  accuracy" in progress
     assert "left 0:00:00" in progress
-    eval_lib.main([f"--workdir={trained}"])  # training wrote the same table, but for the seconds, and kept its answers
+    eval_lib.main(
+        [f"--workdir={trained}"]
+    )  # training wrote the same table, but for the seconds, and kept its answers
     rows = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
     assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
 
@@ -108,8 +131,15 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
 @pytest.mark.slow
 def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     """Both protocols; a kill in between changes nothing; what the harness would judge; the page shows the pictures."""
-    run = lambda *more: eval_lib.main([f"--workdir={workdir}", f"--data_dir={TABLES}", "--batch_size=4",
-                                       "--benchmarks=BLINK,ChartQA_h_bar", *more])
+    run = lambda *more: eval_lib.main(
+        [
+            f"--workdir={workdir}",
+            f"--data_dir={TABLES}",
+            "--batch_size=4",
+            "--benchmarks=BLINK,ChartQA_h_bar",
+            *more,
+        ]
+    )
     run()
     folder = workdir / "eval" / f"{LAST}-none-BLINK-ChartQA_h_bar"
     summary, predictions = read(folder)
@@ -118,7 +148,9 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert blink["n"] == len(table.rows) and blink["md5"] == table.md5 and blink["needs_judge"] > 0
     assert (blink["unit"], chart["unit"]) == ("fraction", "percent") and blink["timed_samples"] > 0
     lines = [json.loads(line) for line in predictions.splitlines()]
-    assert [line["index"] for line in lines if line["benchmark"] == "BLINK"] == [row.index for row in table.rows]
+    assert [line["index"] for line in lines if line["benchmark"] == "BLINK"] == [
+        row.index for row in table.rows
+    ]
     texts = {line["index"]: line["prediction"] for line in lines if line["benchmark"] == "BLINK"}
     assert benchmarks.score(table, texts).overall == blink["overall"]
     with open(folder / "BLINK.tsv", encoding="utf-8", newline="") as f:
@@ -129,11 +161,13 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert "| 59.49 | 61.44 |" in (workdir / "eval" / "summary.md").read_text()
 
     asked, ask = [], answers.ask
+
     def dies(*args, **kwargs):
         asked.append(len(args[1]))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return ask(*args, **kwargs)
+
     monkeypatch.setattr(answers, "ask", dies)
     with pytest.raises(KeyboardInterrupt):
         run("--name=again")
@@ -145,7 +179,11 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
 
     run("--protocol=harness", "--rows=2", "--seed=3")
     summary, _ = read(workdir / "eval" / f"{LAST}-none-harness-random2-BLINK-ChartQA_h_bar-seed3")
-    assert summary["protocol"] == "harness-none" and summary["seed"] == 3 and summary["asked_by"] == "harness"
+    assert (
+        summary["protocol"] == "harness-none"
+        and summary["seed"] == 3
+        and summary["asked_by"] == "harness"
+    )
 
 
 @pytest.mark.slow
@@ -158,23 +196,45 @@ def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_p
         convert.main(["import", f"--source={released}", f"--target={imported}"])
         for checkpoint in (released, imported):
             for protocol in ("paper", "harness"):
-                eval_lib.main([f"--workdir={results}", f"--checkpoint={checkpoint}", f"--data_dir={TABLES}", "--rows=2",
-                               "--benchmarks=BLINK", f"--protocol={protocol}", "--batch_size=2"])
+                eval_lib.main(
+                    [
+                        f"--workdir={results}",
+                        f"--checkpoint={checkpoint}",
+                        f"--data_dir={TABLES}",
+                        "--rows=2",
+                        "--benchmarks=BLINK",
+                        f"--protocol={protocol}",
+                        "--batch_size=2",
+                    ]
+                )
     for protocol in ("paper", "harness"):
-        (a, one), (b, other) = (read(results / "eval" / f"{folder.name}-none-{protocol}-random2-BLINK")
-                                for folder in (released, imported))
+        (a, one), (b, other) = (
+            read(results / "eval" / f"{folder.name}-none-{protocol}-random2-BLINK")
+            for folder in (released, imported)
+        )
         assert one == other and a["benchmarks"]["BLINK"]["n"] == 2 and a["step"] is None
-        assert a["protocol"] == b["protocol"] == f"{protocol}-none" and a["checkpoint"] != b["checkpoint"]
+        assert (
+            a["protocol"] == b["protocol"] == f"{protocol}-none"
+            and a["checkpoint"] != b["checkpoint"]
+        )
 
 
 @pytest.mark.slow
-def test_other_weights_under_the_same_path_are_asked_anew(released, tmp_path, tmp_path_factory, capsys):
+def test_other_weights_under_the_same_path_are_asked_anew(
+    released, tmp_path, tmp_path_factory, capsys
+):
     """As when a later checkpoint is exported to the same folder: its answers are its own, or there are none."""
     from safetensors import numpy as safetensors
 
     latest = tmp_path / "latest"
     shutil.copytree(released, latest)
-    command = [f"--workdir={tmp_path}/results", f"--data_dir={TABLES}", "--rows=2", "--benchmarks=BLINK", "--batch_size=2"]
+    command = [
+        f"--workdir={tmp_path}/results",
+        f"--data_dir={TABLES}",
+        "--rows=2",
+        "--benchmarks=BLINK",
+        "--batch_size=2",
+    ]
     folder = tmp_path / "results" / "eval" / "latest-none-random2-BLINK"
     with small_run.fast_compiles(tmp_path_factory):
         eval_lib.main([*command, f"--checkpoint={latest}"])
@@ -185,14 +245,20 @@ def test_other_weights_under_the_same_path_are_asked_anew(released, tmp_path, tm
         eval_lib.main([*command, f"--checkpoint={tmp_path}/again/latest"])
         assert read(folder)[1] == predictions
 
-        file = next((tmp_path / "moved").glob("*ema*.safetensors"), None) or tmp_path / "moved" / "model.safetensors"
+        file = (
+            next((tmp_path / "moved").glob("*ema*.safetensors"), None)
+            or tmp_path / "moved" / "model.safetensors"
+        )
         tensors = safetensors.load_file(file)
         name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
         tensors[name] = tensors[name][::-1].copy()  # one matrix, the same numbers in another order
         safetensors.save_file(tensors, file)
         shutil.move(tmp_path / "moved", latest)
         message = error_of(capsys, *command, f"--checkpoint={latest}")
-        assert "another weights: the model has changed since: choose another --name" in message and str(folder) in message
+        assert (
+            "another weights: the model has changed since: choose another --name" in message
+            and str(folder) in message
+        )
         assert read(folder)[1] == predictions
         eval_lib.main([*command, f"--checkpoint={latest}", "--name=later"])
     after, _ = read(tmp_path / "results" / "eval" / "later")
@@ -210,7 +276,9 @@ def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
     eval_lib.main([*command, "--on_bad_row=skip"])
     summary, predictions = read(workdir / "eval" / f"{LAST}-none-public")
     assert summary["benchmarks"]["MMVP"]["bad_rows"] == [str(table.rows[1].index)]
-    assert len(predictions.splitlines()) == len(table.rows) - 1 == summary["benchmarks"]["MMVP"]["n"]
+    assert (
+        len(predictions.splitlines()) == len(table.rows) - 1 == summary["benchmarks"]["MMVP"]["n"]
+    )
 
 
 @pytest.mark.slow
@@ -218,7 +286,10 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
     eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=remove,noise"])
     texts, noise = (read(workdir / "eval" / f"{LAST}-{mode}")[0] for mode in ("remove", "noise"))
     assert texts["protocol"] == "mini-greedy-remove" and texts["mode"] == "remove"
-    assert "visual thought 1 (noise)" in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
+    assert (
+        "visual thought 1 (noise)"
+        in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
+    )
     assert "visual thought" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
     eval_lib.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
     summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-random3")
@@ -228,20 +299,37 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
 @pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
     run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
-    run("--rows=3", "--split=validation", "--benchmarks=chart", "--visual_thoughts=noise", "--seed=5,6")
+    run(
+        "--rows=3",
+        "--split=validation",
+        "--benchmarks=chart",
+        "--visual_thoughts=noise",
+        "--seed=5,6",
+    )
     assert "| 5, 6 | 3 of 16 |" in (workdir / "eval" / "summary.md").read_text()
     summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-random3-seed5")
     source = visual_opsd.open_source(workdir / "data", "validation", task=small_run.TASK)
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
-        source[n].pid for n in plan.subset(16, 3, 0)]  # the run's seed, whatever --seed is
+        source[n].pid for n in plan.subset(16, 3, 0)
+    ]  # the run's seed, whatever --seed is
     assert [summary[key] for key in ("seed", "split", "step")] == [5, "validation", 6]
     assert summary["benchmarks"][small_run.TASK]["rows"] == {"drawn": 3, "of": 16, "seed": 0}
-    assert "a random subset, 3 of 16" in (workdir / "eval" / f"{LAST}-noise-validation-random3-seed5" / "report.html").read_text()
-    run(f"--checkpoint={workdir}/checkpoints/3", "--name=mine", "--rows=2", f"--benchmarks={small_run.TASK}")
+    assert (
+        "a random subset, 3 of 16"
+        in (workdir / "eval" / f"{LAST}-noise-validation-random3-seed5" / "report.html").read_text()
+    )
+    run(
+        f"--checkpoint={workdir}/checkpoints/3",
+        "--name=mine",
+        "--rows=2",
+        f"--benchmarks={small_run.TASK}",
+    )
     assert read(workdir / "eval" / "mine")[0]["benchmarks"][small_run.TASK]["n"] == 2
     run("--name=two", "--rows=2", "--visual_thoughts=none,swap")
     assert {"two-none", "two-swap"} < set(os.listdir(workdir / "eval"))
-    assert f"{LAST}-none" in (workdir / "eval" / "summary.md").read_text()  # and what was there before
+    assert (
+        f"{LAST}-none" in (workdir / "eval" / "summary.md").read_text()
+    )  # and what was there before
 
 
 @pytest.mark.slow
@@ -266,25 +354,48 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     assert f"{arm}/data" in message and f"{arm}/../../data" in message and "data.dir" in message
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--visual_thoughts=reel"], "--visual_thoughts=reel: choose from none, real, noise, swap, image, remove, generated"),
-    (["--visual_thoughts="], "--visual_thoughts=: choose from"),
-    (["--benchmarks=maze"], "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)"),
-    (["--rows=-1"], "--rows=-1: give a whole number, at least 0"),
-    (["--split=dev"], "dev"),
-    (["--protocol=papr"], "--protocol=papr: choose from paper, harness"),
-    (["--protocol=paper", "--visual_thoughts=real"], "--protocol=paper with --visual_thoughts=real: the teacher's"),
-    ([f"--data_dir={TABLES}", "--visual_thoughts=none,swap"], "--visual_thoughts=swap: public tables hold no"),
-    ([f"--data_dir={TABLES}", "--benchmarks=MMVQ"], "--benchmarks=MMVQ: this run has the tasks"),
-    (["--data_dir=/nowhere"], "no benchmark file in /nowhere: put NAME.tsv there"),
-    (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
-    (["--visual_thoughts=generated"], "was trained without what draws"),
-    (["--against=gone", "--rows=1"], "--against=gone: no "),
-    ([f"--against={LAST}-none", "--split=validation"], f"--against={LAST}-none has results of split test, these are of validation"),
-    ([f"--name={small_run.WARMUP:06d}-none"],
-     f"eval/{small_run.WARMUP:06d}-none/answers.jsonl was begun with another step, weights: the model has changed since: choose "
-     "another --name"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--visual_thoughts=reel"],
+            "--visual_thoughts=reel: choose from none, real, noise, swap, image, remove, generated",
+        ),
+        (["--visual_thoughts="], "--visual_thoughts=: choose from"),
+        (
+            ["--benchmarks=maze"],
+            "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)",
+        ),
+        (["--rows=-1"], "--rows=-1: give a whole number, at least 0"),
+        (["--split=dev"], "dev"),
+        (["--protocol=papr"], "--protocol=papr: choose from paper, harness"),
+        (
+            ["--protocol=paper", "--visual_thoughts=real"],
+            "--protocol=paper with --visual_thoughts=real: the teacher's",
+        ),
+        (
+            [f"--data_dir={TABLES}", "--visual_thoughts=none,swap"],
+            "--visual_thoughts=swap: public tables hold no",
+        ),
+        (
+            [f"--data_dir={TABLES}", "--benchmarks=MMVQ"],
+            "--benchmarks=MMVQ: this run has the tasks",
+        ),
+        (["--data_dir=/nowhere"], "no benchmark file in /nowhere: put NAME.tsv there"),
+        (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
+        (["--visual_thoughts=generated"], "was trained without what draws"),
+        (["--against=gone", "--rows=1"], "--against=gone: no "),
+        (
+            [f"--against={LAST}-none", "--split=validation"],
+            f"--against={LAST}-none has results of split test, these are of validation",
+        ),
+        (
+            [f"--name={small_run.WARMUP:06d}-none"],
+            f"eval/{small_run.WARMUP:06d}-none/answers.jsonl was begun with another step, weights: the model has changed since: choose "
+            "another --name",
+        ),
+    ],
+)
 @pytest.mark.slow
 def test_what_cannot_be_evaluated(trained, capsys, arguments, message):
     before = read(trained / "eval" / f"{LAST}-none")
@@ -310,13 +421,21 @@ def test_settings_come_back_as_they_were(trained):
     config = data.load_config(str(trained))
     assert checkpoint.config_to_json(config) == checkpoint.config_to_json(small_run.config())
     before = small_run.config()
-    for path in ("stages", "data.tasks", "data.limits", "eval.final_visual_thoughts", "sft.freeze", "mesh"):
+    for path in (
+        "stages",
+        "data.tasks",
+        "data.limits",
+        "eval.final_visual_thoughts",
+        "sft.freeze",
+        "mesh",
+    ):
         key = operator.attrgetter(path)
         assert key(config) == key(before) and type(key(config)) is type(key(before))
     assert settings.model(config) == settings.model(before) and hash(settings.model(config))
 
 
 # --- what is counted ----------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
 class Example:
@@ -333,9 +452,14 @@ class Sources:
     """Stands for data.Rows, data.Packer and the tokenizer. Row n of source s is "s-n", its answer "an"."""
 
     def __init__(self, *sizes):
-        self.sources = [[Example(f"{s}-{n}", f"a{n}", {}) for n in range(size)]
-                        for s, size in enumerate(sizes)]
-        self.tokenizer, self.packed, self.buckets = self, [], types.SimpleNamespace(student=["the only one"])
+        self.sources = [
+            [Example(f"{s}-{n}", f"a{n}", {}) for n in range(size)] for s, size in enumerate(sizes)
+        ]
+        self.tokenizer, self.packed, self.buckets = (
+            self,
+            [],
+            types.SimpleNamespace(student=["the only one"]),
+        )
 
     def __call__(self, source, n):
         return self.sources[source][n]
@@ -365,35 +489,72 @@ class Sampler:
         for b, row in enumerate(context):
             number = int("".join(map(chr, row)).split("-")[1])
             text = f"<answer>a{number if number % 2 == 0 else 'x'}</answer>"
-            tokens[b, :len(text)], mask[b, :len(text)] = [ord(c) for c in text], True
+            tokens[b, : len(text)], mask[b, : len(text)] = [ord(c) for c in text], True
         zeros = np.zeros(len(context), np.int32)
-        return rollout.Trajectory(tokens, mask, np.zeros_like(tokens, np.float32), zeros,
-                                  zeros + rollout.STOP_EOS, tokens, mask, zeros)
+        return rollout.Trajectory(
+            tokens,
+            mask,
+            np.zeros_like(tokens, np.float32),
+            zeros,
+            zeros + rollout.STOP_EOS,
+            tokens,
+            mask,
+            zeros,
+        )
 
 
 def test_every_row_is_counted_once(monkeypatch):
     rows, sampler, told = Sources(5, 3), Sampler(), []
     monkeypatch.setattr(rollout, "sample", sampler)
     config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
-    evaluate = functools.partial(eval_lib.evaluate, {}, rows, rows, config=config, task_names=("A", "B"),
-                                 mode="none", batch_size=2)
+    evaluate = functools.partial(
+        eval_lib.evaluate,
+        {},
+        rows,
+        rows,
+        config=config,
+        task_names=("A", "B"),
+        mode="none",
+        batch_size=2,
+    )
     results = evaluate(on_batch=lambda *numbers: told.append(numbers))
-    assert rows.packed == [["0-0", "0-1"], ["0-2", "0-3"], ["0-4", "0-4"], ["1-0", "1-1"], ["1-2", "1-2"]]
+    assert rows.packed == [
+        ["0-0", "0-1"],
+        ["0-2", "0-3"],
+        ["0-4", "0-4"],
+        ["1-0", "1-1"],
+        ["1-2", "1-2"],
+    ]
     assert told == [(2, 1), (4, 2), (5, 3), (7, 4), (8, 5)]
     found = [(r.name, r.hits, len(r.predictions), r.timed) for r in results]
     assert found == [("A", 3, 5, 3), ("B", 2, 3, 3)]
     first, second = results[0].predictions[:2]
-    assert first == {"index": 0, "pid": "0-0", "prediction": "<answer>a0</answer>", "answer": "a0",
-                     "expected": "a0", "hit": True, "tokens": 19, "stop": "eos", "image_skips": 0}
+    assert first == {
+        "index": 0,
+        "pid": "0-0",
+        "prediction": "<answer>a0</answer>",
+        "answer": "a0",
+        "expected": "a0",
+        "hit": True,
+        "tokens": 19,
+        "stop": "eos",
+        "image_skips": 0,
+    }
     assert not second["hit"] and second["answer"] == "ax"
     summary = results[0].summary()
-    assert summary["overall"] == 0.6 and summary["eos_rate"] == 1 and summary["mean_output_tokens"] == 19
+    assert (
+        summary["overall"] == 0.6
+        and summary["eos_rate"] == 1
+        and summary["mean_output_tokens"] == 19
+    )
     low, high = summary["interval_95"]
     assert 0.2 < low < 0.6 < high < 0.9
 
     first, second = evaluate(limit=2, subset_seed=3, seed=9)
     assert [p["index"] for p in first.predictions] == plan.subset(5, 2, 3) != [0, 1]
-    assert first.summary()["rows"] == {"drawn": 2, "of": 5, "seed": 3} and len(second.predictions) == 2
+    assert (
+        first.summary()["rows"] == {"drawn": 2, "of": 5, "seed": 3} and len(second.predictions) == 2
+    )
     assert "rows" not in evaluate(limit=7)[0].summary()
 
 
@@ -403,24 +564,35 @@ def test_seconds_are_not_the_compilers(monkeypatch):
     monkeypatch.setattr(rollout, "sample", sampler)
     config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
     for calls in (2, 3):
-        result, = eval_lib.evaluate({}, rows, rows, config=config, task_names=["A"], mode="none",
-                                    batch_size=2)
+        (result,) = eval_lib.evaluate(
+            {}, rows, rows, config=config, task_names=["A"], mode="none", batch_size=2
+        )
         assert sampler.calls == calls and result.timed == 2 and result.seconds > 0
 
 
 def test_batches_are_filled_with_the_last_row():
     assert list(eval_lib.batches(range(5), 2)) == [[0, 1], [2, 3], [4, 4]]
-    assert list(eval_lib.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(eval_lib.batches(range(4), 4)) == [[0, 1, 2, 3]]
+    assert list(eval_lib.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(
+        eval_lib.batches(range(4), 4)
+    ) == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("metadata, gold, text, expected", [
-    ({}, "7 cm", "<answer> 7   cm </answer>", ("7   cm", True)),
-    ({}, "7 cm", "<answer>7cm</answer>", ("7cm", False)),
-    ({}, "b", "<answer>b</answer> no: <answer>c</answer>", ("c", False)),
-    ({}, "b", "b", (None, False)),
-    ({"family": "chart", "answer": "n7"}, "something else", "<answer>n7</answer>", ("n7", True)),
-    ({"family": "chart", "answer": "n7"}, "n8", "<answer>n8</answer>", ("n8", False)),
-])
+@pytest.mark.parametrize(
+    "metadata, gold, text, expected",
+    [
+        ({}, "7 cm", "<answer> 7   cm </answer>", ("7   cm", True)),
+        ({}, "7 cm", "<answer>7cm</answer>", ("7cm", False)),
+        ({}, "b", "<answer>b</answer> no: <answer>c</answer>", ("c", False)),
+        ({}, "b", "b", (None, False)),
+        (
+            {"family": "chart", "answer": "n7"},
+            "something else",
+            "<answer>n7</answer>",
+            ("n7", True),
+        ),
+        ({"family": "chart", "answer": "n7"}, "n8", "<answer>n8</answer>", ("n8", False)),
+    ],
+)
 def test_hits(metadata, gold, text, expected):
     assert eval_lib.is_hit(Example("", gold, metadata), text) == expected
 
@@ -458,7 +630,10 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
 
     rows, buckets = Rows(config, str(trained), tok, "test"), config.data.buckets
     more = len(rows(0, 0).question) // 2
-    long = {kind: ((buckets[kind][0][0] + more, *buckets[kind][0][1:]),) for kind in ("student", "teacher", "trace")}
+    long = {
+        kind: ((buckets[kind][0][0] + more, *buckets[kind][0][1:]),)
+        for kind in ("student", "teacher", "trace")
+    }
     short = {kind: (buckets[kind][0],) for kind in long}
     buckets.update(long)
     packer = data.Packer(config.copy_and_resolve_references(), tok)
@@ -469,23 +644,43 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
 
     params = checkpoint.restore_params(trained, small_run.abstract_params())
     sampled, sample = [], rollout.sample
+
     def seen(params, packed, key, *, config):
         sampled.append((packed.slots, packed.length.tolist()))
         return sample(params, packed, key, config=config)
+
     seen._cache_size = sample._cache_size
     monkeypatch.setattr(rollout, "sample", seen)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    ask = lambda packer, mode: eval_lib.evaluate(
-        params, rows, packer, config=settings.rollout(config, tok, marker, max_new_tokens=8), task_names=[small_run.TASK],
-        mode=mode, batch_size=4)[0].predictions
+    ask = lambda packer, mode: (
+        eval_lib.evaluate(
+            params,
+            rows,
+            packer,
+            config=settings.rollout(config, tok, marker, max_new_tokens=8),
+            task_names=[small_run.TASK],
+            mode=mode,
+            batch_size=4,
+        )[0].predictions
+    )
     for mode in ("none", "swap", "noise", "remove"):
         sampled.clear()
         with_two, sizes = ask(both, mode), {slots for slots, _ in sampled}
         assert len(sizes) == (1 if mode == "remove" else 2) and with_two == ask(packer, mode)
         assert all(length <= slots for slots, of_batch in sampled for length in of_batch)
     kl = lambda packer: eval_lib.reference_kl(
-        params, params, rows, packer, config=settings.model(config), task_names=[small_run.TASK], batch_size=4, limit=6)
-    assert kl(both)[small_run.TASK]["kl"] == pytest.approx(kl(packer)[small_run.TASK]["kl"], abs=1e-5)
+        params,
+        params,
+        rows,
+        packer,
+        config=settings.model(config),
+        task_names=[small_run.TASK],
+        batch_size=4,
+        limit=6,
+    )
+    assert kl(both)[small_run.TASK]["kl"] == pytest.approx(
+        kl(packer)[small_run.TASK]["kl"], abs=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -501,11 +696,25 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
     def kl_to_student(teacher, student, batch, completion, *, config):
         assert (teacher, student) == ("theirs", "ours")
         seen.append((batch.student.length, batch.teacher.length))
-        return np.broadcast_to(np.arange(completion.mask.shape[1], dtype=np.float32), completion.mask.shape)
+        return np.broadcast_to(
+            np.arange(completion.mask.shape[1], dtype=np.float32), completion.mask.shape
+        )
 
     monkeypatch.setattr(distill, "kl_to_student", kl_to_student)
-    found = eval_lib.reference_kl("theirs", "ours", rows, packer, config=None, task_names=[small_run.TASK],
-                                  batch_size=4, limit=6)
-    targets = np.array([len(packer.reference(rows(0, n))) + 1 for n in plan.subset(small_run.TEST_ROWS, 6, 0)])  # and the closing eos
+    found = eval_lib.reference_kl(
+        "theirs",
+        "ours",
+        rows,
+        packer,
+        config=None,
+        task_names=[small_run.TASK],
+        batch_size=4,
+        limit=6,
+    )
+    targets = np.array(
+        [len(packer.reference(rows(0, n))) + 1 for n in plan.subset(small_run.TEST_ROWS, 6, 0)]
+    )  # and the closing eos
     assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
-    assert len(seen) == 2 and all((t > s + 25).all() for s, t in seen)  # the teacher sees a picture more
+    assert len(seen) == 2 and all(
+        (t > s + 25).all() for s, t in seen
+    )  # the teacher sees a picture more

@@ -43,7 +43,9 @@ def test_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         call = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, call=call: (done.append(name), call(*args)))
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, call=call: (done.append(name), call(*args))
+        )
     files.write(tmp_path / "a", "x")
     assert done == ["fsync", "replace"]
 
@@ -61,6 +63,14 @@ def test_two_writers_of_one_file(tmp_path, monkeypatch):
 
 def test_no_other_way_of_replacing_a_file():
     """`os.replace` elsewhere moves folders and files that a library has written."""
-    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
-             if re.search(r"\bos\.replace\(", path.read_text(encoding="utf-8"))}
-    assert found == {"files.py", "datasets/visual_opsd.py", "tasks/parquet.py", "tasks/vocabulary.py"}
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"\bos\.replace\(", path.read_text(encoding="utf-8"))
+    }
+    assert found == {
+        "files.py",
+        "datasets/visual_opsd.py",
+        "tasks/parquet.py",
+        "tasks/vocabulary.py",
+    }

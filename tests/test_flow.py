@@ -42,6 +42,7 @@ def text(rng, n):
 
 # ---- the second opinion
 
+
 class Sequence:
     """A row of blocks, slot after slot. Latent blocks may be given as (block, tokens, times) with what is fed.
 
@@ -49,7 +50,9 @@ class Sequence:
     """
 
     def __init__(self, params, blocks, after=()):
-        p = jax.tree.map(lambda a: np.asarray(a, np.float64), {name: params[name] for name in ("llm", "latent")})
+        p = jax.tree.map(
+            lambda a: np.asarray(a, np.float64), {name: params[name] for name in ("llm", "latent")}
+        )
         table, pieces, positions, gens, noised = p["llm"]["embed"], [], [], [], []
         rope, stops = 0, []
         for block in [*blocks, *([np.asarray(after)] if len(after) else [])]:
@@ -59,12 +62,18 @@ class Sequence:
             if isinstance(block, np.ndarray):  # raw ids
                 piece, causal, advance = table[block], True, len(block)
             elif isinstance(block, Text):
-                piece, causal, advance = table[[TOKENIZER.bos, *block.ids, TOKENIZER.eos]], True, len(block.ids) + 2
+                piece, causal, advance = (
+                    table[[TOKENIZER.bos, *block.ids, TOKENIZER.eos]],
+                    True,
+                    len(block.ids) + 2,
+                )
             elif isinstance(block, Image):
                 piece = np.concatenate([ends[0], vit_of(params, block), ends[1]])
             else:
                 tokens = block.tokens if tokens is None else tokens
-                piece = np.concatenate([ends[0], latents_of(p["latent"], tokens, times, block.grid), ends[1]])
+                piece = np.concatenate(
+                    [ends[0], latents_of(p["latent"], tokens, times, block.grid), ends[1]]
+                )
                 advance = 0 if block.noised else 1
             n, at = len(piece), len(positions)
             pieces.append(piece)
@@ -73,7 +82,12 @@ class Sequence:
             noised += [at + 1 if hidden else 0] * n
             stops += range(at + 1, at + n + 1) if causal else [at + n] * n
             rope += advance
-        self.p, self.x, self.positions, self.gen = p, np.concatenate(pieces), np.array(positions), np.array(gens)
+        self.p, self.x, self.positions, self.gen = (
+            p,
+            np.concatenate(pieces),
+            np.array(positions),
+            np.array(gens),
+        )
         noised = np.array(noised)
         self.mask = np.arange(len(positions)) < np.array(stops)[:, None]
         self.mask &= (noised == 0) | (noised == noised[:, None])
@@ -81,15 +95,26 @@ class Sequence:
 
     def forward(self):
         c, llm, x = DRAWING.llm, self.p["llm"], self.x
-        own = lambda name, n: np.where(self.gen[:, None], *(llm["layers"][e][name][n] for e in ("gen", "und")))
+        own = lambda name, n: np.where(
+            self.gen[:, None], *(llm["layers"][e][name][n] for e in ("gen", "und"))
+        )
         both = lambda y, name, n: np.where(
-            self.gen[:, None], *(y @ llm["layers"][e][f"{name}_kernel"][n] for e in ("gen", "und")))
-        norm = lambda y, scale: y / np.sqrt((y * y).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
+            self.gen[:, None], *(y @ llm["layers"][e][f"{name}_kernel"][n] for e in ("gen", "und"))
+        )
+        norm = lambda y, scale: (
+            y / np.sqrt((y * y).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
+        )
         for n in range(c.num_layers):
             y = norm(x, own("input_norm", n))
-            q, k, v = ((both(y, a, n) + own(f"{a}_bias", n)).reshape(len(x), -1, c.head_dim) for a in "qkv")
-            q, k = (reference.rope(norm(a, own(f"{name}_norm", n)[:, None]), self.positions, c.rope_theta)
-                    for name, a in (("q", q), ("k", k)))
+            q, k, v = (
+                (both(y, a, n) + own(f"{a}_bias", n)).reshape(len(x), -1, c.head_dim) for a in "qkv"
+            )
+            q, k = (
+                reference.rope(
+                    norm(a, own(f"{name}_norm", n)[:, None]), self.positions, c.rope_theta
+                )
+                for name, a in (("q", q), ("k", k))
+            )
             x = x + both(reference.attention(q, k, v, self.mask), "o", n)
             y = norm(x, own("post_norm", n))
             gate = both(y, "gate", n)
@@ -107,14 +132,17 @@ _encode_images = jax.jit(functools.partial(bagel.encode_images, config=DRAWING))
 def vit_of(params, block):
     """What an image's patches become in the decoder's sequence, by the package itself."""
     alone = pack([[block]], slots=6, patches=4)
-    return np.asarray(_encode_images(params, alone), np.float64)[0, :len(block.patches)]
+    return np.asarray(_encode_images(params, alone), np.float64)[0, : len(block.patches)]
 
 
 def latents_of(p, tokens, times, grid):
     """What latent tokens become in the decoder's sequence."""
     times = np.broadcast_to(np.asarray(times, np.float64), len(tokens))
     angles = times[:, None] * 10000.0 ** (-np.arange(128) / 128)
-    wave = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) @ p["time_fc1_kernel"] + p["time_fc1_bias"]
+    wave = (
+        np.concatenate([np.cos(angles), np.sin(angles)], axis=1) @ p["time_fc1_kernel"]
+        + p["time_fc1_bias"]
+    )
     time = wave / (1 + np.exp(-wave)) @ p["time_fc2_kernel"] + p["time_fc2_bias"]
     ids = [row * SIDE + column for row in range(grid[0]) for column in range(grid[1])]
     return tokens @ p["in_kernel"] + p["in_bias"] + time + p["position_table"][ids]
@@ -133,6 +161,7 @@ def in_sequence(packed, row):
 
 # ---- latents in the network
 
+
 @pytest.fixture(scope="module")
 def mixed(params):
     """Three rows: two noised images with their clean copies among text and patches; a clean image; none at all.
@@ -141,7 +170,16 @@ def mixed(params):
     first, second = latent(rng, (2, 2)), latent(rng, (1, 3))
     noised = lambda block: dataclasses.replace(block, noised=True)
     rows = [
-        [text(rng, 2), image(rng, (1, 2)), noised(first), first, text(rng, 3), noised(second), second, text(rng, 1)],
+        [
+            text(rng, 2),
+            image(rng, (1, 2)),
+            noised(first),
+            first,
+            text(rng, 3),
+            noised(second),
+            second,
+            text(rng, 1),
+        ],
         [text(rng, 1), latent(rng, (3, 2)), image(rng, (2, 2)), text(rng, 4)],
         [text(rng, 5), image(rng, (1, 1)), text(rng, 2)],
     ]
@@ -149,11 +187,15 @@ def mixed(params):
     noise = rng.standard_normal(packed.latents.tokens.shape, np.float32)
     times = np.zeros(noise.shape[:2], np.float32)
     times[0, :4], times[0, 8:11] = 0.3, 0.8  # slots: 4 noised, 4 clean, 3 noised, 3 clean
-    tokens = ((1 - times)[..., None] * packed.latents.tokens + times[..., None] * noise).astype(np.float32)
+    tokens = ((1 - times)[..., None] * packed.latents.tokens + times[..., None] * noise).astype(
+        np.float32
+    )
     fed = [list(row) for row in rows]
     fed[0][2] = (rows[0][2], tokens[0, :4], 0.3)
     fed[0][5] = (rows[0][5], tokens[0, 8:11], 0.8)
-    return types.SimpleNamespace(rows=rows, fed=fed, packed=packed, noise=noise, times=times, tokens=tokens)
+    return types.SimpleNamespace(
+        rows=rows, fed=fed, packed=packed, noise=noise, times=times, tokens=tokens
+    )
 
 
 def test_hidden_states_equal_a_dense_forward(params, mixed):
@@ -177,14 +219,21 @@ def test_clean_latents_are_read_at_time_zero(params, mixed):
 
 def test_each_expert_has_its_own_slots(params, mixed):
     """Other generation weights change latents and what comes after them, nothing before and no row without."""
-    other = params_lib.unflatten({
-        path: leaf * 1.5 if params_lib.fact(path).group in ("gen", "latent") else leaf
-        for path, leaf in params_lib.flatten(params).items()})
-    one, two = (np.asarray(read(p, mixed.packed, mixed.tokens, mixed.times)) for p in (params, other))
+    other = params_lib.unflatten(
+        {
+            path: leaf * 1.5 if params_lib.fact(path).group in ("gen", "latent") else leaf
+            for path, leaf in params_lib.flatten(params).items()
+        }
+    )
+    one, two = (
+        np.asarray(read(p, mixed.packed, mixed.tokens, mixed.times)) for p in (params, other)
+    )
     for row, first in ((0, 8), (1, 3)):  # places before the first image with its delimiters
         places = in_sequence(mixed.packed, row)
         np.testing.assert_array_equal(one[row, places[:first]], two[row, places[:first]])
-        assert (np.abs(one[row, places[first:]] - two[row, places[first:]]).max(axis=1) > 1e-3).all()
+        assert (
+            np.abs(one[row, places[first:]] - two[row, places[first:]]).max(axis=1) > 1e-3
+        ).all()
     used = mixed.packed.segment[2] > 0
     np.testing.assert_array_equal(one[2, used], two[2, used])
 
@@ -192,19 +241,28 @@ def test_each_expert_has_its_own_slots(params, mixed):
 def test_a_noised_image_touches_itself_alone(params, mixed):
     tokens = mixed.tokens.copy()
     tokens[0, :4] += 1
-    one, two = (np.asarray(read(params, mixed.packed, x, mixed.times)) for x in (mixed.tokens, tokens))
+    one, two = (
+        np.asarray(read(params, mixed.packed, x, mixed.times)) for x in (mixed.tokens, tokens)
+    )
     changed = (np.abs(one - two).max(axis=2) > 1e-4) & (mixed.packed.segment > 0)
     expected = np.zeros_like(changed)
-    expected[0, in_sequence(mixed.packed, 0)[8:14]] = True  # 4 text and 4 image slots before, delimiters too
+    expected[0, in_sequence(mixed.packed, 0)[8:14]] = (
+        True  # 4 text and 4 image slots before, delimiters too
+    )
     np.testing.assert_array_equal(changed, expected)
 
 
 def test_padding_latents_do_not_matter(params, mixed, rng):
     padding = mixed.packed.latents.image == 0
     assert padding.sum(axis=1).tolist() == [2, 10, 16]
-    tokens = np.where(padding[..., None], rng.standard_normal(mixed.tokens.shape, np.float32) * 9, mixed.tokens)
+    tokens = np.where(
+        padding[..., None], rng.standard_normal(mixed.tokens.shape, np.float32) * 9, mixed.tokens
+    )
     times = np.where(padding, 0.7, mixed.times).astype(np.float32)
-    one, two = (np.asarray(read(params, mixed.packed, *fed)) for fed in ((mixed.tokens, mixed.times), (tokens, times)))
+    one, two = (
+        np.asarray(read(params, mixed.packed, *fed))
+        for fed in ((mixed.tokens, mixed.times), (tokens, times))
+    )
     used = mixed.packed.segment > 0
     np.testing.assert_array_equal(one[used], two[used])
 
@@ -223,7 +281,13 @@ def test_unused_latents_leave_hidden_states_alone(params, rng):
 
 def test_latents_need_the_generation_expert(params, mixed):
     with pytest.raises(ValueError, match="latent slots need the generation expert"):
-        bagel.forward(params, jnp.zeros((1, 2, 32)), *jnp.ones((3, 1, 2), jnp.int32), config=tiny.MODEL, latents=1)
+        bagel.forward(
+            params,
+            jnp.zeros((1, 2, 32)),
+            *jnp.ones((3, 1, 2), jnp.int32),
+            config=tiny.MODEL,
+            latents=1,
+        )
 
 
 def test_a_fresh_model_draws_nothing():
@@ -237,24 +301,36 @@ def test_sampling_behind_latents_is_greedy_decoding(params):
     """Every token that was fed is the argmax of a whole forward over the sequence so far."""
     rng = np.random.default_rng(5)
     drawn = latent(rng, (2, 2))
-    rows = [[text(rng, 2), drawn, image(rng, (2, 2)), text(rng, 3)], [text(rng, 1), latent(rng, (1, 3))],
-            [text(rng, 4)]]
+    rows = [
+        [text(rng, 2), drawn, image(rng, (2, 2)), text(rng, 3)],
+        [text(rng, 1), latent(rng, (1, 3))],
+        [text(rng, 4)],
+    ]
     packed = pack(rows, slots=24, patches=4, latents=5)
     config = tiny.rollout_config(model=DRAWING, max_new_tokens=8, greedy=True)
-    trajectory, logits = rollout.sample(params, packed, jax.random.key(0), config=config, return_logits=True)
+    trajectory, logits = rollout.sample(
+        params, packed, jax.random.key(0), config=config, return_logits=True
+    )
     assert len(np.unique(trajectory.fed, axis=0)) == 3
     for row, blocks in enumerate(rows):
         n = int(trajectory.num_fed[row])
         fed = np.asarray(trajectory.fed[row, :n])
-        expected = Sequence(params, blocks, after=fed).hidden[-n:] @ np.asarray(params["llm"]["head"], np.float64)
+        expected = Sequence(params, blocks, after=fed).hidden[-n:] @ np.asarray(
+            params["llm"]["head"], np.float64
+        )
         np.testing.assert_allclose(logits[row, :n], expected, atol=5e-4)
         assert n > 3 and fed[0] == TOKENIZER.bos and (fed[1:] == expected[:-1].argmax(axis=1)).all()
 
 
 # ---- schedule and guidance
 
+
 def config_of(**kwargs):
-    defaults = {"model": DRAWING, "image_start": TOKENIZER.image_start, "image_end": TOKENIZER.image_end}
+    defaults = {
+        "model": DRAWING,
+        "image_start": TOKENIZER.image_start,
+        "image_end": TOKENIZER.image_end,
+    }
     return flow.FlowConfig(**{**defaults, **kwargs})
 
 
@@ -264,7 +340,13 @@ def test_timesteps():
     assert (np.diff(times) < 0).all()
     t = 1 - np.arange(50) / 49
     np.testing.assert_allclose(times, 3 * t / (1 + 2 * t), atol=1e-6)
-    assert flow.timesteps(config_of(num_timesteps=5, timestep_shift=1.0)).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert flow.timesteps(config_of(num_timesteps=5, timestep_shift=1.0)).tolist() == [
+        1,
+        0.75,
+        0.5,
+        0.25,
+        0,
+    ]
     assert flow.shifted(0.5, 3.0) == 0.75
 
 
@@ -273,12 +355,25 @@ def test_training_times(rng):
     found = np.asarray(flow.training_times(raw, 1.0))
     np.testing.assert_allclose(found, [0, 1 / (1 + np.e), 0.5, 1 / (1 + np.exp(-2)), 1], atol=1e-6)
     assert found[0] == 0  # exactly: such an image is clean
-    np.testing.assert_allclose(flow.training_times(raw, 4.0), 4 * found / (1 + 3 * found), atol=1e-6)
+    np.testing.assert_allclose(
+        flow.training_times(raw, 4.0), 4 * found / (1 + 3 * found), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize(("interval", "steps"), [
-    ((0.0, 1.0), (0, 4)), ((0.5, 1.0), (0, 2)), ((0.25, 0.75), (1, 3)), ((0.2, 0.8), (1, 4)), ((0.0, 0.25), (3, 4)),
-    ((0.3, 0.4), (0, 0)), ((1.0, 1.0), (0, 0)), ((0.9, 2.0), (0, 1)), ((0.8, 0.2), (0, 0))])
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [
+        ((0.0, 1.0), (0, 4)),
+        ((0.5, 1.0), (0, 2)),
+        ((0.25, 0.75), (1, 3)),
+        ((0.2, 0.8), (1, 4)),
+        ((0.0, 0.25), (3, 4)),
+        ((0.3, 0.4), (0, 0)),
+        ((1.0, 1.0), (0, 0)),
+        ((0.9, 2.0), (0, 1)),
+        ((0.8, 0.2), (0, 0)),
+    ],
+)
 def test_guided_steps(interval, steps):
     """Steps start at 1, 0.75, 0.5 and 0.25; the interval is open below and closed above."""
     config = config_of(num_timesteps=5, timestep_shift=1.0, interval=interval)
@@ -296,7 +391,10 @@ def test_guided_steps_compare_shifted_times():
 
 def test_branches():
     branches = lambda a, b: config_of(text_scale=a, image_scale=b).branches
-    assert branches(3.0, 1.5) == ("cond", "text", "image") and branches(3.0, 1.0) == ("cond", "text")
+    assert branches(3.0, 1.5) == ("cond", "text", "image") and branches(3.0, 1.0) == (
+        "cond",
+        "text",
+    )
     assert branches(1.0, 1.5) == branches(0.5, 9.0) == ("cond",)
     assert config_of(**flow.HARNESS).branches == ("cond", "text", "image")
     assert flow.guided_steps(config_of(**flow.HARNESS)) == (0, 49)
@@ -305,16 +403,23 @@ def test_branches():
 def test_wrong_configs_are_refused():
     with pytest.raises(ValueError, match="this model cannot draw.*without --only=understanding"):
         config_of(model=tiny.MODEL)
-    with pytest.raises(ValueError, match="num_timesteps is 1: give a whole number in .2, inf.; a grid has at least its two ends"):
+    with pytest.raises(
+        ValueError,
+        match="num_timesteps is 1: give a whole number in .2, inf.; a grid has at least its two ends",
+    ):
         config_of(num_timesteps=1)
-    with pytest.raises(ValueError, match=r"renorm is 'none': choose from \('global', 'channel', 'text_channel'\)"):
+    with pytest.raises(
+        ValueError, match=r"renorm is 'none': choose from \('global', 'channel', 'text_channel'\)"
+    ):
         config_of(renorm="none")
     assert len(flow.timesteps(config_of(num_timesteps=2))) == 2
 
 
 def guided_by_hand(cond, text, image, config):
     """One image without padding, [G, C], float64; image is None where its guidance is off."""
-    norm = {"global": np.linalg.norm}.get(config.renorm, lambda v: np.linalg.norm(v, axis=1, keepdims=True))
+    norm = {"global": np.linalg.norm}.get(
+        config.renorm, lambda v: np.linalg.norm(v, axis=1, keepdims=True)
+    )
     shrink = lambda u: u * np.clip(norm(cond) / (norm(u) + 1e-8), config.renorm_min, 1)
     u = text + config.text_scale * (cond - text)
     if config.renorm == "text_channel":
@@ -328,7 +433,9 @@ def guided_by_hand(cond, text, image, config):
 @pytest.mark.parametrize("renorm", flow.RENORMS)
 def test_guidance(rng, renorm, scales, minimum):
     """Two images of 5 and 3 tokens; padding holds huge values."""
-    config = config_of(renorm=renorm, text_scale=scales[0], image_scale=scales[1], renorm_min=minimum)
+    config = config_of(
+        renorm=renorm, text_scale=scales[0], image_scale=scales[1], renorm_min=minimum
+    )
     counts, (cond, text, image) = (5, 3), rng.standard_normal((3, 2, 5, C)).astype(np.float32)
     cond[0, 2] *= 9  # a token whose guided norm is not larger than its own
     real = np.arange(5) < np.array(counts)[:, None]
@@ -337,14 +444,19 @@ def test_guidance(rng, renorm, scales, minimum):
     image = image if scales[1] > 1 else None
     found = np.asarray(flow.guide(cond, text, image, real, config))
     for n, count in enumerate(counts):
-        alone = [None if v is None else v[n, :count].astype(np.float64) for v in (cond, text, image)]
+        alone = [
+            None if v is None else v[n, :count].astype(np.float64) for v in (cond, text, image)
+        ]
         expected = guided_by_hand(*alone, config)
         np.testing.assert_allclose(found[n, :count], expected, atol=1e-4)
 
 
 # ---- drawing
 
-MIDDLE = {"num_timesteps": 8, "interval": (0.5, 0.9)}  # steps 0 and 1 before, 2 to 5 guided, 6 after
+MIDDLE = {
+    "num_timesteps": 8,
+    "interval": (0.5, 0.9),
+}  # steps 0 and 1 before, 2 to 5 guided, 6 after
 GRIDS, TOKENS = [(2, 3), (1, 2)], 7
 
 
@@ -352,23 +464,44 @@ GRIDS, TOKENS = [(2, 3), (1, 2)], 7
 def scene():
     """Two images to draw behind three contexts each. The first follows an image that was drawn before."""
     rng = np.random.default_rng(7)
-    words, before, seen, system = text(rng, 4), latent(rng, (2, 2)), image(rng, (2, 2)), text(rng, 2)
+    words, before, seen, system = (
+        text(rng, 4),
+        latent(rng, (2, 2)),
+        image(rng, (2, 2)),
+        text(rng, 2),
+    )
     other, problem = text(rng, 3), image(rng, (1, 3))
-    rows = {"cond": [[system, before, seen, words], [problem, other]],
-            "text": [[system, before, seen], [problem]],
-            "image": [[system, words], [other]]}
+    rows = {
+        "cond": [[system, before, seen, words], [problem, other]],
+        "text": [[system, before, seen], [problem]],
+        "image": [[system, words], [other]],
+    }
     noise = rng.standard_normal((2, TOKENS, C), np.float32)
     return types.SimpleNamespace(rows=rows, noise=noise)
 
 
 def contexts_of(scene, branches, images=(0, 1), slots=20):
-    return pack([scene.rows[branch][n] for branch in branches for n in images], slots=slots, patches=4, latents=5)
+    return pack(
+        [scene.rows[branch][n] for branch in branches for n in images],
+        slots=slots,
+        patches=4,
+        latents=5,
+    )
 
 
 def drawn(params, scene, config, images=(0, 1), tokens=TOKENS, **kwargs):
     positions, real = flow.layout([GRIDS[n] for n in images], tokens, SIDE)
-    return np.asarray(flow.draw(params, contexts_of(scene, config.branches, images), scene.noise[list(images), :tokens],
-                                positions, real, config=config, **kwargs))
+    return np.asarray(
+        flow.draw(
+            params,
+            contexts_of(scene, config.branches, images),
+            scene.noise[list(images), :tokens],
+            positions,
+            real,
+            config=config,
+            **kwargs,
+        )
+    )
 
 
 def drawn_by_hand(params, scene, n, config):
@@ -378,25 +511,33 @@ def drawn_by_hand(params, scene, n, config):
     times = config.timestep_shift * grid_points / (1 + (config.timestep_shift - 1) * grid_points)
     x, guided = scene.noise[n, :count].astype(np.float64), []
     for t, following in zip(times, times[1:]):
-        v = lambda branch: Sequence(params, [*scene.rows[branch][n], (Latent(x, grid), x, t)]).velocity()[-count:]
+        v = lambda branch: Sequence(
+            params, [*scene.rows[branch][n], (Latent(x, grid), x, t)]
+        ).velocity()[-count:]
         guided.append(len(config.branches) > 1 and config.interval[0] < t <= config.interval[1])
         if guided[-1]:
             others = [v(branch) for branch in config.branches[1:]]
-            velocity = guided_by_hand(v("cond"), others[0], others[1] if len(others) > 1 else None, config)
+            velocity = guided_by_hand(
+                v("cond"), others[0], others[1] if len(others) > 1 else None, config
+            )
         else:
             velocity = v("cond")
         x = x - velocity * (t - following)
     return x, guided
 
 
-@pytest.mark.parametrize(("case", "guided"), [
-    ({**MIDDLE}, [0, 0, 1, 1, 1, 1, 0]),
-    ({**MIDDLE, **flow.HARNESS}, [1] * 7),
-    ({**MIDDLE, "text_scale": 1.0}, [0] * 7),
-    ({**MIDDLE, "image_scale": 1.0, "renorm": "channel"}, [0, 0, 1, 1, 1, 1, 0]),
-    ({**MIDDLE, "interval": (0.5, 0.5)}, [0] * 7),
-    ({**MIDDLE, "model": dataclasses.replace(DRAWING, query_block=4)}, [0, 0, 1, 1, 1, 1, 0])],
-    ids=["middle", "harness", "unguided", "two", "never", "query_block"])
+@pytest.mark.parametrize(
+    ("case", "guided"),
+    [
+        ({**MIDDLE}, [0, 0, 1, 1, 1, 1, 0]),
+        ({**MIDDLE, **flow.HARNESS}, [1] * 7),
+        ({**MIDDLE, "text_scale": 1.0}, [0] * 7),
+        ({**MIDDLE, "image_scale": 1.0, "renorm": "channel"}, [0, 0, 1, 1, 1, 1, 0]),
+        ({**MIDDLE, "interval": (0.5, 0.5)}, [0] * 7),
+        ({**MIDDLE, "model": dataclasses.replace(DRAWING, query_block=4)}, [0, 0, 1, 1, 1, 1, 0]),
+    ],
+    ids=["middle", "harness", "unguided", "two", "never", "query_block"],
+)
 def test_drawing_equals_the_definition(params, scene, case, guided):
     config = config_of(**case)
     found = drawn(params, scene, config)
@@ -404,18 +545,23 @@ def test_drawing_equals_the_definition(params, scene, case, guided):
     for n, (rows, columns) in enumerate(GRIDS):
         expected, steps = drawn_by_hand(params, scene, n, config)
         assert steps == guided
-        assert np.abs(expected - scene.noise[n, :rows * columns]).max() > 0.5  # it went somewhere
-        np.testing.assert_allclose(found[n, :rows * columns], expected, atol=2e-3)
+        assert np.abs(expected - scene.noise[n, : rows * columns]).max() > 0.5  # it went somewhere
+        np.testing.assert_allclose(found[n, : rows * columns], expected, atol=2e-3)
 
 
 def test_guidance_matters(params, scene):
     """The cases of the test above differ by far more than its tolerance."""
-    results = [drawn(params, scene, config_of(**{**MIDDLE, **other}))
-               for other in ({}, flow.HARNESS, {"text_scale": 1.0})]
+    results = [
+        drawn(params, scene, config_of(**{**MIDDLE, **other}))
+        for other in ({}, flow.HARNESS, {"text_scale": 1.0})
+    ]
     for n, (rows, columns) in enumerate(GRIDS):
         for i in range(len(results)):
             for j in range(i):
-                assert np.abs(results[i][n, :rows * columns] - results[j][n, :rows * columns]).max() > 0.05
+                assert (
+                    np.abs(results[i][n, : rows * columns] - results[j][n, : rows * columns]).max()
+                    > 0.05
+                )
 
 
 def test_drawing_in_pieces_is_drawing_at_once(params, scene):
@@ -423,7 +569,9 @@ def test_drawing_in_pieces_is_drawing_at_once(params, scene):
     at_once = drawn(params, scene, config)
     for every, expected in ((3, [2, 5, 6, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [2, 6, 7])):
         done.clear()
-        np.testing.assert_array_equal(drawn(params, scene, config, on_step=done.append, every=every), at_once)
+        np.testing.assert_array_equal(
+            drawn(params, scene, config, on_step=done.append, every=every), at_once
+        )
         assert done == expected
 
 
@@ -431,7 +579,9 @@ def test_images_of_a_batch_do_not_touch(params, scene):
     """The first alone, without padding tokens; the second beside another one."""
     config = config_of(**MIDDLE)
     together = drawn(params, scene, config)
-    np.testing.assert_allclose(together[0, :6], drawn(params, scene, config, images=(0,), tokens=6)[0], atol=2e-4)
+    np.testing.assert_allclose(
+        together[0, :6], drawn(params, scene, config, images=(0,), tokens=6)[0], atol=2e-4
+    )
     exchanged = drawn(params, scene, config, images=(1, 0))
     np.testing.assert_allclose(together[1, :2], exchanged[0, :2], atol=2e-4)
     twice = drawn(params, scene, config, images=(0, 0))
@@ -443,8 +593,12 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
     config = config_of(num_timesteps=9, interval=(0.5, 0.95))
     positions, real = map(jnp.asarray, flow.layout(GRIDS, TOKENS, SIDE))
     contexts, noise = jax.device_put(contexts_of(scene, config.branches)), jnp.asarray(scene.noise)
-    other = jax.device_put(contexts_of(types.SimpleNamespace(rows={
-        branch: pair[::-1] for branch, pair in scene.rows.items()}), config.branches))
+    other = jax.device_put(
+        contexts_of(
+            types.SimpleNamespace(rows={branch: pair[::-1] for branch, pair in scene.rows.items()}),
+            config.branches,
+        )
+    )
     programs = lambda: [f._cache_size() for f in (flow.prepare, flow.denoise, flow._first_branch)]
     start = programs()
     first = flow.draw(params, contexts, noise, positions, real, config=config)
@@ -453,9 +607,13 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
     again = flow.draw(params, contexts, noise, positions, real, config=config)
     np.testing.assert_array_equal(first, again)
     flow.draw(params, other, noise + 1, positions, real, config=config)
-    flow.draw(params, contexts, noise, positions, real, config=config, on_step=lambda n: None, every=2)
+    flow.draw(
+        params, contexts, noise, positions, real, config=config, on_step=lambda n: None, every=2
+    )
     assert programs() == after
-    assert not any(x.is_deleted() for x in jax.tree.leaves((params, contexts, noise, positions, real)))
+    assert not any(
+        x.is_deleted() for x in jax.tree.leaves((params, contexts, noise, positions, real))
+    )
     np.testing.assert_array_equal(noise, scene.noise)
 
 
@@ -466,12 +624,25 @@ def test_steps_do_not_copy_the_cache(guided):
     config = config_of(model=model)
     struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
     rows, slots, keys = 3 if guided else 1, 2048, 2048 + 2 + 4
-    canvas = flow.Canvas(segment=struct(rows, keys), rope=struct(rows),
-                         positions=struct(1, 4), real=struct(1, 4, dtype=bool), slots=slots)
+    canvas = flow.Canvas(
+        segment=struct(rows, keys),
+        rope=struct(rows),
+        positions=struct(1, 4),
+        real=struct(1, 4, dtype=bool),
+        slots=slots,
+    )
     cache = jax.eval_shape(lambda: bagel.init_cache(rows, keys, config=model))
     params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
-    lowered = flow.denoise.lower(params, canvas, cache, struct(1, 4, C, dtype=jnp.float32), struct(), struct(),
-                                 config=config, guided=guided)
+    lowered = flow.denoise.lower(
+        params,
+        canvas,
+        cache,
+        struct(1, 4, C, dtype=jnp.float32),
+        struct(),
+        struct(),
+        config=config,
+        guided=guided,
+    )
     jax.config.update("jax_disable_most_optimizations", False)
     memory = lowered.compile().memory_analysis()
     jax.config.update("jax_disable_most_optimizations", True)
@@ -505,8 +676,12 @@ def test_loss_equals_the_definition(params, mixed):
     velocity = Sequence(params, mixed.fed[0]).velocity()  # 4 noised, 4 clean, 3 noised, 3 clean
     target = (mixed.noise - mixed.packed.latents.tokens)[0]
     for part in (slice(0, 4), slice(8, 11)):
-        np.testing.assert_allclose(errors[0, part], (velocity[part] - target[part]) ** 2, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(hidden, read(params, mixed.packed, mixed.tokens, mixed.times), atol=1e-5)
+        np.testing.assert_allclose(
+            errors[0, part], (velocity[part] - target[part]) ** 2, rtol=1e-3, atol=1e-3
+        )
+    np.testing.assert_allclose(
+        hidden, read(params, mixed.packed, mixed.tokens, mixed.times), atol=1e-5
+    )
 
 
 def test_padding_is_never_counted(params, mixed):
@@ -518,8 +693,11 @@ def test_padding_is_never_counted(params, mixed):
 
 def test_gradients_of_the_loss(params, mixed):
     """They reach what draws and what the drawing sees; not the autoencoder, the text's head and its last norm."""
+
     def loss(params):
-        errors, counted, _ = flow.loss(params, mixed.packed, mixed.times, mixed.noise, config=DRAWING)
+        errors, counted, _ = flow.loss(
+            params, mixed.packed, mixed.times, mixed.noise, config=DRAWING
+        )
         return jnp.sum(errors) / jnp.sum(counted) / C
 
     grads = params_lib.flatten(jax.jit(jax.grad(loss))(params))
@@ -529,12 +707,19 @@ def test_gradients_of_the_loss(params, mixed):
     assert reached == grads.keys() - unreached
     trainable, _ = params_lib.partition(params, ("embed", "und", "vit", "connector"), drawing=True)
     trained = params_lib.flatten(trainable).keys()
-    assert {params_lib.fact(path).group for path in trained} == {"gen", "latent"} and trained <= reached
+    assert {params_lib.fact(path).group for path in trained} == {
+        "gen",
+        "latent",
+    } and trained <= reached
 
 
 def test_contexts_of_a_branch_that_is_missing(params, rng):
     """Short of branches, indexing would quietly take another one's velocity."""
     packed = pack([[text(rng, 3)]], slots=5, patches=0)
     positions, real = flow.layout([(1, 2)], 2, SIDE)
-    with pytest.raises(ValueError, match="1 images with the branches cond, text, image need 3 contexts, .* not 1"):
-        flow.draw(params, packed, np.zeros((1, 2, C), np.float32), positions, real, config=config_of())
+    with pytest.raises(
+        ValueError, match="1 images with the branches cond, text, image need 3 contexts, .* not 1"
+    ):
+        flow.draw(
+            params, packed, np.zeros((1, 2, C), np.float32), positions, real, config=config_of()
+        )

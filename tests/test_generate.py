@@ -15,23 +15,34 @@ from opsd_jax import context, data, generate, images, rollout, tokenizer
 
 
 def picture(seed, height, width):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
 def model():
     """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
     protocol = generate.Protocol(system="sys", max_new_tokens=6)
-    return generate.Model(tiny.DRAWING, tiny.params(tiny.DRAWING, seed=1), tiny.TOKENIZER, protocol,
-                          images.Resize(4, 24, 8), images.Resize(8, 48, 16))
+    return generate.Model(
+        tiny.DRAWING,
+        tiny.params(tiny.DRAWING, seed=1),
+        tiny.TOKENIZER,
+        protocol,
+        images.Resize(4, 24, 8),
+        images.Resize(8, 48, 16),
+    )
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Every batch of blocks that is packed, in order."""
     calls, pack = [], generate._pack
-    monkeypatch.setattr(generate, "_pack", lambda rows, model: (calls.append([list(row) for row in rows]),
-                                                                pack(rows, model))[1])
+    monkeypatch.setattr(
+        generate,
+        "_pack",
+        lambda rows, model: (calls.append([list(row) for row in rows]), pack(rows, model))[1],
+    )
     return calls
 
 
@@ -48,22 +59,44 @@ FEW = {"num_timesteps": 3}
 
 
 def test_text_is_what_the_sampler_gives_behind_the_packed_question(model):
-    trace, = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
+    (trace,) = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
     image = generate._image(images.resize(picture(0, 12, 16), model.vit), 4)
-    blocks = [context.Text(tiny.TOKENIZER.encode("sys")), image, context.Text(tiny.TOKENIZER.encode("what?"))]
-    found = rollout.sample(model.params, tiny.pack([blocks]), jax.random.key(1),
-                           config=tiny.rollout_config(model=tiny.DRAWING, max_new_tokens=6, greedy=True, max_image_skips=0))
+    blocks = [
+        context.Text(tiny.TOKENIZER.encode("sys")),
+        image,
+        context.Text(tiny.TOKENIZER.encode("what?")),
+    ]
+    found = rollout.sample(
+        model.params,
+        tiny.pack([blocks]),
+        jax.random.key(1),
+        config=tiny.rollout_config(
+            model=tiny.DRAWING, max_new_tokens=6, greedy=True, max_image_skips=0
+        ),
+    )
     ids = found.tokens[0][found.mask[0]]
-    assert trace.steps == [tiny.TOKENIZER.decode(ids)] and trace.tokens == len(ids) and trace.pictures == []
+    assert (
+        trace.steps == [tiny.TOKENIZER.decode(ids)]
+        and trace.tokens == len(ids)
+        and trace.pictures == []
+    )
 
 
 def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
     steps = []
-    trace, = run(model, [([picture(0, 16, 16), picture(1, 24, 16)], "what?")], draw=True, always=True, changes=FEW,
-                 on_step=lambda *seen: steps.append(seen))
+    (trace,) = run(
+        model,
+        [([picture(0, 16, 16), picture(1, 24, 16)], "what?")],
+        draw=True,
+        always=True,
+        changes=FEW,
+        on_step=lambda *seen: steps.append(seen),
+    )
     assert [type(step) for step in trace.steps] == [str, np.ndarray, str, np.ndarray, str]
     # as large as the last picture is for the autoencoder, and not all of one colour
-    assert all(p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.pictures)
+    assert all(
+        p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.pictures
+    )
     assert steps == [(0, 2, 2), (1, 2, 2)]
     text, drawn, again, drawn_again, last = recorded
     assert [kinds(r) for r in text] == ["TLILIT"]
@@ -93,26 +126,38 @@ def saying(model, *texts):
     return dataclasses.replace(model, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(("texts", "shape"), [
-    (["the end"], "t"), (["see <image_start>", "the end"], "tpt"), (["<image_start> a", "<image_start>", "x"], "tptpt"),
-    (["<image_start>"] * 3, "tptptp")])
+@pytest.mark.parametrize(
+    ("texts", "shape"),
+    [
+        (["the end"], "t"),
+        (["see <image_start>", "the end"], "tpt"),
+        (["<image_start> a", "<image_start>", "x"], "tptpt"),
+        (["<image_start>"] * 3, "tptptp"),
+    ],
+)
 def test_it_draws_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
-    trace, = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], draw=True, changes=FEW)
+    (trace,) = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], draw=True, changes=FEW)
     assert "".join("t" if isinstance(step, str) else "p" for step in trace.steps) == shape
     assert trace.text == "".join(texts)
 
 
 def test_text_alone_never_draws(model):
-    trace, = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], draw=False)
+    (trace,) = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], draw=False)
     assert trace.steps == ["<image_start>"]
 
 
 def test_rows_of_a_batch_go_their_own_ways(model):
     """The second row draws, the first one does not; the batch keeps its size."""
     questions = [([picture(0, 24, 16)], "a?"), ([picture(1, 24, 16)], "longer?")]
-    first, second = run(saying(model, "no", "<image_start>", "done"), questions, draw=True, changes=FEW)
+    first, second = run(
+        saying(model, "no", "<image_start>", "done"), questions, draw=True, changes=FEW
+    )
     assert first.steps == ["no"]
-    assert second.steps[0] == "<image_start>" and second.steps[2] == "done" and second.pictures[0].shape == (24, 16, 3)
+    assert (
+        second.steps[0] == "<image_start>"
+        and second.steps[2] == "done"
+        and second.pictures[0].shape == (24, 16, 3)
+    )
 
 
 def test_text_of_a_batch_is_that_of_each_question_alone(model):
@@ -122,7 +167,9 @@ def test_text_of_a_batch_is_that_of_each_question_alone(model):
 
 
 def test_seeds_draw_different_pictures(model):
-    draw = lambda seed: run(model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW)[0].pictures[0]
+    draw = lambda seed: run(
+        model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW
+    )[0].pictures[0]
     first = draw(0)
     np.testing.assert_array_equal(draw(0), first)
     assert (draw(1) != first).any()
@@ -150,15 +197,28 @@ def test_one_or_two_resizes(model):
     seen, pixels = generate.see(shown, model)
     np.testing.assert_array_equal(seen, images.resize(shown, model.vit))
     np.testing.assert_array_equal(pixels, images.resize(shown, model.vae))
-    twice = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, two_stages=True))
+    twice = dataclasses.replace(
+        model, protocol=dataclasses.replace(model.protocol, two_stages=True)
+    )
     seen, again = generate.see(shown, twice)
     np.testing.assert_array_equal(seen, images.resize(Image.fromarray(pixels), model.vit))
     np.testing.assert_array_equal(again, pixels)
 
 
 def test_buckets_are_few_and_hold():
-    assert [generate.bucket(n) for n in (0, 1, 16, 17, 24, 25, 33, 48, 49, 4096, 4097)] == \
-        [0, 16, 16, 24, 24, 32, 48, 48, 64, 4096, 6144]
+    assert [generate.bucket(n) for n in (0, 1, 16, 17, 24, 25, 33, 48, 49, 4096, 4097)] == [
+        0,
+        16,
+        16,
+        24,
+        24,
+        32,
+        48,
+        48,
+        64,
+        4096,
+        6144,
+    ]
 
 
 def test_page_shows_texts_and_pictures():
@@ -170,14 +230,29 @@ def test_page_shows_texts_and_pictures():
 
 # --- the command ------------------------------------------------------------------------------------------------
 
+
 def command(folder, *arguments):
     with tiny.quick_compiles():
-        generate.main([f"--checkpoint={folder}", f"--image={folder}/maze.png", "--question=Where?",
-                       "--max_new_tokens=12", *arguments])
+        generate.main(
+            [
+                f"--checkpoint={folder}",
+                f"--image={folder}/maze.png",
+                "--question=Where?",
+                "--max_new_tokens=12",
+                *arguments,
+            ]
+        )
 
 
 def test_command_draws(released, tmp_path, capsys):
-    command(released, "--visual_thoughts=generated", "--always_draw", "--steps=3", "--rounds=2", f"--out={tmp_path}")
+    command(
+        released,
+        "--visual_thoughts=generated",
+        "--always_draw",
+        "--steps=3",
+        "--rounds=2",
+        f"--out={tmp_path}",
+    )
     out, err = capsys.readouterr()
     record = json.loads((tmp_path / "0.json").read_text())
     drawn = Image.open(tmp_path / "0-0.png")
@@ -189,7 +264,9 @@ def test_command_draws(released, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_command_answers_in_text_without_reading_what_draws(released, tmp_path, capsys, monkeypatch):
+def test_command_answers_in_text_without_reading_what_draws(
+    released, tmp_path, capsys, monkeypatch
+):
     for file in released.iterdir():
         if file.name != "ae.safetensors":
             shutil.copyfile(file, tmp_path / file.name)
@@ -204,14 +281,18 @@ def test_command_answers_in_text_without_reading_what_draws(released, tmp_path, 
     assert "tokens in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--visual_thoughts=generated"], "needs --out=FOLDER"),
-    (["--always_draw"], "--always_draw needs --visual_thoughts=generated"),
-    (["--question="], "the question is empty"),
-    (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
-    (["--image={folder}/config.json"], "config.json: cannot decode"),
-    (["--tokenizer={folder}/.."], "holds no tokenizer"),
-    (["--checkpoint={folder}/.."], "is no released folder (no llm_config.json)")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--visual_thoughts=generated"], "needs --out=FOLDER"),
+        (["--always_draw"], "--always_draw needs --visual_thoughts=generated"),
+        (["--question="], "the question is empty"),
+        (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
+        (["--image={folder}/config.json"], "config.json: cannot decode"),
+        (["--tokenizer={folder}/.."], "holds no tokenizer"),
+        (["--checkpoint={folder}/.."], "is no released folder (no llm_config.json)"),
+    ],
+)
 def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         command(released, *(a.format(folder=released) for a in arguments))
@@ -227,21 +308,45 @@ def workdir(tmp_path_factory):
 
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
-    row = data.Rows(data.load_config(str(workdir)), str(workdir), tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
-                    "test").sources[0][0]
+    row = data.Rows(
+        data.load_config(str(workdir)),
+        str(workdir),
+        tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
+        "test",
+    ).sources[0][0]
     images.open_rgb(row.problem_image).save(tmp_path / "chart.png")
-    predictions = (workdir / "eval" / f"{small_run.LAST:06d}-none" / "predictions.jsonl").read_text().splitlines()
+    predictions = (
+        (workdir / "eval" / f"{small_run.LAST:06d}-none" / "predictions.jsonl")
+        .read_text()
+        .splitlines()
+    )
     for folder in (workdir, workdir / "checkpoints" / str(small_run.LAST)):
-        generate.main([f"--checkpoint={folder}", f"--image={tmp_path}/chart.png", f"--question={row.question}"])
+        generate.main(
+            [
+                f"--checkpoint={folder}",
+                f"--image={tmp_path}/chart.png",
+                f"--question={row.question}",
+            ]
+        )
         found = json.loads(predictions[0])
-        if not found["image_skips"]:  # the evaluation skips as training does, a single answer does not
+        if not found[
+            "image_skips"
+        ]:  # the evaluation skips as training does, a single answer does not
             assert capsys.readouterr().out == found["prediction"] + "\n"
     with pytest.raises(SystemExit):
-        generate.main([f"--checkpoint={workdir}", "--question=a", "--visual_thoughts=generated", f"--out={tmp_path}"])
+        generate.main(
+            [
+                f"--checkpoint={workdir}",
+                "--question=a",
+                "--visual_thoughts=generated",
+                f"--out={tmp_path}",
+            ]
+        )
     assert "was trained without what draws" in capsys.readouterr().err
 
 
 # --- a folder that is used again
+
 
 def trace_of(*steps):
     return generate.Trace(list(steps), 3, {"text": 0.1, "drawing": 0.2})
@@ -251,16 +356,33 @@ def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
     image = picture(0, 8, 8)
     pixels, question = np.asarray(image), ([image], "what?")
     (tmp_path / "mine.png").touch()
-    generate.write(str(tmp_path), [question] * 2, [trace_of("a", pixels, "b", pixels, "c"), trace_of("x", pixels)])
-    assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png", "0-1.png", "1.json", "1.png", "1-0.png"}
+    generate.write(
+        str(tmp_path),
+        [question] * 2,
+        [trace_of("a", pixels, "b", pixels, "c"), trace_of("x", pixels)],
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "mine.png",
+        "0.json",
+        "0.png",
+        "0-0.png",
+        "0-1.png",
+        "1.json",
+        "1.png",
+        "1-0.png",
+    }
     generate.write(str(tmp_path), [question], [trace_of("a", pixels)])
     assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png"}
 
 
-@pytest.mark.parametrize("name, content", [("0.png", b""), ("0-3.png", b""), ("7.json", b"[1, 2]"), ("0.json", b"{cut")])
+@pytest.mark.parametrize(
+    "name, content", [("0.png", b""), ("0-3.png", b""), ("7.json", b"[1, 2]"), ("0.json", b"{cut")]
+)
 def test_other_files_of_such_names_are_kept(released, tmp_path, name, content, capsys):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit):
         command(released, f"--out={tmp_path}")
     assert f"holds {name}, which no earlier answer there names" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (
+        tmp_path / name
+    ).read_bytes() == content

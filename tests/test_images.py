@@ -25,9 +25,15 @@ def png(image, **options) -> bytes:
 
 def handmade_png(width, height, *, bits=8, colour=2, rows=b"") -> bytes:
     """What Pillow does not write: 16-bit colour (rows: filter byte and values), or sizes without any content."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture
@@ -36,6 +42,7 @@ def pixels():
 
 
 # --- opening -------------------------------------------------------------------------------------------
+
 
 def test_open_bytes_path_and_array(pixels, tmp_path):
     data = png(Image.fromarray(pixels))
@@ -50,17 +57,26 @@ def test_open_bytes_path_and_array(pixels, tmp_path):
 HTML = b"<!DOCTYPE html><html>Not found</html>"
 
 
-@pytest.mark.parametrize("data, said", [
-    (b"", "0 bytes"), (b"not an image", "12 bytes that begin with b'not an image'"),
-    (HTML, "begin with b'<!DOCTYPE ht'"),
-    (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "48 bytes")])
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "0 bytes"),
+        (b"not an image", "12 bytes that begin with b'not an image'"),
+        (HTML, "begin with b'<!DOCTYPE ht'"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "48 bytes"),
+    ],
+)
 def test_unreadable_bytes(data, said, tmp_path):
-    with pytest.raises(UnreadableImage, match=f"{re.escape(said)}.*replace it or leave the row out"):
+    with pytest.raises(
+        UnreadableImage, match=f"{re.escape(said)}.*replace it or leave the row out"
+    ):
         images.open_rgb(data)
     path = tmp_path / "row 7.png"
     path.write_bytes(data)
     for source in (path, str(path)):
-        with pytest.raises(UnreadableImage, match=f"{re.escape(str(path))} .*replace it or leave the row out"):
+        with pytest.raises(
+            UnreadableImage, match=f"{re.escape(str(path))} .*replace it or leave the row out"
+        ):
             images.open_rgb(source)
 
 
@@ -69,10 +85,12 @@ def test_truncated_file(kind, pixels, tmp_path):
     data = encoded(Image.fromarray(pixels), kind)
     images.open_rgb(data)
     path = tmp_path / "cut"
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UnreadableImage, match=f"cannot decode {path} .*replace it"):
         images.open_rgb(path)
-    with pytest.raises(UnreadableImage, match=f"cannot decode an image of {len(data) // 2:,} bytes"):
+    with pytest.raises(
+        UnreadableImage, match=f"cannot decode an image of {len(data) // 2:,} bytes"
+    ):
         images.open_rgb(path.read_bytes())
 
 
@@ -93,7 +111,9 @@ def test_any_damage_is_one_error(pixels):
 
 def test_missing_file_and_directory(tmp_path):
     for path in (tmp_path / "absent.png", tmp_path):
-        with pytest.raises(UnreadableImage, match=f"cannot decode {path} .*replace it or leave the row out"):
+        with pytest.raises(
+            UnreadableImage, match=f"cannot decode {path} .*replace it or leave the row out"
+        ):
             images.open_rgb(path)
 
 
@@ -103,11 +123,21 @@ def test_neither_bytes_nor_path_nor_array(data):
         images.open_rgb(data)
 
 
-@pytest.mark.parametrize("array", [
-    np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 1), np.uint8),
-    np.zeros((2, 4, 5, 3), np.uint8), np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 3), np.int32),
-    np.zeros((4, 5, 3), bool), np.zeros((0, 5, 3), np.uint8), np.zeros((4, 0, 3), np.uint8)],
-    ids=lambda array: f"{array.dtype}{array.shape}")
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 5), np.uint8),
+        np.zeros((4, 5, 4), np.uint8),
+        np.zeros((4, 5, 1), np.uint8),
+        np.zeros((2, 4, 5, 3), np.uint8),
+        np.zeros((4, 5, 3), np.float32),
+        np.zeros((4, 5, 3), np.int32),
+        np.zeros((4, 5, 3), bool),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 0, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
 def test_arrays_of_another_kind(array):
     said = re.escape(f"not {array.dtype} {list(array.shape)}: convert it to 8-bit RGB")
     with pytest.raises(UnreadableImage, match=said):
@@ -115,25 +145,36 @@ def test_arrays_of_another_kind(array):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("size, said", [
-    ((20_000, 20_000), "400000000 pixels"), ((12_000, 10_000), "12000 x 10000 pixels"),
-    ((89_478_486, 1), "89478486 x 1 pixels")])
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        ((20_000, 20_000), "400000000 pixels"),
+        ((12_000, 10_000), "12000 x 10000 pixels"),
+        ((89_478_486, 1), "89478486 x 1 pixels"),
+    ],
+)
 def test_too_many_pixels(size, said, tmp_path):
     """Refused by the header alone: none of these files has any content to decode."""
     path = tmp_path / "large.png"
     path.write_bytes(handmade_png(*size))
     for source, name in ((path, path), (path.read_bytes(), "an image of")):
-        with pytest.raises(UnreadableImage, match=f"{name} .*{said}.*scale it down to at most 89,478,485 pixels"):
+        with pytest.raises(
+            UnreadableImage, match=f"{name} .*{said}.*scale it down to at most 89,478,485 pixels"
+        ):
             images.open_rgb(source)
 
 
 def test_as_many_pixels_as_allowed():
-    with pytest.raises(UnreadableImage, match="cannot decode .*truncated"):  # so it was not refused by its size
+    with pytest.raises(
+        UnreadableImage, match="cannot decode .*truncated"
+    ):  # so it was not refused by its size
         images.open_rgb(handmade_png(9_459, 9_459, colour=0))
 
 
-@pytest.mark.parametrize("kind, values", [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32),
-                                          ("TIFF", np.float32)])
+@pytest.mark.parametrize(
+    "kind, values",
+    [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32), ("TIFF", np.float32)],
+)
 def test_deep_grey_is_refused(kind, values):
     """Pillow would clip: 256, 32768 and 65535 of 65535 all become white."""
     data = encoded(Image.fromarray(np.array([[0, 256, 32768, 65535]]).astype(values)), kind)
@@ -150,7 +191,9 @@ def test_deep_colour_keeps_the_high_bytes():
 
 
 def test_animation_shows_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    frames = [
+        Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+    ]
     path = tmp_path / "frames.gif"
     path.write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     with Image.open(path) as image:
@@ -159,8 +202,15 @@ def test_animation_shows_its_first_frame(tmp_path):
         assert (np.asarray(images.open_rgb(source)) == (200, 0, 0)).all()
 
 
-@pytest.mark.parametrize("ink, colour", [((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 0), (255, 255, 255)),
-                                         ((0, 0, 0, 255), (0, 0, 0)), ((0, 255, 255, 0), (255, 0, 0))])
+@pytest.mark.parametrize(
+    "ink, colour",
+    [
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
 def test_cmyk_jpeg(ink, colour):
     data = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
     found = np.asarray(images.open_rgb(data)).astype(int)
@@ -198,7 +248,9 @@ def test_grey_with_alpha():
     grey = np.array([[[10, 0], [10, 255]]], np.uint8)
     data = png(Image.fromarray(grey))
     np.testing.assert_array_equal(np.asarray(images.open_rgb(data))[0, :, 0], [255, 10])
-    np.testing.assert_array_equal(np.asarray(images.open_rgb(data, transparency="drop"))[0, :, 0], [10, 10])
+    np.testing.assert_array_equal(
+        np.asarray(images.open_rgb(data, transparency="drop"))[0, :, 0], [10, 10]
+    )
 
 
 def test_palette_with_transparent_index():
@@ -206,7 +258,9 @@ def test_palette_with_transparent_index():
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     data = png(image, transparency=0)
-    np.testing.assert_array_equal(np.asarray(images.open_rgb(data))[0], [[255, 255, 255], [40, 50, 60]])
+    np.testing.assert_array_equal(
+        np.asarray(images.open_rgb(data))[0], [[255, 255, 255], [40, 50, 60]]
+    )
     dropped = np.asarray(images.open_rgb(data, transparency="drop"))[0]
     np.testing.assert_array_equal(dropped, [[10, 20, 30], [40, 50, 60]])
 
@@ -222,36 +276,54 @@ def test_opaque_modes(mode, pixels):
 
 # --- sizes ---------------------------------------------------------------------------------------------
 
+
 def test_official_rules():
     assert TRAINING == Resize(14, 980, 378, 2_007_040)
     assert HARNESS_VIT == Resize(14, 980, 224, 1_806_336)
     assert VAE == Resize(16, 1024, 512, 1_806_336)
 
 
-@pytest.mark.parametrize("size, wanted, tokens", [
-    ((192, 192), (378, 378), 729), ((256, 256), (378, 378), 729), ((384, 384), (378, 378), 729),
-    ((512, 512), (518, 518), 1369), ((640, 480), (644, 476), 1564), ((1024, 768), (980, 728), 3640),
-    ((1920, 1080), (980, 546), 2730), ((2000, 1000), (980, 490), 2450), ((3000, 2000), (980, 658), 3290),
-    ((3000, 300), (980, 98), 490), ((20_000, 20_000), (980, 980), 4900),
-])
+@pytest.mark.parametrize(
+    "size, wanted, tokens",
+    [
+        ((192, 192), (378, 378), 729),
+        ((256, 256), (378, 378), 729),
+        ((384, 384), (378, 378), 729),
+        ((512, 512), (518, 518), 1369),
+        ((640, 480), (644, 476), 1564),
+        ((1024, 768), (980, 728), 3640),
+        ((1920, 1080), (980, 546), 2730),
+        ((2000, 1000), (980, 490), 2450),
+        ((3000, 2000), (980, 658), 3290),
+        ((3000, 300), (980, 98), 490),
+        ((20_000, 20_000), (980, 980), 4900),
+    ],
+)
 def test_training_sizes(size, wanted, tokens):
     width, height = TRAINING(*size)
-    assert (width, height) == wanted and width * height == tokens * 14 ** 2
+    assert (width, height) == wanted and width * height == tokens * 14**2
     assert TRAINING(*size[::-1]) == wanted[::-1]
 
 
-@pytest.mark.parametrize("rule, size, wanted", [
-    (TRAINING, (1, 1), (378, 378)),  # the short side is scaled up
-    (TRAINING, (800, 40), (980, 56)),  # the long-side rule undoes the short-side one
-    (TRAINING, (371, 385), (378, 392)),  # 385 * 378 / 371 = 392.26
-    (TRAINING, (1, 5000), (14, 980)),  # at least one stride
-    (TRAINING, (20_000, 10), (980, 14)),
-    (HARNESS_VIT, (64, 64), (224, 224)),
-    (HARNESS_VIT, (192, 192), (224, 224)),
-    (VAE, (1024, 512), (1024, 512)),
-    (VAE, (1, 5000), (16, 1024)),
-    (Resize(14, 140, 56, 11760), (980, 980), (84, 84)),  # the pixel rule takes the ratio of AREAS: 140 * 0.6
-])
+@pytest.mark.parametrize(
+    "rule, size, wanted",
+    [
+        (TRAINING, (1, 1), (378, 378)),  # the short side is scaled up
+        (TRAINING, (800, 40), (980, 56)),  # the long-side rule undoes the short-side one
+        (TRAINING, (371, 385), (378, 392)),  # 385 * 378 / 371 = 392.26
+        (TRAINING, (1, 5000), (14, 980)),  # at least one stride
+        (TRAINING, (20_000, 10), (980, 14)),
+        (HARNESS_VIT, (64, 64), (224, 224)),
+        (HARNESS_VIT, (192, 192), (224, 224)),
+        (VAE, (1024, 512), (1024, 512)),
+        (VAE, (1, 5000), (16, 1024)),
+        (
+            Resize(14, 140, 56, 11760),
+            (980, 980),
+            (84, 84),
+        ),  # the pixel rule takes the ratio of AREAS: 140 * 0.6
+    ],
+)
 def test_sizes(rule, size, wanted):
     assert rule(*size) == wanted
 
@@ -262,7 +334,9 @@ def test_no_pixels(size):
         images.resize(Image.new("RGB", size), TRAINING)
 
 
-@pytest.mark.parametrize("size, wanted", [((1, 1), (378, 378)), ((1, 5000), (14, 980)), ((20_000, 10), (980, 14))])
+@pytest.mark.parametrize(
+    "size, wanted", [((1, 1), (378, 378)), ((1, 5000), (14, 980)), ((20_000, 10), (980, 14))]
+)
 def test_one_pixel_and_thin_pictures_are_legal(size, wanted):
     """They keep their colours: a constant stays, and so does the order from end to end."""
     flat = images.resize(images.open_rgb(png(Image.new("RGB", size, (9, 200, 31)))), TRAINING)
@@ -285,9 +359,13 @@ def test_many_images_share_the_pixels():
 
 def test_resize(pixels):
     image = Image.fromarray(pixels)
-    resized = images.resize(image, Resize(stride=14, max_size=70, min_size=40))  # twice as large: 60 x 40
+    resized = images.resize(
+        image, Resize(stride=14, max_size=70, min_size=40)
+    )  # twice as large: 60 x 40
     assert resized.dtype == np.uint8 and resized.shape == (42, 56, 3)
-    np.testing.assert_array_equal(resized, np.asarray(image.resize((56, 42), Image.Resampling.BICUBIC)))
+    np.testing.assert_array_equal(
+        resized, np.asarray(image.resize((56, 42), Image.Resampling.BICUBIC))
+    )
     same = images.resize(image, Resize(stride=10, max_size=30, min_size=20))
     np.testing.assert_array_equal(same, pixels)
 
@@ -300,6 +378,7 @@ def test_resize_keeps_a_constant(colour):
 
 # --- the two resizes of inference ------------------------------------------------------------------------
 
+
 def bicubic(image, *sizes):
     """Pillow's own resizes, one after the other."""
     for size in sizes:
@@ -307,7 +386,9 @@ def bicubic(image, *sizes):
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("size, vae, vit", [((192, 192), (512, 512), (518, 518)), ((640, 480), (688, 512), (686, 518))])
+@pytest.mark.parametrize(
+    "size, vae, vit", [((192, 192), (512, 512), (518, 518)), ((640, 480), (688, 512), (686, 518))]
+)
 def test_two_stages(size, vae, vit, pixels):
     image = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
     for_vae, for_vit = images.two_stage(image, VAE, HARNESS_VIT)
@@ -315,7 +396,9 @@ def test_two_stages(size, vae, vit, pixels):
     np.testing.assert_array_equal(for_vae, bicubic(image, vae))  # the second VAE resize is none
     np.testing.assert_array_equal(for_vit, bicubic(image, vae, vit))
     assert (for_vit != bicubic(image, vit)).any()  # not what one resize to the same size gives
-    assert images.resize(image, HARNESS_VIT).shape != for_vit.shape  # and one resize gives another size
+    assert (
+        images.resize(image, HARNESS_VIT).shape != for_vit.shape
+    )  # and one resize gives another size
 
 
 def test_official_vae_resize_is_idempotent():
@@ -327,7 +410,10 @@ def test_official_vae_resize_is_idempotent():
 
 def test_second_vae_resize_can_matter(pixels):
     """32 pixels are below 40, so this rule scales its own result up again: 37 x 80 -> 32 x 80 -> 32 x 96."""
-    rule, image = Resize(stride=16, max_size=96, min_size=40), Image.fromarray(pixels).resize((37, 80))
+    rule, image = (
+        Resize(stride=16, max_size=96, min_size=40),
+        Image.fromarray(pixels).resize((37, 80)),
+    )
     for_vae, for_vit = images.two_stage(image, rule, Resize(stride=14, max_size=980, min_size=28))
     np.testing.assert_array_equal(for_vae, bicubic(image, (32, 80), (32, 96)))
     np.testing.assert_array_equal(for_vit, bicubic(image, (32, 80), (28, 84)))  # from the first one
@@ -335,12 +421,15 @@ def test_second_vae_resize_can_matter(pixels):
 
 # --- patches -------------------------------------------------------------------------------------------
 
+
 def test_patchify_order():
     """2 x 3 patches of 2 x 2: row-major patches; inside row, column, rgb."""
     pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
     patches = images.patchify(pixels, 2)
     assert patches.shape == (6, 12)
-    np.testing.assert_array_equal(patches[0], [*pixels[0, 0], *pixels[0, 1], *pixels[1, 0], *pixels[1, 1]])
+    np.testing.assert_array_equal(
+        patches[0], [*pixels[0, 0], *pixels[0, 1], *pixels[1, 0], *pixels[1, 1]]
+    )
     np.testing.assert_array_equal(patches[1, :3], pixels[0, 2])
     np.testing.assert_array_equal(patches[3, :3], pixels[2, 0])
 
@@ -359,6 +448,7 @@ def test_patchify_needs_whole_patches(pixels):
 
 
 # --- numbers -------------------------------------------------------------------------------------------
+
 
 def test_position_ids():
     ids = images.position_ids((2, 3), 10)

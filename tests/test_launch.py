@@ -25,19 +25,39 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SLICES = sorted(path.parent.name for path in LAUNCH.glob("gke/*/kustomization.yaml"))
-COMMAND = ["python", "-m", "opsd_jax.train", "--config=configs/mini.py", "--workdir=runs/a b", "--config.run_arms=()"]
+COMMAND = [
+    "python",
+    "-m",
+    "opsd_jax.train",
+    "--config=configs/mini.py",
+    "--workdir=runs/a b",
+    "--config.run_arms=()",
+]
 
 
 def environment(**changes) -> dict:
     """This process's environment without what would make a run of several processes of it."""
-    inherited = {key: value for key, value in os.environ.items()
-                 if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS", "DRY_RUN"))}
-    return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in changes.items()}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS", "DRY_RUN"))
+    }
+    return (
+        inherited
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        | {k: str(v) for k, v in changes.items()}
+    )
 
 
 def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", LAUNCH / script, *map(str, arguments)], cwd=cwd, env=environment(**variables),
-                          capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        ["bash", LAUNCH / script, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def stand_in(folder, name: str, body: str) -> str:
@@ -45,14 +65,20 @@ def stand_in(folder, name: str, body: str) -> str:
     record separator and NUL at the end. Several may run at once, so in one write: bash makes two of a newline."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\x1e' >> {folder}/log\n{body}\n")
+    path.write_text(
+        f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\x1e' >> {folder}/log\n{body}\n"
+    )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return f"{folder}:{os.environ['PATH']}"
 
 
 def calls(folder) -> list[list[str]]:
     log = folder / "log"
-    return [line.split("\0")[:-1] for line in log.read_text().split("\x1e\0")[:-1]] if log.exists() else []
+    return (
+        [line.split("\0")[:-1] for line in log.read_text().split("\x1e\0")[:-1]]
+        if log.exists()
+        else []
+    )
 
 
 # --- scripts ------------------------------------------------------------------------------------------------
@@ -68,14 +94,19 @@ def test_scripts_parse(script):
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
-    found = subprocess.run(["shellcheck", "--severity=warning", script], capture_output=True, text=True)
+    found = subprocess.run(
+        ["shellcheck", "--severity=warning", script], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout
 
 
 def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), fails="", **variables):
     """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such resource")."""
     (tmp_path / "states").write_text("".join(state + "\n" for state in states))
-    path = stand_in(tmp_path / "bin", "gcloud", f"""
+    path = stand_in(
+        tmp_path / "bin",
+        "gcloud",
+        f"""
         case "$*" in
           *describe*)
             read -r state < {tmp_path}/states
@@ -84,7 +115,8 @@ def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), fails="", **variables):
             echo "$state" ;;
           *scp*) cp "$5" {tmp_path}/pack.tar.gz 2> /dev/null || cp "$4" {tmp_path}/pack.tar.gz ;;
         esac
-        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""")
+        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""",
+    )
     variables = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "POLL_S": 0} | variables
     result = bash("tpu_vm.sh", *arguments, PATH=path, **variables)
     return result, [call[3:] for call in calls(tmp_path / "bin")]  # without gcloud compute tpus
@@ -95,10 +127,20 @@ DESCRIBE = ["queued-resources", "describe", "opsd", *PLACE, "--format=value(stat
 
 
 def test_tpu_vm_creates_and_waits(tmp_path):
-    result, made = tpu_vm(tmp_path, "create", states=["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    result, made = tpu_vm(
+        tmp_path, "create", states=["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    )
     assert result.returncode == 0, result.stderr
-    create = ["queued-resources", "create", "opsd", "--node-id=opsd", *PLACE, "--accelerator-type=v5litepod-16",
-              "--runtime-version=v2-alpha-tpuv5-lite", "--scopes=https://www.googleapis.com/auth/cloud-platform"]
+    create = [
+        "queued-resources",
+        "create",
+        "opsd",
+        "--node-id=opsd",
+        *PLACE,
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--scopes=https://www.googleapis.com/auth/cloud-platform",
+    ]
     assert made == [DESCRIBE, create, DESCRIBE, DESCRIBE, DESCRIBE]
     assert "opsd is ACTIVE" in result.stdout
 
@@ -106,7 +148,9 @@ def test_tpu_vm_creates_and_waits(tmp_path):
 def test_tpu_vm_creates_several_spot_slices(tmp_path):
     _, made = tpu_vm(tmp_path, "create", states=["", "ACTIVE"], SLICES=2, SPOT=1, TYPE="v6e-16")
     assert made[1][3:5] == ["--node-count=2", "--node-prefix=opsd"]
-    assert {"--spot", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"} <= set(made[1])
+    assert {"--spot", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"} <= set(
+        made[1]
+    )
 
 
 def test_tpu_vm_goes_on_waiting_for_what_is_asked_for_already(tmp_path):
@@ -114,13 +158,16 @@ def test_tpu_vm_goes_on_waiting_for_what_is_asked_for_already(tmp_path):
     assert result.returncode == 0 and made == [DESCRIBE] * 3
 
 
-@pytest.mark.parametrize("states, variables, message", [
-    (["", "FAILED"], {}, "opsd is FAILED"),
-    (["", "WAITING_FOR_RESOURCES"], {"WAIT_S": 0}, "still WAITING_FOR_RESOURCES after 0 s"),
-    ([], {"PROJECT": ""}, "PROJECT is not set"),
-    ([], {"SLICES": "two"}, "SLICES=two"),
-    ([""], {"TYPE": "v9-8"}, "set VERSION"),
-])
+@pytest.mark.parametrize(
+    "states, variables, message",
+    [
+        (["", "FAILED"], {}, "opsd is FAILED"),
+        (["", "WAITING_FOR_RESOURCES"], {"WAIT_S": 0}, "still WAITING_FOR_RESOURCES after 0 s"),
+        ([], {"PROJECT": ""}, "PROJECT is not set"),
+        ([], {"SLICES": "two"}, "SLICES=two"),
+        ([""], {"TYPE": "v9-8"}, "set VERSION"),
+    ],
+)
 def test_tpu_vm_says_why_it_gives_up(tmp_path, states, variables, message):
     result, _ = tpu_vm(tmp_path, "create", states=states, **variables)
     assert result.returncode == 1 and message in result.stderr
@@ -136,7 +183,12 @@ def test_tpu_vm_sets_up_all_workers_of_all_slices(tmp_path):
     assert all(call[-1].endswith("tpu_worker.sh setup b") for call in made[2:])
     with tarfile.open(tmp_path / "pack.tar.gz") as pack:
         names = pack.getnames()
-    assert {"opsd_jax/train.py", "launch/tpu_worker.sh", "setup.py", "constraints/py312.txt"} <= set(names)
+    assert {
+        "opsd_jax/train.py",
+        "launch/tpu_worker.sh",
+        "setup.py",
+        "constraints/py312.txt",
+    } <= set(names)
     assert not [name for name in names if name.startswith(".git/")]
 
 
@@ -163,16 +215,30 @@ def test_tpu_vm_logs_stops_deletes(tmp_path):
 
 
 def test_dry_run_prints_the_commands_and_calls_none(tmp_path):
-    for arguments in (["create"], ["setup"], ["run", "--", *COMMAND], ["logs"], ["stop"], ["delete"]):
+    for arguments in (
+        ["create"],
+        ["setup"],
+        ["run", "--", *COMMAND],
+        ["logs"],
+        ["stop"],
+        ["delete"],
+    ):
         result, made = tpu_vm(tmp_path, *arguments, DRY_RUN=1)
         assert result.returncode == 0 and made == []
         lines = result.stdout.splitlines()
-        assert lines and all(shlex.split(line)[:3] == ["gcloud", "compute", "tpus"] for line in lines)
+        assert lines and all(
+            shlex.split(line)[:3] == ["gcloud", "compute", "tpus"] for line in lines
+        )
     place = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
     result = bash("xpk.sh", "try", "--", *COMMAND, DRY_RUN=1, STORAGE="s", **place)
     words = shlex.split(result.stdout)
     assert words[:3] == ["xpk", "workload", "create"]
-    assert {"--workload=try", "--restart-on-exit-codes=43", "--num-slices=1", "--tpu-type=v5litepod-16"} <= set(words)
+    assert {
+        "--workload=try",
+        "--restart-on-exit-codes=43",
+        "--num-slices=1",
+        "--tpu-type=v5litepod-16",
+    } <= set(words)
     assert shlex.split(words[-1].removeprefix("--command=")) == ["exec", *COMMAND]
     assert "STORAGE is not set" in bash("xpk.sh", "try", "--", "x", **place).stderr
 
@@ -187,29 +253,49 @@ def wait_for(condition, seconds=30):
 def test_tpu_worker_starts_once_and_stops(tmp_path):
     (tmp_path / "launch").mkdir()
     worker = shutil.copy(LAUNCH / "tpu_worker.sh", tmp_path / "launch")
-    do = lambda *words: subprocess.run(["bash", worker, *words], env=environment(SETTLE_S=0.2), capture_output=True,
-                                       text=True, timeout=60)
-    program = ("import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
-               "print(sys.argv[1:], flush=True); time.sleep(60)")
+    do = lambda *words: subprocess.run(
+        ["bash", worker, *words],
+        env=environment(SETTLE_S=0.2),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
+        "print(sys.argv[1:], flush=True); time.sleep(60)"
+    )
     assert do("stop").returncode == 1
     assert do("run", sys.executable, "-c", program, "a b", "()").returncode == 0
     wait_for(lambda: "['a b', '()']" in (tmp_path / "log.txt").read_text())
     again = do("run", "true")
     assert again.returncode == 1 and "a command runs already" in again.stderr
     assert do("stop").returncode == 0
-    wait_for(lambda: (tmp_path / "run.code").exists() and (tmp_path / "run.code").read_text() == "42\n")
+    wait_for(
+        lambda: (tmp_path / "run.code").exists() and (tmp_path / "run.code").read_text() == "42\n"
+    )
     broken = do("run", "bash", "-c", "echo reason; exit 7")
     assert broken.returncode == 1 and "reason" in broken.stderr
 
 
-@pytest.mark.parametrize("code, restarts, requeued", [
-    (0, 0, 0), (1, 0, 0), (42, 0, 1), (43, 3, 1), (134, 0, 1), (42, 20, 0)])
-def test_slurm_starts_the_command_and_continues_what_can_be_continued(tmp_path, code, restarts, requeued):
+@pytest.mark.parametrize(
+    "code, restarts, requeued",
+    [(0, 0, 0), (1, 0, 0), (42, 0, 1), (43, 3, 1), (134, 0, 1), (42, 20, 0)],
+)
+def test_slurm_starts_the_command_and_continues_what_can_be_continued(
+    tmp_path, code, restarts, requeued
+):
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/activate").write_text("")
     path = stand_in(tmp_path / "bin", "srun", f'echo "timeout $OPSD_TIMEOUT_S"; exit {code}')
     stand_in(tmp_path / "bin", "scontrol", "")
-    result = bash("slurm.sbatch", *COMMAND, cwd=tmp_path, PATH=path, SLURM_JOB_ID=7, SLURM_RESTART_COUNT=restarts)
+    result = bash(
+        "slurm.sbatch",
+        *COMMAND,
+        cwd=tmp_path,
+        PATH=path,
+        SLURM_JOB_ID=7,
+        SLURM_RESTART_COUNT=restarts,
+    )
     assert result.returncode == code and "timeout 600" in result.stdout
     made = calls(tmp_path / "bin")
     assert made[0] == ["srun", "--kill-on-bad-exit=0", "--label", *COMMAND]
@@ -217,7 +303,11 @@ def test_slurm_starts_the_command_and_continues_what_can_be_continued(tmp_path, 
 
 
 def test_slurm_asks_for_one_process_for_each_gpu_of_whole_nodes():
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), flags=re.MULTILINE))
+    options = dict(
+        re.findall(
+            r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), flags=re.MULTILINE
+        )
+    )
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert "exclusive" in options and "gpus-per-task" not in options
     assert options["signal"].startswith("TERM@")  # to the processes; "B:" would be the batch shell
@@ -225,7 +315,11 @@ def test_slurm_asks_for_one_process_for_each_gpu_of_whole_nodes():
 
 # --- GKE ----------------------------------------------------------------------------------------------------
 
-CHIPS_PER_HOST = {"tpu-v5-lite-podslice": 4, "tpu-v5p-slice": 4, "tpu-v6e-slice": 4}  # in slices of several hosts
+CHIPS_PER_HOST = {
+    "tpu-v5-lite-podslice": 4,
+    "tpu-v5p-slice": 4,
+    "tpu-v6e-slice": 4,
+}  # in slices of several hosts
 
 
 def overlaid(name: str) -> dict:
@@ -237,7 +331,9 @@ def overlaid(name: str) -> dict:
     for patch in overlay["patches"]:
         for change in yaml.safe_load(patch["patch"]):
             assert change["op"] == "replace"
-            *way, last = [int(key) if key.isdigit() else key for key in change["path"].split("/")[1:]]
+            *way, last = [
+                int(key) if key.isdigit() else key for key in change["path"].split("/")[1:]
+            ]
             place = jobset
             for key in way:
                 place = place[key]
@@ -288,27 +384,40 @@ def test_jobset_fits_its_slice(name):
     assert job["completions"] == job["parallelism"]
     assert job["completions"] * chips == math.prod(map(int, topology.split("x")))
     kind, cores = re.match(r"(v\w+)-(\d+)", name).groups()
-    assert int(cores) == job["completions"] * chips * (2 if kind == "v5p" else 1)  # v5p names count cores
+    assert int(cores) == job["completions"] * chips * (
+        2 if kind == "v5p" else 1
+    )  # v5p names count cores
     slices = jobset["spec"]["replicatedJobs"][0]["replicas"]
     assert slices == int((re.search(r"-x(\d+)$", name) or [0, 1])[1])
     assert (f"--config.mesh.data={slices}" in container["command"]) == (slices > 1)
     assert len(jobset["metadata"]["name"]) + len("-slice-0-0-xxxxx") <= 63
     config = config_of(container["command"])
-    for rows in (*(config[stage].batch_size // config[stage].accumulation for stage in config.stages),
-                 config.eval.batch_size):
-        assert rows % (job["completions"] * chips * slices) == 0, "the batch does not fit the devices"
+    for rows in (
+        *(config[stage].batch_size // config[stage].accumulation for stage in config.stages),
+        config.eval.batch_size,
+    ):
+        assert rows % (job["completions"] * chips * slices) == 0, (
+            "the batch does not fit the devices"
+        )
 
 
 @pytest.mark.parametrize("name", SLICES)
 def test_jobset_restarts_what_can_be_continued(name):
     jobset = overlaid(name)
     job, pod = job_of(jobset), pod_of(jobset)
-    assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0  # a lost host restarts the whole set
+    assert (
+        job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    )  # a lost host restarts the whole set
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
-    ((rule,), (policy,)) = job["podFailurePolicy"]["rules"], jobset["spec"]["failurePolicy"]["rules"]
+    ((rule,), (policy,)) = (
+        job["podFailurePolicy"]["rules"],
+        jobset["spec"]["failurePolicy"]["rules"],
+    )
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "In"
     assert not {0, 42, distributed.EXIT_PEER_LOST, 134, 137} & set(rule["onExitCodes"]["values"])
-    assert rule["onExitCodes"]["containerName"] in [container["name"] for container in pod["containers"]]
+    assert rule["onExitCodes"]["containerName"] in [
+        container["name"] for container in pod["containers"]
+    ]
     assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
 
@@ -318,16 +427,25 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
     jobset = overlaid(name)
     job, pod = job_of(jobset), pod_of(jobset)
     (container,) = pod["containers"]
-    assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
+    assert jobset["spec"]["network"] == {
+        "enableDNSHostnames": True,
+        "publishNotReadyAddresses": True,
+    }
     given = {item["name"]: item["value"] for item in container["env"]}
-    assert not {"OPSD_COORDINATOR", "OPSD_PROCESS_ID"} & given.keys()  # the same in all Pods: JAX finds them
+    assert (
+        not {"OPSD_COORDINATOR", "OPSD_PROCESS_ID"} & given.keys()
+    )  # the same in all Pods: JAX finds them
     assert all(isinstance(value, str) for value in given.values())
     # what GKE adds to the environment of such Pods
     slices, hosts = jobset["spec"]["replicatedJobs"][0]["replicas"], job["completions"]
-    given["TPU_WORKER_HOSTNAMES"] = ",".join(f"{jobset['metadata']['name']}-slice-0-{n}" for n in range(hosts))
+    given["TPU_WORKER_HOSTNAMES"] = ",".join(
+        f"{jobset['metadata']['name']}-slice-0-{n}" for n in range(hosts)
+    )
     if slices > 1:
         given["MEGASCALE_NUM_SLICES"] = str(slices)
-    for variable in [v for v in os.environ if v.startswith(("OPSD_", "SLURM_", "TPU_", "JAX_PLATFORMS"))]:
+    for variable in [
+        v for v in os.environ if v.startswith(("OPSD_", "SLURM_", "TPU_", "JAX_PLATFORMS"))
+    ]:
         monkeypatch.delenv(variable)
     for variable, value in given.items():
         monkeypatch.setenv(variable, value)
@@ -335,19 +453,37 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
     assert distributed._cluster_size() == hosts * slices
     # the workdir lies in the mounted bucket
     (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
-    assert volume["name"] == mount["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert (
+        volume["name"] == mount["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    )
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
-    assert "metadata-cache:ttl-secs:0" in volume["csi"]["volumeAttributes"]["mountOptions"]  # others write there too
+    assert (
+        "metadata-cache:ttl-secs:0" in volume["csi"]["volumeAttributes"]["mountOptions"]
+    )  # others write there too
     workdir = next(word for word in container["command"] if word.startswith("--workdir="))
     assert workdir.removeprefix("--workdir=").startswith(mount["mountPath"] + "/")
-    assert container["command"][:3] == ["python", "-m", "opsd_jax.train"]  # no shell: it gets SIGTERM itself
+    assert container["command"][:3] == [
+        "python",
+        "-m",
+        "opsd_jax.train",
+    ]  # no shell: it gets SIGTERM itself
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here")
 @pytest.mark.parametrize("name", SLICES)
 def test_kustomize_reads_it_as_these_tests_do(name):
-    built = subprocess.run(["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", LAUNCH / "gke" / name],
-                           capture_output=True, text=True, timeout=60)
+    built = subprocess.run(
+        [
+            "kubectl",
+            "kustomize",
+            "--load-restrictor",
+            "LoadRestrictionsNone",
+            LAUNCH / "gke" / name,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert built.returncode == 0, built.stderr
     assert yaml.safe_load(built.stdout) == overlaid(name)
 
@@ -357,7 +493,11 @@ def test_gke_base_alone_is_a_v5e_16():
     same = overlaid("v5e-16")
     for jobset in (base, same):  # what each user sets
         pod = pod_of(jobset)
-        del jobset["metadata"]["name"], pod["containers"][0]["image"], pod["containers"][0]["command"]
+        del (
+            jobset["metadata"]["name"],
+            pod["containers"][0]["image"],
+            pod["containers"][0]["command"],
+        )
         del pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"]
     assert base == same
 
@@ -392,7 +532,9 @@ def test_notebook_compiles_and_carries_no_output():
         assert len(cell["source"]) <= 25, "a cell is small"
     tags = [tag for cell in cells("code") for tag in cell["metadata"].get("tags", [])]
     assert tags == ["settings", "install"]
-    kinds = [cell["cell_type"] for cell in json.loads((LAUNCH / "colab.ipynb").read_text())["cells"]]
+    kinds = [
+        cell["cell_type"] for cell in json.loads((LAUNCH / "colab.ipynb").read_text())["cells"]
+    ]
     assert kinds[0] == "markdown" and len(cells("markdown")) >= 8
 
 
@@ -413,8 +555,14 @@ def test_notebook_runs(tmp_path, tmp_path_factory):
             parts.append(source + f"\nEXTRA = {flags!r}" if "settings" in tags else source)
     program = tmp_path / "cells.py"
     program.write_text("import matplotlib\nmatplotlib.use('agg')\n" + "\n\n".join(parts))
-    result = subprocess.run([sys.executable, program], cwd=checkout, capture_output=True, text=True, timeout=600,
-                            env=small_run.environment(tmp_path_factory))
+    result = subprocess.run(
+        [sys.executable, program],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=small_run.environment(tmp_path_factory),
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "question:" in result.stdout and "| arm noise, text only |" in result.stdout
     assert (checkout / "runs/smoke/curves.png").stat().st_size > 10_000
@@ -446,14 +594,26 @@ def test_one_process_by_name_looks_for_no_cluster(alone):
     assert distributed.initialize() is False
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"OPSD_COORDINATOR": "h:1"}, "OPSD_NUM_PROCESSES, OPSD_PROCESS_ID not"),
-    ({"OPSD_NUM_PROCESSES": "2"}, "OPSD_COORDINATOR, OPSD_PROCESS_ID not"),
-    ({"OPSD_COORDINATOR": "h", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "0"}, "give HOST:PORT"),
-    ({"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "2"}, "from 0 to 1"),
-    ({"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "two", "OPSD_PROCESS_ID": "0"}, "OPSD_NUM_PROCESSES=two"),
-    ({"OPSD_TIMEOUT_S": "0"}, "OPSD_TIMEOUT_S=0"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"OPSD_COORDINATOR": "h:1"}, "OPSD_NUM_PROCESSES, OPSD_PROCESS_ID not"),
+        ({"OPSD_NUM_PROCESSES": "2"}, "OPSD_COORDINATOR, OPSD_PROCESS_ID not"),
+        (
+            {"OPSD_COORDINATOR": "h", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "0"},
+            "give HOST:PORT",
+        ),
+        (
+            {"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "2", "OPSD_PROCESS_ID": "2"},
+            "from 0 to 1",
+        ),
+        (
+            {"OPSD_COORDINATOR": "h:1", "OPSD_NUM_PROCESSES": "two", "OPSD_PROCESS_ID": "0"},
+            "OPSD_NUM_PROCESSES=two",
+        ),
+        ({"OPSD_TIMEOUT_S": "0"}, "OPSD_TIMEOUT_S=0"),
+    ],
+)
 def test_wrong_environment_is_named(alone, given, message):
     for name, value in given.items():
         alone.setenv(name, value)
@@ -469,14 +629,25 @@ def test_slurm_is_found_in_a_step_only(alone):
     assert distributed._cluster_size() == 16
 
 
-@pytest.mark.parametrize("endpoints, slices, size", [
-    ("a,b,c,d", "", 4), ("a", "", 1), ("", "", 1), ("a,b", "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n", 6)])
+@pytest.mark.parametrize(
+    "endpoints, slices, size",
+    [
+        ("a,b,c,d", "", 4),
+        ("a", "", 1),
+        ("", "", 1),
+        ("a,b", "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n", 6),
+    ],
+)
 def test_tpu_vms_ask_their_metadata(alone, endpoints, slices, size):
     alone.setattr(distributed.importlib.util, "find_spec", lambda name: name)
-    alone.setattr(distributed, "_metadata", {"worker-network-endpoints": endpoints, "tpu-env": slices}.get)
+    alone.setattr(
+        distributed, "_metadata", {"worker-network-endpoints": endpoints, "tpu-env": slices}.get
+    )
     alone.setattr(distributed.glob, "glob", lambda pattern: [])
     assert distributed._cluster_size() == 1  # no chips
-    alone.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    alone.setattr(
+        distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else []
+    )
     assert distributed._cluster_size() == size
     alone.setenv("JAX_PLATFORMS", "cpu")
     assert distributed._cluster_size() == 1
@@ -485,11 +656,15 @@ def test_tpu_vms_ask_their_metadata(alone, endpoints, slices, size):
 def test_a_lost_peer_is_told_from_an_error():
     import jax
 
-    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer")
+    lost = jax.errors.JaxRuntimeError(
+        "UNAVAILABLE: Gloo all-reduce failed: Connection closed by peer"
+    )
     wrapped = OSError("writing checkpoint 3 failed")
     wrapped.__cause__ = lost
     assert distributed.peer_is_lost(lost) and distributed.peer_is_lost(wrapped)
-    assert not distributed.peer_is_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.peer_is_lost(
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    )
     assert not distributed.peer_is_lost(ValueError("connection reset"))
 
 
@@ -529,13 +704,18 @@ def test_one_that_fails_ends_the_others():
     result, seconds = local(2, program)
     assert result.returncode == 1 and seconds < 40, result.stdout
     assert "[1] KeyError: 'my own mistake'" in result.stdout
-    assert re.search(r"^\[1\] process 1 of 2 on \S+: failed by itself", result.stdout, flags=re.MULTILINE)
+    assert re.search(
+        r"^\[1\] process 1 of 2 on \S+: failed by itself", result.stdout, flags=re.MULTILINE
+    )
     assert "process 1 of 2 ended with code 1" in result.stderr
 
 
 def test_wrong_arguments_of_one_end_it_at_once():
     """It does not wait to leave together with those that wait for it."""
-    program = SUM + "if jax.process_index(): distributed.end_with_error(ValueError('no such row'))\ntime.sleep(60)"
+    program = (
+        SUM
+        + "if jax.process_index(): distributed.end_with_error(ValueError('no such row'))\ntime.sleep(60)"
+    )
     result, seconds = local(2, program)
     assert result.returncode == 1 and seconds < 40, result.stdout
     assert "[1] error: no such row\n" in result.stdout
@@ -543,16 +723,30 @@ def test_wrong_arguments_of_one_end_it_at_once():
 
 def test_one_that_waits_for_another_says_so():
     command = [sys.executable, "-c", SUM]
-    given = {"OPSD_COORDINATOR": "127.0.0.1:19", "OPSD_NUM_PROCESSES": 2, "OPSD_PROCESS_ID": 1, "OPSD_TIMEOUT_S": 1}
-    result = subprocess.run(command, env=environment(**given), capture_output=True, text=True, timeout=60)
+    given = {
+        "OPSD_COORDINATOR": "127.0.0.1:19",
+        "OPSD_NUM_PROCESSES": 2,
+        "OPSD_PROCESS_ID": 1,
+        "OPSD_TIMEOUT_S": 1,
+    }
+    result = subprocess.run(
+        command, env=environment(**given), capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == distributed.EXIT_PEER_LOST
-    assert re.search(r"process 1 of 2 on \S+ waited 1 s .* \(coordinator 127.0.0.1:19\)", result.stderr)
+    assert re.search(
+        r"process 1 of 2 on \S+ waited 1 s .* \(coordinator 127.0.0.1:19\)", result.stderr
+    )
 
 
 def test_launcher_hands_sigterm_on():
     program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); print('up'); time.sleep(60)"
-    process = subprocess.Popen(["bash", LAUNCH / "local_multiprocess.sh", "2", "--", sys.executable, "-c", program],
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "local_multiprocess.sh", "2", "--", sys.executable, "-c", program],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] up\n", "[1] up\n"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 42
@@ -579,19 +773,38 @@ def two_processes(workdir, tmp_path_factory, every, **variables):
     import small_run
 
     program = TRAIN.format(tests=str(ROOT / "tests"), workdir=str(workdir), every=every)
-    given = environment(**{k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")},
-                        XLA_FLAGS="--xla_force_host_platform_device_count=2", OPSD_NUM_PROCESSES=2,
-                        OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}", **variables)
-    processes = [subprocess.Popen([sys.executable, "-c", program], env=given | {"OPSD_PROCESS_ID": str(n)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(2)]
+    given = environment(
+        **{
+            k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")
+        },
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        OPSD_NUM_PROCESSES=2,
+        OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}",
+        **variables,
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=given | {"OPSD_PROCESS_ID": str(n)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(2)
+    ]
     return processes, program, given
 
 
 def finish_alone(workdir, program, given, devices):
     """One process continues a run of two to its end."""
-    alone = given | {"OPSD_NUM_PROCESSES": "1", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    alone = given | {
+        "OPSD_NUM_PROCESSES": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     del alone["OPSD_COORDINATOR"]
-    result = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=alone, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in rows] == list(range(1, 121))
@@ -601,13 +814,23 @@ def finish_alone(workdir, program, given, devices):
 def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_factory):
     """And one process alone, on as many devices, finishes what two have begun."""
     workdir = tmp_path / "run"
-    processes, program, given = two_processes(workdir, tmp_path_factory, every=1000, OPSD_TIMEOUT_S=120)
+    processes, program, given = two_processes(
+        workdir, tmp_path_factory, every=1000, OPSD_TIMEOUT_S=120
+    )
     rows = workdir / "metrics.jsonl"
-    wait_for(lambda: (rows.exists() and rows.read_text().count("\n") >= 2) or any(p.poll() for p in processes), 300)
+    wait_for(
+        lambda: (
+            (rows.exists() and rows.read_text().count("\n") >= 2)
+            or any(p.poll() for p in processes)
+        ),
+        300,
+    )
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [42, 42], said
-    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    (step,) = [
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    ]
     assert 2 <= step < 120
     # continued, and stopped again before its first step
     processes, _, _ = two_processes(workdir, tmp_path_factory, every=1000, OPSD_TIMEOUT_S=120)
@@ -615,7 +838,10 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [42, 42], said
-    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) <= step + 2
+    assert (
+        max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+        <= step + 2
+    )
     finish_alone(workdir, program, given, devices=4)
 
 
@@ -625,8 +851,12 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
 def test_a_killed_process_is_missed_in_time_and_the_run_goes_on(tmp_path, tmp_path_factory, victim):
     """The other one ends with a message and a code that says so; one process on one device finishes the run."""
     workdir, timeout = tmp_path / "run", 20
-    processes, program, given = two_processes(workdir, tmp_path_factory, every=4, OPSD_TIMEOUT_S=timeout)
-    steps = lambda: [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    processes, program, given = two_processes(
+        workdir, tmp_path_factory, every=4, OPSD_TIMEOUT_S=timeout
+    )
+    steps = lambda: [
+        int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()
+    ]
     wait_for(lambda: steps() or any(p.poll() for p in processes), 300)
     processes[victim].kill()
     started = time.monotonic()
@@ -635,6 +865,8 @@ def test_a_killed_process_is_missed_in_time_and_the_run_goes_on(tmp_path, tmp_pa
     assert processes[victim].wait() == -signal.SIGKILL
     code = processes[1 - victim].returncode
     assert code in (distributed.EXIT_PEER_LOST, -signal.SIGABRT), said[-3000:]
-    assert re.search(r"another process is gone|task.*(unhealthy|heartbeat)|leader|coordination", said), said[-3000:]
+    assert re.search(
+        r"another process is gone|task.*(unhealthy|heartbeat)|leader|coordination", said
+    ), said[-3000:]
     assert max(steps()) < 120
     finish_alone(workdir, program, given, devices=1)

@@ -28,8 +28,14 @@ def holder():
 
     def hold(folder, how="beside", seconds=600):
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
-        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(folder), how, str(seconds)], env=env, text=True,
-                                        stdout=subprocess.PIPE))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(folder), how, str(seconds)],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+            )
+        )
         assert started[-1].stdout.readline() == "in\n"
         return started[-1]
 
@@ -43,7 +49,10 @@ def holder():
 def test_one_run_a_folder(tmp_path, holder):
     """The second is told who is there; a run that was killed keeps nobody out."""
     first = holder(tmp_path / "w", "inside")
-    with pytest.raises(locks.FolderInUse, match=f"{tmp_path}/w is being written by process {first.pid} on .*another folder"):
+    with pytest.raises(
+        locks.FolderInUse,
+        match=f"{tmp_path}/w is being written by process {first.pid} on .*another folder",
+    ):
         with locks.only_writer(tmp_path / "w", inside=True):
             pass
     with locks.only_writer(tmp_path / "w" / "arms" / "noise", inside=True):  # a folder of its own
@@ -65,7 +74,10 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
         "make-mini": lambda: data.main(["make-mini", f"--target={target}"]),
         "import": lambda: convert.main(["import", f"--source={source}", f"--target={target}"]),
         "export": lambda: convert.main(["export", f"--source={tmp_path}", f"--target={target}"]),
-        "redraw": lambda: redraw.main([f"--workdir={tmp_path}", f"--target={target}", "--checkpoint=c"])}
+        "redraw": lambda: redraw.main(
+            [f"--workdir={tmp_path}", f"--target={target}", "--checkpoint=c"]
+        ),
+    }
     for name, command in commands.items():
         with pytest.raises(SystemExit) as error:
             command()
@@ -97,7 +109,9 @@ def test_what_a_writer_calls_may_write_and_other_threads_may_not(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_that_share_data_wait_for_the_one_that_makes_them(tmp_path, holder, caplog, monkeypatch):
+def test_runs_that_share_data_wait_for_the_one_that_makes_them(
+    tmp_path, holder, caplog, monkeypatch
+):
     config, waited = settings.default(), []
     config.data.make.families = ("chart",)
     first = holder(tmp_path / "w" / "data", seconds=1)
@@ -132,4 +146,6 @@ def test_where_no_lock_can_be(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level("WARNING"), locks.only_writer(tmp_path / "file" / "t"):
         pass
-    assert "no lock there" in caplog.text and "make sure that no other command writes" in caplog.text
+    assert (
+        "no lock there" in caplog.text and "make sure that no other command writes" in caplog.text
+    )

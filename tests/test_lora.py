@@ -41,6 +41,7 @@ def abstract(config):
 def adapters(tree) -> dict:
     return {path: leaf for path, leaf in params_lib.flatten(tree).items() if "_lora_" in path}
 
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
@@ -55,31 +56,46 @@ def logits(params, context, config):
         hidden, _ = bagel.read(params, context, config=config)
         return bagel.logits(params, hidden)
 
-    return np.asarray(compute(params))[np.arange(context.slots) < np.asarray(context.length)[:, None]]
+    return np.asarray(compute(params))[
+        np.arange(context.slots) < np.asarray(context.length)[:, None]
+    ]
 
 
 @pytest.fixture(scope="module")
 def initial():
     """Adapters as a run draws them."""
-    return jax.jit(lambda key: params_lib.partition(bagel.init(key, config=model()))[0])(jax.random.key(0))
+    return jax.jit(lambda key: params_lib.partition(bagel.init(key, config=model()))[0])(
+        jax.random.key(0)
+    )
 
 
 # --- what they are ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("lora", [LORA, SOME])
 def test_shapes_groups_and_axes(lora):
     found = adapters(abstract(model(lora, tiny.DRAWING)))
     expected = {f"llm/layers/und/{t}_lora_a": (2, IN[t], lora.rank) for t in lora.targets} | {
-        f"llm/layers/und/{t}_lora_b": (2, lora.rank, OUT[t]) for t in lora.targets}
-    assert {path: leaf.shape for path, leaf in found.items()} == expected  # and so none of the generation expert
+        f"llm/layers/und/{t}_lora_b": (2, lora.rank, OUT[t]) for t in lora.targets
+    }
+    assert {
+        path: leaf.shape for path, leaf in found.items()
+    } == expected  # and so none of the generation expert
     for path in found:
         row, matrix = params_lib.fact(path), params_lib.fact(path[:-6] + "kernel")
         assert (row.path, row.group, row.name, row.stacked) == (path, "lora", None, True)
         layers, into, out = matrix.axes
         assert row.axes == ((layers, into, None) if path.endswith("a") else (layers, None, out))
     without = params_lib.flatten(abstract(tiny.DRAWING))
-    assert params_lib.flatten(abstract(model(lora, tiny.DRAWING))).keys() - found.keys() == without.keys()
-    for wrong in ("llm/layers/gen/q_lora_a", "llm/layers/und/q_norm_lora_a", "llm/layers/und/q_lora_c"):
+    assert (
+        params_lib.flatten(abstract(model(lora, tiny.DRAWING))).keys() - found.keys()
+        == without.keys()
+    )
+    for wrong in (
+        "llm/layers/gen/q_lora_a",
+        "llm/layers/und/q_norm_lora_a",
+        "llm/layers/und/q_lora_c",
+    ):
         assert params_lib.find(wrong) is None
 
 
@@ -88,11 +104,17 @@ def test_sharded_like_input_and_output():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = DistillConfig(model=model(), **tiny.ENDS)
     state = jax.eval_shape(lambda p: distill.init_state(p, config), abstract(model()))
-    specs_of = lambda *args: {path.split("/")[-1]: s.spec for path, s in adapters(sharding.tree(mesh, *args)).items()}
+    specs_of = lambda *args: {
+        path.split("/")[-1]: s.spec for path, s in adapters(sharding.tree(mesh, *args)).items()
+    }
     for tree in (state["params"], state["ema"], state["opt"].mu):
         specs = specs_of(tree)
-        assert specs["q_lora_a"] == P(None, "fsdp", None) and specs["q_lora_b"] == P(None, None, "tensor")
-        assert specs["down_lora_a"] == P(None, "tensor", None) and specs["down_lora_b"] == P(None, None, "fsdp")
+        assert specs["q_lora_a"] == P(None, "fsdp", None) and specs["q_lora_b"] == P(
+            None, None, "tensor"
+        )
+        assert specs["down_lora_a"] == P(None, "tensor", None) and specs["down_lora_b"] == P(
+            None, None, "fsdp"
+        )
     specs = specs_of(state["params"], "rollout")
     assert specs["q_lora_a"] == P(None, None, None) and specs["o_lora_a"] == P(None, "tensor", None)
 
@@ -103,9 +125,13 @@ def test_at_first_they_change_nothing(context, initial):
         if path.endswith("b"):
             assert not leaf.any()
         else:
-            assert abs(float(leaf.std()) * leaf.shape[1] ** 0.5 - 1) < 0.2 and (leaf[0] != leaf[1]).all()
-    np.testing.assert_array_equal(logits(params_lib.merge(initial, base), context, model()),
-                                  logits(base, context, tiny.MODEL))
+            assert (
+                abs(float(leaf.std()) * leaf.shape[1] ** 0.5 - 1) < 0.2
+                and (leaf[0] != leaf[1]).all()
+            )
+    np.testing.assert_array_equal(
+        logits(params_lib.merge(initial, base), context, model()), logits(base, context, tiny.MODEL)
+    )
 
 
 @pytest.mark.parametrize("lora", [LORA, SOME])
@@ -114,7 +140,9 @@ def test_merged_weights_compute_the_same(context, lora):
     merged = params_lib.merge_lora(params, lora)
     assert jax.tree.structure(merged) == jax.tree.structure(abstract(tiny.MODEL))
     own = logits(params, context, model(lora))
-    np.testing.assert_allclose(logits(merged, context, tiny.MODEL), own, atol=1e-5 * np.abs(own).max())
+    np.testing.assert_allclose(
+        logits(merged, context, tiny.MODEL), own, atol=1e-5 * np.abs(own).max()
+    )
     _, bare = params_lib.partition(params)
     assert np.abs(logits(bare, context, tiny.MODEL) - own).max() > 0.1
     changed = {path.split("/")[-1] for path, d in tiny.distances(merged, bare).items() if d}
@@ -124,8 +152,10 @@ def test_merged_weights_compute_the_same(context, lora):
 def test_merging_is_by_the_formula_and_keeps_the_dtype():
     params = tiny.params(model())
     got = params_lib.merge_lora(params, LORA)["llm"]["layers"]["und"]["gate_kernel"]
-    w, a, b = (np.asarray(params["llm"]["layers"]["und"][f"gate_{part}"], np.float64)
-               for part in ("kernel", "lora_a", "lora_b"))
+    w, a, b = (
+        np.asarray(params["llm"]["layers"]["und"][f"gate_{part}"], np.float64)
+        for part in ("kernel", "lora_a", "lora_b")
+    )
     np.testing.assert_allclose(got, w + 2 * np.einsum("lir,lro->lio", a, b), atol=1e-5)
     half = params_lib.merge_lora(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), LORA)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
@@ -136,8 +166,14 @@ def test_merging_is_by_the_formula_and_keeps_the_dtype():
 # --- training --------------------------------------------------------------------------------------------------
 
 CONFIG = DistillConfig(
-    model=model(), **tiny.ENDS, divergence=DivergenceConfig(top_k=40, clip=0.05, chunk=4), ema_decay=0.9,
-    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0, total_steps=10, eps=1e-3, weight_decay=0.1))
+    model=model(),
+    **tiny.ENDS,
+    divergence=DivergenceConfig(top_k=40, clip=0.05, chunk=4),
+    ema_decay=0.9,
+    optim=OptimConfig(
+        lr=1e-2, min_lr=1e-3, warmup_steps=0, total_steps=10, eps=1e-3, weight_decay=0.1
+    ),
+)
 
 
 @pytest.mark.parametrize("teacher", ["ema", "fixed"])
@@ -151,7 +187,9 @@ def test_state_of_the_adapters_alone(teacher):
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     numbers = 2 * 3 * sum(IN[t] + OUT[t] for t in LORA_TARGETS)
     assert params_lib.count(state["params"])["lora"] == numbers
-    assert size(state) == size(state["params"]) + 3 * 4 * numbers + 4 + 4  # copy, mu, nu; two counters
+    assert (
+        size(state) == size(state["params"]) + 3 * 4 * numbers + 4 + 4
+    )  # copy, mu, nu; two counters
 
 
 @pytest.mark.slow
@@ -172,12 +210,17 @@ def test_only_adapters_are_trained():
 
 def test_what_draws_is_frozen_as_well():
     for drawing in (False, True):
-        trainable, frozen = params_lib.partition(abstract(model(base=tiny.DRAWING)), drawing=drawing)
+        trainable, frozen = params_lib.partition(
+            abstract(model(base=tiny.DRAWING)), drawing=drawing
+        )
         assert params_lib.flatten(trainable).keys() == adapters(abstract(model())).keys()
-        assert {"gen", "latent", "vae", "und", "embed"} < {params_lib.fact(p).group for p in params_lib.flatten(frozen)}
+        assert {"gen", "latent", "vae", "und", "embed"} < {
+            params_lib.fact(p).group for p in params_lib.flatten(frozen)
+        }
 
 
 # --- settings and errors ---------------------------------------------------------------------------------------
+
 
 def test_settings():
     config = settings.default()
@@ -185,7 +228,9 @@ def test_settings():
     config.lora.update(rank=4, targets=("q", "o"))
     settings.check(config)
     assert settings.model(config).lora == LoRAConfig(4, 16.0, ("q", "o"))
-    spec = importlib.util.spec_from_file_location("visual_opsd", small_run.ROOT / "configs" / "visual_opsd.py")
+    spec = importlib.util.spec_from_file_location(
+        "visual_opsd", small_run.ROOT / "configs" / "visual_opsd.py"
+    )
     preset = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preset)
     settings.check(preset.get_config("lora"))
@@ -193,12 +238,19 @@ def test_settings():
     assert settings.model(preset.get_config()).lora is None
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"rank": -1}, r"config.lora.rank is -1: give a whole number in \[0, inf\)"),
-    ({"rank": 2, "alpha": 0.0}, r"config.lora.alpha is 0.0: give a number in \(0, inf\)"),
-    ({"rank": 2, "targets": ()}, r"lora.targets is empty, so rank 2 adapts nothing"),
-    ({"rank": 2, "targets": ("q", "w")}, r"config.lora.targets names 'w': choose from \('q', 'k'"),
-    ({"rank": 2, "targets": ("q", "q")}, "config.lora.targets names q twice: give each once")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rank": -1}, r"config.lora.rank is -1: give a whole number in \[0, inf\)"),
+        ({"rank": 2, "alpha": 0.0}, r"config.lora.alpha is 0.0: give a number in \(0, inf\)"),
+        ({"rank": 2, "targets": ()}, r"lora.targets is empty, so rank 2 adapts nothing"),
+        (
+            {"rank": 2, "targets": ("q", "w")},
+            r"config.lora.targets names 'w': choose from \('q', 'k'",
+        ),
+        ({"rank": 2, "targets": ("q", "q")}, "config.lora.targets names q twice: give each once"),
+    ],
+)
 def test_wrong_settings(changes, message):
     config = settings.default()
     config.lora.update(changes)
@@ -218,14 +270,20 @@ def test_freezing_and_adapters_exclude_each_other():
 
 
 def test_releases_do_not_know_them():
-    for convert_one in (functools.partial(params_lib.to_checkpoint, array=np.zeros((2, 32, 3))),
-                        functools.partial(params_lib.from_checkpoint, tensors=[np.zeros((32, 3))])):
-        with pytest.raises(ValueError, match="llm/layers/und/q_lora_a is an adapter.*merge_lora first"):
+    for convert_one in (
+        functools.partial(params_lib.to_checkpoint, array=np.zeros((2, 32, 3))),
+        functools.partial(params_lib.from_checkpoint, tensors=[np.zeros((32, 3))]),
+    ):
+        with pytest.raises(
+            ValueError, match="llm/layers/und/q_lora_a is an adapter.*merge_lora first"
+        ):
             convert_one("llm/layers/und/q_lora_a")
 
 
-@pytest.mark.parametrize("params, lora", [(model(), SOME), (model(), dataclasses.replace(LORA, rank=4)),
-                                          (tiny.MODEL, LORA)])
+@pytest.mark.parametrize(
+    "params, lora",
+    [(model(), SOME), (model(), dataclasses.replace(LORA, rank=4)), (tiny.MODEL, LORA)],
+)
 def test_merging_other_adapters_is_refused(params, lora):
     with pytest.raises(ValueError, match="adapters of other targets or ranks"):
         params_lib.merge_lora(abstract(params), lora)
@@ -235,9 +293,16 @@ def test_merging_other_adapters_is_refused(params, lora):
 
 STEPS = 3
 RUN = {
-    "stages": ("opsd",), "opsd__steps": STEPS, "opsd__optim__warmup_steps": 0, "lora__rank": 3, "lora__alpha": 6.0,
-    "teacher__kind": "ema", "teacher__ema_decay": 0.5, "eval__final_visual_thoughts": ("none",),
-    "eval__final_banned": False}
+    "stages": ("opsd",),
+    "opsd__steps": STEPS,
+    "opsd__optim__warmup_steps": 0,
+    "lora__rank": 3,
+    "lora__alpha": 6.0,
+    "teacher__kind": "ema",
+    "teacher__ema_decay": 0.5,
+    "eval__final_visual_thoughts": ("none",),
+    "eval__final_banned": False,
+}
 
 
 def restored(folder, config):
@@ -262,8 +327,12 @@ def run(tmp_path_factory):
 def initial_params(config, workdir):
     from opsd_jax import train
 
-    return train.initial_params(types.SimpleNamespace(
-        config=config, workdir=str(workdir), mesh=sharding.make_mesh(devices=jax.devices()[:1])), None)
+    return train.initial_params(
+        types.SimpleNamespace(
+            config=config, workdir=str(workdir), mesh=sharding.make_mesh(devices=jax.devices()[:1])
+        ),
+        None,
+    )
 
 
 @pytest.mark.slow
@@ -278,7 +347,11 @@ def test_a_run_changes_only_adapters(run):
     state = checkpoint.contents(workdir)["state"]
     held = {path.split("/llm/")[0] for path in state if "_lora_" in path}
     assert held == {"params", "ema", "opt/mu", "opt/nu"}
-    assert not [path for path in state if "_lora_" not in path and path.startswith(("ema/", "opt/mu/", "opt/nu/"))]
+    assert not [
+        path
+        for path in state
+        if "_lora_" not in path and path.startswith(("ema/", "opt/mu/", "opt/nu/"))
+    ]
 
 
 @pytest.mark.slow
@@ -295,10 +368,15 @@ def test_a_run_resumes_exactly(run, tmp_path, tmp_path_factory):
     with small_run.fast_compiles(tmp_path_factory):
         train.train(config, str(again))
     expected, found = (_state(folder) for folder in (workdir, again))
-    assert expected.keys() == found.keys() and any("ema" in path and "_lora_b" in path for path in found)
+    assert expected.keys() == found.keys() and any(
+        "ema" in path and "_lora_b" in path for path in found
+    )
     for path in expected:
         np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
-    losses = [[row["loss"] for row in metrics.read(w / "metrics.jsonl") if "loss" in row] for w in (workdir, again)]
+    losses = [
+        [row["loss"] for row in metrics.read(w / "metrics.jsonl") if "loss" in row]
+        for w in (workdir, again)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
@@ -306,7 +384,10 @@ def _state(workdir):
     from orbax.checkpoint import v1 as ocp
 
     tree = ocp.load_checkpointables(workdir / "checkpoints" / str(STEPS), {"state": None})["state"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.slow
@@ -315,7 +396,10 @@ def test_a_run_is_exported_merged_and_a_run_starts_from_the_export(run, tmp_path
     convert.export_release(str(workdir), str(tmp_path / "hf"), base="none")
     found, params = convert.load(str(tmp_path / "hf"))
     trained = restored(workdir, config)
-    assert found.lora is None and (found.llm, found.vit) == (settings.model(config).llm, settings.model(config).vit)
+    assert found.lora is None and (found.llm, found.vit) == (
+        settings.model(config).llm,
+        settings.model(config).vit,
+    )
     merged = params_lib.merge_lora(trained, settings.model(config).lora)
     assert max(tiny.distances(params, merged).values()) < 1e-6
     _, base = params_lib.partition(trained)
@@ -331,7 +415,9 @@ def test_a_run_is_exported_merged_and_a_run_starts_from_the_export(run, tmp_path
 def test_a_run_starts_from_a_run_with_the_same_adapters_alone(run, tmp_path):
     config, workdir = run
     again = small_run.config(**RUN, init_from=str(workdir))
-    jax.tree.map(np.testing.assert_array_equal, initial_params(again, tmp_path), restored(workdir, config))
+    jax.tree.map(
+        np.testing.assert_array_equal, initial_params(again, tmp_path), restored(workdir, config)
+    )
     for changes in ({"lora__alpha": 3.0}, {"lora__rank": 0}):
         with pytest.raises(ValueError, match=r"has adapters of config.lora {'alpha': 6.0"):
             initial_params(small_run.config(**(RUN | changes), init_from=str(workdir)), tmp_path)
@@ -345,10 +431,15 @@ def test_a_run_is_evaluated_and_answers(run):
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"
     evaluation.evaluate_run(str(workdir), ("none",), name="again", limit=8)
-    found, again = ({p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
-                    for path in (during, workdir / "eval" / "again" / "predictions.jsonl"))
+    found, again = (
+        {p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
+        for path in (during, workdir / "eval" / "again" / "predictions.jsonl")
+    )
     assert len(again) == 8 and any(again.values()) and again == {n: found[n] for n in again}
     answering = generate.load(str(workdir), draw=False)
-    assert answering.config.lora == LORA and adapters(answering.params).keys() == adapters(abstract(model())).keys()
-    trace, = generate.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)
+    assert (
+        answering.config.lora == LORA
+        and adapters(answering.params).keys() == adapters(abstract(model())).keys()
+    )
+    (trace,) = generate.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)
     assert trace.tokens > 0 and trace.text == "".join(trace.steps)

@@ -22,10 +22,21 @@ from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 VOCAB = 4099  # a prime: no product of other sizes is a multiple of it
 ROWS, SLOTS, BUDGET, CHUNK = 2, 32, 48, 16  # a completion has BUDGET rows
 MODEL = ModelConfig(
-    llm=LLMConfig(vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=2, num_kv_heads=2, intermediate_size=16),
-    vit=ViTConfig(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, patch_size=4, side=6))
+    llm=LLMConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=2,
+        intermediate_size=16,
+    ),
+    vit=ViTConfig(
+        hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, patch_size=4, side=6
+    ),
+)
 CONFIG = distill.DistillConfig(  # its cross entropy needs the gradient of all logits, not of the largest alone
-    model=MODEL, **tiny.ENDS, divergence=divergence.DivergenceConfig(chunk=CHUNK), ce_weight=0.5)
+    model=MODEL, **tiny.ENDS, divergence=divergence.DivergenceConfig(chunk=CHUNK), ce_weight=0.5
+)
 QUESTION = context.Text(np.arange(3, dtype=np.int32))
 CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -33,15 +44,21 @@ CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 def abstract(function):
     """Shapes of what the function returns, placed on one device."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(function))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(function)
+    )
 
 
 def state_of(config):
-    return abstract(lambda: distill.init_state(bagel.init(jax.random.key(0), config=config.model), config))
+    return abstract(
+        lambda: distill.init_state(bagel.init(jax.random.key(0), config=config.model), config)
+    )
 
 
 def pack(slots, rows=ROWS):
-    return tiny.pack([[QUESTION, tiny.image(np.random.default_rng(0))]] * rows, slots=slots, patches=4)
+    return tiny.pack(
+        [[QUESTION, tiny.image(np.random.default_rng(0))]] * rows, slots=slots, patches=4
+    )
 
 
 @functools.cache
@@ -69,10 +86,13 @@ def shapes(compiled) -> set[tuple[int, ...]]:
 
 def rows_of_logits(compiled) -> int:
     """The largest product of the other sizes of an array that has the vocabulary among its own, alone or merged."""
-    return max(math.prod(shape) // VOCAB for shape in shapes(compiled) if math.prod(shape) % VOCAB == 0)
+    return max(
+        math.prod(shape) // VOCAB for shape in shapes(compiled) if math.prod(shape) % VOCAB == 0
+    )
 
 
 # --- logits -------------------------------------------------------------------------------------------------
+
 
 def test_the_update_never_holds_the_logits_of_more_than_a_chunk():
     """96 rows are scored for each role. 32 rows of logits are as large as embedding and head, and nothing is larger."""
@@ -89,18 +109,29 @@ def test_the_definition_from_logits_does_hold_them():
     hidden = jax.ShapeDtypeStruct((ROWS, BUDGET, MODEL.llm.hidden_size), jnp.float32)
 
     def loss(hidden_s, head_s, hidden_t, head_t):
-        values, _ = divergence.generalized_jsd(hidden_s @ head_s, hidden_t @ head_t, CONFIG.divergence)
+        values, _ = divergence.generalized_jsd(
+            hidden_s @ head_s, hidden_t @ head_t, CONFIG.divergence
+        )
         return jnp.mean(values)
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    assert rows_of_logits(program.lower(hidden, head, hidden, head).compile(compiler_options=CODE)) == ROWS * BUDGET
+    assert (
+        rows_of_logits(program.lower(hidden, head, hidden, head).compile(compiler_options=CODE))
+        == ROWS * BUDGET
+    )
 
 
 @pytest.mark.slow
 def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
     targets = context.Text(np.arange(40, dtype=np.int32), loss=True)
-    batch = context.supervise([[QUESTION, targets]] * ROWS, slots=64, patches=0, targets=BUDGET,
-                              tokenizer=tiny.TOKENIZER, side=MODEL.vit.side)
+    batch = context.supervise(
+        [[QUESTION, targets]] * ROWS,
+        slots=64,
+        patches=0,
+        targets=BUDGET,
+        tokenizer=tiny.TOKENIZER,
+        side=MODEL.vit.side,
+    )
     state = state_of(CONFIG)
     program = distill.program(distill.sft_step, state, CONFIG)
     compiled = program.lower(state, batch).compile(compiler_options=CODE)
@@ -108,6 +139,7 @@ def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
 
 
 # --- the update ---------------------------------------------------------------------------------------------
+
 
 def test_the_update_writes_the_new_state_over_the_old_one():
     """All of it: frozen leaves and the counters, too."""
@@ -118,7 +150,9 @@ def test_the_update_writes_the_new_state_over_the_old_one():
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096  # metrics
 
 
-SELF = dataclasses.replace(CONFIG, teacher="self")  # where forgetting to stop a gradient would be easiest
+SELF = dataclasses.replace(
+    CONFIG, teacher="self"
+)  # where forgetting to stop a gradient would be easiest
 MORE = 128  # slots
 
 
@@ -131,7 +165,9 @@ def test_the_teacher_saves_no_activations():
     """128 slots more in the student's context cost the saved activations of every layer, in the teacher's next to
     nothing: one layer's at a time, while there is still room."""
     base = temporary(update(SELF))
-    student, teacher = (temporary(update(SELF, **{role: SLOTS + MORE})) - base for role in ("student", "teacher"))
+    student, teacher = (
+        temporary(update(SELF, **{role: SLOTS + MORE})) - base for role in ("student", "teacher")
+    )
     assert student > scores(SLOTS + MORE) - scores(SLOTS)
     assert teacher < student / 5
 
@@ -140,14 +176,26 @@ def test_the_teacher_saves_no_activations():
 def test_remat_saves_no_activations_inside_a_layer():
     remat = dataclasses.replace(SELF, model=dataclasses.replace(MODEL, remat="full"))
     kept, recomputed = (temporary(update(config, student=SLOTS + MORE)) for config in (SELF, remat))
-    assert kept - recomputed > 0.7 * scores(SLOTS + MORE)  # those of one layer exist while it is recomputed
+    assert kept - recomputed > 0.7 * scores(
+        SLOTS + MORE
+    )  # those of one layer exist while it is recomputed
 
 
 # --- the sampler --------------------------------------------------------------------------------------------
 
 # Sixteen layers, so that the cache is large beside one layer's part of it, and heads wider than the rest.
-SAMPLED = dataclasses.replace(MODEL, llm=LLMConfig(
-    vocab_size=VOCAB, hidden_size=16, num_layers=16, num_heads=2, num_kv_heads=2, intermediate_size=16, head_dim=32))
+SAMPLED = dataclasses.replace(
+    MODEL,
+    llm=LLMConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_layers=16,
+        num_heads=2,
+        num_kv_heads=2,
+        intermediate_size=16,
+        head_dim=32,
+    ),
+)
 
 
 def cache_of(rows, budget):
@@ -156,8 +204,11 @@ def cache_of(rows, budget):
 
 @functools.cache
 def sampler(rows, budget):
-    config = tiny.rollout_config(model=SAMPLED, max_new_tokens=budget,
-                                 marker=rollout.Marker.build(tiny.TOKENIZER.token_bytes, VOCAB))
+    config = tiny.rollout_config(
+        model=SAMPLED,
+        max_new_tokens=budget,
+        marker=rollout.Marker.build(tiny.TOKENIZER.token_bytes, VOCAB),
+    )
     params = abstract(lambda: bagel.init(jax.random.key(0), config=SAMPLED))
     program = rollout.sample.lower(params, pack(SLOTS, rows), jax.random.key(0), config=config)
     return program.compile(compiler_options=CODE)
@@ -175,8 +226,21 @@ def test_the_sampler_holds_its_cache_once(rows, budget):
 def inside_loops(text) -> list[plan.Instruction]:
     """All instructions that a `while` of the program repeats, with what they call."""
     computations, entry = plan.read_hlo(text)
-    keys = "body", "condition", "calls", "to_apply", "branch_computations", "true_computation", "false_computation"
-    left = [name for i in computations[entry].values() if i.op == "while" for name in i.named("body", "condition")]
+    keys = (
+        "body",
+        "condition",
+        "calls",
+        "to_apply",
+        "branch_computations",
+        "true_computation",
+        "false_computation",
+    )
+    left = [
+        name
+        for i in computations[entry].values()
+        if i.op == "while"
+        for name in i.named("body", "condition")
+    ]
     found = {}
     while left:
         name = left.pop()
@@ -189,9 +253,19 @@ def inside_loops(text) -> list[plan.Instruction]:
 def test_the_sampler_writes_into_its_cache_in_place():
     """In its loops over tokens and layers the cache is handed on and updated, never made anew or copied."""
     shape = ",".join(map(str, cache_of(2, 64)["k"].shape))
-    touched = [i.op for i in inside_loops(sampler(2, 64).as_text()) if i.shape.startswith(f"f32[{shape}]")]
-    assert touched.count("dynamic-update-slice") >= 4  # keys and values, of the prompt and of a token
-    assert set(touched) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "dynamic-update-slice"}
+    touched = [
+        i.op for i in inside_loops(sampler(2, 64).as_text()) if i.shape.startswith(f"f32[{shape}]")
+    ]
+    assert (
+        touched.count("dynamic-update-slice") >= 4
+    )  # keys and values, of the prompt and of a token
+    assert set(touched) <= {
+        "parameter",
+        "get-tuple-element",
+        "bitcast",
+        "fusion",
+        "dynamic-update-slice",
+    }
 
 
 def test_the_sampler_makes_logits_of_the_last_token_alone():

@@ -23,18 +23,31 @@ from opsd_jax import distill, divergence, params as params_lib, plan, rollout, s
 # not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
 ONE = (1, 1, 1)
 MESHES = {ONE: (1, 1.0), (1, 8, 1): (1, 0.16), (2, 2, 2): (2, 0.28)}
-SLOW = {(8, 1, 1): (1, 1.0), (1, 4, 2): (2, 0.16), (1, 2, 1): (1, 0.52), (1, 1, 2): (1, 0.56), (2, 2, 1): (2, 0.52)}
+SLOW = {
+    (8, 1, 1): (1, 1.0),
+    (1, 4, 2): (2, 0.16),
+    (1, 2, 1): (1, 0.52),
+    (1, 1, 2): (1, 0.56),
+    (2, 2, 1): (2, 0.52),
+}
 ROWS, BUDGET = 8, 6
 CONFIG = distill.DistillConfig(
-    model=tiny.MODEL, **tiny.ENDS, divergence=distill.DivergenceConfig(top_k=40, chunk=3),
-    optim=distill.OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, eps=1e-3))
+    model=tiny.MODEL,
+    **tiny.ENDS,
+    divergence=distill.DivergenceConfig(top_k=40, chunk=3),
+    optim=distill.OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0, eps=1e-3),
+)
 SAMPLING = tiny.rollout_config(max_new_tokens=BUDGET)
 
 
 def inputs():
     """Parameters, contexts and completions, the same in every process."""
     rng = np.random.default_rng(0)
-    return tiny.params(), tiny.batch(rng, ROWS, visual_thoughts=1), tiny.random_trajectory(rng, ROWS, BUDGET)
+    return (
+        tiny.params(),
+        tiny.batch(rng, ROWS, visual_thoughts=1),
+        tiny.random_trajectory(rng, ROWS, BUDGET),
+    )
 
 
 def whole(mesh, tree) -> list[np.ndarray]:
@@ -56,16 +69,25 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
     # ever, and moving a leaf is a program.
     wait = jax.block_until_ready
     put = lambda tree, layout="train": jax.tree.map(
-        lambda x, place: wait(jax.device_put(x, place, may_alias=False)), tree, sharding.tree(mesh, tree, layout))
+        lambda x, place: wait(jax.device_put(x, place, may_alias=False)),
+        tree,
+        sharding.tree(mesh, tree, layout),
+    )
     host = lambda tree: jax.tree.map(np.asarray, tree)  # what every process has whole
-    batch, trajectory, found = sharding.put_batch(mesh, batch), sharding.put_batch(mesh, trajectory), {}
+    batch, trajectory, found = (
+        sharding.put_batch(mesh, batch),
+        sharding.put_batch(mesh, trajectory),
+        {},
+    )
     assert batch.student.tokens.sharding.spec == P(("data", "fsdp"))
     for layout in ("rollout", "train")[:accumulation]:
         programs = rollout.sample._cache_size()
         for _ in range(2):
             placed = put(host(params))
             placed = wait(sharding.move(mesh, placed, layout)(placed))
-            sampled = wait(rollout.sample(placed, batch.student, jax.random.key(1), config=SAMPLING))
+            sampled = wait(
+                rollout.sample(placed, batch.student, jax.random.key(1), config=SAMPLING)
+            )
         (found[f"{layout}_tokens"],) = whole(mesh, sampled.fed)
         found[f"{layout}_programs"] = rollout.sample._cache_size() - programs
 
@@ -83,11 +105,17 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
         found["losses"].append([metrics["loss"], metrics["grad_norm"], metrics["student_entropy"]])
         found["deleted"] &= all(x.is_deleted() for x in given)
         if step == 0:  # the first moments are (1 - b1) times the clipped gradients
-            scale = (1 - CONFIG.optim.b1) * min(1, CONFIG.optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6))
+            scale = (1 - CONFIG.optim.b1) * min(
+                1, CONFIG.optim.max_grad_norm / (float(metrics["grad_norm"]) + 1e-6)
+            )
             found |= {f"grad{n}": x / scale for n, x in enumerate(whole(mesh, state["opt"].mu))}
         if step == 1:
-            found |= {f"leaf{n}": x for n, x in enumerate(whole(mesh, (state["params"], state["ema"])))}
-    moved = jax.tree.map(lambda x, place: not x.sharding.is_equivalent_to(place, x.ndim), state, placed)
+            found |= {
+                f"leaf{n}": x for n, x in enumerate(whole(mesh, (state["params"], state["ema"])))
+            }
+    moved = jax.tree.map(
+        lambda x, place: not x.sharding.is_equivalent_to(place, x.ndim), state, placed
+    )
     found["resharded"] = sum(jax.tree.leaves(moved))
     found["update_programs"] = distill.program(distill.update_step, state, config)._cache_size()
     return found
@@ -101,10 +129,14 @@ def exchanges(mesh, count: int, known: bool) -> int:
     config = dataclasses.replace(CONFIG.divergence, chunk=24 // count)
 
     def loss(hidden_s, head, hidden_t, labels):
-        return jnp.mean(divergence.chunked(hidden_s, head, hidden_t, head, labels.astype(int), config)[0])
+        return jnp.mean(
+            divergence.chunked(hidden_s, head, hidden_t, head, labels.astype(int), config)[0]
+        )
 
     with sharding.known(mesh if known else None):
-        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(cut(ROWS, 24, 64), head, cut(ROWS, 24, 64), cut(ROWS, 24))
+        program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+            cut(ROWS, 24, 64), head, cut(ROWS, 24, 64), cut(ROWS, 24)
+        )
     sent = plan.traffic(program.compile().as_text(), mesh.size)["collectives"]
     return sum(kind["count"] for kind in sent.values())
 
@@ -112,10 +144,12 @@ def exchanges(mesh, count: int, known: bool) -> int:
 def main(folder, *meshes):
     for name in meshes:
         sizes = tuple(map(int, name.split("x")))
-        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:np.prod(sizes)])
+        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
         found = jax.tree.map(np.asarray, run(mesh, {**MESHES, **SLOW}[sizes][0]))
         if sizes == (1, 8, 1):
-            found["exchanges"] = [[exchanges(mesh, count, known) for count in (2, 6)] for known in (True, False)]
+            found["exchanges"] = [
+                [exchanges(mesh, count, known) for count in (2, 6)] for known in (True, False)
+            ]
         np.savez(pathlib.Path(folder) / f"{name}.npz", **found)
 
 
@@ -131,8 +165,13 @@ def name_of(sizes):
 def results_of(meshes, folder):
     """{mesh: what `run` found}, from one child process."""
     here = pathlib.Path(__file__).resolve()
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-           "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(here.parents[1])}
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(here.parents[1]),
+    }
     command = [sys.executable, here, folder, *map(name_of, meshes)]
     child = subprocess.run(command, env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-4000:]
@@ -197,10 +236,14 @@ def test_the_comparison_sees_something(results):
 
 # ---- on one device
 
+
 def test_mesh_sizes_must_fit():
     one = jax.devices()[:1]
     mesh = sharding.make_mesh(devices=one)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1} and sharding.batch_divisor(mesh) == 1
+    assert (
+        dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+        and sharding.batch_divisor(mesh) == 1
+    )
     assert sharding.make_mesh(-1, 1, 1, devices=one).shape == mesh.shape
     with pytest.raises(ValueError, match=r"'fsdp': 2, .*does not cover 1 devices: set config.mesh"):
         sharding.make_mesh(1, 2, 1, devices=one)
@@ -246,11 +289,24 @@ def test_layouts_of_what_draws():
                 assert place.is_fully_replicated, path
             if "/gen/" in path:
                 assert place == flat[path.replace("/gen/", "/und/")], path
-    train, rollout_layout = (params_lib.flatten(sharding.tree(mesh, params, layout)) for layout in ("train", "rollout"))
+    train, rollout_layout = (
+        params_lib.flatten(sharding.tree(mesh, params, layout)) for layout in ("train", "rollout")
+    )
     spec = lambda path, flat=train: flat[f"latent/{path}"].spec
     assert [spec("in_kernel"), spec("out_kernel"), spec("time_fc2_kernel")] == [
-        P(None, "fsdp"), P("fsdp", None), P(None, "fsdp")]
-    assert [spec("in_bias"), spec("out_bias"), spec("position_table")] == [P("fsdp"), P(None), P(None, "fsdp")]
-    assert all(place.is_fully_replicated for path, place in rollout_layout.items() if path.startswith("latent/"))
+        P(None, "fsdp"),
+        P("fsdp", None),
+        P(None, "fsdp"),
+    ]
+    assert [spec("in_bias"), spec("out_bias"), spec("position_table")] == [
+        P("fsdp"),
+        P(None),
+        P(None, "fsdp"),
+    ]
+    assert all(
+        place.is_fully_replicated
+        for path, place in rollout_layout.items()
+        if path.startswith("latent/")
+    )
     structs = sharding.abstract(mesh, params)
     assert {path: leaf.sharding for path, leaf in params_lib.flatten(structs).items()} == train

@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 
 from opsd_jax import metrics
-from opsd_jax.metrics import (Clock, CompileGuard, Health, Means, Progress, TooManyCompiles, UnhealthyRun,
-                              Writer)
+from opsd_jax.metrics import (
+    Clock,
+    CompileGuard,
+    Health,
+    Means,
+    Progress,
+    TooManyCompiles,
+    UnhealthyRun,
+    Writer,
+)
 
 # ---------------------------------------------------------------------------- numbers
 
@@ -26,7 +34,11 @@ def test_wilson():
     assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)  # published values
     low, high = metrics.wilson(1, 10)
     assert (round(low, 4), round(high, 4)) == (0.0179, 0.4042)
-    assert metrics.wilson(0, 20)[0] == 0 and metrics.wilson(20, 20)[1] == 1 and metrics.wilson(0, 0) == (0, 1)
+    assert (
+        metrics.wilson(0, 20)[0] == 0
+        and metrics.wilson(20, 20)[1] == 1
+        and metrics.wilson(0, 0) == (0, 1)
+    )
     with pytest.raises(ValueError, match="7 successes of 5"):
         metrics.wilson(7, 5)
 
@@ -37,11 +49,13 @@ def test_wilson_of_a_mean():
     assert low <= 0.5 <= high and high - low > 0.3  # one row of the second says little
     # of equal parts the distances shrink by the square root of their number, not by their number
     alone, three = metrics.wilson(50, 100), metrics.wilson_of_mean([(50, 100)] * 3)
-    assert (0.5 - three[0]) == pytest.approx((0.5 - alone[0]) / 3 ** 0.5)
+    assert (0.5 - three[0]) == pytest.approx((0.5 - alone[0]) / 3**0.5)
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(2000):
-        found = metrics.wilson_of_mean([(int(rng.binomial(n, p)), n) for n, p in ((40, 0.9), (15, 0.3))])
+        found = metrics.wilson_of_mean(
+            [(int(rng.binomial(n, p)), n) for n, p in ((40, 0.9), (15, 0.3))]
+        )
         inside += found[0] <= 0.6 <= found[1]
     assert 0.93 < inside / 2000 < 0.975
 
@@ -64,7 +78,9 @@ def test_means_weigh_by_count_and_wait_for_nothing():
     means.add({"loss": (OnDevice(2.0), OnDevice(3)), "eos": (0, 0)})
     assert reads == []
     taken = means.take()
-    assert taken["loss"] == 1.0 and taken["len"] == 5.0 and np.isnan(taken["eos"]) and len(reads) == 4
+    assert (
+        taken["loss"] == 1.0 and taken["len"] == 5.0 and np.isnan(taken["eos"]) and len(reads) == 4
+    )
     assert means.take() == {}
     for _ in range(3):  # float32 would stop counting at 2**24
         means.add({"n": (np.float32(2**24), 1), "m": (np.float32(1), 1)})
@@ -83,7 +99,12 @@ def lines(path):
 
 def test_writer_writes_strict_json_lines(tmp_path):
     with Writer(tmp_path, tensorboard=False) as writer:
-        values = {"loss": jnp.float32(0.5), "n": np.int64(2**40), "lr": jnp.bfloat16(0.25), "on": True}
+        values = {
+            "loss": jnp.float32(0.5),
+            "n": np.int64(2**40),
+            "lr": jnp.bfloat16(0.25),
+            "on": True,
+        }
         writer.scalars(1, "opsd", values)
         assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # already on disk
         writer.scalars(2, "opsd", {"loss": float("nan"), "ok": [1.0], "norm": np.float32("inf")})
@@ -93,8 +114,17 @@ def test_writer_writes_strict_json_lines(tmp_path):
         with pytest.raises(ValueError, match="'time'"):
             writer.scalars(3, "opsd", {"time": 1.0})
     first, second = lines(tmp_path / "metrics.jsonl")
-    assert list(first)[:3] == ["step", "time", "stage"] and first["time"] > 1.7e9 and first["stage"] == "opsd"
-    assert first["n"] == 2**40 and first["lr"] == 0.25 and first["on"] == 1 and "nonfinite" not in first
+    assert (
+        list(first)[:3] == ["step", "time", "stage"]
+        and first["time"] > 1.7e9
+        and first["stage"] == "opsd"
+    )
+    assert (
+        first["n"] == 2**40
+        and first["lr"] == 0.25
+        and first["on"] == 1
+        and "nonfinite" not in first
+    )
     assert second["loss"] is None and second["norm"] is None and second["ok"] == 1.0
     assert second["nonfinite"] == ["loss", "norm"]
     assert metrics.read(tmp_path / "metrics.jsonl") == [first, second]
@@ -129,7 +159,10 @@ def test_resume_moves_what_will_be_done_again(tmp_path, caplog):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("damaged", [b"\0" * 40, b'{"step": 2, "ti', b'{"stop": 2}', b"[]", b"\xff\xfe", b'{"step": "2"}'])
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\0" * 40, b'{"step": 2, "ti', b'{"stop": 2}', b"[]", b"\xff\xfe", b'{"step": "2"}'],
+)
 def test_damaged_lines_are_named_and_a_continuation_goes_on_without_them(tmp_path, damaged, caplog):
     """As a power cut or a full disk leaves them, in the middle of the file."""
     path = tmp_path / "metrics.jsonl"
@@ -174,8 +207,9 @@ def test_samples_tensorboard_and_processes_that_do_not_write(tmp_path):
 def wandb_stand_in(monkeypatch):
     """A module in the place of wandb; what it is told."""
     told = []
-    run = types.SimpleNamespace(log=lambda row, step: told.append((step, row["loss"])),
-                                finish=lambda: told.append("end"))
+    run = types.SimpleNamespace(
+        log=lambda row, step: told.append((step, row["loss"])), finish=lambda: told.append("end")
+    )
     client = types.SimpleNamespace(init=lambda **arguments: told.append(arguments) or run)
     monkeypatch.setitem(sys.modules, "wandb", client)
     return told
@@ -196,7 +230,9 @@ def test_all_starts_of_a_run_are_one_run_at_wandb(tmp_path, monkeypatch):
     for folder in ("run", "run", "other"):
         Writer(tmp_path / folder, tensorboard=False, wandb={"project": "opsd"}).close()
     first, again, other = (x for x in told if x != "end")
-    assert first["id"] == again["id"] != other["id"] and first["resume"] == again["resume"] == "allow"
+    assert (
+        first["id"] == again["id"] != other["id"] and first["resume"] == again["resume"] == "allow"
+    )
     for text in ("", "{", "[]", '{"id": 3}', '{"id": ""}'):
         (tmp_path / "run" / "wandb.json").write_text(text)
         with pytest.raises(ValueError, match="run/wandb.json is damaged.* delete the file"):
@@ -214,7 +250,10 @@ def test_a_file_that_is_deleted_while_it_is_written_is_an_error(tmp_path, lost):
         if lost == "its content":  # another run has begun there
             (workdir / "metrics.jsonl").write_text("{}\n")
 
-    with pytest.raises(FileNotFoundError, match="metrics.jsonl was deleted or replaced while the run was writing it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="metrics.jsonl was deleted or replaced while the run was writing it",
+    ):
         with Writer(tmp_path / "w", tensorboard=False) as writer:
             writer.scalars(1, "opsd", {"loss": 1.0})
             lose(tmp_path / "w")
@@ -246,7 +285,9 @@ def test_progress_prints_plain_lines_now_and_then(monkeypatch):
             now[0] += 1
             progress.update(step, loss=0.123456, note="ok")
     shown = file.getvalue().splitlines()
-    assert [line.split()[2] for line in shown] == [f"{n}/100" for n in (41, 51, 61, 71, 81, 91, 100)]
+    assert [line.split()[2] for line in shown] == [
+        f"{n}/100" for n in (41, 51, 61, 71, 81, 91, 100)
+    ]
     assert shown[1] == "maze opsd  51/100  loss 0.1235  note ok  elapsed 0:00:11  left 0:00:49"
     silent = io.StringIO()
     with Progress(5, primary=False, file=silent) as progress:
@@ -260,7 +301,9 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     with Progress(10, "maze", "opsd", start=2, file=file) as progress:
         progress.update(7, loss=0.5)
     shown = file.getvalue()
-    assert "maze opsd" in shown and "7/10" in shown and "loss 0.5" in shown and "elapsed" not in shown
+    assert (
+        "maze opsd" in shown and "7/10" in shown and "loss 0.5" in shown and "elapsed" not in shown
+    )
 
 
 # ---------------------------------------------------------------------------- time
@@ -287,7 +330,14 @@ def test_clock_counts_nested_phases_once():
     spend(3)
     with clock("sample"):
         assert clock.report()["other"] == 3
-    assert clock.report() == {"update": 10, "sample": 4, "checkpoint": 2, "eval": 1, "other": 3, "total": 20}
+    assert clock.report() == {
+        "update": 10,
+        "sample": 4,
+        "checkpoint": 2,
+        "eval": 1,
+        "other": 3,
+        "total": 20,
+    }
     assert list(clock.report()) == ["update", "sample", "checkpoint", "eval", "other", "total"]
     rows = [line.split() for line in clock.table().splitlines()]
     assert rows[0] == ["update", "10.0", "s", "50.0", "%"]
@@ -300,14 +350,18 @@ def test_clock_takes_compilation_out_of_the_phase_it_happens_in():
 
     def compiles(seconds):
         now[0] += seconds
-        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+        jax.monitoring.record_event_duration_secs(
+            "/jax/core/compile/backend_compile_duration", seconds
+        )
 
     compiles(1)
     with clock("update"):
         now[0] += 5
         compiles(2)
         jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 7.0)
-        thread = threading.Thread(target=lambda: compiles(4))  # beside this thread's work, not instead of it
+        thread = threading.Thread(
+            target=lambda: compiles(4)
+        )  # beside this thread's work, not instead of it
         thread.start()
         thread.join()
     assert clock.report() == {"update": 9, "compile": 3, "other": 0, "total": 12}
@@ -334,7 +388,11 @@ def steps_until_stopped(health, rows):
 
 
 def test_health_stops_on_nan_at_once():
-    for row in ({"loss": float("nan")}, {"loss": 1.0, "grad_norm": jnp.float32("inf")}, {"loss": None}):
+    for row in (
+        {"loss": float("nan")},
+        {"loss": 1.0, "grad_norm": jnp.float32("inf")},
+        {"loss": None},
+    ):
         good = {"loss": jnp.float32(1), "grad_norm": np.float32(2)}
         step, message = steps_until_stopped(Health(), [good, row])
         assert step == 2 and "stopped at step 2" in message and "optim.lr" in message
@@ -346,8 +404,12 @@ def test_health_stops_on_collapsed_length():
     good, bad = [{"completion_len": n} for n in (90, 110, 100, 80, 120)], {"completion_len": 9.0}
     step, message = steps_until_stopped(Health(), good + [bad] * 9)
     assert step == 10 and "collapsed to 9 tokens, from 100" in message  # the fifth bad one
-    assert steps_until_stopped(Health(), good + ([bad] * 4 + good[:1]) * 5) is None  # never five in a row
-    assert steps_until_stopped(Health(), good + [{"completion_len": 10.0}] * 9) is None  # at the limit
+    assert (
+        steps_until_stopped(Health(), good + ([bad] * 4 + good[:1]) * 5) is None
+    )  # never five in a row
+    assert (
+        steps_until_stopped(Health(), good + [{"completion_len": 10.0}] * 9) is None
+    )  # at the limit
     assert steps_until_stopped(Health(min_length_fraction=None), good + [bad] * 9) is None
     assert steps_until_stopped(Health(patience=2), good + [bad] * 9)[0] == 7
 
@@ -360,22 +422,59 @@ def test_health_stops_when_completions_no_longer_end():
     assert steps_until_stopped(Health(min_eos_rate=None), [{"eos_rate": 0.9}] + never) is None
 
 
-@pytest.mark.parametrize("rows, stopped, message", [
-    ([{"completion_len": 0.0}] * 9, 5, "completions are empty from the start: completion_len is 0, .*init_from"),
-    ([{"completion_len": n} for n in (0.5, 1.0, 0.9, 1.0, 1.0)], 5, "empty from the start: completion_len is 1,"),
-    ([{"completion_len": n} for n in (1.0, 1.0, 2.0, *[1.0] * 6)], None, ""),  # it began with more
-    ([{"completion_len": 100.0}] * 5 + [{"completion_len": 0.0}] * 5, 10, "collapsed to 0 tokens"),  # not from the start
-    ([{"eos_rate": 0.0}] * 9, None, ""),  # this one waits longer: budgets may be short, and models young
-    ([{"eos_rate": 0.0}] * 10, 10, "completions never end within the budget.*rollout.max_new_tokens"),
-    ([{"eos_rate": rate} for rate in (0.3, 0.1, *[0.0] * 10)], 12, "never end within the budget"),
-    ([{"eos_rate": rate} for rate in [0, 0, 0, 0, 0.01] * 9], None, ""),  # some end now and then
-    ([{"eos_rate": 0.6}] + [{"eos_rate": 0.0}] * 5, 6, "no longer end"),
-])
+@pytest.mark.parametrize(
+    "rows, stopped, message",
+    [
+        (
+            [{"completion_len": 0.0}] * 9,
+            5,
+            "completions are empty from the start: completion_len is 0, .*init_from",
+        ),
+        (
+            [{"completion_len": n} for n in (0.5, 1.0, 0.9, 1.0, 1.0)],
+            5,
+            "empty from the start: completion_len is 1,",
+        ),
+        (
+            [{"completion_len": n} for n in (1.0, 1.0, 2.0, *[1.0] * 6)],
+            None,
+            "",
+        ),  # it began with more
+        (
+            [{"completion_len": 100.0}] * 5 + [{"completion_len": 0.0}] * 5,
+            10,
+            "collapsed to 0 tokens",
+        ),  # not from the start
+        (
+            [{"eos_rate": 0.0}] * 9,
+            None,
+            "",
+        ),  # this one waits longer: budgets may be short, and models young
+        (
+            [{"eos_rate": 0.0}] * 10,
+            10,
+            "completions never end within the budget.*rollout.max_new_tokens",
+        ),
+        (
+            [{"eos_rate": rate} for rate in (0.3, 0.1, *[0.0] * 10)],
+            12,
+            "never end within the budget",
+        ),
+        (
+            [{"eos_rate": rate} for rate in [0, 0, 0, 0, 0.01] * 9],
+            None,
+            "",
+        ),  # some end now and then
+        ([{"eos_rate": 0.6}] + [{"eos_rate": 0.0}] * 5, 6, "no longer end"),
+    ],
+)
 def test_health_stops_what_is_wrong_from_the_start(rows, stopped, message):
     found = steps_until_stopped(Health(), rows)
     assert found is None if stopped is None else found[0] == stopped
     if found:
-        assert re.search(message, found[1]) and found[1].count("to go on") == 1  # one watch says it, not two
+        assert (
+            re.search(message, found[1]) and found[1].count("to go on") == 1
+        )  # one watch says it, not two
     off = Health(min_length=0, max_unfinished=0, min_length_fraction=0, min_eos_rate=0)
     assert steps_until_stopped(off, rows) is None
 
@@ -387,14 +486,24 @@ def test_settings_of_health_are_its_own_defaults():
 
 
 def test_health_stops_on_teacher_erosion():
-    rows = [{"eval/maze/teacher": 0.95, "eval/maze/text": 0.02}, {"loss": 1.0},
-            {"eval/maze/teacher": 0.80, "eval/maze/text": 0.30},
-            {"eval/maze/teacher": 0.42, "eval/maze/text": 0.08}]
+    rows = [
+        {"eval/maze/teacher": 0.95, "eval/maze/text": 0.02},
+        {"loss": 1.0},
+        {"eval/maze/teacher": 0.80, "eval/maze/text": 0.30},
+        {"eval/maze/teacher": 0.42, "eval/maze/text": 0.08},
+    ]
     step, message = steps_until_stopped(Health(), rows)
-    assert step == 4 and "eval/maze/teacher fell to 0.420, from 0.950" in message and "slower EMA" in message
+    assert (
+        step == 4
+        and "eval/maze/teacher fell to 0.420, from 0.950" in message
+        and "slower EMA" in message
+    )
     assert steps_until_stopped(Health(teacher_floor=None), rows) is None
     assert steps_until_stopped(Health(teacher_floor=0.4), rows) is None
-    text = [{"eval/maze/text": 0.5}, {"eval/maze/text": 0.0}]  # the student's accuracy is its own affair
+    text = [
+        {"eval/maze/text": 0.5},
+        {"eval/maze/text": 0.0},
+    ]  # the student's accuracy is its own affair
     assert steps_until_stopped(Health(), text) is None
 
 
@@ -443,8 +552,12 @@ def test_curves(tmp_path, monkeypatch):
 
     with Writer(tmp_path, tensorboard=False) as writer:
         for step in range(1, 20):
-            values = {"loss": 1 / step if step != 5 else float("nan"), "completion_len": 30.0,
-                      "teacher_entropy": 0.5, "student_entropy": 1.0}
+            values = {
+                "loss": 1 / step if step != 5 else float("nan"),
+                "completion_len": 30.0,
+                "teacher_entropy": 0.5,
+                "student_entropy": 1.0,
+            }
             if step % 5 == 0:
                 values["eval/maze/text"] = 0.5
             writer.scalars(step, "warmup" if step < 10 else "opsd", values)
@@ -464,8 +577,12 @@ def test_curves(tmp_path, monkeypatch):
 
 
 def test_importing_it_is_cheap():
-    code = ("import sys, opsd_jax.metrics, opsd_jax.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
-            "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])")
+    code = (
+        "import sys, opsd_jax.metrics, opsd_jax.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
+        "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])"
+    )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert shown.stdout == "[]\n"

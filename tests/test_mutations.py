@@ -23,16 +23,52 @@ import test_tokenizer
 from opsd_jax import benchmarks, checkpoint, convert, data, release_configs, settings, tokenizer
 from opsd_jax.datasets import visual_opsd
 
-VALUES = [None, "", "64", "1e6", "text", [], [1, 2], ["a"], [None], {}, {"a": 1}, {"type": "default"}, True, False, 0, -1, 1,
-          3, 7, 0.5, -2.5, 10**6, 10**9, 10**400, float("nan"), float("inf"), "\x00", "\ud83e"]
+VALUES = [
+    None,
+    "",
+    "64",
+    "1e6",
+    "text",
+    [],
+    [1, 2],
+    ["a"],
+    [None],
+    {},
+    {"a": 1},
+    {"type": "default"},
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    7,
+    0.5,
+    -2.5,
+    10**6,
+    10**9,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "\x00",
+    "\ud83e",
+]
 WHOLE = [[], None, "text", 3, {}, [{}], True]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 29206\n"
 
 
 def places(value, path=()):
     """The paths of all keys and entries of a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, child in items for found in [path + (key,), *places(child, path + (key,))]]
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [
+        found for key, child in items for found in [path + (key,), *places(child, path + (key,))]
+    ]
 
 
 def damage_json(rng, content):
@@ -42,7 +78,9 @@ def damage_json(rng, content):
         return whole, f"the whole file: {whole!r}"
     content = json.loads(json.dumps(content))
     paths = places(content)
-    depth = rng.integers(1, max(map(len, paths)) + 1)  # or vocabularies would be all that is changed
+    depth = rng.integers(
+        1, max(map(len, paths)) + 1
+    )  # or vocabularies would be all that is changed
     paths = [path for path in paths if len(path) == depth]
     path = paths[rng.integers(len(paths))]
     place = content
@@ -74,7 +112,7 @@ def damage_bytes(rng, data):
         return b"<!DOCTYPE html><html>401 Unauthorized</html>", "an error page"
     at = at % 400 if kind == 6 else at  # where the headers are
     noise = rng.integers(0, 256, 8, np.uint8).tobytes()
-    return data[:at] + noise + data[at + 8:], f"8 random bytes at {at}"
+    return data[:at] + noise + data[at + 8 :], f"8 random bytes at {at}"
 
 
 def damage_columns(rng, columns):
@@ -85,9 +123,13 @@ def damage_columns(rng, columns):
         del columns[name]
         return columns, f"{name} dropped"
     if kind == 1:
-        return {f"{key}_" if key == name else key: values for key, values in columns.items()}, f"{name} renamed"
+        return {
+            f"{key}_" if key == name else key: values for key, values in columns.items()
+        }, f"{name} renamed"
     value = VALUES[rng.integers(len(VALUES))]
-    value = 10**18 if value == 10**400 else None if value == {} else value  # what parquet cannot hold
+    value = (
+        10**18 if value == 10**400 else None if value == {} else value
+    )  # what parquet cannot hold
     rows = [value] * len(columns[name])
     if rng.random() < 0.5 and isinstance(value, str | None):  # of one row, where the type stays
         rows = [value, *columns[name][1:]]
@@ -102,7 +144,11 @@ def damage_parquet(rng, data):
     columns, what = damage_columns(rng, table)
     try:
         table = pyarrow.table(columns)
-    except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):  # a type within a column changed
+    except (
+        pyarrow.ArrowException,
+        UnicodeEncodeError,
+        OverflowError,
+    ):  # a type within a column changed
         return damage_bytes(rng, data)
     out = io.BytesIO()
     pyarrow.parquet.write_table(table, out)
@@ -128,9 +174,9 @@ def damage(rng, path: pathlib.Path) -> str:
         data = json.dumps(content).encode()
     elif path.suffix == ".safetensors" and rng.random() < 0.7:
         length = struct.unpack("<Q", data[:8])[0]
-        content, what = damage_json(rng, json.loads(data[8:8 + length]))
+        content, what = damage_json(rng, json.loads(data[8 : 8 + length]))
         head = json.dumps(content).encode()
-        data = struct.pack("<Q", len(head)) + head + data[8 + length:]
+        data = struct.pack("<Q", len(head)) + head + data[8 + length :]
     elif path.suffix in tables and rng.random() < 0.7:
         data, what = tables[path.suffix](rng, data)
     else:
@@ -164,7 +210,9 @@ def check(seeds, source, target, names, work, keys=()) -> None:
                 wrong.append(f"seed {seed}, {what}: a bare {type(error).__name__}")
             elif not any(name in said for name in (str(folder), path.name, *keys)):
                 wrong.append(f"seed {seed}, {what}: names neither file nor folder: {said}")
-        except BaseException as error:  # the parsers written in Rust raise PanicException, which is no Exception
+        except (
+            BaseException
+        ) as error:  # the parsers written in Rust raise PanicException, which is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
             wrong.append(f"seed {seed}, {what}: {type(error).__name__}: {str(error)[:300]}")
@@ -185,14 +233,27 @@ def test_config_files_of_a_release(released, tmp_path, copies):
     if not copies:
         top = json.loads((folder / "config.json").read_text())
         (folder / "config.json").unlink()
-        (folder / "config.json").write_text(json.dumps({key: top[key] for key in ("latent_patch_size", "max_latent_size")}))
-    check(range(400), folder, tmp_path, SIZES, lambda folder: convert.read_config(str(folder), generation=True))
+        (folder / "config.json").write_text(
+            json.dumps({key: top[key] for key in ("latent_patch_size", "max_latent_size")})
+        )
+    check(
+        range(400),
+        folder,
+        tmp_path,
+        SIZES,
+        lambda folder: convert.read_config(str(folder), generation=True),
+    )
 
 
 @pytest.mark.slow
 def test_weights_and_configs_of_a_release(released, tmp_path):
-    check(range(1000, 1150), released, tmp_path, ["model.safetensors", "ae.safetensors", *SIZES],
-          lambda folder: convert.load(str(folder), generation=True))
+    check(
+        range(1000, 1150),
+        released,
+        tmp_path,
+        ["model.safetensors", "ae.safetensors", *SIZES],
+        lambda folder: convert.load(str(folder), generation=True),
+    )
 
 
 @pytest.mark.parametrize("with_json", [True, False])
@@ -201,8 +262,18 @@ def test_tokenizer_files(tmp_path, with_json):
         found = tokenizer.load(str(folder), vocab_size=1000)
         found.decode(found.encode("What is in the image? <|im_end|> 42"))
 
-    files = ["tokenizer.json", "tokenizer_config.json"] if with_json else ["vocab.json", "merges.txt", "tokenizer_config.json"]
-    check(range(2000, 2100), test_tokenizer.write(tmp_path / "t", with_json=with_json), tmp_path, files, work)
+    files = (
+        ["tokenizer.json", "tokenizer_config.json"]
+        if with_json
+        else ["vocab.json", "merges.txt", "tokenizer_config.json"]
+    )
+    check(
+        range(2000, 2100),
+        test_tokenizer.write(tmp_path / "t", with_json=with_json),
+        tmp_path,
+        files,
+        work,
+    )
 
 
 def test_shards_of_a_release(released, tmp_path):
@@ -210,13 +281,27 @@ def test_shards_of_a_release(released, tmp_path):
     folder = linked(released, tmp_path / "sharded")
     data = (folder / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    rows = json.loads(data[8:8 + length])
+    rows = json.loads(data[8 : 8 + length])
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(
-        [name for name in rows if name != "__metadata__"], "model-00001-of-00001.safetensors")}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": 1},
+                "weight_map": dict.fromkeys(
+                    [name for name in rows if name != "__metadata__"],
+                    "model-00001-of-00001.safetensors",
+                ),
+            }
+        )
+    )
     config = convert.read_config(str(folder))
-    check(range(3000, 3060), folder, tmp_path / "damaged", ["model.safetensors.index.json"],
-          lambda folder: convert._plan(str(folder), config, None))
+    check(
+        range(3000, 3060),
+        folder,
+        tmp_path / "damaged",
+        ["model.safetensors.index.json"],
+        lambda folder: convert._plan(str(folder), config, None),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -228,30 +313,49 @@ def imported(released, tmp_path_factory):
 
 def test_an_imported_folder(imported, tmp_path):
     """Its note, its configs, and the metadata of its checkpoint."""
+
     def work(folder):
         found = checkpoint.metadata(folder)
         release_configs.of_metadata(found["config"], str(folder))
         convert._note(str(folder))
         convert.read_config(str(folder))
 
-    small = [path.relative_to(imported).as_posix() for path in sorted((imported / "checkpoints/0").rglob("*"))
-             if path.is_file() and path.name in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA", "checkpoint_metadata")]
+    small = [
+        path.relative_to(imported).as_posix()
+        for path in sorted((imported / "checkpoints/0").rglob("*"))
+        if path.is_file()
+        and path.name
+        in ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA", "checkpoint_metadata")
+    ]
     assert small
-    check(range(4000, 4080), imported, tmp_path, ["release/source.json", "release/llm_config.json", *small], work)
+    check(
+        range(4000, 4080),
+        imported,
+        tmp_path,
+        ["release/source.json", "release/llm_config.json", *small],
+        work,
+    )
 
 
 @pytest.mark.slow
 def test_weights_of_an_imported_folder(imported, tmp_path):
     """Any file of its checkpoint."""
-    names = [path.relative_to(imported).as_posix() for path in sorted((imported / "checkpoints").rglob("*")) if path.is_file()]
+    names = [
+        path.relative_to(imported).as_posix()
+        for path in sorted((imported / "checkpoints").rglob("*"))
+        if path.is_file()
+    ]
     check(range(5000, 5040), imported, tmp_path, names, lambda folder: convert.load(str(folder)))
 
 
 # --- data ---------------------------------------------------------------------------------------------------
 
+
 def png(seed=0) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -263,11 +367,24 @@ def parquet(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("parquet")
     picture = lambda n: {"bytes": png(n), "path": None}
-    rows = [{"pid": f"p{n}", "question": "Which?", "answer": "B", "task": "Maze", "full_text_only_thought": "so B",
-             "metadata": "{}", "problem_image_0": picture(n), "resoning_thought_0": "look", "reasoning_image_0": picture(n)}
-            for n in range(4)]
+    rows = [
+        {
+            "pid": f"p{n}",
+            "question": "Which?",
+            "answer": "B",
+            "task": "Maze",
+            "full_text_only_thought": "so B",
+            "metadata": "{}",
+            "problem_image_0": picture(n),
+            "resoning_thought_0": "look",
+            "reasoning_image_0": picture(n),
+        }
+        for n in range(4)
+    ]
     (folder / "Maze" / "data").mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "Maze" / "data" / "train-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), folder / "Maze" / "data" / "train-00000-of-00001.parquet"
+    )
     return folder
 
 
@@ -300,8 +417,13 @@ def test_prepared_folders(parquet, tmp_path):
     check(range(7000, 7080), prepared, tmp_path / "read", names, work)
     rows = [path.relative_to(prepared).as_posix() for path in prepared.rglob("*.array_record*")]
     check(range(7500, 7530), prepared, tmp_path / "rows", rows, work)
-    check(range(8000, 8080), prepared, tmp_path / "again", names,
-          lambda folder: (visual_opsd.prepare(parquet, folder, progress=False), read_all(folder)))
+    check(
+        range(8000, 8080),
+        prepared,
+        tmp_path / "again",
+        names,
+        lambda folder: (visual_opsd.prepare(parquet, folder, progress=False), read_all(folder)),
+    )
 
 
 def test_benchmark_tables(tmp_path):
@@ -309,15 +431,30 @@ def test_benchmark_tables(tmp_path):
     folder = tmp_path / "tables"
     folder.mkdir()
     image = base64.b64encode(png()).decode()
-    for name, more in (("VisPuzzle", {}), ("VSP", {"maze_size": 3}), ("CV-Bench-2D", {"source": "ADE20K"})):
-        rows = [{"index": n, "image": image, "question": f"Where is {n}?", "A": "left", "B": "right", "answer": "A", **more}
-                for n in range(4)]
+    for name, more in (
+        ("VisPuzzle", {}),
+        ("VSP", {"maze_size": 3}),
+        ("CV-Bench-2D", {"source": "ADE20K"}),
+    ):
+        rows = [
+            {
+                "index": n,
+                "image": image,
+                "question": f"Where is {n}?",
+                "A": "left",
+                "B": "right",
+                "answer": "A",
+                **more,
+            }
+            for n in range(4)
+        ]
         with open(folder / f"{name}.tsv", "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, list(rows[0]), delimiter="\t", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
     for name in ("VisPuzzle", "CV-Bench-2D"):
+
         def work(folder):
             table = benchmarks.read(folder / f"{name}.tsv")  # noqa: B023
             benchmarks.unmatchable(table)
@@ -339,4 +476,11 @@ def test_record_of_a_run(tmp_path):
         settings.check(config)
         settings.model(config)
 
-    check(range(10000, 10200), run, tmp_path / "damaged", ["config.json"], work, keys=("config.", "model."))
+    check(
+        range(10000, 10200),
+        run,
+        tmp_path / "damaged",
+        ["config.json"],
+        work,
+        keys=("config.", "model."),
+    )

@@ -14,7 +14,18 @@ import pytest
 import small_run
 import tiny
 from opsd_jax import (
-    checkpoint, context, data, distill, metrics, offline, plan, settings, sharding, tokenizer, train)
+    checkpoint,
+    context,
+    data,
+    distill,
+    metrics,
+    offline,
+    plan,
+    settings,
+    sharding,
+    tokenizer,
+    train,
+)
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 
@@ -32,6 +43,7 @@ def logits_of(params, traces, model):
 
 # --- the loss -----------------------------------------------------------------------------------------------
 
+
 def log_softmax(x):
     x = np.asarray(x, np.float64)
     x = x - x.max(-1, keepdims=True)
@@ -41,8 +53,10 @@ def log_softmax(x):
 def kl_of(logits, log_probs, indices, temperature):
     """T^2 KL of each token, in float64: the teacher over its entries, the student over the vocabulary."""
     log_t = log_softmax(np.asarray(log_probs, np.float64) / temperature)
-    log_s = np.take_along_axis(log_softmax(np.asarray(logits, np.float64) / temperature), np.asarray(indices), -1)
-    return temperature ** 2 * (np.exp(log_t) * (log_t - log_s)).sum(-1)
+    log_s = np.take_along_axis(
+        log_softmax(np.asarray(logits, np.float64) / temperature), np.asarray(indices), -1
+    )
+    return temperature**2 * (np.exp(log_t) * (log_t - log_s)).sum(-1)
 
 
 def teacher_entries(rng, shape, vocabulary, k):
@@ -59,8 +73,12 @@ def test_kl_is_that_of_numpy(temperature):
     logits = 2 * rng.standard_normal((3, 5, 40)).astype(np.float32)
     found = offline.cached_kl(logits, log_probs, indices, temperature)
     np.testing.assert_allclose(found, kl_of(logits, log_probs, indices, temperature), rtol=1e-5)
-    gradient = jax.grad(lambda x: offline.cached_kl(x, log_probs, indices, temperature).sum())(logits)
-    assert (np.abs(gradient) > 1e-6).all()  # entries that were not kept, too: the student's softmax is over them
+    gradient = jax.grad(lambda x: offline.cached_kl(x, log_probs, indices, temperature).sum())(
+        logits
+    )
+    assert (
+        np.abs(gradient) > 1e-6
+    ).all()  # entries that were not kept, too: the student's softmax is over them
 
 
 def test_a_student_equal_to_the_teacher_pays_for_its_mass_elsewhere():
@@ -76,18 +94,29 @@ def test_a_student_equal_to_the_teacher_pays_for_its_mass_elsewhere():
 def test_shares_are_weighted_means_of_rows():
     weights = np.array([[1, 3, 0, 9], [0, 0, 0, 5], [2, 2, 2, 2]], np.float16)
     used = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
-    np.testing.assert_allclose(offline.shares(weights, used), np.array(
-        [[.25, .75, 0, 0], [.5, .5, 0, 0], [0, 0, 0, 0]]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        offline.shares(weights, used),
+        np.array([[0.25, 0.75, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]) / 3,
+        rtol=1e-6,
+    )
 
 
 def small_batch(rng, count=4, targets=9, k=6):
     """Traces of random rows with a random teacher; row 2 without weights."""
     blocks, _ = tiny.rows(rng, count)
     lengths = rng.integers(2, targets, count)
-    rows = [[*row, context.Text(rng.integers(0, 256, n).astype(np.int32), loss=True)]
-            for row, n in zip(blocks, lengths)]
-    traces = context.supervise(rows, slots=tiny.SLOTS, patches=tiny.PATCHES, targets=targets,
-                               tokenizer=tiny.TOKENIZER, side=tiny.MODEL.vit.side)
+    rows = [
+        [*row, context.Text(rng.integers(0, 256, n).astype(np.int32), loss=True)]
+        for row, n in zip(blocks, lengths)
+    ]
+    traces = context.supervise(
+        rows,
+        slots=tiny.SLOTS,
+        patches=tiny.PATCHES,
+        targets=targets,
+        tokenizer=tiny.TOKENIZER,
+        side=tiny.MODEL.vit.side,
+    )
     log_probs, indices = teacher_entries(rng, (count, targets), tiny.MODEL.llm.vocab_size, k)
     weights = rng.exponential(size=(count, targets)).astype(np.float16)
     weights[2] = 0
@@ -96,8 +125,13 @@ def small_batch(rng, count=4, targets=9, k=6):
 
 
 def updated(batch, **changes):
-    own = {"reduction": "token", "teacher": "self", "divergence": DivergenceConfig(chunk=4),
-           "cached_weight": 0.7, "cached_temperature": 2.0}
+    own = {
+        "reduction": "token",
+        "teacher": "self",
+        "divergence": DivergenceConfig(chunk=4),
+        "cached_weight": 0.7,
+        "cached_temperature": 2.0,
+    }
     config = distill.DistillConfig(model=tiny.MODEL, **tiny.ENDS, **own | changes)
     state = jax.jit(lambda p: distill.init_state(p, config))(tiny.params())
     return distill.program(offline.step, state, config)(state, batch)
@@ -107,10 +141,17 @@ def test_step_is_cross_entropy_plus_weighted_kl():
     batch, params = small_batch(np.random.default_rng(2)), tiny.params()
     logits = np.asarray(logits_of(params, batch.traces, tiny.MODEL))
     mask, total = batch.traces.mask, []
-    ce = -np.take_along_axis(log_softmax(logits), batch.traces.labels[..., None], -1)[..., 0][mask].mean()
+    ce = -np.take_along_axis(log_softmax(logits), batch.traces.labels[..., None], -1)[..., 0][
+        mask
+    ].mean()
     for b in range(4):
-        kl, w = (x[mask[b]] for x in (kl_of(logits[b], batch.log_probs[b], batch.indices[b], 2.0),
-                                      batch.weights[b].astype(np.float64)))
+        kl, w = (
+            x[mask[b]]
+            for x in (
+                kl_of(logits[b], batch.log_probs[b], batch.indices[b], 2.0),
+                batch.weights[b].astype(np.float64),
+            )
+        )
         total.append((w * kl).sum() / w.sum() if w.sum() else kl.mean())
     _, found = updated(batch)
     np.testing.assert_allclose(found["ce"], ce, rtol=1e-4)
@@ -135,10 +176,13 @@ def test_tokens_without_a_teacher_are_counted_and_have_no_kl():
     found = updated(lost)[1]
     assert found["cache_used"] == 0 and found["kl"] == 0 and found["loss"] == found["ce"]
     share = batch.traces.mask[2:].sum() / batch.traces.mask.sum()
-    np.testing.assert_allclose(updated(dataclasses.replace(batch, labels=half))[1]["cache_used"], share, rtol=1e-6)
+    np.testing.assert_allclose(
+        updated(dataclasses.replace(batch, labels=half))[1]["cache_used"], share, rtol=1e-6
+    )
 
 
 # --- files --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -149,12 +193,26 @@ def folder(tmp_path_factory):
 
 def config(folder, **changes):
     """Two tasks; mazes and charts take different buckets."""
-    c = small_run.config(**dict(
-        data__dir=str(folder), data__tasks=(small_run.TASK, MAZE), data__make__families=("chart", "maze"),
-        data__make__train=20, images__max_size=40, images__min_size=32, data__cache_rows=200, stages=("offline",),
-        offline__batch_size=4, offline__top_k=300) | changes)
-    c.data.buckets.update(student=((25, 16), (36, 25)), teacher=((50, 32), (70, 50)),
-                          trace=((87, 32, 41), (90, 50, 41)))
+    c = small_run.config(
+        **dict(
+            data__dir=str(folder),
+            data__tasks=(small_run.TASK, MAZE),
+            data__make__families=("chart", "maze"),
+            data__make__train=20,
+            images__max_size=40,
+            images__min_size=32,
+            data__cache_rows=200,
+            stages=("offline",),
+            offline__batch_size=4,
+            offline__top_k=300,
+        )
+        | changes
+    )
+    c.data.buckets.update(
+        student=((25, 16), (36, 25)),
+        teacher=((50, 32), (70, 50)),
+        trace=((87, 32, 41), (90, 50, 41)),
+    )
     return c
 
 
@@ -165,13 +223,23 @@ class Made:
         self.config, self.workdir = config, workdir
         self.tokenizer = tokenizer.load(data.tokenizer_folder(config, ""))
         self.rows = data.Rows(config, "", self.tokenizer, "train")
-        self.packer, self.mesh = data.Packer(config, self.tokenizer), sharding.make_mesh(devices=jax.devices()[:1])
+        self.packer, self.mesh = (
+            data.Packer(config, self.tokenizer),
+            sharding.make_mesh(devices=jax.devices()[:1]),
+        )
         self.params = tiny.params(settings.model(config), seed)
 
     def collect(self, **changes):
         given = dict(params=self.params, config=self.config) | changes
-        return offline.collect(given["params"], given["config"], str(self.workdir), self.rows, self.packer, self.mesh,
-                               before_batch=given.get("before_batch", lambda: None))
+        return offline.collect(
+            given["params"],
+            given["config"],
+            str(self.workdir),
+            self.rows,
+            self.packer,
+            self.mesh,
+            before_batch=given.get("before_batch", lambda: None),
+        )
 
     def batches(self, cache):
         batches = offline.Batches(self.config, str(self.workdir), "offline", self.rows, self.packer)
@@ -203,8 +271,9 @@ def files(made):
 
 def test_cache_holds_the_teacher_and_the_weights(collected):
     cache = collected.collect()
-    assert sorted(files(collected)) == [f"{task}-{first:07d}.npz" for task in (small_run.TASK, MAZE)
-                                        for first in (0, 16)] + ["key.json"]
+    assert sorted(files(collected)) == [
+        f"{task}-{first:07d}.npz" for task in (small_run.TASK, MAZE) for first in (0, 16)
+    ] + ["key.json"]
     for source, task in enumerate(collected.config.data.tasks):
         for n in (0, 17, 19):
             row, logits = collected.rows(source, n), []
@@ -215,11 +284,16 @@ def test_cache_holds_the_teacher_and_the_weights(collected):
             labels = traces.labels[0][traces.mask[0]]
             assert labels.tolist() == [*collected.packer.reference(row), collected.tokenizer.eos]
             found = cache(task, n, row.example.pid, labels)
-            assert found["log_probs"].shape == (len(labels), 300) and found["log_probs"].dtype == np.float16
+            assert (
+                found["log_probs"].shape == (len(labels), 300)
+                and found["log_probs"].dtype == np.float16
+            )
             with_vt, without = logits
             exact = -np.sort(-with_vt, axis=-1)[:, :300]
             np.testing.assert_allclose(found["log_probs"], exact, rtol=2e-3, atol=2e-4)
-            np.testing.assert_allclose(np.take_along_axis(with_vt, found["indices"], -1), exact, atol=1e-4)
+            np.testing.assert_allclose(
+                np.take_along_axis(with_vt, found["indices"], -1), exact, atol=1e-4
+            )
             kl = (np.exp(with_vt) * (with_vt - without)).sum(-1)
             assert kl.max() > 0.01  # the pictures change what this model says
             np.testing.assert_allclose(found["weight"], kl, rtol=2e-3, atol=1e-5)
@@ -230,11 +304,18 @@ def test_batches_hold_their_rows(collected):
     for step in range(6):
         batch, rows = batches.traces(step)
         assert batch.log_probs.shape == (4, 41, 300)
-        np.testing.assert_array_equal(batch.labels, np.where(batch.traces.mask, batch.traces.labels, -1))
+        np.testing.assert_array_equal(
+            batch.labels, np.where(batch.traces.mask, batch.traces.labels, -1)
+        )
         for b, row in enumerate(rows):
             task = small_run.TASK if "chart" in row.example.pid else MAZE
-            n = next(n for n, e in enumerate(collected.rows.sources[collected.config.data.tasks.index(task)])
-                     if e.pid == row.example.pid)
+            n = next(
+                n
+                for n, e in enumerate(
+                    collected.rows.sources[collected.config.data.tasks.index(task)]
+                )
+                if e.pid == row.example.pid
+            )
             count = batch.traces.mask[b].sum()
             found = batches.cache(task, n, row.example.pid, batch.labels[b][:count])
             np.testing.assert_array_equal(batch.log_probs[b][:count], found["log_probs"])
@@ -246,7 +327,9 @@ def test_the_plan_knows_the_batch(collected):
     """Shapes that `plan` compiles for are those of a run."""
     batches = collected.batches(collected.collect())
     batch, _ = batches.traces(0)
-    (program,) = plan.programs(collected.config, "offline", collected.mesh, bucket=batches.plan(0)[0])
+    (program,) = plan.programs(
+        collected.config, "offline", collected.mesh, bucket=batches.plan(0)[0]
+    )
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
     assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)
 
@@ -270,12 +353,21 @@ def test_top_k_is_bounded_by_the_vocabulary(folder):
 def test_what_is_there_stays_and_what_lacks_is_collected(copied, monkeypatch):
     whole, computed, run = files(copied), [], offline._outputs
     (copied.workdir / "teacher_cache" / f"{MAZE}-0000016.npz").unlink()
-    times = {path.name: path.stat().st_mtime_ns for path in (copied.workdir / "teacher_cache").iterdir()}
+    times = {
+        path.name: path.stat().st_mtime_ns for path in (copied.workdir / "teacher_cache").iterdir()
+    }
     monkeypatch.setattr(offline, "_outputs", lambda *a: computed.append(a[2]) or run(*a))
     copied.collect()
     assert computed == [[16, 17, 18, 19]]
-    assert all((copied.workdir / "teacher_cache" / name).stat().st_mtime_ns == t for name, t in times.items())
-    found = {name: np.load(copied.workdir / "teacher_cache" / name) for name in whole if name.endswith("npz")}
+    assert all(
+        (copied.workdir / "teacher_cache" / name).stat().st_mtime_ns == t
+        for name, t in times.items()
+    )
+    found = {
+        name: np.load(copied.workdir / "teacher_cache" / name)
+        for name in whole
+        if name.endswith("npz")
+    }
     assert len(found) == 4
     name = f"{MAZE}-0000016.npz"
     before = copied.workdir / "before.npz"
@@ -289,8 +381,10 @@ def test_a_stop_and_a_failed_write_leave_whole_files(copied, monkeypatch):
     asked = iter(range(6))
     with pytest.raises(StopIteration):
         copied.collect(before_batch=lambda: next(asked))
-    assert [name for name in sorted(files(copied)) if name.endswith(".npz")] == [f"{small_run.TASK}-0000000.npz",
-                                                                                f"{small_run.TASK}-0000016.npz"]
+    assert [name for name in sorted(files(copied)) if name.endswith(".npz")] == [
+        f"{small_run.TASK}-0000000.npz",
+        f"{small_run.TASK}-0000016.npz",
+    ]
 
     def half(file, **_):
         file.write(b"PK")
@@ -304,14 +398,18 @@ def test_a_stop_and_a_failed_write_leave_whole_files(copied, monkeypatch):
 
 
 def test_the_cache_of_another_teacher_or_setting_is_refused(copied):
-    other = copied.params | {"llm": copied.params["llm"] | {
-        "head": copied.params["llm"]["head"].at[3, 5].add(1e-6)}}
+    other = copied.params | {
+        "llm": copied.params["llm"] | {"head": copied.params["llm"]["head"].at[3, 5].add(1e-6)}
+    }
     message = r"(?s)another teacher.*teacher: there \w+, now \w+.*delete the folder"
     with pytest.raises(offline.WrongCache, match=message):
         copied.collect(params=other)
     changed = copy.deepcopy(copied.config)
     changed.offline.top_k, changed.prompts.intro = 200, "look"
-    with pytest.raises(offline.WrongCache, match=r"(?s)prompts.intro: there .*, now look.*top_k: there 300, now 200"):
+    with pytest.raises(
+        offline.WrongCache,
+        match=r"(?s)prompts.intro: there .*, now look.*top_k: there 300, now 200",
+    ):
         copied.collect(config=changed)
     changed = copy.deepcopy(copied.config)
     changed.offline.temperature = 1.0  # used when training alone
@@ -321,7 +419,9 @@ def test_the_cache_of_another_teacher_or_setting_is_refused(copied):
 def test_the_name_of_weights_is_theirs_alone():
     params = tiny.params()
     name = offline.fingerprint(params)
-    assert name == offline.fingerprint(tiny.copy(params)) != offline.fingerprint(tiny.params(seed=1))
+    assert (
+        name == offline.fingerprint(tiny.copy(params)) != offline.fingerprint(tiny.params(seed=1))
+    )
     kernel = params["llm"]["head"]
     for other in (kernel[::-1], kernel[:, ::-1], kernel.at[0, 0].multiply(1 + 1e-6)):
         assert offline.fingerprint(params | {"llm": params["llm"] | {"head": other}}) != name
@@ -346,7 +446,9 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
     with pytest.raises(offline.MissingRow, match="row 16, pid other-pid, of Spatial_Navigation"):
         fresh()(MAZE, 16, "other-pid", labels)
     rewritten(path, lambda arrays: arrays.pop(f"16:{pid}"))
-    with pytest.raises(offline.MissingRow, match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew"):
+    with pytest.raises(
+        offline.MissingRow, match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew"
+    ):
         fresh()(MAZE, 16, pid, labels)
     batches = copied.batches(fresh())
     with pytest.raises(offline.MissingRow):
@@ -366,24 +468,42 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
 def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
     """Why float16 is enough: the loss against the same teacher in float32."""
     row = collected.rows(1, 3)
-    teacher, student = (logits_of(collected.params, collected.packer.traces([row], [layout]),
-                                  settings.model(collected.config)) for layout in ("reference", "text"))
+    teacher, student = (
+        logits_of(
+            collected.params,
+            collected.packer.traces([row], [layout]),
+            settings.model(collected.config),
+        )
+        for layout in ("reference", "text")
+    )
     log_probs, indices = jax.lax.top_k(jax.nn.log_softmax(teacher), 256)
-    exact, rounded = (offline.cached_kl(student, log_probs.astype(dtype), indices, 2.0)
-                      for dtype in (jnp.float32, jnp.float16))
+    exact, rounded = (
+        offline.cached_kl(student, log_probs.astype(dtype), indices, 2.0)
+        for dtype in (jnp.float32, jnp.float16)
+    )
     np.testing.assert_allclose(rounded, exact, rtol=1e-3, atol=1e-4)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, message", [
-    ({"offline__top_k": 0}, r"config.offline.top_k is 0: give a whole number in \[1, inf\)"),
-    ({"offline__temperature": 0.0}, r"config.offline.temperature is 0.0: give a number in \[0.001, 1000\]"),
-    ({"offline__weight": -1.0}, r"config.offline.weight is -1.0: give a number in \[0, inf\)"),
-    ({"teacher__visual_thoughts": "noise"}, "reads the true ones")])
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"offline__top_k": 0}, r"config.offline.top_k is 0: give a whole number in \[1, inf\)"),
+        (
+            {"offline__temperature": 0.0},
+            r"config.offline.temperature is 0.0: give a number in \[0.001, 1000\]",
+        ),
+        ({"offline__weight": -1.0}, r"config.offline.weight is -1.0: give a number in \[0, inf\)"),
+        ({"teacher__visual_thoughts": "noise"}, "reads the true ones"),
+    ],
+)
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        settings.check(small_run.config(stages=("offline",), offline__optim__warmup_steps=1, **changes))
+        settings.check(
+            small_run.config(stages=("offline",), offline__optim__warmup_steps=1, **changes)
+        )
 
 
 def test_another_stage_may_have_noise_in_the_teacher():
@@ -391,16 +511,28 @@ def test_another_stage_may_have_noise_in_the_teacher():
 
 
 def stage_config(**changes):
-    return small_run.config(**dict(
-        stages=("offline",), offline__steps=4, offline__batch_size=8, offline__accumulation=2,
-        offline__optim__lr=3e-3, offline__optim__min_lr=3e-4, offline__optim__warmup_steps=1) | changes)
+    return small_run.config(
+        **dict(
+            stages=("offline",),
+            offline__steps=4,
+            offline__batch_size=8,
+            offline__accumulation=2,
+            offline__optim__lr=3e-3,
+            offline__optim__min_lr=3e-4,
+            offline__optim__warmup_steps=1,
+        )
+        | changes
+    )
 
 
 def states(workdir, step):
     from orbax.checkpoint import v1 as ocp
 
     tree = ocp.load_checkpointables(workdir / "checkpoints" / str(step), {"state": None})["state"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.long
@@ -418,7 +550,10 @@ def test_a_run_and_its_continuation(tmp_path):
     for name in ("none", "real", "kl"):
         assert (whole / "eval" / f"000004-{name}" / "summary.json").exists()
     kl = json.loads((whole / "eval" / "000004-kl" / "summary.json").read_text())
-    assert kl["start"].endswith("checkpoints/0") and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
+    assert (
+        kl["start"].endswith("checkpoints/0")
+        and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
+    )
 
     # As if killed after step 2, with the cache lost as well: the teacher comes back from the start, not from step 2.
     shutil.copytree(whole, cut)
@@ -429,12 +564,15 @@ def test_a_run_and_its_continuation(tmp_path):
     distill._program.cache_clear()
     train.train(stage_config(), str(cut))
     assert json.loads((cut / "teacher_cache" / "key.json").read_text()) == json.loads(
-        (whole / "teacher_cache" / "key.json").read_text())
+        (whole / "teacher_cache" / "key.json").read_text()
+    )
     found, expected = states(cut, 4), states(whole, 4)
     assert found.keys() == expected.keys() and len(found) > 50
     for path, array in expected.items():
         np.testing.assert_array_equal(found[path], array, err_msg=path)
-    losses = lambda folder: [row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
+    losses = lambda folder: [
+        row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row
+    ]
     assert losses(cut) == losses(whole)
 
 
@@ -446,7 +584,9 @@ def test_an_arm_behind_a_warm_up(tmp_path_factory, tmp_path):
 
     workdir = tmp_path / "w"
     shutil.copytree(small_run.trained(tmp_path_factory), workdir)
-    base = stage_config(stages=("warmup", "opsd"), sft__steps=4, sft__accumulation=2, eval__final_split="")
+    base = stage_config(
+        stages=("warmup", "opsd"), sft__steps=4, sft__accumulation=2, eval__final_split=""
+    )
     first = {}
     for name in ("offline", "sft"):
         own, folder = arms.settings_of(base, str(workdir), name)
@@ -454,7 +594,11 @@ def test_an_arm_behind_a_warm_up(tmp_path_factory, tmp_path):
         train.train(own, folder, data_workdir=str(workdir))
         distill._program.cache_clear()
         first[name] = next(row for row in metrics.read(f"{folder}/metrics.jsonl") if "loss" in row)
-    assert first["offline"]["ce"] == pytest.approx(first["sft"]["ce"], rel=1e-6)  # the same rows, the same weights
-    start = checkpoint.restore_params(workdir / "checkpoints" / str(small_run.WARMUP), small_run.abstract_params())
+    assert first["offline"]["ce"] == pytest.approx(
+        first["sft"]["ce"], rel=1e-6
+    )  # the same rows, the same weights
+    start = checkpoint.restore_params(
+        workdir / "checkpoints" / str(small_run.WARMUP), small_run.abstract_params()
+    )
     facts = json.loads((workdir / "arms" / "offline" / "teacher_cache" / "key.json").read_text())
     assert facts["teacher"] == offline.fingerprint(start)

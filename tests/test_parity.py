@@ -31,8 +31,14 @@ from opsd_jax.model import attention, bagel, latent, mot, siglip
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 
 # Arguments of tests that get the name of every case: one case a file, under any names.
-CASES = {"und_forward": "und_forward/*", "grads": "grads/*", "generate": "generate/*", "opsd_steps": "opsd_steps/*",
-         "autoencoder": "vae/*", "drawing": "gen_image/shape*"}
+CASES = {
+    "und_forward": "und_forward/*",
+    "grads": "grads/*",
+    "generate": "generate/*",
+    "opsd_steps": "opsd_steps/*",
+    "autoencoder": "vae/*",
+    "drawing": "gen_image/shape*",
+}
 SPARE = 3  # padding slots, patches and latents in all packs: nothing may depend on them
 
 
@@ -45,6 +51,7 @@ def pytest_generate_tests(metafunc):
 
 
 # --- reading and comparing -----------------------------------------------------------------------------
+
 
 def path_of(goldens, name):
     path = goldens / name
@@ -108,18 +115,48 @@ def by_name(params) -> dict:
 OPTIONAL = {
     "vae": ("decoded_from_mean", "decoded_from_sampled"),
     "und_forward": (r"\w+\.attention_mask", r"\w+\.hidden_layer0", r"\w+\.hidden_final"),
-    "grads": ("per_token_jsd", "per_token_jsd_unclipped", r"grad\.language_model\..+", r"grad\.vit_model\..+",
-              r"grad\.connector\..+"),
+    "grads": (
+        "per_token_jsd",
+        "per_token_jsd_unclipped",
+        r"grad\.language_model\..+",
+        r"grad\.vit_model\..+",
+        r"grad\.connector\..+",
+    ),
     "jsd": (r"tinker_grad\.\d+",),
-    "generate": ("logits", r"prefill_k_layer\d+", r"prefill_v_layer\d+", "prefill_k_last", "final_k_last"),
+    "generate": (
+        "logits",
+        r"prefill_k_layer\d+",
+        r"prefill_v_layer\d+",
+        "prefill_k_last",
+        "final_k_last",
+    ),
     "gen_image": (
-        "vae_moments", r"k_layer\d+_cond", r"k_layer\d+_cfg_text", r"k_layer\d+_cfg_img", "k_last_cond",
-        r"run\d+\.timesteps", r"run\d+\.step0_branch_cond", r"run\d+\.step0_branch_second",
-        r"run\d+\.step0_branch_third", r"run\d+\.x_traj", r"run\d+\.final_latent_chw",
-        r"run\d+\.decoded_preclamp", r"run\d+\.image_u8", "attention_mask", "hidden_final"),
+        "vae_moments",
+        r"k_layer\d+_cond",
+        r"k_layer\d+_cfg_text",
+        r"k_layer\d+_cfg_img",
+        "k_last_cond",
+        r"run\d+\.timesteps",
+        r"run\d+\.step0_branch_cond",
+        r"run\d+\.step0_branch_second",
+        r"run\d+\.step0_branch_third",
+        r"run\d+\.x_traj",
+        r"run\d+\.final_latent_chw",
+        r"run\d+\.decoded_preclamp",
+        r"run\d+\.image_u8",
+        "attention_mask",
+        "hidden_final",
+    ),
     "opsd_steps": (r"step\d+\.param\..+", r"step\d+\.ema\..+", r"final\.param\..+"),
-    "preprocess": (r".+\.rgb_sample", r".+\.sample_tensor", r".+\.tensor", r".+\.resized_u8_hwc", r".+\.patchified",
-                   r"pos\.\d+\.extrapolate", r"pos\.\d+\.interpolate"),
+    "preprocess": (
+        r".+\.rgb_sample",
+        r".+\.sample_tensor",
+        r".+\.tensor",
+        r".+\.resized_u8_hwc",
+        r".+\.patchified",
+        r"pos\.\d+\.extrapolate",
+        r"pos\.\d+\.interpolate",
+    ),
 }
 
 
@@ -131,7 +168,9 @@ def test_carried_copy_has_every_kind(folder):
     for path in (DEFAULT_GOLDENS / folder).glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             names += file.keys()
-    missing = [kind for kind in OPTIONAL[folder] if not any(re.fullmatch(kind, name) for name in names)]
+    missing = [
+        kind for kind in OPTIONAL[folder] if not any(re.fullmatch(kind, name) for name in names)
+    ]
     assert not missing
 
 
@@ -140,6 +179,7 @@ def test_carried_copy_is_small():
 
 
 # --- the model and its inputs --------------------------------------------------------------------------
+
 
 def load(directory, generation):
     """(config, params), the latter in NumPy: slicing them compiles nothing."""
@@ -162,12 +202,15 @@ def whole_model(goldens):
 
 @pytest.fixture(scope="session")
 def tokenizer(goldens):
-    return delimiters(**json.loads((path_of(goldens, "checkpoint") / "special_tokens.json").read_text()))
+    return delimiters(
+        **json.loads((path_of(goldens, "checkpoint") / "special_tokens.json").read_text())
+    )
 
 
 def delimiters(bos_token_id, eos_token_id, start_of_image, end_of_image, **_):
-    return types.SimpleNamespace(bos=bos_token_id, eos=eos_token_id, image_start=start_of_image,
-                                 image_end=end_of_image)
+    return types.SimpleNamespace(
+        bos=bos_token_id, eos=eos_token_id, image_start=start_of_image, image_end=end_of_image
+    )
 
 
 def image_block(pixels, patch):
@@ -182,28 +225,39 @@ def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
     prompts = context_lib.Prompts(ids("system"), ids("intro"), ids("transition"))
     question = np.concatenate([ids("question"), ids("instruction")])
     problem = image_block(tensors[f"{prefix}problem_image"], patch)
-    thoughts = {int(match[1]): image_block(pixels, patch)
-                for match, pixels in matching(tensors, re.escape(prefix) + r"vt_image(\d+)")}
+    thoughts = {
+        int(match[1]): image_block(pixels, patch)
+        for match, pixels in matching(tensors, re.escape(prefix) + r"vt_image(\d+)")
+    }
     missing = settings.get("vt_is_none", [False] * (max(thoughts, default=-1) + 1))
     thoughts = [None if none else thoughts[n] for n, none in enumerate(missing)]
-    return (context_lib.student(tokenizer, prompts, question, problem),
-            context_lib.teacher(tokenizer, prompts, question, problem, thoughts))
+    return (
+        context_lib.student(tokenizer, prompts, question, problem),
+        context_lib.teacher(tokenizer, prompts, question, problem, thoughts),
+    )
 
 
 def bucket(rows, config=None):
     """Static sizes that fit the rows, with some padding; config: of the model, where rows hold latents."""
     patches = lambda blocks: sum(len(b.patches) for b in blocks if isinstance(b, context_lib.Image))
     latents = lambda blocks: sum(len(b.tokens) for b in blocks if isinstance(b, context_lib.Latent))
-    sizes = {"slots": SPARE + max(sum(b.slots for b in blocks) - latents(blocks) for blocks in rows),
-             "patches": SPARE + max(map(patches, rows))}
+    sizes = {
+        "slots": SPARE + max(sum(b.slots for b in blocks) - latents(blocks) for blocks in rows),
+        "patches": SPARE + max(map(patches, rows)),
+    }
     if config:
-        sizes.update(latents=SPARE + max(map(latents, rows)), latent_dim=config.generation.latent_dim,
-                     latent_side=config.generation.side)
+        sizes.update(
+            latents=SPARE + max(map(latents, rows)),
+            latent_dim=config.generation.latent_dim,
+            latent_side=config.generation.side,
+        )
     return sizes
 
 
 def pack(rows, tokenizer, config, sizes=None):
-    return context_lib.pack(rows, **(sizes or bucket(rows)), tokenizer=tokenizer, side=config.vit.side)
+    return context_lib.pack(
+        rows, **(sizes or bucket(rows)), tokenizer=tokenizer, side=config.vit.side
+    )
 
 
 def completion(ids, tokenizer, batch, spare=SPARE):
@@ -217,7 +271,9 @@ def completion(ids, tokenizer, batch, spare=SPARE):
 @functools.partial(jax.jit, static_argnames="config")
 def forward(params, context, *, config):
     x = bagel.embed(params, context, config=config)
-    return bagel.forward(params, x, context.positions, context.limit, context.segment, config=config)[0]
+    return bagel.forward(
+        params, x, context.positions, context.limit, context.segment, config=config
+    )[0]
 
 
 score = jax.jit(distill.score, static_argnames="config")
@@ -238,8 +294,13 @@ def normed(hidden, config, params):
 
 
 def jsd_config(settings, **more):
-    return DivergenceConfig(beta=settings["beta"], temperature=settings["temperature"],
-                            top_k=settings["top_k"] or 0, clip=settings["token_clip"] or 0.0, **more)
+    return DivergenceConfig(
+        beta=settings["beta"],
+        temperature=settings["temperature"],
+        top_k=settings["top_k"] or 0,
+        clip=settings["token_clip"] or 0.0,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -251,6 +312,7 @@ def quick_compilation():
 
 
 # --- checkpoint ----------------------------------------------------------------------------------------
+
 
 def test_checkpoint(goldens, whole_model):
     """Every tensor of both files arrives, with its name, shape and value."""
@@ -270,10 +332,15 @@ def test_checkpoint(goldens, whole_model):
 def test_checkpoint_without_generation(goldens, model, whole_model):
     assert model[0].generation is None
     kept, everything = by_name(model[1]), read_tensors(path_of(goldens, "checkpoint"))
-    assert set(kept) == {name for name in everything if "_moe_gen" not in name and not name.startswith(
-        ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed."))}
+    assert set(kept) == {
+        name
+        for name in everything
+        if "_moe_gen" not in name
+        and not name.startswith(("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed."))
+    }
     assert {name: x.shape for name, x in kept.items()}.items() <= {
-        name: x.shape for name, x in by_name(whole_model[1]).items()}.items()
+        name: x.shape for name, x in by_name(whole_model[1]).items()
+    }.items()
 
 
 def folder_with(files, configs, target):
@@ -298,7 +365,7 @@ def test_checkpoint_bfloat16(goldens, model, tmp_path):
     for name, array in by_name(params).items():
         assert stored[name].dtype == jnp.bfloat16 and array.dtype == np.float32
         equal(array, stored[name].astype(np.float32), err_msg=name)
-        np.testing.assert_allclose(array, exact[name], rtol=2 ** -8, err_msg=name)
+        np.testing.assert_allclose(array, exact[name], rtol=2**-8, err_msg=name)
 
 
 def test_checkpoint_sharded(goldens, model, tmp_path):
@@ -323,16 +390,27 @@ def test_checkpoint_sharded(goldens, model, tmp_path):
 
 # --- vit -----------------------------------------------------------------------------------------------
 
+
 def test_vit(goldens, model, tokenizer):
     tensors, settings = read(goldens, "vit", "vit")
     config, params = model
     vit, patch = params["vit"], config.vit.patch_size
-    for ours, name in ((patch, "patch_size"), (config.vit.side, "max_num_patch_per_side"),
-                       (config.vit.num_layers, "layers_used"), (config.vit.layer_norm_eps, "layer_norm_eps")):
+    for ours, name in (
+        (patch, "patch_size"),
+        (config.vit.side, "max_num_patch_per_side"),
+        (config.vit.num_layers, "layers_used"),
+        (config.vit.layer_norm_eps, "layer_norm_eps"),
+    ):
         assert ours == settings[name], name
-    blocks = [image_block(pixels, patch) for _, pixels in sorted(
-        matching(tensors, r"image(\d+)"), key=lambda found: int(found[0][1]))]
-    assert [list(b.grid) for b in blocks] == [[h // patch, w // patch] for h, w in settings["image_sizes_hw"]]
+    blocks = [
+        image_block(pixels, patch)
+        for _, pixels in sorted(
+            matching(tensors, r"image(\d+)"), key=lambda found: int(found[0][1])
+        )
+    ]
+    assert [list(b.grid) for b in blocks] == [
+        [h // patch, w // patch] for h, w in settings["image_sizes_hw"]
+    ]
     packed = pack([blocks], tokenizer, config)
     lengths = tensors["vit_token_seqlens"]
     n = lengths.sum()
@@ -344,19 +422,27 @@ def test_vit(goldens, model, tokenizer):
     @functools.partial(jax.jit, static_argnames="config")
     def encode(params, *, config):
         return siglip.Encoder(config.vit).apply(
-            {"params": params["vit"]}, packed.patches, packed.patch_positions, packed.patch_image)[0, :n]
+            {"params": params["vit"]}, packed.patches, packed.patch_positions, packed.patch_image
+        )[0, :n]
 
-    post_norm = lambda x: siglip.layer_norm(x, vit["post_norm_scale"], vit["post_norm_bias"],
-                                            config.vit.layer_norm_eps)
+    post_norm = lambda x: siglip.layer_norm(
+        x, vit["post_norm_scale"], vit["post_norm_bias"], config.vit.layer_norm_eps
+    )
     layers = matching(tensors, r"hidden\.layer(\d+)")
     assert len(layers) == config.vit.num_layers
     for match, hidden in layers:
         shorter, cut = first_layers(config, params, "vit", int(match[1]) + 1)
         close(encode(cut, config=shorter), post_norm(hidden), match[0])
-    close(packed.patches[0, :n] @ vit["patch_kernel"] + vit["patch_bias"]
-          + vit["position"][tensors["packed_vit_position_ids"]], tensors["hidden.embeddings"])
+    close(
+        packed.patches[0, :n] @ vit["patch_kernel"]
+        + vit["patch_bias"]
+        + vit["position"][tensors["packed_vit_position_ids"]],
+        tensors["hidden.embeddings"],
+    )
     close(encode(params, config=config), tensors["vit_out"])
-    llm_input = jax.jit(functools.partial(bagel.encode_images, config=config))(params, packed)[0, :n]
+    llm_input = jax.jit(functools.partial(bagel.encode_images, config=config))(params, packed)[
+        0, :n
+    ]
     close(llm_input, tensors["llm_input"])
     close(llm_input - tensors["pos_embed"], tensors["connector_out"])
 
@@ -369,7 +455,8 @@ def test_time_embedding(goldens, whole_model):
     close(jax.jit(latent.sinusoid)(times), tensors["time_embed_sinusoid"])
     zeros = np.zeros((1, len(times), config.generation.latent_dim), np.float32)
     whole = jax.jit(functools.partial(bagel.embed_latents, config=config))(
-        params, zeros, times[None], np.zeros((1, len(times)), np.int32))[0]
+        params, zeros, times[None], np.zeros((1, len(times)), np.int32)
+    )[0]
     close(whole - ours["in_bias"] - ours["position_table"][0], tensors["time_embed_out"])
 
 
@@ -385,6 +472,7 @@ def test_position_tables(goldens, whole_model):
 
 # --- text_forward --------------------------------------------------------------------------------------
 
+
 def test_text_forward(goldens, model):
     """Several documents in one pack; every layer."""
     tensors, settings = read(goldens, "text_forward", "text")
@@ -396,8 +484,10 @@ def test_text_forward(goldens, model):
     positions = np.concatenate([np.arange(n) for n in lengths])
     equal(positions, tensors["packed_position_ids"])
     documents = np.repeat(np.arange(len(lengths)) + 1, lengths)
-    vectors = [np.pad(v, (0, SPARE))[None].astype(np.int32)
-               for v in (tensors["packed_text_ids"], positions, np.arange(slots) + 1, documents)]
+    vectors = [
+        np.pad(v, (0, SPARE))[None].astype(np.int32)
+        for v in (tensors["packed_text_ids"], positions, np.arange(slots) + 1, documents)
+    ]
     mask = np.asarray(visible(vectors[2], vectors[3], vectors[3]))[0]
     equal(mask[:slots, :slots], tensors["attention_mask"])
 
@@ -419,7 +509,8 @@ def test_text_forward(goldens, model):
     close(ce, tensors["ce"])
     assert float(ce.mean()) == pytest.approx(settings["ce_mean"], rel=1e-5)
     chunked, hits = divergence.chunked_cross_entropy(
-        hidden[None], params["llm"]["head"], tensors["labels"][None], chunk=5)
+        hidden[None], params["llm"]["head"], tensors["labels"][None], chunk=5
+    )
     close(chunked[0], tensors["ce"])
     equal(hits[0] > 0, logits.argmax(-1) == tensors["labels"])
 
@@ -431,7 +522,9 @@ def test_rope_tables(goldens, model):
     assert tables
     for match, table in tables:
         positions = np.arange(int(match[2]), int(match[3]) + 1)[None]
-        ours = attention.rope_tables(positions, config.head_dim, config.rope_theta)[match[1] == "sin"]
+        ours = attention.rope_tables(positions, config.head_dim, config.rope_theta)[
+            match[1] == "sin"
+        ]
         np.testing.assert_allclose(ours[0, :, 0], table, atol=2e-5, err_msg=match[0])
     cos, _ = attention.rope_tables(np.ones((1, 1)), config.head_dim, config.rope_theta)
     np.testing.assert_allclose(cos.ravel(), np.cos(np.tile(tensors["rope_inv_freq"], 2)), atol=1e-6)
@@ -446,7 +539,9 @@ def test_rope_frequencies_in_bfloat16(model):
     positions = np.array([[1, 7, 4321]])
     for inv_freq, bfloat16 in ((rounded, True), (exact.astype(np.float64), False)):
         angles = np.tile(positions[0][:, None] * inv_freq, 2)
-        tables = jax.jit(functools.partial(attention.rope_tables, head_dim=dim, theta=theta, bfloat16=bfloat16))(positions)
+        tables = jax.jit(
+            functools.partial(attention.rope_tables, head_dim=dim, theta=theta, bfloat16=bfloat16)
+        )(positions)
         for ours, expected in zip(tables, (np.cos(angles), np.sin(angles))):
             # angles reach 4,321, of which float32 keeps 2.4e-4
             np.testing.assert_allclose(ours[0, :, 0], expected, atol=6e-4)
@@ -455,21 +550,38 @@ def test_rope_frequencies_in_bfloat16(model):
     config, params = model
     x = np.random.default_rng(0).standard_normal((1, 40, config.llm.hidden_size), np.float32)
     everything = (np.arange(40)[None], np.arange(1, 41)[None], np.ones((1, 40), np.int32))
-    hidden = [np.asarray(jax.jit(functools.partial(bagel.forward, config=dataclasses.replace(
-        config, rope_bfloat16=bfloat16)))(params, x, *everything)[0]) for bfloat16 in (False, True)]
+    hidden = [
+        np.asarray(
+            jax.jit(
+                functools.partial(
+                    bagel.forward, config=dataclasses.replace(config, rope_bfloat16=bfloat16)
+                )
+            )(params, x, *everything)[0]
+        )
+        for bfloat16 in (False, True)
+    ]
     assert 1e-4 < np.abs(hidden[0] - hidden[1]).max() / np.abs(hidden[0]).max() < 0.2
 
 
 # --- und_forward ---------------------------------------------------------------------------------------
+
 
 def test_und_forward(goldens, und_forward, model, tokenizer):
     """Both packs: slots, positions, mask, targets exactly; hidden states, logits, cross entropy closely."""
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
     target = context_lib.Text(tensors["completion_ids"], loss=True)
-    rows = [[*blocks, target] for blocks in role_blocks(tensors, tokenizer, config.vit.patch_size, settings)]
-    batch = context_lib.supervise(rows, **bucket(rows), targets=len(target.ids) + 1 + SPARE,
-                                  tokenizer=tokenizer, side=config.vit.side)
+    rows = [
+        [*blocks, target]
+        for blocks in role_blocks(tensors, tokenizer, config.vit.patch_size, settings)
+    ]
+    batch = context_lib.supervise(
+        rows,
+        **bucket(rows),
+        targets=len(target.ids) + 1 + SPARE,
+        tokenizer=tokenizer,
+        side=config.vit.side,
+    )
     context = batch.context
     hidden = np.asarray(forward(params, context, config=config))
     shorter, cut = first_layers(config, params, "llm", 1)
@@ -497,7 +609,11 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
         equal(batch.rows[r, targets], golden("ce_loss_indexes"))
         equal(batch.labels[r, targets], golden("packed_label_ids"))
         if f"{role}.hidden_layer0" in tensors:
-            close(first[r, :n], normed(golden("hidden_layer0"), config, params), f"{role}, first layer")
+            close(
+                first[r, :n],
+                normed(golden("hidden_layer0"), config, params),
+                f"{role}, first layer",
+            )
         compare(close, hidden[r, :n], tensors, f"{role}.hidden_final")
         logits = bagel.logits(params, hidden[r, batch.rows[r, targets]])
         close(logits, golden("logits"), role)
@@ -510,7 +626,9 @@ def test_score(goldens, und_forward, model, tokenizer):
     """`distill.score`: the completion behind padded contexts of both roles, one row each."""
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
-    context = pack(role_blocks(tensors, tokenizer, config.vit.patch_size, settings), tokenizer, config)
+    context = pack(
+        role_blocks(tensors, tokenizer, config.vit.patch_size, settings), tokenizer, config
+    )
     block = completion(tensors["completion_ids"], tokenizer, batch=2)
     n = len(tensors["completion_ids"]) + 1
     equal(block.mask.sum(axis=1), [n, n])
@@ -521,6 +639,7 @@ def test_score(goldens, und_forward, model, tokenizer):
 
 
 # --- grads ---------------------------------------------------------------------------------------------
+
 
 def kind_of(name, settings):
     """(DivergenceConfig, whether the loss is the cross entropy) of a gradient file."""
@@ -555,18 +674,25 @@ def test_grads(goldens, grads, whole_model, tokenizer):
     hidden_t = score(params, teacher, block, config=config)  # a constant of the loss
 
     def reduce(hidden, head):
-        values, ce, _ = divergence.chunked(hidden, head, hidden_t, head, block.labels, divergence_config)
-        return jnp.sum((ce if is_ce else values) * distill.row_weights(block.mask, "completion")), values
+        values, ce, _ = divergence.chunked(
+            hidden, head, hidden_t, head, block.labels, divergence_config
+        )
+        return jnp.sum(
+            (ce if is_ce else values) * distill.row_weights(block.mask, "completion")
+        ), values
 
-    (loss, values), (of_hidden, of_head) = jax.jit(jax.value_and_grad(reduce, (0, 1), has_aux=True))(
-        hidden_s, params["llm"]["head"])
+    (loss, values), (of_hidden, of_head) = jax.jit(
+        jax.value_and_grad(reduce, (0, 1), has_aux=True)
+    )(hidden_s, params["llm"]["head"])
     gradients = params_lib.flatten(jax.tree.map(np.asarray, pull(of_hidden)[0]))
     gradients["llm/head"] = gradients["llm/head"] + of_head
     np.testing.assert_allclose(loss, tensors["loss"][0], atol=1e-6, rtol=1e-5)
     assert float(loss) == pytest.approx(facts["loss"], rel=1e-5, abs=1e-6)
     n = len(sample["completion_ids"]) + 1
     for role, hidden in (("student", hidden_s), ("teacher", hidden_t)):
-        close(bagel.logits(params, np.asarray(hidden)[0, :n]), logits_of(role, tensors, sample), role)
+        close(
+            bagel.logits(params, np.asarray(hidden)[0, :n]), logits_of(role, tensors, sample), role
+        )
     if "per_token_jsd" in tensors:
         np.testing.assert_allclose(values[0, :n], tensors["per_token_jsd"], atol=1e-6, rtol=1e-4)
     ours = by_name(params_lib.unflatten(gradients))
@@ -605,16 +731,21 @@ def test_grads_from_logits(goldens, grads):
             return divergence.sampled_reverse_kl(logits, teacher, labels, config.temperature)
         return divergence.generalized_jsd(logits, teacher, config)[0]
 
-    loss, gradient = jax.jit(jax.value_and_grad(lambda logits: jnp.mean(rows(logits, config))))(student)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda logits: jnp.mean(rows(logits, config))))(
+        student
+    )
     np.testing.assert_allclose(loss, tensors["loss"][0], atol=1e-6, rtol=1e-5)
     close_gradient(gradient, tensors["student_logits_grad"])
     for name, clip in (("per_token_jsd", config.clip), ("per_token_jsd_unclipped", 0.0)):
         if name in tensors:
-            values = jax.jit(functools.partial(rows, config=dataclasses.replace(config, clip=clip)))(student)
+            values = jax.jit(
+                functools.partial(rows, config=dataclasses.replace(config, clip=clip))
+            )(student)
             np.testing.assert_allclose(values, tensors[name], atol=1e-6, rtol=1e-4, err_msg=name)
 
 
 # --- jsd -----------------------------------------------------------------------------------------------
+
 
 def mean_of(values, kept):
     """As the loss adds up the rows that count; 0 where none does."""
@@ -649,15 +780,24 @@ def test_sampled_reverse_kl(goldens):
     tensors, facts = read(goldens, "jsd", "jsd")
     assert facts["tinker"]
     for i, case in enumerate(facts["tinker"]):
-        mask = tensors["labels"] != -100 if case["with_labels"] else np.ones(len(tensors["labels"]), bool)
-        loss = lambda logits: mean_of(divergence.sampled_reverse_kl(
-            logits, tensors["teacher_logits"], tensors["sampled_token_ids"], case["temperature"]), mask)
+        mask = (
+            tensors["labels"] != -100
+            if case["with_labels"]
+            else np.ones(len(tensors["labels"]), bool)
+        )
+        loss = lambda logits: mean_of(
+            divergence.sampled_reverse_kl(
+                logits, tensors["teacher_logits"], tensors["sampled_token_ids"], case["temperature"]
+            ),
+            mask,
+        )
         value, gradient = jax.value_and_grad(loss)(tensors["student_logits"])
         assert float(value) == pytest.approx(case["loss"], rel=1e-5, abs=1e-6), case
         compare(close_gradient, gradient, tensors, f"tinker_grad.{i}")
 
 
 # --- generate ------------------------------------------------------------------------------------------
+
 
 def prompt_blocks(tensors, tokenizer, patch):
     prompts = context_lib.Prompts(tensors.get("system_ids", ""), "", "")
@@ -674,19 +814,28 @@ def test_generate(goldens, generate, model, tokenizer):
     texts = [table.get(str(token), f" {token}").encode() for token in range(vocabulary)]
     marker = rollout.Marker.build(texts, vocabulary)
     settings = rollout.RolloutConfig(
-        model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, greedy=True,
+        model=config,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        marker=marker,
+        greedy=True,
         max_new_tokens=facts["max_new_tokens" if skipping else "max_length"],
-        max_image_skips=facts.get("max_image_skips", 0))
+        max_image_skips=facts.get("max_image_skips", 0),
+    )
     blocks = prompt_blocks(tensors, tokenizer, config.vit.patch_size)
     other = [blocks[-1], *blocks]  # a longer row, so that the golden one stands before a gap
     context = pack([blocks, other], tokenizer, config)
-    sampled, logits = rollout.sample(params, context, jax.random.key(0), config=settings, return_logits=True)
+    sampled, logits = rollout.sample(
+        params, context, jax.random.key(0), config=settings, return_logits=True
+    )
     sampled, logits = jax.tree.map(np.asarray, (sampled, logits))
     count, fed = sampled.num_fed[0], sampled.fed[0]
     returned = sampled.tokens[0, sampled.mask[0]]
     wanted = tensors["completion_ids"] if skipping else tensors["tokens"][1:]
     equal(returned, wanted)
-    heard = logits[0, :count][fed[:count] != tokenizer.eos]  # officially an injected eos has no logits
+    heard = logits[0, :count][
+        fed[:count] != tokenizer.eos
+    ]  # officially an injected eos has no logits
     compare(close, heard, tensors, "logits")
     if not skipping:
         equal(fed[:count], tensors["tokens"])
@@ -722,7 +871,7 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
     blocks = prompt_blocks(tensors, tokenizer, config.vit.patch_size)
     assert len(facts["prefill_stages"]) == len(blocks)
     for stage, fact in enumerate(facts["prefill_stages"]):
-        part = pack([blocks[:stage + 1]], tokenizer, config)
+        part = pack([blocks[: stage + 1]], tokenizer, config)
         assert (part.length[0], part.next_position[0]) == (fact["kv_len"], fact["rope"])
     context = pack([blocks], tokenizer, config)
     tokens = tensors["tokens"][None]
@@ -733,12 +882,26 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         segment = jnp.pad(context.segment, ((0, 0), (0, room)))
         cache = bagel.init_cache(1, context.slots + room, config=config)
         x = bagel.embed(params, context, config=config)
-        _, prefill = bagel.forward(params, x, context.positions, context.limit, context.segment,
-                                   config=config, cache=cache, key_segment=segment)
+        _, prefill = bagel.forward(
+            params,
+            x,
+            context.positions,
+            context.limit,
+            context.segment,
+            config=config,
+            cache=cache,
+            key_segment=segment,
+        )
         x = bagel.embed_tokens(params, tokens, config=config)
         hidden, final = bagel.forward(
-            params, x, *context_lib.behind(context, room), config=config, cache=prefill, offset=context.slots,
-            key_segment=segment.at[:, context.slots:].set(1))
+            params,
+            x,
+            *context_lib.behind(context, room),
+            config=config,
+            cache=prefill,
+            offset=context.slots,
+            key_segment=segment.at[:, context.slots :].set(1),
+        )
         return prefill, final, bagel.logits(params, hidden[0])
 
     prefill, final, logits = jax.tree.map(np.asarray, run(params, context))
@@ -746,7 +909,11 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
     for match, wanted in cached:
         stage, letter, layer = match.groups()
         cache = (prefill if stage == "prefill" else final)[letter][int(layer or -1), 0]
-        kept = cache[:used] if stage == "prefill" else np.concatenate([cache[:used], cache[context.slots:]])
+        kept = (
+            cache[:used]
+            if stage == "prefill"
+            else np.concatenate([cache[:used], cache[context.slots :]])
+        )
         close(kept, wanted, match[0])
     close(logits, tensors["logits"])
     close(logits[:1], tensors["next_token_logits"])
@@ -774,12 +941,20 @@ def test_autoencoder(goldens, autoencoder, whole_model):
         latents = hwc(tensors[f"latent_{name}"])
         close(flow.encode(params, pixels, draw, config=config), latents, name)
         if f"decoded_from_{name}" in tensors:
-            close(decode_latents(params, latents, config=config), hwc(tensors[f"decoded_from_{name}"]), name)
+            close(
+                decode_latents(params, latents, config=config),
+                hwc(tensors[f"decoded_from_{name}"]),
+                name,
+            )
 
 
 # --- gen_image -----------------------------------------------------------------------------------------
 
-BRANCHES = {"cond": "cond", "cfg_text": "text", "cfg_img": "image"}  # golden name: name in FlowConfig.branches
+BRANCHES = {
+    "cond": "cond",
+    "cfg_text": "text",
+    "cfg_img": "image",
+}  # golden name: name in FlowConfig.branches
 
 
 def scene(tensors, facts, whole_model, tokenizer):
@@ -789,32 +964,53 @@ def scene(tensors, facts, whole_model, tokenizer):
     pixels, noise = hwc(tensors["vae_image"])[None], hwc(tensors["vae_encode_noise"])
     latents = np.asarray(flow.encode(params, pixels, noise, config=config))[0]
     grid = tuple(n // generation.patch for n in latents.shape[:2])
-    picture = [context_lib.Latent(np.asarray(flow.to_tokens(latents, generation.patch)), grid),
-               image_block(tensors["vit_image"], config.vit.patch_size)]
+    picture = [
+        context_lib.Latent(np.asarray(flow.to_tokens(latents, generation.patch)), grid),
+        image_block(tensors["vit_image"], config.vit.patch_size),
+    ]
     system, question, generated = (
-        [context_lib.Text(tensors[f"{name}_ids"])] for name in ("system", "question", "generated_text"))
-    contexts = {"cond": [*system, *picture, *question, *generated], "text": [*system, *picture],
-                "image": [*system, *question]}
-    return ([system, picture, question, generated], contexts,
-            tuple(n // generation.stride for n in facts["image_shape"]))
+        [context_lib.Text(tensors[f"{name}_ids"])]
+        for name in ("system", "question", "generated_text")
+    )
+    contexts = {
+        "cond": [*system, *picture, *question, *generated],
+        "text": [*system, *picture],
+        "image": [*system, *question],
+    }
+    return (
+        [system, picture, question, generated],
+        contexts,
+        tuple(n // generation.stride for n in facts["image_shape"]),
+    )
 
 
 def flow_config(model, tokenizer, run):
     return flow.FlowConfig(
-        model=model, image_start=tokenizer.image_start, image_end=tokenizer.image_end,
-        num_timesteps=run["num_timesteps"], timestep_shift=run["timestep_shift"], text_scale=run["cfg_text_scale"],
-        image_scale=run["cfg_img_scale"], interval=tuple(run["cfg_interval"]), renorm=run["cfg_renorm_type"],
-        renorm_min=run["cfg_renorm_min"])
+        model=model,
+        image_start=tokenizer.image_start,
+        image_end=tokenizer.image_end,
+        num_timesteps=run["num_timesteps"],
+        timestep_shift=run["timestep_shift"],
+        text_scale=run["cfg_text_scale"],
+        image_scale=run["cfg_img_scale"],
+        interval=tuple(run["cfg_interval"]),
+        renorm=run["cfg_renorm_type"],
+        renorm_min=run["cfg_renorm_min"],
+    )
 
 
 def all_branches(model, tokenizer):
     """For raw velocities behind all three contexts, whatever the guidance."""
-    return flow.FlowConfig(model, tokenizer.image_start, tokenizer.image_end, text_scale=2.0, image_scale=2.0)
+    return flow.FlowConfig(
+        model, tokenizer.image_start, tokenizer.image_end, text_scale=2.0, image_scale=2.0
+    )
 
 
 def padded(tokens):
     """Latent tokens [..., G, C] with some more behind them: nothing may depend on their values."""
-    return np.concatenate([tokens, np.full((*tokens.shape[:-2], SPARE, tokens.shape[-1]), 7, np.float32)], axis=-2)
+    return np.concatenate(
+        [tokens, np.full((*tokens.shape[:-2], SPARE, tokens.shape[-1]), 7, np.float32)], axis=-2
+    )
 
 
 def canvas_of(blocks, grid, whole_model, tokenizer, config):
@@ -822,13 +1018,20 @@ def canvas_of(blocks, grid, whole_model, tokenizer, config):
     model, params = whole_model
     packed = pack(blocks, tokenizer, model, bucket(blocks, model))
     positions, real = flow.layout([grid], math.prod(grid) + SPARE, model.generation.side)
-    return packed, positions, real, *flow.prepare(params, packed, positions, real, config=config.model)
+    return (
+        packed,
+        positions,
+        real,
+        *flow.prepare(params, packed, positions, real, config=config.model),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def raw_velocities(params, canvas, cache, x, times, *, config):
     """x [N, B, G, C], times [N] -> [N, R, B, G, C]."""
-    return jax.lax.map(lambda at: flow.velocities(params, canvas, cache, *at, config=config)[0], (x, times))
+    return jax.lax.map(
+        lambda at: flow.velocities(params, canvas, cache, *at, config=config)[0], (x, times)
+    )
 
 
 def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
@@ -840,13 +1043,16 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
     stages, contexts, grid = scene(tensors, facts, whole_model, tokenizer)
     assert len(stages) == len(facts["context_stages"])
     for n, fact in enumerate(facts["context_stages"]):
-        row = sum(stages[:n + 1], [])
+        row = sum(stages[: n + 1], [])
         part = pack([row], tokenizer, config, bucket([row], config))
-        assert (part.length[0], part.next_position[0]) == (fact["kv_len"], fact["rope"]), fact["after"]
+        assert (part.length[0], part.next_position[0]) == (fact["kv_len"], fact["rope"]), fact[
+            "after"
+        ]
     settings = all_branches(config, tokenizer)
     assert settings.branches == tuple(BRANCHES.values())
     packed, positions, real, canvas, cache = canvas_of(
-        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings)
+        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
+    )
     equal(positions[real], tensors["packed_vae_position_ids"])
     for r, name in enumerate(BRANCHES):
         length = facts[name]["kv_len"]
@@ -857,7 +1063,7 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
         places = packed.latents.order[r, used]
         for match, wanted in matching(tensors, rf"([kv])_(?:layer(\d+)|last)_{name}"):
             kept = np.full(wanted.shape, np.nan, np.float32)
-            kept[places] = np.asarray(cache[match[1]][int(match[2] or -1), r, :packed.slots])[used]
+            kept[places] = np.asarray(cache[match[1]][int(match[2] or -1), r, : packed.slots])[used]
             close(kept, wanted, match[0])
 
 
@@ -873,7 +1079,8 @@ def test_gen_image_steps(goldens, drawing, whole_model, tokenizer):
     _, contexts, grid = scene(tensors, facts, whole_model, tokenizer)
     settings = all_branches(model, tokenizer)
     _, _, real, canvas, cache = canvas_of(
-        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings)
+        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
+    )
     # All steps of all runs in one program.
     x = np.concatenate([padded(tensors[f"run{n}.x_traj"][:-1]) for n in configs])[:, None]
     times = np.concatenate([flow.timesteps(config)[:-1] for config in configs.values()])
@@ -898,7 +1105,11 @@ def test_gen_image_steps(goldens, drawing, whole_model, tokenizer):
                 used = np.asarray(guide(v[k, 0], v[k, 1], image, real, config=config))
             used = used[0, :-SPARE]
             close(used, tensors[f"run{n}.velocity"][k], f"run {n}, step {k}")
-            close(path[k] - used * (grid_of_times[k] - grid_of_times[k + 1]), path[k + 1], f"run {n}, step {k}")
+            close(
+                path[k] - used * (grid_of_times[k] - grid_of_times[k + 1]),
+                path[k + 1],
+                f"run {n}, step {k}",
+            )
 
 
 def test_gen_image_draw(goldens, drawing, whole_model, tokenizer):
@@ -912,8 +1123,14 @@ def test_gen_image_draw(goldens, drawing, whole_model, tokenizer):
         config = flow_config(model, tokenizer, run)
         rows = [contexts[name] for name in config.branches]
         sizes = bucket(list(contexts.values()), model)
-        drawn = flow.draw(params, pack(rows, tokenizer, model, sizes), padded(tensors["init_noise"])[None],
-                          positions, real, config=config)[:, :-SPARE]
+        drawn = flow.draw(
+            params,
+            pack(rows, tokenizer, model, sizes),
+            padded(tensors["init_noise"])[None],
+            positions,
+            real,
+            config=config,
+        )[:, :-SPARE]
         close(drawn[0], tensors[f"run{n}.final_latent_tokens"], f"run {n}")
         latents = flow.to_latents(drawn, grid, model.generation.patch)
         compare(close, np.moveaxis(latents, -1, -3)[0], tensors, f"run{n}.final_latent_chw")
@@ -937,10 +1154,13 @@ def test_flow_velocity(goldens, whole_model, tokenizer):
     _, contexts, grid = scene(source, {**there, **facts}, whole_model, tokenizer)
     settings = all_branches(model, tokenizer)
     _, _, _, canvas, cache = canvas_of(
-        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings)
+        [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
+    )
     times = np.array(facts["t"], np.float32)
     x = np.tile(padded(tensors["x_t"]), (len(times), 1, 1, 1))
-    found = np.asarray(raw_velocities(params, canvas, cache, x, times, config=settings))[:, :, 0, :-SPARE]
+    found = np.asarray(raw_velocities(params, canvas, cache, x, times, config=settings))[
+        :, :, 0, :-SPARE
+    ]
     wanted = matching(tensors, r"v\.(\w+)\.t(\d+)")
     assert wanted
     for match, velocity in wanted:
@@ -955,21 +1175,34 @@ def train_rows(tensors, facts, whole_model):
     is_image = [not step.startswith("text") for step in facts["plan"]]
     order = [sum(part == kind for part in is_image[:n]) for n, kind in enumerate(is_image)]
     plan = list(zip(facts["plan"], order))
-    pictures = [tensors[f"sample{n}.image{k}"] for n in samples for step, k in plan if step.startswith("vae")]
+    pictures = [
+        tensors[f"sample{n}.image{k}"]
+        for n in samples
+        for step, k in plan
+        if step.startswith("vae")
+    ]
     # officially all are encoded at once, on black of a common size
     noise = hwc(tensors["vae_encode_noise"])
     assert len(noise) == len(pictures)
     sides = [side * generation.vae.downsample for side in noise.shape[1:3]]
-    pad = lambda picture: np.pad(picture, [(0, 0), *((0, a - b) for a, b in zip(sides, picture.shape[1:]))])
+    pad = lambda picture: np.pad(
+        picture, [(0, 0), *((0, a - b) for a, b in zip(sides, picture.shape[1:]))]
+    )
     pixels = np.stack([pad(picture) for picture in pictures])
     compare(equal, pixels, tensors, "padded_images")
     latents = np.asarray(flow.encode(params, hwc(pixels), noise, config=config))
     compare(close, np.moveaxis(latents, -1, -3), tensors, "padded_latent")
     encoded = []
-    for picture, values, grid in zip(pictures, latents, facts["patchified_vae_latent_shapes"], strict=True):
+    for picture, values, grid in zip(
+        pictures, latents, facts["patchified_vae_latent_shapes"], strict=True
+    ):
         assert [side // generation.stride for side in picture.shape[1:]] == grid
         rows, columns = (side * generation.patch for side in grid)
-        encoded.append(context_lib.Latent(flow.to_tokens(values[:rows, :columns], generation.patch), tuple(grid)))
+        encoded.append(
+            context_lib.Latent(
+                flow.to_tokens(values[:rows, :columns], generation.patch), tuple(grid)
+            )
+        )
 
     def block(n, step, k):
         if step.startswith("text"):
@@ -990,9 +1223,13 @@ def test_train_mse(goldens, whole_model, tokenizer):
     config, params = whole_model
     assert facts["timestep_shift"] == config.generation.timestep_shift
     rows = train_rows(tensors, facts, whole_model)
-    targets = max(sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False)) for blocks in rows) + SPARE
-    batch = context_lib.supervise(rows, targets=targets, tokenizer=tokenizer, side=config.vit.side,
-                                  **bucket(rows, config))
+    targets = (
+        max(sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False)) for blocks in rows)
+        + SPARE
+    )
+    batch = context_lib.supervise(
+        rows, targets=targets, tokenizer=tokenizer, side=config.vit.side, **bucket(rows, config)
+    )
     context, drawn = batch.context, batch.context.latents
     real, used = drawn.image > 0, context.segment > 0
     stops = np.cumsum(facts["sample_lens"])
@@ -1006,15 +1243,29 @@ def test_train_mse(goldens, whole_model, tokenizer):
     equal(place[:, :slots][text], tensors["packed_text_indexes"])
     equal(context.tokens[text], tensors["packed_text_ids"])
     equal(in_sequence(context.positions), tensors["packed_position_ids"])
-    equal(np.take_along_axis(place, context.patch_slots, axis=1)[patches], tensors["packed_vit_token_indexes"])
+    equal(
+        np.take_along_axis(place, context.patch_slots, axis=1)[patches],
+        tensors["packed_vit_token_indexes"],
+    )
     equal(context.patch_positions[patches], tensors["packed_vit_position_ids"])
     compare(equal, context.patches[patches], tensors, "packed_vit_tokens")
-    equal([n for row in context.patch_image for n in np.bincount(row)[1:]], tensors["vit_token_seqlens"])
+    equal(
+        [n for row in context.patch_image for n in np.bincount(row)[1:]],
+        tensors["vit_token_seqlens"],
+    )
     equal(at_latents[real], tensors["packed_vae_token_indexes"])
     equal(drawn.positions[real], tensors["packed_latent_position_ids"])
     if "attention_mask" in tensors:
-        mask = np.asarray(visible(context.limit, context.segment, context.segment, drawn.order, drawn.noised,
-                                  drawn.noised))
+        mask = np.asarray(
+            visible(
+                context.limit,
+                context.segment,
+                context.segment,
+                drawn.order,
+                drawn.noised,
+                drawn.noised,
+            )
+        )
         ours = np.zeros_like(tensors["attention_mask"])
         for r in range(len(rows)):
             assert not mask[r][:, ~used[r]].any()
@@ -1047,7 +1298,11 @@ def test_train_mse(goldens, whole_model, tokenizer):
     compare(close, in_sequence(hidden), tensors, "hidden_final")
     compare(close, logits[batch.mask], tensors, "logits")
     close(ce[batch.mask], tensors["ce"])
-    for ours, name in ((means[0], "mse_mean"), (means[1], "ce_mean"), (total, "total_loss_for_grads")):
+    for ours, name in (
+        (means[0], "mse_mean"),
+        (means[1], "ce_mean"),
+        (total, "total_loss_for_grads"),
+    ):
         assert float(ours) == pytest.approx(facts[name], rel=1e-5), name
     ours, wanted = by_name(gradients), matching(tensors, r"grad\.(.+)")
     assert wanted
@@ -1057,16 +1312,23 @@ def test_train_mse(goldens, whole_model, tokenizer):
 
 # --- schedule ------------------------------------------------------------------------------------------
 
+
 def test_schedule(goldens):
     """Up to its end. After it the official cosine would climb again; here it stays at the end's rate."""
     _, facts = read(goldens, "schedule", "schedule")
     main = facts["schedule"]
-    settings = distill.OptimConfig(lr=main["lr"], min_lr=main["min_lr"], warmup_steps=main["warmup_steps"],
-                                   total_steps=main["total_steps"])
+    settings = distill.OptimConfig(
+        lr=main["lr"],
+        min_lr=main["min_lr"],
+        warmup_steps=main["warmup_steps"],
+        total_steps=main["total_steps"],
+    )
     for name, schedule in (("schedule", "cosine"), ("constant_schedule", "constant")):
         steps = np.array(facts[name]["steps"])
         rates = distill.learning_rate(steps, dataclasses.replace(settings, schedule=schedule))
-        last = distill.learning_rate(main["total_steps"], dataclasses.replace(settings, schedule=schedule))
+        last = distill.learning_rate(
+            main["total_steps"], dataclasses.replace(settings, schedule=schedule)
+        )
         wanted = np.where(steps <= main["total_steps"], facts[name]["lr_values"], last)
         assert np.sum(steps <= main["total_steps"]) > 10
         np.testing.assert_allclose(rates, wanted, rtol=1e-5, atol=1e-6 * main["lr"], err_msg=name)
@@ -1076,12 +1338,26 @@ def test_optimizer(goldens):
     """Clipping, AdamW with its tiny epsilon, schedule and EMA on a toy vector, step by step."""
     tensors, facts = read(goldens, "schedule", "schedule")
     toy = facts["toy"]
-    sizes = ModelConfig(LLMConfig(1, 4, 1, 1, 1, 1), ViTConfig(1, 1, 1, 1))  # not used by the update
+    sizes = ModelConfig(
+        LLMConfig(1, 4, 1, 1, 1, 1), ViTConfig(1, 1, 1, 1)
+    )  # not used by the update
     config = distill.DistillConfig(
-        model=sizes, bos=0, eos=0, ema_decay=toy["ema_decay"], optim=distill.OptimConfig(
-            lr=toy["lr"], min_lr=toy["min_lr"], warmup_steps=toy["warmup"], total_steps=toy["total"],
-            b1=toy["betas"][0], b2=toy["betas"][1], eps=toy["eps"], weight_decay=toy["weight_decay"],
-            max_grad_norm=toy["max_grad_norm"]))
+        model=sizes,
+        bos=0,
+        eos=0,
+        ema_decay=toy["ema_decay"],
+        optim=distill.OptimConfig(
+            lr=toy["lr"],
+            min_lr=toy["min_lr"],
+            warmup_steps=toy["warmup"],
+            total_steps=toy["total"],
+            b1=toy["betas"][0],
+            b2=toy["betas"][1],
+            eps=toy["eps"],
+            weight_decay=toy["weight_decay"],
+            max_grad_norm=toy["max_grad_norm"],
+        ),
+    )
     vector = lambda x: {"llm": {"norm": jnp.asarray(x)}}
     state = distill.init_state(vector(tensors["toy_x0"]), config)
     update = jax.jit(functools.partial(distill.apply_gradients, config=config))
@@ -1104,6 +1380,7 @@ def test_optimizer(goldens):
 
 # --- opsd_steps ----------------------------------------------------------------------------------------
 
+
 def trajectory(completions):
     """What the sampler would return for these completions."""
     room = max(map(len, completions)) + SPARE
@@ -1112,9 +1389,15 @@ def trajectory(completions):
     mask = np.arange(room) < length[:, None]
     zeros = np.zeros_like(length)
     return rollout.Trajectory(
-        tokens=tokens, mask=mask, logprobs=np.zeros(mask.shape, np.float32), num_skips=zeros,
-        stop=zeros + rollout.STOP_EOS, fed=np.pad(tokens, ((0, 0), (1, 0))),
-        fed_sampled=np.pad(mask, ((0, 0), (1, 0))), num_fed=length + 1)
+        tokens=tokens,
+        mask=mask,
+        logprobs=np.zeros(mask.shape, np.float32),
+        num_skips=zeros,
+        stop=zeros + rollout.STOP_EOS,
+        fed=np.pad(tokens, ((0, 0), (1, 0))),
+        fed_sampled=np.pad(mask, ((0, 0), (1, 0))),
+        num_fed=length + 1,
+    )
 
 
 def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
@@ -1123,15 +1406,31 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
     model, params = whole_model
     settings = facts["settings"]
     config = distill.DistillConfig(
-        model=model, bos=tokenizer.bos, eos=tokenizer.eos, divergence=jsd_config(settings["jsd"], chunk=7),
-        teacher=settings["teacher_mode"], ema_decay=settings["ema_decay"], jsd_weight=settings["jsd_weight"],
-        ce_weight=settings["ce_weight"], accumulation=settings["grad_accum"], optim=distill.OptimConfig(
-            lr=settings["lr"], min_lr=settings["min_lr"], warmup_steps=settings["warmup"],
-            total_steps=settings["total"], b1=settings["betas"][0], b2=settings["betas"][1],
-            eps=settings["eps"], weight_decay=settings["weight_decay"],
-            max_grad_norm=settings["max_grad_norm"]))
+        model=model,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        divergence=jsd_config(settings["jsd"], chunk=7),
+        teacher=settings["teacher_mode"],
+        ema_decay=settings["ema_decay"],
+        jsd_weight=settings["jsd_weight"],
+        ce_weight=settings["ce_weight"],
+        accumulation=settings["grad_accum"],
+        optim=distill.OptimConfig(
+            lr=settings["lr"],
+            min_lr=settings["min_lr"],
+            warmup_steps=settings["warmup"],
+            total_steps=settings["total"],
+            b1=settings["betas"][0],
+            b2=settings["betas"][1],
+            eps=settings["eps"],
+            weight_decay=settings["weight_decay"],
+            max_grad_norm=settings["max_grad_norm"],
+        ),
+    )
     numbers = sorted({int(match[1]) for match, _ in matching(tensors, r"sample(\d+)\..*")})
-    samples = {n: role_blocks(tensors, tokenizer, model.vit.patch_size, {}, f"sample{n}.") for n in numbers}
+    samples = {
+        n: role_blocks(tensors, tokenizer, model.vit.patch_size, {}, f"sample{n}.") for n in numbers
+    }
     sizes = [bucket([blocks[role] for blocks in samples.values()]) for role in (0, 1)]
     completions = {n: tensors[f"sample{n}.completion_ids"] for n in numbers}
     longest = max(completions.values(), key=len)
@@ -1145,7 +1444,9 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
         wanted = matching(tensors, re.escape(prefix) + r"(.+)")
         for match, tensor in wanted:
             if not is_trap(match[1]):
-                np.testing.assert_allclose(ours[match[1]], tensor, atol=2e-5, rtol=0, err_msg=match[0])
+                np.testing.assert_allclose(
+                    ours[match[1]], tensor, atol=2e-5, rtol=0, err_msg=match[0]
+                )
         return len(wanted)
 
     # Committed to a device like what comes back from an update, so that the program is compiled once.
@@ -1158,18 +1459,30 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
         ids = [micro["sample"] for micro in micros]
         assert ids == [order[(done + m) % len(order)] for m in range(config.accumulation)]
         done += len(ids)
-        batch = distill.Batch(*(pack([samples[n][role] for n in ids], tokenizer, model, sizes[role])
-                                for role in (0, 1)))
+        batch = distill.Batch(
+            *(
+                pack([samples[n][role] for n in ids], tokenizer, model, sizes[role])
+                for role in (0, 1)
+            )
+        )
         # The longest completion rides along for its length only: all steps share one compiled program.
         sampled = trajectory([*(completions[n] for n in ids), longest])
-        sampled = jax.tree.map(lambda x: x[:len(ids)], sampled)
-        assert [len(completions[n]) + 1 for n in ids] == [micro["n_completion_rows"] for micro in micros]
+        sampled = jax.tree.map(lambda x: x[: len(ids)], sampled)
+        assert [len(completions[n]) + 1 for n in ids] == [
+            micro["n_completion_rows"] for micro in micros
+        ]
         state, metrics = distill.update(state, batch, sampled, config=config)
         mean = lambda name: np.mean([micro[name] for micro in micros])
-        for ours, wanted in (("lr", step["lr_used"]), ("grad_norm", step["grad_norm_before_clip"]),
-                             ("jsd", mean("jsd")), ("ce", mean("ce")), ("loss", mean("loss"))):
-            np.testing.assert_allclose(metrics[ours], wanted, rtol=1e-4, atol=1e-7,
-                                       err_msg=f"{ours}, step {k}")
+        for ours, wanted in (
+            ("lr", step["lr_used"]),
+            ("grad_norm", step["grad_norm_before_clip"]),
+            ("jsd", mean("jsd")),
+            ("ce", mean("ce")),
+            ("loss", mean("loss")),
+        ):
+            np.testing.assert_allclose(
+                metrics[ours], wanted, rtol=1e-4, atol=1e-7, err_msg=f"{ours}, step {k}"
+            )
         found += check(f"step{k}.param.", state["params"])
         if config.teacher == "ema":
             found += check(f"step{k}.ema.", state["ema"])
@@ -1177,7 +1490,9 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
     before, after = by_name(params), by_name(state["params"])
     unchanged = set(facts["unchanged_params"]) & set(after)
     assert unchanged
-    unchanged |= set(by_name(params_lib.partition(params)[1]))  # officially only some of these are listed
+    unchanged |= set(
+        by_name(params_lib.partition(params)[1])
+    )  # officially only some of these are listed
     for name in unchanged:
         equal(after[name], before[name], err_msg=name)
     for name in set(after) - unchanged:
@@ -1186,11 +1501,17 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
 
 # --- preprocess ----------------------------------------------------------------------------------------
 
+
 def resize_rules(facts):
-    return {name: images.Resize(stride=rule["image_stride"], max_size=rule["max_image_size"],
-                                min_size=rule["min_image_size"],
-                                max_pixels=rule.get("max_pixels", facts["default_max_pixels"]))
-            for name, rule in facts["transforms"].items()}
+    return {
+        name: images.Resize(
+            stride=rule["image_stride"],
+            max_size=rule["max_image_size"],
+            min_size=rule["min_image_size"],
+            max_pixels=rule.get("max_pixels", facts["default_max_pixels"]),
+        )
+        for name, rule in facts["transforms"].items()
+    }
 
 
 def test_preprocess_images(goldens):
@@ -1198,7 +1519,9 @@ def test_preprocess_images(goldens):
     tensors, facts = read(goldens, "preprocess", "preprocess")
     rules = resize_rules(facts)
     path_to = lambda name: goldens / "preprocess" / f"{name}.png"
-    rows = [row for row in facts["images"] if path_to(row["image"]).exists()]  # a copy may leave out images
+    rows = [
+        row for row in facts["images"] if path_to(row["image"]).exists()
+    ]  # a copy may leave out images
     assert rows
     for row in rows:
         name, transform = row["image"], row["transform"]
@@ -1261,18 +1584,44 @@ def test_preprocess_position_ids(goldens):
         name = f"pos.{row['index']}"
         compare(equal, images.position_ids(grid, side), tensors, f"{name}.extrapolate")
         if row["interpolate_len_ok"]:  # the official rounding can give one row or column too many
-            compare(equal, images.interpolated_position_ids(grid, side), tensors, f"{name}.interpolate")
+            compare(
+                equal, images.interpolated_position_ids(grid, side), tensors, f"{name}.interpolate"
+            )
 
 
 # --- other sizes, without goldens ----------------------------------------------------------------------
 
-OTHER_LLM = {"vocab_size": 400, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 5,
-             "num_key_value_heads": 1, "intermediate_size": 72, "rope_theta": 5e4, "rms_norm_eps": 1e-5}
-OTHER_VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
-             "image_size": 35, "patch_size": 5}
+OTHER_LLM = {
+    "vocab_size": 400,
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "intermediate_size": 72,
+    "rope_theta": 5e4,
+    "rms_norm_eps": 1e-5,
+}
+OTHER_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "image_size": 35,
+    "patch_size": 5,
+}
 OTHER_WHOLE = {"latent_patch_size": 3, "max_latent_size": 5, "timestep_shift": 2.0}
-OTHER_AE = {"ch": 32, "ch_mult": [1, 3, 2], "num_res_blocks": 1, "z_channels": 8, "scale_factor": 0.7,
-            "shift_factor": -0.2, "resolution": 64, "in_channels": 3, "out_ch": 3, "downsample": 4}
+OTHER_AE = {
+    "ch": 32,
+    "ch_mult": [1, 3, 2],
+    "num_res_blocks": 1,
+    "z_channels": 8,
+    "scale_factor": 0.7,
+    "shift_factor": -0.2,
+    "resolution": 64,
+    "in_channels": 3,
+    "out_ch": 3,
+    "downsample": 4,
+}
 OTHER_TOKENIZER = types.SimpleNamespace(bos=391, eos=7, image_start=390, image_end=2)
 
 
@@ -1286,29 +1635,46 @@ def test_other_sizes(tmp_path):
     rng = np.random.default_rng(1)
     ids = lambda n: rng.integers(10, 380, n).astype(np.int32)
     picture = lambda rows, columns: context_lib.Image(
-        rng.uniform(-1, 1, (rows * columns, 75)).astype(np.float32), (rows, columns))
+        rng.uniform(-1, 1, (rows * columns, 75)).astype(np.float32), (rows, columns)
+    )
     prompts = context_lib.Prompts(ids(6), ids(3), ids(4))
     question, problem, answer = ids(5), picture(3, 7), ids(8)
-    roles = [context_lib.student(tokenizer, prompts, question, problem),
-             context_lib.teacher(tokenizer, prompts, question, problem, [picture(2, 4), None, picture(6, 1)])]
+    roles = [
+        context_lib.student(tokenizer, prompts, question, problem),
+        context_lib.teacher(
+            tokenizer, prompts, question, problem, [picture(2, 4), None, picture(6, 1)]
+        ),
+    ]
     context = pack(roles, tokenizer, config)
     block = completion(answer, tokenizer, batch=2)
     hidden = np.asarray(score(params, context, block, config=config))
     for r, blocks in enumerate(roles):
         wanted = reference.logits(blocks, [tokenizer.bos, *answer])
-        close(bagel.logits(params, hidden[r, :len(answer) + 1]), wanted[-len(answer) - 1:], f"role {r}")
+        close(
+            bagel.logits(params, hidden[r, : len(answer) + 1]),
+            wanted[-len(answer) - 1 :],
+            f"role {r}",
+        )
 
     marker = rollout.Marker.build([b"."] * 400, 400)
-    settings = rollout.RolloutConfig(model=config, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker,
-                                     greedy=True, max_new_tokens=12)
-    sampled, logits = jax.tree.map(np.asarray, rollout.sample(
-        params, context, jax.random.key(0), config=settings, return_logits=True))
+    settings = rollout.RolloutConfig(
+        model=config,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        marker=marker,
+        greedy=True,
+        max_new_tokens=12,
+    )
+    sampled, logits = jax.tree.map(
+        np.asarray,
+        rollout.sample(params, context, jax.random.key(0), config=settings, return_logits=True),
+    )
     for r, blocks in enumerate(roles):
         fed, wanted = reference.greedy(blocks, budget=12)
         gap = np.sort(wanted, axis=-1)
         assert (gap[:, -1] - gap[:, -2]).min() > 1e-3  # no near-ties: the tokens are well defined
-        assert sampled.fed[r, :sampled.num_fed[r]].tolist() == fed
-        close(logits[r, :len(fed)], wanted, f"role {r}")
+        assert sampled.fed[r, : sampled.num_fed[r]].tolist() == fed
+        close(logits[r, : len(fed)], wanted, f"role {r}")
 
 
 def test_other_sizes_draw(tmp_path):
@@ -1327,8 +1693,10 @@ def test_other_sizes_draw(tmp_path):
 
     text = lambda n: context_lib.Text(rng.integers(10, 380, n).astype(np.int32))
     system, question, answer = text(4), text(6), text(3)
-    picture = [context_lib.Latent(np.asarray(flow.to_tokens(latents, 3)), (2, 3)),
-               context_lib.Image(np.tanh(normal(2 * 4, 75)), (2, 4))]
+    picture = [
+        context_lib.Latent(np.asarray(flow.to_tokens(latents, 3)), (2, 3)),
+        context_lib.Image(np.tanh(normal(2 * 4, 75)), (2, 4)),
+    ]
     contexts = [[system, *picture, question, answer], [system, *picture], [system, question]]
     grid, initial = (1, 4), normal(4, 72)
     times = np.linspace(1, 0, 5)
@@ -1339,11 +1707,31 @@ def test_other_sizes_draw(tmp_path):
     positions, real = flow.layout([grid], len(initial) + SPARE, generation.side)
     for renorm in flow.RENORMS:
         config = flow.FlowConfig(
-            model, tokenizer.image_start, tokenizer.image_end, num_timesteps=5, timestep_shift=1.7, text_scale=2.5,
-            image_scale=1.4, interval=(0.3, 0.9), renorm=renorm, renorm_min=0.2)
-        wanted = reference.draw(contexts, initial, grid, times, config.interval, a=2.5, b=1.4, renorm=renorm,
-                                renorm_min=0.2)
-        drawn = flow.draw(params, packed, padded(initial)[None], positions, real, config=config)[:, :-SPARE]
+            model,
+            tokenizer.image_start,
+            tokenizer.image_end,
+            num_timesteps=5,
+            timestep_shift=1.7,
+            text_scale=2.5,
+            image_scale=1.4,
+            interval=(0.3, 0.9),
+            renorm=renorm,
+            renorm_min=0.2,
+        )
+        wanted = reference.draw(
+            contexts,
+            initial,
+            grid,
+            times,
+            config.interval,
+            a=2.5,
+            b=1.4,
+            renorm=renorm,
+            renorm_min=0.2,
+        )
+        drawn = flow.draw(params, packed, padded(initial)[None], positions, real, config=config)[
+            :, :-SPARE
+        ]
         close(drawn[0], wanted, renorm)
     square = lambda tokens: np.asarray(flow.to_latents(tokens, grid, 3))
     image = decode_latents(params, square(drawn), config=model)[0]

@@ -7,17 +7,41 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from opsd_jax import checkpoint, convert, data, generate, metrics, paths, plan, redraw, settings, train
+from opsd_jax import (
+    checkpoint,
+    convert,
+    data,
+    generate,
+    metrics,
+    paths,
+    plan,
+    redraw,
+    settings,
+    train,
+)
 from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.tasks import parquet
 
-ADDRESSES = ("gs://bucket/p", "s3://bucket/p", "file:///tmp/p", "hf://user/model", "http://host/p", "gs:/bucket/p", "a/gs://b",
-             "gs:")
-OTHERS = {"a\nb": "the character", "a\0b": "the character", "runs/\udcc3\udca9": "LC_ALL=C.UTF-8", "~/runs": "$HOME",
-          "/gs/bucket/p": "gs://bucket/p",
-          "/s3/p": "the address s3://p"}
+ADDRESSES = (
+    "gs://bucket/p",
+    "s3://bucket/p",
+    "file:///tmp/p",
+    "hf://user/model",
+    "http://host/p",
+    "gs:/bucket/p",
+    "a/gs://b",
+    "gs:",
+)
+OTHERS = {
+    "a\nb": "the character",
+    "a\0b": "the character",
+    "runs/\udcc3\udca9": "LC_ALL=C.UTF-8",
+    "~/runs": "$HOME",
+    "/gs/bucket/p": "gs://bucket/p",
+    "/s3/p": "the address s3://p",
+}
 PATTERNS = ("exp[lr=1e-5]", "a[1]", "a]", "a*", "what?", "a\\b", "a[1]/inside")
 
 
@@ -45,7 +69,9 @@ READ = {
     "eval --data_dir": lambda p: eval_lib.main(["--workdir=w", f"--data_dir={p}"]),
     "eval --against": lambda p: eval_lib.main(["--workdir=w", f"--against={p}"]),
     "generate --image": lambda p: generate.main(["--checkpoint=c", "--question=q", f"--image={p}"]),
-    "generate --tokenizer": lambda p: generate.main(["--checkpoint=c", "--question=q", f"--tokenizer={p}"]),
+    "generate --tokenizer": lambda p: generate.main(
+        ["--checkpoint=c", "--question=q", f"--tokenizer={p}"]
+    ),
     "generate --out": lambda p: generate.main(["--checkpoint=c", "--question=q", f"--out={p}"]),
     "plan --out": lambda p: of_flags(plan.main, config=settings.default(), topology="cpu:8", out=p),
     "train --config": lambda p: train.parse_flags(["train", f"--config={p}"]),
@@ -74,7 +100,9 @@ ORBAX = {
 }
 READ |= {
     "export --base": lambda p: convert.main(["export", "--source=s", "--target=t", f"--base={p}"]),
-    "redraw --checkpoint": lambda p: redraw.main(["--workdir=w", "--target=t", f"--checkpoint={p}"]),
+    "redraw --checkpoint": lambda p: redraw.main(
+        ["--workdir=w", "--target=t", f"--checkpoint={p}"]
+    ),
     "eval --checkpoint": lambda p: eval_lib.main(["--workdir=w", f"--checkpoint={p}"]),
     "generate --checkpoint": lambda p: generate.main(["--question=q", f"--checkpoint={p}"]),
 }
@@ -104,7 +132,9 @@ def test_addresses_and_what_is_read_as_one(what, refusal):
     name = what.split()[-1] if "--" in what or what.startswith("config.") else ""
     for path in ADDRESSES:
         message = refusal((READ | ORBAX)[what], path)
-        assert f"{name}={path!r} is an address" in message and "mount the bucket" in message, message
+        assert f"{name}={path!r} is an address" in message and "mount the bucket" in message, (
+            message
+        )
     for path, part in OTHERS.items():
         assert part in refusal((READ | ORBAX)[what], path)
 
@@ -126,16 +156,35 @@ def test_the_folders_above_and_links_count(tmp_path, monkeypatch):
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize("act", [lambda: of_train(""), lambda: data.main(["make-mini", "--target="]),
-                                 lambda: data.main(["prepare", "--source=s", "--target="]),
-                                 lambda: convert.main(["import", "--source=s", "--target="]),
-                                 lambda: eval_lib.main(["--workdir="]), lambda: redraw.main(["--workdir=w", "--target="])])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: of_train(""),
+        lambda: data.main(["make-mini", "--target="]),
+        lambda: data.main(["prepare", "--source=s", "--target="]),
+        lambda: convert.main(["import", "--source=s", "--target="]),
+        lambda: eval_lib.main(["--workdir="]),
+        lambda: redraw.main(["--workdir=w", "--target="]),
+    ],
+)
 def test_an_unset_shell_variable_is_not_the_current_folder(act, refusal):
     assert "is empty (an unset shell variable?)" in refusal(lambda _: act(), "")
 
 
 def test_what_is_accepted(tmp_path):
-    for path in ("runs/a b", "lr=1e-5", "a:b", "a+b,c@d#e&f{g}(h)'i\"j|k;l%m$n", "日本/é", "12:30/run", "..", ".", "/", "C", "a~"):
+    for path in (
+        "runs/a b",
+        "lr=1e-5",
+        "a:b",
+        "a+b,c@d#e&f{g}(h)'i\"j|k;l%m$n",
+        "日本/é",
+        "12:30/run",
+        "..",
+        ".",
+        "/",
+        "C",
+        "a~",
+    ):
         paths.check("--workdir", path, orbax=True)
     for path in ("data[1]", "what?.png", "a\\b", ""):
         paths.check("--image", path)
@@ -147,4 +196,7 @@ def test_checkpoints_in_folders_with_odd_but_accepted_names(tmp_path):
     weights = {"a": jnp.arange(6.0)}
     for name in ("a b=c,d:e+f;g@h~i", "{j}(k)'l\"m|n#o&p$HOME%s%20", "日本é^!<>`"):
         checkpoint.save(tmp_path / name, None, weights)
-        assert checkpoint.restore_params(tmp_path / name, weights)["a"].tolist() == weights["a"].tolist()
+        assert (
+            checkpoint.restore_params(tmp_path / name, weights)["a"].tolist()
+            == weights["a"].tolist()
+        )

@@ -21,21 +21,25 @@ from tests import small_run
 
 # --- topologies ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, name, chips, devices, hbm", [
-    ("v5p:2x2x2", "v5p:2x2x2", 8, 8, 95.74),
-    ("v5p-16", "v5p:2x2x2", 8, 8, 95.74),  # TensorCores, two a chip
-    ("v5p-8", "v5p:2x2x1", 4, 4, 95.74),
-    ("v5p-256", "v5p:4x4x8", 128, 128, 95.74),
-    ("v4-32", "v4:2x2x4", 16, 16, 30.75),
-    ("v5e-64", "v5e:8x8", 64, 64, 15.75),
-    ("v5litepod-8", "v5e:2x4", 8, 8, 15.75),
-    ("v5e-1", "v5e:1x1", 1, 1, 15.75),
-    ("v6e-256", "v6e:16x16", 256, 256, 31.25),
-    ("v6e:4x8", "v6e:4x8", 32, 32, 31.25),
-    ("7x:2x2x1", "tpu7x:2x2x1", 4, 8, 94.75),  # two devices a chip
-    ("tpu7x-16", "tpu7x:2x2x2", 8, 16, 94.75),
-    ("cpu:8", "cpu:8", 8, 8, None),
-])
+
+@pytest.mark.parametrize(
+    "text, name, chips, devices, hbm",
+    [
+        ("v5p:2x2x2", "v5p:2x2x2", 8, 8, 95.74),
+        ("v5p-16", "v5p:2x2x2", 8, 8, 95.74),  # TensorCores, two a chip
+        ("v5p-8", "v5p:2x2x1", 4, 4, 95.74),
+        ("v5p-256", "v5p:4x4x8", 128, 128, 95.74),
+        ("v4-32", "v4:2x2x4", 16, 16, 30.75),
+        ("v5e-64", "v5e:8x8", 64, 64, 15.75),
+        ("v5litepod-8", "v5e:2x4", 8, 8, 15.75),
+        ("v5e-1", "v5e:1x1", 1, 1, 15.75),
+        ("v6e-256", "v6e:16x16", 256, 256, 31.25),
+        ("v6e:4x8", "v6e:4x8", 32, 32, 31.25),
+        ("7x:2x2x1", "tpu7x:2x2x1", 4, 8, 94.75),  # two devices a chip
+        ("tpu7x-16", "tpu7x:2x2x2", 8, 16, 94.75),
+        ("cpu:8", "cpu:8", 8, 8, None),
+    ],
+)
 def test_names_become_grids(text, name, chips, devices, hbm):
     found = plan.parse_topology(text)
     assert (found.name, found.chips, found.devices, found.hbm) == (name, chips, devices, hbm)
@@ -46,16 +50,32 @@ def test_slices_multiply():
     assert found.name == "v5p:2x2x4" and found.chips == 64
 
 
-@pytest.mark.parametrize("text, wrap", [
-    ("v5p:4x4x4", (True, True, True)), ("v5p:2x2x4", (False,) * 3), ("v5e:16x16", (True, True, False)),
-    ("v5e:8x8", (False,) * 3)])
+@pytest.mark.parametrize(
+    "text, wrap",
+    [
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:2x2x4", (False,) * 3),
+        ("v5e:16x16", (True, True, False)),
+        ("v5e:8x8", (False,) * 3),
+    ],
+)
 def test_full_cubes_are_closed(text, wrap):
     assert plan.parse_topology(text).wrap == wrap
 
 
-@pytest.mark.parametrize("text, slices, says", [
-    ("v9:2x2", 1, "v5p"), ("v5p", 1, "FAMILY:GRID"), ("v5p:2x2", 1, "3 axes"), ("v5e:2x2x2", 1, "2 axes"),
-    ("v5p-12", 1, "v5p-8, v5p-16"), ("v5e-24", 1, "v5e-16"), ("v5e-64", 0, "one slice"), ("cpu:8", 2, "one slice")])
+@pytest.mark.parametrize(
+    "text, slices, says",
+    [
+        ("v9:2x2", 1, "v5p"),
+        ("v5p", 1, "FAMILY:GRID"),
+        ("v5p:2x2", 1, "3 axes"),
+        ("v5e:2x2x2", 1, "2 axes"),
+        ("v5p-12", 1, "v5p-8, v5p-16"),
+        ("v5e-24", 1, "v5e-16"),
+        ("v5e-64", 0, "one slice"),
+        ("cpu:8", 2, "one slice"),
+    ],
+)
 def test_wrong_names_are_refused_with_the_right_ones(text, slices, says):
     with pytest.raises(ValueError, match=says):
         plan.parse_topology(text, slices)
@@ -122,20 +142,33 @@ ENTRY %main (w.2: bf16[5,64,8]) -> f32[8] {
 def test_collectives_and_traffic_of_a_module():
     found = plan.traffic(HLO, devices=32)
     kinds = found["collectives"]
-    assert kinds["all-gather"] == {"count": 5, "bytes": 5 * 512 * 8 * 2 * 7 // 8}  # a mesh axis of 8
-    assert kinds["reduce-scatter"] == {"count": 5, "bytes": 5 * 8 * 4 * 7}  # and not also an all-reduce
+    assert kinds["all-gather"] == {
+        "count": 5,
+        "bytes": 5 * 512 * 8 * 2 * 7 // 8,
+    }  # a mesh axis of 8
+    assert kinds["reduce-scatter"] == {
+        "count": 5,
+        "bytes": 5 * 8 * 4 * 7,
+    }  # and not also an all-reduce
     assert kinds["all-reduce"] == {"count": 1, "bytes": 2 * 4000 * 3 // 4}  # groups of 4
     assert kinds["all-to-all"] == {"count": 1, "bytes": 2000}
-    assert kinds["collective-permute"] == {"count": 1, "bytes": 4000}  # result alone, start and done once
+    assert kinds["collective-permute"] == {
+        "count": 1,
+        "bytes": 4000,
+    }  # result alone, start and done once
     # a turn of the loop: one layer bf16 [64, 8] and its number; the condition reads two scalars and writes a byte.
     # The last line writes 32 bytes; what it reads is not in HBM
     assert found["hbm_bytes"] == 5 * (64 * 8 * 2 + 4) + 5 * (4 + 4 + 1) + 32
 
 
 def test_loops_without_a_bound_run_as_often_as_told():
-    open_ended = HLO.replace("%bound = s32[] constant(5)", "%bound = s32[] get-tuple-element(%state.1), index=0")
+    open_ended = HLO.replace(
+        "%bound = s32[] constant(5)", "%bound = s32[] get-tuple-element(%state.1), index=0"
+    )
     assert plan.traffic(open_ended, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 11
-    noted = open_ended.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    noted = open_ended.replace(
+        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
+    )
     assert plan.traffic(noted, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 7
 
 
@@ -160,13 +193,19 @@ ENTRY %main (a: f32[100,64], b: f32[1,64], c: s32[]) -> f32[100,64] {
 
 def test_traffic_of_a_real_module():
     """What the installed XLA prints is understood."""
+
     def step(w, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    w, x = jax.ShapeDtypeStruct((6, 256, 256), jnp.float32), jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    w, x = (
+        jax.ShapeDtypeStruct((6, 256, 256), jnp.float32),
+        jax.ShapeDtypeStruct((8, 256), jnp.float32),
+    )
     text = jax.jit(step).lower(w, x).compile().as_text()
     once = 256 * 256 * 4
-    assert 6 * once <= plan.traffic(text, 1)["hbm_bytes"] <= 6 * 4 * once  # each layer read once, perhaps copied
+    assert (
+        6 * once <= plan.traffic(text, 1)["hbm_bytes"] <= 6 * 4 * once
+    )  # each layer read once, perhaps copied
 
 
 def test_flops_count_loops_and_recomputation():
@@ -174,18 +213,32 @@ def test_flops_count_loops_and_recomputation():
         layer = jax.checkpoint(lambda x, w: (x @ w, None))
         return jnp.sum(jax.lax.scan(layer, x, w)[0])
 
-    w, x = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32), jax.ShapeDtypeStruct((3, 16), jnp.float32)
+    w, x = (
+        jax.ShapeDtypeStruct((5, 16, 16), jnp.float32),
+        jax.ShapeDtypeStruct((3, 16), jnp.float32),
+    )
     product = 2 * 3 * 16 * 16
     assert plan.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * product
     # backward: two products a layer; a product that nothing needs again is not recomputed
-    assert plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (5 * 3 * product, 5 * 4 * product)
-    kernel = pl.pallas_call(lambda x, o: o.__setitem__(..., x[...] @ x[...]), grid=(3,),
-                            out_shape=jax.ShapeDtypeStruct((16, 16), jnp.float32))
-    assert plan.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16 ** 3
+    assert plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (
+        5 * 3 * product,
+        5 * 4 * product,
+    )
+    kernel = pl.pallas_call(
+        lambda x, o: o.__setitem__(..., x[...] @ x[...]),
+        grid=(3,),
+        out_shape=jax.ShapeDtypeStruct((16, 16), jnp.float32),
+    )
+    assert plan.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
     endless = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
     square = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    nested = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x)
-    assert plan.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7)) == (3 + 21) * product
+    nested = lambda x, w: jax.lax.while_loop(
+        lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x
+    )
+    assert (
+        plan.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
+        == (3 + 21) * product
+    )
     assert plan.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
 
 
@@ -199,24 +252,38 @@ def test_modelled_time_by_hand():
     topology = plan.parse_topology("v5p-16")
     taken = {"collectives": {"all-gather": {"count": 1, "bytes": 18e9}}, "hbm_bytes": 2.77e12}
     found = plan.step_seconds(459e12, taken, topology)
-    assert found["compute"] == pytest.approx(2) and found["hbm"] == pytest.approx(1)  # half of the peak
+    assert found["compute"] == pytest.approx(2) and found["hbm"] == pytest.approx(
+        1
+    )  # half of the peak
     assert found["network"] == pytest.approx(0.1)  # two directions of 90 GB/s
     assert found["overlapped"] == pytest.approx(2) and found["serial"] == pytest.approx(2.1)
 
 
 # --- the bill --------------------------------------------------------------------------------------------------
 
+
 def _command(*arguments):
     changes = [f"--config.{key}={value}" for key, value in small_run.CHANGES.items()]
-    return [sys.executable, "-m", "opsd_jax.plan", f"--config={small_run.MINI}:smoke", *changes, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "opsd_jax.plan",
+        f"--config={small_run.MINI}:smoke",
+        *changes,
+        *arguments,
+    ]
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """The command on eight fake devices, four-way fsdp by two-way tensor: (completed process, what --out holds)."""
     out = tmp_path_factory.mktemp("plan") / "bill.json"
-    done = small_run.run(_command("--topology=cpu:8", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", f"--out={out}"),
-                         env=small_run.environment(tmp_path_factory))
+    done = small_run.run(
+        _command(
+            "--topology=cpu:8", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", f"--out={out}"
+        ),
+        env=small_run.environment(tmp_path_factory),
+    )
     assert done.returncode == 0, done.stderr
     return done, json.loads(out.read_text())
 
@@ -246,7 +313,7 @@ def test_the_bill_is_the_sum_of_the_shards(eight):
     assert sample["bytes"]["params"] == rollout and update["bytes"]["params"] == train
     # the position tables of the connector are never trained: no moments, no copy for the teacher; two moments and
     # the step of the schedule, that of Adam
-    fixed = config.model.vit.side ** 2 * config.model.llm.hidden_size * 4 // 4
+    fixed = config.model.vit.side**2 * config.model.llm.hidden_size * 4 // 4
     assert update["bytes"]["teacher"] == train - fixed
     assert update["bytes"]["optimizer"] == 2 * (train - fixed) + 4
     # 8 rows, 2 a device; vectors of the context, patches as bytes, two scalars a row
@@ -273,8 +340,11 @@ def _same_in_both(config):
     for path, leaf in params_lib.flatten(params).items():
         axes = list(zip(leaf.shape, params_lib.fact(path).axes))
         if not any(axis in ("embed", "vit_embed") and size % 4 == 0 for size, axis in axes):
-            pieces = math.prod(2 for size, axis in axes if axis not in (None, "layers", "embed", "vit_embed")
-                               and size % 2 == 0)
+            pieces = math.prod(
+                2
+                for size, axis in axes
+                if axis not in (None, "layers", "embed", "vit_embed") and size % 2 == 0
+            )
             total += math.prod(leaf.shape) * 4 // pieces
     return total
 
@@ -282,19 +352,59 @@ def _same_in_both(config):
 @pytest.mark.slow
 def test_report_and_table(eight):
     done, report = eight
-    assert set(report) == {"topology", "slices", "chips", "devices", "hbm_gib", "mesh", "stage", "bucket", "parameters",
-                           "fits", "programs", "versions", "quick"}
-    assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and report["hbm_gib"] is None and report["fits"]
+    assert set(report) == {
+        "topology",
+        "slices",
+        "chips",
+        "devices",
+        "hbm_gib",
+        "mesh",
+        "stage",
+        "bucket",
+        "parameters",
+        "fits",
+        "programs",
+        "versions",
+        "quick",
+    }
+    assert (
+        report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+        and report["hbm_gib"] is None
+        and report["fits"]
+    )
     for program in report["programs"]:
-        assert set(program) == {"program", "fits", "hbm_gib", "needs_gib", "peak_gib", "beside_gib", "bytes", "flops",
-                                "hbm_bytes", "collectives", "seconds", "compile_seconds", "advice"}
+        assert set(program) == {
+            "program",
+            "fits",
+            "hbm_gib",
+            "needs_gib",
+            "peak_gib",
+            "beside_gib",
+            "bytes",
+            "flops",
+            "hbm_bytes",
+            "collectives",
+            "seconds",
+            "compile_seconds",
+            "advice",
+        }
         assert program["fits"] and not program["advice"] and program["collectives"]
-        assert program["needs_gib"] == pytest.approx(program["peak_gib"] + program["bytes"]["beside"] / plan.GIB)
-        assert program["peak_gib"] * plan.GIB >= sum(program["bytes"][k] for k in ("params", "batch"))
+        assert program["needs_gib"] == pytest.approx(
+            program["peak_gib"] + program["bytes"]["beside"] / plan.GIB
+        )
+        assert program["peak_gib"] * plan.GIB >= sum(
+            program["bytes"][k] for k in ("params", "batch")
+        )
         assert program["flops"]["traced"] > 0 and program["hbm_bytes"] > 0
         assert f"\n{program['program']}, for each device" in done.stdout
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(
-        jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=settings.model(small_run.config())))))
+    total = sum(
+        math.prod(x.shape)
+        for x in jax.tree.leaves(
+            jax.eval_shape(
+                lambda: bagel.init(jax.random.key(0), config=settings.model(small_run.config()))
+            )
+        )
+    )
     assert report["parameters"]["total"] == total
 
 
@@ -307,12 +417,21 @@ def mesh():
 def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
     """The same update on one device with room for three quarters of what that took."""
     bound = 0.75 * eight[1]["programs"][1]["peak_gib"]
-    done = small_run.run(_command("--topology=cpu:1", "--only=update", "--config.teacher.kind=ema", f"--hbm={bound}"),
-                         env=small_run.environment(tmp_path_factory))
+    done = small_run.run(
+        _command(
+            "--topology=cpu:1", "--only=update", "--config.teacher.kind=ema", f"--hbm={bound}"
+        ),
+        env=small_run.environment(tmp_path_factory),
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "does not fit: needs" in done.stdout and "fits:" not in done.stdout
-    for setting in ("opsd.accumulation=8 takes one row", "teacher.kind=self", "model.remat=full", "mesh.fsdp",
-                    "divergence.chunk=96"):
+    for setting in (
+        "opsd.accumulation=8 takes one row",
+        "teacher.kind=self",
+        "model.remat=full",
+        "mesh.fsdp",
+        "divergence.chunk=96",
+    ):
         assert f"config.{setting}" in done.stdout
     assert "--bucket" not in done.stdout  # there is but one
     assert "mesh.tensor" not in done.stdout  # the sampler's copy is gone by then
@@ -327,29 +446,61 @@ def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
 
 def test_bad_arguments_end_with_one_line(tmp_path_factory):
     done = small_run.run(_command("--topology=v9:2x2"), env=small_run.environment(tmp_path_factory))
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --topology='v9:2x2': use")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: --topology='v9:2x2': use"
+    )
 
 
-@pytest.mark.parametrize("message, gib", [
-    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by 1G.", 16.5),
-    # what it calls temporaries counts the arguments, too
-    ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (152.79G) exceeds available HBM (9G).", 152.79),
-    ("RESOURCE_EXHAUSTED: for some other reason", 1.0)])  # at least the arguments
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by 1G.",
+            16.5,
+        ),
+        # what it calls temporaries counts the arguments, too
+        (
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (152.79G) exceeds available HBM (9G).",
+            152.79,
+        ),
+        ("RESOURCE_EXHAUSTED: for some other reason", 1.0),
+    ],
+)  # at least the arguments
 def test_running_out_of_memory_is_an_answer(message, gib):
     """What libtpu says where a program does not fit even alone becomes numbers, not a traceback."""
+
     def fail(**_):
         raise jax.errors.JaxRuntimeError(message)
 
-    x = jax.ShapeDtypeStruct((2 ** 28,), jnp.float32, sharding=sharding.replicated(sharding.make_mesh(
-        devices=jax.devices()[:1])))
+    x = jax.ShapeDtypeStruct(
+        (2**28,),
+        jnp.float32,
+        sharding=sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1])),
+    )
     traced = jax.jit(lambda x: x).trace(x)
-    stub = types.SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail))
-    found = plan.bill(plan.Program("update", stub, {"params": x}, {}), plan.parse_topology("v5p-8"), 95.74)
-    assert not found["fits"] and found["needs_gib"] == pytest.approx(gib) and found["peak_gib"] is None
+    stub = types.SimpleNamespace(
+        jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail)
+    )
+    found = plan.bill(
+        plan.Program("update", stub, {"params": x}, {}), plan.parse_topology("v5p-8"), 95.74
+    )
+    assert (
+        not found["fits"] and found["needs_gib"] == pytest.approx(gib) and found["peak_gib"] is None
+    )
     config = small_run.config()
-    found["advice"] = plan.advice(found, config, "sft", sharding.make_mesh(devices=jax.devices()[:1]))
-    report = {"topology": "v5p:2x2x1", "slices": 1, "chips": 4, "devices": 4, "hbm_gib": 95.74, "mesh": {},
-              "parameters": {}, "programs": [found]}
+    found["advice"] = plan.advice(
+        found, config, "sft", sharding.make_mesh(devices=jax.devices()[:1])
+    )
+    report = {
+        "topology": "v5p:2x2x1",
+        "slices": 1,
+        "chips": 4,
+        "devices": 4,
+        "hbm_gib": 95.74,
+        "mesh": {},
+        "parameters": {},
+        "programs": [found],
+    }
     assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in plan.table(report)
 
 
@@ -358,14 +509,16 @@ def test_other_errors_of_the_compiler_are_not_swallowed():
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
     traced = jax.jit(lambda x: x).trace(jnp.zeros(1))
-    stub = types.SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail))
+    stub = types.SimpleNamespace(
+        jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail)
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         plan.bill(plan.Program("update", stub, {}, {}), plan.parse_topology("v5p-8"))
 
 
 def test_supervised_stages_have_one_program(mesh):
     config = small_run.config()
-    program, = plan.programs(config, "warmup", mesh)
+    (program,) = plan.programs(config, "warmup", mesh)
     assert program.name == "update" and "teacher" in program.kinds and not program.kinds["teacher"]
     with pytest.raises(ValueError, match="samples nothing"):
         plan.programs(config, "warmup", mesh, only="sample")
@@ -376,15 +529,25 @@ def test_settings_that_no_run_would_start_with(mesh):
         plan.programs(small_run.config(), "opsd", mesh, bucket=1)
     with pytest.raises(ValueError, match="has 8 rows .* for 16 batch shards"):
         train.check_batch(small_run.config(), "opsd", 16)
-    for every, final_split in ((0, ""), (1, ""), (0, "test")):  # where nothing is evaluated, its batches may be of any size
-        config = small_run.config(eval__batch_size=6, eval__every=every, eval__final_split=final_split)
-        with contextlib.nullcontext() if not every and not final_split else pytest.raises(ValueError, match="eval.batch_size 6"):
+    for every, final_split in (
+        (0, ""),
+        (1, ""),
+        (0, "test"),
+    ):  # where nothing is evaluated, its batches may be of any size
+        config = small_run.config(
+            eval__batch_size=6, eval__every=every, eval__final_split=final_split
+        )
+        with (
+            contextlib.nullcontext()
+            if not every and not final_split
+            else pytest.raises(ValueError, match="eval.batch_size 6")
+        ):
             train.check_batch(config, "opsd", 4)
 
 
 def test_the_sampler_holds_nothing_that_draws(mesh):
     config = small_run.config(model__generation__on=True)
-    program, = plan.programs(config, "opsd", mesh, only="sample")
+    (program,) = plan.programs(config, "opsd", mesh, only="sample")
     assert {*program.kinds["params"]} == {"llm", "vit", "connector"}
     assert "latent" in {path.split("/")[0] for path in program.beside["params"]}
 
@@ -392,32 +555,53 @@ def test_the_sampler_holds_nothing_that_draws(mesh):
 def test_programs_are_those_that_a_run_compiles(mesh):
     """The shapes made up here are those of packed rows."""
     config = small_run.config()
-    program, = plan.programs(config, "opsd", mesh, only="sample")
+    (program,) = plan.programs(config, "opsd", mesh, only="sample")
     context = program.kinds["batch"]
     slots, patches = config.data.buckets.student[0]
     assert context.tokens.shape == (8, slots) and context.patches.shape == (8, patches, 192)
-    assert context.patches.dtype == np.uint8 and context.length.shape == (8,) and context.latents is None
+    assert (
+        context.patches.dtype == np.uint8
+        and context.length.shape == (8,)
+        and context.latents is None
+    )
 
 
 # --- a real slice ----------------------------------------------------------------------------------------------
 
+
 def _tpu(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "opsd_jax.plan", "--config=configs/visual_opsd.py", "--quick",
-         "--config.model.query_block=512", *arguments],
-        cwd=small_run.ROOT, capture_output=True, text=True, timeout=900, env=os.environ | {"PYTHONPATH": "."})
+        [
+            sys.executable,
+            "-m",
+            "opsd_jax.plan",
+            "--config=configs/visual_opsd.py",
+            "--quick",
+            "--config.model.query_block=512",
+            *arguments,
+        ],
+        cwd=small_run.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only, arguments", [
-    ("update", ["--topology=v5e-16", "--config.opsd.accumulation=4", "--config.mesh.tensor=4"]),
-    ("sample", ["--topology=v5e-64", "--config.opsd.accumulation=1", "--config.mesh.tensor=4"])])
+@pytest.mark.parametrize(
+    "only, arguments",
+    [
+        ("update", ["--topology=v5e-16", "--config.opsd.accumulation=4", "--config.mesh.tensor=4"]),
+        ("sample", ["--topology=v5e-64", "--config.opsd.accumulation=1", "--config.mesh.tensor=4"]),
+    ],
+)
 def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
     pytest.importorskip("libtpu")
     done = _tpu(f"--only={only}", "--bucket=0", f"--out={tmp_path / 'bill.json'}", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "bill.json").read_text())
-    program, = report["programs"]
+    (program,) = report["programs"]
     assert report["parameters"]["total"] > 7e9
     assert sum(program["bytes"][k] for k in ("params", "batch")) < program["peak_gib"] * plan.GIB
     assert program["needs_gib"] < 0.9 * report["hbm_gib"]
@@ -431,8 +615,15 @@ def test_only_data_crosses_slices(tmp_path, tmp_path_factory):
     """Two slices of four chips, in small: copies of the model that exchange gradients."""
     pytest.importorskip("libtpu")
     run = lambda *sizes: small_run.run(
-        _command("--topology=v5e:2x2", "--slices=2", "--only=update", *sizes, f"--out={tmp_path / 'bill.json'}"),
-        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""})
+        _command(
+            "--topology=v5e:2x2",
+            "--slices=2",
+            "--only=update",
+            *sizes,
+            f"--out={tmp_path / 'bill.json'}",
+        ),
+        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""},
+    )
     done = run("--config.mesh.fsdp=4", "--config.mesh.data=2")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "bill.json").read_text())

@@ -36,7 +36,9 @@ def main(folder, data_dir):
 
     from opsd_jax import distributed
 
-    faulthandler.dump_traceback_later(800, exit=True)  # processes that wait for each other for ever say where
+    faulthandler.dump_traceback_later(
+        800, exit=True
+    )  # processes that wait for each other for ever say where
     distributed.initialize()
     import jax
 
@@ -57,8 +59,13 @@ def main(folder, data_dir):
         leave(f"batch{step}", {f"{n}": x for n, x in enumerate(test_meshes.whole(mesh, batch))})
     for sizes, accumulation in MESHES.items():
         mesh = sharding.make_mesh(*sizes)
-        found = test_meshes.run(mesh, accumulation, np.array(sharding.local_rows(mesh, test_meshes.ROWS)))
-        leave(test_meshes.name_of(sizes), jax.tree.map(np.asarray, found) | {"here": jax.local_device_count()})
+        found = test_meshes.run(
+            mesh, accumulation, np.array(sharding.local_rows(mesh, test_meshes.ROWS))
+        )
+        leave(
+            test_meshes.name_of(sizes),
+            jax.tree.map(np.asarray, found) | {"here": jax.local_device_count()},
+        )
 
 
 if __name__ == "__main__":
@@ -76,6 +83,7 @@ def data_dir(tmp_path_factory):
 
 
 # --- who reads which rows -----------------------------------------------------------------------------------
+
 
 def half(process, processes):
     return range(process * BATCH // processes, (process + 1) * BATCH // processes)
@@ -101,12 +109,21 @@ def test_processes_share_the_batch_that_one_would_have(data_dir, tmp_path, proce
 
 # --- really two processes -----------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def two(data_dir, tmp_path_factory):
     """{file: what the processes found}."""
     here, folder = pathlib.Path(__file__).resolve(), tmp_path_factory.mktemp("two")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))}
-    env |= {"DEVICES": str(DEVICES), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(here.parents[1])}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))
+    }
+    env |= {
+        "DEVICES": str(DEVICES),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(here.parents[1]),
+    }
     launcher = here.parents[1] / "launch" / "local_multiprocess.sh"
     command = ["bash", launcher, str(COUNT), "--", sys.executable, here, folder, data_dir]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
@@ -158,14 +175,30 @@ def test_two_processes_compute_what_one_does(two, one, sizes):
 
 # --- whole commands -----------------------------------------------------------------------------------------
 
+
 def module(name, *arguments, processes=1):
     """Runs `python -m opsd_jax.<name>` as one process with one device or as several with four each."""
     here = pathlib.Path(__file__).resolve().parents[1]
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))}
-    env |= {"DEVICES": str(DEVICES), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(here), "JAX_PLATFORMS": "cpu"}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS"))
+    }
+    env |= {
+        "DEVICES": str(DEVICES),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(here),
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, "-m", f"opsd_jax.{name}", *map(str, arguments)]
     if processes > 1:
-        command = ["bash", here / "launch" / "local_multiprocess.sh", str(processes), "--", *command]
+        command = [
+            "bash",
+            here / "launch" / "local_multiprocess.sh",
+            str(processes),
+            "--",
+            *command,
+        ]
     done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, (command, done.stdout[-4000:] + done.stderr[-4000:])
 
@@ -176,7 +209,12 @@ def workdirs(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("whole"), {}
     for processes in (1, COUNT):
         found[processes] = folder / f"{processes}"
-        module("train", *small_run.command(found[processes])[3:], "--config.run_arms=()", processes=processes)
+        module(
+            "train",
+            *small_run.command(found[processes])[3:],
+            "--config.run_arms=()",
+            processes=processes,
+        )
     return found
 
 
@@ -187,13 +225,21 @@ def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
     from opsd_jax import metrics
 
     one, two = (metrics.read(str(workdirs[n] / "metrics.jsonl")) for n in (1, COUNT))
-    assert [(row["step"], row["stage"]) for row in one] == [(row["step"], row["stage"]) for row in two]
+    assert [(row["step"], row["stage"]) for row in one] == [
+        (row["step"], row["stage"]) for row in two
+    ]
     assert len(one) >= small_run.LAST
     for a, b in zip(one, two):
-        same = {key for key in a if not key.endswith(("_per_sec", "seconds")) and isinstance(a[key], float)}
+        same = {
+            key
+            for key in a
+            if not key.endswith(("_per_sec", "seconds")) and isinstance(a[key], float)
+        }
         assert same <= b.keys()
         for key in same:
-            np.testing.assert_allclose(b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"step {a['step']} {key}")
+            np.testing.assert_allclose(
+                b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"step {a['step']} {key}"
+            )
     names = lambda n: sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
     assert names(1) == names(COUNT)
 
@@ -211,17 +257,41 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
     test_benchmark_files.write(tables, test_benchmark_files.mcq(13))
     for processes in (1, COUNT):
         common = "--workdir", w, "--batch_size=8"
-        module("eval", *common, "--visual_thoughts=real", f"--name=tasks{processes}", processes=processes)
-        module("eval", *common, f"--data_dir={tables}", "--rows=11", f"--name=table{processes}", processes=processes)
-        module("diagnose", "kl", *common, "--rows=12", "--completions=base,data", f"--name=kl{processes}",
-               processes=processes)
+        module(
+            "eval",
+            *common,
+            "--visual_thoughts=real",
+            f"--name=tasks{processes}",
+            processes=processes,
+        )
+        module(
+            "eval",
+            *common,
+            f"--data_dir={tables}",
+            "--rows=11",
+            f"--name=table{processes}",
+            processes=processes,
+        )
+        module(
+            "diagnose",
+            "kl",
+            *common,
+            "--rows=12",
+            "--completions=base,data",
+            f"--name=kl{processes}",
+            processes=processes,
+        )
     read = lambda name: [json.loads(line) for line in (w / name).read_text().splitlines()]
     for kind, rows in (("tasks", small_run.TEST_ROWS), ("table", 11)):
         one, two = (read(f"eval/{kind}{n}/predictions.jsonl") for n in (1, COUNT))
         assert one == two and len(one) == rows
-        assert [p.name for p in (w / "eval" / f"{kind}{COUNT}").glob("answers*")] == ["answers.jsonl"]
+        assert [p.name for p in (w / "eval" / f"{kind}{COUNT}").glob("answers*")] == [
+            "answers.jsonl"
+        ]
     one, two = (read(f"diagnose/kl{n}/tokens.jsonl") for n in (1, COUNT))
     assert len(one) == len(two) > 12
     for a, b in zip(one, two):
-        assert [a[k] for k in ("task", "index", "labels")] == [b[k] for k in ("task", "index", "labels")]
+        assert [a[k] for k in ("task", "index", "labels")] == [
+            b[k] for k in ("task", "index", "labels")
+        ]
         np.testing.assert_allclose(b["before"], a["before"], atol=1e-5)

@@ -26,8 +26,10 @@ def workdir(tmp_path, monkeypatch):
     def reason(model, questions, key, *, draw, always):
         assert draw and always and model.protocol.rounds == 2
         calls.append(len(questions))
-        return [generate.Trace(["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {})
-                for _, q in questions]
+        return [
+            generate.Trace(["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {})
+            for _, q in questions
+        ]
 
     model = generate.Model(None, None, None, generate.Protocol(), images.TRAINING, images.VAE)
     monkeypatch.setattr(generate, "load", lambda directory, draw: model)
@@ -49,7 +51,15 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
         before, after = rows(f"{workdir.path}/data", split), rows(target, split)
         assert [row.pid for row in before] == [row.pid for row in after]
         for old, new in zip(before, after):
-            for name in ("question", "answer", "problem_image", "thoughts", "full_text_only_thought", "metadata", "task"):
+            for name in (
+                "question",
+                "answer",
+                "problem_image",
+                "thoughts",
+                "full_text_only_thought",
+                "metadata",
+                "task",
+            ):
                 assert getattr(old, name) == getattr(new, name)
             assert len(new.visual_thoughts) == len(old.visual_thoughts) == 1
             if split == "train":
@@ -67,7 +77,9 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
     assert 0 < len(workdir.calls) - done <= 2
     with pytest.raises(FileExistsError, match="generated with other seed.*choose another --target"):
         draw(seed=1)
-    other = dataclasses.replace(workdir.model, params={"head": np.ones(3, np.float32)})  # another model under the same path
+    other = dataclasses.replace(
+        workdir.model, params={"head": np.ones(3, np.float32)}
+    )  # another model under the same path
     monkeypatch.setattr(generate, "load", lambda directory, draw: other)
     with pytest.raises(FileExistsError, match="generated with other weights"):
         draw()
@@ -102,7 +114,9 @@ def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch
             signal.raise_signal(signal.SIGTERM)
         return reason(*args, **kwargs)
 
-    main = lambda: redraw.main([f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"])
+    main = lambda: redraw.main(
+        [f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"]
+    )
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         patched.setattr(generate, "reason", reason_and_signal)
         main()
@@ -114,7 +128,9 @@ def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
-    with pytest.raises(ValueError, match="--splits=dev: the run uses train, validation, test, not dev"):
+    with pytest.raises(
+        ValueError, match="--splits=dev: the run uses train, validation, test, not dev"
+    ):
         redraw.redraw(workdir.path, str(tmp_path / "d"), checkpoint="c", splits=("dev",))
     with pytest.raises(SystemExit):
         redraw.main([f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])

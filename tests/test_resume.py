@@ -25,7 +25,9 @@ def straight(tmp_path_factory):
 
 
 def losses(workdir):
-    return {row["step"]: row["loss"] for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row}
+    return {
+        row["step"]: row["loss"] for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row
+    }
 
 
 def state(workdir, step):
@@ -56,7 +58,11 @@ def cut_off(straight, workdir, step):
     shutil.rmtree(folder / f"{step + 1}.orbax-checkpoint-tmp" / "params")
     for later in range(step + 2, small_run.LAST + 1):
         shutil.rmtree(folder / str(later))
-    rows = [json.dumps(row) for row in metrics.read(straight / "metrics.jsonl") if row["step"] <= step + 1]
+    rows = [
+        json.dumps(row)
+        for row in metrics.read(straight / "metrics.jsonl")
+        if row["step"] <= step + 1
+    ]
     (workdir / "metrics.jsonl").write_text("\n".join([*rows, rows[-1][:40]]))
     shutil.rmtree(workdir / "eval")
     for path in (straight / "eval").iterdir():
@@ -83,11 +89,18 @@ def test_kill_9_at_a_random_moment(straight, tmp_path, tmp_path_factory):
     workdir, moment = tmp_path / "w", random.SystemRandom().uniform(0, 0.5)
     command = small_run.command(workdir, "--config.run_arms=()")
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=small_run.ROOT, env=small_run.environment(tmp_path_factory),
-                                   stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            cwd=small_run.ROOT,
+            env=small_run.environment(tmp_path_factory),
+            stdout=log,
+            stderr=log,
+        )
     deadline = time.monotonic() + 300
     while not (workdir / "checkpoints" / "2" / "commit_success.txt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < deadline, (
+            tmp_path / "log"
+        ).read_text()[-3000:]
         time.sleep(0.005)
     time.sleep(moment)
     process.send_signal(signal.SIGKILL)
@@ -99,8 +112,14 @@ def test_kill_9_at_a_random_moment(straight, tmp_path, tmp_path_factory):
 @pytest.mark.slow
 def test_stages_go_on_from_what_the_checkpoint_offers(straight, tmp_path):
     """With checkpoint.params = "ema" that is the average, in a run of one piece as well as after a resume."""
-    changes = dict(data__dir=str(straight / "data"), stages=("opsd", "sft"), teacher__kind="ema",
-                   teacher__ema_decay=0.5, checkpoint__params="ema", eval__final_split="")
+    changes = dict(
+        data__dir=str(straight / "data"),
+        stages=("opsd", "sft"),
+        teacher__kind="ema",
+        teacher__ema_decay=0.5,
+        checkpoint__params="ema",
+        eval__final_split="",
+    )
     whole, workdir = tmp_path / "whole", tmp_path / "w"
     train.train(small_run.config(**changes), str(whole))
     shutil.copytree(whole, workdir)
@@ -154,15 +173,29 @@ def signal_at(patched, number, function="_sample"):
 
 
 @pytest.mark.slow
-def test_a_stop_while_evaluating_loses_no_step_and_no_answer(straight, tmp_path, monkeypatch, caplog):
+def test_a_stop_while_evaluating_loses_no_step_and_no_answer(
+    straight, tmp_path, monkeypatch, caplog
+):
     """In an evaluation in between, in its repetition, and in the final one."""
     at = small_run.WARMUP + 1
-    config = small_run.config(data__dir=str(straight / "data"), stages=("opsd",), checkpoint__every=1000, eval__every=at,
-                              eval__visual_thoughts=("none", "real"), eval__rows=16, eval__kl=False, eval__final_banned=False)
+    config = small_run.config(
+        data__dir=str(straight / "data"),
+        stages=("opsd",),
+        checkpoint__every=1000,
+        eval__every=at,
+        eval__visual_thoughts=("none", "real"),
+        eval__rows=16,
+        eval__kl=False,
+        eval__final_banned=False,
+    )
     whole, workdir = tmp_path / "whole", tmp_path / "w"
     train.train(config, str(whole))
-    rows = lambda folder: [(row["step"], sorted(row)) for row in metrics.read(folder / "metrics.jsonl")]
-    final = lambda folder: {path.parent.name: path.read_text() for path in folder.glob("eval/*/predictions.jsonl")}
+    rows = lambda folder: [
+        (row["step"], sorted(row)) for row in metrics.read(folder / "metrics.jsonl")
+    ]
+    final = lambda folder: {
+        path.parent.name: path.read_text() for path in folder.glob("eval/*/predictions.jsonl")
+    }
     assert any(key.startswith("eval/") for step, keys in rows(whole) if step == at for key in keys)
 
     def stopped(number):
@@ -174,8 +207,13 @@ def test_a_stop_while_evaluating_loses_no_step_and_no_answer(straight, tmp_path,
 
     for _ in range(2):  # of 4 batches of an evaluation the second
         assert stopped(1) == 2
-        assert checkpoint.metadata(workdir)["step"] == at == rows(workdir)[-1][0] == len(rows(workdir))
-        assert caplog.messages[-1] == f"SIGTERM: step {at} is saved; stopping after this batch of the evaluation"
+        assert (
+            checkpoint.metadata(workdir)["step"] == at == rows(workdir)[-1][0] == len(rows(workdir))
+        )
+        assert (
+            caplog.messages[-1]
+            == f"SIGTERM: step {at} is saved; stopping after this batch of the evaluation"
+        )
     # then all of it, and of the final evaluation, 2 x 3 batches, which may be asked twice for their time, some
     asked = stopped(6)
     folder = workdir / "eval" / f"{small_run.OPSD:06d}-none"
@@ -201,17 +239,25 @@ def test_answers_under_other_settings_are_asked_again(straight, tmp_path, monkey
         signal_at(patched, 1)
         train.train(small_run.config(**less), str(workdir))
     train.train(small_run.config(eval__batch_size=4, **less), str(workdir))
-    assert "asking all again" in caplog.text and "begun with another batch_size, rows" in caplog.text
+    assert (
+        "asking all again" in caplog.text and "begun with another batch_size, rows" in caplog.text
+    )
     for path in (workdir / "eval").glob("*/predictions.jsonl"):
         assert len(path.read_text().splitlines()) == small_run.TEST_ROWS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, function, arguments", [
-    (eval_lib, "_sample", ["--visual_thoughts=none,real", "--name=x"]),
-    (diagnose, "contexts", ["kl", "--rows=0", "--completions=data"]),
-], ids=["eval", "diagnose"])
-def test_commands_stop_between_batches(straight, tmp_path, monkeypatch, capsys, command, function, arguments):
+@pytest.mark.parametrize(
+    "command, function, arguments",
+    [
+        (eval_lib, "_sample", ["--visual_thoughts=none,real", "--name=x"]),
+        (diagnose, "contexts", ["kl", "--rows=0", "--completions=data"]),
+    ],
+    ids=["eval", "diagnose"],
+)
+def test_commands_stop_between_batches(
+    straight, tmp_path, monkeypatch, capsys, command, function, arguments
+):
     workdir = tmp_path / "w"
     shutil.copytree(straight, workdir)
     run = lambda: command.main([*arguments, f"--workdir={workdir}"])
@@ -256,25 +302,44 @@ def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
     shutil.copytree(tmp_path / "other" / "data", workdir / "data")
     shutil.copy(straight / "data" / "made.json", workdir / "data")
     rows = (workdir / "metrics.jsonl").read_text()
-    with pytest.raises(checkpoint.ConfigMismatch, match=rf"another content of data .digests.:(.|\n)*data.{small_run.TASK} "):
+    with pytest.raises(
+        checkpoint.ConfigMismatch,
+        match=rf"another content of data .digests.:(.|\n)*data.{small_run.TASK} ",
+    ):
         train.train(small_run.config(), str(workdir))
     swap_two_tokens(workdir / "data" / "made" / "tokenizer")
     with pytest.raises(checkpoint.ConfigMismatch, match="another content of tokenizer"):
         train.train(small_run.config(checkpoint__accept_changed=("data",)), str(workdir))
-    with pytest.raises(checkpoint.ConfigMismatch, match=f"{straight} was trained with another content of tokenizer"):
-        train.train(small_run.config(init_from=str(straight), data__dir=str(workdir / "data")), str(tmp_path / "new"))
-    assert (workdir / "metrics.jsonl").read_text() == rows and not (tmp_path / "new" / "metrics.jsonl").exists()
+    with pytest.raises(
+        checkpoint.ConfigMismatch, match=f"{straight} was trained with another content of tokenizer"
+    ):
+        train.train(
+            small_run.config(init_from=str(straight), data__dir=str(workdir / "data")),
+            str(tmp_path / "new"),
+        )
+    assert (workdir / "metrics.jsonl").read_text() == rows and not (
+        tmp_path / "new" / "metrics.jsonl"
+    ).exists()
     train.train(small_run.config(checkpoint__accept_changed=("data", "tokenizer")), str(workdir))
 
 
-@pytest.mark.parametrize("content", ["", '{"seed": ', "\0" * 50, "[]", '{"model": 3}', '{"seed": "x"}', '{"data": {"tasks": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"seed": ', "\0" * 50, "[]", '{"model": 3}', '{"seed": "x"}', '{"data": {"tasks": 3}}'],
+)
 def test_a_damaged_record_of_the_settings_names_the_file_and_the_fix(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*delete the file and give the run's training command"):
+    with pytest.raises(
+        ValueError,
+        match=f"{tmp_path}/config.json.*delete the file and give the run's training command",
+    ):
         data.load_config(str(tmp_path))
     if not content.startswith('{"'):
-        with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*delete the file and give the run's training command"):
+        with pytest.raises(
+            ValueError,
+            match=f"{tmp_path}/config.json.*delete the file and give the run's training command",
+        ):
             train.record_config(small_run.config(), str(tmp_path))
     (tmp_path / "config.json").unlink()
     train.record_config(small_run.config(), str(tmp_path))

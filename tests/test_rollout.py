@@ -15,16 +15,23 @@ from opsd_jax.model.config import LLMConfig
 from opsd_jax.tokenizer import DELIMITERS, Tokenizer
 
 EOS_DRAWN, BUDGET_SPENT = rollout.STOP_EOS, rollout.STOP_BUDGET
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-TEXTS = ("up><image_start><image_end><image_start>up", "<image_start>", "up <image_start> up",
-         '"<image_start>"')
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = (
+    "up><image_start><image_end><image_start>up",
+    "<image_start>",
+    "up <image_start> up",
+    '"<image_start>"',
+)
 CHAINS, COPIES = 96, 4
 
 
 def numpy_of(trajectory):
-    return types.SimpleNamespace(**{f.name: np.asarray(getattr(trajectory, f.name))
-                                    for f in dataclasses.fields(trajectory)})
+    return types.SimpleNamespace(
+        **{f.name: np.asarray(getattr(trajectory, f.name)) for f in dataclasses.fields(trajectory)}
+    )
 
 
 def content(trajectory, row):
@@ -32,6 +39,7 @@ def content(trajectory, row):
 
 
 # ---- logits
+
 
 @pytest.fixture(scope="module")
 def sampled():
@@ -43,18 +51,32 @@ def sampled():
     params["llm"]["head"] = params["llm"]["head"].at[:, tiny.TOKENIZER.eos].multiply(3)
     spelled = [context.MARKER.encode() if n % 2 else b"x" for n in range(256)]
     config = tiny.rollout_config(
-        marker=rollout.Marker.build(spelled, 264), max_new_tokens=14, max_image_skips=2, temperature=0.7)
+        marker=rollout.Marker.build(spelled, 264),
+        max_new_tokens=14,
+        max_image_skips=2,
+        temperature=0.7,
+    )
     blocks, _ = tiny.rows(np.random.default_rng(3), 6)
     packed = tiny.pack(blocks, slots=28, patches=9)
-    trajectory, logits = rollout.sample(params, packed, jax.random.key(11), config=config, return_logits=True)
-    return types.SimpleNamespace(params=params, config=config, blocks=blocks, context=packed,
-                                 trajectory=numpy_of(trajectory), logits=np.asarray(logits))
+    trajectory, logits = rollout.sample(
+        params, packed, jax.random.key(11), config=config, return_logits=True
+    )
+    return types.SimpleNamespace(
+        params=params,
+        config=config,
+        blocks=blocks,
+        context=packed,
+        trajectory=numpy_of(trajectory),
+        logits=np.asarray(logits),
+    )
 
 
 @jax.jit
 def full_forward(params, whole):
     x = bagel.embed(params, whole, config=tiny.MODEL)
-    hidden, _ = bagel.forward(params, x, whole.positions, whole.limit, whole.segment, config=tiny.MODEL)
+    hidden, _ = bagel.forward(
+        params, x, whole.positions, whole.limit, whole.segment, config=tiny.MODEL
+    )
     return bagel.logits(params, hidden)
 
 
@@ -63,8 +85,10 @@ def test_decoding_equals_the_full_forward(sampled):
     t, c = sampled.trajectory, sampled.context
     assert len(set(c.length)) > 2
     assert set(t.num_skips) >= {0, 1} and set(t.stop) == {EOS_DRAWN, BUDGET_SPENT}
-    whole = {name: np.pad(getattr(c, name), ((0, 0), (0, 14)))
-             for name in ("tokens", "positions", "limit", "segment")}
+    whole = {
+        name: np.pad(getattr(c, name), ((0, 0), (0, 14)))
+        for name in ("tokens", "positions", "limit", "segment")
+    }
     for row, (used, rope) in enumerate(zip(c.length, c.next_position)):
         fed = slice(used, used + 14)
         whole["tokens"][row, fed] = t.fed[row]
@@ -74,12 +98,16 @@ def test_decoding_equals_the_full_forward(sampled):
     slots = np.where(c.patch_image > 0, c.patch_slots, 28 + 14)
     expected = full_forward(sampled.params, dataclasses.replace(c, **whole, patch_slots=slots))
     for row, (used, n) in enumerate(zip(c.length, t.num_fed)):
-        np.testing.assert_allclose(sampled.logits[row, :n], expected[row, used:used + n], atol=2e-4)
+        np.testing.assert_allclose(
+            sampled.logits[row, :n], expected[row, used : used + n], atol=2e-4
+        )
 
 
 def test_a_row_does_not_depend_on_its_neighbours(sampled):
     greedy = dataclasses.replace(sampled.config, greedy=True)
-    sample = lambda packed: numpy_of(rollout.sample(sampled.params, packed, jax.random.key(0), config=greedy))
+    sample = lambda packed: numpy_of(
+        rollout.sample(sampled.params, packed, jax.random.key(0), config=greedy)
+    )
     together, again = sample(sampled.context), sample(sampled.context)
     order = [2, 2, 5, 2, 0, 2]
     among_others = sample(jax.tree.map(lambda x: x[np.array(order)], sampled.context))
@@ -100,9 +128,13 @@ def test_a_trajectory_tells_the_same_story_twice(sampled):
         assert not t.fed[row, n:].any() and not t.fed_sampled[row, n:].any()
         seams = np.flatnonzero(fed == eos)  # eos is fed only by a skip, and bos follows
         assert len(seams) == t.num_skips[row]
-        assert all(chosen[s] and fed[s + 1] == bos and not chosen[s + 1] for s in seams if s + 1 < n)
+        assert all(
+            chosen[s] and fed[s + 1] == bos and not chosen[s + 1] for s in seams if s + 1 < n
+        )
         assert content(t, row) == fed[chosen & (fed != eos)].tolist()
-        assert n == 14 or t.stop[row] == EOS_DRAWN  # eos may be drawn behind the last token of the budget, too
+        assert (
+            n == 14 or t.stop[row] == EOS_DRAWN
+        )  # eos may be drawn behind the last token of the budget, too
         assert t.ended[row] == n
         assert not t.tokens[row][~t.mask[row]].any() and not t.logprobs[row][~t.mask[row]].any()
         assert (np.diff(t.mask[row].astype(int)) <= 0).all()
@@ -118,24 +150,43 @@ def crowd(sampled):
     """Twelve rows of different contexts and lengths, all at once."""
     blocks, _ = tiny.rows(np.random.default_rng(4), 12)
     packed = tiny.pack(blocks, slots=28, patches=9)
-    draw = lambda **kw: numpy_of(rollout.sample(sampled.params, packed, jax.random.key(2),
-                                                config=dataclasses.replace(sampled.config, **kw)))
+    draw = lambda **kw: numpy_of(
+        rollout.sample(
+            sampled.params,
+            packed,
+            jax.random.key(2),
+            config=dataclasses.replace(sampled.config, **kw),
+        )
+    )
     return types.SimpleNamespace(draw=draw, packed=packed, whole=draw())
 
 
-@pytest.mark.parametrize("sizes", [
-    dict(slots=1), dict(slots=5, refill=1), dict(slots=5, refill=3), dict(slots=4, refill=4),
-    dict(slots=6, refill=2, shards=2), dict(slots=8, refill=8, shards=4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(slots=1),
+        dict(slots=5, refill=1),
+        dict(slots=5, refill=3),
+        dict(slots=4, refill=4),
+        dict(slots=6, refill=2, shards=2),
+        dict(slots=8, refill=8, shards=4),
+    ],
+    ids=str,
+)
 def test_a_queue_draws_what_slots_for_all_draw(crowd, sizes):
     """Sampled, with image skips: the columns of the ring are reused and nothing of the row before shows through."""
     queued = crowd.draw(**sizes)
     assert len(set(crowd.whole.num_fed)) > 3
     for name in SAME:
-        np.testing.assert_array_equal(getattr(queued, name), getattr(crowd.whole, name), err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(queued, name), getattr(crowd.whole, name), err_msg=name
+        )
     np.testing.assert_allclose(queued.logprobs, crowd.whole.logprobs, atol=2e-4)
     steps, slots = queued.ended.max(), sizes["slots"]
     assert crowd.whole.num_fed.sum() <= steps * slots
-    if sizes.get("refill") == 1:  # a free slot never waits while there are rows: no slot ends early by a whole row
+    if (
+        sizes.get("refill") == 1
+    ):  # a free slot never waits while there are rows: no slot ends early by a whole row
         assert steps * slots - queued.num_fed.sum() < slots * queued.num_fed.max()
         assert (np.sort(queued.ended)[:5] == np.sort(queued.num_fed[:5])).sum() >= 1
     assert rollout.utilisation(queued, slots) == queued.num_fed.sum() / (steps * slots)
@@ -145,8 +196,13 @@ def test_a_queue_with_logits_and_a_remainder(sampled, crowd):
     """Seven rows by four slots, greedy, with a banned marker; logits of every fed token."""
     packed = jax.tree.map(lambda x: x[:7], crowd.packed)
     config = dataclasses.replace(sampled.config, greedy=True, ban_marker=True)
-    draw = lambda **kw: rollout.sample(sampled.params, packed, jax.random.key(0), return_logits=True,
-                                       config=dataclasses.replace(config, **kw))
+    draw = lambda **kw: rollout.sample(
+        sampled.params,
+        packed,
+        jax.random.key(0),
+        return_logits=True,
+        config=dataclasses.replace(config, **kw),
+    )
     (whole, logits), (queued, found) = draw(), draw(slots=4, refill=2)
     np.testing.assert_array_equal(whole.fed, queued.fed)
     for row, n in enumerate(np.asarray(whole.num_fed)):
@@ -160,6 +216,7 @@ def test_rows_must_divide_into_shards(crowd):
 
 # ---- distributions
 
+
 def restricted(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Reference: log-probabilities float64 after temperature, top-k and top-p, by sorting."""
     logits = np.asarray(logits, np.float64) / temperature
@@ -167,9 +224,13 @@ def restricted(logits, temperature=1.0, top_k=0, top_p=1.0):
     keep = order[:top_k] if top_k else order
     p = np.exp(logits[keep] - logits[keep].max())
     p /= p.sum()
-    keep = keep[:1 + int(np.searchsorted(np.cumsum(p), top_p))]  # up to the entry that reaches top_p
+    keep = keep[
+        : 1 + int(np.searchsorted(np.cumsum(p), top_p))
+    ]  # up to the entry that reaches top_p
     out = np.full(logits.shape, -np.inf)
-    out[keep] = logits[keep] - np.log(np.exp(logits[keep] - logits[keep].max()).sum()) - logits[keep].max()
+    out[keep] = (
+        logits[keep] - np.log(np.exp(logits[keep] - logits[keep].max()).sum()) - logits[keep].max()
+    )
     return out
 
 
@@ -177,7 +238,9 @@ def test_logprobs_and_tokens_belong_to_the_returned_logits(sampled):
     t, checked = sampled.trajectory, 0
     for row in range(6):
         number = 0
-        for at in range(1, t.num_fed[row]):  # what was fed at `at` was drawn from the logits at `at` - 1
+        for at in range(
+            1, t.num_fed[row]
+        ):  # what was fed at `at` was drawn from the logits at `at` - 1
             if t.fed_sampled[row, at] and t.fed[row, at] != sampled.config.eos:
                 expected = restricted(sampled.logits[row, at - 1], temperature=0.7)[t.fed[row, at]]
                 np.testing.assert_allclose(t.logprobs[row, number], expected, atol=2e-5)
@@ -188,21 +251,30 @@ def test_logprobs_and_tokens_belong_to_the_returned_logits(sampled):
 
 
 def test_a_tiny_top_p_is_the_argmax(sampled):
-    sample = lambda **kw: numpy_of(rollout.sample(sampled.params, sampled.context, jax.random.key(6),
-                                                  config=dataclasses.replace(sampled.config, **kw)))
+    sample = lambda **kw: numpy_of(
+        rollout.sample(
+            sampled.params,
+            sampled.context,
+            jax.random.key(6),
+            config=dataclasses.replace(sampled.config, **kw),
+        )
+    )
     greedy, narrow = sample(greedy=True), sample(top_p=1e-6)
     np.testing.assert_array_equal(greedy.fed, narrow.fed)
     np.testing.assert_array_equal(narrow.logprobs, 0)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(temperature=1.5), dict(temperature=1.5, top_k=40, top_p=0.7)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=1.5), dict(temperature=1.5, top_k=40, top_p=0.7)], ids=str
+)
 def test_first_tokens_follow_the_restricted_distribution(sampled, settings):
     """2,000 draws from one distribution; chi-squared over tokens that are expected at least five times."""
     n = 2000
     repeated = jax.tree.map(lambda x: np.repeat(x[:1], n, axis=0), sampled.context)
     config = dataclasses.replace(sampled.config, max_new_tokens=2, **settings)
-    t, logits = rollout.sample(sampled.params, repeated, jax.random.key(7), config=config, return_logits=True)
+    t, logits = rollout.sample(
+        sampled.params, repeated, jax.random.key(7), config=config, return_logits=True
+    )
     t, log_p = numpy_of(t), restricted(logits[0, 0], **settings)
     drawn = np.where(t.mask[:, 0], t.tokens[:, 0], config.eos)
     assert np.isfinite(log_p[drawn]).all() and len(set(drawn)) > 5
@@ -218,14 +290,19 @@ def test_first_tokens_follow_the_restricted_distribution(sampled, settings):
 
 # ---- the marker
 
+
 @pytest.mark.parametrize("pattern", ["<image_start>", "aab", "abab", "aabaa", "a"])
 def test_marker_states_against_search(pattern):
     rng = np.random.default_rng(len(pattern))
     letters = list(dict.fromkeys(pattern)) + ["z"]
     pieces = [pattern[i:j] for i in range(len(pattern)) for j in range(i + 1, len(pattern) + 1)]
-    tokens = [*("".join(rng.choice(letters, rng.integers(1, 5))).encode() for _ in range(20)),
-              *(piece.encode() for piece in rng.choice(pieces, 20)),
-              b"", "é".encode(), b"\xff" + pattern[-1:].encode()]
+    tokens = [
+        *("".join(rng.choice(letters, rng.integers(1, 5))).encode() for _ in range(20)),
+        *(piece.encode() for piece in rng.choice(pieces, 20)),
+        b"",
+        "é".encode(),
+        b"\xff" + pattern[-1:].encode(),
+    ]
     marker = rollout.Marker.build(tokens, len(tokens) + 2, pattern)
     assert marker.table.shape == (len(pattern) + 1, len(tokens) + 2)
     hits = 0
@@ -237,7 +314,9 @@ def test_marker_states_against_search(pattern):
             if pattern.encode() in stream:
                 expected = len(pattern)
             else:
-                expected = max(n for n in range(len(pattern)) if stream.endswith(pattern.encode()[:n]))
+                expected = max(
+                    n for n in range(len(pattern)) if stream.endswith(pattern.encode()[:n])
+                )
             assert state == expected
         hits += expected == len(pattern)
     assert 0 < hits
@@ -252,12 +331,19 @@ def qwen_like():
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
-        vocab_size=64, special_tokens=list(DELIMITERS.values()), show_progress=False))
+    backend.train_from_iterator(
+        TEXTS * 3,
+        trainers.BpeTrainer(
+            vocab_size=64, special_tokens=list(DELIMITERS.values()), show_progress=False
+        ),
+    )
     vocabulary = backend.get_vocab()
     return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
 
@@ -273,22 +359,41 @@ def chain():
     """
     tokenizer, rng = qwen_like(), np.random.default_rng(2)
     spelled, eos = list(tokenizer.token_bytes), tokenizer.eos
-    pieces = [n for n, data in enumerate(spelled)
-              if len(data) > 1 and any(data.decode() in text for text in TEXTS)]
-    copies = np.array([pieces] + [[len(spelled) + i * len(pieces) + n for n in range(len(pieces))]
-                                  for i in range(COPIES - 1)])  # [copy, piece]
+    pieces = [
+        n
+        for n, data in enumerate(spelled)
+        if len(data) > 1 and any(data.decode() in text for text in TEXTS)
+    ]
+    copies = np.array(
+        [pieces]
+        + [
+            [len(spelled) + i * len(pieces) + n for n in range(len(pieces))]
+            for i in range(COPIES - 1)
+        ]
+    )  # [copy, piece]
     spelled += [spelled[n] for n in pieces] * (COPIES - 1)
     known = len(spelled)
-    size = known + CHAINS + 3  # prompts name their chain with ids that spell nothing; three rows are padding
+    size = (
+        known + CHAINS + 3
+    )  # prompts name their chain with ids that spell nothing; three rows are padding
     width = (size + CHAINS + 3) // 4 * 4
-    model = dataclasses.replace(tiny.MODEL, llm=LLMConfig(
-        vocab_size=size, hidden_size=width, num_layers=1, num_heads=4, num_kv_heads=4, intermediate_size=8,
-        head_dim=CHAINS // 4))
+    model = dataclasses.replace(
+        tiny.MODEL,
+        llm=LLMConfig(
+            vocab_size=size,
+            hidden_size=width,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=4,
+            intermediate_size=8,
+            head_dim=CHAINS // 4,
+        ),
+    )
     numbers, chains = np.arange(CHAINS), np.zeros((CHAINS, width), np.float32)
     chains[numbers, size + numbers] = 1
     params = jax.tree.map(np.array, tiny.params(model))
     params["llm"]["embed"] = np.eye(size, width, dtype=np.float32)
-    params["llm"]["embed"][known:known + CHAINS] = chains
+    params["llm"]["embed"][known : known + CHAINS] = chains
     layer = params["llm"]["layers"]["und"]
     for name, value in layer.items():
         layer[name] = np.ones_like(value) if "norm" in name else np.zeros_like(value)
@@ -309,14 +414,26 @@ def chain():
             a[same[n], eos] += 3.5
     a[eos, eos] += 50  # what is drawn behind an injected eos must be ignored
     params["llm"]["head"] = np.zeros((width, size), np.float32)
-    params["llm"]["head"][:size], params["llm"]["head"][size:size + CHAINS] = a, b * 0.4
+    params["llm"]["head"][:size], params["llm"]["head"][size : size + CHAINS] = a, b * 0.4
     params["llm"]["norm"] = np.ones(width, np.float32)
 
-    blocks = [context.student(tokenizer, context.Prompts(system=""), np.array([known + n] * (1 + n % 3)),
-                              tiny.image(rng, (1 + n % 2, 1))) for n in range(CHAINS)]
+    blocks = [
+        context.student(
+            tokenizer,
+            context.Prompts(system=""),
+            np.array([known + n] * (1 + n % 3)),
+            tiny.image(rng, (1 + n % 2, 1)),
+        )
+        for n in range(CHAINS)
+    ]
     packed = context.pack(blocks, slots=9, patches=2, tokenizer=tokenizer, side=model.vit.side)
-    config = rollout.RolloutConfig(model=model, bos=tokenizer.bos, eos=eos, greedy=True,
-                                   marker=rollout.Marker.build(spelled, size))
+    config = rollout.RolloutConfig(
+        model=model,
+        bos=tokenizer.bos,
+        eos=eos,
+        greedy=True,
+        marker=rollout.Marker.build(spelled, size),
+    )
     return types.SimpleNamespace(spelled=spelled, params=params, context=packed, config=config)
 
 
@@ -357,8 +474,10 @@ def test_image_skips_equal_the_official_loop(chain, budget, max_skips):
     t, logits = rollout.sample(chain.params, chain.context, key, config=config, return_logits=True)
     t, greedy = numpy_of(t), np.argmax(logits, axis=-1)
     for row in range(CHAINS):
-        completion, fed, skips, ended = official_loop(lambda n: int(greedy[row, n]), config, chain.spelled)
-        assert t.fed[row, :t.num_fed[row]].tolist() == fed
+        completion, fed, skips, ended = official_loop(
+            lambda n: int(greedy[row, n]), config, chain.spelled
+        )
+        assert t.fed[row, : t.num_fed[row]].tolist() == fed
         assert content(t, row) == completion
         assert t.num_skips[row] == skips
         assert t.stop[row] == (EOS_DRAWN if ended else BUDGET_SPENT)
@@ -372,11 +491,19 @@ def test_image_skips_equal_the_official_loop(chain, budget, max_skips):
 
 def test_a_banned_marker_is_never_completed(chain):
     config = dataclasses.replace(chain.config, max_new_tokens=24, max_image_skips=5)
-    draw = lambda **settings: numpy_of(rollout.sample(
-        chain.params, chain.context, jax.random.key(0), config=dataclasses.replace(config, **settings),
-        return_logits=True)[0])
+    draw = lambda **settings: numpy_of(
+        rollout.sample(
+            chain.params,
+            chain.context,
+            jax.random.key(0),
+            config=dataclasses.replace(config, **settings),
+            return_logits=True,
+        )[0]
+    )
     free, banned = draw(), draw(ban_marker=True)
-    drew = np.array([context.MARKER in text_of(chain.spelled, content(free, row)) for row in range(CHAINS)])
+    drew = np.array(
+        [context.MARKER in text_of(chain.spelled, content(free, row)) for row in range(CHAINS)]
+    )
     assert 20 < drew.sum() < 90 and not banned.num_skips.any()
     for row in range(CHAINS):
         assert context.MARKER not in text_of(chain.spelled, content(banned, row))
@@ -385,14 +512,18 @@ def test_a_banned_marker_is_never_completed(chain):
 
 # ---- the program
 
+
 def test_programs_are_reused(sampled):
     """One program a bucket: other values, another key or an equal marker compile nothing."""
     programs = rollout.sample._cache_size
     rng, marker = np.random.default_rng(8), sampled.config.marker
 
     def draw(slots, key):
-        config = dataclasses.replace(sampled.config, greedy=True,
-                                     marker=dataclasses.replace(marker, table=marker.table.copy()))
+        config = dataclasses.replace(
+            sampled.config,
+            greedy=True,
+            marker=dataclasses.replace(marker, table=marker.table.copy()),
+        )
         packed = tiny.pack(tiny.rows(rng, 6)[0], slots=slots, patches=9)
         rollout.sample(sampled.params, packed, jax.random.key(key), config=config)
 
@@ -407,15 +538,25 @@ def test_programs_are_reused(sampled):
 
 
 def test_keys_differ_and_repeat(sampled):
-    draw = lambda key: np.asarray(rollout.sample(sampled.params, sampled.context, jax.random.key(key),
-                                                 config=sampled.config, return_logits=True)[0].fed)
+    draw = lambda key: np.asarray(
+        rollout.sample(
+            sampled.params,
+            sampled.context,
+            jax.random.key(key),
+            config=sampled.config,
+            return_logits=True,
+        )[0].fed
+    )
     np.testing.assert_array_equal(draw(11), sampled.trajectory.fed)
     assert (draw(12) != sampled.trajectory.fed).any(axis=1).sum() >= 4
 
 
 def test_every_step_draws_afresh(sampled):
     """A model without preferences: tokens of a row differ from step to step, and from row to row."""
-    params = {**sampled.params, "llm": {**sampled.params["llm"], "head": sampled.params["llm"]["head"] * 0}}
+    params = {
+        **sampled.params,
+        "llm": {**sampled.params["llm"], "head": sampled.params["llm"]["head"] * 0},
+    }
     key = jax.random.key(1)
     t, _ = rollout.sample(params, sampled.context, key, config=sampled.config, return_logits=True)
     t = numpy_of(t)
@@ -424,13 +565,22 @@ def test_every_step_draws_afresh(sampled):
     assert len(drawn) > 50 and len(set(drawn.tolist())) > 0.8 * len(drawn)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(max_new_tokens=1), "max_new_tokens is 1"), (dict(temperature=0.0), "set rollout.greedy"),
-    (dict(top_p=0.0), "top_p is 0.0"), (dict(top_p=1.5), "top_p is 1.5"),
-    (dict(slots=3, shards=2), "rollout.slots 3 must be a multiple of the 2 batch shards"),
-    (dict(slots=2, refill=3), "rollout.refill 3 at most that"), (dict(slots=-1), "rollout.slots is -1"),
-    (dict(top_k=-1), "top_k is -1"), (dict(max_image_skips=-1), "max_image_skips is -1"),
-    (dict(temperature=float("nan")), "temperature is nan"), (dict(temperature=1e-40), r"in \[0.001, 1000\]")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(max_new_tokens=1), "max_new_tokens is 1"),
+        (dict(temperature=0.0), "set rollout.greedy"),
+        (dict(top_p=0.0), "top_p is 0.0"),
+        (dict(top_p=1.5), "top_p is 1.5"),
+        (dict(slots=3, shards=2), "rollout.slots 3 must be a multiple of the 2 batch shards"),
+        (dict(slots=2, refill=3), "rollout.refill 3 at most that"),
+        (dict(slots=-1), "rollout.slots is -1"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(max_image_skips=-1), "max_image_skips is -1"),
+        (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature=1e-40), r"in \[0.001, 1000\]"),
+    ],
+)
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny.rollout_config(**wrong)

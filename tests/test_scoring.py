@@ -18,8 +18,19 @@ from PIL import Image
 from opsd_jax import benchmarks, scoring
 
 DEFAULT = pathlib.Path(__file__).parent / "scoring"
-TABLES = ("VSP_maze_task_main_original", "VisPuzzle", "ChartQA_h_bar", "ChartQA_v_bar", "VStarBench", "BLINK_Jigsaw",
-          "MMVP", "BLINK", "SAT_circular", "CV-Bench-2D", "CV-Bench-3D")
+TABLES = (
+    "VSP_maze_task_main_original",
+    "VisPuzzle",
+    "ChartQA_h_bar",
+    "ChartQA_v_bar",
+    "VStarBench",
+    "BLINK_Jigsaw",
+    "MMVP",
+    "BLINK",
+    "SAT_circular",
+    "CV-Bench-2D",
+    "CV-Bench-3D",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,11 @@ def path_of(folder, name):
 
 def items(folder, name):
     """The JSON objects of a file; lines end at newlines only, other line separators are content."""
-    found = [json.loads(line) for line in path_of(folder, name).read_text(encoding="utf-8").split("\n") if line]
+    found = [
+        json.loads(line)
+        for line in path_of(folder, name).read_text(encoding="utf-8").split("\n")
+        if line
+    ]
     assert found
     return found
 
@@ -55,12 +70,17 @@ def test_multiple_choice(folder):
     cases = items(folder, "mcq.jsonl")
     found = [scoring.choose(c["prediction"], c["options"]) for c in cases]
     assert differing(found, [(c["option"], c["needs_judge"]) for c in cases], cases) == []
-    assert [int(option == c["answer"]) for (option, _), c in zip(found, cases)] == [c["hit"] for c in cases]
+    assert [int(option == c["answer"]) for (option, _), c in zip(found, cases)] == [
+        c["hit"] for c in cases
+    ]
 
 
 def test_circular_groups(folder):
     cases = items(folder, "circular.jsonl")
-    found = [scoring.circular([(r["prediction"], r["options"], r["answer"]) for r in c["rows"]]) for c in cases]
+    found = [
+        scoring.circular([(r["prediction"], r["options"], r["answer"]) for r in c["rows"]])
+        for c in cases
+    ]
     assert differing(found, [(c["hit"], c["first_pass"]) for c in cases], cases) == []
 
 
@@ -68,7 +88,10 @@ def test_maze_routes(folder):
     cases = items(folder, "vsp.jsonl")
     for maze in (lambda rows: rows, repr, lambda rows: "[" + "\n ".join(map(repr, rows)) + "]"):
         paths = [scoring.boxed_path(c["prediction"]) for c in cases]
-        found = [(path, scoring.walk(maze(c["maze_map"]), c["maze_size"], path)) for path, c in zip(paths, cases)]
+        found = [
+            (path, scoring.walk(maze(c["maze_map"]), c["maze_size"], path))
+            for path, c in zip(paths, cases)
+        ]
         assert differing(found, [(c["path"], c["hit"]) for c in cases], cases) == []
 
 
@@ -77,16 +100,22 @@ def test_charts(folder):
     found = [scoring.extract(c["prediction"]) for c in cases]
     assert differing(found, [(c["extracted"], c["needs_judge"]) for c in cases], cases) == []
     for fork, name in ((True, "score_fork"), (False, "score_official")):
-        scores = [scoring.chart_score(text, c["answer"], fork=fork) for (text, _), c in zip(found, cases)]
+        scores = [
+            scoring.chart_score(text, c["answer"], fork=fork) for (text, _), c in zip(found, cases)
+        ]
         assert differing(scores, [c[name] for c in cases], cases) == []
 
 
 def test_quirks_that_are_rare():
     options = {"A": "one", "B": "two"}
-    assert scoring.choose(r"\boxed{B} it is, and that is how it must be, I am sure of it", options) == ("B", False)
+    assert scoring.choose(
+        r"\boxed{B} it is, and that is how it must be, I am sure of it", options
+    ) == ("B", False)
     untold = r"<answer></answer> \boxed{B} it is, and that is how it must be, I am sure of it"  # an empty tag is a tag
     assert scoring.choose(untold, options) == ("Z", True)
-    assert scoring.relaxed("12%%", "0.12", fork=True) and not scoring.relaxed("12% %", "0.12", fork=True)
+    assert scoring.relaxed("12%%", "0.12", fork=True) and not scoring.relaxed(
+        "12% %", "0.12", fork=True
+    )
     assert scoring.chart_score("", "[]", fork=True) == 0.0
     ragged = ["SF", "F", "FG"]  # where a row ends early the board ends
     assert scoring.walk(ragged, 3, "D,D,R") and not scoring.walk(ragged, 3, "R,D,D")
@@ -104,7 +133,9 @@ def png(k):
 
 def write_table(path, lines):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(lines[0]), delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer = csv.DictWriter(
+            f, list(lines[0]), delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(lines)
 
@@ -121,7 +152,9 @@ def test_prompts(folder, tmp_path):
         rows = benchmarks.read(path).rows
         assert [len(row.pictures) for row in rows] == counts
         parts = [benchmarks.messages(row) for row in rows]
-        found = [[{"image": p} if isinstance(p, int) else {"text": p} for p in some] for some in parts]
+        found = [
+            [{"image": p} if isinstance(p, int) else {"text": p} for p in some] for some in parts
+        ]
         assert differing(found, [c["messages"] for c in cases], cases) == []
         for row, case, some in zip(rows, cases, parts):
             if case["wrapper_text"] is None:
@@ -141,7 +174,9 @@ def read_predictions(path, table):
     csv.field_size_limit(sys.maxsize)
     indices = {str(row.index): row.index for row in table.rows}
     with open(path, newline="", encoding="utf-8") as f:
-        return {indices[line["index"]]: line["prediction"] for line in csv.DictReader(f, delimiter="\t")}
+        return {
+            indices[line["index"]]: line["prediction"] for line in csv.DictReader(f, delimiter="\t")
+        }
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -160,10 +195,16 @@ def test_files(folder, name):
     assert report.per_category == pytest.approx(expected.pop("per_category"), rel=1e-14)
     assert {str(g): hit for g, hit in report.groups.items()} == expected.pop("groups", {})
     rows = expected.pop("rows")
-    assert [row.index for row in table.rows] == [d["index"] for d in report.rows] == [r["index"] for r in rows]
+    assert (
+        [row.index for row in table.rows]
+        == [d["index"] for d in report.rows]
+        == [r["index"] for r in rows]
+    )
     for row, found, wanted in zip(table.rows, report.rows, rows):
-        pictures = [{"size": list(image.size), "rgb_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
-                    for image in benchmarks.images(row)]
+        pictures = [
+            {"size": list(image.size), "rgb_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+            for image in benchmarks.images(row)
+        ]
         assert pictures == wanted.pop("images")
         assert row.options == wanted.pop("options", {})
         assert {key: found[key] for key in wanted} == wanted, row.index

@@ -14,7 +14,18 @@ import pytest
 import small_run
 from ml_collections import ConfigDict
 
-from opsd_jax import checks, convert, data, distill, eval as eval_lib, generate, plan, redraw, settings, train
+from opsd_jax import (
+    checks,
+    convert,
+    data,
+    distill,
+    eval as eval_lib,
+    generate,
+    plan,
+    redraw,
+    settings,
+    train,
+)
 from opsd_jax.diagnose import __main__ as diagnose
 
 
@@ -38,11 +49,15 @@ def with_value(key: str, value):
 
 
 SMALL = small_run.config()
-NUMBERS = {key: usual for key, usual in settings.default_values().items()
-           if isinstance(usual, (int, float)) and not isinstance(usual, bool)}
+NUMBERS = {
+    key: usual
+    for key, usual in settings.default_values().items()
+    if isinstance(usual, (int, float)) and not isinstance(usual, bool)
+}
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
+
 
 def test_every_number_has_a_range_that_holds_its_default():
     assert [key for key in NUMBERS if key not in settings.ranges()] == []
@@ -52,41 +67,103 @@ def test_every_number_has_a_range_that_holds_its_default():
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
-    own = [True, 1.5] if isinstance(NUMBERS[key], int) else []  # ConfigDict turns True into 1.0 where that is the type
+    own = (
+        [True, 1.5] if isinstance(NUMBERS[key], int) else []
+    )  # ConfigDict turns True into 1.0 where that is the type
     for wrong in ("1", None, math.nan, math.inf, -math.inf, (1,), *own):
         with pytest.raises(ValueError) as error:
             settings.check(with_value(key, wrong))
         assert f"config.{key} is {wrong!r}: give a " in str(error.value)
 
 
-@pytest.mark.parametrize("key, wrong", [
-    ("seed", -1), ("seed", 2 ** 32), ("opsd.optim.lr", -1e-5), ("opsd.optim.lr", 1e3), ("warmup.optim.min_lr", -1.0),
-    ("opsd.optim.max_grad_norm", -1.0), ("opsd.optim.max_grad_norm", 1e39), ("sft.optim.weight_decay", -0.01),
-    ("opsd.optim.b1", 1.0), ("opsd.optim.b2", -0.1), ("opsd.optim.b2", 1.0), ("opsd.optim.eps", 0.0),
-    ("opsd.optim.eps", 1e-50), ("opsd.optim.warmup_steps", -1), ("teacher.ema_decay", 1.001), ("teacher.ema_decay", -0.1),
-    ("opsd.jsd_weight", -1.0), ("opsd.ce_weight", -1.0), ("warmup.mse_weight", -1.0), ("offline.weight", -0.5),
-    ("autoencoder.kl_weight", -1.0), ("rollout.temperature", 1e-40), ("rollout.temperature", 0.0),
-    ("offline.temperature", 1e-40), ("divergence.temperature", 1e9), ("divergence.beta", 1.5), ("divergence.clip", -0.1),
-    ("divergence.top_k", -1), ("divergence.chunk", 0), ("rollout.max_new_tokens", 1), ("rollout.top_p", 0.0),
-    ("rollout.max_image_skips", -1), ("rollout.empty_retries", -1), ("opsd.steps", 0), ("opsd.batch_size", 0),
-    ("opsd.accumulation", 0), ("opsd.max_forward_tokens", 0), ("warmup.mix.text", -1), ("data.make.train", -1),
-    ("data.make.seed", -1), ("data.threads", 0), ("data.prefetch", -1), ("eval.rows", -1), ("eval.batch_size", 0),
-    ("eval.max_new_tokens", 1), ("checkpoint.keep_latest", 0), ("checkpoint.every", 0), ("log.every", 0),
-    ("health.patience", 0), ("health.min_eos_rate", -0.5), ("health.teacher_floor", 2.0), ("mesh.fsdp", 0),
-    ("mesh.tensor", -2), ("model.llm.num_layers", 0), ("model.llm.num_kv_heads", 0), ("model.llm.rope_theta", 0.0),
-    ("model.vit.patch_size", 0), ("model.unroll", 0), ("model.query_block", -1), ("lora.rank", -1), ("lora.alpha", 0.0),
-    ("images.max_size", 0), ("drawing.num_timesteps", 1), ("drawing.timestep_shift", 0.0),
-    ("model.generation.timestep_shift", -1.0)])
+@pytest.mark.parametrize(
+    "key, wrong",
+    [
+        ("seed", -1),
+        ("seed", 2**32),
+        ("opsd.optim.lr", -1e-5),
+        ("opsd.optim.lr", 1e3),
+        ("warmup.optim.min_lr", -1.0),
+        ("opsd.optim.max_grad_norm", -1.0),
+        ("opsd.optim.max_grad_norm", 1e39),
+        ("sft.optim.weight_decay", -0.01),
+        ("opsd.optim.b1", 1.0),
+        ("opsd.optim.b2", -0.1),
+        ("opsd.optim.b2", 1.0),
+        ("opsd.optim.eps", 0.0),
+        ("opsd.optim.eps", 1e-50),
+        ("opsd.optim.warmup_steps", -1),
+        ("teacher.ema_decay", 1.001),
+        ("teacher.ema_decay", -0.1),
+        ("opsd.jsd_weight", -1.0),
+        ("opsd.ce_weight", -1.0),
+        ("warmup.mse_weight", -1.0),
+        ("offline.weight", -0.5),
+        ("autoencoder.kl_weight", -1.0),
+        ("rollout.temperature", 1e-40),
+        ("rollout.temperature", 0.0),
+        ("offline.temperature", 1e-40),
+        ("divergence.temperature", 1e9),
+        ("divergence.beta", 1.5),
+        ("divergence.clip", -0.1),
+        ("divergence.top_k", -1),
+        ("divergence.chunk", 0),
+        ("rollout.max_new_tokens", 1),
+        ("rollout.top_p", 0.0),
+        ("rollout.max_image_skips", -1),
+        ("rollout.empty_retries", -1),
+        ("opsd.steps", 0),
+        ("opsd.batch_size", 0),
+        ("opsd.accumulation", 0),
+        ("opsd.max_forward_tokens", 0),
+        ("warmup.mix.text", -1),
+        ("data.make.train", -1),
+        ("data.make.seed", -1),
+        ("data.threads", 0),
+        ("data.prefetch", -1),
+        ("eval.rows", -1),
+        ("eval.batch_size", 0),
+        ("eval.max_new_tokens", 1),
+        ("checkpoint.keep_latest", 0),
+        ("checkpoint.every", 0),
+        ("log.every", 0),
+        ("health.patience", 0),
+        ("health.min_eos_rate", -0.5),
+        ("health.teacher_floor", 2.0),
+        ("mesh.fsdp", 0),
+        ("mesh.tensor", -2),
+        ("model.llm.num_layers", 0),
+        ("model.llm.num_kv_heads", 0),
+        ("model.llm.rope_theta", 0.0),
+        ("model.vit.patch_size", 0),
+        ("model.unroll", 0),
+        ("model.query_block", -1),
+        ("lora.rank", -1),
+        ("lora.alpha", 0.0),
+        ("images.max_size", 0),
+        ("drawing.num_timesteps", 1),
+        ("drawing.timestep_shift", 0.0),
+        ("model.generation.timestep_shift", -1.0),
+    ],
+)
 def test_numbers_out_of_their_range(key, wrong):
     with pytest.raises(ValueError) as error:
         settings.check(with_value(key, wrong))
     allowed = settings.ranges()[key]
-    assert f"config.{key} is {wrong!r}: give a " in str(error.value) and str(error.value).endswith(f"number in {allowed}")
+    assert f"config.{key} is {wrong!r}: give a " in str(error.value) and str(error.value).endswith(
+        f"number in {allowed}"
+    )
 
 
-@pytest.mark.parametrize("allowed, inside, outside", [
-    ("[0, 1)", [0, 0.5, np.float32(0.25)], [1, -1e-9, math.nan]), ("(0, inf)", [1e-300, 3e38], [0.0, math.inf, 1e39]),
-    ("[2, inf), or 0", [0, 2, np.int64(7)], [1, -1]), ("[1, inf), or -1; why", [-1, 1], [0, -2])])
+@pytest.mark.parametrize(
+    "allowed, inside, outside",
+    [
+        ("[0, 1)", [0, 0.5, np.float32(0.25)], [1, -1e-9, math.nan]),
+        ("(0, inf)", [1e-300, 3e38], [0.0, math.inf, 1e39]),
+        ("[2, inf), or 0", [0, 2, np.int64(7)], [1, -1]),
+        ("[1, inf), or -1; why", [-1, 1], [0, -2]),
+    ],
+)
 def test_ranges_are_read_as_written(allowed, inside, outside):
     for value in inside:
         checks.number("x", value, float, allowed)
@@ -103,6 +180,7 @@ def test_the_rate_never_rises_past_its_end():
 
 # --- keys and types -----------------------------------------------------------------------------------------
 
+
 def set_unknown(key):
     def change(config):
         with config.unlocked():
@@ -110,21 +188,48 @@ def set_unknown(key):
             for part in groups:
                 config = config[part]
             config[name] = "x"
+
     return change
 
 
-@pytest.mark.parametrize("change, message", [
-    (set_unknown("rollot"), 'config.rollot: there is no setting \'rollot\' in config. Did you mean "rollout"?'),
-    (set_unknown("teacher.knd"), 'config.teacher.knd: there is no setting \'knd\' in config.teacher. Did you mean "kind"?'),
-    (set_unknown("opsd.optim.xyzzy"), "there is no setting 'xyzzy' in config.opsd.optim. All of them are in"),
-    (lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
-     "config.teacher lacks ema_decay, visual_thoughts: change values of settings.default() one by one"),
-    (lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
-     'config.arms.noise.teacher.visul_thoughts: there is no setting \'visul_thoughts\' in config.teacher. Did you mean "visua'),
-    (lambda c: c.arms.update(long={"opsd": {"steps": "many"}}), "config.arms.long.opsd.steps is 'many': give a whole number"),
-    (lambda c: c.arms.update(cold={"rollout": {"temperature": 0.0}}), "config.arms.cold.rollout.temperature is 0.0: give"),
-    (lambda c: c.arms.update(flat={"opsd": 3}), "config.arms.flat.opsd is 3, but it is a group of settings"),
-], ids=range(8))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            set_unknown("rollot"),
+            "config.rollot: there is no setting 'rollot' in config. Did you mean \"rollout\"?",
+        ),
+        (
+            set_unknown("teacher.knd"),
+            "config.teacher.knd: there is no setting 'knd' in config.teacher. Did you mean \"kind\"?",
+        ),
+        (
+            set_unknown("opsd.optim.xyzzy"),
+            "there is no setting 'xyzzy' in config.opsd.optim. All of them are in",
+        ),
+        (
+            lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
+            "config.teacher lacks ema_decay, visual_thoughts: change values of settings.default() one by one",
+        ),
+        (
+            lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
+            "config.arms.noise.teacher.visul_thoughts: there is no setting 'visul_thoughts' in config.teacher. Did you mean \"visua",
+        ),
+        (
+            lambda c: c.arms.update(long={"opsd": {"steps": "many"}}),
+            "config.arms.long.opsd.steps is 'many': give a whole number",
+        ),
+        (
+            lambda c: c.arms.update(cold={"rollout": {"temperature": 0.0}}),
+            "config.arms.cold.rollout.temperature is 0.0: give",
+        ),
+        (
+            lambda c: c.arms.update(flat={"opsd": 3}),
+            "config.arms.flat.opsd is 3, but it is a group of settings",
+        ),
+    ],
+    ids=range(8),
+)
 def test_keys_that_are_no_settings(change, message, tmp_path):
     config = small_run.config()
     change(config)
@@ -134,12 +239,21 @@ def test_keys_that_are_no_settings(change, message, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("key, wrong, message", [
-    ("rollout.greedy", 1, "give True or False"), ("log.tensorboard", "yes", "give True or False"),
-    ("teacher.kind", None, "give a text"), ("data.dir", 3, "give a text"), ("stages", "opsd", "give a tuple, such as"),
-    ("data.tasks", 3, "give a tuple, such as"), ("run_arms", None, "give a tuple, such as ()"),
-    ("stages", (1,), "give names, each in quotes"), ("teacher", "ema", "but it is a group of settings: set one of "),
-    ("model.llm", 7, "but it is a group of settings")])
+@pytest.mark.parametrize(
+    "key, wrong, message",
+    [
+        ("rollout.greedy", 1, "give True or False"),
+        ("log.tensorboard", "yes", "give True or False"),
+        ("teacher.kind", None, "give a text"),
+        ("data.dir", 3, "give a text"),
+        ("stages", "opsd", "give a tuple, such as"),
+        ("data.tasks", 3, "give a tuple, such as"),
+        ("run_arms", None, "give a tuple, such as ()"),
+        ("stages", (1,), "give names, each in quotes"),
+        ("teacher", "ema", "but it is a group of settings: set one of "),
+        ("model.llm", 7, "but it is a group of settings"),
+    ],
+)
 def test_values_of_another_type(key, wrong, message):
     with pytest.raises(ValueError) as error:
         settings.check(with_value(key, wrong))
@@ -154,60 +268,137 @@ def test_a_list_for_a_tuple_and_a_whole_number_for_a_float_are_right():
 
 @pytest.mark.parametrize("config", [None, {}, "x", 3])
 def test_something_else_than_a_config(config, tmp_path):
-    with pytest.raises(ValueError, match="get_config.. returns the ConfigDict of opsd_jax.settings.default"):
+    with pytest.raises(
+        ValueError, match="get_config.. returns the ConfigDict of opsd_jax.settings.default"
+    ):
         train.train(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
 # --- names and shapes ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("key, names", [
-    ("stages", ("warmup", "opsd", "warmup")), ("data__tasks", ("Chart_Refocus",) * 2), ("run_arms", ("noise", "noise")),
-    ("data__make__families", ("chart", "maze", "chart")), ("eval__visual_thoughts", ("none", "none")),
-    ("eval__final_visual_thoughts", ("none", "real", "real")), ("opsd__freeze", ("vit", "vit"))])
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("stages", ("warmup", "opsd", "warmup")),
+        ("data__tasks", ("Chart_Refocus",) * 2),
+        ("run_arms", ("noise", "noise")),
+        ("data__make__families", ("chart", "maze", "chart")),
+        ("eval__visual_thoughts", ("none", "none")),
+        ("eval__final_visual_thoughts", ("none", "real", "real")),
+        ("opsd__freeze", ("vit", "vit")),
+    ],
+)
 def test_names_given_twice(key, names):
-    refused(f"config.{key.replace('__', '.')} names {names[-1]} twice: give each once", **{key: names})
+    refused(
+        f"config.{key.replace('__', '.')} names {names[-1]} twice: give each once", **{key: names}
+    )
 
 
-@pytest.mark.parametrize("key, wrong, unit", [
-    ("student", (36, 25), "(slots, patches)"), ("student", ((36,),), "(slots, patches)"),
-    ("teacher", ((36, 25, 1),), "(slots, patches)"), ("trace", ((36, 25),), "(slots, patches, targets)"),
-    ("trace", ((36, 25, 0),), "(slots, patches, targets)"), ("student", ((36, -1),), "(slots, patches)"),
-    ("student", ((36.5, 25),), "(slots, patches)"), ("student", (("36", "25"),), "(slots, patches)"),
-    ("drawn", ((1, 2),), "(latent tokens, pictures, height, width)")])
+@pytest.mark.parametrize(
+    "key, wrong, unit",
+    [
+        ("student", (36, 25), "(slots, patches)"),
+        ("student", ((36,),), "(slots, patches)"),
+        ("teacher", ((36, 25, 1),), "(slots, patches)"),
+        ("trace", ((36, 25),), "(slots, patches, targets)"),
+        ("trace", ((36, 25, 0),), "(slots, patches, targets)"),
+        ("student", ((36, -1),), "(slots, patches)"),
+        ("student", ((36.5, 25),), "(slots, patches)"),
+        ("student", (("36", "25"),), "(slots, patches)"),
+        ("drawn", ((1, 2),), "(latent tokens, pictures, height, width)"),
+    ],
+)
 def test_buckets_of_another_shape(key, wrong, unit):
-    refused(f"config.data.buckets.{key} is {wrong}: give a tuple that holds one {unit} for each bucket",
-            **{f"data__buckets__{key}": wrong})
+    refused(
+        f"config.data.buckets.{key} is {wrong}: give a tuple that holds one {unit} for each bucket",
+        **{f"data__buckets__{key}": wrong},
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"opsd__optim__min_lr": 0.1}, "config.opsd.optim.min_lr is 0.1, above config.opsd.optim.lr 0.003"),
-    ({"opsd__optim__warmup_steps": 5}, "config.opsd.optim.warmup_steps is 5, but the stage has 4 steps"),
-    ({"warmup__mix": {"interleaved": 0, "reference": 0, "text": 0, "drawn": 0}}, "give at least one layout a share above 0"),
-    ({"data__weights": (0.0,)}, "config.data.weights is (0.0,): give at least one task a share above 0"),
-    ({"data__weights": (1.0, 2.0)}, "config.data.weights needs one number for each of config.data.tasks"),
-    ({"data__weights": (-1.0,)}, "config.data.weights[0] is -1.0: give a number in [0, inf)"),
-    ({"data__limits": (-5,)}, "config.data.limits[0] is -5: give a whole number in [0, inf)"),
-    ({"data__make__train": 0}, "config.data.make.train is 0, but config.stages needs that split"),
-    ({"data__make__test": 0}, "config.data.make.test is 0, but config.eval.final_split needs that split"),
-    ({"data__make__validation": 0, "eval__every": 2}, "config.data.make.validation is 0, but config.eval.every needs"),
-    ({"data__make__families": ("chess",)}, "config.data.make.families names 'chess': choose from ('maze', "),
-    ({"data__make__difficulty": "odd"}, "config.data.make.difficulty is 'odd': choose from ('easy', "),
-    ({"images__transparency": "black"}, "config.images.transparency is 'black': use 'drop' or 'white'"),
-    ({"eval__final_visual_thoughts": ()}, "config.eval.final_visual_thoughts is empty"),
-    ({"eval__visual_thoughts": (), "eval__every": 2}, "config.eval.visual_thoughts is empty"),
-    ({"opsd__freeze": ("embed", "und", "vit", "connector")}, "nothing is left to train"),
-    ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
-    ({"mesh__data": -1}, "only one size can be -1"), ({"log__wandb": "p"}, "but wandb is not installed: pip install"),
-    ({"model__llm__num_heads": 3}, "config.model.llm.hidden_size 32 is not divisible by num_heads 3"),
-    ({"model__vit__num_heads": 3}, "config.model.vit.hidden_size 16 is not divisible by its num_heads 3"),
-    ({"model__llm__head_dim": 7}, "head_dim 7 is odd"), ({"model__dtype": "float16"}, "config.model.dtype is 'float16'"),
-    ({"teacher__kind": "emma"}, "config.teacher.kind is 'emma'"),
-    ({"opsd__optim__schedule": "linear"}, "config.opsd.optim.schedule is 'linear': use 'cosine' or 'constant'"),
-    ({"rollout__refill": 3}, "config.rollout.slots 0 must be a multiple of the 1 batch shards"), ({"divergence__kind": "kl"}, "config.divergence.kind is 'kl'"),
-    ({"run_arms": ("sft",), "sft__optim__warmup_steps": 50}, "config.arms.sft: config.sft.optim.warmup_steps is 50"),
-    ({"run_arms": ("sft",), "sft__batch_size": 7, "sft__accumulation": 2}, "config.arms.sft: config.sft.batch_size 7"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"opsd__optim__min_lr": 0.1},
+            "config.opsd.optim.min_lr is 0.1, above config.opsd.optim.lr 0.003",
+        ),
+        (
+            {"opsd__optim__warmup_steps": 5},
+            "config.opsd.optim.warmup_steps is 5, but the stage has 4 steps",
+        ),
+        (
+            {"warmup__mix": {"interleaved": 0, "reference": 0, "text": 0, "drawn": 0}},
+            "give at least one layout a share above 0",
+        ),
+        (
+            {"data__weights": (0.0,)},
+            "config.data.weights is (0.0,): give at least one task a share above 0",
+        ),
+        (
+            {"data__weights": (1.0, 2.0)},
+            "config.data.weights needs one number for each of config.data.tasks",
+        ),
+        ({"data__weights": (-1.0,)}, "config.data.weights[0] is -1.0: give a number in [0, inf)"),
+        ({"data__limits": (-5,)}, "config.data.limits[0] is -5: give a whole number in [0, inf)"),
+        (
+            {"data__make__train": 0},
+            "config.data.make.train is 0, but config.stages needs that split",
+        ),
+        (
+            {"data__make__test": 0},
+            "config.data.make.test is 0, but config.eval.final_split needs that split",
+        ),
+        (
+            {"data__make__validation": 0, "eval__every": 2},
+            "config.data.make.validation is 0, but config.eval.every needs",
+        ),
+        (
+            {"data__make__families": ("chess",)},
+            "config.data.make.families names 'chess': choose from ('maze', ",
+        ),
+        (
+            {"data__make__difficulty": "odd"},
+            "config.data.make.difficulty is 'odd': choose from ('easy', ",
+        ),
+        (
+            {"images__transparency": "black"},
+            "config.images.transparency is 'black': use 'drop' or 'white'",
+        ),
+        ({"eval__final_visual_thoughts": ()}, "config.eval.final_visual_thoughts is empty"),
+        ({"eval__visual_thoughts": (), "eval__every": 2}, "config.eval.visual_thoughts is empty"),
+        ({"opsd__freeze": ("embed", "und", "vit", "connector")}, "nothing is left to train"),
+        ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
+        ({"mesh__data": -1}, "only one size can be -1"),
+        ({"log__wandb": "p"}, "but wandb is not installed: pip install"),
+        (
+            {"model__llm__num_heads": 3},
+            "config.model.llm.hidden_size 32 is not divisible by num_heads 3",
+        ),
+        (
+            {"model__vit__num_heads": 3},
+            "config.model.vit.hidden_size 16 is not divisible by its num_heads 3",
+        ),
+        ({"model__llm__head_dim": 7}, "head_dim 7 is odd"),
+        ({"model__dtype": "float16"}, "config.model.dtype is 'float16'"),
+        ({"teacher__kind": "emma"}, "config.teacher.kind is 'emma'"),
+        (
+            {"opsd__optim__schedule": "linear"},
+            "config.opsd.optim.schedule is 'linear': use 'cosine' or 'constant'",
+        ),
+        ({"rollout__refill": 3}, "config.rollout.slots 0 must be a multiple of the 1 batch shards"),
+        ({"divergence__kind": "kl"}, "config.divergence.kind is 'kl'"),
+        (
+            {"run_arms": ("sft",), "sft__optim__warmup_steps": 50},
+            "config.arms.sft: config.sft.optim.warmup_steps is 50",
+        ),
+        (
+            {"run_arms": ("sft",), "sft__batch_size": 7, "sft__accumulation": 2},
+            "config.arms.sft: config.sft.batch_size 7",
+        ),
+    ],
+)
 def test_settings_that_do_not_go_together(changes, message):
     refused(message, **changes)
 
@@ -226,15 +417,34 @@ def test_an_arm_that_will_not_run_may_wait_to_be_right():
 
 
 def test_zero_where_it_means_something():
-    settings.check(small_run.config(
-        eval__every=0, eval__rows=0, data__limits=(0,), log__samples_every=0, opsd__optim__max_grad_norm=0.0,
-        rollout__top_k=0, divergence__top_k=0, divergence__clip=0.0, health__teacher_floor=0.0, opsd__optim__warmup_steps=0))
+    settings.check(
+        small_run.config(
+            eval__every=0,
+            eval__rows=0,
+            data__limits=(0,),
+            log__samples_every=0,
+            opsd__optim__max_grad_norm=0.0,
+            rollout__top_k=0,
+            divergence__top_k=0,
+            divergence__clip=0.0,
+            health__teacher_floor=0.0,
+            opsd__optim__warmup_steps=0,
+        )
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--families=chart,maze,chart"], "--families=chart,maze,chart names chart twice: give each once"),
-    (["--train=-1"], "--train=-1: give a whole number, at least 0"), (["--seed=-1"], "--seed=-1: give a whole number from 0"),
-    (["--train=0", "--validation=0", "--test=0"], "are all 0: give at least one split a row")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--families=chart,maze,chart"],
+            "--families=chart,maze,chart names chart twice: give each once",
+        ),
+        (["--train=-1"], "--train=-1: give a whole number, at least 0"),
+        (["--seed=-1"], "--seed=-1: give a whole number from 0"),
+        (["--train=0", "--validation=0", "--test=0"], "are all 0: give at least one split a row"),
+    ],
+)
 def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         data.main(["make-mini", f"--target={tmp_path}/made", *flags])
@@ -244,14 +454,27 @@ def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
 
 # --- config files -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, message", [
-    ("x = 1", "it has no function get_config()"), ("def get_config():\n    pass", "get_config() returned None: return the"),
-    ("def get_config():\n    return {}", "get_config() returned {}: return the ConfigDict"),
-    ("def get_config(:\n    pass", ", line 1: SyntaxError: "), ("\n\nimport nosuch", ", line 3: ModuleNotFoundError: "),
-    ("def get_config():\n    return undefined", ", line 2: NameError: name 'undefined' is not defined"),
-    ("def get_config():\n    raise ValueError('no')", ", line 2: no"),
-    ("from opsd_jax import settings\n\ndef get_config():\n    c = settings.default()\n    c.opsd.steps = 'x'\n    return c",
-     ", line 5: TypeError: Could not override field 'steps'"), (None, "there is no such Python file")])
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x = 1", "it has no function get_config()"),
+        ("def get_config():\n    pass", "get_config() returned None: return the"),
+        ("def get_config():\n    return {}", "get_config() returned {}: return the ConfigDict"),
+        ("def get_config(:\n    pass", ", line 1: SyntaxError: "),
+        ("\n\nimport nosuch", ", line 3: ModuleNotFoundError: "),
+        (
+            "def get_config():\n    return undefined",
+            ", line 2: NameError: name 'undefined' is not defined",
+        ),
+        ("def get_config():\n    raise ValueError('no')", ", line 2: no"),
+        (
+            "from opsd_jax import settings\n\ndef get_config():\n    c = settings.default()\n    c.opsd.steps = 'x'\n    return c",
+            ", line 5: TypeError: Could not override field 'steps'",
+        ),
+        (None, "there is no such Python file"),
+    ],
+)
 def test_config_files_that_are_wrong(text, message, tmp_path):
     path = tmp_path / "mine.py"
     if text is not None:
@@ -269,6 +492,7 @@ def test_plan_checks_settings_first():
 
 # --- 64 bits ------------------------------------------------------------------------------------------------
 
+
 @contextlib.contextmanager
 def x64():
     before = jax.config.jax_enable_x64
@@ -279,10 +503,16 @@ def x64():
         jax.config.update("jax_enable_x64", before)
 
 
-@pytest.mark.parametrize("command, flags", [
-    (eval_lib.main, ["--workdir=W"]), (generate.main, ["--checkpoint=W", "--question=q"]),
-    (diagnose.main, ["kl", "--workdir=W"]),
-    (redraw.main, ["--workdir=W", "--target=T"]), (convert.main, ["import", "--source=S", "--target=T"])])
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        (eval_lib.main, ["--workdir=W"]),
+        (generate.main, ["--checkpoint=W", "--question=q"]),
+        (diagnose.main, ["kl", "--workdir=W"]),
+        (redraw.main, ["--workdir=W", "--target=T"]),
+        (convert.main, ["import", "--source=S", "--target=T"]),
+    ],
+)
 def test_64_bits_are_refused_before_anything_is_read(command, flags, capsys):
     with x64(), pytest.raises(SystemExit) as ended:
         command(flags)
@@ -299,6 +529,7 @@ def test_64_bits_are_refused_by_train_and_plan(tmp_path):
 
 # --- what is not there --------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder that looks like data prepared from elsewhere, of one task."""
@@ -307,25 +538,48 @@ def prepared(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(data__tasks=("Chart_Refocsu",)), "config.data.tasks names 'Chart_Refocsu', .*choose from Chart_Refocus, or make"),
-    (dict(data__tasks=("Chart_Refocus", "")), "config.data.tasks names '', "),
-    (dict(data__make__families=("maze",)), r"names 'Chart_Refocus'.*choose from Spatial_Navigation.*families is \('maze',\)"),
-    (dict(data__dir="PREPARED"), "config.data.tasks names 'Chart_Refocus', .*it holds maze_nav: choose"),
-    (dict(data__dir="NOWHERE"), "NOWHERE holds no data"),
-    (dict(data__make__families=()), "w/data holds no data"),
-    (dict(eval__final_split="tset"), "config.eval.final_split is 'tset': .*train, validation, test"),
-    (dict(eval__split="valid", eval__every=2), "config.eval.split is 'valid'"),
-    (dict(data__tasks=("Chart_Refocus", "chart_refocus")), "data.tasks names chart_refocus twice"),
-    (dict(tokenizer="NOWHERE"), "NOWHERE holds no tokenizer"),
-    (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE' .*no such folder"),
-    (dict(init_from="PREPARED"), "config.init_from='.*' is no model and holds no checkpoint"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(data__tasks=("Chart_Refocsu",)),
+            "config.data.tasks names 'Chart_Refocsu', .*choose from Chart_Refocus, or make",
+        ),
+        (dict(data__tasks=("Chart_Refocus", "")), "config.data.tasks names '', "),
+        (
+            dict(data__make__families=("maze",)),
+            r"names 'Chart_Refocus'.*choose from Spatial_Navigation.*families is \('maze',\)",
+        ),
+        (
+            dict(data__dir="PREPARED"),
+            "config.data.tasks names 'Chart_Refocus', .*it holds maze_nav: choose",
+        ),
+        (dict(data__dir="NOWHERE"), "NOWHERE holds no data"),
+        (dict(data__make__families=()), "w/data holds no data"),
+        (
+            dict(eval__final_split="tset"),
+            "config.eval.final_split is 'tset': .*train, validation, test",
+        ),
+        (dict(eval__split="valid", eval__every=2), "config.eval.split is 'valid'"),
+        (
+            dict(data__tasks=("Chart_Refocus", "chart_refocus")),
+            "data.tasks names chart_refocus twice",
+        ),
+        (dict(tokenizer="NOWHERE"), "NOWHERE holds no tokenizer"),
+        (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE' .*no such folder"),
+        (dict(init_from="PREPARED"), "config.init_from='.*' is no model and holds no checkpoint"),
+    ],
+)
 @pytest.mark.parametrize("arm", [False, True], ids=["run", "arm"])
-def test_what_is_not_there_is_said_before_anything_is_made(tmp_path, prepared, changes, message, arm):
+def test_what_is_not_there_is_said_before_anything_is_made(
+    tmp_path, prepared, changes, message, arm
+):
     """In an arm that the run will start, too: it would fail when the run is done."""
     places = {"PREPARED": str(prepared), "NOWHERE": str(tmp_path / "NOWHERE")}
-    changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    changes = {
+        key: places.get(value, value) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
     c = small_run.config(**({} if arm else changes))
     if arm:
         if changes.get("data__make__families") == ():
@@ -333,7 +587,9 @@ def test_what_is_not_there_is_said_before_anything_is_made(tmp_path, prepared, c
         nested = {}
         for key, value in changes.items():
             *groups, name = key.split("__")
-            functools.reduce(lambda group, name: group.setdefault(name, {}), groups, nested)[name] = value
+            functools.reduce(lambda group, name: group.setdefault(name, {}), groups, nested)[
+                name
+            ] = value
         c.arms = ConfigDict({"wrong": nested})
         c.run_arms, message = ("wrong",), f"config.arms.wrong.*{message}"
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -15,25 +15,58 @@ import pytest
 from opsd_jax import context, rollout, tokenizer
 
 # Qwen2.5's: its split rule, and the first eleven added tokens in their order (151643 to 151653 there).
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-         r"\s+(?!\S)|\s+")
-ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-         "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+ADDED = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+]
 CORPUS = [
-    context.SYSTEM_TRAINING, context.INTRO, context.TRANSITION,
+    context.SYSTEM_TRAINING,
+    context.INTRO,
+    context.TRANSITION,
     "<think>the red box is left of the blue box</think><image_start><image_end><think>so it is B</think>"
-    "<answer>B</answer>"] * 3
+    "<answer>B</answer>",
+] * 3
 
 TEXTS = [
-    "", " ", "Hello, world!", "ünïcode façade ß", "汉字 и кириллица", "🦊👩‍👩‍👧 fox",
+    "",
+    " ",
+    "Hello, world!",
+    "ünïcode façade ß",
+    "汉字 и кириллица",
+    "🦊👩‍👩‍👧 fox",
     "line\nline\r\n\n\n  indented\ttab",
-    "<think>the red box</think><image_start>", "12345 it's I'LL we've", "\x00\x07 \u200d\u00a0", "Ġ Ċ ▁",
-    "a <|im_end|><|im_start|> b<|vision_start|>", context.SYSTEM_TRAINING, context.SYSTEM_INFERENCE]
+    "<think>the red box</think><image_start>",
+    "12345 it's I'LL we've",
+    "\x00\x07 \u200d\u00a0",
+    "Ġ Ċ ▁",
+    "a <|im_end|><|im_start|> b<|vision_start|>",
+    context.SYSTEM_TRAINING,
+    context.SYSTEM_INFERENCE,
+]
 
 
 def added_token(content):
-    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": True}
+    return {
+        "content": content,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def trained():
@@ -42,12 +75,21 @@ def trained():
 
     made = tokenizers.Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    made.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return made
 
 
@@ -60,11 +102,21 @@ def write(folder, *, with_json, added=tuple(ADDED), first=None, made=None):
     made.model.save(str(folder))
     first = made.get_vocab_size() if first is None else first
     config = {
-        "add_prefix_space": False, "bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        "unk_token": None, "errors": "replace", "model_max_length": 131072, "split_special_tokens": False,
-        "clean_up_tokenization_spaces": False, "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "split_special_tokens": False,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "Qwen2Tokenizer",
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-        "added_tokens_decoder": {str(first + n): added_token(token) for n, token in enumerate(added)}}
+        "added_tokens_decoder": {
+            str(first + n): added_token(token) for n, token in enumerate(added)
+        },
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if with_json:
         made.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
@@ -89,6 +141,7 @@ def edit(path, change):
 
 
 # --- ids and text ---------------------------------------------------------------------------------------
+
 
 def test_delimiters_by_name(tok):
     """They stand among the other added tokens as in Qwen2.5: 151644, 151645, 151652, 151653 of 151643 + n."""
@@ -166,7 +219,12 @@ def test_token_bytes_of_unused_ids(tmp_path):
 
 # --- what tokenizer.json says is the truth -------------------------------------------------------------
 
-OTHER_TEXTS = ["It's 12345 words,  isn't it?", "\u0041\u030a \u212b caf\u00e9 CAFE\u0301", "a  b\n\n c", "GPT'S don't"]
+OTHER_TEXTS = [
+    "It's 12345 words,  isn't it?",
+    "\u0041\u030a \u212b caf\u00e9 CAFE\u0301",
+    "a  b\n\n c",
+    "GPT'S don't",
+]
 
 
 def other_tokenizers():
@@ -181,17 +239,36 @@ def other_tokenizers():
             made.pre_tokenizer = pre
         return made
 
-    bytes_of = lambda **k: pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False} | k)
+    bytes_of = lambda **k: pre_tokenizers.ByteLevel(
+        **{"add_prefix_space": False, "use_regex": False} | k
+    )
     return {
-        "no normaliser": change(), "lower case": change(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
-        "GPT-2's rule": change(pre=bytes_of(use_regex=True)), "prefix space": change(pre=bytes_of(add_prefix_space=True)),
-        "digits by three": change(pre=pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated"), bytes_of()]))}
+        "no normaliser": change(),
+        "lower case": change(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+        "GPT-2's rule": change(pre=bytes_of(use_regex=True)),
+        "prefix space": change(pre=bytes_of(add_prefix_space=True)),
+        "digits by three": change(
+            pre=pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(
+                        tokenizers.Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated"
+                    ),
+                    bytes_of(),
+                ]
+            )
+        ),
+    }
 
 
-@pytest.mark.parametrize("config_json", [None, {"model_type": "qwen2"}, {"model_type": "llama"}, {"model_type": "bagel"}])
-@pytest.mark.parametrize("named", ["Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast", None])
-@pytest.mark.parametrize("kind", ["no normaliser", "lower case", "GPT-2's rule", "prefix space", "digits by three"])
+@pytest.mark.parametrize(
+    "config_json", [None, {"model_type": "qwen2"}, {"model_type": "llama"}, {"model_type": "bagel"}]
+)
+@pytest.mark.parametrize(
+    "named", ["Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast", None]
+)
+@pytest.mark.parametrize(
+    "kind", ["no normaliser", "lower case", "GPT-2's rule", "prefix space", "digits by three"]
+)
 def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
     """Whatever tokenizer_class or a neighbouring config.json say: transformers 5 rebuilds the rules from them."""
     import tokenizers
@@ -200,17 +277,33 @@ def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
     edit(folder / "tokenizer_config.json", lambda config: config.update(tokenizer_class=named))
     if config_json:
         (folder / "config.json").write_text(json.dumps(config_json))
-    plain, tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), tokenizer.load(folder)
+    plain, tok = (
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+        tokenizer.load(folder),
+    )
     for text in OTHER_TEXTS + TEXTS:
         assert tok.encode(text).tolist() == plain.encode(text, add_special_tokens=False).ids, text
 
 
 LOSSY = {
     "no pre-tokenizer": (lambda made: made.update(pre_tokenizer=None), "text would be lost"),
-    "another pre-tokenizer": (lambda made: made.update(
-        pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}), "text would be lost"),
-    "whole words": (lambda made: made.update(
-        model={"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"}), "text would be lost"),
+    "another pre-tokenizer": (
+        lambda made: made.update(
+            pre_tokenizer={
+                "type": "Metaspace",
+                "replacement": "\u2581",
+                "prepend_scheme": "always",
+                "split": True,
+            }
+        ),
+        "text would be lost",
+    ),
+    "whole words": (
+        lambda made: made.update(
+            model={"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"}
+        ),
+        "text would be lost",
+    ),
     "dropout": (lambda made: made["model"].update(dropout=0.5), "has dropout 0.5.*set it to null"),
 }
 
@@ -232,7 +325,9 @@ def test_other_tokenizers_differ(tmp_path):
     for kind, made in other_tokenizers().items():
         assert [made.encode(text).ids for text in OTHER_TEXTS] != usual, kind
         # the vocabulary is the same
-        assert tokenizer.load(write(tmp_path / kind, with_json=True, made=made)).digest != digest, kind
+        assert tokenizer.load(write(tmp_path / kind, with_json=True, made=made)).digest != digest, (
+            kind
+        )
 
 
 def test_vocabulary_and_merges_as_qwen2_reads_them(tmp_path):
@@ -243,8 +338,14 @@ def test_vocabulary_and_merges_as_qwen2_reads_them(tmp_path):
     theirs, tok = Qwen2Tokenizer.from_pretrained(folder), tokenizer.load(folder)
     for text in OTHER_TEXTS + TEXTS:
         assert tok.encode(text).tolist() == theirs.encode(text, add_special_tokens=False), text
-    edit(folder / "tokenizer_config.json", lambda config: config.update(tokenizer_class="GPT2Tokenizer"))
-    with pytest.raises(ValueError, match="tokenizer_class is 'GPT2Tokenizer' in tokenizer_config.json.*save it with a tok"):
+    edit(
+        folder / "tokenizer_config.json",
+        lambda config: config.update(tokenizer_class="GPT2Tokenizer"),
+    )
+    with pytest.raises(
+        ValueError,
+        match="tokenizer_class is 'GPT2Tokenizer' in tokenizer_config.json.*save it with a tok",
+    ):
         tokenizer.load(folder)
 
 
@@ -254,12 +355,16 @@ def test_ids_beyond_the_embedding(tmp_path, with_json):
     folder = write(tmp_path / "t", with_json=with_json)
     largest = tokenizer.load(folder).image_end
     assert tokenizer.load(folder, vocab_size=largest + 1).image_end == largest
-    with pytest.raises(ValueError, match=rf"has ids up to {largest} \('<\|vision_end\|>'\), but the model has {largest} "
-                                         rf"embeddings .*set vocab_size to at least {largest + 1}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"has ids up to {largest} \('<\|vision_end\|>'\), but the model has {largest} "
+        rf"embeddings .*set vocab_size to at least {largest + 1}",
+    ):
         tokenizer.load(folder, vocab_size=largest)
 
 
 # --- marker and prompts ---------------------------------------------------------------------------------
+
 
 def finds(marker, ids) -> bool:
     state = 0
@@ -274,15 +379,17 @@ def test_marker_across_merged_tokens(tok):
     inside = tok.encode("<think>the red box</think><image_start><image_end>").tolist()
     spelled = [tok.token_bytes[n] for n in inside]
     assert b"><" in spelled and b"<" not in spelled[1:]  # so no token begins where the marker does
-    runs = [inside[n:n + len(alone)] for n in range(len(inside))]
+    runs = [inside[n : n + len(alone)] for n in range(len(inside))]
     assert alone not in runs
-    marker = rollout.Marker.build(tok.token_bytes, 152_064 // 100)  # more rows than tokens, as released
+    marker = rollout.Marker.build(
+        tok.token_bytes, 152_064 // 100
+    )  # more rows than tokens, as released
     assert marker.table.shape == (len(context.MARKER) + 1, 1520)
     assert finds(marker, alone) and finds(marker, inside) and finds(marker, [1519, *inside, 1519])
     for text in ("<image_start", "<image_ start>", "<image_end>", "image_start>", ""):
         assert not finds(marker, tok.encode(text)), text
     cut = list(itertools.accumulate(spelled)).index(b"<think>the red box</think><image_start><")
-    assert not finds(marker, inside[:cut]) and finds(marker, inside[:cut + 1])
+    assert not finds(marker, inside[:cut]) and finds(marker, inside[: cut + 1])
 
 
 def test_system_prompts(tok):
@@ -293,7 +400,8 @@ def test_system_prompts(tok):
         "For visual thinking, enclose the content within <image_start> </image_end>, "
         "e.g. <image_start> thinking image here </image_end>. "
         "Finally conclude with the final answer wrapped in <answer></answer> tags, "
-        "i.e. <answer> answer here </answer>.")
+        "i.e. <answer> answer here </answer>."
+    )
     inference = (
         "\nLet's think step by step to answer the question. "
         "For text-based thinking, enclose the process within <think> </think>, "
@@ -301,7 +409,8 @@ def test_system_prompts(tok):
         "For visual thinking, enclose the content within <image_start> </image_end>, "
         "e.g. <image_start> thinking image here </image_end>. "
         "Finally conclude with the final answer wrapped in <answer></answer> tags, "
-        "i.e.<answer> answer here </answer>.\n")
+        "i.e.<answer> answer here </answer>.\n"
+    )
     assert context.SYSTEM_TRAINING == training and context.SYSTEM_INFERENCE == inference
     seen, shown = tok.encode(training).tolist(), tok.encode(inference).tolist()
     assert tok.decode(seen) == training and tok.decode(shown) == inference
@@ -310,6 +419,7 @@ def test_system_prompts(tok):
 
 
 # --- loading --------------------------------------------------------------------------------------------
+
 
 def test_without_torch_and_network(tmp_path):
     """In a fresh process that may ask the hub, but whose every connection fails."""
@@ -324,10 +434,16 @@ tok = tokenizer.load(sys.argv[1])
 assert tok.decode(tok.encode("to be")) == "to be"
 assert "torch" not in sys.modules and "jax" not in sys.modules
 """
-    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
     folder = write(tmp_path / "t", with_json=False)
     root = pathlib.Path(tokenizer.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=root, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -335,7 +451,9 @@ def test_beside_a_model(folder, tmp_path):
     """The released folder holds the model's configs too, of a type that transformers does not know."""
     for name in os.listdir(folder):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bagel", "architectures": ["Bagel"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bagel", "architectures": ["Bagel"]})
+    )
     assert tokenizer.load(str(tmp_path)).decode([5, 6]) == tokenizer.load(folder).decode([5, 6])
 
 
@@ -352,10 +470,25 @@ def test_saved_again_by_transformers(tok, tmp_path):
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path):
     folder = write(tmp_path / "t", with_json=True)
     whole = tokenizer.load(folder).encode("the red box").tolist()
-    edit(folder / "tokenizer.json", lambda content: content.update(
-        truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
-        padding={"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                 "pad_type_id": 0, "pad_token": "!"}))
+    edit(
+        folder / "tokenizer.json",
+        lambda content: content.update(
+            truncation={
+                "direction": "Right",
+                "max_length": 1,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            },
+            padding={
+                "strategy": {"Fixed": 50},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            },
+        ),
+    )
     found = tokenizer.load(folder).encode("the red box").tolist()
     assert found == whole and 1 < len(whole) < 50
 
@@ -363,9 +496,15 @@ def test_truncation_and_padding_of_the_file_are_ignored(tmp_path):
 @pytest.mark.parametrize("with_json", [False, True])
 @pytest.mark.parametrize("absent", [["<|vision_start|>", "<|vision_end|>"], ["<|im_end|>"]])
 def test_absent_delimiters(tmp_path, absent, with_json):
-    folder = write(tmp_path / "t", with_json=with_json, added=[token for token in ADDED if token not in absent])
-    edit(folder / "tokenizer_config.json", lambda config: config.update(additional_special_tokens=[]))
-    with pytest.raises(ValueError, match=r"t lacks .*: use the folder released with the model") as e:
+    folder = write(
+        tmp_path / "t", with_json=with_json, added=[token for token in ADDED if token not in absent]
+    )
+    edit(
+        folder / "tokenizer_config.json", lambda config: config.update(additional_special_tokens=[])
+    )
+    with pytest.raises(
+        ValueError, match=r"t lacks .*: use the folder released with the model"
+    ) as e:
         tokenizer.load(folder)
     assert str(absent) in str(e.value)
 
@@ -375,7 +514,10 @@ def test_no_vocabulary(tmp_path, removed):
     folder = write(tmp_path / "t", with_json=False)
     for name in removed:
         (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{folder} has no vocabulary: copy its tokenizer.json there, or both"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"{folder} has no vocabulary: copy its tokenizer.json there, or both",
+    ):
         tokenizer.load(folder)
 
 
@@ -385,35 +527,59 @@ def test_no_tokenizer(tmp_path, missing):
     if missing != "folder":
         write(folder, with_json=True)
         (folder / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{folder} holds no tokenizer .*--config.tokenizer=FOLDER"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{folder} holds no tokenizer .*--config.tokenizer=FOLDER"
+    ):
         tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("tokenizer.json", "{}"), ("tokenizer.json", "<html>"), ("tokenizer_config.json", "{"),
-    ("vocab.json", '{"a": 0'), ("merges.txt", "three words here\n"), ("vocab.json", '{"a": 0}')])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "<html>"),
+        ("tokenizer_config.json", "{"),
+        ("vocab.json", '{"a": 0'),
+        ("merges.txt", "three words here\n"),
+        ("vocab.json", '{"a": 0}'),
+    ],
+)
 def test_files_that_do_not_parse(tmp_path, name, content):
     folder = write(tmp_path / "t", with_json=name == "tokenizer.json")
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=f"cannot read the tokenizer in {folder} .*copy the folder"):
+    with pytest.raises(
+        ValueError, match=f"cannot read the tokenizer in {folder} .*copy the folder"
+    ):
         tokenizer.load(folder)
 
 
 @pytest.mark.parametrize("with_json", [False, True])
-@pytest.mark.parametrize("added", [["<|im_start|>"], {"x": {"content": "a"}}, {"5": "a"}, {"5": {"content": None}}, {"5": {}}, 3])
+@pytest.mark.parametrize(
+    "added",
+    [["<|im_start|>"], {"x": {"content": "a"}}, {"5": "a"}, {"5": {"content": None}}, {"5": {}}, 3],
+)
 def test_added_tokens_that_are_malformed(tmp_path, added, with_json):
     folder = write(tmp_path / "t", with_json=with_json)
     edit(folder / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder=added))
-    with pytest.raises(ValueError, match=f"{folder} .tokenizer_config.json: added_tokens_decoder is .*copy the folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"{folder} .tokenizer_config.json: added_tokens_decoder is .*copy the folder",
+    ):
         tokenizer.load(folder)
 
 
 def test_token_that_is_no_bytes(tmp_path):
     folder = write(tmp_path / "t", with_json=True)
-    edit(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update(
-        {"\u2581x": content["model"]["vocab"].pop(next(reversed(content["model"]["vocab"])))}))
+    edit(
+        folder / "tokenizer.json",
+        lambda content: content["model"]["vocab"].update(
+            {"\u2581x": content["model"]["vocab"].pop(next(reversed(content["model"]["vocab"])))}
+        ),
+    )
     edit(folder / "tokenizer.json", lambda content: content["model"].update(merges=[]))
-    with pytest.raises(ValueError, match="spells its token '\u2581x' in no bytes: use one of byte-level BPE"):
+    with pytest.raises(
+        ValueError, match="spells its token '\u2581x' in no bytes: use one of byte-level BPE"
+    ):
         tokenizer.load(folder)
 
 
@@ -434,8 +600,9 @@ def test_not_byte_level(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=list(
-        tokenizer.DELIMITERS.values())).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, additional_special_tokens=list(tokenizer.DELIMITERS.values())
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} has no token for some bytes.*byte-level BPE"):
         tokenizer.load(tmp_path)
 
@@ -446,7 +613,10 @@ def test_digest_tells_vocabularies_apart(folder, tok):
     other = tokenizer.load(folder)
     other.token_bytes[5], other.token_bytes[6] = other.token_bytes[6], other.token_bytes[5]
     joined = tokenizer.load(folder)  # b"ab", b"c" and b"a", b"bc"
-    joined.token_bytes[5:7] = [joined.token_bytes[5] + joined.token_bytes[6][:1], joined.token_bytes[6][1:]]
+    joined.token_bytes[5:7] = [
+        joined.token_bytes[5] + joined.token_bytes[6][:1],
+        joined.token_bytes[6][1:],
+    ]
     delimiter = dataclasses.replace(tok, eos=tok.bos)
     assert len({t.digest for t in (tok, other, joined, delimiter)}) == 4
 

@@ -17,12 +17,35 @@ from PIL import Image
 import small_run
 from opsd_jax import arms, checkpoint, metrics, settings, train
 
-COMMON = {"step", "time", "stage", "loss", "ce", "lr", "grad_norm", "completion_len", "tokens_per_sec",
-          "samples_per_sec", "compiles"}
+COMMON = {
+    "step",
+    "time",
+    "stage",
+    "loss",
+    "ce",
+    "lr",
+    "grad_norm",
+    "completion_len",
+    "tokens_per_sec",
+    "samples_per_sec",
+    "compiles",
+}
 OF_STAGE = {
-    "warmup": {"accuracy"}, "sft": {"accuracy"},
-    "opsd": {"jsd", "eos_rate", "image_skip_rate", "teacher_topk_mass", "clip_fraction", "student_entropy",
-             "teacher_entropy", "empty_retries", "scored_len", "cut_rate"}}
+    "warmup": {"accuracy"},
+    "sft": {"accuracy"},
+    "opsd": {
+        "jsd",
+        "eos_rate",
+        "image_skip_rate",
+        "teacher_topk_mass",
+        "clip_fraction",
+        "student_entropy",
+        "teacher_entropy",
+        "empty_retries",
+        "scored_len",
+        "cut_rate",
+    },
+}
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
@@ -44,7 +67,9 @@ def check_metrics(workdir, stages):
         assert all(math.isfinite(v) for v in row.values() if not isinstance(v, str))
         assert "nonfinite" not in row
         assert abs(row["time"] - time.time()) < 3600 and row["samples_per_sec"] > 0
-        assert row["compiles/update"] == 1  # one program however many steps: see metrics.CompileGuard
+        assert (
+            row["compiles/update"] == 1
+        )  # one program however many steps: see metrics.CompileGuard
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
     return rows
 
@@ -53,11 +78,22 @@ def check_results(folder, *, n=small_run.TEST_ROWS):
     """summary.json and predictions.jsonl agree with each other and with the contract."""
     summary = json.loads((folder / "summary.json").read_text())
     assert {"protocol", "checkpoint", "seed", "benchmarks"} <= summary.keys()
-    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    (task, b), = summary["benchmarks"].items()
-    assert {"overall", "unit", "n", "categories", "mean_output_tokens", "seconds_per_sample"} <= b.keys()
+    predictions = [
+        json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()
+    ]
+    ((task, b),) = summary["benchmarks"].items()
+    assert {
+        "overall",
+        "unit",
+        "n",
+        "categories",
+        "mean_output_tokens",
+        "seconds_per_sample",
+    } <= b.keys()
     assert task == small_run.TASK and b["n"] == n == len(predictions)
-    assert [p["index"] for p in predictions] == list(range(n)) and len({p["pid"] for p in predictions}) == n
+    assert [p["index"] for p in predictions] == list(range(n)) and len(
+        {p["pid"] for p in predictions}
+    ) == n
     assert b["overall"] == sum(p["hit"] for p in predictions) / n
     assert b["mean_output_tokens"] == sum(p["tokens"] for p in predictions) / n
     assert b["seconds_per_sample"] > 0
@@ -77,7 +113,9 @@ def check_workdir(workdir, stages, names):
         check_results(workdir / "eval" / f"{last:06d}-{name}")
         assert f"eval/{small_run.TASK}/{name}" in rows[-1]
     times = json.loads((workdir / "time.json").read_text())
-    phases = {"compile", "data", "update", "eval", "checkpoint"} | ({"sample"} if "opsd" in stages else set())
+    phases = {"compile", "data", "update", "eval", "checkpoint"} | (
+        {"sample"} if "opsd" in stages else set()
+    )
     assert phases < times.keys() and math.isclose(sum(times.values()), 2 * times["total"])
     assert not list(workdir.rglob("*.tmp"))
     return rows
@@ -86,7 +124,9 @@ def check_workdir(workdir, stages, names):
 @pytest.mark.slow
 def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     small_run.trained(tmp_path_factory)  # compiles the programs
-    done = small_run.run(small_run.command(tmp_path / "w"), env=small_run.environment(tmp_path_factory))
+    done = small_run.run(
+        small_run.command(tmp_path / "w"), env=small_run.environment(tmp_path_factory)
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     names = ("none", "real", "none-banned")
     check_workdir(tmp_path / "w", {"warmup": small_run.WARMUP, "opsd": small_run.OPSD}, names)
@@ -97,8 +137,13 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     config = json.loads((arm / "config.json").read_text())
     assert config["teacher"]["visual_thoughts"] == "noise"
     assert config["init_from"].endswith(f"w/checkpoints/{small_run.WARMUP}")
-    start = [checkpoint.restore_params(path, small_run.abstract_params()) for path in
-             (arm / "checkpoints" / "0", tmp_path / "w" / "checkpoints" / str(small_run.WARMUP))]
+    start = [
+        checkpoint.restore_params(path, small_run.abstract_params())
+        for path in (
+            arm / "checkpoints" / "0",
+            tmp_path / "w" / "checkpoints" / str(small_run.WARMUP),
+        )
+    ]
     jax.tree.map(np.testing.assert_array_equal, *start)
 
     report = (tmp_path / "w" / "report.md").read_text()
@@ -106,20 +151,33 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
     assert all(len(row) == len(rows[0]) for row in rows)
     assert [row[0] for row in rows[2:]] == [
-        "teacher: start, with visual thoughts", "start, text only",
-        "start, text only, `<image_start>` banned", "OPSD, text only", "arm noise, text only"]
+        "teacher: start, with visual thoughts",
+        "start, text only",
+        "start, text only, `<image_start>` banned",
+        "OPSD, text only",
+        "arm noise, text only",
+    ]
     assert [bool(row[-1]) for row in rows[2:]] == [False, False, False, True, True]  # KL closure
-    kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())["tasks"]
+    kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())[
+        "tasks"
+    ]
     assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-1][-1]
     found = json.loads((tmp_path / "w" / "report.json").read_text())
     assert len(found) == 5
     # The same row says how a trained model answers without visual thoughts, and with the true ones.
     place = rows[0].index("with true visual thoughts")
     assert [bool(row[place]) for row in rows[2:]] == [False, True, False, True, True]
-    for n, folder, step in ((1, tmp_path / "w", small_run.WARMUP), (3, tmp_path / "w", small_run.LAST),
-                            (4, arm, small_run.OPSD)):
-        real = json.loads((folder / "eval" / f"{step:06d}-real" / "summary.json").read_text())["benchmarks"][small_run.TASK]
-        assert found[n]["tasks"][small_run.TASK]["real"] == {k: real[k] for k in ("overall", "interval_95")}
+    for n, folder, step in (
+        (1, tmp_path / "w", small_run.WARMUP),
+        (3, tmp_path / "w", small_run.LAST),
+        (4, arm, small_run.OPSD),
+    ):
+        real = json.loads((folder / "eval" / f"{step:06d}-real" / "summary.json").read_text())[
+            "benchmarks"
+        ][small_run.TASK]
+        assert found[n]["tasks"][small_run.TASK]["real"] == {
+            k: real[k] for k in ("overall", "interval_95")
+        }
         assert rows[2 + n][place].startswith(f"{100 * real['overall']:.1f} % (")
 
 
@@ -130,7 +188,9 @@ def test_samples_show_what_the_model_saw_and_wrote(trained):
     for stage, step in (("warmup", 1), ("opsd", small_run.WARMUP + 1)):
         folder = trained / "samples" / f"{step:06d}"
         text = (folder / f"{stage}-first-batch.txt").read_text()
-        assert text.count("Height of the") >= 4 and "[25 patches]" in text and "<|im_start|>" in text
+        assert (
+            text.count("Height of the") >= 4 and "[25 patches]" in text and "<|im_start|>" in text
+        )
         for n in range(4):
             for name in ("problem", "vt0"):
                 pixels = np.asarray(Image.open(folder / f"{stage}-row{n}-{name}.png"))
@@ -145,8 +205,11 @@ def test_samples_show_what_the_model_saw_and_wrote(trained):
 def test_a_finished_run_is_left_as_it_is(trained, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(trained, workdir)
-    contents = lambda: {path: path.read_bytes() for path in workdir.rglob("*")
-                        if path.is_file() and "tb" not in path.parts and path.name != "time.json"}
+    contents = lambda: {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and "tb" not in path.parts and path.name != "time.json"
+    }
     before = contents()
     train.train(small_run.config(), str(workdir))
     assert contents() == before
@@ -156,7 +219,9 @@ def test_a_finished_run_is_left_as_it_is(trained, tmp_path):
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(trained, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(trained, workdir)
-    for step in range(small_run.WARMUP + 1, small_run.LAST + 1):  # as if killed when the warm-up was saved
+    for step in range(
+        small_run.WARMUP + 1, small_run.LAST + 1
+    ):  # as if killed when the warm-up was saved
         shutil.rmtree(workdir / "checkpoints" / str(step))
     shutil.rmtree(workdir / "eval")
     train.train(small_run.config(), str(workdir))
@@ -167,23 +232,37 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(trained, tmp_path):
 
 @pytest.mark.slow
 def test_supervised_training_alone(tmp_path):
-    config = small_run.config(stages=("sft",), sft__mix__interleaved=2, sft__mix__reference=1,
-                              eval__final_visual_thoughts=("none",), eval__final_banned=False)
+    config = small_run.config(
+        stages=("sft",),
+        sft__mix__interleaved=2,
+        sft__mix__reference=1,
+        eval__final_visual_thoughts=("none",),
+        eval__final_banned=False,
+    )
     train.train(config, str(tmp_path))
     check_workdir(tmp_path, {"sft": 2}, ["none"])
     kl = json.loads((tmp_path / "eval" / "000002-kl" / "summary.json").read_text())
-    assert kl["start"].endswith("checkpoints/0") and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
+    assert (
+        kl["start"].endswith("checkpoints/0")
+        and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
+    )
     assert kl["tasks"][small_run.TASK]["before"] != kl["tasks"][small_run.TASK]["after"]
 
 
 @pytest.mark.slow
 def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
     """And rows that a run wrote before its first checkpoint, when it was killed, do not stand there twice."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "stage": "opsd", "loss": 7.0}\n')
-    config = small_run.config(stages=("opsd",), data__dir=str(trained / "data"), eval__final_split="")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 0, "stage": "opsd", "loss": 7.0}\n'
+    )
+    config = small_run.config(
+        stages=("opsd",), data__dir=str(trained / "data"), eval__final_split=""
+    )
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
     started = []
-    train.train(config, str(tmp_path), on_warm=lambda: started.append(checkpoint.metadata(tmp_path)["step"]))
+    train.train(
+        config, str(tmp_path), on_warm=lambda: started.append(checkpoint.metadata(tmp_path)["step"])
+    )
     assert started == [0]
     check_metrics(tmp_path, {"opsd": small_run.OPSD})
     assert "7.0" in (tmp_path / "metrics.jsonl.superseded").read_text()
@@ -195,12 +274,16 @@ def test_health_remembers_what_was_before_a_resume(trained, tmp_path, monkeypatc
     shutil.copytree(trained, workdir)
     for step in (5, 6):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    monkeypatch.setattr(metrics.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows]))
+    monkeypatch.setattr(
+        metrics.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows])
+    )
     train.train(small_run.config(), str(workdir))
     assert seen == [[3, 4]]  # rows of OPSD, up to the checkpoint
 
 
-@pytest.mark.parametrize("limit, cut_to", [(10, 1), (70, 1), (75, 3), (79, 7), (80, None), (10240, None)])
+@pytest.mark.parametrize(
+    "limit, cut_to", [(10, 1), (70, 1), (75, 3), (79, 7), (80, None), (10240, None)]
+)
 def test_the_teacher_must_leave_tokens_to_score(limit, cut_to):
     """A teacher's context of 70 positions and a budget of 8 tokens."""
     config = small_run.config(opsd__max_forward_tokens=limit)
@@ -208,7 +291,10 @@ def test_the_teacher_must_leave_tokens_to_score(limit, cut_to):
     if cut_to is None:
         settings.check(config)
     else:
-        with pytest.raises(ValueError, match=rf"max_forward_tokens is {limit}: .* cut to {cut_to} tokens. Give at least 80 "):
+        with pytest.raises(
+            ValueError,
+            match=rf"max_forward_tokens is {limit}: .* cut to {cut_to} tokens. Give at least 80 ",
+        ):
             settings.check(config)
     config.stages = ("warmup",)
     settings.check(config)
@@ -225,18 +311,32 @@ def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():
     config = small_run.config(log__wandb="opsd")
-    of = lambda *folders: {key: value for key, value in train.wandb_arguments(config, *folders).items() if key != "config"}
+    of = lambda *folders: {
+        key: value
+        for key, value in train.wandb_arguments(config, *folders).items()
+        if key != "config"
+    }
     assert of("/runs/a/", "/runs/a/") == {"project": "opsd", "name": "a", "group": "a"}
-    assert of("/runs/a/arms/noise", "/runs/a/") == {"project": "opsd", "name": "noise", "group": "a"}
+    assert of("/runs/a/arms/noise", "/runs/a/") == {
+        "project": "opsd",
+        "name": "noise",
+        "group": "a",
+    }
     assert train.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost, step", [(".", small_run.OPSD - 1), ("checkpoints", small_run.OPSD)])
-def test_a_run_whose_folder_is_deleted_ends_with_an_error(trained, tmp_path, monkeypatch, lost, step):
+def test_a_run_whose_folder_is_deleted_ends_with_an_error(
+    trained, tmp_path, monkeypatch, lost, step
+):
     """While it trains, and before its last save."""
-    config = small_run.config(stages=("opsd",), data__dir=str(trained / "data"), eval__final_split="",
-                              checkpoint__every=1000)  # nothing is being written when it is deleted
+    config = small_run.config(
+        stages=("opsd",),
+        data__dir=str(trained / "data"),
+        eval__final_split="",
+        checkpoint__every=1000,
+    )  # nothing is being written when it is deleted
     scalars = metrics.Writer.scalars
 
     def scalars_and_delete(self, now, *args):
@@ -252,11 +352,14 @@ def test_a_run_whose_folder_is_deleted_ends_with_an_error(trained, tmp_path, mon
 
 # --- arms ---------------------------------------------------------------------------------------------------
 
+
 def test_arms_need_a_name_and_a_start(tmp_path):
     config = small_run.config()
     with pytest.raises(ValueError, match="--arm=nosie: the config has the arms .*'noise'"):
         arms.settings_of(config, str(tmp_path), "nosie")
-    with pytest.raises(FileNotFoundError, match=r"checkpoints/2 is not there: run the same command without"):
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoints/2 is not there: run the same command without"
+    ):
         arms.settings_of(config, str(tmp_path), "noise")
 
 
@@ -271,13 +374,24 @@ def fake_python(tmp_path, monkeypatch, script):
 def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
     with arms.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
-        with pytest.raises(arms.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"):
+        with pytest.raises(
+            arms.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"
+        ):
             controls.finish()
-    assert (tmp_path / "arms" / "good" / "log.txt").read_text() == "-m opsd_jax.train --x --arm=good\n"
+    assert (
+        tmp_path / "arms" / "good" / "log.txt"
+    ).read_text() == "-m opsd_jax.train --x --arm=good\n"
 
 
-@pytest.mark.parametrize("error", [metrics.UnhealthyRun("stopped at step 3: loss is nan"), arms.ArmsFailed("noise"),
-                                   ValueError("config.seed is -1"), FileNotFoundError("no data")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        metrics.UnhealthyRun("stopped at step 3: loss is nan"),
+        arms.ArmsFailed("noise"),
+        ValueError("config.seed is -1"),
+        FileNotFoundError("no data"),
+    ],
+)
 def test_what_is_no_fault_of_the_code_is_told_in_one_line(monkeypatch, capsys, error):
     def fail(*_):
         raise error
@@ -292,7 +406,11 @@ def test_what_is_no_fault_of_the_code_is_told_in_one_line(monkeypatch, capsys, e
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number):
     """The run is done: the command waits until the arm has saved, and ends with 42."""
-    fake_python(tmp_path, monkeypatch, "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done")
+    fake_python(
+        tmp_path,
+        monkeypatch,
+        "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
+    )
     log = tmp_path / "arms" / "a" / "log.txt"
 
     def ask():
@@ -317,8 +435,11 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
 
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
     """SIGTERM to the run alone: its arm saves and stops too, and the next one is not started."""
-    fake_python(tmp_path, monkeypatch,
-                "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done")
+    fake_python(
+        tmp_path,
+        monkeypatch,
+        "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
+    )
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that the arm runs beside this process
     with pytest.raises(SystemExit), arms.Arms(["a", "b"], str(tmp_path), []) as controls:
         controls.start()

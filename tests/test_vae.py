@@ -44,18 +44,23 @@ decode_latents = jax.jit(bagel.decode_latents, static_argnames="config")
 
 # ---- tokens
 
+
 def test_tokens_are_patches_of_latents(rng):
     latents = rng.standard_normal((2, 6, 4, C), np.float32)  # 3 x 2 tokens
     tokens = np.asarray(flow.to_tokens(latents, 2))
     assert tokens.shape == (2, 6, 4 * C)
     for row, column, p, q, z in np.ndindex(3, 2, 2, 2, C):
-        assert (tokens[:, row * 2 + column, (p * 2 + q) * C + z] == latents[:, 2 * row + p, 2 * column + q, z]).all()
+        assert (
+            tokens[:, row * 2 + column, (p * 2 + q) * C + z]
+            == latents[:, 2 * row + p, 2 * column + q, z]
+        ).all()
     np.testing.assert_array_equal(flow.to_latents(tokens, (3, 2), 2), latents)
     np.testing.assert_array_equal(flow.to_tokens(latents[0], 2), tokens[0])  # no batch axis
     np.testing.assert_array_equal(flow.to_latents(tokens[0], (3, 2), 2), latents[0])
 
 
 # ---- shapes
+
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5)])
 def test_shapes_of_odd_numbers_of_latents(params, rng, size):
@@ -73,7 +78,9 @@ def test_sizes_of_the_release():
     config = dataclasses.replace(tiny.DRAWING, generation=GenerationConfig())
     assert (config.generation.stride, config.generation.latent_dim) == (16, 64)
     tree = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
-    encode, decode = (functools.partial(f, config=config) for f in (bagel.encode_pixels, bagel.decode_latents))
+    encode, decode = (
+        functools.partial(f, config=config) for f in (bagel.encode_pixels, bagel.decode_latents)
+    )
     mean, _ = jax.eval_shape(encode, tree, jnp.zeros((1, 48, 1024, 3)))
     assert mean.shape == (1, 6, 128, 16)
     assert jax.eval_shape(decode, tree, mean).shape == (1, 48, 1024, 3)
@@ -86,21 +93,30 @@ def test_halving_pads_below_and_to_the_right():
     assert found[0, :, :, 0].tolist() == [[9, 6], [6, 4]]
     same = vae.convolve(ones, jnp.ones((3, 3, 1, 1)), jnp.full(1, 0.5))
     assert same[0, :, :, 0].tolist() == [[4.5, 6.5, 6.5, 4.5], [6.5, 9.5, 9.5, 6.5]] + [
-        [6.5, 9.5, 9.5, 6.5], [4.5, 6.5, 6.5, 4.5]]
+        [6.5, 9.5, 9.5, 6.5],
+        [4.5, 6.5, 6.5, 4.5],
+    ]
 
 
 def test_the_encoder_halves_so(params, rng):
     """Its first halving, written out: output (i, j) is the kernel on rows 2i .. 2i + 2 and columns 2j .. 2j + 2 of what
     comes in, zeros beyond the edge."""
     names = ("down_0_block_0", "down_0_downsample")
-    _, state = vae.Encoder(VAE).apply({"params": params["vae"]["encoder"]}, pixels_of(rng, 1, 4, 8),
-                                      capture_intermediates=lambda module, _: module.name in names)
+    _, state = vae.Encoder(VAE).apply(
+        {"params": params["vae"]["encoder"]},
+        pixels_of(rng, 1, 4, 8),
+        capture_intermediates=lambda module, _: module.name in names,
+    )
     before, after = (np.asarray(state["intermediates"][name]["__call__"][0])[0] for name in names)
-    kernel, bias = (params["vae"]["encoder"]["down_0_downsample"][f"conv_{kind}"] for kind in ("kernel", "bias"))
+    kernel, bias = (
+        params["vae"]["encoder"]["down_0_downsample"][f"conv_{kind}"] for kind in ("kernel", "bias")
+    )
     assert before.shape == (4, 8, 32) and after.shape == (2, 4, 32)
     padded = np.pad(before, ((0, 1), (0, 1), (0, 0)))
     for i, j in np.ndindex(2, 4):
-        expected = np.einsum("hwi,hwio->o", padded[2 * i:2 * i + 3, 2 * j:2 * j + 3], kernel) + bias
+        expected = (
+            np.einsum("hwi,hwio->o", padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel) + bias
+        )
         np.testing.assert_allclose(after[i, j], expected, atol=1e-4)
 
 
@@ -111,12 +127,15 @@ def test_group_norm_by_hand(rng):
     for n, group in np.ndindex(2, 32):
         mine = slice(2 * group, 2 * group + 2)
         values = x[n, :, :, mine].astype(np.float64)
-        expected = (values - values.mean()) / np.sqrt(values.var() + 1e-6) * scale[mine] + bias[mine]
+        expected = (values - values.mean()) / np.sqrt(values.var() + 1e-6) * scale[mine] + bias[
+            mine
+        ]
         np.testing.assert_allclose(found[n, :, :, mine], expected, atol=1e-5)
     assert vae.group_norm(jnp.asarray(x, jnp.bfloat16), scale, bias).dtype == jnp.bfloat16
 
 
 # ---- values
+
 
 @pytest.fixture(scope="module")
 def encoded(params):
@@ -130,7 +149,7 @@ def test_encoding_a_batch_is_one_by_one(params, encoded):
     assert mean.std() > 0.1 and log_variance.std() > 0.1
     assert np.abs(mean[0] - mean[1]).max() > 0.1
     for n in range(3):
-        one = moments(params, pixels[n:n + 1])
+        one = moments(params, pixels[n : n + 1])
         np.testing.assert_allclose(one[0][0], mean[n], atol=2e-5)
         np.testing.assert_allclose(one[1][0], log_variance[n], atol=2e-5)
 
@@ -157,9 +176,13 @@ def test_decode_truncates_and_takes_batches(params, rng):
     decode = functools.partial(flow.decode, params, grid=(2, 3), config=tiny.DRAWING)
     images = np.asarray(decode(tokens))
     assert images.shape == (2, 16, 24, 3) and images.dtype == np.uint8
-    raw = decode_latents(params, flow.to_latents(jnp.asarray(tokens), (2, 3), 2), config=tiny.DRAWING)
+    raw = decode_latents(
+        params, flow.to_latents(jnp.asarray(tokens), (2, 3), 2), config=tiny.DRAWING
+    )
     expected = np.clip(np.asarray(raw, np.float64) / 2 + 0.5, 0, 1) * 255
-    assert (expected == 0).any() and (expected == 255).any() and ((expected % 1) > 0.6).mean() > 0.05
+    assert (
+        (expected == 0).any() and (expected == 255).any() and ((expected % 1) > 0.6).mean() > 0.05
+    )
     clear = np.minimum(expected % 1, 1 - expected % 1) > 1e-2  # a rounding error does not decide
     clear |= (expected == 0) | (expected == 255)
     assert clear.mean() > 0.9
@@ -172,9 +195,15 @@ def test_decode_truncates_and_takes_batches(params, rng):
 def test_the_decoder_undoes_scale_and_shift(params, rng):
     """Other constants with latents moved to match give the same picture."""
     latents = rng.standard_normal((1, 2, 2, C), np.float32)
-    other = dataclasses.replace(tiny.DRAWING, generation=dataclasses.replace(
-        tiny.DRAWING.generation, vae=dataclasses.replace(VAE, scale=2.0, shift=-0.5)))
+    other = dataclasses.replace(
+        tiny.DRAWING,
+        generation=dataclasses.replace(
+            tiny.DRAWING.generation, vae=dataclasses.replace(VAE, scale=2.0, shift=-0.5)
+        ),
+    )
     moved = 2.0 * (latents / 0.3611 + 0.1159 + 0.5)
-    ours, its = (decode_latents(params, jnp.asarray(x), config=config)
-                 for x, config in ((latents, tiny.DRAWING), (moved, other)))
+    ours, its = (
+        decode_latents(params, jnp.asarray(x), config=config)
+        for x, config in ((latents, tiny.DRAWING), (moved, other))
+    )
     np.testing.assert_allclose(ours, its, atol=1e-3)

@@ -1,9 +1,9 @@
 """A model, a tokenizer and inputs small enough to compile fast; for tests alone.
 
-    tokenizer   a byte is a token (0-255), then the four delimiters
-    model       V 264, D 32, 2 layers of 4 heads over 2 kv heads; ViT of 4-pixel patches, E 16, 2 layers
-    drawing     the same with a generation expert; a latent token is 2 x 2 latents of 4 channels, 8 x 8 pixels
-    images      1 x 1 to 3 x 3 patches of random uint8 values
+tokenizer   a byte is a token (0-255), then the four delimiters
+model       V 264, D 32, 2 layers of 4 heads over 2 kv heads; ViT of 4-pixel patches, E 16, 2 layers
+drawing     the same with a generation expert; a latent token is 2 x 2 latents of 4 channels, 8 x 8 pixels
+images      1 x 1 to 3 x 3 patches of random uint8 values
 """
 
 import contextlib
@@ -19,12 +19,27 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
 MODEL = ModelConfig(
-    llm=LLMConfig(vocab_size=264, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
-                  intermediate_size=48),
-    vit=ViTConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6))
+    llm=LLMConfig(
+        vocab_size=264,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=48,
+    ),
+    vit=ViTConfig(
+        hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6
+    ),
+)
 # The autoencoder's norm has 32 groups, so its widths are multiples of 32; one of its steps keeps the width.
-DRAWING = dataclasses.replace(MODEL, generation=GenerationConfig(
-    vae=VAEConfig(channels=32, multipliers=(1, 1, 2), num_res_blocks=1, z_channels=4), patch=2, side=6))
+DRAWING = dataclasses.replace(
+    MODEL,
+    generation=GenerationConfig(
+        vae=VAEConfig(channels=32, multipliers=(1, 1, 2), num_res_blocks=1, z_channels=4),
+        patch=2,
+        side=6,
+    ),
+)
 SLOTS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
 PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
 
@@ -65,14 +80,15 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path.endswith("kernel"):
             fan_in = np.prod(leaf.shape[:-1]) if path.startswith("vae") else leaf.shape[-2]
-            return noise / np.float32(fan_in ** 0.5)
+            return noise / np.float32(fan_in**0.5)
         if path == "llm/head":
             return noise * 2 / leaf.shape[0] ** 0.5
         is_gain = "norm" in path and not path.endswith("bias")
         return 1 + noise / 5 if is_gain else noise / 5
 
     return params_lib.unflatten(
-        {path: jnp.asarray(draw(path, leaf)) for path, leaf in params_lib.flatten(abstract).items()})
+        {path: jnp.asarray(draw(path, leaf)) for path, leaf in params_lib.flatten(abstract).items()}
+    )
 
 
 @contextlib.contextmanager
@@ -105,13 +121,19 @@ def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: i
         question = rng.integers(0, 256, rng.integers(1, 9)).astype(np.int32)
         thoughts = rng.integers(0, 3) if visual_thoughts is None else visual_thoughts
         made.append((question, image(rng, grid()), [image(rng, grid()) for _ in range(thoughts)]))
-    return ([context.student(TOKENIZER, prompts, q, problem) for q, problem, _ in made],
-            [context.teacher(TOKENIZER, prompts, q, problem, thoughts) for q, problem, thoughts in made])
+    return (
+        [context.student(TOKENIZER, prompts, q, problem) for q, problem, _ in made],
+        [
+            context.teacher(TOKENIZER, prompts, q, problem, thoughts)
+            for q, problem, thoughts in made
+        ],
+    )
 
 
 def pack(blocks, slots: int = SLOTS, patches: int = PATCHES, **kwargs) -> context.Context:
-    return context.pack(blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side,
-                        **kwargs)
+    return context.pack(
+        blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side, **kwargs
+    )
 
 
 def batch(rng, count: int, **kwargs) -> distill.Batch:
@@ -131,18 +153,23 @@ def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajector
     num_fed = np.zeros(n, np.int32)
     for r, rounds in enumerate(completions):
         content = [token for tokens_of_round in rounds for token in tokens_of_round]
-        tokens[r, :len(content)], mask[r, :len(content)] = content, True
+        tokens[r, : len(content)], mask[r, : len(content)] = content, True
         stream = [(TOKENIZER.bos, False)]
         for i, tokens_of_round in enumerate(rounds):
             stream += [(TOKENIZER.eos, True), (TOKENIZER.bos, False)] if i else []
             stream += [(token, True) for token in tokens_of_round]
         num_fed[r] = len(stream)
-        fed[r, :len(stream)], chosen[r, :len(stream)] = zip(*stream)
+        fed[r, : len(stream)], chosen[r, : len(stream)] = zip(*stream)
     return rollout.Trajectory(
-        tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), logprobs=jnp.zeros((n, budget - 1)),
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        logprobs=jnp.zeros((n, budget - 1)),
         num_skips=jnp.asarray([len(rounds) - 1 for rounds in completions], jnp.int32),
         stop=jnp.where(ended, rollout.STOP_EOS, rollout.STOP_BUDGET).astype(jnp.int32),
-        fed=jnp.asarray(fed), fed_sampled=jnp.asarray(chosen), num_fed=jnp.asarray(num_fed))
+        fed=jnp.asarray(fed),
+        fed_sampled=jnp.asarray(chosen),
+        num_fed=jnp.asarray(num_fed),
+    )
 
 
 def random_trajectory(rng, count: int, budget: int) -> rollout.Trajectory:
@@ -171,8 +198,12 @@ def distances(a, b) -> dict[str, float]:
     return {path: float(np.abs(np.asarray(a[path]) - np.asarray(b[path])).max()) for path in a}
 
 
-DELIMITERS = {"bos_token_id": "<|im_start|>", "eos_token_id": "<|im_end|>", "start_of_image": "<|vision_start|>",
-              "end_of_image": "<|vision_end|>"}
+DELIMITERS = {
+    "bos_token_id": "<|im_start|>",
+    "eos_token_id": "<|im_end|>",
+    "start_of_image": "<|vision_start|>",
+    "end_of_image": "<|vision_end|>",
+}
 
 
 def write_tokenizer(directory, delimiters, size):
@@ -180,12 +211,16 @@ def write_tokenizer(directory, delimiters, size):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: n for n, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {
+        token: n for n, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    }
     special = {id_: DELIMITERS[key] for key, id_ in delimiters.items() if key in DELIMITERS}
     for n in range(len(vocabulary), size):
         vocabulary[special.get(n, f"<|{n}|>")] = n
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(list(special.values()))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(str(directory))

@@ -64,23 +64,38 @@ class BatchPlan:
       ValueError: an argument that makes no plan; a source without rows.
     """
 
-    def __init__(self, lengths: Sequence, weights: Sequence[float] | None, buckets: Sequence[int],
-                 batch_size: int, seed: int, chunk: int = 64):
+    def __init__(
+        self,
+        lengths: Sequence,
+        weights: Sequence[float] | None,
+        buckets: Sequence[int],
+        batch_size: int,
+        seed: int,
+        chunk: int = 64,
+    ):
         if not len(lengths):
             raise ValueError("lengths names no source: give at least one")
         if not len(buckets) or list(buckets) != sorted(set(buckets)):
             raise ValueError(f"buckets must be ascending sizes, at least one, got {list(buckets)}")
-        for name, value, least in (("batch_size", batch_size, 1), ("chunk", chunk, 1), ("seed", seed, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("chunk", chunk, 1),
+            ("seed", seed, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.batch_size, self.seed, self.num_buckets = int(batch_size), int(seed), len(buckets)
 
         # Per source: the numbers of the rows that take part, and the bucket index of each, both [rows].
-        self._rows, self._buckets = zip(*(self._source(s, length) for s, length in enumerate(lengths)))
+        self._rows, self._buckets = zip(
+            *(self._source(s, length) for s, length in enumerate(lengths))
+        )
         if weights is None:
             weights = [len(rows) for rows in self._rows]
         if len(weights) != len(lengths):
-            raise ValueError(f"{len(weights)} weights for {len(lengths)} sources: give one for each")
+            raise ValueError(
+                f"{len(weights)} weights for {len(lengths)} sources: give one for each"
+            )
         weights = [float(w) for w in weights]
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(f"weights must be finite, >= 0 and not all 0, got {weights}")
@@ -94,15 +109,21 @@ class BatchPlan:
             length = np.full(int(length), self.num_buckets - 1)
         length = np.asarray(length)
         if length.ndim != 1 or (length.size and length.dtype.kind not in "iu"):
-            raise ValueError(f"lengths[{s}] must be a row count or an int array [rows], "
-                             f"got {length.dtype} {length.shape}")
+            raise ValueError(
+                f"lengths[{s}] must be a row count or an int array [rows], "
+                f"got {length.dtype} {length.shape}"
+            )
         for row in np.flatnonzero((length < -1) | (length >= self.num_buckets))[:1]:
-            raise ValueError(f"lengths[{s}][{row}] is bucket index {length[row]}, but there are "
-                             f"{self.num_buckets} buckets: use 0..{self.num_buckets - 1}, or -1 (left out)")
+            raise ValueError(
+                f"lengths[{s}][{row}] is bucket index {length[row]}, but there are "
+                f"{self.num_buckets} buckets: use 0..{self.num_buckets - 1}, or -1 (left out)"
+            )
         rows = np.flatnonzero(length >= 0)
         if not rows.size:
-            raise ValueError(f"source {s} has no row to draw ({length.size} rows, all left out): "
-                             "raise the largest bucket, or take the source out")
+            raise ValueError(
+                f"source {s} has no row to draw ({length.size} rows, all left out): "
+                "raise the largest bucket, or take the source out"
+            )
         return rows, length[rows]
 
     def __call__(self, step: int, attempt: int = 0) -> tuple[int, list[tuple[int, int]]]:
@@ -121,12 +142,18 @@ class BatchPlan:
             raise ValueError(f"step and attempt must be >= 0, got {step} and {attempt}")
         step, attempt = int(step), int(attempt)
         number, place = divmod(step, self.chunk)
-        recent = self._recent  # threads may race here: each replaces the whole dict by one just as right
+        recent = (
+            self._recent
+        )  # threads may race here: each replaces the whole dict by one just as right
         if number not in recent:
             recent = dict([*recent.items()][-1:] + [(number, self._make_chunk(number))])
             self._recent = recent
         bucket, rows = recent[number][place]
-        return (bucket, list(rows)) if attempt == 0 else (bucket, self._retry(step, attempt, bucket, rows))
+        return (
+            (bucket, list(rows))
+            if attempt == 0
+            else (bucket, self._retry(step, attempt, bucket, rows))
+        )
 
     def _draws(self, n: int) -> list[int]:
         """How many of the first n draws each source gets.
@@ -136,7 +163,9 @@ class BatchPlan:
         5.25 and 1.5 4.5, so the stream is 0 1 0 0 1 0, and among its first 4 draws 3 are of source 0.
         """
         half = Fraction(1, 2)
-        draws = [math.floor(share * n + half) for share in self._shares]  # all draws with a turn <= n
+        draws = [
+            math.floor(share * n + half) for share in self._shares
+        ]  # all draws with a turn <= n
         some = [s for s, share in enumerate(self._shares) if share]
         while sum(draws) < n:
             draws[min(some, key=lambda s: ((draws[s] + half) / self._shares[s], s))] += 1
@@ -147,7 +176,9 @@ class BatchPlan:
     def _make_chunk(self, number: int) -> list[tuple[int, list[tuple[int, int]]]]:
         n = self.chunk * self.batch_size
         source, row, bucket, turn = [], [], [], []
-        for s, (first, last) in enumerate(zip(self._draws(number * n), self._draws((number + 1) * n))):
+        for s, (first, last) in enumerate(
+            zip(self._draws(number * n), self._draws((number + 1) * n))
+        ):
             if first == last:
                 continue
             size, draw = len(self._rows[s]), np.arange(first, last)
@@ -165,13 +196,18 @@ class BatchPlan:
         # Turns repeat their pattern of sources; without this a host would always get the same source.
         within = _random_bits(n, self.seed, _WITHIN, number).reshape(batches.shape)
         batches = np.take_along_axis(batches, np.argsort(within, axis=1, kind="stable"), axis=1)
-        return [(int(bucket[b].max()), list(zip(source[b].tolist(), row[b].tolist()))) for b in batches]
+        return [
+            (int(bucket[b].max()), list(zip(source[b].tolist(), row[b].tolist()))) for b in batches
+        ]
 
-    def _retry(self, step: int, attempt: int, bucket: int, planned: list[tuple[int, int]]
-               ) -> list[tuple[int, int]]:
+    def _retry(
+        self, step: int, attempt: int, bucket: int, planned: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         key = (self.seed, _RETRY, step, attempt)
         fitting = [rows[buckets <= bucket] for rows, buckets in zip(self._rows, self._buckets)]
-        share = np.array([float(w) if len(rows) else 0. for w, rows in zip(self._shares, fitting)]).cumsum()
+        share = np.array(
+            [float(w) if len(rows) else 0.0 for w, rows in zip(self._shares, fitting)]
+        ).cumsum()
         # Systematic sampling: a random offset, then equal steps through the shares: no source is favoured.
         offset = int(_random_bits(1, *key)[0] >> np.uint64(11)) / 2**53
         edges = np.floor(share / share[-1] * self.batch_size + offset).astype(np.int64)

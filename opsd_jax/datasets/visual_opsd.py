@@ -45,12 +45,31 @@ _PROBLEM = "problem_image_0"
 _THOUGHTS = tuple(f"resoning_thought_{i}" for i in range(ROUNDS))  # spelt so in the released files
 _VISUALS = tuple(f"reasoning_image_{i}" for i in range(ROUNDS))
 _REQUIRED = ("question", "answer", _PROBLEM, _THOUGHTS[0])
-_COLUMNS = ("pid", "task", *_REQUIRED[:3], *_THOUGHTS, *_VISUALS, "full_text_only_thought", "metadata")
+_COLUMNS = (
+    "pid",
+    "task",
+    *_REQUIRED[:3],
+    *_THOUGHTS,
+    *_VISUALS,
+    "full_text_only_thought",
+    "metadata",
+)
 _IMAGES = ("problem_image", "reasoning_images")  # features of encoded pictures
-_TEXTS = ("pid", "task", "question", "answer", "full_text_only_thought")  # fields both here and in TFDS
+_TEXTS = (
+    "pid",
+    "task",
+    "question",
+    "answer",
+    "full_text_only_thought",
+)  # fields both here and in TFDS
 _NO_PICTURE = {"bytes": None, "path": None}  # some writers' None
-_SURPLUS = re.compile(r"(resoning_thought|reasoning_image)_(\d+)")  # beyond _THOUGHTS and _VISUALS: see `_is_surplus`
-_BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20  # of parquet in memory at a time: rows, or fewer where they are large
+_SURPLUS = re.compile(
+    r"(resoning_thought|reasoning_image)_(\d+)"
+)  # beyond _THOUGHTS and _VISUALS: see `_is_surplus`
+_BATCH_ROWS, _BATCH_BYTES = (
+    32,
+    64 << 20,
+)  # of parquet in memory at a time: rows, or fewer where they are large
 _PREPARE = "python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR"
 
 
@@ -68,6 +87,7 @@ class Example:
       full_text_only_thought: a reasoning without pictures; "" where there is none.
       metadata: facts about the row (the procedural tasks write them); {} where there are none.
     """
+
     pid: str
     task: str
     question: str
@@ -81,14 +101,18 @@ class Example:
 
 class Note(NamedTuple):
     """Something to know about a row (row None: about the whole file); rows count from 0."""
+
     file: str
     row: int | None
     pid: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}" + (f", row {self.row}, pid {self.pid!r}" if self.row is not None else "") \
+        return (
+            f"{self.file}"
+            + (f", row {self.row}, pid {self.pid!r}" if self.row is not None else "")
             + f": {self.reason}"
+        )
 
 
 class BadSource(ValueError):
@@ -99,12 +123,16 @@ class BadRow(ValueError):
     """A row that cannot be trained on."""
 
     def __init__(self, file: str, row: int, pid: str, column: str, fault: str):
-        super().__init__(file, row, pid, column, fault)  # all arguments: so that it survives pickling
+        super().__init__(
+            file, row, pid, column, fault
+        )  # all arguments: so that it survives pickling
         self.note = Note(file, row, pid, f"{column} {fault}")
 
     def __str__(self) -> str:
-        return (f"{self.note}. Mend the row in the parquet file, or leave bad rows out with "
-                f"`{_PREPARE} --on_bad_row=skip`, which counts and names them")
+        return (
+            f"{self.note}. Mend the row in the parquet file, or leave bad rows out with "
+            f"`{_PREPARE} --on_bad_row=skip`, which counts and names them"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +148,7 @@ class Report:
       bytes: of the written records.
       seconds: of the run that finished the work.
     """
+
     rows: dict[str, int]
     bad_rows: tuple[Note, ...]
     warnings: tuple[Note, ...]
@@ -127,22 +156,31 @@ class Report:
     seconds: float
 
     def __str__(self) -> str:
-        lines = [f"{sum(self.rows.values())} rows ({', '.join(f'{k} {n}' for k, n in self.rows.items())}), "
-                 f"{self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s"]
+        lines = [
+            f"{sum(self.rows.values())} rows ({', '.join(f'{k} {n}' for k, n in self.rows.items())}), "
+            f"{self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s"
+        ]
         if self.bad_rows:
-            lines += [f"{len(self.bad_rows)} bad rows left out:", *(f"  {note}" for note in self.bad_rows)]
+            lines += [
+                f"{len(self.bad_rows)} bad rows left out:",
+                *(f"  {note}" for note in self.bad_rows),
+            ]
         kinds: dict[str, list[Note]] = {}
         for note in self.warnings:
             kinds.setdefault(note.reason.split(":")[0], []).append(note)
-        lines += [f"warning {kind}: {len(notes)} (first: {notes[0]}; all in report.json)"
-                  for kind, notes in kinds.items()]
+        lines += [
+            f"warning {kind}: {len(notes)} (first: {notes[0]}; all in report.json)"
+            for kind, notes in kinds.items()
+        ]
         return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------- rows
 
 
-def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tuple[Example, tuple[Note, ...]]:
+def read_row(
+    row: Mapping[str, Any], *, file: str, index: int, task: str
+) -> tuple[Example, tuple[Note, ...]]:
     """One parquet row as an Example, by the rules of the official loader.
 
     Args:
@@ -180,7 +218,7 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
 
     warnings, visual_thoughts = [], []
     present = [i for i, column in enumerate(_VISUALS) if row.get(column) not in (None, _NO_PICTURE)]
-    for column in _VISUALS[:max(present, default=-1) + 1]:
+    for column in _VISUALS[: max(present, default=-1) + 1]:
         if fault := _picture_fault(row.get(column)):
             warnings.append(Note(file, index, pid, f"dropped_visual_thought: {column} {fault}"))
         else:
@@ -188,12 +226,25 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
     for column in filter(_is_surplus, row):
         if row[column] not in (None, "", _NO_PICTURE):
             kind = "dropped_thought" if column.startswith("resoning") else "dropped_visual_thought"
-            warnings.append(Note(file, index, pid, f"{kind}: {column} is not read, a row holds {ROUNDS}"))
+            warnings.append(
+                Note(file, index, pid, f"{kind}: {column} is not read, a row holds {ROUNDS}")
+            )
     if not visual_thoughts:
-        warnings.append(Note(file, index, pid, "no_visual_thought: the teacher sees what the student sees"))
-    if len(visual_thoughts) >= len(thoughts):  # in an interleaved trace, each follows a thought and precedes another
-        warnings.append(Note(file, index, pid, f"unused_visual_thought: between {len(thoughts)} thoughts interleaved traces "
-                             f"show {len(thoughts) - 1} of {len(visual_thoughts)}; the teacher sees all"))
+        warnings.append(
+            Note(file, index, pid, "no_visual_thought: the teacher sees what the student sees")
+        )
+    if len(visual_thoughts) >= len(
+        thoughts
+    ):  # in an interleaved trace, each follows a thought and precedes another
+        warnings.append(
+            Note(
+                file,
+                index,
+                pid,
+                f"unused_visual_thought: between {len(thoughts)} thoughts interleaved traces "
+                f"show {len(thoughts) - 1} of {len(visual_thoughts)}; the teacher sees all",
+            )
+        )
 
     stored = text("metadata")
     try:
@@ -204,8 +255,17 @@ def read_row(row: Mapping[str, Any], *, file: str, index: int, task: str) -> tup
         raise bad("metadata", "is JSON, but not an object {...}")
     if fault := tasks.fault(metadata, tags.wrap_answer(text("answer"))):
         raise bad(*fault.split(" ", 1))
-    example = Example(pid, text("task") or task, text("question"), text("answer"), row[_PROBLEM]["bytes"],
-                      tuple(visual_thoughts), thoughts, text("full_text_only_thought"), metadata)
+    example = Example(
+        pid,
+        text("task") or task,
+        text("question"),
+        text("answer"),
+        row[_PROBLEM]["bytes"],
+        tuple(visual_thoughts),
+        thoughts,
+        text("full_text_only_thought"),
+        metadata,
+    )
     return example, tuple(warnings)
 
 
@@ -215,7 +275,9 @@ def _picture_fault(value: Any) -> str | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("bytes"), bytes | None):
         return "is not a picture {bytes, path}"
     if not value.get("bytes"):
-        return f"holds no bytes (path: {value.get('path')!r}); embed the pictures in the parquet file"
+        return (
+            f"holds no bytes (path: {value.get('path')!r}); embed the pictures in the parquet file"
+        )
     try:
         images.open_rgb(value["bytes"])  # the function that training opens it with
     except images.UnreadableImage as error:
@@ -226,11 +288,17 @@ def _picture_fault(value: Any) -> str | None:
 def features():
     """The TFDS features of a row; see `Example` for their meaning. Text comes back from TFDS as bytes."""
     import tensorflow_datasets as tfds
+
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))
-    return tfds.features.FeaturesDict({name: text() for name in (*_TEXTS, "metadata")} | {
-        "problem_image": image(), "reasoning_thoughts": tfds.features.Sequence(text()),
-        "reasoning_images": tfds.features.Sequence(image())} | {
-        f"{name}_original": tfds.features.Sequence(text()) for name in _IMAGES})
+    return tfds.features.FeaturesDict(
+        {name: text() for name in (*_TEXTS, "metadata")}
+        | {
+            "problem_image": image(),
+            "reasoning_thoughts": tfds.features.Sequence(text()),
+            "reasoning_images": tfds.features.Sequence(image()),
+        }
+        | {f"{name}_original": tfds.features.Sequence(text()) for name in _IMAGES}
+    )
 
 
 def to_features(example: Example) -> dict[str, Any]:
@@ -240,11 +308,16 @@ def to_features(example: Example) -> dict[str, Any]:
     is stored as RGB, and beside it, in `<feature>_original`, as it was: [] where all are as they were.
     """
     record = {name: getattr(example, name) for name in _TEXTS} | {
-        "metadata": json.dumps(example.metadata) if example.metadata else "", "reasoning_thoughts": list(example.thoughts)}
+        "metadata": json.dumps(example.metadata) if example.metadata else "",
+        "reasoning_thoughts": list(example.thoughts),
+    }
     for name, files in zip(_IMAGES, ((example.problem_image,), example.visual_thoughts)):
         shown = [_as_rgb(data) for data in files]
         changed = any(one is not other for one, other in zip(shown, files))
-        record[name], record[f"{name}_original"] = [io.BytesIO(data) for data in shown], list(files) if changed else []
+        record[name], record[f"{name}_original"] = (
+            [io.BytesIO(data) for data in shown],
+            list(files) if changed else [],
+        )
     return record | {"problem_image": record["problem_image"][0]}
 
 
@@ -269,24 +342,37 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
     """
     source = Path(os.path.abspath(source))  # links keep their name: it may be the task's
     if not source.is_dir():
-        raise BadSource(f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet")
+        raise BadSource(
+            f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet"
+        )
     named = source.parent if source.name == "data" else source  # someone pointed at <Task>/data
     folders = [named] if _parquet_files(source) else []
-    children = [child for child in sorted(source.iterdir())
-                if child.is_dir() and child.name != "data" and _parquet_files(child)]
+    children = [
+        child
+        for child in sorted(source.iterdir())
+        if child.is_dir() and child.name != "data" and _parquet_files(child)
+    ]
     if folders and children:
-        raise BadSource(f"{source} holds parquet files and so do its folders {[c.name for c in children]}: "
-                        "is it one task or several? Move the files, or prepare the folders one by one")
+        raise BadSource(
+            f"{source} holds parquet files and so do its folders {[c.name for c in children]}: "
+            "is it one task or several? Move the files, or prepare the folders one by one"
+        )
     tasks = {folder.name: folder for folder in folders + children}
     if not tasks:
         inside = [path.name for path in sorted(source.iterdir())][:10]
-        raise BadSource(f"{source} holds no parquet: looked for *.parquet and data/*.parquet in it and in "
-                        f"its folders; it holds {inside}. File names start with {', '.join(SPLITS)}")
+        raise BadSource(
+            f"{source} holds no parquet: looked for *.parquet and data/*.parquet in it and in "
+            f"its folders; it holds {inside}. File names start with {', '.join(SPLITS)}"
+        )
     for task in tasks:
         if not re.fullmatch(r"[\w.-]+", task):
-            raise BadSource(f"{tasks[task]}: TFDS takes letters, digits, _ - . in a name; rename the folder")
+            raise BadSource(
+                f"{tasks[task]}: TFDS takes letters, digits, _ - . in a name; rename the folder"
+            )
     if len({task.lower() for task in tasks}) < len(tasks):
-        raise BadSource(f"{source}: {list(tasks)} differ in upper and lower case only; rename a folder")
+        raise BadSource(
+            f"{source}: {list(tasks)} differ in upper and lower case only; rename a folder"
+        )
     return tasks
 
 
@@ -303,9 +389,11 @@ def _split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         (files[split] if split else others).append(path)
     files = {split: paths for split, paths in files.items() if paths}
     if not files:
-        raise BadSource(f"{folder}: no parquet file is named after a split "
-                        f"({', '.join(f'{split}-*.parquet' for split in SPLITS)}); "
-                        f"found {[path.name for path in others][:10]}. Rename the files")
+        raise BadSource(
+            f"{folder}: no parquet file is named after a split "
+            f"({', '.join(f'{split}-*.parquet' for split in SPLITS)}); "
+            f"found {[path.name for path in others][:10]}. Rename the files"
+        )
     return files, others
 
 
@@ -314,25 +402,39 @@ def _parquet(path: Path) -> Iterator[Any]:
     """The open parquet file. What goes wrong inside is put down to the file: do nothing there but read it."""
     import pyarrow
     import pyarrow.parquet
+
     try:  # pre_buffer, on by default, would hold the whole file in memory
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadSource(f"{path} cannot be read as parquet ({error}): download or write it again") from error
+        raise BadSource(
+            f"{path} cannot be read as parquet ({error}): download or write it again"
+        ) from error
 
 
 def _columns(path: Path, present: list[str]) -> list[str]:
     """The columns to read. Raises BadSource where a needed one is missing or a name looks misspelt."""
     missing = [column for column in _REQUIRED if column not in present]
-    awaited = [column for column in dict.fromkeys((*missing, *_THOUGHTS, *_VISUALS)) if column not in present]
-    hints = [f"{column!r} is not read: did you mean {close[0]!r}?"
-             for column in present if column not in _COLUMNS and not _is_surplus(column)
-             if (close := difflib.get_close_matches(column, awaited, 1, cutoff=0.85))]
+    awaited = [
+        column
+        for column in dict.fromkeys((*missing, *_THOUGHTS, *_VISUALS))
+        if column not in present
+    ]
+    hints = [
+        f"{column!r} is not read: did you mean {close[0]!r}?"
+        for column in present
+        if column not in _COLUMNS and not _is_surplus(column)
+        if (close := difflib.get_close_matches(column, awaited, 1, cutoff=0.85))
+    ]
     if missing or hints:
-        fault = f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
-        raise BadSource(f"{path} {fault}; its columns: {', '.join(present)}. "
-                        + " ".join(hints or ["Rename or add the column"])
-                        + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')")
+        fault = (
+            f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
+        )
+        raise BadSource(
+            f"{path} {fault}; its columns: {', '.join(present)}. "
+            + " ".join(hints or ["Rename or add the column"])
+            + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
+        )
     return [*filter(present.__contains__, _COLUMNS), *filter(_is_surplus, present)]
 
 
@@ -352,7 +454,9 @@ def _read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
     """Rows 0 .. stop-1 as lists of (row number, row): a batch and its row group in memory, never a file."""
     rows, size = [], 0
     with _parquet(path) as file:
-        for index, batch in zip(range(stop), _one_by_one(file, _columns(path, file.schema_arrow.names))):
+        for index, batch in zip(
+            range(stop), _one_by_one(file, _columns(path, file.schema_arrow.names))
+        ):
             rows.append((index, batch.to_pylist()[0]))
             size += batch.nbytes
             if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -374,6 +478,7 @@ def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[Example]:
 
 class _Shard(NamedTuple):
     """One output file to write, from the first `rows` rows of one parquet file, whose checksum is `blake2b`."""
+
     split: str
     name: str
     file: str
@@ -381,9 +486,16 @@ class _Shard(NamedTuple):
     rows: int
 
 
-def prepare(source: str | os.PathLike, target: str | os.PathLike, *, on_bad_row: str = "fail",
-            splits: tuple[str, ...] | None = None, overwrite: bool = False, progress: bool = True,
-            limit: int | None = None) -> Report:
+def prepare(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    on_bad_row: str = "fail",
+    splits: tuple[str, ...] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    limit: int | None = None,
+) -> Report:
     """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, in memory of a few rows.
 
     Interrupted, it goes on where it stopped when run again: finished shards are kept. Run on finished work it
@@ -416,17 +528,23 @@ def prepare(source: str | os.PathLike, target: str | os.PathLike, *, on_bad_row:
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 row, or None for all, got {limit}")
-    work = {task: (folder, *_plan_shards(task, folder, Path(target), splits, limit))
-            for task, folder in task_folders(source).items()}
+    work = {
+        task: (folder, *_plan_shards(task, folder, Path(target), splits, limit))
+        for task, folder in task_folders(source).items()
+    }
     rows = sum(shard.rows for _, _, shards, _ in work.values() for shard in shards)
     with locks.only_writer(target), _bar(progress, rows) as tick:
-        reports = [_prepare_task(task, *plan, on_bad_row == "skip", overwrite, tick)
-                   for task, plan in work.items()]
-    return Report(rows={name: n for report in reports for name, n in report.rows.items()},
-                  bad_rows=sum((report.bad_rows for report in reports), ()),
-                  warnings=sum((report.warnings for report in reports), ()),
-                  bytes=sum(report.bytes for report in reports),
-                  seconds=sum(report.seconds for report in reports))
+        reports = [
+            _prepare_task(task, *plan, on_bad_row == "skip", overwrite, tick)
+            for task, plan in work.items()
+        ]
+    return Report(
+        rows={name: n for report in reports for name, n in report.rows.items()},
+        bad_rows=sum((report.bad_rows for report in reports), ()),
+        warnings=sum((report.warnings for report in reports), ()),
+        bytes=sum(report.bytes for report in reports),
+        seconds=sum(report.seconds for report in reports),
+    )
 
 
 def version_folder(target: str | os.PathLike, task: str) -> Path:
@@ -460,14 +578,19 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] | None, limit: int | None
-                 ) -> tuple[Path, list[_Shard], list[Note]]:
+def _plan_shards(
+    task: str, folder: Path, target: Path, splits: tuple[str, ...] | None, limit: int | None
+) -> tuple[Path, list[_Shard], list[Note]]:
     """Target folder, shards to write, and warnings about files and columns. Decodes nothing but the pids."""
     files, others = _split_files(folder)
     if absent := set(splits or ()) - set(files):
-        raise BadSource(f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(files)}")
-    notes = [Note(str(path), None, "", f"ignored_file: its name starts with none of {', '.join(SPLITS)}")
-             for path in others]
+        raise BadSource(
+            f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(files)}"
+        )
+    notes = [
+        Note(str(path), None, "", f"ignored_file: its name starts with none of {', '.join(SPLITS)}")
+        for path in others
+    ]
     pids: dict[str, tuple[str, int]] = {}  # every pid and where it stands first
     shards = []
     for split in dict.fromkeys(splits or files):
@@ -481,22 +604,44 @@ def _plan_shards(task: str, folder: Path, target: Path, splits: tuple[str, ...] 
             left -= rows
             if rows:
                 takes.append((path, rows))
-                notes += [Note(str(path), None, "", f"ignored_column: {column} is not read")
-                          for column in present if column not in _COLUMNS and not _is_surplus(column)]
+                notes += [
+                    Note(str(path), None, "", f"ignored_column: {column} is not read")
+                    for column in present
+                    if column not in _COLUMNS and not _is_surplus(column)
+                ]
             for row, pid in enumerate(found):
                 here = (str(path), row)
                 if pid is not None and (there := pids.setdefault(str(pid), here)) != here:
-                    notes.append(Note(*here, str(pid), f"duplicate_pid: first in {there[0]}, row {there[1]}"))
+                    notes.append(
+                        Note(*here, str(pid), f"duplicate_pid: first in {there[0]}, row {there[1]}")
+                    )
         if not takes:
-            raise BadSource(f"{folder}: the {split} files hold no row: write them again, or leave them out")
-        shards += [_Shard(split, f"{NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
-                          path.relative_to(folder).as_posix(), _checksum(path), rows)
-                   for i, (path, rows) in enumerate(takes)]
+            raise BadSource(
+                f"{folder}: the {split} files hold no row: write them again, or leave them out"
+            )
+        shards += [
+            _Shard(
+                split,
+                f"{NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
+                path.relative_to(folder).as_posix(),
+                _checksum(path),
+                rows,
+            )
+            for i, (path, rows) in enumerate(takes)
+        ]
     return version_folder(target, task), shards, notes
 
 
-def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard], notes: list[Note],
-                  skip: bool, overwrite: bool, tick: Callable[[int], None]) -> Report:
+def _prepare_task(
+    task: str,
+    folder: Path,
+    directory: Path,
+    shards: list[_Shard],
+    notes: list[Note],
+    skip: bool,
+    overwrite: bool,
+    tick: Callable[[int], None],
+) -> Report:
     start = time.monotonic()
     report_file, progress_file = directory / "report.json", directory / "progress.json"
     if overwrite:
@@ -507,23 +652,36 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
         try:
             done = _read_progress(progress_file)
         except ValueError as error:
-            raise ValueError(f"{error}: which rows the folder holds is not known, so prepare {folder} again with "
-                             "--overwrite") from error
-        foreign = [name for name, record in done.items()
-                   if not any(_is_of(record, shard, folder) for shard in shards)]
+            raise ValueError(
+                f"{error}: which rows the folder holds is not known, so prepare {folder} again with "
+                "--overwrite"
+            ) from error
+        foreign = [
+            name
+            for name, record in done.items()
+            if not any(_is_of(record, shard, folder) for shard in shards)
+        ]
     else:
         done = {}
         foreign = [path.name for path in directory.glob("*") if path.suffix != ".tmp"]
     if foreign:
-        raise FileExistsError(f"{directory} holds something else than {folder} as it is and as asked for now "
-                              f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another target, "
-                              "or replace it with --overwrite")
-    for file, index, pid, reason in (note for record in done.values() for note in record["bad_rows"]):
+        raise FileExistsError(
+            f"{directory} holds something else than {folder} as it is and as asked for now "
+            f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another target, "
+            "or replace it with --overwrite"
+        )
+    for file, index, pid, reason in (
+        note for record in done.values() for note in record["bad_rows"]
+    ):
         if not skip:  # skipped by an earlier run
             raise BadRow(file, index, pid, *reason.split(" ", 1))
-    finished = {name: record for name, record in done.items() if _is_whole(directory / name, record)}
+    finished = {
+        name: record for name, record in done.items() if _is_whole(directory / name, record)
+    }
     if len(finished) == len(shards) and _metadata_fits(directory, shards, finished):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: written again
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # absent or damaged: written again
             return _read_report(report_file)
 
     with _writing(directory):
@@ -535,37 +693,55 @@ def _prepare_task(task: str, folder: Path, directory: Path, shards: list[_Shard]
             tick(shard.rows)
             continue
         with _writing(directory / shard.name):
-            finished[shard.name] = _write_shard(task, folder / shard.file, shard, directory, skip, tick)
+            finished[shard.name] = _write_shard(
+                task, folder / shard.file, shard, directory, skip, tick
+            )
             files_lib.write_json(progress_file, finished)
         logging.info("%s: %d rows", directory / shard.name, finished[shard.name]["rows"])
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
-    rows = {f"{task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
-            for split, _ in records}
-    report = Report(rows, tuple(Note(*note) for _, record in records for note in record["bad_rows"]),
-                    tuple(notes) + tuple(Note(*note) for _, record in records for note in record["warnings"]),
-                    sum(record["bytes"] for _, record in records), time.monotonic() - start)
+    rows = {
+        f"{task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
+        for split, _ in records
+    }
+    report = Report(
+        rows,
+        tuple(Note(*note) for _, record in records for note in record["bad_rows"]),
+        tuple(notes) + tuple(Note(*note) for _, record in records for note in record["warnings"]),
+        sum(record["bytes"] for _, record in records),
+        time.monotonic() - start,
+    )
     for name, n in rows.items():
         if not n:
             raise BadSource(f"{folder}: no row of {name} is usable:\n{report}")
     with _writing(report_file):
         _write_metadata(directory, records)
-        files_lib.write_json(report_file, vars(report) | {
-            key: [note._asdict() for note in getattr(report, key)] for key in ("bad_rows", "warnings")})
+        files_lib.write_json(
+            report_file,
+            vars(report)
+            | {
+                key: [note._asdict() for note in getattr(report, key)]
+                for key in ("bad_rows", "warnings")
+            },
+        )
     return report
 
 
-def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: bool,
-                 tick: Callable[[int], None]) -> dict:
+def _write_shard(
+    task: str, source: Path, shard: _Shard, directory: Path, skip: bool, tick: Callable[[int], None]
+) -> dict:
     """Converts one parquet file; gives the shard's record for progress.json."""
     from array_record.python import array_record_module
     from tensorflow_datasets.core import example_serializer
+
     schema = features()
     serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
 
     def serialized(example: Example) -> bytes:
         record = serializer.get_tf_example(schema.encode_example(to_features(example)))
-        return record.SerializeToString(deterministic=True)  # else each process has an order of fields, and a digest, of its own
+        return record.SerializeToString(
+            deterministic=True
+        )  # else each process has an order of fields, and a digest, of its own
 
     def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[Note, ...]]:
         try:
@@ -576,9 +752,17 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
             return None, (error.note,)
         return serialized(example), warnings
 
-    record: dict[str, Any] = {"shard": list(shard), "rows": 0, "bytes": 0, "bad_rows": [], "warnings": []}
+    record: dict[str, Any] = {
+        "shard": list(shard),
+        "rows": 0,
+        "bytes": 0,
+        "bad_rows": [],
+        "warnings": [],
+    }
     unfinished = directory / (shard.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # 1: cheap random access
+    writer = array_record_module.ArrayRecordWriter(
+        str(unfinished), "group_size:1"
+    )  # 1: cheap random access
     try:
         with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter lock
             for batch in _read_batches(source, shard.rows):
@@ -604,6 +788,7 @@ def _write_shard(task: str, source: Path, shard: _Shard, directory: Path, skip: 
 def _count_records(shard: Path) -> int:
     """Rows of an ArrayRecord file, 0 where it is missing or truncated."""
     from array_record.python import array_record_module
+
     reader = array_record_module.ArrayRecordReader(str(shard))
     rows = reader.num_records()
     with contextlib.suppress(RuntimeError):  # where close tells that there was nothing to read
@@ -613,18 +798,30 @@ def _count_records(shard: Path) -> int:
 
 def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
     import tensorflow_datasets as tfds
+
     infos = []
     for split in dict.fromkeys(split for split, _ in records):
         mine = [record for s, record in records if s == split]
-        template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=split,
-                                                 filetype_suffix="array_record")
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[record["rows"] for record in mine],
-                                         num_bytes=sum(record["bytes"] for record in mine),
-                                         filename_template=template))
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
+        )
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[record["rows"] for record in mine],
+                num_bytes=sum(record["bytes"] for record in mine),
+                filename_template=template,
+            )
+        )
     tfds.folder_dataset.write_metadata(  # check_data would read with TensorFlow
-        data_dir=directory, features=features(), split_infos=infos, version=VERSION, check_data=False,
+        data_dir=directory,
+        features=features(),
+        split_infos=infos,
+        version=VERSION,
+        check_data=False,
         filename_template=template.replace(split=None),
-        description="Questions about a picture with interleaved textual and visual reasoning.")
+        description="Questions about a picture with interleaved textual and visual reasoning.",
+    )
 
 
 def _read_progress(path: Path) -> dict[str, dict]:
@@ -642,13 +839,20 @@ def _read_progress(path: Path) -> dict[str, dict]:
 def _is_of(record: dict, shard: _Shard, folder: Path) -> bool:
     """Whether a record of progress.json is of this shard; before there were checksums it held the parquet's size."""
     is_old = isinstance(record["shard"][3], int)
-    return record["shard"] == list(shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard)
+    return record["shard"] == list(
+        shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard
+    )
 
 
 def _is_whole(path: Path, record: dict) -> bool:
     """Whether a shard holds what was written. Without its checksum (older versions) nobody knows."""
-    return "blake2b" in record and isinstance(record["shard"][3], str) and path.exists() \
-        and path.stat().st_size == record["file_bytes"] and _checksum(path) == record["blake2b"]
+    return (
+        "blake2b" in record
+        and isinstance(record["shard"][3], str)
+        and path.exists()
+        and path.stat().st_size == record["file_bytes"]
+        and _checksum(path) == record["blake2b"]
+    )
 
 
 def _read_report(path: Path) -> Report:
@@ -662,8 +866,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError, and only on close
-        raise OSError(f"{path} could not be written ({error}). If the disk is full, free space; then run the "
-                      "same command again: finished shards are kept") from error
+        raise OSError(
+            f"{path} could not be written ({error}). If the disk is full, free space; then run the "
+            "same command again: finished shards are kept"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -674,6 +880,7 @@ def _bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
         return
     from rich.console import Console
     from rich.progress import Progress
+
     with Progress(console=Console(stderr=True)) as bar:
         job = bar.add_task("preparing rows", total=total)
         yield lambda rows: bar.advance(job, rows)
@@ -715,10 +922,12 @@ class Source:
                 if _count_records(path) != rows:
                     raise FileNotFoundError(
                         f"{path} is missing or truncated (it should hold {rows} rows): copy it again, or run "
-                        f"`{_PREPARE}` again, which remakes what is broken")
+                        f"`{_PREPARE}` again, which remakes what is broken"
+                    )
         with _naming(directory, split):
             self._rows = builder.as_data_source(
-                split, decoders={"problem_image": RawBytes(), "reasoning_images": RawBytes()})
+                split, decoders={"problem_image": RawBytes(), "reasoning_images": RawBytes()}
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -728,8 +937,10 @@ class Source:
         try:
             return _of_features(self._rows[index])
         except Exception as error:  # TFDS and protobuf raise many types
-            raise ValueError(f"{self.directory}, row {index} of {self.split}: it cannot be read ({error}): its file, or "
-                             f"features.json, is damaged; delete the folder and run `{_PREPARE}` again") from error
+            raise ValueError(
+                f"{self.directory}, row {index} of {self.split}: it cannot be read ({error}): its file, or "
+                f"features.json, is damaged; delete the folder and run `{_PREPARE}` again"
+            ) from error
 
     def __reduce__(self):
         return Source, (self.directory, self.split)
@@ -740,22 +951,31 @@ def _of_features(row: dict) -> Example:
     # Older folders have no originals: everything there is one.
     (problem,), visual_thoughts = (
         list(row.get(f"{name}_original", ())) or shown
-        for name, shown in (("problem_image", [row["problem_image"]]), ("reasoning_images", row["reasoning_images"])))
+        for name, shown in (
+            ("problem_image", [row["problem_image"]]),
+            ("reasoning_images", row["reasoning_images"]),
+        )
+    )
     return Example(
         **{name: row[name].decode() for name in _TEXTS},
-        problem_image=problem, visual_thoughts=tuple(visual_thoughts),
+        problem_image=problem,
+        visual_thoughts=tuple(visual_thoughts),
         thoughts=tuple(thought.decode() for thought in row["reasoning_thoughts"]),
-        metadata=json.loads(row["metadata"] or "{}"))
+        metadata=json.loads(row["metadata"] or "{}"),
+    )
 
 
 def _builder(directory: Path):
     """The TFDS builder of a prepared folder. ValueError that names the damaged file."""
     import tensorflow_datasets as tfds
+
     fix = f"run `{_PREPARE}` again, which writes it again"
     for name in ("features.json", "dataset_info.json"):  # the builder reads both
         try:
             if name == "features.json":
-                absent = {*_TEXTS, *_IMAGES} - {*tfds.features.FeatureConnector.from_config(directory)}
+                absent = {*_TEXTS, *_IMAGES} - {
+                    *tfds.features.FeatureConnector.from_config(directory)
+                }
                 if absent:
                     raise ValueError(f"it lacks {', '.join(sorted(absent))}")
             else:
@@ -763,7 +983,9 @@ def _builder(directory: Path):
                 for split in builder.info.splits.values():
                     _ = split.filenames  # worked out from the entries only now
         except Exception as error:  # TFDS and protobuf raise many types
-            raise ValueError(f"{directory / name} is missing or damaged ({error}): {fix}") from error
+            raise ValueError(
+                f"{directory / name} is missing or damaged ({error}): {fix}"
+            ) from error
     return builder
 
 
@@ -773,11 +995,15 @@ def _metadata_fits(directory: Path, shards: list[_Shard], finished: dict[str, di
         told = {name: info.shard_lengths for name, info in _builder(directory).info.splits.items()}
     except ValueError:
         return False
-    return told == {split: [finished[shard.name]["rows"] for shard in shards if shard.split == split]
-                    for split in {shard.split for shard in shards}}
+    return told == {
+        split: [finished[shard.name]["rows"] for shard in shards if shard.split == split]
+        for split in {shard.split for shard in shards}
+    }
 
 
-def open_source(directory: str | os.PathLike, split: str = "train", task: str | None = None) -> Source:
+def open_source(
+    directory: str | os.PathLike, split: str = "train", task: str | None = None
+) -> Source:
     """Opens a prepared split.
 
     Args:
@@ -792,11 +1018,14 @@ def open_source(directory: str | os.PathLike, split: str = "train", task: str | 
     directory = version_folder(directory, task) if task is not None else Path(directory)
     started, finished = (directory / "progress.json").exists(), (directory / "report.json").exists()
     if started and not finished:
-        raise FileNotFoundError(f"{directory} is not finished: run `{_PREPARE}` again, it goes on where it "
-                                "stopped")
+        raise FileNotFoundError(
+            f"{directory} is not finished: run `{_PREPARE}` again, it goes on where it stopped"
+        )
     if not (directory / "dataset_info.json").exists():
-        raise FileNotFoundError(f"{directory} holds no prepared data: make it with `{_PREPARE}`, and give "
-                                f"DIR/{NAME}/<task>/{VERSION}, or DIR and the task")
+        raise FileNotFoundError(
+            f"{directory} holds no prepared data: make it with `{_PREPARE}`, and give "
+            f"DIR/{NAME}/<task>/{VERSION}, or DIR and the task"
+        )
     return Source(directory, split)
 
 
@@ -812,24 +1041,34 @@ class ParquetSource:
 
     def __init__(self, folder: str | os.PathLike, split: str = "train"):
         import tensorflow_datasets as tfds
+
         self.directory, self.split = Path(folder), split
         tasks = task_folders(folder)
         if len(tasks) > 1:
-            raise BadSource(f"{folder} holds {len(tasks)} tasks: give the folder of one: {', '.join(tasks)}")
-        (self._task, task_folder), = tasks.items()
+            raise BadSource(
+                f"{folder} holds {len(tasks)} tasks: give the folder of one: {', '.join(tasks)}"
+            )
+        ((self._task, task_folder),) = tasks.items()
         files, _ = _split_files(task_folder)
-        groups = {name: [group for path in paths for group in _row_groups(path)]
-                  for name, paths in files.items()}
+        groups = {
+            name: [group for path in paths for group in _row_groups(path)]
+            for name, paths in files.items()
+        }
         sizes = {name: [size for *_, size in groups[name]] for name in groups}
-        infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=0)
-                 for name, lengths in sizes.items()}
+        infos = {
+            name: tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=0)
+            for name, lengths in sizes.items()
+        }
         # Pieces of row groups that make up the split: [(path, group, first row in file, first row in group)].
         self._pieces: list[tuple[Path, int, int, int]] = []
         self._starts = [0]  # of the pieces, in rows of this source; at the end its length
         with _naming(self.directory, split):
             parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
         for part in parts:
-            start, stop = part.from_ or 0, sum(sizes[part.splitname]) if part.to is None else part.to
+            start, stop = (
+                part.from_ or 0,
+                sum(sizes[part.splitname]) if part.to is None else part.to,
+            )
             for path, group, first, size in groups[part.splitname]:
                 if (low := max(start, 0)) < (high := min(stop, size)):
                     self._pieces.append((path, group, first, low))
@@ -845,7 +1084,7 @@ class ParquetSource:
         piece = bisect.bisect_right(self._starts, index) - 1
         path, group, first, skip = self._pieces[piece]
         row = index - self._starts[piece] + skip
-        values, = self._table(path, group).slice(row, 1).to_pylist()
+        (values,) = self._table(path, group).slice(row, 1).to_pylist()
         return read_row(values, file=str(path), index=first + row, task=self._task)[0]
 
     def __reduce__(self):
@@ -865,6 +1104,7 @@ def _row_groups(path: Path) -> Iterator[tuple[Path, int, int, int]]:
 
 def _read_group(path: Path, group: int):
     import pyarrow
+
     with _parquet(path) as file:
         columns = _columns(path, file.schema_arrow.names)
         return pyarrow.Table.from_batches(_one_by_one(file, columns, row_groups=[group]))
@@ -876,7 +1116,9 @@ def _naming(directory: Path, split: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError) as error:
-        raise ValueError(f"split {split!r} (--split, or a setting) of {directory}: {error}") from error
+        raise ValueError(
+            f"split {split!r} (--split, or a setting) of {directory}: {error}"
+        ) from error
 
 
 def _in_range(index: int, length: int) -> int:

@@ -15,7 +15,12 @@ import tensorflow_datasets as tfds
 
 from opsd_jax.datasets import visual_opsd
 
-TASKS = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")  # the released ones
+TASKS = (
+    "Visual_Search",
+    "Spatial_Navigation",
+    "Jigsaw_Assembly",
+    "Chart_Refocus",
+)  # the released ones
 
 
 class VisualOpsd(tfds.core.GeneratorBasedBuilder):
@@ -23,23 +28,33 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version(visual_opsd.VERSION)
     RELEASE_NOTES = {visual_opsd.VERSION: "First release."}
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=task.lower(), description=task) for task in TASKS]
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=task.lower(), description=task) for task in TASKS
+    ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Put <Task>/data/<split>-*.parquet into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, disable_shuffling=True,
-                                     features=visual_opsd.features())
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            disable_shuffling=True,
+            features=visual_opsd.features(),
+        )
 
     def _split_generators(self, dl_manager):
         folders = visual_opsd.task_folders(dl_manager.manual_dir)
         task = next((task for task in folders if task.lower() == self.builder_config.name), None)
         if task is None:
-            raise visual_opsd.BadSource(f"{dl_manager.manual_dir} has no {self.builder_config.description}, "
-                                        f"only {', '.join(folders)}: move the folder there")
+            raise visual_opsd.BadSource(
+                f"{dl_manager.manual_dir} has no {self.builder_config.description}, "
+                f"only {', '.join(folders)}: move the folder there"
+            )
         files, _ = visual_opsd._split_files(folders[task])
         return {split: self._generate_examples(task, paths) for split, paths in files.items()}
 
     def _generate_examples(self, task: str, paths: list[Path]) -> Iterator[tuple[int, dict]]:
-        examples = (example for path in paths for example in visual_opsd.read_examples(path, task=task))
+        examples = (
+            example for path in paths for example in visual_opsd.read_examples(path, task=task)
+        )
         for key, example in enumerate(examples):
             yield key, visual_opsd.to_features(example)

@@ -20,13 +20,24 @@ def summarise(found: dict, tasks) -> dict:
     """{task, or "all": {mode: accuracy, interval_95, n, and against "real" and "none" what `compare` finds}}."""
     summary = {}
     for task in (*tasks, "all"):
-        hits = {mode: [bool(p["hit"]) for t in (tasks if task == "all" else (task,)) for p in by_task[t]]
-                for mode, by_task in found.items()}
+        hits = {
+            mode: [
+                bool(p["hit"]) for t in (tasks if task == "all" else (task,)) for p in by_task[t]
+            ]
+            for mode, by_task in found.items()
+        }
         summary[task] = {}
         for mode, own in hits.items():
             summary[task][mode] = {
-                "accuracy": sum(own) / len(own), "interval_95": list(metrics.wilson(sum(own), len(own))), "n": len(own),
-                **{f"against_{other}": compare(own, hits[other]) for other in ("real", "none") if other != mode}}
+                "accuracy": sum(own) / len(own),
+                "interval_95": list(metrics.wilson(sum(own), len(own))),
+                "n": len(own),
+                **{
+                    f"against_{other}": compare(own, hits[other])
+                    for other in ("real", "none")
+                    if other != mode
+                },
+            }
     return summary
 
 
@@ -38,12 +49,25 @@ def measure(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     for mode in MODES:
         layout = "student" if mode == "none" else "teacher"
         shares = attention.shares_by_row(run, params, layout, mode, found[mode])
-        shares_of[mode] = attention.named(attention.mean_over_rows(shares).mean(axis=0))["completion"]
-    metrics.write_text(os.path.join(folder, "predictions.jsonl"), "".join(
-        json.dumps({"mode": mode, "task": task, **p}) + "\n"
-        for mode, by_task in found.items() for task, predictions in by_task.items() for p in predictions))
-    summary = {"analysis": "interventions", "checkpoint": checkpoint, **run.facts(),
-               "tasks": summarise(found, run.tasks), "attention_of_the_answers": shares_of}
+        shares_of[mode] = attention.named(attention.mean_over_rows(shares).mean(axis=0))[
+            "completion"
+        ]
+    metrics.write_text(
+        os.path.join(folder, "predictions.jsonl"),
+        "".join(
+            json.dumps({"mode": mode, "task": task, **p}) + "\n"
+            for mode, by_task in found.items()
+            for task, predictions in by_task.items()
+            for p in predictions
+        ),
+    )
+    summary = {
+        "analysis": "interventions",
+        "checkpoint": checkpoint,
+        **run.facts(),
+        "tasks": summarise(found, run.tasks),
+        "attention_of_the_answers": shares_of,
+    }
     return runs.finish(folder, summary, lambda s: page(run, s, found))
 
 
@@ -51,38 +75,93 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
     """(title, HTML parts) of a summary and its answers; `most` samples of each task."""
     from opsd_jax import report
 
-    parts = [report.paragraph(
-        f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}, greedy answers to the same rows. **none**: "
-        "the student's context, picture and question; the others are the teacher's: **real** with the row's own visual "
-        "thoughts, **noise** and **swap** (another row's) in their places, **remove** with its texts and no picture."),
-        report.note("Bars: 95 % intervals by Wilson. p: McNemar's exact test on the rows that one mode answers right "
-                    "and the other does not. Paper, ThinkMorph on nine benchmarks: noise −1.5 points, text only −1.0.")]
+    parts = [
+        report.paragraph(
+            f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}, greedy answers to the same rows. **none**: "
+            "the student's context, picture and question; the others are the teacher's: **real** with the row's own visual "
+            "thoughts, **noise** and **swap** (another row's) in their places, **remove** with its texts and no picture."
+        ),
+        report.note(
+            "Bars: 95 % intervals by Wilson. p: McNemar's exact test on the rows that one mode answers right "
+            "and the other does not. Paper, ThinkMorph on nine benchmarks: noise −1.5 points, text only −1.0."
+        ),
+    ]
     for task, modes in summary["tasks"].items():
         if task == "all" and len(run.tasks) == 1:
             continue
-        parts += [report.heading("All tasks" if task == "all" else task), report.intervals(
-            [(m, 100 * s["accuracy"], *(100 * x for x in s["interval_95"])) for m, s in modes.items()])]
+        parts += [
+            report.heading("All tasks" if task == "all" else task),
+            report.intervals(
+                [
+                    (m, 100 * s["accuracy"], *(100 * x for x in s["interval_95"]))
+                    for m, s in modes.items()
+                ]
+            ),
+        ]
         rows = []
         for mode, s in modes.items():
             for other in ("real", "none"):
-                if (c := s.get(f"against_{other}")):
-                    rows.append([f"{mode} against {other}", s["n"], 100 * (s["accuracy"] - modes[other]["accuracy"]),
-                                 c["only_this"], c["only_reference"], f"{c['p']:.2g}"])
-        parts.append(report.table(
-            ["", "rows", "difference, points", "only the first right", "only the second right", "p"], rows))
+                if c := s.get(f"against_{other}"):
+                    rows.append(
+                        [
+                            f"{mode} against {other}",
+                            s["n"],
+                            100 * (s["accuracy"] - modes[other]["accuracy"]),
+                            c["only_this"],
+                            c["only_reference"],
+                            f"{c['p']:.2g}",
+                        ]
+                    )
+        parts.append(
+            report.table(
+                [
+                    "",
+                    "rows",
+                    "difference, points",
+                    "only the first right",
+                    "only the second right",
+                    "p",
+                ],
+                rows,
+            )
+        )
     shares = summary["attention_of_the_answers"]
-    parts += [report.heading("Where the answers look"), report.note(
-        "Share of attention in per cent, mean over heads, layers and tokens of each mode's own answers."),
-        report.heat(list(shares), list(attention.KEYS), [[100 * shares[m][k] for k in attention.KEYS] for m in shares])]
+    parts += [
+        report.heading("Where the answers look"),
+        report.note(
+            "Share of attention in per cent, mean over heads, layers and tokens of each mode's own answers."
+        ),
+        report.heat(
+            list(shares),
+            list(attention.KEYS),
+            [[100 * shares[m][k] for k in attention.KEYS] for m in shares],
+        ),
+    ]
     for source, task in enumerate(run.tasks):
         items = []
         for k, p in enumerate(found["real"][task][:most]):
             row = run.rows(source, p["index"])
-            texts = [[mode, "right" if by_task[task][k]["hit"] else "wrong", by_task[task][k]["prediction"]]
-                     for mode, by_task in found.items()]
-            items.append({"title": p["pid"], "hit": bool(p["hit"]), "parts": [
-                report.row(*runs.pictures(run, row)), report.paragraph(row.example.question),
-                report.table(["visual thoughts", "answer is", "answer"], texts, align=["left"] * 3)],
-                "note": f"expected {p['expected']}; hit or miss is that of `real`"})
+            texts = [
+                [
+                    mode,
+                    "right" if by_task[task][k]["hit"] else "wrong",
+                    by_task[task][k]["prediction"],
+                ]
+                for mode, by_task in found.items()
+            ]
+            items.append(
+                {
+                    "title": p["pid"],
+                    "hit": bool(p["hit"]),
+                    "parts": [
+                        report.row(*runs.pictures(run, row)),
+                        report.paragraph(row.example.question),
+                        report.table(
+                            ["visual thoughts", "answer is", "answer"], texts, align=["left"] * 3
+                        ),
+                    ],
+                    "note": f"expected {p['expected']}; hit or miss is that of `real`",
+                }
+            )
         parts += [report.heading(f"{task}: samples"), report.samples(items)]
     return "Interventions", parts

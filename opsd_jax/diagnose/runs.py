@@ -55,18 +55,36 @@ class Run:
 
     def without_trace(self) -> str | None:
         """The pid of the first row that has no text trace; None if all have one."""
-        rows = (self.rows.sources[source][n] for source in range(len(self.tasks)) for n in self.numbers(source))
+        rows = (
+            self.rows.sources[source][n]
+            for source in range(len(self.tasks))
+            for n in self.numbers(source)
+        )
         return next((row.pid for row in rows if not row.full_text_only_thought.strip()), None)
 
     def facts(self) -> dict:
         """What every summary says."""
-        rows = {task: {"drawn": len(self.numbers(source)), "of": len(self.rows.sources[source]), "seed": self.config.seed}
-                for source, task in enumerate(self.tasks)}
+        rows = {
+            task: {
+                "drawn": len(self.numbers(source)),
+                "of": len(self.rows.sources[source]),
+                "seed": self.config.seed,
+            }
+            for source, task in enumerate(self.tasks)
+        }
         return {"split": self.split, "seed": self.seed, "rows": rows}
 
 
-def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS, batch_size: int = 0,
-             seed: int | None = None, before_batch=lambda: None) -> Run:
+def open_run(
+    workdir: str,
+    *,
+    split: str = "",
+    benchmarks=(),
+    limit: int = ROWS,
+    batch_size: int = 0,
+    seed: int | None = None,
+    before_batch=lambda: None,
+) -> Run:
     """Opens the run (or arm) in a workdir for its diagnosis.
 
     split: "" for the one that the run evaluates at its end. batch_size: 0 for the run's config.eval.batch_size; made
@@ -78,22 +96,44 @@ def open_run(workdir: str, *, split: str = "", benchmarks=(), limit: int = ROWS,
     cli.check_number("rows", limit, 0)
     cli.check_number("batch_size", batch_size, 0)
     config = data.load_config(workdir)
-    where, chosen = data.workdir_of(config, workdir), eval_lib.choose_tasks(benchmarks, config.data.tasks)
+    where, chosen = (
+        data.workdir_of(config, workdir),
+        eval_lib.choose_tasks(benchmarks, config.data.tasks),
+    )
     config = data.with_tasks(config, chosen)
     split = split or config.eval.final_split or "train"
-    tok = tokenizer.load(data.tokenizer_folder(config, where), vocab_size=config.model.llm.vocab_size)
+    tok = tokenizer.load(
+        data.tokenizer_folder(config, where), vocab_size=config.model.llm.vocab_size
+    )
     mesh = sharding.make_mesh(tensor=config.mesh.tensor)
     unit = sharding.batch_divisor(mesh)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    run = Run(workdir, config, dataclasses.replace(settings.model(config), generation=None), mesh, tok, marker,
-              data.Rows(config, where, tok, split), data.Packer(config, tok), chosen, split, limit, unit,
-              config.seed if seed is None else seed, before_batch)
+    run = Run(
+        workdir,
+        config,
+        dataclasses.replace(settings.model(config), generation=None),
+        mesh,
+        tok,
+        marker,
+        data.Rows(config, where, tok, split),
+        data.Packer(config, tok),
+        chosen,
+        split,
+        limit,
+        unit,
+        config.seed if seed is None else seed,
+        before_batch,
+    )
     for source, task in enumerate(chosen):
         numbers = run.numbers(source)
         if not any(run.rows.sources[source][n].visual_thoughts for n in numbers):
-            raise ValueError(f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there is nothing to "
-                             "diagnose; choose another --split or --benchmarks")
-    wanted = min(batch_size or config.eval.batch_size, max(len(run.numbers(s)) for s in range(len(chosen))))
+            raise ValueError(
+                f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there is nothing to "
+                "diagnose; choose another --split or --benchmarks"
+            )
+    wanted = min(
+        batch_size or config.eval.batch_size, max(len(run.numbers(s)) for s in range(len(chosen)))
+    )
     return dataclasses.replace(run, batch_size=-(-wanted // unit) * unit)
 
 
@@ -105,8 +145,10 @@ def start(workdir: str) -> str:
     ends = settings.stage_ends(config)
     stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
     if stage is None:
-        raise ValueError(f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training to "
-                         "compare before and after; diagnose one with an opsd, sft or offline stage")
+        raise ValueError(
+            f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training to "
+            "compare before and after; diagnose one with an opsd, sft or offline stage"
+        )
     return os.path.join(workdir, "checkpoints", str(ends[stage] - config[stage].steps))
 
 
@@ -115,8 +157,9 @@ def load(run: Run, checkpoint: str):
     from opsd_jax import checkpoint as checkpoint_lib
 
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=run.model))
-    return checkpoint_lib.restore_params(checkpoint, sharding.abstract(run.mesh, abstract),
-                                         partial=run.config.model.generation.on)
+    return checkpoint_lib.restore_params(
+        checkpoint, sharding.abstract(run.mesh, abstract), partial=run.config.model.generation.on
+    )
 
 
 def for_sampling(run, params):
@@ -129,9 +172,16 @@ def sampling(run, **changes):
     from opsd_jax import settings
 
     c = run.config
-    return settings.rollout(c, run.tokenizer, run.marker, slots=c.eval.slots, refill=0,
-                            shards=sharding.batch_divisor(run.mesh),
-                            max_new_tokens=c.eval.max_new_tokens or c.rollout.max_new_tokens, **changes)
+    return settings.rollout(
+        c,
+        run.tokenizer,
+        run.marker,
+        slots=c.eval.slots,
+        refill=0,
+        shards=sharding.batch_divisor(run.mesh),
+        max_new_tokens=c.eval.max_new_tokens or c.rollout.max_new_tokens,
+        **changes,
+    )
 
 
 def batches(run):
@@ -159,33 +209,58 @@ def answers(run: Run, params, modes, name: str) -> dict:
     with progress(run, run.total * len(modes), name) as shown:
         for k, mode in enumerate(modes):
             results = eval_lib.evaluate(
-                params, run.rows, run.packer, config=sampling(run), task_names=run.tasks, mode=mode,
-                batch_size=run.batch_size, limit=run.limit, subset_seed=run.config.seed, seed=run.seed,
-                mesh=run.mesh, before_batch=run.before_batch,
-                on_batch=lambda done, hits: shown.update(k * run.total + done, mode=mode, accuracy=hits / done))
+                params,
+                run.rows,
+                run.packer,
+                config=sampling(run),
+                task_names=run.tasks,
+                mode=mode,
+                batch_size=run.batch_size,
+                limit=run.limit,
+                subset_seed=run.config.seed,
+                seed=run.seed,
+                mesh=run.mesh,
+                before_batch=run.before_batch,
+                on_batch=lambda done, hits: shown.update(
+                    k * run.total + done, mode=mode, accuracy=hits / done
+                ),
+            )
             found[mode] = {r.name: r.predictions for r in results}
     return found
 
 
 def rows_text(summary: dict) -> str:
     """Which rows a summary is of: "test, 128 of 512 rows chosen at random with seed 0"."""
-    parts = [f"{'' if len(summary['rows']) == 1 else task + ': '}" + (
-        f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}" if r["drawn"] < r["of"] else
-        f"all {r['of']} rows")
-        for task, r in summary["rows"].items()]
+    parts = [
+        f"{'' if len(summary['rows']) == 1 else task + ': '}"
+        + (
+            f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}"
+            if r["drawn"] < r["of"]
+            else f"all {r['of']} rows"
+        )
+        for task, r in summary["rows"].items()
+    ]
     return f"{summary['split']}, {'; '.join(parts)}"
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
+
 
 def pictures(run, row) -> list[str]:
     """HTML of a prepared row's problem image and visual thoughts."""
     from opsd_jax import images, report
 
     patch = run.config.model.vit.patch_size
-    shown = [("problem", row.problem), *((f"visual thought {n}", vt) for n, vt in enumerate(row.visual_thoughts))]
-    return [report.picture(images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption)
-            for caption, image in shown]
+    shown = [
+        ("problem", row.problem),
+        *((f"visual thought {n}", vt) for n, vt in enumerate(row.visual_thoughts)),
+    ]
+    return [
+        report.picture(
+            images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption
+        )
+        for caption, image in shown
+    ]
 
 
 def finish(folder, summary, page) -> tuple[str, list[str]]:
@@ -196,7 +271,9 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
         return "", []
     title, parts = page(summary)
     metrics.write_text(os.path.join(folder, "report.html"), report.page(title, *parts))
-    metrics.write_text(os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    metrics.write_text(
+        os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    )
     return title, parts
 
 

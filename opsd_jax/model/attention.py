@@ -78,8 +78,10 @@ def check_platform(kind: str, platform: str) -> None:
     """
     needed = {"flash": "tpu", "cudnn": "gpu"}.get(kind, platform)
     if platform != needed:
-        raise ValueError(f"config.model.attention is {kind!r}, a kernel for a {needed.upper()}, and the devices here are "
-                         f"{platform.upper()}s: set config.model.attention='dense'")
+        raise ValueError(
+            f"config.model.attention is {kind!r}, a kernel for a {needed.upper()}, and the devices here are "
+            f"{platform.upper()}s: set config.model.attention='dense'"
+        )
 
 
 def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
@@ -108,11 +110,13 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
         cut = lambda x: jnp.moveaxis(pad(x).reshape(b, count, block, *x.shape[2:]), 1, 0)
         masks = cut(mask) if mask.shape[1] > 1 else None
         # the backward pass recomputes a block's scores; kept, those of all blocks would be as large as without blocks
-        some = jax.checkpoint(lambda part: attend(part[0], k, v, mask if part[1] is None else part[1]))
+        some = jax.checkpoint(
+            lambda part: attend(part[0], k, v, mask if part[1] is None else part[1])
+        )
         parts = jax.lax.map(some, (cut(q), masks))
         return jnp.moveaxis(parts, 0, 1).reshape(b, count * block, heads * h)[:, :t]
     kv_heads = k.shape[2]
-    q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * jnp.asarray(h ** -0.5, q.dtype)
+    q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * jnp.asarray(h**-0.5, q.dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     if mask.shape[1] > 1:
         scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
@@ -146,12 +150,23 @@ def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
     b, t, heads, h = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * groups.scale.astype(q.dtype)
-    of_queries = {"limit": mask.limit, "query_segment": mask.query_segment, "query_noised": mask.query_noised}
-    of_queries = {name: jnp.broadcast_to(x, (b, t)) for name, x in of_queries.items() if x is not None}
+    of_queries = {
+        "limit": mask.limit,
+        "query_segment": mask.query_segment,
+        "query_noised": mask.query_noised,
+    }
+    of_queries = {
+        name: jnp.broadcast_to(x, (b, t)) for name, x in of_queries.items() if x is not None
+    }
 
     def of_some(part):
         q, queries, vectors = part
-        seen = visible(**vectors, key_segment=mask.key_segment, key_order=mask.key_order, key_noised=mask.key_noised)
+        seen = visible(
+            **vectors,
+            key_segment=mask.key_segment,
+            key_order=mask.key_order,
+            key_noised=mask.key_noised,
+        )
         scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _HIDDEN), axis=-1)
         return jnp.einsum("bts,btm,bsn->bmn", jnp.mean(weights, axis=(1, 2)), queries, groups.keys)
@@ -160,7 +175,9 @@ def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
     count = -(-t // block)
 
     def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))  # padding is in no group
+        x = jnp.pad(
+            x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2)
+        )  # padding is in no group
         return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
 
     return jnp.sum(jax.lax.map(of_some, jax.tree.map(cut, (q, groups.queries, of_queries))), axis=0)
@@ -173,11 +190,17 @@ def _cudnn(q, k, v, mask):
 
     b, t, heads, h = q.shape
     if q.dtype != jnp.bfloat16:
-        raise ValueError(f"model.attention is 'cudnn', which computes in bfloat16, and model.dtype {q.dtype.name!r}: "
-                         "set model.dtype='bfloat16', or model.attention='dense'")
-    message = ("model.attention is 'cudnn', which needs an NVIDIA GPU with cuDNN: on a CPU set 'dense', on a TPU "
-               "'flash' or 'dense'")
-    even = lambda x, axes: jnp.pad(x, [(0, n % 2 if axis in axes else 0) for axis, n in enumerate(x.shape)])
+        raise ValueError(
+            f"model.attention is 'cudnn', which computes in bfloat16, and model.dtype {q.dtype.name!r}: "
+            "set model.dtype='bfloat16', or model.attention='dense'"
+        )
+    message = (
+        "model.attention is 'cudnn', which needs an NVIDIA GPU with cuDNN: on a CPU set 'dense', on a TPU "
+        "'flash' or 'dense'"
+    )
+    even = lambda x, axes: jnp.pad(
+        x, [(0, n % 2 if axis in axes else 0) for axis, n in enumerate(x.shape)]
+    )
     mask = flash.only_on(mask, platform="cuda", message=message)
     mask = even(jnp.broadcast_to(mask, (b, t, k.shape[1])), (1, 2))
     q, k, v = (even(x, (1,)) for x in (q, k, v))

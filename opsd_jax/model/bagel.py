@@ -20,7 +20,9 @@ def _decoder(config, latents=0):
 
 
 def _vit(config):
-    return siglip.Encoder(config.vit, config.unroll, config.attention, config.remat, config.query_block)
+    return siglip.Encoder(
+        config.vit, config.unroll, config.attention, config.remat, config.query_block
+    )
 
 
 def _connector(config):
@@ -41,7 +43,9 @@ def init(key, *, config: ModelConfig):
     Linear layers draw N(0, 1/fan_in) truncated, those that write to the decoder's residual stream divided by twice
     the number of layers, tables N(0, 1/width); norms are 1, biases 0.
     """
-    c = dataclasses.replace(config, attention="dense")  # the same parameters, and no kernel for two slots
+    c = dataclasses.replace(
+        config, attention="dense"
+    )  # the same parameters, and no kernel for two slots
     keys = jax.random.split(key, 6)
     ids = jnp.zeros((1, 1), jnp.int32)
     # an expert has parameters only once it is used, so the decoder sees one slot of each kind
@@ -49,17 +53,26 @@ def init(key, *, config: ModelConfig):
     two = jnp.zeros((1, slots), jnp.int32)
     mask = attention.Mask(*jnp.ones((3, 1, slots), jnp.int32))
     variables = {
-        "llm": _decoder(c, slots - 1).init(keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two, mask),
+        "llm": _decoder(c, slots - 1).init(
+            keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two, mask
+        ),
         "vit": _vit(c).init(keys[1], jnp.zeros((1, 1, c.vit.patch_dim)), ids, ids),
         "connector": _connector(c).init(keys[2], jnp.zeros((1, 1, c.vit.hidden_size)), ids),
     }
     params = {name: tree["params"] for name, tree in variables.items()}
     if c.generation:
         g, v = c.generation, c.generation.vae
-        params["latent"] = _latent(c).init(keys[3], jnp.zeros((1, 1, g.latent_dim)), jnp.zeros((1, 1)), ids)["params"]
+        params["latent"] = _latent(c).init(
+            keys[3], jnp.zeros((1, 1, g.latent_dim)), jnp.zeros((1, 1)), ids
+        )["params"]
         params["vae"] = {
-            "encoder": _vae(c, vae.Encoder).init(keys[4], jnp.zeros((1, v.downsample, v.downsample, 3)))["params"],
-            "decoder": _vae(c, vae.Decoder).init(keys[5], jnp.zeros((1, 1, 1, v.z_channels)))["params"]}
+            "encoder": _vae(c, vae.Encoder).init(
+                keys[4], jnp.zeros((1, v.downsample, v.downsample, 3))
+            )["params"],
+            "decoder": _vae(c, vae.Decoder).init(keys[5], jnp.zeros((1, 1, 1, v.z_channels)))[
+                "params"
+            ],
+        }
     return params
 
 
@@ -73,7 +86,9 @@ def normalize_patches(patches):
 def encode_images(params, context, *, config: ModelConfig):
     """What the context's patches become in the decoder's sequence: [B, P, D] (ViT, connector, 2-D positions)."""
     patches = normalize_patches(context.patches).astype(config.dtype)
-    x = _vit(config).apply({"params": params["vit"]}, patches, context.patch_positions, context.patch_image)
+    x = _vit(config).apply(
+        {"params": params["vit"]}, patches, context.patch_positions, context.patch_image
+    )
     return _connector(config).apply({"params": params["connector"]}, x, context.patch_positions)
 
 
@@ -107,7 +122,9 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
 def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
     """Noisy latent tokens float32 [B, G, C] at flow times [B, G] (or [B, 1], [1, 1]), with their ids in the position
     table int32 [B, G] -> [B, G, D]."""
-    return _latent(config).apply({"params": params["latent"]}, tokens.astype(config.dtype), times, positions)
+    return _latent(config).apply(
+        {"params": params["latent"]}, tokens.astype(config.dtype), times, positions
+    )
 
 
 def velocity(params, hidden, *, config: ModelConfig):
@@ -115,8 +132,21 @@ def velocity(params, hidden, *, config: ModelConfig):
     return _latent(config).apply({"params": params["latent"]}, hidden, method="velocity")
 
 
-def forward(params, x, positions, limit, segment, *, config: ModelConfig, cache=None, offset=0, key_segment=None,
-            order=None, noised=None, latents: int = 0):
+def forward(
+    params,
+    x,
+    positions,
+    limit,
+    segment,
+    *,
+    config: ModelConfig,
+    cache=None,
+    offset=0,
+    key_segment=None,
+    order=None,
+    noised=None,
+    latents: int = 0,
+):
     """Decoder over embedded slots.
 
     Args:
@@ -129,12 +159,28 @@ def forward(params, x, positions, limit, segment, *, config: ModelConfig, cache=
     Returns:
       (hidden [B, T, D] after the final norm, cache).
     """
-    mask = attention.Mask(limit, segment, segment if cache is None else key_segment, order, noised, noised)
-    return _decoder(config, latents).apply({"params": params["llm"]}, x, positions, mask, cache, offset)
+    mask = attention.Mask(
+        limit, segment, segment if cache is None else key_segment, order, noised, noised
+    )
+    return _decoder(config, latents).apply(
+        {"params": params["llm"]}, x, positions, mask, cache, offset
+    )
 
 
-def attention_shares(params, x, positions, limit, segment, queries, keys, *, num_queries: int, num_keys: int,
-                     config: ModelConfig, scaled: bool = True):
+def attention_shares(
+    params,
+    x,
+    positions,
+    limit,
+    segment,
+    queries,
+    keys,
+    *,
+    num_queries: int,
+    num_keys: int,
+    config: ModelConfig,
+    scaled: bool = True,
+):
     """How much groups of slots attend to groups of slots in each layer, as `forward` over the same slots does it.
 
     Args:
@@ -146,14 +192,20 @@ def attention_shares(params, x, positions, limit, segment, queries, keys, *, num
       float32 [L, B, num_queries, num_keys]: attention weights averaged over heads, added up over both groups.
     """
     groups = attention.Groups(
-        jax.nn.one_hot(queries - 1, num_queries), jax.nn.one_hot(keys - 1, num_keys),
-        jnp.float32(config.llm.head_dim ** -0.5 if scaled else 1))
+        jax.nn.one_hot(queries - 1, num_queries),
+        jax.nn.one_hot(keys - 1, num_keys),
+        jnp.float32(config.llm.head_dim**-0.5 if scaled else 1),
+    )
     mask = attention.Mask(limit, segment, segment)
-    _, _, shares = _decoder(config).apply({"params": params["llm"]}, x, positions, mask, groups=groups)
+    _, _, shares = _decoder(config).apply(
+        {"params": params["llm"]}, x, positions, mask, groups=groups
+    )
     return shares
 
 
-def read(params, context, *, config: ModelConfig, cache=None, key_segment=None, latents=None, times=None):
+def read(
+    params, context, *, config: ModelConfig, cache=None, key_segment=None, latents=None, times=None
+):
     """`forward` over a whole context (with what it holds of latents): (hidden [B, T + G, D], cache).
 
     cache, key_segment: as in `forward`, with room for more than the context. latents, times: as in `embed`.
@@ -164,10 +216,22 @@ def read(params, context, *, config: ModelConfig, cache=None, key_segment=None, 
         extra = {}
     else:
         slots = x.shape[1] if cache is None else key_segment.shape[1]
-        extra = {"order": behind(found.order, slots), "noised": found.noised if cache is None else None,
-                 "latents": found.tokens.shape[1]}
-    return forward(params, x, context.positions, context.limit, context.segment, config=config, cache=cache,
-                   key_segment=key_segment, **extra)
+        extra = {
+            "order": behind(found.order, slots),
+            "noised": found.noised if cache is None else None,
+            "latents": found.tokens.shape[1],
+        }
+    return forward(
+        params,
+        x,
+        context.positions,
+        context.limit,
+        context.segment,
+        config=config,
+        cache=cache,
+        key_segment=key_segment,
+        **extra,
+    )
 
 
 def behind(order, slots: int):
@@ -191,7 +255,9 @@ def logits(params, hidden):
 
 def encode_pixels(params, pixels, *, config: ModelConfig):
     """Pixels float32 [N, H, W, 3] in [-1, 1] -> (mean, log-variance) of their latents, float32 [N, h, w, z] each."""
-    moments = _vae(config, vae.Encoder).apply({"params": params["vae"]["encoder"]}, pixels.astype(config.dtype))
+    moments = _vae(config, vae.Encoder).apply(
+        {"params": params["vae"]["encoder"]}, pixels.astype(config.dtype)
+    )
     return jnp.split(moments.astype(jnp.float32), 2, axis=-1)
 
 
@@ -199,4 +265,6 @@ def decode_latents(params, latents, *, config: ModelConfig):
     """Latents float32 [N, h, w, z] (scaled and shifted) -> pixels float32 [N, H, W, 3], about [-1, 1], not clipped."""
     c = config.generation.vae
     z = (latents / c.scale + c.shift).astype(config.dtype)
-    return _vae(config, vae.Decoder).apply({"params": params["vae"]["decoder"]}, z).astype(jnp.float32)
+    return (
+        _vae(config, vae.Decoder).apply({"params": params["vae"]["decoder"]}, z).astype(jnp.float32)
+    )

@@ -33,15 +33,22 @@ class LLMConfig:
             if self.hidden_size % self.num_heads:
                 raise ValueError(
                     f"model.llm.hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
-                    "set head_dim or change one of them")
+                    "set head_dim or change one of them"
+                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"model.llm.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"model.llm.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"model.llm.head_dim {self.head_dim} is odd: rotary positions turn pairs of values")
+            raise ValueError(
+                f"model.llm.head_dim {self.head_dim} is odd: rotary positions turn pairs of values"
+            )
         if self.hidden_size % 4:
-            raise ValueError(f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions "
-                             "needs")
+            raise ValueError(
+                f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of 2-D positions "
+                "needs"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +60,17 @@ class ViTConfig:
     num_heads: Annotated[int, "[1, inf)"]
     intermediate_size: Annotated[int, "[1, inf)"]
     patch_size: Annotated[int, "[1, inf)"] = 14
-    side: Annotated[int, "[1, inf)"] = 70  # patches a side of the position tables: patch id = row * side + column
+    side: Annotated[int, "[1, inf)"] = (
+        70  # patches a side of the position tables: patch id = row * side + column
+    )
     layer_norm_eps: Annotated[float, "(0, 1]"] = 1e-6
 
     def __post_init__(self):
         checks.fields(self, "model.vit")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"model.vit.hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}")
+            raise ValueError(
+                f"model.vit.hidden_size {self.hidden_size} is not divisible by its num_heads {self.num_heads}"
+            )
 
     @property
     def patch_dim(self) -> int:
@@ -84,11 +95,15 @@ class VAEConfig:
     def __post_init__(self):
         checks.fields(self, "model.generation")
         if not self.multipliers:
-            raise ValueError("model.generation.multipliers is empty: give the channels of at least one resolution")
+            raise ValueError(
+                "model.generation.multipliers is empty: give the channels of at least one resolution"
+            )
         for factor in self.multipliers:
             checks.number("model.generation.multipliers, of which one", factor, int, MULTIPLIER)
         if self.channels % 32:
-            raise ValueError(f"model.generation.channels is {self.channels}: group norms need a multiple of 32")
+            raise ValueError(
+                f"model.generation.channels is {self.channels}: group norms need a multiple of 32"
+            )
 
     @property
     def downsample(self) -> int:
@@ -137,9 +152,13 @@ class LoRAConfig:
     def __post_init__(self):
         checks.fields(self, "lora")
         if not self.targets:
-            raise ValueError(f"lora.targets is empty, so rank {self.rank} adapts nothing: name some of {LORA_TARGETS}")
+            raise ValueError(
+                f"lora.targets is empty, so rank {self.rank} adapts nothing: name some of {LORA_TARGETS}"
+            )
         if len({*self.targets} & {*LORA_TARGETS}) != len(self.targets):
-            raise ValueError(f"lora.targets is {self.targets}: choose from {LORA_TARGETS}, each once at most")
+            raise ValueError(
+                f"lora.targets is {self.targets}: choose from {LORA_TARGETS}, each once at most"
+            )
 
     @property
     def scale(self) -> float:

@@ -33,7 +33,7 @@ from opsd_jax import sharding
 
 # Large and finite: -inf less -inf would be NaN where a query has seen nothing yet.
 _HIDDEN = -1e30
-_FAR = 2 ** 30  # place of a key that nobody sees
+_FAR = 2**30  # place of a key that nobody sees
 
 
 class Plan(NamedTuple):
@@ -58,8 +58,17 @@ def block_size(slots: int) -> int:
     return min((512, 384, 256), key=lambda size: -(-slots // size) * size)
 
 
-def plan(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None, *, queries: int,
-         blocks: tuple[int, int] | None = None) -> Plan:
+def plan(
+    limit,
+    query_segment,
+    key_segment,
+    key_order=None,
+    query_noised=None,
+    key_noised=None,
+    *,
+    queries: int,
+    blocks: tuple[int, int] | None = None,
+) -> Plan:
     """The Plan of a mask.
 
     Args:
@@ -68,7 +77,9 @@ def plan(limit, query_segment, key_segment, key_order=None, query_noised=None, k
     """
     batch, slots = key_segment.shape
     size_q, size_s = blocks or (block_size(queries), block_size(slots))
-    fill = lambda x, size, value: jnp.pad(x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % size)), constant_values=value)
+    fill = lambda x, size, value: jnp.pad(
+        x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % size)), constant_values=value
+    )
     of_query = lambda x: fill(jnp.broadcast_to(x, (batch, queries)), size_q, 0)
     of_key = lambda x, value: fill(jnp.broadcast_to(x, (batch, slots)), size_s, value)
     if key_order is None:
@@ -89,8 +100,12 @@ def plan(limit, query_segment, key_segment, key_order=None, query_noised=None, k
     lowest = lambda x: jnp.min(jnp.where(x > 0, x, _FAR), axis=-1)
     needed = (nearest < furthest) & (lowest(seen)[:, None] <= jnp.max(seeing, axis=-1)[:, :, None])
     needed &= lowest(seeing)[:, :, None] <= jnp.max(seen, axis=-1)[:, None]
-    return Plan(jnp.stack(rows, axis=1), jnp.stack(columns, axis=2), _at_hand(needed),
-                _at_hand(jnp.swapaxes(needed, 1, 2)))
+    return Plan(
+        jnp.stack(rows, axis=1),
+        jnp.stack(columns, axis=2),
+        _at_hand(needed),
+        _at_hand(jnp.swapaxes(needed, 1, 2)),
+    )
 
 
 def _at_hand(needed):
@@ -123,6 +138,7 @@ def attend(q, k, v, plan: Plan, interpret: bool = False):
 # Arrays of a pass: q, out and their gradients [B, K, G, T, h], k and v [B, K, S, h], float32 rows of what is known of
 # each query [B, K, G, 1, T]: lse, the log of its sum of exponentials, and delta, out times its gradient.
 
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(interpret, q, k, v, plan):
     return _attend_forward(interpret, q, k, v, plan)[0]
@@ -130,9 +146,14 @@ def _attend(interpret, q, k, v, plan):
 
 def _attend_forward(interpret, q, k, v, plan):
     if not interpret:
-        q = only_on(q, platform="tpu", message=(
-            "model.attention is 'flash', a kernel for TPUs: on a CPU set 'dense' ('flash_interpret' runs the kernel "
-            "slowly, for tests), on a GPU 'dense' or 'cudnn'"))
+        q = only_on(
+            q,
+            platform="tpu",
+            message=(
+                "model.attention is 'flash', a kernel for TPUs: on a CPU set 'dense' ('flash_interpret' runs the kernel "
+                "slowly, for tests), on a GPU 'dense' or 'cudnn'"
+            ),
+        )
     out, lse = _each_its_own(_forward, interpret, plan.queries, plan.keys, plan.key_blocks, q, k, v)
     return out, (q, k, v, plan, out, lse)
 
@@ -141,8 +162,12 @@ def _attend_backward(interpret, kept, gradient):
     q, k, v, plan, out, lse = kept
     delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, :, :, None]
     rest = (q, k, v, gradient, lse, delta)
-    dq = _each_its_own(_backward_queries, interpret, plan.queries, plan.keys, plan.key_blocks, *rest)
-    dk, dv = _each_its_own(_backward_keys, interpret, plan.queries, plan.keys, plan.query_blocks, *rest)
+    dq = _each_its_own(
+        _backward_queries, interpret, plan.queries, plan.keys, plan.key_blocks, *rest
+    )
+    dk, dv = _each_its_own(
+        _backward_keys, interpret, plan.queries, plan.keys, plan.query_blocks, *rest
+    )
     return dq, dk, dv, None
 
 
@@ -160,7 +185,9 @@ def _scores(queries, keys, q, k):
 
 def _product(a, b, axis_a, axis_b):
     """Matrix product over the given axis of each, float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _forward_kernel(at_hand, queries, keys, q, k, v, out, lse, top, total, mixed, *, place):
@@ -175,7 +202,9 @@ def _forward_kernel(at_hand, queries, keys, q, k, v, out, lse, top, total, mixed
     @pl.when(computed)
     def _():
         scores, seen = _scores(queries, keys, q, k)
-        new = jnp.maximum(top[...], jnp.max(jnp.where(seen, scores, _HIDDEN), axis=0, keepdims=True))
+        new = jnp.maximum(
+            top[...], jnp.max(jnp.where(seen, scores, _HIDDEN), axis=0, keepdims=True)
+        )
         weights = jnp.where(seen, jnp.exp(scores - new), 0.0)
         shrink = jnp.exp(top[...] - new)
         top[...] = new
@@ -213,7 +242,9 @@ def _queries_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dq, t
         dq[...] = (total[...] * q.shape[-1] ** -0.5).astype(dq.dtype)
 
 
-def _keys_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dk, dv, total_k, total_v, *, place):
+def _keys_kernel(
+    at_hand, queries, keys, q, k, v, gradient, lse, delta, dk, dv, total_k, total_v, *, place
+):
     step, last, computed = place(at_hand)
 
     @pl.when(step == 0)
@@ -244,8 +275,14 @@ def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
     batch, kv, group, _, h = q.shape
     count_i, count_j = at_hand.shape[1:] if over_keys else at_hand.shape[:0:-1]
     size_q, size_s = queries.shape[2] // count_i, keys.shape[1] // count_j
-    grid = (batch, kv * group, count_i, count_j) if over_keys else (batch, kv, count_j, group * count_i)
-    wide = count_j if over_keys else count_i  # blocks that are stepped over, and the length of a row of `at_hand`
+    grid = (
+        (batch, kv * group, count_i, count_j)
+        if over_keys
+        else (batch, kv, count_j, group * count_i)
+    )
+    wide = (
+        count_j if over_keys else count_i
+    )  # blocks that are stepped over, and the length of a row of `at_hand`
 
     over, rest = jax.lax.div, jax.lax.rem  # nothing is negative: simpler code than that of // and %
 
@@ -273,16 +310,25 @@ def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
     key = spec((None, None, size_s, h), lambda b, n, g, i, j: (b, n, j, 0))
     row = spec((None, None, None, 1, size_q), lambda b, n, g, i, j: (b, n, g, 0, i))
     sizes = {"query": query, "key": key, "row": row}
-    memory = {"query": (size_q, h), "query_transposed": (h, size_q), "key": (size_s, h), "row": (1, size_q)}
+    memory = {
+        "query": (size_q, h),
+        "query_transposed": (h, size_q),
+        "key": (size_s, h),
+        "row": (1, size_q),
+    }
     found = pl.pallas_call(
         functools.partial(kernel, place=place),
         out_shape=[shape for _, shape in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid,
-            in_specs=[of_queries, of_keys, query, key, key, query, row, row][:len(inputs) - 1],
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[of_queries, of_keys, query, key, key, query, row, row][: len(inputs) - 1],
             out_specs=[sizes[name] for name, _ in outputs],
-            scratch_shapes=[pltpu.VMEM(memory[name], jnp.float32) for name in scratch]),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+            scratch_shapes=[pltpu.VMEM(memory[name], jnp.float32) for name in scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 + ("arbitrary",)
+        ),
         interpret=interpret,
     )(at_hand.reshape(-1), queries, keys, *inputs[3:])
     return found
@@ -297,25 +343,46 @@ def _row(q):
 
 
 def _forward(queries, keys, key_blocks, q, k, v, *, interpret):
-    return _call(_forward_kernel, (queries, keys, key_blocks, q, k, v), [("query", _shape(q)), ("row", _row(q))],
-                 ["row", "row", "query_transposed"], over_keys=True, interpret=interpret)
+    return _call(
+        _forward_kernel,
+        (queries, keys, key_blocks, q, k, v),
+        [("query", _shape(q)), ("row", _row(q))],
+        ["row", "row", "query_transposed"],
+        over_keys=True,
+        interpret=interpret,
+    )
 
 
 def _backward_queries(queries, keys, key_blocks, q, k, v, gradient, lse, delta, *, interpret):
-    return _call(_queries_kernel, (queries, keys, key_blocks, q, k, v, gradient, lse, delta), [("query", _shape(q))],
-                 ["query"], over_keys=True, interpret=interpret)[0]
+    return _call(
+        _queries_kernel,
+        (queries, keys, key_blocks, q, k, v, gradient, lse, delta),
+        [("query", _shape(q))],
+        ["query"],
+        over_keys=True,
+        interpret=interpret,
+    )[0]
 
 
 def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *, interpret):
-    return _call(_keys_kernel, (queries, keys, query_blocks, q, k, v, gradient, lse, delta),
-                 [("key", _shape(k)), ("key", _shape(v))], ["key", "key"], over_keys=False, interpret=interpret)
+    return _call(
+        _keys_kernel,
+        (queries, keys, query_blocks, q, k, v, gradient, lse, delta),
+        [("key", _shape(k)), ("key", _shape(v))],
+        ["key", "key"],
+        over_keys=False,
+        interpret=interpret,
+    )
 
 
 def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
     """A pass where the mesh of `sharding.known` has several devices: each computes its rows of the batch and its kv
     heads, and nothing is exchanged. XLA cannot cut a kernel; without a mesh it says so when it compiles for several
     devices. What a mesh axis does not divide is computed whole."""
-    function, inputs = functools.partial(function, interpret=interpret), (queries, keys, at_hand, q, *rest)
+    function, inputs = (
+        functools.partial(function, interpret=interpret),
+        (queries, keys, at_hand, q, *rest),
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*inputs)
@@ -328,6 +395,7 @@ def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
 
 
 # --- where it may run ------------------------------------------------------------------------------------------
+
 
 def only_on(x, *, platform: str, message: str):
     """x, not to be differentiated, unchanged; NotImplementedError(message) when lowered for another platform.

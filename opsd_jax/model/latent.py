@@ -31,19 +31,28 @@ class LatentPath(nn.Module):
 
     def setup(self):
         c, d, zeros = self.config, self.hidden_size, nn.initializers.zeros
-        for name, size, width in (("time_fc1", 2 * _FREQUENCIES, d), ("time_fc2", d, d), ("in", c.latent_dim, d),
-                                  ("out", d, c.latent_dim)):
+        for name, size, width in (
+            ("time_fc1", 2 * _FREQUENCIES, d),
+            ("time_fc2", d, d),
+            ("in", c.latent_dim, d),
+            ("out", d, c.latent_dim),
+        ):
             # official: the model starts with zero velocities
             init = zeros if name == "out" else _matrix
             setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", init, (size, width)))
             setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (width,)))
-        self.position_table = self.param("position_table", lambda *_: jnp.asarray(sincos_table(c.side, d)))
+        self.position_table = self.param(
+            "position_table", lambda *_: jnp.asarray(sincos_table(c.side, d))
+        )
 
     def __call__(self, tokens, times, positions):
         x = dense(tokens, self.in_kernel, self.in_bias)
         wave = sinusoid(times).astype(x.dtype)
-        time = dense(jax.nn.silu(dense(wave, self.time_fc1_kernel, self.time_fc1_bias)),
-                     self.time_fc2_kernel, self.time_fc2_bias)
+        time = dense(
+            jax.nn.silu(dense(wave, self.time_fc1_kernel, self.time_fc1_bias)),
+            self.time_fc2_kernel,
+            self.time_fc2_bias,
+        )
         return x + time + self.position_table[positions].astype(x.dtype)
 
     def velocity(self, hidden):

@@ -64,8 +64,16 @@ class Expert(nn.Module):
         if self.lora:
             for name in self.lora.targets:
                 width, out = getattr(self, f"{name}_kernel").shape
-                setattr(self, f"{name}_lora_a", self.param(f"{name}_lora_a", _matrix, (width, self.lora.rank)))
-                setattr(self, f"{name}_lora_b", self.param(f"{name}_lora_b", zeros, (self.lora.rank, out)))
+                setattr(
+                    self,
+                    f"{name}_lora_a",
+                    self.param(f"{name}_lora_a", _matrix, (width, self.lora.rank)),
+                )
+                setattr(
+                    self,
+                    f"{name}_lora_b",
+                    self.param(f"{name}_lora_b", zeros, (self.lora.rank, out)),
+                )
 
     def _dense(self, name, x, bias=None):
         """x [..., in] through the matrix `name` and the adapter beside it, if any."""
@@ -121,14 +129,21 @@ class Block(nn.Module):
         q, k, v = self._route("qkv", x)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         if cache is not None:
-            cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype),
-                                                        (layer, 0, offset, 0, 0))
-                     for name, new in (("k", k), ("v", v))}
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
-                    for name in ("k", "v"))
+            cache = {
+                name: jax.lax.dynamic_update_slice(
+                    cache[name], new[None].astype(cache[name].dtype), (layer, 0, offset, 0, 0)
+                )
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = (
+                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
+                for name in ("k", "v")
+            )
         attended = attention.attend(q, k, v, mask, self.config.query_block, self.config.attention)
         x = self._route("output", x, attended)
-        shares = None if record is None else attention.shares(q, k, *record, self.config.query_block)
+        shares = (
+            None if record is None else attention.shares(q, k, *record, self.config.query_block)
+        )
         return (sharding.rows(x), cache, layer + 1), shares
 
 
@@ -149,19 +164,28 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x, positions, mask, cache=None, offset=0, groups=None):
         c = self.config.llm
-        self.param("embed", nn.initializers.normal(c.hidden_size ** -0.5), (c.vocab_size, c.hidden_size))
+        self.param(
+            "embed", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
+        )
         self.param("head", _matrix, (c.hidden_size, c.vocab_size))
         if self.latents and not self.config.generation:
-            raise ValueError("latent slots need the generation expert: this model was built without (model.generation)")
+            raise ValueError(
+                "latent slots need the generation expert: this model was built without (model.generation)"
+            )
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
         record = None if groups is None else (mask, groups)
         mask = attention.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway
-        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                         in_axes=(nn.broadcast,) * 4, unroll=self.config.unroll)(
-            self.config, self.latents, name="layers")
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.num_layers,
+            in_axes=(nn.broadcast,) * 4,
+            unroll=self.config.unroll,
+        )(self.config, self.latents, name="layers")
         (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, mask, offset, record)
         cut = x.shape[1] - self.latents
         norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
@@ -169,5 +193,7 @@ class Decoder(nn.Module):
         if self.config.generation:
             norm_gen = self.param("norm_gen", nn.initializers.ones, (c.hidden_size,))
             if self.latents:
-                hidden = jnp.concatenate([hidden, rms_norm(x[:, cut:], norm_gen, c.rms_norm_eps)], axis=1)
+                hidden = jnp.concatenate(
+                    [hidden, rms_norm(x[:, cut:], norm_gen, c.rms_norm_eps)], axis=1
+                )
         return (hidden, cache) if groups is None else (hidden, cache, shares)

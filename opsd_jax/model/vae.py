@@ -34,8 +34,13 @@ class Conv(nn.Module):
 def convolve(x, kernel, bias, stride=1, pad=1):
     """x [N, H, W, C] * kernel [k, k, C, D] + bias [D] in the dtype of x."""
     pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
-    y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), pads,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     return y + bias.astype(x.dtype)
 
 
@@ -55,12 +60,17 @@ class _Layers(nn.Module):
     def conv(self, name, x, features, size=3):
         init = nn.initializers.lecun_normal()
         kernel = self.param(f"{name}_kernel", init, (size, size, x.shape[-1], features))
-        return convolve(x, kernel, self.param(f"{name}_bias", nn.initializers.zeros, (features,)), pad=size // 2)
+        return convolve(
+            x, kernel, self.param(f"{name}_bias", nn.initializers.zeros, (features,)), pad=size // 2
+        )
 
     def norm(self, name, x):
         width = (x.shape[-1],)
-        return group_norm(x, self.param(f"{name}_scale", nn.initializers.ones, width),
-                          self.param(f"{name}_bias", nn.initializers.zeros, width))
+        return group_norm(
+            x,
+            self.param(f"{name}_scale", nn.initializers.ones, width),
+            self.param(f"{name}_bias", nn.initializers.zeros, width),
+        )
 
 
 class ResBlock(_Layers):
@@ -107,7 +117,9 @@ class Encoder(_Layers):
             for block in range(c.num_res_blocks):
                 x = ResBlock(c.channels * multiplier, name=f"down_{level}_block_{block}")(x)
             if level < last:  # one row below and one column to the right, then every second pixel
-                x = Conv(x.shape[-1], stride=2, pad=((0, 1), (0, 1)), name=f"down_{level}_downsample")(x)
+                x = Conv(
+                    x.shape[-1], stride=2, pad=((0, 1), (0, 1)), name=f"down_{level}_downsample"
+                )(x)
         x = _middle(x, self.query_block)
         return self.conv("conv_out", jax.nn.silu(self.norm("norm_out", x)), 2 * c.z_channels)
 

@@ -22,7 +22,9 @@ from opsd_jax.tasks.row import Row
 FAMILIES = {"maze": maze, "jigsaw": jigsaw, "search": search, "chart": chart}
 BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}  # of 10
 
-_MAX_REJECTIONS = 10_000  # in a row. A split that is not exhausted accepts at least every tenth draw or so.
+_MAX_REJECTIONS = (
+    10_000  # in a row. A split that is not exhausted accepts at least every tenth draw or so.
+)
 
 
 def generate(
@@ -54,7 +56,9 @@ def generate(
 
 def score(metadata: dict, answer: str | None) -> bool:
     """Whether the answer (text between the tags; None if there was none) solves this metadata's problem."""
-    return _known(FAMILIES, metadata.get("family"), "family in the metadata").score(metadata, answer)
+    return _known(FAMILIES, metadata.get("family"), "family in the metadata").score(
+        metadata, answer
+    )
 
 
 def judge(metadata: dict, taught: str, text: str) -> tuple[str | None, bool]:
@@ -86,7 +90,11 @@ def fault(metadata: dict, taught: str) -> str | None:
         return f"metadata has family {family!r}, and no rule scores it: choose from {', '.join(FAMILIES)}, or rename the key"
     if reason := FAMILIES[family].fault(metadata):
         return f"metadata {reason}"
-    return None if score(metadata, reference) else f"answer {reference!r} is wrong by the row's metadata"
+    return (
+        None
+        if score(metadata, reference)
+        else f"answer {reference!r} is wrong by the row's metadata"
+    )
 
 
 def is_blank(text: str) -> bool:

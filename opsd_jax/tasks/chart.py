@@ -20,7 +20,10 @@ KINDS = {  # kind -> (rank from the highest bar, words of the question)
     "lowest": (-1, "lowest"),
 }
 WORDS = (
-    *"Height of the bar look".split(), *KINDS, *COLOR_NAMES, *(f"n{height}" for height in range(1, 13)),
+    *"Height of the bar look".split(),
+    *KINDS,
+    *COLOR_NAMES,
+    *(f"n{height}" for height in range(1, 13)),
 )
 
 # `grid` is also the number of bars.
@@ -79,7 +82,11 @@ def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
 
 def fault(metadata: dict) -> str | None:
     """What `score` lacks in the metadata; None if nothing."""
-    return None if isinstance(metadata.get("answer"), str) else f"has no text 'answer', only {metadata.get('answer')!r}"
+    return (
+        None
+        if isinstance(metadata.get("answer"), str)
+        else f"has no text 'answer', only {metadata.get('answer')!r}"
+    )
 
 
 def score(metadata: dict, answer: str | None) -> bool:

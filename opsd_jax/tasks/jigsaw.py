@@ -44,7 +44,9 @@ def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
             f"grid * cell = {side} that both numbers divide"
         )
     if not 0 < 2 * frame < side // max(rows, columns):
-        raise ValueError(f"jigsaw frame={frame} must be at least 1 and leave room inside the pieces")
+        raise ValueError(
+            f"jigsaw frame={frame} must be at least 1 and leave room inside the pieces"
+        )
     while True:
         colors = rng.integers(_LEVELS, size=(5, 3))  # four corners and the disk
         disk = rng.integers((3, 3, 2), (6, 6, 4))  # y, x and radius in eighths of the side
@@ -75,7 +77,11 @@ def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
 
 def fault(metadata: dict) -> str | None:
     """What `score` lacks in the metadata; None if nothing."""
-    return None if isinstance(metadata.get("answer"), str) else f"has no text 'answer', only {metadata.get('answer')!r}"
+    return (
+        None
+        if isinstance(metadata.get("answer"), str)
+        else f"has no text 'answer', only {metadata.get('answer')!r}"
+    )
 
 
 def score(metadata: dict, answer: str | None) -> bool:
@@ -98,4 +104,6 @@ def _paint(colors: np.ndarray, disk: np.ndarray, side: int) -> np.ndarray:
 def _cut(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """[H, W, 3] -> [rows * columns, H / rows, W / columns, 3], the reverse of `assemble`."""
     height, width = image.shape[0] // rows, image.shape[1] // columns
-    return image.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
+    return (
+        image.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)
+    )

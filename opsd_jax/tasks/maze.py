@@ -26,7 +26,12 @@ WORDS = (
 # validation and test, where none comes twice, hold 14 and 20 of them and are four-by-four otherwise, while a
 # train split of 4,000 holds 30 %. Report accuracy by size (the length of metadata["map"]) where it matters.
 _DEFAULT = {
-    "grid": 4, "cell": 8, "sizes": (3, 4), "hole_probability": 0.3, "min_moves": 3, "max_moves": 8,
+    "grid": 4,
+    "cell": 8,
+    "sizes": (3, 4),
+    "hole_probability": 0.3,
+    "min_moves": 3,
+    "max_moves": 8,
 }
 DIFFICULTY = {
     "easy": _DEFAULT | {"min_moves": 2, "max_moves": 4},
@@ -51,7 +56,9 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
     for _ in range(10_000):
         size = int(rng.choice(sizes))
         lake = np.where(rng.random((size, size)) < hole_probability, _HOLE, _ICE).astype(np.uint8)
-        start, goal = (divmod(int(flat), size) for flat in rng.choice(size * size, 2, replace=False))
+        start, goal = (
+            divmod(int(flat), size) for flat in rng.choice(size * size, 2, replace=False)
+        )
         lake[start], lake[goal] = _START, _GOAL
         distance = _distances(lake, goal)
         if min_moves <= distance.get(start, -1) <= max_moves:
@@ -69,12 +76,18 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
     codes[top : top + size, left : left + size] = lake
     image = assemble(_tiles(cell)[codes])
     names = [cell_name(*position) for position in cells]
-    holes = [cell_name(int(row) + top, int(column) + left) for row, column in zip(*np.nonzero(lake == _HOLE))]
+    holes = [
+        cell_name(int(row) + top, int(column) + left)
+        for row, column in zip(*np.nonzero(lake == _HOLE))
+    ]
     return _canonical(lake), {
         "question": "Find a safe path.",
         "answer": " ".join(moves),
         "problem_image": image,
-        "thoughts": (f"start {names[0]} goal {names[-1]} holes {' '.join(holes) or 'none'}", "path " + " ".join(names)),
+        "thoughts": (
+            f"start {names[0]} goal {names[-1]} holes {' '.join(holes) or 'none'}",
+            "path " + " ".join(names),
+        ),
         "visual_thoughts": (_draw_path(image, cells, cell),),
         "metadata": {"map": ["".join(_LETTERS[row]) for row in lake], "moves": len(moves)},
     }
@@ -83,9 +96,15 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
 def fault(metadata: dict) -> str | None:
     """What `score` lacks in the metadata; None if nothing."""
     lake = metadata.get("map")
-    if not isinstance(lake, list) or not all(isinstance(line, str) and len(line) == len(lake) for line in lake):
+    if not isinstance(lake, list) or not all(
+        isinstance(line, str) and len(line) == len(lake) for line in lake
+    ):
         return f"has no 'map' of n lines with n letters each, but {lake!r}"
-    absent = [what for letter, what in (("S", "start S"), ("G", "goal G")) if not any(letter in line for line in lake)]
+    absent = [
+        what
+        for letter, what in (("S", "start S"), ("G", "goal G"))
+        if not any(letter in line for line in lake)
+    ]
     return f"has a 'map' without {' and '.join(absent)}: {lake!r}" if absent else None
 
 
@@ -110,8 +129,12 @@ def _canonical(lake: np.ndarray) -> bytes:
 
 def _distances(lake: np.ndarray, goal: tuple[int, int]) -> dict[tuple[int, int], int]:
     """Moves to the goal from every cell that can reach it (breadth first)."""
-    unseen = {(row, column) for row, line in enumerate(lake.tolist())
-              for column, code in enumerate(line) if code != _HOLE} - {goal}
+    unseen = {
+        (row, column)
+        for row, line in enumerate(lake.tolist())
+        for column, code in enumerate(line)
+        if code != _HOLE
+    } - {goal}
     distance = {goal: 0}
     frontier = [goal]
     for row, column in frontier:  # grows while we walk it
@@ -129,8 +152,11 @@ def _shortest_path(rng, distance, start):
     moves, path = [], [start]
     while distance[path[-1]]:
         row, column = path[-1]
-        steps = [(move, (row + down, column + right)) for move, (down, right) in MOVES.items()
-                 if distance.get((row + down, column + right)) == distance[row, column] - 1]
+        steps = [
+            (move, (row + down, column + right))
+            for move, (down, right) in MOVES.items()
+            if distance.get((row + down, column + right)) == distance[row, column] - 1
+        ]
         move, position = steps[int(rng.integers(len(steps)))]
         moves.append(move)
         path.append(position)
@@ -157,6 +183,8 @@ def _draw_path(image: np.ndarray, cells: list[tuple[int, int]], cell: int) -> np
     half_width = max(1, cell // 8)
     middles = np.array(cells) * cell + cell // 2
     corners = np.sort([middles[:-1], middles[1:]], axis=0)  # [2, step, (y, x)]
-    for (top, left), (bottom, right) in zip(corners[0] - half_width, corners[1] + half_width, strict=True):
+    for (top, left), (bottom, right) in zip(
+        corners[0] - half_width, corners[1] + half_width, strict=True
+    ):
         image[top:bottom, left:right] = (230, 20, 20)
     return image

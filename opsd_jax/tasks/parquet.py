@@ -48,7 +48,9 @@ def write(
     folder = pathlib.Path(directory) / first.task / "data"
     existing = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if existing and not overwrite:
-        raise FileExistsError(f"{existing[0]} exists; choose another directory or pass overwrite=True")
+        raise FileExistsError(
+            f"{existing[0]} exists; choose another directory or pass overwrite=True"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     unfinished = []
@@ -58,8 +60,10 @@ def write(
             pq.write_table(_table(shard, first.task), unfinished[-1], row_group_size=256)
         for path in existing:  # a shard of an older, longer set must not stay among the new ones
             path.unlink()
-        paths = [folder / f"{split}-{index:05d}-of-{len(unfinished):05d}.parquet"
-                 for index in range(len(unfinished))]
+        paths = [
+            folder / f"{split}-{index:05d}-of-{len(unfinished):05d}.parquet"
+            for index in range(len(unfinished))
+        ]
         for path, final in zip(unfinished, paths, strict=True):
             os.replace(path, final)
         return paths
@@ -90,7 +94,9 @@ def make_mini(
     paths.check_given("target", target)
     target = pathlib.Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty folder; remove it or choose another target")
+        raise FileExistsError(
+            f"{target} is not an empty folder; remove it or choose another target"
+        )
     unfinished = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -109,40 +115,49 @@ def _table(rows: list[Row], task: str):
     import pyarrow as pa
 
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
-    schema = pa.schema({
-        "pid": text,
-        "question": text,
-        "answer": text,
-        "problem_image_0": image,
-        "resoning_thought_0": text,
-        "reasoning_image_0": image,
-        "resoning_thought_1": text,
-        "task": text,
-        "full_text_only_thought": text,
-        "metadata": text,
-    })
+    schema = pa.schema(
+        {
+            "pid": text,
+            "question": text,
+            "answer": text,
+            "problem_image_0": image,
+            "resoning_thought_0": text,
+            "reasoning_image_0": image,
+            "resoning_thought_1": text,
+            "task": text,
+            "full_text_only_thought": text,
+            "metadata": text,
+        }
+    )
     records = []
     problem, thought = "problem_image_0", "reasoning_image_0"
     for row in rows:
         if row.task != task:
-            raise ValueError(f"row {row.pid} is of task {row.task}, others of {task}; write each task apart")
+            raise ValueError(
+                f"row {row.pid} is of task {row.task}, others of {task}; write each task apart"
+            )
         if (len(row.thoughts), len(row.visual_thoughts)) != (2, 1):
             raise ValueError(
                 f"row {row.pid} has {len(row.thoughts)} thoughts and {len(row.visual_thoughts)} visual "
                 "thoughts; the released schema holds 2 and 1"
             )
-        records.append({
-            "pid": row.pid,
-            "question": row.question,
-            "answer": row.answer,
-            problem: {"bytes": _png(row.problem_image), "path": f"{row.pid}_{problem}.png"},
-            "resoning_thought_0": row.thoughts[0],
-            thought: {"bytes": _png(row.visual_thoughts[0]), "path": f"{row.pid}_{thought}.png"},
-            "resoning_thought_1": row.thoughts[1],
-            "task": row.task,
-            "full_text_only_thought": row.full_text_only_thought,
-            "metadata": json.dumps(row.metadata),
-        })
+        records.append(
+            {
+                "pid": row.pid,
+                "question": row.question,
+                "answer": row.answer,
+                problem: {"bytes": _png(row.problem_image), "path": f"{row.pid}_{problem}.png"},
+                "resoning_thought_0": row.thoughts[0],
+                thought: {
+                    "bytes": _png(row.visual_thoughts[0]),
+                    "path": f"{row.pid}_{thought}.png",
+                },
+                "resoning_thought_1": row.thoughts[1],
+                "task": row.task,
+                "full_text_only_thought": row.full_text_only_thought,
+                "metadata": json.dumps(row.metadata),
+            }
+        )
     return pa.Table.from_pylist(records, schema=schema)
 
 

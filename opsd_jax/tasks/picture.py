@@ -7,7 +7,12 @@ from collections.abc import Iterable
 from opsd_jax import files
 from opsd_jax.tasks.row import Row
 
-_SCALE, _GAP, _LINE, _LETTER = 4, 12, 13, 6  # enlargement; pixels between pictures, of a line, of a letter
+_SCALE, _GAP, _LINE, _LETTER = (
+    4,
+    12,
+    13,
+    6,
+)  # enlargement; pixels between pictures, of a line, of a letter
 
 
 def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4) -> None:
@@ -17,7 +22,9 @@ def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4
     entries = []
     for row in rows:
         pictures = [Image.fromarray(image) for image in (row.problem_image, *row.visual_thoughts)]
-        pictures = [ImageOps.scale(picture, _SCALE, Image.Resampling.NEAREST) for picture in pictures]
+        pictures = [
+            ImageOps.scale(picture, _SCALE, Image.Resampling.NEAREST) for picture in pictures
+        ]
         width = sum(p.width + _GAP for p in pictures)
         texts = [f"{row.pid}: {row.question}", *row.thoughts, f"answer: {row.answer}"]
         lines = [line for text in texts for line in textwrap.wrap(text, width // _LETTER)]
@@ -35,7 +42,9 @@ def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4
     for index, (pictures, lines, _) in enumerate(entries):
         left, top = index % columns * width + _GAP, index // columns * height + _GAP
         for number, line in enumerate(lines):
-            draw.text((left, top + pictures_height - _GAP // 2 + number * _LINE), line, "white", font)
+            draw.text(
+                (left, top + pictures_height - _GAP // 2 + number * _LINE), line, "white", font
+            )
         for picture in pictures:
             sheet.paste(picture, (left, top))
             left += picture.width + _GAP

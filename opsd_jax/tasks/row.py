@@ -18,7 +18,9 @@ class Row:
     answer: str  # the gold answer; `tasks.score` may accept others as well
     problem_image: np.ndarray  # uint8[H, W, 3]
     thoughts: tuple[str, ...]  # one more than there are visual thoughts
-    visual_thoughts: tuple[np.ndarray, ...]  # uint8[H, W, 3] each: pictures of the intermediate step
+    visual_thoughts: tuple[
+        np.ndarray, ...
+    ]  # uint8[H, W, 3] each: pictures of the intermediate step
     task: str  # name of the task in the released data: "Spatial_Navigation"
     full_text_only_thought: str  # the reasoning for a trace without pictures
     metadata: dict  # JSON-able: "family" and what scoring needs

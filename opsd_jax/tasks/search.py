@@ -23,7 +23,10 @@ RELATIONS = {  # relation -> (step to the target, words of the question)
     "below": ((1, 0), "below"),
 }
 WORDS = (
-    *"color of find target".split(), *RELATIONS, *COLOR_NAMES, *SHAPE_NAMES,
+    *"color of find target".split(),
+    *RELATIONS,
+    *COLOR_NAMES,
+    *SHAPE_NAMES,
     *(cell_name(row, column) for row in range(5) for column in range(5)),
 )
 
@@ -45,7 +48,9 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
     Raises ValueError when the settings allow no scene.
     """
     if not 2 <= objects <= grid * grid:
-        raise ValueError(f"search objects={objects} must lie between 2 and grid * grid = {grid * grid}")
+        raise ValueError(
+            f"search objects={objects} must lie between 2 and grid * grid = {grid * grid}"
+        )
     if not relations or not set(relations) <= RELATIONS.keys():
         raise ValueError(f"search relations {tuple(relations)} must be some of {tuple(RELATIONS)}")
     for _ in range(10_000):
@@ -62,7 +67,10 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
             f"relations={tuple(relations)}; change the number of objects or allow more relations"
         )
     anchor, relation, target = questions[rng.integers(len(questions))]
-    (anchor_color, anchor_shape), (color, shape) = _KINDS[codes[anchor] - 1], _KINDS[codes[target] - 1]
+    (anchor_color, anchor_shape), (color, shape) = (
+        _KINDS[codes[anchor] - 1],
+        _KINDS[codes[target] - 1],
+    )
 
     tiles = _tiles(cell)[codes]
     image = assemble(tiles)
@@ -82,7 +90,11 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
 
 def fault(metadata: dict) -> str | None:
     """What `score` lacks in the metadata; None if nothing."""
-    return None if isinstance(metadata.get("answer"), str) else f"has no text 'answer', only {metadata.get('answer')!r}"
+    return (
+        None
+        if isinstance(metadata.get("answer"), str)
+        else f"has no text 'answer', only {metadata.get('answer')!r}"
+    )
 
 
 def score(metadata: dict, answer: str | None) -> bool:
@@ -95,8 +107,12 @@ _KINDS = tuple((color, shape) for color in COLOR_NAMES for shape in SHAPE_NAMES)
 
 def _questions(codes: np.ndarray, relations) -> list[tuple[tuple[int, int], str, tuple[int, int]]]:
     """All (anchor, relation, target) of a scene where the anchor is one of a kind and the target is there."""
-    at = {(row, column): code for row, line in enumerate(codes.tolist())
-          for column, code in enumerate(line) if code}
+    at = {
+        (row, column): code
+        for row, line in enumerate(codes.tolist())
+        for column, code in enumerate(line)
+        if code
+    }
     kinds = list(at.values())
     found = []
     for (row, column), code in at.items():
@@ -113,5 +129,7 @@ def _questions(codes: np.ndarray, relations) -> list[tuple[tuple[int, int], str,
 def _tiles(cell: int) -> np.ndarray:
     """uint8[code, cell, cell, 3]: the empty cell, then every shape in every colour."""
     masks = shape_masks(cell)[None, ..., None]  # [1, shape, cell, cell, 1]
-    objects = np.where(masks, PALETTE[:, None, None, None], np.uint8(245)).reshape(-1, cell, cell, 3)
+    objects = np.where(masks, PALETTE[:, None, None, None], np.uint8(245)).reshape(
+        -1, cell, cell, 3
+    )
     return np.concatenate([np.full((1, cell, cell, 3), 245, np.uint8), objects])

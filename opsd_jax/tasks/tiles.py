@@ -39,14 +39,16 @@ def shape_masks(cell: int) -> np.ndarray:
     """bool[shape, cell, cell]: the pixels of each of SHAPE_NAMES."""
     y, x = cell_axes(cell)
     radius2 = y * y + x * x
-    return np.stack([
-        radius2 <= 0.38**2,
-        (abs(y) < 0.33) & (abs(x) < 0.33),
-        (abs(y) < 0.4) & (abs(x) < (y + 0.4) / 2),
-        ((abs(y) < 0.13) & (abs(x) < 0.4)) | ((abs(x) < 0.13) & (abs(y) < 0.4)),
-        (abs(y) < 0.2) & (abs(x) < 0.4),
-        (radius2 <= 0.44**2) & (radius2 >= 0.25**2),
-    ])
+    return np.stack(
+        [
+            radius2 <= 0.38**2,
+            (abs(y) < 0.33) & (abs(x) < 0.33),
+            (abs(y) < 0.4) & (abs(x) < (y + 0.4) / 2),
+            ((abs(y) < 0.13) & (abs(x) < 0.4)) | ((abs(x) < 0.13) & (abs(y) < 0.4)),
+            (abs(y) < 0.2) & (abs(x) < 0.4),
+            (radius2 <= 0.44**2) & (radius2 >= 0.25**2),
+        ]
+    )
 
 
 def assemble(tiles: np.ndarray) -> np.ndarray:

@@ -16,7 +16,13 @@ from collections.abc import Iterable
 from opsd_jax.tasks import FAMILIES
 
 TAGS = ("<think>", "</think>", "<image_start>", "<image_end>", "<answer>", "</answer>")
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+)
 
 # Around the visual thoughts in the teacher's context, where the released prompts take whole sentences.
 INTRO = "reference"
@@ -32,7 +38,10 @@ def words(families: Iterable[str] = tuple(FAMILIES)) -> list[str]:
 
 
 def build_tokenizer(
-    directory: str | os.PathLike, families: Iterable[str] = tuple(FAMILIES), *, overwrite: bool = False
+    directory: str | os.PathLike,
+    families: Iterable[str] = tuple(FAMILIES),
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Writes a Hugging Face tokenizer folder that `AutoTokenizer.from_pretrained(directory)` loads.
 
@@ -42,26 +51,34 @@ def build_tokenizer(
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of missing PyTorch, which nothing here needs
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns of missing PyTorch, which nothing here needs
     from transformers import PreTrainedTokenizerFast
 
     directory = pathlib.Path(directory)
     if (directory / "tokenizer.json").exists() and not overwrite:
-        raise FileExistsError(f"{directory} holds a tokenizer; choose another folder or pass overwrite=True")
+        raise FileExistsError(
+            f"{directory} holds a tokenizer; choose another folder or pass overwrite=True"
+        )
 
     # The byte-level alphabet writes a space as "Ġ"; the other characters of our words stand for themselves.
     spelled = [form for word in words(families) for form in (word, "Ġ" + word)]
     entries = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *TAGS, *spelled])
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PRE_TOKENS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PRE_TOKENS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
         clean_up_tokenization_spaces=False,
     )
     directory.mkdir(parents=True, exist_ok=True)
