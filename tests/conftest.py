@@ -21,10 +21,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: takes more than a few seconds; leave out with -m 'not slow'"
-    )
-    config.addinivalue_line("markers", "long: takes minutes; runs only with -m long")
     folder = config.getoption("--goldens")
     if not os.path.isdir(folder):
         raise pytest.UsageError(f"--goldens={folder} is not a folder")

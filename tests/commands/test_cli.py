@@ -10,7 +10,7 @@ import pytest
 
 from opsd_jax import cli
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "opsd_jax"
+PACKAGE = pathlib.Path(__file__).parents[2] / "opsd_jax"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])

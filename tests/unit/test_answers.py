@@ -15,7 +15,7 @@ from PIL import Image
 from opsd_jax import answers, benchmarks, checkpoint, distill, generate
 from opsd_jax import eval as eval_lib
 
-TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
+TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
 
 
 def bench(name, size=5):

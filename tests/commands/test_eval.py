@@ -29,7 +29,7 @@ from opsd_jax import (
 from opsd_jax.datasets import plan, visual_opsd
 
 LAST = f"{small_run.LAST:06d}"
-TABLES = pathlib.Path(__file__).parent / "scoring" / "tsv"
+TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import pathlib
 import textwrap
 import threading
 import time
@@ -27,7 +28,7 @@ from opsd_jax.checkpoint import (
     ConfigMismatch,
 )
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(pathlib.Path(__file__).parents[2])
 
 
 def make_state(seed=0, width=4):

@@ -2,7 +2,7 @@
 
 import io
 import json
-import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -581,7 +581,7 @@ def test_importing_it_is_cheap():
         "import sys, opsd_jax.metrics, opsd_jax.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
         "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(pathlib.Path(__file__).parents[2])
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

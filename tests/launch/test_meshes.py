@@ -170,7 +170,7 @@ def results_of(meshes, folder):
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(here.parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, here.parents[1:3])),
     }
     command = [sys.executable, here, folder, *map(name_of, meshes)]
     child = subprocess.run(command, env=env, capture_output=True, text=True)

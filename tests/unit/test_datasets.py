@@ -21,7 +21,7 @@ from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
 from opsd_jax.datasets.visual_opsd import BadRow, BadSource, ParquetSource, open_source, prepare
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def picture(

@@ -21,7 +21,7 @@ import yaml
 
 from opsd_jax import distributed
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SLICES = sorted(path.parent.name for path in LAUNCH.glob("gke/*/kustomization.yaml"))

@@ -1,6 +1,7 @@
 """Two commands into the same folder: the second is told who writes there."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 from opsd_jax import convert, data, locks, redraw, settings
 from opsd_jax.datasets import visual_opsd
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(pathlib.Path(__file__).parents[2])
 HOLD = """
 import sys, time
 from opsd_jax import locks

@@ -122,9 +122,9 @@ def two(data_dir, tmp_path_factory):
     env |= {
         "DEVICES": str(DEVICES),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(here.parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, here.parents[1:3])),
     }
-    launcher = here.parents[1] / "launch" / "local_multiprocess.sh"
+    launcher = here.parents[2] / "launch" / "local_multiprocess.sh"
     command = ["bash", launcher, str(COUNT), "--", sys.executable, here, folder, data_dir]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -178,7 +178,7 @@ def test_two_processes_compute_what_one_does(two, one, sizes):
 
 def module(name, *arguments, processes=1):
     """Runs `python -m opsd_jax.<name>` as one process with one device or as several with four each."""
-    here = pathlib.Path(__file__).resolve().parents[1]
+    here = pathlib.Path(__file__).resolve().parents[2]
     env = {
         key: value
         for key, value in os.environ.items()

@@ -314,9 +314,10 @@ def test_mesh(tmp_path):
 
 def child(what, folder):
     flags = {"mesh": "--xla_force_host_platform_device_count=4"}.get(what, "")
+    path = os.pathsep.join(map(str, pathlib.Path(__file__).resolve().parents[1:3]))
     found = subprocess.run(
         [sys.executable, __file__, what, str(folder)],
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=600,
