@@ -89,7 +89,7 @@ def measured(call, repeats: int) -> dict:
 # --- inputs ----------------------------------------------------------------------------------------------------
 
 
-def contexts(batch: int, model) -> distill.Batch:
+def contexts(batch: int, model) -> context.Batch:
     """Batch of `batch` random rows, as long as they need."""
     rng = np.random.default_rng(0)
     image = lambda: context.Image(
@@ -105,7 +105,7 @@ def contexts(batch: int, model) -> distill.Batch:
 
     student = [[image(), text(32)] for _ in range(batch)]
     teacher = [[*row, text(40), image(), image(), text(24)] for row in student]
-    return jax.device_put(distill.Batch(packed(student), packed(teacher)))
+    return jax.device_put(context.Batch(packed(student), packed(teacher)))
 
 
 def trajectory(batch: int, tokens: int, model) -> rollout.Trajectory:

@@ -431,6 +431,51 @@ def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervis
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The contexts of the same B examples as both roles see them.
+
+    student: Context [B, T], question and problem image.
+    teacher: Context [B, T'], the same followed by the privileged content.
+    """
+
+    student: Context
+    teacher: Context
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pixels", "sizes"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class PaddedImages:
+    """The images of B examples as the autoencoder sees them: the problem image, then the visual thoughts.
+
+    pixels: uint8 [B, M, H, W, 3], M images per example, each in the upper left corner.
+    sizes: int32 [B, M, 2], height and width of each image; 0 where there is none.
+    """
+
+    pixels: jax.Array
+    sizes: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["traces", "images"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class GenerationBatch:
+    """Traces that train image generation.
+
+    traces: Supervised [B, T], whose contexts hold latents.
+    images: PaddedImages [B, M, H, W, 3], which these latents are encoded from (`flow.with_latents`).
+    """
+
+    traces: Supervised
+    images: PaddedImages
+
+
+@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["tokens", "labels", "mask"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)

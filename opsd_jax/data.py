@@ -32,11 +32,10 @@ from opsd_jax import (
     tasks,
 )
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.context import Image
+from opsd_jax.context import Batch, GenerationBatch, Image, PaddedImages
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
 from opsd_jax.datasets.visual_opsd import Example
-from opsd_jax.distill import Batch, Drawn, Pictures
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -425,7 +424,7 @@ class Packer:
             blocks.append(block)
         return blocks
 
-    def pictures(self, rows, bucket: int = -1) -> Pictures:
+    def pictures(self, rows, bucket: int = -1) -> PaddedImages:
         """The pictures of rows for the autoencoder; None stands for a row without. TooLong where one does not fit."""
         _, count, height, width = self.buckets.drawn[bucket]
         pixels = np.zeros((len(rows), count, height, width, 3), np.uint8)
@@ -440,7 +439,7 @@ class Packer:
             for m, picture in enumerate(shown):
                 pixels[r, m, : picture.shape[0], : picture.shape[1]] = picture
                 sizes[r, m] = picture.shape[:2]
-        return Pictures(pixels, sizes)
+        return PaddedImages(pixels, sizes)
 
     def reference(self, row: Prepared) -> np.ndarray:
         """Ids of the row's text-only trace with its answer."""
@@ -618,7 +617,7 @@ class Batches:
             self.packer.teacher(rows, partners, mode, rngs, bucket),
         ), rows
 
-    def traces(self, step: int) -> tuple[context_lib.Supervised | Drawn, list[Prepared]]:
+    def traces(self, step: int) -> tuple[context_lib.Supervised | GenerationBatch, list[Prepared]]:
         """Supervised traces in the layouts of the stage's mix, with their pictures where it draws."""
         bucket, pairs = self.plan(step)
         layouts = mixture(self.config[self.stage].mix, len(pairs))
@@ -630,9 +629,9 @@ class Batches:
         if not settings.draws(self.config, self.stage):
             return traces, rows
         shown = [row if layout == "drawn" else None for row, layout in zip(rows, layouts)]
-        return Drawn(traces, self.packer.pictures(shown, bucket)), rows
+        return GenerationBatch(traces, self.packer.pictures(shown, bucket)), rows
 
-    def pictures(self, step: int) -> tuple[Pictures, list[Prepared]]:
+    def pictures(self, step: int) -> tuple[PaddedImages, list[Prepared]]:
         """All pictures of the batch's rows."""
         bucket, pairs = self.plan(step)
         rows = [self.rows(*pairs[n]) for n in self._share]

@@ -10,137 +10,18 @@ scripts/visual_opsd/train_visual_opsd.py. Letters: B batch rows, N + 1 completio
 
 import dataclasses
 import functools
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from opsd_jax import context as context_lib
-from opsd_jax import checks, divergence, flow, params as params_lib, rollout, sharding
+from opsd_jax import divergence, flow, params as params_lib, rollout, sharding
+from opsd_jax.context import Batch, GenerationBatch, PaddedImages
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.method_config import DistillConfig, OptimConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
-
-TEACHERS = ("ema", "self", "fixed")
-TRAINS = ("text", "drawing", "autoencoder")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, its schedule and clipping; defaults are the paper's (App. C).
-
-    schedule: "cosine" (linear warm-up from 0, cosine to min_lr) or "constant". The first step has lr 0, as
-    officially: it fills the moments and changes nothing.
-    """
-
-    lr: Annotated[float, "[0, 1]"] = 1e-5
-    min_lr: Annotated[float, "[0, 1]"] = 1e-7
-    warmup_steps: Annotated[int, "[0, inf)"] = 200
-    total_steps: Annotated[int, "[1, inf)"] = 1000
-    schedule: str = "cosine"
-    b1: Annotated[float, "[0, 1)"] = 0.9
-    b2: Annotated[float, "[0, 1)"] = 0.95
-    eps: Annotated[float, "[1e-30, 1]"] = 1e-15  # less is 0 in float32, where 0 / 0 follows
-    weight_decay: Annotated[float, "[0, 1]"] = 0.0
-    max_grad_norm: Annotated[float, "[0, inf)"] = 1.0
-
-    def __post_init__(self):
-        checks.fields(self, "optim")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"optim.schedule is {self.schedule!r}: use 'cosine' or 'constant'")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """One training stage, static.
-
-    teacher: "ema" (official default), "self" (the live weights: one pytree), "fixed" (the initial weights).
-    reduction: "completion", the mean of each completion first, then over completions (official: short ones weigh
-      as much as long ones), or "token", every token alike; both are exact under accumulation.
-    accumulation: micro steps that one batch is cut into.
-    max_forward_tokens: completions are cut so that context + completion + 2 fits the teacher (official 10,240).
-    eos_after_cut: completions that did not end on eos still get a row that predicts eos (official: yes).
-    score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
-    freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
-      With LoRA (`model.lora`) all but the adapters are frozen, and this must be empty.
-    trains: "text" (`update_step`, `sft_step`: what only draws is frozen), "drawing" (`drawn_step`: that too) or
-      "autoencoder" (`autoencoder_step`: it alone). ce_weight, mse_weight: of the two losses of `drawn_step`.
-    kl_weight: of the posterior's KL divergence in `autoencoder_step`.
-    cached_weight, cached_temperature: of the KL to a cached teacher, in `offline.step`.
-    """
-
-    model: ModelConfig
-    bos: int
-    eos: int
-    divergence: DivergenceConfig = DivergenceConfig()
-    optim: OptimConfig = OptimConfig()
-    teacher: str = "ema"
-    ema_decay: Annotated[float, "[0, 1]"] = 0.995
-    jsd_weight: Annotated[float, "[0, inf)"] = 1.0
-    ce_weight: Annotated[float, "[0, inf)"] = 0.0
-    reduction: str = "completion"
-    accumulation: Annotated[int, "[1, inf)"] = 1
-    max_forward_tokens: Annotated[int, "[1, inf)"] = 10240
-    eos_after_cut: bool = True
-    score_seam: bool = False
-    freeze: tuple[str, ...] = ()
-    trains: str = "text"
-    mse_weight: Annotated[float, "[0, inf)"] = 1.0
-    kl_weight: Annotated[float, "[0, inf)"] = 0.0
-    cached_weight: Annotated[float, "[0, inf)"] = 0.5
-    cached_temperature: Annotated[float, checks.TEMPERATURE] = 2.0
-
-    def __post_init__(self):
-        checks.fields(self, "distill")
-        if self.trains not in TRAINS:
-            raise ValueError(f"trains is {self.trains!r}: choose from {TRAINS}")
-        if self.trains != "text" and self.model.generation is None:
-            raise ValueError(
-                f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)"
-            )
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
-        if self.reduction not in ("completion", "token"):
-            raise ValueError(f"reduction is {self.reduction!r}: use 'completion' or 'token'")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What both roles see of the same rows: two Contexts of B rows each."""
-
-    student: context_lib.Context
-    teacher: context_lib.Context
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["pixels", "sizes"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """The pictures of B rows as the autoencoder sees them: the problem, then the visual thoughts.
-
-    pixels: uint8 [B, M, H, W, 3], each picture in the upper left corner. sizes: int32 [B, M, 2], its height and width, 0
-    where there is none.
-    """
-
-    pixels: jax.Array
-    sizes: jax.Array
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["traces", "pictures"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Traces whose contexts hold latents, and the pictures that these are encoded from (`flow.with_latents`)."""
-
-    traces: context_lib.Supervised
-    pictures: Pictures
-
 
 # --- state -----------------------------------------------------------------------------------------------------
 
@@ -487,7 +368,7 @@ def sft_step(state, batch: context_lib.Supervised, *, config: DistillConfig):
     }
 
 
-def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
+def drawn_step(state, batch: GenerationBatch, key, *, config: DistillConfig):
     """One optimizer step on traces with drawn visual thoughts: cross entropy on the texts, and flow matching.
 
     Each noised image has one flow time; the squared errors of its velocities count alike over all noised tokens of the
@@ -497,7 +378,7 @@ def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
     """
     traces, latents, model = batch.traces, batch.traces.context.latents, config.model
     count, drawn = latents.tokens.shape[1], model.generation
-    rows, pictures, height, width = batch.pictures.pixels.shape[:4]
+    rows, pictures, height, width = batch.images.pixels.shape[:4]
     keys = jax.random.split(key, 3)
     down, z = drawn.vae.downsample, drawn.vae.z_channels
     posterior = jax.random.normal(keys[0], (rows, pictures, height // down, width // down, z))
@@ -530,7 +411,7 @@ def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
             "correct": jnp.sum(correct * traces.mask),
         }
 
-    inputs = (traces, batch.pictures, weights, posterior, noise, times, share)
+    inputs = (traces, batch.images, weights, posterior, noise, times, share)
     grads, found = _accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = apply_gradients(state, grads, config)
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
@@ -544,7 +425,7 @@ def drawn_step(state, batch: Drawn, key, *, config: DistillConfig):
     }
 
 
-def autoencoder_step(state, batch: Pictures, key, *, config: DistillConfig):
+def autoencoder_step(state, batch: PaddedImages, key, *, config: DistillConfig):
     """One optimizer step of the autoencoder: mse + kl_weight * kl, with a sample of the posterior.
 
       mse   squared error of the pixels in [-1, 1], mean over the pixels of all pictures and their colours

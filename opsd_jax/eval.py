@@ -332,7 +332,7 @@ def reference_kl(
             mine = _own_part(numbers, mesh)
             prepared, c_t = contexts(rows, packer, source, mine, "real", 0, bucket)
             tokens, mask = packer.references(prepared)
-            batch = distill.Batch(packer.student(prepared, bucket), c_t)
+            batch = context_lib.Batch(packer.student(prepared, bucket), c_t)
             batch, tokens, mask, placed = _put(
                 mesh, (batch, tokens, mask, np.asarray(mine, np.int32))
             )

@@ -14,58 +14,17 @@ Letters: B images, R branches (1 to 3), G latent tokens, C values of one (patch 
 
 import dataclasses
 import functools
-from typing import Annotated
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import checks, images, sharding
+from opsd_jax import images, sharding
+from opsd_jax.method_config import RENORMS as RENORMS
+from opsd_jax.method_config import FlowConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
-
-RENORMS = ("global", "channel", "text_channel")
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowConfig:
-    """How an image is drawn. Defaults: those of the official inferencer.py; `HARNESS` has the evaluation's.
-
-    num_timesteps: points of the time grid, one more than steps. timestep_shift: of the grid, towards t = 1.
-    text_scale, image_scale: of the two guidances; text_scale <= 1 switches both off, as officially.
-    interval: guidance applies where low < t <= high. renorm: "global", "channel" or "text_channel", see `guide`.
-    renorm_min: the guided velocity is not shrunk below this share. image_start, image_end: token ids.
-    """
-
-    model: ModelConfig
-    image_start: int
-    image_end: int
-    num_timesteps: Annotated[int, "[2, inf); a grid has at least its two ends"] = 50
-    timestep_shift: Annotated[float, "(0, inf)"] = 3.0
-    text_scale: Annotated[float, "[0, inf)"] = 3.0
-    image_scale: Annotated[float, "[0, inf)"] = 1.5
-    interval: tuple[float, float] = (0.4, 1.0)
-    renorm: str = "global"
-    renorm_min: Annotated[float, "[0, 1]"] = 0.0
-
-    def __post_init__(self):
-        if self.model.generation is None:
-            raise ValueError(
-                "this model cannot draw: it was loaded without its generation expert (import the checkpoint "
-                "without --only=understanding)"
-            )
-        checks.fields(self, "drawing")
-        if self.renorm not in RENORMS:
-            raise ValueError(f"renorm is {self.renorm!r}: choose from {RENORMS}")
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """Contexts that guidance needs, in the order of the batch axis."""
-        if self.text_scale <= 1:
-            return ("cond",)
-        return ("cond", "text", "image") if self.image_scale > 1 else ("cond", "text")
-
 
 HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}
 

@@ -330,7 +330,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
         return [Program("update", traced, held | {"batch": batch}, {})]
 
     noise = config.teacher.visual_thoughts == "noise"  # drawn as floats
-    batch = distill.Batch(
+    batch = context.Batch(
         packed(*buckets.student[bucket]),
         packed(*buckets.teacher[bucket], dtype=jnp.float32 if noise else jnp.uint8),
     )

@@ -29,115 +29,16 @@ Letters: B slots, Q rows (B = Q without a queue), T context slots, N completion 
 
 import dataclasses
 import functools
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from opsd_jax import checks, sharding
-from opsd_jax import context as context_lib
+from opsd_jax import sharding
+from opsd_jax.marker import Marker as Marker
+from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import bagel
-from opsd_jax.model.config import ModelConfig
 
 STOP_BUDGET, STOP_EOS = 0, 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Marker:
-    """Where the bytes of a string are in a stream of tokens.
-
-    table: int8 [S, V], next state by state and token; state n means that the last n bytes are the string's first
-    n; the last state S - 1 means "seen" and is never left. Hashed by its bytes: it is a constant of the program.
-    """
-
-    table: np.ndarray
-    digest: str
-
-    def __eq__(self, other):
-        return isinstance(other, Marker) and self.digest == other.digest
-
-    def __hash__(self):
-        return hash(self.digest)
-
-    @classmethod
-    def build(cls, token_bytes, vocab_size: int, text: str = context_lib.MARKER) -> "Marker":
-        """token_bytes: the bytes of each token by id; ids beyond it (padding rows of the embedding) are empty."""
-        import hashlib
-
-        pattern = text.encode()
-        step = _automaton(pattern)
-        longest = max(map(len, token_bytes), default=0)
-        bytes_at = np.full((longest, vocab_size), -1, np.int16)  # -1: the token has no such byte
-        for token, data in enumerate(token_bytes[:vocab_size]):
-            bytes_at[: len(data), token] = list(data)
-        states = np.repeat(np.arange(len(pattern) + 1)[:, None], vocab_size, axis=1)
-        for row in bytes_at:
-            states = np.where(row >= 0, step[states, row], states)
-        table = states.astype(np.int8)
-        return cls(
-            table, hashlib.blake2b(table.tobytes() + text.encode(), digest_size=16).hexdigest()
-        )
-
-
-def _automaton(pattern: bytes) -> np.ndarray:
-    """Knuth-Morris-Pratt as a table int [len + 1, 256]: next state by state and byte; the last state absorbs.
-
-    pattern "aab":   state 0 -a-> 1 -a-> 2 -b-> 3 (stays),   2 -a-> 2,   1 -other-> 0
-    """
-    n = len(pattern)
-    table = np.zeros((n + 1, 256), np.int64)
-    fallback = 0
-    table[0, pattern[0]] = 1
-    for state in range(1, n):
-        table[state] = table[fallback]
-        table[state, pattern[state]] = state + 1
-        fallback = table[fallback, pattern[state]]
-    table[n] = n
-    return table
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """How completions are sampled (defaults: the official launcher's).
-
-    max_new_tokens: budget of fed tokens, all rounds together. greedy: argmax instead of sampling.
-    temperature, top_k (0: off), top_p (1: off): of the sampling distribution.
-    max_image_skips: rounds continued after the marker. ban_marker: tokens that would complete the marker are
-    never chosen. bos, eos: token ids.
-    slots: rows that are sampled at a time, the others wait; 0 for all at once. refill: slots that must be free before
-    rows are taken from the queue; 0 for a quarter. shards: devices along the batch; each shard has its own part of
-    slots and queue, so that no row moves between devices.
-    """
-
-    model: ModelConfig
-    bos: int
-    eos: int
-    marker: Marker
-    max_new_tokens: Annotated[int, "[2, inf)"] = 1024
-    temperature: Annotated[float, f"{checks.TEMPERATURE}; for the argmax set rollout.greedy"] = 1.0
-    greedy: bool = False
-    top_k: Annotated[int, "[0, inf)"] = 0
-    top_p: Annotated[float, "(0, 1]"] = 1.0
-    max_image_skips: Annotated[int, "[0, inf)"] = 1
-    ban_marker: bool = False
-    slots: Annotated[int, "[0, inf)"] = 0
-    refill: Annotated[int, "[0, inf)"] = 0
-    shards: Annotated[int, "[1, inf)"] = 1
-
-    def __post_init__(self):
-        checks.fields(self, "rollout")
-        if self.slots % self.shards or self.refill > self.slots:
-            raise ValueError(
-                f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
-                f"rollout.refill {self.refill} at most that"
-            )
-
-    @property
-    def group(self) -> int:
-        """Rows that are taken from the queue at a time: refill, or a quarter of the slots, rounded up to shards."""
-        wanted = self.refill or self.slots // 4
-        return max(-(-wanted // self.shards), 1) * self.shards
 
 
 @functools.partial(

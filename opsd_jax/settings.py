@@ -16,9 +16,8 @@ import types
 from ml_collections import ConfigDict
 
 from opsd_jax import checks, context, images, metrics, params, paths, tasks
-from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.flow import FlowConfig
+from opsd_jax.method_config import DistillConfig, FlowConfig, OptimConfig, RolloutConfig
 from opsd_jax.model.config import (
     MULTIPLIER,
     GenerationConfig,
@@ -29,7 +28,6 @@ from opsd_jax.model.config import (
     ViTConfig,
 )
 from opsd_jax.params import LORA_TARGETS
-from opsd_jax.rollout import RolloutConfig
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 MODES = (

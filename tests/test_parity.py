@@ -1459,7 +1459,7 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
         ids = [micro["sample"] for micro in micros]
         assert ids == [order[(done + m) % len(order)] for m in range(config.accumulation)]
         done += len(ids)
-        batch = distill.Batch(
+        batch = context_lib.Batch(
             *(
                 pack([samples[n][role] for n in ids], tokenizer, model, sizes[role])
                 for role in (0, 1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import context, distill, params as params_lib, rollout
+from opsd_jax import context, params as params_lib, rollout
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -136,9 +136,9 @@ def pack(blocks, slots: int = SLOTS, patches: int = PATCHES, **kwargs) -> contex
     )
 
 
-def batch(rng, count: int, **kwargs) -> distill.Batch:
+def batch(rng, count: int, **kwargs) -> context.Batch:
     """Packed contexts of `count` random rows, both roles in the same bucket."""
-    return distill.Batch(*map(pack, rows(rng, count, **kwargs)))
+    return context.Batch(*map(pack, rows(rng, count, **kwargs)))
 
 
 def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajectory:

@@ -98,7 +98,7 @@ def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
     from opsd_jax import distill, rollout
 
     prepared, c_t = eval_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
-    batch = runs.put(run, distill.Batch(run.packer.student(prepared), c_t))
+    batch = runs.put(run, context_lib.Batch(run.packer.student(prepared), c_t))
     if kind == "data":
         tokens, mask = runs.put(run, run.packer.references(prepared))
         ended = True

@@ -293,7 +293,7 @@ def test_the_drawn_loss_against_numpy(prepared):
     )
     rows = prepared(config, [example(0), example(1, 24, 16), example(2)])
     packer = data.Packer(config, tiny.TOKENIZER)
-    batch = distill.Drawn(
+    batch = context.GenerationBatch(
         packer.traces(rows, ["drawn", "drawn", "text"]), packer.pictures([*rows[:2], None])
     )
     own = stage_config(config)
@@ -348,7 +348,7 @@ def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
     rows = prepared(config, [example(n) for n in range(4)])
     packer = data.Packer(config, tiny.TOKENIZER)
     layouts = ["drawn", "text", "drawn", "text"]
-    batch = distill.Drawn(
+    batch = context.GenerationBatch(
         packer.traces(rows, layouts),
         packer.pictures([row if layout == "drawn" else None for row, layout in zip(rows, layouts)]),
     )
@@ -433,7 +433,7 @@ def test_the_autoencoder_learns_and_ignores_padding():
     outside[0, 0, 4:], outside[0, 0, :, 6:], outside[1, 1] = 7, 200, 99
     step = jitted(distill.autoencoder_step)
     one, other = (
-        step(state, distill.Pictures(x, sizes), jax.random.key(1), config=own)[1]
+        step(state, context.PaddedImages(x, sizes), jax.random.key(1), config=own)[1]
         for x in (pixels, outside)
     )
     assert one == other
@@ -441,7 +441,7 @@ def test_the_autoencoder_learns_and_ignores_padding():
 
     before, found = state["params"], []
     for n in range(70):
-        batch = distill.Pictures(squares(rng, 4), np.full((4, 2, 2), 8, np.int32))
+        batch = context.PaddedImages(squares(rng, 4), np.full((4, 2, 2), 8, np.int32))
         state, values = step(state, batch, jax.random.key(n), config=own)
         found.append(float(values["mse"]))
     assert np.mean(found[-5:]) < 0.5 * np.mean(found[:5])
@@ -457,7 +457,7 @@ def test_the_autoencoder_loss_against_numpy():
     params = tiny.params(SMALL)
     pixels, sizes = squares(rng, 2), np.array([[[8, 8], [0, 0]], [[8, 4], [8, 8]]], np.int32)
     _, found = jitted(distill.autoencoder_step)(
-        distill.init_state(params, own), distill.Pictures(pixels, sizes), key, config=own
+        distill.init_state(params, own), context.PaddedImages(pixels, sizes), key, config=own
     )
     noise = np.asarray(jax.random.normal(key, (2, 2, 4, 4, 2)))
     squared, kls, samples = [], [], []

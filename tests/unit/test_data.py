@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -586,3 +587,16 @@ def test_a_swap_needs_another_row(folder, tok, make):
     rows = data.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")
     for source, size in ((0, 2), (1, 3)):
         assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))
+
+
+def test_the_data_command_loads_neither_flax_nor_optax():
+    """Preparing data needs arrays of the contexts and the settings, not the network or the optimizer."""
+    code = (
+        "import sys\n"
+        "from opsd_jax import context, data, settings\n"
+        "sys.exit(', '.join({'flax', 'optax'} & {*sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr

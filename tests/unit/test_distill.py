@@ -211,7 +211,7 @@ def test_four_micro_steps_with_recomputation_equal_one_batch(case, base):
 
 def test_roles_are_not_confused(case, base):
     """The same program on swapped contexts: the teacher's weights stay with `batch.teacher`."""
-    swapped = distill.Batch(case.batch.teacher, case.batch.student)
+    swapped = context.Batch(case.batch.teacher, case.batch.student)
     _, metrics = distill.update(state_of(case, BASE), swapped, case.trajectory, config=BASE)
     jsd, _, _, mask = reference_rows(case, BASE, swapped.student, swapped.teacher, case.other)
     np.testing.assert_allclose(metrics["loss"], by_completion(jsd, mask), rtol=2e-4)
@@ -247,7 +247,7 @@ def test_the_live_weights_as_teacher(case):
     quadratic in it). The second: all is as with a copy of the weights.
     """
     config = variant(teacher="self", freeze=("vit", "connector", "embed"))
-    same = distill.Batch(case.batch.student, case.batch.student)
+    same = context.Batch(case.batch.student, case.batch.student)
     state, metrics = distill.update(state_of(case, config), same, case.trajectory, config=config)
     assert set(state) == {"params", "opt", "step"}
     assert max(metrics["loss"], metrics["jsd"], metrics["jsd_by_position"].max()) < 1e-11
@@ -525,7 +525,7 @@ def test_kl_to_student_against_numpy(case):
     t, s = of(case.other, case.batch.teacher), of(case.params, case.batch.student)
     np.testing.assert_allclose(found[mask], (t * np.log(t / s)).sum(-1)[mask], rtol=1e-3, atol=1e-5)
     assert found[mask].min() > 0
-    same = kl(case.params, case.params, distill.Batch(case.batch.student, case.batch.student))
+    same = kl(case.params, case.params, context.Batch(case.batch.student, case.batch.student))
     assert np.abs(np.asarray(same)[mask]).max() < 1e-6
     assert np.asarray(kl(case.params, case.params, case.batch))[mask].min() > 1e-3
 

@@ -66,7 +66,7 @@ def update(config=CONFIG, student=SLOTS, teacher=SLOTS):
     """The compiled update whose contexts have so many slots."""
     trajectory = tiny.random_trajectory(np.random.default_rng(0), ROWS, BUDGET)
     program = distill.program(distill.update_step, state_of(config), config)
-    batch = distill.Batch(pack(student), pack(teacher))
+    batch = context.Batch(pack(student), pack(teacher))
     return program.lower(state_of(config), batch, trajectory).compile(compiler_options=CODE)
 
 
