@@ -594,7 +594,7 @@ def test_the_data_command_loads_neither_flax_nor_optax():
     code = (
         "import sys\n"
         "from opsd_jax import context, data, settings\n"
-        "sys.exit(', '.join({'flax', 'optax'} & {*sys.modules}))"
+        "sys.exit(', '.join({'flax', 'optax'} & {*sys.modules}) or None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
