@@ -7,7 +7,7 @@
   loss     `divergence.chunked`, value and gradient, --rows rows of --vocabulary entries from hidden states: "loss" with
            the gradient of the states and of the head, "loss, states" with that of the states alone
 
-Chunks, query blocks and remat are those of `settings.default` unless a flag says otherwise. No eos is ever sampled:
+Chunks, query blocks and remat are those of `config.default` unless a flag says otherwise. No eos is ever sampled:
 its id lies behind the vocabulary. Every case runs in a process of its own, so that its peak is its own. Programs are
 compiled before and not timed; then one call that does not count, then --repeats of which the median is reported.
 CPU-seconds are those of all threads of the process: they hold on a shared machine better than seconds do.
@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import context, distill, divergence, rollout, settings
+from opsd_jax import config as config_lib, context, distill, divergence, rollout
 
 PARTS = ("decode", "train", "loss")
 GRID = (16, 16)  # patches of an image of 224 x 224 pixels
@@ -286,7 +286,7 @@ def main(argv):
     parser.add_argument(
         "--vocabulary", type=int, default=152064, help="entries of each row of the loss"
     )
-    usual = settings.default()
+    usual = config_lib.default()
     parser.add_argument(
         "--chunk", type=int, default=usual.divergence.chunk, help="see DivergenceConfig"
     )

@@ -9,7 +9,7 @@
 The same code as the 7B model; only numbers differ. Settings were chosen on the validation split.
 """
 
-from opsd_jax import settings
+from opsd_jax import config as config_lib
 from opsd_jax.tasks import vocabulary
 
 
@@ -17,7 +17,7 @@ def get_config(arg: str = "maze"):
     task = {"smoke": "chart", "draw": "chart"}.get(arg, arg)
     if task not in ("maze", "chart"):
         raise ValueError(f"configs/mini.py:{arg}: choose maze, chart, smoke or draw")
-    c = settings.default()
+    c = config_lib.default()
     c.stages = ("warmup", "opsd")
 
     grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each

@@ -17,11 +17,11 @@
 Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target=PREPARED
 """
 
-from opsd_jax import settings
+from opsd_jax import config as config_lib
 
 
 def get_config(arg: str = "paper"):
-    c = settings.default()
+    c = config_lib.default()
     c.eval.final_split = ""  # the released data sets have a train split only
     if arg in ("self", "fixed"):
         c.teacher.kind = arg

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 
-from opsd_jax import files, settings
+from opsd_jax import config as config_lib, files
 
 
 def settings_of(config, workdir: str, name: str):
     """(config, workdir) of an arm. ValueError for an unknown one, FileNotFoundError if the run is not warmed up."""
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
-    ends = settings.stage_ends(config)
+    ends = config_lib.stage_ends(config)
     if "opsd" not in ends:
         raise ValueError(
             f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none"
@@ -30,7 +30,7 @@ def settings_of(config, workdir: str, name: str):
         raise FileNotFoundError(
             f"{start} is not there: run the same command without --arm first, up to step {warm}"
         )
-    return settings.arm(config, name, start), os.path.join(workdir, "arms", name)
+    return config_lib.arm(config, name, start), os.path.join(workdir, "arms", name)
 
 
 class ArmsFailed(RuntimeError):
@@ -121,7 +121,7 @@ def report(workdir: str, names) -> str:
     from opsd_jax.eval import read_summary
 
     config, rows = load_config(workdir), []
-    warm = settings.stage_ends(config)["opsd"] - config.opsd.steps
+    warm = config_lib.stage_ends(config)["opsd"] - config.opsd.steps
     for what, kind in (
         ("teacher: start, with visual thoughts", "real"),
         ("start, text only", "none"),
@@ -136,7 +136,7 @@ def report(workdir: str, names) -> str:
         ("OPSD", workdir),
         *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names),
     ):
-        last = max(settings.stage_ends(load_config(folder)).values())
+        last = max(config_lib.stage_ends(load_config(folder)).values())
         row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
         _add_reading(row, folder, last)
         path = _summary(folder, last, "kl")

@@ -18,20 +18,20 @@ import threading
 
 import numpy as np
 
-from opsd_jax import context as context_lib
 from opsd_jax import (
     cli,
+    config as config_lib,
+    context as context_lib,
     distributed,
     files,
     images,
     json_files,
     locks,
     paths,
-    settings,
     tags,
     tasks,
+    tokenizer as tokenizer_lib,
 )
-from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.context import Batch, GenerationBatch, Image, PaddedImages
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.datasets.plan import BatchPlan
@@ -67,7 +67,7 @@ _WRITE_AGAIN = (
 def load_config(workdir: str):
     """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run; ValueError if its record
     of them cannot be read."""
-    record, config = read_record(workdir), settings.default()
+    record, config = read_record(workdir), config_lib.default()
     try:
         config.update(record)  # JSON's lists become tuples where the default is one
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -290,10 +290,10 @@ class Rows:
             tokenizer,
             config.prompts.suffix,
         )
-        self._rule, self._transparency = settings.resize_rule(config), config.images.transparency
+        self._rule, self._transparency = config_lib.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
         self.drawing = drawing
-        self._drawn_rule = images.vae_rule(settings.model(config).generation) if drawing else None
+        self._drawn_rule = images.vae_rule(config_lib.model(config).generation) if drawing else None
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
 
@@ -379,12 +379,12 @@ class Packer:
     """Rows -> packed contexts of static buckets. The same for training, evaluation and diagnostics."""
 
     def __init__(self, config, tokenizer):
-        self.tokenizer, self.prompts = tokenizer, settings.prompts(config)
+        self.tokenizer, self.prompts = tokenizer, config_lib.prompts(config)
         self.side, self.buckets = config.model.vit.side, config.data.buckets
-        self.generation = settings.model(config).generation
+        self.generation = config_lib.model(config).generation
 
     def blocks(self, row: Prepared, kind: str, visual_thoughts=()) -> list:
-        """Blocks of a row as `student`, `teacher`, or one of the trace layouts `settings.LAYOUTS`."""
+        """Blocks of a row as `student`, `teacher`, or one of the trace layouts `config.LAYOUTS`."""
         t, p, e = self.tokenizer, self.prompts, row.example
         if kind == "student":
             return context_lib.student(t, p, row.question, row.problem)
@@ -405,7 +405,7 @@ class Packer:
         if kind == "text":
             return [*context_lib.student(t, p, row.question, row.problem), trace]
         raise ValueError(
-            f"unknown layout {kind!r}: choose student, teacher or one of {settings.LAYOUTS}"
+            f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
         )
 
     def _drawn(self, row: Prepared) -> list:
@@ -499,7 +499,7 @@ class Packer:
         )
 
     def traces(self, rows, layouts, bucket: int = -1) -> context_lib.Supervised:
-        """Traces to learn from, each row in its layout (`settings.LAYOUTS`)."""
+        """Traces to learn from, each row in its layout (`config.LAYOUTS`)."""
         slots, patches, targets = self.buckets.trace[bucket]
         sizes = {}
         if rows[
@@ -626,7 +626,7 @@ class Batches:
             [layouts[n] for n in self._share],
         )
         traces = self.packer.traces(rows, layouts, bucket)
-        if not settings.draws(self.config, self.stage):
+        if not config_lib.draws(self.config, self.stage):
             return traces, rows
         shown = [row if layout == "drawn" else None for row, layout in zip(rows, layouts)]
         return GenerationBatch(traces, self.packer.pictures(shown, bucket)), rows

@@ -34,13 +34,23 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from opsd_jax import benchmarks as benchmarks_lib
-from opsd_jax import cli, distributed, images, json_files, metrics, paths, settings, tags, tasks
-from opsd_jax import params as params_lib
+from opsd_jax import (
+    benchmarks as benchmarks_lib,
+    cli,
+    config as config_lib,
+    distributed,
+    images,
+    json_files,
+    metrics,
+    params as params_lib,
+    paths,
+    tags,
+    tasks,
+)
 from opsd_jax.datasets import plan
 
 # Modes of the teacher's context, of drawing, and all.
-CONTEXTS = tuple(mode for mode in settings.MODES if mode != "none")
+CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
 DRAWN = ("generated", "generated-noise", "generated-swap", "generated-remove")
 MODES = ("none", *CONTEXTS, *DRAWN)
 
@@ -317,8 +327,7 @@ def reference_kl(
     before_batch: as in `evaluate`.
     Returns {task: {"kl", "n"}}.
     """
-    from opsd_jax import context as context_lib
-    from opsd_jax import distill, sharding
+    from opsd_jax import context as context_lib, distill, sharding
 
     found = {}
     ends = {"bos": packer.tokenizer.bos, "eos": packer.tokenizer.eos}
@@ -659,8 +668,7 @@ def prepare(
     config=None,
 ) -> Job:
     """Checks what `evaluate_run` is given, before anything slow. config: of the run; None: what W/config.json says."""
-    from opsd_jax import answers, convert, data, generate
-    from opsd_jax import checkpoint as checkpoint_lib
+    from opsd_jax import answers, checkpoint as checkpoint_lib, convert, data, generate
     from opsd_jax.datasets import visual_opsd
 
     cli.check_precision()
@@ -808,8 +816,7 @@ def open_model(job: Job, mode: str) -> Opened:
     """Reads what a command needs; ValueError where no row of a task has the visual thoughts that the mode shows."""
     import jax
 
-    from opsd_jax import data, distill, rollout, sharding, tokenizer
-    from opsd_jax import checkpoint as checkpoint_lib
+    from opsd_jax import checkpoint as checkpoint_lib, data, distill, rollout, sharding, tokenizer
     from opsd_jax.model import bagel
 
     config = data.with_tasks(job.config, job.tasks)
@@ -824,7 +831,7 @@ def open_model(job: Job, mode: str) -> Opened:
                 f"--visual_thoughts={mode}: no row of {name}, {job.split}, has visual thoughts: leave the mode "
                 "or the task out"
             )
-    mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), settings.model(config)
+    mesh, model = sharding.make_mesh(tensor=config.mesh.tensor), config_lib.model(config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
     facts = facts_of(params, rows, packer, job.tasks)
@@ -843,7 +850,7 @@ def answer_in_context(job: Job, mode: str, opened: Opened, compared=None) -> dic
     from opsd_jax import answers, sharding
 
     config, rows, packer, mesh = job.config, opened.rows, opened.packer, opened.mesh
-    sampling = settings.rollout(
+    sampling = config_lib.rollout(
         config,
         packer.tokenizer,
         opened.marker,

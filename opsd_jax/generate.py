@@ -19,8 +19,16 @@ import time
 
 import numpy as np
 
-from opsd_jax import context as context_lib
-from opsd_jax import cli, distributed, files, images, json_files, paths, sharding
+from opsd_jax import (
+    cli,
+    context as context_lib,
+    distributed,
+    files,
+    images,
+    json_files,
+    paths,
+    sharding,
+)
 
 VISUAL_THOUGHTS = ("none", "generated")
 _RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
@@ -345,8 +353,7 @@ def load(
     """
     import jax
 
-    from opsd_jax import checkpoint, convert, data, settings
-    from opsd_jax import tokenizer as tokenizer_lib
+    from opsd_jax import checkpoint, config as config_lib, convert, data, tokenizer as tokenizer_lib
     from opsd_jax.model import bagel
 
     paths.check_given("--checkpoint", directory)
@@ -378,7 +385,7 @@ def load(
             vocab_size=run.model.llm.vocab_size,
         )
         config = dataclasses.replace(
-            settings.model(run), **compute, **({"dtype": dtype} if dtype else {})
+            config_lib.model(run), **compute, **({"dtype": dtype} if dtype else {})
         )
         if draw and config.generation is None:
             raise ValueError(
@@ -400,7 +407,7 @@ def load(
 
 def of_run(run, config, params, tokenizer, mesh=None) -> Model:
     """The model of a run as it answers by itself: prompt, sizes and drawing of the run's settings `run`."""
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
 
     protocol = Protocol(
         system=run.prompts.system,
@@ -409,7 +416,14 @@ def of_run(run, config, params, tokenizer, mesh=None) -> Model:
     )
     vae = images.vae_rule(config.generation) if config.generation else images.VAE
     return Model(
-        config, params, tokenizer, protocol, settings.resize_rule(run), vae, mesh, dict(run.drawing)
+        config,
+        params,
+        tokenizer,
+        protocol,
+        config_lib.resize_rule(run),
+        vae,
+        mesh,
+        dict(run.drawing),
     )
 
 

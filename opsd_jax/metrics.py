@@ -188,7 +188,7 @@ class Writer:
 
         Args:
           step: updates done.
-          stage: of `settings.STAGES`.
+          stage: of `config.STAGES`.
           values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
             written as null and its key is listed under `nonfinite`.
 

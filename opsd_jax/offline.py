@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import checkpoint, context as context_lib
 from opsd_jax import (
+    checkpoint,
+    context as context_lib,
     data,
     distill,
     divergence,
@@ -381,7 +382,7 @@ def collect(
 def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     """{(row, pid): array of `record_type`} of a batch, on every process. numbers: row numbers, as many as a batch has;
     they may repeat."""
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
 
     mine = [numbers[n] for n in sharding.local_rows(mesh, len(numbers))]
     shown, top_k = [prepared[n] for n in mine], kept_entries(config)
@@ -391,7 +392,7 @@ def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
         params,
         teacher,
         student,
-        config=settings.model(config),
+        config=config_lib.model(config),
         top_k=top_k,
         chunk=config.divergence.chunk,
     )

@@ -28,7 +28,14 @@ import types
 
 from absl import app, flags
 
-from opsd_jax import cli, distributed, files, paths, settings, train  # train defines --config
+from opsd_jax import (  # train defines --config
+    cli,
+    config as config_lib,
+    distributed,
+    files,
+    paths,
+    train,
+)
 
 GIB = 2**30
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -269,14 +276,14 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     from opsd_jax import context, distill, offline, params as params_lib, rollout, sharding
     from opsd_jax.model import bagel
 
-    if stage not in PLANNED or settings.draws(config, stage):
+    if stage not in PLANNED or config_lib.draws(config, stage):
         raise ValueError(
             f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without drawing"
         )
     train.check_batch(config, stage, sharding.batch_divisor(mesh))
     size = config[stage].batch_size
     ends = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
-    model, own = settings.model(config), settings.distill(config, stage, ends)
+    model, own = config_lib.model(config), config_lib.distill(config, stage, ends)
     whole = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(mesh)), tree
     )
@@ -336,7 +343,7 @@ def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list
     )
     # The table of a marker is a constant of the program: only its size matters, as long as it is not all zeros.
     marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
-    sampling = settings.rollout(config, ends, marker, shards=sharding.batch_divisor(mesh))
+    sampling = config_lib.rollout(config, ends, marker, shards=sharding.batch_divisor(mesh))
     sampler = sharding.abstract(
         mesh,
         jax.eval_shape(
@@ -956,10 +963,10 @@ def plan(
     from opsd_jax import params as params_lib, sharding
 
     cli.check_precision()
-    settings.check(config)
+    config_lib.check(config)
     stage = stage or ("opsd" if "opsd" in config.stages else config.stages[0])
-    if stage not in settings.STAGES:
-        raise ValueError(f"--stage={stage!r}: choose from {settings.STAGES}")
+    if stage not in config_lib.STAGES:
+        raise ValueError(f"--stage={stage!r}: choose from {config_lib.STAGES}")
     bound = hbm or topology.hbm
     mesh = sharding.make_mesh(**config.mesh, devices=devices_of(topology))
     made = programs(config, stage, mesh, bucket, only)

@@ -22,7 +22,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opsd_jax import cli, paths, settings
+from opsd_jax import cli, config as config_lib, paths
 from opsd_jax.distributed import EXIT_STOPPED
 
 # What may change between a run and its continuation.
@@ -68,7 +68,9 @@ class Run:
         from opsd_jax import sharding
 
         shards = sharding.batch_divisor(self.mesh)
-        return settings.rollout(self.config, self.tokenizer, self.marker, shards=shards, **changes)
+        return config_lib.rollout(
+            self.config, self.tokenizer, self.marker, shards=shards, **changes
+        )
 
 
 def main(argv) -> None:
@@ -158,7 +160,7 @@ class _ConfigFile(flags.ArgumentParser):
             if not isinstance(config, ConfigDict):
                 raise ValueError(
                     f"get_config() returned {config!r:.40}: return the ConfigDict of "
-                    "opsd_jax.settings.default(), with changed values"
+                    "opsd_jax.config.default(), with changed values"
                 )
         except Exception as error:  # whatever the file does
             origin, said = spec and spec.origin, str(error).partition("\n")[0]
@@ -190,8 +192,8 @@ def parse_flags(argv):
     except (AttributeError, KeyError, TypeError) as error:
         for argument in argv:
             key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-            if key and key[1] not in settings.default_values():
-                sys.exit(f"error: {argument}: {settings.unknown(key[1])}")
+            if key and key[1] not in config_lib.default_values():
+                sys.exit(f"error: {argument}: {config_lib.unknown(key[1])}")
         raise error
 
 
@@ -210,11 +212,11 @@ def check(config, workdir: str, data_workdir: str = "") -> None:
     """
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
-    settings.check(config)
+    config_lib.check(config)
     _check_there(config, workdir, data_workdir or workdir)
     for name in config.run_arms:
         try:
-            _check_there(settings.arm(config, name), os.path.join(workdir, "arms", name), workdir)
+            _check_there(config_lib.arm(config, name), os.path.join(workdir, "arms", name), workdir)
         except (ValueError, OSError) as error:
             raise ValueError(f"config.arms.{name}: {error}") from None
 
@@ -252,7 +254,7 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
     from opsd_jax import checkpoint, locks
 
     check(config, workdir, data_workdir)
-    ends = settings.stage_ends(config)
+    ends = config_lib.stage_ends(config)
     lock = locks.only_writer(workdir, inside=True, primary=jax.process_index() == 0)
     with (
         lock,
@@ -268,7 +270,7 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
         if done is not None:
             saved = checkpoints.metadata(done)
             checkpoint.check_config(
-                saved["config"], config, ignore=_FREE, defaults=settings.default()
+                saved["config"], config, ignore=_FREE, defaults=config_lib.default()
             )
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
         run = prepare(
@@ -325,7 +327,7 @@ def record_config(config, workdir: str) -> None:
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
         checkpoint.check_config(
-            data.read_record(workdir), record, ignore=_FREE, defaults=settings.default()
+            data.read_record(workdir), record, ignore=_FREE, defaults=config_lib.default()
         )
     else:
         _write_json(path, record)
@@ -450,7 +452,7 @@ def initial_params(run: Run, done):
     from opsd_jax import checkpoint, convert, params as params_lib, sharding
     from opsd_jax.model import bagel
 
-    config, model = run.config, settings.model(run.config)
+    config, model = run.config, config_lib.model(run.config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     shardings = sharding.tree(run.mesh, abstract)
     if done is not None or config.init_from:
@@ -516,9 +518,9 @@ def train_stage(
     from opsd_jax import checkpoint, data, distill, metrics, offline, rollout, sharding
 
     config, clock = run.config, run.clock
-    distill_config = settings.distill(config, stage, run.tokenizer)
+    distill_config = config_lib.distill(config, stage, run.tokenizer)
     rollout_config = run.rollout()
-    on_policy, draws = stage == "opsd", settings.draws(config, stage)
+    on_policy, draws = stage == "opsd", config_lib.draws(config, stage)
 
     # data first: what is wrong with them shows before anything is saved
     rows = data.Rows(config, run.data_workdir, run.tokenizer, "train", drawing=draws)
@@ -918,7 +920,7 @@ class Evaluation:
                 student,
                 self._of(c.eval.final_split),
                 run.packer,
-                config=settings.model(c),
+                config=config_lib.model(c),
                 task_names=c.data.tasks,
                 batch_size=c.eval.batch_size,
                 mesh=run.mesh,
@@ -1000,7 +1002,7 @@ def _show_reconstructions(run, step, prepared, params) -> None:
 
     if jax.process_count() > 1:  # a program of one host's pictures would wait for the others
         return
-    config = settings.model(run.config)
+    config = config_lib.model(run.config)
     drawn = config.generation
     for n, row in enumerate(prepared[:4]):
         for m, pixels in enumerate(row.pixels):
@@ -1027,7 +1029,7 @@ def _show_drawings(run, step, prepared, params) -> None:
 
     if jax.process_count() > 1:
         return
-    model = generate.of_run(run.config, settings.model(run.config), params, run.tokenizer)
+    model = generate.of_run(run.config, config_lib.model(run.config), params, run.tokenizer)
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
     rows, lines = prepared[:4], []
     questions = [

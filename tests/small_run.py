@@ -130,7 +130,7 @@ def abstract_params():
     """Shapes of the model's parameters, what restoring them asks for."""
     import jax
 
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
     from opsd_jax.model import bagel
 
-    return jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=settings.model(config())))
+    return jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config_lib.model(config())))

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from opsd_jax import cli, data, distill, files, metrics, sharding
-from opsd_jax import eval as eval_lib
+from opsd_jax import cli, data, distill, eval as eval_lib, files, metrics, sharding
 from opsd_jax.datasets import plan
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
@@ -91,7 +90,7 @@ def open_run(
     a multiple of what the devices share.
     Raises FileNotFoundError: no run or data. ValueError: unknown tasks, no visual thoughts in the rows.
     """
-    from opsd_jax import rollout, settings, tokenizer
+    from opsd_jax import config as config_lib, rollout, tokenizer
 
     cli.check_number("rows", limit, 0)
     cli.check_number("batch_size", batch_size, 0)
@@ -111,7 +110,7 @@ def open_run(
     run = Run(
         workdir,
         config,
-        dataclasses.replace(settings.model(config), generation=None),
+        dataclasses.replace(config_lib.model(config), generation=None),
         mesh,
         tok,
         marker,
@@ -139,10 +138,10 @@ def open_run(
 
 def start(workdir: str) -> str:
     """The checkpoint that a run's OPSD (or else SFT) stage started from."""
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
 
     config = data.load_config(workdir)
-    ends = settings.stage_ends(config)
+    ends = config_lib.stage_ends(config)
     stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
     if stage is None:
         raise ValueError(
@@ -169,10 +168,10 @@ def for_sampling(run, params):
 
 def sampling(run, **changes):
     """RolloutConfig of the run's evaluation."""
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
 
     c = run.config
-    return settings.rollout(
+    return config_lib.rollout(
         c,
         run.tokenizer,
         run.marker,

@@ -14,26 +14,26 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
-
 import small_run
 import tiny
+from PIL import Image
+
 from opsd_jax import (
     checkpoint,
+    config as config_lib,
     context,
     convert,
     data,
+    eval as eval_lib,
     generate,
     locks,
-    settings,
     tasks,
     tokenizer,
     train,
 )
-from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
-from opsd_jax.model import attention
 from opsd_jax.diagnose import runs
+from opsd_jax.model import attention
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -256,7 +256,7 @@ def test_mistakes_on_the_command_line(tmp_path):
         ],
         "--config.opsd.xyzzy=1": [
             "error: --config.opsd.xyzzy=1: there is no",
-            "in opsd_jax/settings.py",
+            "in opsd_jax/config.py",
         ],
         "--config.opsd.steps=abc": ["flag --config.opsd.steps=abc: invalid literal for int"],
         "--workdri=x": ["Unknown command line flag 'workdri'. Did you mean: workdir"],
@@ -335,7 +335,7 @@ def test_settings_that_do_not_fit(changes, message):
     config = small_run.config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        settings.check(config)
+        config_lib.check(config)
 
 
 @pytest.mark.parametrize(

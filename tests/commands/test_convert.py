@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
-import tiny
 from opsd_jax import (
     checkpoint,
+    config as config_lib,
     convert,
     distill,
     params as params_lib,
     release_configs,
-    settings,
     sharding,
     tensor_files,
 )
@@ -941,11 +941,11 @@ def test_sizes_from_the_metadata(golden):
     sizes = {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit)}
     drawn = {"generation": dataclasses.asdict(ODD.generation)}
     assert release_configs.of_metadata(json.loads(json.dumps({"model": sizes | drawn})), "x") == ODD
-    config = settings.default()
+    config = config_lib.default()
     config.model.generation.on, config.lora.rank = True, 4
     again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
     assert again == dataclasses.replace(
-        settings.model(config), dtype="float32", remat="none", query_block=0
+        config_lib.model(config), dtype="float32", remat="none", query_block=0
     )
     config.model.generation.on, config.lora.rank = False, 0
     again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
@@ -1160,7 +1160,7 @@ def test_base_that_does_not_fit(golden, understanding, tmp_path, capsys):
 
 def run_folder(workdir, model, init_from, seed=1):
     """A run's workdir with a checkpoint of step 7: (parameters, workdir)."""
-    config = settings.default()
+    config = config_lib.default()
     config.init_from = str(init_from)
     for name, part in (("llm", model.llm), ("vit", model.vit)):
         config.model[name].update(dataclasses.asdict(part))
@@ -1205,12 +1205,12 @@ def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
 
     kept: config.checkpoint.params. rank: of adapters, which are then all that is trained and averaged.
     """
-    config = settings.default()
+    config = config_lib.default()
     for name, part in (("llm", tiny.MODEL.llm), ("vit", tiny.MODEL.vit)):
         config.model[name].update(dataclasses.asdict(part))
     config.checkpoint.params, config.teacher.kind, config.lora.rank = kept, teacher, rank
     config.model.dtype = "float32"
-    how = distill.DistillConfig(model=settings.model(config), bos=0, eos=1, teacher=teacher)
+    how = distill.DistillConfig(model=config_lib.model(config), bos=0, eos=1, teacher=teacher)
     params = jax.tree.map(
         lambda x: np.asarray(x) + np.float32(0.01), tiny.params(how.model)
     )  # adapters start at 0

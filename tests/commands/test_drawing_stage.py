@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
-
 import small_run
 import tiny
+from PIL import Image
+
 from opsd_jax import (
+    config as config_lib,
     context,
     data,
     distill,
@@ -21,7 +22,6 @@ from opsd_jax import (
     generate,
     metrics,
     params as params_lib,
-    settings,
     train,
 )
 from opsd_jax.datasets import visual_opsd
@@ -46,7 +46,7 @@ def jitted(function):
 
 def tiny_config(**changes):
     """The settings of `tiny.DRAWING`: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
-    c = settings.default()
+    c = config_lib.default()
     v = DRAWN.vae
     c.stages = ("warmup",)
     for name in ("llm", "vit"):
@@ -124,7 +124,7 @@ class Saying(tiny.ByteTokenizer):
 def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     """Velocities and texts behind the same latents are those that `generate.reason` finds when it draws."""
     config = tiny_config()
-    model, params = settings.model(config), tiny.params(tiny.DRAWING)
+    model, params = config_lib.model(config), tiny.params(tiny.DRAWING)
     assert model == tiny.DRAWING
     (row,) = prepared(config, [example(0, 24, 24)])  # the size that both resizes keep
     packer = data.Packer(config, tiny.TOKENIZER)
@@ -271,17 +271,17 @@ def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
 )
 def test_settings_that_cannot_draw(changes, message):
     config = tiny_config()
-    settings.check(config)
+    config_lib.check(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        settings.check(config)
+        config_lib.check(config)
 
 
 # --- the losses -------------------------------------------------------------------------------------------------
 
 
 def stage_config(config, stage="warmup", **changes):
-    return dataclasses.replace(settings.distill(config, stage, tiny.TOKENIZER), **changes)
+    return dataclasses.replace(config_lib.distill(config, stage, tiny.TOKENIZER), **changes)
 
 
 @pytest.mark.long
@@ -386,8 +386,8 @@ def test_text_needs_no_parameters_of_drawing():
     kept = distill.understanding(tiny.params(tiny.DRAWING))
     plain = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=tiny.MODEL))
     assert jax.tree.map(lambda x: x.shape, kept) == jax.tree.map(lambda x: x.shape, plain)
-    sampling = settings.rollout(tiny_config(), tiny.TOKENIZER, tiny.marker())
-    assert sampling.model == dataclasses.replace(settings.model(tiny_config()), generation=None)
+    sampling = config_lib.rollout(tiny_config(), tiny.TOKENIZER, tiny.marker())
+    assert sampling.model == dataclasses.replace(config_lib.model(tiny_config()), generation=None)
 
 
 def test_a_step_of_text_does_not_train_what_draws():
@@ -540,7 +540,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         # what only draws is in the checkpoint as the warm-up left it
         from opsd_jax import checkpoint
 
-        model = settings.model(small_draw())
+        model = config_lib.model(small_draw())
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
         saved = {
             step: checkpoint.restore_params(straight / "checkpoints" / str(step), abstract)

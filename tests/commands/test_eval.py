@@ -12,17 +12,17 @@ import types
 
 import numpy as np
 import pytest
-
 import small_run
+
 from opsd_jax import (
     answers,
     arms,
     benchmarks,
     checkpoint,
+    config as config_lib,
     data,
     eval as eval_lib,
     rollout,
-    settings,
     tokenizer,
     train,
 )
@@ -431,7 +431,7 @@ def test_settings_come_back_as_they_were(trained):
     ):
         key = operator.attrgetter(path)
         assert key(config) == key(before) and type(key(config)) is type(key(before))
-    assert settings.model(config) == settings.model(before) and hash(settings.model(config))
+    assert config_lib.model(config) == config_lib.model(before) and hash(config_lib.model(config))
 
 
 # --- what is counted ----------------------------------------------------------------------------------------
@@ -657,7 +657,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
             params,
             rows,
             packer,
-            config=settings.rollout(config, tok, marker, max_new_tokens=8),
+            config=config_lib.rollout(config, tok, marker, max_new_tokens=8),
             task_names=[small_run.TASK],
             mode=mode,
             batch_size=4,
@@ -673,7 +673,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
         params,
         rows,
         packer,
-        config=settings.model(config),
+        config=config_lib.model(config),
         task_names=[small_run.TASK],
         batch_size=4,
         limit=6,

@@ -15,8 +15,15 @@ import small_run
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax import checkpoint, convert, distill, metrics, settings, sharding
-from opsd_jax import params as params_lib
+from opsd_jax import (
+    checkpoint,
+    config as config_lib,
+    convert,
+    distill,
+    metrics,
+    params as params_lib,
+    sharding,
+)
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
@@ -223,19 +230,19 @@ def test_what_draws_is_frozen_as_well():
 
 
 def test_settings():
-    config = settings.default()
-    assert settings.model(config).lora is None
+    config = config_lib.default()
+    assert config_lib.model(config).lora is None
     config.lora.update(rank=4, targets=("q", "o"))
-    settings.check(config)
-    assert settings.model(config).lora == LoRAConfig(4, 16.0, ("q", "o"))
+    config_lib.check(config)
+    assert config_lib.model(config).lora == LoRAConfig(4, 16.0, ("q", "o"))
     spec = importlib.util.spec_from_file_location(
         "visual_opsd", small_run.ROOT / "configs" / "visual_opsd.py"
     )
     preset = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preset)
-    settings.check(preset.get_config("lora"))
-    assert settings.model(preset.get_config("lora")).lora == LoRAConfig(64, 128.0)
-    assert settings.model(preset.get_config()).lora is None
+    config_lib.check(preset.get_config("lora"))
+    assert config_lib.model(preset.get_config("lora")).lora == LoRAConfig(64, 128.0)
+    assert config_lib.model(preset.get_config()).lora is None
 
 
 @pytest.mark.parametrize(
@@ -252,19 +259,19 @@ def test_settings():
     ],
 )
 def test_wrong_settings(changes, message):
-    config = settings.default()
+    config = config_lib.default()
     config.lora.update(changes)
     with pytest.raises(ValueError, match=message):
-        settings.check(config)
+        config_lib.check(config)
 
 
 def test_freezing_and_adapters_exclude_each_other():
-    config = settings.default()
+    config = config_lib.default()
     config.opsd.freeze = ("vit",)
-    settings.check(config)
+    config_lib.check(config)
     config.lora.rank = 2
     with pytest.raises(ValueError, match=r"config.opsd.freeze is \('vit',\) with config.lora"):
-        settings.check(config)
+        config_lib.check(config)
     with pytest.raises(ValueError, match=r"freeze=\('vit',\) with LoRA"):
         params_lib.partition(abstract(model()), ("vit",))
 
@@ -306,7 +313,7 @@ RUN = {
 
 
 def restored(folder, config):
-    return checkpoint.restore_params(folder, abstract(settings.model(config)))
+    return checkpoint.restore_params(folder, abstract(config_lib.model(config)))
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +322,7 @@ def run(tmp_path_factory):
     from opsd_jax import train
 
     folder = tmp_path_factory.mktemp("lora")
-    base = settings.model(small_run.config())
+    base = config_lib.model(small_run.config())
     checkpoint.save(folder / "base", None, tiny.params(base), config=small_run.config())
     config = small_run.config(**RUN, init_from=str(folder / "base"))
     distill._program.cache_clear()
@@ -397,10 +404,10 @@ def test_a_run_is_exported_merged_and_a_run_starts_from_the_export(run, tmp_path
     found, params = convert.load(str(tmp_path / "hf"))
     trained = restored(workdir, config)
     assert found.lora is None and (found.llm, found.vit) == (
-        settings.model(config).llm,
-        settings.model(config).vit,
+        config_lib.model(config).llm,
+        config_lib.model(config).vit,
     )
-    merged = params_lib.merge_lora(trained, settings.model(config).lora)
+    merged = params_lib.merge_lora(trained, config_lib.model(config).lora)
     assert max(tiny.distances(params, merged).values()) < 1e-6
     _, base = params_lib.partition(trained)
     assert max(tiny.distances(params, base).values()) > 1e-3
@@ -425,8 +432,7 @@ def test_a_run_starts_from_a_run_with_the_same_adapters_alone(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_answers(run):
-    from opsd_jax import eval as evaluation
-    from opsd_jax import generate
+    from opsd_jax import eval as evaluation, generate
 
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"

@@ -9,17 +9,17 @@ from absl.testing import flagsaver
 
 from opsd_jax import (
     checkpoint,
+    config as config_lib,
     convert,
     data,
+    eval as eval_lib,
     generate,
     metrics,
     paths,
     plan,
     redraw,
-    settings,
     train,
 )
-from opsd_jax import eval as eval_lib
 from opsd_jax.datasets import visual_opsd
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.tasks import parquet
@@ -46,7 +46,7 @@ PATTERNS = ("exp[lr=1e-5]", "a[1]", "a]", "a*", "what?", "a\\b", "a[1]/inside")
 
 
 def of_train(workdir="w", **changes):
-    config = settings.default()
+    config = config_lib.default()
     config.update_from_flattened_dict(changes)
     train.train(config, workdir)
 
@@ -73,7 +73,9 @@ READ = {
         ["--checkpoint=c", "--question=q", f"--tokenizer={p}"]
     ),
     "generate --out": lambda p: generate.main(["--checkpoint=c", "--question=q", f"--out={p}"]),
-    "plan --out": lambda p: of_flags(plan.main, config=settings.default(), topology="cpu:8", out=p),
+    "plan --out": lambda p: of_flags(
+        plan.main, config=config_lib.default(), topology="cpu:8", out=p
+    ),
     "train --config": lambda p: train.parse_flags(["train", f"--config={p}"]),
     # and functions that are called without a command
     "parquet.make_mini": lambda p: parquet.make_mini(p, families=("chart",), counts={"test": 1}),
@@ -82,7 +84,7 @@ READ = {
     "metrics.Writer": lambda p: metrics.Writer(p),
 }
 ORBAX = {
-    "train --workdir": lambda p: of_flags(train.main, config=settings.default(), workdir=p),
+    "train --workdir": lambda p: of_flags(train.main, config=config_lib.default(), workdir=p),
     "train": lambda p: of_train(p),
     "config.init_from": lambda p: of_train(init_from=p),
     "import --target": lambda p: convert.main(["import", "--source=s", f"--target={p}"]),

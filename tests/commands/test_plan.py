@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from opsd_jax import params as params_lib, plan, settings, sharding, train
+from opsd_jax import config as config_lib, params as params_lib, plan, sharding, train
 from opsd_jax.model import bagel
 from tests import small_run
-
 
 # --- topologies ------------------------------------------------------------------------------------------------
 
@@ -290,7 +289,7 @@ def eight(tmp_path_factory):
 
 def _shards(config, cut):
     """Bytes of the parameters on one device, where logical axis -> number of pieces."""
-    model = settings.model(config)
+    model = config_lib.model(config)
     params = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     total = 0
     for path, leaf in params_lib.flatten(params).items():
@@ -334,7 +333,7 @@ def test_the_bill_is_the_sum_of_the_shards(eight):
 
 def _same_in_both(config):
     """Bytes of the leaves that fsdp does not cut."""
-    model = settings.model(config)
+    model = config_lib.model(config)
     params = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
     total = 0
     for path, leaf in params_lib.flatten(params).items():
@@ -401,7 +400,7 @@ def test_report_and_table(eight):
         math.prod(x.shape)
         for x in jax.tree.leaves(
             jax.eval_shape(
-                lambda: bagel.init(jax.random.key(0), config=settings.model(small_run.config()))
+                lambda: bagel.init(jax.random.key(0), config=config_lib.model(small_run.config()))
             )
         )
     )

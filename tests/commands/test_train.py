@@ -12,10 +12,10 @@ import types
 import jax
 import numpy as np
 import pytest
+import small_run
 from PIL import Image
 
-import small_run
-from opsd_jax import arms, checkpoint, metrics, settings, train
+from opsd_jax import arms, checkpoint, config as config_lib, metrics, train
 
 COMMON = {
     "step",
@@ -183,7 +183,7 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
 
 @pytest.mark.slow
 def test_samples_show_what_the_model_saw_and_wrote(trained):
-    stages = settings.stage_ends(small_run.config())
+    stages = config_lib.stage_ends(small_run.config())
     assert stages == {"warmup": small_run.WARMUP, "opsd": small_run.LAST}
     for stage, step in (("warmup", 1), ("opsd", small_run.WARMUP + 1)):
         folder = trained / "samples" / f"{step:06d}"
@@ -289,24 +289,24 @@ def test_the_teacher_must_leave_tokens_to_score(limit, cut_to):
     config = small_run.config(opsd__max_forward_tokens=limit)
     assert config.data.buckets.teacher[-1][0] == 70 and config.rollout.max_new_tokens == 8
     if cut_to is None:
-        settings.check(config)
+        config_lib.check(config)
     else:
         with pytest.raises(
             ValueError,
             match=rf"max_forward_tokens is {limit}: .* cut to {cut_to} tokens. Give at least 80 ",
         ):
-            settings.check(config)
+            config_lib.check(config)
     config.stages = ("warmup",)
-    settings.check(config)
+    config_lib.check(config)
 
 
 def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
-    config = settings.default()
-    settings.check(config)
+    config = config_lib.default()
+    config_lib.check(config)
     assert config.opsd.max_forward_tokens == 10240
     config.opsd.max_forward_tokens -= 63
     with pytest.raises(ValueError, match="64 tokens to score"):
-        settings.check(config)
+        config_lib.check(config)
 
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():

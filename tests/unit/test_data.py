@@ -593,7 +593,7 @@ def test_the_data_command_loads_neither_flax_nor_optax():
     """Preparing data needs arrays of the contexts and the settings, not the network or the optimizer."""
     code = (
         "import sys\n"
-        "from opsd_jax import context, data, settings\n"
+        "from opsd_jax import config, context, data\n"
         "sys.exit(', '.join({'flax', 'optax'} & {*sys.modules}) or None)"
     )
     done = subprocess.run(

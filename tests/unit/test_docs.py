@@ -17,7 +17,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from opsd_jax import context, settings, train
+from opsd_jax import config as config_lib, context, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
@@ -87,19 +87,19 @@ def test_every_setting_is_documented_with_its_default():
             if "default" in row
             else {
                 f"{stage}.{row['key']}": row[stage]
-                for stage in settings.STAGES
+                for stage in config_lib.STAGES
                 if row[stage] != "–"
             }
         )
         assert row["meaning"], f"{row['key']} has no meaning"
         assert not shown.keys() & cells.keys(), f"{row['key']} stands twice"
         shown |= {key: (row["type"], cell) for key, cell in cells.items()}
-    defaults = leaves(settings.default())
+    defaults = leaves(config_lib.default())
     assert sorted(defaults.keys() - shown.keys()) == [], (
-        "in settings.default() but not in docs/config.md"
+        "in config.default() but not in docs/config.md"
     )
     assert sorted(shown.keys() - defaults.keys()) == [], (
-        "in docs/config.md but not in settings.default()"
+        "in docs/config.md but not in config.default()"
     )
     wrong = {
         key: f"{kind} {cell}, not {defaults[key]!r}"
@@ -115,10 +115,10 @@ def test_every_range_is_documented():
         keys = (
             [row["key"]]
             if "default" in row
-            else [f"{stage}.{row['key']}" for stage in settings.STAGES if row[stage] != "–"]
+            else [f"{stage}.{row['key']}" for stage in config_lib.STAGES if row[stage] != "–"]
         )
         shown |= {key: row["range"] for key in keys if row["range"] != "–"}
-    assert shown == {key: allowed.partition(";")[0] for key, allowed in settings.ranges().items()}
+    assert shown == {key: allowed.partition(";")[0] for key, allowed in config_lib.ranges().items()}
 
 
 def test_what_may_change_on_resume_is_documented():
@@ -185,11 +185,11 @@ def test_commands_and_paths_exist(page):
     for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
         if path != "FILE":
             get_config(path)(*[arg] if arg else [])
-    known = leaves(settings.default())
+    known = leaves(config_lib.default())
     for key in re.findall(r"--config\.([\w.]+)=", text):
         assert key in known or key == "a.b", f"{page}: no setting {key}"
     groups = {key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)}
-    for name in re.findall(rf"`((?:{'|'.join(settings.default())})\.(?!md|py)[\w.]*\w)", text):
+    for name in re.findall(rf"`((?:{'|'.join(config_lib.default())})\.(?!md|py)[\w.]*\w)", text):
         module, attribute = name.split(".")[:2]
         code = importlib.util.find_spec(f"opsd_jax.{module}")
         is_function = code and hasattr(importlib.import_module(code.name), attribute)

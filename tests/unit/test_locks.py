@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from opsd_jax import convert, data, locks, redraw, settings
+from opsd_jax import config as config_lib, convert, data, locks, redraw
 from opsd_jax.datasets import visual_opsd
 
 ROOT = str(pathlib.Path(__file__).parents[2])
@@ -70,7 +70,7 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
     (source / "data").mkdir(parents=True)
     (source / "llm_config.json").write_text("{}")
     says = f"{target} is being written by process {first.pid} on "
-    monkeypatch.setattr(data, "load_config", lambda workdir: settings.default())
+    monkeypatch.setattr(data, "load_config", lambda workdir: config_lib.default())
     commands = {
         "make-mini": lambda: data.main(["make-mini", f"--target={target}"]),
         "import": lambda: convert.main(["import", f"--source={source}", f"--target={target}"]),
@@ -113,7 +113,7 @@ def test_what_a_writer_calls_may_write_and_other_threads_may_not(tmp_path):
 def test_runs_that_share_data_wait_for_the_one_that_makes_them(
     tmp_path, holder, caplog, monkeypatch
 ):
-    config, waited = settings.default(), []
+    config, waited = config_lib.default(), []
     config.data.make.families = ("chart",)
     first = holder(tmp_path / "w" / "data", seconds=1)
     began = time.monotonic()

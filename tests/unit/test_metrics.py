@@ -480,9 +480,9 @@ def test_health_stops_what_is_wrong_from_the_start(rows, stopped, message):
 
 
 def test_settings_of_health_are_its_own_defaults():
-    from opsd_jax import settings
+    from opsd_jax import config as config_lib
 
-    assert Health(**settings.default().health) == Health() and Health().teacher_floor == 0.5
+    assert Health(**config_lib.default().health) == Health() and Health().teacher_floor == 0.5
 
 
 def test_health_stops_on_teacher_erosion():

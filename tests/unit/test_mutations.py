@@ -15,12 +15,19 @@ import struct
 
 import numpy as np
 import pytest
-
-from PIL import Image
-
 import small_run
 import test_tokenizer
-from opsd_jax import benchmarks, checkpoint, convert, data, release_configs, settings, tokenizer
+from PIL import Image
+
+from opsd_jax import (
+    benchmarks,
+    checkpoint,
+    config as config_lib,
+    convert,
+    data,
+    release_configs,
+    tokenizer,
+)
 from opsd_jax.datasets import visual_opsd
 
 VALUES = [
@@ -473,8 +480,8 @@ def test_record_of_a_run(tmp_path):
 
     def work(folder):
         config = data.load_config(str(folder))
-        settings.check(config)
-        settings.model(config)
+        config_lib.check(config)
+        config_lib.model(config)
 
     check(
         range(10000, 10200),

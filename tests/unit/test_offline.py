@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import small_run
 import tiny
+
 from opsd_jax import (
     checkpoint,
+    config as config_lib,
     context,
     data,
     distill,
     metrics,
     offline,
     plan,
-    settings,
     sharding,
     tokenizer,
     train,
@@ -227,7 +227,7 @@ class Made:
             data.Packer(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
         )
-        self.params = tiny.params(settings.model(config), seed)
+        self.params = tiny.params(config_lib.model(config), seed)
 
     def collect(self, **changes):
         given = dict(params=self.params, config=self.config) | changes
@@ -279,7 +279,7 @@ def test_cache_holds_the_teacher_and_the_weights(collected):
             row, logits = collected.rows(source, n), []
             for layout in ("reference", "text"):
                 traces = collected.packer.traces([row], [layout])
-                found = logits_of(collected.params, traces, settings.model(collected.config))
+                found = logits_of(collected.params, traces, config_lib.model(collected.config))
                 logits.append(log_softmax(found[0][traces.mask[0]]))
             labels = traces.labels[0][traces.mask[0]]
             assert labels.tolist() == [*collected.packer.reference(row), collected.tokenizer.eos]
@@ -472,7 +472,7 @@ def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
         logits_of(
             collected.params,
             collected.packer.traces([row], [layout]),
-            settings.model(collected.config),
+            config_lib.model(collected.config),
         )
         for layout in ("reference", "text")
     )
@@ -501,13 +501,13 @@ def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        settings.check(
+        config_lib.check(
             small_run.config(stages=("offline",), offline__optim__warmup_steps=1, **changes)
         )
 
 
 def test_another_stage_may_have_noise_in_the_teacher():
-    settings.check(small_run.config(stages=("opsd",), teacher__visual_thoughts="noise"))
+    config_lib.check(small_run.config(stages=("opsd",), teacher__visual_thoughts="noise"))
 
 
 def stage_config(**changes):

@@ -399,9 +399,7 @@ def unknown(key: str) -> str:
         if part not in group:
             close = difflib.get_close_matches(part, group, 1)
             hint = (
-                f'Did you mean "{close[0]}"?'
-                if close
-                else "All of them are in opsd_jax/settings.py."
+                f'Did you mean "{close[0]}"?' if close else "All of them are in opsd_jax/config.py."
             )
             return f"there is no setting '{part}' in {'.'.join(['config', *path])}. {hint}"
         group, path = group[part], [*path, part]
@@ -416,7 +414,7 @@ def check(config: ConfigDict) -> None:
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"config is a {type(config).__name__}: get_config() returns the ConfigDict of "
-            "opsd_jax.settings.default(), with changed values"
+            "opsd_jax.config.default(), with changed values"
         )
     _check_group(config, default(), "config", "")
     _check_together(config)
@@ -456,7 +454,7 @@ def _check_group(config, known, shown: str, prefix: str, partial: bool = False) 
             raise ValueError(f"{shown}.{name}: {unknown(prefix + name)}")
     if missing := [name for name in known if name not in config and not partial]:
         raise ValueError(
-            f"{shown} lacks {', '.join(missing)}: change values of settings.default() one by one, or with "
+            f"{shown} lacks {', '.join(missing)}: change values of config.default() one by one, or with "
             "update(), instead of replacing a whole group"
         )
     for name, usual in known.items():

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import (
     checks,
+    config as config_lib,
     convert,
     data,
     distill,
@@ -23,16 +24,15 @@ from opsd_jax import (
     generate,
     plan,
     redraw,
-    settings,
     train,
 )
 from opsd_jax.diagnose import __main__ as diagnose
 
 
 def refused(message: str, **changes) -> None:
-    """`settings.check` raises ValueError with this text; "__" in a key is a dot."""
+    """`config.check` raises ValueError with this text; "__" in a key is a dot."""
     with pytest.raises(ValueError) as error:
-        settings.check(small_run.config(**changes))
+        config_lib.check(small_run.config(**changes))
     assert message in str(error.value)
 
 
@@ -51,7 +51,7 @@ def with_value(key: str, value):
 SMALL = small_run.config()
 NUMBERS = {
     key: usual
-    for key, usual in settings.default_values().items()
+    for key, usual in config_lib.default_values().items()
     if isinstance(usual, (int, float)) and not isinstance(usual, bool)
 }
 
@@ -60,9 +60,9 @@ NUMBERS = {
 
 
 def test_every_number_has_a_range_that_holds_its_default():
-    assert [key for key in NUMBERS if key not in settings.ranges()] == []
+    assert [key for key in NUMBERS if key not in config_lib.ranges()] == []
     for key, usual in NUMBERS.items():
-        checks.number(key, usual, type(usual), settings.ranges()[key])
+        checks.number(key, usual, type(usual), config_lib.ranges()[key])
 
 
 @pytest.mark.parametrize("key", NUMBERS)
@@ -72,7 +72,7 @@ def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
     )  # ConfigDict turns True into 1.0 where that is the type
     for wrong in ("1", None, math.nan, math.inf, -math.inf, (1,), *own):
         with pytest.raises(ValueError) as error:
-            settings.check(with_value(key, wrong))
+            config_lib.check(with_value(key, wrong))
         assert f"config.{key} is {wrong!r}: give a " in str(error.value)
 
 
@@ -148,8 +148,8 @@ def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
 )
 def test_numbers_out_of_their_range(key, wrong):
     with pytest.raises(ValueError) as error:
-        settings.check(with_value(key, wrong))
-    allowed = settings.ranges()[key]
+        config_lib.check(with_value(key, wrong))
+    allowed = config_lib.ranges()[key]
     assert f"config.{key} is {wrong!r}: give a " in str(error.value) and str(error.value).endswith(
         f"number in {allowed}"
     )
@@ -209,7 +209,7 @@ def set_unknown(key):
         ),
         (
             lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
-            "config.teacher lacks ema_decay, visual_thoughts: change values of settings.default() one by one",
+            "config.teacher lacks ema_decay, visual_thoughts: change values of config.default() one by one",
         ),
         (
             lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
@@ -256,20 +256,20 @@ def test_keys_that_are_no_settings(change, message, tmp_path):
 )
 def test_values_of_another_type(key, wrong, message):
     with pytest.raises(ValueError) as error:
-        settings.check(with_value(key, wrong))
+        config_lib.check(with_value(key, wrong))
     assert f"config.{key} is {wrong!r}" in str(error.value) and message in str(error.value)
 
 
 def test_a_list_for_a_tuple_and_a_whole_number_for_a_float_are_right():
     config = small_run.config(opsd__optim__weight_decay=0, stages=["warmup", "opsd"])
     config.data.buckets.student = [list(sizes) for sizes in config.data.buckets.student]
-    settings.check(config)
+    config_lib.check(config)
 
 
 @pytest.mark.parametrize("config", [None, {}, "x", 3])
 def test_something_else_than_a_config(config, tmp_path):
     with pytest.raises(
-        ValueError, match="get_config.. returns the ConfigDict of opsd_jax.settings.default"
+        ValueError, match="get_config.. returns the ConfigDict of opsd_jax.config.default"
     ):
         train.train(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
@@ -409,15 +409,15 @@ def test_an_arm_is_named_as_one_folder(name):
     with config.unlocked():
         config.arms[name] = ConfigDict({"seed": 1})
     with pytest.raises(ValueError, match=r"^config.arms.*: give one folder name"):
-        settings.check(config)
+        config_lib.check(config)
 
 
 def test_an_arm_that_will_not_run_may_wait_to_be_right():
-    settings.check(small_run.config(sft__optim__warmup_steps=50))
+    config_lib.check(small_run.config(sft__optim__warmup_steps=50))
 
 
 def test_zero_where_it_means_something():
-    settings.check(
+    config_lib.check(
         small_run.config(
             eval__every=0,
             eval__rows=0,
@@ -469,7 +469,7 @@ def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
         ),
         ("def get_config():\n    raise ValueError('no')", ", line 2: no"),
         (
-            "from opsd_jax import settings\n\ndef get_config():\n    c = settings.default()\n    c.opsd.steps = 'x'\n    return c",
+            "from opsd_jax import config as config_lib\n\ndef get_config():\n    c = config_lib.default()\n    c.opsd.steps = 'x'\n    return c",
             ", line 5: TypeError: Could not override field 'steps'",
         ),
         (None, "there is no such Python file"),
