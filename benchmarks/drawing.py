@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import context, flow, images, params as params_lib
+from opsd_jax import context, flow, images
+from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
 

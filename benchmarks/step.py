@@ -38,7 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import config as config_lib, context, distill, divergence, rollout
+from opsd_jax import config as config_lib
+from opsd_jax import context, distill, divergence, rollout
 
 PARTS = ("decode", "train", "loss")
 GRID = (16, 16)  # patches of an image of 224 x 224 pixels

@@ -15,8 +15,9 @@ import types
 
 from ml_collections import ConfigDict
 
-from opsd_jax import checks, context, images, metrics, params, paths, tasks
+from opsd_jax import context, images, params, tasks
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.inputs import checks, paths
 from opsd_jax.method_config import DistillConfig, FlowConfig, OptimConfig, RolloutConfig
 from opsd_jax.model.config import (
     MULTIPLIER,
@@ -28,6 +29,7 @@ from opsd_jax.model.config import (
     ViTConfig,
 )
 from opsd_jax.params import LORA_TARGETS
+from opsd_jax.runtime import health
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 MODES = (
@@ -254,7 +256,7 @@ def default() -> ConfigDict:
     c.log.wandb = ""  # project name; "" for none
 
     c.health = ConfigDict(
-        dataclasses.asdict(metrics.Health())
+        dataclasses.asdict(health.Health())
     )  # when to stop a run early; 0 switches a watch off
     del c.health.finite  # no setting: always watched
 
@@ -335,7 +337,7 @@ def ranges() -> dict[str, str]:
         ("divergence", DivergenceConfig),
         ("rollout", RolloutConfig),
         ("drawing", FlowConfig),
-        ("health", metrics.Health),
+        ("health", health.Health),
         *((stage, DistillConfig) for stage in STAGES),
         *((f"{stage}.optim", OptimConfig) for stage in STAGES),
     ]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, flow, params as params_lib, rollout, sharding
+from opsd_jax import divergence, flow, rollout, sharding
+from opsd_jax import params as params_lib
 from opsd_jax.context import Batch, GenerationBatch, PaddedImages
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.method_config import DistillConfig, OptimConfig

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from opsd_jax import checks, sharding
+from opsd_jax import sharding
+from opsd_jax.inputs import checks
 
 KINDS = ("jsd", "sampled_reverse_kl")
 _KEPT = "the teacher's largest entries"  # a name for `jax.checkpoint`

@@ -13,7 +13,7 @@ from typing import Annotated
 import einops
 import numpy as np
 
-from opsd_jax import checks
+from opsd_jax.inputs import checks
 
 LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, where Pillow begins to warn
 

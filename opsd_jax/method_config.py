@@ -7,8 +7,8 @@ beside what they configure. This module loads neither flax nor optax, so that `c
 import dataclasses
 from typing import Annotated
 
-from opsd_jax import checks
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.model.config import ModelConfig
 

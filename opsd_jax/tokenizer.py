@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from opsd_jax import json_files
+from opsd_jax.inputs import json_files
 
 DELIMITERS = {
     "bos": "<|im_start|>",

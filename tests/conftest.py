@@ -84,9 +84,8 @@ def released(goldens, tmp_path_factory):
     import shutil
 
     import numpy as np
-    from PIL import Image
-
     import tiny
+    from PIL import Image
 
     source, folder = goldens / "checkpoint", tmp_path_factory.mktemp("released")
     if not (source / "ae.safetensors").exists():

@@ -24,11 +24,12 @@ from PIL import Image as PillowImage
 from reference import Reference, read_tensors, write_checkpoint
 
 from opsd_jax import context as context_lib
-from opsd_jax import convert, distill, divergence, flow, images, rollout
+from opsd_jax import distill, divergence, flow, images, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import attention, bagel, latent, mot, siglip
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.release import load as load_lib
 
 # Arguments of tests that get the name of every case: one case a file, under any names.
 CASES = {
@@ -183,7 +184,7 @@ def test_carried_copy_is_small():
 
 def load(directory, generation):
     """(config, params), the latter in NumPy: slicing them compiles nothing."""
-    config, params = convert.load(str(directory), generation=generation)
+    config, params = load_lib.load(str(directory), generation=generation)
     return config, jax.tree.map(np.asarray, params)
 
 
@@ -360,7 +361,7 @@ def test_checkpoint_bfloat16(goldens, model, tmp_path):
     if not file.exists():
         file = tmp_path / "ema.safetensors"
         save_file({name: x.astype(jnp.bfloat16) for name, x in read_tensors(configs).items()}, file)
-    _, params = convert.load(folder_with([file], configs, tmp_path / "bf16"))
+    _, params = load_lib.load(folder_with([file], configs, tmp_path / "bf16"))
     stored, exact = read_tensors(file.parent), by_name(model[1])
     for name, array in by_name(params).items():
         assert stored[name].dtype == jnp.bfloat16 and array.dtype == np.float32
@@ -383,7 +384,7 @@ def test_checkpoint_sharded(goldens, model, tmp_path):
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     files = [*source.glob("*.safetensors"), *source.glob("*.index.json")]
     assert len(files) > 2
-    config, params = convert.load(folder_with(files, configs, tmp_path / "sharded"))
+    config, params = load_lib.load(folder_with(files, configs, tmp_path / "sharded"))
     assert config == model[0]
     jax.tree.map(equal, params, model[1])
 
@@ -1629,7 +1630,7 @@ def test_other_sizes(tmp_path):
     """A model of sizes unlike the golden ones against NumPy: both packs, and greedy decoding."""
     tokenizer = OTHER_TOKENIZER
     write_checkpoint(tmp_path, OTHER_LLM, OTHER_VIT, OTHER_WHOLE, OTHER_AE, seed=0)
-    config, params = convert.load(str(tmp_path))
+    config, params = load_lib.load(str(tmp_path))
     assert (config.llm.head_dim, config.vit.num_layers, config.vit.side) == (8, 2, 7)
     reference = Reference(tmp_path, tuple(vars(tokenizer).values()))
     rng = np.random.default_rng(1)
@@ -1681,7 +1682,7 @@ def test_other_sizes_draw(tmp_path):
     """The same sizes, from a model in shards: pixels to latents, drawings behind three contexts, and back."""
     tokenizer = OTHER_TOKENIZER
     write_checkpoint(tmp_path, OTHER_LLM, OTHER_VIT, OTHER_WHOLE, OTHER_AE, seed=2, shards=3)
-    model, params = convert.load(str(tmp_path), generation=True)
+    model, params = load_lib.load(str(tmp_path), generation=True)
     generation = model.generation
     assert (generation.stride, generation.latent_dim, generation.timestep_shift) == (12, 72, 2.0)
     reference = Reference(tmp_path, tuple(vars(tokenizer).values()))

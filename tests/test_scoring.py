@@ -15,7 +15,8 @@ import sys
 import pytest
 from PIL import Image
 
-from opsd_jax import benchmarks, scoring
+from opsd_jax.evaluation import scoring
+from opsd_jax.evaluation import tables as tables_lib
 
 DEFAULT = pathlib.Path(__file__).parent / "scoring"
 TABLES = (
@@ -149,9 +150,9 @@ def test_prompts(folder, tmp_path):
         path, counts = tmp_path / form / f"{name}.tsv", [c["n_images"] for c in cases]
         cells = [png(0) if n == 1 else str([png(k) for k in range(n)]) for n in counts]
         write_table(path, [c["cells"] | {"image": cell} for c, cell in zip(cases, cells)])
-        rows = benchmarks.read(path).rows
+        rows = tables_lib.read(path).rows
         assert [len(row.pictures) for row in rows] == counts
-        parts = [benchmarks.messages(row) for row in rows]
+        parts = [tables_lib.messages(row) for row in rows]
         found = [
             [{"image": p} if isinstance(p, int) else {"text": p} for p in some] for some in parts
         ]
@@ -159,11 +160,11 @@ def test_prompts(folder, tmp_path):
         for row, case, some in zip(rows, cases, parts):
             if case["wrapper_text"] is None:
                 with pytest.raises(ValueError, match="without a picture"):
-                    benchmarks.wrapper(some)
+                    tables_lib.wrapper(some)
             else:
-                text, pictures = benchmarks.wrapper(some)
+                text, pictures = tables_lib.wrapper(some)
                 assert (text, pictures) == (case["wrapper_text"], case["wrapper_images"])
-                decoded = benchmarks.images(row)
+                decoded = tables_lib.images(row)
                 assert [decoded[k].getpixel((1, 1))[0] for k in pictures] == case["wrapper_images"]
 
 
@@ -182,12 +183,12 @@ def read_predictions(path, table):
 @pytest.mark.parametrize("name", TABLES)
 def test_files(folder, name):
     expected = json.loads(path_of(folder, f"tsv/expected/{name}.json").read_text(encoding="utf-8"))
-    table = benchmarks.read(path_of(folder, f"tsv/{name}.tsv"))
+    table = tables_lib.read(path_of(folder, f"tsv/{name}.tsv"))
     assert table.md5 == hashlib.md5((folder / f"tsv/{name}.tsv").read_bytes()).hexdigest()
     assert len(table.rows) == expected.pop("n_rows_used")
     assert len(table.rows) + len(table.dropped) == expected.pop("n_rows_in_file")
     predictions = read_predictions(folder / f"tsv/predictions/{name}.tsv", table)
-    report = benchmarks.score(table, predictions)
+    report = tables_lib.score(table, predictions)
     assert report.dropped == table.dropped and not report.missing and not report.orphans
     assert (report.name, report.unit) == (expected.pop("dataset"), expected.pop("unit"))
     assert report.split == expected.pop("split", None)
@@ -203,7 +204,7 @@ def test_files(folder, name):
     for row, found, wanted in zip(table.rows, report.rows, rows):
         pictures = [
             {"size": list(image.size), "rgb_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
-            for image in benchmarks.images(row)
+            for image in tables_lib.images(row)
         ]
         assert pictures == wanted.pop("images")
         assert row.options == wanted.pop("options", {})
@@ -212,5 +213,5 @@ def test_files(folder, name):
 
 
 def test_all_files_are_known(folder):
-    assert set(TABLES) == set(benchmarks.KINDS)
-    assert set(benchmarks.find(path_of(folder, "tsv"))) == set(TABLES)
+    assert set(TABLES) == set(tables_lib.KINDS)
+    assert set(tables_lib.find(path_of(folder, "tsv"))) == set(TABLES)

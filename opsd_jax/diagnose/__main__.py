@@ -1,11 +1,16 @@
 """The command: one analysis, or evaluation in all modes and all analyses on one page."""
 
+import argparse
 import functools
 import os
 
-from opsd_jax import cli, data, distributed, paths
-from opsd_jax import eval as eval_lib
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, runs
+from opsd_jax.evaluation import contexts, html, results
+from opsd_jax.inputs import cli, paths
+from opsd_jax.run import job
+from opsd_jax.runtime import checkpoint as checkpoint_lib
+from opsd_jax.runtime import distributed, stopping
 
 
 def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[str]]:
@@ -13,11 +18,11 @@ def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     training started from, then the three analyses; one page that contains the pages of the analyses."""
     modes = (
         "none",
-        *eval_lib.CONTEXTS,
-        *(eval_lib.DRAWN if run.config.model.generation.on else ()),
+        *contexts.CONTEXTS,
+        *(contexts.DRAWN if run.config.model.generation.on else ()),
     )
     evaluate = functools.partial(
-        eval_lib.evaluate_run,
+        job.evaluate_run,
         run.workdir,
         benchmarks=run.tasks,
         split=run.split,
@@ -64,10 +69,8 @@ def all_page(
 
     summaries, before: of the model in all modes, and of the weights that its training started from in some.
     """
-    from opsd_jax import report
-
     parts = [
-        report.paragraph(
+        html.paragraph(
             f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. One model answers the same questions: from the "
             "picture alone (**none**, the student); as the teacher with the rows' own visual thoughts (**real**), with **noise**, "
             "another row's (**swap**), the problem once more (**image**) or nothing (**remove**) in their places; and, if it can "
@@ -75,16 +78,16 @@ def all_page(
             "training**: the weights that the run's training started from, on the same rows; **real** beside it is what training "
             "did to how the model reads true visual thoughts."
         ),
-        report.heading("Answers"),
+        html.heading("Answers"),
     ]
     for task in run.tasks:
         found = [(s["mode"], s["benchmarks"][task]) for s in summaries.values()]
         found += [(f"{s['mode']}, before training", s["benchmarks"][task]) for s in before.values()]
         parts += [
-            report.heading(task, 3),
-            report.intervals(
+            html.heading(task, 3),
+            html.intervals(
                 [
-                    (mode, eval_lib.percent(b), *(100 * x for x in b["interval_95"]))
+                    (mode, results.percent(b), *(100 * x for x in b["interval_95"]))
                     for mode, b in found
                 ]
             ),
@@ -93,7 +96,7 @@ def all_page(
         rows = [
             [
                 mode,
-                eval_lib.percent(b),
+                results.percent(b),
                 b["n"],
                 b["mean_output_tokens"],
                 b["seconds_per_sample"],
@@ -104,7 +107,7 @@ def all_page(
             for mode, b in found
         ]
         parts += [
-            report.table(
+            html.table(
                 [
                     "sees",
                     "accuracy %",
@@ -117,20 +120,18 @@ def all_page(
                 ],
                 rows,
             ),
-            report.note(
+            html.note(
                 "Seconds leave out batches that compiled a program. Paper: drawing takes 14.3 times as long "
                 f"as answering in text. Every answer to leaf through: {run.workdir}/eval/*/report.html"
             ),
         ]
     for title, inner in pages.values():
-        parts += [report.heading(title, 1), *inner]
+        parts += [html.heading(title, 1), *inner]
     return f"Evaluation and diagnosis of {os.path.basename(os.path.normpath(run.workdir))}", parts
 
 
 def diagnose(args, before_batch=lambda: None) -> str:
     """Runs the analysis that the parsed arguments ask for; the folder of its results."""
-    from opsd_jax import checkpoint as checkpoint_lib
-
     cli.check_precision()
     for name in ("workdir", "checkpoint", "teacher", "student"):
         paths.check(f"--{name}", getattr(args, name, ""), orbax=True)
@@ -140,7 +141,7 @@ def diagnose(args, before_batch=lambda: None) -> str:
         cli.check_name(args.name)
     cli.check_once("benchmarks", args.benchmarks)
     what, workdir = args.analysis, os.path.normpath(args.workdir)
-    config = data.load_config(workdir)  # no run: said first
+    config = workdir_lib.load_config(workdir)  # no run: said first
     given = args.student if what == "kl" else args.checkpoint
     model = given or checkpoint_lib.newest(workdir)
     step = checkpoint_lib.metadata(model)["step"]
@@ -217,9 +218,6 @@ def _own(workdir, checkpoint) -> bool:
 
 def main(argv=None) -> None:
     """`python -m opsd_jax.diagnose`; errors in the arguments end it with one line and code 1."""
-    import argparse
-
-    from opsd_jax import checkpoint as checkpoint_lib
 
     cli.start()
     common = argparse.ArgumentParser(add_help=False)
@@ -293,7 +291,7 @@ def main(argv=None) -> None:
     try:
         distributed.initialize()
         given = "".join(getattr(args, name, "") for name in ("checkpoint", "teacher", "student"))
-        with checkpoint_lib.stoppable("the same command starts the analysis again") as stop:
+        with stopping.stoppable("the same command starts the analysis again") as stop:
             folder = checkpoint_lib.retry_if_gone(
                 lambda: diagnose(args, before_batch=stop.check), given=given
             )

@@ -13,8 +13,9 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
-from opsd_jax import eval as eval_lib
+from opsd_jax.data.examples import generator
 from opsd_jax.diagnose import runs
+from opsd_jax.evaluation import contexts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -134,7 +135,7 @@ def shares_by_row(
             ]
             context = run.packer.pack(prepared, "trace", -1, blocks)
         else:  # the very pictures that the answers were given to
-            _, context = eval_lib.contexts(run.rows, run.packer, source, mine, mode, run.seed)
+            _, context = contexts.contexts(run.rows, run.packer, source, mine, mode, run.seed)
             blocks = [run.packer.blocks(row, layout, images) for row, images in zip(prepared, seen)]
         queries, keys = (np.zeros((len(mine), context.slots + width), np.int32) for _ in range(2))
         tokens = np.zeros((len(mine), width), np.int32)
@@ -161,8 +162,6 @@ def shares_by_row(
 
 def _visual_thoughts(run, source, number, row, mode) -> list:
     """Pictures in the places of a row's visual thoughts."""
-    from opsd_jax.data import generator
-
     rng = generator(run.seed, "diagnose visual thoughts", source, number)
     other = run.rows.partner(source, number).visual_thoughts if mode == "swap" else ()
     mode = "none" if mode == "remove" else mode
@@ -230,8 +229,6 @@ def measure(
 
 def page(summary: dict) -> tuple[str, list[str]]:
     """(title, HTML parts) of a summary."""
-    from opsd_jax import report
-
     shares = summary["shares"]
     scale = (
         "1/√d as the model has it"
@@ -239,11 +236,11 @@ def page(summary: dict) -> tuple[str, list[str]]:
         else "**without 1/√d**, as the official recorder has it: sharper than the attention that acts"
     )
     parts = [
-        report.paragraph(
+        html.paragraph(
             f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. Share of the attention of text tokens, mean "
             f"over heads, tokens and rows; softmax with {scale}."
         ),
-        report.note(
+        html.note(
             "**interleaved**: the rows' traces, thought – picture – thought. **teacher**: the teacher's context; its texts "
             "before (question, intro) and after (transition) the visual thoughts, and the model's own greedy answer "
             "(completion). Delimiters of pictures count apart. Noise and swap: in the places of the visual thoughts."
@@ -258,7 +255,7 @@ def page(summary: dict) -> tuple[str, list[str]]:
         for layout in shares
         if "text before" in shares[layout]["real"]
     }
-    parts += [report.heading("Text before the visual thoughts"), report.lines(before, **axes)]
+    parts += [html.heading("Text before the visual thoughts"), html.lines(before, **axes)]
     for layout, query in (
         ("interleaved", "text after"),
         ("teacher", "completion"),
@@ -272,28 +269,28 @@ def page(summary: dict) -> tuple[str, list[str]]:
         }
         if series:
             parts += [
-                report.heading(f"After the visual thoughts: {layout}, {query}"),
-                report.lines(series, **axes),
+                html.heading(f"After the visual thoughts: {layout}, {query}"),
+                html.lines(series, **axes),
             ]
     parts += [
-        report.heading("As in the paper's Fig. 3b"),
-        report.note(
+        html.heading("As in the paper's Fig. 3b"),
+        html.note(
             "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own recorder): txt0->img0 2.0, "
             "txt1->img1 3.0, txt1->img0 0.4."
         ),
-        report.heat(
+        html.heat(
             list(summary["official_mean"]),
             list(OFFICIAL),
             [[100 * x[name] for name in OFFICIAL] for x in summary["official_mean"].values()],
         ),
     ]
-    parts.append(report.heading("All groups, per cent"))
+    parts.append(html.heading("All groups, per cent"))
     for layout, modes in shares.items():
         for mode, queries in modes.items():
             for query, keys in queries.items():
                 values = 100 * np.array([keys[key] for key in KEYS]).T
                 parts += [
-                    report.heading(f"{layout}, {mode}: {query}", 3),
-                    report.heat([f"layer {n}" for n in range(len(values))], list(KEYS), values),
+                    html.heading(f"{layout}, {mode}: {query}", 3),
+                    html.heat([f"layer {n}" for n in range(len(values))], list(KEYS), values),
                 ]
     return "Attention", parts

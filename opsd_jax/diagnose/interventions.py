@@ -3,8 +3,9 @@
 import json
 import os
 
-from opsd_jax import metrics
 from opsd_jax.diagnose import attention, runs
+from opsd_jax.evaluation import html, statistics
+from opsd_jax.runtime import metrics
 
 MODES = ("none", "real", "noise", "swap", "remove")
 
@@ -13,7 +14,7 @@ def compare(hits, reference) -> dict:
     """Two lists of hits of the same rows: discordant counts and McNemar's exact p-value."""
     gained = sum(a and not b for a, b in zip(hits, reference, strict=True))
     lost = sum(b and not a for a, b in zip(hits, reference, strict=True))
-    return {"only_this": gained, "only_reference": lost, "p": metrics.mcnemar(gained, lost)}
+    return {"only_this": gained, "only_reference": lost, "p": statistics.mcnemar(gained, lost)}
 
 
 def summarise(found: dict, tasks) -> dict:
@@ -30,7 +31,7 @@ def summarise(found: dict, tasks) -> dict:
         for mode, own in hits.items():
             summary[task][mode] = {
                 "accuracy": sum(own) / len(own),
-                "interval_95": list(metrics.wilson(sum(own), len(own))),
+                "interval_95": list(statistics.wilson(sum(own), len(own))),
                 "n": len(own),
                 **{
                     f"against_{other}": compare(own, hits[other])
@@ -73,15 +74,13 @@ def measure(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
 
 def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str, list[str]]:
     """(title, HTML parts) of a summary and its answers; `most` samples of each task."""
-    from opsd_jax import report
-
     parts = [
-        report.paragraph(
+        html.paragraph(
             f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}, greedy answers to the same rows. **none**: "
             "the student's context, picture and question; the others are the teacher's: **real** with the row's own visual "
             "thoughts, **noise** and **swap** (another row's) in their places, **remove** with its texts and no picture."
         ),
-        report.note(
+        html.note(
             "Bars: 95 % intervals by Wilson. p: McNemar's exact test on the rows that one mode answers right "
             "and the other does not. Paper, ThinkMorph on nine benchmarks: noise −1.5 points, text only −1.0."
         ),
@@ -90,8 +89,8 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
         if task == "all" and len(run.tasks) == 1:
             continue
         parts += [
-            report.heading("All tasks" if task == "all" else task),
-            report.intervals(
+            html.heading("All tasks" if task == "all" else task),
+            html.intervals(
                 [
                     (m, 100 * s["accuracy"], *(100 * x for x in s["interval_95"]))
                     for m, s in modes.items()
@@ -113,7 +112,7 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
                         ]
                     )
         parts.append(
-            report.table(
+            html.table(
                 [
                     "",
                     "rows",
@@ -127,11 +126,11 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
         )
     shares = summary["attention_of_the_answers"]
     parts += [
-        report.heading("Where the answers look"),
-        report.note(
+        html.heading("Where the answers look"),
+        html.note(
             "Share of attention in per cent, mean over heads, layers and tokens of each mode's own answers."
         ),
-        report.heat(
+        html.heat(
             list(shares),
             list(attention.KEYS),
             [[100 * shares[m][k] for k in attention.KEYS] for m in shares],
@@ -154,14 +153,14 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
                     "title": p["pid"],
                     "hit": bool(p["hit"]),
                     "parts": [
-                        report.row(*runs.pictures(run, row)),
-                        report.paragraph(row.example.question),
-                        report.table(
+                        html.row(*runs.pictures(run, row)),
+                        html.paragraph(row.example.question),
+                        html.table(
                             ["visual thoughts", "answer is", "answer"], texts, align=["left"] * 3
                         ),
                     ],
                     "note": f"expected {p['expected']}; hit or miss is that of `real`",
                 }
             )
-        parts += [report.heading(f"{task}: samples"), report.samples(items)]
+        parts += [html.heading(f"{task}: samples"), html.samples(items)]
     return "Interventions", parts

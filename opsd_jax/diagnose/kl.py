@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, metrics, sharding
-from opsd_jax import eval as eval_lib
+from opsd_jax import distill, divergence, rollout, sharding
+from opsd_jax.data.examples import generator
 from opsd_jax.diagnose import runs
+from opsd_jax.evaluation import contexts as contexts_lib
+from opsd_jax.evaluation import html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.runtime import metrics
 
 BOOTSTRAP = 2000  # resamples
 COMPLETIONS = ("base", "student", "data", "official")
@@ -95,9 +98,7 @@ def divergences(
 
 def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
     """Shared completions after the contexts of training: {labels, mask, kl}."""
-    from opsd_jax import distill, rollout
-
-    prepared, c_t = eval_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
+    prepared, c_t = contexts_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
     batch = runs.put(run, context_lib.Batch(run.packer.student(prepared), c_t))
     if kind == "data":
         tokens, mask = runs.put(run, run.packer.references(prepared))
@@ -236,8 +237,6 @@ def bootstrap(before, after=None, *, count: int = BOOTSTRAP, seed: int = 0) -> d
       before, before_95, and with `after` after, after_95, closure = 1 - after / before, closure_95. None where
       there is nothing to close.
     """
-    from opsd_jax.data import generator
-
     rng = generator(seed, "bootstrap")
     before = [np.asarray(x, np.float64) for x in before]
     after = None if after is None else [np.asarray(x, np.float64) for x in after]
@@ -381,17 +380,15 @@ def _pieces(run, ids) -> list[str]:
 
 def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str, list[str]]:
     """(title, HTML parts) of a summary and its records; `most` samples of each task."""
-    from opsd_jax import report
-
     trained = "after" in next(iter(summary["completions"].values()))["macro"]
     parts = [
-        report.paragraph(
+        html.paragraph(
             "K = KL(teacher with visual thoughts ‖ student without) on the same completion, full vocabulary, mean over the "
             "tokens of a completion, then over rows (paper Eq. 4). **before**: the student is "
             f"`{summary['base']}`, **after**: `{summary['student']}`; the teacher is `{summary['teacher']}` both times. "
             "Closed = 1 − after / before (Eq. 9)."
         ),
-        report.note(
+        html.note(
             f"Rows of split {runs.rows_text(summary)}; sampled completions at temperature {summary['temperature']:g} (0: the most "
             f"likely token). Intervals hold 95 %: {summary['bootstrap']} resamples of the rows within their task, before "
             f"and after together, seed {summary['seed']}. Paper, on rows of its own: 4.64 before, 1.93 after, 58 % "
@@ -400,18 +397,18 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
     ]
     for kind, s in summary["completions"].items():
         parts += [
-            report.heading(f"Completions: {kind}"),
-            report.paragraph(_COMPLETION_TEXTS[kind]),
+            html.heading(f"Completions: {kind}"),
+            html.paragraph(_COMPLETION_TEXTS[kind]),
             _kl_table(s),
         ]
         for span, text in SPANS.items():
             if s.get(span):
-                parts += [report.paragraph(text), _kl_table(s[span])]
+                parts += [html.paragraph(text), _kl_table(s[span])]
         names = ["before", *(["after"] if trained else [])]
         longest = max(len(r["labels"]) for r in found[kind])
         at = lambda name, n: np.mean([r[name][n] for r in found[kind] if len(r[name]) > n])
         parts.append(
-            report.lines(
+            html.lines(
                 {name: [(n + 1, float(at(name, n))) for n in range(longest)] for name in names},
                 x="token of the completion",
                 y="nats",
@@ -424,25 +421,23 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
             for r in [r for r in found[kind] if r["task"] == task][:most]:
                 row = run.rows(source, r["index"])
                 pieces = _pieces(run, r["labels"])
-                shown = [report.row(*runs.pictures(run, row))]
+                shown = [html.row(*runs.pictures(run, row))]
                 for name in names:
                     shown += [
-                        report.note(f"{name}: {np.mean(r[name]):.4g} nats per token"),
-                        report.tokens(pieces, r[name], unit="nats", top=top),
+                        html.note(f"{name}: {np.mean(r[name]):.4g} nats per token"),
+                        html.tokens(pieces, r[name], unit="nats", top=top),
                     ]
                 samples.append(
                     {
                         "title": f"{task} {r['pid']}",
-                        "parts": [report.paragraph(row.example.question), *shown],
+                        "parts": [html.paragraph(row.example.question), *shown],
                     }
                 )
-        parts.append(report.samples(samples))
+        parts.append(html.samples(samples))
     return "Divergence that visual thoughts make", parts
 
 
 def _kl_table(s):
-    from opsd_jax import report
-
     interval = lambda values, scale=1: (
         "–" if values is None else f"{scale * values[0]:.4g} to {scale * values[1]:.4g}"
     )
@@ -466,9 +461,9 @@ def _kl_table(s):
             ]
         )
     spread = s["spread"]
-    return report.stack(
-        report.table(["task", "rows", "before", "95 %", "after", "95 %", "closed %", "95 %"], rows),
-        report.note(
+    return html.stack(
+        html.table(["task", "rows", "before", "95 %", "after", "95 %", "closed %", "95 %"], rows),
+        html.note(
             f"Rows before training: median {spread['median']:.4g}, standard deviation {spread['std']:.4g}, "
             f"largest {spread['max']:.4g}."
         ),

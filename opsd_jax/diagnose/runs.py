@@ -8,10 +8,18 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from opsd_jax import cli, data, distill, eval as eval_lib, files, metrics, sharding
-from opsd_jax.datasets import plan
+from opsd_jax import config as config_lib
+from opsd_jax import distill, images, rollout, sharding, tokenizer
+from opsd_jax.data import examples, packing, schedule
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.evaluation import contexts, html
+from opsd_jax.inputs import cli
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.run import job
+from opsd_jax.runtime import checkpoint as checkpoint_lib
+from opsd_jax.runtime import files, metrics
+from opsd_jax.runtime import progress as progress_lib
 
 ROWS = 128  # of each task, chosen at random, if the command does not say
 
@@ -42,7 +50,7 @@ class Run:
 
     def numbers(self, source: int) -> list[int]:
         """Rows of a task that are looked at."""
-        return plan.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
+        return schedule.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
 
     @property
     def total(self) -> int:
@@ -90,19 +98,17 @@ def open_run(
     a multiple of what the devices share.
     Raises FileNotFoundError: no run or data. ValueError: unknown tasks, no visual thoughts in the rows.
     """
-    from opsd_jax import config as config_lib, rollout, tokenizer
-
     cli.check_number("rows", limit, 0)
     cli.check_number("batch_size", batch_size, 0)
-    config = data.load_config(workdir)
+    config = workdir_lib.load_config(workdir)
     where, chosen = (
-        data.workdir_of(config, workdir),
-        eval_lib.choose_tasks(benchmarks, config.data.tasks),
+        workdir_lib.workdir_of(config, workdir),
+        job.choose_tasks(benchmarks, config.data.tasks),
     )
-    config = data.with_tasks(config, chosen)
+    config = workdir_lib.with_tasks(config, chosen)
     split = split or config.eval.final_split or "train"
     tok = tokenizer.load(
-        data.tokenizer_folder(config, where), vocab_size=config.model.llm.vocab_size
+        workdir_lib.tokenizer_folder(config, where), vocab_size=config.model.llm.vocab_size
     )
     mesh = sharding.make_mesh(tensor=config.mesh.tensor)
     unit = sharding.batch_divisor(mesh)
@@ -114,8 +120,8 @@ def open_run(
         mesh,
         tok,
         marker,
-        data.Rows(config, where, tok, split),
-        data.Packer(config, tok),
+        examples.Rows(config, where, tok, split),
+        packing.Packer(config, tok),
         chosen,
         split,
         limit,
@@ -138,9 +144,7 @@ def open_run(
 
 def start(workdir: str) -> str:
     """The checkpoint that a run's OPSD (or else SFT) stage started from."""
-    from opsd_jax import config as config_lib
-
-    config = data.load_config(workdir)
+    config = workdir_lib.load_config(workdir)
     ends = config_lib.stage_ends(config)
     stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
     if stage is None:
@@ -153,8 +157,6 @@ def start(workdir: str) -> str:
 
 def load(run: Run, checkpoint: str):
     """The weights in a checkpoint, laid out for scoring."""
-    from opsd_jax import checkpoint as checkpoint_lib
-
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=run.model))
     return checkpoint_lib.restore_params(
         checkpoint, sharding.abstract(run.mesh, abstract), partial=run.config.model.generation.on
@@ -168,8 +170,6 @@ def for_sampling(run, params):
 
 def sampling(run, **changes):
     """RolloutConfig of the run's evaluation."""
-    from opsd_jax import config as config_lib
-
     c = run.config
     return config_lib.rollout(
         c,
@@ -187,7 +187,7 @@ def batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
     mine = sharding.local_rows(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
-        for numbers in eval_lib.batches(run.numbers(source), run.batch_size):
+        for numbers in contexts.batches(run.numbers(source), run.batch_size):
             run.before_batch()
             yield source, [numbers[n] for n in mine]
 
@@ -199,7 +199,7 @@ def put(run, tree):
 
 def progress(run, total, name):
     """A progress bar over `total` rows, shown by the first process."""
-    return metrics.Progress(total, name, run.split, primary=jax.process_index() == 0)
+    return progress_lib.Progress(total, name, run.split, primary=jax.process_index() == 0)
 
 
 def answers(run: Run, params, modes, name: str) -> dict:
@@ -207,7 +207,7 @@ def answers(run: Run, params, modes, name: str) -> dict:
     params, found = for_sampling(run, params), {}
     with progress(run, run.total * len(modes), name) as shown:
         for k, mode in enumerate(modes):
-            results = eval_lib.evaluate(
+            results = contexts.evaluate(
                 params,
                 run.rows,
                 run.packer,
@@ -242,34 +242,25 @@ def rows_text(summary: dict) -> str:
     return f"{summary['split']}, {'; '.join(parts)}"
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
 def pictures(run, row) -> list[str]:
     """HTML of a prepared row's problem image and visual thoughts."""
-    from opsd_jax import images, report
-
     patch = run.config.model.vit.patch_size
     shown = [
         ("problem", row.problem),
         *((f"visual thought {n}", vt) for n, vt in enumerate(row.visual_thoughts)),
     ]
     return [
-        report.picture(
-            images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption
-        )
+        html.picture(images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption)
         for caption, image in shown
     ]
 
 
 def finish(folder, summary, page) -> tuple[str, list[str]]:
     """Writes report.html and, last of all, summary.json, by the first process for all; the parts of the page."""
-    from opsd_jax import report
-
     if jax.process_index():
         return "", []
     title, parts = page(summary)
-    metrics.write_text(os.path.join(folder, "report.html"), report.page(title, *parts))
+    metrics.write_text(os.path.join(folder, "report.html"), html.page(title, *parts))
     metrics.write_text(
         os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n"
     )

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model import attention, mot, siglip, vae
-from opsd_jax.model.latent import LatentPath
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.latent import LatentPath
 
 
 def _decoder(config, latents=0):

@@ -6,7 +6,7 @@ Numbers only: 7B and the laptop miniature differ here and nowhere else.
 import dataclasses
 from typing import Annotated
 
-from opsd_jax import checks
+from opsd_jax.inputs import checks
 from opsd_jax.params import LORA_TARGETS
 
 ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")

@@ -12,7 +12,9 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 
-from opsd_jax import paths
+from PIL import Image
+
+from opsd_jax.inputs import paths as paths_lib
 from opsd_jax.tasks import FAMILIES, generate, generator
 from opsd_jax.tasks.row import Row
 from opsd_jax.tasks.vocabulary import build_tokenizer
@@ -91,7 +93,7 @@ def make_mini(
     Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target, and
     what a killed process left is removed.
     """
-    paths.check_given("target", target)
+    paths_lib.check_given("target", target)
     target = pathlib.Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
@@ -162,8 +164,6 @@ def _table(rows: list[Row], task: str):
 
 
 def _png(image) -> bytes:
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

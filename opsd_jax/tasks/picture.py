@@ -4,7 +4,9 @@ import os
 import textwrap
 from collections.abc import Iterable
 
-from opsd_jax import files
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from opsd_jax.runtime import files
 from opsd_jax.tasks.row import Row
 
 _SCALE, _GAP, _LINE, _LETTER = (
@@ -17,8 +19,6 @@ _SCALE, _GAP, _LINE, _LETTER = (
 
 def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4) -> None:
     """Saves one picture that shows each row: problem image and visual thoughts, enlarged, above the texts."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
-
     entries = []
     for row in rows:
         pictures = [Image.fromarray(image) for image in (row.problem_image, *row.visual_thoughts)]

@@ -18,22 +18,16 @@ import small_run
 import tiny
 from PIL import Image
 
-from opsd_jax import (
-    checkpoint,
-    config as config_lib,
-    context,
-    convert,
-    data,
-    eval as eval_lib,
-    generate,
-    locks,
-    tasks,
-    tokenizer,
-    train,
-)
-from opsd_jax.datasets import visual_opsd
+from opsd_jax import config as config_lib
+from opsd_jax import context, eval, tasks, tokenizer, train
+from opsd_jax.data import __main__ as data
+from opsd_jax.data import arrayrecord, procedural
+from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.diagnose import runs
 from opsd_jax.model import attention
+from opsd_jax.release import export, importing
+from opsd_jax.run import model, session
+from opsd_jax.runtime import checkpoint, locks
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -42,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiles")
 def folder(tmp_path_factory):
     """A prepared data folder with its tokenizer."""
     made = tmp_path_factory.mktemp("data")
-    data.make_procedural(str(made), small_run.config().data.make.to_dict())
+    procedural.make_procedural(str(made), small_run.config().data.make.to_dict())
     return made
 
 
@@ -141,7 +135,7 @@ def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault)
         assert part in error
     status, told, _ = prepare(tmp_path, capsys, "--on_bad_row=skip")
     assert status == 0 and "1 bad rows left out" in told and f"row 2, pid 'p2': {fault}" in told
-    assert len(visual_opsd.open_source(tmp_path / "out", task="Maze")) == 2
+    assert len(arrayrecord.open_source(tmp_path / "out", task="Maze")) == 2
 
 
 @pytest.mark.parametrize("column", ["question", "answer", "problem_image_0", "resoning_thought_0"])
@@ -175,7 +169,7 @@ def test_a_full_disk_while_preparing(tmp_path, capsys):
     )
     assert "free space; then run the same command again" in error
     assert prepare(tmp_path, capsys)[0] == 0
-    assert len(visual_opsd.open_source(tmp_path / "out", task="Maze")) == 3
+    assert len(arrayrecord.open_source(tmp_path / "out", task="Maze")) == 3
 
 
 class file_size_limit:
@@ -208,9 +202,9 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
         workdir / "checkpoints" / "7", None, {"a": np.zeros(3, np.float32)}, step=7, config=config
     )
     for command in (
-        lambda: eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
+        lambda: eval.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
         lambda: runs.open_run(str(workdir)),
-        lambda: generate.load(str(workdir), draw=False),
+        lambda: model.load(str(workdir), draw=False),
     ):
         try:
             command()
@@ -226,17 +220,17 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     )
     said = f"has ids up to {sizes} ('<|{sizes}|>'), but the model has {sizes} embeddings"
     with pytest.raises(ValueError, match=re.escape(said)):
-        generate.load(str(spoiled), draw=True)
+        model.load(str(spoiled), draw=True)
     with pytest.raises(ValueError, match=re.escape(said)):
-        convert.import_release(str(spoiled), str(tmp_path / "imported"))
-    convert.import_release(str(released), str(tmp_path / "imported"), only="understanding")
+        importing.import_release(str(spoiled), str(tmp_path / "imported"))
+    importing.import_release(str(released), str(tmp_path / "imported"), only="understanding")
     tiny.write_tokenizer(
         tmp_path / "imported" / "release",
         json.loads((spoiled / "special_tokens.json").read_text()),
         sizes + 1,
     )
     with pytest.raises(ValueError, match=re.escape(said)):
-        convert.export_release(str(tmp_path / "imported"), str(tmp_path / "out"), base="none")
+        export.export_release(str(tmp_path / "imported"), str(tmp_path / "out"), base="none")
     assert not (tmp_path / "out").exists()
 
 
@@ -459,7 +453,7 @@ def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
         rows = tmp_path / "data/made/parquet"
         for path in rows.glob("*/data/test-*.parquet"):
             change(path, 3, answer="<answer>n7")
-        visual_opsd.prepare(rows, tmp_path / "data", overwrite=True)
+        prepare_lib.prepare(rows, tmp_path / "data", overwrite=True)
     refused(
         ValueError,
         tmp_path,
@@ -495,7 +489,7 @@ def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
 
 def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_path, folder):
     refused(FileNotFoundError, tmp_path, "tokenizer", tokenizer="/nowhere", data__dir=str(folder))
-    train.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
+    session.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------

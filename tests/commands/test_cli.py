@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from opsd_jax import cli
+from opsd_jax.inputs import cli
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "opsd_jax"
 
@@ -58,7 +58,7 @@ def test_files_are_written_and_read_as_utf8():
 
 
 def test_a_question_typed_in_a_terminal_without_utf8():
-    code = "import sys; from opsd_jax import cli; print(ascii(cli.text('question', sys.argv[1])))"
+    code = "import sys; from opsd_jax.inputs import cli; print(ascii(cli.text('question', sys.argv[1])))"
     env = {
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
@@ -251,7 +251,7 @@ def test_wrong_values_end_a_command_before_anything_is_read(
 
 
 def test_folders_that_cannot_be_written(tmp_path):
-    from opsd_jax import paths
+    from opsd_jax.inputs import paths
 
     paths.check_writable("--out", tmp_path / "new" / "one")
     assert list(tmp_path.iterdir()) == []

@@ -21,18 +21,13 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from opsd_jax import (
-    checkpoint,
-    config as config_lib,
-    convert,
-    distill,
-    params as params_lib,
-    release_configs,
-    sharding,
-    tensor_files,
-)
+from opsd_jax import config as config_lib
+from opsd_jax import convert, distill, sharding
+from opsd_jax import params as params_lib
 from opsd_jax.model import siglip
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from opsd_jax.release import configs, folders, importing, load, safetensors_io
+from opsd_jax.runtime import checkpoint
 
 # Sizes that no other test has: 5 heads over 1 kv head, head_dim apart from the width, one latent a token.
 ODD = ModelConfig(
@@ -70,10 +65,10 @@ ODD = ModelConfig(
 def tensors_of(config, dtype=np.float32, seed=0):
     """{"model": {name: tensor}, "ae": {...}}: random weights of a release of these sizes."""
     rng, files = np.random.default_rng(seed), {"model": {}, "ae": {}}
-    for path, leaf in convert._abstract(config).items():
+    for path, leaf in load.abstract_params(config).items():
         row = params_lib.fact(path)
-        for name in convert._names(row, leaf.shape):
-            shape = convert._layer_shape(row, leaf.shape)
+        for name in folders.names(row, leaf.shape):
+            shape = load.layer_shape(row, leaf.shape)
             files[row.file][name] = rng.standard_normal(shape, np.float32).astype(dtype)
     for name, side in (
         ("vit_pos_embed", config.vit.side),
@@ -98,7 +93,7 @@ def write_release(folder, config, dtype=np.float32, name="model", shards=1):
             save_file(part, folder / f"{name}-{n}.safetensors")
             places |= dict.fromkeys(part, f"{name}-{n}.safetensors")
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    for file, content in release_configs.contents(config).items():
+    for file, content in configs.contents(config).items():
         (folder / file).write_text(json.dumps(content))
     return folder
 
@@ -153,7 +148,7 @@ def golden(goldens, tmp_path_factory):
         )
         config = dataclasses.replace(ODD, generation=GenerationConfig(vae))
         (folder / "ae_params.json").write_text(
-            json.dumps(release_configs.contents(config)["ae_params.json"])
+            json.dumps(configs.contents(config)["ae_params.json"])
         )
         save_file(tensors_of(config)["ae"], folder / "ae.safetensors")
     return folder
@@ -182,7 +177,7 @@ def copied(golden, tmp_path):
 def refuses(folder, *parts, kind=ValueError, generation=True):
     """Loading raises an error of this kind with all the parts in its message."""
     with pytest.raises(kind) as error:
-        convert.load(str(folder), generation=generation)
+        load.load(str(folder), generation=generation)
     for part in parts:
         assert part in str(error.value)
     return str(error.value)
@@ -192,7 +187,7 @@ def refuses(folder, *parts, kind=ValueError, generation=True):
 
 
 def test_whole_model(golden):
-    config, params = convert.load(str(golden), generation=True)
+    config, params = load.load(str(golden), generation=True)
     files = read_release(golden)
     same(named(params), files)
     sizes = json.loads((golden / "config.json").read_text())
@@ -203,10 +198,10 @@ def test_whole_model(golden):
 
 
 def test_understanding_leaves_the_rest_on_disk(golden, capsys):
-    config, params = convert.load(str(golden), remat="full")
+    config, params = load.load(str(golden), remat="full")
     assert config.generation is None and config.remat == "full"
     kept, files = named(params), read_release(golden)
-    left = {name for name in files["model"] if convert._GENERATION.fullmatch(name)}
+    left = {name for name in files["model"] if folders.GENERATION.fullmatch(name)}
     same(
         kept,
         {"model": {name: x for name, x in files["model"].items() if name not in left}, "ae": {}},
@@ -223,7 +218,7 @@ def test_understanding_leaves_the_rest_on_disk(golden, capsys):
 )
 def test_other_sizes_files_and_dtypes(tmp_path, name, shards, dtype):
     folder = write_release(tmp_path / "odd", ODD, dtype, name, shards)
-    config, params = convert.load(str(folder), generation=True, dtype=None)
+    config, params = load.load(str(folder), generation=True, dtype=None)
     assert config == ODD
     same(named(params), read_release(folder))
 
@@ -234,19 +229,19 @@ def test_dtypes(tmp_path):
     kept = {
         name: x
         for name, x in read_release(folder)["model"].items()
-        if not convert._GENERATION.fullmatch(name)
+        if not folders.GENERATION.fullmatch(name)
     }
     for dtype, arguments in (
         (np.float32, {}),
         (np.float16, {"dtype": "float16"}),
         (jnp.bfloat16, {"dtype": ""}),
     ):
-        _, params = convert.load(str(folder), **arguments)
+        _, params = load.load(str(folder), **arguments)
         same(
             named(params), {"model": {name: x.astype(dtype) for name, x in kept.items()}, "ae": {}}
         )
     with pytest.raises(ValueError, match="dtype=int8: parameters are float32, bfloat16 or float16"):
-        convert.load(str(folder), dtype="int8")
+        load.load(str(folder), dtype="int8")
 
 
 def test_official_autoencoder_without_a_file_of_its_sizes(copied):
@@ -255,7 +250,7 @@ def test_official_autoencoder_without_a_file_of_its_sizes(copied):
     if sizes["vae_config"] != {"downsample": 8, "z_channels": 16}:
         refuses(copied, "the autoencoder has", "ae_params.json")
     else:
-        assert convert.read_config(str(copied), generation=True).generation.vae == VAEConfig()
+        assert folders.read_config(str(copied), generation=True).generation.vae == VAEConfig()
 
 
 def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
@@ -263,7 +258,7 @@ def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
     original = read_release(copied)["model"]
     latent = original["latent_pos_embed.pos_embed"]
     change(copied, add={"latent_pos_embed.pos_embed": latent[:9]}, drop=["vit_pos_embed.pos_embed"])
-    _, params = convert.load(str(copied), generation=True)
+    _, params = load.load(str(copied), generation=True)
     np.testing.assert_allclose(params["latent"]["position_table"], latent, atol=2e-6)
     np.testing.assert_allclose(
         params["connector"]["position_table"], original["vit_pos_embed.pos_embed"], atol=2e-6
@@ -284,10 +279,12 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
     """Any slice with any axes, reading the bytes of its rows and no others."""
     values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
     save_file({"before": values, "x": values}, tmp_path / "a.safetensors")
-    tensor, read = tensor_files.header(tmp_path / "a.safetensors")["x"], []
-    fill = tensor_files._fill
+    tensor, read = safetensors_io.header(tmp_path / "a.safetensors")["x"], []
+    fill = safetensors_io._fill
     monkeypatch.setattr(
-        tensor_files, "_fill", lambda f, at, array: (read.append(array.nbytes), fill(f, at, array))
+        safetensors_io,
+        "_fill",
+        lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)),
     )
     rng = np.random.default_rng(0)
     for _ in range(12):
@@ -298,7 +295,7 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
             for stop in stops
         )
         read.clear()
-        piece = tensor_files.read(tensor, index, tuple(order))
+        piece = safetensors_io.read(tensor, index, tuple(order))
         assert piece.dtype == dtype and piece.flags.c_contiguous
         np.testing.assert_array_equal(piece, values[index].transpose(order))
         rows = values[index[0]]
@@ -330,7 +327,7 @@ def child(what, folder):
 def on_meshes(folder):
     whole, mesh = read_release(folder), sharding.make_mesh(fsdp=2, tensor=2)
     for layout, generation in (("train", True), ("rollout", False)):
-        _, params = convert.load(folder, generation=generation, mesh=mesh, layout=layout)
+        _, params = load.load(folder, generation=generation, mesh=mesh, layout=layout)
         flat = params_lib.flatten(params)
         for path, leaf in flat.items():
             assert leaf.sharding == sharding.parameter(mesh, path, leaf.shape, layout), path
@@ -365,10 +362,10 @@ def test_memory(tmp_path, command):
     folder = tmp_path / "large"
     folder.mkdir()
     rows, at, largest = {}, 0, 0
-    for path, leaf in convert._abstract(config).items():
+    for path, leaf in load.abstract_params(config).items():
         row = params_lib.fact(path)
-        for name in convert._names(row, leaf.shape):
-            size = 4 * math.prod(shape := convert._layer_shape(row, leaf.shape))
+        for name in folders.names(row, leaf.shape):
+            size = 4 * math.prod(shape := load.layer_shape(row, leaf.shape))
             rows[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
             at, largest = at + size, max(largest, size)
     header = json.dumps(rows).encode()
@@ -377,7 +374,7 @@ def test_memory(tmp_path, command):
     ) as f:  # zeros, with holes instead of blocks on the disk
         f.write(struct.pack("<Q", len(header)) + header)
         f.truncate(8 + len(header) + at)
-    for file, content in release_configs.contents(config).items():
+    for file, content in configs.contents(config).items():
         (folder / file).write_text(json.dumps(content))
     assert at > 2e9
     over = int(child(f"memory of {command}", folder)[-1])
@@ -390,13 +387,13 @@ def test_memory(tmp_path, command):
 
 def memory(folder, read):
     jax.devices()
-    before = convert.peak_memory()
+    before = folders.peak_memory()
     read(folder)
     size = sum(
         math.prod(leaf.shape) * 4
-        for leaf in convert._abstract(convert.read_config(folder)).values()
+        for leaf in load.abstract_params(folders.read_config(folder)).values()
     )
-    print(convert.peak_memory() - before - size)
+    print(folders.peak_memory() - before - size)
 
 
 # --- faults ----------------------------------------------------------------------------------------------
@@ -452,15 +449,15 @@ def test_non_finite_weights_are_named(copied):
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_finite(dtype):
-    kind = tensor_files.DTYPES[dtype]
+    kind = safetensors_io.DTYPES[dtype]
     largest = jnp.finfo(kind).max
     x = np.full(1 << 19, largest, kind)
-    assert tensor_files.is_finite(x, dtype) and tensor_files.is_finite(-x, dtype)
+    assert safetensors_io.is_finite(x, dtype) and safetensors_io.is_finite(-x, dtype)
     for value in (np.nan, np.inf, -np.inf):
         for place in (0, (1 << 18) + 5, -1):
             y = x.copy()
             y[place] = value
-            assert not tensor_files.is_finite(y, dtype)
+            assert not safetensors_io.is_finite(y, dtype)
 
 
 def test_layers_of_unlike_dtypes(copied):
@@ -476,8 +473,8 @@ def test_layers_of_unlike_dtypes(copied):
     with pytest.raises(
         ValueError, match=r"mistyped .*input_layernorm.weight: its layers are F16, F32; .*--dtype"
     ):
-        convert.load(str(copied), dtype=None)
-    convert.load(str(copied))
+        load.load(str(copied), dtype=None)
+    load.load(str(copied))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +532,7 @@ def test_damaged_shards(tmp_path):
 
 def test_of_two_sets_of_weights_the_one_that_is_read_is_named(copied, capsys):
     shutil.copyfile(copied / "model.safetensors", copied / "ema.safetensors")
-    convert.load(str(copied))
+    load.load(str(copied))
     assert (
         f"{copied}: there is model.safetensors and ema.safetensors; the weights of model"
         in capsys.readouterr().err
@@ -547,7 +544,7 @@ def test_missing_files(copied):
     refuses(copied, "ae.safetensors is missing", "--only=understanding", kind=FileNotFoundError)
     (copied / "config.json").unlink()
     refuses(copied, "config.json is missing: image generation needs its latent_patch_size")
-    convert.load(str(copied))
+    load.load(str(copied))
     (copied / "model.safetensors").unlink()
     refuses(
         copied,
@@ -561,7 +558,7 @@ def test_missing_files(copied):
     refuses(
         copied, "is no released folder", "convert import", kind=FileNotFoundError, generation=False
     )
-    assert not convert.is_model(str(copied))
+    assert not folders.is_model(str(copied))
 
 
 def test_configs_that_disagree(copied):
@@ -583,7 +580,7 @@ def test_configs_that_disagree(copied):
         (copied / "config.json").write_text(
             json.dumps(top | {"vit_config": vit | {"num_hidden_layers": layers}})
         )
-        assert convert.read_config(str(copied)).vit.num_layers == vit["num_hidden_layers"] - 1
+        assert folders.read_config(str(copied)).vit.num_layers == vit["num_hidden_layers"] - 1
     (copied / "config.json").write_text(
         json.dumps(top | {"vit_config": vit | {"num_hidden_layers": 9}})
     )
@@ -731,11 +728,11 @@ def test_what_is_not_implemented_is_refused(copied, file, key, value):
 )
 def test_keys_that_change_nothing(copied, file, change):
     """null is absent; so are keys of transformers 5 and those without effect."""
-    wanted = convert.read_config(str(copied), generation=True)
+    wanted = folders.read_config(str(copied), generation=True)
     if wanted.llm.rope_theta != 1e6 or wanted.llm.head_dim != 16 or wanted.llm.num_layers != 3:
         pytest.skip("written for the goldens of the repository")
     edit(copied, file, change)
-    assert convert.read_config(str(copied), generation=True) == wanted
+    assert folders.read_config(str(copied), generation=True) == wanted
 
 
 def test_key_heads_that_are_null(tmp_path):
@@ -746,7 +743,7 @@ def test_key_heads_that_are_null(tmp_path):
         ("config.json", "llm_config.num_key_value_heads"),
     ):
         edit(folder, file, {key: None})
-    assert convert.read_config(str(folder)).llm.num_kv_heads == 5
+    assert folders.read_config(str(folder)).llm.num_kv_heads == 5
 
 
 @pytest.mark.parametrize(
@@ -786,10 +783,10 @@ def test_what_a_killed_conversion_left_is_removed(golden, tmp_path):
     left, target = tmp_path / ".tmp-x", tmp_path / "x"
     (left / "release").mkdir(parents=True)  # killed while it copied
     (left / "release" / "junk").write_text("")
-    convert.import_release(str(golden), str(target), only="understanding")
+    importing.import_release(str(golden), str(target), only="understanding")
     assert os.listdir(tmp_path) == ["x"] and not (target / "release" / "junk").exists()
     with pytest.raises(FileExistsError, match="exists and is not empty"):
-        convert.import_release(str(golden), str(target), only="understanding")
+        importing.import_release(str(golden), str(target), only="understanding")
 
 
 @pytest.mark.parametrize(
@@ -932,7 +929,7 @@ def test_note_of_an_import_that_was_changed(imported, tmp_path, key, value, fix)
 )
 def test_sizes_in_the_metadata_of_a_checkpoint(config, part):
     with pytest.raises(ValueError) as error:
-        release_configs.of_metadata(config, "W/checkpoints/7")
+        configs.of_metadata(config, "W/checkpoints/7")
     assert part in str(error.value) and "W/checkpoints/7" in str(error.value)
 
 
@@ -940,15 +937,15 @@ def test_sizes_from_the_metadata(golden):
     """Of an import the dataclasses, of a run its settings."""
     sizes = {"llm": dataclasses.asdict(ODD.llm), "vit": dataclasses.asdict(ODD.vit)}
     drawn = {"generation": dataclasses.asdict(ODD.generation)}
-    assert release_configs.of_metadata(json.loads(json.dumps({"model": sizes | drawn})), "x") == ODD
+    assert configs.of_metadata(json.loads(json.dumps({"model": sizes | drawn})), "x") == ODD
     config = config_lib.default()
     config.model.generation.on, config.lora.rank = True, 4
-    again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
+    again = configs.of_metadata(checkpoint.config_to_json(config), "x")
     assert again == dataclasses.replace(
         config_lib.model(config), dtype="float32", remat="none", query_block=0
     )
     config.model.generation.on, config.lora.rank = False, 0
-    again = release_configs.of_metadata(checkpoint.config_to_json(config), "x")
+    again = configs.of_metadata(checkpoint.config_to_json(config), "x")
     assert again.generation is None and again.lora is None
 
 
@@ -959,10 +956,10 @@ def test_imported_folder(golden, imported):
     """It loads as the release does, keeps its side files, and tells where it came from."""
     files = read_release(golden)
     for dtype in ("float32", None):
-        config, params = convert.load(str(imported), generation=True, dtype=dtype)
+        config, params = load.load(str(imported), generation=True, dtype=dtype)
         same(named(params), files)
-    assert config == convert.read_config(str(golden), generation=True)
-    _, part = convert.load(str(imported), dtype="bfloat16", mesh=sharding.make_mesh())
+    assert config == folders.read_config(str(golden), generation=True)
+    _, part = load.load(str(imported), dtype="bfloat16", mesh=sharding.make_mesh())
     assert "latent" not in part and {str(x.dtype) for x in jax.tree.leaves(part)} == {"bfloat16"}
     source = json.loads((imported / "release" / "source.json").read_text())
     assert source == {"path": str(golden), "file": "model", "dtype": "float32", "only": ""}
@@ -975,30 +972,32 @@ def test_imported_folder(golden, imported):
         "tokenizer.json",
     ):
         assert (imported / "release" / name).read_bytes() == (golden / name).read_bytes()
-    assert convert.tokenizer_folder(str(imported)) == str(imported / "release")
-    assert convert.tokenizer_folder(str(golden)) == str(golden)
-    assert convert.is_model(str(imported)) and convert.is_model(str(golden))
+    assert folders.tokenizer_folder(str(imported)) == str(imported / "release")
+    assert folders.tokenizer_folder(str(golden)) == str(golden)
+    assert folders.is_model(str(imported)) and folders.is_model(str(golden))
 
 
 def test_imported_folder_starts_a_run(imported):
     """What training does with config.init_from = an imported folder."""
-    config = convert.read_config(str(imported))
-    abstract = params_lib.unflatten(dict(convert._abstract(config)))
+    config = folders.read_config(str(imported))
+    abstract = params_lib.unflatten(dict(load.abstract_params(config)))
     params = checkpoint.restore_params(imported, abstract, partial=True)
     assert "gen" not in params["llm"]["layers"]
     assert checkpoint.metadata(imported)["config"]["model"]["llm"] == dataclasses.asdict(config.llm)
 
 
 def test_import_for_understanding(golden, understanding, capsys):
-    _, params = convert.load(str(understanding))
-    same(named(params), named(convert.load(str(golden))[1]))
+    _, params = load.load(str(understanding))
+    same(named(params), named(load.load(str(golden))[1]))
     refuses(understanding, "imported with --only=understanding", "import the release again")
 
 
 def test_import_of_other_dtype(golden, tmp_path):
-    convert.import_release(str(golden), str(tmp_path / "a"), only="understanding", dtype="bfloat16")
-    _, params = convert.load(str(tmp_path / "a"), dtype=None)
-    same(named(params), named(convert.load(str(golden), dtype="bfloat16")[1]))
+    importing.import_release(
+        str(golden), str(tmp_path / "a"), only="understanding", dtype="bfloat16"
+    )
+    _, params = load.load(str(tmp_path / "a"), dtype=None)
+    same(named(params), named(load.load(str(golden), dtype="bfloat16")[1]))
     assert json.loads((tmp_path / "a/release/source.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -1048,8 +1047,8 @@ def test_round_trip(golden, imported, tmp_path):
     assert names | {"model.safetensors", "ae.safetensors"} == set(os.listdir(out))
     for name in names:
         assert (out / name).read_bytes() == (golden / name).read_bytes()
-    convert.import_release(str(out), str(tmp_path / "again"))
-    same(named(convert.load(str(tmp_path / "again"), generation=True)[1]), read_release(golden))
+    importing.import_release(str(out), str(tmp_path / "again"))
+    same(named(load.load(str(tmp_path / "again"), generation=True)[1]), read_release(golden))
 
 
 def test_round_trip_of_bfloat16(golden, tmp_path):
@@ -1063,7 +1062,7 @@ def test_round_trip_of_bfloat16(golden, tmp_path):
         },
         folder / "ema.safetensors",
     )
-    convert.import_release(str(folder), str(tmp_path / "a"))
+    importing.import_release(str(folder), str(tmp_path / "a"))
     assert (
         json.loads((tmp_path / "a/release/source.json").read_text())["dtype"]
         == "bfloat16 and float32"
@@ -1071,10 +1070,8 @@ def test_round_trip_of_bfloat16(golden, tmp_path):
     out = export(tmp_path / "a/checkpoints/0", tmp_path / "out", "--name=ema")
     same(read_release(out), read_release(folder))
     assert (out / "ema.safetensors").exists() and not (out / "model.safetensors").exists()
-    convert.import_release(str(out), str(tmp_path / "b"))
-    (_, a), (_, b) = (
-        convert.load(str(tmp_path / name), generation=True, dtype="") for name in "ab"
-    )
+    importing.import_release(str(out), str(tmp_path / "b"))
+    (_, a), (_, b) = (load.load(str(tmp_path / name), generation=True, dtype="") for name in "ab")
     same(named(a), named(b))
 
 
@@ -1091,7 +1088,7 @@ def test_export_in_shards_and_other_dtype(golden, imported, tmp_path, capsys):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in wanted["model"].values())
     assert set(index["weight_map"].values()) == set(parts)
     same(read_release(out), wanted)
-    same(named(convert.load(str(out), generation=True, dtype=None)[1]), wanted)
+    same(named(load.load(str(out), generation=True, dtype=None)[1]), wanted)
 
 
 @pytest.mark.parametrize("size", ["-1", "nan", "inf"])
@@ -1123,8 +1120,8 @@ def test_export_of_the_understanding_path(golden, understanding, tmp_path, capsy
     )
     assert not json.loads((out / "config.json").read_text())["visual_gen"]
     assert {path.name for path in out.glob("ae*")} == set()
-    _, params = convert.load(str(out))
-    same(named(params), named(convert.load(str(golden))[1]))
+    _, params = load.load(str(out))
+    same(named(params), named(load.load(str(golden))[1]))
     refuses(out, "ae.safetensors is missing", kind=FileNotFoundError)
 
 
@@ -1183,7 +1180,7 @@ def run_folder(workdir, model, init_from, seed=1):
 
 def test_export_of_a_run(golden, understanding, tmp_path):
     """Trained weights with the untouched rest of the release that the run's start descends from."""
-    model = convert.read_config(str(golden))
+    model = folders.read_config(str(golden))
     params, workdir = run_folder(tmp_path / "w", model, understanding)
     out, by_step = (
         export(workdir, tmp_path / "out"),
@@ -1195,7 +1192,7 @@ def test_export_of_a_run(golden, understanding, tmp_path):
     same(read_release(by_step), read_release(out))
     assert (out / "tokenizer_config.json").exists()
     assert (out / "config.json").read_bytes() == (golden / "config.json").read_bytes()
-    assert convert.load(str(out), generation=True)[0] == convert.read_config(
+    assert load.load(str(out), generation=True)[0] == folders.read_config(
         str(golden), generation=True
     )
 
@@ -1247,7 +1244,7 @@ def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
 @pytest.mark.parametrize(("kept", "rank"), [("student", 0), ("ema", 0), ("ema", 2)])
 def test_the_name_of_an_export_says_whose_weights_it_holds(tmp_path, monkeypatch, kept, rank):
     """The student's as model, the teacher's averages as ema, whichever of them the checkpoint keeps for inference."""
-    monkeypatch.setattr(convert, "_GROUP", 1 << 16)  # several groups
+    monkeypatch.setattr(load, "GROUP", 1 << 16)  # several groups
     student, average, workdir = averaged_run(tmp_path / "w", kept=kept, rank=rank)
     for n, (arguments, file, wanted) in enumerate(
         ([[], "model", student], [["--name=ema"], "ema", average])
@@ -1276,7 +1273,7 @@ def test_an_import_keeps_its_name(golden, imported, tmp_path, capsys):
     """It holds one file's weights, and is exported under that name alone."""
     folder = pathlib.Path(shutil.copytree(golden, tmp_path / "release"))
     (folder / "model.safetensors").rename(folder / "ema.safetensors")
-    convert.import_release(str(folder), str(tmp_path / "averages"))
+    importing.import_release(str(folder), str(tmp_path / "averages"))
     for source, name, other in (
         (imported, "model", "ema"),
         (tmp_path / "averages", "ema", "model"),
@@ -1298,7 +1295,7 @@ def test_export_of_a_run_from_nothing(tmp_path, capsys):
     params, workdir = run_folder(tmp_path / "w", tiny.MODEL, "")
     out = export(workdir, tmp_path / "out")
     assert "the understanding path only" in capsys.readouterr().out
-    config, found = convert.load(str(out))
+    config, found = load.load(str(out))
     assert config == tiny.MODEL
     same(named(found), named(params))
 
@@ -1332,11 +1329,11 @@ if __name__ == "__main__":
         on_meshes(folder)
     elif mode == "memory of load":
         kept = []
-        memory(folder, lambda folder: kept.append(convert.load(folder)))
+        memory(folder, lambda folder: kept.append(load.load(folder)))
     else:
         memory(
             folder,
-            lambda folder: convert.import_release(
+            lambda folder: importing.import_release(
                 folder, folder + "-imported", only="understanding"
             ),
         )

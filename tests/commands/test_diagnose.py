@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import small_run
 import tiny
-from opsd_jax import context, data, distill
-from opsd_jax import eval as eval_lib
-from opsd_jax.datasets import plan
+from tiny import MODEL, TOKENIZER
+
+from opsd_jax import context, distill
+from opsd_jax.data import examples, schedule
 from opsd_jax.diagnose import __main__ as command
 from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, runs
+from opsd_jax.evaluation import contexts, reference_kl
 from opsd_jax.model import attention, bagel, mot
-from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
 QUERIES, KEYS = len(looks.QUERIES), len(looks.KEYS)
@@ -493,7 +493,7 @@ def test_kl_command(workdir):
     ] * 2 + [str(small_run.LAST)]
     for kind in kl.COMPLETIONS:
         mine = [r for r in records if r["completion"] == kind]
-        assert [r["index"] for r in mine] == plan.subset(small_run.TEST_ROWS, 10, 0)
+        assert [r["index"] for r in mine] == schedule.subset(small_run.TEST_ROWS, 10, 0)
         by_task = summary["completions"][kind]["tasks"][small_run.TASK]
         for name in ("before", "after"):
             assert all(len(r[name]) == len(r["labels"]) == len(r["pieces"]) for r in mine)
@@ -516,7 +516,7 @@ def test_kl_command(workdir):
             distill.score(params, c, context.Completion(fed, None, None), config=opened.model),
         )
     )
-    context_of = lambda r, mode: eval_lib.contexts(
+    context_of = lambda r, mode: contexts.contexts(
         opened.rows, opened.packer, 0, [r["index"]], mode, 0
     )[1]
     for kind in ("base", "student", "data"):
@@ -587,7 +587,7 @@ def test_kl_command(workdir):
         limit=10,
         mesh=opened.mesh,
     )
-    theirs = eval_lib.reference_kl(teacher, student, opened.rows, opened.packer, **args)[
+    theirs = reference_kl.reference_kl(teacher, student, opened.rows, opened.packer, **args)[
         small_run.TASK
     ]
     np.testing.assert_allclose(
@@ -614,7 +614,7 @@ def test_kl_of_chosen_completions(workdir):
     opened = runs.open_run(str(workdir))
     for r, p in zip(
         lines(folder / "tokens.jsonl"),
-        [predictions[n] for n in plan.subset(small_run.TEST_ROWS, 5, 0)],
+        [predictions[n] for n in schedule.subset(small_run.TEST_ROWS, 5, 0)],
     ):
         ended = p["stop"] == "eos"
         assert (
@@ -633,7 +633,7 @@ def test_interventions_command(workdir):
     assert [p["mode"] for p in found[::8]] == list(interventions.MODES)
     for mode in ("none", "real"):  # what training's evaluation answered
         theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")
-        theirs = [theirs[n] for n in plan.subset(small_run.TEST_ROWS, 8, 0)]
+        theirs = [theirs[n] for n in schedule.subset(small_run.TEST_ROWS, 8, 0)]
         assert [p["prediction"] for p in found if p["mode"] == mode] == [
             p["prediction"] for p in theirs
         ]
@@ -657,7 +657,7 @@ def test_everything_on_one_page(workdir):
         "attention",
     ]
     start = f"{small_run.WARMUP:06d}"
-    assert summary["evaluations"] == [f"{LAST}-{mode}" for mode in ("none", *eval_lib.CONTEXTS)] + [
+    assert summary["evaluations"] == [f"{LAST}-{mode}" for mode in ("none", *contexts.CONTEXTS)] + [
         f"{start}-none",
         f"{start}-real",
     ]
@@ -783,7 +783,7 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
         command.main(["kl", f"--workdir={tmp_path}"])
     assert "holds no run" in capsys.readouterr().err
 
-    class Blind(data.Rows):
+    class Blind(examples.Rows):
         def __init__(self, *args):
             super().__init__(*args)
             self.sources = [
@@ -791,7 +791,7 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
                 for s in self.sources
             ]
 
-    monkeypatch.setattr(data, "Rows", Blind)
+    monkeypatch.setattr(examples, "Rows", Blind)
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
     assert (

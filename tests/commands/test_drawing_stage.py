@@ -13,21 +13,16 @@ import small_run
 import tiny
 from PIL import Image
 
-from opsd_jax import (
-    config as config_lib,
-    context,
-    data,
-    distill,
-    flow,
-    generate,
-    metrics,
-    params as params_lib,
-    train,
-)
-from opsd_jax.datasets import visual_opsd
-from opsd_jax.datasets.visual_opsd import Example
+from opsd_jax import config as config_lib
+from opsd_jax import context, distill, flow, generate, interleave, train
+from opsd_jax import params as params_lib
+from opsd_jax.data import arrayrecord, packing
+from opsd_jax.data import examples as examples_lib
+from opsd_jax.data.schema import Example
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, VAEConfig
+from opsd_jax.run import model as model_lib
+from opsd_jax.runtime import metrics
 
 DRAWN = tiny.DRAWING.generation
 C = DRAWN.latent_dim
@@ -103,8 +98,8 @@ def prepared(monkeypatch):
     """prepared(config, examples) -> the rows as a stage that draws reads them."""
 
     def make(config, examples):
-        monkeypatch.setattr(visual_opsd, "open_source", lambda *_, **__: examples)
-        rows = data.Rows(config, "", tiny.TOKENIZER, "train", drawing=True)
+        monkeypatch.setattr(arrayrecord, "open_source", lambda *_, **__: examples)
+        rows = examples_lib.Rows(config, "", tiny.TOKENIZER, "train", drawing=True)
         return [rows(0, n) for n in range(len(examples))]
 
     return make
@@ -127,7 +122,7 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     model, params = config_lib.model(config), tiny.params(tiny.DRAWING)
     assert model == tiny.DRAWING
     (row,) = prepared(config, [example(0, 24, 24)])  # the size that both resizes keep
-    packer = data.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer(config, tiny.TOKENIZER)
     blocks = packer.blocks(row, "drawn")
     assert (
         "".join(type(block).__name__[0] for block in blocks) == "TLITTLLIT"
@@ -139,21 +134,21 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     object.__setattr__(
         tokenizer, "texts", [tiny.TOKENIZER.decode(first.ids), tiny.TOKENIZER.decode(last.ids)]
     )
-    drawer = generate.of_run(config, model, params, tokenizer)
+    drawer = model_lib.of_run(config, model, params, tokenizer)
     drawer = dataclasses.replace(
         drawer, protocol=dataclasses.replace(drawer.protocol, max_new_tokens=4)
     )
     monkeypatch.setattr(
-        generate,
+        interleave,
         "_draw",
         lambda _, rows, *rest: (contexts.append(list(rows[0]["cond"])), [row.pixels[1]])[1],
     )
-    pack = generate._pack
+    pack = interleave._pack
     monkeypatch.setattr(
-        generate, "_pack", lambda rows, _: (contexts.append(list(rows[0])), pack(rows, drawer))[1]
+        interleave, "_pack", lambda rows, _: (contexts.append(list(rows[0])), pack(rows, drawer))[1]
     )
     with Image.open(io.BytesIO(row.example.problem_image)) as picture:
-        generate.reason(
+        interleave.reason(
             drawer, [([picture.convert("RGB")], row.example.question)], jax.random.key(0), draw=True
         )
     asked, drawing, answering = contexts
@@ -214,7 +209,7 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
 def test_batches_hold_pictures_of_their_drawn_rows(prepared):
     config = tiny_config()
     rows = prepared(config, [example(0), example(1, 24, 16)])
-    packer = data.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer(config, tiny.TOKENIZER)
     traces = packer.traces(rows, ["drawn", "text"])
     pictures = packer.pictures([rows[0], None])
     assert pictures.sizes.tolist() == [
@@ -246,7 +241,7 @@ def test_batches_hold_pictures_of_their_drawn_rows(prepared):
 def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
     config = tiny_config(data__buckets__drawn=(bucket,))
     rows = prepared(config, [example(7)])
-    packer = data.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer(config, tiny.TOKENIZER)
     assert packer.bucket(rows[0]) == (0 if fits else -1)
     if not fits:
         with pytest.raises(context.TooLong, match="row row-7 .*data.buckets"):
@@ -292,7 +287,7 @@ def test_the_drawn_loss_against_numpy(prepared):
         warmup__ce_weight=0.5, warmup__mse_weight=2.0, model__generation__timestep_shift=2.0
     )
     rows = prepared(config, [example(0), example(1, 24, 16), example(2)])
-    packer = data.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer(config, tiny.TOKENIZER)
     batch = context.GenerationBatch(
         packer.traces(rows, ["drawn", "drawn", "text"]), packer.pictures([*rows[:2], None])
     )
@@ -346,7 +341,7 @@ def test_the_drawn_loss_against_numpy(prepared):
 def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
     config = tiny_config()
     rows = prepared(config, [example(n) for n in range(4)])
-    packer = data.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer(config, tiny.TOKENIZER)
     layouts = ["drawn", "text", "drawn", "text"]
     batch = context.GenerationBatch(
         packer.traces(rows, layouts),
@@ -538,7 +533,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
             shutil.rmtree(again)
 
         # what only draws is in the checkpoint as the warm-up left it
-        from opsd_jax import checkpoint
+        from opsd_jax.runtime import checkpoint
 
         model = config_lib.model(small_draw())
         abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
@@ -569,5 +564,5 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         )
         assert "1 pictures" in capsys.readouterr().err
         assert Image.open(tmp_path / "out" / "0-0.png").size == (40, 40)
-        text = generate.load(str(straight), draw=False)
+        text = model_lib.load(str(straight), draw=False)
         assert text.config.generation is None and "vae" not in text.params

@@ -14,19 +14,13 @@ import numpy as np
 import pytest
 import small_run
 
-from opsd_jax import (
-    answers,
-    arms,
-    benchmarks,
-    checkpoint,
-    config as config_lib,
-    data,
-    eval as eval_lib,
-    rollout,
-    tokenizer,
-    train,
-)
-from opsd_jax.datasets import plan, visual_opsd
+from opsd_jax import config as config_lib
+from opsd_jax import eval, rollout, tokenizer, train
+from opsd_jax.data import arrayrecord, examples, packing, schedule
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.evaluation import contexts, inference, reference_kl, tables
+from opsd_jax.run import controls, job
+from opsd_jax.runtime import checkpoint as checkpoint_lib
 
 LAST = f"{small_run.LAST:06d}"
 TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
@@ -55,7 +49,7 @@ def read(folder):
 
 def error_of(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        eval_lib.main([str(argument) for argument in arguments])
+        eval.main([str(argument) for argument in arguments])
     assert stopped.value.code == 1
     return capsys.readouterr().err
 
@@ -86,16 +80,16 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     monkeypatch.setattr(tokenizer, "load", rotated)
     last.rename(tmp_path / "last")
     with caplog.at_level("WARNING"):
-        assert list(eval_lib.evaluate_run(str(workdir), limit=4, name="x")) == ["x"]
+        assert list(job.evaluate_run(str(workdir), limit=4, name="x")) == ["x"]
     assert (
         f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
     )
     assert read(workdir / "eval" / "x")[0]["checkpoint"].endswith(f"/{small_run.LAST}")
     with pytest.raises(
-        checkpoint.CheckpointGone,
+        checkpoint_lib.CheckpointGone,
         match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}",
     ):
-        eval_lib.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
+        job.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -104,11 +98,9 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_it_repeats_what_training_measured(trained, workdir, capsys):
     shutil.rmtree(workdir / "eval")
-    eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=none,real"])
-    eval_lib.main([f"--workdir={workdir}", "--ban_marker"])
-    eval_lib.main(
-        [f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/{small_run.WARMUP}"]
-    )
+    eval.main([f"--workdir={workdir}", "--visual_thoughts=none,real"])
+    eval.main([f"--workdir={workdir}", "--ban_marker"])
+    eval.main([f"--workdir={workdir}", f"--checkpoint={workdir}/checkpoints/{small_run.WARMUP}"])
     names = [f"{small_run.WARMUP:06d}-none", f"{LAST}-none", f"{LAST}-none-banned", f"{LAST}-real"]
     assert sorted(os.listdir(workdir / "eval")) == [*names, "summary.md"]
     for name in names:
@@ -121,7 +113,7 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == names
     assert f"{LAST}-real test  {small_run.TEST_ROWS}/{small_run.TEST_ROWS}  accuracy" in progress
     assert "left 0:00:00" in progress
-    eval_lib.main(
+    eval.main(
         [f"--workdir={trained}"]
     )  # training wrote the same table, but for the seconds, and kept its answers
     rows = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
@@ -131,7 +123,7 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
 @pytest.mark.slow
 def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     """Both protocols; a kill in between changes nothing; what the harness would judge; the page shows the pictures."""
-    run = lambda *more: eval_lib.main(
+    run = lambda *more: eval.main(
         [
             f"--workdir={workdir}",
             f"--data_dir={TABLES}",
@@ -143,7 +135,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     run()
     folder = workdir / "eval" / f"{LAST}-none-BLINK-ChartQA_h_bar"
     summary, predictions = read(folder)
-    table = benchmarks.read(TABLES / "BLINK.tsv")
+    table = tables.read(TABLES / "BLINK.tsv")
     blink, chart = (summary["benchmarks"][name] for name in ("BLINK", "ChartQA_h_bar"))
     assert blink["n"] == len(table.rows) and blink["md5"] == table.md5 and blink["needs_judge"] > 0
     assert (blink["unit"], chart["unit"]) == ("fraction", "percent") and blink["timed_samples"] > 0
@@ -152,7 +144,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
         row.index for row in table.rows
     ]
     texts = {line["index"]: line["prediction"] for line in lines if line["benchmark"] == "BLINK"}
-    assert benchmarks.score(table, texts).overall == blink["overall"]
+    assert tables.score(table, texts).overall == blink["overall"]
     with open(folder / "BLINK.tsv", encoding="utf-8", newline="") as f:
         exported = list(csv.DictReader(f, delimiter="\t"))
     assert {int(row["index"]): row["prediction"] for row in exported} == texts
@@ -160,7 +152,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert html.count("data:image") >= len(lines) and "59.49" in html
     assert "| 59.49 | 61.44 |" in (workdir / "eval" / "summary.md").read_text()
 
-    asked, ask = [], answers.ask
+    asked, ask = [], inference.ask
 
     def dies(*args, **kwargs):
         asked.append(len(args[1]))
@@ -168,7 +160,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
             raise KeyboardInterrupt
         return ask(*args, **kwargs)
 
-    monkeypatch.setattr(answers, "ask", dies)
+    monkeypatch.setattr(inference, "ask", dies)
     with pytest.raises(KeyboardInterrupt):
         run("--name=again")
     run("--name=again", f"--against={folder.name}")
@@ -196,7 +188,7 @@ def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_p
         convert.main(["import", f"--source={released}", f"--target={imported}"])
         for checkpoint in (released, imported):
             for protocol in ("paper", "harness"):
-                eval_lib.main(
+                eval.main(
                     [
                         f"--workdir={results}",
                         f"--checkpoint={checkpoint}",
@@ -237,12 +229,12 @@ def test_other_weights_under_the_same_path_are_asked_anew(
     ]
     folder = tmp_path / "results" / "eval" / "latest-none-random2-BLINK"
     with small_run.fast_compiles(tmp_path_factory):
-        eval_lib.main([*command, f"--checkpoint={latest}"])
+        eval.main([*command, f"--checkpoint={latest}"])
         before, predictions = read(folder)
         shutil.move(latest, tmp_path / "moved")  # the same weights elsewhere are the same model
         (tmp_path / "again").mkdir()
         shutil.copytree(tmp_path / "moved", tmp_path / "again" / "latest")
-        eval_lib.main([*command, f"--checkpoint={tmp_path}/again/latest"])
+        eval.main([*command, f"--checkpoint={tmp_path}/again/latest"])
         assert read(folder)[1] == predictions
 
         file = (
@@ -260,7 +252,7 @@ def test_other_weights_under_the_same_path_are_asked_anew(
             and str(folder) in message
         )
         assert read(folder)[1] == predictions
-        eval_lib.main([*command, f"--checkpoint={latest}", "--name=later"])
+        eval.main([*command, f"--checkpoint={latest}", "--name=later"])
     after, _ = read(tmp_path / "results" / "eval" / "later")
     assert after["weights"] != before["weights"] and after["tokenizer"] == before["tokenizer"]
 
@@ -268,12 +260,12 @@ def test_other_weights_under_the_same_path_are_asked_anew(
 @pytest.mark.slow
 def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
     text = (TABLES / "MMVP.tsv").read_text()
-    table = benchmarks.read(TABLES / "MMVP.tsv")
+    table = tables.read(TABLES / "MMVP.tsv")
     (tmp_path / "MMVP.tsv").write_text(text.replace(table.rows[1].pictures[0], "AAAA" * 40))
     command = [f"--workdir={workdir}", f"--data_dir={tmp_path}", "--batch_size=4"]
     message = error_of(capsys, *command)
     assert "1 rows cannot be shown" in message and f"row {table.rows[1].index}" in message
-    eval_lib.main([*command, "--on_bad_row=skip"])
+    eval.main([*command, "--on_bad_row=skip"])
     summary, predictions = read(workdir / "eval" / f"{LAST}-none-public")
     assert summary["benchmarks"]["MMVP"]["bad_rows"] == [str(table.rows[1].index)]
     assert (
@@ -283,7 +275,7 @@ def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
-    eval_lib.main([f"--workdir={workdir}", "--visual_thoughts=remove,noise"])
+    eval.main([f"--workdir={workdir}", "--visual_thoughts=remove,noise"])
     texts, noise = (read(workdir / "eval" / f"{LAST}-{mode}")[0] for mode in ("remove", "noise"))
     assert texts["protocol"] == "mini-greedy-remove" and texts["mode"] == "remove"
     assert (
@@ -291,14 +283,14 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
         in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
     )
     assert "visual thought" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
-    eval_lib.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
+    eval.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
     summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-random3")
     assert summary["benchmarks"][small_run.TASK]["n"] == 3 and '"pid"' in predictions
 
 
 @pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
-    run = lambda *arguments: eval_lib.main([f"--workdir={workdir}", *arguments])
+    run = lambda *arguments: eval.main([f"--workdir={workdir}", *arguments])
     run(
         "--rows=3",
         "--split=validation",
@@ -308,9 +300,9 @@ def test_the_name_tells_what_was_measured(workdir):
     )
     assert "| 5, 6 | 3 of 16 |" in (workdir / "eval" / "summary.md").read_text()
     summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-random3-seed5")
-    source = visual_opsd.open_source(workdir / "data", "validation", task=small_run.TASK)
+    source = arrayrecord.open_source(workdir / "data", "validation", task=small_run.TASK)
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
-        source[n].pid for n in plan.subset(16, 3, 0)
+        source[n].pid for n in schedule.subset(16, 3, 0)
     ]  # the run's seed, whatever --seed is
     assert [summary[key] for key in ("seed", "split", "step")] == [5, "validation", 6]
     assert summary["benchmarks"][small_run.TASK]["rows"] == {"drawn": 3, "of": 16, "seed": 0}
@@ -335,10 +327,10 @@ def test_the_name_tells_what_was_measured(workdir):
 @pytest.mark.slow
 def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     config = small_run.config(eval__final_visual_thoughts=("none",), eval__final_banned=False)
-    train.train(*arms.settings_of(config, str(workdir), "noise"), data_workdir=str(workdir))
+    train.train(*controls.settings_of(config, str(workdir), "noise"), data_workdir=str(workdir))
     arm = workdir / "arms" / "noise"
     shutil.move(arm / "eval", arm / "by_training")
-    eval_lib.main([f"--workdir={arm}/"])  # a slash at the end does no harm
+    eval.main([f"--workdir={arm}/"])  # a slash at the end does no harm
     name = f"{small_run.OPSD:06d}-none"
     assert_same_results(arm / "eval" / name, arm / "by_training" / name)
 
@@ -346,7 +338,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     foreign = [f"--workdir={workdir}", f"--checkpoint={arm}/checkpoints/{small_run.OPSD}"]
     message = error_of(capsys, *foreign)
     assert "is no step of" in message and "--name" in message
-    eval_lib.main([*foreign, "--name=noise"])
+    eval.main([*foreign, "--name=noise"])
     assert read(workdir / "eval" / "noise")[1] == read(arm / "eval" / name)[1]
 
     shutil.move(workdir / "data", workdir / "moved")
@@ -418,8 +410,10 @@ def test_no_run_and_no_checkpoint(workdir, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_settings_come_back_as_they_were(trained):
-    config = data.load_config(str(trained))
-    assert checkpoint.config_to_json(config) == checkpoint.config_to_json(small_run.config())
+    config = workdir_lib.load_config(str(trained))
+    assert checkpoint_lib.config_to_json(config) == checkpoint_lib.config_to_json(
+        small_run.config()
+    )
     before = small_run.config()
     for path in (
         "stages",
@@ -508,7 +502,7 @@ def test_every_row_is_counted_once(monkeypatch):
     monkeypatch.setattr(rollout, "sample", sampler)
     config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
     evaluate = functools.partial(
-        eval_lib.evaluate,
+        contexts.evaluate,
         {},
         rows,
         rows,
@@ -551,7 +545,7 @@ def test_every_row_is_counted_once(monkeypatch):
     assert 0.2 < low < 0.6 < high < 0.9
 
     first, second = evaluate(limit=2, subset_seed=3, seed=9)
-    assert [p["index"] for p in first.predictions] == plan.subset(5, 2, 3) != [0, 1]
+    assert [p["index"] for p in first.predictions] == schedule.subset(5, 2, 3) != [0, 1]
     assert (
         first.summary()["rows"] == {"drawn": 2, "of": 5, "seed": 3} and len(second.predictions) == 2
     )
@@ -564,16 +558,16 @@ def test_seconds_are_not_the_compilers(monkeypatch):
     monkeypatch.setattr(rollout, "sample", sampler)
     config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
     for calls in (2, 3):
-        (result,) = eval_lib.evaluate(
+        (result,) = contexts.evaluate(
             {}, rows, rows, config=config, task_names=["A"], mode="none", batch_size=2
         )
         assert sampler.calls == calls and result.timed == 2 and result.seconds > 0
 
 
 def test_batches_are_filled_with_the_last_row():
-    assert list(eval_lib.batches(range(5), 2)) == [[0, 1], [2, 3], [4, 4]]
-    assert list(eval_lib.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(
-        eval_lib.batches(range(4), 4)
+    assert list(contexts.batches(range(5), 2)) == [[0, 1], [2, 3], [4, 4]]
+    assert list(contexts.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(
+        contexts.batches(range(4), 4)
     ) == [[0, 1, 2, 3]]
 
 
@@ -594,16 +588,16 @@ def test_batches_are_filled_with_the_last_row():
     ],
 )
 def test_hits(metadata, gold, text, expected):
-    assert eval_lib.is_hit(Example("", gold, metadata), text) == expected
+    assert contexts.is_hit(Example("", gold, metadata), text) == expected
 
 
 @pytest.mark.slow
 def test_contexts_of_the_modes(trained):
     config = small_run.config()
-    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
-    rows, packer = data.Rows(config, str(trained), tok, "test"), data.Packer(config, tok)
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
+    rows, packer = examples.Rows(config, str(trained), tok, "test"), packing.Packer(config, tok)
     numbers = [0, 4, 4]
-    get = lambda mode, seed=0: eval_lib.contexts(rows, packer, 0, numbers, mode, seed)
+    get = lambda mode, seed=0: contexts.contexts(rows, packer, 0, numbers, mode, seed)
     prepared, student = get("none")
     assert [row.example.pid for row in prepared] == [rows.sources[0][n].pid for n in numbers]
     assert student.slots == config.data.buckets.student[-1][0]
@@ -621,9 +615,9 @@ def test_contexts_of_the_modes(trained):
 def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     """Short rows in short contexts, and the same answers and KL as with one bucket; in all modes, with a swapped picture."""
     config = small_run.config()
-    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
 
-    class Rows(data.Rows):  # every third question is asked twice
+    class Rows(examples.Rows):  # every third question is asked twice
         def __call__(self, source, n):
             row = super().__call__(source, n)
             return row if n % 3 else dataclasses.replace(row, question=np.tile(row.question, 2))
@@ -636,13 +630,13 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     }
     short = {kind: (buckets[kind][0],) for kind in long}
     buckets.update(long)
-    packer = data.Packer(config.copy_and_resolve_references(), tok)
+    packer = packing.Packer(config.copy_and_resolve_references(), tok)
     buckets.update({kind: short[kind] + long[kind] for kind in long})
-    both = data.Packer(config, tok)
-    found = eval_lib.buckets_of(rows, both, 0, range(small_run.TEST_ROWS), ("none",))
+    both = packing.Packer(config, tok)
+    found = contexts.buckets_of(rows, both, 0, range(small_run.TEST_ROWS), ("none",))
     assert found == [int(n % 3 == 0) for n in range(small_run.TEST_ROWS)]
 
-    params = checkpoint.restore_params(trained, small_run.abstract_params())
+    params = checkpoint_lib.restore_params(trained, small_run.abstract_params())
     sampled, sample = [], rollout.sample
 
     def seen(params, packed, key, *, config):
@@ -653,7 +647,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     monkeypatch.setattr(rollout, "sample", seen)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
     ask = lambda packer, mode: (
-        eval_lib.evaluate(
+        contexts.evaluate(
             params,
             rows,
             packer,
@@ -668,7 +662,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
         with_two, sizes = ask(both, mode), {slots for slots, _ in sampled}
         assert len(sizes) == (1 if mode == "remove" else 2) and with_two == ask(packer, mode)
         assert all(length <= slots for slots, of_batch in sampled for length in of_batch)
-    kl = lambda packer: eval_lib.reference_kl(
+    kl = lambda packer: reference_kl.reference_kl(
         params,
         params,
         rows,
@@ -689,8 +683,8 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
     from opsd_jax import distill
 
     config = small_run.config()
-    tok = tokenizer.load(data.tokenizer_folder(config, str(trained)))
-    rows, packer = data.Rows(config, str(trained), tok, "test"), data.Packer(config, tok)
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
+    rows, packer = examples.Rows(config, str(trained), tok, "test"), packing.Packer(config, tok)
     seen = []
 
     def kl_to_student(teacher, student, batch, completion, *, config):
@@ -701,7 +695,7 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
         )
 
     monkeypatch.setattr(distill, "kl_to_student", kl_to_student)
-    found = eval_lib.reference_kl(
+    found = reference_kl.reference_kl(
         "theirs",
         "ours",
         rows,
@@ -712,7 +706,7 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
         limit=6,
     )
     targets = np.array(
-        [len(packer.reference(rows(0, n))) + 1 for n in plan.subset(small_run.TEST_ROWS, 6, 0)]
+        [len(packer.reference(rows(0, n))) + 1 for n in schedule.subset(small_run.TEST_ROWS, 6, 0)]
     )  # and the closing eos
     assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
     assert len(seen) == 2 and all(

@@ -7,11 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from PIL import Image
-
 import small_run
 import tiny
-from opsd_jax import context, data, generate, images, rollout, tokenizer
+from PIL import Image
+
+from opsd_jax import context, generate, images, interleave, rollout, tokenizer
+from opsd_jax.data import examples
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.evaluation import traces
 
 
 def picture(seed, height, width):
@@ -23,8 +26,8 @@ def picture(seed, height, width):
 @pytest.fixture(scope="module")
 def model():
     """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
-    protocol = generate.Protocol(system="sys", max_new_tokens=6)
-    return generate.Model(
+    protocol = interleave.Protocol(system="sys", max_new_tokens=6)
+    return interleave.Model(
         tiny.DRAWING,
         tiny.params(tiny.DRAWING, seed=1),
         tiny.TOKENIZER,
@@ -37,9 +40,9 @@ def model():
 @pytest.fixture
 def recorded(monkeypatch):
     """Every batch of blocks that is packed, in order."""
-    calls, pack = [], generate._pack
+    calls, pack = [], interleave._pack
     monkeypatch.setattr(
-        generate,
+        interleave,
         "_pack",
         lambda rows, model: (calls.append([list(row) for row in rows]), pack(rows, model))[1],
     )
@@ -52,7 +55,7 @@ def kinds(blocks):
 
 def run(model, questions, seed=0, **kwargs):
     with tiny.quick_compiles():
-        return generate.reason(model, questions, jax.random.key(seed), **kwargs)
+        return interleave.reason(model, questions, jax.random.key(seed), **kwargs)
 
 
 FEW = {"num_timesteps": 3}
@@ -60,7 +63,7 @@ FEW = {"num_timesteps": 3}
 
 def test_text_is_what_the_sampler_gives_behind_the_packed_question(model):
     (trace,) = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
-    image = generate._image(images.resize(picture(0, 12, 16), model.vit), 4)
+    image = interleave._image(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
         context.Text(tiny.TOKENIZER.encode("sys")),
         image,
@@ -106,7 +109,7 @@ def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
     assert [kinds(r) for r in drawn_again] == ["TLILITTLIT", "TLILI", "TT"]
     assert [kinds(r) for r in last] == ["TLILITTLITLI"]
     # what was drawn is what the model sees next
-    seen, pixels = generate.see(images.open_rgb(trace.pictures[0]), model)
+    seen, pixels = interleave.see(images.open_rgb(trace.pictures[0]), model)
     np.testing.assert_array_equal(again[0][-1].patches, images.patchify(seen, 4))
     assert again[0][-2].grid == (pixels.shape[0] // 8, pixels.shape[1] // 8)
     # the text goes back as the ids of its string
@@ -177,12 +180,12 @@ def test_seeds_draw_different_pictures(model):
 
 def test_without_pictures_it_draws_the_largest_square(model):
     keys = iter(jax.random.split(jax.random.key(0), 3))
-    assert generate._ask(model, [], "a", keys, True)["grid"] == (6, 6)
-    assert generate._ask(model, [picture(0, 16, 24)], "a", keys, True)["grid"] == (2, 3)
+    assert interleave._ask(model, [], "a", keys, True)["grid"] == (6, 6)
+    assert interleave._ask(model, [picture(0, 16, 24)], "a", keys, True)["grid"] == (2, 3)
 
 
 def test_text_is_cut_at_another_bos():
-    assert generate._until_bos(tiny.TOKENIZER, np.array([65, 66, tiny.TOKENIZER.bos, 67])) == "AB"
+    assert interleave._until_bos(tiny.TOKENIZER, np.array([65, 66, tiny.TOKENIZER.bos, 67])) == "AB"
 
 
 def test_sizes_of_the_release_and_in_proportion():
@@ -194,19 +197,19 @@ def test_sizes_of_the_release_and_in_proportion():
 
 def test_one_or_two_resizes(model):
     shown = picture(0, 10, 30)
-    seen, pixels = generate.see(shown, model)
+    seen, pixels = interleave.see(shown, model)
     np.testing.assert_array_equal(seen, images.resize(shown, model.vit))
     np.testing.assert_array_equal(pixels, images.resize(shown, model.vae))
     twice = dataclasses.replace(
         model, protocol=dataclasses.replace(model.protocol, two_stages=True)
     )
-    seen, again = generate.see(shown, twice)
+    seen, again = interleave.see(shown, twice)
     np.testing.assert_array_equal(seen, images.resize(Image.fromarray(pixels), model.vit))
     np.testing.assert_array_equal(again, pixels)
 
 
 def test_buckets_are_few_and_hold():
-    assert [generate.bucket(n) for n in (0, 1, 16, 17, 24, 25, 33, 48, 49, 4096, 4097)] == [
+    assert [interleave.bucket(n) for n in (0, 1, 16, 17, 24, 25, 33, 48, 49, 4096, 4097)] == [
         0,
         16,
         16,
@@ -222,8 +225,8 @@ def test_buckets_are_few_and_hold():
 
 
 def test_page_shows_texts_and_pictures():
-    long = generate.page(["word" * 500, picture(0, 8, 16)])
-    short = generate.page(["word", picture(0, 8, 16)])
+    long = traces.page(["word" * 500, picture(0, 8, 16)])
+    short = traces.page(["word", picture(0, 8, 16)])
     assert long.width == short.width and long.height > short.height + 100
     assert len(np.unique(np.asarray(short).reshape(-1, 3), axis=0)) > 20
 
@@ -308,8 +311,8 @@ def workdir(tmp_path_factory):
 
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
-    row = data.Rows(
-        data.load_config(str(workdir)),
+    row = examples.Rows(
+        workdir_lib.load_config(str(workdir)),
         str(workdir),
         tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
         "test",
@@ -349,14 +352,14 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
 
 
 def trace_of(*steps):
-    return generate.Trace(list(steps), 3, {"text": 0.1, "drawing": 0.2})
+    return interleave.Trace(list(steps), 3, {"text": 0.1, "drawing": 0.2})
 
 
 def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
     image = picture(0, 8, 8)
     pixels, question = np.asarray(image), ([image], "what?")
     (tmp_path / "mine.png").touch()
-    generate.write(
+    traces.write(
         str(tmp_path),
         [question] * 2,
         [trace_of("a", pixels, "b", pixels, "c"), trace_of("x", pixels)],
@@ -371,7 +374,7 @@ def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
         "1.png",
         "1-0.png",
     }
-    generate.write(str(tmp_path), [question], [trace_of("a", pixels)])
+    traces.write(str(tmp_path), [question], [trace_of("a", pixels)])
     assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png"}
 
 

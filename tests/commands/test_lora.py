@@ -15,20 +15,16 @@ import small_run
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from opsd_jax import (
-    checkpoint,
-    config as config_lib,
-    convert,
-    distill,
-    metrics,
-    params as params_lib,
-    sharding,
-)
+from opsd_jax import config as config_lib
+from opsd_jax import distill, sharding
+from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LoRAConfig
 from opsd_jax.params import LORA_TARGETS
+from opsd_jax.release import export, load
+from opsd_jax.runtime import checkpoint, metrics
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=2, alpha=1.0, targets=("v", "down"))
@@ -332,9 +328,9 @@ def run(tmp_path_factory):
 
 
 def initial_params(config, workdir):
-    from opsd_jax import train
+    from opsd_jax.run import start as start_lib
 
-    return train.initial_params(
+    return start_lib.initial_params(
         types.SimpleNamespace(
             config=config, workdir=str(workdir), mesh=sharding.make_mesh(devices=jax.devices()[:1])
         ),
@@ -400,8 +396,8 @@ def _state(workdir):
 @pytest.mark.slow
 def test_a_run_is_exported_merged_and_a_run_starts_from_the_export(run, tmp_path):
     config, workdir = run
-    convert.export_release(str(workdir), str(tmp_path / "hf"), base="none")
-    found, params = convert.load(str(tmp_path / "hf"))
+    export.export_release(str(workdir), str(tmp_path / "hf"), base="none")
+    found, params = load.load(str(tmp_path / "hf"))
     trained = restored(workdir, config)
     assert found.lora is None and (found.llm, found.vit) == (
         config_lib.model(config).llm,
@@ -432,20 +428,22 @@ def test_a_run_starts_from_a_run_with_the_same_adapters_alone(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_answers(run):
-    from opsd_jax import eval as evaluation, generate
+    from opsd_jax import interleave
+    from opsd_jax.run import job
+    from opsd_jax.run import model as model_lib
 
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"
-    evaluation.evaluate_run(str(workdir), ("none",), name="again", limit=8)
+    job.evaluate_run(str(workdir), ("none",), name="again", limit=8)
     found, again = (
         {p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
         for path in (during, workdir / "eval" / "again" / "predictions.jsonl")
     )
     assert len(again) == 8 and any(again.values()) and again == {n: found[n] for n in again}
-    answering = generate.load(str(workdir), draw=False)
+    answering = model_lib.load(str(workdir), draw=False)
     assert (
         answering.config.lora == LORA
         and adapters(answering.params).keys() == adapters(abstract(model())).keys()
     )
-    (trace,) = generate.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)
+    (trace,) = interleave.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)
     assert trace.tokens > 0 and trace.text == "".join(trace.steps)

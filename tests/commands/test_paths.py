@@ -7,21 +7,16 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from opsd_jax import (
-    checkpoint,
-    config as config_lib,
-    convert,
-    data,
-    eval as eval_lib,
-    generate,
-    metrics,
-    paths,
-    plan,
-    redraw,
-    train,
-)
-from opsd_jax.datasets import visual_opsd
+from opsd_jax import config as config_lib
+from opsd_jax import convert, eval, generate, redraw, train
+from opsd_jax.data import __main__ as data
+from opsd_jax.data import prepare
 from opsd_jax.diagnose import __main__ as diagnose
+from opsd_jax.evaluation import traces
+from opsd_jax.inputs import paths
+from opsd_jax.plan import __main__ as plan
+from opsd_jax.run import cli
+from opsd_jax.runtime import checkpoint, metrics
 from opsd_jax.tasks import parquet
 
 ADDRESSES = (
@@ -66,8 +61,8 @@ READ = {
     "import --source": lambda p: convert.main(["import", f"--source={p}", "--target=t"]),
     "export --target": lambda p: convert.main(["export", "--source=s", f"--target={p}"]),
     "redraw --target": lambda p: redraw.main(["--workdir=w", f"--target={p}"]),
-    "eval --data_dir": lambda p: eval_lib.main(["--workdir=w", f"--data_dir={p}"]),
-    "eval --against": lambda p: eval_lib.main(["--workdir=w", f"--against={p}"]),
+    "eval --data_dir": lambda p: eval.main(["--workdir=w", f"--data_dir={p}"]),
+    "eval --against": lambda p: eval.main(["--workdir=w", f"--against={p}"]),
     "generate --image": lambda p: generate.main(["--checkpoint=c", "--question=q", f"--image={p}"]),
     "generate --tokenizer": lambda p: generate.main(
         ["--checkpoint=c", "--question=q", f"--tokenizer={p}"]
@@ -76,11 +71,11 @@ READ = {
     "plan --out": lambda p: of_flags(
         plan.main, config=config_lib.default(), topology="cpu:8", out=p
     ),
-    "train --config": lambda p: train.parse_flags(["train", f"--config={p}"]),
+    "train --config": lambda p: cli.parse_flags(["train", f"--config={p}"]),
     # and functions that are called without a command
     "parquet.make_mini": lambda p: parquet.make_mini(p, families=("chart",), counts={"test": 1}),
-    "visual_opsd.prepare": lambda p: visual_opsd.prepare("s", p),
-    "generate.write": lambda p: generate.write(p, [], []),
+    "visual_opsd.prepare": lambda p: prepare.prepare("s", p),
+    "generate.write": lambda p: traces.write(p, [], []),
     "metrics.Writer": lambda p: metrics.Writer(p),
 }
 ORBAX = {
@@ -90,7 +85,7 @@ ORBAX = {
     "import --target": lambda p: convert.main(["import", "--source=s", f"--target={p}"]),
     "export --source": lambda p: convert.main(["export", f"--source={p}", "--target=t"]),
     "redraw --workdir": lambda p: redraw.main([f"--workdir={p}", "--target=t"]),
-    "eval --workdir": lambda p: eval_lib.main([f"--workdir={p}"]),
+    "eval --workdir": lambda p: eval.main([f"--workdir={p}"]),
     "diagnose --workdir": lambda p: diagnose.main(["all", f"--workdir={p}"]),
     "diagnose --checkpoint": lambda p: diagnose.main(["all", "--workdir=w", f"--checkpoint={p}"]),
     "diagnose --teacher": lambda p: diagnose.main(["kl", "--workdir=w", f"--teacher={p}"]),
@@ -105,7 +100,7 @@ READ |= {
     "redraw --checkpoint": lambda p: redraw.main(
         ["--workdir=w", "--target=t", f"--checkpoint={p}"]
     ),
-    "eval --checkpoint": lambda p: eval_lib.main(["--workdir=w", f"--checkpoint={p}"]),
+    "eval --checkpoint": lambda p: eval.main(["--workdir=w", f"--checkpoint={p}"]),
     "generate --checkpoint": lambda p: generate.main(["--question=q", f"--checkpoint={p}"]),
 }
 
@@ -165,7 +160,7 @@ def test_the_folders_above_and_links_count(tmp_path, monkeypatch):
         lambda: data.main(["make-mini", "--target="]),
         lambda: data.main(["prepare", "--source=s", "--target="]),
         lambda: convert.main(["import", "--source=s", "--target="]),
-        lambda: eval_lib.main(["--workdir="]),
+        lambda: eval.main(["--workdir="]),
         lambda: redraw.main(["--workdir=w", "--target="]),
     ],
 )

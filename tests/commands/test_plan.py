@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from opsd_jax import config as config_lib, params as params_lib, plan, sharding, train
+from opsd_jax import config as config_lib
+from opsd_jax import params as params_lib
+from opsd_jax import sharding
 from opsd_jax.model import bagel
+from opsd_jax.plan import bill, hlo, programs
+from opsd_jax.plan import topology as topology_lib
+from opsd_jax.run import session
 from tests import small_run
 
 # --- topologies ------------------------------------------------------------------------------------------------
@@ -40,12 +45,12 @@ from tests import small_run
     ],
 )
 def test_names_become_grids(text, name, chips, devices, hbm):
-    found = plan.parse_topology(text)
+    found = topology_lib.parse_topology(text)
     assert (found.name, found.chips, found.devices, found.hbm) == (name, chips, devices, hbm)
 
 
 def test_slices_multiply():
-    found = plan.parse_topology("v5p-32", slices=4)
+    found = topology_lib.parse_topology("v5p-32", slices=4)
     assert found.name == "v5p:2x2x4" and found.chips == 64
 
 
@@ -59,7 +64,7 @@ def test_slices_multiply():
     ],
 )
 def test_full_cubes_are_closed(text, wrap):
-    assert plan.parse_topology(text).wrap == wrap
+    assert topology_lib.parse_topology(text).wrap == wrap
 
 
 @pytest.mark.parametrize(
@@ -77,13 +82,13 @@ def test_full_cubes_are_closed(text, wrap):
 )
 def test_wrong_names_are_refused_with_the_right_ones(text, slices, says):
     with pytest.raises(ValueError, match=says):
-        plan.parse_topology(text, slices)
+        topology_lib.parse_topology(text, slices)
 
 
 def test_a_missing_compiler_is_named_with_its_version(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology_lib.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'libtpu==\d+\.\d+"):
-        plan.devices_of(plan.parse_topology("v5p-8"))
+        topology_lib.devices_of(topology_lib.parse_topology("v5p-8"))
 
 
 # --- compiled programs -----------------------------------------------------------------------------------------
@@ -139,7 +144,7 @@ ENTRY %main (w.2: bf16[5,64,8]) -> f32[8] {
 
 
 def test_collectives_and_traffic_of_a_module():
-    found = plan.traffic(HLO, devices=32)
+    found = hlo.traffic(HLO, devices=32)
     kinds = found["collectives"]
     assert kinds["all-gather"] == {
         "count": 5,
@@ -164,11 +169,11 @@ def test_loops_without_a_bound_run_as_often_as_told():
     open_ended = HLO.replace(
         "%bound = s32[] constant(5)", "%bound = s32[] get-tuple-element(%state.1), index=0"
     )
-    assert plan.traffic(open_ended, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 11
+    assert hlo.traffic(open_ended, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 11
     noted = open_ended.replace(
         "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
     )
-    assert plan.traffic(noted, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 7
+    assert hlo.traffic(noted, 32, trips=(11,))["collectives"]["all-gather"]["count"] == 7
 
 
 def test_updates_in_place_write_the_update_alone():
@@ -187,7 +192,7 @@ ENTRY %main (a: f32[100,64], b: f32[1,64], c: s32[]) -> f32[100,64] {
   ROOT %out = f32[100,64]{1,0} fusion(%a, %b, %c), kind=kLoop, calls=%put
 }
 """
-    assert plan.traffic(module, 1)["hbm_bytes"] == 64 * 4 + 4 + 64 * 4
+    assert hlo.traffic(module, 1)["hbm_bytes"] == 64 * 4 + 4 + 64 * 4
 
 
 def test_traffic_of_a_real_module():
@@ -203,7 +208,7 @@ def test_traffic_of_a_real_module():
     text = jax.jit(step).lower(w, x).compile().as_text()
     once = 256 * 256 * 4
     assert (
-        6 * once <= plan.traffic(text, 1)["hbm_bytes"] <= 6 * 4 * once
+        6 * once <= hlo.traffic(text, 1)["hbm_bytes"] <= 6 * 4 * once
     )  # each layer read once, perhaps copied
 
 
@@ -217,9 +222,9 @@ def test_flops_count_loops_and_recomputation():
         jax.ShapeDtypeStruct((3, 16), jnp.float32),
     )
     product = 2 * 3 * 16 * 16
-    assert plan.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * product
+    assert programs.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * product
     # backward: two products a layer; a product that nothing needs again is not recomputed
-    assert plan.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (
+    assert programs.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (
         5 * 3 * product,
         5 * 4 * product,
     )
@@ -228,29 +233,31 @@ def test_flops_count_loops_and_recomputation():
         grid=(3,),
         out_shape=jax.ShapeDtypeStruct((16, 16), jnp.float32),
     )
-    assert plan.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
+    assert programs.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
     endless = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
     square = jax.ShapeDtypeStruct((16, 16), jnp.float32)
     nested = lambda x, w: jax.lax.while_loop(
         lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x
     )
     assert (
-        plan.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
+        programs.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
         == (3 + 21) * product
     )
-    assert plan.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
+    assert (
+        programs.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
+    )
 
 
 def test_loops_of_a_sampler_with_a_queue():
     """16 rows of up to 32 tokens by 8 slots, 4 at a time: 4 refills, 64 steps; all at once: 32 steps."""
-    of = lambda **kw: plan._sampler_trips(types.SimpleNamespace(max_new_tokens=32, **kw), 16)
+    of = lambda **kw: programs._sampler_trips(types.SimpleNamespace(max_new_tokens=32, **kw), 16)
     assert of(slots=8, group=4) == (4, 16) and of(slots=0) == of(slots=16) == (32,)
 
 
 def test_modelled_time_by_hand():
-    topology = plan.parse_topology("v5p-16")
+    topology = topology_lib.parse_topology("v5p-16")
     taken = {"collectives": {"all-gather": {"count": 1, "bytes": 18e9}}, "hbm_bytes": 2.77e12}
-    found = plan.step_seconds(459e12, taken, topology)
+    found = bill.step_seconds(459e12, taken, topology)
     assert found["compute"] == pytest.approx(2) and found["hbm"] == pytest.approx(
         1
     )  # half of the peak
@@ -389,9 +396,9 @@ def test_report_and_table(eight):
         }
         assert program["fits"] and not program["advice"] and program["collectives"]
         assert program["needs_gib"] == pytest.approx(
-            program["peak_gib"] + program["bytes"]["beside"] / plan.GIB
+            program["peak_gib"] + program["bytes"]["beside"] / topology_lib.GIB
         )
-        assert program["peak_gib"] * plan.GIB >= sum(
+        assert program["peak_gib"] * topology_lib.GIB >= sum(
             program["bytes"][k] for k in ("params", "batch")
         )
         assert program["flops"]["traced"] > 0 and program["hbm_bytes"] > 0
@@ -437,8 +444,11 @@ def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
 
 
 def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
-    found = {"program": "sample", "bytes": {"params": 3 * plan.GIB, "kv_cache": plan.GIB // 2}}
-    lines = "\n".join(plan.advice(found, small_run.config(), "opsd", mesh))
+    found = {
+        "program": "sample",
+        "bytes": {"params": 3 * topology_lib.GIB, "kv_cache": topology_lib.GIB // 2},
+    }
+    lines = "\n".join(bill.advice(found, small_run.config(), "opsd", mesh))
     assert "config.mesh.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)" in lines
     assert "the KV cache takes 0.5 GiB" in lines and "accumulation" not in lines
 
@@ -480,14 +490,16 @@ def test_running_out_of_memory_is_an_answer(message, gib):
     stub = types.SimpleNamespace(
         jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail)
     )
-    found = plan.bill(
-        plan.Program("update", stub, {"params": x}, {}), plan.parse_topology("v5p-8"), 95.74
+    found = bill.bill(
+        programs.Program("update", stub, {"params": x}, {}),
+        topology_lib.parse_topology("v5p-8"),
+        95.74,
     )
     assert (
         not found["fits"] and found["needs_gib"] == pytest.approx(gib) and found["peak_gib"] is None
     )
     config = small_run.config()
-    found["advice"] = plan.advice(
+    found["advice"] = bill.advice(
         found, config, "sft", sharding.make_mesh(devices=jax.devices()[:1])
     )
     report = {
@@ -500,7 +512,7 @@ def test_running_out_of_memory_is_an_answer(message, gib):
         "parameters": {},
         "programs": [found],
     }
-    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in plan.table(report)
+    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in bill.table(report)
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed():
@@ -512,22 +524,22 @@ def test_other_errors_of_the_compiler_are_not_swallowed():
         jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail)
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        plan.bill(plan.Program("update", stub, {}, {}), plan.parse_topology("v5p-8"))
+        bill.bill(programs.Program("update", stub, {}, {}), topology_lib.parse_topology("v5p-8"))
 
 
 def test_supervised_stages_have_one_program(mesh):
     config = small_run.config()
-    (program,) = plan.programs(config, "warmup", mesh)
+    (program,) = programs.programs(config, "warmup", mesh)
     assert program.name == "update" and "teacher" in program.kinds and not program.kinds["teacher"]
     with pytest.raises(ValueError, match="samples nothing"):
-        plan.programs(config, "warmup", mesh, only="sample")
+        programs.programs(config, "warmup", mesh, only="sample")
 
 
 def test_settings_that_no_run_would_start_with(mesh):
     with pytest.raises(ValueError, match="--bucket=1"):
-        plan.programs(small_run.config(), "opsd", mesh, bucket=1)
+        programs.programs(small_run.config(), "opsd", mesh, bucket=1)
     with pytest.raises(ValueError, match="has 8 rows .* for 16 batch shards"):
-        train.check_batch(small_run.config(), "opsd", 16)
+        session.check_batch(small_run.config(), "opsd", 16)
     for every, final_split in (
         (0, ""),
         (1, ""),
@@ -541,12 +553,12 @@ def test_settings_that_no_run_would_start_with(mesh):
             if not every and not final_split
             else pytest.raises(ValueError, match="eval.batch_size 6")
         ):
-            train.check_batch(config, "opsd", 4)
+            session.check_batch(config, "opsd", 4)
 
 
 def test_the_sampler_holds_nothing_that_draws(mesh):
     config = small_run.config(model__generation__on=True)
-    (program,) = plan.programs(config, "opsd", mesh, only="sample")
+    (program,) = programs.programs(config, "opsd", mesh, only="sample")
     assert {*program.kinds["params"]} == {"llm", "vit", "connector"}
     assert "latent" in {path.split("/")[0] for path in program.beside["params"]}
 
@@ -554,7 +566,7 @@ def test_the_sampler_holds_nothing_that_draws(mesh):
 def test_programs_are_those_that_a_run_compiles(mesh):
     """The shapes made up here are those of packed rows."""
     config = small_run.config()
-    (program,) = plan.programs(config, "opsd", mesh, only="sample")
+    (program,) = programs.programs(config, "opsd", mesh, only="sample")
     context = program.kinds["batch"]
     slots, patches = config.data.buckets.student[0]
     assert context.tokens.shape == (8, slots) and context.patches.shape == (8, patches, 192)
@@ -602,7 +614,10 @@ def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
     report = json.loads((tmp_path / "bill.json").read_text())
     (program,) = report["programs"]
     assert report["parameters"]["total"] > 7e9
-    assert sum(program["bytes"][k] for k in ("params", "batch")) < program["peak_gib"] * plan.GIB
+    assert (
+        sum(program["bytes"][k] for k in ("params", "batch"))
+        < program["peak_gib"] * topology_lib.GIB
+    )
     assert program["needs_gib"] < 0.9 * report["hbm_gib"]
     if only == "update":  # weights are gathered layer by layer: not the rows of all devices
         sent = sum(c["bytes"] for c in program["collectives"].values())

@@ -7,10 +7,14 @@ import types
 
 import numpy as np
 import pytest
-
 import small_run
-from opsd_jax import checkpoint, data, generate, images, redraw
-from opsd_jax.datasets import visual_opsd
+
+from opsd_jax import images, interleave
+from opsd_jax import redraw as redraw_lib
+from opsd_jax.data import arrayrecord, procedural
+from opsd_jax.run import model as model_lib
+from opsd_jax.run import redraw
+from opsd_jax.runtime import checkpoint
 
 
 @pytest.fixture
@@ -19,7 +23,7 @@ def workdir(tmp_path, monkeypatch):
     config = small_run.config()
     work = tmp_path / "w"
     work.mkdir()
-    data.make_if_absent(config, str(work))
+    procedural.make_if_absent(config, str(work))
     (work / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
     calls = []
 
@@ -27,18 +31,20 @@ def workdir(tmp_path, monkeypatch):
         assert draw and always and model.protocol.rounds == 2
         calls.append(len(questions))
         return [
-            generate.Trace(["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {})
+            interleave.Trace(
+                ["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {}
+            )
             for _, q in questions
         ]
 
-    model = generate.Model(None, None, None, generate.Protocol(), images.TRAINING, images.VAE)
-    monkeypatch.setattr(generate, "load", lambda directory, draw: model)
-    monkeypatch.setattr(generate, "reason", reason)
+    model = interleave.Model(None, None, None, interleave.Protocol(), images.TRAINING, images.VAE)
+    monkeypatch.setattr(model_lib, "load", lambda directory, draw: model)
+    monkeypatch.setattr(interleave, "reason", reason)
     return types.SimpleNamespace(path=str(work), calls=calls, config=config, model=model)
 
 
 def rows(folder, split):
-    source = visual_opsd.open_source(folder, split, task=small_run.TASK)
+    source = arrayrecord.open_source(folder, split, task=small_run.TASK)
     return [source[n] for n in range(len(source))]
 
 
@@ -80,7 +86,7 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
     other = dataclasses.replace(
         workdir.model, params={"head": np.ones(3, np.float32)}
     )  # another model under the same path
-    monkeypatch.setattr(generate, "load", lambda directory, draw: other)
+    monkeypatch.setattr(model_lib, "load", lambda directory, draw: other)
     with pytest.raises(FileExistsError, match="generated with other weights"):
         draw()
     record = target / "drawn" / "redraw.json"
@@ -91,7 +97,7 @@ def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monke
 
 def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch):
     """The record has the name of the one that was read."""
-    steps, load = [3, 5], generate.load
+    steps, load = [3, 5], model_lib.load
     monkeypatch.setattr(checkpoint, "metadata", lambda folder: {"step": steps[0]})
 
     def rotated(directory, draw):
@@ -99,7 +105,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
             raise checkpoint.CheckpointGone(directory)
         return load(directory, draw)
 
-    monkeypatch.setattr(generate, "load", rotated)
+    monkeypatch.setattr(model_lib, "load", rotated)
     redraw.redraw(workdir.path, str(tmp_path / "d"), batch_size=4)
     record = json.loads((tmp_path / "d" / "drawn" / "redraw.json").read_text())
     assert record["checkpoint"].endswith("w/checkpoints/5")
@@ -107,18 +113,18 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
 
 def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(redraw, "SHARD", 8)
-    target, reason = tmp_path / "drawn", generate.reason
+    target, reason = tmp_path / "drawn", interleave.reason
 
     def reason_and_signal(*args, **kwargs):
         if len(workdir.calls) == 2:  # in the first batch of the second file
             signal.raise_signal(signal.SIGTERM)
         return reason(*args, **kwargs)
 
-    main = lambda: redraw.main(
+    main = lambda: redraw_lib.main(
         [f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"]
     )
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        patched.setattr(generate, "reason", reason_and_signal)
+        patched.setattr(interleave, "reason", reason_and_signal)
         main()
     assert stopped.value.code == 42 and len(workdir.calls) == 3
     assert "the same command continues after the last whole file" in capsys.readouterr().err
@@ -133,5 +139,5 @@ def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
     ):
         redraw.redraw(workdir.path, str(tmp_path / "d"), checkpoint="c", splits=("dev",))
     with pytest.raises(SystemExit):
-        redraw.main([f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])
+        redraw_lib.main([f"--workdir={tmp_path}/gone", f"--target={tmp_path}/d"])
     assert "holds no run" in capsys.readouterr().err

@@ -7,14 +7,20 @@ import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
-
-import jax
-
 import small_run
-from opsd_jax import checkpoint, data, eval as eval_lib, metrics, params as params_lib, train
+
+from opsd_jax import eval as eval_command
+from opsd_jax import params as params_lib
+from opsd_jax import train
+from opsd_jax.data import procedural
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import __main__ as diagnose
+from opsd_jax.evaluation import contexts as contexts_lib
+from opsd_jax.run import session
+from opsd_jax.runtime import checkpoint, distributed, metrics
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 
@@ -148,7 +154,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         patched.setattr(metrics.Writer, "scalars", scalars_and_signal)
         train.train(config, str(tmp_path))
-    assert stopped.value.code == train.EXIT_STOPPED != 0
+    assert stopped.value.code == distributed.EXIT_STOPPED != 0
     assert checkpoint.metadata(tmp_path)["step"] == max(losses(tmp_path)) == stop_at
     assert signal.getsignal(signal.SIGTERM) == before  # the run's handler is gone
     train.train(config, str(tmp_path))
@@ -158,9 +164,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     assert all(row["compiles/update"] == 1 for row in rows)
 
 
-def signal_at(patched, number, function="_sample"):
+def signal_at(patched, number, module=contexts_lib, function="timed_sample"):
     """SIGTERM in the batch of that number (from 0) of evaluations from now on; the list of the batches' numbers."""
-    run, batches = getattr(eval_lib, function), []
+    run, batches = getattr(module, function), []
 
     def run_and_signal(*args, **kwargs):
         batches.append(len(batches))
@@ -168,7 +174,7 @@ def signal_at(patched, number, function="_sample"):
             signal.raise_signal(signal.SIGTERM)
         return run(*args, **kwargs)
 
-    patched.setattr(eval_lib, function, run_and_signal)
+    patched.setattr(module, function, run_and_signal)
     return batches
 
 
@@ -202,7 +208,7 @@ def test_a_stop_while_evaluating_loses_no_step_and_no_answer(
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as error:
             batches = signal_at(patched, number)
             train.train(config, str(workdir))
-        assert error.value.code == train.EXIT_STOPPED
+        assert error.value.code == distributed.EXIT_STOPPED
         return len(batches)
 
     for _ in range(2):  # of 4 batches of an evaluation the second
@@ -248,23 +254,23 @@ def test_answers_under_other_settings_are_asked_again(straight, tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command, function, arguments",
+    "command, module, function, arguments",
     [
-        (eval_lib, "_sample", ["--visual_thoughts=none,real", "--name=x"]),
-        (diagnose, "contexts", ["kl", "--rows=0", "--completions=data"]),
+        (eval_command, contexts_lib, "timed_sample", ["--visual_thoughts=none,real", "--name=x"]),
+        (diagnose, contexts_lib, "contexts", ["kl", "--rows=0", "--completions=data"]),
     ],
     ids=["eval", "diagnose"],
 )
 def test_commands_stop_between_batches(
-    straight, tmp_path, monkeypatch, capsys, command, function, arguments
+    straight, tmp_path, monkeypatch, capsys, command, module, function, arguments
 ):
     workdir = tmp_path / "w"
     shutil.copytree(straight, workdir)
     run = lambda: command.main([*arguments, f"--workdir={workdir}"])
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as error:
-        batches = signal_at(patched, 1, function)
+        batches = signal_at(patched, 1, module, function)
         run()
-    assert error.value.code == train.EXIT_STOPPED and len(batches) == 2
+    assert error.value.code == distributed.EXIT_STOPPED and len(batches) == 2
     assert "stopped as asked; the same command" in capsys.readouterr().err
     assert not list((workdir / "diagnose").rglob("*.json")) if command is diagnose else True
     run()
@@ -280,7 +286,7 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     # ... but what cannot change the result may change, and a run that failed before its first step is no run.
     train.train(small_run.config(data__threads=2, log__every=5), str(straight))
     (tmp_path / "config.json").write_text((straight / "config.json").read_text())
-    train.record_config(small_run.config(opsd__steps=7), str(tmp_path))
+    session.record_config(small_run.config(opsd__steps=7), str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
 
 
@@ -297,7 +303,7 @@ def swap_two_tokens(folder):
 def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
     workdir, other = tmp_path / "w", small_run.config(data__make__seed=5)
     shutil.copytree(straight, workdir)
-    data.make_if_absent(other, str(tmp_path / "other"))
+    procedural.make_if_absent(other, str(tmp_path / "other"))
     shutil.rmtree(workdir / "data")
     shutil.copytree(tmp_path / "other" / "data", workdir / "data")
     shutil.copy(straight / "data" / "made.json", workdir / "data")
@@ -334,16 +340,16 @@ def test_a_damaged_record_of_the_settings_names_the_file_and_the_fix(tmp_path, c
         ValueError,
         match=f"{tmp_path}/config.json.*delete the file and give the run's training command",
     ):
-        data.load_config(str(tmp_path))
+        workdir_lib.load_config(str(tmp_path))
     if not content.startswith('{"'):
         with pytest.raises(
             ValueError,
             match=f"{tmp_path}/config.json.*delete the file and give the run's training command",
         ):
-            train.record_config(small_run.config(), str(tmp_path))
+            session.record_config(small_run.config(), str(tmp_path))
     (tmp_path / "config.json").unlink()
-    train.record_config(small_run.config(), str(tmp_path))
-    assert data.load_config(str(tmp_path)).opsd.steps == small_run.OPSD
+    session.record_config(small_run.config(), str(tmp_path))
+    assert workdir_lib.load_config(str(tmp_path)).opsd.steps == small_run.OPSD
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
@@ -351,9 +357,9 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     del older["model"]["rope_bfloat16"], older["arms"]
     (tmp_path / "config.json").write_text(json.dumps(older))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    train.record_config(small_run.config(), str(tmp_path))
+    session.record_config(small_run.config(), str(tmp_path))
     with pytest.raises(checkpoint.ConfigMismatch, match=r"model.rope_bfloat16 +false +true"):
-        train.record_config(small_run.config(model__rope_bfloat16=True), str(tmp_path))
+        session.record_config(small_run.config(model__rope_bfloat16=True), str(tmp_path))
 
 
 @pytest.mark.slow

@@ -15,7 +15,11 @@ import pytest
 import small_run
 from PIL import Image
 
-from opsd_jax import arms, checkpoint, config as config_lib, metrics, train
+from opsd_jax import config as config_lib
+from opsd_jax import train
+from opsd_jax.run import controls as controls_lib
+from opsd_jax.run import session
+from opsd_jax.runtime import checkpoint, distributed, health, metrics
 
 COMMON = {
     "step",
@@ -275,7 +279,7 @@ def test_health_remembers_what_was_before_a_resume(trained, tmp_path, monkeypatc
     for step in (5, 6):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     monkeypatch.setattr(
-        metrics.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows])
+        health.Health, "replay", lambda _, rows: seen.append([row["step"] for row in rows])
     )
     train.train(small_run.config(), str(workdir))
     assert seen == [[3, 4]]  # rows of OPSD, up to the checkpoint
@@ -313,7 +317,7 @@ def test_a_run_and_its_arms_are_a_group_at_wandb():
     config = small_run.config(log__wandb="opsd")
     of = lambda *folders: {
         key: value
-        for key, value in train.wandb_arguments(config, *folders).items()
+        for key, value in session.wandb_arguments(config, *folders).items()
         if key != "config"
     }
     assert of("/runs/a/", "/runs/a/") == {"project": "opsd", "name": "a", "group": "a"}
@@ -322,7 +326,7 @@ def test_a_run_and_its_arms_are_a_group_at_wandb():
         "name": "noise",
         "group": "a",
     }
-    assert train.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
+    assert session.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
 
 
 @pytest.mark.slow
@@ -356,11 +360,11 @@ def test_a_run_whose_folder_is_deleted_ends_with_an_error(
 def test_arms_need_a_name_and_a_start(tmp_path):
     config = small_run.config()
     with pytest.raises(ValueError, match="--arm=nosie: the config has the arms .*'noise'"):
-        arms.settings_of(config, str(tmp_path), "nosie")
+        controls_lib.settings_of(config, str(tmp_path), "nosie")
     with pytest.raises(
         FileNotFoundError, match=r"checkpoints/2 is not there: run the same command without"
     ):
-        arms.settings_of(config, str(tmp_path), "noise")
+        controls_lib.settings_of(config, str(tmp_path), "noise")
 
 
 def fake_python(tmp_path, monkeypatch, script):
@@ -373,9 +377,9 @@ def fake_python(tmp_path, monkeypatch, script):
 
 def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
-    with arms.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
+    with controls_lib.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
         with pytest.raises(
-            arms.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"
+            controls_lib.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"
         ):
             controls.finish()
     assert (
@@ -386,8 +390,8 @@ def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        metrics.UnhealthyRun("stopped at step 3: loss is nan"),
-        arms.ArmsFailed("noise"),
+        health.UnhealthyRun("stopped at step 3: loss is nan"),
+        controls_lib.ArmsFailed("noise"),
         ValueError("config.seed is -1"),
         FileNotFoundError("no data"),
     ],
@@ -420,7 +424,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
 
     monkeypatch.setattr(train, "check", lambda *_: None)
     monkeypatch.setattr(train, "train", lambda *_, **__: None)
-    monkeypatch.setattr(arms.Arms, "finish", lambda self: (self.start(), ask()))
+    monkeypatch.setattr(controls_lib.Arms, "finish", lambda self: (self.start(), ask()))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -429,7 +433,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    assert ended.value.code == train.EXIT_STOPPED and log.read_text() == "ready\nsaved\n"
+    assert ended.value.code == distributed.EXIT_STOPPED and log.read_text() == "ready\nsaved\n"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{number.name}: stopping")
 
 
@@ -441,10 +445,10 @@ def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
         "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
     )
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that the arm runs beside this process
-    with pytest.raises(SystemExit), arms.Arms(["a", "b"], str(tmp_path), []) as controls:
+    with pytest.raises(SystemExit), controls_lib.Arms(["a", "b"], str(tmp_path), []) as controls:
         controls.start()
         log = tmp_path / "arms" / "a" / "log.txt"
         while not (log.exists() and "ready" in log.read_text()):
             time.sleep(0.01)
-        sys.exit(train.EXIT_STOPPED)
+        sys.exit(distributed.EXIT_STOPPED)
     assert log.read_text() == "ready\nsaved\n" and not (tmp_path / "arms" / "b").exists()

@@ -19,7 +19,7 @@ import time
 import pytest
 import yaml
 
-from opsd_jax import distributed
+from opsd_jax.runtime import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
-import tiny
-from opsd_jax import distill, divergence, params as params_lib, plan, rollout, sharding
+from opsd_jax import distill, divergence, rollout, sharding
+from opsd_jax import params as params_lib
+from opsd_jax.plan import hlo
 
 # (data, fsdp, tensor): micro steps of an update, share of the state that each device may hold. Pieces that do
 # not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
@@ -137,7 +139,7 @@ def exchanges(mesh, count: int, known: bool) -> int:
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
             cut(ROWS, 24, 64), head, cut(ROWS, 24, 64), cut(ROWS, 24)
         )
-    sent = plan.traffic(program.compile().as_text(), mesh.size)["collectives"]
+    sent = hlo.traffic(program.compile().as_text(), mesh.size)["collectives"]
     return sum(kind["count"] for kind in sent.values())
 
 

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-
 import small_run
 
 COUNT, DEVICES, STEPS = 2, 4, (0, 5)
@@ -23,26 +22,31 @@ BATCH = 8
 
 def batches(data_dir, workdir, share=None, **changes):
     """data.Batches of the OPSD stage over the rows of small_run.py."""
-    from opsd_jax import data, tokenizer
+    from opsd_jax import tokenizer
+    from opsd_jax.data import batches as batches_lib
+    from opsd_jax.data import examples, packing
+    from opsd_jax.data import workdir as workdir_lib
 
     config = small_run.config(data__dir=str(data_dir), opsd__batch_size=BATCH, **changes)
-    tok = tokenizer.load(data.tokenizer_folder(config, ""))
-    rows = data.Rows(config, "", tok, "train")
-    return data.Batches(config, str(workdir), "opsd", rows, data.Packer(config, tok), share=share)
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
+    rows = examples.Rows(config, "", tok, "train")
+    return batches_lib.Batches(
+        config, str(workdir), "opsd", rows, packing.Packer(config, tok), share=share
+    )
 
 
 def main(folder, data_dir):
     import faulthandler
 
-    from opsd_jax import distributed
+    from opsd_jax.runtime import distributed
 
     faulthandler.dump_traceback_later(
         800, exit=True
     )  # processes that wait for each other for ever say where
     distributed.initialize()
     import jax
-
     import test_meshes
+
     from opsd_jax import sharding
 
     me = jax.process_index()
@@ -75,10 +79,10 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    from opsd_jax import data
+    from opsd_jax.data import procedural
 
     made = tmp_path_factory.mktemp("rows")
-    data.make_procedural(str(made), small_run.config().data.make.to_dict())
+    procedural.make_procedural(str(made), small_run.config().data.make.to_dict())
     return made
 
 
@@ -135,9 +139,9 @@ def two(data_dir, tmp_path_factory):
 def one():
     """The same in this process, on one device."""
     import jax
-
     import test_meshes
     import tiny
+
     from opsd_jax import sharding
 
     with tiny.quick_compiles():
@@ -222,7 +226,7 @@ def workdirs(tmp_path_factory):
 @pytest.mark.slow
 def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
     """Warm-up, sampling, updates, evaluations and checkpoints."""
-    from opsd_jax import metrics
+    from opsd_jax.runtime import metrics
 
     one, two = (metrics.read(str(workdirs[n] / "metrics.jsonl")) for n in (1, COUNT))
     assert [(row["step"], row["stage"]) for row in one] == [

@@ -12,14 +12,17 @@ import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from opsd_jax import answers, benchmarks, checkpoint, distill, generate
-from opsd_jax import eval as eval_lib
+from opsd_jax import distill, interleave
+from opsd_jax.evaluation import inference, page, tables, traces
+from opsd_jax.evaluation import results as results_lib
+from opsd_jax.run import job
+from opsd_jax.runtime import stopping
 
 TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
 
 
 def bench(name, size=5):
-    return answers.Benchmark(name, tuple(range(size)), None, None, None, size=lambda key: key % 2)
+    return inference.Benchmark(name, tuple(range(size)), None, None, None, size=lambda key: key % 2)
 
 
 # --- keeping
@@ -40,7 +43,7 @@ def collect(folder, batches, died_at=None, identity=None):
 
     told = []
     try:
-        records = answers.collect(
+        records = inference.collect(
             str(folder),
             identity or {"seed": 0},
             batches,
@@ -54,7 +57,7 @@ def collect(folder, batches, died_at=None, identity=None):
 
 
 def test_a_kill_loses_one_batch_at_most(tmp_path):
-    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.plan([bench("A"), bench("B", 2)], 2)
     assert [(b.name, keys) for b, keys in batches] == [
         ("A", [0, 2]),
         ("A", [4, 1]),
@@ -66,21 +69,21 @@ def test_a_kill_loses_one_batch_at_most(tmp_path):
     for torn in (b"", b'{"batch": 2, "predictions": [{"ind'):
         folder = tmp_path / f"part{len(torn)}"
         assert collect(folder, batches, died_at=2)[1] == [0, 1]
-        with open(folder / answers.FILE, "ab") as f:
+        with open(folder / inference.FILE, "ab") as f:
             f.write(torn)
         records, asked, told = collect(folder, batches)
         assert asked == [2, 3] and told == [0, 1, 2, 3] and records == whole
-        assert (folder / answers.FILE).read_bytes() == (
-            tmp_path / "whole" / answers.FILE
+        assert (folder / inference.FILE).read_bytes() == (
+            tmp_path / "whole" / inference.FILE
         ).read_bytes()
         assert collect(folder, batches)[:2] == (whole, [])  # what is done is not asked again
 
 
 def test_answers_of_several_processes_are_one(tmp_path):
     """Three processes were killed; one goes on with all that they had."""
-    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.plan([bench("A"), bench("B", 2)], 2)
     whole, *_ = collect(tmp_path / "whole", batches)
-    lines = (tmp_path / "whole" / answers.FILE).read_text().splitlines()
+    lines = (tmp_path / "whole" / inference.FILE).read_text().splitlines()
     folder = tmp_path / "parts"
     folder.mkdir()
     for process, line in ((0, lines[1]), (1, None), (2, lines[3])):
@@ -91,21 +94,21 @@ def test_answers_of_several_processes_are_one(tmp_path):
     assert (
         asked == [1, 3]
         and records == whole
-        and [p.name for p in folder.iterdir()] == [answers.FILE]
+        and [p.name for p in folder.iterdir()] == [inference.FILE]
     )
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    batches = answers.plan([bench("A")], 2)
+    batches = inference.plan([bench("A")], 2)
     collect(tmp_path, batches)
-    with open(tmp_path / answers.FILE, "a") as f:
+    with open(tmp_path / inference.FILE, "a") as f:
         f.write("{no json}\n")
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
         collect(tmp_path, batches)
 
 
 def test_drawn_pictures_of_other_answers_are_removed(tmp_path):
-    batches, stale = answers.plan([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
+    batches, stale = inference.plan([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
     for kept in (False, True):
         stale.parent.mkdir(parents=True, exist_ok=True)
         stale.touch()
@@ -114,43 +117,43 @@ def test_drawn_pictures_of_other_answers_are_removed(tmp_path):
 
 
 def test_answers_of_other_conditions_are_not_mixed(tmp_path):
-    batches = answers.plan([bench("A")], 2)
+    batches = inference.plan([bench("A")], 2)
     collect(tmp_path, batches, died_at=1, identity={"seed": 0, "mode": "none"})
-    before = (tmp_path / answers.FILE).read_bytes()
-    with pytest.raises(answers.Other, match="begun with another mode, seed: give the same"):
+    before = (tmp_path / inference.FILE).read_bytes()
+    with pytest.raises(inference.Other, match="begun with another mode, seed: give the same"):
         collect(tmp_path, batches, identity={"seed": 1, "mode": "real"})
-    assert (tmp_path / answers.FILE).read_bytes() == before
+    assert (tmp_path / inference.FILE).read_bytes() == before
 
 
 def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
-    batches = answers.plan([bench("A")], 2)
+    batches = inference.plan([bench("A")], 2)
     collect(tmp_path, batches, died_at=0, identity={"batch_size": 64})
     assert collect(tmp_path, batches, identity={"batch_size": 2})[1] == [0, 1, 2]
 
 
 def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
-    batches, asked = answers.plan([bench("A"), bench("B", 2)], 2), []
+    batches, asked = inference.plan([bench("A"), bench("B", 2)], 2), []
     answer = lambda number, benchmark, keys: asked.append(number) or {"predictions": []}
 
     def stop_before_the_third():
         if len(asked) == 2:
-            raise checkpoint.Stopped
+            raise stopping.Stopped
 
-    with pytest.raises(checkpoint.Stopped):
-        answers.collect(
+    with pytest.raises(stopping.Stopped):
+        inference.collect(
             str(tmp_path), {}, batches, answer, together=True, before_batch=stop_before_the_third
         )
-    answers.collect(str(tmp_path), {}, batches, answer, together=True)
+    inference.collect(str(tmp_path), {}, batches, answer, together=True)
     assert asked == [0, 1, 2, 3]
-    answers.forget(str(tmp_path))
-    assert not answers.is_begun(str(tmp_path))
+    inference.forget(str(tmp_path))
+    assert not inference.is_begun(str(tmp_path))
 
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("done", [0, 2])
 def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, together, done):
     """Four batches for three processes: those with one batch less ask once more. JAX stops all at the same question."""
-    batches = answers.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.plan([bench("A"), bench("B", 2)], 2)
     collect(tmp_path / "0", batches, died_at=done)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
@@ -161,7 +164,7 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
             shutil.copytree(tmp_path / "0", tmp_path / f"{process}")
         monkeypatch.setattr(jax, "process_index", lambda: process)
         times = iter(range(99))
-        answers.collect(
+        inference.collect(
             str(tmp_path / f"{process}"),
             {"seed": 0},
             batches,
@@ -174,7 +177,7 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
 
 
 def test_rows_that_take_no_part_are_left_out_of_the_plan():
-    assert answers.plan([bench("A", 3)], 4, {"A": [1], "B": [0]})[0][1] == [0, 2]
+    assert inference.plan([bench("A", 3)], 4, {"A": [1], "B": [0]})[0][1] == [0, 2]
 
 
 # --- drawn pictures
@@ -183,11 +186,11 @@ def test_rows_that_take_no_part_are_left_out_of_the_plan():
 def test_what_a_changed_picture_is(tmp_path):
     picture = np.full((8, 8, 3), 7, np.uint8)
     assert (
-        answers.changer("generated", "T", [1], seed=0) is None
-        and answers.changer("none", "T", [1], seed=0) is None
+        inference.changer("generated", "T", [1], seed=0) is None
+        and inference.changer("none", "T", [1], seed=0) is None
     )
-    assert answers.changer("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
-    noise = answers.changer("generated-noise", "T", [1, 2], seed=0)
+    assert inference.changer("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
+    noise = inference.changer("generated-noise", "T", [1, 2], seed=0)
     first, other, round_2 = noise(0, 0, picture), noise(1, 0, picture), noise(0, 1, picture)
     assert first.shape == picture.shape and first.dtype == np.uint8
     assert (
@@ -195,9 +198,10 @@ def test_what_a_changed_picture_is(tmp_path):
         and (first != other).any()
         and (first != round_2).any()
     )
-    assert (answers.changer("generated-noise", "T", [1], seed=1)(0, 0, picture) != first).any()
+    assert (inference.changer("generated-noise", "T", [1], seed=1)(0, 0, picture) != first).any()
     values = (
-        answers.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5 - 1
+        inference.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5
+        - 1
     )
     assert (
         abs(values.mean()) < 0.02 and abs(np.mean(np.abs(values) == 1) - 0.317) < 0.02
@@ -207,14 +211,14 @@ def test_what_a_changed_picture_is(tmp_path):
 def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     shade = {(1, 0): 10, (3, 0): 30, (3, 1): 31, (5, 0): 50}
     for (row, number), value in shade.items():
-        generate.save_picture(
+        traces.save_picture(
             np.full((4, 4, 3), value, np.uint8),
-            answers.picture_path(str(tmp_path), "T", row, number),
+            inference.picture_path(str(tmp_path), "T", row, number),
         )
-    generate.save_picture(
-        np.zeros((4, 4, 3), np.uint8), answers.picture_path(str(tmp_path), "T-2", 4, 0)
+    traces.save_picture(
+        np.zeros((4, 4, 3), np.uint8), inference.picture_path(str(tmp_path), "T-2", 4, 0)
     )
-    swap = answers.changer("generated-swap", "T", [1, 3, 5, 4], seed=0, drawn=str(tmp_path))
+    swap = inference.changer("generated-swap", "T", [1, 3, 5, 4], seed=0, drawn=str(tmp_path))
     mine = np.zeros((4, 4, 3), np.uint8)
     assert [int(swap(b, 0, mine)[0, 0, 0]) for b in range(4)] == [30, 50, 10, 50]
     assert int(swap(0, 1, mine)[0, 0, 0]) == 31
@@ -224,34 +228,34 @@ def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="--visual_thoughts=generated of the same checkpoint"
     ):
-        answers.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
+        inference.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
 
 
 def test_images_of_any_index_stay_in_their_folder(tmp_path):
     """An index of a public table may be any text."""
     keys = ["../../x", "a/b"]
     for shade, key in enumerate(keys):
-        path = answers.picture_path(str(tmp_path), "T", key, 0)
+        path = inference.picture_path(str(tmp_path), "T", key, 0)
         assert pathlib.Path(path).resolve().parent == tmp_path / "pictures" / "T"
-        generate.save_picture(np.full((4, 4, 3), shade, np.uint8), path)
-    swap = answers.changer("generated-swap", "T", keys, seed=0, drawn=str(tmp_path))
+        traces.save_picture(np.full((4, 4, 3), shade, np.uint8), path)
+    swap = inference.changer("generated-swap", "T", keys, seed=0, drawn=str(tmp_path))
     assert [int(swap(b, 0, None)[0, 0, 0]) for b in range(2)] == [1, 0]
 
 
 def test_the_form_of_the_harness():
-    trace = generate.Trace(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5, {})
-    assert generate.as_harness(trace) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"
+    trace = interleave.Trace(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5, {})
+    assert traces.as_harness(trace) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"
 
 
 # --- benchmarks
 
 
 def test_a_table_as_a_benchmark():
-    table = benchmarks.read(TABLES / "BLINK.tsv")
-    found = answers.of_table(table, cache="lossless", limit=3)
+    table = tables.read(TABLES / "BLINK.tsv")
+    found = inference.of_table(table, cache="lossless", limit=3)
     assert found.keys == tuple(
-        row.index for row in benchmarks.subset(table, 3, 0).rows
-    ) and not answers.broken(found)
+        row.index for row in tables.subset(table, 3, 0).rows
+    ) and not inference.broken(found)
     pictures, text = found.question(found.keys[0])
     assert (
         all(isinstance(p, Image.Image) for p in pictures)
@@ -269,8 +273,8 @@ def test_a_table_as_a_benchmark():
 
 
 def test_first_rows_of_a_circular_table_are_whole_questions():
-    table = benchmarks.read(TABLES / "SAT_circular.tsv")
-    found = answers.of_table(table, cache="lossless", limit=1)
+    table = tables.read(TABLES / "SAT_circular.tsv")
+    found = inference.of_table(table, cache="lossless", limit=1)
     right = found.judge({key: f"<answer>{found.expected(key)}</answer>" for key in found.keys})[1]
     assert len(found.keys) > 1 and right["n"] == 1 and right["overall"] == 1
 
@@ -302,12 +306,14 @@ def test_the_ratio_of_drawing_to_text():
         "other": of("generated", entry(0.1, 9), checkpoint="d"),
         "untimed": of("none", entry(0.5, None)),
     }
-    lines = eval_lib.speeds(summaries).splitlines()
+    lines = results_lib.speeds(summaries).splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 1.25 | 1.4300 | 0.1000 | 14.3x | +5.0 |")
-    assert "| 78.33 | 77.33 |" in eval_lib.table(summaries) and "| – |" in eval_lib.table(summaries)
-    assert eval_lib.speeds({"n": summaries["n"]}) == ""
+    assert "| 78.33 | 77.33 |" in results_lib.table(summaries) and "| – |" in results_lib.table(
+        summaries
+    )
+    assert results_lib.speeds({"n": summaries["n"]}) == ""
     assert (
-        eval_lib.speeds(
+        results_lib.speeds(
             {"n": summaries["n"] | {"weights": "1"}, "g": summaries["g"] | {"weights": "2"}}
         )
         == ""
@@ -329,20 +335,20 @@ def test_mean_over_seeds():
         "again": of(2, 0.9),
         "p": of(1, 0.1, protocol="paper-none"),
     }
-    *_, line = eval_lib.seeds(summaries).splitlines()
+    *_, line = results_lib.seeds(summaries).splitlines()
     assert line == "| harness-none | c | MMVP | 60.0 ± 10.0 % | 0, 1, 2 | 10 |"
-    assert eval_lib.seeds({name: summaries[name] for name in "ap"}) == ""
+    assert results_lib.seeds({name: summaries[name] for name in "ap"}) == ""
     # the path is the same, the weights are not; the weights are the same, the path is not
-    assert eval_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
-    moved = eval_lib.seeds(
+    assert results_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
+    moved = results_lib.seeds(
         {"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="1", checkpoint="w/d")}
     )
     assert "| c | MMVP | 60.0" in moved
 
 
 def test_paper_numbers_are_of_known_benchmarks():
-    assert set(benchmarks.PAPER) == set(benchmarks.KINDS)
-    unique = collections.OrderedDict((value, None) for value in benchmarks.PAPER.values())
+    assert set(tables.PAPER) == set(tables.KINDS)
+    unique = collections.OrderedDict((value, None) for value in tables.PAPER.values())
     teacher, student = np.mean(
         list(unique), axis=0
     )  # nine columns of Table 2 and their published means
@@ -351,10 +357,10 @@ def test_paper_numbers_are_of_known_benchmarks():
 
 def test_json_lines_are_what_training_writes(tmp_path):
     """One row of predictions, by hand."""
-    result = eval_lib.Result(
+    result = results_lib.Result(
         "T", [{"index": 0, "prediction": "x", "hit": True, "tokens": 1}], 1.0, 1
     )
-    eval_lib.write(str(tmp_path), [result], checkpoint="c", seed=0, protocol="p")
+    results_lib.write(str(tmp_path), [result], checkpoint="c", seed=0, protocol="p")
     assert json.loads((tmp_path / "predictions.jsonl").read_text()) == {
         "benchmark": "T",
         "index": 0,
@@ -368,39 +374,41 @@ def test_json_lines_are_what_training_writes(tmp_path):
 
 
 def test_a_subset_is_random_in_order_and_nested():
-    from opsd_jax.datasets import plan
+    from opsd_jax.data import schedule
 
-    some, more = plan.subset(512, 128, 0), plan.subset(512, 256, 0)
-    assert len(set(some)) == 128 and some == sorted(some) == plan.subset(
+    some, more = schedule.subset(512, 128, 0), schedule.subset(512, 256, 0)
+    assert len(set(some)) == 128 and some == sorted(some) == schedule.subset(
         512, 128, 0
-    ) != plan.subset(512, 128, 1)
-    assert set(some) < set(more) and plan.subset(5, 0, 0) == plan.subset(5, 9, 0) == list(range(5))
+    ) != schedule.subset(512, 128, 1)
+    assert set(some) < set(more) and schedule.subset(5, 0, 0) == schedule.subset(5, 9, 0) == list(
+        range(5)
+    )
     by_quarter = np.bincount(np.array(some) // 128)  # an ordered split: small problems first
     assert by_quarter.min() > 16 and by_quarter.max() < 48
-    times = np.bincount(sum([plan.subset(20, 5, seed) for seed in range(400)], []))
+    times = np.bincount(sum([schedule.subset(20, 5, seed) for seed in range(400)], []))
     assert abs(times - 100).max() < 40
 
 
 def test_a_subset_of_a_table_has_whole_questions():
-    table = benchmarks.read(TABLES / "SAT_circular.tsv")
-    part, whole = benchmarks.subset(table, 1, 0), benchmarks.questions(table)
-    asked = benchmarks.questions(part)
+    table = tables.read(TABLES / "SAT_circular.tsv")
+    part, whole = tables.subset(table, 1, 0), tables.questions(table)
+    asked = tables.questions(part)
     assert len(asked) == 1 and part.rows == tuple(
-        row for row in table.rows if benchmarks._question(row) in asked
+        row for row in table.rows if tables._question(row) in asked
     )
     assert {
-        q for seed in range(40) for q in benchmarks.questions(benchmarks.subset(table, 1, seed))
+        q for seed in range(40) for q in tables.questions(tables.subset(table, 1, seed))
     } == whole
-    found = answers.of_table(table, cache="lossless", limit=1, seed=0)
+    found = inference.of_table(table, cache="lossless", limit=1, seed=0)
     assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(
         row.index for row in part.rows
     )
-    assert answers.of_table(table, cache="lossless").subset is None
+    assert inference.of_table(table, cache="lossless").subset is None
 
 
 def test_answers_of_another_model_are_not_taken(tmp_path):
     """Same path, same name, other weights or another tokenizer."""
-    batches = answers.plan([bench("A")], 2)
+    batches = inference.plan([bench("A")], 2)
     first = {"weights": "a", "tokenizer": "t", "step": 3}
     collect(tmp_path, batches, identity=first)
     for changes, named in (
@@ -409,24 +417,24 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
         ({"weights": "b", "step": 4}, "step, weights"),
     ):
         with pytest.raises(
-            answers.Other,
+            inference.Other,
             match=f"begun with another {named}: the model has changed since: choose another --name",
         ):
             collect(tmp_path, batches, identity=first | changes)
     (tmp_path / "old").mkdir()
     collect(tmp_path / "old", batches, identity={"step": 3})  # as before there were fingerprints
     with pytest.raises(
-        answers.Other,
+        inference.Other,
         match="no fingerprint of the weights: an older version began it.*delete the folder",
     ):
         collect(tmp_path / "old", batches, identity=first)
     assert (
-        answers.identity_of(str(tmp_path)) == first
+        inference.identity_of(str(tmp_path)) == first
         and collect(tmp_path, batches, identity=first)[1] == []
     )
-    (tmp_path / answers.FILE).write_text('{"weights": "a"')
+    (tmp_path / inference.FILE).write_text('{"weights": "a"')
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
-        answers.identity_of(str(tmp_path))
+        inference.identity_of(str(tmp_path))
 
 
 # --- summaries and comparisons
@@ -438,9 +446,9 @@ def results(folder, rows, **more):
         {"index": n, "pid": pid, "expected": expected, "prediction": "x", "hit": hit, "tokens": 1}
         for n, (pid, expected, hit) in enumerate(rows)
     ]
-    eval_lib.write(
+    results_lib.write(
         str(folder),
-        [eval_lib.Result("T", predictions, 1.0, 1)],
+        [results_lib.Result("T", predictions, 1.0, 1)],
         checkpoint="c",
         seed=0,
         protocol="p",
@@ -466,7 +474,7 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
     results(tmp_path / "eval" / "good", [("a", "A", True)])
     results(tmp_path / "eval" / "bad", [("a", "A", True)])
     (tmp_path / "eval" / "bad" / "summary.json").write_text(content)
-    table = eval_lib.write_table(str(tmp_path))
+    table = results_lib.write_table(str(tmp_path))
     assert (
         "| good | T | 100.0 %" in table
         and "bad" not in table
@@ -480,7 +488,7 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
         ValueError,
         match="bad/summary.json (is not valid JSON|is no summary|holds a).*: delete its folder, and",
     ):
-        eval_lib.read_results(str(tmp_path), "bad")
+        results_lib.read_results(str(tmp_path), "bad")
 
 
 def test_a_cut_file_of_predictions_is_named(tmp_path):
@@ -489,14 +497,14 @@ def test_a_cut_file_of_predictions_is_named(tmp_path):
     for text in (path.read_text()[:-20], '{"benchmark": "T"}\n', "[]\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"--against=x: {path} is damaged .* evaluate again"):
-            eval_lib.read_results(str(tmp_path), "x")
+            results_lib.read_results(str(tmp_path), "x")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="--against=x: no .*predictions.jsonl: give a name"):
-        eval_lib.read_results(str(tmp_path), "x")
+        results_lib.read_results(str(tmp_path), "x")
 
 
 def asking(rows, name="T", table=None):
-    return answers.Benchmark(
+    return inference.Benchmark(
         name,
         tuple(range(len(rows))),
         None,
@@ -542,17 +550,17 @@ ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
 )
 def test_only_the_same_questions_are_compared(tmp_path, here, there, split, message):
     results(tmp_path / "eval" / "x", there, split="test")
-    compared = eval_lib.read_results(str(tmp_path), "x")
+    compared = results_lib.read_results(str(tmp_path), "x")
     if message is None:
-        eval_lib.check_pairs(compared, [asking(here)], split)
+        results_lib.check_pairs(compared, [asking(here)], split)
     else:
         with pytest.raises(ValueError, match=f"--against=x.*{message}"):
-            eval_lib.check_pairs(compared, [asking(here)], split)
+            results_lib.check_pairs(compared, [asking(here)], split)
     with pytest.raises(
         ValueError,
         match="--against=x has results of T, not of U: give results of the same benchmarks",
     ):
-        eval_lib.check_pairs(compared, [asking(here, "U")], "test")
+        results_lib.check_pairs(compared, [asking(here, "U")], "test")
 
 
 def test_pairs_are_found_by_what_was_asked(tmp_path):
@@ -565,8 +573,8 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         {"index": n, "pid": pid, "prediction": "", "expected": e, "hit": hit, "tokens": 1}
         for n, (pid, e, hit) in enumerate([("a", "A", True), ("b", "B", True), ("c", "A", False)])
     ]
-    result = eval_lib.Result("T", predictions, 1.0, 1)
-    bench = answers.Benchmark(
+    result = results_lib.Result("T", predictions, 1.0, 1)
+    bench = inference.Benchmark(
         "T",
         (0, 1, 2),
         lambda key: ([], "?"),
@@ -575,13 +583,13 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         asked=lambda key: (predictions[key]["pid"], predictions[key]["expected"]),
     )
     summary = {"checkpoint": "c", "protocol": "p", "seed": 0, "benchmarks": {"T": result.summary()}}
-    html = eval_lib.page(
+    html = page.page(
         "n",
         summary,
         [result],
         {"T": bench},
         lambda *_: [],
-        eval_lib.read_results(str(tmp_path), "x"),
+        results_lib.read_results(str(tmp_path), "x"),
     )
     cells = html[html.index("Against x") :].split("</table>")[0].split("<td")[1:]
     assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
@@ -592,8 +600,8 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
     import tiny
 
     whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
-    facts = eval_lib.model_facts(whole, tok)
-    alone = eval_lib.model_facts(distill.understanding(whole), tok)
+    facts = job.model_facts(whole, tok)
+    alone = job.model_facts(distill.understanding(whole), tok)
     assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {
         "generation_weights"
     }
@@ -601,7 +609,5 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
         ("vae", "weights", "generation_weights"),
         ("connector", "generation_weights", "weights"),
     ):
-        changed = eval_lib.model_facts(
-            {**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok
-        )
+        changed = job.model_facts({**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok)
         assert changed[same] == facts[same] and changed[other] != facts[other]

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-import pathlib
 import textwrap
 import threading
 import time
@@ -19,8 +19,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from opsd_jax import checkpoint
-from opsd_jax.checkpoint import (
+from opsd_jax.runtime import checkpoint, stopping
+from opsd_jax.runtime.checkpoint import (
     CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
     code = """
         import resource, sys
         import jax, jax.numpy as jnp
-        from opsd_jax.checkpoint import Checkpoints, CheckpointError
+        from opsd_jax.runtime.checkpoint import Checkpoints, CheckpointError
         state = lambda step: {"w": jax.random.normal(jax.random.key(step), (512, 512))}
         limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         save = lambda c, step, **more: c.save(step, state(step), state(step), stage="opsd", config={}, **more)
@@ -587,7 +587,7 @@ def test_saved_on_eight_devices_restored_on_four(tmp_path):
         import sys
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from opsd_jax import checkpoint
+        from opsd_jax.runtime import checkpoint
         count = int(sys.argv[2])
         assert jax.device_count() == count
         value = {"w": np.arange(16 * 24, dtype=np.float32).reshape(16, 24),
@@ -621,7 +621,7 @@ def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
     code = """
         import sys
         import jax, jax.numpy as jnp
-        from opsd_jax.checkpoint import Checkpoints
+        from opsd_jax.runtime.checkpoint import Checkpoints
         size = 25 * 2**20 // 3
         weights = jax.jit(lambda step: jnp.arange(size, dtype=jnp.float32) % 1000 + step)
         make = lambda step: {"params": weights(step), "ema": weights(step + 1), "opt": weights(step + 2),
@@ -772,7 +772,7 @@ def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
 def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):
-        with checkpoint.install_sigterm() as flag:
+        with stopping.install_sigterm() as flag:
             assert not flag.is_set and not flag.reached()
             os.kill(os.getpid(), number)
             assert flag.is_set and flag.reached()
@@ -783,7 +783,7 @@ def test_sigterm_and_ctrl_c_set_a_flag_and_the_second_ctrl_c_aborts():
 
 
 def test_the_message_at_a_signal_says_what_happens_now(caplog):
-    with checkpoint.install_sigterm() as flag:
+    with stopping.install_sigterm() as flag:
         flag.check()
         for number, promise, end in (
             (signal.SIGTERM, "saving after this step, then stopping", ""),
@@ -794,13 +794,13 @@ def test_the_message_at_a_signal_says_what_happens_now(caplog):
             assert caplog.messages[-1] == f"{number.name}: {promise}{end}"
         with pytest.raises(SystemExit) as stopped:
             flag.check()
-    assert stopped.value.code == 42 and isinstance(stopped.value, checkpoint.Stopped)
+    assert stopped.value.code == 42 and isinstance(stopped.value, stopping.Stopped)
 
 
 def test_a_command_that_is_stopped_says_how_it_goes_on(capsys):
     with (
-        pytest.raises(checkpoint.Stopped),
-        checkpoint.stoppable("the same command continues") as stop,
+        pytest.raises(stopping.Stopped),
+        stopping.stoppable("the same command continues") as stop,
     ):
         stop.check()
         signal.raise_signal(signal.SIGTERM)
@@ -813,7 +813,7 @@ def test_outside_of_the_main_thread_there_is_a_warning(caplog):
 
     flags = []
     with caplog.at_level("WARNING"):
-        thread = threading.Thread(target=lambda: flags.append(checkpoint.install_sigterm()))
+        thread = threading.Thread(target=lambda: flags.append(stopping.install_sigterm()))
         thread.start()
         thread.join()
     assert not flags[0].is_set and "not in the main thread" in caplog.text

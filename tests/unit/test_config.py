@@ -14,19 +14,13 @@ import pytest
 import small_run
 from ml_collections import ConfigDict
 
-from opsd_jax import (
-    checks,
-    config as config_lib,
-    convert,
-    data,
-    distill,
-    eval as eval_lib,
-    generate,
-    plan,
-    redraw,
-    train,
-)
+from opsd_jax import config as config_lib
+from opsd_jax import convert, distill, eval, generate, redraw, train
+from opsd_jax.data import __main__ as data
 from opsd_jax.diagnose import __main__ as diagnose
+from opsd_jax.inputs import checks
+from opsd_jax.plan import bill, topology
+from opsd_jax.run import cli
 
 
 def refused(message: str, **changes) -> None:
@@ -480,14 +474,14 @@ def test_config_files_that_are_wrong(text, message, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit) as ended:
-        train._ConfigFile().parse(str(path))
+        cli._ConfigFile().parse(str(path))
     assert ended.value.code.startswith(f"error: {path}") and message in ended.value.code
     assert "\n" not in ended.value.code
 
 
 def test_plan_checks_settings_first():
     with pytest.raises(ValueError, match="config.stages is empty"):
-        plan.plan(small_run.config(stages=()), plan.parse_topology("cpu:1"))
+        bill.plan(small_run.config(stages=()), topology.parse_topology("cpu:1"))
 
 
 # --- 64 bits ------------------------------------------------------------------------------------------------
@@ -506,7 +500,7 @@ def x64():
 @pytest.mark.parametrize(
     "command, flags",
     [
-        (eval_lib.main, ["--workdir=W"]),
+        (eval.main, ["--workdir=W"]),
         (generate.main, ["--checkpoint=W", "--question=q"]),
         (diagnose.main, ["kl", "--workdir=W"]),
         (redraw.main, ["--workdir=W", "--target=T"]),
@@ -523,7 +517,7 @@ def test_64_bits_are_refused_by_train_and_plan(tmp_path):
     with x64(), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
         train.train(SMALL, str(tmp_path / "w"))
     with x64(), pytest.raises(ValueError, match="JAX_ENABLE_X64 is set"):
-        plan.plan(SMALL, plan.parse_topology("cpu:1"))
+        bill.plan(SMALL, topology.parse_topology("cpu:1"))
     assert not (tmp_path / "w").exists()
 
 

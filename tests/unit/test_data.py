@@ -11,10 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-
 import small_run
-from opsd_jax import context, data, tokenizer
-from opsd_jax.datasets import visual_opsd
+
+from opsd_jax import context, tokenizer
+from opsd_jax.data import __main__ as data
+from opsd_jax.data import arrayrecord, examples, packing, procedural, schema
+from opsd_jax.data import batches as batches_lib
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
 MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
@@ -44,7 +46,7 @@ def config(folder, buckets=None, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
-    data.make_procedural(str(made), config(made).data.make.to_dict())
+    procedural.make_procedural(str(made), config(made).data.make.to_dict())
     return made
 
 
@@ -59,12 +61,12 @@ def make(folder, tok, tmp_path):
 
     def made(stage="opsd", buckets=None, share=None, **changes):
         c = config(folder, buckets, **changes)
-        return data.Batches(
+        return batches_lib.Batches(
             c,
             str(tmp_path),
             stage,
-            data.Rows(c, "", tok, "train"),
-            data.Packer(c, tok),
+            examples.Rows(c, "", tok, "train"),
+            packing.Packer(c, tok),
             share=share,
         )
 
@@ -91,12 +93,12 @@ def pids(prepared):
 
 def test_rows(folder, tok):
     c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
-    rows = data.Rows(c, "", tok, "train")
+    rows = examples.Rows(c, "", tok, "train")
     assert [len(source) for source in rows.sources] == [
         10,
         64,
     ]  # the limit is of the train split only
-    assert [len(source) for source in data.Rows(c, "", tok, "test").sources] == [
+    assert [len(source) for source in examples.Rows(c, "", tok, "test").sources] == [
         small_run.TEST_ROWS
     ] * 2
     row = rows(0, 3)
@@ -107,11 +109,11 @@ def test_rows(folder, tok):
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
     assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is room
-    assert data.Rows(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
+    assert examples.Rows(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
 
 
 def test_the_partner_is_another_row_of_the_task(folder, tok):
-    rows = data.Rows(config(folder), "", tok, "test")
+    rows = examples.Rows(config(folder), "", tok, "test")
     for source in (0, 1):
         partners = [rows.partner(source, n).example.pid for n in range(small_run.TEST_ROWS)]
         own = [rows(source, n).example.pid for n in range(small_run.TEST_ROWS)]
@@ -123,7 +125,7 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
 
 def test_layouts(folder, tok):
     c = config(folder)
-    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
     row = rows(0, 0)
     texts = lambda kind, *args: [
         tok.decode(b.ids) if isinstance(b, context.Text) else "image"
@@ -169,12 +171,12 @@ def test_layouts(folder, tok):
     ],
 )
 def test_mixture(ratios, count, expected):
-    assert "".join(data.mixture(ratios, count)) == expected
+    assert "".join(batches_lib.mixture(ratios, count)) == expected
 
 
 def test_a_mixture_of_nothing():
     with pytest.raises(ValueError, match="no layout with a positive share"):
-        data.mixture({"a": 0}, 4)
+        batches_lib.mixture({"a": 0}, 4)
 
 
 # --- buckets ------------------------------------------------------------------------------------------------
@@ -196,14 +198,16 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
         CHART,
         MAZE,
     ]
-    monkeypatch.setattr(data.Packer, "bucket", None)  # the second time the index is read, not made
+    monkeypatch.setattr(
+        packing.Packer, "bucket", None
+    )  # the second time the index is read, not made
     assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
     monkeypatch.undo()
     for path in tmp_path.glob("buckets-*.npy"):  # cut by a power failure
         path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     for _ in range(2):
         assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
-        monkeypatch.setattr(data.Packer, "bucket", None)  # it was written again
+        monkeypatch.setattr(packing.Packer, "bucket", None)  # it was written again
 
 
 def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
@@ -232,7 +236,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
 def test_some_rows_left_out(folder, tok, make, tmp_path):
     """A budget of targets that half of the mazes' traces exceed."""
     c = config(folder, data__tasks=(MAZE,))
-    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
     targets = {}
     for row in (rows(0, n) for n in range(64)):
         layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
@@ -255,7 +259,7 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
 @pytest.mark.parametrize("mode", ["swap", "image"])
 def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, tok, mode):
     c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
-    rows, packer = data.Rows(c, "", tok, "train"), data.Packer(c, tok)
+    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
     maze, chart = rows(1, 0), rows(0, 0)
     if mode == "swap":
         row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
@@ -390,25 +394,25 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
 
 def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
     c = small_run.config(data__make__train=8, data__make__validation=2, data__make__test=2)
-    data.make_if_absent(c, str(tmp_path))
-    prepared = visual_opsd.version_folder(tmp_path / "data", small_run.TASK)
+    procedural.make_if_absent(c, str(tmp_path))
+    prepared = arrayrecord.version_folder(tmp_path / "data", small_run.TASK)
     before = [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())]
-    data.make_if_absent(c, str(tmp_path))
+    procedural.make_if_absent(c, str(tmp_path))
     assert [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())] == before
     (prepared / "report.json").unlink()  # as if killed on the way
-    data.make_if_absent(c, str(tmp_path))
-    assert len(visual_opsd.open_source(prepared)) == 8
+    procedural.make_if_absent(c, str(tmp_path))
+    assert len(arrayrecord.open_source(prepared)) == 8
     c.data.make.train = 9
     with pytest.raises(
         ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"
     ):
-        data.make_if_absent(c, str(tmp_path))
+        procedural.make_if_absent(c, str(tmp_path))
 
 
 def killed(*arguments):
     """make-mini that dies without cleaning up, after it made the rows."""
     script = (
-        "import os; from opsd_jax import data; from opsd_jax.tasks import parquet\n"
+        "import os; from opsd_jax.data import __main__ as data; from opsd_jax.tasks import parquet\n"
         f"parquet.build_tokenizer = lambda folder: os._exit(9)\ndata.main(['make-mini', *{arguments}])"
     )
     assert (
@@ -434,7 +438,7 @@ def test_make_mini_from_the_command_line(tmp_path, capsys):
     for _ in range(2):  # continued; then all is done
         data.main(["make-mini", *command])
         assert f"written to {target}" in capsys.readouterr().out
-        assert len(visual_opsd.open_source(target, "train+test", task=CHART)) == 5
+        assert len(arrayrecord.open_source(target, "train+test", task=CHART)) == 5
         assert sorted(os.listdir(target)) == ["made", "made.json", "visual_opsd"]
     refused("made with other settings.*'seed': 0.*'seed': 1", *command, "--seed=1")
     parquet = next((tmp_path / "d" / "made" / "parquet").glob("*/data/train-*"))
@@ -458,25 +462,25 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
         FileNotFoundError,
         match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir",
     ):
-        data.make_if_absent(config(mistyped), str(tmp_path))
-    inner = os.path.join(folder, visual_opsd.NAME)
+        procedural.make_if_absent(config(mistyped), str(tmp_path))
+    inner = os.path.join(folder, schema.NAME)
     with pytest.raises(
         FileNotFoundError, match=f"{inner} holds no data itself: give the folder .*dir={folder}$"
     ):
-        data.make_if_absent(config(inner), str(tmp_path))
+        procedural.make_if_absent(config(inner), str(tmp_path))
     assert not os.listdir(tmp_path)
-    data.make_if_absent(
+    procedural.make_if_absent(
         config(folder, data__make__families=("maze",)), ""
     )  # more are there than are asked for
     with pytest.raises(ValueError, match="made with other settings.*'seed': 0.*'seed': 1"):
-        data.make_if_absent(config(folder, data__make__seed=1), "")
-    data.make_if_absent(
+        procedural.make_if_absent(config(folder, data__make__seed=1), "")
+    procedural.make_if_absent(
         config(folder, data__make__families=(), data__make__seed=1), ""
     )  # as they are
     begun = tmp_path / "begun"
     killed(f"--target={begun}", "--families=chart", "--train=4", "--validation=1", "--test=1")
-    data.make_if_absent(config(begun, data__make__families=()), "")
-    assert len(visual_opsd.open_source(begun, "train", task=CHART)) == 4
+    procedural.make_if_absent(config(begun, data__make__families=()), "")
+    assert len(arrayrecord.open_source(begun, "train", task=CHART)) == 4
 
 
 def test_rows_beyond_a_split_name_the_setting(folder, tok):
@@ -485,10 +489,10 @@ def test_rows_beyond_a_split_name_the_setting(folder, tok):
         ValueError,
         match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train",
     ):
-        data.Rows(wrong, "", tok, "train")
+        examples.Rows(wrong, "", tok, "train")
     assert [
         len(source)
-        for source in data.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources
+        for source in examples.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources
     ] == [64, 5]
 
 
@@ -499,7 +503,7 @@ def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
     with pytest.raises(
         ValueError, match=f"{tmp_path}/data/made.json .*: delete it .*or delete {tmp_path}/data to"
     ):
-        data.make_if_absent(small_run.config(), str(tmp_path))
+        procedural.make_if_absent(small_run.config(), str(tmp_path))
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -540,20 +544,20 @@ def qwen(tmp_path_factory):
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_what_training_teaches_is_right(qwen, tok, answer):
-    from opsd_jax import eval as eval_lib
+    from opsd_jax.evaluation import contexts
 
-    example = visual_opsd.Example(
+    example = schema.Example(
         "p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so"
     )
     taught = context.text_trace(example.full_text_only_thought, answer)
     for t in (qwen, tok):
-        assert eval_lib.is_hit(example, t.decode(t.encode(taught)))[1]
+        assert contexts.is_hit(example, t.decode(t.encode(taught)))[1]
         for wrong in ("<answer>C</answer>", "B", "<answer></answer>", "<answer>B"):
-            assert not eval_lib.is_hit(example, wrong)[1]
+            assert not contexts.is_hit(example, wrong)[1]
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):
-    rows = data.Rows(config(folder), "", qwen, "test")
+    rows = examples.Rows(config(folder), "", qwen, "test")
     rows.check_references(0, range(small_run.TEST_ROWS))
     good = rows.sources[1]
     edits = {
@@ -584,7 +588,7 @@ def test_a_swap_needs_another_row(folder, tok, make):
     ):
         make(**one)
     make("warmup", **one)  # without a teacher
-    rows = data.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")
+    rows = examples.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")
     for source, size in ((0, 2), (1, 3)):
         assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))
 
@@ -593,7 +597,7 @@ def test_the_data_command_loads_neither_flax_nor_optax():
     """Preparing data needs arrays of the contexts and the settings, not the network or the optimizer."""
     code = (
         "import sys\n"
-        "from opsd_jax import config, context, data\n"
+        "from opsd_jax import config, context\nfrom opsd_jax.data import __main__, batches\n"
         "sys.exit(', '.join({'flax', 'optax'} & {*sys.modules}) or None)"
     )
     done = subprocess.run(

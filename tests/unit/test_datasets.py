@@ -1,25 +1,28 @@
 """opsd_jax/datasets: the parquet -> TFDS preparation, both sources, and the plan of batches."""
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 import io
 import json
 import os
-from pathlib import Path
 import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from opsd_jax import images
-from opsd_jax.datasets import visual_opsd
-from opsd_jax.datasets.plan import BatchPlan
-from opsd_jax.datasets.visual_opsd import BadRow, BadSource, ParquetSource, open_source, prepare
+from opsd_jax.data import arrayrecord, parquet_files, schema
+from opsd_jax.data import prepare as prepare_lib
+from opsd_jax.data.arrayrecord import ParquetSource, open_source
+from opsd_jax.data.prepare import prepare
+from opsd_jax.data.schedule import BatchPlan
+from opsd_jax.data.schema import BadRow, BadSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,8 +160,8 @@ def test_plain_tfds_reads_it(two_tasks, tmp_path):
         data_dir=tmp_path / "out",
         split="validation",
         decoders={
-            "problem_image": visual_opsd.RawBytes(),
-            "reasoning_images": visual_opsd.RawBytes(),
+            "problem_image": arrayrecord.RawBytes(),
+            "reasoning_images": arrayrecord.RawBytes(),
         },
     )
     assert raw[0]["problem_image"] == row(8)["problem_image_0"]["bytes"]
@@ -598,7 +601,7 @@ def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
     )
     assert file.stat().st_size > 18e6
     before, peak = pyarrow.total_allocated_bytes(), 0
-    for batch in visual_opsd._read_batches(file, 160):
+    for batch in parquet_files.read_batches(file, 160):
         assert len(batch) <= 32
         peak = max(peak, pyarrow.total_allocated_bytes() - before)
     assert 1e6 < peak < 10e6
@@ -606,11 +609,11 @@ def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
 
 def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
     file = maze(tmp_path / "s", [row(i) for i in range(70)], row_group_size=50)
-    sizes = lambda stop=70: [len(batch) for batch in visual_opsd._read_batches(file, stop)]
+    sizes = lambda stop=70: [len(batch) for batch in parquet_files.read_batches(file, stop)]
     assert sizes() == [32, 32, 6] and sizes(33) == [32, 1] and sizes(0) == []
-    monkeypatch.setattr(visual_opsd, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 1)
     assert sizes() == [1] * 70
-    assert [index for batch in visual_opsd._read_batches(file, 70) for index, _ in batch] == [
+    assert [index for batch in parquet_files.read_batches(file, 70) for index, _ in batch] == [
         *range(70)
     ]
 
@@ -632,7 +635,7 @@ def test_full_disk_then_resume(tmp_path):
         )
     script = textwrap.dedent("""
         import resource, signal, sys
-        from opsd_jax.datasets.visual_opsd import prepare
+        from opsd_jax.data.prepare import prepare
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
         try:
@@ -699,14 +702,14 @@ def test_killed_in_the_first_shard(tmp_path):
 
 def test_shards_that_cannot_be_read_back_do_not_count(tmp_path, monkeypatch):
     maze(tmp_path / "s", [row(0)])
-    monkeypatch.setattr(visual_opsd, "_count_records", lambda shard: 0)
+    monkeypatch.setattr(arrayrecord, "count_records", lambda shard: 0)
     with pytest.raises(OSError, match="read back.*run the same command again"):
         prepare(tmp_path / "s", tmp_path / "out")
     assert sorted(stamps(tmp_path / "out/visual_opsd/maze/1.0.0")) == ["progress.json"]
 
 
 def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
-    read, calls = visual_opsd.read_row, []
+    read, calls = schema.read_row, []
 
     def interrupted(*args, **kwargs):
         calls.append(kwargs["index"])
@@ -714,7 +717,7 @@ def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(visual_opsd, "read_row", interrupted)
+    monkeypatch.setattr(schema, "read_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(two_tasks / "Maze", tmp_path / "out")
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
@@ -722,7 +725,7 @@ def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
         "progress.json",
         "visual_opsd-train.array_record-00000-of-00002",
     ]
-    monkeypatch.setattr(visual_opsd, "read_row", lambda *a, **k: calls.append(0) or read(*a, **k))
+    monkeypatch.setattr(schema, "read_row", lambda *a, **k: calls.append(0) or read(*a, **k))
     calls.clear()
     prepare(two_tasks / "Maze", tmp_path / "out")
     assert len(calls) == 3 + 2  # only the rows of the last two shards
@@ -731,7 +734,7 @@ def test_ctrl_c_leaves_no_half_shard(two_tasks, tmp_path, monkeypatch):
     calls.clear()  # finished, then a shard is lost, and remaking it is interrupted
     (folder / "visual_opsd-train.array_record-00001-of-00002").unlink()
     calls += range(6)
-    monkeypatch.setattr(visual_opsd, "read_row", interrupted)
+    monkeypatch.setattr(schema, "read_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(two_tasks / "Maze", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="not finished"):
@@ -817,19 +820,19 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
     """In a fresh process: TensorFlow is never imported, and nothing slow before it is needed."""
     script = textwrap.dedent("""
         import sys
-        from opsd_jax.datasets import plan, visual_opsd
+        from opsd_jax.data import arrayrecord, prepare, schedule
         slow = {"tensorflow_datasets", "pyarrow", "pandas", "tensorflow", "array_record", "jax"}
         assert not slow & set(sys.modules), slow & set(sys.modules)
         source, target, built = sys.argv[1:]
-        visual_opsd.prepare(source, target)
-        examples = list(visual_opsd.open_source(target, task="chart_refocus"))
-        assert examples == list(visual_opsd.ParquetSource(source + "/Chart_Refocus"))
+        prepare.prepare(source, target)
+        examples = list(arrayrecord.open_source(target, task="chart_refocus"))
+        assert examples == list(arrayrecord.ParquetSource(source + "/Chart_Refocus"))
 
         import tensorflow_datasets as tfds
-        from opsd_jax.datasets.visual_opsd_builder import VisualOpsd
+        from opsd_jax.data.tfds_builder import VisualOpsd
         builder = VisualOpsd(config="chart_refocus", data_dir=built, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
-        assert examples == list(visual_opsd.open_source(built, task="chart_refocus"))
+        assert examples == list(arrayrecord.open_source(built, task="chart_refocus"))
         for data_dir in (target, built):  # the name is now a registered class, and still reads both
             rows = tfds.data_source("visual_opsd/chart_refocus", data_dir=data_dir, split="train[1:]")
             assert [r["pid"] for r in rows] == [b"p1", b"p2", b"p3"]
@@ -1069,26 +1072,27 @@ def test_records_have_one_order_of_fields(tmp_path):
 
     write(tmp_path / "s/Maze/train-0.parquet", [row(0)])
     prepare(tmp_path / "s", tmp_path / "out")
-    (shard,) = visual_opsd.version_folder(tmp_path / "out", "Maze").glob("*.array_record-*")
+    (shard,) = arrayrecord.version_folder(tmp_path / "out", "Maze").glob("*.array_record-*")
     record = bytes(array_record_module.ArrayRecordReader(str(shard)).read_all()[0])
     read = tf_example_pb2.Example.FromString(record)
     assert record == read.SerializeToString(deterministic=True) and set(
         read.features.feature
-    ) == set(visual_opsd.features())
+    ) == set(schema.features())
 
 
 def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
     """Not of the folder's place, the time, or the way that it was made; but of every byte of a row."""
     import tensorflow_datasets as tfds
-    from opsd_jax.datasets.visual_opsd_builder import VisualOpsd
+
+    from opsd_jax.data.tfds_builder import VisualOpsd
 
     def digest(place, *rows, **changes):
         write(tmp_path / place / "s/Chart_Refocus/train-0.parquet", [row(0), *rows])
         prepare(tmp_path / place / "s", tmp_path / place / "out", **changes)
-        return visual_opsd.digest(tmp_path / place / "out", "Chart_Refocus")
+        return arrayrecord.digest(tmp_path / place / "out", "Chart_Refocus")
 
     known = digest("a", row(1, answer="A"))
-    folder = visual_opsd.version_folder(tmp_path / "a/out", "Chart_Refocus")
+    folder = arrayrecord.version_folder(tmp_path / "a/out", "Chart_Refocus")
     assert (
         digest("deep/b", row(1, answer="A"))
         == digest("c", row(1, answer="A"), row(2, answer=""), on_bad_row="skip")
@@ -1108,28 +1112,28 @@ def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
     shutil.copytree(tmp_path / "a/out", tmp_path / "copy")
     shutil.rmtree(tmp_path / "a/s")
     for remove in ("nothing", "report.json", "progress.json"):
-        (visual_opsd.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(
+        (arrayrecord.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(
             missing_ok=True
         )
-        assert visual_opsd.digest(tmp_path / "copy", "Chart_Refocus") == known
+        assert arrayrecord.digest(tmp_path / "copy", "Chart_Refocus") == known
     built = VisualOpsd(
         config="chart_refocus", data_dir=tmp_path / "built", file_format="array_record"
     )
     config = tfds.download.DownloadConfig(manual_dir=tmp_path / "deep/b/s")
     built.download_and_prepare(download_config=config)
-    of_builder = visual_opsd.digest(tmp_path / "built", "Chart_Refocus")
-    (shard,) = visual_opsd.version_folder(tmp_path / "built", "Chart_Refocus").glob(
+    of_builder = arrayrecord.digest(tmp_path / "built", "Chart_Refocus")
+    (shard,) = arrayrecord.version_folder(tmp_path / "built", "Chart_Refocus").glob(
         "*array_record*"
     )
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)  # the same size
-    assert len({of_builder, visual_opsd.digest(tmp_path / "built", "Chart_Refocus")}) == 2
+    assert len({of_builder, arrayrecord.digest(tmp_path / "built", "Chart_Refocus")}) == 2
     records = json.loads((folder / "progress.json").read_text())
     for record in records.values():  # as an older version wrote it
         del record["blake2b"], record["file_bytes"]
     (folder / "progress.json").write_text(json.dumps(records))
-    assert visual_opsd.digest(tmp_path / "a/out", "Chart_Refocus") == known
+    assert arrayrecord.digest(tmp_path / "a/out", "Chart_Refocus") == known
 
 
 def test_an_edited_file_of_the_same_size_and_time_is_seen(tmp_path):
@@ -1186,7 +1190,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
     whole, good = list(open_source(folder)), (folder / name).read_bytes()
     shard = stamps(folder)["visual_opsd-train.array_record-00000-of-00001"]
-    known = visual_opsd.digest(tmp_path / "out", "maze")
+    known = arrayrecord.digest(tmp_path / "out", "maze")
     (folder / name).write_bytes(DAMAGES[damage](good))
     if name in ("dataset_info.json", "features.json"):
         with pytest.raises(
@@ -1196,7 +1200,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
             open_source(folder)
     else:
         assert list(open_source(folder)) == whole  # it does not need them
-    assert visual_opsd.digest(tmp_path / "out", "maze") == known
+    assert arrayrecord.digest(tmp_path / "out", "maze") == known
     if name == "progress.json":  # it alone tells what the folder holds
         with pytest.raises(
             ValueError,
@@ -1210,7 +1214,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     assert list(open_source(folder)) == whole
     if name != "report.json":  # which holds the seconds
         assert (folder / name).read_bytes() == good
-    assert visual_opsd._read_report(folder / "report.json").rows == first.rows
+    assert prepare_lib._read_report(folder / "report.json").rows == first.rows
 
 
 def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
@@ -1254,7 +1258,7 @@ def test_row_groups_beyond_2_gib(tmp_path):
     )
     del table
     assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2**31
-    found = [index for batch in visual_opsd._read_batches(file, 33) for index, _ in batch]
+    found = [index for batch in parquet_files.read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
     assert ParquetSource(tmp_path / "s/Maze")[32].pid == "p32"
     assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"maze/train": 2}

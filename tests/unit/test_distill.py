@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny
-from opsd_jax import context, distill, params as params_lib
+
+from opsd_jax import context, distill
+from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel

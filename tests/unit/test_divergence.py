@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import reference
 
-from opsd_jax import divergence, plan
+from opsd_jax import divergence
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.plan import programs
 
 BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
 # Bare: no top-k, no clip.
@@ -413,7 +414,7 @@ def test_chunks_are_even(model):
         divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0]
     )
     traced = jax.jit(loss).trace(model["student_hidden"])
-    assert plan.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
+    assert programs.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
 
 
 @pytest.mark.parametrize("chunk", [5, 13])
@@ -437,7 +438,8 @@ def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, se
         model["student_hidden"], model["student_head"]
     )
     assert (
-        plan.matmul_flops(traced.jaxpr.jaxpr) == products * 2 * B * -(-N // chunk) * chunk * D * V
+        programs.matmul_flops(traced.jaxpr.jaxpr)
+        == products * 2 * B * -(-N // chunk) * chunk * D * V
     )
 
 

@@ -17,7 +17,9 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib, context, train
+from opsd_jax import config as config_lib
+from opsd_jax import context
+from opsd_jax.run import session
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
@@ -125,7 +127,7 @@ def test_what_may_change_on_resume_is_documented():
     sentence = re.search(
         r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL
     )
-    assert re.findall(r"`(.*?)`", sentence[1]) == list(train._FREE)
+    assert re.findall(r"`(.*?)`", sentence[1]) == list(session.FREE_SETTINGS)
 
 
 def test_recipe_of_the_miniature():
@@ -289,7 +291,7 @@ def test_picture_of_the_contexts():
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_code_runs_and_prints_what_it_says(page, tmp_path):
     """Blocks of a page in order; /tmp is a folder of the test. Of shell commands those that make data."""
-    from opsd_jax import data
+    from opsd_jax.data import __main__ as data
 
     here = functools.partial(re.sub, r"/tmp/", f"{tmp_path}/")
     namespace, printed = {}, None

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from opsd_jax import files
+from opsd_jax.runtime import files
 
-PACKAGE = pathlib.Path(files.__file__).parent
+PACKAGE = pathlib.Path(files.__file__).parents[1]
 
 
 def test_folders_are_made_and_text_is_utf8(tmp_path):

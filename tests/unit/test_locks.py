@@ -9,8 +9,12 @@ import time
 
 import pytest
 
-from opsd_jax import config as config_lib, convert, data, locks, redraw
-from opsd_jax.datasets import visual_opsd
+from opsd_jax import config as config_lib
+from opsd_jax import convert, redraw
+from opsd_jax.data import __main__ as data
+from opsd_jax.data import parquet_files, prepare, procedural
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.runtime import locks
 
 ROOT = str(pathlib.Path(__file__).parents[2])
 HOLD = """
@@ -70,7 +74,7 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
     (source / "data").mkdir(parents=True)
     (source / "llm_config.json").write_text("{}")
     says = f"{target} is being written by process {first.pid} on "
-    monkeypatch.setattr(data, "load_config", lambda workdir: config_lib.default())
+    monkeypatch.setattr(workdir_lib, "load_config", lambda workdir: config_lib.default())
     commands = {
         "make-mini": lambda: data.main(["make-mini", f"--target={target}"]),
         "import": lambda: convert.main(["import", f"--source={source}", f"--target={target}"]),
@@ -83,9 +87,9 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
         with pytest.raises(SystemExit) as error:
             command()
         assert error.value.code == 1 and says in capsys.readouterr().err, name
-    monkeypatch.setattr(visual_opsd, "task_folders", lambda source: {})
+    monkeypatch.setattr(parquet_files, "task_folders", lambda source: {})
     with pytest.raises(locks.FolderInUse, match=says):
-        visual_opsd.prepare(source, target)
+        prepare.prepare(source, target)
     assert not target.exists()
 
 
@@ -117,9 +121,11 @@ def test_runs_that_share_data_wait_for_the_one_that_makes_them(
     config.data.make.families = ("chart",)
     first = holder(tmp_path / "w" / "data", seconds=1)
     began = time.monotonic()
-    monkeypatch.setattr(data, "_make", lambda target, make: waited.append(time.monotonic() - began))
+    monkeypatch.setattr(
+        procedural, "_make", lambda target, make: waited.append(time.monotonic() - began)
+    )
     with caplog.at_level("WARNING"):
-        data.make_if_absent(config, str(tmp_path / "w"))
+        procedural.make_if_absent(config, str(tmp_path / "w"))
     assert waited[0] > 0.8 and f"is being written by process {first.pid}" in caplog.text
 
 

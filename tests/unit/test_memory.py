@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
-from opsd_jax import context, distill, divergence, plan, rollout
+
+from opsd_jax import context, distill, divergence, rollout
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
+from opsd_jax.plan import hlo
 
 VOCAB = 4099  # a prime: no product of other sizes is a multiple of it
 ROWS, SLOTS, BUDGET, CHUNK = 2, 32, 48, 16  # a completion has BUDGET rows
@@ -223,9 +224,9 @@ def test_the_sampler_holds_its_cache_once(rows, budget):
     assert cache <= grown < 1.3 * cache
 
 
-def inside_loops(text) -> list[plan.Instruction]:
+def inside_loops(text) -> list[hlo.Instruction]:
     """All instructions that a `while` of the program repeats, with what they call."""
-    computations, entry = plan.read_hlo(text)
+    computations, entry = hlo.read_hlo(text)
     keys = (
         "body",
         "condition",

@@ -14,46 +14,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import metrics
-from opsd_jax.metrics import (
-    Clock,
-    CompileGuard,
-    Health,
-    Means,
-    Progress,
-    TooManyCompiles,
-    UnhealthyRun,
-    Writer,
-)
+from opsd_jax.evaluation import curves, statistics
+from opsd_jax.runtime import metrics
+from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompiles
+from opsd_jax.runtime.health import Health, UnhealthyRun
+from opsd_jax.runtime.metrics import Means, Writer
+from opsd_jax.runtime.progress import Progress
 
 # ---------------------------------------------------------------------------- numbers
 
 
 def test_wilson():
-    low, high = metrics.wilson(50, 100)
+    low, high = statistics.wilson(50, 100)
     assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)  # published values
-    low, high = metrics.wilson(1, 10)
+    low, high = statistics.wilson(1, 10)
     assert (round(low, 4), round(high, 4)) == (0.0179, 0.4042)
     assert (
-        metrics.wilson(0, 20)[0] == 0
-        and metrics.wilson(20, 20)[1] == 1
-        and metrics.wilson(0, 0) == (0, 1)
+        statistics.wilson(0, 20)[0] == 0
+        and statistics.wilson(20, 20)[1] == 1
+        and statistics.wilson(0, 0) == (0, 1)
     )
     with pytest.raises(ValueError, match="7 successes of 5"):
-        metrics.wilson(7, 5)
+        statistics.wilson(7, 5)
 
 
 def test_wilson_of_a_mean():
-    assert metrics.wilson_of_mean([(7, 9)]) == metrics.wilson(7, 9)
-    low, high = metrics.wilson_of_mean([(19, 19), (0, 1)])
+    assert statistics.wilson_of_mean([(7, 9)]) == statistics.wilson(7, 9)
+    low, high = statistics.wilson_of_mean([(19, 19), (0, 1)])
     assert low <= 0.5 <= high and high - low > 0.3  # one row of the second says little
     # of equal parts the distances shrink by the square root of their number, not by their number
-    alone, three = metrics.wilson(50, 100), metrics.wilson_of_mean([(50, 100)] * 3)
+    alone, three = statistics.wilson(50, 100), statistics.wilson_of_mean([(50, 100)] * 3)
     assert (0.5 - three[0]) == pytest.approx((0.5 - alone[0]) / 3**0.5)
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(2000):
-        found = metrics.wilson_of_mean(
+        found = statistics.wilson_of_mean(
             [(int(rng.binomial(n, p)), n) for n, p in ((40, 0.9), (15, 0.3))]
         )
         inside += found[0] <= 0.6 <= found[1]
@@ -564,21 +559,21 @@ def test_curves(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     with open(path, "a") as file:
         file.write('{"step": 20, "ti')  # a run is writing
-    metrics.plot_curves(path, tmp_path / "curves.png")
+    curves.plot_curves(path, tmp_path / "curves.png")
     image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
     assert image.shape[0] > 400 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="no rows"):
-        metrics.plot_curves(tmp_path / "empty.jsonl", tmp_path / "x.png")
+        curves.plot_curves(tmp_path / "empty.jsonl", tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install opsd_jax\[viz\]"):
-        metrics.plot_curves(path, tmp_path / "x.png")
+        curves.plot_curves(path, tmp_path / "x.png")
 
 
 def test_importing_it_is_cheap():
     code = (
-        "import sys, opsd_jax.metrics, opsd_jax.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
+        "import sys, opsd_jax.runtime.metrics, opsd_jax.runtime.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
         "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])"
     )
     root = str(pathlib.Path(__file__).parents[2])

@@ -19,16 +19,12 @@ import small_run
 import test_tokenizer
 from PIL import Image
 
-from opsd_jax import (
-    benchmarks,
-    checkpoint,
-    config as config_lib,
-    convert,
-    data,
-    release_configs,
-    tokenizer,
-)
-from opsd_jax.datasets import visual_opsd
+from opsd_jax import config as config_lib
+from opsd_jax import tokenizer
+from opsd_jax.data import arrayrecord, prepare, workdir
+from opsd_jax.evaluation import tables as tables_lib
+from opsd_jax.release import configs, folders, importing, load
+from opsd_jax.runtime import checkpoint
 
 VALUES = [
     None,
@@ -248,7 +244,7 @@ def test_config_files_of_a_release(released, tmp_path, copies):
         folder,
         tmp_path,
         SIZES,
-        lambda folder: convert.read_config(str(folder), generation=True),
+        lambda folder: folders.read_config(str(folder), generation=True),
     )
 
 
@@ -259,7 +255,7 @@ def test_weights_and_configs_of_a_release(released, tmp_path):
         released,
         tmp_path,
         ["model.safetensors", "ae.safetensors", *SIZES],
-        lambda folder: convert.load(str(folder), generation=True),
+        lambda folder: load.load(str(folder), generation=True),
     )
 
 
@@ -301,20 +297,20 @@ def test_shards_of_a_release(released, tmp_path):
             }
         )
     )
-    config = convert.read_config(str(folder))
+    config = folders.read_config(str(folder))
     check(
         range(3000, 3060),
         folder,
         tmp_path / "damaged",
         ["model.safetensors.index.json"],
-        lambda folder: convert._plan(str(folder), config, None),
+        lambda folder: load.plan(str(folder), config, None),
     )
 
 
 @pytest.fixture(scope="module")
 def imported(released, tmp_path_factory):
     target = tmp_path_factory.mktemp("imported") / "understanding"
-    convert.import_release(str(released), str(target), only="understanding")
+    importing.import_release(str(released), str(target), only="understanding")
     return target
 
 
@@ -323,9 +319,9 @@ def test_an_imported_folder(imported, tmp_path):
 
     def work(folder):
         found = checkpoint.metadata(folder)
-        release_configs.of_metadata(found["config"], str(folder))
-        convert._note(str(folder))
-        convert.read_config(str(folder))
+        configs.of_metadata(found["config"], str(folder))
+        folders.note(str(folder))
+        folders.read_config(str(folder))
 
     small = [
         path.relative_to(imported).as_posix()
@@ -352,7 +348,7 @@ def test_weights_of_an_imported_folder(imported, tmp_path):
         for path in sorted((imported / "checkpoints").rglob("*"))
         if path.is_file()
     ]
-    check(range(5000, 5040), imported, tmp_path, names, lambda folder: convert.load(str(folder)))
+    check(range(5000, 5040), imported, tmp_path, names, lambda folder: load.load(str(folder)))
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -396,14 +392,14 @@ def parquet(tmp_path_factory):
 
 
 def read_all(folder):
-    source = visual_opsd.open_source(folder, "train", task="Maze")
+    source = arrayrecord.open_source(folder, "train", task="Maze")
     return [source[n] for n in range(len(source))]
 
 
 @pytest.mark.slow
 def test_parquet_files(parquet, tmp_path):
     def work(folder):
-        visual_opsd.prepare(folder, folder / "out", progress=False)
+        prepare.prepare(folder, folder / "out", progress=False)
         read_all(folder / "out")
 
     check(range(6000, 6100), parquet, tmp_path, ["Maze/data/train-00000-of-00001.parquet"], work)
@@ -413,12 +409,12 @@ def test_parquet_files(parquet, tmp_path):
 def test_prepared_folders(parquet, tmp_path):
     """Read, and prepared again."""
     prepared = tmp_path / "prepared"
-    visual_opsd.prepare(parquet, prepared, progress=False)
+    prepare.prepare(parquet, prepared, progress=False)
     names = [path.relative_to(prepared).as_posix() for path in sorted(prepared.rglob("*.json"))]
     assert len(names) > 2
 
     def work(folder):
-        visual_opsd.digest(folder, "Maze")
+        arrayrecord.digest(folder, "Maze")
         read_all(folder)
 
     check(range(7000, 7080), prepared, tmp_path / "read", names, work)
@@ -429,7 +425,7 @@ def test_prepared_folders(parquet, tmp_path):
         prepared,
         tmp_path / "again",
         names,
-        lambda folder: (visual_opsd.prepare(parquet, folder, progress=False), read_all(folder)),
+        lambda folder: (prepare.prepare(parquet, folder, progress=False), read_all(folder)),
     )
 
 
@@ -463,11 +459,11 @@ def test_benchmark_tables(tmp_path):
     for name in ("VisPuzzle", "CV-Bench-2D"):
 
         def work(folder):
-            table = benchmarks.read(folder / f"{name}.tsv")  # noqa: B023
-            benchmarks.unmatchable(table)
+            table = tables_lib.read(folder / f"{name}.tsv")  # noqa: B023
+            tables_lib.unmatchable(table)
             for row in table.rows:
-                benchmarks.images(row), benchmarks.messages(row)
-            benchmarks.score(table, {row.index: "<answer>A</answer>" for row in table.rows})
+                tables_lib.images(row), tables_lib.messages(row)
+            tables_lib.score(table, {row.index: "<answer>A</answer>" for row in table.rows})
 
         check(range(9000, 9080), folder, tmp_path / name, [f"{name}.tsv"], work)
 
@@ -479,7 +475,7 @@ def test_record_of_a_run(tmp_path):
     (run / "config.json").write_text(json.dumps(checkpoint.config_to_json(small_run.config())))
 
     def work(folder):
-        config = data.load_config(str(folder))
+        config = workdir.load_config(str(folder))
         config_lib.check(config)
         config_lib.model(config)
 

@@ -13,21 +13,15 @@ import pytest
 import small_run
 import tiny
 
-from opsd_jax import (
-    checkpoint,
-    config as config_lib,
-    context,
-    data,
-    distill,
-    metrics,
-    offline,
-    plan,
-    sharding,
-    tokenizer,
-    train,
-)
+from opsd_jax import config as config_lib
+from opsd_jax import context, distill, offline, sharding, tokenizer, train
+from opsd_jax.data import examples, packing, procedural
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
+from opsd_jax.plan import programs
+from opsd_jax.run import teacher_cache
+from opsd_jax.runtime import checkpoint, metrics
 
 MAZE = "Spatial_Navigation"
 
@@ -187,7 +181,7 @@ def test_tokens_without_a_teacher_are_counted_and_have_no_kl():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
-    data.make_procedural(str(made), config(made).data.make.to_dict())
+    procedural.make_procedural(str(made), config(made).data.make.to_dict())
     return made
 
 
@@ -221,17 +215,17 @@ class Made:
 
     def __init__(self, config, workdir, seed=0):
         self.config, self.workdir = config, workdir
-        self.tokenizer = tokenizer.load(data.tokenizer_folder(config, ""))
-        self.rows = data.Rows(config, "", self.tokenizer, "train")
+        self.tokenizer = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
+        self.rows = examples.Rows(config, "", self.tokenizer, "train")
         self.packer, self.mesh = (
-            data.Packer(config, self.tokenizer),
+            packing.Packer(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
         )
         self.params = tiny.params(config_lib.model(config), seed)
 
     def collect(self, **changes):
         given = dict(params=self.params, config=self.config) | changes
-        return offline.collect(
+        return teacher_cache.collect(
             given["params"],
             given["config"],
             str(self.workdir),
@@ -242,7 +236,9 @@ class Made:
         )
 
     def batches(self, cache):
-        batches = offline.Batches(self.config, str(self.workdir), "offline", self.rows, self.packer)
+        batches = teacher_cache.Batches(
+            self.config, str(self.workdir), "offline", self.rows, self.packer
+        )
         batches.cache = cache
         return batches
 
@@ -250,11 +246,11 @@ class Made:
 @pytest.fixture(scope="module")
 def collected(folder, tmp_path_factory):
     """A whole cache of 16 rows a file; copy it to change it."""
-    before, offline.SHARD = offline.SHARD, 16
+    before, teacher_cache.SHARD = teacher_cache.SHARD, 16
     made = Made(config(folder), tmp_path_factory.mktemp("collected"))
     made.collect()
     yield made
-    offline.SHARD = before
+    teacher_cache.SHARD = before
 
 
 @pytest.fixture
@@ -327,7 +323,7 @@ def test_the_plan_knows_the_batch(collected):
     """Shapes that `plan` compiles for are those of a run."""
     batches = collected.batches(collected.collect())
     batch, _ = batches.traces(0)
-    (program,) = plan.programs(
+    (program,) = programs.programs(
         collected.config, "offline", collected.mesh, bucket=batches.plan(0)[0]
     )
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
@@ -335,11 +331,11 @@ def test_the_plan_knows_the_batch(collected):
 
 
 def test_more_files_than_may_be_open(collected, monkeypatch):
-    monkeypatch.setattr(offline, "OPEN", 1)
+    monkeypatch.setattr(teacher_cache, "OPEN", 1)
     batches = collected.batches(collected.collect())
     found = [batches.traces(step)[0].indices for step in range(6)]
     assert len(batches.cache._open) == 1
-    monkeypatch.setattr(offline, "OPEN", 256)
+    monkeypatch.setattr(teacher_cache, "OPEN", 256)
     again = collected.batches(collected.collect())
     for step, indices in enumerate(found):
         np.testing.assert_array_equal(indices, again.traces(step)[0].indices)
@@ -347,16 +343,16 @@ def test_more_files_than_may_be_open(collected, monkeypatch):
 
 def test_top_k_is_bounded_by_the_vocabulary(folder):
     c = config(folder, offline__top_k=100000)
-    assert offline.kept_entries(c) == c.model.llm.vocab_size == 448
+    assert teacher_cache.kept_entries(c) == c.model.llm.vocab_size == 448
 
 
 def test_what_is_there_stays_and_what_lacks_is_collected(copied, monkeypatch):
-    whole, computed, run = files(copied), [], offline._outputs
+    whole, computed, run = files(copied), [], teacher_cache._outputs
     (copied.workdir / "teacher_cache" / f"{MAZE}-0000016.npz").unlink()
     times = {
         path.name: path.stat().st_mtime_ns for path in (copied.workdir / "teacher_cache").iterdir()
     }
-    monkeypatch.setattr(offline, "_outputs", lambda *a: computed.append(a[2]) or run(*a))
+    monkeypatch.setattr(teacher_cache, "_outputs", lambda *a: computed.append(a[2]) or run(*a))
     copied.collect()
     assert computed == [[16, 17, 18, 19]]
     assert all(
@@ -402,12 +398,12 @@ def test_the_cache_of_another_teacher_or_setting_is_refused(copied):
         "llm": copied.params["llm"] | {"head": copied.params["llm"]["head"].at[3, 5].add(1e-6)}
     }
     message = r"(?s)another teacher.*teacher: there \w+, now \w+.*delete the folder"
-    with pytest.raises(offline.WrongCache, match=message):
+    with pytest.raises(teacher_cache.WrongCache, match=message):
         copied.collect(params=other)
     changed = copy.deepcopy(copied.config)
     changed.offline.top_k, changed.prompts.intro = 200, "look"
     with pytest.raises(
-        offline.WrongCache,
+        teacher_cache.WrongCache,
         match=r"(?s)prompts.intro: there .*, now look.*top_k: there 300, now 200",
     ):
         copied.collect(config=changed)
@@ -441,27 +437,30 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
     path = copied.workdir / "teacher_cache" / f"{MAZE}-0000016.npz"
     fresh = lambda: copied.collect()
     assert len(fresh()(MAZE, 16, pid, labels)) == len(labels)
-    with pytest.raises(offline.WrongCache, match=f"another trace of row 16, pid {pid}"):
+    with pytest.raises(teacher_cache.WrongCache, match=f"another trace of row 16, pid {pid}"):
         fresh()(MAZE, 16, pid, labels[::-1])
-    with pytest.raises(offline.MissingRow, match="row 16, pid other-pid, of Spatial_Navigation"):
+    with pytest.raises(
+        teacher_cache.MissingRow, match="row 16, pid other-pid, of Spatial_Navigation"
+    ):
         fresh()(MAZE, 16, "other-pid", labels)
     rewritten(path, lambda arrays: arrays.pop(f"16:{pid}"))
     with pytest.raises(
-        offline.MissingRow, match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew"
+        teacher_cache.MissingRow,
+        match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew",
     ):
         fresh()(MAZE, 16, pid, labels)
     batches = copied.batches(fresh())
-    with pytest.raises(offline.MissingRow):
+    with pytest.raises(teacher_cache.MissingRow):
         for step in range(10):  # an epoch
             batches.traces(step)
     rewritten(path, lambda arrays: arrays.update(key="other"))
-    with pytest.raises(offline.WrongCache, match="belongs to another cache"):
+    with pytest.raises(teacher_cache.WrongCache, match="belongs to another cache"):
         fresh()(MAZE, 17, "any", labels)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="0000016.npz is damaged"):
         fresh()(MAZE, 17, "any", labels)
     path.unlink()
-    with pytest.raises(offline.MissingRow, match="is not there"):
+    with pytest.raises(teacher_cache.MissingRow, match="is not there"):
         cache(MAZE, 16, pid, labels)
 
 
@@ -580,7 +579,7 @@ def test_a_run_and_its_continuation(tmp_path):
 @pytest.mark.slow
 def test_an_arm_behind_a_warm_up(tmp_path_factory, tmp_path):
     """Its teacher is what the OPSD stage started from; without its KL it is the SFT arm."""
-    from opsd_jax import arms
+    from opsd_jax.run import controls
 
     workdir = tmp_path / "w"
     shutil.copytree(small_run.trained(tmp_path_factory), workdir)
@@ -589,7 +588,7 @@ def test_an_arm_behind_a_warm_up(tmp_path_factory, tmp_path):
     )
     first = {}
     for name in ("offline", "sft"):
-        own, folder = arms.settings_of(base, str(workdir), name)
+        own, folder = controls.settings_of(base, str(workdir), name)
         assert own.stages == (name,)
         train.train(own, folder, data_workdir=str(workdir))
         distill._program.cache_clear()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opsd_jax import report
+from opsd_jax.evaluation import html as html_lib
 
 EVIL = "<script>alert(\"1\")</script> & 'x'"
 VOID = {"meta", "img", "input", "br", "link"}
@@ -65,31 +65,31 @@ def cells(part: str) -> list[str]:
 
 # Every block with a hostile text in every place that takes text.
 BLOCKS = {
-    "heading": report.heading(EVIL),
-    "paragraph": report.paragraph(f"{EVIL} **{EVIL}** `{EVIL}`"),
-    "note": report.note(EVIL),
-    "table": report.table([EVIL, "b"], [[EVIL, EVIL], ["a", 1.5]]),
-    "empty table": report.table([EVIL], []),
-    "picture": report.picture(pixels(4, 4), caption=EVIL),
-    "tokens": report.tokens([EVIL, "a\n"], [1, -2], unit=EVIL),
-    "no tokens": report.tokens([], [], unit=EVIL),
-    "intervals": report.intervals([(EVIL, 50, 40, 60), (EVIL, None, None, None)], unit=EVIL),
-    "lines": report.lines({EVIL: [(0, 1), (1, 2)], "b": [(0, None)]}, x=EVIL, y=EVIL),
-    "no lines": report.lines({EVIL: []}, x=EVIL, y=EVIL),
-    "heat": report.heat([EVIL], [EVIL, "b"], [[1, -2]]),
-    "samples": report.samples(
+    "heading": html_lib.heading(EVIL),
+    "paragraph": html_lib.paragraph(f"{EVIL} **{EVIL}** `{EVIL}`"),
+    "note": html_lib.note(EVIL),
+    "table": html_lib.table([EVIL, "b"], [[EVIL, EVIL], ["a", 1.5]]),
+    "empty table": html_lib.table([EVIL], []),
+    "picture": html_lib.picture(pixels(4, 4), caption=EVIL),
+    "tokens": html_lib.tokens([EVIL, "a\n"], [1, -2], unit=EVIL),
+    "no tokens": html_lib.tokens([], [], unit=EVIL),
+    "intervals": html_lib.intervals([(EVIL, 50, 40, 60), (EVIL, None, None, None)], unit=EVIL),
+    "lines": html_lib.lines({EVIL: [(0, 1), (1, 2)], "b": [(0, None)]}, x=EVIL, y=EVIL),
+    "no lines": html_lib.lines({EVIL: []}, x=EVIL, y=EVIL),
+    "heat": html_lib.heat([EVIL], [EVIL, "b"], [[1, -2]]),
+    "samples": html_lib.samples(
         [
-            {"title": EVIL, "hit": h, "parts": [report.note(EVIL)], "note": EVIL}
+            {"title": EVIL, "hit": h, "parts": [html_lib.note(EVIL)], "note": EVIL}
             for h in (True, False, None)
         ]
     ),
-    "row of a stack": report.row(report.stack(report.note(EVIL)), report.note(EVIL)),
+    "row of a stack": html_lib.row(html_lib.stack(html_lib.note(EVIL)), html_lib.note(EVIL)),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_text_is_escaped_and_every_tag_closed(name):
-    tree = Tree(report.page(EVIL, BLOCKS[name]))
+    tree = Tree(html_lib.page(EVIL, BLOCKS[name]))
     assert not tree.all("script") and "<script" not in BLOCKS[name]
     assert all(not key.startswith("on") for _, attributes in tree.tags for key in attributes)
     if name != "no tokens":  # which shows no text of the caller
@@ -103,7 +103,7 @@ def test_attributes_hold_the_texts_unchanged():
 
 
 def test_page_needs_nothing_from_outside():
-    text = report.page("Title", *BLOCKS.values())
+    text = html_lib.page("Title", *BLOCKS.values())
     tree = Tree(text)
     assert text.startswith("<!DOCTYPE html>") and tree.all("meta", charset="utf-8")
     assert tree.all("meta", name="viewport")
@@ -125,17 +125,17 @@ def test_page_needs_nothing_from_outside():
 
 
 def test_spans_of_code_and_bold():
-    assert report.paragraph("a **b `c` d** `e**f**`") == (
+    assert html_lib.paragraph("a **b `c` d** `e**f**`") == (
         "<p>a <strong>b <code>c</code> d</strong> <code>e**f**</code></p>"
     )
-    assert report.paragraph("2 ** 3 ** 4 and `open") == "<p>2 ** 3 ** 4 and `open</p>"
-    assert report.heading("a `b`", 3) == "<h3>a <code>b</code></h3>"
+    assert html_lib.paragraph("2 ** 3 ** 4 and `open") == "<p>2 ** 3 ** 4 and `open</p>"
+    assert html_lib.heading("a `b`", 3) == "<h3>a <code>b</code></h3>"
     with pytest.raises(ValueError, match="levels 1 to 6"):
-        report.heading("a", 7)
+        html_lib.heading("a", 7)
 
 
 def test_control_characters_and_surrogates_become_visible():
-    part = report.paragraph("a\x1b\x00\x7f\ud800b")
+    part = html_lib.paragraph("a\x1b\x00\x7f\ud800b")
     assert part == "<p>a␛␀␡\ufffdb</p>"
     part.encode("utf-8")
 
@@ -163,7 +163,7 @@ def test_cells():
         0.0,
         3e20,
     ]
-    assert cells(report.table(["c"], [[value] for value in values])) == [
+    assert cells(html_lib.table(["c"], [[value] for value in values])) == [
         "t",
         "9999",
         "12,345",
@@ -187,13 +187,13 @@ def test_cells():
 
 
 def test_alignment():
-    tree = Tree(report.table(["a", "b", "c"], [["x", 1, 2]]))
+    tree = Tree(html_lib.table(["a", "b", "c"], [["x", 1, 2]]))
     assert (
         [a["class"] for a in tree.all("td")]
         == [a["class"] for a in tree.all("th")]
         == ["left", "right", "right"]
     )
-    tree = Tree(report.table(["a", "b"], [["x", "y"]], align=["center", "left"]))
+    tree = Tree(html_lib.table(["a", "b"], [["x", "y"]], align=["center", "left"]))
     assert [a["class"] for a in tree.all("td")] == ["center", "left"]
 
 
@@ -208,17 +208,17 @@ def test_alignment():
 )
 def test_table_names_the_bad_row(arguments, match):
     with pytest.raises(ValueError, match=match):
-        report.table(*arguments)
+        html_lib.table(*arguments)
 
 
 @pytest.mark.parametrize("align", [["left"], ["left", "top"]])
 def test_table_refuses_a_bad_alignment(align):
     with pytest.raises(ValueError, match="align"):
-        report.table(["a", "b"], [], align=align)
+        html_lib.table(["a", "b"], [], align=align)
 
 
 def test_heat_colours_from_lowest_to_highest():
-    part = report.heat(["r", "s"], ["a", "b"], [[1, 3], [2, math.nan]], digits=1)
+    part = html_lib.heat(["r", "s"], ["a", "b"], [[1, 3], [2, math.nan]], digits=1)
     assert cells(part) == ["1.0", "3.0", "2.0", "–"]
     assert [a.get("style") for a in Tree(part).all("td")] == [
         "--v:0.0",
@@ -229,7 +229,7 @@ def test_heat_colours_from_lowest_to_highest():
 
 
 def test_heat_with_negative_values_goes_both_ways_from_zero():
-    part = report.heat(["r"], ["a", "b", "c", "d"], [[1, -2, 0, -math.inf]])
+    part = html_lib.heat(["r"], ["a", "b", "c", "d"], [[1, -2, 0, -math.inf]])
     assert cells(part) == ["1.00", "−2.00", "0.00", "−∞"]
     assert [(a.get("class"), a["style"]) for a in Tree(part).all("td")] == [
         (None, "--v:0.45"),
@@ -240,14 +240,14 @@ def test_heat_with_negative_values_goes_both_ways_from_zero():
 
 
 def test_heat_of_nothing():
-    assert cells(report.heat(["r"], ["a"], [[math.nan]])) == ["–"]
+    assert cells(html_lib.heat(["r"], ["a"], [[math.nan]])) == ["–"]
     for rows, columns, values in (
         (["r"], ["a"], [[1, 2]]),
         ([], ["a"], np.zeros((0, 1))),
         (["r"], [], [[]]),
     ):
         with pytest.raises(ValueError, match="heat: values of shape"):
-            report.heat(rows, columns, values)
+            html_lib.heat(rows, columns, values)
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -257,7 +257,7 @@ def test_heat_of_nothing():
 def test_small_pictures_keep_every_pixel(height, width, factor):
     image = pixels(height, width)
     for source in (image, Image.fromarray(image), np.asfortranarray(image)):
-        part = report.picture(source, caption="c")
+        part = html_lib.picture(source, caption="c")
         kind, decoded = decode(part)
         shown = Tree(part).all("img")[0]
         assert kind == "png" and np.array_equal(np.asarray(decoded), image)
@@ -268,28 +268,28 @@ def test_small_pictures_keep_every_pixel(height, width, factor):
 def test_large_pictures_are_reduced():
     column, line = np.meshgrid(np.linspace(0, 255, 640), np.linspace(0, 255, 400))
     image = np.stack([column, line, 255 - column], -1).astype(np.uint8)
-    kind, decoded = decode(report.picture(image))
+    kind, decoded = decode(html_lib.picture(image))
     assert kind in ("webp", "jpeg") and decoded.size == (320, 200)
     wanted = np.asarray(Image.fromarray(image).resize((320, 200))).astype(int)
     assert np.abs(np.asarray(decoded.convert("RGB")).astype(int) - wanted).mean() < 4
-    assert decode(report.picture(image, size=64))[1].size == (64, 40)
-    assert decode(report.picture(image, size=2000))[1].size == (640, 400)  # never enlarged
-    assert 'class="pixels"' not in report.picture(pixels(128, 8))
+    assert decode(html_lib.picture(image, size=64))[1].size == (64, 40)
+    assert decode(html_lib.picture(image, size=2000))[1].size == (640, 400)  # never enlarged
+    assert 'class="pixels"' not in html_lib.picture(pixels(128, 8))
 
 
 def test_large_picture_leaves_the_callers_image_alone():
     image = Image.fromarray(pixels(200, 400))
-    report.picture(image, size=50)
+    html_lib.picture(image, size=50)
     assert image.size == (400, 200)
 
 
 def test_transparent_parts_are_white():
     image = Image.new("RGBA", (2, 1), (9, 9, 9, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
-    assert np.asarray(decode(report.picture(image))[1]).tolist() == [
+    assert np.asarray(decode(html_lib.picture(image))[1]).tolist() == [
         [[255, 255, 255], [10, 20, 30]]
     ]
-    assert np.asarray(decode(report.picture(Image.new("L", (1, 1), 7)))[1]).tolist() == [
+    assert np.asarray(decode(html_lib.picture(Image.new("L", (1, 1), 7)))[1]).tolist() == [
         [[7, 7, 7]]
     ]
 
@@ -308,17 +308,17 @@ def test_transparent_parts_are_white():
 )
 def test_other_pictures_are_refused(image):
     with pytest.raises(ValueError, match="picture 'maze'"):
-        report.picture(image, caption="maze")
+        html_lib.picture(image, caption="maze")
 
 
 def test_picture_size_is_checked():
     with pytest.raises(ValueError, match="size 0"):
-        report.picture(pixels(2, 2), size=0)
+        html_lib.picture(pixels(2, 2), size=0)
 
 
 # ---------------------------------------------------------------------------- tokens
 def test_tokens_hold_text_values_and_colours():
-    part = report.tokens(
+    part = html_lib.tokens(
         ["a", " b", "\n", "", "\t", "c"], [0.5, 2, -4, math.nan, math.inf, 0], unit="nats", top=2
     )
     tree = Tree(part)
@@ -346,30 +346,30 @@ def test_tokens_hold_text_values_and_colours():
 
 def test_full_colour_is_the_95th_percentile_by_default():
     values = list(range(101))
-    part = report.tokens(["x"] * 101, values, unit="nats")
+    part = html_lib.tokens(["x"] * 101, values, unit="nats")
     strengths = [float(s) for s in re.findall(r"--v:([\d.]+)", part)]
     assert (
         strengths[94:] == [0.9] * 6 and strengths[93] < 0.9
     )  # values 95..100, and 94; 0 has no colour
     assert "95 nats (95th percentile)" in part
-    part = report.tokens(["x"] * 101, [0] * 100 + [3], unit="nats")
+    part = html_lib.tokens(["x"] * 101, [0] * 100 + [3], unit="nats")
     assert "3 nats (greatest)" in part and part.count("--v:0.9") == 1
-    assert "--v" not in report.tokens(["x"], [0], unit="nats")
+    assert "--v" not in html_lib.tokens(["x"], [0], unit="nats")
 
 
 def test_bad_tokens():
     with pytest.raises(ValueError, match="2 pieces"):
-        report.tokens(["a", "b"], [1], unit="nats")
+        html_lib.tokens(["a", "b"], [1], unit="nats")
     for top in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="top"):
-            report.tokens(["a"], [1], unit="nats", top=top)
-    assert "no tokens" in report.tokens([], [], unit="nats")
-    assert Tree(report.tokens(["a", "b"], [math.nan, None], unit="nats"))  # nothing measured
+            html_lib.tokens(["a"], [1], unit="nats", top=top)
+    assert "no tokens" in html_lib.tokens([], [], unit="nats")
+    assert Tree(html_lib.tokens(["a", "b"], [math.nan, None], unit="nats"))  # nothing measured
 
 
 # ---------------------------------------------------------------------------- charts
 def test_intervals_draw_what_they_say():
-    part = report.intervals(
+    part = html_lib.intervals(
         [("maze", 50, 40, 62.55), ("jigsaw", 25, None, None), ("none", math.nan, 1, 2)]
     )
     tree = Tree(part)
@@ -389,7 +389,7 @@ def test_intervals_draw_what_they_say():
 
 
 def test_intervals_below_zero():
-    tree = Tree(report.intervals([("a", -4, -6, 2), ("b", 5, 4, 6)], unit="points", top=10))
+    tree = Tree(html_lib.intervals([("a", -4, -6, 2), ("b", 5, 4, 6)], unit="points", top=10))
     assert [(a["x"], a["width"]) for a in tree.all("rect")] == [
         ("30.00%", "20.00%"),
         ("50.00%", "25.00%"),
@@ -410,18 +410,18 @@ def test_intervals_below_zero():
 )
 def test_bad_intervals_name_the_row(row, match):
     with pytest.raises(ValueError, match=f"row 1.*maze.*{match}"):
-        report.intervals([("fine", 1, 0, 2), row])
+        html_lib.intervals([("fine", 1, 0, 2), row])
 
 
 def test_intervals_of_nothing():
-    assert "no rows" in report.intervals([])
+    assert "no rows" in html_lib.intervals([])
     for top in (0, math.nan):
         with pytest.raises(ValueError, match="top"):
-            report.intervals([("a", 1, 0, 2)], top=top)
+            html_lib.intervals([("a", 1, 0, 2)], top=top)
 
 
 def test_lines_meet_their_points():
-    part = report.lines({"loss": [(0, 0), (5, 50), (10, 100)]}, x="step", y="nats")
+    part = html_lib.lines({"loss": [(0, 0), (5, 50), (10, 100)]}, x="step", y="nats")
     tree = Tree(part)
     path = tree.all("path")[0]["d"]
     path = np.array(
@@ -456,15 +456,15 @@ def test_missing_points_interrupt_a_line():
         (7, 2),
         (8, 2),
     ]
-    part = report.lines({"a": points, "b": [(0, None)]}, x="x", y="y")
+    part = html_lib.lines({"a": points, "b": [(0, None)]}, x="x", y="y")
     assert Tree(part).all("path")[0]["d"].count("M") == 2  # 0 to 1, 7 to 8; 3 and 5 stand alone
     assert part.count("<circle") == 6
     assert "a (3 without value)" in part and "b (– no values)" in part
 
 
 def test_many_points_have_no_dots_and_many_series_are_dashed():
-    assert "<circle" not in report.lines({"a": [(i, i) for i in range(61)]}, x="x", y="y")
-    part = report.lines({f"s{i}": [(0, i), (1, i)] for i in range(9)}, x="x", y="y")
+    assert "<circle" not in html_lib.lines({"a": [(i, i) for i in range(61)]}, x="x", y="y")
+    part = html_lib.lines({f"s{i}": [(0, i), (1, i)] for i in range(9)}, x="x", y="y")
     assert part.count('stroke-dasharray="6 4"') == 1
     assert [a["class"] for a in Tree(part).all("li")] == [*(f"c{i}" for i in range(8)), "c0 dashed"]
 
@@ -481,7 +481,7 @@ def test_many_points_have_no_dots_and_many_series_are_dashed():
     ],
 )
 def test_narrow_and_wide_ranges(points):
-    part = report.lines({"a": points}, x="x", y="y")
+    part = html_lib.lines({"a": points}, x="x", y="y")
     assert "nan" not in part and "inf" not in part
     assert 2 <= len(re.findall(r'text-anchor="end"', part)) <= 12
 
@@ -489,23 +489,23 @@ def test_narrow_and_wide_ranges(points):
 def test_bad_lines():
     for series in ({}, {str(i): [(0, 1)] for i in range(17)}):
         with pytest.raises(ValueError, match="1 to 16"):
-            report.lines(series, x="x", y="y")
+            html_lib.lines(series, x="x", y="y")
     for point in ((math.nan, 1), (None, 1), (1,), "ab"):
         with pytest.raises(ValueError, match="point 1 of 'a'"):
-            report.lines({"a": [(0, 1), point]}, x="x", y="y")
-    assert "no values" in report.lines({"a": []}, x="x", y="y")
+            html_lib.lines({"a": [(0, 1), point]}, x="x", y="y")
+    assert "no values" in html_lib.lines({"a": []}, x="x", y="y")
 
 
 # ---------------------------------------------------------------------------- samples
 def items(*hits):
     return [
-        {"title": f"maze {i}", "hit": hit, "parts": [report.note(f"part {i}")]}
+        {"title": f"maze {i}", "hit": hit, "parts": [html_lib.note(f"part {i}")]}
         for i, hit in enumerate(hits)
     ]
 
 
 def test_samples_show_marks_counts_and_parts():
-    tree = Tree(report.samples(items(True, False, None, np.True_)))
+    tree = Tree(html_lib.samples(items(True, False, None, np.True_)))
     assert [a["class"] for a in tree.all("details")] == ["hit", "miss", "unjudged", "hit"]
     assert all("open" in a for a in tree.all("details"))
     texts = "".join(tree.texts)
@@ -519,12 +519,12 @@ def test_samples_show_marks_counts_and_parts():
         "part 2",
     ):
         assert wanted in texts
-    assert "not judged" not in report.samples(items(True, False))
+    assert "not judged" not in html_lib.samples(items(True, False))
     assert len([a for a in tree.all("input") if "checked" in a]) == 1
 
 
 def test_links_lead_to_the_neighbours_that_are_shown():
-    part = report.samples(items(True, False, True))
+    part = html_lib.samples(items(True, False, True))
     third = part[part.index('id="s3"') :]
     assert re.findall(r'<nav class="(\w+)">(.*?)</nav>', third) == [
         ("any", '<a href="#s2">← previous</a>'),
@@ -538,14 +538,14 @@ def test_links_lead_to_the_neighbours_that_are_shown():
 
 
 def test_many_samples_are_collapsed():
-    assert not any("open" in a for a in Tree(report.samples(items(*[True] * 31))).all("details"))
-    assert all("open" in a for a in Tree(report.samples(items(*[True] * 30))).all("details"))
+    assert not any("open" in a for a in Tree(html_lib.samples(items(*[True] * 31))).all("details"))
+    assert all("open" in a for a in Tree(html_lib.samples(items(*[True] * 30))).all("details"))
 
 
 def test_several_lists_of_samples_on_a_page_keep_their_links():
-    lists = [report.samples(items(*[True, False] * 3)) for _ in range(3)]
+    lists = [html_lib.samples(items(*[True, False] * 3)) for _ in range(3)]
     tree = Tree(
-        report.page("t", lists[0], report.stack(report.note("between"), lists[1]), lists[2])
+        html_lib.page("t", lists[0], html_lib.stack(html_lib.note("between"), lists[1]), lists[2])
     )
     ids = [a["id"] for _, a in tree.tags if "id" in a]
     assert len(set(ids)) == len(ids) == 3 * (6 + 3) and {"s6", "s2_6", "s3_6", "s3_-all"} <= set(
@@ -571,13 +571,13 @@ def test_several_lists_of_samples_on_a_page_keep_their_links():
 )
 def test_bad_samples(change, match):
     with pytest.raises(ValueError, match=match):
-        report.samples([*items(True), {"title": "t", "parts": []} | change])
+        html_lib.samples([*items(True), {"title": "t", "parts": []} | change])
     with pytest.raises(ValueError, match="sample 1.*parts"):
-        report.samples([{"title": "t"}])
-    assert "no samples" in report.samples([])
+        html_lib.samples([{"title": "t"}])
+    assert "no samples" in html_lib.samples([])
 
 
 def test_parts_are_strings():
-    for block in (report.stack, report.row, lambda *parts: report.page("t", *parts)):
+    for block in (html_lib.stack, html_lib.row, lambda *parts: html_lib.page("t", *parts)):
         with pytest.raises(ValueError, match="part 1 is a list"):
             block("<p></p>", ["<p></p>"])

@@ -1,0 +1,1 @@
+"""Data: the released layout, prepared files, packed batches."""

@@ -1,0 +1,160 @@
+"""Parquet folders of the released layout, read row by row."""
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opsd_jax.data import schema
+
+_BATCH_ROWS, _BATCH_BYTES = (
+    32,
+    64 << 20,
+)  # of parquet in memory at a time: rows, or fewer where they are large
+
+
+def task_folders(source: str | os.PathLike) -> dict[str, Path]:
+    """Task name -> its folder of parquet files: SOURCE itself, or folders in it; files may lie under data/.
+
+    Raises:
+      BadSource: nothing found, or two tasks that would share a name.
+    """
+    source = Path(os.path.abspath(source))  # links keep their name: it may be the task's
+    if not source.is_dir():
+        raise schema.BadSource(
+            f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet"
+        )
+    named = source.parent if source.name == "data" else source  # someone pointed at <Task>/data
+    folders = [named] if _parquet_files(source) else []
+    children = [
+        child
+        for child in sorted(source.iterdir())
+        if child.is_dir() and child.name != "data" and _parquet_files(child)
+    ]
+    if folders and children:
+        raise schema.BadSource(
+            f"{source} holds parquet files and so do its folders {[c.name for c in children]}: "
+            "is it one task or several? Move the files, or prepare the folders one by one"
+        )
+    tasks = {folder.name: folder for folder in folders + children}
+    if not tasks:
+        inside = [path.name for path in sorted(source.iterdir())][:10]
+        raise schema.BadSource(
+            f"{source} holds no parquet: looked for *.parquet and data/*.parquet in it and in "
+            f"its folders; it holds {inside}. File names start with {', '.join(schema.SPLITS)}"
+        )
+    for task in tasks:
+        if not re.fullmatch(r"[\w.-]+", task):
+            raise schema.BadSource(
+                f"{tasks[task]}: TFDS takes letters, digits, _ - . in a name; rename the folder"
+            )
+    if len({task.lower() for task in tasks}) < len(tasks):
+        raise schema.BadSource(
+            f"{source}: {list(tasks)} differ in upper and lower case only; rename a folder"
+        )
+    return tasks
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+
+
+def split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The parquet files of one task: {split: files in order}, and those whose name starts with no split."""
+    files: dict[str, list[Path]] = {split: [] for split in schema.SPLITS}
+    others = []
+    for path in _parquet_files(folder):
+        split = re.match(rf"(?:({'|'.join(schema.SPLITS)})(?![a-z]))?", path.name)[1]
+        (files[split] if split else others).append(path)
+    files = {split: paths for split, paths in files.items() if paths}
+    if not files:
+        raise schema.BadSource(
+            f"{folder}: no parquet file is named after a split "
+            f"({', '.join(f'{split}-*.parquet' for split in schema.SPLITS)}); "
+            f"found {[path.name for path in others][:10]}. Rename the files"
+        )
+    return files, others
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """The open parquet file. What goes wrong inside is put down to the file: do nothing there but read it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:  # pre_buffer, on by default, would hold the whole file in memory
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise schema.BadSource(
+            f"{path} cannot be read as parquet ({error}): download or write it again"
+        ) from error
+
+
+def columns(path: Path, present: list[str]) -> list[str]:
+    """The columns to read. Raises BadSource where a needed one is missing or a name looks misspelt."""
+    missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
+    awaited = [
+        column
+        for column in dict.fromkeys((*missing, *schema.THOUGHTS_COLUMNS, *schema.VISUALS_COLUMNS))
+        if column not in present
+    ]
+    hints = [
+        f"{column!r} is not read: did you mean {close[0]!r}?"
+        for column in present
+        if column not in schema.COLUMNS and not schema.is_surplus(column)
+        if (close := difflib.get_close_matches(column, awaited, 1, cutoff=0.85))
+    ]
+    if missing or hints:
+        fault = (
+            f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
+        )
+        raise schema.BadSource(
+            f"{path} {fault}; its columns: {', '.join(present)}. "
+            + " ".join(hints or ["Rename or add the column"])
+            + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
+        )
+    return [*filter(present.__contains__, schema.COLUMNS), *filter(schema.is_surplus, present)]
+
+
+def one_by_one(file, columns: list[str], **options) -> Iterator[Any]:
+    """Arrow batches of one row each. Arrow cannot give more than 2 GiB of a picture column in one batch, and only the
+    row itself tells how large it is."""
+    return file.iter_batches(1, columns=columns, **options)
+
+
+def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
+    """Rows 0 .. stop-1 as lists of (row number, row): a batch and its row group in memory, never a file."""
+    rows, size = [], 0
+    with open_parquet(path) as file:
+        for index, batch in zip(
+            range(stop), one_by_one(file, columns(path, file.schema_arrow.names))
+        ):
+            rows.append((index, batch.to_pylist()[0]))
+            size += batch.nbytes
+            if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
+                yield rows
+                rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[schema.Example]:
+    """The rows of one parquet file in order. Raises BadSource, BadRow."""
+    for batch in read_batches(Path(path), sys.maxsize):
+        for index, row in batch:
+            yield schema.read_row(row, file=str(path), index=index, task=task)[0]
+
+
+class Shard(NamedTuple):
+    """One output file to write, from the first `rows` rows of one parquet file, whose checksum is `blake2b`."""
+
+    split: str
+    name: str
+    file: str
+    blake2b: str
+    rows: int

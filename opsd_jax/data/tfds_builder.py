@@ -1,0 +1,60 @@
+"""The rows as a TFDS builder class, for those who prepare data with TFDS itself.
+
+    from opsd_jax.data.tfds_builder import VisualOpsd
+    builder = VisualOpsd(config="chart_refocus", data_dir=TARGET, file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=SOURCE))
+
+It holds a split in memory, and above 1000 MiB a split TFDS wants TensorFlow: `visual_opsd.prepare` writes the
+same folder with neither limit, resumes, and can leave bad rows out. Importing this registers the name.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from opsd_jax.data import parquet_files, schema
+
+TASKS = (
+    "Visual_Search",
+    "Spatial_Navigation",
+    "Jigsaw_Assembly",
+    "Chart_Refocus",
+)  # the released ones
+
+
+class VisualOpsd(tfds.core.GeneratorBasedBuilder):
+    """Questions about a picture with interleaved textual and visual reasoning. Raises BadSource, BadRow."""
+
+    VERSION = tfds.core.Version(schema.VERSION)
+    RELEASE_NOTES = {schema.VERSION: "First release."}
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=task.lower(), description=task) for task in TASKS
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put <Task>/data/<split>-*.parquet into manual_dir."
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            disable_shuffling=True,
+            features=schema.features(),
+        )
+
+    def _split_generators(self, dl_manager):
+        folders = parquet_files.task_folders(dl_manager.manual_dir)
+        task = next((task for task in folders if task.lower() == self.builder_config.name), None)
+        if task is None:
+            raise schema.BadSource(
+                f"{dl_manager.manual_dir} has no {self.builder_config.description}, "
+                f"only {', '.join(folders)}: move the folder there"
+            )
+        files, _ = parquet_files.split_files(folders[task])
+        return {split: self._generate_examples(task, paths) for split, paths in files.items()}
+
+    def _generate_examples(self, task: str, paths: list[Path]) -> Iterator[tuple[int, dict]]:
+        examples = (
+            example for path in paths for example in parquet_files.read_examples(path, task=task)
+        )
+        for key, example in enumerate(examples):
+            yield key, schema.to_features(example)

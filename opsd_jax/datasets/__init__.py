@@ -1,1 +1,0 @@
-"""Where training rows come from: released parquet files as TFDS folders, and the plan of batches."""

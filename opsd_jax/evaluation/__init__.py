@@ -1,0 +1,1 @@
+"""Evaluation: batched inference with resume, results, public tables, scoring rules, statistics, pages."""

@@ -1,0 +1,74 @@
+"""What a step takes on a TPU slice that is not there: `python -m opsd_jax.plan --config=C --topology=v5p:2x2x2`.
+
+  settings -> shapes of state, contexts and trajectory, cut over the mesh -> `rollout.sample` and `distill.update`,
+  traced and compiled for the slice as the run would -> bill
+
+The compiler for TPUs (libtpu) runs on any Linux machine and assigns real buffers, so a program that does not fit
+fails here as it would there. What this does not tell: numerics, measured speed, and what the runtime keeps for
+itself. `--topology=cpu:8` compiles for eight devices that the CPU plays, anywhere; its temporary memory says little
+about a TPU.
+
+While the student samples, the whole training state lies in memory beside the program and is added to its peak; the
+copy of the parameters that sampled is gone when the update begins (see `train.train_stage`).
+
+Letters: n devices of a collective's group.
+"""
+
+import os
+import sys
+
+from absl import app, flags
+
+from opsd_jax.inputs import cli, paths
+from opsd_jax.plan import bill, programs, topology
+from opsd_jax.run import cli as cli_lib
+from opsd_jax.runtime import distributed, files
+
+flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
+flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-centre network.")
+flags.DEFINE_enum("only", "", ["", *programs.STEP], "Compile this program alone.")
+flags.DEFINE_string(
+    "stage", "", "Stage of the config (default: opsd if it has one, else its first)."
+)
+flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
+flags.DEFINE_float("hbm", 0, "GiB a device, in place of the chip's own.")
+flags.DEFINE_bool(
+    "quick", False, "Compile with less effort: three times faster, peaks some 5 % off."
+)
+flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
+
+
+def main(argv) -> None:
+    """The command; exit code 3 where something does not fit."""
+    cli.start()
+    f = flags.FLAGS
+    if f.config is None or not f.topology:
+        raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+    try:
+        if f.out:  # what cannot be written shows before minutes of compiling
+            paths.check("--out", f.out)
+            if os.path.isdir(f.out):
+                raise ValueError(
+                    f"--out={f.out} is a folder: name a file, such as {os.path.join(f.out, 'plan.json')}"
+                )
+            paths.check_writable("--out", os.path.dirname(os.path.abspath(f.out)))
+            os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
+        report = bill.plan(
+            f.config,
+            topology.parse_topology(f.topology, f.slices),
+            stage=f.stage,
+            only=f.only,
+            bucket=f.bucket,
+            hbm=f.hbm,
+            quick=f.quick,
+        )
+    except (ValueError, OSError) as error:
+        distributed.end_with_error(error)
+    print(bill.table(report))
+    if f.out:
+        files.write_json(f.out, report)
+    sys.exit(0 if report["fits"] else 3)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli_lib.parse_flags)

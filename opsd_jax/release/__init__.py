@@ -1,0 +1,1 @@
+"""Released checkpoint folders, in and out."""

@@ -1,0 +1,1 @@
+"""One run: its session, start, samples, evaluations, control arms and command line."""

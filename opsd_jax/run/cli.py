@@ -1,0 +1,83 @@
+"""Flags of commands that take a config file."""
+
+import importlib.util
+import os
+import re
+import sys
+import traceback
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from opsd_jax import config as config_lib
+from opsd_jax.inputs import paths
+
+config_flags.DEFINE_config_file(
+    "config", None, "File with get_config(); see configs/.", lock_config=True
+)
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads FILE or FILE:ARGUMENT; what is wrong in the file ends the command with one line that names it."""
+
+    def parse(self, path):
+        file, _, argument = path.partition(":")
+        spec = importlib.util.spec_from_file_location("config_file", file)
+        try:
+            if not os.path.isfile(file) or spec is None:
+                raise ValueError(
+                    "there is no such Python file: give one with get_config(), such as configs/mini.py"
+                )
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise ValueError(
+                    "it has no function get_config(), which returns the settings; see configs/mini.py"
+                )
+            config = module.get_config(*[argument] if argument else [])
+            if not isinstance(config, ConfigDict):
+                raise ValueError(
+                    f"get_config() returned {config!r:.40}: return the ConfigDict of "
+                    "opsd_jax.config.default(), with changed values"
+                )
+        except Exception as error:  # whatever the file does
+            origin, said = spec and spec.origin, str(error).partition("\n")[0]
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename == origin
+            ]
+            if isinstance(error, SyntaxError) and error.filename == origin:
+                lines = [error.lineno]
+            if not isinstance(error, (ValueError, OSError)):
+                said = f"{type(error).__name__}: {said}"
+            where = f"{file}, line {lines[-1]}: " if lines else f"{file}: "
+            sys.exit(f"error: {said}" if said.startswith(path) else f"error: {where}{said}")
+        return config.lock()
+
+
+flags.FLAGS["config"].parser = _ConfigFile()
+
+
+def parse_flags(argv):
+    """The arguments left over. An override of a setting that does not exist ends the program with a suggestion."""
+    for argument in argv:
+        name, _, value = argument.partition("=")
+        if name.lstrip("-") == "config":
+            _check_path("--config", value)
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        for argument in argv:
+            key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+            if key and key[1] not in config_lib.default_values():
+                sys.exit(f"error: {argument}: {config_lib.unknown(key[1])}")
+        raise error
+
+
+def _check_path(flag, path, **options) -> None:
+    """Ends the command where a path cannot be used (`paths.check_given`)."""
+    try:
+        paths.check_given(flag, path, **options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,268 @@
+"""The numbers of a run: means over steps, and the files that hold them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from opsd_jax.inputs import paths
+from opsd_jax.runtime import files
+
+
+class Means:
+    """Means over several steps, from (sum, count) pairs that stay on the device until `take`."""
+
+    def __init__(self):
+        self._added = []
+
+    def add(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
+        """Adds `{key: (sum, count)}`, scalars on device or host. Copies nothing and waits for nothing."""
+        for key, pair in pairs.items():
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(
+                    f"metric {key!r} must be a tuple (sum, count); a plain number is (x, 1)"
+                )
+        self._added.append(dict(pairs))
+
+    def take(self) -> dict[str, float]:
+        """Means since the last `take`: one transfer, summed in double precision. A count of 0 gives nan."""
+        totals = {}
+        for pairs in jax.device_get(self._added):
+            for key, pair in pairs.items():
+                totals[key] = totals.get(key, 0) + np.array(pair, np.float64)
+        self._added = []
+        return {
+            key: float(total / count) if count else math.nan
+            for key, (total, count) in totals.items()
+        }
+
+
+def read(metrics_jsonl) -> list[dict]:
+    """The rows of a metrics.jsonl. A last line without its end, which a run is writing, is left out.
+
+    Raises ValueError, naming file and line, for any other line that is not a row.
+    """
+    lines = Path(metrics_jsonl).read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_row(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
+
+
+def _row(line: str, where: str) -> dict:
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    raise ValueError(
+        f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: a "
+        "continuation of the run moves such lines to metrics.jsonl.superseded"
+    )
+
+
+class Writer:
+    """Writes what a run measures; a context manager.
+
+    Args:
+      workdir: a local (or mounted) folder; made if missing.
+      primary: whether this process writes, `jax.process_index() == 0`; the others do nothing.
+      tensorboard: whether to write `<workdir>/tb/` too.
+      wandb: arguments for `wandb.init` (such as {"project": "opsd", "name": ...}) to log there too. The id is made once
+        and kept in the workdir, so that all starts of a run are one run there.
+      resume_step: the first step that this process will do. Rows of it and of later steps are
+        from a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears
+        once. None keeps all rows and appends.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        *,
+        primary: bool = True,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
+        paths.check_given("workdir", workdir)
+        self.workdir = Path(workdir)
+        self.primary = primary
+        self._jsonl = self._tensorboard = self._wandb = None
+        if not primary:
+            return
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        _supersede(self.workdir / "metrics.jsonl", resume_step)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(self.workdir / "tb"), purge_step=resume_step, flush_secs=30
+            )
+        if wandb is not None:
+            try:
+                import wandb as client
+            except ImportError as error:
+                raise ImportError(
+                    "no wandb here: pip install opsd_jax[wandb], or log without it"
+                ) from error
+            self._wandb = client.init(
+                dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb
+            )
+        self._jsonl = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
+        """Writes one line, flushed: `{"step", "time", "stage", **values}`.
+
+        Args:
+          step: updates done.
+          stage: of `config.STAGES`.
+          values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
+            written as null and its key is listed under `nonfinite`.
+
+        Raises TypeError or ValueError, naming the key, for values that are no number; FileNotFoundError when the file was
+        deleted while it was being written.
+        """
+        if not self.primary:
+            return
+        row = {"step": int(step), "time": round(time.time(), 3), "stage": stage}
+        numbers = {}
+        for key, value in values.items():
+            if key in row or key == "nonfinite":
+                raise ValueError(f"metric {key!r}: the writer sets this key itself; choose another")
+            array = np.asarray(value)
+            if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16
+                raise TypeError(f"metric {key!r} is no number: {value!r:.60}. Reduce it to one")
+            numbers[key] = int(array.item()) if array.dtype.kind in "biu" else float(array.item())
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        row |= {key: finite.get(key) for key in numbers}
+        if len(finite) < len(numbers):
+            row["nonfinite"] = [key for key in numbers if key not in finite]
+        self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
+        self._jsonl.flush()
+        self._check_kept()
+        if self._tensorboard:
+            for key, value in finite.items():
+                self._tensorboard.add_scalar(key if "/" in key else f"{stage}/{key}", value, step)
+        if self._wandb:
+            self._wandb.log(row, step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes `<workdir>/samples/<step>/<name>.txt`, and to TensorBoard."""
+        if self.primary:
+            self._sample(step, f"{name}.txt", text.encode())
+            if self._tensorboard:
+                self._tensorboard.add_text(name, text, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes `<workdir>/samples/<step>/<name>.png`, and to TensorBoard; uint8 [height, width, 3]."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"{name!r}: {image.dtype}{list(image.shape)} not uint8 [height, width, 3]"
+            )
+        if self.primary:
+            png = io.BytesIO()
+            Image.fromarray(np.asarray(image)).save(png, "PNG")
+            self._sample(step, f"{name}.png", png.getvalue())
+            if self._tensorboard:
+                self._tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def _sample(self, step: int, name: str, content: bytes) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name):
+            raise ValueError(
+                f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders"
+            )
+        files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
+
+    def _check_kept(self) -> None:
+        """Writing to a deleted file succeeds, and the numbers are lost: FileNotFoundError instead."""
+        path = self.workdir / "metrics.jsonl"
+        if not path.exists() or path.stat().st_size < self._jsonl.tell():
+            raise FileNotFoundError(
+                f"{path} was deleted or replaced while the run was writing it. What the run has not "
+                "saved elsewhere is lost: start it again, and keep the folder until it ends"
+            )
+
+    def close(self) -> None:
+        """Flushes and closes all."""
+        if self._jsonl:
+            self._jsonl.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self._jsonl and kind is None:
+                self._check_kept()
+        finally:
+            self.close()
+
+
+def _wandb_id(workdir: Path) -> str:
+    """The id of the workdir's run at Weights & Biases; made, and kept in wandb.json, at the first call."""
+    path = workdir / "wandb.json"
+    if not path.exists():
+        files.write(path, json.dumps({"id": secrets.token_hex(8)}))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))["id"]
+        if isinstance(found, str) and found:
+            return found
+    raise ValueError(
+        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at Weights & '
+        "Biases. Write that, or delete the file: the run then goes on as a new one there"
+    )
+
+
+def _supersede(path: Path, resume_step: int | None) -> None:
+    """Moves rows with step >= resume_step, and lines that are damaged, from `path` to `path`.superseded."""
+    if not path.exists():
+        return
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept, moved, damaged = [], [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            again = _row(line, f"{path}:{number}")["step"] >= (
+                math.inf if resume_step is None else resume_step
+            )
+        except (
+            ValueError
+        ):  # a power cut leaves NUL, or half a line that the next start went on behind
+            again = True
+            damaged.append(number)
+        (moved if again else kept).append(line)
+    if torn:  # the run was killed while it wrote this line
+        moved.append(torn)
+    if damaged:
+        logging.warning(
+            "%s: lines %s are damaged (a full disk, a power cut?); their numbers are lost",
+            path,
+            damaged,
+        )
+    if moved:
+        old = Path(f"{path}.superseded")
+        # The old file first: should we be killed in between, lines are there twice rather than lost.
+        before = old.read_bytes() if old.exists() else b""
+        files.write(old, before + "".join(line + "\n" for line in moved).encode())
+        files.write(path, "".join(line + "\n" for line in kept))
+        logging.warning(
+            "%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name
+        )
+
+
+def write_text(path, text: str) -> None:
+    """`files.write`, by the first process for all."""
+    if jax.process_index() == 0:
+        files.write(path, text)

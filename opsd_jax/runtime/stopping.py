@@ -1,0 +1,104 @@
+"""A run that is asked to stop finishes its step, saves and ends with exit code 42."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from opsd_jax.runtime import distributed
+
+
+class Stopped(SystemExit):
+    """The process was asked to stop and does so, with code 42: what it did is saved, and the same command continues."""
+
+    def __init__(self):
+        super().__init__(distributed.EXIT_STOPPED)
+
+
+class Flag:
+    """Whether the process was asked to stop; see `install_sigterm`. As a context manager it leaves no trace.
+
+    promise: what the message at the signal says; to be set where something else begins, so that it is true.
+    """
+
+    def __init__(self):
+        self.is_set = False
+        self.promise = "stopping before the next step"
+        self._asked = 0
+        self._previous = {}
+
+    def reached(self) -> bool:
+        """Whether to save and stop now. All processes of a run get the same answer if they ask equally often."""
+        if jax.distributed.is_initialized():
+            # Not the step: the processes stop at the number after the largest that one has asked for, and where a
+            # signal comes before the first question that is 1, which a continued run's steps are past.
+            self._asked += 1
+            self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)
+        return self.is_set
+
+    def check(self) -> None:
+        """Raises Stopped if it is time to stop. To be called between batches, by all processes equally often."""
+        if self.reached():
+            raise Stopped
+
+    def restore(self) -> None:
+        """Puts the signal handlers back that were there before."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __enter__(self) -> Flag:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+
+def install_sigterm() -> Flag:
+    """Lets a program end where nothing is lost, between two steps or batches, when it is asked to stop.
+
+    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the loops poll; a second SIGINT raises
+    KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in charge, for the processes must agree on
+    the step: poll `Flag.reached()` or `Flag.check()`, which cover both. A program that never asks is not stopped.
+    Outside of the main thread Python allows no handlers: the flag is then never set, and a warning says so.
+    """
+    flag = Flag()
+
+    def handle(number, frame):
+        if number == signal.SIGINT and flag.is_set:
+            raise KeyboardInterrupt
+        flag.is_set = True
+        logging.warning(
+            "%s: %s%s",
+            signal.Signals(number).name,
+            flag.promise,
+            " (again to abort at once)" if number == signal.SIGINT else "",
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        logging.warning(
+            "not in the main thread: SIGTERM and Ctrl-C will not save a checkpoint first"
+        )
+    elif not jax.distributed.is_initialized():
+        flag._previous = {
+            number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+    return flag
+
+
+@contextlib.contextmanager
+def stoppable(again: str) -> Iterator[Flag]:
+    """For commands that work batch by batch: their flag. again: what the same command does next time."""
+    with install_sigterm() as stop:
+        stop.promise = "stopping after this batch"
+        try:
+            yield stop
+        except Stopped:
+            print(f"stopped as asked; {again}", file=sys.stderr)
+            raise
