@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("parity", "reference", "small_run", "tiny")
+
 DEFAULT_GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
@@ -84,8 +86,9 @@ def released(goldens, tmp_path_factory):
     import shutil
 
     import numpy as np
-    import tiny
     from PIL import Image
+
+    import tiny
 
     source, folder = goldens / "checkpoint", tmp_path_factory.mktemp("released")
     if not (source / "ae.safetensors").exists():

@@ -14,10 +14,10 @@ import sys
 
 import numpy as np
 import pytest
-import small_run
-import tiny
 from PIL import Image
 
+import small_run
+import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import context, eval, tasks, tokenizer, train
 from opsd_jax.data import __main__ as data

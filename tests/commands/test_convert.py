@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
+import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import convert, distill, sharding
 from opsd_jax import params as params_lib

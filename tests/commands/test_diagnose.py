@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import small_run
 import tiny
-from tiny import MODEL, TOKENIZER
-
 from opsd_jax import context, distill
 from opsd_jax.data import examples, schedule
 from opsd_jax.diagnose import __main__ as command
@@ -23,6 +22,7 @@ from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, runs
 from opsd_jax.evaluation import contexts, reference_kl
 from opsd_jax.model import attention, bagel, mot
+from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
 QUERIES, KEYS = len(looks.QUERIES), len(looks.KEYS)

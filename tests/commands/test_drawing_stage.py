@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_run
-import tiny
 from PIL import Image
 
+import small_run
+import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import context, distill, flow, generate, interleave, train
 from opsd_jax import params as params_lib

@@ -12,8 +12,8 @@ import types
 
 import numpy as np
 import pytest
-import small_run
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import eval, rollout, tokenizer, train
 from opsd_jax.data import arrayrecord, examples, packing, schedule

@@ -7,10 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import small_run
-import tiny
 from PIL import Image
 
+import small_run
+import tiny
 from opsd_jax import context, generate, images, interleave, rollout, tokenizer
 from opsd_jax.data import examples
 from opsd_jax.data import workdir as workdir_lib

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_run
-import tiny
 from jax.sharding import PartitionSpec as P
 
+import small_run
+import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import distill, sharding
 from opsd_jax import params as params_lib

@@ -7,8 +7,8 @@ import types
 
 import numpy as np
 import pytest
-import small_run
 
+import small_run
 from opsd_jax import images, interleave
 from opsd_jax import redraw as redraw_lib
 from opsd_jax.data import arrayrecord, procedural

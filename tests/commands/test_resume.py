@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 import pytest
-import small_run
 
+import small_run
 from opsd_jax import eval as eval_command
 from opsd_jax import params as params_lib
 from opsd_jax import train

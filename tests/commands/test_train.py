@@ -12,9 +12,9 @@ import types
 import jax
 import numpy as np
 import pytest
-import small_run
 from PIL import Image
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import train
 from opsd_jax.run import controls as controls_lib

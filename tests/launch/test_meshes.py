@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec as P
 
+import tiny
 from opsd_jax import distill, divergence, rollout, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.plan import hlo

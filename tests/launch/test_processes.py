@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+
 import small_run
 
 COUNT, DEVICES, STEPS = 2, 4, (0, 5)
@@ -140,8 +141,8 @@ def one():
     """The same in this process, on one device."""
     import jax
     import test_meshes
-    import tiny
 
+    import tiny
     from opsd_jax import sharding
 
     with tiny.quick_compiles():

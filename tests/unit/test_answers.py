@@ -597,6 +597,7 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
 
 def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
     import jax
+
     import tiny
 
     whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from tiny import DRAWING, MODEL, TOKENIZER, image, latent
 
+import tiny
 from opsd_jax import context, distill, flow, rollout
 from opsd_jax.context import Text
 from opsd_jax.model import attention, bagel, flash
+from tiny import DRAWING, MODEL, TOKENIZER, image, latent
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -11,9 +11,9 @@ import os
 import jax
 import numpy as np
 import pytest
-import small_run
 from ml_collections import ConfigDict
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import convert, distill, eval, generate, redraw, train
 from opsd_jax.data import __main__ as data

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
 from opsd_jax import context
 from opsd_jax.context import Image, Latent, Prompts, Text
 from opsd_jax.model import attention, bagel
+from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
 BOS, EOS, IMAGE, IMAGE_END = (
     TOKENIZER.bos,

@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 import pytest
-import small_run
 
+import small_run
 from opsd_jax import context, tokenizer
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import arrayrecord, examples, packing, procedural, schema

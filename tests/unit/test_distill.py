@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from opsd_jax import context, distill
 from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
+import reference
 from opsd_jax import divergence
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.plan import programs

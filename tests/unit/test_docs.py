@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
+import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import context
 from opsd_jax.run import session

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import reference
 import tiny
-from tiny import DRAWING, TOKENIZER, image, latent
-
 from opsd_jax import flow, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.context import Image, Latent, Text
 from opsd_jax.model import bagel
+from tiny import DRAWING, TOKENIZER, image, latent
 
 C, SIDE = DRAWING.generation.latent_dim, DRAWING.generation.side
 pack = functools.partial(tiny.pack, latent_dim=DRAWING.generation.latent_dim, latent_side=SIDE)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from opsd_jax import context, distill, divergence, rollout
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig

@@ -15,10 +15,10 @@ import struct
 
 import numpy as np
 import pytest
-import small_run
 import test_tokenizer
 from PIL import Image
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import tokenizer
 from opsd_jax.data import arrayrecord, prepare, workdir

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import small_run
 import tiny
-
 from opsd_jax import config as config_lib
 from opsd_jax import context, distill, offline, sharding, tokenizer, train
 from opsd_jax.data import examples, packing, procedural

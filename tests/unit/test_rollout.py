@@ -7,8 +7,8 @@ import types
 import jax
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from opsd_jax import context, rollout
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from opsd_jax import flow
 from opsd_jax.model import bagel, vae
 from opsd_jax.model.config import GenerationConfig
