@@ -29,7 +29,7 @@ from opsd_jax.run import cli, samples, session, teacher_cache
 from opsd_jax.run import controls as controls_lib
 from opsd_jax.run import evaluation as evaluation_lib
 from opsd_jax.run import start as start_lib
-from opsd_jax.runtime import checkpoint, distributed, locks, metrics
+from opsd_jax.runtime import checkpoint, distributed, files, locks, metrics
 from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.runtime import health as health_lib
 from opsd_jax.runtime import progress as progress_lib
@@ -166,7 +166,7 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
                 saved["config"], config, ignore=session.FREE_SETTINGS, defaults=config_lib.default()
             )
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
-        run = session.prepare(
+        run = session.open_training(
             config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved
         )
         with run.writer, _said_when_stopped(workdir, checkpoints):
@@ -192,7 +192,7 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
                     stop.check()
                 first = ends[stage]
             print(f"{workdir}: where the time went\n{run.clock.table()}")
-            session.write_json(os.path.join(workdir, "time.json"), run.clock.report())
+            files.write_json(os.path.join(workdir, "time.json"), run.clock.report())
     return params
 
 
@@ -208,7 +208,15 @@ def _said_when_stopped(workdir, checkpoints):
 
 
 def train_stage(
-    run: session.Run, stage: str, first: int, last: int, params, checkpoints, done, stop, on_start
+    run: session.Session,
+    stage: str,
+    first: int,
+    last: int,
+    params,
+    checkpoints,
+    done,
+    stop,
+    on_start,
 ):
     """Steps first + 1 .. last of a run: one stage with its own optimizer and schedule. Returns the parameters to go
     on from, those of its last checkpoint.
@@ -220,7 +228,7 @@ def train_stage(
 
     config, clock = run.config, run.clock
     distill_config = config_lib.distill(config, stage, run.tokenizer)
-    rollout_config = run.rollout()
+    rollout_config = run.sampling()
     on_policy, draws = stage == "opsd", config_lib.draws(config, stage)
 
     # data first: what is wrong with them shows before anything is saved

@@ -16,7 +16,7 @@ from opsd_jax.evaluation import contexts, inference, reference_kl
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import job as job_lib
 from opsd_jax.run import session
-from opsd_jax.runtime import checkpoint
+from opsd_jax.runtime import checkpoint, files
 
 
 class Evaluation:
@@ -25,7 +25,7 @@ class Evaluation:
     stop: `checkpoint.Flag`, asked before each batch. The step that is evaluated is saved by then.
     """
 
-    def __init__(self, run: session.Run, stage: str, stop):
+    def __init__(self, run: session.Session, stage: str, stop):
         self.run, self.stage, self._stop, self._rows, self._moves = run, stage, stop, {}, {}
         c = run.config.eval
         # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
@@ -34,7 +34,7 @@ class Evaluation:
             run.config.data.buckets.student
         )
         # What cannot be evaluated shows now, not after the last step: a missing split, rows that fit no bucket.
-        run.rollout(
+        run.sampling(
             max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens,
             slots=c.slots,
             refill=0,
@@ -100,7 +100,7 @@ class Evaluation:
             self.run.packer,
             task_names=c.data.tasks,
             mode=mode,
-            config=self.run.rollout(max_new_tokens=budget, slots=c.eval.slots, refill=0),
+            config=self.run.sampling(max_new_tokens=budget, slots=c.eval.slots, refill=0),
             batch_size=c.eval.batch_size,
             limit=c.eval.rows,
             subset_seed=c.seed,
@@ -205,7 +205,7 @@ class Evaluation:
                 }
                 for task in after
             }
-            session.write_json(
+            files.write_json(
                 os.path.join(self._folder(step, "kl"), "summary.json"),
                 {
                     "split": c.eval.final_split,

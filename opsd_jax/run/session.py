@@ -1,20 +1,31 @@
-"""Everything of a run that is opened once."""
+"""An opened run: settings, devices, tokenizer, data and writers, assembled in this one place.
+
+train and its control arms           open_training   makes data that are absent; writes metrics
+eval, diagnose, generate, redraw     open_run        only reads
+"""
 
 import dataclasses
-import json
+import functools
 import os
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import rollout, sharding, tokenizer
+from opsd_jax import distill, sharding, tokenizer
 from opsd_jax.data import arrayrecord, packing, procedural
+from opsd_jax.data import examples as examples_lib
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.model import attention
+from opsd_jax.marker import Marker
+from opsd_jax.method_config import RolloutConfig
+from opsd_jax.model import attention, bagel
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
-from opsd_jax.runtime import checkpoint, metrics
+from opsd_jax.runtime import checkpoint, files, metrics
 from opsd_jax.runtime import clock as clock_lib
+from opsd_jax.tokenizer import Tokenizer
 
 # What may change between a run and its continuation.
 FREE_SETTINGS = (
@@ -32,26 +43,171 @@ FREE_SETTINGS = (
 )
 
 
-@dataclasses.dataclass
-class Run:
-    """What all stages share. Made once by `prepare`; nothing in it changes while training."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Session:
+    """An opened run: everything of it except weights. Nothing in it changes while it is open.
 
-    config: object
+    Attributes:
+      config: all settings of the run.
+      workdir: folder of the run (or of the control arm).
+      data_workdir: folder of the run whose data and tokenizer are used where the settings name none.
+      model: sizes and compute of the network.
+      mesh: devices, with the axes of `sharding`.
+      tokenizer: of the run's data.
+      marker: automaton of the image-start marker over the tokens of the vocabulary.
+      packer: packs prepared examples into contexts of the configured buckets.
+      clock: where the time goes.
+      writer: metrics and samples; it writes nothing in a session that only reads.
+    """
+
+    config: ConfigDict
     workdir: str
     data_workdir: str
-    mesh: object
-    tokenizer: object
-    marker: object
-    packer: object
-    digests: dict
-    clock: object
-    writer: object
+    model: ModelConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    marker: Marker
+    packer: packing.Packer
+    clock: clock_lib.Clock
+    writer: metrics.Writer
 
-    def rollout(self, **changes):
+    @functools.cached_property
+    def digests(self) -> dict:
+        """{"data": {task: digest of its prepared files}, "tokenizer": digest}."""
+        where = workdir_lib.folder(self.config, self.data_workdir)
+        data = {task: arrayrecord.digest(where, task) for task in self.config.data.tasks}
+        return {"data": data, "tokenizer": self.tokenizer.digest}
+
+    def examples(self, split: str, *, generation: bool = False) -> examples_lib.Rows:
+        """Prepared examples of a split; with `generation` also as the autoencoder sees their images."""
+        return examples_lib.Rows(
+            self.config, self.data_workdir, self.tokenizer, split, drawing=generation
+        )
+
+    def sampling(self, **changes) -> RolloutConfig:
+        """Config of the training rollouts, with changes by name."""
         shards = sharding.batch_divisor(self.mesh)
         return config_lib.rollout(
             self.config, self.tokenizer, self.marker, shards=shards, **changes
         )
+
+    def evaluation_sampling(self, **changes) -> RolloutConfig:
+        """Config of greedy answers in evaluations, with changes by name."""
+        c = self.config
+        own = dict(
+            greedy=True,
+            slots=c.eval.slots,
+            refill=0,
+            max_new_tokens=c.eval.max_new_tokens or c.rollout.max_new_tokens,
+        )
+        return self.sampling(**own | changes)
+
+    def abstract_params(self, layout: str = "train"):
+        """Shapes, dtypes and shardings of the weights: what restoring a checkpoint asks for."""
+        shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=self.model))
+        return sharding.abstract(self.mesh, shapes, layout)
+
+    def restore_params(self, checkpoint_folder: str):
+        """The weights in a checkpoint of the run, laid out for the update and for scoring.
+
+        A session whose `model` has no image generation leaves those weights on disk.
+        """
+        partial = self.config.model.generation.on and self.model.generation is None
+        return checkpoint.restore_params(checkpoint_folder, self.abstract_params(), partial=partial)
+
+    def for_sampling(self, params):
+        """The weights laid out for the sampler, in the dtype of the computation."""
+        return distill.for_sampling(self.mesh, params, self.config.model.dtype)(params)
+
+    def checkpoint_folder(self, step: int) -> str:
+        return os.path.join(self.workdir, "checkpoints", str(step))
+
+    def results_folder(self, step: int, name: str) -> str:
+        """Folder of the results of an evaluation of the run's checkpoint of a step."""
+        return os.path.join(self.workdir, "eval", f"{step:06d}-{name}")
+
+
+def open_run(workdir: str, *, tasks: tuple = (), devices=None) -> Session:
+    """Opens the run (or control arm) in a folder for reading: evaluation, diagnosis, generation.
+
+    Args:
+      tasks: some of the run's tasks; () for all of them.
+      devices: those of the mesh; None for all. All but the `tensor` size go to `fsdp`.
+    Raises:
+      FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
+    """
+    config = workdir_lib.load_config(workdir)
+    data_workdir = workdir_lib.workdir_of(config, workdir)
+    if tasks:
+        config = workdir_lib.with_tasks(config, tasks)
+    mesh = sharding.make_mesh(tensor=config.mesh.tensor, devices=devices)
+    return _open(config, workdir, data_workdir, mesh, clock_lib.Clock())
+
+
+def open_training(
+    config: ConfigDict,
+    workdir: str,
+    data_workdir: str,
+    resume_step: int | None,
+    saved: dict | None = None,
+) -> Session:
+    """Opens a run for training: makes data that are absent, and the writers of its metrics.
+
+    Args:
+      resume_step: the step that comes next.
+      saved: metadata of the checkpoint that the run continues from; None at the start.
+    Raises:
+      ConfigMismatch: the data or the tokenizer have another content than before.
+    """
+    clock = clock_lib.Clock()
+    primary = jax.process_index() == 0
+    mesh = sharding.make_mesh(**config.mesh)
+    attention.check_platform(config.model.attention, mesh.devices.flat[0].platform)
+    for stage in config.stages:
+        check_batch(config, stage, sharding.batch_divisor(mesh))
+    with clock("data"):
+        if primary:
+            procedural.make_if_absent(config, data_workdir)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("data is there")
+        session = _open(config, workdir, data_workdir, mesh, clock)
+        digests = session.digests
+    if saved:
+        checkpoint.check_digests(
+            saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed
+        )
+    elif config.init_from:
+        checkpoint.check_digests(
+            _tokenizer_of_origin(config),
+            {"tokenizer": digests["tokenizer"]},
+            whose=config.init_from,
+            accepted=config.checkpoint.accept_changed,
+        )
+    writer = metrics.Writer(  # last: it moves rows of steps that will be done again
+        workdir,
+        primary=primary,
+        tensorboard=config.log.tensorboard,
+        wandb=wandb_arguments(config, workdir, data_workdir),
+        resume_step=resume_step,
+    )
+    return dataclasses.replace(session, writer=writer)
+
+
+def _open(config, workdir, data_workdir, mesh, clock) -> Session:
+    size = config.model.llm.vocab_size
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, data_workdir), vocab_size=size)
+    return Session(
+        config=config,
+        workdir=workdir,
+        data_workdir=data_workdir,
+        model=config_lib.model(config),
+        mesh=mesh,
+        tokenizer=tok,
+        marker=Marker.build(tok.token_bytes, size),
+        packer=packing.Packer(config, tok),
+        clock=clock,
+        writer=metrics.Writer(workdir, primary=False),
+    )
 
 
 def record_config(config, workdir: str) -> None:
@@ -69,69 +225,7 @@ def record_config(config, workdir: str) -> None:
             defaults=config_lib.default(),
         )
     else:
-        write_json(path, record)
-
-
-def prepare(
-    config, workdir: str, data_workdir: str, resume_step: int | None, saved: dict | None = None
-) -> Run:
-    """Makes everything of a run that is not weights: mesh, data, tokenizer, writers.
-
-    saved: the metadata of the checkpoint that it continues from, None at the start. ConfigMismatch where the data or the
-    tokenizer have another content now.
-    """
-
-    clock = clock_lib.Clock()
-    primary = jax.process_index() == 0
-    mesh = sharding.make_mesh(**config.mesh)
-    attention.check_platform(config.model.attention, mesh.devices.flat[0].platform)
-    for stage in config.stages:
-        check_batch(config, stage, sharding.batch_divisor(mesh))
-    with clock("data"):
-        if primary:
-            procedural.make_if_absent(config, data_workdir)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("data is there")
-        tok = tokenizer.load(
-            workdir_lib.tokenizer_folder(config, data_workdir),
-            vocab_size=config.model.llm.vocab_size,
-        )
-        where = workdir_lib.folder(config, data_workdir)
-        digests = {
-            "data": {task: arrayrecord.digest(where, task) for task in config.data.tasks},
-            "tokenizer": tok.digest,
-        }
-    if saved:
-        checkpoint.check_digests(
-            saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed
-        )
-    elif config.init_from:
-        checkpoint.check_digests(
-            _tokenizer_of_origin(config),
-            {"tokenizer": tok.digest},
-            whose=config.init_from,
-            accepted=config.checkpoint.accept_changed,
-        )
-    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    writer = metrics.Writer(
-        workdir,
-        primary=primary,
-        tensorboard=config.log.tensorboard,
-        wandb=wandb_arguments(config, workdir, data_workdir),
-        resume_step=resume_step,
-    )
-    return Run(
-        config,
-        workdir,
-        data_workdir,
-        mesh,
-        tok,
-        marker,
-        packing.Packer(config, tok),
-        digests,
-        clock,
-        writer,
-    )
+        files.write_json(path, record)
 
 
 def _tokenizer_of_origin(config) -> dict:
@@ -172,7 +266,3 @@ def check_batch(config, stage: str, shards: int) -> None:
             f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch shards of "
             "config.mesh"
         )
-
-
-def write_json(path, value) -> None:
-    metrics.write_text(path, json.dumps(value, indent=1))

@@ -15,7 +15,7 @@ from opsd_jax.run import session
 from opsd_jax.runtime import checkpoint
 
 
-def initial_params(run: session.Run, done):
+def initial_params(run: session.Session, done):
     """The weights that the first stage starts from, laid out on the mesh."""
 
     config, model = run.config, config_lib.model(run.config)
