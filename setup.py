@@ -13,6 +13,7 @@ core = [
     "pandas>=2.2",
     "pillow>=11",
     "numpy>=2.0",
+    "scipy>=1.14",  # intervals and tests of accuracies; jax depends on it, too
     "einops>=0.8",
     "transformers>=5",
     "tokenizers>=0.22",

@@ -55,7 +55,7 @@ def main(argv) -> None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
     try:
         _run(config, workdir, flags.FLAGS.arm)
-    except (ValueError, OSError, health_lib.UnhealthyRun, controls_lib.ArmsFailed) as error:
+    except (ValueError, OSError, health_lib.UnhealthyRunError, controls_lib.ArmsFailed) as error:
         if distributed.peer_is_lost(error):
             raise
         logging.debug("where the error comes from:", exc_info=error)
@@ -133,8 +133,8 @@ def _check_there(config, workdir: str, data_workdir: str) -> None:
     ):
         try:
             checkpoint.resolve(config.init_from)
-        except checkpoint.CheckpointNotFound as error:
-            raise checkpoint.CheckpointNotFound(
+        except checkpoint.CheckpointNotFoundError as error:
+            raise checkpoint.CheckpointNotFoundError(
                 f"config.init_from={config.init_from!r} is no model and holds no checkpoint: {error}"
             ) from None
 
@@ -192,7 +192,11 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
                     stop.check()
                 first = ends[stage]
             print(f"{workdir}: where the time went\n{run.clock.table()}")
-            files.write_json(os.path.join(workdir, "time.json"), run.clock.report())
+            files.write_json(
+                os.path.join(workdir, "time.json"),
+                run.clock.report(),
+                primary=jax.process_index() == 0,
+            )
     return params
 
 

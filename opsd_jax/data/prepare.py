@@ -51,7 +51,7 @@ def prepare(
       BadSource, BadRow: see there.
       FileExistsError: the target folder holds rows of other files, splits or another limit, or of a file that has been
         edited since.
-      locks.FolderInUse: another command is writing there.
+      locks.FolderInUseError: another command is writing there.
       OSError: a failing write, e.g. a full disk; no half shard counts as finished.
     """
     paths.check_given("--source", source)

@@ -107,7 +107,7 @@ def _check_same(target: str, was: dict, make: dict) -> None:
 def make_procedural(target: str, make: dict) -> None:
     """Makes procedural data in a folder, or finishes what the same settings began there. make: as `config.data.make`.
 
-    Raises ValueError if others were begun there; locks.FolderInUse.
+    Raises ValueError if others were begun there; locks.FolderInUseError.
     """
     with locks.only_writer(target):
         _make(target, json.loads(json.dumps(make)))  # lists for tuples, as in the record

@@ -3,9 +3,11 @@
 import json
 import os
 
+import jax
+
 from opsd_jax.diagnose import attention, runs
 from opsd_jax.evaluation import html, statistics
-from opsd_jax.runtime import metrics
+from opsd_jax.runtime import files
 
 MODES = ("none", "real", "noise", "swap", "remove")
 
@@ -53,7 +55,7 @@ def measure(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
         shares_of[mode] = attention.named(attention.mean_over_rows(shares).mean(axis=0))[
             "completion"
         ]
-    metrics.write_text(
+    files.write(
         os.path.join(folder, "predictions.jsonl"),
         "".join(
             json.dumps({"mode": mode, "task": task, **p}) + "\n"
@@ -61,6 +63,7 @@ def measure(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
             for task, predictions in by_task.items()
             for p in predictions
         ),
+        primary=jax.process_index() == 0,
     )
     summary = {
         "analysis": "interventions",

@@ -19,7 +19,7 @@ from opsd_jax.evaluation import contexts as contexts_lib
 from opsd_jax.evaluation import html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.runtime import metrics
+from opsd_jax.runtime import files
 
 BOOTSTRAP = 2000  # resamples
 COMPLETIONS = ("base", "student", "data", "official")
@@ -357,8 +357,10 @@ def measure(
         for kind in kinds
         for r in found[kind]
     ]
-    metrics.write_text(
-        os.path.join(folder, "tokens.jsonl"), "".join(json.dumps(line) + "\n" for line in lines)
+    files.write(
+        os.path.join(folder, "tokens.jsonl"),
+        "".join(json.dumps(line) + "\n" for line in lines),
+        primary=jax.process_index() == 0,
     )
     facts = {
         **run.facts(),

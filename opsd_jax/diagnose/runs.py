@@ -18,7 +18,7 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.run import job
 from opsd_jax.runtime import checkpoint as checkpoint_lib
-from opsd_jax.runtime import files, metrics
+from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
 
 ROWS = 128  # of each task, chosen at random, if the command does not say
@@ -260,9 +260,15 @@ def finish(folder, summary, page) -> tuple[str, list[str]]:
     if jax.process_index():
         return "", []
     title, parts = page(summary)
-    metrics.write_text(os.path.join(folder, "report.html"), html.page(title, *parts))
-    metrics.write_text(
-        os.path.join(folder, "summary.json"), json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    files.write(
+        os.path.join(folder, "report.html"),
+        html.page(title, *parts),
+        primary=jax.process_index() == 0,
+    )
+    files.write(
+        os.path.join(folder, "summary.json"),
+        json.dumps(summary, indent=1, allow_nan=False) + "\n",
+        primary=jax.process_index() == 0,
     )
     return title, parts
 

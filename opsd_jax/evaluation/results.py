@@ -5,12 +5,13 @@ import dataclasses
 import json
 import os
 
+import jax
 import numpy as np
 from absl import logging
 
 from opsd_jax.evaluation import statistics, tables
 from opsd_jax.inputs import json_files
-from opsd_jax.runtime import metrics
+from opsd_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +73,17 @@ def write(directory: str, results, *, checkpoint: str, seed: int, protocol: str,
         **more,
         "benchmarks": {r.name: r.summary() for r in results},
     }
-    metrics.write_text(
+    files.write(
         os.path.join(directory, "predictions.jsonl"),
         "".join(
             json.dumps({"benchmark": r.name, **p}) + "\n" for r in results for p in r.predictions
         ),
+        primary=jax.process_index() == 0,
     )
-    metrics.write_text(
-        os.path.join(directory, "summary.json"), json.dumps(summary, indent=1) + "\n"
+    files.write(
+        os.path.join(directory, "summary.json"),
+        json.dumps(summary, indent=1) + "\n",
+        primary=jax.process_index() == 0,
     )
     return summary
 
@@ -119,7 +123,7 @@ def write_table(workdir: str) -> str:
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
     text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
-    metrics.write_text(os.path.join(folder, "summary.md"), text)
+    files.write(os.path.join(folder, "summary.md"), text, primary=jax.process_index() == 0)
     return text
 
 

@@ -213,6 +213,7 @@ class Evaluation:
                     "unit": "nats per token",
                     "tasks": found,
                 },
+                primary=jax.process_index() == 0,
             )
             scores |= {
                 f"kl/{task}/{k}": v for task, d in found.items() for k, v in d.items() if k != "n"

@@ -28,7 +28,7 @@ from opsd_jax.model import bagel
 from opsd_jax.release import folders
 from opsd_jax.run import model as model_lib
 from opsd_jax.runtime import checkpoint as checkpoint_lib
-from opsd_jax.runtime import metrics
+from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
 
 
@@ -712,8 +712,9 @@ def _run(
                 {key: p["prediction"] for key, p in predictions.items()},
             )
     summary = results_lib.write(folder, results, protocol=protocol, mode=mode, **job.about, **facts)
-    metrics.write_text(
+    files.write(
         os.path.join(folder, "report.html"),
         page.page(name, summary, results, {b.name: b for b in chosen}, shown, compared),
+        primary=jax.process_index() == 0,
     )
     return summary

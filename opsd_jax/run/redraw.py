@@ -16,7 +16,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import cli, json_files, paths
 from opsd_jax.run import model as model_lib
 from opsd_jax.runtime import checkpoint as checkpoint_lib
-from opsd_jax.runtime import files, locks, metrics
+from opsd_jax.runtime import files, locks
 from opsd_jax.runtime import progress as progress_lib
 
 SHARD = 512  # rows of a parquet file; what a kill can cost
@@ -42,7 +42,7 @@ def redraw(
         `checkpoint.Flag.check`.
     Raises:
       FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
-      cannot draw; unknown splits. locks.FolderInUse: another command is writing into DIR.
+      cannot draw; unknown splits. locks.FolderInUseError: another command is writing into DIR.
     """
 
     cli.check_precision()
@@ -81,7 +81,7 @@ def redraw(
         place = workdir_lib.folder(config, workdir_lib.workdir_of(config, workdir))
         digests = {task: arrayrecord.digest(place, task) for task in config.data.tasks}
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
-        metrics.write_text(record_path, json.dumps(record))
+        files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
         for task in config.data.tasks:
             for split in used:
                 source = arrayrecord.open_source(place, split, task=task)

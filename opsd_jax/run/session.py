@@ -157,7 +157,7 @@ def open_training(
       resume_step: the step that comes next.
       saved: metadata of the checkpoint that the run continues from; None at the start.
     Raises:
-      ConfigMismatch: the data or the tokenizer have another content than before.
+      ConfigMismatchError: the data or the tokenizer have another content than before.
     """
     clock = clock_lib.Clock()
     primary = jax.process_index() == 0
@@ -211,7 +211,7 @@ def _open(config, workdir, data_workdir, mesh, clock) -> Session:
 
 
 def record_config(config, workdir: str) -> None:
-    """Writes W/config.json; ConfigMismatch if W holds a run with other settings.
+    """Writes W/config.json; ConfigMismatchError if W holds a run with other settings.
 
     A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
     """
@@ -225,7 +225,7 @@ def record_config(config, workdir: str) -> None:
             defaults=config_lib.default(),
         )
     else:
-        files.write_json(path, record)
+        files.write_json(path, record, primary=jax.process_index() == 0)
 
 
 def _tokenizer_of_origin(config) -> dict:

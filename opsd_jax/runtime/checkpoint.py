@@ -42,11 +42,11 @@ _OLD = ".being-deleted"  # renamed before it is deleted: a reader finds a checkp
 _COMMITTED = "commit_success.txt"  # Orbax writes it last of all, on object stores too
 
 
-class CheckpointNotFound(FileNotFoundError):
+class CheckpointNotFoundError(FileNotFoundError):
     """There is no complete checkpoint where one was asked for."""
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatchError(ValueError):
     """The checkpoint's arrays are not those that the program expects."""
 
 
@@ -54,11 +54,11 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read."""
 
 
-class CheckpointGone(CheckpointNotFound):
+class CheckpointGoneError(CheckpointNotFoundError):
     """A checkpoint was deleted by the run that wrote it, which keeps only its newest ones."""
 
 
-class ConfigMismatch(ValueError):
+class ConfigMismatchError(ValueError):
     """A run would continue with other settings, data or another tokenizer than it was started with."""
 
 
@@ -305,7 +305,7 @@ def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
             _check_structure(
                 directory, item, stored.get(item, {}), tree, convert=False, partial=False
             )
-    except (CheckpointError, CheckpointMismatch) as error:
+    except (CheckpointError, CheckpointMismatchError) as error:
         aside = directory.parent / f"{directory.name}{_TMP}"
         if jax.process_index() == 0 and directory.exists():
             directory.rename(aside)
@@ -336,7 +336,7 @@ def restore(directory, abstract_state: Any, *, partial: bool = False) -> Any:
       partial: arrays that `abstract_state` lacks are left on disk; otherwise they are an error.
 
     Raises:
-      CheckpointNotFound: nothing complete there. CheckpointMismatch: paths, shapes or dtypes
+      CheckpointNotFoundError: nothing complete there. CheckpointMismatchError: paths, shapes or dtypes
       differ; lists all of them. CheckpointError: the files cannot be read.
     """
     return of_newest(
@@ -381,17 +381,17 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
     """`work` done with the step folder that `directory` (as in `restore`) stands for.
 
     A run that goes on deletes its older checkpoints. Where it deletes this one meanwhile, the work is done again with the
-    newest one; CheckpointGone if `directory` is that very step.
+    newest one; CheckpointGoneError if `directory` is that very step.
     """
     while True:
         folder = resolve(directory)
         try:
             return work(folder)
-        except (CheckpointError, CheckpointMismatch, CheckpointNotFound) as error:
+        except (CheckpointError, CheckpointMismatchError, CheckpointNotFoundError) as error:
             if _is_committed(folder):
                 raise
             if folder == _absolute(directory):
-                raise CheckpointGone(
+                raise CheckpointGoneError(
                     f"{folder} was deleted while it was being read, probably by the run that wrote it, which keeps its newest "
                     "ones (checkpoint.keep_latest): take a later step, or leave the step out for the newest"
                 ) from error
@@ -407,12 +407,12 @@ def newest(workdir: str) -> str:
     """The step folder of a run's newest checkpoint; in a run of several processes the one that the first process finds."""
     try:
         step, error = metadata(workdir)["step"], None
-    except (CheckpointError, CheckpointMismatch, CheckpointNotFound) as found:
+    except (CheckpointError, CheckpointMismatchError, CheckpointNotFoundError) as found:
         step, error = -1, found
     if jax.process_count() > 1:  # a run beside may save another one before the next process looks
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step < 0:
-        raise error or CheckpointNotFound(
+        raise error or CheckpointNotFoundError(
             f"{workdir}: the first process finds no checkpoint there; its message says more"
         )
     return os.path.join(workdir, "checkpoints", str(step))
@@ -427,7 +427,7 @@ def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
     while True:
         try:
             return work()
-        except CheckpointGone as error:
+        except CheckpointGoneError as error:
             if given or jax.process_count() > 1:
                 raise
             logging.warning("%s Going on with the newest checkpoint", error)
@@ -459,12 +459,12 @@ def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
         found = ocp.checkpointables_metadata(directory)
     details = found.custom_metadata or {}
     if "format" not in details:
-        raise CheckpointMismatch(
+        raise CheckpointMismatchError(
             f"{directory} is an Orbax checkpoint, but not one of opsd_jax (its "
             "metadata has no format): use `python -m opsd_jax.convert import`"
         )
     if isinstance(details["format"], int) and details["format"] > FORMAT:
-        raise CheckpointMismatch(
+        raise CheckpointMismatchError(
             f"{directory} has format {details['format']}; this version of opsd_jax "
             f"reads up to {FORMAT}: update opsd_jax"
         )
@@ -488,7 +488,7 @@ def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, par
 
     stored = _read_metadata(directory)[0]
     if item not in stored:
-        raise CheckpointMismatch(
+        raise CheckpointMismatchError(
             f"{directory} holds no {item!r}, only {sorted(stored)}: it has weights to "
             "start from or to evaluate, not a run to continue"
         )
@@ -529,7 +529,7 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _check_structure(directory, item, stored, abstract, convert, partial) -> None:
-    """Raises CheckpointMismatch with every path that differs; Orbax would stop at the first."""
+    """Raises CheckpointMismatchError with every path that differs; Orbax would stop at the first."""
     stored = {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _paths(stored).items()
     }
@@ -554,7 +554,7 @@ def _check_structure(directory, item, stored, abstract, convert, partial) -> Non
     if bad := [path for path in sorted(stored.keys() | wanted.keys()) if not agree(path)]:
         rows = [("array", "in the checkpoint", "expected now")]
         rows += [(path, show(stored.get(path)), show(wanted.get(path))) for path in bad]
-        raise CheckpointMismatch(
+        raise CheckpointMismatchError(
             f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
             f"{_table(rows)}\n"
             "Use the model and optimizer settings that it was saved with (they are in its metadata, under "
@@ -637,12 +637,14 @@ def resolve(directory) -> epath.Path:
     ):  # a step by name: no other will do
         steps, half = _list(directory.parent)
         if any(name.split(".")[0] == directory.name for name in half):
-            raise CheckpointNotFound(
+            raise CheckpointNotFoundError(
                 f"{directory}: this save was interrupted and cannot be used. Complete "
                 f"steps beside it: {steps or 'none'}"
             )
         if steps:
-            error = CheckpointGone if steps[-1] > int(directory.name) else CheckpointNotFound
+            error = (
+                CheckpointGoneError if steps[-1] > int(directory.name) else CheckpointNotFoundError
+            )
             raise error(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
     folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
     steps, half = _list(folder)
@@ -657,17 +659,17 @@ def resolve(directory) -> epath.Path:
             )
         return folder / str(steps[-1])
     if half:
-        raise CheckpointNotFound(
+        raise CheckpointNotFoundError(
             f"{folder}: the only save there was interrupted ({', '.join(half)}) and "
             "there is no complete checkpoint: start the run again"
         )
     if not folder.exists():
-        raise CheckpointNotFound(
+        raise CheckpointNotFoundError(
             f"{folder}: no such folder. Give a workdir, its checkpoints or one step"
         )
     names = sorted(path.name for path in folder.iterdir())
     there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    raise CheckpointNotFound(
+    raise CheckpointNotFoundError(
         f"{folder}: no checkpoint there (it holds: {there or 'nothing'}). Give a "
         "workdir, its checkpoints folder or one step"
     )
@@ -715,7 +717,7 @@ def config_to_json(config: Mapping) -> dict:
 def check_config(
     saved: Mapping, current: Mapping, *, ignore: Iterable[str] = (), defaults: Mapping = {}
 ) -> None:
-    """Raises ConfigMismatch, with a table of the differences, unless both settings are the same.
+    """Raises ConfigMismatchError, with a table of the differences, unless both settings are the same.
 
     Args:
       saved, current: settings; compared as `config_to_json` writes them.
@@ -747,7 +749,7 @@ def check_config(
             (f" (such as --config.{key}={saved[key]})" for key in keys if key in saved), ""
         )
         free = f" May change on resume: {', '.join(ignore)}." if ignore else ""
-        raise ConfigMismatch(
+        raise ConfigMismatchError(
             f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
             f"the saved ones{example}, or start a new run with another --workdir.{free}"
         )
@@ -756,7 +758,7 @@ def check_config(
 def check_digests(
     saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run"
 ) -> None:
-    """Raises ConfigMismatch, with a table of the differences, unless data and tokenizer are those of a checkpoint.
+    """Raises ConfigMismatchError, with a table of the differences, unless data and tokenizer are those of a checkpoint.
 
     Args:
       saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted, with a warning: it was
@@ -786,7 +788,7 @@ def check_digests(
             rows += [(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
     if kinds:
         names = " and ".join(kinds)
-        raise ConfigMismatch(
+        raise ConfigMismatchError(
             f"{whose} was trained with another content of {names} (digests):\n{_table(rows)}\nPut the {names} back as it was, "
             "or start a new run with another --workdir. To go on with what is there now, knowing that it differs: "
             f'--config.checkpoint.accept_changed="{tuple(kinds)}"'

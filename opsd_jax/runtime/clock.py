@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 
-class TooManyCompiles(RuntimeError):
+class TooManyCompilesError(RuntimeError):
     """A function is compiled again and again, instead of once for each bucket of shapes."""
 
 
@@ -96,13 +96,13 @@ class CompileGuard:
         self._watched[name] = jitted, limit
 
     def check(self) -> dict[str, int]:
-        """`{"compiles": of all, "compiles/<name>": of each}`, for the metrics. Raises TooManyCompiles."""
+        """`{"compiles": of all, "compiles/<name>": of each}`, for the metrics. Raises TooManyCompilesError."""
         counts = {name: jitted._cache_size() for name, (jitted, _) in self._watched.items()}
         if over := [name for name, count in counts.items() if count > self._watched[name][1]]:
             each = ", ".join(
                 f"{name} {counts[name]} times, limit {self._watched[name][1]}" for name in over
             )
-            raise TooManyCompiles(
+            raise TooManyCompilesError(
                 f"compiled too often: {each}. The arguments change in shape, dtype, weak type, sharding, "
                 "static value, or between host and device. JAX_EXPLAIN_CACHE_MISSES=1 shows which: pad them "
                 "to the buckets and place them alike, or allow more buckets"

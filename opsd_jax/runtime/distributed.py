@@ -96,7 +96,7 @@ def _by_hand() -> dict:
     if absent := [name for name in _ENVIRONMENT if name not in given]:
         raise ValueError(
             f"{', '.join(given)} set, {', '.join(absent)} not: a run of several processes needs all "
-            "three (python -m pydoc opsd_jax.distributed)"
+            "three (python -m pydoc opsd_jax.runtime.distributed)"
         )
     address = os.environ["OPSD_COORDINATOR"]
     if not re.fullmatch(r".+:\d+", address):

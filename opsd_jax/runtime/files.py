@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all: a reader sees the old content or the new, even where the power fails."""
+"""Atomic writes: a reader finds the old content or the new one, even after a power failure.
+
+Every file that a command writes next to others that it may have to replace is written here.
+"""
 
 import contextlib
 import json
@@ -7,11 +10,34 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 
+def write(path: str | os.PathLike, content: str | bytes, *, primary: bool = True) -> None:
+    """Writes a whole file.
+
+    Args:
+      path: the file, which is replaced if it exists; missing folders are made.
+      content: bytes, or text, which is written as UTF-8. Characters that UTF-8 cannot encode (from
+        a file name that is not UTF-8) are written as escapes.
+      primary: whether this process writes, `jax.process_index() == 0` in a run of several
+        processes; the others do nothing.
+    """
+    if primary:
+        with replacing(path) as file:
+            file.write(
+                content.encode(errors="backslashreplace") if isinstance(content, str) else content
+            )
+
+
+def write_json(path: str | os.PathLike, value: Any, *, primary: bool = True) -> None:
+    """Writes a value as JSON with one entry per line; path and primary as in `write`."""
+    write(path, json.dumps(value, indent=1), primary=primary)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file, open for writing, that takes the place of `path` at the end; its folders are made.
+    """Yields a new file, open for writing, that replaces `path` when the block ends.
 
-    Where the block fails, nothing is left of it; a process that is killed in it leaves `<path>.<process>.tmp`.
+    Missing folders are made. If the block raises, the new file is removed; a process that is killed
+    within the block leaves `<path>.<process id>.tmp`.
     """
     path = os.fspath(path)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -26,16 +52,3 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
         raise
-
-
-def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file. Text is UTF-8; what is no text, as in the name of a file that is no UTF-8, becomes an escape."""
-    with replacing(path) as file:
-        file.write(
-            content.encode(errors="backslashreplace") if isinstance(content, str) else content
-        )
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a value as JSON, a line for each entry."""
-    write(path, json.dumps(value, indent=1))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 
-class UnhealthyRun(RuntimeError):
+class UnhealthyRunError(RuntimeError):
     """Going on would waste the machine: the message says what is seen and how to mend it."""
 
 
@@ -61,9 +61,9 @@ class Health:
         self._ended = False  # completions did end, once
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Looks at one row of metrics; keys that it lacks are not looked at. Raises UnhealthyRun."""
+        """Looks at one row of metrics; keys that it lacks are not looked at. Raises UnhealthyRunError."""
         if problems := self._look(metrics):
-            raise UnhealthyRun(f"stopped at step {step}: " + "; ".join(problems))
+            raise UnhealthyRunError(f"stopped at step {step}: " + "; ".join(problems))
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Takes in earlier rows of this stage, as `read` gives them, without judging them."""

@@ -20,7 +20,7 @@ _held = contextvars.ContextVar(
 )
 
 
-class FolderInUse(OSError):
+class FolderInUseError(OSError):
     """Another command is writing into the folder."""
 
 
@@ -37,7 +37,7 @@ def only_writer(
       wait: until the other command is done, instead of an error.
       primary: of the processes of one run, the first one locks for all; the others pass.
     Raises:
-      FolderInUse: names the process that writes there and its machine.
+      FolderInUseError: names the process that writes there and its machine.
     """
     paths.check_given("folder", folder)
     folder = os.path.realpath(folder)
@@ -80,7 +80,7 @@ def _lock(path, folder, wait):
             owner = file.read().strip() or "another command"
             file.close()
             if not wait:
-                raise FolderInUse(
+                raise FolderInUseError(
                     f"{folder} is being written by {owner}: wait until that is done, stop it, or use another folder. Where "
                     f"that machine is gone and its network disk still keeps the lock, delete {path}"
                 ) from None

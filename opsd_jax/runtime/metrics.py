@@ -260,9 +260,3 @@ def _supersede(path: Path, resume_step: int | None) -> None:
         logging.warning(
             "%s: moved %d lines of an interrupted run to %s", path, len(moved), old.name
         )
-
-
-def write_text(path, text: str) -> None:
-    """`files.write`, by the first process for all."""
-    if jax.process_index() == 0:
-        files.write(path, text)

@@ -499,7 +499,7 @@ def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
     half = tmp_path / "other" / "checkpoints" / "7.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
     refused(
-        checkpoint.CheckpointNotFound,
+        checkpoint.CheckpointNotFoundError,
         tmp_path,
         "interrupted (7.orbax-checkpoint-tmp)",
         "no complete checkpoint",
@@ -507,14 +507,14 @@ def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
         init_from=str(half.parent),
     )
     refused(
-        checkpoint.CheckpointNotFound,
+        checkpoint.CheckpointNotFoundError,
         tmp_path,
         f"{half.parent}/7: this save was interrupted",
         data__dir=str(folder),
         init_from=str(half.parent / "7"),
     )
     refused(
-        checkpoint.CheckpointNotFound,
+        checkpoint.CheckpointNotFoundError,
         tmp_path,
         "/nowhere: no such folder. Give a workdir",
         data__dir=str(folder),
@@ -526,7 +526,7 @@ def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
 def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
     trained = small_run.trained(tmp_path_factory)
     refused(
-        checkpoint.CheckpointMismatch,
+        checkpoint.CheckpointMismatchError,
         tmp_path,
         "llm/layers/und/gate_kernel",
         "48",
@@ -540,7 +540,7 @@ def test_starting_from_other_sizes(tmp_path, tmp_path_factory):
 def test_a_folder_that_another_run_writes_into(tmp_path, folder):
     with locks.only_writer(tmp_path / "w", inside=True):
         refused(
-            locks.FolderInUse,
+            locks.FolderInUseError,
             tmp_path,
             f"{tmp_path}/w",
             f"process {os.getpid()} on",

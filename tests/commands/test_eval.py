@@ -86,7 +86,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     )
     assert read(workdir / "eval" / "x")[0]["checkpoint"].endswith(f"/{small_run.LAST}")
     with pytest.raises(
-        checkpoint_lib.CheckpointGone,
+        checkpoint_lib.CheckpointGoneError,
         match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}",
     ):
         job.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))

@@ -102,7 +102,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
 
     def rotated(directory, draw):
         if steps.pop(0) == 3:
-            raise checkpoint.CheckpointGone(directory)
+            raise checkpoint.CheckpointGoneError(directory)
         return load(directory, draw)
 
     monkeypatch.setattr(model_lib, "load", rotated)

@@ -278,7 +278,7 @@ def test_commands_stop_between_batches(
 
 @pytest.mark.slow
 def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
-    with pytest.raises(checkpoint.ConfigMismatch) as error:
+    with pytest.raises(checkpoint.ConfigMismatchError) as error:
         train.train(small_run.config(opsd__jsd_weight=2.0, divergence__beta=0.0), str(straight))
     for part in ("divergence.beta", "0.5", "0.0", "opsd.jsd_weight", "2.0", "--workdir"):
         assert part in str(error.value)
@@ -309,15 +309,16 @@ def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
     shutil.copy(straight / "data" / "made.json", workdir / "data")
     rows = (workdir / "metrics.jsonl").read_text()
     with pytest.raises(
-        checkpoint.ConfigMismatch,
+        checkpoint.ConfigMismatchError,
         match=rf"another content of data .digests.:(.|\n)*data.{small_run.TASK} ",
     ):
         train.train(small_run.config(), str(workdir))
     swap_two_tokens(workdir / "data" / "made" / "tokenizer")
-    with pytest.raises(checkpoint.ConfigMismatch, match="another content of tokenizer"):
+    with pytest.raises(checkpoint.ConfigMismatchError, match="another content of tokenizer"):
         train.train(small_run.config(checkpoint__accept_changed=("data",)), str(workdir))
     with pytest.raises(
-        checkpoint.ConfigMismatch, match=f"{straight} was trained with another content of tokenizer"
+        checkpoint.ConfigMismatchError,
+        match=f"{straight} was trained with another content of tokenizer",
     ):
         train.train(
             small_run.config(init_from=str(straight), data__dir=str(workdir / "data")),
@@ -358,7 +359,7 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(older))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     session.record_config(small_run.config(), str(tmp_path))
-    with pytest.raises(checkpoint.ConfigMismatch, match=r"model.rope_bfloat16 +false +true"):
+    with pytest.raises(checkpoint.ConfigMismatchError, match=r"model.rope_bfloat16 +false +true"):
         session.record_config(small_run.config(model__rope_bfloat16=True), str(tmp_path))
 
 

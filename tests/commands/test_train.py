@@ -390,7 +390,7 @@ def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        health.UnhealthyRun("stopped at step 3: loss is nan"),
+        health.UnhealthyRunError("stopped at step 3: loss is nan"),
         controls_lib.ArmsFailed("noise"),
         ValueError("config.seed is -1"),
         FileNotFoundError("no data"),

@@ -671,7 +671,7 @@ def test_a_lost_peer_is_told_from_an_error():
 # --- really several processes -------------------------------------------------------------------------------
 
 SUM = """
-from opsd_jax import distributed
+from opsd_jax.runtime import distributed
 assert distributed.initialize()
 import jax, sys, time
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -757,7 +757,7 @@ TRAIN = """
 import sys
 from absl import flags
 flags.FLAGS.mark_as_parsed()
-from opsd_jax import distributed
+from opsd_jax.runtime import distributed
 distributed.initialize()
 print("joined", flush=True)
 sys.path.insert(0, {tests!r})

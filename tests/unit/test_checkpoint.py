@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from opsd_jax.runtime import checkpoint, stopping
 from opsd_jax.runtime.checkpoint import (
     CheckpointError,
-    CheckpointMismatch,
-    CheckpointNotFound,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
     Checkpoints,
-    ConfigMismatch,
+    ConfigMismatchError,
 )
 
 ROOT = str(pathlib.Path(__file__).parents[2])
@@ -206,7 +206,7 @@ def test_one_shot_save_refuses_to_overwrite(tmp_path):
     assert_same(
         checkpoint.restore_params(tmp_path / "release", abstract(state["params"])), state["params"]
     )
-    with pytest.raises(CheckpointMismatch, match="no 'state', only .'params'."):
+    with pytest.raises(CheckpointMismatchError, match="no 'state', only .'params'."):
         checkpoint.restore(tmp_path / "release", abstract(state))
 
 
@@ -219,7 +219,7 @@ def test_params_may_change_their_floating_dtype_or_be_a_part(tmp_path):
     checkpoint.save(tmp_path / "c", None, params)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     with pytest.raises(
-        CheckpointMismatch, match=r"1 of 3 arrays(.|\n)*ids +int32\[3\] +bfloat16\[3\]"
+        CheckpointMismatchError, match=r"1 of 3 arrays(.|\n)*ids +int32\[3\] +bfloat16\[3\]"
     ):
         checkpoint.restore_params(tmp_path / "c", half)
     half["ids"] = params["ids"]
@@ -229,10 +229,10 @@ def test_params_may_change_their_floating_dtype_or_be_a_part(tmp_path):
     assert_same(
         checkpoint.restore_params(tmp_path / "c", part, partial=True), {"und": loaded["und"]}
     )
-    with pytest.raises(CheckpointMismatch, match=r"gen/w"):
+    with pytest.raises(CheckpointMismatchError, match=r"gen/w"):
         checkpoint.restore_params(tmp_path / "c", part)
     with pytest.raises(
-        CheckpointMismatch, match=r"und/b +absent +float32\[2\]"
+        CheckpointMismatchError, match=r"und/b +absent +float32\[2\]"
     ):  # partial is one way only
         checkpoint.restore_params(
             tmp_path / "c", {"und": {**half["und"], "b": jnp.ones(2)}}, partial=True
@@ -249,7 +249,7 @@ def test_mismatch_lists_every_difference_at_once(tmp_path):
     del other["ema"]
     other["params"]["head"] = jnp.ones((2, 2))
     other["step"] = jnp.float32(0)
-    with pytest.raises(CheckpointMismatch) as caught:
+    with pytest.raises(CheckpointMismatchError) as caught:
         checkpoint.restore(tmp_path / "c", abstract(other))
     text = " ".join(str(caught.value).split())
     for row in (
@@ -265,12 +265,12 @@ def test_mismatch_lists_every_difference_at_once(tmp_path):
 
 
 def test_no_checkpoint_says_what_is_there(tmp_path):
-    with pytest.raises(CheckpointNotFound, match="nothere: no such folder"):
+    with pytest.raises(CheckpointNotFoundError, match="nothere: no such folder"):
         checkpoint.restore(tmp_path / "nothere", {})
-    with pytest.raises(CheckpointNotFound, match="it holds: nothing"):
+    with pytest.raises(CheckpointNotFoundError, match="it holds: nothing"):
         checkpoint.restore(tmp_path, {})
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointNotFound, match=f"{tmp_path}.*it holds: model.safetensors"):
+    with pytest.raises(CheckpointNotFoundError, match=f"{tmp_path}.*it holds: model.safetensors"):
         checkpoint.restore_params(tmp_path, {})
 
 
@@ -284,16 +284,16 @@ def test_half_a_save_is_named_and_the_complete_one_used(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     (folder / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     for path in (tmp_path, folder, folder / "7"):
-        with pytest.raises(CheckpointNotFound, match="interrupted"):
+        with pytest.raises(CheckpointNotFoundError, match="interrupted"):
             checkpoint.restore(path, {})
     state = make_state(5)
     checkpoint.save(folder / "5", state, state["params"])
     with caplog.at_level("WARNING"):
         assert_same(checkpoint.restore(tmp_path, abstract(state)), state)
     assert "7.orbax-checkpoint-tmp" in caplog.text and "using step 5" in caplog.text
-    with pytest.raises(CheckpointNotFound, match=r"7: this save was interrupted.*\[5\]"):
+    with pytest.raises(CheckpointNotFoundError, match=r"7: this save was interrupted.*\[5\]"):
         checkpoint.restore(folder / "7", abstract(state))
-    with pytest.raises(CheckpointNotFound, match=r"6: no such checkpoint.*\[5\]"):
+    with pytest.raises(CheckpointNotFoundError, match=r"6: no such checkpoint.*\[5\]"):
         checkpoint.restore(folder / "6", abstract(state))
     assert (
         folder / "7.orbax-checkpoint-tmp"
@@ -323,12 +323,12 @@ def test_damaged_files_and_strange_checkpoints(tmp_path):
         checkpoint.restore_params(tmp_path, abstract(state))
     ocp.save_checkpointables(tmp_path / "foreign", {"params": state})
     with pytest.raises(
-        CheckpointMismatch, match="foreign is an Orbax checkpoint, but not one of opsd_jax"
+        CheckpointMismatchError, match="foreign is an Orbax checkpoint, but not one of opsd_jax"
     ):
         checkpoint.restore_params(tmp_path / "foreign", abstract(state))
     future = {"format": checkpoint.FORMAT + 1}
     ocp.save_checkpointables(tmp_path / "future", {"params": state}, custom_metadata=future)
-    with pytest.raises(CheckpointMismatch, match="update opsd_jax"):
+    with pytest.raises(CheckpointMismatchError, match="update opsd_jax"):
         checkpoint.metadata(tmp_path / "future")
 
 
@@ -459,7 +459,7 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path):
         checkpoints.wait()
         assert [path.name for path in tmp_path.iterdir()] == ["2"]
     (tmp_path / "2").rename(tmp_path / "2.being-deleted")  # as a kill in the middle leaves it
-    with pytest.raises(CheckpointNotFound):
+    with pytest.raises(CheckpointNotFoundError):
         checkpoint.metadata(tmp_path)
     with Checkpoints(tmp_path):
         assert list(tmp_path.iterdir()) == []
@@ -486,7 +486,8 @@ def test_reading_beside_a_run_that_deletes_its_older_checkpoints(tmp_path, caplo
         checkpoint.save(tmp_path / "1", states[1], states[1]["ema"], step=1)
         seen.clear()
         with pytest.raises(
-            checkpoint.CheckpointGone, match=f"{tmp_path}/1 was deleted while.*take a later step"
+            checkpoint.CheckpointGoneError,
+            match=f"{tmp_path}/1 was deleted while.*take a later step",
         ):
             checkpoint.restore_params(tmp_path / "1", abstract(states[1]["ema"]))
     os.truncate(tmp_path / "2" / "_CHECKPOINT_METADATA", 0)
@@ -500,7 +501,7 @@ def test_several_processes_take_the_checkpoint_that_the_first_one_finds(tmp_path
     from jax.experimental import multihost_utils
 
     states, given = make_state(1), []
-    with pytest.raises(CheckpointNotFound, match="no such folder"):
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
         checkpoint.newest(tmp_path / "none")
     for step in (1, 2):
         checkpoint.save(tmp_path / "checkpoints" / str(step), states, states["ema"], step=step)
@@ -514,7 +515,7 @@ def test_several_processes_take_the_checkpoint_that_the_first_one_finds(tmp_path
     first = 1  # the run saved another one before this process looked
     assert checkpoint.newest(tmp_path) == f"{tmp_path}/checkpoints/1" and given == [2]
     first = -1
-    with pytest.raises(CheckpointNotFound, match="the first process finds no checkpoint"):
+    with pytest.raises(CheckpointNotFoundError, match="the first process finds no checkpoint"):
         checkpoint.newest(tmp_path)
     first = 2
     assert (
@@ -534,14 +535,14 @@ def test_one_process_begins_again_where_its_checkpoint_is_deleted(
     def work():
         calls.append(0)
         if len(calls) < 3:
-            raise checkpoint.CheckpointGone("1 was deleted.")
+            raise checkpoint.CheckpointGoneError("1 was deleted.")
         return "done"
 
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     if times == 3:
         assert checkpoint.retry_if_gone(work, given=given) == "done"
     else:
-        with pytest.raises(checkpoint.CheckpointGone):
+        with pytest.raises(checkpoint.CheckpointGoneError):
             checkpoint.retry_if_gone(work, given=given)
     assert len(calls) == times
 
@@ -709,7 +710,7 @@ def test_check_config_shows_all_differences_and_the_mend():
         "log": {"every": 5},
         "logger": "b",
     }
-    with pytest.raises(ConfigMismatch) as caught:
+    with pytest.raises(ConfigMismatchError) as caught:
         checkpoint.check_config(saved, current, ignore=("log",))
     text = " ".join(str(caught.value).split())
     for row in (
@@ -731,12 +732,12 @@ def test_a_setting_that_is_newer_than_the_run_had_its_default():
         saved, {"model": {"depth": 4} | model}, defaults=defaults
     )
     check(new=False)
-    with pytest.raises(ConfigMismatch, match=r"model.new +false +true"):
+    with pytest.raises(ConfigMismatchError, match=r"model.new +false +true"):
         check(new=True)
-    with pytest.raises(ConfigMismatch, match=r"model.unknown +absent +1"):
+    with pytest.raises(ConfigMismatchError, match=r"model.unknown +absent +1"):
         check(new=False, unknown=1)
     with pytest.raises(
-        ConfigMismatch, match=r"model.depth +4 +2"
+        ConfigMismatchError, match=r"model.depth +4 +2"
     ):  # saved, so the default says nothing
         check(depth=2)
 
@@ -753,13 +754,13 @@ def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
             ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"],
         ),
     ):
-        with pytest.raises(ConfigMismatch) as caught:
+        with pytest.raises(ConfigMismatchError) as caught:
             checkpoint.check_digests(saved, saved | change)
         text = " ".join(str(caught.value).split())
         for part in (*rows, f'--config.checkpoint.accept_changed="{kinds}"', "another --workdir"):
             assert part in text, part
         checkpoint.check_digests(saved, saved | change, accepted=kinds)
-    with pytest.raises(ConfigMismatch, match="tokenizer"):
+    with pytest.raises(ConfigMismatchError, match="tokenizer"):
         checkpoint.check_digests(saved, {"data": {}, "tokenizer": "bb"}, accepted=("data",))
     with caplog.at_level("WARNING"):
         checkpoint.check_digests({}, saved)  # of a version without digests

@@ -69,8 +69,8 @@ def test_no_other_way_of_replacing_a_file():
         if re.search(r"\bos\.replace\(", path.read_text(encoding="utf-8"))
     }
     assert found == {
-        "files.py",
-        "datasets/visual_opsd.py",
+        "runtime/files.py",
+        "data/prepare.py",
         "tasks/parquet.py",
         "tasks/vocabulary.py",
     }

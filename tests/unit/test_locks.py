@@ -19,7 +19,7 @@ from opsd_jax.runtime import locks
 ROOT = str(pathlib.Path(__file__).parents[2])
 HOLD = """
 import sys, time
-from opsd_jax import locks
+from opsd_jax.runtime import locks
 with locks.only_writer(sys.argv[1], inside=sys.argv[2] == "inside"):
     print("in", flush=True)
     time.sleep(float(sys.argv[3]))
@@ -55,7 +55,7 @@ def test_one_run_a_folder(tmp_path, holder):
     """The second is told who is there; a run that was killed keeps nobody out."""
     first = holder(tmp_path / "w", "inside")
     with pytest.raises(
-        locks.FolderInUse,
+        locks.FolderInUseError,
         match=f"{tmp_path}/w is being written by process {first.pid} on .*another folder",
     ):
         with locks.only_writer(tmp_path / "w", inside=True):
@@ -88,7 +88,7 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
             command()
         assert error.value.code == 1 and says in capsys.readouterr().err, name
     monkeypatch.setattr(parquet_files, "task_folders", lambda source: {})
-    with pytest.raises(locks.FolderInUse, match=says):
+    with pytest.raises(locks.FolderInUseError, match=says):
         prepare.prepare(source, target)
     assert not target.exists()
 
@@ -100,7 +100,7 @@ def test_what_a_writer_calls_may_write_and_other_threads_may_not(tmp_path):
         try:
             with locks.only_writer(tmp_path / "t"):
                 pass
-        except locks.FolderInUse as error:
+        except locks.FolderInUseError as error:
             refused.append(str(error))
 
     with locks.only_writer(tmp_path / "t"):

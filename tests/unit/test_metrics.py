@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -16,8 +17,8 @@ import pytest
 
 from opsd_jax.evaluation import curves, statistics
 from opsd_jax.runtime import metrics
-from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompiles
-from opsd_jax.runtime.health import Health, UnhealthyRun
+from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError
+from opsd_jax.runtime.health import Health, UnhealthyRunError
 from opsd_jax.runtime.metrics import Means, Writer
 from opsd_jax.runtime.progress import Progress
 
@@ -36,6 +37,23 @@ def test_wilson():
     )
     with pytest.raises(ValueError, match="7 successes of 5"):
         statistics.wilson(7, 5)
+
+
+def test_statistics_equal_their_formulas():
+    """Wilson's interval in closed form, and the exact tail of a fair coin."""
+    z = 1.959963984540054
+    for n in (1, 2, 7, 50, 512):
+        for k in range(n + 1):
+            p = k / n
+            centre = p + z * z / (2 * n)
+            half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+            limits = [(centre + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+            np.testing.assert_allclose(statistics.wilson(k, n), limits, rtol=0, atol=1e-12)
+            tail = sum(math.comb(n, i) for i in range(min(k, n - k) + 1))
+            assert statistics.mcnemar(k, n - k) == pytest.approx(
+                min(1.0, 2 * tail / 2**n), rel=0, abs=1e-12
+            )
+    assert statistics.mcnemar(0, 0) == 1.0
 
 
 def test_wilson_of_a_mean():
@@ -377,7 +395,7 @@ def steps_until_stopped(health, rows):
     for step, row in enumerate(rows, 1):
         try:
             health.check(step, row)
-        except UnhealthyRun as error:
+        except UnhealthyRunError as error:
             return step, str(error)
     return None
 
@@ -533,7 +551,7 @@ def test_compile_guard():
         update(np.ones(size))
     assert guard.check() == {"compiles": 2, "compiles/update": 2, "compiles/sample": 0}
     update(np.ones(3))
-    with pytest.raises(TooManyCompiles, match="update 3 times, limit 2.*buckets"):
+    with pytest.raises(TooManyCompilesError, match="update 3 times, limit 2.*buckets"):
         guard.check()
     with pytest.raises(TypeError, match="'x' is not a jitted function"):
         guard.watch("x", lambda x: x, 1)
