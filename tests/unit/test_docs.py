@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: settings, links, commands, messages, a picture, their own code."""
+"""README.md, CONTRIBUTING.md and docs/ against the code: settings, links, commands, messages, a picture, their own code."""
 
 import ast
 import contextlib
@@ -24,7 +24,7 @@ from opsd_jax.run import session
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 }
 pages = pytest.mark.parametrize("page", PAGES)
 
@@ -198,39 +198,6 @@ def test_commands_and_paths_exist(page):
         assert name in known or name in groups or is_function, (
             f"{page}: no setting or function {name}"
         )
-
-
-def test_rooms_import_from_rooms_below_them():
-    """README's table of rooms is complete, and its order is that of the imports, those inside functions included."""
-    rooms = [
-        row["room"].removeprefix("opsd_jax/").removesuffix(".py").rstrip("/")
-        for row in tables(PAGES["README.md"])
-        if "room" in row
-    ]
-    package = ROOT / "opsd_jax"
-    assert {*rooms} == {path.stem for path in package.iterdir() if path.name[0] not in "_."}
-    for n, room in enumerate(rooms):
-        for path in (
-            [package / f"{room}.py"]
-            if (package / f"{room}.py").exists()
-            else (package / room).glob("*.py")
-        ):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = (
-                    [alias.name for alias in node.names]
-                    if isinstance(node, (ast.Import, ast.ImportFrom))
-                    else []
-                )
-                if isinstance(node, ast.ImportFrom):
-                    names = [f"{node.module}.{name}" for name in names]
-                inside = {name.split(".")[1] for name in names if name.startswith("opsd_jax.")} - {
-                    room
-                }
-                assert inside <= {*rooms[n + 1 :]}, (
-                    f"{path.name}, line {getattr(node, 'lineno', 0)}"
-                )
-                assert not any(name.startswith("flax") for name in names) or room == "model"
-                assert not any(name.startswith("orbax") for name in names) or room == "checkpoint"
 
 
 def test_ci_finds_the_test_command():
