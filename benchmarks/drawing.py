@@ -26,6 +26,7 @@ from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEC
 
 MIB = 2**20
 TOKENIZER = types.SimpleNamespace(bos=1, eos=2, image_start=3, image_end=4)
+FLOAT32 = {"dtype": "float32", "remat": "none", "query_block": 0}
 SIZES = {
     "tiny": ModelConfig(
         llm=LLMConfig(
@@ -40,6 +41,7 @@ SIZES = {
         generation=GenerationConfig(
             VAEConfig(channels=32, multipliers=(1, 1, 1, 1), num_res_blocks=1)
         ),
+        **FLOAT32,
     ),
     "mid": ModelConfig(
         llm=LLMConfig(
@@ -52,6 +54,7 @@ SIZES = {
         ),
         vit=ViTConfig(hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024),
         generation=GenerationConfig(VAEConfig(channels=32)),
+        **FLOAT32,
     ),
     # scores at once would take 3 * 28 * 4,098 * 6,865 * 4 bytes: 8.8 GiB a layer
     "7b": ModelConfig(
@@ -65,7 +68,7 @@ SIZES = {
         ),
         vit=ViTConfig(hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304),
         generation=GenerationConfig(),
-        query_block=512,
+        **FLOAT32 | {"query_block": 512},
     ),
 }
 

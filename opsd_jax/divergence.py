@@ -37,21 +37,17 @@ class DivergenceConfig:
     chunk: rows of time whose logits exist at once in `chunked`, of one side where top_k restricts them, else of both.
     """
 
-    kind: str = "jsd"
+    kind: Annotated[str, KINDS] = "jsd"
     beta: Annotated[float, "[0, 1]"] = 0.5
     temperature: Annotated[float, checks.TEMPERATURE] = 1.0
     top_k: Annotated[int, "[0, inf)"] = 256
     tail: bool = False
     clip: Annotated[float, "[0, inf)"] = 0.05
-    clip_unit: str = "entry"
+    clip_unit: Annotated[str, ("entry", "token")] = "entry"
     chunk: Annotated[int, "[1, inf)"] = 192
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"divergence.kind is {self.kind!r}: choose from {KINDS}")
         checks.fields(self, "divergence")
-        if self.clip_unit not in ("entry", "token"):
-            raise ValueError(f"divergence.clip_unit is {self.clip_unit!r}: use 'entry' or 'token'")
 
 
 def _of_teacher(logits, config):

@@ -24,7 +24,8 @@ class UnreadableImage(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """The size rule of one image transform; sizes in pixels. The official ones: TRAINING, HARNESS_VIT, VAE.
+    """The size rule of one image transform; sizes in pixels. The official ones: TRAINING (the defaults),
+    HARNESS_VIT, VAE.
 
     Any picture of at least one pixel is legal: 1 x 5,000 becomes 14 x 980.
     """
@@ -32,7 +33,7 @@ class Resize:
     stride: Annotated[int, "[1, inf)"] = 14
     max_size: Annotated[int, "[1, inf)"] = 980
     min_size: Annotated[int, "[1, inf)"] = 378
-    max_pixels: Annotated[int, "[1, inf)"] = 14 * 14 * 9 * 1024
+    max_pixels: Annotated[int, "[1, inf)"] = 2_007_040
 
     def __post_init__(self):
         checks.fields(self, "images")
@@ -65,15 +66,15 @@ class Resize:
         return w, h
 
 
-TRAINING = Resize(stride=14, max_size=980, min_size=378, max_pixels=2_007_040)
+TRAINING = Resize()
 """What the ViT sees in training, student and teacher alike: one resize, on loading (data/opsd_paired_dataset.py).
 EVAL.md names these numbers for evaluation too, where the wrapper does otherwise."""
 
-HARNESS_VIT = Resize(stride=14, max_size=980, min_size=224)
-"""What the ViT sees in the evaluation wrapper and inferencer.py, behind VAE (`two_stage`); max_pixels is the class's.
+HARNESS_VIT = Resize(stride=14, max_size=980, min_size=224, max_pixels=14 * 14 * 9 * 1024)
+"""What the ViT sees in the evaluation wrapper and inferencer.py, after VAE (`two_stage`).
 Small pictures come out larger than in training: 192 x 192 -> 512 x 512 -> 518 x 518, there 378 x 378."""
 
-VAE = Resize(stride=16, max_size=1024, min_size=512)
+VAE = Resize(stride=16, max_size=1024, min_size=512, max_pixels=14 * 14 * 9 * 1024)
 """What the autoencoder sees (16: its 8 pixels a latent, 2 latents a token), and the first resize of inference."""
 
 

@@ -11,9 +11,12 @@ from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.params import GROUPS
 
 TEACHERS = ("ema", "self", "fixed")
 TRAINS = ("text", "drawing", "autoencoder")
+REDUCTIONS = ("completion", "token")
+SCHEDULES = ("cosine", "constant")
 RENORMS = ("global", "channel", "text_channel")
 
 
@@ -29,7 +32,7 @@ class OptimConfig:
     min_lr: Annotated[float, "[0, 1]"] = 1e-7
     warmup_steps: Annotated[int, "[0, inf)"] = 200
     total_steps: Annotated[int, "[1, inf)"] = 1000
-    schedule: str = "cosine"
+    schedule: Annotated[str, SCHEDULES] = "cosine"
     b1: Annotated[float, "[0, 1)"] = 0.9
     b2: Annotated[float, "[0, 1)"] = 0.95
     eps: Annotated[float, "[1e-30, 1]"] = 1e-15  # less is 0 in float32, where 0 / 0 follows
@@ -38,8 +41,6 @@ class OptimConfig:
 
     def __post_init__(self):
         checks.fields(self, "optim")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"optim.schedule is {self.schedule!r}: use 'cosine' or 'constant'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +67,16 @@ class DistillConfig:
     eos: int
     divergence: DivergenceConfig = DivergenceConfig()
     optim: OptimConfig = OptimConfig()
-    teacher: str = "ema"
+    teacher: Annotated[str, TEACHERS] = "ema"
     ema_decay: Annotated[float, "[0, 1]"] = 0.995
     jsd_weight: Annotated[float, "[0, inf)"] = 1.0
     ce_weight: Annotated[float, "[0, inf)"] = 0.0
-    reduction: str = "completion"
+    reduction: Annotated[str, REDUCTIONS] = "completion"
     accumulation: Annotated[int, "[1, inf)"] = 1
     max_forward_tokens: Annotated[int, "[1, inf)"] = 10240
     eos_after_cut: bool = True
     score_seam: bool = False
-    freeze: tuple[str, ...] = ()
+    freeze: Annotated[tuple[str, ...], GROUPS] = ()
     trains: str = "text"
     mse_weight: Annotated[float, "[0, inf)"] = 1.0
     kl_weight: Annotated[float, "[0, inf)"] = 0.0
@@ -90,10 +91,6 @@ class DistillConfig:
             raise ValueError(
                 f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)"
             )
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"teacher.kind is {self.teacher!r}: choose from {TEACHERS}")
-        if self.reduction not in ("completion", "token"):
-            raise ValueError(f"reduction is {self.reduction!r}: use 'completion' or 'token'")
 
 
 @dataclasses.dataclass(frozen=True)

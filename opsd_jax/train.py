@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from opsd_jax import config as config_lib
-from opsd_jax import distill, offline, rollout, sharding
+from opsd_jax import config_check, distill, offline, rollout, sharding
 from opsd_jax.data import batches as batches_lib
 from opsd_jax.data import examples, procedural
 from opsd_jax.inputs import cli as cli_lib
@@ -110,7 +110,7 @@ def check(config, workdir: str, data_workdir: str = "") -> None:
     """
     cli_lib.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
-    config_lib.check(config)
+    config_check.check(config)
     _check_there(config, workdir, data_workdir or workdir)
     for name in config.run_arms:
         try:
@@ -162,9 +162,7 @@ def train(config, workdir: str, *, data_workdir: str = "", on_warm=lambda: None)
         done, saved = checkpoints.latest(), None
         if done is not None:
             saved = checkpoints.metadata(done)
-            checkpoint.check_config(
-                saved["config"], config, ignore=session.FREE_SETTINGS, defaults=config_lib.default()
-            )
+            config_check.check_unchanged(saved["config"], config)
             logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
         run = session.open_training(
             config, workdir, data_workdir or workdir, resume_step=(done or 0) + 1, saved=saved

@@ -31,6 +31,9 @@ MODEL = ModelConfig(
     vit=ViTConfig(
         hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, patch_size=4, side=6
     ),
+    dtype="float32",
+    remat="none",
+    query_block=0,
 )
 # The autoencoder's norm has 32 groups, so its widths are multiples of 32; one of its steps keeps the width.
 DRAWING = dataclasses.replace(

@@ -1,10 +1,16 @@
-"""Checks of what people give: numbers within their ranges, names that may be given once.
+"""Checks of values that users give: numbers in their ranges, names among their choices.
 
-A range is written as in mathematics, "[0, 1)" or "(0, inf)", with single values that are also right after a comma,
-"[2, inf), or 0", and advice after a semicolon. Fields of dataclasses declare theirs in the annotation, beside the
-default: `top_p: Annotated[float, "(0, 1]"] = 1.0`.
+A range is written as in mathematics, "[0, 1)" or "(0, inf)". Single values that are also allowed follow
+after a comma, "[2, inf), or 0", and advice follows after a semicolon.
+
+The fields of a dataclass declare what they allow in the annotation, next to the default:
+
+  top_p: Annotated[float, "(0, 1]"] = 1.0                   a range
+  kind: Annotated[str, ("jsd", "kl")] = "jsd"               choices
+  limits: Annotated[tuple[int, ...], "[0, inf)"] = ()       a range or choices for each element
 """
 
+import dataclasses
 import functools
 import numbers
 import re
@@ -17,8 +23,60 @@ SEED = f"[0, {2**32})"  # JAX keeps the low 32 bits of a seed: a larger one woul
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the annotation of a field allows.
+
+    kind: int, float or str, the type of the value, or of each element where `many` is set.
+    many: whether the value is a tuple of such elements.
+    allowed: the range of a number as text, or the tuple of names to choose from.
+    """
+
+    kind: type
+    many: bool
+    allowed: str | tuple[str, ...]
+
+    def check(self, name: str, value) -> None:
+        """Raises ValueError, with name, value and what is allowed, unless the value obeys the rule."""
+        if self.kind is str and self.many:
+            names(name, value, self.allowed)
+        elif self.kind is str:
+            choice(name, value, self.allowed)
+        elif self.many:
+            for n, element in enumerate(value):
+                number(f"{name}[{n}]", element, self.kind, self.allowed)
+        else:
+            number(name, value, self.kind, self.allowed)
+
+
+@functools.cache
+def rules(cls: type) -> dict[str, Rule]:
+    """{field: rule} of the fields of a dataclass that declare a range or choices."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: _rule(*typing.get_args(hint))
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is typing.Annotated
+    }
+
+
+def _rule(hint, allowed) -> Rule:
+    many = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if many else hint
+    return Rule(kind if kind in (int, str) else float, many, allowed)  # float | None is a float
+
+
+def fields(instance, group: str) -> None:
+    """Checks the fields of a dataclass that declare a rule. Messages name a field as group.field."""
+    for name, rule in rules(type(instance)).items():
+        rule.check(f"{group}.{name}", getattr(instance, name))
+
+
 def number(name: str, value, kind: type, allowed: str) -> None:
-    """ValueError, with name, value and range, unless a value is a number of a kind (int or float) in the range."""
+    """Raises ValueError, with name, value and range, unless a value is a number in the range.
+
+    kind: int or float, the type of the number.
+    """
     right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(
         value, bool
     )
@@ -38,32 +96,48 @@ def holds(allowed: str, value) -> bool:
     return (above and below and abs(value) <= _LARGEST) or value in map(float, single)
 
 
-@functools.cache
-def ranges(cls) -> dict[str, tuple[type, str]]:
-    """{field: (int or float, range)} of the fields of a dataclass that declare one."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {
-        name: (int if hint.__origin__ is int else float, hint.__metadata__[0])
-        for name, hint in hints.items()
-        if typing.get_origin(hint) is typing.Annotated
-    }
+def choice(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raises ValueError, with name, value and choices, unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: {_choose(choices)}")
 
 
-def fields(instance, group: str) -> None:
-    """`number` for each field of a dataclass that declares a range; a message names it as group.field."""
-    for name, (kind, allowed) in ranges(type(instance)).items():
-        number(f"{group}.{name}", getattr(instance, name), kind, allowed)
+def names(name: str, values, choices: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless values are names, each given once.
+
+    choices: the names that are allowed; () allows any.
+    """
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {values!r}: give names, each in quotes")
+        if choices and value not in choices:
+            raise ValueError(f"{name} names {value!r}: {_choose(choices)}")
+    once(name, values)
+
+
+def _choose(choices: tuple[str, ...]) -> str:
+    if len(choices) == 2:
+        return f"use {choices[0]!r} or {choices[1]!r}"
+    return f"choose from {choices}"
 
 
 def folder_name(shown: str, value: str) -> None:
-    """ValueError unless a value is the name of one folder, which is made where it belongs and nowhere else."""
+    """Raises ValueError unless a value is the name of one folder, without a path to another place."""
     if not re.fullmatch(r"[\w=,-][\w.=,-]*", value):
         raise ValueError(
-            f"{shown}: give one folder name of letters, digits and _ - . = , that does not start with a dot"
+            f"{shown}: give one folder name of letters, digits and _ - . = , that does not start "
+            "with a dot"
         )
 
 
 def once(name: str, values) -> None:
-    """ValueError where one of the values is given twice."""
+    """Raises ValueError where one of the values is given twice."""
     if twice := [value for n, value in enumerate(values) if value in values[:n]]:
         raise ValueError(f"{name} names {twice[0]} twice: give each once")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of a table as indented lines of aligned columns, for a message about what does not match."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join("  " + line.rstrip() for line in lines)

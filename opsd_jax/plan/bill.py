@@ -8,8 +8,8 @@ import time
 import jax
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_check, sharding
 from opsd_jax import params as params_lib
-from opsd_jax import sharding
 from opsd_jax.inputs import cli
 from opsd_jax.plan import hlo, programs
 from opsd_jax.plan import topology as topology_lib
@@ -265,7 +265,7 @@ def plan(
     """The whole report, what --out writes: topology, mesh, parameters by group, one bill a program."""
 
     cli.check_precision()
-    config_lib.check(config)
+    config_check.check(config)
     stage = stage or ("opsd" if "opsd" in config.stages else config.stages[0])
     if stage not in config_lib.STAGES:
         raise ValueError(f"--stage={stage!r}: choose from {config_lib.STAGES}")

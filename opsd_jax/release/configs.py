@@ -46,6 +46,8 @@ _LAYERS, _SIDE = (
     1000,
     512,
 )  # upper bounds that only a damaged number exceeds; they bound time and memory until the error
+# How the network is computed where the caller does not say.
+_COMPUTE = {"dtype": "float32", "remat": "none", "query_block": 0}
 
 
 def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
@@ -180,7 +182,7 @@ def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
                 layer_norm_eps=vision["layer_norm_eps"],
             ),
             generation=GenerationConfig(vae=vae, **latent) if generation else None,
-            **compute,
+            **_COMPUTE | compute,
         )
     except ValueError as error:
         raise ValueError(f"{summary}\n  {error}") from error
@@ -380,6 +382,7 @@ def of_metadata(settings, directory: str) -> ModelConfig:
             lora=lora and LoRAConfig(**lora),
             generation=generation
             and GenerationConfig(vae=VAEConfig(**generation[1]), **generation[0]),
+            **_COMPUTE,
         )
     except ValueError as error:
         raise ValueError(f"{summary}\n  {error}") from error

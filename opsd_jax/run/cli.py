@@ -10,6 +10,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_check
 from opsd_jax.inputs import paths
 
 config_flags.DEFINE_config_file(
@@ -71,7 +72,7 @@ def parse_flags(argv):
         for argument in argv:
             key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
             if key and key[1] not in config_lib.default_values():
-                sys.exit(f"error: {argument}: {config_lib.unknown(key[1])}")
+                sys.exit(f"error: {argument}: {config_check.unknown(key[1])}")
         raise error
 
 

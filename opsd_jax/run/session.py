@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import distill, sharding, tokenizer
+from opsd_jax import config_check, distill, sharding, tokenizer
 from opsd_jax.data import arrayrecord, packing, procedural
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.data import workdir as workdir_lib
@@ -26,21 +26,6 @@ from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, files, metrics
 from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.tokenizer import Tokenizer
-
-# What may change between a run and its continuation.
-FREE_SETTINGS = (
-    "log",
-    "health",
-    "eval",
-    "checkpoint.keep_latest",
-    "checkpoint.accept_changed",
-    "data.threads",
-    "data.prefetch",
-    "data.cache_rows",
-    "mesh",
-    "arms",
-    "run_arms",
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,11 +158,11 @@ def open_training(
         session = _open(config, workdir, data_workdir, mesh, clock)
         digests = session.digests
     if saved:
-        checkpoint.check_digests(
+        config_check.check_digests(
             saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed
         )
     elif config.init_from:
-        checkpoint.check_digests(
+        config_check.check_digests(
             _tokenizer_of_origin(config),
             {"tokenizer": digests["tokenizer"]},
             whose=config.init_from,
@@ -215,15 +200,10 @@ def record_config(config, workdir: str) -> None:
 
     A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
     """
-    record, path = checkpoint.config_to_json(config), os.path.join(workdir, "config.json")
+    record, path = config_lib.to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
-        checkpoint.check_config(
-            workdir_lib.read_record(workdir),
-            record,
-            ignore=FREE_SETTINGS,
-            defaults=config_lib.default(),
-        )
+        config_check.check_unchanged(workdir_lib.read_record(workdir), record)
     else:
         files.write_json(path, record, primary=jax.process_index() == 0)
 
@@ -247,7 +227,7 @@ def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
         "project": config.log.wandb,
         "name": name,
         "group": group,
-        "config": checkpoint.config_to_json(config),
+        "config": config_lib.to_json(config),
     }
 
 

@@ -43,7 +43,7 @@ def initial_params(run: session.Session, done):
             )  # float32
         else:
             there = checkpoint.metadata(source)["config"].get("lora") or {}
-            here = checkpoint.config_to_json(config.lora)
+            here = config_lib.to_json(config.lora)
             if there.get("rank") and there != here:
                 raise ValueError(
                     f"{source} has adapters of config.lora {there}, this run has {here}: set config.lora to "

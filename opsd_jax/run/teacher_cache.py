@@ -16,7 +16,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import offline, sharding
 from opsd_jax.data import batches, examples, packing
 from opsd_jax.inputs import json_files
-from opsd_jax.runtime import checkpoint, files
+from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
 
 FORMAT = 1  # raise it when the files above, or what is in them, change
@@ -34,7 +34,7 @@ class MissingRow(LookupError):
 
 def key(params, config, rows) -> dict:
     """What cached outputs depend on. Not the temperature: it is applied when training."""
-    part = checkpoint.config_to_json(config)
+    part = config_lib.to_json(config)
     return {
         "format": FORMAT,
         "teacher": offline.fingerprint(params),

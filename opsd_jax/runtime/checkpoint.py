@@ -13,8 +13,6 @@ functions `restore`, `restore_params` and `metadata` only read and are safe besi
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +24,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opsd_jax.inputs import json_files, paths
+from opsd_jax import config as config_lib
+from opsd_jax.inputs import checks, json_files, paths
 
 FORMAT = 1  # raise it when the layout above changes
 _DETAILS = {
@@ -56,10 +55,6 @@ class CheckpointError(OSError):
 
 class CheckpointGoneError(CheckpointNotFoundError):
     """A checkpoint was deleted by the run that wrote it, which keeps only its newest ones."""
-
-
-class ConfigMismatchError(ValueError):
-    """A run would continue with other settings, data or another tokenizer than it was started with."""
 
 
 class Checkpoints:
@@ -134,8 +129,8 @@ class Checkpoints:
           state: the training pytree, any shardings.
           params: the weights to infer with; the caller chooses (the EMA, if there is one).
           stage: `warmup`, `opsd` or `sft`.
-          config: settings as plain JSON types, see `config_to_json`.
-          digests: checksums of what the run reads, see `check_digests`.
+          config: settings as plain JSON types, see `config.to_json`.
+          digests: checksums of what the run reads, see `config_check.check_digests`.
           metrics: numbers to keep beside the weights.
           wait: returns only when the checkpoint is complete.
 
@@ -440,7 +435,7 @@ def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> d
         "format": FORMAT,
         "stage": stage,
         "step": int(step),
-        "config": config_to_json(config),
+        "config": config_lib.to_json(config),
         "digests": dict(digests or {}),
         "metrics": {key: float(value) for key, value in (metrics or {}).items()},
         "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__},
@@ -556,7 +551,7 @@ def _check_structure(directory, item, stored, abstract, convert, partial) -> Non
         rows += [(path, show(stored.get(path)), show(wanted.get(path))) for path in bad]
         raise CheckpointMismatchError(
             f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
-            f"{_table(rows)}\n"
+            f"{checks.table(rows)}\n"
             "Use the model and optimizer settings that it was saved with (they are in its metadata, under "
             "config), or another checkpoint or --workdir"
         )
@@ -685,117 +680,3 @@ def _explained(doing: str, fix=lambda: "") -> Iterator[None]:
         while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
             reason = reason.__cause__
         raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {fix()}".strip()) from error
-
-
-def config_to_json(config: Mapping) -> dict:
-    """Settings (a ConfigDict, or any mapping) as dict, list, str, int, float, bool and None.
-
-    Raises TypeError or ValueError, naming the key, for what JSON cannot hold.
-    """
-
-    def convert(value, key):
-        if isinstance(value, Mapping) or hasattr(value, "to_dict"):  # a ConfigDict is no Mapping
-            return {str(name): convert(value[name], f"{key}.{name}") for name in value}
-        if isinstance(value, (list, tuple)):
-            return [convert(item, f"{key}[{index}]") for index, item in enumerate(value)]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"setting {key[1:]} is {value}, which JSON cannot hold: use None for 'no limit'"
-            )
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise TypeError(
-            f"setting {key[1:]} is a {type(value).__name__}, which JSON cannot hold: use its "
-            "name, a number, a list or a dict"
-        )
-
-    return convert(config, "")
-
-
-def check_config(
-    saved: Mapping, current: Mapping, *, ignore: Iterable[str] = (), defaults: Mapping = {}
-) -> None:
-    """Raises ConfigMismatchError, with a table of the differences, unless both settings are the same.
-
-    Args:
-      saved, current: settings; compared as `config_to_json` writes them.
-      ignore: keys that may change on resume; "log" covers "log" and "log.every", not "logger".
-      defaults: what a setting was before it existed: taken for keys that `saved` lacks.
-    """
-    ignore = tuple(ignore)
-
-    def flat(value, key=""):
-        if isinstance(value, dict) and value:
-            items = (flat(item, f"{key}.{name}").items() for name, item in value.items())
-            return dict(pair for pairs in items for pair in pairs)
-        return {key[1:]: json.dumps(value)}
-
-    saved, current, defaults = (
-        flat(config_to_json(values)) for values in (saved, current, defaults)
-    )
-    saved |= {key: defaults[key] for key in current.keys() - saved.keys() if key in defaults}
-    keys = [
-        key
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-        and not any(key == name or key.startswith(name + ".") for name in ignore)
-    ]
-    if keys:
-        rows = [("key", "saved", "now")]
-        rows += [(key, saved.get(key, "absent"), current.get(key, "absent")) for key in keys]
-        example = next(
-            (f" (such as --config.{key}={saved[key]})" for key in keys if key in saved), ""
-        )
-        free = f" May change on resume: {', '.join(ignore)}." if ignore else ""
-        raise ConfigMismatchError(
-            f"this run was started with other settings:\n{_table(rows)}\nContinue it with "
-            f"the saved ones{example}, or start a new run with another --workdir.{free}"
-        )
-
-
-def check_digests(
-    saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run"
-) -> None:
-    """Raises ConfigMismatchError, with a table of the differences, unless data and tokenizer are those of a checkpoint.
-
-    Args:
-      saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted, with a warning: it was
-        written before there were digests.
-      accepted: "data", "tokenizer": what may differ (config.checkpoint.accept_changed).
-      whose: whose data or tokenizer `saved` are.
-    """
-    rows, kinds = [("what", "was", "now")], []
-    for kind, now in current.items():
-        was = saved.get(kind)
-        if was is None:
-            logging.warning(
-                "%s has no digest of its %s: whether that is the same one cannot be told",
-                whose,
-                kind,
-            )
-        elif was != now and kind not in accepted:
-            kinds.append(kind)
-            pairs = (
-                {kind: (was, now)}
-                if isinstance(now, str)
-                else {
-                    f"{kind}.{name}": (was.get(name, "absent"), now.get(name, "absent"))
-                    for name in sorted(was.keys() | now.keys())
-                }
-            )
-            rows += [(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
-    if kinds:
-        names = " and ".join(kinds)
-        raise ConfigMismatchError(
-            f"{whose} was trained with another content of {names} (digests):\n{_table(rows)}\nPut the {names} back as it was, "
-            "or start a new run with another --workdir. To go on with what is there now, knowing that it differs: "
-            f'--config.checkpoint.accept_changed="{tuple(kinds)}"'
-        )
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
-    return "\n".join("  " + line.rstrip() for line in lines)

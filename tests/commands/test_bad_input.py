@@ -19,7 +19,7 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import context, eval, tasks, tokenizer, train
+from opsd_jax import config_check, context, eval, tasks, tokenizer, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import arrayrecord, procedural
 from opsd_jax.data import prepare as prepare_lib
@@ -195,7 +195,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     largest = len(tokenizer.load(folder / "made" / "tokenizer").token_bytes) - 1
     said = f"has ids up to {largest} ('<|vision_end|>'), but the model has 300 embeddings (model.llm.vocab_size)"
     refused(ValueError, tmp_path, said, f"set vocab_size to at least {largest + 1}", **changes)
-    workdir, config = tmp_path / "run", checkpoint.config_to_json(small_run.config(**changes))
+    workdir, config = tmp_path / "run", config_lib.to_json(small_run.config(**changes))
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config))
     checkpoint.save(
@@ -329,7 +329,7 @@ def test_settings_that_do_not_fit(changes, message):
     config = small_run.config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        config_lib.check(config)
+        config_check.check(config)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ ODD = ModelConfig(
             channels=32, multipliers=(1, 2), num_res_blocks=1, z_channels=8, scale=0.5, shift=0.25
         ),
     ),
+    dtype="float32",
+    remat="none",
+    query_block=0,
 )
 
 
@@ -940,12 +943,12 @@ def test_sizes_from_the_metadata(golden):
     assert configs.of_metadata(json.loads(json.dumps({"model": sizes | drawn})), "x") == ODD
     config = config_lib.default()
     config.model.generation.on, config.lora.rank = True, 4
-    again = configs.of_metadata(checkpoint.config_to_json(config), "x")
+    again = configs.of_metadata(config_lib.to_json(config), "x")
     assert again == dataclasses.replace(
         config_lib.model(config), dtype="float32", remat="none", query_block=0
     )
     config.model.generation.on, config.lora.rank = False, 0
-    again = configs.of_metadata(checkpoint.config_to_json(config), "x")
+    again = configs.of_metadata(config_lib.to_json(config), "x")
     assert again.generation is None and again.lora is None
 
 
@@ -1162,7 +1165,7 @@ def run_folder(workdir, model, init_from, seed=1):
     for name, part in (("llm", model.llm), ("vit", model.vit)):
         config.model[name].update(dataclasses.asdict(part))
     params = tiny.params(dataclasses.replace(model, generation=None), seed)
-    saved = checkpoint.config_to_json(config)
+    saved = config_lib.to_json(config)
     os.makedirs(workdir / "checkpoints")
     (workdir / "config.json").write_text(json.dumps(saved))
     (workdir / "data" / "made" / "tokenizer").mkdir(parents=True)
@@ -1215,7 +1218,7 @@ def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
     if teacher == "ema":
         state["ema"] = jax.tree.map(lambda x: np.float32(0.5) * np.asarray(x), state["ema"])
     average = distill.teacher_params(state, how)
-    saved = checkpoint.config_to_json(config)
+    saved = config_lib.to_json(config)
     os.makedirs(workdir)
     (workdir / "config.json").write_text(json.dumps(saved))
     checkpoint.save(

@@ -14,7 +14,7 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import context, distill, flow, generate, interleave, train
+from opsd_jax import config_check, context, distill, flow, generate, interleave, train
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, packing
 from opsd_jax.data import examples as examples_lib
@@ -266,10 +266,10 @@ def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
 )
 def test_settings_that_cannot_draw(changes, message):
     config = tiny_config()
-    config_lib.check(config)
+    config_check.check(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        config_lib.check(config)
+        config_check.check(config)
 
 
 # --- the losses -------------------------------------------------------------------------------------------------

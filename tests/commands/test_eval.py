@@ -411,9 +411,7 @@ def test_no_run_and_no_checkpoint(workdir, tmp_path, capsys):
 @pytest.mark.slow
 def test_settings_come_back_as_they_were(trained):
     config = workdir_lib.load_config(str(trained))
-    assert checkpoint_lib.config_to_json(config) == checkpoint_lib.config_to_json(
-        small_run.config()
-    )
+    assert config_lib.to_json(config) == config_lib.to_json(small_run.config())
     before = small_run.config()
     for path in (
         "stages",

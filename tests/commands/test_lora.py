@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import distill, sharding
+from opsd_jax import config_check, distill, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
@@ -229,14 +229,14 @@ def test_settings():
     config = config_lib.default()
     assert config_lib.model(config).lora is None
     config.lora.update(rank=4, targets=("q", "o"))
-    config_lib.check(config)
+    config_check.check(config)
     assert config_lib.model(config).lora == LoRAConfig(4, 16.0, ("q", "o"))
     spec = importlib.util.spec_from_file_location(
         "visual_opsd", small_run.ROOT / "configs" / "visual_opsd.py"
     )
     preset = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preset)
-    config_lib.check(preset.get_config("lora"))
+    config_check.check(preset.get_config("lora"))
     assert config_lib.model(preset.get_config("lora")).lora == LoRAConfig(64, 128.0)
     assert config_lib.model(preset.get_config()).lora is None
 
@@ -258,16 +258,16 @@ def test_wrong_settings(changes, message):
     config = config_lib.default()
     config.lora.update(changes)
     with pytest.raises(ValueError, match=message):
-        config_lib.check(config)
+        config_check.check(config)
 
 
 def test_freezing_and_adapters_exclude_each_other():
     config = config_lib.default()
     config.opsd.freeze = ("vit",)
-    config_lib.check(config)
+    config_check.check(config)
     config.lora.rank = 2
     with pytest.raises(ValueError, match=r"config.opsd.freeze is \('vit',\) with config.lora"):
-        config_lib.check(config)
+        config_check.check(config)
     with pytest.raises(ValueError, match=r"freeze=\('vit',\) with LoRA"):
         params_lib.partition(abstract(model()), ("vit",))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import small_run
+from opsd_jax import config as config_lib
 from opsd_jax import images, interleave
 from opsd_jax import redraw as redraw_lib
 from opsd_jax.data import arrayrecord, procedural
@@ -24,7 +25,7 @@ def workdir(tmp_path, monkeypatch):
     work = tmp_path / "w"
     work.mkdir()
     procedural.make_if_absent(config, str(work))
-    (work / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
+    (work / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     calls = []
 
     def reason(model, questions, key, *, draw, always):

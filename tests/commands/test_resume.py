@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import small_run
+from opsd_jax import config as config_lib
+from opsd_jax import config_check, train
 from opsd_jax import eval as eval_command
 from opsd_jax import params as params_lib
-from opsd_jax import train
 from opsd_jax.data import procedural
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import __main__ as diagnose
@@ -278,7 +279,7 @@ def test_commands_stop_between_batches(
 
 @pytest.mark.slow
 def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
-    with pytest.raises(checkpoint.ConfigMismatchError) as error:
+    with pytest.raises(config_check.ConfigMismatchError) as error:
         train.train(small_run.config(opsd__jsd_weight=2.0, divergence__beta=0.0), str(straight))
     for part in ("divergence.beta", "0.5", "0.0", "opsd.jsd_weight", "2.0", "--workdir"):
         assert part in str(error.value)
@@ -309,15 +310,15 @@ def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
     shutil.copy(straight / "data" / "made.json", workdir / "data")
     rows = (workdir / "metrics.jsonl").read_text()
     with pytest.raises(
-        checkpoint.ConfigMismatchError,
+        config_check.ConfigMismatchError,
         match=rf"another content of data .digests.:(.|\n)*data.{small_run.TASK} ",
     ):
         train.train(small_run.config(), str(workdir))
     swap_two_tokens(workdir / "data" / "made" / "tokenizer")
-    with pytest.raises(checkpoint.ConfigMismatchError, match="another content of tokenizer"):
+    with pytest.raises(config_check.ConfigMismatchError, match="another content of tokenizer"):
         train.train(small_run.config(checkpoint__accept_changed=("data",)), str(workdir))
     with pytest.raises(
-        checkpoint.ConfigMismatchError,
+        config_check.ConfigMismatchError,
         match=f"{straight} was trained with another content of tokenizer",
     ):
         train.train(
@@ -354,12 +355,12 @@ def test_a_damaged_record_of_the_settings_names_the_file_and_the_fix(tmp_path, c
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
-    older = checkpoint.config_to_json(small_run.config())
+    older = config_lib.to_json(small_run.config())
     del older["model"]["rope_bfloat16"], older["arms"]
     (tmp_path / "config.json").write_text(json.dumps(older))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     session.record_config(small_run.config(), str(tmp_path))
-    with pytest.raises(checkpoint.ConfigMismatchError, match=r"model.rope_bfloat16 +false +true"):
+    with pytest.raises(config_check.ConfigMismatchError, match=r"model.rope_bfloat16 +false +true"):
         session.record_config(small_run.config(model__rope_bfloat16=True), str(tmp_path))
 
 

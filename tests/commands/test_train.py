@@ -16,7 +16,7 @@ from PIL import Image
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import train
+from opsd_jax import config_check, train
 from opsd_jax.run import controls as controls_lib
 from opsd_jax.run import session
 from opsd_jax.runtime import checkpoint, distributed, health, metrics
@@ -262,7 +262,7 @@ def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
     config = small_run.config(
         stages=("opsd",), data__dir=str(trained / "data"), eval__final_split=""
     )
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_to_json(config)))
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     started = []
     train.train(
         config, str(tmp_path), on_warm=lambda: started.append(checkpoint.metadata(tmp_path)["step"])
@@ -293,24 +293,24 @@ def test_the_teacher_must_leave_tokens_to_score(limit, cut_to):
     config = small_run.config(opsd__max_forward_tokens=limit)
     assert config.data.buckets.teacher[-1][0] == 70 and config.rollout.max_new_tokens == 8
     if cut_to is None:
-        config_lib.check(config)
+        config_check.check(config)
     else:
         with pytest.raises(
             ValueError,
             match=rf"max_forward_tokens is {limit}: .* cut to {cut_to} tokens. Give at least 80 ",
         ):
-            config_lib.check(config)
+            config_check.check(config)
     config.stages = ("warmup",)
-    config_lib.check(config)
+    config_check.check(config)
 
 
 def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
     config = config_lib.default()
-    config_lib.check(config)
+    config_check.check(config)
     assert config.opsd.max_forward_tokens == 10240
     config.opsd.max_forward_tokens -= 63
     with pytest.raises(ValueError, match="64 tokens to score"):
-        config_lib.check(config)
+        config_check.check(config)
 
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():

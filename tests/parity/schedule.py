@@ -38,7 +38,7 @@ def test_optimizer(goldens):
     tensors, facts = read(goldens, "schedule", "schedule")
     toy = facts["toy"]
     sizes = ModelConfig(
-        LLMConfig(1, 4, 1, 1, 1, 1), ViTConfig(1, 1, 1, 1)
+        LLMConfig(1, 4, 1, 1, 1, 1), ViTConfig(1, 1, 1, 1), dtype="float32"
     )  # not used by the update
     config = distill.DistillConfig(
         model=sizes,

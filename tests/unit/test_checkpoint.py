@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from opsd_jax.runtime import checkpoint, stopping
 from opsd_jax.runtime.checkpoint import (
@@ -25,7 +24,6 @@ from opsd_jax.runtime.checkpoint import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     Checkpoints,
-    ConfigMismatchError,
 )
 
 ROOT = str(pathlib.Path(__file__).parents[2])
@@ -663,108 +661,6 @@ def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
             process.communicate()
         killed_midway += half.exists()
     assert killed_midway >= 1 and last >= 3
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-def test_config_to_json():
-    config = ConfigDict(
-        {"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}}
-    )
-    config.total = config.get_ref("n") * 2
-    plain = checkpoint.config_to_json(config)
-    assert plain == {
-        "lr": 1e-3,
-        "betas": [0.8, 0.9],
-        "name": None,
-        "n": 3,
-        "sub": {"on": True},
-        "total": 6,
-    }
-    assert json.loads(json.dumps(plain)) == plain
-    assert (
-        json.dumps(checkpoint.config_to_json({"n": np.int64(3), "on": np.True_}))
-        == '{"n": 3, "on": true}'
-    )
-    with pytest.raises(TypeError, match="setting sub.dtype is a .*use its name"):
-        checkpoint.config_to_json({"sub": {"dtype": jnp.float32}})
-    with pytest.raises(ValueError, match=r"setting clip\[1\] is inf.*None"):
-        checkpoint.config_to_json({"clip": [1.0, float("inf")]})
-
-
-def test_check_config_shows_all_differences_and_the_mend():
-    saved = {
-        "lr": 1e-3,
-        "model": {"depth": 4, "old": 1},
-        "betas": [0.8, 0.9],
-        "log": {"every": 10},
-        "logger": "a",
-    }
-    checkpoint.check_config(saved, ConfigDict({**saved, "betas": (0.8, 0.9)}))
-    checkpoint.check_config(saved, {**saved, "log": {"every": 99, "new": 1}}, ignore=("log",))
-    current = {
-        **saved,
-        "lr": 2e-3,
-        "model": {"depth": 4, "new": "x"},
-        "log": {"every": 5},
-        "logger": "b",
-    }
-    with pytest.raises(ConfigMismatchError) as caught:
-        checkpoint.check_config(saved, current, ignore=("log",))
-    text = " ".join(str(caught.value).split())
-    for row in (
-        "lr 0.001 0.002",
-        "model.old 1 absent",
-        'model.new absent "x"',
-        'logger "a" "b"',
-        "--config.logger=",
-        "another --workdir",
-        "May change on resume: log.",
-    ):
-        assert row in text, row
-    assert "log.every" not in text and "betas" not in text and "depth" not in text
-
-
-def test_a_setting_that_is_newer_than_the_run_had_its_default():
-    saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
-    check = lambda **model: checkpoint.check_config(
-        saved, {"model": {"depth": 4} | model}, defaults=defaults
-    )
-    check(new=False)
-    with pytest.raises(ConfigMismatchError, match=r"model.new +false +true"):
-        check(new=True)
-    with pytest.raises(ConfigMismatchError, match=r"model.unknown +absent +1"):
-        check(new=False, unknown=1)
-    with pytest.raises(
-        ConfigMismatchError, match=r"model.depth +4 +2"
-    ):  # saved, so the default says nothing
-        check(depth=2)
-
-
-def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
-    saved = {"data": {"Maze": "11", "Chart": "22"}, "tokenizer": "aa"}
-    checkpoint.check_digests(saved, json.loads(json.dumps(saved)))
-    for change, kinds, rows in (
-        ({"data": {"Maze": "11", "Chart": "33"}}, ("data",), ["data.Chart 22 33"]),
-        ({"tokenizer": "bb"}, ("tokenizer",), ["tokenizer aa bb"]),
-        (
-            {"data": {"Maze": "12"}, "tokenizer": "bb"},
-            ("data", "tokenizer"),
-            ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"],
-        ),
-    ):
-        with pytest.raises(ConfigMismatchError) as caught:
-            checkpoint.check_digests(saved, saved | change)
-        text = " ".join(str(caught.value).split())
-        for part in (*rows, f'--config.checkpoint.accept_changed="{kinds}"', "another --workdir"):
-            assert part in text, part
-        checkpoint.check_digests(saved, saved | change, accepted=kinds)
-    with pytest.raises(ConfigMismatchError, match="tokenizer"):
-        checkpoint.check_digests(saved, {"data": {}, "tokenizer": "bb"}, accepted=("data",))
-    with caplog.at_level("WARNING"):
-        checkpoint.check_digests({}, saved)  # of a version without digests
-    assert "no digest of its data" in caplog.text and "no digest of its tokenizer" in caplog.text
 
 
 # ---------------------------------------------------------------------------- being asked to stop

@@ -5,17 +5,19 @@ The table is by kind: numbers out of range, values of another type, names given 
 
 import contextlib
 import functools
+import json
 import math
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import convert, distill, eval, generate, redraw, train
+from opsd_jax import config_check, convert, distill, eval, generate, redraw, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.inputs import checks
@@ -26,7 +28,7 @@ from opsd_jax.run import cli
 def refused(message: str, **changes) -> None:
     """`config.check` raises ValueError with this text; "__" in a key is a dot."""
     with pytest.raises(ValueError) as error:
-        config_lib.check(small_run.config(**changes))
+        config_check.check(small_run.config(**changes))
     assert message in str(error.value)
 
 
@@ -66,7 +68,7 @@ def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
     )  # ConfigDict turns True into 1.0 where that is the type
     for wrong in ("1", None, math.nan, math.inf, -math.inf, (1,), *own):
         with pytest.raises(ValueError) as error:
-            config_lib.check(with_value(key, wrong))
+            config_check.check(with_value(key, wrong))
         assert f"config.{key} is {wrong!r}: give a " in str(error.value)
 
 
@@ -142,7 +144,7 @@ def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
 )
 def test_numbers_out_of_their_range(key, wrong):
     with pytest.raises(ValueError) as error:
-        config_lib.check(with_value(key, wrong))
+        config_check.check(with_value(key, wrong))
     allowed = config_lib.ranges()[key]
     assert f"config.{key} is {wrong!r}: give a " in str(error.value) and str(error.value).endswith(
         f"number in {allowed}"
@@ -250,14 +252,14 @@ def test_keys_that_are_no_settings(change, message, tmp_path):
 )
 def test_values_of_another_type(key, wrong, message):
     with pytest.raises(ValueError) as error:
-        config_lib.check(with_value(key, wrong))
+        config_check.check(with_value(key, wrong))
     assert f"config.{key} is {wrong!r}" in str(error.value) and message in str(error.value)
 
 
 def test_a_list_for_a_tuple_and_a_whole_number_for_a_float_are_right():
     config = small_run.config(opsd__optim__weight_decay=0, stages=["warmup", "opsd"])
     config.data.buckets.student = [list(sizes) for sizes in config.data.buckets.student]
-    config_lib.check(config)
+    config_check.check(config)
 
 
 @pytest.mark.parametrize("config", [None, {}, "x", 3])
@@ -293,15 +295,15 @@ def test_names_given_twice(key, names):
 @pytest.mark.parametrize(
     "key, wrong, unit",
     [
-        ("student", (36, 25), "(slots, patches)"),
-        ("student", ((36,),), "(slots, patches)"),
-        ("teacher", ((36, 25, 1),), "(slots, patches)"),
-        ("trace", ((36, 25),), "(slots, patches, targets)"),
-        ("trace", ((36, 25, 0),), "(slots, patches, targets)"),
-        ("student", ((36, -1),), "(slots, patches)"),
-        ("student", ((36.5, 25),), "(slots, patches)"),
-        ("student", (("36", "25"),), "(slots, patches)"),
-        ("drawn", ((1, 2),), "(latent tokens, pictures, height, width)"),
+        ("student", (36, 25), "(positions, patches)"),
+        ("student", ((36,),), "(positions, patches)"),
+        ("teacher", ((36, 25, 1),), "(positions, patches)"),
+        ("trace", ((36, 25),), "(positions, patches, targets)"),
+        ("trace", ((36, 25, 0),), "(positions, patches, targets)"),
+        ("student", ((36, -1),), "(positions, patches)"),
+        ("student", ((36.5, 25),), "(positions, patches)"),
+        ("student", (("36", "25"),), "(positions, patches)"),
+        ("drawn", ((1, 2),), "(latent tokens, images, height, width)"),
     ],
 )
 def test_buckets_of_another_shape(key, wrong, unit):
@@ -403,15 +405,15 @@ def test_an_arm_is_named_as_one_folder(name):
     with config.unlocked():
         config.arms[name] = ConfigDict({"seed": 1})
     with pytest.raises(ValueError, match=r"^config.arms.*: give one folder name"):
-        config_lib.check(config)
+        config_check.check(config)
 
 
 def test_an_arm_that_will_not_run_may_wait_to_be_right():
-    config_lib.check(small_run.config(sft__optim__warmup_steps=50))
+    config_check.check(small_run.config(sft__optim__warmup_steps=50))
 
 
 def test_zero_where_it_means_something():
-    config_lib.check(
+    config_check.check(
         small_run.config(
             eval__every=0,
             eval__rows=0,
@@ -482,6 +484,107 @@ def test_config_files_that_are_wrong(text, message, tmp_path):
 def test_plan_checks_settings_first():
     with pytest.raises(ValueError, match="config.stages is empty"):
         bill.plan(small_run.config(stages=()), topology.parse_topology("cpu:1"))
+
+
+# --- a run and its continuation ------------------------------------------------------------------
+
+
+def test_config_to_json():
+    config = ConfigDict(
+        {"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}}
+    )
+    config.total = config.get_ref("n") * 2
+    plain = config_lib.to_json(config)
+    assert plain == {
+        "lr": 1e-3,
+        "betas": [0.8, 0.9],
+        "name": None,
+        "n": 3,
+        "sub": {"on": True},
+        "total": 6,
+    }
+    assert json.loads(json.dumps(plain)) == plain
+    assert (
+        json.dumps(config_lib.to_json({"n": np.int64(3), "on": np.True_})) == '{"n": 3, "on": true}'
+    )
+    with pytest.raises(TypeError, match="setting sub.dtype is a .*use its name"):
+        config_lib.to_json({"sub": {"dtype": jnp.float32}})
+    with pytest.raises(ValueError, match=r"setting clip\[1\] is inf.*None"):
+        config_lib.to_json({"clip": [1.0, float("inf")]})
+
+
+def test_check_config_shows_all_differences_and_the_mend():
+    saved = {
+        "lr": 1e-3,
+        "model": {"depth": 4, "old": 1},
+        "betas": [0.8, 0.9],
+        "log": {"every": 10},
+        "logger": "a",
+    }
+    config_check.check_unchanged(saved, ConfigDict({**saved, "betas": (0.8, 0.9)}))
+    config_check.check_unchanged(saved, {**saved, "log": {"every": 99, "new": 1}}, free=("log",))
+    current = {
+        **saved,
+        "lr": 2e-3,
+        "model": {"depth": 4, "new": "x"},
+        "log": {"every": 5},
+        "logger": "b",
+    }
+    with pytest.raises(config_check.ConfigMismatchError) as caught:
+        config_check.check_unchanged(saved, current, free=("log",))
+    text = " ".join(str(caught.value).split())
+    for row in (
+        "lr 0.001 0.002",
+        "model.old 1 absent",
+        'model.new absent "x"',
+        'logger "a" "b"',
+        "--config.logger=",
+        "another --workdir",
+        "May change on resume: log.",
+    ):
+        assert row in text, row
+    assert "log.every" not in text and "betas" not in text and "depth" not in text
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default():
+    saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
+    check = lambda **model: config_check.check_unchanged(
+        saved, {"model": {"depth": 4} | model}, defaults=defaults
+    )
+    check(new=False)
+    with pytest.raises(config_check.ConfigMismatchError, match=r"model.new +false +true"):
+        check(new=True)
+    with pytest.raises(config_check.ConfigMismatchError, match=r"model.unknown +absent +1"):
+        check(new=False, unknown=1)
+    with pytest.raises(
+        config_check.ConfigMismatchError, match=r"model.depth +4 +2"
+    ):  # saved, so the default says nothing
+        check(depth=2)
+
+
+def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
+    saved = {"data": {"Maze": "11", "Chart": "22"}, "tokenizer": "aa"}
+    config_check.check_digests(saved, json.loads(json.dumps(saved)))
+    for change, kinds, rows in (
+        ({"data": {"Maze": "11", "Chart": "33"}}, ("data",), ["data.Chart 22 33"]),
+        ({"tokenizer": "bb"}, ("tokenizer",), ["tokenizer aa bb"]),
+        (
+            {"data": {"Maze": "12"}, "tokenizer": "bb"},
+            ("data", "tokenizer"),
+            ["data.Maze 11 12", "data.Chart 22 absent", "tokenizer aa bb"],
+        ),
+    ):
+        with pytest.raises(config_check.ConfigMismatchError) as caught:
+            config_check.check_digests(saved, saved | change)
+        text = " ".join(str(caught.value).split())
+        for part in (*rows, f'--config.checkpoint.accept_changed="{kinds}"', "another --workdir"):
+            assert part in text, part
+        config_check.check_digests(saved, saved | change, accepted=kinds)
+    with pytest.raises(config_check.ConfigMismatchError, match="tokenizer"):
+        config_check.check_digests(saved, {"data": {}, "tokenizer": "bb"}, accepted=("data",))
+    with caplog.at_level("WARNING"):
+        config_check.check_digests({}, saved)  # of a version without digests
+    assert "no digest of its data" in caplog.text and "no digest of its tokenizer" in caplog.text
 
 
 # --- 64 bits ------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import context
-from opsd_jax.run import session
+from opsd_jax import config_check, context
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
@@ -127,7 +126,7 @@ def test_what_may_change_on_resume_is_documented():
     sentence = re.search(
         r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL
     )
-    assert re.findall(r"`(.*?)`", sentence[1]) == list(session.FREE_SETTINGS)
+    assert re.findall(r"`(.*?)`", sentence[1]) == list(config_check.FREE_SETTINGS)
 
 
 def test_recipe_of_the_miniature():

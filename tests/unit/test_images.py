@@ -352,7 +352,7 @@ def test_rounding_is_half_to_even():
 
 
 def test_many_images_share_the_pixels():
-    rule = Resize(min_size=224)
+    rule = HARNESS_VIT
     assert rule(980, 980) == (980, 980)
     assert rule(980, 980, num_images=2) == (924, 924)
 

@@ -34,6 +34,9 @@ MODEL = ModelConfig(
     vit=ViTConfig(
         hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, patch_size=4, side=6
     ),
+    dtype="float32",
+    remat="none",
+    query_block=0,
 )
 CONFIG = distill.DistillConfig(  # its cross entropy needs the gradient of all logits, not of the largest alone
     model=MODEL, **tiny.ENDS, divergence=divergence.DivergenceConfig(chunk=CHUNK), ce_weight=0.5

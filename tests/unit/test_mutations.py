@@ -20,7 +20,7 @@ from PIL import Image
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import tokenizer
+from opsd_jax import config_check, tokenizer
 from opsd_jax.data import arrayrecord, prepare, workdir
 from opsd_jax.evaluation import tables as tables_lib
 from opsd_jax.release import configs, folders, importing, load
@@ -472,11 +472,11 @@ def test_record_of_a_run(tmp_path):
     """config.json of a workdir: what eval, generate and diagnose read."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(checkpoint.config_to_json(small_run.config())))
+    (run / "config.json").write_text(json.dumps(config_lib.to_json(small_run.config())))
 
     def work(folder):
         config = workdir.load_config(str(folder))
-        config_lib.check(config)
+        config_check.check(config)
         config_lib.model(config)
 
     check(

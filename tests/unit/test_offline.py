@@ -14,7 +14,7 @@ import pytest
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import context, distill, offline, sharding, tokenizer, train
+from opsd_jax import config_check, context, distill, offline, sharding, tokenizer, train
 from opsd_jax.data import examples, packing, procedural
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.divergence import DivergenceConfig
@@ -500,13 +500,13 @@ def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.check(
+        config_check.check(
             small_run.config(stages=("offline",), offline__optim__warmup_steps=1, **changes)
         )
 
 
 def test_another_stage_may_have_noise_in_the_teacher():
-    config_lib.check(small_run.config(stages=("opsd",), teacher__visual_thoughts="noise"))
+    config_check.check(small_run.config(stages=("opsd",), teacher__visual_thoughts="noise"))
 
 
 def stage_config(**changes):

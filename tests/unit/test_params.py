@@ -25,6 +25,9 @@ SEVEN_B = ModelConfig(
     ),
     vit=ViTConfig(hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304),
     generation=GenerationConfig(),
+    dtype="float32",
+    remat="none",
+    query_block=0,
 )
 
 

@@ -1,0 +1,517 @@
+"""Checks of a configuration: of its values (`check`), and against the run that it continues.
+
+`check` reads and makes nothing, so that a wrong setting ends a command before it has begun. It checks
+each value by itself first (keys, types, ranges, choices), then each group of settings together with what
+it depends on. `check_unchanged` and `check_digests` compare a run with its continuation.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax import params, tasks
+from opsd_jax.inputs import checks, paths
+from opsd_jax.method_config import FlowConfig
+
+# Tokens of a completion that opsd.max_forward_tokens must leave after the largest teacher context.
+LEAST_SCORED = 64
+
+# Settings that may change between a run and its continuation. "log" covers "log" and "log.every".
+FREE_SETTINGS = (
+    "log",
+    "health",
+    "eval",
+    "checkpoint.keep_latest",
+    "checkpoint.accept_changed",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_rows",
+    "mesh",
+    "arms",
+    "run_arms",
+)
+
+
+class ConfigMismatchError(ValueError):
+    """A run would continue with other settings, data or another tokenizer than it started with."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, with key, value and what is allowed, for settings that no run can have.
+
+    These are keys that are unknown or missing, values of another type or out of their range, and values
+    that contradict each other. Nothing is read or made.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"config is a {type(config).__name__}: get_config() returns the ConfigDict of "
+            "opsd_jax.config.default(), with changed values"
+        )
+    _check_group(config, config_lib.default(), "config", "")
+    _check_sections(config)
+    for name, changes in config.arms.items():
+        checks.folder_name(f"config.arms.{name}", name)  # its folder is <workdir>/arms/<name>
+        if not isinstance(changes, ConfigDict):
+            raise ValueError(
+                f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such "
+                'as {"teacher": {"visual_thoughts": "noise"}}'
+            )
+        _check_group(changes, config_lib.default(), f"config.arms.{name}", "", partial=True)
+    for name in config.run_arms:
+        _check_run_arm(config, name)
+
+
+def unknown(key: str) -> str:
+    """The message about a key that is not a setting, with the most similar one that is."""
+    group, path = config_lib.default(), []
+    for part in key.split("."):
+        if part not in group:
+            close = difflib.get_close_matches(part, group, 1)
+            hint = (
+                f'Did you mean "{close[0]}"?' if close else "All of them are in opsd_jax/config.py."
+            )
+            return f"there is no setting '{part}' in {'.'.join(['config', *path])}. {hint}"
+        group, path = group[part], [*path, part]
+        if not isinstance(group, ConfigDict):
+            break
+    return f"{'.'.join(['config', *path])} is not a group of settings"
+
+
+# --- each value by itself ------------------------------------------------------------------------
+
+
+def _check_group(
+    config: ConfigDict, known: ConfigDict, shown: str, prefix: str, partial: bool = False
+) -> None:
+    """Checks that a group has the known keys, and the value of each by itself.
+
+    Args:
+      known: the same group with its defaults.
+      shown: name of the group in messages. prefix: its key with a dot; "" for the whole configuration.
+      partial: whether keys may be missing.
+    """
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{shown}.{name}: {unknown(prefix + name)}")
+    if missing := [name for name in known if name not in config and not partial]:
+        raise ValueError(
+            f"{shown} lacks {', '.join(missing)}: change values of config.default() one by one, or "
+            "with update(), instead of replacing a whole group"
+        )
+    for name, usual in known.items():
+        if name not in config:
+            continue
+        value = config[name]
+        if not isinstance(usual, ConfigDict):
+            _check_value(value, f"{shown}.{name}", prefix + name)
+        elif not isinstance(value, ConfigDict):
+            raise ValueError(
+                f"{shown}.{name} is {value!r}, but it is a group of settings: set one of "
+                f"{', '.join(usual)} in it"
+            )
+        elif prefix + name != "arms":
+            _check_group(value, usual, f"{shown}.{name}", f"{prefix}{name}.", partial)
+
+
+def _check_value(value, shown: str, key: str) -> None:
+    """Checks one value by itself: type, range, choices. shown: name of the setting in messages."""
+    setting = config_lib.settings()[key]
+    usual, rule = setting.default, setting.rule
+    if isinstance(usual, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{shown} is {value!r}: give True or False")
+    elif isinstance(usual, str) and not isinstance(value, str):
+        raise ValueError(f"{shown} is {value!r}: give a text")
+    elif isinstance(usual, tuple) and not isinstance(value, (tuple, list)):
+        raise ValueError(f"{shown} is {value!r}: give a tuple, such as {usual or '()'}")
+    elif key.startswith("data.buckets."):
+        _check_buckets(value, shown, config_lib.BUCKET_SIZES[key.rpartition(".")[2]])
+    elif rule:
+        rule.check(shown, value)
+    elif isinstance(usual, tuple):
+        checks.names(shown, value)
+        if key == "data.tasks":  # a task's folder has its name in lower case
+            checks.once(shown, [element.lower() for element in value])
+
+
+def _check_buckets(value, shown: str, counted: tuple[str, ...]) -> None:
+    """Checks the shape and order of buckets. counted: what the numbers of each bucket count."""
+    if not all(
+        isinstance(sizes, (tuple, list))
+        and len(sizes) == len(counted)
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+        for sizes in value
+    ):
+        example = tuple(2 ** (11 - n) for n in range(len(counted)))
+        raise ValueError(
+            f"{shown} is {value}: give a tuple that holds one ({', '.join(counted)}) for each "
+            f"bucket, in whole numbers of at least 1, such as ({example},)"
+        )
+    if any(any(a > b for a, b in zip(small, large)) for small, large in zip(value, value[1:])):
+        raise ValueError(f"{shown} is {value}: sizes must not fall from one bucket to the next")
+
+
+# --- groups of settings, each with what it depends on --------------------------------------------
+
+
+def _check_sections(config: ConfigDict) -> None:
+    """Checks what depends on several settings, or on this machine. Each value is valid by itself."""
+    _check_run(config)
+    _check_data(config)
+    _check_buckets_together(config)
+    _check_model(config)
+    _check_mesh(config)
+    _check_rollout(config)
+    for stage in config.stages:
+        _check_stage(config, stage)
+    _check_offline(config)
+    _check_eval(config)
+    _check_log(config)
+
+
+def _check_run(config: ConfigDict) -> None:
+    paths.check("config.init_from", config.init_from)
+    paths.check("config.tokenizer", config.tokenizer)
+    paths.check("config.data.dir", config.data.dir)
+    if not config.stages:
+        raise ValueError(f"config.stages is empty: name at least one of {config_lib.STAGES}")
+
+
+def _check_run_arm(config: ConfigDict, name: str) -> None:
+    """Checks an arm that the run starts by itself."""
+    if name not in config.arms or "opsd" not in config.stages:
+        raise ValueError(
+            f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd "
+            "stage to start from"
+        )
+    changed = config_lib.arm(config, name)
+    try:
+        _check_sections(changed)
+    except ValueError as error:
+        raise ValueError(f"config.arms.{name}: {error}") from None
+    for c in (config, changed):
+        if not c.eval.final_split or "none" not in c.eval.final_visual_thoughts:
+            raise ValueError(
+                "config.run_arms ends with a table of text-only accuracies: set "
+                "config.eval.final_split, and 'none' in config.eval.final_visual_thoughts"
+            )
+
+
+def _check_data(config: ConfigDict) -> None:
+    """Checks tasks, their shares, and the procedural data that the run makes."""
+    data = config.data
+    if not data.tasks:
+        raise ValueError("config.data.tasks is empty: name at least one")
+    for name in ("limits", "weights"):
+        if data[name] and len(data[name]) != len(data.tasks):
+            raise ValueError(
+                f"config.data.{name} needs one number for each of config.data.tasks, or (); it is "
+                f"{data[name]} for {data.tasks}"
+            )
+    if data.weights and not any(data.weights):
+        raise ValueError(
+            f"config.data.weights is {data.weights}: give at least one task a share above 0"
+        )
+    if not data.make.families or data.dir:  # the data exist already
+        return
+    used = {
+        "train": "config.stages",
+        config.eval.split: "config.eval.every" if config.eval.every else "",
+        config.eval.final_split: "config.eval.final_split",
+    }
+    for key in ("split", "final_split"):
+        split = config.eval[key]
+        # A split that is not an identifier is a slice, such as test[:64].
+        if used.get(split) and split.isidentifier() and split not in tasks.BUCKETS:
+            raise ValueError(
+                f"config.eval.{key} is {split!r}: procedural data have the splits "
+                f"{', '.join(tasks.BUCKETS)}"
+            )
+    for split in tasks.BUCKETS:
+        if used.get(split) and not data.make[split]:
+            raise ValueError(
+                f"config.data.make.{split} is 0, but {used[split]} needs that split: give at least 1"
+            )
+
+
+def _check_buckets_together(config: ConfigDict) -> None:
+    buckets = config.data.buckets
+    counts = {len(buckets.student), len(buckets.teacher), len(buckets.trace)}
+    if len(counts) != 1 or not buckets.student:
+        raise ValueError(
+            "config.data.buckets needs equally many entries for student, teacher and trace, at "
+            "least one"
+        )
+
+
+def _check_model(config: ConfigDict) -> None:
+    """Checks the network, the size rule of its images, and image generation."""
+    with _keys_named():
+        network = config_lib.model(config)
+    if config.images.stride != config.model.vit.patch_size:
+        raise ValueError(
+            f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
+            f"{config.model.vit.patch_size}: images are cut into whole patches"
+        )
+    if network.generation:
+        FlowConfig(network, 0, 1, **config.drawing)
+
+
+def _check_mesh(config: ConfigDict) -> None:
+    if list(config.mesh.values()).count(-1) > 1:
+        raise ValueError(
+            f"config.mesh is {config.mesh.to_dict()}: only one size can be -1, whatever is left"
+        )
+
+
+# The token ids of a tokenizer that may not have been made yet.
+_ENDS = types.SimpleNamespace(bos=0, eos=1)
+
+
+def _check_rollout(config: ConfigDict) -> None:
+    """Checks sampling, in training and in evaluation."""
+    evaluated = {
+        "max_new_tokens": config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        "slots": config.eval.slots,
+        "refill": 0,
+    }
+    with _keys_named():
+        config_lib.rollout(config, _ENDS, None)
+        config_lib.rollout(config, _ENDS, None, **evaluated)
+
+
+def _check_stage(config: ConfigDict, stage: str) -> None:
+    """Checks a stage that will run."""
+    s = config[stage]
+    if s.batch_size % s.accumulation:
+        raise ValueError(
+            f"config.{stage}.batch_size {s.batch_size} is not divisible by "
+            f"config.{stage}.accumulation {s.accumulation}"
+        )
+    _check_schedule(config, stage)
+    if "mix" in s and not any(s.mix.values()):
+        raise ValueError(
+            f"config.{stage}.mix is {s.mix.to_dict()}: give at least one layout a share above 0"
+        )
+    if "freeze" in s:
+        _check_freeze(config, stage)
+    if stage == "opsd":
+        _check_opsd(config)
+    if config_lib.draws(config, stage):
+        _check_image_generation(config, stage)
+    with _keys_named(stage):
+        config_lib.distill(config, stage, _ENDS)
+
+
+def _check_schedule(config: ConfigDict, stage: str) -> None:
+    steps, optim = config[stage].steps, config[stage].optim
+    if optim.warmup_steps > steps:
+        raise ValueError(
+            f"config.{stage}.optim.warmup_steps is {optim.warmup_steps}, but the stage has {steps} "
+            f"steps: give at most config.{stage}.steps"
+        )
+    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
+        raise ValueError(
+            f"config.{stage}.optim.min_lr is {optim.min_lr}, above config.{stage}.optim.lr "
+            f"{optim.lr}: the cosine falls to it, so give at most the peak rate"
+        )
+
+
+def _check_freeze(config: ConfigDict, stage: str) -> None:
+    """Checks that a stage has parameters to train."""
+    freeze = config[stage].freeze
+    if config_lib.lora(config) and freeze:
+        raise ValueError(
+            f"config.{stage}.freeze is {freeze} with config.lora, which trains its adapters alone: "
+            "leave freeze empty, or set config.lora.rank=0"
+        )
+    never = {"fixed", "vae", "lora"}
+    if not config_lib.draws(config, stage):
+        never |= {*params.DRAWING}
+    if not {*params.GROUPS} - never - {*freeze}:
+        raise ValueError(f"config.{stage}.freeze is {freeze}: nothing is left to train")
+
+
+def _check_opsd(config: ConfigDict) -> None:
+    """Checks the weights of the loss, and that completions fit after the teacher's context."""
+    s = config.opsd
+    if not s.jsd_weight and not s.ce_weight:
+        raise ValueError(
+            "config.opsd.jsd_weight and config.opsd.ce_weight are both 0: nothing would be learned"
+        )
+    largest = config.data.buckets.teacher[-1][0]
+    least = min(LEAST_SCORED, config.rollout.max_new_tokens)
+    if s.max_forward_tokens < largest + 2 + least:
+        raise ValueError(
+            f"config.opsd.max_forward_tokens is {s.max_forward_tokens}: with a teacher's context of "
+            f"{largest} positions, the largest of config.data.buckets.teacher, a completion would be "
+            f"cut to {max(s.max_forward_tokens - largest - 2, 1)} tokens. Give at least "
+            f"{largest + 2 + least} ({least} tokens to score), or "
+            f"{largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that bucket "
+            "smaller"
+        )
+
+
+def _check_image_generation(config: ConfigDict, stage: str) -> None:
+    """Checks a stage that trains image generation."""
+    what = "stages" if stage == "autoencoder" else "warmup.mix.drawn"
+    buckets = config.data.buckets
+    if not config.model.generation.on:
+        raise ValueError(
+            f"config.{what} trains image generation, which this model lacks: set "
+            "config.model.generation.on=True"
+        )
+    if len(buckets.drawn) != len(buckets.trace):
+        raise ValueError(
+            f"config.{what} needs config.data.buckets.drawn, one (latent tokens, images, height, "
+            "width) for each entry of config.data.buckets.trace"
+        )
+    stride = config_lib.model(config).generation.stride
+    if any(side % stride for sizes in buckets.drawn for side in sizes[2:]):
+        raise ValueError(
+            f"config.data.buckets.drawn is {buckets.drawn}: heights and widths must be multiples of "
+            f"the {stride} pixels of a latent token"
+        )
+    if config_lib.lora(config):
+        raise ValueError(
+            f"config.{what} trains image generation, but with config.lora only adapters are "
+            "trained: set config.lora.rank=0"
+        )
+
+
+def _check_offline(config: ConfigDict) -> None:
+    if "offline" in config.stages and config.teacher.visual_thoughts != "real":
+        raise ValueError(
+            f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
+            "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage "
+            "out"
+        )
+
+
+def _check_eval(config: ConfigDict) -> None:
+    for modes, asked, off in (
+        ("visual_thoughts", config.eval.every, "every=0"),
+        ("final_visual_thoughts", config.eval.final_split, "final_split=''"),
+    ):
+        if asked and not config.eval[modes]:
+            raise ValueError(
+                f"config.eval.{modes} is empty, so that evaluation has nothing to do: name some of "
+                f"{config_lib.MODES}, or set config.eval.{off}"
+            )
+
+
+def _check_log(config: ConfigDict) -> None:
+    if config.log.wandb and not ("wandb" in sys.modules or importlib.util.find_spec("wandb")):
+        raise ValueError(
+            f"config.log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install -e "
+            "\".[wandb]\", or set config.log.wandb=''"
+        )
+
+
+@contextlib.contextmanager
+def _keys_named(stage: str = "") -> Iterator[None]:
+    """Makes errors of dataclasses name the whole key of a setting.
+
+    The errors begin with the name of a field. stage: the stage that the field may belong to.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name, known = str(error).split(maxsplit=1)[0], config_lib.settings()
+        key = next((key for key in (f"{stage}.{name}", name) if key in known), None)
+        message = str(error).replace(name, f"config.{key}", 1) if key else str(error)
+        raise ValueError(message) from None
+
+
+# --- a run and its continuation ------------------------------------------------------------------
+
+
+def check_unchanged(
+    saved: Mapping,
+    current: Mapping,
+    *,
+    free: Iterable[str] = FREE_SETTINGS,
+    defaults: Mapping | None = None,
+) -> None:
+    """Raises ConfigMismatchError, with a table of the differences, unless two configurations are the same.
+
+    Args:
+      saved, current: settings, compared as `config.to_json` writes them.
+      free: keys that may change; "log" covers "log" and "log.every", not "logger".
+      defaults: values of settings before they existed, taken for keys that `saved` lacks; None for
+        `config.default()`.
+    """
+    free = tuple(free)
+    before = config_lib.default() if defaults is None else defaults
+    was, now, usual = (_flat(config_lib.to_json(c)) for c in (saved, current, before))
+    was |= {key: usual[key] for key in now.keys() - was.keys() if key in usual}
+    keys = [
+        key
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+        and not any(key == name or key.startswith(name + ".") for name in free)
+    ]
+    if not keys:
+        return
+    rows = [("key", "saved", "now")]
+    rows += [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys]
+    example = next((f" (such as --config.{key}={was[key]})" for key in keys if key in was), "")
+    may = f" May change on resume: {', '.join(free)}." if free else ""
+    raise ConfigMismatchError(
+        f"this run was started with other settings:\n{checks.table(rows)}\nContinue it with the saved "
+        f"ones{example}, or start a new run with another --workdir.{may}"
+    )
+
+
+def _flat(value, key: str = "") -> dict[str, str]:
+    """{"group.key": value as JSON} of nested dicts."""
+    if isinstance(value, dict) and value:
+        items = (_flat(item, f"{key}.{name}").items() for name, item in value.items())
+        return dict(pair for pairs in items for pair in pairs)
+    return {key[1:]: json.dumps(value)}
+
+
+def check_digests(
+    saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run"
+) -> None:
+    """Raises ConfigMismatchError, with a table of the differences, unless data and tokenizer are the same.
+
+    Args:
+      saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted,
+        with a warning: it was written before there were digests.
+      accepted: "data", "tokenizer": what may differ (config.checkpoint.accept_changed).
+      whose: the owner of the data and tokenizer in `saved`, for messages.
+    """
+    rows, kinds = [("what", "was", "now")], []
+    for kind, now in current.items():
+        was = saved.get(kind)
+        if was is None:
+            logging.warning(
+                "%s has no digest of its %s: whether that is the same one cannot be told",
+                whose,
+                kind,
+            )
+        elif was != now and kind not in accepted:
+            kinds.append(kind)
+            if isinstance(now, str):
+                rows.append((kind, was, now))
+            else:
+                names = sorted(was.keys() | now.keys())
+                pairs = [(n, was.get(n, "absent"), now.get(n, "absent")) for n in names]
+                rows += [(f"{kind}.{name}", a, b) for name, a, b in pairs if a != b]
+    if kinds:
+        names = " and ".join(kinds)
+        raise ConfigMismatchError(
+            f"{whose} was trained with another content of {names} (digests):\n{checks.table(rows)}\n"
+            f"Put the {names} back as it was, or start a new run with another --workdir. To go on "
+            "with what is there now, knowing that it differs: "
+            f'--config.checkpoint.accept_changed="{tuple(kinds)}"'
+        )
