@@ -234,7 +234,7 @@ def train_stage(
     on_policy, draws = stage == "opsd", config_lib.draws(config, stage)
 
     # data first: what is wrong with them shows before anything is saved
-    rows = examples.Rows(config, run.data_workdir, run.tokenizer, "train", drawing=draws)
+    rows = examples.Examples(config, run.data_workdir, run.tokenizer, "train", generation=draws)
     make_batches = teacher_cache.Batches if stage == "offline" else batches_lib.Batches
     batches = make_batches(
         config,
@@ -280,7 +280,7 @@ def train_stage(
     on_start()
 
     stream = batches.stream(start, last) if start < last else iter(())
-    buckets = batches.plan.num_buckets
+    buckets = batches.schedule.num_buckets
     health = health_lib.Health(**config.health)
     if start > first:
         history = [

@@ -214,7 +214,7 @@ def open_source(
 class ParquetSource:
     """As `Source`, on parquet as it is: for looking around, evaluation, small data, reading in order.
 
-    A random row reads its row group, of which the last four stay in memory. Bad rows raise BadRow when read.
+    A random row reads its row group, of which the last four stay in memory. Bad rows raise BadRowError when read.
 
     Args:
       folder: one task: <split>-*.parquet, or data/<split>-*.parquet.
@@ -227,7 +227,7 @@ class ParquetSource:
         self.directory, self.split = Path(folder), split
         tasks = parquet_files.task_folders(folder)
         if len(tasks) > 1:
-            raise schema.BadSource(
+            raise schema.BadSourceError(
                 f"{folder} holds {len(tasks)} tasks: give the folder of one: {', '.join(tasks)}"
             )
         ((self._task, task_folder),) = tasks.items()

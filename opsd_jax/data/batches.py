@@ -16,8 +16,8 @@ from opsd_jax import (
     context as context_lib,
 )
 from opsd_jax.context import Batch, GenerationBatch, PaddedImages
-from opsd_jax.data import examples, packing
-from opsd_jax.data.schedule import BatchPlan
+from opsd_jax.data import examples, packing, randomness
+from opsd_jax.data.schedule import BatchSchedule
 from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files
 
@@ -33,7 +33,7 @@ class Batches:
         config,
         workdir,
         stage: str,
-        rows: examples.Rows,
+        rows: examples.Examples,
         packer: packing.Packer,
         *,
         share=None,
@@ -52,18 +52,18 @@ class Batches:
             len(s) if whole else _bucket_index(config, workdir, rows, packer, n)
             for n, s in enumerate(rows.sources)
         ]
-        self.plan = BatchPlan(
+        self.schedule = BatchSchedule(
             lengths, config.data.weights or None, list(buckets), batch_size, config.seed
         )
 
-    def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[examples.Prepared]]:
+    def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[examples.PreparedExample]]:
         """Both contexts of the batch, and its rows."""
-        bucket, pairs = self.plan(step, attempt)
+        bucket, pairs = self.schedule(step, attempt)
         rows = [self.rows(*pairs[n]) for n in self._share]
         mode = self.config.teacher.visual_thoughts
         partners = [self.rows.partner(*pairs[n]) if mode == "swap" else None for n in self._share]
         rngs = [
-            examples.generator(self.config.seed, "visual thoughts", step, attempt, n)
+            randomness.generator(self.config.seed, "visual thoughts", step, attempt, n)
             for n in self._share
         ]
         return Batch(
@@ -73,9 +73,9 @@ class Batches:
 
     def traces(
         self, step: int
-    ) -> tuple[context_lib.Supervised | GenerationBatch, list[examples.Prepared]]:
+    ) -> tuple[context_lib.Supervised | GenerationBatch, list[examples.PreparedExample]]:
         """Supervised traces in the layouts of the stage's mix, with their pictures where it draws."""
-        bucket, pairs = self.plan(step)
+        bucket, pairs = self.schedule(step)
         layouts = mixture(self.config[self.stage].mix, len(pairs))
         rows, layouts = (
             [self.rows(*pairs[n]) for n in self._share],
@@ -87,9 +87,9 @@ class Batches:
         shown = [row if layout == "drawn" else None for row, layout in zip(rows, layouts)]
         return GenerationBatch(traces, self.packer.pictures(shown, bucket)), rows
 
-    def pictures(self, step: int) -> tuple[PaddedImages, list[examples.Prepared]]:
+    def pictures(self, step: int) -> tuple[PaddedImages, list[examples.PreparedExample]]:
         """All pictures of the batch's rows."""
-        bucket, pairs = self.plan(step)
+        bucket, pairs = self.schedule(step)
         rows = [self.rows(*pairs[n]) for n in self._share]
         return self.packer.pictures(rows, bucket), rows
 
@@ -119,7 +119,7 @@ def mixture(ratios, count: int) -> list[str]:
 
 
 def _bucket_index(
-    config, workdir, rows: examples.Rows, packer: packing.Packer, source: int
+    config, workdir, rows: examples.Examples, packer: packing.Packer, source: int
 ) -> np.ndarray:
     """Bucket of every row of a source, int [rows]; computed once and kept in the workdir.
 
@@ -141,7 +141,7 @@ def _bucket_index(
             config.images.to_dict(),
             config.prompts.to_dict(),
             mode,
-            config.model.generation.to_dict() if rows.drawing else None,
+            config.model.generation.to_dict() if rows.generation else None,
         ],
         sort_keys=True,
     )

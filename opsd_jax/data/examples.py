@@ -22,7 +22,7 @@ from opsd_jax.data.schema import Example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedExample:
     """A row ready for packing: the example, its question's ids, its pictures cut into patches.
 
     pixels: the same pictures, problem first, as the autoencoder sees them, uint8 [H, W, 3]; empty where nothing draws.
@@ -46,10 +46,10 @@ def _open(where, split: str, task: str, limit: int) -> arrayrecord.Source:
     return arrayrecord.open_source(where, f"{split}[:{limit}]", task=task) if limit else source
 
 
-class Rows:
+class Examples:
     """Random access to the prepared rows of the tasks of a split, with a bounded cache. drawing: with `pixels`."""
 
-    def __init__(self, config, workdir, tokenizer, split: str, drawing: bool = False):
+    def __init__(self, config, workdir, tokenizer, split: str, generation: bool = False):
         where = workdir_lib.folder(config, workdir)
         limits = (
             config.data.limits
@@ -67,8 +67,10 @@ class Rows:
         )
         self._rule, self._transparency = config_lib.resize_rule(config), config.images.transparency
         self._patch = config.model.vit.patch_size
-        self.drawing = drawing
-        self._drawn_rule = images.vae_rule(config_lib.model(config).generation) if drawing else None
+        self.generation = generation
+        self._drawn_rule = (
+            images.vae_rule(config_lib.model(config).generation) if generation else None
+        )
         self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
         self._lock = threading.Lock()
 
@@ -77,7 +79,7 @@ class Rows:
         """Checksum of the prepared rows of each task, on which caches depend; not asked for, nothing is read for it."""
         return [arrayrecord.digest(self._where, task) for task in self._tasks]
 
-    def __call__(self, source: int, row: int) -> Prepared:
+    def __call__(self, source: int, row: int) -> PreparedExample:
         key = source, row
         with self._lock:
             if key in self._cache:
@@ -100,7 +102,7 @@ class Rows:
             if self._drawn_rule
             else ()
         )
-        prepared = Prepared(example, question, problem, tuple(thoughts), pixels)
+        prepared = PreparedExample(example, question, problem, tuple(thoughts), pixels)
         with self._lock:
             self._cache[key] = prepared
             while len(self._cache) > self._capacity:
@@ -112,7 +114,7 @@ class Rows:
         grid = pixels.shape[0] // self._patch, pixels.shape[1] // self._patch
         return Image(images.patchify(pixels, self._patch), grid)
 
-    def partner(self, source: int, row: int) -> Prepared:
+    def partner(self, source: int, row: int) -> PreparedExample:
         """Another row of the same task: the one half a source further. ValueError where there is no other."""
         size = len(self.sources[source])
         if size < 2:
@@ -148,10 +150,3 @@ class Rows:
                 f"{'; '.join(found[:5])}{' ...' if found[5:] else ''}. Correct them in the parquet files and prepare the folder "
                 "again with --overwrite, or leave them out with --on_bad_row=skip --overwrite"
             )
-
-
-def generator(seed: int, name: str, *numbers: int) -> np.random.Generator:
-    """Random numbers that depend on a seed, a use and counters only."""
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed, *name.encode(), *numbers]))
-    )

@@ -20,7 +20,7 @@ class Packer:
         self.side, self.buckets = config.model.vit.side, config.data.buckets
         self.generation = config_lib.model(config).generation
 
-    def blocks(self, row: examples.Prepared, kind: str, visual_thoughts=()) -> list:
+    def blocks(self, row: examples.PreparedExample, kind: str, visual_thoughts=()) -> list:
         """Blocks of a row as `student`, `teacher`, or one of the trace layouts `config.LAYOUTS`."""
         t, p, e = self.tokenizer, self.prompts, row.example
         if kind == "student":
@@ -45,7 +45,7 @@ class Packer:
             f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
         )
 
-    def _drawn(self, row: examples.Prepared) -> list:
+    def _drawn(self, row: examples.PreparedExample) -> list:
         """The interleaved trace as the model sees it when it draws: each picture as latents, then as patches, and each
         visual thought first as noised latents. The latents are filled in on the device (`flow.with_latents`)."""
         pictures, drawn, blocks = iter(row.pixels), self.generation, []
@@ -78,7 +78,7 @@ class Packer:
                 sizes[r, m] = picture.shape[:2]
         return PaddedImages(pixels, sizes)
 
-    def reference(self, row: examples.Prepared) -> np.ndarray:
+    def reference(self, row: examples.PreparedExample) -> np.ndarray:
         """Ids of the row's text-only trace with its answer."""
         e = row.example
         if not e.full_text_only_thought.strip():
@@ -159,7 +159,10 @@ class Packer:
         )
 
     def bucket(
-        self, row: examples.Prepared, mode: str = "real", partner: examples.Prepared | None = None
+        self,
+        row: examples.PreparedExample,
+        mode: str = "real",
+        partner: examples.PreparedExample | None = None,
     ) -> int:
         """Index of the first bucket that the row fits in every role; -1 if none does.
 

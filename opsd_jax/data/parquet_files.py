@@ -21,11 +21,11 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
     """Task name -> its folder of parquet files: SOURCE itself, or folders in it; files may lie under data/.
 
     Raises:
-      BadSource: nothing found, or two tasks that would share a name.
+      BadSourceError: nothing found, or two tasks that would share a name.
     """
     source = Path(os.path.abspath(source))  # links keep their name: it may be the task's
     if not source.is_dir():
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet"
         )
     named = source.parent if source.name == "data" else source  # someone pointed at <Task>/data
@@ -36,24 +36,24 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
         if child.is_dir() and child.name != "data" and _parquet_files(child)
     ]
     if folders and children:
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{source} holds parquet files and so do its folders {[c.name for c in children]}: "
             "is it one task or several? Move the files, or prepare the folders one by one"
         )
     tasks = {folder.name: folder for folder in folders + children}
     if not tasks:
         inside = [path.name for path in sorted(source.iterdir())][:10]
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{source} holds no parquet: looked for *.parquet and data/*.parquet in it and in "
             f"its folders; it holds {inside}. File names start with {', '.join(schema.SPLITS)}"
         )
     for task in tasks:
         if not re.fullmatch(r"[\w.-]+", task):
-            raise schema.BadSource(
+            raise schema.BadSourceError(
                 f"{tasks[task]}: TFDS takes letters, digits, _ - . in a name; rename the folder"
             )
     if len({task.lower() for task in tasks}) < len(tasks):
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{source}: {list(tasks)} differ in upper and lower case only; rename a folder"
         )
     return tasks
@@ -72,7 +72,7 @@ def split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         (files[split] if split else others).append(path)
     files = {split: paths for split, paths in files.items() if paths}
     if not files:
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{folder}: no parquet file is named after a split "
             f"({', '.join(f'{split}-*.parquet' for split in schema.SPLITS)}); "
             f"found {[path.name for path in others][:10]}. Rename the files"
@@ -90,13 +90,13 @@ def open_parquet(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{path} cannot be read as parquet ({error}): download or write it again"
         ) from error
 
 
 def columns(path: Path, present: list[str]) -> list[str]:
-    """The columns to read. Raises BadSource where a needed one is missing or a name looks misspelt."""
+    """The columns to read. Raises BadSourceError where a needed one is missing or a name looks misspelt."""
     missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
     awaited = [
         column
@@ -113,7 +113,7 @@ def columns(path: Path, present: list[str]) -> list[str]:
         fault = (
             f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
         )
-        raise schema.BadSource(
+        raise schema.BadSourceError(
             f"{path} {fault}; its columns: {', '.join(present)}. "
             + " ".join(hints or ["Rename or add the column"])
             + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
@@ -144,7 +144,7 @@ def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
 
 
 def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[schema.Example]:
-    """The rows of one parquet file in order. Raises BadSource, BadRow."""
+    """The rows of one parquet file in order. Raises BadSourceError, BadRowError."""
     for batch in read_batches(Path(path), sys.maxsize):
         for index, row in batch:
             yield schema.read_row(row, file=str(path), index=index, task=task)[0]

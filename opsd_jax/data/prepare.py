@@ -27,7 +27,7 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
     limit: int | None = None,
-) -> schema_lib.Report:
+) -> schema_lib.PrepareReport:
     """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, in memory of a few rows.
 
     Interrupted, it goes on where it stopped when run again: finished shards are kept. Run on finished work it
@@ -48,7 +48,7 @@ def prepare(
       The report over all tasks; every task's own is in its report.json.
 
     Raises:
-      BadSource, BadRow: see there.
+      BadSourceError, BadRowError: see there.
       FileExistsError: the target folder holds rows of other files, splits or another limit, or of a file that has been
         edited since.
       locks.FolderInUseError: another command is writing there.
@@ -70,7 +70,7 @@ def prepare(
             _prepare_task(task, *plan, on_bad_row == "skip", overwrite, tick)
             for task, plan in work.items()
         ]
-    return schema_lib.Report(
+    return schema_lib.PrepareReport(
         rows={name: n for report in reports for name, n in report.rows.items()},
         bad_rows=sum((report.bad_rows for report in reports), ()),
         warnings=sum((report.warnings for report in reports), ()),
@@ -85,7 +85,7 @@ def _plan_shards(
     """Target folder, shards to write, and warnings about files and columns. Decodes nothing but the pids."""
     files, others = parquet_files.split_files(folder)
     if absent := set(splits or ()) - set(files):
-        raise schema_lib.BadSource(
+        raise schema_lib.BadSourceError(
             f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(files)}"
         )
     notes = [
@@ -124,7 +124,7 @@ def _plan_shards(
                         )
                     )
         if not takes:
-            raise schema_lib.BadSource(
+            raise schema_lib.BadSourceError(
                 f"{folder}: the {split} files hold no row: write them again, or leave them out"
             )
         shards += [
@@ -149,7 +149,7 @@ def _prepare_task(
     skip: bool,
     overwrite: bool,
     tick: Callable[[int], None],
-) -> schema_lib.Report:
+) -> schema_lib.PrepareReport:
     start = time.monotonic()
     report_file, progress_file = directory / "report.json", directory / "progress.json"
     if overwrite:
@@ -182,7 +182,7 @@ def _prepare_task(
         note for record in done.values() for note in record["bad_rows"]
     ):
         if not skip:  # skipped by an earlier run
-            raise schema_lib.BadRow(file, index, pid, *reason.split(" ", 1))
+            raise schema_lib.BadRowError(file, index, pid, *reason.split(" ", 1))
     finished = {
         name: record for name, record in done.items() if _is_whole(directory / name, record)
     }
@@ -212,7 +212,7 @@ def _prepare_task(
         f"{task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
         for split, _ in records
     }
-    report = schema_lib.Report(
+    report = schema_lib.PrepareReport(
         rows,
         tuple(schema_lib.Note(*note) for _, record in records for note in record["bad_rows"]),
         tuple(notes)
@@ -222,7 +222,7 @@ def _prepare_task(
     )
     for name, n in rows.items():
         if not n:
-            raise schema_lib.BadSource(f"{folder}: no row of {name} is usable:\n{report}")
+            raise schema_lib.BadSourceError(f"{folder}: no row of {name} is usable:\n{report}")
     with _writing(report_file):
         _write_metadata(directory, records)
         files_lib.write_json(
@@ -262,7 +262,7 @@ def _write_shard(
             example, warnings = schema_lib.read_row(
                 item[1], file=str(source), index=item[0], task=task
             )
-        except schema_lib.BadRow as error:
+        except schema_lib.BadRowError as error:
             if not skip:
                 raise
             return None, (error.note,)
@@ -354,13 +354,13 @@ def _is_whole(path: Path, record: dict) -> bool:
     )
 
 
-def _read_report(path: Path) -> schema_lib.Report:
+def _read_report(path: Path) -> schema_lib.PrepareReport:
     fields = json_files.read(str(path))
     notes = {
         key: tuple(schema_lib.Note(**note) for note in fields[key])
         for key in ("bad_rows", "warnings")
     }
-    return schema_lib.Report(**fields | notes)
+    return schema_lib.PrepareReport(**fields | notes)
 
 
 @contextlib.contextmanager

@@ -26,23 +26,7 @@ import numpy as np
 _ROWS, _BATCHES, _WITHIN, _RETRY = range(4)  # names of the random streams, mixed into every key
 
 
-def subset(size: int, count: int, seed: int) -> list[int]:
-    """Numbers of `count` of `size` rows (all for 0), chosen at random by the seed, in row order.
-
-    The first rows are no fair choice: procedural splits and published tables are often ordered. A larger subset of the
-    same seed contains a smaller one.
-    """
-    if not count or count >= size:
-        return list(range(size))
-    return sorted(np.random.default_rng([seed, size]).permutation(size)[:count].tolist())
-
-
-def subset_facts(chosen: int, size: int, seed: int) -> dict | None:
-    """What summaries say of such a subset; None where it has all rows."""
-    return {"drawn": chosen, "of": size, "seed": seed} if chosen < size else None
-
-
-class BatchPlan:
+class BatchSchedule:
     """The global batch of every step: `bucket, rows = plan(step)`.
 
     Guarantees, with N = batch_size * steps drawn at the end of a chunk (with one bucket: at every step):

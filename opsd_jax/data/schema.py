@@ -88,11 +88,11 @@ class Note(NamedTuple):
         )
 
 
-class BadSource(ValueError):
+class BadSourceError(ValueError):
     """A folder or file that holds no usable parquet rows."""
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row that cannot be trained on."""
 
     def __init__(self, file: str, row: int, pid: str, column: str, fault: str):
@@ -109,7 +109,7 @@ class BadRow(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """What `prepare` did; `str()` gives a summary for people.
 
     Attributes:
@@ -163,13 +163,13 @@ def read_row(
       thoughts.
 
     Raises:
-      BadRow: blank question or answer, no thought, a problem picture that training could not open, a value of a
+      BadRowError: blank question or answer, no thought, a problem picture that training could not open, a value of a
         wrong type, metadata that is no JSON object or cannot score, an answer that no completion matches.
     """
     pid = str(row["pid"]) if row.get("pid") is not None else f"{Path(file).stem}:{index}"
 
-    def bad(column: str, fault: str) -> BadRow:
-        return BadRow(file, index, pid, column, fault)
+    def bad(column: str, fault: str) -> BadRowError:
+        return BadRowError(file, index, pid, column, fault)
 
     def text(column: str) -> str:
         value = row.get(column)

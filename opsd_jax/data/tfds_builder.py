@@ -24,7 +24,7 @@ TASKS = (
 
 
 class VisualOpsd(tfds.core.GeneratorBasedBuilder):
-    """Questions about a picture with interleaved textual and visual reasoning. Raises BadSource, BadRow."""
+    """Questions about a picture with interleaved textual and visual reasoning. Raises BadSourceError, BadRowError."""
 
     VERSION = tfds.core.Version(schema.VERSION)
     RELEASE_NOTES = {schema.VERSION: "First release."}
@@ -45,7 +45,7 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
         folders = parquet_files.task_folders(dl_manager.manual_dir)
         task = next((task for task in folders if task.lower() == self.builder_config.name), None)
         if task is None:
-            raise schema.BadSource(
+            raise schema.BadSourceError(
                 f"{dl_manager.manual_dir} has no {self.builder_config.description}, "
                 f"only {', '.join(folders)}: move the folder there"
             )

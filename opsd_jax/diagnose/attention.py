@@ -13,7 +13,7 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
-from opsd_jax.data.examples import generator
+from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import runs
 from opsd_jax.evaluation import contexts, html
 from opsd_jax.model import bagel

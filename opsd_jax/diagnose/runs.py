@@ -10,7 +10,7 @@ import numpy as np
 
 from opsd_jax import config as config_lib
 from opsd_jax import distill, images, rollout, sharding, tokenizer
-from opsd_jax.data import examples, packing, schedule
+from opsd_jax.data import examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import contexts, html
 from opsd_jax.inputs import cli
@@ -28,7 +28,7 @@ ROWS = 128  # of each task, chosen at random, if the command does not say
 class Run:
     """A run that is diagnosed, and the rows it is diagnosed on. Made by `open_run`.
 
-    model: ModelConfig without image generation. limit: the size of a random subset of each task (`plan.subset`, by
+    model: ModelConfig without image generation. limit: the size of a random subset of each task (`randomness.subset`, by
     config.seed), 0 for all. batch_size: of all processes.
     before_batch: called before each batch, such as `checkpoint.Flag.check`.
     """
@@ -50,7 +50,7 @@ class Run:
 
     def numbers(self, source: int) -> list[int]:
         """Rows of a task that are looked at."""
-        return schedule.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
+        return randomness.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
 
     @property
     def total(self) -> int:
@@ -120,7 +120,7 @@ def open_run(
         mesh,
         tok,
         marker,
-        examples.Rows(config, where, tok, split),
+        examples.Examples(config, where, tok, split),
         packing.Packer(config, tok),
         chosen,
         split,

@@ -10,8 +10,8 @@ import numpy as np
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import rollout, sharding, tags, tasks
-from opsd_jax.data import schedule
-from opsd_jax.data.examples import generator
+from opsd_jax.data import randomness
+from opsd_jax.data.randomness import generator
 from opsd_jax.evaluation import results as results_lib
 
 # Modes of the teacher's context, of drawing, and all.
@@ -126,7 +126,7 @@ def evaluate(
     Args:
       params: the model's dict. rows, packer: of the split. config: RolloutConfig; sampling is made greedy.
       mode: see the module. batch_size: of all processes together.
-      limit, subset_seed: rows of each task, chosen by the seed (`plan.subset`); 0: all. seed: of noise.
+      limit, subset_seed: rows of each task, chosen by the seed (`randomness.subset`); 0: all. seed: of noise.
       on_batch: called after each batch with how many rows are done, and how many of them right, in all tasks.
       before_batch: called before each batch, such as `checkpoint.Flag.check`.
     """
@@ -166,7 +166,7 @@ def evaluate(
                 timed,
                 None,
                 without,
-                schedule.subset_facts(len(predictions), len(rows.sources[source]), subset_seed),
+                randomness.subset_facts(len(predictions), len(rows.sources[source]), subset_seed),
             )
         )
         done, hits = done + len(predictions), hits + results[-1].hits
@@ -217,7 +217,7 @@ def without_visual_thoughts(rows, source: int, numbers) -> int:
 
 
 def chosen_numbers(rows, source: int, limit: int, subset_seed: int) -> list[int]:
-    return schedule.subset(len(rows.sources[source]), limit, subset_seed)
+    return randomness.subset(len(rows.sources[source]), limit, subset_seed)
 
 
 def own_part(numbers: list, mesh) -> list:

@@ -19,8 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from opsd_jax import images, interleave
-from opsd_jax.data.examples import generator
-from opsd_jax.data.schedule import subset_facts
+from opsd_jax.data.randomness import generator, subset_facts
 from opsd_jax.evaluation import statistics, tables
 from opsd_jax.runtime import files as files_lib
 
@@ -42,7 +41,7 @@ class Benchmark:
     judge: Callable
     size: Callable = lambda key: 0
     table: tables.Table | None = None
-    subset: dict | None = None  # see `plan.subset_facts`
+    subset: dict | None = None  # see `randomness.subset_facts`
     asked: Callable = lambda key: ("", str(key))
 
 

@@ -28,7 +28,7 @@ class Result:
     without_visual_thoughts: int | None = (
         None  # rows that have none, in a mode that shows them or something instead
     )
-    subset: dict | None = None  # see `plan.subset_facts`
+    subset: dict | None = None  # see `randomness.subset_facts`
 
     @property
     def hits(self) -> int:

@@ -23,7 +23,7 @@ import warnings
 
 from PIL import Image
 
-from opsd_jax.data import schedule
+from opsd_jax.data import randomness
 from opsd_jax.evaluation import scoring
 from opsd_jax.images import open_rgb
 from opsd_jax.runtime import files as files_lib
@@ -655,7 +655,7 @@ def size(table: Table) -> int:
 def subset(table: Table, count: int, seed: int) -> Table:
     """A table with `count` of the questions (all for 0), chosen at random by the seed, in the order of the table."""
     asked = list(dict.fromkeys(map(_question, table.rows)))
-    chosen = {asked[n] for n in schedule.subset(len(asked), count, seed)}
+    chosen = {asked[n] for n in randomness.subset(len(asked), count, seed)}
     return dataclasses.replace(
         table, rows=tuple(row for row in table.rows if _question(row) in chosen)
     )

@@ -55,7 +55,7 @@ class Evaluation:
 
     def _of(self, split):
         if split not in self._rows:
-            self._rows[split] = examples.Rows(
+            self._rows[split] = examples.Examples(
                 self.run.config, self.run.data_workdir, self.run.tokenizer, split
             )
         return self._rows[split]

@@ -14,10 +14,10 @@ from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import distill, images, interleave, rollout, sharding, tasks, tokenizer
 from opsd_jax import params as params_lib
-from opsd_jax.data import arrayrecord, packing, schedule
+from opsd_jax.data import arrayrecord, packing, randomness
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.data.examples import generator
+from opsd_jax.data.randomness import generator
 from opsd_jax.evaluation import contexts as contexts_lib
 from opsd_jax.evaluation import inference, page
 from opsd_jax.evaluation import results as results_lib
@@ -314,7 +314,10 @@ def open_model(job: Job, mode: str) -> Opened:
     tok = tokenizer.load(
         workdir_lib.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size
     )
-    rows, packer = examples_lib.Rows(config, job.where, tok, job.split), packing.Packer(config, tok)
+    rows, packer = (
+        examples_lib.Examples(config, job.where, tok, job.split),
+        packing.Packer(config, tok),
+    )
     for source, name in enumerate(job.tasks if mode in contexts_lib.CONTEXTS else ()):
         numbers = contexts_lib.chosen_numbers(rows, source, job.limit, job.subset_seed)
         if contexts_lib.without_visual_thoughts(rows, source, numbers) == len(numbers):
@@ -435,7 +438,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     model = model_lib.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
     facts = model_facts(model.params, model.tokenizer)
     if job.tasks:
-        rows = examples_lib.Rows(
+        rows = examples_lib.Examples(
             workdir_lib.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split
         )
         facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))
@@ -579,7 +582,7 @@ def _of_rows(rows, source: int, name: str, job: Job):
         lambda key: examples[key].answer,
         judge,
         asked=lambda key: (examples[key].pid, examples[key].answer),
-        subset=schedule.subset_facts(len(keys), len(examples), job.subset_seed),
+        subset=randomness.subset_facts(len(keys), len(examples), job.subset_seed),
     )
 
 

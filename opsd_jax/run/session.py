@@ -63,10 +63,10 @@ class Session:
         data = {task: arrayrecord.digest(where, task) for task in self.config.data.tasks}
         return {"data": data, "tokenizer": self.tokenizer.digest}
 
-    def examples(self, split: str, *, generation: bool = False) -> examples_lib.Rows:
+    def examples(self, split: str, *, generation: bool = False) -> examples_lib.Examples:
         """Prepared examples of a split; with `generation` also as the autoencoder sees their images."""
-        return examples_lib.Rows(
-            self.config, self.data_workdir, self.tokenizer, split, drawing=generation
+        return examples_lib.Examples(
+            self.config, self.data_workdir, self.tokenizer, split, generation=generation
         )
 
     def sampling(self, **changes) -> RolloutConfig:

@@ -154,7 +154,7 @@ def collect(
     params,
     config,
     workdir: str,
-    rows: examples.Rows,
+    rows: examples.Examples,
     packer: packing.Packer,
     mesh,
     *,
@@ -261,7 +261,7 @@ class Batches(batches.Batches):
 
     def traces(self, step: int):
         """(Cached, its rows)."""
-        bucket, pairs = self.plan(step)
+        bucket, pairs = self.schedule(step)
         pairs = [pairs[n] for n in self._share]
         rows = [self.rows(*pair) for pair in pairs]
         traces = self.packer.traces(rows, ["text"] * len(rows), bucket)

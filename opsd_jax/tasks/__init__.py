@@ -17,7 +17,7 @@ import numpy as np
 
 from opsd_jax.tags import extract_answer
 from opsd_jax.tasks import chart, jigsaw, maze, search
-from opsd_jax.tasks.row import Row
+from opsd_jax.tasks.example import TaskExample
 
 FAMILIES = {"maze": maze, "jigsaw": jigsaw, "search": search, "chart": chart}
 BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}  # of 10
@@ -29,7 +29,7 @@ _MAX_REJECTIONS = (
 
 def generate(
     family: str, split: str, count: int, *, seed: int, difficulty: str = "default", **overrides
-) -> Iterator[Row]:
+) -> Iterator[TaskExample]:
     """Yields `count` distinct problems, the same ones for the same arguments.
 
     A longer stream begins with the shorter one. Validation and test never hold two problems with one
@@ -122,7 +122,7 @@ def _stream(family, split, count, seed, module, buckets, settings):
                 )
             continue
         seen.add(identity)
-        yield Row(
+        yield TaskExample(
             pid=f"{family}-{split}-{index:07d}",
             task=module.TASK,
             full_text_only_thought=" ".join(fields["thoughts"]),

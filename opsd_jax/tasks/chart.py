@@ -43,7 +43,7 @@ def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
     Returns:
       key: the heights from left to right. Colours and question are left out, so that a chart never comes back
         in another split painted anew or with the other question.
-      fields of `Row` that differ between rows.
+      fields of `TaskExample` that differ between rows.
     """
     side = grid * cell
     unit = (side - 2) // max_height  # pixels; one row for the axis, at least one of air

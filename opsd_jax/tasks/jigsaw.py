@@ -35,7 +35,7 @@ def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
     Returns:
       key: the parameters of the picture. The order of the pieces is left out, so that a picture never comes
         back in another split shuffled anew.
-      fields of `Row` that differ between rows.
+      fields of `TaskExample` that differ between rows.
     """
     side, count = grid * cell, rows * columns
     if not 3 <= count <= len(LETTERS) or side % rows or side % columns:

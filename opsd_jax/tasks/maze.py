@@ -48,7 +48,7 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
 
     Returns:
       key: the n x n lake, the same for its 8 rotations and reflections and wherever it lies in the image.
-      fields of `Row` that differ between rows.
+      fields of `TaskExample` that differ between rows.
     Raises ValueError when the settings allow no lake.
     """
     if max(sizes) > grid or min(sizes) < 2:

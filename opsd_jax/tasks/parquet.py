@@ -12,16 +12,14 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 
-from PIL import Image
-
 from opsd_jax.inputs import paths as paths_lib
 from opsd_jax.tasks import FAMILIES, generate, generator
-from opsd_jax.tasks.row import Row
+from opsd_jax.tasks.example import TaskExample
 from opsd_jax.tasks.vocabulary import build_tokenizer
 
 
 def write(
-    rows: Iterable[Row],
+    rows: Iterable[TaskExample],
     directory: str | os.PathLike,
     *,
     split: str,
@@ -113,7 +111,7 @@ def make_mini(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _table(rows: list[Row], task: str):
+def _table(rows: list[TaskExample], task: str):
     import pyarrow as pa
 
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
@@ -164,6 +162,8 @@ def _table(rows: list[Row], task: str):
 
 
 def _png(image) -> bytes:
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()

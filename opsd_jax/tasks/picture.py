@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from opsd_jax.runtime import files
-from opsd_jax.tasks.row import Row
+from opsd_jax.tasks.example import TaskExample
 
 _SCALE, _GAP, _LINE, _LETTER = (
     4,
@@ -17,7 +17,7 @@ _SCALE, _GAP, _LINE, _LETTER = (
 )  # enlargement; pixels between pictures, of a line, of a letter
 
 
-def contact_sheet(rows: Iterable[Row], path: str | os.PathLike, columns: int = 4) -> None:
+def contact_sheet(rows: Iterable[TaskExample], path: str | os.PathLike, columns: int = 4) -> None:
     """Saves one picture that shows each row: problem image and visual thoughts, enlarged, above the texts."""
     entries = []
     for row in rows:

@@ -44,7 +44,7 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
     Returns:
       key: which shape stands in which cell. Colours and question are left out, so that a scene never comes
         back in another split painted anew or with another question.
-      fields of `Row` that differ between rows.
+      fields of `TaskExample` that differ between rows.
     Raises ValueError when the settings allow no scene.
     """
     if not 2 <= objects <= grid * grid:

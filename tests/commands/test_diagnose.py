@@ -16,7 +16,7 @@ import pytest
 import small_run
 import tiny
 from opsd_jax import context, distill
-from opsd_jax.data import examples, schedule
+from opsd_jax.data import examples, randomness
 from opsd_jax.diagnose import __main__ as command
 from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, runs
@@ -493,7 +493,7 @@ def test_kl_command(workdir):
     ] * 2 + [str(small_run.LAST)]
     for kind in kl.COMPLETIONS:
         mine = [r for r in records if r["completion"] == kind]
-        assert [r["index"] for r in mine] == schedule.subset(small_run.TEST_ROWS, 10, 0)
+        assert [r["index"] for r in mine] == randomness.subset(small_run.TEST_ROWS, 10, 0)
         by_task = summary["completions"][kind]["tasks"][small_run.TASK]
         for name in ("before", "after"):
             assert all(len(r[name]) == len(r["labels"]) == len(r["pieces"]) for r in mine)
@@ -614,7 +614,7 @@ def test_kl_of_chosen_completions(workdir):
     opened = runs.open_run(str(workdir))
     for r, p in zip(
         lines(folder / "tokens.jsonl"),
-        [predictions[n] for n in schedule.subset(small_run.TEST_ROWS, 5, 0)],
+        [predictions[n] for n in randomness.subset(small_run.TEST_ROWS, 5, 0)],
     ):
         ended = p["stop"] == "eos"
         assert (
@@ -633,7 +633,7 @@ def test_interventions_command(workdir):
     assert [p["mode"] for p in found[::8]] == list(interventions.MODES)
     for mode in ("none", "real"):  # what training's evaluation answered
         theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")
-        theirs = [theirs[n] for n in schedule.subset(small_run.TEST_ROWS, 8, 0)]
+        theirs = [theirs[n] for n in randomness.subset(small_run.TEST_ROWS, 8, 0)]
         assert [p["prediction"] for p in found if p["mode"] == mode] == [
             p["prediction"] for p in theirs
         ]
@@ -783,7 +783,7 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
         command.main(["kl", f"--workdir={tmp_path}"])
     assert "holds no run" in capsys.readouterr().err
 
-    class Blind(examples.Rows):
+    class Blind(examples.Examples):
         def __init__(self, *args):
             super().__init__(*args)
             self.sources = [
@@ -791,7 +791,7 @@ def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
                 for s in self.sources
             ]
 
-    monkeypatch.setattr(examples, "Rows", Blind)
+    monkeypatch.setattr(examples, "Examples", Blind)
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
     assert (

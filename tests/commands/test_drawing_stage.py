@@ -99,7 +99,7 @@ def prepared(monkeypatch):
 
     def make(config, examples):
         monkeypatch.setattr(arrayrecord, "open_source", lambda *_, **__: examples)
-        rows = examples_lib.Rows(config, "", tiny.TOKENIZER, "train", drawing=True)
+        rows = examples_lib.Examples(config, "", tiny.TOKENIZER, "train", generation=True)
         return [rows(0, n) for n in range(len(examples))]
 
     return make

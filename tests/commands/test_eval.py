@@ -16,7 +16,7 @@ import pytest
 import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import eval, rollout, tokenizer, train
-from opsd_jax.data import arrayrecord, examples, packing, schedule
+from opsd_jax.data import arrayrecord, examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import contexts, inference, reference_kl, tables
 from opsd_jax.run import controls, job
@@ -302,7 +302,7 @@ def test_the_name_tells_what_was_measured(workdir):
     summary, predictions = read(workdir / "eval" / f"{LAST}-noise-validation-random3-seed5")
     source = arrayrecord.open_source(workdir / "data", "validation", task=small_run.TASK)
     assert [json.loads(line)["pid"] for line in predictions.splitlines()] == [
-        source[n].pid for n in schedule.subset(16, 3, 0)
+        source[n].pid for n in randomness.subset(16, 3, 0)
     ]  # the run's seed, whatever --seed is
     assert [summary[key] for key in ("seed", "split", "step")] == [5, "validation", 6]
     assert summary["benchmarks"][small_run.TASK]["rows"] == {"drawn": 3, "of": 16, "seed": 0}
@@ -436,12 +436,12 @@ class Example:
     metadata: dict
 
     @property
-    def example(self):  # it stands for a data.Prepared, too
+    def example(self):  # it stands for a data.PreparedExample, too
         return self
 
 
 class Sources:
-    """Stands for data.Rows, data.Packer and the tokenizer. Row n of source s is "s-n", its answer "an"."""
+    """Stands for data.Examples, data.Packer and the tokenizer. Row n of source s is "s-n", its answer "an"."""
 
     def __init__(self, *sizes):
         self.sources = [
@@ -543,7 +543,7 @@ def test_every_row_is_counted_once(monkeypatch):
     assert 0.2 < low < 0.6 < high < 0.9
 
     first, second = evaluate(limit=2, subset_seed=3, seed=9)
-    assert [p["index"] for p in first.predictions] == schedule.subset(5, 2, 3) != [0, 1]
+    assert [p["index"] for p in first.predictions] == randomness.subset(5, 2, 3) != [0, 1]
     assert (
         first.summary()["rows"] == {"drawn": 2, "of": 5, "seed": 3} and len(second.predictions) == 2
     )
@@ -593,7 +593,7 @@ def test_hits(metadata, gold, text, expected):
 def test_contexts_of_the_modes(trained):
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
-    rows, packer = examples.Rows(config, str(trained), tok, "test"), packing.Packer(config, tok)
+    rows, packer = examples.Examples(config, str(trained), tok, "test"), packing.Packer(config, tok)
     numbers = [0, 4, 4]
     get = lambda mode, seed=0: contexts.contexts(rows, packer, 0, numbers, mode, seed)
     prepared, student = get("none")
@@ -615,7 +615,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
 
-    class Rows(examples.Rows):  # every third question is asked twice
+    class Rows(examples.Examples):  # every third question is asked twice
         def __call__(self, source, n):
             row = super().__call__(source, n)
             return row if n % 3 else dataclasses.replace(row, question=np.tile(row.question, 2))
@@ -682,7 +682,7 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
 
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
-    rows, packer = examples.Rows(config, str(trained), tok, "test"), packing.Packer(config, tok)
+    rows, packer = examples.Examples(config, str(trained), tok, "test"), packing.Packer(config, tok)
     seen = []
 
     def kl_to_student(teacher, student, batch, completion, *, config):
@@ -704,7 +704,10 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
         limit=6,
     )
     targets = np.array(
-        [len(packer.reference(rows(0, n))) + 1 for n in schedule.subset(small_run.TEST_ROWS, 6, 0)]
+        [
+            len(packer.reference(rows(0, n))) + 1
+            for n in randomness.subset(small_run.TEST_ROWS, 6, 0)
+        ]
     )  # and the closing eos
     assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
     assert len(seen) == 2 and all(

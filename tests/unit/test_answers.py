@@ -374,18 +374,18 @@ def test_json_lines_are_what_training_writes(tmp_path):
 
 
 def test_a_subset_is_random_in_order_and_nested():
-    from opsd_jax.data import schedule
+    from opsd_jax.data import randomness
 
-    some, more = schedule.subset(512, 128, 0), schedule.subset(512, 256, 0)
-    assert len(set(some)) == 128 and some == sorted(some) == schedule.subset(
+    some, more = randomness.subset(512, 128, 0), randomness.subset(512, 256, 0)
+    assert len(set(some)) == 128 and some == sorted(some) == randomness.subset(
         512, 128, 0
-    ) != schedule.subset(512, 128, 1)
-    assert set(some) < set(more) and schedule.subset(5, 0, 0) == schedule.subset(5, 9, 0) == list(
-        range(5)
-    )
+    ) != randomness.subset(512, 128, 1)
+    assert set(some) < set(more) and randomness.subset(5, 0, 0) == randomness.subset(
+        5, 9, 0
+    ) == list(range(5))
     by_quarter = np.bincount(np.array(some) // 128)  # an ordered split: small problems first
     assert by_quarter.min() > 16 and by_quarter.max() < 48
-    times = np.bincount(sum([schedule.subset(20, 5, seed) for seed in range(400)], []))
+    times = np.bincount(sum([randomness.subset(20, 5, seed) for seed in range(400)], []))
     assert abs(times - 100).max() < 40
 
 

@@ -65,7 +65,7 @@ def make(folder, tok, tmp_path):
             c,
             str(tmp_path),
             stage,
-            examples.Rows(c, "", tok, "train"),
+            examples.Examples(c, "", tok, "train"),
             packing.Packer(c, tok),
             share=share,
         )
@@ -93,12 +93,12 @@ def pids(prepared):
 
 def test_rows(folder, tok):
     c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
-    rows = examples.Rows(c, "", tok, "train")
+    rows = examples.Examples(c, "", tok, "train")
     assert [len(source) for source in rows.sources] == [
         10,
         64,
     ]  # the limit is of the train split only
-    assert [len(source) for source in examples.Rows(c, "", tok, "test").sources] == [
+    assert [len(source) for source in examples.Examples(c, "", tok, "test").sources] == [
         small_run.TEST_ROWS
     ] * 2
     row = rows(0, 3)
@@ -109,11 +109,11 @@ def test_rows(folder, tok):
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
     assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is room
-    assert examples.Rows(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
+    assert examples.Examples(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
 
 
 def test_the_partner_is_another_row_of_the_task(folder, tok):
-    rows = examples.Rows(config(folder), "", tok, "test")
+    rows = examples.Examples(config(folder), "", tok, "test")
     for source in (0, 1):
         partners = [rows.partner(source, n).example.pid for n in range(small_run.TEST_ROWS)]
         own = [rows(source, n).example.pid for n in range(small_run.TEST_ROWS)]
@@ -125,7 +125,7 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
 
 def test_layouts(folder, tok):
     c = config(folder)
-    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
     row = rows(0, 0)
     texts = lambda kind, *args: [
         tok.decode(b.ids) if isinstance(b, context.Text) else "image"
@@ -185,8 +185,8 @@ def test_a_mixture_of_nothing():
 def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypatch):
     batches = make(buckets=BUCKETS, opsd__batch_size=4)
     seen = collections.Counter()
-    for step in range(batches.plan.chunk):
-        bucket, pairs = batches.plan(step)
+    for step in range(batches.schedule.chunk):
+        bucket, pairs = batches.schedule(step)
         batch, prepared = batches.opsd(step)
         for role in ("student", "teacher"):
             c = getattr(batch, role)
@@ -201,12 +201,12 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
     monkeypatch.setattr(
         packing.Packer, "bucket", None
     )  # the second time the index is read, not made
-    assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
+    assert make(buckets=BUCKETS, opsd__batch_size=4).schedule(0) == batches.schedule(0)
     monkeypatch.undo()
     for path in tmp_path.glob("buckets-*.npy"):  # cut by a power failure
         path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     for _ in range(2):
-        assert make(buckets=BUCKETS, opsd__batch_size=4).plan(0) == batches.plan(0)
+        assert make(buckets=BUCKETS, opsd__batch_size=4).schedule(0) == batches.schedule(0)
         monkeypatch.setattr(packing.Packer, "bucket", None)  # it was written again
 
 
@@ -236,7 +236,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
 def test_some_rows_left_out(folder, tok, make, tmp_path):
     """A budget of targets that half of the mazes' traces exceed."""
     c = config(folder, data__tasks=(MAZE,))
-    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
     targets = {}
     for row in (rows(0, n) for n in range(64)):
         layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
@@ -259,7 +259,7 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
 @pytest.mark.parametrize("mode", ["swap", "image"])
 def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, tok, mode):
     c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
-    rows, packer = examples.Rows(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
     maze, chart = rows(1, 0), rows(0, 0)
     if mode == "swap":
         row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
@@ -489,10 +489,12 @@ def test_rows_beyond_a_split_name_the_setting(folder, tok):
         ValueError,
         match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train",
     ):
-        examples.Rows(wrong, "", tok, "train")
+        examples.Examples(wrong, "", tok, "train")
     assert [
         len(source)
-        for source in examples.Rows(config(folder, data__limits=(0, 5)), "", tok, "train").sources
+        for source in examples.Examples(
+            config(folder, data__limits=(0, 5)), "", tok, "train"
+        ).sources
     ] == [64, 5]
 
 
@@ -557,7 +559,7 @@ def test_what_training_teaches_is_right(qwen, tok, answer):
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):
-    rows = examples.Rows(config(folder), "", qwen, "test")
+    rows = examples.Examples(config(folder), "", qwen, "test")
     rows.check_references(0, range(small_run.TEST_ROWS))
     good = rows.sources[1]
     edits = {
@@ -588,7 +590,7 @@ def test_a_swap_needs_another_row(folder, tok, make):
     ):
         make(**one)
     make("warmup", **one)  # without a teacher
-    rows = examples.Rows(config(folder, data__limits=(2, 3)), "", tok, "train")
+    rows = examples.Examples(config(folder, data__limits=(2, 3)), "", tok, "train")
     for source, size in ((0, 2), (1, 3)):
         assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))
 

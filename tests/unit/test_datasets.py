@@ -21,8 +21,8 @@ from opsd_jax.data import arrayrecord, parquet_files, schema
 from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.data.arrayrecord import ParquetSource, open_source
 from opsd_jax.data.prepare import prepare
-from opsd_jax.data.schedule import BatchPlan
-from opsd_jax.data.schema import BadRow, BadSource
+from opsd_jax.data.schedule import BatchSchedule
+from opsd_jax.data.schema import BadRowError, BadSourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -398,7 +398,7 @@ def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
 @pytest.mark.parametrize("changes, reason", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_row(tmp_path, changes, reason):
     file = maze(tmp_path / "s", [row(0), row(1), row(2, **changes), row(3)], row_group_size=2)
-    with pytest.raises(BadRow, match=reason) as error:
+    with pytest.raises(BadRowError, match=reason) as error:
         prepare(tmp_path / "s", tmp_path / "out")
     for part in (str(file), "row 2", "'p2'", "--on_bad_row=skip"):
         assert part in str(error.value)
@@ -407,7 +407,7 @@ def test_bad_row(tmp_path, changes, reason):
     )  # as from a worker process
     source = ParquetSource(tmp_path / "s/Maze")
     assert source[3].pid == "p3"
-    with pytest.raises(BadRow, match=f"row 2, pid 'p2': {reason}"):
+    with pytest.raises(BadRowError, match=f"row 2, pid 'p2': {reason}"):
         source[2]
 
     report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
@@ -418,7 +418,7 @@ def test_bad_row(tmp_path, changes, reason):
     assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"maze/train": 3}
     assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p0", "p1", "p3"]
     with pytest.raises(
-        BadRow, match=f"row 2, pid 'p2': {reason}"
+        BadRowError, match=f"row 2, pid 'p2': {reason}"
     ):  # skipped before, but now to fail
         prepare(tmp_path / "s", tmp_path / "out")
     assert len(open_source(tmp_path / "out", task="maze")) == 3  # and nothing is lost
@@ -426,10 +426,10 @@ def test_bad_row(tmp_path, changes, reason):
 
 def test_values_of_a_wrong_type(tmp_path):
     maze(tmp_path / "a", [row(0, answer=7)])
-    with pytest.raises(BadRow, match="answer is of type int"):
+    with pytest.raises(BadRowError, match="answer is of type int"):
         prepare(tmp_path / "a", tmp_path / "out")
     maze(tmp_path / "b", [row(0, problem_image_0="a.png")])
-    with pytest.raises(BadRow, match="problem_image_0 is not a picture"):
+    with pytest.raises(BadRowError, match="problem_image_0 is not a picture"):
         prepare(tmp_path / "b", tmp_path / "out")
 
 
@@ -523,36 +523,36 @@ def without(column: str, **more) -> dict:
 def test_columns_with_wrong_names(tmp_path, bad, message):
     file = maze(tmp_path / "s", [bad])
     for attempt in (lambda folder: prepare(folder, tmp_path / "out"), ParquetSource):
-        with pytest.raises(BadSource, match=message) as error:
+        with pytest.raises(BadSourceError, match=message) as error:
             attempt(tmp_path / "s")
         assert str(file) in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_sources_that_are_none(tmp_path):
-    with pytest.raises(BadSource, match="nowhere is not a folder"):
+    with pytest.raises(BadSourceError, match="nowhere is not a folder"):
         prepare(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty/images").mkdir(parents=True)
     with pytest.raises(
-        BadSource, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "
+        BadSourceError, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "
     ):
         prepare(tmp_path / "empty", tmp_path / "out")
     write(tmp_path / "s/Maze/part-0.parquet", [row(0)])
-    with pytest.raises(BadSource, match=r"train-\*.*part-0.parquet.*Rename"):
+    with pytest.raises(BadSourceError, match=r"train-\*.*part-0.parquet.*Rename"):
         prepare(tmp_path / "s", tmp_path / "out")
     write(tmp_path / "s/train-0.parquet", [row(0)])
-    with pytest.raises(BadSource, match="one task or several"):
+    with pytest.raises(BadSourceError, match="one task or several"):
         prepare(tmp_path / "s", tmp_path / "out")
     write(tmp_path / "space/My Maze/train-0.parquet", [row(0)])
-    with pytest.raises(BadSource, match="My Maze.*rename the folder"):
+    with pytest.raises(BadSourceError, match="My Maze.*rename the folder"):
         prepare(tmp_path / "space", tmp_path / "out")
     maze(tmp_path / "case", [row(0)])
     write(tmp_path / "case/maze/train-0.parquet", [row(0)])
-    with pytest.raises(BadSource, match="upper and lower case"):
+    with pytest.raises(BadSourceError, match="upper and lower case"):
         prepare(tmp_path / "case", tmp_path / "out")
-    with pytest.raises(BadSource, match="Maze has no split test, only train"):
+    with pytest.raises(BadSourceError, match="Maze has no split test, only train"):
         prepare(tmp_path / "case/Maze", tmp_path / "out", splits=("train", "test"))
-    with pytest.raises(BadSource, match="2 tasks.*Maze"):
+    with pytest.raises(BadSourceError, match="2 tasks.*Maze"):
         maze(tmp_path / "two", [row(0)])
         write(tmp_path / "two/Chart/train-0.parquet", [row(0)])
         ParquetSource(tmp_path / "two")
@@ -572,10 +572,10 @@ def test_files_without_rows_or_broken(tmp_path):
     empty = pyarrow.parquet.read_table(good).slice(0, 0)
     (tmp_path / "e/Maze").mkdir(parents=True)
     pyarrow.parquet.write_table(empty, tmp_path / "e/Maze/train-0.parquet")
-    with pytest.raises(BadSource, match="train files hold no row"):
+    with pytest.raises(BadSourceError, match="train files hold no row"):
         prepare(tmp_path / "e", tmp_path / "out")
     maze(tmp_path / "all", [row(0, answer=""), row(1, answer="")])
-    with pytest.raises(BadSource, match="(?s)no row of maze/train is usable.*'p1'"):
+    with pytest.raises(BadSourceError, match="(?s)no row of maze/train is usable.*'p1'"):
         prepare(tmp_path / "all", tmp_path / "out", on_bad_row="skip")
     data = good.read_bytes()
     for broken in (
@@ -584,7 +584,7 @@ def test_files_without_rows_or_broken(tmp_path):
         data[:4] + bytes(99) + data[103:],
     ):
         good.write_bytes(broken)
-        with pytest.raises(BadSource, match="(?s)cannot be read as parquet.*again") as error:
+        with pytest.raises(BadSourceError, match="(?s)cannot be read as parquet.*again") as error:
             prepare(tmp_path / "s", tmp_path / "out2")
         assert str(good) in str(error.value)
 
@@ -687,7 +687,7 @@ def test_full_disk_then_resume(tmp_path):
 def test_killed_in_the_first_shard(tmp_path):
     maze(tmp_path / "s", [row(0), row(1, answer="")])
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
-    with pytest.raises(BadRow):
+    with pytest.raises(BadRowError):
         prepare(tmp_path / "s", tmp_path / "out")
     assert sorted(stamps(folder)) == ["progress.json"]
     (folder / "progress.json").rename(folder / "progress.json.tmp")  # killed even earlier
@@ -765,7 +765,7 @@ def test_mending_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
     source, folder = tmp_path / "s/Maze", tmp_path / "out/visual_opsd/maze/1.0.0"
     write(source / "train-0.parquet", [row(0), row(1)])
     write(source / "train-1.parquet", [row(2), row(3, answer="")])
-    with pytest.raises(BadRow):
+    with pytest.raises(BadRowError):
         prepare(source, tmp_path / "out")
     first = stamps(folder)["visual_opsd-train.array_record-00000-of-00002"]
     write(source / "train-1.parquet", [row(2), row(3)])
@@ -858,9 +858,9 @@ def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarr
     return np.where(rng.random(rows) < out, -1, rng.integers(0, buckets, rows)).astype(np.int32)
 
 
-def some_plan(**changes) -> BatchPlan:
+def some_plan(**changes) -> BatchSchedule:
     """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of proportion."""
-    return BatchPlan(
+    return BatchSchedule(
         **{
             "lengths": [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)],
             "weights": [5, 3.3, 1],
@@ -873,20 +873,20 @@ def some_plan(**changes) -> BatchPlan:
     )
 
 
-def visits(plan: BatchPlan, steps: range) -> Counter:
+def visits(plan: BatchSchedule, steps: range) -> Counter:
     return Counter(pair for step in steps for pair in plan(step)[1])
 
 
 def test_the_order_never_changes():
     """Pinned: a run must go on with the same rows after an update of NumPy."""
-    plan = BatchPlan([[0, 1, 0, 0], [1, 0]], [2, 1], (8, 16), batch_size=2, seed=0, chunk=3)
+    plan = BatchSchedule([[0, 1, 0, 0], [1, 0]], [2, 1], (8, 16), batch_size=2, seed=0, chunk=3)
     assert [plan(step) for step in range(6)] == PINNED
     assert plan(4, attempt=1) == PINNED_RETRY
 
 
 def test_visits_and_mixture_with_one_bucket_at_every_step():
     rows, weights = (50, 30, 7), (3, 2, 1)
-    plan = BatchPlan(rows, weights, (512,), batch_size=5, seed=3, chunk=16)
+    plan = BatchSchedule(rows, weights, (512,), batch_size=5, seed=3, chunk=16)
     count = Counter()
     for step in range(150):
         bucket, batch = plan(step)
@@ -919,7 +919,7 @@ def test_visits_and_mixture_with_buckets_at_chunk_ends():
 def test_draws_are_seats_by_webster():
     """Against the definition: the next draw goes to the source with the largest weight / (2 draws + 1)."""
     weights = [0.1, 3, 1e-3, 0, 1, 1]
-    plan, draws = BatchPlan([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
+    plan, draws = BatchSchedule([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
     for n in range(1, 3000):
         draws[np.argmax(np.array(weights) / (2 * draws + 1))] += 1
         assert plan._draws(n) == draws.tolist()
@@ -927,7 +927,7 @@ def test_draws_are_seats_by_webster():
 
 
 def test_default_weights_visit_every_row_once_an_epoch():
-    plan = BatchPlan([40, 16, 8], None, (1,), batch_size=8, seed=5)
+    plan = BatchSchedule([40, 16, 8], None, (1,), batch_size=8, seed=5)
     for epoch in range(3):
         assert set(visits(plan, range(8 * epoch, 8 * epoch + 8)).values()) == {1}
         assert len(visits(plan, range(8 * epoch, 8 * epoch + 8))) == 64
@@ -959,7 +959,7 @@ def test_hosts_share_the_batch_and_the_bucket():
             assert {bucket for bucket, _ in got} == {one[step][0]}
             assert Counter(sum(parts, [])) == Counter(one[step][1])
     first = Counter(
-        rows[0][0] for _, rows in (BatchPlan([64, 64], None, (1,), 2, 0)(s) for s in range(64))
+        rows[0][0] for _, rows in (BatchSchedule([64, 64], None, (1,), 2, 0)(s) for s in range(64))
     )
     assert min(first.values()) > 16  # no host is stuck with one source
 
@@ -980,7 +980,7 @@ def test_buckets_hold_their_rows_and_seldom_mix():
 
 
 def test_sources_by_count_go_to_the_largest_bucket():
-    plan = BatchPlan([6, [0] * 6], None, (8, 16), batch_size=3, seed=0)
+    plan = BatchSchedule([6, [0] * 6], None, (8, 16), batch_size=3, seed=0)
     for step in range(20):
         bucket, rows = plan(step)
         assert bucket == (1 if any(s == 0 for s, _ in rows) else 0)
@@ -1000,20 +1000,20 @@ def test_attempts():
             sources.update(s for s, _ in rows)
     for s, weight in enumerate([5, 3.3, 1]):
         assert sources[s] / 1200 == pytest.approx(weight / 9.3, abs=0.03)
-    tiny = BatchPlan(
+    tiny = BatchSchedule(
         [2], None, (1,), batch_size=3, seed=0
     )  # nothing else to give: the same rows again
     assert {r for _, r in tiny(0, attempt=1)[1]} == {0, 1}
 
 
 def test_chunks_are_at_most_an_epoch():
-    plan = BatchPlan([[0, 1] * 8], None, (8, 16), batch_size=4, seed=0, chunk=64)
+    plan = BatchSchedule([[0, 1] * 8], None, (8, 16), batch_size=4, seed=0, chunk=64)
     for epoch in range(5):
         assert set(visits(plan, range(4 * epoch, 4 * epoch + 4)).values()) == {1}
 
 
 def test_batches_larger_than_everything_wrap_around():
-    plan = BatchPlan([3, [0, -1]], None, (1,), batch_size=11, seed=0)
+    plan = BatchSchedule([3, [0, -1]], None, (1,), batch_size=11, seed=0)
     assert Counter(plan(0)[1]) == Counter(plan(0)[1])
     count = visits(plan, range(4))
     assert sum(count.values()) == 44 and set(count.values()) == {11} and (1, 1) not in count

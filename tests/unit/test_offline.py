@@ -216,7 +216,7 @@ class Made:
     def __init__(self, config, workdir, seed=0):
         self.config, self.workdir = config, workdir
         self.tokenizer = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
-        self.rows = examples.Rows(config, "", self.tokenizer, "train")
+        self.rows = examples.Examples(config, "", self.tokenizer, "train")
         self.packer, self.mesh = (
             packing.Packer(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
@@ -324,7 +324,7 @@ def test_the_plan_knows_the_batch(collected):
     batches = collected.batches(collected.collect())
     batch, _ = batches.traces(0)
     (program,) = programs.programs(
-        collected.config, "offline", collected.mesh, bucket=batches.plan(0)[0]
+        collected.config, "offline", collected.mesh, bucket=batches.schedule(0)[0]
     )
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
     assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)

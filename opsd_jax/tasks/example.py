@@ -6,7 +6,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Row:
+class TaskExample:
     """A visual question with the steps that lead to its answer.
 
     The full trace reads: thoughts[0], visual_thoughts[0], thoughts[1], answer. Texts are plain words
