@@ -125,14 +125,6 @@ def _pack(rows, model):
     return sharding.put_batch(model.mesh, packed) if model.mesh else packed
 
 
-def compilations() -> int:
-    """How many programs have been compiled here: what takes time once."""
-    return sum(
-        jitted._cache_size()
-        for jitted in (rollout.sample, flow.prepare, flow.denoise, flow.encode, flow.decode)
-    )
-
-
 def reason(
     model: Model,
     questions,

@@ -306,11 +306,9 @@ def train_stage(
         step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config
     )
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    guard.watch("update", update, update._cache_size() + buckets)
-    if not draws:  # there what is drawn for samples/ has shapes of its own
-        guard.watch(
-            "sample", rollout.sample, rollout.sample._cache_size() + buckets + evaluation.signatures
-        )
+    update = guard.watch("update", update, buckets)
+    if not draws:  # image-generation stages do not sample
+        sample = guard.watch("sample", rollout.sample, buckets)
 
     stop.check()
     with progress_lib.Progress(
@@ -329,15 +327,13 @@ def train_stage(
                 with clock("sample"):
                     rollout_params = for_sampling(state["params"])
                     key = jax.random.fold_in(sample_key, step)
-                    trajectory = rollout.sample(
-                        rollout_params, batch.student, key, config=rollout_config
-                    )
+                    trajectory = sample(rollout_params, batch.student, key, config=rollout_config)
                     attempt = 0
                     while attempt < config.rollout.empty_retries and not _all_spoke(trajectory):
                         attempt += 1
                         host_batch, prepared = batches.opsd(step, attempt)
                         batch = sharding.put_batch(run.mesh, host_batch)
-                        trajectory = rollout.sample(
+                        trajectory = sample(
                             rollout_params,
                             batch.student,
                             jax.random.fold_in(key, attempt),

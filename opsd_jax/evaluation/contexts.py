@@ -13,6 +13,7 @@ from opsd_jax import rollout, sharding, tags, tasks
 from opsd_jax.data import randomness
 from opsd_jax.data.randomness import generator
 from opsd_jax.evaluation import results as results_lib
+from opsd_jax.runtime import clock
 
 # Modes of the teacher's context, of drawing, and all.
 CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
@@ -183,11 +184,13 @@ def placed_batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
 
 
 def timed_sample(params, packed, config):
-    """(Trajectory, seconds, whether that holds a compilation)."""
-
-    before, programs = time.perf_counter(), rollout.sample._cache_size()
-    found = jax.block_until_ready(rollout.sample(params, packed, jax.random.key(0), config=config))
-    return found, time.perf_counter() - before, rollout.sample._cache_size() > programs
+    """(Trajectory, seconds, whether a program was compiled in them)."""
+    key = jax.random.key(0)
+    with clock.compilations() as compiled:
+        before = time.perf_counter()
+        found = jax.block_until_ready(rollout.sample(params, packed, key, config=config))
+        seconds = time.perf_counter() - before
+    return found, seconds, compiled.programs > 0
 
 
 def read_predictions(found, placed, examples, tokenizer) -> dict:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from opsd_jax import images, interleave
 from opsd_jax.data.randomness import generator, subset_facts
 from opsd_jax.evaluation import statistics, tables
+from opsd_jax.runtime import clock
 from opsd_jax.runtime import files as files_lib
 
 
@@ -126,13 +127,11 @@ def ask(model: interleave.Model, questions, key, *, mode: str, batch_size: int, 
     last question. change: see `generate.reason`.
     """
     filled = [*questions, *[questions[-1]] * (batch_size - len(questions))]
-    programs, before = interleave.compilations(), time.perf_counter()
-    traces = interleave.reason(model, filled, key, draw=mode != "none", change=change)
-    return (
-        traces[: len(questions)],
-        time.perf_counter() - before,
-        interleave.compilations() > programs,
-    )
+    with clock.compilations() as compiled:
+        before = time.perf_counter()
+        traces = interleave.reason(model, filled, key, draw=mode != "none", change=change)
+        seconds = time.perf_counter() - before
+    return traces[: len(questions)], seconds, compiled.programs > 0
 
 
 def noise_picture(picture, rng: np.random.Generator) -> np.ndarray:

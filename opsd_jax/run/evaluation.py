@@ -28,11 +28,6 @@ class Evaluation:
     def __init__(self, run: session.Session, stage: str, stop):
         self.run, self.stage, self._stop, self._rows, self._moves = run, stage, stop, {}, {}
         c = run.config.eval
-        # Programs that evaluation may add to the training sampler's: for each bucket one a mode, the banned one, the EMA
-        # teacher's.
-        self.signatures = (len({*c.visual_thoughts, *c.final_visual_thoughts}) + 2) * len(
-            run.config.data.buckets.student
-        )
         # What cannot be evaluated shows now, not after the last step: a missing split, rows that fit no bucket.
         run.sampling(
             max_new_tokens=c.max_new_tokens or run.config.rollout.max_new_tokens,

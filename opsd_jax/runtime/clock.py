@@ -1,14 +1,23 @@
-"""Where the time of a run went, and how many programs were compiled."""
+"""The wall time of a run by phase, and the programs that XLA compiled.
+
+Compilation is heard of through `jax.monitoring`, whose events name a duration and come on the thread
+that compiles.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class TooManyCompilesError(RuntimeError):
@@ -16,41 +25,34 @@ class TooManyCompilesError(RuntimeError):
 
 
 class Clock:
-    """What the wall time went into.
+    """What the wall time of a run was spent on.
 
         clock = Clock()
         with clock("update"):           update 3 s, of which XLA compiled 1 s  ->  update 2.0, compile 1.0
             with clock("checkpoint"):   0.5 s inside                           ->  update 1.5, checkpoint 0.5
 
-    An inner phase is subtracted from the outer one, so phases add up to the total; what is in none
-    is `other`. XLA compilation on this thread counts as `compile`, in whichever phase it happens.
-    JAX returns before the device is done: the device's time falls to the phase that waits for it.
+    The time of an inner phase is subtracted from the outer one, so phases add up to the total; time
+    outside of all phases is `other`. XLA compilation on the thread that made the clock counts as
+    `compile`, in whichever phase it happens. JAX returns before the device is done: the device's
+    time counts to the phase that waits for it.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._began = now, now()
         self._seconds: dict[str, float] = {}
         self._inner = [0.0]  # seconds that belong to inner phases, for each open phase
-        thread, self_ref = threading.get_ident(), weakref.ref(self)
+        self_ref = weakref.ref(self)
 
-        def listen(event: str, seconds: float, **_) -> None:
-            if (
-                event == "/jax/core/compile/backend_compile_duration"
-                and threading.get_ident() == thread
-                and (clock := self_ref())
-            ):
+        def compiled(seconds: float) -> None:
+            if clock := self_ref():
                 clock._spend("compile", seconds)
                 clock._inner[-1] += seconds
 
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        weakref.finalize(self, jax.monitoring.unregister_event_duration_listener, listen)
-
-    def _spend(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        weakref.finalize(self, _listen(compiled))
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts the time within under `phase`: sample, update, data, eval, checkpoint, ..."""
+        """Counts the time within the block under `phase`: sample, update, data, eval, ..."""
         began = self._now()
         self._inner.append(0.0)
         try:
@@ -61,7 +63,10 @@ class Clock:
             self._inner[-1] += elapsed
 
     def report(self) -> dict[str, float]:
-        """Seconds of each phase, longest first, then `other` (open phases too) and `total`, their sum."""
+        """Seconds of each phase, longest first, then `other` and `total`, their sum.
+
+        The time of phases that are still open counts as `other`.
+        """
         total = self._now() - self._began
         phases = dict(sorted(self._seconds.items(), key=lambda item: -item[1]))
         return phases | {
@@ -70,7 +75,7 @@ class Clock:
         }
 
     def table(self) -> str:
-        """The report as text, with per cent of the wall time."""
+        """The report as text: seconds and per cent of the wall time, a line for each phase."""
         report = self.report()
         share = 100 / report["total"] if report["total"] else 0.0
         width = max(map(len, report))
@@ -79,35 +84,100 @@ class Clock:
             for phase, seconds in report.items()
         )
 
+    def _spend(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+@dataclasses.dataclass
+class Compilations:
+    """What XLA compiled in a block.
+
+    Attributes:
+      programs: number of programs, those read from the compilation cache included.
+      seconds: time that compiling (or reading) them took.
+    """
+
+    programs: int = 0
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Compilations]:
+    """Counts what XLA compiles on this thread while the block runs.
+
+    with compilations() as compiled:
+        sample(params, context, key)
+    first_call = compiled.programs > 0
+    """
+    found = Compilations()
+
+    def compiled(seconds: float) -> None:
+        found.programs += 1
+        found.seconds += seconds
+
+    stop = _listen(compiled)
+    try:
+        yield found
+    finally:
+        stop()
+
 
 class CompileGuard:
     """Raises when a jitted function is compiled for more signatures than it has buckets.
 
-    A shape that is not padded to a bucket costs minutes of compilation a step, without an error.
+    A shape that is not padded to a bucket costs minutes of compilation per step, without an error.
     """
 
     def __init__(self):
-        self._watched = {}
+        self._limits: dict[str, int] = {}
+        self._programs: dict[str, int] = {}
 
-    def watch(self, name: str, jitted: Callable, limit: int) -> None:
-        """Watches `jitted` (what `jax.jit` returned), which may have `limit` signatures."""
-        if not hasattr(jitted, "_cache_size"):
-            raise TypeError(f"{name!r} is not a jitted function: give what jax.jit returned")
-        self._watched[name] = jitted, limit
+    def watch(self, name: str, function: Callable[..., Any], limit: int) -> Callable[..., Any]:
+        """The function, with the programs counted that its calls compile.
+
+        Args:
+          name: of the function, in metrics and in the error.
+          function: a jitted function. Only calls of the returned function are counted.
+          limit: number of programs that it may need.
+        """
+        self._limits[name], self._programs[name] = limit, 0
+
+        @functools.wraps(function)
+        def watched(*arguments, **named):
+            with compilations() as compiled:
+                result = function(*arguments, **named)
+            self._programs[name] += compiled.programs
+            return result
+
+        return watched
 
     def check(self) -> dict[str, int]:
-        """`{"compiles": of all, "compiles/<name>": of each}`, for the metrics. Raises TooManyCompilesError."""
-        counts = {name: jitted._cache_size() for name, (jitted, _) in self._watched.items()}
-        if over := [name for name, count in counts.items() if count > self._watched[name][1]]:
-            each = ", ".join(
-                f"{name} {counts[name]} times, limit {self._watched[name][1]}" for name in over
-            )
+        """`{"compiles": total, "compiles/<name>": programs of each function}`, for the metrics.
+
+        Raises:
+          TooManyCompilesError: a function exceeds its limit.
+        """
+        counts, limits = self._programs, self._limits
+        if over := [name for name, count in counts.items() if count > limits[name]]:
+            each = ", ".join(f"{name} {counts[name]} times, limit {limits[name]}" for name in over)
             raise TooManyCompilesError(
-                f"compiled too often: {each}. The arguments change in shape, dtype, weak type, sharding, "
-                "static value, or between host and device. JAX_EXPLAIN_CACHE_MISSES=1 shows which: pad them "
-                "to the buckets and place them alike, or allow more buckets"
+                f"compiled too often: {each}. The arguments change in shape, dtype, weak type, "
+                "sharding or static value. JAX_EXPLAIN_CACHE_MISSES=1 shows which: pad them to the "
+                "buckets and place them alike, or allow more buckets"
             )
         return {
             "compiles": sum(counts.values()),
-            **{f"compiles/{name}": n for name, n in counts.items()},
+            **{f"compiles/{name}": count for name, count in counts.items()},
         }
+
+
+def _listen(compiled: Callable[[float], None]) -> Callable[[], None]:
+    """Calls `compiled(seconds)` for each program compiled on this thread; returns what ends that."""
+    thread = threading.get_ident()
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == _COMPILED and threading.get_ident() == thread:
+            compiled(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return functools.partial(jax.monitoring.unregister_event_duration_listener, listen)

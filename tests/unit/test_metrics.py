@@ -17,7 +17,7 @@ import pytest
 
 from opsd_jax.evaluation import curves, statistics
 from opsd_jax.runtime import metrics
-from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError
+from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError, compilations
 from opsd_jax.runtime.health import Health, UnhealthyRunError
 from opsd_jax.runtime.metrics import Means, Writer
 from opsd_jax.runtime.progress import Progress
@@ -544,7 +544,8 @@ def test_health_remembers_over_a_resume():
 def test_compile_guard():
     update = jax.jit(lambda x: x + 1)
     guard = CompileGuard()
-    guard.watch("update", update, 2)
+    update(np.ones(9))  # before the guard watches
+    update = guard.watch("update", update, 2)
     guard.watch("sample", jax.jit(lambda x: x), 1)
     assert guard.check() == {"compiles": 0, "compiles/update": 0, "compiles/sample": 0}
     for size in (1, 2, 1, 2):
@@ -553,8 +554,21 @@ def test_compile_guard():
     update(np.ones(3))
     with pytest.raises(TooManyCompilesError, match="update 3 times, limit 2.*buckets"):
         guard.check()
-    with pytest.raises(TypeError, match="'x' is not a jitted function"):
-        guard.watch("x", lambda x: x, 1)
+
+
+def test_compilations_of_a_block():
+    double = jax.jit(lambda x: x * 2)
+    with compilations() as first:
+        double(np.ones(3))
+        double(np.zeros(3))
+        thread = threading.Thread(target=lambda: jax.jit(lambda x: x - 1)(np.ones(5)))
+        thread.start()
+        thread.join()
+    assert first.programs == 1 and first.seconds > 0
+    with compilations() as again:
+        double(np.ones(3))
+    double(np.ones(4))  # after the block
+    assert (again.programs, again.seconds) == (0, 0.0) and first.programs == 1
 
 
 # ---------------------------------------------------------------------------- curves
