@@ -8,6 +8,7 @@ device, where `bagel.normalize_patches` maps them to [-1, 1].
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 import einops
@@ -227,3 +228,25 @@ def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
         for n in grid
     )
     return (row[:, None] * side + column).reshape(-1).astype(np.int32)
+
+
+def montage(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Images arranged in rows on white, for a human viewer.
+
+    Args:
+      rows: uint8 [H, W, 3] images of each row, of any sizes; the images of a row are aligned at the
+        top, the rows at the left.
+    Returns:
+      uint8 [sum of the rows' heights, width of the widest row, 3].
+    """
+    heights = [max(image.shape[0] for image in row) for row in rows]
+    widths = [sum(image.shape[1] for image in row) for row in rows]
+    canvas = np.full((sum(heights), max(widths), 3), 255, np.uint8)
+    top = 0
+    for row, height in zip(rows, heights):
+        left = 0
+        for image in row:
+            canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+            left += image.shape[1]
+        top += height
+    return canvas

@@ -55,7 +55,7 @@ def show_reconstructions(run, step, prepared, params) -> None:
                 params, flow.to_tokens(latents, drawn.patch), grid=(height, width), config=config
             )
             run.writer.image(
-                step, f"reconstruction{n}-{m}", np.concatenate([pixels, np.asarray(found[0])])
+                step, f"reconstruction{n}-{m}", images.montage([[pixels], [np.asarray(found[0])]])
             )
 
 
@@ -83,15 +83,8 @@ def show_drawings(run, step, prepared, params) -> None:
     )
     for n, (row, trace) in enumerate(zip(rows, traces)):
         lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
-        pictures = [*row.pixels[:2], trace.pictures[0]]
-        canvas = np.full(
-            (max(x.shape[0] for x in pictures), sum(x.shape[1] for x in pictures), 3), 255, np.uint8
-        )
-        left = 0
-        for picture in pictures:
-            canvas[: picture.shape[0], left : left + picture.shape[1]] = picture
-            left += picture.shape[1]
-        run.writer.image(step, f"drawing{n}", canvas)
+        shown = images.montage([[*row.pixels[:2], trace.pictures[0]]])
+        run.writer.image(step, f"drawing{n}", shown)
     run.writer.text(step, "drawings", "\n".join(lines))
 
 

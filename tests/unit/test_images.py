@@ -470,3 +470,14 @@ def test_interpolated_position_ids():
         ids = images.interpolated_position_ids((side, side), side)
         np.testing.assert_array_equal(ids, np.arange(side * side))
     assert images.interpolated_position_ids((40, 40), 10).max() == 99
+
+
+def test_montage(pixels):
+    """pixels: uint8 [20, 30, 3]."""
+    small = np.zeros((5, 7, 3), np.uint8)
+    found = images.montage([[pixels, small], [small]])
+    assert found.shape == (25, 37, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found[:20, :30], pixels)
+    np.testing.assert_array_equal(found[:5, 30:], small)
+    np.testing.assert_array_equal(found[20:, :7], small)
+    assert (found[5:20, 30:] == 255).all() and (found[20:, 7:] == 255).all()

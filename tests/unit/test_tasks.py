@@ -20,7 +20,6 @@ from opsd_jax.tasks import (
     generate,
     jigsaw,
     parquet,
-    picture,
     score,
     vocabulary,
 )
@@ -95,7 +94,7 @@ def test_streams_do_not_depend_on_the_process():
 
 def test_importing_the_tasks_is_light():
     program = (
-        "import sys, opsd_jax.tasks.parquet, opsd_jax.tasks.picture\n"
+        "import sys, opsd_jax.tasks.parquet\n"
         "print({'jax', 'flax', 'transformers', 'tokenizers', 'pyarrow', 'PIL'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
@@ -640,14 +639,3 @@ def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
 def test_rows_that_no_answer_can_match_are_told(metadata, answer, fault):
     found = tasks.fault(metadata, answer)
     assert found is None if fault is None else found.startswith(fault)
-
-
-def test_contact_sheet(tmp_path):
-    rows = rows_of("chart", "test", 2) + rows_of("maze", "test", 3)
-    picture.contact_sheet(rows, tmp_path / "sheet.png", columns=2)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    enlarged = rows[0].problem_image.repeat(4, 0).repeat(4, 1)
-    np.testing.assert_array_equal(sheet[12 : 12 + 160, 12 : 12 + 160], enlarged)
-    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
-    with pytest.raises(ValueError, match="no rows"):
-        picture.contact_sheet([], tmp_path / "sheet.png")
