@@ -8,7 +8,8 @@ core = [
     "grain>=0.2.18",
     "array_record>=0.8.3",
     "tensorflow-datasets>=4.9.10",
-    "importlib_resources",  # tensorflow-datasets uses it on every Python and declares it for 3.8 only
+    # tensorflow-datasets uses it on every Python and declares it for 3.8 only
+    "importlib_resources",
     "pyarrow>=20",
     "pandas>=2.2",
     "pillow>=11",
@@ -43,8 +44,12 @@ setup(
         "dev": viz
         + [
             "pytest>=8",
+            "pytest-cov>=6",
             "pytest-xdist>=3.6",
+            "pyyaml>=6",
             "ruff>=0.9",
+            "import-linter>=2.7",
+            "mypy>=1.15",
             "tensorboard>=2.18",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

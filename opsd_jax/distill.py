@@ -252,7 +252,7 @@ def program(function, state, config: DistillConfig):
     return _program(function, config, structure, tuple(leaves))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _program(function, config, structure, leaves):
     shardings = jax.tree.unflatten(structure, leaves)
     mesh = getattr(leaves[0], "mesh", None)  # none on a single device

@@ -28,7 +28,6 @@ PRIVATE_NAMES = {
     ("opsd_jax.model.latent", "opsd_jax.model.mot._matrix"),
     ("opsd_jax.model.siglip", "opsd_jax.model.mot._matrix"),
 }
-MESH_AXES = {"opsd_jax.config"}
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -115,7 +114,7 @@ def names_mesh_axes(path: pathlib.Path) -> bool:
 
 def test_only_sharding_names_mesh_axes():
     found = {module_name(path) for path in PACKAGE.rglob("*.py") if names_mesh_axes(path)}
-    assert found == {"opsd_jax.sharding", *MESH_AXES}
+    assert found == {"opsd_jax.sharding"}
 
 
 def test_every_module_is_described():
