@@ -1,9 +1,9 @@
-"""Facts about each parameter, once: its axes, its group, its name in the released checkpoints.
+"""Facts about each parameter, once: its axes and its group.
 
-Freezing, optimizer slots, EMA, shardings, import and export are readings of this table. Parameters live in one
-plain nested dict; a path such as "llm/layers/und/q_kernel" names a leaf. Leaves under "layers" are stacked over
-layers (first axis), checkpoints hold them one by one ({layer} in the name). Linear kernels are [in, out] here and
-[out, in] there. Adapters (LoRA) are unknown to released checkpoints: `merge_lora` adds them to the matrices.
+Freezing, optimizer slots, EMA and shardings are readings of this table; `release.bagel_keys` has the names in released
+checkpoints. Parameters live in one plain nested dict; a path such as "llm/layers/und/q_kernel" names a leaf. Leaves
+under "layers" are stacked over layers (first axis). Linear kernels are [in, out]. Adapters (LoRA) are unknown to
+released checkpoints: `merge_lora` adds them to the matrices.
 """
 
 import dataclasses
@@ -28,140 +28,81 @@ LORA_TARGETS = (
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One parameter: path, logical axes (see `sharding`), group, checkpoint name (None: releases do not
-    know it), and `order`: our axes as axes of the checkpoint's tensor, None if they are the same."""
+    """One parameter: its path, its logical axes (see `sharding`) and its group (of `GROUPS`)."""
 
     path: str
     axes: tuple[str | None, ...]
     group: str
-    name: str | None
-    order: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> bool:
+        """Whether the first axis counts layers."""
         return self.axes[0] == "layers"
 
-    @property
-    def file(self) -> str:
-        """Which file of a release holds it: "model" or, for the autoencoder, "ae"."""
-        return "ae" if self.group == "vae" else "model"
 
-    def ours(self, tensor):
-        """A tensor of the checkpoint (of one layer) with our axes."""
-        return tensor if self.order is None else tensor.transpose(self.order)
-
-    def theirs(self, array):
-        """Inverse of `ours`."""
-        return (
-            array
-            if self.order is None
-            else array.transpose([self.order.index(n) for n in range(array.ndim)])
-        )
-
-    def their_shape(self, shape) -> tuple[int, ...]:
-        """Shape of the checkpoint's tensor for our shape (of one layer)."""
-        return (
-            tuple(shape)
-            if self.order is None
-            else tuple(shape[self.order.index(n)] for n in range(len(shape)))
-        )
-
-
-def _linear(path, name, axes, group, bias=True):
-    rows = [Fact(f"{path}_kernel", axes, group, f"{name}.weight", order=(1, 0))]
+def _linear(path, axes, group, bias=True):
+    facts = [Fact(f"{path}_kernel", axes, group)]
     if bias:
-        rows.append(Fact(f"{path}_bias", axes[:-2] + axes[-1:], group, f"{name}.bias"))
-    return rows
+        facts.append(Fact(f"{path}_bias", axes[:-2] + axes[-1:], group))
+    return facts
 
 
 def _expert(expert, group):
-    """One expert's rows; the generation expert's modules carry the suffix _moe_gen in the checkpoint."""
-    ours, gen = f"llm/layers/{expert}", "_moe_gen" if expert == "gen" else ""
-    theirs = "language_model.model.layers.{layer}"
-    rows = []
+    """One expert of the decoder."""
+    layers, facts = f"llm/layers/{expert}", []
     for letter, axis in (("q", "heads"), ("k", "kv"), ("v", "kv")):
-        rows += _linear(
-            f"{ours}/{letter}",
-            f"{theirs}.self_attn.{letter}_proj{gen}",
-            ("layers", "embed", axis),
-            group,
-        )
-    rows += _linear(
-        f"{ours}/o",
-        f"{theirs}.self_attn.o_proj{gen}",
-        ("layers", "heads", "embed"),
-        group,
-        bias=False,
-    )
+        facts += _linear(f"{layers}/{letter}", ("layers", "embed", axis), group)
+    facts += _linear(f"{layers}/o", ("layers", "heads", "embed"), group, bias=False)
     for word, axes in (
         ("gate", ("layers", "embed", "mlp")),
         ("up", ("layers", "embed", "mlp")),
         ("down", ("layers", "mlp", "embed")),
     ):
-        rows += _linear(f"{ours}/{word}", f"{theirs}.mlp{gen}.{word}_proj", axes, group, bias=False)
-    for path, name in (
-        ("q_norm", f"self_attn.q_norm{gen}"),
-        ("k_norm", f"self_attn.k_norm{gen}"),
-        ("input_norm", f"input_layernorm{gen}"),
-        ("post_norm", f"post_attention_layernorm{gen}"),
-    ):
-        rows.append(Fact(f"{ours}/{path}", ("layers", None), group, f"{theirs}.{name}.weight"))
-    return rows
+        facts += _linear(f"{layers}/{word}", axes, group, bias=False)
+    for norm in ("q_norm", "k_norm", "input_norm", "post_norm"):
+        facts.append(Fact(f"{layers}/{norm}", ("layers", None), group))
+    return facts
 
 
 def _vit():
-    base, layer = "vit_model.vision_model", "vit_model.vision_model.encoder.layers.{layer}"
-    rows = _linear("vit/patch", f"{base}.embeddings.patch_embedding", (None, "vit_embed"), "vit")
-    rows.append(
-        Fact(
-            "vit/position",
-            (None, "vit_embed"),
-            "vit",
-            f"{base}.embeddings.position_embedding.weight",
-        )
-    )
-    for ours, theirs, axes in (
-        ("q", "self_attn.q_proj", ("vit_embed", "vit_heads")),
-        ("k", "self_attn.k_proj", ("vit_embed", "vit_heads")),
-        ("v", "self_attn.v_proj", ("vit_embed", "vit_heads")),
-        ("o", "self_attn.out_proj", ("vit_heads", "vit_embed")),
-        ("fc1", "mlp.fc1", ("vit_embed", "vit_mlp")),
-        ("fc2", "mlp.fc2", ("vit_mlp", "vit_embed")),
+    facts = _linear("vit/patch", (None, "vit_embed"), "vit")
+    facts.append(Fact("vit/position", (None, "vit_embed"), "vit"))
+    for matrix, axes in (
+        ("q", ("vit_embed", "vit_heads")),
+        ("k", ("vit_embed", "vit_heads")),
+        ("v", ("vit_embed", "vit_heads")),
+        ("o", ("vit_heads", "vit_embed")),
+        ("fc1", ("vit_embed", "vit_mlp")),
+        ("fc2", ("vit_mlp", "vit_embed")),
     ):
-        rows += _linear(f"vit/layers/{ours}", f"{layer}.{theirs}", ("layers", *axes), "vit")
-    norms = [
-        ("vit/layers/norm1", f"{layer}.layer_norm1", ("layers", None)),
-        ("vit/layers/norm2", f"{layer}.layer_norm2", ("layers", None)),
-        ("vit/post_norm", f"{base}.post_layernorm", (None,)),
-    ]
-    for ours, theirs, axes in norms:
-        rows += [
-            Fact(f"{ours}_scale", axes, "vit", f"{theirs}.weight"),
-            Fact(f"{ours}_bias", axes, "vit", f"{theirs}.bias"),
-        ]
-    return rows
+        facts += _linear(f"vit/layers/{matrix}", ("layers", *axes), "vit")
+    for norm, axes in (
+        ("vit/layers/norm1", ("layers", None)),
+        ("vit/layers/norm2", ("layers", None)),
+        ("vit/post_norm", (None,)),
+    ):
+        facts += [Fact(f"{norm}_scale", axes, "vit"), Fact(f"{norm}_bias", axes, "vit")]
+    return facts
 
 
 TABLE = {
     fact.path: fact
     for fact in [
-        Fact("llm/embed", ("vocab", "embed"), "embed", "language_model.model.embed_tokens.weight"),
-        Fact(
-            "llm/head", ("embed", "vocab"), "embed", "language_model.lm_head.weight", order=(1, 0)
-        ),
-        Fact("llm/norm", (None,), "und", "language_model.model.norm.weight"),
-        Fact("llm/norm_gen", (None,), "gen", "language_model.model.norm_moe_gen.weight"),
+        Fact("llm/embed", ("vocab", "embed"), "embed"),
+        Fact("llm/head", ("embed", "vocab"), "embed"),
+        Fact("llm/norm", (None,), "und"),
+        Fact("llm/norm_gen", (None,), "gen"),
         *_expert("und", "und"),
         *_expert("gen", "gen"),
         *_vit(),
-        *_linear("connector/fc1", "connector.fc1", (None, "embed"), "connector"),
-        *_linear("connector/fc2", "connector.fc2", (None, "embed"), "connector"),
-        Fact("connector/position_table", (None, "embed"), "fixed", "vit_pos_embed.pos_embed"),
-        *_linear("latent/time_fc1", "time_embedder.mlp.0", (None, "embed"), "latent"),
-        *_linear("latent/time_fc2", "time_embedder.mlp.2", (None, "embed"), "latent"),
-        *_linear("latent/in", "vae2llm", (None, "embed"), "latent"),
-        *_linear("latent/out", "llm2vae", ("embed", None), "latent"),
-        Fact("latent/position_table", (None, "embed"), "fixed", "latent_pos_embed.pos_embed"),
+        *_linear("connector/fc1", (None, "embed"), "connector"),
+        *_linear("connector/fc2", (None, "embed"), "connector"),
+        Fact("connector/position_table", (None, "embed"), "fixed"),
+        *_linear("latent/time_fc1", (None, "embed"), "latent"),
+        *_linear("latent/time_fc2", (None, "embed"), "latent"),
+        *_linear("latent/in", (None, "embed"), "latent"),
+        *_linear("latent/out", ("embed", None), "latent"),
+        Fact("latent/position_table", (None, "embed"), "fixed"),
     ]
 }
 
@@ -189,11 +130,10 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
-# The autoencoder's names follow from its paths, because how many blocks it has is a matter of its config:
-# vae/encoder/down_0_block_1/conv1_kernel is encoder.down.0.block.1.conv1.weight of ae.safetensors.
+# The autoencoder's parameters are known by their paths, because how many blocks it has is a matter of its config.
 _VAE_PATH = re.compile(
-    r"vae/(?P<side>encoder|decoder)/((?P<level>(down|up)_\d+|mid)_(?P<block>(block|attn)_\d+|downsample|upsample)/)?"
-    r"(?P<module>\w+)_(?P<kind>kernel|bias|scale)"
+    r"vae/(encoder|decoder)/(((down|up)_\d+|mid)_((block|attn)_\d+|downsample|upsample)/)?"
+    r"\w+_(?P<kind>kernel|bias|scale)"
 )
 
 
@@ -201,15 +141,7 @@ def _vae_fact(path):
     match = _VAE_PATH.fullmatch(path)
     if not match:
         return None
-    level, block, module, kind = match["level"], match["block"], match["module"], match["kind"]
-    parts = [match["side"]]
-    if level:
-        # down_0 -> down.0; blocks of a resolution are a list (block.1), those in the middle are not (block_1)
-        parts += [level.replace("_", "."), block if level == "mid" else block.replace("_", ".")]
-    name = ".".join([*parts, module, "bias" if kind == "bias" else "weight"])
-    if kind == "kernel":  # HWIO here, OIHW there
-        return Fact(path, (None,) * 4, "vae", name, order=(2, 3, 1, 0))
-    return Fact(path, (None,), "vae", name)
+    return Fact(path, (None,) * (4 if match["kind"] == "kernel" else 1), "vae")
 
 
 # The factors of an adapter lie like the matrix they are beside: a [L, in, r] is cut as its input, b [L, r, out] as its
@@ -225,7 +157,7 @@ def _lora_fact(path):
         return None
     layers, into, out = TABLE[f"{match['matrix']}_kernel"].axes
     return Fact(
-        path, (layers, into, None) if match["factor"] == "a" else (layers, None, out), "lora", None
+        path, (layers, into, None) if match["factor"] == "a" else (layers, None, out), "lora"
     )
 
 
@@ -239,7 +171,7 @@ def fact(path: str) -> Fact:
     row = find(path)
     if row is None:
         raise KeyError(
-            f"parameter {path!r} has no row in opsd_jax/params.py: add its axes, group and checkpoint name"
+            f"parameter {path!r} has no row in opsd_jax/params.py: add its axes and its group"
         )
     return row
 
@@ -352,27 +284,3 @@ def fingerprint(params) -> str:
     sums = jax.device_get(_checksums(flat))
     facts = sorted((path, list(x.shape), int(sums[path])) for path, x in flat.items())
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-
-def _released(path):
-    row = fact(path)
-    if row.name is None:
-        raise ValueError(
-            f"{path} is an adapter, which released checkpoints do not know: merge_lora first"
-        )
-    return row
-
-
-def from_checkpoint(path: str, tensors: list):
-    """Checkpoint tensors of a parameter (one, or one a layer in order) -> our array. ValueError for an adapter's."""
-    row = _released(path)
-    arrays = [row.ours(t) for t in tensors]
-    return jnp.stack(arrays) if row.stacked else jnp.asarray(arrays[0])
-
-
-def to_checkpoint(path: str, array) -> dict:
-    """Our array -> {checkpoint name: tensor}, one a layer for stacked parameters. ValueError for an adapter's."""
-    row = _released(path)
-    if not row.stacked:
-        return {row.name: row.theirs(array)}
-    return {row.name.format(layer=n): row.theirs(a) for n, a in enumerate(array)}

@@ -18,6 +18,7 @@ from opsd_jax import context, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from opsd_jax.release import bagel_keys
 
 MODEL = ModelConfig(
     llm=LLMConfig(
@@ -93,6 +94,13 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
     return params_lib.unflatten(
         {path: jnp.asarray(draw(path, leaf)) for path, leaf in params_lib.flatten(abstract).items()}
     )
+
+
+def released(path: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """{name: tensor} of one parameter as releases store it: one tensor for each layer if it is stacked."""
+    key = bagel_keys.key(path)
+    layers = array if key.stacked else [array]
+    return {name: key.to_release(x) for name, x in zip(key.names(array.shape), layers, strict=True)}
 
 
 @contextlib.contextmanager

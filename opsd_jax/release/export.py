@@ -1,19 +1,62 @@
-"""A checkpoint becomes a released folder."""
+"""`convert export`: a checkpoint becomes a released folder.
+
+source (run, step folder or imported folder) -> which step and whose weights -> the base, a folder
+whose image generation completes a source that has none -> sizes of both must agree -> tensors,
+one group of parameters at a time, written at their places -> config and tokenizer files
+"""
 
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import params as params_lib
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.inputs import checks, json_files
-from opsd_jax.inputs import paths as paths_lib
-from opsd_jax.model.config import ModelConfig
-from opsd_jax.release import configs, importing, load, safetensors_io
-from opsd_jax.release import folders as folders_lib
+from opsd_jax.inputs import checks, json_files, paths
+from opsd_jax.model.config import LoRAConfig, ModelConfig
+from opsd_jax.release import (
+    bagel_keys,
+    configs,
+    folders,
+    importing,
+    load,
+    memory,
+    metadata,
+    safetensors_io,
+)
 from opsd_jax.runtime import checkpoint
+
+# Bytes of parameters that are taken from a checkpoint at a time (or one larger parameter).
+GROUP_BYTES = 1 << 28
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # {path: shape and dtype}
+# (file, name, tensor) of each tensor, as `safetensors_io.write` takes them.
+Tensors = Iterable[tuple[str, str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The checkpoint to export.
+
+    directory: its step folder, or the imported folder.
+    name: of the file to write: "model", or "ema" for averaged weights.
+    shapes: of its parameters.
+    parts: {path: part of the training state, "params" or "ema"} of parameters that the item
+      `params` does not hold as they are to be exported.
+    config: sizes of its model, with adapters if it has some.
+    generates: whether it holds the generation expert.
+    """
+
+    directory: str
+    name: str
+    shapes: Shapes
+    parts: Mapping[str, str]
+    config: ModelConfig
+    generates: bool
 
 
 def export_release(
@@ -27,316 +70,365 @@ def export_release(
 ) -> None:
     """Makes `target`, a folder in the layout of the releases, of a checkpoint's weights.
 
-    What draws comes from the checkpoint or, if that holds the understanding path alone, unchanged from `base`.
-    Adapters (LoRA) are added to their matrices.
+    Image generation comes from the checkpoint or, if that holds the understanding path alone,
+    unchanged from `base`. Adapters (LoRA) are added to their matrices.
 
     Args:
       source: an imported folder, a run's workdir or one of its step folders.
-      base: a released or imported folder, or a run; "" for the one that the source was made or started from,
-        "none" for a folder that cannot draw.
+      base: a released or imported folder, or a run; "" for the one that the source was made or
+        started from, "none" for a folder without image generation.
       dtype: "float32", "bfloat16", or "" for each tensor as it is.
-      name: which weights, and the name of their file: "model" for the student's, "ema" for the teacher's averages of
-        them; "" for "model", or for what the release that was imported calls them.
+      name: which weights, and the name of their file: "model" for the student's, "ema" for the
+        teacher's averages of them; "" for "model", or for what the release that was imported calls
+        them.
       max_shard_gb: larger files become several with an index; 0 for one file.
+    Raises:
+      FileNotFoundError: no checkpoint, or its base is gone. FileExistsError: `target` holds
+      something. ValueError: sizes or weights do not fit each other, or weights are not finite.
     """
     for flag, path in (("--source", source), ("--target", target), ("--base", base)):
-        paths_lib.check(flag, path)
+        paths.check(flag, path)
     checks.number("--max_shard_gb", max_shard_gb, float, "[0, 1e9]; 0 for one file")
-    kind = jnp.dtype(dtype) if dtype else None
-    if folders_lib.is_released(source):
+    if folders.is_released(source):
         raise ValueError(
             f"--source={source} is a released folder already: export reads checkpoints"
         )
-    with folders_lib.new_folder(target) as made:
-        workdir = _workdir(source)
-        # one step from here on: a run that goes on saves others meanwhile
-        source = workdir if folders_lib.is_imported(workdir) else str(checkpoint.resolve(source))
-        stored, draws = folders_lib.stored(source), _draws(source)
-        name, places = _chosen(source, stored, name)
-        config = configs.of_metadata(checkpoint.metadata(source)["config"], source)
-        origin = "" if base == "none" else _base(source, base, needed=not draws)
-        if origin:
-            there = _config_of(origin)
-            if (there.llm, there.vit) != (config.llm, config.vit):
-                raise ValueError(
-                    f"{origin} has other sizes than {source}, for which it shall be the base:\n"
-                    f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}"
-                )
-            if config.generation not in (None, there.generation):
-                raise ValueError(
-                    f"{origin} draws with other sizes than {source}, for which it shall be the base:\n"
-                    f"  {there.generation}\n  {config.generation}"
-                )
-            config = dataclasses.replace(config, generation=there.generation)
-        if draws and config.generation is None:
-            raise ValueError(
-                f"the metadata of {source} has no sizes of what draws: give --base=FOLDER, a release"
-            )
-        if not draws and not origin:
-            config = dataclasses.replace(config, generation=None)
-        wanted = load.abstract_params(config)
-        if wrong := [
-            path
-            for path, leaf in stored.items()
-            if path not in wanted or leaf.shape != wanted[path].shape
-        ]:
-            raise ValueError(
-                f"{source}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}"
-            )
-
-        lora, config = config.lora, dataclasses.replace(config, lora=None)
-        if absent := [
-            path for path in wanted if path not in stored and params_lib.fact(path).group == "lora"
-        ]:
-            raise ValueError(
-                f"{source} lacks the adapters that its metadata speaks of: {', '.join(absent)}"
-            )
-        wanted = load.abstract_params(config)
-
-        parts = [_of_checkpoint(source, stored, places, lora)]
-        missing = {path: leaf for path, leaf in wanted.items() if path not in stored}
-        if missing and folders_lib.is_released(origin):
-            parts.append(_of_release(origin, config, missing))
-        elif missing and origin:
-            there = folders_lib.stored(origin)
-            parts.append(
-                _of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {})
-            )
-        outline = {}
-        for rows, _ in parts:
-            outline |= rows
-        absent = [
-            row.name
-            for path in wanted
-            for row in [params_lib.fact(path)]
-            if (row.file, folders_lib.names(row, wanted[path].shape)[0]) not in outline
-        ]
-        if absent:
-            raise ValueError(
-                f"neither {source} nor its base {origin or '(none)'} holds {', '.join(absent)}"
-            )
-        if kind is not None:
-            outline = {key: (shape, kind) for key, (shape, _) in outline.items()}
-        tensors = (item for _, part in parts for item in part)
-        _write_configs(made, source, origin, config)
-        written = safetensors_io.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
+    with folders.build_target(target) as made:
+        found = _open_source(source, name)
+        origin = "" if base == "none" else _find_base(found, base)
+        config = _merged_config(found, origin)
+        outline, tensors = _merged_tensors(found, origin, config)
+        if dtype:
+            outline = {key: (shape, jnp.dtype(dtype)) for key, (shape, _) in outline.items()}
+        _write_side_files(made, found.directory, origin, config)
+        written = safetensors_io.write(made, outline, tensors, found.name, int(max_shard_gb * 1e9))
     if config.generation is None:
         print(f"{target}: the understanding path only; config.json says visual_gen false")
-    elif not draws:
-        print(f"{target}: what draws is that of {origin}")
+    elif not found.generates:
+        print(f"{target}: image generation is that of {origin}")
     print(
-        f"{target}: {safetensors_io.size_of(written)}, {len(outline)} tensors; peak host memory of the process "
-        f"{safetensors_io.size_of(folders_lib.peak_memory())}"
+        f"{target}: {memory.format_bytes(written)}, {len(outline)} tensors; peak host memory of "
+        f"the process {memory.format_bytes(memory.peak())}"
     )
 
 
-def _workdir(source) -> str:
-    """The workdir or imported folder that a source of export, which may be its step folder, belongs to."""
+# --- the source, and whose weights ---------------------------------------------------------------
+
+
+def _open_source(source: str, name: str) -> _Source:
+    workdir = _workdir(source)
+    # one step from here on: a run that goes on saves others meanwhile
+    directory = workdir if folders.is_imported(workdir) else str(checkpoint.resolve(source))
+    shapes = folders.checkpoint_shapes(directory)
+    name, parts = _choose_weights(directory, shapes, name)
+    return _Source(
+        directory=directory,
+        name=name,
+        shapes=shapes,
+        parts=parts,
+        config=metadata.model_config(checkpoint.metadata(directory)["config"], directory),
+        generates=_generates(directory),
+    )
+
+
+def _workdir(source: str) -> str:
+    """The workdir or imported folder of a source, which may be one of its step folders."""
     return os.path.dirname(os.path.dirname(str(checkpoint.resolve(source))))
 
 
-def _origin(directory) -> str:
-    """The folder that a checkpoint was made or started from; "" if none."""
-    if folders_lib.is_imported(directory):
-        return folders_lib.note(directory)["path"]
-    return checkpoint.metadata(directory)["config"].get("init_from") or ""
+def _choose_weights(directory: str, shapes: Shapes, name: str) -> tuple[str, dict[str, str]]:
+    """(name, parts) of `_Source`; ValueError if the checkpoint does not hold these weights.
 
-
-def _draws(directory) -> bool:
-    """Whether a folder holds the generation expert."""
-    if folders_lib.is_released(directory):
-        return params_lib.fact("llm/norm_gen").name in safetensors_io.folder(directory)[0]
-    return "llm/norm_gen" in folders_lib.stored(directory)
-
-
-def _base(source, base, needed) -> str:
-    """The folder with the generation expert that a checkpoint descends from, or a given one; "" if none.
-
-    A released folder without generation expert is none. needed: FileNotFoundError if a folder is gone.
+    The item `params` is the student's weights or, with config.checkpoint.params=ema, the teacher's.
+    The training state has the student's as `params` and, of those that are trained, the teacher's
+    as `ema`.
     """
-    at = base or _origin(source)
+    if folders.is_imported(directory):
+        file = folders.read_import_source(directory)["file"]
+        if name not in ("", file):
+            raise ValueError(
+                f"--name={name}: {directory} was imported from {file}.safetensors and holds those "
+                f"weights alone; leave --name out, or import a release with {name}.safetensors"
+            )
+        return file, {}
+    details, state = checkpoint.metadata(directory), checkpoint.contents(directory).get("state", {})
+    averages = [path.removeprefix("ema/") for path in state if path.startswith("ema/")]
+    if name == "ema" and not averages:
+        raise ValueError(
+            f"--name=ema: {directory} holds no averaged weights (its stage is "
+            f"{details['stage']!r}): they exist in the opsd stage with config.teacher.kind=ema; "
+            "export the student with --name=model"
+        )
+    if name == "ema":
+        return name, dict.fromkeys(averages, "ema")
+    of_teacher = averages and (details["config"].get("checkpoint") or {}).get("params") == "ema"
+    return "model", dict.fromkeys(shapes if of_teacher else (), "params")
+
+
+# --- the base ------------------------------------------------------------------------------------
+
+
+def _find_base(source: _Source, base: str) -> str:
+    """The folder with the generation expert that a checkpoint descends from, or the given one.
+
+    Returns "" if there is none; a released folder without a generation expert is not a base.
+    Raises FileNotFoundError if a folder is gone and needed, ValueError if `base` is not one.
+    """
+    at = base or _origin(source.directory)
     while at:
         if not os.path.isdir(at):
-            if not needed and not base:
+            if source.generates and not base:
                 return ""
             raise FileNotFoundError(
-                f"{at}, from which {source} takes what draws, is not there: give --base=FOLDER, or "
-                "--base=none for a folder that cannot draw"
+                f"{at}, from which {source.directory} takes image generation, is not there: give "
+                "--base=FOLDER, or --base=none for a folder without image generation"
             )
-        if _draws(at):
+        if _generates(at):
             return at
-        at = "" if folders_lib.is_released(at) else _origin(at)
+        at = "" if folders.is_released(at) else _origin(at)
     if base:
         raise ValueError(f"--base={base} holds no generation expert: give another, or --base=none")
     return ""
 
 
-def _config_of(directory) -> ModelConfig:
-    """Sizes of a folder that draws."""
-    if folders_lib.is_model(directory):
-        return folders_lib.read_config(directory, generation=True)
-    return configs.of_metadata(checkpoint.metadata(directory)["config"], directory)
+def _origin(directory: str) -> str:
+    """The folder that a checkpoint was made or started from; "" if none."""
+    if folders.is_imported(directory):
+        return folders.read_import_source(directory)["path"]
+    return checkpoint.metadata(directory)["config"].get("init_from") or ""
 
 
-def _chosen(source, stored, name) -> tuple[str, dict[str, str]]:
-    """(name of the file to export, where in the state of the checkpoint each parameter is that `params` has not right).
+def _generates(directory: str) -> bool:
+    """Whether a folder holds the generation expert."""
+    path = "llm/norm_gen"
+    if folders.is_released(directory):
+        return bagel_keys.key(path).template in safetensors_io.open_weights(directory)[0]
+    return path in folders.checkpoint_shapes(directory)
 
-    `params` is the student's weights or, with config.checkpoint.params=ema, the teacher's. The state has the student's as
-    `params` and, of those that are trained, the teacher's as `ema`.
+
+def _merged_config(source: _Source, origin: str) -> ModelConfig:
+    """Sizes of what is exported, with the source's adapters: generation is that of the base.
+
+    Raises ValueError if the sizes of source and base differ, or the source's are not known.
     """
-    if folders_lib.is_imported(source):
-        file = folders_lib.note(source)["file"]
-        if name not in ("", file):
+    config = source.config
+    if origin:
+        there = _config_with_generation(origin)
+        if (there.llm, there.vit) != (config.llm, config.vit):
             raise ValueError(
-                f"--name={name}: {source} was imported from {file}.safetensors and holds those weights alone; "
-                f"leave --name out, or import a release with {name}.safetensors"
+                f"{origin} has other sizes than {source.directory} and cannot be its base:\n"
+                f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}"
             )
-        return file, {}
-    details, state = checkpoint.metadata(source), checkpoint.contents(source).get("state", {})
-    averages = [path.removeprefix("ema/") for path in state if path.startswith("ema/")]
-    if name == "ema" and not averages:
+        if config.generation not in (None, there.generation):
+            raise ValueError(
+                f"{origin} has other sizes of image generation than {source.directory} and cannot "
+                f"be its base:\n  {there.generation}\n  {config.generation}"
+            )
+        return dataclasses.replace(config, generation=there.generation)
+    if source.generates and config.generation is None:
         raise ValueError(
-            f"--name=ema: {source} holds no averaged weights (its stage is "
-            f"{details['stage']!r}): they exist in the opsd stage with config.teacher.kind=ema; export the "
-            "student with --name=model"
+            f"the metadata of {source.directory} has no sizes of image generation: give "
+            "--base=FOLDER, a release"
         )
-    if name == "ema":
-        return name, dict.fromkeys(averages, "ema")
-    of_teacher = averages and (details["config"].get("checkpoint") or {}).get("params") == "ema"
-    return "model", dict.fromkeys(stored if of_teacher else (), "params")
+    return config if source.generates else dataclasses.replace(config, generation=None)
 
 
-def _of_checkpoint(directory, leaves, places, lora=None):
-    """({(file, name): (shape, dtype)}, iterator of (file, name, tensor)) of parameters of a checkpoint.
+def _config_with_generation(directory: str) -> ModelConfig:
+    """Sizes of a folder that holds the generation expert."""
+    if folders.is_model(directory):
+        return folders.read_config(directory, generation=True)
+    return metadata.model_config(checkpoint.metadata(directory)["config"], directory)
 
-    places: {path: part of the state} of those that are not taken from the item `params`. lora: the LoRAConfig of
-    adapters among them; they are added to their matrices.
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def _merged_tensors(
+    source: _Source, origin: str, config: ModelConfig
+) -> tuple[safetensors_io.Outline, Tensors]:
+    """(shapes and dtypes, tensors) of a release: from the source and, what it lacks, from the base.
+
+    config: sizes of what is exported, with the source's adapters.
+    Raises ValueError if the weights do not fit the sizes, or some are in neither folder.
     """
+    shapes, at = source.shapes, source.directory
+    wanted = load.abstract_params(config)
+    if wrong := [
+        path
+        for path, leaf in shapes.items()
+        if path not in wanted or leaf.shape != wanted[path].shape
+    ]:
+        raise ValueError(
+            f"{at}: these weights do not fit the sizes in its metadata: {', '.join(wrong)}"
+        )
+    if absent := [path for path in wanted if path not in shapes and _is_adapter(path)]:
+        raise ValueError(f"{at} lacks the adapters that its metadata names: {', '.join(absent)}")
 
-    def read(wanted):
-        found = {}
-        for part in {places.get(path, "") for path in wanted}:
-            tree = params_lib.unflatten(
-                {path: leaf for path, leaf in wanted.items() if places.get(path, "") == part}
-            )
-            if part:
-                tree = checkpoint.restore(directory, {part: tree}, partial=True)[part]
-            else:
-                tree = checkpoint.restore_params(directory, tree, partial=True)
-            found |= {path: np.asarray(array) for path, array in params_lib.flatten(tree).items()}
-        return found
-
-    adapters = {
-        path: leaf for path, leaf in leaves.items() if params_lib.fact(path).group == "lora"
-    }
-    leaves = {path: leaf for path, leaf in leaves.items() if path not in adapters}
+    parts = [_of_checkpoint(at, shapes, source.parts, config.lora)]
+    wanted = {path: leaf for path, leaf in wanted.items() if not _is_adapter(path)}
+    missing = {path: leaf for path, leaf in wanted.items() if path not in shapes}
+    if missing and folders.is_released(origin):
+        parts.append(_of_release(origin, dataclasses.replace(config, lora=None), missing))
+    elif missing and origin:
+        there = folders.checkpoint_shapes(origin)
+        parts.append(
+            _of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {})
+        )
     outline = {}
-    for path, leaf in leaves.items():
-        row = params_lib.fact(path)
-        outline |= {
-            (row.file, name): (load.layer_shape(row, leaf.shape), np.dtype(leaf.dtype))
-            for name in folders_lib.names(row, leaf.shape)
-        }
+    for entries, _ in parts:
+        outline |= entries
+    absent = []
+    for path, leaf in wanted.items():
+        key = bagel_keys.key(path)
+        if (key.file, key.names(leaf.shape)[0]) not in outline:
+            absent.append(key.template)
+    if absent:
+        raise ValueError(
+            f"neither {at} nor its base {origin or '(none)'} holds {', '.join(absent)}"
+        )
+    return outline, (item for _, tensors in parts for item in tensors)
 
-    def tensors(group):
-        beside = {
-            path: pair
-            for path in group
-            if (pair := params_lib.adapters_of(path)) and pair[0] in adapters
-        }
-        wanted = group | {path: adapters[path] for pair in beside.values() for path in pair}
-        restored = read(wanted)
+
+def _is_adapter(path: str) -> bool:
+    return params_lib.fact(path).group == "lora"
+
+
+def _of_checkpoint(
+    directory: str,
+    shapes: Shapes,
+    parts: Mapping[str, str],
+    lora: LoRAConfig | None = None,
+) -> tuple[safetensors_io.Outline, Tensors]:
+    """(outline, tensors) of parameters of a checkpoint, adapters added to their matrices.
+
+    parts: see `_Source`. lora: of the adapters among the parameters.
+    """
+    adapters = {path: leaf for path, leaf in shapes.items() if _is_adapter(path)}
+    matrices = {path: leaf for path, leaf in shapes.items() if path not in adapters}
+    outline = {}
+    for path, leaf in matrices.items():
+        key = bagel_keys.key(path)
+        entry = (key.tensor_shape(leaf.shape), np.dtype(leaf.dtype))
+        outline |= {(key.file, name): entry for name in key.names(leaf.shape)}
+
+    def tensors_of(group: Shapes) -> Iterator[tuple[str, str, np.ndarray]]:
+        pairs = {path: params_lib.adapters_of(path) for path in group}
+        pairs = {path: pair for path, pair in pairs.items() if pair and pair[0] in adapters}
+        factors = {path: adapters[path] for pair in pairs.values() for path in pair}
+        arrays = _restore(directory, {**group, **factors}, parts)
         for path in group:
-            row, array = params_lib.fact(path), restored[path]
-            pair = [restored[factor] for factor in beside.get(path, ())]
-            for n, name in enumerate(folders_lib.names(row, array.shape)):
-                tensor = array[n] if row.stacked else array
+            key, array = bagel_keys.key(path), arrays[path]
+            pair = [arrays[factor] for factor in pairs.get(path, ())]
+            for n, name in enumerate(key.names(array.shape)):
+                tensor = array[n] if key.stacked else array
                 if pair:
-                    tensor = np.asarray(
-                        params_lib.merge_matrix(tensor, *(factor[n] for factor in pair), lora)
-                    )
-                yield row.file, name, row.theirs(tensor)
+                    a, b = (factor[n] for factor in pair)
+                    tensor = np.asarray(params_lib.merge_matrix(tensor, a, b, lora))
+                yield key.file, name, key.to_release(tensor)
 
     # a generator for each group, so that nothing of it is left when the next one is read
-    return outline, (item for group in _groups(leaves) for item in tensors(group))
+    return outline, (item for group in _groups(matrices) for item in tensors_of(group))
 
 
-def _groups(leaves):
-    """Cuts {path: shape and dtype} into such dicts of about _GROUP bytes."""
+def _restore(directory: str, wanted: Shapes, parts: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """{path: array} of parameters of a checkpoint; parts: see `_Source`."""
+    arrays = {}
+    for part in {parts.get(path, "") for path in wanted}:
+        tree: dict[str, Any] = params_lib.unflatten(
+            {path: leaf for path, leaf in wanted.items() if parts.get(path, "") == part}
+        )
+        if part:
+            tree = checkpoint.restore(directory, {part: tree}, partial=True)[part]
+        else:
+            tree = checkpoint.restore_params(directory, tree, partial=True)
+        arrays |= {path: np.asarray(array) for path, array in params_lib.flatten(tree).items()}
+    return arrays
+
+
+def _groups(shapes: Shapes) -> Iterator[Shapes]:
+    """Cuts {path: shape and dtype} into groups of about GROUP_BYTES."""
     group, size = {}, 0
-    for path, leaf in leaves.items():
-        if group and size + leaf.size * leaf.dtype.itemsize > load.GROUP:
+    for path, leaf in shapes.items():
+        nbytes = leaf.size * leaf.dtype.itemsize
+        if group and size + nbytes > GROUP_BYTES:
             yield group
             group, size = {}, 0
         group[path] = leaf
-        size += leaf.size * leaf.dtype.itemsize
+        size += nbytes
     yield group
 
 
-def _of_release(directory, config, paths):
-    """As `_of_checkpoint`, of a released folder."""
-    leaves = [leaf for leaf in load.plan(directory, config, None)[0] if leaf.path in paths]
+def _of_release(
+    directory: str, config: ModelConfig, wanted: Shapes
+) -> tuple[safetensors_io.Outline, Tensors]:
+    """(outline, tensors) of the wanted parameters of a released folder."""
+    planned, _ = load.plan(directory, config, None)
+    planned = [parameter for parameter in planned if parameter.path in wanted]
     outline = {
-        (leaf.row.file, name): (load.layer_shape(leaf.row, leaf.shape), leaf.dtype)
-        for leaf in leaves
-        for name in leaf.names
+        (parameter.key.file, name): (parameter.key.tensor_shape(parameter.shape), parameter.dtype)
+        for parameter in planned
+        for name in parameter.key.names(parameter.shape)
     }
 
     def tensors():
-        for leaf in leaves:
-            if leaf.table is not None:
-                yield leaf.row.file, leaf.names[0], leaf.table
-            for name, tensor in zip(leaf.names, leaf.tensors):
-                yield leaf.row.file, name, safetensors_io.read(tensor)
+        for parameter in planned:
+            key = parameter.key
+            names = key.names(parameter.shape)
+            if parameter.table is not None:
+                yield key.file, names[0], parameter.table
+            for name, tensor in zip(names, parameter.tensors):
+                yield key.file, name, safetensors_io.read(tensor)
 
     return outline, tensors()
 
 
-def _write_configs(folder, source, origin, config) -> None:
-    """Config and tokenizer files: those of the release that the weights descend from, else made from the sizes."""
+# --- config and tokenizer files ------------------------------------------------------------------
+
+
+def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig) -> None:
+    """Config and tokenizer files.
+
+    Config files are those of the release that the weights descend from, or are made from the sizes.
+    The tokenizer is that of the run, or of the release.
+    """
     release = next(
-        (
-            folders_lib.tokenizer_folder(at)
-            for at in (source, origin)
-            if at and folders_lib.is_model(at)
-        ),
+        (folders.tokenizer_folder(at) for at in (source, origin) if at and folders.is_model(at)),
         "",
     )
+    generates = config.generation is not None
+    config = dataclasses.replace(config, lora=None)
     if release:
-        found = folders_lib.read_config(release, generation=config.generation is not None)
+        found = folders.read_config(release, generation=generates)
         if found != config:
             raise ValueError(
-                f"the config files in {release} say other sizes than the weights of {source}:\n  {found}\n"
-                f"  {config}"
+                f"the config files in {release} say other sizes than the weights of {source}:\n"
+                f"  {found}\n  {config}"
             )
-        importing.copy(
-            release,
-            folder,
-            configs.NAMES if config.generation else configs.NAMES[:-1],
-        )
+        names = [name for name in configs.FILES if generates or name != "ae_params.json"]
+        folders.copy_files(release, folder, names)
     for name, content in configs.contents(config).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             json_files.write(path, content)
-    if config.generation is None:  # a whole release's says that it draws
+    if not generates:  # the file of a whole release says that it generates images
         path = os.path.join(folder, "config.json")
         json_files.write(path, json_files.read(path) | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release
     if tokenizer:
         importing.check_tokenizer(tokenizer, config)
-        importing.copy(tokenizer, folder, folders_lib.TOKENIZER)
-    if not any(os.path.isfile(os.path.join(folder, name)) for name in folders_lib.TOKENIZER):
+        folders.copy_files(tokenizer, folder, bagel_keys.TOKENIZER_FILES)
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in bagel_keys.TOKENIZER_FILES):
         print(f"{source}: no tokenizer files found; copy them into the target")
 
 
-def _tokenizer_of(source) -> str:
-    """The tokenizer folder of a run; "" if the source is no run, or the folder is not there."""
+def _tokenizer_of(source: str) -> str:
+    """The tokenizer folder of a run; "" if the source is not a run, or the folder is not there."""
     workdir = _workdir(source)
     if not os.path.isfile(os.path.join(workdir, "config.json")):
         return ""
     config = workdir_lib.load_config(workdir)
-    folders = [
+    candidates = [
         workdir_lib.tokenizer_folder(config, at)
-        for at in (workdir, os.path.join(workdir, "..", ".."))
-    ]  # or its run's
-    return next(filter(os.path.isdir, folders), "")
+        for at in (workdir, os.path.join(workdir, "..", ".."))  # of a control arm, its run's
+    ]
+    return next(filter(os.path.isdir, candidates), "")

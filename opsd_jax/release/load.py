@@ -1,4 +1,9 @@
-"""Weights of a released folder, read shard by shard onto devices."""
+"""Reads the weights of a released or imported folder onto devices, tensor by tensor.
+
+config files -> abstract parameters -> plan: which tensors of which files fill each parameter (or
+one error that lists everything that is wrong) -> each tensor's slices, straight to the devices
+that hold them
+"""
 
 import dataclasses
 import functools
@@ -7,6 +12,8 @@ import os
 import sys
 import time
 import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +23,24 @@ from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.inputs import paths
 from opsd_jax.model import bagel
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.siglip import sincos_table
-from opsd_jax.release import folders, safetensors_io
+from opsd_jax.release import bagel_keys, folders, memory, safetensors_io
 from opsd_jax.runtime import checkpoint
 from opsd_jax.runtime import progress as progress_lib
 
-GROUP = (
-    1 << 28
-)  # bytes of parameters that export takes from a checkpoint at a time (or one larger parameter)
-
-
-@functools.cache
-def abstract_params(config) -> types.MappingProxyType:
-    """{path: shape and dtype} of the model's parameters."""
-    shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
-    return types.MappingProxyType(params_lib.flatten(shapes))
+_MOST_FAULTS = 1000  # tensors that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One parameter and what fills it: tensors of files (one, or one a layer in order), or a table made here."""
+class PlannedParameter:
+    """One parameter and what fills it.
+
+    shape, dtype: of the parameter.
+    tensors: where its tensors are stored: one, or one for each layer in order.
+    table: the parameter itself, if it is a table of fixed positions that is computed; no tensors
+      then.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -44,112 +49,8 @@ class _Leaf:
     table: np.ndarray | None = None
 
     @property
-    def row(self) -> params_lib.Fact:
-        return params_lib.fact(self.path)
-
-    @property
-    def names(self) -> list[str]:
-        return folders.names(self.row, self.shape)
-
-
-def layer_shape(row, shape):
-    """Shape of the checkpoint's tensors for our shape."""
-    return row.their_shape(shape[1:] if row.stacked else shape)
-
-
-def plan(directory, config, dtype) -> tuple[list[_Leaf], list[str]]:
-    """How the files of a released folder fill the model's parameters, from their headers alone.
-
-    dtype: of all parameters; None for each as it is stored.
-    Returns:
-      (parameters, sentences for the user).
-    Raises:
-      ValueError that lists every missing, surplus, misshapen or mistyped tensor by name.
-    """
-    files, stem = {}, {}
-    files["model"], name = safetensors_io.folder(directory)
-    stem["model"] = f"{name}.safetensors"
-    if config.generation:
-        path = os.path.join(directory, "ae.safetensors")
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{path} is missing: what draws needs the autoencoder; copy it there, or do "
-                "without (import --only=understanding)"
-            )
-        files["ae"], stem["ae"] = safetensors_io.header(path), "ae.safetensors"
-    problems, notes, leaves = [], [], []
-    if name == "model" and safetensors_io.is_there(directory, "ema"):
-        notes.append(
-            "there is model.safetensors and ema.safetensors; the weights of model.safetensors are read"
-        )
-    used = {file: set() for file in files}
-    default = dtype or safetensors_io.DTYPES.get(
-        getattr(files["model"].get(params_lib.fact("llm/embed").name), "dtype", None)
-    )
-    for path, leaf in abstract_params(config).items():
-        row = params_lib.fact(path)
-        shape, found = layer_shape(row, leaf.shape), []
-        for name in folders.names(row, leaf.shape):
-            used[row.file].add(name)
-            tensor = files[row.file].get(name)
-            if tensor is None:
-                wrong = f"missing {name} (expected shape {shape})"
-            elif tensor.dtype not in safetensors_io.DTYPES:
-                wrong = f"mistyped {name}: {tensor.dtype}, where one of {', '.join(safetensors_io.DTYPES)} is expected"
-            elif tensor.shape != shape:
-                wrong = f"misshapen {name}: the file has {tensor.shape}, the configs say {shape}"
-            else:
-                found.append(tensor)
-                continue
-            if row.group == "fixed" and tensor is None:
-                notes.append(f"{name} is not in the file: its fixed positions are computed")
-            elif (
-                row.group == "fixed"
-                and wrong.startswith("misshapen")
-                and tensor.shape[1:] == shape[1:]
-            ):
-                notes.append(
-                    f"{name} has {tensor.shape[0]} rows in the file, not {shape[0]}: its fixed positions are "
-                    "computed instead"
-                )
-            else:
-                problems.append(wrong)
-        stored = {tensor.dtype for tensor in found}
-        if len(stored) > 1 and dtype is None:
-            problems.append(
-                f"mistyped {row.name}: its layers are {', '.join(sorted(stored))}; choose one with --dtype"
-            )
-        target = dtype or (safetensors_io.DTYPES[stored.pop()] if stored else default)
-        leaves.append(_Leaf(path, leaf.shape, target, tuple(found)))
-    for file, tensors in files.items():
-        left = [name for name in tensors if name not in used[file]]
-        ignored = [
-            name for name in left if not config.generation and folders.GENERATION.fullmatch(name)
-        ]
-        problems += [f"surplus {name} in {stem[file]}" for name in left if name not in ignored]
-        if ignored:
-            notes.append(f"{len(ignored)} tensors of the generation expert stay on disk")
-    if problems:
-        lacking = [problem.split()[1] for problem in problems if problem.startswith("missing")]
-        if any(map(folders.GENERATION.fullmatch, lacking)):
-            problems.insert(
-                0, "if the folder holds no generation expert: import --only=understanding"
-            )
-        more = (
-            [f"and {len(problems) - folders.LISTED:,} more"]
-            if len(problems) > folders.LISTED
-            else []
-        )
-        raise ValueError(
-            f"{directory} does not fit its configs:\n  "
-            + "\n  ".join(problems[: folders.LISTED] + more)
-        )
-    for n, leaf in enumerate(leaves):
-        if leaf.row.group == "fixed" and not leaf.tensors:
-            leaves[n] = dataclasses.replace(
-                leaf, table=sincos_table(math.isqrt(leaf.shape[0]), leaf.shape[1])
-            )
-    return leaves, notes
+    def key(self) -> bagel_keys.Key:
+        return bagel_keys.key(self.path)
 
 
 def load(
@@ -157,22 +58,24 @@ def load(
     *,
     generation: bool = False,
     dtype: str | None = "float32",
-    mesh=None,
+    mesh: jax.sharding.Mesh | None = None,
     layout: str = "train",
     **compute,
-):
-    """Reads a released folder, or one that `import` made: (ModelConfig, params).
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a released folder, or one that `convert import` made: (ModelConfig, params).
 
-    Tensor by tensor, and of each only what the devices of this process hold: the host's memory peaks at their
-    share of the parameters plus two tensors.
+    Tensor by tensor, and of each only what the devices of this process hold: the host's memory
+    peaks at their share of the parameters plus two tensors.
 
     Args:
-      generation: also what draws: generation expert, latent path, autoencoder.
-      dtype: of the parameters; None or "" for each as it is stored. (The compute dtype is `ModelConfig.dtype`.)
+      generation: also image generation: its expert, the latent path and the autoencoder.
+      dtype: of the parameters; None or "" for each as it is stored. (The compute dtype is
+        `ModelConfig.dtype`.)
       mesh, layout: where they go, see `sharding`; None for the first device.
       compute: remat, unroll, query_block of `ModelConfig`.
     Raises:
-      FileNotFoundError: a file is missing. ValueError: files cannot be read or do not fit; names each tensor.
+      FileNotFoundError: a file is missing. ValueError: files cannot be read or do not fit; names
+      each tensor.
     """
     paths.check_given("checkpoint", directory)
     kind = None if not dtype else jnp.dtype(dtype)
@@ -180,28 +83,35 @@ def load(
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     if not folders.is_model(directory):
         raise FileNotFoundError(
-            f"{directory} is no released folder (no llm_config.json) and was not made by "
+            f"{directory} is not a released folder (no llm_config.json) and was not made by "
             "`python -m opsd_jax.convert import`"
         )
     config = folders.read_config(directory, generation=generation, **compute)
     if folders.is_imported(directory):
-        return config, _restore(directory, config, kind, mesh, layout)
-    leaves, notes = plan(directory, config, kind)
+        return config, _restore_imported(directory, config, kind, mesh, layout)
+    parameters, notes = plan(directory, config, kind)
     if jax.process_index() == 0:
         for note in notes:
             print(f"{directory}: {note}", file=sys.stderr)
-    return config, _place(directory, leaves, mesh, layout)
+    return config, _read_onto_devices(directory, parameters, mesh, layout)
 
 
-def _restore(directory, config, dtype, mesh, layout):
+@functools.cache
+def abstract_params(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of the model's parameters."""
+    shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
+    return types.MappingProxyType(params_lib.flatten(shapes))
+
+
+def _restore_imported(directory, config, dtype, mesh, layout) -> dict[str, Any]:
     """The parameters of an imported folder."""
-    only = folders.note(directory)["only"]
+    only = folders.read_import_source(directory)["only"]
     if config.generation and only:
         raise ValueError(
-            f"{directory} was imported with --only={only} and cannot draw: import the release again "
-            "without it"
+            f"{directory} was imported with --only={only} and cannot generate images: import the "
+            "release again without it"
         )
-    stored = folders.stored(directory)
+    stored = folders.checkpoint_shapes(directory)
     typed = {
         path: jax.ShapeDtypeStruct(
             leaf.shape, dtype or getattr(stored.get(path), "dtype", leaf.dtype)
@@ -216,78 +126,262 @@ def _restore(directory, config, dtype, mesh, layout):
     )
 
 
-def _place(directory, leaves, mesh, layout):
-    """Reads the planned parameters onto the devices."""
-    began, done, read, flat, bad = time.monotonic(), 0, 0, {}, []
-    total = sum(len(leaf.tensors) for leaf in leaves)
+# --- the plan: which tensors fill which parameter ------------------------------------------------
+
+
+def plan(
+    directory: str, config: ModelConfig, dtype: np.dtype | None
+) -> tuple[list[PlannedParameter], list[str]]:
+    """How the files of a released folder fill the model's parameters, from their headers alone.
+
+    dtype: of all parameters; None for each as it is stored.
+    Returns:
+      (parameters, sentences for the user).
+    Raises:
+      FileNotFoundError: there are no weights, or no autoencoder though `config` has one.
+      ValueError that lists every missing, surplus, misshapen or mistyped tensor by name.
+    """
+    tensors, stem = safetensors_io.open_weights(directory)
+    files = {"model": _File(f"{stem}.safetensors", tensors)}
+    if config.generation:
+        path = os.path.join(directory, "ae.safetensors")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path} is missing: image generation needs the autoencoder; copy it there, or do "
+                "without (import --only=understanding)"
+            )
+        files["ae"] = _File("ae.safetensors", safetensors_io.header(path))
+    findings = _Findings()
+    if stem == "model" and safetensors_io.has_weights(directory, "ema"):
+        findings.notes.append(
+            "there is model.safetensors and ema.safetensors; the weights of model.safetensors are "
+            "read"
+        )
+    embedding = tensors.get(bagel_keys.key("llm/embed").template)
+    default = dtype or safetensors_io.DTYPES.get(embedding and embedding.dtype)
+    parameters = []
+    for path, leaf in abstract_params(config).items():
+        found = _find_tensors(path, leaf.shape, files, findings)
+        stored = {tensor.dtype for tensor in found}
+        if len(stored) > 1 and dtype is None:
+            findings.faults.append(
+                f"mistyped {bagel_keys.key(path).template}: its layers are "
+                f"{', '.join(sorted(stored))}; choose one with --dtype"
+            )
+        target = dtype or (safetensors_io.DTYPES[stored.pop()] if stored else default)
+        parameters.append(PlannedParameter(path, leaf.shape, target, tuple(found)))
+    for file in files.values():
+        _find_surplus(file, config.generation is not None, findings)
+    findings.check(directory)
+    return [_with_table(parameter) for parameter in parameters], findings.notes
+
+
+@dataclasses.dataclass
+class _File:
+    """A file of a release (or its shards): its name, its tensors, and names that are used."""
+
+    name: str
+    tensors: Mapping[str, safetensors_io.Tensor]
+    used: set[str] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass
+class _Findings:
+    """What is wrong with the tensors of a release, and what the user should know.
+
+    missing: names of tensors that are not there; each is also among the faults.
+    """
+
+    faults: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+
+    def check(self, directory: str) -> None:
+        """Raises ValueError if there is a fault; the first thousand are listed."""
+        if not self.faults:
+            return
+        lines = self.faults
+        if any(map(bagel_keys.GENERATION_KEYS.fullmatch, self.missing)):
+            lines = [
+                "if the folder holds no generation expert: import --only=understanding",
+                *lines,
+            ]
+        more = len(lines) - _MOST_FAULTS
+        raise ValueError(
+            f"{directory} does not fit its configs:\n  "
+            + "\n  ".join(lines[:_MOST_FAULTS] + ([f"and {more:,} more"] if more > 0 else []))
+        )
+
+
+def _find_tensors(
+    path: str, our_shape: tuple[int, ...], files: Mapping[str, _File], findings: _Findings
+) -> list[safetensors_io.Tensor]:
+    """The tensors of a parameter that fit; a fault for each other one.
+
+    A table of fixed positions may be absent or have another number of rows: a note.
+    """
+    key, fixed = bagel_keys.key(path), params_lib.fact(path).group == "fixed"
+    file, shape, found = files[key.file], key.tensor_shape(our_shape), []
+    for name in key.names(our_shape):
+        file.used.add(name)
+        tensor = file.tensors.get(name)
+        if tensor is None and fixed:
+            findings.notes.append(f"{name} is not in the file: its fixed positions are computed")
+        elif tensor is None:
+            findings.missing.append(name)
+            findings.faults.append(f"missing {name} (expected shape {shape})")
+        elif tensor.dtype not in safetensors_io.DTYPES:
+            findings.faults.append(
+                f"mistyped {name}: {tensor.dtype}, where one of "
+                f"{', '.join(safetensors_io.DTYPES)} is expected"
+            )
+        elif tensor.shape == shape:
+            found.append(tensor)
+        elif fixed and tensor.shape[1:] == shape[1:]:
+            findings.notes.append(
+                f"{name} has {tensor.shape[0]} rows in the file, not {shape[0]}: its fixed "
+                "positions are computed instead"
+            )
+        else:
+            findings.faults.append(
+                f"misshapen {name}: the file has {tensor.shape}, the configs say {shape}"
+            )
+    return found
+
+
+def _find_surplus(file: _File, generation: bool, findings: _Findings) -> None:
+    """A fault for each tensor that no parameter uses.
+
+    generation: whether image generation is read; without it, its tensors stay on disk.
+    """
+    left = [name for name in file.tensors if name not in file.used]
+    ignored = [
+        name for name in left if not generation and bagel_keys.GENERATION_KEYS.fullmatch(name)
+    ]
+    findings.faults += [f"surplus {name} in {file.name}" for name in left if name not in ignored]
+    if ignored:
+        findings.notes.append(f"{len(ignored)} tensors of the generation expert stay on disk")
+
+
+def _with_table(parameter: PlannedParameter) -> PlannedParameter:
+    """The parameter, with its table if it is one of fixed positions that no tensor fills."""
+    if params_lib.fact(parameter.path).group != "fixed" or parameter.tensors:
+        return parameter
+    positions, width = parameter.shape
+    return dataclasses.replace(parameter, table=sincos_table(math.isqrt(positions), width))
+
+
+# --- reading onto devices ------------------------------------------------------------------------
+
+
+def _read_onto_devices(
+    directory: str,
+    parameters: Sequence[PlannedParameter],
+    mesh: jax.sharding.Mesh | None,
+    layout: str,
+) -> dict[str, Any]:
+    """Reads the planned parameters; ValueError, which names them, for NaN or infinite weights."""
+    began, reader, flat = time.monotonic(), _Reader(), {}
+    total = sum(len(parameter.tensors) for parameter in parameters)
     with progress_lib.Progress(
         total, "tensors", "read", primary=jax.process_index() == 0
     ) as progress:
-        for leaf in leaves:
-            where = _sharding(leaf, mesh, layout)
-            slices = _layer_sharding(where) if leaf.row.stacked else where
-            if leaf.table is not None:
-                array = jax.make_array_from_callback(
-                    leaf.shape, where, leaf.table.astype(leaf.dtype).__getitem__
-                )
-            elif leaf.row.stacked:
-                array = _zeros(leaf.shape, leaf.dtype, where)()
-            for n, (name, tensor) in enumerate(zip(leaf.names, leaf.tensors)):
-                piece, count, finite = _fetch(tensor, leaf.row, slices)
-                array = (
-                    _put(where)(array, piece, n) if leaf.row.stacked else piece.astype(leaf.dtype)
-                )
-                # waiting bounds the memory: no second tensor is read before this one is gone
-                array.block_until_ready()
-                del piece
-                if not finite:
-                    bad.append(f"non-finite {name} in {tensor.file}")
-                read, done = read + count, done + 1
-                progress.update(done, size=safetensors_io.size_of(read))
-            flat[leaf.path] = array
-    if bad:
+        for parameter in parameters:
+            where = _sharding(parameter, mesh, layout)
+            flat[parameter.path] = _fill(parameter, where, reader, progress)
+    if reader.non_finite:
         raise ValueError(
-            f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:\n  "
-            + "\n  ".join(bad)
+            f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:"
+            "\n  " + "\n  ".join(reader.non_finite)
         )
     if jax.process_index() == 0:
         held = sum(
             shard.data.nbytes for array in flat.values() for shard in array.addressable_shards
         )
-        size_of = safetensors_io.size_of
         print(
-            f"{directory}: read {size_of(read)} in {time.monotonic() - began:.0f} s; target {size_of(held)} on this process, "
-            f"peak host memory of the process {size_of(folders.peak_memory())}",
+            f"{directory}: read {memory.format_bytes(reader.bytes)} in "
+            f"{time.monotonic() - began:.0f} s; target {memory.format_bytes(held)} on this "
+            f"process, peak host memory of the process {memory.format_bytes(memory.peak())}",
             file=sys.stderr,
         )
     return params_lib.unflatten(flat)
 
 
-def _fetch(tensor, row, where):
-    """(a tensor with our axes on the devices, bytes read, whether they are finite); in the checkpoint's dtype."""
-    kept, finite = {}, True
+@dataclasses.dataclass
+class _Reader:
+    """Reads tensors onto devices, and counts.
 
-    def read(index):
-        nonlocal finite
-        key = str(index)  # devices that hold the same slice share one reading
-        if key not in kept:
-            kept[key] = safetensors_io.read(tensor, row.their_shape(index), row.order)
-            finite = finite and safetensors_io.is_finite(kept[key], tensor.dtype)
-        return kept[key]
+    tensors, bytes: read so far. non_finite: a sentence for each tensor with NaN or infinities.
+    """
 
-    shape = row.ours(np.broadcast_to(0, tensor.shape)).shape
-    array = jax.make_array_from_callback(shape, where, read)
-    array.block_until_ready()
-    return array, sum(piece.nbytes for piece in kept.values()), finite
+    tensors: int = 0
+    bytes: int = 0
+    non_finite: list[str] = dataclasses.field(default_factory=list)
+
+    def read(
+        self,
+        name: str,
+        tensor: safetensors_io.Tensor,
+        key: bagel_keys.Key,
+        where: jax.sharding.Sharding,
+    ) -> jax.Array:
+        """A tensor with our axes (of one layer) on the devices, in the file's dtype."""
+        slices, finite = {}, True
+
+        def read_slice(index):
+            nonlocal finite
+            at = str(index)  # devices that hold the same slice share one reading
+            if at not in slices:
+                slices[at] = safetensors_io.read(tensor, key.stored_order(index), key.order)
+                finite = finite and safetensors_io.is_finite(slices[at], tensor.dtype)
+            return slices[at]
+
+        shape = key.from_release(np.broadcast_to(0, tensor.shape)).shape
+        array = jax.make_array_from_callback(shape, where, read_slice)
+        array.block_until_ready()
+        self.tensors += 1
+        self.bytes += sum(piece.nbytes for piece in slices.values())
+        if not finite:
+            self.non_finite.append(f"non-finite {name} in {tensor.file}")
+        return array
 
 
-def _sharding(leaf, mesh, layout):
+def _fill(
+    parameter: PlannedParameter,
+    where: jax.sharding.Sharding,
+    reader: _Reader,
+    progress: progress_lib.Progress,
+) -> jax.Array:
+    """The parameter on its devices, in its dtype."""
+    if parameter.table is not None:
+        table = parameter.table.astype(parameter.dtype)
+        return jax.make_array_from_callback(parameter.shape, where, table.__getitem__)
+    key, array = parameter.key, None
+    if key.stacked:
+        array = _zeros(parameter.shape, parameter.dtype, where)()
+        tensor_sharding = _layer_sharding(where)
+    else:
+        tensor_sharding = where
+    for n, (name, tensor) in enumerate(zip(key.names(parameter.shape), parameter.tensors)):
+        piece = reader.read(name, tensor, key, tensor_sharding)
+        if key.stacked:
+            array = _put_layer(where)(array, piece, n)
+        else:
+            array = piece.astype(parameter.dtype)
+        # waiting bounds the memory: no second tensor is read before this one is gone
+        array.block_until_ready()
+        del piece
+        progress.update(reader.tensors, size=memory.format_bytes(reader.bytes))
+    return array
+
+
+def _sharding(parameter: PlannedParameter, mesh, layout: str) -> jax.sharding.Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return sharding.parameter(mesh, leaf.path, leaf.shape, layout)
+    return sharding.parameter(mesh, parameter.path, parameter.shape, layout)
 
 
-def _layer_sharding(where):
+def _layer_sharding(where: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Sharding of one layer of a stacked parameter."""
     if isinstance(where, jax.sharding.SingleDeviceSharding):
         return where
@@ -295,15 +389,15 @@ def _layer_sharding(where):
 
 
 @functools.cache
-def _zeros(shape, dtype, where):
+def _zeros(shape, dtype, where) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 @functools.cache
-def _put(where):
-    """(leaf, tensor, n) -> leaf with the tensor as its layer n, in place."""
+def _put_layer(where) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(parameter, tensor, n) -> the parameter with the tensor as its layer n, in place."""
 
-    def put(leaf, tensor, n):
-        return jax.lax.dynamic_update_index_in_dim(leaf, tensor.astype(leaf.dtype), n, 0)
+    def put(parameter, tensor, n):
+        return jax.lax.dynamic_update_index_in_dim(parameter, tensor.astype(parameter.dtype), n, 0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=where)

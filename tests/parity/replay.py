@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+import tiny
 from conftest import DEFAULT_GOLDENS
 from opsd_jax import params as params_lib
 
@@ -64,5 +65,5 @@ def by_name(params) -> dict:
     """Our parameters, or gradients of them, under their checkpoint names."""
     named = {}
     for path, leaf in params_lib.flatten(params).items():
-        named.update(params_lib.to_checkpoint(path, np.asarray(leaf)))
+        named.update(tiny.released(path, np.asarray(leaf)))
     return named

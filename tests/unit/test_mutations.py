@@ -23,7 +23,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check, tokenizer
 from opsd_jax.data import arrayrecord, prepare, workdir
 from opsd_jax.evaluation import tables as tables_lib
-from opsd_jax.release import configs, folders, importing, load
+from opsd_jax.release import folders, importing, load, metadata
 from opsd_jax.runtime import checkpoint
 
 VALUES = [
@@ -319,8 +319,8 @@ def test_an_imported_folder(imported, tmp_path):
 
     def work(folder):
         found = checkpoint.metadata(folder)
-        configs.of_metadata(found["config"], str(folder))
-        folders.note(str(folder))
+        metadata.model_config(found["config"], str(folder))
+        folders.read_import_source(str(folder))
         folders.read_config(str(folder))
 
     small = [
