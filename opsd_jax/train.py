@@ -433,7 +433,7 @@ def _save(run, checkpoints, step, state, stage, distill_config) -> None:
         state,
         _kept_params(run, state, distill_config),
         stage=stage,
-        config=run.config,
+        config=config_lib.to_json(run.config),
         digests=run.digests,
     )
 

@@ -5,6 +5,7 @@ import os
 
 import jax
 
+from opsd_jax import config as config_lib
 from opsd_jax import params as params_lib
 from opsd_jax import tokenizer
 from opsd_jax.inputs import json_files, paths
@@ -50,7 +51,7 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
             None,
             params,
             stage="import",
-            config={"model": _sizes(config)},
+            config=config_lib.to_json({"model": _sizes(config)}),
         )
         counts = ", ".join(f"{group} {n:,}" for group, n in params_lib.count(params).items())
     print(

@@ -24,7 +24,6 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opsd_jax import config as config_lib
 from opsd_jax.inputs import checks, json_files, paths
 
 FORMAT = 1  # raise it when the layout above changes
@@ -435,7 +434,7 @@ def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> d
         "format": FORMAT,
         "stage": stage,
         "step": int(step),
-        "config": config_lib.to_json(config),
+        "config": dict(config),
         "digests": dict(digests or {}),
         "metrics": {key: float(value) for key, value in (metrics or {}).items()},
         "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__},

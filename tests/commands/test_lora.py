@@ -313,7 +313,9 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lora")
     base = config_lib.model(small_run.config())
-    checkpoint.save(folder / "base", None, tiny.params(base), config=small_run.config())
+    checkpoint.save(
+        folder / "base", None, tiny.params(base), config=config_lib.to_json(small_run.config())
+    )
     config = small_run.config(**RUN, init_from=str(folder / "base"))
     distill._program.cache_clear()
     with small_run.fast_compiles(tmp_path_factory):

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, convert, distill, eval, generate, redraw, train
+from opsd_jax import config_check, context, convert, distill, eval, generate, params, redraw, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.inputs import checks
@@ -50,6 +51,28 @@ NUMBERS = {
     for key, usual in config_lib.default_values().items()
     if isinstance(usual, (int, float)) and not isinstance(usual, bool)
 }
+
+
+# --- defaults ------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_recorded_copy():
+    """default_config.json has all defaults: a dataclass must not change one by accident."""
+    recorded = json.loads(pathlib.Path(__file__).with_name("default_config.json").read_text())
+    found = config_lib.to_json(config_lib.default())
+    assert json.dumps(found, sort_keys=True, indent=1) == json.dumps(
+        recorded, sort_keys=True, indent=1
+    )
+
+
+def test_choices_hold_their_defaults():
+    settings = config_lib.settings()
+    chosen = {key: s for key, s in settings.items() if s.rule and s.rule.kind is str}
+    assert len(chosen) >= 30
+    for key, setting in chosen.items():
+        setting.rule.check(key, setting.default)
+    assert settings["warmup.freeze"].rule.allowed == params.GROUPS
+    assert settings["teacher.visual_thoughts"].rule.allowed == context.VISUAL_THOUGHTS
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
