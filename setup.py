@@ -15,6 +15,7 @@ core = [
     "pillow>=11",
     "numpy>=2.0",
     "scipy>=1.14",  # intervals and tests of accuracies; jax depends on it, too
+    "matplotlib>=3.9",  # charts of the report pages
     "einops>=0.8",
     "transformers>=5",
     "tokenizers>=0.22",
@@ -25,7 +26,6 @@ core = [
     "rich>=13",
     "tensorboardX>=2.6.2",
 ]
-viz = ["matplotlib>=3.9"]
 
 setup(
     name="opsd_jax",
@@ -33,16 +33,15 @@ setup(
     description="Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models",
     license="Apache-2.0",  # as the official code and weights
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
+    package_data={"opsd_jax.evaluation": ["report.css", "report.template.html"]},
     python_requires=">=3.11",
     install_requires=core,
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
-        "viz": viz,
         # libtpu compiles for TPUs without one, which tests of `plan` do
-        "dev": viz
-        + [
+        "dev": [
             "pytest>=8",
             "pytest-cov>=6",
             "pytest-xdist>=3.6",

@@ -6,7 +6,7 @@ import os
 
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, runs
-from opsd_jax.evaluation import contexts, html, results
+from opsd_jax.evaluation import charts, contexts, html, results
 from opsd_jax.inputs import cli, paths
 from opsd_jax.run import job
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -85,7 +85,7 @@ def all_page(
         found += [(f"{s['mode']}, before training", s["benchmarks"][task]) for s in before.values()]
         parts += [
             html.heading(task, 3),
-            html.intervals(
+            charts.intervals(
                 [
                     (mode, results.percent(b), *(100 * x for x in b["interval_95"]))
                     for mode, b in found

@@ -15,7 +15,7 @@ from opsd_jax import context as context_lib
 from opsd_jax import sharding
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import runs
-from opsd_jax.evaluation import contexts, html
+from opsd_jax.evaluation import charts, contexts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -255,7 +255,7 @@ def page(summary: dict) -> tuple[str, list[str]]:
         for layout in shares
         if "text before" in shares[layout]["real"]
     }
-    parts += [html.heading("Text before the visual thoughts"), html.lines(before, **axes)]
+    parts += [html.heading("Text before the visual thoughts"), charts.lines(before, **axes)]
     for layout, query in (
         ("interleaved", "text after"),
         ("teacher", "completion"),
@@ -270,7 +270,7 @@ def page(summary: dict) -> tuple[str, list[str]]:
         if series:
             parts += [
                 html.heading(f"After the visual thoughts: {layout}, {query}"),
-                html.lines(series, **axes),
+                charts.lines(series, **axes),
             ]
     parts += [
         html.heading("As in the paper's Fig. 3b"),

@@ -6,7 +6,7 @@ import os
 import jax
 
 from opsd_jax.diagnose import attention, runs
-from opsd_jax.evaluation import html, statistics
+from opsd_jax.evaluation import charts, html, statistics
 from opsd_jax.runtime import files
 
 MODES = ("none", "real", "noise", "swap", "remove")
@@ -93,7 +93,7 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
             continue
         parts += [
             html.heading("All tasks" if task == "all" else task),
-            html.intervals(
+            charts.intervals(
                 [
                     (m, 100 * s["accuracy"], *(100 * x for x in s["interval_95"]))
                     for m, s in modes.items()
@@ -152,18 +152,16 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 12) -> tuple[str
                 for mode, by_task in found.items()
             ]
             items.append(
-                {
-                    "title": p["pid"],
-                    "hit": bool(p["hit"]),
-                    "parts": [
+                html.Sample(
+                    title=p["pid"],
+                    hit=bool(p["hit"]),
+                    parts=[
                         html.row(*runs.pictures(run, row)),
                         html.paragraph(row.example.question),
-                        html.table(
-                            ["visual thoughts", "answer is", "answer"], texts, align=["left"] * 3
-                        ),
+                        html.table(["visual thoughts", "answer is", "answer"], texts, texts=3),
                     ],
-                    "note": f"expected {p['expected']}; hit or miss is that of `real`",
-                }
+                    note=f"expected {p['expected']}; hit or miss is that of `real`",
+                )
             )
         parts += [html.heading(f"{task}: samples"), html.samples(items)]
     return "Interventions", parts

@@ -15,8 +15,8 @@ from opsd_jax import context as context_lib
 from opsd_jax import distill, divergence, rollout, sharding
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import runs
+from opsd_jax.evaluation import charts, html
 from opsd_jax.evaluation import contexts as contexts_lib
-from opsd_jax.evaluation import html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.runtime import files
@@ -410,7 +410,7 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
         longest = max(len(r["labels"]) for r in found[kind])
         at = lambda name, n: np.mean([r[name][n] for r in found[kind] if len(r[name]) > n])
         parts.append(
-            html.lines(
+            charts.lines(
                 {name: [(n + 1, float(at(name, n))) for n in range(longest)] for name in names},
                 x="token of the completion",
                 y="nats",
@@ -430,10 +430,10 @@ def page(run: runs.Run, summary: dict, found: dict, most: int = 4) -> tuple[str,
                         html.tokens(pieces, r[name], unit="nats", top=top),
                     ]
                 samples.append(
-                    {
-                        "title": f"{task} {r['pid']}",
-                        "parts": [html.paragraph(row.example.question), *shown],
-                    }
+                    html.Sample(
+                        title=f"{task} {r['pid']}",
+                        parts=[html.paragraph(row.example.question), *shown],
+                    )
                 )
         parts.append(html.samples(samples))
     return "Divergence that visual thoughts make", parts

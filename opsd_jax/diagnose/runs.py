@@ -250,7 +250,7 @@ def pictures(run, row) -> list[str]:
         *((f"visual thought {n}", vt) for n, vt in enumerate(row.visual_thoughts)),
     ]
     return [
-        html.picture(images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption)
+        html.image(images.unpatchify(image.patches, image.grid, patch), size=160, caption=caption)
         for caption, image in shown
     ]
 

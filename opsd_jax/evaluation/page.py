@@ -1,35 +1,50 @@
-"""The report page of an evaluation."""
+"""The report page of an evaluation: scores, the comparison with earlier results, samples."""
 
-from opsd_jax.evaluation import html, statistics, tables
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from opsd_jax.evaluation import charts, html, statistics, tables
 from opsd_jax.evaluation import results as results_lib
+
+_MOST_SAMPLES = 30  # of each benchmark
+_Shown = Callable[..., list[tuple[str, np.ndarray | Image.Image]]]
 
 
 def page(
-    name: str, summary: dict, results, benchmarks: dict, shown, compared=None, most: int = 30
+    name: str,
+    summary: dict,
+    results: Sequence[results_lib.Result],
+    benchmarks: Mapping,
+    shown: _Shown,
+    compared: results_lib.Compared | None = None,
 ) -> str:
-    """HTML of one evaluation: scores, comparison, and up to `most` rows of each benchmark, spread evenly.
+    """HTML of one evaluation.
 
-    shown: (benchmark, key) -> list of (caption, picture). compared: a `Compared`.
+    Args:
+      name: of the results.
+      summary: content of summary.json.
+      results: the answers to each benchmark, of which at most 30 are shown, spread evenly.
+      benchmarks: {name: `inference.Benchmark`} of the results.
+      shown: (benchmark, key) -> [(caption, image)], what the model saw of a question.
+      compared: earlier results of the same questions.
     """
+    parts = _scores(summary)
+    if compared:
+        parts += _comparison(results, benchmarks, compared)
+    for result in results:
+        parts += _samples(result, benchmarks[result.name], shown)
+    return html.page(f"Evaluation {name}", *parts)
+
+
+def _scores(summary: dict) -> list[str]:
+    """The scores of all benchmarks, and those by category."""
     scores = summary["benchmarks"]
-    parts = [
-        html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, seed {summary['seed']}. Intervals hold "
-            "95 % (Wilson). Seconds leave out batches that compiled a program; “timed” says how many rows are left."
-            + "".join(
-                f" {task}: a random subset, {results_lib.counted(s)}, chosen with seed {s['rows']['seed']}."
-                for task, s in scores.items()
-                if "rows" in s
-            )
-        )
-    ]
-    parts.append(
-        html.intervals(
-            [
-                (task, results_lib.percent(s), 100 * s["interval_95"][0], 100 * s["interval_95"][1])
-                for task, s in scores.items()
-            ]
-        )
+    subsets = "".join(
+        f" {task}: a random subset, {results_lib.counted(s)}, chosen with seed {s['rows']['seed']}."
+        for task, s in scores.items()
+        if "rows" in s
     )
     rows = []
     for task, s in scores.items():
@@ -49,82 +64,77 @@ def page(
                 student,
             ]
         )
-    parts.append(
-        html.table(
+    columns = [
+        "benchmark",
+        "score %",
+        "n",
+        "tokens",
+        "s/sample",
+        "timed",
+        "generated images",
+        "no rule applied",
+        "rows left out",
+        "paper: ThinkMorph",
+        "paper: Visual-OPSD",
+    ]
+    parts = [
+        html.paragraph(
+            f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, "
+            f"seed {summary['seed']}. Intervals hold 95 % (Wilson). Seconds leave out batches that "
+            f"compiled a program; “timed” is the number of answers that are left.{subsets}"
+        ),
+        charts.intervals(
             [
-                "benchmark",
-                "score %",
-                "n",
-                "tokens",
-                "s/sample",
-                "timed",
-                "pictures",
-                "no rule applied",
-                "rows left out",
-                "paper: ThinkMorph",
-                "paper: Visual-OPSD",
-            ],
-            rows,
-        )
-    )
+                (task, results_lib.percent(s), *(100 * limit for limit in s["interval_95"]))
+                for task, s in scores.items()
+            ]
+        ),
+        html.table(columns, rows),
+    ]
     for task, s in scores.items():
-        if s["categories"] or s.get("extras"):
-            parts += [
-                html.heading(task, 3),
-                html.table(
-                    ["by", "value"],
-                    [[k, v] for k, v in {**s["categories"], **s.get("extras", {})}.items()],
-                ),
-            ]
-    if compared:
-        lines = []
-        for result in (r for r in results if r.name in compared.hits):
-            hits, asked = compared.hits[result.name], benchmarks[result.name].asked
-            both = [
-                (bool(p["hit"]), hits[asked(p["index"])])
-                for p in result.predictions
-                if asked(p["index"]) in hits
-            ]
-            wins, losses = sum(a and not b for a, b in both), sum(b and not a for a, b in both)
-            lines.append(
-                [
-                    result.name,
-                    len(both),
-                    wins,
-                    losses,
-                    len(both) - wins - losses,
-                    statistics.mcnemar(wins, losses),
-                ]
-            )
-        parts += [
-            html.heading(f"Against {compared.name}"),
-            html.table(
-                ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"], lines
-            ),
-        ]
+        if details := {**s["categories"], **s.get("extras", {})}:
+            parts += [html.heading(task, 3), html.table(["by", "value"], list(details.items()))]
+    return parts
+
+
+def _comparison(results, benchmarks, compared) -> list[str]:
+    """Paired comparison with earlier results, for the benchmarks and questions of both."""
+    rows = []
     for result in results:
-        step = max(1, -(-len(result.predictions) // most))
-        items = []
-        for p in result.predictions[::step]:
-            text = benchmarks[result.name].question(p["index"])[1]
-            pictures = [
-                html.picture(picture, caption=caption)
-                for caption, picture in shown(benchmarks[result.name], p["index"])
-            ]
-            items.append(
-                {
-                    "title": f"{result.name} {p.get('pid', p['index'])}",
-                    "hit": bool(p["hit"]),
-                    "parts": [
-                        html.row(*pictures),
-                        html.paragraph(text),
-                        html.paragraph(p["prediction"]),
-                    ],
-                    "note": f"expected {p['expected']}; {p['tokens']} tokens",
-                }
-            )
-        parts += [
-            html.heading(f"{result.name}: {len(items)} of {len(result.predictions)} rows"),
-            html.samples(items),
+        if result.name not in compared.hits:
+            continue
+        hits, asked = compared.hits[result.name], benchmarks[result.name].asked
+        both = [
+            (bool(p["hit"]), hits[asked(p["index"])])
+            for p in result.predictions
+            if asked(p["index"]) in hits
         ]
-    return html.page(f"Evaluation {name}", *parts)
+        wins = sum(now and not before for now, before in both)
+        losses = sum(before and not now for now, before in both)
+        alike = len(both) - wins - losses
+        p_value = statistics.mcnemar(wins, losses)
+        rows.append([result.name, len(both), wins, losses, alike, p_value])
+    columns = ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"]
+    return [html.heading(f"Against {compared.name}"), html.table(columns, rows)]
+
+
+def _samples(result, benchmark, shown: _Shown) -> list[str]:
+    """Up to 30 answers to a benchmark, spread evenly."""
+    items = []
+    for p in result.predictions[:: max(1, -(-len(result.predictions) // _MOST_SAMPLES))]:
+        key = p["index"]
+        images = [html.image(image, caption=caption) for caption, image in shown(benchmark, key)]
+        items.append(
+            html.Sample(
+                title=f"{result.name} {p.get('pid', key)}",
+                hit=bool(p["hit"]),
+                parts=[
+                    html.row(*images),
+                    html.paragraph(benchmark.question(key)[1]),
+                    html.paragraph(p["prediction"]),
+                ],
+                note=f"expected {p['expected']}; {p['tokens']} tokens",
+            )
+        )
+    title = f"{result.name}: {len(items)} of {len(result.predictions)} rows"
+    return [html.heading(title), html.samples(items)]

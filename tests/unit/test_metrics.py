@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax.evaluation import curves, statistics
+from opsd_jax.evaluation import statistics
 from opsd_jax.runtime import metrics
 from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError, compilations
 from opsd_jax.runtime.health import Health, UnhealthyRunError
@@ -569,38 +569,6 @@ def test_compilations_of_a_block():
         double(np.ones(3))
     double(np.ones(4))  # after the block
     assert (again.programs, again.seconds) == (0, 0.0) and first.programs == 1
-
-
-# ---------------------------------------------------------------------------- curves
-
-
-def test_curves(tmp_path, monkeypatch):
-    from PIL import Image
-
-    with Writer(tmp_path, tensorboard=False) as writer:
-        for step in range(1, 20):
-            values = {
-                "loss": 1 / step if step != 5 else float("nan"),
-                "completion_len": 30.0,
-                "teacher_entropy": 0.5,
-                "student_entropy": 1.0,
-            }
-            if step % 5 == 0:
-                values["eval/maze/text"] = 0.5
-            writer.scalars(step, "warmup" if step < 10 else "opsd", values)
-    path = tmp_path / "metrics.jsonl"
-    with open(path, "a") as file:
-        file.write('{"step": 20, "ti')  # a run is writing
-    curves.plot_curves(path, tmp_path / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
-    assert image.shape[0] > 400 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="no rows"):
-        curves.plot_curves(tmp_path / "empty.jsonl", tmp_path / "x.png")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install opsd_jax\[viz\]"):
-        curves.plot_curves(path, tmp_path / "x.png")
 
 
 def test_importing_it_is_cheap():

@@ -1,0 +1,188 @@
+"""Charts of report pages, made by matplotlib: SVG within the page, with its texts kept as text."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opsd_jax.evaluation import html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WIDTH = 6.2  # inches: narrow enough that texts stay readable on a phone
+_DOTS = 60  # points up to which each point of a series is marked
+_COLOURS = (  # distinguishable by colour-blind readers; later series repeat them dashed
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b8609a",
+    "#d18f00",
+    "#3c9fdc",
+    "#1b1f24",
+    "#8a8420",
+)
+_STYLE = {
+    "svg.fonttype": "none",  # texts, not outlines
+    "svg.hashsalt": "opsd_jax",  # the same figure gives the same file
+    "text.parse_math": False,  # a label may hold $
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": "#626a73",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#d5d9de",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+}
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float | None]]], *, x: str, y: str) -> str:
+    """A line chart with a legend.
+
+    Args:
+      series: {name: points (x, y)}, connected in their order. A point whose y is None, NaN or
+        infinite interrupts the line, and the legend counts it.
+      x, y: labels of the axes, with units.
+
+    Raises:
+      ValueError: more series than can be told apart.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if len(series) > 2 * len(_COLOURS):
+        raise ValueError(
+            f"a chart of {len(series)} series; at most {2 * len(_COLOURS)} can be told apart"
+        )
+    points = {name: _points(entries) for name, entries in series.items()}
+    if not any(np.isfinite(data[:, 1]).any() for data in points.values()):
+        return html.note(f"– no values of {y} over {x} ({', '.join(points)})")
+    with rc_context(_STYLE):
+        columns = 2 if max(map(len, points)) < 40 else 1
+        height = 2.8 + 0.2 * -(-len(points) // columns)
+        figure = Figure((_WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        handles, labels = [], []
+        for number, (name, data) in enumerate(points.items()):
+            seen = np.isfinite(data[:, 1])
+            handles += axes.plot(
+                *data.T,
+                color=_COLOURS[number % len(_COLOURS)],
+                linestyle="-" if number < len(_COLOURS) else "--",
+                marker=".",
+                markevery=seen if seen.sum() <= _DOTS else _alone(seen),
+            )
+            missing = len(data) - int(seen.sum())
+            more = f" ({missing} without value)" if missing else ""
+            labels.append(html.visible(name) + (more if seen.any() else " (– no values)"))
+        axes.set(xlabel=html.visible(x), ylabel=html.visible(y))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        return _svg(figure, f"{y} over {x}")
+
+
+def intervals(
+    rows: Sequence[tuple[str, float | None, float | None, float | None]],
+    *,
+    unit: str = "%",
+    top: float = 100,
+) -> str:
+    """Horizontal bars with their 95 % intervals and the numbers.
+
+    Args:
+      rows: (label, value, low, high), all in `unit`. A value of None or NaN is a dash without bar
+        (nothing was measured); low and high of None or NaN leave the interval out.
+      unit: follows the numbers. Per cent have one decimal place, others 4 significant digits.
+      top: right end of the axis. The left end is 0, or below the lowest negative number.
+
+    Raises:
+      ValueError: not low <= value <= high, or above `top`, which would cut the bar off.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return html.note("– no rows")
+    labels = [row[0] for row in rows]
+    numbers = np.array([[math.nan if v is None else v for v in row[1:]] for row in rows], float)
+    numbers[np.isnan(numbers[:, 0])] = math.nan
+    for label, (value, low, high) in zip(labels, numbers.tolist()):
+        if value > top or high > top or low > value or high < value:
+            raise ValueError(
+                f"interval of {label!r}: value {value}, low {low}, high {high}; needs "
+                f"low <= value <= high <= top={top}"
+            )
+    value, low, high = numbers.T
+    places = np.arange(len(rows))
+    with rc_context(_STYLE):
+        figure = Figure((_WIDTH, 0.6 + 0.42 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(places, np.nan_to_num(value), height=0.6, color="#9dc3e6")
+        axes.errorbar(
+            value,
+            places,
+            xerr=np.nan_to_num([value - low, high - value]),
+            fmt="o",
+            color=_COLOURS[0],
+            ecolor="#1b1f24",
+            capsize=3,
+            markersize=4,
+        )
+        shown = [
+            html.visible(label) + "\n" + _numbers(entry, unit)
+            for label, entry in zip(labels, numbers.tolist())
+        ]
+        axes.set_yticks(places, shown)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        left = min(0.0, float(np.nanmin(numbers, initial=0.0)))
+        axes.set_xlim(left * 1.1, top)
+        axes.set_xlabel(f"{html.visible(unit)}; thin lines and brackets: 95 % intervals")
+        return _svg(figure, ", ".join(shown).replace("\n", " "))
+
+
+def _points(entries: Sequence[tuple[float, float | None]]) -> np.ndarray:
+    """[N, 2] floats of a series, NaN where y is None or infinite."""
+    points = np.array([(x, math.nan if y is None else y) for x, y in entries], float).reshape(-1, 2)
+    points[~np.isfinite(points[:, 1]), 1] = math.nan
+    return points
+
+
+def _alone(seen: np.ndarray) -> np.ndarray:
+    """[N] which points have no neighbour that a line would connect them to."""
+    padded = np.pad(seen, 1)
+    return seen & ~padded[:-2] & ~padded[2:]
+
+
+def _numbers(entry: Sequence[float], unit: str) -> str:
+    """A value with its interval, "50.0 % (40.0 to 62.5)"; a dash for NaN."""
+
+    def number(value):
+        return f"{value:.1f}".replace("-", "−") if unit == "%" else html.number(value)
+
+    value, low, high = entry
+    if math.isnan(value):
+        return "–"
+    interval = "" if math.isnan(low) else f" ({number(low)} to {number(high)})"
+    return html.visible(f"{number(value)} {unit}".rstrip()) + interval
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    """A figure as SVG within the page.
+
+    What matplotlib writes about itself is left out, and ids that only name its objects: several
+    charts would repeat them.
+    """
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    root, inside = file.getvalue().partition("<svg")[2].split(">", 1)
+    root = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", root)
+    inside = re.sub(r"<metadata>.*?</metadata>", "", inside, count=1, flags=re.DOTALL)
+    inside = re.sub(r'<g id="[\w.]+_\d+">', "<g>", inside)
+    return f'<div class="chart" role="figure" aria-label="{html.text(label)}"><svg{root}>{inside}</div>'
