@@ -1,12 +1,15 @@
-"""The main job in miniature: Visual-OPSD of a model of 0.2 M parameters, from nothing, on a laptop.
+"""Visual-OPSD in miniature: a model of 0.2 M parameters, from random weights, on a laptop.
 
-  python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini           the maze
-  python -m opsd_jax.train --config=configs/mini.py:chart --workdir=/tmp/opsd-chart    the charts
-  python -m opsd_jax.train --config=configs/mini.py:smoke --workdir=/tmp/opsd-smoke    the same path, briefly
-  python -m opsd_jax.train --config=configs/mini.py:draw --workdir=/tmp/opsd-draw      charts, and learns to draw
-  ... --arm=noise                                                                      one control arm alone
+  python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini
+  python -m opsd_jax.train --config=configs/mini.py:chart --workdir=/tmp/opsd-chart
+  ... --arm=noise            one control arm alone
 
-The same code as the 7B model; only numbers differ. Settings were chosen on the validation split.
+  configs/mini.py:maze       paths in a maze (the default)
+                 :chart      questions about charts
+                 :smoke      charts with few steps, to see whether everything works
+                 :draw       charts, and image generation is trained, too
+
+The code is that of the 7B model; only numbers differ. Settings were chosen on the validation split.
 """
 
 from opsd_jax import config as config_lib
@@ -20,7 +23,7 @@ def get_config(arg: str = "maze"):
     c = config_lib.default()
     c.stages = ("warmup", "opsd")
 
-    grid = {"maze": 4, "chart": 5}[task]  # patches a side of a picture; 8 pixels each
+    grid = {"maze": 4, "chart": 5}[task]  # patches along a side of an image; 8 pixels each
     c.model.llm.update(
         vocab_size=448,
         hidden_size=64,
@@ -43,7 +46,8 @@ def get_config(arg: str = "maze"):
     c.data.limits = ()
     c.data.make.update(families=(task,), train=12000, validation=512, test=512)
     patches = grid * grid
-    # the longest texts of the task: slots in the student's, the teacher's context, a trace; its targets; budget
+    # The longest texts of the task: positions in the student's context, in the teacher's and in a
+    # trace; targets of the trace; budget of a completion.
     text = {"maze": (9, 18, 55, 41, 43), "chart": (11, 20, 31, 18, 18)}[task]
     c.data.buckets.student = ((patches + text[0], patches),)
     c.data.buckets.teacher = ((2 * patches + text[1], 2 * patches),)
@@ -86,8 +90,9 @@ def get_config(arg: str = "maze"):
         c.run_arms = ("noise",)
     if arg == "draw":
         c.stages = ("autoencoder", "warmup", "opsd")
-        # shift: latent_mean of metrics.jsonl where the autoencoder's stage ends. scale: 1.8 / latent_std, because charts
-        # differ in a third of the latents' variance only; that third is what has to stand out of the noise.
+        # shift: latent_mean in metrics.jsonl at the end of the autoencoder's stage. scale: 1.8 /
+        # latent_std, because charts differ in only a third of the latents' variance, and that third
+        # has to be visible through the noise.
         c.model.generation.update(
             on=True,
             channels=32,

@@ -4,15 +4,16 @@
       --config.init_from=ThinkMorph-7B --config.tokenizer=ThinkMorph-7B --config.data.dir=PREPARED
 
   configs/visual_opsd.py:paper    EMA teacher with real visual thoughts (the default)
-                        :self     the teacher is the live weights: one parameter pytree
+                        :self     the teacher is the current weights: one parameter pytree
                         :fixed    the teacher is the initial weights
-                        :noise    Gaussian noise in the visual thoughts' place
-                        :swap     another row's visual thoughts
-                        :image    the problem image in their place
+                        :noise    Gaussian noise in place of the visual thoughts
+                        :swap     the visual thoughts of another example
+                        :image    the problem image in place of the visual thoughts
                         :none     intro and transition only
-                        :sft      text-only SFT from the same start
-                        :offline  the same and KL to a teacher whose log-probabilities are kept beforehand
-                        :lora     adapters of rank 64 alone are trained, at ten times the rate; ours, not the paper's
+                        :sft      text-only SFT from the same initial weights
+                        :offline  :sft with KL to a teacher whose log-probabilities are cached first
+                        :lora     only adapters of rank 64 are trained, at ten times the learning
+                                  rate; not in the paper
 
 Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target=PREPARED
 """
@@ -34,7 +35,7 @@ def get_config(arg: str = "paper"):
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
     elif arg != "paper":
         raise ValueError(
-            f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, sft, "
-            "offline or lora"
+            f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, "
+            "sft, offline or lora"
         )
     return c

@@ -1,14 +1,14 @@
 """Every setting of a run with its default, and the typed views that the program takes from them.
 
-A setting is a field of a frozen dataclass. The field holds the default, and its annotation holds the
-range or the choices (see `inputs.checks`). Most of these dataclasses belong to the method: they are the
-static arguments of its jitted functions. The groups that configure no such function have their
-dataclasses in this module. `settings` lists all of them under their keys, `default` makes the ConfigDict
-that config files and the command line change, and the functions after it turn a ConfigDict back into the
-dataclasses. A ConfigDict never enters jit.
+A setting is a field of a frozen dataclass. The field holds the default, and its annotation holds
+the range or the choices (see `inputs.checks`). Most of these dataclasses belong to the method: they
+are the static arguments of its jitted functions. The groups that configure no such function have
+their dataclasses in this module. `settings` lists all of them under their keys, `default` makes the
+ConfigDict that config files and the command line change, and the functions after it turn a
+ConfigDict back into the dataclasses. A ConfigDict never enters jit.
 
-Defaults are those of the paper (App. C) and of the official release; where the two differ, the paper's.
-`config_check` holds the checks of values.
+Defaults are those of the paper (App. C) and of the official release; where the two differ, the
+paper's. `config_check` holds the checks of values.
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ class RunConfig:
     seed: Annotated[int, checks.SEED] = 0
     # Stages of the run, in order. Each starts with a fresh optimizer.
     stages: Annotated[tuple[str, ...], STAGES] = ("opsd",)
-    # Origin of the initial parameters: a checkpoint, workdir or released folder; "" for random ones.
+    # Origin of the initial parameters: a checkpoint, workdir or released folder. "" initialises
+    # them at random.
     init_from: str = ""
     # A tokenizer folder; "" for the tokenizer that data.make made.
     tokenizer: str = ""
@@ -72,7 +73,7 @@ class ImageSwitch:
 class ImageLoading:
     """How images are read, in addition to their size rule (`images`)."""
 
-    # "drop" keeps the colour of transparent pixels, as the official loader does; "white" composites.
+    # "drop" keeps the colour of transparent pixels, as in the official code; "white" composites.
     transparency: Annotated[str, ("drop", "white")] = "drop"
 
 
@@ -90,9 +91,10 @@ class MakeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BucketsConfig:
-    """Static sizes of packed sequences, ascending; an example goes to the first bucket that it fits.
+    """Static sizes of packed sequences, ascending (`data.buckets`).
 
-    `BUCKET_SIZES` names the numbers of an entry.
+    An example goes to the first bucket that it fits completely. `BUCKET_SIZES` names the numbers of
+    an entry.
     """
 
     student: tuple[tuple[int, ...], ...] = ((2048, 1500), (5376, 4900))
@@ -195,8 +197,8 @@ class EvalConfig:
     final_split: str = "test"  # evaluated completely at the end of a stage; "" for none
     final_visual_thoughts: Annotated[tuple[str, ...], MODES] = ("none", "real")
     final_banned: bool = False  # also without images and with the marker banned
-    # Also KL(initial model with visual thoughts || current model without) on reference traces, after
-    # the stages opsd, sft and offline.
+    # Also KL(initial model with visual thoughts || current model without) on reference traces,
+    # after the stages opsd, sft and offline.
     kl: bool = True
     batch_size: Annotated[int, "[1, inf)"] = 64
     slots: Annotated[int, "[0, inf)"] = 0  # as rollout.slots, for a batch of evaluation
@@ -240,7 +242,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting: its default, and the rule of a number or a choice (None for flags and free texts)."""
+    """One setting.
+
+    default: its default value. rule: range or choices; None for flags and free texts.
+    """
 
     default: Value
     rule: checks.Rule | None
@@ -339,8 +344,8 @@ def _group(name: str, group: dict[str, Setting]) -> dict[str, Setting]:
 def _of(cls: type, *, without: tuple[str, ...] = (), **values: Value) -> dict[str, Setting]:
     """{name: setting} of the fields of a dataclass.
 
-    A field whose default is a dataclass is a group of settings. Fields without a default (a tokenizer's
-    ids, the network of a sampler) are not settings.
+    A field whose default is a dataclass is a group of settings. Fields without a default (a
+    tokenizer's ids, the network of a sampler) are not settings.
 
     Args:
       without: fields that are not settings although they have a default.
@@ -373,8 +378,8 @@ def _stage(names: tuple[str, ...], **values: Value | OptimConfig) -> dict[str, S
 def default() -> ConfigDict:
     """The paper's run: Visual-OPSD of ThinkMorph-7B, 1,000 steps.
 
-    Config files change values in it and add no keys, except in `arms`: name -> changed settings of a
-    control arm, which starts where this run's OPSD stage started.
+    Config files change values in it and add no keys, except in `arms`: name -> changed settings of
+    a control arm, which starts where this run's OPSD stage started.
     """
     config = ConfigDict({"arms": ConfigDict()})
     for key, setting in settings().items():
@@ -406,7 +411,7 @@ def ranges() -> dict[str, str]:
 
 
 def arm(config: ConfigDict, name: str, start: str = "") -> ConfigDict:
-    """The settings of a control arm: those of the run from the OPSD stage on, with the arm's changes.
+    """The settings of a control arm: those of the run, with the arm's changes, from OPSD on.
 
     start: the checkpoint that the stage starts from.
     """
@@ -499,7 +504,8 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
 
 
 def distill(config: ConfigDict, stage: str, tokenizer) -> DistillConfig:
-    """The configuration of one stage. Supervised stages have no teacher; that of `offline` is on disk.
+    """The configuration of one stage. Supervised stages have no teacher; that of `offline` is on
+    disk.
 
     tokenizer: has the token ids `bos` and `eos`.
     """

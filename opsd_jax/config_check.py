@@ -1,8 +1,9 @@
 """Checks of a configuration: of its values (`check`), and against the run that it continues.
 
-`check` reads and makes nothing, so that a wrong setting ends a command before it has begun. It checks
-each value by itself first (keys, types, ranges, choices), then each group of settings together with what
-it depends on. `check_unchanged` and `check_digests` compare a run with its continuation.
+`check` reads and makes nothing, so that a wrong setting ends a command before it has begun. It
+checks each value by itself first (keys, types, ranges, choices), then each group of settings
+together with what it depends on. `check_unchanged` and `check_digests` compare a run with its
+continuation.
 """
 
 import contextlib
@@ -47,8 +48,8 @@ class ConfigMismatchError(ValueError):
 def check(config: ConfigDict) -> None:
     """Raises ValueError, with key, value and what is allowed, for settings that no run can have.
 
-    These are keys that are unknown or missing, values of another type or out of their range, and values
-    that contradict each other. Nothing is read or made.
+    These are keys that are unknown or missing, values of another type or out of their range, and
+    values that contradict each other. Nothing is read or made.
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(
@@ -95,7 +96,8 @@ def _check_group(
 
     Args:
       known: the same group with its defaults.
-      shown: name of the group in messages. prefix: its key with a dot; "" for the whole configuration.
+      shown: name of the group in messages. prefix: its key with a dot; "" for the whole
+        configuration.
       partial: whether keys may be missing.
     """
     for name in config:
@@ -163,7 +165,7 @@ def _check_buckets(value, shown: str, counted: tuple[str, ...]) -> None:
 
 
 def _check_sections(config: ConfigDict) -> None:
-    """Checks what depends on several settings, or on this machine. Each value is valid by itself."""
+    """Checks what depends on several settings, or on this machine. Each value alone is valid."""
     _check_run(config)
     _check_data(config)
     _check_buckets_together(config)
@@ -189,8 +191,8 @@ def _check_run_arm(config: ConfigDict, name: str) -> None:
     """Checks an arm that the run starts by itself."""
     if name not in config.arms or "opsd" not in config.stages:
         raise ValueError(
-            f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an opsd "
-            "stage to start from"
+            f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an "
+            "opsd stage to start from"
         )
     changed = config_lib.arm(config, name)
     try:
@@ -238,7 +240,8 @@ def _check_data(config: ConfigDict) -> None:
     for split in tasks.BUCKETS:
         if used.get(split) and not data.make[split]:
             raise ValueError(
-                f"config.data.make.{split} is 0, but {used[split]} needs that split: give at least 1"
+                f"config.data.make.{split} is 0, but {used[split]} needs that split: "
+                "give at least 1"
             )
 
 
@@ -351,12 +354,12 @@ def _check_opsd(config: ConfigDict) -> None:
     least = min(LEAST_SCORED, config.rollout.max_new_tokens)
     if s.max_forward_tokens < largest + 2 + least:
         raise ValueError(
-            f"config.opsd.max_forward_tokens is {s.max_forward_tokens}: with a teacher's context of "
-            f"{largest} positions, the largest of config.data.buckets.teacher, a completion would be "
-            f"cut to {max(s.max_forward_tokens - largest - 2, 1)} tokens. Give at least "
+            f"config.opsd.max_forward_tokens is {s.max_forward_tokens}: with a teacher's context "
+            f"of {largest} positions, the largest of config.data.buckets.teacher, a completion "
+            f"would be cut to {max(s.max_forward_tokens - largest - 2, 1)} tokens. Give at least "
             f"{largest + 2 + least} ({least} tokens to score), or "
-            f"{largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that bucket "
-            "smaller"
+            f"{largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that "
+            "bucket smaller"
         )
 
 
@@ -377,8 +380,8 @@ def _check_image_generation(config: ConfigDict, stage: str) -> None:
     stride = config_lib.model(config).generation.stride
     if any(side % stride for sizes in buckets.drawn for side in sizes[2:]):
         raise ValueError(
-            f"config.data.buckets.drawn is {buckets.drawn}: heights and widths must be multiples of "
-            f"the {stride} pixels of a latent token"
+            f"config.data.buckets.drawn is {buckets.drawn}: heights and widths must be multiples "
+            f"of the {stride} pixels of a latent token"
         )
     if config_lib.lora(config):
         raise ValueError(
@@ -391,8 +394,8 @@ def _check_offline(config: ConfigDict) -> None:
     if "offline" in config.stages and config.teacher.visual_thoughts != "real":
         raise ValueError(
             f"config.teacher.visual_thoughts is {config.teacher.visual_thoughts!r}, but the cached "
-            "teacher of the offline stage reads the true ones: set it to 'real', or leave the stage "
-            "out"
+            "teacher of the offline stage reads the true ones: set it to 'real', or leave the "
+            "stage out"
         )
 
 
@@ -441,7 +444,7 @@ def check_unchanged(
     free: Iterable[str] = FREE_SETTINGS,
     defaults: Mapping | None = None,
 ) -> None:
-    """Raises ConfigMismatchError, with a table of the differences, unless two configurations are the same.
+    """Raises ConfigMismatchError, with the differences, unless two configurations are the same.
 
     Args:
       saved, current: settings, compared as `config.to_json` writes them.
@@ -466,8 +469,8 @@ def check_unchanged(
     example = next((f" (such as --config.{key}={was[key]})" for key in keys if key in was), "")
     may = f" May change on resume: {', '.join(free)}." if free else ""
     raise ConfigMismatchError(
-        f"this run was started with other settings:\n{checks.table(rows)}\nContinue it with the saved "
-        f"ones{example}, or start a new run with another --workdir.{may}"
+        f"this run was started with other settings:\n{checks.table(rows)}\nContinue it with the "
+        f"saved ones{example}, or start a new run with another --workdir.{may}"
     )
 
 
@@ -482,7 +485,7 @@ def _flat(value, key: str = "") -> dict[str, str]:
 def check_digests(
     saved: Mapping, current: Mapping, *, accepted: Iterable[str] = (), whose: str = "this run"
 ) -> None:
-    """Raises ConfigMismatchError, with a table of the differences, unless data and tokenizer are the same.
+    """Raises ConfigMismatchError, with the differences, unless data and tokenizer are the same.
 
     Args:
       saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted,
@@ -510,7 +513,8 @@ def check_digests(
     if kinds:
         names = " and ".join(kinds)
         raise ConfigMismatchError(
-            f"{whose} was trained with another content of {names} (digests):\n{checks.table(rows)}\n"
+            f"{whose} was trained with another content of {names} (digests):\n"
+            f"{checks.table(rows)}\n"
             f"Put the {names} back as it was, or start a new run with another --workdir. To go on "
             "with what is there now, knowing that it differs: "
             f'--config.checkpoint.accept_changed="{tuple(kinds)}"'

@@ -1,7 +1,7 @@
 """Checks of values that users give: numbers in their ranges, names among their choices.
 
-A range is written as in mathematics, "[0, 1)" or "(0, inf)". Single values that are also allowed follow
-after a comma, "[2, inf), or 0", and advice follows after a semicolon.
+A range is written as in mathematics, "[0, 1)" or "(0, inf)". Single values that are also allowed
+follow after a comma, "[2, inf), or 0", and advice follows after a semicolon.
 
 The fields of a dataclass declare what they allow in the annotation, next to the default:
 
@@ -37,7 +37,7 @@ class Rule:
     allowed: str | tuple[str, ...]
 
     def check(self, name: str, value) -> None:
-        """Raises ValueError, with name, value and what is allowed, unless the value obeys the rule."""
+        """Raises ValueError, with name, value and what is allowed, for a value against the rule."""
         if self.kind is str and self.many:
             names(name, value, self.allowed)
         elif self.kind is str:
@@ -67,7 +67,7 @@ def _rule(hint, allowed) -> Rule:
 
 
 def fields(instance, group: str) -> None:
-    """Checks the fields of a dataclass that declare a rule. Messages name a field as group.field."""
+    """Checks the fields of a dataclass that declare a rule. Messages name one as group.field."""
     for name, rule in rules(type(instance)).items():
         rule.check(f"{group}.{name}", getattr(instance, name))
 
@@ -122,7 +122,7 @@ def _choose(choices: tuple[str, ...]) -> str:
 
 
 def folder_name(shown: str, value: str) -> None:
-    """Raises ValueError unless a value is the name of one folder, without a path to another place."""
+    """Raises ValueError unless a value is the name of one folder, not a path to another place."""
     if not re.fullmatch(r"[\w=,-][\w.=,-]*", value):
         raise ValueError(
             f"{shown}: give one folder name of letters, digits and _ - . = , that does not start "
@@ -137,7 +137,7 @@ def once(name: str, values) -> None:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of a table as indented lines of aligned columns, for a message about what does not match."""
+    """Rows of a table as indented lines of aligned columns, for an error message."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
     return "\n".join("  " + line.rstrip() for line in lines)

@@ -1,6 +1,6 @@
 """Sizes of the network as frozen (hashable) dataclasses, static arguments of `jax.jit`.
 
-They hold numbers and names only: the 7B model and the laptop miniature differ here and nowhere else.
+They hold numbers and names only: the 7B model and the miniature differ here and nowhere else.
 """
 
 import dataclasses
@@ -84,8 +84,8 @@ class ViTConfig:
 class VAEConfig:
     """FLUX autoencoder (official: modeling/autoencoder.py, which hard-codes these defaults).
 
-    multipliers: channels of each resolution, in units of `channels`; between two resolutions the image
-      is halved.
+    multipliers: channels of each resolution, in units of `channels`; between two resolutions the
+      image is halved.
     scale, shift: a latent is scale * (z - shift).
     """
 
@@ -100,7 +100,8 @@ class VAEConfig:
         checks.fields(self, "model.generation")
         if not self.multipliers:
             raise ValueError(
-                "model.generation.multipliers is empty: give the channels of at least one resolution"
+                "model.generation.multipliers is empty: give the channels of at least one "
+                "resolution"
             )
         if self.channels % 32:
             raise ValueError(
@@ -115,9 +116,10 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What image generation adds to the network: the generation expert, the latent path, the autoencoder.
+    """What image generation adds to the network: generation expert, latent path, autoencoder.
 
-    patch: latents along a side of one token. side: tokens along a side of the latent position table.
+    patch: latents along a side of one token. side: tokens along a side of the latent position
+      table.
     timestep_shift: shift of the training times (sampling has its own, `flow.FlowConfig`).
     """
 
@@ -136,15 +138,16 @@ class GenerationConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels along a side of one latent token; both sides of a generated image are multiples of it."""
+        """Pixels along a side of a latent token. Sides of a generated image are multiples of it."""
         return self.patch * self.vae.downsample
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters of the understanding expert: alpha / rank * a b is added to each target matrix.
+    """Low-rank adapters of the understanding expert.
 
-    Only the adapters are then trained (`params.partition`). targets: names from LORA_TARGETS.
+    alpha / rank * a b is added to each target matrix. Only the adapters are then trained
+    (`params.partition`). targets: names from LORA_TARGETS.
     """
 
     rank: Annotated[int, "[1, inf)"]
@@ -169,20 +172,21 @@ class ModelConfig:
     """The whole network and how it is computed.
 
     generation: sizes of the image-generation path; None where the model generates no images. The
-      generation expert (`*_moe_gen` weights), the latent path and the autoencoder are then not in the
-      parameter tree and cost no memory.
+      generation expert (`*_moe_gen` weights), the latent path and the autoencoder are then not in
+      the parameter tree and cost no memory.
     lora: adapters of matrices of the understanding expert; None for none.
     dtype: compute dtype; parameters keep their own dtype.
     remat: "none" saves all activations of a block for the backward pass, "full" recomputes them.
     unroll: layers of the scan that are unrolled (a CPU gains about a fifth on shallow models).
     query_block: number of queries for which dense attention computes scores at a time; 0 for all at
-      once. A generated image of 4,096 tokens after a long context needs it: scores at once would take
-      tens of GiB.
+      once. A generated image of 4,096 tokens after a long context needs it: scores at once would
+      take tens of GiB.
     attention: "dense" (scores in memory), "flash" (own kernel, TPU), "cudnn" (cuDNN's kernel, GPU,
       bfloat16) or "flash_interpret" (the TPU kernel run slowly anywhere, for tests); see
       `model.attention`. The autoencoder, with one head of all channels, is always dense.
-    rope_bfloat16: round the decoder's rotary frequencies (inv_freq) to bfloat16, up to 0.37 % off, as
-      the official trainer does under FSDP, which casts buffers. The official inference code does not.
+    rope_bfloat16: round the decoder's rotary frequencies (inv_freq) to bfloat16, up to 0.37 % off,
+      as the official trainer does under FSDP, which casts buffers. The official inference code does
+      not.
     """
 
     llm: LLMConfig
