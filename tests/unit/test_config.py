@@ -1,6 +1,8 @@
-"""Settings that no run can have: refused before anything is made, with key, value and what is right.
+"""Defaults of all settings, and the checks of a configuration.
 
-The table is by kind: numbers out of range, values of another type, names given twice, shapes, what depends on each other.
+Settings that no run can have are refused before anything is made, with key, value and what is
+allowed: numbers out of range, values of another type, names given twice, shapes, values that
+contradict each other.
 """
 
 import contextlib
@@ -27,14 +29,14 @@ from opsd_jax.run import cli
 
 
 def refused(message: str, **changes) -> None:
-    """`config.check` raises ValueError with this text; "__" in a key is a dot."""
+    """`config_check.check` raises ValueError with this text; "__" in a key is a dot."""
     with pytest.raises(ValueError) as error:
         config_check.check(small_run.config(**changes))
     assert message in str(error.value)
 
 
 def with_value(key: str, value):
-    """The small configuration with one value of any type; ConfigDict itself would refuse some of them."""
+    """The small configuration with one value of any type, also where ConfigDict would refuse it."""
     config = SMALL.copy_and_resolve_references()
     *groups, name = key.split(".")
     group = config
@@ -75,7 +77,7 @@ def test_choices_hold_their_defaults():
     assert settings["teacher.visual_thoughts"].rule.allowed == context.VISUAL_THOUGHTS
 
 
-# --- numbers ------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------
 
 
 def test_every_number_has_a_range_that_holds_its_default():
@@ -88,7 +90,7 @@ def test_every_number_has_a_range_that_holds_its_default():
 def test_no_number_is_a_flag_a_text_nothing_or_infinite(key):
     own = (
         [True, 1.5] if isinstance(NUMBERS[key], int) else []
-    )  # ConfigDict turns True into 1.0 where that is the type
+    )  # ConfigDict converts True to 1.0 for a float
     for wrong in ("1", None, math.nan, math.inf, -math.inf, (1,), *own):
         with pytest.raises(ValueError) as error:
             config_check.check(with_value(key, wrong))
@@ -197,7 +199,7 @@ def test_the_rate_never_rises_past_its_end():
     assert rates == sorted(rates, reverse=True) and rates[8:] == pytest.approx([1e-4] * 20)
 
 
-# --- keys and types -----------------------------------------------------------------------------------------
+# --- keys and types ------------------------------------------------------------------------------
 
 
 def set_unknown(key):
@@ -220,7 +222,8 @@ def set_unknown(key):
         ),
         (
             set_unknown("teacher.knd"),
-            "config.teacher.knd: there is no setting 'knd' in config.teacher. Did you mean \"kind\"?",
+            "config.teacher.knd: there is no setting 'knd' in config.teacher. "
+            'Did you mean "kind"?',
         ),
         (
             set_unknown("opsd.optim.xyzzy"),
@@ -228,11 +231,13 @@ def set_unknown(key):
         ),
         (
             lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
-            "config.teacher lacks ema_decay, visual_thoughts: change values of config.default() one by one",
+            "config.teacher lacks ema_decay, visual_thoughts: change values of config.default() "
+            "one by one",
         ),
         (
             lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
-            "config.arms.noise.teacher.visul_thoughts: there is no setting 'visul_thoughts' in config.teacher. Did you mean \"visua",
+            "config.arms.noise.teacher.visul_thoughts: there is no setting 'visul_thoughts' in "
+            'config.teacher. Did you mean "visua',
         ),
         (
             lambda c: c.arms.update(long={"opsd": {"steps": "many"}}),
@@ -249,7 +254,7 @@ def set_unknown(key):
     ],
     ids=range(8),
 )
-def test_keys_that_are_no_settings(change, message, tmp_path):
+def test_keys_that_are_not_settings(change, message, tmp_path):
     config = small_run.config()
     change(config)
     with pytest.raises(ValueError) as error:
@@ -294,7 +299,7 @@ def test_something_else_than_a_config(config, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-# --- names and shapes ---------------------------------------------------------------------------------------
+# --- names and shapes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -471,7 +476,7 @@ def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
     assert not (tmp_path / "made").exists()
 
 
-# --- config files -------------------------------------------------------------------------------------------
+# --- config files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -488,7 +493,8 @@ def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):
         ),
         ("def get_config():\n    raise ValueError('no')", ", line 2: no"),
         (
-            "from opsd_jax import config as config_lib\n\ndef get_config():\n    c = config_lib.default()\n    c.opsd.steps = 'x'\n    return c",
+            "from opsd_jax import config as config_lib\n\ndef get_config():\n"
+            "    c = config_lib.default()\n    c.opsd.steps = 'x'\n    return c",
             ", line 5: TypeError: Could not override field 'steps'",
         ),
         (None, "there is no such Python file"),
@@ -512,7 +518,7 @@ def test_plan_checks_settings_first():
 # --- a run and its continuation ------------------------------------------------------------------
 
 
-def test_config_to_json():
+def test_settings_as_json():
     config = ConfigDict(
         {"lr": 1e-3, "betas": (0.8, 0.9), "name": None, "n": 3, "sub": {"on": True}}
     )
@@ -536,7 +542,7 @@ def test_config_to_json():
         config_lib.to_json({"clip": [1.0, float("inf")]})
 
 
-def test_check_config_shows_all_differences_and_the_mend():
+def test_check_unchanged_shows_all_differences_and_the_fix():
     saved = {
         "lr": 1e-3,
         "model": {"depth": 4, "old": 1},
@@ -571,21 +577,21 @@ def test_check_config_shows_all_differences_and_the_mend():
 
 def test_a_setting_that_is_newer_than_the_run_had_its_default():
     saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
-    check = lambda **model: config_check.check_unchanged(
-        saved, {"model": {"depth": 4} | model}, defaults=defaults
-    )
+
+    def check(**model):
+        config_check.check_unchanged(saved, {"model": {"depth": 4} | model}, defaults=defaults)
+
     check(new=False)
     with pytest.raises(config_check.ConfigMismatchError, match=r"model.new +false +true"):
         check(new=True)
     with pytest.raises(config_check.ConfigMismatchError, match=r"model.unknown +absent +1"):
         check(new=False, unknown=1)
-    with pytest.raises(
-        config_check.ConfigMismatchError, match=r"model.depth +4 +2"
-    ):  # saved, so the default says nothing
+    # A saved value counts, not the default.
+    with pytest.raises(config_check.ConfigMismatchError, match=r"model.depth +4 +2"):
         check(depth=2)
 
 
-def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
+def test_check_digests_names_what_differs_and_how_to_accept_it(caplog):
     saved = {"data": {"Maze": "11", "Chart": "22"}, "tokenizer": "aa"}
     config_check.check_digests(saved, json.loads(json.dumps(saved)))
     for change, kinds, rows in (
@@ -610,7 +616,7 @@ def test_check_digests_names_what_differs_and_the_way_to_say_i_know(caplog):
     assert "no digest of its data" in caplog.text and "no digest of its tokenizer" in caplog.text
 
 
-# --- 64 bits ------------------------------------------------------------------------------------------------
+# --- 64 bits -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -647,7 +653,7 @@ def test_64_bits_are_refused_by_train_and_plan(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-# --- what is not there --------------------------------------------------------------------------------------
+# --- what is not there ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
