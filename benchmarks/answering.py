@@ -1,9 +1,12 @@
-"""Seconds of text-only answering, with random weights: python benchmarks/answering.py --size=tiny|mid|7b
+"""Seconds of text-only answering, with random weights.
 
-Greedy decoding of --tokens tokens behind system prompt (110 ids), problem image as ViT patches and question (60 ids),
-at each batch size of --batch. The model is built without what only draws. Its eos id lies behind the vocabulary, so no
-answer ends early. Every figure is the median of --repeats runs after one that does not count; programs are compiled
-before and not timed. Prints one JSON object a batch size, then a table.
+  python benchmarks/answering.py --size=tiny|mid|7b
+
+Greedy decoding of --tokens tokens after the system prompt (110 ids), the problem image as ViT
+patches and the question (60 ids), at each batch size of --batch. The model is built without the
+generation expert. Its eos id is past the end of the vocabulary, so no answer ends early. Every
+figure is the median of --repeats runs after one that does not count; programs are compiled before
+and not timed. Prints one JSON object per batch size, then a table.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ def prefill(params, contexts, *, config: rollout.RolloutConfig):
 
 
 def main(argv):
+    """Parses the flags, times every batch size and prints the results."""
     parser = drawing.options(__doc__)
     parser.add_argument("--tokens", type=int, default=201, help="tokens of an answer")
     parser.add_argument(

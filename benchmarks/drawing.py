@@ -1,9 +1,11 @@
-"""Seconds to draw an image, with random weights: python benchmarks/drawing.py --size=tiny|mid|7b
+"""Seconds to generate an image, with random weights.
 
-The context is that of an interleaved evaluation: system prompt (110 ids), problem image as VAE latents and as ViT
-patches, question (60 ids), thought (200 ids); guidance as `flow.HARNESS`, with 1, 2 and 3 branches. Every figure is
-the median of --repeats runs after one that does not count; programs are compiled before and not timed. Prints one
-JSON object a figure, then a table.
+  python benchmarks/drawing.py --size=tiny|mid|7b
+
+The context is that of an interleaved evaluation: system prompt (110 ids), problem image as VAE
+latents and as ViT patches, question (60 ids), thought (200 ids); guidance as `flow.HARNESS`, with
+1, 2 and 3 branches. Every figure is the median of --repeats runs after one that does not count;
+programs are compiled before and not timed. Prints one JSON object per figure, then a table.
 """
 
 import argparse
@@ -73,7 +75,7 @@ SIZES = {
 }
 
 
-# --- what both benchmarks share --------------------------------------------------------------------------------
+# --- what both benchmarks share -------------------------------------------------------------------
 
 
 def model(size: str, **changes) -> ModelConfig:
@@ -82,7 +84,9 @@ def model(size: str, **changes) -> ModelConfig:
 
 
 def random_params(config: ModelConfig):
-    """Weights N(0, 1 / fan in), norms 1, biases 0, drawn on the device in the compute dtype, one leaf at a time."""
+    """Weights N(0, 1 / fan in), norms 1, biases 0, drawn on the device in the compute dtype, one
+    leaf at a time.
+    """
     abstract = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
 
     @functools.partial(jax.jit, static_argnames=("shape", "scale"))
@@ -113,7 +117,9 @@ def random_params(config: ModelConfig):
 
 
 def vit_image(rng, size: tuple[int, int], config: ModelConfig) -> context.Image:
-    """Random pixels as the ViT gets an image of `size` (height, width) pixels: see `images.Resize`."""
+    """Random pixels as the ViT gets an image of `size` (height, width) pixels: see
+    `images.Resize`.
+    """
     patch = config.vit.patch_size
     width, height = images.Resize(stride=patch)(size[1], size[0])
     grid = (height // patch, width // patch)
@@ -123,6 +129,7 @@ def vit_image(rng, size: tuple[int, int], config: ModelConfig) -> context.Image:
 
 
 def text(rng, count: int, config: ModelConfig) -> context.Text:
+    """A text block of `count` random ids."""
     return context.Text(rng.integers(5, config.llm.vocab_size, count).astype(np.int32))
 
 
@@ -138,13 +145,16 @@ def compiled(function, *args, **static):
 
 
 def timed(function, *args):
+    """(result, seconds until it is ready)."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start
 
 
 def peak_mib():
-    """What JAX reports of the device since the start of the process; None where it does not (CPU)."""
+    """What JAX reports of the device since the start of the process; None where it does not
+    (CPU).
+    """
     found = jax.local_devices()[0].memory_stats() or {}
     return found["peak_bytes_in_use"] / MIB if "peak_bytes_in_use" in found else None
 
@@ -168,7 +178,10 @@ def about(name: str, args, config: ModelConfig, params) -> dict:
 
 def show(lines: list[dict], columns: list[str]) -> None:
     """The table of some fields of all lines; a line without a field has a dash."""
-    cell = lambda v: "–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+
+    def cell(v):
+        return "–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for line in lines:
         print("| " + " | ".join(cell(line.get(name)) for name in columns) + " |")
@@ -199,11 +212,13 @@ def pixels(word: str) -> tuple[int, int]:
     return height, width
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
-    """Context [R * B, T + G] of the branches; problem: latent tokens [G, C] of the problem image."""
+    """Context [R * B, T + G] of the branches; problem: latent tokens [G, C] of the problem
+    image.
+    """
     m, g, rng = config.model, config.model.generation, np.random.default_rng(0)
     latent = context.Latent(problem, tuple(n // g.stride for n in args.problem))
     seen = vit_image(rng, args.problem, m)
@@ -229,6 +244,7 @@ def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
 
 
 def main(argv):
+    """Parses the flags, times every number of guidance branches and prints the results."""
     parser = options(__doc__)
     parser.add_argument(
         "--image", type=pixels, default=(1024, 1024), help="drawn image, HEIGHTxWIDTH pixels"
@@ -243,7 +259,8 @@ def main(argv):
     for name in ("image", "problem"):
         if any(n % g.stride or n > g.stride * g.side for n in getattr(args, name)):
             sys.exit(
-                f"--{name}: sides must be multiples of {g.stride} and at most {g.stride * g.side} pixels"
+                f"--{name}: sides must be multiples of {g.stride} and at most "
+                f"{g.stride * g.side} pixels"
             )
     params = random_params(m)
     facts = {

@@ -1,11 +1,15 @@
-"""What finished rows cost, and what a queue saves: python benchmarks/sampling.py --size=mid --slots=0,8,16
+"""What finished sequences cost in the sampler, and what a queue saves.
 
-Samples --rows answers of very different lengths with the slots of --slots (0: all rows at once) and prints seconds,
-tokens a second and the share of places in decoding steps that held a row which was not done.
+  python benchmarks/sampling.py --size=mid --slots=0,8,16
 
-Lengths: the head's weights are zero, so that each of the --mean tokens of the vocabulary is drawn with the same
-probability, eos too: lengths are geometric with that mean, cut at --budget. Contexts as in benchmarks/answering.py, at
---problem. Every figure is the median of --repeats runs after one that does not count; programs are compiled before.
+Samples --rows answers of very different lengths with the lanes of --slots (0: one per sequence) and
+prints seconds, tokens per second, and the share of lanes over all decoding steps that held an
+unfinished sequence.
+
+Lengths: the head's weights are zero, so that each of the --mean tokens of the vocabulary is sampled
+with the same probability, eos too. Lengths are geometric with that mean, cut at --budget. Contexts
+as in benchmarks/answering.py, at --problem. Every figure is the median of --repeats runs after one
+that does not count; programs are compiled before.
 """
 
 import dataclasses
@@ -21,10 +25,12 @@ from opsd_jax import context, rollout
 
 
 def numbers(word):
+    """Comma-separated whole numbers of a flag."""
     return [int(n) for n in word.split(",")]
 
 
 def main(argv):
+    """Parses the flags, times every number of lanes and prints the results."""
     parser = drawing.options(__doc__)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--mean", type=int, default=200, help="tokens, and size of the vocabulary")

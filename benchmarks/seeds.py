@@ -1,7 +1,8 @@
-"""Table of a run over seeds: python benchmarks/seeds.py W0 W1 W2
+"""Table of one run over several seeds: python benchmarks/seeds.py W0 W1 W2
 
-Reads the report.json that each run with arms leaves in its workdir; accuracies (text only, and of the same weights
-with the rows' true visual thoughts) and closures in per cent, one column a seed, then mean and standard deviation.
+Reads the report.json that each run with arms writes to its working folder. Prints accuracies (text
+only, and of the same weights with the examples' real visual thoughts) and closures in per cent, one
+column per seed, then mean and standard deviation.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 
 
 def main(workdirs):
+    """Prints the table of these runs."""
     if not workdirs:
         sys.exit(__doc__)
     reports = []

@@ -1,21 +1,29 @@
-"""CPU-seconds and memory of the parts of a training step, random weights: python benchmarks/step.py [--parts=train]
+"""CPU-seconds and memory of the parts of a training step, with random weights.
 
-  decode   `rollout.sample`: --tokens tokens behind problem image (256 patches) and question (32 ids), sampled at
-           temperature 1, at each batch size of --decode_batch
-  train    `distill.update` alone (nothing is sampled): both forwards, divergence, backward, AdamW, EMA; the teacher
-           also sees 40 intro ids, two images of 256 patches and 24 transition ids; at each batch size of --train_batch
-  loss     `divergence.chunked`, value and gradient, --rows rows of --vocabulary entries from hidden states: "loss" with
-           the gradient of the states and of the head, "loss, states" with that of the states alone
+  python benchmarks/step.py [--parts=train]
 
-Chunks, query blocks and remat are those of `config.default` unless a flag says otherwise. No eos is ever sampled:
-its id lies behind the vocabulary. Every case runs in a process of its own, so that its peak is its own. Programs are
-compiled before and not timed; then one call that does not count, then --repeats of which the median is reported.
-CPU-seconds are those of all threads of the process: they hold on a shared machine better than seconds do.
-Prints one JSON object a case, then a table; --json=FILE writes the objects as one list.
+  decode   `rollout.sample`: --tokens tokens after problem image (256 patches) and question (32
+           ids), sampled at temperature 1, at each batch size of --decode_batch
+  train    `distill.update` alone (nothing is sampled): both forwards, divergence, backward, AdamW,
+           EMA; the teacher also sees 40 intro ids, two images of 256 patches and 24 transition ids;
+           at each batch size of --train_batch
+  loss     `divergence.chunked`, value and gradient, --rows rows of --vocabulary entries from hidden
+           states: "loss" with the gradient of the states and of the head, "loss, states" with that
+           of the states alone
 
-  rss_start_mib   resident after the imports, before weights       peak_mib   the process's most, compiling included
-  run_mib         most during the calls, above what was resident before them (weights and inputs not included)
-  arguments_mib, outputs_mib, temporary_mib, alias_mib             what the compiler says of the program
+Chunks, query blocks and remat are those of `config.default` unless a flag says otherwise. No eos is
+ever sampled: its id is past the end of the vocabulary. Every case runs in a process of its own, so
+that the measured peak is that of the case. Programs are compiled before and not timed; then follow
+one call that does not count and --repeats calls, of which the median is reported. CPU-seconds are
+those of all threads of the process; on a shared machine they vary less than seconds. Prints one
+JSON object per case, then a table; --json=FILE writes the objects as one list.
+
+  rss_start_mib   resident memory after the imports, before weights are made
+  peak_mib        peak of the process, compilation included
+  run_mib         peak during the calls, above what was resident before them (weights and inputs
+                  are not included)
+  arguments_mib, outputs_mib, temporary_mib, alias_mib
+                  the compiler's figures of the program
 
 Linux only: memory is read from /proc.
 """
@@ -45,11 +53,14 @@ PARTS = ("decode", "train", "loss")
 GRID = (16, 16)  # patches of an image of 224 x 224 pixels
 
 
-# --- memory and time -------------------------------------------------------------------------------------------
+# --- memory and time ------------------------------------------------------------------------------
 
 
 def resident(field: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process, MiB. Not getrusage: its peak includes that of the parent."""
+    """VmRSS or VmHWM (its peak) of this process, MiB.
+
+    Not getrusage: its peak includes that of the parent.
+    """
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M).group(1)) / 1024
 
@@ -87,16 +98,20 @@ def measured(call, repeats: int) -> dict:
     }
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def contexts(batch: int, model) -> context.Batch:
     """Batch of `batch` random rows, as long as they need."""
     rng = np.random.default_rng(0)
-    image = lambda: context.Image(
-        rng.integers(0, 256, (GRID[0] * GRID[1], model.vit.patch_dim), np.uint8), GRID
-    )
-    text = lambda count: drawing.text(rng, count, model)
+
+    def image():
+        return context.Image(
+            rng.integers(0, 256, (GRID[0] * GRID[1], model.vit.patch_dim), np.uint8), GRID
+        )
+
+    def text(count):
+        return drawing.text(rng, count, model)
 
     def packed(rows):
         slots, patches, _ = context.need(rows[0])
@@ -114,7 +129,10 @@ def trajectory(batch: int, tokens: int, model) -> rollout.Trajectory:
     rng = np.random.default_rng(1)
     drawn = rng.integers(5, model.llm.vocab_size, (batch, tokens)).astype(np.int32)
     sampled = np.ones((batch, tokens), bool)
-    each = lambda value: np.full(batch, value, np.int32)
+
+    def each(value):
+        return np.full(batch, value, np.int32)
+
     return jax.device_put(
         rollout.Trajectory(
             tokens=drawn,
@@ -129,10 +147,11 @@ def trajectory(batch: int, tokens: int, model) -> rollout.Trajectory:
     )
 
 
-# --- parts -----------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def decode(args, model, batch: int) -> dict:
+    """Measures `rollout.sample` at one batch size."""
     params = drawing.random_params(model)
     # budget: the tokens and the bos that is fed before them; each takes a pass of the decoder
     config = rollout.RolloutConfig(
@@ -166,6 +185,7 @@ def decode(args, model, batch: int) -> dict:
 
 
 def train(args, model, batch: int) -> dict:
+    """Measures `distill.update` at one batch size."""
     # the update keeps its parameters in float32 whatever it computes in
     params = drawing.random_params(dataclasses.replace(model, dtype="float32"))
     config = distill.DistillConfig(
@@ -209,7 +229,10 @@ def loss(args, model, head: bool) -> dict:
     """head: with the gradient of the student's head as well."""
     config = divergence.DivergenceConfig(chunk=args.chunk)
     width = model.llm.hidden_size
-    random = lambda n, *shape: jax.random.normal(jax.random.key(n), shape, model.dtype)
+
+    def random(n, *shape):
+        return jax.random.normal(jax.random.key(n), shape, model.dtype)
+
     states = [random(n, 1, args.rows, width) for n in (0, 1)]
     heads = [
         random(n, width, args.vocabulary) * jnp.asarray(width**-0.5, model.dtype) for n in (2, 3)
@@ -237,11 +260,13 @@ def loss(args, model, head: bool) -> dict:
     }
 
 
-# --- cases -----------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def cases(args) -> list[tuple[str, int]]:
-    """(part, batch) of every process to start; for the loss 1 and 0 stand for with and without the head."""
+    """(part, batch) of every process to start; for the loss 1 and 0 stand for with and without the
+    head.
+    """
     found = {"decode": args.decode_batch, "train": args.train_batch, "loss": [1, 0]}
     return [(part, n) for part in args.parts for n in found[part]]
 
@@ -271,7 +296,11 @@ def run(args) -> dict:
 
 
 def main(argv):
-    numbers = lambda word: [int(n) for n in word.split(",")]
+    """Parses the flags, measures every case in a process of its own and prints the results."""
+
+    def numbers(word):
+        return [int(n) for n in word.split(",")]
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

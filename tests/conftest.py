@@ -36,8 +36,10 @@ def goldens(pytestconfig) -> pathlib.Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Each program that XLA compiled holds some of the 65,530 memory mappings that Linux gives a process; without one
-    more the compiler crashes. Between modules all are dropped when many are held."""
+    """Each program that XLA compiled holds some of the 65,530 memory mappings that Linux gives a
+    process; without one more the compiler crashes. Between modules all are dropped when many are
+    held.
+    """
     yield
     import gc
 
@@ -64,7 +66,9 @@ def quick_compiles():
 
 @pytest.fixture(scope="module")
 def fast_compiles(tmp_path_factory):
-    """Programs of the module's tests are compiled without much optimisation and kept for others; see small_run.py."""
+    """Programs of the module's tests are compiled without much optimisation and kept for others;
+    see small_run.py.
+    """
     import small_run
 
     with small_run.fast_compiles(tmp_path_factory):

@@ -1,7 +1,9 @@
-"""A second opinion: both paths of the model, the autoencoder and the divergence in float64 NumPy, slow and plain.
+"""A second opinion: both paths of the model, the autoencoder and the divergence in float64 NumPy,
+slow and plain.
 
-Written from the conventions in tests/goldens/README.md, without the package: dense masks, no cache, no
-padding, no stacking, weights by their checkpoint names. Letters: T slots, H heads, K kv heads, h head_dim.
+Written from the conventions in tests/goldens/README.md, without the package: dense masks, no cache,
+no padding, no stacking, weights by their checkpoint names. Letters: T slots, H heads, K kv heads, h
+head_dim.
 """
 
 import json
@@ -32,7 +34,9 @@ def gelu(x):
 
 
 def attention(q, k, v, mask):
-    """q [T, H, h], k and v [T, K, h], mask [T, T] -> [T, H * h]; query head n uses kv head n // (H / K)."""
+    """q [T, H, h], k and v [T, K, h], mask [T, T] -> [T, H * h]; query head n uses kv head n // (H
+    / K).
+    """
     group = q.shape[1] // k.shape[1]
     out = []
     for n in range(q.shape[1]):
@@ -61,10 +65,17 @@ def convolve(x, weight, bias, stride=1, pad=((1, 1), (1, 1))):
 
 
 def guide(v, text, image, *, a, b, renorm, renorm_min):
-    """Velocities [N, C] of the three contexts -> the guided one; renorm: "global", "channel" or "text_channel"."""
+    """Velocities [N, C] of the three contexts -> the guided one; renorm: "global", "channel" or
+    "text_channel".
+    """
     axes = None if renorm == "global" else -1
-    norm = lambda x: np.sqrt((x * x).sum(axes, keepdims=True))
-    shrunk = lambda u: u * np.clip(norm(v) / (norm(u) + 1e-8), renorm_min, 1)
+
+    def norm(x):
+        return np.sqrt((x * x).sum(axes, keepdims=True))
+
+    def shrunk(u):
+        return u * np.clip(norm(v) / (norm(u) + 1e-8), renorm_min, 1)
+
     u = text + a * (v - text)
     if renorm == "text_channel":
         return image + b * (shrunk(u) - image)
@@ -72,7 +83,10 @@ def guide(v, text, image, *, a, b, renorm, renorm_min):
 
 
 def read_tensors(directory, part="model") -> dict:
-    """{name: tensor} of a released folder. part: "model", one file or shards, or "ae", its VAE (ae.safetensors)."""
+    """{name: tensor} of a released folder.
+
+    part: "model", one file or shards, or "ae", its VAE (ae.safetensors).
+    """
     import ml_dtypes  # noqa: F401  (gives NumPy the type bfloat16)
     from safetensors.numpy import load_file
 
@@ -84,8 +98,9 @@ def read_tensors(directory, part="model") -> dict:
 
 
 class Reference:
-    """The model of a released folder. Blocks have `ids`, or a `grid` and normalised `patches` or latent `tokens` (with
-    a `time` if it is not 0)."""
+    """The model of a released folder. Blocks have `ids`, or a `grid` and normalised `patches` or
+    latent `tokens` (with a `time` if it is not 0).
+    """
 
     def __init__(self, directory, delimiters):
         """delimiters: ids of bos, eos, image start, image end."""
@@ -117,7 +132,10 @@ class Reference:
         ids = np.array([row * side + column for row in range(grid[0]) for column in range(grid[1])])
         x = self.linear(patches.astype(np.float64), f"{VIT}.embeddings.patch_embedding")
         x = x + self.weights[f"{VIT}.embeddings.position_embedding.weight"][ids]
-        heads = lambda y: y.reshape(len(ids), self.vit["num_attention_heads"], -1)
+
+        def heads(y):
+            return y.reshape(len(ids), self.vit["num_attention_heads"], -1)
+
         for n in range(self.vit["num_hidden_layers"] - 1):
             layer = f"{VIT}.encoder.layers.{n}"
             y = self.layer_norm(x, f"{layer}.layer_norm1")
@@ -144,8 +162,9 @@ class Reference:
         )
 
     def pack(self, blocks, after=()):
-        """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask, whether a slot is a
-        latent token)."""
+        """Blocks, and a causal block of the raw ids `after`, as (embeddings, rope positions, mask,
+        whether a slot is a latent token).
+        """
         table = self.weights[f"{LLM}.embed_tokens.weight"]
         pieces, positions, stops, drawn, rope_id = [], [], [], [], 0
         for block in [*blocks, None]:
@@ -171,9 +190,9 @@ class Reference:
 
     def hidden(self, x, positions, mask, drawn):
         """States after the final norm, [T, D]; `drawn` slots use the weights called *_moe_gen."""
-        heads = lambda y: y.reshape(
-            len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"]
-        )
+
+        def heads(y):
+            return y.reshape(len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"])
 
         def expert(apply, x, name):
             y = apply(x, name.format(""))
@@ -182,8 +201,13 @@ class Reference:
             return y
 
         for n in range(self.llm["num_hidden_layers"]):
-            linear = lambda x, name: expert(self.linear, x, f"{LLM}.layers.{n}.{name}")
-            norm = lambda x, name: expert(self.rms_norm, x, f"{LLM}.layers.{n}.{name}")
+
+            def linear(x, name):
+                return expert(self.linear, x, f"{LLM}.layers.{n}.{name}")
+
+            def norm(x, name):
+                return expert(self.rms_norm, x, f"{LLM}.layers.{n}.{name}")
+
             y = norm(x, "input_layernorm{}")
             q, k, v = (heads(linear(y, f"self_attn.{c}_proj{{}}")) for c in "qkv")
             q, k = (
@@ -201,7 +225,9 @@ class Reference:
         return self.linear(self.hidden(*self.pack(blocks, after)), "language_model.lm_head")
 
     def greedy(self, blocks, budget):
-        """(fed tokens with the leading bos, logits of each), a whole forward pass for each; stops at eos."""
+        """(fed tokens with the leading bos, logits of each), a whole forward pass for each; stops
+        at eos.
+        """
         fed, rows = [self.bos], []
         while True:
             rows.append(self.logits(blocks, fed)[-1])
@@ -211,8 +237,10 @@ class Reference:
             fed.append(token)
 
     def draw(self, contexts, noise, grid, times, interval, **guidance):
-        """Latent tokens [n, C] at time 0, from `noise` at time 1. contexts: blocks of cond, text and image; times: the
-        grid; interval, guidance: see `guide`. No cache: each step is a whole forward pass behind each context."""
+        """Latent tokens [n, C] at time 0, from `noise` at time 1. contexts: blocks of cond, text
+        and image; times: the grid; interval, guidance: see `guide`. No cache: each step is a whole
+        forward pass behind each context.
+        """
         x = noise.astype(np.float64)
 
         def velocity(blocks, time):
@@ -294,7 +322,10 @@ class Reference:
 def write_checkpoint(
     directory, llm: dict, vit: dict, whole: dict, ae: dict, seed: int, shards: int = 1
 ):
-    """A released folder of random weights. llm, vit, whole, ae: its four config files; shards: files of the model."""
+    """A released folder of random weights.
+
+    llm, vit, whole, ae: its four config files; shards: files of the model.
+    """
     from safetensors.numpy import save_file
 
     rng, tensors, of_ae = np.random.default_rng(seed), {}, {}
@@ -432,13 +463,18 @@ def write_checkpoint(
 def generalized_jsd(
     student, teacher, beta=0.5, temperature=1.0, top_k=0, tail=False, clip=0.0, clip_unit="entry"
 ):
-    """Divergence of each row of logits [N, V]; the meaning of the arguments is that of `DivergenceConfig`."""
+    """Divergence of each row of logits [N, V]; the meaning of the arguments is that of
+    `DivergenceConfig`.
+    """
     student, teacher = (np.asarray(x, np.float64) / temperature for x in (student, teacher))
     if 0 < top_k < student.shape[-1]:
         index = np.argsort(-teacher, axis=-1, kind="stable")[:, :top_k]
         kept = [np.take_along_axis(log_softmax(x), index, axis=-1) for x in (student, teacher)]
         if tail:
-            rest = lambda x: np.log1p(-np.exp(x).sum(-1, keepdims=True))
+
+            def rest(x):
+                return np.log1p(-np.exp(x).sum(-1, keepdims=True))
+
             log_s, log_t = (np.concatenate([x, rest(x)], -1) for x in kept)
         else:
             log_s, log_t = (log_softmax(x) for x in kept)

@@ -1,8 +1,9 @@
-"""The miniature made smaller still: a run of seconds, in this process or as the command that a user types.
+"""The miniature made smaller still: a run of seconds, in this process or as the command that a user
+types.
 
-One dict of changes serves both: `config()` applies it, `command()` writes it as --config.key=value. Most of
-the time of such a run is compilation, so programs are compiled without much optimisation and kept in a folder
-that all tests of a session and their processes share.
+One dict of changes serves both: `config()` applies it, `command()` writes it as --config.key=value.
+Most of the time of such a run is compilation, so programs are compiled without much optimisation
+and kept in a folder that all tests of a session and their processes share.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
-"""Replays of golden data of the official implementation; the tests are in tests/parity, one module per golden set.
+"""Replays of golden data of the official implementation; the tests are in tests/parity, one module
+per golden set.
 
-`--goldens=DIR` takes any sizes, seeds and numbers of cases: sizes, settings and names come from the files. A
-set that the folder lacks is skipped by name, except in the default copy, where it is an error. Tolerances are
-those that the goldens' README suggests.
+`--goldens=DIR` takes any sizes, seeds and numbers of cases: sizes, settings and names come from the
+files. A set that the folder lacks is skipped by name, except in the default copy, where it is an
+error. Tolerances are those that the goldens' README suggests.
 """
 
 import ast

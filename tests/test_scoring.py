@@ -1,7 +1,8 @@
-"""Scores, prompts and pictures of the public benchmarks against recorded results of the public harness.
+"""Scores, prompts and pictures of the public benchmarks against recorded results of the public
+harness.
 
-`--goldens=DIR` replays another folder of the form of tests/scoring, made with other seeds and texts; what DIR does
-not hold is skipped, what tests/scoring does not hold is a failure.
+`--goldens=DIR` replays another folder of the form of tests/scoring, made with other seeds and
+texts; what DIR does not hold is skipped, what tests/scoring does not hold is a failure.
 """
 
 import base64
@@ -112,7 +113,8 @@ def test_quirks_that_are_rare():
     assert scoring.choose(
         r"\boxed{B} it is, and that is how it must be, I am sure of it", options
     ) == ("B", False)
-    untold = r"<answer></answer> \boxed{B} it is, and that is how it must be, I am sure of it"  # an empty tag is a tag
+    # an empty tag is a tag
+    untold = r"<answer></answer> \boxed{B} it is, and that is how it must be, I am sure of it"
     assert scoring.choose(untold, options) == ("Z", True)
     assert scoring.relaxed("12%%", "0.12", fork=True) and not scoring.relaxed(
         "12% %", "0.12", fork=True

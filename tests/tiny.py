@@ -2,8 +2,8 @@
 
 tokenizer   a byte is a token (0-255), then the four delimiters
 model       V 264, D 32, 2 layers of 4 heads over 2 kv heads; ViT of 4-pixel patches, E 16, 2 layers
-drawing     the same with a generation expert; a latent token is 2 x 2 latents of 4 channels, 8 x 8 pixels
-images      1 x 1 to 3 x 3 patches of random uint8 values
+drawing     the same with a generation expert; a latent token is 2 x 2 latents of 4 channels, 8 x 8
+pixels images      1 x 1 to 3 x 3 patches of random uint8 values
 """
 
 import contextlib
@@ -36,7 +36,8 @@ MODEL = ModelConfig(
     remat="none",
     query_block=0,
 )
-# The autoencoder's norm has 32 groups, so its widths are multiples of 32; one of its steps keeps the width.
+# The autoencoder's norm has 32 groups, so its widths are multiples of 32; one of its steps keeps
+# the width.
 DRAWING = dataclasses.replace(
     MODEL,
     generation=GenerationConfig(
@@ -74,7 +75,8 @@ ENDS = {"bos": TOKENIZER.bos, "eos": TOKENIZER.eos}
 
 
 def params(config: ModelConfig = MODEL, seed: int = 0):
-    """Random parameters, drawn with NumPy (compiling `bagel.init` takes seconds); logits spread by about 2.
+    """Random parameters, drawn with NumPy (compiling `bagel.init` takes seconds); logits spread by
+    about 2.
 
     Every leaf carries noise: where norms are 1 and biases 0 a test would miss their misuse.
     """
@@ -126,8 +128,13 @@ def latent(rng, grid=(2, 2), noised: bool = False) -> context.Latent:
 
 
 def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: int | None = None):
-    """Random rows of different lengths, 0 to 2 visual thoughts: (student rows, teacher rows) of blocks."""
-    grid = lambda: tuple(int(n) for n in rng.integers(1, 4, 2))
+    """Random rows of different lengths, 0 to 2 visual thoughts: (student rows, teacher rows) of
+    blocks.
+    """
+
+    def grid():
+        return tuple(int(n) for n in rng.integers(1, 4, 2))
+
     made = []
     for _ in range(count):
         question = rng.integers(0, 256, rng.integers(1, 9)).astype(np.int32)
@@ -154,7 +161,8 @@ def batch(rng, count: int, **kwargs) -> context.Batch:
 
 
 def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajectory:
-    """What the sampler returns if it draws these completions: for each row a list of rounds of token ids.
+    """What the sampler returns if it draws these completions: for each row a list of rounds of
+    token ids.
 
     [[5, 6], [7]] is fed as  bos 5 6 eos bos 7,  one image skip between its two rounds.
     """
@@ -185,7 +193,9 @@ def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajector
 
 
 def random_trajectory(rng, count: int, budget: int) -> rollout.Trajectory:
-    """Random completions of one or two rounds that fit the budget; about half of them ended on eos."""
+    """Random completions of one or two rounds that fit the budget; about half of them ended on
+    eos.
+    """
     completions = []
     for _ in range(count):
         lengths = rng.integers(1, max(budget // 2 - 2, 2), rng.integers(1, 3))
@@ -219,7 +229,9 @@ DELIMITERS = {
 
 
 def write_tokenizer(directory, delimiters, size):
-    """A byte-level tokenizer without merges whose delimiters have given ids; the rest is filled up with <|n|>."""
+    """A byte-level tokenizer without merges whose delimiters have given ids; the rest is filled up
+    with <|n|>.
+    """
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 

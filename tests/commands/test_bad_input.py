@@ -1,6 +1,7 @@
 """What people get wrong, as they would: the error names the file, row or key, and how to mend it.
 
-Faults of single functions are tested beside them; here they come through the commands and through `train`.
+Faults of single functions are tested beside them; here they come through the commands and through
+`train`.
 """
 
 import io
@@ -41,7 +42,9 @@ def folder(tmp_path_factory):
 
 
 def refused(kind, tmp_path, *parts, **changes):
-    """Training with these settings raises `kind` with all the parts in its message and saves nothing."""
+    """Training with these settings raises `kind` with all the parts in its message and saves
+    nothing.
+    """
     with pytest.raises(kind) as error:
         train.train(small_run.config(**changes), str(tmp_path / "w"))
     for part in parts:
@@ -49,7 +52,7 @@ def refused(kind, tmp_path, *parts, **changes):
     assert checkpoint.Checkpoints(tmp_path / "w" / "checkpoints").latest() is None
 
 
-# --- parquet files ------------------------------------------------------------------------------------------
+# --- parquet files --------------------------------------------------------------------------------
 
 
 def png():
@@ -186,14 +189,19 @@ class file_size_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-# --- tokenizer and model ------------------------------------------------------------------------------------
+# --- tokenizer and model --------------------------------------------------------------------------
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, capsys):
-    """Every command that brings the two together refuses them, with both numbers, before it does anything slow."""
+    """Every command that brings the two together refuses them, with both numbers, before it does
+    anything slow.
+    """
     changes = dict(data__dir=str(folder), model__llm__vocab_size=300)
     largest = len(tokenizer.load(folder / "made" / "tokenizer").token_bytes) - 1
-    said = f"has ids up to {largest} ('<|vision_end|>'), but the model has 300 embeddings (model.llm.vocab_size)"
+    said = (
+        f"has ids up to {largest} ('<|vision_end|>'), but the model has 300 embeddings "
+        f"(model.llm.vocab_size)"
+    )
     refused(ValueError, tmp_path, said, f"set vocab_size to at least {largest + 1}", **changes)
     workdir, config = tmp_path / "run", config_lib.to_json(small_run.config(**changes))
     workdir.mkdir()
@@ -234,7 +242,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-# --- settings -----------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -258,7 +266,8 @@ def test_mistakes_on_the_command_line(tmp_path):
             "error: configs/mini.py:chess: choose maze, chart, smoke or draw"
         ],
         "--arm=nosie": [
-            "error: --arm=nosie: the config has the arms ['image', 'noise', 'none', 'offline', 'sft', 'swap']"
+            "error: --arm=nosie: the config has the arms ['image', "
+            "'noise', 'none', 'offline', 'sft', 'swap']"
         ],
         "--config.data.buckets.student=(36,25)": [
             "error: config.data.buckets.student is (36, 25): give a tuple that holds"
@@ -272,9 +281,12 @@ def test_mistakes_on_the_command_line(tmp_path):
         "--config=configs/mini.py",
         f"--workdir={tmp_path}/w",
     ]
-    start = lambda argument: subprocess.Popen(
-        [*command, argument], cwd=small_run.ROOT, text=True, stderr=subprocess.PIPE
-    )
+
+    def start(argument):
+        return subprocess.Popen(
+            [*command, argument], cwd=small_run.ROOT, text=True, stderr=subprocess.PIPE
+        )
+
     running = {
         argument: start(argument) for argument in mistakes
     }  # all at once: starting is what takes long
@@ -292,7 +304,8 @@ def test_mistakes_on_the_command_line(tmp_path):
     [
         (
             {"stages": ("warmup", "opd")},
-            r"config.stages names 'opd': choose from \('autoencoder', 'warmup', 'opsd', 'sft', 'offline'\)",
+            r"config.stages names 'opd': choose from \('autoencoder', 'warmup', "
+            r"'opsd', 'sft', 'offline'\)",
         ),
         ({"stages": ()}, "config.stages is empty"),
         (
@@ -301,7 +314,8 @@ def test_mistakes_on_the_command_line(tmp_path):
         ),
         (
             {"run_arms": ("nosie",)},
-            r"config.run_arms names 'nosie': arms are \['image', 'noise', 'none', 'offline', 'sft', 'swap'",
+            r"config.run_arms names 'nosie': arms are \['image', 'noise', 'none', "
+            r"'offline', 'sft', 'swap'",
         ),
         (
             {"opsd.accumulation": 3},
@@ -338,7 +352,8 @@ def test_settings_that_do_not_fit(changes, message):
 def test_kernels_that_the_devices_lack(kind, platform):
     with pytest.raises(
         ValueError,
-        match=f"config.model.attention is '{kind}', a kernel for a .*set config.model.attention='dense'",
+        match=f"config.model.attention is '{kind}', a kernel for a .*set "
+        f"config.model.attention='dense'",
     ):
         attention.check_platform(kind, platform)
     for good in (
@@ -365,7 +380,7 @@ def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):
     )
 
 
-# --- files that are not there -------------------------------------------------------------------------------
+# --- files that are not there ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("families", [(), ("chart",)])
@@ -492,7 +507,7 @@ def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_pat
     session.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
@@ -550,7 +565,9 @@ def test_a_folder_that_another_run_writes_into(tmp_path, folder):
 
 @pytest.mark.slow
 def test_a_full_disk_while_training(tmp_path, tmp_path_factory, capsys):
-    """The run ends with the folder's name; when there is space again, it goes on to the same end."""
+    """The run ends with the folder's name; when there is space again, it goes on to the same
+    end.
+    """
     trained, workdir = small_run.trained(tmp_path_factory), tmp_path / "w"
     shutil.copytree(trained / "data", workdir / "data")
     steps = len(os.listdir(trained / "checkpoints"))

@@ -66,7 +66,8 @@ def test_drawing():
         assert image["seconds"] == pytest.approx(
             sum(image[part] for part in ("prepare", "denoise", "decode"))
         )
-        # k and v of 2 layers, 2 kv heads of 8, float32: contexts, the two delimiters and the drawn tokens
+        # k and v of 2 layers, 2 kv heads of 8, float32: contexts, the two delimiters and the drawn
+        # tokens
         assert steps["cache_mib"] * 2**20 == 2 * 2 * branches * (1200 + 2 + 6) * 2 * 8 * 4
 
 
@@ -80,7 +81,8 @@ def test_answering():
         assert line["seconds"] > 0 and line["prefill"] > 0
         assert line["tokens_per_second"] == pytest.approx(line["batch"] * 5 / line["seconds"])
         assert line["ms_per_token"] == pytest.approx(1e3 * (line["seconds"] - line["prefill"]) / 6)
-        # 112 slots of the system prompt, 27 x 27 patches with two delimiters, 62 of the question; then bos and 5
+        # 112 slots of the system prompt, 27 x 27 patches with two delimiters, 62 of the question;
+        # then bos and 5
         assert line["context_slots"] == 112 + 731 + 62
         assert line["cache_mib"] * 2**20 == 2 * 2 * line["batch"] * (905 + 6) * 2 * 8 * 4
 

@@ -58,16 +58,22 @@ def test_files_are_written_and_read_as_utf8():
 
 
 def test_a_question_typed_in_a_terminal_without_utf8():
-    code = "import sys; from opsd_jax.inputs import cli; print(ascii(cli.text('question', sys.argv[1])))"
+    code = (
+        "import sys; from opsd_jax.inputs import cli; "
+        "print(ascii(cli.text('question', sys.argv[1])))"
+    )
     env = {
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
         "PYTHONPATH": str(PACKAGE.parent),
     }
-    run = lambda question: subprocess.run(
-        [sys.executable, "-c", code, question], env=env, capture_output=True, text=True
-    )
+
+    def run(question):
+        return subprocess.run(
+            [sys.executable, "-c", code, question], env=env, capture_output=True, text=True
+        )
+
     assert run("wo? – 问".encode()).stdout == ascii("wo? – 问") + "\n"
     assert "the text is no UTF-8" in run(b"wo\xff").stderr
 

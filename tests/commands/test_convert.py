@@ -1,7 +1,7 @@
 """Released folders in and out: every bit, straight to its device, and every fault named.
 
-Run as a program, this file is the child process that measures memory (`memory DIR`) or loads onto a mesh of four
-devices (`mesh DIR`).
+Run as a program, this file is the child process that measures memory (`memory DIR`) or loads onto a
+mesh of four devices (`mesh DIR`).
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ from opsd_jax.release import (
 from opsd_jax.release import export as export_lib
 from opsd_jax.runtime import checkpoint
 
-# Sizes that no other test has: 5 heads over 1 kv head, head_dim apart from the width, one latent a token.
+# Sizes that no other test has: 5 heads over 1 kv head, head_dim apart from the width, one latent a
+# token.
 ODD = ModelConfig(
     llm=LLMConfig(
         vocab_size=400,
@@ -147,7 +148,9 @@ def change(folder, file="model", add=(), drop=()):
 
 @pytest.fixture(scope="module")
 def golden(goldens, tmp_path_factory):
-    """The golden release, with a tokenizer file; the autoencoder is random where the goldens have none."""
+    """The golden release, with a tokenizer file; the autoencoder is random where the goldens have
+    none.
+    """
     folder = tmp_path_factory.mktemp("golden") / "release"
     source = goldens / "checkpoint"
     shutil.copytree(
@@ -196,7 +199,7 @@ def refuses(folder, *parts, kind=ValueError, generation=True):
     return str(error.value)
 
 
-# --- load ------------------------------------------------------------------------------------------------
+# --- load -----------------------------------------------------------------------------------------
 
 
 def test_whole_model(golden):
@@ -359,7 +362,9 @@ def on_meshes(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["load", "import"])
 def test_memory(tmp_path, command):
-    """Host memory peaks at the parameters plus two of the largest tensors (and 64 MiB of small things)."""
+    """Host memory peaks at the parameters plus two of the largest tensors (and 64 MiB of small
+    things).
+    """
     config = dataclasses.replace(
         ODD,
         generation=None,
@@ -409,7 +414,7 @@ def peak_above_params(folder, read):
     print(memory.peak() - before - size)
 
 
-# --- faults ----------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def test_every_wrong_tensor_is_named_at_once(copied):
@@ -623,7 +628,9 @@ def test_configs_that_disagree(copied):
 
 
 def edit(folder, file, change):
-    """Changes keys of a config file: {key: value}, "a.b" for a key of an object, `DROP` to drop it."""
+    """Changes keys of a config file: {key: value}, "a.b" for a key of an object, `DROP` to drop
+    it.
+    """
     path = folder / file
     content = json.loads(path.read_text())
     for key, value in change.items():
@@ -995,7 +1002,7 @@ def test_sizes_from_the_metadata(golden):
     assert again.generation is None and again.lora is None
 
 
-# --- import ----------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------
 
 
 def test_imported_folder(golden, imported):
@@ -1076,7 +1083,7 @@ def test_commands_that_fail_leave_nothing(copied, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-# --- export ----------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 def export(source, target, *arguments):
@@ -1098,7 +1105,9 @@ def test_round_trip(golden, imported, tmp_path):
 
 
 def test_round_trip_of_bfloat16(golden, tmp_path):
-    """A release in bfloat16 with its autoencoder in float32, under the name ema; by a step folder."""
+    """A release in bfloat16 with its autoencoder in float32, under the name ema; by a step
+    folder.
+    """
     folder = pathlib.Path(shutil.copytree(golden, tmp_path / "release"))
     (folder / "model.safetensors").unlink()
     save_file(
@@ -1246,7 +1255,8 @@ def test_export_of_a_run(golden, understanding, tmp_path):
 def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
     """A run's workdir with a whole training state: (student's weights, teacher's weights, workdir).
 
-    kept: config.checkpoint.params. rank: of adapters, which are then all that is trained and averaged.
+    kept: config.checkpoint.params. rank: of adapters, which are then all that is trained and
+      averaged.
     """
     config = config_lib.default()
     for name, part in (("llm", tiny.MODEL.llm), ("vit", tiny.MODEL.vit)):
@@ -1289,7 +1299,9 @@ def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
 
 @pytest.mark.parametrize(("kept", "rank"), [("student", 0), ("ema", 0), ("ema", 2)])
 def test_the_name_of_an_export_says_whose_weights_it_holds(tmp_path, monkeypatch, kept, rank):
-    """The student's as model, the teacher's averages as ema, whichever of them the checkpoint keeps for inference."""
+    """The student's as model, the teacher's averages as ema, whichever of them the checkpoint keeps
+    for inference.
+    """
     monkeypatch.setattr(export_lib, "GROUP_BYTES", 1 << 16)  # several groups
     student, average, workdir = averaged_run(tmp_path / "w", kept=kept, rank=rank)
     for n, (arguments, file, wanted) in enumerate(

@@ -1,4 +1,6 @@
-"""Diagnoses: divergences against full logits, attention shares against a dense softmax, intervals, the commands."""
+"""Diagnoses: divergences against full logits, attention shares against a dense softmax, intervals,
+the commands.
+"""
 
 import dataclasses
 import functools
@@ -42,7 +44,7 @@ def numpy_kl(teacher_logits, student_logits):
     return (np.exp(t) * (t - s)).sum(-1)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def numpy_shares(q, k, seen, queries, keys, scale):
@@ -69,7 +71,10 @@ def test_shares_of_random_queries_and_keys(block):
     segment = np.ones((2, 7), np.int32)
     queries, keys = rng.integers(0, 3, (2, 7)), rng.integers(0, 4, (2, 7))
     seen = np.arange(7) < limit[:, :, None]
-    hot = lambda numbers, count: jax.nn.one_hot(numbers - 1, count)
+
+    def hot(numbers, count):
+        return jax.nn.one_hot(numbers - 1, count)
+
     for scale in (8**-0.5, 1.0):
         found = attention.shares(
             q,
@@ -82,7 +87,9 @@ def test_shares_of_random_queries_and_keys(block):
 
 
 def sequence(batch):
-    """What `bagel.forward` takes for the teachers' contexts of a batch: (x, positions, limit, segment)."""
+    """What `bagel.forward` takes for the teachers' contexts of a batch: (x, positions, limit,
+    segment).
+    """
     c = batch.teacher
     return (
         jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c),
@@ -145,16 +152,18 @@ def test_recording_leaves_the_model_alone():
 
 
 def test_groups_of_slots():
-    """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5, transition 6, text 7,
-    delimiters 8; queries 1 before, 2 after."""
+    """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5,
+    transition 6, text 7, delimiters 8; queries 1 before, 2 after.
+    """
     rng, packer = (
         np.random.default_rng(0),
         types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d")),
     )
     problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
-    names = lambda packer, blocks, layout: [
-        x.tolist() for x in looks.groups(packer, blocks, layout)
-    ]
+
+    def names(packer, blocks, layout):
+        return [x.tolist() for x in looks.groups(packer, blocks, layout)]
+
     teacher = context.teacher(TOKENIZER, packer.prompts, "q", problem, [thought, thought])
     keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
     assert names(packer, teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
@@ -194,7 +203,7 @@ def test_shares_are_means_over_the_queries_of_a_group():
     assert list(looks.named(mean)) == ["text before", "completion"]
 
 
-# --- divergences --------------------------------------------------------------------------------------------------
+# --- divergences ----------------------------------------------------------------------------------
 
 
 def test_ends_are_aligned():
@@ -222,7 +231,9 @@ def test_ends_are_aligned():
 
 BOS, EOS, START, END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
 PATCH = -1
-OFFICIAL = {  # thoughts, text-only thought, answer -> tokens of the teacher and of the student after [image] [question]
+# thoughts, text-only thought, answer -> tokens of the teacher and of the student after [image]
+# [question]
+OFFICIAL = {
     "as released": (
         (("ab", "c"), "xy", "d"),
         [BOS, 97, 98, EOS, START, PATCH, PATCH, END, BOS, 99, EOS, BOS, 100, EOS],
@@ -302,7 +313,9 @@ def test_blocks_of_the_official_script(case):
 
 
 def test_values_of_the_official_script():
-    """From the logits of one full forward pass for each of the two sequences, packed and paired here by hand."""
+    """From the logits of one full forward pass for each of the two sequences, packed and paired
+    here by hand.
+    """
     rng = np.random.default_rng(4)
     teacher, student = tiny.params(), tiny.params(seed=1)
     packer, row = official_row((("ab", "ca"), "xyca", "d"), rng)
@@ -317,13 +330,17 @@ def test_values_of_the_official_script():
         teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL
     )
 
-    text = lambda text: context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+    def text(text):
+        return context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+
     ask, shown = [row.problem, context.Text(row.question)], row.visual_thoughts[0]
     full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
-    every = lambda params, blocks: np.asarray(
-        full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0]
-    )
-    # [image] 6, [question] 4, [ab] 4, [thought] 4, [ca] 4, [d] 3; and [image] 6, [question] 4, [xyca] 6, [d] 3
+
+    def every(params, blocks):
+        return np.asarray(full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0])
+
+    # [image] 6, [question] 4, [ab] 4, [thought] 4, [ca] 4, [d] 3; and [image] 6, [question] 4,
+    # [xyca] 6, [d] 3
     full = every(teacher, [*ask, text("ab"), shown, text("ca"), text("d")])
     teacher_logits = np.concatenate([full[10:13], full[18:21], full[22:24]])  # 8 positions
     full = every(student, [*ask, text("xyca"), text("d")])
@@ -362,15 +379,20 @@ def test_intervals_of_the_bootstrap():
 
 
 def test_summary_of_divergences():
-    """A mean over tokens, then over rows, then over tasks; the answer and the tail by themselves."""
-    record = lambda task, before, after, tail: {
-        "task": task,
-        "labels": [0] * len(before),
-        "before": before,
-        "after": after,
-        "tail": tail,
-        "answer": 1,
-    }
+    """A mean over tokens, then over rows, then over tasks; the answer and the tail by
+    themselves.
+    """
+
+    def record(task, before, after, tail):
+        return {
+            "task": task,
+            "labels": [0] * len(before),
+            "before": before,
+            "after": after,
+            "tail": tail,
+            "answer": 1,
+        }
+
     records = [
         record("a", [1, 3], [1, 1], 1),
         record("a", [5], [2], 1),
@@ -418,7 +440,9 @@ def test_pairs_are_compared(only_this, only_reference, p):
 
 
 def test_summary_of_interventions():
-    answers = lambda *hits: [{"hit": bool(hit)} for hit in hits]
+    def answers(*hits):
+        return [{"hit": bool(hit)} for hit in hits]
+
     found = {
         "real": {"a": answers(1, 1, 0), "b": answers(1)},
         "noise": {"a": answers(0, 1, 1), "b": answers(0)},
@@ -440,7 +464,7 @@ def test_summary_of_interventions():
     assert 0.30 < low < 0.31 and 0.95 < high < 0.96
 
 
-# --- the commands -------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -516,9 +540,10 @@ def test_kl_command(workdir):
             distill.score(params, c, context.Completion(fed, None, None), config=opened.model),
         )
     )
-    context_of = lambda r, mode: contexts.contexts(
-        opened.rows, opened.packer, 0, [r["index"]], mode, 0
-    )[1]
+
+    def context_of(r, mode):
+        return contexts.contexts(opened.rows, opened.packer, 0, [r["index"]], mode, 0)[1]
+
     for kind in ("base", "student", "data"):
         for r in [r for r in records if r["completion"] == kind][:3]:
             ids = r["labels"]
@@ -534,7 +559,8 @@ def test_kl_command(workdir):
                 )
                 np.testing.assert_allclose(r[name], expected, rtol=1e-3, atol=2e-5)
 
-    # The released script's pairing of a row, each of its two sequences by itself, cut and paired by hand.
+    # The released script's pairing of a row, each of its two sequences by itself, cut and paired by
+    # hand.
     read = jax.jit(
         lambda params, c: bagel.logits(params, bagel.read(params, c, config=opened.model)[0])
     )
@@ -598,7 +624,10 @@ def test_kl_command(workdir):
 @pytest.mark.long
 @pytest.mark.slow
 def test_kl_of_chosen_completions(workdir):
-    """Greedy completions end as sampled: with eos, or cut by the budget and then without. One model has no after."""
+    """Greedy completions end as sampled: with eos, or cut by the budget and then without.
+
+    One model has no after.
+    """
     folder, summary = run(
         workdir,
         "kl",
@@ -649,7 +678,9 @@ def test_interventions_command(workdir):
 
 @pytest.mark.slow
 def test_everything_on_one_page(workdir):
-    """With the answers of the weights that training started from: how it changed what true visual thoughts give."""
+    """With the answers of the weights that training started from: how it changed what true visual
+    thoughts give.
+    """
     folder, summary = run(workdir, "all", "--rows=0")
     assert folder.name == f"all-{LAST}" and summary["analyses"] == [
         "kl",
@@ -723,7 +754,10 @@ def test_attention_command(workdir):
     rope = attention.rope_tables(
         c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta
     )
-    pad = lambda numbers: np.pad(numbers, (0, c.slots - len(numbers)))[None]
+
+    def pad(numbers):
+        return np.pad(numbers, (0, c.slots - len(numbers)))[None]
+
     queries, keys = map(pad, looks.groups(opened.packer, blocks, "interleaved"))
     seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
     sums = numpy_shares(

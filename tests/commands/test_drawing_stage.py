@@ -1,4 +1,6 @@
-"""Training what draws: traces with latents, the two losses, the autoencoder's stage, and a run through all stages."""
+"""Training what draws: traces with latents, the two losses, the autoencoder's stage, and a run
+through all stages.
+"""
 
 import dataclasses
 import functools
@@ -40,7 +42,9 @@ def jitted(function):
 
 
 def tiny_config(**changes):
-    """The settings of `tiny.DRAWING`: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
+    """The settings of `tiny.DRAWING`: pictures of up to 24 pixels for the ViT, 48 for the
+    autoencoder.
+    """
     c = config_lib.default()
     v = DRAWN.vae
     c.stages = ("warmup",)
@@ -105,7 +109,7 @@ def prepared(monkeypatch):
     return make
 
 
-# --- contexts ---------------------------------------------------------------------------------------------------
+# --- contexts -------------------------------------------------------------------------------------
 
 
 class Saying(tiny.ByteTokenizer):
@@ -117,7 +121,9 @@ class Saying(tiny.ByteTokenizer):
 
 @pytest.mark.slow
 def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
-    """Velocities and texts behind the same latents are those that `generate.reason` finds when it draws."""
+    """Velocities and texts behind the same latents are those that `generate.reason` finds when it
+    draws.
+    """
     config = tiny_config()
     model, params = config_lib.model(config), tiny.params(tiny.DRAWING)
     assert model == tiny.DRAWING
@@ -167,12 +173,15 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     rng = np.random.default_rng(0)
     grid = blocks[1].grid
     problem, thought = (rng.standard_normal((grid[0] * grid[1], C), np.float32) for _ in range(2))
-    fill = lambda blocks: [
-        dataclasses.replace(b, tokens=problem if n == 1 else thought)
-        if isinstance(b, context.Latent)
-        else b
-        for n, b in enumerate(blocks)
-    ]
+
+    def fill(blocks):
+        return [
+            dataclasses.replace(b, tokens=problem if n == 1 else thought)
+            if isinstance(b, context.Latent)
+            else b
+            for n, b in enumerate(blocks)
+        ]
+
     noise, t = rng.standard_normal(thought.shape, np.float32), 0.7
     sizes = {"latent_dim": C, "latent_side": DRAWN.side}
     whole = tiny.pack([fill(blocks)], slots=200, patches=80, latents=3 * len(thought), **sizes)
@@ -272,7 +281,7 @@ def test_settings_that_cannot_draw(changes, message):
         config_check.check(config)
 
 
-# --- the losses -------------------------------------------------------------------------------------------------
+# --- the losses -----------------------------------------------------------------------------------
 
 
 def stage_config(config, stage="warmup", **changes):
@@ -282,7 +291,9 @@ def stage_config(config, stage="warmup", **changes):
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_drawn_loss_against_numpy(prepared):
-    """Two rows with pictures of different shapes and one text row; weights, shift and posterior as they should be."""
+    """Two rows with pictures of different shapes and one text row; weights, shift and posterior as
+    they should be.
+    """
     config = tiny_config(
         warmup__ce_weight=0.5, warmup__mse_weight=2.0, model__generation__timestep_shift=2.0
     )
@@ -393,7 +404,7 @@ def test_a_step_of_text_does_not_train_what_draws():
         dataclasses.replace(own, model=tiny.MODEL)
 
 
-# --- the autoencoder --------------------------------------------------------------------------------------------
+# --- the autoencoder ------------------------------------------------------------------------------
 
 SMALL = dataclasses.replace(
     tiny.DRAWING,
@@ -446,7 +457,9 @@ def test_the_autoencoder_learns_and_ignores_padding():
 
 @pytest.mark.slow
 def test_the_autoencoder_loss_against_numpy():
-    """Means over real pixels and over the latents of real pictures; scale and shift of the model do not count."""
+    """Means over real pixels and over the latents of real pictures; scale and shift of the model do
+    not count.
+    """
     rng, key = np.random.default_rng(1), jax.random.key(5)
     own = stage_config(tiny_config(), "autoencoder", model=SMALL, kl_weight=0.25, accumulation=2)
     params = tiny.params(SMALL)
@@ -464,7 +477,10 @@ def test_the_autoencoder_loss_against_numpy():
         z = mean + np.exp(logvar / 2) * noise[r, m]
         back = np.asarray(jitted(bagel.decode_latents)(params, 0.5 * (z - 0.3), config=SMALL))
         squared.append(((back - x) ** 2)[0, :height, :width].ravel())
-        inside = lambda a: a[0, : height // 2, : width // 2].ravel()
+
+        def inside(a):
+            return a[0, : height // 2, : width // 2].ravel()
+
         kls.append(inside((mean**2 + np.exp(logvar) - 1 - logvar) / 2))
         samples.append(inside(z))
     mse, kl, z = (np.concatenate(parts) for parts in (squared, kls, samples))
@@ -473,7 +489,7 @@ def test_the_autoencoder_loss_against_numpy():
     np.testing.assert_allclose([found[name] for name in names], expected, rtol=1e-4, atol=1e-5)
 
 
-# --- a run ------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def small_draw(**changes):
@@ -541,10 +557,13 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
             step: checkpoint.restore_params(straight / "checkpoints" / str(step), abstract)
             for step in (2, 5, 6)
         }
-        group = lambda path: params_lib.fact(path).group
-        moved = lambda a, b: {
-            group(path) for path, d in tiny.distances(saved[a], saved[b]).items() if d
-        }
+
+        def group(path):
+            return params_lib.fact(path).group
+
+        def moved(a, b):
+            return {group(path) for path, d in tiny.distances(saved[a], saved[b]).items() if d}
+
         assert moved(2, 5) == {"embed", "und", "vit", "connector", "gen", "latent"}
         assert moved(5, 6) <= {"embed", "und", "vit", "connector"}
 

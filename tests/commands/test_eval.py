@@ -1,4 +1,6 @@
-"""Evaluation: the command repeats what training measured; what is counted; what it says when it cannot."""
+"""Evaluation: the command repeats what training measured; what is counted; what it says when it
+cannot.
+"""
 
 import csv
 import dataclasses
@@ -68,7 +70,9 @@ def assert_same_results(one, other):
 
 @pytest.mark.slow
 def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch, caplog):
-    """Between the choice of the newest one and its reading; then the next one is answered, under its own name."""
+    """Between the choice of the newest one and its reading; then the next one is answered, under
+    its own name.
+    """
     steps, load = workdir / "checkpoints", tokenizer.load
     before, last = steps / str(small_run.LAST - 1), steps / str(small_run.LAST)
 
@@ -93,7 +97,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
         job.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -117,22 +121,30 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
     eval.main(
         [f"--workdir={trained}"]
     )  # training wrote the same table, but for the seconds, and kept its answers
-    rows = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
+
+    def rows(text):
+        return [line.rsplit("|", 2)[0] for line in text.splitlines()]
+
     assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
 
 
 @pytest.mark.slow
 def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
-    """Both protocols; a kill in between changes nothing; what the harness would judge; the page shows the pictures."""
-    run = lambda *more: eval.main(
-        [
-            f"--workdir={workdir}",
-            f"--data_dir={TABLES}",
-            "--batch_size=4",
-            "--benchmarks=BLINK,ChartQA_h_bar",
-            *more,
-        ]
-    )
+    """Both protocols; a kill in between changes nothing; what the harness would judge; the page
+    shows the pictures.
+    """
+
+    def run(*more):
+        return eval.main(
+            [
+                f"--workdir={workdir}",
+                f"--data_dir={TABLES}",
+                "--batch_size=4",
+                "--benchmarks=BLINK,ChartQA_h_bar",
+                *more,
+            ]
+        )
+
     run()
     folder = workdir / "eval" / f"{LAST}-none-BLINK-ChartQA_h_bar"
     summary, predictions = read(folder)
@@ -216,7 +228,9 @@ def test_a_released_model_and_its_import_give_the_same(released, tmp_path, tmp_p
 def test_other_weights_under_the_same_path_are_asked_anew(
     released, tmp_path, tmp_path_factory, capsys
 ):
-    """As when a later checkpoint is exported to the same folder: its answers are its own, or there are none."""
+    """As when a later checkpoint is exported to the same folder: its answers are its own, or there
+    are none.
+    """
     from safetensors import numpy as safetensors
 
     latest = tmp_path / "latest"
@@ -291,7 +305,9 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
 
 @pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
-    run = lambda *arguments: eval.main([f"--workdir={workdir}", *arguments])
+    def run(*arguments):
+        return eval.main([f"--workdir={workdir}", *arguments])
+
     run(
         "--rows=3",
         "--split=validation",
@@ -384,7 +400,8 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
         ),
         (
             [f"--name={small_run.WARMUP:06d}-none"],
-            f"eval/{small_run.WARMUP:06d}-none/answers.jsonl was begun with another step, weights: the model has changed since: choose "
+            f"eval/{small_run.WARMUP:06d}-none/answers.jsonl was begun with another "
+            f"step, weights: the model has changed since: choose "
             "another --name",
         ),
     ],
@@ -427,7 +444,7 @@ def test_settings_come_back_as_they_were(trained):
     assert config_lib.model(config) == config_lib.model(before) and hash(config_lib.model(config))
 
 
-# --- what is counted ----------------------------------------------------------------------------------------
+# --- what is counted ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -442,7 +459,10 @@ class Example:
 
 
 class Sources:
-    """Stands for data.Examples, data.Packer and the tokenizer. Row n of source s is "s-n", its answer "an"."""
+    """Stands for data.Examples, data.Packer and the tokenizer.
+
+    Row n of source s is "s-n", its answer "an".
+    """
 
     def __init__(self, *sizes):
         self.sources = [
@@ -466,7 +486,9 @@ class Sources:
 
 
 class Sampler:
-    """Stands for rollout.sample: answers rows of even numbers rightly, compiles once for each batch shape."""
+    """Stands for rollout.sample: answers rows of even numbers rightly, compiles once for each batch
+    shape.
+    """
 
     def __init__(self):
         self.shapes, self.calls = set(), 0
@@ -597,7 +619,10 @@ def test_contexts_of_the_modes(trained):
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
     rows, packer = examples.Examples(config, str(trained), tok, "test"), packing.Packer(config, tok)
     numbers = [0, 4, 4]
-    get = lambda mode, seed=0: contexts.contexts(rows, packer, 0, numbers, mode, seed)
+
+    def get(mode, seed=0):
+        return contexts.contexts(rows, packer, 0, numbers, mode, seed)
+
     prepared, student = get("none")
     assert [row.example.pid for row in prepared] == [rows.sources[0][n].pid for n in numbers]
     assert student.slots == config.data.buckets.student[-1][0]
@@ -613,7 +638,9 @@ def test_contexts_of_the_modes(trained):
 
 @pytest.mark.slow
 def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
-    """Short rows in short contexts, and the same answers and KL as with one bucket; in all modes, with a swapped picture."""
+    """Short rows in short contexts, and the same answers and KL as with one bucket; in all modes,
+    with a swapped picture.
+    """
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
 
@@ -645,8 +672,9 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
 
     monkeypatch.setattr(rollout, "sample", seen)
     marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
-    ask = lambda packer, mode: (
-        contexts.evaluate(
+
+    def ask(packer, mode):
+        return contexts.evaluate(
             params,
             rows,
             packer,
@@ -655,22 +683,25 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
             mode=mode,
             batch_size=4,
         )[0].predictions
-    )
+
     for mode in ("none", "swap", "noise", "remove"):
         sampled.clear()
         with_two, sizes = ask(both, mode), {slots for slots, _ in sampled}
         assert len(sizes) == (1 if mode == "remove" else 2) and with_two == ask(packer, mode)
         assert all(length <= slots for slots, of_batch in sampled for length in of_batch)
-    kl = lambda packer: reference_kl.reference_kl(
-        params,
-        params,
-        rows,
-        packer,
-        config=config_lib.model(config),
-        task_names=[small_run.TASK],
-        batch_size=4,
-        limit=6,
-    )
+
+    def kl(packer):
+        return reference_kl.reference_kl(
+            params,
+            params,
+            rows,
+            packer,
+            config=config_lib.model(config),
+            task_names=[small_run.TASK],
+            batch_size=4,
+            limit=6,
+        )
+
     assert kl(both)[small_run.TASK]["kl"] == pytest.approx(
         kl(packer)[small_run.TASK]["kl"], abs=1e-5
     )

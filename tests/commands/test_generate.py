@@ -25,7 +25,9 @@ def picture(seed, height, width):
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the autoencoder."""
+    """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the
+    autoencoder.
+    """
     protocol = interleave.Protocol(system="sys", max_new_tokens=6)
     return interleave.Model(
         tiny.DRAWING,
@@ -170,9 +172,11 @@ def test_text_of_a_batch_is_that_of_each_question_alone(model):
 
 
 def test_seeds_draw_different_pictures(model):
-    draw = lambda seed: run(
-        model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW
-    )[0].pictures[0]
+    def draw(seed):
+        return run(model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW)[
+            0
+        ].pictures[0]
+
     first = draw(0)
     np.testing.assert_array_equal(draw(0), first)
     assert (draw(1) != first).any()
@@ -231,7 +235,7 @@ def test_page_shows_texts_and_pictures():
     assert len(np.unique(np.asarray(short).reshape(-1, 3), axis=0)) > 20
 
 
-# --- the command ------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def command(folder, *arguments):

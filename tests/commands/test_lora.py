@@ -1,4 +1,6 @@
-"""Adapters: what they compute, that they alone are trained, and their way into a run and out of it."""
+"""Adapters: what they compute, that they alone are trained, and their way into a run and out of
+it.
+"""
 
 import dataclasses
 import functools
@@ -72,7 +74,7 @@ def initial():
     )
 
 
-# --- what they are ---------------------------------------------------------------------------------------------
+# --- what they are --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [LORA, SOME])
@@ -107,9 +109,12 @@ def test_sharded_like_input_and_output():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = DistillConfig(model=model(), **tiny.ENDS)
     state = jax.eval_shape(lambda p: distill.init_state(p, config), abstract(model()))
-    specs_of = lambda *args: {
-        path.split("/")[-1]: s.spec for path, s in adapters(sharding.tree(mesh, *args)).items()
-    }
+
+    def specs_of(*args):
+        return {
+            path.split("/")[-1]: s.spec for path, s in adapters(sharding.tree(mesh, *args)).items()
+        }
+
     for tree in (state["params"], state["ema"], state["opt"].mu):
         specs = specs_of(tree)
         assert specs["q_lora_a"] == P(None, "fsdp", None) and specs["q_lora_b"] == P(
@@ -166,7 +171,7 @@ def test_merging_is_by_the_formula_and_keeps_the_dtype():
     np.testing.assert_allclose(rounded, got, atol=0.03, rtol=0.01)
 
 
-# --- training --------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 CONFIG = DistillConfig(
     model=model(),
@@ -187,7 +192,10 @@ def test_state_of_the_adapters_alone(teacher):
     own = adapters(state["params"])
     for tree in (copy, state["opt"].mu, state["opt"].nu):
         assert params_lib.flatten(tree).keys() == own.keys()
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
     numbers = 2 * 3 * sum(IN[t] + OUT[t] for t in LORA_TARGETS)
     assert params_lib.count(state["params"])["lora"] == numbers
     assert (
@@ -222,7 +230,7 @@ def test_what_draws_is_frozen_as_well():
         }
 
 
-# --- settings and errors ---------------------------------------------------------------------------------------
+# --- settings and errors --------------------------------------------------------------------------
 
 
 def test_settings():
@@ -286,7 +294,7 @@ def test_merging_other_adapters_is_refused(params, lora):
         params_lib.merge_lora(abstract(params), lora)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 STEPS = 3
 RUN = {

@@ -23,7 +23,7 @@ from opsd_jax.plan import topology as topology_lib
 from opsd_jax.run import session
 from tests import small_run
 
-# --- topologies ------------------------------------------------------------------------------------------------
+# --- topologies -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,11 @@ def test_a_missing_compiler_is_named_with_its_version(monkeypatch):
         topology_lib.devices_of(topology_lib.parse_topology("v5p-8"))
 
 
-# --- compiled programs -----------------------------------------------------------------------------------------
+# --- compiled programs ----------------------------------------------------------------------------
 
-# A loop of 5 around a gather and a fused reduce-scatter; then one collective of each other kind, with every way of
-# writing groups. `sliced` reads one layer of the stacked weights; S(1) is not HBM.
+# A loop of 5 around a gather and a fused reduce-scatter; then one collective of each other kind,
+# with every way of writing groups. `sliced` reads one layer of the stacked weights; S(1) is not
+# HBM.
 HLO = """\
 HloModule jit_step, entry_computation_layout={(bf16[5,64,8]{2,1,0:T(8,128)(2,1)})->f32[8]{0}}
 
@@ -160,8 +161,8 @@ def test_collectives_and_traffic_of_a_module():
         "count": 1,
         "bytes": 4000,
     }  # result alone, start and done once
-    # a turn of the loop: one layer bf16 [64, 8] and its number; the condition reads two scalars and writes a byte.
-    # The last line writes 32 bytes; what it reads is not in HBM
+    # a turn of the loop: one layer bf16 [64, 8] and its number; the condition reads two scalars and
+    # writes a byte. The last line writes 32 bytes; what it reads is not in HBM
     assert found["hbm_bytes"] == 5 * (64 * 8 * 2 + 4) + 5 * (4 + 4 + 1) + 32
 
 
@@ -234,11 +235,15 @@ def test_flops_count_loops_and_recomputation():
         out_shape=jax.ShapeDtypeStruct((16, 16), jnp.float32),
     )
     assert programs.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
-    endless = lambda x, w: jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
+
+    def endless(x, w):
+        return jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
+
     square = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    nested = lambda x, w: jax.lax.while_loop(
-        lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x
-    )
+
+    def nested(x, w):
+        return jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x)
+
     assert (
         programs.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
         == (3 + 21) * product
@@ -249,8 +254,13 @@ def test_flops_count_loops_and_recomputation():
 
 
 def test_loops_of_a_sampler_with_a_queue():
-    """16 rows of up to 32 tokens by 8 slots, 4 at a time: 4 refills, 64 steps; all at once: 32 steps."""
-    of = lambda **kw: programs._sampler_trips(types.SimpleNamespace(max_new_tokens=32, **kw), 16)
+    """16 rows of up to 32 tokens by 8 slots, 4 at a time: 4 refills, 64 steps; all at once: 32
+    steps.
+    """
+
+    def of(**kw):
+        return programs._sampler_trips(types.SimpleNamespace(max_new_tokens=32, **kw), 16)
+
     assert of(slots=8, group=4) == (4, 16) and of(slots=0) == of(slots=16) == (32,)
 
 
@@ -265,7 +275,7 @@ def test_modelled_time_by_hand():
     assert found["overlapped"] == pytest.approx(2) and found["serial"] == pytest.approx(2.1)
 
 
-# --- the bill --------------------------------------------------------------------------------------------------
+# --- the bill -------------------------------------------------------------------------------------
 
 
 def _command(*arguments):
@@ -282,7 +292,9 @@ def _command(*arguments):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """The command on eight fake devices, four-way fsdp by two-way tensor: (completed process, what --out holds)."""
+    """The command on eight fake devices, four-way fsdp by two-way tensor: (completed process, what
+    --out holds).
+    """
     out = tmp_path_factory.mktemp("plan") / "bill.json"
     done = small_run.run(
         _command(
@@ -317,20 +329,24 @@ def test_the_bill_is_the_sum_of_the_shards(eight):
     sample, update = eight[1]["programs"]
     assert (sample["program"], update["program"]) == ("sample", "update")
     assert sample["bytes"]["params"] == rollout and update["bytes"]["params"] == train
-    # the position tables of the connector are never trained: no moments, no copy for the teacher; two moments and
-    # the step of the schedule, that of Adam
+    # the position tables of the connector are never trained: no moments, no copy for the teacher;
+    # two moments and the step of the schedule, that of Adam
     fixed = config.model.vit.side**2 * config.model.llm.hidden_size * 4 // 4
     assert update["bytes"]["teacher"] == train - fixed
     assert update["bytes"]["optimizer"] == 2 * (train - fixed) + 4
+
     # 8 rows, 2 a device; vectors of the context, patches as bytes, two scalars a row
-    packed = lambda slots, patches: 2 * (4 * slots * 4 + patches * (8 * 8 * 3 + 3 * 4) + 2 * 4)
+    def packed(slots, patches):
+        return 2 * (4 * slots * 4 + patches * (8 * 8 * 3 + 3 * 4) + 2 * 4)
+
     slots, patches = config.data.buckets.student[0]
     assert sample["bytes"]["batch"] == packed(slots, patches)
     budget = config.rollout.max_new_tokens
     trajectory = 2 * ((budget - 1) * (4 + 1 + 4) + budget * (4 + 1) + 4 * 4)
     teacher = packed(*config.data.buckets.teacher[0])
     assert update["bytes"]["batch"] == packed(slots, patches) + teacher + trajectory
-    # keys and values of two layers and two rows; there is one kv head, so its 16 entries are what tensor cuts
+    # keys and values of two layers and two rows; there is one kv head, so its 16 entries are what
+    # tensor cuts
     assert sample["bytes"]["kv_cache"] == 2 * 2 * 2 * (slots + budget) * 8 * 4
     # beside the sampler: the whole training state but leaves that are one array in both layouts
     same = _same_in_both(config)
@@ -464,12 +480,14 @@ def test_bad_arguments_end_with_one_line(tmp_path_factory):
     "message, gib",
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by 1G.",
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+            "Used 16.50G of 15.75G hbm. Exceeded by 1G.",
             16.5,
         ),
         # what it calls temporaries counts the arguments, too
         (
-            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (152.79G) exceeds available HBM (9G).",
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries "
+            "(152.79G) exceeds available HBM (9G).",
             152.79,
         ),
         ("RESOURCE_EXHAUSTED: for some other reason", 1.0),
@@ -577,7 +595,7 @@ def test_programs_are_those_that_a_run_compiles(mesh):
     )
 
 
-# --- a real slice ----------------------------------------------------------------------------------------------
+# --- a real slice ---------------------------------------------------------------------------------
 
 
 def _tpu(*arguments):
@@ -628,16 +646,19 @@ def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
 def test_only_data_crosses_slices(tmp_path, tmp_path_factory):
     """Two slices of four chips, in small: copies of the model that exchange gradients."""
     pytest.importorskip("libtpu")
-    run = lambda *sizes: small_run.run(
-        _command(
-            "--topology=v5e:2x2",
-            "--slices=2",
-            "--only=update",
-            *sizes,
-            f"--out={tmp_path / 'bill.json'}",
-        ),
-        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""},
-    )
+
+    def run(*sizes):
+        return small_run.run(
+            _command(
+                "--topology=v5e:2x2",
+                "--slices=2",
+                "--only=update",
+                *sizes,
+                f"--out={tmp_path / 'bill.json'}",
+            ),
+            env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""},
+        )
+
     done = run("--config.mesh.fsdp=4", "--config.mesh.data=2")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "bill.json").read_text())

@@ -1,4 +1,6 @@
-"""Rows with drawn pictures in the place of their visual thoughts; the drawing itself is stood in for."""
+"""Rows with drawn pictures in the place of their visual thoughts; the drawing itself is stood in
+for.
+"""
 
 import dataclasses
 import json
@@ -52,7 +54,10 @@ def rows(folder, split):
 def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(redraw, "SHARD", 8)
     target = tmp_path / "drawn"
-    draw = lambda **kw: redraw.redraw(workdir.path, str(target), checkpoint="c", batch_size=4, **kw)
+
+    def draw(**kw):
+        return redraw.redraw(workdir.path, str(target), checkpoint="c", batch_size=4, **kw)
+
     draw()
     for split in ("train", workdir.config.eval.final_split):
         before, after = rows(f"{workdir.path}/data", split), rows(target, split)
@@ -121,9 +126,11 @@ def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch
             signal.raise_signal(signal.SIGTERM)
         return reason(*args, **kwargs)
 
-    main = lambda: redraw_lib.main(
-        [f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"]
-    )
+    def main():
+        return redraw_lib.main(
+            [f"--workdir={workdir.path}", f"--target={target}", "--checkpoint=c", "--batch_size=4"]
+        )
+
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         patched.setattr(interleave, "reason", reason_and_signal)
         main()

@@ -38,7 +38,9 @@ def losses(workdir):
 
 
 def state(workdir, step):
-    """The whole training state of a step as NumPy arrays by path: parameters, moments, teacher, step."""
+    """The whole training state of a step as NumPy arrays by path: parameters, moments, teacher,
+    step.
+    """
     from orbax.checkpoint import v1 as ocp
 
     tree = ocp.load_checkpointables(workdir / "checkpoints" / str(step), {"state": None})["state"]
@@ -57,8 +59,9 @@ def assert_same_run(workdir, straight, last=small_run.LAST):
 
 
 def cut_off(straight, workdir, step):
-    """A copy of the run as a kill leaves it when `step` was the last complete checkpoint: a half-written next
-    one, rows of steps that were not saved, a line that breaks off."""
+    """A copy of the run as a kill leaves it when `step` was the last complete checkpoint: a
+    half-written next one, rows of steps that were not saved, a line that breaks off.
+    """
     shutil.copytree(straight, workdir)
     folder = workdir / "checkpoints"
     (folder / str(step + 1)).rename(folder / f"{step + 1}.orbax-checkpoint-tmp")
@@ -118,7 +121,9 @@ def test_kill_9_at_a_random_moment(straight, tmp_path, tmp_path_factory):
 
 @pytest.mark.slow
 def test_stages_go_on_from_what_the_checkpoint_offers(straight, tmp_path):
-    """With checkpoint.params = "ema" that is the average, in a run of one piece as well as after a resume."""
+    """With checkpoint.params = "ema" that is the average, in a run of one piece as well as after a
+    resume.
+    """
     changes = dict(
         data__dir=str(straight / "data"),
         stages=("opsd", "sft"),
@@ -166,7 +171,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
 
 
 def signal_at(patched, number, module=contexts_lib, function="timed_sample"):
-    """SIGTERM in the batch of that number (from 0) of evaluations from now on; the list of the batches' numbers."""
+    """SIGTERM in the batch of that number (from 0) of evaluations from now on; the list of the
+    batches' numbers.
+    """
     run, batches = getattr(module, function), []
 
     def run_and_signal(*args, **kwargs):
@@ -197,12 +204,15 @@ def test_a_stop_while_evaluating_loses_no_step_and_no_answer(
     )
     whole, workdir = tmp_path / "whole", tmp_path / "w"
     train.train(config, str(whole))
-    rows = lambda folder: [
-        (row["step"], sorted(row)) for row in metrics.read(folder / "metrics.jsonl")
-    ]
-    final = lambda folder: {
-        path.parent.name: path.read_text() for path in folder.glob("eval/*/predictions.jsonl")
-    }
+
+    def rows(folder):
+        return [(row["step"], sorted(row)) for row in metrics.read(folder / "metrics.jsonl")]
+
+    def final(folder):
+        return {
+            path.parent.name: path.read_text() for path in folder.glob("eval/*/predictions.jsonl")
+        }
+
     assert any(key.startswith("eval/") for step, keys in rows(whole) if step == at for key in keys)
 
     def stopped(number):
@@ -221,7 +231,8 @@ def test_a_stop_while_evaluating_loses_no_step_and_no_answer(
             caplog.messages[-1]
             == f"SIGTERM: step {at} is saved; stopping after this batch of the evaluation"
         )
-    # then all of it, and of the final evaluation, 2 x 3 batches, which may be asked twice for their time, some
+    # then all of it, and of the final evaluation, 2 x 3 batches, which may be asked twice for their
+    # time, some
     asked = stopped(6)
     folder = workdir / "eval" / f"{small_run.OPSD:06d}-none"
     kept = len((folder / "answers.jsonl").read_text().splitlines()) - 1
@@ -267,7 +278,10 @@ def test_commands_stop_between_batches(
 ):
     workdir = tmp_path / "w"
     shutil.copytree(straight, workdir)
-    run = lambda: command.main([*arguments, f"--workdir={workdir}"])
+
+    def run():
+        return command.main([*arguments, f"--workdir={workdir}"])
+
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as error:
         batches = signal_at(patched, 1, module, function)
         run()
@@ -284,7 +298,8 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     for part in ("divergence.beta", "0.5", "0.0", "opsd.jsd_weight", "2.0", "--workdir"):
         assert part in str(error.value)
     assert "warmup" not in str(error.value).split("May change on resume")[0]
-    # ... but what cannot change the result may change, and a run that failed before its first step is no run.
+    # ... but what cannot change the result may change, and a run that failed before its first step
+    # is no run.
     train.train(small_run.config(data__threads=2, log__every=5), str(straight))
     (tmp_path / "config.json").write_text((straight / "config.json").read_text())
     session.record_config(small_run.config(opsd__steps=7), str(tmp_path))

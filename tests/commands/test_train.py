@@ -1,4 +1,6 @@
-"""A whole run: what it leaves behind, from the command that a user types to the report of its arms."""
+"""A whole run: what it leaves behind, from the command that a user types to the report of its
+arms.
+"""
 
 import json
 import math
@@ -207,11 +209,14 @@ def test_samples_show_what_the_model_saw_and_wrote(trained):
 def test_a_finished_run_is_left_as_it_is(trained, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(trained, workdir)
-    contents = lambda: {
-        path: path.read_bytes()
-        for path in workdir.rglob("*")
-        if path.is_file() and "tb" not in path.parts and path.name != "time.json"
-    }
+
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in workdir.rglob("*")
+            if path.is_file() and "tb" not in path.parts and path.name != "time.json"
+        }
+
     before = contents()
     train.train(small_run.config(), str(workdir))
     assert contents() == before
@@ -253,7 +258,9 @@ def test_supervised_training_alone(tmp_path):
 
 @pytest.mark.slow
 def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
-    """And rows that a run wrote before its first checkpoint, when it was killed, do not stand there twice."""
+    """And rows that a run wrote before its first checkpoint, when it was killed, do not stand there
+    twice.
+    """
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "time": 0, "stage": "opsd", "loss": 7.0}\n'
     )
@@ -313,11 +320,14 @@ def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():
     config = small_run.config(log__wandb="opsd")
-    of = lambda *folders: {
-        key: value
-        for key, value in session.wandb_arguments(config, *folders).items()
-        if key != "config"
-    }
+
+    def of(*folders):
+        return {
+            key: value
+            for key, value in session.wandb_arguments(config, *folders).items()
+            if key != "config"
+        }
+
     assert of("/runs/a/", "/runs/a/") == {"project": "opsd", "name": "a", "group": "a"}
     assert of("/runs/a/arms/noise", "/runs/a/") == {
         "project": "opsd",
@@ -352,7 +362,7 @@ def test_a_run_whose_folder_is_deleted_ends_with_an_error(
     assert not (tmp_path / "w" / "time.json").exists()
 
 
-# --- arms ---------------------------------------------------------------------------------------------------
+# --- arms -----------------------------------------------------------------------------------------
 
 
 def test_arms_need_a_name_and_a_start(tmp_path):

@@ -1,4 +1,6 @@
-"""How a run starts elsewhere: launch files are read, run with stand-ins for cloud commands, and really run on CPU."""
+"""How a run starts elsewhere: launch files are read, run with stand-ins for cloud commands, and
+really run on CPU.
+"""
 
 import ast
 import importlib.util
@@ -61,8 +63,10 @@ def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.C
 
 
 def stand_in(folder, name: str, body: str) -> str:
-    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL behind each, and a
-    record separator and NUL at the end. Several may run at once, so in one write: bash makes two of a newline."""
+    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL behind
+    each, and a record separator and NUL at the end. Several may run at once, so in one write: bash
+    makes two of a newline.
+    """
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(
@@ -81,7 +85,7 @@ def calls(folder) -> list[list[str]]:
     )
 
 
-# --- scripts ------------------------------------------------------------------------------------------------
+# --- scripts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -101,7 +105,9 @@ def test_shellcheck(script):
 
 
 def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), fails="", **variables):
-    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such resource")."""
+    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such
+    resource").
+    """
     (tmp_path / "states").write_text("".join(state + "\n" for state in states))
     path = stand_in(
         tmp_path / "bin",
@@ -253,13 +259,16 @@ def wait_for(condition, seconds=30):
 def test_tpu_worker_starts_once_and_stops(tmp_path):
     (tmp_path / "launch").mkdir()
     worker = shutil.copy(LAUNCH / "tpu_worker.sh", tmp_path / "launch")
-    do = lambda *words: subprocess.run(
-        ["bash", worker, *words],
-        env=environment(SETTLE_S=0.2),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+
+    def do(*words):
+        return subprocess.run(
+            ["bash", worker, *words],
+            env=environment(SETTLE_S=0.2),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
     program = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
         "print(sys.argv[1:], flush=True); time.sleep(60)"
@@ -313,7 +322,7 @@ def test_slurm_asks_for_one_process_for_each_gpu_of_whole_nodes():
     assert options["signal"].startswith("TERM@")  # to the processes; "B:" would be the batch shell
 
 
-# --- GKE ----------------------------------------------------------------------------------------------------
+# --- GKE ------------------------------------------------------------------------------------------
 
 CHIPS_PER_HOST = {
     "tpu-v5-lite-podslice": 4,
@@ -323,7 +332,9 @@ CHIPS_PER_HOST = {
 
 
 def overlaid(name: str) -> dict:
-    """gke_jobset.yaml as launch/gke/<name> changes it: its patches are replacements, and its images."""
+    """gke_jobset.yaml as launch/gke/<name> changes it: its patches are replacements, and its
+    images.
+    """
     folder = LAUNCH / "gke" / name
     overlay = yaml.safe_load((folder / "kustomization.yaml").read_text())
     (base,) = overlay["resources"]
@@ -502,7 +513,7 @@ def test_gke_base_alone_is_a_v5e_16():
     assert base == same
 
 
-# --- Docker, notebook ---------------------------------------------------------------------------------------
+# --- Docker, notebook -----------------------------------------------------------------------------
 
 
 def test_dockerfile_names_what_there_is():
@@ -568,7 +579,7 @@ def test_notebook_runs(tmp_path, tmp_path_factory):
     assert (checkout / "runs/smoke/curves.png").stat().st_size > 10_000
 
 
-# --- who belongs to the run ---------------------------------------------------------------------------------
+# --- who belongs to the run -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -668,7 +679,7 @@ def test_a_lost_peer_is_told_from_an_error():
     assert not distributed.peer_is_lost(ValueError("connection reset"))
 
 
-# --- really several processes -------------------------------------------------------------------------------
+# --- really several processes ---------------------------------------------------------------------
 
 SUM = """
 from opsd_jax.runtime import distributed
@@ -682,7 +693,8 @@ rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(
 add = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "d"), mesh=mesh, in_specs=PartitionSpec("d"),
                             out_specs=PartitionSpec()))
 # a line of its own: Gloo's threads write theirs to the same stdout, in pieces
-print("\\nsum", jax.process_index(), jax.local_device_count(), jax.device_count(), float(add(rows)[0]))
+devices = jax.local_device_count(), jax.device_count()
+print("\\nsum", jax.process_index(), *devices, float(add(rows)[0]))
 """
 
 
@@ -713,8 +725,8 @@ def test_one_that_fails_ends_the_others():
 def test_wrong_arguments_of_one_end_it_at_once():
     """It does not wait to leave together with those that wait for it."""
     program = (
-        SUM
-        + "if jax.process_index(): distributed.end_with_error(ValueError('no such row'))\ntime.sleep(60)"
+        SUM + "if jax.process_index(): distributed.end_with_error(ValueError('no such row'))\n"
+        "time.sleep(60)"
     )
     result, seconds = local(2, program)
     assert result.returncode == 1 and seconds < 40, result.stdout
@@ -739,7 +751,10 @@ def test_one_that_waits_for_another_says_so():
 
 
 def test_launcher_hands_sigterm_on():
-    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); print('up'); time.sleep(60)"
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: "
+        "sys.exit(42)); print('up'); time.sleep(60)"
+    )
     process = subprocess.Popen(
         ["bash", LAUNCH / "local_multiprocess.sh", "2", "--", sys.executable, "-c", program],
         env=environment(),
@@ -763,13 +778,15 @@ print("joined", flush=True)
 sys.path.insert(0, {tests!r})
 import small_run
 from opsd_jax import train
-train.train(small_run.config(stages=("warmup",), warmup__steps=120, eval__every=0, eval__final_split="",
-                             checkpoint__every={every}), {workdir!r})
+train.train(small_run.config(stages=("warmup",), warmup__steps=120, eval__every=0,
+                             eval__final_split="", checkpoint__every={every}), {workdir!r})
 """
 
 
 def two_processes(workdir, tmp_path_factory, every, **variables):
-    """A run of two processes with two devices each, begun: ([processes], program, environment of both)."""
+    """A run of two processes with two devices each, begun: ([processes], program, environment of
+    both).
+    """
     import small_run
 
     program = TRAIN.format(tests=str(ROOT / "tests"), workdir=str(workdir), every=every)
@@ -849,14 +866,21 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_missed_in_time_and_the_run_goes_on(tmp_path, tmp_path_factory, victim):
-    """The other one ends with a message and a code that says so; one process on one device finishes the run."""
+    """The other one ends with a message and a code that says so; one process on one device finishes
+    the run.
+    """
     workdir, timeout = tmp_path / "run", 20
     processes, program, given = two_processes(
         workdir, tmp_path_factory, every=4, OPSD_TIMEOUT_S=timeout
     )
-    steps = lambda: [
-        int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()
-    ]
+
+    def steps():
+        return [
+            int(path.name)
+            for path in (workdir / "checkpoints").glob("[0-9]*")
+            if path.name.isdigit()
+        ]
+
     wait_for(lambda: steps() or any(p.poll() for p in processes), 300)
     processes[victim].kill()
     started = time.monotonic()

@@ -1,7 +1,8 @@
-"""Every mesh computes the same: tokens, losses, gradients and parameters on 2, 4 and 8 fake devices against one.
+"""Every mesh computes the same: tokens, losses, gradients and parameters on 2, 4 and 8 fake devices
+against one.
 
-The devices exist in a child process only (this file, run as a program): it goes through the meshes and leaves
-an .npz for each, with gradients, parameters and EMA in the order of `jax.tree.leaves`.
+The devices exist in a child process only (this file, run as a program): it goes through the meshes
+and leaves an .npz for each, with gradients, parameters and EMA in the order of `jax.tree.leaves`.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from opsd_jax import distill, divergence, rollout, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.plan import hlo
 
-# (data, fsdp, tensor): micro steps of an update, share of the state that each device may hold. Pieces that do
-# not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
+# (data, fsdp, tensor): micro steps of an update, share of the state that each device may hold.
+# Pieces that do not divide stay whole, so the share is somewhat above 1 / (fsdp * tensor).
 ONE = (1, 1, 1)
 MESHES = {ONE: (1, 1.0), (1, 8, 1): (1, 0.16), (2, 2, 2): (2, 0.28)}
 SLOW = {
@@ -53,7 +54,9 @@ def inputs():
 
 
 def whole(mesh, tree) -> list[np.ndarray]:
-    """The leaves, also where other processes hold parts of them: made whole on every device by one program."""
+    """The leaves, also where other processes hold parts of them: made whole on every device by one
+    program.
+    """
     leaves = jax.tree.leaves(tree)
     if not all(x.is_fully_addressable for x in leaves):
         leaves = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(leaves)
@@ -61,21 +64,27 @@ def whole(mesh, tree) -> list[np.ndarray]:
 
 
 def run(mesh, accumulation: int, part=slice(None)) -> dict:
-    """Samples in the rollout layout (with micro steps in the train layout, too) and does three updates.
+    """Samples in the rollout layout (with micro steps in the train layout, too) and does three
+    updates.
 
     part: rows of the batch that this process hands in.
     """
     params, *rows = inputs()
     batch, trajectory = jax.tree.map(lambda x: x[part], rows)
-    # One program after another: between processes on CPU, collectives of several at once may wait for each other for
-    # ever, and moving a leaf is a program.
+    # One program after another: between processes on CPU, collectives of several at once may wait
+    # for each other for ever, and moving a leaf is a program.
     wait = jax.block_until_ready
-    put = lambda tree, layout="train": jax.tree.map(
-        lambda x, place: wait(jax.device_put(x, place, may_alias=False)),
-        tree,
-        sharding.tree(mesh, tree, layout),
-    )
-    host = lambda tree: jax.tree.map(np.asarray, tree)  # what every process has whole
+
+    def put(tree, layout="train"):
+        return jax.tree.map(
+            lambda x, place: wait(jax.device_put(x, place, may_alias=False)),
+            tree,
+            sharding.tree(mesh, tree, layout),
+        )
+
+    def host(tree):
+        return jax.tree.map(np.asarray, tree)  # what every process has whole
+
     batch, trajectory, found = (
         sharding.put_batch(mesh, batch),
         sharding.put_batch(mesh, trajectory),
@@ -124,9 +133,16 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
 
 
 def exchanges(mesh, count: int, known: bool) -> int:
-    """How often devices exchange something in the loss of ROWS rows, cut into `count` chunks, and its gradient."""
-    array = lambda place, *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    cut = lambda *shape: array(sharding.batch(mesh), *shape)
+    """How often devices exchange something in the loss of ROWS rows, cut into `count` chunks, and
+    its gradient.
+    """
+
+    def array(place, *shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    def cut(*shape):
+        return array(sharding.batch(mesh), *shape)
+
     head = array(sharding.parameter(mesh, "llm/head", (64, 264)), 64, 264)
     config = dataclasses.replace(CONFIG.divergence, chunk=24 // count)
 
@@ -212,7 +228,9 @@ def test_every_mesh_computes_the_same(results, sizes):
 
 
 def test_chunks_of_the_loss_exchange_nothing(results):
-    """The head is gathered before the chunks, for each side, and its gradient summed up after them."""
+    """The head is gathered before the chunks, for each side, and its gradient summed up after
+    them.
+    """
     ours, of_the_compiler = results[1, 8, 1]["exchanges"]
     assert 0 < ours[0] == ours[1] <= 4
     assert of_the_compiler[0] < of_the_compiler[1]
@@ -254,9 +272,14 @@ def test_mesh_sizes_must_fit():
 
 
 def test_layouts_of_parameters():
-    """Axes by name; an axis that does not divide stays whole; slots and EMA lie like their parameter."""
+    """Axes by name; an axis that does not divide stays whole; slots and EMA lie like their
+    parameter.
+    """
     mesh = jax.sharding.AbstractMesh((2, 4, 2), sharding.AXES)
-    spec = lambda path, shape, layout="train": sharding.parameter(mesh, path, shape, layout).spec
+
+    def spec(path, shape, layout="train"):
+        return sharding.parameter(mesh, path, shape, layout).spec
+
     assert spec("llm/layers/und/q_kernel", (2, 32, 32)) == P(None, "fsdp", "tensor")
     assert spec("llm/layers/und/down_kernel", (2, 48, 32)) == P(None, "tensor", "fsdp")
     assert spec("llm/layers/und/q_kernel", (2, 32, 32), "rollout") == P(None, None, "tensor")
@@ -276,8 +299,9 @@ def test_layouts_of_parameters():
 
 
 def test_layouts_of_what_draws():
-    """Expert and latent path are cut like their twins; the autoencoder is whole everywhere, and so is what is no
-    parameter at all."""
+    """Expert and latent path are cut like their twins; the autoencoder is whole everywhere, and so
+    is what is no parameter at all.
+    """
     mesh = jax.sharding.AbstractMesh((2, 4, 2), sharding.AXES)
     params = jax.eval_shape(lambda: tiny.params(tiny.DRAWING))
     config = dataclasses.replace(CONFIG, model=tiny.DRAWING)
@@ -294,7 +318,10 @@ def test_layouts_of_what_draws():
     train, rollout_layout = (
         params_lib.flatten(sharding.tree(mesh, params, layout)) for layout in ("train", "rollout")
     )
-    spec = lambda path, flat=train: flat[f"latent/{path}"].spec
+
+    def spec(path, flat=train):
+        return flat[f"latent/{path}"].spec
+
     assert [spec("in_kernel"), spec("out_kernel"), spec("time_fc2_kernel")] == [
         P(None, "fsdp"),
         P("fsdp", None),

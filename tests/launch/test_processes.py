@@ -1,8 +1,8 @@
 """A run of two processes with four devices each computes what one process with one device does.
 
 The processes exist as children only (this file, run by launch/local_multiprocess.sh): they join by
-`distributed.initialize`, go through the meshes of `test_meshes.run`, every process with its own rows, and assemble the
-batches of a small data set; the first leaves .npz files.
+`distributed.initialize`, go through the meshes of `test_meshes.run`, every process with its own
+rows, and assemble the batches of a small data set; the first leaves .npz files.
 """
 
 import os
@@ -16,7 +16,8 @@ import pytest
 import small_run
 
 COUNT, DEVICES, STEPS = 2, 4, (0, 5)
-# (data, fsdp, tensor): micro steps. Processes hold one half each of `fsdp`, of `data`, or of every row.
+# (data, fsdp, tensor): micro steps. Processes hold one half each of `fsdp`, of `data`, or of every
+# row.
 MESHES = {(1, 4, 2): 1, (2, 2, 2): 2, (1, 1, 8): 1}
 BATCH = 8
 
@@ -87,7 +88,7 @@ def data_dir(tmp_path_factory):
     return made
 
 
-# --- who reads which rows -----------------------------------------------------------------------------------
+# --- who reads which rows -------------------------------------------------------------------------
 
 
 def half(process, processes):
@@ -112,7 +113,7 @@ def test_processes_share_the_batch_that_one_would_have(data_dir, tmp_path, proce
     assert pids != [[row.example.pid for row in part.opsd(STEPS[0])[1]] for part in parts]
 
 
-# --- really two processes -----------------------------------------------------------------------------------
+# --- really two processes -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +179,13 @@ def test_two_processes_compute_what_one_does(two, one, sizes):
             np.testing.assert_allclose(found[key], one[key], rtol=0, atol=atol, err_msg=key)
 
 
-# --- whole commands -----------------------------------------------------------------------------------------
+# --- whole commands -------------------------------------------------------------------------------
 
 
 def module(name, *arguments, processes=1):
-    """Runs `python -m opsd_jax.<name>` as one process with one device or as several with four each."""
+    """Runs `python -m opsd_jax.<name>` as one process with one device or as several with four
+    each.
+    """
     here = pathlib.Path(__file__).resolve().parents[2]
     env = {
         key: value
@@ -245,7 +248,10 @@ def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
             np.testing.assert_allclose(
                 b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"step {a['step']} {key}"
             )
-    names = lambda n: sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
+
+    def names(n):
+        return sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
+
     assert names(1) == names(COUNT)
 
 
@@ -286,7 +292,10 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
             f"--name=kl{processes}",
             processes=processes,
         )
-    read = lambda name: [json.loads(line) for line in (w / name).read_text().splitlines()]
+
+    def read(name):
+        return [json.loads(line) for line in (w / name).read_text().splitlines()]
+
     for kind, rows in (("tasks", small_run.TEST_ROWS), ("table", 11)):
         one, two = (read(f"eval/{kind}{n}/predictions.jsonl") for n in (1, COUNT))
         assert one == two and len(one) == rows

@@ -6,7 +6,8 @@ import pytest
 
 from conftest import DEFAULT_GOLDENS
 
-# What tests compare where a file has it: the carried copy has each in at least one file of the folder.
+# What tests compare where a file has it: the carried copy has each in at least one file of the
+# folder.
 OPTIONAL = {
     "vae": ("decoded_from_mean", "decoded_from_sampled"),
     "und_forward": (r"\w+\.attention_mask", r"\w+\.hidden_layer0", r"\w+\.hidden_final"),

@@ -19,7 +19,10 @@ def test_checkpoint(goldens, whole_model):
     folder = path_of(goldens, "checkpoint")
     model, autoencoder = read_tensors(folder), load_file(folder / "ae.safetensors")
     shapes = json.loads((folder / "shapes.json").read_text())
-    sizes = lambda tensors: {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+    def sizes(tensors):
+        return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
     assert (sizes(model), sizes(autoencoder)) == (shapes["bagel"], shapes["ae"])
     tensors, ours = {**model, **autoencoder}, by_name(whole_model[1])
     assert set(ours) == set(tensors)
@@ -50,7 +53,9 @@ def folder_with(files, configs, target):
 
 
 def test_checkpoint_bfloat16(goldens, model, tmp_path):
-    """Weights in bfloat16 under the name ema.safetensors: those of the goldens, or else rounded here."""
+    """Weights in bfloat16 under the name ema.safetensors: those of the goldens, or else rounded
+    here.
+    """
     from safetensors.numpy import save_file
 
     configs = path_of(goldens, "checkpoint")

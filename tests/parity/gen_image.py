@@ -24,7 +24,9 @@ BRANCHES = {
 
 
 def scene(tensors, facts, whole_model, tokenizer):
-    """(stages, {branch: blocks}, grid): the parts of the context, the three contexts, tokens of the drawn image."""
+    """(stages, {branch: blocks}, grid): the parts of the context, the three contexts, tokens of the
+    drawn image.
+    """
     config, params = whole_model
     generation = config.generation
     pixels, noise = hwc(tensors["vae_image"])[None], hwc(tensors["vae_encode_noise"])
@@ -101,7 +103,9 @@ def raw_velocities(params, canvas, cache, x, times, *, config):
 
 
 def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
-    """The context image's moments; lengths, rope ids and cached keys of the three contexts; latent positions."""
+    """The context image's moments; lengths, rope ids and cached keys of the three contexts; latent
+    positions.
+    """
     tensors, facts = read(goldens, "gen_image", drawing)
     config, params = whole_model
     found = moments(params, hwc(tensors["vae_image"])[None], config=config)
@@ -208,7 +212,8 @@ def test_gen_image_draw(goldens, drawing, whole_model, tokenizer):
             pixels = np.asarray(flow.decode(params, drawn, grid=grid, config=model))[0]
             assert pixels.dtype == np.uint8 and pixels.shape == wanted.shape
             apart = np.abs(pixels.astype(int) - wanted)
-            # Values are truncated: rounding errors of the floats turn some just below a whole number.
+            # Values are truncated: rounding errors of the floats turn some just below a whole
+            # number.
             assert apart.max() <= 1 and apart.mean() <= 1e-3, f"run {n}"
 
 
@@ -251,9 +256,10 @@ def train_rows(tensors, facts, whole_model):
     noise = hwc(tensors["vae_encode_noise"])
     assert len(noise) == len(pictures)
     sides = [side * generation.vae.downsample for side in noise.shape[1:3]]
-    pad = lambda picture: np.pad(
-        picture, [(0, 0), *((0, a - b) for a, b in zip(sides, picture.shape[1:]))]
-    )
+
+    def pad(picture):
+        return np.pad(picture, [(0, 0), *((0, a - b) for a, b in zip(sides, picture.shape[1:]))])
+
     pixels = np.stack([pad(picture) for picture in pictures])
     compare(equal, pixels, tensors, "padded_images")
     latents = np.asarray(flow.encode(params, hwc(pixels), noise, config=config))
@@ -301,7 +307,10 @@ def test_train_mse(goldens, whole_model, tokenizer):
     stops = np.cumsum(facts["sample_lens"])
     equal(context.length, facts["sample_lens"])
     place = drawn.order + (stops - context.length)[:, None]  # of each slot in the official row
-    in_sequence = lambda values: values[used][np.argsort(place[used])]
+
+    def in_sequence(values):
+        return values[used][np.argsort(place[used])]
+
     slots, patches = context.tokens.shape[1], context.patch_image > 0
     text, at_latents = used[:, :slots].copy(), place[:, slots:]
     for r in range(len(rows)):
@@ -351,7 +360,10 @@ def test_train_mse(goldens, whole_model, tokenizer):
         errors, counted, hidden = flow.loss(params, context, times, noise, config=config)
         logits = bagel.logits(params, jnp.take_along_axis(hidden, batch.rows[:, :, None], axis=1))
         ce = divergence.cross_entropy(logits, batch.labels)
-        mean = lambda values, mask: jnp.sum(values * mask) / jnp.sum(mask)
+
+        def mean(values, mask):
+            return jnp.sum(values * mask) / jnp.sum(mask)
+
         means = mean(errors.mean(-1), counted), mean(ce, batch.mask)
         return sum(means), (means, errors, counted, hidden, logits, ce)
 

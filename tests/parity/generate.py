@@ -18,7 +18,9 @@ def prompt_blocks(tensors, tokenizer, patch):
 
 
 def test_generate(goldens, generate, model, tokenizer):
-    """`rollout.sample`: tokens, logits of every fed token, and what the image-skip rounds fed between."""
+    """`rollout.sample`: tokens, logits of every fed token, and what the image-skip rounds fed
+    between.
+    """
     tensors, facts = read(goldens, "generate", generate)
     config, params = model
     skipping = "events" in facts
@@ -68,7 +70,9 @@ def test_generate(goldens, generate, model, tokenizer):
 
 
 def test_generate_cache(goldens, model, tokenizer):
-    """The cache after the prompt and after decoding, and the counters behind every block of the prompt."""
+    """The cache after the prompt and after decoding, and the counters behind every block of the
+    prompt.
+    """
     root, checked = path_of(goldens, "generate"), 0
     for path in sorted(root.glob("*.safetensors")):
         tensors, facts = read(goldens, "generate", path.stem)

@@ -32,7 +32,9 @@ def source_of(facts):
 
 
 def logits_of(role, tensors, sample):
-    """A role's logits: the file of gradients repeats those of the case that it was taken on, or leaves them out."""
+    """A role's logits: the file of gradients repeats those of the case that it was taken on, or
+    leaves them out.
+    """
     return tensors.get(f"{role}_logits", sample[f"{role}.logits"])
 
 

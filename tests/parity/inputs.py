@@ -1,4 +1,6 @@
-"""The golden model's inputs: blocks, packs and completions from golden tensors; jitted forward passes."""
+"""The golden model's inputs: blocks, packs and completions from golden tensors; jitted forward
+passes.
+"""
 
 import dataclasses
 import functools
@@ -38,7 +40,10 @@ def image_block(pixels, patch):
 
 def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
     """(student, teacher) blocks of a sample whose tensors start with `prefix`."""
-    ids = lambda name: tensors.get(f"{prefix}{name}_ids", np.zeros(0, np.int32))
+
+    def ids(name):
+        return tensors.get(f"{prefix}{name}_ids", np.zeros(0, np.int32))
+
     prompts = context_lib.Prompts(ids("system"), ids("intro"), ids("transition"))
     question = np.concatenate([ids("question"), ids("instruction")])
     problem = image_block(tensors[f"{prefix}problem_image"], patch)
@@ -55,9 +60,16 @@ def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
 
 
 def bucket(rows, config=None):
-    """Static sizes that fit the rows, with some padding; config: of the model, where rows hold latents."""
-    patches = lambda blocks: sum(len(b.patches) for b in blocks if isinstance(b, context_lib.Image))
-    latents = lambda blocks: sum(len(b.tokens) for b in blocks if isinstance(b, context_lib.Latent))
+    """Static sizes that fit the rows, with some padding; config: of the model, where rows hold
+    latents.
+    """
+
+    def patches(blocks):
+        return sum(len(b.patches) for b in blocks if isinstance(b, context_lib.Image))
+
+    def latents(blocks):
+        return sum(len(b.tokens) for b in blocks if isinstance(b, context_lib.Latent))
+
     sizes = {
         "slots": SPARE + max(sum(b.slots for b in blocks) - latents(blocks) for blocks in rows),
         "patches": SPARE + max(map(patches, rows)),

@@ -50,12 +50,18 @@ def test_sampled_reverse_kl(goldens):
             if case["with_labels"]
             else np.ones(len(tensors["labels"]), bool)
         )
-        loss = lambda logits: mean_of(
-            divergence.sampled_reverse_kl(
-                logits, tensors["teacher_logits"], tensors["sampled_token_ids"], case["temperature"]
-            ),
-            mask,
-        )
+
+        def loss(logits):
+            return mean_of(
+                divergence.sampled_reverse_kl(
+                    logits,
+                    tensors["teacher_logits"],
+                    tensors["sampled_token_ids"],
+                    case["temperature"],
+                ),
+                mask,
+            )
+
         value, gradient = jax.value_and_grad(loss)(tensors["student_logits"])
         assert float(value) == pytest.approx(case["loss"], rel=1e-5, abs=1e-6), case
         compare(close_gradient, gradient, tensors, f"tinker_grad.{i}")

@@ -67,8 +67,10 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
     completions = {n: tensors[f"sample{n}.completion_ids"] for n in numbers}
     longest = max(completions.values(), key=len)
 
-    # Their gradient is zero but for rounding, which AdamW's tiny epsilon blows up to whole steps of noise.
-    is_trap = lambda name: name.startswith("vit_model.") and name.endswith("self_attn.k_proj.bias")
+    # Their gradient is zero but for rounding, which AdamW's tiny epsilon blows up to whole steps of
+    # noise.
+    def is_trap(name):
+        return name.startswith("vit_model.") and name.endswith("self_attn.k_proj.bias")
 
     def check(prefix, params):
         """Compares the tensors called `prefix` + parameter name and counts them."""
@@ -81,7 +83,8 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
                 )
         return len(wanted)
 
-    # Committed to a device like what comes back from an update, so that the program is compiled once.
+    # Committed to a device like what comes back from an update, so that the program is compiled
+    # once.
     state = jax.jit(functools.partial(distill.init_state, config=config))(params)
     state = jax.device_put(state, jax.devices()[0])
     order = facts["sample_order"]
@@ -97,14 +100,18 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
                 for role in (0, 1)
             )
         )
-        # The longest completion rides along for its length only: all steps share one compiled program.
+        # The longest completion rides along for its length only: all steps share one compiled
+        # program.
         sampled = trajectory([*(completions[n] for n in ids), longest])
         sampled = jax.tree.map(lambda x: x[: len(ids)], sampled)
         assert [len(completions[n]) + 1 for n in ids] == [
             micro["n_completion_rows"] for micro in micros
         ]
         state, metrics = distill.update(state, batch, sampled, config=config)
-        mean = lambda name: np.mean([micro[name] for micro in micros])
+
+        def mean(name):
+            return np.mean([micro[name] for micro in micros])
+
         for ours, wanted in (
             ("lr", step["lr_used"]),
             ("grad_norm", step["grad_norm_before_clip"]),

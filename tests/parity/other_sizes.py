@@ -57,10 +57,15 @@ def test_other_sizes(tmp_path):
     assert (config.llm.head_dim, config.vit.num_layers, config.vit.side) == (8, 2, 7)
     reference = Reference(tmp_path, tuple(vars(tokenizer).values()))
     rng = np.random.default_rng(1)
-    ids = lambda n: rng.integers(10, 380, n).astype(np.int32)
-    picture = lambda rows, columns: context_lib.Image(
-        rng.uniform(-1, 1, (rows * columns, 75)).astype(np.float32), (rows, columns)
-    )
+
+    def ids(n):
+        return rng.integers(10, 380, n).astype(np.int32)
+
+    def picture(rows, columns):
+        return context_lib.Image(
+            rng.uniform(-1, 1, (rows * columns, 75)).astype(np.float32), (rows, columns)
+        )
+
     prompts = context_lib.Prompts(ids(6), ids(3), ids(4))
     question, problem, answer = ids(5), picture(3, 7), ids(8)
     roles = [
@@ -102,7 +107,9 @@ def test_other_sizes(tmp_path):
 
 
 def test_other_sizes_draw(tmp_path):
-    """The same sizes, from a model in shards: pixels to latents, drawings behind three contexts, and back."""
+    """The same sizes, from a model in shards: pixels to latents, drawings behind three contexts,
+    and back.
+    """
     tokenizer = OTHER_TOKENIZER
     write_checkpoint(tmp_path, OTHER_LLM, OTHER_VIT, OTHER_WHOLE, OTHER_AE, seed=2, shards=3)
     model, params = load_lib.load(str(tmp_path), generation=True)
@@ -110,12 +117,17 @@ def test_other_sizes_draw(tmp_path):
     assert (generation.stride, generation.latent_dim, generation.timestep_shift) == (12, 72, 2.0)
     reference = Reference(tmp_path, tuple(vars(tokenizer).values()))
     rng = np.random.default_rng(3)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     pixels, noise = np.tanh(normal(3, 24, 36)), normal(8, 6, 9)
     latents = np.asarray(flow.encode(params, hwc(pixels)[None], hwc(noise)[None], config=model))[0]
     close(latents, hwc(reference.encode(pixels, noise)))
 
-    text = lambda n: context_lib.Text(rng.integers(10, 380, n).astype(np.int32))
+    def text(n):
+        return context_lib.Text(rng.integers(10, 380, n).astype(np.int32))
+
     system, question, answer = text(4), text(6), text(3)
     picture = [
         context_lib.Latent(np.asarray(flow.to_tokens(latents, 3)), (2, 3)),
@@ -157,6 +169,9 @@ def test_other_sizes_draw(tmp_path):
             :, :-SPARE
         ]
         close(drawn[0], wanted, renorm)
-    square = lambda tokens: np.asarray(flow.to_latents(tokens, grid, 3))
+
+    def square(tokens):
+        return np.asarray(flow.to_latents(tokens, grid, 3))
+
     image = decode_latents(params, square(drawn), config=model)[0]
     close(image, hwc(reference.decode(np.moveaxis(square(wanted), -1, 0))))

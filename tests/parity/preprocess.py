@@ -24,10 +24,15 @@ def resize_rules(facts):
 
 
 def test_preprocess_images(goldens):
-    """PNG -> RGB on white -> resized uint8 -> normalised -> patches, bit by bit up to the normalisation."""
+    """PNG -> RGB on white -> resized uint8 -> normalised -> patches, bit by bit up to the
+    normalisation.
+    """
     tensors, facts = read(goldens, "preprocess", "preprocess")
     rules = resize_rules(facts)
-    path_to = lambda name: goldens / "preprocess" / f"{name}.png"
+
+    def path_to(name):
+        return goldens / "preprocess" / f"{name}.png"
+
     rows = [
         row for row in facts["images"] if path_to(row["image"]).exists()
     ]  # a copy may leave out images

@@ -22,7 +22,8 @@ def path_of(goldens, name):
 def read(goldens, folder, name):
     """(tensors, settings) of one case; name None: there is none.
 
-    `repeats` in the settings names tensors that are the same in another case of the set, and kept there only.
+    `repeats` in the settings names tensors that are the same in another case of the set, and kept
+    there only.
     """
     from safetensors.numpy import load_file
 
@@ -56,7 +57,9 @@ equal = np.testing.assert_array_equal
 
 
 def compare(check, actual, tensors, name):
-    """Compares with a golden tensor where there is one: a copy may leave out what repeats, see its README."""
+    """Compares with a golden tensor where there is one: a copy may leave out what repeats, see its
+    README.
+    """
     if name in tensors:
         check(actual, tensors[name], name)
 

@@ -13,7 +13,10 @@ from parity.replay import read
 
 
 def test_schedule(goldens):
-    """Up to its end. After it the official cosine would climb again; here it stays at the end's rate."""
+    """Up to its end.
+
+    After it the official cosine would climb again; here it stays at the end's rate.
+    """
     _, facts = read(goldens, "schedule", "schedule")
     main = facts["schedule"]
     settings = distill.OptimConfig(
@@ -57,14 +60,20 @@ def test_optimizer(goldens):
             max_grad_norm=toy["max_grad_norm"],
         ),
     )
-    vector = lambda x: {"llm": {"norm": jnp.asarray(x)}}
+
+    def vector(x):
+        return {"llm": {"norm": jnp.asarray(x)}}
+
     state = distill.init_state(vector(tensors["toy_x0"]), config)
     update = jax.jit(functools.partial(distill.apply_gradients, config=config))
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     previous = np.zeros_like(tensors["toy_x0"])
     for k, gradient in enumerate(tensors["toy_raw_grads"]):
         state, metrics = update(state, vector(gradient))
-        at = lambda name: tensors[f"toy_{name}"][k]
+
+        def at(name):
+            return tensors[f"toy_{name}"][k]
+
         moments = state["opt"]
         near(metrics["lr"], at("lr_used")[0])
         near(metrics["grad_norm"], at("grad_norm")[0])

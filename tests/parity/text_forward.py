@@ -72,7 +72,9 @@ def test_rope_tables(goldens, model):
 
 
 def test_rope_frequencies_in_bfloat16(model):
-    """`model.rope_bfloat16`: inv_freq as FSDP casts it, under jit too; the model's output moves by as much as that."""
+    """`model.rope_bfloat16`: inv_freq as FSDP casts it, under jit too; the model's output moves by
+    as much as that.
+    """
     theta, dim = 1e6, 128
     exact = np.float32(1) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
     rounded = exact.astype(jnp.bfloat16).astype(np.float64)

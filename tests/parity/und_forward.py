@@ -22,7 +22,9 @@ from parity.replay import close, compare, equal, read
 
 
 def test_und_forward(goldens, und_forward, model, tokenizer):
-    """Both packs: slots, positions, mask, targets exactly; hidden states, logits, cross entropy closely."""
+    """Both packs: slots, positions, mask, targets exactly; hidden states, logits, cross entropy
+    closely.
+    """
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
     target = context_lib.Text(tensors["completion_ids"], loss=True)
@@ -42,7 +44,10 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
     shorter, cut = first_layers(config, params, "llm", 1)
     first = np.asarray(forward(cut, context, config=shorter))
     for r, role in enumerate(("student", "teacher")):
-        golden = lambda name: tensors[f"{role}.{name}"]
+
+        def golden(name):
+            return tensors[f"{role}.{name}"]
+
         facts, n = settings[role], len(golden("packed_position_ids"))
         assert context.length[r] == facts["sequence_length"] == n
         assert [b.slots for b in rows[r]] == facts["split_lens"]

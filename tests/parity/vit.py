@@ -45,9 +45,11 @@ def test_vit(goldens, model, tokenizer):
             {"params": params["vit"]}, packed.patches, packed.patch_positions, packed.patch_image
         )[0, :n]
 
-    post_norm = lambda x: siglip.layer_norm(
-        x, vit["post_norm_scale"], vit["post_norm_bias"], config.vit.layer_norm_eps
-    )
+    def post_norm(x):
+        return siglip.layer_norm(
+            x, vit["post_norm_scale"], vit["post_norm_bias"], config.vit.layer_norm_eps
+        )
+
     layers = matching(tensors, r"hidden\.layer(\d+)")
     assert len(layers) == config.vit.num_layers
     for match, hidden in layers:

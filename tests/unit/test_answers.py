@@ -1,4 +1,6 @@
-"""Answers that are kept batch by batch; what is done to drawn pictures; benchmarks of both kinds."""
+"""Answers that are kept batch by batch; what is done to drawn pictures; benchmarks of both
+kinds.
+"""
 
 import collections
 import json
@@ -133,7 +135,9 @@ def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
 
 def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
     batches, asked = inference.plan([bench("A"), bench("B", 2)], 2), []
-    answer = lambda number, benchmark, keys: asked.append(number) or {"predictions": []}
+
+    def answer(number, benchmark, keys):
+        return asked.append(number) or {"predictions": []}
 
     def stop_before_the_third():
         if len(asked) == 2:
@@ -152,7 +156,10 @@ def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("done", [0, 2])
 def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, together, done):
-    """Four batches for three processes: those with one batch less ask once more. JAX stops all at the same question."""
+    """Four batches for three processes: those with one batch less ask once more.
+
+    JAX stops all at the same question.
+    """
     batches = inference.plan([bench("A"), bench("B", 2)], 2)
     collect(tmp_path / "0", batches, died_at=done)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x)
@@ -294,12 +301,14 @@ def entry(overall, seconds, unit="fraction"):
 
 
 def test_the_ratio_of_drawing_to_text():
-    of = lambda mode, found, **more: {
-        "mode": mode,
-        "checkpoint": "c",
-        "benchmarks": {"MMVP": found},
-        **more,
-    }
+    def of(mode, found, **more):
+        return {
+            "mode": mode,
+            "checkpoint": "c",
+            "benchmarks": {"MMVP": found},
+            **more,
+        }
+
     summaries = {
         "n": of("none", entry(0.75, 0.1)),
         "g": of("generated", entry(70.0, 1.43, "percent") | {"pictures_per_sample": 1.25}),
@@ -321,13 +330,15 @@ def test_the_ratio_of_drawing_to_text():
 
 
 def test_mean_over_seeds():
-    of = lambda seed, overall, **more: {
-        "seed": seed,
-        "checkpoint": "w/c",
-        "protocol": "harness-none",
-        "benchmarks": {"MMVP": entry(overall, 0.1)},
-        **more,
-    }
+    def of(seed, overall, **more):
+        return {
+            "seed": seed,
+            "checkpoint": "w/c",
+            "protocol": "harness-none",
+            "benchmarks": {"MMVP": entry(overall, 0.1)},
+            **more,
+        }
+
     summaries = {
         "a": of(0, 0.5),
         "b": of(1, 0.7),
@@ -486,7 +497,8 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
     )
     with pytest.raises(
         ValueError,
-        match="bad/summary.json (is not valid JSON|is no summary|holds a).*: delete its folder, and",
+        match="bad/summary.json (is not valid JSON|is no summary|holds "
+        "a).*: delete its folder, and",
     ):
         results_lib.read_results(str(tmp_path), "bad")
 

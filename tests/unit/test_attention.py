@@ -1,6 +1,8 @@
-"""Attention in pieces against attention at once, the rule of the mask, and the kernels against dense attention.
+"""Attention in pieces against attention at once, the rule of the mask, and the kernels against
+dense attention.
 
-The TPU's kernel runs here in interpret mode, and is lowered for a TPU; nothing here shows that it is right on one.
+The TPU's kernel runs here in interpret mode, and is lowered for a TPU; nothing here shows that it
+is right on one.
 """
 
 import dataclasses
@@ -28,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def drawn(t, s, heads=4, kv=2, width=8, seed=0):
     """q, k, v, and a mask in which some queries see nothing."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
     mask = rng.random((2, t, s)) < 0.6
     mask[1, :2] = False
     return (
@@ -64,7 +69,10 @@ def test_query_blocks_compute_the_same(block):
 def test_query_blocks_have_the_same_gradients(block):
     q, k, v, mask = drawn(7, 9)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 7, 32), np.float32))
-    loss = lambda block, q, k, v: jnp.sum(attention.attend(q, k, v, mask, block) * weights)
+
+    def loss(block, q, k, v):
+        return jnp.sum(attention.attend(q, k, v, mask, block) * weights)
+
     at_once, in_blocks = (
         jax.grad(functools.partial(loss, n), argnums=(0, 1, 2))(q, k, v) for n in (0, block)
     )
@@ -82,7 +90,9 @@ def test_larger_query_blocks(block):
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_query_blocks_with_masks_that_broadcast(block):
-    """All queries see the same keys (as a drawn image), or everything everything (as the autoencoder calls it)."""
+    """All queries see the same keys (as a drawn image), or everything everything (as the
+    autoencoder calls it).
+    """
     q, k, v, mask = drawn(6, 9)
     expected = dense(q, k, v, np.broadcast_to(mask[:, 3:4], (2, 6, 9)))
     np.testing.assert_allclose(attention.attend(q, k, v, mask[:, 3:4], block), expected, atol=1e-5)
@@ -104,9 +114,12 @@ def test_query_blocks_need_less_memory():
             ((1, 512, 512), bool),
         )
     ]
-    compiled = lambda block: (
-        jax.jit(functools.partial(attention.attend, query_block=block)).lower(*shapes).compile()
-    )
+
+    def compiled(block):
+        return (
+            jax.jit(functools.partial(attention.attend, query_block=block)).lower(*shapes).compile()
+        )
+
     at_once, in_blocks = (compiled(block).memory_analysis().temp_size_in_bytes for block in (0, 32))
     assert at_once >= 4 * 512 * 512 * 4 > 4 * in_blocks
 
@@ -114,7 +127,10 @@ def test_query_blocks_need_less_memory():
 def test_the_rule_of_the_mask():
     """Against loops over queries and keys, for random vectors."""
     rng = np.random.default_rng(0)
-    vector = lambda high, n: rng.integers(0, high, (3, n)).astype(np.int32)
+
+    def vector(high, n):
+        return rng.integers(0, high, (3, n)).astype(np.int32)
+
     limit, order = vector(9, 8), np.stack([rng.permutation(8) for _ in range(3)]).astype(np.int32)
     segment, noised = vector(3, 8), vector(3, 8)
     for places, numbers in ((None, None), (order, None), (order, noised)):
@@ -148,7 +164,9 @@ def text(n):
 
 
 def mask_of(packed, documents=False):
-    """The Mask of a packed batch of SLOTS + LATENTS slots; documents: what follows the first 11 is a second one."""
+    """The Mask of a packed batch of SLOTS + LATENTS slots; documents: what follows the first 11 is
+    a second one.
+    """
     segment = np.where(documents & (packed.latents.order >= 11), 2, 1) * packed.segment
     order, noised = packed.latents.order, packed.latents.noised
     return attention.Mask(
@@ -214,7 +232,10 @@ def attended(q, k, v, gradient, mask, kind, blocks=None):
 
 
 def seeing(mask):
-    """bool [B, T, 1], the queries that see something. What the others give is nobody's, and differs."""
+    """bool [B, T, 1], the queries that see something.
+
+    What the others give is nobody's, and differs.
+    """
     return jnp.any(attention.visible(*mask), axis=-1)[:, :, None]
 
 
@@ -239,7 +260,10 @@ def agree(found, expected, atol):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_kernel_equals_dense_attention(name):
-    """38 queries and keys in blocks of 8 and 16: neither divides them. All layouts run through one program."""
+    """38 queries and keys in blocks of 8 and 16: neither divides them.
+
+    All layouts run through one program.
+    """
     agree(*both("flash_interpret", (8, 16), *arrays(38, 38), LAYOUTS[name]), 3e-6)
 
 
@@ -256,7 +280,9 @@ def test_the_kernel_with_other_heads_and_fewer_queries_than_keys():
 
 
 def test_the_kernel_in_bfloat16():
-    """Off from float32 by no more than rounding to 8 bits brings; dense attention in bfloat16 the same."""
+    """Off from float32 by no more than rounding to 8 bits brings; dense attention in bfloat16 the
+    same.
+    """
     given = arrays(38, 38, dtype=jnp.bfloat16)
     _, exact = both("dense", None, *(x.astype(jnp.float32) for x in given), LAYOUTS["images"])
     for found in both("flash_interpret", (16, 16), *given, LAYOUTS["images"]):
@@ -265,7 +291,9 @@ def test_the_kernel_in_bfloat16():
 
 
 def test_one_row_of_a_mask_stands_for_all_queries():
-    """As a drawn image has it: [B, 1] vectors and 200 queries in blocks of the size that is chosen."""
+    """As a drawn image has it: [B, 1] vectors and 200 queries in blocks of the size that is
+    chosen.
+    """
     q, k, v, gradient = arrays(200, 38)
     one = attention.Mask(*jnp.array([[[38], [20]], [[1], [1]]]), jnp.ones((2, 38), jnp.int32))
     agree(*both("flash_interpret", None, q, k, v, gradient, one), 3e-6)
@@ -282,7 +310,9 @@ def test_queries_that_see_nothing_are_zero_and_finite():
 
 
 def test_which_blocks_are_at_hand():
-    """The drawing in the docstring of `flash`, and one with blocks before the first needed one, and none at all."""
+    """The drawing in the docstring of `flash`, and one with blocks before the first needed one, and
+    none at all.
+    """
     lines = ["#...", "##..", ".##.", "..#.", "...."]
     found = flash._at_hand(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
     assert found[0].tolist() == [
@@ -295,7 +325,9 @@ def test_which_blocks_are_at_hand():
 
 
 def test_blocks_that_nobody_sees_are_left_out():
-    vector = lambda *values: jnp.asarray(values, jnp.int32)[None]
+    def vector(*values):
+        return jnp.asarray(values, jnp.int32)[None]
+
     real = vector(*[1] * 20, *[0] * 12)  # causal text, in blocks of 8; the last one is padding
     laid = flash.plan(vector(*range(1, 33)), real, real, queries=32, blocks=(8, 8))
     assert laid.key_blocks[0, :3].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2]]
@@ -309,7 +341,10 @@ def test_what_stands_in_a_block_that_nobody_sees_does_not_matter():
     """Slots 32 to 37 are the third block of keys, all padding: not even NaN does harm there."""
     mask, (q, k, v, gradient) = LAYOUTS["text"], arrays(38, 38)
     assert not (mask.key_segment[:, 32:] > 0).any()
-    poison = lambda x: x.at[:, 32:].set(jnp.nan)
+
+    def poison(x):
+        return x.at[:, 32:].set(jnp.nan)
+
     found = attended(q, poison(k), poison(v), gradient, mask, "flash_interpret", (8, 16))
     expected = attended(q, k, v, gradient, mask, "flash_interpret", (8, 16))
     for ours, its, slots in zip(found, expected, (38, 38, 32, 32), strict=True):
@@ -335,7 +370,9 @@ def largest(jaxpr):
 
 
 def test_nothing_as_large_as_queries_times_keys_is_made():
-    """Traced forward and backward, 2,000 slots: dense attention has [2000, 2000] at least, the kernel its blocks."""
+    """Traced forward and backward, 2,000 slots: dense attention has [2000, 2000] at least, the
+    kernel its blocks.
+    """
     slots = 2000
     config = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, vocab_size=8))
     x = jax.ShapeDtypeStruct((1, slots, 32), jnp.float32)
@@ -351,7 +388,10 @@ def test_nothing_as_large_as_queries_times_keys_is_made():
 
 @pytest.mark.parametrize("heads, kv, width", [(28, 4, 128), (16, 16, 72)], ids=["decoder", "vit"])
 def test_the_kernel_lowers_for_a_tpu(heads, kv, width):
-    """At the sizes of 7B, noised latents included. The tiles that the TPU wants are checked here, its memory is not."""
+    """At the sizes of 7B, noised latents included.
+
+    The tiles that the TPU wants are checked here, its memory is not.
+    """
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         for shape in ((1, 700, heads, width), (1, 900, kv, width), (1, 900, kv, width))
@@ -361,7 +401,10 @@ def test_the_kernel_lowers_for_a_tpu(heads, kv, width):
 
     def gradients(q, k, v, mask):
         laid = attention.lay_out(mask, 700, "flash")
-        loss = lambda *a: jnp.sum(attention.attend(*a, laid, kind="flash").astype(jnp.float32))
+
+        def loss(*a):
+            return jnp.sum(attention.attend(*a, laid, kind="flash").astype(jnp.float32))
+
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     text = jax.export.export(jax.jit(gradients), platforms=["tpu"])(*shapes, mask).mlir_module()
@@ -391,7 +434,10 @@ def test_a_context_with_latents_reads_the_same(params):
         ],
         slots=20,
     )
-    read = lambda config: jax.jit(functools.partial(bagel.read, config=config))(params, packed)[0]
+
+    def read(config):
+        return jax.jit(functools.partial(bagel.read, config=config))(params, packed)[0]
+
     dense, ours = read(DRAWING), read(dataclasses.replace(DRAWING, **FLASH))
     np.testing.assert_allclose(ours[packed.segment > 0], dense[packed.segment > 0], atol=2e-5)
 
@@ -409,7 +455,9 @@ def test_scores_and_their_gradients_are_the_same():
     weights = completion.mask[:, :, None] * jnp.asarray(rng.standard_normal((2, 6, 32), np.float32))
 
     def run(config):
-        loss = lambda p: jnp.sum(distill.score(p, packed, completion, config=config) * weights)
+        def loss(p):
+            return jnp.sum(distill.score(p, packed, completion, config=config) * weights)
+
         return jax.jit(jax.value_and_grad(loss))(params)
 
     (expected, dense), (found, ours) = run(MODEL), run(dataclasses.replace(MODEL, **FLASH))
@@ -453,8 +501,9 @@ def test_answers_are_the_same():
 
 @pytest.mark.slow
 def test_sampling_on_several_devices_goes_through_the_kernel():
-    """The parameters' mesh is known while the sampler is traced: without it the kernel would not be cut, and on a TPU
-    not compile."""
+    """The parameters' mesh is known while the sampler is traced: without it the kernel would not be
+    cut, and on a TPU not compile.
+    """
     program = """if True:
         import dataclasses
         import jax, numpy as np
@@ -465,9 +514,11 @@ def test_sampling_on_several_devices_goes_through_the_kernel():
         packed = tiny.batch(np.random.default_rng(4), 4).student
         def sample(model, params, packed):
             config = tiny.rollout_config(model=model, greedy=True, max_new_tokens=5)
-            return rollout.sample.trace(params, packed, jax.random.key(0), config=config).jaxpr, rollout.sample(
-                params, packed, jax.random.key(0), config=config).fed
-        on_mesh = jax.device_put(params, sharding.tree(mesh, params, "rollout")), sharding.put_batch(mesh, packed)
+            arguments = params, packed, jax.random.key(0)
+            jaxpr = rollout.sample.trace(*arguments, config=config).jaxpr
+            return jaxpr, rollout.sample(*arguments, config=config).fed
+        layout = sharding.tree(mesh, params, "rollout")
+        on_mesh = jax.device_put(params, layout), sharding.put_batch(mesh, packed)
         _, expected = sample(tiny.MODEL, params, packed)
         jaxpr, found = sample(dataclasses.replace(tiny.MODEL, **FLASH), *on_mesh)
         np.testing.assert_array_equal(found, expected)
@@ -493,20 +544,26 @@ def test_several_devices_compute_their_own_rows_and_heads():
         from opsd_jax import sharding
         from opsd_jax.model import attention
         mesh, rng = sharding.make_mesh(1, 2, 2), np.random.default_rng(0)
-        arrays = [jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))]
+        shapes = (2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)
+        arrays = [jnp.asarray(rng.standard_normal(s, np.float32)) for s in shapes]
         ones = jnp.ones((2, 9), jnp.int32)
         arrays += [jnp.broadcast_to(jnp.arange(1, 10), (2, 9)), ones, ones]
         def gradients(kind):
             def run(q, k, v, *vectors):
                 laid = attention.lay_out(attention.Mask(*vectors), 9, kind)
-                return jax.grad(lambda *a: jnp.sum(attention.attend(*a, laid, kind=kind) ** 2), (0, 1, 2))(q, k, v)
+                def loss(*a):
+                    return jnp.sum(attention.attend(*a, laid, kind=kind) ** 2)
+                return jax.grad(loss, (0, 1, 2))(q, k, v)
             return jax.jit(run)
         expected = gradients("dense")(*arrays)
-        put = lambda x: jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"), *(None, "tensor")[:x.ndim - 2])))
+        def put(x):
+            spec = P(("data", "fsdp"), *(None, "tensor")[:x.ndim - 2])
+            return jax.device_put(x, NamedSharding(mesh, spec))
         with jax.set_mesh(mesh):
             compiled = gradients("flash_interpret").lower(*map(put, arrays)).compile()
         text = compiled.as_text()
-        assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+        collectives = "all-gather", "all-reduce", "all-to-all", "collective-permute"
+        assert not any(name in text for name in collectives)
         for ours, its in zip(compiled(*map(put, arrays)), expected):
             np.testing.assert_allclose(ours, its, atol=5e-6)
         print("the same")
@@ -585,7 +642,9 @@ def test_cudnn_is_lowered_for_gpus_alone(monkeypatch):
 
 @pytest.mark.parametrize("queries, one_row", [(38, False), (37, True)])
 def test_what_cudnn_is_given(monkeypatch, queries, one_row):
-    """cuDNN is not here: XLA's implementation of the same function stands in, behind the checks of cuDNN's shapes."""
+    """cuDNN is not here: XLA's implementation of the same function stands in, behind the checks of
+    cuDNN's shapes.
+    """
     real = jax.nn.dot_product_attention
 
     def stand_in(q, k, v, *, mask, implementation):

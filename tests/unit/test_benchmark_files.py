@@ -1,4 +1,6 @@
-"""Benchmark files: what is wrong with one is told by file, row, column and mend; nothing is lost on the way."""
+"""Benchmark files: what is wrong with one is told by file, row, column and mend; nothing is lost on
+the way.
+"""
 
 import base64
 import csv
@@ -30,7 +32,9 @@ PICTURE = encoded(picture())
 
 
 def mcq(count=4, **more):
-    """Cells of multiple-choice rows 0, 1, ...; the right answer is A, left. `more`: column -> values."""
+    """Cells of multiple-choice rows 0, 1, ...; the right answer is A, left. `more`: column ->
+    values.
+    """
     rows = [
         {
             "index": i,
@@ -434,7 +438,8 @@ def test_import_is_light():
     """Neither the table reader, nor the model, nor an image library is loaded before it is used."""
     code = (
         "import sys, opsd_jax.scoring, opsd_jax.benchmarks\n"
-        "print([m for m in ('pandas', 'numpy', 'jax', 'flax', 'PIL', 'transformers') if m in sys.modules])"
+        "print([m for m in ('pandas', 'numpy', 'jax', 'flax', 'PIL', "
+        "'transformers') if m in sys.modules])"
     )
     assert (
         subprocess.run(

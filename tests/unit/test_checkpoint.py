@@ -108,7 +108,8 @@ def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
     }
     assert (found["format"], found["stage"], found["step"]) == (checkpoint.FORMAT, "opsd", 3)
     assert found["versions"]["jax"] == jax.__version__ and found["versions"]["orbax"]
-    # The step folder, its parent and the workdir all lead to it; without shardings it goes to one device.
+    # The step folder, its parent and the workdir all lead to it; without shardings it goes to one
+    # device.
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
         assert_same(checkpoint.restore(folder, plain), state)
@@ -331,14 +332,18 @@ def test_damaged_files_and_strange_checkpoints(tmp_path):
 
 
 def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
-    """Writes truly fail (a file-size limit); keep_latest=1 deletes step 1 if step 2 passes for written."""
+    """Writes truly fail (a file-size limit); keep_latest=1 deletes step 1 if step 2 passes for
+    written.
+    """
     code = """
         import resource, sys
         import jax, jax.numpy as jnp
         from opsd_jax.runtime.checkpoint import Checkpoints, CheckpointError
         state = lambda step: {"w": jax.random.normal(jax.random.key(step), (512, 512))}
-        limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        save = lambda c, step, **more: c.save(step, state(step), state(step), stage="opsd", config={}, **more)
+        def limit(size):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        def save(c, step, **more):
+            return c.save(step, state(step), state(step), stage="opsd", config={}, **more)
         with Checkpoints(sys.argv[1], keep_latest=1) as c:
             save(c, 1, wait=True)
             limit(100_000)
@@ -348,8 +353,8 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path):
                     call()
                     print("no error")
                 except CheckpointError as error:
-                    print(isinstance(error, OSError), sys.argv[1] in str(error), "too large" in str(error),
-                          "usable: [1]" in str(error), c.latest())
+                    print(isinstance(error, OSError), sys.argv[1] in str(error),
+                          "too large" in str(error), "usable: [1]" in str(error), c.latest())
             c.wait()  # told already
             restored = c.restore(1, state(0))
             print("restored", bool((restored["w"] == state(1)["w"]).all()))
@@ -546,7 +551,9 @@ def test_one_process_begins_again_where_its_checkpoint_is_deleted(
 
 
 def test_writers_of_a_failed_save_may_still_be_at_work(tmp_path):
-    """As after a full disk in a notebook: the folder comes back while it is removed, and then stays away."""
+    """As after a full disk in a notebook: the folder comes back while it is removed, and then stays
+    away.
+    """
     half = tmp_path / "1.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
     stop = time.monotonic() + 1.0
@@ -578,7 +585,7 @@ def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypa
         pass
 
 
-# ---------------------------------------------------------------------------- other machines, and death
+# --- other machines, and death --------------------------------------------------------------------
 
 
 def test_saved_on_eight_devices_restored_on_four(tmp_path):
@@ -616,20 +623,24 @@ def test_saved_on_eight_devices_restored_on_four(tmp_path):
 
 
 def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
-    """A run of 100 MB saves is killed in the middle of one, three times; each start finds exact weights."""
+    """A run of 100 MB saves is killed in the middle of one, three times; each start finds exact
+    weights.
+    """
     code = """
         import sys
         import jax, jax.numpy as jnp
         from opsd_jax.runtime.checkpoint import Checkpoints
         size = 25 * 2**20 // 3
         weights = jax.jit(lambda step: jnp.arange(size, dtype=jnp.float32) % 1000 + step)
-        make = lambda step: {"params": weights(step), "ema": weights(step + 1), "opt": weights(step + 2),
-                             "step": jnp.int32(step)}
+        def make(step):
+            return {"params": weights(step), "ema": weights(step + 1), "opt": weights(step + 2),
+                    "step": jnp.int32(step)}
         with Checkpoints(sys.argv[1]) as checkpoints:
             step = checkpoints.latest() or 0
             if step:
                 state = checkpoints.restore(step, jax.eval_shape(make, 0))
-                assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, make(step)))
+                same = jax.tree.map(lambda a, b: bool((a == b).all()), state, make(step))
+                assert jax.tree.all(same)
                 assert checkpoints.metadata(step)["step"] == step
             print("restored", step, flush=True)
             while True:
@@ -717,8 +728,10 @@ def test_outside_of_the_main_thread_there_is_a_warning(caplog):
 
 
 def test_only_the_flag_asks_whether_to_stop(tmp_path, monkeypatch):
-    """The processes of a run agree on the number of a question after a signal. A question of Orbax, which counts steps,
-    would be taken for one of the loop's, and a run of several processes would not stop."""
+    """The processes of a run agree on the number of a question after a signal. A question of Orbax,
+    which counts steps, would be taken for one of the loop's, and a run of several processes would
+    not stop.
+    """
     asked = []
     monkeypatch.setattr(
         "jax.experimental.multihost_utils.reached_preemption_sync_point",

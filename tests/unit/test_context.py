@@ -1,4 +1,7 @@
-"""What each role sees: blocks, masks, rope positions, targets. The expectations are written out by hand."""
+"""What each role sees: blocks, masks, rope positions, targets.
+
+The expectations are written out by hand.
+"""
 
 import dataclasses
 import functools
@@ -42,8 +45,9 @@ def masks(packed):
 
 
 def dense_mask(blocks):
-    """The official rule as a matrix: a block sees all earlier ones but noised images, and itself causally (text) or
-    wholly."""
+    """The official rule as a matrix: a block sees all earlier ones but noised images, and itself
+    causally (text) or wholly.
+    """
     total = sum(block.slots for block in blocks)
     mask, start, hidden = np.zeros((total, total), bool), 0, np.zeros(total, bool)
     for block in blocks:
@@ -176,7 +180,9 @@ draw_pack = functools.partial(
 
 
 def test_latents_slot_by_slot(rng):
-    """The noised copy of an image, then the clean one, at the same rope id; and a row beside it without latents."""
+    """The noised copy of an image, then the clean one, at the same rope id; and a row beside it
+    without latents.
+    """
     noised, clean = latent(rng, (1, 2), noised=True), latent(rng, (2, 1))
     row = [Text(np.array([7])), noised, clean, Text(np.array([8]))]
     packed = draw_pack([row, [Text(np.array([9]))]], slots=12, patches=2, latents=6)
@@ -252,8 +258,13 @@ def test_latents_slot_by_slot(rng):
 
 
 def test_masks_of_mixed_rows(rng):
-    """Rows with two noised images, with clean ones alone, and without latents, against the matrix of the blocks."""
-    text = lambda n: Text(rng.integers(0, 256, n).astype(np.int32))
+    """Rows with two noised images, with clean ones alone, and without latents, against the matrix
+    of the blocks.
+    """
+
+    def text(n):
+        return Text(rng.integers(0, 256, n).astype(np.int32))
+
     rows = [
         [
             text(2),
@@ -354,7 +365,10 @@ def test_visual_thought_modes(rng):
         [None, image(rng)],
     )
     own = [real[0], None, real[1]]
-    replace = lambda mode: context.replace_visual_thoughts(mode, problem, own, other, rng)
+
+    def replace(mode):
+        return context.replace_visual_thoughts(mode, problem, own, other, rng)
+
     assert replace("real") == real
     assert replace("swap") == [other[1]]
     assert replace("image") == [problem, problem]
@@ -378,7 +392,9 @@ def test_noise_is_standard_normal(rng):
 
 
 def test_official_prompts_byte_for_byte():
-    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
+    def sha(text):
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     facts = {
         name: (len(getattr(context, name)), sha(getattr(context, name)))
         for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")
@@ -427,7 +443,9 @@ def test_completion_worked_example():
 
 
 def test_slots_behind_a_context_equal_one_packed_sequence(rng):
-    """Context, padding, completion: without the padding it is the sequence of one more text block."""
+    """Context, padding, completion: without the padding it is the sequence of one more text
+    block.
+    """
     rows = [
         context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
         context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
@@ -511,17 +529,20 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
         image(rng, (1, 1)),
         Text(np.array([5]), loss=True),
     ]
+
     #      0-2                  3-6                 7-9                  10-13: bos 3 4 eos
     #      14-16                17-19: bos 5 eos
-    made = lambda targets: context.supervise(
-        [row, row[:4]],
-        slots=24,
-        patches=4,
-        targets=targets,
-        tokenizer=TOKENIZER,
-        side=6,
-        names=["long", "short"],
-    )
+    def made(targets):
+        return context.supervise(
+            [row, row[:4]],
+            slots=24,
+            patches=4,
+            targets=targets,
+            tokenizer=TOKENIZER,
+            side=6,
+            names=["long", "short"],
+        )
+
     found = made(6)
     assert found.rows.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [3, 4, EOS, 0, 0, 0]]

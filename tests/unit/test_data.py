@@ -1,4 +1,6 @@
-"""opsd_jax/data.py: prepared rows, packed contexts, and batches that depend on (seed, step) alone."""
+"""opsd_jax/data.py: prepared rows, packed contexts, and batches that depend on (seed, step)
+alone.
+"""
 
 import collections
 import dataclasses
@@ -88,7 +90,7 @@ def pids(prepared):
     return [row.example.pid for row in prepared]
 
 
-# --- rows ---------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_rows(folder, tok):
@@ -120,17 +122,20 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
         assert sorted(partners) == sorted(own) and all(a != b for a, b in zip(partners, own))
 
 
-# --- packing ------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 def test_layouts(folder, tok):
     c = config(folder)
     rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
     row = rows(0, 0)
-    texts = lambda kind, *args: [
-        tok.decode(b.ids) if isinstance(b, context.Text) else "image"
-        for b in packer.blocks(row, kind, *args)
-    ]
+
+    def texts(kind, *args):
+        return [
+            tok.decode(b.ids) if isinstance(b, context.Text) else "image"
+            for b in packer.blocks(row, kind, *args)
+        ]
+
     e = row.example
     trace = f"<think>{e.full_text_only_thought}</think><answer>{e.answer}</answer>"
     student, teacher = (
@@ -179,7 +184,7 @@ def test_a_mixture_of_nothing():
         batches_lib.mixture({"a": 0}, 4)
 
 
-# --- buckets ------------------------------------------------------------------------------------------------
+# --- buckets --------------------------------------------------------------------------------------
 
 
 def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypatch):
@@ -219,7 +224,10 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
             make(buckets=small).opsd(step) for step in range(4)
         ]  # one bucket: measured when they are packed
     smaller = {name: (tuple(n - 1 for n in sizes[0]), sizes[0]) for name, sizes in BUCKETS.items()}
-    message = f"^64 rows of {CHART} fit no bucket, first .'chart-train-00000.*config.data.on_too_long=skip"
+    message = (
+        f"^64 rows of {CHART} fit no bucket, first "
+        f".'chart-train-00000.*config.data.on_too_long=skip"
+    )
     with pytest.raises(context.TooLong, match=message):
         make(buckets=smaller)
     assert not (tmp_path / "too_long.json").exists()
@@ -274,7 +282,7 @@ def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, to
         packer.teacher([row], [partner], mode, [None], bucket=0)
 
 
-# --- batches ------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -332,7 +340,10 @@ def test_two_hosts_share_what_one_would_have(make, stage):
         make(stage, share=share, teacher__visual_thoughts="noise") for share in (None, *shares)
     )
     for step in (0, 5):
-        load = lambda b: b.opsd(step) if stage == "opsd" else b.traces(step)
+
+        def load(b):
+            return b.opsd(step) if stage == "opsd" else b.traces(step)
+
         (all_rows, prepared), halves = load(whole), [load(part) for part in parts]
         for mine, (half, rows) in zip(shares, halves):
             assert pids(rows) == [pids(prepared)[n] for n in mine]
@@ -389,7 +400,7 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
         list(make(buckets=small).stream(0, 4))
 
 
-# --- making data --------------------------------------------------------------------------------------------
+# --- making data ----------------------------------------------------------------------------------
 
 
 def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
@@ -412,8 +423,10 @@ def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(fol
 def killed(*arguments):
     """make-mini that dies without cleaning up, after it made the rows."""
     script = (
-        "import os; from opsd_jax.data import __main__ as data; from opsd_jax.tasks import parquet\n"
-        f"parquet.build_tokenizer = lambda folder: os._exit(9)\ndata.main(['make-mini', *{arguments}])"
+        "import os\nfrom opsd_jax.data import __main__ as data\n"
+        "from opsd_jax.tasks import parquet\n"
+        "parquet.build_tokenizer = lambda folder: os._exit(9)\n"
+        f"data.main(['make-mini', *{arguments}])"
     )
     assert (
         small_run.run(
@@ -487,7 +500,8 @@ def test_rows_beyond_a_split_name_the_setting(folder, tok):
     wrong = config(folder, data__limits=(0, 100))
     with pytest.raises(
         ValueError,
-        match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds 64 for train",
+        match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds "
+        f"64 for train",
     ):
         examples.Examples(wrong, "", tok, "train")
     assert [
@@ -508,7 +522,7 @@ def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
         procedural.make_if_absent(small_run.config(), str(tmp_path))
 
 
-# --- references ---------------------------------------------------------------------------------------------
+# --- references -----------------------------------------------------------------------------------
 
 ANSWERS = [
     "B",
@@ -596,7 +610,9 @@ def test_a_swap_needs_another_row(folder, tok, make):
 
 
 def test_the_data_command_loads_neither_flax_nor_optax():
-    """Preparing data needs arrays of the contexts and the settings, not the network or the optimizer."""
+    """Preparing data needs arrays of the contexts and the settings, not the network or the
+    optimizer.
+    """
     code = (
         "import sys\n"
         "from opsd_jax import config, context\nfrom opsd_jax.data import __main__, batches\n"

@@ -71,7 +71,9 @@ def maze(source: Path, rows: list[dict], **options) -> Path:
 
 @pytest.fixture
 def two_tasks(tmp_path) -> Path:
-    """Maze: 2 train shards of 5 and 3 rows, 1 of validation; Chart: 4 rows with metadata, no data/ folder."""
+    """Maze: 2 train shards of 5 and 3 rows, 1 of validation; Chart: 4 rows with metadata, no data/
+    folder.
+    """
     source = tmp_path / "source"
     write(
         source / "Maze/data/train-00000-of-00002.parquet",
@@ -386,7 +388,8 @@ def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
         (
             1,
             "p1",
-            "unused_visual_thought: between 8 thoughts interleaved traces show 7 of 8; the teacher sees all",
+            "unused_visual_thought: between 8 thoughts interleaved "
+            "traces show 7 of 8; the teacher sees all",
         ),
     ]
     example = open_source(tmp_path / "out", task="maze")[1]
@@ -511,7 +514,8 @@ def without(column: str, **more) -> dict:
         ),
         (
             without("resoning_thought_0", reasoning_thought_0="t"),
-            "no column 'resoning_thought_0'.*'reasoning_thought_0'.*did you mean 'resoning_thought_0'",
+            "no column 'resoning_thought_0'.*'reasoning_thought_0'.*did "
+            "you mean 'resoning_thought_0'",
         ),
         (
             without("reasoning_image_0", resoning_image_0=picture(1)),
@@ -609,7 +613,10 @@ def test_memory_holds_a_row_group_and_not_the_file(tmp_path):
 
 def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
     file = maze(tmp_path / "s", [row(i) for i in range(70)], row_group_size=50)
-    sizes = lambda stop=70: [len(batch) for batch in parquet_files.read_batches(file, stop)]
+
+    def sizes(stop=70):
+        return [len(batch) for batch in parquet_files.read_batches(file, stop)]
+
     assert sizes() == [32, 32, 6] and sizes(33) == [32, 1] and sizes(0) == []
     monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 1)
     assert sizes() == [1] * 70
@@ -626,7 +633,9 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def test_full_disk_then_resume(tmp_path):
-    """A file size limit stands in for the full disk: ArrayRecord reports both alike, and on close only."""
+    """A file size limit stands in for the full disk: ArrayRecord reports both alike, and on close
+    only.
+    """
     for k in range(3):
         size = (400, 400) if k == 1 else (12, 9)
         write(
@@ -834,7 +843,8 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
         assert examples == list(arrayrecord.open_source(built, task="chart_refocus"))
         for data_dir in (target, built):  # the name is now a registered class, and still reads both
-            rows = tfds.data_source("visual_opsd/chart_refocus", data_dir=data_dir, split="train[1:]")
+            name = "visual_opsd/chart_refocus"
+            rows = tfds.data_source(name, data_dir=data_dir, split="train[1:]")
             assert [r["pid"] for r in rows] == [b"p1", b"p2", b"p3"]
         assert len(tfds.data_source("visual_opsd/maze", data_dir=target, split="train")) == 8
         assert "tensorflow" not in sys.modules
@@ -859,7 +869,9 @@ def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarr
 
 
 def some_plan(**changes) -> BatchSchedule:
-    """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of proportion."""
+    """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of
+    proportion.
+    """
     return BatchSchedule(
         **{
             "lengths": [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)],
@@ -917,7 +929,9 @@ def test_visits_and_mixture_with_buckets_at_chunk_ends():
 
 
 def test_draws_are_seats_by_webster():
-    """Against the definition: the next draw goes to the source with the largest weight / (2 draws + 1)."""
+    """Against the definition: the next draw goes to the source with the largest weight / (2 draws +
+    1).
+    """
     weights = [0.1, 3, 1e-3, 0, 1, 1]
     plan, draws = BatchSchedule([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
     for n in range(1, 3000):
@@ -1066,7 +1080,9 @@ PINNED_RETRY = (1, [(0, 2), (1, 1)])
 
 
 def test_records_have_one_order_of_fields(tmp_path):
-    """Protocol buffers may write a map in an order of the process: then the same rows would have another digest each time."""
+    """Protocol buffers may write a map in an order of the process: then the same rows would have
+    another digest each time.
+    """
     from array_record.python import array_record_module
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -1081,7 +1097,9 @@ def test_records_have_one_order_of_fields(tmp_path):
 
 
 def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
-    """Not of the folder's place, the time, or the way that it was made; but of every byte of a row."""
+    """Not of the folder's place, the time, or the way that it was made; but of every byte of a
+    row.
+    """
     import tensorflow_datasets as tfds
 
     from opsd_jax.data.tfds_builder import VisualOpsd
@@ -1195,7 +1213,8 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     if name in ("dataset_info.json", "features.json"):
         with pytest.raises(
             ValueError,
-            match=f"(?s){folder}/{name} is missing or damaged .*`python -m opsd_jax.data prepare .*again",
+            match=f"(?s){folder}/{name} is missing or damaged .*`python -m opsd_jax.data "
+            f"prepare .*again",
         ):
             open_source(folder)
     else:
@@ -1233,7 +1252,10 @@ def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
 
 @pytest.mark.long
 def test_row_groups_beyond_2_gib(tmp_path):
-    """Arrow gives no such picture column in one piece. The pictures end in zeros, so the file itself is small."""
+    """Arrow gives no such picture column in one piece.
+
+    The pictures end in zeros, so the file itself is small.
+    """
     import pyarrow
     import pyarrow.parquet
 

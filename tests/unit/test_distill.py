@@ -1,4 +1,6 @@
-"""Scoring, loss, teachers, accumulation, the optimizer: against plain NumPy on the model's own logits."""
+"""Scoring, loss, teachers, accumulation, the optimizer: against plain NumPy on the model's own
+logits.
+"""
 
 import dataclasses
 import functools
@@ -19,8 +21,8 @@ from opsd_jax.model import bagel
 
 BOS, EOS = tiny.TOKENIZER.bos, tiny.TOKENIZER.eos
 BUDGET, ROWS = 10, 4
-# A divergence that clips and drops some entries. Steps of the optimizer are large, and its eps as well: then
-# rounding in a vanishing gradient does not grow into a step.
+# A divergence that clips and drops some entries. Steps of the optimizer are large, and its eps as
+# well: then rounding in a vanishing gradient does not grow into a step.
 BASE = DistillConfig(
     model=tiny.MODEL,
     **tiny.ENDS,
@@ -35,10 +37,15 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @pytest.fixture(scope="module")
 def case():
-    """Parameters of student and teacher, contexts of four rows, and completions: one with an image skip."""
+    """Parameters of student and teacher, contexts of four rows, and completions: one with an image
+    skip.
+    """
     rng = np.random.default_rng(0)
     batch = tiny.batch(rng, ROWS, visual_thoughts=1)
-    draw = lambda n: rng.integers(0, 256, n).tolist()
+
+    def draw(n):
+        return rng.integers(0, 256, n).tolist()
+
     completions = [[draw(5)], [draw(3), draw(2)], [draw(1)], [draw(9)]]
     params = tiny.params(seed=1)
     trainable, frozen = params_lib.partition(params)
@@ -122,7 +129,10 @@ def softmax(x):
 def reference_rows(case, config, student_context, teacher_context, teacher_params):
     """Row values float64 [B, N + 1] of divergence, cross entropy and signals, and the mask."""
     completion = distill.scored_completion(case.trajectory, teacher_context.length, config)
-    of = lambda params, c: np.asarray(model_logits(params, c, completion), np.float64)
+
+    def of(params, c):
+        return np.asarray(model_logits(params, c, completion), np.float64)
+
     log_s, log_t = of(case.params, student_context), of(teacher_params, teacher_context)
     d = config.divergence
     ce = np.log(softmax(log_s))
@@ -132,7 +142,10 @@ def reference_rows(case, config, student_context, teacher_context, teacher_param
     s, t = (softmax(np.take_along_axis(x, top, axis=-1)) for x in (log_s, log_t))
     m = d.beta * t + (1 - d.beta) * s
     entries = d.beta * t * np.log(t / m) + (1 - d.beta) * s * np.log(s / m)
-    entropy = lambda p: -(p * np.log(p)).sum(-1)
+
+    def entropy(p):
+        return -(p * np.log(p)).sum(-1)
+
     signals = {
         "teacher_topk_mass": mass,
         "clip_fraction": (entries > d.clip).mean(-1),
@@ -180,7 +193,9 @@ def test_loss_and_signals_against_numpy(case, base):
 
 
 def test_token_reduction_weights_and_two_micro_steps(case):
-    """Every token alike, both terms, the batch cut in two: value by NumPy, gradient by differences."""
+    """Every token alike, both terms, the batch cut in two: value by NumPy, gradient by
+    differences.
+    """
     config = variant(
         reduction="token",
         jsd_weight=2.0,
@@ -200,7 +215,9 @@ def test_token_reduction_weights_and_two_micro_steps(case):
 
 
 def test_four_micro_steps_with_recomputation_equal_one_batch(case, base):
-    """Accumulation, remat and unrolled layers at once: none of them changes a gradient or a metric."""
+    """Accumulation, remat and unrolled layers at once: none of them changes a gradient or a
+    metric.
+    """
     config = variant(accumulation=4, model=dataclasses.replace(tiny.MODEL, remat="full", unroll=2))
     state, metrics = first_step(case, config)
     assert_same_gradients(gradients(*base), gradients(state, metrics))
@@ -221,7 +238,9 @@ def test_roles_are_not_confused(case, base):
 
 @pytest.mark.parametrize("group", ["embed", "und", "vit", "connector"])
 def test_gradients_against_finite_differences(case, base, group):
-    of_group = lambda path: params_lib.fact(path).group == group
+    def of_group(path):
+        return params_lib.fact(path).group == group
+
     assert_slope(case, BASE, {path: g for path, g in gradients(*base).items() if of_group(path)})
 
 
@@ -233,7 +252,10 @@ def test_bfloat16_is_close(case, base):
     np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
     assert metrics["loss"] != base[1]["loss"]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state["params"], state["opt"].mu)))
-    flat = lambda pair: np.concatenate([g.ravel() for g in gradients(*pair).values()])
+
+    def flat(pair):
+        return np.concatenate([g.ravel() for g in gradients(*pair).values()])
+
     a, b = flat(base), flat((state, metrics))
     assert a @ b / np.sqrt(a @ a * (b @ b)) > 0.95
 
@@ -242,10 +264,11 @@ def test_bfloat16_is_close(case, base):
 
 
 def test_the_live_weights_as_teacher(case):
-    """With the student's context there is nothing to teach; with its own, the teacher gets no gradient.
+    """With the student's context there is nothing to teach; with its own, the teacher gets no
+    gradient.
 
-    The first is zero up to the rounding of two forwards that XLA may fuse differently (a divergence is
-    quadratic in it). The second: all is as with a copy of the weights.
+    The first is zero up to the rounding of two forwards that XLA may fuse differently (a divergence
+    is quadratic in it). The second: all is as with a copy of the weights.
     """
     config = variant(teacher="self", freeze=("vit", "connector", "embed"))
     same = context.Batch(case.batch.student, case.batch.student)
@@ -262,7 +285,10 @@ def test_the_live_weights_as_teacher(case):
 
 
 def test_steps_of_an_ema_teacher(case, base):
-    """Step 0 has rate 0: moments fill, nothing moves. Then parameters move, and the EMA follows each step."""
+    """Step 0 has rate 0: moments fill, nothing moves.
+
+    Then parameters move, and the EMA follows each step.
+    """
     before = params_lib.flatten(state_of(case, BASE)["params"])
     state, _ = base
     assert all((x == before[path]).all() for path, x in params_lib.flatten(state["params"]).items())
@@ -337,7 +363,10 @@ def test_wrong_settings_are_refused(wrong, message):
 
 def test_learning_rate_at_points_of_the_schedule():
     paper = OptimConfig()
-    rate = lambda step, config=paper: float(distill.learning_rate(step, config))
+
+    def rate(step, config=paper):
+        return float(distill.learning_rate(step, config))
+
     half = (1e-5 + 1e-7) / 2
     quarter = 1e-7 + (1e-5 - 1e-7) * (1 + np.sqrt(0.5)) / 2
     points = {0: 0, 1: 5e-8, 100: 5e-6, 200: 1e-5, 400: quarter, 600: half, 1000: 1e-7, 1400: 1e-7}
@@ -351,18 +380,23 @@ def test_learning_rate_at_points_of_the_schedule():
 
 @pytest.mark.parametrize("max_norm", [1.0, 1e3, 0.0])
 def test_optimizer_against_optax(max_norm):
-    """Five steps of clipping, AdamW and EMA on a few parameters; clipping by min(1, c / (norm + 1e-6))."""
+    """Five steps of clipping, AdamW and EMA on a few parameters; clipping by min(1, c / (norm +
+    1e-6)).
+    """
     rng = np.random.default_rng(0)
     optim = OptimConfig(
         lr=0.1, min_lr=0.01, warmup_steps=2, total_steps=6, weight_decay=0.1, max_grad_norm=max_norm
     )
     config = variant(optim=optim, ema_decay=0.8)
-    values = lambda: {
-        "llm": {
-            "embed": rng.normal(size=(5, 3)).astype(np.float32),
-            "norm": rng.normal(size=3).astype(np.float32),
+
+    def values():
+        return {
+            "llm": {
+                "embed": rng.normal(size=(5, 3)).astype(np.float32),
+                "norm": rng.normal(size=3).astype(np.float32),
+            }
         }
-    }
+
     params = jax.tree.map(jnp.asarray, values())
     state = distill.init_state(params, config)
     reference = optax.adamw(
@@ -373,7 +407,7 @@ def test_optimizer_against_optax(max_norm):
         weight_decay=0.1,
     )
     slots, expected, ema = reference.init(params), params, params
-    for step in range(5):
+    for _ in range(5):
         grads = jax.tree.map(lambda x: 3 * x, values())
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
         assert norm > 1.0
@@ -392,8 +426,10 @@ def test_optimizer_against_optax(max_norm):
 
 
 def torch_adamw(gradients, lr, b1, b2, eps):
-    """Parameters that start at 0 after torch.optim.AdamW, in float64 and in the order of its operations: the square
-    root of the second moment is divided by that of its bias correction, then eps is added."""
+    """Parameters that start at 0 after torch.optim.AdamW, in float64 and in the order of its
+    operations: the square root of the second moment is divided by that of its bias correction, then
+    eps is added.
+    """
     parameter, first, second = (np.zeros(gradients.shape[1]) for _ in range(3))
     for step, g in enumerate(gradients.astype(np.float64), 1):
         first, second = first + (1 - b1) * (g - first), b2 * second + (1 - b2) * g * g
@@ -403,8 +439,10 @@ def torch_adamw(gradients, lr, b1, b2, eps):
 
 
 def test_adamw_against_the_order_of_torch():
-    """The same gradients, down to far below eps, give the same steps in both orders. What does not are gradients that
-    differ by the rounding of float32 sums: with an eps of 1e-15 AdamW follows it where a gradient is nearly zero."""
+    """The same gradients, down to far below eps, give the same steps in both orders. What does not
+    are gradients that differ by the rounding of float32 sums: with an eps of 1e-15 AdamW follows it
+    where a gradient is nearly zero.
+    """
     rng = np.random.default_rng(0)
     optim = OptimConfig(lr=2e-3, schedule="constant", warmup_steps=0, max_grad_norm=0.0)
     config = variant(optim=optim, teacher="self")
@@ -415,7 +453,9 @@ def test_adamw_against_the_order_of_torch():
             state, _ = distill.apply_gradients(state, {"llm": {"norm": jnp.asarray(g)}}, config)
         return np.asarray(state["params"]["llm"]["norm"])
 
-    steps = lambda a, b: np.abs(a - b) / optim.lr
+    def steps(a, b):
+        return np.abs(a - b) / optim.lr
+
     normal = rng.standard_normal((3, 200_000), np.float32)
     for smallest in (1, 1e-5, 1e-22):
         scale = np.exp(rng.uniform(np.log(smallest), 0, normal.shape[1])).astype(np.float32)
@@ -451,8 +491,9 @@ def test_an_empty_completion_becomes_eos_twice():
 @pytest.mark.parametrize("seam", [False, True])
 @pytest.mark.parametrize("teacher_length", [20, 25, 26, 27, 30, 33, 34, 90])
 def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
-    """7 tokens, at most 34 slots: if the teacher's length, completion included, exceeds the limit, the
-    official code keeps `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)` tokens."""
+    """7 tokens, at most 34 slots: if the teacher's length, completion included, exceeds the limit,
+    the official code keeps `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)` tokens.
+    """
     tokens = list(range(1, 8))
     block = scored([[tokens]], [teacher_length], max_forward_tokens=34, score_seam=seam)
     whole = teacher_length + len(tokens) + 2
@@ -465,7 +506,9 @@ def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
 
 @pytest.mark.parametrize("seam", [False, True])
 def test_what_counts_as_cut(seam):
-    """An empty completion is one token; between rounds two delimiters count where they are scored."""
+    """An empty completion is one token; between rounds two delimiters count where they are
+    scored.
+    """
     rows = [[[]], [[]], [[1, 2]], [[1, 2]], [[1], [2]]]
     trajectory = tiny.trajectory(rows, BUDGET, True)
     lengths = jnp.array([17, 18, 16, 17, 16])
@@ -488,7 +531,10 @@ def test_eos_after_a_cut(seam):
 
 
 def test_the_seam_of_an_image_skip():
-    """Official: rounds joined. score_seam: what was fed; eos that ended a round is a target, bos is not."""
+    """Official: rounds joined.
+
+    score_seam: what was fed; eos that ended a round is a target, bos is not.
+    """
     rows = [[[1, 2], [3]], [[4]]]
     joined = scored(rows, [20, 20])
     assert joined.tokens[0, :4].tolist() == [BOS, 1, 2, 3] and joined.labels[0, :4].tolist() == [
@@ -522,7 +568,10 @@ def test_kl_to_student_against_numpy(case):
     completion = distill.scored_completion(case.trajectory, case.batch.teacher.length, BASE)
     kl = functools.partial(distill.kl_to_student, completion=completion, config=tiny.MODEL)
     found, mask = np.asarray(kl(case.other, case.params, case.batch)), np.asarray(completion.mask)
-    of = lambda params, c: softmax(np.asarray(model_logits(params, c, completion), np.float64))
+
+    def of(params, c):
+        return softmax(np.asarray(model_logits(params, c, completion), np.float64))
+
     t, s = of(case.other, case.batch.teacher), of(case.params, case.batch.student)
     np.testing.assert_allclose(found[mask], (t * np.log(t / s)).sum(-1)[mask], rtol=1e-3, atol=1e-5)
     assert found[mask].min() > 0
@@ -532,8 +581,9 @@ def test_kl_to_student_against_numpy(case):
 
 
 def test_supervised_training(case):
-    """The first loss is the cross entropy that `score` gives on the same completions (two ways to pack one
-    sequence), and twenty steps on one batch lower it."""
+    """The first loss is the cross entropy that `score` gives on the same completions (two ways to
+    pack one sequence), and twenty steps on one batch lower it.
+    """
     tokens = [[token for part in rounds for token in part] for rounds in case.completions]
     blocks, _ = tiny.rows(np.random.default_rng(5), ROWS)
     packed = context.supervise(

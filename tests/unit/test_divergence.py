@@ -1,4 +1,6 @@
-"""The divergence: its definition, its ends, its switches, and the chunked form that training uses."""
+"""The divergence: its definition, its ends, its switches, and the chunked form that training
+uses.
+"""
 
 import functools
 import itertools
@@ -32,7 +34,7 @@ def values_of(student, teacher, config):
     return np.asarray(divergence.generalized_jsd(student, teacher, config)[0])
 
 
-# --- the definition ------------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -80,10 +82,15 @@ def test_jsd_is_symmetric_and_bounded(logits):
     ],
 )
 def test_identical_inputs(logits, beta, settings):
-    """Equal distributions: the value is exactly 0, the gradient but for the last bit of a softmax."""
+    """Equal distributions: the value is exactly 0, the gradient but for the last bit of a
+    softmax.
+    """
     config = bare(**{"beta": beta, **settings})
     teacher = logits[1]
-    total = lambda student: jnp.sum(divergence.generalized_jsd(student, teacher, config)[0])
+
+    def total(student):
+        return jnp.sum(divergence.generalized_jsd(student, teacher, config)[0])
+
     value, gradient = jax.value_and_grad(total)(teacher)
     assert float(value) == 0
     np.testing.assert_allclose(gradient, 0, atol=2e-7)
@@ -98,7 +105,10 @@ def test_shift_of_logits_does_not_matter(logits):
 
 def test_teacher_gets_no_gradient(logits):
     for config in (bare(), DivergenceConfig(top_k=8, tail=True), bare(beta=0.0), bare(beta=1.0)):
-        total = lambda teacher: jnp.sum(divergence.generalized_jsd(logits[0], teacher, config)[0])
+
+        def total(teacher):
+            return jnp.sum(divergence.generalized_jsd(logits[0], teacher, config)[0])
+
         assert not np.asarray(jax.grad(total)(logits[1])).any()
 
 
@@ -111,7 +121,10 @@ def test_gradient_by_finite_differences(logits):
         {"beta": 0.5, "clip": 0.02},
         {"beta": 0.5, "clip": 0.45, "clip_unit": "token"},
     ):
-        rows = lambda s: reference.generalized_jsd(s, teacher, **settings)
+
+        def rows(s):
+            return reference.generalized_jsd(s, teacher, **settings)
+
         bumps = 1e-6 * np.eye(student.shape[1])  # rows do not mix: one entry of all rows at a time
         wanted = (
             np.stack([rows(student + bump) - rows(student - bump) for bump in bumps], axis=1) / 2e-6
@@ -125,7 +138,7 @@ def test_gradient_by_finite_differences(logits):
         assert np.abs(wanted).max() > 1e-3, settings
 
 
-# --- clip and top-k ------------------------------------------------------------------------------------
+# --- clip and top-k -------------------------------------------------------------------------------
 
 
 def test_clip_units():
@@ -183,7 +196,9 @@ def test_top_k_of_the_whole_vocabulary(logits):
 
 
 def test_tail_makes_distributions(logits):
-    """With the tail bucket both sides add up to 1, and mass that leaves the kept entries is seen."""
+    """With the tail bucket both sides add up to 1, and mass that leaves the kept entries is
+    seen.
+    """
     config = bare(top_k=5, tail=True)
     log_s, log_t, mass = divergence._log_probs(
         logits[0], divergence._of_teacher(logits[1], config), config
@@ -218,7 +233,9 @@ def test_empty_tail_is_finite():
 
 
 def test_extreme_logits():
-    """Logits far beyond float32's exponent, on the same entry, on opposite ones, and on one side only."""
+    """Logits far beyond float32's exponent, on the same entry, on opposite ones, and on one side
+    only.
+    """
     left, right, flat = np.zeros((3, 33), np.float32)
     left[0] = right[1] = 1e4
     left[2] = right[2] = -1e4
@@ -268,11 +285,14 @@ def test_bad_settings(settings):
         DivergenceConfig(**settings)
 
 
-# --- the sampled form ----------------------------------------------------------------------------------
+# --- the sampled form -----------------------------------------------------------------------------
 
 
 def test_sampled_reverse_kl_is_the_policy_gradient(logits):
-    """One sample: -(log p_T - log p_S)(x) (onehot(x) - p_S). Their mean over x ~ p_S: the slope of the KL."""
+    """One sample: -(log p_T - log p_S)(x) (onehot(x) - p_S).
+
+    Their mean over x ~ p_S: the slope of the KL.
+    """
     student, teacher = logits
     log_s, log_t = reference.log_softmax(student), reference.log_softmax(teacher)
     p_s = np.exp(log_s)
@@ -284,18 +304,24 @@ def test_sampled_reverse_kl_is_the_policy_gradient(logits):
         gradients = per_sample(student[row], teacher[row], tokens)
         wanted = -(log_t - log_s)[row][:, None] * (np.eye(len(tokens)) - p_s[row])
         np.testing.assert_allclose(gradients, wanted, atol=2e-5)
-        reverse_kl = lambda s: divergence.generalized_jsd(s, teacher[row], bare(beta=1.0))[0]
+
+        def reverse_kl(s):
+            return divergence.generalized_jsd(s, teacher[row], bare(beta=1.0))[0]
+
         reverse = jax.grad(reverse_kl)(student[row])
         np.testing.assert_allclose(p_s[row] @ np.asarray(gradients), reverse, atol=2e-5)
 
 
 def test_sampled_reverse_kl_ignores_the_teacher_gradient(logits):
     tokens = np.arange(6)
-    total = lambda teacher: jnp.sum(divergence.sampled_reverse_kl(logits[0], teacher, tokens, 2.0))
+
+    def total(teacher):
+        return jnp.sum(divergence.sampled_reverse_kl(logits[0], teacher, tokens, 2.0))
+
     assert not np.asarray(jax.grad(total)(logits[1])).any()
 
 
-# --- in chunks -----------------------------------------------------------------------------------------
+# --- in chunks ------------------------------------------------------------------------------------
 
 B, N, D, V = 2, 13, 8, 40
 
@@ -386,7 +412,9 @@ def test_chunked_memory():
 
 
 def test_one_side_at_a_time():
-    """With top_k the teacher's logits of a chunk are gone before the student's are made; else both exist."""
+    """With top_k the teacher's logits of a chunk are gone before the student's are made; else both
+    exist.
+    """
     logits = 512 * 8192 * 4
     assert temporary(divergence.chunked, arguments=0, chunk=512) < 1.25 * logits
     assert temporary(divergence.chunked, arguments=0, chunk=512, top_k=0) > 2 * logits
@@ -399,7 +427,10 @@ def temporary(function, arguments, chunk, top_k=64):
         jax.ShapeDtypeStruct((1, n, d), jnp.float32),
         jax.ShapeDtypeStruct((d, v), jnp.float32),
     )
-    loss = lambda h, w, ht, wt, labels: jnp.mean(function(h, w, ht, wt, labels, config)[0])
+
+    def loss(h, w, ht, wt, labels):
+        return jnp.mean(function(h, w, ht, wt, labels, config)[0])
+
     program = (
         jax.jit(jax.grad(loss, argnums=arguments))
         .lower(hidden, head, hidden, head, jax.ShapeDtypeStruct((1, n), jnp.int32))
@@ -410,9 +441,12 @@ def temporary(function, arguments, chunk, top_k=64):
 
 def test_chunks_are_even(model):
     """13 rows by 12 are two chunks of 7, not 12 and 11 of padding."""
-    loss = lambda hidden: jnp.mean(
-        divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0]
-    )
+
+    def loss(hidden):
+        return jnp.mean(
+            divergence.chunked_cross_entropy(hidden, model["student_head"], model["labels"], 12)[0]
+        )
+
     traced = jax.jit(loss).trace(model["student_hidden"])
     assert programs.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
 
@@ -428,12 +462,15 @@ def test_chunks_are_even(model):
 )
 def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, settings, products):
     config = DivergenceConfig(chunk=chunk, **settings)
-    loss = lambda student_hidden, student_head: jnp.mean(
-        divergence.chunked(
-            **model | {"student_hidden": student_hidden, "student_head": student_head},
-            config=config,
-        )[0]
-    )
+
+    def loss(student_hidden, student_head):
+        return jnp.mean(
+            divergence.chunked(
+                **model | {"student_hidden": student_hidden, "student_head": student_head},
+                config=config,
+            )[0]
+        )
+
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(
         model["student_hidden"], model["student_head"]
     )
@@ -443,7 +480,7 @@ def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, se
     )
 
 
-# --- helpers -------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def test_cross_entropy_in_bfloat16():

@@ -1,4 +1,6 @@
-"""README.md, CONTRIBUTING.md and docs/ against the code: settings, links, commands, messages, a picture, their own code."""
+"""README.md, CONTRIBUTING.md and docs/ against the code: settings, links, commands, messages, a
+picture, their own code.
+"""
 
 import ast
 import contextlib
@@ -160,7 +162,10 @@ def get_config(path: str):
 @pages
 def test_links(page):
     """Files that links and pictures point to, and headings behind a #."""
-    slug = lambda title: re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+
+    def slug(title):
+        return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+
     prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if re.match(r"https?:", target):
@@ -245,10 +250,13 @@ def test_quoted_messages_are_in_the_code():
 def test_picture_of_the_contexts():
     """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
     svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
-    name = lambda tag: "{http://www.w3.org/2000/svg}" + tag
-    ids = lambda group: [
-        int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"
-    ]
+
+    def name(tag):
+        return "{http://www.w3.org/2000/svg}" + tag
+
+    def ids(group):
+        return [int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"]
+
     drawn = {group.get("aria-label"): ids(group) for group in svg.iter(name("g"))}
     prompts = context.Prompts(system="sss", intro="i", transition="t")
     problem = tiny.image(np.random.default_rng(0))
@@ -263,7 +271,9 @@ def test_picture_of_the_contexts():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_code_runs_and_prints_what_it_says(page, tmp_path):
-    """Blocks of a page in order; /tmp is a folder of the test. Of shell commands those that make data."""
+    """Blocks of a page in order; /tmp is a folder of the test. Of shell commands those that make
+    data.
+    """
     from opsd_jax.data import __main__ as data
 
     here = functools.partial(re.sub, r"/tmp/", f"{tmp_path}/")

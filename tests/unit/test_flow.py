@@ -1,7 +1,8 @@
-"""Drawing: latents in the network, the sampler and the loss, against a dense forward in the order of the sequence.
+"""Drawing: latents in the network, the sampler and the loss, against a dense forward in the order
+of the sequence.
 
-The second opinion is `Sequence`: float64 NumPy, one row, no padding, no cache, no static cut; each slot has the weights
-of its own expert, and the mask is built block by block.
+The second opinion is `Sequence`: float64 NumPy, one row, no padding, no cache, no static cut; each
+slot has the weights of its own expert, and the mask is built block by block.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ def text(rng, n):
 
 
 class Sequence:
-    """A row of blocks, slot after slot. Latent blocks may be given as (block, tokens, times) with what is fed.
+    """A row of blocks, slot after slot. Latent blocks may be given as (block, tokens, times) with
+    what is fed.
 
     x [T, D], positions [T], mask [T, T], gen: bool [T], the slots of latent tokens, hidden [T, D].
     """
@@ -96,15 +98,19 @@ class Sequence:
 
     def forward(self):
         c, llm, x = DRAWING.llm, self.p["llm"], self.x
-        own = lambda name, n: np.where(
-            self.gen[:, None], *(llm["layers"][e][name][n] for e in ("gen", "und"))
-        )
-        both = lambda y, name, n: np.where(
-            self.gen[:, None], *(y @ llm["layers"][e][f"{name}_kernel"][n] for e in ("gen", "und"))
-        )
-        norm = lambda y, scale: (
-            y / np.sqrt((y * y).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
-        )
+
+        def own(name, n):
+            return np.where(self.gen[:, None], *(llm["layers"][e][name][n] for e in ("gen", "und")))
+
+        def both(y, name, n):
+            return np.where(
+                self.gen[:, None],
+                *(y @ llm["layers"][e][f"{name}_kernel"][n] for e in ("gen", "und")),
+            )
+
+        def norm(y, scale):
+            return y / np.sqrt((y * y).mean(-1, keepdims=True) + c.rms_norm_eps) * scale
+
         for n in range(c.num_layers):
             y = norm(x, own("input_norm", n))
             q, k, v = (
@@ -165,11 +171,15 @@ def in_sequence(packed, row):
 
 @pytest.fixture(scope="module")
 def mixed(params):
-    """Three rows: two noised images with their clean copies among text and patches; a clean image; none at all.
-    tokens, times: what is fed, noisy where the image is."""
+    """Three rows: two noised images with their clean copies among text and patches; a clean image;
+    none at all. tokens, times: what is fed, noisy where the image is.
+    """
     rng = np.random.default_rng(2)
     first, second = latent(rng, (2, 2)), latent(rng, (1, 3))
-    noised = lambda block: dataclasses.replace(block, noised=True)
+
+    def noised(block):
+        return dataclasses.replace(block, noised=True)
+
     rows = [
         [
             text(rng, 2),
@@ -219,7 +229,9 @@ def test_clean_latents_are_read_at_time_zero(params, mixed):
 
 
 def test_each_expert_has_its_own_slots(params, mixed):
-    """Other generation weights change latents and what comes after them, nothing before and no row without."""
+    """Other generation weights change latents and what comes after them, nothing before and no row
+    without.
+    """
     other = params_lib.unflatten(
         {
             path: leaf * 1.5 if params_lib.fact(path).group in ("gen", "latent") else leaf
@@ -391,7 +403,9 @@ def test_guided_steps_compare_shifted_times():
 
 
 def test_branches():
-    branches = lambda a, b: config_of(text_scale=a, image_scale=b).branches
+    def branches(a, b):
+        return config_of(text_scale=a, image_scale=b).branches
+
     assert branches(3.0, 1.5) == ("cond", "text", "image") and branches(3.0, 1.0) == (
         "cond",
         "text",
@@ -406,7 +420,8 @@ def test_wrong_configs_are_refused():
         config_of(model=tiny.MODEL)
     with pytest.raises(
         ValueError,
-        match="num_timesteps is 1: give a whole number in .2, inf.; a grid has at least its two ends",
+        match="num_timesteps is 1: give a whole number in .2, inf.; "
+        "a grid has at least its two ends",
     ):
         config_of(num_timesteps=1)
     with pytest.raises(
@@ -421,7 +436,10 @@ def guided_by_hand(cond, text, image, config):
     norm = {"global": np.linalg.norm}.get(
         config.renorm, lambda v: np.linalg.norm(v, axis=1, keepdims=True)
     )
-    shrink = lambda u: u * np.clip(norm(cond) / (norm(u) + 1e-8), config.renorm_min, 1)
+
+    def shrink(u):
+        return u * np.clip(norm(cond) / (norm(u) + 1e-8), config.renorm_min, 1)
+
     u = text + config.text_scale * (cond - text)
     if config.renorm == "text_channel":
         u = shrink(u)
@@ -463,7 +481,10 @@ GRIDS, TOKENS = [(2, 3), (1, 2)], 7
 
 @pytest.fixture(scope="module")
 def scene():
-    """Two images to draw behind three contexts each. The first follows an image that was drawn before."""
+    """Two images to draw behind three contexts each.
+
+    The first follows an image that was drawn before.
+    """
     rng = np.random.default_rng(7)
     words, before, seen, system = (
         text(rng, 4),
@@ -512,9 +533,12 @@ def drawn_by_hand(params, scene, n, config):
     times = config.timestep_shift * grid_points / (1 + (config.timestep_shift - 1) * grid_points)
     x, guided = scene.noise[n, :count].astype(np.float64), []
     for t, following in zip(times, times[1:]):
-        v = lambda branch: Sequence(
-            params, [*scene.rows[branch][n], (Latent(x, grid), x, t)]
-        ).velocity()[-count:]
+
+        def v(branch):
+            return Sequence(params, [*scene.rows[branch][n], (Latent(x, grid), x, t)]).velocity()[
+                -count:
+            ]
+
         guided.append(len(config.branches) > 1 and config.interval[0] < t <= config.interval[1])
         if guided[-1]:
             others = [v(branch) for branch in config.branches[1:]]
@@ -600,7 +624,10 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
             config.branches,
         )
     )
-    programs = lambda: [f._cache_size() for f in (flow.prepare, flow.denoise, flow._first_branch)]
+
+    def programs():
+        return [f._cache_size() for f in (flow.prepare, flow.denoise, flow._first_branch)]
+
     start = programs()
     first = flow.draw(params, contexts, noise, positions, real, config=config)
     after = programs()
@@ -620,10 +647,15 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_steps_do_not_copy_the_cache(guided):
-    """12 layers behind 2,048 slots: the cache is updated in place, and what a step needs beside it is small."""
+    """12 layers behind 2,048 slots: the cache is updated in place, and what a step needs beside it
+    is small.
+    """
     model = dataclasses.replace(DRAWING, llm=dataclasses.replace(DRAWING.llm, num_layers=12))
     config = config_of(model=model)
-    struct = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+
+    def struct(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     rows, slots, keys = 3 if guided else 1, 2048, 2048 + 2 + 4
     canvas = flow.Canvas(
         segment=struct(rows, keys),
@@ -693,7 +725,9 @@ def test_padding_is_never_counted(params, mixed):
 
 
 def test_gradients_of_the_loss(params, mixed):
-    """They reach what draws and what the drawing sees; not the autoencoder, the text's head and its last norm."""
+    """They reach what draws and what the drawing sees; not the autoencoder, the text's head and its
+    last norm.
+    """
 
     def loss(params):
         errors, counted, _ = flow.loss(

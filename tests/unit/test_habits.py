@@ -1,4 +1,7 @@
-"""Files that maintain the project: workflows, pre-commit hooks, .ci/run, citation. They parse, and name what exists."""
+"""Files that maintain the project: workflows, pre-commit hooks, .ci/run, citation.
+
+They parse, and name what exists.
+"""
 
 import pathlib
 import re

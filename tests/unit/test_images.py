@@ -1,4 +1,7 @@
-"""Pixels: decoding, transparency, sizes, patches, numbering. test_parity replays the golden images."""
+"""Pixels: decoding, transparency, sizes, patches, numbering.
+
+test_parity replays the golden images.
+"""
 
 import io
 import re
@@ -24,10 +27,15 @@ def png(image, **options) -> bytes:
 
 
 def handmade_png(width, height, *, bits=8, colour=2, rows=b"") -> bytes:
-    """What Pillow does not write: 16-bit colour (rows: filter byte and values), or sizes without any content."""
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
+    """What Pillow does not write: 16-bit colour (rows: filter byte and values), or sizes without
+    any content.
+    """
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
@@ -41,7 +49,7 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 
 
-# --- opening -------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
 
 def test_open_bytes_path_and_array(pixels, tmp_path):
@@ -274,7 +282,7 @@ def test_opaque_modes(mode, pixels):
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
 
 
-# --- sizes ---------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def test_official_rules():
@@ -376,7 +384,7 @@ def test_resize_keeps_a_constant(colour):
     assert (images.resize(flat, Resize(min_size=56, max_size=140)) == colour).all()
 
 
-# --- the two resizes of inference ------------------------------------------------------------------------
+# --- the two resizes of inference -----------------------------------------------------------------
 
 
 def bicubic(image, *sizes):
@@ -409,7 +417,9 @@ def test_official_vae_resize_is_idempotent():
 
 
 def test_second_vae_resize_can_matter(pixels):
-    """32 pixels are below 40, so this rule scales its own result up again: 37 x 80 -> 32 x 80 -> 32 x 96."""
+    """32 pixels are below 40, so this rule scales its own result up again: 37 x 80 -> 32 x 80 -> 32
+    x 96.
+    """
     rule, image = (
         Resize(stride=16, max_size=96, min_size=40),
         Image.fromarray(pixels).resize((37, 80)),
@@ -419,7 +429,7 @@ def test_second_vae_resize_can_matter(pixels):
     np.testing.assert_array_equal(for_vit, bicubic(image, (32, 80), (28, 84)))  # from the first one
 
 
-# --- patches -------------------------------------------------------------------------------------------
+# --- patches --------------------------------------------------------------------------------------
 
 
 def test_patchify_order():
@@ -447,7 +457,7 @@ def test_patchify_needs_whole_patches(pixels):
         images.patchify(pixels, 7)
 
 
-# --- numbers -------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_position_ids():

@@ -1,7 +1,9 @@
-"""What the compiled programs hold in memory: shapes read off their text, sizes as the compiler counts them.
+"""What the compiled programs hold in memory: shapes read off their text, sizes as the compiler
+counts them.
 
-Nothing runs here. XLA's passes and its buffer assignment are those of a real run; only the machine code is made
-without effort, which halves the time and changes no size. Every bound has a counterpart that must break it.
+Nothing runs here. XLA's passes and its buffer assignment are those of a real run; only the machine
+code is made without effort, which halves the time and changes no size. Every bound has a
+counterpart that must break it.
 """
 
 import dataclasses
@@ -38,7 +40,8 @@ MODEL = ModelConfig(
     remat="none",
     query_block=0,
 )
-CONFIG = distill.DistillConfig(  # its cross entropy needs the gradient of all logits, not of the largest alone
+# its cross entropy needs the gradient of all logits, not of the largest alone
+CONFIG = distill.DistillConfig(
     model=MODEL, **tiny.ENDS, divergence=divergence.DivergenceConfig(chunk=CHUNK), ce_weight=0.5
 )
 QUESTION = context.Text(np.arange(3, dtype=np.int32))
@@ -83,23 +86,30 @@ def size_of(tree) -> int:
 
 
 def shapes(compiled) -> set[tuple[int, ...]]:
-    """Of all arrays that the text of the program names, fused ones too, which never lie in memory."""
+    """Of all arrays that the text of the program names, fused ones too, which never lie in
+    memory.
+    """
     found = re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]", compiled.as_text())
     return {tuple(map(int, sizes.split(","))) for sizes in found}
 
 
 def rows_of_logits(compiled) -> int:
-    """The largest product of the other sizes of an array that has the vocabulary among its own, alone or merged."""
+    """The largest product of the other sizes of an array that has the vocabulary among its own,
+    alone or merged.
+    """
     return max(
         math.prod(shape) // VOCAB for shape in shapes(compiled) if math.prod(shape) % VOCAB == 0
     )
 
 
-# --- logits -------------------------------------------------------------------------------------------------
+# --- logits ---------------------------------------------------------------------------------------
 
 
 def test_the_update_never_holds_the_logits_of_more_than_a_chunk():
-    """96 rows are scored for each role. 32 rows of logits are as large as embedding and head, and nothing is larger."""
+    """96 rows are scored for each role.
+
+    32 rows of logits are as large as embedding and head, and nothing is larger.
+    """
     assert ROWS * CHUNK == MODEL.llm.hidden_size < ROWS * BUDGET
     compiled = update()
     assert (ROWS, CHUNK, VOCAB) in shapes(compiled)  # the chunk is found, so more would be
@@ -142,7 +152,7 @@ def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
     assert (ROWS, CHUNK, VOCAB) in shapes(compiled) and rows_of_logits(compiled) == ROWS * CHUNK
 
 
-# --- the update ---------------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
 def test_the_update_writes_the_new_state_over_the_old_one():
@@ -161,13 +171,17 @@ MORE = 128  # slots
 
 
 def scores(slots) -> int:
-    """Bytes of the attention weights of all layers over a context of so many slots and the completion."""
+    """Bytes of the attention weights of all layers over a context of so many slots and the
+    completion.
+    """
     return MODEL.llm.num_layers * ROWS * MODEL.llm.num_heads * (slots + BUDGET) ** 2 * 4
 
 
 def test_the_teacher_saves_no_activations():
-    """128 slots more in the student's context cost the saved activations of every layer, in the teacher's next to
-    nothing: one layer's at a time, while there is still room."""
+    """128 slots more in the student's context cost the saved activations of every layer, in the
+    teacher's next to
+    nothing: one layer's at a time, while there is still room.
+    """
     base = temporary(update(SELF))
     student, teacher = (
         temporary(update(SELF, **{role: SLOTS + MORE})) - base for role in ("student", "teacher")
@@ -185,9 +199,10 @@ def test_remat_saves_no_activations_inside_a_layer():
     )  # those of one layer exist while it is recomputed
 
 
-# --- the sampler --------------------------------------------------------------------------------------------
+# --- the sampler ----------------------------------------------------------------------------------
 
-# Sixteen layers, so that the cache is large beside one layer's part of it, and heads wider than the rest.
+# Sixteen layers, so that the cache is large beside one layer's part of it, and heads wider than the
+# rest.
 SAMPLED = dataclasses.replace(
     MODEL,
     llm=LLMConfig(
@@ -220,8 +235,9 @@ def sampler(rows, budget):
 
 @pytest.mark.parametrize("rows, budget", [(2, 512), (8, 64)])
 def test_the_sampler_holds_its_cache_once(rows, budget):
-    """More tokens or more rows cost the keys and values that come with them, once. Else it is the prompt's scores
-    against all slots and the slices of one layer, some percent here."""
+    """More tokens or more rows cost the keys and values that come with them, once. Else it is the
+    prompt's scores against all slots and the slices of one layer, some percent here.
+    """
     grown = temporary(sampler(rows, budget)) - temporary(sampler(2, 64))
     cache = size_of(cache_of(rows, budget)) - size_of(cache_of(2, 64))
     assert cache <= grown < 1.3 * cache
@@ -255,7 +271,9 @@ def inside_loops(text) -> list[hlo.Instruction]:
 
 
 def test_the_sampler_writes_into_its_cache_in_place():
-    """In its loops over tokens and layers the cache is handed on and updated, never made anew or copied."""
+    """In its loops over tokens and layers the cache is handed on and updated, never made anew or
+    copied.
+    """
     shape = ",".join(map(str, cache_of(2, 64)["k"].shape))
     touched = [
         i.op for i in inside_loops(sampler(2, 64).as_text()) if i.shape.startswith(f"f32[{shape}]")
@@ -273,7 +291,8 @@ def test_the_sampler_writes_into_its_cache_in_place():
 
 
 def test_the_sampler_makes_logits_of_the_last_token_alone():
-    """Of 64 slots of the prompts none gets logits. What is larger than a row's logits has one column for each value
-    of a hidden state (the weights) or fewer (the table of the marker)."""
+    """Of 64 slots of the prompts none gets logits. What is larger than a row's logits has one
+    column for each value of a hidden state (the weights) or fewer (the table of the marker).
+    """
     assert rows_of_logits(sampler(2, 64)) == SAMPLED.llm.hidden_size < 2 * SLOTS
     assert (2, VOCAB) in shapes(sampler(2, 64))

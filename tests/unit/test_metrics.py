@@ -573,8 +573,10 @@ def test_compilations_of_a_block():
 
 def test_importing_it_is_cheap():
     code = (
-        "import sys, opsd_jax.runtime.metrics, opsd_jax.runtime.checkpoint; slow = 'matplotlib', 'tensorboardX', 'rich', "
-        "'wandb', 'orbax.checkpoint', 'pandas'; print([name for name in slow if name in sys.modules])"
+        "import sys, opsd_jax.runtime.metrics, opsd_jax.runtime.checkpoint; "
+        "slow = 'matplotlib', 'tensorboardX', 'rich', "
+        "'wandb', 'orbax.checkpoint', 'pandas'; print([name for "
+        "name in slow if name in sys.modules])"
     )
     root = str(pathlib.Path(__file__).parents[2])
     shown = subprocess.run(

@@ -1,7 +1,9 @@
-"""Small valid inputs, damaged at random: whatever reads them succeeds, or raises an error that a user understands.
+"""Small valid inputs, damaged at random: whatever reads them succeeds, or raises an error that a
+user understands.
 
-Each seed makes one change to one file: a JSON value of another type, a key dropped, a file cut, emptied or replaced. The
-commands print ValueError and OSError in one line; anything else is a traceback, and a fault.
+Each seed makes one change to one file: a JSON value of another type, a key dropped, a file cut,
+emptied or replaced. The commands print ValueError and OSError in one line; anything else is a
+traceback, and a fault.
 """
 
 import base64
@@ -194,7 +196,8 @@ def linked(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
 
 
 def check(seeds, source, target, names, work, keys=()) -> None:
-    """Damages one of the files for each seed and does the work; fails with every outcome that is no clear error.
+    """Damages one of the files for each seed and does the work; fails with every outcome that is no
+    clear error.
 
     keys: what an error may name instead of the file.
     """
@@ -224,14 +227,17 @@ def check(seeds, source, target, names, work, keys=()) -> None:
     assert refused > len(seeds) // 10
 
 
-# --- released and imported folders --------------------------------------------------------------------------
+# --- released and imported folders ----------------------------------------------------------------
 
 SIZES = ["llm_config.json", "vit_config.json", "config.json", "ae_params.json"]
 
 
 @pytest.mark.parametrize("copies", [True, False])
 def test_config_files_of_a_release(released, tmp_path, copies):
-    """The sizes alone are read, so many of them. Without the copies in config.json no disagreement saves the reader."""
+    """The sizes alone are read, so many of them.
+
+    Without the copies in config.json no disagreement saves the reader.
+    """
     folder = linked(released, tmp_path / "release")
     if not copies:
         top = json.loads((folder / "config.json").read_text())
@@ -351,7 +357,7 @@ def test_weights_of_an_imported_folder(imported, tmp_path):
     check(range(5000, 5040), imported, tmp_path, names, lambda folder: load.load(str(folder)))
 
 
-# --- data ---------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def png(seed=0) -> bytes:
@@ -369,7 +375,10 @@ def parquet(tmp_path_factory):
     import pyarrow.parquet
 
     folder = tmp_path_factory.mktemp("parquet")
-    picture = lambda n: {"bytes": png(n), "path": None}
+
+    def picture(n):
+        return {"bytes": png(n), "path": None}
+
     rows = [
         {
             "pid": f"p{n}",

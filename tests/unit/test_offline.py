@@ -35,7 +35,7 @@ def logits_of(params, traces, model):
     return bagel.logits(params, jnp.take_along_axis(hidden, traces.rows[..., None], axis=1))
 
 
-# --- the loss -----------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def log_softmax(x):
@@ -45,7 +45,9 @@ def log_softmax(x):
 
 
 def kl_of(logits, log_probs, indices, temperature):
-    """T^2 KL of each token, in float64: the teacher over its entries, the student over the vocabulary."""
+    """T^2 KL of each token, in float64: the teacher over its entries, the student over the
+    vocabulary.
+    """
     log_t = log_softmax(np.asarray(log_probs, np.float64) / temperature)
     log_s = np.take_along_axis(
         log_softmax(np.asarray(logits, np.float64) / temperature), np.asarray(indices), -1
@@ -175,7 +177,7 @@ def test_tokens_without_a_teacher_are_counted_and_have_no_kl():
     )
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +328,10 @@ def test_the_plan_knows_the_batch(collected):
     (program,) = programs.programs(
         collected.config, "offline", collected.mesh, bucket=batches.schedule(0)[0]
     )
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
     assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)
 
 
@@ -435,7 +440,10 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
     row = copied.rows(1, 16)
     pid, labels = row.example.pid, [*copied.packer.reference(row), copied.tokenizer.eos]
     path = copied.workdir / "teacher_cache" / f"{MAZE}-0000016.npz"
-    fresh = lambda: copied.collect()
+
+    def fresh():
+        return copied.collect()
+
     assert len(fresh()(MAZE, 16, pid, labels)) == len(labels)
     with pytest.raises(teacher_cache.WrongCache, match=f"another trace of row 16, pid {pid}"):
         fresh()(MAZE, 16, pid, labels[::-1])
@@ -483,7 +491,7 @@ def test_half_precision_moves_the_loss_less_than_a_thousandth(collected):
     np.testing.assert_allclose(rounded, exact, rtol=1e-3, atol=1e-4)
 
 
-# --- the stage ----------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -554,7 +562,8 @@ def test_a_run_and_its_continuation(tmp_path):
         and kl["tasks"][small_run.TASK]["n"] == small_run.TEST_ROWS
     )
 
-    # As if killed after step 2, with the cache lost as well: the teacher comes back from the start, not from step 2.
+    # As if killed after step 2, with the cache lost as well: the teacher comes back from the start,
+    # not from step 2.
     shutil.copytree(whole, cut)
     for step in (3, 4):
         shutil.rmtree(cut / "checkpoints" / str(step))
@@ -569,9 +578,10 @@ def test_a_run_and_its_continuation(tmp_path):
     assert found.keys() == expected.keys() and len(found) > 50
     for path, array in expected.items():
         np.testing.assert_array_equal(found[path], array, err_msg=path)
-    losses = lambda folder: [
-        row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row
-    ]
+
+    def losses(folder):
+        return [row["loss"] for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
+
     assert losses(cut) == losses(whole)
 
 

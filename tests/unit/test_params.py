@@ -66,11 +66,16 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
 @pytest.mark.parametrize("drawing", [False, True])
 @pytest.mark.parametrize("freeze", [(), ("vit",), ("embed", "und", "vit")])
 def test_partition_and_merge(freeze, drawing):
-    """What only draws is trained where something is drawn; the autoencoder and the position tables never."""
+    """What only draws is trained where something is drawn; the autoencoder and the position tables
+    never.
+    """
     params = tiny.params(BOTH)
     trainable, frozen = params_lib.partition(params, freeze, drawing=drawing)
     held, trained = params_lib.flatten(frozen), params_lib.flatten(trainable)
-    groups = lambda flat: {params_lib.fact(path).group for path in flat}
+
+    def groups(flat):
+        return {params_lib.fact(path).group for path in flat}
+
     draws = {"gen", "latent"}
     assert groups(held) == {"fixed", "vae", *freeze} | (set() if drawing else draws)
     assert groups(trained) == {"embed", "und", "vit", "connector"} - set(freeze) | (
@@ -148,15 +153,22 @@ def test_counts_of_the_released_size():
 
 
 def test_counts_of_the_autoencoder():
-    """By hand, layer by layer: 83.8 million parameters with channels of 128 (1, 2, 4, 4) and 16 latent channels."""
-    conv = lambda into, out, size=3: size * size * into * out + out
-    block = lambda into, out: (
-        2 * into
-        + conv(into, out)
-        + 2 * out
-        + conv(out, out)
-        + (conv(into, out, 1) if into != out else 0)
-    )
+    """By hand, layer by layer: 83.8 million parameters with channels of 128 (1, 2, 4, 4) and 16
+    latent channels.
+    """
+
+    def conv(into, out, size=3):
+        return size * size * into * out + out
+
+    def block(into, out):
+        return (
+            2 * into
+            + conv(into, out)
+            + 2 * out
+            + conv(out, out)
+            + (conv(into, out, 1) if into != out else 0)
+        )
+
     attention = 2 * 512 + 4 * conv(512, 512, 1)
     middle = 2 * block(512, 512) + attention
     encoder = {
@@ -187,7 +199,9 @@ def test_counts_of_the_autoencoder():
 
 
 def test_initialisation():
-    """Norms constant, biases 0, matrices by their fan-in, the position table's halves where they belong."""
+    """Norms constant, biases 0, matrices by their fan-in, the position table's halves where they
+    belong.
+    """
     matrices = ("llm/layers/und/gate_kernel", "llm/layers/und/q_kernel")
     cheap = (
         "bias",

@@ -43,7 +43,8 @@ def content(trajectory, row):
 
 @pytest.fixture(scope="module")
 def sampled():
-    """A random model that often draws eos, six rows of different lengths, and one call that returns logits.
+    """A random model that often draws eos, six rows of different lengths, and one call that returns
+    logits.
 
     Every second token spells the marker, so that half of the rounds are continued.
     """
@@ -81,7 +82,9 @@ def full_forward(params, whole):
 
 
 def test_decoding_equals_the_full_forward(sampled):
-    """Without cache and the sampler's vectors: fed tokens right behind the context, one sequence a row."""
+    """Without cache and the sampler's vectors: fed tokens right behind the context, one sequence a
+    row.
+    """
     t, c = sampled.trajectory, sampled.context
     assert len(set(c.length)) > 2
     assert set(t.num_skips) >= {0, 1} and set(t.stop) == {EOS_DRAWN, BUDGET_SPENT}
@@ -105,9 +108,10 @@ def test_decoding_equals_the_full_forward(sampled):
 
 def test_a_row_does_not_depend_on_its_neighbours(sampled):
     greedy = dataclasses.replace(sampled.config, greedy=True)
-    sample = lambda packed: numpy_of(
-        rollout.sample(sampled.params, packed, jax.random.key(0), config=greedy)
-    )
+
+    def sample(packed):
+        return numpy_of(rollout.sample(sampled.params, packed, jax.random.key(0), config=greedy))
+
     together, again = sample(sampled.context), sample(sampled.context)
     order = [2, 2, 5, 2, 0, 2]
     among_others = sample(jax.tree.map(lambda x: x[np.array(order)], sampled.context))
@@ -150,14 +154,17 @@ def crowd(sampled):
     """Twelve rows of different contexts and lengths, all at once."""
     blocks, _ = tiny.rows(np.random.default_rng(4), 12)
     packed = tiny.pack(blocks, slots=28, patches=9)
-    draw = lambda **kw: numpy_of(
-        rollout.sample(
-            sampled.params,
-            packed,
-            jax.random.key(2),
-            config=dataclasses.replace(sampled.config, **kw),
+
+    def draw(**kw):
+        return numpy_of(
+            rollout.sample(
+                sampled.params,
+                packed,
+                jax.random.key(2),
+                config=dataclasses.replace(sampled.config, **kw),
+            )
         )
-    )
+
     return types.SimpleNamespace(draw=draw, packed=packed, whole=draw())
 
 
@@ -174,7 +181,9 @@ def crowd(sampled):
     ids=str,
 )
 def test_a_queue_draws_what_slots_for_all_draw(crowd, sizes):
-    """Sampled, with image skips: the columns of the ring are reused and nothing of the row before shows through."""
+    """Sampled, with image skips: the columns of the ring are reused and nothing of the row before
+    shows through.
+    """
     queued = crowd.draw(**sizes)
     assert len(set(crowd.whole.num_fed)) > 3
     for name in SAME:
@@ -196,13 +205,16 @@ def test_a_queue_with_logits_and_a_remainder(sampled, crowd):
     """Seven rows by four slots, greedy, with a banned marker; logits of every fed token."""
     packed = jax.tree.map(lambda x: x[:7], crowd.packed)
     config = dataclasses.replace(sampled.config, greedy=True, ban_marker=True)
-    draw = lambda **kw: rollout.sample(
-        sampled.params,
-        packed,
-        jax.random.key(0),
-        return_logits=True,
-        config=dataclasses.replace(config, **kw),
-    )
+
+    def draw(**kw):
+        return rollout.sample(
+            sampled.params,
+            packed,
+            jax.random.key(0),
+            return_logits=True,
+            config=dataclasses.replace(config, **kw),
+        )
+
     (whole, logits), (queued, found) = draw(), draw(slots=4, refill=2)
     np.testing.assert_array_equal(whole.fed, queued.fed)
     for row, n in enumerate(np.asarray(whole.num_fed)):
@@ -251,14 +263,16 @@ def test_logprobs_and_tokens_belong_to_the_returned_logits(sampled):
 
 
 def test_a_tiny_top_p_is_the_argmax(sampled):
-    sample = lambda **kw: numpy_of(
-        rollout.sample(
-            sampled.params,
-            sampled.context,
-            jax.random.key(6),
-            config=dataclasses.replace(sampled.config, **kw),
+    def sample(**kw):
+        return numpy_of(
+            rollout.sample(
+                sampled.params,
+                sampled.context,
+                jax.random.key(6),
+                config=dataclasses.replace(sampled.config, **kw),
+            )
         )
-    )
+
     greedy, narrow = sample(greedy=True), sample(top_p=1e-6)
     np.testing.assert_array_equal(greedy.fed, narrow.fed)
     np.testing.assert_array_equal(narrow.logprobs, 0)
@@ -268,7 +282,9 @@ def test_a_tiny_top_p_is_the_argmax(sampled):
     "settings", [dict(temperature=1.5), dict(temperature=1.5, top_k=40, top_p=0.7)], ids=str
 )
 def test_first_tokens_follow_the_restricted_distribution(sampled, settings):
-    """2,000 draws from one distribution; chi-squared over tokens that are expected at least five times."""
+    """2,000 draws from one distribution; chi-squared over tokens that are expected at least five
+    times.
+    """
     n = 2000
     repeated = jax.tree.map(lambda x: np.repeat(x[:1], n, axis=0), sampled.context)
     config = dataclasses.replace(sampled.config, max_new_tokens=2, **settings)
@@ -352,10 +368,11 @@ def qwen_like():
 def chain():
     """One model that is CHAINS different Markov chains, by what the prompt says.
 
-    The residual stream is one-hot: [token | chain]. Attention is uniform and moves the chain's number from
-    the prompt to every slot; the MLPs are off. So logits = A[token] + w B[chain], A and B random, A bent
-    towards the bigrams of TEXTS: greedy completions are full of markers, half markers and ends of turn. Every
-    piece of text stands in the vocabulary COPIES times, so that chains are long before they repeat.
+    The residual stream is one-hot: [token | chain]. Attention is uniform and moves the chain's
+    number from the prompt to every slot; the MLPs are off. So logits = A[token] + w B[chain], A and
+    B random, A bent towards the bigrams of TEXTS: greedy completions are full of markers, half
+    markers and ends of turn. Every piece of text stands in the vocabulary COPIES times, so that
+    chains are long before they repeat.
     """
     tokenizer, rng = qwen_like(), np.random.default_rng(2)
     spelled, eos = list(tokenizer.token_bytes), tokenizer.eos
@@ -442,7 +459,8 @@ def text_of(spelled, ids):
 
 
 def official_loop(draw, config, spelled):
-    """The sampling loop of the release in plain Python. draw(t): the token chosen after the t-th fed one.
+    """The sampling loop of the release in plain Python. draw(t): the token chosen after the t-th
+    fed one.
 
     Returns (completion, fed, skips, whether eos was drawn last).
     """
@@ -491,15 +509,18 @@ def test_image_skips_equal_the_official_loop(chain, budget, max_skips):
 
 def test_a_banned_marker_is_never_completed(chain):
     config = dataclasses.replace(chain.config, max_new_tokens=24, max_image_skips=5)
-    draw = lambda **settings: numpy_of(
-        rollout.sample(
-            chain.params,
-            chain.context,
-            jax.random.key(0),
-            config=dataclasses.replace(config, **settings),
-            return_logits=True,
-        )[0]
-    )
+
+    def draw(**settings):
+        return numpy_of(
+            rollout.sample(
+                chain.params,
+                chain.context,
+                jax.random.key(0),
+                config=dataclasses.replace(config, **settings),
+                return_logits=True,
+            )[0]
+        )
+
     free, banned = draw(), draw(ban_marker=True)
     drew = np.array(
         [context.MARKER in text_of(chain.spelled, content(free, row)) for row in range(CHAINS)]
@@ -538,21 +559,25 @@ def test_programs_are_reused(sampled):
 
 
 def test_keys_differ_and_repeat(sampled):
-    draw = lambda key: np.asarray(
-        rollout.sample(
-            sampled.params,
-            sampled.context,
-            jax.random.key(key),
-            config=sampled.config,
-            return_logits=True,
-        )[0].fed
-    )
+    def draw(key):
+        return np.asarray(
+            rollout.sample(
+                sampled.params,
+                sampled.context,
+                jax.random.key(key),
+                config=sampled.config,
+                return_logits=True,
+            )[0].fed
+        )
+
     np.testing.assert_array_equal(draw(11), sampled.trajectory.fed)
     assert (draw(12) != sampled.trajectory.fed).any(axis=1).sum() >= 4
 
 
 def test_every_step_draws_afresh(sampled):
-    """A model without preferences: tokens of a row differ from step to step, and from row to row."""
+    """A model without preferences: tokens of a row differ from step to step, and from row to
+    row.
+    """
     params = {
         **sampled.params,
         "llm": {**sampled.params["llm"], "head": sampled.params["llm"]["head"] * 0},

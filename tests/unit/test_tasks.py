@@ -1,4 +1,6 @@
-"""The procedural tasks: disjoint splits, gold answers, files that the readers of the released data accept."""
+"""The procedural tasks: disjoint splits, gold answers, files that the readers of the released data
+accept.
+"""
 
 import dataclasses
 import io
@@ -571,7 +573,9 @@ def test_make_mini(tmp_path):
 
 
 def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
-    """`generate` uses up the small mazes first; a subset of the first rows must not hold them all."""
+    """`generate` uses up the small mazes first; a subset of the first rows must not hold them
+    all.
+    """
     import pyarrow.parquet as pq
 
     for target in ("a", "b"):

@@ -1,4 +1,6 @@
-"""A tokenizer folder as the released models have it, in both of its forms: loading, ids, bytes, bad folders."""
+"""A tokenizer folder as the released models have it, in both of its forms: loading, ids, bytes, bad
+folders.
+"""
 
 import dataclasses
 import itertools
@@ -14,9 +16,11 @@ import pytest
 
 from opsd_jax import context, rollout, tokenizer
 
-# Qwen2.5's: its split rule, and the first eleven added tokens in their order (151643 to 151653 there).
+# Qwen2.5's: its split rule, and the first eleven added tokens in their order (151643 to 151653
+# there).
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 ADDED = [
@@ -36,7 +40,8 @@ CORPUS = [
     context.SYSTEM_TRAINING,
     context.INTRO,
     context.TRANSITION,
-    "<think>the red box is left of the blue box</think><image_start><image_end><think>so it is B</think>"
+    "<think>the red box is left of the blue "
+    "box</think><image_start><image_end><think>so it is B</think>"
     "<answer>B</answer>",
 ] * 3
 
@@ -94,7 +99,9 @@ def trained():
 
 
 def write(folder, *, with_json, added=tuple(ADDED), first=None, made=None):
-    """Writes the folder; `first` is the id that tokenizer_config.json gives to the first added token."""
+    """Writes the folder; `first` is the id that tokenizer_config.json gives to the first added
+    token.
+    """
     import tokenizers
 
     made = made or trained()
@@ -140,11 +147,13 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-# --- ids and text ---------------------------------------------------------------------------------------
+# --- ids and text ---------------------------------------------------------------------------------
 
 
 def test_delimiters_by_name(tok):
-    """They stand among the other added tokens as in Qwen2.5: 151644, 151645, 151652, 151653 of 151643 + n."""
+    """They stand among the other added tokens as in Qwen2.5: 151644, 151645, 151652, 151653 of
+    151643 + n.
+    """
     plain = len(trained().get_vocab())
     assert 300 <= plain <= 600
     assert [tok.bos, tok.eos, tok.image_start, tok.image_end] == [plain + n for n in (1, 2, 9, 10)]
@@ -162,7 +171,9 @@ def test_round_trip(tok, text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_plain_library(tok, text):
-    """Nothing is added around the text, and the class that transformers picks splits as the trained one."""
+    """Nothing is added around the text, and the class that transformers picks splits as the trained
+    one.
+    """
     import tokenizers
 
     made = trained()
@@ -217,7 +228,7 @@ def test_token_bytes_of_unused_ids(tmp_path):
     assert tok.decode([top, tok.bos]) == f"<|{top}|><|im_start|>"
 
 
-# --- what tokenizer.json says is the truth -------------------------------------------------------------
+# --- what tokenizer.json says is the truth --------------------------------------------------------
 
 OTHER_TEXTS = [
     "It's 12345 words,  isn't it?",
@@ -239,9 +250,9 @@ def other_tokenizers():
             made.pre_tokenizer = pre
         return made
 
-    bytes_of = lambda **k: pre_tokenizers.ByteLevel(
-        **{"add_prefix_space": False, "use_regex": False} | k
-    )
+    def bytes_of(**k):
+        return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False} | k)
+
     return {
         "no normaliser": change(),
         "lower case": change(normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
@@ -270,7 +281,9 @@ def other_tokenizers():
     "kind", ["no normaliser", "lower case", "GPT-2's rule", "prefix space", "digits by three"]
 )
 def test_ids_are_those_of_tokenizer_json(tmp_path, kind, named, config_json):
-    """Whatever tokenizer_class or a neighbouring config.json say: transformers 5 rebuilds the rules from them."""
+    """Whatever tokenizer_class or a neighbouring config.json say: transformers 5 rebuilds the rules
+    from them.
+    """
     import tokenizers
 
     folder = write(tmp_path / "t", with_json=True, made=other_tokenizers()[kind])
@@ -363,7 +376,7 @@ def test_ids_beyond_the_embedding(tmp_path, with_json):
         tokenizer.load(folder, vocab_size=largest)
 
 
-# --- marker and prompts ---------------------------------------------------------------------------------
+# --- marker and prompts ---------------------------------------------------------------------------
 
 
 def finds(marker, ids) -> bool:
@@ -418,7 +431,7 @@ def test_system_prompts(tok):
     assert seen != shown and seen != inner  # the outer newlines are not all of it
 
 
-# --- loading --------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_without_torch_and_network(tmp_path):
@@ -448,7 +461,9 @@ assert "torch" not in sys.modules and "jax" not in sys.modules
 
 
 def test_beside_a_model(folder, tmp_path):
-    """The released folder holds the model's configs too, of a type that transformers does not know."""
+    """The released folder holds the model's configs too, of a type that transformers does not
+    know.
+    """
     for name in os.listdir(folder):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "config.json").write_text(
@@ -584,11 +599,16 @@ def test_token_that_is_no_bytes(tmp_path):
 
 
 def test_ids_that_contradict_the_config(tmp_path):
-    """The config of a larger model beside a smaller vocabulary: transformers numbers the added tokens anew."""
+    """The config of a larger model beside a smaller vocabulary: transformers numbers the added
+    tokens anew.
+    """
     first = trained().get_vocab_size()
     for with_json in (False, True):
         folder = write(tmp_path / str(with_json), with_json=with_json, first=first + 10)
-        said = rf"gives <\|endoftext\|> the id {first}, but its tokenizer_config.json {first + 10}: .*copy the folder"
+        said = (
+            rf"gives <\|endoftext\|> the id {first}, but its tokenizer_config.json "
+            rf"{first + 10}: .*copy the folder"
+        )
         with pytest.raises(ValueError, match=said):
             tokenizer.load(folder)
 
@@ -608,7 +628,9 @@ def test_not_byte_level(tmp_path):
 
 
 def test_digest_tells_vocabularies_apart(folder, tok):
-    """The same folder again, and its other form, are the same tokenizer; swapped tokens or delimiters are not."""
+    """The same folder again, and its other form, are the same tokenizer; swapped tokens or
+    delimiters are not.
+    """
     assert tokenizer.load(folder).digest == tok.digest
     other = tokenizer.load(folder)
     other.token_bytes[5], other.token_bytes[6] = other.token_bytes[6], other.token_bytes[5]

@@ -87,7 +87,9 @@ def test_sizes_of_the_release():
 
 
 def test_halving_pads_below_and_to_the_right():
-    """A kernel of ones counts the pixels under it: 9 inside, fewer at the two padded edges alone."""
+    """A kernel of ones counts the pixels under it: 9 inside, fewer at the two padded edges
+    alone.
+    """
     ones = jnp.ones((1, 4, 4, 1))
     found = vae.convolve(ones, jnp.ones((3, 3, 1, 1)), jnp.zeros(1), 2, ((0, 1), (0, 1)))
     assert found[0, :, :, 0].tolist() == [[9, 6], [6, 4]]
@@ -99,8 +101,9 @@ def test_halving_pads_below_and_to_the_right():
 
 
 def test_the_encoder_halves_so(params, rng):
-    """Its first halving, written out: output (i, j) is the kernel on rows 2i .. 2i + 2 and columns 2j .. 2j + 2 of what
-    comes in, zeros beyond the edge."""
+    """Its first halving, written out: output (i, j) is the kernel on rows 2i .. 2i + 2 and columns
+    2j .. 2j + 2 of what comes in, zeros beyond the edge.
+    """
     names = ("down_0_block_0", "down_0_downsample")
     _, state = vae.Encoder(VAE).apply(
         {"params": params["vae"]["encoder"]},
