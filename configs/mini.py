@@ -17,6 +17,7 @@ from opsd_jax.tasks import vocabulary
 
 
 def get_config(arg: str = "maze"):
+    """The configuration; arg: maze, chart, smoke or draw, see above."""
     task = {"smoke": "chart", "draw": "chart"}.get(arg, arg)
     if task not in ("maze", "chart"):
         raise ValueError(f"configs/mini.py:{arg}: choose maze, chart, smoke or draw")

@@ -22,6 +22,7 @@ from opsd_jax import config as config_lib
 
 
 def get_config(arg: str = "paper"):
+    """The configuration; arg: one of the names above."""
     c = config_lib.default()
     c.eval.final_split = ""  # the released data sets have a train split only
     if arg in ("self", "fixed"):
