@@ -85,7 +85,7 @@ def own_programs():
 
 @pytest.fixture(scope="module")
 def released(goldens, tmp_path_factory):
-    """A released folder in small, with a tokenizer and a picture."""
+    """A small released folder, with a tokenizer and an image."""
     import json
     import shutil
 

@@ -239,7 +239,7 @@ class Reference:
     def draw(self, contexts, noise, grid, times, interval, **guidance):
         """Latent tokens [n, C] at time 0, from `noise` at time 1. contexts: blocks of cond, text
         and image; times: the grid; interval, guidance: see `guide`. No cache: each step is a whole
-        forward pass behind each context.
+        forward pass after each context.
         """
         x = noise.astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""Scores, prompts and pictures of the public benchmarks against recorded results of the public
+"""Scores, prompts and images of the public benchmarks against recorded results of the public
 harness.
 
 `--goldens=DIR` replays another folder of the form of tests/scoring, made with other seeds and
@@ -128,7 +128,7 @@ def test_quirks_that_are_rare():
 
 
 def png(k):
-    """Base64 text of a picture whose colour tells k."""
+    """Base64 text of an image whose colour tells k."""
     data = io.BytesIO()
     Image.new("RGB", (2, 2), (k, 0, 0)).save(data, "PNG")
     return base64.b64encode(data.getvalue()).decode()

@@ -99,7 +99,7 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
 
 
 def released(path: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """{name: tensor} of one parameter as releases store it; a stacked one has a tensor per layer."""
+    """{name: tensor} of one parameter as in a release; a stacked one has a tensor per layer."""
     key = bagel_keys.key(path)
     layers = array if key.stacked else [array]
     return {name: key.to_release(x) for name, x in zip(key.names(array.shape), layers, strict=True)}

@@ -1,4 +1,4 @@
-"""What people get wrong, as they would: the error names the file, row or key, and how to mend it.
+"""Mistakes of users: the error names the file, row or key, and how to fix it.
 
 Faults of single functions are tested beside them; here they come through the commands and through
 `train`.

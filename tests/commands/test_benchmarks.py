@@ -1,4 +1,4 @@
-"""The benchmarks run at tiny size and report what their readers look for."""
+"""The timing scripts run at tiny size and report what their readers look for."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What all commands share: terminals without UTF-8, and the values of flags."""
+"""What all commands share: terminals without UTF-8, and checks of flag values."""
 
 import ast
 import io

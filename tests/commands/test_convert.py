@@ -320,7 +320,9 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
 
 @pytest.mark.slow
 def test_mesh(tmp_path):
-    """On four devices every parameter lies as `sharding` says, and is what one device gets."""
+    """On four devices every parameter is placed as `sharding` says, and equals what one device
+    gets.
+    """
     folder = write_release(tmp_path / "odd", ODD)
     child("mesh", folder)
 

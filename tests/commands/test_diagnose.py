@@ -183,7 +183,7 @@ def test_groups_of_slots():
 
 
 def test_shares_are_means_over_the_queries_of_a_group():
-    """With completions behind contexts of different lengths; a group without queries is NaN."""
+    """With completions after contexts of different lengths; a group without queries is NaN."""
     rng = np.random.default_rng(3)
     batch, tokens = tiny.batch(rng, 2), rng.integers(0, 256, (2, 5)).astype(np.int32)
     c = batch.teacher

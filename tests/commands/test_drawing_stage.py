@@ -1,5 +1,5 @@
-"""Training what draws: traces with latents, the two losses, the autoencoder's stage, and a run
-through all stages.
+"""Training image generation: traces with latents, both losses, the autoencoder's stage, a whole
+run.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def jitted(function):
 
 
 def tiny_config(**changes):
-    """The settings of `tiny.DRAWING`: pictures of up to 24 pixels for the ViT, 48 for the
+    """The settings of `tiny.DRAWING`: images of up to 24 pixels for the ViT, 48 for the
     autoencoder.
     """
     c = config_lib.default()
@@ -121,7 +121,7 @@ class Saying(tiny.ByteTokenizer):
 
 @pytest.mark.slow
 def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
-    """Velocities and texts behind the same latents are those that `generate.reason` finds when it
+    """Velocities and texts after the same latents are those that `generate.reason` finds when it
     draws.
     """
     config = tiny_config()
@@ -135,7 +135,7 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     )  # Text, Latent, Image
     first, last = (block for block in blocks if isinstance(block, context.Text) and block.loss)
 
-    # inference: its texts and its picture are those of the trace
+    # inference: its texts and its image are those of the trace
     contexts, tokenizer = [], Saying()
     object.__setattr__(
         tokenizer, "texts", [tiny.TOKENIZER.decode(first.ids), tiny.TOKENIZER.decode(last.ids)]
@@ -291,7 +291,7 @@ def stage_config(config, stage="warmup", **changes):
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_drawn_loss_against_numpy(prepared):
-    """Two rows with pictures of different shapes and one text row; weights, shift and posterior as
+    """Two rows with images of different shapes and one text row; weights, shift and posterior as
     they should be.
     """
     config = tiny_config(
@@ -307,7 +307,7 @@ def test_the_drawn_loss_against_numpy(prepared):
     params = tiny.params(model)
     _, found = jitted(distill.drawn_step)(distill.init_state(params, own), batch, key, config=own)
 
-    # the random numbers of the step; everything else anew, picture by picture
+    # the random numbers of the step; everything else anew, image by image
     keys = jax.random.split(key, 3)
     posterior = np.asarray(jax.random.normal(keys[0], (3, 2, 12, 12, 4)))
     noise = np.asarray(jax.random.normal(keys[1], (3, 54, C)))
@@ -413,7 +413,7 @@ SMALL = dataclasses.replace(
 
 
 def squares(rng, count, side=8):
-    """[count, 2, side, side, 3]: pictures of one colour with a square of another."""
+    """[count, 2, side, side, 3]: images of one colour with a square of another."""
     pixels = np.repeat(rng.integers(0, 256, (count, 2, 1, 3), np.uint8), side * side, axis=2)
     pixels = pixels.reshape(count, 2, side, side, 3)
     pixels[:, :, 2:5, 2:5] = rng.integers(0, 256, (count, 2, 1, 1, 3), np.uint8)
@@ -457,7 +457,7 @@ def test_the_autoencoder_learns_and_ignores_padding():
 
 @pytest.mark.slow
 def test_the_autoencoder_loss_against_numpy():
-    """Means over real pixels and over the latents of real pictures; scale and shift of the model do
+    """Means over real pixels and over the latents of real images; scale and shift of the model do
     not count.
     """
     rng, key = np.random.default_rng(1), jax.random.key(5)

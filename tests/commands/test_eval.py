@@ -1,5 +1,5 @@
-"""Evaluation: the command repeats what training measured; what is counted; what it says when it
-cannot.
+"""Evaluation: the command repeats what training measured, counts correctly, and explains
+failures.
 """
 
 import csv
@@ -131,7 +131,7 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
 @pytest.mark.slow
 def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     """Both protocols; a kill in between changes nothing; what the harness would judge; the page
-    shows the pictures.
+    shows the images.
     """
 
     def run(*more):
@@ -454,7 +454,7 @@ class Example:
     metadata: dict
 
     @property
-    def example(self):  # it stands for a data.PreparedExample, too
+    def example(self):  # it stands in for a data.PreparedExample, too
         return self
 
 
@@ -639,7 +639,7 @@ def test_contexts_of_the_modes(trained):
 @pytest.mark.slow
 def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     """Short rows in short contexts, and the same answers and KL as with one bucket; in all modes,
-    with a swapped picture.
+    with a swapped image.
     """
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
@@ -744,4 +744,4 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
     assert found == {small_run.TASK: {"kl": pytest.approx(((targets - 1) / 2).mean()), "n": 6}}
     assert len(seen) == 2 and all(
         (t > s + 25).all() for s, t in seen
-    )  # the teacher sees a picture more
+    )  # the teacher sees an image more

@@ -1,4 +1,4 @@
-"""Answers and drawings from the command line and from Python."""
+"""Answers and generated images, from the command line and from Python."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def picture(seed, height, width):
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny model that draws: pictures of up to 24 pixels for the ViT, 48 for the
+    """The tiny model that generates images: images of up to 24 pixels for the ViT, 48 for the
     autoencoder.
     """
     protocol = interleave.Protocol(system="sys", max_new_tokens=6)
@@ -98,7 +98,7 @@ def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
         on_step=lambda *seen: steps.append(seen),
     )
     assert [type(step) for step in trace.steps] == [str, np.ndarray, str, np.ndarray, str]
-    # as large as the last picture is for the autoencoder, and not all of one colour
+    # as large as the last image is for the autoencoder, and not all of one colour
     assert all(
         p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.pictures
     )
@@ -267,7 +267,7 @@ def test_command_draws(released, tmp_path, capsys):
     assert f"[drawn: {tmp_path}/0-0.png]" in out and record["steps"][0]["text"] in out
     assert "drawing 1" in err and "1 pictures" in err
     assert max(drawn.size) > 14 and drawn.size[0] > drawn.size[1]  # the shape of the maze
-    assert Image.open(tmp_path / "0.png").height > 450  # both pictures, 320 pixels wide, and text
+    assert Image.open(tmp_path / "0.png").height > 450  # both images, 320 pixels wide, and text
     assert not list(tmp_path.glob("*.tmp"))
 
 

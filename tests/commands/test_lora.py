@@ -1,6 +1,4 @@
-"""Adapters: what they compute, that they alone are trained, and their way into a run and out of
-it.
-"""
+"""Adapters: what they compute, that only they are trained, and how a run reads and writes them."""
 
 import dataclasses
 import functools

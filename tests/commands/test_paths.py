@@ -1,4 +1,4 @@
-"""Paths that cannot be used are refused by every command and function before anything is made."""
+"""Every command and function refuses unusable paths before it makes anything."""
 
 import os
 

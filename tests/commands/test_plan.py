@@ -437,7 +437,7 @@ def mesh():
 
 @pytest.mark.slow
 def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
-    """The same update on one device with room for three quarters of what that took."""
+    """The same update on one device with memory for three quarters of what that took."""
     bound = 0.75 * eight[1]["programs"][1]["peak_gib"]
     done = small_run.run(
         _command(

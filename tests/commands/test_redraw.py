@@ -1,5 +1,5 @@
-"""Rows with drawn pictures in the place of their visual thoughts; the drawing itself is stood in
-for.
+"""Examples whose visual thoughts are replaced by generated images; the generation itself is
+faked.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from opsd_jax.runtime import checkpoint
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """A workdir with settings and data, and a model that draws one grey for each question."""
+    """A workdir with settings and data, and a model that generates one grey image per question."""
     config = small_run.config()
     work = tmp_path / "w"
     work.mkdir()

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or cut off, and continued, is bit for bit the run that was not."""
+"""A run that was stopped or killed and then continued equals, bit for bit, one that was not."""
 
 import json
 import random

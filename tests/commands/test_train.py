@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, from the command that a user types to the report of its
+"""A whole run: the files that it writes, from the user's command to the report of its control
 arms.
 """
 

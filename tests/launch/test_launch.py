@@ -1,6 +1,4 @@
-"""How a run starts elsewhere: launch files are read, run with stand-ins for cloud commands, and
-really run on CPU.
-"""
+"""Launch files: read, run with stand-ins for cloud commands, and run for real on CPU."""
 
 import ast
 import importlib.util
@@ -63,7 +61,7 @@ def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.C
 
 
 def stand_in(folder, name: str, body: str) -> str:
-    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL behind
+    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL after
     each, and a record separator and NUL at the end. Several may run at once, so in one write: bash
     makes two of a newline.
     """
@@ -462,7 +460,7 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
     assert distributed._cluster_size() == hosts * slices
-    # the workdir lies in the mounted bucket
+    # the workdir is in the mounted bucket
     (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
     assert (
         volume["name"] == mount["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"

@@ -25,7 +25,7 @@ BRANCHES = {
 
 def scene(tensors, facts, whole_model, tokenizer):
     """(stages, {branch: blocks}, grid): the parts of the context, the three contexts, tokens of the
-    drawn image.
+    generated image.
     """
     config, params = whole_model
     generation = config.generation
@@ -68,14 +68,14 @@ def flow_config(model, tokenizer, run):
 
 
 def all_branches(model, tokenizer):
-    """For raw velocities behind all three contexts, whatever the guidance."""
+    """For raw velocities after all three contexts, whatever the guidance."""
     return flow.FlowConfig(
         model, tokenizer.image_start, tokenizer.image_end, text_scale=2.0, image_scale=2.0
     )
 
 
 def padded(tokens):
-    """Latent tokens [..., G, C] with some more behind them: nothing may depend on their values."""
+    """Latent tokens [..., G, C] with some more after them: nothing may depend on their values."""
     return np.concatenate(
         [tokens, np.full((*tokens.shape[:-2], SPARE, tokens.shape[-1]), 7, np.float32)], axis=-2
     )
@@ -218,7 +218,7 @@ def test_gen_image_draw(goldens, drawing, whole_model, tokenizer):
 
 
 def test_flow_velocity(goldens, whole_model, tokenizer):
-    """Velocities behind each context at given times."""
+    """Velocities after each context at given times."""
     tensors, facts = read(goldens, "gen_image", "flow_velocity")
     source, there = read(goldens, "gen_image", facts["context"].split()[-1])
     model, params = whole_model
@@ -252,7 +252,7 @@ def train_rows(tensors, facts, whole_model):
         for step, k in plan
         if step.startswith("vae")
     ]
-    # officially all are encoded at once, on black of a common size
+    # the official code encodes all at once, on black of a common size
     noise = hwc(tensors["vae_encode_noise"])
     assert len(noise) == len(pictures)
     sides = [side * generation.vae.downsample for side in noise.shape[1:3]]

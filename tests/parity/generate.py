@@ -37,7 +37,7 @@ def test_generate(goldens, generate, model, tokenizer):
         max_image_skips=facts.get("max_image_skips", 0),
     )
     blocks = prompt_blocks(tensors, tokenizer, config.vit.patch_size)
-    other = [blocks[-1], *blocks]  # a longer row, so that the golden one stands before a gap
+    other = [blocks[-1], *blocks]  # a longer row, so that the golden one has padding after it
     context = pack([blocks, other], tokenizer, config)
     sampled, logits = rollout.sample(
         params, context, jax.random.key(0), config=settings, return_logits=True
@@ -49,7 +49,7 @@ def test_generate(goldens, generate, model, tokenizer):
     equal(returned, wanted)
     heard = logits[0, :count][
         fed[:count] != tokenizer.eos
-    ]  # officially an injected eos has no logits
+    ]  # in the official code an injected eos has no logits
     compare(close, heard, tensors, "logits")
     if not skipping:
         equal(fed[:count], tensors["tokens"])
@@ -70,7 +70,7 @@ def test_generate(goldens, generate, model, tokenizer):
 
 
 def test_generate_cache(goldens, model, tokenizer):
-    """The cache after the prompt and after decoding, and the counters behind every block of the
+    """The cache after the prompt and after decoding, and the counters after every block of the
     prompt.
     """
     root, checked = path_of(goldens, "generate"), 0

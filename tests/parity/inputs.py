@@ -111,14 +111,14 @@ visible = jax.jit(attention.visible)
 
 
 def first_layers(config, params, part, count):
-    """The model cut off behind `count` layers of "llm" or "vit"."""
+    """The model cut off after `count` layers of "llm" or "vit"."""
     cut = dict(params[part], layers=jax.tree.map(lambda x: x[:count], params[part]["layers"]))
     smaller = dataclasses.replace(getattr(config, part), num_layers=count)
     return dataclasses.replace(config, **{part: smaller}), dict(params, **{part: cut})
 
 
 def normed(hidden, config, params):
-    """A golden residual stream behind the final norm, for models that were cut off."""
+    """A golden residual stream after the final norm, for models that were cut off."""
     return jax.jit(mot.rms_norm)(hidden, params["llm"]["norm"], config.llm.rms_norm_eps)
 
 

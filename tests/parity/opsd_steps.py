@@ -131,7 +131,7 @@ def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
     assert unchanged
     unchanged |= set(
         by_name(params_lib.partition(params)[1])
-    )  # officially only some of these are listed
+    )  # the official code lists only some of these
     for name in unchanged:
         equal(after[name], before[name], err_msg=name)
     for name in set(after) - unchanged:

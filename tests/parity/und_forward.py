@@ -83,7 +83,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
 
 
 def test_score(goldens, und_forward, model, tokenizer):
-    """`distill.score`: the completion behind padded contexts of both roles, one row each."""
+    """`distill.score`: the completion after padded contexts of both roles, one row each."""
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
     context = pack(

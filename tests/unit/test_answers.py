@@ -1,6 +1,4 @@
-"""Answers that are kept batch by batch; what is done to drawn pictures; benchmarks of both
-kinds.
-"""
+"""Batched inference with resume, edits of generated images, and benchmarks of both kinds."""
 
 import collections
 import json
@@ -187,7 +185,7 @@ def test_rows_that_take_no_part_are_left_out_of_the_plan():
     assert inference.plan([bench("A", 3)], 4, {"A": [1], "B": [0]})[0][1] == [0, 2]
 
 
-# --- drawn pictures
+# --- generated images
 
 
 def test_what_a_changed_picture_is(tmp_path):

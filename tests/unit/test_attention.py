@@ -90,7 +90,7 @@ def test_larger_query_blocks(block):
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_query_blocks_with_masks_that_broadcast(block):
-    """All queries see the same keys (as a drawn image), or everything everything (as the
+    """All queries see the same keys (as a generated image), or everything everything (as the
     autoencoder calls it).
     """
     q, k, v, mask = drawn(6, 9)
@@ -291,7 +291,7 @@ def test_the_kernel_in_bfloat16():
 
 
 def test_one_row_of_a_mask_stands_for_all_queries():
-    """As a drawn image has it: [B, 1] vectors and 200 queries in blocks of the size that is
+    """As a generated image has it: [B, 1] vectors and 200 queries in blocks of the size that is
     chosen.
     """
     q, k, v, gradient = arrays(200, 38)
@@ -642,7 +642,7 @@ def test_cudnn_is_lowered_for_gpus_alone(monkeypatch):
 
 @pytest.mark.parametrize("queries, one_row", [(38, False), (37, True)])
 def test_what_cudnn_is_given(monkeypatch, queries, one_row):
-    """cuDNN is not here: XLA's implementation of the same function stands in, behind the checks of
+    """cuDNN is not here: XLA's implementation of the same function stands in, after the checks of
     cuDNN's shapes.
     """
     real = jax.nn.dot_product_attention

@@ -1,6 +1,4 @@
-"""Benchmark files: what is wrong with one is told by file, row, column and mend; nothing is lost on
-the way.
-"""
+"""Benchmark files: an error names file, row, column and fix, and no content is lost."""
 
 import base64
 import csv
@@ -183,7 +181,7 @@ def test_bad_pictures_are_named_when_looked_at(tmp_path, cell, reason):
             assert word in str(error.value)
 
 
-# ---- pictures
+# ---- images
 
 
 def pixels(image):
@@ -406,7 +404,7 @@ def test_export_loses_nothing(tmp_path):
 
 
 def test_export_is_scored_alike(tmp_path):
-    """A benchmark file and an export that has its pictures put back get the same report."""
+    """A benchmark file and an export that has its images put back get the same report."""
     table = tables.read(write(tmp_path, mcq(A=["3", "4", "", "6"])))
     answers = {0: "3", 1: "<answer>A</answer>", 2: "None", 3: "It is 6.0"}
     report = tables.score(table, answers)

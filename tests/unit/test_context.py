@@ -559,7 +559,7 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
 
 
 def test_supervise_targets_behind_latents(rng):
-    """Latents take two slots among the others, so targets behind them are found by their tokens."""
+    """Latents take two slots among the others, so targets after them are found by their tokens."""
     row = [
         Text(np.array([1])),
         Text(np.array([3, 4]), loss=True),

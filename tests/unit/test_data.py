@@ -1,5 +1,5 @@
-"""opsd_jax/data.py: prepared rows, packed contexts, and batches that depend on (seed, step)
-alone.
+"""opsd_jax/data: prepared examples, packed contexts, and batches that depend on (seed, step)
+only.
 """
 
 import collections
@@ -110,7 +110,7 @@ def test_rows(folder, tok):
     assert rows(1, 3).problem.grid == (4, 4) and row.problem.patches.dtype == np.uint8
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
-    assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is room
+    assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is space
     assert examples.Examples(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
 
 
@@ -304,7 +304,7 @@ def test_what_the_teacher_sees_in_each_mode(make):
         batch, rows = batches.opsd(0)
         shown[mode] = batch.teacher
         shown["rows"] = rows
-    second = slice(25, 50)  # patches behind the problem's
+    second = slice(25, 50)  # patches after the problem's
     for n, row in enumerate(shown["rows"]):
         for mode in ("real", "swap", "image"):
             np.testing.assert_array_equal(shown[mode].patches[n, :25], row.problem.patches)
@@ -375,7 +375,7 @@ def test_traces_follow_the_mix(make, tok):
     pictures = supervised.context.patch_image.max(1)
     assert (
         pictures == [2] * 6 + [1] * 2
-    ).all()  # the reference layout with its picture, text without
+    ).all()  # the reference layout with its image, text without
     for text, row in zip(texts, rows, strict=True):
         assert re.search(rf"<answer>{row.example.answer}</answer><\|im_end\|>$", text)
 

@@ -1252,9 +1252,9 @@ def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
 
 @pytest.mark.long
 def test_row_groups_beyond_2_gib(tmp_path):
-    """Arrow gives no such picture column in one piece.
+    """Arrow gives no such image column in one piece.
 
-    The pictures end in zeros, so the file itself is small.
+    The images end in zeros, so the file itself is small.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Scoring, loss, teachers, accumulation, the optimizer: against plain NumPy on the model's own
+"""Scores, loss, teachers, accumulation and the optimizer, compared with NumPy on the model's
 logits.
 """
 
@@ -549,7 +549,7 @@ def test_the_seam_of_an_image_skip():
     assert seam.labels[0].tolist() == [1, 2, EOS, BOS, 3, EOS, 0, 0, 0, 0]
     assert seam.mask[0].tolist() == [True, True, True, False, True, True] + [False] * 4
     assert seam.tokens[1, :2].tolist() == [BOS, 4] and seam.mask[1].sum() == 2
-    # cut between the rounds: 3 of 5 fed tokens fit, the row behind them predicts eos
+    # cut between the rounds: 3 of 5 fed tokens fit, the row after them predicts eos
     cut = scored(rows, [20, 20], score_seam=True, max_forward_tokens=25)
     assert cut.labels[0, :4].tolist() == [1, 2, EOS, EOS] and cut.mask[0].sum() == 4
 

@@ -1,6 +1,4 @@
-"""The divergence: its definition, its ends, its switches, and the chunked form that training
-uses.
-"""
+"""The divergence: definition, limits, switches, and the chunked form that training uses."""
 
 import functools
 import itertools

@@ -1,6 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ against the code: settings, links, commands, messages, a
-picture, their own code.
-"""
+"""README.md, CONTRIBUTING.md and docs/ agree with the code: settings, links, commands, messages."""
 
 import ast
 import contextlib
@@ -161,7 +159,7 @@ def get_config(path: str):
 
 @pages
 def test_links(page):
-    """Files that links and pictures point to, and headings behind a #."""
+    """Files that links and images point to, and headings after a #."""
 
     def slug(title):
         return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
@@ -222,7 +220,7 @@ def test_ci_finds_the_test_command():
 
 
 def test_quoted_messages_are_in_the_code():
-    """First column of the tables of messages; … stands for what is filled in."""
+    """First column of the tables of messages; … is what is filled in."""
 
     def text(node):
         if isinstance(node, ast.JoinedStr):

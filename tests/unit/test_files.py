@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file has its old content or its new content, never a part of it."""
 
 import os
 import pathlib

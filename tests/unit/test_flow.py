@@ -281,7 +281,7 @@ def test_padding_latents_do_not_matter(params, mixed, rng):
 
 
 def test_unused_latents_leave_hidden_states_alone(params, rng):
-    """Rows without latents, packed with room for them and without."""
+    """Rows without latents, packed with positions for them and without."""
     rows = [[text(rng, 3), image(rng, (2, 1)), text(rng, 2)], [text(rng, 6)]]
     with_room, without = pack(rows, slots=20, patches=3, latents=6), pack(rows, slots=20, patches=3)
     ours, its = np.asarray(read(params, with_room)), np.asarray(read(params, without))
@@ -481,7 +481,7 @@ GRIDS, TOKENS = [(2, 3), (1, 2)], 7
 
 @pytest.fixture(scope="module")
 def scene():
-    """Two images to draw behind three contexts each.
+    """Two images to generate after three contexts each.
 
     The first follows an image that was drawn before.
     """
@@ -527,7 +527,7 @@ def drawn(params, scene, config, images=(0, 1), tokens=TOKENS, **kwargs):
 
 
 def drawn_by_hand(params, scene, n, config):
-    """Euler steps over whole forwards, the block in its real order behind each context."""
+    """Euler steps over whole forwards, the block in its real order after each context."""
     grid, count = GRIDS[n], GRIDS[n][0] * GRIDS[n][1]
     grid_points = np.linspace(1, 0, config.num_timesteps)
     times = config.timestep_shift * grid_points / (1 + (config.timestep_shift - 1) * grid_points)
@@ -647,7 +647,7 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_steps_do_not_copy_the_cache(guided):
-    """12 layers behind 2,048 slots: the cache is updated in place, and what a step needs beside it
+    """12 layers after 2,048 slots: the cache is updated in place, and what a step needs beside it
     is small.
     """
     model = dataclasses.replace(DRAWING, llm=dataclasses.replace(DRAWING.llm, num_layers=12))

@@ -1,4 +1,4 @@
-"""Pixels: decoding, transparency, sizes, patches, numbering.
+"""Pixels: decoding, transparency, sizes, patches, numbering. tests/parity has the golden images.
 
 test_parity replays the golden images.
 """
@@ -241,7 +241,7 @@ def test_transparency_is_one_of_two():
 
 @pytest.mark.parametrize("transparency, left, middle", [("white", 255, 155), ("drop", 10, 10)])
 def test_rgba(transparency, left, middle):
-    """Colour 10 behind alpha 0, about 0.4, and 1."""
+    """Colour 10 under alpha 0, about 0.4, and 1."""
     rgba = np.full((1, 3, 4), 10, np.uint8)
     rgba[0, :, 3] = 0, 104, 255
     image = images.open_rgb(png(Image.fromarray(rgba)), transparency=transparency)

@@ -1,4 +1,4 @@
-"""Two commands into the same folder: the second is told who writes there."""
+"""Two commands that write to one folder: the second one is told which process holds the lock."""
 
 import os
 import pathlib

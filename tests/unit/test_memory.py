@@ -180,7 +180,7 @@ def scores(slots) -> int:
 def test_the_teacher_saves_no_activations():
     """128 slots more in the student's context cost the saved activations of every layer, in the
     teacher's next to
-    nothing: one layer's at a time, while there is still room.
+    nothing: one layer's at a time, while there is still memory.
     """
     base = temporary(update(SELF))
     student, teacher = (

@@ -1,4 +1,4 @@
-"""What a run tells: every number once, no silent loss, and a stop when it goes wrong."""
+"""Metrics of a run: every number once, no silent loss, and a stop when the run goes wrong."""
 
 import io
 import json

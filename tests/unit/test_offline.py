@@ -293,7 +293,7 @@ def test_cache_holds_the_teacher_and_the_weights(collected):
                 np.take_along_axis(with_vt, found["indices"], -1), exact, atol=1e-4
             )
             kl = (np.exp(with_vt) * (with_vt - without)).sum(-1)
-            assert kl.max() > 0.01  # the pictures change what this model says
+            assert kl.max() > 0.01  # the images change what this model says
             np.testing.assert_allclose(found["weight"], kl, rtol=2e-3, atol=1e-5)
 
 

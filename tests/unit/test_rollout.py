@@ -82,7 +82,7 @@ def full_forward(params, whole):
 
 
 def test_decoding_equals_the_full_forward(sampled):
-    """Without cache and the sampler's vectors: fed tokens right behind the context, one sequence a
+    """Without cache and the sampler's vectors: fed tokens right after the context, one sequence a
     row.
     """
     t, c = sampled.trajectory, sampled.context
@@ -138,7 +138,7 @@ def test_a_trajectory_tells_the_same_story_twice(sampled):
         assert content(t, row) == fed[chosen & (fed != eos)].tolist()
         assert (
             n == 14 or t.stop[row] == EOS_DRAWN
-        )  # eos may be drawn behind the last token of the budget, too
+        )  # eos may be sampled after the last token of the budget, too
         assert t.ended[row] == n
         assert not t.tokens[row][~t.mask[row]].any() and not t.logprobs[row][~t.mask[row]].any()
         assert (np.diff(t.mask[row].astype(int)) <= 0).all()
@@ -371,7 +371,7 @@ def chain():
     The residual stream is one-hot: [token | chain]. Attention is uniform and moves the chain's
     number from the prompt to every slot; the MLPs are off. So logits = A[token] + w B[chain], A and
     B random, A bent towards the bigrams of TEXTS: greedy completions are full of markers, half
-    markers and ends of turn. Every piece of text stands in the vocabulary COPIES times, so that
+    markers and ends of turn. Every piece of text is in the vocabulary COPIES times, so that
     chains are long before they repeat.
     """
     tokenizer, rng = qwen_like(), np.random.default_rng(2)
@@ -429,7 +429,7 @@ def chain():
     for n in pieces:
         if b">" in spelled[n]:
             a[same[n], eos] += 3.5
-    a[eos, eos] += 50  # what is drawn behind an injected eos must be ignored
+    a[eos, eos] += 50  # what is sampled after an injected eos must be ignored
     params["llm"]["head"] = np.zeros((width, size), np.float32)
     params["llm"]["head"][:size], params["llm"]["head"][size : size + CHAINS] = a, b * 0.4
     params["llm"]["norm"] = np.ones(width, np.float32)

@@ -246,7 +246,7 @@ def test_settings_that_do_not_fit_raise(family, settings, message):
         rows_of(family, "train", 1, **settings)
 
 
-# ---- what the pictures and texts say
+# ---- what the images and texts say
 
 
 def test_maze_thought_walks_the_shortest_path():

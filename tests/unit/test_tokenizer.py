@@ -1,6 +1,4 @@
-"""A tokenizer folder as the released models have it, in both of its forms: loading, ids, bytes, bad
-folders.
-"""
+"""Tokenizer folders in both released forms: loading, ids, bytes, and folders that are refused."""
 
 import dataclasses
 import itertools
@@ -182,7 +180,9 @@ def test_ids_are_those_of_the_plain_library(tok, text):
 
 
 def test_text_is_composed_first(tok):
-    """Qwen's normaliser; officially too. So a decomposed letter comes back as one character."""
+    """Qwen's normaliser; as in the official code. So a decomposed letter comes back as one
+    character.
+    """
     assert tok.decode(tok.encode("e\u0301")) == unicodedata.normalize("NFC", "e\u0301") == "\u00e9"
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder: shapes, single images against batches, and what its layers do at the edges."""
+"""The autoencoder: shapes, single images compared with batches, and its layers at the borders."""
 
 import dataclasses
 import functools
@@ -196,7 +196,7 @@ def test_decode_truncates_and_takes_batches(params, rng):
 
 
 def test_the_decoder_undoes_scale_and_shift(params, rng):
-    """Other constants with latents moved to match give the same picture."""
+    """Other constants with latents moved to match give the same image."""
     latents = rng.standard_normal((1, 2, 2, C), np.float32)
     other = dataclasses.replace(
         tiny.DRAWING,
