@@ -30,7 +30,7 @@ class Run:
 
     model: ModelConfig without image generation. limit: the size of a random subset of each task (`randomness.subset`, by
     config.seed), 0 for all. batch_size: of all processes.
-    before_batch: called before each batch, such as `checkpoint.Flag.check`.
+    before_batch: called before each batch, such as `stopping.StopRequest.check`.
     """
 
     workdir: str

@@ -1,20 +1,20 @@
-"""Where a run is kept: checkpoints that survive kill -9, a full disk and another mesh.
+"""Checkpoints of a run that survive kill -9, a full disk and another mesh.
 
-    <workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}: what continues a run
-    <workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any): what eval loads
-    + JSON metadata                       format, stage, step, config, digests of data and tokenizer, metrics, versions
+<workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}: what continues a run
+<workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any): what eval loads
++ JSON metadata                       format, stage, step, config, digests of data and tokenizer, versions
 
-Orbax is known to this file alone (its v1 interface is young: the version is pinned). A folder
-becomes visible under the name `<step>` only when complete; before, it is `<step>.orbax-checkpoint-tmp`.
-`Checkpoints` is for the one process group that trains (see `locks`): it deletes old and half-written folders. The
-functions `restore`, `restore_params` and `metadata` only read and are safe beside a run.
+Only this module uses Orbax (its v1 interface is young: the version is pinned). A folder gets the
+name `<step>` only when it is complete (see `checkpoint_folders`). `Checkpoints` is for the one
+process group that trains (see `locks`): it deletes old and half-written folders. The functions
+`restore`, `restore_params` and `metadata` only read and may be used beside a run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,36 +24,24 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opsd_jax.inputs import checks, json_files, paths
+from opsd_jax.inputs import checks, json_files
+from opsd_jax.runtime import checkpoint_folders as folders
+from opsd_jax.runtime.checkpoint_folders import (
+    CheckpointError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    resolve,
+)
 
 FORMAT = 1  # raise it when the layout above changes
-_DETAILS = {
-    "format": int,
-    "stage": str,
-    "step": int,
-    "config": dict,
-    "metrics": dict,
-    "versions": dict,
-}
-_TMP = ".orbax-checkpoint-tmp"
-_OLD = ".being-deleted"  # renamed before it is deleted: a reader finds a checkpoint whole or not at all
-_COMMITTED = "commit_success.txt"  # Orbax writes it last of all, on object stores too
-
-
-class CheckpointNotFoundError(FileNotFoundError):
-    """There is no complete checkpoint where one was asked for."""
+_DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "versions": dict}
 
 
 class CheckpointMismatchError(ValueError):
     """The checkpoint's arrays are not those that the program expects."""
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read."""
-
-
-class CheckpointGoneError(CheckpointNotFoundError):
-    """A checkpoint was deleted by the run that wrote it, which keeps only its newest ones."""
+# ---------------------------------------------------------------------------- writing
 
 
 class Checkpoints:
@@ -73,7 +61,7 @@ class Checkpoints:
             raise ValueError(
                 f"keep_latest={keep_latest}: with none kept, a crash would lose the run"
             )
-        self.directory = _absolute(directory)
+        self.directory = folders.absolute(directory)
         self._keep = keep_latest, tuple(int(step) for step in keep_steps)
         with _explained(f"opening the checkpoints folder {self.directory}"):
             self._open()
@@ -81,16 +69,16 @@ class Checkpoints:
     def _open(self) -> None:
         from orbax.checkpoint import v1 as ocp
 
-        _remove_half_written(self.directory)
-        # Orbax keeps all: it would delete older ones before anybody has opened the new one, see `_settle`
+        folders.remove_half_written(self.directory)
+        # Orbax keeps all: it would delete older ones before the new one has been opened, see `_settle`
         self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=True)
-        # Orbax asks for preemption with its own numbers, from threads too. The processes would agree on one of those
-        # instead of a number of `Flag`, which then never comes: SIGTERM would be swallowed.
+        # Orbax asks for preemption with its own numbers, from threads too. The processes would agree
+        # on one of those instead of a number of `stopping.StopRequest`, which then never comes:
+        # SIGTERM would be ignored.
         self._checkpointer._manager.reached_preemption = lambda step: False
         self._newest = self.latest()  # complete or being written
-        self._unverified = (
-            None  # (step, what was given to be saved) of a save that nobody has waited for
-        )
+        # (step, outline of what was saved) of a save that nobody has waited for
+        self._unverified: tuple[int, Any] | None = None
         self._failed = False
 
     def __enter__(self) -> Checkpoints:
@@ -115,34 +103,32 @@ class Checkpoints:
         stage: str,
         config: Mapping,
         digests: Mapping | None = None,
-        metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> bool:
         """Starts writing a checkpoint; returns once the arrays are copied to host memory.
 
         After it returns, `state` may be donated to the next update. An earlier save that is still
-        being written is waited for first; when it can be opened, those that are not to be kept are deleted.
+        being written is waited for first; when it can be opened, older ones are deleted.
 
         Args:
           step: position of the run: updates done so far, over all stages.
           state: the training pytree, any shardings.
           params: the weights to infer with; the caller chooses (the EMA, if there is one).
-          stage: `warmup`, `opsd` or `sft`.
+          stage: the stage of the run, of `config.STAGES`.
           config: settings as plain JSON types, see `config.to_json`.
           digests: checksums of what the run reads, see `config_check.check_digests`.
-          metrics: numbers to keep beside the weights.
           wait: returns only when the checkpoint is complete.
 
         Returns:
-          False when this very step is already saved or being written (so a last save at the end of
-          a loop needs no case of its own), otherwise True.
+          False if this very step is already saved or being written (so a last save after a loop
+          needs no special case), otherwise True.
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written; names the folder.
           ValueError: a newer checkpoint is there already.
         """
         step = int(step)
-        details = _details(step, stage, config, metrics, digests)
+        details = _details(step, stage, config, digests)
         if self._failed:  # Orbax no longer knows what is on disk
             self._open()
         if self._newest is not None and step < self._newest:
@@ -165,8 +151,14 @@ class Checkpoints:
         return fresh
 
     def wait(self) -> None:
-        """Blocks until the save in flight is complete and was opened. Raises CheckpointError, once, when it failed."""
-        if not self._failed:  # else it was told already; Orbax would raise the same error for ever
+        """Blocks until the save in flight is complete and was opened.
+
+        Raises:
+          CheckpointError: it failed; raised once.
+        """
+        if (
+            not self._failed
+        ):  # else it was raised already; Orbax would raise the same error for ever
             with self._writing(self._newest):
                 self._checkpointer.wait()
             self._check_kept()
@@ -180,7 +172,7 @@ class Checkpoints:
                 self._checkpointer.close()
 
     def _settle(self) -> None:
-        """Opens the checkpoint that was just written, and only then deletes the older ones that are not to be kept."""
+        """Opens the checkpoint that was just written, and only then deletes older ones."""
         if self._unverified is None:
             return
         (step, given), self._unverified = self._unverified, None
@@ -192,20 +184,24 @@ class Checkpoints:
         if jax.process_index():
             return
         keep_latest, keep_steps = self._keep
-        for old in _list(self.directory)[0][:-keep_latest]:
+        for old in folders.complete(self.directory)[:-keep_latest]:
             if old not in keep_steps:
-                _delete(self.directory / str(old))
+                folders.delete(self.directory / str(old))
 
     def _check_kept(self) -> None:
-        """Raises CheckpointError, once, where the newest checkpoint is gone: Orbax would make its folder again and go on."""
+        """Raises CheckpointError, once, if the newest checkpoint is gone.
+
+        Orbax would make its folder again and go on.
+        """
         if self._newest is None or jax.process_index():
             return
-        if not _is_committed(self.directory / str(self._newest)):
+        if not folders.is_complete(self.directory / str(self._newest)):
             self._failed = True
             raise CheckpointError(
-                f"{self.directory}/{self._newest} was complete, or about to be, and is gone: the folder was deleted or "
-                f"replaced while the run was writing there. Still complete: {_list(self.directory)[0] or 'none'}. Start the "
-                "run again, and keep the folder until it ends"
+                f"{self.directory}/{self._newest} was complete, or about to be, and is gone: the "
+                "folder was deleted or replaced while the run was writing there. Still complete: "
+                f"{folders.complete(self.directory) or 'none'}. Start the run again, and keep the "
+                "folder until it ends"
             )
 
     @contextlib.contextmanager
@@ -223,17 +219,17 @@ class Checkpoints:
     def _why_not_written(self) -> str:
         if not self.directory.is_dir():
             return (
-                "The folder is gone: it was deleted or moved while the run was writing there. Put it back if it was moved, "
-                "start the run again, and keep the folder until it ends"
+                "The folder is gone: it was deleted or moved while the run was writing there. Put "
+                "it back if it was moved, start the run again, and keep the folder until it ends"
             )
         return (
-            f"Complete and usable: {_list(self.directory)[0] or 'none'}. Is the disk full, or the folder read-only? Fix that "
-            "and start again"
+            f"Complete and usable: {folders.complete(self.directory) or 'none'}. Is the disk full, "
+            "or the folder read-only? Fix that and start again"
         )
 
     def latest(self) -> int | None:
-        """The newest complete step; one that is still being written does not count. None if there is none."""
-        return max(_list(self.directory)[0], default=None)
+        """The newest complete step, or None; one that is still being written does not count."""
+        return max(folders.complete(self.directory), default=None)
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The training pytree of `step`; see the function `restore`."""
@@ -241,7 +237,7 @@ class Checkpoints:
         return restore(self.directory / str(step), abstract_state)
 
     def metadata(self, step: int) -> dict:
-        """What was noted beside the weights of `step`; see the function `metadata`."""
+        """The JSON metadata of `step`; see the function `metadata`."""
         self.wait()
         return metadata(self.directory / str(step))
 
@@ -253,23 +249,22 @@ def save(
     *,
     step: int = 0,
     stage: str = "",
-    config: Mapping = {},
-    metrics: Mapping[str, float] | None = None,
+    config: Mapping = types.MappingProxyType({}),
 ) -> None:
     """Writes one checkpoint into the folder `directory` itself and waits for it.
 
     Args:
       directory: the folder to make; it must not exist, or be empty.
       state: the training pytree, or None when there are weights only (an imported release).
-      params, step, stage, config, metrics: as in `Checkpoints.save`.
+      params, step, stage, config: as in `Checkpoints.save`.
 
     Raises:
       FileExistsError: the folder is not empty. CheckpointError: it could not be written.
     """
     from orbax.checkpoint import v1 as ocp
 
-    directory = _absolute(directory)
-    details = _details(step, stage, config, metrics)
+    directory = folders.absolute(directory)
+    details = _details(step, stage, config)
     if directory.exists():
         if not directory.is_dir() or any(directory.iterdir()):
             raise FileExistsError(
@@ -284,40 +279,7 @@ def save(
     _verify(directory, jax.tree.map(_outline, items))
 
 
-def _outline(leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
-    """Opens a checkpoint that Orbax has called complete, and compares its arrays with those that were given to it.
-
-    Raises CheckpointError where they differ; the folder then has the name of a half-written one, which nothing loads.
-    """
-    try:
-        stored = _read_metadata(directory)[0]
-        for item, tree in given.items():
-            _check_structure(
-                directory, item, stored.get(item, {}), tree, convert=False, partial=False
-            )
-    except (CheckpointError, CheckpointMismatchError) as error:
-        aside = directory.parent / f"{directory.name}{_TMP}"
-        if jax.process_index() == 0 and directory.exists():
-            directory.rename(aside)
-        raise CheckpointError(
-            f"checkpoint {directory} was written but cannot be opened: {error}\nIt was renamed to {aside.name} and does not "
-            f"count. Complete and usable: {_list(directory.parent)[0] or 'none'}. Does the disk, or the mount, keep what is "
-            "written to it? Start again, with another folder if this comes back"
-        ) from error
-
-
-def _delete(directory: epath.Path) -> None:
-    """Deletes a checkpoint. What cannot be deleted stays under a name that nothing loads, and the next run tries again."""
-    old = directory.parent / f"{directory.name}{_OLD}"
-    try:
-        directory.rename(old)
-        old.rmtree()
-    except OSError as error:
-        logging.warning("%s: an old checkpoint cannot be deleted (%s)", directory, error)
+# ---------------------------------------------------------------------------- reading
 
 
 def restore(directory, abstract_state: Any, *, partial: bool = False) -> Any:
@@ -330,8 +292,9 @@ def restore(directory, abstract_state: Any, *, partial: bool = False) -> Any:
       partial: arrays that `abstract_state` lacks are left on disk; otherwise they are an error.
 
     Raises:
-      CheckpointNotFoundError: nothing complete there. CheckpointMismatchError: paths, shapes or dtypes
-      differ; lists all of them. CheckpointError: the files cannot be read.
+      CheckpointNotFoundError: nothing complete there.
+      CheckpointMismatchError: paths, shapes or dtypes differ; lists all of them.
+      CheckpointError: the files cannot be read.
     """
     return of_newest(
         directory, lambda folder: _load(folder, "state", abstract_state, partial=partial)
@@ -343,7 +306,7 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
     Args:
       directory: as in `restore`.
-      abstract_params: as in `restore`; another floating dtype than the saved one is converted to.
+      abstract_params: as in `restore`; arrays are converted to its floating dtypes.
       partial: weights of the checkpoint that `abstract_params` lacks are left on disk (an expert
         that is not used); otherwise they are an error.
 
@@ -356,12 +319,20 @@ def restore_params(directory, abstract_params: Any, *, partial: bool = False) ->
 
 
 def metadata(directory) -> dict:
-    """`{format, stage, step, config, digests, metrics, versions}` of a checkpoint; `directory` as in `restore`."""
+    """`{format, stage, step, config, digests, versions}` of a checkpoint.
+
+    Args:
+      directory: as in `restore`.
+    """
     return of_newest(directory, _read_metadata)[1]
 
 
 def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """{item: {path: shape and dtype}} of a checkpoint; `directory` as in `restore`."""
+    """{item: {path: shape and dtype}} of a checkpoint, whose items are "params" and maybe "state".
+
+    Args:
+      directory: as in `restore`.
+    """
     return {
         item: {
             path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
@@ -371,23 +342,32 @@ def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     }
 
 
-def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
-    """`work` done with the step folder that `directory` (as in `restore`) stands for.
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Whether a run has a complete checkpoint, from which it continues."""
+    return bool(folders.complete(folders.absolute(workdir) / "checkpoints"))
 
-    A run that goes on deletes its older checkpoints. Where it deletes this one meanwhile, the work is done again with the
-    newest one; CheckpointGoneError if `directory` is that very step.
+
+def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
+    """Does `work` with the step folder that `directory` (as in `restore`) means; returns its result.
+
+    A run that goes on deletes its older checkpoints. If it deletes this one in between, the work is
+    done again with the newest one.
+
+    Raises:
+      CheckpointGoneError: the step was deleted, and `directory` names this step.
     """
     while True:
         folder = resolve(directory)
         try:
             return work(folder)
         except (CheckpointError, CheckpointMismatchError, CheckpointNotFoundError) as error:
-            if _is_committed(folder):
+            if folders.is_complete(folder):
                 raise
-            if folder == _absolute(directory):
+            if folder == folders.absolute(directory):
                 raise CheckpointGoneError(
-                    f"{folder} was deleted while it was being read, probably by the run that wrote it, which keeps its newest "
-                    "ones (checkpoint.keep_latest): take a later step, or leave the step out for the newest"
+                    f"{folder} was deleted while it was being read, probably by the run that wrote "
+                    "it, which keeps its newest ones (checkpoint.keep_latest): take a later step, or "
+                    "leave the step out for the newest"
                 ) from error
             if folder == resolve(directory):
                 raise
@@ -398,12 +378,15 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
 
 
 def newest(workdir: str) -> str:
-    """The step folder of a run's newest checkpoint; in a run of several processes the one that the first process finds."""
+    """The step folder of a run's newest checkpoint.
+
+    All processes get the one that the first process finds.
+    """
     try:
         step, error = metadata(workdir)["step"], None
     except (CheckpointError, CheckpointMismatchError, CheckpointNotFoundError) as found:
         step, error = -1, found
-    if jax.process_count() > 1:  # a run beside may save another one before the next process looks
+    if jax.process_count() > 1:  # training may save another one before the next process looks
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step < 0:
         raise error or CheckpointNotFoundError(
@@ -413,10 +396,13 @@ def newest(workdir: str) -> str:
 
 
 def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
-    """`work()`, which takes the newest checkpoint of a run where none is `given`: again with the then newest one, where the
-    run deletes that one before the work has read it.
+    """Calls `work`, again if the run deletes the newest checkpoint before the work has read it.
 
-    Several processes do not begin again: some of them may have read it all, and would go on alone.
+    Several processes do not try again: some of them may have read it all, and would go on alone.
+
+    Args:
+      work: reads the newest checkpoint of a run if none is `given`.
+      given: the checkpoint that the user named; "" for none.
     """
     while True:
         try:
@@ -427,7 +413,11 @@ def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
             logging.warning("%s Going on with the newest checkpoint", error)
 
 
-def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> dict:
+# ---------------------------------------------------------------------------- Orbax
+
+
+def _details(step: int, stage: str, config: Mapping, digests: Mapping | None = None) -> dict:
+    """The JSON metadata of a checkpoint."""
     import orbax.checkpoint
 
     return {
@@ -436,7 +426,7 @@ def _details(step: int, stage: str, config: Mapping, metrics, digests=None) -> d
         "step": int(step),
         "config": dict(config),
         "digests": dict(digests or {}),
-        "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+        "metrics": {},  # earlier versions of the package ask for it
         "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__},
     }
 
@@ -464,20 +454,22 @@ def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:
         )
     if faulty := [key for key, kind in _DETAILS.items() if not isinstance(details.get(key), kind)]:
         raise CheckpointError(
-            f"{directory}/_CHECKPOINT_METADATA: {', '.join(faulty)} of custom_metadata cannot be read. "
-            f"{_if_damaged(directory)}"
+            f"{directory}/_CHECKPOINT_METADATA: {', '.join(faulty)} of custom_metadata cannot be "
+            f"read. {_if_damaged(directory)}"
         )
-    if lost := [
-        item for item, tree in found.metadata.items() if not _paths(tree)
-    ]:  # about which Orbax only logs an error
+    # Orbax only logs an error about such items.
+    if lost := [item for item, tree in found.metadata.items() if not _paths(tree)]:
         raise CheckpointError(
-            f"{directory}: no array of {lost[0]!r} can be opened, its files are incomplete or damaged. "
-            f"{_if_damaged(directory)}"
+            f"{directory}: no array of {lost[0]!r} can be opened, its files are incomplete or "
+            f"damaged. {_if_damaged(directory)}"
         )
     return found.metadata, details
 
 
-def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, partial=False) -> Any:
+def _load(
+    directory: epath.Path, item: str, abstract: Any, *, convert: bool = False, partial: bool = False
+) -> Any:
+    """One item of a checkpoint; see `restore` and `restore_params`."""
     from orbax.checkpoint import v1 as ocp
 
     stored = _read_metadata(directory)[0]
@@ -498,32 +490,71 @@ def _load(directory: epath.Path, item: str, abstract: Any, *, convert=False, par
         return ocp.load_checkpointables(directory, {item: abstract})[item]
 
 
+def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
+    """Opens a checkpoint that Orbax has called complete, and compares its arrays with the given ones.
+
+    Raises CheckpointError if they differ; the folder then has the name of a half-written one, which
+    nothing loads.
+    """
+    try:
+        stored = _read_metadata(directory)[0]
+        for item, tree in given.items():
+            _check_structure(
+                directory, item, stored.get(item, {}), tree, convert=False, partial=False
+            )
+    except (CheckpointError, CheckpointMismatchError) as error:
+        aside = folders.set_aside(directory)
+        raise CheckpointError(
+            f"checkpoint {directory} was written but cannot be opened: {error}\nIt was renamed to "
+            f"{aside.name} and does not count. Complete and usable: "
+            f"{folders.complete(directory.parent) or 'none'}. Does the disk, or the mount, keep what "
+            "is written to it? Start again, with another folder if this comes back"
+        ) from error
+
+
+@contextlib.contextmanager
+def _explained(doing: str, fix: Callable[[], str] = str) -> Iterator[None]:
+    """Turns any error of Orbax into a CheckpointError that names the folder and keeps the cause."""
+    try:
+        yield
+    except Exception as error:
+        reason = error
+        while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
+            reason = reason.__cause__
+        raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {fix()}".strip()) from error
+
+
 def _if_damaged(directory: epath.Path) -> str:
-    return f"If its files are damaged, delete that folder: the newest of the others is used then ({_list(directory.parent)[0]})"
+    return (
+        "If its files are damaged, delete that folder: the newest of the others is used then "
+        f"({folders.complete(directory.parent)})"
+    )
 
 
 def _in_flight(tree) -> int:
-    """Bytes that Orbax may hold beside the arrays: left to itself it copies all of them at once, and with less than
-    the largest array it fails."""
+    """Bytes that Orbax may hold beside the arrays.
+
+    By default it copies all arrays at once; with less than the largest array it fails.
+    """
     return (1 << 28) + max(
         (leaf.size * leaf.dtype.itemsize for leaf in _paths(tree).values()), default=0
     )
 
 
-def _placed(leaf) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                "an abstract leaf without sharding in a multi-process run: where should it go? "
-                "Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
-            )
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+# ---------------------------------------------------------------------------- pytrees
 
 
-def _check_structure(directory, item, stored, abstract, convert, partial) -> None:
-    """Raises CheckpointMismatchError with every path that differs; Orbax would stop at the first."""
+def _check_structure(
+    directory: epath.Path, item: str, stored: Any, abstract: Any, convert: bool, partial: bool
+) -> None:
+    """Raises CheckpointMismatchError with every path that differs; Orbax would stop at the first.
+
+    Args:
+      item: "state" or "params".
+      stored, abstract: pytrees of what is on disk and of what is expected.
+      convert: whether floating dtypes may differ.
+      partial: whether `stored` may hold more.
+    """
     stored = {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _paths(stored).items()
     }
@@ -551,131 +582,29 @@ def _check_structure(directory, item, stored, abstract, convert, partial) -> Non
         raise CheckpointMismatchError(
             f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
             f"{checks.table(rows)}\n"
-            "Use the model and optimizer settings that it was saved with (they are in its metadata, under "
-            "config), or another checkpoint or --workdir"
+            "Use the model and optimizer settings that it was saved with (they are in its metadata, "
+            "under config), or another checkpoint or --workdir"
         )
+
+
+def _placed(leaf) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf with a sharding: its own, or the first device."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                "an abstract leaf without sharding in a multi-process run: where should it go? "
+                "Give jax.ShapeDtypeStruct(shape, dtype, sharding=...)"
+            )
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _outline(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _paths(tree) -> dict[str, Any]:
-    """{"opt/0/mu/kernel": leaf}; named tuples, lists and dicts spell alike, as Orbax stores them."""
+    """{"opt/0/mu/kernel": leaf}; named tuples, lists and dicts have equal paths, as in Orbax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _absolute(directory) -> epath.Path:
-    paths.check_given("checkpoint folder", directory, orbax=True)
-    return epath.Path(directory).resolve()
-
-
-def _is_committed(directory: epath.Path) -> bool:
-    return (directory / _COMMITTED).exists()
-
-
-def _list(directory: epath.Path) -> tuple[list[int], list[str]]:
-    """(complete steps, names of half-written folders), both sorted."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    half = [
-        name
-        for name in names
-        if _TMP in name or (name.isdigit() and not _is_committed(directory / name))
-    ]
-    return sorted(int(name) for name in names if name.isdigit() and name not in half), sorted(half)
-
-
-def _remove_half_written(directory: epath.Path) -> None:
-    """Takes away what interrupted saves and deletions left, until it stays away.
-
-    When a save fails in a process that goes on (a notebook on a full disk), the writers of its other arrays run on
-    for a moment and make their folders again. Orbax's own removal gives up at the first of them, and the next save
-    fails with it.
-    """
-
-    def half():
-        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-        return sorted(name for name in names if _TMP in name or _OLD in name)
-
-    if not half():
-        return
-    logging.warning(
-        "removing half-written checkpoints of an interrupted run, or half-deleted ones, under %s: %s",
-        directory,
-        ", ".join(half()),
-    )
-    if jax.process_index():
-        return
-    for _ in range(100):
-        for name in half():
-            with contextlib.suppress(OSError):  # something was written into it meanwhile
-                (directory / name).rmtree(missing_ok=True)
-        time.sleep(0.1)
-        if not half():
-            return
-    raise CheckpointError(
-        f"{directory}: {', '.join(half())} cannot be removed, or comes back: does another run "
-        "write there? Stop it, or delete the folder"
-    )
-
-
-def is_begun(workdir) -> bool:
-    """Whether a run has a complete checkpoint, from which it goes on."""
-    return bool(_list(_absolute(workdir) / "checkpoints")[0])
-
-
-def resolve(directory) -> epath.Path:
-    """The step folder that `directory` (step folder, checkpoints folder or workdir) stands for."""
-    directory = _absolute(directory)
-    if _is_committed(directory):
-        return directory
-    if (
-        directory.name.isdigit() and not (directory / "checkpoints").is_dir()
-    ):  # a step by name: no other will do
-        steps, half = _list(directory.parent)
-        if any(name.split(".")[0] == directory.name for name in half):
-            raise CheckpointNotFoundError(
-                f"{directory}: this save was interrupted and cannot be used. Complete "
-                f"steps beside it: {steps or 'none'}"
-            )
-        if steps:
-            error = (
-                CheckpointGoneError if steps[-1] > int(directory.name) else CheckpointNotFoundError
-            )
-            raise error(f"{directory}: no such checkpoint. Complete steps beside it: {steps}")
-    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    steps, half = _list(folder)
-    if steps:
-        if half:
-            logging.warning(
-                "%s: the save %s was interrupted or is under way; using step %d, the newest "
-                "complete one",
-                folder,
-                ", ".join(half),
-                steps[-1],
-            )
-        return folder / str(steps[-1])
-    if half:
-        raise CheckpointNotFoundError(
-            f"{folder}: the only save there was interrupted ({', '.join(half)}) and "
-            "there is no complete checkpoint: start the run again"
-        )
-    if not folder.exists():
-        raise CheckpointNotFoundError(
-            f"{folder}: no such folder. Give a workdir, its checkpoints or one step"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    raise CheckpointNotFoundError(
-        f"{folder}: no checkpoint there (it holds: {there or 'nothing'}). Give a "
-        "workdir, its checkpoints folder or one step"
-    )
-
-
-@contextlib.contextmanager
-def _explained(doing: str, fix=lambda: "") -> Iterator[None]:
-    """Turns whatever Orbax raises into one CheckpointError that names the folder and keeps the cause."""
-    try:
-        yield
-    except Exception as error:
-        reason = error
-        while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
-            reason = reason.__cause__
-        raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {fix()}".strip()) from error

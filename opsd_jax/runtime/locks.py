@@ -1,6 +1,7 @@
-"""One writer for each folder: a second command is told who writes there.
+"""One writer for each folder: a second command is told which process writes there.
 
-The lock is the system's (flock), which frees it however the process ends; the lock file says who had it last.
+The lock is the system's (flock), which frees it however the process ends; the lock file names the
+last process that had it.
 """
 
 import contextlib
@@ -10,12 +11,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from absl import logging
 
 from opsd_jax.inputs import paths
 
-_held = contextvars.ContextVar(
+_held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
     "folders whose lock a caller in this thread has", default=frozenset()
 )
 
@@ -26,16 +28,18 @@ class FolderInUseError(OSError):
 
 @contextlib.contextmanager
 def only_writer(
-    folder, *, inside: bool = False, wait: bool = False, primary: bool = True
+    folder: str | os.PathLike, *, inside: bool = False, wait: bool = False, primary: bool = True
 ) -> Iterator[None]:
-    """Keeps `folder` to the caller and to what it calls.
+    """Reserves `folder` for the caller and for what it calls.
 
     Args:
       folder: it need not exist.
-      inside: the lock file is <folder>/lock (of a workdir, which is made) and stays. Without it, it is .<name>.lock
-        beside the folder, so that a command that fails leaves no folder, and is removed at the end.
-      wait: until the other command is done, instead of an error.
-      primary: of the processes of one run, the first one locks for all; the others pass.
+      inside: the lock file is <folder>/lock (of a workdir, which is made) and stays. Otherwise it
+        is .<name>.lock beside the folder, so that a command that fails leaves no folder, and is
+        removed at the end.
+      wait: waits until the other command is done, instead of raising.
+      primary: whether this process locks; of the processes of one run the first one locks for all.
+
     Raises:
       FolderInUseError: names the process that writes there and its machine.
     """
@@ -59,8 +63,8 @@ def only_writer(
             file.close()
 
 
-def _lock(path, folder, wait):
-    """The open and locked lock file; None, with a warning, where there can be none (a read-only disk)."""
+def _lock(path: str, folder: str, wait: bool) -> TextIO | None:
+    """The open and locked lock file; None, with a warning, if there can be none (a read-only disk)."""
     told = False
     while True:
         file = None
@@ -68,7 +72,7 @@ def _lock(path, folder, wait):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = open(path, "a+", encoding="utf-8")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is(file, path):  # its last owner removed it after we opened it
+            if not _is_at(file, path):  # its last owner removed it after we opened it
                 file.close()
                 continue
             file.truncate(0)
@@ -81,8 +85,9 @@ def _lock(path, folder, wait):
             file.close()
             if not wait:
                 raise FolderInUseError(
-                    f"{folder} is being written by {owner}: wait until that is done, stop it, or use another folder. Where "
-                    f"that machine is gone and its network disk still keeps the lock, delete {path}"
+                    f"{folder} is being written by {owner}: wait until that is done, stop it, or "
+                    "use another folder. Where that machine is gone and its network disk still "
+                    f"keeps the lock, delete {path}"
                 ) from None
             if not told:
                 logging.warning(
@@ -102,7 +107,7 @@ def _lock(path, folder, wait):
             return None
 
 
-def _is(file, path) -> bool:
+def _is_at(file: TextIO, path: str) -> bool:
     """Whether an open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

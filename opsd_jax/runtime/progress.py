@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import time
+from typing import TextIO
 
 
 class Progress:
-    """A bar on a terminal, else one plain line every `interval` seconds; a context manager.
+    """A bar on a terminal, otherwise a plain line every `interval` seconds; a context manager.
 
     Args:
-      total: steps of the stage; start: those done before (after a resume).
+      total: amount of work.
       description, stage: shown at the left.
-      primary: the other processes of a run show nothing.
-      file: where to; stderr by default.
+      start: amount that was done before (on resume).
+      primary: whether this process shows anything; the others of a run do not.
+      interval: seconds between lines.
+      file: where to write; stderr by default.
     """
 
     def __init__(
@@ -26,7 +29,7 @@ class Progress:
         start: int = 0,
         primary: bool = True,
         interval: float = 10.0,
-        file=None,
+        file: TextIO | None = None,
     ):
         self._file = file or sys.stderr
         self._total, self._start, self._interval, self._primary = total, start, interval, primary
@@ -50,21 +53,21 @@ class Progress:
             self._task = self._bar.add_task(self._title, total=total, completed=start, numbers="")
             self._bar.start()
 
-    def update(self, step: int, **fields) -> None:
-        """Shows that `step` steps are done, and the fields (numbers or strings) beside it."""
+    def update(self, done: int, **fields: float | str) -> None:
+        """Shows that `done` of the total is done, and the fields beside it."""
         numbers = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in fields.items()
         )
         now = time.monotonic()
         if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-        elif self._primary and (now - self._shown >= self._interval or step >= self._total):
+            self._bar.update(self._task, completed=done, numbers=numbers)
+        elif self._primary and (now - self._shown >= self._interval or done >= self._total):
             self._shown = now
-            left = (now - self._began) / max(step - self._start, 1) * (self._total - step)
+            left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
             print(
-                f"{self._title}  {step}/{self._total}  {numbers}  elapsed {_hms(now - self._began)}  "
-                f"left {_hms(left) if step > self._start else '?'}",
+                f"{self._title}  {done}/{self._total}  {numbers}  "
+                f"elapsed {_hms(now - self._began)}  left {_hms(left) if done > self._start else '?'}",
                 file=self._file,
                 flush=True,
             )

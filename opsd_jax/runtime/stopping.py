@@ -1,4 +1,7 @@
-"""A run that is asked to stop finishes its step, saves and ends with exit code 42."""
+"""Stopping where nothing is lost: a run that is asked to stop finishes its step and saves.
+
+It then ends with exit code 42 (`distributed.EXIT_STOPPED`), and the same command continues it.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,24 @@ from opsd_jax.runtime import distributed
 
 
 class Stopped(SystemExit):
-    """The process was asked to stop and does so, with code 42: what it did is saved, and the same command continues."""
+    """The process was asked to stop and does so, with code 42.
+
+    What it did is saved, and the same command continues.
+    """
 
     def __init__(self):
         super().__init__(distributed.EXIT_STOPPED)
 
 
-class Flag:
-    """Whether the process was asked to stop; see `install_sigterm`. As a context manager it leaves no trace.
+class StopRequest:
+    """Whether the process was asked to stop; see `install_sigterm`.
 
-    promise: what the message at the signal says; to be set where something else begins, so that it is true.
+    As a context manager it restores the signal handlers at the end.
+
+    Attributes:
+      is_set: whether a signal came.
+      promise: what the log message at the signal says will happen. Set it where the next phase of
+        the work begins, so that it is true.
     """
 
     def __init__(self):
@@ -35,49 +46,57 @@ class Flag:
         self._previous = {}
 
     def reached(self) -> bool:
-        """Whether to save and stop now. All processes of a run get the same answer if they ask equally often."""
+        """Whether to save and stop now.
+
+        All processes of a run get the same answer if they ask equally often.
+        """
         if jax.distributed.is_initialized():
-            # Not the step: the processes stop at the number after the largest that one has asked for, and where a
-            # signal comes before the first question that is 1, which a continued run's steps are past.
+            # Not the step: the processes stop at the number after the largest that one has asked
+            # for. If a signal comes before the first question that is 1, which is below the steps of
+            # a continued run.
             self._asked += 1
             self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)
         return self.is_set
 
     def check(self) -> None:
-        """Raises Stopped if it is time to stop. To be called between batches, by all processes equally often."""
+        """Raises Stopped if it is time to stop.
+
+        To be called between batches, by all processes equally often.
+        """
         if self.reached():
             raise Stopped
 
     def restore(self) -> None:
-        """Puts the signal handlers back that were there before."""
+        """Restores the signal handlers that were installed before."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 
-    def __enter__(self) -> Flag:
+    def __enter__(self) -> StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
         self.restore()
 
 
-def install_sigterm() -> Flag:
-    """Lets a program end where nothing is lost, between two steps or batches, when it is asked to stop.
+def install_sigterm() -> StopRequest:
+    """Lets a program end between two steps or batches when it is asked to stop.
 
-    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the flag that the loops poll; a second SIGINT raises
-    KeyboardInterrupt. In a multi-process run JAX's own SIGTERM service stays in charge, for the processes must agree on
-    the step: poll `Flag.reached()` or `Flag.check()`, which cover both. A program that never asks is not stopped.
-    Outside of the main thread Python allows no handlers: the flag is then never set, and a warning says so.
+    SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the request that the loops poll; a second
+    SIGINT raises KeyboardInterrupt. In a run of several processes JAX's own SIGTERM service stays in
+    charge, because the processes must agree on the step: poll `StopRequest.reached()` or
+    `StopRequest.check()`, which cover both. A program that never polls is not stopped. Outside of
+    the main thread Python allows no handlers: the request is then never set, and a warning says so.
     """
-    flag = Flag()
+    request = StopRequest()
 
     def handle(number, frame):
-        if number == signal.SIGINT and flag.is_set:
+        if number == signal.SIGINT and request.is_set:
             raise KeyboardInterrupt
-        flag.is_set = True
+        request.is_set = True
         logging.warning(
             "%s: %s%s",
             signal.Signals(number).name,
-            flag.promise,
+            request.promise,
             " (again to abort at once)" if number == signal.SIGINT else "",
         )
 
@@ -86,15 +105,19 @@ def install_sigterm() -> Flag:
             "not in the main thread: SIGTERM and Ctrl-C will not save a checkpoint first"
         )
     elif not jax.distributed.is_initialized():
-        flag._previous = {
+        request._previous = {
             number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)
         }
-    return flag
+    return request
 
 
 @contextlib.contextmanager
-def stoppable(again: str) -> Iterator[Flag]:
-    """For commands that work batch by batch: their flag. again: what the same command does next time."""
+def stoppable(again: str) -> Iterator[StopRequest]:
+    """The stop request of a command that works batch by batch.
+
+    Args:
+      again: what the same command does next time, for the message.
+    """
     with install_sigterm() as stop:
         stop.promise = "stopping after this batch"
         try:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from opsd_jax.runtime import checkpoint, stopping
+from opsd_jax.runtime import checkpoint, checkpoint_folders, stopping
 from opsd_jax.runtime.checkpoint import (
     CheckpointError,
     CheckpointMismatchError,
@@ -97,15 +97,12 @@ def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
             state["ema"],
             stage="opsd",
             config=config,
-            metrics={"loss": np.float32(0.5)},
             wait=True,
         )
         assert checkpoints.latest() == 3
         assert_same(checkpoints.restore(3, abstract(state)), state)
         found = checkpoints.metadata(3)
-    assert found["config"] == {"lr": 1e-3, "betas": [0.8, 0.9]} and found["metrics"] == {
-        "loss": 0.5
-    }
+    assert found["config"] == {"lr": 1e-3, "betas": [0.8, 0.9]}
     assert (found["format"], found["stage"], found["step"]) == (checkpoint.FORMAT, "opsd", 3)
     assert found["versions"]["jax"] == jax.__version__ and found["versions"]["orbax"]
     # The step folder, its parent and the workdir all lead to it; without shardings it goes to one
@@ -445,7 +442,7 @@ def test_details_of_another_type(tmp_path, key, value):
 
 def test_where_orbax_loses_arrays_the_save_fails(tmp_path, monkeypatch):
     """Such paths are refused; without that, the check after the save finds what is lost."""
-    monkeypatch.setattr(checkpoint.paths, "check_given", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoint_folders.paths, "check_given", lambda *_, **__: None)
     with pytest.raises(
         CheckpointError,
         match=r"(?s)a\[1\] was written but cannot be opened: .*no array of 'params'",
