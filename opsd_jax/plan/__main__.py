@@ -1,17 +1,17 @@
-"""What a step takes on a TPU slice that is not there: `python -m opsd_jax.plan --config=C --topology=v5p:2x2x2`.
+"""What a step takes of a TPU topology you do not have.
 
-  settings -> shapes of state, contexts and trajectory, cut over the mesh -> `rollout.sample` and `distill.update`,
-  traced and compiled for the slice as the run would -> bill
+    python -m opsd_jax.plan --config=C --topology=v5p:2x2x2
 
-The compiler for TPUs (libtpu) runs on any Linux machine and assigns real buffers, so a program that does not fit
-fails here as it would there. What this does not tell: numerics, measured speed, and what the runtime keeps for
-itself. `--topology=cpu:8` compiles for eight devices that the CPU plays, anywhere; its temporary memory says little
-about a TPU.
+  settings -> shapes of state, contexts and trajectory, cut over the mesh -> `rollout.sample` and
+  `distill.update`, traced and compiled for the slice as the run would -> bill
 
-While the student samples, the whole training state lies in memory beside the program and is added to its peak; the
-copy of the parameters that sampled is gone when the update begins (see `train.train_stage`).
+The compiler for TPUs (libtpu) runs on any Linux machine and assigns real buffers, so a program that
+does not fit fails here as it would on the slice. What this does not tell: numerics, measured speed,
+and what the runtime keeps for itself. `--topology=cpu:8` compiles for eight fake devices, anywhere;
+its temporary memory says little about a TPU.
 
-Letters: n devices of a collective's group.
+While the student samples, the whole training state is in memory beside the program and is added to
+its peak; the copy of the parameters that sampled is gone when the update begins.
 """
 
 import os
@@ -20,8 +20,8 @@ import sys
 from absl import app, flags
 
 from opsd_jax.inputs import cli, paths
-from opsd_jax.plan import bill, programs, topology
-from opsd_jax.run import cli as cli_lib
+from opsd_jax.plan import bill, programs, table, topology
+from opsd_jax.run import cli as cli_lib  # defines --config
 from opsd_jax.runtime import distributed, files
 
 flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
@@ -31,28 +31,22 @@ flags.DEFINE_string(
     "stage", "", "Stage of the config (default: opsd if it has one, else its first)."
 )
 flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
-flags.DEFINE_float("hbm", 0, "GiB a device, in place of the chip's own.")
+flags.DEFINE_float("hbm", 0, "GiB per device, in place of the chip's own.")
 flags.DEFINE_bool(
     "quick", False, "Compile with less effort: three times faster, peaks some 5 % off."
 )
 flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
 
 
-def main(argv) -> None:
-    """The command; exit code 3 where something does not fit."""
+def main(argv: list[str]) -> None:
+    """The command; exit code 3 if something does not fit."""
     cli.start()
     f = flags.FLAGS
     if f.config is None or not f.topology:
         raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
     try:
-        if f.out:  # what cannot be written shows before minutes of compiling
-            paths.check("--out", f.out)
-            if os.path.isdir(f.out):
-                raise ValueError(
-                    f"--out={f.out} is a folder: name a file, such as {os.path.join(f.out, 'plan.json')}"
-                )
-            paths.check_writable("--out", os.path.dirname(os.path.abspath(f.out)))
-            os.makedirs(os.path.dirname(os.path.abspath(f.out)), exist_ok=True)
+        if f.out:
+            _check_out(f.out)
         report = bill.plan(
             f.config,
             topology.parse_topology(f.topology, f.slices),
@@ -64,10 +58,22 @@ def main(argv) -> None:
         )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
-    print(bill.table(report))
+    print(table.table(report))
     if f.out:
         files.write_json(f.out, report)
     sys.exit(0 if report["fits"] else 3)
+
+
+def _check_out(path: str) -> None:
+    """ValueError or OSError for a file that cannot be written, before minutes of compiling."""
+    paths.check("--out", path)
+    if os.path.isdir(path):
+        raise ValueError(
+            f"--out={path} is a folder: name a file, such as {os.path.join(path, 'plan.json')}"
+        )
+    folder = os.path.dirname(os.path.abspath(path))
+    paths.check_writable("--out", folder)
+    os.makedirs(folder, exist_ok=True)
 
 
 if __name__ == "__main__":

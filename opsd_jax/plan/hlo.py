@@ -1,18 +1,23 @@
-"""Memory traffic and collectives of a compiled program, read from its text."""
+"""Memory traffic and collectives of a compiled program, read from its text.
+
+The text of an optimised HLO module has computations of one instruction per line:
+
+  %name = bf16[2,64]{1,0:T(8,128)S(1)} all-gather(%operand, ...), channel_id=2, replica_groups=...
+
+S(1) marks an array in on-chip memory. Loops are `while` instructions that name two computations.
+"""
 
 import collections
 import dataclasses
 import math
 import re
-
-#
-# The text of an optimised HLO module: computations of one instruction a line,
-#   %name = bf16[2,64]{1,0:T(8,128)S(1)} all-gather(%operand, ...), channel_id=2, replica_groups=..., dimensions={0}
-# S(1) marks what lies in on-chip memory. Loops are `while` instructions that name two computations.
+from collections.abc import Mapping
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+# Bytes per element of the types whose name does not say their bits.
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|bf16|c64|[suf]\d+|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Instructions that read and write nothing.
 _FREE = {
     "parameter",
     "constant",
@@ -28,8 +33,11 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """name, shape (text), op, operands (names), everything from their parenthesis on (text), and whether it is the
-    result of its computation."""
+    """One line of a computation.
+
+    shape: of the result, as text. operands: their names. rest: the text from the parenthesis of the
+    operands on. root: whether it is the result of its computation.
+    """
 
     name: str
     shape: str
@@ -39,7 +47,7 @@ class Instruction:
     root: bool = False
 
     def named(self, *keys) -> list[str]:
-        """Computations that it names under one of the keys: body=%name, branch_computations={%a, %b}."""
+        """Computations that it names under the keys: body=%name, branch_computations={%a, %b}."""
         return [
             name
             for key in keys
@@ -48,7 +56,11 @@ class Instruction:
         ]
 
 
-def read_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+Computation = Mapping[str, Instruction]  # by the instruction's name
+Module = Mapping[str, Computation]  # by the computation's name
+
+
+def read_hlo(text: str) -> tuple[Module, str]:
     """({computation: {instruction name: Instruction}}, name of the entry)."""
     computations, current, entry = {}, None, ""
     for line in text.splitlines():
@@ -74,8 +86,8 @@ def read_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def _cut(text):
-    """Cuts behind the parenthesis that closes the first one."""
+def _cut(text: str) -> tuple[str, str]:
+    """Cuts after the parenthesis that closes the first one."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -85,7 +97,7 @@ def _cut(text):
 
 
 def _arrays(shape: str, hbm_only: bool = False) -> list[int]:
-    """Bytes of each array in the text of a shape."""
+    """Bytes of each array in the text of a shape; hbm_only: without those in on-chip memory."""
     found = []
     for kind, sizes, layout in _ARRAY.findall(shape):
         if not (hbm_only and re.search(r"S\([1-9]", layout)):
@@ -95,7 +107,10 @@ def _arrays(shape: str, hbm_only: bool = False) -> list[int]:
 
 
 def _group(rest: str, devices: int) -> int:
-    """Devices of a collective's group, from any of the ways that HLO writes replica_groups."""
+    """Number of devices of a collective's group, however HLO writes replica_groups.
+
+    devices: of the program, which are one group if none is written.
+    """
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(
@@ -109,8 +124,9 @@ def _group(rest: str, devices: int) -> int:
     return devices
 
 
-def _trips(loop: Instruction, computations) -> int | None:
-    """How often a loop runs: what the compiler noted, or the bound if its condition is one comparison; else None."""
+def _trips(loop: Instruction, computations: Module) -> int | None:
+    """How often a loop runs: what the compiler noted, or the bound if its condition is one
+    comparison; None if it cannot be known."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(found[1])
     seen, bounds = list(loop.named("condition")), []
@@ -127,22 +143,96 @@ def _trips(loop: Instruction, computations) -> int | None:
 def traffic(text: str, devices: int, trips: tuple[int, ...] = (1,)) -> dict:
     """What a device sends and reads when the module `text` runs once, loops unrolled.
 
+    A reduce-scatter may also appear as an all-reduce that is cut afterwards.
+
     Args:
-      trips: of loops whose bound cannot be found, see Program.
+      devices: number of devices of the program.
+      trips: of loops whose bound cannot be found, see `programs.Program`.
     Returns:
-      {"collectives": {kind: {"count", "bytes"}}, "hbm_bytes"}. bytes: what each device sends in a ring, with S bytes
-      of result in a group of n: all-gather and all-to-all S (n - 1) / n, reduce-scatter S (n - 1), all-reduce
-      2 S (n - 1) / n, collective-permute and send S. A reduce-scatter may also appear as an all-reduce that is cut
-      afterwards. hbm_bytes: operands and results of every fused operation that lie in HBM; of an array that is only
-      sliced, the slice. Both branches of a condition count.
+      {"collectives": {kind: {"count", "bytes"}}, "hbm_bytes"}.
+      bytes: what each device sends in a ring, with S bytes of result in a group of n devices:
+      all-gather and all-to-all S (n - 1) / n, reduce-scatter S (n - 1), all-reduce
+      2 S (n - 1) / n, collective-permute and send S.
+      hbm_bytes: operands and results of every fused operation that are in HBM; of an array that is
+      only sliced, the slice. Both branches of a condition count.
     """
     computations, entry = read_hlo(text)
-    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    hbm, seen = 0, set()
+    counted = _Traffic(computations, devices)
+    counted.visit(entry, 1, trips)
+    return {
+        "collectives": {
+            kind: dict(counted.sent[kind])
+            for kind in (*COLLECTIVES, "send")
+            if kind in counted.sent
+        },
+        "hbm_bytes": int(counted.hbm_bytes),
+    }
 
-    def send(kind, arrays, times, rest, started=False):
-        """arrays: bytes of the result; if `started`, operand and result are among them, and the operand is left out."""
-        n = _group(rest, devices)
+
+class _Traffic:
+    """Adds up the traffic of the computations that it visits.
+
+    sent: {kind of collective: {"count", "bytes"}}.
+    """
+
+    def __init__(self, computations: Module, devices: int):
+        self._computations, self._devices = computations, devices
+        self._seen = set()  # (computation, channel) of the collectives that are counted
+        self.sent = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+        self.hbm_bytes = 0
+
+    def visit(self, name: str, times: int, trips: tuple[int, ...]) -> None:
+        """Adds a computation that runs so many times, with the loops in it."""
+        self._add_collectives(name, times, name)
+        for i in self._computations[name].values():
+            if i.op == "while":
+                known = _trips(i, self._computations)
+                runs = trips[0] if known is None else known
+                inner = trips if known is not None else trips[1:] or trips
+                for body in i.named("body", "condition"):
+                    self.visit(body, times * runs, inner)
+            elif i.op in ("call", "conditional"):
+                for branch in i.named(
+                    "to_apply", "branch_computations", "true_computation", "false_computation"
+                ):
+                    self.visit(branch, times, trips)
+            else:
+                touched = _touched(i, self._computations[name], self._computations)
+                self.hbm_bytes += times * touched
+
+    def _add_collectives(self, name: str, times: int, inside: str) -> None:
+        """Adds those of a computation, which runs inside another one, and of what it fuses.
+
+        A collective that is spread over several fusions of one computation, to overlap with their
+        products, has one channel and counts once.
+        """
+        for i in self._computations[name].values():
+            kind = i.op.removesuffix("-start")
+            fused = i.named("calls")
+            if kind in COLLECTIVES or kind == "send":
+                channel = (inside, (re.search(r"channel_id=(\d+)", i.rest) or [i.name])[0])
+                if name == inside or channel not in self._seen:
+                    self._seen.add(channel)
+                    started = kind == "send" or (i.op.endswith("-start") and kind != "all-reduce")
+                    self._add(kind, _arrays(i.shape), times, i.rest, started)
+            elif fused and "all-reduce-scatter" in fused[0]:
+                inner = next(
+                    (j for j in self._computations[fused[0]].values() if j.op == "all-reduce"), i
+                )
+                self._add("reduce-scatter", _arrays(i.shape), times, inner.rest)
+            else:
+                for other in fused:
+                    self._add_collectives(other, times, inside)
+
+    def _add(
+        self, kind: str, arrays: list[int], times: int, rest: str, started: bool = False
+    ) -> None:
+        """Adds one collective.
+
+        arrays: bytes of the arrays of the result. If `started`, operand and result are both among
+        them, and the operand is left out.
+        """
+        n = _group(rest, self._devices)
         result = sum(arrays)
         if started:
             result = max(arrays) // (n if kind == "reduce-scatter" else 1)
@@ -152,93 +242,49 @@ def traffic(text: str, devices: int, trips: tuple[int, ...] = (1,)) -> dict:
             "collective-permute": 1,
             "send": 1,
         }
-        found[kind]["count"] += times
-        found[kind]["bytes"] += int(times * result * share.get(kind, (n - 1) / n))
-
-    def collectives(name, times, inside):
-        """Those of a computation and of what it fuses. A collective that is spread over several fusions of one
-        computation, to overlap with their products, has one channel and counts once."""
-        for i in computations[name].values():
-            kind = i.op.removesuffix("-start")
-            fused = i.named("calls")
-            if kind in COLLECTIVES or kind == "send":
-                channel = (inside, (re.search(r"channel_id=(\d+)", i.rest) or [i.name])[0])
-                if name == inside or channel not in seen:
-                    seen.add(channel)
-                    started = kind == "send" or (i.op.endswith("-start") and kind != "all-reduce")
-                    send(kind, _arrays(i.shape), times, i.rest, started)
-            elif fused and "all-reduce-scatter" in fused[0]:
-                inner = next(
-                    (j for j in computations[fused[0]].values() if j.op == "all-reduce"), i
-                )
-                send("reduce-scatter", _arrays(i.shape), times, inner.rest)
-            else:
-                for other in fused:
-                    collectives(other, times, inside)
-
-    def visit(name, times, trips):
-        nonlocal hbm
-        collectives(name, times, name)
-        for i in computations[name].values():
-            if i.op == "while":
-                known = _trips(i, computations)
-                for body in i.named("body", "condition"):
-                    visit(
-                        body,
-                        times * (trips[0] if known is None else known),
-                        trips if known is not None else trips[1:] or trips,
-                    )
-            elif i.op in ("call", "conditional"):
-                for branch in i.named(
-                    "to_apply", "branch_computations", "true_computation", "false_computation"
-                ):
-                    visit(branch, times, trips)
-            else:
-                hbm += times * _touched(i, computations[name], computations)
-
-    visit(entry, 1, trips)
-    return {
-        "collectives": {
-            kind: dict(found[kind]) for kind in (*COLLECTIVES, "send") if kind in found
-        },
-        "hbm_bytes": int(hbm),
-    }
+        self.sent[kind]["count"] += times
+        self.sent[kind]["bytes"] += int(times * result * share.get(kind, (n - 1) / n))
 
 
-def _touched(i: Instruction, around, computations) -> int:
-    """Bytes of HBM that an instruction reads and writes."""
+def _touched(i: Instruction, around: Computation, computations: Module) -> int:
+    """Bytes of HBM that an instruction of the computation `around` reads and writes."""
     kernel = '"tpu_custom_call"' in i.rest  # other calls allocate and assume
     if i.op in _FREE or i.op.endswith("-done") or (i.op == "custom-call" and not kernel):
         return 0
-    here = lambda shape: sum(_arrays(shape, hbm_only=True))
-    result = here(i.shape)
+    result = _in_hbm(i.shape)
     if i.op in ("dynamic-slice", "gather", "slice"):
         return 2 * result
     if i.op in ("dynamic-update-slice", "scatter"):
-        return 2 * here(around[i.operands[-1 if i.op == "scatter" else 1]].shape)
+        return 2 * _in_hbm(around[i.operands[-1 if i.op == "scatter" else 1]].shape)
     if i.op in ("copy-start", "slice-start"):
-        return here(i.shape)
+        return _in_hbm(i.shape)
     if i.op != "fusion":
-        return result + sum(here(around[o].shape) for o in i.operands if o in around)
+        return result + sum(_in_hbm(around[o].shape) for o in i.operands if o in around)
     inside = computations[i.named("calls")[0]]
     parameters = _parameters(inside)
     read = sum(
         _read(parameters[n], inside, computations)
         for n, o in enumerate(i.operands)
-        if here(around[o].shape)
+        if _in_hbm(around[o].shape)
     )
     root = next(j for j in inside.values() if j.root)
     return read + (min(result, _written(root, inside, computations)) if result else 0)
 
 
-def _parameters(inside) -> dict[int, str]:
+def _in_hbm(shape: str) -> int:
+    """Bytes of the arrays in the text of a shape that are in HBM."""
+    return sum(_arrays(shape, hbm_only=True))
+
+
+def _parameters(inside: Computation) -> dict[int, str]:
+    """{number of a parameter: its name}."""
     return {
         int(i.rest[1 : i.rest.index(")")]): i.name for i in inside.values() if i.op == "parameter"
     }
 
 
-def _read(name, inside, computations) -> int:
-    """Bytes that a fused computation reads of one of its values: where it is only sliced, the slices."""
+def _read(name: str, inside: Computation, computations: Module) -> int:
+    """Bytes that a fused computation reads of one of its values; if it is only sliced, the slices."""
     whole, total = sum(_arrays(inside[name].shape)), 0
     for user in inside.values():
         for n in (n for n, operand in enumerate(user.operands) if operand == name):
@@ -249,15 +295,13 @@ def _read(name, inside, computations) -> int:
             elif user.op == "fusion":
                 inner = computations[user.named("calls")[0]]
                 total += _read(_parameters(inner)[n], inner, computations)
-            elif (
-                n or user.op != "dynamic-update-slice"
-            ):  # which leaves the rest of its operand in place
+            elif n or user.op != "dynamic-update-slice":  # that leaves the rest of it in place
                 total += whole
     return min(total, whole)
 
 
-def _written(root: Instruction, inside, computations) -> int:
-    """Bytes that a fused computation writes: of an array that is updated in place, the update."""
+def _written(root: Instruction, inside: Computation, computations: Module) -> int:
+    """Bytes that a fused computation writes; of an array that is updated in place, the update."""
     if root.op == "dynamic-update-slice":
         return sum(_arrays(inside[root.operands[1]].shape))
     if root.op in ("bitcast", "tuple"):

@@ -1,207 +1,264 @@
-"""The programs of a training step, compiled ahead of time."""
+"""The programs of a training step, traced from shapes alone as a run would compile them."""
 
 import dataclasses
 import functools
-import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import context, distill, offline, rollout, sharding
 from opsd_jax import params as params_lib
+from opsd_jax.distill import DistillConfig
 from opsd_jax.model import bagel
+from opsd_jax.rollout import RolloutConfig
 from opsd_jax.run import session, teacher_cache
 
 PLANNED = ("warmup", "opsd", "sft", "offline")  # stages whose programs are planned
-STEP = (
-    "sample",
-    "update",
-)  # the programs of a step on the policy; supervised stages have "update" alone
+# Programs of a step on the policy; supervised stages have "update" alone.
+STEP = ("sample", "update")
+_ENDS = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
+
+Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted program of a step, traced and not compiled.
 
-    kinds: {kind: pytree of ShapeDtypeStructs} of its arguments. beside: the same of what else lies in memory.
-    trips: how often its `while` loops without a fixed length run at most, from the outermost inwards.
-    cache: shape of its keys, [L, B, S, K, h].
+    arguments: {kind: shapes} of its arguments.
+    beside: {kind: shapes} of what else is in memory while it runs.
+    trips: how often its `while` loops without a fixed length run at most, from the outermost
+      inwards.
+    cache: shape of its keys, [L, B, T, K, head_dim]; None if it has no cache.
     """
 
     name: str
-    traced: object
-    kinds: dict
-    beside: dict
+    traced: jax.stages.Traced
+    arguments: dict[str, Shapes]
+    beside: dict[str, Shapes]
     trips: tuple[int, ...] = (1,)
-    cache: object = None
+    cache: jax.ShapeDtypeStruct | None = None
 
 
-def programs(config, stage: str, mesh, bucket: int = -1, only: str = "") -> list[Program]:
-    """The programs of one step of a stage, from shapes alone, with settings that are checked."""
+def programs(
+    config: ConfigDict,
+    stage: str,
+    mesh: jax.sharding.Mesh,
+    bucket: int = -1,
+    only: str = "",
+) -> list[Program]:
+    """The programs of one step of a stage, from settings that are checked.
 
+    Args:
+      bucket: which of config.data.buckets; -1 is the largest.
+      only: a name of `STEP`; "" for all programs.
+    Raises:
+      ValueError: the stage is not planned, or has no such bucket or program; its batches do not
+      fill the mesh.
+    """
     if stage not in PLANNED or config_lib.draws(config, stage):
         raise ValueError(
-            f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without drawing"
+            f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without image "
+            "generation"
         )
     session.check_batch(config, stage, sharding.batch_divisor(mesh))
-    size = config[stage].batch_size
-    ends = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
-    model, own = config_lib.model(config), config_lib.distill(config, stage, ends)
-    whole = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(mesh)), tree
-    )
-
-    def array(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.batch(mesh))
-
-    def packed(slots, patches, dtype=jnp.uint8):
-        row, patch = array(slots), array(patches)
-        return context.Context(
-            tokens=row,
-            positions=row,
-            limit=row,
-            segment=row,
-            patches=array(patches, model.vit.patch_dim, dtype=dtype),
-            patch_positions=patch,
-            patch_image=patch,
-            patch_slots=patch,
-            length=array(),
-            next_position=array(),
+    buckets = len(config.data.buckets.student)
+    if not -buckets <= bucket < buckets:
+        raise ValueError(f"--bucket={bucket}: config.data.buckets has {buckets}")
+    if stage != "opsd" and only == "sample":
+        raise ValueError(
+            f"--only=sample: stage {stage} samples nothing, choose another --stage or none"
         )
-
-    params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
-    state = sharding.abstract(mesh, jax.eval_shape(lambda p: distill.init_state(p, own), params))
-    teacher = {name: state[name] for name in ("ema", "teacher") if name in state}
-    held = {"params": state["params"], "optimizer": state["opt"], "teacher": teacher}
-
-    buckets = config.data.buckets
-    if not -len(buckets.student) <= bucket < len(buckets.student):
-        raise ValueError(f"--bucket={bucket}: config.data.buckets has {len(buckets.student)}")
+    step = _Step(config, stage, mesh, bucket)
     if stage != "opsd":
-        if only == "sample":
-            raise ValueError(
-                f"--only=sample: stage {stage} samples nothing, choose another --stage or none"
-            )
-        slots, patches, targets = buckets.trace[bucket]
-        batch = context.Supervised(
-            packed(slots, patches), array(targets), array(targets), array(targets, dtype=jnp.bool_)
-        )
-        step = distill.sft_step
-        if stage == "offline":
-            kept, half, step = teacher_cache.kept_entries(config), jnp.float16, offline.step
-            batch = offline.Cached(
-                batch,
-                array(targets),
-                array(targets, kept, dtype=half),
-                array(targets, kept),
-                array(targets, dtype=half),
-            )
-        traced = distill.program(step, state, own).trace(state, batch)
-        return [Program("update", traced, held | {"batch": batch}, {})]
-
-    noise = config.teacher.visual_thoughts == "noise"  # drawn as floats
-    batch = context.Batch(
-        packed(*buckets.student[bucket]),
-        packed(*buckets.teacher[bucket], dtype=jnp.float32 if noise else jnp.uint8),
-    )
-    # The table of a marker is a constant of the program: only its size matters, as long as it is not all zeros.
-    marker = rollout.Marker.build([bytes([n]) for n in range(256)], model.llm.vocab_size)
-    sampling = config_lib.rollout(config, ends, marker, shards=sharding.batch_divisor(mesh))
-    sampler = sharding.abstract(
-        mesh,
-        jax.eval_shape(
-            lambda p: params_lib.in_compute_dtype(distill.understanding(p), model.dtype), params
-        ),
-        "rollout",
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-    # Leaves that both layouts cut alike are one array; the others lie in memory twice.
-    same = lambda a, b: a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    sampled = params_lib.flatten(sampler)
-    trained_only = {
-        path: leaf
-        for path, leaf in params_lib.flatten(state["params"]).items()
-        if path not in sampled or not same(leaf, sampled[path])
-    }
+        return [_supervised_update(step)]
     found = []
     if only != "update":
-        slots = batch.student.slots + sampling.max_new_tokens
-        held_rows = min(sampling.slots or size, size)
-        cache = jax.eval_shape(lambda: bagel.init_cache(held_rows, slots, config=model))
-        traced = rollout.sample.trace(sampler, batch.student, key, config=sampling)
-        beside = held | {"params": trained_only, "batch": batch.teacher}
-        found.append(
-            Program(
-                "sample",
-                traced,
-                {"params": sampler, "batch": batch.student},
-                beside,
-                trips=_sampler_trips(sampling, size),
-                cache=cache["k"],
-            )
-        )
+        found.append(_sample(step))
     if only != "sample":
-        drawn = whole(
-            jax.eval_shape(
-                lambda *a: rollout.sample(*a, config=sampling), params, batch.student, key
-            )
-        )
-        traced = distill.program(distill.update_step, state, own).trace(state, batch, drawn)
-        found.append(Program("update", traced, held | {"batch": (batch, drawn)}, {}))
+        found.append(_policy_update(step))
     return found
 
 
-def _sampler_trips(sampling, rows: int) -> tuple[int, ...]:
-    """Of the sampler's loops, if all rows use up the budget: steps; with a queue refills, and steps between two."""
-    if not sampling.slots or sampling.slots >= rows:
-        return (sampling.max_new_tokens,)
-    refills = -(-rows // sampling.group)
-    return refills, -(-sampling.max_new_tokens * -(-rows // sampling.slots) // refills)
+class _Step:
+    """Shapes of what the programs of one stage's step share.
+
+    config, stage, mesh, bucket: as in `programs`.
+    method: configuration of the step function.
+    params: {nested: shapes} of the model, without shardings.
+    state: of the training state, cut over the mesh.
+    """
+
+    def __init__(self, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, bucket: int):
+        self.config, self.stage, self.mesh, self.bucket = config, stage, mesh, bucket
+        self.model = config_lib.model(config)
+        self.method: DistillConfig = config_lib.distill(config, stage, _ENDS)
+        self.params = jax.eval_shape(
+            functools.partial(bagel.init, config=self.model), jax.random.key(0)
+        )
+        state = jax.eval_shape(lambda p: distill.init_state(p, self.method), self.params)
+        self.state = sharding.abstract(mesh, state)
+
+    @property
+    def batch_size(self) -> int:
+        return self.config[self.stage].batch_size
+
+    @property
+    def held(self) -> dict[str, Shapes]:
+        """{kind: shapes} of the training state."""
+        teacher = {name: self.state[name] for name in ("ema", "teacher") if name in self.state}
+        return {
+            "params": self.state["params"],
+            "optimizer": self.state["opt"],
+            "teacher": teacher,
+        }
+
+    def array(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with the batch as its first axis, [B, *shape]."""
+        return jax.ShapeDtypeStruct(
+            (self.batch_size, *shape), dtype, sharding=sharding.batch(self.mesh)
+        )
+
+    def context(self, positions: int, patches: int, dtype=jnp.uint8) -> context.Context:
+        """A packed batch of so many positions and patches per sequence."""
+        sequence, patch = self.array(positions), self.array(patches)
+        return context.Context(
+            tokens=sequence,
+            positions=sequence,
+            limit=sequence,
+            segment=sequence,
+            patches=self.array(patches, self.model.vit.patch_dim, dtype=dtype),
+            patch_positions=patch,
+            patch_image=patch,
+            patch_slots=patch,
+            length=self.array(),
+            next_position=self.array(),
+        )
 
 
-def bytes_per_device(tree) -> int:
-    """Bytes that one device holds of a pytree of arrays or ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+# --- supervised stages ---------------------------------------------------------------------------
+
+
+def _supervised_update(step: _Step) -> Program:
+    """The update of a stage that learns from traces; of "offline", with what the teacher made."""
+    positions, patches, targets = step.config.data.buckets.trace[step.bucket]
+    batch = context.Supervised(
+        step.context(positions, patches),
+        step.array(targets),
+        step.array(targets),
+        step.array(targets, dtype=jnp.bool_),
+    )
+    function = distill.sft_step
+    if step.stage == "offline":
+        kept, half = teacher_cache.kept_entries(step.config), jnp.float16
+        batch = offline.Cached(
+            batch,
+            step.array(targets),
+            step.array(targets, kept, dtype=half),
+            step.array(targets, kept),
+            step.array(targets, dtype=half),
+        )
+        function = offline.step
+    traced = distill.program(function, step.state, step.method).trace(step.state, batch)
+    return Program("update", traced, step.held | {"batch": batch}, {})
+
+
+# --- the stage on the policy ---------------------------------------------------------------------
+
+
+def _policy_batch(step: _Step) -> context.Batch:
+    """The contexts of student and teacher; noise in place of visual thoughts is made of floats."""
+    noise = step.config.teacher.visual_thoughts == "noise"
+    buckets = step.config.data.buckets
+    return context.Batch(
+        step.context(*buckets.student[step.bucket]),
+        step.context(*buckets.teacher[step.bucket], dtype=jnp.float32 if noise else jnp.uint8),
     )
 
 
-def matmul_flops(jaxpr, trips: tuple[int, ...] = (1,)) -> int:
-    """Floating point operations of all matrix products and convolutions of a jaxpr, on all devices together.
+def _sampling(step: _Step) -> RolloutConfig:
+    # The table of a marker is a constant of the program: only its size matters, as long as it is
+    # not all zeros.
+    marker = rollout.Marker.build([bytes([n]) for n in range(256)], step.model.llm.vocab_size)
+    return config_lib.rollout(step.config, _ENDS, marker, shards=sharding.batch_divisor(step.mesh))
 
-    A scan counts its body as often as it runs, a kernel its body for every block of its grid (also those that it
-    skips), a `while` loop `trips` times (see Program); of the branches of a condition the largest counts. Recomputation counts,
-    because it is in the jaxpr.
+
+def _random_key(step: _Step) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(step.mesh))
+
+
+def _sample(step: _Step) -> Program:
+    """The sampler, with the training state beside it."""
+    batch, sampling = _policy_batch(step), _sampling(step)
+    params = sharding.abstract(
+        step.mesh,
+        jax.eval_shape(
+            lambda p: params_lib.in_compute_dtype(distill.understanding(p), step.model.dtype),
+            step.params,
+        ),
+        "rollout",
+    )
+    traced = rollout.sample.trace(params, batch.student, _random_key(step), config=sampling)
+    lanes = min(sampling.slots or step.batch_size, step.batch_size)
+    positions = batch.student.slots + sampling.max_new_tokens
+    cache = jax.eval_shape(lambda: bagel.init_cache(lanes, positions, config=step.model))
+    return Program(
+        "sample",
+        traced,
+        {"params": params, "batch": batch.student},
+        step.held | {"params": _in_training_alone(step, params), "batch": batch.teacher},
+        trips=_sampler_trips(sampling, step.batch_size),
+        cache=cache["k"],
+    )
+
+
+def _in_training_alone(step: _Step, sampled: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape} of parameters that the training state does not share with the sampler.
+
+    A leaf that both layouts cut alike is one array; each other one is in memory twice.
     """
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, []
-        deeper = trips[1:] or trips if name == "while" else trips
-        for value in eqn.params.values():
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                item = getattr(item, "jaxpr", item)  # of a closed one
-                if hasattr(item, "eqns"):
-                    inner.append(matmul_flops(item, deeper))
-        if name == "dot_general":
-            contracted = eqn.params["dimension_numbers"][0][0]
-            total += (
-                2
-                * math.prod(eqn.outvars[0].aval.shape)
-                * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            )
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
-        times = {"scan": eqn.params.get("length", 1), "while": trips[0]}.get(name, 1)
-        if name == "shard_map":  # its body is what one device does along these axes
-            times = math.prod(
-                eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]
-            )
-        if name == "pallas_call":  # one turn of its grid
-            times = math.prod(eqn.params["grid_mapping"].grid)
-        total += times * (max(inner, default=0) if name == "cond" else sum(inner))
-    return total
+    sampled = params_lib.flatten(sampled)
+
+    def is_shared(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
+        other = sampled.get(path)
+        return (
+            other is not None
+            and leaf.dtype == other.dtype
+            and leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+        )
+
+    trained = params_lib.flatten(step.state["params"])
+    return {path: leaf for path, leaf in trained.items() if not is_shared(path, leaf)}
+
+
+def _sampler_trips(sampling: RolloutConfig, sequences: int) -> tuple[int, ...]:
+    """Trips of the sampler's loops if all sequences use up the budget.
+
+    One number: of decoding steps. With a queue two: of refills, and of steps between two of them.
+    """
+    if not sampling.slots or sampling.slots >= sequences:
+        return (sampling.max_new_tokens,)
+    refills = -(-sequences // sampling.group)
+    return refills, -(-sampling.max_new_tokens * -(-sequences // sampling.slots) // refills)
+
+
+def _policy_update(step: _Step) -> Program:
+    """Scores of both roles, loss and update on sampled completions."""
+    batch, sampling = _policy_batch(step), _sampling(step)
+    trajectory = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(step.mesh)),
+        jax.eval_shape(
+            functools.partial(rollout.sample, config=sampling),
+            step.params,
+            batch.student,
+            _random_key(step),
+        ),
+    )
+    update = distill.program(distill.update_step, step.state, step.method)
+    traced = update.trace(step.state, batch, trajectory)
+    return Program("update", traced, step.held | {"batch": (batch, trajectory)}, {})

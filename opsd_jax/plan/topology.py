@@ -1,4 +1,4 @@
-"""TPU chips and slices."""
+"""TPU chips, and the slices that a program can be compiled for without having them."""
 
 import dataclasses
 import functools
@@ -12,16 +12,20 @@ import jax
 from jax.experimental import topologies
 
 GIB = 2**30
-UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs, for each device that JAX sees (half a chip on tpu7x).
+    """A generation of TPUs. Numbers are per device that JAX sees (half a chip on tpu7x).
 
-    hbm: GiB that libtpu lets a program have. flops: bfloat16 peak a second. bandwidth: HBM, bytes a second.
-    link: one ICI link one way, bytes a second. axes: of the torus. counted: what a name like v5p-16 counts for each
-    chip. devices: of a chip. Sources: Google's pages of the generations; hbm as libtpu 0.0.42 enforces it.
+    hbm: GiB that libtpu lets a program have.
+    flops: peak of bfloat16 operations per second.
+    bandwidth: of HBM, in bytes per second.
+    link: of one ICI link in one direction, in bytes per second.
+    axes: number of axes of the torus that the chips of a slice form.
+    cores: TensorCores of a chip; names such as v5p-16 count them.
+    devices: devices of a chip. One device with two cores is what libtpu calls a megacore.
+    aliases: other names of the generation.
     """
 
     hbm: float
@@ -29,59 +33,72 @@ class Chip:
     bandwidth: float
     link: float
     axes: int
-    counted: int = 1
+    cores: int = 1
     devices: int = 1
+    aliases: tuple[str, ...] = ()
 
 
+# Sources: Google's pages of the generations; hbm as libtpu 0.0.42 enforces it.
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1.2e12, 4.5e10, 3, counted=2),
-    "v5e": Chip(15.75, 197e12, 8.1e11, 4.5e10, 2),
-    "v5p": Chip(95.74, 459e12, 2.77e12, 9e10, 3, counted=2),
+    "v4": Chip(30.75, 275e12, 1.2e12, 4.5e10, 3, cores=2),
+    "v5e": Chip(15.75, 197e12, 8.1e11, 4.5e10, 2, aliases=("v5litepod",)),
+    "v5p": Chip(95.74, 459e12, 2.77e12, 9e10, 3, cores=2),
     "v6e": Chip(31.25, 918e12, 1.64e12, 9e10, 2),
-    "tpu7x": Chip(94.75, 1153e12, 3.69e12, 9e10, 3, counted=2, devices=2),
+    "tpu7x": Chip(94.75, 1153e12, 3.69e12, 9e10, 3, cores=2, devices=2, aliases=("7x", "v7x")),
 }
-DCN = 6.25e9  # bytes a second and chip between slices
-_OTHER_NAMES = {"v5litepod": "v5e", "7x": "tpu7x", "v7x": "tpu7x"}
+DCN = 6.25e9  # bytes per second and chip between slices, over the data-centre network
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or several equal slices. family: a key of CHIPS, or "cpu". grid: chips along each axis of a slice."""
+    """One or several equal slices.
+
+    family: a key of `CHIPS`, or "cpu". grid: number of chips along each axis of a slice.
+    """
 
     family: str
     grid: tuple[int, ...]
     slices: int = 1
 
     @property
+    def chip(self) -> Chip | None:
+        """The generation; None for a CPU."""
+        return CHIPS.get(self.family)
+
+    @property
     def name(self) -> str:
+        """Name of a slice, as libtpu spells it: v5p:2x2x2."""
         return f"{self.family}:{'x'.join(map(str, self.grid))}"
 
     @property
     def chips(self) -> int:
+        """Number of chips of all slices."""
         return math.prod(self.grid) * self.slices
 
     @property
     def devices(self) -> int:
-        return self.chips * (CHIPS[self.family].devices if self.family in CHIPS else 1)
+        """Number of devices of all slices."""
+        return self.chips * (self.chip.devices if self.chip else 1)
 
     @property
     def hbm(self) -> float | None:
-        """GiB a device; None for a CPU, which has no bound of its own."""
-        return CHIPS[self.family].hbm if self.family in CHIPS else None
+        """GiB per device; None for a CPU, which has no bound of its own."""
+        return self.chip.hbm if self.chip else None
 
     @property
     def wrap(self) -> tuple[bool, ...]:
         """Which axes of the torus are closed: full cubes of 4 in three dimensions, 16 in two."""
         closed = (
-            CHIPS[self.family].axes == 3 and all(n % 4 == 0 for n in self.grid)
+            self.chip is not None and self.chip.axes == 3 and all(n % 4 == 0 for n in self.grid)
         ) or self.grid == (16, 16)
         return (closed,) * len(self.grid) + (False,) * (3 - len(self.grid))
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """v5p:2x2x2 (chips along each axis), v5p-16 (as clouds name it), cpu:8. ValueError that says what is possible.
+    """Topology from v5p:2x2x2 (chips along each axis), v5p-16 (as clouds name it) or cpu:8.
 
-    Names of v4, v5p and tpu7x count TensorCores, two a chip: v5p-16 is 8 chips. Names of v5e and v6e count chips.
+    Names of v4, v5p and tpu7x count TensorCores, two per chip: v5p-16 is 8 chips. Names of v5e and
+    v6e count chips. Raises ValueError, which says what is possible.
     """
     choices = f"use FAMILY:GRID or FAMILY-COUNT with FAMILY of {', '.join(CHIPS)}, or cpu:N"
     match = re.fullmatch(r"(\w+)([:-])(\d+(?:x\d+)*)", text)
@@ -89,8 +106,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise ValueError(
             f"--topology={text!r} with --slices={slices}: {choices}, and at least one slice"
         )
-    family, mark, sizes = match.groups()
-    family = _OTHER_NAMES.get(family, family)
+    name, mark, sizes = match.groups()
+    family = next((key for key, chip in CHIPS.items() if name in (key, *chip.aliases)), name)
     grid = tuple(map(int, sizes.split("x")))
     if family == "cpu" and len(grid) == 1 and grid[0] > 0 and slices == 1:
         return Topology("cpu", grid)
@@ -106,19 +123,24 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
                 f"{family}:{'x'.join(['2'] * chip.axes)}"
             )
         return Topology(family, grid, slices)
-    chips = grid[0] / chip.counted
-    if len(grid) > 1 or chips not in _sizes(chip.axes):
-        names = ", ".join(f"{family}-{n * chip.counted}" for n in sorted(_sizes(chip.axes)))
+    grids = _usual_grids(chip.axes)
+    chips = grid[0] / chip.cores
+    if len(grid) > 1 or chips not in grids:
+        names = ", ".join(f"{family}-{n * chip.cores}" for n in sorted(grids))
         raise ValueError(
             f"--topology={text!r}: {family} comes as {names}"
-            f"{' (TensorCores, two a chip)' if chip.counted > 1 else ''}; or name its grid, {family}:..."
+            f"{' (TensorCores, two a chip)' if chip.cores > 1 else ''}; or name its grid, "
+            f"{family}:..."
         )
-    return Topology(family, _sizes(chip.axes)[int(chips)], slices)
+    return Topology(family, grids[int(chips)], slices)
 
 
 @functools.cache
-def _sizes(axes: int) -> dict[int, tuple[int, ...]]:
-    """Chips of a slice -> its usual grid: each doubling makes the shortest axis longer, the last one first."""
+def _usual_grids(axes: int) -> dict[int, tuple[int, ...]]:
+    """{number of chips: grid} of the slices that clouds offer.
+
+    Each doubling makes the shortest axis longer, the last one first.
+    """
     grid = [1] * axes if axes == 2 else [2, 2, 1]
     largest = 256 if axes == 2 else 4096
     found = {math.prod(grid): tuple(grid)}
@@ -130,33 +152,24 @@ def _sizes(axes: int) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def devices_of(topology: Topology) -> list:
-    """Devices to compile for, slice by slice. They hold no arrays. Needs a process without a started JAX backend."""
-    # Nothing here runs on an accelerator, and a program must not be held up by one that is in use.
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """Devices to compile for, slice by slice. They hold no arrays.
+
+    Needs a process in which no JAX backend has started. Raises ValueError if libtpu is missing or
+    does not know the slice.
+    """
+    # Nothing here runs on an accelerator, and a program must not wait for one that is in use.
     jax.config.update("jax_platforms", "cpu")
     if topology.family == "cpu":
-        _start_cpu(topology.devices)
-        return jax.devices()[: topology.devices]
+        return _cpu_devices(topology.devices)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(missing_libtpu())
-    quiet = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for key, value in quiet.items():
-        os.environ.setdefault(key, value)
+        raise ValueError(_missing_libtpu())
+    _configure_libtpu()
     # A program compiled for absent devices can be written to the cache but not be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-
     options = {"wrap": topology.wrap, "num_slices": topology.slices}
-    if topology.family in ("v4", "v5p"):
-        options["chip_config_name"] = "megacore"  # two TensorCores as one device
+    if topology.chip.cores > topology.chip.devices:
+        options["chip_config_name"] = "megacore"
     if math.prod(topology.grid) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -170,27 +183,46 @@ def devices_of(topology: Topology) -> list:
     return sorted(found, key=lambda device: (getattr(device, "slice_index", 0), device.id))
 
 
-def _start_cpu(count):
+def _cpu_devices(count: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the backend is there already
+    except RuntimeError:  # the backend has started already
         pass
-    if len(jax.devices()) < count:
+    devices = jax.devices()
+    if len(devices) < count:
         raise ValueError(
             f"--topology=cpu:{count} needs a process of its own: JAX already runs with "
-            f"{len(jax.devices())} devices"
+            f"{len(devices)} devices"
         )
+    return devices[:count]
 
 
-def missing_libtpu() -> str:
+def _configure_libtpu() -> None:
+    """Environment variables with which libtpu looks for no TPU and writes no logs."""
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def _missing_libtpu() -> str:
     """What to install to compile for a TPU."""
     wanted = [
-        r.split(";")[0] for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")
+        requirement.split(";")[0]
+        for requirement in importlib.metadata.requires("jax") or ()
+        if requirement.startswith("libtpu")
     ]
-    wants = wanted[0] if wanted else "libtpu"
     return (
-        "compiling for a TPU needs its compiler, libtpu, which is not installed here. No TPU is needed:\n"
-        f"    pip install '{wants}'\n"
-        f"is the version that jax {importlib.metadata.version('jax')} asks for (Linux x86-64, some 200 MB). "
-        "Without it, --topology=cpu:8 compiles for fake devices."
+        "compiling for a TPU needs its compiler, libtpu, which is not installed here. No TPU is "
+        "needed:\n"
+        f"    pip install '{wanted[0] if wanted else 'libtpu'}'\n"
+        f"is the version that jax {importlib.metadata.version('jax')} asks for (Linux x86-64, some "
+        "200 MB). Without it, --topology=cpu:8 compiles for fake devices."
     )

@@ -18,7 +18,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.model import bagel
-from opsd_jax.plan import bill, hlo, programs
+from opsd_jax.plan import advice, bill, flops, hlo, programs, table
 from opsd_jax.plan import topology as topology_lib
 from opsd_jax.run import session
 from tests import small_run
@@ -223,9 +223,9 @@ def test_flops_count_loops_and_recomputation():
         jax.ShapeDtypeStruct((3, 16), jnp.float32),
     )
     product = 2 * 3 * 16 * 16
-    assert programs.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * product
+    assert flops.matmul_flops(jax.make_jaxpr(loss)(w, x).jaxpr) == 5 * product
     # backward: two products a layer; a product that nothing needs again is not recomputed
-    assert programs.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (
+    assert flops.matmul_flops(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr) in (
         5 * 3 * product,
         5 * 4 * product,
     )
@@ -234,7 +234,7 @@ def test_flops_count_loops_and_recomputation():
         grid=(3,),
         out_shape=jax.ShapeDtypeStruct((16, 16), jnp.float32),
     )
-    assert programs.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
+    assert flops.matmul_flops(jax.make_jaxpr(kernel)(jnp.zeros((16, 16))).jaxpr) == 3 * 2 * 16**3
 
     def endless(x, w):
         return jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: s @ w, x)
@@ -245,12 +245,10 @@ def test_flops_count_loops_and_recomputation():
         return jax.lax.while_loop(lambda s: jnp.sum(s) < 1, lambda s: endless(s @ w, w), x)
 
     assert (
-        programs.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
+        flops.matmul_flops(jax.make_jaxpr(nested)(x, square).jaxpr, trips=(3, 7))
         == (3 + 21) * product
     )
-    assert (
-        programs.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
-    )
+    assert flops.matmul_flops(jax.make_jaxpr(endless)(x, square).jaxpr, trips=(7,)) == 7 * product
 
 
 def test_loops_of_a_sampler_with_a_queue():
@@ -448,7 +446,7 @@ def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
     assert done.returncode == 3, done.stdout + done.stderr
     assert "does not fit: needs" in done.stdout and "fits:" not in done.stdout
     for setting in (
-        "opsd.accumulation=8 takes one row",
+        "opsd.accumulation=8 takes one sequence per device",
         "teacher.kind=self",
         "model.remat=full",
         "mesh.fsdp",
@@ -464,7 +462,7 @@ def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
         "program": "sample",
         "bytes": {"params": 3 * topology_lib.GIB, "kv_cache": topology_lib.GIB // 2},
     }
-    lines = "\n".join(bill.advice(found, small_run.config(), "opsd", mesh))
+    lines = "\n".join(advice.advice(found, small_run.config(), "opsd", mesh))
     assert "config.mesh.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)" in lines
     assert "the KV cache takes 0.5 GiB" in lines and "accumulation" not in lines
 
@@ -517,7 +515,7 @@ def test_running_out_of_memory_is_an_answer(message, gib):
         not found["fits"] and found["needs_gib"] == pytest.approx(gib) and found["peak_gib"] is None
     )
     config = small_run.config()
-    found["advice"] = bill.advice(
+    found["advice"] = advice.advice(
         found, config, "sft", sharding.make_mesh(devices=jax.devices()[:1])
     )
     report = {
@@ -530,7 +528,7 @@ def test_running_out_of_memory_is_an_answer(message, gib):
         "parameters": {},
         "programs": [found],
     }
-    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in bill.table(report)
+    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in table.table(report)
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed():
@@ -548,7 +546,11 @@ def test_other_errors_of_the_compiler_are_not_swallowed():
 def test_supervised_stages_have_one_program(mesh):
     config = small_run.config()
     (program,) = programs.programs(config, "warmup", mesh)
-    assert program.name == "update" and "teacher" in program.kinds and not program.kinds["teacher"]
+    assert (
+        program.name == "update"
+        and "teacher" in program.arguments
+        and not program.arguments["teacher"]
+    )
     with pytest.raises(ValueError, match="samples nothing"):
         programs.programs(config, "warmup", mesh, only="sample")
 
@@ -577,7 +579,7 @@ def test_settings_that_no_run_would_start_with(mesh):
 def test_the_sampler_holds_nothing_that_draws(mesh):
     config = small_run.config(model__generation__on=True)
     (program,) = programs.programs(config, "opsd", mesh, only="sample")
-    assert {*program.kinds["params"]} == {"llm", "vit", "connector"}
+    assert {*program.arguments["params"]} == {"llm", "vit", "connector"}
     assert "latent" in {path.split("/")[0] for path in program.beside["params"]}
 
 
@@ -585,7 +587,7 @@ def test_programs_are_those_that_a_run_compiles(mesh):
     """The shapes made up here are those of packed rows."""
     config = small_run.config()
     (program,) = programs.programs(config, "opsd", mesh, only="sample")
-    context = program.kinds["batch"]
+    context = program.arguments["batch"]
     slots, patches = config.data.buckets.student[0]
     assert context.tokens.shape == (8, slots) and context.patches.shape == (8, patches, 192)
     assert (

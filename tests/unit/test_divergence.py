@@ -11,7 +11,7 @@ import pytest
 import reference
 from opsd_jax import divergence
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.plan import programs
+from opsd_jax.plan import flops
 
 BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
 # Bare: no top-k, no clip.
@@ -446,7 +446,7 @@ def test_chunks_are_even(model):
         )
 
     traced = jax.jit(loss).trace(model["student_hidden"])
-    assert programs.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
+    assert flops.matmul_flops(traced.jaxpr.jaxpr) == 2 * B * 14 * D * V
 
 
 @pytest.mark.parametrize("chunk", [5, 13])
@@ -473,8 +473,7 @@ def test_logits_are_computed_again_only_where_all_entries_count(model, chunk, se
         model["student_hidden"], model["student_head"]
     )
     assert (
-        programs.matmul_flops(traced.jaxpr.jaxpr)
-        == products * 2 * B * -(-N // chunk) * chunk * D * V
+        flops.matmul_flops(traced.jaxpr.jaxpr) == products * 2 * B * -(-N // chunk) * chunk * D * V
     )
 
 

@@ -332,7 +332,7 @@ def test_the_plan_knows_the_batch(collected):
     def shapes(tree):
         return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
 
-    assert program.name == "update" and shapes(program.kinds["batch"]) == shapes(batch)
+    assert program.name == "update" and shapes(program.arguments["batch"]) == shapes(batch)
 
 
 def test_more_files_than_may_be_open(collected, monkeypatch):
