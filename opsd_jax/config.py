@@ -103,6 +103,10 @@ class BucketsConfig:
     trace: tuple[tuple[int, ...], ...] = ((3072, 1500, 1024), (10240, 9800, 2048))
     drawn: tuple[tuple[int, ...], ...] = ()  # where a stage trains image generation
 
+    def __getitem__(self, kind: str) -> tuple[tuple[int, ...], ...]:
+        """The entries of a kind of sequences, by its name."""
+        return getattr(self, kind)
+
 
 # What the numbers of an entry of data.buckets count; each is at least 1.
 BUCKET_SIZES = {

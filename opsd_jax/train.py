@@ -234,7 +234,9 @@ def train_stage(
     on_policy, draws = stage == "opsd", config_lib.draws(config, stage)
 
     # data first: what is wrong with them shows before anything is saved
-    rows = examples.Examples(config, run.data_workdir, run.tokenizer, "train", generation=draws)
+    rows = examples.Examples.open(
+        config, run.data_workdir, run.tokenizer, "train", generation=draws
+    )
     make_batches = teacher_cache.Batches if stage == "offline" else batches_lib.Batches
     batches = make_batches(
         config,

@@ -1,1 +1,19 @@
-"""Data: the released layout, prepared files, packed batches."""
+"""Data of a run: from released parquet files to batches of packed contexts.
+
+    SOURCE/<Task>/data/train-*.parquet     parquet_files  folders and files, read row by row
+        | prepare                          schema         a parquet row as an `Example`
+        v
+    TARGET/visual_opsd/<task>/1.0.0/       shards         files of a prepared task, checksums
+        | arrayrecord.open_source          arrayrecord    random access to `Example`s
+        v
+    examples.Examples                      examples       tokens and patches of an example
+        | packing.Packer                   packing        contexts of static sizes
+        v
+    batches.Batches                        batches        the batch of a step
+                                           schedule       which examples it holds
+                                           bucket_index   which sizes each example needs
+
+`procedural` makes the procedural tasks of a run, `workdir` finds the data of a run, `tfds_builder`
+does what `prepare` does with TFDS itself, and `randomness` holds random choices that depend on a
+seed. TensorFlow is never imported. Preparing data loads neither JAX nor the model's libraries.
+"""

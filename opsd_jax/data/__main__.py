@@ -1,27 +1,45 @@
-"""Prepared rows -> batches of contexts on the device; and the command line that prepares them.
+"""Prepares data for training.
 
   python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
 
-Every batch is a pure function of (seed, step): a host needs the step number alone to resume, and any number of
-hosts read the same global batches.
+`prepare` converts parquet files in the released layout to ArrayRecord files that TFDS reads.
+`make-mini` makes the procedural tasks and prepares them.
 """
 
 import argparse
-import os
+from collections.abc import Sequence
 
-from opsd_jax import (
-    tasks,
-)
-from opsd_jax.data import prepare as prepare_lib
-from opsd_jax.data import procedural, schema
+from opsd_jax import tasks
+from opsd_jax.data import procedural
+from opsd_jax.data.prepare import prepare
 from opsd_jax.inputs import cli, paths
-from opsd_jax.runtime import distributed, locks
+from opsd_jax.runtime import distributed
 
 
-def main(argv=None) -> None:
-    """`python -m opsd_jax.data prepare | make-mini`; errors in the data end it with one line and code 1."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; errors in the data end it with one line and exit status 1."""
     cli.start()
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "prepare":
+            cli.check_number("limit", args.limit, 1)
+            report = prepare(
+                args.source,
+                args.target,
+                on_bad_row=args.on_bad_row,
+                limit=args.limit,
+                overwrite=args.overwrite,
+            )
+            print(report)
+        else:
+            procedural.make_procedural(args.target, _make_settings(args))
+    except (ValueError, OSError) as error:
+        distributed.end_with_error(error)
+    print(f"written to {args.target}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m opsd_jax.data", description="Prepare data for training."
     )
@@ -42,53 +60,33 @@ def main(argv=None) -> None:
     mini.add_argument("--target", required=True)
     mini.add_argument("--families", default=tuple(tasks.FAMILIES), type=cli.names)
     for split, count in (("train", 4000), ("validation", 512), ("test", 512)):
-        mini.add_argument(f"--{split}", type=int, default=count, help="rows of each family")
+        mini.add_argument(f"--{split}", type=int, default=count, help="examples of each family")
     mini.add_argument("--difficulty", default="default", choices=("easy", "default", "hard"))
     mini.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "prepare":
-            cli.check_number("limit", args.limit, 1)
-            print(
-                prepare_lib.prepare(
-                    args.source,
-                    args.target,
-                    on_bad_row=args.on_bad_row,
-                    limit=args.limit,
-                    overwrite=args.overwrite,
-                )
-            )
-        else:
-            paths.check_given("--target", args.target)
-            counts = {split: getattr(args, split) for split in tasks.BUCKETS}
-            cli.check_once("families", args.families)
-            for split, count in counts.items():
-                cli.check_number(split, count, 0)
-            if not any(counts.values()):
-                raise ValueError(
-                    "--train, --validation and --test are all 0: give at least one split a row"
-                )
-            cli.check_seed(args.seed)
-            with locks.only_writer(args.target):
-                if (
-                    os.path.isdir(os.path.join(args.target, schema.NAME))
-                    and procedural.made_with(args.target) is None
-                ):
-                    raise FileExistsError(
-                        f"{args.target} holds prepared data already: choose another --target"
-                    )
-                procedural.make_procedural(
-                    args.target,
-                    {
-                        "families": args.families,
-                        **counts,
-                        "difficulty": args.difficulty,
-                        "seed": args.seed,
-                    },
-                )
-    except (ValueError, OSError) as error:
-        distributed.end_with_error(error)
-    print(f"written to {args.target}")
+    return parser
+
+
+def _make_settings(args: argparse.Namespace) -> dict:
+    """The settings of the procedural tasks, as in `config.data.make`.
+
+    Raises ValueError for wrong flags.
+    """
+    paths.check_given("--target", args.target)
+    counts = {split: getattr(args, split) for split in tasks.BUCKETS}
+    cli.check_once("families", args.families)
+    for split, count in counts.items():
+        cli.check_number(split, count, 0)
+    if not any(counts.values()):
+        raise ValueError(
+            "--train, --validation and --test are all 0: give at least one split an example"
+        )
+    cli.check_seed(args.seed)
+    return {
+        "families": args.families,
+        **counts,
+        "difficulty": args.difficulty,
+        "seed": args.seed,
+    }
 
 
 if __name__ == "__main__":

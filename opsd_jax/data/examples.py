@@ -1,31 +1,35 @@
-"""Random access to prepared examples."""
+"""Prepared examples as a model needs them: question as tokens, images as patches."""
 
 import collections
 import dataclasses
 import functools
 import threading
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image as PILImage
 
-from opsd_jax import (
-    config as config_lib,
-)
-from opsd_jax import (
-    images,
-    tags,
-    tasks,
-)
+from opsd_jax import config as config_lib
+from opsd_jax import images, tags, tasks
 from opsd_jax.context import Image
-from opsd_jax.data import arrayrecord
+from opsd_jax.data import arrayrecord, shards
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.schema import Example
+from opsd_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedExample:
-    """A row ready for packing: the example, its question's ids, its pictures cut into patches.
+    """An example ready for packing.
 
-    pixels: the same pictures, problem first, as the autoencoder sees them, uint8 [H, W, 3]; empty where nothing draws.
+    Attributes:
+      example: the example itself.
+      question: token ids of the question and the prompts' suffix, int [N].
+      problem: the problem image, cut into patches.
+      visual_thoughts: the visual thoughts, cut into patches.
+      pixels: the same images, the problem first, as the autoencoder sees them, uint8 [H, W, 3];
+        empty where no images are generated.
     """
 
     example: Example
@@ -35,118 +39,189 @@ class PreparedExample:
     pixels: tuple[np.ndarray, ...] = ()
 
 
-def _open(where, split: str, task: str, limit: int) -> arrayrecord.Source:
-    """A split of a task, of which `limit` rows are taken; 0: all."""
-    source = arrayrecord.open_source(where, split, task=task)
-    if limit > len(source):
-        raise ValueError(
-            f"config.data.limits asks for the first {limit} rows of {task}, but {where} holds {len(source)} for "
-            f"{split}: give at most that, or 0 for all"
-        )
-    return arrayrecord.open_source(where, f"{split}[:{limit}]", task=task) if limit else source
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """How an example is turned into tokens and patches.
+
+    Attributes:
+      tokenizer: tokenizer of the question.
+      suffix: text appended to every question; "" for none.
+      resize: size rule of the images that are cut into patches.
+      transparency: how transparent pixels are read, see `images.open_rgb`.
+      patch_size: side of a patch, in pixels.
+      vae_resize: size rule of the images for the autoencoder; None to leave those out.
+    """
+
+    tokenizer: Tokenizer
+    suffix: str
+    resize: images.Resize
+    transparency: str
+    patch_size: int
+    vae_resize: images.Resize | None = None
+
+    def __call__(self, example: Example) -> PreparedExample:
+        """Raises images.UnreadableImage, with the example's pid."""
+        question = self.tokenizer.encode(example.question)
+        if self.suffix:
+            question = np.concatenate([question, self.tokenizer.encode(self.suffix)])
+        try:
+            shown = [
+                images.open_rgb(data, transparency=self.transparency)
+                for data in (example.problem_image, *example.visual_thoughts)
+            ]
+        except images.UnreadableImage as error:
+            raise images.UnreadableImage(f"example {example.pid}: {error}") from error
+        problem, *thoughts = map(self._patches, shown)
+        pixels = ()
+        if self.vae_resize:
+            pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
+        return PreparedExample(example, question, problem, tuple(thoughts), pixels)
+
+    def _patches(self, image: PILImage.Image) -> Image:
+        pixels = images.resize(image, self.resize)
+        grid = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
+        return Image(images.patchify(pixels, self.patch_size), grid)
 
 
 class Examples:
-    """Random access to the prepared rows of the tasks of a split, with a bounded cache. drawing: with `pixels`."""
+    """Random access to the prepared examples of a split of some tasks: `examples(source, index)`.
 
-    def __init__(self, config, workdir, tokenizer, split: str, generation: bool = False):
-        where = workdir_lib.folder(config, workdir)
-        limits = (
-            config.data.limits
-            if split == "train" and config.data.limits
-            else [0] * len(config.data.tasks)
-        )
-        self.sources = [
-            _open(where, split, task, limit) for task, limit in zip(config.data.tasks, limits)
-        ]
-        self._where, self._tasks, self._tokenizer, self._suffix = (
-            where,
-            config.data.tasks,
-            tokenizer,
-            config.prompts.suffix,
-        )
-        self._rule, self._transparency = config_lib.resize_rule(config), config.images.transparency
-        self._patch = config.model.vit.patch_size
-        self.generation = generation
-        self._drawn_rule = (
-            images.vae_rule(config_lib.model(config).generation) if generation else None
-        )
-        self._cache, self._capacity = collections.OrderedDict(), config.data.cache_rows
+    Threads may share it.
+
+    Attributes:
+      tasks: names of the tasks.
+      sources: sources of the tasks, in the same order. A number of a source is its place here.
+      preprocess: how an example is turned into tokens and patches.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, arrayrecord.Source],
+        preprocess: Preprocessor,
+        cache_size: int = 0,
+    ):
+        """
+        Args:
+          sources: {task: source}.
+          cache_size: number of prepared examples that are kept in memory.
+        """
+        self.tasks, self.sources = tuple(sources), list(sources.values())
+        self.preprocess = preprocess
+        self._cache, self._cache_size = collections.OrderedDict(), cache_size
         self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        config: ConfigDict,
+        workdir: str,
+        tokenizer: Tokenizer,
+        split: str,
+        *,
+        generation: bool = False,
+    ) -> "Examples":
+        """Opens the data of a run.
+
+        Args:
+          workdir: folder of the run whose data are used where config.data.dir is empty.
+          split: "train", whose examples config.data.limits bounds, or another split or TFDS slice.
+          generation: whether to prepare the images for the autoencoder, too.
+        Raises:
+          ValueError: a limit exceeds the data.
+          ValueError, FileNotFoundError: see `arrayrecord.open_source`.
+        """
+        data, model = config.data, config_lib.model(config)
+        target = workdir_lib.data_dir(config, workdir)
+        limits = data.limits if split == "train" and data.limits else [0] * len(data.tasks)
+        preprocess = Preprocessor(
+            tokenizer=tokenizer,
+            suffix=config.prompts.suffix,
+            resize=config_lib.resize_rule(config),
+            transparency=config.images.transparency,
+            patch_size=model.vit.patch_size,
+            vae_resize=images.vae_rule(model.generation) if generation else None,
+        )
+        sources = {
+            task: _open_source(target, split, task, limit)
+            for task, limit in zip(data.tasks, limits)
+        }
+        return cls(sources, preprocess, data.cache_rows)
 
     @functools.cached_property
     def digests(self) -> list[str]:
-        """Checksum of the prepared rows of each task, on which caches depend; not asked for, nothing is read for it."""
-        return [arrayrecord.digest(self._where, task) for task in self._tasks]
+        """Checksum of the prepared files of each task, on which caches depend. Files are read only
+        when it is asked for."""
+        return [shards.digest(source.directory) for source in self.sources]
 
-    def __call__(self, source: int, row: int) -> PreparedExample:
-        key = source, row
+    def __call__(self, source: int, index: int) -> PreparedExample:
+        """The example of an index in a source. Raises images.UnreadableImage."""
+        key = source, index
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        example = self.sources[source][row]
-        question = self._tokenizer.encode(example.question)
-        if self._suffix:
-            question = np.concatenate([question, self._tokenizer.encode(self._suffix)])
-        try:
-            shown = [
-                images.open_rgb(data, transparency=self._transparency)
-                for data in (example.problem_image, *example.visual_thoughts)
-            ]
-        except images.UnreadableImage as error:
-            raise images.UnreadableImage(f"row {example.pid}: {error}") from error
-        problem, *thoughts = map(self._image, shown)
-        pixels = (
-            tuple(images.resize(picture, self._drawn_rule) for picture in shown)
-            if self._drawn_rule
-            else ()
-        )
-        prepared = PreparedExample(example, question, problem, tuple(thoughts), pixels)
+        prepared = self.preprocess(self.sources[source][index])
         with self._lock:
             self._cache[key] = prepared
-            while len(self._cache) > self._capacity:
+            while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
         return prepared
 
-    def _image(self, picture) -> Image:
-        pixels = images.resize(picture, self._rule)
-        grid = pixels.shape[0] // self._patch, pixels.shape[1] // self._patch
-        return Image(images.patchify(pixels, self._patch), grid)
+    def partner(self, source: int, index: int) -> PreparedExample:
+        """Another example of the same task: the one that is half a source further on.
 
-    def partner(self, source: int, row: int) -> PreparedExample:
-        """Another row of the same task: the one half a source further. ValueError where there is no other."""
+        Raises ValueError if the source has no other.
+        """
         size = len(self.sources[source])
         if size < 2:
             raise ValueError(
-                f"visual thoughts in mode swap are those of another row, and {self._tasks[source]} has a single "
-                f"row in {self.sources[source].split}: raise its config.data.limits, or leave the task out"
+                "visual thoughts in mode swap are those of another example, and "
+                f"{self.tasks[source]} has a single example in {self.sources[source].split}: raise "
+                "its config.data.limits, or leave the task out"
             )
-        return self(source, (row + size // 2) % size)
+        return self(source, (index + size // 2) % size)
 
-    def check_references(self, source: int, numbers) -> None:
-        """ValueError that names the rows whose stored answer no completion matches, not even the one training teaches.
+    def check_references(self, source: int, indices: Iterable[int]) -> None:
+        """Checks that a completion can match the stored answers of examples.
 
-        Preparation refuses such rows; this is for folders that an older version prepared, and for what only the tokenizer
-        tells.
+        Preparation refuses others. This check is for folders that an older version prepared, and
+        for faults that only the tokenizer shows.
+
+        Raises ValueError, with the pids, if no completion matches, not even the one that training
+        teaches.
         """
         found = []
-        for n in numbers:
-            example = self.sources[source][n]
-            taught = tags.wrap_answer(example.answer)
-            fault = tasks.fault(example.metadata, taught)
-            if not fault:
-                ids = self._tokenizer.encode(taught).tolist()
-                said = self._tokenizer.decode(
-                    ids[: ids.index(self._tokenizer.eos)] if self._tokenizer.eos in ids else ids
-                )
-                if not tasks.judge(example.metadata, taught, said)[1]:
-                    fault = f"answer {example.answer!r} is read as {said!r} by the tokenizer"
-            if fault:
-                found.append(f"row {example.pid}: {fault}")
+        for index in indices:
+            example = self.sources[source][index]
+            if fault := self._reference_fault(example):
+                found.append(f"example {example.pid}: {fault}")
         if found:
             raise ValueError(
-                f"no completion can be right for {len(found)} rows of {self._tasks[source]} in {self.sources[source].directory}: "
-                f"{'; '.join(found[:5])}{' ...' if found[5:] else ''}. Correct them in the parquet files and prepare the folder "
-                "again with --overwrite, or leave them out with --on_bad_row=skip --overwrite"
+                f"no completion can be right for {len(found)} examples of {self.tasks[source]} in "
+                f"{self.sources[source].directory}: "
+                f"{'; '.join(found[:5])}{' ...' if found[5:] else ''}. Correct them in the parquet "
+                "files and prepare the folder again with --overwrite, or leave them out with "
+                "--on_bad_row=skip --overwrite"
             )
+
+    def _reference_fault(self, example: Example) -> str | None:
+        """Why no completion matches an example's answer; None if one does."""
+        tokenizer, taught = self.preprocess.tokenizer, tags.wrap_answer(example.answer)
+        if fault := tasks.fault(example.metadata, taught):
+            return fault
+        ids = tokenizer.encode(taught).tolist()
+        said = tokenizer.decode(ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
+        if not tasks.judge(example.metadata, taught, said)[1]:
+            return f"answer {example.answer!r} is read as {said!r} by the tokenizer"
+        return None
+
+
+def _open_source(target: str, split: str, task: str, limit: int) -> arrayrecord.Source:
+    """A split of a task, or with a `limit` above 0 its first examples."""
+    source = arrayrecord.open_source(target, split, task=task)
+    if limit > len(source):
+        raise ValueError(
+            f"config.data.limits asks for the first {limit} examples of {task}, but {target} holds "
+            f"{len(source)} for {split}: give at most that, or 0 for all"
+        )
+    return arrayrecord.open_source(target, f"{split}[:{limit}]", task=task) if limit else source

@@ -1,220 +1,304 @@
-"""Prepared examples as packed contexts of static sizes."""
+"""Prepared examples as packed contexts of static sizes.
+
+The sizes are entries of `config.data.buckets`: (positions, patches) of the student's and the
+teacher's contexts, (positions, patches, targets) of traces, and (latent tokens, images, height,
+width) where images are generated. B is the number of examples in a batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from opsd_jax import (
-    config as config_lib,
-)
-from opsd_jax import (
-    context as context_lib,
-)
-from opsd_jax.context import Image, PaddedImages
-from opsd_jax.data import examples
+from opsd_jax import config as config_lib
+from opsd_jax import context as context_lib
+from opsd_jax.config import BucketsConfig
+from opsd_jax.context import Context, Image, Latent, PaddedImages, Supervised, Text
+from opsd_jax.data.examples import PreparedExample
+from opsd_jax.model.config import GenerationConfig
+from opsd_jax.tokenizer import Tokenizer
+
+Block = Text | Image | Latent
 
 
+@dataclasses.dataclass(frozen=True)
 class Packer:
-    """Rows -> packed contexts of static buckets. The same for training, evaluation and diagnostics."""
+    """Packs examples into contexts, in the same way for training, evaluation and diagnosis.
 
-    def __init__(self, config, tokenizer):
-        self.tokenizer, self.prompts = tokenizer, config_lib.prompts(config)
-        self.side, self.buckets = config.model.vit.side, config.data.buckets
-        self.generation = config_lib.model(config).generation
+    A bucket is given by its index; -1 is the largest. Packing raises context.TooLong, with the
+    example's pid, if an example does not fit: nothing is truncated.
 
-    def blocks(self, row: examples.PreparedExample, kind: str, visual_thoughts=()) -> list:
-        """Blocks of a row as `student`, `teacher`, or one of the trace layouts `config.LAYOUTS`."""
-        t, p, e = self.tokenizer, self.prompts, row.example
+    Attributes:
+      tokenizer: tokenizer of all texts.
+      prompts: the fixed texts of the contexts.
+      buckets: static sizes of the contexts.
+      side: patches along a side of the vision encoder's position table.
+      generation: sizes of the image-generation path; None where there is none.
+    """
+
+    tokenizer: Tokenizer
+    prompts: context_lib.Prompts
+    buckets: BucketsConfig
+    side: int
+    generation: GenerationConfig | None = None
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> "Packer":
+        """The packer of a run's settings."""
+        return cls(
+            tokenizer=tokenizer,
+            prompts=config_lib.prompts(config),
+            buckets=BucketsConfig(**config.data.buckets),
+            side=config.model.vit.side,
+            generation=config_lib.generation(config),
+        )
+
+    # --- blocks of one example -------------------------------------------------------------------
+
+    def blocks(
+        self, example: PreparedExample, kind: str, visual_thoughts: Sequence[Image] = ()
+    ) -> list[Block]:
+        """Blocks of an example's context, in order.
+
+        Args:
+          kind: "student", "teacher", or a layout of traces to learn from (`config.LAYOUTS`).
+          visual_thoughts: images that the teacher sees; traces have those of the example.
+        """
+        t, p, e = self.tokenizer, self.prompts, example
         if kind == "student":
-            return context_lib.student(t, p, row.question, row.problem)
+            return context_lib.student(t, p, e.question, e.problem)
         if kind == "teacher":
-            return context_lib.teacher(t, p, row.question, row.problem, visual_thoughts)
+            return context_lib.teacher(t, p, e.question, e.problem, visual_thoughts)
         if kind == "interleaved":
+            thoughts, answer = e.example.thoughts, e.example.answer
             return context_lib.interleaved(
-                t, p, row.question, row.problem, e.thoughts, row.visual_thoughts, e.answer
+                t, p, e.question, e.problem, thoughts, e.visual_thoughts, answer
             )
         if kind == "drawn":
-            return self._drawn(row)
-        trace = context_lib.Text(self.reference(row), loss=True)
+            return self._generation_trace(example)
+        trace = Text(self.reference(example), loss=True)
         if kind == "reference":
-            return [
-                *context_lib.teacher(t, p, row.question, row.problem, row.visual_thoughts),
-                trace,
-            ]
+            return [*self.blocks(example, "teacher", e.visual_thoughts), trace]
         if kind == "text":
-            return [*context_lib.student(t, p, row.question, row.problem), trace]
+            return [*self.blocks(example, "student"), trace]
         raise ValueError(
             f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
         )
 
-    def _drawn(self, row: examples.PreparedExample) -> list:
-        """The interleaved trace as the model sees it when it draws: each picture as latents, then as patches, and each
-        visual thought first as noised latents. The latents are filled in on the device (`flow.with_latents`)."""
-        pictures, drawn, blocks = iter(row.pixels), self.generation, []
-        for block in self.blocks(row, "interleaved"):
+    def _generation_trace(self, example: PreparedExample) -> list[Block]:
+        """Blocks of the interleaved trace as the model sees it when it generates images.
+
+        Each image is shown as latents and then as patches, and each visual thought before that as
+        noised latents. The latents are filled in on the device (`flow.with_latents`).
+        """
+        sizes, generation, blocks = iter(example.pixels), self.generation, []
+        for block in self.blocks(example, "interleaved"):
             if isinstance(block, Image):
-                height, width, _ = next(pictures).shape
-                grid = height // drawn.stride, width // drawn.stride
-                empty = np.zeros((grid[0] * grid[1], drawn.latent_dim), np.float32)
-                is_thought = any(isinstance(b, Image) for b in blocks)
-                blocks += [context_lib.Latent(empty, grid, noised=True)] * is_thought + [
-                    context_lib.Latent(empty, grid)
-                ]
+                height, width, _ = next(sizes).shape
+                grid = height // generation.stride, width // generation.stride
+                empty = np.zeros((grid[0] * grid[1], generation.latent_dim), np.float32)
+                if any(isinstance(b, Image) for b in blocks):  # the first image is the problem
+                    blocks.append(Latent(empty, grid, noised=True))
+                blocks.append(Latent(empty, grid))
             blocks.append(block)
         return blocks
 
-    def pictures(self, rows, bucket: int = -1) -> PaddedImages:
-        """The pictures of rows for the autoencoder; None stands for a row without. TooLong where one does not fit."""
-        _, count, height, width = self.buckets.drawn[bucket]
-        pixels = np.zeros((len(rows), count, height, width, 3), np.uint8)
-        sizes = np.zeros((len(rows), count, 2), np.int32)
-        for r, row in enumerate(rows):
-            shown = row.pixels if row else ()
-            if len(shown) > count or any(x.shape[0] > height or x.shape[1] > width for x in shown):
-                raise context_lib.TooLong(
-                    f"row {row.example.pid} has pictures of {', '.join(f'{x.shape[0]}x{x.shape[1]}' for x in shown)} "
-                    f"pixels, its bucket {count} of {height}x{width}: enlarge data.buckets.drawn, or leave the row out"
-                )
-            for m, picture in enumerate(shown):
-                pixels[r, m, : picture.shape[0], : picture.shape[1]] = picture
-                sizes[r, m] = picture.shape[:2]
-        return PaddedImages(pixels, sizes)
+    def reference(self, example: PreparedExample) -> np.ndarray:
+        """Token ids of an example's text-only trace with its answer, int [N].
 
-    def reference(self, row: examples.PreparedExample) -> np.ndarray:
-        """Ids of the row's text-only trace with its answer."""
-        e = row.example
+        Raises ValueError if the example has no such trace.
+        """
+        e = example.example
         if not e.full_text_only_thought.strip():
             raise ValueError(
-                f"row {e.pid} has no full_text_only_thought, which text and reference traces need: fill "
-                "the column, or set the stage's mix to interleaved rows only and config.eval.kl to False"
+                f"example {e.pid} has no full_text_only_thought, which text and reference traces "
+                "need: fill the column, or set the stage's mix to interleaved rows only and "
+                "config.eval.kl to False"
             )
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
 
-    def references(self, rows) -> tuple[np.ndarray, np.ndarray]:
-        """The rows' `reference`, padded to the targets of the largest bucket: int32 [B, R] and what is real, bool [B, R].
-        TooLong where one does not fit."""
-        width = self.buckets.trace[-1][2]
-        tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-        for b, row in enumerate(rows):
-            ids = self.reference(row)
-            if len(ids) > width:
-                raise context_lib.TooLong(
-                    f"the text trace of row {row.example.pid} has {len(ids)} tokens, the largest of "
-                    f"config.data.buckets.trace has room for {width}: enlarge it, or set config.eval.kl to False"
-                )
-            tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
-        return tokens, mask
+    # --- batches ---------------------------------------------------------------------------------
 
-    def pack(self, rows, kind: str, bucket: int, blocks):
-        """Contexts of blocks, a list a row, in the sizes of `data.buckets.<kind>[bucket]`."""
-        slots, patches = self.buckets[kind][bucket][:2]
-        return context_lib.pack(
-            blocks,
-            slots=slots,
-            patches=patches,
-            tokenizer=self.tokenizer,
-            side=self.side,
-            names=[row.example.pid for row in rows],
-        )
+    def student(self, examples: Sequence[PreparedExample], bucket: int = -1) -> Context:
+        """Student contexts: problem image and question."""
+        blocks = [self.blocks(example, "student") for example in examples]
+        return self.pack(examples, "student", bucket, blocks)
 
-    def student(self, rows, bucket: int = -1) -> context_lib.Context:
-        """Student contexts: picture and question."""
-        return self.pack(rows, "student", bucket, [self.blocks(row, "student") for row in rows])
+    def teacher(
+        self,
+        examples: Sequence[PreparedExample],
+        partners: Sequence[PreparedExample | None],
+        mode: str,
+        rngs: Sequence[np.random.Generator],
+        bucket: int = -1,
+    ) -> Context:
+        """Teacher contexts: those of the student, then visual thoughts.
 
-    def teacher(self, rows, partners, mode: str, rngs, bucket: int = -1) -> context_lib.Context:
-        """Teacher contexts with the visual thoughts of a mode (`context.VISUAL_THOUGHTS`). rngs: one a row, so that a
-        row's noise does not depend on the others."""
-        shown = [
-            context_lib.replace_visual_thoughts(
-                mode, row.problem, row.visual_thoughts, other.visual_thoughts if other else (), rng
-            )
-            for row, other, rng in zip(rows, partners, rngs, strict=True)
-        ]
-        return self.pack(
-            rows,
-            "teacher",
-            bucket,
-            [self.blocks(row, "teacher", vts) for row, vts in zip(rows, shown)],
-        )
+        Args:
+          partners: another example for each, whose visual thoughts mode "swap" shows.
+          mode: one of `context.VISUAL_THOUGHTS`.
+          rngs: a generator for each example, so that its noise does not depend on the others.
+        """
+        blocks = []
+        for example, partner, rng in zip(examples, partners, rngs, strict=True):
+            shown = _shown_visual_thoughts(example, mode, partner, rng)
+            blocks.append(self.blocks(example, "teacher", shown))
+        return self.pack(examples, "teacher", bucket, blocks)
 
-    def traces(self, rows, layouts, bucket: int = -1) -> context_lib.Supervised:
-        """Traces to learn from, each row in its layout (`config.LAYOUTS`)."""
-        slots, patches, targets = self.buckets.trace[bucket]
-        sizes = {}
-        if rows[
-            0
-        ].pixels:  # all batches of a stage that draws hold latents, whatever the layouts of this part of one
-            sizes = {
+    def traces(
+        self, examples: Sequence[PreparedExample], layouts: Sequence[str], bucket: int = -1
+    ) -> Supervised:
+        """Traces to learn from, each example in its layout (`config.LAYOUTS`)."""
+        positions, patches, targets = self.buckets.trace[bucket]
+        latents = {}
+        # All batches of a stage that trains image generation hold latents, whatever the layouts are
+        # in this process's part of a batch.
+        if examples[0].pixels:
+            latents = {
                 "latents": self.buckets.drawn[bucket][0],
                 "latent_dim": self.generation.latent_dim,
                 "latent_side": self.generation.side,
             }
         return context_lib.supervise(
-            [self.blocks(row, layout) for row, layout in zip(rows, layouts)],
-            slots=slots,
+            [self.blocks(example, layout) for example, layout in zip(examples, layouts)],
+            slots=positions,
             patches=patches,
             targets=targets,
             tokenizer=self.tokenizer,
             side=self.side,
-            names=[row.example.pid for row in rows],
-            **sizes,
+            names=[example.example.pid for example in examples],
+            **latents,
         )
+
+    def pack(
+        self,
+        examples: Sequence[PreparedExample],
+        kind: str,
+        bucket: int,
+        blocks: Sequence[Sequence[Block]],
+    ) -> Context:
+        """Contexts of the blocks of each example, in the sizes of `data.buckets.<kind>[bucket]`."""
+        positions, patches = self.buckets[kind][bucket][:2]
+        return context_lib.pack(
+            blocks,
+            slots=positions,
+            patches=patches,
+            tokenizer=self.tokenizer,
+            side=self.side,
+            names=[example.example.pid for example in examples],
+        )
+
+    def images(self, examples: Sequence[PreparedExample | None], bucket: int = -1) -> PaddedImages:
+        """The images of examples for the autoencoder.
+
+        An example is None where its images are left out.
+        """
+        _, count, height, width = self.buckets.drawn[bucket]
+        pixels = np.zeros((len(examples), count, height, width, 3), np.uint8)
+        sizes = np.zeros((len(examples), count, 2), np.int32)
+        for b, example in enumerate(examples):
+            shown = example.pixels if example else ()
+            if len(shown) > count or any(x.shape[0] > height or x.shape[1] > width for x in shown):
+                found = ", ".join(f"{x.shape[0]}x{x.shape[1]}" for x in shown)
+                raise context_lib.TooLong(
+                    f"example {example.example.pid} has images of {found} pixels, its bucket "
+                    f"{count} of {height}x{width}: enlarge data.buckets.drawn, or leave the "
+                    "example out"
+                )
+            for m, image in enumerate(shown):
+                pixels[b, m, : image.shape[0], : image.shape[1]] = image
+                sizes[b, m] = image.shape[:2]
+        return PaddedImages(pixels, sizes)
+
+    def references(self, examples: Sequence[PreparedExample]) -> tuple[np.ndarray, np.ndarray]:
+        """The examples' text-only traces, padded to R, the number of targets of the largest bucket.
+
+        Returns:
+          Token ids int32 [B, R], and bool [B, R], true at tokens and false at padding.
+        """
+        width = self.buckets.trace[-1][2]
+        tokens = np.zeros((len(examples), width), np.int32)
+        mask = np.zeros((len(examples), width), bool)
+        for b, example in enumerate(examples):
+            ids = self.reference(example)
+            if len(ids) > width:
+                raise context_lib.TooLong(
+                    f"the text trace of example {example.example.pid} has {len(ids)} tokens, the "
+                    f"largest of config.data.buckets.trace has room for {width}: enlarge it, or "
+                    "set config.eval.kl to False"
+                )
+            tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+        return tokens, mask
+
+    # --- the bucket of an example ----------------------------------------------------------------
 
     def bucket(
-        self,
-        row: examples.PreparedExample,
-        mode: str = "real",
-        partner: examples.PreparedExample | None = None,
+        self, example: PreparedExample, mode: str = "real", partner: PreparedExample | None = None
     ) -> int:
-        """Index of the first bucket that the row fits in every role; -1 if none does.
+        """Index of the first bucket that an example fits in every role; -1 if it fits none.
 
-        It has room for the true visual thoughts and for those of `mode`, which a partner may have larger.
+        The bucket has room for the true visual thoughts and for those of `mode`, which a partner
+        may have larger.
         """
-        shown = context_lib.replace_visual_thoughts(
-            "real" if mode == "noise" else mode,
-            row.problem,
-            row.visual_thoughts,
-            partner.visual_thoughts if partner else (),
-            None,
-        )
-        need = {
-            "student": self._need([self.blocks(row, "student")]),
-            "teacher": self._need(
-                [self.blocks(row, "teacher", vts) for vts in (row.visual_thoughts, shown)]
-            ),
-        }
-        layouts = [
-            "interleaved",
-            *(("reference", "text") if row.example.full_text_only_thought.strip() else ()),
-            *(("drawn",) if row.pixels else ()),
-        ]
-        blocks = [self.blocks(row, layout) for layout in layouts]
-        need["trace"] = self._need(blocks)
-        if row.pixels:
-            need["drawn"] = np.array(
-                [
-                    context_lib.need(blocks[-1])[2],
-                    len(row.pixels),
-                    *np.max([x.shape[:2] for x in row.pixels], axis=0),
-                ]
-            )
+        needs = self._needs(example, "real" if mode == "noise" else mode, partner)
         for index in range(len(self.buckets.student)):
-            if all(
-                np.all(need[kind][: len(self.buckets[kind][index])] <= self.buckets[kind][index])
-                for kind in need
-            ):
+            sizes = {kind: self.buckets[kind][index] for kind in needs}
+            if all(np.all(needs[kind][: len(sizes[kind])] <= sizes[kind]) for kind in needs):
                 return index
         return -1
 
-    def fitting(self, kind: str, blocks) -> int:
-        """The first bucket of a kind of contexts that has room for a row's blocks; the last where none has, which packing
-        will refuse by the row's name."""
-        need, sizes = self._need([blocks])[:2], self.buckets[kind]
-        return next((n for n, size in enumerate(sizes) if np.all(need <= size[:2])), len(sizes) - 1)
+    def _needs(
+        self, example: PreparedExample, mode: str, partner: PreparedExample | None
+    ) -> dict[str, np.ndarray]:
+        """{kind of buckets: sizes that the example's largest context of that kind needs}."""
+        seen = example.visual_thoughts, _shown_visual_thoughts(example, mode, partner, None)
+        layouts = ["interleaved"]
+        if example.example.full_text_only_thought.strip():
+            layouts += ["reference", "text"]
+        if example.pixels:
+            layouts.append("drawn")
+        traces = [self.blocks(example, layout) for layout in layouts]
+        needs = {
+            "student": _need([self.blocks(example, "student")]),
+            "teacher": _need([self.blocks(example, "teacher", images) for images in seen]),
+            "trace": _need(traces),
+        }
+        if example.pixels:
+            latents = context_lib.need(traces[-1])[2]
+            height, width = np.max([x.shape[:2] for x in example.pixels], axis=0)
+            needs["drawn"] = np.array([latents, len(example.pixels), height, width])
+        return needs
 
-    @staticmethod
-    def _need(rows):
-        slots, patches, _ = zip(*map(context_lib.need, rows))
-        targets = [
-            sum(len(b.ids) + 1 for b in blocks if isinstance(b, context_lib.Text) and b.loss)
-            for blocks in rows
-        ]
-        return np.array([max(slots), max(patches), max(targets)])
+    def fitting(self, kind: str, blocks: Sequence[Block]) -> int:
+        """The first bucket of a kind of contexts that has room for an example's blocks.
+
+        The last one if none has; packing then refuses the example by its pid.
+        """
+        need, buckets = _need([blocks])[:2], self.buckets[kind]
+        return next(
+            (n for n, sizes in enumerate(buckets) if np.all(need <= sizes[:2])), len(buckets) - 1
+        )
+
+
+def _shown_visual_thoughts(
+    example: PreparedExample,
+    mode: str,
+    partner: PreparedExample | None,
+    rng: np.random.Generator | None,
+) -> Sequence[Image]:
+    """The visual thoughts that the teacher sees in a mode (`context.VISUAL_THOUGHTS`)."""
+    others = partner.visual_thoughts if partner else ()
+    return context_lib.replace_visual_thoughts(
+        mode, example.problem, example.visual_thoughts, others, rng
+    )
+
+
+def _need(contexts: Sequence[Sequence[Block]]) -> np.ndarray:
+    """The largest numbers of positions, patches and targets of some contexts, int [3]."""
+    positions, patches, _ = zip(*map(context_lib.need, contexts))
+    targets = [
+        sum(len(block.ids) + 1 for block in blocks if isinstance(block, Text) and block.loss)
+        for blocks in contexts
+    ]
+    return np.array([max(positions), max(patches), max(targets)])

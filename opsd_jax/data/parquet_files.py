@@ -1,4 +1,4 @@
-"""Parquet folders of the released layout, read row by row."""
+"""Parquet files in the released layout: folders of tasks, splits, columns, and rows one by one."""
 
 import contextlib
 import difflib
@@ -7,28 +7,28 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from opsd_jax.data import schema
 
-_BATCH_ROWS, _BATCH_BYTES = (
-    32,
-    64 << 20,
-)  # of parquet in memory at a time: rows, or fewer where they are large
+# Parquet rows in memory at a time, or fewer where they are large.
+_BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20
 
 
 def task_folders(source: str | os.PathLike) -> dict[str, Path]:
-    """Task name -> its folder of parquet files: SOURCE itself, or folders in it; files may lie under data/.
+    """{name of a task: its folder of parquet files}: `source` itself, or folders in it.
+
+    The files of a task are in its folder or in the folder data/ in it.
 
     Raises:
-      BadSourceError: nothing found, or two tasks that would share a name.
+      BadSourceError: there are no parquet files, or two tasks would share a name.
     """
-    source = Path(os.path.abspath(source))  # links keep their name: it may be the task's
+    source = Path(os.path.abspath(source))  # a link keeps its name, which may be the task's
     if not source.is_dir():
         raise schema.BadSourceError(
             f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet"
         )
-    named = source.parent if source.name == "data" else source  # someone pointed at <Task>/data
+    named = source.parent if source.name == "data" else source  # `source` is <Task>/data
     folders = [named] if _parquet_files(source) else []
     children = [
         child
@@ -64,7 +64,10 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The parquet files of one task: {split: files in order}, and those whose name starts with no split."""
+    """The parquet files of one task: {split: files in order}, and the files of no split.
+
+    A file belongs to the split that its name starts with. Raises BadSourceError if there is none.
+    """
     files: dict[str, list[Path]] = {split: [] for split in schema.SPLITS}
     others = []
     for path in _parquet_files(folder):
@@ -82,7 +85,11 @@ def split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
-    """The open parquet file. What goes wrong inside is put down to the file: do nothing there but read it."""
+    """Opens a parquet file (a pyarrow.parquet.ParquetFile).
+
+    Errors inside the block are reported as faults of the file, so nothing but reading belongs
+    there. Raises BadSourceError.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -96,18 +103,23 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
 
 def columns(path: Path, present: list[str]) -> list[str]:
-    """The columns to read. Raises BadSourceError where a needed one is missing or a name looks misspelt."""
+    """The columns to read, of those that are present in a file.
+
+    Raises BadSourceError if a required one is missing or a name looks misspelt.
+    """
     missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
-    awaited = [
+    expected = [
         column
-        for column in dict.fromkeys((*missing, *schema.THOUGHTS_COLUMNS, *schema.VISUALS_COLUMNS))
+        for column in dict.fromkeys(
+            (*missing, *schema.THOUGHT_COLUMNS, *schema.VISUAL_THOUGHT_COLUMNS)
+        )
         if column not in present
     ]
     hints = [
         f"{column!r} is not read: did you mean {close[0]!r}?"
         for column in present
         if column not in schema.COLUMNS and not schema.is_surplus(column)
-        if (close := difflib.get_close_matches(column, awaited, 1, cutoff=0.85))
+        if (close := difflib.get_close_matches(column, expected, 1, cutoff=0.85))
     ]
     if missing or hints:
         fault = (
@@ -121,19 +133,17 @@ def columns(path: Path, present: list[str]) -> list[str]:
     return [*filter(present.__contains__, schema.COLUMNS), *filter(schema.is_surplus, present)]
 
 
-def one_by_one(file, columns: list[str], **options) -> Iterator[Any]:
-    """Arrow batches of one row each. Arrow cannot give more than 2 GiB of a picture column in one batch, and only the
-    row itself tells how large it is."""
-    return file.iter_batches(1, columns=columns, **options)
-
-
 def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
-    """Rows 0 .. stop-1 as lists of (row number, row): a batch and its row group in memory, never a file."""
+    """Rows 0 .. stop-1 as lists of (row number, row).
+
+    A batch and its row group are in memory, never the whole file.
+    """
     rows, size = [], 0
     with open_parquet(path) as file:
-        for index, batch in zip(
-            range(stop), one_by_one(file, columns(path, file.schema_arrow.names))
-        ):
+        # One row at a time: Arrow cannot return more than 2 GiB of an image column in one batch,
+        # and only the row itself tells how large it is.
+        single = file.iter_batches(1, columns=columns(path, file.schema_arrow.names))
+        for index, batch in zip(range(stop), single):
             rows.append((index, batch.to_pylist()[0]))
             size += batch.nbytes
             if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
@@ -144,17 +154,12 @@ def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
 
 
 def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[schema.Example]:
-    """The rows of one parquet file in order. Raises BadSourceError, BadRowError."""
+    """The examples of one parquet file in order.
+
+    Raises:
+      BadSourceError: the file cannot be read, or lacks a column.
+      BadRowError: a row cannot be trained on.
+    """
     for batch in read_batches(Path(path), sys.maxsize):
         for index, row in batch:
             yield schema.read_row(row, file=str(path), index=index, task=task)[0]
-
-
-class Shard(NamedTuple):
-    """One output file to write, from the first `rows` rows of one parquet file, whose checksum is `blake2b`."""
-
-    split: str
-    name: str
-    file: str
-    blake2b: str
-    rows: int

@@ -1,6 +1,10 @@
-"""Parquet files of the released layout become ArrayRecord files that TFDS reads."""
+"""Parquet files of the released layout become ArrayRecord files that TFDS reads.
+
+`shards` describes the folder that is written. Encoded images are copied bit by bit.
+"""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -11,11 +15,73 @@ from typing import Any
 
 from absl import logging
 
-from opsd_jax.data import arrayrecord, parquet_files
-from opsd_jax.data import schema as schema_lib
+from opsd_jax.data import arrayrecord, parquet_files, schema
+from opsd_jax.data import shards as shards_lib
+from opsd_jax.data.schema import Note
+from opsd_jax.data.shards import Shard
 from opsd_jax.inputs import json_files, paths
-from opsd_jax.runtime import files as files_lib
-from opsd_jax.runtime import locks
+from opsd_jax.runtime import files, locks
+from opsd_jax.runtime.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did; `str()` gives a human-readable summary.
+
+    Attributes:
+      rows: {"<task>/<split>": number of rows written}.
+      bad_rows: every row that was left out, with the reason.
+      warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
+        `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`, `duplicate_pid`,
+        `ignored_column` or `ignored_file`.
+      bytes: size of the written records.
+      seconds: duration of the run that finished the work.
+    """
+
+    rows: dict[str, int]
+    bad_rows: tuple[Note, ...]
+    warnings: tuple[Note, ...]
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{sum(self.rows.values())} rows "
+            f"({', '.join(f'{k} {n}' for k, n in self.rows.items())}), {self.bytes / 1e6:.1f} MB "
+            f"in {self.seconds:.1f} s"
+        ]
+        if self.bad_rows:
+            lines += [
+                f"{len(self.bad_rows)} bad rows left out:",
+                *(f"  {note}" for note in self.bad_rows),
+            ]
+        kinds: dict[str, list[Note]] = {}
+        for note in self.warnings:
+            kinds.setdefault(note.reason.split(":")[0], []).append(note)
+        lines += [
+            f"warning {kind}: {len(notes)} (first: {notes[0]}; all in report.json)"
+            for kind, notes in kinds.items()
+        ]
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """Writes the report as JSON."""
+        notes = {
+            key: [note._asdict() for note in getattr(self, key)] for key in ("bad_rows", "warnings")
+        }
+        files.write_json(path, vars(self) | notes)
+
+    @classmethod
+    def read(cls, path: Path) -> "PrepareReport":
+        """Reads what `write` wrote.
+
+        Raises FileNotFoundError; ValueError, KeyError or TypeError if the file is damaged.
+        """
+        fields = json_files.read(str(path))
+        notes = {
+            key: tuple(Note(**note) for note in fields[key]) for key in ("bad_rows", "warnings")
+        }
+        return cls(**fields | notes)
 
 
 def prepare(
@@ -27,32 +93,34 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
     limit: int | None = None,
-) -> schema_lib.PrepareReport:
-    """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, in memory of a few rows.
+) -> PrepareReport:
+    """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, with few rows in memory.
 
-    Interrupted, it goes on where it stopped when run again: finished shards are kept. Run on finished work it
-    changes nothing and gives the report again; what is damaged there is written again. Files are compared by their
-    content. All footers and columns are checked before a byte is written.
+    After an interruption, the same call continues where it stopped: finished shards are kept. A
+    call after the work is finished changes nothing and returns the report again, except that
+    damaged files are written again. Files are compared by their content. The footers and columns of
+    all files are checked before a byte is written.
 
     Args:
       source: a folder of <Task>/data/<split>-*.parquet, or one such task.
       target: the TFDS data_dir.
-      on_bad_row: "fail" raises at the first bad row; "skip" leaves bad rows out and names them in the report.
-      splits: which splits; None: all that are there.
-      overwrite: throw away a different preparation in the target folder.
-      progress: a bar on a terminal, a log line per shard elsewhere.
-      limit: take only so many first rows of every split, in file order; bad ones count (as the official
-        loader's num_used_data).
+      on_bad_row: "fail" raises at the first bad row; "skip" leaves bad rows out and names them in
+        the report.
+      splits: the splits to prepare; None for all that are present.
+      overwrite: whether to replace a different preparation in the target folder.
+      progress: whether to show a progress bar on a terminal. Elsewhere a line is logged per shard.
+      limit: number of rows taken from the start of every split, in file order, bad rows included
+        (as num_used_data of the official loader); None for all.
 
     Returns:
-      The report over all tasks; every task's own is in its report.json.
+      The report over all tasks. The report of each task is in its report.json.
 
     Raises:
       BadSourceError, BadRowError: see there.
-      FileExistsError: the target folder holds rows of other files, splits or another limit, or of a file that has been
-        edited since.
+      FileExistsError: the target folder holds rows of other files, of other splits, of another
+        limit, or of a file that has been edited since.
       locks.FolderInUseError: another command is writing there.
-      OSError: a failing write, e.g. a full disk; no half shard counts as finished.
+      OSError: a write failed, for example because the disk is full. Unfinished shards do not count.
     """
     paths.check_given("--source", source)
     paths.check_given("--target", target)
@@ -60,17 +128,15 @@ def prepare(
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 row, or None for all, got {limit}")
-    work = {
-        task: (folder, *_plan_shards(task, folder, Path(target), splits, limit))
+    jobs = [
+        _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip")
         for task, folder in parquet_files.task_folders(source).items()
-    }
-    rows = sum(shard.rows for _, _, shards, _ in work.values() for shard in shards)
-    with locks.only_writer(target), _bar(progress, rows) as tick:
-        reports = [
-            _prepare_task(task, *plan, on_bad_row == "skip", overwrite, tick)
-            for task, plan in work.items()
-        ]
-    return schema_lib.PrepareReport(
+    ]
+    plans = [_plan_shards(job.source, splits, limit) for job in jobs]
+    total = sum(shard.rows for shards, _ in plans for shard in shards)
+    with locks.only_writer(target), _progress_bar(total, progress) as advance:
+        reports = [_prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)]
+    return PrepareReport(
         rows={name: n for report in reports for name, n in report.rows.items()},
         bad_rows=sum((report.bad_rows for report in reports), ()),
         warnings=sum((report.warnings for report in reports), ()),
@@ -79,191 +145,237 @@ def prepare(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One task to prepare.
+
+    Attributes:
+      task: name of the task.
+      source: its folder of parquet files.
+      target: the version folder to write.
+      skip_bad_rows: whether bad rows are left out instead of raised.
+    """
+
+    task: str
+    source: Path
+    target: Path
+    skip_bad_rows: bool
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the number of rows that were done since the last call."""
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        bar.update(done)
+
+    shown = wanted and sys.stderr.isatty()
+    with Progress(total, "preparing rows", primary=shown) as bar:
+        yield advance
+
+
+# --- what to write -------------------------------------------------------------------------------
+
+
 def _plan_shards(
-    task: str, folder: Path, target: Path, splits: tuple[str, ...] | None, limit: int | None
-) -> tuple[Path, list[parquet_files.Shard], list[schema_lib.Note]]:
-    """Target folder, shards to write, and warnings about files and columns. Decodes nothing but the pids."""
-    files, others = parquet_files.split_files(folder)
-    if absent := set(splits or ()) - set(files):
-        raise schema_lib.BadSourceError(
-            f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(files)}"
+    folder: Path, splits: tuple[str, ...] | None, limit: int | None
+) -> tuple[list[Shard], list[Note]]:
+    """The shards of a task to write, and warnings about files, columns and pids.
+
+    Nothing is decoded but the pids.
+    """
+    paths_of, others = parquet_files.split_files(folder)
+    if absent := set(splits or ()) - set(paths_of):
+        raise schema.BadSourceError(
+            f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(paths_of)}"
         )
-    notes = [
-        schema_lib.Note(
-            str(path),
-            None,
-            "",
-            f"ignored_file: its name starts with none of {', '.join(schema_lib.SPLITS)}",
-        )
-        for path in others
-    ]
-    pids: dict[str, tuple[str, int]] = {}  # every pid and where it stands first
+    reason = f"ignored_file: its name starts with none of {', '.join(schema.SPLITS)}"
+    notes = [Note(str(path), None, "", reason) for path in others]
+    first_places: dict[str, tuple[str, int]] = {}  # {pid: file and row of its first occurrence}
     shards = []
-    for split in dict.fromkeys(splits or files):
+    for split in dict.fromkeys(splits or paths_of):
         left, takes = limit or sys.maxsize, []
-        for path in files[split]:
-            with parquet_files.open_parquet(path) as file:
-                present, rows = file.schema_arrow.names, min(left, file.metadata.num_rows)
-                parquet_files.columns(path, present)
-                pids_here = file.iter_batches(columns=["pid"]) if "pid" in present else ()
-                found = [pid for batch in pids_here for pid in batch["pid"].to_pylist()][:rows]
+        for path in paths_of[split]:
+            columns, pids, rows = _scan(path, left)
             left -= rows
             if rows:
                 takes.append((path, rows))
                 notes += [
-                    schema_lib.Note(str(path), None, "", f"ignored_column: {column} is not read")
-                    for column in present
-                    if column not in schema_lib.COLUMNS and not schema_lib.is_surplus(column)
+                    Note(str(path), None, "", f"ignored_column: {column} is not read")
+                    for column in columns
+                    if column not in schema.COLUMNS and not schema.is_surplus(column)
                 ]
-            for row, pid in enumerate(found):
+            for row, pid in enumerate(pids):
                 here = (str(path), row)
-                if pid is not None and (there := pids.setdefault(str(pid), here)) != here:
-                    notes.append(
-                        schema_lib.Note(
-                            *here, str(pid), f"duplicate_pid: first in {there[0]}, row {there[1]}"
-                        )
-                    )
+                if pid is not None and (there := first_places.setdefault(str(pid), here)) != here:
+                    reason = f"duplicate_pid: first in {there[0]}, row {there[1]}"
+                    notes.append(Note(*here, str(pid), reason))
         if not takes:
-            raise schema_lib.BadSourceError(
+            raise schema.BadSourceError(
                 f"{folder}: the {split} files hold no row: write them again, or leave them out"
             )
         shards += [
-            parquet_files.Shard(
-                split,
-                f"{schema_lib.NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
-                path.relative_to(folder).as_posix(),
-                arrayrecord.checksum(path),
-                rows,
+            Shard(
+                split=split,
+                name=f"{schema.NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
+                file=path.relative_to(folder).as_posix(),
+                blake2b=shards_lib.checksum(path),
+                rows=rows,
             )
             for i, (path, rows) in enumerate(takes)
         ]
-    return arrayrecord.version_folder(target, task), shards, notes
+    return shards, notes
+
+
+def _scan(path: Path, limit: int) -> tuple[list[str], list, int]:
+    """(columns, pids, number of rows) of a parquet file, of its first `limit` rows."""
+    with parquet_files.open_parquet(path) as file:
+        present, rows = file.schema_arrow.names, min(limit, file.metadata.num_rows)
+        parquet_files.columns(path, present)  # raises for wrong ones
+        batches = file.iter_batches(columns=["pid"]) if "pid" in present else ()
+        pids = [pid for batch in batches for pid in batch["pid"].to_pylist()]
+    return present, pids[:rows], rows
+
+
+# --- writing a task ------------------------------------------------------------------------------
 
 
 def _prepare_task(
-    task: str,
-    folder: Path,
-    directory: Path,
-    shards: list[parquet_files.Shard],
-    notes: list[schema_lib.Note],
-    skip: bool,
+    job: _Job,
+    shards: list[Shard],
+    notes: list[Note],
     overwrite: bool,
-    tick: Callable[[int], None],
-) -> schema_lib.PrepareReport:
+    advance: Callable[[int], None],
+) -> PrepareReport:
+    """Writes a task's missing or damaged shards, the files for TFDS, and the report."""
     start = time.monotonic()
-    report_file, progress_file = directory / "report.json", directory / "progress.json"
+    report_file, progress_file = job.target / "report.json", job.target / "progress.json"
     if overwrite:
-        for pattern in ("*.json", f"{schema_lib.NAME}-*.array_record-*"):
-            for path in directory.glob(pattern):
+        for pattern in ("*.json", f"{schema.NAME}-*.array_record-*"):
+            for path in job.target.glob(pattern):
                 path.unlink()
-    if progress_file.exists():
-        try:
-            done = arrayrecord.read_progress(progress_file)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: which rows the folder holds is not known, so prepare {folder} again with "
-                "--overwrite"
-            ) from error
-        foreign = [
-            name
-            for name, record in done.items()
-            if not any(_is_of(record, shard, folder) for shard in shards)
-        ]
-    else:
-        done = {}
-        foreign = [path.name for path in directory.glob("*") if path.suffix != ".tmp"]
-    if foreign:
-        raise FileExistsError(
-            f"{directory} holds something else than {folder} as it is and as asked for now "
-            f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another target, "
-            "or replace it with --overwrite"
-        )
-    for file, index, pid, reason in (
-        note for record in done.values() for note in record["bad_rows"]
-    ):
-        if not skip:  # skipped by an earlier run
-            raise schema_lib.BadRowError(file, index, pid, *reason.split(" ", 1))
-    finished = {
-        name: record for name, record in done.items() if _is_whole(directory / name, record)
-    }
-    if len(finished) == len(shards) and arrayrecord.metadata_fits(directory, shards, finished):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # absent or damaged: written again
-            return _read_report(report_file)
+    finished = _finished_shards(job, shards)
+    if len(finished) == len(shards):
+        lengths = {split: [] for split in dict.fromkeys(shard.split for shard in shards)}
+        for shard in shards:
+            lengths[shard.split].append(finished[shard.name]["rows"])
+        if arrayrecord.describes(job.target, lengths):
+            # If the report is missing or damaged, it is written again.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return PrepareReport.read(report_file)
 
-    with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    with _failures_explained(job.target):
+        job.target.mkdir(parents=True, exist_ok=True)
         report_file.unlink(missing_ok=True)
-        files_lib.write_json(progress_file, finished)
+        files.write_json(progress_file, finished)
     for shard in shards:
         if shard.name in finished:
-            tick(shard.rows)
+            advance(shard.rows)
             continue
-        with _writing(directory / shard.name):
-            finished[shard.name] = _write_shard(
-                task, folder / shard.file, shard, directory, skip, tick
-            )
-            files_lib.write_json(progress_file, finished)
-        logging.info("%s: %d rows", directory / shard.name, finished[shard.name]["rows"])
+        with _failures_explained(job.target / shard.name):
+            finished[shard.name] = _write_shard(job, shard, advance)
+            files.write_json(progress_file, finished)
+        logging.info("%s: %d rows", job.target / shard.name, finished[shard.name]["rows"])
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
     rows = {
-        f"{task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
+        f"{job.task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
         for split, _ in records
     }
-    report = schema_lib.PrepareReport(
+    report = PrepareReport(
         rows,
-        tuple(schema_lib.Note(*note) for _, record in records for note in record["bad_rows"]),
-        tuple(notes)
-        + tuple(schema_lib.Note(*note) for _, record in records for note in record["warnings"]),
+        tuple(Note(*note) for _, record in records for note in record["bad_rows"]),
+        tuple(notes) + tuple(Note(*note) for _, record in records for note in record["warnings"]),
         sum(record["bytes"] for _, record in records),
         time.monotonic() - start,
     )
     for name, n in rows.items():
         if not n:
-            raise schema_lib.BadSourceError(f"{folder}: no row of {name} is usable:\n{report}")
-    with _writing(report_file):
-        _write_metadata(directory, records)
-        files_lib.write_json(
-            report_file,
-            vars(report)
-            | {
-                key: [note._asdict() for note in getattr(report, key)]
-                for key in ("bad_rows", "warnings")
-            },
-        )
+            raise schema.BadSourceError(f"{job.source}: no row of {name} is usable:\n{report}")
+    with _failures_explained(report_file):
+        _write_metadata(job.target, records)
+        report.write(report_file)
     return report
 
 
-def _write_shard(
-    task: str,
-    source: Path,
-    shard: parquet_files.Shard,
-    directory: Path,
-    skip: bool,
-    tick: Callable[[int], None],
-) -> dict:
-    """Converts one parquet file; gives the shard's record for progress.json."""
-    from array_record.python import array_record_module
-    from tensorflow_datasets.core import example_serializer
+def _finished_shards(job: _Job, shards: list[Shard]) -> dict[str, dict]:
+    """{shard name: record} of the whole shards in the target folder (see `shards.read_progress`).
 
-    schema = schema_lib.features()
-    serializer = example_serializer.ExampleSerializer(schema.get_serialized_info())
-
-    def serialized(example: schema_lib.Example) -> bytes:
-        record = serializer.get_tf_example(schema.encode_example(schema_lib.to_features(example)))
-        return record.SerializeToString(
-            deterministic=True
-        )  # else each process has an order of fields, and a digest, of its own
-
-    def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[schema_lib.Note, ...]]:
+    Raises:
+      FileExistsError: the folder holds something else than these shards.
+      ValueError: progress.json is damaged.
+      BadRowError: an earlier run left out a bad row, and this one is to fail there.
+    """
+    if (path := job.target / "progress.json").exists():
         try:
-            example, warnings = schema_lib.read_row(
-                item[1], file=str(source), index=item[0], task=task
-            )
-        except schema_lib.BadRowError as error:
-            if not skip:
+            done = shards_lib.read_progress(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: which rows the folder holds is not known, so prepare {job.source} again "
+                "with --overwrite"
+            ) from error
+        foreign = [
+            name
+            for name, record in done.items()
+            if not any(_is_record_of(record, shard, job.source) for shard in shards)
+        ]
+    else:
+        done = {}
+        foreign = [path.name for path in job.target.glob("*") if path.suffix != ".tmp"]
+    if foreign:
+        raise FileExistsError(
+            f"{job.target} holds something else than {job.source} as it is and as asked for now "
+            f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another "
+            "target, or replace it with --overwrite"
+        )
+    if not job.skip_bad_rows:
+        for file, index, pid, reason in (
+            note for record in done.values() for note in record["bad_rows"]
+        ):
+            raise schema.BadRowError(file, index, pid, *reason.split(" ", 1))
+    return {name: record for name, record in done.items() if _is_whole(job.target / name, record)}
+
+
+def _is_record_of(record: dict, shard: Shard, folder: Path) -> bool:
+    """Whether a record of progress.json is that of a shard.
+
+    Older versions recorded the size of the parquet file where its checksum is now.
+    """
+    is_old = isinstance(record["shard"][3], int)
+    return record["shard"] == list(
+        shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard
+    )
+
+
+def _is_whole(path: Path, record: dict) -> bool:
+    """Whether a shard holds what was written.
+
+    It counts as damaged if an older version wrote its record, without a checksum.
+    """
+    return (
+        "blake2b" in record
+        and isinstance(record["shard"][3], str)
+        and path.exists()
+        and path.stat().st_size == record["file_bytes"]
+        and shards_lib.checksum(path) == record["blake2b"]
+    )
+
+
+def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Converts one parquet file. Returns the shard's record for progress.json."""
+    from array_record.python import array_record_module
+
+    source, serialized = job.source / shard.file, _serializer()
+
+    def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[Note, ...]]:
+        index, row = item
+        try:
+            example, warnings = schema.read_row(row, file=str(source), index=index, task=job.task)
+        except schema.BadRowError as error:
+            if not job.skip_bad_rows:
                 raise
             return None, (error.note,)
         return serialized(example), warnings
@@ -275,36 +387,54 @@ def _write_shard(
         "bad_rows": [],
         "warnings": [],
     }
-    unfinished = directory / (shard.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(
-        str(unfinished), "group_size:1"
-    )  # 1: cheap random access
+    unfinished = job.target / (shard.name + ".tmp")
+    # Groups of one record make random access cheap.
+    writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
     try:
         with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter lock
             for batch in parquet_files.read_batches(source, shard.rows):
                 for blob, notes in threads.map(convert, batch):
-                    tick(1)
+                    advance(1)
                     record["warnings" if blob else "bad_rows"] += notes
                     if blob:
                         writer.write(blob)
                         record["rows"] += 1
                         record["bytes"] += len(blob)
         writer.close()
-        if arrayrecord.count_records(unfinished) != record["rows"]:
+        if shards_lib.count_records(unfinished) != record["rows"]:
             raise OSError(f"{record['rows']} rows were written and cannot all be read back")
         record |= {
             "file_bytes": unfinished.stat().st_size,
-            "blake2b": arrayrecord.checksum(unfinished),
+            "blake2b": shards_lib.checksum(unfinished),
         }
-        os.replace(unfinished, directory / shard.name)
+        os.replace(unfinished, job.target / shard.name)
     finally:
-        with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+        with contextlib.suppress(RuntimeError):  # the first error is the one to report
             writer.close()
         unfinished.unlink(missing_ok=True)
     return record
 
 
+def _serializer() -> Callable[[schema.Example], bytes]:
+    """A function that turns an example into the bytes of its record."""
+    from tensorflow_datasets.core import example_serializer
+
+    features = schema.features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialized(example: schema.Example) -> bytes:
+        record = serializer.get_tf_example(features.encode_example(schema.to_features(example)))
+        # Without this, each process would have its own order of fields and so its own digest.
+        return record.SerializeToString(deterministic=True)
+
+    return serialized
+
+
 def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
+    """Writes the files that TFDS reads.
+
+    records: (split, record for progress.json) of every shard.
+    """
     import tensorflow_datasets as tfds
 
     infos = []
@@ -312,7 +442,7 @@ def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
         mine = [record for s, record in records if s == split]
         template = tfds.core.ShardedFileTemplate(
             data_dir=directory,
-            dataset_name=schema_lib.NAME,
+            dataset_name=schema.NAME,
             split=split,
             filetype_suffix="array_record",
         )
@@ -324,47 +454,20 @@ def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
                 filename_template=template,
             )
         )
-    tfds.folder_dataset.write_metadata(  # check_data would read with TensorFlow
+    tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=schema_lib.features(),
+        features=schema.features(),
         split_infos=infos,
-        version=schema_lib.VERSION,
-        check_data=False,
+        version=schema.VERSION,
+        check_data=False,  # the check reads with TensorFlow
         filename_template=template.replace(split=None),
-        description="Questions about a picture with interleaved textual and visual reasoning.",
+        description=schema.DESCRIPTION,
     )
-
-
-def _is_of(record: dict, shard: parquet_files.Shard, folder: Path) -> bool:
-    """Whether a record of progress.json is of this shard; before there were checksums it held the parquet's size."""
-    is_old = isinstance(record["shard"][3], int)
-    return record["shard"] == list(
-        shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard
-    )
-
-
-def _is_whole(path: Path, record: dict) -> bool:
-    """Whether a shard holds what was written. Without its checksum (older versions) nobody knows."""
-    return (
-        "blake2b" in record
-        and isinstance(record["shard"][3], str)
-        and path.exists()
-        and path.stat().st_size == record["file_bytes"]
-        and arrayrecord.checksum(path) == record["blake2b"]
-    )
-
-
-def _read_report(path: Path) -> schema_lib.PrepareReport:
-    fields = json_files.read(str(path))
-    notes = {
-        key: tuple(schema_lib.Note(**note) for note in fields[key])
-        for key in ("bad_rows", "warnings")
-    }
-    return schema_lib.PrepareReport(**fields | notes)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _failures_explained(path: Path) -> Iterator[None]:
+    """Turns a failed write into an OSError that names the file and what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError, and only on close
@@ -372,17 +475,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} could not be written ({error}). If the disk is full, free space; then run the "
             "same command again: finished shards are kept"
         ) from error
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of rows just done."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda rows: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        job = bar.add_task("preparing rows", total=total)
-        yield lambda rows: bar.advance(job, rows)

@@ -1,59 +1,76 @@
-"""Procedural data of a run: made once, finished if a command was stopped."""
+"""Procedural data of a run: made once, and finished if a command was stopped while making them.
+
+TARGET/made.json                      the settings, written first
+TARGET/made/parquet, made/tokenizer   see `tasks.parquet.make_mini`
+TARGET/visual_opsd/                   see `prepare`
+"""
 
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 
-from opsd_jax import (
-    tasks,
-)
-from opsd_jax import (
-    tokenizer as tokenizer_lib,
-)
+from ml_collections import ConfigDict
+
+from opsd_jax import tasks
+from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.data import prepare, schema
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files, locks
 from opsd_jax.tasks import parquet
 
+_RECORD = "made.json"
 
-def make_if_absent(config, workdir: str) -> None:
-    """Makes the procedural data of `config.data.make` in <workdir>/data, or finishes what was begun in the data folder.
-    Where another command is doing that, waits until it is done.
 
-    In a folder that `config.data.dir` names nothing is begun, because a mistyped name would be a new folder. What
-    make-mini began there is finished; it may hold more families than `config.data.make` asks for.
+# --- for a run -----------------------------------------------------------------------------------
 
-    Raises FileNotFoundError if there are no data and none to make; ValueError if those that are there were made with
-    other settings.
+
+def make_if_absent(config: ConfigDict, workdir: str) -> None:
+    """Makes the procedural data of a run in <workdir>/data, or finishes what was begun.
+
+    If another command is making them, waits until it is done.
+
+    In a folder that `config.data.dir` names nothing is begun, because a mistyped name would become
+    a new folder. What make-mini began there is finished; it may have more families than
+    `config.data.make` asks for.
+
+    Raises:
+      FileNotFoundError: there are no data and none to make.
+      ValueError: the data that are there were made with other settings.
     """
-    target = workdir_lib.folder(config, workdir)
+    target = workdir_lib.data_dir(config, workdir)
     make = _to_make(config, target)
     if make:
         with locks.only_writer(target, wait=True):
             make_procedural(target, make)
 
 
-def check_there(config, workdir: str) -> None:
-    """FileNotFoundError where `make_if_absent` finds no data and has none to make, or there is no tokenizer and none comes
-    with the data; ValueError where they lack a task of config.data.tasks; makes nothing."""
-    target = workdir_lib.folder(config, workdir)
-    make, prepared = _to_make(config, target), pathlib.Path(target, schema.NAME)
+def check_there(config: ConfigDict, workdir: str) -> None:
+    """Checks that `make_if_absent` will succeed and that there is a tokenizer; makes nothing.
+
+    Raises:
+      FileNotFoundError: there are no data and none to make, or there is no tokenizer and none comes
+        with the data.
+      ValueError: the data lack a task of config.data.tasks.
+    """
+    target = workdir_lib.data_dir(config, workdir)
+    make = _to_make(config, target)
     families = {family: module.TASK for family, module in tasks.FAMILIES.items()}
-    made = [families[family] for family in (make["families"] if make else ()) if family in families]
-    there = {
-        path.name: path.name
-        for path in (prepared.iterdir() if prepared.is_dir() else ())
-        if path.is_dir()
-    }
-    there |= {task.lower(): task for task in made}
+    prepared = pathlib.Path(target, schema.NAME)
+    folders = [path for path in prepared.iterdir() if path.is_dir()] if prepared.is_dir() else []
+    known = {path.name: path.name for path in folders}  # {name in lower case: name}
+    for family in make["families"] if make else ():
+        if family in families:
+            known[families[family].lower()] = families[family]
     for task in config.data.tasks:
-        if task.lower() not in there:
+        if task.lower() not in known:
+            names = ", ".join(sorted(known.values())) or "none"
             more = (
-                f"choose from {', '.join(sorted(there.values())) or 'none'}, or make another: config.data.make.families is "
+                f"choose from {names}, or make another: config.data.make.families is "
                 f"{tuple(make['families'])}, of {families}"
                 if make
-                else f"it holds {', '.join(sorted(there.values())) or 'none'}: choose from these, or prepare that one there"
+                else f"it holds {names}: choose from these, or prepare that one there"
             )
             raise ValueError(
                 f"config.data.tasks names {task!r}, which the data in {target} lack: {more}"
@@ -62,67 +79,78 @@ def check_there(config, workdir: str) -> None:
         tokenizer_lib.check_there(workdir_lib.tokenizer_folder(config, workdir))
 
 
-def _to_make(config, target) -> dict | None:
-    """With which settings procedural data are made or finished in the data folder; None: all is there, prepared from
-    elsewhere. FileNotFoundError as `make_if_absent`."""
-    was, make = (
-        made_with(target),
-        json.loads(config.data.make.to_json()),
-    )  # as it comes back from the record
-    if was is None:
-        if os.path.isdir(os.path.join(target, schema.NAME)):
+def _to_make(config: ConfigDict, target: str) -> dict | None:
+    """The settings with which procedural data are made or finished in a run's data folder.
+
+    None if the folder holds data that were prepared from elsewhere. Raises the errors of
+    `make_if_absent`.
+    """
+    made = _made_with(target)
+    make = json.loads(config.data.make.to_json())  # in the form of the record
+    if made is None:
+        if _holds_data(target):
             return None
         if config.data.dir or not make["families"]:
-            if os.path.basename(os.path.abspath(target)) == schema.NAME:
-                raise FileNotFoundError(
-                    f"{target} holds no data itself: give the folder that it is in, "
-                    f"--config.data.dir={os.path.dirname(os.path.abspath(target))}"
-                )
-            raise FileNotFoundError(
-                f"{target} holds no data: make them with `python -m opsd_jax.data prepare --source=PARQUET_DIR "
-                f"--target={target}` or `python -m opsd_jax.data make-mini --target={target}`, or give "
-                f"--config.data.dir=FOLDER that holds {schema.NAME}/. Procedural data (config.data.make.families) "
-                "are made by the run itself only where config.data.dir is empty"
-            )
-    elif not make["families"]:  # as they are
-        make = was
-    elif config.data.dir and {*make["families"]} <= {*was["families"]}:
-        make["families"] = was["families"]
-    if was is not None:
-        _check_same(target, was, make)
+            raise FileNotFoundError(_no_data(target))
+        return make
+    if not make["families"]:
+        make = made  # the data are used as they are
+    elif config.data.dir and {*make["families"]} <= {*made["families"]}:
+        make["families"] = made["families"]
+    _check_same(target, made, make)
     return make
 
 
-def _check_same(target: str, was: dict, make: dict) -> None:
-    """ValueError, with what differs, where a folder holds procedural data of other settings than `make`."""
-    if differs := [key for key in {**was, **make} if was.get(key) != make.get(key)]:
-        there, now = ({key: of.get(key, "absent") for key in differs} for of in (was, make))
-        raise ValueError(
-            f"{target} was made with other settings: config.data.make was {there} and is now {now}. Give those of "
-            "the folder, use its data as they are (--config.data.make.families='()' of a run), choose another "
-            f"folder, or delete {target} to make the data again"
+def _holds_data(target: str) -> bool:
+    return os.path.isdir(os.path.join(target, schema.NAME))
+
+
+def _no_data(target: str) -> str:
+    """The message for a data folder without data."""
+    if os.path.basename(os.path.abspath(target)) == schema.NAME:
+        return (
+            f"{target} holds no data itself: give the folder that it is in, "
+            f"--config.data.dir={os.path.dirname(os.path.abspath(target))}"
         )
+    return (
+        f"{target} holds no data: make them with `python -m opsd_jax.data prepare "
+        f"--source=PARQUET_DIR --target={target}` or `python -m opsd_jax.data make-mini "
+        f"--target={target}`, or give --config.data.dir=FOLDER that holds {schema.NAME}/. "
+        "Procedural data (config.data.make.families) are made by the run itself only where "
+        "config.data.dir is empty"
+    )
 
 
-def make_procedural(target: str, make: dict) -> None:
-    """Makes procedural data in a folder, or finishes what the same settings began there. make: as `config.data.make`.
+# --- for a command -------------------------------------------------------------------------------
 
-    Raises ValueError if others were begun there; locks.FolderInUseError.
+
+def make_procedural(target: str, make: Mapping) -> None:
+    """Makes procedural data in a folder, or finishes what the same settings began there.
+
+    make: the settings, with the keys of `config.MakeConfig`.
+
+    Raises:
+      FileExistsError: the folder holds data that were prepared from elsewhere.
+      ValueError: other settings began the data there, or a setting is wrong.
+      locks.FolderInUseError: another command is writing there.
     """
     with locks.only_writer(target):
-        _make(target, json.loads(json.dumps(make)))  # lists for tuples, as in the record
+        if _holds_data(target) and _made_with(target) is None:
+            raise FileExistsError(f"{target} holds prepared data already: choose another --target")
+        _make(target, json.loads(json.dumps(dict(make))))  # lists for tuples, as in the record
 
 
 def _make(target: str, make: dict) -> None:
-    was, made = made_with(target), os.path.join(target, "made")
-    if was is None:
+    made = _made_with(target)
+    if made is None:
         files.write_json(os.path.join(target, _RECORD), make)
-    _check_same(target, was or make, make)
-    if not os.path.isdir(made):
+    _check_same(target, made or make, make)
+    folder = os.path.join(target, "made")
+    if not os.path.isdir(folder):
         counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
         try:
             parquet.make_mini(
-                made,
+                folder,
                 families=make["families"],
                 counts=counts,
                 seed=make["seed"],
@@ -131,27 +159,39 @@ def _make(target: str, make: dict) -> None:
         except BaseException:  # nothing was begun: the corrected command may have other settings
             os.remove(os.path.join(target, _RECORD))
             raise
-    parquet_dir = os.path.join(made, "parquet")
+    source = os.path.join(folder, "parquet")
     try:
-        prepare.prepare(parquet_dir, target)  # does nothing where all is done
+        prepare.prepare(source, target)  # does nothing if all is done
     except FileExistsError as error:
         raise FileExistsError(
-            f"{target} was prepared from other files than {parquet_dir} holds now (was one edited?): delete "
-            f"{target} and give the same command again, or prepare {parquet_dir} into another folder with "
-            "`python -m opsd_jax.data prepare`"
+            f"{target} was prepared from other files than {source} holds now (was one edited?): "
+            f"delete {target} and give the same command again, or prepare {source} into another "
+            "folder with `python -m opsd_jax.data prepare`"
         ) from error
 
 
-_RECORD = "made.json"  # settings of the procedural data in a folder, written before them
+def _made_with(target: str) -> dict | None:
+    """The settings with which procedural data were begun in a folder; None if none were.
 
-
-def made_with(target: str) -> dict | None:
-    """With which settings procedural data were begun in a folder; None if none were. ValueError where it is damaged."""
+    Raises ValueError if the record is damaged.
+    """
     path = os.path.join(target, _RECORD)
     if not os.path.exists(path):
         return None
     fix = f"delete it to use the prepared data as they are, or delete {target} to make them again"
-    was = json_files.read(path, fix=fix)
-    if not isinstance(was.get("families"), list):
+    made = json_files.read(path, fix=fix)
+    if not isinstance(made.get("families"), list):
         raise ValueError(f"{path} names no families: {fix}")
-    return was
+    return made
+
+
+def _check_same(target: str, made: dict, make: dict) -> None:
+    """Raises ValueError, with what differs, if a folder's data were made with other settings."""
+    if differs := [key for key in {**made, **make} if made.get(key) != make.get(key)]:
+        there, now = ({key: of.get(key, "absent") for key in differs} for of in (made, make))
+        raise ValueError(
+            f"{target} was made with other settings: config.data.make was {there} and is now "
+            f"{now}. Give those of the folder, use its data as they are "
+            "(--config.data.make.families='()' of a run), choose another folder, or delete "
+            f"{target} to make the data again"
+        )

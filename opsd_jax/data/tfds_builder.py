@@ -1,11 +1,12 @@
-"""The rows as a TFDS builder class, for those who prepare data with TFDS itself.
+"""The released data set as a TFDS builder class, for those who prepare data with TFDS itself.
 
     from opsd_jax.data.tfds_builder import VisualOpsd
     builder = VisualOpsd(config="chart_refocus", data_dir=TARGET, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=SOURCE))
 
-It holds a split in memory, and above 1000 MiB a split TFDS wants TensorFlow: `visual_opsd.prepare` writes the
-same folder with neither limit, resumes, and can leave bad rows out. Importing this registers the name.
+It holds a split in memory, and above 1000 MiB a split TFDS asks for TensorFlow. `prepare.prepare`
+writes the same folder with neither limit, continues after an interruption, and can leave bad rows
+out. Importing this module registers the data set's name with TFDS.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,14 @@ import tensorflow_datasets as tfds
 
 from opsd_jax.data import parquet_files, schema
 
-TASKS = (
-    "Visual_Search",
-    "Spatial_Navigation",
-    "Jigsaw_Assembly",
-    "Chart_Refocus",
-)  # the released ones
+TASKS = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")  # as released
 
 
 class VisualOpsd(tfds.core.GeneratorBasedBuilder):
-    """Questions about a picture with interleaved textual and visual reasoning. Raises BadSourceError, BadRowError."""
+    """The TFDS builder: one configuration per released task.
+
+    Preparing raises BadSourceError and BadRowError.
+    """
 
     VERSION = tfds.core.Version(schema.VERSION)
     RELEASE_NOTES = {schema.VERSION: "First release."}
@@ -36,12 +35,12 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=type(self).__doc__,
+            description=schema.DESCRIPTION,
             disable_shuffling=True,
             features=schema.features(),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         folders = parquet_files.task_folders(dl_manager.manual_dir)
         task = next((task for task in folders if task.lower() == self.builder_config.name), None)
         if task is None:

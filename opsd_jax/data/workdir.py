@@ -1,29 +1,27 @@
-"""The folder of a run: the settings it was started with, and whose data it uses."""
+"""The folder of a run, as seen by what reads it later: its settings and where its data are."""
 
 import os
+from collections.abc import Iterable
 
-from opsd_jax import (
-    config as config_lib,
-)
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
 from opsd_jax.data import schema
 from opsd_jax.inputs import json_files, paths
 
-
-def folder(config, workdir: str) -> str:
-    """The TFDS data_dir of a run: config.data.dir, else <workdir>/data."""
-    paths.check("config.data.dir", config.data.dir)
-    return config.data.dir or os.path.join(workdir, "data")
-
-
 _WRITE_AGAIN = (
-    "delete the file and give the run's training command once more, which writes it again (checkpoints hold the "
-    "settings, too)"
+    "delete the file and run the run's training command again, which writes it again (checkpoints "
+    "hold the settings, too)"
 )
 
 
-def load_config(workdir: str):
-    """The settings of the run in a workdir, as ConfigDict. FileNotFoundError if there is no run; ValueError if its record
-    of them cannot be read."""
+def load_config(workdir: str) -> ConfigDict:
+    """The settings of the run in a workdir.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: its record of the settings is damaged.
+    """
     record, config = read_record(workdir), config_lib.default()
     try:
         config.update(record)  # JSON's lists become tuples where the default is one
@@ -35,7 +33,7 @@ def load_config(workdir: str):
 
 
 def read_record(workdir: str) -> dict:
-    """What <workdir>/config.json holds: the settings as JSON; the errors of `load_config`."""
+    """The settings in <workdir>/config.json as JSON. Raises the errors of `load_config`."""
     paths.check_given("--workdir", workdir, orbax=True)
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
@@ -46,12 +44,31 @@ def read_record(workdir: str) -> dict:
     return json_files.read(path, fix=_WRITE_AGAIN)
 
 
-def workdir_of(config, workdir: str) -> str:
-    """The workdir whose data the run in `workdir` used: its own, or for an arm (W/arms/NAME) the run's, W."""
-    places = {folder(config, w): w for w in (workdir, os.path.join(workdir, "..", ".."))}
-    for place, where in places.items():
+def with_tasks(config: ConfigDict, chosen: Iterable[str]) -> ConfigDict:
+    """A copy of the settings with some of the tasks, each with its own entry of `data.limits`."""
+    config = config.copy_and_resolve_references()
+    limits = dict(zip(config.data.tasks, config.data.limits))
+    config.data.tasks = tuple(chosen)
+    config.data.limits = tuple(limits[task] for task in config.data.tasks if limits)
+    return config
+
+
+def data_dir(config: ConfigDict, workdir: str) -> str:
+    """The TFDS data_dir of a run: config.data.dir, or else <workdir>/data."""
+    paths.check("config.data.dir", config.data.dir)
+    return config.data.dir or os.path.join(workdir, "data")
+
+
+def data_workdir(config: ConfigDict, workdir: str) -> str:
+    """The workdir whose data the run in `workdir` used.
+
+    It is the run's own, or for a control arm (W/arms/NAME) that of the run, W. Raises
+    FileNotFoundError if there are no data.
+    """
+    places = {data_dir(config, w): w for w in (workdir, os.path.join(workdir, "..", ".."))}
+    for place, owner in places.items():
         if os.path.isdir(os.path.join(place, schema.NAME)):
-            return where
+            return owner
     raise FileNotFoundError(
         f"the data of {workdir} are not there: looked for {schema.NAME}/ in "
         f"{' and '.join(places)}. Put them back, or set data.dir in "
@@ -59,17 +76,6 @@ def workdir_of(config, workdir: str) -> str:
     )
 
 
-def with_tasks(config, chosen):
-    """A copy of the settings with some of the tasks, each with its own entry of `data.limits`."""
-    config = config.copy_and_resolve_references()
-    limits = dict(zip(config.data.tasks, config.data.limits))
-    config.data.tasks, config.data.limits = (
-        tuple(chosen),
-        tuple(limits[task] for task in chosen if limits),
-    )
-    return config
-
-
-def tokenizer_folder(config, workdir: str) -> str:
-    """config.tokenizer, else the folder that making the procedural data left."""
-    return config.tokenizer or os.path.join(folder(config, workdir), "made", "tokenizer")
+def tokenizer_folder(config: ConfigDict, workdir: str) -> str:
+    """The tokenizer folder of a run: config.tokenizer, or else that of the procedural data."""
+    return config.tokenizer or os.path.join(data_dir(config, workdir), "made", "tokenizer")

@@ -102,7 +102,7 @@ def open_run(
     cli.check_number("batch_size", batch_size, 0)
     config = workdir_lib.load_config(workdir)
     where, chosen = (
-        workdir_lib.workdir_of(config, workdir),
+        workdir_lib.data_workdir(config, workdir),
         job.choose_tasks(benchmarks, config.data.tasks),
     )
     config = workdir_lib.with_tasks(config, chosen)
@@ -120,8 +120,8 @@ def open_run(
         mesh,
         tok,
         marker,
-        examples.Examples(config, where, tok, split),
-        packing.Packer(config, tok),
+        examples.Examples.open(config, where, tok, split),
+        packing.Packer.from_config(config, tok),
         chosen,
         split,
         limit,

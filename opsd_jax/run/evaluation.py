@@ -50,7 +50,7 @@ class Evaluation:
 
     def _of(self, split):
         if split not in self._rows:
-            self._rows[split] = examples.Examples(
+            self._rows[split] = examples.Examples.open(
                 self.run.config, self.run.data_workdir, self.run.tokenizer, split
             )
         return self._rows[split]

@@ -228,7 +228,7 @@ def prepare(
                 f"its results shall stand in {workdir}/eval"
             )
     tables = tuple(tables_lib.read(files[b]) for b in public)
-    where = workdir_lib.workdir_of(config, workdir) if own else workdir
+    where = workdir_lib.data_workdir(config, workdir) if own else workdir
     own_seed = config.seed if config else 0
     seed = own_seed if seed is None else seed
     labels = {mode: f"{mode}-banned" if ban_marker else mode for mode in modes}
@@ -251,7 +251,7 @@ def prepare(
     else:
         sizes = [tables_lib.size(table) for table in tables]
         if limit and own:
-            place = workdir_lib.folder(config, where)
+            place = workdir_lib.data_dir(config, where)
             sizes += [len(arrayrecord.open_source(place, split, task=task)) for task in own]
         differs = [protocol] if protocol else []
         differs += [split] if config and own and split != config.eval.final_split else []
@@ -315,8 +315,8 @@ def open_model(job: Job, mode: str) -> Opened:
         workdir_lib.tokenizer_folder(config, job.where), vocab_size=config.model.llm.vocab_size
     )
     rows, packer = (
-        examples_lib.Examples(config, job.where, tok, job.split),
-        packing.Packer(config, tok),
+        examples_lib.Examples.open(config, job.where, tok, job.split),
+        packing.Packer.from_config(config, tok),
     )
     for source, name in enumerate(job.tasks if mode in contexts_lib.CONTEXTS else ()):
         numbers = contexts_lib.chosen_numbers(rows, source, job.limit, job.subset_seed)
@@ -438,7 +438,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
     model = model_lib.load(job.checkpoint, draw=mode != "none", protocol=job.protocol, mesh=mesh)
     facts = model_facts(model.params, model.tokenizer)
     if job.tasks:
-        rows = examples_lib.Examples(
+        rows = examples_lib.Examples.open(
             workdir_lib.with_tasks(job.config, job.tasks), job.where, model.tokenizer, job.split
         )
         facts["data"] = dict(zip(job.tasks, rows.digests, strict=True))

@@ -60,7 +60,7 @@ def load(
             )
         run = workdir_lib.load_config(workdir)
         tok = tokenizer_lib.load(
-            tokenizer or workdir_lib.tokenizer_folder(run, workdir_lib.workdir_of(run, workdir)),
+            tokenizer or workdir_lib.tokenizer_folder(run, workdir_lib.data_workdir(run, workdir)),
             vocab_size=run.model.llm.vocab_size,
         )
         config = dataclasses.replace(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from opsd_jax import images, interleave
 from opsd_jax import params as params_lib
-from opsd_jax.data import arrayrecord, prepare
+from opsd_jax.data import arrayrecord, prepare, shards
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import cli, json_files, paths
 from opsd_jax.run import model as model_lib
@@ -78,8 +78,8 @@ def redraw(
         return model, record
 
     with locks.only_writer(target):
-        place = workdir_lib.folder(config, workdir_lib.workdir_of(config, workdir))
-        digests = {task: arrayrecord.digest(place, task) for task in config.data.tasks}
+        place = workdir_lib.data_dir(config, workdir_lib.data_workdir(config, workdir))
+        digests = shards.digests(place, config.data.tasks)
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
         for task in config.data.tasks:

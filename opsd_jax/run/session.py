@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, distill, sharding, tokenizer
-from opsd_jax.data import arrayrecord, packing, procedural
+from opsd_jax.data import packing, procedural
 from opsd_jax.data import examples as examples_lib
+from opsd_jax.data import shards as shards_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.marker import Marker
 from opsd_jax.method_config import RolloutConfig
@@ -59,13 +60,13 @@ class Session:
     @functools.cached_property
     def digests(self) -> dict:
         """{"data": {task: digest of its prepared files}, "tokenizer": digest}."""
-        where = workdir_lib.folder(self.config, self.data_workdir)
-        data = {task: arrayrecord.digest(where, task) for task in self.config.data.tasks}
+        where = workdir_lib.data_dir(self.config, self.data_workdir)
+        data = shards_lib.digests(where, self.config.data.tasks)
         return {"data": data, "tokenizer": self.tokenizer.digest}
 
     def examples(self, split: str, *, generation: bool = False) -> examples_lib.Examples:
         """Prepared examples of a split; with `generation` also as the autoencoder sees their images."""
-        return examples_lib.Examples(
+        return examples_lib.Examples.open(
             self.config, self.data_workdir, self.tokenizer, split, generation=generation
         )
 
@@ -122,7 +123,7 @@ def open_run(workdir: str, *, tasks: tuple = (), devices=None) -> Session:
       FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
     """
     config = workdir_lib.load_config(workdir)
-    data_workdir = workdir_lib.workdir_of(config, workdir)
+    data_workdir = workdir_lib.data_workdir(config, workdir)
     if tasks:
         config = workdir_lib.with_tasks(config, tasks)
     mesh = sharding.make_mesh(tensor=config.mesh.tensor, devices=devices)
@@ -189,7 +190,7 @@ def _open(config, workdir, data_workdir, mesh, clock) -> Session:
         mesh=mesh,
         tokenizer=tok,
         marker=Marker.build(tok.token_bytes, size),
-        packer=packing.Packer(config, tok),
+        packer=packing.Packer.from_config(config, tok),
         clock=clock,
         writer=metrics.Writer(workdir, primary=False),
     )

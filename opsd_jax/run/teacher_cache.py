@@ -262,8 +262,8 @@ class Batches(batches.Batches):
     def traces(self, step: int):
         """(Cached, its rows)."""
         bucket, pairs = self.schedule(step)
-        pairs = [pairs[n] for n in self._share]
-        rows = [self.rows(*pair) for pair in pairs]
+        pairs = [pairs[n] for n in self.share]
+        rows = [self.examples(*pair) for pair in pairs]
         traces = self.packer.traces(rows, ["text"] * len(rows), bucket)
         shape = traces.labels.shape
         found = np.zeros(shape, record_type(self.cache.top_k))
@@ -271,7 +271,7 @@ class Batches(batches.Batches):
         for b, ((source, n), row) in enumerate(zip(pairs, rows)):
             labels = traces.labels[b][traces.mask[b]]
             found[b, : len(labels)] = self.cache(
-                self.config.data.tasks[source], n, row.example.pid, labels
+                self.examples.tasks[source], n, row.example.pid, labels
             )
         parts = [
             np.ascontiguousarray(found[name])

@@ -134,7 +134,7 @@ def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault)
     path = parquet(tmp_path, changes)
     status, _, error = prepare(tmp_path, capsys)
     assert status == 1 and "Traceback" not in error
-    for part in (f"error: {path}, row 2, pid 'p2': {fault}", "Mend the row", "--on_bad_row=skip"):
+    for part in (f"error: {path}, row 2, pid 'p2': {fault}", "Fix the row", "--on_bad_row=skip"):
         assert part in error
     status, told, _ = prepare(tmp_path, capsys, "--on_bad_row=skip")
     assert status == 0 and "1 bad rows left out" in told and f"row 2, pid 'p2': {fault}" in told
@@ -472,7 +472,7 @@ def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
     refused(
         ValueError,
         tmp_path,
-        "no completion can be right for 1 rows of Chart_Refocus",
+        "no completion can be right for 1 examples of Chart_Refocus",
         "answer has <answer> without",
         "row chart-test-",
         data__dir=str(tmp_path / "data"),

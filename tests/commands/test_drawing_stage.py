@@ -103,7 +103,7 @@ def prepared(monkeypatch):
 
     def make(config, examples):
         monkeypatch.setattr(arrayrecord, "open_source", lambda *_, **__: examples)
-        rows = examples_lib.Examples(config, "", tiny.TOKENIZER, "train", generation=True)
+        rows = examples_lib.Examples.open(config, "", tiny.TOKENIZER, "train", generation=True)
         return [rows(0, n) for n in range(len(examples))]
 
     return make
@@ -128,7 +128,7 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     model, params = config_lib.model(config), tiny.params(tiny.DRAWING)
     assert model == tiny.DRAWING
     (row,) = prepared(config, [example(0, 24, 24)])  # the size that both resizes keep
-    packer = packing.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     blocks = packer.blocks(row, "drawn")
     assert (
         "".join(type(block).__name__[0] for block in blocks) == "TLITTLLIT"
@@ -218,9 +218,9 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
 def test_batches_hold_pictures_of_their_drawn_rows(prepared):
     config = tiny_config()
     rows = prepared(config, [example(0), example(1, 24, 16)])
-    packer = packing.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     traces = packer.traces(rows, ["drawn", "text"])
-    pictures = packer.pictures([rows[0], None])
+    pictures = packer.images([rows[0], None])
     assert pictures.sizes.tolist() == [
         [[24, 32], [24, 32]],
         [[0, 0], [0, 0]],
@@ -250,11 +250,11 @@ def test_batches_hold_pictures_of_their_drawn_rows(prepared):
 def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
     config = tiny_config(data__buckets__drawn=(bucket,))
     rows = prepared(config, [example(7)])
-    packer = packing.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     assert packer.bucket(rows[0]) == (0 if fits else -1)
     if not fits:
         with pytest.raises(context.TooLong, match="row row-7 .*data.buckets"):
-            packer.traces(rows, ["drawn"]), packer.pictures(rows)
+            packer.traces(rows, ["drawn"]), packer.images(rows)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_the_drawn_loss_against_numpy(prepared):
         warmup__ce_weight=0.5, warmup__mse_weight=2.0, model__generation__timestep_shift=2.0
     )
     rows = prepared(config, [example(0), example(1, 24, 16), example(2)])
-    packer = packing.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     batch = context.GenerationBatch(
-        packer.traces(rows, ["drawn", "drawn", "text"]), packer.pictures([*rows[:2], None])
+        packer.traces(rows, ["drawn", "drawn", "text"]), packer.images([*rows[:2], None])
     )
     own = stage_config(config)
     model, key = own.model, jax.random.key(3)
@@ -352,11 +352,11 @@ def test_the_drawn_loss_against_numpy(prepared):
 def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
     config = tiny_config()
     rows = prepared(config, [example(n) for n in range(4)])
-    packer = packing.Packer(config, tiny.TOKENIZER)
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     layouts = ["drawn", "text", "drawn", "text"]
     batch = context.GenerationBatch(
         packer.traces(rows, layouts),
-        packer.pictures([row if layout == "drawn" else None for row, layout in zip(rows, layouts)]),
+        packer.images([row if layout == "drawn" else None for row, layout in zip(rows, layouts)]),
     )
     found = []
     for accumulation in (1, 2):

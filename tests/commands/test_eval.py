@@ -617,7 +617,10 @@ def test_hits(metadata, gold, text, expected):
 def test_contexts_of_the_modes(trained):
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
-    rows, packer = examples.Examples(config, str(trained), tok, "test"), packing.Packer(config, tok)
+    rows, packer = (
+        examples.Examples.open(config, str(trained), tok, "test"),
+        packing.Packer.from_config(config, tok),
+    )
     numbers = [0, 4, 4]
 
     def get(mode, seed=0):
@@ -657,9 +660,9 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     }
     short = {kind: (buckets[kind][0],) for kind in long}
     buckets.update(long)
-    packer = packing.Packer(config.copy_and_resolve_references(), tok)
+    packer = packing.Packer.from_config(config.copy_and_resolve_references(), tok)
     buckets.update({kind: short[kind] + long[kind] for kind in long})
-    both = packing.Packer(config, tok)
+    both = packing.Packer.from_config(config, tok)
     found = contexts.buckets_of(rows, both, 0, range(small_run.TEST_ROWS), ("none",))
     assert found == [int(n % 3 == 0) for n in range(small_run.TEST_ROWS)]
 
@@ -714,7 +717,10 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
 
     config = small_run.config()
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
-    rows, packer = examples.Examples(config, str(trained), tok, "test"), packing.Packer(config, tok)
+    rows, packer = (
+        examples.Examples.open(config, str(trained), tok, "test"),
+        packing.Packer.from_config(config, tok),
+    )
     seen = []
 
     def kl_to_student(teacher, student, batch, completion, *, config):

@@ -315,7 +315,7 @@ def workdir(tmp_path_factory):
 
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
-    row = examples.Examples(
+    row = examples.Examples.open(
         workdir_lib.load_config(str(workdir)),
         str(workdir),
         tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),

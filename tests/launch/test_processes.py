@@ -31,9 +31,9 @@ def batches(data_dir, workdir, share=None, **changes):
 
     config = small_run.config(data__dir=str(data_dir), opsd__batch_size=BATCH, **changes)
     tok = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
-    rows = examples.Examples(config, "", tok, "train")
+    rows = examples.Examples.open(config, "", tok, "train")
     return batches_lib.Batches(
-        config, str(workdir), "opsd", rows, packing.Packer(config, tok), share=share
+        config, str(workdir), "opsd", rows, packing.Packer.from_config(config, tok), share=share
     )
 
 

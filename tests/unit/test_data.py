@@ -17,7 +17,7 @@ import pytest
 import small_run
 from opsd_jax import context, tokenizer
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import arrayrecord, examples, packing, procedural, schema
+from opsd_jax.data import arrayrecord, bucket_index, examples, packing, procedural, schema, shards
 from opsd_jax.data import batches as batches_lib
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
@@ -67,8 +67,8 @@ def make(folder, tok, tmp_path):
             c,
             str(tmp_path),
             stage,
-            examples.Examples(c, "", tok, "train"),
-            packing.Packer(c, tok),
+            examples.Examples.open(c, "", tok, "train"),
+            packing.Packer.from_config(c, tok),
             share=share,
         )
 
@@ -95,12 +95,12 @@ def pids(prepared):
 
 def test_rows(folder, tok):
     c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
-    rows = examples.Examples(c, "", tok, "train")
+    rows = examples.Examples.open(c, "", tok, "train")
     assert [len(source) for source in rows.sources] == [
         10,
         64,
     ]  # the limit is of the train split only
-    assert [len(source) for source in examples.Examples(c, "", tok, "test").sources] == [
+    assert [len(source) for source in examples.Examples.open(c, "", tok, "test").sources] == [
         small_run.TEST_ROWS
     ] * 2
     row = rows(0, 3)
@@ -111,11 +111,14 @@ def test_rows(folder, tok):
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
     assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is space
-    assert examples.Examples(config(folder, data__cache_rows=0), "", tok, "train")._capacity == 0
+    assert (
+        examples.Examples.open(config(folder, data__cache_rows=0), "", tok, "train")._cache_size
+        == 0
+    )
 
 
 def test_the_partner_is_another_row_of_the_task(folder, tok):
-    rows = examples.Examples(config(folder), "", tok, "test")
+    rows = examples.Examples.open(config(folder), "", tok, "test")
     for source in (0, 1):
         partners = [rows.partner(source, n).example.pid for n in range(small_run.TEST_ROWS)]
         own = [rows(source, n).example.pid for n in range(small_run.TEST_ROWS)]
@@ -127,7 +130,7 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
 
 def test_layouts(folder, tok):
     c = config(folder)
-    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
     row = rows(0, 0)
 
     def texts(kind, *args):
@@ -160,7 +163,7 @@ def test_layouts(folder, tok):
         packer.blocks(row, "talk")
     bare = dataclasses.replace(row, example=dataclasses.replace(e, full_text_only_thought=" "))
     with pytest.raises(
-        ValueError, match=f"row {e.pid} has no full_text_only_thought.*mix.*config.eval.kl"
+        ValueError, match=f"example {e.pid} has no full_text_only_thought.*mix.*config.eval.kl"
     ):
         packer.reference(bare)
 
@@ -225,7 +228,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
         ]  # one bucket: measured when they are packed
     smaller = {name: (tuple(n - 1 for n in sizes[0]), sizes[0]) for name, sizes in BUCKETS.items()}
     message = (
-        f"^64 rows of {CHART} fit no bucket, first "
+        f"^64 examples of {CHART} fit no bucket, first "
         f".'chart-train-00000.*config.data.on_too_long=skip"
     )
     with pytest.raises(context.TooLong, match=message):
@@ -234,7 +237,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
 
     batches = make(buckets=smaller, data__on_too_long="skip", data__tasks=(MAZE,))
     assert not (tmp_path / "too_long.json").exists()
-    with pytest.raises(ValueError, match="source 0 has no row to draw"):
+    with pytest.raises(ValueError, match="source 0 has no example to use"):
         make(buckets=smaller, data__on_too_long="skip", data__tasks=(CHART,))
     named = json.loads((tmp_path / "too_long.json").read_text())
     assert list(named) == [CHART] and len(set(named[CHART])) == 64
@@ -244,7 +247,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
 def test_some_rows_left_out(folder, tok, make, tmp_path):
     """A budget of targets that half of the mazes' traces exceed."""
     c = config(folder, data__tasks=(MAZE,))
-    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
     targets = {}
     for row in (rows(0, n) for n in range(64)):
         layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
@@ -267,15 +270,19 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
 @pytest.mark.parametrize("mode", ["swap", "image"])
 def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, tok, mode):
     c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
-    rows, packer = examples.Examples(c, "", tok, "train"), packing.Packer(c, tok)
+    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
     maze, chart = rows(1, 0), rows(0, 0)
     if mode == "swap":
         row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
     else:  # a problem image larger than its visual thought; student and trace fit the first bucket
-        packer.buckets.student = ((40, 25), (41, 25))
-        packer.buckets.trace = ((90, 50, 41), (91, 50, 41))
         row, partner = dataclasses.replace(maze, problem=chart.problem), None
-        packer.buckets.teacher = ((60, 41), (70, 50))  # problem 25 + visual thought 16 patches
+        buckets = dataclasses.replace(
+            packer.buckets,
+            student=((40, 25), (41, 25)),
+            trace=((90, 50, 41), (91, 50, 41)),
+            teacher=((60, 41), (70, 50)),  # problem 25 + visual thought 16 patches
+        )
+        packer = dataclasses.replace(packer, buckets=buckets)
     assert packer.bucket(row) == 0 and packer.bucket(row, mode, partner) == 1
     packer.teacher([row], [partner], mode, [None], bucket=1)
     with pytest.raises(context.TooLong):
@@ -406,7 +413,7 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
 def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
     c = small_run.config(data__make__train=8, data__make__validation=2, data__make__test=2)
     procedural.make_if_absent(c, str(tmp_path))
-    prepared = arrayrecord.version_folder(tmp_path / "data", small_run.TASK)
+    prepared = shards.version_folder(tmp_path / "data", small_run.TASK)
     before = [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())]
     procedural.make_if_absent(c, str(tmp_path))
     assert [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())] == before
@@ -500,13 +507,13 @@ def test_rows_beyond_a_split_name_the_setting(folder, tok):
     wrong = config(folder, data__limits=(0, 100))
     with pytest.raises(
         ValueError,
-        match=f"config.data.limits asks for the first 100 rows of {MAZE}.*{folder} holds "
+        match=f"config.data.limits asks for the first 100 examples of {MAZE}.*{folder} holds "
         f"64 for train",
     ):
-        examples.Examples(wrong, "", tok, "train")
+        examples.Examples.open(wrong, "", tok, "train")
     assert [
         len(source)
-        for source in examples.Examples(
+        for source in examples.Examples.open(
             config(folder, data__limits=(0, 5)), "", tok, "train"
         ).sources
     ] == [64, 5]
@@ -573,7 +580,7 @@ def test_what_training_teaches_is_right(qwen, tok, answer):
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):
-    rows = examples.Examples(config(folder), "", qwen, "test")
+    rows = examples.Examples.open(config(folder), "", qwen, "test")
     rows.check_references(0, range(small_run.TEST_ROWS))
     good = rows.sources[1]
     edits = {
@@ -586,10 +593,10 @@ def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen)
     with pytest.raises(ValueError) as error:
         rows.check_references(1, range(small_run.TEST_ROWS))
     for part in (
-        f"3 rows of {MAZE} in {good.directory}",
-        f"row {bad[3].pid}: metadata has a 'map' without start S",
-        f"row {bad[5].pid}: answer has <answer> without",
-        f"row {bad[7].pid}: answer 'B<|im_end|>' is read as '<answer>B' by",
+        f"3 examples of {MAZE} in {good.directory}",
+        f"example {bad[3].pid}: metadata has a 'map' without start S",
+        f"example {bad[5].pid}: answer has <answer> without",
+        f"example {bad[7].pid}: answer 'B<|im_end|>' is read as '<answer>B' by",
         "--on_bad_row=skip",
     ):
         assert part in str(error.value)
@@ -600,11 +607,11 @@ def test_a_swap_needs_another_row(folder, tok, make):
     one = dict(data__limits=(1, 0), teacher__visual_thoughts="swap")
     with pytest.raises(
         ValueError,
-        match=f"mode swap.*another row, and {CHART} has a single row in train.*data.limits",
+        match=f"mode swap.*another example, and {CHART} has a single example in train.*data.limits",
     ):
         make(**one)
     make("warmup", **one)  # without a teacher
-    rows = examples.Examples(config(folder, data__limits=(2, 3)), "", tok, "train")
+    rows = examples.Examples.open(config(folder, data__limits=(2, 3)), "", tok, "train")
     for source, size in ((0, 2), (1, 3)):
         assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))
 

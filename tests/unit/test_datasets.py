@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from opsd_jax import images
-from opsd_jax.data import arrayrecord, parquet_files, schema
+from opsd_jax.data import arrayrecord, parquet_files, schema, shards
 from opsd_jax.data import prepare as prepare_lib
-from opsd_jax.data.arrayrecord import ParquetSource, open_source
+from opsd_jax.data.arrayrecord import open_source
 from opsd_jax.data.prepare import prepare
 from opsd_jax.data.schedule import BatchSchedule
 from opsd_jax.data.schema import BadRowError, BadSourceError
@@ -181,7 +181,8 @@ def test_plain_tfds_reads_it(two_tasks, tmp_path):
 def test_layouts(tmp_path, layout, given):
     write(tmp_path / "s/Maze" / layout, [row(0)])
     assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"maze/train": 1}
-    assert ParquetSource(tmp_path / "s" / given)[0] == open_source(tmp_path / "out", task="maze")[0]
+    (example,) = parquet_files.read_examples(tmp_path / "s/Maze" / layout, task="Maze")
+    assert example == open_source(tmp_path / "out", task="maze")[0]
 
 
 @pytest.mark.parametrize(
@@ -196,12 +197,14 @@ def test_layouts(tmp_path, layout, given):
         ("train[4:6]+validation[1:]", [4, 5, 9]),
     ],
 )
-def test_slices_mean_the_same_in_both_sources(two_tasks, tmp_path, split, want):
+def test_slices(two_tasks, tmp_path, split, want):
     prepare(two_tasks, tmp_path / "out")
     prepared = open_source(tmp_path / "out", split, task="maze")
-    parquet = ParquetSource(two_tasks / "Maze", split)
     assert [e.pid for e in prepared] == [f"p{i}" for i in want]
-    assert list(parquet) == list(prepared) and len(parquet) == len(prepared)
+    assert len(prepared) == len(want)
+    files = sorted((two_tasks / "Maze").rglob("*.parquet"))  # train files, then validation
+    rows = [e for file in files for e in parquet_files.read_examples(file, task="Maze")]
+    assert list(prepared) == [rows[i] for i in want]
 
 
 def test_files_of_one_name_and_links_to_folders(tmp_path):
@@ -218,16 +221,13 @@ def test_files_of_one_name_and_links_to_folders(tmp_path):
 
 def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
     prepare(two_tasks, tmp_path / "out")
-    for source in (
-        open_source(tmp_path / "out", "train[1:7]", task="maze"),
-        ParquetSource(two_tasks / "Maze", "train[1:7]"),
-    ):
-        want = [source[i] for i in range(6)]
-        assert list(pickle.loads(pickle.dumps(source))) == want
-        order = np.random.default_rng(0).integers(0, 6, 200)
-        fresh = pickle.loads(pickle.dumps(source))
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(fresh.__getitem__, order)) == [want[i] for i in order]
+    source = open_source(tmp_path / "out", "train[1:7]", task="maze")
+    want = [source[i] for i in range(6)]
+    assert list(pickle.loads(pickle.dumps(source))) == want
+    order = np.random.default_rng(0).integers(0, 6, 200)
+    fresh = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fresh.__getitem__, order)) == [want[i] for i in order]
 
 
 def test_limit_and_splits(two_tasks, tmp_path):
@@ -250,7 +250,7 @@ def test_progress_bar_on_a_terminal_only(two_tasks, tmp_path, capsys, monkeypatc
     assert "preparing" not in capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare(two_tasks, tmp_path / "b")
-    assert "preparing rows" in (shown := capsys.readouterr().err) and "100%" in shown
+    assert "preparing rows" in (shown := capsys.readouterr().err) and "14/14" in shown
     prepare(two_tasks, tmp_path / "c", progress=False)
     assert "preparing" not in capsys.readouterr().err
 
@@ -278,7 +278,7 @@ BAD_ROWS = {
     "list metadata": ({"metadata": "[1]"}, "metadata is JSON, but not an object"),
     "metadata as a struct": (
         {"metadata": {"family": "maze"}},
-        r"metadata is of type dict, not text\. Mend[^)]*$",
+        r"metadata is of type dict, not text\. Fix[^)]*$",
     ),
     "zero-width answer": ({"answer": "\u200b \ufeff"}, "answer is empty"),
     "unclosed answer": ({"answer": "<answer>B"}, "answer has <answer> without </answer>"),
@@ -408,10 +408,10 @@ def test_bad_row(tmp_path, changes, reason):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(
         error.value
     )  # as from a worker process
-    source = ParquetSource(tmp_path / "s/Maze")
-    assert source[3].pid == "p3"
+    examples = parquet_files.read_examples(file, task="Maze")
+    assert [next(examples).pid, next(examples).pid] == ["p0", "p1"]
     with pytest.raises(BadRowError, match=f"row 2, pid 'p2': {reason}"):
-        source[2]
+        next(examples)
 
     report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
     (note,) = report.bad_rows
@@ -432,7 +432,7 @@ def test_values_of_a_wrong_type(tmp_path):
     with pytest.raises(BadRowError, match="answer is of type int"):
         prepare(tmp_path / "a", tmp_path / "out")
     maze(tmp_path / "b", [row(0, problem_image_0="a.png")])
-    with pytest.raises(BadRowError, match="problem_image_0 is not a picture"):
+    with pytest.raises(BadRowError, match="problem_image_0 is not an image"):
         prepare(tmp_path / "b", tmp_path / "out")
 
 
@@ -526,9 +526,12 @@ def without(column: str, **more) -> dict:
 )
 def test_columns_with_wrong_names(tmp_path, bad, message):
     file = maze(tmp_path / "s", [bad])
-    for attempt in (lambda folder: prepare(folder, tmp_path / "out"), ParquetSource):
+    for attempt in (
+        lambda: prepare(tmp_path / "s", tmp_path / "out"),
+        lambda: next(parquet_files.read_examples(file, task="Maze")),
+    ):
         with pytest.raises(BadSourceError, match=message) as error:
-            attempt(tmp_path / "s")
+            attempt()
         assert str(file) in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -556,10 +559,8 @@ def test_sources_that_are_none(tmp_path):
         prepare(tmp_path / "case", tmp_path / "out")
     with pytest.raises(BadSourceError, match="Maze has no split test, only train"):
         prepare(tmp_path / "case/Maze", tmp_path / "out", splits=("train", "test"))
-    with pytest.raises(BadSourceError, match="2 tasks.*Maze"):
-        maze(tmp_path / "two", [row(0)])
-        write(tmp_path / "two/Chart/train-0.parquet", [row(0)])
-        ParquetSource(tmp_path / "two")
+    maze(tmp_path / "two", [row(0)])
+    write(tmp_path / "two/Chart/train-0.parquet", [row(0)])
     with pytest.raises(ValueError, match="on_bad_row.*'ignore'"):
         prepare(tmp_path / "two", tmp_path / "out", on_bad_row="ignore")
     with pytest.raises(ValueError, match="limit"):
@@ -711,7 +712,7 @@ def test_killed_in_the_first_shard(tmp_path):
 
 def test_shards_that_cannot_be_read_back_do_not_count(tmp_path, monkeypatch):
     maze(tmp_path / "s", [row(0)])
-    monkeypatch.setattr(arrayrecord, "count_records", lambda shard: 0)
+    monkeypatch.setattr(shards, "count_records", lambda shard: 0)
     with pytest.raises(OSError, match="read back.*run the same command again"):
         prepare(tmp_path / "s", tmp_path / "out")
     assert sorted(stamps(tmp_path / "out/visual_opsd/maze/1.0.0")) == ["progress.json"]
@@ -813,13 +814,12 @@ def test_broken_and_absent_targets(two_tasks, tmp_path):
         open_source(tmp_path / "out", task="Jigsaw")
     with pytest.raises(FileNotFoundError, match="holds no prepared data"):
         open_source(tmp_path / "out")
-    for opener, place in ((open_source, folder), (ParquetSource, two_tasks / "Maze")):
-        with pytest.raises(
-            ValueError, match=f"split 'test' .--split.*{place}.*'test'.*train.*validation"
-        ):
-            opener(place, "test")
-        with pytest.raises(ValueError, match=f"{place}.*99"):
-            opener(place, "train[:99]")
+    with pytest.raises(
+        ValueError, match=f"split 'test' .--split.*{folder}.*'test'.*train.*validation"
+    ):
+        open_source(folder, "test")
+    with pytest.raises(ValueError, match=f"{folder}.*99"):
+        open_source(folder, "train[:99]")
 
 
 # -------------------------------------------------------------------------------- TFDS by class
@@ -829,13 +829,14 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
     """In a fresh process: TensorFlow is never imported, and nothing slow before it is needed."""
     script = textwrap.dedent("""
         import sys
-        from opsd_jax.data import arrayrecord, prepare, schedule
+        from opsd_jax.data import arrayrecord, parquet_files, prepare, schedule
         slow = {"tensorflow_datasets", "pyarrow", "pandas", "tensorflow", "array_record", "jax"}
         assert not slow & set(sys.modules), slow & set(sys.modules)
         source, target, built = sys.argv[1:]
         prepare.prepare(source, target)
         examples = list(arrayrecord.open_source(target, task="chart_refocus"))
-        assert examples == list(arrayrecord.ParquetSource(source + "/Chart_Refocus"))
+        file = source + "/Chart_Refocus/train-00000-of-00001.parquet"
+        assert examples == list(parquet_files.read_examples(file, task="Chart_Refocus"))
 
         import tensorflow_datasets as tfds
         from opsd_jax.data.tfds_builder import VisualOpsd
@@ -1047,9 +1048,9 @@ def test_batches_larger_than_everything_wrap_around():
         ({"lengths": [4, [0, -2]], "weights": None}, r"lengths\[1\]\[1\] is bucket index -2"),
         (
             {"lengths": [4, [-1, -1]], "weights": None},
-            "source 1 has no row to draw.*2 rows, all left out",
+            "source 1 has no example to use.*2 examples, all left out",
         ),
-        ({"lengths": [0], "weights": None}, "source 0 has no row"),
+        ({"lengths": [0], "weights": None}, "source 0 has no example"),
         ({"lengths": [[0.5]], "weights": None}, "int array"),
         ({"lengths": [[[1]]], "weights": None}, "int array"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -1088,7 +1089,7 @@ def test_records_have_one_order_of_fields(tmp_path):
 
     write(tmp_path / "s/Maze/train-0.parquet", [row(0)])
     prepare(tmp_path / "s", tmp_path / "out")
-    (shard,) = arrayrecord.version_folder(tmp_path / "out", "Maze").glob("*.array_record-*")
+    (shard,) = shards.version_folder(tmp_path / "out", "Maze").glob("*.array_record-*")
     record = bytes(array_record_module.ArrayRecordReader(str(shard)).read_all()[0])
     read = tf_example_pb2.Example.FromString(record)
     assert record == read.SerializeToString(deterministic=True) and set(
@@ -1107,10 +1108,10 @@ def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
     def digest(place, *rows, **changes):
         write(tmp_path / place / "s/Chart_Refocus/train-0.parquet", [row(0), *rows])
         prepare(tmp_path / place / "s", tmp_path / place / "out", **changes)
-        return arrayrecord.digest(tmp_path / place / "out", "Chart_Refocus")
+        return shards.digest(shards.version_folder(tmp_path / place / "out", "Chart_Refocus"))
 
     known = digest("a", row(1, answer="A"))
-    folder = arrayrecord.version_folder(tmp_path / "a/out", "Chart_Refocus")
+    folder = shards.version_folder(tmp_path / "a/out", "Chart_Refocus")
     assert (
         digest("deep/b", row(1, answer="A"))
         == digest("c", row(1, answer="A"), row(2, answer=""), on_bad_row="skip")
@@ -1130,28 +1131,27 @@ def test_a_digest_is_that_of_the_rows_wherever_they_are(tmp_path):
     shutil.copytree(tmp_path / "a/out", tmp_path / "copy")
     shutil.rmtree(tmp_path / "a/s")
     for remove in ("nothing", "report.json", "progress.json"):
-        (arrayrecord.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(
-            missing_ok=True
-        )
-        assert arrayrecord.digest(tmp_path / "copy", "Chart_Refocus") == known
+        (shards.version_folder(tmp_path / "copy", "Chart_Refocus") / remove).unlink(missing_ok=True)
+        assert shards.digest(shards.version_folder(tmp_path / "copy", "Chart_Refocus")) == known
     built = VisualOpsd(
         config="chart_refocus", data_dir=tmp_path / "built", file_format="array_record"
     )
     config = tfds.download.DownloadConfig(manual_dir=tmp_path / "deep/b/s")
     built.download_and_prepare(download_config=config)
-    of_builder = arrayrecord.digest(tmp_path / "built", "Chart_Refocus")
-    (shard,) = arrayrecord.version_folder(tmp_path / "built", "Chart_Refocus").glob(
-        "*array_record*"
-    )
+    of_builder = shards.digest(shards.version_folder(tmp_path / "built", "Chart_Refocus"))
+    (shard,) = shards.version_folder(tmp_path / "built", "Chart_Refocus").glob("*array_record*")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)  # the same size
-    assert len({of_builder, arrayrecord.digest(tmp_path / "built", "Chart_Refocus")}) == 2
+    assert (
+        len({of_builder, shards.digest(shards.version_folder(tmp_path / "built", "Chart_Refocus"))})
+        == 2
+    )
     records = json.loads((folder / "progress.json").read_text())
     for record in records.values():  # as an older version wrote it
         del record["blake2b"], record["file_bytes"]
     (folder / "progress.json").write_text(json.dumps(records))
-    assert arrayrecord.digest(tmp_path / "a/out", "Chart_Refocus") == known
+    assert shards.digest(shards.version_folder(tmp_path / "a/out", "Chart_Refocus")) == known
 
 
 def test_an_edited_file_of_the_same_size_and_time_is_seen(tmp_path):
@@ -1208,7 +1208,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
     whole, good = list(open_source(folder)), (folder / name).read_bytes()
     shard = stamps(folder)["visual_opsd-train.array_record-00000-of-00001"]
-    known = arrayrecord.digest(tmp_path / "out", "maze")
+    known = shards.digest(shards.version_folder(tmp_path / "out", "maze"))
     (folder / name).write_bytes(DAMAGES[damage](good))
     if name in ("dataset_info.json", "features.json"):
         with pytest.raises(
@@ -1219,7 +1219,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
             open_source(folder)
     else:
         assert list(open_source(folder)) == whole  # it does not need them
-    assert arrayrecord.digest(tmp_path / "out", "maze") == known
+    assert shards.digest(shards.version_folder(tmp_path / "out", "maze")) == known
     if name == "progress.json":  # it alone tells what the folder holds
         with pytest.raises(
             ValueError,
@@ -1233,7 +1233,7 @@ def test_small_files_that_a_power_cut_damaged(tmp_path, name, damage):
     assert list(open_source(folder)) == whole
     if name != "report.json":  # which holds the seconds
         assert (folder / name).read_bytes() == good
-    assert prepare_lib._read_report(folder / "report.json").rows == first.rows
+    assert prepare_lib.PrepareReport.read(folder / "report.json").rows == first.rows
 
 
 def test_a_shard_with_a_flipped_bit_is_written_again(two_tasks, tmp_path):
@@ -1282,5 +1282,5 @@ def test_row_groups_beyond_2_gib(tmp_path):
     assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2**31
     found = [index for batch in parquet_files.read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
-    assert ParquetSource(tmp_path / "s/Maze")[32].pid == "p32"
+    assert [*parquet_files.read_examples(file, task="Maze")][32].pid == "p32"
     assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"maze/train": 2}

@@ -23,7 +23,7 @@ from PIL import Image
 import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, tokenizer
-from opsd_jax.data import arrayrecord, prepare, workdir
+from opsd_jax.data import arrayrecord, prepare, shards, workdir
 from opsd_jax.evaluation import tables as tables_lib
 from opsd_jax.release import folders, importing, load, metadata
 from opsd_jax.runtime import checkpoint
@@ -423,7 +423,7 @@ def test_prepared_folders(parquet, tmp_path):
     assert len(names) > 2
 
     def work(folder):
-        arrayrecord.digest(folder, "Maze")
+        shards.digest(shards.version_folder(folder, "Maze"))
         read_all(folder)
 
     check(range(7000, 7080), prepared, tmp_path / "read", names, work)

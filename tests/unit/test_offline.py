@@ -218,9 +218,9 @@ class Made:
     def __init__(self, config, workdir, seed=0):
         self.config, self.workdir = config, workdir
         self.tokenizer = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
-        self.rows = examples.Examples(config, "", self.tokenizer, "train")
+        self.rows = examples.Examples.open(config, "", self.tokenizer, "train")
         self.packer, self.mesh = (
-            packing.Packer(config, self.tokenizer),
+            packing.Packer.from_config(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
         )
         self.params = tiny.params(config_lib.model(config), seed)

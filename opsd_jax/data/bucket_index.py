@@ -1,0 +1,96 @@
+"""The bucket of every example of a task, computed once and kept in the workdir.
+
+A bucket is an entry of `config.data.buckets`: static sizes that contexts are padded to. An example
+goes to the first bucket that it fits completely, in every role.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from opsd_jax.context import TooLong
+from opsd_jax.data.examples import Examples
+from opsd_jax.data.packing import Packer
+from opsd_jax.inputs import json_files
+from opsd_jax.runtime import files
+
+
+def bucket_index(
+    config: ConfigDict, workdir: str, examples: Examples, packer: Packer, source: int
+) -> np.ndarray:
+    """Bucket of every example of a source, int32 [number of examples].
+
+    The index is read from <workdir>/buckets-<task>-<digest>.npy, or computed and written there.
+    With config.data.on_too_long = "skip", examples that fit no bucket have -1, and
+    <workdir>/too_long.json holds their pids.
+
+    Raises TooLong, with the pids of the first ones, if examples fit no bucket and are not skipped.
+    """
+    task, size = examples.tasks[source], len(examples.sources[source])
+    mode, primary = config.teacher.visual_thoughts, jax.process_index() == 0
+    path = os.path.join(workdir, f"buckets-{task}-{_digest(config, examples, packer, source)}.npy")
+    index = _read(path, size)
+    is_new = index is None
+    if is_new:
+
+        def bucket_of(n: int) -> int:
+            partner = examples.partner(source, n) if mode == "swap" else None
+            return packer.bucket(examples(source, n), mode, partner)
+
+        with ThreadPoolExecutor(config.data.threads) as pool:
+            index = np.fromiter(pool.map(bucket_of, range(size)), np.int32, size)
+    left_out = [examples.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
+    if left_out and config.data.on_too_long == "fail":
+        raise TooLong(
+            f"{len(left_out)} examples of {task} fit no bucket, first {left_out[:5]}: enlarge "
+            "config.data.buckets, or set config.data.on_too_long=skip, which names them in "
+            "too_long.json"
+        )
+    if is_new and primary:
+        with files.replacing(path) as file:
+            np.save(file, index, allow_pickle=False)
+    if left_out and primary:
+        report = os.path.join(workdir, "too_long.json")
+        known = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # there is none, or it is damaged
+            known = json_files.read(report, fix="delete it, and it is written again")
+        files.write_json(report, known | {task: left_out})
+    return index
+
+
+def _read(path: str, size: int) -> np.ndarray | None:
+    """The index in a file; None if there is none, or a power failure damaged it."""
+    if os.path.exists(path):
+        with contextlib.suppress(ValueError, EOFError):
+            index = np.load(path, allow_pickle=False)
+            if index.shape == (size,):
+                return index
+    return None
+
+
+def _digest(config: ConfigDict, examples: Examples, packer: Packer, source: int) -> str:
+    """Digest of everything that the buckets of a source's examples depend on."""
+    vocabulary = hashlib.blake2b(b"\0".join(packer.tokenizer.token_bytes)).hexdigest()
+    generation = examples.preprocess.vae_resize is not None
+    facts = json.dumps(
+        [
+            examples.tasks[source],
+            len(examples.sources[source]),
+            str(examples.sources[source].split),
+            examples.digests[source],
+            vocabulary,
+            config.data.buckets.to_dict(),
+            config.images.to_dict(),
+            config.prompts.to_dict(),
+            config.teacher.visual_thoughts,
+            config.model.generation.to_dict() if generation else None,
+        ],
+        sort_keys=True,
+    )
+    return hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()
