@@ -74,12 +74,12 @@ class Source:
     def __getitem__(self, index: int) -> schema.Example:
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a source of {len(self)} rows")
+            raise IndexError(f"example {index} of a source of {len(self)} examples")
         try:
             return schema.from_features(self._records[index])
         except Exception as error:  # TFDS and protobuf raise many types
             raise ValueError(
-                f"{self.directory}, row {index} of {self.split}: it cannot be read ({error}): its "
+                f"{self.directory}, example {index} of {self.split}: it cannot be read ({error}): its "
                 "file, or features.json, is damaged; delete the folder and run "
                 f"`{schema.PREPARE_COMMAND}` again"
             ) from error

@@ -451,7 +451,7 @@ def test_a_swap_of_a_single_row(tmp_path, folder):
     refused(
         ValueError,
         tmp_path,
-        f"{small_run.TASK} has a single row in train",
+        f"{small_run.TASK} has a single example in train",
         "data.limits",
         data__dir=str(folder),
         stages=("opsd",),
@@ -474,7 +474,7 @@ def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
         tmp_path,
         "no completion can be right for 1 examples of Chart_Refocus",
         "answer has <answer> without",
-        "row chart-test-",
+        "example chart-test-",
         data__dir=str(tmp_path / "data"),
     )
 

@@ -466,7 +466,10 @@ def test_zero_where_it_means_something():
         ),
         (["--train=-1"], "--train=-1: give a whole number, at least 0"),
         (["--seed=-1"], "--seed=-1: give a whole number from 0"),
-        (["--train=0", "--validation=0", "--test=0"], "are all 0: give at least one split an example"),
+        (
+            ["--train=0", "--validation=0", "--test=0"],
+            "are all 0: give at least one split an example",
+        ),
     ],
 )
 def test_make_mini_is_checked_alike(flags, message, tmp_path, capsys):

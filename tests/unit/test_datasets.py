@@ -114,7 +114,7 @@ def test_what_goes_in_comes_out(two_tasks, tmp_path):
     assert chart[0].task == "Chart_Refocus"  # the row says none: its folder
     assert source[np.int64(7)].pid == "p7"
     for index in (-1, 8):
-        with pytest.raises(IndexError, match="8 rows"):
+        with pytest.raises(IndexError, match="8 examples"):
             source[index]
 
 
