@@ -17,7 +17,7 @@ import pytest
 import small_run
 from opsd_jax import context, tokenizer
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import arrayrecord, bucket_index, examples, packing, procedural, schema, shards
+from opsd_jax.data import arrayrecord, examples, packing, procedural, schema, shards
 from opsd_jax.data import batches as batches_lib
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
