@@ -1,1 +1,1 @@
-"""What comes from outside is checked here: values, paths, flags, JSON files."""
+"""Checks of everything that users and other programs give: values, paths, flags, JSON files."""

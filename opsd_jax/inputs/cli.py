@@ -1,9 +1,10 @@
-"""What all commands share: a terminal of any encoding, and the values of flags checked with messages that name the flag."""
+"""What all commands share: output to a terminal of any encoding, and checks of the values of flags."""
 
 import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -11,24 +12,17 @@ from opsd_jax.inputs import checks
 
 
 def start() -> None:
-    """To be called first in every command: what the terminal's encoding lacks is printed as an escape such as \\u2013.
+    """Prints characters that the terminal's encoding lacks as escapes such as \\u2013.
 
-    Otherwise a finished evaluation could end with a UnicodeEncodeError while it prints its table.
+    To be called first in every command. Otherwise a finished evaluation could end with a
+    UnicodeEncodeError while it prints its table.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def text(flag: str, value: str) -> str:
-    """The value of a flag as it was typed, where Python took the terminal for one without UTF-8."""
-    try:
-        return os.fsencode(value).decode() if re.search("[\ud800-\udfff]", value) else value
-    except UnicodeError as error:
-        raise ValueError(
-            f"--{flag}={value}: the text is no UTF-8 ({error}): set a UTF-8 locale, such as "
-            "LC_ALL=C.UTF-8"
-        ) from error
+# ---------------------------------------------------------------------------- types of flags
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -42,50 +36,64 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no whole number, and no list of them such as 0,1,2"
+            f"{text!r} is neither a whole number nor a list of them such as 0,1,2"
         ) from None
 
 
-def check_once(flag: str, values) -> None:
-    """Each value is given once."""
+def text(flag: str, value: str) -> str:
+    """The value of a flag as it was typed, also if Python read it without UTF-8."""
+    try:
+        return os.fsencode(value).decode() if re.search("[\ud800-\udfff]", value) else value
+    except UnicodeError as error:
+        raise ValueError(
+            f"--{flag}={value}: the text is not UTF-8 ({error}): set a UTF-8 locale, such as "
+            "LC_ALL=C.UTF-8"
+        ) from error
+
+
+# ---------------------------------------------------------------------------- checks of flags
+
+
+def check_number(flag: str, value: int | None, least: int) -> None:
+    """Raises ValueError for a whole number below `least`. None: the flag was not given."""
+    if value is not None:
+        checks.number(f"--{flag}", value, int, f"[{least}, inf)")
+
+
+def check_temperature(value: float | None) -> None:
+    """Raises ValueError for a temperature that sampling cannot use. None: not given."""
+    if value is not None:
+        allowed = f"{checks.TEMPERATURE}, or 0; 0 takes the most probable token"
+        checks.number("--temperature", value, float, allowed)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed of more than 32 bits."""
+    checks.number("--seed", seed, int, f"{checks.SEED}; others would repeat one of these")
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless a name of results is the name of one folder.
+
+    Then nothing is written elsewhere, and every summary is found.
+    """
+    checks.folder_name(f"--name={name}", name)
+    if name == "summary.md":
+        raise ValueError(
+            "--name=summary.md: the table of all results has that name: give one folder name of "
+            "your own"
+        )
+
+
+def check_once(flag: str, values: Sequence) -> None:
+    """Raises ValueError for a value that is given twice."""
     checks.once(f"--{flag}={','.join(map(str, values))}", values)
 
 
 def check_precision() -> None:
-    """JAX computes in 32 bits. What computes calls this first."""
+    """Raises ValueError if JAX would compute in 64 bits. Commands that compute call this first."""
     if jax.config.jax_enable_x64:
         raise ValueError(
-            "JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do not compile "
-            "with 64: unset JAX_ENABLE_X64, or set it to 0"
-        )
-
-
-def check_seed(seed: int) -> None:
-    """Seeds are told apart by 32 bits."""
-    if not checks.holds(checks.SEED, seed):
-        raise ValueError(
-            f"--seed={seed}: give a whole number from 0 to {2**32 - 1}; others would repeat one of these"
-        )
-
-
-def check_name(name: str) -> None:
-    """A name of results is one folder: nothing is written elsewhere, and every summary is found."""
-    checks.folder_name(f"--name={name}", name)
-    if name == "summary.md":
-        raise ValueError(
-            "--name=summary.md: the table of all results has that name: give one folder name of your own"
-        )
-
-
-def check_number(flag: str, value, least: int) -> None:
-    """Whole numbers and the least one that makes sense; None: not given."""
-    if value is not None and value < least:
-        raise ValueError(f"--{flag}={value}: give a whole number, at least {least}")
-
-
-def check_temperature(value) -> None:
-    """None: not given."""
-    if value is not None and not checks.holds(f"{checks.TEMPERATURE}, or 0", value):
-        raise ValueError(
-            f"--temperature={value:g}: give a number in {checks.TEMPERATURE}, or 0 for the most probable token"
+            "JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do "
+            "not compile with 64: unset JAX_ENABLE_X64, or set it to 0"
         )

@@ -1,4 +1,4 @@
-"""JSON files that other programs wrote: every fault is an error that names file, key, value and fix."""
+"""JSON files that other programs wrote. Errors name file, key, value and fix."""
 
 import dataclasses
 import json
@@ -15,7 +15,12 @@ _REQUIRED = object()
 def read(path: str, why: str = "", fix: str = DAMAGED) -> dict:
     """The JSON object in a file.
 
-    Raises FileNotFoundError, which says `why` the file is needed; ValueError: not JSON, or no object.
+    Args:
+      why: what the file is needed for, for the error message.
+      fix: what to do about a damaged file, for the error message.
+
+    Raises:
+      FileNotFoundError: the file is missing. ValueError: it is not JSON, or not an object.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing" + (f": {why}" if why else ""))
@@ -32,13 +37,13 @@ def read(path: str, why: str = "", fix: str = DAMAGED) -> dict:
 
 
 def write(path: str, content: Mapping) -> None:
-    """Writes a file as released folders have them."""
+    """Writes a JSON file in the format of released folders: two spaces of indentation."""
     with open(path, "w", encoding="utf-8") as f:
         f.write(json.dumps(content, indent=2) + "\n")
 
 
 def is_pointer(path: str) -> str:
-    """For error messages: what to do about a Git LFS pointer; "" if the file is none."""
+    """For error messages: what to do about a Git LFS pointer; "" for another file."""
     with open(path, "rb") as f:
         return " (it is a Git LFS pointer: run `git lfs pull`)" if f.read(len(_LFS)) == _LFS else ""
 
@@ -47,10 +52,14 @@ def is_pointer(path: str) -> str:
 class Object:
     """A JSON object of a file, read key by key with type and range.
 
-    A faulty value is None, and a sentence about it is added to `problems`: the caller reads all keys, then raises one
-    error with every fault (`check`). null is an absent key.
+    A faulty value is read as None, and a sentence about it is added to `problems`: the caller reads
+    all keys, then raises one error with every fault (`check`). null counts as an absent key.
 
-    file: the name of the file in messages. prefix: the path of keys to this object, "vae_config." for example.
+    Attributes:
+      file: the name of the file in messages.
+      values: the object.
+      problems: sentences about faulty values; shared with the objects of its keys.
+      prefix: the path of keys to this object, "vae_config." for example.
     """
 
     file: str
@@ -61,6 +70,7 @@ class Object:
     def integer(
         self, key: str, *, least: int = 1, most: int = 1 << 24, default=_REQUIRED
     ) -> int | None:
+        """A whole number in [least, most]."""
         return self._get(
             key,
             f"a whole number from {least} to {most}",
@@ -69,6 +79,8 @@ class Object:
         )
 
     def number(self, key: str, *, positive: bool = True, default=_REQUIRED) -> float | None:
+        """A finite number, by default positive."""
+
         def fits(x):
             return (
                 type(x) in (int, float)
@@ -80,6 +92,7 @@ class Object:
         return self._get(key, "a positive number" if positive else "a finite number", default, fits)
 
     def text(self, key: str, default=_REQUIRED) -> str | None:
+        """A text."""
         return self._get(key, "a text", default, lambda x: isinstance(x, str))
 
     def integers(
@@ -99,6 +112,7 @@ class Object:
         return tuple(found) if isinstance(found, list) else found
 
     def flag(self, key: str, default=_REQUIRED) -> bool | None:
+        """A boolean."""
         return self._get(key, "true or false", default, lambda x: isinstance(x, bool))
 
     def texts(self, key: str, default=_REQUIRED) -> tuple[str, ...] | None:
@@ -117,6 +131,7 @@ class Object:
         return Object(self.file, found or {}, self.problems, f"{self.prefix}{key}.")
 
     def has(self, key: str) -> bool:
+        """Whether a key is there, and not null."""
         return self.values.get(key) is not None
 
     def refuse(self, key: str, why: str) -> None:

@@ -1,7 +1,7 @@
-"""Which paths are accepted: the one check that every command makes of every path, before it does anything.
+"""Which paths are accepted: every command checks every path here, before it does anything.
 
-Accepted are paths of mounted file systems. An address such as gs://bucket/x is refused: `os` would take it for a local
-folder named `gs:`. Buckets are used through a mount, see docs/launch.md.
+Paths of mounted file systems are accepted. An address such as gs://bucket/x is refused: `os` would
+take it for a local folder named `gs:`. Buckets are used through a mount, see docs/launch.md.
 """
 
 import os
@@ -11,7 +11,7 @@ import unicodedata
 _ADDRESS = re.compile(
     r"://|(?:^|/)[A-Za-z][A-Za-z0-9+.-]*:(?:/|$)"
 )  # the second: what `os.path` makes of gs://b
-_GLOB = "[]*?\\"  # Orbax and TensorStore treat them as patterns: arrays are written and never found again
+_GLOB = "[]*?\\"  # patterns to Orbax and TensorStore: arrays are written and never found again
 _REMOTE_ROOTS = ("gs", "s3", "az", "hf")  # epath, which Orbax and TFDS use, reads /gs/b as gs://b
 
 
@@ -29,8 +29,8 @@ def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
     shown = f"{name}={path!r}"
     if _ADDRESS.search(path):
         raise ValueError(
-            f"{shown} is an address, not a folder of a mounted file system: mount the bucket, for example "
-            "with gcsfuse, and give the mounted folder"
+            f"{shown} is an address, not a folder of a mounted file system: mount the bucket, for "
+            "example with gcsfuse, and give the mounted folder"
         )
     if odd := [char for char in path if unicodedata.category(char) == "Cc"]:
         raise ValueError(
@@ -38,24 +38,26 @@ def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
         )
     if re.search("[\ud800-\udfff]", path):  # bytes that Python could not decode
         raise ValueError(
-            f"{shown} is no UTF-8, or the terminal's encoding is not: set a UTF-8 locale, such as LC_ALL=C.UTF-8"
+            f"{shown} is not UTF-8, or the terminal's encoding is not: set a UTF-8 locale, such as "
+            "LC_ALL=C.UTF-8"
         )
     if path[0] == "~":
         raise ValueError(
-            f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole path"
+            f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole "
+            "path"
         )
     place = os.path.realpath(path)  # the folder above counts as well, and where a link leads
     root, _, rest = place.lstrip("/").partition("/")
     if root in _REMOTE_ROOTS:
         raise ValueError(
-            f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket at "
-            "another place"
+            f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket "
+            "at another place"
         )
     if orbax and (found := sorted(set(place) & set(_GLOB))):
         whole = "" if place == path else f" (which is {place})"
         raise ValueError(
-            f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be read "
-            f"again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them"
+            f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be "
+            f"read again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them"
         )
 
 
@@ -67,13 +69,17 @@ def check_given(name: str, path: str | os.PathLike, *, orbax: bool = False) -> N
 
 
 def check_writable(name: str, folder: str | os.PathLike) -> None:
-    """Raises ValueError unless files can be written in the folder, which may be still to be made; makes nothing."""
+    """Raises ValueError unless files can be written in the folder; makes nothing.
+
+    The folder need not exist yet.
+    """
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
         raise ValueError(
-            f"{name}={os.fspath(folder)}: {there} is no folder: give another path, or move that file away"
+            f"{name}={os.fspath(folder)}: {there} is not a folder: give another path, or move that "
+            "file away"
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(

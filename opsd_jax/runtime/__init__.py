@@ -1,1 +1,1 @@
-"""What every long-running command needs: checkpoints, files, locks, stopping, metrics, progress, processes."""
+"""What long-running commands need: checkpoints, files, locks, stopping, metrics, processes."""

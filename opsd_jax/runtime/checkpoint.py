@@ -1,8 +1,9 @@
 """Checkpoints of a run that survive kill -9, a full disk and another mesh.
 
-<workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}: what continues a run
-<workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any): what eval loads
-+ JSON metadata                       format, stage, step, config, digests of data and tokenizer, versions
+<workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}, to continue with
+<workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any), which eval loads
++ JSON metadata                       format, stage, step, config, digests of data and tokenizer,
+                                      versions
 
 Only this module uses Orbax (its v1 interface is young: the version is pinned). A folder gets the
 name `<step>` only when it is complete (see `checkpoint_folders`). `Checkpoints` is for the one

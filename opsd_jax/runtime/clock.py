@@ -1,7 +1,6 @@
 """The wall time of a run by phase, and the programs that XLA compiled.
 
-Compilation is heard of through `jax.monitoring`, whose events name a duration and come on the thread
-that compiles.
+`jax.monitoring` reports each compilation with its duration, on the thread that compiles.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class Clock:
     """What the wall time of a run was spent on.
 
         clock = Clock()
-        with clock("update"):           update 3 s, of which XLA compiled 1 s  ->  update 2.0, compile 1.0
-            with clock("checkpoint"):   0.5 s inside                           ->  update 1.5, checkpoint 0.5
+        with clock("update"):           3 s, of which XLA compiled 1 s: update 2.0, compile 1.0
+            with clock("checkpoint"):   0.5 s of them: update 1.5, checkpoint 0.5
 
     The time of an inner phase is subtracted from the outer one, so phases add up to the total; time
     outside of all phases is `other`. XLA compilation on the thread that made the clock counts as

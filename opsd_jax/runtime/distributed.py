@@ -1,19 +1,26 @@
-"""Several processes as one run: who the others are, and what a process says when it misses one.
+"""Several processes as one run: how they find each other, and what one reports when another is lost.
 
-    OPSD_COORDINATOR=HOST:PORT   address of process 0, with a free port     by hand, on any machines:
-    OPSD_NUM_PROCESSES=N         how many processes the run has             the three together
-    OPSD_PROCESS_ID=I            which one this is, 0..N-1
+On any machines, set the first three variables by hand:
+
+    OPSD_COORDINATOR=HOST:PORT   address of process 0, with a free port
+    OPSD_NUM_PROCESSES=N         number of processes of the run
+    OPSD_PROCESS_ID=I            number of this process, 0..N-1
     OPSD_TIMEOUT_S=300           how long a process waits for the others to arrive, and to leave
 
-Steps of Slurm and Cloud TPUs of several hosts (TPU VMs, GKE, one slice or several) need none of them: JAX finds the
-others. OPSD_NUM_PROCESSES=1 alone forbids the search. A single process starts no service and opens no port.
+Slurm steps and Cloud TPUs of several hosts (TPU VMs, GKE, one slice or several) need none of them:
+JAX finds the others. OPSD_NUM_PROCESSES=1 alone forbids the search. A single process starts no
+service and opens no port.
 
-How a process of a run ends:
+Exit codes of a process of a run:
+
     0     done
     1     it failed by itself; the traceback says why
-    42    asked to stop (SIGTERM to any process); all have saved the same step, or the same batches of an evaluation
+    42    asked to stop (SIGTERM to any process); all have saved the same step, or the same batches
+          of an evaluation
     43    another process is gone or never came (`EXIT_PEER_LOST`); that one's log has the cause
-    134   JAX aborted it, because another process sent no sign of life; the message has the number of that process
+    134   JAX aborted it, because another process sent no sign of life; the message has the number
+          of that process
+
 After 42, 43 and 134 the same command continues from the last complete checkpoint.
 """
 
@@ -36,16 +43,16 @@ _HEARTBEAT_S = 100  # silence after which a process counts as dead; less if OPSD
 
 
 def initialize() -> bool:
-    """Joins this process to its run, if the run has several; call it before anything touches a device.
+    """Joins this process to its run, if the run has several; call it before anything uses a device.
+
+    Ends the process with EXIT_PEER_LOST if the others do not arrive in time. Afterwards an uncaught
+    error ends the process at once instead of waiting for the others, which may be waiting for it.
 
     Returns:
       Whether the run has several processes.
 
     Raises:
       ValueError: an environment variable is missing or wrong; the message has its name.
-
-    Ends the process with EXIT_PEER_LOST when the others do not arrive in time. From then on an uncaught error ends
-    the process at once instead of waiting for the others, who may be waiting for it.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -60,13 +67,14 @@ def initialize() -> bool:
         f"process {by_hand['process_id'] if by_hand else '?'} of {count} on {socket.gethostname()}"
     )
     logging.info("%s: waiting for the others (%s), at most %d s", who, where, timeout)
-    # JAX would abort the process without a word about who waits for whom: be there before it.
+    # JAX would abort the process without saying who waits for whom: this timer comes first.
     alarm = threading.Timer(
         timeout,
         _give_up,
         [
-            f"{who} waited {timeout} s for the other processes ({where}). Were all {count} started, with the same "
-            "OPSD_NUM_PROCESSES, and can they reach process 0? OPSD_TIMEOUT_S sets the time"
+            f"{who} waited {timeout} s for the other processes ({where}). Were all {count} started, "
+            "with the same OPSD_NUM_PROCESSES, and can they reach process 0? OPSD_TIMEOUT_S sets the "
+            "time"
         ],
     )
     alarm.daemon = True
@@ -87,7 +95,7 @@ def initialize() -> bool:
 
 
 def _by_hand() -> dict:
-    """The arguments of jax.distributed.initialize that the environment spells out; {} if it spells none."""
+    """The arguments of jax.distributed.initialize from the environment; {} if it has none."""
     given = [name for name in _ENVIRONMENT if os.environ.get(name)]
     if not given:
         return {}
@@ -95,8 +103,8 @@ def _by_hand() -> dict:
         return {"num_processes": 1}
     if absent := [name for name in _ENVIRONMENT if name not in given]:
         raise ValueError(
-            f"{', '.join(given)} set, {', '.join(absent)} not: a run of several processes needs all "
-            "three (python -m pydoc opsd_jax.runtime.distributed)"
+            f"{', '.join(given)} set, {', '.join(absent)} not: a run of several processes needs "
+            "all three (python -m pydoc opsd_jax.runtime.distributed)"
         )
     address = os.environ["OPSD_COORDINATOR"]
     if not re.fullmatch(r".+:\d+", address):
@@ -107,7 +115,8 @@ def _by_hand() -> dict:
     process = _number("OPSD_PROCESS_ID", None, least=0)
     if process >= count:
         raise ValueError(
-            f"OPSD_PROCESS_ID={process}: with OPSD_NUM_PROCESSES={count} they go from 0 to {count - 1}"
+            f"OPSD_PROCESS_ID={process}: with OPSD_NUM_PROCESSES={count} they go from 0 to "
+            f"{count - 1}"
         )
     return {"coordinator_address": address, "num_processes": count, "process_id": process}
 
@@ -120,12 +129,9 @@ def _number(name: str, default, least: int) -> int:
 
 
 def _cluster_size() -> int:
-    """Processes of the run that this process was started for by Slurm or on Cloud TPUs; otherwise 1."""
-    if {
-        "SLURM_STEP_NODELIST",
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-    } <= os.environ.keys():  # a step, not the batch script
+    """Number of processes that Slurm or Cloud TPUs started for this run; 1 elsewhere."""
+    slurm_step = {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}  # not the batch script
+    if slurm_step <= os.environ.keys():
         return _number("SLURM_NTASKS", 1, least=1)
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not importlib.util.find_spec("libtpu"):
         return 1
@@ -143,7 +149,7 @@ def _cluster_size() -> int:
 
 
 def _metadata(key: str) -> str:
-    """An attribute of this Google Cloud machine; "" where there is none."""
+    """An attribute of this Google Cloud machine; "" on other machines."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
@@ -156,9 +162,11 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def end_with_error(error) -> None:
-    """Ends a command whose arguments, files or data are wrong: one line and code 1. Of several processes this one ends
-    at once, without waiting for the others to leave with it."""
+def end_with_error(error: Exception | str) -> None:
+    """Ends a command whose arguments, files or data are wrong: one line on stderr and code 1.
+
+    A process of several ends at once, without waiting for the others.
+    """
     print(f"error: {error}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
@@ -172,8 +180,11 @@ def _give_up(message: str) -> None:
 
 
 def _ending(who: str, heartbeat: int, previous):
-    """An excepthook that ends the process at once. Python's own end would wait for all processes to agree to leave,
-    which those that wait for this one never do."""
+    """An excepthook that ends the process at once.
+
+    Python's own end would wait for all processes to agree to leave, which those that wait for this
+    one never do.
+    """
 
     def hook(kind, error, trace):
         previous(kind, error, trace)
@@ -198,9 +209,12 @@ def _ending(who: str, heartbeat: int, previous):
     return hook
 
 
-def peer_is_lost(error) -> bool:
+def peer_is_lost(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, is JAX's about a process that does not answer."""
-    signs = r"UNAVAILABLE|DEADLINE_EXCEEDED|gloo|heartbeat|coordination service|connection (reset|closed)|socket closed"
+    signs = (
+        r"UNAVAILABLE|DEADLINE_EXCEEDED|gloo|heartbeat|coordination service|"
+        r"connection (reset|closed)|socket closed"
+    )
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) and re.search(
             signs, str(error), flags=re.IGNORECASE

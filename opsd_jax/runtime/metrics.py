@@ -1,4 +1,15 @@
-"""The numbers of a run: means over steps, and the files that hold them."""
+"""Metrics of a run: means over steps, and the files that they are written to.
+
+<workdir>/metrics.jsonl             one JSON object per line: step, time (unix seconds), stage, numbers
+<workdir>/metrics.jsonl.superseded  lines of updates that a killed run did and its successor did again
+<workdir>/tb/                       the same numbers for TensorBoard
+<workdir>/samples/<step>/           texts and images
+<workdir>/wandb.json                id of the run at Weights & Biases, which a continuation uses again
+
+Sums and counts stay on the device until they are written (`Means`), so that logging never makes the
+host wait for the step that is running. This module serves any training loop; the loop decides what
+is measured.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +17,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import secrets
 import time
@@ -29,7 +41,7 @@ class Means:
         self._added = []
 
     def add(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
-        """Adds `{key: (sum, count)}`, scalars on device or host. Copies nothing and waits for nothing."""
+        """Adds `{key: (sum, count)}`, scalars on device or host, without copying or waiting."""
         for key, pair in pairs.items():
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(
@@ -38,7 +50,7 @@ class Means:
         self._added.append(dict(pairs))
 
     def take(self) -> dict[str, float]:
-        """Means since the last `take`: one transfer, summed in double precision. A count of 0 gives nan."""
+        """Means since the last `take`: one transfer, summed in float64. A count of 0 gives nan."""
         totals = {}
         for pairs in jax.device_get(self._added):
             for key, pair in pairs.items():
@@ -50,38 +62,28 @@ class Means:
         }
 
 
-def read(metrics_jsonl) -> list[dict]:
-    """The rows of a metrics.jsonl. A last line without its end, which a run is writing, is left out.
+def read(metrics_jsonl: str | os.PathLike) -> list[dict]:
+    """The rows of a metrics.jsonl, without an incomplete last line, which a run is writing.
 
-    Raises ValueError, naming file and line, for any other line that is not a row.
+    Raises:
+      ValueError: names file and line of any other line that is not a row.
     """
     lines = Path(metrics_jsonl).read_text(encoding="utf-8", errors="replace").split("\n")
     return [_row(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
-def _row(line: str, where: str) -> dict:
-    with contextlib.suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    raise ValueError(
-        f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: a "
-        "continuation of the run moves such lines to metrics.jsonl.superseded"
-    )
-
-
 class Writer:
-    """Writes what a run measures; a context manager.
+    """Writes the metrics and samples of a run; a context manager.
 
     Args:
       workdir: a local (or mounted) folder; made if missing.
       primary: whether this process writes, `jax.process_index() == 0`; the others do nothing.
       tensorboard: whether to write `<workdir>/tb/` too.
-      wandb: arguments for `wandb.init` (such as {"project": "opsd", "name": ...}) to log there too. The id is made once
-        and kept in the workdir, so that all starts of a run are one run there.
-      resume_step: the first step that this process will do. Rows of it and of later steps are
-        from a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears
-        once. None keeps all rows and appends.
+      wandb: arguments of `wandb.init` (such as {"project": "opsd", "name": ...}) to log there, too.
+        The id is made once and kept in the workdir, so that all starts of a run are one run there.
+      resume_step: the first step that this process will do. Rows of it and of later steps are from a
+        killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears once.
+        None keeps all rows and appends.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Writer:
                 import wandb as client
             except ImportError as error:
                 raise ImportError(
-                    "no wandb here: pip install opsd_jax[wandb], or log without it"
+                    "wandb is not installed: pip install opsd_jax[wandb], or log without it"
                 ) from error
             self._wandb = client.init(
                 dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb
@@ -128,8 +130,10 @@ class Writer:
           values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
             written as null and its key is listed under `nonfinite`.
 
-        Raises TypeError or ValueError, naming the key, for values that are no number; FileNotFoundError when the file was
-        deleted while it was being written.
+        Raises:
+          TypeError: names the key of a value that is not a number.
+          ValueError: a key that the writer sets itself.
+          FileNotFoundError: the file was deleted while it was being written.
         """
         if not self.primary:
             return
@@ -140,7 +144,7 @@ class Writer:
                 raise ValueError(f"metric {key!r}: the writer sets this key itself; choose another")
             array = np.asarray(value)
             if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16
-                raise TypeError(f"metric {key!r} is no number: {value!r:.60}. Reduce it to one")
+                raise TypeError(f"metric {key!r} is not a number: {value!r:.60}. Reduce it to one")
             numbers[key] = int(array.item()) if array.dtype.kind in "biu" else float(array.item())
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         row |= {key: finite.get(key) for key in numbers}
@@ -163,7 +167,11 @@ class Writer:
                 self._tensorboard.add_text(name, text, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes `<workdir>/samples/<step>/<name>.png`, and to TensorBoard; uint8 [height, width, 3]."""
+        """Writes `<workdir>/samples/<step>/<name>.png`, and to TensorBoard.
+
+        Args:
+          image: uint8 [height, width, 3]; ValueError for anything else.
+        """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"{name!r}: {image.dtype}{list(image.shape)} not uint8 [height, width, 3]"
@@ -183,7 +191,7 @@ class Writer:
         files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
 
     def _check_kept(self) -> None:
-        """Writing to a deleted file succeeds, and the numbers are lost: FileNotFoundError instead."""
+        """Raises FileNotFoundError for a deleted file: writing to it succeeds, the numbers are lost."""
         path = self.workdir / "metrics.jsonl"
         if not path.exists() or path.stat().st_size < self._jsonl.tell():
             raise FileNotFoundError(
@@ -211,8 +219,20 @@ class Writer:
             self.close()
 
 
+def _row(line: str, where: str) -> dict:
+    """The row in a line; ValueError that names `where` for a line that is not a row."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    raise ValueError(
+        f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: "
+        "a continuation of the run moves such lines to metrics.jsonl.superseded"
+    )
+
+
 def _wandb_id(workdir: Path) -> str:
-    """The id of the workdir's run at Weights & Biases; made, and kept in wandb.json, at the first call."""
+    """The id of the workdir's run at Weights & Biases; the first call makes it, in wandb.json."""
     path = workdir / "wandb.json"
     if not path.exists():
         files.write(path, json.dumps({"id": secrets.token_hex(8)}))
@@ -221,25 +241,22 @@ def _wandb_id(workdir: Path) -> str:
         if isinstance(found, str) and found:
             return found
     raise ValueError(
-        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at Weights & '
-        "Biases. Write that, or delete the file: the run then goes on as a new one there"
+        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at '
+        "Weights & Biases. Write that, or delete the file: the run then goes on as a new one there"
     )
 
 
 def _supersede(path: Path, resume_step: int | None) -> None:
-    """Moves rows with step >= resume_step, and lines that are damaged, from `path` to `path`.superseded."""
+    """Moves rows with step >= resume_step, and damaged lines, from `path` to `path`.superseded."""
     if not path.exists():
         return
     *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept, moved, damaged = [], [], []
     for number, line in enumerate(lines, 1):
         try:
-            again = _row(line, f"{path}:{number}")["step"] >= (
-                math.inf if resume_step is None else resume_step
-            )
-        except (
-            ValueError
-        ):  # a power cut leaves NUL, or half a line that the next start went on behind
+            step = _row(line, f"{path}:{number}")["step"]
+            again = resume_step is not None and step >= resume_step
+        except ValueError:  # a power cut leaves NUL, or half a line that the next start continued
             again = True
             damaged.append(number)
         (moved if again else kept).append(line)
@@ -253,7 +270,7 @@ def _supersede(path: Path, resume_step: int | None) -> None:
         )
     if moved:
         old = Path(f"{path}.superseded")
-        # The old file first: should we be killed in between, lines are there twice rather than lost.
+        # The old file first: after a kill in between, lines are there twice rather than lost.
         before = old.read_bytes() if old.exists() else b""
         files.write(old, before + "".join(line + "\n" for line in moved).encode())
         files.write(path, "".join(line + "\n" for line in kept))

@@ -785,7 +785,7 @@ def test_attention_command(workdir):
             ["kl", "--completions=base,mine"],
             "--completions=mine: choose from base, student, data, official",
         ),
-        (["kl", "--temperature=-1"], "--temperature=-1: give a number in"),
+        (["kl", "--temperature=-1"], "--temperature is -1: give a number in"),
         (["kl", "--rows=-1"], "--rows=-1"),
         (
             ["attention", "--benchmarks=maze"],

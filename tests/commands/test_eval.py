@@ -375,7 +375,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
             ["--benchmarks=maze"],
             "--benchmarks=maze: this run has the tasks Chart_Refocus (or, by family, chart)",
         ),
-        (["--rows=-1"], "--rows=-1: give a whole number, at least 0"),
+        (["--rows=-1"], "--rows is -1: give a whole number in [0, inf)"),
         (["--split=dev"], "dev"),
         (["--protocol=papr"], "--protocol=papr: choose from paper, harness"),
         (

@@ -464,8 +464,8 @@ def test_zero_where_it_means_something():
             ["--families=chart,maze,chart"],
             "--families=chart,maze,chart names chart twice: give each once",
         ),
-        (["--train=-1"], "--train=-1: give a whole number, at least 0"),
-        (["--seed=-1"], "--seed=-1: give a whole number from 0"),
+        (["--train=-1"], "--train is -1: give a whole number in [0, inf)"),
+        (["--seed=-1"], "--seed is -1: give a whole number in [0, "),
         (
             ["--train=0", "--validation=0", "--test=0"],
             "are all 0: give at least one split an example",

@@ -122,7 +122,7 @@ def test_writer_writes_strict_json_lines(tmp_path):
         assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # already on disk
         writer.scalars(2, "opsd", {"loss": float("nan"), "ok": [1.0], "norm": np.float32("inf")})
         for value in ("text", None, np.ones(2)):
-            with pytest.raises(TypeError, match="metric 'x' is no number"):
+            with pytest.raises(TypeError, match="metric 'x' is not a number"):
                 writer.scalars(3, "opsd", {"x": value})
         with pytest.raises(ValueError, match="'time'"):
             writer.scalars(3, "opsd", {"time": 1.0})
