@@ -189,7 +189,9 @@ class Reference:
         return np.concatenate(pieces), np.array(positions), mask, np.array(drawn)
 
     def hidden(self, x, positions, mask, drawn):
-        """States after the final norm, [T, D]; `drawn` slots use the weights called *_moe_gen."""
+        """States after the final norm, [T, D]; `drawn` positions use the weights called
+        *_moe_gen.
+        """
 
         def heads(y):
             return y.reshape(len(x), -1, self.llm["hidden_size"] // self.llm["num_attention_heads"])

@@ -161,7 +161,7 @@ def batch(rng, count: int, **kwargs) -> context.Batch:
 
 
 def trajectory(completions, budget: int, ended_on_eos=True) -> rollout.Trajectory:
-    """What the sampler returns if it draws these completions: for each row a list of rounds of
+    """What the sampler returns if it samples these completions: for each row a list of rounds of
     token ids.
 
     [[5, 6], [7]] is fed as  bos 5 6 eos bos 7,  one image skip between its two rounds.

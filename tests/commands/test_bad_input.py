@@ -502,7 +502,7 @@ def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
     )
 
 
-def test_after_such_a_refusal_the_mended_command_runs_in_the_same_folder(tmp_path, folder):
+def test_after_such_a_refusal_the_fixed_command_runs_in_the_same_folder(tmp_path, folder):
     refused(FileNotFoundError, tmp_path, "tokenizer", tokenizer="/nowhere", data__dir=str(folder))
     session.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
 

@@ -1156,7 +1156,7 @@ def test_a_size_of_files_that_cannot_be_is_refused(imported, tmp_path, capsys, s
     assert not os.listdir(tmp_path)
 
 
-def test_export_completes_what_draws_from_the_release(
+def test_export_completes_the_generation_path_from_the_release(
     golden, imported, understanding, tmp_path, capsys
 ):
     """By its own note, and from an imported folder."""

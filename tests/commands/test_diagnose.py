@@ -807,7 +807,7 @@ def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_names_and_missing_pictures(workdir, tmp_path, capsys, monkeypatch):
+def test_names_and_missing_images(workdir, tmp_path, capsys, monkeypatch):
     folder, _ = run(workdir, "kl", "--rows=2", "--completions=data", "--name=mine")
     assert folder.name == "mine"
     with pytest.raises(SystemExit):

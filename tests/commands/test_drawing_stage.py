@@ -99,7 +99,7 @@ def example(n, height=16, width=24):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """prepared(config, examples) -> the rows as a stage that draws reads them."""
+    """prepared(config, examples) -> the rows as a stage with image generation reads them."""
 
     def make(config, examples):
         monkeypatch.setattr(arrayrecord, "open_source", lambda *_, **__: examples)
@@ -120,7 +120,7 @@ class Saying(tiny.ByteTokenizer):
 
 
 @pytest.mark.slow
-def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
+def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     """Velocities and texts after the same latents are those that `generate.reason` finds when it
     draws.
     """
@@ -215,7 +215,7 @@ def test_traces_are_the_contexts_of_drawing(prepared, monkeypatch):
     np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_batches_hold_pictures_of_their_drawn_rows(prepared):
+def test_batches_hold_images_of_their_rows_with_latents(prepared):
     config = tiny_config()
     rows = prepared(config, [example(0), example(1, 24, 16)])
     packer = packing.Packer.from_config(config, tiny.TOKENIZER)
@@ -247,7 +247,7 @@ def test_batches_hold_pictures_of_their_drawn_rows(prepared):
         ((36, 2, 16, 32), False),
     ],
 )
-def test_rows_go_where_their_pictures_fit(prepared, bucket, fits):
+def test_rows_go_where_their_images_fit(prepared, bucket, fits):
     config = tiny_config(data__buckets__drawn=(bucket,))
     rows = prepared(config, [example(7)])
     packer = packing.Packer.from_config(config, tiny.TOKENIZER)
@@ -290,7 +290,7 @@ def stage_config(config, stage="warmup", **changes):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_drawn_loss_against_numpy(prepared):
+def test_the_generation_loss_against_numpy(prepared):
     """Two rows with images of different shapes and one text row; weights, shift and posterior as
     they should be.
     """
@@ -349,7 +349,7 @@ def test_the_drawn_loss_against_numpy(prepared):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_accumulation_changes_nothing_in_the_drawn_step(prepared):
+def test_accumulation_changes_nothing_in_the_generation_step(prepared):
     config = tiny_config()
     rows = prepared(config, [example(n) for n in range(4)])
     packer = packing.Packer.from_config(config, tiny.TOKENIZER)
@@ -388,7 +388,7 @@ def test_each_stage_trains_its_own():
     }
 
 
-def test_text_needs_no_parameters_of_drawing():
+def test_text_needs_no_generation_parameters():
     kept = distill.understanding(tiny.params(tiny.DRAWING))
     plain = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=tiny.MODEL))
     assert jax.tree.map(lambda x: x.shape, kept) == jax.tree.map(lambda x: x.shape, plain)
@@ -396,7 +396,7 @@ def test_text_needs_no_parameters_of_drawing():
     assert sampling.model == dataclasses.replace(config_lib.model(tiny_config()), generation=None)
 
 
-def test_a_step_of_text_does_not_train_what_draws():
+def test_a_step_of_text_does_not_train_the_generation_path():
     own = stage_config(tiny_config())
     with pytest.raises(ValueError, match="do not train the drawing"):
         distill.sft_step(None, None, config=own)
@@ -548,7 +548,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
             assert [row["loss"] for row in found] == [row["loss"] for row in rows]
             shutil.rmtree(again)
 
-        # what only draws is in the checkpoint as the warm-up left it
+        # the image-generation path is in the checkpoint as the warm-up left it
         from opsd_jax.runtime import checkpoint
 
         model = config_lib.model(small_draw())
@@ -567,7 +567,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         assert moved(2, 5) == {"embed", "und", "vit", "connector", "gen", "latent"}
         assert moved(5, 6) <= {"embed", "und", "vit", "connector"}
 
-        # and the command draws with it
+        # and the command generates images with it
         image = tmp_path / "problem.png"
         Image.open(straight / "samples" / "000003" / "warmup-row0-problem.png").save(image)
         generate.main(

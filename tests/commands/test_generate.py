@@ -63,7 +63,7 @@ def run(model, questions, seed=0, **kwargs):
 FEW = {"num_timesteps": 3}
 
 
-def test_text_is_what_the_sampler_gives_behind_the_packed_question(model):
+def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     (trace,) = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
     image = interleave._image(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
@@ -87,7 +87,7 @@ def test_text_is_what_the_sampler_gives_behind_the_packed_question(model):
     )
 
 
-def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
+def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     steps = []
     (trace,) = run(
         model,
@@ -110,7 +110,7 @@ def test_rounds_alternate_and_pictures_enter_the_context(model, recorded):
     assert [kinds(r) for r in again] == ["TLILITTLI"]
     assert [kinds(r) for r in drawn_again] == ["TLILITTLIT", "TLILI", "TT"]
     assert [kinds(r) for r in last] == ["TLILITTLITLI"]
-    # what was drawn is what the model sees next
+    # the generated image is what the model sees next
     seen, pixels = interleave.see(images.open_rgb(trace.pictures[0]), model)
     np.testing.assert_array_equal(again[0][-1].patches, images.patchify(seen, 4))
     assert again[0][-2].grid == (pixels.shape[0] // 8, pixels.shape[1] // 8)
@@ -140,19 +140,19 @@ def saying(model, *texts):
         (["<image_start>"] * 3, "tptptp"),
     ],
 )
-def test_it_draws_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
+def test_it_generates_images_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
     (trace,) = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], draw=True, changes=FEW)
     assert "".join("t" if isinstance(step, str) else "p" for step in trace.steps) == shape
     assert trace.text == "".join(texts)
 
 
-def test_text_alone_never_draws(model):
+def test_text_only_answers_generate_no_image(model):
     (trace,) = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], draw=False)
     assert trace.steps == ["<image_start>"]
 
 
 def test_rows_of_a_batch_go_their_own_ways(model):
-    """The second row draws, the first one does not; the batch keeps its size."""
+    """The second row generates an image, the first one does not; the batch keeps its size."""
     questions = [([picture(0, 24, 16)], "a?"), ([picture(1, 24, 16)], "longer?")]
     first, second = run(
         saying(model, "no", "<image_start>", "done"), questions, draw=True, changes=FEW
@@ -171,7 +171,7 @@ def test_text_of_a_batch_is_that_of_each_question_alone(model):
     assert together == [run(model, [question], draw=False)[0].text for question in questions]
 
 
-def test_seeds_draw_different_pictures(model):
+def test_seeds_generate_different_images(model):
     def draw(seed):
         return run(model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW)[
             0
@@ -182,7 +182,7 @@ def test_seeds_draw_different_pictures(model):
     assert (draw(1) != first).any()
 
 
-def test_without_pictures_it_draws_the_largest_square(model):
+def test_without_images_it_generates_the_largest_square(model):
     keys = iter(jax.random.split(jax.random.key(0), 3))
     assert interleave._ask(model, [], "a", keys, True)["grid"] == (6, 6)
     assert interleave._ask(model, [picture(0, 16, 24)], "a", keys, True)["grid"] == (2, 3)
@@ -228,7 +228,7 @@ def test_buckets_are_few_and_hold():
     ]
 
 
-def test_page_shows_texts_and_pictures():
+def test_page_shows_texts_and_images():
     long = traces.page(["word" * 500, picture(0, 8, 16)])
     short = traces.page(["word", picture(0, 8, 16)])
     assert long.width == short.width and long.height > short.height + 100
@@ -251,7 +251,7 @@ def command(folder, *arguments):
         )
 
 
-def test_command_draws(released, tmp_path, capsys):
+def test_command_generates_images(released, tmp_path, capsys):
     command(
         released,
         "--visual_thoughts=generated",
@@ -271,7 +271,7 @@ def test_command_draws(released, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_command_answers_in_text_without_reading_what_draws(
+def test_command_answers_in_text_without_reading_the_generation_path(
     released, tmp_path, capsys, monkeypatch
 ):
     for file in released.iterdir():

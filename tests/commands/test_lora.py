@@ -66,7 +66,7 @@ def logits(params, context, config):
 
 @pytest.fixture(scope="module")
 def initial():
-    """Adapters as a run draws them."""
+    """Adapters as a run initialises them."""
     return jax.jit(lambda key: params_lib.partition(bagel.init(key, config=model()))[0])(
         jax.random.key(0)
     )
@@ -217,7 +217,7 @@ def test_only_adapters_are_trained():
     assert differs == own.keys()
 
 
-def test_what_draws_is_frozen_as_well():
+def test_the_generation_path_is_frozen_as_well():
     for drawing in (False, True):
         trainable, frozen = params_lib.partition(
             abstract(model(base=tiny.DRAWING)), drawing=drawing

@@ -576,7 +576,7 @@ def test_settings_that_no_run_would_start_with(mesh):
             session.check_batch(config, "opsd", 4)
 
 
-def test_the_sampler_holds_nothing_that_draws(mesh):
+def test_the_sampler_holds_no_generation_parameters(mesh):
     config = small_run.config(model__generation__on=True)
     (program,) = programs.programs(config, "opsd", mesh, only="sample")
     assert {*program.arguments["params"]} == {"llm", "vit", "connector"}

@@ -51,7 +51,7 @@ def rows(folder, split):
     return [source[n] for n in range(len(source))]
 
 
-def test_drawn_rows_are_the_same_but_for_their_pictures(workdir, tmp_path, monkeypatch):
+def test_redrawn_examples_differ_only_in_their_images(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(redraw, "SHARD", 8)
     target = tmp_path / "drawn"
 
@@ -141,7 +141,7 @@ def test_a_stop_between_batches_keeps_whole_files(workdir, tmp_path, monkeypatch
     assert len(rows(target, "train")) == len(rows(f"{workdir.path}/data", "train"))
 
 
-def test_what_cannot_be_drawn(workdir, tmp_path, capsys):
+def test_what_cannot_be_generated(workdir, tmp_path, capsys):
     with pytest.raises(
         ValueError, match="--splits=dev: the run uses train, validation, test, not dev"
     ):

@@ -298,7 +298,7 @@ def test_layouts_of_parameters():
         spec("llm/embed", (264, 32, 1))
 
 
-def test_layouts_of_what_draws():
+def test_layouts_of_the_generation_path():
     """Expert and latent path are cut like their twins; the autoencoder is whole everywhere, and so
     is what is no parameter at all.
     """

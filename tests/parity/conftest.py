@@ -36,7 +36,9 @@ def model(goldens):
 
 @pytest.fixture(scope="session")
 def whole_model(goldens):
-    """(config, params) with all that draws: generation expert, latent path, autoencoder."""
+    """(config, params) with the image-generation path: generation expert, latent path,
+    autoencoder.
+    """
     path_of(goldens, "checkpoint/ae.safetensors")
     return load(path_of(goldens, "checkpoint"), generation=True)
 

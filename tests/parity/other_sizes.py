@@ -107,7 +107,7 @@ def test_other_sizes(tmp_path):
 
 
 def test_other_sizes_draw(tmp_path):
-    """The same sizes, from shards: pixels to latents, images generated after three contexts."""
+    """The same sizes, from shards: pixels to latents and back, images after three contexts."""
     tokenizer = OTHER_TOKENIZER
     write_checkpoint(tmp_path, OTHER_LLM, OTHER_VIT, OTHER_WHOLE, OTHER_AE, seed=2, shards=3)
     model, params = load_lib.load(str(tmp_path), generation=True)

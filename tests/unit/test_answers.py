@@ -107,7 +107,7 @@ def test_a_damaged_file_is_named(tmp_path):
         collect(tmp_path, batches)
 
 
-def test_drawn_pictures_of_other_answers_are_removed(tmp_path):
+def test_generated_images_of_other_answers_are_removed(tmp_path):
     batches, stale = inference.plan([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
     for kept in (False, True):
         stale.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def test_rows_that_take_no_part_are_left_out_of_the_plan():
 # --- generated images
 
 
-def test_what_a_changed_picture_is(tmp_path):
+def test_what_a_changed_image_is(tmp_path):
     picture = np.full((8, 8, 3), 7, np.uint8)
     assert (
         inference.changer("generated", "T", [1], seed=0) is None
@@ -298,7 +298,7 @@ def entry(overall, seconds, unit="fraction"):
     }
 
 
-def test_the_ratio_of_drawing_to_text():
+def test_the_ratio_of_image_generation_to_text():
     def of(mode, found, **more):
         return {
             "mode": mode,

@@ -290,7 +290,7 @@ def test_the_kernel_in_bfloat16():
         agree([x.astype(jnp.float32) for x in found], exact, 0.03)
 
 
-def test_one_row_of_a_mask_stands_for_all_queries():
+def test_one_row_of_a_mask_serves_all_queries():
     """As a generated image has it: [B, 1] vectors and 200 queries in blocks of the size that is
     chosen.
     """
@@ -337,7 +337,7 @@ def test_blocks_that_nobody_sees_are_left_out():
     assert laid.key_blocks[0].tolist() == [[0, 1, 1, 1], [0, 1, 1, 1], [2, 2, 2, 3], [2, 2, 2, 3]]
 
 
-def test_what_stands_in_a_block_that_nobody_sees_does_not_matter():
+def test_the_content_of_a_block_that_nobody_sees_does_not_matter():
     """Slots 32 to 37 are the third block of keys, all padding: not even NaN does harm there."""
     mask, (q, k, v, gradient) = LAYOUTS["text"], arrays(38, 38)
     assert not (mask.key_segment[:, 32:] > 0).any()
@@ -467,7 +467,7 @@ def test_scores_and_their_gradients_are_the_same():
 
 
 @pytest.mark.slow
-def test_a_picture_is_drawn_the_same(params):
+def test_an_image_is_generated_the_same(params):
     rng = np.random.default_rng(3)
     contexts = pack([[text(n), image(rng, (2, 2))] for n in (3, 5, 2)], slots=16)
     positions, real = flow.layout([(2, 2)], 4, DRAWING.generation.side)

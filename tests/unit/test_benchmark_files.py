@@ -170,7 +170,7 @@ def test_bad_cells_are_named_by_row_and_column(tmp_path):
         (str([PICTURE, base64.b64encode(b"no picture" * 20).decode()]), "picture 1"),
     ],
 )
-def test_bad_pictures_are_named_when_looked_at(tmp_path, cell, reason):
+def test_bad_images_are_named_when_opened(tmp_path, cell, reason):
     path = write(tmp_path, mcq(image=[PICTURE, PICTURE, cell, "2"]))
     rows = tables.read(path).rows
     assert len(tables.images(rows[1])) == 1
@@ -188,7 +188,7 @@ def pixels(image):
     return np.asarray(image).tolist()
 
 
-def test_pictures_from_text_lists_and_other_rows(tmp_path):
+def test_images_from_text_lists_and_other_rows(tmp_path):
     one, two = picture(1), picture(2)
     cells = [encoded(one), str([encoded(one), encoded(two)]), "1", "2"]
     rows = tables.read(write(tmp_path, mcq(image=cells))).rows
@@ -208,7 +208,7 @@ def jpeg75(image):
     return Image.open(data).convert("RGB")
 
 
-def test_jpeg_cache_is_of_single_pictures(tmp_path):
+def test_jpeg_cache_is_of_single_images(tmp_path):
     one, two = picture(1), picture(2)
     rows = tables.read(
         write(
@@ -226,7 +226,7 @@ def test_jpeg_cache_is_of_single_pictures(tmp_path):
     )  # there a grey file
 
 
-def test_pictures_named_by_path(tmp_path):
+def test_images_named_by_path(tmp_path):
     one, two = picture(1), picture(2)
     (tmp_path / "images" / "VisPuzzle").mkdir(parents=True)
     one.save(tmp_path / "images" / "one.png")

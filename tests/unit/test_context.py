@@ -144,7 +144,7 @@ def test_suffix_follows_the_question(rng):
     assert context.student(TOKENIZER, SHORT, np.array([7, 8]), image(rng))[2].ids.tolist() == [7, 8]
 
 
-def test_too_long_names_the_row_and_the_mend(rng):
+def test_too_long_names_the_row_and_the_fix(rng):
     row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
     assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
     with pytest.raises(
@@ -442,7 +442,7 @@ def test_completion_worked_example():
         assert (other.tokens == block.tokens).all() and (other.labels == block.labels).all()
 
 
-def test_slots_behind_a_context_equal_one_packed_sequence(rng):
+def test_positions_after_a_context_equal_one_packed_sequence(rng):
     """Context, padding, completion: without the padding it is the sequence of one more text
     block.
     """
@@ -558,7 +558,7 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
         made(4)
 
 
-def test_supervise_targets_behind_latents(rng):
+def test_supervise_targets_after_latents(rng):
     """Latents take two slots among the others, so targets after them are found by their tokens."""
     row = [
         Text(np.array([1])),

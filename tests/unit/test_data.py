@@ -268,7 +268,7 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["swap", "image"])
-def test_a_bucket_has_room_for_what_stands_in_for_the_visual_thoughts(folder, tok, mode):
+def test_a_bucket_fits_what_replaces_the_visual_thoughts(folder, tok, mode):
     c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
     rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
     maze, chart = rows(1, 0), rows(0, 0)

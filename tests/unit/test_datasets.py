@@ -118,7 +118,7 @@ def test_what_goes_in_comes_out(two_tasks, tmp_path):
             source[index]
 
 
-def test_pictures_pass_bit_by_bit_and_all_rounds_are_read(tmp_path):
+def test_images_pass_bit_by_bit_and_all_rounds_are_read(tmp_path):
     kinds = [
         picture(1, "JPEG"),
         picture(2, "PNG", "RGBA"),
@@ -332,7 +332,7 @@ PICTURES = {  # what the parquet file holds -> whether training opens it
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("value, is_good", PICTURES.values(), ids=PICTURES)
-def test_preparation_takes_the_pictures_that_training_opens(tmp_path, value, is_good):
+def test_preparation_takes_the_images_that_training_opens(tmp_path, value, is_good):
     for transparency in ("white", "drop"):
         try:
             images.open_rgb(value["bytes"], transparency=transparency)
@@ -771,7 +771,7 @@ def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
         prepare(two_tasks / "Maze", tmp_path / "other")
 
 
-def test_mending_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
+def test_fixing_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
     source, folder = tmp_path / "s/Maze", tmp_path / "out/visual_opsd/maze/1.0.0"
     write(source / "train-0.parquet", [row(0), row(1)])
     write(source / "train-1.parquet", [row(2), row(3, answer="")])
@@ -929,7 +929,7 @@ def test_visits_and_mixture_with_buckets_at_chunk_ends():
             )  # left out is left out
 
 
-def test_draws_are_seats_by_webster():
+def test_shares_are_seats_by_webster():
     """Against the definition: the next draw goes to the source with the largest weight / (2 draws +
     1).
     """

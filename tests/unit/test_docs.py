@@ -245,7 +245,7 @@ def test_quoted_messages_are_in_the_code():
     assert absent == []
 
 
-def test_picture_of_the_contexts():
+def test_figure_of_the_contexts():
     """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
     svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
 

@@ -303,14 +303,14 @@ def test_latents_need_the_generation_expert(params, mixed):
         )
 
 
-def test_a_fresh_model_draws_nothing():
+def test_a_fresh_model_generates_no_image():
     """The first velocities are zero."""
     latent = jax.jit(lambda key: bagel.init(key, config=DRAWING)["latent"])(jax.random.key(0))
     assert not latent["out_kernel"].any() and not latent["out_bias"].any()
     assert all(latent[f"{name}_kernel"].std() > 0.03 for name in ("in", "time_fc1", "time_fc2"))
 
 
-def test_sampling_behind_latents_is_greedy_decoding(params):
+def test_sampling_after_latents_is_greedy_decoding(params):
     """Every token that was fed is the argmax of a whole forward over the sequence so far."""
     rng = np.random.default_rng(5)
     drawn = latent(rng, (2, 2))
@@ -470,7 +470,7 @@ def test_guidance(rng, renorm, scales, minimum):
         np.testing.assert_allclose(found[n, :count], expected, atol=1e-4)
 
 
-# ---- drawing
+# ---- image generation
 
 MIDDLE = {
     "num_timesteps": 8,
@@ -563,7 +563,7 @@ def drawn_by_hand(params, scene, n, config):
     ],
     ids=["middle", "harness", "unguided", "two", "never", "query_block"],
 )
-def test_drawing_equals_the_definition(params, scene, case, guided):
+def test_image_generation_equals_the_definition(params, scene, case, guided):
     config = config_of(**case)
     found = drawn(params, scene, config)
     assert found.shape == (2, TOKENS, C) and found.dtype == np.float32
@@ -589,7 +589,7 @@ def test_guidance_matters(params, scene):
                 )
 
 
-def test_drawing_in_pieces_is_drawing_at_once(params, scene):
+def test_image_generation_in_pieces_equals_one_call(params, scene):
     config, done = config_of(**MIDDLE), []
     at_once = drawn(params, scene, config)
     for every, expected in ((3, [2, 5, 6, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [2, 6, 7])):
@@ -725,8 +725,8 @@ def test_padding_is_never_counted(params, mixed):
 
 
 def test_gradients_of_the_loss(params, mixed):
-    """They reach what draws and what the drawing sees; not the autoencoder, the text's head and its
-    last norm.
+    """They reach the image-generation path and what generated images see; they do not reach the
+    autoencoder, the text's head and its last norm.
     """
 
     def loss(params):

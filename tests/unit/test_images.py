@@ -345,7 +345,7 @@ def test_no_pixels(size):
 @pytest.mark.parametrize(
     "size, wanted", [((1, 1), (378, 378)), ((1, 5000), (14, 980)), ((20_000, 10), (980, 14))]
 )
-def test_one_pixel_and_thin_pictures_are_legal(size, wanted):
+def test_one_pixel_and_thin_images_are_legal(size, wanted):
     """They keep their colours: a constant stays, and so does the order from end to end."""
     flat = images.resize(images.open_rgb(png(Image.new("RGB", size, (9, 200, 31)))), TRAINING)
     assert flat.shape == (*wanted[::-1], 3) and (flat == (9, 200, 31)).all()

@@ -587,7 +587,7 @@ def test_a_run_and_its_continuation(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_an_arm_behind_a_warm_up(tmp_path_factory, tmp_path):
+def test_an_arm_after_a_warm_up(tmp_path_factory, tmp_path):
     """Its teacher is what the OPSD stage started from; without its KL it is the SFT arm."""
     from opsd_jax.run import controls
 

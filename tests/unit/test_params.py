@@ -66,8 +66,8 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
 @pytest.mark.parametrize("drawing", [False, True])
 @pytest.mark.parametrize("freeze", [(), ("vit",), ("embed", "und", "vit")])
 def test_partition_and_merge(freeze, drawing):
-    """What only draws is trained where something is drawn; the autoencoder and the position tables
-    never.
+    """The image-generation path is trained where images are generated; the autoencoder and the
+    position tables are never trained.
     """
     params = tiny.params(BOTH)
     trainable, frozen = params_lib.partition(params, freeze, drawing=drawing)
@@ -111,7 +111,9 @@ def test_flatten_and_unflatten():
 
 
 def test_counts_of_the_released_size():
-    """By hand from the shapes of BAGEL-7B-MoT: 14.7 billion, 8.1 of them without what draws."""
+    """By hand from the shapes of BAGEL-7B-MoT: 14.7 billion, 8.1 of them without the
+    image-generation path.
+    """
     d, kv, mlp, layers = 3584, 4 * 128, 18944, 28
     attention = 2 * d * d + d + 2 * (d * kv + kv)  # q and o, bias of q, k and v with biases
     expert = (

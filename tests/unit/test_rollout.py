@@ -1,4 +1,4 @@
-"""The sampler: its logits against the full forward, what it draws, and the image-skip rounds."""
+"""The sampler: its logits against the full forward, what it samples, and the image-skip rounds."""
 
 import collections
 import dataclasses
@@ -43,8 +43,8 @@ def content(trajectory, row):
 
 @pytest.fixture(scope="module")
 def sampled():
-    """A random model that often draws eos, six rows of different lengths, and one call that returns
-    logits.
+    """A random model that often samples eos, six rows of different lengths, and one call that
+    returns logits.
 
     Every second token spells the marker, so that half of the rounds are continued.
     """
@@ -180,7 +180,7 @@ def crowd(sampled):
     ],
     ids=str,
 )
-def test_a_queue_draws_what_slots_for_all_draw(crowd, sizes):
+def test_a_queue_samples_what_lanes_for_all_sample(crowd, sizes):
     """Sampled, with image skips: the columns of the ring are reused and nothing of the row before
     shows through.
     """
@@ -252,7 +252,7 @@ def test_logprobs_and_tokens_belong_to_the_returned_logits(sampled):
         number = 0
         for at in range(
             1, t.num_fed[row]
-        ):  # what was fed at `at` was drawn from the logits at `at` - 1
+        ):  # what was fed at `at` was sampled from the logits at `at` - 1
             if t.fed_sampled[row, at] and t.fed[row, at] != sampled.config.eos:
                 expected = restricted(sampled.logits[row, at - 1], temperature=0.7)[t.fed[row, at]]
                 np.testing.assert_allclose(t.logprobs[row, number], expected, atol=2e-5)
@@ -574,7 +574,7 @@ def test_keys_differ_and_repeat(sampled):
     assert (draw(12) != sampled.trajectory.fed).any(axis=1).sum() >= 4
 
 
-def test_every_step_draws_afresh(sampled):
+def test_every_step_samples_afresh(sampled):
     """A model without preferences: tokens of a row differ from step to step, and from row to
     row.
     """

@@ -187,7 +187,7 @@ def test_search_splits_share_no_layout_of_shapes():
     assert not any(looks[one] & looks[other] for one, other in itertools.combinations(looks, 2))
 
 
-def test_jigsaw_key_is_the_picture_whatever_the_order():
+def test_jigsaw_key_is_the_image_whatever_the_order():
     def make(picture, order):
         rng = types.SimpleNamespace(
             integers=np.random.default_rng(picture).integers,

@@ -208,7 +208,7 @@ def test_negative_id(tok, ids):
         tok.decode(ids)
 
 
-def test_added_token_is_spelled_as_it_stands(tmp_path):
+def test_added_token_is_spelled_literally(tmp_path):
     """Not in the stand-ins of byte-level BPE, which have no space."""
     tok = tokenizer.load(write(tmp_path / "t", with_json=True, added=[*ADDED, "<|two words|>"]))
     (n,) = tok.encode("<|two words|>")
