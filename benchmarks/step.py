@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import config as config_lib
-from opsd_jax import context, distill, divergence, rollout
+from opsd_jax import context, distill, divergence, rollout, sharding
 
 PARTS = ("decode", "train", "loss")
 GRID = (16, 16)  # patches of an image of 224 x 224 pixels
@@ -199,7 +199,7 @@ def train(args, model, batch: int) -> dict:
     state = distill.init_state(params, config)
     del params
     update, facts = compiled(
-        distill.program(distill.update_step, state, config), state, rows, completions
+        sharding.update_program(distill.update_step, state, config), state, rows, completions
     )
 
     def call():

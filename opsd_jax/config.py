@@ -24,7 +24,17 @@ from opsd_jax import context, images, tasks
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
-from opsd_jax.method_config import DistillConfig, FlowConfig, OptimConfig, RolloutConfig
+from opsd_jax.method_config import (
+    AutoencoderConfig,
+    DistillConfig,
+    FlowConfig,
+    ImageGenerationConfig,
+    OfflineConfig,
+    OptimConfig,
+    RolloutConfig,
+    StageConfig,
+    SupervisedConfig,
+)
 from opsd_jax.model.config import (
     GenerationConfig,
     LLMConfig,
@@ -288,45 +298,17 @@ def settings() -> dict[str, Setting]:
         "rollout": _of(RolloutConfig, without=("shards",))
         | {name: opsd[name] for name in ("score_seam", "eos_after_cut")}
         | _of(EmptyCompletions),
-        "autoencoder": _stage(
-            ("accumulation", "kl_weight"),
-            kl_weight=1e-4,
-            optim=OptimConfig(lr=1e-4, total_steps=2000),
-        ),
-        "warmup": _stage(
-            ("accumulation", "reduction", "freeze", "ce_weight", "mse_weight"),
-            reduction="token",
-            ce_weight=1.0,
-            optim=OptimConfig(total_steps=3000),
-        )
+        "autoencoder": _stage(AutoencoderConfig, optim=OptimConfig(lr=1e-4, total_steps=2000)),
+        "warmup": _stage(ImageGenerationConfig, optim=OptimConfig(total_steps=3000))
         | _group("mix", _of(TraceMix)),
         "opsd": _stage(
-            (
-                "accumulation",
-                "reduction",
-                "freeze",
-                "jsd_weight",
-                "ce_weight",
-                "max_forward_tokens",
-            ),
+            DistillConfig,
+            without=("divergence", "teacher", "ema_decay", "score_seam", "eos_after_cut"),
             accumulation=2,
         ),
-        "sft": _stage(
-            ("accumulation", "reduction", "freeze"),
-            reduction="token",
-            optim=OptimConfig(total_steps=2000),
-        )
+        "sft": _stage(SupervisedConfig, optim=OptimConfig(total_steps=2000))
         | _group("mix", _of(TextMix)),
-        "offline": _stage(
-            ("accumulation", "reduction", "freeze"),
-            reduction="token",
-            optim=OptimConfig(total_steps=8000),
-        )
-        | {
-            "weight": opsd["cached_weight"],
-            "temperature": opsd["cached_temperature"],
-        }
-        | _of(CacheConfig),
+        "offline": _stage(OfflineConfig, optim=OptimConfig(total_steps=8000)) | _of(CacheConfig),
         "drawing": _of(FlowConfig, without=("interval", "renorm", "renorm_min")),
         "eval": _of(EvalConfig),
         "checkpoint": _of(CheckpointConfig),
@@ -367,16 +349,18 @@ def _of(cls: type, *, without: tuple[str, ...] = (), **values: Value) -> dict[st
     return found
 
 
-def _stage(names: tuple[str, ...], **values: Value | OptimConfig) -> dict[str, Setting]:
+def _stage(
+    cls: type[StageConfig], *, without: tuple[str, ...] = (), **values
+) -> dict[str, Setting]:
     """The settings of a stage. Its number of steps is that of its learning-rate schedule.
 
     Args:
-      names: fields of `DistillConfig` that are settings of the stage.
-      values: their defaults, where the stage has others.
+      cls: the stage's dataclass.
+      without: fields that are settings of other groups. `chunk` is always one: `divergence.chunk`.
+      values: defaults, where the stage has others than the dataclass.
     """
-    own = _of(DistillConfig, **values)
-    kept = {key: own[key] for key in own if key in names or key.startswith("optim.")}
-    return {"steps": kept.pop("optim.total_steps")} | _of(BatchConfig) | kept
+    own = _of(cls, without=("chunk", *without), **values)
+    return {"steps": own.pop("optim.total_steps")} | _of(BatchConfig) | own
 
 
 def default() -> ConfigDict:
@@ -507,15 +491,26 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
     )
 
 
-def distill(config: ConfigDict, stage: str, tokenizer) -> DistillConfig:
-    """The configuration of one stage. Supervised stages have no teacher; that of `offline` is on
-    disk.
+def stage_config(config: ConfigDict, stage: str, tokenizer) -> StageConfig:
+    """The configuration of one stage's update.
 
     tokenizer: has the token ids `bos` and `eos`.
     """
     s = config[stage]
+    common = {
+        "model": model(config),
+        "optim": OptimConfig(total_steps=s.steps, **s.optim),
+        "accumulation": s.accumulation,
+    }
+    if stage == "autoencoder":
+        return AutoencoderConfig(**common, kl_weight=s.kl_weight)
+    common |= {"reduction": s.reduction, "freeze": tuple(s.freeze)}
     if stage == "opsd":
-        own = dict(
+        return DistillConfig(
+            **common,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            divergence=DivergenceConfig(**config.divergence),
             teacher=config.teacher.kind,
             ema_decay=config.teacher.ema_decay,
             jsd_weight=s.jsd_weight,
@@ -524,25 +519,12 @@ def distill(config: ConfigDict, stage: str, tokenizer) -> DistillConfig:
             score_seam=config.rollout.score_seam,
             eos_after_cut=config.rollout.eos_after_cut,
         )
-    elif stage == "autoencoder":
-        own = dict(teacher="self", trains="autoencoder", kl_weight=s.kl_weight)
-    elif draws(config, stage):
-        own = dict(teacher="self", trains="drawing", ce_weight=s.ce_weight, mse_weight=s.mse_weight)
-    elif stage == "offline":
-        own = dict(teacher="self", cached_weight=s.weight, cached_temperature=s.temperature)
-    else:
-        own = dict(teacher="self")
-    if stage != "autoencoder":
-        own |= dict(reduction=s.reduction, freeze=tuple(s.freeze))
-    return DistillConfig(
-        model=model(config),
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        divergence=DivergenceConfig(**config.divergence),
-        optim=OptimConfig(total_steps=s.steps, **s.optim),
-        accumulation=s.accumulation,
-        **own,
-    )
+    common["chunk"] = config.divergence.chunk
+    if draws(config, stage):
+        return ImageGenerationConfig(**common, ce_weight=s.ce_weight, mse_weight=s.mse_weight)
+    if stage == "offline":
+        return OfflineConfig(**common, weight=s.weight, temperature=s.temperature)
+    return SupervisedConfig(**common)
 
 
 def to_json(config: Mapping) -> dict:

@@ -311,7 +311,7 @@ def _check_stage(config: ConfigDict, stage: str) -> None:
     if config_lib.draws(config, stage):
         _check_image_generation(config, stage)
     with _keys_named(stage):
-        config_lib.distill(config, stage, _ENDS)
+        config_lib.stage_config(config, stage, _ENDS)
 
 
 def _check_schedule(config: ConfigDict, stage: str) -> None:

@@ -492,7 +492,7 @@ class Completion:
     mask: jax.Array
 
 
-def completion(tokens, mask, *, bos: int, eos: int, eos_row=True) -> Completion:
+def completion(tokens, mask, *, bos: int, eos: int, eos_label=True) -> Completion:
     """Completion tokens int32 [B, N] with mask bool [B, N] (a prefix of each row) -> the block behind a context.
 
         tokens   c1  c2  c3  -         n = 3, N = 4
@@ -500,22 +500,22 @@ def completion(tokens, mask, *, bos: int, eos: int, eos_row=True) -> Completion:
         labels   c1  c2  c3  eos -
         mask     1   1   1   1   0
 
-    `eos_row`: bool, or bool [B]: whether the row that predicts eos counts.
+    `eos_label`: bool, or bool [B]: whether the position that predicts eos counts.
     """
     n = jnp.sum(mask, axis=1, dtype=jnp.int32)
     index = jnp.arange(tokens.shape[1] + 1)
     blank = jnp.where(mask, tokens, 0)
     shifted = jnp.pad(blank, ((0, 0), (1, 0)), constant_values=bos)
     labels = jnp.where(index == n[:, None], eos, jnp.pad(blank, ((0, 0), (0, 1))))
-    last = n + jnp.broadcast_to(jnp.asarray(eos_row), n.shape)
+    last = n + jnp.broadcast_to(jnp.asarray(eos_label), n.shape)
     return Completion(shifted, labels, index < last[:, None])
 
 
-def behind(context: Context, slots: int):
-    """Vectors of `slots` text slots that follow each row's context: (positions, limit, segment), int32 [B, slots].
+def following(context: Context, slots: int):
+    """Vectors of `slots` text slots after each sequence's context: (positions, limit, segment), int32 [B, slots].
 
-    They stand at the same slots T..T+slots in every row; the gap between a shorter context and T is padding, which
-    nothing sees, and rope ids continue without a gap.
+    They are the slots T..T+slots in every sequence. The gap between a shorter context and T is padding, which nothing
+    sees, and rope ids continue without a gap.
     """
     index = jnp.arange(slots, dtype=jnp.int32)
     shape = (context.tokens.shape[0], slots)

@@ -169,6 +169,19 @@ def cross_entropy(logits, labels):
     )
 
 
+def token_weights(mask, reduction: str):
+    """Weight of each token in the loss, float32 [B, N]; the weights add up to 1 over the batch (paper Eq. 7).
+
+    Args:
+      mask: bool [B, N], tokens that count. reduction: "token", all alike, or "completion", the mean of each
+        completion first and then over completions.
+    """
+    mask = mask.astype(jnp.float32)
+    if reduction == "token":
+        return mask / jnp.maximum(jnp.sum(mask), 1)
+    return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1) / mask.shape[0]
+
+
 def over_chunks(function, heads, arrays, chunk: int):
     """function(heads, *arrays) over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
     What is named _KEPT is saved, K numbers a row.

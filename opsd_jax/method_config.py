@@ -1,7 +1,9 @@
 """Frozen configuration of the method's functions: static, hashable arguments under `jax.jit`.
 
-Apart from the network's sizes (`model.config`) and the divergence (`divergence.DivergenceConfig`), which are defined
-beside what they configure. This module loads neither flax nor optax, so that `config` and `data` load neither.
+One dataclass per training stage, and one for each of the two samplers (text: `RolloutConfig`, images:
+`FlowConfig`). The sizes of the network (`model.config`) and the divergence
+(`divergence.DivergenceConfig`) are defined next to the code that they configure. This module imports
+neither flax nor optax, so that configuration and data preparation do not load them.
 """
 
 import dataclasses
@@ -14,7 +16,6 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.params import GROUPS
 
 TEACHERS = ("ema", "self", "fixed")
-TRAINS = ("text", "drawing", "autoencoder")
 REDUCTIONS = ("completion", "token")
 SCHEDULES = ("cosine", "constant")
 RENORMS = ("global", "channel", "text_channel")
@@ -22,10 +23,16 @@ RENORMS = ("global", "channel", "text_channel")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and clipping; defaults are the paper's (App. C).
+    """AdamW, its learning-rate schedule and gradient clipping. Defaults are the paper's (App. C).
 
-    schedule: "cosine" (linear warm-up from 0, cosine to min_lr) or "constant". The first step has lr 0, as
-    officially: it fills the moments and changes nothing.
+    lr: peak learning rate. min_lr: learning rate at the end of the cosine.
+    warmup_steps: steps of the linear warm-up from 0.
+    total_steps: steps of the stage, warm-up included.
+    schedule: "cosine" (linear warm-up, then cosine to min_lr) or "constant" (linear warm-up, then lr).
+      As in the official code, the first step has learning rate 0: it fills the moments and changes
+      no parameter.
+    b1, b2, eps, weight_decay: of AdamW.
+    max_grad_norm: bound of the global gradient norm; 0 for none.
     """
 
     lr: Annotated[float, "[0, 1]"] = 1e-5
@@ -35,7 +42,7 @@ class OptimConfig:
     schedule: Annotated[str, SCHEDULES] = "cosine"
     b1: Annotated[float, "[0, 1)"] = 0.9
     b2: Annotated[float, "[0, 1)"] = 0.95
-    eps: Annotated[float, "[1e-30, 1]"] = 1e-15  # less is 0 in float32, where 0 / 0 follows
+    eps: Annotated[float, "[1e-30, 1]"] = 1e-15  # smaller values are 0 in float32 and give 0 / 0
     weight_decay: Annotated[float, "[0, 1]"] = 0.0
     max_grad_norm: Annotated[float, "[0, inf)"] = 1.0
 
@@ -43,67 +50,135 @@ class OptimConfig:
         checks.fields(self, "optim")
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """One training stage, static.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The fields that all training stages have.
 
-    teacher: "ema" (official default), "self" (the live weights: one pytree), "fixed" (the initial weights).
-    reduction: "completion", the mean of each completion first, then over completions (official: short ones weigh
-      as much as long ones), or "token", every token alike; both are exact under accumulation.
-    accumulation: micro steps that one batch is cut into.
-    max_forward_tokens: completions are cut so that context + completion + 2 fits the teacher (official 10,240).
-    eos_after_cut: completions that did not end on eos still get a row that predicts eos (official: yes).
-    score_seam: score the delimiters that an image skip fed between rounds, exactly as sampled (official: no).
-    freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, slots or EMA.
-      With LoRA (`model.lora`) all but the adapters are frozen, and this must be empty.
-    trains: "text" (`update_step`, `sft_step`: what only draws is frozen), "drawing" (`drawn_step`: that too) or
-      "autoencoder" (`autoencoder_step`: it alone). ce_weight, mse_weight: of the two losses of `drawn_step`.
-    kl_weight: of the posterior's KL divergence in `autoencoder_step`.
-    cached_weight, cached_temperature: of the KL to a cached teacher, in `offline.step`.
+    model: sizes and compute settings of the network. optim: optimizer and schedule.
+    accumulation: number of micro steps that one batch is divided into; the gradient is exact.
     """
 
     model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    accumulation: Annotated[int, "[1, inf)"] = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(StageConfig):
+    """On-policy self-distillation (`distill.update_step`).
+
+    bos, eos: token ids.
+    divergence: divergence between teacher and student.
+    teacher: "ema" (official default), "self" (the current weights: one pytree), or "fixed" (the
+      weights at the start of the stage).
+    ema_decay: decay of the teacher's moving average per optimizer step.
+    jsd_weight, ce_weight: weights of the divergence and of the cross entropy on the sampled tokens.
+    reduction: "completion" averages each completion first and then over completions (official:
+      short completions weigh as much as long ones); "token" weighs all tokens alike.
+    max_forward_tokens: completions are truncated so that context + completion + 2 positions fit
+      (official: 10,240).
+    eos_after_cut: whether completions that did not end with eos still get a label eos (official: yes).
+    score_seam: whether the delimiters that an image skip fed between two rounds are scored, exactly
+      as sampled (official: no).
+    freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, moments
+      or EMA. With LoRA (`model.lora`) only the adapters are trained, and this must be empty.
+    """
+
     bos: int
     eos: int
     divergence: DivergenceConfig = DivergenceConfig()
-    optim: OptimConfig = OptimConfig()
     teacher: Annotated[str, TEACHERS] = "ema"
     ema_decay: Annotated[float, "[0, 1]"] = 0.995
     jsd_weight: Annotated[float, "[0, inf)"] = 1.0
     ce_weight: Annotated[float, "[0, inf)"] = 0.0
     reduction: Annotated[str, REDUCTIONS] = "completion"
-    accumulation: Annotated[int, "[1, inf)"] = 1
     max_forward_tokens: Annotated[int, "[1, inf)"] = 10240
     eos_after_cut: bool = True
     score_seam: bool = False
     freeze: Annotated[tuple[str, ...], GROUPS] = ()
-    trains: str = "text"
-    mse_weight: Annotated[float, "[0, inf)"] = 1.0
-    kl_weight: Annotated[float, "[0, inf)"] = 0.0
-    cached_weight: Annotated[float, "[0, inf)"] = 0.5
-    cached_temperature: Annotated[float, checks.TEMPERATURE] = 2.0
 
     def __post_init__(self):
         checks.fields(self, "distill")
-        if self.trains not in TRAINS:
-            raise ValueError(f"trains is {self.trains!r}: choose from {TRAINS}")
-        if self.trains != "text" and self.model.generation is None:
-            raise ValueError(
-                f"trains is {self.trains!r}, but this model has nothing that draws (model.generation)"
-            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(StageConfig):
+    """Supervised training on text traces (`supervised.sft_step`).
+
+    reduction, freeze: as in `DistillConfig`.
+    chunk: number of target positions whose logits exist at the same time.
+    """
+
+    reduction: Annotated[str, REDUCTIONS] = "token"
+    freeze: Annotated[tuple[str, ...], GROUPS] = ()
+    chunk: Annotated[int, "[1, inf)"] = 192
+
+    def __post_init__(self):
+        checks.fields(self, "supervised")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageGenerationConfig(SupervisedConfig):
+    """Supervised training on traces with images to generate (`supervised.image_generation_step`).
+
+    ce_weight, mse_weight: weights of the cross entropy on the text and of the flow-matching loss.
+    """
+
+    ce_weight: Annotated[float, "[0, inf)"] = 1.0
+    mse_weight: Annotated[float, "[0, inf)"] = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_generates(self.model, "image generation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineConfig(SupervisedConfig):
+    """Distillation from a cached teacher on text traces (`offline.step`).
+
+    weight, temperature: of the KL divergence to the cached teacher.
+    """
+
+    weight: Annotated[float, "[0, inf)"] = 0.5
+    temperature: Annotated[float, checks.TEMPERATURE] = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(StageConfig):
+    """Training of the autoencoder alone (`supervised.autoencoder_step`).
+
+    kl_weight: weight of the posterior's KL divergence to the standard normal distribution.
+    """
+
+    kl_weight: Annotated[float, "[0, inf)"] = 1e-4
+
+    def __post_init__(self):
+        checks.fields(self, "autoencoder")
+        _check_generates(self.model, "the autoencoder")
+
+
+def _check_generates(model: ModelConfig, what: str) -> None:
+    if model.generation is None:
+        raise ValueError(
+            f"this stage trains {what}, but the model has no image-generation path: set "
+            "model.generation"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled (defaults: the official launcher's).
+    """How completions are sampled. Defaults are those of the official launcher.
 
+    bos, eos: token ids. marker: where `<image_start>` is in a stream of tokens.
     max_new_tokens: budget of fed tokens, all rounds together. greedy: argmax instead of sampling.
     temperature, top_k (0: off), top_p (1: off): of the sampling distribution.
-    max_image_skips: rounds continued after the marker. ban_marker: tokens that would complete the marker are
-    never chosen. bos, eos: token ids.
-    slots: rows that are sampled at a time, the others wait; 0 for all at once. refill: slots that must be free before
-    rows are taken from the queue; 0 for a quarter. shards: devices along the batch; each shard has its own part of
-    slots and queue, so that no row moves between devices.
+    max_image_skips: rounds that are continued after the marker. ban_marker: tokens that would
+      complete the marker are never chosen.
+    slots: number of lanes, the sequences that are sampled at the same time; the others wait in a
+      queue. 0 for one lane per sequence.
+    refill: lanes that must be free before sequences are taken from the queue; 0 for a quarter.
+    shards: devices along the batch. Each shard has its own part of the lanes and of the queue, so
+      that no sequence moves between devices.
     """
 
     model: ModelConfig
@@ -125,25 +200,31 @@ class RolloutConfig:
         checks.fields(self, "rollout")
         if self.slots % self.shards or self.refill > self.slots:
             raise ValueError(
-                f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, and "
-                f"rollout.refill {self.refill} at most that"
+                f"rollout.slots {self.slots} must be a multiple of the {self.shards} batch shards, "
+                f"and rollout.refill {self.refill} at most that"
             )
 
     @property
     def group(self) -> int:
-        """Rows that are taken from the queue at a time: refill, or a quarter of the slots, rounded up to shards."""
+        """Sequences taken from the queue at a time: refill, or a quarter of the lanes, rounded up to
+        a multiple of the shards."""
         wanted = self.refill or self.slots // 4
         return max(-(-wanted // self.shards), 1) * self.shards
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """How an image is drawn. Defaults: those of the official inferencer.py; `HARNESS` has the evaluation's.
+    """How an image is generated. Defaults are those of the official inferencer.py; `flow.HARNESS` has
+    the evaluation's.
 
-    num_timesteps: points of the time grid, one more than steps. timestep_shift: of the grid, towards t = 1.
-    text_scale, image_scale: of the two guidances; text_scale <= 1 switches both off, as officially.
-    interval: guidance applies where low < t <= high. renorm: "global", "channel" or "text_channel", see `guide`.
-    renorm_min: the guided velocity is not shrunk below this share. image_start, image_end: token ids.
+    image_start, image_end: token ids.
+    num_timesteps: points of the time grid, one more than steps.
+    timestep_shift: shift of the grid towards t = 1.
+    text_scale, image_scale: scales of the two guidances. As in the official code, text_scale <= 1
+      switches both off.
+    interval: guidance applies where low < t <= high.
+    renorm: "global", "channel" or "text_channel", see `flow.guide`.
+    renorm_min: the guided velocity is not scaled down below this share.
     """
 
     model: ModelConfig
@@ -160,8 +241,8 @@ class FlowConfig:
     def __post_init__(self):
         if self.model.generation is None:
             raise ValueError(
-                "this model cannot draw: it was loaded without its generation expert (import the checkpoint "
-                "without --only=understanding)"
+                "this model cannot generate images: it was loaded without its generation expert "
+                "(import the checkpoint without --only=understanding)"
             )
         checks.fields(self, "drawing")
         if self.renorm not in RENORMS:

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax import context as context_lib
-from opsd_jax import distill, divergence, sharding
+from opsd_jax import divergence, optimizer, sharding, supervised
 from opsd_jax import params as params_lib
-from opsd_jax.model import bagel
+from opsd_jax.method_config import OfflineConfig
 
 
 @functools.partial(
@@ -86,16 +86,18 @@ def shares(weights, used):
     )
 
 
-def step(state, batch: Cached, *, config: distill.DistillConfig):
-    """One optimizer step: cross entropy as in `distill.sft_step`, plus cached_weight times the cached teacher's KL.
+def step(state, batch: Cached, *, config: OfflineConfig):
+    """One optimizer step: cross entropy as in `supervised.sft_step`, plus weight times the KL divergence
+    to the cached teacher.
 
-    Returns (state, metrics): as `sft_step`, and kl (T^2 sum w KL / sum w of each row, mean over rows) and cache_used,
-    the share of the targets on which the teacher counted.
+    Returns:
+      (state, metrics): those of `sft_step`, kl (T^2 sum w KL / sum w of each trace, mean over traces)
+      and cache_used, the share of the targets on which the teacher counted.
     """
     traces = batch.traces
-    weights = distill.row_weights(traces.mask, config.reduction)
+    weights = divergence.token_weights(traces.mask, config.reduction)
     used = traces.mask & (batch.labels == traces.labels)
-    trainable, frozen = distill.split(state["params"], config)
+    trainable, frozen = optimizer.split(state["params"], config)
 
     def loss(trainable, inputs):
         traces, log_probs, indices, weights, share = inputs
@@ -104,39 +106,27 @@ def step(state, batch: Cached, *, config: distill.DistillConfig):
         def piece(head, hidden, labels, log_probs, indices):
             logits = divergence.project(hidden, head)
             hit = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-            return (
-                divergence.cross_entropy(logits, labels),
-                hit,
-                cached_kl(logits, log_probs, indices, config.cached_temperature),
-            )
+            kl = cached_kl(logits, log_probs, indices, config.temperature)
+            return divergence.cross_entropy(logits, labels), hit, kl
 
-        inputs = _target_states(params, traces, config.model), traces.labels, log_probs, indices
+        hidden = supervised.target_states(params, traces, config.model)
         ce, correct, kl = divergence.over_chunks(
-            piece, params["llm"]["head"], inputs, config.divergence.chunk
+            piece, params["llm"]["head"], (hidden, traces.labels, log_probs, indices), config.chunk
         )
         ce, kl = jnp.sum(ce * weights), jnp.sum(kl * share)
-        value = ce + config.cached_weight * kl
+        value = ce + config.weight * kl
         return value, {"loss": value, "ce": ce, "kl": kl, "correct": jnp.sum(correct * traces.mask)}
 
     inputs = traces, batch.log_probs, batch.indices, weights, shares(batch.weights, used)
-    grads, found = distill._accumulate(loss, trainable, inputs, config.accumulation)
-    state, step_metrics = distill.apply_gradients(state, grads, config)
+    grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    state, step_metrics = optimizer.apply_gradients(state, grads, config)
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
     return state, {
-        "loss": found["loss"],
-        "ce": found["ce"],
-        "kl": found["kl"],
         "cache_used": jnp.sum(used, dtype=jnp.float32) / jnp.maximum(targets, 1),
-        "accuracy": found["correct"] / jnp.maximum(targets, 1),
-        "completion_len": targets / traces.mask.shape[0],
+        **supervised.target_metrics(traces, found.pop("correct")),
+        **found,
         **step_metrics,
     }
-
-
-def _target_states(params, traces, model):
-    """Hidden states that predict the labels, [B, R, D]."""
-    hidden, _ = bagel.read(params, traces.context, config=model)
-    return jnp.take_along_axis(hidden, traces.rows[:, :, None], axis=1)
 
 
 @sharding.on_mesh
@@ -148,7 +138,9 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
       with_thoughts, without: Supervised [B, R], the same traces behind both contexts.
       config: ModelConfig. chunk: targets of a row whose logits exist at once.
     """
-    states = [_target_states(params, traces, config) for traces in (with_thoughts, without)]
+    states = [
+        supervised.target_states(params, traces, config) for traces in (with_thoughts, without)
+    ]
 
     def piece(head, *pair):
         log_t, log_s = (jax.nn.log_softmax(divergence.project(x, head)) for x in pair)
@@ -163,4 +155,4 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
 
 def fingerprint(params) -> str:
     """Checksum of the weights that a teacher of texts uses, see `params.fingerprint`."""
-    return params_lib.fingerprint(distill.understanding(params))
+    return params_lib.fingerprint(params_lib.understanding(params))

@@ -176,11 +176,11 @@ def fact(path: str) -> Fact:
     return row
 
 
-def partition(params, freeze=(), *, drawing: bool = False):
+def partition(params, freeze=(), *, generation: bool = False):
     """Splits params into (trainable, frozen) nested dicts without common leaves; `merge` puts them together.
 
     `freeze`: names from GROUPS. "fixed" (the 2-D position tables) and "vae" are always frozen, as officially;
-    so is what only draws (`DRAWING`: it gets no gradient from text) unless `drawing` is set. Params with adapters
+    so are the groups of image generation (`DRAWING`: they get no gradient from text) unless `generation` is set. Params with adapters
     (group "lora") train these alone.
     ValueError for an unknown group, for `freeze` with adapters, or when nothing is left to train.
     """
@@ -189,7 +189,7 @@ def partition(params, freeze=(), *, drawing: bool = False):
         raise ValueError(
             f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}"
         )
-    frozen_groups = {"fixed", "vae", *freeze, *(() if drawing else DRAWING)}
+    frozen_groups = {"fixed", "vae", *freeze, *(() if generation else DRAWING)}
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
     adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
@@ -207,6 +207,16 @@ def partition(params, freeze=(), *, drawing: bool = False):
 def merge(trainable, frozen):
     """Inverse of `partition`."""
     return unflatten({**flatten(trainable), **flatten(frozen)})
+
+
+def understanding(params):
+    """The parameters that text needs: all but those of image generation. Nothing is copied."""
+    kept = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if path.split("/")[0] not in ("latent", "vae") and fact(path).group != "gen"
+    }
+    return unflatten(kept)
 
 
 def adapters_of(path: str) -> tuple[str, str] | None:

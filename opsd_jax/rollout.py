@@ -33,6 +33,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.marker import Marker as Marker
 from opsd_jax.method_config import RolloutConfig
@@ -79,6 +80,22 @@ class Trajectory:
     fed_sampled: jax.Array
     num_fed: jax.Array
     ended: jax.Array | None = None
+
+
+def relayout_program(mesh, params, dtype: str):
+    """A function that lays trained parameters out for the sampler: in the rollout layout and the compute dtype, without
+    the parameters of image generation.
+
+    Args:
+      params: arrays or ShapeDtypeStructs, laid out as the arguments of the returned function will be.
+    """
+    program = sharding.move(
+        mesh,
+        params_lib.understanding(params),
+        "rollout",
+        cast=lambda tree: params_lib.in_compute_dtype(tree, dtype),
+    )
+    return lambda params: program(params_lib.understanding(params))
 
 
 def utilisation(trajectory: Trajectory, slots: int = 0):

@@ -164,6 +164,32 @@ class on_mesh:
         )
 
 
+def update_program(step, state, config):
+    """`step(state, ..., config=config)` jitted for states with the layout of this one.
+
+    The state is donated, and every leaf is returned with the sharding it came with: XLA would choose others for
+    some, and the next step would compile again.
+
+    Args:
+      step: function of (state, ..., *, config) -> (state, metrics).
+      state: arrays, or ShapeDtypeStructs with shardings. config: hashable.
+    """
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+    return _update_program(step, config, structure, tuple(leaves))
+
+
+@functools.cache
+def _update_program(step, config, structure, leaves):
+    shardings = jax.tree.unflatten(structure, leaves)
+    mesh = getattr(leaves[0], "mesh", None)  # None on a single device
+
+    def under_mesh(*arguments):
+        with known(mesh):
+            return step(*arguments, config=config)
+
+    return jax.jit(under_mesh, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def rows(x):
     """x [B, ...] held to the layout of a batch where a program is traced inside `known`; x itself elsewhere, and where
     the devices do not divide B. Without this the compiler may gather the rows of all devices instead of a layer's

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, distill, offline, rollout, sharding
+from opsd_jax import config_check, distill, offline, optimizer, rollout, sharding, supervised
 from opsd_jax.data import batches as batches_lib
 from opsd_jax.data import examples, procedural
 from opsd_jax.inputs import cli as cli_lib
@@ -229,7 +229,7 @@ def train_stage(
     """
 
     config, clock = run.config, run.clock
-    distill_config = config_lib.distill(config, stage, run.tokenizer)
+    stage_config = config_lib.stage_config(config, stage, run.tokenizer)
     rollout_config = run.sampling()
     on_policy, draws = stage == "opsd", config_lib.draws(config, stage)
 
@@ -263,10 +263,10 @@ def train_stage(
             )
 
     # state: fresh from the parameters, or as the checkpoint left it
-    make_state = lambda p: distill.init_state(p, distill_config)
+    make_state = lambda p: optimizer.init_state(p, stage_config)
     if done is not None and first < done:
         abstract = jax.eval_shape(
-            lambda: make_state(bagel.init(jax.random.key(0), config=distill_config.model))
+            lambda: make_state(bagel.init(jax.random.key(0), config=stage_config.model))
         )
         with clock("checkpoint"):
             state = checkpoints.restore(done, sharding.abstract(run.mesh, abstract))
@@ -277,7 +277,7 @@ def train_stage(
         start = first
         # where arms, the KL and diagnostics start from
         if stage in ("opsd", "sft", "offline") and checkpoints.latest() is None:
-            _save(run, checkpoints, start, state, stage, distill_config)
+            _save(run, checkpoints, start, state, stage, stage_config)
             checkpoints.wait()
     on_start()
 
@@ -294,18 +294,22 @@ def train_stage(
         if evaluation.is_due(start, last) and evaluation.is_missing(
             start, history
         ):  # the run was stopped while it evaluated
-            evaluation.during(start, state, distill_config, health)
+            evaluation.during(start, state, stage_config, health)
     means, window, shown_at = metrics.Means(), time.perf_counter(), start
-    for_sampling = on_policy and distill.for_sampling(run.mesh, state["params"], config.model.dtype)
+    for_sampling = on_policy and rollout.relayout_program(
+        run.mesh, state["params"], config.model.dtype
+    )
     sample_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     guard = clock_lib.CompileGuard()
     step_of = {
-        "autoencoder": distill.autoencoder_step,
+        "autoencoder": supervised.autoencoder_step,
         "opsd": distill.update_step,
         "offline": offline.step,
     }
-    update = distill.program(
-        step_of.get(stage, distill.drawn_step if draws else distill.sft_step), state, distill_config
+    update = sharding.update_program(
+        step_of.get(stage, supervised.image_generation_step if draws else supervised.sft_step),
+        state,
+        stage_config,
     )
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     update = guard.watch("update", update, buckets)
@@ -397,16 +401,16 @@ def train_stage(
             stopping, due = stop.reached(), evaluation.is_due(now, last)
             if now == last or stopping or due or now % config.checkpoint.every == 0:
                 with clock("checkpoint"):
-                    _save(run, checkpoints, now, state, stage, distill_config)
+                    _save(run, checkpoints, now, state, stage, stage_config)
             if stopping:
                 raise stopping_lib.Stopped
             if due:
                 before = time.perf_counter()
-                evaluation.during(now, state, distill_config, health)
+                evaluation.during(now, state, stage_config, health)
                 window += time.perf_counter() - before  # no part of the steps' time
 
     checkpoints.wait()
-    params = _kept_params(run, state, distill_config)
+    params = _kept_params(run, state, stage_config)
     if (
         evaluates
         and config.eval.final_split
@@ -423,17 +427,17 @@ def _all_spoke(trajectory) -> bool:
     return bool(jnp.all(trajectory.mask[:, 0]))
 
 
-def _kept_params(run, state, distill_config):
+def _kept_params(run, state, stage_config):
     """The weights that a checkpoint offers: to evaluation, to export, and to the next stage and the arms."""
     ema = run.config.checkpoint.params == "ema" and "ema" in state
-    return distill.teacher_params(state, distill_config) if ema else state["params"]
+    return distill.teacher_params(state, stage_config) if ema else state["params"]
 
 
-def _save(run, checkpoints, step, state, stage, distill_config) -> None:
+def _save(run, checkpoints, step, state, stage, stage_config) -> None:
     checkpoints.save(
         step,
         state,
-        _kept_params(run, state, distill_config),
+        _kept_params(run, state, stage_config),
         stage=stage,
         config=config_lib.to_json(run.config),
         digests=run.digests,

@@ -78,9 +78,9 @@ def fast_compiles(tmp_path_factory):
 @pytest.fixture
 def own_programs():
     """Compilations are counted per process: what earlier tests compiled must not count here."""
-    from opsd_jax import distill
+    from opsd_jax import sharding
 
-    distill._program.cache_clear()
+    sharding._update_program.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def attention_shares(
         ],
         axis=1,
     )
-    after = context_lib.behind(context, tokens.shape[1])
+    after = context_lib.following(context, tokens.shape[1])
     vectors = [
         jnp.concatenate(pair, axis=1)
         for pair in zip((context.positions, context.limit, context.segment), after)

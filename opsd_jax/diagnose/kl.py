@@ -111,7 +111,7 @@ def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
         found = rollout.sample(sampler, batch.student, key, config=runs.sampling(run, **decoding))
         tokens, mask, ended = found.tokens, found.mask, found.stop == rollout.STOP_EOS
     completion = context_lib.completion(
-        tokens, mask, bos=run.tokenizer.bos, eos=run.tokenizer.eos, eos_row=ended
+        tokens, mask, bos=run.tokenizer.bos, eos=run.tokenizer.eos, eos_label=ended
     )
     kl = lambda teacher, student: distill.kl_to_student(
         teacher, student, batch, completion, config=run.model

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from opsd_jax import config as config_lib
-from opsd_jax import distill, images, rollout, sharding, tokenizer
+from opsd_jax import images, rollout, sharding, tokenizer
 from opsd_jax.data import examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import contexts, html
@@ -165,7 +165,7 @@ def load(run: Run, checkpoint: str):
 
 def for_sampling(run, params):
     """The weights laid out as the sampler wants them."""
-    return distill.for_sampling(run.mesh, params, run.config.model.dtype)(params)
+    return rollout.relayout_program(run.mesh, params, run.config.model.dtype)(params)
 
 
 def sampling(run, **changes):

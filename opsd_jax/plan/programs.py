@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import context, distill, offline, rollout, sharding
+from opsd_jax import context, distill, offline, optimizer, rollout, sharding, supervised
 from opsd_jax import params as params_lib
-from opsd_jax.distill import DistillConfig
+from opsd_jax.method_config import StageConfig
 from opsd_jax.model import bagel
 from opsd_jax.rollout import RolloutConfig
 from opsd_jax.run import session, teacher_cache
@@ -96,11 +96,11 @@ class _Step:
     def __init__(self, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, bucket: int):
         self.config, self.stage, self.mesh, self.bucket = config, stage, mesh, bucket
         self.model = config_lib.model(config)
-        self.method: DistillConfig = config_lib.distill(config, stage, _ENDS)
+        self.method: StageConfig = config_lib.stage_config(config, stage, _ENDS)
         self.params = jax.eval_shape(
             functools.partial(bagel.init, config=self.model), jax.random.key(0)
         )
-        state = jax.eval_shape(lambda p: distill.init_state(p, self.method), self.params)
+        state = jax.eval_shape(lambda p: optimizer.init_state(p, self.method), self.params)
         self.state = sharding.abstract(mesh, state)
 
     @property
@@ -152,7 +152,7 @@ def _supervised_update(step: _Step) -> Program:
         step.array(targets),
         step.array(targets, dtype=jnp.bool_),
     )
-    function = distill.sft_step
+    function = supervised.sft_step
     if step.stage == "offline":
         kept, half = teacher_cache.kept_entries(step.config), jnp.float16
         batch = offline.Cached(
@@ -163,7 +163,7 @@ def _supervised_update(step: _Step) -> Program:
             step.array(targets, dtype=half),
         )
         function = offline.step
-    traced = distill.program(function, step.state, step.method).trace(step.state, batch)
+    traced = sharding.update_program(function, step.state, step.method).trace(step.state, batch)
     return Program("update", traced, step.held | {"batch": batch}, {})
 
 
@@ -198,7 +198,7 @@ def _sample(step: _Step) -> Program:
     params = sharding.abstract(
         step.mesh,
         jax.eval_shape(
-            lambda p: params_lib.in_compute_dtype(distill.understanding(p), step.model.dtype),
+            lambda p: params_lib.in_compute_dtype(params_lib.understanding(p), step.model.dtype),
             step.params,
         ),
         "rollout",
@@ -259,6 +259,6 @@ def _policy_update(step: _Step) -> Program:
             _random_key(step),
         ),
     )
-    update = distill.program(distill.update_step, step.state, step.method)
+    update = sharding.update_program(distill.update_step, step.state, step.method)
     traced = update.trace(step.state, batch, trajectory)
     return Program("update", traced, step.held | {"batch": (batch, trajectory)}, {})

@@ -10,7 +10,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from opsd_jax import config as config_lib
-from opsd_jax import distill, sharding
+from opsd_jax import distill, rollout, sharding
 from opsd_jax.data import examples
 from opsd_jax.evaluation import contexts, inference, reference_kl
 from opsd_jax.evaluation import results as results_lib
@@ -109,7 +109,7 @@ class Evaluation:
 
         places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
         if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = distill.for_sampling(
+            self._moves[places] = rollout.relayout_program(
                 self.run.mesh, params, self.run.config.model.dtype
             )
         return self._moves[places](params)

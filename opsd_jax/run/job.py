@@ -12,7 +12,7 @@ import numpy as np
 
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
-from opsd_jax import distill, images, interleave, rollout, sharding, tasks, tokenizer
+from opsd_jax import images, interleave, rollout, sharding, tasks, tokenizer
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, packing, randomness
 from opsd_jax.data import examples as examples_lib
@@ -330,7 +330,7 @@ def open_model(job: Job, mode: str) -> Opened:
     params = checkpoint_lib.restore_params(job.checkpoint, sharding.abstract(mesh, abstract))
     facts = facts_of(params, rows, packer, job.tasks)
     return Opened(
-        distill.for_sampling(mesh, params, config.model.dtype)(params),
+        rollout.relayout_program(mesh, params, config.model.dtype)(params),
         rows,
         packer,
         rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size),
@@ -526,7 +526,7 @@ def _asked(job: Job, mode: str, skip_bad: bool, compared) -> dict:
 def model_facts(params, tokenizer) -> dict:
     """What tells a model from another one under the same path. Weights that only generate images are apart, so that
     results with and without images have the other fingerprint in common."""
-    understanding = distill.understanding(params)
+    understanding = params_lib.understanding(params)
     text = params_lib.flatten(understanding)
     rest = {path: leaf for path, leaf in params_lib.flatten(params).items() if path not in text}
     facts = {"weights": params_lib.fingerprint(understanding), "tokenizer": tokenizer.digest}
@@ -538,7 +538,7 @@ def model_facts(params, tokenizer) -> dict:
 def facts_of(params, rows, packer, task_names) -> dict:
     """What tells a run's model and its rows from others under the same paths. params: as they are stored."""
     return {
-        **model_facts(distill.understanding(params), packer.tokenizer),
+        **model_facts(params_lib.understanding(params), packer.tokenizer),
         "data": dict(zip(task_names, rows.digests, strict=True)),
     }
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, distill, sharding, tokenizer
-from opsd_jax.data import packing, procedural
+from opsd_jax import config_check, rollout, sharding, tokenizer
 from opsd_jax.data import examples as examples_lib
+from opsd_jax.data import packing, procedural
 from opsd_jax.data import shards as shards_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.marker import Marker
@@ -103,7 +103,7 @@ class Session:
 
     def for_sampling(self, params):
         """The weights laid out for the sampler, in the dtype of the computation."""
-        return distill.for_sampling(self.mesh, params, self.config.model.dtype)(params)
+        return rollout.relayout_program(self.mesh, params, self.config.model.dtype)(params)
 
     def checkpoint_folder(self, step: int) -> str:
         return os.path.join(self.workdir, "checkpoints", str(step))

@@ -16,7 +16,18 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, context, distill, flow, generate, interleave, train
+from opsd_jax import (
+    config_check,
+    context,
+    distill,
+    flow,
+    generate,
+    interleave,
+    optimizer,
+    sharding,
+    supervised,
+    train,
+)
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, packing
 from opsd_jax.data import examples as examples_lib
@@ -285,7 +296,7 @@ def test_settings_that_cannot_draw(changes, message):
 
 
 def stage_config(config, stage="warmup", **changes):
-    return dataclasses.replace(config_lib.distill(config, stage, tiny.TOKENIZER), **changes)
+    return dataclasses.replace(config_lib.stage_config(config, stage, tiny.TOKENIZER), **changes)
 
 
 @pytest.mark.long
@@ -305,7 +316,9 @@ def test_the_generation_loss_against_numpy(prepared):
     own = stage_config(config)
     model, key = own.model, jax.random.key(3)
     params = tiny.params(model)
-    _, found = jitted(distill.drawn_step)(distill.init_state(params, own), batch, key, config=own)
+    _, found = jitted(supervised.image_generation_step)(
+        distill.init_state(params, own), batch, key, config=own
+    )
 
     # the random numbers of the step; everything else anew, image by image
     keys = jax.random.split(key, 3)
@@ -362,7 +375,9 @@ def test_accumulation_changes_nothing_in_the_generation_step(prepared):
     for accumulation in (1, 2):
         own = stage_config(config, accumulation=accumulation)
         state = distill.init_state(tiny.params(own.model), own)
-        found.append(jitted(distill.drawn_step)(state, batch, jax.random.key(0), config=own)[1])
+        found.append(
+            jitted(supervised.image_generation_step)(state, batch, jax.random.key(0), config=own)[1]
+        )
     for name in found[0]:
         np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, err_msg=name)
 
@@ -374,7 +389,7 @@ def test_each_stage_trains_its_own():
     for stage in ("autoencoder", "warmup", "opsd", "sft"):
         own = stage_config(config, stage)
         state = jax.eval_shape(lambda p: distill.init_state(p, own), params)
-        trained, _ = distill.split(params, own)
+        trained, _ = optimizer.split(params, own)
         groups[stage] = {params_lib.fact(path).group for path in params_lib.flatten(trained)}
         # slots and averages are those of the trained alone
         held = [state["opt"].mu, state["opt"].nu, *([state["ema"]] if stage == "opsd" else [])]
@@ -389,7 +404,7 @@ def test_each_stage_trains_its_own():
 
 
 def test_text_needs_no_generation_parameters():
-    kept = distill.understanding(tiny.params(tiny.DRAWING))
+    kept = params_lib.understanding(tiny.params(tiny.DRAWING))
     plain = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=tiny.MODEL))
     assert jax.tree.map(lambda x: x.shape, kept) == jax.tree.map(lambda x: x.shape, plain)
     sampling = config_lib.rollout(tiny_config(), tiny.TOKENIZER, tiny.marker())
@@ -398,9 +413,13 @@ def test_text_needs_no_generation_parameters():
 
 def test_a_step_of_text_does_not_train_the_generation_path():
     own = stage_config(tiny_config())
-    with pytest.raises(ValueError, match="do not train the drawing"):
-        distill.sft_step(None, None, config=own)
-    with pytest.raises(ValueError, match="nothing that draws"):
+    with pytest.raises(
+        ValueError, match="sft_step trains on text traces.*use image_generation_step"
+    ):
+        supervised.sft_step(None, None, config=own)
+    with pytest.raises(
+        ValueError, match="trains image generation, but the model has no image-generation path"
+    ):
         dataclasses.replace(own, model=tiny.MODEL)
 
 
@@ -437,7 +456,7 @@ def test_the_autoencoder_learns_and_ignores_padding():
     pixels = squares(rng, 4)
     outside = pixels.copy()
     outside[0, 0, 4:], outside[0, 0, :, 6:], outside[1, 1] = 7, 200, 99
-    step = jitted(distill.autoencoder_step)
+    step = jitted(supervised.autoencoder_step)
     one, other = (
         step(state, context.PaddedImages(x, sizes), jax.random.key(1), config=own)[1]
         for x in (pixels, outside)
@@ -464,7 +483,7 @@ def test_the_autoencoder_loss_against_numpy():
     own = stage_config(tiny_config(), "autoencoder", model=SMALL, kl_weight=0.25, accumulation=2)
     params = tiny.params(SMALL)
     pixels, sizes = squares(rng, 2), np.array([[[8, 8], [0, 0]], [[8, 4], [8, 8]]], np.int32)
-    _, found = jitted(distill.autoencoder_step)(
+    _, found = jitted(supervised.autoencoder_step)(
         distill.init_state(params, own), context.PaddedImages(pixels, sizes), key, config=own
     )
     noise = np.asarray(jax.random.normal(key, (2, 2, 4, 4, 2)))
@@ -542,7 +561,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
             shutil.copytree(straight, again)
             for later in range(cut + 1, 7):
                 shutil.rmtree(again / "checkpoints" / str(later))
-            distill._program.cache_clear()
+            sharding._update_program.cache_clear()
             train.train(small_draw(), str(again))
             found = [row for row in metrics.read(again / "metrics.jsonl") if "loss" in row]
             assert [row["loss"] for row in found] == [row["loss"] for row in rows]

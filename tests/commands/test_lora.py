@@ -323,7 +323,7 @@ def run(tmp_path_factory):
         folder / "base", None, tiny.params(base), config=config_lib.to_json(small_run.config())
     )
     config = small_run.config(**RUN, init_from=str(folder / "base"))
-    distill._program.cache_clear()
+    sharding._update_program.cache_clear()
     with small_run.fast_compiles(tmp_path_factory):
         train.train(config, str(folder / "w"))
     return config, folder / "w"
@@ -369,7 +369,7 @@ def test_a_run_resumes_exactly(run, tmp_path, tmp_path_factory):
     for step in range(2, STEPS + 1):
         shutil.rmtree(again / "checkpoints" / str(step))
     shutil.rmtree(again / "eval")
-    distill._program.cache_clear()
+    sharding._update_program.cache_clear()
     with small_run.fast_compiles(tmp_path_factory):
         train.train(config, str(again))
     expected, found = (_state(folder) for folder in (workdir, again))

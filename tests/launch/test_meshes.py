@@ -128,7 +128,9 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
         lambda x, place: not x.sharding.is_equivalent_to(place, x.ndim), state, placed
     )
     found["resharded"] = sum(jax.tree.leaves(moved))
-    found["update_programs"] = distill.program(distill.update_step, state, config)._cache_size()
+    found["update_programs"] = sharding.update_program(
+        distill.update_step, state, config
+    )._cache_size()
     return found
 
 

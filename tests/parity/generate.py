@@ -112,7 +112,7 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         hidden, final = bagel.forward(
             params,
             x,
-            *context_lib.behind(context, room),
+            *context_lib.following(context, room),
             config=config,
             cache=prefill,
             offset=context.slots,

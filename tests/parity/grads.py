@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import distill, divergence
+from opsd_jax import divergence
 from opsd_jax import params as params_lib
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.model import bagel
@@ -57,7 +57,7 @@ def test_grads(goldens, grads, whole_model, tokenizer):
             hidden, head, hidden_t, head, block.labels, divergence_config
         )
         return jnp.sum(
-            (ce if is_ce else values) * distill.row_weights(block.mask, "completion")
+            (ce if is_ce else values) * divergence.token_weights(block.mask, "completion")
         ), values
 
     (loss, values), (of_hidden, of_head) = jax.jit(

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import distill, divergence
+from opsd_jax import divergence
 from parity.inputs import jsd_config
 from parity.replay import close_gradient, compare, read
 
 
 def mean_of(values, kept):
     """As the loss adds up the rows that count; 0 where none does."""
-    return jnp.sum(values[None] * distill.row_weights(jnp.asarray(kept)[None], "completion"))
+    return jnp.sum(values[None] * divergence.token_weights(jnp.asarray(kept)[None], "completion"))
 
 
 def test_jsd(goldens):

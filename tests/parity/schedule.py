@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import distill
+from opsd_jax import distill, optimizer
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 from parity.replay import read
 
@@ -27,8 +27,8 @@ def test_schedule(goldens):
     )
     for name, schedule in (("schedule", "cosine"), ("constant_schedule", "constant")):
         steps = np.array(facts[name]["steps"])
-        rates = distill.learning_rate(steps, dataclasses.replace(settings, schedule=schedule))
-        last = distill.learning_rate(
+        rates = optimizer.learning_rate(steps, dataclasses.replace(settings, schedule=schedule))
+        last = optimizer.learning_rate(
             main["total_steps"], dataclasses.replace(settings, schedule=schedule)
         )
         wanted = np.where(steps <= main["total_steps"], facts[name]["lr_values"], last)
@@ -65,7 +65,7 @@ def test_optimizer(goldens):
         return {"llm": {"norm": jnp.asarray(x)}}
 
     state = distill.init_state(vector(tensors["toy_x0"]), config)
-    update = jax.jit(functools.partial(distill.apply_gradients, config=config))
+    update = jax.jit(functools.partial(optimizer.apply_gradients, config=config))
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     previous = np.zeros_like(tensors["toy_x0"])
     for k, gradient in enumerate(tensors["toy_raw_grads"]):

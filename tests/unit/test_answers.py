@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from opsd_jax import distill, interleave
+from opsd_jax import interleave
+from opsd_jax import params as params_lib
 from opsd_jax.evaluation import inference, page, tables, traces
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import job
@@ -612,7 +613,7 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
 
     whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
     facts = job.model_facts(whole, tok)
-    alone = job.model_facts(distill.understanding(whole), tok)
+    alone = job.model_facts(params_lib.understanding(whole), tok)
     assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {
         "generation_weights"
     }

@@ -20,7 +20,18 @@ from ml_collections import ConfigDict
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, context, convert, distill, eval, generate, params, redraw, train
+from opsd_jax import (
+    config_check,
+    context,
+    convert,
+    distill,
+    eval,
+    generate,
+    optimizer,
+    params,
+    redraw,
+    train,
+)
 from opsd_jax.data import __main__ as data
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.inputs import checks
@@ -195,7 +206,7 @@ def test_ranges_are_read_as_written(allowed, inside, outside):
 
 def test_the_rate_never_rises_past_its_end():
     optim = distill.OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, total_steps=10)
-    rates = [float(distill.learning_rate(step, optim)) for step in range(2, 30)]
+    rates = [float(optimizer.learning_rate(step, optim)) for step in range(2, 30)]
     assert rates == sorted(rates, reverse=True) and rates[8:] == pytest.approx([1e-4] * 20)
 
 

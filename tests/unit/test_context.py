@@ -434,9 +434,9 @@ def test_completion_worked_example():
     ]
     assert block.mask.sum(axis=1).tolist() == [4, 2, 5, 1]
     assert (block.mask == (jnp.arange(5) < jnp.array([4, 2, 5, 1])[:, None])).all()
-    without = context.completion(tokens, mask, **ENDS, eos_row=False)
+    without = context.completion(tokens, mask, **ENDS, eos_label=False)
     assert without.mask.sum(axis=1).tolist() == [3, 1, 4, 0]
-    some = context.completion(tokens, mask, **ENDS, eos_row=jnp.array([True, False, False, True]))
+    some = context.completion(tokens, mask, **ENDS, eos_label=jnp.array([True, False, False, True]))
     assert some.mask.sum(axis=1).tolist() == [4, 1, 4, 1]
     for other in (without, some):
         assert (other.tokens == block.tokens).all() and (other.labels == block.labels).all()
@@ -451,7 +451,7 @@ def test_positions_after_a_context_equal_one_packed_sequence(rng):
         context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
     ]
     packed = pack(rows, slots=40)
-    positions, limit, segment = map(np.asarray, context.behind(packed, 5))
+    positions, limit, segment = map(np.asarray, context.following(packed, 5))
     assert segment.tolist() == [[1] * 5] * 2
     whole = [
         np.concatenate(pair, axis=1)

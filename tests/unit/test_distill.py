@@ -13,10 +13,11 @@ import optax
 import pytest
 
 import tiny
-from opsd_jax import context, distill
+from opsd_jax import context, distill, divergence, optimizer, sharding, supervised
 from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.method_config import SupervisedConfig
 from opsd_jax.model import bagel
 
 BOS, EOS = tiny.TOKENIZER.bos, tiny.TOKENIZER.eos
@@ -365,7 +366,7 @@ def test_learning_rate_at_points_of_the_schedule():
     paper = OptimConfig()
 
     def rate(step, config=paper):
-        return float(distill.learning_rate(step, config))
+        return float(optimizer.learning_rate(step, config))
 
     half = (1e-5 + 1e-7) / 2
     quarter = 1e-7 + (1e-5 - 1e-7) * (1 + np.sqrt(0.5)) / 2
@@ -400,7 +401,7 @@ def test_optimizer_against_optax(max_norm):
     params = jax.tree.map(jnp.asarray, values())
     state = distill.init_state(params, config)
     reference = optax.adamw(
-        lambda step: distill.learning_rate(step, optim),
+        lambda step: optimizer.learning_rate(step, optim),
         b1=0.9,
         b2=0.95,
         eps=1e-15,
@@ -417,7 +418,7 @@ def test_optimizer_against_optax(max_norm):
         )
         expected = optax.apply_updates(expected, changes)
         ema = jax.tree.map(lambda e, p: 0.8 * e + 0.2 * p, ema, expected)
-        state, metrics = distill.apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
+        state, metrics = optimizer.apply_gradients(state, jax.tree.map(jnp.asarray, grads), config)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
         found = state["params"], state["ema"], state["opt"].mu
         for ours, theirs in zip(found, (expected, ema, slots[0].mu)):
@@ -450,7 +451,7 @@ def test_adamw_against_the_order_of_torch():
     def ours(gradients):
         state = distill.init_state({"llm": {"norm": jnp.zeros(gradients.shape[1])}}, config)
         for g in gradients:
-            state, _ = distill.apply_gradients(state, {"llm": {"norm": jnp.asarray(g)}}, config)
+            state, _ = optimizer.apply_gradients(state, {"llm": {"norm": jnp.asarray(g)}}, config)
         return np.asarray(state["params"]["llm"]["norm"])
 
     def steps(a, b):
@@ -554,11 +555,11 @@ def test_the_seam_of_an_image_skip():
     assert cut.labels[0, :4].tolist() == [1, 2, EOS, EOS] and cut.mask[0].sum() == 4
 
 
-def test_row_weights_by_hand():
+def test_token_weights_by_hand():
     mask = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
-    assert distill.row_weights(mask, "token").tolist() == [[0.25] * 3, [0.25, 0, 0], [0, 0, 0]]
+    assert divergence.token_weights(mask, "token").tolist() == [[0.25] * 3, [0.25, 0, 0], [0, 0, 0]]
     expected = [[1 / 9] * 3, [1 / 3, 0, 0], [0, 0, 0]]
-    np.testing.assert_allclose(distill.row_weights(mask, "completion"), expected, rtol=1e-6)
+    np.testing.assert_allclose(divergence.token_weights(mask, "completion"), expected, rtol=1e-6)
 
 
 # ---- the diagnostic and supervised training
@@ -602,10 +603,10 @@ def test_supervised_training(case):
     ce = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
 
     optim = OptimConfig(lr=3e-3, schedule="constant", warmup_steps=0, eps=1e-8)
-    config = variant(teacher="self", optim=optim)
-    state, found = state_of(case, config), []
+    config = SupervisedConfig(model=tiny.MODEL, optim=optim, reduction="completion", chunk=4)
+    state, found = tiny.copy(distill.init_state(case.params, config)), []
     for _ in range(20):
-        state, metrics = distill.program(distill.sft_step, state, config)(state, packed)
+        state, metrics = sharding.update_program(supervised.sft_step, state, config)(state, packed)
         found.append(metrics)
     np.testing.assert_allclose(found[0]["loss"], by_completion(ce, mask), rtol=1e-4)
     assert found[0]["completion_len"] == mask.sum() / ROWS
@@ -614,4 +615,4 @@ def test_supervised_training(case):
     )
     losses = [float(m["loss"]) for m in found]
     assert losses[-1] < 0.5 * losses[0] and found[-1]["accuracy"] > found[0]["accuracy"]
-    assert distill.program(distill.sft_step, state, config)._cache_size() == 1
+    assert sharding.update_program(supervised.sft_step, state, config)._cache_size() == 1

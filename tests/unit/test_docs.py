@@ -262,7 +262,7 @@ def test_figure_of_the_contexts():
     rows = {"student": context.student(*asked), "teacher": context.teacher(*asked, [problem] * 2)}
     for role, row in rows.items():
         packed = tiny.pack([row])
-        behind = np.asarray(context.behind(packed, 4)[0][0])
+        behind = np.asarray(context.following(packed, 4)[0][0])
         assert drawn[role] == [*packed.positions[0, : packed.length[0]], *behind]
 
 

@@ -416,7 +416,9 @@ def test_branches():
 
 
 def test_wrong_configs_are_refused():
-    with pytest.raises(ValueError, match="this model cannot draw.*without --only=understanding"):
+    with pytest.raises(
+        ValueError, match="this model cannot generate images.*without --only=understanding"
+    ):
         config_of(model=tiny.MODEL)
     with pytest.raises(
         ValueError,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import tiny
-from opsd_jax import context, distill, divergence, rollout
+from opsd_jax import context, distill, divergence, rollout, sharding, supervised
+from opsd_jax.method_config import SupervisedConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 from opsd_jax.plan import hlo
@@ -72,7 +73,7 @@ def pack(slots, rows=ROWS):
 def update(config=CONFIG, student=SLOTS, teacher=SLOTS):
     """The compiled update whose contexts have so many slots."""
     trajectory = tiny.random_trajectory(np.random.default_rng(0), ROWS, BUDGET)
-    program = distill.program(distill.update_step, state_of(config), config)
+    program = sharding.update_program(distill.update_step, state_of(config), config)
     batch = context.Batch(pack(student), pack(teacher))
     return program.lower(state_of(config), batch, trajectory).compile(compiler_options=CODE)
 
@@ -146,8 +147,9 @@ def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
         tokenizer=tiny.TOKENIZER,
         side=MODEL.vit.side,
     )
-    state = state_of(CONFIG)
-    program = distill.program(distill.sft_step, state, CONFIG)
+    config = SupervisedConfig(model=MODEL, chunk=CHUNK)
+    state = state_of(config)
+    program = sharding.update_program(supervised.sft_step, state, config)
     compiled = program.lower(state, batch).compile(compiler_options=CODE)
     assert (ROWS, CHUNK, VOCAB) in shapes(compiled) and rows_of_logits(compiled) == ROWS * CHUNK
 

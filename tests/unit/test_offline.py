@@ -17,7 +17,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check, context, distill, offline, sharding, tokenizer, train
 from opsd_jax.data import examples, packing, procedural
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.divergence import DivergenceConfig
+from opsd_jax.method_config import OfflineConfig
 from opsd_jax.model import bagel
 from opsd_jax.plan import programs
 from opsd_jax.run import teacher_cache
@@ -123,14 +123,13 @@ def small_batch(rng, count=4, targets=9, k=6):
 def updated(batch, **changes):
     own = {
         "reduction": "token",
-        "teacher": "self",
-        "divergence": DivergenceConfig(chunk=4),
-        "cached_weight": 0.7,
-        "cached_temperature": 2.0,
+        "chunk": 4,
+        "weight": 0.7,
+        "temperature": 2.0,
     }
-    config = distill.DistillConfig(model=tiny.MODEL, **tiny.ENDS, **own | changes)
+    config = OfflineConfig(model=tiny.MODEL, **own | changes)
     state = jax.jit(lambda p: distill.init_state(p, config))(tiny.params())
-    return distill.program(offline.step, state, config)(state, batch)
+    return sharding.update_program(offline.step, state, config)(state, batch)
 
 
 def test_step_is_cross_entropy_plus_weighted_kl():
@@ -569,7 +568,7 @@ def test_a_run_and_its_continuation(tmp_path):
         shutil.rmtree(cut / "checkpoints" / str(step))
     shutil.rmtree(cut / "eval")
     shutil.rmtree(cut / "teacher_cache")
-    distill._program.cache_clear()
+    sharding._update_program.cache_clear()
     train.train(stage_config(), str(cut))
     assert json.loads((cut / "teacher_cache" / "key.json").read_text()) == json.loads(
         (whole / "teacher_cache" / "key.json").read_text()
@@ -601,7 +600,7 @@ def test_an_arm_after_a_warm_up(tmp_path_factory, tmp_path):
         own, folder = controls.settings_of(base, str(workdir), name)
         assert own.stages == (name,)
         train.train(own, folder, data_workdir=str(workdir))
-        distill._program.cache_clear()
+        sharding._update_program.cache_clear()
         first[name] = next(row for row in metrics.read(f"{folder}/metrics.jsonl") if "loss" in row)
     assert first["offline"]["ce"] == pytest.approx(
         first["sft"]["ce"], rel=1e-6

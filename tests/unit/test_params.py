@@ -70,7 +70,7 @@ def test_partition_and_merge(freeze, drawing):
     position tables are never trained.
     """
     params = tiny.params(BOTH)
-    trainable, frozen = params_lib.partition(params, freeze, drawing=drawing)
+    trainable, frozen = params_lib.partition(params, freeze, generation=drawing)
     held, trained = params_lib.flatten(frozen), params_lib.flatten(trainable)
 
     def groups(flat):
@@ -100,7 +100,7 @@ def test_wrong_groups_are_refused():
         params_lib.partition(params, ("embed", "und", "vit", "connector"))
     with pytest.raises(ValueError, match="leaves no parameter to train"):
         params_lib.partition(
-            abstract(BOTH), ("embed", "und", "vit", "connector", "latent", "gen"), drawing=True
+            abstract(BOTH), ("embed", "und", "vit", "connector", "latent", "gen"), generation=True
         )
 
 
