@@ -232,12 +232,12 @@ def _check_data(config: ConfigDict) -> None:
     for key in ("split", "final_split"):
         split = config.eval[key]
         # A split that is not an identifier is a slice, such as test[:64].
-        if used.get(split) and split.isidentifier() and split not in tasks.BUCKETS:
+        if used.get(split) and split.isidentifier() and split not in tasks.SPLITS:
             raise ValueError(
                 f"config.eval.{key} is {split!r}: procedural data have the splits "
-                f"{', '.join(tasks.BUCKETS)}"
+                f"{', '.join(tasks.SPLITS)}"
             )
-    for split in tasks.BUCKETS:
+    for split in tasks.SPLITS:
         if used.get(split) and not data.make[split]:
             raise ValueError(
                 f"config.data.make.{split} is 0, but {used[split]} needs that split: "

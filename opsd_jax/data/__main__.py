@@ -72,7 +72,7 @@ def _make_settings(args: argparse.Namespace) -> dict:
     Raises ValueError for wrong flags.
     """
     paths.check_given("--target", args.target)
-    counts = {split: getattr(args, split) for split in tasks.BUCKETS}
+    counts = {split: getattr(args, split) for split in tasks.SPLITS}
     cli.check_once("families", args.families)
     for split, count in counts.items():
         cli.check_number(split, count, 0)

@@ -147,7 +147,7 @@ def _make(target: str, make: dict) -> None:
     _check_same(target, made or make, make)
     folder = os.path.join(target, "made")
     if not os.path.isdir(folder):
-        counts = {split: make[split] for split in tasks.BUCKETS if make[split]}
+        counts = {split: make[split] for split in tasks.SPLITS if make[split]}
         try:
             parquet.make_mini(
                 folder,

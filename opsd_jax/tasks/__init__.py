@@ -1,17 +1,20 @@
-"""Procedural visual-reasoning tasks whose intermediate step is a picture (the visual thought).
+"""Procedural visual-reasoning tasks whose intermediate step is an image (the visual thought).
 
-Four families, one module each, in the manner of the four released data sets but small enough for a laptop:
-`maze`, `jigsaw`, `search`, `chart`. Each offers DIFFICULTY (named settings), `make` (one random problem and
-its canonical key), `score`, and the WORDS of its texts.
+There are four families, one module each, modelled on the four released data sets but small enough
+for a laptop: `maze`, `jigsaw`, `search`, `chart`. Each has TASK (name of the released data set),
+DIFFICULTY (named settings), `make` (one random problem and its canonical key), `score`, `fault`,
+and the WORDS of its texts.
 
-Train, validation and test are disjoint by construction: the canonical key of a problem, which leaves out what
-makes near-duplicates (see each `make`), decides by its hash to which split the problem belongs. No seed, no
-count and no difficulty can move a problem from one split to another.
+Train, validation and test are disjoint by construction: the hash of a problem's canonical key
+decides to which split the problem belongs. The key leaves out what makes near-duplicates (see each
+`make`). No seed, no count and no difficulty can move a problem from one split to another.
 """
 
 import hashlib
+import types
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +23,12 @@ from opsd_jax.tasks import chart, jigsaw, maze, search
 from opsd_jax.tasks.example import TaskExample
 
 FAMILIES = {"maze": maze, "jigsaw": jigsaw, "search": search, "chart": chart}
-BUCKETS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}  # of 10
+# The tenths of all hashes that belong to each split.
+SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}
 
-_MAX_REJECTIONS = (
-    10_000  # in a row. A split that is not exhausted accepts at least every tenth draw or so.
-)
+# Rejections without a problem in between that end a stream. A split that is not exhausted accepts
+# about every tenth problem at least.
+_MAX_REJECTIONS = 10_000
 
 
 def generate(
@@ -32,40 +36,46 @@ def generate(
 ) -> Iterator[TaskExample]:
     """Yields `count` distinct problems, the same ones for the same arguments.
 
-    A longer stream begins with the shorter one. Validation and test never hold two problems with one
-    canonical key; train may (a maze and its mirror image), but holds no problem image twice with the same
-    question.
+    A longer stream begins with the shorter one. Validation and test never hold two problems with
+    the same canonical key. Train may (a maze and its mirror image), but it never holds a problem
+    image twice with the same question.
 
     Args:
       family: one of FAMILIES.
-      split: one of BUCKETS.
-      seed: of the stream, together with split and family.
+      split: one of SPLITS.
+      seed: seed of the stream, together with split and family.
       difficulty: name of the settings in the family's DIFFICULTY.
       **overrides: single settings that replace those.
     Raises:
-      ValueError: at once if an argument is not known; while iterating if the settings do not fit together or
-        allow fewer than `count` distinct problems.
+      ValueError: at once if an argument is unknown; while iterating if the settings do not fit
+        together or allow fewer than `count` distinct problems.
     """
     module = _known(FAMILIES, family, "family")
-    buckets = _known(BUCKETS, split, "split")
+    tenths = _known(SPLITS, split, "split")
     settings = dict(_known(module.DIFFICULTY, difficulty, f"difficulty of {family}"))
     for name in overrides:
         _known(settings, name, f"setting of {family}")
-    return _stream(family, split, count, seed, module, buckets, settings | overrides)
+    return _stream(family, split, count, seed, module, tenths, settings | overrides)
 
 
 def score(metadata: dict, answer: str | None) -> bool:
-    """Whether the answer (text between the tags; None if there was none) solves this metadata's problem."""
+    """Whether an answer solves the problem that the metadata describe.
+
+    answer: the text between the tags; None if there was none.
+    """
     return _known(FAMILIES, metadata.get("family"), "family in the metadata").score(
         metadata, answer
     )
 
 
 def judge(metadata: dict, taught: str, text: str) -> tuple[str | None, bool]:
-    """(answer found in the text, whether it is right): by the procedural task's rule, or word for word.
+    """The answer found in a text, and whether it is right.
 
-    taught: the row's own answer as training teaches it (`tags.wrap_answer`). It is read as the text is, so that what
-    was learnt to the letter is right.
+    Args:
+      metadata: those of the example. With a "family", the family's rule decides; otherwise the
+        answer has to equal the example's own, word for word.
+      taught: the example's own answer as training teaches it (`tags.wrap_answer`). It is read in
+        the same way as the text, so a completion that repeats it exactly is right.
     """
     answer, reference = extract_answer(text), extract_answer(taught)
     if "family" in metadata:
@@ -74,9 +84,9 @@ def judge(metadata: dict, taught: str, text: str) -> tuple[str | None, bool]:
 
 
 def fault(metadata: dict, taught: str) -> str | None:
-    """Why a row cannot be scored, or calls its own answer wrong; begins with the column at fault. None for a good row.
+    """Why an example cannot be scored, or its own answer counts as wrong; None for a good example.
 
-    Args: as `judge`.
+    The text begins with the column at fault. Args: as for `judge`.
     """
     reference = extract_answer(taught)
     if reference is None:
@@ -87,22 +97,31 @@ def fault(metadata: dict, taught: str) -> str | None:
         return None
     family = metadata["family"]
     if not isinstance(family, str) or family not in FAMILIES:
-        return f"metadata has family {family!r}, and no rule scores it: choose from {', '.join(FAMILIES)}, or rename the key"
+        return (
+            f"metadata has family {family!r}, and no rule scores it: choose from "
+            f"{', '.join(FAMILIES)}, or rename the key"
+        )
     if reason := FAMILIES[family].fault(metadata):
         return f"metadata {reason}"
-    return (
-        None
-        if score(metadata, reference)
-        else f"answer {reference!r} is wrong by the row's metadata"
-    )
+    if not score(metadata, reference):
+        return f"answer {reference!r} is wrong by the row's metadata"
+    return None
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: white space, control and zero-width characters at most."""
+    """Whether a text has only white space, control and zero-width characters."""
     return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
-def _stream(family, split, count, seed, module, buckets, settings):
+def _stream(
+    family: str,
+    split: str,
+    count: int,
+    seed: int,
+    module: types.ModuleType,
+    tenths: range,
+    settings: dict[str, Any],
+) -> Iterator[TaskExample]:
     rng = generator(f"{seed}/{split}/{family}")
     seen = set()
     index = rejections = 0
@@ -112,13 +131,13 @@ def _stream(family, split, count, seed, module, buckets, settings):
         if split == "train":
             identity += fields["question"].encode() + fields["problem_image"].tobytes()
         identity = _hash(identity)
-        if identity in seen or _hash(family.encode() + key) % 10 not in buckets:
+        if identity in seen or _hash(family.encode() + key) % 10 not in tenths:
             rejections += 1
             if rejections == _MAX_REJECTIONS:
                 raise ValueError(
                     f"{family}/{split}: only {index} of {count} distinct problems found before "
-                    f"{_MAX_REJECTIONS:,} draws in a row brought nothing new; ask for fewer, or widen the "
-                    f"settings {settings}"
+                    f"{_MAX_REJECTIONS:,} random problems in a row brought nothing new; ask for "
+                    f"fewer, or widen the settings {settings}"
                 )
             continue
         seen.add(identity)
@@ -133,17 +152,17 @@ def _stream(family, split, count, seed, module, buckets, settings):
 
 
 def generator(name: str) -> np.random.Generator:
-    """Random numbers that depend on the name alone, in every process and on every machine."""
+    """Generator of random numbers that depend on a name only, whatever the process and machine."""
     return np.random.Generator(np.random.Philox(key=_hash(name.encode())))
 
 
 def _hash(data: bytes) -> int:
-    """128 bits that are the same in every process, on every machine and in every version of Python."""
+    """128-bit hash that is the same on every machine, in every process and Python version."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "big")
 
 
-def _known(table, name, what: str):
-    """table[name], or an error that lists what there is."""
+def _known(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """table[name]. Raises ValueError, which lists the names, if there is no such entry."""
     if name not in table:
-        raise ValueError(f"unknown {what}: {name!r}; there is {', '.join(table)}")
+        raise ValueError(f"unknown {what}: {name!r}; choose from {', '.join(table)}")
     return table[name]

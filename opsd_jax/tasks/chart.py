@@ -7,6 +7,9 @@
 Heights are distinct whole numbers; there is one bar in each column of cells.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from opsd_jax.tasks.tiles import COLOR_NAMES, PALETTE
@@ -37,20 +40,30 @@ DIFFICULTY = {
 _GREY = (225, 225, 225)
 
 
-def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
-    """Draws one chart.
+def make(
+    rng: np.random.Generator, *, grid: int, cell: int, max_height: int, kinds: Sequence[str]
+) -> tuple[bytes, dict[str, Any]]:
+    """Makes one random chart.
 
+    Args:
+      grid, cell: number of bars, and width of a bar's column in pixels.
+      max_height: the largest height of a bar.
+      kinds: those of KINDS that a question may have.
     Returns:
-      key: the heights from left to right. Colours and question are left out, so that a chart never comes back
-        in another split painted anew or with the other question.
-      fields of `TaskExample` that differ between rows.
+      key: the heights from left to right. Colours and question are left out, so that a chart never
+        occurs in another split with other colours or another question.
+      fields of `TaskExample` that differ between examples.
+    Raises ValueError when the settings do not fit together.
     """
     side = grid * cell
-    unit = (side - 2) // max_height  # pixels; one row for the axis, at least one of air
+    unit = (
+        side - 2
+    ) // max_height  # pixels; one line for the axis, at least one left free at the top
     if grid > min(len(PALETTE), max_height) or unit < 1:
         raise ValueError(
-            f"chart settings grid={grid}, cell={cell}, max_height={max_height} do not fit: bars have "
-            f"distinct colours (grid <= {len(PALETTE)}) and heights (grid <= max_height < {side - 1} pixels)"
+            f"chart settings grid={grid}, cell={cell}, max_height={max_height} do not fit: bars "
+            f"have distinct colours (grid <= {len(PALETTE)}) and heights (grid <= max_height < "
+            f"{side - 1} pixels)"
         )
     if not set(kinds) <= KINDS.keys():
         raise ValueError(f"chart kinds {tuple(kinds)} must be among {tuple(KINDS)}")
@@ -60,7 +73,7 @@ def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
     rank, phrase = KINDS[kind]
     bar = np.argsort(-heights)[rank]
 
-    def draw(bar_colors):  # uint8[grid, 3] -> uint8[side, side, 3]
+    def draw(bar_colors: np.ndarray) -> np.ndarray:  # [grid, 3] -> uint8 [side, side, 3]
         image = np.full((side, side, 3), 250, np.uint8)
         image[-1] = 0
         for column, (height, color) in enumerate(zip(heights, bar_colors, strict=True)):
@@ -81,7 +94,7 @@ def make(rng: np.random.Generator, *, grid, cell, max_height, kinds):
 
 
 def fault(metadata: dict) -> str | None:
-    """What `score` lacks in the metadata; None if nothing."""
+    """What `score` misses in the metadata; None if nothing."""
     return (
         None
         if isinstance(metadata.get("answer"), str)

@@ -1,4 +1,4 @@
-"""One problem of the procedural tasks, as plain values."""
+"""One problem of the procedural tasks as plain values."""
 
 import dataclasses
 
@@ -9,18 +9,28 @@ import numpy as np
 class TaskExample:
     """A visual question with the steps that lead to its answer.
 
-    The full trace reads: thoughts[0], visual_thoughts[0], thoughts[1], answer. Texts are plain words
-    separated by single spaces, without tags.
+    The full trace reads: thoughts[0], visual_thoughts[0], thoughts[1], answer. Texts are plain
+    words separated by single spaces, without tags.
+
+    Attributes:
+      pid: identifier, unique among all families and splits of one seed, such as
+        "maze-train-0000012".
+      question: text of the question.
+      answer: the gold answer; `tasks.score` may accept others as well.
+      problem_image: uint8 [H, W, 3].
+      thoughts: texts of the reasoning, one more than there are visual thoughts.
+      visual_thoughts: images of the intermediate steps, uint8 [H, W, 3].
+      task: name of the task in the released data, such as "Spatial_Navigation".
+      full_text_only_thought: the reasoning for a trace without images.
+      metadata: JSON-serialisable: "family" and what scoring needs.
     """
 
-    pid: str  # unique among all families and splits of one seed: "maze-train-0000012"
+    pid: str
     question: str
-    answer: str  # the gold answer; `tasks.score` may accept others as well
-    problem_image: np.ndarray  # uint8[H, W, 3]
-    thoughts: tuple[str, ...]  # one more than there are visual thoughts
-    visual_thoughts: tuple[
-        np.ndarray, ...
-    ]  # uint8[H, W, 3] each: pictures of the intermediate step
-    task: str  # name of the task in the released data: "Spatial_Navigation"
-    full_text_only_thought: str  # the reasoning for a trace without pictures
-    metadata: dict  # JSON-able: "family" and what scoring needs
+    answer: str
+    problem_image: np.ndarray
+    thoughts: tuple[str, ...]
+    visual_thoughts: tuple[np.ndarray, ...]
+    task: str
+    full_text_only_thought: str
+    metadata: dict

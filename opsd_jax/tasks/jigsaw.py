@@ -1,12 +1,15 @@
-"""Jigsaw assembly: put the pieces of a shuffled picture back in order.
+"""Jigsaw assembly: put the pieces of a shuffled image back in order.
 
-    problem image    true picture      visual thought: the      answer: pieces from
-    A B              C A               true picture, each       top left to bottom right
+    problem image    true image        visual thought: the      answer: pieces from
+    A B              C A               true image, each         top left to bottom right
     C D              D B               piece in its frame       "C A D B"
 
-A piece is named after where it lies in the problem image, A at the top left, and wears a frame of the colour
-that belongs to the name; the frame moves with it into the visual thought. Some piece is always out of place.
+A piece is named after its place in the problem image, A at the top left. It has a frame in the
+colour of its name, and the frame moves with it into the visual thought. At least one piece is
+always out of place.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -23,29 +26,36 @@ DIFFICULTY = {
     "hard": _DEFAULT | {"grid": 6, "columns": 3},
 }
 
-_LEVELS = 8  # of each colour channel
+_LEVELS = 8  # values of each colour channel
 
 
-def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
-    """Draws one picture and shuffles it.
+def make(
+    rng: np.random.Generator, *, grid: int, cell: int, rows: int, columns: int, frame: int
+) -> tuple[bytes, dict[str, Any]]:
+    """Makes one random image and shuffles its pieces.
 
-    The picture is a blend of four corner colours with a disk on it. Its parameters are whole numbers on a
-    coarse lattice, so that two different pictures differ visibly.
+    The image is a blend of four corner colours with a disk on it. Its parameters are whole numbers
+    on a coarse grid, so that two different images differ visibly.
 
+    Args:
+      grid, cell: their product is the side of the image in pixels.
+      rows, columns: of pieces.
+      frame: width of a piece's frame, in pixels.
     Returns:
-      key: the parameters of the picture. The order of the pieces is left out, so that a picture never comes
-        back in another split shuffled anew.
-      fields of `TaskExample` that differ between rows.
+      key: the parameters of the image. The order of the pieces is left out, so that an image never
+        occurs in another split in another order.
+      fields of `TaskExample` that differ between examples.
+    Raises ValueError when the settings do not fit together.
     """
     side, count = grid * cell, rows * columns
     if not 3 <= count <= len(LETTERS) or side % rows or side % columns:
         raise ValueError(
-            f"jigsaw of {rows} x {columns} pieces needs 3 to {len(LETTERS)} pieces and an image side "
-            f"grid * cell = {side} that both numbers divide"
+            f"jigsaw of {rows} x {columns} pieces needs 3 to {len(LETTERS)} pieces and an image "
+            f"side grid * cell = {side} that both numbers divide"
         )
     if not 0 < 2 * frame < side // max(rows, columns):
         raise ValueError(
-            f"jigsaw frame={frame} must be at least 1 and leave room inside the pieces"
+            f"jigsaw frame={frame} must be at least 1 and leave space inside the pieces"
         )
     while True:
         colors = rng.integers(_LEVELS, size=(5, 3))  # four corners and the disk
@@ -62,21 +72,21 @@ def make(rng: np.random.Generator, *, grid, cell, rows, columns, frame):
     pieces[:, :, :frame], pieces[:, :, -frame:] = color, color
     answer = " ".join(LETTERS[index] for index in name)
 
-    def lay(pieces):  # [place, h, w, 3] -> [side, side, 3]
+    def joined(pieces: np.ndarray) -> np.ndarray:  # [place, h, w, 3] -> [side, side, 3]
         return assemble(pieces.reshape(rows, columns, *pieces.shape[1:]))
 
     return bytes(np.append(colors, disk).tolist()), {
         "question": "Order of the pieces?",
         "answer": answer,
-        "problem_image": lay(pieces[order]),
+        "problem_image": joined(pieces[order]),
         "thoughts": ("match edges", f"order {answer}"),
-        "visual_thoughts": (lay(pieces),),
+        "visual_thoughts": (joined(pieces),),
         "metadata": {"answer": answer},
     }
 
 
 def fault(metadata: dict) -> str | None:
-    """What `score` lacks in the metadata; None if nothing."""
+    """What `score` misses in the metadata; None if nothing."""
     return (
         None
         if isinstance(metadata.get("answer"), str)
@@ -90,7 +100,12 @@ def score(metadata: dict, answer: str | None) -> bool:
 
 
 def _paint(colors: np.ndarray, disk: np.ndarray, side: int) -> np.ndarray:
-    """Levels[4 corners + disk, 3] and (y, x, radius) in eighths -> uint8[side, side, 3]."""
+    """The image of the given colours and disk, uint8 [side, side, 3].
+
+    Args:
+      colors: levels of the four corners and the disk, int [5, 3].
+      disk: y, x and radius, in eighths of the side.
+    """
     colors = colors * (255 / (_LEVELS - 1))
     middle = (np.arange(side) + 0.5) / side
     down, right = middle[:, None, None], middle[None, :, None]
@@ -102,7 +117,7 @@ def _paint(colors: np.ndarray, disk: np.ndarray, side: int) -> np.ndarray:
 
 
 def _cut(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """[H, W, 3] -> [rows * columns, H / rows, W / columns, 3], the reverse of `assemble`."""
+    """[H, W, 3] -> [rows * columns, H / rows, W / columns, 3], the inverse of `assemble`."""
     height, width = image.shape[0] // rows, image.shape[1] // columns
     return (
         image.reshape(rows, height, columns, width, 3).swapaxes(1, 2).reshape(-1, height, width, 3)

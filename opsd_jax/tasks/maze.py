@@ -4,10 +4,12 @@
     S . O    green S       the same with a red    "D R R"
     . . G    yellow flag   line S - . - . - G
 
-The n x n lake lies anywhere inside the grid x grid cells of the image. Every safe path counts.
+The n x n lake is anywhere inside the grid x grid cells of the image. Every safe path is right.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +23,11 @@ WORDS = (
     *(cell_name(row, column) for row in range(5) for column in range(5)),
 )
 
-# `sizes` are drawn evenly, so a size named twice comes twice as often. `min_moves` and `max_moves` bound the
-# length of the shortest path. Up to symmetry there are only 179 three-by-three lakes of the default kind:
-# validation and test, where none comes twice, hold 14 and 20 of them and are four-by-four otherwise, while a
-# train split of 4,000 holds 30 %. Report accuracy by size (the length of metadata["map"]) where it matters.
+# `sizes` are equally likely, so a size named twice is twice as frequent. `min_moves` and
+# `max_moves` bound the length of the shortest path. Up to symmetry there are only 179
+# three-by-three lakes of the default kind. Validation and test, where none occurs twice, hold 14
+# and 20 of them and are four-by-four otherwise, while 30 % of a train split of 4,000 are
+# three-by-three. Report accuracy by size (the length of metadata["map"]) where it matters.
 _DEFAULT = {
     "grid": 4,
     "cell": 8,
@@ -43,16 +46,30 @@ _OUTSIDE, _ICE, _HOLE, _START, _GOAL = range(5)
 _LETTERS = np.array(list(" FHSG"))  # as in the FrozenLake maps of the released benchmark
 
 
-def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_moves, max_moves):
-    """Draws one lake.
+def make(
+    rng: np.random.Generator,
+    *,
+    grid: int,
+    cell: int,
+    sizes: Sequence[int],
+    hole_probability: float,
+    min_moves: int,
+    max_moves: int,
+) -> tuple[bytes, dict[str, Any]]:
+    """Makes one random lake.
 
+    Args:
+      grid, cell: cells along a side of the image, and pixels along a side of a cell.
+      sizes: possible values of n.
+      hole_probability: probability of a hole in each cell.
+      min_moves, max_moves: bounds of the length of the shortest path.
     Returns:
-      key: the n x n lake, the same for its 8 rotations and reflections and wherever it lies in the image.
-      fields of `TaskExample` that differ between rows.
+      key: the n x n lake, the same for its 8 rotations and reflections and wherever it is in the
+      image. fields of `TaskExample` that differ between examples.
     Raises ValueError when the settings allow no lake.
     """
     if max(sizes) > grid or min(sizes) < 2:
-        raise ValueError(f"maze sizes {tuple(sizes)} must lie between 2 and grid={grid}")
+        raise ValueError(f"maze sizes {tuple(sizes)} must be between 2 and grid={grid}")
     for _ in range(10_000):
         size = int(rng.choice(sizes))
         lake = np.where(rng.random((size, size)) < hole_probability, _HOLE, _ICE).astype(np.uint8)
@@ -65,8 +82,9 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
             break
     else:
         raise ValueError(
-            f"no maze with a shortest path of {min_moves} to {max_moves} moves in 10,000 draws of sizes "
-            f"{tuple(sizes)} with hole_probability={hole_probability}; lower min_moves or hole_probability"
+            f"no maze with a shortest path of {min_moves} to {max_moves} moves in 10,000 random "
+            f"lakes of sizes {tuple(sizes)} with hole_probability={hole_probability}; lower "
+            "min_moves or hole_probability"
         )
     top, left = (int(offset) for offset in rng.integers(grid - size + 1, size=2))
     moves, path = _shortest_path(rng, distance, start)
@@ -94,7 +112,7 @@ def make(rng: np.random.Generator, *, grid, cell, sizes, hole_probability, min_m
 
 
 def fault(metadata: dict) -> str | None:
-    """What `score` lacks in the metadata; None if nothing."""
+    """What `score` misses in the metadata; None if nothing."""
     lake = metadata.get("map")
     if not isinstance(lake, list) or not all(
         isinstance(line, str) and len(line) == len(lake) for line in lake
@@ -123,6 +141,7 @@ def score(metadata: dict, answer: str | None) -> bool:
 
 
 def _canonical(lake: np.ndarray) -> bytes:
+    """The same bytes for all rotations and reflections of a lake."""
     turned = [np.rot90(lake, quarter) for quarter in range(4)]
     return min(view.tobytes() for turn in turned for view in (turn, turn.T))
 
@@ -137,7 +156,7 @@ def _distances(lake: np.ndarray, goal: tuple[int, int]) -> dict[tuple[int, int],
     } - {goal}
     distance = {goal: 0}
     frontier = [goal]
-    for row, column in frontier:  # grows while we walk it
+    for row, column in frontier:  # grows in the loop
         for down, right in MOVES.values():
             neighbour = row + down, column + right
             if neighbour in unseen:
@@ -147,8 +166,10 @@ def _distances(lake: np.ndarray, goal: tuple[int, int]) -> dict[tuple[int, int],
     return distance
 
 
-def _shortest_path(rng, distance, start):
-    """One of the shortest paths, ties broken at random -> (letters, positions with start and goal)."""
+def _shortest_path(
+    rng: np.random.Generator, distance: dict[tuple[int, int], int], start: tuple[int, int]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The moves of a random shortest path, and its cells with start and goal."""
     moves, path = [], [start]
     while distance[path[-1]]:
         row, column = path[-1]
@@ -165,7 +186,7 @@ def _shortest_path(rng, distance, start):
 
 @functools.lru_cache
 def _tiles(cell: int) -> np.ndarray:
-    """uint8[code, cell, cell, 3]: the look of outside, ice, hole, start and goal."""
+    """Images of outside, ice, hole, start and goal, uint8 [code, cell, cell, 3]."""
     y, x = cell_axes(cell)
     ice = np.full((cell, cell, 3), (200, 225, 245), np.uint8)
     ice[0], ice[:, 0] = (150, 170, 190), (150, 170, 190)
@@ -178,7 +199,7 @@ def _tiles(cell: int) -> np.ndarray:
 
 
 def _draw_path(image: np.ndarray, cells: list[tuple[int, int]], cell: int) -> np.ndarray:
-    """A copy of the image with a red line through the middles of the cells."""
+    """A copy of an image [H, W, 3] with a red line through the middles of cells."""
     image = image.copy()
     half_width = max(1, cell // 8)
     middles = np.array(cells) * cell + cell // 2

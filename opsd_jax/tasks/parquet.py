@@ -1,7 +1,8 @@
-"""Rows as parquet files in the schema of the released data sets, so that one reader serves both.
+"""Procedural examples as parquet files in the schema of the released data sets.
 
-The released column names are kept with their misspelling (`resoning_thought_0`). One column is ours:
-`metadata`, JSON with what `tasks.score` needs.
+One reader serves both. The released column names are kept with their misspelling
+(`resoning_thought_0`). One column is not in the released files: `metadata`, JSON with what
+`tasks.score` needs.
 """
 
 import io
@@ -12,6 +13,8 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from opsd_jax.inputs import paths as paths_lib
 from opsd_jax.tasks import FAMILIES, generate, generator
 from opsd_jax.tasks.example import TaskExample
@@ -19,32 +22,33 @@ from opsd_jax.tasks.vocabulary import build_tokenizer
 
 
 def write(
-    rows: Iterable[TaskExample],
+    examples: Iterable[TaskExample],
     directory: str | os.PathLike,
     *,
     split: str,
     shard_rows: int = 2048,
     overwrite: bool = False,
 ) -> list[pathlib.Path]:
-    """Writes rows of one task as `<directory>/<task>/data/<split>-00000-of-0000N.parquet`.
+    """Writes examples of one task as `<directory>/<task>/data/<split>-00000-of-0000N.parquet`.
 
-    Holds one shard in memory at a time. The shards get their names when all of them are written: a failure on
-    the way leaves nothing behind.
+    One shard is in memory at a time. The shards get their names when all of them are written, so a
+    failure leaves no shards.
 
     Returns: the paths of the shards, in order.
     Raises:
       FileExistsError: there are shards of this split and `overwrite` is false.
-      ValueError: no rows, rows of two tasks, or a row that has not two thoughts and one visual thought.
+      ValueError: there are no examples, or examples of two tasks, or one that does not have two
+        thoughts and one visual thought.
     """
     import pyarrow.parquet as pq
 
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1")
-    rows = iter(rows)
-    first = next(rows, None)
+    examples = iter(examples)
+    first = next(examples, None)
     if first is None:
-        raise ValueError(f"no rows to write for split {split!r} in {directory}")
-    rows = itertools.chain([first], rows)
+        raise ValueError(f"no examples to write for split {split!r} in {directory}")
+    examples = itertools.chain([first], examples)
     folder = pathlib.Path(directory) / first.task / "data"
     existing = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     if existing and not overwrite:
@@ -55,10 +59,10 @@ def write(
 
     unfinished = []
     try:
-        while shard := list(itertools.islice(rows, shard_rows)):
+        while shard := list(itertools.islice(examples, shard_rows)):
             unfinished.append(folder / f".tmp-{os.getpid()}-{split}-{len(unfinished):05d}")
             pq.write_table(_table(shard, first.task), unfinished[-1], row_group_size=256)
-        for path in existing:  # a shard of an older, longer set must not stay among the new ones
+        for path in existing:  # shards of an older, longer set must not stay among the new ones
             path.unlink()
         paths = [
             folder / f"{split}-{index:05d}-of-{len(unfinished):05d}.parquet"
@@ -80,16 +84,23 @@ def make_mini(
     seed: int = 0,
     difficulty: str = "default",
 ) -> None:
-    """Makes a data set of procedural tasks: `<target>/parquet/<task>/data/*.parquet`, `<target>/tokenizer/`.
+    """Makes a data set of procedural tasks and the tokenizer for it.
 
-    The tokenizer knows all families, so that its ids do not depend on which of them are made. The rows of a split are
-    shuffled, because `generate` uses up small problems first: so the first rows are like all the others. They keep the
-    pids of `generate`.
+        <target>/parquet/<task>/data/*.parquet
+        <target>/tokenizer/
+
+    The tokenizer knows all families, so its ids do not depend on which of them are made. The
+    examples of a split are shuffled, because `generate` uses up small problems first: so the first
+    examples are like all the others. They keep the pids of `generate`.
 
     Args:
-      counts: rows of each family by split, {"train": 4000, "validation": 512, "test": 512}.
-    Raises FileExistsError if `target` holds anything, and what `generate` raises. A failure leaves no target, and
-    what a killed process left is removed.
+      counts: number of examples of each family by split, such as {"train": 4000, "validation": 512,
+        "test": 512}.
+      families, seed, difficulty: as for `generate`.
+    Raises:
+      FileExistsError: `target` holds anything. A failure leaves no target, and what a killed
+        process left is removed.
+      ValueError: as `generate`.
     """
     paths_lib.check_given("target", target)
     target = pathlib.Path(target)
@@ -102,16 +113,18 @@ def make_mini(
     try:
         for family in families:
             for split, count in counts.items():
-                rows = list(generate(family, split, count, seed=seed, difficulty=difficulty))
+                stream = generate(family, split, count, seed=seed, difficulty=difficulty)
+                examples = list(stream)
                 order = generator(f"order/{seed}/{split}/{family}").permutation(count)
-                write((rows[n] for n in order), unfinished / "parquet", split=split)
+                write((examples[n] for n in order), unfinished / "parquet", split=split)
         build_tokenizer(unfinished / "tokenizer")
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _table(rows: list[TaskExample], task: str):
+def _table(examples: list[TaskExample], task: str):
+    """The pyarrow.Table of a shard."""
     import pyarrow as pa
 
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
@@ -131,37 +144,42 @@ def _table(rows: list[TaskExample], task: str):
     )
     records = []
     problem, thought = "problem_image_0", "reasoning_image_0"
-    for row in rows:
-        if row.task != task:
+    for example in examples:
+        if example.task != task:
             raise ValueError(
-                f"row {row.pid} is of task {row.task}, others of {task}; write each task apart"
+                f"example {example.pid} is of task {example.task}, others of {task}; write each "
+                "task on its own"
             )
-        if (len(row.thoughts), len(row.visual_thoughts)) != (2, 1):
+        if (len(example.thoughts), len(example.visual_thoughts)) != (2, 1):
             raise ValueError(
-                f"row {row.pid} has {len(row.thoughts)} thoughts and {len(row.visual_thoughts)} visual "
-                "thoughts; the released schema holds 2 and 1"
+                f"example {example.pid} has {len(example.thoughts)} thoughts and "
+                f"{len(example.visual_thoughts)} visual thoughts; the released schema holds 2 and 1"
             )
         records.append(
             {
-                "pid": row.pid,
-                "question": row.question,
-                "answer": row.answer,
-                problem: {"bytes": _png(row.problem_image), "path": f"{row.pid}_{problem}.png"},
-                "resoning_thought_0": row.thoughts[0],
-                thought: {
-                    "bytes": _png(row.visual_thoughts[0]),
-                    "path": f"{row.pid}_{thought}.png",
+                "pid": example.pid,
+                "question": example.question,
+                "answer": example.answer,
+                problem: {
+                    "bytes": _png(example.problem_image),
+                    "path": f"{example.pid}_{problem}.png",
                 },
-                "resoning_thought_1": row.thoughts[1],
-                "task": row.task,
-                "full_text_only_thought": row.full_text_only_thought,
-                "metadata": json.dumps(row.metadata),
+                "resoning_thought_0": example.thoughts[0],
+                thought: {
+                    "bytes": _png(example.visual_thoughts[0]),
+                    "path": f"{example.pid}_{thought}.png",
+                },
+                "resoning_thought_1": example.thoughts[1],
+                "task": example.task,
+                "full_text_only_thought": example.full_text_only_thought,
+                "metadata": json.dumps(example.metadata),
             }
         )
     return pa.Table.from_pylist(records, schema=schema)
 
 
-def _png(image) -> bytes:
+def _png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as a PNG file."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -1,15 +1,17 @@
-"""Visual search: the colour of the object beside a named one.
+"""Visual search: the colour of the object next to a named one.
 
     problem image        question                       visual thought        answer
     .  O  .   red O      color right of red square?     a black box around    "green"
     .  #  +   red #                                     the green +
     O  .  .   blue O
 
-The named object is the only one with its colour and shape, and it is not what is asked for: the model has to
-find it and then look beside it.
+The named object is the only one with its colour and shape, and the question is about its neighbour:
+the model has to find the object and then look next to it.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,18 +40,24 @@ DIFFICULTY = {
 }
 
 
-def make(rng: np.random.Generator, *, grid, cell, objects, relations):
-    """Draws one scene.
+def make(
+    rng: np.random.Generator, *, grid: int, cell: int, objects: int, relations: Sequence[str]
+) -> tuple[bytes, dict[str, Any]]:
+    """Makes one random scene.
 
+    Args:
+      grid, cell: cells along a side of the image, and pixels along a side of a cell.
+      objects: number of objects.
+      relations: those of RELATIONS that a question may have.
     Returns:
-      key: which shape stands in which cell. Colours and question are left out, so that a scene never comes
-        back in another split painted anew or with another question.
-      fields of `TaskExample` that differ between rows.
+      key: the shape in each cell. Colours and question are left out, so that a scene never occurs
+        in another split with other colours or another question.
+      fields of `TaskExample` that differ between examples.
     Raises ValueError when the settings allow no scene.
     """
     if not 2 <= objects <= grid * grid:
         raise ValueError(
-            f"search objects={objects} must lie between 2 and grid * grid = {grid * grid}"
+            f"search objects={objects} must be between 2 and grid * grid = {grid * grid}"
         )
     if not relations or not set(relations) <= RELATIONS.keys():
         raise ValueError(f"search relations {tuple(relations)} must be some of {tuple(RELATIONS)}")
@@ -63,8 +71,9 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
             break
     else:
         raise ValueError(
-            f"no search scene has a question in 10,000 draws with grid={grid}, objects={objects}, "
-            f"relations={tuple(relations)}; change the number of objects or allow more relations"
+            f"no search scene has a question among 10,000 random scenes with grid={grid}, "
+            f"objects={objects}, relations={tuple(relations)}; change the number of objects or "
+            "allow more relations"
         )
     anchor, relation, target = questions[rng.integers(len(questions))]
     (anchor_color, anchor_shape), (color, shape) = (
@@ -74,7 +83,7 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
 
     tiles = _tiles(cell)[codes]
     image = assemble(tiles)
-    box = tiles[target]  # a view: drawing on it changes `tiles`, not `image`
+    box = tiles[target]  # a view: writing to it changes `tiles`, not `image`
     box[[0, -1]] = box[:, [0, -1]] = 0
     where = cell_name(*target)
     shapes = np.where(codes > 0, 1 + (codes - 1) % len(SHAPE_NAMES), 0)
@@ -89,7 +98,7 @@ def make(rng: np.random.Generator, *, grid, cell, objects, relations):
 
 
 def fault(metadata: dict) -> str | None:
-    """What `score` lacks in the metadata; None if nothing."""
+    """What `score` misses in the metadata; None if nothing."""
     return (
         None
         if isinstance(metadata.get("answer"), str)
@@ -105,8 +114,10 @@ def score(metadata: dict, answer: str | None) -> bool:
 _KINDS = tuple((color, shape) for color in COLOR_NAMES for shape in SHAPE_NAMES)
 
 
-def _questions(codes: np.ndarray, relations) -> list[tuple[tuple[int, int], str, tuple[int, int]]]:
-    """All (anchor, relation, target) of a scene where the anchor is one of a kind and the target is there."""
+def _questions(
+    codes: np.ndarray, relations: Sequence[str]
+) -> list[tuple[tuple[int, int], str, tuple[int, int]]]:
+    """All (anchor, relation, target) of a scene with a unique anchor and an object as target."""
     at = {
         (row, column): code
         for row, line in enumerate(codes.tolist())
@@ -127,7 +138,7 @@ def _questions(codes: np.ndarray, relations) -> list[tuple[tuple[int, int], str,
 
 @functools.lru_cache
 def _tiles(cell: int) -> np.ndarray:
-    """uint8[code, cell, cell, 3]: the empty cell, then every shape in every colour."""
+    """Images of the empty cell and of every shape in every colour, uint8 [code, cell, cell, 3]."""
     masks = shape_masks(cell)[None, ..., None]  # [1, shape, cell, cell, 1]
     objects = np.where(masks, PALETTE[:, None, None, None], np.uint8(245)).reshape(
         -1, cell, cell, 3

@@ -1,6 +1,6 @@
-"""The palette and the drawing that all families share: pictures made of square cells.
+"""The palette, the shapes and the layout that all families share: images made of square cells.
 
-A cell is as wide as a patch of the vision encoder (8 pixels): what happens in one cell is in one patch.
+A cell is as wide as a patch of the vision encoder (8 pixels), so each cell is one patch.
 """
 
 import functools
@@ -16,27 +16,33 @@ COLORS = {
     "orange": (240, 140, 30),
 }
 COLOR_NAMES = tuple(COLORS)
-PALETTE = np.array(list(COLORS.values()), np.uint8)  # uint8[colour, 3]
+PALETTE = np.array(list(COLORS.values()), np.uint8)  # [colour, 3]
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross", "bar", "ring")
 
 
 def cell_name(row: int, column: int) -> str:
-    """Word for a cell, counted from 0 at the top left of the image: (1, 3) -> "c13"."""
+    """Word for a cell, counted from 0 at the top left of the image: (1, 3) -> "c13".
+
+    Raises ValueError for rows and columns above 9.
+    """
     if row > 9 or column > 9:
         raise ValueError(f"cell ({row}, {column}) has no unambiguous name; use grid <= 10")
     return f"c{row}{column}"
 
 
 def cell_axes(cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres of a cell, y[cell, 1] and x[1, cell], in cell widths from its middle (-0.5 to 0.5)."""
+    """Pixel centres of a cell, y [cell, 1] and x [1, cell].
+
+    The unit is the width of the cell and the origin its middle: they are between -0.5 and 0.5.
+    """
     axis = (np.arange(cell) + 0.5) / cell - 0.5
     return axis[:, None], axis[None, :]
 
 
 @functools.lru_cache
 def shape_masks(cell: int) -> np.ndarray:
-    """bool[shape, cell, cell]: the pixels of each of SHAPE_NAMES."""
+    """The pixels of each of SHAPE_NAMES, bool [shape, cell, cell]."""
     y, x = cell_axes(cell)
     radius2 = y * y + x * x
     return np.stack(
@@ -52,6 +58,9 @@ def shape_masks(cell: int) -> np.ndarray:
 
 
 def assemble(tiles: np.ndarray) -> np.ndarray:
-    """Lays tiles[rows, columns, height, width, 3] side by side -> [rows * height, columns * width, 3]."""
+    """Puts tiles side by side.
+
+    [rows, columns, height, width, 3] -> [rows * height, columns * width, 3]
+    """
     rows, columns, height, width, channels = tiles.shape
     return tiles.swapaxes(1, 2).reshape(rows * height, columns * width, channels)

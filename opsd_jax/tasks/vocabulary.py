@@ -1,11 +1,13 @@
-"""A small tokenizer for the procedural tasks: one token a word, and any other text byte by byte.
+"""A small tokenizer for the procedural tasks: one token per word, and any other text byte by byte.
 
-Byte-level BPE without merges. A pre-token (a tag, or a word with at most one space before it) that stands in
-the vocabulary is one token, anything else falls back to its bytes; so every text comes back exactly.
+It is byte-level BPE without merges. A pre-token (a tag, or a word with at most one space before it)
+that is in the vocabulary is one token. Anything else falls back to its bytes, so every text is
+decoded exactly.
 
     <think>start c11</think>   ->   <think> | start | " c11" | </think>
 
-Ids: 0-255 bytes, then the tags, then the words without and with a space before them, then the special tokens.
+Ids: 0-255 for bytes, then the tags, then the words without and with a space before them, then the
+special tokens.
 """
 
 import os
@@ -24,7 +26,8 @@ SPECIAL_TOKENS = (
     "<|vision_end|>",
 )
 
-# Around the visual thoughts in the teacher's context, where the released prompts take whole sentences.
+# Texts before and after the visual thoughts in the teacher's context, where the released prompts
+# have whole sentences.
 INTRO = "reference"
 TRANSITION = "now answer"
 
@@ -32,7 +35,7 @@ _PRE_TOKENS = r"</?(?:think|answer)>|<image_(?:start|end)>| ?[A-Za-z]+[0-9]*"
 
 
 def words(families: Iterable[str] = tuple(FAMILIES)) -> list[str]:
-    """The words of the families' texts and of the prompts, each once, always in the same order."""
+    """The words of the families' texts and of the prompts, each once, in a fixed order."""
     texts = [word for family in families for word in FAMILIES[family].WORDS]
     return list(dict.fromkeys(texts + INTRO.split() + TRANSITION.split()))
 
@@ -45,15 +48,15 @@ def build_tokenizer(
 ) -> None:
     """Writes a Hugging Face tokenizer folder that `AutoTokenizer.from_pretrained(directory)` loads.
 
-    The same families give the same bytes. Padding is <|endoftext|>, the end of a sequence <|im_end|>.
+    The same families give the same bytes. The padding token is <|endoftext|>, and <|im_end|> ends a
+    sequence.
 
     Raises FileExistsError if the folder holds a tokenizer and `overwrite` is false.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it warns of missing PyTorch, which nothing here needs
+    # Otherwise transformers warns about missing PyTorch, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import PreTrainedTokenizerFast
 
     directory = pathlib.Path(directory)
@@ -62,7 +65,8 @@ def build_tokenizer(
             f"{directory} holds a tokenizer; choose another folder or pass overwrite=True"
         )
 
-    # The byte-level alphabet writes a space as "Ġ"; the other characters of our words stand for themselves.
+    # The byte-level alphabet writes a space as "Ġ"; the other characters of the words are
+    # unchanged.
     spelled = [form for word in words(families) for form in (word, "Ġ" + word)]
     entries = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *TAGS, *spelled])
     vocabulary = {entry: index for index, entry in enumerate(entries)}

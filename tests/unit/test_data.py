@@ -471,7 +471,7 @@ def test_make_mini_from_the_command_line(tmp_path, capsys):
     (tmp_path / "d" / "made.json").unlink()  # as a folder prepared from elsewhere
     refused("holds prepared data already: choose another --target", *command)
     other = f"--target={tmp_path}/e"
-    refused("unknown family: 'chess'; there is maze", *command, other, "--families=chess")
+    refused("unknown family: 'chess'; choose from maze", *command, other, "--families=chess")
     data.main(["make-mini", *command, other])  # a refused command leaves nothing that is in the way
 
 

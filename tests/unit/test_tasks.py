@@ -216,7 +216,7 @@ def test_exhausted_space():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("snake", "train", {}), "unknown family: 'snake'; there is maze, jigsaw"),
+        (("snake", "train", {}), "unknown family: 'snake'; choose from maze, jigsaw"),
         (("maze", "dev", {}), "unknown split: 'dev'"),
         (("maze", "train", {"difficulty": "brutal"}), "unknown difficulty of maze: 'brutal'"),
         (("maze", "train", {"size": 3}), "unknown setting of maze: 'size'"),
@@ -238,7 +238,7 @@ def test_wrong_arguments_raise_before_iteration(arguments, message):
         ("search", {"objects": 17}, "between 2 and"),
         ("search", {"relations": ("beside",)}, "must be some of"),
         ("jigsaw", {"columns": 3}, "both numbers divide"),
-        ("jigsaw", {"frame": 8}, "leave room"),
+        ("jigsaw", {"frame": 8}, "leave space"),
     ],
 )
 def test_settings_that_do_not_fit_raise(family, settings, message):
@@ -533,13 +533,13 @@ def test_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
     with pytest.raises(ValueError, match="chart-x has 1 thoughts"):
         parquet.write([*good, bad], tmp_path, split="train", shard_rows=1, overwrite=True)
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="write each task apart"):
+    with pytest.raises(ValueError, match="write each task on its own"):
         parquet.write(
             rows_of("chart", "test", 1) + rows_of("search", "test", 1), tmp_path, split="test"
         )
     with pytest.raises(ValueError, match="shard_rows=0"):
         parquet.write(good, tmp_path, split="test", shard_rows=0)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="no examples"):
         parquet.write([], tmp_path, split="test")
 
 
