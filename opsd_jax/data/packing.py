@@ -113,7 +113,7 @@ class Packer:
         if not e.full_text_only_thought.strip():
             raise ValueError(
                 f"example {e.pid} has no full_text_only_thought, which text and reference traces "
-                "need: fill the column, or set the stage's mix to interleaved rows only and "
+                "need: fill the column, or set the stage's mix to interleaved examples only and "
                 "config.eval.kl to False"
             )
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
@@ -225,7 +225,7 @@ class Packer:
             if len(ids) > width:
                 raise context_lib.TooLong(
                     f"the text trace of example {example.example.pid} has {len(ids)} tokens, the "
-                    f"largest of config.data.buckets.trace has room for {width}: enlarge it, or "
+                    f"largest of config.data.buckets.trace has space for {width}: enlarge it, or "
                     "set config.eval.kl to False"
                 )
             tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
@@ -238,7 +238,7 @@ class Packer:
     ) -> int:
         """Index of the first bucket that an example fits in every role; -1 if it fits none.
 
-        The bucket has room for the true visual thoughts and for those of `mode`, which a partner
+        The bucket has space for the true visual thoughts and for those of `mode`, which a partner
         may have larger.
         """
         needs = self._needs(example, "real" if mode == "noise" else mode, partner)
@@ -271,7 +271,7 @@ class Packer:
         return needs
 
     def fitting(self, kind: str, blocks: Sequence[Block]) -> int:
-        """The first bucket of a kind of contexts that has room for an example's blocks.
+        """The first bucket of a kind of contexts that has space for an example's blocks.
 
         The last one if none has; packing then refuses the example by its pid.
         """

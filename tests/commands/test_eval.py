@@ -652,7 +652,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
             row = super().__call__(source, n)
             return row if n % 3 else dataclasses.replace(row, question=np.tile(row.question, 2))
 
-    rows, buckets = Rows(config, str(trained), tok, "test"), config.data.buckets
+    rows, buckets = Rows.open(config, str(trained), tok, "test"), config.data.buckets
     more = len(rows(0, 0).question) // 2
     long = {
         kind: ((buckets[kind][0][0] + more, *buckets[kind][0][1:]),)

@@ -861,7 +861,7 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
-# -------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------- the schedule
 
 
 def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarray:
@@ -869,7 +869,7 @@ def buckets_of(seed: int, rows: int, buckets: int, out: float = 0.1) -> np.ndarr
     return np.where(rng.random(rows) < out, -1, rng.integers(0, buckets, rows)).astype(np.int32)
 
 
-def some_plan(**changes) -> BatchSchedule:
+def some_schedule(**changes) -> BatchSchedule:
     """3 sources of 70, 45 and 20 rows in 3 buckets, some rows left out, weights out of
     proportion.
     """
@@ -886,23 +886,23 @@ def some_plan(**changes) -> BatchSchedule:
     )
 
 
-def visits(plan: BatchSchedule, steps: range) -> Counter:
-    return Counter(pair for step in steps for pair in plan(step)[1])
+def visits(schedule: BatchSchedule, steps: range) -> Counter:
+    return Counter(pair for step in steps for pair in schedule(step)[1])
 
 
 def test_the_order_never_changes():
     """Pinned: a run must go on with the same rows after an update of NumPy."""
-    plan = BatchSchedule([[0, 1, 0, 0], [1, 0]], [2, 1], (8, 16), batch_size=2, seed=0, chunk=3)
-    assert [plan(step) for step in range(6)] == PINNED
-    assert plan(4, attempt=1) == PINNED_RETRY
+    schedule = BatchSchedule([[0, 1, 0, 0], [1, 0]], [2, 1], (8, 16), batch_size=2, seed=0, chunk=3)
+    assert [schedule(step) for step in range(6)] == PINNED
+    assert schedule(4, attempt=1) == PINNED_RETRY
 
 
 def test_visits_and_mixture_with_one_bucket_at_every_step():
     rows, weights = (50, 30, 7), (3, 2, 1)
-    plan = BatchSchedule(rows, weights, (512,), batch_size=5, seed=3, chunk=16)
+    schedule = BatchSchedule(rows, weights, (512,), batch_size=5, seed=3, chunk=16)
     count = Counter()
     for step in range(150):
-        bucket, batch = plan(step)
+        bucket, batch = schedule(step)
         assert bucket == 0 and len(batch) == 5
         count.update(batch)
         for s in range(3):
@@ -912,11 +912,11 @@ def test_visits_and_mixture_with_one_bucket_at_every_step():
 
 
 def test_visits_and_mixture_with_buckets_at_chunk_ends():
-    plan = some_plan()
-    assert plan.chunk == 8
+    schedule = some_schedule()
+    assert schedule.chunk == 8
     count = Counter()
     for step in range(40 * 8):
-        count.update(plan(step)[1])
+        count.update(schedule(step)[1])
         if (step + 1) % 8 == 0:
             for s, length in enumerate(
                 some_lengths := [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
@@ -934,42 +934,43 @@ def test_shares_are_seats_by_webster():
     1).
     """
     weights = [0.1, 3, 1e-3, 0, 1, 1]
-    plan, draws = BatchSchedule([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
+    schedule, draws = BatchSchedule([10] * 6, weights, (1,), 1, 0), np.zeros(6, int)
     for n in range(1, 3000):
         draws[np.argmax(np.array(weights) / (2 * draws + 1))] += 1
-        assert plan._draws(n) == draws.tolist()
-    assert sum(plan._draws(10**12)) == 10**12  # exact, however far
+        assert schedule._draws(n) == draws.tolist()
+    assert sum(schedule._draws(10**12)) == 10**12  # exact, however far
 
 
 def test_default_weights_visit_every_row_once_an_epoch():
-    plan = BatchSchedule([40, 16, 8], None, (1,), batch_size=8, seed=5)
+    schedule = BatchSchedule([40, 16, 8], None, (1,), batch_size=8, seed=5)
     for epoch in range(3):
-        assert set(visits(plan, range(8 * epoch, 8 * epoch + 8)).values()) == {1}
-        assert len(visits(plan, range(8 * epoch, 8 * epoch + 8))) == 64
-    assert visits(plan, range(4)) != visits(plan, range(8, 12))  # another order in the next epoch
+        assert set(visits(schedule, range(8 * epoch, 8 * epoch + 8)).values()) == {1}
+        assert len(visits(schedule, range(8 * epoch, 8 * epoch + 8))) == 64
+    # Another order in the next epoch.
+    assert visits(schedule, range(4)) != visits(schedule, range(8, 12))
 
 
 def test_no_hidden_state():
-    want = {step: some_plan()(step) for step in range(60)}  # a fresh plan each
-    used = some_plan()
+    want = {step: some_schedule()(step) for step in range(60)}  # a fresh schedule each
+    used = some_schedule()
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(60), 3))
     for step in order:
         used(step, attempt=step % 3)
         assert used(step) == want[step]
     used(3)[1].append("changed by the caller")
-    assert used(3) == some_plan()(3)
+    assert used(3) == some_schedule()(3)
     with ThreadPoolExecutor(8) as pool:
-        fresh = pickle.loads(pickle.dumps(some_plan()))
-        assert list(pool.map(fresh, order)) == [some_plan()(step) for step in order]
-    assert [some_plan(seed=8)(s) for s in range(8)] != [some_plan()(s) for s in range(8)]
+        fresh = pickle.loads(pickle.dumps(some_schedule()))
+        assert list(pool.map(fresh, order)) == [some_schedule()(step) for step in order]
+    assert [some_schedule(seed=8)(s) for s in range(8)] != [some_schedule()(s) for s in range(8)]
 
 
 def test_hosts_share_the_batch_and_the_bucket():
-    one = [some_plan()(step) for step in range(30)]
+    one = [some_schedule()(step) for step in range(30)]
     for hosts in (1, 2, 3, 4):
-        plans = [some_plan() for _ in range(hosts)]
+        schedules = [some_schedule() for _ in range(hosts)]
         for step in range(17, 30):  # resumed at 17, on another number of hosts
-            got = [plan(step) for plan in plans]
+            got = [schedule(step) for schedule in schedules]
             parts = [rows[p::hosts] for p, (_, rows) in enumerate(got)]
             assert {bucket for bucket, _ in got} == {one[step][0]}
             assert Counter(sum(parts, [])) == Counter(one[step][1])
@@ -980,37 +981,39 @@ def test_hosts_share_the_batch_and_the_bucket():
 
 
 def test_buckets_hold_their_rows_and_seldom_mix():
-    plan, lengths = some_plan(), [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
+    schedule = some_schedule()
+    lengths = [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
     for chunk in range(10):
         mixed = 0
         for step in range(8 * chunk, 8 * chunk + 8):
-            bucket, rows = plan(step)
+            bucket, rows = schedule(step)
             inside = {lengths[s][r] for s, r in rows}
             assert max(inside) == bucket and min(inside) >= 0
             mixed += len(inside) > 1
         assert mixed <= 2  # one batch at each border between buckets
-    assert len({bucket for bucket, _ in map(plan, range(8))}) == 3
-    order = [bucket for bucket, _ in map(plan, range(8))]
+    assert len({bucket for bucket, _ in map(schedule, range(8))}) == 3
+    order = [bucket for bucket, _ in map(schedule, range(8))]
     assert order != sorted(order)  # not from short to long
 
 
 def test_sources_by_count_go_to_the_largest_bucket():
-    plan = BatchSchedule([6, [0] * 6], None, (8, 16), batch_size=3, seed=0)
+    schedule = BatchSchedule([6, [0] * 6], None, (8, 16), batch_size=3, seed=0)
     for step in range(20):
-        bucket, rows = plan(step)
+        bucket, rows = schedule(step)
         assert bucket == (1 if any(s == 0 for s, _ in rows) else 0)
 
 
 def test_attempts():
-    plan, lengths = some_plan(), [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
+    schedule = some_schedule()
+    lengths = [buckets_of(1, 70, 3), buckets_of(2, 45, 3), buckets_of(3, 20, 3)]
     sources = Counter()
     for step in range(100):
-        bucket, planned = plan(step)
-        retries = [plan(step, attempt) for attempt in (1, 2, 3)]
-        assert retries == [some_plan()(step, attempt) for attempt in (1, 2, 3)]
+        bucket, scheduled = schedule(step)
+        retries = [schedule(step, attempt) for attempt in (1, 2, 3)]
+        assert retries == [some_schedule()(step, attempt) for attempt in (1, 2, 3)]
         assert len({tuple(rows) for _, rows in retries}) == 3
         for b, rows in retries:
-            assert b == bucket and len(set(rows)) == 4 and not set(rows) & set(planned)
+            assert b == bucket and len(set(rows)) == 4 and not set(rows) & set(scheduled)
             assert all(0 <= lengths[s][r] <= bucket for s, r in rows)
             sources.update(s for s, _ in rows)
     for s, weight in enumerate([5, 3.3, 1]):
@@ -1022,15 +1025,15 @@ def test_attempts():
 
 
 def test_chunks_are_at_most_an_epoch():
-    plan = BatchSchedule([[0, 1] * 8], None, (8, 16), batch_size=4, seed=0, chunk=64)
+    schedule = BatchSchedule([[0, 1] * 8], None, (8, 16), batch_size=4, seed=0, chunk=64)
     for epoch in range(5):
-        assert set(visits(plan, range(4 * epoch, 4 * epoch + 4)).values()) == {1}
+        assert set(visits(schedule, range(4 * epoch, 4 * epoch + 4)).values()) == {1}
 
 
 def test_batches_larger_than_everything_wrap_around():
-    plan = BatchSchedule([3, [0, -1]], None, (1,), batch_size=11, seed=0)
-    assert Counter(plan(0)[1]) == Counter(plan(0)[1])
-    count = visits(plan, range(4))
+    schedule = BatchSchedule([3, [0, -1]], None, (1,), batch_size=11, seed=0)
+    assert Counter(schedule(0)[1]) == Counter(schedule(0)[1])
+    count = visits(schedule, range(4))
     assert sum(count.values()) == 44 and set(count.values()) == {11} and (1, 1) not in count
 
 
@@ -1058,15 +1061,15 @@ def test_batches_larger_than_everything_wrap_around():
         ({"seed": -1}, "seed must be"),
     ],
 )
-def test_plans_that_are_none(changes, message):
+def test_schedules_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
-        some_plan(**changes)
+        some_schedule(**changes)
 
 
 def test_negative_steps():
     for call in ((-1,), (0, -1)):
         with pytest.raises(ValueError, match="must be >= 0"):
-            some_plan()(*call)
+            some_schedule()(*call)
 
 
 PINNED = [
