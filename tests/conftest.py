@@ -35,10 +35,11 @@ def goldens(pytestconfig) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def room_for_programs():
-    """Each program that XLA compiled holds some of the 65,530 memory mappings that Linux gives a
-    process; without one more the compiler crashes. Between modules all are dropped when many are
-    held.
+def free_compiled_programs():
+    """Frees compiled programs between modules, when the process holds many.
+
+    Each program that XLA compiles takes some of the 65,530 memory mappings that Linux gives a
+    process. Without a free one the compiler crashes.
     """
     yield
     import gc

@@ -79,8 +79,8 @@ class Source:
             return schema.from_features(self._records[index])
         except Exception as error:  # TFDS and protobuf raise many types
             raise ValueError(
-                f"{self.directory}, example {index} of {self.split}: it cannot be read ({error}): its "
-                "file, or features.json, is damaged; delete the folder and run "
+                f"{self.directory}, example {index} of {self.split}: it cannot be read ({error}): "
+                "its file, or features.json, is damaged; delete the folder and run "
                 f"`{schema.PREPARE_COMMAND}` again"
             ) from error
 

@@ -1,4 +1,4 @@
-"""What all commands share: output to a terminal of any encoding, and checks of the values of flags."""
+"""What all commands share: output to a terminal of any encoding, and checks of flag values."""
 
 import argparse
 import os
@@ -94,6 +94,6 @@ def check_precision() -> None:
     """Raises ValueError if JAX would compute in 64 bits. Commands that compute call this first."""
     if jax.config.jax_enable_x64:
         raise ValueError(
-            "JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and do "
-            "not compile with 64: unset JAX_ENABLE_X64, or set it to 0"
+            "JAX_ENABLE_X64 is set, but the programs of opsd_jax compute in 32 bits and less and "
+            "do not compile with 64: unset JAX_ENABLE_X64, or set it to 0"
         )

@@ -43,21 +43,22 @@ def check(name: str, path: str | os.PathLike, *, orbax: bool = False) -> None:
         )
     if path[0] == "~":
         raise ValueError(
-            f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the whole "
-            "path"
+            f"{shown} starts with ~, which shells do not expand after a =: write $HOME, or the "
+            "whole path"
         )
     place = os.path.realpath(path)  # the folder above counts as well, and where a link leads
     root, _, rest = place.lstrip("/").partition("/")
     if root in _REMOTE_ROOTS:
         raise ValueError(
-            f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the bucket "
-            "at another place"
+            f"{shown}: Orbax and TFDS take {place} for the address {root}://{rest}: mount the "
+            "bucket at another place"
         )
     if orbax and (found := sorted(set(place) & set(_GLOB))):
         whole = "" if place == path else f" (which is {place})"
         raise ValueError(
             f"{shown}{whole} holds {' '.join(found)}: checkpoints written to such a path cannot be "
-            f"read again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without them"
+            f"read again, because Orbax takes {' '.join(_GLOB)} for patterns. Use a path without "
+            "them"
         )
 
 

@@ -35,7 +35,7 @@ def plan(
     hbm: float = 0,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """The whole report, as --out writes it: topology, mesh, parameters by group, a bill per program.
+    """The report that --out writes: topology, mesh, parameters by group, one bill per program.
 
     Args:
       stage: of the config; "" for opsd if it has one, else its first.
