@@ -24,7 +24,6 @@ CODE = [
 READS_FLAGS = {"opsd_jax.inputs.cli", "opsd_jax.run.cli"}
 # Exceptions, to be removed with the code that needs them.
 PRIVATE_NAMES = {
-    ("opsd_jax.offline", "opsd_jax.distill._accumulate"),
     ("opsd_jax.model.latent", "opsd_jax.model.mot._matrix"),
     ("opsd_jax.model.siglip", "opsd_jax.model.mot._matrix"),
 }
