@@ -29,6 +29,7 @@ from opsd_jax.release import bagel_keys, folders, memory, safetensors_io
 from opsd_jax.runtime import checkpoint
 from opsd_jax.runtime import progress as progress_lib
 
+Sharding = jax.sharding.NamedSharding | jax.sharding.SingleDeviceSharding
 _MOST_FAULTS = 1000  # tensors that an error lists
 
 
@@ -157,8 +158,7 @@ def plan(
             "there is model.safetensors and ema.safetensors; the weights of model.safetensors are "
             "read"
         )
-    embedding = tensors.get(bagel_keys.key("llm/embed").template)
-    default = dtype or safetensors_io.DTYPES.get(embedding and embedding.dtype)
+    default = dtype or _dtype_of(tensors.get(bagel_keys.key("llm/embed").template))
     parameters = []
     for path, leaf in abstract_params(config).items():
         found = _find_tensors(path, leaf.shape, files, findings)
@@ -249,6 +249,11 @@ def _find_tensors(
     return found
 
 
+def _dtype_of(tensor: safetensors_io.Tensor | None) -> np.dtype | None:
+    """None for no tensor, or one of a dtype that parameters do not have."""
+    return None if tensor is None else safetensors_io.DTYPES.get(tensor.dtype)
+
+
 def _find_surplus(file: _File, generation: bool, findings: _Findings) -> None:
     """A fault for each tensor that no parameter uses.
 
@@ -281,14 +286,15 @@ def _read_onto_devices(
     layout: str,
 ) -> dict[str, Any]:
     """Reads the planned parameters; ValueError, which names them, for NaN or infinite weights."""
-    began, reader, flat = time.monotonic(), _Reader(), {}
+    began, flat = time.monotonic(), {}
     total = sum(len(parameter.tensors) for parameter in parameters)
     with progress_lib.Progress(
         total, "tensors", "read", primary=jax.process_index() == 0
     ) as progress:
+        reader = _Reader(progress)
         for parameter in parameters:
             where = _sharding(parameter, mesh, layout)
-            flat[parameter.path] = _fill(parameter, where, reader, progress)
+            flat[parameter.path] = _read_parameter(parameter, where, reader)
     if reader.non_finite:
         raise ValueError(
             f"{directory} holds NaN or infinite weights: a damaged file, or its training diverged:"
@@ -309,11 +315,12 @@ def _read_onto_devices(
 
 @dataclasses.dataclass
 class _Reader:
-    """Reads tensors onto devices, and counts.
+    """Reads tensors onto devices, counts them and shows the progress.
 
-    tensors, bytes: read so far. non_finite: a sentence for each tensor with NaN or infinities.
+    tensors, bytes: number of those read so far. non_finite: a sentence for each tensor with NaN or infinities.
     """
 
+    progress: progress_lib.Progress
     tensors: int = 0
     bytes: int = 0
     non_finite: list[str] = dataclasses.field(default_factory=list)
@@ -323,7 +330,7 @@ class _Reader:
         name: str,
         tensor: safetensors_io.Tensor,
         key: bagel_keys.Key,
-        where: jax.sharding.Sharding,
+        where: Sharding,
     ) -> jax.Array:
         """A tensor with our axes (of one layer) on the devices, in the file's dtype."""
         slices, finite = {}, True
@@ -343,45 +350,38 @@ class _Reader:
         self.bytes += sum(piece.nbytes for piece in slices.values())
         if not finite:
             self.non_finite.append(f"non-finite {name} in {tensor.file}")
+        self.progress.update(self.tensors, size=memory.format_bytes(self.bytes))
         return array
 
 
-def _fill(
-    parameter: PlannedParameter,
-    where: jax.sharding.Sharding,
-    reader: _Reader,
-    progress: progress_lib.Progress,
-) -> jax.Array:
-    """The parameter on its devices, in its dtype."""
+def _read_parameter(parameter: PlannedParameter, where: Sharding, reader: _Reader) -> jax.Array:
+    """The parameter on its devices, in its dtype.
+
+    Waiting bounds the memory: no second tensor is read before the one before it is gone.
+    """
+    key, dtype = parameter.key, parameter.dtype
     if parameter.table is not None:
-        table = parameter.table.astype(parameter.dtype)
+        table = parameter.table.astype(dtype)
         return jax.make_array_from_callback(parameter.shape, where, table.__getitem__)
-    key, array = parameter.key, None
-    if key.stacked:
-        array = _zeros(parameter.shape, parameter.dtype, where)()
-        tensor_sharding = _layer_sharding(where)
-    else:
-        tensor_sharding = where
+    if not key.stacked:
+        (tensor,) = parameter.tensors
+        array = reader.read(key.template, tensor, key, where).astype(dtype)
+        return array.block_until_ready()
+    array, layer_sharding = _zeros(parameter.shape, dtype, where)(), _layer_sharding(where)
     for n, (name, tensor) in enumerate(zip(key.names(parameter.shape), parameter.tensors)):
-        piece = reader.read(name, tensor, key, tensor_sharding)
-        if key.stacked:
-            array = _put_layer(where)(array, piece, n)
-        else:
-            array = piece.astype(parameter.dtype)
-        # waiting bounds the memory: no second tensor is read before this one is gone
-        array.block_until_ready()
-        del piece
-        progress.update(reader.tensors, size=memory.format_bytes(reader.bytes))
+        layer = reader.read(name, tensor, key, layer_sharding)
+        array = _put_layer(where)(array, layer, n).block_until_ready()
+        del layer
     return array
 
 
-def _sharding(parameter: PlannedParameter, mesh, layout: str) -> jax.sharding.Sharding:
+def _sharding(parameter: PlannedParameter, mesh: jax.sharding.Mesh | None, layout: str) -> Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return sharding.parameter(mesh, parameter.path, parameter.shape, layout)
 
 
-def _layer_sharding(where: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def _layer_sharding(where: Sharding) -> Sharding:
     """Sharding of one layer of a stacked parameter."""
     if isinstance(where, jax.sharding.SingleDeviceSharding):
         return where
