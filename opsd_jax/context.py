@@ -187,7 +187,7 @@ class Context:
         return self.positions.shape[1]
 
 
-class TooLong(ValueError):
+class TooLongError(ValueError):
     """A row that does not fit its bucket."""
 
 
@@ -211,7 +211,7 @@ def pack(
       latents, latent_dim, latent_side: static sizes G and C, and the side of the latents' position table; 0 where
         nothing is drawn.
     Raises:
-      TooLong: a row needs more slots, patches or latents than the bucket has. Nothing is truncated.
+      TooLongError: a row needs more slots, patches or latents than the bucket has. Nothing is truncated.
     """
     image_blocks = [b for row in rows for b in row if isinstance(b, Image)]
     if latents and not (latent_dim and latent_side):
@@ -237,7 +237,7 @@ def pack(
             what = " and ".join(
                 f"{n} {name}" for n, name in zip(needs, ("slots", "patches", "latents")) if n
             )
-            raise TooLong(
+            raise TooLongError(
                 f"row {names[r] if names else r} needs {what}, its bucket has {slots} and {patches}"
                 f"{f' and {latents}' if latents or needs[2] else ''}: enlarge data.buckets, lower the image size, or leave "
                 "the row out"
@@ -405,7 +405,7 @@ class Supervised:
 def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervised:
     """Packs rows of blocks; blocks with `loss` give the targets: bos predicts the first id, the last id eos.
 
-    `targets`: static number R of target rows. `sizes`: see `pack`. TooLong as there.
+    `targets`: static number R of target rows. `sizes`: see `pack`. TooLongError as there.
     """
     packed = pack(rows, tokenizer=tokenizer, names=names, **sizes)
     at, labels = np.zeros((len(rows), targets), np.int32), np.zeros((len(rows), targets), np.int32)
@@ -416,7 +416,7 @@ def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervis
             if isinstance(block, Text) and block.loss:
                 new = slice(done, done + len(block.ids) + 1)
                 if new.stop > targets:
-                    raise TooLong(
+                    raise TooLongError(
                         f"row {names[r] if names else r} has more than {targets} target tokens: enlarge "
                         "the bucket's `targets` or leave the row out"
                     )

@@ -212,7 +212,7 @@ def over_chunks(function, heads, arrays, chunk: int):
             lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out
         )
 
-    return sharding.by_rows(loop, heads, *arrays)
+    return sharding.shard_map_batch(loop, heads, *arrays)
 
 
 def project(hidden, head):

@@ -105,7 +105,7 @@ def _run(args):
             )
         try:
             images.open_rgb(path)
-        except images.UnreadableImage as error:
+        except images.UnreadableImageError as error:
             raise ValueError(f"--image={path}: {error}") from error
     model = model_lib.load(
         args.checkpoint,

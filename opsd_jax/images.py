@@ -19,7 +19,7 @@ from opsd_jax.inputs import checks
 LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, where Pillow begins to warn
 
 
-class UnreadableImage(ValueError):
+class UnreadableImageError(ValueError):
     """No picture comes out of this: bytes that Pillow cannot decode, too many pixels, an array of another kind."""
 
 
@@ -89,7 +89,7 @@ def open_rgb(data, *, transparency: str = "white"):
     As officially, the EXIF orientation is ignored, of an animation the first frame counts, and of 16-bit RGB the high
     bytes. Grey values of more than 8 bits are refused: Pillow would clip them all to white.
 
-    Raises UnreadableImage, with the path where there is one; ValueError for another `transparency`.
+    Raises UnreadableImageError, with the path where there is one; ValueError for another `transparency`.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -97,7 +97,7 @@ def open_rgb(data, *, transparency: str = "white"):
         raise ValueError(f"transparency is {transparency!r}: choose 'white' or 'drop'")
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] != 3 or not data.size:
-            raise UnreadableImage(
+            raise UnreadableImageError(
                 f"a picture as an array is uint8 [height, width, 3], not {data.dtype} "
                 f"{list(data.shape)}: convert it to 8-bit RGB"
             )
@@ -110,7 +110,7 @@ def open_rgb(data, *, transparency: str = "white"):
     elif isinstance(data, (str, os.PathLike)):
         name = source = os.fspath(data)
     else:
-        raise UnreadableImage(
+        raise UnreadableImageError(
             f"a picture is encoded bytes, a path or an array, not {type(data).__name__}: "
             "replace it or leave the row out"
         )
@@ -130,13 +130,13 @@ def open_rgb(data, *, transparency: str = "white"):
             return canvas
         return image if image.mode == "RGB" else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UnreadableImage(
+        raise UnreadableImageError(
             f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels"
         ) from e
     except Exception as e:  # what a decoder raises on damaged bytes is anything
         known = not isinstance(e, UnidentifiedImageError)
         reason = f"{type(e).__name__}: {e}" if known else "no picture format that Pillow knows"
-        raise UnreadableImage(
+        raise UnreadableImageError(
             f"cannot decode {name} ({reason}): replace it or leave the row out"
         ) from e
 

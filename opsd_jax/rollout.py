@@ -89,7 +89,7 @@ def relayout_program(mesh, params, dtype: str):
     Args:
       params: arrays or ShapeDtypeStructs, laid out as the arguments of the returned function will be.
     """
-    program = sharding.move(
+    program = sharding.relayout_program(
         mesh,
         params_lib.understanding(params),
         "rollout",

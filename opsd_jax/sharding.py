@@ -1,11 +1,11 @@
-"""The mesh and the two layouts of the parameters. No mesh axis is named in any other file.
+"""The mesh and the two layouts of the parameters. No other module names a mesh axis.
 
-Mesh axes: `data` (copies of the model; the only one that may cross slices), `fsdp` (parameters and batch are cut
-along it), `tensor` (heads, mlp and vocabulary are cut along it).
+Mesh axes: `data` (copies of the model; the only axis that may span TPU slices), `fsdp` (parameters and
+batch are divided along it), `tensor` (heads, mlp and vocabulary are divided along it).
 
-  train layout     parameters cut along fsdp and tensor; gathered layer by layer when used
-  rollout layout   parameters cut along tensor only: decoding with fsdp-cut weights would gather each layer's
-                   weights again for every token
+  train layout     parameters divided along fsdp and tensor, gathered layer by layer when used
+  rollout layout   parameters divided along tensor only: with weights divided along fsdp, decoding would
+                   gather each layer's weights again for every token
 """
 
 import contextlib
@@ -39,10 +39,10 @@ LAYOUTS = {"train": _TRAIN, "rollout": _ROLLOUT}
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one size may be -1 (whatever is left).
+    """A mesh over all devices; one size may be -1 (all that are left).
 
-    On TPUs neighbours in the mesh are neighbours in the torus, and of several slices `data` alone goes across, over the
-    data-centre network. ValueError if the sizes do not fit.
+    On TPUs, neighbours in the mesh are neighbours in the torus, and of several slices only `data` spans
+    the data-centre network. Raises ValueError if the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -82,12 +82,12 @@ def batch_divisor(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the batch."""
+    """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(_BATCH))
 
 
@@ -100,9 +100,12 @@ def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedShard
     return NamedSharding(mesh, P(*spec))
 
 
-def tree(mesh: Mesh, abstract, layout: str = "train"):
-    """Shardings of any pytree of arrays: a leaf whose path ends like a parameter's is cut like it (so Adam
-    moments and EMA follow their parameter), everything else is replicated."""
+def tree_shardings(mesh: Mesh, abstract, layout: str = "train"):
+    """Shardings of any pytree of arrays.
+
+    A leaf whose path ends like a parameter's is divided like it (so Adam's moments and the EMA follow
+    their parameter); everything else is replicated.
+    """
 
     def leaf(path, x):
         names = [str(key.key) for key in path if hasattr(key, "key")]
@@ -116,17 +119,20 @@ def tree(mesh: Mesh, abstract, layout: str = "train"):
 
 
 def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
-    """ShapeDtypeStructs with shardings, what restoring a checkpoint asks for."""
+    """ShapeDtypeStructs with shardings, as needed to restore a checkpoint."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree_of_shapes,
-        tree(mesh, tree_of_shapes, layout),
+        tree_shardings(mesh, tree_of_shapes, layout),
     )
 
 
-def known(mesh: Mesh | None):
-    """A context in which programs are traced that ask for their mesh: `rows` does, and the kernel of `model.attention`
-    "flash", which XLA cannot cut over several devices by itself. Where arrays go does not change. None: no mesh."""
+def mesh_context(mesh: Mesh | None):
+    """A context manager that makes the mesh known to programs traced inside it.
+
+    `constrain_batch` and `shard_map_batch` need it, and so does the "flash" attention kernel, which XLA
+    cannot divide over devices by itself. It does not change where arrays are placed. None: no mesh.
+    """
     return (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
         if mesh is not None
@@ -135,8 +141,9 @@ def known(mesh: Mesh | None):
 
 
 class on_mesh:
-    """Decorates a jitted function: called and traced inside `known`, with the mesh that its first argument, a tree of
-    arrays or ShapeDtypeStructs, lies on. Inside another program that one's context holds."""
+    """Decorates a jitted function: it is called and traced inside `mesh_context`, with the mesh of its
+    first argument, a tree of arrays or ShapeDtypeStructs. Under an outer trace, the outer context applies.
+    """
 
     def __init__(self, jitted):
         functools.update_wrapper(self, jitted)
@@ -160,7 +167,7 @@ class on_mesh:
         return (
             contextlib.nullcontext()
             if traced
-            else known(getattr(getattr(leaf, "sharding", None), "mesh", None))
+            else mesh_context(getattr(getattr(leaf, "sharding", None), "mesh", None))
         )
 
 
@@ -184,29 +191,32 @@ def _update_program(step, config, structure, leaves):
     mesh = getattr(leaves[0], "mesh", None)  # None on a single device
 
     def under_mesh(*arguments):
-        with known(mesh):
+        with mesh_context(mesh):
             return step(*arguments, config=config)
 
     return jax.jit(under_mesh, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def rows(x):
-    """x [B, ...] held to the layout of a batch where a program is traced inside `known`; x itself elsewhere, and where
-    the devices do not divide B. Without this the compiler may gather the rows of all devices instead of a layer's
-    weights."""
+def constrain_batch(x):
+    """x [B, ...] constrained to the layout of a batch, under `mesh_context`.
+
+    Returns x itself without a mesh, and where the devices do not divide B. Without the constraint the
+    compiler may gather the batch entries of all devices instead of a layer's weights.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % batch_divisor(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, P(_BATCH))
 
 
-def by_rows(function, whole, *rows):
-    """function(whole, *rows) -> tree of [B, ...], each device at its own rows, exchanging nothing in between.
+def shard_map_batch(function, whole, *rows):
+    """function(whole, *rows) -> tree of [B, ...], computed by each device on its own batch entries.
 
-    For loops over pieces of a row: `whole`, a tree of arrays without a batch, is gathered once before and its gradient
-    summed up once after. Left to itself the compiler does both in each turn of the loop, or gathers the rows of all
-    devices. Along `tensor` arrays are cut as the compiler likes. The plain call where nothing is `known` of the mesh, and
-    where the devices do not divide B.
+    For loops over parts of a sequence: `whole`, a tree of arrays without a batch axis, is gathered once
+    before the loop, and its gradient is reduced once after it. Otherwise XLA may do both in every
+    iteration, or gather the batch entries of all devices. Along `tensor`, arrays are divided as the
+    compiler chooses. Falls back to a plain call without a mesh (`mesh_context`), and where the devices
+    do not divide B.
 
     Args:
       rows: trees of arrays [B, ...].
@@ -223,13 +233,13 @@ def by_rows(function, whole, *rows):
     )(whole, *rows)
 
 
-def local_rows(mesh: Mesh, size: int) -> list[int]:
-    """Which rows of a batch of `size` this process's devices hold, ascending: what `put_batch` wants of it.
+def local_batch_indices(mesh: Mesh, size: int) -> list[int]:
+    """Batch entries that this process's devices hold, in ascending order; `put_batch` takes these.
 
-        mesh 4 x 2 of two processes, size 8      devices   0 0 | 0 0 | 1 1 | 1 1     process 0: rows 0 1 2 3
-        mesh 2 x 4, `tensor` across processes    devices   0 0 1 1 | 0 0 1 1         both: all rows
+        mesh 4 x 2 of two processes, size 8      devices   0 0 | 0 0 | 1 1 | 1 1     process 0: entries 0 1 2 3
+        mesh 2 x 4, `tensor` across processes    devices   0 0 1 1 | 0 0 1 1         both: all entries
 
-    ValueError where the batch shards of the mesh do not divide `size`.
+    Raises ValueError where the batch shards of the mesh do not divide `size`.
     """
     shards = batch_divisor(mesh)
     if size % shards:
@@ -242,10 +252,10 @@ def local_rows(mesh: Mesh, size: int) -> list[int]:
 
 
 def put_batch(mesh: Mesh, host_batch):
-    """This process's rows of the global batch (see `local_rows`) -> global arrays on the mesh."""
+    """This process's entries of the global batch (see `local_batch_indices`) -> global arrays."""
     sharding, shards = batch(mesh), batch_divisor(mesh)
     # with one row a shard, as many rows as this process holds shards
-    factor = shards // len(local_rows(mesh, shards))
+    factor = shards // len(local_batch_indices(mesh, shards))
 
     def put(x):
         x = np.asarray(x)
@@ -256,26 +266,27 @@ def put_batch(mesh: Mesh, host_batch):
     return jax.tree.map(put, host_batch)
 
 
-def fetch(tree):
+def gather_to_host(tree):
     """Global arrays -> NumPy arrays of the whole batch, on every process, in the order of the mesh."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def move(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
-    """A function that casts a tree of arrays and lays it out: leaves that stay what and where they are go through
-    untouched, all others in one compiled program.
+def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
+    """A function that casts a tree of arrays and moves it to a layout.
 
-    One program, because processes that start a transfer for each leaf may start them in different orders, and wait for
-    each other for ever.
+    Leaves whose dtype and sharding do not change are returned as they are; all others are moved in one
+    compiled program. One program, because processes that start one transfer per leaf may start them in
+    different orders and then wait for each other forever.
 
     Args:
-      abstract: the tree, arrays or ShapeDtypeStructs with shardings. cast: pytree -> pytree of the same structure.
+      abstract: the tree, as arrays or ShapeDtypeStructs with shardings.
+      cast: pytree -> pytree of the same structure.
     """
     leaves, structure = jax.tree.flatten(abstract)
     wanted = jax.tree.leaves(jax.eval_shape(cast, abstract))
-    places = jax.tree.leaves(tree(mesh, abstract, layout))
+    places = jax.tree.leaves(tree_shardings(mesh, abstract, layout))
     moved = [
         n
         for n, (x, y, place) in enumerate(zip(leaves, wanted, places))

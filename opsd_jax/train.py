@@ -244,7 +244,7 @@ def train_stage(
         stage,
         rows,
         run.packer,
-        share=sharding.local_rows(run.mesh, config[stage].batch_size),
+        share=sharding.local_batch_indices(run.mesh, config[stage].batch_size),
     )
     evaluation, evaluates = evaluation_lib.Evaluation(run, stage, stop), stage != "autoencoder"
 
@@ -272,7 +272,7 @@ def train_stage(
             state = checkpoints.restore(done, sharding.abstract(run.mesh, abstract))
         start = done
     else:
-        shardings = sharding.tree(run.mesh, jax.eval_shape(make_state, params))
+        shardings = sharding.tree_shardings(run.mesh, jax.eval_shape(make_state, params))
         state = jax.jit(make_state, out_shardings=shardings)(params)
         start = first
         # where arms, the KL and diagnostics start from

@@ -42,10 +42,10 @@ class Batches:
           workdir: folder of the run, where the index of buckets is kept.
           stage: one of config.STAGES.
           examples: those of the train split.
-          share: see `sharding.local_rows`; None for the whole batch.
+          share: see `sharding.local_batch_indices`; None for the whole batch.
         Raises:
           ValueError: visual thoughts are to be swapped, and a task has a single example.
-          TooLong: an example fits no bucket, see `bucket_index`.
+          TooLongError: an example fits no bucket, see `bucket_index`.
         """
         self.examples, self.packer = examples, packer
         self._stage, self._seed = stage, config.seed

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsd_jax.context import TooLong
+from opsd_jax.context import TooLongError
 from opsd_jax.data.examples import Examples
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import json_files
@@ -30,7 +30,7 @@ def bucket_index(
     With config.data.on_too_long = "skip", examples that fit no bucket have -1, and
     <workdir>/too_long.json holds their pids.
 
-    Raises TooLong, with the pids of the first ones, if examples fit no bucket and are not skipped.
+    Raises TooLongError, with the pids of the first ones, if examples fit no bucket and are not skipped.
     """
     task, size = examples.tasks[source], len(examples.sources[source])
     mode, primary = config.teacher.visual_thoughts, jax.process_index() == 0
@@ -47,7 +47,7 @@ def bucket_index(
             index = np.fromiter(pool.map(bucket_of, range(size)), np.int32, size)
     left_out = [examples.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
     if left_out and config.data.on_too_long == "fail":
-        raise TooLong(
+        raise TooLongError(
             f"{len(left_out)} examples of {task} fit no bucket, first {left_out[:5]}: enlarge "
             "config.data.buckets, or set config.data.on_too_long=skip, which names them in "
             "too_long.json"

@@ -60,7 +60,7 @@ class Preprocessor:
     vae_resize: images.Resize | None = None
 
     def __call__(self, example: Example) -> PreparedExample:
-        """Raises images.UnreadableImage, with the example's pid."""
+        """Raises images.UnreadableImageError, with the example's pid."""
         question = self.tokenizer.encode(example.question)
         if self.suffix:
             question = np.concatenate([question, self.tokenizer.encode(self.suffix)])
@@ -69,8 +69,8 @@ class Preprocessor:
                 images.open_rgb(data, transparency=self.transparency)
                 for data in (example.problem_image, *example.visual_thoughts)
             ]
-        except images.UnreadableImage as error:
-            raise images.UnreadableImage(f"example {example.pid}: {error}") from error
+        except images.UnreadableImageError as error:
+            raise images.UnreadableImageError(f"example {example.pid}: {error}") from error
         problem, *thoughts = map(self._patches, shown)
         pixels = ()
         if self.vae_resize:
@@ -154,7 +154,7 @@ class Examples:
         return [shards.digest(source.directory) for source in self.sources]
 
     def __call__(self, source: int, index: int) -> PreparedExample:
-        """The example of an index in a source. Raises images.UnreadableImage."""
+        """The example of an index in a source. Raises images.UnreadableImageError."""
         key = source, index
         with self._lock:
             if key in self._cache:

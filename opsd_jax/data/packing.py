@@ -26,7 +26,7 @@ Block = Text | Image | Latent
 class Packer:
     """Packs examples into contexts, in the same way for training, evaluation and diagnosis.
 
-    A bucket is given by its index; -1 is the largest. Packing raises context.TooLong, with the
+    A bucket is given by its index; -1 is the largest. Packing raises context.TooLongError, with the
     example's pid, if an example does not fit: nothing is truncated.
 
     Attributes:
@@ -201,7 +201,7 @@ class Packer:
             shown = example.pixels if example else ()
             if len(shown) > count or any(x.shape[0] > height or x.shape[1] > width for x in shown):
                 found = ", ".join(f"{x.shape[0]}x{x.shape[1]}" for x in shown)
-                raise context_lib.TooLong(
+                raise context_lib.TooLongError(
                     f"example {example.example.pid} has images of {found} pixels, its bucket "
                     f"{count} of {height}x{width}: enlarge data.buckets.drawn, or leave the "
                     "example out"
@@ -223,7 +223,7 @@ class Packer:
         for b, example in enumerate(examples):
             ids = self.reference(example)
             if len(ids) > width:
-                raise context_lib.TooLong(
+                raise context_lib.TooLongError(
                     f"the text trace of example {example.example.pid} has {len(ids)} tokens, the "
                     f"largest of config.data.buckets.trace has space for {width}: enlarge it, or "
                     "set config.eval.kl to False"

@@ -213,7 +213,7 @@ def _image_fault(value: Any) -> str | None:
         return f"holds no bytes (path: {value.get('path')!r}); embed the images in the parquet file"
     try:
         images.open_rgb(value["bytes"])  # the function that training opens it with
-    except images.UnreadableImage as error:
+    except images.UnreadableImageError as error:
         return f"cannot be decoded: {error}"
     return None
 

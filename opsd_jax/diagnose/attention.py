@@ -155,7 +155,7 @@ def shares_by_row(
         shares = attention_shares(
             params, context, tokens, queries, keys, config=config, scaled=scaled
         )
-        shares, index = sharding.fetch((shares, index))
+        shares, index = sharding.gather_to_host((shares, index))
         found[run.tasks[source]] |= zip(index.tolist(), shares)
     return {task: np.stack([rows[n] for n in sorted(rows)]) for task, rows in found.items()}
 

@@ -76,7 +76,7 @@ def divergences(
         for name, student in (("before", before), ("after", after)):
             if student is not None:
                 found[name] = arrays["kl"](teacher, student)
-        found = sharding.fetch(found)
+        found = sharding.gather_to_host(found)
         for b, n in enumerate(found["index"].tolist()):
             mask = found["mask"][b]
             record = {

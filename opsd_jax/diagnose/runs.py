@@ -185,7 +185,7 @@ def sampling(run, **changes):
 
 def batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
-    mine = sharding.local_rows(run.mesh, run.batch_size)
+    mine = sharding.local_batch_indices(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
         for numbers in contexts.batches(run.numbers(source), run.batch_size):
             run.before_batch()

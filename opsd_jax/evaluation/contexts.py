@@ -67,7 +67,7 @@ def _blocks_of(rows, packer, source: int, n: int, mode: str):
 def check_fit(
     rows, packer, task_names, modes, limit: int = 0, subset_seed: int = 0, traces: bool = False
 ) -> None:
-    """TooLong, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
+    """TooLongError, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
     for source, name in enumerate(task_names):
         numbers = chosen_numbers(rows, source, limit, subset_seed)
         rows.check_references(source, numbers)
@@ -77,7 +77,7 @@ def check_fit(
                 kind, blocks = _blocks_of(rows, packer, source, n, mode)
                 slots, patches, _ = context_lib.need(blocks)
                 if np.any(np.array([slots, patches]) > packer.buckets[kind][-1][:2]):
-                    raise context_lib.TooLong(
+                    raise context_lib.TooLongError(
                         f"row {row.example.pid} of {name}, to be evaluated in mode {mode}, needs {slots} slots and {patches} "
                         f"patches, the largest of config.data.buckets.{kind} has {packer.buckets[kind][-1][:2]}: enlarge it, or "
                         "change config.eval"
@@ -195,7 +195,7 @@ def timed_sample(params, packed, config):
 
 def read_predictions(found, placed, examples, tokenizer) -> dict:
     """{row number: prediction} of a sampled batch."""
-    found, placed = sharding.fetch((found, placed))
+    found, placed = sharding.gather_to_host((found, placed))
     predictions = {}
     for b, n in enumerate(placed.tolist()):
         ids, example = found.tokens[b][found.mask[b]], examples[n]
@@ -225,7 +225,9 @@ def chosen_numbers(rows, source: int, limit: int, subset_seed: int) -> list[int]
 
 def own_part(numbers: list, mesh) -> list:
     """The rows of a batch that this process packs."""
-    return [numbers[n] for n in sharding.local_rows(mesh, len(numbers))] if mesh else numbers
+    return (
+        [numbers[n] for n in sharding.local_batch_indices(mesh, len(numbers))] if mesh else numbers
+    )
 
 
 def put_on_mesh(mesh, host_batch):

@@ -45,7 +45,7 @@ def reference_kl(
             )
             completion = context_lib.completion(tokens, mask, **ends)
             kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
-            kl, counted, placed = sharding.fetch((kl, completion.mask, placed))
+            kl, counted, placed = sharding.gather_to_host((kl, completion.mask, placed))
             values |= zip(placed.tolist(), ((kl * counted).sum(1) / counted.sum(1)).tolist())
         found[name] = {"kl": float(np.mean(list(values.values()))), "n": len(values)}
     return found

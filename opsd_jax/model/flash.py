@@ -376,7 +376,7 @@ def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *
 
 
 def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
-    """A pass where the mesh of `sharding.known` has several devices: each computes its rows of the batch and its kv
+    """A pass where the mesh of `sharding.mesh_context` has several devices: each computes its rows of the batch and its kv
     heads, and nothing is exchanged. XLA cannot cut a kernel; without a mesh it says so when it compiles for several
     devices. What a mesh axis does not divide is computed whole."""
     function, inputs = (

@@ -125,7 +125,7 @@ class Block(nn.Module):
 
     def __call__(self, carry, rope, mask, offset, record=None):
         x, cache, layer = carry
-        x = sharding.rows(x)
+        x = sharding.constrain_batch(x)
         q, k, v = self._route("qkv", x)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         if cache is not None:
@@ -144,7 +144,7 @@ class Block(nn.Module):
         shares = (
             None if record is None else attention.shares(q, k, *record, self.config.query_block)
         )
-        return (sharding.rows(x), cache, layer + 1), shares
+        return (sharding.constrain_batch(x), cache, layer + 1), shares
 
 
 class Decoder(nn.Module):

@@ -54,7 +54,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         c = self.config
-        x = sharding.rows(x)
+        x = sharding.constrain_batch(x)
         y = self._norm(x, "norm1")
         q, k, v = (
             self._affine(y, name, c.hidden_size).reshape(*y.shape[:2], c.num_heads, -1)
@@ -64,7 +64,7 @@ class Layer(nn.Module):
             attention.attend(q, k, v, mask, self.query_block, self.kind), "o", c.hidden_size
         )
         y = gelu(self._affine(self._norm(x, "norm2"), "fc1", c.intermediate_size))
-        return sharding.rows(x + self._affine(y, "fc2", c.hidden_size)), None
+        return sharding.constrain_batch(x + self._affine(y, "fc2", c.hidden_size)), None
 
 
 class Encoder(nn.Module):

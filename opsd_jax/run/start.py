@@ -20,7 +20,7 @@ def initial_params(run: session.Session, done):
 
     config, model = run.config, config_lib.model(run.config)
     abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
-    shardings = sharding.tree(run.mesh, abstract)
+    shardings = sharding.tree_shardings(run.mesh, abstract)
     if done is not None or config.init_from:
         source = (
             os.path.join(run.workdir, "checkpoints", str(done))

@@ -214,7 +214,7 @@ def collect(
 def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     """{(row, pid): array of `record_type`} of a batch, on every process. numbers: row numbers, as many as a batch has;
     they may repeat."""
-    mine = [numbers[n] for n in sharding.local_rows(mesh, len(numbers))]
+    mine = [numbers[n] for n in sharding.local_batch_indices(mesh, len(numbers))]
     shown, top_k = [prepared[n] for n in mine], kept_entries(config)
     both = [packer.traces(shown, [layout] * len(shown), bucket) for layout in ("reference", "text")]
     teacher, student, placed = sharding.put_batch(mesh, (*both, np.asarray(mine, np.int32)))
@@ -226,7 +226,7 @@ def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
         top_k=top_k,
         chunk=config.divergence.chunk,
     )
-    log_probs, indices, weights, labels, mask, placed = sharding.fetch(
+    log_probs, indices, weights, labels, mask, placed = sharding.gather_to_host(
         (*values, student.labels, student.mask, placed)
     )
     found = {}

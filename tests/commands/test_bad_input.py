@@ -483,7 +483,7 @@ def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
     config = small_run.config()
     ((slots, patches, targets),) = config.data.buckets.trace
     refused(
-        context.TooLong,
+        context.TooLongError,
         tmp_path,
         "row chart-train-",
         f"its bucket has {slots - 9} and {patches}",
@@ -492,7 +492,7 @@ def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
         data__buckets__trace=((slots - 9, patches, targets),),
     )
     refused(
-        context.TooLong,
+        context.TooLongError,
         tmp_path,
         "row chart-train-",
         f"more than {targets - 9} target tokens",

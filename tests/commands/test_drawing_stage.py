@@ -264,7 +264,7 @@ def test_rows_go_where_their_images_fit(prepared, bucket, fits):
     packer = packing.Packer.from_config(config, tiny.TOKENIZER)
     assert packer.bucket(rows[0]) == (0 if fits else -1)
     if not fits:
-        with pytest.raises(context.TooLong, match="(row|example) row-7 .*data.buckets"):
+        with pytest.raises(context.TooLongError, match="(row|example) row-7 .*data.buckets"):
             packer.traces(rows, ["drawn"]), packer.images(rows)
 
 

@@ -110,7 +110,8 @@ def test_sharded_like_input_and_output():
 
     def specs_of(*args):
         return {
-            path.split("/")[-1]: s.spec for path, s in adapters(sharding.tree(mesh, *args)).items()
+            path.split("/")[-1]: s.spec
+            for path, s in adapters(sharding.tree_shardings(mesh, *args)).items()
         }
 
     for tree in (state["params"], state["ema"], state["opt"].mu):

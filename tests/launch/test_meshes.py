@@ -79,7 +79,7 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
         return jax.tree.map(
             lambda x, place: wait(jax.device_put(x, place, may_alias=False)),
             tree,
-            sharding.tree(mesh, tree, layout),
+            sharding.tree_shardings(mesh, tree, layout),
         )
 
     def host(tree):
@@ -95,7 +95,7 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
         programs = rollout.sample._cache_size()
         for _ in range(2):
             placed = put(host(params))
-            placed = wait(sharding.move(mesh, placed, layout)(placed))
+            placed = wait(sharding.relayout_program(mesh, placed, layout)(placed))
             sampled = wait(
                 rollout.sample(placed, batch.student, jax.random.key(1), config=SAMPLING)
             )
@@ -153,7 +153,7 @@ def exchanges(mesh, count: int, known: bool) -> int:
             divergence.chunked(hidden_s, head, hidden_t, head, labels.astype(int), config)[0]
         )
 
-    with sharding.known(mesh if known else None):
+    with sharding.mesh_context(mesh if known else None):
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
             cut(ROWS, 24, 64), head, cut(ROWS, 24, 64), cut(ROWS, 24)
         )
@@ -290,8 +290,8 @@ def test_layouts_of_parameters():
     assert spec("llm/layers/und/k_norm", (2, 8)) == P(None, None)
     params = jax.eval_shape(tiny.params)
     state = jax.eval_shape(lambda p: distill.init_state(p, CONFIG), params)
-    found = sharding.tree(mesh, state)
-    expected = params_lib.flatten(sharding.tree(mesh, params))
+    found = sharding.tree_shardings(mesh, state)
+    expected = params_lib.flatten(sharding.tree_shardings(mesh, params))
     for tree in (found["params"], found["ema"], found["opt"].mu, found["opt"].nu):
         for path, place in params_lib.flatten(tree).items():
             assert place == expected[path]
@@ -309,7 +309,7 @@ def test_layouts_of_the_generation_path():
     config = dataclasses.replace(CONFIG, model=tiny.DRAWING)
     state = jax.eval_shape(lambda p: distill.init_state(p, config), params)
     for layout in ("train", "rollout"):
-        found = sharding.tree(mesh, state, layout)
+        found = sharding.tree_shardings(mesh, state, layout)
         assert jax.tree.structure(found) == jax.tree.structure(state)
         flat = params_lib.flatten(found["params"])
         for path, place in flat.items():
@@ -318,7 +318,8 @@ def test_layouts_of_the_generation_path():
             if "/gen/" in path:
                 assert place == flat[path.replace("/gen/", "/und/")], path
     train, rollout_layout = (
-        params_lib.flatten(sharding.tree(mesh, params, layout)) for layout in ("train", "rollout")
+        params_lib.flatten(sharding.tree_shardings(mesh, params, layout))
+        for layout in ("train", "rollout")
     )
 
     def spec(path, flat=train):

@@ -59,14 +59,14 @@ def main(folder, data_dir):
             np.savez(folder / f"{name}.npz", **found)
 
     mesh = sharding.make_mesh(1, -1, 1)
-    mine = batches(data_dir, folder, sharding.local_rows(mesh, BATCH))
+    mine = batches(data_dir, folder, sharding.local_batch_indices(mesh, BATCH))
     for step in STEPS:
         batch = sharding.put_batch(mesh, mine.opsd(step)[0])
         leave(f"batch{step}", {f"{n}": x for n, x in enumerate(test_meshes.whole(mesh, batch))})
     for sizes, accumulation in MESHES.items():
         mesh = sharding.make_mesh(*sizes)
         found = test_meshes.run(
-            mesh, accumulation, np.array(sharding.local_rows(mesh, test_meshes.ROWS))
+            mesh, accumulation, np.array(sharding.local_batch_indices(mesh, test_meshes.ROWS))
         )
         leave(
             test_meshes.name_of(sizes),

@@ -517,7 +517,7 @@ def test_sampling_on_several_devices_goes_through_the_kernel():
             arguments = params, packed, jax.random.key(0)
             jaxpr = rollout.sample.trace(*arguments, config=config).jaxpr
             return jaxpr, rollout.sample(*arguments, config=config).fed
-        layout = sharding.tree(mesh, params, "rollout")
+        layout = sharding.tree_shardings(mesh, params, "rollout")
         on_mesh = jax.device_put(params, layout), sharding.put_batch(mesh, packed)
         _, expected = sample(tiny.MODEL, params, packed)
         jaxpr, found = sample(dataclasses.replace(tiny.MODEL, **FLASH), *on_mesh)

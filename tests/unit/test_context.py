@@ -148,10 +148,10 @@ def test_too_long_names_the_row_and_the_fix(rng):
     row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
     assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
     with pytest.raises(
-        context.TooLong, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"
+        context.TooLongError, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"
     ):
         pack([row[:2], row], slots=18, patches=4, names=["vsp-6", "vsp-7"])
-    with pytest.raises(context.TooLong, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
+    with pytest.raises(context.TooLongError, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
         pack([row[:1], row], slots=19, patches=3)
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
         pack([[Image(np.zeros((7, 48), np.uint8), (1, 7))]])
@@ -324,13 +324,16 @@ def test_latents_that_do_not_fit(rng):
     row = [Text(np.array([1])), latent(rng, (2, 2)), latent(rng, (1, 2))]
     assert draw_pack([row], slots=7, patches=0, latents=6).length == 13  # fits exactly
     with pytest.raises(
-        context.TooLong, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"
+        context.TooLongError, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"
     ):
         draw_pack([row[:1], row], slots=7, patches=3, latents=5, names=["vsp-6", "vsp-7"])
-    with pytest.raises(context.TooLong, match=r"row 0 needs 7 slots and 6 latents.*6 and 3 and 6"):
+    with pytest.raises(
+        context.TooLongError, match=r"row 0 needs 7 slots and 6 latents.*6 and 3 and 6"
+    ):
         draw_pack([row], slots=6, patches=3, latents=6)
     with pytest.raises(
-        context.TooLong, match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0"
+        context.TooLongError,
+        match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0",
     ):
         draw_pack([row], slots=9, patches=3)
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
@@ -554,7 +557,9 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
     before = np.take_along_axis(found.context.tokens, found.rows, axis=1)
     assert before[0, :5].tolist() == [BOS, 3, 4, BOS, 5]
     assert made(5).mask.sum() == 8
-    with pytest.raises(context.TooLong, match="row long has more than 4 target tokens: enlarge"):
+    with pytest.raises(
+        context.TooLongError, match="row long has more than 4 target tokens: enlarge"
+    ):
         made(4)
 
 

@@ -221,7 +221,7 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
 def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
-        context.TooLong, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"
+        context.TooLongError, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"
     ):
         [
             make(buckets=small).opsd(step) for step in range(4)
@@ -231,7 +231,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
         f"^64 examples of {CHART} fit no bucket, first "
         f".'chart-train-00000.*config.data.on_too_long=skip"
     )
-    with pytest.raises(context.TooLong, match=message):
+    with pytest.raises(context.TooLongError, match=message):
         make(buckets=smaller)
     assert not (tmp_path / "too_long.json").exists()
 
@@ -285,7 +285,7 @@ def test_a_bucket_fits_what_replaces_the_visual_thoughts(folder, tok, mode):
         packer = dataclasses.replace(packer, buckets=buckets)
     assert packer.bucket(row) == 0 and packer.bucket(row, mode, partner) == 1
     packer.teacher([row], [partner], mode, [None], bucket=1)
-    with pytest.raises(context.TooLong):
+    with pytest.raises(context.TooLongError):
         packer.teacher([row], [partner], mode, [None], bucket=0)
 
 
@@ -402,7 +402,7 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
     assert step == 11
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
-        context.TooLong, match="row chart-train"
+        context.TooLongError, match="row chart-train"
     ):  # an error in a thread reaches the loop
         list(make(buckets=small).stream(0, 4))
 

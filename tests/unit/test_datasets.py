@@ -336,7 +336,7 @@ def test_preparation_takes_the_images_that_training_opens(tmp_path, value, is_go
     for transparency in ("white", "drop"):
         try:
             images.open_rgb(value["bytes"], transparency=transparency)
-        except images.UnreadableImage:
+        except images.UnreadableImageError:
             assert not is_good
         else:
             assert is_good

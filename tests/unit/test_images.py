@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from opsd_jax import images
-from opsd_jax.images import HARNESS_VIT, TRAINING, VAE, Resize, UnreadableImage
+from opsd_jax.images import HARNESS_VIT, TRAINING, VAE, Resize, UnreadableImageError
 
 
 def encoded(image, kind, **options) -> bytes:
@@ -76,14 +76,14 @@ HTML = b"<!DOCTYPE html><html>Not found</html>"
 )
 def test_unreadable_bytes(data, said, tmp_path):
     with pytest.raises(
-        UnreadableImage, match=f"{re.escape(said)}.*replace it or leave the row out"
+        UnreadableImageError, match=f"{re.escape(said)}.*replace it or leave the row out"
     ):
         images.open_rgb(data)
     path = tmp_path / "row 7.png"
     path.write_bytes(data)
     for source in (path, str(path)):
         with pytest.raises(
-            UnreadableImage, match=f"{re.escape(str(path))} .*replace it or leave the row out"
+            UnreadableImageError, match=f"{re.escape(str(path))} .*replace it or leave the row out"
         ):
             images.open_rgb(source)
 
@@ -94,10 +94,10 @@ def test_truncated_file(kind, pixels, tmp_path):
     images.open_rgb(data)
     path = tmp_path / "cut"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UnreadableImage, match=f"cannot decode {path} .*replace it"):
+    with pytest.raises(UnreadableImageError, match=f"cannot decode {path} .*replace it"):
         images.open_rgb(path)
     with pytest.raises(
-        UnreadableImage, match=f"cannot decode an image of {len(data) // 2:,} bytes"
+        UnreadableImageError, match=f"cannot decode an image of {len(data) // 2:,} bytes"
     ):
         images.open_rgb(path.read_bytes())
 
@@ -112,7 +112,7 @@ def test_any_damage_is_one_error(pixels):
             damaged[rng.integers(8, min(len(data), 120))] = rng.integers(0, 256)
             try:
                 assert images.open_rgb(bytes(damaged)).mode == "RGB"
-            except UnreadableImage:
+            except UnreadableImageError:
                 refused += 1
     assert refused > 50
 
@@ -120,14 +120,14 @@ def test_any_damage_is_one_error(pixels):
 def test_missing_file_and_directory(tmp_path):
     for path in (tmp_path / "absent.png", tmp_path):
         with pytest.raises(
-            UnreadableImage, match=f"cannot decode {path} .*replace it or leave the row out"
+            UnreadableImageError, match=f"cannot decode {path} .*replace it or leave the row out"
         ):
             images.open_rgb(path)
 
 
 @pytest.mark.parametrize("data", [None, 3, [1, 2]])
 def test_neither_bytes_nor_path_nor_array(data):
-    with pytest.raises(UnreadableImage, match=f"not {type(data).__name__}: replace it"):
+    with pytest.raises(UnreadableImageError, match=f"not {type(data).__name__}: replace it"):
         images.open_rgb(data)
 
 
@@ -148,7 +148,7 @@ def test_neither_bytes_nor_path_nor_array(data):
 )
 def test_arrays_of_another_kind(array):
     said = re.escape(f"not {array.dtype} {list(array.shape)}: convert it to 8-bit RGB")
-    with pytest.raises(UnreadableImage, match=said):
+    with pytest.raises(UnreadableImageError, match=said):
         images.open_rgb(array)
 
 
@@ -167,14 +167,15 @@ def test_too_many_pixels(size, said, tmp_path):
     path.write_bytes(handmade_png(*size))
     for source, name in ((path, path), (path.read_bytes(), "an image of")):
         with pytest.raises(
-            UnreadableImage, match=f"{name} .*{said}.*scale it down to at most 89,478,485 pixels"
+            UnreadableImageError,
+            match=f"{name} .*{said}.*scale it down to at most 89,478,485 pixels",
         ):
             images.open_rgb(source)
 
 
 def test_as_many_pixels_as_allowed():
     with pytest.raises(
-        UnreadableImage, match="cannot decode .*truncated"
+        UnreadableImageError, match="cannot decode .*truncated"
     ):  # so it was not refused by its size
         images.open_rgb(handmade_png(9_459, 9_459, colour=0))
 
@@ -188,7 +189,7 @@ def test_deep_grey_is_refused(kind, values):
     data = encoded(Image.fromarray(np.array([[0, 256, 32768, 65535]]).astype(values)), kind)
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[0, :, 0], [0, 255, 255, 255])
-    with pytest.raises(UnreadableImage, match="more than 8 bits.*save it with 8"):
+    with pytest.raises(UnreadableImageError, match="more than 8 bits.*save it with 8"):
         images.open_rgb(data)
 
 
