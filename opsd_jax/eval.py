@@ -29,6 +29,7 @@ import jax
 from opsd_jax.evaluation import contexts, results
 from opsd_jax.inputs import cli
 from opsd_jax.run import job
+from opsd_jax.run.request import Request
 from opsd_jax.runtime import distributed, stopping
 
 
@@ -107,23 +108,23 @@ def main(argv=None) -> None:
         with stopping.stoppable("the same command continues") as stop:
             for seed in args.seed:
                 name = f"{args.name}-seed{seed}" if args.name and len(args.seed) > 1 else args.name
-                job.evaluate_run(
+                request = Request(
                     args.workdir,
                     args.visual_thoughts,
                     checkpoint=args.checkpoint,
-                    split=args.split,
                     benchmarks=args.benchmarks,
                     data_dir=args.data_dir,
                     protocol=args.protocol,
-                    limit=args.rows,
+                    split=args.split,
+                    rows=args.rows,
                     ban_marker=args.ban_marker,
                     seed=seed,
                     name=name,
                     batch_size=args.batch_size,
-                    skip_bad=args.on_bad_row == "skip",
+                    on_bad_row=args.on_bad_row,
                     against=args.against,
-                    before_batch=stop.check,
                 )
+                job.evaluate(request, stop.check)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:

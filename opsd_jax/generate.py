@@ -109,7 +109,7 @@ def _run(args):
             raise ValueError(f"--image={path}: {error}") from error
     model = model_lib.load(
         args.checkpoint,
-        draw=draw,
+        generation=draw,
         protocol=args.protocol,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
@@ -142,9 +142,9 @@ def _run(args):
         model,
         questions,
         jax.random.key(args.seed),
-        draw=draw,
+        generation=draw,
         always=args.always_draw,
-        changes={} if args.steps is None else {"num_timesteps": args.steps},
+        flow_changes={} if args.steps is None else {"num_timesteps": args.steps},
         on_step=on_step,
     )
     trace, drawn = traces[0], 0

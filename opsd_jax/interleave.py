@@ -1,26 +1,45 @@
-"""Rounds of text and generated images: how a unified model answers a question."""
+"""Rounds of text and generated images: how a unified model answers a question.
+
+  system, images, question -> text -> if it contains <image_start>: an image is generated and enters the
+  context -> text -> ...
+
+Official: inferencer.py, InterleaveInferencer.
+"""
 
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
 
 from opsd_jax import context as context_lib
 from opsd_jax import flow, images, rollout, sharding
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.tokenizer import Tokenizer
 
 VISUAL_THOUGHTS = ("none", "generated")
+Question = tuple[Sequence[Image.Image], str]
+"""(Pillow RGB images, text)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a question is put.
+    """How a question is asked.
 
-    system: prompt, "" for none. vit: size rule of what the ViT sees, for position tables of the released size.
-    two_stages: whether it sees the picture after the autoencoder's resize (as the inference pipeline does) or the
-      original. transparency: see `images.open_rgb`. greedy, temperature, max_new_tokens: of each round of text; the
-      budget counts bos. guidance: "official" (inferencer.py) or "harness". rounds: of text, at most.
+    Attributes:
+      system: system prompt, "" for none.
+      vit: size rule of what the ViT sees, for position tables of the released size.
+      two_stages: whether the ViT sees an image after the autoencoder's resize (as the inference
+        pipeline does) or the original.
+      transparency: see `images.open_rgb`.
+      greedy, temperature, max_new_tokens: of each round of text; the budget counts bos.
+      guidance: "official" (inferencer.py) or "harness".
+      rounds: of text, at most.
     """
 
     system: str = context_lib.SYSTEM_INFERENCE
@@ -50,29 +69,42 @@ PROTOCOLS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """What answers: sizes, weights, tokenizer, protocol, and the size rules of the ViT and the autoencoder."""
+class Reasoner:
+    """A model with all that it needs to answer questions.
 
-    config: object
+    Attributes:
+      config: sizes of the network.
+      params: its weights, laid out for the sampler.
+      tokenizer: of the model.
+      protocol: how it is asked.
+      vit, vae: size rules of the ViT and of the autoencoder.
+      mesh: devices that batches are placed on; None leaves the placement to JAX (one question).
+      flow: changes to the defaults of `FlowConfig` that belong to the model.
+    """
+
+    config: ModelConfig
     params: dict
-    tokenizer: object
+    tokenizer: Tokenizer
     protocol: Protocol
     vit: images.Resize
     vae: images.Resize
-    mesh: object = None
-    drawing: dict = dataclasses.field(
-        default_factory=dict
-    )  # changes to `flow.FlowConfig` that belong to it
+    mesh: Mesh | None = None
+    flow: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Trace:
-    """What came of one question. steps: texts (str) and drawn pictures (uint8 [H, W, 3]) in order. tokens: sampled.
-    seconds: {"text", "drawing"}, of the whole batch."""
+    """The answer to one question.
 
-    steps: list
+    Attributes:
+      steps: texts (str) and generated images (uint8 [H, W, 3]) in order.
+      tokens: number of sampled tokens.
+      seconds: {"text", "drawing"}: spent on text and on image generation by the whole batch.
+    """
+
+    steps: list[str | np.ndarray]
     tokens: int
-    seconds: dict
+    seconds: dict[str, float]
 
     @property
     def text(self) -> str:
@@ -80,26 +112,41 @@ class Trace:
         return "".join(step for step in self.steps if isinstance(step, str))
 
     @property
-    def pictures(self) -> list:
+    def images(self) -> list[np.ndarray]:
+        """All generated images."""
         return [step for step in self.steps if not isinstance(step, str)]
 
 
-def see(picture, model: Model) -> tuple[np.ndarray, np.ndarray]:
+@dataclasses.dataclass
+class _Asked:
+    """The contexts of a question, by branch of guidance, and the grid of the images it may generate.
+
+      cond    system, images, question          grows with every round
+      text    system, images                    what guidance by text compares with
+      image   system, question                  what guidance by images compares with
+
+    Attributes:
+      blocks: {branch: blocks of `context`}.
+      grid: (rows, columns) of latent tokens of a generated image; None without image generation.
+    """
+
+    blocks: dict[str, list]
+    grid: tuple[int, int] | None
+
+
+def see(image: Image.Image, reasoner: Reasoner) -> tuple[np.ndarray, np.ndarray]:
     """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
-    if model.protocol.two_stages:  # also where nothing is drawn
-        pixels, seen = images.two_stage(picture, model.vae, model.vit)
+    if reasoner.protocol.two_stages:  # also where no image is generated
+        pixels, seen = images.two_stage(image, reasoner.vae, reasoner.vit)
         return seen, pixels
-    return images.resize(picture, model.vit), images.resize(picture, model.vae)
-
-
-def _image(pixels, patch):
-    return context_lib.Image(
-        images.patchify(pixels, patch), (pixels.shape[0] // patch, pixels.shape[1] // patch)
-    )
+    return images.resize(image, reasoner.vit), images.resize(image, reasoner.vae)
 
 
 def bucket(n: int, step: int = 16) -> int:
-    """The least of step * 2^k and step * 3 * 2^k that holds n (0 for 0): few shapes, so few compilations."""
+    """The least of step * 2^k and step * 3 * 2^k that holds n: few shapes, so few compilations.
+
+    0 for n = 0.
+    """
     if not n:
         return 0
     size = step
@@ -108,47 +155,34 @@ def bucket(n: int, step: int = 16) -> int:
     return size
 
 
-def _pack(rows, model):
-    """Rows of blocks -> Context of bucketed sizes."""
-    needs = np.max([context_lib.need(blocks) for blocks in rows], axis=0)
-    drawn = model.config.generation
-    sizes = {"latent_dim": drawn.latent_dim, "latent_side": drawn.side} if drawn else {}
-    packed = context_lib.pack(
-        rows,
-        slots=bucket(needs[0]),
-        patches=bucket(needs[1]),
-        latents=bucket(needs[2]),
-        **sizes,
-        tokenizer=model.tokenizer,
-        side=model.config.vit.side,
-    )
-    return sharding.put_batch(model.mesh, packed) if model.mesh else packed
-
-
 def reason(
-    model: Model,
-    questions,
-    key,
+    reasoner: Reasoner,
+    questions: Sequence[Question],
+    key: jax.Array,
     *,
-    draw: bool,
+    generation: bool,
     always: bool = False,
-    changes=None,
-    change=None,
-    on_step=None,
+    flow_changes: Mapping[str, Any] | None = None,
+    change: Callable[[int, int, np.ndarray], np.ndarray | None] | None = None,
+    on_step: Callable[[int, int, int], None] | None = None,
 ) -> list[Trace]:
-    """Answers a batch of questions, drawing where the text asks for it.
+    """Answers a batch of questions, generating images where the text asks for it.
 
     Args:
-      questions: list of (Pillow RGB images, text). key: a PRNG key. draw: False for text alone.
-      always: draw after every round but the last, whatever the text says. changes: to `flow.FlowConfig`.
-      change: (row, round, picture uint8 [H, W, 3]) -> the picture that the model sees instead of the one that it drew,
-        or None for none; the trace keeps what was drawn.
-      on_step: called with (round, steps done, steps) while drawing.
+      questions: of the batch.
+      key: a PRNG key.
+      generation: whether images are generated; False for text alone.
+      always: generate an image after every round but the last, whatever the text says.
+      flow_changes: to `FlowConfig`, over those of the reasoner.
+      change: (batch entry, round, image uint8 [H, W, 3]) -> the image that the model sees instead
+        of the one that it generated, or None for none; the trace keeps what was generated.
+      on_step: called with (round, steps done, steps) during image generation.
+    Returns:
+      A trace per question.
     Raises:
-      ValueError: `draw` with a model that cannot.
+      ValueError: `generation` with a model that has no generation expert.
     """
-
-    protocol, tokenizer, config = model.protocol, model.tokenizer, model.config
+    protocol, tokenizer, config = reasoner.protocol, reasoner.tokenizer, reasoner.config
     marker = rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size)
     sampling = rollout.RolloutConfig(
         model=config,
@@ -160,125 +194,166 @@ def reason(
         temperature=protocol.temperature,
         max_image_skips=0,
     )
-    drawing = None
-    if draw:
-        guidance = flow.HARNESS if protocol.guidance == "harness" else {}
-        drawing = flow.FlowConfig(
-            model=config,
-            image_start=tokenizer.image_start,
-            image_end=tokenizer.image_end,
-            **{**guidance, **model.drawing, **(changes or {})},
-        )
+    flow_config = _flow_config(reasoner, flow_changes) if generation else None
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
-    rows = [_ask(model, pictures, text, keys, draw) for pictures, text in questions]
-    traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in rows]
-    active = list(range(len(rows)))
-    for number in range(protocol.rounds if draw else 1):
-        # The batch keeps its size, so that nothing compiles again: rows that are done are filled up with another.
-        chosen = active + [active[0]] * (len(rows) - len(active))
+    asked = [_ask(reasoner, shown, text, keys, generation) for shown, text in questions]
+    traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in asked]
+    active = list(range(len(asked)))
+    for number in range(protocol.rounds if generation else 1):
+        # The batch keeps its size, so that nothing compiles again: another question takes the
+        # place of those that are done.
+        chosen = active + [active[0]] * (len(asked) - len(active))
         before = time.perf_counter()
-        found = rollout.sample(
-            model.params,
-            _pack([rows[n]["cond"] for n in chosen], model),
-            next(keys),
-            config=sampling,
-        )
+        packed = _pack([asked[n].blocks["cond"] for n in chosen], reasoner)
+        found = rollout.sample(reasoner.params, packed, next(keys), config=sampling)
         tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
-        _spent(traces, "text", before)
+        _add_seconds(traces, "text", before)
         wants = []
         for b, n in enumerate(active):
             ids = tokens[b][mask[b]]
             text = _until_bos(tokenizer, ids)
             traces[n].steps.append(text)
             traces[n].tokens += len(ids)
-            rows[n]["cond"].append(context_lib.Text(tokenizer.encode(text)))
-            if draw and (context_lib.MARKER in text or always and number + 1 < protocol.rounds):
+            asked[n].blocks["cond"].append(context_lib.Text(tokenizer.encode(text)))
+            more = always and number + 1 < protocol.rounds
+            if generation and (context_lib.MARKER in text or more):
                 wants.append(n)
         if not wants:
             break
         before = time.perf_counter()
-        chosen = wants + [wants[0]] * (len(rows) - len(wants))
-        report = on_step and (lambda done: on_step(number, done, drawing.num_timesteps - 1))
-        pictures = _draw(model, [rows[n] for n in chosen], next(keys), drawing, report)
-        for picture, n in zip(pictures, wants):
-            traces[n].steps.append(picture)
-            seen = change(n, number, picture) if change else picture
+        chosen = wants + [wants[0]] * (len(asked) - len(wants))
+        report = on_step and _reporter(on_step, number, flow_config.num_timesteps - 1)
+        generated = _generate(reasoner, [asked[n] for n in chosen], next(keys), flow_config, report)
+        for image, n in zip(generated, wants):
+            traces[n].steps.append(image)
+            seen = change(n, number, image) if change else image
             if number + 1 < protocol.rounds and seen is not None:
-                rows[n]["cond"] += _picture_blocks(model, images.open_rgb(seen), next(keys), True)[
-                    0
-                ]
-        _spent(traces, "drawing", before)
+                blocks, _ = _image_blocks(reasoner, images.open_rgb(seen), next(keys), True)
+                asked[n].blocks["cond"] += blocks
+        _add_seconds(traces, "drawing", before)
         active = wants
     return traces
 
 
-def _spent(traces, what, before):
+def _flow_config(reasoner: Reasoner, changes: Mapping[str, Any] | None) -> flow.FlowConfig:
+    guidance = flow.HARNESS if reasoner.protocol.guidance == "harness" else {}
+    return flow.FlowConfig(
+        model=reasoner.config,
+        image_start=reasoner.tokenizer.image_start,
+        image_end=reasoner.tokenizer.image_end,
+        **{**guidance, **reasoner.flow, **(changes or {})},
+    )
+
+
+def _reporter(on_step: Callable[[int, int, int], None], number: int, steps: int):
+    return lambda done: on_step(number, done, steps)
+
+
+def _add_seconds(traces: list[Trace], what: str, before: float) -> None:
     for trace in traces:
         trace.seconds[what] += time.perf_counter() - before
 
 
-def _until_bos(tokenizer, ids) -> str:
+def _until_bos(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """Text of the ids up to another bos, where the official code cuts it."""
     stops = np.flatnonzero(ids == tokenizer.bos)
     return tokenizer.decode(ids[: stops[0]] if len(stops) else ids)
 
 
-def _ask(model, pictures, text, keys, draw) -> dict:
-    """The contexts of a question: {"cond", "text", "image"}, lists of blocks, and the grid of what it may draw.
-
-    cond    system, images, question          grows with every round
-    text    system, images                    what guidance by text compares with
-    image   system, question                  what guidance by images compares with
-    """
-    tokenizer = model.tokenizer
-    block = lambda t: [context_lib.Text(tokenizer.encode(t))] if t else []
-    system, question = block(model.protocol.system), block(text)
-    shown, grid = [], None
-    for picture in pictures:
-        blocks, grid = _picture_blocks(model, picture, next(keys), draw)
-        shown += blocks
-    if draw and grid is None:  # nothing to take the size from: the largest square
-        grid = (model.config.generation.side,) * 2
-    return {
-        "cond": system + shown + question,
-        "text": system + shown,
+def _ask(
+    reasoner: Reasoner,
+    shown: Sequence[Image.Image],
+    text: str,
+    keys: Iterator[jax.Array],
+    generation: bool,
+) -> _Asked:
+    """The contexts of a question. keys: one is used per image, for the latents' noise."""
+    system, question = (
+        [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
+        for t in (reasoner.protocol.system, text)
+    )
+    image_blocks, grid = [], None
+    for image in shown:
+        blocks, grid = _image_blocks(reasoner, image, next(keys), generation)
+        image_blocks += blocks
+    if generation and grid is None:  # without an image to take the size from: the largest square
+        grid = (reasoner.config.generation.side,) * 2
+    blocks = {
+        "cond": system + image_blocks + question,
+        "text": system + image_blocks,
         "image": system + question,
-        "grid": grid,
     }
+    return _Asked(blocks, grid)
 
 
-def _picture_blocks(model, picture, key, draw):
-    """(blocks of a picture in a context, grid of its latent tokens): as latents, then as ViT patches."""
-
-    config = model.config
-    seen, pixels = see(picture, model)
+def _image_blocks(
+    reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool
+) -> tuple[list, tuple[int, int] | None]:
+    """(blocks of an image in a context: as latents, then as ViT patches; grid of its latents)."""
+    config = reasoner.config
+    seen, pixels = see(image, reasoner)
     blocks, grid = [_image(seen, config.vit.patch_size)], None
-    if draw:
-        drawn = config.generation
-        grid = (pixels.shape[0] // drawn.stride, pixels.shape[1] // drawn.stride)
-        shape = (1, grid[0] * drawn.patch, grid[1] * drawn.patch, drawn.vae.z_channels)
+    if generation:
+        sizes = config.generation
+        grid = (pixels.shape[0] // sizes.stride, pixels.shape[1] // sizes.stride)
+        shape = (1, grid[0] * sizes.patch, grid[1] * sizes.patch, sizes.vae.z_channels)
         values = (pixels[None].astype(np.float32) / 255 - 0.5) / 0.5
-        latents = flow.encode(model.params, values, jax.random.normal(key, shape), config=config)[0]
-        blocks.insert(0, context_lib.Latent(np.asarray(flow.to_tokens(latents, drawn.patch)), grid))
+        noise = jax.random.normal(key, shape)
+        latents = flow.encode(reasoner.params, values, noise, config=config)[0]
+        blocks.insert(0, context_lib.Latent(np.asarray(flow.to_tokens(latents, sizes.patch)), grid))
     return blocks, grid
 
 
-def _draw(model, rows, key, drawing, on_step):
-    """One picture a row, uint8 [H, W, 3]."""
+def _image(pixels: np.ndarray, patch: int) -> context_lib.Image:
+    grid = (pixels.shape[0] // patch, pixels.shape[1] // patch)
+    return context_lib.Image(images.patchify(pixels, patch), grid)
 
-    drawn, grids = model.config.generation, [row["grid"] for row in rows]
+
+def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
+    """Sequences of blocks -> Context [B, T] of bucketed sizes."""
+    needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0)
+    generation = reasoner.config.generation
+    sizes = {}
+    if generation:
+        sizes = {"latent_dim": generation.latent_dim, "latent_side": generation.side}
+    packed = context_lib.pack(
+        sequences,
+        slots=bucket(needs[0]),
+        patches=bucket(needs[1]),
+        latents=bucket(needs[2]),
+        **sizes,
+        tokenizer=reasoner.tokenizer,
+        side=reasoner.config.vit.side,
+    )
+    return sharding.put_batch(reasoner.mesh, packed) if reasoner.mesh else packed
+
+
+def _generate(
+    reasoner: Reasoner,
+    asked: list[_Asked],
+    key: jax.Array,
+    config: flow.FlowConfig,
+    on_step: Callable[[int], None] | None,
+) -> list[np.ndarray]:
+    """One image per question, uint8 [H, W, 3]."""
+    sizes, grids = reasoner.config.generation, [question.grid for question in asked]
     size = bucket(max(a * b for a, b in grids))
-    positions, real = flow.layout(grids, size, drawn.side)
-    noise = jax.random.normal(key, (len(rows), size, drawn.latent_dim))
-    contexts = _pack([row[branch] for branch in drawing.branches for row in rows], model)
+    positions, real = flow.layout(grids, size, sizes.side)
+    noise = jax.random.normal(key, (len(asked), size, sizes.latent_dim))
+    contexts = _pack(
+        [question.blocks[branch] for branch in config.branches for question in asked], reasoner
+    )
     tokens = flow.draw(
-        model.params, contexts, noise, positions, real, config=drawing, on_step=on_step
+        reasoner.params, contexts, noise, positions, real, config=config, on_step=on_step
     )
     return [
         np.asarray(
-            flow.decode(model.params, tokens[b : b + 1, : a * c], grid=(a, c), config=model.config)[
-                0
-            ]
+            flow.decode(
+                reasoner.params,
+                tokens[b : b + 1, : height * width],
+                grid=(height, width),
+                config=reasoner.config,
+            )[0]
         )
-        for b, (a, c) in enumerate(grids)
+        for b, (height, width) in enumerate(grids)
     ]

@@ -16,7 +16,7 @@ import sys
 import pytest
 from PIL import Image
 
-from opsd_jax.evaluation import scoring
+from opsd_jax.evaluation import prompts, scoring, table_scores
 from opsd_jax.evaluation import tables as tables_lib
 
 DEFAULT = pathlib.Path(__file__).parent / "scoring"
@@ -153,20 +153,20 @@ def test_prompts(folder, tmp_path):
         cells = [png(0) if n == 1 else str([png(k) for k in range(n)]) for n in counts]
         write_table(path, [c["cells"] | {"image": cell} for c, cell in zip(cases, cells)])
         rows = tables_lib.read(path).rows
-        assert [len(row.pictures) for row in rows] == counts
-        parts = [tables_lib.messages(row) for row in rows]
+        assert [len(row.images) for row in rows] == counts
+        parts = [prompts.messages(row) for row in rows]
         found = [
             [{"image": p} if isinstance(p, int) else {"text": p} for p in some] for some in parts
         ]
         assert differing(found, [c["messages"] for c in cases], cases) == []
         for row, case, some in zip(rows, cases, parts):
             if case["wrapper_text"] is None:
-                with pytest.raises(ValueError, match="without a picture"):
-                    tables_lib.wrapper(some)
+                with pytest.raises(ValueError, match="without an image"):
+                    prompts.wrapper(some)
             else:
-                text, pictures = tables_lib.wrapper(some)
+                text, pictures = prompts.wrapper(some)
                 assert (text, pictures) == (case["wrapper_text"], case["wrapper_images"])
-                decoded = tables_lib.images(row)
+                decoded = prompts.images(row)
                 assert [decoded[k].getpixel((1, 1))[0] for k in pictures] == case["wrapper_images"]
 
 
@@ -190,7 +190,7 @@ def test_files(folder, name):
     assert len(table.rows) == expected.pop("n_rows_used")
     assert len(table.rows) + len(table.dropped) == expected.pop("n_rows_in_file")
     predictions = read_predictions(folder / f"tsv/predictions/{name}.tsv", table)
-    report = tables_lib.score(table, predictions)
+    report = table_scores.score(table, predictions)
     assert report.dropped == table.dropped and not report.missing and not report.orphans
     assert (report.name, report.unit) == (expected.pop("dataset"), expected.pop("unit"))
     assert report.split == expected.pop("split", None)
@@ -206,7 +206,7 @@ def test_files(folder, name):
     for row, found, wanted in zip(table.rows, report.rows, rows):
         pictures = [
             {"size": list(image.size), "rgb_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
-            for image in tables_lib.images(row)
+            for image in prompts.images(row)
         ]
         assert pictures == wanted.pop("images")
         assert row.options == wanted.pop("options", {})

@@ -77,6 +77,11 @@ class Preprocessor:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
         return PreparedExample(example, question, problem, tuple(thoughts), pixels)
 
+    def question(self, example: Example) -> tuple[list[PILImage.Image], str]:
+        """(RGB images, text) of an example, as a question without a context around it."""
+        image = images.open_rgb(example.problem_image, transparency=self.transparency)
+        return [image], example.question + self.suffix
+
     def _patches(self, image: PILImage.Image) -> Image:
         pixels = images.resize(image, self.resize)
         grid = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size

@@ -1,7 +1,7 @@
 """The command: one analysis, or evaluation in all modes and all analyses on one page."""
 
 import argparse
-import functools
+import dataclasses
 import os
 
 from opsd_jax.data import workdir as workdir_lib
@@ -9,6 +9,7 @@ from opsd_jax.diagnose import attention, interventions, kl, runs
 from opsd_jax.evaluation import charts, contexts, html, results
 from opsd_jax.inputs import cli, paths
 from opsd_jax.run import job
+from opsd_jax.run.request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import distributed, stopping
 
@@ -19,26 +20,25 @@ def run_all(run: runs.Run, folder: str, *, checkpoint: str) -> tuple[str, list[s
     modes = (
         "none",
         *contexts.CONTEXTS,
-        *(contexts.DRAWN if run.config.model.generation.on else ()),
+        *(contexts.GENERATED if run.config.model.generation.on else ()),
     )
-    evaluate = functools.partial(
-        job.evaluate_run,
+    request = Request(
         run.workdir,
-        benchmarks=run.tasks,
-        split=run.split,
-        limit=run.limit,
-        batch_size=run.batch_size,
-        seed=run.seed,
-        before_batch=run.before_batch,
-    )
-    summaries = evaluate(
         modes,
         checkpoint=checkpoint,
+        benchmarks=run.tasks,
+        split=run.split,
+        rows=run.limit,
+        batch_size=run.batch_size,
+        seed=run.seed,
         name="" if _own(run.workdir, checkpoint) else os.path.basename(folder),
     )
+    summaries = job.evaluate(request, run.before_batch)
     base, traced = runs.start(run.workdir), run.without_trace() is None
-    trained = os.path.realpath(base) != os.path.realpath(checkpoint)
-    before = evaluate(("none", "real"), checkpoint=base) if trained else {}
+    before = {}
+    if os.path.realpath(base) != os.path.realpath(checkpoint):
+        started = dataclasses.replace(request, modes=("none", "real"), checkpoint=base, name="")
+        before = job.evaluate(started, run.before_batch)
     analyses = {
         "kl": lambda to: kl.measure(
             run,

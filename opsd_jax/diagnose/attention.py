@@ -15,7 +15,7 @@ from opsd_jax import context as context_lib
 from opsd_jax import sharding
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import runs
-from opsd_jax.evaluation import charts, contexts, html
+from opsd_jax.evaluation import charts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -135,7 +135,7 @@ def shares_by_row(
             ]
             context = run.packer.pack(prepared, "trace", -1, blocks)
         else:  # the very pictures that the answers were given to
-            _, context = contexts.contexts(run.rows, run.packer, source, mine, mode, run.seed)
+            _, context = run.selection.packed(source, mine, mode)
             blocks = [run.packer.blocks(row, layout, images) for row, images in zip(prepared, seen)]
         queries, keys = (np.zeros((len(mine), context.slots + width), np.int32) for _ in range(2))
         tokens = np.zeros((len(mine), width), np.int32)

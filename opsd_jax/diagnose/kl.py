@@ -16,7 +16,6 @@ from opsd_jax import distill, divergence, rollout, sharding
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import runs
 from opsd_jax.evaluation import charts, html
-from opsd_jax.evaluation import contexts as contexts_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.runtime import files
@@ -98,7 +97,7 @@ def divergences(
 
 def _batch(run, source, mine, kind, sampler, temperature, number) -> dict:
     """Shared completions after the contexts of training: {labels, mask, kl}."""
-    prepared, c_t = contexts_lib.contexts(run.rows, run.packer, source, mine, "real", run.seed)
+    prepared, c_t = run.selection.packed(source, mine, "real")
     batch = runs.put(run, context_lib.Batch(run.packer.student(prepared), c_t))
     if kind == "data":
         tokens, mask = runs.put(run, run.packer.references(prepared))

@@ -10,13 +10,13 @@ import numpy as np
 
 from opsd_jax import config as config_lib
 from opsd_jax import images, rollout, sharding, tokenizer
-from opsd_jax.data import examples, packing, randomness
+from opsd_jax.data import examples, packing
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import contexts, html
+from opsd_jax.evaluation import contexts, html, inference
 from opsd_jax.inputs import cli
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.run import job
+from opsd_jax.run import request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
@@ -48,9 +48,22 @@ class Run:
     seed: int
     before_batch: Callable = lambda: None
 
+    @property
+    def selection(self) -> contexts.Selection:
+        """The rows that are looked at, as evaluation takes them."""
+        return contexts.Selection(
+            self.rows,
+            self.packer,
+            self.mesh,
+            self.batch_size,
+            self.limit,
+            self.config.seed,
+            self.seed,
+        )
+
     def numbers(self, source: int) -> list[int]:
         """Rows of a task that are looked at."""
-        return randomness.subset(len(self.rows.sources[source]), self.limit, self.config.seed)
+        return self.selection.numbers(source)
 
     @property
     def total(self) -> int:
@@ -103,7 +116,7 @@ def open_run(
     config = workdir_lib.load_config(workdir)
     where, chosen = (
         workdir_lib.data_workdir(config, workdir),
-        job.choose_tasks(benchmarks, config.data.tasks),
+        request.choose_tasks(benchmarks, config.data.tasks),
     )
     config = workdir_lib.with_tasks(config, chosen)
     split = split or config.eval.final_split or "train"
@@ -187,9 +200,11 @@ def batches(run):
     """(source, numbers of the rows that this process packs) of every batch."""
     mine = sharding.local_batch_indices(run.mesh, run.batch_size)
     for source in range(len(run.tasks)):
-        for numbers in contexts.batches(run.numbers(source), run.batch_size):
+        numbers = run.numbers(source)
+        for start in range(0, len(numbers), run.batch_size):
             run.before_batch()
-            yield source, [numbers[n] for n in mine]
+            part = inference.filled(numbers[start : start + run.batch_size], run.batch_size)
+            yield source, [part[n] for n in mine]
 
 
 def put(run, tree):
@@ -209,19 +224,12 @@ def answers(run: Run, params, modes, name: str) -> dict:
         for k, mode in enumerate(modes):
             results = contexts.evaluate(
                 params,
-                run.rows,
-                run.packer,
-                config=sampling(run),
-                task_names=run.tasks,
-                mode=mode,
-                batch_size=run.batch_size,
-                limit=run.limit,
-                subset_seed=run.config.seed,
-                seed=run.seed,
-                mesh=run.mesh,
+                run.selection,
+                mode,
+                sampling=sampling(run, greedy=True),
                 before_batch=run.before_batch,
-                on_batch=lambda done, hits: shown.update(
-                    k * run.total + done, mode=mode, accuracy=hits / done
+                on_batch=lambda done, k=k, mode=mode: shown.update(
+                    k * run.total + done.done, mode=mode, **done.shown
                 ),
             )
             found[mode] = {r.name: r.predictions for r in results}

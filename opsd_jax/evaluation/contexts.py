@@ -1,234 +1,316 @@
-"""Batches of prepared examples as the contexts of an evaluation mode, and greedy answers to them."""
+"""Prepared examples in the contexts of an evaluation mode, packed as in training, and greedy
+answers to them.
+
+none                      the student's context: image and question
+real                      the teacher's context with the example's own visual thoughts
+noise, swap, image        noise, another example's visual thoughts, or the problem image in their
+places remove                    the teacher's texts without any visual thought
+"""
 
 import dataclasses
-import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
-from opsd_jax import rollout, sharding, tags, tasks
+from opsd_jax import images, rollout, sharding
 from opsd_jax.data import randomness
+from opsd_jax.data.examples import Examples, PreparedExample
+from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
+from opsd_jax.evaluation import benchmark as benchmark_lib
+from opsd_jax.evaluation import inference
 from opsd_jax.evaluation import results as results_lib
-from opsd_jax.runtime import clock
+from opsd_jax.evaluation.benchmark import Benchmark
+from opsd_jax.method_config import RolloutConfig
 
-# Modes of the teacher's context, of drawing, and all.
+# Modes of the teacher's context, modes of image generation, and all modes.
 CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
-DRAWN = ("generated", "generated-noise", "generated-swap", "generated-remove")
-MODES = ("none", *CONTEXTS, *DRAWN)
+GENERATED = ("generated", "generated-noise", "generated-swap", "generated-remove")
+MODES = ("none", *CONTEXTS, *GENERATED)
 
 
-def is_hit(example, text: str) -> tuple[str | None, bool]:
-    """(answer found in the text, whether it is right): by the procedural task's rule, or word for word."""
-    return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """The examples that an evaluation looks at, and how they are batched.
 
-
-def batches(numbers, batch_size: int):
-    """Row numbers by batch, the last one filled up with its last row: 0, 1, 2 by 2 -> [0, 1], [2, 2]."""
-    for start in range(0, len(numbers), batch_size):
-        part = list(numbers[start : start + batch_size])
-        yield part + part[-1:] * (batch_size - len(part))
-
-
-def buckets_of(rows, packer, source: int, numbers, modes) -> list[int]:
-    """For each of the numbered rows of a source the bucket that holds its context in all of the modes.
-
-    With a single bucket nothing is read; else all of these rows are, by every process for itself.
+    Attributes:
+      examples: prepared examples of a split, by task.
+      packer: packs them into contexts.
+      mesh: devices that batches are placed on.
+      batch_size: examples per batch, of all processes together.
+      limit: size of the random subset of each task; 0 for all examples.
+      subset_seed: chooses the subset.
+      seed: of the noise that replaces visual thoughts.
     """
+
+    examples: Examples
+    packer: Packer
+    mesh: Mesh
+    batch_size: int
+    limit: int = 0
+    subset_seed: int = 0
+    seed: int = 0
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks of the examples."""
+        return self.examples.tasks
+
+    def numbers(self, source: int) -> list[int]:
+        """Numbers of the chosen examples of a task, ascending."""
+        return randomness.subset(len(self.examples.sources[source]), self.limit, self.subset_seed)
+
+    def without_visual_thoughts(self, source: int) -> int:
+        """How many of the chosen examples of a task have no visual thought."""
+        stored = self.examples.sources[source]
+        return sum(not stored[n].visual_thoughts for n in self.numbers(source))
+
+    def local(self, numbers: Sequence[int]) -> list[int]:
+        """Those of a batch of examples that this process packs."""
+        return [numbers[n] for n in sharding.local_batch_indices(self.mesh, len(numbers))]
+
+    def put(self, host_batch: Any) -> Any:
+        """Arrays of this process's part of a batch -> arrays of the whole batch on the mesh."""
+        return sharding.put_batch(self.mesh, host_batch)
+
+    def packed(
+        self, source: int, numbers: Sequence[int], mode: str, bucket: int = -1
+    ) -> tuple[list[PreparedExample], context_lib.Context]:
+        """(prepared examples, their Context [B, T] in a mode) of numbered examples of a task.
+
+        Args:
+          mode: one of `CONTEXTS`, or "none" for the student's context.
+          bucket: number of the bucket in config.data.buckets.
+        """
+        prepared = [self.examples(source, n) for n in numbers]
+        if mode == "none":
+            return prepared, self.packer.student(prepared, bucket)
+        partners = [self.examples.partner(source, n) if mode == "swap" else None for n in numbers]
+        rngs = [self._noise(source, n) for n in numbers]
+        shown = "none" if mode == "remove" else mode
+        return prepared, self.packer.teacher(prepared, partners, shown, rngs, bucket)
+
+    def shown_images(self, source: int, n: int, mode: str) -> list[tuple[str, np.ndarray]]:
+        """(caption, uint8 [H, W, 3]) of the images that an example's context holds in a mode, for
+        reports.
+        """
+        example = self.examples(source, n)
+        found = [("problem", _pixels(example.problem))]
+        if mode == "none":
+            return found
+        partner = self.examples.partner(source, n) if mode == "swap" else None
+        shown = context_lib.replace_visual_thoughts(
+            "none" if mode == "remove" else mode,
+            example.problem,
+            example.visual_thoughts,
+            partner.visual_thoughts if partner else (),
+            self._noise(source, n),
+        )
+        return found + [
+            (f"visual thought {k + 1} ({mode})", _pixels(image)) for k, image in enumerate(shown)
+        ]
+
+    def _noise(self, source: int, n: int) -> np.random.Generator:
+        return generator(self.seed, "eval visual thoughts", source, n)
+
+
+def _pixels(image: context_lib.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of an image's patches, which may be normalised."""
+    patches = image.patches
+    if patches.dtype != np.uint8:
+        patches = np.round(np.clip(patches + 1, 0, 2) * 127.5).astype(np.uint8)
+    return images.unpatchify(patches, image.grid, round((patches.shape[1] / 3) ** 0.5))
+
+
+def benchmarks(selection: Selection, modes: Iterable[str]) -> list[Benchmark]:
+    """The tasks of a selection as benchmarks.
+
+    Their sizes are the buckets that hold the contexts of all the modes.
+    """
+    modes, found = tuple(modes), []
+    for source in range(len(selection.tasks)):
+        task = benchmark_lib.of_examples(
+            selection.examples,
+            source,
+            limit=selection.limit,
+            seed=selection.subset_seed,
+        )
+        buckets = dict(zip(task.keys, buckets_of(selection, source, modes), strict=True))
+        without = None
+        if set(modes) & set(CONTEXTS):
+            without = selection.without_visual_thoughts(source)
+        found.append(
+            dataclasses.replace(task, size=buckets.__getitem__, without_visual_thoughts=without)
+        )
+    return found
+
+
+def buckets_of(selection: Selection, source: int, modes: Iterable[str]) -> list[int]:
+    """For each chosen example of a task the bucket that holds its context in all of the modes.
+
+    With a single bucket nothing is read; otherwise every process reads all of these examples.
+    """
+    numbers, packer = selection.numbers(source), selection.packer
     if len(packer.buckets.student) == 1:
         return [0] * len(numbers)
 
     def find(n):
-        return max(packer.fitting(*_blocks_of(rows, packer, source, n, mode)) for mode in modes)
+        return max(packer.fitting(*_blocks_of(selection, source, n, mode)) for mode in modes)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(find, numbers))
 
 
-def _blocks_of(rows, packer, source: int, n: int, mode: str):
-    """(kind of context, blocks) of a row in a mode; of noise those of what it replaces, which are as large."""
-    row = rows(source, n)
+def _blocks_of(selection: Selection, source: int, n: int, mode: str) -> tuple[str, list]:
+    """(kind of context, blocks) of an example in a mode.
+
+    For noise, those of what it replaces: they are as large.
+    """
+    example, packer = selection.examples(source, n), selection.packer
     if mode == "none":
-        return "student", packer.blocks(row, "student")
-    partner = rows.partner(source, n) if mode == "swap" else None
+        return "student", packer.blocks(example, "student")
+    partner = selection.examples.partner(source, n) if mode == "swap" else None
     shown = context_lib.replace_visual_thoughts(
         {"remove": "none", "noise": "real"}.get(mode, mode),
-        row.problem,
-        row.visual_thoughts,
+        example.problem,
+        example.visual_thoughts,
         partner.visual_thoughts if partner else (),
         None,
     )
-    return "teacher", packer.blocks(row, "teacher", shown)
+    return "teacher", packer.blocks(example, "teacher", shown)
 
 
-def check_fit(
-    rows, packer, task_names, modes, limit: int = 0, subset_seed: int = 0, traces: bool = False
-) -> None:
-    """TooLongError, with the row's pid, where a context of a mode fits no bucket, or (traces) a text trace its targets."""
-    for source, name in enumerate(task_names):
-        numbers = chosen_numbers(rows, source, limit, subset_seed)
-        rows.check_references(source, numbers)
+def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = False) -> None:
+    """Checks that the contexts of all modes fit a bucket, and (traces) the text traces their
+    targets.
+
+    Raises:
+      TooLongError: names the example by its pid. ValueError: a stored answer matches no completion.
+    """
+    packer, modes = selection.packer, tuple(modes)
+    for source, name in enumerate(selection.tasks):
+        numbers = selection.numbers(source)
+        selection.examples.check_references(source, numbers)
         for n in numbers:
-            row = rows(source, n)
+            example = selection.examples(source, n)
             for mode in modes:
-                kind, blocks = _blocks_of(rows, packer, source, n, mode)
-                slots, patches, _ = context_lib.need(blocks)
-                if np.any(np.array([slots, patches]) > packer.buckets[kind][-1][:2]):
+                kind, blocks = _blocks_of(selection, source, n, mode)
+                positions, patches, _ = context_lib.need(blocks)
+                largest = packer.buckets[kind][-1][:2]
+                if positions > largest[0] or patches > largest[1]:
                     raise context_lib.TooLongError(
-                        f"row {row.example.pid} of {name}, to be evaluated in mode {mode}, needs {slots} slots and {patches} "
-                        f"patches, the largest of config.data.buckets.{kind} has {packer.buckets[kind][-1][:2]}: enlarge it, or "
-                        "change config.eval"
+                        f"row {example.example.pid} of {name}, to be evaluated in mode {mode}, "
+                        f"needs {positions} positions and {patches} patches, the largest of "
+                        f"config.data.buckets.{kind} has {largest}: enlarge it, or change "
+                        "config.eval"
                     )
             if traces:
-                packer.references([row])
+                packer.references([example])
 
 
-def by_length(rows, packer, source: int, chosen, batch_size: int, modes):
-    """(bucket, row numbers) of every batch of the chosen rows: rows of one bucket together, in order."""
-    found = dict(zip(chosen, buckets_of(rows, packer, source, chosen, modes), strict=True))
-    for numbers in batches(sorted(chosen, key=found.__getitem__), batch_size):
-        yield max(found[n] for n in numbers), numbers
+def check_visual_thoughts(selection: Selection, modes: Iterable[str], split: str) -> None:
+    """ValueError where a mode shows visual thoughts and no chosen example of a task has any."""
+    for mode in (mode for mode in modes if mode in CONTEXTS):
+        for source, name in enumerate(selection.tasks):
+            if selection.without_visual_thoughts(source) == len(selection.numbers(source)):
+                raise ValueError(
+                    f"--visual_thoughts={mode}: no example of {name}, {split}, has visual "
+                    "thoughts: leave the mode or the task out"
+                )
 
 
-def contexts(rows, packer, source: int, numbers, mode: str, seed: int, bucket: int = -1):
-    """Prepared rows and the context of a mode for them: the student's for "none", else the teacher's ("remove": with
-    its texts alone). bucket: of config.data.buckets."""
-    prepared = [rows(source, n) for n in numbers]
-    if mode == "none":
-        return prepared, packer.student(prepared, bucket)
-    partners = [rows.partner(source, n) if mode == "swap" else None for n in numbers]
-    rngs = [generator(seed, "eval visual thoughts", source, n) for n in numbers]
-    return prepared, packer.teacher(
-        prepared, partners, "none" if mode == "remove" else mode, rngs, bucket
-    )
+@dataclasses.dataclass(frozen=True, eq=False)
+class ContextPredictor:
+    """Answers a batch of examples in the contexts of a mode, with one call of the jitted sampler.
+
+    Attributes:
+      params: the model's dict, laid out for the sampler.
+      selection: of the examples.
+      mode: one of `CONTEXTS`, or "none".
+      sampling: how answers are decoded. Greedy decoding makes them independent of batches.
+    """
+
+    params: dict
+    selection: Selection
+    mode: str
+    sampling: RolloutConfig
+
+    def __call__(self, number: int, benchmark: Benchmark, keys: list[int]) -> dict:
+        selection, source = self.selection, self.selection.tasks.index(benchmark.name)
+        bucket = max(map(benchmark.size, keys))
+        local = selection.local(inference.filled(keys, selection.batch_size))
+        _, packed = selection.packed(source, local, self.mode, bucket)
+        packed, placed = selection.put((packed, np.asarray(local, np.int32)))
+
+        key = jax.random.key(0)  # greedy: it decides nothing
+
+        def ask():
+            return rollout.sample(self.params, packed, key, config=self.sampling)
+
+        found, seconds, compiled = inference.timed(ask)
+        predictions = self._read(found, placed, source)
+        return {
+            "predictions": [predictions[key] for key in keys],
+            "seconds": seconds,
+            "compiled": compiled,
+        }
+
+    def _read(self, found: rollout.Trajectory, placed: jax.Array, source: int) -> dict[int, dict]:
+        """{number of the example: prediction} of a sampled batch.
+
+        Placed: int32 [B], the examples' numbers.
+        """
+        found, placed = sharding.gather_to_host((found, placed))
+        predictions = {}
+        for b, n in enumerate(placed.tolist()):
+            ids, example = (
+                found.tokens[b][found.mask[b]],
+                self.selection.examples.sources[source][n],
+            )
+            text = self.selection.packer.tokenizer.decode(ids)
+            answer, hit = benchmark_lib.is_hit(example, text)
+            predictions[n] = {
+                "index": n,
+                "pid": example.pid,
+                "prediction": text,
+                "answer": answer,
+                "expected": example.answer,
+                "hit": hit,
+                "tokens": len(ids),
+                "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
+                "image_skips": int(found.num_skips[b]),
+            }
+        return predictions
 
 
 def evaluate(
-    params,
-    rows,
-    packer,
-    *,
-    config,
-    task_names,
+    params: dict,
+    selection: Selection,
     mode: str,
-    batch_size: int,
-    limit: int = 0,
-    subset_seed: int = 0,
-    seed: int = 0,
-    mesh=None,
-    on_batch=None,
-    before_batch=lambda: None,
+    *,
+    sampling: RolloutConfig,
+    on_batch: Callable[[inference.Progress], None] = lambda progress: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> list[results_lib.Result]:
-    """Answers all rows of all sources greedily, or a random subset of each.
+    """Greedy answers to all examples of a selection in one mode, kept in memory; one Result per
+    task.
 
     Args:
-      params: the model's dict. rows, packer: of the split. config: RolloutConfig; sampling is made greedy.
-      mode: see the module. batch_size: of all processes together.
-      limit, subset_seed: rows of each task, chosen by the seed (`randomness.subset`); 0: all. seed: of noise.
-      on_batch: called after each batch with how many rows are done, and how many of them right, in all tasks.
-      before_batch: called before each batch, such as `checkpoint.Flag.check`.
+      params: the model's dict, laid out for the sampler. mode: one of `CONTEXTS`, or "none".
+      sampling: greedy. on_batch, before_batch: see `inference.answer`.
     """
-    config = dataclasses.replace(config, greedy=True)
-    results, done, hits = [], 0, 0
-    for source, name in enumerate(task_names):
-        predictions, seconds, timed, single = {}, 0.0, 0, None
-        for bucket, numbers in by_length(
-            rows,
-            packer,
-            source,
-            chosen_numbers(rows, source, limit, subset_seed),
-            batch_size,
-            (mode,),
-        ):
-            before_batch()
-            packed, placed = placed_batch(rows, packer, source, numbers, mode, seed, mesh, bucket)
-            found, took, compiled = timed_sample(params, packed, config)
-            if not compiled:  # else the time is the compiler's
-                seconds, timed = seconds + took, timed + len(set(numbers))
-            single = packed, numbers
-            predictions |= read_predictions(found, placed, rows.sources[source], packer.tokenizer)
-            if on_batch:
-                on_batch(
-                    done + len(predictions), hits + sum(p["hit"] for p in predictions.values())
-                )
-        if not timed:  # a single batch, and it compiled
-            seconds, timed = timed_sample(params, single[0], config)[1], len(set(single[1]))
-        without = (
-            without_visual_thoughts(rows, source, sorted(predictions)) if mode in CONTEXTS else None
-        )
-        results.append(
-            results_lib.Result(
-                name,
-                [predictions[n] for n in sorted(predictions)],
-                seconds,
-                timed,
-                None,
-                without,
-                randomness.subset_facts(len(predictions), len(rows.sources[source]), subset_seed),
-            )
-        )
-        done, hits = done + len(predictions), hits + results[-1].hits
-    return results
-
-
-def placed_batch(rows, packer, source, numbers, mode, seed, mesh, bucket):
-    """(context of the batch, row numbers as they lie in it) on the mesh."""
-    mine = own_part(numbers, mesh)
-    return put_on_mesh(
-        mesh,
-        (contexts(rows, packer, source, mine, mode, seed, bucket)[1], np.asarray(mine, np.int32)),
+    asked = benchmarks(selection, (mode,))
+    batches = inference.batches(asked, selection.batch_size)
+    records = inference.answer(
+        batches,
+        ContextPredictor(params, selection, mode, sampling),
+        on_batch=on_batch,
+        before_batch=before_batch,
     )
-
-
-def timed_sample(params, packed, config):
-    """(Trajectory, seconds, whether a program was compiled in them)."""
-    key = jax.random.key(0)
-    with clock.compilations() as compiled:
-        before = time.perf_counter()
-        found = jax.block_until_ready(rollout.sample(params, packed, key, config=config))
-        seconds = time.perf_counter() - before
-    return found, seconds, compiled.programs > 0
-
-
-def read_predictions(found, placed, examples, tokenizer) -> dict:
-    """{row number: prediction} of a sampled batch."""
-    found, placed = sharding.gather_to_host((found, placed))
-    predictions = {}
-    for b, n in enumerate(placed.tolist()):
-        ids, example = found.tokens[b][found.mask[b]], examples[n]
-        text = tokenizer.decode(ids)
-        answer, hit = is_hit(example, text)
-        predictions[n] = {
-            "index": n,
-            "pid": example.pid,
-            "prediction": text,
-            "answer": answer,
-            "expected": example.answer,
-            "hit": hit,
-            "tokens": len(ids),
-            "stop": "eos" if found.stop[b] == rollout.STOP_EOS else "budget",
-            "image_skips": int(found.num_skips[b]),
-        }
-    return predictions
-
-
-def without_visual_thoughts(rows, source: int, numbers) -> int:
-    return sum(not rows.sources[source][n].visual_thoughts for n in numbers)
-
-
-def chosen_numbers(rows, source: int, limit: int, subset_seed: int) -> list[int]:
-    return randomness.subset(len(rows.sources[source]), limit, subset_seed)
-
-
-def own_part(numbers: list, mesh) -> list:
-    """The rows of a batch that this process packs."""
-    return (
-        [numbers[n] for n in sharding.local_batch_indices(mesh, len(numbers))] if mesh else numbers
-    )
-
-
-def put_on_mesh(mesh, host_batch):
-    return sharding.put_batch(mesh, host_batch) if mesh else host_batch
+    return results_lib.collect(asked, batches, records)

@@ -1,51 +1,54 @@
 """KL of the teacher to the student on the text traces of the data."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import distill, sharding
-from opsd_jax.evaluation import contexts
+from opsd_jax.evaluation import contexts, inference
+from opsd_jax.model.config import ModelConfig
 
 
 def reference_kl(
-    teacher,
-    student,
-    rows,
-    packer,
+    teacher: dict,
+    student: dict,
+    selection: contexts.Selection,
     *,
-    config,
-    task_names,
-    batch_size: int,
-    limit: int = 0,
-    subset_seed: int = 0,
-    mesh=None,
-    before_batch=lambda: None,
-) -> dict:
-    """KL(teacher with the true visual thoughts || student without) on the rows' text traces, nats per token.
+    config: ModelConfig,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, dict]:
+    """KL(teacher with the true visual thoughts || student without) on text traces, in nats per
+    token.
 
-    Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over rows. config: ModelConfig.
-    before_batch: as in `evaluate`.
-    Returns {task: {"kl", "n"}}.
+    Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over examples.
+
+    Args:
+      teacher, student: parameters, laid out for scoring.
+      selection: the examples. before_batch: as in `inference.answer`.
+    Returns:
+      {task: {"kl", "n": number of examples}}.
     """
-    found = {}
-    ends = {"bos": packer.tokenizer.bos, "eos": packer.tokenizer.eos}
-    for source, name in enumerate(task_names):
-        values = {}
-        chosen = contexts.chosen_numbers(rows, source, limit, subset_seed)
-        for bucket, numbers in contexts.by_length(
-            rows, packer, source, chosen, batch_size, ("none", "real")
-        ):
-            before_batch()
-            mine = contexts.own_part(numbers, mesh)
-            prepared, c_t = contexts.contexts(rows, packer, source, mine, "real", 0, bucket)
-            tokens, mask = packer.references(prepared)
-            batch = context_lib.Batch(packer.student(prepared, bucket), c_t)
-            batch, tokens, mask, placed = contexts.put_on_mesh(
-                mesh, (batch, tokens, mask, np.asarray(mine, np.int32))
-            )
-            completion = context_lib.completion(tokens, mask, **ends)
-            kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
-            kl, counted, placed = sharding.gather_to_host((kl, completion.mask, placed))
-            values |= zip(placed.tolist(), ((kl * counted).sum(1) / counted.sum(1)).tolist())
-        found[name] = {"kl": float(np.mean(list(values.values()))), "n": len(values)}
-    return found
+    values = {task: {} for task in selection.tasks}
+    tokenizer, packer = selection.packer.tokenizer, selection.packer
+    asked = contexts.benchmarks(selection, ("none", "real"))
+    for task, keys in inference.batches(asked, selection.batch_size):
+        before_batch()
+        source, bucket = selection.tasks.index(task.name), max(map(task.size, keys))
+        local = selection.local(inference.filled(keys, selection.batch_size))
+        prepared, with_thoughts = selection.packed(source, local, "real", bucket)
+        host_batch = (
+            context_lib.Batch(packer.student(prepared, bucket), with_thoughts),
+            *packer.references(prepared),
+            np.asarray(local, np.int32),
+        )
+        batch, tokens, mask, placed = selection.put(host_batch)
+        completion = context_lib.completion(tokens, mask, bos=tokenizer.bos, eos=tokenizer.eos)
+        kl = distill.kl_to_student(teacher, student, batch, completion, config=config)
+        kl, counted, placed = sharding.gather_to_host((kl, completion.mask, placed))
+        means = (kl * counted).sum(1) / counted.sum(1)
+        values[task.name] |= zip(placed.tolist(), means.tolist())
+    return {
+        task: {"kl": float(np.mean(list(found.values()))), "n": len(found)}
+        for task, found in values.items()
+    }

@@ -4,39 +4,47 @@ import collections
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from absl import logging
 
 from opsd_jax.evaluation import statistics, tables
+from opsd_jax.evaluation.benchmark import Benchmark
 from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Predictions of one benchmark in one mode, with what they cost."""
+    """Predictions of one benchmark in one mode, with what they cost.
+
+    Attributes:
+      name: of the benchmark.
+      predictions: dicts with index, prediction, hit, tokens; of prepared examples also pid, answer,
+        expected, stop.
+      seconds: of generation, without batches that compiled a program.
+      timed: number of examples that `seconds` covers.
+      judged: scores by another rule than the share of hits, see `Benchmark.judge`.
+      without_visual_thoughts, subset: see `Benchmark`.
+    """
 
     name: str
-    predictions: list  # dicts: index, prediction, hit, tokens; of prepared rows also pid, answer, expected, stop, ...
-    seconds: float  # of generation, without batches that compiled
-    timed: int  # rows that `seconds` covers
-    judged: dict | None = (
-        None  # what another rule than the share of hits gave, see `answers.Benchmark.judge`
-    )
-    without_visual_thoughts: int | None = (
-        None  # rows that have none, in a mode that shows them or something instead
-    )
-    subset: dict | None = None  # see `randomness.subset_facts`
+    predictions: list[dict]
+    seconds: float
+    timed: int
+    judged: dict | None = None
+    without_visual_thoughts: int | None = None
+    subset: dict | None = None
 
     @property
     def hits(self) -> int:
         return sum(bool(p["hit"]) for p in self.predictions)
 
     def summary(self) -> dict:
+        """What summary.json says of the benchmark."""
         n = len(self.predictions)
-        share = lambda of: sum(map(of, self.predictions)) / n
         found = self.judged or {
             "overall": self.hits / n,
             "unit": "fraction",
@@ -46,7 +54,7 @@ class Result:
         }
         found = {
             **found,
-            "mean_output_tokens": share(lambda p: p["tokens"]),
+            "mean_output_tokens": sum(p["tokens"] for p in self.predictions) / n,
             "seconds_per_sample": self.seconds / self.timed if self.timed else None,
             "timed_samples": self.timed,
         }
@@ -54,18 +62,56 @@ class Result:
             found["rows"] = self.subset
         if "stop" in self.predictions[0]:
             found |= {
-                "eos_rate": share(lambda p: p["stop"] == "eos"),
-                "image_skip_rate": share(lambda p: p["image_skips"] > 0),
+                "eos_rate": sum(p["stop"] == "eos" for p in self.predictions) / n,
+                "image_skip_rate": sum(p["image_skips"] > 0 for p in self.predictions) / n,
             }
         if self.without_visual_thoughts is not None:
             found["without_visual_thoughts"] = self.without_visual_thoughts
         if "pictures" in self.predictions[0]:
-            found["pictures_per_sample"] = share(lambda p: p["pictures"])
+            found["pictures_per_sample"] = sum(p["pictures"] for p in self.predictions) / n
         return found
 
 
+def collect(
+    benchmarks: Sequence[Benchmark],
+    batches: Sequence[tuple[Benchmark, list]],
+    records: Sequence[dict],
+    *,
+    processes: int = 1,
+) -> list[Result]:
+    """Scores the records of `inference.answer`, benchmark by benchmark.
+
+    Args:
+      batches: (benchmark, keys), as they were answered. records: of the batches, in their order.
+      processes: how many of them answered side by side, so that their seconds overlap.
+    """
+    results = []
+    for benchmark in benchmarks:
+        own = [r for r, (b, _) in zip(records, batches, strict=True) if b is benchmark]
+        predictions = {p["index"]: p for r in own for p in r["predictions"]}
+        found, judged = benchmark.judge({key: p["prediction"] for key, p in predictions.items()})
+        if judged is not None:
+            judged = judged | {"bad_rows": [str(key) for key in benchmark.left_out]}
+        clean = [r for r in own if not r["compiled"]]
+        results.append(
+            Result(
+                benchmark.name,
+                [{**predictions[key], **found[key]} for key in benchmark.keys],
+                sum(r["seconds"] for r in clean) / processes,
+                sum(len(r["predictions"]) for r in clean),
+                judged,
+                benchmark.without_visual_thoughts,
+                benchmark.subset,
+            )
+        )
+    return results
+
+
 def write(directory: str, results, *, checkpoint: str, seed: int, protocol: str, **more) -> dict:
-    """Writes predictions.jsonl and summary.json, the latter last and atomically; returns the summary."""
+    """Writes predictions.jsonl and summary.json, the latter last and atomically.
+
+    Returns the summary.
+    """
     summary = {
         "protocol": protocol,
         "checkpoint": checkpoint,
@@ -109,8 +155,8 @@ def read_summary(path: str) -> dict:
 
 
 def write_table(workdir: str) -> str:
-    """Writes W/eval/summary.md, the table of all summaries in W/eval, and returns it. What cannot be read is left out,
-    with a warning."""
+    """Writes W/eval/summary.md, the table of all summaries in W/eval, and returns it. What cannot
+    be read is left out, with a warning."""
     folder, summaries = os.path.join(workdir, "eval"), {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name, "summary.json")
@@ -138,7 +184,10 @@ def counted(found: dict) -> str:
 
 
 def table(summaries: dict[str, dict]) -> str:
-    """Markdown table of summaries by name: score with its 95 % interval, tokens, seconds; the paper's where it has one."""
+    """Markdown table of summaries by name: score with its 95 % interval, tokens, seconds.
+
+    The paper's where it has one.
+    """
     public = any(b in tables.PAPER for s in summaries.values() for b in s["benchmarks"])
     head = ["run", "task", "accuracy", "95 % interval", "n", "tokens", "s/sample"]
     head += ["paper: ThinkMorph", "paper: Visual-OPSD"] if public else []
@@ -159,12 +208,17 @@ def table(summaries: dict[str, dict]) -> str:
 
 
 def _model_of(summary: dict) -> str:
-    """What two summaries of one model have in common: its weights; of results without a fingerprint the path."""
+    """What two summaries of one model have in common: its weights.
+
+    Of results without a fingerprint the path.
+    """
     return summary.get("weights") or summary["checkpoint"]
 
 
 def seeds(summaries: dict[str, dict]) -> str:
-    """Markdown table of scores over seeds: of summaries that differ in the seed alone, mean and standard deviation."""
+    """Markdown table of scores over seeds: of summaries that differ in the seed alone, mean and
+    standard deviation.
+    """
     groups = collections.defaultdict(dict)
     for summary in summaries.values():
         alike = [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
@@ -188,7 +242,9 @@ def seeds(summaries: dict[str, dict]) -> str:
 
 
 def speeds(summaries: dict[str, dict]) -> str:
-    """Markdown table of how much longer drawing takes than answering in text: pairs that differ in the mode alone."""
+    """Markdown table of how much longer drawing takes than answering in text: pairs that differ in
+    the mode alone.
+    """
     same = lambda s: [_model_of(s), *(s.get(key) for key in ("split", "asked_by", "seed"))]
     lines = []
     for name, drawn in summaries.items():
@@ -215,8 +271,8 @@ def speeds(summaries: dict[str, dict]) -> str:
         return ""
     return "\n".join(
         [
-            "| task | drawing | text alone | pictures a sample | s/sample | s/sample | speed-up (paper: 14.3x) "
-            "| accuracy gained |",
+            "| task | drawing | text alone | pictures a sample | s/sample | s/sample | speed-up "
+            "(paper: 14.3x) | accuracy gained |",
             "|---" * 8 + "|",
             *lines,
         ]
@@ -229,7 +285,8 @@ class Compared:
 
     name: str
     split: str | None  # of the tasks
-    hits: dict  # benchmark -> {what was asked, as in `answers.Benchmark.asked`: whether the answer was right}
+    # benchmark -> {what was asked, as in `answers.Benchmark.asked`: whether the answer was right}
+    hits: dict
 
 
 def read_results(workdir: str, against: str) -> Compared:
@@ -238,8 +295,8 @@ def read_results(workdir: str, against: str) -> Compared:
     record, path = (os.path.join(folder, name) for name in ("summary.json", "predictions.jsonl"))
     if absent := [file for file in (record, path) if not os.path.isfile(file)]:
         raise FileNotFoundError(
-            f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a folder, of a "
-            "finished evaluation"
+            f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a "
+            "folder, of a finished evaluation"
         )
     summary, hits, twice = read_summary(record), {}, set()
     try:
@@ -264,9 +321,11 @@ def read_results(workdir: str, against: str) -> Compared:
 
 
 def check_pairs(compared: Compared, chosen, split: str | None) -> None:
-    """ValueError unless the rows of each benchmark are those that the earlier results answered, half of them at least.
+    """ValueError unless the rows of each benchmark are those that the earlier results answered,
+    half of them at least.
 
-    A row and its pair have the same pid and the same answer, of a public table the same file and index.
+    A row and its pair have the same pid and the same answer, of a public table the same file and
+    index.
     """
     shared = [benchmark for benchmark in chosen if benchmark.name in compared.hits]
     start = f"--against={compared.name}"
@@ -277,7 +336,8 @@ def check_pairs(compared: Compared, chosen, split: str | None) -> None:
         )
     if any(not b.table for b in shared) and split and compared.split and split != compared.split:
         raise ValueError(
-            f"{start} has results of split {compared.split}, these are of {split}: give results of the same rows"
+            f"{start} has results of split {compared.split}, these are of {split}: give results "
+            "of the same rows"
         )
     for benchmark in shared:
         here, there = (
@@ -293,6 +353,6 @@ def check_pairs(compared: Compared, chosen, split: str | None) -> None:
         if 2 * pairs < min(len(here), len(there)) or not pairs or 10 * others > pairs:
             why = f", and {others} have the same pid and another answer" if others else ""
             raise ValueError(
-                f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of which {pairs} are "
-                f"the same{why}: give results of the same data"
+                f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of "
+                f"which {pairs} are the same{why}: give results of the same data"
             )

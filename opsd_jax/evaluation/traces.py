@@ -59,7 +59,7 @@ def write(directory: str, questions, traces) -> list[str]:
                 steps.append({"text": step})
             else:
                 steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
-                save_picture(step, os.path.join(directory, steps[-1]["picture"]))
+                save_image(step, os.path.join(directory, steps[-1]["picture"]))
         record = {
             "question": question,
             "steps": steps,
@@ -68,11 +68,11 @@ def write(directory: str, questions, traces) -> list[str]:
         }
         files.write_json(os.path.join(directory, f"{n}.json"), record)
         pages.append(os.path.join(directory, f"{n}.png"))
-        save_picture(page([*pictures, question, *trace.steps]), pages[-1])
+        save_image(page([*pictures, question, *trace.steps]), pages[-1])
     return pages
 
 
-def save_picture(picture, path: str) -> None:
+def save_image(picture, path: str) -> None:
     """Writes a Pillow image, or uint8 [H, W, 3], as PNG, atomically."""
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     with files.replacing(path) as f:

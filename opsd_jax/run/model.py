@@ -1,104 +1,137 @@
-"""The model that answers: a released folder, an imported one, or a run's checkpoint."""
+"""The model that answers questions: of a released folder, an imported one, or a run's checkpoint."""
 
 import dataclasses
 import os
 
-import jax
+from jax.sharding import Mesh
 
 from opsd_jax import config as config_lib
 from opsd_jax import images, interleave, sharding
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import paths
-from opsd_jax.model import bagel
+from opsd_jax.interleave import Protocol, Reasoner
 from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
-from opsd_jax.runtime import checkpoint
+from opsd_jax.run import session as session_lib
+from opsd_jax.run.session import Session
+
+QUERY_BLOCK = 512  # the attention scores of a large image at once would not fit into memory
+_LARGEST = 980  # pixels per side of an image, in the official code
 
 
 def load(
     directory: str,
     *,
-    draw: bool,
+    generation: bool,
     protocol: str = "",
     tokenizer: str = "",
     dtype: str = "",
-    mesh=None,
-) -> interleave.Model:
+    mesh: Mesh | None = None,
+) -> Reasoner:
     """Reads a released or imported folder, or the newest (or given) checkpoint of a run.
 
     Args:
-      draw: also read what draws; without it that stays on disk. protocol: a name of `PROTOCOLS`, or "" for the run's
-        own prompt and sizes, "paper" for a released model. tokenizer: a folder; "" for the one that belongs to it.
-      dtype: "float32" or "bfloat16"; "" as stored. mesh: None for all devices along `tensor`, and one question.
+      directory: a released or imported folder, the workdir of a run, or one of its step folders.
+      generation: also read the weights that generate images; without it they stay on disk.
+      protocol: a name in `interleave.PROTOCOLS`; "" for the run's own prompt and sizes, and for
+        "paper" of a released model.
+      tokenizer: a folder; "" for the one that belongs to the model.
+      dtype: "float32" or "bfloat16"; "" as stored.
+      mesh: devices that batches of questions are placed on; None for a single question, with all
+        devices along `tensor`.
     Raises:
-      FileNotFoundError: not a model. ValueError: it cannot draw; unknown protocol.
+      FileNotFoundError: not a model. ValueError: it cannot generate images; unknown protocol.
     """
-
     paths.check_given("--checkpoint", directory)
     paths.check("--tokenizer", tokenizer)
+    check_protocol(protocol)
+    whole = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=-1)
+    if folders.is_model(directory):
+        reasoner = _of_release(directory, generation, protocol or "paper", tokenizer, dtype, whole)
+        return dataclasses.replace(reasoner, mesh=mesh)
+    workdir = _workdir_of(directory)
+    session = session_lib.open_run(workdir, mesh=whole, tokenizer_folder=tokenizer)
+    sizes = dataclasses.replace(session.model, query_block=QUERY_BLOCK)
+    if dtype:
+        sizes = dataclasses.replace(sizes, dtype=dtype)
+    if generation and sizes.generation is None:
+        raise ValueError(
+            f"{directory} was trained without image generation: it has no generation expert"
+        )
+    if not generation:
+        sizes = dataclasses.replace(sizes, generation=None)
+    session = dataclasses.replace(session, model=sizes)
+    reasoner = of_run(session, session.restore_params(directory, layout="rollout"))
+    if protocol:
+        reasoner = dataclasses.replace(reasoner, flow={}, **_asked_by(protocol, reasoner.config))
+    return dataclasses.replace(reasoner, mesh=mesh)
+
+
+def check_protocol(protocol: str) -> None:
+    """ValueError for the name of an unknown protocol; "" stands for the run's own."""
     if protocol and protocol not in interleave.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(interleave.PROTOCOLS)}")
-    placed, mesh = mesh, mesh or sharding.make_mesh(data=1, fsdp=1, tensor=-1)
-    compute = {"query_block": 512}  # the scores of a large picture at once would not fit
-    asked = interleave.PROTOCOLS[protocol or "paper"]
-    if folders.is_model(directory):
-        size = folders.read_config(directory, generation=draw).llm.vocab_size
-        tok = tokenizer_lib.load(tokenizer or folders.tokenizer_folder(directory), vocab_size=size)
-        config, params = load_lib.load(
-            directory, generation=draw, dtype=dtype, mesh=mesh, layout="rollout", **compute
-        )
-        config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
-    else:
-        workdir = directory
-        if not os.path.isdir(os.path.join(directory, "checkpoints")):  # a step: W/checkpoints/STEP
-            workdir = os.path.normpath(os.path.join(directory, "..", ".."))
-        if not os.path.isfile(os.path.join(workdir, "config.json")):
-            raise FileNotFoundError(
-                f"{directory} is no released folder (no llm_config.json), none that `python -m "
-                "opsd_jax.convert import` made (no release/), and no run (no config.json)"
-            )
-        run = workdir_lib.load_config(workdir)
-        tok = tokenizer_lib.load(
-            tokenizer or workdir_lib.tokenizer_folder(run, workdir_lib.data_workdir(run, workdir)),
-            vocab_size=run.model.llm.vocab_size,
-        )
-        config = dataclasses.replace(
-            config_lib.model(run), **compute, **({"dtype": dtype} if dtype else {})
-        )
-        if draw and config.generation is None:
-            raise ValueError(
-                f"{directory} was trained without what draws: it has no generation expert"
-            )
-        config = config if draw else dataclasses.replace(config, generation=None)
-        abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=config))
-        params = checkpoint.restore_params(
-            directory, sharding.abstract(mesh, abstract, "rollout"), partial=not draw
-        )
-        if not protocol:
-            return of_run(run, config, params, tok, placed)
-    vit, drawn = config.vit, config.generation
-    rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, 980)
-    return interleave.Model(
-        config, params, tok, asked, rule, images.vae_rule(drawn) if drawn else images.VAE, placed
-    )
 
 
-def of_run(run, config, params, tokenizer, mesh=None) -> interleave.Model:
-    """The model of a run as it answers by itself: prompt, sizes and drawing of the run's settings `run`."""
-    protocol = interleave.Protocol(
-        system=run.prompts.system,
-        transparency=run.images.transparency,
-        max_new_tokens=run.eval.max_new_tokens or run.rollout.max_new_tokens,
+def of_run(session: Session, params: dict) -> Reasoner:
+    """The model of a run as it answers by itself: prompt, sizes and flow settings of the run.
+
+    params: as `session.model` describes them. Questions are asked one by one, without a mesh.
+    """
+    c = session.config
+    protocol = Protocol(
+        system=c.prompts.system,
+        transparency=c.images.transparency,
+        max_new_tokens=session.answer_budget,
     )
-    vae = images.vae_rule(config.generation) if config.generation else images.VAE
-    return interleave.Model(
-        config,
+    return Reasoner(
+        session.model,
         params,
-        tokenizer,
+        session.tokenizer,
         protocol,
-        config_lib.resize_rule(run),
-        vae,
-        mesh,
-        dict(run.drawing),
+        config_lib.resize_rule(c),
+        _vae_rule(session.model),
+        flow=dict(c.drawing),
     )
+
+
+def _of_release(
+    directory: str, generation: bool, protocol: str, tokenizer: str, dtype: str, mesh: Mesh
+) -> Reasoner:
+    """The model of a released or imported folder. There is no run, so there is no session."""
+    size = folders.read_config(directory, generation=generation).llm.vocab_size
+    tok = tokenizer_lib.load(tokenizer or folders.tokenizer_folder(directory), vocab_size=size)
+    config, params = load_lib.load(
+        directory,
+        generation=generation,
+        dtype=dtype,
+        mesh=mesh,
+        layout="rollout",
+        query_block=QUERY_BLOCK,
+    )
+    config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
+    return Reasoner(config, params, tok, **_asked_by(protocol, config))
+
+
+def _asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:
+    """Fields of a Reasoner that a named protocol decides."""
+    asked, vit = interleave.PROTOCOLS[protocol], config.vit
+    rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, _LARGEST)
+    return {"protocol": asked, "vit": rule, "vae": _vae_rule(config)}
+
+
+def _vae_rule(config: config_lib.ModelConfig) -> images.Resize:
+    return images.vae_rule(config.generation) if config.generation else images.VAE
+
+
+def _workdir_of(directory: str) -> str:
+    """The workdir of a run that `directory` is, or is a step folder of, W/checkpoints/STEP."""
+    workdir = directory
+    if not os.path.isdir(os.path.join(directory, "checkpoints")):
+        workdir = os.path.normpath(os.path.join(directory, "..", ".."))
+    if not os.path.isfile(os.path.join(workdir, "config.json")):
+        raise FileNotFoundError(
+            f"{directory} is not a released folder (no llm_config.json), nor one that `python -m "
+            "opsd_jax.convert import` made (no release/), nor a run (no config.json)"
+        )
+    return workdir

@@ -65,7 +65,7 @@ def redraw(
 
     def load():
         step = checkpoint or checkpoint_lib.newest(workdir)
-        model = model_lib.load(step, draw=True)
+        model = model_lib.load(step, generation=True)
         record = {
             "checkpoint": os.path.realpath(step),
             "weights": params_lib.fingerprint(model.params),
@@ -145,11 +145,11 @@ def _draw(model, config, rows, key, batch_size, before_batch) -> list:
             for row in [*part, *[part[-1]] * (size - len(part))]
         ]
         traces = interleave.reason(
-            asked, questions, jax.random.fold_in(key, start), draw=True, always=True
+            asked, questions, jax.random.fold_in(key, start), generation=True, always=True
         )
         found += [
             dataclasses.replace(
-                row, visual_thoughts=tuple(map(_png, trace.pictures[: len(row.visual_thoughts)]))
+                row, visual_thoughts=tuple(map(_png, trace.images[: len(row.visual_thoughts)]))
             )
             for row, trace in zip(part, traces)
         ]

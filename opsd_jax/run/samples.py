@@ -64,7 +64,7 @@ def show_drawings(run, step, prepared, params) -> None:
 
     if jax.process_count() > 1:
         return
-    model = model_lib.of_run(run.config, config_lib.model(run.config), params, run.tokenizer)
+    model = model_lib.of_run(run, params)
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
     rows, lines = prepared[:4], []
     questions = [
@@ -79,11 +79,11 @@ def show_drawings(run, step, prepared, params) -> None:
         for row in rows
     ]
     traces = interleave.reason(
-        model, questions, jax.random.key(run.config.seed), draw=True, always=True
+        model, questions, jax.random.key(run.config.seed), generation=True, always=True
     )
     for n, (row, trace) in enumerate(zip(rows, traces)):
         lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
-        shown = images.montage([[*row.pixels[:2], trace.pictures[0]]])
+        shown = images.montage([[*row.pixels[:2], trace.images[0]]])
         run.writer.image(step, f"drawing{n}", shown)
     run.writer.text(step, "drawings", "\n".join(lines))
 

@@ -79,27 +79,34 @@ class Session:
 
     def evaluation_sampling(self, **changes) -> RolloutConfig:
         """Config of greedy answers in evaluations, with changes by name."""
-        c = self.config
         own = dict(
             greedy=True,
-            slots=c.eval.slots,
+            slots=self.config.eval.slots,
             refill=0,
-            max_new_tokens=c.eval.max_new_tokens or c.rollout.max_new_tokens,
+            max_new_tokens=self.answer_budget,
         )
         return self.sampling(**own | changes)
+
+    @property
+    def answer_budget(self) -> int:
+        """Budget of tokens of an answer in evaluations, bos included."""
+        return self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens
 
     def abstract_params(self, layout: str = "train"):
         """Shapes, dtypes and shardings of the weights: what restoring a checkpoint asks for."""
         shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=self.model))
         return sharding.abstract(self.mesh, shapes, layout)
 
-    def restore_params(self, checkpoint_folder: str):
+    def restore_params(self, checkpoint_folder: str, layout: str = "train"):
         """The weights in a checkpoint of the run, laid out for the update and for scoring.
 
         A session whose `model` has no image generation leaves those weights on disk.
+
+        layout: "train", or "rollout" for the sampler, in the dtype of the computation.
         """
         partial = self.config.model.generation.on and self.model.generation is None
-        return checkpoint.restore_params(checkpoint_folder, self.abstract_params(), partial=partial)
+        abstract = self.abstract_params(layout)
+        return checkpoint.restore_params(checkpoint_folder, abstract, partial=partial)
 
     def for_sampling(self, params):
         """The weights laid out for the sampler, in the dtype of the computation."""
@@ -110,24 +117,36 @@ class Session:
 
     def results_folder(self, step: int, name: str) -> str:
         """Folder of the results of an evaluation of the run's checkpoint of a step."""
-        return os.path.join(self.workdir, "eval", f"{step:06d}-{name}")
+        return os.path.join(self.workdir, "eval", results_name(step, name))
 
 
-def open_run(workdir: str, *, tasks: tuple = (), devices=None) -> Session:
+def results_name(step: int, name: str) -> str:
+    """Name of the results of an evaluation, in W/eval: "000150-none"."""
+    return f"{step:06d}-{name}"
+
+
+def open_run(
+    workdir: str,
+    *,
+    tasks: tuple[str, ...] = (),
+    mesh: Mesh | None = None,
+    tokenizer_folder: str = "",
+) -> Session:
     """Opens the run (or control arm) in a folder for reading: evaluation, diagnosis, generation.
 
     Args:
       tasks: some of the run's tasks; () for all of them.
-      devices: those of the mesh; None for all. All but the `tensor` size go to `fsdp`.
+      mesh: None for all devices, all but the run's `tensor` size along `fsdp`.
+      tokenizer_folder: "" for the tokenizer of the run. With another one the data need not exist.
     Raises:
       FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
     """
     config = workdir_lib.load_config(workdir)
-    data_workdir = workdir_lib.data_workdir(config, workdir)
+    data_workdir = workdir if tokenizer_folder else workdir_lib.data_workdir(config, workdir)
     if tasks:
         config = workdir_lib.with_tasks(config, tasks)
-    mesh = sharding.make_mesh(tensor=config.mesh.tensor, devices=devices)
-    return _open(config, workdir, data_workdir, mesh, clock_lib.Clock())
+    mesh = mesh or sharding.make_mesh(tensor=config.mesh.tensor)
+    return _open(config, workdir, data_workdir, mesh, clock_lib.Clock(), tokenizer_folder)
 
 
 def open_training(
@@ -179,9 +198,17 @@ def open_training(
     return dataclasses.replace(session, writer=writer)
 
 
-def _open(config, workdir, data_workdir, mesh, clock) -> Session:
+def _open(
+    config: ConfigDict,
+    workdir: str,
+    data_workdir: str,
+    mesh: Mesh,
+    clock: clock_lib.Clock,
+    tokenizer_folder: str = "",
+) -> Session:
     size = config.model.llm.vocab_size
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, data_workdir), vocab_size=size)
+    folder = tokenizer_folder or workdir_lib.tokenizer_folder(config, data_workdir)
+    tok = tokenizer.load(folder, vocab_size=size)
     return Session(
         config=config,
         workdir=workdir,

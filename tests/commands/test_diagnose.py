@@ -542,7 +542,7 @@ def test_kl_command(workdir):
     )
 
     def context_of(r, mode):
-        return contexts.contexts(opened.rows, opened.packer, 0, [r["index"]], mode, 0)[1]
+        return opened.selection.packed(0, [r["index"]], mode)[1]
 
     for kind in ("base", "student", "data"):
         for r in [r for r in records if r["completion"] == kind][:3]:
@@ -606,14 +606,7 @@ def test_kl_command(workdir):
         )
 
     # The same on the traces as training measured, over the same rows.
-    args = dict(
-        config=opened.model,
-        task_names=opened.tasks,
-        batch_size=opened.batch_size,
-        limit=10,
-        mesh=opened.mesh,
-    )
-    theirs = reference_kl.reference_kl(teacher, student, opened.rows, opened.packer, **args)[
+    theirs = reference_kl.reference_kl(teacher, student, opened.selection, config=opened.model)[
         small_run.TASK
     ]
     np.testing.assert_allclose(

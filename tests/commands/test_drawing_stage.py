@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -151,14 +152,20 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     object.__setattr__(
         tokenizer, "texts", [tiny.TOKENIZER.decode(first.ids), tiny.TOKENIZER.decode(last.ids)]
     )
-    drawer = model_lib.of_run(config, model, params, tokenizer)
+    run = types.SimpleNamespace(
+        config=config, model=model, tokenizer=tokenizer, answer_budget=config.eval.max_new_tokens
+    )
+    drawer = model_lib.of_run(run, params)
     drawer = dataclasses.replace(
         drawer, protocol=dataclasses.replace(drawer.protocol, max_new_tokens=4)
     )
     monkeypatch.setattr(
         interleave,
-        "_draw",
-        lambda _, rows, *rest: (contexts.append(list(rows[0]["cond"])), [row.pixels[1]])[1],
+        "_generate",
+        lambda _, asked, *rest: (
+            contexts.append(list(asked[0].blocks["cond"])),
+            [row.pixels[1]],
+        )[1],
     )
     pack = interleave._pack
     monkeypatch.setattr(
@@ -166,7 +173,10 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     )
     with Image.open(io.BytesIO(row.example.problem_image)) as picture:
         interleave.reason(
-            drawer, [([picture.convert("RGB")], row.example.question)], jax.random.key(0), draw=True
+            drawer,
+            [([picture.convert("RGB")], row.example.question)],
+            jax.random.key(0),
+            generation=True,
         )
     asked, drawing, answering = contexts
     trained = {"drawing": blocks[:5], "answering": blocks[:5] + blocks[6:8]}
@@ -602,5 +612,5 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         )
         assert "1 pictures" in capsys.readouterr().err
         assert Image.open(tmp_path / "out" / "0-0.png").size == (40, 40)
-        text = model_lib.load(str(straight), draw=False)
+        text = model_lib.load(str(straight), generation=False)
         assert text.config.generation is None and "vae" not in text.params

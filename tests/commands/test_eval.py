@@ -4,7 +4,6 @@ failures.
 
 import csv
 import dataclasses
-import functools
 import json
 import operator
 import os
@@ -18,11 +17,12 @@ import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import eval, rollout, tokenizer, train
+from opsd_jax import eval, interleave, rollout, sharding, tokenizer, train
 from opsd_jax.data import arrayrecord, examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import contexts, inference, reference_kl, tables
-from opsd_jax.run import controls, job
+from opsd_jax.evaluation import benchmark, contexts, inference, reference_kl, table_scores, tables
+from opsd_jax.run import controls, job, session
+from opsd_jax.run.request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 
 LAST = f"{small_run.LAST:06d}"
@@ -85,7 +85,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     monkeypatch.setattr(tokenizer, "load", rotated)
     last.rename(tmp_path / "last")
     with caplog.at_level("WARNING"):
-        assert list(job.evaluate_run(str(workdir), limit=4, name="x")) == ["x"]
+        assert list(job.evaluate(Request(str(workdir), rows=4, name="x"))) == ["x"]
     assert (
         f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
     )
@@ -94,7 +94,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
         checkpoint_lib.CheckpointGoneError,
         match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}",
     ):
-        job.evaluate_run(str(workdir), limit=4, name="y", checkpoint=str(before))
+        job.evaluate(Request(str(workdir), rows=4, name="y", checkpoint=str(before)))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
         row.index for row in table.rows
     ]
     texts = {line["index"]: line["prediction"] for line in lines if line["benchmark"] == "BLINK"}
-    assert tables.score(table, texts).overall == blink["overall"]
+    assert table_scores.score(table, texts).overall == blink["overall"]
     with open(folder / "BLINK.tsv", encoding="utf-8", newline="") as f:
         exported = list(csv.DictReader(f, delimiter="\t"))
     assert {int(row["index"]): row["prediction"] for row in exported} == texts
@@ -165,15 +165,15 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert html.count("data:image") >= len(lines) and "59.49" in html
     assert "| 59.49 | 61.44 |" in (workdir / "eval" / "summary.md").read_text()
 
-    asked, ask = [], inference.ask
+    asked, reason = [], interleave.reason
 
     def dies(*args, **kwargs):
         asked.append(len(args[1]))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return ask(*args, **kwargs)
+        return reason(*args, **kwargs)
 
-    monkeypatch.setattr(inference, "ask", dies)
+    monkeypatch.setattr(interleave, "reason", dies)
     with pytest.raises(KeyboardInterrupt):
         run("--name=again")
     run("--name=again", f"--against={folder.name}")
@@ -276,7 +276,7 @@ def test_other_weights_under_the_same_path_are_asked_anew(
 def test_a_row_that_cannot_be_shown(workdir, tmp_path, capsys):
     text = (TABLES / "MMVP.tsv").read_text()
     table = tables.read(TABLES / "MMVP.tsv")
-    (tmp_path / "MMVP.tsv").write_text(text.replace(table.rows[1].pictures[0], "AAAA" * 40))
+    (tmp_path / "MMVP.tsv").write_text(text.replace(table.rows[1].images[0], "AAAA" * 40))
     command = [f"--workdir={workdir}", f"--data_dir={tmp_path}", "--batch_size=4"]
     message = error_of(capsys, *command)
     assert "1 rows cannot be shown" in message and f"row {table.rows[1].index}" in message
@@ -354,7 +354,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
     # Weights of another run: not under a name that this run's own could have.
     foreign = [f"--workdir={workdir}", f"--checkpoint={arm}/checkpoints/{small_run.OPSD}"]
     message = error_of(capsys, *foreign)
-    assert "is no step of" in message and "--name" in message
+    assert "is not a step of" in message and "--name" in message
     eval.main([*foreign, "--name=noise"])
     assert read(workdir / "eval" / "noise")[1] == read(arm / "eval" / name)[1]
 
@@ -392,7 +392,7 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
         ),
         (["--data_dir=/nowhere"], "no benchmark file in /nowhere: put NAME.tsv there"),
         (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
-        (["--visual_thoughts=generated"], "was trained without what draws"),
+        (["--visual_thoughts=generated"], "was trained without image generation"),
         (["--against=gone", "--rows=1"], "--against=gone: no "),
         (
             [f"--against={LAST}-none", "--split=validation"],
@@ -458,6 +458,10 @@ class Example:
         return self
 
 
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 class Sources:
     """Stands for data.Examples, data.Packer and the tokenizer.
 
@@ -468,6 +472,7 @@ class Sources:
         self.sources = [
             [Example(f"{s}-{n}", f"a{n}", {}) for n in range(size)] for s, size in enumerate(sizes)
         ]
+        self.tasks = ("A", "B")[: len(sizes)]
         self.tokenizer, self.packed, self.buckets = (
             self,
             [],
@@ -480,6 +485,9 @@ class Sources:
     def student(self, prepared, bucket):
         self.packed.append([row.pid for row in prepared])
         return np.array([[ord(c) for c in row.pid.ljust(6)] for row in prepared], np.int32)
+
+    def check_references(self, source, numbers):
+        pass
 
     def decode(self, ids):
         return "".join(map(chr, ids))
@@ -522,18 +530,13 @@ class Sampler:
 def test_every_row_is_counted_once(monkeypatch):
     rows, sampler, told = Sources(5, 3), Sampler(), []
     monkeypatch.setattr(rollout, "sample", sampler)
-    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
-    evaluate = functools.partial(
-        contexts.evaluate,
-        {},
-        rows,
-        rows,
-        config=config,
-        task_names=("A", "B"),
-        mode="none",
-        batch_size=2,
-    )
-    results = evaluate(on_batch=lambda *numbers: told.append(numbers))
+    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None, greedy=True)
+
+    def evaluate(on_batch=lambda done: None, **selected):
+        selection = contexts.Selection(rows, rows, one_device(), 2, **selected)
+        return contexts.evaluate({}, selection, "none", sampling=config, on_batch=on_batch)
+
+    results = evaluate(lambda done: told.append((done.done, done.hits)))
     assert rows.packed == [
         ["0-0", "0-1"],
         ["0-2", "0-3"],
@@ -578,19 +581,19 @@ def test_seconds_are_not_the_compilers(monkeypatch):
     """A single batch that compiled is sampled again for its time; one that did not is not."""
     rows, sampler = Sources(2), Sampler()
     monkeypatch.setattr(rollout, "sample", sampler)
-    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None)
+    config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None, greedy=True)
+    selection = contexts.Selection(rows, rows, one_device(), 2)
     for calls in (2, 3):
-        (result,) = contexts.evaluate(
-            {}, rows, rows, config=config, task_names=["A"], mode="none", batch_size=2
-        )
+        (result,) = contexts.evaluate({}, selection, "none", sampling=config)
         assert sampler.calls == calls and result.timed == 2 and result.seconds > 0
 
 
 def test_batches_are_filled_with_the_last_row():
-    assert list(contexts.batches(range(5), 2)) == [[0, 1], [2, 3], [4, 4]]
-    assert list(contexts.batches([7, 3], 4)) == [[7, 3, 3, 3]] and list(
-        contexts.batches(range(4), 4)
-    ) == [[0, 1, 2, 3]]
+    bench = benchmark.Benchmark("A", tuple(range(5)), None, None, None)
+    parts = [keys for _, keys in inference.batches([bench], 2)]
+    assert [inference.filled(part, 2) for part in parts] == [[0, 1], [2, 3], [4, 4]]
+    assert inference.filled([7, 3], 4) == [7, 3, 3, 3]
+    assert inference.filled(range(4), 4) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -610,7 +613,7 @@ def test_batches_are_filled_with_the_last_row():
     ],
 )
 def test_hits(metadata, gold, text, expected):
-    assert contexts.is_hit(Example("", gold, metadata), text) == expected
+    assert benchmark.is_hit(Example("", gold, metadata), text) == expected
 
 
 @pytest.mark.slow
@@ -624,7 +627,8 @@ def test_contexts_of_the_modes(trained):
     numbers = [0, 4, 4]
 
     def get(mode, seed=0):
-        return contexts.contexts(rows, packer, 0, numbers, mode, seed)
+        selection = contexts.Selection(rows, packer, None, 4, seed=seed)
+        return selection.packed(0, numbers, mode)
 
     prepared, student = get("none")
     assert [row.example.pid for row in prepared] == [rows.sources[0][n].pid for n in numbers]
@@ -663,7 +667,11 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     packer = packing.Packer.from_config(config.copy_and_resolve_references(), tok)
     buckets.update({kind: short[kind] + long[kind] for kind in long})
     both = packing.Packer.from_config(config, tok)
-    found = contexts.buckets_of(rows, both, 0, range(small_run.TEST_ROWS), ("none",))
+
+    def select(packer, limit=0):
+        return contexts.Selection(rows, packer, one_device(), 4, limit)
+
+    found = contexts.buckets_of(select(both), 0, ("none",))
     assert found == [int(n % 3 == 0) for n in range(small_run.TEST_ROWS)]
 
     params = checkpoint_lib.restore_params(trained, small_run.abstract_params())
@@ -674,18 +682,11 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
         return sample(params, packed, key, config=config)
 
     monkeypatch.setattr(rollout, "sample", seen)
-    marker = rollout.Marker.build(tok.token_bytes, config.model.llm.vocab_size)
+    sampling = session.open_run(str(trained)).evaluation_sampling(max_new_tokens=8)
+    assert sampling.greedy
 
     def ask(packer, mode):
-        return contexts.evaluate(
-            params,
-            rows,
-            packer,
-            config=config_lib.rollout(config, tok, marker, max_new_tokens=8),
-            task_names=[small_run.TASK],
-            mode=mode,
-            batch_size=4,
-        )[0].predictions
+        return contexts.evaluate(params, select(packer), mode, sampling=sampling)[0].predictions
 
     for mode in ("none", "swap", "noise", "remove"):
         sampled.clear()
@@ -694,16 +695,8 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
         assert all(length <= slots for slots, of_batch in sampled for length in of_batch)
 
     def kl(packer):
-        return reference_kl.reference_kl(
-            params,
-            params,
-            rows,
-            packer,
-            config=config_lib.model(config),
-            task_names=[small_run.TASK],
-            batch_size=4,
-            limit=6,
-        )
+        selection = select(packer, limit=6)
+        return reference_kl.reference_kl(params, params, selection, config=config_lib.model(config))
 
     assert kl(both)[small_run.TASK]["kl"] == pytest.approx(
         kl(packer)[small_run.TASK]["kl"], abs=1e-5
@@ -731,16 +724,8 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
         )
 
     monkeypatch.setattr(distill, "kl_to_student", kl_to_student)
-    found = reference_kl.reference_kl(
-        "theirs",
-        "ours",
-        rows,
-        packer,
-        config=None,
-        task_names=[small_run.TASK],
-        batch_size=4,
-        limit=6,
-    )
+    selection = contexts.Selection(rows, packer, one_device(), 4, limit=6)
+    found = reference_kl.reference_kl("theirs", "ours", selection, config=None)
     targets = np.array(
         [
             len(packer.reference(rows(0, n))) + 1

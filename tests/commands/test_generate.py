@@ -29,7 +29,7 @@ def model():
     autoencoder.
     """
     protocol = interleave.Protocol(system="sys", max_new_tokens=6)
-    return interleave.Model(
+    return interleave.Reasoner(
         tiny.DRAWING,
         tiny.params(tiny.DRAWING, seed=1),
         tiny.TOKENIZER,
@@ -64,7 +64,7 @@ FEW = {"num_timesteps": 3}
 
 
 def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
-    (trace,) = run(model, [([picture(0, 12, 16)], "what?")], draw=False)
+    (trace,) = run(model, [([picture(0, 12, 16)], "what?")], generation=False)
     image = interleave._image(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
         context.Text(tiny.TOKENIZER.encode("sys")),
@@ -83,7 +83,7 @@ def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     assert (
         trace.steps == [tiny.TOKENIZER.decode(ids)]
         and trace.tokens == len(ids)
-        and trace.pictures == []
+        and trace.images == []
     )
 
 
@@ -92,16 +92,14 @@ def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     (trace,) = run(
         model,
         [([picture(0, 16, 16), picture(1, 24, 16)], "what?")],
-        draw=True,
+        generation=True,
         always=True,
-        changes=FEW,
+        flow_changes=FEW,
         on_step=lambda *seen: steps.append(seen),
     )
     assert [type(step) for step in trace.steps] == [str, np.ndarray, str, np.ndarray, str]
     # as large as the last image is for the autoencoder, and not all of one colour
-    assert all(
-        p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.pictures
-    )
+    assert all(p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.images)
     assert steps == [(0, 2, 2), (1, 2, 2)]
     text, drawn, again, drawn_again, last = recorded
     assert [kinds(r) for r in text] == ["TLILIT"]
@@ -111,7 +109,7 @@ def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     assert [kinds(r) for r in drawn_again] == ["TLILITTLIT", "TLILI", "TT"]
     assert [kinds(r) for r in last] == ["TLILITTLITLI"]
     # the generated image is what the model sees next
-    seen, pixels = interleave.see(images.open_rgb(trace.pictures[0]), model)
+    seen, pixels = interleave.see(images.open_rgb(trace.images[0]), model)
     np.testing.assert_array_equal(again[0][-1].patches, images.patchify(seen, 4))
     assert again[0][-2].grid == (pixels.shape[0] // 8, pixels.shape[1] // 8)
     # the text goes back as the ids of its string
@@ -141,13 +139,17 @@ def saying(model, *texts):
     ],
 )
 def test_it_generates_images_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
-    (trace,) = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], draw=True, changes=FEW)
+    (trace,) = run(
+        saying(model, *texts), [([picture(0, 16, 16)], "what?")], generation=True, flow_changes=FEW
+    )
     assert "".join("t" if isinstance(step, str) else "p" for step in trace.steps) == shape
     assert trace.text == "".join(texts)
 
 
 def test_text_only_answers_generate_no_image(model):
-    (trace,) = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], draw=False)
+    (trace,) = run(
+        saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], generation=False
+    )
     assert trace.steps == ["<image_start>"]
 
 
@@ -155,27 +157,27 @@ def test_rows_of_a_batch_go_their_own_ways(model):
     """The second row generates an image, the first one does not; the batch keeps its size."""
     questions = [([picture(0, 24, 16)], "a?"), ([picture(1, 24, 16)], "longer?")]
     first, second = run(
-        saying(model, "no", "<image_start>", "done"), questions, draw=True, changes=FEW
+        saying(model, "no", "<image_start>", "done"), questions, generation=True, flow_changes=FEW
     )
     assert first.steps == ["no"]
     assert (
         second.steps[0] == "<image_start>"
         and second.steps[2] == "done"
-        and second.pictures[0].shape == (24, 16, 3)
+        and second.images[0].shape == (24, 16, 3)
     )
 
 
 def test_text_of_a_batch_is_that_of_each_question_alone(model):
     questions = [([picture(0, 16, 16)], "a?"), ([], "a longer one?")]
-    together = [trace.text for trace in run(model, questions, draw=False)]
-    assert together == [run(model, [question], draw=False)[0].text for question in questions]
+    together = [trace.text for trace in run(model, questions, generation=False)]
+    assert together == [run(model, [question], generation=False)[0].text for question in questions]
 
 
 def test_seeds_generate_different_images(model):
     def draw(seed):
-        return run(model, [([picture(0, 16, 16)], "a")], seed, draw=True, always=True, changes=FEW)[
-            0
-        ].pictures[0]
+        asked = [([picture(0, 16, 16)], "a")]
+        (trace,) = run(model, asked, seed, generation=True, always=True, flow_changes=FEW)
+        return trace.images[0]
 
     first = draw(0)
     np.testing.assert_array_equal(draw(0), first)
@@ -184,8 +186,8 @@ def test_seeds_generate_different_images(model):
 
 def test_without_images_it_generates_the_largest_square(model):
     keys = iter(jax.random.split(jax.random.key(0), 3))
-    assert interleave._ask(model, [], "a", keys, True)["grid"] == (6, 6)
-    assert interleave._ask(model, [picture(0, 16, 24)], "a", keys, True)["grid"] == (2, 3)
+    assert interleave._ask(model, [], "a", keys, True).grid == (6, 6)
+    assert interleave._ask(model, [picture(0, 16, 24)], "a", keys, True).grid == (2, 3)
 
 
 def test_text_is_cut_at_another_bos():
@@ -297,7 +299,7 @@ def test_command_answers_in_text_without_reading_the_generation_path(
         (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
         (["--image={folder}/config.json"], "config.json: cannot decode"),
         (["--tokenizer={folder}/.."], "holds no tokenizer"),
-        (["--checkpoint={folder}/.."], "is no released folder (no llm_config.json)"),
+        (["--checkpoint={folder}/.."], "is not a released folder (no llm_config.json)"),
     ],
 )
 def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):
@@ -349,7 +351,7 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
                 f"--out={tmp_path}",
             ]
         )
-    assert "was trained without what draws" in capsys.readouterr().err
+    assert "was trained without image generation" in capsys.readouterr().err
 
 
 # --- a folder that is used again

@@ -434,19 +434,20 @@ def test_a_run_is_evaluated_and_answers(run):
     from opsd_jax import interleave
     from opsd_jax.run import job
     from opsd_jax.run import model as model_lib
+    from opsd_jax.run.request import Request
 
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"
-    job.evaluate_run(str(workdir), ("none",), name="again", limit=8)
+    job.evaluate(Request(str(workdir), ("none",), name="again", rows=8))
     found, again = (
         {p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
         for path in (during, workdir / "eval" / "again" / "predictions.jsonl")
     )
     assert len(again) == 8 and any(again.values()) and again == {n: found[n] for n in again}
-    answering = model_lib.load(str(workdir), draw=False)
+    answering = model_lib.load(str(workdir), generation=False)
     assert (
         answering.config.lora == LORA
         and adapters(answering.params).keys() == adapters(abstract(model())).keys()
     )
-    (trace,) = interleave.reason(answering, [([], "Why?")], jax.random.key(0), draw=False)
+    (trace,) = interleave.reason(answering, [([], "Why?")], jax.random.key(0), generation=False)
     assert trace.tokens > 0 and trace.text == "".join(trace.steps)

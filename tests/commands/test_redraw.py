@@ -30,8 +30,8 @@ def workdir(tmp_path, monkeypatch):
     (work / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     calls = []
 
-    def reason(model, questions, key, *, draw, always):
-        assert draw and always and model.protocol.rounds == 2
+    def reason(model, questions, key, *, generation, always):
+        assert generation and always and model.protocol.rounds == 2
         calls.append(len(questions))
         return [
             interleave.Trace(
@@ -40,8 +40,10 @@ def workdir(tmp_path, monkeypatch):
             for _, q in questions
         ]
 
-    model = interleave.Model(None, None, None, interleave.Protocol(), images.TRAINING, images.VAE)
-    monkeypatch.setattr(model_lib, "load", lambda directory, draw: model)
+    model = interleave.Reasoner(
+        None, None, None, interleave.Protocol(), images.TRAINING, images.VAE
+    )
+    monkeypatch.setattr(model_lib, "load", lambda directory, generation: model)
     monkeypatch.setattr(interleave, "reason", reason)
     return types.SimpleNamespace(path=str(work), calls=calls, config=config, model=model)
 

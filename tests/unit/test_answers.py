@@ -14,7 +14,7 @@ from PIL import Image
 
 from opsd_jax import interleave
 from opsd_jax import params as params_lib
-from opsd_jax.evaluation import inference, page, tables, traces
+from opsd_jax.evaluation import benchmark, inference, interleaved, page, store, tables, traces
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import job
 from opsd_jax.runtime import stopping
@@ -22,8 +22,11 @@ from opsd_jax.runtime import stopping
 TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
 
 
+NO_PREDICTIONS = {"predictions": [], "seconds": 0.0, "compiled": False}
+
+
 def bench(name, size=5):
-    return inference.Benchmark(name, tuple(range(size)), None, None, None, size=lambda key: key % 2)
+    return benchmark.Benchmark(name, tuple(range(size)), None, None, None, size=lambda key: key % 2)
 
 
 # --- keeping
@@ -32,25 +35,20 @@ def bench(name, size=5):
 def collect(folder, batches, died_at=None, identity=None):
     asked = []
 
-    def answer(number, benchmark, keys):
+    def predict(number, benchmark, keys):
         if number == died_at:
             raise KeyboardInterrupt
         asked.append(number)
-        return {
-            "predictions": [
-                {"index": key, "prediction": f"{benchmark.name} ü\n{key}"} for key in keys
-            ]
-        }
+        predictions = [{"index": key, "prediction": f"{benchmark.name} ü\n{key}"} for key in keys]
+        return {"predictions": predictions, "seconds": 1.0, "compiled": False}
 
     told = []
     try:
-        records = inference.collect(
-            str(folder),
-            identity or {"seed": 0},
+        records = inference.answer(
             batches,
-            answer,
-            lambda record: told.append(record["batch"]),
-            together=True,
+            predict,
+            store=store.Store(str(folder), identity or {"seed": 0}),
+            on_batch=lambda progress: told.append((progress.done, progress.hits)),
         )
     except KeyboardInterrupt:
         records = None
@@ -58,7 +56,7 @@ def collect(folder, batches, died_at=None, identity=None):
 
 
 def test_a_kill_loses_one_batch_at_most(tmp_path):
-    batches = inference.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.batches([bench("A"), bench("B", 2)], 2)
     assert [(b.name, keys) for b, keys in batches] == [
         ("A", [0, 2]),
         ("A", [4, 1]),
@@ -66,25 +64,25 @@ def test_a_kill_loses_one_batch_at_most(tmp_path):
         ("B", [0, 1]),
     ]
     whole, asked, told = collect(tmp_path / "whole", batches)
-    assert asked == told == [0, 1, 2, 3]
+    assert asked == [0, 1, 2, 3] and told == [(2, None), (4, None), (5, None), (7, None)]
+    assert [record["batch"] for record in whole] == asked
     for torn in (b"", b'{"batch": 2, "predictions": [{"ind'):
         folder = tmp_path / f"part{len(torn)}"
         assert collect(folder, batches, died_at=2)[1] == [0, 1]
-        with open(folder / inference.FILE, "ab") as f:
+        with open(folder / store.FILE, "ab") as f:
             f.write(torn)
         records, asked, told = collect(folder, batches)
-        assert asked == [2, 3] and told == [0, 1, 2, 3] and records == whole
-        assert (folder / inference.FILE).read_bytes() == (
-            tmp_path / "whole" / inference.FILE
-        ).read_bytes()
+        assert asked == [2, 3] and records == whole
+        assert told == [(2, None), (4, None), (5, None), (7, None)]
+        assert (folder / store.FILE).read_bytes() == (tmp_path / "whole" / store.FILE).read_bytes()
         assert collect(folder, batches)[:2] == (whole, [])  # what is done is not asked again
 
 
 def test_answers_of_several_processes_are_one(tmp_path):
     """Three processes were killed; one goes on with all that they had."""
-    batches = inference.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.batches([bench("A"), bench("B", 2)], 2)
     whole, *_ = collect(tmp_path / "whole", batches)
-    lines = (tmp_path / "whole" / inference.FILE).read_text().splitlines()
+    lines = (tmp_path / "whole" / store.FILE).read_text().splitlines()
     folder = tmp_path / "parts"
     folder.mkdir()
     for process, line in ((0, lines[1]), (1, None), (2, lines[3])):
@@ -93,23 +91,21 @@ def test_answers_of_several_processes_are_one(tmp_path):
         )
     records, asked, _ = collect(folder, batches)
     assert (
-        asked == [1, 3]
-        and records == whole
-        and [p.name for p in folder.iterdir()] == [inference.FILE]
+        asked == [1, 3] and records == whole and [p.name for p in folder.iterdir()] == [store.FILE]
     )
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    batches = inference.plan([bench("A")], 2)
+    batches = inference.batches([bench("A")], 2)
     collect(tmp_path, batches)
-    with open(tmp_path / inference.FILE, "a") as f:
+    with open(tmp_path / store.FILE, "a") as f:
         f.write("{no json}\n")
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
         collect(tmp_path, batches)
 
 
 def test_generated_images_of_other_answers_are_removed(tmp_path):
-    batches, stale = inference.plan([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
+    batches, stale = inference.batches([bench("A")], 2), tmp_path / "pictures" / "A" / "0-0.png"
     for kept in (False, True):
         stale.parent.mkdir(parents=True, exist_ok=True)
         stale.touch()
@@ -118,38 +114,40 @@ def test_generated_images_of_other_answers_are_removed(tmp_path):
 
 
 def test_answers_of_other_conditions_are_not_mixed(tmp_path):
-    batches = inference.plan([bench("A")], 2)
+    batches = inference.batches([bench("A")], 2)
     collect(tmp_path, batches, died_at=1, identity={"seed": 0, "mode": "none"})
-    before = (tmp_path / inference.FILE).read_bytes()
-    with pytest.raises(inference.Other, match="begun with another mode, seed: give the same"):
+    before = (tmp_path / store.FILE).read_bytes()
+    with pytest.raises(
+        store.DifferentAnswersError, match="begun with another mode, seed: give the same"
+    ):
         collect(tmp_path, batches, identity={"seed": 1, "mode": "real"})
-    assert (tmp_path / inference.FILE).read_bytes() == before
+    assert (tmp_path / store.FILE).read_bytes() == before
 
 
 def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
-    batches = inference.plan([bench("A")], 2)
+    batches = inference.batches([bench("A")], 2)
     collect(tmp_path, batches, died_at=0, identity={"batch_size": 64})
     assert collect(tmp_path, batches, identity={"batch_size": 2})[1] == [0, 1, 2]
 
 
 def test_a_stop_between_batches_keeps_what_is_answered(tmp_path):
-    batches, asked = inference.plan([bench("A"), bench("B", 2)], 2), []
+    batches, asked = inference.batches([bench("A"), bench("B", 2)], 2), []
+    kept = store.Store(str(tmp_path), {})
 
-    def answer(number, benchmark, keys):
-        return asked.append(number) or {"predictions": []}
+    def predict(number, benchmark, keys):
+        asked.append(number)
+        return NO_PREDICTIONS
 
     def stop_before_the_third():
         if len(asked) == 2:
             raise stopping.Stopped
 
     with pytest.raises(stopping.Stopped):
-        inference.collect(
-            str(tmp_path), {}, batches, answer, together=True, before_batch=stop_before_the_third
-        )
-    inference.collect(str(tmp_path), {}, batches, answer, together=True)
+        inference.answer(batches, predict, store=kept, before_batch=stop_before_the_third)
+    inference.answer(batches, predict, store=kept)
     assert asked == [0, 1, 2, 3]
-    inference.forget(str(tmp_path))
-    assert not inference.is_begun(str(tmp_path))
+    store.forget(str(tmp_path))
+    assert not store.is_begun(str(tmp_path))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -159,7 +157,7 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
 
     JAX stops all at the same question.
     """
-    batches = inference.plan([bench("A"), bench("B", 2)], 2)
+    batches = inference.batches([bench("A"), bench("B", 2)], 2)
     collect(tmp_path / "0", batches, died_at=done)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
@@ -170,12 +168,10 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
             shutil.copytree(tmp_path / "0", tmp_path / f"{process}")
         monkeypatch.setattr(jax, "process_index", lambda: process)
         times = iter(range(99))
-        inference.collect(
-            str(tmp_path / f"{process}"),
-            {"seed": 0},
+        inference.answer(
             batches,
-            lambda *_: {"predictions": []},
-            together=together,
+            lambda *_: NO_PREDICTIONS,
+            store=store.Store(str(tmp_path / f"{process}"), {"seed": 0}, together),
             before_batch=lambda: next(times),
         )
         asked.append(next(times))
@@ -183,7 +179,8 @@ def test_all_processes_ask_equally_often_whether_to_stop(tmp_path, monkeypatch, 
 
 
 def test_rows_that_take_no_part_are_left_out_of_the_plan():
-    assert inference.plan([bench("A", 3)], 4, {"A": [1], "B": [0]})[0][1] == [0, 2]
+    part = bench("A", 3).without([1])
+    assert inference.batches([part], 4)[0][1] == [0, 2] and part.left_out == (1,)
 
 
 # --- generated images
@@ -192,11 +189,11 @@ def test_rows_that_take_no_part_are_left_out_of_the_plan():
 def test_what_a_changed_image_is(tmp_path):
     picture = np.full((8, 8, 3), 7, np.uint8)
     assert (
-        inference.changer("generated", "T", [1], seed=0) is None
-        and inference.changer("none", "T", [1], seed=0) is None
+        interleaved.intervention("generated", "T", [1], seed=0) is None
+        and interleaved.intervention("none", "T", [1], seed=0) is None
     )
-    assert inference.changer("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
-    noise = inference.changer("generated-noise", "T", [1, 2], seed=0)
+    assert interleaved.intervention("generated-remove", "T", [1], seed=0)(0, 0, picture) is None
+    noise = interleaved.intervention("generated-noise", "T", [1, 2], seed=0)
     first, other, round_2 = noise(0, 0, picture), noise(1, 0, picture), noise(0, 1, picture)
     assert first.shape == picture.shape and first.dtype == np.uint8
     assert (
@@ -204,9 +201,11 @@ def test_what_a_changed_image_is(tmp_path):
         and (first != other).any()
         and (first != round_2).any()
     )
-    assert (inference.changer("generated-noise", "T", [1], seed=1)(0, 0, picture) != first).any()
+    assert (
+        interleaved.intervention("generated-noise", "T", [1], seed=1)(0, 0, picture) != first
+    ).any()
     values = (
-        inference.noise_picture(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5
+        interleaved.noise_image(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)) / 127.5
         - 1
     )
     assert (
@@ -217,34 +216,38 @@ def test_what_a_changed_image_is(tmp_path):
 def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     shade = {(1, 0): 10, (3, 0): 30, (3, 1): 31, (5, 0): 50}
     for (row, number), value in shade.items():
-        traces.save_picture(
+        traces.save_image(
             np.full((4, 4, 3), value, np.uint8),
-            inference.picture_path(str(tmp_path), "T", row, number),
+            interleaved.image_path(str(tmp_path), "T", row, number),
         )
-    traces.save_picture(
-        np.zeros((4, 4, 3), np.uint8), inference.picture_path(str(tmp_path), "T-2", 4, 0)
+    traces.save_image(
+        np.zeros((4, 4, 3), np.uint8), interleaved.image_path(str(tmp_path), "T-2", 4, 0)
     )
-    swap = inference.changer("generated-swap", "T", [1, 3, 5, 4], seed=0, drawn=str(tmp_path))
+    swap = interleaved.intervention(
+        "generated-swap", "T", [1, 3, 5, 4], seed=0, swap_from=str(tmp_path)
+    )
     mine = np.zeros((4, 4, 3), np.uint8)
     assert [int(swap(b, 0, mine)[0, 0, 0]) for b in range(4)] == [30, 50, 10, 50]
     assert int(swap(0, 1, mine)[0, 0, 0]) == 31
     assert int(swap(9, 0, mine)[0, 0, 0]) == 50  # a filler row is the last one again
-    with pytest.raises(FileNotFoundError, match="no other row of T has a picture of round 2"):
+    with pytest.raises(FileNotFoundError, match="no other example of T has an image of round 2"):
         swap(1, 1, mine)
     with pytest.raises(
         FileNotFoundError, match="--visual_thoughts=generated of the same checkpoint"
     ):
-        inference.changer("generated-swap", "T", [1], seed=0, drawn=str(tmp_path / "gone"))
+        interleaved.intervention(
+            "generated-swap", "T", [1], seed=0, swap_from=str(tmp_path / "gone")
+        )
 
 
 def test_images_of_any_index_stay_in_their_folder(tmp_path):
     """An index of a public table may be any text."""
     keys = ["../../x", "a/b"]
     for shade, key in enumerate(keys):
-        path = inference.picture_path(str(tmp_path), "T", key, 0)
+        path = interleaved.image_path(str(tmp_path), "T", key, 0)
         assert pathlib.Path(path).resolve().parent == tmp_path / "pictures" / "T"
-        traces.save_picture(np.full((4, 4, 3), shade, np.uint8), path)
-    swap = inference.changer("generated-swap", "T", keys, seed=0, drawn=str(tmp_path))
+        traces.save_image(np.full((4, 4, 3), shade, np.uint8), path)
+    swap = interleaved.intervention("generated-swap", "T", keys, seed=0, swap_from=str(tmp_path))
     assert [int(swap(b, 0, None)[0, 0, 0]) for b in range(2)] == [1, 0]
 
 
@@ -258,10 +261,10 @@ def test_the_form_of_the_harness():
 
 def test_a_table_as_a_benchmark():
     table = tables.read(TABLES / "BLINK.tsv")
-    found = inference.of_table(table, cache="lossless", limit=3)
+    found = benchmark.of_table(table, cache="lossless", limit=3)
     assert found.keys == tuple(
         row.index for row in tables.subset(table, 3, 0).rows
-    ) and not inference.broken(found)
+    ) and not benchmark.broken(found)
     pictures, text = found.question(found.keys[0])
     assert (
         all(isinstance(p, Image.Image) for p in pictures)
@@ -280,7 +283,7 @@ def test_a_table_as_a_benchmark():
 
 def test_first_rows_of_a_circular_table_are_whole_questions():
     table = tables.read(TABLES / "SAT_circular.tsv")
-    found = inference.of_table(table, cache="lossless", limit=1)
+    found = benchmark.of_table(table, cache="lossless", limit=1)
     right = found.judge({key: f"<answer>{found.expected(key)}</answer>" for key in found.keys})[1]
     assert len(found.keys) > 1 and right["n"] == 1 and right["overall"] == 1
 
@@ -404,21 +407,21 @@ def test_a_subset_of_a_table_has_whole_questions():
     part, whole = tables.subset(table, 1, 0), tables.questions(table)
     asked = tables.questions(part)
     assert len(asked) == 1 and part.rows == tuple(
-        row for row in table.rows if tables._question(row) in asked
+        row for row in table.rows if tables.question(row) in asked
     )
     assert {
         q for seed in range(40) for q in tables.questions(tables.subset(table, 1, seed))
     } == whole
-    found = inference.of_table(table, cache="lossless", limit=1, seed=0)
+    found = benchmark.of_table(table, cache="lossless", limit=1, seed=0)
     assert found.subset == {"drawn": 1, "of": len(whole), "seed": 0} and found.keys == tuple(
         row.index for row in part.rows
     )
-    assert inference.of_table(table, cache="lossless").subset is None
+    assert benchmark.of_table(table, cache="lossless").subset is None
 
 
 def test_answers_of_another_model_are_not_taken(tmp_path):
     """Same path, same name, other weights or another tokenizer."""
-    batches = inference.plan([bench("A")], 2)
+    batches = inference.batches([bench("A")], 2)
     first = {"weights": "a", "tokenizer": "t", "step": 3}
     collect(tmp_path, batches, identity=first)
     for changes, named in (
@@ -427,24 +430,24 @@ def test_answers_of_another_model_are_not_taken(tmp_path):
         ({"weights": "b", "step": 4}, "step, weights"),
     ):
         with pytest.raises(
-            inference.Other,
+            store.DifferentAnswersError,
             match=f"begun with another {named}: the model has changed since: choose another --name",
         ):
             collect(tmp_path, batches, identity=first | changes)
     (tmp_path / "old").mkdir()
     collect(tmp_path / "old", batches, identity={"step": 3})  # as before there were fingerprints
     with pytest.raises(
-        inference.Other,
+        store.DifferentAnswersError,
         match="no fingerprint of the weights: an older version began it.*delete the folder",
     ):
         collect(tmp_path / "old", batches, identity=first)
     assert (
-        inference.identity_of(str(tmp_path)) == first
+        store.identity_of(str(tmp_path)) == first
         and collect(tmp_path, batches, identity=first)[1] == []
     )
-    (tmp_path / inference.FILE).write_text('{"weights": "a"')
+    (tmp_path / store.FILE).write_text('{"weights": "a"')
     with pytest.raises(ValueError, match=f"{tmp_path}/answers.jsonl is damaged .* delete it"):
-        inference.identity_of(str(tmp_path))
+        store.identity_of(str(tmp_path))
 
 
 # --- summaries and comparisons
@@ -515,7 +518,7 @@ def test_a_cut_file_of_predictions_is_named(tmp_path):
 
 
 def asking(rows, name="T", table=None):
-    return inference.Benchmark(
+    return benchmark.Benchmark(
         name,
         tuple(range(len(rows))),
         None,
@@ -585,7 +588,7 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         for n, (pid, e, hit) in enumerate([("a", "A", True), ("b", "B", True), ("c", "A", False)])
     ]
     result = results_lib.Result("T", predictions, 1.0, 1)
-    bench = inference.Benchmark(
+    bench = benchmark.Benchmark(
         "T",
         (0, 1, 2),
         lambda key: ([], "?"),

@@ -567,16 +567,16 @@ def qwen(tmp_path_factory):
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_what_training_teaches_is_right(qwen, tok, answer):
-    from opsd_jax.evaluation import contexts
+    from opsd_jax.evaluation import benchmark
 
     example = schema.Example(
         "p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so"
     )
     taught = context.text_trace(example.full_text_only_thought, answer)
     for t in (qwen, tok):
-        assert contexts.is_hit(example, t.decode(t.encode(taught)))[1]
+        assert benchmark.is_hit(example, t.decode(t.encode(taught)))[1]
         for wrong in ("<answer>C</answer>", "B", "<answer></answer>", "<answer>B"):
-            assert not contexts.is_hit(example, wrong)[1]
+            assert not benchmark.is_hit(example, wrong)[1]
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):

@@ -24,6 +24,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, tokenizer
 from opsd_jax.data import arrayrecord, prepare, shards, workdir
+from opsd_jax.evaluation import prompts, table_scores
 from opsd_jax.evaluation import tables as tables_lib
 from opsd_jax.release import folders, importing, load, metadata
 from opsd_jax.runtime import checkpoint
@@ -469,10 +470,10 @@ def test_benchmark_tables(tmp_path):
 
         def work(folder):
             table = tables_lib.read(folder / f"{name}.tsv")  # noqa: B023
-            tables_lib.unmatchable(table)
+            table_scores.unmatchable(table)
             for row in table.rows:
-                tables_lib.images(row), tables_lib.messages(row)
-            tables_lib.score(table, {row.index: "<answer>A</answer>" for row in table.rows})
+                prompts.images(row), prompts.messages(row)
+            table_scores.score(table, {row.index: "<answer>A</answer>" for row in table.rows})
 
         check(range(9000, 9080), folder, tmp_path / name, [f"{name}.tsv"], work)
 

@@ -1,0 +1,186 @@
+"""A benchmark as the evaluation loop sees it: questions by key, and a rule that scores the answers.
+
+of_examples   prepared examples of a task: one image and one question; the rule of the task scores
+of_table      a public table (`tables`): its images and prompts; the rules of the public harness
+score
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+
+from PIL import Image
+
+from opsd_jax import tags, tasks
+from opsd_jax.data import randomness
+from opsd_jax.data.examples import Examples
+from opsd_jax.data.schema import Example
+from opsd_jax.evaluation import prompts, statistics, table_scores, tables
+
+Key = int | str
+
+
+def _no_size(key: Key) -> int:
+    return 0
+
+
+def _key_alone(key: Key) -> tuple[str, str]:
+    return "", str(key)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Benchmark:
+    """What is asked, and how answers are scored. The loop and the report page know no more than
+    this.
+
+    Attributes:
+      name: of the benchmark.
+      keys: of its examples, in order: numbers of a task's examples, or indices of a table.
+      question: key -> (Pillow RGB images, text).
+      expected: key -> the right answer.
+      judge: {key: text} -> ({key: what its line in predictions.jsonl gets besides, with "hit"},
+        what the summary gets: overall, unit, n, categories, interval_95 and more; None where the
+          share of hits is the score).
+      size: key -> number by which examples of similar size share a batch: the number of images of a
+        table's question, the bucket of a task's example.
+      asked: key -> what tells the example from all others in any results: (pid, answer), or (MD5 of
+        the table, index).
+      table: the public table, None for a task.
+      subset: see `randomness.subset_facts`; None where all examples are asked.
+      left_out: keys that are not asked, because they cannot be shown or scored.
+      without_visual_thoughts: number of examples that have none, in a mode that shows them or
+        something instead.
+    """
+
+    name: str
+    keys: tuple[Key, ...]
+    question: Callable[[Key], tuple[list[Image.Image], str]]
+    expected: Callable[[Key], str]
+    judge: Callable[[dict[Key, str]], tuple[dict[Key, dict], dict | None]]
+    size: Callable[[Key], int] = _no_size
+    asked: Callable[[Key], tuple[str, Hashable]] = _key_alone
+    table: tables.Table | None = None
+    subset: dict | None = None
+    left_out: tuple[Key, ...] = ()
+    without_visual_thoughts: int | None = None
+
+    def without(self, keys: Iterable[Key]) -> "Benchmark":
+        """The same benchmark with some of its keys left out."""
+        out = set(keys)
+        return dataclasses.replace(
+            self,
+            keys=tuple(key for key in self.keys if key not in out),
+            left_out=tuple(key for key in self.keys if key in out),
+        )
+
+
+def is_hit(example: Example, text: str) -> tuple[str | None, bool]:
+    """(answer found in the text, whether it is right): by the procedural task's rule, or word for
+    word.
+    """
+    return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
+
+
+def of_examples(examples: Examples, source: int, *, limit: int = 0, seed: int = 0) -> Benchmark:
+    """The prepared examples of a task as a benchmark.
+
+    Args:
+      source: number of the task among those of `examples`.
+      limit: size of a random subset chosen by `seed`; 0 for all examples.
+    Raises:
+      ValueError: the stored answer of an example matches no completion.
+    """
+    stored = examples.sources[source]
+    keys = tuple(randomness.subset(len(stored), limit, seed))
+    examples.check_references(source, keys)
+
+    def question(key):
+        return examples.preprocess.question(stored[key])
+
+    def expected(key):
+        return stored[key].answer
+
+    def judge(texts):
+        found = {}
+        for key, text in texts.items():
+            answer, hit = is_hit(stored[key], text)
+            found[key] = {"pid": stored[key].pid, "answer": answer, "hit": hit}
+        return found, None
+
+    def asked(key):
+        return stored[key].pid, stored[key].answer
+
+    facts = randomness.subset_facts(len(keys), len(stored), seed)
+    name = examples.tasks[source]
+    return Benchmark(name, keys, question, expected, judge, asked=asked, subset=facts)
+
+
+def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
+    """A public table as a benchmark.
+
+    Args:
+      cache: see `prompts.images`. limit, seed: see `tables.subset`.
+    """
+    part = tables.subset(table, limit, seed)
+    rows = {row.index: row for row in part.rows}
+
+    def question(key):
+        text, places = prompts.wrapper(prompts.messages(rows[key]))
+        shown = prompts.images(rows[key], cache=cache)
+        return [shown[place] for place in places], text
+
+    def expected(key):
+        cells = rows[key].cells
+        return str(cells["maze_map"] if table.kind == "vsp" else cells["answer"])
+
+    def judge(texts):
+        # The whole table is scored, not the part: the pairs of MMVP are told by their places in it.
+        scores = table_scores.score(table, texts, partial=True)
+        found = {
+            row["index"]: {k: v for k, v in row.items() if k != "index"} for row in scores.rows
+        }
+        return found, {
+            "overall": scores.overall,
+            "unit": scores.unit,
+            "n": sum(n for _, n in scores.parts),
+            "categories": scores.per_category,
+            "interval_95": list(statistics.wilson_of_mean(scores.parts)),
+            "extras": scores.extras,
+            "needs_judge": sum(bool(row.get("needs_judge")) for row in found.values()),
+            "without_main_row": len(tables.questions(part) & set(scores.orphans)),
+            "md5": table.md5,
+            "without_image": list(table.dropped),
+            **({"respelt_answers": table.respelt} if table.respelt else {}),
+        }
+
+    def size(key):
+        return len(prompts.wrapper(prompts.messages(rows[key]))[1])
+
+    def asked(key):
+        return table.md5, str(key)
+
+    return Benchmark(
+        table.name,
+        tuple(rows),
+        question,
+        expected,
+        judge,
+        size,
+        asked,
+        part,
+        randomness.subset_facts(tables.size(part), tables.size(table), seed),
+    )
+
+
+def broken(benchmark: Benchmark) -> dict[Key, str]:
+    """{key: what is wrong} of examples whose question or images cannot be made, or that no answer
+    can match.
+
+    Reads all images once.
+    """
+    found = table_scores.unmatchable(benchmark.table) if benchmark.table else {}
+    for key in benchmark.keys:
+        try:
+            benchmark.question(key)
+        except ValueError as error:
+            found[key] = str(error)
+    return found

@@ -1,0 +1,174 @@
+"""Questions put to a model by a protocol, with image generation or without, and what it sees of its
+images.
+
+  none               text alone
+  generated          the model generates images where its text asks for them, as ThinkMorph does,
+  and sees them generated-noise    it sees Gaussian noise instead
+  generated-swap     it sees what another example generated in that round
+  generated-remove   it sees nothing
+
+Generated images are kept in <folder>/pictures/<benchmark>/<key>-<number>.png.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from PIL import Image
+
+from opsd_jax import images, interleave
+from opsd_jax.data.randomness import generator
+from opsd_jax.evaluation import inference, traces
+from opsd_jax.evaluation.benchmark import Benchmark, Key
+
+Intervention = Callable[[int, int, np.ndarray], np.ndarray | None]
+"""(batch entry, round, generated image uint8 [H, W, 3]) -> the image that the model sees, or None
+for none.
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InterleavedPredictor:
+    """Answers a batch of questions by rounds of text and images (`interleave.reason`).
+
+    Attributes:
+      reasoner: the model.
+      mode: "none", "generated", or "generated-noise", "-swap", "-remove".
+      batch_size: questions per batch; a shorter batch is filled up with its last question.
+      seed: of sampling, of the noise of image generation, and of the noise shown instead of images.
+      folder: of the results, for the generated images.
+      swap_from: for swaps, the folder of a finished "generated" evaluation.
+      in_rounds: whether texts are kept in the form of the public harness, "Round_0:" and so on.
+    """
+
+    reasoner: interleave.Reasoner
+    mode: str
+    batch_size: int
+    seed: int
+    folder: str
+    swap_from: str = ""
+    in_rounds: bool = False
+
+    def __call__(self, number: int, benchmark: Benchmark, keys: list[Key]) -> dict:
+        questions = [benchmark.question(key) for key in keys]
+        change = intervention(
+            self.mode, benchmark.name, keys, seed=self.seed, swap_from=self.swap_from
+        )
+        ask = functools.partial(
+            interleave.reason,
+            self.reasoner,
+            inference.filled(questions, self.batch_size),
+            jax.random.fold_in(jax.random.key(self.seed), number),
+            generation=self.mode != "none",
+            change=change,
+        )
+        found, seconds, compiled = inference.timed(ask)
+        predictions = []
+        for key, trace in zip(keys, found):  # without those that fill the batch up
+            for n, image in enumerate(trace.images):
+                traces.save_image(image, image_path(self.folder, benchmark.name, key, n))
+            predictions.append(
+                {
+                    "index": key,
+                    "prediction": traces.as_harness(trace) if self.in_rounds else trace.text,
+                    "expected": benchmark.expected(key),
+                    "tokens": trace.tokens,
+                    "pictures": len(trace.images),
+                }
+            )
+        return {"predictions": predictions, "seconds": seconds, "compiled": compiled}
+
+
+def image_path(folder: str, name: str, key: Key, number: int) -> str:
+    """Path of the `number`-th image that was generated for a key of the benchmark `name`."""
+    return os.path.join(folder, "pictures", name, f"{_file_stem(key)}-{number}.png")
+
+
+def generated_images(folder: str, name: str, key: Key) -> list[Image.Image]:
+    """The images that were generated for a key, in order."""
+    paths = (image_path(folder, name, key, n) for n in itertools.count())
+    return [images.open_rgb(path) for path in itertools.takewhile(os.path.exists, paths)]
+
+
+def _file_stem(key: Key) -> str:
+    """A key in file names.
+
+    The key of a table may be any text, such as "../x"; no file is written elsewhere.
+    """
+    return str(key).replace("/", "%2F")
+
+
+def noise_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise uint8 [H, W, 3] of an image's size.
+
+    Standard normal in the range [-1, 1] of the autoencoder, clipped there, since it goes through it
+    as an image.
+    """
+    values = np.clip(rng.standard_normal(image.shape, np.float32), -1, 1)
+    return np.round((values + 1) * 127.5).astype(np.uint8)
+
+
+def intervention(
+    mode: str, name: str, keys: list[Key], *, seed: int, swap_from: str = ""
+) -> Intervention | None:
+    """What a mode does to generated images of a batch: the `change` of `interleave.reason`. None:
+    nothing.
+
+    Args:
+      name: of the benchmark. keys: of the batch, without those that fill it up.
+      swap_from: for swaps, the folder of a finished "generated" evaluation. An example gets what
+        the next one there (by name) generated in that round; the last example gets what the first
+        one generated.
+    Raises:
+      FileNotFoundError: swaps of an evaluation that generated no image, or none in that round.
+    """
+    if mode in ("none", "generated"):
+        return None
+    kind = mode.removeprefix("generated-")
+    if kind == "remove":
+        return lambda b, number, image: None
+    if kind == "noise":
+
+        def noise(b, number, image):
+            b = min(b, len(keys) - 1)
+            # The name is part of the seed: another one would give other noise than earlier results.
+            name_of_noise = f"noise for a drawn picture, {name} {keys[b]}"
+            return noise_image(image, generator(seed, name_of_noise, number))
+
+        return noise
+    others = _image_counts(swap_from, name)
+
+    def swap(b, number, image):
+        own = _file_stem(keys[min(b, len(keys) - 1)])
+        there = sorted(key for key, count in others.items() if number < count and key != own)
+        if not there:
+            raise FileNotFoundError(
+                f"no other example of {name} has an image of round {number + 1} in "
+                f"{swap_from}/pictures/{name}: a swap needs two examples that generate one"
+            )
+        chosen = next((key for key in there if key > own), there[0])
+        return np.asarray(images.open_rgb(image_path(swap_from, name, chosen, number)))
+
+    return swap
+
+
+def _image_counts(folder: str, name: str) -> dict[str, int]:
+    """{key as in file names: number of images} of a finished evaluation."""
+    place = os.path.join(folder, "pictures", name)
+    if not folder or not os.path.isdir(place):
+        raise FileNotFoundError(
+            f"{place} holds no generated images: swaps show an example what another one "
+            "generated. Evaluate --visual_thoughts=generated of the same checkpoint and examples "
+            "first, or in the same command"
+        )
+    found = {}
+    for file in os.listdir(place):
+        stem, _, ending = file.rpartition(".")
+        key, _, number = stem.rpartition("-")
+        if ending == "png":
+            found[key] = max(found.get(key, 0), int(number) + 1)
+    return found
