@@ -5,10 +5,14 @@ import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opsd_jax.data import schema, shards
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 
 def open_source(
@@ -95,7 +99,7 @@ class RawBytes:
     TensorFlow. It has no state, so threads may share it.
     """
 
-    def setup(self, *, feature) -> None:
+    def setup(self, *, feature: "tfds.features.FeatureConnector") -> None:
         """Called by TFDS before the first image."""
 
     def decode_example_np(self, image: bytes) -> bytes:
@@ -119,7 +123,7 @@ def describes(directory: Path, lengths: dict[str, list[int]]) -> bool:
     return lengths == {name: info.shard_lengths for name, info in splits.items()}
 
 
-def _builder(directory: Path):
+def _builder(directory: Path) -> "tfds.core.DatasetBuilder":
     """The TFDS builder of a prepared folder. Raises ValueError, which names the damaged file."""
     import tensorflow_datasets as tfds
 

@@ -3,7 +3,7 @@
 A host needs the step number alone to resume, and any number of hosts read the same global batches.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,8 @@ class Batches:
         """The batches of the steps start .. stop-1, made ahead of time in threads."""
         import grain
 
-        make = {"opsd": self.opsd, "autoencoder": self.images}.get(self._stage, self.traces)
+        makers: dict[str, Callable] = {"opsd": self.opsd, "autoencoder": self.images}
+        make = makers.get(self._stage, self.traces)
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads)
         )

@@ -37,7 +37,7 @@ def bucket_index(
     path = os.path.join(workdir, f"buckets-{task}-{_digest(config, examples, packer, source)}.npy")
     index = _read(path, size)
     is_new = index is None
-    if is_new:
+    if index is None:
 
         def bucket_of(n: int) -> int:
             partner = examples.partner(source, n) if mode == "swap" else None

@@ -72,7 +72,7 @@ class Preprocessor:
         except images.UnreadableImageError as error:
             raise images.UnreadableImageError(f"example {example.pid}: {error}") from error
         problem, *thoughts = map(self._patches, shown)
-        pixels = ()
+        pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
         return PreparedExample(example, question, problem, tuple(thoughts), pixels)

@@ -92,7 +92,8 @@ class Packer:
         Each image is shown as latents and then as patches, and each visual thought before that as
         noised latents. The latents are filled in on the device (`flow.with_latents`).
         """
-        sizes, generation, blocks = iter(example.pixels), self.generation, []
+        sizes, generation = iter(example.pixels), self.generation
+        blocks: list[Block] = []
         for block in self.blocks(example, "interleaved"):
             if isinstance(block, Image):
                 height, width, _ = next(sizes).shape

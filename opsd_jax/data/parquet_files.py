@@ -7,9 +7,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from opsd_jax.data import schema
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
 
 # Parquet rows in memory at a time, or fewer where they are large.
 _BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20
@@ -84,8 +87,8 @@ def split_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 @contextlib.contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """Opens a parquet file (a pyarrow.parquet.ParquetFile).
+def open_parquet(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    """Opens a parquet file.
 
     Errors inside the block are reported as faults of the file, so nothing but reading belongs
     there. Raises BadSourceError.

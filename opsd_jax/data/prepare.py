@@ -344,10 +344,10 @@ def _is_record_of(record: dict, shard: Shard, folder: Path) -> bool:
 
     Older versions recorded the size of the parquet file where its checksum is now.
     """
-    is_old = isinstance(record["shard"][3], int)
-    return record["shard"] == list(
-        shard._replace(blake2b=(folder / shard.file).stat().st_size) if is_old else shard
-    )
+    fields = list(shard)
+    if isinstance(record["shard"][3], int):
+        fields[3] = (folder / shard.file).stat().st_size
+    return record["shard"] == fields
 
 
 def _is_whole(path: Path, record: dict) -> bool:

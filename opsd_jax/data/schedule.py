@@ -165,7 +165,7 @@ class BatchSchedule:
     def _make_chunk(self, number: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """(bucket, pairs) of the batches of a chunk."""
         n = self.chunk * self.batch_size
-        source, index, bucket, turn = [], [], [], []
+        sources, indices, buckets, turns = [], [], [], []
         for s, (first, last) in enumerate(
             zip(self._draws(number * n), self._draws((number + 1) * n))
         ):
@@ -177,11 +177,11 @@ class BatchSchedule:
                 [_shuffled(size, self.seed, _EXAMPLES, s, epoch) for epoch in epochs]
             )
             place = walk[draw - epochs[0] * size]
-            source.append(np.full(len(draw), s))
-            index.append(self._indices[s][place])
-            bucket.append(self._buckets[s][place])
-            turn.append((draw + 0.5) / float(self._shares[s]))
-        source, index, bucket, turn = map(np.concatenate, (source, index, bucket, turn))
+            sources.append(np.full(len(draw), s))
+            indices.append(self._indices[s][place])
+            buckets.append(self._buckets[s][place])
+            turns.append((draw + 0.5) / float(self._shares[s]))
+        source, index, bucket, turn = map(np.concatenate, (sources, indices, buckets, turns))
         batches = np.lexsort((turn, bucket)).reshape(self.chunk, self.batch_size)
         if self.num_buckets > 1:  # with one bucket, the order of turns is the best
             batches = batches[_shuffled(self.chunk, self.seed, _BATCHES, number)]

@@ -7,11 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from opsd_jax import images, tags, tasks
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 NAME, VERSION = "visual_opsd", "1.0.0"  # of the TFDS data set
 DESCRIPTION = "Questions about an image with interleaved textual and visual reasoning."
@@ -200,7 +203,7 @@ def _visual_thoughts(
 def is_surplus(column: str) -> bool:
     """Whether a column holds a thought or visual thought beyond the last that is read."""
     found = _NUMBERED_COLUMN.fullmatch(column)
-    return bool(found) and int(found[2]) >= ROUNDS
+    return found is not None and int(found[2]) >= ROUNDS
 
 
 def _image_fault(value: Any) -> str | None:
@@ -218,11 +221,8 @@ def _image_fault(value: Any) -> str | None:
     return None
 
 
-def features():
-    """The `tfds.features.FeaturesDict` of an example; `Example` documents them.
-
-    TFDS returns texts as bytes.
-    """
+def features() -> "tfds.features.FeaturesDict":
+    """The TFDS features of an example; `Example` documents them. TFDS returns texts as bytes."""
     import tensorflow_datasets as tfds
 
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))

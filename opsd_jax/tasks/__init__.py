@@ -161,7 +161,7 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "big")
 
 
-def _known(table: Mapping[str, Any], name: str, what: str) -> Any:
+def _known(table: Mapping[str, Any], name: str | None, what: str) -> Any:
     """table[name]. Raises ValueError, which lists the names, if there is no such entry."""
     if name not in table:
         raise ValueError(f"unknown {what}: {name!r}; choose from {', '.join(table)}")

@@ -69,7 +69,7 @@ def make(
         raise ValueError(f"chart kinds {tuple(kinds)} must be among {tuple(KINDS)}")
     heights = rng.permutation(max_height)[:grid] + 1
     colors = rng.permutation(len(PALETTE))[:grid]
-    kind = kinds[rng.integers(len(kinds))]
+    kind = kinds[int(rng.integers(len(kinds)))]
     rank, phrase = KINDS[kind]
     bar = np.argsort(-heights)[rank]
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from opsd_jax.inputs import paths as paths_lib
 from opsd_jax.tasks import FAMILIES, generate, generator
 from opsd_jax.tasks.example import TaskExample
 from opsd_jax.tasks.vocabulary import build_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 def write(
@@ -123,7 +127,7 @@ def make_mini(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _table(examples: list[TaskExample], task: str):
+def _table(examples: list[TaskExample], task: str) -> "pyarrow.Table":
     """The pyarrow.Table of a shard."""
     import pyarrow as pa
 
