@@ -48,7 +48,7 @@ class Batches:
           TooLongError: an example fits no bucket, see `bucket_index`.
         """
         self.examples, self.packer = examples, packer
-        self._stage, self._seed = stage, config.seed
+        self._seed = config.seed
         self._visual_thoughts = config.teacher.visual_thoughts
         self._mix = config[stage].get("mix")
         self._generation = config_lib.draws(config, stage)
@@ -107,17 +107,20 @@ class Batches:
         examples = [self.examples(*pairs[n]) for n in self.share]
         return self.packer.images(examples, bucket), examples
 
-    def stream(self, start: int, stop: int) -> Iterator[tuple[Any, list[PreparedExample]]]:
-        """The batches of the steps start .. stop-1, made ahead of time in threads."""
+    def stream(
+        self, make: Callable[["Batches", int], tuple], start: int, stop: int
+    ) -> Iterator[tuple[Any, list[PreparedExample]]]:
+        """make(self, step) for the steps start .. stop-1, made ahead of time in threads.
+
+        make: a batch maker, such as `Batches.opsd`.
+        """
         import grain
 
-        makers: dict[str, Callable] = {"opsd": self.opsd, "autoencoder": self.images}
-        make = makers.get(self._stage, self.traces)
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads)
         )
         steps = grain.MapDataset.range(start, stop)
-        return iter(steps.map(lambda step: make(int(step))).to_iter_dataset(options))
+        return iter(steps.map(lambda step: make(self, int(step))).to_iter_dataset(options))
 
 
 def mixture(ratios: Mapping[str, float], count: int) -> list[str]:

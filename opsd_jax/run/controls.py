@@ -38,7 +38,7 @@ def settings_of(config, workdir: str, name: str):
     return config_lib.arm(config, name, start), os.path.join(workdir, "arms", name)
 
 
-class ArmsFailed(RuntimeError):
+class ArmsFailedError(RuntimeError):
     """The run itself is done; a control arm is not."""
 
 
@@ -70,12 +70,12 @@ class Arms:
             self._worker.start()
 
     def finish(self) -> None:
-        """Runs what is left and waits for all. ArmsFailed names those that failed, with their logs."""
+        """Runs what is left and waits for all. ArmsFailedError names those that failed, with their logs."""
         self._work(0)
         if self._worker:
             self._worker.join()
         if self._failed:
-            raise ArmsFailed("control arms failed: " + "; ".join(self._failed))
+            raise ArmsFailedError("control arms failed: " + "; ".join(self._failed))
 
     def _work(self, half: int) -> None:
         """Runs arms one after another until none is left. On CPUs in one half of the cores: two small programs that

@@ -10,21 +10,25 @@ from jax.experimental import multihost_utils
 from opsd_jax import distill, rollout, sharding
 from opsd_jax.evaluation import contexts, reference_kl, store
 from opsd_jax.evaluation import results as results_lib
-from opsd_jax.method_config import DistillConfig, StageConfig
 from opsd_jax.run import job as job_lib
 from opsd_jax.run.request import Job, Request, check
 from opsd_jax.run.session import Session
-from opsd_jax.runtime import checkpoint, files, stopping
+from opsd_jax.run.stage import Stage
+from opsd_jax.runtime import checkpoint, files
 from opsd_jax.runtime.health import Health
+from opsd_jax.runtime.stopping import StopRequest
 
 
 class Evaluation:
     """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`.
 
-    stop: asked before each batch. The step that is evaluated is saved by then.
+    Args:
+      stop: asked before each batch. The step that is evaluated is saved by then.
+    Raises:
+      ValueError, FileNotFoundError: something that cannot be evaluated.
     """
 
-    def __init__(self, run: Session, stage: str, stop: stopping.StopRequest):
+    def __init__(self, run: Session, stage: Stage, stop: StopRequest):
         self.run, self.stage, self._stop, self._examples, self._moves = run, stage, stop, {}, {}
         c = run.config.eval
         # What cannot be evaluated shows now, not after the last step: a missing split, examples
@@ -53,10 +57,20 @@ class Evaluation:
             seed=c.seed,
         )
 
-    def is_due(self, step: int, last: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether `during` belongs to a step; the last one of a stage has `final`."""
         every = self.run.config.eval.every
-        return self.stage != "autoencoder" and every > 0 and step % every == 0 and step < last
+        is_reached = every > 0 and step % every == 0
+        return self.stage.kind.evaluates and is_reached and step < self.stage.last
+
+    def is_final_due(self, *, is_new: bool) -> bool:
+        """Whether `final` belongs to the end of the stage.
+
+        is_new: whether this process took steps of the stage. If not, complete results are kept.
+        """
+        if not (self.stage.kind.evaluates and self.run.config.eval.final_split):
+            return False
+        return is_new or not self._is_complete()
 
     def is_missing(self, step: int, history: list[dict]) -> bool:
         """Whether metrics.jsonl, `history`, lacks the scores of a step; the first process decides for all."""
@@ -67,18 +81,18 @@ class Evaluation:
             missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
         return missing
 
-    def during(self, step: int, state: dict, stage_config: StageConfig, health: Health) -> None:
+    def during(self, step: int, state: dict, health: Health) -> None:
         """Logs {"eval/<task>/<mode>": accuracy} on the validation examples; of an EMA teacher its own, too."""
         c, scores = self.run.config, {}
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         with self.run.clock("eval"):
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
-            if "ema" in state and isinstance(stage_config, DistillConfig):
-                teacher = distill.teacher_params(state, stage_config)
+            if "ema" in state:
+                teacher = distill.teacher_params(state, self.stage.config)
                 scores |= self._accuracies(teacher, c.teacher.visual_thoughts, "teacher")
         logging.info("step %d: %s", step, scores)
-        self.run.writer.scalars(step, self.stage, scores)
+        self.run.writer.scalars(step, self.stage.name, scores)
         health.check(step, scores)
 
     def _accuracies(self, params: dict, mode: str, name: str) -> dict[str, float]:
@@ -108,20 +122,21 @@ class Evaluation:
 
     @property
     def _measures_kl(self) -> bool:
-        return self.run.config.eval.kl and self.stage != "warmup"
+        return self.run.config.eval.kl and self.stage.kind.keeps_start
 
-    def is_complete(self, step: int) -> bool:
+    def _is_complete(self) -> bool:
         """Whether all results of `final` exist."""
         names = [*self._modes(), *(["kl"] if self._measures_kl else [])]
-        folders = (self.run.results_folder(step, name) for name in names)
+        folders = (self.run.results_folder(self.stage.last, name) for name in names)
         return all(os.path.exists(os.path.join(folder, "summary.json")) for folder in folders)
 
-    def final(self, step: int, params: dict, start_step: int) -> None:
+    def final(self, params: dict) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/, exactly as `opsd_jax.eval` does.
 
         Where it was stopped before, it continues with the batches that are missing.
         """
-        run, split, scores = self.run, self.run.config.eval.final_split, {}
+        run, step, scores = self.run, self.stage.last, {}
+        split = run.config.eval.final_split
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         selection = self._select(split)
         facts = job_lib.facts_of(params, selection)
@@ -139,10 +154,10 @@ class Evaluation:
                 scores[f"eval/{task}/{name}"] = found["overall"]
         del opened  # the sampler's copy of the weights
         if self._measures_kl:
-            for task, found in self._closure(step, params, start_step).items():
+            for task, found in self._closure(params).items():
                 scores |= {f"kl/{task}/{k}": v for k, v in found.items() if k != "n"}
         results_lib.write_table(run.workdir)
-        run.writer.scalars(step, self.stage, scores)
+        run.writer.scalars(step, self.stage.name, scores)
         logging.info("step %d, %s: %s", step, split, scores)
 
     def _answers(self, job: Job, mode: str, opened: job_lib.Opened) -> dict:
@@ -158,11 +173,11 @@ class Evaluation:
             store.forget(job.folder(mode))
             return job_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
 
-    def _closure(self, step: int, params: dict, start_step: int) -> dict[str, dict]:
+    def _closure(self, params: dict) -> dict[str, dict]:
         """Writes eval/<step>-kl/; {task: KL before and after training, and the share that it closed}."""
         run, split = self.run, self.run.config.eval.final_split
         abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
-        start_folder = run.checkpoint_folder(start_step)
+        start_folder = run.checkpoint_folder(self.stage.first)
         start = checkpoint.restore_params(start_folder, abstract)
 
         def kl(student):
@@ -185,7 +200,8 @@ class Evaluation:
             for task in after
         }
         files.write_json(
-            os.path.join(run.results_folder(step, "kl"), "summary.json"),
+            os.path.join(run.results_folder(self.stage.last, "kl"), "summary.json"),
             {"split": split, "start": start_folder, "unit": "nats per token", "tasks": found},
+            primary=jax.process_index() == 0,
         )
         return found

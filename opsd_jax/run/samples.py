@@ -1,138 +1,197 @@
-"""Images and texts of a run for humans."""
+"""Human-readable samples of a run, in W/samples/<step>/: what the model saw, wrote and generated.
+
+Functions named write_* are called after every step of a stage whose table entry lists them; each
+decides itself when it writes.
+"""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsd_jax import config as config_lib
 from opsd_jax import flow, images, interleave
+from opsd_jax.context import Context
+from opsd_jax.data.examples import PreparedExample
 from opsd_jax.run import model as model_lib
+from opsd_jax.run.session import Session
+from opsd_jax.run.stage import Stage
+from opsd_jax.run.step_inputs import StepInputs
+
+EXAMPLES = 4  # number of examples that are shown
+TEXTS = 8  # number of completions that are shown
 
 
-def show_batch(run, stage, step, prepared, host_batch) -> None:
-    """Pictures and texts of the first rows of the first batch, as the model sees them."""
-    patch = run.config.model.vit.patch_size
-    for n, row in enumerate(prepared[:4]):
-        for name, image in (
-            ("problem", row.problem),
-            *((f"vt{i}", vt) for i, vt in enumerate(row.visual_thoughts)),
-        ):
-            run.writer.image(
-                step, f"{stage}-row{n}-{name}", images.unpatchify(image.patches, image.grid, patch)
-            )
-    c = getattr(host_batch, "context", None) or host_batch.student
-    lines = []
-    for n, row in enumerate(prepared[:4]):
-        texts = (
-            {"context": c}
-            if hasattr(host_batch, "context")
-            else {"student": host_batch.student, "teacher": host_batch.teacher}
-        )
-        lines.append(f"== {row.example.pid}: {row.example.question} -> {row.example.answer}")
-        lines += [f"{role}: {_context_text(run, x, n)}" for role, x in texts.items()]
-    run.writer.text(step, f"{stage}-first-batch", "\n".join(lines))
+@dataclasses.dataclass(frozen=True)
+class FinishedStep:
+    """A step of a stage that is done.
+
+    Attributes:
+      stage: the stage.
+      begin: the step that this process continued from.
+      number: the number of this step.
+      inputs: what the update read.
+      metrics: what it returned.
+      params: the weights after it.
+    """
+
+    stage: Stage
+    begin: int
+    number: int
+    inputs: StepInputs
+    metrics: dict
+    params: dict
+
+    def is_sampled(self, run: Session) -> bool:
+        """Whether config.log.samples_every asks for samples of this step."""
+        every = run.config.log.samples_every
+        return every > 0 and self.number % every == 0
 
 
-def show_reconstructions(run, step, prepared, params) -> None:
-    """The pictures of the first rows, and below what the autoencoder makes of them."""
+def write(
+    run: Session, writers: tuple[Callable[[Session, FinishedStep], None], ...], step: FinishedStep
+) -> None:
+    """Writes the samples of a step that are due."""
+    with run.clock("samples"):
+        for writer in writers:
+            writer(run, step)
 
-    if jax.process_count() > 1:  # a program of one host's pictures would wait for the others
+
+def write_first_batch(run: Session, step: FinishedStep) -> None:
+    """Images and texts of the first examples of the stage's first batch, as the model sees them."""
+    if step.number != step.stage.first + 1:
         return
-    config = config_lib.model(run.config)
-    drawn = config.generation
-    for n, row in enumerate(prepared[:4]):
-        for m, pixels in enumerate(row.pixels):
-            height, width = (side // drawn.stride for side in pixels.shape[:2])
-            size = (1, height * drawn.patch, width * drawn.patch, drawn.vae.z_channels)
-            sizes = np.array([pixels.shape[:2]])
-            latents = flow.encode(
-                params, flow.padded(pixels[None], sizes)[0], jnp.zeros(size), config=config
-            )
-            found = flow.decode(
-                params, flow.to_tokens(latents, drawn.patch), grid=(height, width), config=config
-            )
-            run.writer.image(
-                step, f"reconstruction{n}-{m}", images.montage([[pixels], [np.asarray(found[0])]])
-            )
+    examples, patch = step.inputs.examples[:EXAMPLES], run.model.vit.patch_size
+    lines = []
+    for n, example in enumerate(examples):
+        shown = {"problem": example.problem}
+        shown |= {f"vt{m}": image for m, image in enumerate(example.visual_thoughts)}
+        for name, image in shown.items():
+            pixels = images.unpatchify(image.patches, image.grid, patch)
+            run.writer.image(step.number, f"{step.stage.name}-row{n}-{name}", pixels)
+        source = example.example
+        lines.append(f"== {source.pid}: {source.question} -> {source.answer}")
+        lines += [
+            f"{role}: {_context_text(run, context, n)}"
+            for role, context in _contexts(step.inputs.host).items()
+        ]
+    run.writer.text(step.number, f"{step.stage.name}-first-batch", "\n".join(lines))
 
 
-def show_drawings(run, step, prepared, params) -> None:
-    """For the first rows: the problem, the first visual thought, and what the model draws, side by side; what it wrote."""
+def write_rollouts(run: Session, step: FinishedStep) -> None:
+    """What the student wrote for the first examples, with their images, and the divergence at each position.
 
+    At the first step of a process, and every config.log.samples_every steps.
+    """
+    if not (step.number == step.begin + 1 or step.is_sampled(run)):
+        return
+    if jax.process_count() > 1:  # examples of other hosts are not on this one
+        return
+    (trajectory,) = step.inputs.sampled
+    for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
+        problem = example.problem
+        pixels = images.unpatchify(problem.patches, problem.grid, run.model.vit.patch_size)
+        run.writer.image(step.number, f"rollout{n}-problem", pixels)
+    profile = jax.device_get(step.metrics["jsd_by_position"])
+    lines = [f"{n:5d}  {x:.6f}" for n, x in enumerate(profile)]
+    run.writer.text(step.number, "jsd-by-position", "\n".join(lines))
+    tokens, mask, skips = jax.device_get((trajectory.tokens, trajectory.mask, trajectory.num_skips))
+    lines = [
+        f"{example.example.pid} ({skips[n]} skips), expected {example.example.answer!r}: "
+        f"{run.tokenizer.decode(tokens[n][mask[n]])}"
+        for n, example in enumerate(step.inputs.examples[:TEXTS])
+    ]
+    run.writer.text(step.number, "rollouts", "\n".join(lines))
+
+
+def write_reconstructions(run: Session, step: FinishedStep) -> None:
+    """The images of the first examples, and below each what the autoencoder makes of it.
+
+    At the last step, and every config.log.samples_every steps.
+    """
+    if not (step.number == step.stage.last or step.is_sampled(run)):
+        return
+    if jax.process_count() > 1:  # a program of one host's images would wait for the others
+        return
+    for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
+        for m, pixels in enumerate(example.pixels):
+            pair = images.montage([[pixels], [_reconstruction(run, step.params, pixels)]])
+            run.writer.image(step.number, f"reconstruction{n}-{m}", pair)
+
+
+def write_generated_images(run: Session, step: FinishedStep) -> None:
+    """For the first examples: the problem, its first visual thought and the model's, side by side; its text.
+
+    At the last step, and every config.log.samples_every steps.
+    """
+    if not (step.number == step.stage.last or step.is_sampled(run)):
+        return
     if jax.process_count() > 1:
         return
-    model = model_lib.of_run(run, params)
+    model = model_lib.of_run(run, step.params)
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
-    rows, lines = prepared[:4], []
-    questions = [
-        (
-            [
-                images.open_rgb(
-                    row.example.problem_image, transparency=run.config.images.transparency
-                )
-            ],
-            row.example.question + run.config.prompts.suffix,
-        )
-        for row in rows
-    ]
+    examples = step.inputs.examples[:EXAMPLES]
     traces = interleave.reason(
-        model, questions, jax.random.key(run.config.seed), generation=True, always=True
+        model,
+        [_question(run, example) for example in examples],
+        jax.random.key(run.config.seed),
+        generation=True,
+        always=True,
     )
-    for n, (row, trace) in enumerate(zip(rows, traces)):
-        lines.append(f"{row.example.pid}, expected {row.example.answer!r}: " + trace.text)
-        shown = images.montage([[*row.pixels[:2], trace.images[0]]])
-        run.writer.image(step, f"drawing{n}", shown)
-    run.writer.text(step, "drawings", "\n".join(lines))
+    lines = []
+    for n, (example, trace) in enumerate(zip(examples, traces)):
+        shown = images.montage([[*example.pixels[:2], trace.images[0]]])
+        run.writer.image(step.number, f"drawing{n}", shown)
+        source = example.example
+        lines.append(f"{source.pid}, expected {source.answer!r}: " + trace.text)
+    run.writer.text(step.number, "drawings", "\n".join(lines))
 
 
-def _context_text(run, c, row) -> str:
-    """The packed sequence of a row as text, patches shown as [n patches], latents as [n latents]."""
+def _contexts(host) -> dict[str, Context]:
+    """The contexts in a batch by their names: of both roles, or the one of the traces."""
+    if hasattr(host, "student"):
+        return {"student": host.student, "teacher": host.teacher}
+    return {"context": getattr(host, "traces", host).context}
 
-    slots, patches = np.arange(c.length[row]), set(c.patch_slots[row].tolist())
+
+def _context_text(run: Session, c: Context, n: int) -> str:
+    """Packed sequence n as text, with patches shown as [number patches], latents as [number latents]."""
+    positions, patches = np.arange(c.length[n]), set(c.patch_slots[n].tolist())
     if c.latents is not None:  # in the order of the sequence
-        places = np.where(c.segment[row] > 0, c.latents.order[row], c.slots)
-        slots = np.argsort(places, kind="stable")[: c.length[row]]
-    kind = lambda slot: (
-        "latents" if slot >= c.tokens.shape[1] else "patches" if slot in patches else ""
-    )
+        places = np.where(c.segment[n] > 0, c.latents.order[n], c.slots)
+        positions = np.argsort(places, kind="stable")[: c.length[n]]
+
+    def kind(position):
+        if position >= c.tokens.shape[1]:
+            return "latents"
+        return "patches" if position in patches else ""
+
     parts = []
-    for name, group in itertools.groupby(slots.tolist(), kind):
-        group = list(group)
-        parts += (
-            [f"[{len(group)} {name}]"]
-            if name
-            else [run.tokenizer.decode([c.tokens[row, n]]) for n in group]
-        )
+    for name, group in itertools.groupby(positions.tolist(), kind):
+        members = list(group)
+        if name:
+            parts.append(f"[{len(members)} {name}]")
+        else:
+            parts += [run.tokenizer.decode([c.tokens[n, position]]) for position in members]
     return "".join(parts)
 
 
-def show_rollouts(run, step, prepared, trajectory, profile) -> None:
-    """What the student wrote for the first rows, with their pictures, and the divergence at each position."""
+def _question(run: Session, prepared: PreparedExample) -> tuple[list, str]:
+    """(images, text) of an example's question."""
+    example, transparency = prepared.example, run.config.images.transparency
+    problem = images.open_rgb(example.problem_image, transparency=transparency)
+    return [problem], example.question + run.config.prompts.suffix
 
-    if jax.process_count() > 1:  # rows of other hosts are not here
-        return
-    for n, row in enumerate(prepared[:4]):
-        run.writer.image(
-            step,
-            f"rollout{n}-problem",
-            images.unpatchify(
-                row.problem.patches, row.problem.grid, run.config.model.vit.patch_size
-            ),
-        )
-    run.writer.text(
-        step,
-        "jsd-by-position",
-        "\n".join(f"{n:5d}  {x:.6f}" for n, x in enumerate(jax.device_get(profile))),
-    )
-    tokens, mask, skips = jax.device_get((trajectory.tokens, trajectory.mask, trajectory.num_skips))
-    run.writer.text(
-        step,
-        "rollouts",
-        "\n".join(
-            f"{row.example.pid} ({skips[n]} skips), expected {row.example.answer!r}: {run.tokenizer.decode(tokens[n][mask[n]])}"
-            for n, row in enumerate(prepared[:8])
-        ),
-    )
+
+def _reconstruction(run: Session, params, pixels: np.ndarray) -> np.ndarray:
+    """What the autoencoder makes of an image, without noise; uint8 [height, width, 3] both."""
+    generation = run.model.generation
+    height, width = (side // generation.stride for side in pixels.shape[:2])
+    grid = (1, height * generation.patch, width * generation.patch, generation.vae.z_channels)
+    padded, _ = flow.padded(pixels[None], np.array([pixels.shape[:2]]))
+    latents = flow.encode(params, padded, jnp.zeros(grid), config=run.model)
+    tokens = flow.to_tokens(latents, generation.patch)
+    decoded = flow.decode(params, tokens, grid=(height, width), config=run.model)
+    return np.asarray(decoded[0])

@@ -9,6 +9,7 @@ import functools
 import os
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -150,20 +151,22 @@ def open_run(
 
 
 def open_training(
-    config: ConfigDict,
-    workdir: str,
-    data_workdir: str,
-    resume_step: int | None,
-    saved: dict | None = None,
+    config: ConfigDict, workdir: str, data_workdir: str, checkpoints: checkpoint.Checkpoints
 ) -> Session:
-    """Opens a run for training: makes data that are absent, and the writers of its metrics.
+    """Opens a run for training: records its settings, makes data that are absent, and opens its metrics.
 
     Args:
-      resume_step: the step that comes next.
-      saved: metadata of the checkpoint that the run continues from; None at the start.
+      data_workdir: folder of the run whose data and tokenizer are used where the settings name none.
+      checkpoints: those of the run, which continues from the latest one.
     Raises:
-      ConfigMismatchError: the data or the tokenizer have another content than before.
+      ConfigMismatchError: settings, data or tokenizer are others than before.
     """
+    record_config(config, workdir)
+    done, saved = checkpoints.latest(), None
+    if done is not None:
+        saved = checkpoints.metadata(done)
+        config_check.check_unchanged(saved["config"], config)
+        logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
     clock = clock_lib.Clock()
     primary = jax.process_index() == 0
     mesh = sharding.make_mesh(**config.mesh)
@@ -193,7 +196,7 @@ def open_training(
         primary=primary,
         tensorboard=config.log.tensorboard,
         wandb=wandb_arguments(config, workdir, data_workdir),
-        resume_step=resume_step,
+        resume_step=(done or 0) + 1,
     )
     return dataclasses.replace(session, writer=writer)
 

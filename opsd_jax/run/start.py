@@ -1,7 +1,6 @@
-"""Weights that a run starts from."""
+"""Weights that a stage starts from."""
 
 import dataclasses
-import os
 
 import jax
 from absl import logging
@@ -10,60 +9,92 @@ from opsd_jax import config as config_lib
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.model import bagel
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders, load
-from opsd_jax.run import session
+from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint
 
 
-def initial_params(run: session.Session, done):
-    """The weights that the first stage starts from, laid out on the mesh."""
+def initial_params(run: Session, step: int | None):
+    """The weights of the run's checkpoint of a step, laid out on the mesh.
 
-    config, model = run.config, config_lib.model(run.config)
-    abstract = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
-    shardings = sharding.tree_shardings(run.mesh, abstract)
-    if done is not None or config.init_from:
-        source = (
-            os.path.join(run.workdir, "checkpoints", str(done))
-            if done is not None
-            else config.init_from
-        )
-        if folders.is_model(source):
-            found = folders.read_config(source, generation=bool(model.generation))
-            if model.generation:  # how training times are drawn is no size
-                shift = model.generation.timestep_shift
-                found = dataclasses.replace(
-                    found, generation=dataclasses.replace(found.generation, timestep_shift=shift)
-                )
-            if (found.llm, found.vit, found.generation) != (model.llm, model.vit, model.generation):
-                raise ValueError(
-                    f"{source} has sizes {found}, config.model says {model}: set config.model to them"
-                )
-            _, params = load.load(
-                source, generation=bool(model.generation), mesh=run.mesh
-            )  # float32
-        else:
-            there = checkpoint.metadata(source)["config"].get("lora") or {}
-            here = config_lib.to_json(config.lora)
-            if there.get("rank") and there != here:
-                raise ValueError(
-                    f"{source} has adapters of config.lora {there}, this run has {here}: set config.lora to "
-                    "theirs, or start from what `python -m opsd_jax.convert export` makes of it"
-                )
-            wanted = sharding.abstract(run.mesh, abstract)
-            if model.lora and not there.get("rank"):
-                _, wanted = params_lib.partition(wanted)
-            params = checkpoint.restore_params(source, wanted)
-        if model.lora and "lora" not in params_lib.count(
-            params
-        ):  # new adapters, without effect so far
-            adapters = jax.jit(
-                lambda key: params_lib.partition(bagel.init(key, config=model))[0],
-                out_shardings=params_lib.partition(shardings)[0],
-            )
-            params = params_lib.merge(adapters(jax.random.key(config.seed)), params)
+    Args:
+      step: None for a run without checkpoints: the weights in config.init_from, or random ones.
+    Raises:
+      ValueError: those weights have other sizes, or other adapters, than the settings say.
+    """
+    source = run.config.init_from if step is None else run.checkpoint_folder(step)
+    if not source:
+        params = _random(run)
+    elif folders.is_model(source):
+        params = _from_model_folder(run, source)
     else:
-        init = jax.jit(lambda key: bagel.init(key, config=model), out_shardings=shardings)
-        params = init(jax.random.key(config.seed))
+        params = _from_checkpoint(run, source)
+    if run.model.lora and "lora" not in params_lib.count(params):
+        params = params_lib.merge(_new_adapters(run), params)
     counts = params_lib.count(params)
     logging.info("parameters: %s", ", ".join(f"{group} {n:,}" for group, n in counts.items()))
     return params
+
+
+def _init(run: Session):
+    """A function key -> random weights, not yet compiled, and the shardings of what it returns."""
+
+    def init(key):
+        return bagel.init(key, config=run.model)
+
+    return init, sharding.tree_shardings(run.mesh, jax.eval_shape(init, jax.random.key(0)))
+
+
+def _random(run: Session):
+    """Random weights, from the run's seed."""
+    init, shardings = _init(run)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(run.config.seed))
+
+
+def _new_adapters(run: Session):
+    """The adapters alone, from the run's seed; they do not change what the model computes yet."""
+    init, shardings = _init(run)
+
+    def init_adapters(key):
+        return params_lib.partition(init(key))[0]
+
+    adapters = jax.jit(init_adapters, out_shardings=params_lib.partition(shardings)[0])
+    return adapters(jax.random.key(run.config.seed))
+
+
+def _from_model_folder(run: Session, folder: str):
+    """The weights in a released or imported folder, float32."""
+    generation = bool(run.model.generation)
+    found = folders.read_config(folder, generation=generation)
+    if run.model.generation:  # how training times are chosen is not a size
+        found = dataclasses.replace(
+            found,
+            generation=dataclasses.replace(
+                found.generation, timestep_shift=run.model.generation.timestep_shift
+            ),
+        )
+    if _sizes(found) != _sizes(run.model):
+        raise ValueError(
+            f"{folder} has sizes {found}, config.model says {run.model}: set config.model to them"
+        )
+    return load.load(folder, generation=generation, mesh=run.mesh)[1]
+
+
+def _sizes(model: ModelConfig) -> tuple:
+    return model.llm, model.vit, model.generation
+
+
+def _from_checkpoint(run: Session, folder: str):
+    """The weights in a checkpoint; where only this run has adapters, without adapters."""
+    there = checkpoint.metadata(folder)["config"].get("lora") or {}
+    here = config_lib.to_json(run.config.lora)
+    if there.get("rank") and there != here:
+        raise ValueError(
+            f"{folder} has adapters of config.lora {there}, this run has {here}: set config.lora to "
+            "theirs, or start from what `python -m opsd_jax.convert export` makes of it"
+        )
+    wanted = run.abstract_params()
+    if run.model.lora and not there.get("rank"):
+        _, wanted = params_lib.partition(wanted)
+    return checkpoint.restore_params(folder, wanted)

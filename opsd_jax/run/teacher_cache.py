@@ -1,4 +1,11 @@
-"""The cached teacher of the offline stage: collected once, read for every batch."""
+"""The cached teacher of the offline stage: its outputs are collected once and read for every batch.
+
+  W/teacher_cache/key.json              what the outputs depend on
+  W/teacher_cache/<task>-<first>.npz    outputs for SHARD examples of a task, from number <first> on
+
+The format of an output is `record_type`. What the teacher computes, and why it is stored as it is, is
+described in `offline`.
+"""
 
 import concurrent.futures
 import functools
@@ -7,33 +14,37 @@ import json
 import os
 import threading
 import zipfile
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import offline, sharding
-from opsd_jax.data import batches, examples, packing
+from opsd_jax.data.batches import Batches
+from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.inputs import json_files
+from opsd_jax.run.session import Session
 from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
 
-FORMAT = 1  # raise it when the files above, or what is in them, change
-SHARD = 128  # rows of a file: at 7B about 80 MB, and what a kill loses
+FORMAT = 1  # to be raised when the files above, or what they hold, change
+SHARD = 128  # examples per file: at 7B about 80 MB, and what a kill can cost
 OPEN = 256  # files that are held open; systems often allow 1,024
 
 
-class WrongCache(ValueError):
-    """The cache in the workdir is not of this teacher, these settings or these data."""
+class WrongCacheError(ValueError):
+    """The cache in the working folder is not of this teacher, these settings or these data."""
 
 
-class MissingRow(LookupError):
-    """A row to train on has no cached teacher."""
+class MissingTargetsError(LookupError):
+    """An example to train on has no cached teacher."""
 
 
-def key(params, config, rows) -> dict:
-    """What cached outputs depend on. Not the temperature: it is applied when training."""
+def key(params, config: ConfigDict, rows: Examples) -> dict:
+    """What cached outputs depend on. The temperature is not part of it: it is applied when training."""
     part = config_lib.to_json(config)
     return {
         "format": FORMAT,
@@ -53,13 +64,13 @@ def key(params, config, rows) -> dict:
     }
 
 
-def kept_entries(config) -> int:
-    """K: how many of the teacher's entries are kept."""
+def kept_entries(config: ConfigDict) -> int:
+    """K, the number of the teacher's entries that are kept."""
     return min(config.offline.top_k, config.model.llm.vocab_size)
 
 
 def record_type(top_k: int) -> np.dtype:
-    """What is stored of a target."""
+    """What is stored for each target token."""
     return np.dtype(
         [
             ("label", np.int32),
@@ -71,23 +82,27 @@ def record_type(top_k: int) -> np.dtype:
 
 
 class Cache:
-    """The files of a cache. Reading is safe in threads; writing is for the first process.
+    """The files of a cache. Reading is safe in threads; only the first process writes.
 
-    Raises WrongCache where the folder holds one of another key.
+    Args:
+      folder: where the files are.
+      facts: see `key`.
+    Raises:
+      WrongCacheError: the folder holds a cache with another key.
     """
 
     def __init__(self, folder: str, facts: dict):
         facts = json.loads(json.dumps(facts))
         self.folder, self.top_k = folder, facts["top_k"]
-        self.digest = hashlib.blake2b(
-            json.dumps(facts, sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
-        self._open, self._lock = {}, threading.Lock()
+        text = json.dumps(facts, sort_keys=True)
+        self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self._open: dict[str, np.lib.npyio.NpzFile] = {}
+        self._lock = threading.Lock()
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
             was = json_files.read(path, fix=f"delete {folder}, and it is collected anew")
             if was != facts:
-                raise WrongCache(
+                raise WrongCacheError(
                     f"{folder} holds the outputs of another teacher or of other settings:\n"
                     + "\n".join(_differences(was, facts))
                     + "\nUse those, another --workdir, or delete the folder: it is then collected anew"
@@ -95,53 +110,60 @@ class Cache:
         elif jax.process_index() == 0:
             files.write_json(path, facts)
 
-    def path(self, task: str, row: int) -> str:
-        """The file that holds a row."""
-        return os.path.join(self.folder, f"{task}-{row // SHARD * SHARD:07d}.npz")
+    def path(self, task: str, number: int) -> str:
+        """The file that holds an example of a task."""
+        return os.path.join(self.folder, f"{task}-{number // SHARD * SHARD:07d}.npz")
 
-    def write(self, task: str, row: int, found: dict) -> None:
-        """Writes the file of `row`. found: {(row, pid): array of `record_type`}."""
-        with files.replacing(self.path(task, row)) as f:
+    def write(self, task: str, number: int, found: dict[tuple[int, str], np.ndarray]) -> None:
+        """Writes the file that holds example `number`. found: {(number, pid): array of `record_type`}."""
+        with files.replacing(self.path(task, number)) as f:
             np.savez(
                 f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()}
             )
 
-    def __call__(self, task: str, row: int, pid: str, labels) -> np.ndarray:
-        """The stored targets of a row, [tokens of `record_type`]. MissingRow, or WrongCache if they are of another
-        trace than `labels`."""
-        path, name = self.path(task, row), f"{row}:{pid}"
+    def __call__(self, task: str, number: int, pid: str, labels: np.ndarray) -> np.ndarray:
+        """The stored targets of an example, an array [target tokens] of `record_type`.
+
+        Raises:
+          MissingTargetsError: they are not there.
+          WrongCacheError: they belong to another trace than `labels`, int [target tokens].
+          ValueError: the file is damaged.
+        """
+        path, name = self.path(task, number), f"{number}:{pid}"
         again = "delete that file and start again, which collects it anew"
+        where = f"row {number}, pid {pid}, of {task}"
         with self._lock:
             try:
-                if path not in self._open:
-                    while len(self._open) >= OPEN:
-                        self._open.pop(next(iter(self._open))).close()
-                    self._open[path] = np.load(path, allow_pickle=False)
-                shard = self._open[path]
+                shard = self._shard(path)
                 if shard["key"] != self.digest:
-                    raise WrongCache(
+                    raise WrongCacheError(
                         f"{path} belongs to another cache than key.json beside it: {again}"
                     )
                 if name not in shard.files:
-                    raise MissingRow(
-                        f"{path} has no teacher for row {row}, pid {pid}, of {task}: {again}"
-                    )
+                    raise MissingTargetsError(f"{path} has no teacher for {where}: {again}")
                 found = shard[name]
             except FileNotFoundError as error:
-                raise MissingRow(
-                    f"{path}, with the teacher for row {row}, pid {pid}, of {task}, is not there: start "
-                    "again, which collects it anew"
+                raise MissingTargetsError(
+                    f"{path}, with the teacher for {where}, is not there: start again, which "
+                    "collects it anew"
                 ) from error
             except (zipfile.BadZipFile, EOFError, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error}): {again}") from error
         if found.dtype != record_type(self.top_k) or not np.array_equal(found["label"], labels):
-            raise WrongCache(
-                f"{path} was made for another trace of row {row}, pid {pid}, of {task}: {again}"
-            )
+            raise WrongCacheError(f"{path} was made for another trace of {where}: {again}")
         return found
 
+    def _shard(self, path: str) -> np.lib.npyio.NpzFile:
+        """The opened file; the one that was opened first is closed where OPEN are open."""
+        if path not in self._open:
+            while len(self._open) >= OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[path] = np.load(path, allow_pickle=False)
+        return self._open[path]
 
-def _differences(was, now, name=""):
+
+def _differences(was, now, name: str = "") -> Iterator[str]:
+    """A line for each value in which two nested dicts differ."""
     if isinstance(was, dict) and isinstance(now, dict):
         for part in sorted(was.keys() | now.keys()):
             path = f"{name}.{part}" if name else part
@@ -150,23 +172,23 @@ def _differences(was, now, name=""):
         yield f"  {name}: there {was}, now {now}"
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def collect(
-    params,
-    config,
-    workdir: str,
-    rows: examples.Examples,
-    packer: packing.Packer,
-    mesh,
-    *,
-    before_batch=lambda: None,
+    run: Session, params, rows: Examples, *, before_batch: Callable[[], None] = _do_nothing
 ) -> Cache:
-    """The teacher's outputs on all training rows, in <workdir>/teacher_cache; what is there already stays.
+    """The teacher's outputs on all training examples, in W/teacher_cache. Files that exist are kept.
 
     Args:
-      params: the teacher, laid out on the mesh. rows: of the train split.
-      before_batch: called before each batch, such as `checkpoint.Flag.check`. If it raises, the next call goes on.
+      params: the teacher, laid out on the mesh.
+      rows: the examples of the train split.
+      before_batch: called before each batch, such as `StopRequest.check`. If it raises, the next
+        call continues.
     """
-    cache = Cache(os.path.join(workdir, "teacher_cache"), key(params, config, rows))
+    config = run.config
+    cache = Cache(os.path.join(run.workdir, "teacher_cache"), key(params, config, rows))
     shards = [
         (source, first)
         for source, held in enumerate(rows.sources)
@@ -177,54 +199,64 @@ def collect(
         for source, first in shards
         if not os.path.exists(cache.path(config.data.tasks[source], first))
     ]
-    _meet("listed")  # before the first process writes what others would not miss any more
-    one_bucket = len(packer.buckets.trace) == 1 and config.data.on_too_long == "fail"
-    size = config.offline.batch_size // config.offline.accumulation
-    primary = jax.process_index() == 0
+    _meet("listed")  # all processes list before the first one writes
+    primary, done = jax.process_index() == 0, len(shards) - len(missing)
     with (
         concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool,
         progress_lib.Progress(
-            len(shards),
-            "teacher cache",
-            "collect",
-            start=len(shards) - len(missing),
-            primary=primary,
+            len(shards), "teacher cache", "collect", start=done, primary=primary
         ) as progress,
     ):
-        for done, (source, first) in enumerate(missing, len(shards) - len(missing) + 1):
+        for count, (source, first) in enumerate(missing, done + 1):
             numbers = range(first, min(first + SHARD, len(rows.sources[source])))
             prepared = dict(zip(numbers, pool.map(functools.partial(rows, source), numbers)))
-            groups, found = {}, {}
-            for n, row in prepared.items():
-                groups.setdefault(0 if one_bucket else packer.bucket(row), []).append(n)
-            groups.pop(-1, None)  # left out of training too, and named in too_long.json
-            for bucket, members in sorted(groups.items()):
-                for at in range(0, len(members), size):
-                    before_batch()
-                    batch = members[at : at + size]
-                    batch += batch[-1:] * (size - len(batch))
-                    found |= _outputs(params, prepared, batch, bucket, config, packer, mesh)
+            found = {}
+            for bucket, batch in _batches(run, prepared):
+                before_batch()
+                found |= _outputs(run, params, prepared, batch, bucket)
             if primary:
                 cache.write(config.data.tasks[source], first, found)
-            progress.update(done)
+            progress.update(count)
     _meet("collected")
     return cache
 
 
-def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
-    """{(row, pid): array of `record_type`} of a batch, on every process. numbers: row numbers, as many as a batch has;
-    they may repeat."""
-    mine = [numbers[n] for n in sharding.local_batch_indices(mesh, len(numbers))]
-    shown, top_k = [prepared[n] for n in mine], kept_entries(config)
-    both = [packer.traces(shown, [layout] * len(shown), bucket) for layout in ("reference", "text")]
-    teacher, student, placed = sharding.put_batch(mesh, (*both, np.asarray(mine, np.int32)))
+def _batches(run: Session, prepared: dict[int, PreparedExample]) -> Iterator[tuple[int, list[int]]]:
+    """(bucket, numbers of as many examples as a micro step has; the last one repeats to fill a batch)."""
+    config, packer = run.config, run.packer
+    one_bucket = len(packer.buckets.trace) == 1 and config.data.on_too_long == "fail"
+    size = config.offline.batch_size // config.offline.accumulation
+    groups: dict[int, list[int]] = {}
+    for number, example in prepared.items():
+        groups.setdefault(0 if one_bucket else packer.bucket(example), []).append(number)
+    groups.pop(-1, None)  # training leaves them out, too, and too_long.json names them
+    for bucket, members in sorted(groups.items()):
+        for at in range(0, len(members), size):
+            numbers = members[at : at + size]
+            yield bucket, numbers + numbers[-1:] * (size - len(numbers))
+
+
+def _outputs(
+    run: Session, params, prepared: dict[int, PreparedExample], numbers: list[int], bucket: int
+) -> dict[tuple[int, str], np.ndarray]:
+    """{(number, pid): array of `record_type`} of the examples of a batch, on every process.
+
+    numbers: those of the batch's examples; a number may repeat.
+    """
+    mine = [numbers[n] for n in sharding.local_batch_indices(run.mesh, len(numbers))]
+    shown, top_k = [prepared[n] for n in mine], kept_entries(run.config)
+    both = [
+        run.packer.traces(shown, [layout] * len(shown), bucket) for layout in ("reference", "text")
+    ]
+    placed = np.asarray(mine, np.int32)
+    teacher, student, placed = sharding.put_batch(run.mesh, (*both, placed))
     values = offline.teacher_outputs(
         params,
         teacher,
         student,
-        config=config_lib.model(config),
+        config=run.model,
         top_k=top_k,
-        chunk=config.divergence.chunk,
+        chunk=run.config.divergence.chunk,
     )
     log_probs, indices, weights, labels, mask, placed = sharding.gather_to_host(
         (*values, student.labels, student.mask, placed)
@@ -233,48 +265,38 @@ def _outputs(params, prepared, numbers, bucket, config, packer, mesh) -> dict:
     for b, n in enumerate(placed.tolist()):
         pid, real = prepared[n].example.pid, mask[b]
         record = np.zeros(real.sum(), record_type(top_k))
-        for name, array in (
-            ("label", labels),
-            ("weight", weights),
-            ("log_probs", log_probs),
-            ("indices", indices),
-        ):
-            record[name] = array[b][real]
+        record["label"], record["weight"] = labels[b][real], weights[b][real]
+        record["log_probs"], record["indices"] = log_probs[b][real], indices[b][real]
         if not (np.isfinite(record["log_probs"]).all() and np.isfinite(record["weight"]).all()):
             raise FloatingPointError(
-                f"the teacher's log-probabilities of row {pid} are not finite: the weights that the stage starts with "
-                "are damaged, or config.model.dtype is too narrow for them"
+                f"the teacher's log-probabilities of row {pid} are not finite: the weights that the "
+                "stage starts with are damaged, or config.model.dtype is too narrow for them"
             )
         found[n, pid] = record
     return found
 
 
-def _meet(what):
+def _meet(what: str) -> None:
+    """Waits for the other processes of the run."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"teacher cache {what}")
 
 
-class Batches(batches.Batches):
-    """The batches of the stage: text traces with their cached teacher. `cache` is to be set before the first one."""
-
-    cache: Cache | None = None
-
-    def traces(self, step: int):
-        """(Cached, its rows)."""
-        bucket, pairs = self.schedule(step)
-        pairs = [pairs[n] for n in self.share]
-        rows = [self.examples(*pair) for pair in pairs]
-        traces = self.packer.traces(rows, ["text"] * len(rows), bucket)
-        shape = traces.labels.shape
-        found = np.zeros(shape, record_type(self.cache.top_k))
-        found["label"] = -1
-        for b, ((source, n), row) in enumerate(zip(pairs, rows)):
-            labels = traces.labels[b][traces.mask[b]]
-            found[b, : len(labels)] = self.cache(
-                self.examples.tasks[source], n, row.example.pid, labels
-            )
-        parts = [
-            np.ascontiguousarray(found[name])
-            for name in ("label", "log_probs", "indices", "weight")
-        ]
-        return offline.Cached(traces, *parts), rows
+def batch(
+    batches: Batches, step: int, cache: Cache
+) -> tuple[offline.Cached, list[PreparedExample]]:
+    """The batch maker of the stage: text traces of a step with their cached teacher, and their examples."""
+    bucket, pairs = batches.schedule(step)
+    pairs = [pairs[n] for n in batches.share]
+    examples = [batches.examples(*pair) for pair in pairs]
+    traces = batches.packer.traces(examples, ["text"] * len(examples), bucket)
+    found = np.zeros(traces.labels.shape, record_type(cache.top_k))
+    found["label"] = -1
+    for b, ((source, number), example) in enumerate(zip(pairs, examples)):
+        labels = traces.labels[b][traces.mask[b]]
+        task = batches.examples.tasks[source]
+        found[b, : len(labels)] = cache(task, number, example.example.pid, labels)
+    parts = [
+        np.ascontiguousarray(found[name]) for name in ("label", "log_probs", "indices", "weight")
+    ]
+    return offline.Cached(traces, *parts), examples

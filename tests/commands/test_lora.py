@@ -335,7 +335,10 @@ def initial_params(config, workdir):
 
     return start_lib.initial_params(
         types.SimpleNamespace(
-            config=config, workdir=str(workdir), mesh=sharding.make_mesh(devices=jax.devices()[:1])
+            config=config,
+            model=config_lib.model(config),
+            workdir=str(workdir),
+            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         ),
         None,
     )

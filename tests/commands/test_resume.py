@@ -167,7 +167,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     assert_same_run(tmp_path, straight)
     assert not (tmp_path / "metrics.jsonl.superseded").exists()  # no step was lost
     rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "loss" in row]
-    assert all(row["compiles/update"] == 1 for row in rows)
+    assert all(row["compiles/update"] <= 1 for row in rows)  # 0: compiled before in this process
 
 
 def signal_at(patched, number, module=contexts_lib, function="timed_sample"):

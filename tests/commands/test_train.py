@@ -387,7 +387,8 @@ def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
     with controls_lib.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
         with pytest.raises(
-            controls_lib.ArmsFailed, match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$"
+            controls_lib.ArmsFailedError,
+            match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$",
         ):
             controls.finish()
     assert (
@@ -399,7 +400,7 @@ def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     "error",
     [
         health.UnhealthyRunError("stopped at step 3: loss is nan"),
-        controls_lib.ArmsFailed("noise"),
+        controls_lib.ArmsFailedError("noise"),
         ValueError("config.seed is -1"),
         FileNotFoundError("no data"),
     ],

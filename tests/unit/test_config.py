@@ -707,7 +707,10 @@ def prepared(tmp_path_factory):
         ),
         (dict(tokenizer="NOWHERE"), "NOWHERE holds no tokenizer"),
         (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE' .*no such folder"),
-        (dict(init_from="PREPARED"), "config.init_from='.*' is no model and holds no checkpoint"),
+        (
+            dict(init_from="PREPARED"),
+            "config.init_from='.*' is not a model and holds no checkpoint",
+        ),
     ],
 )
 @pytest.mark.parametrize("arm", [False, True], ids=["run", "arm"])

@@ -397,14 +397,14 @@ def test_weights_are_shares_of_the_tasks(make):
 
 def test_stream_gives_the_steps_in_order_from_any_start(make):
     batches = make(data__threads=3)
-    for step, (_, rows) in enumerate(batches.stream(5, 12), start=5):
+    for step, (_, rows) in enumerate(batches.stream(batches_lib.Batches.opsd, 5, 12), start=5):
         assert pids(rows) == pids(batches.opsd(step)[1])
     assert step == 11
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
         context.TooLongError, match="row chart-train"
     ):  # an error in a thread reaches the loop
-        list(make(buckets=small).stream(0, 4))
+        list(make(buckets=small).stream(batches_lib.Batches.opsd, 0, 4))
 
 
 # --- making data ----------------------------------------------------------------------------------

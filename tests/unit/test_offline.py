@@ -14,14 +14,15 @@ import pytest
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, context, distill, offline, sharding, tokenizer, train
-from opsd_jax.data import examples, packing, procedural
+from opsd_jax import config_check, context, distill, marker, offline, sharding, tokenizer, train
+from opsd_jax.data import batches as batches_lib
+from opsd_jax.data import packing, procedural
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.method_config import OfflineConfig
 from opsd_jax.model import bagel
 from opsd_jax.plan import programs
-from opsd_jax.run import teacher_cache
-from opsd_jax.runtime import checkpoint, metrics
+from opsd_jax.run import session, teacher_cache
+from opsd_jax.runtime import checkpoint, clock, metrics
 
 MAZE = "Spatial_Navigation"
 
@@ -217,31 +218,43 @@ class Made:
     def __init__(self, config, workdir, seed=0):
         self.config, self.workdir = config, workdir
         self.tokenizer = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
-        self.rows = examples.Examples.open(config, "", self.tokenizer, "train")
         self.packer, self.mesh = (
             packing.Packer.from_config(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
         )
+        self.rows = self.session(config).examples("train")
         self.params = tiny.params(config_lib.model(config), seed)
+
+    def session(self, config):
+        size = config.model.llm.vocab_size
+        return session.Session(
+            config=config,
+            workdir=str(self.workdir),
+            data_workdir="",
+            model=config_lib.model(config),
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+            marker=marker.Marker.build(self.tokenizer.token_bytes, size),
+            packer=self.packer,
+            clock=clock.Clock(),
+            writer=metrics.Writer(self.workdir, primary=False),
+        )
 
     def collect(self, **changes):
         given = dict(params=self.params, config=self.config) | changes
         return teacher_cache.collect(
+            self.session(given["config"]),
             given["params"],
-            given["config"],
-            str(self.workdir),
             self.rows,
-            self.packer,
-            self.mesh,
             before_batch=given.get("before_batch", lambda: None),
         )
 
     def batches(self, cache):
-        batches = teacher_cache.Batches(
+        """The schedule of the stage, and a function of a step that makes its batch."""
+        made = batches_lib.Batches(
             self.config, str(self.workdir), "offline", self.rows, self.packer
         )
-        batches.cache = cache
-        return batches
+        return made.schedule, lambda step: teacher_cache.batch(made, step, cache)
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +310,10 @@ def test_cache_holds_the_teacher_and_the_weights(collected):
 
 
 def test_batches_hold_their_rows(collected):
-    batches = collected.batches(collected.collect())
+    cache = collected.collect()
+    _, load = collected.batches(cache)
     for step in range(6):
-        batch, rows = batches.traces(step)
+        batch, rows = load(step)
         assert batch.log_probs.shape == (4, 41, 300)
         np.testing.assert_array_equal(
             batch.labels, np.where(batch.traces.mask, batch.traces.labels, -1)
@@ -314,7 +328,7 @@ def test_batches_hold_their_rows(collected):
                 if e.pid == row.example.pid
             )
             count = batch.traces.mask[b].sum()
-            found = batches.cache(task, n, row.example.pid, batch.labels[b][:count])
+            found = cache(task, n, row.example.pid, batch.labels[b][:count])
             np.testing.assert_array_equal(batch.log_probs[b][:count], found["log_probs"])
             np.testing.assert_array_equal(batch.indices[b][:count], found["indices"])
             np.testing.assert_array_equal(batch.weights[b][:count], found["weight"])
@@ -322,10 +336,10 @@ def test_batches_hold_their_rows(collected):
 
 def test_the_plan_knows_the_batch(collected):
     """Shapes that `plan` compiles for are those of a run."""
-    batches = collected.batches(collected.collect())
-    batch, _ = batches.traces(0)
+    schedule, load = collected.batches(collected.collect())
+    batch, _ = load(0)
     (program,) = programs.programs(
-        collected.config, "offline", collected.mesh, bucket=batches.schedule(0)[0]
+        collected.config, "offline", collected.mesh, bucket=schedule(0)[0]
     )
 
     def shapes(tree):
@@ -336,13 +350,14 @@ def test_the_plan_knows_the_batch(collected):
 
 def test_more_files_than_may_be_open(collected, monkeypatch):
     monkeypatch.setattr(teacher_cache, "OPEN", 1)
-    batches = collected.batches(collected.collect())
-    found = [batches.traces(step)[0].indices for step in range(6)]
-    assert len(batches.cache._open) == 1
+    cache = collected.collect()
+    _, load = collected.batches(cache)
+    found = [load(step)[0].indices for step in range(6)]
+    assert len(cache._open) == 1
     monkeypatch.setattr(teacher_cache, "OPEN", 256)
-    again = collected.batches(collected.collect())
+    _, again = collected.batches(collected.collect())
     for step, indices in enumerate(found):
-        np.testing.assert_array_equal(indices, again.traces(step)[0].indices)
+        np.testing.assert_array_equal(indices, again(step)[0].indices)
 
 
 def test_top_k_is_bounded_by_the_vocabulary(folder):
@@ -356,7 +371,7 @@ def test_what_is_there_stays_and_what_lacks_is_collected(copied, monkeypatch):
     times = {
         path.name: path.stat().st_mtime_ns for path in (copied.workdir / "teacher_cache").iterdir()
     }
-    monkeypatch.setattr(teacher_cache, "_outputs", lambda *a: computed.append(a[2]) or run(*a))
+    monkeypatch.setattr(teacher_cache, "_outputs", lambda *a: computed.append(a[3]) or run(*a))
     copied.collect()
     assert computed == [[16, 17, 18, 19]]
     assert all(
@@ -402,12 +417,12 @@ def test_the_cache_of_another_teacher_or_setting_is_refused(copied):
         "llm": copied.params["llm"] | {"head": copied.params["llm"]["head"].at[3, 5].add(1e-6)}
     }
     message = r"(?s)another teacher.*teacher: there \w+, now \w+.*delete the folder"
-    with pytest.raises(teacher_cache.WrongCache, match=message):
+    with pytest.raises(teacher_cache.WrongCacheError, match=message):
         copied.collect(params=other)
     changed = copy.deepcopy(copied.config)
     changed.offline.top_k, changed.prompts.intro = 200, "look"
     with pytest.raises(
-        teacher_cache.WrongCache,
+        teacher_cache.WrongCacheError,
         match=r"(?s)prompts.intro: there .*, now look.*top_k: there 300, now 200",
     ):
         copied.collect(config=changed)
@@ -444,30 +459,30 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
         return copied.collect()
 
     assert len(fresh()(MAZE, 16, pid, labels)) == len(labels)
-    with pytest.raises(teacher_cache.WrongCache, match=f"another trace of row 16, pid {pid}"):
+    with pytest.raises(teacher_cache.WrongCacheError, match=f"another trace of row 16, pid {pid}"):
         fresh()(MAZE, 16, pid, labels[::-1])
     with pytest.raises(
-        teacher_cache.MissingRow, match="row 16, pid other-pid, of Spatial_Navigation"
+        teacher_cache.MissingTargetsError, match="row 16, pid other-pid, of Spatial_Navigation"
     ):
         fresh()(MAZE, 16, "other-pid", labels)
     rewritten(path, lambda arrays: arrays.pop(f"16:{pid}"))
     with pytest.raises(
-        teacher_cache.MissingRow,
+        teacher_cache.MissingTargetsError,
         match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew",
     ):
         fresh()(MAZE, 16, pid, labels)
-    batches = copied.batches(fresh())
-    with pytest.raises(teacher_cache.MissingRow):
+    _, load = copied.batches(fresh())
+    with pytest.raises(teacher_cache.MissingTargetsError):
         for step in range(10):  # an epoch
-            batches.traces(step)
+            load(step)
     rewritten(path, lambda arrays: arrays.update(key="other"))
-    with pytest.raises(teacher_cache.WrongCache, match="belongs to another cache"):
+    with pytest.raises(teacher_cache.WrongCacheError, match="belongs to another cache"):
         fresh()(MAZE, 17, "any", labels)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="0000016.npz is damaged"):
         fresh()(MAZE, 17, "any", labels)
     path.unlink()
-    with pytest.raises(teacher_cache.MissingRow, match="is not there"):
+    with pytest.raises(teacher_cache.MissingTargetsError, match="is not there"):
         cache(MAZE, 16, pid, labels)
 
 

@@ -1,0 +1,89 @@
+"""The stages of a run: what each of them reads, samples, computes and writes for humans.
+
+To add a stage: a step function, a batch maker, and an entry in `KINDS`.
+"""
+
+from opsd_jax import config as config_lib
+from opsd_jax import distill, offline, supervised
+from opsd_jax.data.batches import Batches
+from opsd_jax.run import samples, teacher_cache
+from opsd_jax.run.session import Session
+from opsd_jax.run.stage import Kind, Stage
+from opsd_jax.run.step_inputs import Completions, Nothing, RandomKey
+
+FIRST_BATCH = samples.write_first_batch
+
+KINDS = {
+    "autoencoder": Kind(
+        step=supervised.autoencoder_step,
+        load=Batches.images,
+        sampler=RandomKey,
+        samples=(samples.write_reconstructions,),
+        generates=True,
+    ),
+    "warmup": Kind(
+        step=supervised.sft_step,
+        load=Batches.traces,
+        sampler=Nothing,
+        samples=(FIRST_BATCH,),
+        evaluates=True,
+    ),
+    "warmup with image generation": Kind(
+        step=supervised.image_generation_step,
+        load=Batches.traces,
+        sampler=RandomKey,
+        samples=(FIRST_BATCH, samples.write_generated_images),
+        generates=True,
+        evaluates=True,
+    ),
+    "opsd": Kind(
+        step=distill.update_step,
+        load=Batches.opsd,
+        sampler=Completions,
+        samples=(FIRST_BATCH, samples.write_rollouts),
+        evaluates=True,
+        keeps_start=True,
+        starts_arms=True,
+    ),
+    "sft": Kind(
+        step=supervised.sft_step,
+        load=Batches.traces,
+        sampler=Nothing,
+        samples=(FIRST_BATCH,),
+        evaluates=True,
+        keeps_start=True,
+    ),
+    "offline": Kind(
+        step=offline.step,
+        load=teacher_cache.batch,
+        sampler=Nothing,
+        samples=(FIRST_BATCH,),
+        caches_teacher=True,
+        evaluates=True,
+        keeps_start=True,
+    ),
+}
+
+
+def of_run(run: Session) -> list[Stage]:
+    """The stages of a run in order. Step numbers continue from stage to stage."""
+    ends = config_lib.stage_ends(run.config)
+    firsts = [0, *ends.values()]
+    return [
+        Stage(
+            name=name,
+            kind=_kind(run, name),
+            config=config_lib.stage_config(run.config, name, run.tokenizer),
+            batch_size=run.config[name].batch_size,
+            first=first,
+            last=last,
+        )
+        for first, (name, last) in zip(firsts, ends.items())
+    ]
+
+
+def _kind(run: Session, name: str) -> Kind:
+    """A warm-up whose mix has images to generate is of another kind than one on texts."""
+    if name == "warmup" and run.config.warmup.mix.drawn:
+        return KINDS["warmup with image generation"]
+    return KINDS[name]

@@ -1,0 +1,50 @@
+"""The training state of a stage: made, restored, saved."""
+
+import jax
+
+from opsd_jax import config as config_lib
+from opsd_jax import distill, optimizer, sharding
+from opsd_jax.model import bagel
+from opsd_jax.run.session import Session
+from opsd_jax.run.stage import Stage
+from opsd_jax.runtime.checkpoint import Checkpoints
+
+
+def fresh(run: Session, stage: Stage, params) -> dict:
+    """The state at a stage's first step: its weights, and an optimizer that has seen nothing."""
+
+    def init(params):
+        return optimizer.init_state(params, stage.config)
+
+    shardings = sharding.tree_shardings(run.mesh, jax.eval_shape(init, params))
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+def restored(run: Session, stage: Stage, checkpoints: Checkpoints, step: int) -> dict:
+    """The state in the checkpoint of a step of the stage."""
+
+    def init(key):
+        return optimizer.init_state(bagel.init(key, config=run.model), stage.config)
+
+    abstract = sharding.abstract(run.mesh, jax.eval_shape(init, jax.random.key(0)))
+    with run.clock("checkpoint"):
+        return checkpoints.restore(step, abstract)
+
+
+def offered_params(run: Session, stage: Stage, state: dict):
+    """The weights that a checkpoint offers: to evaluation, to export, to the next stage and to control arms."""
+    if run.config.checkpoint.params == "ema" and "ema" in state:
+        return distill.teacher_params(state, stage.config)
+    return state["params"]
+
+
+def save(run: Session, stage: Stage, checkpoints: Checkpoints, step: int, state: dict) -> None:
+    """Starts to save the checkpoint of a step; `checkpoints.wait()` waits until it is complete."""
+    checkpoints.save(
+        step,
+        state,
+        offered_params(run, stage, state),
+        stage=stage.name,
+        config=config_lib.to_json(run.config),
+        digests=run.digests,
+    )
