@@ -75,15 +75,26 @@ def unknown(key: str) -> str:
     group, path = config_lib.default(), []
     for part in key.split("."):
         if part not in group:
-            close = difflib.get_close_matches(part, group, 1)
-            hint = (
-                f'Did you mean "{close[0]}"?' if close else "All of them are in opsd_jax/config.py."
-            )
+            close = difflib.get_close_matches(part, group, 1) or _similar_elsewhere(part)
+            hint = "All of them are in opsd_jax/config.py."
+            if close:
+                names = " or ".join(f'"{name}"' for name in close)
+                hint = f"Did you mean {names}?"
             return f"there is no setting '{part}' in {'.'.join(['config', *path])}. {hint}"
         group, path = group[part], [*path, part]
         if not isinstance(group, ConfigDict):
             break
     return f"{'.'.join(['config', *path])} is not a group of settings"
+
+
+def _similar_elsewhere(part: str) -> list[str]:
+    """Keys, in any group, whose last part is the name that is most similar to `part`."""
+    places: dict[str, dict[str, None]] = {}
+    for key in config_lib.settings():
+        parts = key.split(".")
+        for n, name in enumerate(parts, 1):
+            places.setdefault(name, {})[".".join(parts[:n])] = None
+    return [key for name in difflib.get_close_matches(part, places, 1) for key in places[name]]
 
 
 # --- each value by itself ------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
@@ -19,7 +19,7 @@ config_flags.DEFINE_config_file(
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads FILE or FILE:ARGUMENT; what is wrong in the file ends the command with one line that names it."""
+    """Reads FILE or FILE:ARGUMENT. An error in the file ends the command with one line that names it."""
 
     def parse(self, path):
         file, _, argument = path.partition(":")
@@ -27,13 +27,15 @@ class _ConfigFile(flags.ArgumentParser):
         try:
             if not os.path.isfile(file) or spec is None:
                 raise ValueError(
-                    "there is no such Python file: give one with get_config(), such as configs/mini.py"
+                    "there is no such Python file: give one with get_config(), such as "
+                    "configs/mini.py"
                 )
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise ValueError(
-                    "it has no function get_config(), which returns the settings; see configs/mini.py"
+                    "it has no function get_config(), which returns the settings; see "
+                    "configs/mini.py"
                 )
             config = module.get_config(*[argument] if argument else [])
             if not isinstance(config, ConfigDict):
@@ -60,14 +62,20 @@ class _ConfigFile(flags.ArgumentParser):
 flags.FLAGS["config"].parser = _ConfigFile()
 
 
-def parse_flags(argv):
-    """The arguments left over. An override of a setting that does not exist ends the program with a suggestion."""
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line, for `app.run`; returns the arguments that are not flags.
+
+    An override of a setting that does not exist, or with a value of another type, ends the command
+    with one line that names the argument.
+    """
     for argument in argv:
         name, _, value = argument.partition("=")
         if name.lstrip("-") == "config":
             _check_path("--config", value)
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {str(error).removeprefix('flag ')}")
     except (AttributeError, KeyError, TypeError) as error:
         for argument in argv:
             key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
@@ -76,9 +84,9 @@ def parse_flags(argv):
         raise error
 
 
-def _check_path(flag, path, **options) -> None:
+def _check_path(flag: str, path: str) -> None:
     """Ends the command where a path cannot be used (`paths.check_given`)."""
     try:
-        paths.check_given(flag, path, **options)
+        paths.check_given(flag, path)
     except ValueError as error:
         sys.exit(f"error: {error}")

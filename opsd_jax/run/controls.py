@@ -1,9 +1,9 @@
 """Control arms: ordinary runs that start from the weights with which a run's OPSD stage began.
 
-An arm is a named set of changes to the run's config (`config.arms`). Each is a process of its own in
-<workdir>/arms/<name>, started by the run's own command line plus --arm=NAME, so that it can be run alone as well.
-On CPUs one arm runs beside the main run (a model this small leaves a second core idle); on accelerators, which
-belong to one process, arms run one after another when the main run has ended.
+A control arm is a named set of changes to the run's settings (`config.arms`). Each runs as a process of
+its own in W/arms/NAME, with the run's own command line plus --arm=NAME, so that it can also be run
+alone. On CPUs one arm runs beside the main run (a model this small leaves a second core idle). On
+accelerators, which belong to one process, arms run one after another when the main run has ended.
 """
 
 import collections
@@ -11,49 +11,75 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Sequence
 
 import jax
+from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation.results import read_summary
+from opsd_jax.evaluation import results
+from opsd_jax.run import session
 from opsd_jax.runtime import files
 
 
-def settings_of(config, workdir: str, name: str):
-    """(config, workdir) of an arm. ValueError for an unknown one, FileNotFoundError if the run is not warmed up."""
+def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict, str]:
+    """Settings and folder of a control arm of the run in workdir.
+
+    Raises:
+      ValueError: no such arm, or a run without an OPSD stage. FileNotFoundError: the run is not warmed up.
+    """
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
-    ends = config_lib.stage_ends(config)
-    if "opsd" not in ends:
+    if "opsd" not in config.stages:
         raise ValueError(
-            f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has none"
+            f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has "
+            "none"
         )
-    warm = ends["opsd"] - config.opsd.steps
-    start = os.path.join(workdir, "checkpoints", str(warm))
+    step = _start(config)
+    start = os.path.join(workdir, "checkpoints", str(step))
     if not os.path.isdir(start):
         raise FileNotFoundError(
-            f"{start} is not there: run the same command without --arm first, up to step {warm}"
+            f"{start} is not there: run the same command without --arm first, up to step {step}"
         )
-    return config_lib.arm(config, name, start), os.path.join(workdir, "arms", name)
+    return config_lib.arm(config, name, start), folder(workdir, name)
+
+
+def folder(workdir: str, name: str) -> str:
+    """The working folder of a control arm."""
+    return os.path.join(workdir, "arms", name)
+
+
+def _start(config: ConfigDict) -> int:
+    """The step at which the OPSD stage of a run starts, and so do its control arms."""
+    return config_lib.stage_ends(config)["opsd"] - config.opsd.steps
 
 
 class ArmsFailedError(RuntimeError):
-    """The run itself is done; a control arm is not."""
+    """The run itself is done, but a control arm failed."""
 
 
 class Arms:
-    """Runs the arms of a run, as processes. A context manager: where the run stops, they stop too."""
+    """Runs the control arms of a run as processes; a context manager: if the run stops, so do they.
 
-    def __init__(self, names, workdir: str, argv):
+    Args:
+      names: of the arms, in the order in which they run.
+      workdir: folder of the run.
+      argv: arguments of the run's own command.
+    """
+
+    def __init__(self, names: Iterable[str], workdir: str, argv: Sequence[str]):
         self._queue, self._workdir, self._argv = collections.deque(names), workdir, argv
-        self._worker, self._failed, self._running, self._stopped = None, [], set(), False
+        self._worker: threading.Thread | None = None
+        self._failed: list[str] = []
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        """Leaves no process behind: arms that still run are asked to save and stop."""
+        """Leaves no process running: arms that still run are asked to save and stop."""
         self._stopped = True
         self._queue.clear()
         for process in list(self._running):
@@ -64,13 +90,16 @@ class Arms:
             self._worker.join()
 
     def start(self) -> None:
-        """Called when the run is warmed up: on CPUs a thread now runs arms beside the main run."""
+        """To be called when the run is warmed up: on CPUs a thread now runs arms beside the main run."""
         if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
             self._worker = threading.Thread(target=self._work, args=(1,), daemon=True)
             self._worker.start()
 
     def finish(self) -> None:
-        """Runs what is left and waits for all. ArmsFailedError names those that failed, with their logs."""
+        """Runs the arms that are left and waits for all.
+
+        Raises ArmsFailedError, which names those that failed and their logs.
+        """
         self._work(0)
         if self._worker:
             self._worker.join()
@@ -78,117 +107,154 @@ class Arms:
             raise ArmsFailedError("control arms failed: " + "; ".join(self._failed))
 
     def _work(self, half: int) -> None:
-        """Runs arms one after another until none is left. On CPUs in one half of the cores: two small programs that
-        both spread over all cores wait for each other at every matrix product."""
-        cores = (
-            sorted(os.sched_getaffinity(0))
-            if self._worker and hasattr(os, "sched_getaffinity")
-            else []
-        )
-        middle = len(cores) // 2
-        cores = cores[middle:] if half else cores[:middle]
+        """Runs arms one after another until none is left.
+
+        With a worker thread, in one half of the cores: two small programs that both spread over all
+        cores wait for each other at every matrix product.
+        """
+        cores = _half_of_cores(half) if self._worker else []
         while True:
             try:
                 name = self._queue.popleft()
             except IndexError:
                 return
-            folder = os.path.join(self._workdir, "arms", name)
-            os.makedirs(folder, exist_ok=True)
-            command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
-            print(
-                f"arm {name}: {' '.join(command[1:])}  (log: {folder}/log.txt)",
-                file=sys.stderr,
-                flush=True,
-            )
-            with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-                self._running.add(process)
-                if cores:
-                    os.sched_setaffinity(process.pid, cores)
-                if self._stopped:  # while it was being started
-                    process.terminate()
-                if process.wait():
-                    self._failed.append(f"{name} (see {folder}/log.txt)")
-                self._running.discard(process)
+            self._run(name, cores)
+
+    def _run(self, name: str, cores: list[int]) -> None:
+        """Runs one arm to its end. cores: those that it may use; [] for all."""
+        path = folder(self._workdir, name)
+        os.makedirs(path, exist_ok=True)
+        command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
+        shown = " ".join(command[1:])
+        print(f"arm {name}: {shown}  (log: {path}/log.txt)", file=sys.stderr, flush=True)
+        with open(os.path.join(path, "log.txt"), "a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self._running.add(process)
+            if cores:
+                os.sched_setaffinity(process.pid, cores)
+            if self._stopped:  # while it was being started
+                process.terminate()
+            if process.wait():
+                self._failed.append(f"{name} (see {path}/log.txt)")
+            self._running.discard(process)
 
 
-def report(workdir: str, names) -> str:
-    """The table of a run and its arms, also written to report.md and report.json in the workdir.
+def _half_of_cores(half: int) -> list[int]:
+    """The first (0) or second (1) half of the cores of this process; [] where that cannot be chosen."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    return cores[middle:] if half else cores[:middle]
 
-    Beside each text-only accuracy it has that of the same weights with the rows' true visual thoughts, where the final
-    evaluation measured it: training changes how well a model reads them.
 
-    Raises FileNotFoundError where an evaluation is missing, ValueError where its summary is cut.
+# Final evaluations of a run's start: their names in the table, and those of their results.
+_STARTS = {
+    "teacher: start, with visual thoughts": "real",
+    "start, text only": "none",
+    "start, text only, `<image_start>` banned": "none-banned",
+}
+_HEADER = (
+    "arm",
+    "task",
+    "accuracy",
+    "95 % interval",
+    "with true visual thoughts",
+    "n",
+    "tokens",
+    "KL to teacher",
+    "closure",
+)
+_SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+
+
+def report(workdir: str, names: Sequence[str]) -> str:
+    """The table of a run and its control arms, also written to report.md and report.json in workdir.
+
+    A text-only accuracy is shown with that of the same weights given the true visual thoughts, where
+    the final evaluation measured it: training changes how well a model reads them.
+
+    Raises:
+      FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
     """
-    config, rows = load_config(workdir), []
-    warm = config_lib.stage_ends(config)["opsd"] - config.opsd.steps
-    for what, kind in (
-        ("teacher: start, with visual thoughts", "real"),
-        ("start, text only", "none"),
-        ("start, text only, `<image_start>` banned", "none-banned"),
-    ):
-        path = _summary(workdir, warm, kind)
-        if os.path.exists(path):
-            rows.append({"arm": what, **_read(path)})
-            if kind == "none":
-                _add_reading(rows[-1], workdir, warm)
-    for name, folder in (
-        ("OPSD", workdir),
-        *((f"arm {n}", os.path.join(workdir, "arms", n)) for n in names),
-    ):
-        last = max(config_lib.stage_ends(load_config(folder)).values())
-        row = {"arm": f"{name}, text only", **_read(_summary(folder, last, "none"))}
-        _add_reading(row, folder, last)
-        path = _summary(folder, last, "kl")
-        if os.path.exists(path):
-            for task, kl in read_summary(path)["tasks"].items():
-                row["tasks"][task] |= {
-                    "kl": kl["after"],
-                    "kl_before": kl["before"],
-                    "closure": kl["closure"],
-                }
-        rows.append(row)
-    lines = [
-        "| arm | task | accuracy | 95 % interval | with true visual thoughts | n | tokens | KL to teacher | closure |",
-        "|---" * 9 + "|",
+    start = _start(load_config(workdir))
+    rows = [
+        {"arm": what, "tasks": _scores(workdir, start, name)}
+        for what, name in _STARTS.items()
+        if os.path.exists(_summary_path(workdir, start, name))
     ]
-    interval = lambda b: f"{100 * b['interval_95'][0]:.1f}–{100 * b['interval_95'][1]:.1f}"
-    for row in rows:
-        for task, b in row["tasks"].items():
-            read = (
-                f"{100 * b['real']['overall']:.1f} % ({interval(b['real'])})" if "real" in b else ""
-            )
-            kl = (
-                f"{b['kl_before']:.3f} -> {b['kl']:.3f} | {100 * b['closure']:.0f} %"
-                if "kl" in b
-                else " | "
-            )
-            lines.append(
-                f"| {row['arm']} | {task} | {100 * b['overall']:.1f} % | {interval(b)} | {read} | "
-                f"{b['n']} | {b['mean_output_tokens']:.1f} | {kl} |"
-            )
+    for what, path in [
+        ("OPSD", workdir),
+        *((f"arm {name}", folder(workdir, name)) for name in names),
+    ]:
+        last = max(config_lib.stage_ends(load_config(path)).values())
+        scores = _scores(path, last, "none")
+        _add_kl(scores, path, last)
+        rows.append({"arm": f"{what}, text only", "tasks": scores})
+    lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
+    lines += [_row(row["arm"], task, b) for row in rows for task, b in row["tasks"].items()]
     text = "\n".join(lines) + "\n"
     files.write(os.path.join(workdir, "report.md"), text)
     files.write_json(os.path.join(workdir, "report.json"), rows)
     return text
 
 
-def _summary(folder, step, kind):
-    return os.path.join(folder, "eval", f"{step:06d}-{kind}", "summary.json")
+def _summary_path(workdir: str, step: int, name: str) -> str:
+    """The scores of an evaluation of the run's checkpoint of a step."""
+    return os.path.join(workdir, "eval", session.results_name(step, name), "summary.json")
 
 
-def _add_reading(row, folder, step):
-    """Adds `real` to each task of a text-only row: how the same weights answer with the true visual thoughts."""
-    path = _summary(folder, step, "real")
+def _scores(workdir: str, step: int, name: str) -> dict[str, dict]:
+    """{task: scores} of a final evaluation.
+
+    Those without visual thoughts also have `real`: how the same weights answer with the true ones.
+    """
+    found = _read(workdir, step, name)
+    if name == "none" and os.path.exists(_summary_path(workdir, step, "real")):
+        for task, b in _read(workdir, step, "real").items():
+            found[task]["real"] = {key: b[key] for key in ("overall", "interval_95")}
+    return found
+
+
+def _read(workdir: str, step: int, name: str) -> dict[str, dict]:
+    summary = results.read_summary(_summary_path(workdir, step, name))
+    return {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
+
+
+def _add_kl(scores: dict[str, dict], workdir: str, step: int) -> None:
+    """Adds the KL to the teacher before and after the stage, and the part of it that is closed."""
+    path = _summary_path(workdir, step, "kl")
     if os.path.exists(path):
-        for task, b in _read(path)["tasks"].items():
-            row["tasks"][task]["real"] = {k: b[k] for k in ("overall", "interval_95")}
+        for task, kl in results.read_summary(path)["tasks"].items():
+            scores[task] |= {
+                "kl": kl["after"],
+                "kl_before": kl["before"],
+                "closure": kl["closure"],
+            }
 
 
-def _read(path):
-    keys = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
-    return {
-        "tasks": {
-            task: {k: b[k] for k in keys} for task, b in read_summary(path)["benchmarks"].items()
-        }
-    }
+def _row(arm: str, task: str, b: dict) -> str:
+    """The line of a task of a run."""
+    real = b.get("real")
+    return _line(
+        (
+            arm,
+            task,
+            f"{100 * b['overall']:.1f} %",
+            _interval(b),
+            f"{100 * real['overall']:.1f} % ({_interval(real)})" if real else "",
+            f"{b['n']}",
+            f"{b['mean_output_tokens']:.1f}",
+            f"{b['kl_before']:.3f} -> {b['kl']:.3f}" if "kl" in b else "",
+            f"{100 * b['closure']:.0f} %" if "kl" in b else "",
+        )
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(b: dict) -> str:
+    low, high = b["interval_95"]
+    return f"{100 * low:.1f}–{100 * high:.1f}"

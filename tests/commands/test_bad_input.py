@@ -260,8 +260,15 @@ def test_mistakes_on_the_command_line(tmp_path):
             "error: --config.opsd.xyzzy=1: there is no",
             "in opsd_jax/config.py",
         ],
-        "--config.opsd.steps=abc": ["flag --config.opsd.steps=abc: invalid literal for int"],
-        "--workdri=x": ["Unknown command line flag 'workdri'. Did you mean: workdir"],
+        "--config.optm.lr=1": [
+            "error: --config.optm.lr=1: there is no setting 'optm' in config. Did you mean",
+            '"opsd.optim"',
+        ],
+        "--config.opsd.steps=abc": ["error: --config.opsd.steps=abc: invalid literal for int"],
+        "--config.opsd.optim.lr=abc": [
+            "error: --config.opsd.optim.lr=abc: could not convert string to float: 'abc'"
+        ],
+        "--workdri=x": ["error: Unknown command line flag 'workdri'. Did you mean: workdir"],
         "--config=configs/mini.py:chess": [
             "error: configs/mini.py:chess: choose maze, chart, smoke or draw"
         ],
