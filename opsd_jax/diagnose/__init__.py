@@ -1,15 +1,16 @@
-"""The paper's analyses of a run: `python -m opsd_jax.diagnose all|kl|interventions|attention --workdir=W`.
+"""The paper's analyses of a run: `python -m opsd_jax.diagnose ANALYSIS --workdir=W`.
 
-kl             how much visual thoughts change what the model says (paper Eq. 4), before and after training, with
-               the gap that training closed (Eq. 9); beside it what the released script measures
-interventions  answers with the visual thoughts in place, replaced by noise or by another row's, taken away, and
-               without the teacher's context at all; the same rows throughout, compared in pairs
-attention      how much texts before and after the visual thoughts attend to pictures, layer by layer
+kl             how much visual thoughts change what the model says (paper Eq. 4), before and after
+               training, with the gap that training closed (Eq. 9); beside it what the released
+               script measures
+interventions  answers with the visual thoughts in place, replaced by noise or by another row's,
+               removed, and without the teacher's context at all; the same rows, compared in pairs
+attention      how much texts before and after the visual thoughts attend to images, layer by layer
 all            answers in all modes (`eval`), then these three, on one page
 
-W/diagnose/<name>/summary.json   the numbers
-W/diagnose/<name>/report.html    the same to look at, with samples
-W/diagnose/<name>/tokens.jsonl   (kl) each completion, with the divergence at each token
-                  predictions.jsonl   (interventions) each answer
-                  shares.npz     (attention) each row's shares
+W/diagnose/<name>/summary.json        the numbers
+W/diagnose/<name>/report.html         the same as a page, with samples
+W/diagnose/<name>/tokens.jsonl        (kl) each completion, with the divergence at each token
+W/diagnose/<name>/predictions.jsonl   (interventions) each answer
+W/diagnose/<name>/shares.npz          (attention) the shares of each row
 """

@@ -1,11 +1,13 @@
-"""Share of attention from texts before and after the visual thoughts to each kind of slot, layer by layer.
+"""Share of attention from texts before and after the visual thoughts to parts of the context, by layer.
 
-Letters: B batch, N completion tokens, L layers, M and K groups of queries and of keys.
+Letters: B batch, T positions of a context, N completion tokens, L layers, M and K groups of queries
+and of keys.
 """
 
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,17 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
+from opsd_jax.data.examples import PreparedExample
+from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
-from opsd_jax.diagnose import runs
+from opsd_jax.diagnose import output
+from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import charts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
+MODES = ("real", "noise", "swap")
+LAYOUTS = ("interleaved", "teacher")
 QUERIES = ("text before", "text after", "completion")
 KEYS = (
     "system prompt",
@@ -34,37 +41,189 @@ KEYS = (
 OFFICIAL = {"txt0->img0": (0, 1), "txt1->img1": (1, 4), "txt1->img0": (1, 1)}
 
 
-def groups(packer, blocks, layout: str):
-    """Groups of the slots of a row, from 1, 0 for none: int32 [slots] as queries (`QUERIES`) and as keys (`KEYS`).
+def measure(
+    diagnosis: Diagnosis, folder: str, checkpoint: str, *, official_scale: bool = False
+) -> output.Page:
+    """Measures and writes the analysis `attention` of a step folder; its page.
 
-    layout: "student", "teacher" or "interleaved". Text before and after are those parts of the teacher's context that
-    can look at a picture; in the interleaved layout only the reasoning that the model itself would write.
+    Args:
+      official_scale: softmax without 1 / sqrt(d), as the official recorder has it.
     """
-    p, queries, keys, pictures = packer.prompts, [], [], 0
-    names = [
-        "question",
-        *(
-            name
-            for name in ("intro", "transition")
-            if layout == "teacher" and len(getattr(p, name))
-        ),
+    name = os.path.basename(folder)
+    params = diagnosis.session.restore_params(checkpoint)
+    predictions = diagnosis.answers(params, MODES, name)
+    kinds = [(layout, mode) for layout in LAYOUTS for mode in MODES]
+    arrays, found = {}, {layout: {} for layout in LAYOUTS}
+    with diagnosis.progress(len(kinds), name) as bar:
+        for done, (layout, mode) in enumerate(kinds, start=1):
+            answers = predictions[mode] if layout == "teacher" else None
+            shares = shares_by_example(
+                diagnosis, params, layout, mode, answers, scaled=not official_scale
+            )
+            arrays |= {f"{layout}/{mode}/{task}": x for task, x in shares.items()}
+            found[layout][mode] = mean_over_examples(shares)
+            bar.update(done)
+    official = {
+        mode: {name: shares[:, m, k].tolist() for name, (m, k) in OFFICIAL.items()}
+        for mode, shares in found["interleaved"].items()
+    }
+    output.write_arrays(os.path.join(folder, "shares.npz"), arrays)
+    summary = {
+        "analysis": "attention",
+        "checkpoint": checkpoint,
+        **diagnosis.facts(),
+        "scaled": not official_scale,
+        "official": official,
+        "official_mean": {
+            m: {k: float(np.mean(v)) for k, v in x.items()} for m, x in official.items()
+        },
+        "shares": {
+            layout: {mode: named(x) for mode, x in modes.items()} for layout, modes in found.items()
+        },
+    }
+    return output.write(folder, summary, page)
+
+
+def shares_by_example(
+    diagnosis: Diagnosis,
+    params: dict,
+    layout: str,
+    mode: str,
+    predictions: dict[str, list[dict]] | None = None,
+    *,
+    scaled: bool = True,
+) -> dict[str, np.ndarray]:
+    """`attention_shares` of every example: {task: float32 [examples, L, M, K]}.
+
+    Args:
+      layout: "interleaved" (thought, image, thought; no completion), "teacher" or "student".
+      mode: what takes the places of the visual thoughts; "none" for the student's layout.
+      predictions: {task: answers in that mode, see `Diagnosis.answers`}; they follow the context,
+        tokenised again. None for no completion.
+      scaled: see `bagel.attention_shares`.
+    """
+    model = diagnosis.model
+    config = dataclasses.replace(model, query_block=model.query_block or 512)
+    completions = _Completions(diagnosis, predictions)
+    found: dict[str, dict[int, np.ndarray]] = {task: {} for task in diagnosis.tasks}
+    for source, mine in diagnosis.batches():
+        context, blocks = _contexts(diagnosis, source, mine, layout, mode)
+        tokens, queries, keys = completions.grouped(source, mine, context.slots, blocks, layout)
+        context, tokens, queries, keys, index = diagnosis.selection.put(
+            (context, tokens, queries, keys, np.asarray(mine, np.int32))
+        )
+        shares = attention_shares(
+            params, context, tokens, queries, keys, config=config, scaled=scaled
+        )
+        shares, index = sharding.fetch((shares, index))
+        found[diagnosis.tasks[source]] |= zip(index.tolist(), shares)
+    return {task: np.stack([of[n] for n in sorted(of)]) for task, of in found.items()}
+
+
+def _contexts(
+    diagnosis: Diagnosis, source: int, mine: Sequence[int], layout: str, mode: str
+) -> tuple[context_lib.Context, list]:
+    """(Context [B, T] of some examples, the blocks of each)."""
+    selection = diagnosis.selection
+    prepared = [diagnosis.examples(source, n) for n in mine]
+    # In the teacher's context only sizes matter here, and noise has the size of what it replaces.
+    shown = "real" if mode == "noise" and layout != "interleaved" else mode
+    seen = [_visual_thoughts(diagnosis, source, n, row, shown) for n, row in zip(mine, prepared)]
+    if layout == "interleaved":
+        blocks = [
+            selection.packer.blocks(dataclasses.replace(row, visual_thoughts=tuple(images)), layout)
+            for row, images in zip(prepared, seen)
+        ]
+        return selection.packer.pack(prepared, "trace", -1, blocks), blocks
+    # The very images that the answers were given to.
+    _, context = selection.packed(source, mine, mode)
+    return context, [
+        selection.packer.blocks(row, layout, images) for row, images in zip(prepared, seen)
     ]
-    names = [*(["system prompt"] if len(p.system) else []), *names]
+
+
+class _Completions:
+    """Answers as token ids, and the groups of their positions.
+
+    Args:
+      predictions: see `shares_by_example`.
+    """
+
+    def __init__(self, diagnosis: Diagnosis, predictions: dict[str, list[dict]] | None):
+        self._packer, self._bos = diagnosis.selection.packer, diagnosis.tokenizer.bos
+        self._ids: dict[tuple[int, int], Sequence[int]] = {}
+        self._width = 0  # positions for a completion
+        if predictions is not None:
+            self._ids = {
+                (source, p["index"]): diagnosis.tokenizer.encode(p["prediction"])
+                for source, task in enumerate(diagnosis.tasks)
+                for p in predictions[task]
+            }
+            budget = diagnosis.sampling().max_new_tokens
+            self._width = 1 + max(budget - 1, *map(len, self._ids.values()))
+
+    def grouped(
+        self, source: int, mine: Sequence[int], slots: int, blocks: list, layout: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Completion tokens and the groups of all positions of a batch.
+
+        Returns:
+          tokens int32 [B, N + 1]; queries and keys int32 [B, slots + N + 1], see `groups`.
+        """
+        width = self._width
+        queries, keys = (np.zeros((len(mine), slots + width), np.int32) for _ in range(2))
+        tokens = np.zeros((len(mine), width), np.int32)
+        for b, (n, own) in enumerate(zip(mine, blocks)):
+            of_context = groups(self._packer, own, layout)
+            queries[b, : len(of_context[0])], keys[b, : len(of_context[1])] = of_context
+            if width:
+                text = [self._bos, *self._ids[source, n]]
+                tokens[b, : len(text)] = text
+                queries[b, slots : slots + len(text)] = QUERIES.index("completion") + 1
+                keys[b, slots:] = KEYS.index("text") + 1
+        return tokens, queries, keys
+
+
+def _visual_thoughts(
+    diagnosis: Diagnosis, source: int, number: int, row: PreparedExample, mode: str
+) -> list:
+    """Images in the places of an example's visual thoughts."""
+    rng = generator(diagnosis.seed, "diagnose visual thoughts", source, number)
+    other = diagnosis.examples.partner(source, number).visual_thoughts if mode == "swap" else ()
+    mode = "none" if mode == "remove" else mode
+    return context_lib.replace_visual_thoughts(mode, row.problem, row.visual_thoughts, other, rng)
+
+
+def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of the positions of a sequence, counted from 1; 0 for none.
+
+    Args:
+      layout: "student", "teacher" or "interleaved". Text before and after are those parts of the
+        teacher's context that can look at an image; in the interleaved layout only the reasoning
+        that the model itself would write.
+
+    Returns:
+      int32 [T] as queries (`QUERIES`) and as keys (`KEYS`).
+    """
+    prompts, queries, keys, images = packer.prompts, [], [], 0
+    names = ["system prompt"] if len(prompts.system) else []
+    names += ["question"]
+    if layout == "teacher":
+        names += [name for name in ("intro", "transition") if len(getattr(prompts, name))]
     for block in blocks:
         if isinstance(block, context_lib.Image):
-            pictures += 1
-            name = "problem image" if pictures == 1 else "visual thoughts"
+            images += 1
+            name = "problem image" if images == 1 else "visual thoughts"
             edge = KEYS.index("image delimiters") + 1
             keys += [edge, *[KEYS.index(name) + 1] * (block.slots - 2), edge]
             queries += [0] * block.slots
             continue
         name = names.pop(0) if names else "text"
-        late = pictures > 1 or name == "transition"
+        late = images > 1 or name == "transition"
         counted = name == "text" if layout == "interleaved" else name != "system prompt"
+        group = QUERIES.index("text after" if late else "text before") + 1
         keys += [KEYS.index(name) + 1] * block.slots
-        queries += [
-            (QUERIES.index("text after" if late else "text before") + 1) * counted
-        ] * block.slots
+        queries += [group * counted] * block.slots
     return np.array(queries, np.int32), np.array(keys, np.int32)
 
 
@@ -73,10 +232,18 @@ def groups(packer, blocks, layout: str):
 def attention_shares(
     params, context, tokens, queries, keys, *, config: ModelConfig, scaled: bool = True
 ):
-    """Share of their attention that groups of slots of a context, with completion tokens [B, N + 1] behind it, pay to
-    groups: float32 [B, L, M, K], mean over heads and over the slots of a group; NaN for a group without slots.
+    """Share of their attention that groups of positions of a context pay to groups.
 
-    queries, keys: int32 [B, slots + N + 1], see `groups`. scaled: see `bagel.attention_shares`.
+    Args:
+      params: the model's dict.
+      context: Context [B, T].
+      tokens: int32 [B, N + 1], completion tokens that follow the context.
+      queries, keys: int32 [B, T + N + 1], see `groups`.
+      scaled: see `bagel.attention_shares`.
+
+    Returns:
+      float32 [B, L, M, K], mean over heads and over the positions of a group; NaN for a group
+      without positions.
     """
     x = jnp.concatenate(
         [
@@ -85,7 +252,7 @@ def attention_shares(
         ],
         axis=1,
     )
-    after = context_lib.following(context, tokens.shape[1])
+    after = context_lib.behind(context, tokens.shape[1])
     vectors = [
         jnp.concatenate(pair, axis=1)
         for pair in zip((context.positions, context.limit, context.segment), after)
@@ -105,79 +272,19 @@ def attention_shares(
     return jnp.moveaxis(sums, 0, 1) / counts[:, None, :, None]
 
 
-def shares_by_row(
-    run: runs.Run, params, layout: str, mode: str, predictions=None, scaled: bool = True
-) -> dict:
-    """`attention_shares` of every row: {task: float32 [rows, L, M, K]}.
-
-    layout: "interleaved" has no completion; the others have the answers in `predictions` (see `answers`) behind them,
-    tokenised again. mode: what stands in the places of the visual thoughts; of the student's layout, "none".
-    """
-    config = dataclasses.replace(run.model, query_block=run.model.query_block or 512)
-    ids, width = {}, 0
-    if predictions is not None:
-        ids = {
-            (source, p["index"]): run.tokenizer.encode(p["prediction"])
-            for source, task in enumerate(run.tasks)
-            for p in predictions[task]
-        }
-        width = 1 + max(runs.sampling(run).max_new_tokens - 1, *map(len, ids.values()))
-    found = {task: {} for task in run.tasks}
-    for source, mine in runs.batches(run):
-        prepared = [run.rows(source, n) for n in mine]
-        # behind the teacher's context only their sizes matter here, and noise has those of the real ones
-        shown = "real" if mode == "noise" and layout != "interleaved" else mode
-        seen = [_visual_thoughts(run, source, n, row, shown) for n, row in zip(mine, prepared)]
-        if layout == "interleaved":
-            blocks = [
-                run.packer.blocks(dataclasses.replace(row, visual_thoughts=tuple(images)), layout)
-                for row, images in zip(prepared, seen)
-            ]
-            context = run.packer.pack(prepared, "trace", -1, blocks)
-        else:  # the very pictures that the answers were given to
-            _, context = run.selection.packed(source, mine, mode)
-            blocks = [run.packer.blocks(row, layout, images) for row, images in zip(prepared, seen)]
-        queries, keys = (np.zeros((len(mine), context.slots + width), np.int32) for _ in range(2))
-        tokens = np.zeros((len(mine), width), np.int32)
-        for b, (n, own) in enumerate(zip(mine, blocks)):
-            of_context = groups(run.packer, own, layout)
-            queries[b, : len(of_context[0])], keys[b, : len(of_context[1])] = of_context
-            if width:
-                text = [run.tokenizer.bos, *ids[source, n]]
-                tokens[b, : len(text)] = text
-                queries[b, context.slots : context.slots + len(text)] = (
-                    QUERIES.index("completion") + 1
-                )
-                keys[b, context.slots :] = KEYS.index("text") + 1
-        context, tokens, queries, keys, index = runs.put(
-            run, (context, tokens, queries, keys, np.asarray(mine, np.int32))
-        )
-        shares = attention_shares(
-            params, context, tokens, queries, keys, config=config, scaled=scaled
-        )
-        shares, index = sharding.gather_to_host((shares, index))
-        found[run.tasks[source]] |= zip(index.tolist(), shares)
-    return {task: np.stack([rows[n] for n in sorted(rows)]) for task, rows in found.items()}
-
-
-def _visual_thoughts(run, source, number, row, mode) -> list:
-    """Pictures in the places of a row's visual thoughts."""
-    rng = generator(run.seed, "diagnose visual thoughts", source, number)
-    other = run.rows.partner(source, number).visual_thoughts if mode == "swap" else ()
-    mode = "none" if mode == "remove" else mode
-    return context_lib.replace_visual_thoughts(mode, row.problem, row.visual_thoughts, other, rng)
-
-
-def mean_over_rows(shares: dict):
-    """[L, M, K]: mean over the rows of all tasks that have such queries; NaN where none has."""
-    rows = np.concatenate(list(shares.values())).astype(np.float64)
-    there = np.isfinite(rows)
+def mean_over_examples(shares: dict[str, np.ndarray]) -> np.ndarray:
+    """[L, M, K]: mean over the examples of all tasks that have such queries; NaN if none has."""
+    every = np.concatenate(list(shares.values())).astype(np.float64)
+    there = np.isfinite(every)
     with np.errstate(invalid="ignore"):
-        return np.where(there, rows, 0).sum(axis=0) / there.sum(axis=0)
+        return np.where(there, every, 0).sum(axis=0) / there.sum(axis=0)
 
 
-def named(shares) -> dict:
-    """[M, K] or [L, M, K] -> {query: {key: share, or a list over layers}}; queries that no row has are left out."""
+def named(shares: np.ndarray) -> dict:
+    """[M, K] or [L, M, K] as {query: {key: share, or a list over layers}}.
+
+    Queries that no example has are left out.
+    """
     return {
         query: {key: shares[..., m, k].tolist() for k, key in enumerate(KEYS)}
         for m, query in enumerate(QUERIES)
@@ -185,50 +292,8 @@ def named(shares) -> dict:
     }
 
 
-def measure(
-    run: runs.Run, folder: str, *, checkpoint: str, official_scale: bool = False
-) -> tuple[str, list[str]]:
-    """Measures and writes `attention`. official_scale: softmax without 1 / sqrt(d), as the official recorder."""
-    params, modes = runs.load(run, checkpoint), ("real", "noise", "swap")
-    predictions = runs.answers(run, params, modes, os.path.basename(folder))
-    kinds = [(layout, mode) for layout in ("interleaved", "teacher") for mode in modes]
-    arrays, found = {}, {}
-    with runs.progress(run, len(kinds), os.path.basename(folder)) as progress:
-        for done, (layout, mode) in enumerate(kinds):
-            rows = shares_by_row(
-                run,
-                params,
-                layout,
-                mode,
-                predictions[mode] if layout == "teacher" else None,
-                scaled=not official_scale,
-            )
-            arrays |= {f"{layout}/{mode}/{task}": x for task, x in rows.items()}
-            found.setdefault(layout, {})[mode] = mean_over_rows(rows)
-            progress.update(done + 1)
-    official = {
-        mode: {name: shares[:, m, k].tolist() for name, (m, k) in OFFICIAL.items()}
-        for mode, shares in found["interleaved"].items()
-    }
-    runs.write_arrays(os.path.join(folder, "shares.npz"), arrays)
-    summary = {
-        "analysis": "attention",
-        "checkpoint": checkpoint,
-        **run.facts(),
-        "scaled": not official_scale,
-        "official": official,
-        "official_mean": {
-            m: {k: float(np.mean(v)) for k, v in x.items()} for m, x in official.items()
-        },
-        "shares": {
-            layout: {mode: named(x) for mode, x in modes.items()} for layout, modes in found.items()
-        },
-    }
-    return runs.finish(folder, summary, page)
-
-
-def page(summary: dict) -> tuple[str, list[str]]:
-    """(title, HTML parts) of a summary."""
+def page(summary: dict) -> output.Page:
+    """The page of a summary."""
     shares = summary["shares"]
     scale = (
         "1/√d as the model has it"
@@ -237,18 +302,20 @@ def page(summary: dict) -> tuple[str, list[str]]:
     )
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {runs.rows_text(summary)}. Share of the attention of text tokens, mean "
-            f"over heads, tokens and rows; softmax with {scale}."
+            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. Share of the "
+            f"attention of text tokens, mean over heads, tokens and rows; softmax with {scale}."
         ),
         html.note(
-            "**interleaved**: the rows' traces, thought – picture – thought. **teacher**: the teacher's context; its texts "
-            "before (question, intro) and after (transition) the visual thoughts, and the model's own greedy answer "
-            "(completion). Delimiters of pictures count apart. Noise and swap: in the places of the visual thoughts."
+            "**interleaved**: the rows' traces, thought – image – thought. **teacher**: the teacher's "
+            "context; its texts before (question, intro) and after (transition) the visual thoughts, "
+            "and the model's own greedy answer (completion). Delimiters of images count apart. Noise "
+            "and swap: in the places of the visual thoughts."
         ),
     ]
-    line = lambda layout, mode, query, key: [
-        (n, 100 * share) for n, share in enumerate(shares[layout][mode][query][key])
-    ]
+
+    def line(layout, mode, query, key):
+        return [(n, 100 * share) for n, share in enumerate(shares[layout][mode][query][key])]
+
     axes = {"x": "layer", "y": "share of attention, %"}
     before = {
         f"{layout}: problem image": line(layout, "real", "text before", "problem image")
@@ -275,8 +342,8 @@ def page(summary: dict) -> tuple[str, list[str]]:
     parts += [
         html.heading("As in the paper's Fig. 3b"),
         html.note(
-            "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own recorder): txt0->img0 2.0, "
-            "txt1->img1 3.0, txt1->img0 0.4."
+            "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own recorder): "
+            "txt0->img0 2.0, txt1->img1 3.0, txt1->img0 0.4."
         ),
         html.heat(
             list(summary["official_mean"]),

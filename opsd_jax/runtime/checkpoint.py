@@ -348,6 +348,12 @@ def is_begun(workdir: str | os.PathLike) -> bool:
     return bool(folders.complete(folders.absolute(workdir) / "checkpoints"))
 
 
+def is_of_run(checkpoint: str | os.PathLike, workdir: str | os.PathLike) -> bool:
+    """Whether a checkpoint is a step folder of the run in a workdir."""
+    steps = os.path.realpath(os.path.join(workdir, "checkpoints"))
+    return os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) == steps
+
+
 def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
     """Does `work` with the step folder that `directory` (as in `restore`) means; returns its result.
 

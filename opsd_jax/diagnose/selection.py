@@ -1,0 +1,218 @@
+"""What an analysis looks at: an opened run and a selection of its examples, in batches."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from opsd_jax import config as config_lib
+from opsd_jax import sharding
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.data.examples import Examples
+from opsd_jax.evaluation import contexts, inference
+from opsd_jax.inputs import cli
+from opsd_jax.method_config import RolloutConfig
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.run import request as request_lib
+from opsd_jax.run import session as session_lib
+from opsd_jax.runtime import progress as progress_lib
+from opsd_jax.tokenizer import Tokenizer
+
+ROWS = 128  # examples of each task, chosen at random, if the command does not say
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """An opened run and the examples that it is diagnosed on. Made by `open_run`.
+
+    Attributes:
+      session: the run, with a model without image generation.
+      selection: the examples, how they are batched, and the seed of noise.
+      split: of the examples.
+      before_batch: called before each batch, such as `stopping.StopRequest.check`.
+    """
+
+    session: session_lib.Session
+    selection: contexts.Selection
+    split: str
+    before_batch: Callable[[], None] = lambda: None
+
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes of the network, without image generation."""
+        return self.session.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return self.session.tokenizer
+
+    @property
+    def examples(self) -> Examples:
+        """Prepared examples of the split; those that are looked at have the `numbers`."""
+        return self.selection.examples
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return self.selection.tasks
+
+    @property
+    def seed(self) -> int:
+        """Seed of noise, sampling and resampling."""
+        return self.selection.seed
+
+    @property
+    def total(self) -> int:
+        """Number of examples of all tasks that are looked at."""
+        return sum(len(self.selection.numbers(source)) for source in range(len(self.tasks)))
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether some examples of the split are not looked at."""
+        return self.total < sum(map(len, self.examples.sources))
+
+    def without_trace(self) -> str | None:
+        """The pid of the first example that has no text trace; None if all have one."""
+        for source in range(len(self.tasks)):
+            for n in self.selection.numbers(source):
+                example = self.examples.sources[source][n]
+                if not example.full_text_only_thought.strip():
+                    return example.pid
+        return None
+
+    def facts(self) -> dict:
+        """What every summary says about the examples."""
+        rows = {
+            task: {
+                "drawn": len(self.selection.numbers(source)),
+                "of": len(self.examples.sources[source]),
+                "seed": self.selection.subset_seed,
+            }
+            for source, task in enumerate(self.tasks)
+        }
+        return {"split": self.split, "seed": self.seed, "rows": rows}
+
+    def batches(self) -> Iterator[tuple[int, list[int]]]:
+        """(number of the task, numbers of the examples that this process packs) of every batch.
+
+        The last batch of a task is filled up with its last example.
+        """
+        size = self.selection.batch_size
+        for source in range(len(self.tasks)):
+            numbers = self.selection.numbers(source)
+            for start in range(0, len(numbers), size):
+                self.before_batch()
+                batch = inference.filled(numbers[start : start + size], size)
+                yield source, self.selection.local(batch)
+
+    def sampling(self, **changes) -> RolloutConfig:
+        """The sampling of the run's evaluation, greedy, with changes by name."""
+        return self.session.evaluation_sampling(**changes)
+
+    def progress(self, total: int, name: str) -> progress_lib.Progress:
+        """A progress bar that the first process shows."""
+        return progress_lib.Progress(total, name, self.split, primary=jax.process_index() == 0)
+
+    def answers(self, params: dict, modes: Sequence[str], name: str) -> dict:
+        """Greedy answers in each of the modes.
+
+        Args:
+          params: weights, laid out for scoring.
+          modes: of `contexts.CONTEXTS`, and "none".
+          name: for the progress bar.
+
+        Returns:
+          {mode: {task: [prediction]}}, predictions as in predictions.jsonl of an evaluation.
+        """
+        params, found = self.session.for_sampling(params), {}
+        with self.progress(self.total * len(modes), name) as bar:
+            for k, mode in enumerate(modes):
+                results = contexts.evaluate(
+                    params,
+                    self.selection,
+                    mode,
+                    sampling=self.sampling(),
+                    before_batch=self.before_batch,
+                    on_batch=lambda batch, k=k, mode=mode: bar.update(
+                        k * self.total + batch.done, mode=mode, **batch.shown
+                    ),
+                )
+                found[mode] = {result.name: result.predictions for result in results}
+        return found
+
+
+def open_run(
+    workdir: str,
+    *,
+    split: str = "",
+    benchmarks: Sequence[str] = (),
+    rows: int = ROWS,
+    batch_size: int = 0,
+    seed: int | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Diagnosis:
+    """Opens the run (or control arm) in a workdir for its diagnosis.
+
+    Args:
+      split: "" for the one that the run evaluates at its end.
+      benchmarks: tasks or families of the run; () for all.
+      rows: size of a random subset of each task, chosen by config.seed; 0 for all examples.
+      batch_size: of all processes, rounded up to a multiple of the batch shards; 0 for
+        config.eval.batch_size.
+      seed: of noise, sampling and resampling; None for config.seed.
+      before_batch: called before each batch.
+
+    Raises:
+      FileNotFoundError: no run or no data. ValueError: unknown tasks; a task whose examples have no
+        visual thoughts.
+    """
+    cli.check_number("rows", rows, 0)
+    cli.check_number("batch_size", batch_size, 0)
+    tasks = request_lib.choose_tasks(benchmarks, workdir_lib.load_config(workdir).data.tasks)
+    session = session_lib.open_run(workdir, tasks=tasks)
+    session = dataclasses.replace(
+        session, model=dataclasses.replace(session.model, generation=None)
+    )
+    config = session.config
+    split = split or config.eval.final_split or "train"
+    shards = sharding.batch_divisor(session.mesh)
+    selection = contexts.Selection(
+        session.examples(split),
+        session.packer,
+        session.mesh,
+        batch_size=shards,
+        limit=rows,
+        subset_seed=config.seed,
+        seed=config.seed if seed is None else seed,
+    )
+    most = 0
+    for source, task in enumerate(selection.tasks):
+        numbers = selection.numbers(source)
+        most = max(most, len(numbers))
+        if not any(selection.examples.sources[source][n].visual_thoughts for n in numbers):
+            raise ValueError(
+                f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there is "
+                "nothing to diagnose; choose another --split or --benchmarks"
+            )
+    wanted = min(batch_size or config.eval.batch_size, most)
+    selection = dataclasses.replace(selection, batch_size=-(-wanted // shards) * shards)
+    return Diagnosis(session, selection, split, before_batch)
+
+
+def start_checkpoint(workdir: str) -> str:
+    """The step folder that a run's OPSD (or else SFT or offline) stage started from.
+
+    Raises:
+      ValueError: the run has no such stage.
+    """
+    config = workdir_lib.load_config(workdir)
+    ends = config_lib.stage_ends(config)
+    stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
+    if stage is None:
+        raise ValueError(
+            f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training "
+            "to compare before and after; diagnose one with an opsd, sft or offline stage"
+        )
+    return os.path.join(workdir, "checkpoints", str(ends[stage] - config[stage].steps))
