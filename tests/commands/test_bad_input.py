@@ -24,7 +24,7 @@ from opsd_jax import config_check, context, eval, tasks, tokenizer, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import arrayrecord, procedural
 from opsd_jax.data import prepare as prepare_lib
-from opsd_jax.diagnose import runs
+from opsd_jax.diagnose import selection
 from opsd_jax.model import attention
 from opsd_jax.release import export, importing
 from opsd_jax.run import model, session
@@ -211,7 +211,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     )
     for command in (
         lambda: eval.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
-        lambda: runs.open_run(str(workdir)),
+        lambda: selection.open_run(str(workdir)),
         lambda: model.load(str(workdir), draw=False),
     ):
         try:

@@ -21,7 +21,8 @@ from opsd_jax import context, distill
 from opsd_jax.data import examples, randomness
 from opsd_jax.diagnose import __main__ as command
 from opsd_jax.diagnose import attention as looks
-from opsd_jax.diagnose import interventions, kl, runs
+from opsd_jax.diagnose import interventions, kl, official, selection
+from opsd_jax.diagnose.bootstrap import bootstrap
 from opsd_jax.evaluation import contexts, reference_kl
 from opsd_jax.model import attention, bagel, mot
 from tiny import MODEL, TOKENIZER
@@ -197,7 +198,7 @@ def test_shares_are_means_over_the_queries_of_a_group():
     np.testing.assert_allclose(found[0, :, 0].sum(-1), 1, rtol=1e-5)
     assert np.all(np.isnan(found[:, :, 1])) and np.all(np.isnan(found[1, :, 0]))
     assert np.all(found[:, :, 2, 6] > 0) and np.all(found[:, :, 2, 1:6] == 0)
-    mean = looks.mean_over_rows({"a": np.asarray(found[:1]), "b": np.asarray(found[1:])})
+    mean = looks.mean_over_examples({"a": np.asarray(found[:1]), "b": np.asarray(found[1:])})
     np.testing.assert_allclose(mean[:, 2], np.asarray(found)[:, :, 2].mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(mean[:, 0], found[0, :, 0], rtol=1e-5)
     assert list(looks.named(mean)) == ["text before", "completion"]
@@ -216,7 +217,8 @@ def test_ends_are_aligned():
 
     teacher = side([[2, 3, 4, 5], [7, 8, 0, 0]], [[10, 11, 12, 13], [20, 21, 0, 0]], [4, 2])
     student = side([[1, 2, 3, 0], [5, 6, 0, 0]], [[11, 9, 13, 0], [20, 22, 0, 0]], [3, 2])
-    of_teacher, of_student, labels, mask, tail = kl.align_ends(teacher, student)
+    pairs = official.align_ends(teacher, student)
+    of_teacher, of_student, labels, mask, tail = dataclasses.astuple(pairs)
     assert of_teacher.tolist() == [[3, 4, 5, 0], [7, 8, 0, 0]] and of_student.tolist() == [
         [1, 2, 3, 0],
         [5, 6, 0, 0],
@@ -226,7 +228,7 @@ def test_ends_are_aligned():
         2,
     ]
     assert tail.tolist() == [1, 0]
-    assert kl.align_ends(teacher, teacher)[-1].tolist() == [4, 2]
+    assert official.align_ends(teacher, teacher).tail.tolist() == [4, 2]
 
 
 BOS, EOS, START, END = TOKENIZER.bos, TOKENIZER.eos, TOKENIZER.image_start, TOKENIZER.image_end
@@ -296,7 +298,7 @@ def test_blocks_of_the_official_script(case):
     texts, of_teacher, of_student = OFFICIAL[case]
     packer, row = official_row(texts, np.random.default_rng(4))
     ask = [START, PATCH, PATCH, PATCH, PATCH, END, BOS, 5, 6, EOS]
-    teacher, student = kl.official_blocks(packer, row)
+    teacher, student = official.official_blocks(packer, row)
     assert one_by_one(teacher) == ask + of_teacher and one_by_one(student) == ask + of_student
     for blocks, tokens in ((teacher, ask + of_teacher), (student, ask + of_student)):
         side = context.supervise(
@@ -323,10 +325,11 @@ def test_values_of_the_official_script():
         context.supervise(
             [blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side
         )
-        for blocks in kl.official_blocks(packer, row)
+        for blocks in official.official_blocks(packer, row)
     ]
-    of_teacher, of_student, labels, mask, tail = kl.align_ends(*sides)
-    found = kl.paired_kl(
+    pairs = official.align_ends(*sides)
+    of_teacher, of_student, labels, mask, tail = dataclasses.astuple(pairs)
+    found = official.paired_kl(
         teacher, student, *(s.context for s in sides), of_teacher, of_student, config=MODEL
     )
 
@@ -355,9 +358,9 @@ def test_values_of_the_official_script():
 def test_intervals_of_the_bootstrap():
     rng = np.random.default_rng(5)
     before = [rng.gamma(2, 1, 200), rng.gamma(2, 3, 100)]
-    found = kl.bootstrap(before, [x / 4 for x in before], seed=3)
-    assert found == kl.bootstrap(before, [x / 4 for x in before], seed=3)
-    other = kl.bootstrap(before, [x / 4 for x in before], seed=4)
+    found = bootstrap(before, [x / 4 for x in before], seed=3)
+    assert found == bootstrap(before, [x / 4 for x in before], seed=3)
+    other = bootstrap(before, [x / 4 for x in before], seed=4)
     assert found["macro"]["before"] == other["macro"]["before"] and found["macro"] != other["macro"]
     # Paired: what is a quarter in each row is one in every resample.
     np.testing.assert_allclose(
@@ -371,11 +374,11 @@ def test_intervals_of_the_bootstrap():
     low, high = found["tasks"][0]["before_95"]
     np.testing.assert_allclose((high - low) / 2, 1.96 * before[0].std() / 200**0.5, rtol=0.1)
     # Independent noise in both widens the closure's interval.
-    noisy = kl.bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
+    noisy = bootstrap(before, [rng.permutation(x) / 4 for x in before])["macro"]
     assert noisy["closure_95"][0] < 0.75 - 0.02 and noisy["closure_95"][1] > 0.75 + 0.02
-    nothing = kl.bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
+    nothing = bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
     assert nothing["closure"] is None and nothing["closure_95"] is None and nothing["before"] == 0
-    assert "after" not in kl.bootstrap(before)["macro"]
+    assert "after" not in bootstrap(before)["macro"]
 
 
 def test_summary_of_divergences():
@@ -529,9 +532,9 @@ def test_kl_command(workdir):
         )
 
     # Token by token from full logits, each row alone, teacher and student as in training.
-    opened = runs.open_run(str(workdir), limit=10)
+    opened = selection.open_run(str(workdir), rows=10)
     teacher, student = (
-        runs.load(opened, str(workdir / "checkpoints" / str(step)))
+        opened.session.restore_params(str(workdir / "checkpoints" / str(step)))
         for step in (small_run.WARMUP, small_run.LAST)
     )
     logits = jax.jit(
@@ -548,7 +551,7 @@ def test_kl_command(workdir):
         for r in [r for r in records if r["completion"] == kind][:3]:
             ids = r["labels"]
             if kind == "data":
-                trace = opened.packer.reference(opened.rows(0, r["index"])).tolist()
+                trace = opened.selection.packer.reference(opened.examples(0, r["index"])).tolist()
                 assert ids == [*trace, opened.tokenizer.eos]
             fed = np.zeros((1, 40), np.int32)
             fed[0, : len(ids)] = opened.tokenizer.bos, *ids[:-1]
@@ -565,7 +568,7 @@ def test_kl_command(workdir):
         lambda params, c: bagel.logits(params, bagel.read(params, c, config=opened.model)[0])
     )
     for r in [r for r in records if r["completion"] == "official"][:2]:
-        row = opened.rows(0, r["index"])
+        row = opened.examples(0, r["index"])
         e, text = row.example, lambda text: context.Text(opened.tokenizer.encode(text))
         scored, sequences = (
             [],
@@ -590,7 +593,11 @@ def test_kl_command(workdir):
                 for n in range(start, start + block.slots - 1)
             ]
             packed = context.pack(
-                [blocks], slots=96, patches=64, tokenizer=opened.tokenizer, side=opened.packer.side
+                [blocks],
+                slots=96,
+                patches=64,
+                tokenizer=opened.tokenizer,
+                side=opened.selection.packer.side,
             )
             scored.append(np.asarray(read(params, packed)[0])[own])
         n = min(map(len, scored))
@@ -633,7 +640,7 @@ def test_kl_of_chosen_completions(workdir):
     assert folder.name == f"kl-{small_run.WARMUP:06d}-random5-base-temperature0"
     assert "after" not in summary["completions"]["base"]["macro"]
     predictions = lines(workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "predictions.jsonl")
-    opened = runs.open_run(str(workdir))
+    opened = selection.open_run(str(workdir))
     for r, p in zip(
         lines(folder / "tokens.jsonl"),
         [predictions[n] for n in randomness.subset(small_run.TEST_ROWS, 5, 0)],
@@ -736,11 +743,11 @@ def test_attention_command(workdir):
     )
 
     # One row from its own q and k: the first layer of the interleaved trace.
-    opened = runs.open_run(str(workdir), limit=8)
-    params = runs.load(opened, str(workdir / "checkpoints" / str(small_run.LAST)))
-    row = opened.rows(0, opened.numbers(0)[3])
-    blocks = opened.packer.blocks(row, "interleaved")
-    c = opened.packer.pack([row], "trace", -1, [blocks])
+    opened = selection.open_run(str(workdir), rows=8)
+    params = opened.session.restore_params(str(workdir / "checkpoints" / str(small_run.LAST)))
+    row = opened.examples(0, opened.selection.numbers(0)[3])
+    blocks = opened.selection.packer.blocks(row, "interleaved")
+    c = opened.selection.packer.pack([row], "trace", -1, [blocks])
     x = bagel.embed(params, c, config=opened.model)
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
@@ -751,7 +758,7 @@ def test_attention_command(workdir):
     def pad(numbers):
         return np.pad(numbers, (0, c.slots - len(numbers)))[None]
 
-    queries, keys = map(pad, looks.groups(opened.packer, blocks, "interleaved"))
+    queries, keys = map(pad, looks.groups(opened.selection.packer, blocks, "interleaved"))
     seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
     sums = numpy_shares(
         attention.rotate(q, rope),
@@ -786,7 +793,7 @@ def test_attention_command(workdir):
         ),
         (["interventions", "--split=dev"], "dev"),
         (["interventions", "--checkpoint={}/checkpoints/77"], "no such checkpoint"),
-        (["kl", "--teacher=/tmp"], "is no step of"),
+        (["kl", "--teacher=/tmp"], "is not a step of"),
     ],
 )
 def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):
