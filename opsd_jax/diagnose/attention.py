@@ -115,7 +115,7 @@ def shares_by_example(
         shares = attention_shares(
             params, context, tokens, queries, keys, config=config, scaled=scaled
         )
-        shares, index = sharding.fetch((shares, index))
+        shares, index = sharding.gather_to_host((shares, index))
         found[diagnosis.tasks[source]] |= zip(index.tolist(), shares)
     return {task: np.stack([of[n] for n in sorted(of)]) for task, of in found.items()}
 
@@ -252,7 +252,7 @@ def attention_shares(
         ],
         axis=1,
     )
-    after = context_lib.behind(context, tokens.shape[1])
+    after = context_lib.following(context, tokens.shape[1])
     vectors = [
         jnp.concatenate(pair, axis=1)
         for pair in zip((context.positions, context.limit, context.segment), after)

@@ -159,7 +159,7 @@ def divergences(
         }
         if weights.after is not None:
             found["after"] = scored.kl(weights.teacher, weights.after)
-        found = sharding.fetch(found)
+        found = sharding.gather_to_host(found)
         for b, n in enumerate(found["index"].tolist()):
             records[source, n] = _record(diagnosis, source, b, found)
         on_batch(len({*found["index"].tolist()}))
@@ -199,7 +199,7 @@ def _batch(diagnosis, source, mine, kind, sampler, temperature, key) -> Scored:
         tokens, mask, ended = found.tokens, found.mask, found.stop == rollout.STOP_EOS
     tokenizer = diagnosis.tokenizer
     completion = context_lib.completion(
-        tokens, mask, bos=tokenizer.bos, eos=tokenizer.eos, eos_row=ended
+        tokens, mask, bos=tokenizer.bos, eos=tokenizer.eos, eos_label=ended
     )
 
     def kl(teacher, student):

@@ -39,7 +39,7 @@ def redraw(
     Args:
       workdir: of the run, or of an arm. checkpoint: a step folder whose model draws; "" for the newest.
       splits: those whose visual thoughts are drawn. before_batch: called before each batch, such as
-        `checkpoint.Flag.check`.
+        `stopping.StopRequest.check`.
     Raises:
       FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
       cannot draw; unknown splits. locks.FolderInUseError: another command is writing into DIR.
