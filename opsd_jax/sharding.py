@@ -147,7 +147,7 @@ class on_mesh:
 
     def __init__(self, jitted):
         functools.update_wrapper(self, jitted)
-        self._cache_size = jitted._cache_size  # what `metrics.CompileGuard` counts
+        self._cache_size = jitted._cache_size  # counted by tests
 
     def __call__(self, tree, *arguments, **named):
         with self._context(tree):

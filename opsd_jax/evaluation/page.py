@@ -7,16 +7,17 @@ from PIL import Image
 
 from opsd_jax.evaluation import charts, html, statistics, tables
 from opsd_jax.evaluation import results as results_lib
+from opsd_jax.evaluation.benchmark import Benchmark, Key
 
 _MOST_SAMPLES = 30  # of each benchmark
-_Shown = Callable[..., list[tuple[str, np.ndarray | Image.Image]]]
+_Shown = Callable[[Benchmark, Key], Sequence[tuple[str, np.ndarray | Image.Image]]]
 
 
 def page(
     name: str,
     summary: dict,
     results: Sequence[results_lib.Result],
-    benchmarks: Mapping,
+    benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
     compared: results_lib.Compared | None = None,
 ) -> str:
@@ -26,7 +27,7 @@ def page(
       name: of the results.
       summary: content of summary.json.
       results: the answers to each benchmark, of which at most 30 are shown, spread evenly.
-      benchmarks: {name: `inference.Benchmark`} of the results.
+      benchmarks: {name: benchmark} of the results.
       shown: (benchmark, key) -> [(caption, image)], what the model saw of a question.
       compared: earlier results of the same questions.
     """
@@ -97,7 +98,11 @@ def _scores(summary: dict) -> list[str]:
     return parts
 
 
-def _comparison(results, benchmarks, compared) -> list[str]:
+def _comparison(
+    results: Sequence[results_lib.Result],
+    benchmarks: Mapping[str, Benchmark],
+    compared: results_lib.Compared,
+) -> list[str]:
     """Paired comparison with earlier results, for the benchmarks and questions of both."""
     rows = []
     for result in results:
@@ -118,7 +123,7 @@ def _comparison(results, benchmarks, compared) -> list[str]:
     return [html.heading(f"Against {compared.name}"), html.table(columns, rows)]
 
 
-def _samples(result, benchmark, shown: _Shown) -> list[str]:
+def _samples(result: results_lib.Result, benchmark: Benchmark, shown: _Shown) -> list[str]:
     """Up to 30 answers to a benchmark, spread evenly."""
     items = []
     for p in result.predictions[:: max(1, -(-len(result.predictions) // _MOST_SAMPLES))]:
