@@ -145,10 +145,12 @@ def update_step(state, batch: Batch, trajectory: Trajectory, *, config: DistillC
     def loss(trainable, inputs):
         batch, completion, weights = inputs
         params = params_lib.merge(trainable, frozen)
-        hidden_t = jax.lax.stop_gradient(
-            score(teacher, batch.teacher, completion, config=config.model)
-        )
-        hidden_s = score(params, batch.student, completion, config=config.model)
+        with jax.named_scope("teacher"):
+            hidden_t = jax.lax.stop_gradient(
+                score(teacher, batch.teacher, completion, config=config.model)
+            )
+        with jax.named_scope("student"):
+            hidden_s = score(params, batch.student, completion, config=config.model)
         jsd, ce, signals = divergence.chunked(
             hidden_s,
             params["llm"]["head"],

@@ -220,6 +220,7 @@ def project(hidden, head):
     return jnp.einsum("bnd,dv->bnv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
+@jax.named_scope("divergence")
 def chunked(
     student_hidden,
     student_head,
@@ -266,6 +267,7 @@ def chunked(
     return over_chunks(piece, heads, (student_hidden, labels, *teacher), config.chunk)
 
 
+@jax.named_scope("cross_entropy")
 def chunked_cross_entropy(hidden, head, labels, chunk: int):
     """Cross entropy and top-1 hits from hidden states [B, N, D]: (ce, correct), float32 [B, N] each."""
 

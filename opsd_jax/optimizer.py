@@ -92,6 +92,7 @@ def _directions(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(state: dict, grads, config: StageConfig):
     """Clipping, AdamW and EMA.
 

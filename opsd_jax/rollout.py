@@ -1,30 +1,34 @@
 """The on-policy sampler: prefill and decoding in one jitted program, image-skip rounds included.
 
-Official: scripts/visual_opsd/on_policy_sampler.py, bagel.py:generate_text. A completion is sampled in rounds. A
-round feeds bos, then samples and feeds tokens until eos is sampled (eos itself is not fed). If the round's text
-holds the marker `<image_start>`, the model wants to draw; instead eos is fed and a new round starts with bos:
+Official: scripts/visual_opsd/on_policy_sampler.py, bagel.py:generate_text. A completion is sampled in
+rounds. A round feeds bos, then samples and feeds tokens until eos is sampled (eos itself is not fed). If
+the round's text holds the marker `<image_start>`, the model asks for an image; instead, eos is fed and a
+new round starts with bos:
 
   fed       bos c1 c2 <image_start> | eos bos d1 d2 | (eos sampled: stop)
   returned      c1 c2 <image_start>           d1 d2
 
-Every fed token counts against the budget `max_new_tokens`, delimiters too. A round that used up the budget is
-never continued, nor is one after which at most one token is left, nor one past `max_image_skips`.
+Every fed token counts against the budget `max_new_tokens`, delimiters included. A round that used up the
+budget is never continued, nor is one after which at most one token is left, nor one past
+`max_image_skips`.
 
-The marker is a string, and tokens merge across its edges (`><` is one Qwen token), so it is found in the bytes:
-`Marker` folds a string-matching automaton and the tokenizer into one table next[state, token].
+The marker is a string, and tokens merge across its edges (`><` is one Qwen token), so it is found in the
+bytes: `Marker` combines a string-matching automaton and the tokenizer in one table next[state, token].
 
-Rows end at different lengths, and a row that is done still costs its place in every step. With fewer slots than rows
-(`RolloutConfig.slots`) the rows wait in a queue, and slots that are free take the next ones, all in the same program:
+Sequences end at different lengths, and a finished sequence keeps occupying its batch entry, its lane, at
+every decode step. With fewer lanes than sequences (`RolloutConfig.slots`) the sequences wait in a queue,
+and free lanes take the next ones, all in the same program:
 
-  slot 0   aaaaaa ccccccccc          step by step, every slot holds one row
-  slot 1   bbbbbbbbbbb ddddd
+  lane 0   aaaaaa ccccccccc          step by step, every lane holds one sequence
+  lane 1   bbbbbbbbbbb ddddd
 
-Keys go to the same column in all slots, so that a step writes one column of the cache; the columns behind the
-context are a ring of `max_new_tokens`, and no row lives longer than that:
+Keys go to the same column in all lanes, so that a step writes one column of the cache. The columns after
+the context are a ring of `max_new_tokens`, and no sequence is longer than that:
 
-  cache of a slot   [ context 0 .. T-1 | ring, at T + (step mod budget) ]
+  cache of a lane   [ context 0 .. T-1 | ring, at T + (step mod budget) ]
 
-Letters: B slots, Q rows (B = Q without a queue), T context slots, N completion tokens, V vocabulary; D shards.
+Letters: B lanes, Q sequences (B = Q without a queue), T context slots, N completion tokens, V vocabulary,
+D shards.
 """
 
 import dataclasses
@@ -120,112 +124,188 @@ def _restrict(logits, config):
     return logits
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What is sampled so far, and what a finished sequence leaves. F = max_new_tokens, N = F - 1.
+
+    tokens: int32 [B, N], content tokens. logprobs: float32 [B, N], their log-probabilities.
+    count: int32 [B], number of content tokens.
+    fed: int32 [B, F], tokens in the order they were fed. fed_sampled: bool [B, F], chosen by the model.
+    num_fed: int32 [B], number of fed tokens. num_skips: int32 [B], image-skip rounds.
+    stop: int32 [B], STOP_EOS or STOP_BUDGET. ended: int32 [B], decoding steps when it was done.
+    logits: float32 [B, F, V] of every fed token, or None where they are not returned.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    count: jax.Array
+    fed: jax.Array
+    fed_sampled: jax.Array
+    num_fed: jax.Array
+    num_skips: jax.Array
+    stop: jax.Array
+    ended: jax.Array
+    logits: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """State of the decoding loop: B lanes, each of which samples one sequence at a time.
+
+    step: int32 [], decoding steps of the whole call so far.
+    sequence: int32 [B], number of the sequence in the lane; it selects the lane's random numbers.
+    t: int32 [B], tokens of the sequence that were fed before the current one.
+    token: int32 [B], the token that is fed next.
+    position: int32 [B], rope id of the first fed token.
+    segment: int32 [B, T + F], 1 at cache columns that hold keys of the sequence.
+    done: bool [B], the sequence is finished and the lane is free.
+    inject: int32 [B], 1 where bos is fed next, after the eos of an image skip.
+    marker: int32 [B], state of the marker's automaton in the current round.
+    completions: Completions of the sequences in the lanes.
+    cache: {"k", "v": [L, B, T + F, K, h]}, or None before the prefill.
+    """
+
+    step: jax.Array
+    sequence: jax.Array
+    t: jax.Array
+    token: jax.Array
+    position: jax.Array
+    segment: jax.Array
+    done: jax.Array
+    inject: jax.Array
+    marker: jax.Array
+    completions: Completions
+    cache: dict[str, jax.Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """State of the sampler with fewer lanes than sequences.
+
+    lanes: the decoding loop. next: int32 [D], next waiting sequence of each shard.
+    results: Completions of all Q sequences.
+    """
+
+    lanes: Lanes
+    next: jax.Array
+    results: Completions
+
+
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "return_logits"))
 def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool = False):
-    """Samples one completion a row.
+    """Samples one completion per sequence.
 
-    What a row draws depends on `rng` and its number alone, not on its neighbours, on slots or on devices.
+    What a sequence samples depends on `rng` and its number only, not on its neighbours, lanes or devices.
 
     Args:
-      params: the model's dict. context: Context [Q, T] (rows may differ in length). rng: a PRNG key.
+      params: the model's dict. context: Context [Q, T] (sequences may differ in length).
+      rng: a PRNG key.
     Returns:
       Trajectory; with `return_logits` (Trajectory, logits float32 [Q, F, V] of every fed token).
     Raises:
-      ValueError: the rows do not divide into config.shards.
+      ValueError: the sequences do not divide into config.shards.
     """
     model, budget = config.model, config.max_new_tokens
     queued, slots = context.positions.shape
-    if not config.slots or config.slots >= queued:  # every row has its slot
-        state = _begin(jnp.arange(queued), context, config, return_logits)
-        cache = bagel.init_cache(queued, slots + budget, config=model)
-        _, state["cache"] = bagel.read(
-            params, context, config=model, cache=cache, key_segment=state["segment"]
-        )
+    if not config.slots or config.slots >= queued:  # every sequence has its own lane
+        lanes = _begin(jnp.arange(queued), context, config, return_logits)
+        with jax.named_scope("prefill"):
+            cache = bagel.init_cache(queued, slots + budget, config=model)
+            _, cache = bagel.read(
+                params, context, config=model, cache=cache, key_segment=lanes.segment
+            )
         step = functools.partial(_step, params, rng, config, slots)
-        state = jax.lax.while_loop(lambda s: ~jnp.all(s["done"]), step, state)
-        return _result(state, budget)
+        lanes = jax.lax.while_loop(
+            lambda lanes: ~jnp.all(lanes.done), step, dataclasses.replace(lanes, cache=cache)
+        )
+        return _result(lanes.completions)
     return _sample_queue(params, context, rng, config, return_logits)
 
 
-def _begin(rows, context, config, return_logits):
-    """What the slots remember besides the cache before rows `rows`, int32 [B], with these contexts feed bos."""
-    batch, budget = rows.shape[0], config.max_new_tokens
+def _begin(numbers, context, config, return_logits) -> Lanes:
+    """Lanes, without their cache, before the sequences `numbers`, int32 [B], feed bos after these contexts."""
+    batch, budget = numbers.shape[0], config.max_new_tokens
     zeros = jnp.zeros(batch, jnp.int32)
-    out = {
-        "tokens": jnp.zeros((batch, budget - 1), jnp.int32),
-        "logprobs": jnp.zeros((batch, budget - 1)),
-        "fed": jnp.zeros((batch, budget), jnp.int32).at[:, 0].set(config.bos),
-        "fed_sampled": jnp.zeros((batch, budget), bool),
-    }
-    if return_logits:
-        out["logits"] = jnp.zeros((batch, budget, config.model.llm.vocab_size))
-    return {
-        "step": jnp.int32(0),
-        "row": rows,
-        "t": zeros,
-        "token": zeros + config.bos,
-        "out": out,
-        "position": jnp.asarray(context.next_position),
-        "segment": jnp.pad(context.segment, ((0, 0), (0, budget))),
-        "done": jnp.zeros(batch, bool),
-        "stop": zeros,
-        "inject": zeros,
-        "marker": zeros,
-        "skips": zeros,
-        "count": zeros,
-        "num_fed": zeros + 1,
-        "ended": zeros,
-    }
+    logits = jnp.zeros((batch, budget, config.model.llm.vocab_size)) if return_logits else None
+    return Lanes(
+        step=jnp.int32(0),
+        sequence=numbers,
+        t=zeros,
+        token=zeros + config.bos,
+        position=jnp.asarray(context.next_position),
+        segment=jnp.pad(context.segment, ((0, 0), (0, budget))),
+        done=jnp.zeros(batch, bool),
+        inject=zeros,
+        marker=zeros,
+        completions=Completions(
+            tokens=jnp.zeros((batch, budget - 1), jnp.int32),
+            logprobs=jnp.zeros((batch, budget - 1)),
+            count=zeros,
+            fed=jnp.zeros((batch, budget), jnp.int32).at[:, 0].set(config.bos),
+            fed_sampled=jnp.zeros((batch, budget), bool),
+            num_fed=zeros + 1,
+            num_skips=zeros,
+            stop=zeros,
+            ended=zeros,
+            logits=logits,
+        ),
+    )
 
 
-def _step(params, rng, config, slots, state):
-    """Feeds one token in every slot and draws the next. slots: T, where the ring begins."""
+@jax.named_scope("decode")
+def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
+    """Feeds one token in every lane and samples the next. slots: T, where the ring begins."""
     model, budget = config.model, config.max_new_tokens
-    t, token, done, inject = state["t"], state["token"], state["done"], state["inject"]
+    t, token, done, inject = lanes.t, lanes.token, lanes.done, lanes.inject
+    out = lanes.completions
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1
 
-    column = slots + state["step"] % budget
+    column = slots + lanes.step % budget
     segment = jax.lax.dynamic_update_slice_in_dim(
-        state["segment"], jnp.ones_like(t)[:, None], column, axis=1
+        lanes.segment, jnp.ones_like(t)[:, None], column, axis=1
     )
     x = bagel.embed_tokens(params, token[:, None], config=model)
-    # All keys of the segment are in the past: those of the row before were taken out when its slot was given away.
+    # All keys of the segment are in the past: admission removed those of the lane's previous sequence.
     hidden, cache = bagel.forward(
         params,
         x,
-        (state["position"] + t)[:, None],
+        (lanes.position + t)[:, None],
         jnp.full((1, 1), segment.shape[1]),
         jnp.ones_like(t)[:, None],
         config=model,
-        cache=state["cache"],
+        cache=lanes.cache,
         offset=column,
         key_segment=segment,
     )
     raw = bagel.logits(params, hidden[:, 0])
     logits = raw
     if config.ban_marker:
-        logits = jnp.where(table[state["marker"]] == seen, -jnp.inf, logits)
+        logits = jnp.where(table[lanes.marker] == seen, -jnp.inf, logits)
     logits = _restrict(logits, config)
     if config.greedy:
-        drawn = jnp.argmax(logits, axis=-1)
+        sampled = jnp.argmax(logits, axis=-1)
     else:
-        keys = jax.vmap(lambda row, t: jax.random.fold_in(jax.random.fold_in(rng, row), t))(
-            state["row"], t
+        keys = jax.vmap(lambda n, t: jax.random.fold_in(jax.random.fold_in(rng, n), t))(
+            lanes.sequence, t
         )
-        drawn = jax.vmap(jax.random.categorical)(keys, logits)
-    drawn = drawn.astype(jnp.int32)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), drawn[:, None], axis=1)[:, 0]
+        sampled = jax.vmap(jax.random.categorical)(keys, logits)
+    sampled = sampled.astype(jnp.int32)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    logprob = jnp.take_along_axis(log_probs, sampled[:, None], axis=1)[:, 0]
 
     # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
     used = t + 1
-    ends = (drawn == config.eos) & (inject == 0)
+    ends = (sampled == config.eos) & (inject == 0)
     again = (
         ends
-        & (state["skips"] < config.max_image_skips)
+        & (out.num_skips < config.max_image_skips)
         & (budget - used > 1)
-        & (state["marker"] == seen)
+        & (lanes.marker == seen)
         & ~done
     )
     forced = jnp.where(again, config.eos, config.bos)
@@ -233,149 +313,150 @@ def _step(params, rng, config, slots, state):
     stops = (ends & ~again) | (used == budget)
     over = done | stops
     content = ~(over | is_forced)
-    token = jnp.where(over, 0, jnp.where(is_forced, forced, drawn))
-    # out of bounds: dropped. Mapped over rows, or devices would exchange theirs at every token.
-    written, fed = jnp.where(content, state["count"], budget), jnp.where(over, budget, used)
+    token = jnp.where(over, 0, jnp.where(is_forced, forced, sampled))
+    # Out of bounds means dropped. Mapped over lanes, or devices would exchange theirs at every token.
+    written, fed = jnp.where(content, out.count, budget), jnp.where(over, budget, used)
     write = jax.vmap(lambda x, column, value: x.at[column].set(value, mode="drop"))
-    put = lambda name, column, value: write(state["out"][name], column, value)
-    out = {
-        "tokens": put("tokens", written, drawn),
-        "logprobs": put("logprobs", written, logprob),
-        "fed": put("fed", fed, token),
-        "fed_sampled": put("fed_sampled", fed, content | again),
-    }
-    if "logits" in state["out"]:
-        out["logits"] = put("logits", jnp.where(done, budget, t), raw)
-    return {
-        "step": state["step"] + 1,
-        "row": state["row"],
-        "t": jnp.where(done, t, used),
-        "token": token,
-        "cache": cache,
-        "out": out,
-        "position": state["position"],
-        "segment": segment,
-        "done": over,
-        "stop": jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), state["stop"]),
-        "inject": jnp.where(again, 1, 0),
-        "marker": jnp.where(
+    kept = out.logits
+    if kept is not None:
+        kept = write(kept, jnp.where(done, budget, t), raw)
+    return Lanes(
+        step=lanes.step + 1,
+        sequence=lanes.sequence,
+        t=jnp.where(done, t, used),
+        token=token,
+        position=lanes.position,
+        segment=segment,
+        done=over,
+        inject=jnp.where(again, 1, 0),
+        marker=jnp.where(
             content,
-            table[state["marker"], drawn].astype(jnp.int32),
-            jnp.where(is_forced, 0, state["marker"]),
+            table[lanes.marker, sampled].astype(jnp.int32),
+            jnp.where(is_forced, 0, lanes.marker),
         ),
-        "skips": state["skips"] + again,
-        "count": state["count"] + content,
-        "num_fed": jnp.where(over, state["num_fed"], used + 1),
-        "ended": jnp.where(stops & ~done, state["step"] + 1, state["ended"]),
-    }
-
-
-def _result(state, budget):
-    out = state["out"]
-    trajectory = Trajectory(
-        tokens=out["tokens"],
-        mask=jnp.arange(budget - 1) < state["count"][:, None],
-        logprobs=out["logprobs"],
-        num_skips=state["skips"],
-        stop=state["stop"],
-        fed=out["fed"],
-        fed_sampled=out["fed_sampled"],
-        num_fed=state["num_fed"],
-        ended=state["ended"],
+        completions=Completions(
+            tokens=write(out.tokens, written, sampled),
+            logprobs=write(out.logprobs, written, logprob),
+            count=out.count + content,
+            fed=write(out.fed, fed, token),
+            fed_sampled=write(out.fed_sampled, fed, content | again),
+            num_fed=jnp.where(over, out.num_fed, used + 1),
+            num_skips=out.num_skips + again,
+            stop=jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), out.stop),
+            ended=jnp.where(stops & ~done, lanes.step + 1, out.ended),
+            logits=kept,
+        ),
+        cache=cache,
     )
-    return (trajectory, out["logits"]) if "logits" in out else trajectory
 
 
-# --- the queue -------------------------------------------------------------------------------------------------
+def _result(out: Completions):
+    trajectory = Trajectory(
+        tokens=out.tokens,
+        mask=jnp.arange(out.tokens.shape[1]) < out.count[:, None],
+        logprobs=out.logprobs,
+        num_skips=out.num_skips,
+        stop=out.stop,
+        fed=out.fed,
+        fed_sampled=out.fed_sampled,
+        num_fed=out.num_fed,
+        ended=out.ended,
+    )
+    return trajectory if out.logits is None else (trajectory, out.logits)
 
-_KEPT = ("out", "stop", "skips", "count", "num_fed", "ended")  # what a row leaves behind
+
+# --- the queue -----------------------------------------------------------------------------------
 
 
 def _sample_queue(params, context, rng, config, return_logits):
-    """`sample` with fewer slots than rows: until all are done, take rows into free slots, then decode until there are
-    enough free ones again. Of each shard, slots b = B / D, rows q = Q / D, group g."""
+    """`sample` with fewer lanes than sequences: until all are done, admit sequences to free lanes, then
+    decode until enough lanes are free again. Of each shard: b = B / D lanes, q = Q / D sequences, groups
+    of g."""
     model, budget = config.model, config.max_new_tokens
     (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
             f"{queued} rows cannot be shared by the {shards} batch shards of rollout.shards"
         )
-    rows, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
-    first = jnp.arange(shards)[:, None] * rows  # number of a shard's first row
-    split = lambda x, n: x.reshape(shards, n, *x.shape[1:])
-    join = lambda x: x.reshape(-1, *x.shape[2:])
+    waiting, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
+    first = jnp.arange(shards)[:, None] * waiting  # number of a shard's first sequence
     pick = jax.vmap(lambda x, at: x[at])  # [D, n, ..], [D, g] -> [D, g, ..]
     put = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
     step = functools.partial(_step, params, rng, config, slots)
 
-    def left(state):
-        return rows - state["next"]  # [D], rows that wait
+    def split(x, n):
+        return x.reshape(shards, n, *x.shape[1:])
 
-    def free(state):
-        return split(state["done"], own).sum(axis=1)  # [D]
+    def join(x):
+        return x.reshape(-1, *x.shape[2:])
 
-    def harvest(state):
-        """Copies what the slots hold of their rows; a row that is not done is copied again later."""
-        at = split(state["row"], own) - first  # an empty slot has row Q or more: dropped
-        at = jnp.where((at >= 0) & (at < rows), at, rows)
-        kept = {name: state[name] for name in _KEPT}
+    def left(queue):
+        return waiting - queue.next  # [D], sequences that wait
+
+    def harvest(queue):
+        """Copies the lanes' completions; a sequence that is not done is copied again later."""
+        at = (
+            split(queue.lanes.sequence, own) - first
+        )  # an empty lane has sequence Q or more: dropped
+        at = jnp.where((at >= 0) & (at < waiting), at, waiting)
         return jax.tree.map(
-            lambda x, new: join(put(split(x, rows), at, split(new, own))), state["results"], kept
+            lambda x, new: join(put(split(x, waiting), at, split(new, own))),
+            queue.results,
+            queue.lanes.completions,
         )
 
-    def admit(state):
-        """Takes up to `group` rows a shard into free slots."""
-        results, waits = harvest(state), split(state["done"], own)
-        slot = jnp.argsort(~waits, axis=1)[:, :group]  # stable: free slots first
-        row = state["next"][:, None] + jnp.arange(group)
-        takes = jnp.take_along_axis(waits, slot, axis=1) & (row < rows)
-        slot = jnp.where(takes, slot, own)  # out of bounds: dropped
+    @jax.named_scope("admit")
+    def admit(queue):
+        """Takes up to `group` sequences per shard into free lanes."""
+        lanes, results, free = queue.lanes, harvest(queue), split(queue.lanes.done, own)
+        lane = jnp.argsort(~free, axis=1)[:, :group]  # stable: free lanes first
+        number = queue.next[:, None] + jnp.arange(group)
+        takes = jnp.take_along_axis(free, lane, axis=1) & (number < waiting)
+        lane = jnp.where(takes, lane, own)  # out of bounds: dropped
         some = jax.tree.map(
-            lambda x: join(pick(split(jnp.asarray(x), rows), jnp.minimum(row, rows - 1))), context
+            lambda x: join(pick(split(jnp.asarray(x), waiting), jnp.minimum(number, waiting - 1))),
+            context,
         )
-        _, read = bagel.read(
-            params,
-            some,
-            config=model,
-            cache=bagel.init_cache(shards * group, slots, config=model),
-            key_segment=some.segment,
-        )
-        new = _begin(join(first + row), some, config, return_logits)
-        del new["step"]
-        old = {name: state[name] for name in new}
+        with jax.named_scope("prefill"):
+            _, read = bagel.read(
+                params,
+                some,
+                config=model,
+                cache=bagel.init_cache(shards * group, slots, config=model),
+                key_segment=some.segment,
+            )
+        new = _begin(join(first + number), some, config, return_logits)
         taken = jax.tree.map(
-            lambda x, value: join(put(split(x, own), slot, split(value, group))), old, new
+            lambda x, value: join(put(split(x, own), lane, split(value, group))),
+            dataclasses.replace(lanes, step=None, cache=None),
+            dataclasses.replace(new, step=None),
         )
-        cache = jax.tree.map(lambda x, value: _put_keys(x, value, slot), state["cache"], read)
-        return {
-            **state,
-            **taken,
-            "cache": cache,
-            "results": results,
-            "next": state["next"] + takes.sum(axis=1),
-        }
+        cache = jax.tree.map(lambda x, value: _put_keys(x, value, lane), lanes.cache, read)
+        lanes = dataclasses.replace(taken, step=lanes.step, cache=cache)
+        return Queue(lanes, queue.next + takes.sum(axis=1), results)
 
-    def decodes(state):
-        """Whether to go on without new rows: a shard that could use some has not enough free slots yet."""
-        wanted = jnp.minimum(group, left(state))
-        return ~jnp.all(state["done"]) & ((wanted.sum() == 0) | jnp.any(free(state) < wanted))
+    def decodes(queue):
+        """Whether to decode on without new sequences: a shard that could admit some has too few free lanes."""
+        wanted, done = jnp.minimum(group, left(queue)), queue.lanes.done
+        free = split(done, own).sum(axis=1)  # [D]
+        return ~jnp.all(done) & ((wanted.sum() == 0) | jnp.any(free < wanted))
+
+    def decode(queue):
+        return dataclasses.replace(queue, lanes=step(queue.lanes))
 
     empty = jax.tree.map(lambda x: jnp.repeat(x[:1], batch, axis=0), context)
-    state = _begin(jnp.full(batch, queued), empty, config, return_logits)
-    state |= {
-        "done": jnp.ones(batch, bool),
-        "next": jnp.zeros(shards, jnp.int32),
-        "cache": bagel.init_cache(batch, slots + budget, config=model),
-    }
-    state["results"] = jax.tree.map(
-        lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), {name: state[name] for name in _KEPT}
+    lanes = dataclasses.replace(
+        _begin(jnp.full(batch, queued), empty, config, return_logits),
+        done=jnp.ones(batch, bool),
+        cache=bagel.init_cache(batch, slots + budget, config=model),
     )
-    state = jax.lax.while_loop(
-        lambda s: ~jnp.all(s["done"]) | jnp.any(left(s) > 0),
-        lambda s: jax.lax.while_loop(decodes, lambda s: {**s, **step(s)}, admit(s)),
-        state,
+    results = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), lanes.completions)
+    queue = jax.lax.while_loop(
+        lambda queue: ~jnp.all(queue.lanes.done) | jnp.any(left(queue) > 0),
+        lambda queue: jax.lax.while_loop(decodes, decode, admit(queue)),
+        Queue(lanes, jnp.zeros(shards, jnp.int32), results),
     )
-    return _result(harvest(state), budget)
+    return _result(harvest(queue))
 
 
 def _put_keys(cache, new, slot):

@@ -84,6 +84,7 @@ def check_platform(kind: str, platform: str) -> None:
         )
 
 
+@jax.named_scope("attention")
 def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
     """Softmax attention with grouped kv heads; scores and softmax in float32.
 

@@ -83,6 +83,7 @@ def normalize_patches(patches):
     return (patches.astype(jnp.float32) / 255 - 0.5) / 0.5
 
 
+@jax.named_scope("vision")
 def encode_images(params, context, *, config: ModelConfig):
     """What the context's patches become in the decoder's sequence: [B, P, D] (ViT, connector, 2-D positions)."""
     patches = normalize_patches(context.patches).astype(config.dtype)
@@ -119,6 +120,7 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
     return jnp.concatenate(x, axis=1)
 
 
+@jax.named_scope("latent")
 def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
     """Noisy latent tokens float32 [B, G, C] at flow times [B, G] (or [B, 1], [1, 1]), with their ids in the position
     table int32 [B, G] -> [B, G, D]."""
@@ -127,11 +129,13 @@ def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
     )
 
 
+@jax.named_scope("velocity")
 def velocity(params, hidden, *, config: ModelConfig):
     """hidden [..., D] at latent slots -> predicted velocity float32 [..., C] (noise - data)."""
     return _latent(config).apply({"params": params["latent"]}, hidden, method="velocity")
 
 
+@jax.named_scope("decoder")
 def forward(
     params,
     x,
@@ -248,11 +252,13 @@ def init_cache(batch: int, slots: int, *, config: ModelConfig):
     return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
 
 
+@jax.named_scope("head")
 def logits(params, hidden):
     """hidden [..., D] -> float32 logits [..., V]."""
     return mot.dense(hidden, params["llm"]["head"]).astype(jnp.float32)
 
 
+@jax.named_scope("vae_encoder")
 def encode_pixels(params, pixels, *, config: ModelConfig):
     """Pixels float32 [N, H, W, 3] in [-1, 1] -> (mean, log-variance) of their latents, float32 [N, h, w, z] each."""
     moments = _vae(config, vae.Encoder).apply(
@@ -261,6 +267,7 @@ def encode_pixels(params, pixels, *, config: ModelConfig):
     return jnp.split(moments.astype(jnp.float32), 2, axis=-1)
 
 
+@jax.named_scope("vae_decoder")
 def decode_latents(params, latents, *, config: ModelConfig):
     """Latents float32 [N, h, w, z] (scaled and shifted) -> pixels float32 [N, H, W, 3], about [-1, 1], not clipped."""
     c = config.generation.vae

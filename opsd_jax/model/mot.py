@@ -95,9 +95,10 @@ class Expert(nn.Module):
     def output(self, x, attended):
         """Residual stream x [B, T, D] after the attention output and the gated MLP."""
         x = x + self._dense("o", attended)
-        y = rms_norm(x, self.post_norm, self.config.rms_norm_eps)
-        gated = jax.nn.silu(self._dense("gate", y)) * self._dense("up", y)
-        return x + self._dense("down", gated)
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.post_norm, self.config.rms_norm_eps)
+            gated = jax.nn.silu(self._dense("gate", y)) * self._dense("up", y)
+            return x + self._dense("down", gated)
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import tiny
-from opsd_jax import context, distill, divergence, optimizer, sharding, supervised
+from opsd_jax import context, distill, divergence, optimizer, rollout, sharding, supervised
 from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
 from opsd_jax.divergence import DivergenceConfig
@@ -616,3 +616,22 @@ def test_supervised_training(case):
     losses = [float(m["loss"]) for m in found]
     assert losses[-1] < 0.5 * losses[0] and found[-1]["accuracy"] > found[0]["accuracy"]
     assert sharding.update_program(supervised.sft_step, state, config)._cache_size() == 1
+
+
+def test_a_profile_reads_like_the_code(case):
+    """The lowered programs carry the names of the phases of a step and of the model's blocks."""
+
+    def names(lowered):
+        return lowered.as_text(debug_info=True)
+
+    state = state_of(case, BASE)
+    program = sharding.update_program(distill.update_step, state, BASE)
+    update = names(program.lower(state, case.batch, case.trajectory))
+    for name in ("student", "teacher", "divergence", "optimizer"):
+        assert f"{name}/" in update or f"({name})" in update, name
+    for name in ("vision", "decoder", "attention", "mlp"):
+        assert f"{name}/" in update or f"({name})" in update, name
+    config, key = tiny.rollout_config(), jax.random.key(0)
+    sample = names(rollout.sample.lower(case.params, case.batch.student, key, config=config))
+    for name in ("prefill", "decode", "head"):
+        assert f"{name}/" in sample, name
