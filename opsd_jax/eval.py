@@ -1,45 +1,53 @@
-"""Answers to every question of a benchmark, scored: `python -m opsd_jax.eval --workdir=W`.
+"""Answers the questions of benchmarks and scores the answers.
 
-  --benchmarks        tasks of the run, by their own name or that of their family; with --data_dir also the public
-                      tables there (`benchmarks.KINDS`); all that there are if not given
-  --visual_thoughts   what the model sees, several separated by commas:
-                        none       the student: pictures and question of the row
-                        real       the teacher's context with the row's own visual thoughts; noise, another row's (swap)
-                                   or the problem image (image) in their places; none of them (remove): tasks whose rows
-                                   have visual thoughts, those without are counted
-                        generated  the model draws them where its text asks for it, as ThinkMorph does, and sees them;
-                                   generated-noise, -swap, -remove: it sees noise, what another row drew, or nothing
-  --protocol          prompt, picture sizes and decoding of a named protocol (`generate.PROTOCOLS`); the run's own and
-                      greedy if not given
+  python -m opsd_jax.eval --workdir=W
 
-  W/eval/<name>/predictions.jsonl   one answer a line        W/eval/<name>/<table>.tsv   for the public harness
-  W/eval/<name>/summary.json        scores                   W/eval/<name>/pictures/     what was drawn
-  W/eval/<name>/report.html         all of it to leaf through
-  W/eval/<name>/answers.jsonl       what was answered so far
+  --benchmarks        tasks of the run, by their own name or that of their family; with --data_dir
+                      also the public tables there (`tables.KINDS`); all of them by default
+  --visual_thoughts   what the model sees; several modes separated by commas:
+                        none       the student's context: images and question
+                        real       the teacher's context with the example's own visual thoughts;
+                                   noise, another example's (swap) or the problem image (image) in
+                                   their places; none of them (remove). For tasks whose examples
+                                   have visual thoughts; examples without any are counted
+                        generated  the model generates images where its text asks for them, as
+                                   ThinkMorph does, and sees them. generated-noise, -swap, -remove:
+                                   it sees noise, what another example generated, or nothing
+  --protocol          prompt, image sizes and decoding of a named protocol
+                      (`interleave.PROTOCOLS`); by default the run's own, greedy
+
+  W/eval/<name>/predictions.jsonl   one answer per line
+  W/eval/<name>/summary.json        scores
+  W/eval/<name>/report.html         all of it, browsable
+  W/eval/<name>/answers.jsonl       what has been answered so far
+  W/eval/<name>/<table>.tsv         answers for the public harness
+  W/eval/<name>/pictures/           generated images
   W/eval/summary.md                 all summaries in W/eval as one table
 
-An evaluation that was killed goes on where it stopped when the same command comes again, and one that is done is scored
-again without asking. Training evaluates with the same functions: the same checkpoint gives the same answers.
+The same command resumes an evaluation that was killed; a finished one is scored again without
+running the model. Training evaluates with the same functions: the same checkpoint gives the same
+answers.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import jax
 
-from opsd_jax.evaluation import contexts, results
+from opsd_jax.evaluation import contexts, summary_tables
 from opsd_jax.inputs import cli
 from opsd_jax.run import job
 from opsd_jax.run.request import Request
 from opsd_jax.runtime import distributed, stopping
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m opsd_jax.eval`; errors in the arguments end it with one line and code 1."""
-
     cli.start()
     parser = argparse.ArgumentParser(
         prog="python -m opsd_jax.eval",
-        description="Answer the questions of benchmarks and score the answers.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME"
@@ -53,7 +61,8 @@ def main(argv=None) -> None:
         "--benchmarks",
         default=(),
         type=cli.names,
-        help="tasks or families, public tables (default: all tables of --data_dir, else all of the run)",
+        help="tasks or families, public tables (default: all tables of --data_dir, else all tasks "
+        "of the run)",
     )
     parser.add_argument("--data_dir", default="", help="folder of the public tables, NAME.tsv")
     parser.add_argument(
@@ -65,21 +74,25 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--protocol", default="", help="paper or harness (default: the run's own, greedy)"
     )
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="of the tasks (default: test)")
     parser.add_argument(
         "--rows",
         type=int,
         default=0,
-        help="a random subset of so many rows of each benchmark (default, or 0: all)",
+        help="size of a random subset of each benchmark (default, or 0: all examples)",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=0, help="rows (default: the run's config.eval.batch_size)"
+        "--batch_size",
+        type=int,
+        default=0,
+        help="examples per batch (default: the run's config.eval.batch_size)",
     )
     parser.add_argument(
         "--on_bad_row",
         choices=("fail", "skip"),
         default="fail",
-        help="rows of a table that cannot be shown or scored; skip lists them in the summary",
+        help="what to do about rows of a table that cannot be shown or scored; skip lists them in "
+        "the summary (default: fail)",
     )
     parser.add_argument(
         "--ban_marker", action="store_true", help="never sample what completes <image_start>"
@@ -128,7 +141,7 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:
-        print(results.write_table(args.workdir), end="")
+        print(summary_tables.write_table(args.workdir), end="")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""One answer, with or without drawing: `python -m opsd_jax.generate --checkpoint=DIR --image=F --question="..."`.
+"""Answers one question, with image generation or without.
 
-  --checkpoint       a released folder, an imported one (`python -m opsd_jax.convert import`), or a run's workdir or
-                     step folder
-  --visual_thoughts  `none`: the model answers in text. `generated`: it may draw, as ThinkMorph does:
+  python -m opsd_jax.generate --checkpoint=DIR --image=F --question="..."
 
-      system, image, question -> text -> holds <image_start>? draw, the picture enters the context -> text -> ...
+  --checkpoint       a released folder, an imported one (`python -m opsd_jax.convert import`), or a
+                     run's workdir or step folder
+  --visual_thoughts  none: the model answers in text. generated: it may generate images, as
+                     ThinkMorph does:
 
-The answer goes to stdout; pictures, the whole trace and a page to look at go to --out. Sizes of pictures, prompt and
-decoding are those of a named protocol, `PROTOCOLS`. Official: inferencer.py, InterleaveInferencer.
+      system, image, question -> text -> if it contains <image_start>: an image is generated and
+      enters the context -> text -> ...
+
+The answer goes to stdout. Images, the whole trace and an overview go to --out. Sizes of images,
+prompt and decoding are those of a named protocol, `interleave.PROTOCOLS`.
+Official: inferencer.py, InterleaveInferencer.
 """
 
 import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -24,11 +30,13 @@ from opsd_jax.run import model as model_lib
 from opsd_jax.runtime import distributed, progress
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m opsd_jax.generate`; errors in the arguments end it with one line and code 1."""
     cli.start()
     parser = argparse.ArgumentParser(
-        prog="python -m opsd_jax.generate", description="Answer one question."
+        prog="python -m opsd_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--checkpoint",
@@ -36,14 +44,20 @@ def main(argv=None) -> None:
         help="a released or imported folder, a run's workdir, or one of its step folders",
     )
     parser.add_argument(
-        "--image", action="append", default=[], help="a picture; may be given several times"
+        "--image", action="append", default=[], help="path of an image; may be given several times"
     )
-    parser.add_argument("--question", required=True)
-    parser.add_argument("--visual_thoughts", default="none", choices=interleave.VISUAL_THOUGHTS)
+    parser.add_argument("--question", required=True, help="text of the question")
+    parser.add_argument(
+        "--visual_thoughts",
+        default="none",
+        choices=interleave.VISUAL_THOUGHTS,
+        help="whether the model may generate images (default: none)",
+    )
     parser.add_argument(
         "--always_draw",
         action="store_true",
-        help="draw after every round but the last, whether the text asks for it or not",
+        help="generate an image after every round but the last, whether the text asks for it or "
+        "not",
     )
     parser.add_argument(
         "--protocol",
@@ -54,20 +68,26 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        help="points of the denoising grid, one more than steps (default: the run's, of a release 50)",
+        help="points of the denoising grid, one more than steps (default: the run's; of a release, "
+        "50)",
     )
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
     parser.add_argument(
         "--temperature", type=float, help="of the text; 0 for the most probable token"
     )
     parser.add_argument("--rounds", type=int, help="of text, at most")
-    parser.add_argument("--tokenizer", default="", help="a folder (default: the checkpoint's own)")
     parser.add_argument(
-        "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: as stored"
+        "--tokenizer", default="", help="folder of a tokenizer (default: the checkpoint's own)"
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", default="", help="folder for pictures and the page; needed for drawing"
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16"],
+        help="of the weights (default: as stored)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and noise (default: 0)")
+    parser.add_argument(
+        "--out", default="", help="folder for images and the overview; needed to generate images"
     )
     args = parser.parse_args(argv)
     try:
@@ -76,15 +96,50 @@ def main(argv=None) -> None:
         distributed.end_with_error(error)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
+    generation = args.visual_thoughts == "generated"
+    reasoner = model_lib.load(
+        args.checkpoint,
+        generation=generation,
+        protocol=args.protocol,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+    )
+    protocol = _with_flags(reasoner.protocol, args)
+    reasoner = dataclasses.replace(reasoner, protocol=protocol)
+    shown = [images.open_rgb(path, transparency=protocol.transparency) for path in args.image]
+    questions, bars = [(shown, args.question)], {}
 
-    draw = args.visual_thoughts == "generated"
-    if draw and not args.out:
-        raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the pictures")
-    if not draw and args.always_draw:
+    def on_step(number, done, steps):
+        bar = bars.setdefault(number, progress.Progress(steps, f"image {number + 1}"))
+        bar.update(done)
+        if done == steps:
+            bar.close()
+
+    traces = interleave.reason(
+        reasoner,
+        questions,
+        jax.random.key(args.seed),
+        generation=generation,
+        always=args.always_draw,
+        flow_changes={} if args.steps is None else {"num_timesteps": args.steps},
+        on_step=on_step,
+    )
+    _print(traces[0], args.out)
+    if args.out:
+        traces_lib.write(args.out, questions, traces)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Checks the flags before minutes of loading."""
+    generation = args.visual_thoughts == "generated"
+    if generation and not args.out:
+        raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the images")
+    if not generation and args.always_draw:
         raise ValueError("--always_draw needs --visual_thoughts=generated")
     cli.check_precision()
-    # a budget counts the first token, bos; a denoising grid has two ends
+    # A budget counts the first token, bos; a denoising grid has two ends.
     for flag, least in (("rounds", 1), ("max_new_tokens", 2), ("steps", 2)):
         cli.check_number(flag, getattr(args, flag), least)
     cli.check_temperature(args.temperature)
@@ -97,7 +152,7 @@ def _run(args):
     if args.out:
         paths.check_writable("--out", args.out)
         traces_lib.earlier(args.out)
-    for path in args.image:  # what cannot be read shows before minutes of loading
+    for path in args.image:
         paths.check_given("--image", path)
         if not os.path.isfile(path):
             raise FileNotFoundError(
@@ -107,58 +162,34 @@ def _run(args):
             images.open_rgb(path)
         except images.UnreadableImageError as error:
             raise ValueError(f"--image={path}: {error}") from error
-    model = model_lib.load(
-        args.checkpoint,
-        generation=draw,
-        protocol=args.protocol,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-    )
+
+
+def _with_flags(protocol: interleave.Protocol, args: argparse.Namespace) -> interleave.Protocol:
+    """The protocol with what the flags change."""
     changes = {
         name: getattr(args, name)
         for name in ("max_new_tokens", "rounds")
         if getattr(args, name) is not None
     }
-    if args.temperature is not None:
-        changes |= (
-            {"greedy": True}
-            if args.temperature == 0
-            else {"greedy": False, "temperature": args.temperature}
-        )
-    model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, **changes))
-    pictures = [
-        images.open_rgb(path, transparency=model.protocol.transparency) for path in args.image
-    ]
-    bars = {}
+    if args.temperature == 0:
+        changes["greedy"] = True
+    elif args.temperature is not None:
+        changes |= {"greedy": False, "temperature": args.temperature}
+    return dataclasses.replace(protocol, **changes)
 
-    def on_step(number, done, steps):
-        bar = bars.setdefault(number, progress.Progress(steps, f"drawing {number + 1}"))
-        bar.update(done)
-        if done == steps:
-            bar.close()
 
-    questions = [(pictures, args.question)]
-    traces = interleave.reason(
-        model,
-        questions,
-        jax.random.key(args.seed),
-        generation=draw,
-        always=args.always_draw,
-        flow_changes={} if args.steps is None else {"num_timesteps": args.steps},
-        on_step=on_step,
-    )
-    trace, drawn = traces[0], 0
+def _print(trace: interleave.Trace, out: str) -> None:
+    """Prints the texts and the paths of the images to stdout, the cost to stderr."""
+    count = 0
     for step in trace.steps:
         if isinstance(step, str):
             print(step)
         else:
-            print(f"[drawn: {os.path.join(args.out, f'0-{drawn}.png')}]")
-            drawn += 1
-    if args.out:
-        traces_lib.write(args.out, questions, traces)
+            print(f"[image: {os.path.join(out, f'0-{count}.png')}]")
+            count += 1
     print(
-        f"{trace.tokens} tokens in {trace.seconds['text']:.1f} s, {drawn} pictures in {trace.seconds['drawing']:.1f} s "
-        "(with compilation)",
+        f"{trace.tokens} tokens in {trace.seconds['text']:.1f} s, {count} images in "
+        f"{trace.seconds['drawing']:.1f} s (with compilation)",
         file=sys.stderr,
     )
 

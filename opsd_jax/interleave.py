@@ -1,7 +1,7 @@
 """Rounds of text and generated images: how a unified model answers a question.
 
-  system, images, question -> text -> if it contains <image_start>: an image is generated and enters the
-  context -> text -> ...
+  system, images, question -> text -> if it contains <image_start>: an image is generated and enters
+  the context -> text -> ...
 
 Official: inferencer.py, InterleaveInferencer.
 """
@@ -119,7 +119,7 @@ class Trace:
 
 @dataclasses.dataclass
 class _Asked:
-    """The contexts of a question, by branch of guidance, and the grid of the images it may generate.
+    """The contexts of a question by branch of guidance, and the grid of images it may generate.
 
       cond    system, images, question          grows with every round
       text    system, images                    what guidance by text compares with

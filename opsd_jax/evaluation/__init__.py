@@ -1,1 +1,1 @@
-"""Evaluation: batched inference with resume, results, public tables, scoring rules, statistics, pages."""
+"""Evaluation: batched inference with resume, results, public tables, scoring, statistics, pages."""

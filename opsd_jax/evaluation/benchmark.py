@@ -1,8 +1,7 @@
 """A benchmark as the evaluation loop sees it: questions by key, and a rule that scores the answers.
 
 of_examples   prepared examples of a task: one image and one question; the rule of the task scores
-of_table      a public table (`tables`): its images and prompts; the rules of the public harness
-score
+of_table      a public table (`tables`): images and prompts; the rules of the public harness score
 """
 
 import dataclasses
@@ -29,8 +28,9 @@ def _key_alone(key: Key) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Benchmark:
-    """What is asked, and how answers are scored. The loop and the report page know no more than
-    this.
+    """What is asked, and how answers are scored.
+
+    The loop and the report page know no more than this.
 
     Attributes:
       name: of the benchmark.
@@ -39,7 +39,7 @@ class Benchmark:
       expected: key -> the right answer.
       judge: {key: text} -> ({key: what its line in predictions.jsonl gets besides, with "hit"},
         what the summary gets: overall, unit, n, categories, interval_95 and more; None where the
-          share of hits is the score).
+        share of hits is the score).
       size: key -> number by which examples of similar size share a batch: the number of images of a
         table's question, the bucket of a task's example.
       asked: key -> what tells the example from all others in any results: (pid, answer), or (MD5 of
@@ -74,8 +74,9 @@ class Benchmark:
 
 
 def is_hit(example: Example, text: str) -> tuple[str | None, bool]:
-    """(answer found in the text, whether it is right): by the procedural task's rule, or word for
-    word.
+    """(answer found in the text, whether it is right).
+
+    By the rule of a procedural task, or word for word.
     """
     return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
 
@@ -172,8 +173,7 @@ def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) 
 
 
 def broken(benchmark: Benchmark) -> dict[Key, str]:
-    """{key: what is wrong} of examples whose question or images cannot be made, or that no answer
-    can match.
+    """{key: what is wrong} of examples that cannot be shown, or that no answer can match.
 
     Reads all images once.
     """

@@ -1,10 +1,9 @@
-"""Prepared examples in the contexts of an evaluation mode, packed as in training, and greedy
-answers to them.
+"""Prepared examples in the contexts of an evaluation mode, and greedy answers to them.
 
-none                      the student's context: image and question
-real                      the teacher's context with the example's own visual thoughts
-noise, swap, image        noise, another example's visual thoughts, or the problem image in their
-places remove                    the teacher's texts without any visual thought
+none                 the student's context: image and question
+real                 the teacher's context with the example's own visual thoughts
+noise, swap, image   noise, another example's visual thoughts, or the problem image instead
+remove               the teacher's texts without any visual thought
 """
 
 import dataclasses
@@ -97,9 +96,7 @@ class Selection:
         return prepared, self.packer.teacher(prepared, partners, shown, rngs, bucket)
 
     def shown_images(self, source: int, n: int, mode: str) -> list[tuple[str, np.ndarray]]:
-        """(caption, uint8 [H, W, 3]) of the images that an example's context holds in a mode, for
-        reports.
-        """
+        """(caption, uint8 [H, W, 3]) of the images in an example's context, for reports."""
         example = self.examples(source, n)
         found = [("problem", _pixels(example.problem))]
         if mode == "none":
@@ -187,8 +184,7 @@ def _blocks_of(selection: Selection, source: int, n: int, mode: str) -> tuple[st
 
 
 def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = False) -> None:
-    """Checks that the contexts of all modes fit a bucket, and (traces) the text traces their
-    targets.
+    """Checks that contexts of all modes fit a bucket, and (traces) text traces their targets.
 
     Raises:
       TooLongError: names the example by its pid. ValueError: a stored answer matches no completion.
@@ -298,8 +294,9 @@ def evaluate(
     on_batch: Callable[[inference.Progress], None] = lambda progress: None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> list[results_lib.Result]:
-    """Greedy answers to all examples of a selection in one mode, kept in memory; one Result per
-    task.
+    """Greedy answers to all examples of a selection in one mode, kept in memory.
+
+    Returns one Result per task.
 
     Args:
       params: the model's dict, laid out for the sampler. mode: one of `CONTEXTS`, or "none".

@@ -1,12 +1,10 @@
-"""The evaluation loop: batches of questions are put to a predictor, timed, and kept in a folder or
-in memory.
+"""The evaluation loop: batches of questions are put to a predictor, timed, and kept.
 
 Training, `python -m opsd_jax.eval` and `python -m opsd_jax.diagnose` all run this loop. A predictor
 answers one batch. There are two:
 
   contexts.ContextPredictor          contexts packed as in training, greedy answers
-  interleaved.InterleavedPredictor   a named protocol or public tables, with image generation or
-  without
+  interleaved.InterleavedPredictor   a protocol, with image generation or without
 
 Timing rule, for each benchmark: batches during which a program was compiled are not counted. Where
 all of its batches (of this process) compiled, the last one is asked again for its time.
@@ -55,8 +53,9 @@ class Progress:
 
 
 def batches(benchmarks: Iterable[Benchmark], batch_size: int) -> list[Batch]:
-    """Batches of all benchmarks: examples of similar size together, the last batch of a benchmark
-    shorter.
+    """Batches of all benchmarks, examples of similar size together.
+
+    The last batch of a benchmark may be shorter.
     """
     found = []
     for benchmark in benchmarks:

@@ -1,9 +1,9 @@
-"""Questions put to a model by a protocol, with image generation or without, and what it sees of its
-images.
+"""Questions asked by a protocol, with image generation or without.
 
   none               text alone
   generated          the model generates images where its text asks for them, as ThinkMorph does,
-  and sees them generated-noise    it sees Gaussian noise instead
+                     and sees them
+  generated-noise    it sees Gaussian noise instead
   generated-swap     it sees what another example generated in that round
   generated-remove   it sees nothing
 
@@ -115,8 +115,9 @@ def noise_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def intervention(
     mode: str, name: str, keys: list[Key], *, seed: int, swap_from: str = ""
 ) -> Intervention | None:
-    """What a mode does to generated images of a batch: the `change` of `interleave.reason`. None:
-    nothing.
+    """What a mode does to generated images of a batch: the `change` of `interleave.reason`.
+
+    None for modes that change nothing.
 
     Args:
       name: of the benchmark. keys: of the batch, without those that fill it up.

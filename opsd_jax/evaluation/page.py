@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from opsd_jax.evaluation import charts, html, statistics, tables
+from opsd_jax.evaluation import charts, comparison, html, statistics, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 
@@ -19,7 +19,7 @@ def page(
     results: Sequence[results_lib.Result],
     benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
-    compared: results_lib.Compared | None = None,
+    compared: comparison.Compared | None = None,
 ) -> str:
     """HTML of one evaluation.
 
@@ -101,7 +101,7 @@ def _scores(summary: dict) -> list[str]:
 def _comparison(
     results: Sequence[results_lib.Result],
     benchmarks: Mapping[str, Benchmark],
-    compared: results_lib.Compared,
+    compared: comparison.Compared,
 ) -> list[str]:
     """Paired comparison with earlier results, for the benchmarks and questions of both."""
     rows = []

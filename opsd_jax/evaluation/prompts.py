@@ -1,6 +1,4 @@
-"""What the model is given of a public table's question: the prompt and the images, as in the public
-harness.
-"""
+"""Prompt and images of a public table's question, as in the public harness."""
 
 import base64
 import io
@@ -63,8 +61,9 @@ def _decode(text: str) -> bytes:
 
 
 def messages(row: TableRow) -> list[int | str]:
-    """The parts of the prompt in order: a number is the image at that place in `images(row)`, from
-    0; a text is text.
+    """The parts of the prompt in order.
+
+    A number is the image at that place in `images(row)`, from 0; a text is text.
 
     Multiple choice: the images, then hint, question and options. CV-Bench and charts: the images,
     then the table's own text. Mazes: the question cut at <IMAGE-n> (n from 1) and <TEST-IMAGE> (the
@@ -97,8 +96,9 @@ def messages(row: TableRow) -> list[int | str]:
 
 
 def wrapper(parts: list[int | str]) -> tuple[str, list[int]]:
-    """(text, places) that the harness's wrapper makes of `messages`: all images go first, then one
-    text.
+    """(text, places) that the harness's wrapper makes of `messages`.
+
+    All images go first, then one text.
 
     The text is the parts joined by blanks, where the j-th image (from 1, repeats counted) has
     become "<img><|image_j|></img>"; places are those of the images in `images(row)`, in that order.

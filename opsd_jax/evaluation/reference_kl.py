@@ -18,8 +18,7 @@ def reference_kl(
     config: ModelConfig,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, dict]:
-    """KL(teacher with the true visual thoughts || student without) on text traces, in nats per
-    token.
+    """KL(teacher with the true visual thoughts || student without), nats per token of text traces.
 
     Paper Eq. 4 on fixed completions: mean over the tokens of a trace, then over examples.
 

@@ -1,12 +1,16 @@
 """Is this answer right? The public harness's rules for one item, as pure functions of texts.
 
-Where the harness would ask a judge model, nothing is asked here: the item is told apart by `needs_judge`.
-The rules are kept with their quirks, because published numbers were made with them; each function names its own.
-`benchmarks` applies them to whole files.
+Where the harness would ask a judge model, nothing is asked here: the item is marked by
+`needs_judge`.
+The rules keep their quirks, because published numbers were made with them; each function names its
+own.
+`table_scores` applies them to whole tables.
 """
 
 import ast
 import re
+from collections.abc import Sequence
+from typing import Any
 
 NOTHING = "Z"
 """The option of a refusal, of a lone Z, and of an answer in which no rule finds a letter."""
@@ -21,9 +25,11 @@ _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
 def tagged(text: str) -> str | None:
-    """What stands behind the first <answer>, up to the next tag of either kind; None without a pair of tags.
+    """The text after the first <answer>, up to the next tag of either kind.
 
-    Quirk: the pair may stand in any order, so that what follows the first <answer> may be open to the end.
+    None without a pair of tags.
+
+    Quirk: the pair may be in any order, so the text after the first <answer> may extend to the end.
     """
     if "<answer>" not in text or "</answer>" not in text:
         return None
@@ -31,16 +37,19 @@ def tagged(text: str) -> str | None:
 
 
 def infer(text: str, options: dict[str, str]) -> str | None:
-    """The option letter that a text names, "Z" for a refusal or a lone Z, or None if no rule decides.
+    """The option letter that a text names, or None if no rule decides.
 
-    By letter: of all options exactly one is a token of the text, and its first place is among the last four
-    tokens. Else by content: exactly one option's text occurs in the text, cases ignored, and the text is at most
-    twice as long as all options together.
-    Quirks: the article "A" is a letter; a repeated letter counts where it comes first; "<answer>B</answer>" is one
-    token, and so is "B?"; a lone letter too far from the end may still win by content.
+    "Z" for a refusal or a lone Z.
+
+    By letter: exactly one of the options is a token of the text, and its first position is among
+    the last four tokens. Otherwise by content: exactly one option's text occurs in the text,
+    ignoring case, and the text is at most twice as long as all options together.
+    Quirks: the article "A" is a letter; a repeated letter counts where it occurs first;
+    "<answer>B</answer>" is one token, and so is "B?"; a lone letter too far from the end may still
+    win by content.
 
     Args:
-      options: letter -> text, as `benchmarks` reads them; letters may be left out.
+      options: letter -> text, as `tables` reads them; letters may be missing.
     """
     if _FAILED not in text:
         if any(refusal in text for refusal in _REFUSALS):
@@ -59,10 +68,12 @@ def infer(text: str, options: dict[str, str]) -> str | None:
 
 
 def choose(prediction: str, options: dict[str, str]) -> tuple[str, bool]:
-    """(option, needs_judge) of one multiple-choice answer; needs_judge: no rule found the option, "Z" stands in.
+    """(option, needs_judge) of one multiple-choice answer.
 
-    The whole answer is tried first, then its tagged part or, in a text without a pair of tags, its first \\boxed{}.
-    Quirk: so a lone letter at the end of the whole answer beats the tag.
+    needs_judge: no rule found the option, which is then "Z".
+    The whole answer is tried first, then its tagged part or, in a text without a pair of tags, its
+    first \\boxed{}.
+    Quirk: a lone letter at the end of the whole answer therefore beats the tag.
     """
     option = infer(prediction, options)
     if option is None:
@@ -73,15 +84,20 @@ def choose(prediction: str, options: dict[str, str]) -> tuple[str, bool]:
     return (NOTHING, True) if option is None else (option, False)
 
 
-def circular(rows) -> tuple[bool, bool | None]:
-    """(hit, hit of the first pass) of one question asked in several orders of its options: all must be right.
+def circular(
+    rows: Sequence[tuple[str, dict[str, str], str]],
+) -> tuple[bool, bool | None]:
+    """(hit, hit of the first pass) of one question asked in several orders of its options.
 
-    The first pass tries whole answers only: one wrong letter or refusal is a miss, all right is a hit, else it
-    leaves the question open (None) and the open rows go through `choose`.
-    Quirk: in its exact-matching run the harness stops after the first pass and counts open questions as misses.
+    All answers must be right.
+
+    The first pass tries whole answers only: one wrong letter or refusal is a miss, all right is a
+    hit. Otherwise it leaves the question open (None), and the open rows go through `choose`.
+    Quirk: in its exact-matching run the harness stops after the first pass and counts open
+      questions as misses.
 
     Args:
-      rows: of (prediction, options, answer).
+      rows: (prediction, options, answer) of each order.
     """
     first = [(infer(prediction, options), answer) for prediction, options, answer in rows]
     if any(option is not None and option != answer for option, answer in first):
@@ -98,26 +114,31 @@ _MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 
 
 def boxed_path(prediction: str) -> str | None:
-    """The moves of the last well-formed \\boxed{R, D, ...} joined by commas ("R,D"); None if there is none.
+    """The moves of the last well-formed \\boxed{R, D, ...} joined by commas ("R,D"), or None.
 
-    Quirks: a backspace character is read as "\\b", since unescaping turns "\\boxed" into one; blanks may stand
-    around commas but not next to the braces; tags play no part.
+    Quirks: a backspace character is read as "\\b", since unescaping turns "\\boxed" into one;
+    blanks are allowed around commas but not next to the braces; tags are ignored.
     """
     boxes = _ROUTE.findall(prediction.replace("\b", r"\b"))
     return "".join(boxes[-1].split()) if boxes else None
 
 
-def maze_rows(maze) -> list[str]:
-    """Rows of a maze of S, G, F, H, given as a list or printed as one, with commas or without; an empty cell (NaN) has none."""
+def maze_rows(maze: str | list[str] | float) -> list[str]:
+    """Rows of a maze of S, G, F, H, given as a list or printed as one, with commas or without.
+
+    An empty cell (NaN) has no rows.
+    """
     if isinstance(maze, float):
         return []
     return re.findall(r"'([^']*)'", maze) if isinstance(maze, str) else list(maze)
 
 
-def walk(maze, size: int, path: str | None) -> bool:
-    """Whether a path ("R,D") leads from S to an end on G, inside size x size cells and never onto an H.
+def walk(maze: str | list[str] | float, size: int, path: str | None) -> bool:
+    """Whether a path ("R,D") leads from S to an end on G.
 
-    Quirks: passing over G does not count; of two S or two G the last one in reading order does.
+    It must stay inside size x size cells and never enter an H.
+
+    Quirks: passing over G does not count; of two S or two G the last one in reading order counts.
     """
     rows = maze_rows(maze)
     cells = {(r, c): cell for r, row in enumerate(rows) for c, cell in enumerate(row)}
@@ -133,7 +154,9 @@ def walk(maze, size: int, path: str | None) -> bool:
 
 
 def extract(prediction: str) -> tuple[str, bool]:
-    """(answer, needs_judge) of a chart answer: the tagged part, else the whole text; stripped, may be empty.
+    """(answer, needs_judge) of a chart answer: the tagged part, else the whole text.
+
+    It is stripped and may be empty.
 
     Without a pair of tags the harness has a judge find the answer in the text.
     """
@@ -143,15 +166,18 @@ def extract(prediction: str) -> tuple[str, bool]:
 
 
 def number(text: str) -> float | None:
-    """The text as Python reads a float, "50%" as 0.5; None if it is no number ("1,200", "$5", "12 units")."""
+    """The text as Python reads a float, "50%" as 0.5.
+
+    None if it is not a number ("1,200", "$5", "12 units").
+    """
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
 
-def accepted(answer) -> list[str]:
-    """The right answers of a chart question: the cell's text, or the items of the list that it spells."""
+def accepted(answer: Any) -> list[str]:
+    """The right answers of a chart question: the cell's text, or the items of the list in it."""
     try:
         value = ast.literal_eval(str(answer))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -160,11 +186,14 @@ def accepted(answer) -> list[str]:
 
 
 def relaxed(extracted: str, truth: str, *, fork: bool) -> bool:
-    """Whether a chart answer is within 5 % of the truth, or the same text where the rule for numbers is not for it.
+    """Whether a chart answer is within 5 % of the truth.
 
-    fork=False: the usual definition, 5 % of the truth. fork=True: what the harness does, 5 % of the answer: 95 for
-    100 is wrong, 105.2 for 100 right. The number that the error relates to must not be zero, else texts are
-    compared: fork=True takes "0" for other than "0.0". "nan" equals no number.
+    Where the rule for numbers does not apply: whether it is the same text.
+
+    fork=False: the usual definition, 5 % of the truth. fork=True: what the harness does, 5 % of the
+    answer: 95 for 100 is wrong, 105.2 for 100 right. The number that the error is relative to must
+      not be zero; otherwise
+    texts are compared: for fork=True "0" differs from "0.0". "nan" equals no number.
     """
     reference, other = map(number, (extracted, truth) if fork else (truth, extracted))
     if reference and other is not None:
@@ -172,6 +201,6 @@ def relaxed(extracted: str, truth: str, *, fork: bool) -> bool:
     return extracted.lower() == truth.lower()
 
 
-def chart_score(extracted: str, answer, *, fork: bool) -> float:
+def chart_score(extracted: str, answer: Any, *, fork: bool) -> float:
     """1.0 if the extracted answer matches any accepted one, else 0.0."""
     return float(any(relaxed(extracted, truth, fork=fork) for truth in accepted(answer)))

@@ -1,8 +1,8 @@
 """Answers kept on disk while they are collected, so that a killed evaluation continues.
 
 <folder>/answers.jsonl             the identity, then one line per batch that is answered
-<folder>/answers-<process>.jsonl   the same of another process, where each answers a share of the
-batches <folder>/pictures/                 images that the model generated while it answered
+<folder>/answers-<process>.jsonl   the same of another process, where each answers a share
+<folder>/pictures/                 images that the model generated while it answered
 """
 
 import dataclasses

@@ -1,5 +1,4 @@
-"""Scores of a public table as the public harness computes them, and its answers in the form that it
-judges.
+"""Scores of a public table as the public harness computes them, and its answers as it reads them.
 
 `scoring` has the rules for one answer. No judge model is asked.
 """
@@ -243,8 +242,9 @@ def texts_as_read(
 
 
 def export(path: str | os.PathLike, table: Table, predictions: Mapping[Index, str]) -> None:
-    """Writes predictions as the TSV that the public harness judges: every column but `image`, and
-    `prediction`.
+    """Writes predictions as the TSV that the public harness judges.
+
+    It has every column but `image`, and `prediction`.
 
     All cells are quoted, so that tabs, line breaks and backspaces arrive, which a spreadsheet would
     lose. An empty answer to a maze is written too, although the harness stops at it.
@@ -270,7 +270,7 @@ def _tsv(columns: list[str], lines: list[list[Any]]) -> str:
 
 
 def unmatchable(table: Table) -> dict[Index, str]:
-    """{index: what is wrong} of rows for which no answer would be right, whatever a model answers."""
+    """{index: what is wrong} of rows for which no answer would be right."""
     found = {}
     for row in table.rows:
         column, why = _fault_of_answer(row)

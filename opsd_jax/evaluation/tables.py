@@ -136,8 +136,9 @@ def find(data_dir: str | os.PathLike) -> dict[str, pathlib.Path]:
 
 
 def read(path: str | os.PathLike) -> Table:
-    """Reads NAME.tsv, where NAME is one of KINDS. Images are only looked up; `prompts.images`
-    decodes them.
+    """Reads NAME.tsv, where NAME is one of KINDS.
+
+    Images are only looked up; `prompts.images` decodes them.
 
     Columns are typed as a whole, as pandas does by default: a column of numbers with a blank turns
     "3" into 3.0, and cells like "None" or "N/A" are missing.
@@ -213,8 +214,9 @@ def read(path: str | os.PathLike) -> Table:
 
 
 def option_letter(row: TableRow) -> str | None:
-    """The option letter that a row's answer cell names: itself, by the option's whole text, or
-    between marks; else None.
+    """The option letter that a row's answer cell names, or None.
+
+    The cell is the letter itself, the option's whole text, or the letter between marks.
 
     CV-Bench as its authors publish it has "(A)", which equals no letter, so the harness counts
     every answer wrong.
@@ -345,7 +347,7 @@ def digest_of_files(table: Table) -> str:
 
 
 def questions(table: Table) -> set[int | str]:
-    """Indices of what is asked: each row, or in a circular table each question with all its turns."""
+    """Indices of what is asked: rows, or in a circular table questions with all their turns."""
     return set(map(question, table.rows))
 
 
@@ -355,8 +357,9 @@ def size(table: Table) -> int:
 
 
 def subset(table: Table, count: int, seed: int) -> Table:
-    """A table with `count` of the questions (all for 0), chosen at random by the seed, in the order
-    of the table.
+    """A table with `count` of the questions (all for 0), in the order of the table.
+
+    They are chosen at random by the seed.
     """
     asked = list(dict.fromkeys(map(question, table.rows)))
     chosen = {asked[n] for n in randomness.subset(len(asked), count, seed)}

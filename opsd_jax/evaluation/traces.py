@@ -1,65 +1,72 @@
-"""Files of one generated answer: its texts, its images, a page."""
+"""Files of generated answers: their texts, their images, an overview.
+
+N.json     question, steps, tokens and seconds of answer N
+N-K.png    its K-th generated image
+N.png      all of it in one image
+"""
 
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from opsd_jax import interleave
+from opsd_jax.evaluation import montage
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.runtime import files
 
-_RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # files that `write` leaves
+_RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # names of the files that `write` makes
 
 
 def earlier(directory: str) -> list[str]:
-    """The files in a folder that an earlier `write` left there, by its N.json.
+    """Paths of the files that an earlier `write` left in a folder, as its N.json list them.
 
-    Raises ValueError for other files of such names: they would be taken for results, or be lost.
+    Raises:
+      ValueError: other files have such names. They would be taken for results, or be lost.
     """
-    names = (
-        sorted(n for n in os.listdir(directory) if _RESULT.fullmatch(n))
-        if os.path.isdir(directory)
-        else []
-    )
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    names = [name for name in names if _RESULT.fullmatch(name)]
     known = set()
     for name in (n for n in names if n.endswith(".json")):
         try:
             steps = json_files.read(os.path.join(directory, name))["steps"]
-            known |= {
-                name,
-                f"{name[:-5]}.png",
-                *(step["picture"] for step in steps if "picture" in step),
-            }
+            images = {step["picture"] for step in steps if "picture" in step}
         except (ValueError, KeyError, TypeError):
-            pass  # not one of ours
+            continue  # not a file of `write`
+        known |= {name, f"{name[:-5]}.png", *images}
     if strange := [name for name in names if name not in known]:
         raise ValueError(
-            f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there names: results have "
-            "such names, so give another folder, or delete them"
+            f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there "
+            "names: results have such names, so give another folder, or delete them"
         )
     return [os.path.join(directory, name) for name in names]
 
 
-def write(directory: str, questions, traces) -> list[str]:
-    """Writes each trace: N-K.png for its pictures, N.json, and N.png, a page with all of it. Returns the pages.
+def write(
+    directory: str,
+    questions: Sequence[interleave.Question],
+    traces: Sequence[interleave.Trace],
+) -> list[str]:
+    """Writes the files of each answer; returns the paths of the overviews, N.png.
 
-    Results that an earlier call left in the folder are replaced, all of them.
+    All results that an earlier call left in the folder are replaced.
     """
     paths.check_given("--out", directory)
     os.makedirs(directory, exist_ok=True)
     for path in earlier(directory):
         os.remove(path)
-    pages = []
-    for n, ((pictures, question), trace) in enumerate(zip(questions, traces)):
-        steps = []
+    overviews = []
+    for n, ((shown, question), trace) in enumerate(zip(questions, traces)):
+        steps, images = [], 0
         for step in trace.steps:
             if isinstance(step, str):
                 steps.append({"text": step})
-            else:
-                steps.append({"picture": f"{n}-{len([s for s in steps if 'picture' in s])}.png"})
-                save_image(step, os.path.join(directory, steps[-1]["picture"]))
+                continue
+            steps.append({"picture": f"{n}-{images}.png"})
+            save_image(step, os.path.join(directory, steps[-1]["picture"]))
+            images += 1
         record = {
             "question": question,
             "steps": steps,
@@ -67,20 +74,20 @@ def write(directory: str, questions, traces) -> list[str]:
             "seconds": trace.seconds,
         }
         files.write_json(os.path.join(directory, f"{n}.json"), record)
-        pages.append(os.path.join(directory, f"{n}.png"))
-        save_image(page([*pictures, question, *trace.steps]), pages[-1])
-    return pages
+        overviews.append(os.path.join(directory, f"{n}.png"))
+        save_image(montage.column([*shown, question, *trace.steps]), overviews[-1])
+    return overviews
 
 
-def save_image(picture, path: str) -> None:
+def save_image(image: Image.Image | np.ndarray, path: str) -> None:
     """Writes a Pillow image, or uint8 [H, W, 3], as PNG, atomically."""
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     with files.replacing(path) as f:
-        picture.save(f, format="PNG")
+        image.save(f, format="PNG")
 
 
 def as_harness(trace: interleave.Trace) -> str:
-    """A trace in the form in which the public harness keeps answers with pictures."""
+    """A trace in the form in which the public harness keeps answers with images."""
     parts, rounds = [], 0
     for step in trace.steps:
         if isinstance(step, str):
@@ -89,42 +96,3 @@ def as_harness(trace: interleave.Trace) -> str:
         else:
             parts.append("[Image]")
     return "\n".join(parts)
-
-
-def page(items, width: int = 640):
-    """A Pillow image of texts and pictures one below the other; pictures are shown at up to 320 pixels a side."""
-    margin, font, parts = 12, ImageFont.load_default(14), []
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    for item in items:
-        if isinstance(item, str):
-            lines, line = [], ""
-            for char in "".join(
-                c if c.isprintable() else " " for c in item
-            ):  # wraps anywhere: traces may have no spaces
-                if draw.textlength(line + char, font=font) > width - 2 * margin:
-                    lines.append(line)
-                    line = ""
-                line += char
-            text = "\n".join([*lines, line])
-            part = Image.new(
-                "RGB",
-                (width, draw.multiline_textbbox((0, 0), text, font=font)[3] + margin),
-                "white",
-            )
-            ImageDraw.Draw(part).multiline_text((margin, 0), text, fill="black", font=font)
-        else:
-            shown = Image.fromarray(item) if isinstance(item, np.ndarray) else item
-            scale = 320 / max(shown.size)
-            size = tuple(max(1, round(s * scale)) for s in shown.size)
-            shown = shown.resize(
-                size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
-            )
-            part = Image.new("RGB", (width, size[1] + margin), "white")
-            part.paste(shown, (margin, 0))
-        parts.append(part)
-    whole = Image.new("RGB", (width, sum(p.height for p in parts) + margin), "white")
-    at = margin
-    for part in parts:
-        whole.paste(part, (0, at))
-        at += part.height
-    return whole

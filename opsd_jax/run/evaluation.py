@@ -8,8 +8,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from opsd_jax import distill, rollout, sharding
-from opsd_jax.evaluation import contexts, reference_kl, store
-from opsd_jax.evaluation import results as results_lib
+from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
+from opsd_jax.method_config import DistillConfig
 from opsd_jax.run import job as job_lib
 from opsd_jax.run.request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -20,7 +20,7 @@ from opsd_jax.runtime.stopping import StopRequest
 
 
 class Evaluation:
-    """Accuracy while training (`during`) and when a stage ends (`final`), by the code of `opsd_jax.eval`.
+    """Accuracy while training (`during`) and at the end of a stage (`final`), as `opsd_jax.eval`.
 
     Args:
       stop: asked before each batch. The step that is evaluated is saved by then.
@@ -73,7 +73,10 @@ class Evaluation:
         return is_new or not self._is_complete()
 
     def is_missing(self, step: int, history: list[dict]) -> bool:
-        """Whether metrics.jsonl, `history`, lacks the scores of a step; the first process decides for all."""
+        """Whether metrics.jsonl, `history`, lacks the scores of a step.
+
+        The first process decides for all.
+        """
         missing = not any(
             key.startswith("eval/") for row in history if row["step"] == step for key in row
         )
@@ -82,14 +85,18 @@ class Evaluation:
         return missing
 
     def during(self, step: int, state: dict, health: Health) -> None:
-        """Logs {"eval/<task>/<mode>": accuracy} on the validation examples; of an EMA teacher its own, too."""
+        """Logs {"eval/<task>/<mode>": accuracy} on the validation examples.
+
+        With an EMA teacher also the accuracy of the teacher.
+        """
         c, scores = self.run.config, {}
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         with self.run.clock("eval"):
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
-            if "ema" in state:
-                teacher = distill.teacher_params(state, self.stage.config)
+            config = self.stage.config
+            if "ema" in state and isinstance(config, DistillConfig):
+                teacher = distill.teacher_params(state, config)
                 scores |= self._accuracies(teacher, c.teacher.visual_thoughts, "teacher")
         logging.info("step %d: %s", step, scores)
         self.run.writer.scalars(step, self.stage.name, scores)
@@ -131,7 +138,7 @@ class Evaluation:
         return all(os.path.exists(os.path.join(folder, "summary.json")) for folder in folders)
 
     def final(self, params: dict) -> None:
-        """Evaluates the whole final split and writes eval/<step>-<mode>/, exactly as `opsd_jax.eval` does.
+        """Evaluates the whole final split and writes eval/<step>-<mode>/, as `opsd_jax.eval` does.
 
         Where it was stopped before, it continues with the batches that are missing.
         """
@@ -156,7 +163,7 @@ class Evaluation:
         if self._measures_kl:
             for task, found in self._closure(params).items():
                 scores |= {f"kl/{task}/{k}": v for k, v in found.items() if k != "n"}
-        results_lib.write_table(run.workdir)
+        summary_tables.write_table(run.workdir)
         run.writer.scalars(step, self.stage.name, scores)
         logging.info("step %d, %s: %s", step, split, scores)
 
@@ -174,7 +181,10 @@ class Evaluation:
             return job_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
 
     def _closure(self, params: dict) -> dict[str, dict]:
-        """Writes eval/<step>-kl/; {task: KL before and after training, and the share that it closed}."""
+        """Writes eval/<step>-kl/.
+
+        Returns {task: KL before and after training, and the share of it that training closed}.
+        """
         run, split = self.run, self.run.config.eval.final_split
         abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
         start_folder = run.checkpoint_folder(self.stage.first)

@@ -1,4 +1,4 @@
-"""An evaluation, from its request to its results: which model is asked, and what is written to W/eval.
+"""An evaluation, from its request to its results in W/eval.
 
 in_contexts   tasks of a run, packed as in training, greedy
 interleaved   tasks and public tables, by a protocol, with image generation or without
@@ -14,7 +14,7 @@ from PIL import Image
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.evaluation import benchmark as benchmark_lib
-from opsd_jax.evaluation import contexts, inference, page, store, table_scores, tables
+from opsd_jax.evaluation import comparison, contexts, inference, page, store, table_scores, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
@@ -52,7 +52,7 @@ def evaluate(request: Request, before_batch: BeforeBatch = nothing) -> dict[str,
         job = check(request)
         compared = None
         if request.against:
-            compared = results_lib.read_results(request.workdir, request.against)
+            compared = comparison.read_results(request.workdir, request.against)
         opened, summaries = None, {}
         for mode in request.modes:
             if job.in_contexts(mode):
@@ -117,7 +117,7 @@ def in_contexts(
     job: Job,
     mode: str,
     opened: Opened,
-    compared: results_lib.Compared | None = None,
+    compared: comparison.Compared | None = None,
     before_batch: BeforeBatch = nothing,
 ) -> dict:
     """Answers the tasks of a run in the contexts of a mode, packed as in training; the summary."""
@@ -157,7 +157,7 @@ def in_contexts(
 def interleaved(
     job: Job,
     mode: str,
-    compared: results_lib.Compared | None = None,
+    compared: comparison.Compared | None = None,
     before_batch: BeforeBatch = nothing,
 ) -> dict:
     """Asks by a protocol, with image generation or without; the summary.
@@ -254,9 +254,9 @@ def _check_scorable(benchmark: Benchmark) -> None:
     except ValueError as error:
         count = len(benchmark.keys)
         raise ValueError(
-            f"{benchmark.name}: {count} of {count + len(benchmark.left_out)} rows can be asked, and "
-            f"no score comes of them ({error}): correct the rows that cannot be shown, or ask more "
-            "of them"
+            f"{benchmark.name}: {count} of {count + len(benchmark.left_out)} rows can be asked, "
+            f"and no score comes of them ({error}): correct the rows that cannot be shown, or ask "
+            "more of them"
         ) from error
 
 
@@ -350,14 +350,14 @@ def _answer(
     batches: list[inference.Batch],
     predict: inference.Predict,
     shown: Shown,
-    compared: results_lib.Compared | None,
+    compared: comparison.Compared | None,
     before_batch: BeforeBatch,
 ) -> dict:
     """Answers, scores and writes; the summary, {} on other processes than the first."""
     job, folder = asked_in.job, asked_in.job.folder(asked_in.mode)
     name, together = job.names[asked_in.mode], asked_in.together
     if compared:
-        results_lib.check_pairs(compared, asked, job.about["split"])
+        comparison.check_pairs(compared, asked, job.about["split"])
     kept = store.Store(folder, asked_in.identity(batches), together)
     total = sum(len(batches[number][1]) for number in inference.share(batches, together))
     split, primary = job.request.split if job.tasks else "", jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""The model that answers questions: of a released folder, an imported one, or a run's checkpoint."""
+"""The model that answers: of a released folder, an imported one, or a checkpoint of a run."""
 
 import dataclasses
 import os

@@ -610,7 +610,7 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
                 f"--out={tmp_path / 'out'}",
             ]
         )
-        assert "1 pictures" in capsys.readouterr().err
+        assert "1 images" in capsys.readouterr().err
         assert Image.open(tmp_path / "out" / "0-0.png").size == (40, 40)
         text = model_lib.load(str(straight), generation=False)
         assert text.config.generation is None and "vae" not in text.params

@@ -14,7 +14,7 @@ import tiny
 from opsd_jax import context, generate, images, interleave, rollout, tokenizer
 from opsd_jax.data import examples
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import traces
+from opsd_jax.evaluation import montage, traces
 
 
 def picture(seed, height, width):
@@ -231,8 +231,8 @@ def test_buckets_are_few_and_hold():
 
 
 def test_page_shows_texts_and_images():
-    long = traces.page(["word" * 500, picture(0, 8, 16)])
-    short = traces.page(["word", picture(0, 8, 16)])
+    long = montage.column(["word" * 500, picture(0, 8, 16)])
+    short = montage.column(["word", picture(0, 8, 16)])
     assert long.width == short.width and long.height > short.height + 100
     assert len(np.unique(np.asarray(short).reshape(-1, 3), axis=0)) > 20
 
@@ -266,8 +266,8 @@ def test_command_generates_images(released, tmp_path, capsys):
     record = json.loads((tmp_path / "0.json").read_text())
     drawn = Image.open(tmp_path / "0-0.png")
     assert [list(step) for step in record["steps"]] == [["text"], ["picture"], ["text"]]
-    assert f"[drawn: {tmp_path}/0-0.png]" in out and record["steps"][0]["text"] in out
-    assert "drawing 1" in err and "1 pictures" in err
+    assert f"[image: {tmp_path}/0-0.png]" in out and record["steps"][0]["text"] in out
+    assert "image 1" in err and "1 images" in err
     assert max(drawn.size) > 14 and drawn.size[0] > drawn.size[1]  # the shape of the maze
     assert Image.open(tmp_path / "0.png").height > 450  # both images, 320 pixels wide, and text
     assert not list(tmp_path.glob("*.tmp"))

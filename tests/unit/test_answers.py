@@ -14,7 +14,17 @@ from PIL import Image
 
 from opsd_jax import interleave
 from opsd_jax import params as params_lib
-from opsd_jax.evaluation import benchmark, inference, interleaved, page, store, tables, traces
+from opsd_jax.evaluation import (
+    benchmark,
+    comparison,
+    inference,
+    interleaved,
+    page,
+    store,
+    summary_tables,
+    tables,
+    traces,
+)
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import job
 from opsd_jax.runtime import stopping
@@ -317,14 +327,14 @@ def test_the_ratio_of_image_generation_to_text():
         "other": of("generated", entry(0.1, 9), checkpoint="d"),
         "untimed": of("none", entry(0.5, None)),
     }
-    lines = results_lib.speeds(summaries).splitlines()
+    lines = summary_tables.speeds(summaries).splitlines()
     assert len(lines) == 3 and lines[2].endswith("| 1.25 | 1.4300 | 0.1000 | 14.3x | +5.0 |")
-    assert "| 78.33 | 77.33 |" in results_lib.table(summaries) and "| – |" in results_lib.table(
+    assert "| 78.33 | 77.33 |" in summary_tables.table(
         summaries
-    )
-    assert results_lib.speeds({"n": summaries["n"]}) == ""
+    ) and "| – |" in summary_tables.table(summaries)
+    assert summary_tables.speeds({"n": summaries["n"]}) == ""
     assert (
-        results_lib.speeds(
+        summary_tables.speeds(
             {"n": summaries["n"] | {"weights": "1"}, "g": summaries["g"] | {"weights": "2"}}
         )
         == ""
@@ -348,12 +358,12 @@ def test_mean_over_seeds():
         "again": of(2, 0.9),
         "p": of(1, 0.1, protocol="paper-none"),
     }
-    *_, line = results_lib.seeds(summaries).splitlines()
+    *_, line = summary_tables.seeds(summaries).splitlines()
     assert line == "| harness-none | c | MMVP | 60.0 ± 10.0 % | 0, 1, 2 | 10 |"
-    assert results_lib.seeds({name: summaries[name] for name in "ap"}) == ""
+    assert summary_tables.seeds({name: summaries[name] for name in "ap"}) == ""
     # the path is the same, the weights are not; the weights are the same, the path is not
-    assert results_lib.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
-    moved = results_lib.seeds(
+    assert summary_tables.seeds({"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="2")}) == ""
+    moved = summary_tables.seeds(
         {"a": of(0, 0.5, weights="1"), "b": of(1, 0.7, weights="1", checkpoint="w/d")}
     )
     assert "| c | MMVP | 60.0" in moved
@@ -487,7 +497,7 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
     results(tmp_path / "eval" / "good", [("a", "A", True)])
     results(tmp_path / "eval" / "bad", [("a", "A", True)])
     (tmp_path / "eval" / "bad" / "summary.json").write_text(content)
-    table = results_lib.write_table(str(tmp_path))
+    table = summary_tables.write_table(str(tmp_path))
     assert (
         "| good | T | 100.0 %" in table
         and "bad" not in table
@@ -499,10 +509,10 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
     )
     with pytest.raises(
         ValueError,
-        match="bad/summary.json (is not valid JSON|is no summary|holds "
+        match="bad/summary.json (is not valid JSON|is not a summary|holds "
         "a).*: delete its folder, and",
     ):
-        results_lib.read_results(str(tmp_path), "bad")
+        comparison.read_results(str(tmp_path), "bad")
 
 
 def test_a_cut_file_of_predictions_is_named(tmp_path):
@@ -511,10 +521,10 @@ def test_a_cut_file_of_predictions_is_named(tmp_path):
     for text in (path.read_text()[:-20], '{"benchmark": "T"}\n', "[]\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"--against=x: {path} is damaged .* evaluate again"):
-            results_lib.read_results(str(tmp_path), "x")
+            comparison.read_results(str(tmp_path), "x")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="--against=x: no .*predictions.jsonl: give a name"):
-        results_lib.read_results(str(tmp_path), "x")
+        comparison.read_results(str(tmp_path), "x")
 
 
 def asking(rows, name="T", table=None):
@@ -564,17 +574,17 @@ ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
 )
 def test_only_the_same_questions_are_compared(tmp_path, here, there, split, message):
     results(tmp_path / "eval" / "x", there, split="test")
-    compared = results_lib.read_results(str(tmp_path), "x")
+    compared = comparison.read_results(str(tmp_path), "x")
     if message is None:
-        results_lib.check_pairs(compared, [asking(here)], split)
+        comparison.check_pairs(compared, [asking(here)], split)
     else:
         with pytest.raises(ValueError, match=f"--against=x.*{message}"):
-            results_lib.check_pairs(compared, [asking(here)], split)
+            comparison.check_pairs(compared, [asking(here)], split)
     with pytest.raises(
         ValueError,
         match="--against=x has results of T, not of U: give results of the same benchmarks",
     ):
-        results_lib.check_pairs(compared, [asking(here, "U")], "test")
+        comparison.check_pairs(compared, [asking(here, "U")], "test")
 
 
 def test_pairs_are_found_by_what_was_asked(tmp_path):
@@ -603,7 +613,7 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         [result],
         {"T": bench},
         lambda *_: [],
-        results_lib.read_results(str(tmp_path), "x"),
+        comparison.read_results(str(tmp_path), "x"),
     )
     cells = html[html.index("Against x") :].split("</table>")[0].split("<td")[1:]
     assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
