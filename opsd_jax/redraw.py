@@ -1,11 +1,11 @@
-"""Rows of a run with pictures that its model draws in the place of their visual thoughts.
+"""A run's data with images that its model generates in place of their visual thoughts.
 
   python -m opsd_jax.redraw --workdir=W --target=DIR [--checkpoint=W/checkpoints/STEP]
   python -m opsd_jax.train ... --config.data.dir=DIR
 
-A control: the teacher reads what the model can draw itself, not what somebody prepared. Every row gets as many pictures
-as it had, whether the model's text asks for them or not. Splits that are not drawn are copied, so that a run finds all
-that it evaluates on.
+A control: the teacher reads what the model can generate itself, not what somebody prepared. Every
+example gets as many images as it had, whether the model's text asks for them or not. Splits that are
+not regenerated are copied, so that a run finds all that it evaluates on.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from opsd_jax.runtime import distributed, stopping
 
 def main(argv=None) -> None:
     """`python -m opsd_jax.redraw`; errors in the arguments end it with one line and code 1."""
-
     cli.start()
     parser = argparse.ArgumentParser(
         prog="python -m opsd_jax.redraw",
-        description="Rows of a run with pictures that its "
-        "model draws in the place of their visual thoughts, to train on.",
+        description="A run's data with images that its model generates in place of their visual "
+        "thoughts, to train on.",
     )
-    parser.add_argument("--workdir", required=True, help="of a run whose model can draw")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of a run whose model generates images"
+    )
     parser.add_argument("--target", required=True, help="the TFDS data_dir to write")
     parser.add_argument(
         "--checkpoint", default="", help="a step folder (default: the newest of the run)"
@@ -33,7 +34,7 @@ def main(argv=None) -> None:
         "--splits",
         default=("train",),
         type=cli.names,
-        help="to draw; the others that the run uses are copied",
+        help="splits to generate images for; the others that the run uses are copied",
     )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -11,15 +12,23 @@ from PIL import Image
 
 from opsd_jax import images, interleave
 from opsd_jax import params as params_lib
-from opsd_jax.data import arrayrecord, prepare, shards
+from opsd_jax.data import arrayrecord, prepare
 from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.data.schema import Example
 from opsd_jax.inputs import cli, json_files, paths
+from opsd_jax.interleave import Reasoner
 from opsd_jax.run import model as model_lib
+from opsd_jax.run import session
+from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import files, locks
-from opsd_jax.runtime import progress as progress_lib
+from opsd_jax.runtime.progress import Progress
 
-SHARD = 512  # rows of a parquet file; what a kill can cost
+SHARD = 512  # examples per parquet file, and what a kill can cost
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def redraw(
@@ -27,24 +36,29 @@ def redraw(
     target: str,
     *,
     checkpoint: str = "",
-    splits=("train",),
+    splits: Sequence[str] = ("train",),
     batch_size: int = 64,
     seed: int = 0,
-    before_batch=lambda: None,
+    before_batch: Callable[[], None] = _do_nothing,
 ):
-    """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them (`visual_opsd.prepare`).
+    """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them.
 
-    Interrupted, it goes on after the last whole file. Rows of every split that the run uses are written.
+    Examples of every split that the run uses are written. If it is interrupted, the next call continues
+    after the last whole file.
 
     Args:
-      workdir: of the run, or of an arm. checkpoint: a step folder whose model draws; "" for the newest.
-      splits: those whose visual thoughts are drawn. before_batch: called before each batch, such as
-        `stopping.StopRequest.check`.
+      workdir: folder of the run, or of a control arm.
+      target: DIR, the TFDS data_dir to write.
+      checkpoint: a step folder whose model generates the images; "" for the newest.
+      splits: those whose visual thoughts are generated. The others are copied.
+      before_batch: called before each batch, such as `StopRequest.check`.
+    Returns:
+      What `prepare.prepare` returns.
     Raises:
-      FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other pictures. ValueError: the model
-      cannot draw; unknown splits. locks.FolderInUseError: another command is writing into DIR.
+      FileNotFoundError: no run, data or checkpoint. FileExistsError: DIR holds other images.
+      ValueError: the model cannot generate images; unknown splits.
+      FolderInUseError: another command is writing into DIR.
     """
-
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
     paths.check("--checkpoint", checkpoint)
@@ -52,24 +66,23 @@ def redraw(
     cli.check_once("splits", splits)
     cli.check_number("batch_size", batch_size, 1)
     cli.check_seed(seed)
-    config = workdir_lib.load_config(workdir)
-    used = list(
-        dict.fromkeys(s for s in ("train", config.eval.split, config.eval.final_split) if s)
-    )
+    run = session.open_run(workdir)
+    used = _splits(run)
     if unknown := set(splits) - set(used):
         raise ValueError(
-            f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not {', '.join(sorted(unknown))}"
+            f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not "
+            f"{', '.join(sorted(unknown))}"
         )
-    folder, number = os.path.join(target, "drawn"), 0
+    folder = os.path.join(target, "drawn")
     record_path = os.path.join(folder, "redraw.json")
 
-    def load():
+    def load() -> tuple[Reasoner, dict]:
         step = checkpoint or checkpoint_lib.newest(workdir)
         model = model_lib.load(step, generation=True)
         record = {
             "checkpoint": os.path.realpath(step),
             "weights": params_lib.fingerprint(model.params),
-            "rows": digests,
+            "rows": run.digests["data"],
             "splits": list(splits),
             "batch_size": batch_size,
             "seed": seed,
@@ -78,43 +91,72 @@ def redraw(
         return model, record
 
     with locks.only_writer(target):
-        place = workdir_lib.data_dir(config, workdir_lib.data_workdir(config, workdir))
-        digests = shards.digests(place, config.data.tasks)
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
-        for task in config.data.tasks:
-            for split in used:
-                source = arrayrecord.open_source(place, split, task=task)
-                count = -(-len(source) // SHARD)
-                doing = "drawing" if split in splits else "copying"
-                with progress_lib.Progress(len(source), f"{doing} {task}", split) as progress:
-                    for shard in range(count):
-                        path = os.path.join(
-                            folder,
-                            "parquet",
-                            task,
-                            "data",
-                            f"{split}-{shard:05d}-of-{count:05d}.parquet",
-                        )
-                        rows = [
-                            source[n]
-                            for n in range(shard * SHARD, min((shard + 1) * SHARD, len(source)))
-                        ]
-                        if not os.path.exists(path):
-                            if split in splits:
-                                key = jax.random.fold_in(jax.random.key(seed), number)
-                                rows = _draw(model, config, rows, key, batch_size, before_batch)
-                            _write(path, rows)
-                        number += 1
-                        progress.update(shard * SHARD + len(rows))
+        for number, shard in enumerate(_shards(run, used, splits, folder)):
+            if os.path.exists(shard.path):
+                continue
+            examples = shard.read()
+            if shard.split in splits:
+                key = jax.random.fold_in(jax.random.key(seed), number)
+                examples = _generate(run, model, examples, key, batch_size, before_batch)
+            _write(shard.path, examples)
         return prepare.prepare(os.path.join(folder, "parquet"), target)
 
 
-def _check_claim(path, record) -> None:
-    """FileExistsError where the record of other images is stored."""
+def _splits(run: Session) -> list[str]:
+    """The splits that a run uses, each once."""
+    c = run.config.eval
+    return list(dict.fromkeys(split for split in ("train", c.split, c.final_split) if split))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A parquet file to write: some examples of a split of a task.
+
+    Attributes:
+      path: the file.
+      split: the split.
+      source: all examples of it.
+      numbers: those of the file.
+    """
+
+    path: str
+    split: str
+    source: Sequence[Example]
+    numbers: range
+
+    def read(self) -> list[Example]:
+        return [self.source[n] for n in self.numbers]
+
+
+def _shards(
+    run: Session, used: Sequence[str], generated: Sequence[str], folder: str
+) -> Iterator[_Shard]:
+    """The files of all tasks and splits, with a progress bar for each split of a task."""
+    where = workdir_lib.data_dir(run.config, run.data_workdir)
+    for task in run.config.data.tasks:
+        for split in used:
+            doing = "generating" if split in generated else "copying"
+            source = arrayrecord.open_source(where, split, task=task)
+            count = -(-len(source) // SHARD)
+            with Progress(len(source), f"{doing} {task}", split) as progress:
+                for n in range(count):
+                    name = f"{split}-{n:05d}-of-{count:05d}.parquet"
+                    numbers = range(n * SHARD, min((n + 1) * SHARD, len(source)))
+                    path = os.path.join(folder, "parquet", task, "data", name)
+                    yield _Shard(path, split, source, numbers)
+                    progress.update(numbers.stop)
+
+
+def _check_claim(path: str, record: dict) -> None:
+    """FileExistsError where the folder holds images that were generated otherwise.
+
+    The weights count, not their path: another model may be stored there by now.
+    """
     if os.path.exists(path):
-        there = json_files.read(path, fix=f"delete {os.path.dirname(path)}, and all is drawn again")
-        # the weights count, not their path: another model may be stored there by now
+        fix = f"delete {os.path.dirname(path)}, and all images are generated again"
+        there = json_files.read(path, fix=fix)
         if changed := [
             key
             for key in {**there, **record}
@@ -122,38 +164,49 @@ def _check_claim(path, record) -> None:
         ]:
             now, was = ({key: x.get(key) for key in changed} for x in (record, there))
             raise FileExistsError(
-                f"{path} says that images there were generated with other {', '.join(changed)}, {was}, not "
-                f"{now}: choose another --target, or delete it"
+                f"{path} says that images there were generated with other {', '.join(changed)}, "
+                f"{was}, not {now}: choose another --target, or delete it"
             )
 
 
-def _draw(model, config, rows, key, batch_size, before_batch) -> list:
-    """The examples with drawn pictures, as PNG."""
-    found, size = [], min(batch_size, len(rows))
-    for start in range(0, len(rows), size):
+def _generate(
+    run: Session,
+    model: Reasoner,
+    examples: list[Example],
+    key: jax.Array,
+    batch_size: int,
+    before_batch: Callable[[], None],
+) -> list[Example]:
+    """The examples with as many generated images as each has visual thoughts, as PNG.
+
+    The last example of the last batch repeats until the batch is full.
+    """
+    found: list[Example] = []
+    size = min(batch_size, len(examples))
+    for start in range(0, len(examples), size):
         before_batch()
-        part = rows[start : start + size]
-        rounds = 1 + max(len(row.visual_thoughts) for row in part)
-        asked = dataclasses.replace(
-            model, protocol=dataclasses.replace(model.protocol, rounds=rounds)
-        )
-        questions = [
-            (
-                [images.open_rgb(row.problem_image, transparency=config.images.transparency)],
-                row.question + config.prompts.suffix,
-            )
-            for row in [*part, *[part[-1]] * (size - len(part))]
-        ]
+        part = examples[start : start + size]
+        rounds = 1 + max(len(example.visual_thoughts) for example in part)
+        protocol = dataclasses.replace(model.protocol, rounds=rounds)
+        questions = [_question(run, example) for example in part]
         traces = interleave.reason(
-            asked, questions, jax.random.fold_in(key, start), generation=True, always=True
+            dataclasses.replace(model, protocol=protocol),
+            questions + questions[-1:] * (size - len(part)),
+            jax.random.fold_in(key, start),
+            generation=True,
+            always=True,
         )
-        found += [
-            dataclasses.replace(
-                row, visual_thoughts=tuple(map(_png, trace.images[: len(row.visual_thoughts)]))
-            )
-            for row, trace in zip(part, traces)
-        ]
+        for example, trace in zip(part, traces):
+            generated = trace.images[: len(example.visual_thoughts)]
+            found.append(dataclasses.replace(example, visual_thoughts=tuple(map(_png, generated))))
     return found
+
+
+def _question(run: Session, example: Example) -> interleave.Question:
+    """(images, text) of an example's question."""
+    transparency = run.config.images.transparency
+    problem = images.open_rgb(example.problem_image, transparency=transparency)
+    return [problem], example.question + run.config.prompts.suffix
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -162,47 +215,50 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path, rows) -> None:
-    """Examples as a parquet file in the released columns."""
+def _write(path: str, examples: list[Example]) -> None:
+    """Writes examples as a parquet file with the released columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
-    thoughts, drawn = (
-        max(len(of(row)) for row in rows)
-        for of in (lambda r: r.thoughts, lambda r: r.visual_thoughts)
-    )
+    thoughts = range(max(len(example.thoughts) for example in examples))
+    visual = range(max(len(example.visual_thoughts) for example in examples))
+    names = ("pid", "question", "answer", "task", "full_text_only_thought", "metadata")
     schema = {
-        "pid": text,
-        "question": text,
-        "answer": text,
-        "task": text,
-        "full_text_only_thought": text,
-        "metadata": text,
+        **dict.fromkeys(names, text),
         "problem_image_0": image,
-        **{f"resoning_thought_{n}": text for n in range(thoughts)},
-        **{f"reasoning_image_{n}": image for n in range(drawn)},
+        **{f"resoning_thought_{n}": text for n in thoughts},
+        **{f"reasoning_image_{n}": image for n in visual},
     }
-    at = lambda values, n: values[n] if n < len(values) else None
-    picture = lambda value, name: value and {"bytes": value, "path": name}
     records = [
         {
-            "pid": row.pid,
-            "question": row.question,
-            "answer": row.answer,
-            "task": row.task,
-            "full_text_only_thought": row.full_text_only_thought,
-            "metadata": json.dumps(row.metadata),
-            "problem_image_0": picture(row.problem_image, f"{row.pid}.png"),
-            **{f"resoning_thought_{n}": at(row.thoughts, n) for n in range(thoughts)},
+            "pid": example.pid,
+            "question": example.question,
+            "answer": example.answer,
+            "task": example.task,
+            "full_text_only_thought": example.full_text_only_thought,
+            "metadata": json.dumps(example.metadata),
+            "problem_image_0": _stored(example.problem_image, f"{example.pid}.png"),
+            **{f"resoning_thought_{n}": _at(example.thoughts, n) for n in thoughts},
             **{
-                f"reasoning_image_{n}": picture(at(row.visual_thoughts, n), f"{row.pid}_{n}.png")
-                for n in range(drawn)
+                f"reasoning_image_{n}": _stored(
+                    _at(example.visual_thoughts, n), f"{example.pid}_{n}.png"
+                )
+                for n in visual
             },
         }
-        for row in rows
+        for example in examples
     ]
+    table = pa.Table.from_pylist(records, schema=pa.schema(schema))
     with files.replacing(path) as f:
-        pq.write_table(
-            pa.Table.from_pylist(records, schema=pa.schema(schema)), f, row_group_size=256
-        )
+        pq.write_table(table, f, row_group_size=256)
+
+
+def _at(values: Sequence, n: int):
+    """Value n; None beyond the end."""
+    return values[n] if n < len(values) else None
+
+
+def _stored(image: bytes | None, name: str) -> dict | None:
+    """An image as the released files store it."""
+    return {"bytes": image, "path": name} if image else None

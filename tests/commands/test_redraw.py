@@ -94,7 +94,7 @@ def test_redrawn_examples_differ_only_in_their_images(workdir, tmp_path, monkeyp
     other = dataclasses.replace(
         workdir.model, params={"head": np.ones(3, np.float32)}
     )  # another model under the same path
-    monkeypatch.setattr(model_lib, "load", lambda directory, draw: other)
+    monkeypatch.setattr(model_lib, "load", lambda directory, generation: other)
     with pytest.raises(FileExistsError, match="generated with other weights"):
         draw()
     record = target / "drawn" / "redraw.json"
@@ -108,10 +108,10 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     steps, load = [3, 5], model_lib.load
     monkeypatch.setattr(checkpoint, "metadata", lambda folder: {"step": steps[0]})
 
-    def rotated(directory, draw):
+    def rotated(directory, generation):
         if steps.pop(0) == 3:
             raise checkpoint.CheckpointGoneError(directory)
-        return load(directory, draw)
+        return load(directory, generation)
 
     monkeypatch.setattr(model_lib, "load", rotated)
     redraw.redraw(workdir.path, str(tmp_path / "d"), batch_size=4)
