@@ -4,8 +4,8 @@
   python -m opsd_jax.train ... --config.data.dir=DIR
 
 A control: the teacher reads what the model can generate itself, not what somebody prepared. Every
-example gets as many images as it had, whether the model's text asks for them or not. Splits that are
-not regenerated are copied, so that a run finds all that it evaluates on.
+example gets as many images as it had, whether the model's text asks for them or not. Other splits
+are copied, so that a run finds all that it evaluates on.
 """
 
 import argparse

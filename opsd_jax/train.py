@@ -2,12 +2,12 @@
 
   python -m opsd_jax.train --config=configs/mini.py --workdir=W
 
-  settings -> session -> for each stage: start or resume -> loop -> checkpoint, evaluation -> control arms
+  settings -> session -> for each stage: (start or resume -> loop -> evaluation) -> control arms
 
-A run is a sequence of stages (`autoencoder`, `warmup`, `opsd`, `sft`, `offline`, see run/stages.py); step
-numbers continue from stage to stage. If W holds a run, that run is continued exactly from where it
-stopped. `--arm=NAME` runs one of the config's control arms in W/arms/NAME, from the weights with which
-W's first OPSD step began.
+A run is a sequence of stages (`autoencoder`, `warmup`, `opsd`, `sft`, `offline`; run/stages.py has
+their table). Step numbers continue from stage to stage. If W holds a run, that run is continued
+exactly from where it stopped. `--arm=NAME` runs one of the config's control arms in W/arms/NAME,
+from the weights with which W's first OPSD step began.
 """
 
 import contextlib
@@ -74,8 +74,8 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     several = distributed.initialize()
     if several and config.run_arms and not arm:
         raise ValueError(
-            "several processes cannot start arms: add --config.run_arms='()', and run each arm by a "
-            "command of its own, with --arm=NAME, when this run is done"
+            "several processes cannot start arms: add --config.run_arms='()', and run each arm by "
+            "a command of its own, with --arm=NAME, when this run is done"
         )
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms and continued runs compile the same
         cache = os.path.join(os.path.abspath(workdir), "xla_cache")
@@ -96,10 +96,11 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
 
 
 def _stop(number, frame) -> None:
-    """Ends the command while it does not train; control arms that run save and stop first (`Arms`)."""
+    """Ends the command while it does not train; arms that run save and stop first (`Arms`)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
+    name = signal.Signals(number).name
     print(
-        f"{signal.Signals(number).name}: stopping, and arms that run with it; the same command continues",
+        f"{name}: stopping, and arms that run with it; the same command continues",
         file=sys.stderr,
         flush=True,
     )
@@ -120,8 +121,8 @@ def train(
     """Runs or continues a run, and returns its final weights.
 
     Args:
-      data_workdir: folder of the run whose data and tokenizer are used where the settings name none; ""
-        for workdir.
+      data_workdir: folder of the run whose data and tokenizer are used where the settings name
+        none; "" for workdir.
       on_warm: called when the checkpoint that the OPSD stage starts from is complete.
     Raises:
       Stopped: the process was asked to stop; what it did is saved.
@@ -141,9 +142,9 @@ def train(
     ):
         run = session_lib.open_training(config, workdir, data_workdir or workdir, checkpoints)
         with run.writer, _reporting_a_stop(workdir, checkpoints):
-            # At step 350 of the stages warmup (0..350] and opsd (350..750], warmup has no step left but is
-            # evaluated where that is missing, and opsd starts from its weights. At step 500, warmup is
-            # skipped and opsd continues with the state of step 500.
+            # With stages warmup (0..350] and opsd (350..750]: at step 350, warmup has no step left,
+            # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup
+            # is skipped, and opsd continues with the state of step 500.
             done, params = checkpoints.latest(), None
             for stage in stages.of_run(run):
                 if done is None or done <= stage.last:
@@ -179,12 +180,13 @@ def train_stage(
     """Takes the steps of one stage that are left, with an optimizer and a schedule of its own.
 
     Args:
-      params: the weights that the stage before returned; None where this process has not trained one.
+      params: the weights that the stage before returned; None if this process has trained none.
       on_start: called when the checkpoint of the weights that the stage starts from is complete.
     Returns:
       The weights that its last checkpoint offers.
     Raises:
-      Stopped: `stop` was set, between two steps or two batches of an evaluation; what was done is saved.
+      Stopped: `stop` was set. It is asked between steps and between the batches of an evaluation;
+        what was done by then is saved.
     """
     config, kind, clock = run.config, stage.kind, run.clock
     done = checkpoints.latest()

@@ -18,7 +18,8 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     Args:
       data_workdir: folder of the run whose data and tokenizer are used; "" for workdir.
     Raises:
-      ValueError: settings or paths that cannot be used. FileNotFoundError: no data, tokenizer or weights.
+      ValueError: settings or paths that cannot be used.
+      FileNotFoundError: no data, no tokenizer or no weights.
     """
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
@@ -33,7 +34,7 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
 
 
 def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
-    """What a run reads is present: data or how to make them, a tokenizer, and the weights it starts from."""
+    """Checks that what a run reads is present: data (or how to make them), tokenizer, weights."""
     if config.init_from and not folders.is_released(config.init_from):
         paths.check(
             "config.init_from", config.init_from, orbax=True
@@ -48,5 +49,6 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
             checkpoint.resolve(config.init_from)
         except checkpoint.CheckpointNotFoundError as error:
             raise checkpoint.CheckpointNotFoundError(
-                f"config.init_from={config.init_from!r} is not a model and holds no checkpoint: {error}"
+                f"config.init_from={config.init_from!r} is not a model and holds no checkpoint: "
+                f"{error}"
             ) from None

@@ -19,7 +19,10 @@ config_flags.DEFINE_config_file(
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads FILE or FILE:ARGUMENT. An error in the file ends the command with one line that names it."""
+    """Reads FILE or FILE:ARGUMENT.
+
+    An error in the file ends the command with one line that names the file and the line.
+    """
 
     def parse(self, path):
         file, _, argument = path.partition(":")

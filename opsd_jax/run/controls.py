@@ -1,9 +1,9 @@
 """Control arms: ordinary runs that start from the weights with which a run's OPSD stage began.
 
-A control arm is a named set of changes to the run's settings (`config.arms`). Each runs as a process of
-its own in W/arms/NAME, with the run's own command line plus --arm=NAME, so that it can also be run
-alone. On CPUs one arm runs beside the main run (a model this small leaves a second core idle). On
-accelerators, which belong to one process, arms run one after another when the main run has ended.
+A control arm is a named set of changes to the run's settings (`config.arms`). Each is a process of
+its own in W/arms/NAME, with the run's own command line plus --arm=NAME, so that it can also be
+run alone. On CPUs one arm runs beside the main run (a model this small leaves a second core idle).
+On accelerators, which belong to one process, arms run one after another after the main run.
 """
 
 import collections
@@ -27,14 +27,15 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
     """Settings and folder of a control arm of the run in workdir.
 
     Raises:
-      ValueError: no such arm, or a run without an OPSD stage. FileNotFoundError: the run is not warmed up.
+      ValueError: no such arm, or a run without an OPSD stage.
+      FileNotFoundError: the run is not warmed up.
     """
     if name not in config.arms:
         raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
     if "opsd" not in config.stages:
         raise ValueError(
-            f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} has "
-            "none"
+            f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} "
+            "has none"
         )
     step = _start(config)
     start = os.path.join(workdir, "checkpoints", str(step))
@@ -90,7 +91,7 @@ class Arms:
             self._worker.join()
 
     def start(self) -> None:
-        """To be called when the run is warmed up: on CPUs a thread now runs arms beside the main run."""
+        """To be called when the run is warmed up: on CPUs a thread now runs arms beside it."""
         if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
             self._worker = threading.Thread(target=self._work, args=(1,), daemon=True)
             self._worker.start()
@@ -140,7 +141,7 @@ class Arms:
 
 
 def _half_of_cores(half: int) -> list[int]:
-    """The first (0) or second (1) half of the cores of this process; [] where that cannot be chosen."""
+    """The first (0) or second (1) half of this process's cores; [] if they cannot be chosen."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores = sorted(os.sched_getaffinity(0))
@@ -169,9 +170,9 @@ _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_samp
 
 
 def report(workdir: str, names: Sequence[str]) -> str:
-    """The table of a run and its control arms, also written to report.md and report.json in workdir.
+    """The table of a run and its control arms, also written to W/report.md and W/report.json.
 
-    A text-only accuracy is shown with that of the same weights given the true visual thoughts, where
+    A text-only accuracy is shown with that of the same weights given the true visual thoughts, if
     the final evaluation measured it: training changes how well a model reads them.
 
     Raises:

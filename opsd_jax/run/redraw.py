@@ -43,8 +43,8 @@ def redraw(
 ):
     """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them.
 
-    Examples of every split that the run uses are written. If it is interrupted, the next call continues
-    after the last whole file.
+    Examples of every split that the run uses are written. If it is interrupted, the next call
+    continues after the last whole file.
 
     Args:
       workdir: folder of the run, or of a control arm.

@@ -81,7 +81,7 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
 
 
 def write_rollouts(run: Session, step: FinishedStep) -> None:
-    """What the student wrote for the first examples, with their images, and the divergence at each position.
+    """What the student wrote for the first examples, their images, and the divergence by position.
 
     At the first step of a process, and every config.log.samples_every steps.
     """
@@ -122,9 +122,10 @@ def write_reconstructions(run: Session, step: FinishedStep) -> None:
 
 
 def write_generated_images(run: Session, step: FinishedStep) -> None:
-    """For the first examples: the problem, its first visual thought and the model's, side by side; its text.
+    """What the model generates for the first examples: its text and its first image.
 
-    At the last step, and every config.log.samples_every steps.
+    The image is shown beside the problem and the true visual thought. At the last step, and every
+    config.log.samples_every steps.
     """
     if not (step.number == step.stage.last or step.is_sampled(run)):
         return
@@ -157,7 +158,7 @@ def _contexts(host) -> dict[str, Context]:
 
 
 def _context_text(run: Session, c: Context, n: int) -> str:
-    """Packed sequence n as text, with patches shown as [number patches], latents as [number latents]."""
+    """Packed sequence n as text; patches are shown as "[16 patches]", latents as "[4 latents]"."""
     positions, patches = np.arange(c.length[n]), set(c.patch_slots[n].tolist())
     if c.latents is not None:  # in the order of the sequence
         places = np.where(c.segment[n] > 0, c.latents.order[n], c.slots)

@@ -37,14 +37,14 @@ class Session:
     Attributes:
       config: all settings of the run.
       workdir: folder of the run (or of the control arm).
-      data_workdir: folder of the run whose data and tokenizer are used where the settings name none.
-      model: sizes and compute of the network.
+      data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
+      model: sizes of the network, and how it is computed.
       mesh: devices, with the axes of `sharding`.
-      tokenizer: of the run's data.
-      marker: automaton of the image-start marker over the tokens of the vocabulary.
+      tokenizer: the tokenizer of the run's data.
+      marker: finds the image-start marker in a stream of tokens.
       packer: packs prepared examples into contexts of the configured buckets.
-      clock: where the time goes.
-      writer: metrics and samples; it writes nothing in a session that only reads.
+      clock: counts the wall time of each phase.
+      writer: writes metrics and samples; in a session that only reads it writes nothing.
     """
 
     config: ConfigDict
@@ -66,7 +66,10 @@ class Session:
         return {"data": data, "tokenizer": self.tokenizer.digest}
 
     def examples(self, split: str, *, generation: bool = False) -> examples_lib.Examples:
-        """Prepared examples of a split; with `generation` also as the autoencoder sees their images."""
+        """Prepared examples of a split.
+
+        generation: they also carry their images as the autoencoder sees them.
+        """
         return examples_lib.Examples.open(
             self.config, self.data_workdir, self.tokenizer, split, generation=generation
         )
@@ -94,16 +97,18 @@ class Session:
         return self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens
 
     def abstract_params(self, layout: str = "train"):
-        """Shapes, dtypes and shardings of the weights: what restoring a checkpoint asks for."""
+        """Shapes, dtypes and shardings of the weights, which restoring a checkpoint needs."""
         shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=self.model))
         return sharding.abstract(self.mesh, shapes, layout)
 
     def restore_params(self, checkpoint_folder: str, layout: str = "train"):
-        """The weights in a checkpoint of the run, laid out for the update and for scoring.
+        """The weights in a checkpoint of the run.
 
-        A session whose `model` has no image generation leaves those weights on disk.
+        A session whose `model` does not generate images leaves the weights for that on disk.
 
-        layout: "train", or "rollout" for the sampler, in the dtype of the computation.
+        Args:
+          layout: "train" for the update and for scoring; "rollout" for the sampler, in the dtype of
+            the computation.
         """
         partial = self.config.model.generation.on and self.model.generation is None
         abstract = self.abstract_params(layout)
@@ -114,6 +119,7 @@ class Session:
         return rollout.relayout_program(self.mesh, params, self.config.model.dtype)(params)
 
     def checkpoint_folder(self, step: int) -> str:
+        """Folder of the run's checkpoint of a step."""
         return os.path.join(self.workdir, "checkpoints", str(step))
 
     def results_folder(self, step: int, name: str) -> str:
@@ -153,10 +159,10 @@ def open_run(
 def open_training(
     config: ConfigDict, workdir: str, data_workdir: str, checkpoints: checkpoint.Checkpoints
 ) -> Session:
-    """Opens a run for training: records its settings, makes data that are absent, and opens its metrics.
+    """Opens a run for training: records its settings, makes absent data, opens its metrics.
 
     Args:
-      data_workdir: folder of the run whose data and tokenizer are used where the settings name none.
+      data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
       checkpoints: those of the run, which continues from the latest one.
     Raises:
       ConfigMismatchError: settings, data or tokenizer are others than before.
@@ -226,10 +232,11 @@ def _open(
     )
 
 
-def record_config(config, workdir: str) -> None:
-    """Writes W/config.json; ConfigMismatchError if W holds a run with other settings.
+def record_config(config: ConfigDict, workdir: str) -> None:
+    """Writes W/config.json. Raises ConfigMismatchError if W holds a run with other settings.
 
-    A run that has not logged a step, because it failed at once, has nothing to protect: its record is replaced.
+    A run that has not logged a step, because it failed at once, has nothing to protect: its record
+    is replaced.
     """
     record, path = config_lib.to_json(config), os.path.join(workdir, "config.json")
     rows = os.path.join(workdir, "metrics.jsonl")
@@ -239,8 +246,8 @@ def record_config(config, workdir: str) -> None:
         files.write_json(path, record, primary=jax.process_index() == 0)
 
 
-def _tokenizer_of_origin(config) -> dict:
-    """{"tokenizer": digest} of the weights that a run starts from; {} where they have no tokenizer with them."""
+def _tokenizer_of_origin(config: ConfigDict) -> dict:
+    """{"tokenizer": digest} of the weights that a run starts from; {} if they come without one."""
     if not folders.is_model(config.init_from):
         return checkpoint.metadata(config.init_from).get("digests") or {}
     folder = folders.tokenizer_folder(config.init_from)
@@ -249,8 +256,11 @@ def _tokenizer_of_origin(config) -> dict:
     return {"tokenizer": tokenizer.load(folder).digest}
 
 
-def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
-    """What a run tells Weights & Biases about itself, None if it does not log there. A run and its arms are one group."""
+def wandb_arguments(config: ConfigDict, workdir: str, data_workdir: str) -> dict | None:
+    """Arguments of `wandb.init`; None if the run does not log to Weights & Biases.
+
+    A run and its control arms are one group there.
+    """
     if not config.log.wandb:
         return None
     name, group = (os.path.basename(os.path.abspath(folder)) for folder in (workdir, data_workdir))
@@ -262,18 +272,21 @@ def wandb_arguments(config, workdir: str, data_workdir: str) -> dict | None:
     }
 
 
-def check_batch(config, stage: str, shards: int) -> None:
-    """ValueError where the rows of a stage's micro step, or of its evaluation, do not fill the batch shards of a mesh."""
-    s = config[stage]
-    micro = s.batch_size // s.accumulation
-    if micro % shards:
+def check_batch(config: ConfigDict, stage: str, shards: int) -> None:
+    """Checks that a mesh divides the batch of a stage's micro step, and of its evaluation.
+
+    shards: number of parts that the mesh cuts a batch into.
+    """
+    size, accumulation = config[stage].batch_size, config[stage].accumulation
+    if (size // accumulation) % shards:
         raise ValueError(
-            f"a micro step of config.{stage} has {micro} rows (batch_size {s.batch_size} / accumulation {s.accumulation}) for "
-            f"{shards} batch shards (mesh data x fsdp): lower config.{stage}.accumulation, raise "
-            f"config.{stage}.batch_size, or give devices to config.mesh.tensor"
+            f"a micro step of config.{stage} has {size // accumulation} sequences (batch_size "
+            f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): lower "
+            f"config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices to "
+            "config.mesh.tensor"
         )
     if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
         raise ValueError(
-            f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} batch shards of "
-            "config.mesh"
+            f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} "
+            "batch shards of config.mesh"
         )

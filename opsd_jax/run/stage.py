@@ -15,13 +15,14 @@ class Kind:
       load: batch maker, (batches, step) -> (host arrays, prepared examples).
       sampler: what the step function reads besides the batch (see `step_inputs`).
       samples: functions that write files for humans (see `samples`).
-      generates: the stage trains the image-generation path, so that examples also carry their images as
-        the autoencoder sees them.
-      caches_teacher: the batch maker also takes the cache of a teacher's outputs, which is collected
-        before the first step (see `teacher_cache`).
+      generates: the stage trains the image-generation path, so that examples also carry their
+        images as the autoencoder sees them.
+      caches_teacher: the batch maker also takes the cache of a teacher's outputs, which is
+        collected before the first step (see `teacher_cache`).
       evaluates: accuracy is measured during the stage and at its end.
-      keeps_start: the weights that the stage starts with are compared with. Where it is the run's first
-        stage they are saved as checkpoint 0, and its final evaluation measures the KL to them.
+      keeps_start: results are compared with the weights that the stage starts with. They are saved
+        as checkpoint 0 if it is the run's first stage, and its final evaluation measures the KL to
+        them.
       starts_arms: control arms start from the weights that the stage starts with.
     """
 

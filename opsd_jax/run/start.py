@@ -91,8 +91,8 @@ def _from_checkpoint(run: Session, folder: str):
     here = config_lib.to_json(run.config.lora)
     if there.get("rank") and there != here:
         raise ValueError(
-            f"{folder} has adapters of config.lora {there}, this run has {here}: set config.lora to "
-            "theirs, or start from what `python -m opsd_jax.convert export` makes of it"
+            f"{folder} has adapters of config.lora {there}, this run has {here}: set config.lora "
+            "to theirs, or start from what `python -m opsd_jax.convert export` makes of it"
         )
     wanted = run.abstract_params()
     if run.model.lora and not there.get("rank"):

@@ -32,7 +32,7 @@ def restored(run: Session, stage: Stage, checkpoints: Checkpoints, step: int) ->
 
 
 def offered_params(run: Session, stage: Stage, state: dict):
-    """The weights that a checkpoint offers: to evaluation, to export, to the next stage and to control arms."""
+    """The weights that a checkpoint offers: to evaluation, export, the next stage, and arms."""
     if run.config.checkpoint.params == "ema" and "ema" in state:
         return distill.teacher_params(state, stage.config)
     return state["params"]

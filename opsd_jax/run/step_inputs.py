@@ -71,8 +71,8 @@ class RandomKey:
 class Completions:
     """The student's completions of the batch, sampled with its current weights.
 
-    A batch in which a completion is empty is replaced by other examples, config.rollout.empty_retries
-    times at most.
+    A batch in which a completion is empty is replaced by one of other examples, at most
+    config.rollout.empty_retries times.
 
     params: arrays or ShapeDtypeStructs, laid out as the weights of all calls.
     guard: counts the programs that sampling compiles, one for each bucket.
@@ -86,7 +86,7 @@ class Completions:
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
 
     def __call__(self, params, step: int, inputs: StepInputs) -> StepInputs:
-        """Samples for the batch of a step; the copy of the weights for the sampler is freed again."""
+        """Samples for the batch of a step, and frees the sampler's copy of the weights."""
         with self._run.clock("sample"):
             params = self._for_sampling(params)
             key = jax.random.fold_in(self._key, step)

@@ -3,8 +3,8 @@
   W/teacher_cache/key.json              what the outputs depend on
   W/teacher_cache/<task>-<first>.npz    outputs for SHARD examples of a task, from number <first> on
 
-The format of an output is `record_type`. What the teacher computes, and why it is stored as it is, is
-described in `offline`.
+The format of an output is `record_type`. `offline` describes what the teacher computes, and why it
+is stored like this.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ class MissingTargetsError(LookupError):
 
 
 def key(params, config: ConfigDict, rows: Examples) -> dict:
-    """What cached outputs depend on. The temperature is not part of it: it is applied when training."""
+    """What cached outputs depend on; not the temperature, which is applied when training."""
     part = config_lib.to_json(config)
     return {
         "format": FORMAT,
@@ -105,7 +105,8 @@ class Cache:
                 raise WrongCacheError(
                     f"{folder} holds the outputs of another teacher or of other settings:\n"
                     + "\n".join(_differences(was, facts))
-                    + "\nUse those, another --workdir, or delete the folder: it is then collected anew"
+                    + "\nUse those, another --workdir, or delete the folder: it is then collected "
+                    "anew"
                 )
         elif jax.process_index() == 0:
             files.write_json(path, facts)
@@ -115,7 +116,10 @@ class Cache:
         return os.path.join(self.folder, f"{task}-{number // SHARD * SHARD:07d}.npz")
 
     def write(self, task: str, number: int, found: dict[tuple[int, str], np.ndarray]) -> None:
-        """Writes the file that holds example `number`. found: {(number, pid): array of `record_type`}."""
+        """Writes the file that holds example `number`.
+
+        found: {(number, pid): array of `record_type`} of all examples of the file.
+        """
         with files.replacing(self.path(task, number)) as f:
             np.savez(
                 f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()}
@@ -179,7 +183,9 @@ def _do_nothing() -> None:
 def collect(
     run: Session, params, rows: Examples, *, before_batch: Callable[[], None] = _do_nothing
 ) -> Cache:
-    """The teacher's outputs on all training examples, in W/teacher_cache. Files that exist are kept.
+    """Collects the teacher's outputs on all training examples in W/teacher_cache.
+
+    Files that exist are kept.
 
     Args:
       params: the teacher, laid out on the mesh.
@@ -222,7 +228,10 @@ def collect(
 
 
 def _batches(run: Session, prepared: dict[int, PreparedExample]) -> Iterator[tuple[int, list[int]]]:
-    """(bucket, numbers of as many examples as a micro step has; the last one repeats to fill a batch)."""
+    """(bucket, numbers of examples) of batches as large as a micro step.
+
+    The last example repeats until a batch is full.
+    """
     config, packer = run.config, run.packer
     one_bucket = len(packer.buckets.trace) == 1 and config.data.on_too_long == "fail"
     size = config.offline.batch_size // config.offline.accumulation
@@ -269,8 +278,8 @@ def _outputs(
         record["log_probs"], record["indices"] = log_probs[b][real], indices[b][real]
         if not (np.isfinite(record["log_probs"]).all() and np.isfinite(record["weight"]).all()):
             raise FloatingPointError(
-                f"the teacher's log-probabilities of row {pid} are not finite: the weights that the "
-                "stage starts with are damaged, or config.model.dtype is too narrow for them"
+                f"the teacher's log-probabilities of row {pid} are not finite: the weights that "
+                "the stage starts with are damaged, or config.model.dtype is too narrow for them"
             )
         found[n, pid] = record
     return found
@@ -285,7 +294,7 @@ def _meet(what: str) -> None:
 def batch(
     batches: Batches, step: int, cache: Cache
 ) -> tuple[offline.Cached, list[PreparedExample]]:
-    """The batch maker of the stage: text traces of a step with their cached teacher, and their examples."""
+    """The batch maker of the stage: text traces with their cached teacher, and their examples."""
     bucket, pairs = batches.schedule(step)
     pairs = [pairs[n] for n in batches.share]
     examples = [batches.examples(*pair) for pair in pairs]

@@ -558,7 +558,7 @@ def test_supervised_stages_have_one_program(mesh):
 def test_settings_that_no_run_would_start_with(mesh):
     with pytest.raises(ValueError, match="--bucket=1"):
         programs.programs(small_run.config(), "opsd", mesh, bucket=1)
-    with pytest.raises(ValueError, match="has 8 rows .* for 16 batch shards"):
+    with pytest.raises(ValueError, match="has 8 sequences .* for 16 batch shards"):
         session.check_batch(small_run.config(), "opsd", 16)
     for every, final_split in (
         (0, ""),
