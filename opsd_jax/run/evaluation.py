@@ -7,13 +7,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from opsd_jax import distill, rollout, sharding
+from opsd_jax import rollout, sharding
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
-from opsd_jax.method_config import DistillConfig
 from opsd_jax.run import job as job_lib
 from opsd_jax.run.request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
+from opsd_jax.run.state import ema_params
 from opsd_jax.runtime import checkpoint, files
 from opsd_jax.runtime.health import Health
 from opsd_jax.runtime.stopping import StopRequest
@@ -94,9 +94,7 @@ class Evaluation:
         with self.run.clock("eval"):
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
-            config = self.stage.config
-            if "ema" in state and isinstance(config, DistillConfig):
-                teacher = distill.teacher_params(state, config)
+            if teacher := ema_params(self.stage, state):
                 scores |= self._accuracies(teacher, c.teacher.visual_thoughts, "teacher")
         logging.info("step %d: %s", step, scores)
         self.run.writer.scalars(step, self.stage.name, scores)

@@ -123,7 +123,7 @@ class _Shard:
 
     path: str
     split: str
-    source: Sequence[Example]
+    source: arrayrecord.Source
     numbers: range
 
     def read(self) -> list[Example]:

@@ -281,8 +281,8 @@ def check_batch(config: ConfigDict, stage: str, shards: int) -> None:
     if (size // accumulation) % shards:
         raise ValueError(
             f"a micro step of config.{stage} has {size // accumulation} sequences (batch_size "
-            f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): lower "
-            f"config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices to "
+            f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): "
+            f"lower config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices "
             "config.mesh.tensor"
         )
     if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:

@@ -4,6 +4,7 @@ import jax
 
 from opsd_jax import config as config_lib
 from opsd_jax import distill, optimizer, sharding
+from opsd_jax.method_config import DistillConfig
 from opsd_jax.model import bagel
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
@@ -31,11 +32,18 @@ def restored(run: Session, stage: Stage, checkpoints: Checkpoints, step: int) ->
         return checkpoints.restore(step, abstract)
 
 
-def offered_params(run: Session, stage: Stage, state: dict):
+def offered_params(run: Session, stage: Stage, state: dict) -> dict:
     """The weights that a checkpoint offers: to evaluation, export, the next stage, and arms."""
-    if run.config.checkpoint.params == "ema" and "ema" in state:
-        return distill.teacher_params(state, stage.config)
+    if run.config.checkpoint.params == "ema":
+        return ema_params(stage, state) or state["params"]
     return state["params"]
+
+
+def ema_params(stage: Stage, state: dict) -> dict | None:
+    """The weights of the EMA teacher; None for a stage without one."""
+    if "ema" in state and isinstance(stage.config, DistillConfig):
+        return distill.teacher_params(state, stage.config)
+    return None
 
 
 def save(run: Session, stage: Stage, checkpoints: Checkpoints, step: int, state: dict) -> None:
