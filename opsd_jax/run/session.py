@@ -283,7 +283,7 @@ def check_batch(config: ConfigDict, stage: str, shards: int) -> None:
             f"a micro step of config.{stage} has {size // accumulation} sequences (batch_size "
             f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): "
             f"lower config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices "
-            "config.mesh.tensor"
+            "to config.mesh.tensor"
         )
     if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
         raise ValueError(

@@ -19,7 +19,8 @@ from opsd_jax import params as params_lib
 from opsd_jax.data import procedural
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import __main__ as diagnose
-from opsd_jax.evaluation import contexts as contexts_lib
+from opsd_jax.diagnose import kl
+from opsd_jax.evaluation import inference
 from opsd_jax.run import session
 from opsd_jax.runtime import checkpoint, distributed, metrics
 
@@ -170,7 +171,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     assert all(row["compiles/update"] <= 1 for row in rows)  # 0: compiled before in this process
 
 
-def signal_at(patched, number, module=contexts_lib, function="timed_sample"):
+def signal_at(patched, number, module=inference, function="timed"):
     """SIGTERM in the batch of that number (from 0) of evaluations from now on; the list of the
     batches' numbers.
     """
@@ -268,8 +269,8 @@ def test_answers_under_other_settings_are_asked_again(straight, tmp_path, monkey
 @pytest.mark.parametrize(
     "command, module, function, arguments",
     [
-        (eval_command, contexts_lib, "timed_sample", ["--visual_thoughts=none,real", "--name=x"]),
-        (diagnose, contexts_lib, "contexts", ["kl", "--rows=0", "--completions=data"]),
+        (eval_command, inference, "timed", ["--visual_thoughts=none,real", "--name=x"]),
+        (diagnose, kl, "_batch", ["kl", "--rows=0", "--completions=data"]),
     ],
     ids=["eval", "diagnose"],
 )
