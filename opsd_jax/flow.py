@@ -286,7 +286,7 @@ def padded(pixels, sizes):
     (float32 in [-1, 1], 0 outside of the picture; bool [..., H, W], inside)."""
     rows, columns = jnp.arange(pixels.shape[-3])[:, None], jnp.arange(pixels.shape[-2])
     inside = (rows < sizes[..., :1, None]) & (columns < sizes[..., 1:, None])
-    return jnp.where(inside[..., None], bagel.normalize_patches(pixels), 0.0), inside
+    return jnp.where(inside[..., None], images.normalize(pixels), 0.0), inside
 
 
 def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):

@@ -2,7 +2,7 @@
 
 Official: data/transforms.py, data/data_utils.py. The resize works on uint8 pixels with Pillow's antialiased
 bicubic filter, so what the model sees was quantised to uint8 first; patches stay uint8 until they are on the
-device, where `bagel.normalize_patches` maps them to [-1, 1].
+device, where `normalize` maps them to [-1, 1].
 """
 
 import dataclasses
@@ -192,6 +192,19 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
             f"an image of {h}x{w} pixels does not divide into patches of {patch}: check the resize stride"
         )
     return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
+
+
+def normalize(pixels):
+    """Pixels or patches in [-1, 1]: (x / 255 - 0.5) / 0.5 of uint8 values.
+
+    Args:
+      pixels: uint8 [...], of NumPy or JAX. Floats are taken as normalised and returned unchanged.
+    Returns:
+      float32 [...].
+    """
+    if pixels.dtype != np.uint8:
+        return pixels
+    return (pixels.astype(np.float32) / 255 - 0.5) / 0.5
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:

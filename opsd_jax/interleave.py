@@ -297,7 +297,7 @@ def _image_blocks(
         sizes = config.generation
         grid = (pixels.shape[0] // sizes.stride, pixels.shape[1] // sizes.stride)
         shape = (1, grid[0] * sizes.patch, grid[1] * sizes.patch, sizes.vae.z_channels)
-        values = (pixels[None].astype(np.float32) / 255 - 0.5) / 0.5
+        values = images.normalize(pixels[None])
         noise = jax.random.normal(key, shape)
         latents = flow.encode(reasoner.params, values, noise, config=config)[0]
         blocks.insert(0, context_lib.Latent(np.asarray(flow.to_tokens(latents, sizes.patch)), grid))

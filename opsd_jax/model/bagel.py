@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from opsd_jax import images
 from opsd_jax.model import attention, mot, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
@@ -76,17 +77,10 @@ def init(key, *, config: ModelConfig):
     return params
 
 
-def normalize_patches(patches):
-    """uint8 patches -> float32 in [-1, 1] ((x / 255 - 0.5) / 0.5); float patches are taken as normalised."""
-    if patches.dtype != jnp.uint8:
-        return patches
-    return (patches.astype(jnp.float32) / 255 - 0.5) / 0.5
-
-
 @jax.named_scope("vision")
 def encode_images(params, context, *, config: ModelConfig):
     """What the context's patches become in the decoder's sequence: [B, P, D] (ViT, connector, 2-D positions)."""
-    patches = normalize_patches(context.patches).astype(config.dtype)
+    patches = images.normalize(context.patches).astype(config.dtype)
     x = _vit(config).apply(
         {"params": params["vit"]}, patches, context.patch_positions, context.patch_image
     )

@@ -3,11 +3,11 @@
 import functools
 import hashlib
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image as PillowImage
 
 from opsd_jax import images
-from opsd_jax.model import bagel
 from parity.replay import compare, equal, matching, read
 
 
@@ -54,7 +54,7 @@ def test_preprocess_images(goldens):
         if f"{label}.resized_u8_hwc" in tensors:
             equal(pixels, tensors[f"{label}.resized_u8_hwc"], err_msg=label)
         near = functools.partial(np.testing.assert_allclose, rtol=0, err_msg=label)
-        values = np.asarray(bagel.normalize_patches(pixels)).transpose(2, 0, 1)
+        values = np.asarray(images.normalize(jnp.asarray(pixels))).transpose(2, 0, 1)
         near(values.mean((1, 2), np.float64), row["mean"], atol=1e-5)
         near(values.std((1, 2), np.float64, ddof=1), row["std"], atol=1e-5)
         if f"{label}.tensor" in tensors:
@@ -65,7 +65,7 @@ def test_preprocess_images(goldens):
         patches = images.patchify(pixels, rule.stride)
         assert len(patches) == row["n_patches"], label
         if f"{label}.patchified" in tensors:
-            near(bagel.normalize_patches(patches), tensors[f"{label}.patchified"], atol=3e-7)
+            near(images.normalize(jnp.asarray(patches)), tensors[f"{label}.patchified"], atol=3e-7)
 
 
 def test_preprocess_sizes(goldens):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import context
+from opsd_jax import context, images
 from opsd_jax.context import Image, Latent, Prompts, Text
-from opsd_jax.model import attention, bagel
+from opsd_jax.model import attention
 from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
 BOS, EOS, IMAGE, IMAGE_END = (
@@ -164,12 +164,8 @@ def test_one_float_image_normalises_the_whole_batch(rng):
     expected = pixels.patches / 127.5 - 1
     np.testing.assert_allclose(packed.patches[:, :2], np.stack([expected] * 2), atol=1e-6)
     assert (packed.patches[0, 2] == 0.25).all()
-    np.testing.assert_allclose(
-        bagel.normalize_patches(jnp.asarray(pixels.patches)), expected, atol=1e-6
-    )
-    np.testing.assert_array_equal(
-        bagel.normalize_patches(jnp.asarray(packed.patches)), packed.patches
-    )
+    np.testing.assert_allclose(images.normalize(jnp.asarray(pixels.patches)), expected, atol=1e-6)
+    np.testing.assert_array_equal(images.normalize(jnp.asarray(packed.patches)), packed.patches)
 
 
 # ---- packing with latents
