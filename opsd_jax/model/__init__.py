@@ -1,1 +1,1 @@
-"""The network: the only room that imports flax. `bagel` is its door."""
+"""The network. This is the only package that imports flax; `bagel` is its public API."""

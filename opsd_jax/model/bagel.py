@@ -1,8 +1,10 @@
-"""The door of the network: pure functions of one plain parameter dict {"llm", "vit", "connector"}, and where the
-model draws, {"latent", "vae"} beside them.
+"""Public API of the network: pure functions of a plain dict of parameters.
 
-Letters: B batch, T slots, P patches, G latent tokens, C values of one, D hidden, V vocabulary, L layers, S cache
-slots, K kv heads, h head_dim.
+The dict is {"llm", "vit", "connector"}, and {"latent", "vae"} as well if the model generates
+images.
+
+Letters: B batch, T sequence, P patches, G latent tokens, C values of a latent token, D embedding,
+V vocabulary, L layers, S columns of the cache, K kv heads, h head_dim.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax import images
-from opsd_jax.model import attention, mot, siglip, vae
+from opsd_jax.model import attention, layers, mot, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
 
@@ -39,17 +41,20 @@ def _vae(config, part):
 
 
 def init(key, *, config: ModelConfig):
-    """Fresh float32 parameters. Under `jax.eval_shape` this is the abstract tree of the model.
+    """Random float32 parameters. Under `jax.eval_shape` this is the abstract tree of the model.
 
-    Linear layers draw N(0, 1/fan_in) truncated, those that write to the decoder's residual stream divided by twice
-    the number of layers, tables N(0, 1/width); norms are 1, biases 0.
+    Matrices are truncated normal with variance 1 / fan_in, divided by twice the number of layers
+    for those that write to the decoder's residual stream. Tables are normal with variance 1 / width.
+    Norms are 1 and biases 0.
+
+    Args:
+      key: a PRNG key.
     """
-    c = dataclasses.replace(
-        config, attention="dense"
-    )  # the same parameters, and no kernel for two slots
+    # The parameters do not depend on how attention is computed. A kernel is not needed here.
+    c = dataclasses.replace(config, attention="dense")
     keys = jax.random.split(key, 6)
     ids = jnp.zeros((1, 1), jnp.int32)
-    # an expert has parameters only once it is used, so the decoder sees one slot of each kind
+    # An expert gets its parameters when it is used: the input has one position for each expert.
     slots = 2 if c.generation else 1
     two = jnp.zeros((1, slots), jnp.int32)
     mask = attention.Mask(*jnp.ones((3, 1, slots), jnp.int32))
@@ -79,7 +84,10 @@ def init(key, *, config: ModelConfig):
 
 @jax.named_scope("vision")
 def encode_images(params, context, *, config: ModelConfig):
-    """What the context's patches become in the decoder's sequence: [B, P, D] (ViT, connector, 2-D positions)."""
+    """Embeddings of the context's patches for the decoder: [B, P, D].
+
+    Vision tower and connector, which adds the 2-D positions.
+    """
     patches = images.normalize(context.patches).astype(config.dtype)
     x = _vit(config).apply(
         {"params": params["vit"]}, patches, context.patch_positions, context.patch_image
@@ -88,18 +96,21 @@ def encode_images(params, context, *, config: ModelConfig):
 
 
 def embed_tokens(params, tokens, *, config: ModelConfig):
-    """int32 [B, T] -> [B, T, D] in the compute dtype."""
+    """Embeddings of tokens, int32 [B, T], in the compute dtype: [B, T, D]."""
     return params["llm"]["embed"][tokens].astype(config.dtype)
 
 
 def embed(params, context, *, config: ModelConfig, latents=None, times=None):
-    """What stands in the decoder's sequence: [B, T, D], or [B, T + G, D] where the context holds latents.
+    """The decoder's input for a context: [B, T, D], or [B, T + G, D] if the context has latents.
 
-    Token embeddings with the encoded patches put at their slots. Patches are scattered to slots rather than gathered
-    by slot, so that the backward pass is a plain gather; the slot of a padding patch is T, which drops it.
+    These are token embeddings, with the encoded patches at the patches' positions and the latent
+    tokens at the end. Patches are scattered, not gathered, so that the backward pass is a plain
+    gather. The position of a padding patch is T, which drops it.
 
-    latents, times: float32 [B, G, C], [B, G]: noisy latent tokens and their flow times in place of the context's
-    clean ones (time 0).
+    Args:
+      context: Context of T positions, P patches and G latent tokens.
+      latents, times: float32 [B, G, C] and [B, G], noisy latent tokens and their flow times, which
+        replace the context's clean ones (at time 0).
     """
     x = embed_tokens(params, context.tokens, config=config)
     if context.patches.shape[1]:
@@ -116,8 +127,12 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
 
 @jax.named_scope("latent")
 def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
-    """Noisy latent tokens float32 [B, G, C] at flow times [B, G] (or [B, 1], [1, 1]), with their ids in the position
-    table int32 [B, G] -> [B, G, D]."""
+    """Embeddings of noisy latent tokens for the decoder: [B, G, D].
+
+    Args:
+      tokens: float32 [B, G, C]. times: float32 [B, G], [B, 1] or [1, 1], flow times in [0, 1].
+      positions: int32 [B, G], indices in the position table.
+    """
     return _latent(config).apply(
         {"params": params["latent"]}, tokens.astype(config.dtype), times, positions
     )
@@ -125,7 +140,7 @@ def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
 
 @jax.named_scope("velocity")
 def velocity(params, hidden, *, config: ModelConfig):
-    """hidden [..., D] at latent slots -> predicted velocity float32 [..., C] (noise - data)."""
+    """hidden [..., D] of latent tokens -> predicted velocity (noise - data), float32 [..., C]."""
     return _latent(config).apply({"params": params["latent"]}, hidden, method="velocity")
 
 
@@ -145,17 +160,21 @@ def forward(
     noised=None,
     latents: int = 0,
 ):
-    """Decoder over embedded slots.
+    """The decoder on embedded positions.
 
     Args:
-      x: [B, T, D]. positions, limit, segment: int32 [B, T] (see `attention.visible`); [B, 1] where all are alike.
-      cache: {"k", "v"} [L, B, S, K, h] or None; new keys go to slots offset..offset+T. limit then counts cache
-        slots and `key_segment` int32 [B, S] must be given.
-      order: int32 [B, S] places of the keys in the sequence, None where slot j is at place j. noised: int32 [B, T],
-        see `attention.visible` (only without a cache).
-      latents: how many of the T slots, the last ones, are VAE latents.
+      x: [B, T, D]. positions: int32 [B, T], rope positions.
+      limit, segment: int32 [B, T], see `attention.visible`; [B, 1] if equal for all T.
+      cache: {"k", "v": [L, B, S, K, h]} or None. New keys are written at columns
+        offset .. offset + T - 1. limit then counts columns, and key_segment must be given.
+      key_segment: int32 [B, S], segments of the cache's columns.
+      order: int32 [B, S], place of each key in the sequence; None if key j has place j.
+      noised: int32 [B, T], see `attention.visible`; only without a cache.
+      latents: number of latent tokens, which are the last of the T positions.
     Returns:
       (hidden [B, T, D] after the final norm, cache).
+    Raises:
+      ValueError: `latents` is given, but the model has no generation expert.
     """
     mask = attention.Mask(
         limit, segment, segment if cache is None else key_segment, order, noised, noised
@@ -179,15 +198,17 @@ def attention_shares(
     config: ModelConfig,
     scaled: bool = True,
 ):
-    """How much groups of slots attend to groups of slots in each layer, as `forward` over the same slots does it.
+    """How much groups of positions attend to groups of positions in each layer of `forward`.
 
     Args:
-      x, positions, limit, segment: as in `forward`. queries, keys: int32 [B, T], number of the group that a slot is in
-        as query and as key, 1..num_queries and 1..num_keys; 0 for none.
-      scaled: False leaves 1 / sqrt(h) out of the softmax that is recorded (not out of the one that acts), as the
-        official recorder does (modeling/bagel/qwen2_navit.py).
+      x, positions, limit, segment: as in `forward`.
+      queries, keys: int32 [B, T], the group of each position as a query, 1 .. num_queries, and as a
+        key, 1 .. num_keys; 0 for none.
+      scaled: False leaves 1 / sqrt(h) out of the softmax that is recorded (not out of the one that
+        the decoder uses), as the official recorder does (modeling/bagel/qwen2_navit.py).
     Returns:
-      float32 [L, B, num_queries, num_keys]: attention weights averaged over heads, added up over both groups.
+      float32 [L, B, num_queries, num_keys]: attention weights, averaged over heads, summed over the
+      positions of both groups.
     """
     groups = attention.Groups(
         jax.nn.one_hot(queries - 1, num_queries),
@@ -204,9 +225,14 @@ def attention_shares(
 def read(
     params, context, *, config: ModelConfig, cache=None, key_segment=None, latents=None, times=None
 ):
-    """`forward` over a whole context (with what it holds of latents): (hidden [B, T + G, D], cache).
+    """`forward` on a whole context, with its latents if it has any.
 
-    cache, key_segment: as in `forward`, with room for more than the context. latents, times: as in `embed`.
+    Args:
+      context: Context of T positions and G latent tokens (G = 0 without latents).
+      cache, key_segment: as in `forward`; the cache may have more columns than the context needs.
+      latents, times: as in `embed`.
+    Returns:
+      (hidden [B, T + G, D], cache).
     """
     x = embed(params, context, config=config, latents=latents, times=times)
     found = context.latents
@@ -215,7 +241,7 @@ def read(
     else:
         slots = x.shape[1] if cache is None else key_segment.shape[1]
         extra = {
-            "order": behind(found.order, slots),
+            "order": extend_order(found.order, slots),
             "noised": found.noised if cache is None else None,
             "latents": found.tokens.shape[1],
         }
@@ -232,15 +258,18 @@ def read(
     )
 
 
-def behind(order, slots: int):
-    """int32 [B, T] places of a context's slots -> [B, slots]: further slots follow one after another."""
+def extend_order(order, slots: int):
+    """Places in the sequence of a context's positions, int32 [B, T], extended to [B, slots].
+
+    Each further position j has place j.
+    """
     batch, used = order.shape
     more = jnp.broadcast_to(jnp.arange(used, slots, dtype=order.dtype), (batch, slots - used))
     return jnp.concatenate([order, more], axis=1)
 
 
 def init_cache(batch: int, slots: int, *, config: ModelConfig):
-    """Empty key and value cache {"k", "v": [L, B, S, K, h]} in the compute dtype."""
+    """Cache of zeros, {"k", "v": [L, B, S, K, h]} in the compute dtype. slots: S, its columns."""
     c = config.llm
     shape = (c.num_layers, batch, slots, c.num_kv_heads, c.head_dim)
     return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
@@ -248,13 +277,16 @@ def init_cache(batch: int, slots: int, *, config: ModelConfig):
 
 @jax.named_scope("head")
 def logits(params, hidden):
-    """hidden [..., D] -> float32 logits [..., V]."""
-    return mot.dense(hidden, params["llm"]["head"]).astype(jnp.float32)
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    return layers.dense(hidden, params["llm"]["head"]).astype(jnp.float32)
 
 
 @jax.named_scope("vae_encoder")
 def encode_pixels(params, pixels, *, config: ModelConfig):
-    """Pixels float32 [N, H, W, 3] in [-1, 1] -> (mean, log-variance) of their latents, float32 [N, h, w, z] each."""
+    """Mean and log-variance of images' latents, before scale and shift: float32 [N, h, w, z] each.
+
+    pixels: float32 [N, H, W, 3] in [-1, 1].
+    """
     moments = _vae(config, vae.Encoder).apply(
         {"params": params["vae"]["encoder"]}, pixels.astype(config.dtype)
     )
@@ -263,7 +295,10 @@ def encode_pixels(params, pixels, *, config: ModelConfig):
 
 @jax.named_scope("vae_decoder")
 def decode_latents(params, latents, *, config: ModelConfig):
-    """Latents float32 [N, h, w, z] (scaled and shifted) -> pixels float32 [N, H, W, 3], about [-1, 1], not clipped."""
+    """Pixels of latents: float32 [N, H, W, 3], about in [-1, 1], not clipped.
+
+    latents: float32 [N, h, w, z], scaled and shifted (see `VAEConfig`).
+    """
     c = config.generation.vae
     z = (latents / c.scale + c.shift).astype(config.dtype)
     return (

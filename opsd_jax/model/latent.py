@@ -1,6 +1,6 @@
-"""The way of latent tokens into the decoder and of velocities out of it.
+"""Latent path: latent tokens to embeddings for the decoder, hidden states to velocities.
 
-Letters: B batch, G latent tokens, C values of a token (patch row, patch column, z), D hidden.
+Letters: B batch, G latent tokens, C values of a token (patch row, patch column, z), D embedding.
 Official: modeling/bagel/modeling_utils.py, bagel.py.
 """
 
@@ -9,22 +9,29 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax.model.config import GenerationConfig
-from opsd_jax.model.mot import _matrix, dense
+from opsd_jax.model.layers import dense, matrix_init
 from opsd_jax.model.siglip import sincos_table
 
 _FREQUENCIES = 128
 
 
 def sinusoid(times):
-    """Flow times [...] in [0, 1] -> float32 [..., 256]: cosines, then sines, of t * 10000 ** (-i / 128)."""
+    """Embedding of flow times [...] in [0, 1]: float32 [..., 256].
+
+    128 cosines, then 128 sines, of t * 10000 ** (-i / 128).
+    """
     waves = 10000.0 ** (-jnp.arange(_FREQUENCIES, dtype=jnp.float32) / _FREQUENCIES)
     angles = times.astype(jnp.float32)[..., None] * waves
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class LatentPath(nn.Module):
-    """`__call__`: noisy latent tokens [B, G, C], their times [B, G] (or [B, 1]) and ids in the position table [B, G]
-    -> what stands in the decoder's sequence [B, G, D]. `velocity`: hidden states [..., D] -> float32 [..., C]."""
+    """Linear layers around the decoder, time embedding and position table of latent tokens.
+
+    `__call__` maps noisy latent tokens [B, G, C], their flow times [B, G] (or [B, 1]) and their
+    indices in the position table, int32 [B, G], to embeddings [B, G, D] in the decoder's sequence.
+    `velocity` maps hidden states [..., D] to velocities, float32 [..., C].
+    """
 
     config: GenerationConfig
     hidden_size: int
@@ -37,8 +44,8 @@ class LatentPath(nn.Module):
             ("in", c.latent_dim, d),
             ("out", d, c.latent_dim),
         ):
-            # official: the model starts with zero velocities
-            init = zeros if name == "out" else _matrix
+            # As in the official code, the untrained model predicts zero velocities.
+            init = zeros if name == "out" else matrix_init
             setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", init, (size, width)))
             setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (width,)))
         self.position_table = self.param(

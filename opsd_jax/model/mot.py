@@ -1,7 +1,9 @@
-"""Qwen2 decoder as a mixture of transformers: two sets of weights, one attention, layers scanned.
+"""Qwen2 decoder as a mixture of transformers: two sets of weights, one attention, scanned layers.
 
-Text, image delimiters and ViT tokens run through the expert `und`; VAE latents through `gen`
-(official: modeling/bagel/qwen2_navit.py, Qwen2MoTDecoderLayer). Letters as in `attention`; L layers, D hidden.
+Text, image delimiters and ViT tokens run through the understanding expert `und`, latent tokens
+through the generation expert `gen` (official: modeling/bagel/qwen2_navit.py, Qwen2MoTDecoderLayer).
+
+Letters: as in `attention`; L layers, D embedding.
 """
 
 import flax.linen as nn
@@ -11,33 +13,26 @@ import jax.numpy as jnp
 from opsd_jax import sharding
 from opsd_jax.model import attention
 from opsd_jax.model.config import LLMConfig, LoRAConfig, ModelConfig
-
-_matrix = nn.initializers.lecun_normal()
+from opsd_jax.model.layers import dense, matrix_init
 
 
 def _residual(layers):
-    """Init of the matrices that write to the residual stream: smaller the more of them add up."""
+    """Initializer of matrices that write to the residual stream: smaller for more layers."""
     return nn.initializers.variance_scaling(0.5 / layers, "fan_in", "truncated_normal")
 
 
-def dense(x, kernel, bias=None):
-    """x [..., in] @ kernel [in, out] in the dtype of x. Two-dimensional inside: XLA:CPU is a third faster so."""
-    y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
-    y = y.reshape(*x.shape[:-1], kernel.shape[-1])
-    return y if bias is None else y + bias.astype(x.dtype)
-
-
 def rms_norm(x, scale, eps):
-    """Root-mean-square norm over the last axis, in float32; keeps the dtype of x."""
+    """RMS norm of x [..., D] over the last axis, in float32; keeps the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale).astype(x.dtype)
 
 
 class Expert(nn.Module):
-    """Weights of one expert in one layer, and what they do before and after the shared attention.
+    """Weights of one expert in one layer, and the computation before and after the shared attention.
 
-    lora: adapters beside its matrices: x W + alpha / rank (x a) b, with b = 0 at the start. None for none.
+    lora: adapters of the expert's matrices, x W + alpha / rank (x a) b with b = 0 at the start; None
+      for no adapters.
     """
 
     config: LLMConfig
@@ -49,17 +44,19 @@ class Expert(nn.Module):
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         self.input_norm = self.param("input_norm", ones, (d,))
         for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
-            setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", _matrix, (d, heads * h)))
+            setattr(
+                self, f"{name}_kernel", self.param(f"{name}_kernel", matrix_init, (d, heads * h))
+            )
             setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (heads * h,)))
-        # Normalised q and k bound a score by sqrt(h). Small heads start with larger gains, so that attention can be
-        # as sharp from the start as with the heads of 128 that the recipe comes from.
+        # Normalised q and k bound a score by sqrt(h). Small heads start with larger gains, so that
+        # attention can be as sharp from the start as with the official model's heads of 128.
         gain = nn.initializers.constant((128 / h) ** 0.25)
         self.q_norm = self.param("q_norm", gain, (h,))
         self.k_norm = self.param("k_norm", gain, (h,))
         self.o_kernel = self.param("o_kernel", _residual(c.num_layers), (c.num_heads * h, d))
         self.post_norm = self.param("post_norm", ones, (d,))
-        self.gate_kernel = self.param("gate_kernel", _matrix, (d, f))
-        self.up_kernel = self.param("up_kernel", _matrix, (d, f))
+        self.gate_kernel = self.param("gate_kernel", matrix_init, (d, f))
+        self.up_kernel = self.param("up_kernel", matrix_init, (d, f))
         self.down_kernel = self.param("down_kernel", _residual(c.num_layers), (f, d))
         if self.lora:
             for name in self.lora.targets:
@@ -67,7 +64,7 @@ class Expert(nn.Module):
                 setattr(
                     self,
                     f"{name}_lora_a",
-                    self.param(f"{name}_lora_a", _matrix, (width, self.lora.rank)),
+                    self.param(f"{name}_lora_a", matrix_init, (width, self.lora.rank)),
                 )
                 setattr(
                     self,
@@ -76,7 +73,7 @@ class Expert(nn.Module):
                 )
 
     def _dense(self, name, x, bias=None):
-        """x [..., in] through the matrix `name` and the adapter beside it, if any."""
+        """x [..., in] times the matrix `name`, plus its adapter if it has one: [..., out]."""
         y = dense(x, getattr(self, f"{name}_kernel"), bias)
         if self.lora is None or name not in self.lora.targets:
             return y
@@ -84,16 +81,22 @@ class Expert(nn.Module):
         return y + self.lora.scale * dense(low, getattr(self, f"{name}_lora_b"))
 
     def qkv(self, x):
-        """[B, T, D] -> normalised q [B, T, H, h], k and v [B, T, K, h]; no positions yet."""
+        """x [B, T, D] -> normalised q [B, T, H, h] and k [B, T, K, h], and v [B, T, K, h].
+
+        Rotary positions are not applied yet.
+        """
         c = self.config
         x = rms_norm(x, self.input_norm, c.rms_norm_eps)
-        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+
+        def heads(y):
+            return y.reshape(*y.shape[:2], -1, c.head_dim)
+
         q = rms_norm(heads(self._dense("q", x, self.q_bias)), self.q_norm, c.rms_norm_eps)
         k = rms_norm(heads(self._dense("k", x, self.k_bias)), self.k_norm, c.rms_norm_eps)
         return q, k, heads(self._dense("v", x, self.v_bias))
 
     def output(self, x, attended):
-        """Residual stream x [B, T, D] after the attention output and the gated MLP."""
+        """Residual stream x [B, T, D] with attention output [B, T, H * h] and gated MLP added."""
         x = x + self._dense("o", attended)
         with jax.named_scope("mlp"):
             y = rms_norm(x, self.post_norm, self.config.rms_norm_eps)
@@ -102,11 +105,14 @@ class Expert(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. The carry holds (x, cache, layer): a cache that went in and out as scan inputs and
-    outputs would be copied whole at every decode step.
+    """One decoder layer.
 
-    The last `latents` slots run through the expert `gen`, the others through `und`: because the cut is static, each
-    expert computes its own slots and no more."""
+    The carry of the scan is (x, cache, layer). A cache passed as scan inputs and outputs would be
+    copied whole at every decode step.
+
+    The last `latents` positions run through the expert `gen`, the others through `und`. The
+    boundary is static, so that each expert computes its own positions only.
+    """
 
     config: ModelConfig
     latents: int = 0
@@ -152,11 +158,15 @@ class Decoder(nn.Module):
     """The decoder stack with its embedding table and output head.
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
-    {"k", "v": [L, B, S, K, h]} the new keys are written at slots offset..offset+T of all S slots and every query
-    may look at all of them, as far as `mask` (an `attention.Mask`) lets it. The last `latents` of the T slots are
-    VAE latents.
+    {"k", "v": [L, B, S, K, h]} the new keys are written at columns offset .. offset + T - 1 of its S
+    columns, and queries attend to all columns that `mask` (an `attention.Mask`) allows. The last
+    `latents` of the T positions are latent tokens. Returns (hidden, cache).
 
-    groups: `attention.Groups`, whose shares of attention in each layer, [L, B, M, N], are then a third result.
+    groups: `attention.Groups`. Their shares of attention in each layer, float32 [L, B, M, N], are
+      then a third result; None for no record.
+
+    Raises:
+      ValueError: `latents` is given, but the model has no generation expert.
     """
 
     config: ModelConfig
@@ -168,17 +178,18 @@ class Decoder(nn.Module):
         self.param(
             "embed", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
         )
-        self.param("head", _matrix, (c.hidden_size, c.vocab_size))
+        self.param("head", matrix_init, (c.hidden_size, c.vocab_size))
         if self.latents and not self.config.generation:
             raise ValueError(
-                "latent slots need the generation expert: this model was built without (model.generation)"
+                "latent tokens need the generation expert, which this model does not have: set "
+                "model.generation"
             )
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
         record = None if groups is None else (mask, groups)
         mask = attention.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
-            block = nn.remat(Block, prevent_cse=False)  # inside a scan nothing can be merged anyway
+            block = nn.remat(Block, prevent_cse=False)  # inside a scan, CSE cannot undo it
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -1,6 +1,7 @@
-"""SigLIP vision tower on packed patches of any sizes (NaViT), and the connector to the decoder.
+"""SigLIP vision tower on packed images of any size (NaViT), and the connector to the decoder.
 
-Letters: B batch, P patches of all images of a row in one sequence, C patch values (row, column, rgb), E hidden.
+Letters: B batch, P patches (all images of a batch entry, one after the other), C values of a patch
+(row, column, rgb), E embedding of the tower, D embedding of the decoder, H heads.
 Official: modeling/bagel/siglip_navit.py.
 """
 
@@ -12,11 +13,11 @@ import numpy as np
 from opsd_jax import sharding
 from opsd_jax.model import attention
 from opsd_jax.model.config import ViTConfig
-from opsd_jax.model.mot import _matrix, dense
+from opsd_jax.model.layers import dense, matrix_init
 
 
 def layer_norm(x, scale, bias, eps):
-    """Layer norm over the last axis in float32; keeps the dtype of x."""
+    """Layer norm of x [..., E] over the last axis in float32; keeps the dtype of x."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -24,12 +25,16 @@ def layer_norm(x, scale, bias, eps):
 
 
 def gelu(x):
-    """Its tanh approximation, as in the release."""
+    """GELU in its tanh approximation, as in the official model."""
     return jax.nn.gelu(x, approximate=True)
 
 
 class Layer(nn.Module):
-    """One pre-norm encoder layer; every image attends to itself only. No rotary positions."""
+    """One pre-norm encoder layer, [B, P, E] -> [B, P, E], without rotary positions.
+
+    mask: from `attention.lay_out`; every image attends to itself only.
+    kind, query_block: `attention` and `query_block` of ModelConfig.
+    """
 
     config: ViTConfig
     kind: str = "dense"
@@ -38,7 +43,7 @@ class Layer(nn.Module):
     def _affine(self, x, name, width):
         return dense(
             x,
-            self.param(f"{name}_kernel", _matrix, (x.shape[-1], width)),
+            self.param(f"{name}_kernel", matrix_init, (x.shape[-1], width)),
             self.param(f"{name}_bias", nn.initializers.zeros, (width,)),
         )
 
@@ -68,11 +73,15 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """patches [B, P, C] (normalised), position ids int32 [B, P], image numbers int32 [B, P] (0: padding)
-    -> [B, P, E]."""
+    """The vision tower.
+
+    `__call__` maps normalised patches [B, P, C], their indices in the position table, int32 [B, P],
+    and the number of each patch's image, int32 [B, P] (0: padding), to [B, P, E].
+    unroll, kind, remat, query_block: `unroll`, `attention`, `remat`, `query_block` of ModelConfig.
+    """
 
     config: ViTConfig
-    unroll: int = 1  # this and the others: see ModelConfig
+    unroll: int = 1
     kind: str = "dense"
     remat: str = "none"
     query_block: int = 0
@@ -82,7 +91,7 @@ class Encoder(nn.Module):
         c = self.config
         x = dense(
             patches,
-            self.param("patch_kernel", _matrix, (c.patch_dim, c.hidden_size)),
+            self.param("patch_kernel", matrix_init, (c.patch_dim, c.hidden_size)),
             self.param("patch_bias", nn.initializers.zeros, (c.hidden_size,)),
         )
         table = self.param(
@@ -115,7 +124,11 @@ class Encoder(nn.Module):
 
 
 class Connector(nn.Module):
-    """Linear, gelu, linear into the decoder's width, plus the fixed table of 2-D positions (never trained)."""
+    """Linear, GELU, linear, plus a fixed table of 2-D positions, which is never trained.
+
+    `__call__` maps [B, P, E] and the indices of the patches in the position table, int32 [B, P], to
+    [B, P, D].
+    """
 
     hidden_size: int
     side: int
@@ -126,28 +139,36 @@ class Connector(nn.Module):
         y = gelu(
             dense(
                 x,
-                self.param("fc1_kernel", _matrix, (x.shape[-1], d)),
+                self.param("fc1_kernel", matrix_init, (x.shape[-1], d)),
                 self.param("fc1_bias", zeros, (d,)),
             )
         )
-        y = dense(y, self.param("fc2_kernel", _matrix, (d, d)), self.param("fc2_bias", zeros, (d,)))
+        y = dense(
+            y, self.param("fc2_kernel", matrix_init, (d, d)), self.param("fc2_bias", zeros, (d,))
+        )
         table = self.param("position_table", lambda *_: jnp.asarray(sincos_table(self.side, d)))
         return y + table[positions].astype(y.dtype)
 
 
 def sincos_table(side: int, width: int) -> np.ndarray:
-    """Fixed positions float32 [side * side, width] of row-major patches.
+    """Fixed embeddings of the 2-D positions of side x side patches, float32 [side * side, width].
 
-    Row `r * side + c`: the first half of the channels encodes the COLUMN c, the second half the ROW r; each half
-    is [sin(p * w_i), cos(p * w_i)], w_i = 10000 ** (-i / (width / 4)) (official: modeling_utils.py).
+    Entry `r * side + c` belongs to image row r and column c. The first half of its channels encodes
+    the COLUMN c, the second half the ROW r. Each half is [sin(p * w_i), cos(p * w_i)] with
+    w_i = 10000 ** (-i / (width / 4)) (official: modeling/bagel/modeling_utils.py).
+
+    Raises:
+      ValueError: width is not divisible by 4.
     """
     if width % 4:
         raise ValueError(
-            f"the 2-D position table needs a width divisible by 4, got {width}: change llm.hidden_size"
+            f"the 2-D position table needs a width divisible by 4, got {width}: change "
+            "model.llm.hidden_size"
         )
     waves = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     row, column = np.divmod(np.arange(side * side), side)
-    half = lambda p: np.concatenate(
-        [np.sin(p[:, None] * waves), np.cos(p[:, None] * waves)], axis=1
-    )
+
+    def half(p):
+        return np.concatenate([np.sin(p[:, None] * waves), np.cos(p[:, None] * waves)], axis=1)
+
     return np.concatenate([half(column), half(row)], axis=1).astype(np.float32)

@@ -1,7 +1,8 @@
 """FLUX autoencoder: pixels <-> latents (official: modeling/autoencoder.py).
 
-Letters: N images, H and W pixels, h and w latents (H = h * downsample), z latent channels, C channels.
-Axes are [N, height, width, channels]. Paths of the parameters mirror the release's names, see `params.find`.
+Letters: N images, H and W pixels, h and w latents (H = h * downsample, W = w * downsample), z
+latent channels, C channels. Axes are [N, height, width, channels]. Parameter paths follow the names in the
+released checkpoints, see `params.find`.
 """
 
 import flax.linen as nn
@@ -16,12 +17,15 @@ _EPS = 1e-6
 
 
 class Conv(nn.Module):
-    """Convolution with bias; `pad`: pixels added on all four sides, or ((top, bottom), (left, right))."""
+    """Convolution with bias, [N, H, W, C] -> [N, H', W', features].
+
+    pad: pixels that are added on all four sides, or ((top, bottom), (left, right)).
+    """
 
     features: int
     size: int = 3
     stride: int = 1
-    pad: object = 1
+    pad: int | tuple[tuple[int, int], tuple[int, int]] = 1
 
     @nn.compact
     def __call__(self, x):
@@ -32,7 +36,10 @@ class Conv(nn.Module):
 
 
 def convolve(x, kernel, bias, stride=1, pad=1):
-    """x [N, H, W, C] * kernel [k, k, C, D] + bias [D] in the dtype of x."""
+    """Convolution of x [N, H, W, C] with kernel [k, k, C, D], plus bias [D]: [N, H', W', D].
+
+    Computed in the dtype of x. pad: as in `Conv`.
+    """
     pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
     y = jax.lax.conv_general_dilated(
         x,
@@ -45,7 +52,10 @@ def convolve(x, kernel, bias, stride=1, pad=1):
 
 
 def group_norm(x, scale, bias):
-    """Over 32 groups of channels and all pixels of an image, in float32; keeps the dtype of x."""
+    """Group norm of x [N, H, W, C] over 32 groups of channels and all pixels of an image.
+
+    Computed in float32; keeps the dtype of x.
+    """
     n, h, w, c = x.shape
     y = x.astype(jnp.float32).reshape(n, h * w, _GROUPS, c // _GROUPS)
     mean = jnp.mean(y, axis=(1, 3), keepdims=True)
@@ -55,7 +65,7 @@ def group_norm(x, scale, bias):
 
 
 class _Layers(nn.Module):
-    """What blocks share: named convolutions and norms whose parameters lie in the block's own dict."""
+    """Base class of the blocks: named convolutions and norms with parameters of the block."""
 
     def conv(self, name, x, features, size=3):
         init = nn.initializers.lecun_normal()
@@ -74,7 +84,10 @@ class _Layers(nn.Module):
 
 
 class ResBlock(_Layers):
-    """Two convolutions and a shortcut, a 1x1 convolution where the width changes."""
+    """Two 3x3 convolutions with a shortcut: [N, H, W, C] -> [N, H, W, features].
+
+    The shortcut is a 1x1 convolution where the number of channels changes.
+    """
 
     features: int
 
@@ -88,7 +101,7 @@ class ResBlock(_Layers):
 
 
 class AttentionBlock(_Layers):
-    """One head over all pixels, with a residual."""
+    """Attention with one head over all pixels, added to its input: [N, H, W, C] -> [N, H, W, C]."""
 
     query_block: int
 
@@ -103,7 +116,7 @@ class AttentionBlock(_Layers):
 
 
 class Encoder(_Layers):
-    """Pixels [N, H, W, 3] in [-1, 1] -> moments [N, h, w, 2z]: mean and log-variance."""
+    """Pixels [N, H, W, 3] in [-1, 1] -> moments [N, h, w, 2z]: means, then log-variances."""
 
     config: VAEConfig
     query_block: int = 0
@@ -116,7 +129,7 @@ class Encoder(_Layers):
         for level, multiplier in enumerate(c.multipliers):
             for block in range(c.num_res_blocks):
                 x = ResBlock(c.channels * multiplier, name=f"down_{level}_block_{block}")(x)
-            if level < last:  # one row below and one column to the right, then every second pixel
+            if level < last:  # pads one row below and one column to the right, then halves
                 x = Conv(
                     x.shape[-1], stride=2, pad=((0, 1), (0, 1)), name=f"down_{level}_downsample"
                 )(x)
@@ -125,7 +138,7 @@ class Encoder(_Layers):
 
 
 class Decoder(_Layers):
-    """z [N, h, w, z] -> pixels [N, H, W, 3], not clipped."""
+    """Latents [N, h, w, z], not scaled or shifted, -> pixels [N, H, W, 3], not clipped."""
 
     config: VAEConfig
     query_block: int = 0
@@ -144,6 +157,7 @@ class Decoder(_Layers):
 
 
 def _middle(x, query_block):
+    """The blocks at the lowest resolution, [N, h, w, C] -> [N, h, w, C]."""
     x = ResBlock(x.shape[-1], name="mid_block_1")(x)
     x = AttentionBlock(query_block, name="mid_attn_1")(x)
     return ResBlock(x.shape[-1], name="mid_block_2")(x)

@@ -22,11 +22,6 @@ CODE = [
 
 # Modules that read command-line flags besides the commands: what several commands share.
 READS_FLAGS = {"opsd_jax.inputs.cli", "opsd_jax.run.cli"}
-# Exceptions, to be removed with the code that needs them.
-PRIVATE_NAMES = {
-    ("opsd_jax.model.latent", "opsd_jax.model.mot._matrix"),
-    ("opsd_jax.model.siglip", "opsd_jax.model.mot._matrix"),
-}
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -98,8 +93,7 @@ def private_names(path: pathlib.Path) -> set[str]:
 
 def test_private_names_stay_in_their_module():
     found = {(module_name(path), name) for path in CODE for name in private_names(path)}
-    assert found - PRIVATE_NAMES == set()
-    assert PRIVATE_NAMES - found == set(), "no longer needed: remove it from the exceptions"
+    assert found == set()
 
 
 def names_mesh_axes(path: pathlib.Path) -> bool:

@@ -293,7 +293,7 @@ def test_unused_latents_leave_hidden_states_alone(params, rng):
 
 
 def test_latents_need_the_generation_expert(params, mixed):
-    with pytest.raises(ValueError, match="latent slots need the generation expert"):
+    with pytest.raises(ValueError, match="latent tokens need the generation expert"):
         bagel.forward(
             params,
             jnp.zeros((1, 2, 32)),
