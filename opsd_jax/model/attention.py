@@ -1,14 +1,15 @@
 """Attention with masks given as vectors, and rotary positions.
 
-How it is computed is a setting (`ModelConfig.attention`), never found out from the backend:
+A setting (`ModelConfig.attention`) selects how attention is computed. It is never derived from the
+backend:
 
-  dense   scores in memory, all at once or some queries at a time; anywhere
-  flash   the kernel of `flash`, driven by the vectors of the mask; TPU
+  dense   scores in memory, all at once or some queries at a time; any device
+  flash   the kernel of `flash`, which reads the vectors of the mask; TPU
   cudnn   cuDNN's kernel with the mask as an array [B, T, S]; GPU, bfloat16
 
-One query (decoding) is computed densely in all modes: its scores are one row, and there is nothing to save.
+A single query (decoding) is computed densely in all modes: its scores take little memory.
 
-Letters: B batch, T query slots, S key slots, H heads, K kv heads, G = H // K, h head_dim.
+Letters: B batch, T queries, S keys, H heads, K kv heads, G = H // K, h head_dim.
 """
 
 from typing import NamedTuple
@@ -16,13 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Large and finite: a padded query sees no key at all, and softmax over -inf would be NaN in its row.
+# Large but finite: a padded query attends to no key, and its softmax over -inf would be NaN.
 _HIDDEN = -1e30
 _KERNEL = ("flash", "flash_interpret")
 
 
 class Mask(NamedTuple):
-    """Who sees whom, by the rule of `visible`, whose arguments these are. T is 1 where all queries see the same."""
+    """The arguments of `visible`. T is 1 if all queries attend to the same keys."""
 
     limit: jax.Array
     query_segment: jax.Array
@@ -35,17 +36,20 @@ class Mask(NamedTuple):
 def visible(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None):
     """The attention mask as a rule on vectors.
 
-    A query at slot i sees the keys j < limit[i] of its own document (segment > 0; 0 is padding):
+    Query i attends to the keys j < limit[i] of its own document (segment > 0; 0 is padding):
 
-        slot      0   1   2   3   4   5        0-1 text, 2-4 image block, 5 text
+        position  0   1   2   3   4   5        0-1 text, 2-4 image block, 5 text
         limit     1   2   5   5   5   6        text: i + 1; inside an image: the end of the block
 
-    Where latents stand apart from the other slots (`context.Latents`), key_order says at which place of the
-    sequence a key really is. A key of a noised image (key_noised > 0: its number) is seen from inside it alone.
+    Where latents are stored apart from the other positions (`context.Latents`), key_order is the
+    place of each key in the sequence, and limit counts places. Only queries of the same image
+    attend to a key of a noised image.
 
     Args:
       limit: int32 [B, T]. query_segment: int32 [B, T]. key_segment: int32 [B, S].
-      key_order: int32 [B, S] or None (slot j is at place j). query_noised: int32 [B, T], key_noised: int32 [B, S].
+      key_order: int32 [B, S]; None if key j has place j.
+      query_noised: int32 [B, T], key_noised: int32 [B, S], number of the noised image, 0 for
+        everything else; None if no image is noised.
     Returns:
       bool [B, T, S].
     """
@@ -59,28 +63,34 @@ def visible(limit, query_segment, key_segment, key_order=None, query_noised=None
 
 
 def lay_out(mask: Mask, queries: int, kind: str):
-    """What `attend` wants of a mask, computed once for all layers: bool [B, T, S] ([B, 1, S] where all queries see
-    the same), or for the kernel of `flash` its Plan, so that nothing of that size is ever made.
+    """The form of a mask that `attend` takes, computed once for all layers.
 
-    queries: T. kind: see `ModelConfig.attention`.
+    Args:
+      queries: T. kind: see `ModelConfig.attention`.
+    Returns:
+      bool [B, T, S], or [B, 1, S] if all queries attend to the same keys. For the kernel of `flash`
+      its Plan, so that no array of that size is created.
     """
     if kind in _KERNEL and queries > 1:
-        from opsd_jax.model import flash  # Pallas takes 0.4 s to import: for those who use it
+        from opsd_jax.model import flash  # importing Pallas takes 0.4 s: only where it is used
 
         return flash.plan(*mask, queries=queries)
     return visible(*mask)
 
 
 def check_platform(kind: str, platform: str) -> None:
-    """ValueError where a kernel cannot run on the devices, which compiling would tell only after the data are made.
+    """Checks that a kernel can run on the devices, before data are prepared and programs compiled.
 
-    kind: see `ModelConfig.attention`. platform: of the devices, "cpu", "gpu" or "tpu".
+    Args:
+      kind: see `ModelConfig.attention`. platform: platform of the devices, "cpu", "gpu" or "tpu".
+    Raises:
+      ValueError: the kernel needs another platform.
     """
     needed = {"flash": "tpu", "cudnn": "gpu"}.get(kind, platform)
     if platform != needed:
         raise ValueError(
-            f"config.model.attention is {kind!r}, a kernel for a {needed.upper()}, and the devices here are "
-            f"{platform.upper()}s: set config.model.attention='dense'"
+            f"config.model.attention is {kind!r}, a kernel for a {needed.upper()}, and the devices "
+            f"here are {platform.upper()}s: set config.model.attention='dense'"
         )
 
 
@@ -90,11 +100,17 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
 
     Args:
       q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G).
-      mask: of `lay_out` with the same kind; bool [B, T, S], or [B, 1, S] where all queries see the same keys.
-      query_block: queries at a time if dense, so that scores take [B, H, query_block, S]; 0 for all at once.
-      kind: see `ModelConfig.attention`. One query is computed densely, whatever it says.
+      mask: from `lay_out` with the same kind; bool [B, T, S], or [B, 1, S] if all queries attend to
+        the same keys.
+      query_block: number of queries that dense attention computes at a time, so that scores are
+        [B, H, query_block, S]; 0 for all at once.
+      kind: see `ModelConfig.attention`. A single query is always computed densely.
     Returns:
-      [B, T, H * h]. A query that sees no key gets something finite: zeros (flash) or the mean of v.
+      [B, T, H * h]. The output of a query that attends to no key is finite: zeros (flash) or the
+      mean of v.
+    Raises:
+      ValueError: kind is "cudnn" and q is not bfloat16.
+      NotImplementedError: when compiled for a platform that the kernel does not support.
     """
     if kind in _KERNEL and q.shape[1] > 1:
         from opsd_jax.model import flash
@@ -104,13 +120,17 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
         return _cudnn(q, k, v, mask)
     b, t, heads, h = q.shape
     if query_block and t > query_block:
-        # even blocks: 4,098 queries by 512 are 9 times 456, not 8 times 512 and 510 rows of padding
+        # Even blocks: 4,098 queries by 512 are 9 x 456, not 9 x 512 with 510 queries of padding.
         count = -(-t // query_block)
         block = min(query_block, -(-t // (8 * count)) * 8)
-        pad = lambda x: jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))
-        cut = lambda x: jnp.moveaxis(pad(x).reshape(b, count, block, *x.shape[2:]), 1, 0)
+
+        def cut(x):  # [B, T, ...] -> [count, B, block, ...]
+            padded = jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(padded.reshape(b, count, block, *x.shape[2:]), 1, 0)
+
         masks = cut(mask) if mask.shape[1] > 1 else None
-        # the backward pass recomputes a block's scores; kept, those of all blocks would be as large as without blocks
+        # The backward pass recomputes the scores of a block. Saved scores of all blocks would take
+        # as much memory as without blocks.
         some = jax.checkpoint(
             lambda part: attend(part[0], k, v, mask if part[1] is None else part[1])
         )
@@ -121,16 +141,17 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     if mask.shape[1] > 1:
         scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
-    else:  # added, to the same effect: a row to select by XLA:GPU would first write out as large as the scores
+    else:  # Added, to the same effect. XLA:GPU would first broadcast a mask to the scores' size.
         scores += jnp.where(mask, 0.0, _HIDDEN)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, heads * h)
 
 
 class Groups(NamedTuple):
-    """Whose attention to whom is recorded, see `shares`.
+    """Groups of queries and keys between which attention is recorded, see `shares`.
 
-    queries: float32 [B, T, M], keys: float32 [B, S, N], 1 where a slot is in a group. scale: float32 [], of the scores.
+    queries: float32 [B, T, M], 1 where a query is in a group. keys: float32 [B, S, N], the same for
+      keys. scale: float32 [], factor of the scores.
     """
 
     queries: jax.Array
@@ -139,14 +160,16 @@ class Groups(NamedTuple):
 
 
 def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
-    """Attention weights of groups of queries on groups of keys, float32 [B, M, N]: averaged over the heads, added up
-    over the queries and keys of the groups.
+    """Attention weights of groups of queries on groups of keys.
 
-    The weights are those of `attend`, computed again, some queries at a time, whatever kernel attends: neither weights
-    nor mask ever exist for more than `query_block` queries (0: all at once).
+    The weights are those of `attend`. They are computed again, some queries at a time, whichever
+    kernel `attend` uses: weights and mask exist for `query_block` queries at a time.
 
     Args:
       q: [B, T, H, h]. k: [B, S, K, h]. mask: the vectors, as `lay_out` takes them.
+      query_block: number of queries at a time; 0 for all at once.
+    Returns:
+      float32 [B, M, N], averaged over heads, summed over the queries and keys of each group.
     """
     b, t, heads, h = q.shape
     kv_heads = k.shape[2]
@@ -176,32 +199,35 @@ def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
     count = -(-t // block)
 
     def cut(x):
-        x = jnp.pad(
-            x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2)
-        )  # padding is in no group
+        # padding is in no group
+        x = jnp.pad(x, [(0, 0), (0, count * block - t)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, count, block, *x.shape[2:]), 1, 0)
 
     return jnp.sum(jax.lax.map(of_some, jax.tree.map(cut, (q, groups.queries, of_queries))), axis=0)
 
 
 def _cudnn(q, k, v, mask):
-    """`attend` by cuDNN. Its kernel takes the mask as a bias [B, 1, T, S] in bfloat16, a row for every query, and
-    trains on even T and S only."""
+    """`attend` by cuDNN, with arguments and result as there.
+
+    Its kernel takes the mask as a bias [B, 1, T, S] in bfloat16, written out for every query. Its
+    backward pass needs even T and S.
+    """
     from opsd_jax.model import flash
 
     b, t, heads, h = q.shape
     if q.dtype != jnp.bfloat16:
         raise ValueError(
-            f"model.attention is 'cudnn', which computes in bfloat16, and model.dtype {q.dtype.name!r}: "
-            "set model.dtype='bfloat16', or model.attention='dense'"
+            "model.attention is 'cudnn', which computes in bfloat16, and model.dtype is "
+            f"{q.dtype.name!r}: set model.dtype='bfloat16', or model.attention='dense'"
         )
     message = (
-        "model.attention is 'cudnn', which needs an NVIDIA GPU with cuDNN: on a CPU set 'dense', on a TPU "
-        "'flash' or 'dense'"
+        "model.attention is 'cudnn', which needs an NVIDIA GPU with cuDNN: on a CPU set 'dense', "
+        "on a TPU 'flash' or 'dense'"
     )
-    even = lambda x, axes: jnp.pad(
-        x, [(0, n % 2 if axis in axes else 0) for axis, n in enumerate(x.shape)]
-    )
+
+    def even(x, axes):
+        return jnp.pad(x, [(0, n % 2 if axis in axes else 0) for axis, n in enumerate(x.shape)])
+
     mask = flash.only_on(mask, platform="cuda", message=message)
     mask = even(jnp.broadcast_to(mask, (b, t, k.shape[1])), (1, 2))
     q, k, v = (even(x, (1,)) for x in (q, k, v))
@@ -213,12 +239,16 @@ def _cudnn(q, k, v, mask):
 
 
 def rope_tables(positions, head_dim, theta, bfloat16: bool = False):
-    """cos and sin of the rotation angles, float32 [B, T, 1, h], two equal halves (rotate-half form).
+    """Cosines and sines of the rotation angles, float32 [B, T, 1, h] each.
 
-    bfloat16: round the frequencies to it, see `ModelConfig.rope_bfloat16`.
+    Both halves of the last axis are equal (rotate-half form).
+
+    Args:
+      positions: int32 [B, T], rope positions. head_dim: h. theta: base of the frequencies.
+      bfloat16: whether the frequencies are rounded to bfloat16, see `ModelConfig.rope_bfloat16`.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if bfloat16:  # not astype there and back, which XLA may leave out
+    if bfloat16:  # not a cast to bfloat16 and back, which XLA may remove
         frequencies = jax.lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=7)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
@@ -226,7 +256,7 @@ def rope_tables(positions, head_dim, theta, bfloat16: bool = False):
 
 
 def rotate(x, tables):
-    """Applies rotary positions to x [B, T, heads, h] in float32; keeps the dtype of x."""
+    """Rotates x [B, T, heads, h] by the angles of `rope_tables` in float32; keeps x's dtype."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

@@ -43,8 +43,8 @@ def _vae(config, part):
 def init(key, *, config: ModelConfig):
     """Random float32 parameters. Under `jax.eval_shape` this is the abstract tree of the model.
 
-    Matrices are truncated normal with variance 1 / fan_in, divided by twice the number of layers
-    for those that write to the decoder's residual stream. Tables are normal with variance 1 / width.
+    Matrices are truncated normal with variance 1 / fan_in, divided by twice the number of layers if
+    they write to the decoder's residual stream. Tables are normal with variance 1 / width.
     Norms are 1 and biases 0.
 
     Args:

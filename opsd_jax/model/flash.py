@@ -1,21 +1,23 @@
-"""Attention for TPUs whose scores stay on the chip: a Pallas kernel driven by the vectors of the mask.
+"""Attention for TPUs that never writes its scores to memory: a Pallas kernel.
 
-Online softmax over blocks of keys, float32 throughout; the backward pass recomputes the scores from what the
-forward pass keeps of each query (log of its sum of exponentials), as in FlashAttention (Dao et al., 2022). Scores
-lie transposed, keys along sublanes and queries along lanes: then maxima, sums and all that is known of a query are
-rows [1, queries], and nothing is stored broadcast over lanes.
+Online softmax over blocks of keys in float32. The backward pass recomputes the scores from the one
+number per query that the forward pass saves, the log of its sum of exponentials, as in
+FlashAttention (Dao et al., 2022). Scores are transposed: keys along sublanes, queries along lanes.
+Maxima, sums and other values per query are then rows [1, queries], and nothing is stored broadcast
+over lanes.
 
-The mask is the rule of `attention.visible`, evaluated on a block at a time. A block of keys that no query of a
-block can see is neither fetched nor computed: `plan` finds out from the largest limit, the smallest place of a key
-and the document numbers of each block.
+The kernel reads the vectors of the mask and evaluates the rule of `attention.visible` one block at
+a time. A block of keys to which no query of a block can attend is neither fetched nor computed.
+`plan` determines these blocks from the largest limit, the smallest place of a key and the document
+numbers of each block.
 
-  key blocks      0 1 2 3          fetched      0 1 2 3
-  queries 0       # . . .          queries 0    0 0 0 0      the same block again costs no transfer, and a step
-          1       # # . .                  1    0 1 1 1      computes only where its own number stands
-          2       . # # .                  2    1 1 2 2
+  key blocks      0 1 2 3          resident     0 1 2 3
+  queries 0       # . . .          queries 0    0 0 0 0      A block that is resident costs no
+          1       # # . .                  1    0 1 1 1      transfer. Step j computes only where
+          2       . # # .                  2    1 1 2 2      block j is the resident one.
 
-Letters: B batch, T query slots, S key slots, K kv heads, G query heads a kv head, h head_dim. I query blocks, J key
-blocks, of q and s slots. Not on a real TPU yet: see docs/performance.md.
+Letters: B batch, T queries, S keys, K kv heads, G query heads per kv head, h head_dim; I blocks of
+q queries, J blocks of s keys. Not tested on a real TPU yet: see docs/performance.md.
 """
 
 import functools
@@ -31,18 +33,21 @@ from jax.sharding import PartitionSpec
 
 from opsd_jax import sharding
 
-# Large and finite: -inf less -inf would be NaN where a query has seen nothing yet.
+# Large but finite: -inf - -inf would be NaN for a query that has attended to no key yet.
 _HIDDEN = -1e30
-_FAR = 2**30  # place of a key that nobody sees
+_FAR = 2**30  # place of a key to which no query attends
 
 
 class Plan(NamedTuple):
-    """A mask as the kernel reads it, the same for all layers. Slots are padded to whole blocks.
+    """A mask as the kernel reads it, the same for all layers, padded to whole blocks.
 
-    queries: int32 [B, 2 or 3, I q], rows limit, document, and, where images are noised, the number of the noised one.
-    keys: int32 [B, J s, 2 or 3], columns place, document (-1: nobody's), number of the noised image.
-    key_blocks: int32 [B, I, J], the key block to have at hand in each step; computed where it is J's own number.
-    query_blocks: int32 [B, J, I], the same for the pass that goes over queries.
+    queries: int32 [B, 2 or 3, I * q], rows: limit, document and, if images are noised, the number
+      of the noised image.
+    keys: int32 [B, J * s, 2 or 3], columns: place, document (-1 for padding), number of the noised
+      image.
+    key_blocks: int32 [B, I, J], the key block that is resident in each step. Step j computes if it
+      is block j.
+    query_blocks: int32 [B, J, I], the same for the pass over queries.
     """
 
     queries: jax.Array
@@ -52,7 +57,10 @@ class Plan(NamedTuple):
 
 
 def block_size(slots: int) -> int:
-    """Slots of a block: a multiple of 128, the size of the lanes, that pads little; the largest of those."""
+    """Positions per block, for `slots` positions: a multiple of 128, the number of lanes of a TPU.
+
+    Of 512, 384 and 256, the largest of those that pad least.
+    """
     if slots <= 128:
         return 128
     return min((512, 384, 256), key=lambda size: -(-slots // size) * size)
@@ -72,16 +80,30 @@ def plan(
     """The Plan of a mask.
 
     Args:
-      the vectors of `attention.visible`; those of queries are [B, T], or [B, 1] where all T see the same keys.
-      queries: T. blocks: (q, s), slots of a block of queries and of keys; None for `block_size`.
+      limit, query_segment, key_segment, key_order, query_noised, key_noised: see
+        `attention.visible`; those of queries are [B, T], or [B, 1] if all T attend to the same
+        keys.
+      queries: T. blocks: (q, s), size of a block of queries and of keys; None for `block_size`.
     """
     batch, slots = key_segment.shape
     size_q, size_s = blocks or (block_size(queries), block_size(slots))
-    fill = lambda x, size, value: jnp.pad(
-        x.astype(jnp.int32), ((0, 0), (0, -x.shape[1] % size)), constant_values=value
-    )
-    of_query = lambda x: fill(jnp.broadcast_to(x, (batch, queries)), size_q, 0)
-    of_key = lambda x, value: fill(jnp.broadcast_to(x, (batch, slots)), size_s, value)
+
+    def fill(x, size, value):
+        padding = ((0, 0), (0, -x.shape[1] % size))
+        return jnp.pad(x.astype(jnp.int32), padding, constant_values=value)
+
+    def of_query(x):
+        return fill(jnp.broadcast_to(x, (batch, queries)), size_q, 0)
+
+    def of_key(x, value):
+        return fill(jnp.broadcast_to(x, (batch, slots)), size_s, value)
+
+    def cut(x, size):
+        return x.reshape(batch, -1, size)
+
+    def lowest(x):
+        return jnp.min(jnp.where(x > 0, x, _FAR), axis=-1)
+
     if key_order is None:
         key_order = jnp.arange(slots)[None]
     limit, document = of_query(limit), of_query(query_segment)
@@ -93,50 +115,58 @@ def plan(
         rows.append(of_query(query_noised))
         columns.append(of_key(key_noised, 0))
 
-    cut = lambda x, size: x.reshape(batch, -1, size)
     seeing, seen = cut(document, size_q), cut(owner, size_s)
     furthest = jnp.max(cut(jnp.where(document > 0, limit, 0), size_q), axis=-1)[:, :, None]
     nearest = jnp.min(cut(place, size_s), axis=-1)[:, None]
-    lowest = lambda x: jnp.min(jnp.where(x > 0, x, _FAR), axis=-1)
     needed = (nearest < furthest) & (lowest(seen)[:, None] <= jnp.max(seeing, axis=-1)[:, :, None])
     needed &= lowest(seeing)[:, :, None] <= jnp.max(seen, axis=-1)[:, None]
     return Plan(
         jnp.stack(rows, axis=1),
         jnp.stack(columns, axis=2),
-        _at_hand(needed),
-        _at_hand(jnp.swapaxes(needed, 1, 2)),
+        _resident(needed),
+        _resident(jnp.swapaxes(needed, 1, 2)),
     )
 
 
-def _at_hand(needed):
-    """bool [B, N, M] -> int32 [B, N, M]: the last m so far that is needed, before the first one that one."""
+def _resident(needed):
+    """Which block is resident in each of M steps: bool [B, N, M], needed blocks -> int32 [B, N, M].
+
+    It is the last needed block so far, and before the first needed block that one.
+    """
     number = jnp.where(needed, jnp.arange(needed.shape[2], dtype=jnp.int32), -1)
     last = jax.lax.cummax(number, axis=2)
     return jnp.where(last < 0, jnp.argmax(needed, axis=2).astype(jnp.int32)[:, :, None], last)
 
 
 def attend(q, k, v, plan: Plan, interpret: bool = False):
-    """Softmax attention with grouped kv heads; queries that see no key get 0.
+    """Softmax attention with grouped kv heads. The output of a query that attends to no key is 0.
 
     Args:
-      q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G). plan: of this mask.
-      interpret: run the kernel as plain JAX, on any backend; slow, for tests.
+      q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G).
+      plan: Plan of the mask.
+      interpret: run the kernel as plain JAX on any backend; slow, for tests.
     Returns:
-      [B, T, H * h]. NotImplementedError when it is compiled for anything but a TPU without `interpret`.
+      [B, T, H * h].
+    Raises:
+      NotImplementedError: when compiled for another platform than TPU without `interpret`.
     """
     b, t, heads, h = q.shape
     kv = k.shape[2]
-    fill = lambda x, slots: jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+
+    def fill(x, slots):
+        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+
     q = fill(q, plan.queries.shape[2]).reshape(b, -1, kv, heads // kv, h).transpose(0, 2, 3, 1, 4)
     k, v = (fill(x, plan.keys.shape[1]).transpose(0, 2, 1, 3) for x in (k, v))
     out = _attend(interpret, q, k, v, plan)
     return out.transpose(0, 3, 1, 2, 4)[:, :t].reshape(b, t, heads * h)
 
 
-# --- the passes ------------------------------------------------------------------------------------------------
+# --- the passes -----------------------------------------------------------------------------------
 #
-# Arrays of a pass: q, out and their gradients [B, K, G, T, h], k and v [B, K, S, h], float32 rows of what is known of
-# each query [B, K, G, 1, T]: lse, the log of its sum of exponentials, and delta, out times its gradient.
+# Arrays of a pass: q, out and their gradients [B, K, G, T, h]; k and v [B, K, S, h]; float32 values
+# per query [B, K, G, 1, T]: lse, the log of its sum of exponentials, and delta, the dot product of
+# out and its gradient.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -150,11 +180,13 @@ def _attend_forward(interpret, q, k, v, plan):
             q,
             platform="tpu",
             message=(
-                "model.attention is 'flash', a kernel for TPUs: on a CPU set 'dense' ('flash_interpret' runs the kernel "
-                "slowly, for tests), on a GPU 'dense' or 'cudnn'"
+                "model.attention is 'flash', a kernel for TPUs: on a CPU set 'dense' "
+                "('flash_interpret' runs the kernel slowly, for tests), on a GPU 'dense' or 'cudnn'"
             ),
         )
-    out, lse = _each_its_own(_forward, interpret, plan.queries, plan.keys, plan.key_blocks, q, k, v)
+    out, lse = _on_each_device(
+        _forward, interpret, plan.queries, plan.keys, plan.key_blocks, q, k, v
+    )
     return out, (q, k, v, plan, out, lse)
 
 
@@ -162,10 +194,10 @@ def _attend_backward(interpret, kept, gradient):
     q, k, v, plan, out, lse = kept
     delta = jnp.sum(out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)[:, :, :, None]
     rest = (q, k, v, gradient, lse, delta)
-    dq = _each_its_own(
+    dq = _on_each_device(
         _backward_queries, interpret, plan.queries, plan.keys, plan.key_blocks, *rest
     )
-    dk, dv = _each_its_own(
+    dk, dv = _on_each_device(
         _backward_keys, interpret, plan.queries, plan.keys, plan.query_blocks, *rest
     )
     return dq, dk, dv, None
@@ -175,7 +207,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(queries, keys, q, k):
-    """Transposed scores float32 [s, q] of a block, and bool [s, q]: which of them count."""
+    """Transposed scores of a block, float32 [s, q], and the mask of the block, bool [s, q]."""
     row, column = queries[...], keys[...]
     seen = (column[:, 1:2] == row[1:2]) & (column[:, :1] < row[:1])
     if row.shape[0] > 2:
@@ -184,14 +216,14 @@ def _scores(queries, keys, q, k):
 
 
 def _product(a, b, axis_a, axis_b):
-    """Matrix product over the given axis of each, float32."""
+    """Matrix product of a and b over the given axis of each, float32."""
     return jax.lax.dot_general(
         a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def _forward_kernel(at_hand, queries, keys, q, k, v, out, lse, top, total, mixed, *, place):
-    step, last, computed = place(at_hand)
+def _forward_kernel(resident, queries, keys, q, k, v, out, lse, top, total, mixed, *, place):
+    step, last, computed = place(resident)
 
     @pl.when(step == 0)
     def _():
@@ -219,14 +251,14 @@ def _forward_kernel(at_hand, queries, keys, q, k, v, out, lse, top, total, mixed
 
 
 def _gradients(queries, keys, q, k, v, gradient, lse, delta):
-    """(weights, gradient of the scores), both transposed, float32 [s, q]."""
+    """(attention weights, gradient of the scores), both transposed, float32 [s, q]."""
     scores, seen = _scores(queries, keys, q, k)
     weights = jnp.where(seen, jnp.exp(scores - lse[...]), 0.0)
     return weights, weights * (_product(v[...], gradient[...], 1, 1) - delta[...])
 
 
-def _queries_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dq, total, *, place):
-    step, last, computed = place(at_hand)
+def _queries_kernel(resident, queries, keys, q, k, v, gradient, lse, delta, dq, total, *, place):
+    step, last, computed = place(resident)
 
     @pl.when(step == 0)
     def _():
@@ -243,9 +275,9 @@ def _queries_kernel(at_hand, queries, keys, q, k, v, gradient, lse, delta, dq, t
 
 
 def _keys_kernel(
-    at_hand, queries, keys, q, k, v, gradient, lse, delta, dk, dv, total_k, total_v, *, place
+    resident, queries, keys, q, k, v, gradient, lse, delta, dk, dv, total_k, total_v, *, place
 ):
-    step, last, computed = place(at_hand)
+    step, last, computed = place(resident)
 
     @pl.when(step == 0)
     def _():
@@ -265,29 +297,33 @@ def _keys_kernel(
 
 
 def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
-    """One pass. inputs: queries, keys, at hand, q, k, v, and in backward passes gradient, lse, delta. outputs: shapes.
+    """Runs one pass.
 
-    Grid, the last axis being added up in scratch memory:
+    The last axis of the grid is summed in scratch memory:
       over keys     (B, K * G, I, J)     step: the key block
       over queries  (B, K, J, G * I)     step: head of the group * I + query block
+
+    Args:
+      inputs: queries, keys, resident blocks, q, k, v; in backward passes also gradient, lse, delta.
+      outputs: (layout, ShapeDtypeStruct) of each output; layouts are "query", "key" and "row".
+      scratch: layout of each scratch array. over_keys: whether the pass is over keys or queries.
     """
-    queries, keys, at_hand, q, k, *_ = inputs
+    queries, keys, resident, q, k, *_ = inputs
     batch, kv, group, _, h = q.shape
-    count_i, count_j = at_hand.shape[1:] if over_keys else at_hand.shape[:0:-1]
+    count_i, count_j = resident.shape[1:] if over_keys else resident.shape[:0:-1]
     size_q, size_s = queries.shape[2] // count_i, keys.shape[1] // count_j
     grid = (
         (batch, kv * group, count_i, count_j)
         if over_keys
         else (batch, kv, count_j, group * count_i)
     )
-    wide = (
-        count_j if over_keys else count_i
-    )  # blocks that are stepped over, and the length of a row of `at_hand`
+    # number of blocks that the steps go through, the length of a row of `resident`
+    wide = count_j if over_keys else count_i
 
-    over, rest = jax.lax.div, jax.lax.rem  # nothing is negative: simpler code than that of // and %
+    over, rest = jax.lax.div, jax.lax.rem  # simpler code than for // and %, as nothing is negative
 
     def other(b, m, step, table):
-        """The block to have at hand, of those that are stepped over."""
+        """The resident one of the blocks that the steps go through."""
         return table[(b * grid[2] + m) * wide + rest(step, wide)]
 
     def where(b, n, m, step, table):
@@ -297,7 +333,7 @@ def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
         return b, n, over(step, wide), other(b, m, step, table), m
 
     def place(table):
-        """(step, last step, whether this step computes) inside a kernel."""
+        """(step, last step, whether this step computes), inside a kernel."""
         b, m, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
         return step, grid[3] - 1, other(b, m, step, table) == rest(step, wide)
 
@@ -330,7 +366,7 @@ def _call(kernel, inputs, outputs, scratch, *, over_keys, interpret):
             dimension_semantics=("parallel",) * 3 + ("arbitrary",)
         ),
         interpret=interpret,
-    )(at_hand.reshape(-1), queries, keys, *inputs[3:])
+    )(resident.reshape(-1), queries, keys, *inputs[3:])
     return found
 
 
@@ -375,13 +411,16 @@ def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *
     )
 
 
-def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
-    """A pass where the mesh of `sharding.mesh_context` has several devices: each computes its rows of the batch and its kv
-    heads, and nothing is exchanged. XLA cannot cut a kernel; without a mesh it says so when it compiles for several
-    devices. What a mesh axis does not divide is computed whole."""
+def _on_each_device(function, interpret, queries, keys, resident, q, *rest):
+    """Runs a pass on every device of the mesh of `sharding.mesh_context`, without communication.
+
+    Each device computes its batch entries and its kv heads. An axis that its mesh axis does not
+    divide is computed whole on every device. XLA cannot partition a kernel: without a mesh,
+    compilation for several devices fails with a message that says so.
+    """
     function, inputs = (
         functools.partial(function, interpret=interpret),
-        (queries, keys, at_hand, q, *rest),
+        (queries, keys, resident, q, *rest),
     )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -394,13 +433,17 @@ def _each_its_own(function, interpret, queries, keys, at_hand, q, *rest):
     return jax.shard_map(function, in_specs=specs, out_specs=cut, check_vma=False)(*inputs)
 
 
-# --- where it may run ------------------------------------------------------------------------------------------
+# --- supported platforms --------------------------------------------------------------------------
 
 
 def only_on(x, *, platform: str, message: str):
-    """x, not to be differentiated, unchanged; NotImplementedError(message) when lowered for another platform.
+    """Returns x unchanged, but cannot be lowered for another platform, nor differentiated.
 
-    The default backend does not tell: programs are compiled on a CPU for TPUs that are not there.
+    The default backend cannot be checked instead: programs are compiled on a CPU for a TPU topology
+    that you do not have.
+
+    Raises:
+      NotImplementedError: with `message`, when lowered for a platform other than `platform`.
     """
     return _only_on.bind(x, platform=platform, message=message)
 

@@ -29,10 +29,10 @@ def rms_norm(x, scale, eps):
 
 
 class Expert(nn.Module):
-    """Weights of one expert in one layer, and the computation before and after the shared attention.
+    """One expert in one layer: its weights, and what it computes around the shared attention.
 
-    lora: adapters of the expert's matrices, x W + alpha / rank (x a) b with b = 0 at the start; None
-      for no adapters.
+    lora: adapters of the expert's matrices, x W + alpha / rank (x a) b with b = 0 at the start;
+      None for no adapters.
     """
 
     config: LLMConfig
@@ -158,8 +158,8 @@ class Decoder(nn.Module):
     """The decoder stack with its embedding table and output head.
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
-    {"k", "v": [L, B, S, K, h]} the new keys are written at columns offset .. offset + T - 1 of its S
-    columns, and queries attend to all columns that `mask` (an `attention.Mask`) allows. The last
+    {"k", "v": [L, B, S, K, h]} the new keys are written at columns offset .. offset + T - 1 of its
+    S columns, and queries attend to all columns that `mask` (an `attention.Mask`) allows. The last
     `latents` of the T positions are latent tokens. Returns (hidden, cache).
 
     groups: `attention.Groups`. Their shares of attention in each layer, float32 [L, B, M, N], are

@@ -1,8 +1,8 @@
 """FLUX autoencoder: pixels <-> latents (official: modeling/autoencoder.py).
 
 Letters: N images, H and W pixels, h and w latents (H = h * downsample, W = w * downsample), z
-latent channels, C channels. Axes are [N, height, width, channels]. Parameter paths follow the names in the
-released checkpoints, see `params.find`.
+latent channels, C channels. Axes are [N, height, width, channels]. Parameter paths follow the names
+in the released checkpoints, see `params.find`.
 """
 
 import flax.linen as nn

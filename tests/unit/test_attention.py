@@ -309,12 +309,12 @@ def test_queries_that_see_nothing_are_zero_and_finite():
         assert np.isfinite(x).all() and np.all(np.asarray(x[0]) == 0)
 
 
-def test_which_blocks_are_at_hand():
+def test_which_blocks_are_resident():
     """The drawing in the docstring of `flash`, and one with blocks before the first needed one, and
     none at all.
     """
     lines = ["#...", "##..", ".##.", "..#.", "...."]
-    found = flash._at_hand(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
+    found = flash._resident(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
     assert found[0].tolist() == [
         [0, 0, 0, 0],
         [0, 1, 1, 1],
