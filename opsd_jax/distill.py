@@ -4,8 +4,8 @@
   teacher   C_T + completion   forward without gradient   theta, their EMA, or the initial weights
 
 Both roles are the same function on the same completion tokens, so that their positions align one to
-one. `update` is one jitted program: both forward passes, divergence, backward pass, clipping, AdamW,
-EMA. The state is donated. Official: scripts/visual_opsd/train_visual_opsd.py.
+one. `update` is one jitted program: both forward passes, divergence, backward pass, clipping,
+AdamW, EMA. The state is donated. Official: scripts/visual_opsd/train_visual_opsd.py.
 
 Letters: B batch, T sequence, N completion tokens, D embedding.
 """
@@ -28,7 +28,7 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.optimizer import init_state as init_state
 from opsd_jax.rollout import Trajectory
 
-# --- scoring ---------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 def score(params, context: Context, completion: Completion, *, config: ModelConfig):
@@ -61,9 +61,9 @@ def score(params, context: Context, completion: Completion, *, config: ModelConf
 def scored_completion(trajectory: Trajectory, teacher_length, config: DistillConfig) -> Completion:
     """The completion as both roles score it, by the official rules.
 
-    An empty completion becomes the single token eos (which then occurs twice, as token and as label).
-    A completion that exceeds max_forward_tokens together with the teacher's context is truncated for
-    both roles.
+    An empty completion becomes the single token eos (which then occurs twice, as token and as
+    label). A completion that exceeds max_forward_tokens together with the teacher's context is
+    truncated for both roles.
 
     Args:
       trajectory: B completions of up to N tokens.
@@ -94,13 +94,18 @@ def scored_completion(trajectory: Trajectory, teacher_length, config: DistillCon
 
 
 def is_cut(trajectory: Trajectory, teacher_length, config: DistillConfig):
-    """Whether a completion together with the teacher's context exceeds max_forward_tokens, bool [B]."""
+    """Whether a completion exceeds max_forward_tokens with the teacher's context, bool [B].
+
+    teacher_length: int32 [B], used slots of the teacher's context.
+    """
     return teacher_length + _length(trajectory, config) + 2 > config.max_forward_tokens
 
 
 def _length(trajectory, config):
-    """Tokens of each completion, int32 [B]; 1 for an empty one. With score_seam the delimiters between
-    rounds count as well."""
+    """Number of tokens of each completion, int32 [B]; 1 for an empty one.
+
+    With score_seam the delimiters between rounds count as well.
+    """
     n = (
         trajectory.num_fed - 1
         if config.score_seam
@@ -109,7 +114,7 @@ def _length(trajectory, config):
     return jnp.maximum(n, 1)
 
 
-# --- the update ------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
 def teacher_params(state: dict, config: DistillConfig) -> dict:

@@ -1,4 +1,6 @@
-"""Where the image marker is in a stream of tokens, by a table that the sampler looks up at every step.
+"""Detection of the image marker in a stream of tokens.
+
+The sampler looks the next state up in a table at every step.
 
 Letters: S states, V vocabulary.
 """
@@ -13,10 +15,12 @@ from opsd_jax import context as context_lib
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-    """Where the bytes of a string are in a stream of tokens.
+    """Automaton that finds the bytes of a string in a stream of tokens.
 
-    table: int8 [S, V], next state by state and token; state n means that the last n bytes are the string's first
-    n; the last state S - 1 means "seen" and is never left. Hashed by its bytes: it is a constant of the program.
+    table: int8 [S, V], next state by state and token. State n means that the last n bytes are the
+      first n bytes of the string. The last state S - 1 means "seen" and is never left.
+    digest: hash of the table and the string. It is what equality and `hash` use, as the table is a
+      constant of compiled programs.
     """
 
     table: np.ndarray
@@ -30,7 +34,13 @@ class Marker:
 
     @classmethod
     def build(cls, token_bytes, vocab_size: int, text: str = context_lib.MARKER) -> "Marker":
-        """token_bytes: the bytes of each token by id; ids beyond it (padding rows of the embedding) are empty."""
+        """The automaton of `text` for a vocabulary.
+
+        Args:
+          token_bytes: list of the bytes of each token, by id. Larger ids, the padding of the
+            embedding table, have no bytes.
+          vocab_size: V.
+        """
         pattern = text.encode()
         step = _automaton(pattern)
         longest = max(map(len, token_bytes), default=0)
@@ -47,7 +57,9 @@ class Marker:
 
 
 def _automaton(pattern: bytes) -> np.ndarray:
-    """Knuth-Morris-Pratt as a table int [len + 1, 256]: next state by state and byte; the last state absorbs.
+    """Knuth-Morris-Pratt automaton as a table int64 [len + 1, 256]: next state by state and byte.
+
+    The last state is never left.
 
     pattern "aab":   state 0 -a-> 1 -a-> 2 -b-> 3 (stays),   2 -a-> 2,   1 -other-> 0
     """

@@ -1,9 +1,9 @@
 """Frozen configuration of the method's functions: static, hashable arguments under `jax.jit`.
 
-One dataclass per training stage, and one for each of the two samplers (text: `RolloutConfig`, images:
-`FlowConfig`). The sizes of the network (`model.config`) and the divergence
-(`divergence.DivergenceConfig`) are defined next to the code that they configure. This module imports
-neither flax nor optax, so that configuration and data preparation do not load them.
+One dataclass per training stage, and one for each of the two samplers (text: `RolloutConfig`,
+images: `FlowConfig`). The sizes of the network (`model.config`) and the divergence
+(`divergence.DivergenceConfig`) are defined next to the code that they configure. This module
+imports neither flax nor optax, so that configuration and data preparation do not load them.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ class OptimConfig:
     lr: peak learning rate. min_lr: learning rate at the end of the cosine.
     warmup_steps: steps of the linear warm-up from 0.
     total_steps: steps of the stage, warm-up included.
-    schedule: "cosine" (linear warm-up, then cosine to min_lr) or "constant" (linear warm-up, then lr).
-      As in the official code, the first step has learning rate 0: it fills the moments and changes
-      no parameter.
+    schedule: "cosine" (linear warm-up, then cosine to min_lr) or "constant" (linear warm-up, then
+      lr). As in the official code, the first step has learning rate 0: it fills the moments and
+      changes no parameter.
     b1, b2, eps, weight_decay: of AdamW.
     max_grad_norm: bound of the global gradient norm; 0 for none.
     """
@@ -77,7 +77,8 @@ class DistillConfig(StageConfig):
       short completions weigh as much as long ones); "token" weighs all tokens alike.
     max_forward_tokens: completions are truncated so that context + completion + 2 positions fit
       (official: 10,240).
-    eos_after_cut: whether completions that did not end with eos still get a label eos (official: yes).
+    eos_after_cut: whether completions that did not end with eos still get a label eos (official:
+      yes).
     score_seam: whether the delimiters that an image skip fed between two rounds are scored, exactly
       as sampled (official: no).
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, moments
@@ -206,16 +207,19 @@ class RolloutConfig:
 
     @property
     def group(self) -> int:
-        """Sequences taken from the queue at a time: refill, or a quarter of the lanes, rounded up to
-        a multiple of the shards."""
+        """Number of sequences taken from the queue at a time.
+
+        It is refill, or a quarter of the lanes, rounded up to a multiple of the shards.
+        """
         wanted = self.refill or self.slots // 4
         return max(-(-wanted // self.shards), 1) * self.shards
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """How an image is generated. Defaults are those of the official inferencer.py; `flow.HARNESS` has
-    the evaluation's.
+    """How an image is generated.
+
+    Defaults are those of the official inferencer.py; `flow.HARNESS` has the evaluation's.
 
     image_start, image_end: token ids.
     num_timesteps: points of the time grid, one more than steps.

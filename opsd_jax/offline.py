@@ -1,22 +1,28 @@
-"""Distillation from a cached teacher: the control without a student that samples. Stage `offline`.
+"""Distillation from a cached teacher: the control arm without on-policy sampling, stage `offline`.
 
-  collect, once      teacher  C_T + reference trace  ->  its top K log-probabilities on the trace, on disk
-                     student  C_S + reference trace  ->  weight of a token: KL(with visual thoughts || without)
-  train, each step   student  C_S + reference trace  ->  cross entropy + weight * KL(cached teacher || student)
+  collect, once      teacher  C_T + reference trace  ->  top K log-probabilities, on disk
+                     student  C_S + reference trace  ->  weight of a token,
+                                                         KL(with visual thoughts || without)
+  train, each step   student  C_S + reference trace  ->  cross entropy
+                                                         + weight * KL(cached teacher || student)
 
-Teacher is the model with which the stage starts, frozen, in both contexts. Official: scripts/visual_opsd/
-collect_traces.py and train_visual_opsd_offline.py. There the teacher reads another text than the student (two
-thoughts around the picture, against the text-only thought), so that rows are paired from the end, and the trainer
-looks rows up by another name than they were stored under, so that nothing is ever found. Here the same trace stands
-behind both contexts, token n pairs with token n, each row is stored with the labels it was made for, and a row
-without its cache is an error.
+While collecting, both roles are the model with which the stage starts, frozen. Official:
+scripts/visual_opsd/collect_traces.py and train_visual_opsd_offline.py. In the official code the
+teacher reads another text than the student (two thoughts around the image, the student the
+text-only thought), so that tokens are paired from the end. The official trainer looks examples up
+by another name than the one they were stored under, so that it never finds one. Here the same trace
+follows both contexts and token n pairs with token n. Each example is stored with the labels that
+its cache was made for, and an example without its cache is an error.
 
-    <workdir>/teacher_cache/key.json                       what the outputs depend on
-    <workdir>/teacher_cache/Chart_Refocus-0000128.npz      rows 128 .. 255 of the task, whole or not there
-        key                                                digest of key.json
-        <row>:<pid>                                        [tokens of `record_type`], one array a row
+    <workdir>/teacher_cache/key.json                    what the outputs depend on
+    <workdir>/teacher_cache/Chart_Refocus-0000128.npz   examples 128 .. 255 of the task, complete
+        key                                             digest of key.json
+        <row>:<pid>                                     [tokens of `record_type`] of one example
 
-Letters: B batch, R targets of a row (tokens of the trace and eos), K kept entries, D hidden, V vocabulary.
+A file of examples is complete or does not exist.
+
+Letters: B batch, R targets of an example (tokens of the trace and eos), K kept entries, V
+vocabulary.
 """
 
 import dataclasses
@@ -29,6 +35,7 @@ from opsd_jax import context as context_lib
 from opsd_jax import divergence, optimizer, sharding, supervised
 from opsd_jax import params as params_lib
 from opsd_jax.method_config import OfflineConfig
+from opsd_jax.model.config import ModelConfig
 
 
 @functools.partial(
@@ -38,11 +45,14 @@ from opsd_jax.method_config import OfflineConfig
 )
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Text traces with what the teacher made of them.
+    """Text traces with the cached outputs of the teacher.
 
-    traces: Supervised [B, R]. labels: int32 [B, R], those that the cache was made for, -1 where it holds nothing.
-    log_probs: float16 [B, R, K], the teacher's largest, at temperature 1 over the whole vocabulary.
-    indices: int32 [B, R, K], their tokens. weights: float16 [B, R], nats.
+    traces: Supervised [B, R].
+    labels: int32 [B, R], the labels that the cache was made for; -1 where it has no entry.
+    log_probs: float16 [B, R, K], the teacher's K largest log-probabilities at temperature 1 over
+      the whole vocabulary.
+    indices: int32 [B, R, K], their tokens.
+    weights: float16 [B, R], weights of the tokens in nats.
     """
 
     traces: context_lib.Supervised
@@ -53,11 +63,12 @@ class Cached:
 
 
 def cached_kl(logits, log_probs, indices, temperature: float):
-    """T^2 KL(teacher || student) of each token, float32 [...].
+    """T^2 KL(teacher || student) of each token in nats, float32 [...].
 
-    The teacher's kept entries are divided by the temperature and renormalised among themselves; the student's
-    log-softmax is over the whole vocabulary. So a student equal to the teacher does not reach 0, but -T^2 log of its
-    own mass on the kept entries.
+    The teacher's kept log-probabilities are divided by the temperature T and renormalised among
+    themselves. The student's log-softmax is over the whole vocabulary. The value for a student
+    equal to the teacher is therefore not 0, but -T^2 times the log of its own mass on the kept
+    entries.
 
     Args:
       logits: [..., V] of the student. log_probs, indices: [..., K] as in `Cached`.
@@ -71,10 +82,12 @@ def cached_kl(logits, log_probs, indices, temperature: float):
 
 
 def shares(weights, used):
-    """Share of each token in the KL of the batch, float32 [B, R]: w / sum w in its row, over B rows.
+    """Share of each token in the batch's KL, float32 [B, R]: w / (sum of the example's w) / B.
 
-    Weights of tokens that are not `used` (bool [B, R]) count 0. A row whose weights are all 0 counts its tokens alike,
-    as officially.
+    As in the official code, an example whose weights are all 0 counts all its tokens alike.
+
+    Args:
+      weights: [B, R], as in `Cached`. used: bool [B, R]; the weight of other tokens is taken as 0.
     """
     weights, even = weights.astype(jnp.float32) * used, used.astype(jnp.float32)
     total = jnp.sum(weights, axis=1, keepdims=True)
@@ -87,12 +100,13 @@ def shares(weights, used):
 
 
 def step(state, batch: Cached, *, config: OfflineConfig):
-    """One optimizer step: cross entropy as in `supervised.sft_step`, plus weight times the KL divergence
-    to the cached teacher.
+    """One optimizer step: cross entropy plus weight times the KL divergence to the cached teacher.
+
+    The cross entropy is that of `supervised.sft_step`.
 
     Returns:
-      (state, metrics): those of `sft_step`, kl (T^2 sum w KL / sum w of each trace, mean over traces)
-      and cache_used, the share of the targets on which the teacher counted.
+      (state, metrics): those of `sft_step`, kl (T^2 sum w KL / sum w of each trace, mean over
+      traces) and cache_used, the share of the targets on which the teacher counted.
     """
     traces = batch.traces
     weights = divergence.token_weights(traces.mask, config.reduction)
@@ -131,12 +145,16 @@ def step(state, batch: Cached, *, config: OfflineConfig):
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "chunk"))
-def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk: int):
-    """What the cache holds of a batch of traces: (log_probs, indices, weights) as in `Cached`.
+def teacher_outputs(params, with_thoughts, without, *, config: ModelConfig, top_k: int, chunk: int):
+    """The teacher's outputs on a batch of traces.
 
     Args:
-      with_thoughts, without: Supervised [B, R], the same traces behind both contexts.
-      config: ModelConfig. chunk: targets of a row whose logits exist at once.
+      with_thoughts, without: Supervised [B, R], the same traces after the contexts with and without
+        visual thoughts.
+      top_k: K.
+      chunk: number of target positions per example whose logits exist at the same time.
+    Returns:
+      (log_probs, indices, weights) as in `Cached`.
     """
     states = [
         supervised.target_states(params, traces, config) for traces in (with_thoughts, without)
@@ -145,14 +163,13 @@ def teacher_outputs(params, with_thoughts, without, *, config, top_k: int, chunk
     def piece(head, *pair):
         log_t, log_s = (jax.nn.log_softmax(divergence.project(x, head)) for x in pair)
         log_probs, indices = jax.lax.top_k(log_t, top_k)
-        kl = jnp.maximum(
-            jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0
-        )  # rounding may go below
+        # not below 0 by rounding
+        kl = jnp.maximum(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0)
         return log_probs.astype(jnp.float16), indices.astype(jnp.int32), kl.astype(jnp.float16)
 
     return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
 
 
 def fingerprint(params) -> str:
-    """Checksum of the weights that a teacher of texts uses, see `params.fingerprint`."""
+    """Checksum of the weights that the teacher uses on text traces, see `params.fingerprint`."""
     return params_lib.fingerprint(params_lib.understanding(params))

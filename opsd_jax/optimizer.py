@@ -1,7 +1,7 @@
 """The training state and its update: gradient accumulation, clipping, AdamW, schedule and EMA.
 
-The state is one plain dict {"params", "opt", "step"} with "ema" or "teacher" as the teacher needs it.
-Only trainable leaves have a gradient, moments and an EMA.
+The state is one plain dict {"params", "opt", "step"} with "ema" or "teacher" as the teacher needs
+it. Only trainable leaves have a gradient, moments and an EMA.
 """
 
 import jax
@@ -19,8 +19,10 @@ from opsd_jax.method_config import (
 
 
 def split(params, config: StageConfig):
-    """(trainable, frozen) parameters of a stage; `params.merge` is the inverse. The autoencoder is
-    trained by its own stage only, and that stage trains nothing else."""
+    """(trainable, frozen) parameters of a stage; `params.merge` is the inverse.
+
+    The autoencoder is trained by its own stage only, and that stage trains nothing else.
+    """
     if isinstance(config, AutoencoderConfig):
         frozen = {name: tree for name, tree in params.items() if name != "vae"}
         return {"vae": params["vae"]}, frozen
@@ -96,8 +98,9 @@ def _directions(config: OptimConfig) -> optax.GradientTransformation:
 def apply_gradients(state: dict, grads, config: StageConfig):
     """Clipping, AdamW and EMA.
 
-    The last operations are written out, because optax's round differently: weight decay and learning
-    rate in the order of torch's AdamW, p <- p (1 - lr * decay) - lr * direction, and the EMA.
+    The last operations are written out, because optax's round differently: weight decay and
+    learning rate in the order of torch's AdamW, p <- p (1 - lr * decay) - lr * direction, and the
+    EMA.
 
     Args:
       state: see `init_state`. grads: the trainable leaves' gradients.
@@ -124,9 +127,10 @@ def apply_gradients(state: dict, grads, config: StageConfig):
 
 
 def accumulate(loss, trainable, inputs, count: int):
-    """Gradients and metrics of `loss(trainable, inputs) -> (scalar, metrics)`, summed over micro steps.
+    """Gradients and metrics of a loss, summed over micro steps.
 
     Args:
+      loss: function (trainable, inputs) -> (scalar, metrics).
       inputs: pytree of [B, ...], cut into `count` micro batches. The loss must weigh its terms such
         that the sum over micro batches is the loss of the whole batch.
     Raises:
@@ -146,8 +150,11 @@ def accumulate(loss, trainable, inputs, count: int):
 
 
 def _micro_batches(tree, count):
-    """[count * B, ...] -> [count, B, ...]. Micro batch m takes the entries m, m + count, ...: devices
-    hold contiguous parts of the batch, so each part is divided in itself and no entry moves."""
+    """[count * B, ...] -> [count, B, ...].
+
+    Micro batch m takes the entries m, m + count, ... Devices hold contiguous parts of the batch, so
+    that each part is divided in itself and no entry moves.
+    """
 
     def divide(x):
         if x.shape[0] % count:

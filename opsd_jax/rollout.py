@@ -1,34 +1,35 @@
 """The on-policy sampler: prefill and decoding in one jitted program, image-skip rounds included.
 
-Official: scripts/visual_opsd/on_policy_sampler.py, bagel.py:generate_text. A completion is sampled in
-rounds. A round feeds bos, then samples and feeds tokens until eos is sampled (eos itself is not fed). If
-the round's text holds the marker `<image_start>`, the model asks for an image; instead, eos is fed and a
-new round starts with bos:
+Official: scripts/visual_opsd/on_policy_sampler.py, bagel.py:generate_text. A completion is sampled
+in rounds. A round feeds bos, then samples and feeds tokens until eos is sampled (eos itself is not
+fed). If the round's text holds the marker `<image_start>`, the model asks for an image; instead,
+eos is fed and a new round starts with bos:
 
   fed       bos c1 c2 <image_start> | eos bos d1 d2 | (eos sampled: stop)
   returned      c1 c2 <image_start>           d1 d2
 
-Every fed token counts against the budget `max_new_tokens`, delimiters included. A round that used up the
-budget is never continued, nor is one after which at most one token is left, nor one past
+Every fed token counts against the budget `max_new_tokens`, delimiters included. A round that used
+up the budget is never continued, nor is one after which at most one token is left, nor one past
 `max_image_skips`.
 
-The marker is a string, and tokens merge across its edges (`><` is one Qwen token), so it is found in the
-bytes: `Marker` combines a string-matching automaton and the tokenizer in one table next[state, token].
+The marker is a string, and tokens merge across its edges (`><` is one Qwen token), so it is found
+in the bytes: `Marker` combines a string-matching automaton and the tokenizer in one table
+next[state, token].
 
-Sequences end at different lengths, and a finished sequence keeps occupying its batch entry, its lane, at
-every decode step. With fewer lanes than sequences (`RolloutConfig.slots`) the sequences wait in a queue,
-and free lanes take the next ones, all in the same program:
+Sequences end at different lengths, and a finished sequence keeps occupying its batch entry, its
+lane, at every decode step. With fewer lanes than sequences (`RolloutConfig.slots`) the sequences
+wait in a queue, and free lanes take the next ones, all in the same program:
 
   lane 0   aaaaaa ccccccccc          step by step, every lane holds one sequence
   lane 1   bbbbbbbbbbb ddddd
 
-Keys go to the same column in all lanes, so that a step writes one column of the cache. The columns after
-the context are a ring of `max_new_tokens`, and no sequence is longer than that:
+Keys go to the same column in all lanes, so that a step writes one column of the cache. The columns
+after the context are a ring of `max_new_tokens`, and no sequence is longer than that:
 
   cache of a lane   [ context 0 .. T-1 | ring, at T + (step mod budget) ]
 
-Letters: B lanes, Q sequences (B = Q without a queue), T context slots, N completion tokens, V vocabulary,
-D shards.
+Letters: B lanes, Q sequences (B = Q without a queue), T context slots, N completion tokens, V
+vocabulary, D shards.
 """
 
 import dataclasses
@@ -65,14 +66,17 @@ STOP_BUDGET, STOP_EOS = 0, 1
 class Trajectory:
     """Sampled completions. N = max_new_tokens - 1, F = max_new_tokens.
 
-    tokens: int32 [B, N], content only: no bos, no eos, nothing that was injected; 0 after the end.
-    mask: bool [B, N], the real ones, a prefix of each row.
-    logprobs: float32 [B, N], log-probability of each token under the distribution it was drawn from.
-    num_skips: int32 [B], image-skip rounds. stop: int32 [B], STOP_EOS or STOP_BUDGET.
+    tokens: int32 [B, N], content only: no bos, no eos, no injected token; 0 after the end.
+    mask: bool [B, N], True for the content tokens, which are a prefix of each sequence.
+    logprobs: float32 [B, N], log-probability of each token under the distribution that it was
+      sampled from.
+    num_skips: int32 [B], number of image-skip rounds. stop: int32 [B], STOP_EOS or STOP_BUDGET.
     fed: int32 [B, F], every token in the order it was fed, with bos and injected delimiters.
-    fed_sampled: bool [B, F], whether the model chose it: content, and the eos that a skip fed (False: bos, padding).
-    num_fed: int32 [B].
-    ended: int32 [B], decoding steps of the whole call that had run when the row was done; None if not sampled here.
+    fed_sampled: bool [B, F], whether the model chose the token. True for content and for the eos
+      that a skip fed, False for bos and padding.
+    num_fed: int32 [B], number of fed tokens.
+    ended: int32 [B], decoding steps of the whole call that had run when the sequence was done; None
+      if it was not sampled by this call.
     """
 
     tokens: jax.Array
@@ -87,11 +91,14 @@ class Trajectory:
 
 
 def relayout_program(mesh, params, dtype: str):
-    """A function that lays trained parameters out for the sampler: in the rollout layout and the compute dtype, without
-    the parameters of image generation.
+    """A function that maps trained parameters to those that the sampler uses.
+
+    These are in the rollout layout and the compute dtype, without the parameters of image
+    generation.
 
     Args:
-      params: arrays or ShapeDtypeStructs, laid out as the arguments of the returned function will be.
+      params: arrays or ShapeDtypeStructs with the shardings of the returned function's arguments.
+      dtype: the compute dtype.
     """
     program = sharding.relayout_program(
         mesh,
@@ -103,13 +110,16 @@ def relayout_program(mesh, params, dtype: str):
 
 
 def utilisation(trajectory: Trajectory, slots: int = 0):
-    """Share of the decoding steps' places that held a row which was not done. slots: `RolloutConfig.slots`."""
+    """Share of the lanes' decoding steps that fed a token to an unfinished sequence, in (0, 1].
+
+    slots: `RolloutConfig.slots`, number of lanes; 0 for one lane per sequence.
+    """
     rows = trajectory.num_fed.shape[0]
     return trajectory.num_fed.sum() / (min(slots or rows, rows) * trajectory.ended.max())
 
 
 def _restrict(logits, config):
-    """Sampling logits float32 [B, V] after temperature, top-k and top-p; excluded entries are -inf."""
+    """Logits float32 [B, V] after temperature, top-k and top-p. Excluded entries are -inf."""
     logits = logits / (1.0 if config.greedy else config.temperature)
     if config.top_k:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
@@ -131,7 +141,8 @@ class Completions:
 
     tokens: int32 [B, N], content tokens. logprobs: float32 [B, N], their log-probabilities.
     count: int32 [B], number of content tokens.
-    fed: int32 [B, F], tokens in the order they were fed. fed_sampled: bool [B, F], chosen by the model.
+    fed: int32 [B, F], tokens in the order they were fed. fed_sampled: bool [B, F], chosen by the
+      model.
     num_fed: int32 [B], number of fed tokens. num_skips: int32 [B], image-skip rounds.
     stop: int32 [B], STOP_EOS or STOP_BUDGET. ended: int32 [B], decoding steps when it was done.
     logits: float32 [B, F, V] of every fed token, or None where they are not returned.
@@ -199,7 +210,8 @@ class Queue:
 def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool = False):
     """Samples one completion per sequence.
 
-    What a sequence samples depends on `rng` and its number only, not on its neighbours, lanes or devices.
+    What a sequence samples depends on `rng` and its number only, not on its neighbours, lanes or
+    devices.
 
     Args:
       params: the model's dict. context: Context [Q, T] (sequences may differ in length).
@@ -227,7 +239,10 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
 
 
 def _begin(numbers, context, config, return_logits) -> Lanes:
-    """Lanes, without their cache, before the sequences `numbers`, int32 [B], feed bos after these contexts."""
+    """Lanes without their cache, before the sequences feed bos after their contexts.
+
+    numbers: int32 [B], numbers of the sequences. context: Context [B, T].
+    """
     batch, budget = numbers.shape[0], config.max_new_tokens
     zeros = jnp.zeros(batch, jnp.int32)
     logits = jnp.zeros((batch, budget, config.model.llm.vocab_size)) if return_logits else None
@@ -270,7 +285,8 @@ def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
         lanes.segment, jnp.ones_like(t)[:, None], column, axis=1
     )
     x = bagel.embed_tokens(params, token[:, None], config=model)
-    # All keys of the segment are in the past: admission removed those of the lane's previous sequence.
+    # All keys of the segment are in the past: admission removed those of the lane's previous
+    # sequence.
     hidden, cache = bagel.forward(
         params,
         x,
@@ -314,7 +330,8 @@ def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
     over = done | stops
     content = ~(over | is_forced)
     token = jnp.where(over, 0, jnp.where(is_forced, forced, sampled))
-    # Out of bounds means dropped. Mapped over lanes, or devices would exchange theirs at every token.
+    # Updates out of bounds are dropped. The update is mapped over lanes. Without this, devices
+    # would exchange their lanes at every token.
     written, fed = jnp.where(content, out.count, budget), jnp.where(over, budget, used)
     write = jax.vmap(lambda x, column, value: x.at[column].set(value, mode="drop"))
     kept = out.logits
@@ -351,6 +368,7 @@ def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
 
 
 def _result(out: Completions):
+    """Trajectory of the completions; (Trajectory, logits) where logits are returned."""
     trajectory = Trajectory(
         tokens=out.tokens,
         mask=jnp.arange(out.tokens.shape[1]) < out.count[:, None],
@@ -369,14 +387,17 @@ def _result(out: Completions):
 
 
 def _sample_queue(params, context, rng, config, return_logits):
-    """`sample` with fewer lanes than sequences: until all are done, admit sequences to free lanes, then
-    decode until enough lanes are free again. Of each shard: b = B / D lanes, q = Q / D sequences, groups
-    of g."""
+    """`sample` with fewer lanes than sequences.
+
+    Until all sequences are done, it admits sequences to free lanes, then decodes until enough lanes
+    are free again. Each shard has b = B / D lanes and q = Q / D sequences, and admits up to g
+    sequences at a time.
+    """
     model, budget = config.model, config.max_new_tokens
     (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
-            f"{queued} rows cannot be shared by the {shards} batch shards of rollout.shards"
+            f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards"
         )
     waiting, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
     first = jnp.arange(shards)[:, None] * waiting  # number of a shard's first sequence
@@ -395,9 +416,8 @@ def _sample_queue(params, context, rng, config, return_logits):
 
     def harvest(queue):
         """Copies the lanes' completions; a sequence that is not done is copied again later."""
-        at = (
-            split(queue.lanes.sequence, own) - first
-        )  # an empty lane has sequence Q or more: dropped
+        # the number of the sequence in an empty lane is Q or more, so that it is dropped
+        at = split(queue.lanes.sequence, own) - first
         at = jnp.where((at >= 0) & (at < waiting), at, waiting)
         return jax.tree.map(
             lambda x, new: join(put(split(x, waiting), at, split(new, own))),
@@ -426,17 +446,22 @@ def _sample_queue(params, context, rng, config, return_logits):
                 key_segment=some.segment,
             )
         new = _begin(join(first + number), some, config, return_logits)
-        taken = jax.tree.map(
-            lambda x, value: join(put(split(x, own), lane, split(value, group))),
-            dataclasses.replace(lanes, step=None, cache=None),
-            dataclasses.replace(new, step=None),
-        )
+
+        def taken(x, value):
+            return join(put(split(x, own), lane, split(value, group)))
+
+        names = (field.name for field in dataclasses.fields(Lanes))
+        updates = {
+            name: jax.tree.map(taken, getattr(lanes, name), getattr(new, name))
+            for name in names
+            if name not in ("step", "cache")
+        }
         cache = jax.tree.map(lambda x, value: _put_keys(x, value, lane), lanes.cache, read)
-        lanes = dataclasses.replace(taken, step=lanes.step, cache=cache)
+        lanes = dataclasses.replace(lanes, **updates, cache=cache)
         return Queue(lanes, queue.next + takes.sum(axis=1), results)
 
     def decodes(queue):
-        """Whether to decode on without new sequences: a shard that could admit some has too few free lanes."""
+        """Whether to decode without new sequences: a shard that has some lacks free lanes."""
         wanted, done = jnp.minimum(group, left(queue)), queue.lanes.done
         free = split(done, own).sum(axis=1)  # [D]
         return ~jnp.all(done) & ((wanted.sum() == 0) | jnp.any(free < wanted))
@@ -459,14 +484,20 @@ def _sample_queue(params, context, rng, config, return_logits):
     return _result(harvest(queue))
 
 
-def _put_keys(cache, new, slot):
-    """Writes keys of contexts, new [L, D * g, T, K, h], to the slots of a cache [L, D * b, S, K, h], S >= T.
+def _put_keys(cache, new, lane):
+    """Writes the keys of contexts to the lanes of a cache, into its first T columns.
 
-    slot: int32 [D, g], of the shard's b; b and more are dropped. Spelled out because a mapped update would move the
-    shards to the front, and with them the cache.
+    This is an explicit scatter, because a mapped update would transpose the cache to have the
+    shards first.
+
+    Args:
+      cache: [L, D * b, S, K, h] with S >= T. new: [L, D * g, T, K, h].
+      lane: int32 [D, g], lane within the shard's b lanes; b and more are dropped.
+    Returns:
+      The updated cache.
     """
     layers, _, columns, heads, width = cache.shape
-    shards, group = slot.shape
+    shards, group = lane.shape
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(0, 3, 4, 5),
         inserted_window_dims=(2,),
@@ -476,7 +507,7 @@ def _put_keys(cache, new, slot):
     )
     found = jax.lax.scatter(
         cache.reshape(layers, shards, -1, columns, heads, width),
-        slot[:, :, None],
+        lane[:, :, None],
         new.reshape(layers, shards, group, -1, heads, width),
         numbers,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,

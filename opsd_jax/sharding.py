@@ -1,11 +1,11 @@
-"""The mesh and the two layouts of the parameters. No other module names a mesh axis.
+"""The device mesh and the two layouts of the parameters. No other module names a mesh axis.
 
-Mesh axes: `data` (copies of the model; the only axis that may span TPU slices), `fsdp` (parameters and
-batch are divided along it), `tensor` (heads, mlp and vocabulary are divided along it).
+Mesh axes: `data` (copies of the model; the only axis that may span TPU slices), `fsdp` (parameters
+and batch are divided along it), `tensor` (heads, mlp and vocabulary are divided along it).
 
   train layout     parameters divided along fsdp and tensor, gathered layer by layer when used
-  rollout layout   parameters divided along tensor only: with weights divided along fsdp, decoding would
-                   gather each layer's weights again for every token
+  rollout layout   parameters divided along tensor only: with weights divided along fsdp, decoding
+                   would gather each layer's weights again for every token
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import math
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,16 +39,22 @@ LAYOUTS = {"train": _TRAIN, "rollout": _ROLLOUT}
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one size may be -1 (all that are left).
+    """A mesh over all devices. One size may be -1: all remaining devices.
 
-    On TPUs, neighbours in the mesh are neighbours in the torus, and of several slices only `data` spans
-    the data-centre network. Raises ValueError if the sizes do not fit the devices.
+    On TPUs, neighbours in the mesh are neighbours in the torus. With several slices, only `data`
+    spans the data-centre network.
+
+    Args:
+      data, fsdp, tensor: size of each axis. devices: default `jax.devices()`.
+    Raises:
+      ValueError: the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes))}: config.mesh takes positive sizes, and -1 for one of them"
+            f"mesh {dict(zip(AXES, sizes))}: config.mesh takes positive sizes, and -1 for one of "
+            "them"
         )
     if sizes.count(-1) == 1:
         rest = math.prod(s for s in sizes if s != -1)
@@ -63,8 +69,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     )
     if sizes[0] % slices:
         raise ValueError(
-            f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, since fsdp and "
-            "tensor would wait for the network between slices at every layer"
+            f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, "
+            "since fsdp and tensor would wait for the network between slices at every layer"
         )
     if slices > 1:
         inside = (sizes[0] // slices, *sizes[1:])
@@ -77,7 +83,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """The batch size must be a multiple of this."""
+    """Number of batch shards of the mesh. The batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -92,7 +98,11 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedSharding:
-    """Sharding of one parameter. An axis that its mesh axis does not divide stays whole."""
+    """Sharding of one parameter by its path. An axis that its mesh axis does not divide stays
+    whole on every device.
+
+    layout: "train" or "rollout".
+    """
     rules, spec = LAYOUTS[layout], []
     for size, logical in zip(shape, params_lib.fact(path).axes, strict=True):
         axis = rules.get(logical)
@@ -103,8 +113,8 @@ def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedShard
 def tree_shardings(mesh: Mesh, abstract, layout: str = "train"):
     """Shardings of any pytree of arrays.
 
-    A leaf whose path ends like a parameter's is divided like it (so Adam's moments and the EMA follow
-    their parameter); everything else is replicated.
+    A leaf whose path ends like a parameter's is divided like it (so Adam's moments and the EMA
+    follow their parameter); everything else is replicated.
     """
 
     def leaf(path, x):
@@ -119,7 +129,7 @@ def tree_shardings(mesh: Mesh, abstract, layout: str = "train"):
 
 
 def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
-    """ShapeDtypeStructs with shardings, as needed to restore a checkpoint."""
+    """ShapeDtypeStructs with the shardings of a layout, as needed to restore a checkpoint."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree_of_shapes,
@@ -130,8 +140,9 @@ def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
 def mesh_context(mesh: Mesh | None):
     """A context manager that makes the mesh known to programs traced inside it.
 
-    `constrain_batch` and `shard_map_batch` need it, and so does the "flash" attention kernel, which XLA
-    cannot divide over devices by itself. It does not change where arrays are placed. None: no mesh.
+    `constrain_batch` and `shard_map_batch` need it, and so does the "flash" attention kernel, which
+    XLA cannot divide over devices by itself. It does not change where arrays are placed. None: no
+    mesh.
     """
     return (
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -141,8 +152,10 @@ def mesh_context(mesh: Mesh | None):
 
 
 class on_mesh:
-    """Decorates a jitted function: it is called and traced inside `mesh_context`, with the mesh of its
-    first argument, a tree of arrays or ShapeDtypeStructs. Under an outer trace, the outer context applies.
+    """Decorator of a jitted function, which is then called and traced inside `mesh_context`.
+
+    The mesh is that of the first argument, a tree of arrays or ShapeDtypeStructs. Inside an outer
+    trace the outer context applies.
     """
 
     def __init__(self, jitted):
@@ -154,11 +167,12 @@ class on_mesh:
             return self.__wrapped__(tree, *arguments, **named)
 
     def trace(self, tree, *arguments, **named):
-        """As that of what `jax.jit` returns; `lower`, too."""
+        """Like `trace` of a jitted function."""
         with self._context(tree):
             return self.__wrapped__.trace(tree, *arguments, **named)
 
     def lower(self, *arguments, **named):
+        """Like `lower` of a jitted function."""
         return self.trace(*arguments, **named).lower()
 
     def _context(self, tree):
@@ -174,8 +188,8 @@ class on_mesh:
 def update_program(step, state, config):
     """`step(state, ..., config=config)` jitted for states with the layout of this one.
 
-    The state is donated, and every leaf is returned with the sharding it came with: XLA would choose others for
-    some, and the next step would compile again.
+    The state is donated, and every leaf is returned with the sharding that it had. XLA would choose
+    other shardings for some leaves, and the next step would compile again.
 
     Args:
       step: function of (state, ..., *, config) -> (state, metrics).
@@ -200,8 +214,8 @@ def _update_program(step, config, structure, leaves):
 def constrain_batch(x):
     """x [B, ...] constrained to the layout of a batch, under `mesh_context`.
 
-    Returns x itself without a mesh, and where the devices do not divide B. Without the constraint the
-    compiler may gather the batch entries of all devices instead of a layer's weights.
+    Returns x itself without a mesh, and where the devices do not divide B. Without the constraint
+    the compiler may gather the batch entries of all devices instead of a layer's weights.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % batch_divisor(mesh):
@@ -212,14 +226,13 @@ def constrain_batch(x):
 def shard_map_batch(function, whole, *rows):
     """function(whole, *rows) -> tree of [B, ...], computed by each device on its own batch entries.
 
-    For loops over parts of a sequence: `whole`, a tree of arrays without a batch axis, is gathered once
-    before the loop, and its gradient is reduced once after it. Otherwise XLA may do both in every
-    iteration, or gather the batch entries of all devices. Along `tensor`, arrays are divided as the
-    compiler chooses. Falls back to a plain call without a mesh (`mesh_context`), and where the devices
-    do not divide B.
+    For loops over parts of a sequence: `whole` is gathered once before the loop, and its gradient
+    is reduced once after it. Otherwise XLA may do both in every iteration, or gather the batch
+    entries of all devices. Along `tensor`, arrays are divided as the compiler chooses. Falls back
+    to a plain call without a mesh (`mesh_context`), and where the devices do not divide B.
 
     Args:
-      rows: trees of arrays [B, ...].
+      whole: tree of arrays without a batch axis. rows: trees of arrays [B, ...].
     """
     mesh, size = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
     if mesh.empty or batch_divisor(mesh) == 1 or size % batch_divisor(mesh):
@@ -236,25 +249,31 @@ def shard_map_batch(function, whole, *rows):
 def local_batch_indices(mesh: Mesh, size: int) -> list[int]:
     """Batch entries that this process's devices hold, in ascending order; `put_batch` takes these.
 
-        mesh 4 x 2 of two processes, size 8      devices   0 0 | 0 0 | 1 1 | 1 1     process 0: entries 0 1 2 3
-        mesh 2 x 4, `tensor` across processes    devices   0 0 1 1 | 0 0 1 1         both: all entries
+      mesh 4 x 2 of two processes, size 8     devices 0 0 | 0 0 | 1 1 | 1 1   process 0: 0 1 2 3
+      mesh 2 x 4, `tensor` across processes   devices 0 0 1 1 | 0 0 1 1       both: all entries
 
-    Raises ValueError where the batch shards of the mesh do not divide `size`.
+    Args:
+      size: number of batch entries of all processes together.
+    Raises:
+      ValueError: the batch shards of the mesh do not divide `size`.
     """
     shards = batch_divisor(mesh)
     if size % shards:
         raise ValueError(
-            f"{size} rows do not divide into the {shards} batch shards of the mesh (data x fsdp): change the "
-            "batch size, or give devices to config.mesh.tensor"
+            f"{size} sequences do not divide into the {shards} batch shards of the mesh (data x "
+            "fsdp): change the batch size, or give devices to config.mesh.tensor"
         )
     found = batch(mesh).addressable_devices_indices_map((size,))
     return sorted({n for (rows,) in found.values() for n in range(*rows.indices(size))})
 
 
 def put_batch(mesh: Mesh, host_batch):
-    """This process's entries of the global batch (see `local_batch_indices`) -> global arrays."""
+    """Global arrays [B, ...] from this process's entries of the batch (see `local_batch_indices`).
+
+    host_batch: tree of arrays, the first axis being this process's entries.
+    """
     sharding, shards = batch(mesh), batch_divisor(mesh)
-    # with one row a shard, as many rows as this process holds shards
+    # A batch with one entry per shard tells how many shards this process holds.
     factor = shards // len(local_batch_indices(mesh, shards))
 
     def put(x):
@@ -267,22 +286,23 @@ def put_batch(mesh: Mesh, host_batch):
 
 
 def gather_to_host(tree):
-    """Global arrays -> NumPy arrays of the whole batch, on every process, in the order of the mesh."""
-    from jax.experimental import multihost_utils
+    """NumPy arrays of the whole batch on every process, in the order of the mesh.
 
+    tree: global arrays [B, ...].
+    """
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
     """A function that casts a tree of arrays and moves it to a layout.
 
-    Leaves whose dtype and sharding do not change are returned as they are; all others are moved in one
-    compiled program. One program, because processes that start one transfer per leaf may start them in
-    different orders and then wait for each other forever.
+    Leaves whose dtype and sharding do not change are returned as they are; all others are moved in
+    one compiled program. One program, because processes that start one transfer per leaf may start
+    them in different orders and then wait for each other forever.
 
     Args:
       abstract: the tree, as arrays or ShapeDtypeStructs with shardings.
-      cast: pytree -> pytree of the same structure.
+      layout: "train" or "rollout". cast: pytree -> pytree of the same structure.
     """
     leaves, structure = jax.tree.flatten(abstract)
     wanted = jax.tree.leaves(jax.eval_shape(cast, abstract))
@@ -294,9 +314,8 @@ def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
     ]
 
     def program(some):
-        whole = [
-            jax.numpy.zeros(x.shape, x.dtype) for x in leaves
-        ]  # those that are not used are not computed
+        # zeros that are not used are not computed
+        whole = [jax.numpy.zeros(x.shape, x.dtype) for x in leaves]
         for n, x in zip(moved, some):
             whole[n] = x
         cast_leaves = jax.tree.leaves(cast(jax.tree.unflatten(structure, whole)))

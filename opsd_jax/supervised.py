@@ -1,8 +1,8 @@
 """Supervised training steps: text traces, traces with images to generate, and the autoencoder.
 
-Each step is `step(state, batch, ..., config) -> (state, metrics)` for `sharding.update_program`; metrics
-are float32 scalars. Letters: B batch, T sequence, R targets per example, M images per example,
-G latent tokens, D embedding.
+Each step is `step(state, batch, ..., config) -> (state, metrics)` for `sharding.update_program`;
+metrics are float32 scalars. Letters: B batch, T sequence, R targets per example, M images per
+example, G latent tokens, D embedding.
 """
 
 import jax
@@ -28,8 +28,10 @@ def at_targets(hidden, traces: Supervised):
 
 
 def target_metrics(traces: Supervised, correct) -> dict:
-    """accuracy (top-1 on the targets; correct: number of hits) and completion_len (targets per
-    example)."""
+    """Metrics of text traces: accuracy (top-1) on the targets, completion_len (targets per example).
+
+    correct: float32 [], number of targets that are predicted correctly.
+    """
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
     return {
         "accuracy": correct / jnp.maximum(targets, 1),
@@ -70,8 +72,9 @@ def sft_step(state, batch: Supervised, *, config: SupervisedConfig):
 
 
 def image_generation_step(state, batch: GenerationBatch, key, *, config: ImageGenerationConfig):
-    """One optimizer step on traces with images to generate: cross entropy on the text, and flow matching.
+    """One optimizer step on traces with images to generate: cross entropy and flow matching.
 
+    The cross entropy is that of the text.
     Each noised image has one flow time. The squared errors of its velocities weigh alike over all
     noised tokens of the batch. Latents are encoded here, from pixels.
 
@@ -123,7 +126,7 @@ def image_generation_step(state, batch: GenerationBatch, key, *, config: ImageGe
 def autoencoder_step(state, batch: PaddedImages, key, *, config: AutoencoderConfig):
     """One optimizer step of the autoencoder: mse + kl_weight * kl, with a sample of the posterior.
 
-      mse   squared error of the pixels in [-1, 1], mean over the pixels of all images and their colours
+      mse   squared error of the pixels in [-1, 1], mean over pixels and colours of all images
       kl    KL(posterior || N(0, 1)) in nats, mean over the values of the latents
 
     Args:

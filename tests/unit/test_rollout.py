@@ -222,7 +222,7 @@ def test_a_queue_with_logits_and_a_remainder(sampled, crowd):
 
 
 def test_rows_must_divide_into_shards(crowd):
-    with pytest.raises(ValueError, match="12 rows cannot be shared by the 5 batch shards"):
+    with pytest.raises(ValueError, match="12 sequences cannot be shared by the 5 batch shards"):
         crowd.draw(slots=5, refill=5, shards=5)
 
 
