@@ -28,7 +28,7 @@ def at_targets(hidden, traces: Supervised):
 
 
 def target_metrics(traces: Supervised, correct) -> dict:
-    """Metrics of text traces: accuracy (top-1) on the targets, completion_len (targets per example).
+    """Metrics of text traces: top-1 accuracy and completion_len (targets per example).
 
     correct: float32 [], number of targets that are predicted correctly.
     """
