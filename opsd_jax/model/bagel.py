@@ -114,9 +114,9 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
     """
     x = embed_tokens(params, context.tokens, config=config)
     if context.patches.shape[1]:
-        images = encode_images(params, context, config=config)
+        encoded = encode_images(params, context, config=config)
         rows = jnp.arange(x.shape[0])[:, None]
-        x = x.at[rows, context.patch_slots].set(images, mode="drop")
+        x = x.at[rows, context.patch_slots].set(encoded, mode="drop")
     if context.latents is None:
         return x
     latents = context.latents.tokens if latents is None else latents
