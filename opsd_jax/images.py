@@ -1,8 +1,11 @@
-"""Pixels -> resized, cut into patches, numbered; and back. NumPy and Pillow, no model.
+"""Images are decoded, resized, cut into numbered patches, and put together again.
 
-Official: data/transforms.py, data/data_utils.py. The resize works on uint8 pixels with Pillow's antialiased
-bicubic filter, so what the model sees was quantised to uint8 first; patches stay uint8 until they are on the
-device, where `normalize` maps them to [-1, 1].
+This module uses NumPy and Pillow, and no model. Official: data/transforms.py, data/data_utils.py.
+The resize works on uint8 pixels with Pillow's antialiased bicubic filter, so what the model sees
+was quantised to uint8 first. Patches stay uint8 until they are on the device, where `normalize`
+maps them to [-1, 1].
+
+Axes: H, W pixels (height, width), P patches.
 """
 
 import dataclasses
@@ -16,19 +19,27 @@ import numpy as np
 
 from opsd_jax.inputs import checks
 
-LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, where Pillow begins to warn
+LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, the size above which Pillow warns
 
 
 class UnreadableImageError(ValueError):
-    """No picture comes out of this: bytes that Pillow cannot decode, too many pixels, an array of another kind."""
+    """Data that cannot be read as an image.
+
+    Its bytes cannot be decoded by Pillow, it has too many pixels, or it is an array of another
+    type or shape.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """The size rule of one image transform; sizes in pixels. The official ones: TRAINING (the defaults),
-    HARNESS_VIT, VAE.
+    """The size rule of one image transform, in pixels.
 
-    Any picture of at least one pixel is legal: 1 x 5,000 becomes 14 x 980.
+    The official rules are TRAINING (the defaults), HARNESS_VIT and VAE. Every image of at least
+    one pixel is accepted: 1 x 5,000 becomes 14 x 980.
+
+    stride: both sides are multiples of it.
+    max_size, min_size: bounds of the longer and of the shorter side.
+    max_pixels: bound of the number of pixels, divided among the images of an example.
     """
 
     stride: Annotated[int, "[1, inf)"] = 14
@@ -40,20 +51,27 @@ class Resize:
         checks.fields(self, "images")
 
     def __call__(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
-        """(width, height) of the resized image.
+        """(width, height) of the resized image, in pixels.
 
-        Quirks that are kept: both roundings are Python's (half to even); the pixel rule multiplies the sides by
-        the ratio of areas, not by its square root; the long-side rule comes last and may undo the short-side one.
+        Three peculiarities of the official code are kept. Both roundings are Python's (half to
+        even). The pixel rule multiplies the sides by the ratio of areas, not by its square root.
+        The long-side rule comes last and may undo the short-side rule.
 
-        Raises ValueError for a picture without pixels.
+        Args:
+          width, height: size of the image in pixels.
+          num_images: number of images that share `max_pixels`.
+        Raises:
+          ValueError: an image without pixels.
         """
         if min(width, height) < 1:
             raise ValueError(
-                f"a picture of {width} x {height} pixels has nothing to resize: leave the row out"
+                f"an image of {width} x {height} pixels has nothing to resize: leave the row out"
             )
 
+        def snap(x):
+            return max(self.stride, round(x / self.stride) * self.stride)
+
         def scaled(w, h, scale):
-            snap = lambda x: max(self.stride, round(x / self.stride) * self.stride)
             return snap(round(w * scale)), snap(round(h * scale))
 
         scale = max(
@@ -68,28 +86,35 @@ class Resize:
 
 
 TRAINING = Resize()
-"""What the ViT sees in training, student and teacher alike: one resize, on loading (data/opsd_paired_dataset.py).
-EVAL.md names these numbers for evaluation too, where the wrapper does otherwise."""
+"""What the ViT sees in training, for student and teacher alike: one resize, on loading
+(data/opsd_paired_dataset.py). EVAL.md gives these numbers for evaluation too, but the evaluation
+wrapper uses others."""
 
 HARNESS_VIT = Resize(stride=14, max_size=980, min_size=224, max_pixels=14 * 14 * 9 * 1024)
-"""What the ViT sees in the evaluation wrapper and inferencer.py, after VAE (`two_stage`).
-Small pictures come out larger than in training: 192 x 192 -> 512 x 512 -> 518 x 518, there 378 x 378."""
+"""What the ViT sees in the evaluation wrapper and inferencer.py, after the rule VAE (`two_stage`).
+Small images become larger than in training: 192 x 192 -> 512 x 512 -> 518 x 518, in training
+378 x 378."""
 
 VAE = Resize(stride=16, max_size=1024, min_size=512, max_pixels=14 * 14 * 9 * 1024)
-"""What the autoencoder sees (16: its 8 pixels a latent, 2 latents a token), and the first resize of inference."""
+"""What the autoencoder sees, and the first resize of inference. The stride is 16 because a latent
+covers 8 pixels and a latent token 2 latents along each side."""
 
 
 def open_rgb(data, *, transparency: str = "white"):
-    """Encoded bytes, a path, or a uint8 array [H, W, 3] -> Pillow RGB image.
+    """A Pillow RGB image of encoded bytes, a path, or a uint8 array [H, W, 3].
 
-    `transparency`: "white" composites on white (as the helper of the official code; it overlooks grey with alpha);
-    "drop" keeps the raw colour of transparent pixels, which is what its training loader really does:
-    `.convert("RGB")` comes before the helper.
+    As in the official code, the EXIF orientation is ignored, the first frame of an animation is
+    used, and the high bytes of 16-bit RGB. Grey values of more than 8 bits are refused, because
+    Pillow would clip them all to white.
 
-    As officially, the EXIF orientation is ignored, of an animation the first frame counts, and of 16-bit RGB the high
-    bytes. Grey values of more than 8 bits are refused: Pillow would clip them all to white.
-
-    Raises UnreadableImageError, with the path where there is one; ValueError for another `transparency`.
+    Args:
+      transparency: "white" composites on white, as the helper of the official code does (but that
+        helper overlooks grey with alpha). "drop" keeps the raw colour of transparent pixels, which
+        is what the official training loader does: it calls `.convert("RGB")` before the helper.
+    Raises:
+      UnreadableImageError: the data cannot be read as an image. The message has the path, if the
+        data is one.
+      ValueError: another `transparency`.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -98,7 +123,7 @@ def open_rgb(data, *, transparency: str = "white"):
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] != 3 or not data.size:
             raise UnreadableImageError(
-                f"a picture as an array is uint8 [height, width, 3], not {data.dtype} "
+                f"an image as an array is uint8 [height, width, 3], not {data.dtype} "
                 f"{list(data.shape)}: convert it to 8-bit RGB"
             )
         return Image.fromarray(data)
@@ -111,7 +136,7 @@ def open_rgb(data, *, transparency: str = "white"):
         name = source = os.fspath(data)
     else:
         raise UnreadableImageError(
-            f"a picture is encoded bytes, a path or an array, not {type(data).__name__}: "
+            f"an image is encoded bytes, a path or an array, not {type(data).__name__}: "
             "replace it or leave the row out"
         )
     try:
@@ -133,16 +158,23 @@ def open_rgb(data, *, transparency: str = "white"):
         raise UnreadableImageError(
             f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels"
         ) from e
-    except Exception as e:  # what a decoder raises on damaged bytes is anything
+    except Exception as e:  # decoders raise arbitrary exceptions on damaged bytes
         known = not isinstance(e, UnidentifiedImageError)
-        reason = f"{type(e).__name__}: {e}" if known else "no picture format that Pillow knows"
+        reason = f"{type(e).__name__}: {e}" if known else "not an image format that Pillow knows"
         raise UnreadableImageError(
             f"cannot decode {name} ({reason}): replace it or leave the row out"
         ) from e
 
 
 def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
-    """Pillow RGB image -> uint8 [H, W, 3] of the rule's size (bicubic)."""
+    """A Pillow RGB image resized with the bicubic filter: uint8 [H, W, 3].
+
+    Args:
+      rule: gives the size.
+      num_images: number of images that share the rule's `max_pixels`.
+    Raises:
+      ValueError: an image without pixels.
+    """
     from PIL import Image
 
     size = rule(*image.size, num_images)
@@ -150,8 +182,15 @@ def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
 
 
 def in_proportion(rule: Resize, stride: int, size: int, released: int) -> Resize:
-    """A size rule for a model whose position table holds pictures of `size` pixels, where the released one holds
-    `released` (70 patches of 14 = 980; 64 latent tokens of 16 = 1,024)."""
+    """A size rule for a model with a smaller or larger position table than the released model's.
+
+    Args:
+      rule: the size rule of the released model.
+      stride: the new rule's stride, in pixels.
+      size: side in pixels of the largest image that the model's position table holds.
+      released: the same for the released model: 70 patches of 14 = 980 pixels, or 64 latent tokens
+        of 16 = 1,024 pixels.
+    """
     scale = size / released
     return Resize(
         stride,
@@ -162,21 +201,27 @@ def in_proportion(rule: Resize, stride: int, size: int, released: int) -> Resize
 
 
 def vae_rule(generation) -> Resize:
-    """The size rule of what the autoencoder sees, for a model of these sizes (GenerationConfig); the same in training and
-    inference."""
+    """The size rule of what the autoencoder sees, the same in training and inference.
+
+    Args:
+      generation: GenerationConfig, the sizes of the model.
+    """
     return in_proportion(VAE, generation.stride, generation.side * generation.stride, 1024)
 
 
 def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np.ndarray]:
-    """What the inference pipeline makes of a Pillow RGB image: (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
+    """The two inputs that the inference pipeline makes of a Pillow RGB image.
 
-        picture -vae_rule-> uint8 -vit_rule-> ViT pixels
-                                  -vae_rule-> VAE pixels
+        image -vae_rule-> uint8 -vit_rule-> ViT pixels
+                                -vae_rule-> VAE pixels
 
-    Both resizes round to uint8, so the ViT does not see what one resize would give. The second VAE resize changes
-    nothing with `VAE` itself, but does with rules whose result they would size differently again.
-    Official: inferencer.py (interleave_inference, then the transforms in bagel.py). Text-only answers skip the VAE,
-    not its resize.
+    Both resizes round to uint8, so the ViT does not see what one resize would give. The second VAE
+    resize changes nothing with `VAE` itself, but it does with a rule that gives another size when
+    it is applied to its own result. Text-only answers skip the VAE, but not its resize.
+    Official: inferencer.py (interleave_inference, then the transforms in bagel.py).
+
+    Returns:
+      (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
     """
     from PIL import Image
 
@@ -185,11 +230,21 @@ def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """[H, W, 3] -> patches [H/p * W/p, p * p * 3], row-major; inside a patch row, column, rgb (rgb fastest)."""
+    """Cuts an image into square patches of p = `patch` pixels per side.
+
+    Args:
+      pixels: [H, W, 3].
+    Returns:
+      [P, p * p * 3] with P = H/p * W/p patches in row-major order. The order inside a patch is row,
+      column, rgb (rgb fastest).
+    Raises:
+      ValueError: H or W is not a multiple of p.
+    """
     h, w, _ = pixels.shape
     if h % patch or w % patch:
         raise ValueError(
-            f"an image of {h}x{w} pixels does not divide into patches of {patch}: check the resize stride"
+            f"an image of {h}x{w} pixels does not divide into patches of {patch}: "
+            "check the resize stride"
         )
     return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
 
@@ -208,7 +263,15 @@ def normalize(pixels):
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
-    """Inverse of `patchify`: [N, p * p * 3] -> [H, W, 3], grid = (rows, columns)."""
+    """Inverse of `patchify`.
+
+    Args:
+      patches: [P, p * p * 3].
+      grid: numbers of rows and columns of patches, P = rows * columns.
+      patch: p, pixels per side of a patch.
+    Returns:
+      [H, W, 3].
+    """
     rows, columns = grid
     return einops.rearrange(
         patches, "(h w) (p q c) -> (h p) (w q) c", h=rows, w=columns, p=patch, q=patch
@@ -216,10 +279,18 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.nda
 
 
 def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
-    """int32 [rows * columns]: row * side + column, ids of the position tables ("extrapolate").
+    """Ids in a position table: row * side + column (official: "extrapolate").
 
     side 10, grid 2 x 3:   0  1  2
                           10 11 12
+
+    Args:
+      grid: numbers of rows and columns of patches.
+      side: number of rows, and of columns, of the position table.
+    Returns:
+      int32 [rows * columns].
+    Raises:
+      ValueError: the grid is larger than the table.
     """
     rows, columns = grid
     if rows > side or columns > side:
@@ -231,9 +302,15 @@ def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
 
 
 def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
-    """The official alternative ("interpolate"): fractions i/rows and j/columns sorted into `side` equal bins.
+    """Ids in a position table by the official alternative, "interpolate".
 
-    Rounded to float32 as there: in float64 a full grid would not be numbered 0, 1, 2, ... any more.
+    The fractions i/rows and j/columns are sorted into `side` equal bins. They are rounded to
+    float32 as in the official code: in float64 a full grid would not be numbered 0, 1, 2, ...
+
+    Args:
+      grid, side: as in `position_ids`.
+    Returns:
+      int32 [rows * columns].
     """
     bins = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
     row, column = (

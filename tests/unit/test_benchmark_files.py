@@ -166,7 +166,7 @@ def test_bad_cells_are_named_by_row_and_column(tmp_path):
         (PICTURE[:-7] + "&" + PICTURE[-6:], "broken base64"),
         (PICTURE[:101], "broken base64"),
         (PICTURE[:1000], "cannot decode"),
-        (base64.b64encode(b"no picture" * 20).decode(), "no picture format"),
+        (base64.b64encode(b"no picture" * 20).decode(), "not an image format"),
         (str([PICTURE, base64.b64encode(b"no picture" * 20).decode()]), "image 1"),
     ],
 )
