@@ -1,9 +1,12 @@
-"""Facts about each parameter, once: its axes and its group.
+"""The table of facts per parameter: its axes and its group.
 
-Freezing, optimizer slots, EMA and shardings are readings of this table; `release.bagel_keys` has the names in released
-checkpoints. Parameters live in one plain nested dict; a path such as "llm/layers/und/q_kernel" names a leaf. Leaves
-under "layers" are stacked over layers (first axis). Linear kernels are [in, out]. Adapters (LoRA) are unknown to
-released checkpoints: `merge_lora` adds them to the matrices.
+Freezing, optimizer state, EMA and shardings are derived from this table; `release.bagel_keys` has
+the names in released checkpoints. The parameters are one plain nested dict; a path such as
+"llm/layers/und/q_kernel" names a leaf. Leaves under "layers" are stacked over layers (first axis).
+Linear kernels are [in, out]. Released checkpoints have no adapters (LoRA): `merge_lora` adds them
+to the matrices.
+
+Axes: L layers, r rank of an adapter.
 """
 
 import dataclasses
@@ -15,20 +18,18 @@ import re
 import jax
 import jax.numpy as jnp
 
-LORA_TARGETS = (
-    "q",
-    "k",
-    "v",
-    "o",
-    "gate",
-    "up",
-    "down",
-)  # matrices of a decoder layer that can have adapters
+# The matrices of a decoder layer that can have adapters.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One parameter: its path, its logical axes (see `sharding`) and its group (of `GROUPS`)."""
+    """The facts about one parameter.
+
+    path: its path in the nested dict.
+    axes: its logical axes (see `sharding`), None for an axis that is never sharded.
+    group: one of `GROUPS`.
+    """
 
     path: str
     axes: tuple[str | None, ...]
@@ -48,7 +49,7 @@ def _linear(path, axes, group, bias=True):
 
 
 def _expert(expert, group):
-    """One expert of the decoder."""
+    """The facts of one decoder expert's parameters."""
     layers, facts = f"llm/layers/{expert}", []
     for letter, axis in (("q", "heads"), ("k", "kv"), ("v", "kv")):
         facts += _linear(f"{layers}/{letter}", ("layers", "embed", axis), group)
@@ -107,11 +108,11 @@ TABLE = {
 }
 
 GROUPS = ("embed", "und", "gen", "vit", "connector", "latent", "vae", "fixed", "lora")
-DRAWING = ("gen", "latent")  # trained only where something is drawn
+GENERATION_GROUPS = ("gen", "latent")  # trained only with image generation
 
 
 def flatten(tree) -> dict:
-    """Nested dict -> {"a/b/c": leaf}."""
+    """A nested dict as a flat one: {"a/b/c": leaf}."""
     return {
         "/".join(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -119,7 +120,7 @@ def flatten(tree) -> dict:
 
 
 def unflatten(flat: dict) -> dict:
-    """{"a/b/c": leaf} -> nested dict."""
+    """Inverse of `flatten`: {"a/b/c": leaf} as a nested dict."""
     tree = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -130,7 +131,8 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
-# The autoencoder's parameters are known by their paths, because how many blocks it has is a matter of its config.
+# The autoencoder's parameters are recognised by their paths, because the number of its blocks
+# depends on its configuration.
 _VAE_PATH = re.compile(
     r"vae/(encoder|decoder)/(((down|up)_\d+|mid)_((block|attn)_\d+|downsample|upsample)/)?"
     r"\w+_(?P<kind>kernel|bias|scale)"
@@ -144,8 +146,9 @@ def _vae_fact(path):
     return Fact(path, (None,) * (4 if match["kind"] == "kernel" else 1), "vae")
 
 
-# The factors of an adapter lie like the matrix they are beside: a [L, in, r] is cut as its input, b [L, r, out] as its
-# output. "llm/layers/und/q_lora_a" is beside "llm/layers/und/q_kernel".
+# The factors of an adapter have the axes of their matrix: a [L, in, r] is sharded like the matrix's
+# input, b [L, r, out] like its output. "llm/layers/und/q_lora_a" belongs to
+# "llm/layers/und/q_kernel".
 _LORA_PATH = re.compile(
     rf"(?P<matrix>llm/layers/und/({'|'.join(LORA_TARGETS)}))_lora_(?P<factor>[ab])"
 )
@@ -162,12 +165,16 @@ def _lora_fact(path):
 
 
 def find(path: str) -> Fact | None:
-    """The facts of a path, or None if it is no parameter's."""
+    """The facts about the parameter at a path, or None if the path names no known parameter."""
     return TABLE.get(path) or _vae_fact(path) or _lora_fact(path)
 
 
 def fact(path: str) -> Fact:
-    """The facts of a path. KeyError for a parameter that is not known here."""
+    """The facts about the parameter at a path.
+
+    Raises:
+      KeyError: the path names no known parameter.
+    """
     row = find(path)
     if row is None:
         raise KeyError(
@@ -177,19 +184,27 @@ def fact(path: str) -> Fact:
 
 
 def partition(params, freeze=(), *, generation: bool = False):
-    """Splits params into (trainable, frozen) nested dicts without common leaves; `merge` puts them together.
+    """Splits parameters into trainable and frozen ones; `merge` is the inverse.
 
-    `freeze`: names from GROUPS. "fixed" (the 2-D position tables) and "vae" are always frozen, as officially;
-    so are the groups of image generation (`DRAWING`: they get no gradient from text) unless `generation` is set. Params with adapters
-    (group "lora") train these alone.
-    ValueError for an unknown group, for `freeze` with adapters, or when nothing is left to train.
+    The groups "fixed" (the 2-D position tables) and "vae" are always frozen, as in the official
+    code. So are `GENERATION_GROUPS`, which get no gradient from text, unless `generation` is set.
+    If there are adapters (group "lora"), only they are trained.
+
+    Args:
+      params: nested dict of parameters.
+      freeze: further groups to freeze, from `GROUPS`.
+      generation: whether image generation is trained.
+    Returns:
+      (trainable, frozen), nested dicts without common leaves.
+    Raises:
+      ValueError: an unknown group, `freeze` together with adapters, or nothing is left to train.
     """
     unknown = set(freeze) - set(GROUPS)
     if unknown:
         raise ValueError(
             f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}"
         )
-    frozen_groups = {"fixed", "vae", *freeze, *(() if generation else DRAWING)}
+    frozen_groups = {"fixed", "vae", *freeze, *(() if generation else GENERATION_GROUPS)}
     flat = flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if fact(path).group not in frozen_groups}
     adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
@@ -199,7 +214,9 @@ def partition(params, freeze=(), *, generation: bool = False):
         )
     trainable = adapters or trainable
     if not trainable:
-        raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
+        raise ValueError(
+            f"freeze={tuple(freeze)} leaves no parameter to train: freeze fewer groups"
+        )
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return unflatten(trainable), unflatten(frozen)
 
@@ -210,7 +227,7 @@ def merge(trainable, frozen):
 
 
 def understanding(params):
-    """The parameters that text needs: all but those of image generation. Nothing is copied."""
+    """The parameters that text needs: all but those of image generation. No array is copied."""
     kept = {
         path: leaf
         for path, leaf in flatten(params).items()
@@ -220,21 +237,35 @@ def understanding(params):
 
 
 def adapters_of(path: str) -> tuple[str, str] | None:
-    """Paths of the two factors (a, b) of the adapter that a matrix may have; None where there never is one."""
+    """Paths of the factors (a, b) of a matrix's adapter, or None if a leaf cannot have one."""
     pair = tuple(f"{path.removesuffix('_kernel')}_lora_{factor}" for factor in "ab")
     return pair if path.endswith("_kernel") and find(pair[0]) else None
 
 
 def merge_matrix(kernel, a, b, lora):
-    """kernel [..., in, out] + alpha / rank * a [..., in, r] b [..., r, out]: in float32, then in the kernel's dtype."""
+    """A matrix with its adapter added: kernel + alpha / rank * a b.
+
+    The sum is computed in float32 and cast to the kernel's dtype.
+
+    Args:
+      kernel: [..., in, out].
+      a, b: the adapter's factors [..., in, r] and [..., r, out].
+      lora: LoRAConfig, which has alpha and rank.
+    Returns:
+      [..., in, out].
+    """
     product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
     return (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
 
 
 def merge_lora(params, lora):
-    """Params without adapters that compute the same: each is added to its matrix.
+    """Parameters without adapters that compute the same: each adapter is added to its matrix.
 
-    lora: the LoRAConfig that the params were made with. ValueError if they hold other adapters.
+    Args:
+      params: nested dict of parameters.
+      lora: the LoRAConfig that the parameters were created with.
+    Raises:
+      ValueError: the parameters have adapters of other targets or another rank.
     """
     flat = flatten(params)
     adapters = {path: leaf for path, leaf in flat.items() if fact(path).group == "lora"}
@@ -246,7 +277,8 @@ def merge_lora(params, lora):
     }
     if held != wanted:
         raise ValueError(
-            f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}"
+            f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}; "
+            "give the LoRA settings that they were created with"
         )
     merged = {path: leaf for path, leaf in flat.items() if path not in adapters}
     for path, leaf in merged.items():
@@ -257,14 +289,20 @@ def merge_lora(params, lora):
 
 
 def in_compute_dtype(params, dtype: str):
-    """Parameters as the forward pass uses them: all but the norms' scales in the compute dtype (each use would cast
-    them to it anyway, so results are the same), for programs that read them many times."""
-    cast = lambda path, leaf: leaf if "norm" in path.rsplit("/", 1)[-1] else leaf.astype(dtype)
+    """Parameters as the forward pass uses them, for programs that read them many times.
+
+    All but the scales of the norms are cast to the compute dtype. Each use would cast them anyway,
+    so the results are the same.
+    """
+
+    def cast(path, leaf):
+        return leaf if "norm" in path.rsplit("/", 1)[-1] else leaf.astype(dtype)
+
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def count(params) -> dict[str, int]:
-    """Number of parameters by group, with their "total"."""
+    """Number of parameters of each group that has any, and of all groups as "total"."""
     counts = dict.fromkeys(GROUPS, 0)
     for path, leaf in flatten(params).items():
         counts[fact(path).group] += math.prod(leaf.shape)
@@ -274,8 +312,11 @@ def count(params) -> dict[str, int]:
 
 @jax.jit
 def _checksums(flat):
-    """uint32 of each array: its bits, each times an odd number of its place, modulo 2^32. The order in which devices
-    add makes no difference."""
+    """A checksum, uint32, of each array: the sum of its values' bits modulo 2^32.
+
+    The bits of each value are multiplied by an odd number that depends on its place in the array.
+    The order in which devices add makes no difference.
+    """
 
     def one(x):
         bits, place = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), jnp.uint32(0)
@@ -289,7 +330,10 @@ def _checksums(flat):
 
 
 def fingerprint(params) -> str:
-    """Checksum of weights, computed where they are: it changes with any of them, and not with their layout on devices."""
+    """Checksum of weights, computed on the devices that hold them.
+
+    It changes with any weight, and does not depend on their layout on devices.
+    """
     flat = flatten(params)
     sums = jax.device_get(_checksums(flat))
     facts = sorted((path, list(x.shape), int(sums[path])) for path, x in flat.items())
