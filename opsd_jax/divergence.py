@@ -1,10 +1,11 @@
 """Token-level divergences between teacher and student, their signals, and cross entropy.
 
-`generalized_jsd` on logits is the definition (small, official: scripts/visual_opsd/opsd_loss.py). Training calls
-`chunked`, its twin from hidden states and output heads, which never holds the logits of more than one chunk of
-time: at 8,192 tokens and a vocabulary of 152,064 full logits would take 29.9 GiB.
+`generalized_jsd` on logits is the definition (official: scripts/visual_opsd/opsd_loss.py). Training
+calls `chunked`, which computes the same from hidden states and output heads and never holds the
+logits of more than one chunk of tokens: for 8,192 tokens and a vocabulary of 152,064, full logits
+would take 29.9 GiB.
 
-Letters: B batch, N rows (tokens), D hidden, V vocabulary, K entries kept.
+Axes: B batch, N completion tokens, D embedding, V vocabulary, K entries kept.
 """
 
 import dataclasses
@@ -18,23 +19,30 @@ from opsd_jax import sharding
 from opsd_jax.inputs import checks
 
 KINDS = ("jsd", "sampled_reverse_kl")
-_KEPT = "the teacher's largest entries"  # a name for `jax.checkpoint`
+_KEPT = "the teacher's largest entries"  # the name of values that `jax.checkpoint` saves
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """Which divergence.
+    """Which divergence is computed, and how.
 
-    kind: "jsd", or "sampled_reverse_kl" (the policy-gradient form on the sampled tokens, officially "tinker").
-    beta: 0 forward KL(teacher || student), 1 reverse KL(student || teacher), in between the generalised JSD
-      beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S (paper Eq. 7). Both ends are separate
-      cases, as officially: the limits of the mixture form are 0.
-    temperature: divides both logits; the result is multiplied by its square (not for the sampled form).
-    top_k: both sides are restricted to the teacher's top_k entries and renormalised; 0 keeps the vocabulary.
-    tail: add one bucket that holds all other probability on each side, instead of renormalising. Official: no.
-    clip: upper bound, 0 for none. clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over
-      the vocabulary, as the official code does whatever it calls it; "token" bounds the sum.
-    chunk: rows of time whose logits exist at once in `chunked`, of one side where top_k restricts them, else of both.
+    kind: "jsd", or "sampled_reverse_kl", the policy-gradient form on the sampled tokens ("tinker"
+      in the official code).
+    beta: 0 is forward KL(teacher || student), 1 reverse KL(student || teacher). Between them it is
+      the generalised JSD beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S
+      (paper Eq. 7). Both ends are separate cases, as in the official code: the limits of the
+      mixture form are 0.
+    temperature: divides both logits. The result is multiplied by its square, except in the sampled
+      form.
+    top_k: both sides are restricted to the teacher's top_k entries and renormalised. 0 keeps the
+      whole vocabulary.
+    tail: whether one more entry holds all other probability on each side, instead of
+      renormalising. The official code has no such entry.
+    clip: upper bound, 0 for none.
+    clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over the vocabulary,
+      which is what the official code does, whatever it calls it. "token" bounds the sum.
+    chunk: number of tokens per sequence whose logits exist at once in `chunked`: the logits of one
+      side if top_k restricts them, else of both.
     """
 
     kind: Annotated[str, KINDS] = "jsd"
@@ -51,15 +59,21 @@ class DivergenceConfig:
 
 
 def _of_teacher(logits, config):
-    """What the divergence needs of the teacher's logits [..., V], divided by the temperature, in float32.
+    """What the divergence needs of the teacher's logits [..., V].
 
-    With top_k: (its largest entries [..., K], their places int32 [..., K], logsumexp of all [..., 1]); without:
-    (all entries [..., V],).
+    The logits are divided by the temperature, in float32.
+
+    Returns:
+      With top_k: (the largest entries [..., K], their indices int32 [..., K], logsumexp of all
+      entries [..., 1]). Without: (all entries [..., V],).
     """
-    scaled = lambda x: (x / config.temperature).astype(jnp.float32)
+
+    def scaled(x):
+        return (x / config.temperature).astype(jnp.float32)
+
     if not _restricts(config, logits.shape[-1]):
         return (scaled(logits),)
-    # Two-dimensional, as XLA's own top-k is: behind another shape it copies all logits first.
+    # Two-dimensional like XLA's own top-k, which copies all logits of another shape first.
     top, index = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), config.top_k)
     kept = (*logits.shape[:-1], config.top_k)
     return (
@@ -70,11 +84,20 @@ def _of_teacher(logits, config):
 
 
 def _restricts(config, vocabulary: int) -> bool:
+    """Whether top_k leaves out a part of the vocabulary."""
     return 0 < config.top_k < vocabulary
 
 
 def _log_probs(student_logits, teacher, config):
-    """(log p_S, log p_T, teacher mass on the kept entries): float32 [..., K], [..., K], [...]; teacher: see above."""
+    """Log probabilities on the kept entries, and the teacher's mass on them.
+
+    Args:
+      student_logits: [..., V].
+      teacher: what `_of_teacher` returned.
+    Returns:
+      (log p_S [..., K], log p_T [..., K], mass [...]), float32. K is V without top_k, and one more
+      with a tail.
+    """
     student = (student_logits / config.temperature).astype(jnp.float32)
     if not _restricts(config, student.shape[-1]):
         return (
@@ -83,14 +106,16 @@ def _log_probs(student_logits, teacher, config):
             jnp.ones(student.shape[:-1], jnp.float32),
         )
     top, index, of_teacher = teacher
-    # All that the backward pass needs: with these saved, `over_chunks` does not compute the student's logits again.
+    # All that the backward pass needs: with these saved, `over_chunks` does not compute the
+    # student's logits again.
     kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
     total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), of_teacher]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
     mass = jnp.exp(inside[1] - total[1])[..., 0]
     if not config.tail:
         return kept[0] - inside[0], kept[1] - inside[1], mass
-    # log(1 - mass) with mass kept off 1 by one float32 step: an empty tail is tiny, not -inf.
+    # log(1 - mass), with the mass at most one float32 step below 1: for an empty tail the result is
+    # very small, not -inf.
     tails = [jnp.log1p(-jnp.minimum(jnp.exp(i - t), 1 - 2.0**-24)) for i, t in zip(inside, total)]
     return *(
         jnp.concatenate([k - t, tail], axis=-1) for k, t, tail in zip(kept, total, tails)
@@ -100,7 +125,7 @@ def _log_probs(student_logits, teacher, config):
 def _entries(log_s, log_t, beta):
     """Contribution of every entry to the divergence, exactly 0 where both sides agree.
 
-    With d = log p_S - log p_T the mixture needs no sum of exponentials that rounds:
+    With d = log p_S - log p_T, the mixture needs no sum of exponentials, which would round:
       d >= 0:  log m - log p_S = log1p(beta (e^-d - 1)),        log m - log p_T = d + that
       d <  0:  log m - log p_T = log1p((1 - beta) (e^d - 1)),   log m - log p_S = -d + that
     """
@@ -117,12 +142,19 @@ def _entries(log_s, log_t, beta):
 
 
 def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
-    """Divergence of each row from logits [..., V]: (values float32 [...], signals).
+    """Divergence at each token, from logits (paper Eq. 7).
 
-    No gradient flows to the teacher. signals (float32 [...], no gradient): teacher_topk_mass, clip_fraction (share
-    of entries, or rows, above the bound), student_entropy, teacher_entropy (nats, over the kept entries, after
-    the temperature). Clipped entries give no gradient. For beta 0 or 1 entries may be negative, and bounding them
-    from above only can make a row negative.
+    No gradient flows to the teacher, and clipped entries give no gradient. For beta 0 or 1 entries
+    may be negative. Because they are only bounded from above, the value of a token can then be
+    negative.
+    Official: scripts/visual_opsd/opsd_loss.py.
+
+    Args:
+      student_logits, teacher_logits: [..., V].
+    Returns:
+      (values float32 [...], signals). The signals are float32 [...] without gradient:
+      teacher_topk_mass; clip_fraction, the share of entries (or of tokens) above the bound;
+      student_entropy and teacher_entropy in nats, over the kept entries, after the temperature.
     """
     return _divergence(
         student_logits, _of_teacher(jax.lax.stop_gradient(teacher_logits), config), config
@@ -130,6 +162,7 @@ def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
 
 
 def _divergence(student_logits, teacher, config):
+    """`generalized_jsd` of student logits [..., V] and what `_of_teacher` returned."""
     log_s, log_t, mass = _log_probs(student_logits, teacher, config)
     entries = _entries(log_s, log_t, config.beta)
     clipped = jnp.zeros(entries.shape[:-1], jnp.float32)
@@ -140,7 +173,10 @@ def _divergence(student_logits, teacher, config):
     if config.clip and config.clip_unit == "token":
         clipped = (values > config.clip).astype(jnp.float32)
         values = jnp.minimum(values, config.clip)
-    entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    def entropy(log_p):
+        return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
     signals = {
         "teacher_topk_mass": mass,
         "clip_fraction": clipped,
@@ -151,17 +187,35 @@ def _divergence(student_logits, teacher, config):
 
 
 def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: float = 1.0):
-    """-(log p_T(x) - log p_S(x)) log p_S(x) with the bracket held fixed, at the sampled tokens: [...].
+    """-(log p_T(x) - log p_S(x)) log p_S(x) at the sampled tokens x, the bracket held constant.
 
-    Its gradient is the policy gradient of the reverse KL. Full vocabulary, no top-k, clip, or temperature squared.
+    Its gradient is the policy gradient of the reverse KL. It uses the full vocabulary, without
+    top-k, clip, or the square of the temperature. Official: "tinker".
+
+    Args:
+      student_logits, teacher_logits: [..., V].
+      tokens: int [...], the sampled tokens.
+      temperature: divides both logits.
+    Returns:
+      float32 [...].
     """
-    at = lambda x: -cross_entropy(x / temperature, tokens)
-    log_s, log_t = at(student_logits), at(jax.lax.stop_gradient(teacher_logits))
+
+    def log_prob(logits):
+        return -cross_entropy(logits / temperature, tokens)
+
+    log_s, log_t = log_prob(student_logits), log_prob(jax.lax.stop_gradient(teacher_logits))
     return -jax.lax.stop_gradient(log_t - log_s) * log_s
 
 
 def cross_entropy(logits, labels):
-    """-log softmax(logits)[labels] in float32: logits [..., V], labels int [...] -> [...]."""
+    """-log softmax(logits)[labels], in nats.
+
+    Args:
+      logits: [..., V]. They are cast to float32.
+      labels: int [...].
+    Returns:
+      float32 [...].
+    """
     logits = logits.astype(jnp.float32)
     return (
         jax.nn.logsumexp(logits, axis=-1)
@@ -170,11 +224,14 @@ def cross_entropy(logits, labels):
 
 
 def token_weights(mask, reduction: str):
-    """Weight of each token in the loss, float32 [B, N]; the weights add up to 1 over the batch (paper Eq. 7).
+    """Weight of each token in the loss; the weights add up to 1 over the batch (paper Eq. 7).
 
     Args:
-      mask: bool [B, N], tokens that count. reduction: "token", all alike, or "completion", the mean of each
-        completion first and then over completions.
+      mask: bool [B, N], tokens that count.
+      reduction: "token", all tokens have the same weight; or "completion", the mean over the tokens
+        of each completion first, and then over completions.
+    Returns:
+      float32 [B, N].
     """
     mask = mask.astype(jnp.float32)
     if reduction == "token":
@@ -183,14 +240,18 @@ def token_weights(mask, reduction: str):
 
 
 def over_chunks(function, heads, arrays, chunk: int):
-    """function(heads, *arrays) over chunks of axis 1 under rematerialisation, so that a chunk's logits are never saved.
-    What is named _KEPT is saved, K numbers a row.
+    """function(heads, *arrays) over chunks of axis 1, with rematerialisation.
+
+    A chunk's logits are therefore never saved. Values named _KEPT are saved, K numbers per token.
+    Each device computes its own part of the batch.
 
     Args:
-      heads: tree of arrays that all rows share, [D, V]. arrays: [B, N, ...] each. chunk: rows of time at once; chunks
-        are even (1,025 by 192 are 6 of 171), the padding of the last is cut off again.
+      heads: tree of arrays [D, V] that all tokens share.
+      arrays: [B, N, ...] each.
+      chunk: upper bound of the number of tokens per sequence in a chunk. Chunks have equal sizes
+        (1,025 tokens by 192 are 6 chunks of 171), and the padding of the last one is cut off again.
     Returns:
-      tree of [B, N, ...]. Each device computes its own rows of the batch.
+      tree of [B, N, ...].
     """
     n = arrays[0].shape[1]
     count = -(-n // chunk)
@@ -216,7 +277,14 @@ def over_chunks(function, heads, arrays, chunk: int):
 
 
 def project(hidden, head):
-    """hidden [B, N, D], head [D, V] -> logits float32 [B, N, V], computed in the dtype of hidden."""
+    """Logits of hidden states, computed in the dtype of the hidden states.
+
+    Args:
+      hidden: [B, N, D].
+      head: [D, V].
+    Returns:
+      float32 [B, N, V].
+    """
     return jnp.einsum("bnd,dv->bnv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
@@ -230,17 +298,22 @@ def chunked(
     config: DivergenceConfig,
     with_ce: bool = True,
 ):
-    """`generalized_jsd` (or the sampled form) from hidden states, chunk by chunk.
+    """`generalized_jsd`, or `sampled_reverse_kl`, from hidden states, chunk by chunk.
 
     Args:
-      student_hidden, teacher_hidden: [B, N, D]. student_head, teacher_head: [D, V]. labels: int32 [B, N].
+      student_hidden, teacher_hidden: [B, N, D].
+      student_head, teacher_head: [D, V].
+      labels: int32 [B, N], the sampled tokens.
+      with_ce: whether the cross entropy is computed. Otherwise it is 0.
     Returns:
-      (values [B, N], ce [B, N] of the student on the labels, signals of [B, N]); all float32. Padding rows carry
-      numbers too: mask them.
+      (values [B, N], cross entropy [B, N] of the student on the labels in nats, signals of [B, N]);
+      all float32. Padding has values too: mask them.
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
-    if first:  # the teacher's K entries of all rows, before any logits of the student exist: half the memory
+    if first:
+        # The teacher's K entries of all tokens are computed before any logits of the student
+        # exist. This halves the memory.
         heads, teacher = (
             (student_head,),
             over_chunks(
@@ -269,7 +342,17 @@ def chunked(
 
 @jax.named_scope("cross_entropy")
 def chunked_cross_entropy(hidden, head, labels, chunk: int):
-    """Cross entropy and top-1 hits from hidden states [B, N, D]: (ce, correct), float32 [B, N] each."""
+    """Cross entropy and top-1 hits from hidden states, chunk by chunk.
+
+    Args:
+      hidden: [B, N, D].
+      head: [D, V].
+      labels: int32 [B, N].
+      chunk: see `over_chunks`.
+    Returns:
+      (cross entropy in nats, 1 where the largest logit is the label's and else 0), float32 [B, N]
+      each.
+    """
 
     def piece(head, h, label):
         logits = project(h, head)
