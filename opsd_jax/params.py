@@ -277,8 +277,8 @@ def merge_lora(params, lora):
     }
     if held != wanted:
         raise ValueError(
-            f"the parameters have adapters of other targets or ranks than {lora}: {held or 'none'}; "
-            "give the LoRA settings that they were created with"
+            f"the parameters have adapters of other targets or ranks than {lora}: "
+            f"{held or 'none'}; give the LoRA settings that they were created with"
         )
     merged = {path: leaf for path, leaf in flat.items() if path not in adapters}
     for path, leaf in merged.items():
