@@ -1,15 +1,19 @@
-"""Drawing by flow matching, and the loss that teaches it (official: bagel.py, generate_image; inferencer.py).
+"""Image generation by flow matching, and its training loss.
 
-t = 1 is noise, t = 0 is data: x_t = (1 - t) x_0 + t noise, the model predicts v = noise - x_0, and a step goes
-x <- x - v dt. The image is drawn as one block of latent tokens behind a context:
+Official: bagel.py (generate_image), inferencer.py. t = 1 is noise and t = 0 is data:
+x_t = (1 - t) x_0 + t noise. The model predicts v = noise - x_0, and a step is x <- x - v dt. The
+image is generated as one block of latent tokens that follows a context:
 
   ... context ... | <img  L0 L1 .. img>      all of the block sees all of the block and the context
 
-Guidance evaluates it behind up to three contexts: everything so far (cond), everything before the latest text of
-the user (text), the texts of the user without images (image). The contexts lie one after another on the batch axis
-and run as one forward; their keys and values are computed once, and each step overwrites the block's own in place.
+Guidance evaluates the block after up to three contexts, its branches: everything so far (cond),
+everything before the user's latest text (text), and the user's texts without images (image). The
+contexts follow one another on the batch axis and run as one forward pass. Their keys and values are
+computed once, and each step overwrites those of the block in place.
 
-Letters: B images, R branches (1 to 3), G latent tokens, C values of one (patch row, patch column, z), V = [B, G, C].
+Axes: B images, R branches (1 to 3), G latent tokens, C values of a latent token (patch row, patch
+column, z), T slots of a context, L layers, K key/value heads, D embedding, M images of an example,
+H, W pixels, h, w latents (height, width), z channels of a latent.
 """
 
 import dataclasses
@@ -29,11 +33,11 @@ from opsd_jax.model.config import ModelConfig
 HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}
 
 
-# --- schedule and guidance -------------------------------------------------------------------------------------
+# --- schedule and guidance ------------------------------------------------------------------------
 
 
 def shifted(times, shift: float):
-    """s t / (1 + (s - 1) t): times moved towards 1 for s > 1."""
+    """Flow times t shifted by s: s t / (1 + (s - 1) t), which moves them towards 1 for s > 1."""
     return shift * times / (1 + (shift - 1) * times)
 
 
@@ -45,7 +49,11 @@ def timesteps(config: FlowConfig) -> np.ndarray:
 
 
 def guided_steps(config: FlowConfig) -> tuple[int, int]:
-    """Steps first .. last - 1 are guided. Times fall, so they are one run; comparison is with the shifted times."""
+    """(first, last): steps first .. last - 1 are guided, none if both are 0.
+
+    The times decrease, so the guided steps are contiguous. `config.interval` is compared with the
+    shifted times.
+    """
     times, (low, high) = timesteps(config)[:-1], config.interval
     inside = np.flatnonzero((low < times) & (times <= high))
     if len(config.branches) == 1 or not len(inside):
@@ -54,19 +62,31 @@ def guided_steps(config: FlowConfig) -> tuple[int, int]:
 
 
 def guide(velocity, text, image, real, config: FlowConfig):
-    """The guided velocity [B, G, C] of the three branches (image may be None), with scales a and b:
+    """The guided velocity, with the scales a of text and b of image:
 
       u = text + a (velocity - text)
       global, channel    if b > 1: u <- image + b (u - image);  u <- u * r(u)
       text_channel       u <- u * r(u);  if b > 1: u <- image + b (u - image)
 
-    r(u) = clip(|velocity| / |u|, renorm_min, 1), norms over the whole image (global) or each token.
-    real: bool [B, G], False at padding.
+    r(u) = clip(|velocity| / |u|, renorm_min, 1), with norms over the whole image (global) or over
+    each token.
+
+    Args:
+      velocity, text, image: [B, G, C], velocities of the branches cond, text and image. image may
+        be None.
+      real: bool [B, G], False at padding.
+    Returns:
+      [B, G, C].
     """
     kept = jnp.where(real[:, :, None], 1.0, 0.0)
     axes = (1, 2) if config.renorm == "global" else (2,)
-    norm = lambda v: jnp.sqrt(jnp.sum(v * v * kept, axis=axes, keepdims=True))
-    renormed = lambda u: u * jnp.clip(norm(velocity) / (norm(u) + 1e-8), config.renorm_min, 1.0)
+
+    def norm(v):
+        return jnp.sqrt(jnp.sum(v * v * kept, axis=axes, keepdims=True))
+
+    def renormed(u):
+        return u * jnp.clip(norm(velocity) / (norm(u) + 1e-8), config.renorm_min, 1.0)
+
     u = text + config.text_scale * (velocity - text)
     if config.renorm == "text_channel":
         u = renormed(u)
@@ -75,7 +95,7 @@ def guide(velocity, text, image, real, config: FlowConfig):
     return u if config.renorm == "text_channel" else renormed(u)
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 @functools.partial(
@@ -85,12 +105,16 @@ def guide(velocity, text, image, real, config: FlowConfig):
 )
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """Where the steps of a drawing look: R * B contexts in a cache, and the block that is drawn behind each.
+    """What the steps of image generation attend to: R * B contexts, and the block after each.
 
-    The cache {"k", "v": [L, R * B, slots + 2 + G, K, h]} goes beside it, because each step writes to it.
-    segment: int32 [R * B, slots + 2 + G], of all keys.
-    rope: int32 [R * B], the block's rope id. positions: int32 [B, G], ids in the latents' position table.
-    real: bool [B, G], False at padding. slots: static number of context slots.
+    The cache {"k", "v": [L, R * B, slots + 2 + G, K, head size]} is passed separately, because each
+    step writes to it.
+
+    segment: int32 [R * B, slots + 2 + G], segments of all keys.
+    rope: int32 [R * B], rope id of the block.
+    positions: int32 [B, G], ids in the latents' position table.
+    real: bool [B, G], False at padding.
+    slots: static number of context slots.
     """
 
     segment: jax.Array
@@ -103,11 +127,14 @@ class Canvas:
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
 def prepare(params, contexts, positions, real, *, config: ModelConfig):
-    """Computes the keys and values of the contexts: (Canvas, cache).
+    """Computes the keys and values of the contexts.
 
     Args:
       contexts: Context [R * B, T], branch by branch in the order of `FlowConfig.branches`.
-      positions: int32 [B, G], real: bool [B, G] (a prefix of each row): the image's tokens, see `layout`.
+      positions: int32 [B, G], ids of the image's tokens in the position table, see `layout`.
+      real: bool [B, G], True at the tokens of each image, which come first; see `layout`.
+    Returns:
+      (Canvas, cache).
     """
     rows, slots = contexts.positions.shape
     block = 2 + positions.shape[1]
@@ -123,8 +150,15 @@ def prepare(params, contexts, positions, real, *, config: ModelConfig):
 
 
 def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
-    """Raw velocities behind every context of the canvas at x [B, G, C] and the scalar time t: (float32 [R, B, G, C],
-    cache). The cache comes back with the block's keys and values in it."""
+    """Velocities after every context of the canvas, without guidance.
+
+    Args:
+      cache: keys and values, see `Canvas`.
+      x: [B, G, C], the noised image.
+      t: scalar flow time.
+    Returns:
+      (float32 [R, B, G, C], the cache with the block's keys and values written to it).
+    """
     model = config.model
     batch, tokens, _ = x.shape
     rows = canvas.segment.shape[0]
@@ -132,10 +166,12 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
     ends = bagel.embed_tokens(
         params, jnp.array([[config.image_start, config.image_end]]), config=model
     )
-    # start and end stand before the latents, where the expert's cut wants them: inside the block order has no meaning
+    # Start and end precede the latents, because the experts split the sequence at a static index.
+    # The order of tokens within the block has no effect.
     block = jnp.concatenate([jnp.broadcast_to(ends, (batch, *ends.shape[1:])), latents], axis=1)
     block = jnp.tile(block, (rows // batch, 1, 1))
-    # one query stands for all: they share their rope id and see the same keys, so that the mask is [R * B, 1, keys]
+    # One query represents all: they share their rope id and see the same keys, so the mask is
+    # [R * B, 1, keys].
     everything, document = (
         jnp.full((rows, 1), canvas.segment.shape[1]),
         jnp.ones((rows, 1), jnp.int32),
@@ -159,10 +195,15 @@ def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "guided"), donate_argnames=("cache", "x"))
 def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig, guided: bool):
-    """Euler steps first .. last - 1 (traced: one program for any number of them) of x [B, G, C].
+    """Euler steps first .. last - 1. Both are traced: one program runs any number of steps.
 
-    guided: whether canvas and cache hold all branches and they are combined; else the cond contexts alone.
-    Returns (x, cache); both are donated.
+    Args:
+      canvas, cache: see `Canvas`. The cache is donated.
+      x: [B, G, C], the noised image before the first step. It is donated.
+      guided: whether canvas and cache have all branches, which are combined. Otherwise they have
+        the cond contexts only.
+    Returns:
+      (x [B, G, C] after the last step, cache).
     """
     times = jnp.asarray(timesteps(config))
 
@@ -182,11 +223,19 @@ def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig
 def draw(
     params, contexts, noise, positions, real, *, config: FlowConfig, on_step=None, every: int = 5
 ):
-    """Draws B images: latent tokens float32 [B, G, C] at t = 0.
+    """Generates B images.
+
+    Official: bagel.py (generate_image).
 
     Args:
-      contexts, positions, real: as in `prepare`. noise: float32 [B, G, C], x at t = 1.
-      on_step: called with the number of steps done, every `every` steps; None runs all of them in one call.
+      contexts, positions, real: as in `prepare`.
+      noise: float32 [B, G, C], x at t = 1.
+      on_step: called with the number of steps done, every `every` steps. None runs all steps of a
+        phase (guided or not) in one call.
+    Returns:
+      float32 [B, G, C], latent tokens at t = 0.
+    Raises:
+      ValueError: the number of contexts is not R * B.
     """
     batch, needed = positions.shape[0], len(config.branches) * positions.shape[0]
     if contexts.positions.shape[0] != needed:
@@ -201,9 +250,8 @@ def draw(
         if begin == end:
             continue
         place, keys = canvas, cache
-        if (
-            not guided and len(canvas.rope) > batch
-        ):  # the first branch is enough: its keys are copied out, once
+        if not guided and len(canvas.rope) > batch:
+            # The first branch is enough. Its keys are copied once.
             place, keys = _first_branch(canvas, cache, batch)
         for start in range(begin, end, every if on_step else steps):
             stop = min(start + every, end) if on_step else end
@@ -212,12 +260,13 @@ def draw(
                 jax.block_until_ready(x)
                 on_step(stop)
         if guided:
-            cache = keys  # the old one was donated
+            cache = keys  # the previous cache was donated
     return x
 
 
 @functools.partial(jax.jit, static_argnames=("batch",))
 def _first_branch(canvas, cache, batch):
+    """Canvas and cache of the cond contexts only."""
     place = dataclasses.replace(
         canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "rope")}
     )
@@ -225,7 +274,17 @@ def _first_branch(canvas, cache, batch):
 
 
 def layout(grids, tokens: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions int32 [B, tokens], real bool [B, tokens]) of images of these grids (rows, columns) of latent tokens."""
+    """Positions of the latent tokens of B images, padded to `tokens` per image.
+
+    Args:
+      grids: numbers of rows and columns of latent tokens of each image.
+      tokens: G.
+      side: number of rows, and of columns, of the latents' position table.
+    Returns:
+      (positions int32 [B, G], real bool [B, G]).
+    Raises:
+      ValueError: a grid is larger than the position table.
+    """
     positions, real = np.zeros((len(grids), tokens), np.int32), np.zeros((len(grids), tokens), bool)
     for b, grid in enumerate(grids):
         ids = images.position_ids(grid, side)
@@ -233,16 +292,30 @@ def layout(grids, tokens: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return positions, real
 
 
-# --- pixels and latents ----------------------------------------------------------------------------------------
+# --- pixels and latents ---------------------------------------------------------------------------
 
 
 def to_tokens(latents, patch: int):
-    """Latents [..., h, w, z] -> tokens [..., h/p * w/p, p * p * z] (patch row, patch column, z; z fastest)."""
+    """Groups latents into latent tokens, squares of p = `patch` latents per side.
+
+    Args:
+      latents: [..., h, w, z].
+    Returns:
+      [..., h/p * w/p, p * p * z]. The order in a token is patch row, patch column, z (z fastest).
+    """
     return einops.rearrange(latents, "... (h p) (w q) z -> ... (h w) (p q z)", p=patch, q=patch)
 
 
 def to_latents(tokens, grid: tuple[int, int], patch: int):
-    """Inverse of `to_tokens`; grid: (rows, columns) of tokens."""
+    """Inverse of `to_tokens`.
+
+    Args:
+      tokens: [..., rows * columns, p * p * z].
+      grid: numbers of rows and columns of latent tokens.
+      patch: p.
+    Returns:
+      [..., h, w, z].
+    """
     return einops.rearrange(
         tokens, "... (h w) (p q z) -> ... (h p) (w q) z", h=grid[0], w=grid[1], p=patch, q=patch
     )
@@ -251,9 +324,13 @@ def to_latents(tokens, grid: tuple[int, int], patch: int):
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
 def encode(params, pixels, noise, *, config: ModelConfig):
-    """Pixels float32 [N, H, W, 3] in [-1, 1] -> latents float32 [N, h, w, z].
+    """Latents of images. The posterior is sampled, at inference too, as in the official code.
 
-    The posterior is sampled, as officially also at inference: noise float32 [N, h, w, z]; zeros give its mean.
+    Args:
+      pixels: float32 [B, H, W, 3] in [-1, 1].
+      noise: float32 [B, h, w, z], standard normal; zeros give the mean of the posterior.
+    Returns:
+      float32 [B, h, w, z].
     """
     mean, log_variance = bagel.encode_pixels(params, pixels, config=config)
     vae = config.generation.vae
@@ -263,9 +340,16 @@ def encode(params, pixels, noise, *, config: ModelConfig):
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("grid", "config"))
 def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
-    """Latent tokens [N, rows * columns, C] of images of one grid -> uint8 [N, H, W, 3].
+    """Decodes latent tokens of images of one grid to pixels.
 
-    Truncated, not rounded, as officially: floor(255 clip(x / 2 + 1 / 2, 0, 1)).
+    Pixels are truncated, not rounded, as in the official code:
+    floor(255 clip(x / 2 + 1 / 2, 0, 1)).
+
+    Args:
+      tokens: [B, rows * columns, C].
+      grid: numbers of rows and columns of latent tokens.
+    Returns:
+      uint8 [B, H, W, 3].
     """
     pixels = bagel.decode_latents(
         params, to_latents(tokens, grid, config.generation.patch), config=config
@@ -273,41 +357,58 @@ def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
     return (jnp.clip(pixels * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
-# --- training --------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def training_times(raw, shift: float):
-    """Standard normal draws -> flow times: sigmoid, then the training shift. -inf gives 0, a clean image."""
+    """Flow times of standard normal samples: sigmoid, then the training shift.
+
+    A sample of -inf gives time 0, a clean image.
+    """
     return shifted(jax.nn.sigmoid(raw), shift)
 
 
 def padded(pixels, sizes):
-    """uint8 [..., H, W, 3] with the sizes int32 [..., 2] (height, width) of the pictures in their upper left corners ->
-    (float32 in [-1, 1], 0 outside of the picture; bool [..., H, W], inside)."""
+    """Normalised pixels of padded images, and where the images are.
+
+    Args:
+      pixels: uint8 [..., H, W, 3], each image in the upper left corner.
+      sizes: int32 [..., 2], height and width of each image in pixels.
+    Returns:
+      (float32 [..., H, W, 3] in [-1, 1] inside the image and 0 outside; bool [..., H, W], True
+      inside).
+    """
     rows, columns = jnp.arange(pixels.shape[-3])[:, None], jnp.arange(pixels.shape[-2])
     inside = (rows < sizes[..., :1, None]) & (columns < sizes[..., 1:, None])
     return jnp.where(inside[..., None], images.normalize(pixels), 0.0), inside
 
 
 def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
-    """A context whose latent tokens are those of pictures, encoded by the frozen autoencoder.
+    """A context whose latent tokens are those of images, encoded by the frozen autoencoder.
 
-    Pictures of several sizes are encoded in one shape, padded with zeros, and cut afterwards, as officially; near the
-    padding they come out a little otherwise than alone.
+    Images of several sizes are encoded in one shape, padded with zeros, and cropped afterwards, as
+    in the official code. Near the padding their latents differ slightly from those of an image
+    that is encoded alone.
 
     Args:
-      context: packed with latents of any values. Picture 0 of a row is its latent image 1, and a later picture m its
-        latent images 2 m (noised) and 2 m + 1 (clean).
-      pixels: uint8 [B, M, H, W, 3]. sizes: int32 [B, M, 2], 0 where there is no picture. noise: float32 [B, M, h, w, z],
-        of the posterior.
+      context: Context [B, T], packed with latents of any values. Image 0 of a sequence is its
+        latent image 1, and a later image m is its latent images 2 m (noised) and 2 m + 1 (clean).
+      pixels: uint8 [B, M, H, W, 3].
+      sizes: int32 [B, M, 2], height and width in pixels, 0 where there is no image.
+      noise: float32 [B, M, h, w, z], noise of the posterior.
+    Returns:
+      Context [B, T]. No gradient flows through its latent tokens.
     """
-    found, drawn, (batch, count) = context.latents, config.generation, pixels.shape[:2]
-    flat = lambda x: x.reshape(batch * count, *x.shape[2:])
+    found, sizes_of, (batch, count) = context.latents, config.generation, pixels.shape[:2]
+
+    def flat(x):
+        return x.reshape(batch * count, *x.shape[2:])
+
     tokens = to_tokens(
-        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), drawn.patch
+        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), sizes_of.patch
     )
-    size, columns = tokens.shape[1], pixels.shape[3] // drawn.stride
-    row, column = found.positions // drawn.side, found.positions % drawn.side
+    size, columns = tokens.shape[1], pixels.shape[3] // sizes_of.stride
+    row, column = found.positions // sizes_of.side, found.positions % sizes_of.side
     at = found.image // 2 * size + row * columns + column
     tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
     tokens = jnp.where(found.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
@@ -317,12 +418,15 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
 def loss(params, context, times, noise, *, config: ModelConfig):
     """Squared velocity errors on a packed batch with latents.
 
+    The official loss is the mean of the errors over the counted tokens and their values.
+
     Args:
-      context: Context with latents (clean tokens; noised images are marked). times: float32 [B, G], flow time of each
-        token, 0 where it is clean. noise: float32 [B, G, C].
+      context: Context [B, T] with latents: clean tokens, in which noised images are marked.
+      times: float32 [B, G], flow time of each token, 0 where it is clean.
+      noise: float32 [B, G, C].
     Returns:
-      (errors float32 [B, G, C], counted bool [B, G]: the tokens with t > 0, hidden [B, T + G, D]). The official loss
-      is the mean of errors over counted tokens and their values.
+      (errors float32 [B, G, C]; counted bool [B, G], the tokens with t > 0; hidden states
+      [B, T + G, D]).
     """
     clean = context.latents.tokens
     x = (1 - times)[:, :, None] * clean + times[:, :, None] * noise
