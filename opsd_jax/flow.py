@@ -240,8 +240,8 @@ def draw(
     batch, needed = positions.shape[0], len(config.branches) * positions.shape[0]
     if contexts.positions.shape[0] != needed:
         raise ValueError(
-            f"{batch} images with the branches {', '.join(config.branches)} need {needed} contexts, "
-            f"branch by branch, not {contexts.positions.shape[0]}"
+            f"{batch} images with the branches {', '.join(config.branches)} need {needed} "
+            f"contexts, branch by branch, not {contexts.positions.shape[0]}"
         )
     canvas, cache = prepare(params, contexts, positions, real, config=config.model)
     x, steps = jnp.array(noise), config.num_timesteps - 1

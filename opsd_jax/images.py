@@ -16,6 +16,7 @@ from typing import Annotated
 
 import einops
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from opsd_jax.inputs import checks
 
@@ -116,8 +117,6 @@ def open_rgb(data, *, transparency: str = "white"):
         data is one.
       ValueError: another `transparency`.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if transparency not in ("white", "drop"):
         raise ValueError(f"transparency is {transparency!r}: choose 'white' or 'drop'")
     if isinstance(data, np.ndarray):
@@ -175,8 +174,6 @@ def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
     Raises:
       ValueError: an image without pixels.
     """
-    from PIL import Image
-
     size = rule(*image.size, num_images)
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
@@ -223,8 +220,6 @@ def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np
     Returns:
       (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
     """
-    from PIL import Image
-
     first = Image.fromarray(resize(image, vae_rule))
     return resize(first, vae_rule), resize(first, vit_rule)
 

@@ -1,7 +1,7 @@
-"""A released tokenizer folder (Qwen2's or the miniature's) as four delimiters and three functions.
+"""A released tokenizer folder, Qwen2's or the miniature's: four delimiters, `encode` and `decode`.
 
-The delimiters are resolved by name, never by counting added tokens: transformers 5 no longer lists them in
-`special_tokens_map`, which made the official helper count tokens as new that were there already.
+The delimiters are resolved by name, never by counting added tokens: transformers 5 no longer lists
+them in `special_tokens_map`, so the official helper counts existing tokens as new.
 """
 
 import dataclasses
@@ -9,10 +9,14 @@ import functools
 import hashlib
 import json
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opsd_jax.inputs import json_files
+
+if TYPE_CHECKING:
+    import tokenizers
 
 DELIMITERS = {
     "bos": "<|im_start|>",
@@ -20,23 +24,27 @@ DELIMITERS = {
     "image_start": "<|vision_start|>",
     "image_end": "<|vision_end|>",
 }
-# Qwen2's split rule; each digit is a token of its own
+# Qwen2's split rule. Each digit is a token of its own.
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_MOST = 1 << 24  # ids beyond are damage: the list of all tokens would not fit into memory
+# Larger ids mean a damaged file: the list of all tokens would not fit into memory.
+_MOST = 1 << 24
 
-
-# Cases in which tokenizers with the same tokens differ: contractions, digits, spaces, Unicode forms, scripts, case.
-_PROBE = "It's DON'T 12345 + 6.75%  \n\n\tx_y==Straße café cafe\u0301 \ufb01 Ⅷ 日本語 Привет 🙂 unbelievable <think>(A)</think>"
+# Cases in which tokenizers with the same tokens differ: contractions, digits, spaces, Unicode
+# forms, scripts, case.
+_PROBE = (
+    "It's DON'T 12345 + 6.75%  \n\n\tx_y==Straße café cafe\u0301 \ufb01 Ⅷ 日本語 Привет 🙂 "
+    "unbelievable <think>(A)</think>"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Token ids of the four delimiters, and the tokenizer (of the library `tokenizers`) that they belong to."""
+    """A tokenizer of the library `tokenizers`, and the token ids of its four delimiters."""
 
-    backend: object
+    backend: "tokenizers.Tokenizer"
     bos: int
     eos: int
     image_start: int
@@ -44,8 +52,11 @@ class Tokenizer:
 
     @functools.cached_property
     def encode(self):
-        """text -> int32 ids; nothing is added around them. Keeps the ids of recent texts: prompts and questions recur
-        in every row, traces in every epoch."""
+        """A function from a text to its ids, int32 [n], without delimiters.
+
+        It keeps the ids of recent texts, because prompts and questions recur in every example, and
+        traces in every epoch. The arrays are read-only.
+        """
 
         @functools.lru_cache(maxsize=1 << 16)
         def encode(text: str) -> np.ndarray:
@@ -56,23 +67,33 @@ class Tokenizer:
         return encode
 
     def decode(self, ids) -> str:
-        """Text of the ids; bytes that are no UTF-8, as where a character is cut, become U+FFFD.
+        """The text of token ids.
 
-        Ids beyond the vocabulary show as <|id|>: the embedding is padded (released: 152,064 rows) and sampling may
-        return any row. Raises ValueError for a negative id.
+        Bytes that are not UTF-8, for example those of an incomplete character, become U+FFFD. Ids
+        beyond the vocabulary are shown as <|id|>: the embedding is padded (to 152,064 rows in the
+        released model), and sampling may return any of its rows.
+
+        Args:
+          ids: int [n].
+        Raises:
+          ValueError: a negative id.
         """
         known, parts = self.token_bytes, []
         for token in map(int, ids):
             if token < 0:
                 raise ValueError(
-                    f"token id {token} is negative: cut padding and ignored labels off before decoding"
+                    f"token id {token} is negative: cut padding and ignored labels off before "
+                    "decoding"
                 )
             parts.append(token < len(known) and known[token] or b"<|%d|>" % token)
         return b"".join(parts).decode(errors="replace")
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of every token, by id (none at an unused id): what `decode` joins and `rollout.Marker` reads."""
+        """The bytes of every token by id, empty at an unused id.
+
+        `decode` joins them, and `marker.Marker` searches them.
+        """
         to_byte = {char: byte for byte, char in _byte_alphabet().items()}
         added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
         vocabulary = self.backend.get_vocab()
@@ -85,34 +106,45 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Checksum of what ids mean and how text is split: the bytes of every token, the merges, and the ids of the
-        delimiters and of a text. (The file itself would not do: its form differs between versions of the library.)"""
+        """Checksum of what ids mean and how text is split.
+
+        It covers the bytes of every token, the merges, and the ids of the delimiters and of a text.
+        A checksum of the file would not do, because its format differs between versions of the
+        library.
+        """
         found = hashlib.blake2b(digest_size=16)
         for token in self.token_bytes:
             found.update(len(token).to_bytes(4, "little") + token)
         merges = json.loads(self.backend.to_str())["model"].get("merges", [])
-        merges = [
-            merge if isinstance(merge, str) else " ".join(merge) for merge in merges
-        ]  # older libraries: one text
+        # Older versions of the library store a merge as one string, newer ones as a pair.
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         delimiters = [self.bos, self.eos, self.image_start, self.image_end]
         found.update(json.dumps([merges, delimiters, self.encode(_PROBE).tolist()]).encode())
         return found.hexdigest()
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The printable stand-in of each byte in byte-level BPE: printable Latin-1 stays, the rest moves past U+0100."""
+    """The printable character that represents each byte in byte-level BPE.
+
+    Printable Latin-1 characters represent themselves. The other bytes are mapped to U+0100 and up.
+    """
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [b for b in range(256) if b not in keep]
     return {**{b: chr(b) for b in keep}, **{b: chr(256 + n) for n, b in enumerate(moved)}}
 
 
 def check_there(directory: str) -> list[str]:
-    """The names of the files in a tokenizer folder. FileNotFoundError where those that `load` reads are not there."""
+    """The names of the files in a tokenizer folder.
+
+    Raises:
+      FileNotFoundError: the files that `load` reads do not exist.
+    """
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
         raise FileNotFoundError(
             f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
-            "released model's tokenizer as --config.tokenizer=FOLDER, of generate as --tokenizer=FOLDER"
+            "released model's tokenizer as --config.tokenizer=FOLDER, or for generate as "
+            "--tokenizer=FOLDER"
         )
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise FileNotFoundError(
@@ -123,20 +155,24 @@ def check_there(directory: str) -> list[str]:
 
 
 def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
-    """Reads a tokenizer folder: tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt.
+    """Reads a tokenizer folder.
 
-    Where there is a tokenizer.json, it alone says how a text is split: transformers 5 would rebuild normaliser and
-    pre-tokenizer from `tokenizer_class` or a config.json in the folder, and give other ids. The two other files are
-    read as Qwen2's tokenizer reads them.
+    The folder has tokenizer_config.json, and either tokenizer.json or vocab.json and merges.txt. If
+    there is a tokenizer.json, it alone determines how a text is split: transformers 5 would rebuild
+    normaliser and pre-tokenizer from `tokenizer_class` or a config.json in the folder, and give
+    other ids. The two other files are read as Qwen2's tokenizer reads them.
 
-    The official code adds delimiters that the folder lacks, at the next free ids. Here that is an error: the released
-    folders hold all four (151644, 151645, 151652, 151653), others belong to another model.
+    The official code adds delimiters that the folder lacks, at the next free ids. Here that is an
+    error: the released folders have all four (151644, 151645, 151652, 151653), and a folder without
+    them belongs to another model.
 
     Args:
-      vocab_size: rows of the embedding of the model that shall read the ids; None where there is no model.
+      vocab_size: number of rows in the embedding of the model that will read the ids. None if
+        there is no model.
     Raises:
-      FileNotFoundError: there is no tokenizer. ValueError: its files do not parse or contradict each other, it is not
-      byte-level, a delimiter is absent, or an id is beyond the embedding.
+      FileNotFoundError: there is no tokenizer.
+      ValueError: its files do not parse or contradict each other, it is not byte-level, it loses
+        text, it has dropout, a delimiter is missing, or an id is beyond the embedding.
     """
     files = check_there(directory)
     again = "copy the folder of the released model's tokenizer again"
@@ -150,7 +186,7 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
             if "tokenizer.json" in files
             else _of_vocabulary(directory, config, added)
         )
-    except Exception as e:  # the library raises anything, bare Exception too
+    except Exception as e:  # the library raises arbitrary exceptions, also bare Exception
         raise ValueError(
             f"cannot read the tokenizer in {directory} ({reading}: {e}): {again}"
         ) from e
@@ -160,8 +196,8 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
         if found != index:
             raise ValueError(
                 f"the tokenizer in {directory} gives {token['content']} the id {found}, but its "
-                f"tokenizer_config.json {index}: the vocabulary is cut or another model's, copy the "
-                "folder again"
+                f"tokenizer_config.json {index}: the vocabulary is incomplete or another model's, "
+                "copy the folder again"
             )
     _check_bytes(directory, backend)
     _check_lossless(directory, backend)
@@ -174,15 +210,20 @@ def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
     largest = max(vocabulary, key=vocabulary.get)
     if vocabulary[largest] >= (vocab_size or _MOST):
         raise ValueError(
-            f"the tokenizer in {directory} has ids up to {vocabulary[largest]} ({largest!r}), but the model "
-            f"has {vocab_size or _MOST} embeddings (model.llm.vocab_size): give the tokenizer that belongs to "
-            f"the model, or for a new model set vocab_size to at least {vocabulary[largest] + 1}"
+            f"the tokenizer in {directory} has ids up to {vocabulary[largest]} ({largest!r}), but "
+            f"the model has {vocab_size or _MOST} embeddings (model.llm.vocab_size): give the "
+            "tokenizer that belongs to the model, or for a new model set vocab_size to at least "
+            f"{vocabulary[largest] + 1}"
         )
     return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
 
 
 def _added(config) -> dict[int, dict]:
-    """{id: description} of the added tokens in tokenizer_config.json. ValueError where they are malformed."""
+    """{id: description} of the added tokens in tokenizer_config.json.
+
+    Raises:
+      ValueError: they are malformed.
+    """
     entries = config.get("added_tokens_decoder") or {}
     try:
         found = {
@@ -194,13 +235,13 @@ def _added(config) -> dict[int, dict]:
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise ValueError(
-        f"added_tokens_decoder is {json_files.shown(entries)}, which does not map ids to objects with a text "
-        "as content"
+        f"added_tokens_decoder is {json_files.shown(entries)}, which does not map ids to objects "
+        "with a text as content"
     )
 
 
 def _of_tokenizer_json(directory):
-    """The tokenizer that tokenizer.json describes, cutting and padding nothing."""
+    """The tokenizer that tokenizer.json describes, without truncation and padding."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
@@ -210,15 +251,18 @@ def _of_tokenizer_json(directory):
 
 
 def _of_vocabulary(directory, config, added):
-    """Qwen2's tokenizer of vocab.json and merges.txt: composed characters (NFC), its split rule, byte-level BPE."""
+    """Qwen2's tokenizer of vocab.json and merges.txt.
+
+    It composes characters (NFC), splits by Qwen2's rule, and applies byte-level BPE.
+    """
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     kind = config.get("tokenizer_class")
     if kind not in (None, "Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise ValueError(
-            f"tokenizer_class is {kind!r} in tokenizer_config.json, and vocab.json and merges.txt are read as "
-            "Qwen2Tokenizer does: save it with a tokenizer.json"
+            f"tokenizer_class is {kind!r} in tokenizer_config.json, but vocab.json and merges.txt "
+            "are read as Qwen2Tokenizer reads them: save it with a tokenizer.json"
         )
     backend = tokenizers.Tokenizer(
         models.BPE.from_file(
@@ -242,7 +286,7 @@ def _of_vocabulary(directory, config, added):
             for token in added.values()
         ]
     )
-    # tokens that the vocabulary holds already, and that the config names as whole ones
+    # Tokens of the vocabulary that the configuration lists as special: they are never split.
     named = [config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")]
     named += config.get("additional_special_tokens") or []
     named = [token["content"] if isinstance(token, dict) else token for token in named if token]
@@ -257,12 +301,12 @@ def _of_vocabulary(directory, config, added):
 
 
 def _check_bytes(directory, backend) -> None:
-    """ValueError unless the tokens are spelled in bytes, and every byte has one."""
+    """Raises ValueError unless the tokens are spelled in bytes, and every byte has a token."""
     alphabet = set(_byte_alphabet().values())
     if not backend.get_vocab().keys() >= alphabet:
         raise ValueError(
-            f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use one of "
-            "byte-level BPE, as Qwen2's"
+            f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use "
+            "a tokenizer of byte-level BPE, such as Qwen2's"
         )
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     if not set().union(*(backend.get_vocab().keys() - added)) <= alphabet:
@@ -272,23 +316,27 @@ def _check_bytes(directory, backend) -> None:
             if not set(token) <= alphabet
         )
         raise ValueError(
-            f"the tokenizer in {directory} spells its token {wrong!r} in no bytes: use one of byte-level BPE, "
-            "as Qwen2's"
+            f"the tokenizer in {directory} does not spell its token {wrong!r} in bytes: use a "
+            "tokenizer of byte-level BPE, such as Qwen2's"
         )
 
 
 def _check_lossless(directory, backend) -> None:
-    """ValueError where text would be lost, as without a pre-tokenizer of kind ByteLevel, or ids would be random."""
+    """Raises ValueError if text would be lost, or if ids would be random.
+
+    Text is lost without a pre-tokenizer of type ByteLevel, for example.
+    """
     if getattr(backend.model, "dropout", None):
         raise ValueError(
-            f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, model), so the "
-            "same text would get other ids each time: set it to null"
+            f"the tokenizer in {directory} has dropout {backend.model.dropout:g} (tokenizer.json, "
+            "model), so the same text would get other ids each time: set it to null"
         )
-    text = _PROBE.partition("<")[0]  # tags may be added tokens that take the blanks around them
+    text = _PROBE.partition("<")[0]  # tags may be added tokens that absorb the blanks around them
     wanted = backend.normalizer.normalize_str(text) if backend.normalizer else text
     said = Tokenizer(backend, 0, 0, 0, 0).decode(backend.encode(text, add_special_tokens=False).ids)
     if said.strip() != wanted.strip():
         raise ValueError(
-            f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost without a word. Give "
-            "its tokenizer.json the pre-tokenizer ByteLevel, or use the released model's"
+            f"the tokenizer in {directory} reads {wanted!r} as {said!r}: text would be lost "
+            "silently. Give its tokenizer.json the pre-tokenizer ByteLevel, or use the released "
+            "model's tokenizer"
         )

@@ -593,7 +593,8 @@ def test_token_that_is_no_bytes(tmp_path):
     )
     edit(folder / "tokenizer.json", lambda content: content["model"].update(merges=[]))
     with pytest.raises(
-        ValueError, match="spells its token '\u2581x' in no bytes: use one of byte-level BPE"
+        ValueError,
+        match="does not spell its token '\u2581x' in bytes: use a tokenizer of byte-level BPE",
     ):
         tokenizer.load(folder)
 
