@@ -30,7 +30,8 @@ def bucket_index(
     With config.data.on_too_long = "skip", examples that fit no bucket have -1, and
     <workdir>/too_long.json holds their pids.
 
-    Raises TooLongError, with the pids of the first ones, if examples fit no bucket and are not skipped.
+    Raises TooLongError, with the pids of the first ones, if examples fit no bucket and are not
+    skipped.
     """
     task, size = examples.tasks[source], len(examples.sources[source])
     mode, primary = config.teacher.visual_thoughts, jax.process_index() == 0

@@ -15,8 +15,8 @@ examples; bucket indices in brackets):
     4. shuffle the batches, and the examples inside each
                                          [b x] [c a] [d y]               steps 0, 1, 2 of the chunk
 
-A host takes the examples of its devices, see `sharding.local_batch_indices`. No chunk needs an earlier one,
-so a batch far into the run costs as much as the first.
+A host takes the examples of its devices, see `sharding.local_batch_indices`. No chunk needs an
+earlier one, so a batch far into the run costs as much as the first.
 """
 
 import math

@@ -284,7 +284,7 @@ def _parameters(inside: Computation) -> dict[int, str]:
 
 
 def _read(name: str, inside: Computation, computations: Module) -> int:
-    """Bytes that a fused computation reads of one of its values; only the slices if it is sliced."""
+    """Bytes that a fused computation reads of one of its values, only slices if it is sliced."""
     whole, total = sum(_arrays(inside[name].shape)), 0
     for user in inside.values():
         for n in (n for n, operand in enumerate(user.operands) if operand == name):

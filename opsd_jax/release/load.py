@@ -317,7 +317,8 @@ def _read_onto_devices(
 class _Reader:
     """Reads tensors onto devices, counts them and shows the progress.
 
-    tensors, bytes: number of those read so far. non_finite: a sentence for each tensor with NaN or infinities.
+    tensors, bytes: number of those read so far.
+    non_finite: a sentence for each tensor with NaN or infinities.
     """
 
     progress: progress_lib.Progress
