@@ -158,7 +158,10 @@ def _micro_batches(tree, count):
 
     def divide(x):
         if x.shape[0] % count:
-            raise ValueError(f"batch size {x.shape[0]} is not divisible by accumulation {count}")
+            raise ValueError(
+                f"batch size {x.shape[0]} is not divisible by accumulation {count}: change one of "
+                "them"
+            )
         return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(divide, tree)

@@ -114,8 +114,8 @@ def utilisation(trajectory: Trajectory, slots: int = 0):
 
     slots: `RolloutConfig.slots`, number of lanes; 0 for one lane per sequence.
     """
-    rows = trajectory.num_fed.shape[0]
-    return trajectory.num_fed.sum() / (min(slots or rows, rows) * trajectory.ended.max())
+    count = trajectory.num_fed.shape[0]
+    return trajectory.num_fed.sum() / (min(slots or count, count) * trajectory.ended.max())
 
 
 def _restrict(logits, config):
@@ -397,7 +397,8 @@ def _sample_queue(params, context, rng, config, return_logits):
     (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
-            f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards"
+            f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards: "
+            "make their number a multiple of it"
         )
     waiting, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
     first = jnp.arange(shards)[:, None] * waiting  # number of a shard's first sequence

@@ -11,11 +11,12 @@ and batch are divided along it), `tensor` (heads, mlp and vocabulary are divided
 import contextlib
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opsd_jax import params as params_lib
@@ -82,7 +83,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     return Mesh(grid, AXES)
 
 
-def batch_divisor(mesh: Mesh) -> int:
+def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
     """Number of batch shards of the mesh. The batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -92,7 +93,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch(mesh: Mesh) -> NamedSharding:
+def batch(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(_BATCH))
 
@@ -105,7 +106,7 @@ def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedShard
     """
     rules, spec = LAYOUTS[layout], []
     for size, logical in zip(shape, params_lib.fact(path).axes, strict=True):
-        axis = rules.get(logical)
+        axis = rules.get(logical) if logical else None
         spec.append(axis if axis and size % mesh.shape[axis] == 0 else None)
     return NamedSharding(mesh, P(*spec))
 
@@ -157,6 +158,8 @@ class on_mesh:
     The mesh is that of the first argument, a tree of arrays or ShapeDtypeStructs. Inside an outer
     trace the outer context applies.
     """
+
+    __wrapped__: Any  # the jitted function
 
     def __init__(self, jitted):
         functools.update_wrapper(self, jitted)
@@ -223,8 +226,8 @@ def constrain_batch(x):
     return jax.lax.with_sharding_constraint(x, P(_BATCH))
 
 
-def shard_map_batch(function, whole, *rows):
-    """function(whole, *rows) -> tree of [B, ...], computed by each device on its own batch entries.
+def shard_map_batch(function, whole, *batches):
+    """function(whole, *batches) -> tree of [B, ...], computed by each device on its batch entries.
 
     For loops over parts of a sequence: `whole` is gathered once before the loop, and its gradient
     is reduced once after it. Otherwise XLA may do both in every iteration, or gather the batch
@@ -232,18 +235,18 @@ def shard_map_batch(function, whole, *rows):
     to a plain call without a mesh (`mesh_context`), and where the devices do not divide B.
 
     Args:
-      whole: tree of arrays without a batch axis. rows: trees of arrays [B, ...].
+      whole: tree of arrays without a batch axis. batches: trees of arrays [B, ...].
     """
-    mesh, size = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
+    mesh, size = jax.sharding.get_abstract_mesh(), jax.tree.leaves(batches)[0].shape[0]
     if mesh.empty or batch_divisor(mesh) == 1 or size % batch_divisor(mesh):
-        return function(whole, *rows)
+        return function(whole, *batches)
     return jax.shard_map(
         function,
-        in_specs=(P(), *[P(_BATCH)] * len(rows)),
+        in_specs=(P(), *[P(_BATCH)] * len(batches)),
         out_specs=P(_BATCH),
         axis_names=set(_BATCH),
         check_vma=False,
-    )(whole, *rows)
+    )(whole, *batches)
 
 
 def local_batch_indices(mesh: Mesh, size: int) -> list[int]:
@@ -264,7 +267,8 @@ def local_batch_indices(mesh: Mesh, size: int) -> list[int]:
             "fsdp): change the batch size, or give devices to config.mesh.tensor"
         )
     found = batch(mesh).addressable_devices_indices_map((size,))
-    return sorted({n for (rows,) in found.values() for n in range(*rows.indices(size))})
+    parts = [index[0] for index in found.values() if index]
+    return sorted({n for part in parts for n in range(*part.indices(size))})
 
 
 def put_batch(mesh: Mesh, host_batch):

@@ -42,12 +42,13 @@ class LLMConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"model.llm.head_dim {self.head_dim} is odd: rotary positions turn pairs of values"
+                f"model.llm.head_dim {self.head_dim} is odd: make it even, since rotary positions "
+                "rotate pairs of values"
             )
         if self.hidden_size % 4:
             raise ValueError(
-                f"model.llm.hidden_size {self.hidden_size} is not divisible by 4, as the table of "
-                "2-D positions needs"
+                f"model.llm.hidden_size {self.hidden_size} is not divisible by 4: make it a "
+                "multiple of 4, since the table of 2-D positions needs it"
             )
 
 
@@ -72,7 +73,7 @@ class ViTConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.vit.hidden_size {self.hidden_size} is not divisible by its num_heads "
-                f"{self.num_heads}"
+                f"{self.num_heads}: change one of them"
             )
 
     @property

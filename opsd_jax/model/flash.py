@@ -425,11 +425,11 @@ def _on_each_device(function, interpret, queries, keys, resident, q, *rest):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*inputs)
-    rows, heads = sharding.batch(mesh).spec[0], sharding.LAYOUTS["train"]["kv"]
-    rows = rows if q.shape[0] % sharding.batch_divisor(mesh) == 0 else None
-    heads = heads if q.shape[1] % mesh.shape[heads] == 0 else None
-    cut = PartitionSpec(rows, heads)
-    specs = tuple(cut if x.ndim > 3 else PartitionSpec(rows) for x in inputs)
+    entries, kv_axis = sharding.batch(mesh).spec[0], sharding.LAYOUTS["train"]["kv"]
+    entries = entries if q.shape[0] % sharding.batch_divisor(mesh) == 0 else None
+    heads = kv_axis if q.shape[1] % mesh.shape[kv_axis] == 0 else None
+    cut = PartitionSpec(entries, heads)
+    specs = tuple(cut if x.ndim > 3 else PartitionSpec(entries) for x in inputs)
     return jax.shard_map(function, in_specs=specs, out_specs=cut, check_vma=False)(*inputs)
 
 

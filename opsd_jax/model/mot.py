@@ -148,9 +148,10 @@ class Block(nn.Module):
             )
         attended = attention.attend(q, k, v, mask, self.config.query_block, self.config.attention)
         x = self._route("output", x, attended)
-        shares = (
-            None if record is None else attention.shares(q, k, *record, self.config.query_block)
-        )
+        shares = None
+        if record is not None:
+            seen, groups = record
+            shares = attention.shares(q, k, seen, groups, self.config.query_block)
         return (sharding.constrain_batch(x), cache, layer + 1), shares
 
 
