@@ -399,16 +399,16 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
     Returns:
       Context [B, T]. No gradient flows through its latent tokens.
     """
-    found, sizes_of, (batch, count) = context.latents, config.generation, pixels.shape[:2]
+    found, generation, (batch, count) = context.latents, config.generation, pixels.shape[:2]
 
     def flat(x):
         return x.reshape(batch * count, *x.shape[2:])
 
     tokens = to_tokens(
-        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), sizes_of.patch
+        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), generation.patch
     )
-    size, columns = tokens.shape[1], pixels.shape[3] // sizes_of.stride
-    row, column = found.positions // sizes_of.side, found.positions % sizes_of.side
+    size, columns = tokens.shape[1], pixels.shape[3] // generation.stride
+    row, column = found.positions // generation.side, found.positions % generation.side
     at = found.image // 2 * size + row * columns + column
     tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
     tokens = jnp.where(found.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
