@@ -349,7 +349,7 @@ def _check_freeze(config: ConfigDict, stage: str) -> None:
         )
     never = {"fixed", "vae", "lora"}
     if not config_lib.draws(config, stage):
-        never |= {*params.DRAWING}
+        never |= {*params.GENERATION_GROUPS}
     if not {*params.GROUPS} - never - {*freeze}:
         raise ValueError(f"config.{stage}.freeze is {freeze}: nothing is left to train")
 
