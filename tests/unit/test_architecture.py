@@ -17,7 +17,7 @@ PACKAGE = ROOT / "opsd_jax"
 CODE = [
     *PACKAGE.rglob("*.py"),
     *(ROOT / "configs").glob("*.py"),
-    *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "perf").glob("*.py"),
 ]
 
 # Modules that read command-line flags besides the commands: what several commands share.

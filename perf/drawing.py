@@ -1,6 +1,6 @@
 """Seconds to generate an image, with random weights.
 
-  python benchmarks/drawing.py --size=tiny|mid|7b
+  python perf/drawing.py --size=tiny|mid|7b
 
 The context is that of an interleaved evaluation: system prompt (110 ids), problem image as VAE
 latents and as ViT patches, question (60 ids), thought (200 ids); guidance as `flow.HARNESS`, with

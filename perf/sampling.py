@@ -1,6 +1,6 @@
 """What finished sequences cost in the sampler, and what a queue saves.
 
-  python benchmarks/sampling.py --size=mid --slots=0,8,16
+  python perf/sampling.py --size=mid --slots=0,8,16
 
 Samples --rows answers of very different lengths with the lanes of --slots (0: one per sequence) and
 prints seconds, tokens per second, and the share of lanes over all decoding steps that held an
@@ -8,7 +8,7 @@ unfinished sequence.
 
 Lengths: the head's weights are zero, so that each of the --mean tokens of the vocabulary is sampled
 with the same probability, eos too. Lengths are geometric with that mean, cut at --budget. Contexts
-as in benchmarks/answering.py, at --problem. Every figure is the median of --repeats runs after one
+as in perf/answering.py, at --problem. Every figure is the median of --repeats runs after one
 that does not count; programs are compiled before.
 """
 

@@ -1,6 +1,6 @@
 """CPU-seconds and memory of the parts of a training step, with random weights.
 
-  python benchmarks/step.py [--parts=train]
+  python perf/step.py [--parts=train]
 
   decode   `rollout.sample`: --tokens tokens after problem image (256 patches) and question (32
            ids), sampled at temperature 1, at each batch size of --decode_batch

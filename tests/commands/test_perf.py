@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "perf"
 
 
 def run(name, *options):

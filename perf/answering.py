@@ -1,6 +1,6 @@
 """Seconds of text-only answering, with random weights.
 
-  python benchmarks/answering.py --size=tiny|mid|7b
+  python perf/answering.py --size=tiny|mid|7b
 
 Greedy decoding of --tokens tokens after the system prompt (110 ids), the problem image as ViT
 patches and the question (60 ids), at each batch size of --batch. The model is built without the

@@ -1,4 +1,4 @@
-"""Table of one run over several seeds: python benchmarks/seeds.py W0 W1 W2
+"""Table of one run over several seeds: python perf/seeds.py W0 W1 W2
 
 Reads the report.json that each run with arms writes to its working folder. Prints accuracies (text
 only, and of the same weights with the examples' real visual thoughts) and closures in per cent, one
