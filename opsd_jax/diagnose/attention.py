@@ -1,4 +1,5 @@
-"""Share of attention from texts before and after the visual thoughts to parts of the context, by layer.
+"""Share of attention from texts before and after the visual thoughts to parts of the context, by
+layer.
 
 Letters: B batch, T positions of a context, N completion tokens, L layers, M and K groups of queries
 and of keys.
@@ -298,18 +299,20 @@ def page(summary: dict) -> output.Page:
     scale = (
         "1/√d as the model has it"
         if summary["scaled"]
-        else "**without 1/√d**, as the official recorder has it: sharper than the attention that acts"
+        else "**without 1/√d**, as the official recorder has it: sharper than the attention that "
+        "acts"
     )
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. Share of the "
-            f"attention of text tokens, mean over heads, tokens and rows; softmax with {scale}."
+            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. Share of "
+            "the attention of text tokens, mean over heads, tokens and rows; softmax with "
+            f"{scale}."
         ),
         html.note(
-            "**interleaved**: the rows' traces, thought – image – thought. **teacher**: the teacher's "
-            "context; its texts before (question, intro) and after (transition) the visual thoughts, "
-            "and the model's own greedy answer (completion). Delimiters of images count apart. Noise "
-            "and swap: in the places of the visual thoughts."
+            "**interleaved**: the rows' traces, thought – image – thought. **teacher**: the "
+            "teacher's context; its texts before (question, intro) and after (transition) the "
+            "visual thoughts, and the model's own greedy answer (completion). Delimiters of images "
+            "count apart. Noise and swap: in the places of the visual thoughts."
         ),
     ]
 
@@ -342,8 +345,8 @@ def page(summary: dict) -> output.Page:
     parts += [
         html.heading("As in the paper's Fig. 3b"),
         html.note(
-            "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own recorder): "
-            "txt0->img0 2.0, txt1->img1 3.0, txt1->img0 0.4."
+            "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own "
+            "recorder): txt0->img0 2.0, txt1->img1 3.0, txt1->img0 0.4."
         ),
         html.heat(
             list(summary["official_mean"]),

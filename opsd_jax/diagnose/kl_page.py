@@ -18,11 +18,11 @@ COMPLETION_TEXTS = {
     "student": "What the trained student says without visual thoughts.",
     "data": "The rows' own text traces.",
     "official": (
-        "What the released script computes, for comparison: **not** Eq. 4. After image and question "
-        "the teacher reads thought, visual thought, thought and answer, the student the text-only "
-        "thought and the answer: each the raw text of its column in a block of its own, with no "
-        "tags added. Positions are matched from the end, so most of them compare different words. "
-        "Image sizes are the run's own."
+        "What the released script computes, for comparison: **not** Eq. 4. After image and "
+        "question the teacher reads thought, visual thought, thought and answer, the student the "
+        "text-only thought and the answer: each the raw text of its column in a block of its own, "
+        "with no tags added. Positions are matched from the end, so most of them compare different "
+        "words. Image sizes are the run's own."
     ),
 }
 _MOST_SAMPLES = 4  # of each task
@@ -38,15 +38,16 @@ def page(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> o
         html.paragraph(
             "K = KL(teacher with visual thoughts ‖ student without) on the same completion, full "
             "vocabulary, mean over the tokens of a completion, then over rows (paper Eq. 4). "
-            f"**before**: the student is `{summary['base']}`, **after**: `{summary['student']}`; the "
-            f"teacher is `{summary['teacher']}` both times. Closed = 1 − after / before (Eq. 9)."
+            f"**before**: the student is `{summary['base']}`, **after**: `{summary['student']}`; "
+            f"the teacher is `{summary['teacher']}` both times. Closed = 1 − after / before (Eq. "
+            "9)."
         ),
         html.note(
             f"Rows of split {output.rows_text(summary)}; sampled completions at temperature "
             f"{summary['temperature']:g} (0: the most likely token). Intervals hold 95 %: "
             f"{summary['bootstrap']} resamples of the rows within their task, before and after "
-            f"together, seed {summary['seed']}. Paper, on rows of its own: 4.64 before, 1.93 after, "
-            "58 % closed."
+            f"together, seed {summary['seed']}. Paper, on rows of its own: 4.64 before, 1.93 "
+            "after, 58 % closed."
         ),
     ]
     for kind, s in summary["completions"].items():

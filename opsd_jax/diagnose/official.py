@@ -1,4 +1,5 @@
-"""What the released script (kl_diagnostic.py) measures: predictions of two texts, paired from the end.
+"""What the released script (kl_diagnostic.py) measures: predictions of two texts, paired from the
+end.
 
 Letters: B batch, R scored positions.
 """

@@ -12,7 +12,8 @@ from opsd_jax.runtime import checkpoint as checkpoint_lib
 
 
 def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Page:
-    """Evaluates a step folder in every mode that the model and its examples allow, then diagnoses it.
+    """Evaluates a step folder in every mode that the model and its examples allow, then diagnoses
+    it.
 
     The weights that training started from are evaluated, too. The page holds the pages of the
     analyses.
@@ -84,11 +85,11 @@ def page(
             f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. One model "
             "answers the same questions: from the image alone (**none**, the student); as the "
             "teacher with the rows' own visual thoughts (**real**), with **noise**, another row's "
-            "(**swap**), the problem once more (**image**) or nothing (**remove**) in their places; "
-            "and, if it generates images, with images that it generates itself (**generated**), or "
-            "again with something else in the places of those. **Before training**: the weights "
-            "that the run's training started from, on the same rows; **real** beside it is what "
-            "training did to how the model reads true visual thoughts."
+            "(**swap**), the problem once more (**image**) or nothing (**remove**) in their "
+            "places; and, if it generates images, with images that it generates itself "
+            "(**generated**), or again with something else in the places of those. **Before "
+            "training**: the weights that the run's training started from, on the same rows; "
+            "**real** beside it is what training did to how the model reads true visual thoughts."
         ),
         html.heading("Answers"),
     ]
@@ -135,7 +136,7 @@ def _answers(scores: dict[str, dict], workdir: str) -> list[str]:
         ),
         html.table(columns, rows),
         html.note(
-            "Seconds leave out batches that compiled a program. Paper: generating images takes 14.3 "
-            f"times as long as answering in text. All answers: {workdir}/eval/*/report.html"
+            "Seconds leave out batches that compiled a program. Paper: generating images takes "
+            f"14.3 times as long as answering in text. All answers: {workdir}/eval/*/report.html"
         ),
     ]

@@ -193,8 +193,8 @@ def open_run(
         most = max(most, len(numbers))
         if not any(selection.examples.sources[source][n].visual_thoughts for n in numbers):
             raise ValueError(
-                f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there is "
-                "nothing to diagnose; choose another --split or --benchmarks"
+                f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there "
+                "is nothing to diagnose; choose another --split or --benchmarks"
             )
     wanted = min(batch_size or config.eval.batch_size, most)
     selection = dataclasses.replace(selection, batch_size=-(-wanted // shards) * shards)

@@ -185,4 +185,5 @@ def _svg(figure: "Figure", label: str) -> str:
     root = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", root)
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, count=1, flags=re.DOTALL)
     inside = re.sub(r'<g id="[\w.]+_\d+">', "<g>", inside)
-    return f'<div class="chart" role="figure" aria-label="{html.text(label)}"><svg{root}>{inside}</div>'
+    label = html.text(label)
+    return f'<div class="chart" role="figure" aria-label="{label}"><svg{root}>{inside}</div>'

@@ -192,7 +192,8 @@ def image(pixels: np.ndarray | Image.Image, *, size: int = 320, caption: str = "
     whole factor that fits `size`. Otherwise it is reduced to at most `size` and stored as WebP.
 
     Args:
-      pixels: uint8 [H, W, 3], or a Pillow image of 8 bits per channel. Transparent parts become white.
+      pixels: uint8 [H, W, 3], or a Pillow image of 8 bits per channel. Transparent parts become
+      white.
       size: pixels of the longer side on the page.
       caption: shown below the image; also its alternative text.
 
@@ -231,7 +232,8 @@ def _rgb(pixels: np.ndarray | Image.Image, caption: str) -> Image.Image:
     array = np.asarray(pixels)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ValueError(
-            f"image {caption!r}: {array.dtype} {array.shape}; needs uint8 [H, W, 3] or a Pillow image"
+            f"image {caption!r}: {array.dtype} {array.shape}; needs uint8 [H, W, 3] or a Pillow "
+            "image"
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -384,7 +386,8 @@ def _cell(value: str | int | float | bool | None) -> str:
 
 
 def _join(parts: Sequence[str]) -> str:
-    """Parts as one string. ValueError for a part that is not a string (a list, forgotten to unpack)."""
+    """Parts as one string. ValueError for a part that is not a string (a list, forgotten to
+    unpack)."""
     for position, part in enumerate(parts):
         if not isinstance(part, str):
             raise ValueError(

@@ -1,6 +1,6 @@
 """Checkpoints of a run that survive kill -9, a full disk and another mesh.
 
-<workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step}, to continue with
+<workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step} to continue from
 <workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any), which eval loads
 + JSON metadata                       format, stage, step, config, digests of data and tokenizer,
                                       versions
@@ -71,11 +71,12 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         folders.remove_half_written(self.directory)
-        # Orbax keeps all: it would delete older ones before the new one has been opened, see `_settle`
+        # Orbax keeps all: it would delete older ones before the new one has been opened, see
+        # `_settle`
         self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=True)
-        # Orbax asks for preemption with its own numbers, from threads too. The processes would agree
-        # on one of those instead of a number of `stopping.StopRequest`, which then never comes:
-        # SIGTERM would be ignored.
+        # Orbax asks for preemption with its own numbers, from threads too. The processes would
+        # agree on one of those instead of a number of `stopping.StopRequest`, which then never
+        # comes: SIGTERM would be ignored.
         self._checkpointer._manager.reached_preemption = lambda step: False
         self._newest = self.latest()  # complete or being written
         # (step, outline of what was saved) of a save that nobody has waited for
@@ -355,7 +356,8 @@ def is_of_run(checkpoint: str | os.PathLike, workdir: str | os.PathLike) -> bool
 
 
 def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
-    """Does `work` with the step folder that `directory` (as in `restore`) means; returns its result.
+    """Does `work` with the step folder that `directory` (as in `restore`) means; returns its
+    result.
 
     A run that goes on deletes its older checkpoints. If it deletes this one in between, the work is
     done again with the newest one.
@@ -373,8 +375,8 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             if folder == folders.absolute(directory):
                 raise CheckpointGoneError(
                     f"{folder} was deleted while it was being read, probably by the run that wrote "
-                    "it, which keeps its newest ones (checkpoint.keep_latest): take a later step, or "
-                    "leave the step out for the newest"
+                    "it, which keeps its newest ones (checkpoint.keep_latest): take a later step, "
+                    "or leave the step out for the newest"
                 ) from error
             if folder == resolve(directory):
                 raise
@@ -498,7 +500,8 @@ def _load(
 
 
 def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
-    """Opens a checkpoint that Orbax has called complete, and compares its arrays with the given ones.
+    """Opens a checkpoint that Orbax has called complete, and compares its arrays with the given
+    ones.
 
     Raises CheckpointError if they differ; the folder then has the name of a half-written one, which
     nothing loads.
@@ -514,8 +517,8 @@ def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"checkpoint {directory} was written but cannot be opened: {error}\nIt was renamed to "
             f"{aside.name} and does not count. Complete and usable: "
-            f"{folders.complete(directory.parent) or 'none'}. Does the disk, or the mount, keep what "
-            "is written to it? Start again, with another folder if this comes back"
+            f"{folders.complete(directory.parent) or 'none'}. Does the disk, or the mount, keep "
+            "what is written to it? Start again, with another folder if this comes back"
         ) from error
 
 
@@ -589,8 +592,8 @@ def _check_structure(
         raise CheckpointMismatchError(
             f"{directory}, item {item!r}: {len(bad)} of {len(stored | wanted)} arrays do not fit:\n"
             f"{checks.table(rows)}\n"
-            "Use the model and optimizer settings that it was saved with (they are in its metadata, "
-            "under config), or another checkpoint or --workdir"
+            "Use the model and optimizer settings that it was saved with (they are in its "
+            "metadata, under config), or another checkpoint or --workdir"
         )
 
 

@@ -164,7 +164,8 @@ def _found(directory: epath.Path) -> tuple[list[int], list[str]]:
 
 
 def _check_beside(directory: epath.Path) -> None:
-    """CheckpointNotFoundError that lists the other steps, where a step was asked for by its name."""
+    """CheckpointNotFoundError that lists the other steps, where a step was asked for by its
+    name."""
     steps, half = _found(directory.parent)
     if any(name.split(".")[0] == directory.name for name in half):
         raise CheckpointNotFoundError(

@@ -171,7 +171,8 @@ class CompileGuard:
 
 
 def _listen(compiled: Callable[[float], None]) -> Callable[[], None]:
-    """Calls `compiled(seconds)` for each program compiled on this thread; returns what ends that."""
+    """Calls `compiled(seconds)` for each program compiled on this thread; returns what ends
+    that."""
     thread = threading.get_ident()
 
     def listen(event: str, seconds: float, **_) -> None:

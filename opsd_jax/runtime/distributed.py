@@ -1,4 +1,5 @@
-"""Several processes as one run: how they find each other, and what one reports when another is lost.
+"""Several processes as one run: how they find each other, and what one reports when another is
+lost.
 
 On any machines, set the first three variables by hand:
 
@@ -72,9 +73,9 @@ def initialize() -> bool:
         timeout,
         _give_up,
         [
-            f"{who} waited {timeout} s for the other processes ({where}). Were all {count} started, "
-            "with the same OPSD_NUM_PROCESSES, and can they reach process 0? OPSD_TIMEOUT_S sets the "
-            "time"
+            f"{who} waited {timeout} s for the other processes ({where}). Were all {count} "
+            "started, with the same OPSD_NUM_PROCESSES, and can they reach process 0? "
+            "OPSD_TIMEOUT_S sets the time"
         ],
     )
     alarm.daemon = True

@@ -18,9 +18,9 @@ class Health:
 
     Most watches compare with the run's own start: references are means of the first
     `reference_checks` checks. Faults from the start on have absolute limits: `min_length`,
-    `max_unfinished`. A watch raises after `patience` bad checks in a row; `max_unfinished` waits for
-    `reference_checks` more. On resume, `replay` the rows of the stage first: references taken from
-    a run that has already gone wrong would find it healthy.
+    `max_unfinished`. A watch raises after `patience` bad checks in a row; `max_unfinished` waits
+    for `reference_checks` more. On resume, `replay` the rows of the stage first: references taken
+    from a run that has already gone wrong would find it healthy.
 
     Attributes:
       finite: metrics that may not be nan or inf, not even once.
@@ -57,12 +57,14 @@ class Health:
         self._ended = False  # whether completions did end, once
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Checks one row of metrics; keys that it lacks are not checked. Raises UnhealthyRunError."""
+        """Checks one row of metrics; keys that it lacks are not checked. Raises
+        UnhealthyRunError."""
         if problems := self._look(metrics):
             raise UnhealthyRunError(f"stopped at step {step}: " + "; ".join(problems))
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes earlier rows of this stage, as `metrics.read` returns them, without judging them."""
+        """Takes earlier rows of this stage, as `metrics.read` returns them, without judging
+        them."""
         for row in rows:
             self._look(row)
 
@@ -114,17 +116,19 @@ class Health:
             "min_length_fraction",
             "completion_len",
             lambda value, part, usual: value < part * usual,
-            "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. Lower "
-            "optim.lr or take a fixed teacher, unless short answers are right",
+            "completions have collapsed to {value:.3g} tokens, from {usual:.3g} at the start. "
+            "Lower optim.lr or take a fixed teacher, unless short answers are right",
         )
         watch(
             "min_eos_rate",
             "eos_rate",
             lambda value, low, _: self._ended and value <= low,
-            "completions no longer end within the budget: eos_rate is {value:.3g} and was above 0.5. "
+            "completions no longer end within the budget: eos_rate is {value:.3g} and was above "
+            "0.5. "
             "Take a fixed or ema teacher instead of self, or lower optim.lr",
         )
-        # A student forgets how to read the visual thoughts, and so does a teacher that is its average.
+        # A student forgets how to read the visual thoughts, and so does a teacher that is its
+        # average.
         for key in values:
             if key.startswith("eval/") and key.endswith("/teacher"):
                 watch(
@@ -141,14 +145,15 @@ class Health:
             "teacher_entropy_rise",
             "teacher_entropy",
             lambda value, rise, usual: value > usual + rise,
-            "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} at "
-            "the start. Take a fixed teacher or a slower EMA",
+            "the teacher has become unsure: teacher_entropy is {value:.3g} nats, from {usual:.3g} "
+            "at the start. Take a fixed teacher or a slower EMA",
         )
         watch(
             "teacher_topk_fraction",
             "teacher_topk_mass",
             lambda value, part, usual: value < part * usual,
-            "the top-k entries hold only {value:.3g} of the teacher's probability, from {usual:.3g} "
+            "the top-k entries hold only {value:.3g} of the teacher's probability, from "
+            "{usual:.3g} "
             "at the start. Raise top-k or take a fixed teacher",
         )
         return problems

@@ -64,7 +64,8 @@ def only_writer(
 
 
 def _lock(path: str, folder: str, wait: bool) -> TextIO | None:
-    """The open and locked lock file; None, with a warning, if there can be none (a read-only disk)."""
+    """The open and locked lock file; None, with a warning, if there can be none (a read-only
+    disk)."""
     told = False
     while True:
         file = None

@@ -1,10 +1,10 @@
 """Metrics of a run: means over steps, and the files that they are written to.
 
-<workdir>/metrics.jsonl             one JSON object per line: step, time (unix seconds), stage, numbers
-<workdir>/metrics.jsonl.superseded  lines of updates that a killed run did and its successor did again
+<workdir>/metrics.jsonl             one JSON object per line: step, unix time, stage, numbers
+<workdir>/metrics.jsonl.superseded  lines of updates of a killed run that were done again
 <workdir>/tb/                       the same numbers for TensorBoard
 <workdir>/samples/<step>/           texts and images
-<workdir>/wandb.json                id of the run at Weights & Biases, which a continuation uses again
+<workdir>/wandb.json                id of the run at Weights & Biases, kept by a continuation
 
 Sums and counts stay on the device until they are written (`Means`), so that logging never makes the
 host wait for the step that is running. This module serves any training loop; the loop decides what
@@ -81,8 +81,8 @@ class Writer:
       tensorboard: whether to write `<workdir>/tb/` too.
       wandb: arguments of `wandb.init` (such as {"project": "opsd", "name": ...}) to log there, too.
         The id is made once and kept in the workdir, so that all starts of a run are one run there.
-      resume_step: the first step that this process will do. Rows of it and of later steps are from a
-        killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears once.
+      resume_step: the first step that this process will do. Rows of it and of later steps are from
+        a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears once.
         None keeps all rows and appends.
     """
 
@@ -191,12 +191,13 @@ class Writer:
         files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
 
     def _check_kept(self) -> None:
-        """Raises FileNotFoundError for a deleted file: writing to it succeeds, the numbers are lost."""
+        """Raises FileNotFoundError for a deleted file: writing to it succeeds, the numbers are
+        lost."""
         path = self.workdir / "metrics.jsonl"
         if not path.exists() or path.stat().st_size < self._jsonl.tell():
             raise FileNotFoundError(
-                f"{path} was deleted or replaced while the run was writing it. What the run has not "
-                "saved elsewhere is lost: start it again, and keep the folder until it ends"
+                f"{path} was deleted or replaced while the run was writing it. What the run has "
+                "not saved elsewhere is lost: start it again, and keep the folder until it ends"
             )
 
     def close(self) -> None:
@@ -241,8 +242,9 @@ def _wandb_id(workdir: Path) -> str:
         if isinstance(found, str) and found:
             return found
     raise ValueError(
-        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address at '
-        "Weights & Biases. Write that, or delete the file: the run then goes on as a new one there"
+        f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address '
+        "at Weights & Biases. Write that, or delete the file: the run then goes on as a new one "
+        "there"
     )
 
 

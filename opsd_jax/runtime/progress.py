@@ -66,8 +66,8 @@ class Progress:
             self._shown = now
             left = (now - self._began) / max(done - self._start, 1) * (self._total - done)
             print(
-                f"{self._title}  {done}/{self._total}  {numbers}  "
-                f"elapsed {_hms(now - self._began)}  left {_hms(left) if done > self._start else '?'}",
+                f"{self._title}  {done}/{self._total}  {numbers}  elapsed "
+                f"{_hms(now - self._began)}  left {_hms(left) if done > self._start else '?'}",
                 file=self._file,
                 flush=True,
             )

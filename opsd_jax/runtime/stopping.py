@@ -52,8 +52,8 @@ class StopRequest:
         """
         if jax.distributed.is_initialized():
             # Not the step: the processes stop at the number after the largest that one has asked
-            # for. If a signal comes before the first question that is 1, which is below the steps of
-            # a continued run.
+            # for. If a signal comes before the first question that is 1, which is below the steps
+            # of a continued run.
             self._asked += 1
             self.is_set |= multihost_utils.reached_preemption_sync_point(self._asked)
         return self.is_set
@@ -82,8 +82,8 @@ def install_sigterm() -> StopRequest:
     """Lets a program end between two steps or batches when it is asked to stop.
 
     SIGTERM (preemption) and the first SIGINT (Ctrl-C) set the request that the loops poll; a second
-    SIGINT raises KeyboardInterrupt. In a run of several processes JAX's own SIGTERM service stays in
-    charge, because the processes must agree on the step: poll `StopRequest.reached()` or
+    SIGINT raises KeyboardInterrupt. In a run of several processes JAX's own SIGTERM service stays
+    in charge, because the processes must agree on the step: poll `StopRequest.reached()` or
     `StopRequest.check()`, which cover both. A program that never polls is not stopped. Outside of
     the main thread Python allows no handlers: the request is then never set, and a warning says so.
     """
