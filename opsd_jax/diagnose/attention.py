@@ -21,7 +21,7 @@ from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Diagnosis
-from opsd_jax.evaluation import charts, html
+from opsd_jax.evaluation import charts, contexts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
@@ -191,8 +191,9 @@ def _visual_thoughts(
     """Images in the places of an example's visual thoughts."""
     rng = generator(diagnosis.seed, "diagnose visual thoughts", source, number)
     other = diagnosis.examples.partner(source, number).visual_thoughts if mode == "swap" else ()
-    mode = "none" if mode == "remove" else mode
-    return context_lib.replace_visual_thoughts(mode, row.problem, row.visual_thoughts, other, rng)
+    return context_lib.replace_visual_thoughts(
+        contexts.replacement(mode), row.problem, row.visual_thoughts, other, rng
+    )
 
 
 def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,25 @@ GENERATED = ("generated", "generated-noise", "generated-swap", "generated-remove
 MODES = ("none", *CONTEXTS, *GENERATED)
 
 
+def mode_of_teacher(visual_thoughts: str) -> str:
+    """The mode that shows the context of the teacher in training.
+
+    Args:
+      visual_thoughts: value of config.teacher.visual_thoughts. Its "none" leaves the teacher's
+        texts, which is the mode "remove"; the mode "none" is the student's context.
+    """
+    return "remove" if visual_thoughts == "none" else visual_thoughts
+
+
+def replacement(mode: str) -> str:
+    """What `context.replace_visual_thoughts` puts in place of the visual thoughts in a mode.
+
+    Args:
+      mode: one of `CONTEXTS`.
+    """
+    return "none" if mode == "remove" else mode
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
     """The examples that an evaluation looks at, and how they are batched.
@@ -92,8 +111,7 @@ class Selection:
             return prepared, self.packer.student(prepared, bucket)
         partners = [self.examples.partner(source, n) if mode == "swap" else None for n in numbers]
         rngs = [self._noise(source, n) for n in numbers]
-        shown = "none" if mode == "remove" else mode
-        return prepared, self.packer.teacher(prepared, partners, shown, rngs, bucket)
+        return prepared, self.packer.teacher(prepared, partners, replacement(mode), rngs, bucket)
 
     def shown_images(self, source: int, n: int, mode: str) -> list[tuple[str, np.ndarray]]:
         """(caption, uint8 [H, W, 3]) of the images in an example's context, for reports."""
@@ -103,7 +121,7 @@ class Selection:
             return found
         partner = self.examples.partner(source, n) if mode == "swap" else None
         shown = context_lib.replace_visual_thoughts(
-            "none" if mode == "remove" else mode,
+            replacement(mode),
             example.problem,
             example.visual_thoughts,
             partner.visual_thoughts if partner else (),
@@ -174,7 +192,7 @@ def _blocks_of(selection: Selection, source: int, n: int, mode: str) -> tuple[st
         return "student", packer.blocks(example, "student")
     partner = selection.examples.partner(source, n) if mode == "swap" else None
     shown = context_lib.replace_visual_thoughts(
-        {"remove": "none", "noise": "real"}.get(mode, mode),
+        "real" if mode == "noise" else replacement(mode),
         example.problem,
         example.visual_thoughts,
         partner.visual_thoughts if partner else (),

@@ -35,7 +35,8 @@ class Evaluation:
         # that fit no bucket.
         run.evaluation_sampling()
         if c.every:
-            modes = {*c.visual_thoughts, run.config.teacher.visual_thoughts}
+            teacher = contexts.mode_of_teacher(run.config.teacher.visual_thoughts)
+            modes = {*c.visual_thoughts, teacher}
             contexts.check_fit(self._select(c.split, c.rows), modes)
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
@@ -95,7 +96,8 @@ class Evaluation:
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
             if teacher := ema_params(self.stage, state):
-                scores |= self._accuracies(teacher, c.teacher.visual_thoughts, "teacher")
+                mode = contexts.mode_of_teacher(c.teacher.visual_thoughts)
+                scores |= self._accuracies(teacher, mode, "teacher")
         logging.info("step %d: %s", step, scores)
         self.run.writer.scalars(step, self.stage.name, scores)
         health.check(step, scores)
