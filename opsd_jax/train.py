@@ -53,7 +53,7 @@ def main(argv) -> None:
     --verbosity=1 adds the traceback.
     """
     cli_lib.start()
-    # Orbax and TFDS log much: a run's terminal shows the lines of this package, and warnings.
+    # Orbax and TFDS log a lot: a run's terminal shows the lines of this package, and warnings.
     logging.get_absl_handler().addFilter(
         lambda record: "opsd_jax" in record.pathname or record.levelno >= 30
     )
@@ -183,7 +183,7 @@ def train_stage(
       params: the weights that the stage before returned; None if this process has trained none.
       on_start: called when the checkpoint of the weights that the stage starts from is complete.
     Returns:
-      The weights that its last checkpoint offers.
+      The weights of its last checkpoint (the EMA if the settings say so).
     Raises:
       Stopped: `stop` was set. It is asked between steps and between the batches of an evaluation;
         what was done by then is saved.

@@ -112,8 +112,9 @@ def answer(
         benchmark, keys = batches[number]
         if number not in records:
             record = predict(number, benchmark, keys)
-            alone = number == last[benchmark.name] and not timed_ones[benchmark.name]
-            if record["compiled"] and alone:
+            # Processes that answer together compile at the same batches, so all of them repeat it.
+            is_only_timing = number == last[benchmark.name] and not timed_ones[benchmark.name]
+            if record["compiled"] and is_only_timing:
                 record = predict(number, benchmark, keys)
             records[number] = {"batch": number, **record}
             if store:
@@ -123,7 +124,7 @@ def answer(
         done, hits = done + len(predictions), hits + sum(bool(p.get("hit")) for p in predictions)
         on_batch(Progress(done, hits if all("hit" in p for p in predictions) else None))
     for _ in range(len(mine), -(-len(batches) // processes)):
-        before_batch()  # others have one batch more
+        before_batch()  # other processes have one more batch
     if store:
         records = store.close(records)
     if not together and jax.process_index():

@@ -34,7 +34,7 @@ Shown = Callable[[Benchmark, Key], list[tuple[str, Image.Image]]]
 
 
 def nothing() -> None:
-    """Before a batch: go on."""
+    """Does nothing before a batch."""
 
 
 def evaluate(request: Request, before_batch: BeforeBatch = nothing) -> dict[str, dict]:
@@ -226,7 +226,7 @@ def _select_for(job: Job, reasoner: Reasoner) -> contexts.Selection:
 
 
 def _askable_tables(job: Job) -> list[Benchmark]:
-    """The public tables without the rows that cannot be asked or scored.
+    """The public tables without the questions that cannot be asked or scored.
 
     ValueError lists these rows, unless the request says to skip them.
     """

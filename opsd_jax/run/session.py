@@ -32,7 +32,7 @@ from opsd_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Session:
-    """An opened run: everything of it except weights. Nothing in it changes while it is open.
+    """An opened run: everything except its weights. Nothing in it changes while it is open.
 
     Attributes:
       config: all settings of the run.
@@ -165,7 +165,7 @@ def open_training(
       data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
       checkpoints: those of the run, which continues from the latest one.
     Raises:
-      ConfigMismatchError: settings, data or tokenizer are others than before.
+      ConfigMismatchError: settings, data or tokenizer differ from those of the checkpoint.
     """
     record_config(config, workdir)
     done, saved = checkpoints.latest(), None
@@ -197,7 +197,7 @@ def open_training(
             whose=config.init_from,
             accepted=config.checkpoint.accept_changed,
         )
-    writer = metrics.Writer(  # last: it moves rows of steps that will be done again
+    writer = metrics.Writer(  # last: it sets aside lines of steps that will be repeated
         workdir,
         primary=primary,
         tensorboard=config.log.tensorboard,
