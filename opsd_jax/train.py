@@ -140,16 +140,18 @@ def train(
             keep_steps=[0, *config_lib.stage_ends(config).values()],
         ) as checkpoints,
     ):
-        run = session_lib.open_training(config, workdir, data_workdir or workdir, checkpoints)
+        done = checkpoints.latest()
+        run = session_lib.open_training(config, workdir, data_workdir or workdir, checkpoints, done)
         with run.writer, _reporting_a_stop(workdir, checkpoints):
             # With stages warmup (0..350] and opsd (350..750]: at step 350, warmup has no step left,
             # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup
             # is skipped, and opsd continues with the state of step 500.
-            done, params = checkpoints.latest(), None
+            params = None
             for stage in stages.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
-                    params = train_stage(run, stage, params, checkpoints, stop, on_start)
+                    params = train_stage(run, stage, done, params, checkpoints, stop, on_start)
+                    done = stage.last
                     stop.check()
             print(f"{workdir}: where the time went\n{run.clock.table()}")
             files.write_json(
@@ -172,6 +174,7 @@ def _reporting_a_stop(workdir: str, checkpoints: Checkpoints) -> Iterator[None]:
 def train_stage(
     run: Session,
     stage: Stage,
+    done: int | None,
     params,
     checkpoints: Checkpoints,
     stop: StopRequest,
@@ -180,6 +183,7 @@ def train_stage(
     """Takes the steps of one stage that are left, with an optimizer and a schedule of its own.
 
     Args:
+      done: step of the run's latest checkpoint; None if there is none.
       params: the weights that the stage before returned; None if this process has trained none.
       on_start: called when the checkpoint of the weights that the stage starts from is complete.
     Returns:
@@ -189,7 +193,6 @@ def train_stage(
         what was done by then is saved.
     """
     config, kind, clock = run.config, stage.kind, run.clock
-    done = checkpoints.latest()
     begin = stage.first if done is None else max(done, stage.first)
     if params is None and begin == stage.first:
         params = start.initial_params(run, done)

@@ -59,6 +59,7 @@ def evaluate(request: Request, before_batch: BeforeBatch = nothing) -> dict[str,
                 opened = opened or open_for_contexts(job)
                 summary = in_contexts(job, mode, opened, compared, before_batch)
             else:
+                opened = None  # one model at a time in the memory of the devices
                 summary = interleaved(job, mode, compared, before_batch)
             summaries[job.names[mode]] = summary
         return summaries

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from opsd_jax import images, interleave
+from opsd_jax import images, interleave, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, prepare
 from opsd_jax.data import workdir as workdir_lib
@@ -66,7 +66,8 @@ def redraw(
     cli.check_once("splits", splits)
     cli.check_number("batch_size", batch_size, 1)
     cli.check_seed(seed)
-    run = session.open_run(workdir)
+    # The mesh of the model that generates: that of the training may not fit this machine.
+    run = session.open_run(workdir, mesh=sharding.make_mesh(data=1, fsdp=1, tensor=-1))
     used = _splits(run)
     if unknown := set(splits) - set(used):
         raise ValueError(

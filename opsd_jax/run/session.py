@@ -157,18 +157,23 @@ def open_run(
 
 
 def open_training(
-    config: ConfigDict, workdir: str, data_workdir: str, checkpoints: checkpoint.Checkpoints
+    config: ConfigDict,
+    workdir: str,
+    data_workdir: str,
+    checkpoints: checkpoint.Checkpoints,
+    done: int | None,
 ) -> Session:
     """Opens a run for training: records its settings, makes absent data, opens its metrics.
 
     Args:
       data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
-      checkpoints: those of the run, which continues from the latest one.
+      checkpoints: those of the run.
+      done: step of the checkpoint that the run continues from; None at the start.
     Raises:
       ConfigMismatchError: settings, data or tokenizer differ from those of the checkpoint.
     """
     record_config(config, workdir)
-    done, saved = checkpoints.latest(), None
+    saved = None
     if done is not None:
         saved = checkpoints.metadata(done)
         config_check.check_unchanged(saved["config"], config)
@@ -204,7 +209,10 @@ def open_training(
         wandb=wandb_arguments(config, workdir, data_workdir),
         resume_step=(done or 0) + 1,
     )
-    return dataclasses.replace(session, writer=writer)
+    session = dataclasses.replace(session, writer=writer)
+    # Kept, not computed again at the first save: data that change until then are not the run's.
+    session.__dict__["digests"] = digests
+    return session
 
 
 def _open(

@@ -19,6 +19,7 @@ from PIL import Image
 import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, train
+from opsd_jax.data import shards
 from opsd_jax.run import controls as controls_lib
 from opsd_jax.run import session
 from opsd_jax.runtime import checkpoint, distributed, health, metrics
@@ -461,3 +462,17 @@ def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
             time.sleep(0.01)
         sys.exit(distributed.EXIT_STOPPED)
     assert log.read_text() == "ready\nsaved\n" and not (tmp_path / "arms" / "b").exists()
+
+
+def test_the_digests_of_a_run_are_those_of_its_start(tmp_path, monkeypatch):
+    """Data that change before the first save are not recorded as the run's own."""
+    config, workdir = small_run.config(), str(tmp_path)
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        run = session.open_training(config, workdir, workdir, checkpoints, None)
+    there = run.digests
+
+    def fail(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(shards, "digests", fail)
+    assert run.digests is there and set(there) == {"data", "tokenizer"}
