@@ -36,8 +36,8 @@ import jax
 
 from opsd_jax.evaluation import contexts, summary_tables
 from opsd_jax.inputs import cli
-from opsd_jax.run import job
-from opsd_jax.run.request import Request
+from opsd_jax.run import evaluate
+from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import distributed, stopping
 
 
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     on_bad_row=args.on_bad_row,
                     against=args.against,
                 )
-                job.evaluate(request, stop.check)
+                evaluate.evaluate(request, stop.check)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:

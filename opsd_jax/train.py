@@ -4,10 +4,10 @@
 
   settings -> session -> for each stage: (start or resume -> loop -> evaluation) -> control arms
 
-A run is a sequence of stages (`autoencoder`, `warmup`, `opsd`, `sft`, `offline`; run/stages.py has
-their table). Step numbers continue from stage to stage. If W holds a run, that run is continued
-exactly from where it stopped. `--arm=NAME` runs one of the config's control arms in W/arms/NAME,
-from the weights with which W's first OPSD step began.
+A run is a sequence of stages (`autoencoder`, `warmup`, `opsd`, `sft`, `offline`; their table is in
+run/stage_table.py). Step numbers continue from stage to stage. If W holds a run, that run is
+continued exactly from where it stopped. `--arm=NAME` runs one of the config's control arms in
+W/arms/NAME, from the weights with which W's first OPSD step began.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from opsd_jax import config as config_lib
 from opsd_jax import sharding
 from opsd_jax.data.batches import Batches
 from opsd_jax.inputs import cli as cli_lib
-from opsd_jax.run import cli, controls, samples, stages, start, step_inputs, teacher_cache
+from opsd_jax.run import cli, controls, samples, stage_table, start, step_inputs, teacher_cache
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
 from opsd_jax.run.checks import check
-from opsd_jax.run.evaluation import Evaluation
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
+from opsd_jax.run.stage_evaluation import Evaluation
 from opsd_jax.run.stage_log import StageLog
 from opsd_jax.runtime import distributed, files, locks
 from opsd_jax.runtime import metrics as metrics_lib
@@ -147,7 +147,7 @@ def train(
             # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup
             # is skipped, and opsd continues with the state of step 500.
             params = None
-            for stage in stages.of_run(run):
+            for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
                     params = train_stage(run, stage, done, params, checkpoints, stop, on_start)

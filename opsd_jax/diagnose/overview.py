@@ -6,8 +6,8 @@ import os
 from opsd_jax.diagnose import attention, interventions, kl, output, selection
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import charts, contexts, html, results
-from opsd_jax.run import job
-from opsd_jax.run.request import Request
+from opsd_jax.run import evaluate
+from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 
 
@@ -58,10 +58,10 @@ def _evaluate(
         seed=chosen.seed,
         name="" if checkpoint_lib.is_of_run(checkpoint, session.workdir) else name,
     )
-    summaries, before = job.evaluate(request, diagnosis.before_batch), {}
+    summaries, before = evaluate.evaluate(request, diagnosis.before_batch), {}
     if os.path.realpath(base) != os.path.realpath(checkpoint):
         start = dataclasses.replace(request, modes=("none", "real"), checkpoint=base, name="")
-        before = job.evaluate(start, diagnosis.before_batch)
+        before = evaluate.evaluate(start, diagnosis.before_batch)
     return summaries, before
 
 

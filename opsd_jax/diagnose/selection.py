@@ -14,7 +14,7 @@ from opsd_jax.evaluation import contexts, inference
 from opsd_jax.inputs import cli
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.run import request as request_lib
+from opsd_jax.run import evaluation_request
 from opsd_jax.run import session as session_lib
 from opsd_jax.runtime import progress as progress_lib
 from opsd_jax.tokenizer import Tokenizer
@@ -170,7 +170,7 @@ def open_run(
     """
     cli.check_number("rows", rows, 0)
     cli.check_number("batch_size", batch_size, 0)
-    tasks = request_lib.choose_tasks(benchmarks, workdir_lib.load_config(workdir).data.tasks)
+    tasks = evaluation_request.choose_tasks(benchmarks, workdir_lib.load_config(workdir).data.tasks)
     session = session_lib.open_run(workdir, tasks=tasks)
     session = dataclasses.replace(
         session, model=dataclasses.replace(session.model, generation=None)

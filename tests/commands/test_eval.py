@@ -21,8 +21,8 @@ from opsd_jax import eval, interleave, rollout, sharding, tokenizer, train
 from opsd_jax.data import arrayrecord, examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import benchmark, contexts, inference, reference_kl, table_scores, tables
-from opsd_jax.run import controls, job, session
-from opsd_jax.run.request import Request
+from opsd_jax.run import controls, evaluate, session
+from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 
 LAST = f"{small_run.LAST:06d}"
@@ -85,7 +85,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     monkeypatch.setattr(tokenizer, "load", rotated)
     last.rename(tmp_path / "last")
     with caplog.at_level("WARNING"):
-        assert list(job.evaluate(Request(str(workdir), rows=4, name="x"))) == ["x"]
+        assert list(evaluate.evaluate(Request(str(workdir), rows=4, name="x"))) == ["x"]
     assert (
         f"{before}: no such checkpoint" in caplog.text and "Going on with the newest" in caplog.text
     )
@@ -94,7 +94,7 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
         checkpoint_lib.CheckpointGoneError,
         match=f"{before}: no such checkpoint.*beside it: .*{small_run.LAST}",
     ):
-        job.evaluate(Request(str(workdir), rows=4, name="y", checkpoint=str(before)))
+        evaluate.evaluate(Request(str(workdir), rows=4, name="y", checkpoint=str(before)))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -435,13 +435,13 @@ def test_a_run_starts_from_a_run_with_the_same_adapters_alone(run, tmp_path):
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_answers(run):
     from opsd_jax import interleave
-    from opsd_jax.run import job
+    from opsd_jax.run import evaluate
     from opsd_jax.run import model as model_lib
-    from opsd_jax.run.request import Request
+    from opsd_jax.run.evaluation_request import Request
 
     _, workdir = run
     during = workdir / "eval" / f"{STEPS:06d}-none" / "predictions.jsonl"
-    job.evaluate(Request(str(workdir), ("none",), name="again", rows=8))
+    evaluate.evaluate(Request(str(workdir), ("none",), name="again", rows=8))
     found, again = (
         {p["index"]: p["prediction"] for p in map(json.loads, path.read_text().splitlines())}
         for path in (during, workdir / "eval" / "again" / "predictions.jsonl")

@@ -26,7 +26,7 @@ from opsd_jax.evaluation import (
     traces,
 )
 from opsd_jax.evaluation import results as results_lib
-from opsd_jax.run import job
+from opsd_jax.run import evaluate
 from opsd_jax.runtime import stopping
 
 TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
@@ -625,8 +625,8 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
     import tiny
 
     whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
-    facts = job.model_facts(whole, tok)
-    alone = job.model_facts(params_lib.understanding(whole), tok)
+    facts = evaluate.model_facts(whole, tok)
+    alone = evaluate.model_facts(params_lib.understanding(whole), tok)
     assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {
         "generation_weights"
     }
@@ -634,5 +634,7 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
         ("vae", "weights", "generation_weights"),
         ("connector", "generation_weights", "weights"),
     ):
-        changed = job.model_facts({**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok)
+        changed = evaluate.model_facts(
+            {**whole, part: jax.tree.map(lambda x: x + 1, whole[part])}, tok
+        )
         assert changed[same] == facts[same] and changed[other] != facts[other]

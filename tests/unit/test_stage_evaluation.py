@@ -1,4 +1,4 @@
-"""run.evaluation: what is evaluated while a stage trains."""
+"""run.stage_evaluation: what is evaluated while a stage trains."""
 
 import contextlib
 import types
@@ -7,7 +7,7 @@ import pytest
 
 from opsd_jax import config as config_lib
 from opsd_jax.evaluation import contexts
-from opsd_jax.run import evaluation
+from opsd_jax.run import stage_evaluation
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ def test_an_ema_teacher_is_evaluated_in_its_own_context(monkeypatch, visual_thou
         return [result]
 
     monkeypatch.setattr(contexts, "evaluate", evaluate)
-    monkeypatch.setattr(evaluation, "ema_params", lambda stage, state: "teacher")
-    monkeypatch.setattr(evaluation.Evaluation, "_for_sampling", lambda self, params: params)
-    found = object.__new__(evaluation.Evaluation)
+    monkeypatch.setattr(stage_evaluation, "ema_params", lambda stage, state: "teacher")
+    monkeypatch.setattr(stage_evaluation.Evaluation, "_for_sampling", lambda self, params: params)
+    found = object.__new__(stage_evaluation.Evaluation)
     found.run = types.SimpleNamespace(
         config=config,
         clock=lambda name: contextlib.nullcontext(),

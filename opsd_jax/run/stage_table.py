@@ -1,6 +1,13 @@
 """The stages of a run: what each of them reads, samples, computes and writes for humans.
 
-To add a stage: a step function, a batch maker, and an entry in `KINDS`.
+To add a stage, write
+
+  an entry in `KINDS`
+  its step function, in a module beside `distill`, with a frozen config in `method_config`
+  its batch maker, in `data.batches`
+  its settings, its name in `STAGES` and its `stage_config`, in `config`
+  the checks of settings that depend on each other, in `config_check`
+  its programs, in `plan.programs`, if `plan` is to compile it
 """
 
 from opsd_jax import config as config_lib

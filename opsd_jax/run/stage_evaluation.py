@@ -9,8 +9,8 @@ from jax.experimental import multihost_utils
 
 from opsd_jax import rollout, sharding
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
-from opsd_jax.run import job as job_lib
-from opsd_jax.run.request import Job, Request, check
+from opsd_jax.run import evaluate as evaluate_lib
+from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.state import ema_params
@@ -146,8 +146,8 @@ class Evaluation:
         split = run.config.eval.final_split
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         selection = self._select(split)
-        facts = job_lib.facts_of(params, selection)
-        opened = job_lib.Opened(run, selection, self._for_sampling(params), facts)
+        facts = evaluate_lib.facts_of(params, selection)
+        opened = evaluate_lib.Opened(run, selection, self._for_sampling(params), facts)
         for name, (mode, ban_marker) in self._modes().items():
             request = Request(
                 run.workdir,
@@ -167,18 +167,18 @@ class Evaluation:
         run.writer.scalars(step, self.stage.name, scores)
         logging.info("step %d, %s: %s", step, split, scores)
 
-    def _answers(self, job: Job, mode: str, opened: job_lib.Opened) -> dict:
+    def _answers(self, job: Job, mode: str, opened: evaluate_lib.Opened) -> dict:
         """The summary of `job.in_contexts`.
 
         Answers that were begun under other settings of config.eval, which may change in between,
         are dropped.
         """
         try:
-            return job_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
+            return evaluate_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
         except store.DifferentAnswersError as error:
             logging.warning("asking all again: %s", error)
             store.forget(job.folder(mode))
-            return job_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
+            return evaluate_lib.in_contexts(job, mode, opened, before_batch=self._stop.check)
 
     def _closure(self, params: dict) -> dict[str, dict]:
         """Writes eval/<step>-kl/.

@@ -21,7 +21,7 @@ from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_imag
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import session as session_lib
-from opsd_jax.run.request import Job, Request, check
+from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import files
