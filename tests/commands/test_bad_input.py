@@ -212,7 +212,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     for command in (
         lambda: eval.main([f"--workdir={workdir}", "--visual_thoughts=none"]),
         lambda: selection.open_run(str(workdir)),
-        lambda: model.load(str(workdir), draw=False),
+        lambda: model.load(str(workdir), generation=False),
     ):
         try:
             command()
@@ -228,7 +228,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding(folder, released, tmp_path, c
     )
     said = f"has ids up to {sizes} ('<|{sizes}|>'), but the model has {sizes} embeddings"
     with pytest.raises(ValueError, match=re.escape(said)):
-        model.load(str(spoiled), draw=True)
+        model.load(str(spoiled), generation=True)
     with pytest.raises(ValueError, match=re.escape(said)):
         importing.import_release(str(spoiled), str(tmp_path / "imported"))
     importing.import_release(str(released), str(tmp_path / "imported"), only="understanding")

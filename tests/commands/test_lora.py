@@ -86,7 +86,7 @@ def test_shapes_groups_and_axes(lora):
     } == expected  # and so none of the generation expert
     for path in found:
         row, matrix = params_lib.fact(path), params_lib.fact(path[:-6] + "kernel")
-        assert (row.path, row.group, row.name, row.stacked) == (path, "lora", None, True)
+        assert (row.path, row.group, row.stacked) == (path, "lora", True)
         layers, into, out = matrix.axes
         assert row.axes == ((layers, into, None) if path.endswith("a") else (layers, None, out))
     without = params_lib.flatten(abstract(tiny.DRAWING))
@@ -221,7 +221,7 @@ def test_only_adapters_are_trained():
 def test_the_generation_path_is_frozen_as_well():
     for drawing in (False, True):
         trainable, frozen = params_lib.partition(
-            abstract(model(base=tiny.DRAWING)), drawing=drawing
+            abstract(model(base=tiny.DRAWING)), generation=drawing
         )
         assert params_lib.flatten(trainable).keys() == adapters(abstract(model())).keys()
         assert {"gen", "latent", "vae", "und", "embed"} < {
