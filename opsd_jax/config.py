@@ -425,6 +425,11 @@ def stage_ends(config: ConfigDict) -> dict[str, int]:
     return ends
 
 
+def start_of(config: ConfigDict, stage: str) -> int:
+    """The step after which a stage starts: 350 for opsd in the example of `stage_ends`."""
+    return stage_ends(config)[stage] - config[stage].steps
+
+
 def model(config: ConfigDict) -> ModelConfig:
     """Sizes of the network and how it is computed."""
     compute = {

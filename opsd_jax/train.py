@@ -33,7 +33,7 @@ from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
 from opsd_jax.run.stage_log import StageLog
-from opsd_jax.runtime import distributed, files, locks
+from opsd_jax.runtime import distributed, files, locks, run_folder
 from opsd_jax.runtime import metrics as metrics_lib
 from opsd_jax.runtime.checkpoint import Checkpoints
 from opsd_jax.runtime.clock import CompileGuard
@@ -78,8 +78,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
             "a command of its own, with --arm=NAME, when this run is done"
         )
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms and continued runs compile the same
-        cache = os.path.join(os.path.abspath(workdir), "xla_cache")
-        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_compilation_cache_dir", run_folder.compiled_programs(workdir))
     if arm:
         train(*controls.settings_of(config, workdir, arm), data_workdir=workdir)
         return
@@ -135,7 +134,7 @@ def train(
         locks.only_writer(workdir, inside=True, primary=primary),
         install_sigterm() as stop,
         Checkpoints(
-            os.path.join(workdir, "checkpoints"),
+            run_folder.checkpoints(workdir),
             keep_latest=config.checkpoint.keep_latest,
             keep_steps=[0, *config_lib.stage_ends(config).values()],
         ) as checkpoints,
@@ -154,9 +153,7 @@ def train(
                     done = stage.last
                     stop.check()
             print(f"{workdir}: where the time went\n{run.clock.table()}")
-            files.write_json(
-                os.path.join(workdir, "time.json"), run.clock.report(), primary=primary
-            )
+            files.write_json(run_folder.time(workdir), run.clock.report(), primary=primary)
     return params
 
 
@@ -225,8 +222,8 @@ def train_stage(
     stream = batches.stream(load, begin, stage.last) if begin < stage.last else iter(())
     health = Health(**config.health)
     if begin > stage.first:
-        path = os.path.join(run.workdir, "metrics.jsonl")
-        history = [row for row in metrics_lib.read(path) if row["stage"] == stage.name]
+        records = metrics_lib.read(run_folder.metrics(run.workdir))
+        history = [row for row in records if row["stage"] == stage.name]
         health.replay(history)
         if evaluation.is_due(begin) and evaluation.is_missing(begin, history):
             evaluation.during(begin, state, health)  # the run was stopped while it evaluated

@@ -189,7 +189,7 @@ def train(args, model, batch: int) -> dict:
     # the update keeps its parameters in float32 whatever it computes in
     params = drawing.random_params(dataclasses.replace(model, dtype="float32"))
     config = distill.DistillConfig(
-        model,
+        model=model,
         bos=drawing.TOKENIZER.bos,
         eos=drawing.TOKENIZER.eos,
         divergence=divergence.DivergenceConfig(chunk=args.chunk),

@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax.data import schema
 from opsd_jax.inputs import json_files, paths
+from opsd_jax.runtime import run_folder
 
 _WRITE_AGAIN = (
-    "delete the file and run the run's training command again, which writes it again (checkpoints "
-    "hold the settings, too)"
+    "delete the file and give the run's training command once more, which writes it again "
+    "(checkpoints hold the settings, too)"
 )
 
 
@@ -35,7 +36,7 @@ def load_config(workdir: str) -> ConfigDict:
 def read_record(workdir: str) -> dict:
     """The settings in <workdir>/config.json as JSON. Raises the errors of `load_config`."""
     paths.check_given("--workdir", workdir, orbax=True)
-    path = os.path.join(workdir, "config.json")
+    path = run_folder.config(workdir)
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"{workdir} holds no run (no {path}): give the --workdir of a run of "
@@ -56,7 +57,7 @@ def with_tasks(config: ConfigDict, chosen: Iterable[str]) -> ConfigDict:
 def data_dir(config: ConfigDict, workdir: str) -> str:
     """The TFDS data_dir of a run: config.data.dir, or else <workdir>/data."""
     paths.check("config.data.dir", config.data.dir)
-    return config.data.dir or os.path.join(workdir, "data")
+    return config.data.dir or run_folder.data(workdir)
 
 
 def data_workdir(config: ConfigDict, workdir: str) -> str:

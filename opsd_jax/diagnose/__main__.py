@@ -2,13 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, overview, selection
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import checkpoint as checkpoint_lib
-from opsd_jax.runtime import distributed, stopping
+from opsd_jax.runtime import distributed, run_folder, stopping
+from opsd_jax.runtime.stopping import BeforeBatch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace, before_batch: Callable[[], None]) -> str:
+def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
     """Runs the analysis that the flags ask for; the folder of its results."""
     _check(args)
     workdir = os.path.normpath(args.workdir)
@@ -117,8 +118,8 @@ def _run(args: argparse.Namespace, before_batch: Callable[[], None]) -> str:
         before_batch=before_batch,
     )
     name = args.name or "-".join([args.analysis, f"{step:06d}", *_differences(args, diagnosis)])
-    folder = os.path.join(workdir, "diagnose", name)
-    if args.name and os.path.exists(os.path.join(folder, "summary.json")):
+    folder = run_folder.diagnosis(workdir, name)
+    if args.name and os.path.exists(os.path.join(folder, run_folder.SUMMARY)):
         raise FileExistsError(f"{folder} exists: choose another --name, or delete it")
     paths.check_writable("--workdir", folder)
     if args.analysis == "kl":

@@ -9,7 +9,7 @@ import numpy as np
 
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import html
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 
 Page = tuple[str, list[str]]  # title, HTML parts
 
@@ -26,9 +26,9 @@ def write(folder: str, summary: dict, page: Callable[[dict], Page]) -> Page:
     if jax.process_index():
         return "", []
     title, parts = page(summary)
-    files.write(os.path.join(folder, "report.html"), html.page(title, *parts))
+    files.write(os.path.join(folder, run_folder.PAGE), html.page(title, *parts))
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    files.write(os.path.join(folder, "summary.json"), text)
+    files.write(os.path.join(folder, run_folder.SUMMARY), text)
     return title, parts
 
 

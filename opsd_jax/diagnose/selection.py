@@ -1,8 +1,7 @@
 """What an analysis looks at: an opened run and a selection of its examples, in batches."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -17,6 +16,8 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.run import evaluation_request
 from opsd_jax.run import session as session_lib
 from opsd_jax.runtime import progress as progress_lib
+from opsd_jax.runtime import run_folder
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 from opsd_jax.tokenizer import Tokenizer
 
 ROWS = 128  # examples of each task, chosen at random, if the command does not say
@@ -36,7 +37,7 @@ class Diagnosis:
     session: session_lib.Session
     selection: contexts.Selection
     split: str
-    before_batch: Callable[[], None] = lambda: None
+    before_batch: BeforeBatch = never_stop
 
     @property
     def model(self) -> ModelConfig:
@@ -151,7 +152,7 @@ def open_run(
     rows: int = ROWS,
     batch_size: int = 0,
     seed: int | None = None,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: BeforeBatch = never_stop,
 ) -> Diagnosis:
     """Opens the run (or control arm) in a workdir for its diagnosis.
 
@@ -208,11 +209,11 @@ def start_checkpoint(workdir: str) -> str:
       ValueError: the run has no such stage.
     """
     config = workdir_lib.load_config(workdir)
-    ends = config_lib.stage_ends(config)
-    stage = next((stage for stage in ("opsd", "sft", "offline") if stage in ends), None)
+    compared = ("opsd", "sft", "offline")
+    stage = next((stage for stage in compared if stage in config.stages), None)
     if stage is None:
         raise ValueError(
             f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training "
             "to compare before and after; diagnose one with an opsd, sft or offline stage"
         )
-    return os.path.join(workdir, "checkpoints", str(ends[stage] - config[stage].steps))
+    return run_folder.checkpoint(workdir, config_lib.start_of(config, stage))

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from opsd_jax.evaluation.benchmark import Benchmark
 from opsd_jax.evaluation.results import read_summary
+from opsd_jax.runtime import run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,10 @@ def read_results(workdir: str, against: str) -> Compared:
     Raises:
       FileNotFoundError: not a finished evaluation. ValueError: a damaged file.
     """
-    folder = against if os.path.isdir(against) else os.path.join(workdir, "eval", against)
-    record, path = (os.path.join(folder, name) for name in ("summary.json", "predictions.jsonl"))
+    folder = against if os.path.isdir(against) else run_folder.evaluation(workdir, against)
+    record, path = (
+        os.path.join(folder, name) for name in (run_folder.SUMMARY, run_folder.PREDICTIONS)
+    )
     if absent := [file for file in (record, path) if not os.path.isfile(file)]:
         raise FileNotFoundError(
             f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a "

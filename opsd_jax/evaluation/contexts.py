@@ -27,6 +27,7 @@ from opsd_jax.evaluation import inference
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark
 from opsd_jax.method_config import RolloutConfig
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 
 # Modes of the teacher's context, modes of image generation, and all modes.
 CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
@@ -310,7 +311,7 @@ def evaluate(
     *,
     sampling: RolloutConfig,
     on_batch: Callable[[inference.Progress], None] = lambda progress: None,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: BeforeBatch = never_stop,
 ) -> list[results_lib.Result]:
     """Greedy answers to all examples of a selection in one mode, kept in memory.
 

@@ -23,6 +23,7 @@ import jax
 from opsd_jax.evaluation.benchmark import Benchmark
 from opsd_jax.evaluation.store import Store
 from opsd_jax.runtime import clock
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 
 T = TypeVar("T")
 Batch = tuple[Benchmark, list]  # keys of the benchmark that are asked together
@@ -84,7 +85,7 @@ def answer(
     *,
     store: Store | None = None,
     on_batch: Callable[[Progress], None] = lambda progress: None,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: BeforeBatch = never_stop,
 ) -> list[dict] | None:
     """Answers all batches, or those that a store lacks.
 

@@ -1,13 +1,12 @@
 """KL of the teacher to the student on the text traces of the data."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import distill, sharding
 from opsd_jax.evaluation import contexts, inference
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 
 
 def reference_kl(
@@ -16,7 +15,7 @@ def reference_kl(
     selection: contexts.Selection,
     *,
     config: ModelConfig,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: BeforeBatch = never_stop,
 ) -> dict[str, dict]:
     """KL(teacher with the true visual thoughts || student without), nats per token of text traces.
 

@@ -11,7 +11,7 @@ import jax
 from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.benchmark import Benchmark
 from opsd_jax.inputs import json_files
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +127,14 @@ def write(
         "benchmarks": {r.name: r.summary() for r in results},
     }
     files.write(
-        os.path.join(directory, "predictions.jsonl"),
+        os.path.join(directory, run_folder.PREDICTIONS),
         "".join(
             json.dumps({"benchmark": r.name, **p}) + "\n" for r in results for p in r.predictions
         ),
         primary=jax.process_index() == 0,
     )
     files.write(
-        os.path.join(directory, "summary.json"),
+        os.path.join(directory, run_folder.SUMMARY),
         json.dumps(summary, indent=1) + "\n",
         primary=jax.process_index() == 0,
     )

@@ -9,7 +9,7 @@ from absl import logging
 
 from opsd_jax.evaluation import tables
 from opsd_jax.evaluation.results import counted, percent, read_summary
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 
 
 def write_table(workdir: str) -> str:
@@ -17,9 +17,9 @@ def write_table(workdir: str) -> str:
 
     A summary that cannot be read is left out, with a warning.
     """
-    folder, summaries = os.path.join(workdir, "eval"), {}
+    folder, summaries = run_folder.evaluations(workdir), {}
     for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name, "summary.json")
+        path = os.path.join(folder, name, run_folder.SUMMARY)
         if os.path.exists(path):
             try:
                 summary = read_summary(path)

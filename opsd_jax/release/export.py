@@ -28,7 +28,7 @@ from opsd_jax.release import (
     metadata,
     safetensors_io,
 )
-from opsd_jax.runtime import checkpoint
+from opsd_jax.runtime import checkpoint, run_folder
 
 # Bytes of parameters that are taken from a checkpoint at a time (or one larger parameter).
 GROUP_BYTES = 1 << 28
@@ -424,7 +424,7 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
 def _tokenizer_of(source: str) -> str:
     """The tokenizer folder of a run; "" if the source is not a run, or the folder is not there."""
     workdir = _workdir(source)
-    if not os.path.isfile(os.path.join(workdir, "config.json")):
+    if not os.path.isfile(run_folder.config(workdir)):
         return ""
     config = workdir_lib.load_config(workdir)
     candidates = [

@@ -11,7 +11,7 @@ from opsd_jax import tokenizer
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import bagel_keys, configs, folders, load, memory, safetensors_io
-from opsd_jax.runtime import checkpoint
+from opsd_jax.runtime import checkpoint, run_folder
 
 
 def import_release(source: str, target: str, *, only: str = "", dtype: str = "") -> None:
@@ -47,7 +47,7 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
             },
         )
         checkpoint.save(
-            os.path.join(made, "checkpoints", "0"),
+            run_folder.checkpoint(made, 0),
             None,
             params,
             stage="import",

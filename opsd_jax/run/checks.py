@@ -1,7 +1,5 @@
 """Checks of a run before anything is made."""
 
-import os
-
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
@@ -9,7 +7,7 @@ from opsd_jax import config_check
 from opsd_jax.data import procedural
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
-from opsd_jax.runtime import checkpoint
+from opsd_jax.runtime import checkpoint, run_folder
 
 
 def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
@@ -28,7 +26,7 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     for name in config.run_arms:
         try:
             arm = config_lib.arm(config, name)
-            _check_inputs(arm, os.path.join(workdir, "arms", name), workdir)
+            _check_inputs(arm, run_folder.arm(workdir, name), workdir)
         except (ValueError, OSError) as error:
             raise ValueError(f"config.arms.{name}: {error}") from None
 

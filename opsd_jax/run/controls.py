@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import results
-from opsd_jax.run import session
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 
 
 def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict, str]:
@@ -37,23 +36,13 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
             f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} "
             "has none"
         )
-    step = _start(config)
-    start = os.path.join(workdir, "checkpoints", str(step))
+    step = config_lib.start_of(config, "opsd")
+    start = run_folder.checkpoint(workdir, step)
     if not os.path.isdir(start):
         raise FileNotFoundError(
             f"{start} is not there: run the same command without --arm first, up to step {step}"
         )
-    return config_lib.arm(config, name, start), folder(workdir, name)
-
-
-def folder(workdir: str, name: str) -> str:
-    """The working folder of a control arm."""
-    return os.path.join(workdir, "arms", name)
-
-
-def _start(config: ConfigDict) -> int:
-    """The step at which the OPSD stage of a run starts, and so do its control arms."""
-    return config_lib.stage_ends(config)["opsd"] - config.opsd.steps
+    return config_lib.arm(config, name, start), run_folder.arm(workdir, name)
 
 
 class ArmsFailedError(RuntimeError):
@@ -123,7 +112,7 @@ class Arms:
 
     def _run(self, name: str, cores: list[int]) -> None:
         """Runs one arm to its end. cores: those that it may use; [] for all."""
-        path = folder(self._workdir, name)
+        path = run_folder.arm(self._workdir, name)
         os.makedirs(path, exist_ok=True)
         command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
         shown = " ".join(command[1:])
@@ -178,7 +167,7 @@ def report(workdir: str, names: Sequence[str]) -> str:
     Raises:
       FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
     """
-    start = _start(load_config(workdir))
+    start = config_lib.start_of(load_config(workdir), "opsd")
     rows = [
         {"arm": what, "tasks": _scores(workdir, start, name)}
         for what, name in _STARTS.items()
@@ -186,7 +175,7 @@ def report(workdir: str, names: Sequence[str]) -> str:
     ]
     for what, path in [
         ("OPSD", workdir),
-        *((f"arm {name}", folder(workdir, name)) for name in names),
+        *((f"arm {name}", run_folder.arm(workdir, name)) for name in names),
     ]:
         last = max(config_lib.stage_ends(load_config(path)).values())
         scores = _scores(path, last, "none")
@@ -195,14 +184,16 @@ def report(workdir: str, names: Sequence[str]) -> str:
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(row["arm"], task, b) for row in rows for task, b in row["tasks"].items()]
     text = "\n".join(lines) + "\n"
-    files.write(os.path.join(workdir, "report.md"), text)
-    files.write_json(os.path.join(workdir, "report.json"), rows)
+    files.write(run_folder.report(workdir), text)
+    files.write_json(run_folder.report_data(workdir), rows)
     return text
 
 
 def _summary_path(workdir: str, step: int, name: str) -> str:
     """The scores of an evaluation of the run's checkpoint of a step."""
-    return os.path.join(workdir, "eval", session.results_name(step, name), "summary.json")
+    return os.path.join(
+        run_folder.evaluation(workdir, run_folder.evaluation_name(step, name)), run_folder.SUMMARY
+    )
 
 
 def _scores(workdir: str, step: int, name: str) -> dict[str, dict]:

@@ -24,7 +24,7 @@ from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint as checkpoint_lib
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 from opsd_jax.runtime import progress as progress_lib
 from opsd_jax.tokenizer import Tokenizer
 
@@ -266,7 +266,7 @@ def _generated_folder(job: Job, mode: str, facts: dict) -> str:
 
     ValueError where other weights made them.
     """
-    folder = os.path.join(job.request.workdir, "eval", job.names[mode].replace(mode, "generated"))
+    folder = run_folder.evaluation(job.request.workdir, job.names[mode].replace(mode, "generated"))
     there = store.identity_of(folder) if store.is_begun(folder) else facts
     if any(there.get(key) != facts[key] for key in ("weights", "generation_weights")):
         raise ValueError(
@@ -387,7 +387,7 @@ def _answer(
     )
     by_name = {benchmark.name: benchmark for benchmark in asked}
     html = page.page(name, summary, results, by_name, shown, compared)
-    files.write(os.path.join(folder, "report.html"), html)
+    files.write(os.path.join(folder, run_folder.PAGE), html)
     return summary
 
 

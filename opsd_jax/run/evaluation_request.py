@@ -14,8 +14,9 @@ from opsd_jax.evaluation import store, tables
 from opsd_jax.evaluation.contexts import CONTEXTS, GENERATED, MODES
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
-from opsd_jax.run import model, session
+from opsd_jax.run import model
 from opsd_jax.runtime import checkpoint as checkpoint_lib
+from opsd_jax.runtime import run_folder
 
 RELEASE_BATCH_SIZE = 16  # questions per batch of a model that is not a run
 
@@ -93,7 +94,7 @@ class Job:
 
     def folder(self, mode: str) -> str:
         """Folder of the results of a mode."""
-        return os.path.join(self.request.workdir, "eval", self.names[mode])
+        return run_folder.evaluation(self.request.workdir, self.names[mode])
 
     def in_contexts(self, mode: str) -> bool:
         """Whether examples are packed as in training, instead of being asked by a protocol."""
@@ -256,7 +257,7 @@ def _check_modes(request: Request, *, public: bool) -> None:
 
 def _choose_checkpoint(request: Request) -> tuple[str, int]:
     """(step folder, step) of a run's checkpoint: the one that was given, or the newest."""
-    steps = os.path.join(request.workdir, "checkpoints")
+    steps = run_folder.checkpoints(request.workdir)
     checkpoint = request.checkpoint or checkpoint_lib.newest(request.workdir)
     step = checkpoint_lib.metadata(checkpoint)["step"]
     parent = os.path.dirname(os.path.normpath(checkpoint))
@@ -272,8 +273,8 @@ def _given_names(job: Job) -> dict[str, str]:
     """{mode: name of its results} of a request with a name. FileExistsError where it is taken."""
     name, modes = job.request.name, job.request.modes
     names = {m: name if len(modes) == 1 else f"{name}-{job.label(m)}" for m in modes}
-    for folder in (os.path.join(job.request.workdir, "eval", n) for n in names.values()):
-        if os.path.exists(os.path.join(folder, "summary.json")) and not store.is_begun(folder):
+    for folder in (run_folder.evaluation(job.request.workdir, n) for n in names.values()):
+        if os.path.exists(os.path.join(folder, run_folder.SUMMARY)) and not store.is_begun(folder):
             raise FileExistsError(
                 f"{folder} holds results of something else: choose another --name, or delete it"
             )
@@ -302,7 +303,7 @@ def _made_names(job: Job, stem: str) -> dict[str, str]:
     names = {mode: "-".join([job.label(mode), *differs]) for mode in request.modes}
     if job.step is None:
         return {mode: f"{stem}-{name}" for mode, name in names.items()}
-    return {mode: session.results_name(job.step, name) for mode, name in names.items()}
+    return {mode: run_folder.evaluation_name(job.step, name) for mode, name in names.items()}
 
 
 def _sizes(job: Job) -> list[int]:

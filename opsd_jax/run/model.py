@@ -14,6 +14,7 @@ from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.session import Session
+from opsd_jax.runtime import run_folder
 
 QUERY_BLOCK = 512  # the attention scores of a large image at once would not fit into memory
 _LARGEST = 980  # pixels per side of an image, in the official code
@@ -127,9 +128,9 @@ def _vae_rule(config: config_lib.ModelConfig) -> images.Resize:
 def _workdir_of(directory: str) -> str:
     """The workdir of a run that `directory` is, or is a step folder of, W/checkpoints/STEP."""
     workdir = directory
-    if not os.path.isdir(os.path.join(directory, "checkpoints")):
+    if not os.path.isdir(run_folder.checkpoints(directory)):
         workdir = os.path.normpath(os.path.join(directory, "..", ".."))
-    if not os.path.isfile(os.path.join(workdir, "config.json")):
+    if not os.path.isfile(run_folder.config(workdir)):
         raise FileNotFoundError(
             f"{directory} is not a released folder (no llm_config.json), nor one that `python -m "
             "opsd_jax.convert import` made (no release/), nor a run (no config.json)"

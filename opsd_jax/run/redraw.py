@@ -4,10 +4,11 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from opsd_jax import images, interleave, sharding
@@ -23,12 +24,9 @@ from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import files, locks
 from opsd_jax.runtime.progress import Progress
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 
 SHARD = 512  # examples per parquet file, and what a kill can cost
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def redraw(
@@ -39,7 +37,7 @@ def redraw(
     splits: Sequence[str] = ("train",),
     batch_size: int = 64,
     seed: int = 0,
-    before_batch: Callable[[], None] = _do_nothing,
+    before_batch: BeforeBatch = never_stop,
 ):
     """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them.
 
@@ -66,9 +64,7 @@ def redraw(
     cli.check_once("splits", splits)
     cli.check_number("batch_size", batch_size, 1)
     cli.check_seed(seed)
-    # The mesh of the model that generates: that of the training may not fit this machine.
-    run = session.open_run(workdir, mesh=sharding.make_mesh(data=1, fsdp=1, tensor=-1))
-    used = _splits(run)
+    used = _splits(workdir_lib.load_config(workdir))
     if unknown := set(splits) - set(used):
         raise ValueError(
             f"--splits={','.join(splits)}: the run uses {', '.join(used)}, not "
@@ -92,6 +88,8 @@ def redraw(
         return model, record
 
     with locks.only_writer(target):
+        # The mesh of the model that generates: that of the training may not fit this machine.
+        run = session.open_run(workdir, mesh=sharding.make_mesh(data=1, fsdp=1, tensor=-1))
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
         for number, shard in enumerate(_shards(run, used, splits, folder)):
@@ -105,10 +103,10 @@ def redraw(
         return prepare.prepare(os.path.join(folder, "parquet"), target)
 
 
-def _splits(run: Session) -> list[str]:
+def _splits(config: ConfigDict) -> list[str]:
     """The splits that a run uses, each once."""
-    c = run.config.eval
-    return list(dict.fromkeys(split for split in ("train", c.split, c.final_split) if split))
+    splits = ("train", config.eval.split, config.eval.final_split)
+    return list(dict.fromkeys(filter(None, splits)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _generate(
     examples: list[Example],
     key: jax.Array,
     batch_size: int,
-    before_batch: Callable[[], None],
+    before_batch: BeforeBatch,
 ) -> list[Example]:
     """The examples with as many generated images as each has visual thoughts, as PNG.
 

@@ -25,7 +25,7 @@ from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
-from opsd_jax.runtime import checkpoint, files, metrics
+from opsd_jax.runtime import checkpoint, files, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.tokenizer import Tokenizer
 
@@ -120,16 +120,11 @@ class Session:
 
     def checkpoint_folder(self, step: int) -> str:
         """Folder of the run's checkpoint of a step."""
-        return os.path.join(self.workdir, "checkpoints", str(step))
+        return run_folder.checkpoint(self.workdir, step)
 
     def results_folder(self, step: int, name: str) -> str:
         """Folder of the results of an evaluation of the run's checkpoint of a step."""
-        return os.path.join(self.workdir, "eval", results_name(step, name))
-
-
-def results_name(step: int, name: str) -> str:
-    """Name of the results of an evaluation, in W/eval: "000150-none"."""
-    return f"{step:06d}-{name}"
+        return run_folder.evaluation(self.workdir, run_folder.evaluation_name(step, name))
 
 
 def open_run(
@@ -246,8 +241,8 @@ def record_config(config: ConfigDict, workdir: str) -> None:
     A run that has not logged a step, because it failed at once, has nothing to protect: its record
     is replaced.
     """
-    record, path = config_lib.to_json(config), os.path.join(workdir, "config.json")
-    rows = os.path.join(workdir, "metrics.jsonl")
+    record, path = config_lib.to_json(config), run_folder.config(workdir)
+    rows = run_folder.metrics(workdir)
     if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
         config_check.check_unchanged(workdir_lib.read_record(workdir), record)
     else:

@@ -14,7 +14,7 @@ from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.state import ema_params
-from opsd_jax.runtime import checkpoint, files
+from opsd_jax.runtime import checkpoint, files, run_folder
 from opsd_jax.runtime.health import Health
 from opsd_jax.runtime.stopping import StopRequest
 
@@ -135,7 +135,7 @@ class Evaluation:
         """Whether all results of `final` exist."""
         names = [*self._modes(), *(["kl"] if self._measures_kl else [])]
         folders = (self.run.results_folder(self.stage.last, name) for name in names)
-        return all(os.path.exists(os.path.join(folder, "summary.json")) for folder in folders)
+        return all(os.path.exists(os.path.join(folder, run_folder.SUMMARY)) for folder in folders)
 
     def final(self, params: dict) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/, as `opsd_jax.eval` does.
@@ -210,7 +210,7 @@ class Evaluation:
             for task in after
         }
         files.write_json(
-            os.path.join(run.results_folder(self.stage.last, "kl"), "summary.json"),
+            os.path.join(run.results_folder(self.stage.last, "kl"), run_folder.SUMMARY),
             {"split": split, "start": start_folder, "unit": "nats per token", "tasks": found},
             primary=jax.process_index() == 0,
         )

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from opsd_jax.inputs import json_files
 from opsd_jax.run.session import Session
 from opsd_jax.runtime import files
 from opsd_jax.runtime import progress as progress_lib
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 
 FORMAT = 1  # to be raised when the files above, or what they hold, change
 SHARD = 128  # examples per file: at 7B about 80 MB, and what a kill can cost
@@ -176,12 +177,8 @@ def _differences(was, now, name: str = "") -> Iterator[str]:
         yield f"  {name}: there {was}, now {now}"
 
 
-def _do_nothing() -> None:
-    pass
-
-
 def collect(
-    run: Session, params, rows: Examples, *, before_batch: Callable[[], None] = _do_nothing
+    run: Session, params, rows: Examples, *, before_batch: BeforeBatch = never_stop
 ) -> Cache:
     """Collects the teacher's outputs on all training examples in W/teacher_cache.
 

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from opsd_jax.inputs import checks, json_files
 from opsd_jax.runtime import checkpoint_folders as folders
+from opsd_jax.runtime import run_folder
 from opsd_jax.runtime.checkpoint_folders import (
     CheckpointError,
     CheckpointGoneError,
@@ -346,12 +347,12 @@ def contents(directory) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
 
 def is_begun(workdir: str | os.PathLike) -> bool:
     """Whether a run has a complete checkpoint, from which it continues."""
-    return bool(folders.complete(folders.absolute(workdir) / "checkpoints"))
+    return bool(folders.complete(folders.absolute(run_folder.checkpoints(workdir))))
 
 
 def is_of_run(checkpoint: str | os.PathLike, workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint is a step folder of the run in a workdir."""
-    steps = os.path.realpath(os.path.join(workdir, "checkpoints"))
+    steps = os.path.realpath(run_folder.checkpoints(workdir))
     return os.path.realpath(os.path.dirname(os.path.normpath(checkpoint))) == steps
 
 
@@ -401,7 +402,7 @@ def newest(workdir: str) -> str:
         raise error or CheckpointNotFoundError(
             f"{workdir}: the first process finds no checkpoint there; its message says more"
         )
-    return os.path.join(workdir, "checkpoints", str(step))
+    return run_folder.checkpoint(workdir, step)
 
 
 def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:

@@ -31,7 +31,7 @@ from absl import logging
 from PIL import Image
 
 from opsd_jax.inputs import paths
-from opsd_jax.runtime import files
+from opsd_jax.runtime import files, run_folder
 
 
 class Means:
@@ -102,12 +102,12 @@ class Writer:
         if not primary:
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
-        _supersede(self.workdir / "metrics.jsonl", resume_step)
+        _supersede(Path(run_folder.metrics(workdir)), resume_step)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(
-                str(self.workdir / "tb"), purge_step=resume_step, flush_secs=30
+                run_folder.tensorboard(workdir), purge_step=resume_step, flush_secs=30
             )
         if wandb is not None:
             try:
@@ -119,7 +119,7 @@ class Writer:
             self._wandb = client.init(
                 dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb
             )
-        self._jsonl = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+        self._jsonl = open(run_folder.metrics(workdir), "a", encoding="utf-8")
 
     def scalars(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
         """Writes one line, flushed: `{"step", "time", "stage", **values}`.
@@ -188,12 +188,12 @@ class Writer:
             raise ValueError(
                 f"sample name {name!r}: use letters, digits, '_', '-', '.', and '/' for folders"
             )
-        files.write(self.workdir / "samples" / f"{int(step):06d}" / name, content)
+        files.write(Path(run_folder.samples(self.workdir, int(step)), name), content)
 
     def _check_kept(self) -> None:
         """Raises FileNotFoundError for a deleted file: writing to it succeeds, the numbers are
         lost."""
-        path = self.workdir / "metrics.jsonl"
+        path = Path(run_folder.metrics(self.workdir))
         if not path.exists() or path.stat().st_size < self._jsonl.tell():
             raise FileNotFoundError(
                 f"{path} was deleted or replaced while the run was writing it. What the run has "

@@ -9,13 +9,21 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
 from opsd_jax.runtime import distributed
+
+# What long work calls before each of its batches: `StopRequest.check`, which raises Stopped if the
+# process was asked to stop, or `never_stop`.
+BeforeBatch = Callable[[], None]
+
+
+def never_stop() -> None:
+    """The `BeforeBatch` of work that goes on to its end."""
 
 
 class Stopped(SystemExit):

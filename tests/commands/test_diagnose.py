@@ -785,8 +785,8 @@ def test_attention_command(workdir):
             ["kl", "--completions=base,mine"],
             "--completions=mine: choose from base, student, data, official",
         ),
-        (["kl", "--temperature=-1"], "--temperature is -1: give a number in"),
-        (["kl", "--rows=-1"], "--rows=-1"),
+        (["kl", "--temperature=-1"], "--temperature is -1.0: give a number in"),
+        (["kl", "--rows=-1"], "--rows is -1: give a whole number in"),
         (
             ["attention", "--benchmarks=maze"],
             "--benchmarks=maze: this run has the tasks Chart_Refocus",

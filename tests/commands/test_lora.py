@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import shutil
-import types
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,8 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import LoRAConfig
 from opsd_jax.params import LORA_TARGETS
 from opsd_jax.release import bagel_keys, export, load
+from opsd_jax.run import session
+from opsd_jax.run import start as start_lib
 from opsd_jax.runtime import checkpoint, metrics
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
@@ -331,17 +332,20 @@ def run(tmp_path_factory):
 
 
 def initial_params(config, workdir):
-    from opsd_jax.run import start as start_lib
-
-    return start_lib.initial_params(
-        types.SimpleNamespace(
-            config=config,
-            model=config_lib.model(config),
-            workdir=str(workdir),
-            mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        ),
-        None,
+    """The weights that a run with these settings would start from, on one device."""
+    run = session.Session(
+        config=config,
+        workdir=str(workdir),
+        data_workdir=str(workdir),
+        model=config_lib.model(config),
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        tokenizer=None,
+        marker=None,
+        packer=None,
+        clock=None,
+        writer=None,
     )
+    return start_lib.initial_params(run, None)
 
 
 @pytest.mark.slow

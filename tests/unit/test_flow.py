@@ -742,7 +742,8 @@ def test_gradients_of_the_loss(params, mixed):
     assert all(np.isfinite(g).all() for g in grads.values())
     unreached = {"llm/head", "llm/norm"} | {path for path in grads if path.startswith("vae/")}
     assert reached == grads.keys() - unreached
-    trainable, _ = params_lib.partition(params, ("embed", "und", "vit", "connector"), drawing=True)
+    frozen = ("embed", "und", "vit", "connector")
+    trainable, _ = params_lib.partition(params, frozen, generation=True)
     trained = params_lib.flatten(trainable).keys()
     assert {params_lib.fact(path).group for path in trained} == {
         "gen",
