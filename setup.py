@@ -17,6 +17,7 @@ core = [
     "scipy>=1.14",  # intervals and tests of accuracies; jax depends on it, too
     "matplotlib>=3.9",  # charts of the report pages
     "einops>=0.8",
+    "jaxtyping>=0.3.2",  # shapes of arrays in signatures; pure Python, checked in tests only
     "transformers>=5",
     "tokenizers>=0.22",
     "safetensors>=0.5",  # tokenizer and weight files; never torch
@@ -49,6 +50,7 @@ setup(
             "ruff>=0.9",
             "import-linter>=2.7",
             "mypy>=1.15",
+            "beartype>=0.20",  # checks the annotated shapes while tests run
             "tensorboard>=2.18",
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

@@ -14,8 +14,10 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opsd_jax import sharding
+from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import checks
 
 KINDS = ("jsd", "sampled_reverse_kl")
@@ -141,7 +143,11 @@ def _entries(log_s, log_t, beta):
     )
 
 
-def generalized_jsd(student_logits, teacher_logits, config: DivergenceConfig):
+def generalized_jsd(
+    student_logits: Float[AnyArray, "*any V"],
+    teacher_logits: Float[AnyArray, "*any V"],
+    config: DivergenceConfig,
+) -> tuple[Float32[Array, "*any"], dict[str, Float32[Array, "*any"]]]:
     """Divergence at each token, from logits (paper Eq. 7).
 
     No gradient flows to the teacher, and clipped entries give no gradient. For beta 0 or 1 entries
@@ -186,7 +192,12 @@ def _divergence(student_logits, teacher, config):
     return values * config.temperature**2, jax.lax.stop_gradient(signals)
 
 
-def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: float = 1.0):
+def sampled_reverse_kl(
+    student_logits: Float[AnyArray, "*any V"],
+    teacher_logits: Float[AnyArray, "*any V"],
+    tokens: Int[AnyArray, "*any"],
+    temperature: float = 1.0,
+) -> Float32[Array, "*any"]:
     """-(log p_T(x) - log p_S(x)) log p_S(x) at the sampled tokens x, the bracket held constant.
 
     Its gradient is the policy gradient of the reverse KL. It uses the full vocabulary, without
@@ -207,7 +218,9 @@ def sampled_reverse_kl(student_logits, teacher_logits, tokens, temperature: floa
     return -jax.lax.stop_gradient(log_t - log_s) * log_s
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(
+    logits: Float[AnyArray, "*any V"], labels: Int[AnyArray, "*any"]
+) -> Float32[Array, "*any"]:
     """-log softmax(logits)[labels], in nats.
 
     Args:
@@ -223,7 +236,7 @@ def cross_entropy(logits, labels):
     )
 
 
-def token_weights(mask, reduction: str):
+def token_weights(mask: Bool[AnyArray, "B N"], reduction: str) -> Float32[Array, "B N"]:
     """Weight of each token in the loss; the weights add up to 1 over the batch (paper Eq. 7).
 
     Args:
@@ -276,7 +289,9 @@ def over_chunks(function, heads, arrays, chunk: int):
     return sharding.shard_map_batch(loop, heads, *arrays)
 
 
-def project(hidden, head):
+def project(
+    hidden: Float[AnyArray, "B N D"], head: Float[AnyArray, "D V"]
+) -> Float32[Array, "B N V"]:
     """Logits of hidden states, computed in the dtype of the hidden states.
 
     Args:
@@ -290,14 +305,14 @@ def project(hidden, head):
 
 @jax.named_scope("divergence")
 def chunked(
-    student_hidden,
-    student_head,
-    teacher_hidden,
-    teacher_head,
-    labels,
+    student_hidden: Float[AnyArray, "B N D"],
+    student_head: Float[AnyArray, "D V"],
+    teacher_hidden: Float[AnyArray, "B N D"],
+    teacher_head: Float[AnyArray, "D V"],
+    labels: Int[AnyArray, "B N"],
     config: DivergenceConfig,
     with_ce: bool = True,
-):
+) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"], dict[str, Float32[Array, "B N"]]]:
     """`generalized_jsd`, or `sampled_reverse_kl`, from hidden states, chunk by chunk.
 
     Args:
@@ -341,7 +356,12 @@ def chunked(
 
 
 @jax.named_scope("cross_entropy")
-def chunked_cross_entropy(hidden, head, labels, chunk: int):
+def chunked_cross_entropy(
+    hidden: Float[AnyArray, "B N D"],
+    head: Float[AnyArray, "D V"],
+    labels: Int[AnyArray, "B N"],
+    chunk: int,
+) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
     """Cross entropy and top-1 hits from hidden states, chunk by chunk.
 
     Args:

@@ -7,6 +7,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+from opsd_jax import array_types  # noqa: E402
+
+# Before the first import of these modules: every call checks the shapes in its annotations.
+install_import_hook(list(array_types.CHECKED), "beartype.beartype")
 
 pytest.register_assert_rewrite("parity", "reference", "small_run", "tiny")
 

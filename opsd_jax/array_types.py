@@ -1,0 +1,22 @@
+"""Annotations of arrays: dtype, axis letters, and whether an array may still be on the host.
+
+  Float[Array, "B N V"]      a jax.Array of any float dtype, with axes batch, token and vocabulary
+  Int[AnyArray, "B N"]       a jax.Array or a NumPy array of integers
+  Float[Array, "*any V"]     any number of axes before V
+  Float[Array, " N"]         one axis; linters read a string without a space as a name
+
+A letter has one size within a call: an argument "B N D" and another one "B N" must agree in B and
+N. Type checkers read only the array type. Shapes and dtypes are checked in tests, where
+tests/conftest.py decorates the functions of the modules in `CHECKED`; a run pays nothing.
+
+  B batch             T sequence, padded     P patches of an image     G latent tokens
+  N completion token  D embedding            V vocabulary              K key/value heads
+  H heads             L layers
+"""
+
+import jax
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+
+CHECKED = ("opsd_jax.divergence",)
