@@ -290,17 +290,17 @@ def over_chunks(function, heads, arrays, chunk: int):
 
 
 def project(
-    hidden: Float[AnyArray, "B N D"], head: Float[AnyArray, "D V"]
-) -> Float32[Array, "B N V"]:
+    hidden: Float[AnyArray, "*any D"], head: Float[AnyArray, "D V"]
+) -> Float32[Array, "*any V"]:
     """Logits of hidden states, computed in the dtype of the hidden states.
 
     Args:
-      hidden: [B, N, D].
+      hidden: [..., D].
       head: [D, V].
     Returns:
-      float32 [B, N, V].
+      float32 [..., V].
     """
-    return jnp.einsum("bnd,dv->bnv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
 @jax.named_scope("divergence")

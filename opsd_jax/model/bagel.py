@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from opsd_jax import images
-from opsd_jax.model import attention, layers, mot, siglip, vae
+from opsd_jax import divergence, images
+from opsd_jax.model import attention, mot, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
 
@@ -278,7 +278,7 @@ def init_cache(batch: int, slots: int, *, config: ModelConfig):
 @jax.named_scope("head")
 def logits(params, hidden):
     """Hidden states [..., D] -> float32 logits [..., V]."""
-    return layers.dense(hidden, params["llm"]["head"]).astype(jnp.float32)
+    return divergence.project(hidden, params["llm"]["head"])
 
 
 @jax.named_scope("vae_encoder")
