@@ -30,6 +30,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, optimizer, sharding, supervised
@@ -56,10 +57,10 @@ class Cached:
     """
 
     traces: context_lib.Supervised
-    labels: jax.Array
-    log_probs: jax.Array
-    indices: jax.Array
-    weights: jax.Array
+    labels: np.ndarray
+    log_probs: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
 
 
 def cached_kl(logits, log_probs, indices, temperature: float):

@@ -25,7 +25,16 @@ from opsd_jax import config as config_lib
 from opsd_jax import sharding
 from opsd_jax.data.batches import Batches
 from opsd_jax.inputs import cli as cli_lib
-from opsd_jax.run import cli, controls, samples, stage_table, start, step_inputs, teacher_cache
+from opsd_jax.run import (
+    cli,
+    controls,
+    report_table,
+    samples,
+    stage_table,
+    start,
+    step_inputs,
+    teacher_cache,
+)
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
 from opsd_jax.run.checks import check
@@ -91,7 +100,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         train(config, workdir, on_warm=arms.start)
         arms.finish()
     if config.run_arms:
-        print(controls.report(workdir, config.run_arms))
+        print(report_table.write(workdir, config.run_arms))
 
 
 def _stop(number, frame) -> None:

@@ -17,9 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import results
-from opsd_jax.runtime import files, run_folder
+from opsd_jax.runtime import run_folder
 
 
 def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict, str]:
@@ -40,7 +38,7 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
     start = run_folder.checkpoint(workdir, step)
     if not os.path.isdir(start):
         raise FileNotFoundError(
-            f"{start} is not there: run the same command without --arm first, up to step {step}"
+            f"{start} does not exist: run the same command without --arm first, up to step {step}"
         )
     return config_lib.arm(config, name, start), run_folder.arm(workdir, name)
 
@@ -136,117 +134,3 @@ def _half_of_cores(half: int) -> list[int]:
     cores = sorted(os.sched_getaffinity(0))
     middle = len(cores) // 2
     return cores[middle:] if half else cores[:middle]
-
-
-# Final evaluations of a run's start: their names in the table, and those of their results.
-_STARTS = {
-    "teacher: start, with visual thoughts": "real",
-    "start, text only": "none",
-    "start, text only, `<image_start>` banned": "none-banned",
-}
-_HEADER = (
-    "arm",
-    "task",
-    "accuracy",
-    "95 % interval",
-    "with true visual thoughts",
-    "n",
-    "tokens",
-    "KL to teacher",
-    "closure",
-)
-_SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
-
-
-def report(workdir: str, names: Sequence[str]) -> str:
-    """The table of a run and its control arms, also written to W/report.md and W/report.json.
-
-    A text-only accuracy is shown with that of the same weights given the true visual thoughts, if
-    the final evaluation measured it: training changes how well a model reads them.
-
-    Raises:
-      FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
-    """
-    start = config_lib.start_of(load_config(workdir), "opsd")
-    rows = [
-        {"arm": what, "tasks": _scores(workdir, start, name)}
-        for what, name in _STARTS.items()
-        if os.path.exists(_summary_path(workdir, start, name))
-    ]
-    for what, path in [
-        ("OPSD", workdir),
-        *((f"arm {name}", run_folder.arm(workdir, name)) for name in names),
-    ]:
-        last = max(config_lib.stage_ends(load_config(path)).values())
-        scores = _scores(path, last, "none")
-        _add_kl(scores, path, last)
-        rows.append({"arm": f"{what}, text only", "tasks": scores})
-    lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
-    lines += [_row(row["arm"], task, b) for row in rows for task, b in row["tasks"].items()]
-    text = "\n".join(lines) + "\n"
-    files.write(run_folder.report(workdir), text)
-    files.write_json(run_folder.report_data(workdir), rows)
-    return text
-
-
-def _summary_path(workdir: str, step: int, name: str) -> str:
-    """The scores of an evaluation of the run's checkpoint of a step."""
-    return os.path.join(
-        run_folder.evaluation(workdir, run_folder.evaluation_name(step, name)), run_folder.SUMMARY
-    )
-
-
-def _scores(workdir: str, step: int, name: str) -> dict[str, dict]:
-    """{task: scores} of a final evaluation.
-
-    Those without visual thoughts also have `real`: how the same weights answer with the true ones.
-    """
-    found = _read(workdir, step, name)
-    if name == "none" and os.path.exists(_summary_path(workdir, step, "real")):
-        for task, b in _read(workdir, step, "real").items():
-            found[task]["real"] = {key: b[key] for key in ("overall", "interval_95")}
-    return found
-
-
-def _read(workdir: str, step: int, name: str) -> dict[str, dict]:
-    summary = results.read_summary(_summary_path(workdir, step, name))
-    return {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
-
-
-def _add_kl(scores: dict[str, dict], workdir: str, step: int) -> None:
-    """Adds the KL to the teacher before and after the stage, and the part of it that is closed."""
-    path = _summary_path(workdir, step, "kl")
-    if os.path.exists(path):
-        for task, kl in results.read_summary(path)["tasks"].items():
-            scores[task] |= {
-                "kl": kl["after"],
-                "kl_before": kl["before"],
-                "closure": kl["closure"],
-            }
-
-
-def _row(arm: str, task: str, b: dict) -> str:
-    """The line of a task of a run."""
-    real = b.get("real")
-    return _line(
-        (
-            arm,
-            task,
-            f"{100 * b['overall']:.1f} %",
-            _interval(b),
-            f"{100 * real['overall']:.1f} % ({_interval(real)})" if real else "",
-            f"{b['n']}",
-            f"{b['mean_output_tokens']:.1f}",
-            f"{b['kl_before']:.3f} -> {b['kl']:.3f}" if "kl" in b else "",
-            f"{100 * b['closure']:.0f} %" if "kl" in b else "",
-        )
-    )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _interval(b: dict) -> str:
-    low, high = b["interval_95"]
-    return f"{100 * low:.1f}–{100 * high:.1f}"

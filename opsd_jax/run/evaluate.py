@@ -171,7 +171,7 @@ def interleaved(
     reasoner = model_lib.load(
         job.checkpoint, generation=mode != "none", protocol=job.request.protocol, mesh=mesh
     )
-    facts = model_facts(reasoner.params, reasoner.tokenizer)
+    facts: dict = model_facts(reasoner.params, reasoner.tokenizer)
     if job.tasks:
         selection = _select_for(job, reasoner)
         facts["data"] = _data_facts(selection)
@@ -370,13 +370,13 @@ def _answer(
             on_batch=lambda done: bar.update(done.done, **done.shown),
             before_batch=before_batch,
         )
-    if not primary:
+    if records is None or not primary:
         return {}
     processes = 1 if together else jax.process_count()
     results = results_lib.collect(asked, batches, records, processes=processes)
     for benchmark, result in zip(asked, results):
         if benchmark.table:
-            _export(folder, benchmark, result)
+            _export(folder, benchmark.table, result)
     summary = results_lib.write(
         folder,
         results,
@@ -391,9 +391,9 @@ def _answer(
     return summary
 
 
-def _export(folder: str, benchmark: Benchmark, result: results_lib.Result) -> None:
+def _export(folder: str, table: tables.Table, result: results_lib.Result) -> None:
     """Writes the answers to a public table as the TSV that the public harness judges."""
     texts = {p["index"]: p["prediction"] for p in result.predictions}
-    answered = tuple(row for row in benchmark.table.rows if row.index in texts)
-    path = os.path.join(folder, f"{benchmark.name}.tsv")
-    table_scores.export(path, dataclasses.replace(benchmark.table, rows=answered), texts)
+    answered = tuple(row for row in table.rows if row.index in texts)
+    path = os.path.join(folder, f"{table.name}.tsv")
+    table_scores.export(path, dataclasses.replace(table, rows=answered), texts)

@@ -67,13 +67,11 @@ def _from_model_folder(run: Session, folder: str):
     """The weights in a released or imported folder, float32."""
     generation = bool(run.model.generation)
     found = folders.read_config(folder, generation=generation)
-    if run.model.generation:  # how training times are chosen is not a size
-        found = dataclasses.replace(
-            found,
-            generation=dataclasses.replace(
-                found.generation, timestep_shift=run.model.generation.timestep_shift
-            ),
-        )
+    if found.generation and run.model.generation:
+        # How training times are chosen is not a size.
+        shift = run.model.generation.timestep_shift
+        sizes = dataclasses.replace(found.generation, timestep_shift=shift)
+        found = dataclasses.replace(found, generation=sizes)
     if _sizes(found) != _sizes(run.model):
         raise ValueError(
             f"{folder} has sizes {found}, config.model says {run.model}: set config.model to them"

@@ -122,9 +122,8 @@ class Cache:
         found: {(number, pid): array of `record_type`} of all examples of the file.
         """
         with files.replacing(self.path(task, number)) as f:
-            np.savez(
-                f, key=self.digest, **{f"{n}:{pid}": array for (n, pid), array in found.items()}
-            )
+            arrays = {f"{n}:{pid}": array for (n, pid), array in found.items()}
+            np.savez(f, key=self.digest, **arrays)  # type: ignore[arg-type]  # none: allow_pickle
 
     def __call__(self, task: str, number: int, pid: str, labels: np.ndarray) -> np.ndarray:
         """The stored targets of an example, an array [target tokens] of `record_type`.

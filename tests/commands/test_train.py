@@ -371,7 +371,7 @@ def test_arms_need_a_name_and_a_start(tmp_path):
     with pytest.raises(ValueError, match="--arm=nosie: the config has the arms .*'noise'"):
         controls_lib.settings_of(config, str(tmp_path), "nosie")
     with pytest.raises(
-        FileNotFoundError, match=r"checkpoints/2 is not there: run the same command without"
+        FileNotFoundError, match=r"checkpoints/2 does not exist: run the same command without"
     ):
         controls_lib.settings_of(config, str(tmp_path), "noise")
 

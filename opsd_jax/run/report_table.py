@@ -1,0 +1,130 @@
+"""The table of a run and its control arms, W/report.md and W/report.json."""
+
+import os
+from collections.abc import Sequence
+
+from opsd_jax import config as config_lib
+from opsd_jax.data.workdir import load_config
+from opsd_jax.evaluation import results
+from opsd_jax.runtime import files, run_folder
+
+Scores = dict[str, dict]
+"""{task: scores}"""
+
+# Final evaluations of a run's start: their names in the table, and those of their results.
+_STARTS = {
+    "teacher: start, with visual thoughts": "real",
+    "start, text only": "none",
+    "start, text only, `<image_start>` banned": "none-banned",
+}
+_HEADER = (
+    "arm",
+    "task",
+    "accuracy",
+    "95 % interval",
+    "with true visual thoughts",
+    "n",
+    "tokens",
+    "KL to teacher",
+    "closure",
+)
+_SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+
+
+def write(workdir: str, arms: Sequence[str]) -> str:
+    """Writes the table of a run and its control arms, and returns it as text.
+
+    A text-only accuracy is shown with that of the same weights given the true visual thoughts, if
+    the final evaluation measured it: training changes how well a model reads them.
+
+    Raises:
+      FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
+    """
+    start = config_lib.start_of(load_config(workdir), "opsd")
+    shown = {
+        what: _scores(workdir, start, name)
+        for what, name in _STARTS.items()
+        if os.path.exists(_summary_path(workdir, start, name))
+    }
+    shown["OPSD, text only"] = _trained_scores(workdir)
+    for arm in arms:
+        shown[f"arm {arm}, text only"] = _trained_scores(run_folder.arm(workdir, arm))
+    lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
+    lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
+    text = "\n".join(lines) + "\n"
+    files.write(run_folder.report(workdir), text)
+    files.write_json(
+        run_folder.report_data(workdir),
+        [{"arm": what, "tasks": tasks} for what, tasks in shown.items()],
+    )
+    return text
+
+
+def _trained_scores(workdir: str) -> Scores:
+    """The final scores of a run, or of a control arm.
+
+    If it was measured, with the KL to the teacher before and after the stage, and the part of it
+    that was closed.
+    """
+    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    scores = _scores(workdir, last, "none")
+    path = _summary_path(workdir, last, "kl")
+    if os.path.exists(path):
+        for task, kl in results.read_summary(path)["tasks"].items():
+            scores[task] |= {
+                "kl": kl["after"],
+                "kl_before": kl["before"],
+                "closure": kl["closure"],
+            }
+    return scores
+
+
+def _summary_path(workdir: str, step: int, name: str) -> str:
+    """The scores of an evaluation of the run's checkpoint of a step."""
+    return os.path.join(
+        run_folder.evaluation(workdir, run_folder.evaluation_name(step, name)), run_folder.SUMMARY
+    )
+
+
+def _scores(workdir: str, step: int, name: str) -> Scores:
+    """Scores of a final evaluation.
+
+    Those without visual thoughts also have `real`: how the same weights answer with the true ones.
+    """
+    found = _read(workdir, step, name)
+    if name == "none" and os.path.exists(_summary_path(workdir, step, "real")):
+        for task, b in _read(workdir, step, "real").items():
+            found[task]["real"] = {key: b[key] for key in ("overall", "interval_95")}
+    return found
+
+
+def _read(workdir: str, step: int, name: str) -> Scores:
+    summary = results.read_summary(_summary_path(workdir, step, name))
+    return {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
+
+
+def _row(what: str, task: str, b: dict) -> str:
+    """The line of a task. what: the weights that answered."""
+    real = b.get("real")
+    return _line(
+        (
+            what,
+            task,
+            f"{100 * b['overall']:.1f} %",
+            _interval(b),
+            f"{100 * real['overall']:.1f} % ({_interval(real)})" if real else "",
+            f"{b['n']}",
+            f"{b['mean_output_tokens']:.1f}",
+            f"{b['kl_before']:.3f} -> {b['kl']:.3f}" if "kl" in b else "",
+            f"{100 * b['closure']:.0f} %" if "kl" in b else "",
+        )
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(b: dict) -> str:
+    low, high = b["interval_95"]
+    return f"{100 * low:.1f}–{100 * high:.1f}"
