@@ -41,6 +41,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         # libtpu compiles for TPUs without one, which tests of `plan` do
         "dev": [
             "pytest>=8",

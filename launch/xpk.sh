@@ -4,7 +4,7 @@
 #   CLUSTER=c PROJECT=p ZONE=z IMAGE=i STORAGE=s launch/xpk.sh NAME -- \
 #       python -m opsd_jax.train --config=configs/mini.py --workdir=/runs/mini --config.run_arms="()"
 #
-# STORAGE is what `xpk storage attach` mounts at /runs, on a bucket with hierarchical namespace (docs/launch.md).
+# STORAGE is what `xpk storage attach` mounts at /runs, on a bucket with hierarchical namespace (docs/guides/several-machines.md).
 # DRY_RUN=1 prints the command and does nothing.
 set -euo pipefail
 

@@ -17,7 +17,7 @@ numbers of each block.
           2       . # # .                  2    1 1 2 2      block j is the resident one.
 
 Letters: B batch, T queries, S keys, K kv heads, G query heads per kv head, h head_dim; I blocks of
-q queries, J blocks of s keys. Not tested on a real TPU yet: see docs/performance.md.
+q queries, J blocks of s keys. Not tested on a real TPU yet: see docs/performance/speed.md.
 """
 
 import functools

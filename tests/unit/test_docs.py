@@ -11,6 +11,8 @@ import pathlib
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +26,7 @@ from opsd_jax import config_check, context
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 }
 pages = pytest.mark.parametrize("page", PAGES)
 
@@ -83,7 +85,7 @@ def test_tables_are_read_as_written():
 
 def test_every_setting_is_documented_with_its_default():
     shown = {}
-    for row in tables(PAGES["docs/config.md"]):
+    for row in tables(PAGES["docs/reference/configuration.md"]):
         cells = (
             {row["key"]: row["default"]}
             if "default" in row
@@ -98,10 +100,10 @@ def test_every_setting_is_documented_with_its_default():
         shown |= {key: (row["type"], cell) for key, cell in cells.items()}
     defaults = leaves(config_lib.default())
     assert sorted(defaults.keys() - shown.keys()) == [], (
-        "in config.default() but not in docs/config.md"
+        "in config.default() but not in docs/reference/configuration.md"
     )
     assert sorted(shown.keys() - defaults.keys()) == [], (
-        "in docs/config.md but not in config.default()"
+        "in docs/reference/configuration.md but not in config.default()"
     )
     wrong = {
         key: f"{kind} {cell}, not {defaults[key]!r}"
@@ -113,7 +115,7 @@ def test_every_setting_is_documented_with_its_default():
 
 def test_every_range_is_documented():
     shown = {}
-    for row in tables(PAGES["docs/config.md"]):
+    for row in tables(PAGES["docs/reference/configuration.md"]):
         keys = (
             [row["key"]]
             if "default" in row
@@ -125,7 +127,7 @@ def test_every_range_is_documented():
 
 def test_what_may_change_on_resume_is_documented():
     sentence = re.search(
-        r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/config.md"], flags=re.DOTALL
+        r"may\s+change\s+in\s+between:(.*?)\.\n", PAGES["docs/reference/configuration.md"], flags=re.DOTALL
     )
     assert re.findall(r"`(.*?)`", sentence[1]) == list(config_check.FREE_SETTINGS)
 
@@ -134,7 +136,7 @@ def test_recipe_of_the_miniature():
     configs = {
         arg: leaves(get_config("configs/mini.py")(arg)) for arg in ("maze", "chart", "smoke")
     }
-    rows = [row for row in tables(PAGES["docs/miniature.md"]) if "smoke" in row]
+    rows = [row for row in tables(PAGES["docs/results.md"]) if "smoke" in row]
     assert len(rows) > 20
     wrong = {
         f"{row['key']} of {arg}": f"{row[arg]}, not {config[row['key']]!r}"
@@ -146,7 +148,7 @@ def test_recipe_of_the_miniature():
 
 
 def test_arms_of_the_miniature():
-    listed = {row["arm"] for row in tables(PAGES["docs/miniature.md"]) if "differs in" in row}
+    listed = {row["arm"] for row in tables(PAGES["docs/results.md"]) if "differs in" in row}
     assert listed == set(get_config("configs/mini.py")("maze").arms)
 
 
@@ -194,7 +196,7 @@ def test_commands_and_paths_exist(page):
             spec = importlib.util.find_spec(f"{module}.__main__")
         is_command = spec and 'if __name__ == "__main__"' in pathlib.Path(spec.origin).read_text()
         assert is_command, f"{page}: no command python -m {module}"
-    for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./]*[\w/]", text):
+    for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./-]*[\w/]", text):
         assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
     for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
         if path != "FILE":
@@ -207,6 +209,14 @@ def test_commands_and_paths_exist(page):
         assert name in known or name in groups or is_in_package(name), (
             f"{page}: no setting or function {name}"
         )
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """No page without a place in the navigation, no link or anchor into nothing, no network."""
+    pytest.importorskip("mkdocs", reason='needs pip install -e ".[docs]"')
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ci_finds_the_test_command():
@@ -246,8 +256,8 @@ def test_quoted_messages_are_in_the_code():
 
 
 def test_figure_of_the_contexts():
-    """The rope ids in docs/contexts.svg are those that `context.pack` gives to such rows."""
-    svg = ElementTree.parse(ROOT / "docs/contexts.svg").getroot()
+    """The rope ids in docs/images/contexts.svg are those that `context.pack` gives to such rows."""
+    svg = ElementTree.parse(ROOT / "docs/images/contexts.svg").getroot()
 
     def name(tag):
         return "{http://www.w3.org/2000/svg}" + tag
