@@ -9,7 +9,8 @@ Axes: B batch, N completion tokens, D embedding, V vocabulary, K entries kept.
 """
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -246,13 +247,13 @@ def token_weights(mask: Bool[AnyArray, "B N"], reduction: str) -> Float32[Array,
     Returns:
       float32 [B, N].
     """
-    mask = mask.astype(jnp.float32)
+    counted = jnp.asarray(mask, jnp.float32)
     if reduction == "token":
-        return mask / jnp.maximum(jnp.sum(mask), 1)
-    return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1) / mask.shape[0]
+        return counted / jnp.maximum(jnp.sum(counted), 1)
+    return counted / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) / mask.shape[0]
 
 
-def over_chunks(function, heads, arrays, chunk: int):
+def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chunk: int) -> Any:
     """function(heads, *arrays) over chunks of axis 1, with rematerialisation.
 
     A chunk's logits are therefore never saved. Values named _KEPT are saved, K numbers per token.
@@ -326,25 +327,21 @@ def chunked(
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
+    teacher: tuple[AnyArray, ...] = (teacher_hidden,)
     if first:
         # The teacher's K entries of all tokens are computed before any logits of the student
         # exist. This halves the memory.
-        heads, teacher = (
-            (student_head,),
-            over_chunks(
-                lambda head, h: _of_teacher(project(h, head), config),
-                teacher_head,
-                (teacher_hidden,),
-                config.chunk,
-            ),
+        teacher = over_chunks(
+            lambda head, h: _of_teacher(project(h, head), config),
+            teacher_head,
+            teacher,
+            config.chunk,
         )
-    else:
-        heads, teacher = (student_head, teacher_head), (teacher_hidden,)
 
     def piece(heads, hidden_s, label, *teacher):
         logits_s = project(hidden_s, heads[0])
         if not first:
-            logits_t = project(*teacher, heads[1])
+            logits_t = project(teacher[0], heads[1])
             teacher = _of_teacher(logits_t, config)
         values, signals = _divergence(logits_s, teacher, config)
         if config.kind == "sampled_reverse_kl":
@@ -352,6 +349,7 @@ def chunked(
         ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
         return values, ce, signals
 
+    heads = (student_head,) if first else (student_head, teacher_head)
     return over_chunks(piece, heads, (student_hidden, labels, *teacher), config.chunk)
 
 

@@ -10,11 +10,11 @@ import optax
 
 from opsd_jax import params as params_lib
 from opsd_jax.method_config import (
-    AutoencoderConfig,
     DistillConfig,
     ImageGenerationConfig,
     OptimConfig,
     StageConfig,
+    SupervisedConfig,
 )
 
 
@@ -23,11 +23,11 @@ def split(params, config: StageConfig):
 
     The autoencoder is trained by its own stage only, and that stage trains nothing else.
     """
-    if isinstance(config, AutoencoderConfig):
-        frozen = {name: tree for name, tree in params.items() if name != "vae"}
-        return {"vae": params["vae"]}, frozen
-    generation = isinstance(config, ImageGenerationConfig)
-    return params_lib.partition(params, config.freeze, generation=generation)
+    if isinstance(config, DistillConfig | SupervisedConfig):
+        generation = isinstance(config, ImageGenerationConfig)
+        return params_lib.partition(params, config.freeze, generation=generation)
+    frozen = {name: tree for name, tree in params.items() if name != "vae"}
+    return {"vae": params["vae"]}, frozen
 
 
 def init_state(params, config: StageConfig) -> dict:
