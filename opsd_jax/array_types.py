@@ -19,4 +19,4 @@ import numpy as np
 
 AnyArray = jax.Array | np.ndarray
 
-CHECKED = ("opsd_jax.divergence",)
+CHECKED = ("opsd_jax.divergence", "opsd_jax.optimizer")

@@ -4,11 +4,16 @@ The state is one plain dict {"params", "opt", "step"} with "ema" or "teacher" as
 it. Only trainable leaves have a gradient, moments and an EMA.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Real
 
 from opsd_jax import params as params_lib
+from opsd_jax.array_types import AnyArray
 from opsd_jax.method_config import (
     DistillConfig,
     ImageGenerationConfig,
@@ -18,7 +23,7 @@ from opsd_jax.method_config import (
 )
 
 
-def split(params, config: StageConfig):
+def split(params: dict, config: StageConfig) -> tuple[dict, dict]:
     """(trainable, frozen) parameters of a stage; `params.merge` is the inverse.
 
     The autoencoder is trained by its own stage only, and that stage trains nothing else.
@@ -30,7 +35,7 @@ def split(params, config: StageConfig):
     return {"vae": params["vae"]}, frozen
 
 
-def init_state(params, config: StageConfig) -> dict:
+def init_state(params: dict, config: StageConfig) -> dict:
     """The state at the start of a stage.
 
     params: the model's parameters, not copied. opt: Adam's moments, optax.ScaleByAdamState.
@@ -48,7 +53,9 @@ def init_state(params, config: StageConfig) -> dict:
     return state
 
 
-def learning_rate(step, config: OptimConfig):
+def learning_rate(
+    step: Real[AnyArray, "*any"] | int, config: OptimConfig
+) -> Float32[Array, "*any"]:
     """Learning rate of optimizer step k = 0, 1, ..., float32 with the shape of `step`.
 
       warm-up    lr k / warmup_steps
@@ -95,7 +102,9 @@ def _directions(config: OptimConfig) -> optax.GradientTransformation:
 
 
 @jax.named_scope("optimizer")
-def apply_gradients(state: dict, grads, config: StageConfig):
+def apply_gradients(
+    state: dict, grads: dict, config: StageConfig
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
     """Clipping, AdamW and EMA.
 
     The last operations are written out, because optax's round differently: weight decay and
@@ -126,7 +135,7 @@ def apply_gradients(state: dict, grads, config: StageConfig):
     return new, {"grad_norm": optax.tree.norm(grads), "lr": rate}
 
 
-def accumulate(loss, trainable, inputs, count: int):
+def accumulate(loss: Callable, trainable: dict, inputs: Any, count: int) -> tuple[dict, dict]:
     """Gradients and metrics of a loss, summed over micro steps.
 
     Args:

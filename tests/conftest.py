@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 from opsd_jax import array_types  # noqa: E402
 
 # Before the first import of these modules: every call checks the shapes in its annotations.
-install_import_hook(list(array_types.CHECKED), "beartype.beartype")
+install_import_hook(list(array_types.CHECKED), "array_checks.arguments_and_results")
 
 pytest.register_assert_rewrite("parity", "reference", "small_run", "tiny")
 
