@@ -11,7 +11,8 @@ tests/conftest.py decorates the functions of the modules in `CHECKED`; a run pay
 
   B batch             T sequence, padded     P patches of an image     G latent tokens
   N completion token  D embedding            V vocabulary              K key/value heads
-  H heads             L layers
+  H heads             L layers                h head size
+  S keys, the columns of a cache
 """
 
 import jax
@@ -19,4 +20,10 @@ import numpy as np
 
 AnyArray = jax.Array | np.ndarray
 
-CHECKED = ("opsd_jax.divergence", "opsd_jax.optimizer")
+CHECKED = (
+    "opsd_jax.divergence",
+    "opsd_jax.model.attention",
+    "opsd_jax.model.flash",
+    "opsd_jax.model.masks",
+    "opsd_jax.optimizer",
+)

@@ -1,4 +1,4 @@
-"""Attention with masks given as vectors, and rotary positions.
+"""Attention with masks given as vectors (see `masks`), and rotary positions.
 
 A setting (`ModelConfig.attention`) selects how attention is computed. It is never derived from the
 backend:
@@ -16,66 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from opsd_jax.array_types import AnyArray
+from opsd_jax.model import masks
+from opsd_jax.model.masks import Mask, Plan
 
 # Large but finite: a padded query attends to no key, and its softmax over -inf would be NaN.
 _HIDDEN = -1e30
-_KERNEL = ("flash", "flash_interpret")
-
-
-class Mask(NamedTuple):
-    """The arguments of `visible`. T is 1 if all queries attend to the same keys."""
-
-    limit: jax.Array
-    query_segment: jax.Array
-    key_segment: jax.Array
-    key_order: jax.Array | None = None
-    query_noised: jax.Array | None = None
-    key_noised: jax.Array | None = None
-
-
-def visible(limit, query_segment, key_segment, key_order=None, query_noised=None, key_noised=None):
-    """The attention mask as a rule on vectors.
-
-    Query i attends to the keys j < limit[i] of its own document (segment > 0; 0 is padding):
-
-        position  0   1   2   3   4   5        0-1 text, 2-4 image block, 5 text
-        limit     1   2   5   5   5   6        text: i + 1; inside an image: the end of the block
-
-    Where latents are stored apart from the other positions (`context.Latents`), key_order is the
-    place of each key in the sequence, and limit counts places. Only queries of the same image
-    attend to a key of a noised image.
-
-    Args:
-      limit: int32 [B, T]. query_segment: int32 [B, T]. key_segment: int32 [B, S].
-      key_order: int32 [B, S]; None if key j has place j.
-      query_noised: int32 [B, T], key_noised: int32 [B, S], number of the noised image, 0 for
-        everything else; None if no image is noised.
-    Returns:
-      bool [B, T, S].
-    """
-    if key_order is None:
-        key_order = jnp.arange(key_segment.shape[1], dtype=limit.dtype)[None]
-    seen = (query_segment[:, :, None] == key_segment[:, None, :]) & (key_segment[:, None, :] > 0)
-    seen &= key_order[:, None, :] < limit[:, :, None]
-    if key_noised is not None:
-        seen &= (key_noised[:, None, :] == 0) | (key_noised[:, None, :] == query_noised[:, :, None])
-    return seen
-
-
-def lay_out(mask: Mask, queries: int, kind: str):
-    """The form of a mask that `attend` takes, computed once for all layers.
-
-    Args:
-      queries: T. kind: see `ModelConfig.attention`.
-    Returns:
-      bool [B, T, S], or [B, 1, S] if all queries attend to the same keys. For the kernel of `flash`
-      its Plan, so that no array of that size is created.
-    """
-    if kind in _KERNEL and queries > 1:
-        from opsd_jax.model import flash  # importing Pallas takes 0.4 s: only where it is used
-
-        return flash.plan(*mask, queries=queries)
-    return visible(*mask)
 
 
 def check_platform(kind: str, platform: str) -> None:
@@ -95,13 +43,19 @@ def check_platform(kind: str, platform: str) -> None:
 
 
 @jax.named_scope("attention")
-def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
+def attend(
+    q: Float[AnyArray, "B T H h"],
+    k: Float[AnyArray, "B S K h"],
+    v: Float[AnyArray, "B S K h"],
+    mask: Bool[AnyArray, "B _ _"] | Plan,
+    query_block: int = 0,
+    kind: str = "dense",
+) -> Float[Array, "B T H*h"]:
     """Softmax attention with grouped kv heads; scores and softmax in float32.
 
     Args:
       q: [B, T, H, h]. k, v: [B, S, K, h] (query head n uses kv head n // G).
-      mask: from `lay_out` with the same kind; bool [B, T, S], or [B, 1, S] if all queries attend to
-        the same keys.
+      mask: from `masks.lay_out` with the same kind.
       query_block: number of queries that dense attention computes at a time, so that scores are
         [B, H, query_block, S]; 0 for all at once.
       kind: see `ModelConfig.attention`. A single query is always computed densely.
@@ -112,8 +66,8 @@ def attend(q, k, v, mask, query_block: int = 0, kind: str = "dense"):
       ValueError: kind is "cudnn" and q is not bfloat16.
       NotImplementedError: when compiled for a platform that the kernel does not support.
     """
-    if kind in _KERNEL and q.shape[1] > 1:
-        from opsd_jax.model import flash
+    if isinstance(mask, Plan):
+        from opsd_jax.model import flash  # importing Pallas takes 0.4 s: only where it is used
 
         return flash.attend(q, k, v, mask, interpret=kind == "flash_interpret")
     if kind == "cudnn" and q.shape[1] > 1:
@@ -159,14 +113,20 @@ class Groups(NamedTuple):
     scale: jax.Array
 
 
-def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
+def shares(
+    q: Float[AnyArray, "B T H h"],
+    k: Float[AnyArray, "B S K h"],
+    mask: Mask,
+    groups: Groups,
+    query_block: int = 0,
+) -> Float32[Array, "B M N"]:
     """Attention weights of groups of queries on groups of keys.
 
     The weights are those of `attend`. They are computed again, some queries at a time, whichever
     kernel `attend` uses: weights and mask exist for `query_block` queries at a time.
 
     Args:
-      q: [B, T, H, h]. k: [B, S, K, h]. mask: the vectors, as `lay_out` takes them.
+      q: [B, T, H, h]. k: [B, S, K, h].
       query_block: number of queries at a time; 0 for all at once.
     Returns:
       float32 [B, M, N], averaged over heads, summed over the queries and keys of each group.
@@ -175,22 +135,14 @@ def shares(q, k, mask: Mask, groups: Groups, query_block: int = 0):
     kv_heads = k.shape[2]
     q = q.reshape(b, t, kv_heads, heads // kv_heads, h) * groups.scale.astype(q.dtype)
     of_queries = {
-        "limit": mask.limit,
-        "query_segment": mask.query_segment,
-        "query_noised": mask.query_noised,
-    }
-    of_queries = {
-        name: jnp.broadcast_to(x, (b, t)) for name, x in of_queries.items() if x is not None
+        name: jnp.broadcast_to(x, (b, t))
+        for name, x in mask._asdict().items()
+        if x is not None and not name.startswith("key")
     }
 
     def of_some(part):
         q, queries, vectors = part
-        seen = visible(
-            **vectors,
-            key_segment=mask.key_segment,
-            key_order=mask.key_order,
-            key_noised=mask.key_noised,
-        )
+        seen = masks.visible(mask._replace(**vectors))
         scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _HIDDEN), axis=-1)
         return jnp.einsum("bts,btm,bsn->bmn", jnp.mean(weights, axis=(1, 2)), queries, groups.keys)
@@ -238,7 +190,9 @@ def _cudnn(q, k, v, mask):
     return out[:, :t].reshape(b, t, heads * h)
 
 
-def rope_tables(positions, head_dim, theta, bfloat16: bool = False):
+def rope_tables(
+    positions: Int[AnyArray, "B T"], head_dim: int, theta: float, bfloat16: bool = False
+) -> tuple[Float32[Array, "B T 1 h"], Float32[Array, "B T 1 h"]]:
     """Cosines and sines of the rotation angles, float32 [B, T, 1, h] each.
 
     Both halves of the last axis are equal (rotate-half form).
@@ -255,7 +209,10 @@ def rope_tables(positions, head_dim, theta, bfloat16: bool = False):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x, tables):
+def rotate(
+    x: Float[Array, "B T heads h"],
+    tables: tuple[Float32[Array, "B _ 1 h"], Float32[Array, "B _ 1 h"]],
+) -> Float[Array, "B T heads h"]:
     """Rotates x [B, T, heads, h] by the angles of `rope_tables` in float32; keeps x's dtype."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax import divergence, images
-from opsd_jax.model import attention, mot, siglip, vae
+from opsd_jax.model import attention, masks, mot, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
 
@@ -57,7 +57,7 @@ def init(key, *, config: ModelConfig):
     # An expert gets its parameters when it is used: the input has one position for each expert.
     slots = 2 if c.generation else 1
     two = jnp.zeros((1, slots), jnp.int32)
-    mask = attention.Mask(*jnp.ones((3, 1, slots), jnp.int32))
+    mask = masks.Mask(*jnp.ones((3, 1, slots), jnp.int32))
     variables = {
         "llm": _decoder(c, slots - 1).init(
             keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two, mask
@@ -164,19 +164,19 @@ def forward(
 
     Args:
       x: [B, T, D]. positions: int32 [B, T], rope positions.
-      limit, segment: int32 [B, T], see `attention.visible`; [B, 1] if equal for all T.
+      limit, segment: int32 [B, T], see `masks.Mask`; [B, 1] if equal for all T.
       cache: {"k", "v": [L, B, S, K, h]} or None. New keys are written at columns
         offset .. offset + T - 1. limit then counts columns, and key_segment must be given.
       key_segment: int32 [B, S], segments of the cache's columns.
       order: int32 [B, S], place of each key in the sequence; None if key j has place j.
-      noised: int32 [B, T], see `attention.visible`; only without a cache.
+      noised: int32 [B, T], see `masks.Mask`; only without a cache.
       latents: number of latent tokens, which are the last of the T positions.
     Returns:
       (hidden [B, T, D] after the final norm, cache).
     Raises:
       ValueError: `latents` is given, but the model has no generation expert.
     """
-    mask = attention.Mask(
+    mask = masks.Mask(
         limit, segment, segment if cache is None else key_segment, order, noised, noised
     )
     return _decoder(config, latents).apply(
@@ -215,7 +215,7 @@ def attention_shares(
         jax.nn.one_hot(keys - 1, num_keys),
         jnp.float32(config.llm.head_dim**-0.5 if scaled else 1),
     )
-    mask = attention.Mask(limit, segment, segment)
+    mask = masks.Mask(limit, segment, segment)
     _, _, shares = _decoder(config).apply(
         {"params": params["llm"]}, x, positions, mask, groups=groups
     )

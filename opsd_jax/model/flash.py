@@ -6,22 +6,13 @@ FlashAttention (Dao et al., 2022). Scores are transposed: keys along sublanes, q
 Maxima, sums and other values per query are then rows [1, queries], and nothing is stored broadcast
 over lanes.
 
-The kernel reads the vectors of the mask and evaluates the rule of `attention.visible` one block at
-a time. A block of keys to which no query of a block can attend is neither fetched nor computed.
-`plan` determines these blocks from the largest limit, the smallest place of a key and the document
-numbers of each block.
-
-  key blocks      0 1 2 3          resident     0 1 2 3
-  queries 0       # . . .          queries 0    0 0 0 0      A block that is resident costs no
-          1       # # . .                  1    0 1 1 1      transfer. Step j computes only where
-          2       . # # .                  2    1 1 2 2      block j is the resident one.
+The kernel reads a `masks.Plan` and evaluates the rule of `masks` one block at a time.
 
 Letters: B batch, T queries, S keys, K kv heads, G query heads per kv head, h head_dim; I blocks of
 q queries, J blocks of s keys. Not tested on a real TPU yet: see docs/performance/speed.md.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,115 +21,23 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from opsd_jax import sharding
+from opsd_jax.array_types import AnyArray
+from opsd_jax.model.masks import Plan
 
 # Large but finite: -inf - -inf would be NaN for a query that has attended to no key yet.
 _HIDDEN = -1e30
-_FAR = 2**30  # place of a key to which no query attends
 
 
-class Plan(NamedTuple):
-    """A mask as the kernel reads it, the same for all layers, padded to whole blocks.
-
-    queries: int32 [B, 2 or 3, I * q], rows: limit, document and, if images are noised, the number
-      of the noised image.
-    keys: int32 [B, J * s, 2 or 3], columns: place, document (-1 for padding), number of the noised
-      image.
-    key_blocks: int32 [B, I, J], the key block that is resident in each step. Step j computes if it
-      is block j.
-    query_blocks: int32 [B, J, I], the same for the pass over queries.
-    """
-
-    queries: jax.Array
-    keys: jax.Array
-    key_blocks: jax.Array
-    query_blocks: jax.Array
-
-
-def block_size(slots: int) -> int:
-    """Positions per block, for `slots` positions: a multiple of 128, the number of lanes of a TPU.
-
-    Of 512, 384 and 256, the largest of those that pad least.
-    """
-    if slots <= 128:
-        return 128
-    return min((512, 384, 256), key=lambda size: -(-slots // size) * size)
-
-
-def plan(
-    limit,
-    query_segment,
-    key_segment,
-    key_order=None,
-    query_noised=None,
-    key_noised=None,
-    *,
-    queries: int,
-    blocks: tuple[int, int] | None = None,
-) -> Plan:
-    """The Plan of a mask.
-
-    Args:
-      limit, query_segment, key_segment, key_order, query_noised, key_noised: see
-        `attention.visible`; those of queries are [B, T], or [B, 1] if all T attend to the same
-        keys.
-      queries: T. blocks: (q, s), size of a block of queries and of keys; None for `block_size`.
-    """
-    batch, slots = key_segment.shape
-    size_q, size_s = blocks or (block_size(queries), block_size(slots))
-
-    def fill(x, size, value):
-        padding = ((0, 0), (0, -x.shape[1] % size))
-        return jnp.pad(x.astype(jnp.int32), padding, constant_values=value)
-
-    def of_query(x):
-        return fill(jnp.broadcast_to(x, (batch, queries)), size_q, 0)
-
-    def of_key(x, value):
-        return fill(jnp.broadcast_to(x, (batch, slots)), size_s, value)
-
-    def cut(x, size):
-        return x.reshape(batch, -1, size)
-
-    def lowest(x):
-        return jnp.min(jnp.where(x > 0, x, _FAR), axis=-1)
-
-    if key_order is None:
-        key_order = jnp.arange(slots)[None]
-    limit, document = of_query(limit), of_query(query_segment)
-    real = key_segment > 0
-    place = of_key(jnp.where(real, key_order, _FAR), _FAR)
-    owner = of_key(jnp.where(real, key_segment, -1), -1)
-    rows, columns = [limit, document], [place, owner]
-    if key_noised is not None:
-        rows.append(of_query(query_noised))
-        columns.append(of_key(key_noised, 0))
-
-    seeing, seen = cut(document, size_q), cut(owner, size_s)
-    furthest = jnp.max(cut(jnp.where(document > 0, limit, 0), size_q), axis=-1)[:, :, None]
-    nearest = jnp.min(cut(place, size_s), axis=-1)[:, None]
-    needed = (nearest < furthest) & (lowest(seen)[:, None] <= jnp.max(seeing, axis=-1)[:, :, None])
-    needed &= lowest(seeing)[:, :, None] <= jnp.max(seen, axis=-1)[:, None]
-    return Plan(
-        jnp.stack(rows, axis=1),
-        jnp.stack(columns, axis=2),
-        _resident(needed),
-        _resident(jnp.swapaxes(needed, 1, 2)),
-    )
-
-
-def _resident(needed):
-    """Which block is resident in each of M steps: bool [B, N, M], needed blocks -> int32 [B, N, M].
-
-    It is the last needed block so far, and before the first needed block that one.
-    """
-    number = jnp.where(needed, jnp.arange(needed.shape[2], dtype=jnp.int32), -1)
-    last = jax.lax.cummax(number, axis=2)
-    return jnp.where(last < 0, jnp.argmax(needed, axis=2).astype(jnp.int32)[:, :, None], last)
-
-
-def attend(q, k, v, plan: Plan, interpret: bool = False):
+def attend(
+    q: Float[AnyArray, "B T H h"],
+    k: Float[AnyArray, "B S K h"],
+    v: Float[AnyArray, "B S K h"],
+    plan: Plan,
+    interpret: bool = False,
+) -> Float[Array, "B T H*h"]:
     """Softmax attention with grouped kv heads. The output of a query that attends to no key is 0.
 
     Args:
@@ -153,8 +52,8 @@ def attend(q, k, v, plan: Plan, interpret: bool = False):
     b, t, heads, h = q.shape
     kv = k.shape[2]
 
-    def fill(x, slots):
-        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)))
+    def fill(x, count):
+        return jnp.pad(x, ((0, 0), (0, count - x.shape[1]), (0, 0), (0, 0)))
 
     q = fill(q, plan.queries.shape[2]).reshape(b, -1, kv, heads // kv, h).transpose(0, 2, 3, 1, 4)
     k, v = (fill(x, plan.keys.shape[1]).transpose(0, 2, 1, 3) for x in (k, v))
@@ -378,10 +277,11 @@ def _row(q):
     return jax.ShapeDtypeStruct((*q.shape[:3], 1, q.shape[3]), jnp.float32)
 
 
-def _forward(queries, keys, key_blocks, q, k, v, *, interpret):
+def _forward(*inputs, interpret):
+    q = inputs[3]
     return _call(
         _forward_kernel,
-        (queries, keys, key_blocks, q, k, v),
+        inputs,
         [("query", _shape(q)), ("row", _row(q))],
         ["row", "row", "query_transposed"],
         over_keys=True,
@@ -389,10 +289,11 @@ def _forward(queries, keys, key_blocks, q, k, v, *, interpret):
     )
 
 
-def _backward_queries(queries, keys, key_blocks, q, k, v, gradient, lse, delta, *, interpret):
+def _backward_queries(*inputs, interpret):
+    q = inputs[3]
     return _call(
         _queries_kernel,
-        (queries, keys, key_blocks, q, k, v, gradient, lse, delta),
+        inputs,
         [("query", _shape(q))],
         ["query"],
         over_keys=True,
@@ -400,10 +301,11 @@ def _backward_queries(queries, keys, key_blocks, q, k, v, gradient, lse, delta, 
     )[0]
 
 
-def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *, interpret):
+def _backward_keys(*inputs, interpret):
+    k, v = inputs[4:6]
     return _call(
         _keys_kernel,
-        (queries, keys, query_blocks, q, k, v, gradient, lse, delta),
+        inputs,
         [("key", _shape(k)), ("key", _shape(v))],
         ["key", "key"],
         over_keys=False,
@@ -411,17 +313,16 @@ def _backward_keys(queries, keys, query_blocks, q, k, v, gradient, lse, delta, *
     )
 
 
-def _on_each_device(function, interpret, queries, keys, resident, q, *rest):
+def _on_each_device(function, interpret, *inputs):
     """Runs a pass on every device of the mesh of `sharding.mesh_context`, without communication.
 
-    Each device computes its batch entries and its kv heads. An axis that its mesh axis does not
+    inputs: as in `_call`.
+
+    Each device computes its sequences and its kv heads. An axis that its mesh axis does not
     divide is computed whole on every device. XLA cannot partition a kernel: without a mesh,
     compilation for several devices fails with a message that says so.
     """
-    function, inputs = (
-        functools.partial(function, interpret=interpret),
-        (queries, keys, resident, q, *rest),
-    )
+    function, q = functools.partial(function, interpret=interpret), inputs[3]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*inputs)
@@ -436,7 +337,7 @@ def _on_each_device(function, interpret, queries, keys, resident, q, *rest):
 # --- supported platforms --------------------------------------------------------------------------
 
 
-def only_on(x, *, platform: str, message: str):
+def only_on(x: jax.Array, *, platform: str, message: str) -> jax.Array:
     """Returns x unchanged, but cannot be lowered for another platform, nor differentiated.
 
     The default backend cannot be checked instead: programs are compiled on a CPU for a TPU topology

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from opsd_jax import sharding
-from opsd_jax.model import attention
+from opsd_jax.model import attention, masks
 from opsd_jax.model.config import LLMConfig, LoRAConfig, ModelConfig
 from opsd_jax.model.layers import dense, matrix_init
 
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
     {"k", "v": [L, B, S, K, h]} the new keys are written at columns offset .. offset + T - 1 of its
-    S columns, and queries attend to all columns that `mask` (an `attention.Mask`) allows. The last
+    S columns, and queries attend to all columns that `mask` (an `masks.Mask`) allows. The last
     `latents` of the T positions are latent tokens. Returns (hidden, cache).
 
     groups: `attention.Groups`. Their shares of attention in each layer, float32 [L, B, M, N], are
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
             )
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
         record = None if groups is None else (mask, groups)
-        mask = attention.lay_out(mask, x.shape[1], self.config.attention)
+        mask = masks.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan, CSE cannot undo it

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import sharding
-from opsd_jax.model import attention
+from opsd_jax.model import attention, masks
 from opsd_jax.model.config import ViTConfig
 from opsd_jax.model.layers import dense, matrix_init
 
@@ -32,7 +32,7 @@ def gelu(x):
 class Layer(nn.Module):
     """One pre-norm encoder layer, [B, P, E] -> [B, P, E], without rotary positions.
 
-    mask: from `attention.lay_out`; every image attends to itself only.
+    mask: from `masks.lay_out`; every image attends to itself only.
     kind, query_block: `attention` and `query_block` of ModelConfig.
     """
 
@@ -101,9 +101,7 @@ class Encoder(nn.Module):
         )
         x = x + table[positions].astype(x.dtype)
         everything = jnp.full_like(image, image.shape[1])
-        mask = attention.lay_out(
-            attention.Mask(everything, image, image), image.shape[1], self.kind
-        )
+        mask = masks.lay_out(masks.Mask(everything, image, image), image.shape[1], self.kind)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
         layers = nn.scan(
             layer,

@@ -24,7 +24,7 @@ from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, official, selection
 from opsd_jax.diagnose.bootstrap import bootstrap
 from opsd_jax.evaluation import contexts, reference_kl
-from opsd_jax.model import attention, bagel, mot
+from opsd_jax.model import attention, bagel, masks, mot
 from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
@@ -80,7 +80,7 @@ def test_shares_of_random_queries_and_keys(block):
         found = attention.shares(
             q,
             k,
-            attention.Mask(limit, segment, segment),
+            masks.Mask(limit, segment, segment),
             attention.Groups(hot(queries, 2), hot(keys, 3), jnp.float32(scale)),
             block,
         )
@@ -125,7 +125,7 @@ def test_shares_in_a_model(scaled):
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(MODEL.llm).apply({"params": first}, x, method="qkv")
     rope = attention.rope_tables(positions, MODEL.llm.head_dim, MODEL.llm.rope_theta)
-    seen = np.asarray(attention.visible(limit, segment, segment))
+    seen = np.asarray(masks.visible(masks.Mask(limit, segment, segment)))
     expected = numpy_shares(
         attention.rotate(q, rope),
         attention.rotate(k, rope),
@@ -142,7 +142,7 @@ def test_shares_in_a_model(scaled):
 def test_recording_leaves_the_model_alone():
     rng = np.random.default_rng(2)
     params, (x, positions, limit, segment) = tiny.params(), sequence(tiny.batch(rng, 2))
-    mask = attention.Mask(limit, segment, segment)
+    mask = masks.Mask(limit, segment, segment)
     apply = jax.jit(
         functools.partial(mot.Decoder(MODEL).apply, {"params": params["llm"]}, x, positions, mask)
     )
@@ -759,7 +759,7 @@ def test_attention_command(workdir):
         return np.pad(numbers, (0, c.slots - len(numbers)))[None]
 
     queries, keys = map(pad, looks.groups(opened.selection.packer, blocks, "interleaved"))
-    seen = np.asarray(attention.visible(c.limit, c.segment, c.segment))
+    seen = np.asarray(masks.visible(masks.Mask(c.limit, c.segment, c.segment)))
     sums = numpy_shares(
         attention.rotate(q, rope),
         attention.rotate(k, rope),

@@ -13,7 +13,7 @@ import numpy as np
 from opsd_jax import context as context_lib
 from opsd_jax import distill, divergence, images
 from opsd_jax.divergence import DivergenceConfig
-from opsd_jax.model import attention, bagel, mot
+from opsd_jax.model import bagel, masks, mot
 from opsd_jax.release import load as load_lib
 from parity.replay import matching
 
@@ -107,7 +107,7 @@ def forward(params, context, *, config):
 
 score = jax.jit(distill.score, static_argnames="config")
 cross_entropy = jax.jit(divergence.cross_entropy)
-visible = jax.jit(attention.visible)
+visible = jax.jit(lambda *vectors: masks.visible(masks.Mask(*vectors)))
 
 
 def first_layers(config, params, part, count):

@@ -67,7 +67,7 @@ def test_rope_tables(goldens, model):
             match[1] == "sin"
         ]
         np.testing.assert_allclose(ours[0, :, 0], table, atol=2e-5, err_msg=match[0])
-    cos, _ = attention.rope_tables(np.ones((1, 1)), config.head_dim, config.rope_theta)
+    cos, _ = attention.rope_tables(np.ones((1, 1), np.int32), config.head_dim, config.rope_theta)
     np.testing.assert_allclose(cos.ravel(), np.cos(np.tile(tensors["rope_inv_freq"], 2)), atol=1e-6)
 
 

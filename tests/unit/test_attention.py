@@ -21,7 +21,7 @@ import pytest
 import tiny
 from opsd_jax import context, distill, flow, rollout
 from opsd_jax.context import Text
-from opsd_jax.model import attention, bagel, flash
+from opsd_jax.model import attention, bagel, flash, masks
 from tiny import DRAWING, MODEL, TOKENIZER, image, latent
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -134,8 +134,8 @@ def test_the_rule_of_the_mask():
     limit, order = vector(9, 8), np.stack([rng.permutation(8) for _ in range(3)]).astype(np.int32)
     segment, noised = vector(3, 8), vector(3, 8)
     for places, numbers in ((None, None), (order, None), (order, noised)):
-        found = attention.visible(
-            *map(jnp.asarray, (limit, segment, segment)), places, numbers, numbers
+        found = masks.visible(
+            masks.Mask(*map(jnp.asarray, (limit, segment, segment)), places, numbers, numbers)
         )
         for b, i, j in np.ndindex(3, 8, 8):
             place = j if places is None else places[b, j]
@@ -169,9 +169,7 @@ def mask_of(packed, documents=False):
     """
     segment = np.where(documents & (packed.latents.order >= 11), 2, 1) * packed.segment
     order, noised = packed.latents.order, packed.latents.noised
-    return attention.Mask(
-        *map(jnp.asarray, (packed.limit, segment, segment, order, noised, noised))
-    )
+    return masks.Mask(*map(jnp.asarray, (packed.limit, segment, segment, order, noised, noised)))
 
 
 def layouts():
@@ -223,9 +221,9 @@ def arrays(t, s, heads=4, kv=2, width=8, dtype=jnp.float32, seed=0):
 def attended(q, k, v, gradient, mask, kind, blocks=None):
     """(output, gradients of q, k and v)."""
     laid = (
-        flash.plan(*mask, queries=q.shape[1], blocks=blocks)
+        masks.plan(mask, queries=q.shape[1], blocks=blocks)
         if blocks
-        else attention.lay_out(mask, q.shape[1], kind)
+        else masks.lay_out(mask, q.shape[1], kind)
     )
     out, back = jax.vjp(lambda q, k, v: attention.attend(q, k, v, laid, kind=kind), q, k, v)
     return out, *back(gradient)
@@ -236,7 +234,7 @@ def seeing(mask):
 
     What the others give is nobody's, and differs.
     """
-    return jnp.any(attention.visible(*mask), axis=-1)[:, :, None]
+    return jnp.any(masks.visible(mask), axis=-1)[:, :, None]
 
 
 def both(kind, blocks, q, k, v, gradient, mask):
@@ -270,7 +268,7 @@ def test_the_kernel_equals_dense_attention(name):
 def test_the_kernel_with_other_heads_and_fewer_queries_than_keys():
     """5 heads on one kv head; 7 queries of a cache with 33 slots."""
     cache = np.arange(33)[None].repeat(2, 0)
-    mask = attention.Mask(
+    mask = masks.Mask(
         *(
             jnp.asarray(x, jnp.int32)
             for x in ([np.arange(20, 27), np.arange(9, 16)], np.ones((2, 7)), cache % 5 > 0)
@@ -295,7 +293,7 @@ def test_one_row_of_a_mask_serves_all_queries():
     chosen.
     """
     q, k, v, gradient = arrays(200, 38)
-    one = attention.Mask(*jnp.array([[[38], [20]], [[1], [1]]]), jnp.ones((2, 38), jnp.int32))
+    one = masks.Mask(*jnp.array([[[38], [20]], [[1], [1]]]), jnp.ones((2, 38), jnp.int32))
     agree(*both("flash_interpret", None, q, k, v, gradient, one), 3e-6)
 
 
@@ -310,11 +308,11 @@ def test_queries_that_see_nothing_are_zero_and_finite():
 
 
 def test_which_blocks_are_resident():
-    """The drawing in the docstring of `flash`, and one with blocks before the first needed one, and
+    """The drawing in the docstring of `masks`, and one with blocks before the first needed one, and
     none at all.
     """
     lines = ["#...", "##..", ".##.", "..#.", "...."]
-    found = flash._resident(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
+    found = masks._resident(jnp.array([[[mark == "#" for mark in line] for line in lines]]))
     assert found[0].tolist() == [
         [0, 0, 0, 0],
         [0, 1, 1, 1],
@@ -329,11 +327,11 @@ def test_blocks_that_nobody_sees_are_left_out():
         return jnp.asarray(values, jnp.int32)[None]
 
     real = vector(*[1] * 20, *[0] * 12)  # causal text, in blocks of 8; the last one is padding
-    laid = flash.plan(vector(*range(1, 33)), real, real, queries=32, blocks=(8, 8))
+    laid = masks.plan(masks.Mask(vector(*range(1, 33)), real, real), queries=32, blocks=(8, 8))
     assert laid.key_blocks[0, :3].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 2]]
     assert laid.query_blocks[0, :3].tolist() == [[0, 1, 2, 2], [1, 1, 2, 2], [2, 2, 2, 2]]
     two = vector(*[1] * 16, *[2] * 16)  # two documents, each all-to-all
-    laid = flash.plan(vector(*[32] * 32), two, two, queries=32, blocks=(8, 8))
+    laid = masks.plan(masks.Mask(vector(*[32] * 32), two, two), queries=32, blocks=(8, 8))
     assert laid.key_blocks[0].tolist() == [[0, 1, 1, 1], [0, 1, 1, 1], [2, 2, 2, 3], [2, 2, 2, 3]]
 
 
@@ -355,7 +353,7 @@ def test_the_content_of_a_block_that_nobody_sees_does_not_matter():
     "slots, size", [(2, 128), (128, 128), (300, 384), (1024, 512), (4098, 384), (4900, 384)]
 )
 def test_block_sizes_pad_little(slots, size):
-    assert flash.block_size(slots) == size
+    assert masks.block_size(slots) == size
 
 
 def largest(jaxpr):
@@ -397,10 +395,10 @@ def test_the_kernel_lowers_for_a_tpu(heads, kv, width):
         for shape in ((1, 700, heads, width), (1, 900, kv, width), (1, 900, kv, width))
     ]
     of_query, of_key = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (700, 900))
-    mask = attention.Mask(of_query, of_query, of_key, of_key, of_query, of_key)
+    mask = masks.Mask(of_query, of_query, of_key, of_key, of_query, of_key)
 
     def gradients(q, k, v, mask):
-        laid = attention.lay_out(mask, 700, "flash")
+        laid = masks.lay_out(mask, 700, "flash")
 
         def loss(*a):
             return jnp.sum(attention.attend(*a, laid, kind="flash").astype(jnp.float32))
@@ -542,7 +540,7 @@ def test_several_devices_compute_their_own_rows_and_heads():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from opsd_jax import sharding
-        from opsd_jax.model import attention
+        from opsd_jax.model import attention, masks
         mesh, rng = sharding.make_mesh(1, 2, 2), np.random.default_rng(0)
         shapes = (2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)
         arrays = [jnp.asarray(rng.standard_normal(s, np.float32)) for s in shapes]
@@ -550,7 +548,7 @@ def test_several_devices_compute_their_own_rows_and_heads():
         arrays += [jnp.broadcast_to(jnp.arange(1, 10), (2, 9)), ones, ones]
         def gradients(kind):
             def run(q, k, v, *vectors):
-                laid = attention.lay_out(attention.Mask(*vectors), 9, kind)
+                laid = masks.lay_out(masks.Mask(*vectors), 9, kind)
                 def loss(*a):
                     return jnp.sum(attention.attend(*a, laid, kind=kind) ** 2)
                 return jax.grad(loss, (0, 1, 2))(q, k, v)
@@ -581,11 +579,11 @@ def test_several_devices_compute_their_own_rows_and_heads():
 def test_one_query_is_computed_densely_by_all():
     """Decoding: also where the kernels themselves would not run."""
     q, k, v, _ = arrays(1, 12)
-    mask = attention.Mask(*jnp.array([[[9], [4]], [[1], [1]]]), jnp.ones((2, 12), jnp.int32))
+    mask = masks.Mask(*jnp.array([[[9], [4]], [[1], [1]]]), jnp.ones((2, 12), jnp.int32))
     for kind in ("dense", "flash", "cudnn"):
-        found = attention.attend(q, k, v, attention.lay_out(mask, 1, kind), kind=kind)
+        found = attention.attend(q, k, v, masks.lay_out(mask, 1, kind), kind=kind)
         np.testing.assert_allclose(
-            found, dense(q, k, v, np.asarray(attention.visible(*mask))), atol=1e-5
+            found, dense(q, k, v, np.asarray(masks.visible(mask))), atol=1e-5
         )
 
 
@@ -610,7 +608,7 @@ def test_one_query_is_computed_densely_by_all():
 @pytest.mark.parametrize("jit", [True, False])
 def test_kernels_of_other_machines_say_so(kind, dtype, error, message, jit):
     q, k, v, _ = arrays(38, 38, dtype=dtype)
-    laid = attention.lay_out(LAYOUTS["text"], 38, kind)
+    laid = masks.lay_out(LAYOUTS["text"], 38, kind)
     run = jax.grad(lambda *a: jnp.sum(attention.attend(*a, laid, kind=kind).astype(jnp.float32)))
     with pytest.raises(error, match=message):
         (jax.jit(run) if jit else run)(q, k, v)
@@ -628,7 +626,7 @@ def test_cudnn_is_lowered_for_gpus_alone(monkeypatch):
         jax.nn, "dot_product_attention", lambda *a, mask, implementation: real(*a, mask=mask)
     )
     q, k, v, _ = arrays(38, 38, dtype=jnp.bfloat16)
-    laid = attention.lay_out(LAYOUTS["text"], 38, "cudnn")
+    laid = masks.lay_out(LAYOUTS["text"], 38, "cudnn")
     gradient = jax.jit(
         jax.grad(
             lambda q: jnp.sum(attention.attend(q, k, v, laid, kind="cudnn").astype(jnp.float32))
@@ -656,7 +654,7 @@ def test_what_cudnn_is_given(monkeypatch, queries, one_row):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     monkeypatch.setattr(flash, "only_on", lambda x, **_: x)
     q, k, v, _ = arrays(queries, 37, dtype=jnp.bfloat16)
-    seen = attention.visible(*LAYOUTS["images"])[:, :queries, :37]
+    seen = masks.visible(LAYOUTS["images"])[:, :queries, :37]
     seen = jnp.pad(seen, ((0, 0), (0, queries - seen.shape[1]), (0, 0)))[
         :, : 1 if one_row else None
     ]

@@ -14,7 +14,7 @@ import pytest
 
 from opsd_jax import context, images
 from opsd_jax.context import Image, Latent, Prompts, Text
-from opsd_jax.model import attention
+from opsd_jax.model.masks import Mask, visible
 from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
 BOS, EOS, IMAGE, IMAGE_END = (
@@ -39,9 +39,10 @@ def masks(packed):
     """bool [B, T, T] (T + G with latents), what the network makes of the vectors."""
     limit, segment = jnp.asarray(packed.limit), jnp.asarray(packed.segment)
     if packed.latents is None:
-        return np.asarray(attention.visible(limit, segment, segment))
+        return np.asarray(visible(Mask(limit, segment, segment)))
     order, noised = map(jnp.asarray, (packed.latents.order, packed.latents.noised))
-    return np.asarray(attention.visible(limit, segment, segment, order, noised, noised))
+    mask = Mask(limit, segment, segment, order, noised, noised)
+    return np.asarray(visible(mask))
 
 
 def dense_mask(blocks):
@@ -460,7 +461,7 @@ def test_positions_after_a_context_equal_one_packed_sequence(rng):
             (packed.segment, segment),
         )
     ]
-    seen = np.asarray(attention.visible(*map(jnp.asarray, (whole[1], whole[2], whole[2]))))
+    seen = np.asarray(visible(Mask(*map(jnp.asarray, (whole[1], whole[2], whole[2])))))
     for row, blocks in enumerate(rows):
         blocks = [*blocks, Text(np.arange(3))]  # 3 ids and their delimiters: 5 slots
         reference = pack([blocks])
