@@ -12,12 +12,13 @@ contexts follow one another on the batch axis and run as one forward pass. Their
 computed once, and each step overwrites those of the block in place.
 
 Axes: B images, R branches (1 to 3), G latent tokens, C values of a latent token (patch row, patch
-column, z), T slots of a context, L layers, K key/value heads, D embedding, M images of an example,
-H, W pixels, h, w latents (height, width), z channels of a latent.
+column, z), T positions of a context, L layers, K key/value heads, D embedding, M images of an
+example, H, W pixels, h, w latents (height, width), z channels of a latent.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import einops
 import jax
@@ -25,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from opsd_jax import images, sharding
-from opsd_jax.method_config import RENORMS as RENORMS
 from opsd_jax.method_config import FlowConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
+# Guidance of the public evaluation harness, as changes to the defaults of `FlowConfig`.
 HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}
 
 
@@ -61,19 +62,18 @@ def guided_steps(config: FlowConfig) -> tuple[int, int]:
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def guide(velocity, text, image, real, config: FlowConfig):
+def guide(cond, text, image, real, config: FlowConfig):
     """The guided velocity, with the scales a of text and b of image:
 
-      u = text + a (velocity - text)
+      u = text + a (cond - text)
       global, channel    if b > 1: u <- image + b (u - image);  u <- u * r(u)
       text_channel       u <- u * r(u);  if b > 1: u <- image + b (u - image)
 
-    r(u) = clip(|velocity| / |u|, renorm_min, 1), with norms over the whole image (global) or over
+    r(u) = clip(|cond| / |u|, renorm_min, 1), with norms over the whole image (global) or over
     each token.
 
     Args:
-      velocity, text, image: [B, G, C], velocities of the branches cond, text and image. image may
-        be None.
+      cond, text, image: [B, G, C], velocities of the branches. image is None where b <= 1.
       real: bool [B, G], False at padding.
     Returns:
       [B, G, C].
@@ -85,9 +85,9 @@ def guide(velocity, text, image, real, config: FlowConfig):
         return jnp.sqrt(jnp.sum(v * v * kept, axis=axes, keepdims=True))
 
     def renormed(u):
-        return u * jnp.clip(norm(velocity) / (norm(u) + 1e-8), config.renorm_min, 1.0)
+        return u * jnp.clip(norm(cond) / (norm(u) + 1e-8), config.renorm_min, 1.0)
 
-    u = text + config.text_scale * (velocity - text)
+    u = text + config.text_scale * (cond - text)
     if config.renorm == "text_channel":
         u = renormed(u)
     if image is not None:
@@ -98,110 +98,137 @@ def guide(velocity, text, image, real, config: FlowConfig):
 # --- generation -----------------------------------------------------------------------------------
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "real"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LatentPositions:
+    """Positions of the latent tokens of B images, padded at the end to G tokens per image.
+
+    ids: int32 [B, G], row * side + column in the latents' position table.
+    real: bool [B, G], False at padding.
+    """
+
+    ids: jax.Array | np.ndarray
+    real: jax.Array | np.ndarray
+
+
+def latent_positions(grids: Sequence[tuple[int, int]], tokens: int, side: int) -> LatentPositions:
+    """Positions of the latent tokens of B images.
+
+    Args:
+      grids: numbers of rows and columns of latent tokens of each image.
+      tokens: G.
+      side: number of rows, and of columns, of the latents' position table.
+    Raises:
+      ValueError: a grid is larger than the position table.
+    """
+    ids, real = np.zeros((len(grids), tokens), np.int32), np.zeros((len(grids), tokens), bool)
+    for b, grid in enumerate(grids):
+        own = images.position_ids(grid, side)
+        ids[b, : len(own)], real[b, : len(own)] = own, True
+    return LatentPositions(ids, real)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segment", "rope", "positions", "real"],
-    meta_fields=["slots"],
+    data_fields=["segment", "rope", "positions"],
+    meta_fields=["context_size"],
 )
 @dataclasses.dataclass(frozen=True)
-class Canvas:
-    """What the steps of image generation attend to: R * B contexts, and the block after each.
+class Conditioning:
+    """What the denoising steps of B images read and do not change.
 
-    The cache {"k", "v": [L, R * B, slots + 2 + G, K, head size]} is passed separately, because each
-    step writes to it.
+    Each image has R contexts, one per branch of guidance, and its block follows each of them. The
+    contexts' keys and values are in the cache, {"k", "v": [L, R * B, S, K, head size]} with
+    S = context_size + 2 + G. The cache is passed separately, because each step writes to it.
 
-    segment: int32 [R * B, slots + 2 + G], segments of all keys.
-    rope: int32 [R * B], rope id of the block.
-    positions: int32 [B, G], ids in the latents' position table.
-    real: bool [B, G], False at padding.
-    slots: static number of context slots.
+    segment: int32 [R * B, S], segments of all keys.
+    rope: int32 [R * B], rope position of the block.
+    positions: LatentPositions of the images.
+    context_size: static number of positions of a padded context.
     """
 
     segment: jax.Array
     rope: jax.Array
-    positions: jax.Array
-    real: jax.Array
-    slots: int
+    positions: LatentPositions
+    context_size: int
 
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
-def prepare(params, contexts, positions, real, *, config: ModelConfig):
+def prefill(params, contexts, positions: LatentPositions, *, config: ModelConfig):
     """Computes the keys and values of the contexts.
 
     Args:
       contexts: Context [R * B, T], branch by branch in the order of `FlowConfig.branches`.
-      positions: int32 [B, G], ids of the image's tokens in the position table, see `layout`.
-      real: bool [B, G], True at the tokens of each image, which come first; see `layout`.
+      positions: LatentPositions [B, G] of the images.
     Returns:
-      (Canvas, cache).
+      (Conditioning, cache).
     """
-    rows, slots = contexts.positions.shape
-    block = 2 + positions.shape[1]
-    tiled = jnp.tile(real, (rows // real.shape[0], 1))
+    count, size = contexts.positions.shape
+    images_count, tokens = positions.real.shape
+    real = jnp.tile(positions.real, (count // images_count, 1))
     segment = jnp.concatenate(
-        [contexts.segment, jnp.ones((rows, 2), jnp.int32), tiled.astype(jnp.int32)], axis=1
+        [contexts.segment, jnp.ones((count, 2), jnp.int32), real.astype(jnp.int32)], axis=1
     )
-    cache = bagel.init_cache(rows, slots + block, config=config)
+    cache = bagel.init_cache(count, size + 2 + tokens, config=config)
     _, cache = bagel.read(
-        params, contexts, config=config, cache=cache, key_segment=segment.at[:, slots:].set(0)
+        params, contexts, config=config, cache=cache, key_segment=segment.at[:, size:].set(0)
     )
-    return Canvas(segment, contexts.next_position, positions, real, slots), cache
+    return Conditioning(segment, contexts.next_position, positions, size), cache
 
 
-def velocities(params, canvas: Canvas, cache, x, t, *, config: FlowConfig):
-    """Velocities after every context of the canvas, without guidance.
+def velocities(params, conditioning: Conditioning, cache, x, t, *, config: FlowConfig):
+    """Velocities after every context, without guidance.
 
     Args:
-      cache: keys and values, see `Canvas`.
-      x: [B, G, C], the noised image.
+      cache: keys and values, see `Conditioning`.
+      x: [B, G, C], the noised images.
       t: scalar flow time.
     Returns:
       (float32 [R, B, G, C], the cache with the block's keys and values written to it).
     """
     model = config.model
     batch, tokens, _ = x.shape
-    rows = canvas.segment.shape[0]
-    latents = bagel.embed_latents(params, x, jnp.reshape(t, (1, 1)), canvas.positions, config=model)
+    count, keys = conditioning.segment.shape
+    latents = bagel.embed_latents(
+        params, x, jnp.reshape(t, (1, 1)), conditioning.positions.ids, config=model
+    )
     ends = bagel.embed_tokens(
         params, jnp.array([[config.image_start, config.image_end]]), config=model
     )
     # Start and end precede the latents, because the experts split the sequence at a static index.
     # The order of tokens within the block has no effect.
     block = jnp.concatenate([jnp.broadcast_to(ends, (batch, *ends.shape[1:])), latents], axis=1)
-    block = jnp.tile(block, (rows // batch, 1, 1))
-    # One query represents all: they share their rope id and see the same keys, so the mask is
-    # [R * B, 1, keys].
-    everything, document = (
-        jnp.full((rows, 1), canvas.segment.shape[1]),
-        jnp.ones((rows, 1), jnp.int32),
-    )
+    block = jnp.tile(block, (count // batch, 1, 1))
+    # One query represents all: they share their rope position and see the same keys, so the mask
+    # is [R * B, 1, keys].
+    limit, segment = jnp.full((count, 1), keys), jnp.ones((count, 1), jnp.int32)
     hidden, cache = bagel.forward(
         params,
         block,
-        canvas.rope[:, None],
-        everything,
-        document,
+        conditioning.rope[:, None],
+        limit,
+        segment,
         config=model,
         cache=cache,
-        offset=canvas.slots,
-        key_segment=canvas.segment,
+        offset=conditioning.context_size,
+        key_segment=conditioning.segment,
         latents=tokens,
     )
-    found = bagel.velocity(params, hidden[:, 2:], config=model)
-    return found.reshape(rows // batch, batch, *found.shape[1:]), cache
+    velocity = bagel.velocity(params, hidden[:, 2:], config=model)
+    return velocity.reshape(count // batch, *x.shape), cache
 
 
 @sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config", "guided"), donate_argnames=("cache", "x"))
-def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig, guided: bool):
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "x"))
+def denoise(params, conditioning: Conditioning, cache, x, first, last, *, config: FlowConfig):
     """Euler steps first .. last - 1. Both are traced: one program runs any number of steps.
 
+    The steps are guided if there are contexts of several branches.
+
     Args:
-      canvas, cache: see `Canvas`. The cache is donated.
-      x: [B, G, C], the noised image before the first step. It is donated.
-      guided: whether canvas and cache have all branches, which are combined. Otherwise they have
-        the cond contexts only.
+      cache: see `Conditioning`. It is donated.
+      x: [B, G, C], the noised images before the first step. It is donated.
     Returns:
       (x [B, G, C] after the last step, cache).
     """
@@ -209,26 +236,32 @@ def denoise(params, canvas: Canvas, cache, x, first, last, *, config: FlowConfig
 
     def step(n, carry):
         x, cache = carry
-        found, cache = velocities(params, canvas, cache, x, times[n], config=config)
-        v = (
-            guide(found[0], found[1], found[2] if len(found) > 2 else None, canvas.real, config)
-            if guided
-            else found[0]
-        )
-        return x - v * (times[n] - times[n + 1]), cache
+        branches, cache = velocities(params, conditioning, cache, x, times[n], config=config)
+        velocity = branches[0]
+        if len(branches) > 1:
+            image = branches[2] if len(branches) > 2 else None
+            velocity = guide(velocity, branches[1], image, conditioning.positions.real, config)
+        return x - velocity * (times[n] - times[n + 1]), cache
 
     return jax.lax.fori_loop(first, last, step, (x, cache))
 
 
-def draw(
-    params, contexts, noise, positions, real, *, config: FlowConfig, on_step=None, every: int = 5
+def generate(
+    params,
+    contexts,
+    noise,
+    positions: LatentPositions,
+    *,
+    config: FlowConfig,
+    on_step: Callable[[int], None] | None = None,
+    every: int = 5,
 ):
-    """Generates B images.
+    """Generates the latent tokens of B images.
 
     Official: bagel.py (generate_image).
 
     Args:
-      contexts, positions, real: as in `prepare`.
+      contexts, positions: as in `prefill`.
       noise: float32 [B, G, C], x at t = 1.
       on_step: called with the number of steps done, every `every` steps. None runs all steps of a
         phase (guided or not) in one call.
@@ -237,25 +270,26 @@ def draw(
     Raises:
       ValueError: the number of contexts is not R * B.
     """
-    batch, needed = positions.shape[0], len(config.branches) * positions.shape[0]
+    batch, needed = len(positions.ids), len(config.branches) * len(positions.ids)
     if contexts.positions.shape[0] != needed:
         raise ValueError(
             f"{batch} images with the branches {', '.join(config.branches)} need {needed} "
             f"contexts, branch by branch, not {contexts.positions.shape[0]}"
         )
-    canvas, cache = prepare(params, contexts, positions, real, config=config.model)
+    conditioning, cache = prefill(params, contexts, positions, config=config.model)
     x, steps = jnp.array(noise), config.num_timesteps - 1
     first, last = guided_steps(config)
     for begin, end, guided in ((0, first, False), (first, last, True), (last, steps, False)):
         if begin == end:
             continue
-        place, keys = canvas, cache
-        if not guided and len(canvas.rope) > batch:
-            # The first branch is enough. Its keys are copied once.
-            place, keys = _first_branch(canvas, cache, batch)
+        # Without guidance the cond branch is enough. Its keys are copied once.
+        one_branch = not guided and needed > batch
+        used, keys = (
+            _cond_branch(conditioning, cache, batch) if one_branch else (conditioning, cache)
+        )
         for start in range(begin, end, every if on_step else steps):
             stop = min(start + every, end) if on_step else end
-            x, keys = denoise(params, place, keys, x, start, stop, config=config, guided=guided)
+            x, keys = denoise(params, used, keys, x, start, stop, config=config)
             if on_step:
                 jax.block_until_ready(x)
                 on_step(stop)
@@ -265,31 +299,11 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnames=("batch",))
-def _first_branch(canvas, cache, batch):
-    """Canvas and cache of the cond contexts only."""
-    place = dataclasses.replace(
-        canvas, **{name: getattr(canvas, name)[:batch] for name in ("segment", "rope")}
-    )
-    return place, jax.tree.map(lambda a: a[:, :batch], cache)
-
-
-def layout(grids, tokens: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the latent tokens of B images, padded to `tokens` per image.
-
-    Args:
-      grids: numbers of rows and columns of latent tokens of each image.
-      tokens: G.
-      side: number of rows, and of columns, of the latents' position table.
-    Returns:
-      (positions int32 [B, G], real bool [B, G]).
-    Raises:
-      ValueError: a grid is larger than the position table.
-    """
-    positions, real = np.zeros((len(grids), tokens), np.int32), np.zeros((len(grids), tokens), bool)
-    for b, grid in enumerate(grids):
-        ids = images.position_ids(grid, side)
-        positions[b, : len(ids)], real[b, : len(ids)] = ids, True
-    return positions, real
+def _cond_branch(conditioning: Conditioning, cache, batch: int):
+    """Conditioning and cache of the cond contexts only, which are the first ones."""
+    segment, rope = conditioning.segment[:batch], conditioning.rope[:batch]
+    cond = dataclasses.replace(conditioning, segment=segment, rope=rope)
+    return cond, jax.tree.map(lambda a: a[:, :batch], cache)
 
 
 # --- pixels and latents ---------------------------------------------------------------------------
@@ -368,7 +382,7 @@ def training_times(raw, shift: float):
     return shifted(jax.nn.sigmoid(raw), shift)
 
 
-def padded(pixels, sizes):
+def normalize_padded(pixels, sizes):
     """Normalised pixels of padded images, and where the images are.
 
     Args:
@@ -399,20 +413,21 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
     Returns:
       Context [B, T]. No gradient flows through its latent tokens.
     """
-    found, generation, (batch, count) = context.latents, config.generation, pixels.shape[:2]
+    latents, generation, (batch, count) = context.latents, config.generation, pixels.shape[:2]
 
     def flat(x):
         return x.reshape(batch * count, *x.shape[2:])
 
     tokens = to_tokens(
-        encode(params, flat(padded(pixels, sizes)[0]), flat(noise), config=config), generation.patch
+        encode(params, flat(normalize_padded(pixels, sizes)[0]), flat(noise), config=config),
+        generation.patch,
     )
     size, columns = tokens.shape[1], pixels.shape[3] // generation.stride
-    row, column = found.positions // generation.side, found.positions % generation.side
-    at = found.image // 2 * size + row * columns + column
+    row, column = latents.positions // generation.side, latents.positions % generation.side
+    at = latents.image // 2 * size + row * columns + column
     tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
-    tokens = jnp.where(found.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
-    return dataclasses.replace(context, latents=dataclasses.replace(found, tokens=tokens))
+    tokens = jnp.where(latents.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
+    return dataclasses.replace(context, latents=dataclasses.replace(latents, tokens=tokens))
 
 
 def loss(params, context, times, noise, *, config: ModelConfig):

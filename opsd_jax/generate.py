@@ -10,7 +10,7 @@
       system, image, question -> text -> if it contains <image_start>: an image is generated and
       enters the context -> text -> ...
 
-The answer goes to stdout. Images, the whole trace and an overview go to --out. Sizes of images,
+The answer goes to stdout. Images, the answer as JSON and an overview go to --out. Sizes of images,
 prompt and decoding are those of a named protocol, `interleave.PROTOCOLS`.
 Official: inferencer.py, InterleaveInferencer.
 """
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import jax
 
 from opsd_jax import images, interleave
-from opsd_jax.evaluation import traces as traces_lib
+from opsd_jax.evaluation import answer_files
 from opsd_jax.inputs import cli, paths
 from opsd_jax.run import model as model_lib
 from opsd_jax.runtime import distributed, progress
@@ -107,9 +107,10 @@ def _run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     protocol = _with_flags(reasoner.protocol, args)
-    reasoner = dataclasses.replace(reasoner, protocol=protocol)
-    shown = [images.open_rgb(path, transparency=protocol.transparency) for path in args.image]
-    questions, bars = [(shown, args.question)], {}
+    flow = reasoner.flow if args.steps is None else {**reasoner.flow, "num_timesteps": args.steps}
+    reasoner = dataclasses.replace(reasoner, protocol=protocol, flow=flow)
+    opened = [images.open_rgb(path, transparency=protocol.transparency) for path in args.image]
+    questions, bars = [(opened, args.question)], {}
 
     def on_step(number, done, steps):
         bar = bars.setdefault(number, progress.Progress(steps, f"image {number + 1}"))
@@ -117,18 +118,13 @@ def _run(args: argparse.Namespace) -> None:
         if done == steps:
             bar.close()
 
-    traces = interleave.reason(
-        reasoner,
-        questions,
-        jax.random.key(args.seed),
-        generation=generation,
-        always=args.always_draw,
-        flow_changes={} if args.steps is None else {"num_timesteps": args.steps},
-        on_step=on_step,
+    options = interleave.ImageGeneration(args.always_draw, on_step=on_step)
+    answers = interleave.reason(
+        reasoner, questions, jax.random.key(args.seed), options if generation else None
     )
-    _print(traces[0], args.out)
+    _print(answers[0], args.out)
     if args.out:
-        traces_lib.write(args.out, questions, traces)
+        answer_files.write(args.out, questions, answers)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -151,7 +147,7 @@ def _check(args: argparse.Namespace) -> None:
     paths.check("--out", args.out)
     if args.out:
         paths.check_writable("--out", args.out)
-        traces_lib.earlier(args.out)
+        answer_files.earlier(args.out)
     for path in args.image:
         paths.check_given("--image", path)
         if not os.path.isfile(path):
@@ -178,18 +174,18 @@ def _with_flags(protocol: interleave.Protocol, args: argparse.Namespace) -> inte
     return dataclasses.replace(protocol, **changes)
 
 
-def _print(trace: interleave.Trace, out: str) -> None:
+def _print(answer: interleave.Answer, out: str) -> None:
     """Prints the texts and the paths of the images to stdout, the cost to stderr."""
     count = 0
-    for step in trace.steps:
-        if isinstance(step, str):
-            print(step)
+    for part in answer.parts:
+        if isinstance(part, str):
+            print(part)
         else:
             print(f"[image: {os.path.join(out, f'0-{count}.png')}]")
             count += 1
     print(
-        f"{trace.tokens} tokens in {trace.seconds['text']:.1f} s, {count} images in "
-        f"{trace.seconds['drawing']:.1f} s (with compilation)",
+        f"{answer.tokens} tokens in {answer.text_seconds:.1f} s, {count} images in "
+        f"{answer.image_seconds:.1f} s (with compilation)",
         file=sys.stderr,
     )
 

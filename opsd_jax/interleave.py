@@ -9,7 +9,7 @@ Official: inferencer.py, InterleaveInferencer.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,27 +19,33 @@ from PIL import Image
 
 from opsd_jax import context as context_lib
 from opsd_jax import flow, images, rollout, sharding
+from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
 
 VISUAL_THOUGHTS = ("none", "generated")
 Question = tuple[Sequence[Image.Image], str]
 """(Pillow RGB images, text)."""
+Intervention = Callable[[int, int, np.ndarray], np.ndarray | None]
+"""(batch entry, round, generated image uint8 [H, W, 3]) -> the image that the model sees instead of
+the generated one, or None for none.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a question is asked.
+    """Prompt, sizes, decoding and guidance.
 
     Attributes:
       system: system prompt, "" for none.
-      vit: size rule of what the ViT sees, for position tables of the released size.
+      vit: size rule of the images for the ViT, for position tables of the released size.
       two_stages: whether the ViT sees an image after the autoencoder's resize (as the inference
         pipeline does) or the original.
       transparency: see `images.open_rgb`.
-      greedy, temperature, max_new_tokens: of each round of text; the budget counts bos.
+      greedy, temperature, max_new_tokens: decoding of each round of text; max_new_tokens counts
+        bos.
       guidance: "official" (inferencer.py) or "harness".
-      rounds: of text, at most.
+      rounds: largest number of rounds of text.
     """
 
     system: str = context_lib.SYSTEM_INFERENCE
@@ -75,11 +81,11 @@ class Reasoner:
     Attributes:
       config: sizes of the network.
       params: its weights, laid out for the sampler.
-      tokenizer: of the model.
-      protocol: how it is asked.
-      vit, vae: size rules of the ViT and of the autoencoder.
+      tokenizer: the model's tokenizer.
+      protocol: how questions are asked.
+      vit, vae: size rules of images for the ViT and for the autoencoder.
       mesh: devices that batches are placed on; None leaves the placement to JAX (one question).
-      flow: changes to the defaults of `FlowConfig` that belong to the model.
+      flow: changes to the defaults of `FlowConfig` and to the protocol's guidance.
     """
 
     config: ModelConfig
@@ -92,34 +98,51 @@ class Reasoner:
     flow: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass
-class Trace:
-    """The answer to one question.
+@dataclasses.dataclass(frozen=True)
+class ImageGeneration:
+    """When an answer has generated images, and what the model sees of them.
 
     Attributes:
-      steps: texts (str) and generated images (uint8 [H, W, 3]) in order.
-      tokens: number of sampled tokens.
-      seconds: {"text", "drawing"}: spent on text and on image generation by the whole batch.
+      always: whether an image is generated after every round of text but the last, whatever the
+        text says. Otherwise the text asks for it with <image_start>.
+      intervention: replaces the images that enter the context; the answer keeps the generated ones.
+      on_step: called with (round, steps done, steps) during image generation.
     """
 
-    steps: list[str | np.ndarray]
-    tokens: int
-    seconds: dict[str, float]
+    always: bool = False
+    intervention: Intervention | None = None
+    on_step: Callable[[int, int, int], None] | None = None
+
+
+@dataclasses.dataclass
+class Answer:
+    """What the model answers to one question.
+
+    Attributes:
+      parts: texts (str) and generated images (uint8 [H, W, 3]) in order.
+      tokens: number of sampled tokens.
+      text_seconds, image_seconds: time that the whole batch took for text and for images.
+    """
+
+    parts: list[str | np.ndarray] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    text_seconds: float = 0.0
+    image_seconds: float = 0.0
 
     @property
     def text(self) -> str:
         """All texts, joined as the model wrote them."""
-        return "".join(step for step in self.steps if isinstance(step, str))
+        return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
     def images(self) -> list[np.ndarray]:
         """All generated images."""
-        return [step for step in self.steps if not isinstance(step, str)]
+        return [part for part in self.parts if not isinstance(part, str)]
 
 
 @dataclasses.dataclass
-class _Asked:
-    """The contexts of a question by branch of guidance, and the grid of images it may generate.
+class _Contexts:
+    """The contexts of a question, one per branch of guidance.
 
       cond    system, images, question          grows with every round
       text    system, images                    what guidance by text compares with
@@ -134,11 +157,11 @@ class _Asked:
     grid: tuple[int, int] | None
 
 
-def see(image: Image.Image, reasoner: Reasoner) -> tuple[np.ndarray, np.ndarray]:
+def resize_for_model(image: Image.Image, reasoner: Reasoner) -> tuple[np.ndarray, np.ndarray]:
     """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
     if reasoner.protocol.two_stages:  # also where no image is generated
-        pixels, seen = images.two_stage(image, reasoner.vae, reasoner.vit)
-        return seen, pixels
+        vae_pixels, vit_pixels = images.two_stage(image, reasoner.vae, reasoner.vit)
+        return vit_pixels, vae_pixels
     return images.resize(image, reasoner.vit), images.resize(image, reasoner.vae)
 
 
@@ -159,99 +182,107 @@ def reason(
     reasoner: Reasoner,
     questions: Sequence[Question],
     key: jax.Array,
-    *,
-    generation: bool,
-    always: bool = False,
-    flow_changes: Mapping[str, Any] | None = None,
-    change: Callable[[int, int, np.ndarray], np.ndarray | None] | None = None,
-    on_step: Callable[[int, int, int], None] | None = None,
-) -> list[Trace]:
-    """Answers a batch of questions, generating images where the text asks for it.
+    generation: ImageGeneration | None = None,
+) -> list[Answer]:
+    """Answers a batch of questions with text, and with generated images if `generation` is given.
 
     Args:
-      questions: of the batch.
       key: a PRNG key.
-      generation: whether images are generated; False for text alone.
-      always: generate an image after every round but the last, whatever the text says.
-      flow_changes: to `FlowConfig`, over those of the reasoner.
-      change: (batch entry, round, image uint8 [H, W, 3]) -> the image that the model sees instead
-        of the one that it generated, or None for none; the trace keeps what was generated.
-      on_step: called with (round, steps done, steps) during image generation.
     Returns:
-      A trace per question.
+      An answer per question.
     Raises:
       ValueError: `generation` with a model that has no generation expert.
     """
-    protocol, tokenizer, config = reasoner.protocol, reasoner.tokenizer, reasoner.config
-    marker = rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size)
-    sampling = rollout.RolloutConfig(
+    rounds = reasoner.protocol.rounds if generation else 1
+    rollout_config = _rollout_config(reasoner)
+    flow_config = _flow_config(reasoner) if generation else None
+    keys = (jax.random.fold_in(key, n) for n in itertools.count())
+    contexts = [_contexts(reasoner, question, keys, bool(generation)) for question in questions]
+    answers = [Answer() for _ in questions]
+    active = list(range(len(questions)))
+    for number in range(rounds):
+        start = time.perf_counter()
+        batch = [contexts[n] for n in _filled(active, len(questions))]
+        sampled = _sample_texts(reasoner, batch, next(keys), rollout_config)
+        seconds = time.perf_counter() - start
+        texts = [_until_bos(reasoner.tokenizer, ids) for ids in sampled[: len(active)]]
+        for n, ids, text in zip(active, sampled, texts):
+            answers[n].parts.append(text)
+            answers[n].tokens += len(ids)
+            contexts[n].blocks["cond"].append(context_lib.Text(reasoner.tokenizer.encode(text)))
+        for answer in answers:
+            answer.text_seconds += seconds
+        if not generation or not flow_config:
+            break
+        more = generation.always and number + 1 < rounds
+        active = [n for n, text in zip(active, texts) if more or context_lib.MARKER in text]
+        if not active:
+            break
+        start = time.perf_counter()
+        batch = [contexts[n] for n in _filled(active, len(questions))]
+        on_step = _reporter(generation.on_step, number, flow_config.num_timesteps - 1)
+        generated = _generate(reasoner, batch, next(keys), flow_config, on_step)
+        for n, image in zip(active, generated):
+            answers[n].parts.append(image)
+            seen: np.ndarray | None = image
+            if generation.intervention:
+                seen = generation.intervention(n, number, image)
+            if number + 1 < rounds and seen is not None:
+                blocks, _ = _image_blocks(reasoner, images.open_rgb(seen), next(keys), True)
+                contexts[n].blocks["cond"] += blocks
+        seconds = time.perf_counter() - start
+        for answer in answers:
+            answer.image_seconds += seconds
+    return answers
+
+
+def _filled(entries: list[int], size: int) -> list[int]:
+    """Entries of a batch, filled up with the first one.
+
+    The batch keeps its size, so that nothing compiles again.
+    """
+    return entries + entries[:1] * (size - len(entries))
+
+
+def _rollout_config(reasoner: Reasoner) -> RolloutConfig:
+    config, tokenizer, protocol = reasoner.config, reasoner.tokenizer, reasoner.protocol
+    return RolloutConfig(
         model=config,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
-        marker=marker,
+        marker=rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size),
         max_new_tokens=protocol.max_new_tokens,
         greedy=protocol.greedy,
         temperature=protocol.temperature,
         max_image_skips=0,
     )
-    flow_config = _flow_config(reasoner, flow_changes) if generation else None
-    keys = (jax.random.fold_in(key, n) for n in itertools.count())
-    asked = [_ask(reasoner, shown, text, keys, generation) for shown, text in questions]
-    traces = [Trace([], 0, {"text": 0.0, "drawing": 0.0}) for _ in asked]
-    active = list(range(len(asked)))
-    for number in range(protocol.rounds if generation else 1):
-        # The batch keeps its size, so that nothing compiles again: another question takes the
-        # place of those that are done.
-        chosen = active + [active[0]] * (len(asked) - len(active))
-        before = time.perf_counter()
-        packed = _pack([asked[n].blocks["cond"] for n in chosen], reasoner)
-        found = rollout.sample(reasoner.params, packed, next(keys), config=sampling)
-        tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
-        _add_seconds(traces, "text", before)
-        wants = []
-        for b, n in enumerate(active):
-            ids = tokens[b][mask[b]]
-            text = _until_bos(tokenizer, ids)
-            traces[n].steps.append(text)
-            traces[n].tokens += len(ids)
-            asked[n].blocks["cond"].append(context_lib.Text(tokenizer.encode(text)))
-            more = always and number + 1 < protocol.rounds
-            if generation and (context_lib.MARKER in text or more):
-                wants.append(n)
-        if not wants:
-            break
-        before = time.perf_counter()
-        chosen = wants + [wants[0]] * (len(asked) - len(wants))
-        report = on_step and _reporter(on_step, number, flow_config.num_timesteps - 1)
-        generated = _generate(reasoner, [asked[n] for n in chosen], next(keys), flow_config, report)
-        for image, n in zip(generated, wants):
-            traces[n].steps.append(image)
-            seen = change(n, number, image) if change else image
-            if number + 1 < protocol.rounds and seen is not None:
-                blocks, _ = _image_blocks(reasoner, images.open_rgb(seen), next(keys), True)
-                asked[n].blocks["cond"] += blocks
-        _add_seconds(traces, "drawing", before)
-        active = wants
-    return traces
 
 
-def _flow_config(reasoner: Reasoner, changes: Mapping[str, Any] | None) -> flow.FlowConfig:
+def _flow_config(reasoner: Reasoner) -> FlowConfig:
     guidance = flow.HARNESS if reasoner.protocol.guidance == "harness" else {}
-    return flow.FlowConfig(
+    return FlowConfig(
         model=reasoner.config,
         image_start=reasoner.tokenizer.image_start,
         image_end=reasoner.tokenizer.image_end,
-        **{**guidance, **reasoner.flow, **(changes or {})},
+        **{**guidance, **reasoner.flow},
     )
 
 
-def _reporter(on_step: Callable[[int, int, int], None], number: int, steps: int):
-    return lambda done: on_step(number, done, steps)
+def _reporter(
+    on_step: Callable[[int, int, int], None] | None, number: int, steps: int
+) -> Callable[[int], None] | None:
+    """The `on_step` of `flow.generate` in a round."""
+    return on_step and (lambda done: on_step(number, done, steps))
 
 
-def _add_seconds(traces: list[Trace], what: str, before: float) -> None:
-    for trace in traces:
-        trace.seconds[what] += time.perf_counter() - before
+def _sample_texts(
+    reasoner: Reasoner, contexts: list[_Contexts], key: jax.Array, config: RolloutConfig
+) -> list[np.ndarray]:
+    """The token ids that the model samples after each context, int32 [n]."""
+    packed = _pack([own.blocks["cond"] for own in contexts], reasoner)
+    trajectory = rollout.sample(reasoner.params, packed, key, config=config)
+    tokens, mask = np.asarray(trajectory.tokens), np.asarray(trajectory.mask)
+    return [tokens[b][mask[b]] for b in range(len(contexts))]
 
 
 def _until_bos(tokenizer: Tokenizer, ids: np.ndarray) -> str:
@@ -260,30 +291,33 @@ def _until_bos(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     return tokenizer.decode(ids[: stops[0]] if len(stops) else ids)
 
 
-def _ask(
-    reasoner: Reasoner,
-    shown: Sequence[Image.Image],
-    text: str,
-    keys: Iterator[jax.Array],
-    generation: bool,
-) -> _Asked:
-    """The contexts of a question. keys: one is used per image, for the latents' noise."""
-    system, question = (
+def _contexts(
+    reasoner: Reasoner, question: Question, keys: Iterator[jax.Array], generation: bool
+) -> _Contexts:
+    """The contexts of a question before its first round.
+
+    Args:
+      keys: PRNG keys, one per image, of the noise of its latents.
+    """
+    question_images, text = question
+    system_block, question_block = (
         [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
         for t in (reasoner.protocol.system, text)
     )
     image_blocks, grid = [], None
-    for image in shown:
+    for image in question_images:
         blocks, grid = _image_blocks(reasoner, image, next(keys), generation)
         image_blocks += blocks
     if generation and grid is None:  # without an image to take the size from: the largest square
         grid = (reasoner.config.generation.side,) * 2
-    blocks = {
-        "cond": system + image_blocks + question,
-        "text": system + image_blocks,
-        "image": system + question,
-    }
-    return _Asked(blocks, grid)
+    return _Contexts(
+        {
+            "cond": system_block + image_blocks + question_block,
+            "text": system_block + image_blocks,
+            "image": system_block + question_block,
+        },
+        grid,
+    )
 
 
 def _image_blocks(
@@ -291,20 +325,21 @@ def _image_blocks(
 ) -> tuple[list, tuple[int, int] | None]:
     """(blocks of an image in a context: as latents, then as ViT patches; grid of its latents)."""
     config = reasoner.config
-    seen, pixels = see(image, reasoner)
-    blocks, grid = [_image(seen, config.vit.patch_size)], None
-    if generation:
-        sizes = config.generation
-        grid = (pixels.shape[0] // sizes.stride, pixels.shape[1] // sizes.stride)
-        shape = (1, grid[0] * sizes.patch, grid[1] * sizes.patch, sizes.vae.z_channels)
-        values = images.normalize(pixels[None])
-        noise = jax.random.normal(key, shape)
-        latents = flow.encode(reasoner.params, values, noise, config=config)[0]
-        blocks.insert(0, context_lib.Latent(np.asarray(flow.to_tokens(latents, sizes.patch)), grid))
-    return blocks, grid
+    vit_pixels, vae_pixels = resize_for_model(image, reasoner)
+    patches = _patch_block(vit_pixels, config.vit.patch_size)
+    if not generation:
+        return [patches], None
+    sizes = config.generation
+    rows, columns = (side // sizes.stride for side in vae_pixels.shape[:2])
+    shape = (1, rows * sizes.patch, columns * sizes.patch, sizes.vae.z_channels)
+    noise = jax.random.normal(key, shape)
+    pixels = images.normalize(vae_pixels[None])
+    latents = flow.encode(reasoner.params, pixels, noise, config=config)[0]
+    tokens = np.asarray(flow.to_tokens(latents, sizes.patch))
+    return [context_lib.Latent(tokens, (rows, columns)), patches], (rows, columns)
 
 
-def _image(pixels: np.ndarray, patch: int) -> context_lib.Image:
+def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
     grid = (pixels.shape[0] // patch, pixels.shape[1] // patch)
     return context_lib.Image(images.patchify(pixels, patch), grid)
 
@@ -330,30 +365,28 @@ def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
 
 def _generate(
     reasoner: Reasoner,
-    asked: list[_Asked],
+    contexts: list[_Contexts],
     key: jax.Array,
-    config: flow.FlowConfig,
+    config: FlowConfig,
     on_step: Callable[[int], None] | None,
 ) -> list[np.ndarray]:
     """One image per question, uint8 [H, W, 3]."""
-    sizes, grids = reasoner.config.generation, [question.grid for question in asked]
-    size = bucket(max(a * b for a, b in grids))
-    positions, real = flow.layout(grids, size, sizes.side)
-    noise = jax.random.normal(key, (len(asked), size, sizes.latent_dim))
-    contexts = _pack(
-        [question.blocks[branch] for branch in config.branches for question in asked], reasoner
-    )
-    tokens = flow.draw(
-        reasoner.params, contexts, noise, positions, real, config=config, on_step=on_step
+    sizes, grids = reasoner.config.generation, [own.grid for own in contexts]
+    size = bucket(max(rows * columns for rows, columns in grids))
+    positions = flow.latent_positions(grids, size, sizes.side)
+    noise = jax.random.normal(key, (len(contexts), size, sizes.latent_dim))
+    packed = _pack([own.blocks[branch] for branch in config.branches for own in contexts], reasoner)
+    tokens = flow.generate(
+        reasoner.params, packed, noise, positions, config=config, on_step=on_step
     )
     return [
         np.asarray(
             flow.decode(
                 reasoner.params,
-                tokens[b : b + 1, : height * width],
-                grid=(height, width),
+                tokens[b : b + 1, : grid[0] * grid[1]],
+                grid=grid,
                 config=reasoner.config,
             )[0]
         )
-        for b, (height, width) in enumerate(grids)
+        for b, grid in enumerate(grids)
     ]

@@ -136,7 +136,7 @@ def autoencoder_step(state, batch: PaddedImages, key, *, config: AutoencoderConf
       which the model's `shift` and 1 / `scale` should equal.
     """
     vae = config.model.generation.vae
-    _, inside = flow.padded(batch.pixels, batch.sizes)
+    _, inside = flow.normalize_padded(batch.pixels, batch.sizes)
     corners = inside[..., :: vae.downsample, :: vae.downsample]
     share, latent_share = (mask / jnp.maximum(jnp.sum(mask), 1) for mask in (inside, corners))
     noise = jax.random.normal(key, (*corners.shape, vae.z_channels))
@@ -150,7 +150,7 @@ def autoencoder_step(state, batch: PaddedImages, key, *, config: AutoencoderConf
             lambda x: x.reshape(-1, *x.shape[2:]), inputs
         )
         params = params_lib.merge(trainable, frozen)
-        pixels, _ = flow.padded(batch.pixels, batch.sizes)
+        pixels, _ = flow.normalize_padded(batch.pixels, batch.sizes)
         mean, log_variance = bagel.encode_pixels(params, pixels, config=config.model)
         z = mean + jnp.exp(log_variance / 2) * noise
         decoded = bagel.decode_latents(params, vae.scale * (z - vae.shift), config=config.model)

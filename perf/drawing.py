@@ -297,7 +297,7 @@ def main(argv):
     problem = np.asarray(flow.to_tokens(runs[0][0][0], g.patch))
 
     noise = rng.standard_normal((args.batch, grid[0] * grid[1], g.latent_dim), np.float32)
-    positions, real = flow.layout([grid] * args.batch, noise.shape[1], g.side)
+    positions = flow.latent_positions([grid] * args.batch, noise.shape[1], g.side)
     decode, made = compiled(flow.decode, params, jnp.asarray(noise), grid=grid, config=m)
     decoding = report(
         "decode",
@@ -315,30 +315,33 @@ def main(argv):
             num_timesteps=args.steps,
             **{**flow.HARNESS, **scale},
         )
-        inputs = jax.device_put((contexts(args, config, problem), positions, real))
-        prepare, made_prepare = compiled(flow.prepare, params, *inputs, config=config.model)
+        inputs = jax.device_put((contexts(args, config, problem), positions))
+        prepare, made_prepare = compiled(flow.prefill, params, *inputs, config=config.model)
         denoise, runs = None, []
         for _ in range(args.repeats + 1):
-            (canvas, cache), preparing = timed(prepare, params, *inputs)
+            (conditioning, cache), preparing = timed(prepare, params, *inputs)
             x, bounds = jnp.array(noise), (jnp.int32(0), jnp.int32(steps))
             if denoise is None:
                 denoise, made = compiled(
                     flow.denoise,
                     params,
-                    canvas,
+                    conditioning,
                     cache,
                     x,
                     *bounds,
                     config=config,
-                    guided=branches > 1,
                 )
             cache_mib = sum(a.nbytes for a in cache.values()) / MIB
-            (x, cache), denoising = timed(denoise, params, canvas, cache, x, *bounds)
+            (x, cache), denoising = timed(denoise, params, conditioning, cache, x, *bounds)
             runs.append((preparing, denoising))
             del cache
         if not np.isfinite(x).all():
             sys.exit("the drawn latents are not finite")
-        size = {"branches": branches, "context_slots": canvas.slots, "drawn_tokens": noise.shape[1]}
+        size = {
+            "branches": branches,
+            "context_slots": conditioning.context_size,
+            "drawn_tokens": noise.shape[1],
+        }
         preparing = report(
             "prepare", [p for p, _ in runs[1:]], **size, **made_prepare, cache_mib=cache_mib
         )

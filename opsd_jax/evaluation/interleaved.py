@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,13 +21,9 @@ from PIL import Image
 
 from opsd_jax import images, interleave
 from opsd_jax.data.randomness import generator
-from opsd_jax.evaluation import inference, traces
+from opsd_jax.evaluation import answer_files, inference
 from opsd_jax.evaluation.benchmark import Benchmark, Key
-
-Intervention = Callable[[int, int, np.ndarray], np.ndarray | None]
-"""(batch entry, round, generated image uint8 [H, W, 3]) -> the image that the model sees, or None
-for none.
-"""
+from opsd_jax.interleave import Intervention
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,29 +50,34 @@ class InterleavedPredictor:
 
     def __call__(self, number: int, benchmark: Benchmark, keys: list[Key]) -> dict:
         questions = [benchmark.question(key) for key in keys]
-        change = intervention(
-            self.mode, benchmark.name, keys, seed=self.seed, swap_from=self.swap_from
-        )
+        generation = None
+        if self.mode != "none":
+            generation = interleave.ImageGeneration(
+                intervention=intervention(
+                    self.mode, benchmark.name, keys, seed=self.seed, swap_from=self.swap_from
+                )
+            )
         ask = functools.partial(
             interleave.reason,
             self.reasoner,
             inference.filled(questions, self.batch_size),
             jax.random.fold_in(jax.random.key(self.seed), number),
-            generation=self.mode != "none",
-            change=change,
+            generation,
         )
-        found, seconds, compiled = inference.timed(ask)
+        answers, seconds, compiled = inference.timed(ask)
         predictions = []
-        for key, trace in zip(keys, found):  # without those that fill the batch up
-            for n, image in enumerate(trace.images):
-                traces.save_image(image, image_path(self.folder, benchmark.name, key, n))
+        for key, answer in zip(keys, answers):  # without those that fill the batch up
+            for n, image in enumerate(answer.images):
+                answer_files.save_image(image, image_path(self.folder, benchmark.name, key, n))
             predictions.append(
                 {
                     "index": key,
-                    "prediction": traces.as_harness(trace) if self.in_rounds else trace.text,
+                    "prediction": answer_files.as_harness(answer)
+                    if self.in_rounds
+                    else answer.text,
                     "expected": benchmark.expected(key),
-                    "tokens": trace.tokens,
-                    "pictures": len(trace.images),
+                    "tokens": answer.tokens,
+                    "pictures": len(answer.images),
                 }
             )
         return {"predictions": predictions, "seconds": seconds, "compiled": compiled}
@@ -115,7 +115,7 @@ def noise_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def intervention(
     mode: str, name: str, keys: list[Key], *, seed: int, swap_from: str = ""
 ) -> Intervention | None:
-    """What a mode does to generated images of a batch: the `change` of `interleave.reason`.
+    """What a mode does to generated images of a batch: see `interleave.Intervention`.
 
     None for modes that change nothing.
 

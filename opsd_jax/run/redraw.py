@@ -188,15 +188,14 @@ def _generate(
         rounds = 1 + max(len(example.visual_thoughts) for example in part)
         protocol = dataclasses.replace(model.protocol, rounds=rounds)
         questions = [_question(run, example) for example in part]
-        traces = interleave.reason(
+        answers = interleave.reason(
             dataclasses.replace(model, protocol=protocol),
             questions + questions[-1:] * (size - len(part)),
             jax.random.fold_in(key, start),
-            generation=True,
-            always=True,
+            interleave.ImageGeneration(always=True),
         )
-        for example, trace in zip(part, traces):
-            generated = trace.images[: len(example.visual_thoughts)]
+        for example, answer in zip(part, answers):
+            generated = answer.images[: len(example.visual_thoughts)]
             found.append(dataclasses.replace(example, visual_thoughts=tuple(map(_png, generated))))
     return found
 

@@ -134,19 +134,18 @@ def write_generated_images(run: Session, step: FinishedStep) -> None:
     model = model_lib.of_run(run, step.params)
     model = dataclasses.replace(model, protocol=dataclasses.replace(model.protocol, rounds=2))
     examples = step.inputs.examples[:EXAMPLES]
-    traces = interleave.reason(
+    answers = interleave.reason(
         model,
         [_question(run, example) for example in examples],
         jax.random.key(run.config.seed),
-        generation=True,
-        always=True,
+        interleave.ImageGeneration(always=True),
     )
     lines = []
-    for n, (example, trace) in enumerate(zip(examples, traces)):
-        shown = images.montage([[*example.pixels[:2], trace.images[0]]])
+    for n, (example, answer) in enumerate(zip(examples, answers)):
+        shown = images.montage([[*example.pixels[:2], answer.images[0]]])
         run.writer.image(step.number, f"drawing{n}", shown)
         source = example.example
-        lines.append(f"{source.pid}, expected {source.answer!r}: " + trace.text)
+        lines.append(f"{source.pid}, expected {source.answer!r}: " + answer.text)
     run.writer.text(step.number, "drawings", "\n".join(lines))
 
 
@@ -191,7 +190,7 @@ def _reconstruction(run: Session, params, pixels: np.ndarray) -> np.ndarray:
     generation = run.model.generation
     height, width = (side // generation.stride for side in pixels.shape[:2])
     grid = (1, height * generation.patch, width * generation.patch, generation.vae.z_channels)
-    padded, _ = flow.padded(pixels[None], np.array([pixels.shape[:2]]))
+    padded, _ = flow.normalize_padded(pixels[None], np.array([pixels.shape[:2]]))
     latents = flow.encode(params, padded, jnp.zeros(grid), config=run.model)
     tokens = flow.to_tokens(latents, generation.patch)
     decoded = flow.decode(params, tokens, grid=(height, width), config=run.model)

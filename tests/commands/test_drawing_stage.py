@@ -133,8 +133,8 @@ class Saying(tiny.ByteTokenizer):
 
 @pytest.mark.slow
 def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
-    """Velocities and texts after the same latents are those that `generate.reason` finds when it
-    draws.
+    """Velocities and texts after the same latents are those that `interleave.reason` finds when it
+    generates images.
     """
     config = tiny_config()
     model, params = config_lib.model(config), tiny.params(tiny.DRAWING)
@@ -162,8 +162,8 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     monkeypatch.setattr(
         interleave,
         "_generate",
-        lambda _, asked, *rest: (
-            contexts.append(list(asked[0].blocks["cond"])),
+        lambda _, found, *rest: (
+            contexts.append(list(found[0].blocks["cond"])),
             [row.pixels[1]],
         )[1],
     )
@@ -176,7 +176,7 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
             drawer,
             [([picture.convert("RGB")], row.example.question)],
             jax.random.key(0),
-            generation=True,
+            interleave.ImageGeneration(),
         )
     asked, drawing, answering = contexts
     trained = {"drawing": blocks[:5], "answering": blocks[:5] + blocks[6:8]}
@@ -214,13 +214,13 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     velocity = bagel.velocity(params, hidden[:, 200 + begin : 200 + 2 * begin], config=model)
 
     behind = tiny.pack([fill(drawing)], slots=200, patches=80, latents=len(problem), **sizes)
-    positions, real = flow.layout([grid], len(thought), DRAWN.side)
-    canvas, cache = flow.prepare(params, behind, positions, real, config=model)
+    positions = flow.latent_positions([grid], len(thought), DRAWN.side)
+    conditioning, cache = flow.prefill(params, behind, positions, config=model)
     sampler = flow.FlowConfig(
         model, tiny.TOKENIZER.image_start, tiny.TOKENIZER.image_end, text_scale=1.0
     )
     found, _ = flow.velocities(
-        params, canvas, cache, x[:, begin : 2 * begin], jnp.float32(t), config=sampler
+        params, conditioning, cache, x[:, begin : 2 * begin], jnp.float32(t), config=sampler
     )
     np.testing.assert_allclose(found[0], velocity, atol=2e-5)
 

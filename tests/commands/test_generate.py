@@ -14,7 +14,7 @@ import tiny
 from opsd_jax import context, generate, images, interleave, rollout, tokenizer
 from opsd_jax.data import examples
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import montage, traces
+from opsd_jax.evaluation import answer_files, montage
 
 
 def picture(seed, height, width):
@@ -36,6 +36,7 @@ def model():
         protocol,
         images.Resize(4, 24, 8),
         images.Resize(8, 48, 16),
+        flow={"num_timesteps": 3},
     )
 
 
@@ -55,17 +56,18 @@ def kinds(blocks):
     return "".join(type(block).__name__[0] for block in blocks)  # Text, Image, Latent
 
 
-def run(model, questions, seed=0, **kwargs):
+def run(model, questions, seed=0, generation=None):
     with tiny.quick_compiles():
-        return interleave.reason(model, questions, jax.random.key(seed), **kwargs)
+        return interleave.reason(model, questions, jax.random.key(seed), generation)
 
 
-FEW = {"num_timesteps": 3}
+ALWAYS = interleave.ImageGeneration(always=True)
+WHEN_ASKED = interleave.ImageGeneration()
 
 
 def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
-    (trace,) = run(model, [([picture(0, 12, 16)], "what?")], generation=False)
-    image = interleave._image(images.resize(picture(0, 12, 16), model.vit), 4)
+    (answer,) = run(model, [([picture(0, 12, 16)], "what?")])
+    image = interleave._patch_block(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
         context.Text(tiny.TOKENIZER.encode("sys")),
         image,
@@ -81,25 +83,26 @@ def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     )
     ids = found.tokens[0][found.mask[0]]
     assert (
-        trace.steps == [tiny.TOKENIZER.decode(ids)]
-        and trace.tokens == len(ids)
-        and trace.images == []
+        answer.parts == [tiny.TOKENIZER.decode(ids)]
+        and answer.tokens == len(ids)
+        and answer.images == []
     )
 
 
 def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     steps = []
-    (trace,) = run(
+    (answer,) = run(
         model,
         [([picture(0, 16, 16), picture(1, 24, 16)], "what?")],
-        generation=True,
-        always=True,
-        flow_changes=FEW,
-        on_step=lambda *seen: steps.append(seen),
+        generation=interleave.ImageGeneration(
+            always=True, on_step=lambda *seen: steps.append(seen)
+        ),
     )
-    assert [type(step) for step in trace.steps] == [str, np.ndarray, str, np.ndarray, str]
+    assert [type(part) for part in answer.parts] == [str, np.ndarray, str, np.ndarray, str]
     # as large as the last image is for the autoencoder, and not all of one colour
-    assert all(p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in trace.images)
+    assert all(
+        p.shape == (24, 16, 3) and p.dtype == np.uint8 and p.std() > 0 for p in answer.images
+    )
     assert steps == [(0, 2, 2), (1, 2, 2)]
     text, drawn, again, drawn_again, last = recorded
     assert [kinds(r) for r in text] == ["TLILIT"]
@@ -109,11 +112,11 @@ def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     assert [kinds(r) for r in drawn_again] == ["TLILITTLIT", "TLILI", "TT"]
     assert [kinds(r) for r in last] == ["TLILITTLITLI"]
     # the generated image is what the model sees next
-    seen, pixels = interleave.see(images.open_rgb(trace.images[0]), model)
+    seen, pixels = interleave.resize_for_model(images.open_rgb(answer.images[0]), model)
     np.testing.assert_array_equal(again[0][-1].patches, images.patchify(seen, 4))
     assert again[0][-2].grid == (pixels.shape[0] // 8, pixels.shape[1] // 8)
     # the text goes back as the ids of its string
-    np.testing.assert_array_equal(drawn[0][-1].ids, tiny.TOKENIZER.encode(trace.steps[0]))
+    np.testing.assert_array_equal(drawn[0][-1].ids, tiny.TOKENIZER.encode(answer.parts[0]))
 
 
 class Saying(tiny.ByteTokenizer):
@@ -139,45 +142,43 @@ def saying(model, *texts):
     ],
 )
 def test_it_generates_images_when_the_text_asks_and_stops_when_it_does_not(model, texts, shape):
-    (trace,) = run(
-        saying(model, *texts), [([picture(0, 16, 16)], "what?")], generation=True, flow_changes=FEW
-    )
-    assert "".join("t" if isinstance(step, str) else "p" for step in trace.steps) == shape
-    assert trace.text == "".join(texts)
+    (answer,) = run(saying(model, *texts), [([picture(0, 16, 16)], "what?")], generation=WHEN_ASKED)
+    assert "".join("t" if isinstance(part, str) else "p" for part in answer.parts) == shape
+    assert answer.text == "".join(texts)
 
 
 def test_text_only_answers_generate_no_image(model):
-    (trace,) = run(
+    (answer,) = run(
         saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], generation=False
     )
-    assert trace.steps == ["<image_start>"]
+    assert answer.parts == ["<image_start>"]
 
 
 def test_rows_of_a_batch_go_their_own_ways(model):
     """The second row generates an image, the first one does not; the batch keeps its size."""
     questions = [([picture(0, 24, 16)], "a?"), ([picture(1, 24, 16)], "longer?")]
     first, second = run(
-        saying(model, "no", "<image_start>", "done"), questions, generation=True, flow_changes=FEW
+        saying(model, "no", "<image_start>", "done"), questions, generation=WHEN_ASKED
     )
-    assert first.steps == ["no"]
+    assert first.parts == ["no"]
     assert (
-        second.steps[0] == "<image_start>"
-        and second.steps[2] == "done"
+        second.parts[0] == "<image_start>"
+        and second.parts[2] == "done"
         and second.images[0].shape == (24, 16, 3)
     )
 
 
 def test_text_of_a_batch_is_that_of_each_question_alone(model):
     questions = [([picture(0, 16, 16)], "a?"), ([], "a longer one?")]
-    together = [trace.text for trace in run(model, questions, generation=False)]
-    assert together == [run(model, [question], generation=False)[0].text for question in questions]
+    together = [answer.text for answer in run(model, questions)]
+    assert together == [run(model, [question])[0].text for question in questions]
 
 
 def test_seeds_generate_different_images(model):
     def draw(seed):
         asked = [([picture(0, 16, 16)], "a")]
-        (trace,) = run(model, asked, seed, generation=True, always=True, flow_changes=FEW)
-        return trace.images[0]
+        (answer,) = run(model, asked, seed, ALWAYS)
+        return answer.images[0]
 
     first = draw(0)
     np.testing.assert_array_equal(draw(0), first)
@@ -186,8 +187,8 @@ def test_seeds_generate_different_images(model):
 
 def test_without_images_it_generates_the_largest_square(model):
     keys = iter(jax.random.split(jax.random.key(0), 3))
-    assert interleave._ask(model, [], "a", keys, True).grid == (6, 6)
-    assert interleave._ask(model, [picture(0, 16, 24)], "a", keys, True).grid == (2, 3)
+    assert interleave._contexts(model, ([], "a"), keys, True).grid == (6, 6)
+    assert interleave._contexts(model, ([picture(0, 16, 24)], "a"), keys, True).grid == (2, 3)
 
 
 def test_text_is_cut_at_another_bos():
@@ -203,13 +204,13 @@ def test_sizes_of_the_release_and_in_proportion():
 
 def test_one_or_two_resizes(model):
     shown = picture(0, 10, 30)
-    seen, pixels = interleave.see(shown, model)
+    seen, pixels = interleave.resize_for_model(shown, model)
     np.testing.assert_array_equal(seen, images.resize(shown, model.vit))
     np.testing.assert_array_equal(pixels, images.resize(shown, model.vae))
     twice = dataclasses.replace(
         model, protocol=dataclasses.replace(model.protocol, two_stages=True)
     )
-    seen, again = interleave.see(shown, twice)
+    seen, again = interleave.resize_for_model(shown, twice)
     np.testing.assert_array_equal(seen, images.resize(Image.fromarray(pixels), model.vit))
     np.testing.assert_array_equal(again, pixels)
 
@@ -357,18 +358,18 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
 # --- a folder that is used again
 
 
-def trace_of(*steps):
-    return interleave.Trace(list(steps), 3, {"text": 0.1, "drawing": 0.2})
+def answer_of(*parts):
+    return interleave.Answer(list(parts), 3, 0.1, 0.2)
 
 
 def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
     image = picture(0, 8, 8)
     pixels, question = np.asarray(image), ([image], "what?")
     (tmp_path / "mine.png").touch()
-    traces.write(
+    answer_files.write(
         str(tmp_path),
         [question] * 2,
-        [trace_of("a", pixels, "b", pixels, "c"), trace_of("x", pixels)],
+        [answer_of("a", pixels, "b", pixels, "c"), answer_of("x", pixels)],
     )
     assert {p.name for p in tmp_path.iterdir()} == {
         "mine.png",
@@ -380,7 +381,7 @@ def test_results_in_a_reused_folder_are_replaced_all_of_them(tmp_path):
         "1.png",
         "1-0.png",
     }
-    traces.write(str(tmp_path), [question], [trace_of("a", pixels)])
+    answer_files.write(str(tmp_path), [question], [answer_of("a", pixels)])
     assert {p.name for p in tmp_path.iterdir()} == {"mine.png", "0.json", "0.png", "0-0.png"}
 
 

@@ -456,5 +456,5 @@ def test_a_run_is_evaluated_and_answers(run):
         answering.config.lora == LORA
         and adapters(answering.params).keys() == adapters(abstract(model())).keys()
     )
-    (trace,) = interleave.reason(answering, [([], "Why?")], jax.random.key(0), generation=False)
-    assert trace.tokens > 0 and trace.text == "".join(trace.steps)
+    (answer,) = interleave.reason(answering, [([], "Why?")], jax.random.key(0))
+    assert answer.tokens > 0 and answer.text == "".join(answer.parts)

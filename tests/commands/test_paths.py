@@ -12,7 +12,7 @@ from opsd_jax import convert, eval, generate, redraw, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import prepare
 from opsd_jax.diagnose import __main__ as diagnose
-from opsd_jax.evaluation import traces
+from opsd_jax.evaluation import answer_files
 from opsd_jax.inputs import paths
 from opsd_jax.plan import __main__ as plan
 from opsd_jax.run import cli
@@ -75,7 +75,7 @@ READ = {
     # and functions that are called without a command
     "parquet.make_mini": lambda p: parquet.make_mini(p, families=("chart",), counts={"test": 1}),
     "visual_opsd.prepare": lambda p: prepare.prepare("s", p),
-    "generate.write": lambda p: traces.write(p, [], []),
+    "generate.write": lambda p: answer_files.write(p, [], []),
     "metrics.Writer": lambda p: metrics.Writer(p),
 }
 ORBAX = {

@@ -31,13 +31,11 @@ def workdir(tmp_path, monkeypatch):
     (work / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     calls = []
 
-    def reason(model, questions, key, *, generation, always):
-        assert generation and always and model.protocol.rounds == 2
+    def reason(model, questions, key, generation):
+        assert generation.always and model.protocol.rounds == 2
         calls.append(len(questions))
         return [
-            interleave.Trace(
-                ["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2, {}
-            )
+            interleave.Answer(["a", np.full((8, 8, 3), sum(map(ord, q)) % 251, np.uint8), "b"], 2)
             for _, q in questions
         ]
 

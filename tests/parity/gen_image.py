@@ -81,24 +81,19 @@ def padded(tokens):
     )
 
 
-def canvas_of(blocks, grid, whole_model, tokenizer, config):
-    """(packed contexts, positions, real, Canvas, cache) of rows of blocks."""
+def prefilled(blocks, grid, whole_model, tokenizer, config):
+    """(packed contexts, Conditioning, cache) of rows of blocks."""
     model, params = whole_model
     packed = pack(blocks, tokenizer, model, bucket(blocks, model))
-    positions, real = flow.layout([grid], math.prod(grid) + SPARE, model.generation.side)
-    return (
-        packed,
-        positions,
-        real,
-        *flow.prepare(params, packed, positions, real, config=config.model),
-    )
+    positions = flow.latent_positions([grid], math.prod(grid) + SPARE, model.generation.side)
+    return packed, *flow.prefill(params, packed, positions, config=config.model)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def raw_velocities(params, canvas, cache, x, times, *, config):
+def raw_velocities(params, conditioning, cache, x, times, *, config):
     """x [N, B, G, C], times [N] -> [N, R, B, G, C]."""
     return jax.lax.map(
-        lambda at: flow.velocities(params, canvas, cache, *at, config=config)[0], (x, times)
+        lambda at: flow.velocities(params, conditioning, cache, *at, config=config)[0], (x, times)
     )
 
 
@@ -120,15 +115,16 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
         ]
     settings = all_branches(config, tokenizer)
     assert settings.branches == tuple(BRANCHES.values())
-    packed, positions, real, canvas, cache = canvas_of(
+    packed, conditioning, cache = prefilled(
         [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
     )
-    equal(positions[real], tensors["packed_vae_position_ids"])
+    positions = conditioning.positions
+    equal(positions.ids[positions.real], tensors["packed_vae_position_ids"])
     for r, name in enumerate(BRANCHES):
         length = facts[name]["kv_len"]
         assert (packed.length[r], packed.next_position[r]) == (length, facts[name]["rope"])
         rope = tensors["packed_position_ids" if name == "cond" else f"{name}_position_ids"]
-        equal(np.full(real.sum() + 2, canvas.rope[r]), rope)
+        equal(np.full(positions.real.sum() + 2, conditioning.rope[r]), rope)
         used = packed.segment[r] > 0
         places = packed.latents.order[r, used]
         for match, wanted in matching(tensors, rf"([kv])_(?:layer(\d+)|last)_{name}"):
@@ -148,18 +144,19 @@ def test_gen_image_steps(goldens, drawing, whole_model, tokenizer):
     assert configs
     _, contexts, grid = scene(tensors, facts, whole_model, tokenizer)
     settings = all_branches(model, tokenizer)
-    _, _, real, canvas, cache = canvas_of(
+    _, conditioning, cache = prefilled(
         [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
     )
     # All steps of all runs in one program.
     x = np.concatenate([padded(tensors[f"run{n}.x_traj"][:-1]) for n in configs])[:, None]
     times = np.concatenate([flow.timesteps(config)[:-1] for config in configs.values()])
-    found = np.asarray(raw_velocities(params, canvas, cache, x, times, config=settings))
+    found = np.asarray(raw_velocities(params, conditioning, cache, x, times, config=settings))
     guide = jax.jit(flow.guide, static_argnames="config")
+    real = conditioning.positions.real
     for n, config in configs.items():
         run, steps = facts["runs"][n], config.num_timesteps - 1
         v, found = found[:steps], found[steps:]
-        # Officially a branch is evaluated if its own scale is above 1, even where guidance is off.
+        # The official code evaluates a branch whose scale is above 1, even where guidance is off.
         evaluated = [0, *[1] * (run["cfg_text_scale"] > 1), *[2] * (run["cfg_img_scale"] > 1)]
         for branch, name in zip(evaluated, ("cond", "second", "third")):
             compare(close, v[0, branch, 0, :-SPARE], tensors, f"run{n}.step0_branch_{name}")
@@ -182,34 +179,33 @@ def test_gen_image_steps(goldens, drawing, whole_model, tokenizer):
             )
 
 
-def test_gen_image_draw(goldens, drawing, whole_model, tokenizer):
-    """`flow.draw`, every run from noise to pixels."""
+def test_gen_image_generate(goldens, drawing, whole_model, tokenizer):
+    """`flow.generate`, every run from noise to pixels."""
     tensors, facts = read(goldens, "gen_image", drawing)
     model, params = whole_model
     _, contexts, grid = scene(tensors, facts, whole_model, tokenizer)
     assert len(tensors["init_noise"]) == math.prod(grid)
-    positions, real = flow.layout([grid], math.prod(grid) + SPARE, model.generation.side)
+    positions = flow.latent_positions([grid], math.prod(grid) + SPARE, model.generation.side)
     for n, run in enumerate(facts["runs"]):
         config = flow_config(model, tokenizer, run)
         rows = [contexts[name] for name in config.branches]
         sizes = bucket(list(contexts.values()), model)
-        drawn = flow.draw(
+        tokens = flow.generate(
             params,
             pack(rows, tokenizer, model, sizes),
             padded(tensors["init_noise"])[None],
             positions,
-            real,
             config=config,
         )[:, :-SPARE]
-        close(drawn[0], tensors[f"run{n}.final_latent_tokens"], f"run {n}")
-        latents = flow.to_latents(drawn, grid, model.generation.patch)
+        close(tokens[0], tensors[f"run{n}.final_latent_tokens"], f"run {n}")
+        latents = flow.to_latents(tokens, grid, model.generation.patch)
         compare(close, np.moveaxis(latents, -1, -3)[0], tensors, f"run{n}.final_latent_chw")
         if f"run{n}.decoded_preclamp" in tensors:
             pixels = np.asarray(decode_latents(params, latents, config=model))[0]
             close(pixels, hwc(tensors[f"run{n}.decoded_preclamp"]), f"run {n}")
         if f"run{n}.image_u8" in tensors:
             wanted = tensors[f"run{n}.image_u8"]
-            pixels = np.asarray(flow.decode(params, drawn, grid=grid, config=model))[0]
+            pixels = np.asarray(flow.decode(params, tokens, grid=grid, config=model))[0]
             assert pixels.dtype == np.uint8 and pixels.shape == wanted.shape
             apart = np.abs(pixels.astype(int) - wanted)
             # Values are truncated: rounding errors of the floats turn some just below a whole
@@ -224,12 +220,12 @@ def test_flow_velocity(goldens, whole_model, tokenizer):
     model, params = whole_model
     _, contexts, grid = scene(source, {**there, **facts}, whole_model, tokenizer)
     settings = all_branches(model, tokenizer)
-    _, _, _, canvas, cache = canvas_of(
+    _, conditioning, cache = prefilled(
         [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
     )
     times = np.array(facts["t"], np.float32)
     x = np.tile(padded(tensors["x_t"]), (len(times), 1, 1, 1))
-    found = np.asarray(raw_velocities(params, canvas, cache, x, times, config=settings))[
+    found = np.asarray(raw_velocities(params, conditioning, cache, x, times, config=settings))[
         :, :, 0, :-SPARE
     ]
     wanted = matching(tensors, r"v\.(\w+)\.t(\d+)")

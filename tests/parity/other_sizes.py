@@ -7,6 +7,7 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import flow, rollout
+from opsd_jax.method_config import RENORMS
 from opsd_jax.model import bagel
 from opsd_jax.release import load as load_lib
 from parity.gen_image import padded
@@ -138,8 +139,8 @@ def test_other_sizes_draw(tmp_path):
     guided = [0.3 < time <= 0.9 for time in times[:-1]]
     assert not guided[0] and any(guided)
     packed = pack(contexts, tokenizer, model, bucket(contexts, model))
-    positions, real = flow.layout([grid], len(initial) + SPARE, generation.side)
-    for renorm in flow.RENORMS:
+    positions = flow.latent_positions([grid], len(initial) + SPARE, generation.side)
+    for renorm in RENORMS:
         config = flow.FlowConfig(
             model,
             tokenizer.image_start,
@@ -163,13 +164,13 @@ def test_other_sizes_draw(tmp_path):
             renorm=renorm,
             renorm_min=0.2,
         )
-        drawn = flow.draw(params, packed, padded(initial)[None], positions, real, config=config)[
+        found = flow.generate(params, packed, padded(initial)[None], positions, config=config)[
             :, :-SPARE
         ]
-        close(drawn[0], wanted, renorm)
+        close(found[0], wanted, renorm)
 
     def square(tokens):
         return np.asarray(flow.to_latents(tokens, grid, 3))
 
-    image = decode_latents(params, square(drawn), config=model)[0]
+    image = decode_latents(params, square(found), config=model)[0]
     close(image, hwc(reference.decode(np.moveaxis(square(wanted), -1, 0))))

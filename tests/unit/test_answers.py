@@ -15,6 +15,7 @@ from PIL import Image
 from opsd_jax import interleave
 from opsd_jax import params as params_lib
 from opsd_jax.evaluation import (
+    answer_files,
     benchmark,
     comparison,
     inference,
@@ -23,7 +24,6 @@ from opsd_jax.evaluation import (
     store,
     summary_tables,
     tables,
-    traces,
 )
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import evaluate
@@ -226,11 +226,11 @@ def test_what_a_changed_image_is(tmp_path):
 def test_a_swap_shows_what_the_next_row_drew(tmp_path):
     shade = {(1, 0): 10, (3, 0): 30, (3, 1): 31, (5, 0): 50}
     for (row, number), value in shade.items():
-        traces.save_image(
+        answer_files.save_image(
             np.full((4, 4, 3), value, np.uint8),
             interleaved.image_path(str(tmp_path), "T", row, number),
         )
-    traces.save_image(
+    answer_files.save_image(
         np.zeros((4, 4, 3), np.uint8), interleaved.image_path(str(tmp_path), "T-2", 4, 0)
     )
     swap = interleaved.intervention(
@@ -256,14 +256,14 @@ def test_images_of_any_index_stay_in_their_folder(tmp_path):
     for shade, key in enumerate(keys):
         path = interleaved.image_path(str(tmp_path), "T", key, 0)
         assert pathlib.Path(path).resolve().parent == tmp_path / "pictures" / "T"
-        traces.save_image(np.full((4, 4, 3), shade, np.uint8), path)
+        answer_files.save_image(np.full((4, 4, 3), shade, np.uint8), path)
     swap = interleaved.intervention("generated-swap", "T", keys, seed=0, swap_from=str(tmp_path))
     assert [int(swap(b, 0, None)[0, 0, 0]) for b in range(2)] == [1, 0]
 
 
 def test_the_form_of_the_harness():
-    trace = interleave.Trace(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5, {})
-    assert traces.as_harness(trace) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"
+    answer = interleave.Answer(["a<image_start>", np.zeros((2, 2, 3)), "b"], 5)
+    assert answer_files.as_harness(answer) == "Round_0:\na<image_start>\n[Image]\nRound_1:\nb"
 
 
 # --- benchmarks

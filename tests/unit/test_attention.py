@@ -468,18 +468,18 @@ def test_scores_and_their_gradients_are_the_same():
 def test_an_image_is_generated_the_same(params):
     rng = np.random.default_rng(3)
     contexts = pack([[text(n), image(rng, (2, 2))] for n in (3, 5, 2)], slots=16)
-    positions, real = flow.layout([(2, 2)], 4, DRAWING.generation.side)
+    positions = flow.latent_positions([(2, 2)], 4, DRAWING.generation.side)
     noise = rng.standard_normal((1, 4, DRAWING.generation.latent_dim), np.float32)
 
-    def draw(model):
+    def generate(model):
         config = flow.FlowConfig(
             model, TOKENIZER.image_start, TOKENIZER.image_end, num_timesteps=3, interval=(0, 1)
         )
-        return np.asarray(flow.draw(params, contexts, noise, positions, real, config=config))
+        return np.asarray(flow.generate(params, contexts, noise, positions, config=config))
 
-    expected = draw(DRAWING)
+    expected = generate(DRAWING)
     assert np.abs(expected - noise).max() > 0.1
-    np.testing.assert_allclose(draw(dataclasses.replace(DRAWING, **FLASH)), expected, atol=2e-5)
+    np.testing.assert_allclose(generate(dataclasses.replace(DRAWING, **FLASH)), expected, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import tiny
 from opsd_jax import flow, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.context import Image, Latent, Text
+from opsd_jax.method_config import RENORMS
 from opsd_jax.model import bagel
 from tiny import DRAWING, TOKENIZER, image, latent
 
@@ -451,7 +452,7 @@ def guided_by_hand(cond, text, image, config):
 
 @pytest.mark.parametrize("minimum", [0.0, 0.5])
 @pytest.mark.parametrize("scales", [(3.0, 1.5), (4.0, 1.0), (1.2, 2.0)])
-@pytest.mark.parametrize("renorm", flow.RENORMS)
+@pytest.mark.parametrize("renorm", RENORMS)
 def test_guidance(rng, renorm, scales, minimum):
     """Two images of 5 and 3 tokens; padding holds huge values."""
     config = config_of(
@@ -485,7 +486,7 @@ GRIDS, TOKENS = [(2, 3), (1, 2)], 7
 def scene():
     """Two images to generate after three contexts each.
 
-    The first follows an image that was drawn before.
+    The first follows an image that was generated before.
     """
     rng = np.random.default_rng(7)
     words, before, seen, system = (
@@ -513,22 +514,21 @@ def contexts_of(scene, branches, images=(0, 1), slots=20):
     )
 
 
-def drawn(params, scene, config, images=(0, 1), tokens=TOKENS, **kwargs):
-    positions, real = flow.layout([GRIDS[n] for n in images], tokens, SIDE)
+def generated(params, scene, config, images=(0, 1), tokens=TOKENS, **kwargs):
+    positions = flow.latent_positions([GRIDS[n] for n in images], tokens, SIDE)
     return np.asarray(
-        flow.draw(
+        flow.generate(
             params,
             contexts_of(scene, config.branches, images),
             scene.noise[list(images), :tokens],
             positions,
-            real,
             config=config,
             **kwargs,
         )
     )
 
 
-def drawn_by_hand(params, scene, n, config):
+def generated_by_hand(params, scene, n, config):
     """Euler steps over whole forwards, the block in its real order after each context."""
     grid, count = GRIDS[n], GRIDS[n][0] * GRIDS[n][1]
     grid_points = np.linspace(1, 0, config.num_timesteps)
@@ -567,10 +567,10 @@ def drawn_by_hand(params, scene, n, config):
 )
 def test_image_generation_equals_the_definition(params, scene, case, guided):
     config = config_of(**case)
-    found = drawn(params, scene, config)
+    found = generated(params, scene, config)
     assert found.shape == (2, TOKENS, C) and found.dtype == np.float32
     for n, (rows, columns) in enumerate(GRIDS):
-        expected, steps = drawn_by_hand(params, scene, n, config)
+        expected, steps = generated_by_hand(params, scene, n, config)
         assert steps == guided
         assert np.abs(expected - scene.noise[n, : rows * columns]).max() > 0.5  # it went somewhere
         np.testing.assert_allclose(found[n, : rows * columns], expected, atol=2e-3)
@@ -579,7 +579,7 @@ def test_image_generation_equals_the_definition(params, scene, case, guided):
 def test_guidance_matters(params, scene):
     """The cases of the test above differ by far more than its tolerance."""
     results = [
-        drawn(params, scene, config_of(**{**MIDDLE, **other}))
+        generated(params, scene, config_of(**{**MIDDLE, **other}))
         for other in ({}, flow.HARNESS, {"text_scale": 1.0})
     ]
     for n, (rows, columns) in enumerate(GRIDS):
@@ -593,11 +593,11 @@ def test_guidance_matters(params, scene):
 
 def test_image_generation_in_pieces_equals_one_call(params, scene):
     config, done = config_of(**MIDDLE), []
-    at_once = drawn(params, scene, config)
+    at_once = generated(params, scene, config)
     for every, expected in ((3, [2, 5, 6, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [2, 6, 7])):
         done.clear()
         np.testing.assert_array_equal(
-            drawn(params, scene, config, on_step=done.append, every=every), at_once
+            generated(params, scene, config, on_step=done.append, every=every), at_once
         )
         assert done == expected
 
@@ -605,20 +605,20 @@ def test_image_generation_in_pieces_equals_one_call(params, scene):
 def test_images_of_a_batch_do_not_touch(params, scene):
     """The first alone, without padding tokens; the second beside another one."""
     config = config_of(**MIDDLE)
-    together = drawn(params, scene, config)
+    together = generated(params, scene, config)
     np.testing.assert_allclose(
-        together[0, :6], drawn(params, scene, config, images=(0,), tokens=6)[0], atol=2e-4
+        together[0, :6], generated(params, scene, config, images=(0,), tokens=6)[0], atol=2e-4
     )
-    exchanged = drawn(params, scene, config, images=(1, 0))
+    exchanged = generated(params, scene, config, images=(1, 0))
     np.testing.assert_allclose(together[1, :2], exchanged[0, :2], atol=2e-4)
-    twice = drawn(params, scene, config, images=(0, 0))
+    twice = generated(params, scene, config, images=(0, 0))
     np.testing.assert_allclose(twice[0, :6], together[0, :6], atol=2e-4)
 
 
 def test_arguments_survive_and_nothing_recompiles(params, scene):
-    """Drawing again with other contexts, noise and pieces takes the programs that are there."""
+    """Other contexts, noise and pieces need no further programs."""
     config = config_of(num_timesteps=9, interval=(0.5, 0.95))
-    positions, real = map(jnp.asarray, flow.layout(GRIDS, TOKENS, SIDE))
+    positions = jax.device_put(flow.latent_positions(GRIDS, TOKENS, SIDE))
     contexts, noise = jax.device_put(contexts_of(scene, config.branches)), jnp.asarray(scene.noise)
     other = jax.device_put(
         contexts_of(
@@ -628,22 +628,20 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
     )
 
     def programs():
-        return [f._cache_size() for f in (flow.prepare, flow.denoise, flow._first_branch)]
+        return [f._cache_size() for f in (flow.prefill, flow.denoise, flow._cond_branch)]
 
     start = programs()
-    first = flow.draw(params, contexts, noise, positions, real, config=config)
+    first = flow.generate(params, contexts, noise, positions, config=config)
     after = programs()
     assert after[1] - start[1] == 2  # with guidance and without
-    again = flow.draw(params, contexts, noise, positions, real, config=config)
+    again = flow.generate(params, contexts, noise, positions, config=config)
     np.testing.assert_array_equal(first, again)
-    flow.draw(params, other, noise + 1, positions, real, config=config)
-    flow.draw(
-        params, contexts, noise, positions, real, config=config, on_step=lambda n: None, every=2
+    flow.generate(params, other, noise + 1, positions, config=config)
+    flow.generate(
+        params, contexts, noise, positions, config=config, on_step=lambda n: None, every=2
     )
     assert programs() == after
-    assert not any(
-        x.is_deleted() for x in jax.tree.leaves((params, contexts, noise, positions, real))
-    )
+    assert not any(x.is_deleted() for x in jax.tree.leaves((params, contexts, noise, positions)))
     np.testing.assert_array_equal(noise, scene.noise)
 
 
@@ -659,24 +657,22 @@ def test_steps_do_not_copy_the_cache(guided):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows, slots, keys = 3 if guided else 1, 2048, 2048 + 2 + 4
-    canvas = flow.Canvas(
+    conditioning = flow.Conditioning(
         segment=struct(rows, keys),
         rope=struct(rows),
-        positions=struct(1, 4),
-        real=struct(1, 4, dtype=bool),
-        slots=slots,
+        positions=flow.LatentPositions(struct(1, 4), struct(1, 4, dtype=bool)),
+        context_size=slots,
     )
     cache = jax.eval_shape(lambda: bagel.init_cache(rows, keys, config=model))
     params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
     lowered = flow.denoise.lower(
         params,
-        canvas,
+        conditioning,
         cache,
         struct(1, 4, C, dtype=jnp.float32),
         struct(),
         struct(),
         config=config,
-        guided=guided,
     )
     jax.config.update("jax_disable_most_optimizations", False)
     memory = lowered.compile().memory_analysis()
@@ -686,15 +682,16 @@ def test_steps_do_not_copy_the_cache(guided):
     assert memory.temp_size_in_bytes < size / 2, (memory.temp_size_in_bytes, size)
 
 
-def test_layout():
-    positions, real = flow.layout([(2, 3), (1, 1), (6, 1)], 7, 6)
-    assert positions.tolist() == [[0, 1, 2, 6, 7, 8, 0], [0] * 7, [0, 6, 12, 18, 24, 30, 0]]
+def test_latent_positions():
+    positions = flow.latent_positions([(2, 3), (1, 1), (6, 1)], 7, 6)
+    ids, real = positions.ids, positions.real
+    assert ids.tolist() == [[0, 1, 2, 6, 7, 8, 0], [0] * 7, [0, 6, 12, 18, 24, 30, 0]]
     assert real.sum(axis=1).tolist() == [6, 1, 6] and (np.diff(real.astype(int)) <= 0).all()
-    assert positions.dtype == np.int32 and real.dtype == bool
+    assert ids.dtype == np.int32 and real.dtype == bool
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
-        flow.layout([(1, 7)], 7, 6)
+        flow.latent_positions([(1, 7)], 7, 6)
     with pytest.raises(ValueError):
-        flow.layout([(2, 4)], 7, 6)
+        flow.latent_positions([(2, 4)], 7, 6)
 
 
 # ---- the loss
@@ -754,10 +751,10 @@ def test_gradients_of_the_loss(params, mixed):
 def test_contexts_of_a_branch_that_is_missing(params, rng):
     """Short of branches, indexing would quietly take another one's velocity."""
     packed = pack([[text(rng, 3)]], slots=5, patches=0)
-    positions, real = flow.layout([(1, 2)], 2, SIDE)
+    positions = flow.latent_positions([(1, 2)], 2, SIDE)
     with pytest.raises(
         ValueError, match="1 images with the branches cond, text, image need 3 contexts, .* not 1"
     ):
-        flow.draw(
-            params, packed, np.zeros((1, 2, C), np.float32), positions, real, config=config_of()
+        flow.generate(
+            params, packed, np.zeros((1, 2, C), np.float32), positions, config=config_of()
         )

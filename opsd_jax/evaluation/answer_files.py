@@ -1,8 +1,8 @@
-"""Files of generated answers: their texts, their images, an overview.
+"""Files of answers: their texts, their generated images, an overview.
 
-N.json     question, steps, tokens and seconds of answer N
+N.json     question, texts and names of images, number of tokens and seconds of answer N
 N-K.png    its K-th generated image
-N.png      all of it in one image
+N.png      question, texts and images in one image
 """
 
 import os
@@ -17,17 +17,17 @@ from opsd_jax.evaluation import montage
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.runtime import files
 
-_RESULT = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # names of the files that `write` makes
+_NAME = re.compile(r"\d+\.json|\d+(-\d+)?\.png")  # of a file that `write` makes
 
 
 def earlier(directory: str) -> list[str]:
-    """Paths of the files that an earlier `write` left in a folder, as its N.json list them.
+    """Paths of the files that an earlier `write` left in a folder, according to each N.json.
 
     Raises:
-      ValueError: other files have such names. They would be taken for results, or be lost.
+      ValueError: other files have such names. They would be taken for results, or be overwritten.
     """
     names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    names = [name for name in names if _RESULT.fullmatch(name)]
+    names = [name for name in names if _NAME.fullmatch(name)]
     known = set()
     for name in (n for n in names if n.endswith(".json")):
         try:
@@ -39,7 +39,7 @@ def earlier(directory: str) -> list[str]:
     if strange := [name for name in names if name not in known]:
         raise ValueError(
             f"--out={directory} holds {', '.join(strange[:5])}, which no earlier answer there "
-            "names: results have such names, so give another folder, or delete them"
+            "names: answers are written under such names, so give another folder, or delete them"
         )
     return [os.path.join(directory, name) for name in names]
 
@@ -47,35 +47,35 @@ def earlier(directory: str) -> list[str]:
 def write(
     directory: str,
     questions: Sequence[interleave.Question],
-    traces: Sequence[interleave.Trace],
+    answers: Sequence[interleave.Answer],
 ) -> list[str]:
     """Writes the files of each answer; returns the paths of the overviews, N.png.
 
-    All results that an earlier call left in the folder are replaced.
+    All files that an earlier call left in the folder are replaced.
     """
     paths.check_given("--out", directory)
     os.makedirs(directory, exist_ok=True)
     for path in earlier(directory):
         os.remove(path)
     overviews = []
-    for n, ((shown, question), trace) in enumerate(zip(questions, traces)):
-        steps, images = [], 0
-        for step in trace.steps:
-            if isinstance(step, str):
-                steps.append({"text": step})
+    for n, ((images, text), answer) in enumerate(zip(questions, answers)):
+        steps, count = [], 0
+        for part in answer.parts:
+            if isinstance(part, str):
+                steps.append({"text": part})
                 continue
-            steps.append({"picture": f"{n}-{images}.png"})
-            save_image(step, os.path.join(directory, steps[-1]["picture"]))
-            images += 1
+            steps.append({"picture": f"{n}-{count}.png"})
+            save_image(part, os.path.join(directory, steps[-1]["picture"]))
+            count += 1
         record = {
-            "question": question,
+            "question": text,
             "steps": steps,
-            "tokens": trace.tokens,
-            "seconds": trace.seconds,
+            "tokens": answer.tokens,
+            "seconds": {"text": answer.text_seconds, "drawing": answer.image_seconds},
         }
         files.write_json(os.path.join(directory, f"{n}.json"), record)
         overviews.append(os.path.join(directory, f"{n}.png"))
-        save_image(montage.column([*shown, question, *trace.steps]), overviews[-1])
+        save_image(montage.column([*images, text, *answer.parts]), overviews[-1])
     return overviews
 
 
@@ -86,12 +86,12 @@ def save_image(image: Image.Image | np.ndarray, path: str) -> None:
         image.save(f, format="PNG")
 
 
-def as_harness(trace: interleave.Trace) -> str:
-    """A trace in the form in which the public harness keeps answers with images."""
+def as_harness(answer: interleave.Answer) -> str:
+    """An answer in the form in which the public harness keeps answers with images."""
     parts, rounds = [], 0
-    for step in trace.steps:
-        if isinstance(step, str):
-            parts.append(f"Round_{rounds}:\n{step}")
+    for part in answer.parts:
+        if isinstance(part, str):
+            parts.append(f"Round_{rounds}:\n{part}")
             rounds += 1
         else:
             parts.append("[Image]")
