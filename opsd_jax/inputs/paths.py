@@ -1,7 +1,8 @@
 """Which paths are accepted: every command checks every path here, before it does anything.
 
 Paths of mounted file systems are accepted. An address such as gs://bucket/x is refused: `os` would
-take it for a local folder named `gs:`. Buckets are used through a mount, see docs/guides/several-machines.md.
+take it for a local folder named `gs:`. Buckets are used through a mount, see
+docs/guides/several-machines.md.
 """
 
 import os

@@ -83,8 +83,9 @@ def _version(package: str) -> str | None:
 def bill(
     program: programs.Program, topology: topology_lib.Topology, hbm: float | None = None
 ) -> dict[str, Any]:
-    """Compiles a program and says what it takes of each device; docs/performance/plan.md has every entry.
+    """Compiles a program and says what it takes of each device.
 
+    docs/performance/plan.md describes every entry.
     A program that does not fit even alone comes back with `fits` False and what the compiler said
     it needs; other errors of the compiler are raised.
 
