@@ -41,7 +41,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
+            "ruff>=0.9",  # formats signatures
+        ],
         # libtpu compiles for TPUs without one, which tests of `plan` do
         "dev": [
             "pytest>=8",

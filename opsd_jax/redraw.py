@@ -36,8 +36,10 @@ def main(argv=None) -> None:
         type=cli.names,
         help="splits to generate images for; the others that the run uses are copied",
     )
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="examples per batch (default: 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and noise (default: 0)")
     args = parser.parse_args(argv)
     try:
         with stopping.stoppable("the same command continues after the last whole file") as stop:

@@ -53,16 +53,34 @@ def _parser() -> argparse.ArgumentParser:
         help="<Task>/data/train-*.parquet, the released layout, or one task",
     )
     prepare.add_argument("--target", required=True, help="the TFDS data_dir to write")
-    prepare.add_argument("--on_bad_row", default="fail", choices=("fail", "skip"))
+    prepare.add_argument(
+        "--on_bad_row",
+        default="fail",
+        choices=("fail", "skip"),
+        help="what to do about rows that cannot be trained on; skip names them in report.json "
+        "(default: fail)",
+    )
     prepare.add_argument("--limit", type=int, help="first rows of each split only")
-    prepare.add_argument("--overwrite", action="store_true")
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace rows prepared from other files"
+    )
     mini = commands.add_parser("make-mini", help="make procedural tasks and prepare them")
-    mini.add_argument("--target", required=True)
-    mini.add_argument("--families", default=tuple(tasks.FAMILIES), type=cli.names)
+    mini.add_argument("--target", required=True, help="the TFDS data_dir to write")
+    mini.add_argument(
+        "--families",
+        default=tuple(tasks.FAMILIES),
+        type=cli.names,
+        help=f"{', '.join(tasks.FAMILIES)}; several separated by commas (default: all)",
+    )
     for split, count in (("train", 4000), ("validation", 512), ("test", 512)):
         mini.add_argument(f"--{split}", type=int, default=count, help="examples of each family")
-    mini.add_argument("--difficulty", default="default", choices=("easy", "default", "hard"))
-    mini.add_argument("--seed", type=int, default=0)
+    mini.add_argument(
+        "--difficulty",
+        default="default",
+        choices=("easy", "default", "hard"),
+        help="named settings of each family",
+    )
+    mini.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
     return parser
 
 

@@ -86,6 +86,7 @@ def bill(
     """Compiles a program and says what it takes of each device.
 
     docs/performance/plan.md describes every entry.
+
     A program that does not fit even alone comes back with `fits` False and what the compiler said
     it needs; other errors of the compiler are raised.
 

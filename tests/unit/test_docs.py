@@ -11,6 +11,7 @@ import pathlib
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import small_run
 import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, context
@@ -29,6 +31,7 @@ PAGES = {
     for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 }
 pages = pytest.mark.parametrize("page", PAGES)
+SITE = [page for page in PAGES if page.startswith("docs/")]
 
 
 def tables(text: str):
@@ -50,6 +53,38 @@ def tables(text: str):
 def blocks(text: str) -> list[tuple[str, str]]:
     """(language, content) of the fenced blocks."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def shell_blocks(text: str) -> list[tuple[str, str]]:
+    """(how it is tested, content) of the blocks of shell commands.
+
+    The first is the comment in the line before: "test: run", "test: FILE::TEST", "needs: WHAT"; ""
+    without one.
+    """
+    found = re.findall(
+        r"^(?:<!-- ([^\n]*) -->\n)?```bash\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE
+    )
+    return [(how, content) for how, content in found]
+
+
+def commands(content: str) -> list[list[str]]:
+    """The words of each command of a block, without comments."""
+    lines = content.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@functools.cache
+def generate():
+    """docs/generate.py, which is no package."""
+    return load("docs/generate.py")
+
+
+def load(path: str):
+    """The module in a Python file outside of the package."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def leaves(config, prefix="") -> dict:
@@ -152,10 +187,47 @@ def test_arms_of_the_miniature():
 
 
 def get_config(path: str):
-    spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config
+    return load(path).get_config
+
+
+def test_what_the_code_knows_is_up_to_date():
+    """`python docs/generate.py` would change nothing."""
+    for path, update in generate().PARTS.items():
+        page = PAGES[f"docs/{path}"]
+        assert update(page) == page, f"docs/{path} is out of date: run python docs/generate.py"
+
+
+def test_every_option_of_every_command_has_a_meaning():
+    text = PAGES["docs/reference/commands.md"]
+    found = re.findall(r"<!-- options of (.*) -->", text)
+    assert {name.split()[0] for name in found} == set(all_commands())
+    rows = [row for row in tables(text) if "option" in row]
+    assert len(rows) > 50
+    for row in rows:
+        meaning = re.sub(r"^required; ?|\(default: .*\)", "", row["meaning"])
+        assert re.search(r"\w", meaning) or row["option"] == "--batch_size", row
+
+
+def all_commands() -> list[str]:
+    """Names of the commands: every module of the package that can be run, but no part of one."""
+    found = []
+    for path in sorted((ROOT / "opsd_jax").rglob("*.py")):
+        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            found.append((path.parent if path.stem == "__main__" else path).stem)
+    return found
+
+
+def test_a_setting_with_choices_names_them():
+    """In its meaning, or in its default. A page that the meaning links to may do so instead."""
+    rows = {row["key"]: row["meaning"] for row in tables(PAGES["docs/reference/configuration.md"])}
+    for key, setting in config_lib.settings().items():
+        if key.endswith(".freeze"):
+            continue  # the groups of image generation are not listed: most stages never train them
+        if setting.rule and setting.rule.kind is str:
+            meaning = rows.get(key) or rows[key.partition(".")[2]]
+            named = meaning + repr(setting.default)
+            absent = [choice for choice in setting.rule.allowed if choice not in named]
+            assert not absent or "](" in meaning, f"{key} does not name {absent}"
 
 
 @pages
@@ -196,18 +268,61 @@ def test_commands_and_paths_exist(page):
         is_command = spec and 'if __name__ == "__main__"' in pathlib.Path(spec.origin).read_text()
         assert is_command, f"{page}: no command python -m {module}"
     for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./-]*[\w/]", text):
-        assert (ROOT / path).exists(), f"{page} names {path}, which is not there"
+        assert (ROOT / path).exists() or "NAME" in path, f"{page} names {path}, which is not there"
     for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
         if path != "FILE":
             get_config(path)(*[arg] if arg else [])
     known = leaves(config_lib.default())
     for key in re.findall(r"--config\.([\w.]+)=", text):
-        assert key in known or key == "a.b", f"{page}: no setting {key}"
+        is_placeholder = key == "a.b" or key.endswith(".NAME")
+        assert key in known or is_placeholder, f"{page}: no setting {key}"
     groups = {key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)}
     for name in re.findall(rf"`((?:{'|'.join(config_lib.default())})\.(?!md|py)[\w.]*\w)", text):
         assert name in known or name in groups or is_in_package(name), (
             f"{page}: no setting or function {name}"
         )
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_every_shell_block_says_how_it_is_tested(page):
+    for how, content in shell_blocks(PAGES[page]):
+        kind, _, what = how.partition(": ")
+        assert kind in ("test", "needs") and what, f"{page}: no comment before\n{content}"
+        path, _, name = what.partition("::")
+        if kind == "test" and what != "run":
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert f"def {name}(" in text, f"{page}: no test {what}"
+
+
+@pytest.mark.parametrize("page", [*SITE, "README.md"])
+def test_options_of_commands_exist(page):
+    """Of commands in blocks and in the text; those in blocks are read by the command's parser."""
+    for _, content in shell_blocks(PAGES[page]):
+        for words in commands(content.replace("&&", "\n")):
+            if "-m" in words and words[words.index("-m") + 1].startswith("opsd_jax."):
+                check_command(page, words[words.index("-m") + 1 :])
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for command in re.findall(r"`python -m (opsd_jax\.[^`]*)`", prose):
+        check_command(page, shlex.split(command.replace("\n", " ")), whole=False)
+
+
+def check_command(page: str, words: list[str], whole: bool = True) -> None:
+    """Checks the options of a command. whole: whether its parser accepts it as it is written."""
+    module, *arguments = words
+    name, sub = module.removeprefix("opsd_jax."), ""
+    if arguments and not arguments[0].startswith("-") and arguments[0] != "...":
+        sub = re.split(r"\\?\|", arguments[0])[0]
+    known = {option for option, _ in generate().options(name, sub)} | {"--help", "--verbosity"}
+    given = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    unknown = {g for g in given if g not in known and not g.startswith("--config.")}
+    assert not unknown, f"{page}: {name} has no {', '.join(sorted(unknown))}"
+    is_absl = "--config" in known
+    if whole and not is_absl and "|" not in " ".join(arguments) and "..." not in arguments:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                generate().parser_of(name).parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: {' '.join(words)}: {said.getvalue()}")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -275,21 +390,42 @@ def test_figure_of_the_contexts():
         assert drawn[role] == [*packed.positions[0, : packed.length[0]], *behind]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
-def test_code_runs_and_prints_what_it_says(page, tmp_path):
-    """Blocks of a page in order; /tmp is a folder of the test. Of shell commands those that make
-    data.
-    """
-    from opsd_jax.data import __main__ as data
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What the pages call W and /tmp/opsd-mini: a finished run, and the commands done on it."""
+    workdir = tmp_path_factory.mktemp("docs") / "run"
+    shutil.copytree(small_run.trained(tmp_path_factory), workdir)
+    return workdir, set()
 
-    here = functools.partial(re.sub, r"/tmp/", f"{tmp_path}/")
+
+def executed(page: str) -> bool:
+    return "```python" in PAGES[page] or "<!-- test: run -->" in PAGES[page]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_compiles")
+@pytest.mark.parametrize("page", list(filter(executed, PAGES)))
+def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory):
+    """Blocks of a page in order; /tmp is a folder of the test, W a small finished run. Of shell
+    commands those that are marked, each once in all pages.
+    """
+    workdir, done = run
+
+    def here(text):
+        text = re.sub(r"/tmp/opsd-mini(?![\w-])|(?<![\w/.-])W(?=/|\s|$)", str(workdir), text)
+        return text.replace("/tmp/", f"{tmp_path}/")
+
     namespace, printed = {}, None
-    for language, content in blocks(PAGES[page]):
-        if language == "bash":
-            for command in content.replace("\\\n", " ").splitlines():
-                if "opsd_jax.data" in command:
-                    data.main(shlex.split(here(command))[3:])
+    for how, language, content in re.findall(
+        r"^(?:<!-- ([^\n]*) -->\n)?```(\w+)\n(.*?)^```$",
+        PAGES[page],
+        flags=re.DOTALL | re.MULTILINE,
+    ):
+        if language == "bash" and how == "test: run":
+            for words in commands(here(content)):
+                if str(tmp_path) in " ".join(words) or tuple(words) not in done:
+                    execute(words, tmp_path_factory)
+                    done.add(tuple(words))
         elif language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(here(content), page, "exec"), namespace)  # noqa: S102  our own pages
@@ -298,3 +434,46 @@ def test_code_runs_and_prints_what_it_says(page, tmp_path):
             assert printed.endswith(content)  # TFDS prints its own lines before
             printed = None
     assert not printed, f"{page} does not show what its last block prints: {json.dumps(printed)}"
+
+
+def execute(words: list[str], tmp_path_factory) -> None:
+    """Runs a command of a page in this process; training in one of its own, with small sizes."""
+    module, arguments = words[2], words[3:]
+    if module == "opsd_jax.train":
+        config = [a for a in arguments if a.startswith("--config=")]
+        small = [f"--config.{key}={value}" for key, value in small_run.CHANGES.items()]
+        others = [a for a in arguments if a not in config]
+        command = [sys.executable, "-m", module, *config, *small, *others]
+        done = small_run.run(command, env=small_run.environment(tmp_path_factory))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return
+    spec = importlib.util.find_spec(module)
+    package = "" if spec.submodule_search_locations is None else ".__main__"
+    importlib.import_module(module + package).main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_compiles")
+def test_keys_of_the_files_of_a_run_are_documented(run):
+    """Every key that a run wrote is in docs/reference/file-formats.md, in the part about its
+    file.
+    """
+    workdir, _ = run
+    parts = re.split(r"^## ", PAGES["docs/reference/file-formats.md"], flags=re.MULTILINE)
+    known = {part.partition("\n")[0]: set(re.findall(r"`([^`\s]+)`", part)) for part in parts}
+
+    def check(part, keys):
+        generic = {re.sub(r"^(eval|kl)/[^/]*", r"\1/<task>", key) for key in keys}
+        generic = {re.sub(r"^eval/<task>/.*", "eval/<task>/<mode>", key) for key in generic}
+        assert generic <= known[part], f"{part} does not describe {sorted(generic - known[part])}"
+
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        check("metrics.jsonl", json.loads(line))
+    for folder in (workdir / "eval").glob("000*"):
+        summary = json.loads((folder / "summary.json").read_text())
+        check("summary.json", summary)
+        for found in {**summary.get("benchmarks", {}), **summary.get("tasks", {})}.values():
+            check("summary.json", found)
+        if (folder / "predictions.jsonl").exists():
+            line = (folder / "predictions.jsonl").read_text().partition("\n")[0]
+            check("predictions.jsonl", json.loads(line))
