@@ -24,6 +24,11 @@ CHECKED = (
     "opsd_jax.divergence",
     "opsd_jax.model.attention",
     "opsd_jax.model.flash",
+    "opsd_jax.model.latent",
+    "opsd_jax.model.layers",
     "opsd_jax.model.masks",
+    "opsd_jax.model.mot",
+    "opsd_jax.model.siglip",
+    "opsd_jax.model.vae",
     "opsd_jax.optimizer",
 )

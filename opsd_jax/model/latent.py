@@ -7,7 +7,9 @@ Official: modeling/bagel/modeling_utils.py, bagel.py.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
+from opsd_jax.array_types import AnyArray
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.model.layers import dense, matrix_init
 from opsd_jax.model.siglip import sincos_table
@@ -15,7 +17,7 @@ from opsd_jax.model.siglip import sincos_table
 _FREQUENCIES = 128
 
 
-def sinusoid(times):
+def sinusoid(times: Float[AnyArray, "*any"]) -> Float32[Array, "*any 256"]:
     """Embedding of flow times [...] in [0, 1]: float32 [..., 256].
 
     128 cosines, then 128 sines, of t * 10000 ** (-i / 128).
@@ -52,7 +54,12 @@ class LatentPath(nn.Module):
             "position_table", lambda *_: jnp.asarray(sincos_table(c.side, d))
         )
 
-    def __call__(self, tokens, times, positions):
+    def __call__(
+        self,
+        tokens: Float[AnyArray, "B G C"],
+        times: Float[AnyArray, "_ _"],
+        positions: Int[AnyArray, "B G"],
+    ) -> Float[Array, "B G D"]:
         x = dense(tokens, self.in_kernel, self.in_bias)
         wave = sinusoid(times).astype(x.dtype)
         time = dense(
@@ -62,5 +69,5 @@ class LatentPath(nn.Module):
         )
         return x + time + self.position_table[positions].astype(x.dtype)
 
-    def velocity(self, hidden):
+    def velocity(self, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any C"]:
         return dense(hidden, self.out_kernel, self.out_bias).astype(jnp.float32)

@@ -9,11 +9,15 @@ Letters: as in `attention`; L layers, D embedding.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from opsd_jax import sharding
+from opsd_jax.array_types import AnyArray
 from opsd_jax.model import attention, masks
 from opsd_jax.model.config import LLMConfig, LoRAConfig, ModelConfig
 from opsd_jax.model.layers import dense, matrix_init
+
+Cache = dict[str, Float[Array, "L B S K h"]]  # "k" and "v" of all layers
 
 
 def _residual(layers):
@@ -21,9 +25,11 @@ def _residual(layers):
     return nn.initializers.variance_scaling(0.5 / layers, "fan_in", "truncated_normal")
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(
+    x: Float[AnyArray, "*any D"], scale: Float[AnyArray, " D"], eps: float
+) -> Float[Array, "*any D"]:
     """RMS norm of x [..., D] over the last axis, in float32; keeps the dtype of x."""
-    y = x.astype(jnp.float32)
+    y = jnp.asarray(x, jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale).astype(x.dtype)
 
@@ -80,7 +86,9 @@ class Expert(nn.Module):
         low = dense(x, getattr(self, f"{name}_lora_a"))
         return y + self.lora.scale * dense(low, getattr(self, f"{name}_lora_b"))
 
-    def qkv(self, x):
+    def qkv(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
         """x [B, T, D] -> normalised q [B, T, H, h] and k [B, T, K, h], and v [B, T, K, h].
 
         Rotary positions are not applied yet.
@@ -95,7 +103,9 @@ class Expert(nn.Module):
         k = rms_norm(heads(self._dense("k", x, self.k_bias)), self.k_norm, c.rms_norm_eps)
         return q, k, heads(self._dense("v", x, self.v_bias))
 
-    def output(self, x, attended):
+    def output(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T _"]
+    ) -> Float[Array, "B T D"]:
         """Residual stream x [B, T, D] with attention output [B, T, H * h] and gated MLP added."""
         x = x + self._dense("o", attended)
         with jax.named_scope("mlp"):
@@ -158,10 +168,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The decoder stack with its embedding table and output head.
 
-    `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache
-    {"k", "v": [L, B, S, K, h]} the new keys are written at columns offset .. offset + T - 1 of its
-    S columns, and queries attend to all columns that `mask` (an `masks.Mask`) allows. The last
-    `latents` of the T positions are latent tokens. Returns (hidden, cache).
+    `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache the
+    new keys are written at columns offset .. offset + T - 1 of its S columns, and queries attend to
+    all columns that the mask allows. positions: rope positions [B, T], or [B, 1] if all are equal.
+    The last `latents` of the T positions are latent tokens. Returns (hidden, cache).
 
     groups: `attention.Groups`. Their shares of attention in each layer, float32 [L, B, M, N], are
       then a third result; None for no record.
@@ -174,7 +184,15 @@ class Decoder(nn.Module):
     latents: int = 0
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache=None, offset=0, groups=None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[AnyArray, "B _"],
+        mask: masks.Mask,
+        cache: Cache | None = None,
+        offset: Int[Array, ""] | int = 0,
+        groups: attention.Groups | None = None,
+    ):
         c = self.config.llm
         self.param(
             "embed", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
@@ -187,7 +205,7 @@ class Decoder(nn.Module):
             )
         rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
         record = None if groups is None else (mask, groups)
-        mask = masks.lay_out(mask, x.shape[1], self.config.attention)
+        laid = masks.lay_out(mask, x.shape[1], self.config.attention)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan, CSE cannot undo it
@@ -199,7 +217,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast,) * 4,
             unroll=self.config.unroll,
         )(self.config, self.latents, name="layers")
-        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, mask, offset, record)
+        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, laid, offset, record)
         cut = x.shape[1] - self.latents
         norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         hidden = rms_norm(x[:, :cut], norm, c.rms_norm_eps)

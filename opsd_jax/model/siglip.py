@@ -9,22 +9,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opsd_jax import sharding
+from opsd_jax.array_types import AnyArray
 from opsd_jax.model import attention, masks
 from opsd_jax.model.config import ViTConfig
 from opsd_jax.model.layers import dense, matrix_init
 
 
-def layer_norm(x, scale, bias, eps):
+def layer_norm(
+    x: Float[AnyArray, "*any E"],
+    scale: Float[AnyArray, " E"],
+    bias: Float[AnyArray, " E"],
+    eps: float,
+) -> Float[Array, "*any E"]:
     """Layer norm of x [..., E] over the last axis in float32; keeps the dtype of x."""
-    y = x.astype(jnp.float32)
+    y = jnp.asarray(x, jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * scale + bias).astype(x.dtype)
 
 
-def gelu(x):
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """GELU in its tanh approximation, as in the official model."""
     return jax.nn.gelu(x, approximate=True)
 
@@ -57,7 +64,9 @@ class Layer(nn.Module):
         )
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(
+        self, x: Float[Array, "B P E"], mask: Bool[Array, "B _ _"] | masks.Plan
+    ) -> tuple[Float[Array, "B P E"], None]:
         c = self.config
         x = sharding.constrain_batch(x)
         y = self._norm(x, "norm1")
@@ -87,7 +96,12 @@ class Encoder(nn.Module):
     query_block: int = 0
 
     @nn.compact
-    def __call__(self, patches, positions, image):
+    def __call__(
+        self,
+        patches: Float[AnyArray, "B P C"],
+        positions: Int[AnyArray, "B P"],
+        image: Int[AnyArray, "B P"],
+    ) -> Float[Array, "B P E"]:
         c = self.config
         x = dense(
             patches,
@@ -132,7 +146,9 @@ class Connector(nn.Module):
     side: int
 
     @nn.compact
-    def __call__(self, x, positions):
+    def __call__(
+        self, x: Float[Array, "B P E"], positions: Int[AnyArray, "B P"]
+    ) -> Float[Array, "B P D"]:
         d, zeros = self.hidden_size, nn.initializers.zeros
         y = gelu(
             dense(
@@ -148,7 +164,7 @@ class Connector(nn.Module):
         return y + table[positions].astype(y.dtype)
 
 
-def sincos_table(side: int, width: int) -> np.ndarray:
+def sincos_table(side: int, width: int) -> Float32[np.ndarray, "{side}*{side} {width}"]:
     """Fixed embeddings of the 2-D positions of side x side patches, float32 [side * side, width].
 
     Entry `r * side + c` belongs to image row r and column c. The first half of its channels encodes

@@ -8,7 +8,9 @@ in the released checkpoints, see `params.find`.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from opsd_jax.array_types import AnyArray
 from opsd_jax.model import attention
 from opsd_jax.model.config import VAEConfig
 
@@ -28,22 +30,28 @@ class Conv(nn.Module):
     pad: int | tuple[tuple[int, int], tuple[int, int]] = 1
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[AnyArray, "N H W C"]) -> Float[Array, "N _ _ {self.features}"]:
         init = nn.initializers.lecun_normal()
         kernel = self.param("conv_kernel", init, (self.size, self.size, x.shape[-1], self.features))
         bias = self.param("conv_bias", nn.initializers.zeros, (self.features,))
         return convolve(x, kernel, bias, self.stride, self.pad)
 
 
-def convolve(x, kernel, bias, stride=1, pad=1):
+def convolve(
+    x: Float[AnyArray, "N H W C"],
+    kernel: Float[AnyArray, "k k C D"],
+    bias: Float[AnyArray, " D"],
+    stride: int = 1,
+    pad: int | tuple[tuple[int, int], tuple[int, int]] = 1,
+) -> Float[Array, "N _ _ D"]:
     """Convolution of x [N, H, W, C] with kernel [k, k, C, D], plus bias [D]: [N, H', W', D].
 
     Computed in the dtype of x. pad: as in `Conv`.
     """
     pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
     y = jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
+        jnp.asarray(x),
+        jnp.asarray(kernel, x.dtype),
         (stride, stride),
         pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -51,13 +59,15 @@ def convolve(x, kernel, bias, stride=1, pad=1):
     return y + bias.astype(x.dtype)
 
 
-def group_norm(x, scale, bias):
+def group_norm(
+    x: Float[AnyArray, "N H W C"], scale: Float[AnyArray, " C"], bias: Float[AnyArray, " C"]
+) -> Float[Array, "N H W C"]:
     """Group norm of x [N, H, W, C] over 32 groups of channels and all pixels of an image.
 
     Computed in float32; keeps the dtype of x.
     """
     n, h, w, c = x.shape
-    y = x.astype(jnp.float32).reshape(n, h * w, _GROUPS, c // _GROUPS)
+    y = jnp.asarray(x, jnp.float32).reshape(n, h * w, _GROUPS, c // _GROUPS)
     mean = jnp.mean(y, axis=(1, 3), keepdims=True)
     y = y - mean
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + _EPS)
@@ -92,7 +102,7 @@ class ResBlock(_Layers):
     features: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W {self.features}"]:
         y = self.conv("conv1", jax.nn.silu(self.norm("norm1", x)), self.features)
         y = self.conv("conv2", jax.nn.silu(self.norm("norm2", y)), self.features)
         if x.shape[-1] != self.features:
@@ -106,7 +116,7 @@ class AttentionBlock(_Layers):
     query_block: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         n, h, w, c = x.shape
         y = self.norm("norm", x)
         q, k, v = (self.conv(name, y, c, size=1).reshape(n, h * w, 1, c) for name in "qkv")
@@ -122,7 +132,7 @@ class Encoder(_Layers):
     query_block: int = 0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[AnyArray, "N H W 3"]) -> Float[Array, "N h w _"]:
         c = self.config
         last = len(c.multipliers) - 1
         x = self.conv("conv_in", x, c.channels)
@@ -144,7 +154,7 @@ class Decoder(_Layers):
     query_block: int = 0
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[AnyArray, "N h w z"]) -> Float[Array, "N H W 3"]:
         c = self.config
         x = _middle(self.conv("conv_in", x, c.channels * c.multipliers[-1]), self.query_block)
         for level in reversed(range(len(c.multipliers))):

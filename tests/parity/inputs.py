@@ -119,7 +119,8 @@ def first_layers(config, params, part, count):
 
 def normed(hidden, config, params):
     """A golden residual stream after the final norm, for models that were cut off."""
-    return jax.jit(mot.rms_norm)(hidden, params["llm"]["norm"], config.llm.rms_norm_eps)
+    norm = jax.jit(mot.rms_norm, static_argnames="eps")
+    return norm(hidden, params["llm"]["norm"], eps=config.llm.rms_norm_eps)
 
 
 def jsd_config(settings, **more):
