@@ -152,6 +152,29 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchesConfig:
+    """How the batches of one stage are made; the values that `batches` takes from several groups.
+
+    Attributes:
+      stage: one of STAGES.
+      size: number of examples of the global batch.
+      seed: seed of the schedule and of noise.
+      visual_thoughts: what the teacher sees, one of context.VISUAL_THOUGHTS.
+      mix: ratios of the layouts of traces, {layout: ratio}; {} for a stage without traces.
+      generation: whether batches also hold images as the autoencoder sees them.
+      data: shares of the tasks, what happens to examples that fit no bucket, threads.
+    """
+
+    stage: str
+    size: int
+    seed: int
+    visual_thoughts: str
+    mix: Mapping[str, int]
+    generation: bool
+    data: DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherImages:
     """What the teacher sees in place of the visual thoughts (`teacher`)."""
 
@@ -466,6 +489,25 @@ def lora(config: ConfigDict) -> LoRAConfig | None:
     """The adapters of the understanding expert; None where they are off."""
     c = config.lora
     return LoRAConfig(c.rank, c.alpha, tuple(c.targets)) if c.rank else None
+
+
+def data(config: ConfigDict) -> DataConfig:
+    """The data of a run and how batches of them are made."""
+    c = config.data
+    return DataConfig(**{**c, "make": MakeConfig(**c.make), "buckets": BucketsConfig(**c.buckets)})
+
+
+def batches(config: ConfigDict, stage: str) -> BatchesConfig:
+    """How the batches of a stage are made."""
+    return BatchesConfig(
+        stage=stage,
+        size=config[stage].batch_size,
+        seed=config.seed,
+        visual_thoughts=config.teacher.visual_thoughts,
+        mix={**config[stage].get("mix", {})},
+        generation=draws(config, stage),
+        data=data(config),
+    )
 
 
 def prompts(config: ConfigDict) -> context.Prompts:

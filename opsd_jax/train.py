@@ -97,7 +97,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
     with controls.Arms(config.run_arms, workdir, sys.argv[1:]) as arms:
-        train(config, workdir, on_warm=arms.start)
+        _train(config, workdir, workdir, arms.start)
         arms.finish()
     if config.run_arms:
         print(report_table.write(workdir, config.run_arms))
@@ -126,7 +126,7 @@ def train(
     data_workdir: str = "",
     on_warm: Callable[[], None] = _do_nothing,
 ):
-    """Runs or continues a run, and returns its final weights.
+    """Checks the settings, runs or continues a run, and returns its final weights.
 
     Args:
       data_workdir: folder of the run whose data and tokenizer are used where the settings name
@@ -138,6 +138,11 @@ def train(
       ValueError, OSError: settings, data or files are wrong.
     """
     check(config, workdir, data_workdir)
+    return _train(config, workdir, data_workdir or workdir, on_warm)
+
+
+def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callable[[], None]):
+    """`train`, of settings that were checked."""
     primary = jax.process_index() == 0
     with (
         locks.only_writer(workdir, inside=True, primary=primary),
@@ -149,7 +154,7 @@ def train(
         ) as checkpoints,
     ):
         done = checkpoints.latest()
-        run = session_lib.open_training(config, workdir, data_workdir or workdir, checkpoints, done)
+        run = session_lib.open_training(config, workdir, data_workdir, checkpoints, done)
         with run.writer, _reporting_a_stop(workdir, checkpoints):
             # With stages warmup (0..350] and opsd (350..750]: at step 350, warmup has no step left,
             # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup
@@ -205,8 +210,8 @@ def train_stage(
 
     # Data first: what is wrong with them shows before anything is saved.
     examples = run.examples("train", generation=kind.generates)
-    share = sharding.local_batch_indices(run.mesh, stage.batch_size)
-    batches = Batches(config, run.workdir, stage.name, examples, run.packer, share=share)
+    share = sharding.local_batch_indices(run.mesh, stage.batches.size)
+    batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
     evaluation = Evaluation(run, stage, stop)
     load = kind.load
     if kind.caches_teacher and begin < stage.last:

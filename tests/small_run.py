@@ -127,6 +127,27 @@ def trained(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+def make_data(config, workdir) -> None:
+    """Makes the data of a run, as the run does."""
+    from opsd_jax import config as config_lib
+    from opsd_jax.data import procedural
+    from opsd_jax.data import workdir as workdir_lib
+
+    data_dir = workdir_lib.data_dir(config, str(workdir))
+    procedural.make_if_absent(config_lib.data(config), data_dir)
+
+
+def examples(config, tokenizer, split="train", *, data_dir="", generation=False):
+    """Prepared examples of a split, in config.data.dir or another folder."""
+    from opsd_jax import config as config_lib
+    from opsd_jax.data.examples import Examples, Preprocessor
+
+    preprocess = Preprocessor.from_config(config, tokenizer, generation=generation)
+    return Examples.open(
+        config_lib.data(config), str(data_dir or config.data.dir), split, preprocess
+    )
+
+
 def abstract_params():
     """Shapes of the model's parameters, what restoring them asks for."""
     import jax

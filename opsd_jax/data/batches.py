@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
+from opsd_jax.config import BatchesConfig
 from opsd_jax.context import Batch, GenerationBatch, PaddedImages, Supervised
 from opsd_jax.data.bucket_index import bucket_index
 from opsd_jax.data.examples import Examples, PreparedExample
@@ -29,9 +28,8 @@ class Batches:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: BatchesConfig,
         workdir: str,
-        stage: str,
         examples: Examples,
         packer: Packer,
         *,
@@ -40,32 +38,30 @@ class Batches:
         """
         Args:
           workdir: folder of the run, where the index of buckets is kept.
-          stage: one of config.STAGES.
           examples: those of the train split.
           share: see `sharding.local_batch_indices`; None for the whole batch.
         Raises:
           ValueError: visual thoughts are to be swapped, and a task has a single example.
           TooLongError: an example fits no bucket, see `bucket_index`.
         """
-        self.examples, self.packer = examples, packer
-        self._seed = config.seed
-        self._visual_thoughts = config.teacher.visual_thoughts
-        self._mix = config[stage].get("mix")
-        self._generation = config_lib.draws(config, stage)
-        self._threads, self._prefetch = config.data.threads, config.data.prefetch
-        if stage == "opsd" and self._visual_thoughts == "swap":
+        self._config, self.examples, self.packer = config, examples, packer
+        self.share = range(config.size) if share is None else share
+        if config.stage == "opsd" and config.visual_thoughts == "swap":
             for source in range(len(examples.sources)):
                 examples.partner(source, 0)  # raises before the first step if there is none
-        batch_size = config[stage].batch_size
-        self.share = range(batch_size) if share is None else share
-        num_buckets = len(config.data.buckets.student)
-        fits_unseen = num_buckets == 1 and config.data.on_too_long == "fail"
-        lengths = [
-            len(source) if fits_unseen else bucket_index(config, workdir, examples, packer, n)
-            for n, source in enumerate(examples.sources)
-        ]
+        data, num_buckets = config.data, len(config.data.buckets.student)
+        lengths: list[int | np.ndarray]
+        if num_buckets == 1 and data.on_too_long == "fail":  # packing refuses what does not fit
+            lengths = [len(source) for source in examples.sources]
+        else:
+            lengths = [
+                bucket_index(
+                    workdir, examples, packer, n, visual_thoughts=config.visual_thoughts, data=data
+                )
+                for n in range(len(examples.sources))
+            ]
         self.schedule = BatchSchedule(
-            lengths, config.data.weights or None, range(num_buckets), batch_size, config.seed
+            lengths, data.weights or None, range(num_buckets), config.size, config.seed
         )
 
     def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[PreparedExample]]:
@@ -75,11 +71,11 @@ class Batches:
         """
         bucket, pairs = self.schedule(step, attempt)
         examples = [self.examples(*pairs[n]) for n in self.share]
-        mode = self._visual_thoughts
+        mode, seed = self._config.visual_thoughts, self._config.seed
         partners = [
             self.examples.partner(*pairs[n]) if mode == "swap" else None for n in self.share
         ]
-        rngs = [generator(self._seed, "visual thoughts", step, attempt, n) for n in self.share]
+        rngs = [generator(seed, "visual thoughts", step, attempt, n) for n in self.share]
         student = self.packer.student(examples, bucket)
         teacher = self.packer.teacher(examples, partners, mode, rngs, bucket)
         return Batch(student, teacher), examples
@@ -90,11 +86,11 @@ class Batches:
         With images for the autoencoder where the stage trains image generation.
         """
         bucket, pairs = self.schedule(step)
-        layouts = mixture(self._mix, len(pairs))
+        layouts = mixture(self._config.mix, len(pairs))
         layouts = [layouts[n] for n in self.share]
         examples = [self.examples(*pairs[n]) for n in self.share]
         traces = self.packer.traces(examples, layouts, bucket)
-        if not self._generation:
+        if not self._config.generation:
             return traces, examples
         shown = [
             example if layout == "drawn" else None for example, layout in zip(examples, layouts)
@@ -116,8 +112,9 @@ class Batches:
         """
         import grain
 
+        data = self._config.data
         options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads)
+            num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads)
         )
         steps = grain.MapDataset.range(start, stop)
         return iter(steps.map(lambda step: make(self, int(step))).to_iter_dataset(options))

@@ -5,6 +5,7 @@ goes to the first bucket that it fits completely, in every role.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from opsd_jax.config import DataConfig
 from opsd_jax.context import TooLongError
 from opsd_jax.data.examples import Examples
 from opsd_jax.data.packing import Packer
@@ -22,32 +23,40 @@ from opsd_jax.runtime import files
 
 
 def bucket_index(
-    config: ConfigDict, workdir: str, examples: Examples, packer: Packer, source: int
+    workdir: str,
+    examples: Examples,
+    packer: Packer,
+    source: int,
+    *,
+    visual_thoughts: str,
+    data: DataConfig,
 ) -> np.ndarray:
     """Bucket of every example of a source, int32 [number of examples].
 
     The index is read from <workdir>/buckets-<task>-<digest>.npy, or computed and written there.
-    With config.data.on_too_long = "skip", examples that fit no bucket have -1, and
-    <workdir>/too_long.json holds their pids.
+    With data.on_too_long = "skip", examples that fit no bucket have -1, and <workdir>/too_long.json
+    holds their pids.
+
+    visual_thoughts: what the teacher sees, one of `context.VISUAL_THOUGHTS`.
 
     Raises TooLongError, with the pids of the first ones, if examples fit no bucket and are not
     skipped.
     """
     task, size = examples.tasks[source], len(examples.sources[source])
-    mode, primary = config.teacher.visual_thoughts, jax.process_index() == 0
-    path = os.path.join(workdir, f"buckets-{task}-{_digest(config, examples, packer, source)}.npy")
+    primary, digest = jax.process_index() == 0, _digest(examples, packer, source, visual_thoughts)
+    path = os.path.join(workdir, f"buckets-{task}-{digest}.npy")
     index = _read(path, size)
     is_new = index is None
     if index is None:
 
         def bucket_of(n: int) -> int:
-            partner = examples.partner(source, n) if mode == "swap" else None
-            return packer.bucket(examples(source, n), mode, partner)
+            partner = examples.partner(source, n) if visual_thoughts == "swap" else None
+            return packer.bucket(examples(source, n), visual_thoughts, partner)
 
-        with ThreadPoolExecutor(config.data.threads) as pool:
+        with ThreadPoolExecutor(data.threads) as pool:
             index = np.fromiter(pool.map(bucket_of, range(size)), np.int32, size)
     left_out = [examples.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
-    if left_out and config.data.on_too_long == "fail":
+    if left_out and data.on_too_long == "fail":
         raise TooLongError(
             f"{len(left_out)} examples of {task} fit no bucket, first {left_out[:5]}: enlarge "
             "config.data.buckets, or set config.data.on_too_long=skip, which names them in "
@@ -75,10 +84,13 @@ def _read(path: str, size: int) -> np.ndarray | None:
     return None
 
 
-def _digest(config: ConfigDict, examples: Examples, packer: Packer, source: int) -> str:
+def _digest(examples: Examples, packer: Packer, source: int, visual_thoughts: str) -> str:
     """Digest of everything that the buckets of a source's examples depend on."""
     vocabulary = hashlib.blake2b(b"\0".join(packer.tokenizer.token_bytes)).hexdigest()
-    generation = examples.preprocess.vae_resize is not None
+    preprocess, generation = examples.preprocess, None
+    if preprocess.vae_resize:
+        generation = {"on": True, **dataclasses.asdict(packer.generation)}
+        generation |= generation.pop("vae")
     facts = json.dumps(
         [
             examples.tasks[source],
@@ -86,11 +98,11 @@ def _digest(config: ConfigDict, examples: Examples, packer: Packer, source: int)
             str(examples.sources[source].split),
             examples.digests[source],
             vocabulary,
-            config.data.buckets.to_dict(),
-            config.images.to_dict(),
-            config.prompts.to_dict(),
-            config.teacher.visual_thoughts,
-            config.model.generation.to_dict() if generation else None,
+            dataclasses.asdict(packer.buckets),
+            {**dataclasses.asdict(preprocess.resize), "transparency": preprocess.transparency},
+            dataclasses.asdict(packer.prompts),
+            visual_thoughts,
+            generation,
         ],
         sort_keys=True,
     )

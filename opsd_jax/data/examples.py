@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 
 from opsd_jax import config as config_lib
 from opsd_jax import images, tags, tasks
+from opsd_jax.config import DataConfig
 from opsd_jax.context import Image
 from opsd_jax.data import arrayrecord, shards
-from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.schema import Example
 from opsd_jax.tokenizer import Tokenizer
 
@@ -58,6 +58,24 @@ class Preprocessor:
     transparency: str
     patch_size: int
     vae_resize: images.Resize | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, tokenizer: Tokenizer, *, generation: bool = False
+    ) -> "Preprocessor":
+        """The preprocessor of a run's settings.
+
+        generation: whether to prepare the images for the autoencoder, too.
+        """
+        sizes = config_lib.generation(config) if generation else None
+        return cls(
+            tokenizer=tokenizer,
+            suffix=config.prompts.suffix,
+            resize=config_lib.resize_rule(config),
+            transparency=config.images.transparency,
+            patch_size=config.model.vit.patch_size,
+            vae_resize=images.vae_rule(sizes) if sizes else None,
+        )
 
     def __call__(self, example: Example) -> PreparedExample:
         """Raises images.UnreadableImageError, with the example's pid."""
@@ -117,37 +135,20 @@ class Examples:
 
     @classmethod
     def open(
-        cls,
-        config: ConfigDict,
-        workdir: str,
-        tokenizer: Tokenizer,
-        split: str,
-        *,
-        generation: bool = False,
+        cls, data: DataConfig, folder: str, split: str, preprocess: Preprocessor
     ) -> "Examples":
-        """Opens the data of a run.
+        """Opens a split of a run's data.
 
         Args:
-          workdir: folder of the run whose data are used where config.data.dir is empty.
-          split: "train", whose examples config.data.limits bounds, or another split or TFDS slice.
-          generation: whether to prepare the images for the autoencoder, too.
+          folder: the run's data folder, see `workdir.data_dir`.
+          split: "train", whose examples `data.limits` bounds, or another split or TFDS slice.
         Raises:
           ValueError: a limit exceeds the data.
           ValueError, FileNotFoundError: see `arrayrecord.open_source`.
         """
-        data, model = config.data, config_lib.model(config)
-        target = workdir_lib.data_dir(config, workdir)
         limits = data.limits if split == "train" and data.limits else [0] * len(data.tasks)
-        preprocess = Preprocessor(
-            tokenizer=tokenizer,
-            suffix=config.prompts.suffix,
-            resize=config_lib.resize_rule(config),
-            transparency=config.images.transparency,
-            patch_size=model.vit.patch_size,
-            vae_resize=images.vae_rule(model.generation) if generation else None,
-        )
         sources = {
-            task: _open_source(target, split, task, limit)
+            task: _open_source(folder, split, task, limit)
             for task, limit in zip(data.tasks, limits)
         }
         return cls(sources, preprocess, data.cache_rows)
@@ -221,12 +222,12 @@ class Examples:
         return None
 
 
-def _open_source(target: str, split: str, task: str, limit: int) -> arrayrecord.Source:
+def _open_source(folder: str, split: str, task: str, limit: int) -> arrayrecord.Source:
     """A split of a task, or with a `limit` above 0 its first examples."""
-    source = arrayrecord.open_source(target, split, task=task)
+    source = arrayrecord.open_source(folder, split, task=task)
     if limit > len(source):
         raise ValueError(
-            f"config.data.limits asks for the first {limit} examples of {task}, but {target} holds "
+            f"config.data.limits asks for the first {limit} examples of {task}, but {folder} holds "
             f"{len(source)} for {split}: give at most that, or 0 for all"
         )
-    return arrayrecord.open_source(target, f"{split}[:{limit}]", task=task) if limit else source
+    return arrayrecord.open_source(folder, f"{split}[:{limit}]", task=task) if limit else source

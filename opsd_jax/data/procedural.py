@@ -5,15 +5,16 @@ TARGET/made/parquet, made/tokenizer   see `tasks.parquet.make_mini`
 TARGET/visual_opsd/                   see `prepare`
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 
-from ml_collections import ConfigDict
-
+from opsd_jax import config as config_lib
 from opsd_jax import tasks
 from opsd_jax import tokenizer as tokenizer_lib
+from opsd_jax.config import DataConfig
 from opsd_jax.data import prepare, schema
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import json_files
@@ -26,8 +27,8 @@ _RECORD = "made.json"
 # --- for a run -----------------------------------------------------------------------------------
 
 
-def make_if_absent(config: ConfigDict, workdir: str) -> None:
-    """Makes the procedural data of a run in <workdir>/data, or finishes what was begun.
+def make_if_absent(data: DataConfig, target: str) -> None:
+    """Makes the procedural data of a run in its data folder, or finishes what was begun.
 
     If another command is making them, waits until it is done.
 
@@ -35,27 +36,30 @@ def make_if_absent(config: ConfigDict, workdir: str) -> None:
     a new folder. What make-mini began there is finished; it may have more families than
     `config.data.make` asks for.
 
+    Args:
+      target: the run's data folder, see `workdir.data_dir`.
     Raises:
       FileNotFoundError: there are no data and none to make.
-      ValueError: the data that are there were made with other settings.
+      ValueError: data were made there with other settings.
     """
-    target = workdir_lib.data_dir(config, workdir)
-    make = _to_make(config, target)
+    make = _to_make(data, target)
     if make:
         with locks.only_writer(target, wait=True):
             make_procedural(target, make)
 
 
-def check_there(config: ConfigDict, workdir: str) -> None:
+def check_there(data: DataConfig, target: str, tokenizer: str) -> None:
     """Checks that `make_if_absent` will succeed and that there is a tokenizer; makes nothing.
 
+    Args:
+      target: the run's data folder.
+      tokenizer: config.tokenizer; "" for the tokenizer that is made with the data.
     Raises:
       FileNotFoundError: there are no data and none to make, or there is no tokenizer and none comes
         with the data.
       ValueError: the data lack a task of config.data.tasks.
     """
-    target = workdir_lib.data_dir(config, workdir)
-    make = _to_make(config, target)
+    make = _to_make(data, target)
     families = {family: module.TASK for family, module in tasks.FAMILIES.items()}
     prepared = pathlib.Path(target, schema.NAME)
     folders = [path for path in prepared.iterdir() if path.is_dir()] if prepared.is_dir() else []
@@ -63,7 +67,7 @@ def check_there(config: ConfigDict, workdir: str) -> None:
     for family in make["families"] if make else ():
         if family in families:
             known[families[family].lower()] = families[family]
-    for task in config.data.tasks:
+    for task in data.tasks:
         if task.lower() not in known:
             names = ", ".join(sorted(known.values())) or "none"
             more = (
@@ -75,27 +79,27 @@ def check_there(config: ConfigDict, workdir: str) -> None:
             raise ValueError(
                 f"config.data.tasks names {task!r}, which the data in {target} lack: {more}"
             )
-    if config.tokenizer or make is None:
-        tokenizer_lib.check_there(workdir_lib.tokenizer_folder(config, workdir))
+    if tokenizer or make is None:
+        tokenizer_lib.check_there(workdir_lib.tokenizer_folder(tokenizer, target))
 
 
-def _to_make(config: ConfigDict, target: str) -> dict | None:
+def _to_make(data: DataConfig, target: str) -> dict | None:
     """The settings with which procedural data are made or finished in a run's data folder.
 
     None if the folder holds data that were prepared from elsewhere. Raises the errors of
     `make_if_absent`.
     """
     made = _made_with(target)
-    make = json.loads(config.data.make.to_json())  # in the form of the record
+    make = config_lib.to_json(dataclasses.asdict(data.make))  # in the form of the record
     if made is None:
         if _holds_data(target):
             return None
-        if config.data.dir or not make["families"]:
+        if data.dir or not make["families"]:
             raise FileNotFoundError(_no_data(target))
         return make
     if not make["families"]:
         make = made  # the data are used as they are
-    elif config.data.dir and {*make["families"]} <= {*made["families"]}:
+    elif data.dir and {*make["families"]} <= {*made["families"]}:
         make["families"] = made["families"]
     _check_same(target, made, make)
     return make

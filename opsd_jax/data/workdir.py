@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterable
 
+import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_check
 from opsd_jax.data import schema
 from opsd_jax.inputs import json_files, paths
-from opsd_jax.runtime import run_folder
+from opsd_jax.runtime import files, run_folder
 
 _WRITE_AGAIN = (
     "delete the file and give the run's training command once more, which writes it again "
@@ -45,6 +47,21 @@ def read_record(workdir: str) -> dict:
     return json_files.read(path, fix=_WRITE_AGAIN)
 
 
+def write_record(workdir: str, record: dict) -> None:
+    """Writes the settings of a run, as JSON, to <workdir>/config.json.
+
+    A run that has not logged a step, because it failed at once, has nothing to protect: its record
+    is replaced.
+
+    Raises ConfigMismatchError if the workdir holds a run with other settings.
+    """
+    path, metrics = run_folder.config(workdir), run_folder.metrics(workdir)
+    if os.path.exists(path) and os.path.exists(metrics) and os.path.getsize(metrics):
+        config_check.check_unchanged(read_record(workdir), record)
+    else:
+        files.write_json(path, record, primary=jax.process_index() == 0)
+
+
 def with_tasks(config: ConfigDict, chosen: Iterable[str]) -> ConfigDict:
     """A copy of the settings with some of the tasks, each with its own entry of `data.limits`."""
     config = config.copy_and_resolve_references()
@@ -60,23 +77,23 @@ def data_dir(config: ConfigDict, workdir: str) -> str:
     return config.data.dir or run_folder.data(workdir)
 
 
-def data_workdir(config: ConfigDict, workdir: str) -> str:
-    """The workdir whose data the run in `workdir` used.
+def found_data_dir(config: ConfigDict, workdir: str) -> str:
+    """The TFDS data_dir that the run in a workdir used.
 
     It is the run's own, or for a control arm (W/arms/NAME) that of the run, W. Raises
     FileNotFoundError if there are no data.
     """
-    places = {data_dir(config, w): w for w in (workdir, os.path.join(workdir, "..", ".."))}
-    for place, owner in places.items():
+    owners = (workdir, os.path.join(workdir, "..", ".."))
+    places = dict.fromkeys(data_dir(config, owner) for owner in owners)
+    for place in places:
         if os.path.isdir(os.path.join(place, schema.NAME)):
-            return owner
+            return place
     raise FileNotFoundError(
-        f"the data of {workdir} are not there: looked for {schema.NAME}/ in "
-        f"{' and '.join(places)}. Put them back, or set data.dir in "
-        f"{workdir}/config.json"
+        f"{workdir} has no data: looked for {schema.NAME}/ in {' and '.join(places)}. Put them "
+        f"back, or set data.dir in {workdir}/config.json"
     )
 
 
-def tokenizer_folder(config: ConfigDict, workdir: str) -> str:
-    """The tokenizer folder of a run: config.tokenizer, or else that of the procedural data."""
-    return config.tokenizer or os.path.join(data_dir(config, workdir), "made", "tokenizer")
+def tokenizer_folder(named: str, data_dir: str) -> str:
+    """The tokenizer folder of a run: config.tokenizer, `named`, or else the procedural data's."""
+    return named or os.path.join(data_dir, "made", "tokenizer")

@@ -15,7 +15,7 @@ from opsd_jax import params as params_lib
 from opsd_jax.method_config import StageConfig
 from opsd_jax.model import bagel
 from opsd_jax.rollout import RolloutConfig
-from opsd_jax.run import session, teacher_cache
+from opsd_jax.run import checks, teacher_cache
 
 PLANNED = ("warmup", "opsd", "sft", "offline")  # stages whose programs are planned
 # Programs of a step on the policy; supervised stages have "update" alone.
@@ -65,7 +65,7 @@ def programs(
             f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without image "
             "generation"
         )
-    session.check_batch(config, stage, sharding.batch_divisor(mesh))
+    checks.check_batch(config, stage, sharding.batch_divisor(mesh))
     buckets = len(config.data.buckets.student)
     if not -buckets <= bucket < buckets:
         raise ValueError(f"--bucket={bucket}: config.data.buckets has {buckets}")

@@ -422,13 +422,13 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
 
 
 def _tokenizer_of(source: str) -> str:
-    """The tokenizer folder of a run; "" if the source is not a run, or the folder is not there."""
+    """The tokenizer folder of a run; "" if the source is no run, or the folder is missing."""
     workdir = _workdir(source)
     if not os.path.isfile(run_folder.config(workdir)):
         return ""
     config = workdir_lib.load_config(workdir)
     candidates = [
-        workdir_lib.tokenizer_folder(config, at)
+        workdir_lib.tokenizer_folder(config.tokenizer, workdir_lib.data_dir(config, at))
         for at in (workdir, os.path.join(workdir, "..", ".."))  # of a control arm, its run's
     ]
     return next(filter(os.path.isdir, candidates), "")

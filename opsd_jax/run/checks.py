@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.data import procedural
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, run_folder
@@ -37,7 +38,8 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
         paths.check(
             "config.init_from", config.init_from, orbax=True
         )  # before anything is looked up
-    procedural.check_there(config, data_workdir)
+    data_dir = workdir_lib.data_dir(config, data_workdir)
+    procedural.check_there(config_lib.data(config), data_dir, config.tokenizer)
     if (
         config.init_from
         and not folders.is_model(config.init_from)
@@ -50,3 +52,23 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
                 f"config.init_from={config.init_from!r} is not a model and holds no checkpoint: "
                 f"{error}"
             ) from None
+
+
+def check_batch(config: ConfigDict, stage: str, shards: int) -> None:
+    """Checks that a mesh divides the batch of a stage's micro step, and of its evaluation.
+
+    shards: number of parts that the mesh cuts a batch into.
+    """
+    size, accumulation = config[stage].batch_size, config[stage].accumulation
+    if (size // accumulation) % shards:
+        raise ValueError(
+            f"a micro step of config.{stage} has {size // accumulation} sequences (batch_size "
+            f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): "
+            f"lower config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices "
+            "to config.mesh.tensor"
+        )
+    if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
+        raise ValueError(
+            f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} "
+            "batch shards of config.mesh"
+        )

@@ -310,8 +310,7 @@ def _sizes(job: Job) -> list[int]:
     """Number of examples, or questions, of each benchmark."""
     sizes = [tables.size(table) for table in job.tables]
     if job.tasks:
-        where = workdir_lib.data_workdir(job.config, job.request.workdir)
-        place = workdir_lib.data_dir(job.config, where)
+        folder = workdir_lib.found_data_dir(job.config, job.request.workdir)
         split = job.request.split
-        sizes += [len(arrayrecord.open_source(place, split, task=task)) for task in job.tasks]
+        sizes += [len(arrayrecord.open_source(folder, split, task=task)) for task in job.tasks]
     return sizes

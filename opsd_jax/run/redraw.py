@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from opsd_jax import images, interleave, sharding
+from opsd_jax import interleave, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, prepare
 from opsd_jax.data import workdir as workdir_lib
@@ -133,11 +133,10 @@ def _shards(
     run: Session, used: Sequence[str], generated: Sequence[str], folder: str
 ) -> Iterator[_Shard]:
     """The files of all tasks and splits, with a progress bar for each split of a task."""
-    where = workdir_lib.data_dir(run.config, run.data_workdir)
     for task in run.config.data.tasks:
         for split in used:
             doing = "generating" if split in generated else "copying"
-            source = arrayrecord.open_source(where, split, task=task)
+            source = arrayrecord.open_source(run.data_dir, split, task=task)
             count = -(-len(source) // SHARD)
             with Progress(len(source), f"{doing} {task}", split) as progress:
                 for n in range(count):
@@ -181,13 +180,14 @@ def _generate(
     The last example of the last batch repeats until the batch is full.
     """
     found: list[Example] = []
+    ask = run.preprocessor().question
     size = min(batch_size, len(examples))
     for start in range(0, len(examples), size):
         before_batch()
         part = examples[start : start + size]
         rounds = 1 + max(len(example.visual_thoughts) for example in part)
         protocol = dataclasses.replace(model.protocol, rounds=rounds)
-        questions = [_question(run, example) for example in part]
+        questions = [ask(example) for example in part]
         answers = interleave.reason(
             dataclasses.replace(model, protocol=protocol),
             questions + questions[-1:] * (size - len(part)),
@@ -198,13 +198,6 @@ def _generate(
             generated = answer.images[: len(example.visual_thoughts)]
             found.append(dataclasses.replace(example, visual_thoughts=tuple(map(_png, generated))))
     return found
-
-
-def _question(run: Session, example: Example) -> interleave.Question:
-    """(images, text) of an example's question."""
-    transparency = run.config.images.transparency
-    problem = images.open_rgb(example.problem_image, transparency=transparency)
-    return [problem], example.question + run.config.prompts.suffix
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -14,7 +14,6 @@ import numpy as np
 
 from opsd_jax import flow, images, interleave
 from opsd_jax.context import Context
-from opsd_jax.data.examples import PreparedExample
 from opsd_jax.run import model as model_lib
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
@@ -136,7 +135,7 @@ def write_generated_images(run: Session, step: FinishedStep) -> None:
     examples = step.inputs.examples[:EXAMPLES]
     answers = interleave.reason(
         model,
-        [_question(run, example) for example in examples],
+        [run.preprocessor().question(example.example) for example in examples],
         jax.random.key(run.config.seed),
         interleave.ImageGeneration(always=True),
     )
@@ -176,13 +175,6 @@ def _context_text(run: Session, c: Context, n: int) -> str:
         else:
             parts += [run.tokenizer.decode([c.tokens[n, position]]) for position in members]
     return "".join(parts)
-
-
-def _question(run: Session, prepared: PreparedExample) -> tuple[list, str]:
-    """(images, text) of an example's question."""
-    example, transparency = prepared.example, run.config.images.transparency
-    problem = images.open_rgb(example.problem_image, transparency=transparency)
-    return [problem], example.question + run.config.prompts.suffix
 
 
 def _reconstruction(run: Session, params, pixels: np.ndarray) -> np.ndarray:

@@ -16,16 +16,18 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, rollout, sharding, tokenizer
-from opsd_jax.data import examples as examples_lib
-from opsd_jax.data import packing, procedural
+from opsd_jax.data import procedural
 from opsd_jax.data import shards as shards_lib
 from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.data.examples import Examples, Preprocessor
+from opsd_jax.data.packing import Packer
 from opsd_jax.marker import Marker
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
-from opsd_jax.runtime import checkpoint, files, metrics, run_folder
+from opsd_jax.run.checks import check_batch
+from opsd_jax.runtime import checkpoint, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.tokenizer import Tokenizer
 
@@ -37,7 +39,7 @@ class Session:
     Attributes:
       config: all settings of the run.
       workdir: folder of the run (or of the control arm).
-      data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
+      data_dir: folder of its prepared data, a TFDS data_dir.
       model: sizes of the network, and how it is computed.
       mesh: devices, with the axes of `sharding`.
       tokenizer: the tokenizer of the run's data.
@@ -49,30 +51,37 @@ class Session:
 
     config: ConfigDict
     workdir: str
-    data_workdir: str
+    data_dir: str
     model: ModelConfig
     mesh: Mesh
     tokenizer: Tokenizer
     marker: Marker
-    packer: packing.Packer
+    packer: Packer
     clock: clock_lib.Clock
     writer: metrics.Writer
 
     @functools.cached_property
+    def record(self) -> dict:
+        """The settings as JSON, as in W/config.json and in every checkpoint."""
+        return config_lib.to_json(self.config)
+
+    @functools.cached_property
     def digests(self) -> dict:
         """{"data": {task: digest of its prepared files}, "tokenizer": digest}."""
-        where = workdir_lib.data_dir(self.config, self.data_workdir)
-        data = shards_lib.digests(where, self.config.data.tasks)
+        data = shards_lib.digests(self.data_dir, self.config.data.tasks)
         return {"data": data, "tokenizer": self.tokenizer.digest}
 
-    def examples(self, split: str, *, generation: bool = False) -> examples_lib.Examples:
-        """Prepared examples of a split.
+    def preprocessor(self, *, generation: bool = False) -> Preprocessor:
+        """How examples are turned into tokens and patches.
 
-        generation: they also carry their images as the autoencoder sees them.
+        generation: also into images as the autoencoder sees them.
         """
-        return examples_lib.Examples.open(
-            self.config, self.data_workdir, self.tokenizer, split, generation=generation
-        )
+        return Preprocessor.from_config(self.config, self.tokenizer, generation=generation)
+
+    def examples(self, split: str, *, generation: bool = False) -> Examples:
+        """Prepared examples of a split. generation: see `preprocessor`."""
+        preprocess = self.preprocessor(generation=generation)
+        return Examples.open(config_lib.data(self.config), self.data_dir, split, preprocess)
 
     def sampling(self, **changes) -> RolloutConfig:
         """Config of the training rollouts, with changes by name."""
@@ -144,11 +153,12 @@ def open_run(
       FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
     """
     config = workdir_lib.load_config(workdir)
-    data_workdir = workdir if tokenizer_folder else workdir_lib.data_workdir(config, workdir)
+    find = workdir_lib.data_dir if tokenizer_folder else workdir_lib.found_data_dir
+    data_dir = find(config, workdir)
     if tasks:
         config = workdir_lib.with_tasks(config, tasks)
     mesh = mesh or sharding.make_mesh(tensor=config.mesh.tensor)
-    return _open(config, workdir, data_workdir, mesh, clock_lib.Clock(), tokenizer_folder)
+    return _open(config, workdir, data_dir, mesh, clock_lib.Clock(), tokenizer_folder)
 
 
 def open_training(
@@ -167,11 +177,12 @@ def open_training(
     Raises:
       ConfigMismatchError: settings, data or tokenizer differ from those of the checkpoint.
     """
-    record_config(config, workdir)
+    record = config_lib.to_json(config)
+    workdir_lib.write_record(workdir, record)
     saved = None
     if done is not None:
         saved = checkpoints.metadata(done)
-        config_check.check_unchanged(saved["config"], config)
+        config_check.check_unchanged(saved["config"], record)
         logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
     clock = clock_lib.Clock()
     primary = jax.process_index() == 0
@@ -179,12 +190,13 @@ def open_training(
     attention.check_platform(config.model.attention, mesh.devices.flat[0].platform)
     for stage in config.stages:
         check_batch(config, stage, sharding.batch_divisor(mesh))
+    data_dir = workdir_lib.data_dir(config, data_workdir)
     with clock("data"):
         if primary:
-            procedural.make_if_absent(config, data_workdir)
+            procedural.make_if_absent(config_lib.data(config), data_dir)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("data is there")
-        session = _open(config, workdir, data_workdir, mesh, clock)
+        session = _open(config, workdir, data_dir, mesh, clock)
         digests = session.digests
     if saved:
         config_check.check_digests(
@@ -192,7 +204,7 @@ def open_training(
         )
     elif config.init_from:
         config_check.check_digests(
-            _tokenizer_of_origin(config),
+            _tokenizer_of_origin(config.init_from),
             {"tokenizer": digests["tokenizer"]},
             whose=config.init_from,
             accepted=config.checkpoint.accept_changed,
@@ -201,7 +213,7 @@ def open_training(
         workdir,
         primary=primary,
         tensorboard=config.log.tensorboard,
-        wandb=wandb_arguments(config, workdir, data_workdir),
+        wandb=metrics.wandb_arguments(config.log.wandb, workdir, data_workdir, record),
         resume_step=(done or 0) + 1,
     )
     session = dataclasses.replace(session, writer=writer)
@@ -213,83 +225,33 @@ def open_training(
 def _open(
     config: ConfigDict,
     workdir: str,
-    data_workdir: str,
+    data_dir: str,
     mesh: Mesh,
     clock: clock_lib.Clock,
     tokenizer_folder: str = "",
 ) -> Session:
     size = config.model.llm.vocab_size
-    folder = tokenizer_folder or workdir_lib.tokenizer_folder(config, data_workdir)
-    tok = tokenizer.load(folder, vocab_size=size)
+    named = tokenizer_folder or config.tokenizer
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(named, data_dir), vocab_size=size)
     return Session(
         config=config,
         workdir=workdir,
-        data_workdir=data_workdir,
+        data_dir=data_dir,
         model=config_lib.model(config),
         mesh=mesh,
         tokenizer=tok,
         marker=Marker.build(tok.token_bytes, size),
-        packer=packing.Packer.from_config(config, tok),
+        packer=Packer.from_config(config, tok),
         clock=clock,
         writer=metrics.Writer(workdir, primary=False),
     )
 
 
-def record_config(config: ConfigDict, workdir: str) -> None:
-    """Writes W/config.json. Raises ConfigMismatchError if W holds a run with other settings.
-
-    A run that has not logged a step, because it failed at once, has nothing to protect: its record
-    is replaced.
-    """
-    record, path = config_lib.to_json(config), run_folder.config(workdir)
-    rows = run_folder.metrics(workdir)
-    if os.path.exists(path) and os.path.exists(rows) and os.path.getsize(rows):
-        config_check.check_unchanged(workdir_lib.read_record(workdir), record)
-    else:
-        files.write_json(path, record, primary=jax.process_index() == 0)
-
-
-def _tokenizer_of_origin(config: ConfigDict) -> dict:
+def _tokenizer_of_origin(origin: str) -> dict:
     """{"tokenizer": digest} of the weights that a run starts from; {} if they come without one."""
-    if not folders.is_model(config.init_from):
-        return checkpoint.metadata(config.init_from).get("digests") or {}
-    folder = folders.tokenizer_folder(config.init_from)
+    if not folders.is_model(origin):
+        return checkpoint.metadata(origin).get("digests") or {}
+    folder = folders.tokenizer_folder(origin)
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return {}
     return {"tokenizer": tokenizer.load(folder).digest}
-
-
-def wandb_arguments(config: ConfigDict, workdir: str, data_workdir: str) -> dict | None:
-    """Arguments of `wandb.init`; None if the run does not log to Weights & Biases.
-
-    A run and its control arms are one group there.
-    """
-    if not config.log.wandb:
-        return None
-    name, group = (os.path.basename(os.path.abspath(folder)) for folder in (workdir, data_workdir))
-    return {
-        "project": config.log.wandb,
-        "name": name,
-        "group": group,
-        "config": config_lib.to_json(config),
-    }
-
-
-def check_batch(config: ConfigDict, stage: str, shards: int) -> None:
-    """Checks that a mesh divides the batch of a stage's micro step, and of its evaluation.
-
-    shards: number of parts that the mesh cuts a batch into.
-    """
-    size, accumulation = config[stage].batch_size, config[stage].accumulation
-    if (size // accumulation) % shards:
-        raise ValueError(
-            f"a micro step of config.{stage} has {size // accumulation} sequences (batch_size "
-            f"{size} / accumulation {accumulation}) for {shards} batch shards (mesh data x fsdp): "
-            f"lower config.{stage}.accumulation, raise config.{stage}.batch_size, or give devices "
-            "to config.mesh.tensor"
-        )
-    if (config.eval.every or config.eval.final_split) and config.eval.batch_size % shards:
-        raise ValueError(
-            f"config.eval.batch_size {config.eval.batch_size} must be a multiple of the {shards} "
-            "batch shards of config.mesh"
-        )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from opsd_jax.config import BatchesConfig
 from opsd_jax.method_config import StageConfig
 
 
@@ -45,13 +46,13 @@ class Stage:
       name: its name in the settings and in metrics.jsonl.
       kind: what it does.
       config: static argument of its step function.
-      batch_size: number of examples per step.
+      batches: how its batches are made.
       first, last: it takes the steps first + 1 .. last of the run.
     """
 
     name: str
     kind: Kind
     config: StageConfig
-    batch_size: int
+    batches: BatchesConfig
     first: int
     last: int

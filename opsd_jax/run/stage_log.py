@@ -45,7 +45,7 @@ class StageLog:
         Raises UnhealthyRunError, and TooManyCompilesError.
         """
         values, now = self._means.take(), time.perf_counter()
-        rate = (step - self._written) * self._stage.batch_size / (now - self._since)
+        rate = (step - self._written) * self._stage.batches.size / (now - self._since)
         values["samples_per_sec"] = rate
         self._written, self._since = step, now
         if "completion_len" in values:

@@ -81,7 +81,7 @@ def of_run(run: Session) -> list[Stage]:
             name=name,
             kind=_kind(run, name),
             config=config_lib.stage_config(run.config, name, run.tokenizer),
-            batch_size=run.config[name].batch_size,
+            batches=config_lib.batches(run.config, name),
             first=first,
             last=last,
         )

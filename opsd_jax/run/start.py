@@ -5,7 +5,6 @@ import dataclasses
 import jax
 from absl import logging
 
-from opsd_jax import config as config_lib
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.model import bagel
@@ -86,7 +85,7 @@ def _sizes(model: ModelConfig) -> tuple:
 def _from_checkpoint(run: Session, folder: str):
     """The weights in a checkpoint; where only this run has adapters, without adapters."""
     there = checkpoint.metadata(folder)["config"].get("lora") or {}
-    here = config_lib.to_json(run.config.lora)
+    here = run.record["lora"]
     if there.get("rank") and there != here:
         raise ValueError(
             f"{folder} has adapters of config.lora {there}, this run has {here}: set config.lora "

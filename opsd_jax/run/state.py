@@ -2,7 +2,6 @@
 
 import jax
 
-from opsd_jax import config as config_lib
 from opsd_jax import distill, optimizer, sharding
 from opsd_jax.method_config import DistillConfig
 from opsd_jax.model import bagel
@@ -53,6 +52,6 @@ def save(run: Session, stage: Stage, checkpoints: Checkpoints, step: int, state:
         state,
         offered_params(run, stage, state),
         stage=stage.name,
-        config=config_lib.to_json(run.config),
+        config=run.record,
         digests=run.digests,
     )

@@ -21,7 +21,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
 from opsd_jax import offline, sharding
 from opsd_jax.data.batches import Batches
 from opsd_jax.data.examples import Examples, PreparedExample
@@ -44,13 +43,13 @@ class MissingTargetsError(LookupError):
     """An example to train on has no cached teacher."""
 
 
-def key(params, config: ConfigDict, rows: Examples) -> dict:
+def key(run: Session, params, examples: Examples) -> dict:
     """What cached outputs depend on; not the temperature, which is applied when training."""
-    part = config_lib.to_json(config)
+    part = run.record
     return {
         "format": FORMAT,
         "teacher": offline.fingerprint(params),
-        "top_k": kept_entries(config),
+        "top_k": kept_entries(run.config),
         "model": part["model"],
         "lora": part["lora"],
         "prompts": part["prompts"],
@@ -59,7 +58,7 @@ def key(params, config: ConfigDict, rows: Examples) -> dict:
         "rows": {
             task: [str(source.split), len(source), digest]
             for task, source, digest in zip(
-                config.data.tasks, rows.sources, rows.digests, strict=True
+                examples.tasks, examples.sources, examples.digests, strict=True
             )
         },
     }
@@ -177,7 +176,7 @@ def _differences(was, now, name: str = "") -> Iterator[str]:
 
 
 def collect(
-    run: Session, params, rows: Examples, *, before_batch: BeforeBatch = never_stop
+    run: Session, params, examples: Examples, *, before_batch: BeforeBatch = never_stop
 ) -> Cache:
     """Collects the teacher's outputs on all training examples in W/teacher_cache.
 
@@ -185,21 +184,21 @@ def collect(
 
     Args:
       params: the teacher, laid out on the mesh.
-      rows: the examples of the train split.
+      examples: those of the train split.
       before_batch: called before each batch, such as `StopRequest.check`. If it raises, the next
         call continues.
     """
     config = run.config
-    cache = Cache(os.path.join(run.workdir, "teacher_cache"), key(params, config, rows))
+    cache = Cache(os.path.join(run.workdir, "teacher_cache"), key(run, params, examples))
     shards = [
         (source, first)
-        for source, held in enumerate(rows.sources)
+        for source, held in enumerate(examples.sources)
         for first in range(0, len(held), SHARD)
     ]
     missing = [
         (source, first)
         for source, first in shards
-        if not os.path.exists(cache.path(config.data.tasks[source], first))
+        if not os.path.exists(cache.path(examples.tasks[source], first))
     ]
     _meet("listed")  # all processes list before the first one writes
     primary, done = jax.process_index() == 0, len(shards) - len(missing)
@@ -210,14 +209,14 @@ def collect(
         ) as progress,
     ):
         for count, (source, first) in enumerate(missing, done + 1):
-            numbers = range(first, min(first + SHARD, len(rows.sources[source])))
-            prepared = dict(zip(numbers, pool.map(functools.partial(rows, source), numbers)))
+            numbers = range(first, min(first + SHARD, len(examples.sources[source])))
+            prepared = dict(zip(numbers, pool.map(functools.partial(examples, source), numbers)))
             found = {}
             for bucket, batch in _batches(run, prepared):
                 before_batch()
                 found |= _outputs(run, params, prepared, batch, bucket)
             if primary:
-                cache.write(config.data.tasks[source], first, found)
+                cache.write(examples.tasks[source], first, found)
             progress.update(count)
     _meet("collected")
     return cache

@@ -72,6 +72,20 @@ def read(metrics_jsonl: str | os.PathLike) -> list[dict]:
     return [_row(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
+def wandb_arguments(project: str, workdir: str, group: str, settings: dict) -> dict | None:
+    """Arguments of `wandb.init`; None for a run that does not log to Weights & Biases.
+
+    Args:
+      project: config.log.wandb; "" for none.
+      group: folder of the run that a control arm belongs to: they are one group there.
+      settings: all settings of the run, as JSON.
+    """
+    if not project:
+        return None
+    name, group = (os.path.basename(os.path.abspath(folder)) for folder in (workdir, group))
+    return {"project": project, "name": name, "group": group, "config": settings}
+
+
 class Writer:
     """Writes the metrics and samples of a run; a context manager.
 
@@ -79,8 +93,8 @@ class Writer:
       workdir: a local (or mounted) folder; made if missing.
       primary: whether this process writes, `jax.process_index() == 0`; the others do nothing.
       tensorboard: whether to write `<workdir>/tb/` too.
-      wandb: arguments of `wandb.init` (such as {"project": "opsd", "name": ...}) to log there, too.
-        The id is made once and kept in the workdir, so that all starts of a run are one run there.
+      wandb: see `wandb_arguments`. The id is made once and kept in the workdir, so that all starts
+        of a run are one run there.
       resume_step: the first step that this process will do. Rows of it and of later steps are from
         a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears once.
         None keeps all rows and appends.

@@ -24,10 +24,11 @@ from opsd_jax import config_check, context, eval, tasks, tokenizer, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import arrayrecord, procedural
 from opsd_jax.data import prepare as prepare_lib
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import selection
 from opsd_jax.model import attention
 from opsd_jax.release import export, importing
-from opsd_jax.run import model, session
+from opsd_jax.run import model
 from opsd_jax.runtime import checkpoint, locks
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -511,7 +512,8 @@ def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
 
 def test_after_such_a_refusal_the_fixed_command_runs_in_the_same_folder(tmp_path, folder):
     refused(FileNotFoundError, tmp_path, "tokenizer", tokenizer="/nowhere", data__dir=str(folder))
-    session.record_config(small_run.config(data__dir=str(folder)), str(tmp_path / "w"))
+    record = config_lib.to_json(small_run.config(data__dir=str(folder)))
+    workdir_lib.write_record(str(tmp_path / "w"), record)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from opsd_jax import (
 )
 from opsd_jax import params as params_lib
 from opsd_jax.data import arrayrecord, packing
-from opsd_jax.data import examples as examples_lib
 from opsd_jax.data.schema import Example
 from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, VAEConfig
@@ -115,7 +114,7 @@ def prepared(monkeypatch):
 
     def make(config, examples):
         monkeypatch.setattr(arrayrecord, "open_source", lambda *_, **__: examples)
-        rows = examples_lib.Examples.open(config, "", tiny.TOKENIZER, "train", generation=True)
+        rows = small_run.examples(config, tiny.TOKENIZER, generation=True)
         return [rows(0, n) for n in range(len(examples))]
 
     return make

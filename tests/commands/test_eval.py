@@ -619,9 +619,9 @@ def test_hits(metadata, gold, text, expected):
 @pytest.mark.slow
 def test_contexts_of_the_modes(trained):
     config = small_run.config()
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
+    tok = tokenizer.load(workdir_lib.tokenizer_folder("", str(trained / "data")))
     rows, packer = (
-        examples.Examples.open(config, str(trained), tok, "test"),
+        small_run.examples(config, tok, "test", data_dir=trained / "data"),
         packing.Packer.from_config(config, tok),
     )
     numbers = [0, 4, 4]
@@ -649,7 +649,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     with a swapped image.
     """
     config = small_run.config()
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
+    tok = tokenizer.load(workdir_lib.tokenizer_folder("", str(trained / "data")))
 
     class Rows(examples.Examples):  # every third question is asked twice
         def __call__(self, source, n):
@@ -709,9 +709,9 @@ def test_kl_is_a_mean_over_tokens_then_over_rows(trained, monkeypatch):
     from opsd_jax import distill
 
     config = small_run.config()
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, str(trained)))
+    tok = tokenizer.load(workdir_lib.tokenizer_folder("", str(trained / "data")))
     rows, packer = (
-        examples.Examples.open(config, str(trained), tok, "test"),
+        small_run.examples(config, tok, "test", data_dir=trained / "data"),
         packing.Packer.from_config(config, tok),
     )
     seen = []

@@ -12,7 +12,6 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import context, generate, images, interleave, rollout, tokenizer
-from opsd_jax.data import examples
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import answer_files, montage
 
@@ -318,12 +317,9 @@ def workdir(tmp_path_factory):
 
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
-    row = examples.Examples.open(
-        workdir_lib.load_config(str(workdir)),
-        str(workdir),
-        tokenizer.load(str(workdir / "data" / "made" / "tokenizer")),
-        "test",
-    ).sources[0][0]
+    config = workdir_lib.load_config(str(workdir))
+    tok = tokenizer.load(str(workdir / "data" / "made" / "tokenizer"))
+    row = small_run.examples(config, tok, "test", data_dir=workdir / "data").sources[0][0]
     images.open_rgb(row.problem_image).save(tmp_path / "chart.png")
     predictions = (
         (workdir / "eval" / f"{small_run.LAST:06d}-none" / "predictions.jsonl")

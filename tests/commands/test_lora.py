@@ -336,7 +336,7 @@ def initial_params(config, workdir):
     run = session.Session(
         config=config,
         workdir=str(workdir),
-        data_workdir=str(workdir),
+        data_dir=str(workdir / "data"),
         model=config_lib.model(config),
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         tokenizer=None,

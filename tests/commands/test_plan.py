@@ -20,7 +20,7 @@ from opsd_jax import sharding
 from opsd_jax.model import bagel
 from opsd_jax.plan import advice, bill, flops, hlo, programs, table
 from opsd_jax.plan import topology as topology_lib
-from opsd_jax.run import session
+from opsd_jax.run import checks
 from tests import small_run
 
 # --- topologies -----------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_settings_that_no_run_would_start_with(mesh):
     with pytest.raises(ValueError, match="--bucket=1"):
         programs.programs(small_run.config(), "opsd", mesh, bucket=1)
     with pytest.raises(ValueError, match="has 8 sequences .* for 16 batch shards"):
-        session.check_batch(small_run.config(), "opsd", 16)
+        checks.check_batch(small_run.config(), "opsd", 16)
     for every, final_split in (
         (0, ""),
         (1, ""),
@@ -573,7 +573,7 @@ def test_settings_that_no_run_would_start_with(mesh):
             if not every and not final_split
             else pytest.raises(ValueError, match="eval.batch_size 6")
         ):
-            session.check_batch(config, "opsd", 4)
+            checks.check_batch(config, "opsd", 4)
 
 
 def test_the_sampler_holds_no_generation_parameters(mesh):

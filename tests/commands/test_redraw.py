@@ -14,7 +14,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import images, interleave
 from opsd_jax import redraw as redraw_lib
-from opsd_jax.data import arrayrecord, procedural
+from opsd_jax.data import arrayrecord
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import redraw
 from opsd_jax.runtime import checkpoint
@@ -27,7 +27,7 @@ def workdir(tmp_path, monkeypatch):
     config.mesh.tensor = 8  # the run was trained on other devices than those here
     work = tmp_path / "w"
     work.mkdir()
-    procedural.make_if_absent(config, str(work))
+    small_run.make_data(config, work)
     (work / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     calls = []
 

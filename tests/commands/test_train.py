@@ -320,22 +320,15 @@ def test_the_default_limit_is_the_papers_and_leaves_64_tokens():
 
 
 def test_a_run_and_its_arms_are_a_group_at_wandb():
-    config = small_run.config(log__wandb="opsd")
-
-    def of(*folders):
-        return {
-            key: value
-            for key, value in session.wandb_arguments(config, *folders).items()
-            if key != "config"
+    settings = config_lib.to_json(small_run.config(log__wandb="opsd"))
+    for workdir, name in (("/runs/a/", "a"), ("/runs/a/arms/noise", "noise")):
+        assert metrics.wandb_arguments("opsd", workdir, "/runs/a/", settings) == {
+            "project": "opsd",
+            "name": name,
+            "group": "a",
+            "config": settings,
         }
-
-    assert of("/runs/a/", "/runs/a/") == {"project": "opsd", "name": "a", "group": "a"}
-    assert of("/runs/a/arms/noise", "/runs/a/") == {
-        "project": "opsd",
-        "name": "noise",
-        "group": "a",
-    }
-    assert session.wandb_arguments(small_run.config(), "/runs/a", "/runs/a") is None
+    assert metrics.wandb_arguments("", "/runs/a", "/runs/a", settings) is None
 
 
 @pytest.mark.slow
@@ -433,7 +426,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
         signal.raise_signal(number)
 
     monkeypatch.setattr(train, "check", lambda *_: None)
-    monkeypatch.setattr(train, "train", lambda *_, **__: None)
+    monkeypatch.setattr(train, "_train", lambda *_, **__: None)
     monkeypatch.setattr(controls_lib.Arms, "finish", lambda self: (self.start(), ask()))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}

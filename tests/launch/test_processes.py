@@ -24,16 +24,21 @@ BATCH = 8
 
 def batches(data_dir, workdir, share=None, **changes):
     """data.Batches of the OPSD stage over the rows of small_run.py."""
+    from opsd_jax import config as config_lib
     from opsd_jax import tokenizer
     from opsd_jax.data import batches as batches_lib
-    from opsd_jax.data import examples, packing
+    from opsd_jax.data import packing
     from opsd_jax.data import workdir as workdir_lib
 
     config = small_run.config(data__dir=str(data_dir), opsd__batch_size=BATCH, **changes)
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
-    rows = examples.Examples.open(config, "", tok, "train")
+    tok = tokenizer.load(workdir_lib.tokenizer_folder(config.tokenizer, config.data.dir))
+    rows = small_run.examples(config, tok)
     return batches_lib.Batches(
-        config, str(workdir), "opsd", rows, packing.Packer.from_config(config, tok), share=share
+        config_lib.batches(config, "opsd"),
+        str(workdir),
+        rows,
+        packing.Packer.from_config(config, tok),
+        share=share,
     )
 
 

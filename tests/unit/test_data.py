@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import small_run
+from opsd_jax import config as config_lib
 from opsd_jax import context, tokenizer
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import arrayrecord, examples, packing, procedural, schema, shards
+from opsd_jax.data import arrayrecord, packing, procedural, schema, shards
 from opsd_jax.data import batches as batches_lib
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
@@ -64,10 +65,9 @@ def make(folder, tok, tmp_path):
     def made(stage="opsd", buckets=None, share=None, **changes):
         c = config(folder, buckets, **changes)
         return batches_lib.Batches(
-            c,
+            config_lib.batches(c, stage),
             str(tmp_path),
-            stage,
-            examples.Examples.open(c, "", tok, "train"),
+            small_run.examples(c, tok),
             packing.Packer.from_config(c, tok),
             share=share,
         )
@@ -95,12 +95,12 @@ def pids(prepared):
 
 def test_rows(folder, tok):
     c = config(folder, data__cache_rows=2, data__limits=(10, 0), prompts__suffix=" now answer")
-    rows = examples.Examples.open(c, "", tok, "train")
+    rows = small_run.examples(c, tok)
     assert [len(source) for source in rows.sources] == [
         10,
         64,
     ]  # the limit is of the train split only
-    assert [len(source) for source in examples.Examples.open(c, "", tok, "test").sources] == [
+    assert [len(source) for source in small_run.examples(c, tok, "test").sources] == [
         small_run.TEST_ROWS
     ] * 2
     row = rows(0, 3)
@@ -111,14 +111,11 @@ def test_rows(folder, tok):
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
     assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is space
-    assert (
-        examples.Examples.open(config(folder, data__cache_rows=0), "", tok, "train")._cache_size
-        == 0
-    )
+    assert small_run.examples(config(folder, data__cache_rows=0), tok)._cache_size == 0
 
 
 def test_the_partner_is_another_row_of_the_task(folder, tok):
-    rows = examples.Examples.open(config(folder), "", tok, "test")
+    rows = small_run.examples(config(folder), tok, "test")
     for source in (0, 1):
         partners = [rows.partner(source, n).example.pid for n in range(small_run.TEST_ROWS)]
         own = [rows(source, n).example.pid for n in range(small_run.TEST_ROWS)]
@@ -130,7 +127,7 @@ def test_the_partner_is_another_row_of_the_task(folder, tok):
 
 def test_layouts(folder, tok):
     c = config(folder)
-    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
+    rows, packer = small_run.examples(c, tok), packing.Packer.from_config(c, tok)
     row = rows(0, 0)
 
     def texts(kind, *args):
@@ -247,7 +244,7 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
 def test_some_rows_left_out(folder, tok, make, tmp_path):
     """A budget of targets that half of the mazes' traces exceed."""
     c = config(folder, data__tasks=(MAZE,))
-    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
+    rows, packer = small_run.examples(c, tok), packing.Packer.from_config(c, tok)
     targets = {}
     for row in (rows(0, n) for n in range(64)):
         layouts = [packer.blocks(row, layout) for layout in ("interleaved", "reference", "text")]
@@ -270,7 +267,7 @@ def test_some_rows_left_out(folder, tok, make, tmp_path):
 @pytest.mark.parametrize("mode", ["swap", "image"])
 def test_a_bucket_fits_what_replaces_the_visual_thoughts(folder, tok, mode):
     c = config(folder, BUCKETS, teacher__visual_thoughts=mode)
-    rows, packer = examples.Examples.open(c, "", tok, "train"), packing.Packer.from_config(c, tok)
+    rows, packer = small_run.examples(c, tok), packing.Packer.from_config(c, tok)
     maze, chart = rows(1, 0), rows(0, 0)
     if mode == "swap":
         row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
@@ -412,19 +409,19 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
 
 def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(folder, tmp_path):
     c = small_run.config(data__make__train=8, data__make__validation=2, data__make__test=2)
-    procedural.make_if_absent(c, str(tmp_path))
+    small_run.make_data(c, tmp_path)
     prepared = shards.version_folder(tmp_path / "data", small_run.TASK)
     before = [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())]
-    procedural.make_if_absent(c, str(tmp_path))
+    small_run.make_data(c, tmp_path)
     assert [path.stat().st_mtime_ns for path in sorted(prepared.iterdir())] == before
     (prepared / "report.json").unlink()  # as if killed on the way
-    procedural.make_if_absent(c, str(tmp_path))
+    small_run.make_data(c, tmp_path)
     assert len(arrayrecord.open_source(prepared)) == 8
     c.data.make.train = 9
     with pytest.raises(
         ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"
     ):
-        procedural.make_if_absent(c, str(tmp_path))
+        small_run.make_data(c, tmp_path)
 
 
 def killed(*arguments):
@@ -482,24 +479,22 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
         FileNotFoundError,
         match=f"{mistyped} holds no data: .*make-mini --target={mistyped}.*data.dir",
     ):
-        procedural.make_if_absent(config(mistyped), str(tmp_path))
+        small_run.make_data(config(mistyped), tmp_path)
     inner = os.path.join(folder, schema.NAME)
     with pytest.raises(
         FileNotFoundError, match=f"{inner} holds no data itself: give the folder .*dir={folder}$"
     ):
-        procedural.make_if_absent(config(inner), str(tmp_path))
+        small_run.make_data(config(inner), tmp_path)
     assert not os.listdir(tmp_path)
-    procedural.make_if_absent(
-        config(folder, data__make__families=("maze",)), ""
-    )  # more are there than are asked for
+    # More are there than are asked for.
+    small_run.make_data(config(folder, data__make__families=("maze",)), tmp_path)
     with pytest.raises(ValueError, match="made with other settings.*'seed': 0.*'seed': 1"):
-        procedural.make_if_absent(config(folder, data__make__seed=1), "")
-    procedural.make_if_absent(
-        config(folder, data__make__families=(), data__make__seed=1), ""
-    )  # as they are
+        small_run.make_data(config(folder, data__make__seed=1), tmp_path)
+    # The data are used as they are.
+    small_run.make_data(config(folder, data__make__families=(), data__make__seed=1), tmp_path)
     begun = tmp_path / "begun"
     killed(f"--target={begun}", "--families=chart", "--train=4", "--validation=1", "--test=1")
-    procedural.make_if_absent(config(begun, data__make__families=()), "")
+    small_run.make_data(config(begun, data__make__families=()), tmp_path)
     assert len(arrayrecord.open_source(begun, "train", task=CHART)) == 4
 
 
@@ -510,12 +505,10 @@ def test_rows_beyond_a_split_name_the_setting(folder, tok):
         match=f"config.data.limits asks for the first 100 examples of {MAZE}.*{folder} holds "
         f"64 for train",
     ):
-        examples.Examples.open(wrong, "", tok, "train")
+        small_run.examples(wrong, tok)
     assert [
         len(source)
-        for source in examples.Examples.open(
-            config(folder, data__limits=(0, 5)), "", tok, "train"
-        ).sources
+        for source in small_run.examples(config(folder, data__limits=(0, 5)), tok).sources
     ] == [64, 5]
 
 
@@ -526,7 +519,7 @@ def test_a_damaged_record_of_made_data_is_named(tmp_path, content):
     with pytest.raises(
         ValueError, match=f"{tmp_path}/data/made.json .*: delete it .*or delete {tmp_path}/data to"
     ):
-        procedural.make_if_absent(small_run.config(), str(tmp_path))
+        small_run.make_data(small_run.config(), tmp_path)
 
 
 # --- references -----------------------------------------------------------------------------------
@@ -580,7 +573,7 @@ def test_what_training_teaches_is_right(qwen, tok, answer):
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):
-    rows = examples.Examples.open(config(folder), "", qwen, "test")
+    rows = small_run.examples(config(folder), qwen, "test")
     rows.check_references(0, range(small_run.TEST_ROWS))
     good = rows.sources[1]
     edits = {
@@ -611,7 +604,7 @@ def test_a_swap_needs_another_row(folder, tok, make):
     ):
         make(**one)
     make("warmup", **one)  # without a teacher
-    rows = examples.Examples.open(config(folder, data__limits=(2, 3)), "", tok, "train")
+    rows = small_run.examples(config(folder, data__limits=(2, 3)), tok)
     for source, size in ((0, 2), (1, 3)):
         assert all(rows.partner(source, n) is not rows(source, n) for n in range(size))
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import convert, redraw
 from opsd_jax.data import __main__ as data
@@ -125,7 +126,7 @@ def test_runs_that_share_data_wait_for_the_one_that_makes_them(
         procedural, "_make", lambda target, make: waited.append(time.monotonic() - began)
     )
     with caplog.at_level("WARNING"):
-        procedural.make_if_absent(config, str(tmp_path / "w"))
+        small_run.make_data(config, tmp_path / "w")
     assert waited[0] > 0.8 and f"is being written by process {first.pid}" in caplog.text
 
 

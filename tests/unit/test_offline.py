@@ -217,7 +217,9 @@ class Made:
 
     def __init__(self, config, workdir, seed=0):
         self.config, self.workdir = config, workdir
-        self.tokenizer = tokenizer.load(workdir_lib.tokenizer_folder(config, ""))
+        self.tokenizer = tokenizer.load(
+            workdir_lib.tokenizer_folder(config.tokenizer, config.data.dir)
+        )
         self.packer, self.mesh = (
             packing.Packer.from_config(config, self.tokenizer),
             sharding.make_mesh(devices=jax.devices()[:1]),
@@ -230,7 +232,7 @@ class Made:
         return session.Session(
             config=config,
             workdir=str(self.workdir),
-            data_workdir="",
+            data_dir=config.data.dir,
             model=config_lib.model(config),
             mesh=self.mesh,
             tokenizer=self.tokenizer,
@@ -252,7 +254,7 @@ class Made:
     def batches(self, cache):
         """The schedule of the stage, and a function of a step that makes its batch."""
         made = batches_lib.Batches(
-            self.config, str(self.workdir), "offline", self.rows, self.packer
+            config_lib.batches(self.config, "offline"), str(self.workdir), self.rows, self.packer
         )
         return made.schedule, lambda step: teacher_cache.batch(made, step, cache)
 
