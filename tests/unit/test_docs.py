@@ -412,8 +412,10 @@ def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory
     workdir, done = run
 
     def here(text):
-        text = re.sub(r"/tmp/opsd-mini(?![\w-])|(?<![\w/.-])W(?=/|\s|$)", str(workdir), text)
-        return text.replace("/tmp/", f"{tmp_path}/")
+        text = re.sub(r"(?<![\w/.-])W(?=/|\s|$)", "/tmp/opsd-mini", text)
+        return re.sub(
+            r"/tmp/(opsd-mini(?![\w-]))?", lambda m: str(workdir) if m[1] else f"{tmp_path}/", text
+        )
 
     namespace, printed = {}, None
     for how, language, content in re.findall(
