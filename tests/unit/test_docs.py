@@ -186,6 +186,21 @@ def test_arms_of_the_miniature():
     assert listed == set(get_config("configs/mini.py")("maze").arms)
 
 
+def test_the_numbers_at_the_start_are_those_of_the_results():
+    """Means of the maze, rounded, on the first two pages."""
+    maze = PAGES["docs/results.md"].partition("### Maze")[2].partition("### Charts")[0]
+    means = {
+        row["arm"]: round(float(row["mean ± sd"].split()[0]))
+        for row in tables(maze)
+        if row.get("measure") == "accuracy" and "banned" not in row["arm"]
+    }
+    assert len(means) == 6
+    shown = [f"{mean} %" for mean in means.values()]
+    for page, column in (("index", "accuracy"), ("get-started", "seeds 0 to 2 of the maze")):
+        rows = [row for row in tables(PAGES[f"docs/{page}.md"]) if column in row]
+        assert [row[column].strip("*") for row in rows] == shown, page
+
+
 def get_config(path: str):
     return load(path).get_config
 
