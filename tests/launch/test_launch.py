@@ -511,7 +511,7 @@ def test_gke_base_alone_is_a_v5e_16():
     assert base == same
 
 
-# --- Docker, notebook -----------------------------------------------------------------------------
+# --- Docker ---------------------------------------------------------------------------------------
 
 
 def test_dockerfile_names_what_there_is():
@@ -526,55 +526,6 @@ def test_dockerfile_names_what_there_is():
     assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
     command = json.loads(lines[-1].removeprefix("CMD "))
     assert command[:3] == ["python", "-m", "opsd_jax.train"]
-
-
-def cells(kind: str) -> list[dict]:
-    notebook = json.loads((LAUNCH / "colab.ipynb").read_text(encoding="utf-8"))
-    assert notebook["nbformat"] == 4
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def test_notebook_compiles_and_carries_no_output():
-    for cell in cells("code"):
-        compile("".join(cell["source"]), "colab.ipynb", "exec")
-        assert cell["outputs"] == [] and cell["execution_count"] is None
-        assert len(cell["source"]) <= 25, "a cell is small"
-    tags = [tag for cell in cells("code") for tag in cell["metadata"].get("tags", [])]
-    assert tags == ["settings", "install"]
-    kinds = [
-        cell["cell_type"] for cell in json.loads((LAUNCH / "colab.ipynb").read_text())["cells"]
-    ]
-    assert kinds[0] == "markdown" and len(cells("markdown")) >= 8
-
-
-@pytest.mark.slow
-def test_notebook_runs(tmp_path, tmp_path_factory):
-    """Its cells in order, on a run of a few steps, without the installation."""
-    import small_run
-
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for name in ("configs", "opsd_jax"):
-        (checkout / name).symlink_to(ROOT / name)
-    flags = [f"--config.{key}={value}" for key, value in small_run.CHANGES.items()]
-    parts = []
-    for cell in cells("code"):
-        tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])
-        if "install" not in tags:
-            parts.append(source + f"\nEXTRA = {flags!r}" if "settings" in tags else source)
-    program = tmp_path / "cells.py"
-    program.write_text("import matplotlib\nmatplotlib.use('agg')\n" + "\n\n".join(parts))
-    result = subprocess.run(
-        [sys.executable, program],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=small_run.environment(tmp_path_factory),
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "question:" in result.stdout and "| arm noise, text only |" in result.stdout
-    assert (checkout / "runs/smoke/curves.png").stat().st_size > 10_000
 
 
 # --- who belongs to the run -----------------------------------------------------------------------
