@@ -434,7 +434,7 @@ def arm(config: ConfigDict, name: str, start: str = "") -> ConfigDict:
     return changed
 
 
-def draws(config: ConfigDict, stage: str) -> bool:
+def trains_generation(config: ConfigDict, stage: str) -> bool:
     """Whether a stage trains image generation, and so needs images as the autoencoder sees them."""
     return stage == "autoencoder" or (stage == "warmup" and config.warmup.mix.drawn > 0)
 
@@ -505,7 +505,7 @@ def batches(config: ConfigDict, stage: str) -> BatchesConfig:
         seed=config.seed,
         visual_thoughts=config.teacher.visual_thoughts,
         mix={**config[stage].get("mix", {})},
-        generation=draws(config, stage),
+        generation=trains_generation(config, stage),
         data=data(config),
     )
 
@@ -567,7 +567,7 @@ def stage_config(config: ConfigDict, stage: str, tokenizer) -> StageConfig:
             eos_after_cut=config.rollout.eos_after_cut,
         )
     common["chunk"] = config.divergence.chunk
-    if draws(config, stage):
+    if trains_generation(config, stage):
         return ImageGenerationConfig(**common, ce_weight=s.ce_weight, mse_weight=s.mse_weight)
     if stage == "offline":
         return OfflineConfig(**common, weight=s.weight, temperature=s.temperature)

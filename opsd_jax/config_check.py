@@ -1,4 +1,4 @@
-"""Checks of a configuration: of its values (`check`), and against the run that it continues.
+"""Checks of a configuration: its values (`check`), and the run that it continues.
 
 `check` reads and makes nothing, so that a wrong setting ends a command before it has begun. It
 checks each value by itself first (keys, types, ranges, choices), then each group of settings
@@ -319,7 +319,7 @@ def _check_stage(config: ConfigDict, stage: str) -> None:
         _check_freeze(config, stage)
     if stage == "opsd":
         _check_opsd(config)
-    if config_lib.draws(config, stage):
+    if config_lib.trains_generation(config, stage):
         _check_image_generation(config, stage)
     with _keys_named(stage):
         config_lib.stage_config(config, stage, _ENDS)
@@ -348,7 +348,7 @@ def _check_freeze(config: ConfigDict, stage: str) -> None:
             "leave freeze empty, or set config.lora.rank=0"
         )
     never = {"fixed", "vae", "lora"}
-    if not config_lib.draws(config, stage):
+    if not config_lib.trains_generation(config, stage):
         never |= {*params.GENERATION_GROUPS}
     if not {*params.GROUPS} - never - {*freeze}:
         raise ValueError(f"config.{stage}.freeze is {freeze}: nothing is left to train")
@@ -526,7 +526,7 @@ def check_digests(
         raise ConfigMismatchError(
             f"{whose} was trained with another content of {names} (digests):\n"
             f"{checks.table(rows)}\n"
-            f"Put the {names} back as it was, or start a new run with another --workdir. To go on "
-            "with what is there now, knowing that it differs: "
+            f"Restore the {names} as before, or start a new run with another --workdir. To "
+            "continue with the present content, knowing that it differs: "
             f'--config.checkpoint.accept_changed="{tuple(kinds)}"'
         )

@@ -237,7 +237,7 @@ def train_stage(
     health = Health(**config.health)
     if begin > stage.first:
         records = metrics_lib.read(run_folder.metrics(run.workdir))
-        history = [row for row in records if row["stage"] == stage.name]
+        history = [record for record in records if record["stage"] == stage.name]
         health.replay(history)
         if evaluation.is_due(begin) and evaluation.is_missing(begin, history):
             evaluation.during(begin, state, health)  # the run was stopped while it evaluated

@@ -13,7 +13,7 @@ from opsd_jax.inputs import json_files, paths
 from opsd_jax.runtime import files, run_folder
 
 _WRITE_AGAIN = (
-    "delete the file and give the run's training command once more, which writes it again "
+    "delete the file and give the run's training command again, which writes it "
     "(checkpoints hold the settings, too)"
 )
 
@@ -89,8 +89,8 @@ def found_data_dir(config: ConfigDict, workdir: str) -> str:
         if os.path.isdir(os.path.join(place, schema.NAME)):
             return place
     raise FileNotFoundError(
-        f"{workdir} has no data: looked for {schema.NAME}/ in {' and '.join(places)}. Put them "
-        f"back, or set data.dir in {workdir}/config.json"
+        f"{workdir} has no data: looked for {schema.NAME}/ in {' and '.join(places)}. Restore "
+        f"them, or set data.dir in {workdir}/config.json"
     )
 
 

@@ -10,8 +10,8 @@ does not fit fails here as it would on the slice. What this does not tell: numer
 and what the runtime keeps for itself. `--topology=cpu:8` compiles for eight fake devices, anywhere;
 its temporary memory says little about a TPU.
 
-While the student samples, the whole training state is in memory beside the program and is added to
-its peak; the copy of the parameters that sampled is gone when the update begins.
+While the student samples, the whole training state is in memory, too, and is added to the program's
+peak; the copy of the parameters that sampled is gone when the update begins.
 """
 
 import os

@@ -38,7 +38,7 @@ def plan(
     """The report that --out writes: topology, mesh, parameters by group, one bill per program.
 
     Args:
-      stage: of the config; "" for opsd if it has one, else its first.
+      stage: a stage of the config; "" for opsd if it has one, else its first.
       only, bucket: see `programs.programs`.
       hbm: GiB per device; 0 for the chip's own.
       quick: compile with less effort.

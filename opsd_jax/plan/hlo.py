@@ -35,8 +35,8 @@ _FREE = {
 class Instruction:
     """One line of a computation.
 
-    shape: of the result, as text. operands: their names. rest: the text from the parenthesis of the
-    operands on. root: whether it is the result of its computation.
+    shape: shape of the result, as text. operands: their names. rest: the text from the parenthesis
+    of the operands on. root: whether it is the result of its computation.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _arrays(shape: str, hbm_only: bool = False) -> list[int]:
 def _group(rest: str, devices: int) -> int:
     """Number of devices of a collective's group, however HLO writes replica_groups.
 
-    devices: of the program, which are one group if none is written.
+    devices: number of devices of the program, which are one group if none is written.
     """
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
@@ -147,7 +147,7 @@ def traffic(text: str, devices: int, trips: tuple[int, ...] = (1,)) -> dict:
 
     Args:
       devices: number of devices of the program.
-      trips: of loops whose bound cannot be found, see `programs.Program`.
+      trips: trip counts of loops whose bound cannot be found, see `programs.Program`.
     Returns:
       {"collectives": {kind: {"count", "bytes"}}, "hbm_bytes"}.
       bytes: what each device sends in a ring, with S bytes of result in a group of n devices:

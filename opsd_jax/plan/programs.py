@@ -30,7 +30,7 @@ class Program:
     """One jitted program of a step, traced and not compiled.
 
     arguments: {kind: shapes} of its arguments.
-    beside: {kind: shapes} of what else is in memory while it runs.
+    beside: {kind: shapes} of what else is in memory while it runs, such as the training state.
     trips: how often its `while` loops without a fixed length run at most, from the outermost
       inwards.
     cache: shape of its keys, [L, B, T, K, head_dim]; None if it has no cache.
@@ -60,7 +60,7 @@ def programs(
       ValueError: the stage is not planned, or has no such bucket or program; its batches do not
       fill the mesh.
     """
-    if stage not in PLANNED or config_lib.draws(config, stage):
+    if stage not in PLANNED or config_lib.trains_generation(config, stage):
         raise ValueError(
             f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without image "
             "generation"
@@ -90,7 +90,7 @@ class _Step:
     config, stage, mesh, bucket: as in `programs`.
     method: configuration of the step function.
     params: {nested: shapes} of the model, without shardings.
-    state: of the training state, cut over the mesh.
+    state: shapes of the training state, cut over the mesh.
     """
 
     def __init__(self, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, bucket: int):
@@ -193,7 +193,7 @@ def _random_key(step: _Step) -> jax.ShapeDtypeStruct:
 
 
 def _sample(step: _Step) -> Program:
-    """The sampler, with the training state beside it."""
+    """The sampler; the training state is in memory, too."""
     batch, sampling = _policy_batch(step), _sampling(step)
     params = sharding.abstract(
         step.mesh,
@@ -239,7 +239,8 @@ def _in_training_alone(step: _Step, sampled: Shapes) -> dict[str, jax.ShapeDtype
 def _sampler_trips(sampling: RolloutConfig, sequences: int) -> tuple[int, ...]:
     """Trips of the sampler's loops if all sequences use up the budget.
 
-    One number: of decoding steps. With a queue two: of refills, and of steps between two of them.
+    One number, that of decoding steps. With a queue two numbers: refills, and steps between two of
+    them.
     """
     if not sampling.slots or sampling.slots >= sequences:
         return (sampling.max_new_tokens,)

@@ -36,7 +36,7 @@ def _memory(bill: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {'peak':<18} {bill['peak_gib']:>9.3f} GiB"
             + (
-                f", {bill['needs_gib']:.3f} GiB with what is in memory beside it"
+                f", {bill['needs_gib']:.3f} GiB with what else is in memory"
                 if bill["beside_gib"]
                 else ""
             )

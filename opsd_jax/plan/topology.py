@@ -20,8 +20,8 @@ class Chip:
 
     hbm: GiB that libtpu lets a program have.
     flops: peak of bfloat16 operations per second.
-    bandwidth: of HBM, in bytes per second.
-    link: of one ICI link in one direction, in bytes per second.
+    bandwidth: bandwidth of HBM, in bytes per second.
+    link: bandwidth of one ICI link in one direction, in bytes per second.
     axes: number of axes of the torus that the chips of a slice form.
     cores: TensorCores of a chip; names such as v5p-16 count them.
     devices: devices of a chip. One device with two cores is what libtpu calls a megacore.

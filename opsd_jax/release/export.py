@@ -43,8 +43,8 @@ class _Source:
     """The checkpoint to export.
 
     directory: its step folder, or the imported folder.
-    name: of the file to write: "model", or "ema" for averaged weights.
-    shapes: of its parameters.
+    name: name of the file to write: "model", or "ema" for averaged weights.
+    shapes: shapes of its parameters.
     parts: {path: part of the training state, "params" or "ema"} of parameters that the item
       `params` does not hold as they are to be exported.
     config: sizes of its model, with adapters if it has some.
@@ -117,7 +117,7 @@ def export_release(
 
 def _open_source(source: str, name: str) -> _Source:
     workdir = _workdir(source)
-    # one step from here on: a run that goes on saves others meanwhile
+    # one step from here on: a run that continues saves others meanwhile
     directory = workdir if folders.is_imported(workdir) else str(checkpoint.resolve(source))
     shapes = folders.checkpoint_shapes(directory)
     name, parts = _choose_weights(directory, shapes, name)
@@ -180,7 +180,7 @@ def _find_base(source: _Source, base: str) -> str:
             if source.generates and not base:
                 return ""
             raise FileNotFoundError(
-                f"{at}, from which {source.directory} takes image generation, is not there: give "
+                f"{at}, from which {source.directory} takes image generation, does not exist: give "
                 "--base=FOLDER, or --base=none for a folder without image generation"
             )
         if _generates(at):
@@ -301,7 +301,7 @@ def _of_checkpoint(
 ) -> tuple[safetensors_io.Outline, Tensors]:
     """(outline, tensors) of parameters of a checkpoint, adapters added to their matrices.
 
-    parts: see `_Source`. lora: of the adapters among the parameters.
+    parts: see `_Source`. lora: sizes of the adapters among the parameters.
     """
     adapters = {path: leaf for path, leaf in shapes.items() if _is_adapter(path)}
     matrices = {path: leaf for path, leaf in shapes.items() if path not in adapters}

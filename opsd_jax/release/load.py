@@ -37,7 +37,7 @@ _MOST_FAULTS = 1000  # tensors that an error lists
 class PlannedParameter:
     """One parameter and what fills it.
 
-    shape, dtype: of the parameter.
+    shape, dtype: shape and dtype of the parameter.
     tensors: where its tensors are stored: one, or one for each layer in order.
     table: the parameter itself, if it is a table of fixed positions that is computed; no tensors
       then.
@@ -70,7 +70,7 @@ def load(
 
     Args:
       generation: also image generation: its expert, the latent path and the autoencoder.
-      dtype: of the parameters; None or "" for each as it is stored. (The compute dtype is
+      dtype: dtype of the parameters; None or "" for each as it is stored. (The compute dtype is
         `ModelConfig.dtype`.)
       mesh, layout: where they go, see `sharding`; None for the first device.
       compute: remat, unroll, query_block of `ModelConfig`.
@@ -135,7 +135,7 @@ def plan(
 ) -> tuple[list[PlannedParameter], list[str]]:
     """How the files of a released folder fill the model's parameters, from their headers alone.
 
-    dtype: of all parameters; None for each as it is stored.
+    dtype: dtype of all parameters; None for each as it is stored.
     Returns:
       (parameters, sentences for the user).
     Raises:
@@ -189,7 +189,7 @@ class _File:
 class _Findings:
     """What is wrong with the tensors of a release, and what the user should know.
 
-    missing: names of tensors that are not there; each is also among the faults.
+    missing: names of tensors that the files lack; each is also among the faults.
     """
 
     faults: list[str] = dataclasses.field(default_factory=list)

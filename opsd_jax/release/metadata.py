@@ -23,7 +23,7 @@ def model_config(settings: Mapping[str, Any], directory: str) -> ModelConfig:
     It is computed as `configs.COMPUTE` says, whatever the run did.
 
     Args:
-      directory: of the checkpoint, for messages.
+      directory: folder of the checkpoint, for messages.
     Raises:
       ValueError, which names the keys, if they are not settings of a model.
     """

@@ -166,7 +166,7 @@ def _open_shards(directory: str, index: str) -> dict[str, Tensor]:
     if missing := [part for part in parts if not os.path.isfile(os.path.join(directory, part))]:
         whole = index.removesuffix(".index.json")
         or_else = (
-            f", or delete the index, because {whole} is there"
+            f", or delete the index, because {whole} exists"
             if os.path.isfile(os.path.join(directory, whole))
             else ""
         )
@@ -246,7 +246,7 @@ def _fill(file: BinaryIO, offset: int, array: np.ndarray) -> None:
 def is_finite(array: np.ndarray, dtype: str) -> bool:
     """Whether a contiguous array has no NaN and no infinity: all exponent bits of those are set.
 
-    dtype: of the array, as the format spells it.
+    dtype: dtype of the array, as the format spells it.
     """
     kind, exponent = _EXPONENT[dtype]
     bits, step = array.reshape(-1).view(kind), 1 << 18  # pieces that stay in the processor's cache

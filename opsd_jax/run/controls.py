@@ -2,8 +2,8 @@
 
 A control arm is a named set of changes to the run's settings (`config.arms`). Each is a process of
 its own in W/arms/NAME, with the run's own command line plus --arm=NAME, so that it can also be
-run alone. On CPUs one arm runs beside the main run (a model this small leaves a second core idle).
-On accelerators, which belong to one process, arms run one after another after the main run.
+run alone. On CPUs an arm runs while the main run does (a model this small leaves a second core
+idle). On accelerators, which belong to one process, arms run one after another after the main run.
 """
 
 import collections
@@ -51,7 +51,7 @@ class Arms:
     """Runs the control arms of a run as processes; a context manager: if the run stops, so do they.
 
     Args:
-      names: of the arms, in the order in which they run.
+      names: names of the arms, in the order in which they run.
       workdir: folder of the run.
       argv: arguments of the run's own command.
     """
@@ -78,7 +78,7 @@ class Arms:
             self._worker.join()
 
     def start(self) -> None:
-        """To be called when the run is warmed up: on CPUs a thread now runs arms beside it."""
+        """To be called when the run is warmed up: on CPUs a thread runs arms from then on."""
         if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
             self._worker = threading.Thread(target=self._work, args=(1,), daemon=True)
             self._worker.start()

@@ -26,22 +26,18 @@ from opsd_jax.run.session import Session
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import files, run_folder
 from opsd_jax.runtime import progress as progress_lib
+from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 from opsd_jax.tokenizer import Tokenizer
 
-BeforeBatch = Callable[[], None]
 Shown = Callable[[Benchmark, Key], list[tuple[str, Image.Image]]]
 """(benchmark, key) -> (caption, image) of what the report shows of an example."""
 
 
-def nothing() -> None:
-    """Does nothing before a batch."""
-
-
-def evaluate(request: Request, before_batch: BeforeBatch = nothing) -> dict[str, dict]:
+def evaluate(request: Request, before_batch: BeforeBatch = never_stop) -> dict[str, dict]:
     """Evaluates a model in each of the modes and writes the results to W/eval.
 
     Args:
-      before_batch: called before each batch, such as `stopping.StopRequest.check`. Raises to stop.
+      before_batch: called before each batch, such as `StopRequest.check`. Raises to stop.
     Returns:
       {name of the results: summary}; on other processes than the first the summaries are {}.
     Raises:
@@ -75,7 +71,7 @@ class Opened:
     """A run whose model answers examples in the contexts of training.
 
     Attributes:
-      session: of the run.
+      session: the opened run.
       selection: the examples.
       params: the model's dict, laid out for the sampler.
       facts: see `facts_of`.
@@ -102,7 +98,7 @@ def open_for_contexts(job: Job) -> Opened:
 
 
 def select(job: Job, session: Session) -> contexts.Selection:
-    """The examples of a job. session: of its run, with its tasks."""
+    """The examples of a job. session: its run, opened with its tasks."""
     return contexts.Selection(
         examples=session.examples(job.request.split),
         packer=session.packer,
@@ -119,7 +115,7 @@ def in_contexts(
     mode: str,
     opened: Opened,
     compared: comparison.Compared | None = None,
-    before_batch: BeforeBatch = nothing,
+    before_batch: BeforeBatch = never_stop,
 ) -> dict:
     """Answers the tasks of a run in the contexts of a mode, packed as in training; the summary."""
     selection, config = opened.selection, opened.session.config
@@ -159,7 +155,7 @@ def interleaved(
     job: Job,
     mode: str,
     compared: comparison.Compared | None = None,
-    before_batch: BeforeBatch = nothing,
+    before_batch: BeforeBatch = never_stop,
 ) -> dict:
     """Asks by a protocol, with image generation or without; the summary.
 
@@ -249,14 +245,14 @@ def _askable_tables(job: Job) -> list[Benchmark]:
 
 
 def _check_scorable(benchmark: Benchmark) -> None:
-    """ValueError where no score comes of the questions, before anything is asked."""
+    """ValueError if the questions give no score, before anything is asked."""
     try:
         benchmark.judge(dict.fromkeys(benchmark.keys, ""))
     except ValueError as error:
         count = len(benchmark.keys)
         raise ValueError(
             f"{benchmark.name}: {count} of {count + len(benchmark.left_out)} rows can be asked, "
-            f"and no score comes of them ({error}): correct the rows that cannot be shown, or ask "
+            f"and they give no score ({error}): correct the rows that cannot be shown, or ask "
             "more of them"
         ) from error
 

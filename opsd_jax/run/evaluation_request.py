@@ -26,20 +26,20 @@ class Request:
     """What the user asks for; the flags of `python -m opsd_jax.eval`.
 
     Attributes:
-      workdir: of the run, or of an arm; with a released model in `checkpoint`, a folder for
-        results.
+      workdir: folder of the run, or of an arm; with a released model in `checkpoint`, a folder
+        for results.
       modes: what the model sees, see `opsd_jax.eval`.
       checkpoint: a step folder; "" for the newest one of the run; or a released or imported model.
       benchmarks: tasks or families of the run, and public tables; () for all that there are.
       data_dir: folder of the public tables.
       protocol: a name in `interleave.PROTOCOLS`; "" for the run's own contexts, greedy.
-      split: of the tasks.
+      split: split of the tasks.
       rows: size of a random subset of each benchmark (of whole questions where a table asks each
         several times); 0 for all. The subset depends on config.seed (0 for a model that is not a
         run), so that results of several seeds stay paired.
       ban_marker: never sample what completes <image_start>.
-      seed: of noise and sampling; None for the run's.
-      name: of the results. "" makes one that says what was measured, so that a rerun replaces
+      seed: seed of noise and sampling; None for the run's.
+      name: name of the results. "" makes one that says what was measured, so that a rerun replaces
         equals by equals: <step>-<mode>[-banned][-<protocol>], and more where split, rows, tasks or
         seed are not the run's own.
       batch_size: 0 for config.eval.batch_size (16 for a model that is not a run).
@@ -72,11 +72,11 @@ class Job:
       request: what was asked for.
       config: settings of the run; None for a model that is not a run.
       checkpoint: a step folder, or a released or imported model.
-      step: of the checkpoint; None for a model that is not a run.
-      tasks: of the run.
+      step: step of the checkpoint; None for a model that is not a run.
+      tasks: tasks of the run.
       tables: public tables.
       names: {mode: name of the results}.
-      seed: of noise and sampling.
+      seed: seed of noise and sampling.
       subset_seed: chooses random subsets; the same for every `seed`.
       batch_size: examples per batch.
     """
@@ -207,7 +207,7 @@ def _choose_benchmarks(
 ) -> tuple[dict[str, pathlib.Path], tuple[str, ...]]:
     """({public table: its file}, tasks of the run) that are asked.
 
-    config: of the run; None for a model that is not a run.
+    config: settings of the run; None for a model that is not a run.
     """
     asked, data_dir = request.benchmarks, request.data_dir
     if config is None and not data_dir:
@@ -284,7 +284,7 @@ def _given_names(job: Job) -> dict[str, str]:
 def _made_names(job: Job, stem: str) -> dict[str, str]:
     """{mode: name of its results} that says what is measured.
 
-    stem: of a model that is not a run.
+    stem: name of the folder of a model that is not a run.
     """
     request, config, differs = job.request, job.config, []
     if request.protocol:

@@ -1,4 +1,4 @@
-"""The model that answers: of a released folder, an imported one, or a checkpoint of a run."""
+"""The model that answers, from a released folder, an imported one, or a checkpoint of a run."""
 
 import dataclasses
 import os
@@ -69,7 +69,7 @@ def load(
 
 
 def check_protocol(protocol: str) -> None:
-    """ValueError for the name of an unknown protocol; "" stands for the run's own."""
+    """ValueError for the name of an unknown protocol; "" means the run's own."""
     if protocol and protocol not in interleave.PROTOCOLS:
         raise ValueError(f"--protocol={protocol}: choose from {', '.join(interleave.PROTOCOLS)}")
 

@@ -149,7 +149,7 @@ def write_generated_images(run: Session, step: FinishedStep) -> None:
 
 
 def _contexts(host) -> dict[str, Context]:
-    """The contexts in a batch by their names: of both roles, or the one of the traces."""
+    """The contexts in a batch by their names: those of both roles, or that of the traces."""
     if hasattr(host, "student"):
         return {"student": host.student, "teacher": host.teacher}
     return {"context": getattr(host, "traces", host).context}

@@ -195,7 +195,7 @@ def open_training(
         if primary:
             procedural.make_if_absent(config_lib.data(config), data_dir)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("data is there")
+            multihost_utils.sync_global_devices("data is made")
         session = _open(config, workdir, data_dir, mesh, clock)
         digests = session.digests
     if saved:

@@ -74,13 +74,12 @@ class Evaluation:
         return is_new or not self._is_complete()
 
     def is_missing(self, step: int, history: list[dict]) -> bool:
-        """Whether metrics.jsonl, `history`, lacks the scores of a step.
+        """Whether the stage's records in metrics.jsonl, `history`, lack the scores of a step.
 
         The first process decides for all.
         """
-        missing = not any(
-            key.startswith("eval/") for row in history if row["step"] == step for key in row
-        )
+        logged = (key for record in history if record["step"] == step for key in record)
+        missing = not any(key.startswith("eval/") for key in logged)
         if jax.process_count() > 1:
             missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
         return missing

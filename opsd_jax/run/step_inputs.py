@@ -59,7 +59,7 @@ class Nothing:
 
 
 class RandomKey:
-    """The update draws random numbers, which depend on the run's seed and the step alone."""
+    """The update uses random numbers, which depend on the run's seed and the step alone."""
 
     def __init__(self, run: Session, batches: Batches, params, guard: CompileGuard):
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), 2)

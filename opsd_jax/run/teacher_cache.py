@@ -100,13 +100,13 @@ class Cache:
         self._lock = threading.Lock()
         path = os.path.join(folder, "key.json")
         if os.path.exists(path):
-            was = json_files.read(path, fix=f"delete {folder}, and it is collected anew")
+            was = json_files.read(path, fix=f"delete {folder}, and it is collected again")
             if was != facts:
                 raise WrongCacheError(
                     f"{folder} holds the outputs of another teacher or of other settings:\n"
                     + "\n".join(_differences(was, facts))
                     + "\nUse those, another --workdir, or delete the folder: it is then collected "
-                    "anew"
+                    "again"
                 )
         elif jax.process_index() == 0:
             files.write_json(path, facts)
@@ -128,27 +128,27 @@ class Cache:
         """The stored targets of an example, an array [target tokens] of `record_type`.
 
         Raises:
-          MissingTargetsError: they are not there.
+          MissingTargetsError: the cache lacks them.
           WrongCacheError: they belong to another trace than `labels`, int [target tokens].
           ValueError: the file is damaged.
         """
         path, name = self.path(task, number), f"{number}:{pid}"
-        again = "delete that file and start again, which collects it anew"
-        where = f"row {number}, pid {pid}, of {task}"
+        again = "delete that file and start again, which collects it again"
+        where = f"example {number}, pid {pid}, of {task}"
         with self._lock:
             try:
                 shard = self._shard(path)
                 if shard["key"] != self.digest:
                     raise WrongCacheError(
-                        f"{path} belongs to another cache than key.json beside it: {again}"
+                        f"{path} belongs to another cache than key.json in its folder: {again}"
                     )
                 if name not in shard.files:
                     raise MissingTargetsError(f"{path} has no teacher for {where}: {again}")
                 found = shard[name]
             except FileNotFoundError as error:
                 raise MissingTargetsError(
-                    f"{path}, with the teacher for {where}, is not there: start again, which "
-                    "collects it anew"
+                    f"{path}, with the teacher for {where}, is missing: start again, which "
+                    "collects it again"
                 ) from error
             except (zipfile.BadZipFile, EOFError, OSError) as error:
                 raise ValueError(f"{path} is damaged ({error}): {again}") from error
@@ -273,8 +273,9 @@ def _outputs(
         record["log_probs"], record["indices"] = log_probs[b][real], indices[b][real]
         if not (np.isfinite(record["log_probs"]).all() and np.isfinite(record["weight"]).all()):
             raise FloatingPointError(
-                f"the teacher's log-probabilities of row {pid} are not finite: the weights that "
-                "the stage starts with are damaged, or config.model.dtype is too narrow for them"
+                f"the teacher's log-probabilities of example {pid} are not finite: the weights "
+                "that the stage starts with are damaged, or config.model.dtype is too narrow for "
+                "them"
             )
         found[n, pid] = record
     return found

@@ -8,7 +8,7 @@
 Only this module uses Orbax (its v1 interface is young: the version is pinned). A folder gets the
 name `<step>` only when it is complete (see `checkpoint_folders`). `Checkpoints` is for the one
 process group that trains (see `locks`): it deletes old and half-written folders. The functions
-`restore`, `restore_params` and `metadata` only read and may be used beside a run.
+`restore`, `restore_params` and `metadata` only read and may be used during a run.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written; names the folder.
-          ValueError: a newer checkpoint is there already.
+          ValueError: there is a newer checkpoint already.
         """
         step = int(step)
         details = _details(step, stage, config, digests)
@@ -194,7 +194,7 @@ class Checkpoints:
     def _check_kept(self) -> None:
         """Raises CheckpointError, once, if the newest checkpoint is gone.
 
-        Orbax would make its folder again and go on.
+        Orbax would make its folder again and continue.
         """
         if self._newest is None or jax.process_index():
             return
@@ -360,8 +360,8 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
     """Does `work` with the step folder that `directory` (as in `restore`) means; returns its
     result.
 
-    A run that goes on deletes its older checkpoints. If it deletes this one in between, the work is
-    done again with the newest one.
+    A run that continues deletes its older checkpoints. If it deletes this one in between, the work
+    is done again with the newest one.
 
     Raises:
       CheckpointGoneError: the step was deleted, and `directory` names this step.
@@ -408,7 +408,7 @@ def newest(workdir: str) -> str:
 def retry_if_gone(work: Callable[[], Any], *, given: str) -> Any:
     """Calls `work`, again if the run deletes the newest checkpoint before the work has read it.
 
-    Several processes do not try again: some of them may have read it all, and would go on alone.
+    Several processes do not try again: some of them may have read it all, and would continue alone.
 
     Args:
       work: reads the newest checkpoint of a run if none is `given`.
@@ -543,7 +543,7 @@ def _if_damaged(directory: epath.Path) -> str:
 
 
 def _in_flight(tree) -> int:
-    """Bytes that Orbax may hold beside the arrays.
+    """Bytes that Orbax may hold in addition to the arrays.
 
     By default it copies all arrays at once; with less than the largest array it fails.
     """

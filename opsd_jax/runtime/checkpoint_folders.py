@@ -57,7 +57,7 @@ def resolve(directory: str | os.PathLike) -> epath.Path:
 
     Raises:
       CheckpointNotFoundError: nothing complete there. CheckpointGoneError: the step is absent and
-        older than those that are there.
+        older than those that exist.
     """
     directory = absolute(directory)
     if is_complete(directory):
@@ -117,7 +117,7 @@ def delete(directory: epath.Path) -> None:
 def remove_half_written(directory: epath.Path) -> None:
     """Removes what interrupted saves and deletions left, until it stays away.
 
-    When a save fails in a process that goes on (a notebook on a full disk), the writers of its
+    When a save fails in a process that continues (a notebook on a full disk), the writers of its
     other arrays run on for a moment and make their folders again. Orbax's own removal gives up at
     the first of them, and the next save fails with it.
 

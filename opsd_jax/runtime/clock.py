@@ -135,7 +135,7 @@ class CompileGuard:
         """The function, with the programs counted that its calls compile.
 
         Args:
-          name: of the function, in metrics and in the error.
+          name: name of the function, in metrics and in the error.
           function: a jitted function. Only calls of the returned function are counted.
           limit: number of programs that it may need.
         """

@@ -19,8 +19,8 @@ class Health:
     Most watches compare with the run's own start: references are means of the first
     `reference_checks` checks. Faults from the start on have absolute limits: `min_length`,
     `max_unfinished`. A watch raises after `patience` bad checks in a row; `max_unfinished` waits
-    for `reference_checks` more. On resume, `replay` the rows of the stage first: references taken
-    from a run that has already gone wrong would find it healthy.
+    for `reference_checks` more. On resume, `replay` the records of the stage first: references
+    taken from a run that has already gone wrong would find it healthy.
 
     Attributes:
       finite: metrics that may not be nan or inf, not even once.
@@ -57,16 +57,17 @@ class Health:
         self._ended = False  # whether completions did end, once
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Checks one row of metrics; keys that it lacks are not checked. Raises
-        UnhealthyRunError."""
+        """Checks one record of metrics; keys that it lacks are not checked.
+
+        Raises UnhealthyRunError.
+        """
         if problems := self._look(metrics):
             raise UnhealthyRunError(f"stopped at step {step}: " + "; ".join(problems))
 
-    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes earlier rows of this stage, as `metrics.read` returns them, without judging
-        them."""
-        for row in rows:
-            self._look(row)
+    def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes earlier records of this stage (see `metrics.read`) without judging them."""
+        for record in records:
+            self._look(record)
 
     def _look(self, metrics: Mapping[str, Any]) -> list[str]:
         values = {key: _number(value) for key, value in metrics.items()}

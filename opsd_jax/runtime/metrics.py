@@ -63,13 +63,13 @@ class Means:
 
 
 def read(metrics_jsonl: str | os.PathLike) -> list[dict]:
-    """The rows of a metrics.jsonl, without an incomplete last line, which a run is writing.
+    """The records of a metrics.jsonl, without an incomplete last line, which a run is writing.
 
     Raises:
-      ValueError: names file and line of any other line that is not a row.
+      ValueError: names file and line of any other line that is not a record.
     """
     lines = Path(metrics_jsonl).read_text(encoding="utf-8", errors="replace").split("\n")
-    return [_row(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
+    return [_record(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
 def wandb_arguments(project: str, workdir: str, group: str, settings: dict) -> dict | None:
@@ -95,9 +95,9 @@ class Writer:
       tensorboard: whether to write `<workdir>/tb/` too.
       wandb: see `wandb_arguments`. The id is made once and kept in the workdir, so that all starts
         of a run are one run there.
-      resume_step: the first step that this process will do. Rows of it and of later steps are from
-        a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears once.
-        None keeps all rows and appends.
+      resume_step: the first step that this process will do. Records of it and of later steps are
+        from a killed run: they are moved to `metrics.jsonl.superseded`, so that each step appears
+        once. None keeps all records and appends.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Writer:
 
         Args:
           step: updates done.
-          stage: of `config.STAGES`.
+          stage: one of `config.STAGES`.
           values: numbers, or arrays of one number. JSON has no nan and inf: such a value is
             written as null and its key is listed under `nonfinite`.
 
@@ -151,27 +151,27 @@ class Writer:
         """
         if not self.primary:
             return
-        row = {"step": int(step), "time": round(time.time(), 3), "stage": stage}
+        record = {"step": int(step), "time": round(time.time(), 3), "stage": stage}
         numbers = {}
         for key, value in values.items():
-            if key in row or key == "nonfinite":
+            if key in record or key == "nonfinite":
                 raise ValueError(f"metric {key!r}: the writer sets this key itself; choose another")
             array = np.asarray(value)
             if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16
                 raise TypeError(f"metric {key!r} is not a number: {value!r:.60}. Reduce it to one")
             numbers[key] = int(array.item()) if array.dtype.kind in "biu" else float(array.item())
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        row |= {key: finite.get(key) for key in numbers}
+        record |= {key: finite.get(key) for key in numbers}
         if len(finite) < len(numbers):
-            row["nonfinite"] = [key for key in numbers if key not in finite]
-        self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
+            record["nonfinite"] = [key for key in numbers if key not in finite]
+        self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
         self._jsonl.flush()
         self._check_kept()
         if self._tensorboard:
             for key, value in finite.items():
                 self._tensorboard.add_scalar(key if "/" in key else f"{stage}/{key}", value, step)
         if self._wandb:
-            self._wandb.log(row, step=step)
+            self._wandb.log(record, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes `<workdir>/samples/<step>/<name>.txt`, and to TensorBoard."""
@@ -234,12 +234,12 @@ class Writer:
             self.close()
 
 
-def _row(line: str, where: str) -> dict:
-    """The row in a line; ValueError that names `where` for a line that is not a row."""
+def _record(line: str, where: str) -> dict:
+    """The record in a line; ValueError that names `where` for a line that is not a record."""
     with contextlib.suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return record
     raise ValueError(
         f"{where}: not a JSON object with a whole number as step: {line[:80]!r}. Delete that line: "
         "a continuation of the run moves such lines to metrics.jsonl.superseded"
@@ -257,20 +257,20 @@ def _wandb_id(workdir: Path) -> str:
             return found
     raise ValueError(
         f'{path} is damaged: it should hold {{"id": "..."}}, the last part of the run\'s address '
-        "at Weights & Biases. Write that, or delete the file: the run then goes on as a new one "
+        "at Weights & Biases. Write that, or delete the file: the run is then a new one "
         "there"
     )
 
 
 def _supersede(path: Path, resume_step: int | None) -> None:
-    """Moves rows with step >= resume_step, and damaged lines, from `path` to `path`.superseded."""
+    """Moves records from resume_step on, and damaged lines, from `path` to `path`.superseded."""
     if not path.exists():
         return
     *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept, moved, damaged = [], [], []
     for number, line in enumerate(lines, 1):
         try:
-            step = _row(line, f"{path}:{number}")["step"]
+            step = _record(line, f"{path}:{number}")["step"]
             again = resume_step is not None and step >= resume_step
         except ValueError:  # a power cut leaves NUL, or half a line that the next start continued
             again = True
@@ -286,7 +286,7 @@ def _supersede(path: Path, resume_step: int | None) -> None:
         )
     if moved:
         old = Path(f"{path}.superseded")
-        # The old file first: after a kill in between, lines are there twice rather than lost.
+        # The old file first: after a kill in between, lines exist twice rather than not at all.
         before = old.read_bytes() if old.exists() else b""
         files.write(old, before + "".join(line + "\n" for line in moved).encode())
         files.write(path, "".join(line + "\n" for line in kept))

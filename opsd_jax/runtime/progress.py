@@ -54,7 +54,7 @@ class Progress:
             self._bar.start()
 
     def update(self, done: int, **fields: float | str) -> None:
-        """Shows that `done` of the total is done, and the fields beside it."""
+        """Shows that `done` of the total is done, and the fields after it."""
         numbers = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in fields.items()

@@ -23,7 +23,7 @@ BeforeBatch = Callable[[], None]
 
 
 def never_stop() -> None:
-    """The `BeforeBatch` of work that goes on to its end."""
+    """The `BeforeBatch` of work that always continues to its end."""
 
 
 class Stopped(SystemExit):

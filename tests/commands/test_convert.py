@@ -547,9 +547,7 @@ def test_damaged_shards(tmp_path):
         folder, "lacks model-0.safetensors, model-2.safetensors", index.name, kind=FileNotFoundError
     )
     (folder / "model-1.safetensors").rename(folder / "model.safetensors")
-    refuses(
-        folder, "or delete the index, because model.safetensors is there", kind=FileNotFoundError
-    )
+    refuses(folder, "or delete the index, because model.safetensors exists", kind=FileNotFoundError)
 
 
 def test_of_two_sets_of_weights_the_one_that_is_read_is_named(copied, capsys):
@@ -1199,7 +1197,7 @@ def test_base_that_does_not_fit(golden, understanding, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "has other sizes" in fails(write_release(tmp_path / "odd", ODD))
-    assert "is not there" in fails(tmp_path / "gone")
+    assert "does not exist" in fails(tmp_path / "gone")
     half = tmp_path / "half"
     export(understanding, half, "--base=none")
     assert "holds no generation expert" in fails(half)

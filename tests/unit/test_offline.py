@@ -461,16 +461,18 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
         return copied.collect()
 
     assert len(fresh()(MAZE, 16, pid, labels)) == len(labels)
-    with pytest.raises(teacher_cache.WrongCacheError, match=f"another trace of row 16, pid {pid}"):
+    with pytest.raises(
+        teacher_cache.WrongCacheError, match=f"another trace of example 16, pid {pid}"
+    ):
         fresh()(MAZE, 16, pid, labels[::-1])
     with pytest.raises(
-        teacher_cache.MissingTargetsError, match="row 16, pid other-pid, of Spatial_Navigation"
+        teacher_cache.MissingTargetsError, match="example 16, pid other-pid, of Spatial_Navigation"
     ):
         fresh()(MAZE, 16, "other-pid", labels)
     rewritten(path, lambda arrays: arrays.pop(f"16:{pid}"))
     with pytest.raises(
         teacher_cache.MissingTargetsError,
-        match=f"no teacher for row 16, pid {pid}, of {MAZE}.*collects it anew",
+        match=f"no teacher for example 16, pid {pid}, of {MAZE}.*collects it again",
     ):
         fresh()(MAZE, 16, pid, labels)
     _, load = copied.batches(fresh())
@@ -484,7 +486,7 @@ def test_a_row_without_its_teacher_stops_the_run(copied):
     with pytest.raises(ValueError, match="0000016.npz is damaged"):
         fresh()(MAZE, 17, "any", labels)
     path.unlink()
-    with pytest.raises(teacher_cache.MissingTargetsError, match="is not there"):
+    with pytest.raises(teacher_cache.MissingTargetsError, match="is missing"):
         cache(MAZE, 16, pid, labels)
 
 
