@@ -7,34 +7,37 @@ are packed into one sequence (official: data/opsd_pack_builder.py):
   teacher  [sys] [problem image] [question] [intro] [VT image]* [transition]
   both                                                               + [completion]
 
-  text block   bos + ids + eos                    causal          rope ids count up by one
-  image block  vision_start + patches + vision_end  all-to-all    ONE rope id for the whole block
+  text block   bos + ids + eos                      causal       rope positions count up by one
+  image block  vision_start + patches + vision_end  all-to-all   ONE rope position for all of it
 
-No token sees a later block. A slot is the index of a token in the arrays. Example with one text
-block of 1 id and one image of 2 patches:
+No token sees a later block. A position is the index of a token in the arrays. Example with one
+text block of 1 id and one image of 2 patches:
 
-  slot       0    1    2    3     4   5   6
-  token     bos   x   eos  <img   .   .  img>
-  position   0    1    2    3     3   3   3      the next block starts at 4
-  limit      1    2    3    7     7   7   7      slot i sees slots j < limit[i]
+  position        0    1    2    3     4   5   6
+  token          bos   x   eos  <img   .   .  img>
+  rope position   0    1    2    3     3   3   3      the next block starts at 4
+  limit           1    2    3    7     7   7   7      position i sees positions j < limit[i]
 
 For image generation, an image is also present as VAE latents (official: data/interleave_datasets,
-bagel.py). The generation expert processes the latent tokens, so they follow all other slots, from a
-static index on. `order` gives the place of each slot in the sequence:
+bagel.py). The generation expert processes the latent tokens, so they follow all others, from a
+static position on. `order` gives the place of each position in the sequence:
 
-  sequence   bos x eos <img L0 L1 img> bos y eos         L0, L1: latent tokens
-  slots      bos x eos <img img> bos y eos | L0 L1
-  order       0  1  2   3    6    7  8  9  | 4  5
+  sequence    bos x eos <img L0 L1 img> bos y eos         L0, L1: latent tokens
+  positions   bos x eos <img img> bos y eos | L0 L1
+  order        0  1  2   3    6    7  8  9  | 4  5
 
 `limit` counts places in the sequence. Only its own tokens see a noised image, on which the flow
-loss is computed. It does not advance the rope id: the next block, its clean copy, has the same one.
+loss is computed. It does not advance the rope position: the next block, its clean copy, has the
+same one.
 
-Axes: B batch, T slots, P patches, C values of a patch or of a latent token, G latent tokens,
+Axes: B batch, T positions, P patches, C values of a patch or of a latent token, G latent tokens,
 N completion tokens, R targets.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +97,8 @@ class Text:
     loss: bool = False
 
     @property
-    def slots(self) -> int:
+    def length(self) -> int:
+        """Number of tokens, delimiters included."""
         return len(self.ids) + 2
 
 
@@ -110,7 +114,8 @@ class Image:
     grid: tuple[int, int]
 
     @property
-    def slots(self) -> int:
+    def length(self) -> int:
+        """Number of tokens, delimiters included."""
         return len(self.patches) + 2
 
 
@@ -128,29 +133,33 @@ class Latent:
     noised: bool = False
 
     @property
-    def slots(self) -> int:
+    def length(self) -> int:
+        """Number of tokens, delimiters included."""
         return len(self.tokens) + 2
+
+
+Block = Text | Image | Latent
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "image", "order", "noised"],
+    data_fields=["tokens", "table_ids", "image", "order", "noised"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """The VAE latents of a packed batch: G per sequence, after its T other slots.
+    """The VAE latents of a packed batch: G per sequence, after its T other positions.
 
     tokens: float32 [B, G, C], clean.
-    positions: int32 [B, G], row * side + column in the latents' position table.
+    table_ids: int32 [B, G], row * side + column in the latents' position table.
     image: int32 [B, G], number of the latent image in its sequence, from 1; 0 at padding.
-    order: int32 [B, T + G], place of each slot in the sequence.
-    noised: int32 [B, T + G], number of the noised image that a slot belongs to, also at the image's
-      delimiters; 0 elsewhere.
+    order: int32 [B, T + G], place of each position in the sequence.
+    noised: int32 [B, T + G], number of the noised image that a position belongs to, also at the
+      image's delimiters; 0 elsewhere.
     """
 
     tokens: np.ndarray
-    positions: np.ndarray
+    table_ids: np.ndarray
     image: np.ndarray
     order: np.ndarray
     noised: np.ndarray
@@ -160,15 +169,15 @@ class Latents:
     jax.tree_util.register_dataclass,
     data_fields=[
         "tokens",
-        "positions",
+        "rope_positions",
         "limit",
         "segment",
         "patches",
-        "patch_positions",
+        "patch_table_ids",
         "patch_image",
-        "patch_slots",
+        "patch_positions",
         "length",
-        "next_position",
+        "next_rope_position",
         "latents",
     ],
     meta_fields=[],
@@ -177,170 +186,191 @@ class Latents:
 class Context:
     """A batch of packed sequences of one static shape, padded at the end.
 
-    With latents, positions, limit and segment have T + G entries per sequence instead of T.
+    With latents, rope_positions, limit and segment have T + G entries per sequence instead of T.
 
-    tokens: int32 [B, T], the id at each text or delimiter slot, 0 at patches and padding.
-    positions: int32 [B, T], rope ids.
-    limit: int32 [B, T], a query at slot i sees slots j < limit[i].
+    tokens: int32 [B, T], the id of each text token or delimiter, 0 at patches and padding.
+    rope_positions: int32 [B, T].
+    limit: int32 [B, T], a query at position i sees positions j < limit[i].
     segment: int32 [B, T], document number, 0 at padding. No token sees another document.
     patches: uint8 or float32 [B, P, C], all images of the sequence one after another.
-    patch_positions: int32 [B, P], row * side + column of each patch.
+    patch_table_ids: int32 [B, P], row * side + column in the vision tower's position table.
     patch_image: int32 [B, P], number of the image in its sequence, from 1; 0 at padding.
-    patch_slots: int32 [B, P], slot of each patch in the sequence, T at padding.
-    length: int32 [B], number of used slots.
-    next_position: int32 [B], rope id of the first token that follows.
+    patch_positions: int32 [B, P], position of each patch, T at padding.
+    length: int32 [B], number of positions in use.
+    next_rope_position: int32 [B], rope position of the first token that follows.
     latents: Latents, or None if the batch was packed without latents.
     """
 
     tokens: np.ndarray
-    positions: np.ndarray
+    rope_positions: np.ndarray
     limit: np.ndarray
     segment: np.ndarray
     patches: np.ndarray
-    patch_positions: np.ndarray
+    patch_table_ids: np.ndarray
     patch_image: np.ndarray
-    patch_slots: np.ndarray
+    patch_positions: np.ndarray
     length: np.ndarray
-    next_position: np.ndarray
+    next_rope_position: np.ndarray
     latents: Latents | None = None
 
     @property
-    def slots(self) -> int:
-        """Static number of slots, T or T + G."""
-        return self.positions.shape[1]
+    def padded_length(self) -> int:
+        """Static number of positions, T or T + G."""
+        return self.rope_positions.shape[1]
 
 
 class TooLongError(ValueError):
     """A sequence that does not fit its bucket."""
 
 
+class Sizes(NamedTuple):
+    """Static sizes of a packed batch, or what a sequence needs of them.
+
+    positions: T, without latent tokens.
+    patches: P.
+    targets: R, number of targets (`Supervised`).
+    latents: G, number of latent tokens; 0 without image generation.
+    """
+
+    positions: int
+    patches: int
+    targets: int = 0
+    latents: int = 0
+
+
+def need(blocks: Sequence[Block]) -> Sizes:
+    """The sizes that one sequence of blocks needs."""
+    latents = sum(len(b.tokens) for b in blocks if isinstance(b, Latent))
+    return Sizes(
+        sum(b.length for b in blocks) - latents,
+        sum(len(b.patches) for b in blocks if isinstance(b, Image)),
+        sum(len(b.ids) + 1 for b in blocks if isinstance(b, Text) and b.loss),
+        latents,
+    )
+
+
 def pack(
-    rows,
+    sequences: Sequence[Sequence[Block]],
+    sizes: Sizes,
     *,
-    slots: int,
-    patches: int,
     tokenizer,
     side: int,
-    latents: int = 0,
-    latent_dim: int = 0,
-    latent_side: int = 0,
-    names=None,
+    generation=None,
+    names: Sequence[str] | None = None,
 ) -> Context:
-    """Packs a batch of rows, each a list of blocks, into one Context.
+    """Packs a batch of sequences, each a list of blocks, into one Context.
 
     Official: data/opsd_pack_builder.py.
 
     Args:
-      rows: the blocks of each sequence, B lists of Text, Image and Latent.
-      slots, patches: the bucket, static sizes T and P.
+      sequences: the blocks of each sequence, B lists.
+      sizes: the bucket.
       tokenizer: gives the four delimiter ids.
-      side: number of rows, and of columns, of the position tables, in patches.
-      latents, latent_dim: static sizes G and C of the latents. 0 without image generation.
-      latent_side: number of rows, and of columns, of the latents' position table, in latent tokens.
-        0 without image generation.
-      names: one name per row for error messages.
+      side: number of rows, and of columns, of the vision tower's position table, in patches.
+      generation: GenerationConfig, sizes of the model's latents. None without image generation.
+      names: a name of each sequence's example, for error messages.
     Returns:
-      Context of static shape [B, T], with latents [B, G, C] if `latents` is positive.
+      Context of static shape [B, T], with latents [B, G, C] if `sizes` has any.
     Raises:
-      TooLongError: a row needs more slots, patches or latents than the bucket has. Nothing is
-        truncated.
-      ValueError: latents without latent_dim or latent_side, or an image that is larger than the
-        position table.
+      TooLongError: a sequence needs more positions, patches or latents than the bucket has. Nothing
+        is truncated.
+      ValueError: latents without `generation`, or an image that is larger than its position table.
     """
-    image_blocks = [b for row in rows for b in row if isinstance(b, Image)]
-    if latents and not (latent_dim and latent_side):
+    image_blocks = [b for blocks in sequences for b in blocks if isinstance(b, Image)]
+    if sizes.latents and generation is None:
         raise ValueError(
-            f"packing {latents} latents per row needs latent_dim and latent_side: pass both, "
-            "they are static sizes as well"
+            f"packing {sizes.latents} latents per sequence needs the sizes of the model's latents: "
+            "pass generation, or set latents to 0"
         )
     width = image_blocks[0].patches.shape[1] if image_blocks else 1
     dtype = np.result_type(*{b.patches.dtype for b in image_blocks}) if image_blocks else np.uint8
     if dtype != np.uint8:  # a float batch is normalised as a whole
         dtype = np.dtype(np.float32)
-    n, ints = len(rows), functools.partial(np.zeros, dtype=np.int32)
-    tokens = ints((n, slots))
-    positions, limit, segment, order, noised = (ints((n, slots + latents)) for _ in range(5))
-    values = np.zeros((n, patches, width), dtype)
-    patch_positions, patch_image = ints((n, patches)), ints((n, patches))
-    patch_slots = np.full((n, patches), slots, np.int32)
-    latent_tokens = np.zeros((n, latents, latent_dim), np.float32)
-    latent_positions, latent_image = ints((n, latents)), ints((n, latents))
-    length, next_position = ints(n), ints(n)
-    for r, blocks in enumerate(rows):
-        needs = need(blocks)
-        if any(has < wants for has, wants in zip((slots, patches, latents), needs)):
-            what = " and ".join(
-                f"{n} {name}" for n, name in zip(needs, ("slots", "patches", "latents")) if n
-            )
-            raise TooLongError(
-                f"row {names[r] if names else r} needs {what}, its bucket has {slots} and {patches}"
-                f"{f' and {latents}' if latents or needs[2] else ''}: enlarge data.buckets, lower "
-                "the image size, or leave the row out"
-            )
-        # `place` is the place in the sequence; `at`, `patch` and `latent` are the next free slot,
-        # patch and latent token; `number` and `generated` count the image and latent blocks.
+    n, ints = len(sequences), functools.partial(np.zeros, dtype=np.int32)
+    tokens = ints((n, sizes.positions))
+    every = n, sizes.positions + sizes.latents
+    rope_positions, limit, segment, order, noised = (ints(every) for _ in range(5))
+    values = np.zeros((n, sizes.patches, width), dtype)
+    patch_table_ids, patch_image = ints((n, sizes.patches)), ints((n, sizes.patches))
+    patch_positions = np.full((n, sizes.patches), sizes.positions, np.int32)
+    latent_tokens = np.zeros(
+        (n, sizes.latents, generation.latent_dim if generation else 0), np.float32
+    )
+    latent_table_ids, latent_image = ints((n, sizes.latents)), ints((n, sizes.latents))
+    length, next_rope_position = ints(n), ints(n)
+    for b, blocks in enumerate(sequences):
+        _check_fit(need(blocks), sizes, _named(b, names))
+        # `place` is the place in the sequence; `at`, `patch` and `latent` are the next free
+        # position, patch and latent token; `number` and `generated` count the image and latent
+        # blocks.
         place = rope = at = patch = latent = number = generated = 0
         for block in blocks:
-            stop = place + block.slots
+            stop = place + block.length
             if isinstance(block, Text):
-                own = np.arange(at, at + block.slots)
-                tokens[r, own] = [tokenizer.bos, *block.ids, tokenizer.eos]
-                positions[r, own] = np.arange(rope, rope + block.slots)
-                limit[r, own] = np.arange(place + 1, stop + 1)
-                at, advance = at + block.slots, block.slots
+                own = np.arange(at, at + block.length)
+                tokens[b, own] = [tokenizer.bos, *block.ids, tokenizer.eos]
+                rope_positions[b, own] = np.arange(rope, rope + block.length)
+                limit[b, own] = np.arange(place + 1, stop + 1)
+                at, advance = at + block.length, block.length
             elif isinstance(block, Image):
-                own = np.arange(at, at + block.slots)
-                tokens[r, own[0]], tokens[r, own[-1]] = tokenizer.image_start, tokenizer.image_end
+                own = np.arange(at, at + block.length)
+                tokens[b, own[0]], tokens[b, own[-1]] = tokenizer.image_start, tokenizer.image_end
                 number += 1
                 new = slice(patch, patch + len(block.patches))
-                values[r, new] = (
+                values[b, new] = (
                     block.patches if dtype == np.uint8 else images.normalize(block.patches)
                 )
-                patch_positions[r, new] = images.position_ids(block.grid, side)
-                patch_image[r, new] = number
-                patch_slots[r, new] = own[1:-1]
-                at, patch, advance = at + block.slots, new.stop, 1
+                patch_table_ids[b, new] = images.position_ids(block.grid, side)
+                patch_image[b, new] = number
+                patch_positions[b, new] = own[1:-1]
+                at, patch, advance = at + block.length, new.stop, 1
             else:
                 new = slice(latent, latent + len(block.tokens))
-                own = np.array([at, *range(slots + new.start, slots + new.stop), at + 1])
-                tokens[r, at], tokens[r, at + 1] = tokenizer.image_start, tokenizer.image_end
+                own = np.array([at, *(sizes.positions + np.arange(new.start, new.stop)), at + 1])
+                tokens[b, at], tokens[b, at + 1] = tokenizer.image_start, tokenizer.image_end
                 generated += 1
-                latent_tokens[r, new] = block.tokens
-                latent_positions[r, new] = images.position_ids(block.grid, latent_side)
-                latent_image[r, new] = generated
-                noised[r, own] = generated if block.noised else 0
+                latent_tokens[b, new] = block.tokens
+                latent_table_ids[b, new] = images.position_ids(block.grid, generation.side)
+                latent_image[b, new] = generated
+                noised[b, own] = generated if block.noised else 0
                 at, latent, advance = at + 2, new.stop, 0 if block.noised else 1
             if not isinstance(block, Text):
-                positions[r, own], limit[r, own] = rope, stop
-            order[r, own], segment[r, own] = np.arange(place, stop), 1
+                rope_positions[b, own], limit[b, own] = rope, stop
+            order[b, own], segment[b, own] = np.arange(place, stop), 1
             place, rope = stop, rope + advance
-        length[r], next_position[r] = place, rope
-    extra = (
-        Latents(latent_tokens, latent_positions, latent_image, order, noised) if latents else None
-    )
+        length[b], next_rope_position[b] = place, rope
+    latents = Latents(latent_tokens, latent_table_ids, latent_image, order, noised)
     return Context(
         tokens,
-        positions,
+        rope_positions,
         limit,
         segment,
         values,
-        patch_positions,
+        patch_table_ids,
         patch_image,
-        patch_slots,
+        patch_positions,
         length,
-        next_position,
-        extra,
+        next_rope_position,
+        latents if sizes.latents else None,
     )
 
 
-def need(blocks) -> tuple[int, int, int]:
-    """The numbers of slots, patches and latents that `pack` uses for one row of blocks."""
-    latents = sum(len(b.tokens) for b in blocks if isinstance(b, Latent))
-    return (
-        sum(b.slots for b in blocks) - latents,
-        sum(len(b.patches) for b in blocks if isinstance(b, Image)),
-        latents,
-    )
+def _named(index: int, names: Sequence[str] | None) -> str:
+    """A sequence of a batch, or the example that it shows, for an error message."""
+    return f"example {names[index]}" if names else f"sequence {index}"
+
+
+def _check_fit(needs: Sizes, sizes: Sizes, name: str) -> None:
+    """Raises TooLongError if a sequence needs more than the bucket has."""
+    what = ("positions", "patches", "latents")
+    needed, available = ([getattr(x, field) for field in what] for x in (needs, sizes))
+    if any(n > most for n, most in zip(needed, available)):
+        latents = f" and {sizes.latents}" if needs.latents or sizes.latents else ""
+        raise TooLongError(
+            f"{name} needs {' and '.join(f'{n} {x}' for n, x in zip(needed, what) if n)}, its "
+            f"bucket has {sizes.positions} and {sizes.patches}{latents}: enlarge data.buckets, "
+            "lower the image size, or leave the example out"
+        )
 
 
 def student(tokenizer, prompts: Prompts, question, problem: Image) -> list:
@@ -437,7 +467,7 @@ def interleaved(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["context", "rows", "labels", "mask"],
+    data_fields=["context", "positions", "labels", "mask"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -445,49 +475,57 @@ class Supervised:
     """A packed batch with training targets.
 
     context: Context [B, T].
-    rows: int32 [B, R], slots whose hidden states predict a label.
+    positions: int32 [B, R], positions whose hidden states predict a label.
     labels: int32 [B, R], the ids that they predict.
     mask: bool [B, R], True at targets, False at padding.
     """
 
     context: Context
-    rows: np.ndarray
+    positions: np.ndarray
     labels: np.ndarray
     mask: np.ndarray
 
 
-def supervise(rows, *, targets: int, tokenizer, names=None, **sizes) -> Supervised:
-    """Packs rows of blocks; blocks with `loss` give the targets.
+def supervise(
+    sequences: Sequence[Sequence[Block]],
+    sizes: Sizes,
+    *,
+    tokenizer,
+    side: int,
+    generation=None,
+    names: Sequence[str] | None = None,
+) -> Supervised:
+    """Packs sequences of blocks; blocks with `loss` give the targets.
 
     In such a block, bos predicts the first id, and the last id predicts eos.
 
     Args:
-      rows, tokenizer, names: see `pack`.
-      targets: static number R of targets per sequence.
-      sizes: the other arguments of `pack`.
+      sizes: static sizes, with the number R of targets per sequence. All others: see `pack`.
     Raises:
-      TooLongError: a row does not fit its bucket (see `pack`) or has more than R targets.
+      TooLongError: a sequence does not fit its bucket (see `pack`) or has more than R targets.
     """
-    packed = pack(rows, tokenizer=tokenizer, names=names, **sizes)
-    at, labels = np.zeros((len(rows), targets), np.int32), np.zeros((len(rows), targets), np.int32)
-    mask = np.zeros((len(rows), targets), bool)
-    for r, blocks in enumerate(rows):
+    packed = pack(
+        sequences, sizes, tokenizer=tokenizer, side=side, generation=generation, names=names
+    )
+    shape = len(sequences), sizes.targets
+    positions, labels, mask = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, bool))
+    for b, blocks in enumerate(sequences):
+        if need(blocks).targets > sizes.targets:
+            raise TooLongError(
+                f"{_named(b, names)} has more than {sizes.targets} target tokens: enlarge the "
+                "bucket's `targets` or leave the example out"
+            )
         start = done = 0
         for block in blocks:
             if isinstance(block, Text) and block.loss:
                 new = slice(done, done + len(block.ids) + 1)
-                if new.stop > targets:
-                    raise TooLongError(
-                        f"row {names[r] if names else r} has more than {targets} target tokens: "
-                        "enlarge the bucket's `targets` or leave the row out"
-                    )
-                at[r, new] = np.arange(start, start + len(block.ids) + 1)
-                labels[r, new] = [*block.ids, tokenizer.eos]
-                mask[r, new] = True
+                positions[b, new] = np.arange(start, start + len(block.ids) + 1)
+                labels[b, new] = [*block.ids, tokenizer.eos]
+                mask[b, new] = True
                 done = new.stop
-            # The tokens of a Latent block follow all other slots.
-            start += 2 if isinstance(block, Latent) else block.slots
-    return Supervised(packed, at, labels, mask)
+            # The tokens of a Latent block follow all other positions.
+            start += 2 if isinstance(block, Latent) else block.length
+    return Supervised(packed, positions, labels, mask)
 
 
 @functools.partial(
@@ -545,10 +583,10 @@ class GenerationBatch:
 class Completion:
     """A completion as the block that follows both contexts.
 
-    tokens: int32 [B, N + 1], bos, c_1 .. c_N: the slots after the context. The closing eos has no
-      slot of its own.
-    labels: int32 [B, N + 1], c_1 .. c_n, eos: what the hidden state at each slot predicts.
-    mask: bool [B, N + 1], the n + 1 slots that count.
+    tokens: int32 [B, N + 1], bos, c_1 .. c_N: the positions after the context. The closing eos has
+      no position of its own.
+    labels: int32 [B, N + 1], c_1 .. c_n, eos: what the hidden state at each position predicts.
+    mask: bool [B, N + 1], the n + 1 positions that count.
     """
 
     tokens: jax.Array
@@ -580,19 +618,19 @@ def completion(tokens, mask, *, bos: int, eos: int, eos_label=True) -> Completio
     return Completion(shifted, labels, index < last[:, None])
 
 
-def following(context: Context, slots: int):
-    """Vectors of `slots` text slots after each sequence's context.
+def following(context: Context, count: int):
+    """Vectors of `count` text tokens after each sequence's context.
 
-    They are the slots T .. T + slots - 1 in every sequence. The gap between a shorter context and T
-    is padding, which no token sees. Rope ids continue without a gap.
+    They have the positions T .. T + count - 1 in every sequence. The gap between a shorter context
+    and T is padding, which no token sees. Rope positions continue without a gap.
 
     Returns:
-      (positions, limit, segment), int32 [B, slots] each.
+      (rope positions, limit, segment), int32 [B, count] each.
     """
-    index = jnp.arange(slots, dtype=jnp.int32)
-    shape = (context.tokens.shape[0], slots)
+    index = jnp.arange(count, dtype=jnp.int32)
+    shape = (context.tokens.shape[0], count)
     return (
-        context.next_position[:, None] + index,
-        jnp.broadcast_to(context.slots + 1 + index, shape),
+        context.next_rope_position[:, None] + index,
+        jnp.broadcast_to(context.padded_length + 1 + index, shape),
         jnp.ones(shape, jnp.int32),
     )

@@ -52,10 +52,10 @@ def score(params, context: Context, completion: Completion, *, config: ModelConf
     following = context_lib.following(context, completion.tokens.shape[1])
     vectors = [
         jnp.concatenate(pair, axis=1)
-        for pair in zip((context.positions, context.limit, context.segment), following)
+        for pair in zip((context.rope_positions, context.limit, context.segment), following)
     ]
     hidden, _ = bagel.forward(params, x, *vectors, config=config)
-    return hidden[:, context.slots :]
+    return hidden[:, context.padded_length :]
 
 
 def scored_completion(trajectory: Trajectory, teacher_length, config: DistillConfig) -> Completion:

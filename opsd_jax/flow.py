@@ -164,7 +164,7 @@ def prefill(params, contexts, positions: LatentPositions, *, config: ModelConfig
     Returns:
       (Conditioning, cache).
     """
-    count, size = contexts.positions.shape
+    count, size = contexts.rope_positions.shape
     images_count, tokens = positions.real.shape
     real = jnp.tile(positions.real, (count // images_count, 1))
     segment = jnp.concatenate(
@@ -174,7 +174,7 @@ def prefill(params, contexts, positions: LatentPositions, *, config: ModelConfig
     _, cache = bagel.read(
         params, contexts, config=config, cache=cache, key_segment=segment.at[:, size:].set(0)
     )
-    return Conditioning(segment, contexts.next_position, positions, size), cache
+    return Conditioning(segment, contexts.next_rope_position, positions, size), cache
 
 
 def velocities(params, conditioning: Conditioning, cache, x, t, *, config: FlowConfig):
@@ -271,10 +271,10 @@ def generate(
       ValueError: the number of contexts is not R * B.
     """
     batch, needed = len(positions.ids), len(config.branches) * len(positions.ids)
-    if contexts.positions.shape[0] != needed:
+    if contexts.rope_positions.shape[0] != needed:
         raise ValueError(
             f"{batch} images with the branches {', '.join(config.branches)} need {needed} "
-            f"contexts, branch by branch, not {contexts.positions.shape[0]}"
+            f"contexts, branch by branch, not {contexts.rope_positions.shape[0]}"
         )
     conditioning, cache = prefill(params, contexts, positions, config=config.model)
     x, steps = jnp.array(noise), config.num_timesteps - 1
@@ -423,7 +423,7 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
         generation.patch,
     )
     size, columns = tokens.shape[1], pixels.shape[3] // generation.stride
-    row, column = latents.positions // generation.side, latents.positions % generation.side
+    row, column = latents.table_ids // generation.side, latents.table_ids % generation.side
     at = latents.image // 2 * size + row * columns + column
     tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
     tokens = jnp.where(latents.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)

@@ -347,18 +347,12 @@ def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
 def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
     """Sequences of blocks -> Context [B, T] of bucketed sizes."""
     needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0)
-    generation = reasoner.config.generation
-    sizes = {}
-    if generation:
-        sizes = {"latent_dim": generation.latent_dim, "latent_side": generation.side}
     packed = context_lib.pack(
         sequences,
-        slots=bucket(needs[0]),
-        patches=bucket(needs[1]),
-        latents=bucket(needs[2]),
-        **sizes,
+        context_lib.Sizes(*map(bucket, needs)),
         tokenizer=reasoner.tokenizer,
         side=reasoner.config.vit.side,
+        generation=reasoner.config.generation,
     )
     return sharding.put_batch(reasoner.mesh, packed) if reasoner.mesh else packed
 

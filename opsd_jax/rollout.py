@@ -222,7 +222,7 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
       ValueError: the sequences do not divide into config.shards.
     """
     model, budget = config.model, config.max_new_tokens
-    queued, slots = context.positions.shape
+    queued, slots = context.rope_positions.shape
     if not config.slots or config.slots >= queued:  # every sequence has its own lane
         lanes = _begin(jnp.arange(queued), context, config, return_logits)
         with jax.named_scope("prefill"):
@@ -251,7 +251,7 @@ def _begin(numbers, context, config, return_logits) -> Lanes:
         sequence=numbers,
         t=zeros,
         token=zeros + config.bos,
-        position=jnp.asarray(context.next_position),
+        position=jnp.asarray(context.next_rope_position),
         segment=jnp.pad(context.segment, ((0, 0), (0, budget))),
         done=jnp.zeros(batch, bool),
         inject=zeros,
@@ -394,7 +394,7 @@ def _sample_queue(params, context, rng, config, return_logits):
     sequences at a time.
     """
     model, budget = config.model, config.max_new_tokens
-    (queued, slots), shards, batch = context.positions.shape, config.shards, config.slots
+    (queued, slots), shards, batch = context.rope_positions.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
             f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards: "

@@ -24,7 +24,7 @@ def target_states(params, traces: Supervised, config: ModelConfig):
 
 def at_targets(hidden, traces: Supervised):
     """hidden [B, T, D] at the positions of the targets: [B, R, D]."""
-    return jnp.take_along_axis(hidden, traces.rows[:, :, None], axis=1)
+    return jnp.take_along_axis(hidden, traces.positions[:, :, None], axis=1)
 
 
 def target_metrics(traces: Supervised, correct) -> dict:

@@ -27,7 +27,7 @@ from opsd_jax.model import bagel
 @functools.partial(jax.jit, static_argnames=("config",))
 def prefill(params, contexts, *, config: rollout.RolloutConfig):
     """What `rollout.sample` does before its first token: (hidden, cache)."""
-    model, (batch, slots) = config.model, contexts.positions.shape
+    model, (batch, slots) = config.model, contexts.rope_positions.shape
     segment = jnp.pad(contexts.segment, ((0, 0), (0, config.max_new_tokens)))
     cache = bagel.init_cache(batch, slots + config.max_new_tokens, config=model)
     return bagel.read(params, contexts, config=model, cache=cache, key_segment=segment)
@@ -56,16 +56,15 @@ def main(argv):
     rng = np.random.default_rng(0)
     seen = drawing.vit_image(rng, args.problem, m)
     row = [drawing.text(rng, 110, m), seen, drawing.text(rng, 60, m)]
-    need = sum(b.slots for b in row)
+    need = sum(b.length for b in row)
     if args.context and args.context < need:
-        sys.exit(f"--context={args.context}: the context takes {need} slots")
+        sys.exit(f"--context={args.context}: the context takes {need} positions")
     lines = []
     for batch in args.batch:
         packed = jax.device_put(
             context.pack(
                 [row] * batch,
-                slots=args.context or need,
-                patches=len(seen.patches),
+                context.Sizes(args.context or need, len(seen.patches)),
                 side=m.vit.side,
                 tokenizer=drawing.TOKENIZER,
             )
@@ -85,7 +84,7 @@ def main(argv):
                 "batch": batch,
                 "tokens": args.tokens,
                 "problem": "x".join(map(str, args.problem)),
-                "context_slots": packed.slots,
+                "context_positions": packed.padded_length,
                 "seconds": seconds,
                 "prefill": prefilling,
                 "ms_per_token": 1e3 * decoding / config.max_new_tokens,
@@ -98,7 +97,7 @@ def main(argv):
                 * np.dtype("uint16" if args.dtype == "bfloat16" else args.dtype).itemsize
                 * m.llm.num_layers
                 * batch
-                * (packed.slots + config.max_new_tokens)
+                * (packed.padded_length + config.max_new_tokens)
                 * m.llm.num_kv_heads
                 * m.llm.head_dim
                 / drawing.MIB,
@@ -115,7 +114,7 @@ def main(argv):
             "prefill",
             "ms_per_token",
             "tokens_per_second",
-            "context_slots",
+            "context_positions",
             "temporary_mib",
             "cache_mib",
             "peak_mib",

@@ -198,7 +198,7 @@ def options(doc: str) -> argparse.ArgumentParser:
         "--problem", type=pixels, default=(512, 512), help="problem image, HEIGHTxWIDTH pixels"
     )
     parser.add_argument(
-        "--context", type=int, default=0, help="static slots of the context; 0: as many as needed"
+        "--context", type=int, default=0, help="padded length of the context; 0: as many as needed"
     )
     parser.add_argument("--query_block", type=int, help="see ModelConfig; default: the size's")
     parser.add_argument("--unroll", type=int, help="see ModelConfig; default: the size's")
@@ -228,17 +228,16 @@ def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
         "text": [system, latent, seen],
         "image": [system, question],
     }
-    need = sum(b.slots for b in rows["cond"])
+    need = sum(b.length for b in rows["cond"])
     if args.context and args.context < need:
-        sys.exit(f"--context={args.context}: the context takes {need} slots")
+        sys.exit(f"--context={args.context}: the context takes {need} positions")
     return context.pack(
         [rows[branch] for branch in config.branches for _ in range(args.batch)],
-        slots=(args.context or need) - len(problem),
-        patches=len(seen.patches),
-        latents=len(problem),
-        latent_dim=g.latent_dim,
-        latent_side=g.side,
+        context.Sizes(
+            (args.context or need) - len(problem), len(seen.patches), latents=len(problem)
+        ),
         side=m.vit.side,
+        generation=g,
         tokenizer=TOKENIZER,
     )
 
@@ -339,7 +338,7 @@ def main(argv):
             sys.exit("the drawn latents are not finite")
         size = {
             "branches": branches,
-            "context_slots": conditioning.context_size,
+            "context_positions": conditioning.context_size,
             "drawn_tokens": noise.shape[1],
         }
         preparing = report(
@@ -374,7 +373,7 @@ def main(argv):
             "seconds",
             "per_step",
             "steps",
-            "context_slots",
+            "context_positions",
             "drawn_tokens",
             "temporary_mib",
             "cache_mib",

@@ -56,14 +56,11 @@ def main(argv):
     rng = np.random.default_rng(0)
     seen = drawing.vit_image(rng, args.problem, m)
     rows = [[seen, drawing.text(rng, 60, m)] for _ in range(args.rows)]
-    slots = sum(block.slots for block in rows[0])
     packed = jax.device_put(
         context.pack(
             rows,
-            slots=slots,
-            patches=len(seen.patches),
+            context.need(rows[0]),
             side=m.vit.side,
-            latents=0,
             tokenizer=drawing.TOKENIZER,
         )
     )

@@ -114,9 +114,8 @@ def contexts(batch: int, model) -> context.Batch:
         return drawing.text(rng, count, model)
 
     def packed(rows):
-        slots, patches, _ = context.need(rows[0])
         return context.pack(
-            rows, slots=slots, patches=patches, side=model.vit.side, tokenizer=drawing.TOKENIZER
+            rows, context.need(rows[0]), side=model.vit.side, tokenizer=drawing.TOKENIZER
         )
 
     student = [[image(), text(32)] for _ in range(batch)]
@@ -174,7 +173,7 @@ def decode(args, model, batch: int) -> dict:
         **facts,
         **found,
         "tokens": args.tokens,
-        "context_slots": seen.slots,
+        "context_positions": seen.padded_length,
         "prefill_seconds": prefill["seconds"],
         "prefill_cpu_seconds": prefill["cpu_seconds"],
         "tokens_per_second": count / found["seconds"],
@@ -215,8 +214,8 @@ def train(args, model, batch: int) -> dict:
         **facts,
         **found,
         "tokens": args.tokens,
-        "student_slots": rows.student.slots + args.tokens + 1,
-        "teacher_slots": rows.teacher.slots + args.tokens + 1,
+        "student_positions": rows.student.padded_length + args.tokens + 1,
+        "teacher_positions": rows.teacher.padded_length + args.tokens + 1,
         "remat": model.remat,
         "chunk": args.chunk,
         "seconds_per_sample": found["seconds"] / batch,

@@ -46,7 +46,7 @@ DRAWING = dataclasses.replace(
         side=6,
     ),
 )
-SLOTS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
+POSITIONS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
 PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
 
 
@@ -149,10 +149,11 @@ def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: i
     )
 
 
-def pack(blocks, slots: int = SLOTS, patches: int = PATCHES, **kwargs) -> context.Context:
-    return context.pack(
-        blocks, slots=slots, patches=patches, tokenizer=TOKENIZER, side=MODEL.vit.side, **kwargs
-    )
+def pack(
+    blocks, positions: int = POSITIONS, patches: int = PATCHES, latents: int = 0, **kwargs
+) -> context.Context:
+    sizes = context.Sizes(positions, patches, latents=latents)
+    return context.pack(blocks, sizes, tokenizer=TOKENIZER, side=MODEL.vit.side, **kwargs)
 
 
 def batch(rng, count: int, **kwargs) -> context.Batch:

@@ -14,12 +14,10 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax.config import BucketsConfig
-from opsd_jax.context import Context, Image, Latent, PaddedImages, Supervised, Text
+from opsd_jax.context import Block, Context, Image, Latent, PaddedImages, Sizes, Supervised, Text
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.tokenizer import Tokenizer
-
-Block = Text | Image | Latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,25 +149,16 @@ class Packer:
         self, examples: Sequence[PreparedExample], layouts: Sequence[str], bucket: int = -1
     ) -> Supervised:
         """Traces to learn from, each example in its layout (`config.LAYOUTS`)."""
-        positions, patches, targets = self.buckets.trace[bucket]
-        latents = {}
         # All batches of a stage that trains image generation hold latents, whatever the layouts are
         # in this process's part of a batch.
-        if examples[0].pixels:
-            latents = {
-                "latents": self.buckets.drawn[bucket][0],
-                "latent_dim": self.generation.latent_dim,
-                "latent_side": self.generation.side,
-            }
+        latents = self.buckets.drawn[bucket][0] if examples[0].pixels else 0
         return context_lib.supervise(
             [self.blocks(example, layout) for example, layout in zip(examples, layouts)],
-            slots=positions,
-            patches=patches,
-            targets=targets,
+            Sizes(*self.buckets.trace[bucket], latents=latents),
             tokenizer=self.tokenizer,
             side=self.side,
+            generation=self.generation,
             names=[example.example.pid for example in examples],
-            **latents,
         )
 
     def pack(
@@ -180,11 +169,9 @@ class Packer:
         blocks: Sequence[Sequence[Block]],
     ) -> Context:
         """Contexts of the blocks of each example, in the sizes of `data.buckets.<kind>[bucket]`."""
-        positions, patches = self.buckets[kind][bucket][:2]
         return context_lib.pack(
             blocks,
-            slots=positions,
-            patches=patches,
+            Sizes(*self.buckets[kind][bucket][:2]),
             tokenizer=self.tokenizer,
             side=self.side,
             names=[example.example.pid for example in examples],
@@ -266,7 +253,7 @@ class Packer:
             "trace": _need(traces),
         }
         if example.pixels:
-            latents = context_lib.need(traces[-1])[2]
+            latents = context_lib.need(traces[-1]).latents
             height, width = np.max([x.shape[:2] for x in example.pixels], axis=0)
             needs["drawn"] = np.array([latents, len(example.pixels), height, width])
         return needs
@@ -297,9 +284,4 @@ def _shown_visual_thoughts(
 
 def _need(contexts: Sequence[Sequence[Block]]) -> np.ndarray:
     """The largest numbers of positions, patches and targets of some contexts, int [3]."""
-    positions, patches, _ = zip(*map(context_lib.need, contexts))
-    targets = [
-        sum(len(block.ids) + 1 for block in blocks if isinstance(block, Text) and block.loss)
-        for blocks in contexts
-    ]
-    return np.array([max(positions), max(patches), max(targets)])
+    return np.max([context_lib.need(blocks) for blocks in contexts], axis=0)[:3]

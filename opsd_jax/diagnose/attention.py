@@ -109,7 +109,9 @@ def shares_by_example(
     found: dict[str, dict[int, np.ndarray]] = {task: {} for task in diagnosis.tasks}
     for source, mine in diagnosis.batches():
         context, blocks = _contexts(diagnosis, source, mine, layout, mode)
-        tokens, queries, keys = completions.grouped(source, mine, context.slots, blocks, layout)
+        tokens, queries, keys = completions.grouped(
+            source, mine, context.padded_length, blocks, layout
+        )
         context, tokens, queries, keys, index = diagnosis.selection.put(
             (context, tokens, queries, keys, np.asarray(mine, np.int32))
         )
@@ -217,15 +219,15 @@ def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.nd
             images += 1
             name = "problem image" if images == 1 else "visual thoughts"
             edge = KEYS.index("image delimiters") + 1
-            keys += [edge, *[KEYS.index(name) + 1] * (block.slots - 2), edge]
-            queries += [0] * block.slots
+            keys += [edge, *[KEYS.index(name) + 1] * (block.length - 2), edge]
+            queries += [0] * block.length
             continue
         name = names.pop(0) if names else "text"
         late = images > 1 or name == "transition"
         counted = name == "text" if layout == "interleaved" else name != "system prompt"
         group = QUERIES.index("text after" if late else "text before") + 1
-        keys += [KEYS.index(name) + 1] * block.slots
-        queries += [group * counted] * block.slots
+        keys += [KEYS.index(name) + 1] * block.length
+        queries += [group * counted] * block.length
     return np.array(queries, np.int32), np.array(keys, np.int32)
 
 
@@ -257,7 +259,7 @@ def attention_shares(
     after = context_lib.following(context, tokens.shape[1])
     vectors = [
         jnp.concatenate(pair, axis=1)
-        for pair in zip((context.positions, context.limit, context.segment), after)
+        for pair in zip((context.rope_positions, context.limit, context.segment), after)
     ]
     sums = bagel.attention_shares(
         params,

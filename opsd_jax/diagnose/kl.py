@@ -212,13 +212,11 @@ def _official_batch(diagnosis: Diagnosis, source: int, mine: Sequence[int]) -> S
     """The released script's pairing of two texts of an example."""
     packer, tokenizer = diagnosis.selection.packer, diagnosis.tokenizer
     prepared = [diagnosis.examples(source, n) for n in mine]
-    slots, patches, targets = packer.buckets.trace[-1]
+    sizes = context_lib.Sizes(*packer.buckets.trace[-1])
     teacher, student = (
         context_lib.supervise(
             blocks,
-            slots=slots,
-            patches=patches,
-            targets=targets,
+            sizes,
             tokenizer=tokenizer,
             side=packer.side,
             names=[row.example.pid for row in prepared],

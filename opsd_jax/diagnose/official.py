@@ -62,15 +62,15 @@ class Pairs:
 
 def align_ends(teacher: context_lib.Supervised, student: context_lib.Supervised) -> Pairs:
     """The pairs of two batches of sequences."""
-    shape = teacher.rows.shape
+    shape = teacher.positions.shape
     of_teacher, of_student, labels = (np.zeros(shape, np.int32) for _ in range(3))
     mask, tail = np.zeros(shape, bool), np.zeros(shape[0], np.int32)
     for b in range(shape[0]):
         ends = [int(side.mask[b].sum()) for side in (teacher, student)]
         n = min(ends)
         last_of_teacher, last_of_student = (slice(end - n, end) for end in ends)
-        of_teacher[b, :n] = teacher.rows[b, last_of_teacher]
-        of_student[b, :n] = student.rows[b, last_of_student]
+        of_teacher[b, :n] = teacher.positions[b, last_of_teacher]
+        of_student[b, :n] = student.positions[b, last_of_student]
         labels[b, :n], mask[b, :n] = student.labels[b, last_of_student], True
         differs = np.flatnonzero(teacher.labels[b, last_of_teacher] != labels[b, :n])
         tail[b] = n - 1 - differs[-1] if len(differs) else n

@@ -216,7 +216,7 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
             example = selection.examples(source, n)
             for mode in modes:
                 kind, blocks = _blocks_of(selection, source, n, mode)
-                positions, patches, _ = context_lib.need(blocks)
+                positions, patches = context_lib.need(blocks)[:2]
                 largest = packer.buckets[kind][-1][:2]
                 if positions > largest[0] or patches > largest[1]:
                     raise context_lib.TooLongError(

@@ -90,9 +90,9 @@ def encode_images(params, context, *, config: ModelConfig):
     """
     patches = images.normalize(context.patches).astype(config.dtype)
     x = _vit(config).apply(
-        {"params": params["vit"]}, patches, context.patch_positions, context.patch_image
+        {"params": params["vit"]}, patches, context.patch_table_ids, context.patch_image
     )
-    return _connector(config).apply({"params": params["connector"]}, x, context.patch_positions)
+    return _connector(config).apply({"params": params["connector"]}, x, context.patch_table_ids)
 
 
 def embed_tokens(params, tokens, *, config: ModelConfig):
@@ -116,12 +116,12 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
     if context.patches.shape[1]:
         encoded = encode_images(params, context, config=config)
         rows = jnp.arange(x.shape[0])[:, None]
-        x = x.at[rows, context.patch_slots].set(encoded, mode="drop")
+        x = x.at[rows, context.patch_positions].set(encoded, mode="drop")
     if context.latents is None:
         return x
     latents = context.latents.tokens if latents is None else latents
     times = jnp.zeros((1, 1)) if times is None else times
-    x = [x, embed_latents(params, latents, times, context.latents.positions, config=config)]
+    x = [x, embed_latents(params, latents, times, context.latents.table_ids, config=config)]
     return jnp.concatenate(x, axis=1)
 
 
@@ -248,7 +248,7 @@ def read(
     return forward(
         params,
         x,
-        context.positions,
+        context.rope_positions,
         context.limit,
         context.segment,
         config=config,

@@ -128,15 +128,15 @@ class _Step:
         sequence, patch = self.array(positions), self.array(patches)
         return context.Context(
             tokens=sequence,
-            positions=sequence,
+            rope_positions=sequence,
             limit=sequence,
             segment=sequence,
             patches=self.array(patches, self.model.vit.patch_dim, dtype=dtype),
-            patch_positions=patch,
+            patch_table_ids=patch,
             patch_image=patch,
-            patch_slots=patch,
+            patch_positions=patch,
             length=self.array(),
-            next_position=self.array(),
+            next_rope_position=self.array(),
         )
 
 
@@ -205,7 +205,7 @@ def _sample(step: _Step) -> Program:
     )
     traced = rollout.sample.trace(params, batch.student, _random_key(step), config=sampling)
     lanes = min(sampling.slots or step.batch_size, step.batch_size)
-    positions = batch.student.slots + sampling.max_new_tokens
+    positions = batch.student.padded_length + sampling.max_new_tokens
     cache = jax.eval_shape(lambda: bagel.init_cache(lanes, positions, config=step.model))
     return Program(
         "sample",

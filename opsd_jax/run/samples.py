@@ -157,9 +157,9 @@ def _contexts(host) -> dict[str, Context]:
 
 def _context_text(run: Session, c: Context, n: int) -> str:
     """Packed sequence n as text; patches are shown as "[16 patches]", latents as "[4 latents]"."""
-    positions, patches = np.arange(c.length[n]), set(c.patch_slots[n].tolist())
+    positions, patches = np.arange(c.length[n]), set(c.patch_positions[n].tolist())
     if c.latents is not None:  # in the order of the sequence
-        places = np.where(c.segment[n] > 0, c.latents.order[n], c.slots)
+        places = np.where(c.segment[n] > 0, c.latents.order[n], c.padded_length)
         positions = np.argsort(places, kind="stable")[: c.length[n]]
 
     def kind(position):

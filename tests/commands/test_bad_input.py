@@ -487,26 +487,26 @@ def test_a_row_that_no_completion_matches(tmp_path, folder, monkeypatch):
     )
 
 
-def test_a_row_that_exceeds_its_bucket(tmp_path, folder):
+def test_an_example_that_exceeds_its_bucket(tmp_path, folder):
     config = small_run.config()
-    ((slots, patches, targets),) = config.data.buckets.trace
+    ((positions, patches, targets),) = config.data.buckets.trace
     refused(
         context.TooLongError,
         tmp_path,
-        "row chart-train-",
-        f"its bucket has {slots - 9} and {patches}",
+        "example chart-train-",
+        f"its bucket has {positions - 9} and {patches}",
         "data.buckets",
         data__dir=str(folder),
-        data__buckets__trace=((slots - 9, patches, targets),),
+        data__buckets__trace=((positions - 9, patches, targets),),
     )
     refused(
         context.TooLongError,
         tmp_path,
-        "row chart-train-",
+        "example chart-train-",
         f"more than {targets - 9} target tokens",
         "targets",
         data__dir=str(folder),
-        data__buckets__trace=((slots, patches, targets - 9),),
+        data__buckets__trace=((positions, patches, targets - 9),),
     )
 
 

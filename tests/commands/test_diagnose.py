@@ -94,7 +94,7 @@ def sequence(batch):
     c = batch.teacher
     return (
         jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c),
-        c.positions,
+        c.rope_positions,
         c.limit,
         c.segment,
     )
@@ -152,7 +152,7 @@ def test_recording_leaves_the_model_alone():
     np.testing.assert_allclose(plain[0], recorded[0], atol=1e-5)
 
 
-def test_groups_of_slots():
+def test_groups_of_positions():
     """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5,
     transition 6, text 7, delimiters 8; queries 1 before, 2 after.
     """
@@ -188,9 +188,9 @@ def test_shares_are_means_over_the_queries_of_a_group():
     rng = np.random.default_rng(3)
     batch, tokens = tiny.batch(rng, 2), rng.integers(0, 256, (2, 5)).astype(np.int32)
     c = batch.teacher
-    queries, keys = (np.zeros((2, c.slots + 5), np.int32) for _ in range(2))
-    keys[:, : c.slots], keys[:, c.slots :] = c.segment, 7
-    queries[0, c.slots : c.slots + 3] = queries[1, c.slots :] = 3
+    queries, keys = (np.zeros((2, c.padded_length + 5), np.int32) for _ in range(2))
+    keys[:, : c.padded_length], keys[:, c.padded_length :] = c.segment, 7
+    queries[0, c.padded_length : c.padded_length + 3] = queries[1, c.padded_length :] = 3
     queries[0, 1] = 1
     found = looks.attention_shares(tiny.params(), c, tokens, queries, keys, config=MODEL)
     assert found.shape == (2, MODEL.llm.num_layers, QUERIES, KEYS)
@@ -302,7 +302,7 @@ def test_blocks_of_the_official_script(case):
     assert one_by_one(teacher) == ask + of_teacher and one_by_one(student) == ask + of_student
     for blocks, tokens in ((teacher, ask + of_teacher), (student, ask + of_student)):
         side = context.supervise(
-            [blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side
+            [blocks], context.Sizes(64, 8, 32), tokenizer=TOKENIZER, side=MODEL.vit.side
         )
         # scored: after the question, every text position but the eos that ends a block
         scored = [
@@ -310,7 +310,7 @@ def test_blocks_of_the_official_script(case):
             for n, token in enumerate(tokens)
             if n >= len(ask) and token not in (PATCH, START, END, EOS)
         ]
-        assert side.rows[0][side.mask[0]].tolist() == scored
+        assert side.positions[0][side.mask[0]].tolist() == scored
         assert side.labels[0][side.mask[0]].tolist() == [tokens[n + 1] for n in scored]
 
 
@@ -323,7 +323,7 @@ def test_values_of_the_official_script():
     packer, row = official_row((("ab", "ca"), "xyca", "d"), rng)
     sides = [
         context.supervise(
-            [blocks], slots=64, patches=8, targets=32, tokenizer=TOKENIZER, side=MODEL.vit.side
+            [blocks], context.Sizes(64, 8, 32), tokenizer=TOKENIZER, side=MODEL.vit.side
         )
         for blocks in official.official_blocks(packer, row)
     ]
@@ -340,7 +340,7 @@ def test_values_of_the_official_script():
     full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
 
     def every(params, blocks):
-        return np.asarray(full_logits(params, tiny.pack([blocks], slots=64, patches=8))[0])
+        return np.asarray(full_logits(params, tiny.pack([blocks], positions=64, patches=8))[0])
 
     # [image] 6, [question] 4, [ab] 4, [thought] 4, [ca] 4, [d] 3; and [image] 6, [question] 4,
     # [xyca] 6, [d] 3
@@ -585,17 +585,16 @@ def test_kl_command(workdir):
             ],
         )
         for params, blocks in zip((teacher, student), sequences):
-            starts = np.cumsum([0] + [block.slots for block in blocks])
+            starts = np.cumsum([0] + [block.length for block in blocks])
             own = [
                 n
                 for start, block in zip(starts[2:], blocks[2:])
                 if isinstance(block, context.Text)
-                for n in range(start, start + block.slots - 1)
+                for n in range(start, start + block.length - 1)
             ]
             packed = context.pack(
                 [blocks],
-                slots=96,
-                patches=64,
+                context.Sizes(96, 64),
                 tokenizer=opened.tokenizer,
                 side=opened.selection.packer.side,
             )
@@ -752,11 +751,11 @@ def test_attention_command(workdir):
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
     rope = attention.rope_tables(
-        c.positions, opened.model.llm.head_dim, opened.model.llm.rope_theta
+        c.rope_positions, opened.model.llm.head_dim, opened.model.llm.rope_theta
     )
 
     def pad(numbers):
-        return np.pad(numbers, (0, c.slots - len(numbers)))[None]
+        return np.pad(numbers, (0, c.padded_length - len(numbers)))[None]
 
     queries, keys = map(pad, looks.groups(opened.selection.packer, blocks, "interleaved"))
     seen = np.asarray(masks.visible(masks.Mask(c.limit, c.segment, c.segment)))

@@ -203,8 +203,9 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
         ]
 
     noise, t = rng.standard_normal(thought.shape, np.float32), 0.7
-    sizes = {"latent_dim": C, "latent_side": DRAWN.side}
-    whole = tiny.pack([fill(blocks)], slots=200, patches=80, latents=3 * len(thought), **sizes)
+    whole = tiny.pack(
+        [fill(blocks)], positions=200, patches=80, latents=3 * len(thought), generation=DRAWN
+    )
     begin = len(problem)
     x, times = np.array(whole.latents.tokens), np.zeros((1, 3 * len(thought)), np.float32)
     x[0, begin : 2 * begin], times[0, begin : 2 * begin] = (1 - t) * thought + t * noise, t
@@ -212,7 +213,9 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     hidden, _ = jitted(bagel.read)(params, whole, config=model, latents=x, times=times)
     velocity = bagel.velocity(params, hidden[:, 200 + begin : 200 + 2 * begin], config=model)
 
-    behind = tiny.pack([fill(drawing)], slots=200, patches=80, latents=len(problem), **sizes)
+    behind = tiny.pack(
+        [fill(drawing)], positions=200, patches=80, latents=len(problem), generation=DRAWN
+    )
     positions = flow.latent_positions([grid], len(thought), DRAWN.side)
     conditioning, cache = flow.prefill(params, behind, positions, config=model)
     sampler = flow.FlowConfig(
@@ -224,14 +227,18 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     np.testing.assert_allclose(found[0], velocity, atol=2e-5)
 
     answer = tiny.pack(
-        [fill(answering) + [last]], slots=200, patches=80, latents=2 * len(problem), **sizes
+        [fill(answering) + [last]],
+        positions=200,
+        patches=80,
+        latents=2 * len(problem),
+        generation=DRAWN,
     )
     after, _ = jitted(bagel.read)(params, answer, config=model)
     texts = [
-        sum(2 if isinstance(b, context.Latent) else b.slots for b in row)
+        sum(2 if isinstance(b, context.Latent) else b.length for b in row)
         for row in (blocks[:-1], answering)
     ]
-    one, other = (h[0, start : start + last.slots] for h, start in zip((hidden, after), texts))
+    one, other = (h[0, start : start + last.length] for h, start in zip((hidden, after), texts))
     np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -361,7 +368,7 @@ def test_the_generation_loss_against_numpy(prepared):
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     t = batch.traces
     ce = -np.concatenate(
-        [logp[r, t.rows[r, t.mask[r]], t.labels[r, t.mask[r]]] for r in range(3)]
+        [logp[r, t.positions[r, t.mask[r]], t.labels[r, t.mask[r]]] for r in range(3)]
     ).mean()
     np.testing.assert_allclose(
         [found["mse"], found["ce"], found["loss"]], [mse, ce, ce / 2 + 2 * mse], rtol=2e-5

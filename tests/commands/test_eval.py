@@ -632,7 +632,7 @@ def test_contexts_of_the_modes(trained):
 
     prepared, student = get("none")
     assert [row.example.pid for row in prepared] == [rows.sources[0][n].pid for n in numbers]
-    assert student.slots == config.data.buckets.student[-1][0]
+    assert student.padded_length == config.data.buckets.student[-1][0]
     shown = {mode: get(mode)[1].patches[:, 25:] for mode in ("real", "noise", "swap", "image")}
     for b, n in enumerate(numbers):
         own, other = rows(0, n), rows(0, (n + small_run.TEST_ROWS // 2) % small_run.TEST_ROWS)
@@ -678,7 +678,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     sampled, sample = [], rollout.sample
 
     def seen(params, packed, key, *, config):
-        sampled.append((packed.slots, packed.length.tolist()))
+        sampled.append((packed.padded_length, packed.length.tolist()))
         return sample(params, packed, key, config=config)
 
     monkeypatch.setattr(rollout, "sample", seen)

@@ -61,7 +61,7 @@ def logits(params, context, config):
         return bagel.logits(params, hidden)
 
     return np.asarray(compute(params))[
-        np.arange(context.slots) < np.asarray(context.length)[:, None]
+        np.arange(context.padded_length) < np.asarray(context.length)[:, None]
     ]
 
 

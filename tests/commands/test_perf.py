@@ -61,7 +61,7 @@ def test_drawing():
         assert line["seconds"] > 0 and len(line["runs"]) == 1
     for branches in (1, 2, 3):
         steps, image = by["denoise", branches], by["image", branches]
-        assert (steps["context_slots"], steps["drawn_tokens"], steps["steps"]) == (1200, 6, 2)
+        assert (steps["context_positions"], steps["drawn_tokens"], steps["steps"]) == (1200, 6, 2)
         assert steps["per_step"] == steps["seconds"] / 2 and steps["temporary_mib"] > 0
         assert image["seconds"] == pytest.approx(
             sum(image[part] for part in ("prepare", "denoise", "decode"))
@@ -83,7 +83,7 @@ def test_answering():
         assert line["ms_per_token"] == pytest.approx(1e3 * (line["seconds"] - line["prefill"]) / 6)
         # 112 slots of the system prompt, 27 x 27 patches with two delimiters, 62 of the question;
         # then bos and 5
-        assert line["context_slots"] == 112 + 731 + 62
+        assert line["context_positions"] == 112 + 731 + 62
         assert line["cache_mib"] * 2**20 == 2 * 2 * line["batch"] * (905 + 6) * 2 * 8 * 4
 
 
@@ -111,13 +111,13 @@ def test_step(tmp_path):
         assert line["seconds"] > 0 and line["cpu_seconds"] > 0 and line["temporary_mib"] > 0
         assert line["peak_mib"] - line["rss_start_mib"] == line["peak_part_mib"] > 0
     for line in lines[:2]:  # image of 256 patches and 32 ids, two delimiters each
-        assert line["context_slots"] == 258 + 34
+        assert line["context_positions"] == 258 + 34
         assert line["tokens_per_second"] == pytest.approx(line["batch"] * 5 / line["seconds"])
         assert line["cpu_seconds_per_token"] == pytest.approx(
             line["cpu_seconds"] / (line["batch"] * 5)
         )
     train, whole, states = lines[2:]
-    assert (train["student_slots"], train["teacher_slots"]) == (
+    assert (train["student_positions"], train["teacher_positions"]) == (
         292 + 6,
         292 + 42 + 2 * 258 + 26 + 6,
     )

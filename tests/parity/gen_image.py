@@ -84,7 +84,7 @@ def padded(tokens):
 def prefilled(blocks, grid, whole_model, tokenizer, config):
     """(packed contexts, Conditioning, cache) of rows of blocks."""
     model, params = whole_model
-    packed = pack(blocks, tokenizer, model, bucket(blocks, model))
+    packed = pack(blocks, tokenizer, model, bucket(blocks, latents=True))
     positions = flow.latent_positions([grid], math.prod(grid) + SPARE, model.generation.side)
     return packed, *flow.prefill(params, packed, positions, config=config.model)
 
@@ -109,8 +109,8 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
     assert len(stages) == len(facts["context_stages"])
     for n, fact in enumerate(facts["context_stages"]):
         row = sum(stages[: n + 1], [])
-        part = pack([row], tokenizer, config, bucket([row], config))
-        assert (part.length[0], part.next_position[0]) == (fact["kv_len"], fact["rope"]), fact[
+        part = pack([row], tokenizer, config, bucket([row], latents=True))
+        assert (part.length[0], part.next_rope_position[0]) == (fact["kv_len"], fact["rope"]), fact[
             "after"
         ]
     settings = all_branches(config, tokenizer)
@@ -122,14 +122,16 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
     equal(positions.ids[positions.real], tensors["packed_vae_position_ids"])
     for r, name in enumerate(BRANCHES):
         length = facts[name]["kv_len"]
-        assert (packed.length[r], packed.next_position[r]) == (length, facts[name]["rope"])
+        assert (packed.length[r], packed.next_rope_position[r]) == (length, facts[name]["rope"])
         rope = tensors["packed_position_ids" if name == "cond" else f"{name}_position_ids"]
         equal(np.full(positions.real.sum() + 2, conditioning.rope[r]), rope)
         used = packed.segment[r] > 0
         places = packed.latents.order[r, used]
         for match, wanted in matching(tensors, rf"([kv])_(?:layer(\d+)|last)_{name}"):
             kept = np.full(wanted.shape, np.nan, np.float32)
-            kept[places] = np.asarray(cache[match[1]][int(match[2] or -1), r, : packed.slots])[used]
+            kept[places] = np.asarray(
+                cache[match[1]][int(match[2] or -1), r, : packed.padded_length]
+            )[used]
             close(kept, wanted, match[0])
 
 
@@ -189,7 +191,7 @@ def test_gen_image_generate(goldens, drawing, whole_model, tokenizer):
     for n, run in enumerate(facts["runs"]):
         config = flow_config(model, tokenizer, run)
         rows = [contexts[name] for name in config.branches]
-        sizes = bucket(list(contexts.values()), model)
+        sizes = bucket(list(contexts.values()), latents=True)
         tokens = flow.generate(
             params,
             pack(rows, tokenizer, model, sizes),
@@ -291,41 +293,41 @@ def test_train_mse(goldens, whole_model, tokenizer):
     config, params = whole_model
     assert facts["timestep_shift"] == config.generation.timestep_shift
     rows = train_rows(tensors, facts, whole_model)
-    targets = (
-        max(sum(len(b.ids) + 1 for b in blocks if getattr(b, "loss", False)) for blocks in rows)
-        + SPARE
-    )
     batch = context_lib.supervise(
-        rows, targets=targets, tokenizer=tokenizer, side=config.vit.side, **bucket(rows, config)
+        rows,
+        bucket(rows, latents=True),
+        tokenizer=tokenizer,
+        side=config.vit.side,
+        generation=config.generation,
     )
     context, drawn = batch.context, batch.context.latents
     real, used = drawn.image > 0, context.segment > 0
     stops = np.cumsum(facts["sample_lens"])
     equal(context.length, facts["sample_lens"])
-    place = drawn.order + (stops - context.length)[:, None]  # of each slot in the official row
+    place = drawn.order + (stops - context.length)[:, None]  # of each position in the official row
 
     def in_sequence(values):
         return values[used][np.argsort(place[used])]
 
-    slots, patches = context.tokens.shape[1], context.patch_image > 0
-    text, at_latents = used[:, :slots].copy(), place[:, slots:]
+    positions, patches = context.tokens.shape[1], context.patch_image > 0
+    text, at_latents = used[:, :positions].copy(), place[:, positions:]
     for r in range(len(rows)):
-        text[r, context.patch_slots[r, patches[r]]] = False
-    equal(place[:, :slots][text], tensors["packed_text_indexes"])
+        text[r, context.patch_positions[r, patches[r]]] = False
+    equal(place[:, :positions][text], tensors["packed_text_indexes"])
     equal(context.tokens[text], tensors["packed_text_ids"])
-    equal(in_sequence(context.positions), tensors["packed_position_ids"])
+    equal(in_sequence(context.rope_positions), tensors["packed_position_ids"])
     equal(
-        np.take_along_axis(place, context.patch_slots, axis=1)[patches],
+        np.take_along_axis(place, context.patch_positions, axis=1)[patches],
         tensors["packed_vit_token_indexes"],
     )
-    equal(context.patch_positions[patches], tensors["packed_vit_position_ids"])
+    equal(context.patch_table_ids[patches], tensors["packed_vit_position_ids"])
     compare(equal, context.patches[patches], tensors, "packed_vit_tokens")
     equal(
         [n for row in context.patch_image for n in np.bincount(row)[1:]],
         tensors["vit_token_seqlens"],
     )
     equal(at_latents[real], tensors["packed_vae_token_indexes"])
-    equal(drawn.positions[real], tensors["packed_latent_position_ids"])
+    equal(drawn.table_ids[real], tensors["packed_latent_position_ids"])
     if "attention_mask" in tensors:
         mask = np.asarray(
             visible(
@@ -342,7 +344,9 @@ def test_train_mse(goldens, whole_model, tokenizer):
             assert not mask[r][:, ~used[r]].any()
             ours[np.ix_(place[r, used[r]], place[r, used[r]])] = mask[r][np.ix_(used[r], used[r])]
         equal(ours, tensors["attention_mask"])
-    equal(np.take_along_axis(place, batch.rows, axis=1)[batch.mask], tensors["ce_loss_indexes"])
+    equal(
+        np.take_along_axis(place, batch.positions, axis=1)[batch.mask], tensors["ce_loss_indexes"]
+    )
     equal(batch.labels[batch.mask], tensors["packed_label_ids"])
 
     raw, noise = np.full(real.shape, -np.inf, np.float32), np.zeros(drawn.tokens.shape, np.float32)
@@ -354,7 +358,9 @@ def test_train_mse(goldens, whole_model, tokenizer):
     @jax.jit
     def objective(params):
         errors, counted, hidden = flow.loss(params, context, times, noise, config=config)
-        logits = bagel.logits(params, jnp.take_along_axis(hidden, batch.rows[:, :, None], axis=1))
+        logits = bagel.logits(
+            params, jnp.take_along_axis(hidden, batch.positions[:, :, None], axis=1)
+        )
         ce = divergence.cross_entropy(logits, batch.labels)
 
         def mean(values, mask):

@@ -62,7 +62,7 @@ def test_generate(goldens, generate, model, tokenizer):
     expected, skips = [], 0
     for event in facts["events"]:
         assert event["kv_len_before"] == context.length[0] + len(expected)
-        assert event["rope_before"] == context.next_position[0] + len(expected)
+        assert event["rope_before"] == context.next_rope_position[0] + len(expected)
         skips += event["event"] == "append_to_cache"
         expected += event["token_ids"] if event["event"] == "append_to_cache" else event["returned"]
     assert fed[:count].tolist() == expected
@@ -88,7 +88,7 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
     assert len(facts["prefill_stages"]) == len(blocks)
     for stage, fact in enumerate(facts["prefill_stages"]):
         part = pack([blocks[: stage + 1]], tokenizer, config)
-        assert (part.length[0], part.next_position[0]) == (fact["kv_len"], fact["rope"])
+        assert (part.length[0], part.next_rope_position[0]) == (fact["kv_len"], fact["rope"])
     context = pack([blocks], tokenizer, config)
     tokens = tensors["tokens"][None]
     room = tokens.shape[1]
@@ -96,12 +96,12 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
     @jax.jit
     def run(params, context):
         segment = jnp.pad(context.segment, ((0, 0), (0, room)))
-        cache = bagel.init_cache(1, context.slots + room, config=config)
+        cache = bagel.init_cache(1, context.padded_length + room, config=config)
         x = bagel.embed(params, context, config=config)
         _, prefill = bagel.forward(
             params,
             x,
-            context.positions,
+            context.rope_positions,
             context.limit,
             context.segment,
             config=config,
@@ -115,8 +115,8 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
             *context_lib.following(context, room),
             config=config,
             cache=prefill,
-            offset=context.slots,
-            key_segment=segment.at[:, context.slots :].set(1),
+            offset=context.padded_length,
+            key_segment=segment.at[:, context.padded_length :].set(1),
         )
         return prefill, final, bagel.logits(params, hidden[0])
 
@@ -128,7 +128,7 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         kept = (
             cache[:used]
             if stage == "prefill"
-            else np.concatenate([cache[:used], cache[context.slots :]])
+            else np.concatenate([cache[:used], cache[context.padded_length :]])
         )
         close(kept, wanted, match[0])
     close(logits, tensors["logits"])

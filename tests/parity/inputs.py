@@ -17,7 +17,7 @@ from opsd_jax.model import bagel, masks, mot
 from opsd_jax.release import load as load_lib
 from parity.replay import matching
 
-SPARE = 3  # padding slots, patches and latents in all packs: nothing may depend on them
+SPARE = 3  # padding positions, patches and latents in all packs: nothing may depend on them
 
 
 def load(directory, generation):
@@ -59,33 +59,20 @@ def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
     )
 
 
-def bucket(rows, config=None):
-    """Static sizes that fit the rows, with some padding; config: of the model, where rows hold
-    latents.
-    """
-
-    def patches(blocks):
-        return sum(len(b.patches) for b in blocks if isinstance(b, context_lib.Image))
-
-    def latents(blocks):
-        return sum(len(b.tokens) for b in blocks if isinstance(b, context_lib.Latent))
-
-    sizes = {
-        "slots": SPARE + max(sum(b.slots for b in blocks) - latents(blocks) for blocks in rows),
-        "patches": SPARE + max(map(patches, rows)),
-    }
-    if config:
-        sizes.update(
-            latents=SPARE + max(map(latents, rows)),
-            latent_dim=config.generation.latent_dim,
-            latent_side=config.generation.side,
-        )
-    return sizes
+def bucket(rows, *, latents=False):
+    """Static sizes that fit the rows, with some padding; latents: whether there are any."""
+    sizes = np.max([context_lib.need(blocks) for blocks in rows], axis=0) + SPARE
+    sizes = context_lib.Sizes(*sizes.tolist())
+    return sizes if latents else sizes._replace(latents=0)
 
 
 def pack(rows, tokenizer, config, sizes=None):
     return context_lib.pack(
-        rows, **(sizes or bucket(rows)), tokenizer=tokenizer, side=config.vit.side
+        rows,
+        sizes or bucket(rows),
+        tokenizer=tokenizer,
+        side=config.vit.side,
+        generation=config.generation,
     )
 
 
@@ -101,7 +88,7 @@ def completion(ids, tokenizer, batch, spare=SPARE):
 def forward(params, context, *, config):
     x = bagel.embed(params, context, config=config)
     return bagel.forward(
-        params, x, context.positions, context.limit, context.segment, config=config
+        params, x, context.rope_positions, context.limit, context.segment, config=config
     )[0]
 
 

@@ -138,7 +138,7 @@ def test_other_sizes_draw(tmp_path):
     times = 1.7 * times / (1 + 0.7 * times)
     guided = [0.3 < time <= 0.9 for time in times[:-1]]
     assert not guided[0] and any(guided)
-    packed = pack(contexts, tokenizer, model, bucket(contexts, model))
+    packed = pack(contexts, tokenizer, model, bucket(contexts, latents=True))
     positions = flow.latent_positions([grid], len(initial) + SPARE, generation.side)
     for renorm in RENORMS:
         config = flow.FlowConfig(

@@ -6,7 +6,6 @@ import pytest
 from opsd_jax import context as context_lib
 from opsd_jax.model import bagel
 from parity.inputs import (
-    SPARE,
     bucket,
     completion,
     cross_entropy,
@@ -22,8 +21,8 @@ from parity.replay import close, compare, equal, read
 
 
 def test_und_forward(goldens, und_forward, model, tokenizer):
-    """Both packs: slots, positions, mask, targets exactly; hidden states, logits, cross entropy
-    closely.
+    """Both packs: positions, rope positions, mask, targets exactly; hidden states, logits, cross
+    entropy closely.
     """
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
@@ -32,13 +31,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
         [*blocks, target]
         for blocks in role_blocks(tensors, tokenizer, config.vit.patch_size, settings)
     ]
-    batch = context_lib.supervise(
-        rows,
-        **bucket(rows),
-        targets=len(target.ids) + 1 + SPARE,
-        tokenizer=tokenizer,
-        side=config.vit.side,
-    )
+    batch = context_lib.supervise(rows, bucket(rows), tokenizer=tokenizer, side=config.vit.side)
     context = batch.context
     hidden = np.asarray(forward(params, context, config=config))
     shorter, cut = first_layers(config, params, "llm", 1)
@@ -50,23 +43,23 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
 
         facts, n = settings[role], len(golden("packed_position_ids"))
         assert context.length[r] == facts["sequence_length"] == n
-        assert [b.slots for b in rows[r]] == facts["split_lens"]
+        assert [b.length for b in rows[r]] == facts["split_lens"]
         modes = ["causal" if isinstance(b, context_lib.Text) else "full" for b in rows[r]]
         assert modes == facts["attn_modes"]
         equal(context.tokens[r, golden("packed_text_indexes")], golden("packed_text_ids"))
-        equal(context.positions[r, :n], golden("packed_position_ids"))
+        equal(context.rope_positions[r, :n], golden("packed_position_ids"))
         mask = np.asarray(visible(context.limit, context.segment, context.segment))[r]
         compare(equal, mask[:n, :n], tensors, f"{role}.attention_mask")
         assert not mask[:n, n:].any()
         patches = len(golden("packed_vit_position_ids"))
         compare(equal, context.patches[r, :patches], tensors, f"{role}.packed_vit_tokens")
-        equal(context.patch_positions[r, :patches], golden("packed_vit_position_ids"))
-        equal(context.patch_slots[r, :patches], golden("packed_vit_token_indexes"))
-        assert (context.patch_slots[r, patches:] == context.slots).all()
+        equal(context.patch_table_ids[r, :patches], golden("packed_vit_position_ids"))
+        equal(context.patch_positions[r, :patches], golden("packed_vit_token_indexes"))
+        assert (context.patch_positions[r, patches:] == context.padded_length).all()
         equal(np.bincount(context.patch_image[r, :patches])[1:], golden("vit_token_seqlens"))
         targets = batch.mask[r]
         assert targets.sum() == facts["completion_ce_count"]
-        equal(batch.rows[r, targets], golden("ce_loss_indexes"))
+        equal(batch.positions[r, targets], golden("ce_loss_indexes"))
         equal(batch.labels[r, targets], golden("packed_label_ids"))
         if f"{role}.hidden_layer0" in tensors:
             close(
@@ -75,7 +68,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
                 f"{role}, first layer",
             )
         compare(close, hidden[r, :n], tensors, f"{role}.hidden_final")
-        logits = bagel.logits(params, hidden[r, batch.rows[r, targets]])
+        logits = bagel.logits(params, hidden[r, batch.positions[r, targets]])
         close(logits, golden("logits"), role)
         ce = np.asarray(cross_entropy(logits, golden("packed_label_ids")))
         close(ce, golden("ce"), role)

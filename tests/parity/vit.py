@@ -37,12 +37,12 @@ def test_vit(goldens, model, tokenizer):
     equal(np.bincount(packed.patch_image[0])[1:], lengths)
     equal(np.concatenate([[0], np.cumsum(lengths)]), tensors["cu_seqlens"])
     compare(equal, packed.patches[0, :n], tensors, "packed_vit_tokens")
-    equal(packed.patch_positions[0, :n], tensors["packed_vit_position_ids"])
+    equal(packed.patch_table_ids[0, :n], tensors["packed_vit_position_ids"])
 
     @functools.partial(jax.jit, static_argnames="config")
     def encode(params, *, config):
         return siglip.Encoder(config.vit).apply(
-            {"params": params["vit"]}, packed.patches, packed.patch_positions, packed.patch_image
+            {"params": params["vit"]}, packed.patches, packed.patch_table_ids, packed.patch_image
         )[0, :n]
 
     def post_norm(x):

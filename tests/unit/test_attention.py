@@ -148,14 +148,13 @@ def test_the_rule_of_the_mask():
 # ---- the kernel against dense attention
 
 FLASH = {"attention": "flash_interpret"}
-SLOTS, LATENTS = 30, 8
+POSITIONS, LATENTS = 30, 8
 pack = functools.partial(
     tiny.pack,
-    slots=SLOTS,
+    positions=POSITIONS,
     patches=12,
     latents=LATENTS,
-    latent_side=DRAWING.generation.side,
-    latent_dim=DRAWING.generation.latent_dim,
+    generation=DRAWING.generation,
 )
 
 
@@ -164,8 +163,8 @@ def text(n):
 
 
 def mask_of(packed, documents=False):
-    """The Mask of a packed batch of SLOTS + LATENTS slots; documents: what follows the first 11 is
-    a second one.
+    """The Mask of a packed batch of POSITIONS + LATENTS positions; documents: what follows the
+    first 11 is a second one.
     """
     segment = np.where(documents & (packed.latents.order >= 11), 2, 1) * packed.segment
     order, noised = packed.latents.order, packed.latents.noised
@@ -266,7 +265,7 @@ def test_the_kernel_equals_dense_attention(name):
 
 
 def test_the_kernel_with_other_heads_and_fewer_queries_than_keys():
-    """5 heads on one kv head; 7 queries of a cache with 33 slots."""
+    """5 heads on one kv head; 7 queries of a cache with 33 positions."""
     cache = np.arange(33)[None].repeat(2, 0)
     mask = masks.Mask(
         *(
@@ -336,7 +335,7 @@ def test_blocks_that_nobody_sees_are_left_out():
 
 
 def test_the_content_of_a_block_that_nobody_sees_does_not_matter():
-    """Slots 32 to 37 are the third block of keys, all padding: not even NaN does harm there."""
+    """Positions 32 to 37 are the third block of keys, all padding: not even NaN does harm there."""
     mask, (q, k, v, gradient) = LAYOUTS["text"], arrays(38, 38)
     assert not (mask.key_segment[:, 32:] > 0).any()
 
@@ -345,15 +344,15 @@ def test_the_content_of_a_block_that_nobody_sees_does_not_matter():
 
     found = attended(q, poison(k), poison(v), gradient, mask, "flash_interpret", (8, 16))
     expected = attended(q, k, v, gradient, mask, "flash_interpret", (8, 16))
-    for ours, its, slots in zip(found, expected, (38, 38, 32, 32), strict=True):
-        np.testing.assert_array_equal(ours[:, :slots], its[:, :slots])
+    for ours, its, positions in zip(found, expected, (38, 38, 32, 32), strict=True):
+        np.testing.assert_array_equal(ours[:, :positions], its[:, :positions])
 
 
 @pytest.mark.parametrize(
-    "slots, size", [(2, 128), (128, 128), (300, 384), (1024, 512), (4098, 384), (4900, 384)]
+    "positions, size", [(2, 128), (128, 128), (300, 384), (1024, 512), (4098, 384), (4900, 384)]
 )
-def test_block_sizes_pad_little(slots, size):
-    assert masks.block_size(slots) == size
+def test_block_sizes_pad_little(positions, size):
+    assert masks.block_size(positions) == size
 
 
 def largest(jaxpr):
@@ -368,20 +367,20 @@ def largest(jaxpr):
 
 
 def test_nothing_as_large_as_queries_times_keys_is_made():
-    """Traced forward and backward, 2,000 slots: dense attention has [2000, 2000] at least, the
+    """Traced forward and backward, 2,000 positions: dense attention has [2000, 2000] at least, the
     kernel its blocks.
     """
-    slots = 2000
+    positions = 2000
     config = dataclasses.replace(MODEL, llm=dataclasses.replace(MODEL.llm, vocab_size=8))
-    x = jax.ShapeDtypeStruct((1, slots, 32), jnp.float32)
-    vector = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+    x = jax.ShapeDtypeStruct((1, positions, 32), jnp.float32)
+    vector = jax.ShapeDtypeStruct((1, positions), jnp.int32)
     params = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
     for kind, below in (("dense", False), ("flash_interpret", True), ("flash", True)):
         run = functools.partial(bagel.forward, config=dataclasses.replace(config, attention=kind))
         traced = jax.make_jaxpr(jax.grad(lambda p, *a: jnp.sum(run(p, *a)[0])))(
             params, x, vector, vector, vector
         )
-        assert (largest(traced.jaxpr) < slots * slots / 4) == below, kind
+        assert (largest(traced.jaxpr) < positions * positions / 4) == below, kind
 
 
 @pytest.mark.parametrize("heads, kv, width", [(28, 4, 128), (16, 16, 72)], ids=["decoder", "vit"])
@@ -430,7 +429,7 @@ def test_a_context_with_latents_reads_the_same(params):
             ],
             [image(rng, (2, 3)), text(4)],
         ],
-        slots=20,
+        positions=20,
     )
 
     def read(config):
@@ -467,7 +466,7 @@ def test_scores_and_their_gradients_are_the_same():
 @pytest.mark.slow
 def test_an_image_is_generated_the_same(params):
     rng = np.random.default_rng(3)
-    contexts = pack([[text(n), image(rng, (2, 2))] for n in (3, 5, 2)], slots=16)
+    contexts = pack([[text(n), image(rng, (2, 2))] for n in (3, 5, 2)], positions=16)
     positions = flow.latent_positions([(2, 2)], 4, DRAWING.generation.side)
     noise = rng.standard_normal((1, 4, DRAWING.generation.latent_dim), np.float32)
 

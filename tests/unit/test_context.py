@@ -49,12 +49,12 @@ def dense_mask(blocks):
     """The official rule as a matrix: a block sees all earlier ones but noised images, and itself
     causally (text) or wholly.
     """
-    total = sum(block.slots for block in blocks)
+    total = sum(block.length for block in blocks)
     mask, start, hidden = np.zeros((total, total), bool), 0, np.zeros(total, bool)
     for block in blocks:
-        stop = start + block.slots
+        stop = start + block.length
         mask[start:stop, :start] = ~hidden[:start]
-        inside = np.ones((block.slots, block.slots), bool)
+        inside = np.ones((block.length, block.length), bool)
         mask[start:stop, start:stop] = np.tril(inside) if isinstance(block, Text) else inside
         hidden[start:stop] = isinstance(block, Latent) and block.noised
         start = stop
@@ -62,7 +62,7 @@ def dense_mask(blocks):
 
 
 def in_sequence(packed, row):
-    """Slots of a row in the order of the sequence, by `Latents.order`."""
+    """Positions of a sequence in the order of its tokens, by `Latents.order`."""
     used = np.flatnonzero(packed.segment[row])
     return used[np.argsort(packed.latents.order[row, used])]
 
@@ -70,16 +70,16 @@ def in_sequence(packed, row):
 # ---- packing
 
 
-def test_student_slot_by_slot(rng):
+def test_student_position_by_position(rng):
     problem = image(rng, (1, 2))
-    packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], slots=13, patches=3)
+    packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], positions=13, patches=3)
     s, a, b = ids("sab")
     assert packed.tokens[0].tolist() == [BOS, s, EOS, IMAGE, 0, 0, IMAGE_END, BOS, a, b, EOS, 0, 0]
-    assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 0, 0]
+    assert packed.rope_positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 0, 0]
     assert packed.segment[0].tolist() == [1] * 11 + [0] * 2
-    assert (packed.length.tolist(), packed.next_position.tolist()) == ([11], [8])
-    assert packed.patch_slots[0].tolist() == [4, 5, 13]
-    assert packed.patch_positions[0].tolist() == [0, 1, 0]
+    assert (packed.length.tolist(), packed.next_rope_position.tolist()) == ([11], [8])
+    assert packed.patch_positions[0].tolist() == [4, 5, 13]
+    assert packed.patch_table_ids[0].tolist() == [0, 1, 0]
     assert packed.patch_image[0].tolist() == [1, 1, 0]
     assert packed.patches.dtype == np.uint8 and (packed.patches[0, :2] == problem.patches).all()
     drawn = """
@@ -105,19 +105,19 @@ def test_teacher_is_the_student_plus_references(rng, count):
     mine = context.student(TOKENIZER, PROMPTS, "why?", problem)
     blocks = context.teacher(TOKENIZER, PROMPTS, "why?", problem, [None, *thoughts, None])
     assert [ids("look"), ids("now")] == [blocks[3].ids.tolist(), blocks[-1].ids.tolist()]
-    assert [b.slots for b in blocks[:3]] == [b.slots for b in mine] and blocks[4:-1] == thoughts
+    assert [b.length for b in blocks[:3]] == [b.length for b in mine] and blocks[4:-1] == thoughts
     packed = pack([mine, blocks])
     for row, made in enumerate([mine, blocks]):
         used = int(packed.length[row])
-        assert used == sum(b.slots for b in made)
+        assert used == sum(b.length for b in made)
         assert (masks(packed)[row, :used, :used] == dense_mask(made)).all()
         assert not masks(packed)[row, used:].any() and not masks(packed)[row, :, used:].any()
     assert (packed.tokens[1, : packed.length[0]] == packed.tokens[0, : packed.length[0]]).all()
     # 5 + 1 + 6 rope ids of the student; intro 4 + 2, one an image, transition 3 + 2
-    assert packed.next_position.tolist() == [12, 12 + 6 + count + 5]
+    assert packed.next_rope_position.tolist() == [12, 12 + 6 + count + 5]
     images_of_row = [packed.patch_image[1][packed.patch_image[1] > 0].tolist()]
     assert images_of_row == [[1] * 4 + [2] * 3 * (count > 0) + [3] * 2 * (count > 1)]
-    assert packed.patch_positions[1, :4].tolist() == [0, 1, 6, 7]  # the table is 6 patches wide
+    assert packed.patch_table_ids[1, :4].tolist() == [0, 1, 6, 7]  # the table is 6 patches wide
 
 
 def test_rows_of_different_lengths_do_not_touch(rng):
@@ -145,15 +145,18 @@ def test_suffix_follows_the_question(rng):
     assert context.student(TOKENIZER, SHORT, np.array([7, 8]), image(rng))[2].ids.tolist() == [7, 8]
 
 
-def test_too_long_names_the_row_and_the_fix(rng):
+def test_too_long_names_the_example_and_the_fix(rng):
     row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
-    assert pack([row], slots=19, patches=4).length == 19  # fits exactly, nothing cut
+    assert pack([row], positions=19, patches=4).length == 19  # fits exactly, nothing cut
     with pytest.raises(
-        context.TooLongError, match=r"vsp-7 needs 19 slots and 4 patches.*18 and 4.*data\.buckets"
+        context.TooLongError,
+        match=r"vsp-7 needs 19 positions and 4 patches.*18 and 4.*data\.buckets",
     ):
-        pack([row[:2], row], slots=18, patches=4, names=["vsp-6", "vsp-7"])
-    with pytest.raises(context.TooLongError, match="row 1 needs 19 slots and 4 patches.*19 and 3"):
-        pack([row[:1], row], slots=19, patches=3)
+        pack([row[:2], row], positions=18, patches=4, names=["vsp-6", "vsp-7"])
+    with pytest.raises(
+        context.TooLongError, match="sequence 1 needs 19 positions and 4 patches.*19 and 3"
+    ):
+        pack([row[:1], row], positions=19, patches=3)
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
         pack([[Image(np.zeros((7, 48), np.uint8), (1, 7))]])
 
@@ -171,18 +174,16 @@ def test_one_float_image_normalises_the_whole_batch(rng):
 
 # ---- packing with latents
 
-draw_pack = functools.partial(
-    pack, latent_dim=DRAWING.generation.latent_dim, latent_side=DRAWING.generation.side
-)
+draw_pack = functools.partial(pack, generation=DRAWING.generation)
 
 
-def test_latents_slot_by_slot(rng):
+def test_latents_position_by_position(rng):
     """The noised copy of an image, then the clean one, at the same rope id; and a row beside it
     without latents.
     """
     noised, clean = latent(rng, (1, 2), noised=True), latent(rng, (2, 1))
     row = [Text(np.array([7])), noised, clean, Text(np.array([8]))]
-    packed = draw_pack([row, [Text(np.array([9]))]], slots=12, patches=2, latents=6)
+    packed = draw_pack([row, [Text(np.array([9]))]], positions=12, patches=2, latents=6)
     # sequence: bos 7 eos <img N0 N1 img> <img C0 C1 img> bos 8 eos
     assert packed.tokens[0].tolist() == [
         BOS,
@@ -200,7 +201,14 @@ def test_latents_slot_by_slot(rng):
     ]
     found = packed.latents
     assert found.order[0].tolist() == [0, 1, 2, 3, 6, 7, 10, 11, 12, 13, 0, 0] + [4, 5, 8, 9, 0, 0]
-    assert packed.positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 0, 0] + [3, 3, 3, 3, 0, 0]
+    assert packed.rope_positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 0, 0] + [
+        3,
+        3,
+        3,
+        3,
+        0,
+        0,
+    ]
     assert packed.limit[0].tolist() == [1, 2, 3, 7, 7, 11, 11, 12, 13, 14, 0, 0] + [
         7,
         7,
@@ -212,11 +220,11 @@ def test_latents_slot_by_slot(rng):
     assert packed.segment[0].tolist() == [1] * 10 + [0] * 2 + [1] * 4 + [0] * 2
     assert found.noised[0].tolist() == [0, 0, 0, 1, 1] + [0] * 7 + [1, 1] + [0] * 4
     assert found.image[0].tolist() == [1, 1, 2, 2, 0, 0]
-    assert found.positions[0].tolist() == [0, 1, 0, 6, 0, 0]  # the table is 6 tokens wide
+    assert found.table_ids[0].tolist() == [0, 1, 0, 6, 0, 0]  # the table is 6 tokens wide
     np.testing.assert_array_equal(
         found.tokens[0], [*noised.tokens, *clean.tokens, *np.zeros((2, 16))]
     )
-    assert (packed.length.tolist(), packed.next_position.tolist(), packed.slots) == (
+    assert (packed.length.tolist(), packed.next_rope_position.tolist(), packed.padded_length) == (
         [14, 3],
         [7, 3],
         18,
@@ -226,7 +234,7 @@ def test_latents_slot_by_slot(rng):
         packed.segment[1].tolist() == [1] * 3 + [0] * 15
         and packed.limit[1].tolist() == [1, 2, 3] + [0] * 15
     )
-    assert not any(x[1].any() for x in (found.tokens, found.positions, found.image, found.noised))
+    assert not any(x[1].any() for x in (found.tokens, found.table_ids, found.image, found.noised))
     seen = masks(packed)
     assert (
         seen[1].sum() == 6
@@ -278,34 +286,34 @@ def test_masks_of_mixed_rows(rng):
         [text(4), image(rng, (2, 1)), text(0)],
         [latent(rng, (1, 2), True)],
     ]
-    packed = draw_pack(rows, slots=40, patches=8, latents=15)
+    packed = draw_pack(rows, positions=40, patches=8, latents=15)
     seen, noised = masks(packed), packed.latents.noised
     for row, blocks in enumerate(rows):
         places = in_sequence(packed, row)
-        total = sum(block.slots for block in blocks)
+        total = sum(block.length for block in blocks)
         assert packed.length[row] == len(places) == total
         assert packed.latents.order[row, places].tolist() == list(range(total))
         assert (seen[row][np.ix_(places, places)] == dense_mask(blocks)).all()
         assert seen[row].sum() == dense_mask(blocks).sum()  # padding neither sees nor is seen
         inner = [
-            packed.positions[row, places[sum(b.slots for b in blocks[:n])]]
+            packed.rope_positions[row, places[sum(b.length for b in blocks[:n])]]
             for n in range(len(blocks))
         ]
         rope = 0
         for block, at in zip(blocks, inner):
             assert at == rope
             rope += (
-                block.slots
+                block.length
                 if isinstance(block, Text)
                 else 0
                 if isinstance(block, Latent) and block.noised
                 else 1
             )
-        assert packed.next_position[row] == rope
+        assert packed.next_rope_position[row] == rope
     places = in_sequence(packed, 0)
     # 4 text, 4 image, 6 noised, 6 clean, 5 image, 3 text, 5 noised, 5 clean, 5 text
     assert noised[0, places].tolist() == [0] * 8 + [1] * 6 + [0] * 14 + [3] * 5 + [0] * 10
-    assert packed.patch_slots[0].tolist() == [
+    assert packed.patch_positions[0].tolist() == [
         5,
         6,
         13,
@@ -314,25 +322,25 @@ def test_masks_of_mixed_rows(rng):
         40,
         40,
         40,
-    ]  # delimiters of latents take slots, too
+    ]  # delimiters of latents take positions, too
 
 
 def test_latents_that_do_not_fit(rng):
     row = [Text(np.array([1])), latent(rng, (2, 2)), latent(rng, (1, 2))]
-    assert draw_pack([row], slots=7, patches=0, latents=6).length == 13  # fits exactly
+    assert draw_pack([row], positions=7, patches=0, latents=6).length == 13  # fits exactly
     with pytest.raises(
-        context.TooLongError, match=r"vsp-7 needs 7 slots and 6 latents.*7 and 3 and 5: enlarge"
+        context.TooLongError, match=r"vsp-7 needs 7 positions and 6 latents.*7 and 3 and 5: enlarge"
     ):
-        draw_pack([row[:1], row], slots=7, patches=3, latents=5, names=["vsp-6", "vsp-7"])
+        draw_pack([row[:1], row], positions=7, patches=3, latents=5, names=["vsp-6", "vsp-7"])
     with pytest.raises(
-        context.TooLongError, match=r"row 0 needs 7 slots and 6 latents.*6 and 3 and 6"
+        context.TooLongError, match=r"sequence 0 needs 7 positions and 6 latents.*6 and 3 and 6"
     ):
-        draw_pack([row], slots=6, patches=3, latents=6)
+        draw_pack([row], positions=6, patches=3, latents=6)
     with pytest.raises(
         context.TooLongError,
-        match=r"row 0 needs 7 slots and 6 latents, its bucket has 9 and 3 and 0",
+        match=r"sequence 0 needs 7 positions and 6 latents, its bucket has 9 and 3 and 0",
     ):
-        draw_pack([row], slots=9, patches=3)
+        draw_pack([row], positions=9, patches=3)
     with pytest.raises(ValueError, match="exceeds the 6x6 position table"):
         draw_pack([[latent(rng, (1, 7))]], latents=7)
 
@@ -340,10 +348,10 @@ def test_latents_that_do_not_fit(rng):
 def test_unused_latents_change_nothing_else(rng):
     rows = [context.student(TOKENIZER, PROMPTS, "q", image(rng, (1, 2))), [Text(np.array([1]))]]
     with_room, without = (
-        draw_pack(rows, slots=30, patches=4, latents=5),
-        pack(rows, slots=30, patches=4),
+        draw_pack(rows, positions=30, patches=4, latents=5),
+        pack(rows, positions=30, patches=4),
     )
-    assert with_room.slots == 35 and without.slots == 30
+    assert with_room.padded_length == 35 and without.padded_length == 30
     for field in dataclasses.fields(context.Context):
         if field.name != "latents":
             ours, its = (getattr(packed, field.name) for packed in (with_room, without))
@@ -450,25 +458,25 @@ def test_positions_after_a_context_equal_one_packed_sequence(rng):
         context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
         context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
     ]
-    packed = pack(rows, slots=40)
+    packed = pack(rows, positions=40)
     positions, limit, segment = map(np.asarray, context.following(packed, 5))
     assert segment.tolist() == [[1] * 5] * 2
     whole = [
         np.concatenate(pair, axis=1)
         for pair in (
-            (packed.positions, positions),
+            (packed.rope_positions, positions),
             (packed.limit, limit),
             (packed.segment, segment),
         )
     ]
     seen = np.asarray(visible(Mask(*map(jnp.asarray, (whole[1], whole[2], whole[2])))))
     for row, blocks in enumerate(rows):
-        blocks = [*blocks, Text(np.arange(3))]  # 3 ids and their delimiters: 5 slots
+        blocks = [*blocks, Text(np.arange(3))]  # 3 ids and their delimiters: 5 positions
         reference = pack([blocks])
         total = int(reference.length[0])
         used = np.flatnonzero(whole[2][row])
         assert used.tolist() == [*range(packed.length[row]), *range(40, 45)] and len(used) == total
-        assert whole[0][row, used].tolist() == reference.positions[0, :total].tolist()
+        assert whole[0][row, used].tolist() == reference.rope_positions[0, :total].tolist()
         assert (seen[row][np.ix_(used, used)] == dense_mask(blocks)).all()
         assert seen[row, used].sum() == dense_mask(blocks).sum()
 
@@ -535,33 +543,33 @@ def test_supervise_targets_of_an_interleaved_trace(rng):
     def made(targets):
         return context.supervise(
             [row, row[:4]],
-            slots=24,
-            patches=4,
-            targets=targets,
+            context.Sizes(24, 4, targets),
             tokenizer=TOKENIZER,
             side=6,
             names=["long", "short"],
         )
 
     found = made(6)
-    assert found.rows.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
+    assert found.positions.tolist() == [[10, 11, 12, 17, 18, 0], [10, 11, 12, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [3, 4, EOS, 0, 0, 0]]
     assert found.mask.tolist() == [[True] * 5 + [False], [True] * 3 + [False] * 3]
-    reference = pack([row, row[:4]], slots=24, patches=4)
+    reference = pack([row, row[:4]], positions=24, patches=4)
     np.testing.assert_array_equal(found.context.limit, reference.limit)
     np.testing.assert_array_equal(found.context.tokens, reference.tokens)
-    # each row's slot holds the token before its label
-    before = np.take_along_axis(found.context.tokens, found.rows, axis=1)
+    # the position holds the token before its label
+    before = np.take_along_axis(found.context.tokens, found.positions, axis=1)
     assert before[0, :5].tolist() == [BOS, 3, 4, BOS, 5]
     assert made(5).mask.sum() == 8
     with pytest.raises(
-        context.TooLongError, match="row long has more than 4 target tokens: enlarge"
+        context.TooLongError, match="example long has more than 4 target tokens: enlarge"
     ):
         made(4)
 
 
 def test_supervise_targets_after_latents(rng):
-    """Latents take two slots among the others, so targets after them are found by their tokens."""
+    """Latents take two positions among the others, so targets after them are found by their
+    tokens.
+    """
     row = [
         Text(np.array([1])),
         Text(np.array([3, 4]), loss=True),
@@ -570,22 +578,18 @@ def test_supervise_targets_after_latents(rng):
         image(rng, (1, 1)),
         Text(np.array([5]), loss=True),
     ]
-    # slots: 0-2, 3-6 bos 3 4 eos, 7-8 noised, 9-10 clean, 11-13 image, 14-16 bos 5 eos
+    # positions: 0-2, 3-6 bos 3 4 eos, 7-8 noised, 9-10 clean, 11-13 image, 14-16 bos 5 eos
     plain = [Text(np.array([1])), Text(np.array([6]), loss=True)]
     found = context.supervise(
         [row, plain],
-        slots=20,
-        patches=2,
-        targets=6,
-        latents=8,
-        latent_dim=16,
-        latent_side=6,
+        context.Sizes(20, 2, targets=6, latents=8),
         tokenizer=TOKENIZER,
         side=6,
+        generation=DRAWING.generation,
     )
-    assert found.rows.tolist() == [[3, 4, 5, 14, 15, 0], [3, 4, 0, 0, 0, 0]]
+    assert found.positions.tolist() == [[3, 4, 5, 14, 15, 0], [3, 4, 0, 0, 0, 0]]
     assert found.labels.tolist() == [[3, 4, EOS, 5, EOS, 0], [6, EOS, 0, 0, 0, 0]]
     assert found.mask.tolist() == [[True] * 5 + [False], [True] * 2 + [False] * 4]
-    before = np.take_along_axis(found.context.tokens, found.rows, axis=1)
+    before = np.take_along_axis(found.context.tokens, found.positions, axis=1)
     assert before[0, :5].tolist() == [BOS, 3, 4, BOS, 5] and before[1, :2].tolist() == [BOS, 6]
     assert found.context.latents.tokens.shape == (2, 8, 16)

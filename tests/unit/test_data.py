@@ -23,7 +23,7 @@ from opsd_jax.data import batches as batches_lib
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
 MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
-BUCKETS = {  # slots, patches (and targets); a maze has 16 patches and fits the first, a chart 25
+BUCKETS = {  # positions, patches (and targets). The first fits a maze, 16 patches; a chart has 25
     "student": ((25, 16), (36, 25)),
     "teacher": ((50, 32), (70, 50)),
     "trace": ((87, 32, 41), (90, 50, 41)),
@@ -195,7 +195,7 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
         batch, prepared = batches.opsd(step)
         for role in ("student", "teacher"):
             c = getattr(batch, role)
-            assert (c.slots, c.patches.shape[1]) == BUCKETS[role][bucket]
+            assert (c.padded_length, c.patches.shape[1]) == BUCKETS[role][bucket]
         assert {row.example.task for row in prepared} <= ({MAZE} if bucket == 0 else {CHART, MAZE})
         seen[bucket] += 1
     assert min(seen[0], seen[1]) > 10
@@ -218,7 +218,8 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
 def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
-        context.TooLongError, match=r"^row chart-train-\d{7} needs 3\d slots and 25 patches, its"
+        context.TooLongError,
+        match=r"^example chart-train-\d{7} needs 3\d positions and 25 patches, its",
     ):
         [
             make(buckets=small).opsd(step) for step in range(4)
@@ -356,7 +357,7 @@ def test_two_hosts_share_what_one_would_have(make, stage):
                 assert_same(all_rows.teacher, half.teacher, mine)
             else:
                 assert_same(all_rows.context, half.context, mine)
-                for name in ("rows", "labels", "mask"):
+                for name in ("positions", "labels", "mask"):
                     np.testing.assert_array_equal(
                         getattr(all_rows, name)[mine], getattr(half, name)
                     )
@@ -399,7 +400,7 @@ def test_stream_gives_the_steps_in_order_from_any_start(make):
     assert step == 11
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
-        context.TooLongError, match="row chart-train"
+        context.TooLongError, match="example chart-train"
     ):  # an error in a thread reaches the loop
         list(make(buckets=small).stream(batches_lib.Batches.opsd, 0, 4))
 

@@ -492,8 +492,8 @@ def test_an_empty_completion_becomes_eos_twice():
 @pytest.mark.parametrize("seam", [False, True])
 @pytest.mark.parametrize("teacher_length", [20, 25, 26, 27, 30, 33, 34, 90])
 def test_completions_are_cut_by_the_official_formula(teacher_length, seam):
-    """7 tokens, at most 34 slots: if the teacher's length, completion included, exceeds the limit,
-    the official code keeps `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)` tokens.
+    """7 tokens, at most 34 positions: if the teacher's length, completion included, exceeds the
+    limit, the official code keeps `max(max_fwd - (teacher_len - (n + 2)) - 2, 1)` tokens.
     """
     tokens = list(range(1, 8))
     block = scored([[tokens]], [teacher_length], max_forward_tokens=34, score_seam=seam)
@@ -589,9 +589,7 @@ def test_supervised_training(case):
     blocks, _ = tiny.rows(np.random.default_rng(5), ROWS)
     packed = context.supervise(
         [[*row, context.Text(np.array(ids), loss=True)] for row, ids in zip(blocks, tokens)],
-        slots=tiny.SLOTS,
-        patches=tiny.PATCHES,
-        targets=12,
+        context.Sizes(tiny.POSITIONS, tiny.PATCHES, targets=12),
         tokenizer=tiny.TOKENIZER,
         side=6,
     )

@@ -402,7 +402,7 @@ def test_figure_of_the_contexts():
     for role, row in rows.items():
         packed = tiny.pack([row])
         behind = np.asarray(context.following(packed, 4)[0][0])
-        assert drawn[role] == [*packed.positions[0, : packed.length[0]], *behind]
+        assert drawn[role] == [*packed.rope_positions[0, : packed.length[0]], *behind]
 
 
 @pytest.fixture(scope="module")

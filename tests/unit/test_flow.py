@@ -24,7 +24,7 @@ from opsd_jax.model import bagel
 from tiny import DRAWING, TOKENIZER, image, latent
 
 C, SIDE = DRAWING.generation.latent_dim, DRAWING.generation.side
-pack = functools.partial(tiny.pack, latent_dim=DRAWING.generation.latent_dim, latent_side=SIDE)
+pack = functools.partial(tiny.pack, generation=DRAWING.generation)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -139,7 +139,7 @@ _encode_images = jax.jit(functools.partial(bagel.encode_images, config=DRAWING))
 
 def vit_of(params, block):
     """What an image's patches become in the decoder's sequence, by the package itself."""
-    alone = pack([[block]], slots=6, patches=4)
+    alone = pack([[block]], positions=6, patches=4)
     return np.asarray(_encode_images(params, alone), np.float64)[0, : len(block.patches)]
 
 
@@ -195,7 +195,7 @@ def mixed(params):
         [text(rng, 1), latent(rng, (3, 2)), image(rng, (2, 2)), text(rng, 4)],
         [text(rng, 5), image(rng, (1, 1)), text(rng, 2)],
     ]
-    packed = pack(rows, slots=32, patches=6, latents=16)
+    packed = pack(rows, positions=32, patches=6, latents=16)
     noise = rng.standard_normal(packed.latents.tokens.shape, np.float32)
     times = np.zeros(noise.shape[:2], np.float32)
     times[0, :4], times[0, 8:11] = 0.3, 0.8  # slots: 4 noised, 4 clean, 3 noised, 3 clean
@@ -284,7 +284,10 @@ def test_padding_latents_do_not_matter(params, mixed, rng):
 def test_unused_latents_leave_hidden_states_alone(params, rng):
     """Rows without latents, packed with positions for them and without."""
     rows = [[text(rng, 3), image(rng, (2, 1)), text(rng, 2)], [text(rng, 6)]]
-    with_room, without = pack(rows, slots=20, patches=3, latents=6), pack(rows, slots=20, patches=3)
+    with_room, without = (
+        pack(rows, positions=20, patches=3, latents=6),
+        pack(rows, positions=20, patches=3),
+    )
     ours, its = np.asarray(read(params, with_room)), np.asarray(read(params, without))
     used = without.segment > 0
     np.testing.assert_allclose(ours[:, :20][used], its[used], atol=1e-5)
@@ -320,7 +323,7 @@ def test_sampling_after_latents_is_greedy_decoding(params):
         [text(rng, 1), latent(rng, (1, 3))],
         [text(rng, 4)],
     ]
-    packed = pack(rows, slots=24, patches=4, latents=5)
+    packed = pack(rows, positions=24, patches=4, latents=5)
     config = tiny.rollout_config(model=DRAWING, max_new_tokens=8, greedy=True)
     trajectory, logits = rollout.sample(
         params, packed, jax.random.key(0), config=config, return_logits=True
@@ -505,10 +508,10 @@ def scene():
     return types.SimpleNamespace(rows=rows, noise=noise)
 
 
-def contexts_of(scene, branches, images=(0, 1), slots=20):
+def contexts_of(scene, branches, images=(0, 1), positions=20):
     return pack(
         [scene.rows[branch][n] for branch in branches for n in images],
-        slots=slots,
+        positions=positions,
         patches=4,
         latents=5,
     )
@@ -750,7 +753,7 @@ def test_gradients_of_the_loss(params, mixed):
 
 def test_contexts_of_a_branch_that_is_missing(params, rng):
     """Short of branches, indexing would quietly take another one's velocity."""
-    packed = pack([[text(rng, 3)]], slots=5, patches=0)
+    packed = pack([[text(rng, 3)]], positions=5, patches=0)
     positions = flow.latent_positions([(1, 2)], 2, SIDE)
     with pytest.raises(
         ValueError, match="1 images with the branches cond, text, image need 3 contexts, .* not 1"

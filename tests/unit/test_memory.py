@@ -24,7 +24,7 @@ from opsd_jax.model.config import LLMConfig, ModelConfig, ViTConfig
 from opsd_jax.plan import hlo
 
 VOCAB = 4099  # a prime: no product of other sizes is a multiple of it
-ROWS, SLOTS, BUDGET, CHUNK = 2, 32, 48, 16  # a completion has BUDGET rows
+ROWS, POSITIONS, BUDGET, CHUNK = 2, 32, 48, 16  # a completion has BUDGET rows
 MODEL = ModelConfig(
     llm=LLMConfig(
         vocab_size=VOCAB,
@@ -63,15 +63,15 @@ def state_of(config):
     )
 
 
-def pack(slots, rows=ROWS):
+def pack(positions, rows=ROWS):
     return tiny.pack(
-        [[QUESTION, tiny.image(np.random.default_rng(0))]] * rows, slots=slots, patches=4
+        [[QUESTION, tiny.image(np.random.default_rng(0))]] * rows, positions, patches=4
     )
 
 
 @functools.cache
-def update(config=CONFIG, student=SLOTS, teacher=SLOTS):
-    """The compiled update whose contexts have so many slots."""
+def update(config=CONFIG, student=POSITIONS, teacher=POSITIONS):
+    """The compiled update whose contexts have so many positions."""
     trajectory = tiny.random_trajectory(np.random.default_rng(0), ROWS, BUDGET)
     program = sharding.update_program(distill.update_step, state_of(config), config)
     batch = context.Batch(pack(student), pack(teacher))
@@ -141,9 +141,7 @@ def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
     targets = context.Text(np.arange(40, dtype=np.int32), loss=True)
     batch = context.supervise(
         [[QUESTION, targets]] * ROWS,
-        slots=64,
-        patches=0,
-        targets=BUDGET,
+        context.Sizes(64, 0, BUDGET),
         tokenizer=tiny.TOKENIZER,
         side=MODEL.vit.side,
     )
@@ -169,35 +167,38 @@ def test_the_update_writes_the_new_state_over_the_old_one():
 SELF = dataclasses.replace(
     CONFIG, teacher="self"
 )  # where forgetting to stop a gradient would be easiest
-MORE = 128  # slots
+MORE = 128  # positions
 
 
-def scores(slots) -> int:
-    """Bytes of the attention weights of all layers over a context of so many slots and the
+def scores(positions) -> int:
+    """Bytes of the attention weights of all layers over a context of so many positions and the
     completion.
     """
-    return MODEL.llm.num_layers * ROWS * MODEL.llm.num_heads * (slots + BUDGET) ** 2 * 4
+    return MODEL.llm.num_layers * ROWS * MODEL.llm.num_heads * (positions + BUDGET) ** 2 * 4
 
 
 def test_the_teacher_saves_no_activations():
-    """128 slots more in the student's context cost the saved activations of every layer, in the
+    """128 positions more in the student's context cost the saved activations of every layer, in the
     teacher's next to
     nothing: one layer's at a time, while there is still memory.
     """
     base = temporary(update(SELF))
     student, teacher = (
-        temporary(update(SELF, **{role: SLOTS + MORE})) - base for role in ("student", "teacher")
+        temporary(update(SELF, **{role: POSITIONS + MORE})) - base
+        for role in ("student", "teacher")
     )
-    assert student > scores(SLOTS + MORE) - scores(SLOTS)
+    assert student > scores(POSITIONS + MORE) - scores(POSITIONS)
     assert teacher < student / 5
 
 
 @pytest.mark.slow
 def test_remat_saves_no_activations_inside_a_layer():
     remat = dataclasses.replace(SELF, model=dataclasses.replace(MODEL, remat="full"))
-    kept, recomputed = (temporary(update(config, student=SLOTS + MORE)) for config in (SELF, remat))
+    kept, recomputed = (
+        temporary(update(config, student=POSITIONS + MORE)) for config in (SELF, remat)
+    )
     assert kept - recomputed > 0.7 * scores(
-        SLOTS + MORE
+        POSITIONS + MORE
     )  # those of one layer exist while it is recomputed
 
 
@@ -220,7 +221,7 @@ SAMPLED = dataclasses.replace(
 
 
 def cache_of(rows, budget):
-    return jax.eval_shape(lambda: bagel.init_cache(rows, SLOTS + budget, config=SAMPLED))
+    return jax.eval_shape(lambda: bagel.init_cache(rows, POSITIONS + budget, config=SAMPLED))
 
 
 @functools.cache
@@ -231,14 +232,14 @@ def sampler(rows, budget):
         marker=rollout.Marker.build(tiny.TOKENIZER.token_bytes, VOCAB),
     )
     params = abstract(lambda: bagel.init(jax.random.key(0), config=SAMPLED))
-    program = rollout.sample.lower(params, pack(SLOTS, rows), jax.random.key(0), config=config)
+    program = rollout.sample.lower(params, pack(POSITIONS, rows), jax.random.key(0), config=config)
     return program.compile(compiler_options=CODE)
 
 
 @pytest.mark.parametrize("rows, budget", [(2, 512), (8, 64)])
 def test_the_sampler_holds_its_cache_once(rows, budget):
     """More tokens or more rows cost the keys and values that come with them, once. Else it is the
-    prompt's scores against all slots and the slices of one layer, some percent here.
+    prompt's scores against all positions and the slices of one layer, some percent here.
     """
     grown = temporary(sampler(rows, budget)) - temporary(sampler(2, 64))
     cache = size_of(cache_of(rows, budget)) - size_of(cache_of(2, 64))
@@ -293,8 +294,8 @@ def test_the_sampler_writes_into_its_cache_in_place():
 
 
 def test_the_sampler_makes_logits_of_the_last_token_alone():
-    """Of 64 slots of the prompts none gets logits. What is larger than a row's logits has one
+    """Of 64 positions of the prompts none gets logits. What is larger than a row's logits has one
     column for each value of a hidden state (the weights) or fewer (the table of the marker).
     """
-    assert rows_of_logits(sampler(2, 64)) == SAMPLED.llm.hidden_size < 2 * SLOTS
+    assert rows_of_logits(sampler(2, 64)) == SAMPLED.llm.hidden_size < 2 * POSITIONS
     assert (2, VOCAB) in shapes(sampler(2, 64))

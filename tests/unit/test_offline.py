@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
 def logits_of(params, traces, model):
     """At all targets, [B, R, V]."""
     hidden, _ = bagel.read(params, traces.context, config=model)
-    return bagel.logits(params, jnp.take_along_axis(hidden, traces.rows[..., None], axis=1))
+    return bagel.logits(params, jnp.take_along_axis(hidden, traces.positions[..., None], axis=1))
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -108,9 +108,7 @@ def small_batch(rng, count=4, targets=9, k=6):
     ]
     traces = context.supervise(
         rows,
-        slots=tiny.SLOTS,
-        patches=tiny.PATCHES,
-        targets=targets,
+        context.Sizes(tiny.POSITIONS, tiny.PATCHES, targets),
         tokenizer=tiny.TOKENIZER,
         side=tiny.MODEL.vit.side,
     )

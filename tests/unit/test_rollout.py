@@ -58,7 +58,7 @@ def sampled():
         temperature=0.7,
     )
     blocks, _ = tiny.rows(np.random.default_rng(3), 6)
-    packed = tiny.pack(blocks, slots=28, patches=9)
+    packed = tiny.pack(blocks, positions=28, patches=9)
     trajectory, logits = rollout.sample(
         params, packed, jax.random.key(11), config=config, return_logits=True
     )
@@ -76,7 +76,7 @@ def sampled():
 def full_forward(params, whole):
     x = bagel.embed(params, whole, config=tiny.MODEL)
     hidden, _ = bagel.forward(
-        params, x, whole.positions, whole.limit, whole.segment, config=tiny.MODEL
+        params, x, whole.rope_positions, whole.limit, whole.segment, config=tiny.MODEL
     )
     return bagel.logits(params, hidden)
 
@@ -90,16 +90,18 @@ def test_decoding_equals_the_full_forward(sampled):
     assert set(t.num_skips) >= {0, 1} and set(t.stop) == {EOS_DRAWN, BUDGET_SPENT}
     whole = {
         name: np.pad(getattr(c, name), ((0, 0), (0, 14)))
-        for name in ("tokens", "positions", "limit", "segment")
+        for name in ("tokens", "rope_positions", "limit", "segment")
     }
-    for row, (used, rope) in enumerate(zip(c.length, c.next_position)):
+    for row, (used, rope) in enumerate(zip(c.length, c.next_rope_position)):
         fed = slice(used, used + 14)
         whole["tokens"][row, fed] = t.fed[row]
-        whole["positions"][row, fed] = np.arange(rope, rope + 14)
+        whole["rope_positions"][row, fed] = np.arange(rope, rope + 14)
         whole["limit"][row, fed] = np.arange(used + 1, used + 15)
         whole["segment"][row, fed] = 1
-    slots = np.where(c.patch_image > 0, c.patch_slots, 28 + 14)
-    expected = full_forward(sampled.params, dataclasses.replace(c, **whole, patch_slots=slots))
+    patch_positions = np.where(c.patch_image > 0, c.patch_positions, 28 + 14)
+    expected = full_forward(
+        sampled.params, dataclasses.replace(c, **whole, patch_positions=patch_positions)
+    )
     for row, (used, n) in enumerate(zip(c.length, t.num_fed)):
         np.testing.assert_allclose(
             sampled.logits[row, :n], expected[row, used : used + n], atol=2e-4
@@ -153,7 +155,7 @@ SAME = ("tokens", "mask", "fed", "fed_sampled", "num_fed", "num_skips", "stop")
 def crowd(sampled):
     """Twelve rows of different contexts and lengths, all at once."""
     blocks, _ = tiny.rows(np.random.default_rng(4), 12)
-    packed = tiny.pack(blocks, slots=28, patches=9)
+    packed = tiny.pack(blocks, positions=28, patches=9)
 
     def draw(**kw):
         return numpy_of(
@@ -369,9 +371,9 @@ def chain():
     """One model that is CHAINS different Markov chains, by what the prompt says.
 
     The residual stream is one-hot: [token | chain]. Attention is uniform and moves the chain's
-    number from the prompt to every slot; the MLPs are off. So logits = A[token] + w B[chain], A and
-    B random, A bent towards the bigrams of TEXTS: greedy completions are full of markers, half
-    markers and ends of turn. Every piece of text is in the vocabulary COPIES times, so that
+    number from the prompt to every position; the MLPs are off. So logits = A[token] + w B[chain],
+    A and B random, A bent towards the bigrams of TEXTS: greedy completions are full of markers,
+    half markers and ends of turn. Every piece of text is in the vocabulary COPIES times, so that
     chains are long before they repeat.
     """
     tokenizer, rng = qwen_like(), np.random.default_rng(2)
@@ -443,7 +445,7 @@ def chain():
         )
         for n in range(CHAINS)
     ]
-    packed = context.pack(blocks, slots=9, patches=2, tokenizer=tokenizer, side=model.vit.side)
+    packed = context.pack(blocks, context.Sizes(9, 2), tokenizer=tokenizer, side=model.vit.side)
     config = rollout.RolloutConfig(
         model=model,
         bos=tokenizer.bos,
@@ -539,13 +541,13 @@ def test_programs_are_reused(sampled):
     programs = rollout.sample._cache_size
     rng, marker = np.random.default_rng(8), sampled.config.marker
 
-    def draw(slots, key):
+    def draw(positions, key):
         config = dataclasses.replace(
             sampled.config,
             greedy=True,
             marker=dataclasses.replace(marker, table=marker.table.copy()),
         )
-        packed = tiny.pack(tiny.rows(rng, 6)[0], slots=slots, patches=9)
+        packed = tiny.pack(tiny.rows(rng, 6)[0], positions=positions, patches=9)
         rollout.sample(sampled.params, packed, jax.random.key(key), config=config)
 
     draw(28, 0)
