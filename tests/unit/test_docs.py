@@ -427,7 +427,6 @@ def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory
     workdir, done = run
 
     def here(text):
-        text = re.sub(r"(?<![\w/.-])W(?=/|\s|$)", "/tmp/opsd-mini", text)
         return re.sub(
             r"/tmp/(opsd-mini(?![\w-]))?", lambda m: str(workdir) if m[1] else f"{tmp_path}/", text
         )
@@ -439,7 +438,8 @@ def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory
         flags=re.DOTALL | re.MULTILINE,
     ):
         if language == "bash" and how == "test: run":
-            for words in commands(here(content)):
+            on_the_run = re.sub(r"(?<![\w/.-])W(?=/|\s|$)", "/tmp/opsd-mini", content)
+            for words in commands(here(on_the_run)):
                 if str(tmp_path) in " ".join(words) or tuple(words) not in done:
                     execute(words, tmp_path_factory)
                     done.add(tuple(words))
