@@ -48,7 +48,7 @@ def make_if_absent(data: DataConfig, target: str) -> None:
             make_procedural(target, make)
 
 
-def check_there(data: DataConfig, target: str, tokenizer: str) -> None:
+def check_available(data: DataConfig, target: str, tokenizer: str) -> None:
     """Checks that `make_if_absent` will succeed and that there is a tokenizer; makes nothing.
 
     Args:
@@ -192,9 +192,9 @@ def _made_with(target: str) -> dict | None:
 def _check_same(target: str, made: dict, make: dict) -> None:
     """Raises ValueError, with what differs, if a folder's data were made with other settings."""
     if differs := [key for key in {**made, **make} if made.get(key) != make.get(key)]:
-        there, now = ({key: of.get(key, "absent") for key in differs} for of in (made, make))
+        before, now = ({key: of.get(key, "absent") for key in differs} for of in (made, make))
         raise ValueError(
-            f"{target} was made with other settings: config.data.make was {there} and is now "
+            f"{target} was made with other settings: config.data.make was {before} and is now "
             f"{now}. Give those of the folder, use its data as they are "
             "(--config.data.make.families='()' of a run), choose another folder, or delete "
             f"{target} to make the data again"

@@ -213,18 +213,18 @@ def _merged_config(source: _Source, origin: str) -> ModelConfig:
     """
     config = source.config
     if origin:
-        there = _config_with_generation(origin)
-        if (there.llm, there.vit) != (config.llm, config.vit):
+        found = _config_with_generation(origin)
+        if (found.llm, found.vit) != (config.llm, config.vit):
             raise ValueError(
                 f"{origin} has other sizes than {source.directory} and cannot be its base:\n"
-                f"  {there.llm} {there.vit}\n  {config.llm} {config.vit}"
+                f"  {found.llm} {found.vit}\n  {config.llm} {config.vit}"
             )
-        if config.generation not in (None, there.generation):
+        if config.generation not in (None, found.generation):
             raise ValueError(
                 f"{origin} has other sizes of image generation than {source.directory} and cannot "
-                f"be its base:\n  {there.generation}\n  {config.generation}"
+                f"be its base:\n  {found.generation}\n  {config.generation}"
             )
-        return dataclasses.replace(config, generation=there.generation)
+        return dataclasses.replace(config, generation=found.generation)
     if source.generates and config.generation is None:
         raise ValueError(
             f"the metadata of {source.directory} has no sizes of image generation: give "
@@ -270,9 +270,9 @@ def _merged_tensors(
     if missing and folders.is_released(origin):
         parts.append(_of_release(origin, dataclasses.replace(config, lora=None), missing))
     elif missing and origin:
-        there = folders.checkpoint_shapes(origin)
+        others = folders.checkpoint_shapes(origin)
         parts.append(
-            _of_checkpoint(origin, {path: there[path] for path in missing if path in there}, {})
+            _of_checkpoint(origin, {path: others[path] for path in missing if path in others}, {})
         )
     outline = {}
     for entries, _ in parts:

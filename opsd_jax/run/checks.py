@@ -39,7 +39,7 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
             "config.init_from", config.init_from, orbax=True
         )  # before anything is looked up
     data_dir = workdir_lib.data_dir(config, data_workdir)
-    procedural.check_there(config_lib.data(config), data_dir, config.tokenizer)
+    procedural.check_available(config_lib.data(config), data_dir, config.tokenizer)
     if (
         config.init_from
         and not folders.is_model(config.init_from)

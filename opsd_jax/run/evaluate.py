@@ -263,8 +263,8 @@ def _generated_folder(job: Job, mode: str, facts: dict) -> str:
     ValueError where other weights made them.
     """
     folder = run_folder.evaluation(job.request.workdir, job.names[mode].replace(mode, "generated"))
-    there = store.identity_of(folder) if store.is_begun(folder) else facts
-    if any(there.get(key) != facts[key] for key in ("weights", "generation_weights")):
+    kept = store.identity_of(folder) if store.is_begun(folder) else facts
+    if any(kept.get(key) != facts[key] for key in ("weights", "generation_weights")):
         raise ValueError(
             f"{folder} holds images that other weights generated than those in {job.checkpoint}: "
             "delete it, and evaluate --visual_thoughts=generated again"

@@ -154,15 +154,15 @@ def _check_claim(path: str, record: dict) -> None:
     """
     if os.path.exists(path):
         fix = f"delete {os.path.dirname(path)}, and all images are generated again"
-        there = json_files.read(path, fix=fix)
+        saved = json_files.read(path, fix=fix)
         if changed := [
             key
-            for key in {**there, **record}
-            if there.get(key) != record.get(key) and key != "checkpoint"
+            for key in {**saved, **record}
+            if saved.get(key) != record.get(key) and key != "checkpoint"
         ]:
-            now, was = ({key: x.get(key) for key in changed} for x in (record, there))
+            now, was = ({key: x.get(key) for key in changed} for x in (record, saved))
             raise FileExistsError(
-                f"{path} says that images there were generated with other {', '.join(changed)}, "
+                f"{path} says that its images were generated with other {', '.join(changed)}, "
                 f"{was}, not {now}: choose another --target, or delete it"
             )
 

@@ -84,14 +84,14 @@ def _sizes(model: ModelConfig) -> tuple:
 
 def _from_checkpoint(run: Session, folder: str):
     """The weights in a checkpoint; where only this run has adapters, without adapters."""
-    there = checkpoint.metadata(folder)["config"].get("lora") or {}
-    here = run.record["lora"]
-    if there.get("rank") and there != here:
+    saved = checkpoint.metadata(folder)["config"].get("lora") or {}
+    own = run.record["lora"]
+    if saved.get("rank") and saved != own:
         raise ValueError(
-            f"{folder} has adapters of config.lora {there}, this run has {here}: set config.lora "
-            "to theirs, or start from what `python -m opsd_jax.convert export` makes of it"
+            f"{folder} has adapters of config.lora {saved}, this run has {own}: set config.lora to "
+            "theirs, or start from what `python -m opsd_jax.convert export` makes of it"
         )
     wanted = run.abstract_params()
-    if run.model.lora and not there.get("rank"):
+    if run.model.lora and not saved.get("rank"):
         _, wanted = params_lib.partition(wanted)
     return checkpoint.restore_params(folder, wanted)

@@ -161,7 +161,7 @@ class Checkpoints:
         """
         if (
             not self._failed
-        ):  # else it was raised already; Orbax would raise the same error for ever
+        ):  # else it was raised already; Orbax would raise the same error at every call
             with self._writing(self._newest):
                 self._checkpointer.wait()
             self._check_kept()
@@ -530,7 +530,7 @@ def _explained(doing: str, fix: Callable[[], str] = str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = error
-        while reason.__cause__ is not None:  # Orbax wraps the disk's own words several times
+        while reason.__cause__ is not None:  # Orbax wraps the system's own message several times
             reason = reason.__cause__
         raise CheckpointError(f"{doing} failed: {str(reason)[:500]}. {fix()}".strip()) from error
 

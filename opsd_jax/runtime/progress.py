@@ -73,7 +73,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Gives the terminal back."""
+        """Ends the bar and restores the terminal."""
         if self._bar:
             self._bar.stop()
 
