@@ -10,9 +10,11 @@ N. Type checkers read only the array type. Shapes and dtypes are checked in test
 tests/conftest.py decorates the functions of the modules in `CHECKED`; a run pays nothing.
 
   B batch             T sequence, padded     P patches of an image     G latent tokens
-  N completion token  D embedding            V vocabulary              K key/value heads
-  H heads             L layers                h head size
-  S keys, the columns of a cache
+  N completion token  R training target      D embedding               V vocabulary
+  H heads             K key/value heads      h head size               L layers
+  S keys, the columns of a cache             C values of a patch or of a latent token
+
+Further letters, and those of `model.vae`, are in the docstrings of their modules.
 """
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 AnyArray = jax.Array | np.ndarray
 
 CHECKED = (
+    "opsd_jax.distill",
     "opsd_jax.divergence",
     "opsd_jax.model.attention",
     "opsd_jax.model.flash",
@@ -30,5 +33,8 @@ CHECKED = (
     "opsd_jax.model.mot",
     "opsd_jax.model.siglip",
     "opsd_jax.model.vae",
+    "opsd_jax.offline",
     "opsd_jax.optimizer",
+    "opsd_jax.rollout",
+    "opsd_jax.supervised",
 )

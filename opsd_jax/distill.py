@@ -15,10 +15,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, optimizer, rollout, sharding
 from opsd_jax import params as params_lib
+from opsd_jax.array_types import AnyArray
 from opsd_jax.context import Batch, Completion, Context
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.method_config import DistillConfig
@@ -31,7 +33,9 @@ from opsd_jax.rollout import Trajectory
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def score(params, context: Context, completion: Completion, *, config: ModelConfig):
+def score(
+    params: dict, context: Context, completion: Completion, *, config: ModelConfig
+) -> Float[Array, "B _ D"]:
     """Hidden states that predict the completion's labels, given a context: [B, N + 1, D].
 
     Raises:
@@ -58,7 +62,9 @@ def score(params, context: Context, completion: Completion, *, config: ModelConf
     return hidden[:, context.padded_length :]
 
 
-def scored_completion(trajectory: Trajectory, teacher_length, config: DistillConfig) -> Completion:
+def scored_completion(
+    trajectory: Trajectory, teacher_length: Int[AnyArray, " B"], config: DistillConfig
+) -> Completion:
     """The completion as both roles score it, by the official rules.
 
     An empty completion becomes the single token eos (which then occurs twice, as token and as
@@ -82,18 +88,22 @@ def scored_completion(trajectory: Trajectory, teacher_length, config: DistillCon
         _length(trajectory, config),
     )
     eos_label = True if config.eos_after_cut else (trajectory.stop == rollout.STOP_EOS) & ~cut
-    ends = {"bos": config.bos, "eos": config.eos, "eos_label": eos_label}
+    between = functools.partial(
+        context_lib.completion, bos=config.bos, eos=config.eos, eos_label=eos_label
+    )
     if not config.score_seam:
-        return context_lib.completion(tokens, mask & (index < kept[:, None]), **ends)
+        return between(tokens, mask & (index < kept[:, None]))
     empty = jnp.pad(empty, ((0, 0), (1, 0)))
     fed = jnp.where(empty, config.eos, trajectory.fed)
-    block = context_lib.completion(fed[:, 1:], index < kept[:, None], **ends)
+    block = between(fed[:, 1:], index < kept[:, None])
     chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
     is_end = jnp.arange(index.size + 1) == kept[:, None]
     return dataclasses.replace(block, mask=block.mask & (chosen | is_end))
 
 
-def is_cut(trajectory: Trajectory, teacher_length, config: DistillConfig):
+def is_cut(
+    trajectory: Trajectory, teacher_length: Int[AnyArray, " B"], config: DistillConfig
+) -> Bool[Array, " B"]:
     """Whether a completion exceeds max_forward_tokens with the teacher's context, bool [B].
 
     teacher_length: int32 [B], used slots of the teacher's context.
@@ -125,12 +135,16 @@ def teacher_params(state: dict, config: DistillConfig) -> dict:
     return params_lib.merge(state["ema" if config.teacher == "ema" else "teacher"], frozen)
 
 
-def update(state, batch: Batch, trajectory: Trajectory, *, config: DistillConfig):
+def update(
+    state: dict, batch: Batch, trajectory: Trajectory, *, config: DistillConfig
+) -> tuple[dict, dict[str, Float32[Array, "..."]]]:
     """One optimizer step of on-policy self-distillation, jitted and donated; see `update_step`."""
     return sharding.update_program(update_step, state, config)(state, batch, trajectory)
 
 
-def update_step(state, batch: Batch, trajectory: Trajectory, *, config: DistillConfig):
+def update_step(
+    state: dict, batch: Batch, trajectory: Trajectory, *, config: DistillConfig
+) -> tuple[dict, dict[str, Float32[Array, "..."]]]:
     """One optimizer step of on-policy self-distillation (paper Eq. 7, Algorithm 1).
 
     Args:
@@ -201,8 +215,14 @@ def _mean(x):
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def kl_to_student(
-    teacher, student, batch: Batch, completion, *, config: ModelConfig, temperature: float = 1.0
-):
+    teacher: dict,
+    student: dict,
+    batch: Batch,
+    completion: Completion,
+    *,
+    config: ModelConfig,
+    temperature: float = 1.0,
+) -> Float32[Array, "B _"]:
     """Forward KL(teacher with C_T || student with C_S) on shared tokens, in nats (paper Eq. 4).
 
     Over the full vocabulary, without clipping.

@@ -31,10 +31,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float16, Float32, Int, Int32
 
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, optimizer, sharding, supervised
 from opsd_jax import params as params_lib
+from opsd_jax.array_types import AnyArray
 from opsd_jax.method_config import OfflineConfig
 from opsd_jax.model.config import ModelConfig
 
@@ -63,7 +65,12 @@ class Cached:
     weights: np.ndarray
 
 
-def cached_kl(logits, log_probs, indices, temperature: float):
+def cached_kl(
+    logits: Float[AnyArray, "*any V"],
+    log_probs: Float[AnyArray, "*any K"],
+    indices: Int[AnyArray, "*any K"],
+    temperature: float,
+) -> Float32[Array, "*any"]:
     """T^2 KL(teacher || student) of each token in nats, float32 [...].
 
     The teacher's kept log-probabilities are divided by the temperature T and renormalised among
@@ -82,7 +89,7 @@ def cached_kl(logits, log_probs, indices, temperature: float):
     return temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
 
 
-def shares(weights, used):
+def shares(weights: Float[AnyArray, "B R"], used: Bool[AnyArray, "B R"]) -> Float32[Array, "B R"]:
     """Share of each token in the batch's KL, float32 [B, R]: w / (sum of the example's w) / B.
 
     As in the official code, an example whose weights are all 0 counts all its tokens alike.
@@ -100,7 +107,9 @@ def shares(weights, used):
     )
 
 
-def step(state, batch: Cached, *, config: OfflineConfig):
+def step(
+    state: dict, batch: Cached, *, config: OfflineConfig
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
     """One optimizer step: cross entropy plus weight times the KL divergence to the cached teacher.
 
     The cross entropy is that of `supervised.sft_step`.
@@ -146,7 +155,15 @@ def step(state, batch: Cached, *, config: OfflineConfig):
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "top_k", "chunk"))
-def teacher_outputs(params, with_thoughts, without, *, config: ModelConfig, top_k: int, chunk: int):
+def teacher_outputs(
+    params: dict,
+    with_thoughts: context_lib.Supervised,
+    without: context_lib.Supervised,
+    *,
+    config: ModelConfig,
+    top_k: int,
+    chunk: int,
+) -> tuple[Float16[Array, "B R K"], Int32[Array, "B R K"], Float16[Array, "B R"]]:
     """The teacher's outputs on a batch of traces.
 
     Args:
@@ -171,6 +188,6 @@ def teacher_outputs(params, with_thoughts, without, *, config: ModelConfig, top_
     return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
 
 
-def fingerprint(params) -> str:
+def fingerprint(params: dict) -> str:
     """Checksum of the weights that the teacher uses on text traces, see `params.fingerprint`."""
     return params_lib.fingerprint(params_lib.understanding(params))

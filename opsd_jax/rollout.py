@@ -34,12 +34,15 @@ vocabulary, D shards.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
+from opsd_jax.context import Context
 from opsd_jax.marker import Marker as Marker
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import bagel
@@ -90,7 +93,7 @@ class Trajectory:
     ended: jax.Array | None = None
 
 
-def relayout_program(mesh, params, dtype: str):
+def relayout_program(mesh: jax.sharding.Mesh, params: dict, dtype: str) -> Callable[[dict], dict]:
     """A function that maps trained parameters to those that the sampler uses.
 
     These are in the rollout layout and the compute dtype, without the parameters of image
@@ -118,8 +121,8 @@ def utilisation(trajectory: Trajectory, slots: int = 0):
     return trajectory.num_fed.sum() / (min(slots or count, count) * trajectory.ended.max())
 
 
-def _restrict(logits, config):
-    """Logits float32 [B, V] after temperature, top-k and top-p. Excluded entries are -inf."""
+def _restrict(logits: Float32[Array, "B V"], config: RolloutConfig) -> Float32[Array, "B V"]:
+    """Logits after temperature, top-k and top-p. Excluded entries are -inf."""
     logits = logits / (1.0 if config.greedy else config.temperature)
     if config.top_k:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]
@@ -207,7 +210,14 @@ class Queue:
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "return_logits"))
-def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool = False):
+def sample(
+    params: dict,
+    context: Context,
+    rng: PRNGKeyArray,
+    *,
+    config: RolloutConfig,
+    return_logits: bool = False,
+) -> Trajectory | tuple[Trajectory, Float32[Array, "Q F V"]]:
     """Samples one completion per sequence.
 
     What a sequence samples depends on `rng` and its number only, not on its neighbours, lanes or
@@ -238,7 +248,9 @@ def sample(params, context, rng, *, config: RolloutConfig, return_logits: bool =
     return _sample_queue(params, context, rng, config, return_logits)
 
 
-def _begin(numbers, context, config, return_logits) -> Lanes:
+def _begin(
+    numbers: Int[Array, " B"], context: Context, config: RolloutConfig, return_logits: bool
+) -> Lanes:
     """Lanes without their cache, before the sequences feed bos after their contexts.
 
     numbers: int32 [B], numbers of the sequences. context: Context [B, T].
@@ -272,7 +284,9 @@ def _begin(numbers, context, config, return_logits) -> Lanes:
 
 
 @jax.named_scope("decode")
-def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
+def _step(
+    params: dict, rng: PRNGKeyArray, config: RolloutConfig, slots: int, lanes: Lanes
+) -> Lanes:
     """Feeds one token in every lane and samples the next. slots: T, where the ring begins."""
     model, budget = config.model, config.max_new_tokens
     t, token, done, inject = lanes.t, lanes.token, lanes.done, lanes.inject
@@ -367,7 +381,7 @@ def _step(params, rng, config, slots, lanes: Lanes) -> Lanes:
     )
 
 
-def _result(out: Completions):
+def _result(out: Completions) -> Trajectory | tuple[Trajectory, Float32[Array, "B F V"]]:
     """Trajectory of the completions; (Trajectory, logits) where logits are returned."""
     trajectory = Trajectory(
         tokens=out.tokens,
@@ -485,7 +499,9 @@ def _sample_queue(params, context, rng, config, return_logits):
     return _result(harvest(queue))
 
 
-def _put_keys(cache, new, lane):
+def _put_keys(
+    cache: Float[Array, "L _ S K h"], new: Float[Array, "L _ T K h"], lane: Int[Array, "D g"]
+) -> Float[Array, "L _ S K h"]:
     """Writes the keys of contexts to the lanes of a cache, into its first T columns.
 
     This is an explicit scatter, because a mapped update would transpose the cache to have the

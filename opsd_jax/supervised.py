@@ -7,6 +7,7 @@ example, G latent tokens, D embedding.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from opsd_jax import divergence, flow, optimizer
 from opsd_jax import params as params_lib
@@ -16,18 +17,20 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
 
-def target_states(params, traces: Supervised, config: ModelConfig):
+def target_states(params: dict, traces: Supervised, config: ModelConfig) -> Float[Array, "B R D"]:
     """Hidden states that predict the labels of text traces, [B, R, D]."""
     hidden, _ = bagel.read(params, traces.context, config=config)
     return at_targets(hidden, traces)
 
 
-def at_targets(hidden, traces: Supervised):
+def at_targets(hidden: Float[Array, "B T D"], traces: Supervised) -> Float[Array, "B R D"]:
     """hidden [B, T, D] at the positions of the targets: [B, R, D]."""
     return jnp.take_along_axis(hidden, traces.positions[:, :, None], axis=1)
 
 
-def target_metrics(traces: Supervised, correct) -> dict:
+def target_metrics(
+    traces: Supervised, correct: Float32[Array, ""]
+) -> dict[str, Float32[Array, ""]]:
     """Metrics of text traces: top-1 accuracy and completion_len (targets per example).
 
     correct: float32 [], number of targets that are predicted correctly.
@@ -39,7 +42,9 @@ def target_metrics(traces: Supervised, correct) -> dict:
     }
 
 
-def sft_step(state, batch: Supervised, *, config: SupervisedConfig):
+def sft_step(
+    state: dict, batch: Supervised, *, config: SupervisedConfig
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
     """One optimizer step on packed text traces: cross entropy on the targets.
 
     Returns:
@@ -71,7 +76,9 @@ def sft_step(state, batch: Supervised, *, config: SupervisedConfig):
     return state, {**found, **counts, **step_metrics}
 
 
-def image_generation_step(state, batch: GenerationBatch, key, *, config: ImageGenerationConfig):
+def image_generation_step(
+    state: dict, batch: GenerationBatch, key: PRNGKeyArray, *, config: ImageGenerationConfig
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
     """One optimizer step on traces with images to generate: cross entropy and flow matching.
 
     The cross entropy is that of the text.
@@ -123,7 +130,9 @@ def image_generation_step(state, batch: GenerationBatch, key, *, config: ImageGe
     return state, {**found, **counts, **step_metrics}
 
 
-def autoencoder_step(state, batch: PaddedImages, key, *, config: AutoencoderConfig):
+def autoencoder_step(
+    state: dict, batch: PaddedImages, key: PRNGKeyArray, *, config: AutoencoderConfig
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
     """One optimizer step of the autoencoder: mse + kl_weight * kl, with a sample of the posterior.
 
       mse   squared error of the pixels in [-1, 1], mean over pixels and colours of all images
