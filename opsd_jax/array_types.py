@@ -26,6 +26,7 @@ CHECKED = (
     "opsd_jax.distill",
     "opsd_jax.divergence",
     "opsd_jax.model.attention",
+    "opsd_jax.model.bagel",
     "opsd_jax.model.flash",
     "opsd_jax.model.latent",
     "opsd_jax.model.layers",

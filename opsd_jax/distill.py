@@ -46,19 +46,8 @@ def score(
         raise ValueError(
             "a completion is scored after contexts without latents: pack them with latents=0"
         )
-    x = jnp.concatenate(
-        [
-            bagel.embed(params, context, config=config),
-            bagel.embed_tokens(params, completion.tokens, config=config),
-        ],
-        axis=1,
-    )
-    following = context_lib.following(context, completion.tokens.shape[1])
-    vectors = [
-        jnp.concatenate(pair, axis=1)
-        for pair in zip((context.rope_positions, context.limit, context.segment), following)
-    ]
-    hidden, _ = bagel.forward(params, x, *vectors, config=config)
+    inputs = bagel.embed_with_completion(params, context, completion.tokens, config=config)
+    hidden, _ = bagel.forward(params, *inputs, config=config)
     return hidden[:, context.padded_length :]
 
 

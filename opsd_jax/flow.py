@@ -29,6 +29,7 @@ from opsd_jax import images, sharding
 from opsd_jax.method_config import FlowConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
+from opsd_jax.model.masks import Mask
 
 # Guidance of the public evaluation harness, as changes to the defaults of `FlowConfig`.
 HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}
@@ -207,12 +208,10 @@ def velocities(params, conditioning: Conditioning, cache, x, t, *, config: FlowC
         params,
         block,
         conditioning.rope[:, None],
-        limit,
-        segment,
+        Mask(limit, segment, conditioning.segment),
         config=model,
         cache=cache,
         offset=conditioning.context_size,
-        key_segment=conditioning.segment,
         latents=tokens,
     )
     velocity = bagel.velocity(params, hidden[:, 2:], config=model)

@@ -46,6 +46,7 @@ from opsd_jax.context import Context
 from opsd_jax.marker import Marker as Marker
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import bagel
+from opsd_jax.model.masks import Mask
 
 STOP_BUDGET, STOP_EOS = 0, 1
 
@@ -236,9 +237,9 @@ def sample(
     if not config.slots or config.slots >= queued:  # every sequence has its own lane
         lanes = _begin(jnp.arange(queued), context, config, return_logits)
         with jax.named_scope("prefill"):
-            cache = bagel.init_cache(queued, slots + budget, config=model)
+            empty = bagel.init_cache(queued, slots + budget, config=model)
             _, cache = bagel.read(
-                params, context, config=model, cache=cache, key_segment=lanes.segment
+                params, context, config=model, cache=empty, key_segment=lanes.segment
             )
         step = functools.partial(_step, params, rng, config, slots)
         lanes = jax.lax.while_loop(
@@ -305,12 +306,10 @@ def _step(
         params,
         x,
         (lanes.position + t)[:, None],
-        jnp.full((1, 1), segment.shape[1]),
-        jnp.ones_like(t)[:, None],
+        Mask(jnp.full((1, 1), segment.shape[1]), jnp.ones_like(t)[:, None], segment),
         config=model,
         cache=lanes.cache,
         offset=column,
-        key_segment=segment,
     )
     raw = bagel.logits(params, hidden[:, 0])
     logits = raw

@@ -23,6 +23,7 @@ from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import charts, contexts, html
 from opsd_jax.model import bagel
+from opsd_jax.model.attention import Groups
 from opsd_jax.model.config import ModelConfig
 
 MODES = ("real", "noise", "swap")
@@ -243,36 +244,20 @@ def attention_shares(
       context: Context [B, T].
       tokens: int32 [B, N + 1], completion tokens that follow the context.
       queries, keys: int32 [B, T + N + 1], see `groups`.
-      scaled: see `bagel.attention_shares`.
-
+      scaled: False leaves 1 / sqrt(h) out of the softmax that is recorded (not out of the one that
+        the decoder uses), as the official recorder does (modeling/bagel/qwen2_navit.py).
     Returns:
       float32 [B, L, M, K], mean over heads and over the positions of a group; NaN for a group
       without positions.
     """
-    x = jnp.concatenate(
-        [
-            bagel.embed(params, context, config=config),
-            bagel.embed_tokens(params, tokens, config=config),
-        ],
-        axis=1,
+    groups = Groups(
+        jax.nn.one_hot(queries - 1, len(QUERIES)),
+        jax.nn.one_hot(keys - 1, len(KEYS)),
+        jnp.float32(config.llm.head_dim**-0.5 if scaled else 1),
     )
-    after = context_lib.following(context, tokens.shape[1])
-    vectors = [
-        jnp.concatenate(pair, axis=1)
-        for pair in zip((context.rope_positions, context.limit, context.segment), after)
-    ]
-    sums = bagel.attention_shares(
-        params,
-        x,
-        *vectors,
-        queries,
-        keys,
-        num_queries=len(QUERIES),
-        num_keys=len(KEYS),
-        config=config,
-        scaled=scaled,
-    )
-    counts = jnp.sum(jax.nn.one_hot(queries - 1, len(QUERIES)), axis=1)
+    inputs = bagel.embed_with_completion(params, context, tokens, config=config)
+    sums = bagel.attention_shares(params, *inputs, groups, config=config)
+    counts = jnp.sum(groups.queries, axis=1)
     return jnp.moveaxis(sums, 0, 1) / counts[:, None, :, None]
 
 

@@ -11,11 +11,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from opsd_jax import context as context_lib
 from opsd_jax import divergence, images
-from opsd_jax.model import attention, masks, mot, siglip, vae
+from opsd_jax.array_types import AnyArray
+from opsd_jax.context import Context
+from opsd_jax.model import attention, mot, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
+from opsd_jax.model.masks import Mask
+from opsd_jax.model.mot import Cache
 
 
 def _decoder(config, latents=0):
@@ -40,7 +46,7 @@ def _vae(config, part):
     return part(config.generation.vae, config.query_block)
 
 
-def init(key, *, config: ModelConfig):
+def init(key: PRNGKeyArray, *, config: ModelConfig) -> dict:
     """Random float32 parameters. Under `jax.eval_shape` this is the abstract tree of the model.
 
     Matrices are truncated normal with variance 1 / fan_in, divided by twice the number of layers if
@@ -55,12 +61,14 @@ def init(key, *, config: ModelConfig):
     keys = jax.random.split(key, 6)
     ids = jnp.zeros((1, 1), jnp.int32)
     # An expert gets its parameters when it is used: the input has one position for each expert.
-    slots = 2 if c.generation else 1
-    two = jnp.zeros((1, slots), jnp.int32)
-    mask = masks.Mask(*jnp.ones((3, 1, slots), jnp.int32))
+    experts = 2 if c.generation else 1
+    mask = Mask(*jnp.ones((3, 1, experts), jnp.int32))
     variables = {
-        "llm": _decoder(c, slots - 1).init(
-            keys[0], jnp.zeros((1, slots, c.llm.hidden_size)), two, mask
+        "llm": _decoder(c, experts - 1).init(
+            keys[0],
+            jnp.zeros((1, experts, c.llm.hidden_size)),
+            jnp.zeros((1, experts), jnp.int32),
+            mask,
         ),
         "vit": _vit(c).init(keys[1], jnp.zeros((1, 1, c.vit.patch_dim)), ids, ids),
         "connector": _connector(c).init(keys[2], jnp.zeros((1, 1, c.vit.hidden_size)), ids),
@@ -83,7 +91,7 @@ def init(key, *, config: ModelConfig):
 
 
 @jax.named_scope("vision")
-def encode_images(params, context, *, config: ModelConfig):
+def encode_images(params: dict, context: Context, *, config: ModelConfig) -> Float[Array, "B P D"]:
     """Embeddings of the context's patches for the decoder: [B, P, D].
 
     Vision tower and connector, which adds the 2-D positions.
@@ -95,12 +103,21 @@ def encode_images(params, context, *, config: ModelConfig):
     return _connector(config).apply({"params": params["connector"]}, x, context.patch_table_ids)
 
 
-def embed_tokens(params, tokens, *, config: ModelConfig):
+def embed_tokens(
+    params: dict, tokens: Int[AnyArray, "B T"], *, config: ModelConfig
+) -> Float[Array, "B T D"]:
     """Embeddings of tokens, int32 [B, T], in the compute dtype: [B, T, D]."""
     return params["llm"]["embed"][tokens].astype(config.dtype)
 
 
-def embed(params, context, *, config: ModelConfig, latents=None, times=None):
+def embed(
+    params: dict,
+    context: Context,
+    *,
+    config: ModelConfig,
+    latents: Float[AnyArray, "B G C"] | None = None,
+    times: Float[AnyArray, "B G"] | None = None,
+) -> Float[Array, "B _ D"]:
     """The decoder's input for a context: [B, T, D], or [B, T + G, D] if the context has latents.
 
     These are token embeddings, with the encoded patches at the patches' positions and the latent
@@ -121,12 +138,39 @@ def embed(params, context, *, config: ModelConfig, latents=None, times=None):
         return x
     latents = context.latents.tokens if latents is None else latents
     times = jnp.zeros((1, 1)) if times is None else times
-    x = [x, embed_latents(params, latents, times, context.latents.table_ids, config=config)]
-    return jnp.concatenate(x, axis=1)
+    more = embed_latents(params, latents, times, context.latents.table_ids, config=config)
+    return jnp.concatenate([x, more], axis=1)
+
+
+def embed_with_completion(
+    params: dict, context: Context, tokens: Int[AnyArray, "B N"], *, config: ModelConfig
+) -> tuple[Float[Array, "B _ D"], Int[Array, "B _"], Mask]:
+    """What `forward` takes for a context without latents and a completion after it.
+
+    Args:
+      context: Context of T positions. tokens: int32 [B, N], the completion.
+    Returns:
+      (x [B, T + N, D], rope positions int32 [B, T + N], Mask).
+    """
+    parts = [embed(params, context, config=config), embed_tokens(params, tokens, config=config)]
+    vectors = zip(
+        (context.rope_positions, context.limit, context.segment),
+        context_lib.following(context, tokens.shape[1]),
+    )
+    x = jnp.concatenate(parts, axis=1)
+    positions, limit, segment = (jnp.concatenate(pair, axis=1) for pair in vectors)
+    return x, positions, Mask(limit, segment, segment)
 
 
 @jax.named_scope("latent")
-def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
+def embed_latents(
+    params: dict,
+    tokens: Float[AnyArray, "B G C"],
+    times: Float[AnyArray, "_ _"],
+    positions: Int[AnyArray, "B G"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, "B G D"]:
     """Embeddings of noisy latent tokens for the decoder: [B, G, D].
 
     Args:
@@ -139,83 +183,62 @@ def embed_latents(params, tokens, times, positions, *, config: ModelConfig):
 
 
 @jax.named_scope("velocity")
-def velocity(params, hidden, *, config: ModelConfig):
-    """hidden [..., D] of latent tokens -> predicted velocity (noise - data), float32 [..., C]."""
+def velocity(
+    params: dict, hidden: Float[AnyArray, "*any D"], *, config: ModelConfig
+) -> Float32[Array, "*any C"]:
+    """Predicted velocity (noise - data) of the hidden states of latent tokens."""
     return _latent(config).apply({"params": params["latent"]}, hidden, method="velocity")
 
 
 @jax.named_scope("decoder")
 def forward(
-    params,
-    x,
-    positions,
-    limit,
-    segment,
+    params: dict,
+    x: Float[Array, "B T D"],
+    positions: Int[AnyArray, "B _"],
+    mask: Mask,
     *,
     config: ModelConfig,
-    cache=None,
-    offset=0,
-    key_segment=None,
-    order=None,
-    noised=None,
+    cache: Cache | None = None,
+    offset: Int[AnyArray, ""] | int = 0,
     latents: int = 0,
-):
+) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The decoder on embedded positions.
 
     Args:
-      x: [B, T, D]. positions: int32 [B, T], rope positions.
-      limit, segment: int32 [B, T], see `masks.Mask`; [B, 1] if equal for all T.
-      cache: {"k", "v": [L, B, S, K, h]} or None. New keys are written at columns
-        offset .. offset + T - 1. limit then counts columns, and key_segment must be given.
-      key_segment: int32 [B, S], segments of the cache's columns.
-      order: int32 [B, S], place of each key in the sequence; None if key j has place j.
-      noised: int32 [B, T], see `masks.Mask`; only without a cache.
+      x: [B, T, D]. positions: int32 [B, T], rope positions; [B, 1] if all are equal.
+      mask: which keys each of the T queries attends to. Without a cache the keys are those of the
+        same positions. With a cache they are its columns.
+      cache: keys and values. New ones are written at columns offset .. offset + T - 1.
       latents: number of latent tokens, which are the last of the T positions.
     Returns:
       (hidden [B, T, D] after the final norm, cache).
     Raises:
       ValueError: `latents` is given, but the model has no generation expert.
     """
-    mask = masks.Mask(
-        limit, segment, segment if cache is None else key_segment, order, noised, noised
-    )
     return _decoder(config, latents).apply(
         {"params": params["llm"]}, x, positions, mask, cache, offset
     )
 
 
 def attention_shares(
-    params,
-    x,
-    positions,
-    limit,
-    segment,
-    queries,
-    keys,
+    params: dict,
+    x: Float[Array, "B T D"],
+    positions: Int[AnyArray, "B T"],
+    mask: Mask,
+    groups: attention.Groups,
     *,
-    num_queries: int,
-    num_keys: int,
     config: ModelConfig,
-    scaled: bool = True,
-):
+) -> Float32[Array, "L B M N"]:
     """How much groups of positions attend to groups of positions in each layer of `forward`.
 
     Args:
-      x, positions, limit, segment: as in `forward`.
-      queries, keys: int32 [B, T], the group of each position as a query, 1 .. num_queries, and as a
-        key, 1 .. num_keys; 0 for none.
-      scaled: False leaves 1 / sqrt(h) out of the softmax that is recorded (not out of the one that
-        the decoder uses), as the official recorder does (modeling/bagel/qwen2_navit.py).
+      x, positions, mask: as in `forward`.
+      groups: M groups of queries and N groups of keys. The scale of their scores does not change
+        the attention that the decoder uses.
     Returns:
-      float32 [L, B, num_queries, num_keys]: attention weights, averaged over heads, summed over the
-      positions of both groups.
+      float32 [L, B, M, N]: attention weights, averaged over heads, summed over the positions of
+      both groups.
     """
-    groups = attention.Groups(
-        jax.nn.one_hot(queries - 1, num_queries),
-        jax.nn.one_hot(keys - 1, num_keys),
-        jnp.float32(config.llm.head_dim**-0.5 if scaled else 1),
-    )
-    mask = masks.Mask(limit, segment, segment)
     _, _, shares = _decoder(config).apply(
         {"params": params["llm"]}, x, positions, mask, groups=groups
     )
@@ -223,66 +246,66 @@ def attention_shares(
 
 
 def read(
-    params, context, *, config: ModelConfig, cache=None, key_segment=None, latents=None, times=None
-):
+    params: dict,
+    context: Context,
+    *,
+    config: ModelConfig,
+    cache: Cache | None = None,
+    key_segment: Int[AnyArray, "B S"] | None = None,
+    latents: Float[AnyArray, "B G C"] | None = None,
+    times: Float[AnyArray, "B G"] | None = None,
+) -> tuple[Float[Array, "B _ D"], Cache | None]:
     """`forward` on a whole context, with its latents if it has any.
 
     Args:
       context: Context of T positions and G latent tokens (G = 0 without latents).
-      cache, key_segment: as in `forward`; the cache may have more columns than the context needs.
+      cache: as in `forward`. It may have more columns than the context needs.
+      key_segment: int32 [B, S], segments of the cache's columns, which a cache needs.
       latents, times: as in `embed`.
     Returns:
       (hidden [B, T + G, D], cache).
     """
     x = embed(params, context, config=config, latents=latents, times=times)
-    found = context.latents
+    segment, found = context.segment, context.latents
+    mask = Mask(context.limit, segment, segment if key_segment is None else key_segment)
     if found is None:
-        extra = {}
-    else:
-        slots = x.shape[1] if cache is None else key_segment.shape[1]
-        extra = {
-            "order": extend_order(found.order, slots),
-            "noised": found.noised if cache is None else None,
-            "latents": found.tokens.shape[1],
-        }
+        return forward(params, x, context.rope_positions, mask, config=config, cache=cache)
+    mask = mask._replace(key_order=extend_order(found.order, mask.key_segment.shape[1]))
+    if cache is None:
+        mask = mask._replace(query_noised=found.noised, key_noised=found.noised)
+    count = found.tokens.shape[1]
     return forward(
-        params,
-        x,
-        context.rope_positions,
-        context.limit,
-        context.segment,
-        config=config,
-        cache=cache,
-        key_segment=key_segment,
-        **extra,
+        params, x, context.rope_positions, mask, config=config, cache=cache, latents=count
     )
 
 
-def extend_order(order, slots: int):
-    """Places in the sequence of a context's positions, int32 [B, T], extended to [B, slots].
+def extend_order(order: Int[AnyArray, "B _"], size: int) -> Int[Array, "B {size}"]:
+    """Places in the sequence of a context's positions, int32 [B, T], extended to [B, size].
 
     Each further position j has place j.
     """
     batch, used = order.shape
-    more = jnp.broadcast_to(jnp.arange(used, slots, dtype=order.dtype), (batch, slots - used))
+    more = jnp.broadcast_to(jnp.arange(used, size, dtype=order.dtype), (batch, size - used))
     return jnp.concatenate([order, more], axis=1)
 
 
-def init_cache(batch: int, slots: int, *, config: ModelConfig):
-    """Cache of zeros, {"k", "v": [L, B, S, K, h]} in the compute dtype. slots: S, its columns."""
+def init_cache(batch: int, columns: int, *, config: ModelConfig) -> Cache:
+    """Cache of zeros, {"k", "v": [L, B, S, K, h]} in the compute dtype. columns: S."""
     c = config.llm
-    shape = (c.num_layers, batch, slots, c.num_kv_heads, c.head_dim)
+    shape = (c.num_layers, batch, columns, c.num_kv_heads, c.head_dim)
     return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
 
 
 @jax.named_scope("head")
-def logits(params, hidden):
+def logits(params: dict, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any V"]:
     """Hidden states [..., D] -> float32 logits [..., V]."""
     return divergence.project(hidden, params["llm"]["head"])
 
 
 @jax.named_scope("vae_encoder")
-def encode_pixels(params, pixels, *, config: ModelConfig):
+def encode_pixels(
+    params: dict, pixels: Float[AnyArray, "images height width 3"], *, config: ModelConfig
+) -> list[Float32[Array, "images rows columns z"]]:
     """Mean and log-variance of images' latents, before scale and shift: float32 [N, h, w, z] each.
 
     pixels: float32 [N, H, W, 3] in [-1, 1].
@@ -294,7 +317,9 @@ def encode_pixels(params, pixels, *, config: ModelConfig):
 
 
 @jax.named_scope("vae_decoder")
-def decode_latents(params, latents, *, config: ModelConfig):
+def decode_latents(
+    params: dict, latents: Float[AnyArray, "images rows columns z"], *, config: ModelConfig
+) -> Float32[Array, "images height width 3"]:
     """Pixels of latents: float32 [N, H, W, 3], about in [-1, 1], not clipped.
 
     latents: float32 [N, h, w, z], scaled and shifted (see `VAEConfig`).

@@ -88,9 +88,7 @@ def test_shares_of_random_queries_and_keys(block):
 
 
 def sequence(batch):
-    """What `bagel.forward` takes for the teachers' contexts of a batch: (x, positions, limit,
-    segment).
-    """
+    """The teachers' contexts of a batch, embedded: (x, positions, limit, segment)."""
     c = batch.teacher
     return (
         jax.jit(functools.partial(bagel.embed, config=MODEL))(tiny.params(), c),
@@ -104,22 +102,20 @@ def sequence(batch):
 def test_shares_in_a_model(scaled):
     """The first layer's, from its own q and k; the second one's sum to the number of queries."""
     rng = np.random.default_rng(1)
-    params, slots = tiny.params(), sequence(tiny.batch(rng, 2))
-    x, positions, limit, segment = slots
+    params, (x, positions, limit, segment) = tiny.params(), sequence(tiny.batch(rng, 2))
     used = segment > 0
     queries, keys = (
         np.where(used, rng.integers(low, n + 1, used.shape), 0).astype(np.int32)
         for low, n in ((0, 2), (1, 3))
     )
-    found = jax.jit(
-        functools.partial(
-            bagel.attention_shares,
-            num_queries=2,
-            num_keys=3,
-            scaled=scaled,
-            config=dataclasses.replace(MODEL, query_block=20),
-        )
-    )(params, *slots, queries, keys)
+    scale = MODEL.llm.head_dim**-0.5 if scaled else 1.0
+    groups = attention.Groups(
+        jax.nn.one_hot(queries - 1, 2), jax.nn.one_hot(keys - 1, 3), jnp.float32(scale)
+    )
+    config = dataclasses.replace(MODEL, query_block=20)
+    found = jax.jit(functools.partial(bagel.attention_shares, config=config))(
+        params, x, positions, masks.Mask(limit, segment, segment), groups
+    )
     assert found.shape == (2, 2, 2, 3)
 
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
@@ -132,7 +128,7 @@ def test_shares_in_a_model(scaled):
         seen,
         queries,
         keys,
-        MODEL.llm.head_dim**-0.5 if scaled else 1.0,
+        scale,
     )
     np.testing.assert_allclose(found[0], expected, atol=2e-4)
     counts = np.stack([(queries == n).sum(axis=1) for n in (1, 2)], axis=1)

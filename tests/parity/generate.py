@@ -6,7 +6,7 @@ import numpy as np
 
 from opsd_jax import context as context_lib
 from opsd_jax import rollout
-from opsd_jax.model import bagel
+from opsd_jax.model import bagel, masks
 from parity.inputs import image_block, pack
 from parity.replay import close, compare, equal, matching, path_of, read
 
@@ -98,25 +98,15 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         segment = jnp.pad(context.segment, ((0, 0), (0, room)))
         cache = bagel.init_cache(1, context.padded_length + room, config=config)
         x = bagel.embed(params, context, config=config)
+        mask = masks.Mask(context.limit, context.segment, segment)
         _, prefill = bagel.forward(
-            params,
-            x,
-            context.rope_positions,
-            context.limit,
-            context.segment,
-            config=config,
-            cache=cache,
-            key_segment=segment,
+            params, x, context.rope_positions, mask, config=config, cache=cache
         )
         x = bagel.embed_tokens(params, tokens, config=config)
+        positions, limit, own = context_lib.following(context, room)
+        mask = masks.Mask(limit, own, segment.at[:, context.padded_length :].set(1))
         hidden, final = bagel.forward(
-            params,
-            x,
-            *context_lib.following(context, room),
-            config=config,
-            cache=prefill,
-            offset=context.padded_length,
-            key_segment=segment.at[:, context.padded_length :].set(1),
+            params, x, positions, mask, config=config, cache=prefill, offset=context.padded_length
         )
         return prefill, final, bagel.logits(params, hidden[0])
 

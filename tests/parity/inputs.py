@@ -86,10 +86,7 @@ def completion(ids, tokenizer, batch, spare=SPARE):
 
 @functools.partial(jax.jit, static_argnames="config")
 def forward(params, context, *, config):
-    x = bagel.embed(params, context, config=config)
-    return bagel.forward(
-        params, x, context.rope_positions, context.limit, context.segment, config=config
-    )[0]
+    return bagel.read(params, context, config=config)[0]
 
 
 score = jax.jit(distill.score, static_argnames="config")

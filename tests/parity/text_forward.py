@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opsd_jax import divergence
-from opsd_jax.model import attention, bagel
+from opsd_jax.model import attention, bagel, masks
 from parity.inputs import SPARE, cross_entropy, first_layers, normed, visible
 from parity.replay import close, compare, equal, matching, read
 
@@ -35,7 +35,8 @@ def test_text_forward(goldens, model):
     @functools.partial(jax.jit, static_argnames="config")
     def run(params, tokens, positions, limit, segment, *, config):
         x = bagel.embed_tokens(params, tokens, config=config)
-        return bagel.forward(params, x, positions, limit, segment, config=config)[0][0, :slots]
+        mask = masks.Mask(limit, segment, segment)
+        return bagel.forward(params, x, positions, mask, config=config)[0][0, :slots]
 
     layers = matching(tensors, r"hidden\.layer(\d+)")
     assert len(layers) == config.llm.num_layers

@@ -593,7 +593,7 @@ def test_supervised_training(case):
         tokenizer=tiny.TOKENIZER,
         side=6,
     )
-    completion = distill.scored_completion(case.trajectory, jnp.zeros(ROWS), BASE)
+    completion = distill.scored_completion(case.trajectory, jnp.zeros(ROWS, jnp.int32), BASE)
     log_p = np.log(
         softmax(np.asarray(model_logits(case.params, tiny.pack(blocks), completion), np.float64))
     )

@@ -20,7 +20,7 @@ from opsd_jax import flow, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.context import Image, Latent, Text
 from opsd_jax.method_config import RENORMS
-from opsd_jax.model import bagel
+from opsd_jax.model import bagel, masks
 from tiny import DRAWING, TOKENIZER, image, latent
 
 C, SIDE = DRAWING.generation.latent_dim, DRAWING.generation.side
@@ -301,7 +301,8 @@ def test_latents_need_the_generation_expert(params, mixed):
         bagel.forward(
             params,
             jnp.zeros((1, 2, 32)),
-            *jnp.ones((3, 1, 2), jnp.int32),
+            jnp.ones((1, 2), jnp.int32),
+            masks.Mask(*jnp.ones((3, 1, 2), jnp.int32)),
             config=tiny.MODEL,
             latents=1,
         )

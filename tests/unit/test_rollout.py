@@ -74,10 +74,7 @@ def sampled():
 
 @jax.jit
 def full_forward(params, whole):
-    x = bagel.embed(params, whole, config=tiny.MODEL)
-    hidden, _ = bagel.forward(
-        params, x, whole.rope_positions, whole.limit, whole.segment, config=tiny.MODEL
-    )
+    hidden, _ = bagel.read(params, whole, config=tiny.MODEL)
     return bagel.logits(params, hidden)
 
 
