@@ -102,7 +102,7 @@ def shares_by_example(
       mode: what takes the places of the visual thoughts; "none" for the student's layout.
       predictions: {task: answers in that mode, see `Diagnosis.answers`}; they follow the context,
         tokenised again. None for no completion.
-      scaled: see `bagel.attention_shares`.
+      scaled: see `attention_shares`.
     """
     model = diagnosis.model
     config = dataclasses.replace(model, query_block=model.query_block or 512)

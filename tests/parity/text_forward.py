@@ -93,14 +93,15 @@ def test_rope_frequencies_in_bfloat16(model):
 
     config, params = model
     x = np.random.default_rng(0).standard_normal((1, 40, config.llm.hidden_size), np.float32)
-    everything = (np.arange(40)[None], np.arange(1, 41)[None], np.ones((1, 40), np.int32))
+    segment = np.ones((1, 40), np.int32)
+    mask = masks.Mask(np.arange(1, 41)[None], segment, segment)
     hidden = [
         np.asarray(
             jax.jit(
                 functools.partial(
                     bagel.forward, config=dataclasses.replace(config, rope_bfloat16=bfloat16)
                 )
-            )(params, x, *everything)[0]
+            )(params, x, np.arange(40)[None], mask)[0]
         )
         for bfloat16 in (False, True)
     ]

@@ -378,7 +378,7 @@ def test_nothing_as_large_as_queries_times_keys_is_made():
     for kind, below in (("dense", False), ("flash_interpret", True), ("flash", True)):
         run = functools.partial(bagel.forward, config=dataclasses.replace(config, attention=kind))
         traced = jax.make_jaxpr(jax.grad(lambda p, *a: jnp.sum(run(p, *a)[0])))(
-            params, x, vector, vector, vector
+            params, x, vector, masks.Mask(vector, vector, vector)
         )
         assert (largest(traced.jaxpr) < positions * positions / 4) == below, kind
 
