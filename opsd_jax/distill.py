@@ -62,7 +62,7 @@ def scored_completion(
 
     Args:
       trajectory: B completions of up to N tokens.
-      teacher_length: int32 [B], used slots of the teacher's context.
+      teacher_length: int32 [B], number of used positions of the teacher's context.
     Returns:
       context.Completion of [B, N + 1].
     """
@@ -95,7 +95,7 @@ def is_cut(
 ) -> Bool[Array, " B"]:
     """Whether a completion exceeds max_forward_tokens with the teacher's context, bool [B].
 
-    teacher_length: int32 [B], used slots of the teacher's context.
+    teacher_length: int32 [B], number of used positions of the teacher's context.
     """
     return teacher_length + _length(trajectory, config) + 2 > config.max_forward_tokens
 

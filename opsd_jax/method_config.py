@@ -31,7 +31,7 @@ class OptimConfig:
     schedule: "cosine" (linear warm-up, then cosine to min_lr) or "constant" (linear warm-up, then
       lr). As in the official code, the first step has learning rate 0: it fills the moments and
       changes no parameter.
-    b1, b2, eps, weight_decay: of AdamW.
+    b1, b2, eps, weight_decay: settings of AdamW.
     max_grad_norm: bound of the global gradient norm; 0 for none.
     """
 
@@ -137,7 +137,7 @@ class ImageGenerationConfig(SupervisedConfig):
 class OfflineConfig(SupervisedConfig):
     """Distillation from a cached teacher on text traces (`offline.step`).
 
-    weight, temperature: of the KL divergence to the cached teacher.
+    weight, temperature: weight and temperature of the KL divergence to the cached teacher.
     """
 
     weight: Annotated[float, "[0, inf)"] = 0.5
@@ -172,7 +172,7 @@ class RolloutConfig:
 
     bos, eos: token ids. marker: where `<image_start>` is in a stream of tokens.
     max_new_tokens: budget of fed tokens, all rounds together. greedy: argmax instead of sampling.
-    temperature, top_k (0: off), top_p (1: off): of the sampling distribution.
+    temperature, top_k (0: off), top_p (1: off): settings of the sampling distribution.
     max_image_skips: rounds that are continued after the marker. ban_marker: tokens that would
       complete the marker are never chosen.
     slots: number of lanes, the sequences that are sampled at the same time; the others wait in a

@@ -17,7 +17,7 @@ its cache was made for, and an example without its cache is an error.
     <workdir>/teacher_cache/key.json                    what the outputs depend on
     <workdir>/teacher_cache/Chart_Refocus-0000128.npz   examples 128 .. 255 of the task, complete
         key                                             digest of key.json
-        <row>:<pid>                                     [tokens of `record_type`] of one example
+        <number>:<pid>                                  [tokens of `record_type`] of one example
 
 A file of examples is complete or does not exist.
 

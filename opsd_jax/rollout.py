@@ -28,7 +28,7 @@ after the context are a ring of `max_new_tokens`, and no sequence is longer than
 
   cache of a lane   [ context 0 .. T-1 | ring, at T + (step mod budget) ]
 
-Letters: B lanes, Q sequences (B = Q without a queue), T context slots, N completion tokens, V
+Letters: B lanes, Q sequences (B = Q without a queue), T context positions, N completion tokens, V
 vocabulary, D shards.
 """
 
@@ -38,6 +38,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from opsd_jax import params as params_lib
@@ -113,13 +114,13 @@ def relayout_program(mesh: jax.sharding.Mesh, params: dict, dtype: str) -> Calla
     return lambda params: program(params_lib.understanding(params))
 
 
-def utilisation(trajectory: Trajectory, slots: int = 0):
+def utilisation(trajectory: Trajectory, lanes: int = 0) -> Float[Array, ""] | np.floating:
     """Share of the lanes' decoding steps that fed a token to an unfinished sequence, in (0, 1].
 
-    slots: `RolloutConfig.slots`, number of lanes; 0 for one lane per sequence.
+    lanes: number of lanes, `RolloutConfig.slots`; 0 for one lane per sequence.
     """
     count = trajectory.num_fed.shape[0]
-    return trajectory.num_fed.sum() / (min(slots or count, count) * trajectory.ended.max())
+    return trajectory.num_fed.sum() / (min(lanes or count, count) * trajectory.ended.max())
 
 
 def _restrict(logits: Float32[Array, "B V"], config: RolloutConfig) -> Float32[Array, "B V"]:
@@ -173,7 +174,7 @@ class Lanes:
     sequence: int32 [B], number of the sequence in the lane; it selects the lane's random numbers.
     t: int32 [B], tokens of the sequence that were fed before the current one.
     token: int32 [B], the token that is fed next.
-    position: int32 [B], rope id of the first fed token.
+    position: int32 [B], rope position of the first fed token.
     segment: int32 [B, T + F], 1 at cache columns that hold keys of the sequence.
     done: bool [B], the sequence is finished and the lane is free.
     inject: int32 [B], 1 where bos is fed next, after the eos of an image skip.
@@ -233,15 +234,15 @@ def sample(
       ValueError: the sequences do not divide into config.shards.
     """
     model, budget = config.model, config.max_new_tokens
-    queued, slots = context.rope_positions.shape
+    queued, size = context.rope_positions.shape
     if not config.slots or config.slots >= queued:  # every sequence has its own lane
         lanes = _begin(jnp.arange(queued), context, config, return_logits)
         with jax.named_scope("prefill"):
-            empty = bagel.init_cache(queued, slots + budget, config=model)
+            empty = bagel.init_cache(queued, size + budget, config=model)
             _, cache = bagel.read(
                 params, context, config=model, cache=empty, key_segment=lanes.segment
             )
-        step = functools.partial(_step, params, rng, config, slots)
+        step = functools.partial(_step, params, rng, config, size)
         lanes = jax.lax.while_loop(
             lambda lanes: ~jnp.all(lanes.done), step, dataclasses.replace(lanes, cache=cache)
         )
@@ -285,17 +286,15 @@ def _begin(
 
 
 @jax.named_scope("decode")
-def _step(
-    params: dict, rng: PRNGKeyArray, config: RolloutConfig, slots: int, lanes: Lanes
-) -> Lanes:
-    """Feeds one token in every lane and samples the next. slots: T, where the ring begins."""
+def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lanes: Lanes) -> Lanes:
+    """Feeds one token in every lane and samples the next. size: T, where the ring begins."""
     model, budget = config.model, config.max_new_tokens
     t, token, done, inject = lanes.t, lanes.token, lanes.done, lanes.inject
     out = lanes.completions
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1
 
-    column = slots + lanes.step % budget
+    column = size + lanes.step % budget
     segment = jax.lax.dynamic_update_slice_in_dim(
         lanes.segment, jnp.ones_like(t)[:, None], column, axis=1
     )
@@ -407,7 +406,7 @@ def _sample_queue(params, context, rng, config, return_logits):
     sequences at a time.
     """
     model, budget = config.model, config.max_new_tokens
-    (queued, slots), shards, batch = context.rope_positions.shape, config.shards, config.slots
+    (queued, size), shards, batch = context.rope_positions.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
             f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards: "
@@ -417,7 +416,7 @@ def _sample_queue(params, context, rng, config, return_logits):
     first = jnp.arange(shards)[:, None] * waiting  # number of a shard's first sequence
     pick = jax.vmap(lambda x, at: x[at])  # [D, n, ..], [D, g] -> [D, g, ..]
     put = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
-    step = functools.partial(_step, params, rng, config, slots)
+    step = functools.partial(_step, params, rng, config, size)
 
     def split(x, n):
         return x.reshape(shards, n, *x.shape[1:])
@@ -456,7 +455,7 @@ def _sample_queue(params, context, rng, config, return_logits):
                 params,
                 some,
                 config=model,
-                cache=bagel.init_cache(shards * group, slots, config=model),
+                cache=bagel.init_cache(shards * group, size, config=model),
                 key_segment=some.segment,
             )
         new = _begin(join(first + number), some, config, return_logits)
@@ -487,7 +486,7 @@ def _sample_queue(params, context, rng, config, return_logits):
     lanes = dataclasses.replace(
         _begin(jnp.full(batch, queued), empty, config, return_logits),
         done=jnp.ones(batch, bool),
-        cache=bagel.init_cache(batch, slots + budget, config=model),
+        cache=bagel.init_cache(batch, size + budget, config=model),
     )
     results = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), lanes.completions)
     queue = jax.lax.while_loop(

@@ -159,7 +159,7 @@ def shares(
 
 
 def _cudnn(q, k, v, mask):
-    """`attend` by cuDNN, with arguments and result as there.
+    """`attend` by cuDNN, with the same arguments and result.
 
     Its kernel takes the mask as a bias [B, 1, T, S] in bfloat16, written out for every query. Its
     backward pass needs even T and S.

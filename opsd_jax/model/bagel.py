@@ -132,8 +132,8 @@ def embed(
     x = embed_tokens(params, context.tokens, config=config)
     if context.patches.shape[1]:
         encoded = encode_images(params, context, config=config)
-        rows = jnp.arange(x.shape[0])[:, None]
-        x = x.at[rows, context.patch_positions].set(encoded, mode="drop")
+        sequence = jnp.arange(x.shape[0])[:, None]
+        x = x.at[sequence, context.patch_positions].set(encoded, mode="drop")
     if context.latents is None:
         return x
     latents = context.latents.tokens if latents is None else latents
@@ -167,7 +167,7 @@ def embed_latents(
     params: dict,
     tokens: Float[AnyArray, "B G C"],
     times: Float[AnyArray, "_ _"],
-    positions: Int[AnyArray, "B G"],
+    table_ids: Int[AnyArray, "B G"],
     *,
     config: ModelConfig,
 ) -> Float[Array, "B G D"]:
@@ -175,10 +175,10 @@ def embed_latents(
 
     Args:
       tokens: float32 [B, G, C]. times: float32 [B, G], [B, 1] or [1, 1], flow times in [0, 1].
-      positions: int32 [B, G], indices in the position table.
+      table_ids: int32 [B, G], indices in the position table.
     """
     return _latent(config).apply(
-        {"params": params["latent"]}, tokens.astype(config.dtype), times, positions
+        {"params": params["latent"]}, tokens.astype(config.dtype), times, table_ids
     )
 
 

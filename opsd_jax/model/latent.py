@@ -58,7 +58,7 @@ class LatentPath(nn.Module):
         self,
         tokens: Float[AnyArray, "B G C"],
         times: Float[AnyArray, "_ _"],
-        positions: Int[AnyArray, "B G"],
+        table_ids: Int[AnyArray, "B G"],
     ) -> Float[Array, "B G D"]:
         x = dense(tokens, self.in_kernel, self.in_bias)
         wave = sinusoid(times).astype(x.dtype)
@@ -67,7 +67,7 @@ class LatentPath(nn.Module):
             self.time_fc2_kernel,
             self.time_fc2_bias,
         )
-        return x + time + self.position_table[positions].astype(x.dtype)
+        return x + time + self.position_table[table_ids].astype(x.dtype)
 
     def velocity(self, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any C"]:
         return dense(hidden, self.out_kernel, self.out_bias).astype(jnp.float32)

@@ -99,7 +99,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         patches: Float[AnyArray, "B P C"],
-        positions: Int[AnyArray, "B P"],
+        table_ids: Int[AnyArray, "B P"],
         image: Int[AnyArray, "B P"],
     ) -> Float[Array, "B P E"]:
         c = self.config
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
             nn.initializers.normal(c.hidden_size**-0.5),
             (c.side * c.side, c.hidden_size),
         )
-        x = x + table[positions].astype(x.dtype)
+        x = x + table[table_ids].astype(x.dtype)
         everything = jnp.full_like(image, image.shape[1])
         mask = masks.lay_out(masks.Mask(everything, image, image), image.shape[1], self.kind)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer
@@ -147,7 +147,7 @@ class Connector(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B P E"], positions: Int[AnyArray, "B P"]
+        self, x: Float[Array, "B P E"], table_ids: Int[AnyArray, "B P"]
     ) -> Float[Array, "B P D"]:
         d, zeros = self.hidden_size, nn.initializers.zeros
         y = gelu(
@@ -161,7 +161,7 @@ class Connector(nn.Module):
             y, self.param("fc2_kernel", matrix_init, (d, d)), self.param("fc2_bias", zeros, (d,))
         )
         table = self.param("position_table", lambda *_: jnp.asarray(sincos_table(self.side, d)))
-        return y + table[positions].astype(y.dtype)
+        return y + table[table_ids].astype(y.dtype)
 
 
 def sincos_table(side: int, width: int) -> Float32[np.ndarray, "{side}*{side} {width}"]:
