@@ -656,7 +656,9 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
             row = super().__call__(source, n)
             return row if n % 3 else dataclasses.replace(row, question=np.tile(row.question, 2))
 
-    rows, buckets = Rows.open(config, str(trained), tok, "test"), config.data.buckets
+    preprocess = examples.Preprocessor.from_config(config, tok)
+    rows = Rows.open(config_lib.data(config), str(trained / "data"), "test", preprocess)
+    buckets = config.data.buckets
     more = len(rows(0, 0).question) // 2
     long = {
         kind: ((buckets[kind][0][0] + more, *buckets[kind][0][1:]),)
