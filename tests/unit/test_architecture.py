@@ -7,8 +7,8 @@ import ast
 import functools
 import pathlib
 import re
-
-from importlinter import cli
+import subprocess
+import sysconfig
 
 from opsd_jax import sharding
 
@@ -51,12 +51,15 @@ def is_command(path: pathlib.Path) -> bool:
     return 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
 
 
-def test_layers(monkeypatch):
-    """The contracts of [tool.importlinter] in pyproject.toml."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(ROOT)
-    status = cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
-    assert status == cli.EXIT_STATUS_SUCCESS
+def test_layers():
+    """The contracts of [tool.importlinter] in pyproject.toml.
+
+    In a process of its own: import-linter switches off the loggers that it finds, and later tests
+    read what is logged.
+    """
+    lint = pathlib.Path(sysconfig.get_path("scripts"), "lint-imports")
+    result = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_only_commands_read_flags():
