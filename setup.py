@@ -36,6 +36,7 @@ setup(
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
     package_data={"opsd_jax.evaluation": ["report.css", "report.template.html"]},
     python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     install_requires=core,
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -74,6 +74,20 @@ def test_workflows_cover_every_python():
         assert [job["strategy"]["matrix"]["python"] for job in jobs] == [["3.11", "3.12", "3.13"]]
 
 
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_constraints(version):
+    """Every supported Python has a file with one version of each package that setup.py names."""
+    path = ROOT / "constraints" / f"py{version.replace('.', '')}.txt"
+    pins = dict(line.split("==") for line in path.read_text(encoding="utf-8").splitlines())
+    names = [name.lower().replace("_", "-") for name in pins]
+    assert len(set(names)) == len(names)
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    needed = re.findall(r'^ +"([\w-]+)(?:\[\w+\])?(?:[<>=;].*)?",', setup, flags=re.MULTILINE)
+    assert {"jax", "jaxtyping", "beartype", "mkdocstrings"} <= set(needed)
+    assert {name.lower().replace("_", "-") for name in needed} <= set(names)
+    assert pins["jax"] == pins["jaxlib"]
+
+
 def test_pre_commit_hooks():
     hooks = [
         hook for repo in read(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]
