@@ -25,6 +25,8 @@ AnyArray = jax.Array | np.ndarray
 CHECKED = (
     "opsd_jax.distill",
     "opsd_jax.divergence",
+    "opsd_jax.flow",
+    "opsd_jax.interleave",
     "opsd_jax.model.attention",
     "opsd_jax.model.bagel",
     "opsd_jax.model.flash",

@@ -12,25 +12,31 @@ contexts follow one another on the batch axis and run as one forward pass. Their
 computed once, and each step overwrites those of the block in place.
 
 Axes: B images, R branches (1 to 3), G latent tokens, C values of a latent token (patch row, patch
-column, z), T positions of a context, L layers, K key/value heads, D embedding, M images of an
-example, H, W pixels, h, w latents (height, width), z channels of a latent.
+column, z), T positions of a context, S keys, L layers, K key/value heads, h head size, D embedding,
+M images of an example, height and width in pixels, rows and columns of latents, z channels of a
+latent.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from opsd_jax import images, sharding
+from opsd_jax.array_types import AnyArray
+from opsd_jax.context import Context
 from opsd_jax.method_config import FlowConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.masks import Mask
 
+Cache = dict[str, jax.Array]  # {"k", "v": [L, R * B, S, K, h]}
 # Guidance of the public evaluation harness, as changes to the defaults of `FlowConfig`.
 HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}
 
@@ -38,16 +44,15 @@ HARNESS = {"text_scale": 4.0, "image_scale": 2.0, "interval": (0.0, 1.0), "renor
 # --- schedule and guidance ------------------------------------------------------------------------
 
 
-def shifted(times, shift: float):
+def shifted(times: Float[AnyArray, "*any"], shift: float | np.floating) -> Float[AnyArray, "*any"]:
     """Flow times t shifted by s: s t / (1 + (s - 1) t), which moves them towards 1 for s > 1."""
     return shift * times / (1 + (shift - 1) * times)
 
 
-def timesteps(config: FlowConfig) -> np.ndarray:
+def timesteps(config: FlowConfig) -> Float32[np.ndarray, " timesteps"]:
     """The time grid, float32 [num_timesteps], from 1 down to 0."""
-    return shifted(
-        np.linspace(1, 0, config.num_timesteps, dtype=np.float32), np.float32(config.timestep_shift)
-    )
+    grid = np.linspace(1, 0, config.num_timesteps, dtype=np.float32)
+    return np.asarray(shifted(grid, np.float32(config.timestep_shift)))
 
 
 def guided_steps(config: FlowConfig) -> tuple[int, int]:
@@ -63,7 +68,13 @@ def guided_steps(config: FlowConfig) -> tuple[int, int]:
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def guide(cond, text, image, real, config: FlowConfig):
+def guide(
+    cond: Float[AnyArray, "B G C"],
+    text: Float[AnyArray, "B G C"],
+    image: Float[AnyArray, "B G C"] | None,
+    real: Bool[AnyArray, "B G"],
+    config: FlowConfig,
+) -> Float[AnyArray, "B G C"]:
     """The guided velocity, with the scales a of text and b of image:
 
       u = text + a (cond - text)
@@ -108,8 +119,8 @@ class LatentPositions:
     real: bool [B, G], False at padding.
     """
 
-    ids: jax.Array | np.ndarray
-    real: jax.Array | np.ndarray
+    ids: AnyArray
+    real: AnyArray
 
 
 def latent_positions(grids: Sequence[tuple[int, int]], tokens: int, side: int) -> LatentPositions:
@@ -139,8 +150,8 @@ class Conditioning:
     """What the denoising steps of B images read and do not change.
 
     Each image has R contexts, one per branch of guidance, and its block follows each of them. The
-    contexts' keys and values are in the cache, {"k", "v": [L, R * B, S, K, head size]} with
-    S = context_size + 2 + G. The cache is passed separately, because each step writes to it.
+    contexts' keys and values are in the cache, {"k", "v": [L, R * B, S, K, h]} with S =
+    context_size + 2 + G. The cache is passed separately, because each step writes to it.
 
     segment: int32 [R * B, S], segments of all keys.
     rope: int32 [R * B], rope position of the block.
@@ -148,15 +159,17 @@ class Conditioning:
     context_size: static number of positions of a padded context.
     """
 
-    segment: jax.Array
-    rope: jax.Array
+    segment: AnyArray
+    rope: AnyArray
     positions: LatentPositions
     context_size: int
 
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
-def prefill(params, contexts, positions: LatentPositions, *, config: ModelConfig):
+def prefill(
+    params: dict, contexts: Context, positions: LatentPositions, *, config: ModelConfig
+) -> tuple[Conditioning, Cache]:
     """Computes the keys and values of the contexts.
 
     Args:
@@ -178,7 +191,15 @@ def prefill(params, contexts, positions: LatentPositions, *, config: ModelConfig
     return Conditioning(segment, contexts.next_rope_position, positions, size), cache
 
 
-def velocities(params, conditioning: Conditioning, cache, x, t, *, config: FlowConfig):
+def velocities(
+    params: dict,
+    conditioning: Conditioning,
+    cache: Cache,
+    x: Float[AnyArray, "B G C"],
+    t: Float[Array, ""],
+    *,
+    config: FlowConfig,
+) -> tuple[Float32[Array, "R B G C"], Cache]:
     """Velocities after every context, without guidance.
 
     Args:
@@ -220,7 +241,16 @@ def velocities(params, conditioning: Conditioning, cache, x, t, *, config: FlowC
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "x"))
-def denoise(params, conditioning: Conditioning, cache, x, first, last, *, config: FlowConfig):
+def denoise(
+    params: dict,
+    conditioning: Conditioning,
+    cache: Cache,
+    x: Float[Array, "B G C"],
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+    *,
+    config: FlowConfig,
+) -> tuple[Float[Array, "B G C"], Cache]:
     """Euler steps first .. last - 1. Both are traced: one program runs any number of steps.
 
     The steps are guided if there are contexts of several branches.
@@ -236,7 +266,7 @@ def denoise(params, conditioning: Conditioning, cache, x, first, last, *, config
     def step(n, carry):
         x, cache = carry
         branches, cache = velocities(params, conditioning, cache, x, times[n], config=config)
-        velocity = branches[0]
+        velocity: AnyArray = branches[0]
         if len(branches) > 1:
             image = branches[2] if len(branches) > 2 else None
             velocity = guide(velocity, branches[1], image, conditioning.positions.real, config)
@@ -246,15 +276,15 @@ def denoise(params, conditioning: Conditioning, cache, x, first, last, *, config
 
 
 def generate(
-    params,
-    contexts,
-    noise,
+    params: dict,
+    contexts: Context,
+    noise: Float32[AnyArray, "B G C"],
     positions: LatentPositions,
     *,
     config: FlowConfig,
     on_step: Callable[[int], None] | None = None,
     every: int = 5,
-):
+) -> Float32[Array, "B G C"]:
     """Generates the latent tokens of B images.
 
     Official: bagel.py (generate_image).
@@ -298,7 +328,9 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("batch",))
-def _cond_branch(conditioning: Conditioning, cache, batch: int):
+def _cond_branch(
+    conditioning: Conditioning, cache: Cache, batch: int
+) -> tuple[Conditioning, Cache]:
     """Conditioning and cache of the cond contexts only, which are the first ones."""
     segment, rope = conditioning.segment[:batch], conditioning.rope[:batch]
     cond = dataclasses.replace(conditioning, segment=segment, rope=rope)
@@ -308,26 +340,31 @@ def _cond_branch(conditioning: Conditioning, cache, batch: int):
 # --- pixels and latents ---------------------------------------------------------------------------
 
 
-def to_tokens(latents, patch: int):
+def to_tokens(
+    latents: Float[AnyArray, "*any rows columns z"], patch: int
+) -> Float[AnyArray, "*any G C"]:
     """Groups latents into latent tokens, squares of p = `patch` latents per side.
 
     Args:
-      latents: [..., h, w, z].
+      latents: [..., rows, columns, z].
     Returns:
-      [..., h/p * w/p, p * p * z]. The order in a token is patch row, patch column, z (z fastest).
+      [..., rows / p * columns / p, p * p * z]. The order in a token is patch row, patch column, z
+      (z fastest).
     """
     return einops.rearrange(latents, "... (h p) (w q) z -> ... (h w) (p q z)", p=patch, q=patch)
 
 
-def to_latents(tokens, grid: tuple[int, int], patch: int):
+def to_latents(
+    tokens: Float[AnyArray, "*any G C"], grid: tuple[int, int], patch: int
+) -> Float[AnyArray, "*any rows columns z"]:
     """Inverse of `to_tokens`.
 
     Args:
-      tokens: [..., rows * columns, p * p * z].
+      tokens: [..., G, p * p * z].
       grid: numbers of rows and columns of latent tokens.
       patch: p.
     Returns:
-      [..., h, w, z].
+      [..., rows, columns, z] of latents.
     """
     return einops.rearrange(
         tokens, "... (h w) (p q z) -> ... (h p) (w q) z", h=grid[0], w=grid[1], p=patch, q=patch
@@ -336,14 +373,20 @@ def to_latents(tokens, grid: tuple[int, int], patch: int):
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config",))
-def encode(params, pixels, noise, *, config: ModelConfig):
+def encode(
+    params: dict,
+    pixels: Float[AnyArray, "B height width 3"],
+    noise: Float[AnyArray, "B rows columns z"],
+    *,
+    config: ModelConfig,
+) -> Float32[Array, "B rows columns z"]:
     """Latents of images. The posterior is sampled, at inference too, as in the official code.
 
     Args:
-      pixels: float32 [B, H, W, 3] in [-1, 1].
-      noise: float32 [B, h, w, z], standard normal; zeros give the mean of the posterior.
+      pixels: [B, height, width, 3] in [-1, 1].
+      noise: [B, rows, columns, z], standard normal; zeros give the mean of the posterior.
     Returns:
-      float32 [B, h, w, z].
+      [B, rows, columns, z].
     """
     mean, log_variance = bagel.encode_pixels(params, pixels, config=config)
     vae = config.generation.vae
@@ -352,17 +395,23 @@ def encode(params, pixels, noise, *, config: ModelConfig):
 
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("grid", "config"))
-def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
+def decode(
+    params: dict,
+    tokens: Float[AnyArray, "B G C"],
+    *,
+    grid: tuple[int, int],
+    config: ModelConfig,
+) -> UInt8[Array, "B height width 3"]:
     """Decodes latent tokens of images of one grid to pixels.
 
     Pixels are truncated, not rounded, as in the official code:
     floor(255 clip(x / 2 + 1 / 2, 0, 1)).
 
     Args:
-      tokens: [B, rows * columns, C].
+      tokens: [B, G, C], G = grid rows * grid columns.
       grid: numbers of rows and columns of latent tokens.
     Returns:
-      uint8 [B, H, W, 3].
+      [B, height, width, 3].
     """
     pixels = bagel.decode_latents(
         params, to_latents(tokens, grid, config.generation.patch), config=config
@@ -373,7 +422,7 @@ def decode(params, tokens, *, grid: tuple[int, int], config: ModelConfig):
 # --- training -------------------------------------------------------------------------------------
 
 
-def training_times(raw, shift: float):
+def training_times(raw: Float[AnyArray, "*any"], shift: float) -> Float[AnyArray, "*any"]:
     """Flow times of standard normal samples: sigmoid, then the training shift.
 
     A sample of -inf gives time 0, a clean image.
@@ -381,14 +430,16 @@ def training_times(raw, shift: float):
     return shifted(jax.nn.sigmoid(raw), shift)
 
 
-def normalize_padded(pixels, sizes):
+def normalize_padded(
+    pixels: UInt8[AnyArray, "*any height width 3"], sizes: Int[AnyArray, "*any 2"]
+) -> tuple[Float32[Array, "*any height width 3"], Bool[Array, "*any height width"]]:
     """Normalised pixels of padded images, and where the images are.
 
     Args:
-      pixels: uint8 [..., H, W, 3], each image in the upper left corner.
-      sizes: int32 [..., 2], height and width of each image in pixels.
+      pixels: [..., height, width, 3], each image in the upper left corner.
+      sizes: [..., 2], height and width of each image in pixels.
     Returns:
-      (float32 [..., H, W, 3] in [-1, 1] inside the image and 0 outside; bool [..., H, W], True
+      ([..., height, width, 3] in [-1, 1] inside the image and 0 outside; [..., height, width], True
       inside).
     """
     rows, columns = jnp.arange(pixels.shape[-3])[:, None], jnp.arange(pixels.shape[-2])
@@ -396,7 +447,15 @@ def normalize_padded(pixels, sizes):
     return jnp.where(inside[..., None], images.normalize(pixels), 0.0), inside
 
 
-def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
+def with_latents(
+    params: dict,
+    context: Context,
+    pixels: UInt8[AnyArray, "B M height width 3"],
+    sizes: Int[AnyArray, "B M 2"],
+    noise: Float[AnyArray, "B M rows columns z"],
+    *,
+    config: ModelConfig,
+) -> Context:
     """A context whose latent tokens are those of images, encoded by the frozen autoencoder.
 
     Images of several sizes are encoded in one shape, padded with zeros, and cropped afterwards, as
@@ -406,21 +465,21 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
     Args:
       context: Context [B, T], packed with latents of any values. Image 0 of a sequence is its
         latent image 1, and a later image m is its latent images 2 m (noised) and 2 m + 1 (clean).
-      pixels: uint8 [B, M, H, W, 3].
-      sizes: int32 [B, M, 2], height and width in pixels, 0 where there is no image.
-      noise: float32 [B, M, h, w, z], noise of the posterior.
+      pixels: [B, M, height, width, 3].
+      sizes: [B, M, 2], height and width in pixels, 0 where there is no image.
+      noise: [B, M, rows, columns, z], noise of the posterior.
     Returns:
       Context [B, T]. No gradient flows through its latent tokens.
     """
     latents, generation, (batch, count) = context.latents, config.generation, pixels.shape[:2]
+    assert latents is not None
 
     def flat(x):
         return x.reshape(batch * count, *x.shape[2:])
 
-    tokens = to_tokens(
-        encode(params, flat(normalize_padded(pixels, sizes)[0]), flat(noise), config=config),
-        generation.patch,
-    )
+    normalized, _ = normalize_padded(pixels, sizes)
+    encoded = encode(params, flat(normalized), flat(noise), config=config)
+    tokens: Any = to_tokens(encoded, generation.patch)
     size, columns = tokens.shape[1], pixels.shape[3] // generation.stride
     row, column = latents.table_ids // generation.side, latents.table_ids % generation.side
     at = latents.image // 2 * size + row * columns + column
@@ -429,18 +488,24 @@ def with_latents(params, context, pixels, sizes, noise, *, config: ModelConfig):
     return dataclasses.replace(context, latents=dataclasses.replace(latents, tokens=tokens))
 
 
-def loss(params, context, times, noise, *, config: ModelConfig):
+def loss(
+    params: dict,
+    context: Context,
+    times: Float[AnyArray, "B G"],
+    noise: Float[AnyArray, "B G C"],
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, "B G C"], Bool[AnyArray, "B G"], Float[Array, "B _ D"]]:
     """Squared velocity errors on a packed batch with latents.
 
     The official loss is the mean of the errors over the counted tokens and their values.
 
     Args:
       context: Context [B, T] with latents: clean tokens, in which noised images are marked.
-      times: float32 [B, G], flow time of each token, 0 where it is clean.
-      noise: float32 [B, G, C].
+      times: [B, G], flow time of each token, 0 where it is clean.
+      noise: [B, G, C].
     Returns:
-      (errors float32 [B, G, C]; counted bool [B, G], the tokens with t > 0; hidden states
-      [B, T + G, D]).
+      (errors [B, G, C]; counted [B, G], the tokens with t > 0; hidden states [B, T + G, D]).
     """
     clean = context.latents.tokens
     x = (1 - times)[:, :, None] * clean + times[:, :, None] * noise

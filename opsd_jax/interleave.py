@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from PIL import Image
 
 from opsd_jax import context as context_lib
@@ -140,25 +141,21 @@ class Answer:
         return [part for part in self.parts if not isinstance(part, str)]
 
 
-@dataclasses.dataclass
-class _Contexts:
-    """The contexts of a question, one per branch of guidance.
+_Contexts = dict[str, list]
+"""The contexts of a question, {branch of guidance: blocks}.
 
-      cond    system, images, question          grows with every round
-      text    system, images                    what guidance by text compares with
-      image   system, question                  what guidance by images compares with
-
-    Attributes:
-      blocks: {branch: blocks of `context`}.
-      grid: (rows, columns) of latent tokens of a generated image; None without image generation.
-    """
-
-    blocks: dict[str, list]
-    grid: tuple[int, int] | None
+  cond    system, images, question          grows with every round
+  text    system, images                    what guidance by text compares with
+  image   system, question                  what guidance by images compares with
+"""
 
 
-def resize_for_model(image: Image.Image, reasoner: Reasoner) -> tuple[np.ndarray, np.ndarray]:
-    """A Pillow RGB image -> uint8 pixels [H, W, 3] for the ViT and for the autoencoder."""
+def resize_for_model(
+    image: Image.Image, reasoner: Reasoner
+) -> tuple[
+    UInt8[np.ndarray, "vit_height vit_width 3"], UInt8[np.ndarray, "vae_height vae_width 3"]
+]:
+    """Pixels of a Pillow RGB image for the ViT and for the autoencoder."""
     if reasoner.protocol.two_stages:  # also where no image is generated
         vae_pixels, vit_pixels = images.two_stage(image, reasoner.vae, reasoner.vit)
         return vit_pixels, vae_pixels
@@ -193,7 +190,7 @@ def reason(
     Raises:
       ValueError: `generation` with a model that has no generation expert.
     """
-    rounds = reasoner.protocol.rounds if generation else 1
+    tokenizer, rounds = reasoner.tokenizer, reasoner.protocol.rounds if generation else 1
     rollout_config = _rollout_config(reasoner)
     flow_config = _flow_config(reasoner) if generation else None
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
@@ -205,11 +202,11 @@ def reason(
         batch = [contexts[n] for n in _filled(active, len(questions))]
         sampled = _sample_texts(reasoner, batch, next(keys), rollout_config)
         seconds = time.perf_counter() - start
-        texts = [_until_bos(reasoner.tokenizer, ids) for ids in sampled[: len(active)]]
+        texts = [tokenizer.decode(_until_bos(ids, tokenizer.bos)) for ids in sampled[: len(active)]]
         for n, ids, text in zip(active, sampled, texts):
             answers[n].parts.append(text)
             answers[n].tokens += len(ids)
-            contexts[n].blocks["cond"].append(context_lib.Text(reasoner.tokenizer.encode(text)))
+            contexts[n]["cond"].append(context_lib.Text(tokenizer.encode(text)))
         for answer in answers:
             answer.text_seconds += seconds
         if not generation or not flow_config:
@@ -228,8 +225,8 @@ def reason(
             if generation.intervention:
                 seen = generation.intervention(n, number, image)
             if number + 1 < rounds and seen is not None:
-                blocks, _ = _image_blocks(reasoner, images.open_rgb(seen), next(keys), True)
-                contexts[n].blocks["cond"] += blocks
+                pillow_image = images.open_rgb(seen)
+                contexts[n]["cond"] += _image_blocks(reasoner, pillow_image, next(keys), True)
         seconds = time.perf_counter() - start
         for answer in answers:
             answer.image_seconds += seconds
@@ -279,16 +276,16 @@ def _sample_texts(
     reasoner: Reasoner, contexts: list[_Contexts], key: jax.Array, config: RolloutConfig
 ) -> list[np.ndarray]:
     """The token ids that the model samples after each context, int32 [n]."""
-    packed = _pack([own.blocks["cond"] for own in contexts], reasoner)
+    packed = _pack([own["cond"] for own in contexts], reasoner)
     trajectory = rollout.sample(reasoner.params, packed, key, config=config)
     tokens, mask = np.asarray(trajectory.tokens), np.asarray(trajectory.mask)
     return [tokens[b][mask[b]] for b in range(len(contexts))]
 
 
-def _until_bos(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """Text of the ids up to another bos, where the official code cuts it."""
-    stops = np.flatnonzero(ids == tokenizer.bos)
-    return tokenizer.decode(ids[: stops[0]] if len(stops) else ids)
+def _until_bos(ids: np.ndarray, bos: int) -> np.ndarray:
+    """The ids before another bos, where the official code cuts the text."""
+    stops = np.flatnonzero(ids == bos)
+    return ids[: stops[0]] if len(stops) else ids
 
 
 def _contexts(
@@ -304,31 +301,23 @@ def _contexts(
         [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
         for t in (reasoner.protocol.system, text)
     )
-    image_blocks, grid = [], None
+    image_blocks = []
     for image in question_images:
-        blocks, grid = _image_blocks(reasoner, image, next(keys), generation)
-        image_blocks += blocks
-    if generation and grid is None:  # without an image to take the size from: the largest square
-        grid = (reasoner.config.generation.side,) * 2
-    return _Contexts(
-        {
-            "cond": system_block + image_blocks + question_block,
-            "text": system_block + image_blocks,
-            "image": system_block + question_block,
-        },
-        grid,
-    )
+        image_blocks += _image_blocks(reasoner, image, next(keys), generation)
+    return {
+        "cond": system_block + image_blocks + question_block,
+        "text": system_block + image_blocks,
+        "image": system_block + question_block,
+    }
 
 
-def _image_blocks(
-    reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool
-) -> tuple[list, tuple[int, int] | None]:
-    """(blocks of an image in a context: as latents, then as ViT patches; grid of its latents)."""
+def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
+    """The blocks of an image: as latents if images are generated, and as ViT patches."""
     config = reasoner.config
     vit_pixels, vae_pixels = resize_for_model(image, reasoner)
     patches = _patch_block(vit_pixels, config.vit.patch_size)
     if not generation:
-        return [patches], None
+        return [patches]
     sizes = config.generation
     rows, columns = (side // sizes.stride for side in vae_pixels.shape[:2])
     shape = (1, rows * sizes.patch, columns * sizes.patch, sizes.vae.z_channels)
@@ -336,7 +325,7 @@ def _image_blocks(
     pixels = images.normalize(vae_pixels[None])
     latents = flow.encode(reasoner.params, pixels, noise, config=config)[0]
     tokens = np.asarray(flow.to_tokens(latents, sizes.patch))
-    return [context_lib.Latent(tokens, (rows, columns)), patches], (rows, columns)
+    return [context_lib.Latent(tokens, (rows, columns)), patches]
 
 
 def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
@@ -357,6 +346,15 @@ def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
     return sharding.put_batch(reasoner.mesh, packed) if reasoner.mesh else packed
 
 
+def _generated_grid(contexts: _Contexts, side: int) -> tuple[int, int]:
+    """(rows, columns) of latent tokens of an image to generate.
+
+    They are those of the question's last image, or of the largest square without one.
+    """
+    grids = [block.grid for block in contexts["text"] if isinstance(block, context_lib.Latent)]
+    return grids[-1] if grids else (side, side)
+
+
 def _generate(
     reasoner: Reasoner,
     contexts: list[_Contexts],
@@ -365,11 +363,12 @@ def _generate(
     on_step: Callable[[int], None] | None,
 ) -> list[np.ndarray]:
     """One image per question, uint8 [H, W, 3]."""
-    sizes, grids = reasoner.config.generation, [own.grid for own in contexts]
+    sizes = reasoner.config.generation
+    grids = [_generated_grid(own, sizes.side) for own in contexts]
     size = bucket(max(rows * columns for rows, columns in grids))
     positions = flow.latent_positions(grids, size, sizes.side)
     noise = jax.random.normal(key, (len(contexts), size, sizes.latent_dim))
-    packed = _pack([own.blocks[branch] for branch in config.branches for own in contexts], reasoner)
+    packed = _pack([own[branch] for branch in config.branches for own in contexts], reasoner)
     tokens = flow.generate(
         reasoner.params, packed, noise, positions, config=config, on_step=on_step
     )

@@ -162,7 +162,7 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
         interleave,
         "_generate",
         lambda _, found, *rest: (
-            contexts.append(list(found[0].blocks["cond"])),
+            contexts.append(list(found[0]["cond"])),
             [row.pixels[1]],
         )[1],
     )

@@ -186,12 +186,14 @@ def test_seeds_generate_different_images(model):
 
 def test_without_images_it_generates_the_largest_square(model):
     keys = iter(jax.random.split(jax.random.key(0), 3))
-    assert interleave._contexts(model, ([], "a"), keys, True).grid == (6, 6)
-    assert interleave._contexts(model, ([picture(0, 16, 24)], "a"), keys, True).grid == (2, 3)
+    for shown, grid in (([], (6, 6)), ([picture(0, 16, 24)], (2, 3))):
+        contexts = interleave._contexts(model, (shown, "a"), keys, True)
+        assert interleave._generated_grid(contexts, model.config.generation.side) == grid
 
 
 def test_text_is_cut_at_another_bos():
-    assert interleave._until_bos(tiny.TOKENIZER, np.array([65, 66, tiny.TOKENIZER.bos, 67])) == "AB"
+    bos = tiny.TOKENIZER.bos
+    assert interleave._until_bos(np.array([65, 66, bos, 67]), bos).tolist() == [65, 66]
 
 
 def test_sizes_of_the_release_and_in_proportion():

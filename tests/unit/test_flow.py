@@ -365,7 +365,7 @@ def test_timesteps():
         0.25,
         0,
     ]
-    assert flow.shifted(0.5, 3.0) == 0.75
+    assert flow.shifted(jnp.float32(0.5), 3.0) == 0.75
 
 
 def test_training_times(rng):
