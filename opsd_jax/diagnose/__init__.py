@@ -3,8 +3,9 @@
 kl             how much visual thoughts change what the model says (paper Eq. 4), before and after
                training, with the gap that training closed (Eq. 9); beside it what the released
                script measures
-interventions  answers with the visual thoughts in place, replaced by noise or by another row's,
-               removed, and without the teacher's context at all; the same rows, compared in pairs
+interventions  answers with the visual thoughts in place, replaced by noise or by another
+               example's, removed, and without the teacher's context; the same examples, compared in
+               pairs
 attention      how much texts before and after the visual thoughts attend to images, layer by layer
 all            answers in all modes (`eval`), then these three, on one page
 
@@ -12,5 +13,5 @@ W/diagnose/<name>/summary.json        the numbers
 W/diagnose/<name>/report.html         the same as a page, with samples
 W/diagnose/<name>/tokens.jsonl        (kl) each completion, with the divergence at each token
 W/diagnose/<name>/predictions.jsonl   (interventions) each answer
-W/diagnose/<name>/shares.npz          (attention) the shares of each row
+W/diagnose/<name>/shares.npz          (attention) the shares of each example
 """

@@ -29,16 +29,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME"
+        "--workdir",
+        required=True,
+        help="working folder of a run, or of one of its control arms: W/arms/NAME",
     )
     common.add_argument(
-        "--split", default="", help="of the rows (default: the run's config.eval.final_split)"
+        "--split",
+        default="",
+        help="split of the examples (default: the run's config.eval.final_split)",
     )
     common.add_argument(
         "--rows",
         type=int,
         default=selection.ROWS,
-        help=f"a random subset of so many rows of each task, 0 for all (default: {selection.ROWS})",
+        help="size of a random subset of the examples of each task, 0 for all (default: "
+        f"{selection.ROWS})",
     )
     common.add_argument(
         "--benchmarks",
@@ -50,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, default=0, help="(default: the run's config.eval.batch_size)"
     )
     common.add_argument(
-        "--seed", type=int, help="of noise, sampling and resampling (default: the run's)"
+        "--seed", type=int, help="seed of noise, sampling and resampling (default: the run's)"
     )
     common.add_argument(
-        "--name", default="", help="of the results in W/diagnose (default: tells what was measured)"
+        "--name", default="", help="folder in W/diagnose (default: named after what is measured)"
     )
     parser = argparse.ArgumentParser(
         prog="python -m opsd_jax.diagnose", description="The paper's analyses of a run."
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         default=1.0,
-        help="of sampled completions; 0: most likely token (default: 1)",
+        help="temperature of sampled completions; 0: most likely token (default: 1)",
     )
     for name, text in (
         ("all", "evaluation in all modes and the three analyses, on one page"),
@@ -102,7 +107,7 @@ def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
     """Runs the analysis that the flags ask for; the folder of its results."""
     _check(args)
     workdir = os.path.normpath(args.workdir)
-    workdir_lib.load_config(workdir)  # an error that there is no run comes first
+    workdir_lib.load_config(workdir)  # raises first if there is no run
     given = args.student if args.analysis == "kl" else args.checkpoint
     model = given or checkpoint_lib.newest(workdir)
     step = checkpoint_lib.metadata(model)["step"]
@@ -125,8 +130,8 @@ def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
     if args.analysis == "kl":
         if "data" in args.completions and (pid := diagnosis.without_trace()):
             raise ValueError(
-                f"row {pid} has no full_text_only_thought, which --completions=data needs: give "
-                "--completions=base,student,official"
+                f"example {pid} has no full_text_only_thought, which --completions=data needs: "
+                "give --completions=base,student,official"
             )
         comparison = kl.Comparison(
             args.teacher or base, model, base, args.completions, args.temperature

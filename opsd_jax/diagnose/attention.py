@@ -292,12 +292,12 @@ def page(summary: dict) -> output.Page:
     )
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. Share of "
-            "the attention of text tokens, mean over heads, tokens and rows; softmax with "
-            f"{scale}."
+            f"Checkpoint `{summary['checkpoint']}`, split {output.examples_text(summary)}. Share "
+            "of the attention of text tokens, mean over heads, tokens and examples; softmax "
+            f"with {scale}."
         ),
         html.note(
-            "**interleaved**: the rows' traces, thought – image – thought. **teacher**: the "
+            "**interleaved**: the examples' traces, thought – image – thought. **teacher**: the "
             "teacher's context; its texts before (question, intro) and after (transition) the "
             "visual thoughts, and the model's own greedy answer (completion). Delimiters of images "
             "count apart. Noise and swap: in the places of the visual thoughts."

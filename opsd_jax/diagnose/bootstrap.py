@@ -23,25 +23,20 @@ def bootstrap(
     Args:
       before, after: for each task an array [n] of nats per token, the same examples in both.
       count: number of resamples.
-
     Returns:
       {"tasks": [one dict per task], "macro": mean of the tasks' means, "samples": mean over all
       examples}. Each dict has n, before, before_95, and with `after` after, after_95,
       closure = 1 - after / before, closure_95. None if there is nothing to close.
     """
     rng = generator(seed, "bootstrap")
-    before = [np.asarray(x, np.float64) for x in before]
-    after = None if after is None else [np.asarray(x, np.float64) for x in after]
+    sides = [before] if after is None else [before, after]
+    values = [[np.asarray(x, np.float64) for x in side] for side in sides]
     sizes = np.array([len(x) for x in before])
-    means = np.zeros((2, len(sizes), count + 1))  # the last one is of the examples themselves
+    means = np.zeros((len(sides), len(sizes), count + 1))  # the last: of the examples themselves
     for task, n in enumerate(sizes):
         for k in range(count + 1):
             chosen = np.arange(n) if k == count else rng.integers(n, size=n)
-            means[0, task, k] = before[task][chosen].mean()
-            if after is not None:
-                means[1, task, k] = after[task][chosen].mean()
-    if after is None:
-        means = means[:1]
+            means[:, task, k] = [side[task][chosen].mean() for side in values]
     return {
         "tasks": [_summary(means[:, task], n) for task, n in enumerate(sizes)],
         "macro": _summary(means.mean(axis=1), sizes.sum()),
@@ -55,7 +50,7 @@ def _summary(means: np.ndarray, n: int) -> dict:
     """One dict of `bootstrap`.
 
     Args:
-      means: [1 or 2, count + 1], before and maybe after; the last of each row is the estimate.
+      means: [1 or 2, count + 1], before and maybe after; the last of each is the estimate.
     """
     found = {"n": int(n), **_interval("before", means[0])}
     if len(means) > 1:

@@ -85,13 +85,14 @@ def page(diagnosis: Diagnosis, summary: dict, found: dict) -> output.Page:
     """The page of a summary and its answers."""
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}, greedy "
-            "answers to the same rows. **none**: the student's context, image and question; the "
-            "others are the teacher's: **real** with the row's own visual thoughts, **noise** and "
-            "**swap** (another row's) in their places, **remove** with its texts and no image."
+            f"Checkpoint `{summary['checkpoint']}`, split {output.examples_text(summary)}, "
+            "greedy answers to the same examples. **none**: the student's context, image and "
+            "question; the others are the teacher's: **real** with the example's own visual "
+            "thoughts, **noise** and **swap** (another example's) in their places, **remove** "
+            "with its texts and no image."
         ),
         html.note(
-            "Bars: 95 % intervals by Wilson. p: McNemar's exact test on the rows that one mode "
+            "Bars: 95 % intervals by Wilson. p: McNemar's exact test on the examples that one mode "
             "answers correctly and the other does not. Paper, ThinkMorph on nine benchmarks: noise "
             "−1.5 points, text only −1.0."
         ),
@@ -132,7 +133,13 @@ def _accuracies(title: str, modes: dict) -> list[str]:
                 rows.append(
                     [f"{mode} against {other}", s["n"], difference, *counts, f"{c['p']:.2g}"]
                 )
-    columns = ["", "rows", "difference, points", "only the first right", "only the second right"]
+    columns = [
+        "",
+        "examples",
+        "difference, points",
+        "only the first right",
+        "only the second right",
+    ]
     return [html.heading(title), charts.intervals(bars), html.table([*columns, "p"], rows)]
 
 

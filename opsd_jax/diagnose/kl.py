@@ -59,7 +59,7 @@ class Scored:
 
     Attributes:
       labels: int32 [B, N + 1], the tokens that are predicted.
-      mask: bool [B, N + 1], which labels there are.
+      mask: bool [B, N + 1], False at padding.
       kl: (teacher, student) -> float32 [B, N + 1], nats per token.
       spans: {one of `kl_page.SPANS`: int32 [B], its length}; each ends with the last label.
     """
@@ -219,12 +219,12 @@ def _official_batch(diagnosis: Diagnosis, source: int, mine: Sequence[int]) -> S
             sizes,
             tokenizer=tokenizer,
             side=packer.side,
-            names=[row.example.pid for row in prepared],
+            names=[example.example.pid for example in prepared],
         )
-        for blocks in zip(*(official.official_blocks(packer, row) for row in prepared))
+        for blocks in zip(*(official.official_blocks(packer, example) for example in prepared))
     )
     pairs = official.align_ends(teacher, student)
-    answer = [len(tokenizer.encode(row.example.answer)) + 1 for row in prepared]
+    answer = [len(tokenizer.encode(p.example.answer)) + 1 for p in prepared]
     contexts, positions, labels, mask, spans = diagnosis.selection.put(
         (
             (teacher.context, student.context),
@@ -244,11 +244,12 @@ def _official_batch(diagnosis: Diagnosis, source: int, mine: Sequence[int]) -> S
 def summarise(records: list[dict], tasks: Sequence[str], seed: int) -> dict:
     """The summary of one kind of completion: by task, mean of the tasks, mean of the examples.
 
-    Each value is a mean over the tokens of a completion, then over examples. `spread` is of the
-    examples before training. Of kind "official" the same again over each span, under its name; None
-    if a task has none.
+    Each value is a mean over the tokens of a completion, then over examples. `spread`
+    describes the examples before training. Records of kind "official" have the same for each span,
+    under its name; None if a task has none.
     """
     found = _summarise(records, tasks, seed)
+    assert found is not None  # whole completions have tokens
     found["tokens"] = float(np.mean([len(record["labels"]) for record in records]))
     for span in kl_page.SPANS:
         if span in records[0]:

@@ -16,7 +16,7 @@ SPANS = {  # parts of an "official" record that are measured again by themselves
 COMPLETION_TEXTS = {
     "base": "What the model said without visual thoughts before training.",
     "student": "What the trained student says without visual thoughts.",
-    "data": "The rows' own text traces.",
+    "data": "The examples' own text traces.",
     "official": (
         "What the released script computes, for comparison: **not** Eq. 4. After image and "
         "question the teacher reads thought, visual thought, thought and answer, the student the "
@@ -37,16 +37,16 @@ def page(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> o
     parts = [
         html.paragraph(
             "K = KL(teacher with visual thoughts ‖ student without) on the same completion, full "
-            "vocabulary, mean over the tokens of a completion, then over rows (paper Eq. 4). "
+            "vocabulary, mean over the tokens of a completion, then over examples (paper Eq. 4). "
             f"**before**: the student is `{summary['base']}`, **after**: `{summary['student']}`; "
             f"the teacher is `{summary['teacher']}` both times. Closed = 1 − after / before (Eq. "
             "9)."
         ),
         html.note(
-            f"Rows of split {output.rows_text(summary)}; sampled completions at temperature "
+            f"Split {output.examples_text(summary)}; sampled completions at temperature "
             f"{summary['temperature']:g} (0: the most likely token). Intervals hold 95 %: "
-            f"{summary['bootstrap']} resamples of the rows within their task, before and after "
-            f"together, seed {summary['seed']}. Paper, on rows of its own: 4.64 before, 1.93 "
+            f"{summary['bootstrap']} resamples of the examples within their task, before and after "
+            f"together, seed {summary['seed']}. Paper, on its own examples: 4.64 before, 1.93 "
             "after, 58 % closed."
         ),
     ]
@@ -104,7 +104,7 @@ def _samples(diagnosis: Diagnosis, records: list[dict], names: list[str]) -> str
 
 def _table(s: dict) -> str:
     """Means with their intervals, by task and over all."""
-    lines = {**s["tasks"], "mean of the tasks": s["macro"], "mean of the rows": s["samples"]}
+    lines = {**s["tasks"], "mean of the tasks": s["macro"], "mean of the examples": s["samples"]}
     rows = []
     for name, x in lines.items():
         closed = x.get("closure")
@@ -122,9 +122,11 @@ def _table(s: dict) -> str:
         )
     spread = s["spread"]
     return html.stack(
-        html.table(["task", "rows", "before", "95 %", "after", "95 %", "closed %", "95 %"], rows),
+        html.table(
+            ["task", "examples", "before", "95 %", "after", "95 %", "closed %", "95 %"], rows
+        ),
         html.note(
-            f"Rows before training: median {spread['median']:.4g}, standard deviation "
+            f"Examples before training: median {spread['median']:.4g}, standard deviation "
             f"{spread['std']:.4g}, largest {spread['max']:.4g}."
         ),
     )

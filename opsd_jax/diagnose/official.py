@@ -19,7 +19,7 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
 
-def official_blocks(packer: Packer, row: PreparedExample) -> tuple[list, list]:
+def official_blocks(packer: Packer, prepared: PreparedExample) -> tuple[list, list]:
     """Blocks of an example as the released script shows it to its teacher and to its student.
 
       teacher  [problem image] [question] [thought 0] [visual thought 0] [thought 1] [answer]
@@ -34,12 +34,13 @@ def official_blocks(packer: Packer, row: PreparedExample) -> tuple[list, list]:
     def scored(text):
         return context_lib.Text(packer.tokenizer.encode(text), True)
 
-    example = row.example
-    ask, answer = [row.problem, context_lib.Text(row.question)], scored(example.answer)
+    example = prepared.example
+    ask = [prepared.problem, context_lib.Text(prepared.question)]
+    answer = scored(example.answer)
     thoughts = example.thoughts[:2]
     first, *rest = map(scored, thoughts)
     text_only = scored(example.full_text_only_thought or " ".join(thoughts))
-    return [*ask, first, *row.visual_thoughts[:1], *rest, answer], [*ask, text_only, answer]
+    return [*ask, first, *prepared.visual_thoughts[:1], *rest, answer], [*ask, text_only, answer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Pairs:
     Attributes:
       teacher, student: int32 [B, R], positions in the sequences of each side.
       labels: int32 [B, R], tokens that the student's positions predict.
-      mask: bool [B, R], which pairs there are.
+      mask: bool [B, R], False at padding.
       tail: int32 [B], how many of the last pairs have equal labels.
     """
 
@@ -98,7 +99,7 @@ def paired_kl(
       teacher_positions, student_positions: int32 [B, R].
 
     Returns:
-      float32 [B, R], also for pairs that are not there: mask it.
+      float32 [B, R], also at padding: apply the mask of `Pairs`.
     """
     exact = divergence.DivergenceConfig(beta=0.0, top_k=0, clip=0.0, chunk=64)
 

@@ -1,4 +1,4 @@
-"""The files that an analysis leaves: report.html, summary.json and arrays."""
+"""The files that an analysis writes: report.html, summary.json and arrays."""
 
 import json
 import os
@@ -15,7 +15,7 @@ Page = tuple[str, list[str]]  # title, HTML parts
 
 
 def write(folder: str, summary: dict, page: Callable[[dict], Page]) -> Page:
-    """Writes report.html and, last of all, summary.json, by the first process for all.
+    """Writes report.html and, last of all, summary.json, by the first process only.
 
     Args:
       page: makes the page of the summary; called by the first process only.
@@ -33,25 +33,28 @@ def write(folder: str, summary: dict, page: Callable[[dict], Page]) -> Page:
 
 
 def write_lines(folder: str, name: str, records: list[dict]) -> None:
-    """Writes one JSON object per line, by the first process for all."""
+    """Writes one JSON object per line, by the first process only."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     files.write(os.path.join(folder, name), text, primary=jax.process_index() == 0)
 
 
 def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays by name as .npz, by the first process for all."""
+    """Writes arrays by name as .npz, by the first process only."""
     if jax.process_index() == 0:
         with files.replacing(path) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def rows_text(summary: dict) -> str:
-    """Which examples a summary is about: "test, 128 of 512 rows chosen at random with seed 0"."""
+def examples_text(summary: dict) -> str:
+    """The split and the examples of a summary.
+
+    Such as "test, 128 of 512 examples chosen at random with seed 0".
+    """
     parts = []
     for task, r in summary["rows"].items():
         name = "" if len(summary["rows"]) == 1 else f"{task}: "
-        chosen = f"{r['drawn']} of {r['of']} rows chosen at random with seed {r['seed']}"
-        parts.append(name + (chosen if r["drawn"] < r["of"] else f"all {r['of']} rows"))
+        chosen = f"{r['drawn']} of {r['of']} examples chosen at random with seed {r['seed']}"
+        parts.append(name + (chosen if r["drawn"] < r["of"] else f"all {r['of']} examples"))
     return f"{summary['split']}, {'; '.join(parts)}"
 
 

@@ -82,14 +82,15 @@ def page(
     workdir = diagnosis.session.workdir
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.rows_text(summary)}. One model "
-            "answers the same questions: from the image alone (**none**, the student); as the "
-            "teacher with the rows' own visual thoughts (**real**), with **noise**, another row's "
-            "(**swap**), the problem once more (**image**) or nothing (**remove**) in their "
-            "places; and, if it generates images, with images that it generates itself "
-            "(**generated**), or again with something else in the places of those. **Before "
-            "training**: the weights that the run's training started from, on the same rows; "
-            "**real** beside it is what training did to how the model reads true visual thoughts."
+            f"Checkpoint `{summary['checkpoint']}`, split {output.examples_text(summary)}. One "
+            "model answers the same questions: from the image alone (**none**, the student); as "
+            "the teacher with the examples' own visual thoughts (**real**), with **noise**, "
+            "another example's (**swap**), the problem once more (**image**) or nothing "
+            "(**remove**) in their places; and, if it generates images, with images that it "
+            "generates itself (**generated**), or again with something else in the places of "
+            "those. **Before training**: the weights that the run's training started from, on the "
+            "same examples; **real** beside it is what training did to how the model reads true "
+            "visual thoughts."
         ),
         html.heading("Answers"),
     ]
@@ -120,11 +121,11 @@ def _answers(scores: dict[str, dict], workdir: str) -> list[str]:
     columns = [
         "sees",
         "accuracy %",
-        "rows",
+        "examples",
         "tokens",
         "s/sample",
         "times none",
-        "rows timed",
+        "timed",
         "generated images",
     ]
     return [

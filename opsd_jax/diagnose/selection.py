@@ -1,4 +1,4 @@
-"""What an analysis looks at: an opened run and a selection of its examples, in batches."""
+"""What an analysis measures: an opened run and a selection of its examples, in batches."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Diagnosis:
     Attributes:
       session: the run, with a model without image generation.
       selection: the examples, how they are batched, and the seed of noise.
-      split: of the examples.
+      split: split of the examples.
       before_batch: called before each batch, such as `stopping.StopRequest.check`.
     """
 
@@ -51,7 +51,7 @@ class Diagnosis:
 
     @property
     def examples(self) -> Examples:
-        """Prepared examples of the split; those that are looked at have the `numbers`."""
+        """Prepared examples of the whole split."""
         return self.selection.examples
 
     @property
@@ -66,12 +66,12 @@ class Diagnosis:
 
     @property
     def total(self) -> int:
-        """Number of examples of all tasks that are looked at."""
+        """Number of selected examples of all tasks."""
         return sum(len(self.selection.numbers(source)) for source in range(len(self.tasks)))
 
     @property
     def is_subset(self) -> bool:
-        """Whether some examples of the split are not looked at."""
+        """Whether some examples of the split are not selected."""
         return self.total < sum(map(len, self.examples.sources))
 
     def without_trace(self) -> str | None:
@@ -130,15 +130,17 @@ class Diagnosis:
         params, found = self.session.for_sampling(params), {}
         with self.progress(self.total * len(modes), name) as bar:
             for k, mode in enumerate(modes):
+
+                def on_batch(batch: inference.Progress, done: int = k * self.total, mode=mode):
+                    bar.update(done + batch.done, mode=mode, **batch.shown)
+
                 results = contexts.evaluate(
                     params,
                     self.selection,
                     mode,
                     sampling=self.sampling(),
+                    on_batch=on_batch,
                     before_batch=self.before_batch,
-                    on_batch=lambda batch, k=k, mode=mode: bar.update(
-                        k * self.total + batch.done, mode=mode, **batch.shown
-                    ),
                 )
                 found[mode] = {result.name: result.predictions for result in results}
         return found
@@ -194,8 +196,8 @@ def open_run(
         most = max(most, len(numbers))
         if not any(selection.examples.sources[source][n].visual_thoughts for n in numbers):
             raise ValueError(
-                f"none of the {len(numbers)} rows of {task}, {split}, has visual thoughts: there "
-                "is nothing to diagnose; choose another --split or --benchmarks"
+                f"none of the {len(numbers)} examples of {task}, {split}, has visual thoughts: "
+                "there is nothing to diagnose; choose another --split or --benchmarks"
             )
     wanted = min(batch_size or config.eval.batch_size, most)
     selection = dataclasses.replace(selection, batch_size=-(-wanted // shards) * shards)

@@ -4,7 +4,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _COLOURS = (  # distinguishable by colour-blind readers; later series repeat the
     "#1b1f24",
     "#8a8420",
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts, not outlines
     "svg.hashsalt": "opsd_jax",  # the same figure gives the same file
     "text.parse_math": False,  # a label may hold $

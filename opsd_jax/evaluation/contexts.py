@@ -329,4 +329,5 @@ def evaluate(
         on_batch=on_batch,
         before_batch=before_batch,
     )
+    assert records is not None  # without a store, each process has all of them
     return results_lib.collect(asked, batches, records)

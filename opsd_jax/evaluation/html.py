@@ -26,6 +26,7 @@ from PIL import Image
 
 _FOLDER = pathlib.Path(__file__).parent
 _DASH = "–"
+Cell = str | int | float | bool | None
 _SMALL = 128  # pixels: shorter images keep every pixel
 _OPEN_SAMPLES = 30  # more samples than this are shown collapsed
 _SAMPLES = '<section class="samples">'
@@ -108,7 +109,7 @@ def row(*parts: str) -> str:
 
 def table(
     columns: Sequence[str],
-    rows: Sequence[Sequence[str | int | float | bool | None]],
+    rows: Sequence[Sequence[Cell]],
     *,
     texts: int = 1,
 ) -> str:
@@ -263,12 +264,12 @@ def tokens(
     Raises:
       ValueError: the numbers of pieces and values differ.
     """
-    values = np.asarray([math.nan if value is None else value for value in values], np.float64)
-    if values.shape != (len(pieces),):
-        raise ValueError(f"tokens: {len(pieces)} pieces, but values of shape {values.shape}")
+    data = np.asarray([math.nan if value is None else value for value in values], np.float64)
+    if data.shape != (len(pieces),):
+        raise ValueError(f"tokens: {len(pieces)} pieces, but values of shape {data.shape}")
     if not len(pieces):
         return note(f"{_DASH} no tokens")
-    sizes, meaning = np.abs(values[np.isfinite(values)]), ""
+    sizes, meaning = np.abs(data[np.isfinite(data)]), ""
     if top is None:
         top, meaning = float(np.percentile(sizes, 95)) if sizes.size else 0.0, " (95th percentile)"
         if not top:
@@ -279,12 +280,12 @@ def tokens(
         look = ' class="none"' if math.isnan(value) else _colour(value, 0.0, top)
         return f'<span{look} title="{text(f"{number(value)} {unit}")}">{shown}</span>'
 
-    missing = int(np.isnan(values).sum())
+    missing = int(np.isnan(data).sum())
     most = f"{number(top)} {unit}{meaning}; {len(pieces)} token{'s' * (len(pieces) > 1)}"
     most += f"; {missing} without value (underlined)" if missing else ""
     return (
-        f'<div><div class="tokens">{"".join(map(span, pieces, values))}</div>'
-        f"{_legend('0', most, number(-top) if (values < 0).any() else '')}</div>"
+        f'<div><div class="tokens">{"".join(map(span, pieces, data))}</div>'
+        f"{_legend('0', most, number(-top) if (data < 0).any() else '')}</div>"
     )
 
 

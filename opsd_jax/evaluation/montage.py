@@ -38,7 +38,7 @@ def _text(content: str, width: int) -> Image.Image:
             line = ""
         line += char
     text = "\n".join([*lines, line])
-    height = draw.multiline_textbbox((0, 0), text, font=font)[3] + _MARGIN
+    height = int(draw.multiline_textbbox((0, 0), text, font=font)[3]) + _MARGIN
     part = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(part).multiline_text((_MARGIN, 0), text, fill="black", font=font)
     return part
@@ -47,7 +47,7 @@ def _text(content: str, width: int) -> Image.Image:
 def _image(image: np.ndarray | Image.Image, width: int) -> Image.Image:
     shown = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     scale = _SIDE / max(shown.size)
-    size = tuple(max(1, round(side * scale)) for side in shown.size)
+    size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
     part = Image.new("RGB", (width, size[1] + _MARGIN), "white")
     part.paste(shown.resize(size, method), (_MARGIN, 0))

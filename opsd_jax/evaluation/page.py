@@ -104,7 +104,7 @@ def _comparison(
     compared: comparison.Compared,
 ) -> list[str]:
     """Paired comparison with earlier results, for the benchmarks and questions of both."""
-    rows = []
+    rows: list[list[html.Cell]] = []
     for result in results:
         if result.name not in compared.hits:
             continue

@@ -85,7 +85,7 @@ def messages(row: TableRow) -> list[int | str]:
     text = str(cells["prompt" if kind == "cvbench" else "question"])
     if kind != "vsp" or ("<IMAGE-" not in text and "<TEST-IMAGE>" not in text):
         return [*places, text]
-    parts = []
+    parts: list[int | str] = []
     for piece in re.split(r"(<IMAGE-\d+>|<TEST-IMAGE>)", text):
         if marker := re.fullmatch(r"<IMAGE-(\d+)>|<TEST-IMAGE>", piece):
             k = int(marker[1]) - 1 if marker[1] else len(places) - 1

@@ -80,7 +80,8 @@ def score(table: Table, predictions: Mapping[Index, str], partial: bool = False)
     rows = [row for row in table.rows if row.index in texts]
     details = [_score_row(row, texts[row.index]) for row in rows]
     hits = {d["index"]: d["hit"] for d in details}
-    overall, per_category, extras, groups, orphans = _mean(hits.values()), {}, {}, {}, ()
+    overall, per_category, extras, groups = _mean(hits.values()), {}, {}, {}
+    orphans: tuple[int, ...] = ()
     parts = ((sum(hits.values()), len(hits)),)
 
     def by(column, scores=hits, measure=_mean):

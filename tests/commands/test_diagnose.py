@@ -824,6 +824,6 @@ def test_names_and_missing_images(workdir, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
     assert (
-        f"none of the 3 rows of {small_run.TASK}, test, has visual thoughts"
+        f"none of the 3 examples of {small_run.TASK}, test, has visual thoughts"
         in capsys.readouterr().err
     )
