@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
     parser.add_argument(
-        "--temperature", type=float, help="of the text; 0 for the most probable token"
+        "--temperature", type=float, help="temperature of the text; 0: most likely token"
     )
-    parser.add_argument("--rounds", type=int, help="of text, at most")
+    parser.add_argument("--rounds", type=int, help="largest number of rounds of text")
     parser.add_argument(
         "--tokenizer", default="", help="folder of a tokenizer (default: the checkpoint's own)"
     )
@@ -83,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype",
         default="",
         choices=["", "float32", "bfloat16"],
-        help="of the weights (default: as stored)",
+        help="dtype of the weights (default: as stored)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and noise (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of sampling and noise (default: 0)"
+    )
     parser.add_argument(
         "--out", default="", help="folder for images and the overview; needed to generate images"
     )

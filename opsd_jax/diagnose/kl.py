@@ -1,6 +1,7 @@
 """KL(teacher with visual thoughts || student without) per token of shared completions (Eq. 4, 9).
 
-Beside it what the released script measures (see `official`). Letters: B batch, N completion tokens.
+It also measures what the released script measures (see `official`). Letters: B batch, N completion
+tokens.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ class Comparison:
     Attributes:
       teacher, student: step folders.
       base: step folder of the student before training.
-      kinds: of `COMPLETIONS`.
-      temperature: of sampled completions; 0 takes the most probable token.
+      kinds: some of `COMPLETIONS`.
+      temperature: temperature of sampled completions; 0 takes the most probable token.
     """
 
     teacher: str
@@ -133,10 +134,10 @@ def divergences(
     """KL(teacher with visual thoughts || student without) at each token of each completion.
 
     Args:
-      kind: of `COMPLETIONS`. Completions of kind "base" and "student" are sampled as the run does.
+      kind: one of `COMPLETIONS`. Those of kind "base" and "student" are sampled as the run does.
       weights: those that score and sample.
-      temperature: of sampling; 0 takes the most probable token. A sampled eos is a token; where the
-        budget ended a completion there is none.
+      temperature: temperature of sampling; 0 takes the most probable token. A sampled eos is a
+        token; a completion that the budget ended has none.
       on_batch: called after each batch with its number of examples.
 
     Returns:

@@ -121,8 +121,8 @@ class Diagnosis:
 
         Args:
           params: weights, laid out for scoring.
-          modes: of `contexts.CONTEXTS`, and "none".
-          name: for the progress bar.
+          modes: some of `contexts.CONTEXTS`, and "none".
+          name: title of the progress bar.
 
         Returns:
           {mode: {task: [prediction]}}, predictions as in predictions.jsonl of an evaluation.
@@ -162,9 +162,9 @@ def open_run(
       split: "" for the one that the run evaluates at its end.
       benchmarks: tasks or families of the run; () for all.
       rows: size of a random subset of each task, chosen by config.seed; 0 for all examples.
-      batch_size: of all processes, rounded up to a multiple of the batch shards; 0 for
-        config.eval.batch_size.
-      seed: of noise, sampling and resampling; None for config.seed.
+      batch_size: examples per batch of all processes, rounded up to a multiple of the batch
+        shards; 0 for config.eval.batch_size.
+      seed: seed of noise, sampling and resampling; None for config.seed.
       before_batch: called before each batch.
 
     Raises:

@@ -33,8 +33,8 @@ class Benchmark:
     The loop and the report page know no more than this.
 
     Attributes:
-      name: of the benchmark.
-      keys: of its examples, in order: numbers of a task's examples, or indices of a table.
+      name: name of the benchmark.
+      keys: keys of its examples, in order: numbers of a task's examples, or indices of a table.
       question: key -> (Pillow RGB images, text).
       expected: key -> the right answer.
       judge: {key: text} -> ({key: what its line in predictions.jsonl gets besides, with "hit"},
@@ -42,8 +42,8 @@ class Benchmark:
         share of hits is the score).
       size: key -> number by which examples of similar size share a batch: the number of images of a
         table's question, the bucket of a task's example.
-      asked: key -> what tells the example from all others in any results: (pid, answer), or (MD5 of
-        the table, index).
+      identify: key -> what tells the example from all others in any results: (pid, answer), or
+        (MD5 of the table, index).
       table: the public table, None for a task.
       subset: see `randomness.subset_facts`; None where all examples are asked.
       left_out: keys that are not asked, because they cannot be shown or scored.
@@ -57,7 +57,7 @@ class Benchmark:
     expected: Callable[[Key], str]
     judge: Callable[[dict[Key, str]], tuple[dict[Key, dict], dict | None]]
     size: Callable[[Key], int] = _no_size
-    asked: Callable[[Key], tuple[str, Hashable]] = _key_alone
+    identify: Callable[[Key], tuple[str, Hashable]] = _key_alone
     table: tables.Table | None = None
     subset: dict | None = None
     left_out: tuple[Key, ...] = ()
@@ -107,12 +107,12 @@ def of_examples(examples: Examples, source: int, *, limit: int = 0, seed: int = 
             found[key] = {"pid": stored[key].pid, "answer": answer, "hit": hit}
         return found, None
 
-    def asked(key):
+    def identify(key):
         return stored[key].pid, stored[key].answer
 
     facts = randomness.subset_facts(len(keys), len(stored), seed)
     name = examples.tasks[source]
-    return Benchmark(name, keys, question, expected, judge, asked=asked, subset=facts)
+    return Benchmark(name, keys, question, expected, judge, identify=identify, subset=facts)
 
 
 def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
@@ -134,7 +134,7 @@ def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) 
         return str(cells["maze_map"] if table.kind == "vsp" else cells["answer"])
 
     def judge(texts):
-        # The whole table is scored, not the part: the pairs of MMVP are told by their places in it.
+        # The whole table is scored, not the part: MMVP's pairs follow from the rows' places in it.
         scores = table_scores.score(table, texts, partial=True)
         found = {
             row["index"]: {k: v for k, v in row.items() if k != "index"} for row in scores.rows
@@ -156,7 +156,7 @@ def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) 
     def size(key):
         return len(prompts.wrapper(prompts.messages(rows[key]))[1])
 
-    def asked(key):
+    def identify(key):
         return table.md5, str(key)
 
     return Benchmark(
@@ -166,7 +166,7 @@ def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) 
         expected,
         judge,
         size,
-        asked,
+        identify,
         part,
         randomness.subset_facts(tables.size(part), tables.size(table), seed),
     )

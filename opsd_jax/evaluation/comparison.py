@@ -15,9 +15,10 @@ class Compared:
     """Earlier results that new ones are compared with.
 
     Attributes:
-      name: of the results.
-      split: of the tasks.
-      hits: {benchmark: {what was asked, see `Benchmark.asked`: whether the answer was right}}.
+      name: name of their evaluation.
+      split: split of the tasks' examples.
+      hits: {benchmark: {identity of an example (`Benchmark.identify`): whether the answer was
+        right}}.
     """
 
     name: str
@@ -45,33 +46,33 @@ def read_results(workdir: str, against: str) -> Compared:
     summary, hits, twice = read_summary(record), {}, set()
     try:
         with open(path, encoding="utf-8") as f:
-            for row in map(json.loads, f):
-                name = row["benchmark"]
-                asked = (
-                    (row["pid"], row["expected"])
-                    if "pid" in row
-                    else (summary["benchmarks"][name]["md5"], str(row["index"]))
+            for p in map(json.loads, f):
+                name = p["benchmark"]
+                identity = (
+                    (p["pid"], p["expected"])
+                    if "pid" in p
+                    else (summary["benchmarks"][name]["md5"], str(p["index"]))
                 )
-                if asked in hits.setdefault(name, {}):
-                    twice.add((name, asked))
-                hits[name][asked] = bool(row["hit"])
+                if identity in hits.setdefault(name, {}):
+                    twice.add((name, identity))
+                hits[name][identity] = bool(p["hit"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--against={against}: {path} is damaged ({error!r}): evaluate again"
         ) from error
-    for name, asked in twice:  # ambiguous: nothing says which one is the pair
-        del hits[name][asked]
+    for name, identity in twice:  # ambiguous: nothing says which one is the pair
+        del hits[name][identity]
     return Compared(os.path.basename(os.path.normpath(folder)), summary.get("split"), hits)
 
 
 def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | None) -> None:
     """Checks that the earlier results answered at least half of the examples of each benchmark.
 
-    An example and its pair have the same pid and the same answer; of a public table, the same file
-    and index.
+    An example and its pair have the same pid and the same answer, or, in a public table, the same
+    file and index.
 
     Args:
-      chosen: the benchmarks. split: of the tasks among them.
+      chosen: the benchmarks. split: split of the tasks among them.
     Raises:
       ValueError: other benchmarks, another split, or other examples.
     """
@@ -85,10 +86,10 @@ def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | No
     if any(not b.table for b in shared) and split and compared.split and split != compared.split:
         raise ValueError(
             f"{start} has results of split {compared.split}, these are of {split}: give results "
-            "of the same rows"
+            "of the same examples"
         )
     for benchmark in shared:
-        here = {benchmark.asked(key) for key in benchmark.keys}
+        here = {benchmark.identify(key) for key in benchmark.keys}
         there, others = compared.hits[benchmark.name], 0
         pairs = len(here & there.keys())
         if not benchmark.table:
@@ -96,6 +97,6 @@ def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | No
         if 2 * pairs < min(len(here), len(there)) or not pairs or 10 * others > pairs:
             why = f", and {others} have the same pid and another answer" if others else ""
             raise ValueError(
-                f"{start}: {benchmark.name} has {len(here)} rows here and {len(there)} there, of "
-                f"which {pairs} are the same{why}: give results of the same data"
+                f"{start}: {benchmark.name} has {len(here)} examples here and {len(there)} there, "
+                f"of which {pairs} are the same{why}: give results of the same data"
             )

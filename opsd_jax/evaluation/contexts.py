@@ -56,7 +56,7 @@ def replacement(mode: str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """The examples that an evaluation looks at, and how they are batched.
+    """The examples of an evaluation, and how they are batched.
 
     Attributes:
       examples: prepared examples of a split, by task.
@@ -65,7 +65,7 @@ class Selection:
       batch_size: examples per batch, of all processes together.
       limit: size of the random subset of each task; 0 for all examples.
       subset_seed: chooses the subset.
-      seed: of the noise that replaces visual thoughts.
+      seed: seed of the noise that replaces visual thoughts.
     """
 
     examples: Examples
@@ -186,7 +186,7 @@ def buckets_of(selection: Selection, source: int, modes: Iterable[str]) -> list[
 def _blocks_of(selection: Selection, source: int, n: int, mode: str) -> tuple[str, list]:
     """(kind of context, blocks) of an example in a mode.
 
-    For noise, those of what it replaces: they are as large.
+    Mode noise: the blocks with the real visual thoughts, which have the same sizes.
     """
     example, packer = selection.examples(source, n), selection.packer
     if mode == "none":
@@ -220,7 +220,7 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
                 largest = packer.buckets[kind][-1][:2]
                 if positions > largest[0] or patches > largest[1]:
                     raise context_lib.TooLongError(
-                        f"row {example.example.pid} of {name}, to be evaluated in mode {mode}, "
+                        f"example {example.example.pid} of {name}, to be evaluated in mode {mode}, "
                         f"needs {positions} positions and {patches} patches, the largest of "
                         f"config.data.buckets.{kind} has {largest}: enlarge it, or change "
                         "config.eval"
@@ -246,7 +246,7 @@ class ContextPredictor:
 
     Attributes:
       params: the model's dict, laid out for the sampler.
-      selection: of the examples.
+      selection: the selection of the examples.
       mode: one of `CONTEXTS`, or "none".
       sampling: how answers are decoded. Greedy decoding makes them independent of batches.
     """
@@ -263,7 +263,7 @@ class ContextPredictor:
         _, packed = selection.packed(source, local, self.mode, bucket)
         packed, placed = selection.put((packed, np.asarray(local, np.int32)))
 
-        key = jax.random.key(0)  # greedy: it decides nothing
+        key = jax.random.key(0)  # greedy decoding does not use it
 
         def ask():
             return rollout.sample(self.params, packed, key, config=self.sampling)
@@ -279,7 +279,7 @@ class ContextPredictor:
     def _read(self, found: rollout.Trajectory, placed: jax.Array, source: int) -> dict[int, dict]:
         """{number of the example: prediction} of a sampled batch.
 
-        Placed: int32 [B], the examples' numbers.
+        placed: int32 [B], the examples' numbers.
         """
         found, placed = sharding.gather_to_host((found, placed))
         predictions = {}
@@ -321,8 +321,8 @@ def evaluate(
       params: the model's dict, laid out for the sampler. mode: one of `CONTEXTS`, or "none".
       sampling: greedy. on_batch, before_batch: see `inference.answer`.
     """
-    asked = benchmarks(selection, (mode,))
-    batches = inference.batches(asked, selection.batch_size)
+    tasks = benchmarks(selection, (mode,))
+    batches = inference.batches(tasks, selection.batch_size)
     records = inference.answer(
         batches,
         ContextPredictor(params, selection, mode, sampling),
@@ -330,4 +330,4 @@ def evaluate(
         before_batch=before_batch,
     )
     assert records is not None  # without a store, each process has all of them
-    return results_lib.collect(asked, batches, records)
+    return results_lib.collect(tasks, batches, records)

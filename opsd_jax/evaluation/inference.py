@@ -1,4 +1,4 @@
-"""The evaluation loop: batches of questions are put to a predictor, timed, and kept.
+"""The evaluation loop: a predictor answers batches of questions; answers are timed and kept.
 
 Training, `python -m opsd_jax.eval` and `python -m opsd_jax.diagnose` all run this loop. A predictor
 answers one batch. There are two:
@@ -37,7 +37,7 @@ where it is known at once. `timed` measures the last two.
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is.
+    """Progress of an evaluation.
 
     Attributes:
       done: examples that are answered.

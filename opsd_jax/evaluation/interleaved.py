@@ -34,8 +34,8 @@ class InterleavedPredictor:
       reasoner: the model.
       mode: "none", "generated", or "generated-noise", "-swap", "-remove".
       batch_size: questions per batch; a shorter batch is filled up with its last question.
-      seed: of sampling, of the noise of image generation, and of the noise shown instead of images.
-      folder: of the results, for the generated images.
+      seed: seed of sampling, of image generation, and of the noise shown instead of images.
+      folder: folder of the results, where generated images are written.
       swap_from: for swaps, the folder of a finished "generated" evaluation.
       in_rounds: whether texts are kept in the form of the public harness, "Round_0:" and so on.
     """
@@ -105,8 +105,7 @@ def _file_stem(key: Key) -> str:
 def noise_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise uint8 [H, W, 3] of an image's size.
 
-    Standard normal in the range [-1, 1] of the autoencoder, clipped there, since it goes through it
-    as an image.
+    Standard normal values, clipped to [-1, 1], the range of the autoencoder's pixels.
     """
     values = np.clip(rng.standard_normal(image.shape, np.float32), -1, 1)
     return np.round((values + 1) * 127.5).astype(np.uint8)
@@ -120,7 +119,7 @@ def intervention(
     None for modes that change nothing.
 
     Args:
-      name: of the benchmark. keys: of the batch, without those that fill it up.
+      name: name of the benchmark. keys: keys of the batch, without those that fill it up.
       swap_from: for swaps, the folder of a finished "generated" evaluation. An example gets what
         the next one there (by name) generated in that round; the last example gets what the first
         one generated.
@@ -136,9 +135,9 @@ def intervention(
 
         def noise(b, number, image):
             b = min(b, len(keys) - 1)
-            # The name is part of the seed: another one would give other noise than earlier results.
-            name_of_noise = f"noise for a drawn picture, {name} {keys[b]}"
-            return noise_image(image, generator(seed, name_of_noise, number))
+            # These words are part of the seed: others would give other noise than earlier results.
+            words = f"noise for a drawn picture, {name} {keys[b]}"
+            return noise_image(image, generator(seed, words, number))
 
         return noise
     others = _image_counts(swap_from, name)

@@ -16,7 +16,7 @@ def column(items: Iterable[str | np.ndarray | Image.Image], width: int = 640) ->
     Args:
       items: texts, and images as Pillow images or uint8 [H, W, 3]. An image is scaled so that its
         longer side is 320 pixels.
-      width: of the result, in pixels.
+      width: width of the result in pixels.
     """
     parts = [_text(item, width) if isinstance(item, str) else _image(item, width) for item in items]
     whole = Image.new("RGB", (width, sum(part.height for part in parts) + _MARGIN), "white")

@@ -24,7 +24,7 @@ def page(
     """HTML of one evaluation.
 
     Args:
-      name: of the results.
+      name: name of the evaluation, shown as the title.
       summary: content of summary.json.
       results: the answers to each benchmark, of which at most 30 are shown, spread evenly.
       benchmarks: {name: benchmark} of the results.
@@ -74,7 +74,7 @@ def _scores(summary: dict) -> list[str]:
         "timed",
         "generated images",
         "no rule applied",
-        "rows left out",
+        "questions left out",
         "paper: ThinkMorph",
         "paper: Visual-OPSD",
     ]
@@ -108,18 +108,18 @@ def _comparison(
     for result in results:
         if result.name not in compared.hits:
             continue
-        hits, asked = compared.hits[result.name], benchmarks[result.name].asked
+        hits, identify = compared.hits[result.name], benchmarks[result.name].identify
         both = [
-            (bool(p["hit"]), hits[asked(p["index"])])
+            (bool(p["hit"]), hits[identify(p["index"])])
             for p in result.predictions
-            if asked(p["index"]) in hits
+            if identify(p["index"]) in hits
         ]
         wins = sum(now and not before for now, before in both)
         losses = sum(before and not now for now, before in both)
         alike = len(both) - wins - losses
         p_value = statistics.mcnemar(wins, losses)
         rows.append([result.name, len(both), wins, losses, alike, p_value])
-    columns = ["benchmark", "rows of both", "won", "lost", "alike", "p (McNemar, exact)"]
+    columns = ["benchmark", "questions of both", "won", "lost", "alike", "p (McNemar, exact)"]
     return [html.heading(f"Against {compared.name}"), html.table(columns, rows)]
 
 
@@ -141,5 +141,5 @@ def _samples(result: results_lib.Result, benchmark: Benchmark, shown: _Shown) ->
                 note=f"expected {p['expected']}; {p['tokens']} tokens",
             )
         )
-    title = f"{result.name}: {len(items)} of {len(result.predictions)} rows"
+    title = f"{result.name}: {len(items)} of {len(result.predictions)} answers"
     return [html.heading(title), html.samples(items)]

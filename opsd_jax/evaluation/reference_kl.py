@@ -29,8 +29,8 @@ def reference_kl(
     """
     values = {task: {} for task in selection.tasks}
     tokenizer, packer = selection.packer.tokenizer, selection.packer
-    asked = contexts.benchmarks(selection, ("none", "real"))
-    for task, keys in inference.batches(asked, selection.batch_size):
+    tasks = contexts.benchmarks(selection, ("none", "real"))
+    for task, keys in inference.batches(tasks, selection.batch_size):
         before_batch()
         source, bucket = selection.tasks.index(task.name), max(map(task.size, keys))
         local = selection.local(inference.filled(keys, selection.batch_size))

@@ -1,4 +1,4 @@
-"""Results of an evaluation: scores of its predictions, and the files that hold them."""
+"""Results of an evaluation: scores of its predictions, and their files."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ from opsd_jax.runtime import files, run_folder
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Predictions of one benchmark in one mode, with what they cost.
+    """Predictions for one benchmark in one mode, and their cost.
 
     Attributes:
-      name: of the benchmark.
+      name: name of the benchmark.
       predictions: dicts with index, prediction, hit, tokens; of prepared examples also pid, answer,
         expected, stop.
-      seconds: of generation, without batches that compiled a program.
+      seconds: time to answer, without batches that compiled a program.
       timed: number of examples that `seconds` covers.
       judged: scores by another rule than the share of hits, see `Benchmark.judge`.
       without_visual_thoughts, subset: see `Benchmark`.
@@ -80,8 +80,9 @@ def collect(
     """Scores the records of `inference.answer`, benchmark by benchmark.
 
     Args:
-      batches: (benchmark, keys), as they were answered. records: of the batches, in their order.
-      processes: how many of them answered side by side, so that their seconds overlap.
+      batches: (benchmark, keys) of each batch.
+      records: a record per batch, in the same order.
+      processes: number of processes that answered in parallel, so that their seconds overlap.
     """
     results = []
     for benchmark in benchmarks:
@@ -117,7 +118,7 @@ def write(
     """Writes predictions.jsonl and then summary.json, each atomically; returns the summary.
 
     Args:
-      directory: of the results. more: further entries of the summary.
+      directory: folder of the results. more: further entries of the summary.
     """
     summary = {
         "protocol": protocol,
@@ -145,7 +146,7 @@ _IN_SUMMARIES = ("overall", "unit", "n", "interval_95", "mean_output_tokens", "s
 
 
 def read_summary(path: str) -> dict:
-    """A summary.json. ValueError, which says what to do, where it is cut or is something else."""
+    """Content of a summary.json. Raises ValueError if it is truncated or another kind of file."""
     fix = "delete its folder, and evaluate again"
     found = json_files.read(path, fix=fix)
     try:

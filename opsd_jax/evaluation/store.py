@@ -1,7 +1,7 @@
 """Answers kept on disk while they are collected, so that a killed evaluation continues.
 
 <folder>/answers.jsonl             the identity, then one line per batch that is answered
-<folder>/answers-<process>.jsonl   the same of another process, where each answers a share
+<folder>/answers-<process>.jsonl   the same of another process, where each process answers a share
 <folder>/pictures/                 images that the model generated while it answered
 """
 
@@ -29,7 +29,7 @@ class Store:
     """A folder in which answers are kept batch by batch.
 
     Attributes:
-      folder: of the results.
+      folder: folder of the results.
       identity: what must be the same to continue: fingerprints of weights, tokenizer and data,
         mode, protocol, seed, tables, the examples of the batches. A dict that JSON takes.
       together: whether all processes answer each batch together, so that the first one writes for

@@ -58,12 +58,12 @@ def table(summaries: dict[str, dict]) -> str:
 
 
 def _model_of(summary: dict) -> str:
-    """Fingerprint of the weights of a summary; the checkpoint's path where there is none."""
+    """Fingerprint of the weights of a summary; the checkpoint's path if it has none."""
     return summary.get("weights") or summary["checkpoint"]
 
 
 def seeds(summaries: dict[str, dict]) -> str:
-    """Markdown table of mean and standard deviation of summaries that differ in the seed alone."""
+    """Markdown table of mean and standard deviation of summaries that differ only in the seed."""
     groups = collections.defaultdict(dict)
     for summary in summaries.values():
         alike = [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
@@ -87,7 +87,7 @@ def seeds(summaries: dict[str, dict]) -> str:
 def speeds(summaries: dict[str, dict]) -> str:
     """Markdown table of how much longer image generation takes than answering in text.
 
-    It compares pairs of summaries that differ in the mode alone.
+    It compares pairs of summaries that differ only in the mode.
     """
     generated = {k: s for k, s in summaries.items() if s.get("mode") == "generated"}
     in_text = {k: s for k, s in summaries.items() if s.get("mode") == "none"}
@@ -106,7 +106,7 @@ def speeds(summaries: dict[str, dict]) -> str:
 
 
 def _asked_alike(summary: dict) -> list:
-    """What two summaries have in common that differ in the mode alone."""
+    """What two summaries that differ only in the mode have in common."""
     return [_model_of(summary), *(summary.get(key) for key in ("split", "asked_by", "seed"))]
 
 

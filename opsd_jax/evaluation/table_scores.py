@@ -23,12 +23,12 @@ class Scores:
     """The scores of one benchmark.
 
     Attributes:
-      name: of the benchmark.
+      name: name of the benchmark.
       unit: "fraction", or "percent" for the chart sets.
       overall: see `score`.
       per_category: {category: score}.
       extras: the same answers by other published definitions, see `score`.
-      split: of the rows, where the table has a single one.
+      split: split of the rows, where the table has a single one.
       rows: dicts with index, hit, needs_judge, and what the rule found: option, path or extracted.
       groups: circular: {question: hit}.
       orphans: circular: questions without a main row, which the harness leaves out of the score.

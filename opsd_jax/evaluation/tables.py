@@ -73,8 +73,8 @@ class TableRow:
 
     Attributes:
       file: path of the table, for messages.
-      name: of the benchmark.
-      index: of the row.
+      name: name of the benchmark.
+      index: index of the row.
       cells: {column: value as pandas typed it, NaN for a missing one}, of all columns but `image`.
       images: base64 texts, or paths of image files.
       stored: file names under which the harness keeps the images of base64 texts.
@@ -104,8 +104,8 @@ class Table:
     """A benchmark file.
 
     Attributes:
-      name: of the benchmark.
-      path: of the file.
+      name: name of the benchmark.
+      path: path of the file.
       md5: of the file. Published scores belong to a version of it.
       rows: questions. Rows whose image cell is empty take no part, as in the harness.
       dropped: indices of the rows without an image.

@@ -535,7 +535,7 @@ def asking(rows, name="T", table=None):
         None,
         None,
         table=table,
-        asked=lambda key: rows[key][:2],
+        identify=lambda key: rows[key][:2],
     )
 
 
@@ -560,7 +560,7 @@ ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
             ROWS,
             [(f"v{pid}", a, h) for pid, a, h in ROWS],
             "test",
-            "T has 40 rows here and 40 there, of which 0 are the same: give",
+            "T has 40 examples here and 40 there, of which 0 are the same: give",
         ),
         (
             ROWS,
@@ -568,7 +568,12 @@ ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
             "test",
             "and 28 have the same pid and another answer",
         ),
-        (ROWS[:20], ROWS[15:], "test", "T has 20 rows here and 25 there, of which 5 are the same"),
+        (
+            ROWS[:20],
+            ROWS[15:],
+            "test",
+            "T has 20 examples here and 25 there, of which 5 are the same",
+        ),
         (ROWS, [("same", "A", True)] * 40, "test", "of which 0 are the same"),
     ],
 )
@@ -604,7 +609,7 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         lambda key: ([], "?"),
         None,
         None,
-        asked=lambda key: (predictions[key]["pid"], predictions[key]["expected"]),
+        identify=lambda key: (predictions[key]["pid"], predictions[key]["expected"]),
     )
     summary = {"checkpoint": "c", "protocol": "p", "seed": 0, "benchmarks": {"T": result.summary()}}
     html = page.page(
