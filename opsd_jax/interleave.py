@@ -335,7 +335,7 @@ def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
 
 def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
     """Sequences of blocks -> Context [B, T] of bucketed sizes."""
-    needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0)
+    needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0).tolist()
     packed = context_lib.pack(
         sequences,
         context_lib.Sizes(*map(bucket, needs)),
