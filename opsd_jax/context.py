@@ -409,7 +409,7 @@ def _prompt(tokenizer, text):
 
 
 def replace_visual_thoughts(
-    mode: str, problem: Image, own, other, rng: np.random.Generator
+    mode: str, problem: Image, own, other, rng: np.random.Generator | None
 ) -> list:
     """The visual thoughts that the teacher gets in a mode of `VISUAL_THOUGHTS`.
 
@@ -422,6 +422,7 @@ def replace_visual_thoughts(
 
     Args:
       own, other: lists of Image. None entries are skipped.
+      rng: only noise needs it.
     Raises:
       ValueError: an unknown mode.
     """

@@ -110,16 +110,18 @@ def guide(
 # --- generation -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "real"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["table_ids", "real"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class LatentPositions:
     """Positions of the latent tokens of B images, padded at the end to G tokens per image.
 
-    ids: int32 [B, G], row * side + column in the latents' position table.
+    table_ids: int32 [B, G], row * side + column in the latents' position table.
     real: bool [B, G], False at padding.
     """
 
-    ids: AnyArray
+    table_ids: AnyArray
     real: AnyArray
 
 
@@ -142,7 +144,7 @@ def latent_positions(grids: Sequence[tuple[int, int]], tokens: int, side: int) -
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segment", "rope", "positions"],
+    data_fields=["segment", "rope_position", "positions"],
     meta_fields=["context_size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +156,13 @@ class Conditioning:
     context_size + 2 + G. The cache is passed separately, because each step writes to it.
 
     segment: int32 [R * B, S], segments of all keys.
-    rope: int32 [R * B], rope position of the block.
+    rope_position: int32 [R * B], rope position of the block.
     positions: LatentPositions of the images.
     context_size: static number of positions of a padded context.
     """
 
     segment: AnyArray
-    rope: AnyArray
+    rope_position: AnyArray
     positions: LatentPositions
     context_size: int
 
@@ -213,7 +215,7 @@ def velocities(
     batch, tokens, _ = x.shape
     count, keys = conditioning.segment.shape
     latents = bagel.embed_latents(
-        params, x, jnp.reshape(t, (1, 1)), conditioning.positions.ids, config=model
+        params, x, jnp.reshape(t, (1, 1)), conditioning.positions.table_ids, config=model
     )
     ends = bagel.embed_tokens(
         params, jnp.array([[config.image_start, config.image_end]]), config=model
@@ -228,7 +230,7 @@ def velocities(
     hidden, cache = bagel.forward(
         params,
         block,
-        conditioning.rope[:, None],
+        conditioning.rope_position[:, None],
         Mask(limit, segment, conditioning.segment),
         config=model,
         cache=cache,
@@ -299,7 +301,7 @@ def generate(
     Raises:
       ValueError: the number of contexts is not R * B.
     """
-    batch, needed = len(positions.ids), len(config.branches) * len(positions.ids)
+    batch, needed = len(positions.table_ids), len(config.branches) * len(positions.table_ids)
     if contexts.rope_positions.shape[0] != needed:
         raise ValueError(
             f"{batch} images with the branches {', '.join(config.branches)} need {needed} "
@@ -332,8 +334,11 @@ def _cond_branch(
     conditioning: Conditioning, cache: Cache, batch: int
 ) -> tuple[Conditioning, Cache]:
     """Conditioning and cache of the cond contexts only, which are the first ones."""
-    segment, rope = conditioning.segment[:batch], conditioning.rope[:batch]
-    cond = dataclasses.replace(conditioning, segment=segment, rope=rope)
+    cond = dataclasses.replace(
+        conditioning,
+        segment=conditioning.segment[:batch],
+        rope_position=conditioning.rope_position[:batch],
+    )
     return cond, jax.tree.map(lambda a: a[:, :batch], cache)
 
 

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int
 
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
+from opsd_jax.array_types import AnyArray
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
@@ -235,8 +237,15 @@ def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.nd
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("config", "scaled"))
 def attention_shares(
-    params, context, tokens, queries, keys, *, config: ModelConfig, scaled: bool = True
-):
+    params: dict,
+    context: context_lib.Context,
+    tokens: Int[AnyArray, "B completion"],
+    queries: Int[AnyArray, "B S"],
+    keys: Int[AnyArray, "B S"],
+    *,
+    config: ModelConfig,
+    scaled: bool = True,
+) -> Float32[Array, "B L M K"]:
     """Share of their attention that groups of positions of a context pay to groups.
 
     Args:

@@ -10,9 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int
 
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, sharding
+from opsd_jax.array_types import AnyArray
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.data.packing import Packer
 from opsd_jax.model import bagel
@@ -81,15 +83,15 @@ def align_ends(teacher: context_lib.Supervised, student: context_lib.Supervised)
 @sharding.on_mesh
 @functools.partial(jax.jit, static_argnames="config")
 def paired_kl(
-    teacher,
-    student,
-    teacher_context,
-    student_context,
-    teacher_positions,
-    student_positions,
+    teacher: dict,
+    student: dict,
+    teacher_context: context_lib.Context,
+    student_context: context_lib.Context,
+    teacher_positions: Int[AnyArray, "B R"],
+    student_positions: Int[AnyArray, "B R"],
     *,
     config: ModelConfig,
-) -> jax.Array:
+) -> Float32[Array, "B R"]:
     """Forward KL(teacher || student) between predictions at positions of two contexts, in nats.
 
     The KL is over the full vocabulary.

@@ -119,12 +119,12 @@ def test_gen_image_contexts(goldens, drawing, whole_model, tokenizer):
         [contexts[name] for name in settings.branches], grid, whole_model, tokenizer, settings
     )
     positions = conditioning.positions
-    equal(positions.ids[positions.real], tensors["packed_vae_position_ids"])
+    equal(positions.table_ids[positions.real], tensors["packed_vae_position_ids"])
     for r, name in enumerate(BRANCHES):
         length = facts[name]["kv_len"]
         assert (packed.length[r], packed.next_rope_position[r]) == (length, facts[name]["rope"])
         rope = tensors["packed_position_ids" if name == "cond" else f"{name}_position_ids"]
-        equal(np.full(positions.real.sum() + 2, conditioning.rope[r]), rope)
+        equal(np.full(positions.real.sum() + 2, conditioning.rope_position[r]), rope)
         used = packed.segment[r] > 0
         places = packed.latents.order[r, used]
         for match, wanted in matching(tensors, rf"([kv])_(?:layer(\d+)|last)_{name}"):

@@ -663,7 +663,7 @@ def test_steps_do_not_copy_the_cache(guided):
     rows, slots, keys = 3 if guided else 1, 2048, 2048 + 2 + 4
     conditioning = flow.Conditioning(
         segment=struct(rows, keys),
-        rope=struct(rows),
+        rope_position=struct(rows),
         positions=flow.LatentPositions(struct(1, 4), struct(1, 4, dtype=bool)),
         context_size=slots,
     )
@@ -688,7 +688,7 @@ def test_steps_do_not_copy_the_cache(guided):
 
 def test_latent_positions():
     positions = flow.latent_positions([(2, 3), (1, 1), (6, 1)], 7, 6)
-    ids, real = positions.ids, positions.real
+    ids, real = positions.table_ids, positions.real
     assert ids.tolist() == [[0, 1, 2, 6, 7, 8, 0], [0] * 7, [0, 6, 12, 18, 24, 30, 0]]
     assert real.sum(axis=1).tolist() == [6, 1, 6] and (np.diff(real.astype(int)) <= 0).all()
     assert ids.dtype == np.int32 and real.dtype == bool
