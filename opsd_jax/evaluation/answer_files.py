@@ -59,7 +59,7 @@ def write(
         os.remove(path)
     overviews = []
     for n, ((images, text), answer) in enumerate(zip(questions, answers)):
-        # The keys "picture" and "drawing" are those of earlier versions, whose files `earlier` reads.
+        # "picture" and "drawing" are the keys of earlier versions, whose files `earlier` reads.
         steps, count = [], 0
         for part in answer.parts:
             if isinstance(part, str):
