@@ -147,9 +147,7 @@ def test_it_generates_images_when_the_text_asks_and_stops_when_it_does_not(model
 
 
 def test_text_only_answers_generate_no_image(model):
-    (answer,) = run(
-        saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")], generation=False
-    )
+    (answer,) = run(saying(model, "<image_start>"), [([picture(0, 16, 16)], "what?")])
     assert answer.parts == ["<image_start>"]
 
 
