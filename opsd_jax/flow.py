@@ -187,10 +187,11 @@ def prefill(
         [contexts.segment, jnp.ones((count, 2), jnp.int32), real.astype(jnp.int32)], axis=1
     )
     cache = bagel.init_cache(count, size + 2 + tokens, config=config)
-    _, cache = bagel.read(
+    _, written = bagel.read(
         params, contexts, config=config, cache=cache, key_segment=segment.at[:, size:].set(0)
     )
-    return Conditioning(segment, contexts.next_rope_position, positions, size), cache
+    assert written is not None  # a cache was given
+    return Conditioning(segment, contexts.next_rope_position, positions, size), written
 
 
 def velocities(
@@ -227,7 +228,7 @@ def velocities(
     # One query represents all: they share their rope position and see the same keys, so the mask
     # is [R * B, 1, keys].
     limit, segment = jnp.full((count, 1), keys), jnp.ones((count, 1), jnp.int32)
-    hidden, cache = bagel.forward(
+    hidden, written = bagel.forward(
         params,
         block,
         conditioning.rope_position[:, None],
@@ -237,8 +238,9 @@ def velocities(
         offset=conditioning.context_size,
         latents=tokens,
     )
+    assert written is not None  # a cache was given
     velocity = bagel.velocity(params, hidden[:, 2:], config=model)
-    return velocity.reshape(count // batch, *x.shape), cache
+    return velocity.reshape(count // batch, *x.shape), written
 
 
 @sharding.on_mesh
