@@ -29,6 +29,7 @@ from opsd_jax.run import (
     cli,
     controls,
     report_table,
+    run_page,
     samples,
     stage_table,
     start,
@@ -99,8 +100,17 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     with controls.Arms(config.run_arms, workdir, sys.argv[1:]) as arms:
         _train(config, workdir, workdir, arms.start)
         arms.finish()
-    if config.run_arms:
-        print(report_table.write(workdir, config.run_arms))
+    if jax.process_index() == 0:
+        _report(config, workdir)
+
+
+def _report(config: ConfigDict, workdir: str) -> None:
+    """Writes the table and the page of a finished run; prints the table and, last, the path."""
+    scores = {}
+    if "opsd" in config.stages and config.eval.final_split:
+        scores = report_table.collect(workdir, config.run_arms)
+        print(report_table.write(workdir, scores))
+    print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
 
 
 def _stop(number, frame) -> None:

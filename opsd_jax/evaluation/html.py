@@ -67,6 +67,12 @@ def note(content: str) -> str:
     return f'<p class="note">{_spans(content)}</p>'
 
 
+def links(entries: Sequence[tuple[str, str]]) -> str:
+    """A list of links: (text, address), the address relative to the page."""
+    items = [f'<li><a href="{text(address)}">{text(name)}</a></li>' for name, address in entries]
+    return f"<ul>{''.join(items)}</ul>"
+
+
 def text(value: object) -> str:
     """A value as escaped text, for contents and attributes.
 

@@ -1,7 +1,7 @@
 """The table of a run and its control arms, W/report.md and W/report.json."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
@@ -31,11 +31,8 @@ _HEADER = (
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
 
 
-def write(workdir: str, arms: Sequence[str]) -> str:
-    """Writes the table of a run and its control arms, and returns it as text.
-
-    A text-only accuracy is shown with that of the same weights given the true visual thoughts, if
-    the final evaluation measured it: training changes how well a model reads them.
+def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
+    """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
 
     Raises:
       FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
@@ -49,6 +46,15 @@ def write(workdir: str, arms: Sequence[str]) -> str:
     shown["OPSD, text only"] = _trained_scores(workdir)
     for arm in arms:
         shown[f"arm {arm}, text only"] = _trained_scores(run_folder.arm(workdir, arm))
+    return shown
+
+
+def write(workdir: str, shown: Mapping[str, Scores]) -> str:
+    """Writes W/report.md and W/report.json from what `collect` returned, and returns the table.
+
+    An accuracy without visual thoughts is shown with that of the same weights given the true ones,
+    if the final evaluation measured it: training changes how well a model reads them.
+    """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
     text = "\n".join(lines) + "\n"

@@ -82,9 +82,9 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
 def write_rollouts(run: Session, step: FinishedStep) -> None:
     """What the student wrote for the first examples, their images, and the divergence by position.
 
-    At the first step of a process, and every config.log.samples_every steps.
+    At the first step of a process, at the last one, and every config.log.samples_every steps.
     """
-    if not (step.number == step.begin + 1 or step.is_sampled(run)):
+    if not (step.number in (step.begin + 1, step.stage.last) or step.is_sampled(run)):
         return
     if jax.process_count() > 1:  # examples of other hosts are not on this one
         return

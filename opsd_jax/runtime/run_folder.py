@@ -8,6 +8,7 @@ W/eval/<step>-<name>/          predictions.jsonl, summary.json, report.html of a
 W/diagnose/<name>/             summary.json, report.html of an analysis
 W/data/                        prepared data, unless config.data.dir names a folder
 W/time.json                    where the time went
+  W/report.html                  the page of the run: result, curves, samples
   W/report.md  W/report.json     the table of the run and its arms
 W/xla_cache/                   compiled programs, unless JAX_COMPILATION_CACHE_DIR is set
 """
@@ -42,6 +43,11 @@ def time(workdir: str) -> str:
 def report(workdir: str) -> str:
     """File of the table of the run and its control arms."""
     return os.path.join(workdir, "report.md")
+
+
+def page(workdir: str) -> str:
+    """File of the page of the run."""
+    return os.path.join(workdir, PAGE)
 
 
 def report_data(workdir: str) -> str:

@@ -1,0 +1,261 @@
+"""The page of a run, W/report.html: what it learned, as a table, curves and sampled answers.
+
+It is made from the files of the run and of its control arms alone, so it can be made at any time.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax.data.workdir import load_config
+from opsd_jax.evaluation import charts, html, results
+from opsd_jax.evaluation.contexts import Selection
+from opsd_jax.inputs import json_files
+from opsd_jax.run import session as session_lib
+from opsd_jax.run.report_table import Scores
+from opsd_jax.runtime import files, metrics, run_folder
+
+Points = list[tuple[float, float]]
+
+_MOST_SAMPLES = 12  # of wrong answers, and of right ones
+_FEW = 200  # a test split of fewer examples, or a stage of fewer steps, says little
+_MEANING = (
+    "**With visual thoughts**: the model is given the images of the intermediate steps. **Text "
+    "only**: it is not; it always sees the problem image and the question. **Arms** are controls: "
+    "the same training from the same weights, except that the teacher sees something else "
+    "(**noise**; **image**, the problem once more; **swap**, another example's visual thoughts; "
+    "**none**, nothing), or that the objective is another one (**sft**, **offline**). What visual "
+    "thoughts teach is the lift of OPSD over these arms. **KL to teacher** compares the starting "
+    "teacher, with visual thoughts, with the student, without, on reference traces, before and "
+    "after training; **closure** is the share of it that training removed, and it is negative "
+    "where the student moved away. Intervals hold 95 % (Wilson) and say nothing about other seeds."
+)
+
+
+def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str:
+    """Writes W/report.html and returns its path.
+
+    Args:
+      shown: what `report_table.collect` returned; {} for a run without a final evaluation.
+      arms: control arms of the run that are done.
+    """
+    config = load_config(workdir)
+    folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
+    parts = _result(shown, config) if shown else []
+    parts += _curves(folders, config)
+    if "opsd" in config.stages:
+        first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
+        parts += _divergence(workdir, first, last)
+        if shown:
+            parts += _samples(workdir, last, config.eval.final_split)
+    parts += [*_seconds(folders), *_pages(workdir)]
+    name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
+    files.write(path, html.page(f"Run {name}", *parts))
+    return path
+
+
+def _verdict(shown: Mapping[str, Scores], config: ConfigDict) -> str:
+    """What the numbers say, in sentences, one paragraph per task."""
+    sentences = []
+    for task, trained in shown["OPSD, text only"].items():
+        parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
+        if with_thoughts := shown.get("teacher: start, with visual thoughts", {}).get(task):
+            parts.append(f"The teacher answers {_percent(with_thoughts)} with visual thoughts.")
+        if before := shown.get("start, text only", {}).get(task):
+            parts.append(
+                f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
+                "after."
+            )
+        controls = [
+            f"{name.removeprefix('arm ').removesuffix(', text only')} {_percent(tasks[task])}"
+            for name, tasks in shown.items()
+            if name.startswith("arm ")
+        ]
+        if controls:
+            parts.append(f"Control arms: {', '.join(controls)}.")
+        if trained["n"] < _FEW or config.opsd.steps < _FEW:
+            parts.append(
+                "**These numbers say little**: this run is there to see that everything works "
+                f"({config.opsd.steps} OPSD steps, {trained['n']} examples)."
+            )
+        sentences.append(" ".join(parts))
+    return "\n".join(sentences)
+
+
+def _result(shown: Mapping[str, Scores], config: ConfigDict) -> list[str]:
+    """Accuracies with their intervals: in words, as a chart and as a table."""
+    rows = [(who, task, b) for who, tasks in shown.items() for task, b in tasks.items()]
+    several = len({task for _, task, _ in rows}) > 1
+    bars = [
+        (
+            f"{who} ({task})" if several else who,
+            100 * b["overall"],
+            *(100 * limit for limit in b["interval_95"]),
+        )
+        for who, task, b in rows
+    ]
+    columns = ["answers of", "task", "accuracy %", "with true visual thoughts %", "n", "tokens"]
+    columns += ["KL before", "KL after", "closure %"]
+    cells = [
+        [
+            who,
+            task,
+            100 * b["overall"],
+            100 * b["real"]["overall"] if "real" in b else None,
+            b["n"],
+            b["mean_output_tokens"],
+            b.get("kl_before"),
+            b.get("kl"),
+            100 * b["closure"] if "closure" in b else None,
+        ]
+        for who, task, b in rows
+    ]
+    return [
+        html.paragraph(_verdict(shown, config)),
+        charts.intervals(bars),
+        html.table(columns, cells, texts=2),
+        html.note(_MEANING),
+    ]
+
+
+def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
+    """Loss of each stage; accuracy and length of the samples in the OPSD stage, and of the arms.
+
+    Args:
+      folders: {"run": W, "arm NAME": W/arms/NAME, ...}.
+    """
+    series: dict[str, dict[str, dict[str, Points]]] = {}  # {stage: {key: {name: points}}}
+    starts = {stage: config_lib.start_of(config, stage) for stage in config.stages}
+    for name, folder in folders.items():
+        for row in metrics.read(run_folder.metrics(folder)):
+            step = row["step"] - (starts.get(row["stage"], 0) if name == "run" else 0)
+            for key, value in row.items():
+                # An arm of another stage is compared with OPSD, except for its loss.
+                stage = row["stage"] if name == "run" or key == "loss" else "opsd"
+                if isinstance(value, int | float):
+                    of_stage = series.setdefault(stage, {}).setdefault(key, {})
+                    of_stage.setdefault(name, []).append((step, value))
+    parts = [html.heading("Curves")]
+    for stage, found in series.items():
+        for key, title, unit, scale in _charts_of(found):
+            lines = {
+                name: [(step, scale * value) for step, value in points]
+                for name, points in found[key].items()
+            }
+            parts += [
+                html.heading(f"{title}, stage {stage}", 3),
+                charts.lines(lines, x="step of the stage", y=unit),
+            ]
+    return parts
+
+
+def _charts_of(found: Iterable[str]) -> list[tuple[str, str, str, float]]:
+    """(metric, title, unit, factor) of the charts of a stage that has these metrics."""
+    accuracies = [key for key in found if key.startswith("eval/") and key.endswith("/none")]
+    wanted = [
+        (key, f"Accuracy on {key.split('/')[1]}, text only", "accuracy in %", 100.0)
+        for key in accuracies
+    ]
+    wanted += [
+        ("loss", "Loss", "loss", 1.0),
+        ("completion_len", "Length of the student's samples", "tokens", 1.0),
+    ]
+    return [chart for chart in wanted if chart[0] in found]
+
+
+def _divergence(workdir: str, start: int, last: int) -> list[str]:
+    """Divergence along the student's samples, of the first and the last step that were kept."""
+    kept: dict[str, Points] = {}
+    for step in (start + 1, last):
+        path = os.path.join(run_folder.samples(workdir, step), "jsd-by-position.txt")
+        if os.path.exists(path):
+            kept[f"step {step - start}"] = [(n, y) for n, y in np.loadtxt(path, ndmin=2)]
+    if not kept:
+        return []
+    return [
+        html.heading("Divergence along the answer"),
+        html.note("Mean divergence between teacher and student at each token of the samples."),
+        charts.lines(kept, x="token of the answer", y="divergence in nats"),
+    ]
+
+
+def _samples(workdir: str, last: int, split: str) -> list[str]:
+    """Answers of the trained student to a split with their images, wrong ones first."""
+    folder = run_folder.evaluation(workdir, run_folder.evaluation_name(last, "none"))
+    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as file:
+        predictions = [json.loads(line) for line in file]
+    session = session_lib.open_run(workdir)
+    selection = Selection(session.examples(split), session.packer, session.mesh, batch_size=1)
+    items = []
+    for hit in (False, True):
+        chosen = [p for p in predictions if bool(p["hit"]) == hit]
+        items += [_sample(p, selection) for p in chosen[:_MOST_SAMPLES]]
+    wrong = sum(not p["hit"] for p in predictions)
+    return [
+        html.heading("Answers of the trained student, text only"),
+        html.note(
+            f"{len(items)} of {len(predictions)} test examples: up to {_MOST_SAMPLES} of the "
+            f"{wrong} wrong answers, then right ones. The student sees the problem image; the "
+            "visual thoughts are shown for comparison. An answer that differs from the expected "
+            "one can be right where several are, as for paths in a maze."
+        ),
+        html.samples(items),
+    ]
+
+
+def _sample(prediction: dict, selection: Selection) -> html.Sample:
+    """An answer with its images."""
+    source, n = selection.tasks.index(prediction["benchmark"]), prediction["index"]
+    shown = [
+        html.image(image, size=160, caption=caption.removesuffix(" (real)"))
+        for caption, image in selection.shown_images(source, n, "real")
+    ]
+    example = selection.examples.sources[source][n]
+    return html.Sample(
+        title=f"{prediction['benchmark']} {prediction['pid']}",
+        hit=bool(prediction["hit"]),
+        parts=[
+            html.row(*shown),
+            html.paragraph(example.question),
+            html.paragraph(prediction["prediction"]),
+        ],
+        note=f"expected {prediction['expected']}; {prediction['tokens']} tokens",
+    )
+
+
+def _seconds(folders: Mapping[str, str]) -> list[str]:
+    """Where the time of the run and of its arms went, in seconds."""
+    times = {
+        name: json_files.read(run_folder.time(path), fix="delete it")
+        for name, path in folders.items()
+        if os.path.exists(run_folder.time(path))
+    }
+    phases = list(dict.fromkeys(phase for time in times.values() for phase in time))
+    cells = [[phase, *(time.get(phase) for time in times.values())] for phase in phases]
+    return [
+        html.heading("Where the time went"),
+        html.table(["phase, seconds", *times], cells),
+        html.note(
+            "The last command of each; arms run beside the run where there are cores for it."
+        ),
+    ]
+
+
+def _pages(workdir: str) -> list[str]:
+    """Links to the pages of the run's evaluations and analyses."""
+    found = []
+    for folder in (run_folder.evaluations(workdir), run_folder.diagnosis(workdir, "")):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        for name in names:
+            page = os.path.join(folder, name, run_folder.PAGE)
+            if os.path.exists(page):
+                found.append((name, os.path.relpath(page, workdir)))
+    return [html.heading("More pages"), html.links(found)] if found else []
+
+
+def _percent(scores: dict) -> str:
+    return f"{results.percent({'unit': 'fraction', **scores}):.1f} %"
