@@ -63,10 +63,7 @@ def main(argv) -> None:
     --verbosity=1 adds the traceback.
     """
     cli_lib.start()
-    # Orbax and TFDS log a lot: a run's terminal shows the lines of this package, and warnings.
-    logging.get_absl_handler().addFilter(
-        lambda record: "opsd_jax" in record.pathname or record.levelno >= 30
-    )
+    cli.log_plainly()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
         raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
@@ -97,7 +94,11 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     ):  # with several, JAX handles SIGTERM, and a handler set here would replace its own
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
-    with controls.Arms(config.run_arms, workdir, sys.argv[1:]) as arms:
+    steps = {
+        name: max(config_lib.stage_ends(config_lib.arm(config, name)).values())
+        for name in config.run_arms
+    }
+    with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
         _train(config, workdir, workdir, arms.start)
         arms.finish()
     if jax.process_index() == 0:
@@ -217,6 +218,8 @@ def train_stage(
     begin = stage.first if done is None else max(done, stage.first)
     if params is None and begin == stage.first:
         params = start.initial_params(run, done)
+    if begin < stage.last:
+        logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, kind.about)
 
     # Data first: what is wrong with them shows before anything is saved.
     examples = run.examples("train", generation=kind.generates)

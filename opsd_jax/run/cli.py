@@ -1,12 +1,14 @@
 """Flags of commands that take a config file."""
 
 import importlib.util
+import logging
 import os
 import re
 import sys
 import traceback
 
 from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
@@ -63,6 +65,26 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 flags.FLAGS["config"].parser = _ConfigFile()
+
+
+class _Lines(logging.Formatter):
+    """The message alone, or after its level from warnings on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + super().format(record)
+
+
+def log_plainly() -> None:
+    """A run's terminal shows the messages of this package, and warnings of all.
+
+    Orbax and TFDS log a lot; a time and a line of code before each message would hide what it says.
+    """
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(_Lines())
+    handler.addFilter(
+        lambda record: "opsd_jax" in record.pathname or record.levelno >= logging.WARNING
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

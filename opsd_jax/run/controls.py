@@ -11,13 +11,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax.runtime import run_folder
+from opsd_jax.runtime import metrics, run_folder
+from opsd_jax.runtime.progress import Progress
+
+_LOOK = 2.0  # seconds between two looks at how far an arm is
 
 
 def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict, str]:
@@ -51,13 +54,14 @@ class Arms:
     """Runs the control arms of a run as processes; a context manager: if the run stops, so do they.
 
     Args:
-      names: names of the arms, in the order in which they run.
+      steps: {name of an arm: number of its steps}, in the order in which they run.
       workdir: folder of the run.
       argv: arguments of the run's own command.
     """
 
-    def __init__(self, names: Iterable[str], workdir: str, argv: Sequence[str]):
-        self._queue, self._workdir, self._argv = collections.deque(names), workdir, argv
+    def __init__(self, steps: Mapping[str, int], workdir: str, argv: Sequence[str]):
+        self._steps, self._workdir, self._argv = steps, workdir, argv
+        self._queue = collections.deque(steps)
         self._worker: threading.Thread | None = None
         self._failed: list[str] = []
         self._running: set[subprocess.Popen] = set()
@@ -109,22 +113,40 @@ class Arms:
             self._run(name, cores)
 
     def _run(self, name: str, cores: list[int]) -> None:
-        """Runs one arm to its end. cores: those that it may use; [] for all."""
+        """Runs one arm to its end, with a progress bar.
+
+        cores: those that it may use; [] for all.
+        """
         path = run_folder.arm(self._workdir, name)
         os.makedirs(path, exist_ok=True)
         command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
-        shown = " ".join(command[1:])
-        print(f"arm {name}: {shown}  (log: {path}/log.txt)", file=sys.stderr, flush=True)
-        with open(os.path.join(path, "log.txt"), "a", encoding="utf-8") as log:
+        print(f"arm {name}: starts, log in {path}/log.txt", file=sys.stderr, flush=True)
+        with (
+            open(os.path.join(path, "log.txt"), "a", encoding="utf-8") as log,
+            Progress(self._steps[name], f"arm {name}") as progress,
+        ):
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             self._running.add(process)
             if cores:
                 os.sched_setaffinity(process.pid, cores)
             if self._stopped:  # while it was being started
                 process.terminate()
-            if process.wait():
+            while process.poll() is None:
+                try:
+                    process.wait(_LOOK)
+                except subprocess.TimeoutExpired:
+                    if done := _steps_done(path):
+                        progress.update(done)
+            if process.returncode:
                 self._failed.append(f"{name} (see {path}/log.txt)")
             self._running.discard(process)
+
+
+def _steps_done(workdir: str) -> int:
+    """The last step in the metrics of a run that is going on."""
+    path = run_folder.metrics(workdir)
+    records = metrics.read(path) if os.path.exists(path) else []
+    return records[-1]["step"] if records else 0
 
 
 def _half_of_cores(half: int) -> list[int]:

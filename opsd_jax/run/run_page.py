@@ -141,30 +141,33 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                     of_stage.setdefault(name, []).append((step, value))
     parts = [html.heading("Curves")]
     for stage, found in series.items():
-        for key, title, unit, scale in _charts_of(found):
+        for key, title, unit in _charts_of(stage, found):
+            # A share becomes per cent.
+            scale = 100 if key.startswith("eval/") else 1
             lines = {
                 name: [(step, scale * value) for step, value in points]
                 for name, points in found[key].items()
             }
-            parts += [
-                html.heading(f"{title}, stage {stage}", 3),
-                charts.lines(lines, x="step of the stage", y=unit),
-            ]
+            if max(map(len, lines.values())) > 1:
+                parts += [
+                    html.heading(f"{title}, stage {stage}", 3),
+                    charts.lines(lines, x="step of the stage", y=unit),
+                ]
     return parts
 
 
-def _charts_of(found: Iterable[str]) -> list[tuple[str, str, str, float]]:
-    """(metric, title, unit, factor) of the charts of a stage that has these metrics."""
-    accuracies = [key for key in found if key.startswith("eval/") and key.endswith("/none")]
-    wanted = [
-        (key, f"Accuracy on {key.split('/')[1]}, text only", "accuracy in %", 100.0)
-        for key in accuracies
+def _charts_of(stage: str, found: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(metric, title, unit) of the charts of a stage that has these metrics."""
+    charted = [
+        (key, f"Accuracy on {key.split('/')[1]}, text only", "accuracy in %")
+        for key in found
+        if key.startswith("eval/") and key.endswith("/none")
     ]
-    wanted += [
-        ("loss", "Loss", "loss", 1.0),
-        ("completion_len", "Length of the student's samples", "tokens", 1.0),
-    ]
-    return [chart for chart in wanted if chart[0] in found]
+    if "loss" in found:
+        charted.append(("loss", "Loss", "loss"))
+    if stage == "opsd" and "completion_len" in found:
+        charted.append(("completion_len", "Length of the student's samples", "tokens"))
+    return charted
 
 
 def _divergence(workdir: str, start: int, last: int) -> list[str]:

@@ -12,6 +12,7 @@ class Kind:
     """What one kind of stage does in the training loop.
 
     Attributes:
+      about: what the model learns in it, for the terminal.
       step: step function, (state, batch, *sampled, config=) -> (state, metrics).
       load: batch maker, (batches, step) -> (host arrays, prepared examples).
       sampler: what the step function reads besides the batch (see `step_inputs`).
@@ -27,6 +28,7 @@ class Kind:
       starts_arms: control arms start from the weights that the stage starts with.
     """
 
+    about: str
     step: Callable
     load: Callable
     sampler: Callable

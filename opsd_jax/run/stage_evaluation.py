@@ -97,7 +97,7 @@ class Evaluation:
             if teacher := ema_params(self.stage, state):
                 mode = contexts.mode_of_teacher(c.teacher.visual_thoughts)
                 scores |= self._accuracies(teacher, mode, "teacher")
-        logging.info("step %d: %s", step, scores)
+        logging.info("step %d, %s: %s", step, c.eval.split, _in_words(scores))
         self.run.writer.scalars(step, self.stage.name, scores)
         health.check(step, scores)
 
@@ -164,7 +164,7 @@ class Evaluation:
                 scores |= {f"kl/{task}/{k}": v for k, v in found.items() if k != "n"}
         summary_tables.write_table(run.workdir)
         run.writer.scalars(step, self.stage.name, scores)
-        logging.info("step %d, %s: %s", step, split, scores)
+        logging.info("step %d, %s: %s", step, split, _in_words(scores))
 
     def _answers(self, job: Job, mode: str, opened: evaluate_lib.Opened) -> dict:
         """The summary of `job.in_contexts`.
@@ -214,3 +214,22 @@ class Evaluation:
             primary=jax.process_index() == 0,
         )
         return found
+
+
+_WORDS = {
+    "none": "text only",
+    "none-banned": "text only with <image_start> banned",
+    "real": "with visual thoughts",
+    "teacher": "the EMA teacher",
+}
+
+
+def _in_words(scores: dict[str, float]) -> str:
+    """{"eval/maze/none": 0.5, "kl/maze/closure": 0.4} -> "maze text only 50 %, closure 40 %"."""
+    tasks: dict[str, list[str]] = {}
+    for key, score in scores.items():
+        kind, task, name = key.split("/")
+        if kind == "eval" or name == "closure":
+            share = f"{_WORDS.get(name, name)} {100 * score:.1f} %"
+            tasks.setdefault(task, []).append(share)
+    return "; ".join(f"{task} {', '.join(shares)}" for task, shares in tasks.items())

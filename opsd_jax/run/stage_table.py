@@ -22,6 +22,7 @@ FIRST_BATCH = samples.write_first_batch
 
 KINDS = {
     "autoencoder": Kind(
+        about="the autoencoder learns to compress images and to restore them",
         step=supervised.autoencoder_step,
         load=Batches.images,
         sampler=RandomKey,
@@ -29,6 +30,7 @@ KINDS = {
         generates=True,
     ),
     "warmup": Kind(
+        about="the model learns from text traces to reason with and without visual thoughts",
         step=supervised.sft_step,
         load=Batches.traces,
         sampler=Nothing,
@@ -36,6 +38,7 @@ KINDS = {
         evaluates=True,
     ),
     "warmup with image generation": Kind(
+        about="the model learns to reason, and to generate visual thoughts",
         step=supervised.image_generation_step,
         load=Batches.traces,
         sampler=RandomKey,
@@ -44,6 +47,10 @@ KINDS = {
         evaluates=True,
     ),
     "opsd": Kind(
+        about=(
+            "the student answers without visual thoughts; on its own tokens it "
+            "learns from the teacher, which sees them"
+        ),
         step=distill.update_step,
         load=Batches.opsd,
         sampler=Completions,
@@ -53,6 +60,7 @@ KINDS = {
         starts_arms=True,
     ),
     "sft": Kind(
+        about="the model learns from text traces",
         step=supervised.sft_step,
         load=Batches.traces,
         sampler=Nothing,
@@ -61,6 +69,7 @@ KINDS = {
         keeps_start=True,
     ),
     "offline": Kind(
+        about="the model learns from text traces and from stored outputs of the teacher",
         step=offline.step,
         load=teacher_cache.batch,
         sampler=Nothing,

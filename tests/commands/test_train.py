@@ -151,6 +151,13 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     ]
     jax.tree.map(np.testing.assert_array_equal, *start)
 
+    page = (tmp_path / "w" / "report.html").read_text()
+    assert done.stdout.splitlines()[-1] == f"the page of the run: {tmp_path}/w/report.html"
+    assert "arm noise" in page and page.count("<svg") >= 4
+    assert (
+        "arm noise  4/4" in done.stderr and "warmup, steps 1 to 2: the model learns" in done.stderr
+    )
+
     report = (tmp_path / "w" / "report.md").read_text()
     assert report.rstrip() in done.stdout and "where the time went" in done.stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
@@ -379,7 +386,7 @@ def fake_python(tmp_path, monkeypatch, script):
 
 def test_an_arm_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, 'echo "$@"; [ "${*##*=}" = good ]')
-    with controls_lib.Arms(["bad", "good"], str(tmp_path), ["--x"]) as controls:
+    with controls_lib.Arms({"bad": 1, "good": 1}, str(tmp_path), ["--x"]) as controls:
         with pytest.raises(
             controls_lib.ArmsFailedError,
             match=r"control arms failed: bad \(see .*arms/bad/log.txt\)$",
@@ -418,7 +425,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
         monkeypatch,
         "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
     )
-    log = tmp_path / "arms" / "a" / "log.txt"
+    log = tmp_path / "arms" / "noise" / "log.txt"
 
     def ask():
         while not (log.exists() and "ready" in log.read_text()):
@@ -432,7 +439,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(SystemExit) as ended:
-            train._run(small_run.config(run_arms=("a",)), str(tmp_path), "")
+            train._run(small_run.config(run_arms=("noise",)), str(tmp_path), "")
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -448,7 +455,10 @@ def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
         "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
     )
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that the arm runs beside this process
-    with pytest.raises(SystemExit), controls_lib.Arms(["a", "b"], str(tmp_path), []) as controls:
+    with (
+        pytest.raises(SystemExit),
+        controls_lib.Arms({"a": 1, "b": 1}, str(tmp_path), []) as controls,
+    ):
         controls.start()
         log = tmp_path / "arms" / "a" / "log.txt"
         while not (log.exists() and "ready" in log.read_text()):

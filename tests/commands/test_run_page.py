@@ -1,0 +1,85 @@
+"""The page of a run, W/report.html: its parts, and how a browser shows it."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small_run
+from opsd_jax.run import report_table, run_page
+
+pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def workdir(tmp_path, tmp_path_factory):
+    """A copy of a finished run without arms."""
+    copy = tmp_path / "w"
+    shutil.copytree(small_run.trained(tmp_path_factory), copy)
+    return copy
+
+
+def test_the_page_shows_result_curves_and_answers(workdir):
+    with open(workdir / "metrics.jsonl", "a") as file:  # one evaluation while it trained
+        row = {"step": small_run.LAST - 1, "stage": "opsd", f"eval/{small_run.TASK}/none": 0.5}
+        file.write(json.dumps(row) + "\n")
+    scores = report_table.collect(str(workdir), ())
+    page = workdir / "report.html"
+    assert run_page.write(str(workdir), scores, ()) == str(page)
+    html = page.read_text()
+    titles = re.findall(r"<h[23]>(.*?)</h[23]>", html)
+    assert titles == [
+        "Curves",
+        "Loss, stage warmup",
+        f"Accuracy on {small_run.TASK}, text only, stage opsd",
+        "Loss, stage opsd",
+        "Length of the student's samples, stage opsd".replace("'", "&#x27;"),
+        "Divergence along the answer",
+        "Answers of the trained student, text only",
+        "Where the time went",
+        "More pages",
+    ]
+    assert "These numbers say little" in html  # four steps, twenty examples
+    trained = scores["OPSD, text only"][small_run.TASK]
+    assert f"{100 * trained['overall']:.1f} % after" in html
+
+    folder = workdir / "eval" / f"{small_run.LAST:06d}-none"
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    hits = [bool(json.loads(line)["hit"]) for line in lines]
+    wrong, right = min(12, hits.count(False)), min(12, hits.count(True))
+    assert html.count("<details") == wrong + right
+    assert [mark == "hit" for mark in re.findall('<details class="(hit|miss)"', html)] == (
+        [False] * wrong + [True] * right
+    )
+    assert html.count("<img") == 2 * (wrong + right)  # the problem and one visual thought each
+    links = re.findall(r'<li><a href="(.*?)">', html)
+    assert links and all((workdir / link).exists() for link in links)
+
+
+def test_a_run_without_a_final_evaluation_has_curves(workdir):
+    run_page.write(str(workdir), {}, ())
+    html = (workdir / "report.html").read_text()
+    assert "Loss, stage opsd" in html and "<details" not in html
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page(workdir, tmp_path, width):
+    run_page.write(str(workdir), report_table.collect(str(workdir), ()), ())
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update"]
+    flags += ["--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    browse = functools.partial(subprocess.run, check=True, timeout=120, capture_output=True)
+    shot, address = tmp_path / "page.png", (workdir / "report.html").as_uri()
+    browse([CHROMIUM, *flags, f"--window-size={width},3000", f"--screenshot={shot}", address])
+    pixels = np.asarray(Image.open(shot).convert("L")).astype(int)
+    assert pixels.shape == (3000, width)
+    # Text and charts from top to bottom, and margins at both sides: nothing is wider than the page.
+    assert all(part.std() > 5 for part in np.array_split(pixels, 6))
+    assert pixels[:, :8].std() < 1 and pixels[:, -8:].std() < 1
