@@ -29,9 +29,7 @@ CHAINS, COPIES = 96, 4
 
 
 def numpy_of(trajectory):
-    return types.SimpleNamespace(
-        **{f.name: np.asarray(getattr(trajectory, f.name)) for f in dataclasses.fields(trajectory)}
-    )
+    return jax.tree.map(np.asarray, trajectory)
 
 
 def content(trajectory, row):
