@@ -432,7 +432,7 @@ def test_a_step_of_text_does_not_train_the_generation_path():
     with pytest.raises(
         ValueError, match="sft_step trains on text traces.*use image_generation_step"
     ):
-        supervised.sft_step(None, None, config=own)
+        supervised.sft_step({}, context.Supervised(*(None,) * 4), config=own)
     with pytest.raises(
         ValueError, match="trains image generation, but the model has no image-generation path"
     ):
