@@ -23,10 +23,13 @@ import numpy as np
 AnyArray = jax.Array | np.ndarray
 
 CHECKED = (
+    "opsd_jax.context",
     "opsd_jax.distill",
     "opsd_jax.divergence",
     "opsd_jax.flow",
+    "opsd_jax.images",
     "opsd_jax.interleave",
+    "opsd_jax.marker",
     "opsd_jax.model.attention",
     "opsd_jax.model.bagel",
     "opsd_jax.model.flash",
@@ -38,6 +41,8 @@ CHECKED = (
     "opsd_jax.model.vae",
     "opsd_jax.offline",
     "opsd_jax.optimizer",
+    "opsd_jax.params",
     "opsd_jax.rollout",
     "opsd_jax.supervised",
+    "opsd_jax.tokenizer",
 )

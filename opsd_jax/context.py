@@ -36,14 +36,16 @@ N completion tokens, R targets.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int, Int32
 
 from opsd_jax import images
+from opsd_jax.array_types import AnyArray
 from opsd_jax.tags import wrap_answer, wrap_thought
 
 # Official prompts, byte for byte (data/opsd_pack_builder.py; inferencer.py for the inference
@@ -373,22 +375,31 @@ def _check_fit(needs: Sizes, sizes: Sizes, name: str) -> None:
         )
 
 
-def student(tokenizer, prompts: Prompts, question, problem: Image) -> list:
+def student(
+    tokenizer, prompts: Prompts, question: str | Int[np.ndarray, " n"], problem: Image
+) -> list[Block]:
     """Blocks of the student's context (paper Eq. 2 and 6): system prompt, problem image, question.
 
     Args:
       tokenizer: encodes the texts.
       question: text, or ids int32 [n]. `prompts.suffix` is appended only to a text.
     """
-    ids = question
     if isinstance(question, str):
         ids = tokenizer.encode(question)
         if prompts.suffix:
             ids = np.concatenate([ids, tokenizer.encode(prompts.suffix)])
+    else:
+        ids = question
     return [*_prompt(tokenizer, prompts.system), problem, Text(ids)]
 
 
-def teacher(tokenizer, prompts: Prompts, question, problem: Image, visual_thoughts) -> list:
+def teacher(
+    tokenizer,
+    prompts: Prompts,
+    question: str | Int[np.ndarray, " n"],
+    problem: Image,
+    visual_thoughts: Iterable[Image | None],
+) -> list[Block]:
     """Blocks of the teacher's context (paper Eq. 1 and 5).
 
     They are the student's blocks, then the intro, the visual thoughts in order (None entries are
@@ -409,8 +420,12 @@ def _prompt(tokenizer, text):
 
 
 def replace_visual_thoughts(
-    mode: str, problem: Image, own, other, rng: np.random.Generator | None
-) -> list:
+    mode: str,
+    problem: Image,
+    own: Iterable[Image | None],
+    other: Iterable[Image | None],
+    rng: np.random.Generator | None,
+) -> list[Image]:
     """The visual thoughts that the teacher gets in a mode of `VISUAL_THOUGHTS`.
 
     real: those of the example, `own`.
@@ -421,20 +436,20 @@ def replace_visual_thoughts(
     none: no image. Intro and transition remain.
 
     Args:
-      own, other: lists of Image. None entries are skipped.
-      rng: only noise needs it.
+      own, other: images. None entries are skipped.
+      rng: needed in mode "noise" only.
     Raises:
       ValueError: an unknown mode.
     """
-    own = [vt for vt in own if vt is not None]
+    mine = [vt for vt in own if vt is not None]
     if mode == "real":
-        return own
+        return mine
     if mode == "noise":
-        return [Image(rng.standard_normal(vt.patches.shape, np.float32), vt.grid) for vt in own]
+        return [Image(rng.standard_normal(vt.patches.shape, np.float32), vt.grid) for vt in mine]
     if mode == "swap":
         return [vt for vt in other if vt is not None]
     if mode == "image":
-        return [problem for _ in own]
+        return [problem for _ in mine]
     if mode == "none":
         return []
     raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
@@ -446,8 +461,14 @@ def text_trace(full_text_only_thought: str, answer: str) -> str:
 
 
 def interleaved(
-    tokenizer, prompts: Prompts, question, problem: Image, thoughts, visual_thoughts, answer: str
-) -> list:
+    tokenizer,
+    prompts: Prompts,
+    question: str | Int[np.ndarray, " n"],
+    problem: Image,
+    thoughts: Sequence[str],
+    visual_thoughts: Iterable[Image],
+    answer: str,
+) -> list[Block]:
     """Blocks of an interleaved trace as the base model was trained on: text, image, text, ...
 
     Round i is `<think>t_i</think><image_start>`, then the image, then the next round, which starts
@@ -595,7 +616,14 @@ class Completion:
     mask: jax.Array
 
 
-def completion(tokens, mask, *, bos: int, eos: int, eos_label=True) -> Completion:
+def completion(
+    tokens: Int[AnyArray, "B N"],
+    mask: Bool[AnyArray, "B N"],
+    *,
+    bos: int,
+    eos: int,
+    eos_label: bool | Bool[AnyArray, " B"] = True,
+) -> Completion:
     """The block of a completion after a context, with labels and mask.
 
         tokens   c1  c2  c3  -         n = 3, N = 4
@@ -619,7 +647,9 @@ def completion(tokens, mask, *, bos: int, eos: int, eos_label=True) -> Completio
     return Completion(shifted, labels, index < last[:, None])
 
 
-def following(context: Context, count: int):
+def following(
+    context: Context, count: int
+) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"], Int32[Array, "B N"]]:
     """Vectors of `count` text tokens after each sequence's context.
 
     They have the positions T .. T + count - 1 in every sequence. The gap between a shorter context
@@ -631,7 +661,7 @@ def following(context: Context, count: int):
     index = jnp.arange(count, dtype=jnp.int32)
     shape = (context.tokens.shape[0], count)
     return (
-        context.next_rope_position[:, None] + index,
+        jnp.asarray(context.next_rope_position)[:, None] + index,
         jnp.broadcast_to(context.padded_length + 1 + index, shape),
         jnp.ones(shape, jnp.int32),
     )

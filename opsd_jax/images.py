@@ -16,8 +16,10 @@ from typing import Annotated
 
 import einops
 import numpy as np
+from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import checks
 
 LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, the size above which Pillow warns
@@ -101,7 +103,7 @@ VAE = Resize(stride=16, max_size=1024, min_size=512, max_pixels=14 * 14 * 9 * 10
 covers 8 pixels and a latent token 2 latents along each side."""
 
 
-def open_rgb(data, *, transparency: str = "white"):
+def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
     """A Pillow RGB image of encoded bytes, a path, or a uint8 array [H, W, 3].
 
     As in the official code, the EXIF orientation is ignored, the first frame of an animation is
@@ -126,11 +128,10 @@ def open_rgb(data, *, transparency: str = "white"):
                 f"{list(data.shape)}: convert it to 8-bit RGB"
             )
         return Image.fromarray(data)
+    source: str | io.BytesIO
     if isinstance(data, bytes):
-        name, source = (
-            f"an image of {len(data):,} bytes that begin with {data[:12]!r}",
-            io.BytesIO(data),
-        )
+        name = f"an image of {len(data):,} bytes that begin with {data[:12]!r}"
+        source = io.BytesIO(data)
     elif isinstance(data, (str, os.PathLike)):
         name = source = os.fspath(data)
     else:
@@ -139,6 +140,7 @@ def open_rgb(data, *, transparency: str = "white"):
             "replace it or leave the row out"
         )
     try:
+        image: Image.Image
         with Image.open(source) as image:
             if image.width * image.height > LARGEST:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
@@ -165,7 +167,7 @@ def open_rgb(data, *, transparency: str = "white"):
         ) from e
 
 
-def resize(image, rule: Resize, num_images: int = 1) -> np.ndarray:
+def resize(image: Image.Image, rule: Resize, num_images: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """A Pillow RGB image resized with the bicubic filter: uint8 [H, W, 3].
 
     Args:
@@ -206,7 +208,9 @@ def vae_rule(generation) -> Resize:
     return in_proportion(VAE, generation.stride, generation.side * generation.stride, 1024)
 
 
-def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np.ndarray]:
+def two_stage(
+    image: Image.Image, vae_rule: Resize, vit_rule: Resize
+) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "h w 3"]]:
     """The two inputs that the inference pipeline makes of a Pillow RGB image.
 
         image -vae_rule-> uint8 -vit_rule-> ViT pixels
@@ -218,13 +222,13 @@ def two_stage(image, vae_rule: Resize, vit_rule: Resize) -> tuple[np.ndarray, np
     Official: inferencer.py (interleave_inference, then the transforms in bagel.py).
 
     Returns:
-      (VAE pixels, ViT pixels), uint8 [H, W, 3] each.
+      (VAE pixels, ViT pixels), uint8 [H, W, 3] and [h, w, 3].
     """
     first = Image.fromarray(resize(image, vae_rule))
     return resize(first, vae_rule), resize(first, vit_rule)
 
 
-def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+def patchify(pixels: Shaped[np.ndarray, "H W 3"], patch: int) -> Shaped[np.ndarray, "P C"]:
     """Cuts an image into square patches of p = `patch` pixels per side.
 
     Args:
@@ -244,20 +248,22 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
 
 
-def normalize(pixels):
+def normalize(pixels: Shaped[AnyArray, "*any"]) -> Shaped[AnyArray, "*any"]:
     """Pixels or patches in [-1, 1]: (x / 255 - 0.5) / 0.5 of uint8 values.
 
     Args:
       pixels: uint8 [...], of NumPy or JAX. Floats are taken as normalised and returned unchanged.
     Returns:
-      float32 [...].
+      float32 [...], or the floats.
     """
     if pixels.dtype != np.uint8:
         return pixels
     return (pixels.astype(np.float32) / 255 - 0.5) / 0.5
 
 
-def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
+def unpatchify(
+    patches: Shaped[np.ndarray, "P C"], grid: tuple[int, int], patch: int
+) -> Shaped[np.ndarray, "H W 3"]:
     """Inverse of `patchify`.
 
     Args:
@@ -273,7 +279,7 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch: int) -> np.nda
     )
 
 
-def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
+def position_ids(grid: tuple[int, int], side: int) -> Int32[np.ndarray, " P"]:
     """Ids in a position table: row * side + column (official: "extrapolate").
 
     side 10, grid 2 x 3:   0  1  2
@@ -296,7 +302,7 @@ def position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
     return (np.arange(rows)[:, None] * side + np.arange(columns)).reshape(-1).astype(np.int32)
 
 
-def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
+def interpolated_position_ids(grid: tuple[int, int], side: int) -> Int32[np.ndarray, " P"]:
     """Ids in a position table by the official alternative, "interpolate".
 
     The fractions i/rows and j/columns are sorted into `side` equal bins. They are rounded to
@@ -315,7 +321,9 @@ def interpolated_position_ids(grid: tuple[int, int], side: int) -> np.ndarray:
     return (row[:, None] * side + column).reshape(-1).astype(np.int32)
 
 
-def montage(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+def montage(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
+) -> UInt8[np.ndarray, "H W 3"]:
     """Images arranged in rows on white, for a human viewer.
 
     Args:

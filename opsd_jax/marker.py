@@ -7,8 +7,10 @@ Letters: S states, V vocabulary.
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from opsd_jax import context as context_lib
 
@@ -33,11 +35,13 @@ class Marker:
         return hash(self.digest)
 
     @classmethod
-    def build(cls, token_bytes, vocab_size: int, text: str = context_lib.MARKER) -> "Marker":
+    def build(
+        cls, token_bytes: Sequence[bytes], vocab_size: int, text: str = context_lib.MARKER
+    ) -> "Marker":
         """The automaton of `text` for a vocabulary.
 
         Args:
-          token_bytes: list of the bytes of each token, by id. Larger ids, the padding of the
+          token_bytes: bytes of each token, by id. Larger ids, the padding of the
             embedding table, have no bytes.
           vocab_size: V.
         """
@@ -56,7 +60,7 @@ class Marker:
         )
 
 
-def _automaton(pattern: bytes) -> np.ndarray:
+def _automaton(pattern: bytes) -> Int64[np.ndarray, "S 256"]:
     """Knuth-Morris-Pratt automaton as a table int64 [len + 1, 256]: next state by state and byte.
 
     The last state is never left.

@@ -17,6 +17,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opsd_jax.array_types import AnyArray
 
 # The matrices of a decoder layer that can have adapters.
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -77,12 +80,12 @@ def _vit():
         ("fc2", ("vit_mlp", "vit_embed")),
     ):
         facts += _linear(f"vit/layers/{matrix}", ("layers", *axes), "vit")
-    for norm, axes in (
+    for norm, stacked in (
         ("vit/layers/norm1", ("layers", None)),
         ("vit/layers/norm2", ("layers", None)),
         ("vit/post_norm", (None,)),
     ):
-        facts += [Fact(f"{norm}_scale", axes, "vit"), Fact(f"{norm}_bias", axes, "vit")]
+        facts += [Fact(f"{norm}_{kind}", stacked, "vit") for kind in ("scale", "bias")]
     return facts
 
 
@@ -121,7 +124,7 @@ def flatten(tree) -> dict:
 
 def unflatten(flat: dict) -> dict:
     """Inverse of `flatten`: {"a/b/c": leaf} as a nested dict."""
-    tree = {}
+    tree: dict = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
         node = tree
@@ -238,21 +241,27 @@ def understanding(params):
 
 def adapters_of(path: str) -> tuple[str, str] | None:
     """Paths of the factors (a, b) of a matrix's adapter, or None if a leaf cannot have one."""
-    pair = tuple(f"{path.removesuffix('_kernel')}_lora_{factor}" for factor in "ab")
-    return pair if path.endswith("_kernel") and find(pair[0]) else None
+    matrix = path.removesuffix("_kernel")
+    a, b = f"{matrix}_lora_a", f"{matrix}_lora_b"
+    return (a, b) if path.endswith("_kernel") and find(a) else None
 
 
-def merge_matrix(kernel, a, b, lora):
+def merge_matrix(
+    kernel: Float[AnyArray, "*any d e"],
+    a: Float[AnyArray, "*any d r"],
+    b: Float[AnyArray, "*any r e"],
+    lora,
+) -> Float[Array, "*any d e"]:
     """A matrix with its adapter added: kernel + alpha / rank * a b.
 
     The sum is computed in float32 and cast to the kernel's dtype.
 
     Args:
-      kernel: [..., in, out].
-      a, b: the adapter's factors [..., in, r] and [..., r, out].
+      kernel: [..., d, e], for inputs of size d and outputs of size e.
+      a, b: the adapter's factors [..., d, r] and [..., r, e].
       lora: LoRAConfig, which has alpha and rank.
     Returns:
-      [..., in, out].
+      [..., d, e].
     """
     product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
     return (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
@@ -284,7 +293,7 @@ def merge_lora(params, lora):
     for path, leaf in merged.items():
         pair = adapters_of(path)
         if pair and pair[0] in adapters:
-            merged[path] = merge_matrix(leaf, *(adapters[factor] for factor in pair), lora)
+            merged[path] = merge_matrix(leaf, adapters[pair[0]], adapters[pair[1]], lora)
     return unflatten(merged)
 
 

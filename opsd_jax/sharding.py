@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from opsd_jax import params as params_lib
 
@@ -214,7 +215,7 @@ def _update_program(step, config, structure, leaves):
     return jax.jit(under_mesh, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def constrain_batch(x):
+def constrain_batch(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """x [B, ...] constrained to the layout of a batch, under `mesh_context`.
 
     Returns x itself without a mesh, and where the devices do not divide B. Without the constraint

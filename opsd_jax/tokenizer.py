@@ -9,9 +9,11 @@ import functools
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, SupportsInt
 
 import numpy as np
+from jaxtyping import Int32
 
 from opsd_jax.inputs import json_files
 
@@ -51,7 +53,7 @@ class Tokenizer:
     image_end: int
 
     @functools.cached_property
-    def encode(self):
+    def encode(self) -> Callable[[str], np.ndarray]:
         """A function from a text to its ids, int32 [n], without delimiters.
 
         It keeps the ids of recent texts, because prompts and questions recur in every example, and
@@ -59,14 +61,14 @@ class Tokenizer:
         """
 
         @functools.lru_cache(maxsize=1 << 16)
-        def encode(text: str) -> np.ndarray:
+        def encode(text: str) -> Int32[np.ndarray, " n"]:
             ids = np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
             ids.setflags(write=False)
             return ids
 
         return encode
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of token ids.
 
         Bytes that are not UTF-8, for example those of an incomplete character, become U+FFFD. Ids
@@ -133,7 +135,7 @@ def _byte_alphabet() -> dict[int, str]:
     return {**{b: chr(b) for b in keep}, **{b: chr(256 + n) for n, b in enumerate(moved)}}
 
 
-def check_there(directory: str) -> list[str]:
+def check_there(directory: str | os.PathLike) -> list[str]:
     """The names of the files in a tokenizer folder.
 
     Raises:
@@ -154,7 +156,7 @@ def check_there(directory: str) -> list[str]:
     return files
 
 
-def load(directory: str, *, vocab_size: int | None = None) -> Tokenizer:
+def load(directory: str | os.PathLike, *, vocab_size: int | None = None) -> Tokenizer:
     """Reads a tokenizer folder.
 
     The folder has tokenizer_config.json, and either tokenizer.json or vocab.json and merges.txt. If

@@ -157,7 +157,7 @@ class _Completions:
 
     def __init__(self, diagnosis: Diagnosis, predictions: dict[str, list[dict]] | None):
         self._packer, self._bos = diagnosis.selection.packer, diagnosis.tokenizer.bos
-        self._ids: dict[tuple[int, int], Sequence[int]] = {}
+        self._ids: dict[tuple[int, int], Sequence[int] | np.ndarray] = {}
         self._width = 0  # positions for a completion
         if predictions is not None:
             self._ids = {

@@ -393,7 +393,9 @@ def test_visual_thought_modes(rng):
 
 
 def test_noise_is_standard_normal(rng):
-    (noise,) = context.replace_visual_thoughts("noise", None, [image(rng, (5, 5), 4000)], [], rng)
+    (noise,) = context.replace_visual_thoughts(
+        "noise", image(rng), [image(rng, (5, 5), 4000)], [], rng
+    )
     values = noise.patches.ravel()  # 100,000 of them: a standard error is 0.003
     assert abs(values.mean()) < 0.015 and abs(values.std() - 1) < 0.015
     assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.008
