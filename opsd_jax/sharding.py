@@ -158,6 +158,9 @@ class on_mesh:
 
     The mesh is that of the first argument, a tree of arrays or ShapeDtypeStructs. Inside an outer
     trace the outer context applies.
+
+    `jax.set_mesh` around every command would take fewer lines here. A call outside of it, from a
+    notebook or a test, would then run without the constraints and say nothing.
     """
 
     __wrapped__: Any  # the jitted function
