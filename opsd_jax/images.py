@@ -12,14 +12,13 @@ import dataclasses
 import io
 import os
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import einops
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import checks
 
 LARGEST = 89_478_485  # pixels: a quarter of a GiB as RGB, the size above which Pillow warns
@@ -248,11 +247,12 @@ def patchify(pixels: Shaped[np.ndarray, "H W 3"], patch: int) -> Shaped[np.ndarr
     return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
 
 
-def normalize(pixels: Shaped[AnyArray, "*any"]) -> Shaped[AnyArray, "*any"]:
+def normalize(pixels: Any) -> Any:
     """Pixels or patches in [-1, 1]: (x / 255 - 0.5) / 0.5 of uint8 values.
 
     Args:
-      pixels: uint8 [...], of NumPy or JAX. Floats are taken as normalised and returned unchanged.
+      pixels: uint8 [...] of NumPy or JAX, which this module does not import. Floats are taken as
+        normalised and returned unchanged.
     Returns:
       float32 [...], or the floats.
     """
