@@ -228,6 +228,7 @@ def test_understanding_leaves_the_rest_on_disk(golden, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shards", "dtype"),
     [("ema", 1, np.float32), ("model", 3, jnp.bfloat16), ("ema", 2, np.float16)],
@@ -1045,6 +1046,7 @@ def test_import_for_understanding(golden, understanding, capsys):
     refuses(understanding, "imported with --only=understanding", "import the release again")
 
 
+@pytest.mark.slow
 def test_import_of_other_dtype(golden, tmp_path):
     importing.import_release(
         str(golden), str(tmp_path / "a"), only="understanding", dtype="bfloat16"
@@ -1091,6 +1093,7 @@ def export(source, target, *arguments):
     return target
 
 
+@pytest.mark.slow
 def test_round_trip(golden, imported, tmp_path):
     """import, export, import: the same bits, configs and tokenizer."""
     out = export(imported, tmp_path / "out")
@@ -1104,6 +1107,7 @@ def test_round_trip(golden, imported, tmp_path):
     same(named(load.load(str(tmp_path / "again"), generation=True)[1]), read_release(golden))
 
 
+@pytest.mark.slow
 def test_round_trip_of_bfloat16(golden, tmp_path):
     """A release in bfloat16 with its autoencoder in float32, under the name ema; by a step
     folder.
@@ -1297,6 +1301,7 @@ def averaged_run(workdir, *, kept, rank=0, teacher="ema"):
     ] + [workdir]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "rank"), [("student", 0), ("ema", 0), ("ema", 2)])
 def test_the_name_of_an_export_says_whose_weights_it_holds(tmp_path, monkeypatch, kept, rank):
     """The student's as model, the teacher's averages as ema, whichever of them the checkpoint keeps
@@ -1327,6 +1332,7 @@ def test_no_averages_to_export(tmp_path, capsys, teacher):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_import_keeps_its_name(golden, imported, tmp_path, capsys):
     """It holds one file's weights, and is exported under that name alone."""
     folder = pathlib.Path(shutil.copytree(golden, tmp_path / "release"))

@@ -88,6 +88,7 @@ def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     )
 
 
+@pytest.mark.slow
 def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     steps = []
     (answer,) = run(
@@ -131,6 +132,7 @@ def saying(model, *texts):
     return dataclasses.replace(model, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("texts", "shape"),
     [
@@ -151,6 +153,7 @@ def test_text_only_answers_generate_no_image(model):
     assert answer.parts == ["<image_start>"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_go_their_own_ways(model):
     """The second row generates an image, the first one does not; the batch keeps its size."""
     questions = [([picture(0, 24, 16)], "a?"), ([picture(1, 24, 16)], "longer?")]
@@ -253,6 +256,7 @@ def command(folder, *arguments):
         )
 
 
+@pytest.mark.slow
 def test_command_generates_images(released, tmp_path, capsys):
     command(
         released,
@@ -273,6 +277,7 @@ def test_command_generates_images(released, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_command_answers_in_text_without_reading_the_generation_path(
     released, tmp_path, capsys, monkeypatch
 ):

@@ -224,6 +224,7 @@ def check(results, sizes):
     assert here["share"] <= {**MESHES, **SLOW}[sizes][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=name_of)
 def test_every_mesh_computes_the_same(results, sizes):
     check(results, sizes)

@@ -197,4 +197,6 @@ def test_runs(tmp_path, tmp_path_factory):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "question:" in result.stdout and "| arm noise, text only |" in result.stdout
     assert (workdir / "curves.png").stat().st_size > 10_000
-    assert result.stdout.count("<iframe srcdoc=") == 2  # the pages of the evaluation and diagnosis
+    assert (
+        result.stdout.count("<iframe srcdoc=") == 3
+    )  # the pages of the run, of its evaluation and diagnosis

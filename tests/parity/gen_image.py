@@ -181,6 +181,7 @@ def test_gen_image_steps(goldens, drawing, whole_model, tokenizer):
             )
 
 
+@pytest.mark.slow
 def test_gen_image_generate(goldens, drawing, whole_model, tokenizer):
     """`flow.generate`, every run from noise to pixels."""
     tensors, facts = read(goldens, "gen_image", drawing)
@@ -284,6 +285,7 @@ def train_rows(tensors, facts, whole_model):
     return [[block(n, step, k) for step, k in plan] for n in samples]
 
 
+@pytest.mark.slow
 def test_train_mse(goldens, whole_model, tokenizer):
     """Training on noised images: latents, packs, flow loss, cross entropy, gradients of their sum.
 

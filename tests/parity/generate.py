@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from opsd_jax import context as context_lib
 from opsd_jax import rollout
@@ -17,6 +18,7 @@ def prompt_blocks(tensors, tokenizer, patch):
     return context_lib.student(tokenizer, prompts, tensors["question_ids"], problem)
 
 
+@pytest.mark.slow
 def test_generate(goldens, generate, model, tokenizer):
     """`rollout.sample`: tokens, logits of every fed token, and what the image-skip rounds fed
     between.

@@ -38,6 +38,7 @@ def logits_of(role, tensors, sample):
     return tensors.get(f"{role}_logits", sample[f"{role}.logits"])
 
 
+@pytest.mark.slow
 def test_grads(goldens, grads, whole_model, tokenizer):
     """Loss and gradients of all parameters, through `distill.score` and the chunked divergence."""
     tensors, facts = read(goldens, "grads", grads)

@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from opsd_jax import context as context_lib
 from opsd_jax import distill, rollout
@@ -32,6 +33,7 @@ def trajectory(completions):
     )
 
 
+@pytest.mark.slow
 def test_opsd_steps(goldens, opsd_steps, whole_model, tokenizer):
     """`distill.update`, several optimizer steps: rate, losses, gradient norm, parameters, EMA."""
     tensors, facts = read(goldens, "opsd_steps", opsd_steps)

@@ -4,6 +4,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from opsd_jax import context as context_lib
 from opsd_jax import flow, rollout
@@ -107,6 +108,7 @@ def test_other_sizes(tmp_path):
         close(logits[r, : len(fed)], wanted, f"role {r}")
 
 
+@pytest.mark.slow
 def test_other_sizes_draw(tmp_path):
     """The same sizes, from shards: pixels to latents and back, images after three contexts."""
     tokenizer = OTHER_TOKENIZER

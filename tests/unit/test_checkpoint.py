@@ -619,6 +619,7 @@ def test_saved_on_eight_devices_restored_on_four(tmp_path):
     assert out.split() == ["True"] * 4
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_loses_nothing_complete(tmp_path):
     """A run of 100 MB saves is killed in the middle of one, three times; each start finds exact
     weights.

@@ -167,6 +167,7 @@ def by_token(values, mask):
 # ---- loss
 
 
+@pytest.mark.slow
 def test_loss_and_signals_against_numpy(case, base):
     jsd, ce, signals, mask = reference_rows(
         case, BASE, case.batch.student, case.batch.teacher, case.other
@@ -215,6 +216,7 @@ def test_token_reduction_weights_and_two_micro_steps(case):
     assert_slope(case, config, gradients(state, metrics))
 
 
+@pytest.mark.slow
 def test_four_micro_steps_with_recomputation_equal_one_batch(case, base):
     """Accumulation, remat and unrolled layers at once: none of them changes a gradient or a
     metric.

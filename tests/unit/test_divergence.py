@@ -346,6 +346,7 @@ def whole(student_hidden, student_head, teacher_hidden, teacher_head, labels, co
 
 
 # 5 and 12 do not divide 13; 99 takes everything at once.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk, settings",
     [

@@ -354,7 +354,7 @@ def test_ci_finds_the_test_command():
     assert (
         part
         and part[1].startswith("pip install -e ")
-        and part[1].endswith("&& python -m pytest -q -n 2 --dist loadfile")
+        and part[1].endswith('&& python -m pytest -q -n 2 --dist loadfile -m "not slow"')
     )
 
 

@@ -557,6 +557,7 @@ def generated_by_hand(params, scene, n, config):
     return x, guided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "guided"),
     [

@@ -177,6 +177,7 @@ def scores(positions) -> int:
     return MODEL.llm.num_layers * ROWS * MODEL.llm.num_heads * (positions + BUDGET) ** 2 * 4
 
 
+@pytest.mark.slow
 def test_the_teacher_saves_no_activations():
     """128 positions more in the student's context cost the saved activations of every layer, in the
     teacher's next to
@@ -236,6 +237,7 @@ def sampler(rows, budget):
     return program.compile(compiler_options=CODE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, budget", [(2, 512), (8, 64)])
 def test_the_sampler_holds_its_cache_once(rows, budget):
     """More tokens or more rows cost the keys and values that come with them, once. Else it is the

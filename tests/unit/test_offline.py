@@ -131,6 +131,7 @@ def updated(batch, **changes):
     return sharding.update_program(offline.step, state, config)(state, batch)
 
 
+@pytest.mark.slow
 def test_step_is_cross_entropy_plus_weighted_kl():
     batch, params = small_batch(np.random.default_rng(2)), tiny.params()
     logits = np.asarray(logits_of(params, batch.traces, tiny.MODEL))

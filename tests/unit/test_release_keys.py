@@ -33,6 +33,7 @@ def test_every_parameter_has_a_key_and_every_key_a_parameter():
         bagel_keys.key("llm/bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name", "shape"),
     [

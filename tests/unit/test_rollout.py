@@ -165,6 +165,7 @@ def crowd(sampled):
     return types.SimpleNamespace(draw=draw, packed=packed, whole=draw())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -482,6 +483,7 @@ def official_loop(draw, config, spelled):
     return completion, fed, skips, token == config.eos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "max_skips"), [(2, 1), (7, 2), (12, 0), (12, 1), (24, 5)])
 def test_image_skips_equal_the_official_loop(chain, budget, max_skips):
     config = dataclasses.replace(chain.config, max_new_tokens=budget, max_image_skips=max_skips)
