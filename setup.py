@@ -38,6 +38,7 @@ setup(
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     install_requires=core,
+    entry_points={"console_scripts": ["opsd = opsd_jax.__main__:main"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -430,7 +430,7 @@ def replace_visual_thoughts(
 
     real: those of the example, `own`.
     noise: standard normal values of the same shapes, in normalised pixel space, sampled from `rng`
-      anew in every call.
+      in every call again.
     swap: those of `other`, another example of the same task.
     image: the problem image in place of each visual thought.
     none: no image. Intro and transition remain.

@@ -169,15 +169,15 @@ class _Completions:
             self._width = 1 + max(budget - 1, *map(len, self._ids.values()))
 
     def grouped(
-        self, source: int, mine: Sequence[int], slots: int, blocks: list, layout: str
+        self, source: int, mine: Sequence[int], length: int, blocks: list, layout: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Completion tokens and the groups of all positions of a batch.
 
         Returns:
-          tokens int32 [B, N + 1]; queries and keys int32 [B, slots + N + 1], see `groups`.
+          tokens int32 [B, N + 1]; queries and keys int32 [B, length + N + 1], see `groups`.
         """
         width = self._width
-        queries, keys = (np.zeros((len(mine), slots + width), np.int32) for _ in range(2))
+        queries, keys = (np.zeros((len(mine), length + width), np.int32) for _ in range(2))
         tokens = np.zeros((len(mine), width), np.int32)
         for b, (n, own) in enumerate(zip(mine, blocks)):
             of_context = groups(self._packer, own, layout)
@@ -185,8 +185,8 @@ class _Completions:
             if width:
                 text = [self._bos, *self._ids[source, n]]
                 tokens[b, : len(text)] = text
-                queries[b, slots : slots + len(text)] = QUERIES.index("completion") + 1
-                keys[b, slots:] = KEYS.index("text") + 1
+                queries[b, length : length + len(text)] = QUERIES.index("completion") + 1
+                keys[b, length:] = KEYS.index("text") + 1
         return tokens, queries, keys
 
 

@@ -1,11 +1,13 @@
 """Flags of commands that take a config file."""
 
+import argparse
 import importlib.util
 import logging
 import os
 import re
 import sys
 import traceback
+import types
 
 from absl import flags
 from absl import logging as absl_logging
@@ -87,12 +89,38 @@ def log_plainly() -> None:
     )
 
 
+def _help(command: types.ModuleType) -> str:
+    """The options of a command and what it does, in the form that argparse gives other commands."""
+    spec = command.__spec__
+    prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own = flags.FLAGS.get_flags_for_module(command)
+    for flag in [flags.FLAGS["config"], *own]:
+        default = f" (default: {flag.value})" if flag.value not in (None, "") else ""
+        text = (flag.help + default).replace("%", "%%")  # argparse fills in % itself
+        if flag.boolean:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{flag.name}", help=text)
+    parser.add_argument(
+        "--config.KEY", metavar="VALUE", help="a setting, such as --config.opsd.steps=100"
+    )
+    return parser.format_help()
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, for `app.run`; returns the arguments that are not flags.
 
     An override of a setting that does not exist, or with a value of another type, ends the command
     with one line that names the argument.
     """
+    if not {"-h", "--help", "-help", "--h"}.isdisjoint(argv):
+        print(_help(sys.modules["__main__"]), end="")
+        sys.exit(0)
     for argument in argv:
         name, _, value = argument.partition("=")
         if name.lstrip("-") == "config":

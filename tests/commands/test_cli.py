@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from opsd_jax.__main__ import COMMANDS
 from opsd_jax.inputs import cli
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "opsd_jax"
@@ -268,3 +269,36 @@ def test_folders_that_cannot_be_written(tmp_path):
             ValueError, match=r"^--out=.*: .*/(file|gone) is not a folder: give another path"
         ):
             paths.check_writable("--out", tmp_path / place)
+
+
+def opsd(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "opsd_jax", *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_its_options_alike(command):
+    shown = opsd(command, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(f"usage: python -m opsd_jax.{command} [-h]")
+    assert ("\noptions:\n" in shown.stdout) and shown.stderr == ""
+
+
+def test_one_name_for_all_commands():
+    packages = {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
+    modules = {
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    assert set(COMMANDS) == packages | modules - {"__main__"}
+    listed = opsd().stdout
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    wrong = opsd("trian", "--workdir=w")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith(
+        "error: no command 'trian'; did you mean train? Commands: train,"
+    )
+    assert opsd("eval").returncode == 2  # arguments of its own are missing
