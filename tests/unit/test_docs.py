@@ -216,17 +216,12 @@ def test_what_the_code_knows_is_up_to_date():
 def test_every_option_of_every_command_has_a_meaning():
     text = PAGES["docs/reference/commands.md"]
     found = re.findall(r"<!-- options of (.*) -->", text)
-    assert {name.split()[0] for name in found} == set(all_commands())
+    assert {name.split()[0] for name in found} == set(COMMANDS)
     rows = [row for row in tables(text) if "option" in row]
     assert len(rows) > 50
     for row in rows:
         meaning = re.sub(r"^required; ?|\(default: .*\)", "", row["meaning"])
         assert re.search(r"\w", meaning) or row["option"] == "--batch_size", row
-
-
-def all_commands() -> list[str]:
-    """Names of the commands; tests/commands/test_cli.py holds that the list is complete."""
-    return list(COMMANDS)
 
 
 def test_a_setting_with_choices_names_them():
