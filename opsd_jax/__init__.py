@@ -1,3 +1,32 @@
-"""Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models, built for TPUs."""
+"""Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models, built for TPUs.
+
+    run = opsd_jax.open_run("W")                    settings, examples and metrics of a run
+    model = opsd_jax.load("W")                      a model that answers questions
+    answer = opsd_jax.answer(model, image, "...")   its text, and images if it generates some
+    opsd_jax.score(example, answer.text)            (answer found in the text, whether it is right)
+
+These names are imported when they are first used: `import opsd_jax` alone loads no library.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {  # {name here: (module, name there)}
+    "open_run": ("opsd_jax.run.session", "open_run"),
+    "load": ("opsd_jax.run.model", "load"),
+    "answer": ("opsd_jax.interleave", "answer"),
+    "score": ("opsd_jax.evaluation.benchmark", "is_hit"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'opsd_jax' has no attribute {name!r}")
+    module, there = _PUBLIC[name]
+    return getattr(importlib.import_module(module), there)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -175,6 +175,22 @@ def bucket(n: int, step: int = 16) -> int:
     return size
 
 
+def answer(
+    model: Reasoner,
+    image: Image.Image | Sequence[Image.Image],
+    question: str,
+    *,
+    seed: int = 0,
+    generation: ImageGeneration | None = None,
+) -> Answer:
+    """Answers one question about an image, or about several; see `reason`.
+
+    seed: decides what is sampled, unless the model's protocol decodes greedily.
+    """
+    given = [image] if isinstance(image, Image.Image) else list(image)
+    return reason(model, [(given, question)], jax.random.key(seed), generation)[0]
+
+
 def reason(
     reasoner: Reasoner,
     questions: Sequence[Question],

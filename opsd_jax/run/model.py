@@ -23,7 +23,7 @@ _LARGEST = 980  # pixels per side of an image, in the official code
 def load(
     directory: str,
     *,
-    generation: bool,
+    generation: bool = False,
     protocol: str = "",
     tokenizer: str = "",
     dtype: str = "",

@@ -71,6 +71,15 @@ class Session:
         data = shards_lib.digests(self.data_dir, self.config.data.tasks)
         return {"data": data, "tokenizer": self.tokenizer.digest}
 
+    @property
+    def page(self) -> str:
+        """Path of the run's page, W/report.html, which a finished run has."""
+        return run_folder.page(self.workdir)
+
+    def read_metrics(self) -> list[dict]:
+        """The records of metrics.jsonl, one dict per logged step."""
+        return metrics.read(run_folder.metrics(self.workdir))
+
     def preprocessor(self, *, generation: bool = False) -> Preprocessor:
         """How examples are turned into tokens and patches.
 

@@ -319,6 +319,38 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     )
 
 
+def test_bars_of_several_threads_share_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    with Progress(10, "run", file=file) as run:
+
+        def arm():
+            with Progress(5, "arm noise", file=file) as progress:
+                progress.update(5)
+
+        thread = threading.Thread(target=arm)
+        thread.start()
+        thread.join()
+        run.update(3)
+        run.close()
+        run.close()  # has no effect
+    with Progress(2, "next", file=file) as after:
+        after.update(2)
+    shown = file.getvalue()
+    assert all(text in shown for text in ("arm noise", "5/5", "run", "3/10", "next", "2/2"))
+
+
+def test_the_time_that_is_left_does_not_count_the_first_update(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with Progress(30, "run", file=file) as progress:
+        for done, at in ((10, 100.0), (20, 110.0)):  # the first ten steps also compiled
+            now[0] = at
+            progress.update(done)
+    assert [line.split()[-1] for line in file.getvalue().splitlines()] == ["?", "0:00:10"]
+
+
 # ---------------------------------------------------------------------------- time
 
 
