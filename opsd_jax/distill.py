@@ -47,7 +47,7 @@ def score(
             "a completion is scored after contexts without latents: pack them with latents=0"
         )
     inputs = bagel.embed_with_completion(params, context, completion.tokens, config=config)
-    hidden, _ = bagel.forward(params, *inputs, config=config)
+    hidden, _ = bagel.forward(params, inputs, config=config)
     return hidden[:, context.padded_length :]
 
 

@@ -230,9 +230,11 @@ def velocities(
     limit, segment = jnp.full((count, 1), keys), jnp.ones((count, 1), jnp.int32)
     hidden, written = bagel.forward(
         params,
-        block,
-        conditioning.rope_position[:, None],
-        Mask(limit, segment, conditioning.segment),
+        bagel.Embedded(
+            block,
+            conditioning.rope_position[:, None],
+            Mask(limit, segment, conditioning.segment),
+        ),
         config=model,
         cache=cache,
         offset=conditioning.context_size,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float32, Real
 from opsd_jax import params as params_lib
 from opsd_jax.array_types import AnyArray
 from opsd_jax.method_config import (
+    AutoencoderConfig,
     DistillConfig,
     ImageGenerationConfig,
     OptimConfig,
@@ -28,11 +29,13 @@ def split(params: dict, config: StageConfig) -> tuple[dict, dict]:
 
     The autoencoder is trained by its own stage only, and that stage trains nothing else.
     """
-    if isinstance(config, DistillConfig | SupervisedConfig):
-        generation = isinstance(config, ImageGenerationConfig)
-        return params_lib.partition(params, config.freeze, generation=generation)
-    frozen = {name: tree for name, tree in params.items() if name != "vae"}
-    return {"vae": params["vae"]}, frozen
+    if isinstance(config, AutoencoderConfig):
+        frozen = {name: tree for name, tree in params.items() if name != "vae"}
+        return {"vae": params["vae"]}, frozen
+    if not isinstance(config, DistillConfig | SupervisedConfig):
+        raise TypeError(f"split does not know what a stage with {type(config).__name__} trains")
+    generation = isinstance(config, ImageGenerationConfig)
+    return params_lib.partition(params, config.freeze, generation=generation)
 
 
 def init_state(params: dict, config: StageConfig) -> dict:

@@ -303,9 +303,11 @@ def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lan
     # sequence.
     hidden, cache = bagel.forward(
         params,
-        x,
-        (lanes.position + t)[:, None],
-        Mask(jnp.full((1, 1), segment.shape[1]), jnp.ones_like(t)[:, None], segment),
+        bagel.Embedded(
+            x,
+            (lanes.position + t)[:, None],
+            Mask(jnp.full((1, 1), segment.shape[1]), jnp.ones_like(t)[:, None], segment),
+        ),
         config=model,
         cache=lanes.cache,
         offset=column,

@@ -258,7 +258,7 @@ def train_stage(
     guard = CompileGuard()
     update = sharding.update_program(kind.step, state, stage.config)
     update = guard.watch("update", update, batches.schedule.num_buckets)
-    sampler = kind.sampler(run, batches, state["params"], guard)
+    sampler = kind.sampler(run, batches, guard)
     log = StageLog(run, stage, begin, guard, health)
     name, primary = os.path.basename(os.path.normpath(run.workdir)), jax.process_index() == 0
     stop.check()
@@ -266,7 +266,7 @@ def train_stage(
         for step in range(begin, stage.last):
             stop.promise = "saving after this step, then stopping"
             with clock("data"):
-                inputs = step_inputs.on_mesh(run.mesh, next(stream))
+                inputs = step_inputs.put_on_mesh(run.mesh, next(stream))
             inputs = sampler(state["params"], step, inputs)
             if step == begin:
                 logging.info("%s, first batch:\n%s", stage.name, step_inputs.shapes(inputs))

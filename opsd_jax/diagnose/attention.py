@@ -265,7 +265,7 @@ def attention_shares(
         jnp.float32(config.llm.head_dim**-0.5 if scaled else 1),
     )
     inputs = bagel.embed_with_completion(params, context, tokens, config=config)
-    sums = bagel.attention_shares(params, *inputs, groups, config=config)
+    sums = bagel.attention_shares(params, inputs, groups, config=config)
     counts = jnp.sum(groups.queries, axis=1)
     return jnp.moveaxis(sums, 0, 1) / counts[:, None, :, None]
 

@@ -131,10 +131,10 @@ class Diagnosis:
         with self.progress(self.total * len(modes), name) as bar:
             for k, mode in enumerate(modes):
 
-                def on_batch(batch: inference.Progress, done: int = k * self.total, mode=mode):
+                def on_batch(batch: inference.Answered, done: int = k * self.total, mode=mode):
                     bar.update(done + batch.done, mode=mode, **batch.shown)
 
-                results = contexts.evaluate(
+                results = contexts.answer_all(
                     params,
                     self.selection,
                     mode,

@@ -304,13 +304,13 @@ class ContextPredictor:
         return predictions
 
 
-def evaluate(
+def answer_all(
     params: dict,
     selection: Selection,
     mode: str,
     *,
     sampling: RolloutConfig,
-    on_batch: Callable[[inference.Progress], None] = lambda progress: None,
+    on_batch: Callable[[inference.Answered], None] = lambda progress: None,
     before_batch: BeforeBatch = never_stop,
 ) -> list[results_lib.Result]:
     """Greedy answers to all examples of a selection in one mode, kept in memory.

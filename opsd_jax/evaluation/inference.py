@@ -36,8 +36,8 @@ where it is known at once. `timed` measures the last two.
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """Progress of an evaluation.
+class Answered:
+    """How much of an evaluation is answered.
 
     Attributes:
       done: examples that are answered.
@@ -84,7 +84,7 @@ def answer(
     predict: Predict,
     *,
     store: Store | None = None,
-    on_batch: Callable[[Progress], None] = lambda progress: None,
+    on_batch: Callable[[Answered], None] = lambda progress: None,
     before_batch: BeforeBatch = never_stop,
 ) -> list[dict] | None:
     """Answers all batches, or those that a store lacks.
@@ -123,7 +123,7 @@ def answer(
         predictions = records[number]["predictions"]
         timed_ones[benchmark.name] += not records[number]["compiled"]
         done, hits = done + len(predictions), hits + sum(bool(p.get("hit")) for p in predictions)
-        on_batch(Progress(done, hits if all("hit" in p for p in predictions) else None))
+        on_batch(Answered(done, hits if all("hit" in p for p in predictions) else None))
     for _ in range(len(mine), -(-len(batches) // processes)):
         before_batch()  # other processes have one more batch
     if store:

@@ -8,6 +8,7 @@ V vocabulary, L layers, S columns of the cache, K kv heads, h head_dim.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,19 @@ from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
 from opsd_jax.model.masks import Mask
 from opsd_jax.model.mot import Cache
+
+
+class Embedded(NamedTuple):
+    """T embedded positions, as `forward` reads them.
+
+    x: [B, T, D]. positions: int32 [B, T], rope positions; [B, 1] if all are equal.
+    mask: which keys each query attends to. Without a cache the keys are those of the same
+      positions. With a cache they are its columns.
+    """
+
+    x: AnyArray
+    positions: AnyArray
+    mask: Mask
 
 
 def _decoder(config, latents=0):
@@ -144,13 +158,10 @@ def embed(
 
 def embed_with_completion(
     params: dict, context: Context, tokens: Int[AnyArray, "B N"], *, config: ModelConfig
-) -> tuple[Float[Array, "B _ D"], Int[Array, "B _"], Mask]:
-    """What `forward` takes for a context without latents and a completion after it.
+) -> Embedded:
+    """A context without latents and a completion after it, T + N positions.
 
-    Args:
-      context: Context of T positions. tokens: int32 [B, N], the completion.
-    Returns:
-      (x [B, T + N, D], rope positions int32 [B, T + N], Mask).
+    context: Context of T positions. tokens: int32 [B, N], the completion.
     """
     parts = [embed(params, context, config=config), embed_tokens(params, tokens, config=config)]
     vectors = zip(
@@ -159,7 +170,7 @@ def embed_with_completion(
     )
     x = jnp.concatenate(parts, axis=1)
     positions, limit, segment = (jnp.concatenate(pair, axis=1) for pair in vectors)
-    return x, positions, Mask(limit, segment, segment)
+    return Embedded(x, positions, Mask(limit, segment, segment))
 
 
 @jax.named_scope("latent")
@@ -193,21 +204,16 @@ def velocity(
 @jax.named_scope("decoder")
 def forward(
     params: dict,
-    x: Float[Array, "B T D"],
-    positions: Int[AnyArray, "B _"],
-    mask: Mask,
+    inputs: Embedded,
     *,
     config: ModelConfig,
     cache: Cache | None = None,
     offset: Int[AnyArray, ""] | int = 0,
     latents: int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """The decoder on embedded positions.
+    """The decoder on T embedded positions.
 
     Args:
-      x: [B, T, D]. positions: int32 [B, T], rope positions; [B, 1] if all are equal.
-      mask: which keys each of the T queries attends to. Without a cache the keys are those of the
-        same positions. With a cache they are its columns.
       cache: keys and values. New ones are written at columns offset .. offset + T - 1.
       latents: number of latent tokens, which are the last of the T positions.
     Returns:
@@ -215,16 +221,12 @@ def forward(
     Raises:
       ValueError: `latents` is given, but the model has no generation expert.
     """
-    return _decoder(config, latents).apply(
-        {"params": params["llm"]}, x, positions, mask, cache, offset
-    )
+    return _decoder(config, latents).apply({"params": params["llm"]}, *inputs, cache, offset)
 
 
 def attention_shares(
     params: dict,
-    x: Float[Array, "B T D"],
-    positions: Int[AnyArray, "B T"],
-    mask: Mask,
+    inputs: Embedded,
     groups: attention.Groups,
     *,
     config: ModelConfig,
@@ -232,16 +234,13 @@ def attention_shares(
     """How much groups of positions attend to groups of positions in each layer of `forward`.
 
     Args:
-      x, positions, mask: as in `forward`.
       groups: M groups of queries and N groups of keys. The scale of their scores does not change
         the attention that the decoder uses.
     Returns:
       float32 [L, B, M, N]: attention weights, averaged over heads, summed over the positions of
       both groups.
     """
-    _, _, shares = _decoder(config).apply(
-        {"params": params["llm"]}, x, positions, mask, groups=groups
-    )
+    _, _, shares = _decoder(config).apply({"params": params["llm"]}, *inputs, groups=groups)
     return shares
 
 
@@ -269,14 +268,14 @@ def read(
     segment, found = context.segment, context.latents
     mask = Mask(context.limit, segment, segment if key_segment is None else key_segment)
     if found is None:
-        return forward(params, x, context.rope_positions, mask, config=config, cache=cache)
+        inputs = Embedded(x, context.rope_positions, mask)
+        return forward(params, inputs, config=config, cache=cache)
     mask = mask._replace(key_order=extend_order(found.order, mask.key_segment.shape[1]))
     if cache is None:
         mask = mask._replace(query_noised=found.noised, key_noised=found.noised)
     count = found.tokens.shape[1]
-    return forward(
-        params, x, context.rope_positions, mask, config=config, cache=cache, latents=count
-    )
+    inputs = Embedded(x, context.rope_positions, mask)
+    return forward(params, inputs, config=config, cache=cache, latents=count)
 
 
 def extend_order(order: Int[AnyArray, "B _"], size: int) -> Int[Array, "B {size}"]:

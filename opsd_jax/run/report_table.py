@@ -11,12 +11,14 @@ from opsd_jax.runtime import files, run_folder
 Scores = dict[str, dict]
 """{task: scores}"""
 
-# Final evaluations of a run's start: their names in the table, and those of their results.
-_STARTS = {
-    "teacher: start, with visual thoughts": "real",
-    "start, text only": "none",
-    "start, text only, `<image_start>` banned": "none-banned",
-}
+# Whose answers a row of the table holds.
+TEACHER = "teacher: start, with visual thoughts"
+START = "start, text only"
+START_BANNED = "start, text only, `<image_start>` banned"
+TRAINED = "OPSD, text only"
+
+# Final evaluations of a run's start, and the names of their results.
+_STARTS = {TEACHER: "real", START: "none", START_BANNED: "none-banned"}
 _HEADER = (
     "arm",
     "task",
@@ -31,6 +33,11 @@ _HEADER = (
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
 
 
+def arm_label(name: str) -> str:
+    """Label of the row of a control arm."""
+    return f"arm {name}, text only"
+
+
 def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
 
@@ -43,9 +50,9 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
         for what, name in _STARTS.items()
         if os.path.exists(_summary_path(workdir, start, name))
     }
-    shown["OPSD, text only"] = _trained_scores(workdir)
+    shown[TRAINED] = _trained_scores(workdir)
     for arm in arms:
-        shown[f"arm {arm}, text only"] = _trained_scores(run_folder.arm(workdir, arm))
+        shown[arm_label(arm)] = _trained_scores(run_folder.arm(workdir, arm))
     return shown
 
 

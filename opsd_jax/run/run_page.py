@@ -15,6 +15,7 @@ from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import charts, html, results
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.inputs import json_files
+from opsd_jax.run import report_table
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.report_table import Scores
 from opsd_jax.runtime import files, metrics, run_folder
@@ -45,7 +46,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     config = load_config(workdir)
     folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
-    parts = _result(shown, config) if shown else []
+    parts = _result(shown, arms, config) if shown else []
     parts += _curves(folders, config)
     if "opsd" in config.stages:
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
@@ -58,23 +59,19 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     return path
 
 
-def _verdict(shown: Mapping[str, Scores], config: ConfigDict) -> str:
+def _verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
     """What the numbers say, in sentences, one paragraph per task."""
     sentences = []
-    for task, trained in shown["OPSD, text only"].items():
+    for task, trained in shown[report_table.TRAINED].items():
         parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
-        if with_thoughts := shown.get("teacher: start, with visual thoughts", {}).get(task):
+        if with_thoughts := shown.get(report_table.TEACHER, {}).get(task):
             parts.append(f"The teacher answers {_percent(with_thoughts)} with visual thoughts.")
-        if before := shown.get("start, text only", {}).get(task):
+        if before := shown.get(report_table.START, {}).get(task):
             parts.append(
                 f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
                 "after."
             )
-        controls = [
-            f"{name.removeprefix('arm ').removesuffix(', text only')} {_percent(tasks[task])}"
-            for name, tasks in shown.items()
-            if name.startswith("arm ")
-        ]
+        controls = [f"{arm} {_percent(shown[report_table.arm_label(arm)][task])}" for arm in arms]
         if controls:
             parts.append(f"Control arms: {', '.join(controls)}.")
         if trained["n"] < _FEW or config.opsd.steps < _FEW:
@@ -86,7 +83,7 @@ def _verdict(shown: Mapping[str, Scores], config: ConfigDict) -> str:
     return "\n".join(sentences)
 
 
-def _result(shown: Mapping[str, Scores], config: ConfigDict) -> list[str]:
+def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
     """Accuracies with their intervals: in words, as a chart and as a table."""
     rows = [(who, task, b) for who, tasks in shown.items() for task, b in tasks.items()]
     several = len({task for _, task, _ in rows}) > 1
@@ -115,7 +112,7 @@ def _result(shown: Mapping[str, Scores], config: ConfigDict) -> list[str]:
         for who, task, b in rows
     ]
     return [
-        html.paragraph(_verdict(shown, config)),
+        html.paragraph(_verdict(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=2),
         html.note(_MEANING),

@@ -133,8 +133,19 @@ class Session:
         return checkpoint.restore_params(checkpoint_folder, abstract, partial=partial)
 
     def for_sampling(self, params):
-        """The weights laid out for the sampler, in the dtype of the computation."""
-        return rollout.relayout_program(self.mesh, params, self.config.model.dtype)(params)
+        """The weights laid out for the sampler, in the dtype of the computation.
+
+        One program is compiled for each layout that weights come in.
+        """
+        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
+        if places not in self._relayouts:
+            dtype = self.config.model.dtype
+            self._relayouts[places] = rollout.relayout_program(self.mesh, params, dtype)
+        return self._relayouts[places](params)
+
+    @functools.cached_property
+    def _relayouts(self) -> dict:
+        return {}
 
     def checkpoint_folder(self, step: int) -> str:
         """Folder of the run's checkpoint of a step."""

@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from opsd_jax import rollout, sharding
+from opsd_jax import sharding
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
 from opsd_jax.run import evaluate as evaluate_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
@@ -29,7 +29,7 @@ class Evaluation:
     """
 
     def __init__(self, run: Session, stage: Stage, stop: StopRequest):
-        self.run, self.stage, self._stop, self._examples, self._moves = run, stage, stop, {}, {}
+        self.run, self.stage, self._stop, self._examples = run, stage, stop, {}
         c = run.config.eval
         # What cannot be evaluated shows now, not after the last step: a missing split, examples
         # that fit no bucket.
@@ -103,22 +103,14 @@ class Evaluation:
 
     def _accuracies(self, params: dict, mode: str, name: str) -> dict[str, float]:
         c = self.run.config.eval
-        results = contexts.evaluate(
-            self._for_sampling(params),
+        results = contexts.answer_all(
+            self.run.for_sampling(params),
             self._select(c.split, c.rows),
             mode,
             sampling=self.run.evaluation_sampling(),
             before_batch=self._stop.check,
         )
         return {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
-
-    def _for_sampling(self, params: dict) -> dict:
-        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
-        if places not in self._moves:  # a program each, which is compiled once
-            self._moves[places] = rollout.relayout_program(
-                self.run.mesh, params, self.run.config.model.dtype
-            )
-        return self._moves[places](params)
 
     def _modes(self) -> dict[str, tuple[str, bool]]:
         """What the final evaluation measures: {name: (mode, ban_marker)}."""
@@ -146,7 +138,7 @@ class Evaluation:
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         selection = self._select(split)
         facts = evaluate_lib.facts_of(params, selection)
-        opened = evaluate_lib.Opened(run, selection, self._for_sampling(params), facts)
+        opened = evaluate_lib.Opened(run, selection, self.run.for_sampling(params), facts)
         for name, (mode, ban_marker) in self._modes().items():
             request = Request(
                 run.workdir,

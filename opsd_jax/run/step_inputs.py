@@ -33,7 +33,7 @@ class StepInputs:
     metrics: dict = dataclasses.field(default_factory=dict)
 
 
-def on_mesh(mesh: Mesh, made: tuple) -> StepInputs:
+def put_on_mesh(mesh: Mesh, made: tuple) -> StepInputs:
     """The inputs of a batch (host arrays, examples) that a batch maker returned."""
     host, examples = made
     return StepInputs(examples, host, sharding.put_batch(mesh, host))
@@ -51,7 +51,7 @@ def shapes(inputs: StepInputs) -> str:
 class Nothing:
     """The update reads the batch alone."""
 
-    def __init__(self, run: Session, batches: Batches, params, guard: CompileGuard):
+    def __init__(self, run: Session, batches: Batches, guard: CompileGuard):
         pass
 
     def __call__(self, params, step: int, inputs: StepInputs) -> StepInputs:
@@ -61,7 +61,7 @@ class Nothing:
 class RandomKey:
     """The update uses random numbers, which depend on the run's seed and the step alone."""
 
-    def __init__(self, run: Session, batches: Batches, params, guard: CompileGuard):
+    def __init__(self, run: Session, batches: Batches, guard: CompileGuard):
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), 2)
 
     def __call__(self, params, step: int, inputs: StepInputs) -> StepInputs:
@@ -74,27 +74,25 @@ class Completions:
     A batch in which a completion is empty is replaced by one of other examples, at most
     config.rollout.empty_retries times.
 
-    params: arrays or ShapeDtypeStructs, laid out as the weights of all calls.
     guard: counts the programs that sampling compiles, one for each bucket.
     """
 
-    def __init__(self, run: Session, batches: Batches, params, guard: CompileGuard):
+    def __init__(self, run: Session, batches: Batches, guard: CompileGuard):
         self._run, self._batches = run, batches
         self._config, self._retries = run.sampling(), run.config.rollout.empty_retries
         self._sample = guard.watch("sample", rollout.sample, batches.schedule.num_buckets)
-        self._for_sampling = rollout.relayout_program(run.mesh, params, run.config.model.dtype)
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
 
     def __call__(self, params, step: int, inputs: StepInputs) -> StepInputs:
         """Samples for the batch of a step, and frees the sampler's copy of the weights."""
         with self._run.clock("sample"):
-            params = self._for_sampling(params)
+            params = self._run.for_sampling(params)
             key = jax.random.fold_in(self._key, step)
             trajectory = self._sample(params, inputs.batch.student, key, config=self._config)
             attempt = 0
             while attempt < self._retries and not _all_have_tokens(trajectory):
                 attempt += 1
-                inputs = on_mesh(self._run.mesh, self._batches.opsd(step, attempt))
+                inputs = put_on_mesh(self._run.mesh, self._batches.opsd(step, attempt))
                 trajectory = self._sample(
                     params,
                     inputs.batch.student,

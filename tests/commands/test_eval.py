@@ -534,7 +534,7 @@ def test_every_row_is_counted_once(monkeypatch):
 
     def evaluate(on_batch=lambda done: None, **selected):
         selection = contexts.Selection(rows, rows, one_device(), 2, **selected)
-        return contexts.evaluate({}, selection, "none", sampling=config, on_batch=on_batch)
+        return contexts.answer_all({}, selection, "none", sampling=config, on_batch=on_batch)
 
     results = evaluate(lambda done: told.append((done.done, done.hits)))
     assert rows.packed == [
@@ -584,7 +584,7 @@ def test_seconds_are_not_the_compilers(monkeypatch):
     config = rollout.RolloutConfig(model=None, bos=0, eos=1, marker=None, greedy=True)
     selection = contexts.Selection(rows, rows, one_device(), 2)
     for calls in (2, 3):
-        (result,) = contexts.evaluate({}, selection, "none", sampling=config)
+        (result,) = contexts.answer_all({}, selection, "none", sampling=config)
         assert sampler.calls == calls and result.timed == 2 and result.seconds > 0
 
 
@@ -688,7 +688,7 @@ def test_rows_are_answered_in_the_bucket_they_fit(trained, monkeypatch):
     assert sampling.greedy
 
     def ask(packer, mode):
-        return contexts.evaluate(params, select(packer), mode, sampling=sampling)[0].predictions
+        return contexts.answer_all(params, select(packer), mode, sampling=sampling)[0].predictions
 
     for mode in ("none", "swap", "noise", "remove"):
         sampled.clear()

@@ -101,14 +101,14 @@ def check_cache(cached, tensors, facts, config, params, tokenizer):
         cache = bagel.init_cache(1, context.padded_length + room, config=config)
         x = bagel.embed(params, context, config=config)
         mask = masks.Mask(context.limit, context.segment, segment)
-        _, prefill = bagel.forward(
-            params, x, context.rope_positions, mask, config=config, cache=cache
-        )
+        inputs = bagel.Embedded(x, context.rope_positions, mask)
+        _, prefill = bagel.forward(params, inputs, config=config, cache=cache)
         x = bagel.embed_tokens(params, tokens, config=config)
         positions, limit, own = context_lib.following(context, room)
         mask = masks.Mask(limit, own, segment.at[:, context.padded_length :].set(1))
+        inputs = bagel.Embedded(x, positions, mask)
         hidden, final = bagel.forward(
-            params, x, positions, mask, config=config, cache=prefill, offset=context.padded_length
+            params, inputs, config=config, cache=prefill, offset=context.padded_length
         )
         return prefill, final, bagel.logits(params, hidden[0])
 

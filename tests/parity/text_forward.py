@@ -35,8 +35,8 @@ def test_text_forward(goldens, model):
     @functools.partial(jax.jit, static_argnames="config")
     def run(params, tokens, positions, limit, segment, *, config):
         x = bagel.embed_tokens(params, tokens, config=config)
-        mask = masks.Mask(limit, segment, segment)
-        return bagel.forward(params, x, positions, mask, config=config)[0][0, :slots]
+        inputs = bagel.Embedded(x, positions, masks.Mask(limit, segment, segment))
+        return bagel.forward(params, inputs, config=config)[0][0, :slots]
 
     layers = matching(tensors, r"hidden\.layer(\d+)")
     assert len(layers) == config.llm.num_layers

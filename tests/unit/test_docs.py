@@ -250,7 +250,7 @@ def test_links(page):
             continue
         path, _, anchor = target.partition("#")
         path = (ROOT / page).parent / path if path else ROOT / page
-        assert path.exists(), f"{page} links to {target}, which is not there"
+        assert path.exists(), f"{page} links to {target}, which does not exist"
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert anchor in map(slug, titles), f"{page} links to {target}: no such heading"
@@ -275,7 +275,9 @@ def test_commands_and_paths_exist(page):
         is_command = spec and 'if __name__ == "__main__"' in pathlib.Path(spec.origin).read_text()
         assert is_command, f"{page}: no command python -m {module}"
     for path in re.findall(r"(?<![\w/.<>-])(?:opsd_jax|configs|tests|docs)/[\w./-]*[\w/]", text):
-        assert (ROOT / path).exists() or "NAME" in path, f"{page} names {path}, which is not there"
+        assert (ROOT / path).exists() or "NAME" in path, (
+            f"{page} names {path}, which does not exist"
+        )
     for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
         if path != "FILE":
             get_config(path)(*[arg] if arg else [])

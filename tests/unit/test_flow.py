@@ -300,9 +300,11 @@ def test_latents_need_the_generation_expert(params, mixed):
     with pytest.raises(ValueError, match="latent tokens need the generation expert"):
         bagel.forward(
             params,
-            jnp.zeros((1, 2, 32)),
-            jnp.ones((1, 2), jnp.int32),
-            masks.Mask(*jnp.ones((3, 1, 2), jnp.int32)),
+            bagel.Embedded(
+                jnp.zeros((1, 2, 32)),
+                jnp.ones((1, 2), jnp.int32),
+                masks.Mask(*jnp.ones((3, 1, 2), jnp.int32)),
+            ),
             config=tiny.MODEL,
             latents=1,
         )

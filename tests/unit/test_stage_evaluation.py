@@ -24,15 +24,15 @@ def test_an_ema_teacher_is_evaluated_in_its_own_context(monkeypatch, visual_thou
         result = types.SimpleNamespace(name="T", hits=1, predictions=[{}, {}])
         return [result]
 
-    monkeypatch.setattr(contexts, "evaluate", evaluate)
+    monkeypatch.setattr(contexts, "answer_all", evaluate)
     monkeypatch.setattr(stage_evaluation, "ema_params", lambda stage, state: "teacher")
-    monkeypatch.setattr(stage_evaluation.Evaluation, "_for_sampling", lambda self, params: params)
     found = object.__new__(stage_evaluation.Evaluation)
     found.run = types.SimpleNamespace(
         config=config,
         clock=lambda name: contextlib.nullcontext(),
         writer=types.SimpleNamespace(scalars=lambda step, stage, values: logged.update(values)),
         evaluation_sampling=lambda: None,
+        for_sampling=lambda params: params,
         packer=None,
         mesh=None,
     )
