@@ -113,8 +113,9 @@ def test_shares_in_a_model(scaled):
         jax.nn.one_hot(queries - 1, 2), jax.nn.one_hot(keys - 1, 3), jnp.float32(scale)
     )
     config = dataclasses.replace(MODEL, query_block=20)
+    inputs = bagel.Embedded(x, positions, masks.Mask(limit, segment, segment))
     found = jax.jit(functools.partial(bagel.attention_shares, config=config))(
-        params, x, positions, masks.Mask(limit, segment, segment), groups
+        params, inputs, groups
     )
     assert found.shape == (2, 2, 2, 3)
 

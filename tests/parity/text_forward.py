@@ -101,7 +101,7 @@ def test_rope_frequencies_in_bfloat16(model):
                 functools.partial(
                     bagel.forward, config=dataclasses.replace(config, rope_bfloat16=bfloat16)
                 )
-            )(params, x, np.arange(40)[None], mask)[0]
+            )(params, bagel.Embedded(x, np.arange(40)[None], mask))[0]
         )
         for bfloat16 in (False, True)
     ]

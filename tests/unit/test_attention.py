@@ -401,9 +401,8 @@ def test_nothing_as_large_as_queries_times_keys_is_made():
     params = jax.eval_shape(functools.partial(bagel.init, config=config), jax.random.key(0))
     for kind, below in (("dense", False), ("flash_interpret", True), ("flash", True)):
         run = functools.partial(bagel.forward, config=dataclasses.replace(config, attention=kind))
-        traced = jax.make_jaxpr(jax.grad(lambda p, *a: jnp.sum(run(p, *a)[0])))(
-            params, x, vector, masks.Mask(vector, vector, vector)
-        )
+        inputs = bagel.Embedded(x, vector, masks.Mask(vector, vector, vector))
+        traced = jax.make_jaxpr(jax.grad(lambda p, i: jnp.sum(run(p, i)[0])))(params, inputs)
         assert (largest(traced.jaxpr) < positions * positions / 4) == below, kind
 
 
