@@ -86,7 +86,8 @@ def get_config(arg: str = "maze"):
 
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
-        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 130, 70, 70, 70
+        c.model.llm.num_layers = c.model.unroll = 2  # half the time to compile and to train
+        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 120, 60, 60, 60
         c.eval.every = 0
         c.run_arms = ("noise",)
     if arg == "draw":
