@@ -22,11 +22,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import sharding
+from opsd_jax import config_flags, sharding
 from opsd_jax.data.batches import Batches
-from opsd_jax.inputs import cli as cli_lib
+from opsd_jax.inputs import cli
 from opsd_jax.run import (
-    cli,
     controls,
     report_table,
     run_page,
@@ -62,11 +61,11 @@ def main(argv) -> None:
     What is wrong with settings, files or data, or with the run's health, ends it with one line;
     --verbosity=1 adds the traceback.
     """
-    cli_lib.start()
-    cli.log_plainly()
+    cli.start()
+    config_flags.log_plainly()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if workdir is None or config is None:
-        raise app.UsageError("give --config=configs/mini.py and --workdir=FOLDER")
+        sys.exit("error: give --config=configs/mini.py and --workdir=FOLDER")
     try:
         _run(config, workdir, flags.FLAGS.arm)
     except (ValueError, OSError, UnhealthyRunError, controls.ArmsFailedError) as error:
@@ -304,4 +303,4 @@ def train_stage(
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags)
+    app.run(main, flags_parser=config_flags.parse_flags)

@@ -19,9 +19,9 @@ import sys
 
 from absl import app, flags
 
+from opsd_jax import config_flags  # defines --config
 from opsd_jax.inputs import cli, paths
 from opsd_jax.plan import bill, programs, table, topology
-from opsd_jax.run import cli as cli_lib  # defines --config
 from opsd_jax.runtime import distributed, files
 
 flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     cli.start()
     f = flags.FLAGS
     if f.config is None or not f.topology:
-        raise app.UsageError("give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+        sys.exit("error: give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
     try:
         if f.out:
             _check_out(f.out)
@@ -77,4 +77,4 @@ def _check_out(path: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli_lib.parse_flags)
+    app.run(main, flags_parser=config_flags.parse_flags)

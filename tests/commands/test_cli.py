@@ -39,7 +39,7 @@ def test_every_command_prepares_the_terminal_first():
                 n for n in main.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
             )
             mains[path.relative_to(PACKAGE).as_posix()] = ast.unparse(call)
-    assert len(mains) >= 8 and set(mains.values()) <= {"cli.start()", "cli_lib.start()"}, mains
+    assert len(mains) >= 8 and set(mains.values()) == {"cli.start()"}, mains
 
 
 def test_files_are_written_and_read_as_utf8():

@@ -8,14 +8,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 from opsd_jax import config as config_lib
-from opsd_jax import convert, eval, generate, redraw, train
+from opsd_jax import config_flags, convert, eval, generate, redraw, train
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import prepare
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.evaluation import answer_files
 from opsd_jax.inputs import paths
 from opsd_jax.plan import __main__ as plan
-from opsd_jax.run import cli
 from opsd_jax.runtime import checkpoint, metrics
 from opsd_jax.tasks import parquet
 
@@ -71,7 +70,7 @@ READ = {
     "plan --out": lambda p: of_flags(
         plan.main, config=config_lib.default(), topology="cpu:8", out=p
     ),
-    "train --config": lambda p: cli.parse_flags(["train", f"--config={p}"]),
+    "train --config": lambda p: config_flags.parse_flags(["train", f"--config={p}"]),
     # and functions that are called without a command
     "parquet.make_mini": lambda p: parquet.make_mini(p, families=("chart",), counts={"test": 1}),
     "visual_opsd.prepare": lambda p: prepare.prepare("s", p),

@@ -21,7 +21,7 @@ CODE = [
 ]
 
 # Modules that read command-line flags besides the commands: what several commands share.
-READS_FLAGS = {"opsd_jax.inputs.cli", "opsd_jax.run.cli"}
+READS_FLAGS = {"opsd_jax.inputs.cli", "opsd_jax.config_flags"}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -22,6 +22,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import (
     config_check,
+    config_flags,
     context,
     convert,
     distill,
@@ -36,7 +37,6 @@ from opsd_jax.data import __main__ as data
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.inputs import checks
 from opsd_jax.plan import bill, topology
-from opsd_jax.run import cli
 
 
 def refused(message: str, **changes) -> None:
@@ -519,9 +519,48 @@ def test_config_files_that_are_wrong(text, message, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit) as ended:
-        cli._ConfigFile().parse(str(path))
+        config_flags._ConfigFile().parse(str(path))
     assert ended.value.code.startswith(f"error: {path}") and message in ended.value.code
     assert "\n" not in ended.value.code
+
+
+TUPLES = [
+    (key, setting.rule)
+    for key, setting in config_lib.settings().items()
+    if isinstance(setting.default, tuple) and not key.startswith("data.buckets.")
+]
+
+
+@pytest.mark.parametrize("key, rule", TUPLES, ids=[key for key, _ in TUPLES])
+def test_a_tuple_on_the_command_line_needs_neither_brackets_nor_quotes(key, rule):
+    """--config.run_arms=noise is one arm, and --config.run_arms=noise,swap are two."""
+    words, values = ["one", "two"], ("one", "two")
+    if rule and rule.kind is not str:
+        words, values = ["1", "2"], (1, 2)
+    elif rule:
+        words = values = rule.allowed[:2]
+
+    def read(text):
+        config = config_flags.read([f"--config={small_run.MINI}", f"--config.{key}={text}"])
+        for name in key.split("."):
+            config = config[name]
+        return list(config)
+
+    assert read(words[0]) == [values[0]]
+    for text in (",".join(words), f"({', '.join(words)})", repr(tuple(values)), repr([*values])):
+        assert read(text) == [*values], text
+    assert read("()") == []
+    with pytest.raises(SystemExit, match=f"^error: --config.{key}=.*give names such as a,b, or"):
+        read("")
+
+
+def test_what_is_no_option_is_refused():
+    with pytest.raises(SystemExit, match="^error: stray: options begin with --"):
+        config_flags.read([f"--config={small_run.MINI}", "stray"])
+    with pytest.raises(SystemExit, match="^error: --config.eval.kl=maybe: give true or false$"):
+        config_flags.read([f"--config={small_run.MINI}", "--config.eval.kl=maybe"])
+    path = ["--config", str(small_run.MINI)]
+    assert config_flags.read([*path, "--config.seed", "5"]).seed == 5
 
 
 def test_plan_checks_settings_first():

@@ -1,6 +1,7 @@
-"""Flags of commands that take a config file."""
+"""The flags --config=FILE and --config.KEY=VALUE of the commands that take settings."""
 
 import argparse
+import ast
 import importlib.util
 import logging
 import os
@@ -12,14 +13,11 @@ import types
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.tuple_parser import TupleParser
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.inputs import paths
-
-config_flags.DEFINE_config_file(
-    "config", None, "File with get_config(); see configs/.", lock_config=True
-)
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -66,7 +64,37 @@ class _ConfigFile(flags.ArgumentParser):
         return config.lock()
 
 
-flags.FLAGS["config"].parser = _ConfigFile()
+class _Tuple(TupleParser):
+    """Reads a tuple as Python writes it, or its elements separated by commas: a,b."""
+
+    def parse(self, value):
+        if isinstance(value, str):
+            try:
+                ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                value = tuple(filter(None, re.split(r"[\s,]+", value.strip("()[] "))))
+                if not value:
+                    raise ValueError("give names such as a,b, or () for none") from None
+        return super().parse(value)
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
+
+
+def _define(flag_values: flags.FlagValues, argv: list[str] | None = None) -> None:
+    """Defines --config. argv: the command line that has the changes; None for the process's."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "File with get_config(); see configs/.",
+        flag_values,
+        lock_config=True,
+        sys_argv=argv,
+    )
+    flag_values["config"].parser = _ConfigFile()
+
+
+_define(flags.FLAGS)
 
 
 class _Lines(logging.Formatter):
@@ -113,7 +141,7 @@ def _help(command: types.ModuleType) -> str:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line, for `app.run`; returns the arguments that are not flags.
+    """Parses the command line, for `app.run`; returns the name of the program.
 
     An override of a setting that does not exist, or with a value of another type, ends the command
     with one line that names the argument.
@@ -121,20 +149,46 @@ def parse_flags(argv: list[str]) -> list[str]:
     if not {"-h", "--help", "-help", "--h"}.isdisjoint(argv):
         print(_help(sys.modules["__main__"]), end="")
         sys.exit(0)
-    for argument in argv:
-        name, _, value = argument.partition("=")
+    return _parse(argv, flags.FLAGS)
+
+
+def read(arguments: list[str]) -> ConfigDict:
+    """The settings that --config=FILE and --config.KEY=VALUE give, of a command without absl.
+
+    Wrong ones end the command as `parse_flags` does.
+    """
+    argv, values = ["", *arguments], flags.FlagValues()
+    _define(values, argv)
+    _parse(argv, values)
+    return values["config"].value
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = argument.partition("=")
         if name.lstrip("-") == "config":
-            _check_path("--config", value)
+            _check_path("--config", value if equals else following)
     try:
-        return flags.FLAGS(argv)
+        rest = values(argv)
+    except flags.IllegalFlagValueError as error:
+        said, reason = str(error).removeprefix("flag "), error.__context__
+        if reason and len(reason.args) > 1:  # absl's own text for a flag that is no boolean
+            said = f"{said.partition(': ')[0]}: give true or false"
+        sys.exit(f"error: {said}")
     except flags.Error as error:
-        sys.exit(f"error: {str(error).removeprefix('flag ')}")
+        sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError) as error:
         for argument in argv:
             key = re.match(r"--?(?:no)?config\.([^=]+)", argument)
             if key and key[1] not in config_lib.default_values():
                 sys.exit(f"error: {argument}: {config_check.unknown(key[1])}")
         raise error
+    if rest[1:]:
+        sys.exit(
+            f"error: {' '.join(rest[1:])}: options begin with --, settings with --config., such as "
+            "--config.opsd.steps=100"
+        )
+    return rest
 
 
 def _check_path(flag: str, path: str) -> None:
