@@ -1,4 +1,4 @@
-"""The flags --config=FILE and --config.KEY=VALUE of the commands that take settings."""
+"""The flags --config=FILE and --config.NAME=VALUE of the commands that take settings."""
 
 import argparse
 import ast
@@ -13,7 +13,6 @@ import types
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags.tuple_parser import TupleParser
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
@@ -64,18 +63,23 @@ class _ConfigFile(flags.ArgumentParser):
         return config.lock()
 
 
-class _Tuple(TupleParser):
-    """Reads a tuple as Python writes it, or its elements separated by commas: a,b."""
+class _Tuple(flags.ArgumentParser):
+    """Reads a tuple as Python writes it, or its elements separated by commas: a,b.
 
-    def parse(self, value):
-        if isinstance(value, str):
-            try:
-                ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                value = tuple(filter(None, re.split(r"[\s,]+", value.strip("()[] "))))
-                if not value:
-                    raise ValueError("give names such as a,b, or () for none") from None
-        return super().parse(value)
+    As with any other setting, the last one on the command line holds. The parser of ml_collections
+    would join them.
+    """
+
+    def parse(self, argument):
+        if not isinstance(argument, str):
+            return tuple(argument)
+        try:
+            value = ast.literal_eval(argument)
+        except (ValueError, SyntaxError):
+            value = tuple(filter(None, re.split(r"[\s,]+", argument.strip("()[] "))))
+            if not value:
+                raise ValueError("give names such as a,b, or () for none") from None
+        return tuple(value) if isinstance(value, (tuple, list, set)) else (value,)
 
 
 config_flags.register_flag_parser_for_type(tuple, _Tuple())

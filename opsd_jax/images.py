@@ -166,6 +166,22 @@ def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
         ) from e
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image in pixels, from its header: nothing is decoded.
+
+    Raises:
+      UnreadableImageError: it has no header that Pillow knows.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception as e:  # as in `open_rgb`
+        raise UnreadableImageError(
+            f"cannot read the size of an image of {len(data):,} bytes that begin with "
+            f"{data[:12]!r} ({type(e).__name__}: {e}): replace it or leave the row out"
+        ) from e
+
+
 def resize(image: Image.Image, rule: Resize, num_images: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """A Pillow RGB image resized with the bicubic filter: uint8 [H, W, 3].
 

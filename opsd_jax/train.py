@@ -221,7 +221,7 @@ def train_stage(
         logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, kind.about)
 
     # Data first: what is wrong with them shows before anything is saved.
-    examples = run.examples("train", generation=kind.generates)
+    examples = run.examples("train", generation=kind.generates, asked_by="training")
     share = sharding.local_batch_indices(run.mesh, stage.batches.size)
     batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
     evaluation = Evaluation(run, stage, stop)

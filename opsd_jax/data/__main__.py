@@ -2,16 +2,19 @@
 
   python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
+  python -m opsd_jax.data sizes --config=FILE [--config.data.dir=DIR ...]
 
 `prepare` converts parquet files in the released layout to ArrayRecord files that TFDS reads.
-`make-mini` makes the procedural tasks and prepares them.
+`make-mini` makes the procedural tasks and prepares them. `sizes` prints what the examples need of
+`config.data.buckets`, and the options to give for a run on them.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from opsd_jax import tasks
-from opsd_jax.data import procedural
+from opsd_jax import config_flags, tasks
+from opsd_jax.data import procedural, sizes
 from opsd_jax.data.prepare import prepare
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import distributed
@@ -20,8 +23,18 @@ from opsd_jax.runtime import distributed
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; errors in the data end it with one line and exit status 1."""
     cli.start()
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    settings = [argument for argument in argv if argument.startswith("--config.")]
+    args = _parser().parse_args([argument for argument in argv if argument not in settings])
     try:
+        if args.command == "sizes":
+            cli.check_number("buckets", args.buckets, 1)
+            paths.check("--workdir", args.workdir)
+            config = config_flags.read([f"--config={args.config}", *settings])
+            print(sizes.report(config, args.workdir, args.buckets))
+            return
+        if settings:
+            raise ValueError(f"{settings[0]}: settings belong to the command sizes")
         if args.command == "prepare":
             cli.check_number("limit", args.limit, 1)
             report = prepare(
@@ -81,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         help="named settings of each family",
     )
     mini.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
+    fit = commands.add_parser("sizes", help="what the examples need of config.data.buckets")
+    fit.add_argument("--config", required=True, help="file of the run's settings, see configs/")
+    fit.add_argument(
+        "--config.KEY", metavar="VALUE", help="a setting, such as --config.data.dir=DIR"
+    )
+    fit.add_argument(
+        "--workdir", default="", help="folder of the run, if its data are there (W/data)"
+    )
+    fit.add_argument(
+        "--buckets",
+        type=int,
+        default=1,
+        help="how many buckets to print: more need less padding and more compilations (default: 1)",
+    )
     return parser
 
 

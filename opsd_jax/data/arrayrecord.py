@@ -1,9 +1,8 @@
 """Random access to the prepared examples of a task. `open_source` opens a split."""
 
-import contextlib
 import operator
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def open_source(
-    directory: str | os.PathLike, split: str = "train", task: str | None = None
+    directory: str | os.PathLike,
+    split: str = "train",
+    task: str | None = None,
+    *,
+    asked_by: str = "",
 ) -> "Source":
     """Opens a prepared split.
 
@@ -25,6 +28,7 @@ def open_source(
         `prepare`.
       split: "train", or a TFDS slice such as "train[:512]", "train[10%:20%]", "train+validation".
       task: the task's name, such as "chart_refocus", in upper or lower case.
+      asked_by: the setting or flag that names the split, for messages.
 
     Raises:
       FileNotFoundError: the folder is missing, its preparation is unfinished, or a shard is missing
@@ -43,7 +47,7 @@ def open_source(
             f"{directory} holds no prepared data: make it with `{schema.PREPARE_COMMAND}`, and "
             f"give DIR/{schema.NAME}/<task>/{schema.VERSION}, or DIR and the task"
         )
-    return Source(directory, split)
+    return Source(directory, split, asked_by)
 
 
 class Source:
@@ -56,7 +60,7 @@ class Source:
       split: the split as it was given.
     """
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: Path, split: str, asked_by: str = ""):
         self.directory, self.split = directory, split
         builder = _builder(directory)
         for info in builder.info.splits.values():
@@ -67,10 +71,21 @@ class Source:
                         f"again, or run `{schema.PREPARE_COMMAND}` again, which writes damaged "
                         "files again"
                     )
-        with _split_named(directory, split):
+        try:
             self._records = builder.as_data_source(
                 split, decoders={"problem_image": RawBytes(), "reasoning_images": RawBytes()}
             )
+            len(self._records)  # raises where a slice ends before it begins
+        except (ValueError, KeyError) as error:
+            asked = f"{asked_by} asks for the split" if asked_by else "the split"
+            reason = re.split(r"Should be|See format|\n", str(error))[0].strip(" .")
+            if "0 length" in reason or "__len__" in reason:  # TFDS and Python about an empty slice
+                reason = "it holds no example"
+            raise ValueError(
+                f"{asked} {split!r} of {directory}: {reason}. The folder has the splits "
+                f"{', '.join(builder.info.splits)}: give one of them, or a part of one, such as "
+                "'train[:64]'"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -145,14 +160,3 @@ def _builder(directory: Path) -> "tfds.core.DatasetBuilder":
                 f"{directory / name} is missing or damaged ({error}): {fix}"
             ) from error
     return builder
-
-
-@contextlib.contextmanager
-def _split_named(directory: Path, split: str) -> Iterator[None]:
-    """Adds the split and its folder to the errors of TFDS, which name neither."""
-    try:
-        yield
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"split {split!r} (--split, or a setting) of {directory}: {error}"
-        ) from error

@@ -16,6 +16,7 @@ import numpy as np
 
 from opsd_jax.config import DataConfig
 from opsd_jax.context import TooLongError
+from opsd_jax.data import packing
 from opsd_jax.data.examples import Examples
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import json_files
@@ -50,17 +51,22 @@ def bucket_index(
     if index is None:
 
         def bucket_of(n: int) -> int:
-            partner = examples.partner(source, n) if visual_thoughts == "swap" else None
-            return packer.bucket(examples(source, n), visual_thoughts, partner)
+            partner = None
+            if visual_thoughts == "swap":
+                partner = examples.measured(source, examples.partner_of(source, n))
+            return packer.bucket(examples.measured(source, n), visual_thoughts, partner)
 
         with ThreadPoolExecutor(data.threads) as pool:
             index = np.fromiter(pool.map(bucket_of, range(size)), np.int32, size)
     left_out = [examples.sources[source][int(n)].pid for n in np.flatnonzero(index < 0)]
     if left_out and data.on_too_long == "fail":
+        needs = packer.needs(examples.measured(source, int(np.argmin(index))))
+        kinds = packer.too_small(needs) or ["teacher"]  # of other visual thoughts than the true
+        small = " and ".join(f"config.data.buckets.{kind}" for kind in kinds)
         raise TooLongError(
             f"{len(left_out)} examples of {task} fit no bucket, first {left_out[:5]}: enlarge "
-            "config.data.buckets, or set config.data.on_too_long=skip, which names them in "
-            "too_long.json"
+            f"{small}, or set config.data.on_too_long=skip, which names them in too_long.json. "
+            f"{packing.SIZES}"
         )
     if is_new and primary:
         with files.replacing(path) as file:

@@ -1,10 +1,11 @@
 """Prepared examples as a model needs them: question as tokens, images as patches."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -79,21 +80,41 @@ class Preprocessor:
 
     def __call__(self, example: Example) -> PreparedExample:
         """Raises images.UnreadableImageError, with the example's pid."""
-        question = self.tokenizer.encode(example.question)
-        if self.suffix:
-            question = np.concatenate([question, self.tokenizer.encode(self.suffix)])
-        try:
+        with _named(example):
             shown = [
                 images.open_rgb(data, transparency=self.transparency)
                 for data in (example.problem_image, *example.visual_thoughts)
             ]
-        except images.UnreadableImageError as error:
-            raise images.UnreadableImageError(f"example {example.pid}: {error}") from error
         problem, *thoughts = map(self._patches, shown)
         pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
-        return PreparedExample(example, question, problem, tuple(thoughts), pixels)
+        return PreparedExample(example, self._question(example), problem, tuple(thoughts), pixels)
+
+    def measured(self, example: Example) -> PreparedExample:
+        """The example with blank images, of the sizes that the model would see.
+
+        It takes no memory and little time: only the headers of the images are read. Raises
+        images.UnreadableImageError, with the example's pid.
+        """
+        with _named(example):
+            shown = [
+                images.size_of(data) for data in (example.problem_image, *example.visual_thoughts)
+            ]
+        problem, *thoughts = (self._blank_patches(*size) for size in shown)
+        pixels: tuple[np.ndarray, ...] = ()
+        if self.vae_resize:
+            pixels = tuple(
+                np.broadcast_to(np.uint8(0), (height, width, 3))
+                for width, height in (self.vae_resize(*size) for size in shown)
+            )
+        return PreparedExample(example, self._question(example), problem, tuple(thoughts), pixels)
+
+    def _question(self, example: Example) -> np.ndarray:
+        question = self.tokenizer.encode(example.question)
+        return np.concatenate(
+            [question, self.tokenizer.encode(self.suffix)] if self.suffix else [question]
+        )
 
     def question(self, example: Example) -> tuple[list[PILImage.Image], str]:
         """(RGB images, text) of an example, as a question without a context around it."""
@@ -104,6 +125,21 @@ class Preprocessor:
         pixels = images.resize(image, self.resize)
         grid = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
         return Image(images.patchify(pixels, self.patch_size), grid)
+
+    def _blank_patches(self, width: int, height: int) -> Image:
+        width, height = self.resize(width, height)
+        grid = height // self.patch_size, width // self.patch_size
+        shape = grid[0] * grid[1], 3 * self.patch_size**2
+        return Image(np.broadcast_to(np.uint8(0), shape), grid)
+
+
+@contextlib.contextmanager
+def _named(example: Example) -> Iterator[None]:
+    """Adds the example's pid to the error of an image."""
+    try:
+        yield
+    except images.UnreadableImageError as error:
+        raise images.UnreadableImageError(f"example {example.pid}: {error}") from error
 
 
 class Examples:
@@ -135,20 +171,27 @@ class Examples:
 
     @classmethod
     def open(
-        cls, data: DataConfig, folder: str, split: str, preprocess: Preprocessor
+        cls,
+        data: DataConfig,
+        folder: str,
+        split: str,
+        preprocess: Preprocessor,
+        *,
+        asked_by: str = "",
     ) -> "Examples":
         """Opens a split of a run's data.
 
         Args:
           folder: the run's data folder, see `workdir.data_dir`.
           split: "train", whose examples `data.limits` bounds, or another split or TFDS slice.
+          asked_by: the setting or flag that names the split, for messages.
         Raises:
           ValueError: a limit exceeds the data.
           ValueError, FileNotFoundError: see `arrayrecord.open_source`.
         """
         limits = data.limits if split == "train" and data.limits else [0] * len(data.tasks)
         sources = {
-            task: _open_source(folder, split, task, limit)
+            task: _open_source(folder, split, task, limit, asked_by)
             for task, limit in zip(data.tasks, limits)
         }
         return cls(sources, preprocess, data.cache_rows)
@@ -173,11 +216,19 @@ class Examples:
                 self._cache.popitem(last=False)
         return prepared
 
+    def measured(self, source: int, index: int) -> PreparedExample:
+        """The example with blank images of the right sizes, see `Preprocessor.measured`."""
+        return self.preprocess.measured(self.sources[source][index])
+
     def partner(self, source: int, index: int) -> PreparedExample:
         """Another example of the same task: the one that is half a source further on.
 
         Raises ValueError if the source has no other.
         """
+        return self(source, self.partner_of(source, index))
+
+    def partner_of(self, source: int, index: int) -> int:
+        """Index of that example."""
         size = len(self.sources[source])
         if size < 2:
             raise ValueError(
@@ -185,7 +236,7 @@ class Examples:
                 f"{self.tasks[source]} has a single example in {self.sources[source].split}: raise "
                 "its config.data.limits, or leave the task out"
             )
-        return self(source, (index + size // 2) % size)
+        return (index + size // 2) % size
 
     def check_references(self, source: int, indices: Iterable[int]) -> None:
         """Checks that a completion can match the stored answers of examples.
@@ -222,9 +273,11 @@ class Examples:
         return None
 
 
-def _open_source(folder: str, split: str, task: str, limit: int) -> arrayrecord.Source:
+def _open_source(
+    folder: str, split: str, task: str, limit: int, asked_by: str
+) -> arrayrecord.Source:
     """A split of a task, or with a `limit` above 0 its first examples."""
-    source = arrayrecord.open_source(folder, split, task=task)
+    source = arrayrecord.open_source(folder, split, task=task, asked_by=asked_by)
     if limit > len(source):
         raise ValueError(
             f"config.data.limits asks for the first {limit} examples of {task}, but {folder} holds "

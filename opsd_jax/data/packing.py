@@ -5,8 +5,9 @@ teacher's contexts, (positions, patches, targets) of traces, and (latent tokens,
 width) where images are generated. B is the number of examples in a batch.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,6 +19,17 @@ from opsd_jax.context import Block, Context, Image, Latent, PaddedImages, Sizes,
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.tokenizer import Tokenizer
+
+SIZES = (
+    "`python -m opsd_jax.data sizes`, with the same --config options, prints sizes that fit all "
+    "examples"
+)
+_SHOWN = {
+    "student": "the student's context",
+    "teacher": "the teacher's context",
+    "trace": "the trace to learn from",
+    "drawn": "the images to generate",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +164,15 @@ class Packer:
         # All batches of a stage that trains image generation hold latents, whatever the layouts are
         # in this process's part of a batch.
         latents = self.buckets.drawn[bucket][0] if examples[0].pixels else 0
-        return context_lib.supervise(
-            [self.blocks(example, layout) for example, layout in zip(examples, layouts)],
-            Sizes(*self.buckets.trace[bucket], latents=latents),
-            tokenizer=self.tokenizer,
-            side=self.side,
-            generation=self.generation,
-            names=[example.example.pid for example in examples],
-        )
+        with _setting_named("trace"):
+            return context_lib.supervise(
+                [self.blocks(example, layout) for example, layout in zip(examples, layouts)],
+                Sizes(*self.buckets.trace[bucket], latents=latents),
+                tokenizer=self.tokenizer,
+                side=self.side,
+                generation=self.generation,
+                names=[example.example.pid for example in examples],
+            )
 
     def pack(
         self,
@@ -169,13 +182,14 @@ class Packer:
         blocks: Sequence[Sequence[Block]],
     ) -> Context:
         """Contexts of the blocks of each example, in the sizes of `data.buckets.<kind>[bucket]`."""
-        return context_lib.pack(
-            blocks,
-            Sizes(*self.buckets[kind][bucket][:2]),
-            tokenizer=self.tokenizer,
-            side=self.side,
-            names=[example.example.pid for example in examples],
-        )
+        with _setting_named(kind):
+            return context_lib.pack(
+                blocks,
+                Sizes(*self.buckets[kind][bucket][:2]),
+                tokenizer=self.tokenizer,
+                side=self.side,
+                names=[example.example.pid for example in examples],
+            )
 
     def images(self, examples: Sequence[PreparedExample | None], bucket: int = -1) -> PaddedImages:
         """The images of examples for the autoencoder.
@@ -191,8 +205,8 @@ class Packer:
                 found = ", ".join(f"{x.shape[0]}x{x.shape[1]}" for x in shown)
                 raise context_lib.TooLongError(
                     f"example {example.example.pid} has images of {found} pixels, its bucket "
-                    f"{count} of {height}x{width}: enlarge data.buckets.drawn, or leave the "
-                    "example out"
+                    f"{count} of {height}x{width}: enlarge config.data.buckets.drawn, or leave the "
+                    f"example out. {SIZES}"
                 )
             for m, image in enumerate(shown):
                 pixels[b, m, : image.shape[0], : image.shape[1]] = image
@@ -214,7 +228,7 @@ class Packer:
                 raise context_lib.TooLongError(
                     f"the text trace of example {example.example.pid} has {len(ids)} tokens, the "
                     f"largest of config.data.buckets.trace has space for {width}: enlarge it, or "
-                    "set config.eval.kl to False"
+                    f"set config.eval.kl to False. {SIZES}"
                 )
             tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
         return tokens, mask
@@ -229,18 +243,29 @@ class Packer:
         The bucket has space for the true visual thoughts and for those of `mode`, which a partner
         may have larger.
         """
-        needs = self._needs(example, "real" if mode == "noise" else mode, partner)
-        for index in range(len(self.buckets.student)):
-            sizes = {kind: self.buckets[kind][index] for kind in needs}
-            if all(np.all(needs[kind][: len(sizes[kind])] <= sizes[kind]) for kind in needs):
-                return index
-        return -1
+        needs = self.needs(example, (mode,), partner)
+        indices = range(len(self.buckets.student))
+        return next((index for index in indices if not self.too_small(needs, index)), -1)
 
-    def _needs(
-        self, example: PreparedExample, mode: str, partner: PreparedExample | None
+    def too_small(self, needs: dict[str, np.ndarray], bucket: int = -1) -> list[str]:
+        """The kinds of which a bucket has less space than an example needs (`needs`)."""
+        return [kind for kind in needs if np.any(needs[kind] > self.buckets[kind][bucket])]
+
+    def needs(
+        self,
+        example: PreparedExample,
+        modes: Sequence[str] = (),
+        partner: PreparedExample | None = None,
     ) -> dict[str, np.ndarray]:
-        """{kind of buckets: sizes that the example's largest context of that kind needs}."""
-        seen = example.visual_thoughts, _shown_visual_thoughts(example, mode, partner, None)
+        """{kind of buckets: sizes that the example's largest context of that kind needs}.
+
+        The sizes are those of `config.BUCKET_SIZES`. The teacher sees the true visual thoughts, and
+        those of `modes`. Nothing of an image counts but its size.
+        """
+        seen = [example.visual_thoughts]
+        for mode in modes:
+            if mode != "noise":  # of the sizes of the true ones
+                seen.append(_shown_visual_thoughts(example, mode, partner, None))
         layouts = ["interleaved"]
         if example.example.full_text_only_thought.strip():
             layouts += ["reference", "text"]
@@ -248,8 +273,8 @@ class Packer:
             layouts.append("drawn")
         traces = [self.blocks(example, layout) for layout in layouts]
         needs = {
-            "student": _need([self.blocks(example, "student")]),
-            "teacher": _need([self.blocks(example, "teacher", images) for images in seen]),
+            "student": _need([self.blocks(example, "student")])[:2],
+            "teacher": _need([self.blocks(example, "teacher", images) for images in seen])[:2],
             "trace": _need(traces),
         }
         if example.pixels:
@@ -267,6 +292,17 @@ class Packer:
         return next(
             (n for n, sizes in enumerate(buckets) if np.all(need <= sizes[:2])), len(buckets) - 1
         )
+
+
+@contextlib.contextmanager
+def _setting_named(kind: str) -> Iterator[None]:
+    """Adds to the error of a context that is too long whose it is, the setting, and what helps."""
+    try:
+        yield
+    except context_lib.TooLongError as error:
+        raise context_lib.TooLongError(
+            f"config.data.buckets.{kind} is too small for {_SHOWN[kind]}: {error}. {SIZES}"
+        ) from None
 
 
 def _shown_visual_thoughts(

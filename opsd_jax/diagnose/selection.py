@@ -182,7 +182,7 @@ def open_run(
     split = split or config.eval.final_split or "train"
     shards = sharding.batch_divisor(session.mesh)
     selection = contexts.Selection(
-        session.examples(split),
+        session.examples(split, asked_by="--split"),
         session.packer,
         session.mesh,
         batch_size=shards,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import images, rollout, sharding
-from opsd_jax.data import randomness
+from opsd_jax.data import packing, randomness
 from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
@@ -223,7 +223,7 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
                         f"example {example.example.pid} of {name}, to be evaluated in mode {mode}, "
                         f"needs {positions} positions and {patches} patches, the largest of "
                         f"config.data.buckets.{kind} has {largest}: enlarge it, or change "
-                        "config.eval"
+                        f"config.eval. {packing.SIZES}"
                     )
             if traces:
                 packer.references([example])

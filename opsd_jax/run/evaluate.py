@@ -100,7 +100,7 @@ def open_for_contexts(job: Job) -> Opened:
 def select(job: Job, session: Session) -> contexts.Selection:
     """The examples of a job. session: its run, opened with its tasks."""
     return contexts.Selection(
-        examples=session.examples(job.request.split),
+        examples=session.examples(job.request.split, asked_by="--split"),
         packer=session.packer,
         mesh=session.mesh,
         batch_size=job.batch_size,

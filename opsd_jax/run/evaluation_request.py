@@ -312,5 +312,8 @@ def _sizes(job: Job) -> list[int]:
     if job.tasks:
         folder = workdir_lib.found_data_dir(job.config, job.request.workdir)
         split = job.request.split
-        sizes += [len(arrayrecord.open_source(folder, split, task=task)) for task in job.tasks]
+        sizes += [
+            len(arrayrecord.open_source(folder, split, task=task, asked_by="--split"))
+            for task in job.tasks
+        ]
     return sizes

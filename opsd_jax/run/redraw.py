@@ -136,7 +136,7 @@ def _shards(
     for task in run.config.data.tasks:
         for split in used:
             doing = "generating" if split in generated else "copying"
-            source = arrayrecord.open_source(run.data_dir, split, task=task)
+            source = arrayrecord.open_source(run.data_dir, split, task=task, asked_by="--splits")
             count = -(-len(source) // SHARD)
             with Progress(len(source), f"{doing} {task}", split) as progress:
                 for n in range(count):

@@ -87,10 +87,15 @@ class Session:
         """
         return Preprocessor.from_config(self.config, self.tokenizer, generation=generation)
 
-    def examples(self, split: str, *, generation: bool = False) -> Examples:
-        """Prepared examples of a split. generation: see `preprocessor`."""
-        preprocess = self.preprocessor(generation=generation)
-        return Examples.open(config_lib.data(self.config), self.data_dir, split, preprocess)
+    def examples(self, split: str, *, generation: bool = False, asked_by: str = "") -> Examples:
+        """Prepared examples of a split.
+
+        Args:
+          generation: see `preprocessor`.
+          asked_by: the setting or flag that names the split, for messages.
+        """
+        data, preprocess = config_lib.data(self.config), self.preprocessor(generation=generation)
+        return Examples.open(data, self.data_dir, split, preprocess, asked_by=asked_by)
 
     def sampling(self, **changes) -> RolloutConfig:
         """Config of the training rollouts, with changes by name."""

@@ -37,16 +37,21 @@ class Evaluation:
         if c.every:
             teacher = contexts.mode_of_teacher(run.config.teacher.visual_thoughts)
             modes = {*c.visual_thoughts, teacher}
+            self._open(c.split, "config.eval.split (unused where config.eval.every=0)")
             contexts.check_fit(self._select(c.split, c.rows), modes)
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
             modes = {*c.final_visual_thoughts, *kl}
+            self._open(c.final_split, "config.eval.final_split ('' for no evaluation)")
             contexts.check_fit(self._select(c.final_split), modes, traces=bool(kl))
 
-    def _select(self, split: str, limit: int = 0) -> contexts.Selection:
-        """The examples of a split, or a random subset of each task. They are opened once."""
+    def _open(self, split: str, asked_by: str) -> None:
+        """Opens the examples of a split, once."""
         if split not in self._examples:
-            self._examples[split] = self.run.examples(split)
+            self._examples[split] = self.run.examples(split, asked_by=asked_by)
+
+    def _select(self, split: str, limit: int = 0) -> contexts.Selection:
+        """The examples of an opened split, or a random subset of each task."""
         c = self.run.config
         return contexts.Selection(
             examples=self._examples[split],

@@ -451,8 +451,38 @@ def test_no_tokenizer(tmp_path, folder):
 
 
 def test_no_such_split_is_told_before_the_first_step(tmp_path, folder):
-    for changes in ({"eval__final_split": "dev"}, {"eval__split": "dev", "eval__every": 1}):
-        refused(ValueError, tmp_path, str(folder), "dev", data__dir=str(folder), **changes)
+    for setting, changes in {
+        "config.eval.final_split ('' for no evaluation)": {"eval__final_split": "dev"},
+        "config.eval.split (unused where config.eval.every=0)": {
+            "eval__split": "dev",
+            "eval__every": 1,
+        },
+    }.items():
+        refused(
+            ValueError,
+            tmp_path,
+            f"{setting} asks for the split 'dev' of {folder}",
+            "The folder has the splits train, validation, test: give one of them, or a part of",
+            data__dir=str(folder),
+            **changes,
+        )
+
+
+@pytest.mark.parametrize(
+    "split, reason",
+    [
+        ("dev[:5]", "Unknown split 'dev'"),
+        ("train[:999]", "Requested slice [:999] incompatible with 64 examples"),
+        ("train[5", "Error parsing split 'train[5'"),
+        ("train[5:5]", "it holds no example"),
+        ("", "Error parsing split ''"),
+    ],
+)
+def test_a_split_that_cannot_be_opened(folder, split, reason):
+    with pytest.raises(ValueError) as error:
+        arrayrecord.open_source(folder, split, task=small_run.TASK, asked_by="--split")
+    assert str(error.value).startswith(f"--split asks for the split {split!r} of {folder}")
+    assert f": {reason}. The folder has the splits train, validation, test: " in str(error.value)
 
 
 def test_a_swap_of_a_single_row(tmp_path, folder):
@@ -493,16 +523,16 @@ def test_an_example_that_exceeds_its_bucket(tmp_path, folder):
     refused(
         context.TooLongError,
         tmp_path,
-        "example chart-train-",
+        "config.data.buckets.trace is too small for the trace to learn from: example chart-train-",
         f"its bucket has {positions - 9} and {patches}",
-        "data.buckets",
+        "`python -m opsd_jax.data sizes`, with the same --config options, prints",
         data__dir=str(folder),
         data__buckets__trace=((positions - 9, patches, targets),),
     )
     refused(
         context.TooLongError,
         tmp_path,
-        "example chart-train-",
+        "config.data.buckets.trace is too small for the trace to learn from: example chart-train-",
         f"more than {targets - 9} target tokens",
         "targets",
         data__dir=str(folder),

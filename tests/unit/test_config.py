@@ -550,6 +550,11 @@ def test_a_tuple_on_the_command_line_needs_neither_brackets_nor_quotes(key, rule
     for text in (",".join(words), f"({', '.join(words)})", repr(tuple(values)), repr([*values])):
         assert read(text) == [*values], text
     assert read("()") == []
+    twice = [f"--config.{key}={word}" for word in words]
+    again = config_flags.read([f"--config={small_run.MINI}", *twice])
+    assert config_lib.to_json(again) == config_lib.to_json(
+        config_flags.read([f"--config={small_run.MINI}", twice[1]])
+    )
     with pytest.raises(SystemExit, match=f"^error: --config.{key}=.*give names such as a,b, or"):
         read("")
 

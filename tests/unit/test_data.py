@@ -219,15 +219,19 @@ def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
     small = {name: sizes[:1] for name, sizes in BUCKETS.items()}
     with pytest.raises(
         context.TooLongError,
-        match=r"^example chart-train-\d{7} needs 3\d positions and 25 patches, its",
+        match=r"^config.data.buckets.student is too small for the student's context: example "
+        r"chart-train-\d{7} needs 3\d positions and 25 patches, its .*`python -m opsd_jax.data "
+        "sizes`",
     ):
         [
             make(buckets=small).opsd(step) for step in range(4)
         ]  # one bucket: measured when they are packed
     smaller = {name: (tuple(n - 1 for n in sizes[0]), sizes[0]) for name, sizes in BUCKETS.items()}
     message = (
-        f"^64 examples of {CHART} fit no bucket, first "
-        f".'chart-train-00000.*config.data.on_too_long=skip"
+        f"^64 examples of {CHART} fit no bucket, first .'chart-train-00000.*: enlarge "
+        r"config.data.buckets.student and config.data.buckets.teacher and "
+        r"config.data.buckets.trace, or set config.data.on_too_long=skip.*`python -m opsd_jax.data "
+        "sizes`"
     )
     with pytest.raises(context.TooLongError, match=message):
         make(buckets=smaller)

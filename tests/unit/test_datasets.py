@@ -815,7 +815,7 @@ def test_broken_and_absent_targets(two_tasks, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no prepared data"):
         open_source(tmp_path / "out")
     with pytest.raises(
-        ValueError, match=f"split 'test' .--split.*{folder}.*'test'.*train.*validation"
+        ValueError, match=f"split 'test' of {folder}: Unknown split 'test'.*train, validation: "
     ):
         open_source(folder, "test")
     with pytest.raises(ValueError, match=f"{folder}.*99"):

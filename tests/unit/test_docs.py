@@ -416,7 +416,8 @@ def executed(page: str) -> bool:
 @pytest.mark.parametrize("page", list(filter(executed, PAGES)))
 def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory):
     """Blocks of a page in order; /tmp is a folder of the test, W a small finished run. Of shell
-    commands those that are marked, each once in all pages.
+    commands those that are marked, each once in all pages; a text marked as printed is what the one
+    before it printed.
     """
     workdir, done = run
 
@@ -425,7 +426,7 @@ def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory
             r"/tmp/(opsd-mini(?![\w-]))?", lambda m: str(workdir) if m[1] else f"{tmp_path}/", text
         )
 
-    namespace, printed = {}, None
+    namespace, printed, said = {}, None, io.StringIO()
     for how, language, content in re.findall(
         r"^(?:<!-- ([^\n]*) -->\n)?```(\w+)\n(.*?)^```$",
         PAGES[page],
@@ -435,12 +436,15 @@ def test_code_runs_and_prints_what_it_says(page, run, tmp_path, tmp_path_factory
             on_the_run = re.sub(r"(?<![\w/.-])W(?=/|\s|$)", "/tmp/opsd-mini", content)
             for words in commands(here(on_the_run)):
                 if str(tmp_path) in " ".join(words) or tuple(words) not in done:
-                    execute(words, tmp_path_factory)
+                    with contextlib.redirect_stdout(io.StringIO()) as said:
+                        execute(words, tmp_path_factory)
                     done.add(tuple(words))
         elif language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(here(content), page, "exec"), namespace)  # noqa: S102  our own pages
             printed = out.getvalue()
+        elif language == "text" and how == "printed":
+            assert said.getvalue() == content
         elif language == "text" and printed:
             assert printed.endswith(content)  # TFDS prints its own lines before
             printed = None
@@ -461,6 +465,18 @@ def execute(words: list[str], tmp_path_factory) -> None:
     spec = importlib.util.find_spec(module)
     package = "" if spec.submodule_search_locations is None else ".__main__"
     importlib.import_module(module + package).main(arguments)
+
+
+def test_own_data_are_trained_with_the_printed_options():
+    page = PAGES["docs/guides/own-data.md"]
+    (printed,) = re.findall(r"<!-- printed -->\n```text\n(.*?)```", page, flags=re.DOTALL)
+    options = shlex.split(printed.splitlines()[-1])
+    every = [words for _, content in shell_blocks(page) for words in commands(content)]
+    asked, trained = (
+        next(words for words in every if name in words) for name in ("sizes", "opsd_jax.train")
+    )
+    assert len(options) == 3 and set(options) < set(trained)
+    assert set(asked[4:]) < set(trained), "a run with other settings needs other sizes"
 
 
 @pytest.mark.slow

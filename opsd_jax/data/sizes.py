@@ -1,0 +1,231 @@
+"""What the examples of a run need of `config.data.buckets`.
+
+  settings, data -> what each example needs -> a table, and sizes that fit all examples
+
+No image is decoded: the headers of their files tell their sizes.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax import config_check, images, tokenizer
+from opsd_jax.data import procedural, schema
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.data.examples import Examples, Preprocessor
+from opsd_jax.data.packing import Packer
+from opsd_jax.inputs import checks
+from opsd_jax.runtime.progress import Progress
+
+_MANY = 1000  # examples: a progress bar is shown for more
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What a run does with the examples of a split.
+
+    Attributes:
+      split: the split.
+      setting: the setting that names it, for messages.
+      modes: what is shown in the place of visual thoughts (`config.MODES`).
+      trains: whether the run trains on them. Otherwise it evaluates them.
+      traces: whether an evaluation measures the KL on their text traces.
+    """
+
+    split: str
+    setting: str
+    modes: frozenset[str]
+    trains: bool = False
+    traces: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What an example needs.
+
+    Attributes:
+      name: pid, task and split.
+      trains: whether it is one to train on.
+      needs: {kind of buckets: sizes}, see `Packer.needs`.
+      answer: tokens of its text trace, with the one that ends it; 0 without a trace.
+    """
+
+    name: str
+    trains: bool
+    needs: dict[str, np.ndarray]
+    answer: int
+
+
+def report(config: ConfigDict, workdir: str = "", count: int = 1) -> str:
+    """A table of what the examples of a run need, and options for `count` buckets that fit all.
+
+    Args:
+      workdir: folder of the run; needed where config.data.dir is empty.
+    Raises:
+      ValueError, FileNotFoundError: settings, data or a tokenizer that the run would refuse, too.
+    """
+    config_check.check(config)
+    if not (config.data.dir or workdir):
+        raise ValueError(
+            "config.data.dir is empty: give --config.data.dir=FOLDER, or --workdir=W of a run that "
+            "has its data in W/data"
+        )
+    data_dir = workdir_lib.data_dir(config, workdir)
+    procedural.check_available(config_lib.data(config), data_dir, config.tokenizer)
+    if not os.path.isdir(os.path.join(data_dir, schema.NAME)):
+        raise FileNotFoundError(
+            f"{data_dir} holds no data yet: start the run, which makes them, then ask again"
+        )
+    folder = workdir_lib.tokenizer_folder(config.tokenizer, data_dir)
+    tok = tokenizer.load(folder, vocab_size=config.model.llm.vocab_size)
+    packer = Packer.from_config(config, tok)
+    rows = [row for use in _uses(config) for row in _measured(config, data_dir, packer, use)]
+    used = _used_kinds(config)
+    refused = [row for row in rows if used.intersection(packer.too_small(row.needs))]
+    options = _options(rows, count)
+    longest = max(row.answer for row in rows)
+    if longest > config.rollout.max_new_tokens:
+        options["rollout.max_new_tokens"] = longest
+    lines = [*_table(rows), ""]
+    if refused:
+        lines.append(
+            f"The present settings refuse {len(refused)} of {len(rows)} examples "
+            f"({100 * len(refused) / len(rows):.1f} %). These fit all:"
+        )
+    else:
+        lines.append(f"The present settings fit all {len(rows)} examples. The smallest that do:")
+    lines += ["", " ".join(f'--config.{key}="{value}"' for key, value in options.items())]
+    return "\n".join(lines + _contradiction(config, options))
+
+
+def _runs(config: ConfigDict) -> list[ConfigDict]:
+    """The settings of the run and of the arms that it starts."""
+    return [config, *(config_lib.arm(config, name) for name in config.run_arms)]
+
+
+def _uses(config: ConfigDict) -> list[Use]:
+    """What the run and its arms read."""
+    teachers = {run.teacher.visual_thoughts for run in _runs(config)}
+    found, c = [Use("train", "training", frozenset(teachers), trains=True)], config.eval
+    if c.every:
+        modes = {*c.visual_thoughts, *teachers}
+        found.append(Use(c.split, "config.eval.split", frozenset(modes)))
+    if c.final_split:
+        modes = {*c.final_visual_thoughts, *(("real",) if c.kl else ())}
+        found.append(Use(c.final_split, "config.eval.final_split", frozenset(modes), traces=c.kl))
+    return found
+
+
+def _used_kinds(config: ConfigDict) -> set[str]:
+    """The kinds of buckets that an example must fit; all where there are several to choose from."""
+    if len(config.data.buckets.student) > 1 or config.data.on_too_long == "skip":
+        return {*config_lib.BUCKET_SIZES}
+    used = {"student", "teacher"} if config.eval.every or config.eval.final_split else set()
+    for run in _runs(config):
+        for stage in run.stages:
+            used |= {"opsd": {"student", "teacher"}, "autoencoder": {"drawn"}}.get(stage, {"trace"})
+            if config_lib.trains_generation(run, stage):
+                used.add("drawn")
+    return used
+
+
+def _measured(config: ConfigDict, data_dir: str, packer: Packer, use: Use) -> Iterator[Row]:
+    """What the examples of a split need, in order."""
+    data = config_lib.data(config)
+    generates = any(config_lib.trains_generation(config, stage) for stage in config.stages)
+    preprocess = Preprocessor.from_config(config, packer.tokenizer, generation=generates)
+    examples = Examples.open(data, data_dir, use.split, preprocess, asked_by=use.setting)
+    modes = {"none" if mode == "remove" else mode for mode in use.modes}
+
+    def measure(place: tuple[int, int]) -> Row:
+        source, index = place
+        example, partner = examples.measured(source, index), None
+        if "swap" in modes:
+            partner = examples.measured(source, examples.partner_of(source, index))
+        name = f"{example.example.pid} ({examples.tasks[source]}, {use.split})"
+        for image in (example.problem, *example.visual_thoughts):
+            try:
+                images.position_ids(image.grid, packer.side)
+            except ValueError as error:
+                raise ValueError(f"example {name}: {error}") from None
+        needs, answer = packer.needs(example, sorted(modes), partner), 0
+        if use.traces or example.example.full_text_only_thought.strip():
+            answer = len(packer.reference(example)) + 1
+        if not use.trains:
+            needs = {kind: needs[kind] for kind in ("student", "teacher")}
+            if use.traces:
+                needs["trace"] = np.array([0, 0, answer - 1])
+        return Row(name, use.trains, needs, answer)
+
+    places = [(s, n) for s, source in enumerate(examples.sources) for n in range(len(source))]
+    with (
+        ThreadPoolExecutor(data.threads) as pool,
+        Progress(len(places), f"measuring {use.split}", primary=len(places) > _MANY) as bar,
+    ):
+        for done, row in enumerate(pool.map(measure, places), 1):
+            bar.update(done)
+            yield row
+
+
+def _options(rows: Sequence[Row], count: int) -> dict[str, int | tuple]:
+    """Settings with the smallest buckets, each for as many of the training examples as the others.
+
+    The last bucket fits all examples.
+    """
+    trained = sorted(
+        (row for row in rows if row.trains),
+        key=lambda row: sum(int(sizes[0]) for sizes in row.needs.values()),
+    )
+    shares = [trained[: math.ceil(len(trained) * n / count)] for n in range(1, count)]
+    buckets = [_largest(share) for share in [*shares, rows]]
+    distinct = [b for n, b in enumerate(buckets) if b not in buckets[:n]]
+    return {
+        f"data.buckets.{kind}": tuple(bucket[kind] for bucket in distinct) for kind in distinct[0]
+    }
+
+
+def _largest(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
+    """{kind: the largest of each size that some examples need}."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row.needs)
+    return {
+        kind: tuple(np.max([r.needs[kind] for r in rows if kind in r.needs], axis=0).tolist())
+        for kind in kinds
+    }
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Lines: of each size the median, the 95th percentile, the largest, and who needs that."""
+    lines = [("", "", "median", "95 %", "largest", "of example")]
+    for kind, counted in config_lib.BUCKET_SIZES.items():
+        having = [row for row in rows if kind in row.needs]
+        for column, what in enumerate(counted if having else ()):
+            values = np.array([row.needs[kind][column] for row in having])
+            values, owners = values[values > 0], [r for r, n in zip(having, values) if n > 0]
+            lines.append(
+                (
+                    kind if column == 0 else "",
+                    what,
+                    f"{np.percentile(values, 50):.0f}",
+                    f"{np.percentile(values, 95):.0f}",
+                    f"{values.max()}",
+                    owners[int(values.argmax())].name,
+                )
+            )
+    return checks.table(lines).splitlines()
+
+
+def _contradiction(config: ConfigDict, options: dict) -> list[str]:
+    """What else has to change with these options, as lines; [] for nothing."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(options)
+    try:
+        config_check.check(changed)
+    except ValueError as error:
+        return ["", f"With these options, {error}"]
+    return []
