@@ -163,8 +163,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
             keep_steps=[0, *config_lib.stage_ends(config).values()],
         ) as checkpoints,
     ):
-        done = checkpoints.latest()
-        run = session_lib.open_training(config, workdir, data_workdir, checkpoints, done)
+        run, done = session_lib.open_training(config, workdir, data_workdir, checkpoints)
         with run.writer, _reporting_a_stop(workdir, checkpoints):
             # With stages warmup (0..350] and opsd (350..750]: at step 350, warmup has no step left,
             # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup

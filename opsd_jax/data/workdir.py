@@ -1,5 +1,6 @@
 """The folder of a run, as seen by what reads it later: its settings and where its data are."""
 
+import glob
 import os
 from collections.abc import Iterable
 
@@ -50,16 +51,22 @@ def read_record(workdir: str) -> dict:
 def write_record(workdir: str, record: dict) -> None:
     """Writes the settings of a run, as JSON, to <workdir>/config.json.
 
-    A run that has not logged a step, because it failed at once, has nothing to protect: its record
-    is replaced.
+    A run that logged no step has nothing to protect: its record is replaced.
 
     Raises ConfigMismatchError if the workdir holds a run with other settings.
     """
-    path, metrics = run_folder.config(workdir), run_folder.metrics(workdir)
-    if os.path.exists(path) and os.path.exists(metrics) and os.path.getsize(metrics):
+    path = run_folder.config(workdir)
+    if os.path.exists(path) and has_logged(workdir):
         config_check.check_unchanged(read_record(workdir), record)
     else:
         files.write_json(path, record, primary=jax.process_index() == 0)
+
+
+def has_logged(workdir: str) -> bool:
+    """Whether the run in a workdir, or one of its control arms, has a line in metrics.jsonl."""
+    arms = glob.glob(run_folder.arm(glob.escape(workdir), "*"))
+    paths = map(run_folder.metrics, [workdir, *arms])
+    return any(os.path.exists(path) and os.path.getsize(path) for path in paths)
 
 
 def with_tasks(config: ConfigDict, chosen: Iterable[str]) -> ConfigDict:

@@ -191,24 +191,46 @@ def open_training(
     workdir: str,
     data_workdir: str,
     checkpoints: checkpoint.Checkpoints,
-    done: int | None,
-) -> Session:
+) -> tuple[Session, int | None]:
     """Opens a run for training: records its settings, makes absent data, opens its metrics.
+
+    A run that has saved its initial weights and logged nothing starts anew if settings, data or
+    tokenizer are others now.
 
     Args:
       data_workdir: folder of the run whose data and tokenizer are used if the settings name none.
       checkpoints: those of the run.
-      done: step of the checkpoint that the run continues from; None at the start.
+    Returns:
+      The session, and the step of the checkpoint that the run continues from; None at the start.
     Raises:
       ConfigMismatchError: settings, data or tokenizer differ from those of the checkpoint.
     """
+    done = checkpoints.latest()
+    try:
+        return _open_training(config, workdir, data_workdir, checkpoints, done), done
+    except config_check.ConfigMismatchError:
+        if done != 0 or workdir_lib.has_logged(workdir):
+            raise
+        logging.info("%s holds no step of its settings or data of before: starting anew", workdir)
+        checkpoints.discard(done)
+        return _open_training(config, workdir, data_workdir, checkpoints, None), None
+
+
+def _open_training(
+    config: ConfigDict,
+    workdir: str,
+    data_workdir: str,
+    checkpoints: checkpoint.Checkpoints,
+    done: int | None,
+) -> Session:
+    """`open_training` of a run that continues from the checkpoint of a step, or starts (None)."""
     record = config_lib.to_json(config)
-    workdir_lib.write_record(workdir, record)
     saved = None
     if done is not None:
         saved = checkpoints.metadata(done)
         config_check.check_unchanged(saved["config"], record)
         logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
+    workdir_lib.write_record(workdir, record)
     clock = clock_lib.Clock()
     primary = jax.process_index() == 0
     mesh = sharding.make_mesh(**config.mesh)

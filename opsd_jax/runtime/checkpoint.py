@@ -174,6 +174,19 @@ class Checkpoints:
             with self._writing(self._newest):
                 self._checkpointer.close()
 
+    def discard(self, step: int) -> None:
+        """Deletes the checkpoint of a step, which nothing else may use."""
+        self.wait()
+        several = jax.process_count() > 1
+        if several:
+            multihost_utils.sync_global_devices("all processes have read the checkpoint")
+        if jax.process_index() == 0:
+            folders.delete(self.directory / str(step))
+        if several:
+            multihost_utils.sync_global_devices("it is deleted")
+        self._checkpointer.close()
+        self._open()
+
     def _settle(self) -> None:
         """Opens the checkpoint that was just written, and only then deletes older ones."""
         if self._unverified is None:

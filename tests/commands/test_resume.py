@@ -13,7 +13,7 @@ import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, train
+from opsd_jax import config_check, context, train
 from opsd_jax import eval as eval_command
 from opsd_jax import params as params_lib
 from opsd_jax.data import workdir as workdir_lib
@@ -309,6 +309,45 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     (tmp_path / "config.json").write_text((straight / "config.json").read_text())
     workdir_lib.write_record(str(tmp_path), config_lib.to_json(small_run.config(opsd__steps=7)))
     assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
+
+
+def test_a_run_that_took_no_step_starts_anew_with_other_settings(tmp_path, tmp_path_factory):
+    """Its initial weights are saved, and then its first batch does not fit."""
+    start, buckets = tmp_path / "w" / "checkpoints" / "0", small_run.config().data.buckets
+    ((positions, patches),) = buckets.teacher
+
+    def fail(kind=context.TooLongError, **changes):
+        """Returns when the checkpoint of the start was written, and the settings in it."""
+        config = small_run.config(
+            stages=("opsd",), eval__final_split="", data__dir=data_dir, **changes
+        )
+        with pytest.raises(kind):
+            train.train(config, str(tmp_path / "w"))
+        record = json.loads((tmp_path / "w" / "config.json").read_text())
+        assert checkpoint.metadata(start)["config"] == record
+        return start.stat().st_mtime_ns, record["opsd"]["optim"]["lr"]
+
+    shutil.copytree(small_run.trained(tmp_path_factory) / "data", tmp_path / "data")
+    data_dir = str(tmp_path / "data")
+    too_small = {"data__buckets__teacher": ((positions - 30, patches),)}
+    first = fail(**too_small, opsd__optim__lr=0.5)
+    assert first[1] == 0.5
+    assert fail(**too_small, opsd__optim__lr=0.5) == first  # nothing differs: it goes on
+    second = fail(**too_small, opsd__optim__lr=0.25)
+    assert second[1] == 0.25 and second[0] > first[0]
+    swap_two_tokens(tmp_path / "data" / "made" / "tokenizer")
+    third = fail(**too_small, opsd__optim__lr=0.25)
+    assert third[0] > second[0]
+    mismatch = config_check.ConfigMismatchError
+    for of in (tmp_path / "w", tmp_path / "w" / "arms" / "noise"):  # a step that was logged
+        of.mkdir(parents=True, exist_ok=True)
+        (of / "metrics.jsonl").write_text('{"step": 1}\n')
+        assert fail(mismatch, **too_small, opsd__optim__lr=0.1) == third
+        (of / "metrics.jsonl").unlink()
+    later = tmp_path / "w" / "checkpoints" / "3"  # a step that was saved and not yet logged
+    record = checkpoint.metadata(start)["config"]
+    checkpoint.save(later, None, {"a": np.zeros(3, np.float32)}, step=3, config=record)
+    assert fail(mismatch, **too_small, opsd__optim__lr=0.1) == third
 
 
 def swap_two_tokens(folder):

@@ -471,7 +471,7 @@ def test_the_digests_of_a_run_are_those_of_its_start(tmp_path, monkeypatch):
     """Data that change before the first save are not recorded as the run's own."""
     config, workdir = small_run.config(), str(tmp_path)
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        run = session.open_training(config, workdir, workdir, checkpoints, None)
+        run, _ = session.open_training(config, workdir, workdir, checkpoints)
     there = run.digests
 
     def fail(*_):
