@@ -44,12 +44,21 @@ class Marker:
           token_bytes: bytes of each token, by id. Larger ids, the padding of the
             embedding table, have no bytes.
           vocab_size: V.
+
+        Raises:
+          ValueError: there are more tokens than embeddings.
         """
+        if len(token_bytes) > vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {len(token_bytes) - 1}, but the model has "
+                f"{vocab_size} embeddings (model.llm.vocab_size): give the tokenizer that belongs "
+                "to the model"
+            )
         pattern = text.encode()
         step = _automaton(pattern)
         longest = max(map(len, token_bytes), default=0)
         bytes_at = np.full((longest, vocab_size), -1, np.int16)  # -1: the token has no such byte
-        for token, data in enumerate(token_bytes[:vocab_size]):
+        for token, data in enumerate(token_bytes):
             bytes_at[: len(data), token] = list(data)
         states = np.repeat(np.arange(len(pattern) + 1)[:, None], vocab_size, axis=1)
         for row in bytes_at:

@@ -183,7 +183,8 @@ def _policy_batch(step: _Step) -> context.Batch:
 def _sampling(step: _Step) -> RolloutConfig:
     # The table of a marker is a constant of the program: only its size matters, as long as it is
     # not all zeros.
-    marker = rollout.Marker.build([bytes([n]) for n in range(256)], step.model.llm.vocab_size)
+    size = step.model.llm.vocab_size
+    marker = rollout.Marker.build([bytes([n]) for n in range(min(size, 256))], size)
     return config_lib.rollout(step.config, _ENDS, marker, shards=sharding.batch_divisor(step.mesh))
 
 

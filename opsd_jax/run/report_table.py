@@ -30,12 +30,28 @@ _HEADER = (
     "KL to teacher",
     "closure",
 )
+_FEW = 200  # a stage of fewer steps, or a test split of fewer examples, says little
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
 
 
 def arm_label(name: str) -> str:
     """Label of the row of a control arm."""
     return f"arm {name}, text only"
+
+
+def caution(steps: int, examples: int) -> str:
+    """A sentence where the numbers of a run mean little; "" where they do not.
+
+    Args:
+      steps: those of its OPSD stage.
+      examples: those of its final evaluation.
+    """
+    if min(steps, examples) >= _FEW:
+        return ""
+    return (
+        "These numbers mean little: a run this short shows that everything works "
+        f"({steps} OPSD steps, {examples} test examples)."
+    )
 
 
 def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
@@ -64,6 +80,9 @@ def write(workdir: str, shown: Mapping[str, Scores]) -> str:
     """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
+    fewest = min(task["n"] for task in shown[TRAINED].values())
+    if warning := caution(load_config(workdir).opsd.steps, fewest):
+        lines += ["", warning]
     text = "\n".join(lines) + "\n"
     files.write(run_folder.report(workdir), text)
     files.write_json(

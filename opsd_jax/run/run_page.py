@@ -23,7 +23,6 @@ from opsd_jax.runtime import files, metrics, run_folder
 Points = list[tuple[float, float]]
 
 _MOST_SAMPLES = 12  # of wrong answers, and of right ones
-_FEW = 200  # a test split of fewer examples, or a stage of fewer steps, says little
 _MEANING = (
     "**With visual thoughts**: the model is given the images of the intermediate steps. **Text "
     "only**: it is not; it always sees the problem image and the question. **Arms** are controls: "
@@ -74,11 +73,8 @@ def _verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDic
         controls = [f"{arm} {_percent(shown[report_table.arm_label(arm)][task])}" for arm in arms]
         if controls:
             parts.append(f"Control arms: {', '.join(controls)}.")
-        if trained["n"] < _FEW or config.opsd.steps < _FEW:
-            parts.append(
-                "**These numbers say little**: this run is there to see that everything works "
-                f"({config.opsd.steps} OPSD steps, {trained['n']} examples)."
-            )
+        if caution := report_table.caution(config.opsd.steps, trained["n"]):
+            parts.append(f"**{caution}**")
         sentences.append(" ".join(parts))
     return "\n".join(sentences)
 

@@ -45,7 +45,10 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         "Where the time went",
         "More pages",
     ]
-    assert "These numbers say little" in html  # four steps, twenty examples
+    caution = "These numbers mean little: a run this short shows that everything works"
+    assert caution in html  # four steps, twenty examples
+    assert caution in report_table.write(str(workdir), scores)  # the terminal shows what is written
+    assert caution in (workdir / "report.md").read_text()
     trained = scores["OPSD, text only"][small_run.TASK]
     assert f"{100 * trained['overall']:.1f} % after" in html
 
@@ -60,6 +63,14 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     assert html.count("<img") == 2 * (wrong + right)  # the problem and one visual thought each
     links = re.findall(r'<li><a href="(.*?)">', html)
     assert links and all((workdir / link).exists() for link in links)
+
+
+def test_a_long_run_is_not_cautioned():
+    assert report_table.caution(200, 200) == ""
+    for steps, examples in ((199, 512), (400, 128)):
+        assert f"{steps} OPSD steps, {examples} test examples" in report_table.caution(
+            steps, examples
+        )
 
 
 def test_a_run_without_a_final_evaluation_has_curves(workdir):

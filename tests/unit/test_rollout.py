@@ -339,6 +339,15 @@ def test_marker_states_against_search(pattern):
     assert marker == same and hash(marker) == hash(same) and marker != other
 
 
+def test_a_marker_of_more_tokens_than_embeddings():
+    """Tokens that the model cannot read would otherwise be left out without a word."""
+    tokens = [bytes([n]) for n in range(100)]
+    assert rollout.Marker.build(tokens, 100).table.shape[1] == 100
+    assert rollout.Marker.build(tokens, 128).table.shape[1] == 128  # padded, as in the release
+    with pytest.raises(ValueError, match=r"ids up to 99, but the model has 99 embeddings"):
+        rollout.Marker.build(tokens, 99)
+
+
 def qwen_like():
     """A byte-level BPE with Qwen's split rule: tokens merge across both edges of the marker."""
     import tokenizers
