@@ -167,6 +167,14 @@ def read(arguments: list[str]) -> ConfigDict:
     return values["config"].value
 
 
+# What absl and Python say about a value that is no number or flag, and what to say instead.
+_FIXES = {
+    "invalid literal for int": "give a whole number",
+    "could not convert string to float": "give a number",
+    "Non-boolean argument": "give true or false",
+}
+
+
 def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     for argument, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = argument.partition("=")
@@ -175,10 +183,9 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     try:
         rest = values(argv)
     except flags.IllegalFlagValueError as error:
-        said, reason = str(error).removeprefix("flag "), error.__context__
-        if reason and len(reason.args) > 1:  # absl's own text for a flag that is no boolean
-            said = f"{said.partition(': ')[0]}: give true or false"
-        sys.exit(f"error: {said}")
+        argument, _, reason = str(error).removeprefix("flag ").partition(": ")
+        reason = next((fix for part, fix in _FIXES.items() if part in reason), reason)
+        sys.exit(f"error: {argument}: {reason}")
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError) as error:

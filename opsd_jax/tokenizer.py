@@ -146,7 +146,9 @@ def check_there(directory: str | os.PathLike) -> list[str]:
         raise FileNotFoundError(
             f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
             "released model's tokenizer as --config.tokenizer=FOLDER, or for generate as "
-            "--tokenizer=FOLDER"
+            "--tokenizer=FOLDER. For a small model with random weights, `python -m opsd_jax.data "
+            "make-mini --target=DIR --families=maze --train=1 --validation=0 --test=0` makes a "
+            "small one in DIR/made/tokenizer"
         )
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise FileNotFoundError(

@@ -22,6 +22,7 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     """
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
+    paths.check_writable("--workdir", workdir)
     config_check.check(config)
     _check_inputs(config, workdir, data_workdir or workdir)
     for name in config.run_arms:

@@ -265,10 +265,11 @@ def test_mistakes_on_the_command_line(tmp_path):
             "error: --config.optm.lr=1: there is no setting 'optm' in config. Did you mean",
             '"opsd.optim"',
         ],
-        "--config.opsd.steps=abc": ["error: --config.opsd.steps=abc: invalid literal for int"],
-        "--config.opsd.optim.lr=abc": [
-            "error: --config.opsd.optim.lr=abc: could not convert string to float: 'abc'"
-        ],
+        "--config.opsd.steps=abc": ["error: --config.opsd.steps=abc: give a whole number\n"],
+        "--config.opsd.optim.lr=abc": ["error: --config.opsd.optim.lr=abc: give a number\n"],
+        "--workdir=": ["error: --workdir is empty"],
+        f"--workdir={__file__}": [f"error: --workdir={__file__}: ", "is not a folder"],
+        "stray": ["error: stray: options begin with --"],
         "--workdri=x": ["error: Unknown command line flag 'workdri'. Did you mean: workdir"],
         "--config=configs/mini.py:chess": [
             "error: configs/mini.py:chess: choose maze, chart, smoke or draw"
@@ -425,6 +426,8 @@ def test_no_tokenizer(tmp_path, folder):
         tmp_path,
         f"{away} holds no tokenizer",
         "--config.tokenizer=FOLDER",
+        "`python -m opsd_jax.data make-mini --target=DIR --families=maze --train=1 --validation=0 "
+        "--test=0` makes a small one in DIR/made/tokenizer",
         tokenizer=away,
         data__dir=str(folder),
     )
