@@ -311,7 +311,8 @@ def test_other_settings_are_refused_with_the_difference(straight, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["opsd"]["steps"] == 7
 
 
-def test_a_run_that_took_no_step_starts_anew_with_other_settings(tmp_path, tmp_path_factory):
+@pytest.mark.slow
+def test_a_run_that_took_no_step_starts_anew_with_other_settings(tmp_path):
     """Its initial weights are saved, and then its first batch does not fit."""
     start, buckets = tmp_path / "w" / "checkpoints" / "0", small_run.config().data.buckets
     ((positions, patches),) = buckets.teacher
@@ -327,7 +328,7 @@ def test_a_run_that_took_no_step_starts_anew_with_other_settings(tmp_path, tmp_p
         assert checkpoint.metadata(start)["config"] == record
         return start.stat().st_mtime_ns, record["opsd"]["optim"]["lr"]
 
-    shutil.copytree(small_run.trained(tmp_path_factory) / "data", tmp_path / "data")
+    small_run.make_data(small_run.config(), tmp_path)
     data_dir = str(tmp_path / "data")
     too_small = {"data__buckets__teacher": ((positions - 30, patches),)}
     first = fail(**too_small, opsd__optim__lr=0.5)
