@@ -186,6 +186,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         argument, _, reason = str(error).removeprefix("flag ").partition(": ")
         reason = next((fix for part, fix in _FIXES.items() if part in reason), reason)
         sys.exit(f"error: {argument}: {reason}")
+    except config_flags.config_flags.FlagOrderError as error:
+        sys.exit(f"error: give --config=FILE first, then the settings that change it ({error})")
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError) as error:

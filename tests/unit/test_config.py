@@ -564,6 +564,8 @@ def test_what_is_no_option_is_refused():
         config_flags.read([f"--config={small_run.MINI}", "stray"])
     with pytest.raises(SystemExit, match="^error: --config.eval.kl=maybe: give true or false$"):
         config_flags.read([f"--config={small_run.MINI}", "--config.eval.kl=maybe"])
+    with pytest.raises(SystemExit, match="^error: give --config=FILE first, then the settings"):
+        config_flags.read(["--config.seed=5", f"--config={small_run.MINI}"])
     path = ["--config", str(small_run.MINI)]
     assert config_flags.read([*path, "--config.seed", "5"]).seed == 5
 
