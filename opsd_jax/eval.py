@@ -24,21 +24,22 @@
   W/eval/<name>/pictures/           generated images
   W/eval/summary.md                 all summaries in W/eval as one table
 
-The same command resumes an evaluation that was killed; a finished one is scored again without
-running the model. Training evaluates with the same functions: the same checkpoint gives the same
-answers.
+The paths of the pages are printed last. The same command resumes an evaluation that was killed; a
+finished one is scored again without running the model. Training evaluates with the same functions:
+the same checkpoint gives the same answers.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 
 import jax
 
-from opsd_jax.evaluation import contexts, summary_tables
+from opsd_jax.evaluation import comparison, contexts, summary_tables
 from opsd_jax.inputs import cli
 from opsd_jax.run import evaluate
 from opsd_jax.run.evaluation_request import Request
-from opsd_jax.runtime import distributed, stopping
+from opsd_jax.runtime import distributed, run_folder, stopping
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,14 +105,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of noise and sampling; several separated by commas (default: the run's)",
     )
     parser.add_argument(
-        "--against", default="", help="results to compare with: a name in W/eval, or a folder"
+        "--against",
+        default="",
+        help="results to compare with, in pairs: a name in W/eval, or a folder",
     )
     parser.add_argument(
         "--name",
         default="",
         help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])",
     )
-    args = parser.parse_args(argv)
+    args, summaries = parser.parse_args(argv), {}
     try:
         cli.check_once("seed", args.seed)
         for seed in args.seed:
@@ -137,11 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                     on_bad_row=args.on_bad_row,
                     against=args.against,
                 )
-                evaluate.evaluate(request, stop.check)
+                summaries |= evaluate.evaluate(request, stop.check)
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:
-        print(summary_tables.write_table(args.workdir), end="")
+        print(summary_tables.write_table(args.workdir))
+        for name, summary in summaries.items():
+            if "against" in summary:
+                print(*comparison.in_words(name, summary["against"]), sep="\n")
+        for name in summaries:
+            folder = run_folder.evaluation(args.workdir, name)
+            print(f"the page of {name}: {os.path.join(folder, run_folder.PAGE)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from opsd_jax.data import randomness
 from opsd_jax.data.examples import Examples
 from opsd_jax.data.schema import Example
 from opsd_jax.evaluation import prompts, statistics, table_scores, tables
+from opsd_jax.tasks import maze
 
 Key = int | str
 
@@ -45,6 +46,7 @@ class Benchmark:
       identify: key -> what tells the example from all others in any results: (pid, answer), or
         (MD5 of the table, index).
       table: the public table, None for a task.
+      rule: how answers are judged, as a sentence for readers.
       subset: see `randomness.subset_facts`; None where all examples are asked.
       left_out: keys that are not asked, because they cannot be shown or scored.
       without_visual_thoughts: number of examples that have none, in a mode that shows them or
@@ -59,6 +61,7 @@ class Benchmark:
     size: Callable[[Key], int] = _no_size
     identify: Callable[[Key], tuple[str, Hashable]] = _key_alone
     table: tables.Table | None = None
+    rule: str = ""
     subset: dict | None = None
     left_out: tuple[Key, ...] = ()
     without_visual_thoughts: int | None = None
@@ -112,7 +115,15 @@ def of_examples(examples: Examples, source: int, *, limit: int = 0, seed: int = 
 
     facts = randomness.subset_facts(len(keys), len(stored), seed)
     name = examples.tasks[source]
-    return Benchmark(name, keys, question, expected, judge, identify=identify, subset=facts)
+    rule = tasks.rule(stored[keys[0]].metadata) if keys else ""
+    return Benchmark(
+        name, keys, question, expected, judge, identify=identify, rule=rule, subset=facts
+    )
+
+
+_HARNESS_RULE = (
+    "The rules of the public harness decide; an answer that they cannot read counts as a miss."
+)
 
 
 def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
@@ -168,6 +179,7 @@ def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) 
         size,
         identify,
         part,
+        f"{_HARNESS_RULE} {maze.RULE}" if table.kind == "vsp" else _HARNESS_RULE,
         randomness.subset_facts(tables.size(part), tables.size(table), seed),
     )
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
+from opsd_jax.evaluation import statistics
 from opsd_jax.evaluation.benchmark import Benchmark
-from opsd_jax.evaluation.results import read_summary
+from opsd_jax.evaluation.results import Result, read_summary
 from opsd_jax.runtime import run_folder
 
 
@@ -100,3 +101,47 @@ def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | No
                 f"{start}: {benchmark.name} has {len(here)} examples here and {len(there)} there, "
                 f"of which {pairs} are the same{why}: give results of the same data"
             )
+
+
+def outcome(
+    compared: Compared, results: Sequence[Result], benchmarks: Mapping[str, Benchmark]
+) -> dict:
+    """What summary.json says under "against".
+
+    Args:
+      results: the new answers. benchmarks: {name: benchmark} of them.
+    Returns:
+      {"name": name of the earlier results, "benchmarks": {benchmark of both: {"n": examples of
+      both, "here", "there": shares of right answers to these, "only_here", "only_there": examples
+      that only one of them answers right, "p": of McNemar's exact test}}}.
+    """
+    found = {}
+    for result in results:
+        hits, identify = compared.hits.get(result.name, {}), benchmarks[result.name].identify
+        both = [
+            (bool(p["hit"]), hits[identify(p["index"])])
+            for p in result.predictions
+            if identify(p["index"]) in hits
+        ]
+        if both:
+            only_here = sum(here and not there for here, there in both)
+            only_there = sum(there and not here for here, there in both)
+            found[result.name] = {
+                "n": len(both),
+                "here": sum(here for here, _ in both) / len(both),
+                "there": sum(there for _, there in both) / len(both),
+                "only_here": only_here,
+                "only_there": only_there,
+                "p": statistics.mcnemar(only_here, only_there),
+            }
+    return {"name": compared.name, "benchmarks": found}
+
+
+def in_words(name: str, against: dict) -> list[str]:
+    """What `outcome` found, one line per benchmark. name: name of the new results."""
+    return [
+        f"{name} against {against['name']}, {x['n']} examples of {task}: {100 * x['here']:.1f} % "
+        f"against {100 * x['there']:.1f} %; {x['only_here']} right only here, {x['only_there']} "
+        f"only there, p = {x['p']:.2g} (McNemar)"
+        for task, x in against["benchmarks"].items()
+    ]

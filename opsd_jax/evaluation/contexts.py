@@ -33,6 +33,19 @@ from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
 GENERATED = ("generated", "generated-noise", "generated-swap", "generated-remove")
 MODES = ("none", *CONTEXTS, *GENERATED)
+MODE_TEXTS = {
+    "none": "without visual thoughts",
+    "real": "with the true visual thoughts",
+    "noise": "with noise for visual thoughts",
+    "swap": "with another example's visual thoughts",
+    "image": "with the problem image for visual thoughts",
+    "remove": "with the teacher's texts, no visual thoughts",
+    "generated": "with images that it generates",
+    "generated-noise": "with noise for the images that it generates",
+    "generated-swap": "with images generated for another example",
+    "generated-remove": "without the images that it generates",
+}
+"""What the model answers with in each mode."""
 
 
 def mode_of_teacher(visual_thoughts: str) -> str:

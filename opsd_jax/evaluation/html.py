@@ -1,9 +1,10 @@
 """Building blocks of report pages: evaluations and diagnoses are composed of them.
 
-Pure functions that return HTML strings. Every text is escaped; only arguments called `parts` are
-taken as HTML. A page is one file: styles within (report.css), images as data URIs, charts as SVG
-(see `charts`), no script, nothing from the network (the content security policy of the template
-forbids both). It follows the reader's light or dark mode and fits a phone.
+Pure functions that return HTML strings. Every text is escaped; only arguments called `parts`, and
+cells that are a `Part`, are taken as HTML. A page is one file: styles within (report.css), images
+as data URIs, charts as SVG (see `charts`), no script, nothing from the network (the content
+security policy of the template forbids both). It follows the reader's light or dark mode and fits a
+phone.
 
     body = heading("Accuracy"), table(["task", "correct"], [["maze", 0.5312]])
     files.write("report.html", page("Evaluation", *body))
@@ -26,14 +27,23 @@ from PIL import Image
 
 _FOLDER = pathlib.Path(__file__).parent
 _DASH = "–"
-Cell = str | int | float | bool | None
+
+
+class Part(str):
+    """HTML that `table` takes as it is, for example an image in a cell."""
+
+
+Cell = Part | str | int | float | bool | None
 _SMALL = 128  # pixels: shorter images keep every pixel
-_OPEN_SAMPLES = 30  # more samples than this are shown collapsed
+_OPEN_SAMPLES = 30  # samples after these are shown collapsed
 _SAMPLES = '<section class="samples">'
 
 
 def page(title: str, *parts: str) -> str:
-    """The whole document: the title, then the parts one below the other.
+    """The whole document: the title, a list of contents, then the parts one below the other.
+
+    The contents link to the headings of levels 2 and 3; a page with fewer than two headings of
+    level 2 has none.
 
     Samples are numbered from s1 in every call of `samples`. On a page with several lists, the ids
     and links of the second and later ones are renamed here (s2_1, s3_1, ...), so that links stay
@@ -44,9 +54,37 @@ def page(title: str, *parts: str) -> str:
         if number > 1:
             other = re.sub(r'((?:id|for|name)="|href="#)s(?=[-\d])', rf"\g<1>s{number}_", other)
         first += _SAMPLES + other
+    contents, body = _with_contents(first)
     template = string.Template((_FOLDER / "report.template.html").read_text(encoding="utf-8"))
     style = (_FOLDER / "report.css").read_text(encoding="utf-8")
-    return template.substitute(title=text(title), style=style, body=first)
+    return template.substitute(title=text(title), style=style, body=contents + body)
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading of level 2 above parts whose own headings become one level lower."""
+
+    def lower(match):
+        return f"<{match[1]}h{int(match[2]) + 1}>"
+
+    return stack(heading(title), re.sub(r"<(/?)h([2-5])>", lower, _join(parts)))
+
+
+def _with_contents(body: str) -> tuple[str, str]:
+    """(list of contents, the body with an id at each heading that it links to)."""
+    found: list[tuple[str, str]] = []
+
+    def anchored(match):
+        found.append((match[1], match[2]))
+        return f'<h{match[1]} id="c{len(found)}">{match[2]}</h{match[1]}>'
+
+    body = re.sub(r"<h([23])>(.*?)</h\1>", anchored, body)
+    if sum(level == "2" for level, _ in found) < 2:
+        return "", body
+    items = [
+        f'<li class="level{level}"><a href="#c{n}">{inside}</a></li>'
+        for n, (level, inside) in enumerate(found, start=1)
+    ]
+    return f'<nav class="contents" aria-label="contents"><ul>{_join(items)}</ul></nav>\n', body
 
 
 # ---------------------------------------------------------------------------- texts
@@ -73,6 +111,12 @@ def links(entries: Sequence[tuple[str, str]]) -> str:
     return f"<ul>{''.join(items)}</ul>"
 
 
+def facts(entries: Sequence[tuple[str, str]]) -> str:
+    """What a page is about: (name, content with `code` and **bold**), one below the other."""
+    items = [f"<dt>{text(name)}</dt><dd>{_spans(content)}</dd>" for name, content in entries]
+    return f'<dl class="facts">{_join(items)}</dl>'
+
+
 def text(value: object) -> str:
     """A value as escaped text, for contents and attributes.
 
@@ -95,6 +139,23 @@ def number(value: float) -> str:
         return "∞" if value > 0 else "−∞"
     whole = 9999.5 <= abs(value) < 1e15
     return (f"{value:,.0f}" if whole else f"{value:.4g}").replace("-", "−")
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """A number with a fixed number of decimal places; a dash for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return number(math.nan if value is None else value)
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no −0.0
+
+
+def between(limits: Sequence[float] | None, digits: int) -> str:
+    """An interval, "0.10 to 0.25"; a dash for None."""
+    return _DASH if limits is None else " to ".join(fixed(limit, digits) for limit in limits)
+
+
+def p_value(p: float) -> str:
+    """A p-value with 2 significant digits."""
+    return f"{p:.2g}".replace("-", "−")
 
 
 # ---------------------------------------------------------------------------- layout
@@ -121,28 +182,36 @@ def table(
 ) -> str:
     """A table that scrolls within its box if it is long or wide.
 
+    A column that has nothing but dashes is left out, unless it is one of the `texts`.
+
     Args:
       columns: the head of each column.
-      rows: cells. Floats have 4 significant digits, and whole digits are never cut; a bool is yes
-        or no; None and NaN are a dash.
+      rows: cells. A `Part` is taken as HTML. Floats have 4 significant digits, and whole digits
+        are never cut; a bool is yes or no; None and NaN are a dash.
       texts: the number of columns, from the first, that are aligned left as text is.
 
     Raises:
       ValueError: a row whose length differs from that of the columns.
     """
-    looks = [' class="left"' if n < texts else "" for n in range(len(columns))]
-    head = "".join(f'<th scope="col"{a}>{text(c)}</th>' for c, a in zip(columns, looks))
-    body = []
+    shown = []
     for position, cells in enumerate(rows):
         if isinstance(cells, str) or len(cells) != len(columns):
             raise ValueError(
                 f"table row {position} is {cells!r}, but the columns are {list(columns)}"
             )
-        body.append(
-            f"<tr>{''.join(f'<td{a}>{_cell(cell)}</td>' for cell, a in zip(cells, looks))}</tr>"
-        )
+        shown.append(list(map(_cell, cells)))
+    kept = [
+        n
+        for n in range(len(columns))
+        if n < texts or not shown or any(cells[n] != _DASH for cells in shown)
+    ]
+    looks = {n: ' class="left"' if n < texts else "" for n in kept}
+    head = "".join(f'<th scope="col"{looks[n]}>{text(columns[n])}</th>' for n in kept)
+    body = [
+        f"<tr>{''.join(f'<td{looks[n]}>{cells[n]}</td>' for n in kept)}</tr>" for cells in shown
+    ]
     if not body:
-        body = [f'<tr><td class="left" colspan="{len(columns)}">{_DASH} no rows</td></tr>']
+        body = [f'<tr><td class="left" colspan="{len(kept)}">{_DASH} no rows</td></tr>']
     return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{_join(body)}</tbody></table>")
 
 
@@ -324,32 +393,35 @@ _FILTERS = {"all": "all", "hit": "hits", "miss": "misses", "unjudged": "not judg
 
 
 def samples(items: Sequence[Sample]) -> str:
-    """A browsable list of samples, with a filter by hit and miss.
+    """A browsable list of samples, with a filter by hit and miss where there are both.
 
     Each sample links to the previous and the next one that is shown. The n-th has the anchor #s<n>,
-    counted from 1. More than 30 are shown collapsed; following a link to one opens it.
+    counted from 1. Those after the 30th are shown collapsed; following a link to one opens it.
+    Where none is judged, none is marked.
     """
     if not items:
         return note(f"{_DASH} no samples")
     numbered = {
         kind: [n for n, item in enumerate(items, 1) if item.kind == kind] for kind in _MARKS
     }
+    kinds = [kind for kind, members in numbered.items() if members]
     numbered["all"] = list(range(1, len(items) + 1))
     choice = [
         f'<input type="radio" name="s-show" id="s-{kind}" class="s-{kind}"'
         f"{' checked' if kind == 'all' else ''}>"
         f' <label for="s-{kind}">{label} ({len(numbered[kind])})</label>'
         for kind, label in _FILTERS.items()
-        if kind != "unjudged" or numbered[kind]
+        if len(kinds) > 1 and numbered[kind]
     ]
-    is_open = " open" if len(items) <= _OPEN_SAMPLES else ""
     shown = []
     for n, item in enumerate(items, 1):
         # The anchor is inside <details>: browsers open it for a link to something inside it, not
         # for a link to itself.
+        is_open = " open" if n <= _OPEN_SAMPLES else ""
+        mark = "" if kinds == ["unjudged"] else f"<b>{_MARKS[item.kind]}</b>"
         shown.append(
             f'<details class="{item.kind}"{is_open}>'
-            f"<summary><b>{_MARKS[item.kind]}</b>{n}. {_spans(item.title)}</summary>"
+            f"<summary>{mark}{n}. {_spans(item.title)}</summary>"
             f'<div id="s{n}">{note(item.note) if item.note else ""}{_join(item.parts)}'
             f"{_neighbours('any', n, numbered['all'])}"
             f"{_neighbours('same', n, numbered[item.kind])}</div></details>"
@@ -380,9 +452,11 @@ def _spans(content: str) -> str:
     return re.sub(pattern, span, text(content))
 
 
-def _cell(value: str | int | float | bool | None) -> str:
+def _cell(value: Cell) -> str:
     if value is None:
         return _DASH
+    if isinstance(value, Part):
+        return value
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, numbers.Integral):

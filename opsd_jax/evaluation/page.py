@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from opsd_jax.evaluation import charts, comparison, html, statistics, tables
+from opsd_jax.evaluation import charts, html, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
+from opsd_jax.evaluation.contexts import MODE_TEXTS
 
-_MOST_SAMPLES = 30  # of each benchmark
+_MOST_MISSES, _MOST_HITS = 100, 20  # that are shown of each benchmark
 _Shown = Callable[[Benchmark, Key], Sequence[tuple[str, np.ndarray | Image.Image]]]
 
 
@@ -19,78 +20,94 @@ def page(
     results: Sequence[results_lib.Result],
     benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
-    compared: comparison.Compared | None = None,
 ) -> str:
     """HTML of one evaluation.
 
     Args:
-      name: name of the evaluation, shown as the title.
+      name: name of the evaluation, in the title.
       summary: content of summary.json.
-      results: the answers to each benchmark, of which at most 30 are shown, spread evenly.
+      results: the answers to each benchmark. Up to 100 misses and 20 hits of each are shown.
       benchmarks: {name: benchmark} of the results.
       shown: (benchmark, key) -> [(caption, image)], what the model saw of a question.
-      compared: earlier results of the same questions.
     """
-    parts = _scores(summary)
-    if compared:
-        parts += _comparison(results, benchmarks, compared)
+    parts = [_facts(summary), html.heading("Scores"), *_scores(summary)]
+    if "against" in summary:
+        parts += _comparison(summary["against"])
     for result in results:
         parts += _samples(result, benchmarks[result.name], shown)
-    return html.page(f"Evaluation {name}", *parts)
+    return html.page(f"Evaluation {name}: {MODE_TEXTS[summary['mode']]}", *parts)
+
+
+def _facts(summary: dict) -> str:
+    """Which model was asked what, and by which command."""
+    scores = summary["benchmarks"]
+    asked = "as in training: the run's own prompts and image sizes, greedy"
+    if summary["asked_by"] != "run":
+        asked = f"by the protocol `{summary['asked_by']}`"
+    if summary["ban_marker"]:
+        asked += "; `<image_start>` is never sampled"
+    examples = "\n".join(
+        f"{task}: "
+        + (
+            f"a random subset, {results_lib.counted(s)}, chosen with seed {s['rows']['seed']}"
+            if "rows" in s
+            else f"all {s['n']}"
+        )
+        for task, s in scores.items()
+    )
+    return html.facts(
+        [
+            ("the model answers", f"{MODE_TEXTS[summary['mode']]} (mode `{summary['mode']}`)"),
+            ("asked", asked),
+            ("weights", f"`{summary['checkpoint']}`"),
+            ("examples", examples),
+            *([("split", f"`{summary['split']}`")] if summary["split"] else []),
+            ("seed", str(summary["seed"])),
+            ("command", f"`{summary['command']}`"),
+        ]
+    )
 
 
 def _scores(summary: dict) -> list[str]:
     """The scores of all benchmarks, and those by category."""
     scores = summary["benchmarks"]
-    subsets = "".join(
-        f" {task}: a random subset, {results_lib.counted(s)}, chosen with seed {s['rows']['seed']}."
-        for task, s in scores.items()
-        if "rows" in s
-    )
-    rows = []
-    for task, s in scores.items():
-        teacher, student = tables.PAPER.get(task, (None, None))
-        rows.append(
-            [
-                task,
-                results_lib.percent(s),
-                results_lib.counted(s),
-                s["mean_output_tokens"],
-                s["seconds_per_sample"],
-                s["timed_samples"],
-                s.get("pictures_per_sample"),
-                s.get("needs_judge"),
-                len(s.get("bad_rows", ())),
-                teacher,
-                student,
-            ]
-        )
-    columns = [
-        "benchmark",
-        "score %",
-        "n",
-        "tokens",
-        "s/sample",
-        "timed",
-        "generated images",
-        "no rule applied",
-        "questions left out",
-        "paper: ThinkMorph",
-        "paper: Visual-OPSD",
+    columns: dict[str, tuple[str, Callable[[str, dict], html.Cell]]] = {
+        "benchmark": ("", lambda task, s: task),
+        "score %": ("", lambda task, s: html.fixed(results_lib.percent(s), 1)),
+        "examples": ("", lambda task, s: results_lib.counted(s)),
+        "tokens": ("mean length of an answer", lambda task, s: _one(s["mean_output_tokens"])),
+        "s/example": (
+            "seconds, without batches that compiled a program",
+            lambda task, s: html.fixed(s["seconds_per_sample"], 4),
+        ),
+        "timed": ("examples that the seconds cover", lambda task, s: s["timed_samples"]),
+        "generated images": ("per example", lambda task, s: _one(s.get("pictures_per_sample"))),
+        "no rule applied": (
+            "answers that no rule could read: misses",
+            lambda task, s: s.get("needs_judge"),
+        ),
+        "left out": (
+            "questions that could not be asked",
+            lambda task, s: len(s["bad_rows"]) if "bad_rows" in s else None,
+        ),
+        "ThinkMorph %": ("in the paper", lambda task, s: _paper(task)[0]),
+        "Visual-OPSD %": ("in the paper", lambda task, s: _paper(task)[1]),
+    }
+    rows = [[cell(task, s) for _, cell in columns.values()] for task, s in scores.items()]
+    meanings = [
+        f"**{head}**: {meaning}"
+        for n, (head, (meaning, _)) in enumerate(columns.items())
+        if meaning and any(row[n] is not None for row in rows)
     ]
     parts = [
-        html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, protocol `{summary['protocol']}`, "
-            f"seed {summary['seed']}. Intervals hold 95 % (Wilson). Seconds leave out batches that "
-            f"compiled a program; “timed” is the number of answers that are left.{subsets}"
-        ),
         charts.intervals(
             [
                 (task, results_lib.percent(s), *(100 * limit for limit in s["interval_95"]))
                 for task, s in scores.items()
             ]
         ),
-        html.table(columns, rows),
+        html.table(list(columns), rows),
+        html.note("; ".join(meanings) + "."),
     ]
     for task, s in scores.items():
         if details := {**s["categories"], **s.get("extras", {})}:
@@ -98,48 +115,86 @@ def _scores(summary: dict) -> list[str]:
     return parts
 
 
-def _comparison(
-    results: Sequence[results_lib.Result],
-    benchmarks: Mapping[str, Benchmark],
-    compared: comparison.Compared,
-) -> list[str]:
-    """Paired comparison with earlier results, for the benchmarks and questions of both."""
-    rows: list[list[html.Cell]] = []
-    for result in results:
-        if result.name not in compared.hits:
-            continue
-        hits, identify = compared.hits[result.name], benchmarks[result.name].identify
-        both = [
-            (bool(p["hit"]), hits[identify(p["index"])])
-            for p in result.predictions
-            if identify(p["index"]) in hits
+def _one(value: float | None) -> str | None:
+    return None if value is None else html.fixed(value, 1)
+
+
+def _paper(task: str) -> tuple[str | None, str | None]:
+    """What the paper reports of a benchmark in per cent: ThinkMorph, Visual-OPSD."""
+    teacher, student = tables.PAPER.get(task, (None, None))
+    return (f"{teacher:.2f}", f"{student:.2f}") if teacher else (None, None)
+
+
+def _comparison(against: dict) -> list[str]:
+    """Paired comparison with earlier results."""
+    rows = [
+        [
+            task,
+            x["n"],
+            *(html.fixed(100 * x[side], 1) for side in ("here", "there")),
+            x["only_here"],
+            x["only_there"],
+            html.p_value(x["p"]),
         ]
-        wins = sum(now and not before for now, before in both)
-        losses = sum(before and not now for now, before in both)
-        alike = len(both) - wins - losses
-        p_value = statistics.mcnemar(wins, losses)
-        rows.append([result.name, len(both), wins, losses, alike, p_value])
-    columns = ["benchmark", "questions of both", "won", "lost", "alike", "p (McNemar, exact)"]
-    return [html.heading(f"Against {compared.name}"), html.table(columns, rows)]
+        for task, x in against["benchmarks"].items()
+    ]
+    columns = ["benchmark", "examples of both", "here %", "there %"]
+    columns += ["right only here", "right only there", "p"]
+    return [
+        html.heading(f"Against {against['name']}"),
+        html.table(columns, rows),
+        html.note(
+            f"**here**: this evaluation; **there**: {against['name']}, on the same examples; "
+            "**p**: McNemar's exact test."
+        ),
+    ]
 
 
 def _samples(result: results_lib.Result, benchmark: Benchmark, shown: _Shown) -> list[str]:
-    """Up to 30 answers to a benchmark, spread evenly."""
-    items = []
-    for p in result.predictions[:: max(1, -(-len(result.predictions) // _MOST_SAMPLES))]:
-        key = p["index"]
-        images = [html.image(image, caption=caption) for caption, image in shown(benchmark, key)]
-        items.append(
-            html.Sample(
-                title=f"{result.name} {p.get('pid', key)}",
-                hit=bool(p["hit"]),
-                parts=[
-                    html.row(*images),
-                    html.paragraph(benchmark.question(key)[1]),
-                    html.paragraph(p["prediction"]),
-                ],
-                note=f"expected {p['expected']}; {p['tokens']} tokens",
-            )
-        )
-    title = f"{result.name}: {len(items)} of {len(result.predictions)} answers"
-    return [html.heading(title), html.samples(items)]
+    """The misses, then some hits."""
+    misses, hits = (
+        [p for p in result.predictions if bool(p["hit"]) == right] for right in (False, True)
+    )
+    chosen = [*_spread(misses, _MOST_MISSES), *_spread(hits, _MOST_HITS)]
+    return [
+        html.heading(f"Answers to {result.name}"),
+        html.paragraph(benchmark.rule),
+        html.note(
+            f"Shown: {_portion('misses', len(misses), _MOST_MISSES)}, then "
+            f"{_portion('hits', len(hits), _MOST_HITS)}. All {len(result.predictions)} answers are "
+            "in predictions.jsonl."
+        ),
+        html.samples([_sample(p, benchmark, shown) for p in chosen]),
+    ]
+
+
+def _spread(predictions: Sequence[dict], most: int) -> list[dict]:
+    """All predictions, or `most` of them at even distances."""
+    shown = min(most, len(predictions))
+    return [predictions[n * len(predictions) // shown] for n in range(shown)]
+
+
+def _portion(kind: str, count: int, most: int) -> str:
+    if count <= most:
+        return f"all {count} {kind}" if count else f"no {kind} (there are none)"
+    return f"{most} of {count} {kind}, evenly spaced"
+
+
+def _sample(p: dict, benchmark: Benchmark, shown: _Shown) -> html.Sample:
+    """An answer with the images that the model saw."""
+    key = p["index"]
+    title = str(p.get("pid", key))
+    about = f"{p['tokens']} token{'s' * (p['tokens'] != 1)}"
+    if "answer" in p:  # of a task: short
+        found = "no answer" if p["answer"] is None else p["answer"]
+        title += f": {found}" + (f" (expected {p['expected']})" if found != p["expected"] else "")
+    else:
+        about = f"expected {p['expected']}; {about}"
+    size = 320 if benchmark.table else 160
+    images = [html.image(image, size=size, caption=text) for text, image in shown(benchmark, key)]
+    texts = html.stack(
+        html.paragraph(benchmark.question(key)[1]),
+        html.paragraph(p["prediction"]),
+        html.note(about),
+    )
+    return html.Sample(title=title, hit=bool(p["hit"]), parts=[html.row(*images, texts)])

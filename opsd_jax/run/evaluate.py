@@ -373,16 +373,20 @@ def _answer(
     for benchmark, result in zip(asked, results):
         if benchmark.table:
             _export(folder, benchmark.table, result)
+    by_name = {benchmark.name: benchmark for benchmark in asked}
+    about = {**job.about, **asked_in.facts}
+    if compared:
+        about["against"] = comparison.outcome(compared, results, by_name)
     summary = results_lib.write(
         folder,
         results,
         protocol=asked_in.protocol,
         mode=asked_in.mode,
-        **job.about,
-        **asked_in.facts,
+        command=job.request.command,
+        ban_marker=job.request.ban_marker,
+        **about,
     )
-    by_name = {benchmark.name: benchmark for benchmark in asked}
-    html = page.page(name, summary, results, by_name, shown, compared)
+    html = page.page(name, summary, results, by_name, shown)
     files.write(os.path.join(folder, run_folder.PAGE), html)
     return summary
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -62,6 +63,19 @@ class Request:
     batch_size: int = 0
     on_bad_row: str = "fail"
     against: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that asks for the same."""
+        flags = ["python", "-m", "opsd_jax.eval"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            flag = "--visual_thoughts" if field.name == "modes" else f"--{field.name}"
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            flags.append(flag if value is True else f"{flag}={text}")
+        return shlex.join(flags)
 
 
 @dataclasses.dataclass(frozen=True)

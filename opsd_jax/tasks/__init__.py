@@ -3,7 +3,8 @@
 There are four families, one module each, modelled on the four released data sets but small enough
 for a laptop: `maze`, `jigsaw`, `search`, `chart`. Each has TASK (name of the released data set),
 DIFFICULTY (named settings), `make` (one random problem and its canonical key), `score`, `fault`,
-and the WORDS of its texts.
+and the WORDS of its texts; where other answers than the stored one are right, also a RULE that says
+so.
 
 Train, validation and test are disjoint by construction: the hash of a problem's canonical key
 decides to which split the problem belongs. The key leaves out what makes near-duplicates (see each
@@ -81,6 +82,14 @@ def judge(metadata: dict, taught: str, text: str) -> tuple[str | None, bool]:
     if "family" in metadata:
         return answer, bool(score(metadata, answer))
     return answer, None not in (answer, reference) and answer.split() == reference.split()
+
+
+def rule(metadata: dict) -> str:
+    """The rule by which `judge` decides, as a sentence for readers."""
+    family = FAMILIES.get(metadata.get("family", ""))
+    return getattr(
+        family, "RULE", "An answer is right if it equals the expected one word for word."
+    )
 
 
 def fault(metadata: dict, taught: str) -> str | None:

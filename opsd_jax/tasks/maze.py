@@ -126,6 +126,9 @@ def fault(metadata: dict) -> str | None:
     return f"has a 'map' without {' and '.join(absent)}: {lake!r}" if absent else None
 
 
+RULE = "Every path that reaches the goal and avoids the holes is right, not only the expected one."
+
+
 def score(metadata: dict, answer: str | None) -> bool:
     """True if the moves ("R D R") stay on the lake, off the holes, and end on the goal."""
     lake = metadata["map"]

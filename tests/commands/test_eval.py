@@ -20,7 +20,15 @@ from opsd_jax import config as config_lib
 from opsd_jax import eval, interleave, rollout, sharding, tokenizer, train
 from opsd_jax.data import arrayrecord, examples, packing, randomness
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import benchmark, contexts, inference, reference_kl, table_scores, tables
+from opsd_jax.evaluation import (
+    benchmark,
+    comparison,
+    contexts,
+    inference,
+    reference_kl,
+    table_scores,
+    tables,
+)
 from opsd_jax.run import controls, evaluate, session
 from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -114,7 +122,10 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
 
     printed, progress = capsys.readouterr()
     table = (workdir / "eval" / "summary.md").read_text()
-    assert printed.endswith(table)
+    page = workdir / "eval" / names[0] / "report.html"
+    assert printed.endswith(f"{table}\nthe page of {names[0]}: {page}\n") and page.exists()
+    pages = [line for line in printed.splitlines() if line.startswith("the page of ")]
+    assert [line.split()[3].rstrip(":") for line in pages] == [names[n] for n in (1, 3, 2, 0)]
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == names
     assert f"{LAST}-real test  {small_run.TEST_ROWS}/{small_run.TEST_ROWS}  accuracy" in progress
     assert "left 0:00:00" in progress
@@ -177,7 +188,17 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("--name=again")
     run("--name=again", f"--against={folder.name}")
-    assert "McNemar" in (workdir / "eval" / "again" / "report.html").read_text()
+    assert f"Against {folder.name}" in (workdir / "eval" / "again" / "report.html").read_text()
+    against = read(workdir / "eval" / "again")[0]["against"]
+    assert against["name"] == folder.name and set(against["benchmarks"]) == {
+        "BLINK",
+        "ChartQA_h_bar",
+    }
+    assert against["benchmarks"]["BLINK"]["n"] == len(table.rows)
+    *_, said, last, page_line = capsys.readouterr().out.splitlines()
+    assert said == comparison.in_words("again", against)[0]
+    assert last == comparison.in_words("again", against)[1]
+    assert page_line == f"the page of again: {workdir}/eval/again/report.html"
     # the one that died twice; all programs were compiled before
     assert len(asked) == 1 + -(-len(table.rows) // 4) + -(-chart["n"] // 4)
     assert read(workdir / "eval" / "again")[1] == predictions
@@ -297,7 +318,9 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
         "visual thought 1 (noise)"
         in (workdir / "eval" / f"{LAST}-noise" / "report.html").read_text()
     )
-    assert "visual thought" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
+    assert (
+        "visual thought 1" not in (workdir / "eval" / f"{LAST}-remove" / "report.html").read_text()
+    )
     eval.main([f"--workdir={workdir}", "--protocol=paper", "--rows=3"])
     summary, predictions = read(workdir / "eval" / f"{LAST}-none-paper-random3")
     assert summary["benchmarks"][small_run.TASK]["n"] == 3 and '"pid"' in predictions

@@ -1,20 +1,17 @@
 """The page of a run, W/report.html: its parts, and how a browser shows it."""
 
-import functools
 import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image
 
+import browser
 import small_run
 from opsd_jax.run import report_table, run_page
 
 pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     page = workdir / "report.html"
     assert run_page.write(str(workdir), scores, ()) == str(page)
     html = page.read_text()
-    titles = re.findall(r"<h[23]>(.*?)</h[23]>", html)
+    titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
     assert titles == [
         "Curves",
         "Loss, stage warmup",
@@ -61,7 +58,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         [False] * wrong + [True] * right
     )
     assert html.count("<img") == 2 * (wrong + right)  # the problem and one visual thought each
-    links = re.findall(r'<li><a href="(.*?)">', html)
+    links = re.findall(r'<li><a href="([^#].*?)">', html)
     assert links and all((workdir / link).exists() for link in links)
 
 
@@ -79,18 +76,14 @@ def test_a_run_without_a_final_evaluation_has_curves(workdir):
     assert "Loss, stage opsd" in html and "<details" not in html
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@browser.needs_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(workdir, tmp_path, width):
     run_page.write(str(workdir), report_table.collect(str(workdir), ()), ())
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update"]
-    flags += ["--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
-    browse = functools.partial(subprocess.run, check=True, timeout=120, capture_output=True)
-    shot, address = tmp_path / "page.png", (workdir / "report.html").as_uri()
-    browse([CHROMIUM, *flags, f"--window-size={width},3000", f"--screenshot={shot}", address])
-    pixels = np.asarray(Image.open(shot).convert("L")).astype(int)
+    page = workdir / "report.html"
+    pixels = browser.screenshot(page, tmp_path, width, 3000)
     assert pixels.shape == (3000, width)
-    # Text and charts from top to bottom, and margins at both sides: nothing is wider than the page.
+    # Text and charts from top to bottom, and margins at both sides.
     assert all(part.std() > 5 for part in np.array_split(pixels, 6))
     assert pixels[:, :8].std() < 1 and pixels[:, -8:].std() < 1
+    assert browser.scroll_width(page, tmp_path, width) == width

@@ -3,6 +3,8 @@
 import collections
 import json
 import pathlib
+import re
+import shlex
 import shutil
 import types
 
@@ -12,12 +14,13 @@ import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from opsd_jax import interleave
+from opsd_jax import interleave, tasks
 from opsd_jax import params as params_lib
 from opsd_jax.evaluation import (
     answer_files,
     benchmark,
     comparison,
+    contexts,
     inference,
     interleaved,
     page,
@@ -27,6 +30,7 @@ from opsd_jax.evaluation import (
 )
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import evaluate
+from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import stopping
 
 TABLES = pathlib.Path(__file__).parents[1] / "scoring" / "tsv"
@@ -611,17 +615,156 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         None,
         identify=lambda key: (predictions[key]["pid"], predictions[key]["expected"]),
     )
-    summary = {"checkpoint": "c", "protocol": "p", "seed": 0, "benchmarks": {"T": result.summary()}}
+    compared = comparison.read_results(str(tmp_path), "x")
+    against = comparison.outcome(compared, [result], {"T": bench})
+    found = {"n": 3, "here": 2 / 3, "there": 2 / 3, "only_here": 1, "only_there": 1, "p": 1.0}
+    assert against == {"name": "x", "benchmarks": {"T": found}}
+    assert comparison.in_words("n", against) == [
+        "n against x, 3 examples of T: 66.7 % against 66.7 %; 1 right only here, 1 only there, "
+        "p = 1 (McNemar)"
+    ]
     html = page.page(
-        "n",
-        summary,
-        [result],
-        {"T": bench},
-        lambda *_: [],
-        comparison.read_results(str(tmp_path), "x"),
+        "n", summary_of([result], against=against), [result], {"T": bench}, lambda *_: []
     )
-    cells = html[html.index("Against x") :].split("</table>")[0].split("<td")[1:]
-    assert [cell.split(">")[1].split("<")[0] for cell in cells][:5] == ["T", "3", "1", "1", "1"]
+    cells = html[html.rindex("Against x") :].split("</table>")[0].split("<td")[1:]
+    assert [cell.split(">")[1].split("<")[0] for cell in cells] == [
+        "T",
+        "3",
+        "66.7",
+        "66.7",
+        "1",
+        "1",
+        "1",
+    ]
+
+
+def summary_of(found, **more):
+    """A summary as evaluations write it."""
+    about = {"asked_by": "run", "ban_marker": False, "split": "test", "command": "python -m x"}
+    scores = {result.name: result.summary() for result in found}
+    return {"checkpoint": "c", "seed": 7, "mode": "none", **about, **more, "benchmarks": scores}
+
+
+def page_of(hits, rule="A rule.", name="T", **more):
+    """The page of answers to a task, its `hits` in order."""
+    predictions = [
+        {
+            "index": n,
+            "pid": f"p{n}",
+            "prediction": "",
+            "answer": "A" if hit else "B",
+            "expected": "A",
+            "hit": hit,
+            "tokens": 9,
+        }
+        for n, hit in enumerate(hits)
+    ]
+    result = results_lib.Result(name, predictions, 1.0, len(hits))
+    bench = benchmark.Benchmark(
+        name, tuple(range(len(hits))), lambda key: ([], f"q{key}"), None, None, rule=rule
+    )
+    html = page.page("000180-none", summary_of([result], **more), [result], {name: bench}, shown)
+    return re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+
+
+def shown(bench, key):
+    return [("problem", np.zeros((2, 2, 3), np.uint8))]
+
+
+def test_the_page_shows_all_misses_first():
+    html = page_of([n % 5 > 0 for n in range(200)])  # 40 misses
+    marks = re.findall('<details class="(hit|miss)"', html)
+    assert marks == ["miss"] * 40 + ["hit"] * 20
+    titles = [title.split(":")[0] for title in re.findall(r"</b>\d+\. (.*?)</summary>", html)]
+    assert titles[:40] == [f"p{n}" for n in range(0, 200, 5)]
+    hits = [n for n in range(200) if n % 5]
+    assert titles[40:] == [f"p{n}" for n in hits[::8]]  # 20 of 160, evenly spaced
+    assert "Shown: all 40 misses, then 20 of 160 hits, evenly spaced. All 200 answers" in html
+    assert "1. p0: B (expected A)" in html and "41. p1: A</summary>" in html
+
+
+def test_the_page_says_how_many_misses_it_leaves_out():
+    html = page_of([False] * 250)
+    assert html.count('<details class="miss"') == 100
+    assert "Shown: 100 of 250 misses, evenly spaced, then no hits (there are none)." in html
+    titles = re.findall(r"</b>\d+\. p(\d+):", html)
+    assert titles == [str(n * 250 // 100) for n in range(100)]
+
+
+def test_the_page_of_a_task_says_what_it_is_in_plain_words():
+    html = page_of([True, False], rule=tasks.rule({"family": "maze"}), ban_marker=True)
+    assert "<h1>Evaluation 000180-none: without visual thoughts</h1>" in html
+    for entry in (
+        "<dt>weights</dt><dd><code>c</code></dd>",
+        "<dt>seed</dt><dd>7</dd>",
+        "<dt>command</dt><dd><code>python -m x</code></dd>",
+        "<dt>split</dt><dd><code>test</code></dd>",
+        "<dt>examples</dt><dd>T: all 2</dd>",
+        "<code>&lt;image_start&gt;</code> is never sampled",
+    ):
+        assert entry in html
+    assert "Every path that reaches the goal and avoids the holes is right" in html
+    assert [re.sub("<.*?>", "", a) for a in re.findall(r'<a href="#c.*?</a>', html)] == [
+        "Scores",
+        "Answers to T",
+    ]
+    assert "mini-greedy" not in html and html.count("95 %") == 1
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", html)
+    assert heads == ["benchmark", "score %", "examples", "tokens", "s/example", "timed"]
+    for absent in ("ThinkMorph", "no rule applied", "left out", "generated images"):
+        assert absent not in html
+
+
+def test_the_page_of_a_public_table_has_the_columns_that_tasks_lack():
+    found = {
+        "overall": 50.0,
+        "unit": "percent",
+        "n": 2,
+        "categories": {},
+        "interval_95": [0.1, 0.9],
+    }
+    more = {"needs_judge": 0, "bad_rows": ["5"]}
+    predictions = [
+        {"index": str(n), "prediction": "A", "expected": "A", "hit": n, "tokens": 1, "pictures": 1}
+        for n in (0, 1)
+    ]
+    result = results_lib.Result("MMVP", predictions, 0.0, 0, judged=found | more)
+    bench = benchmark.Benchmark("MMVP", ("0", "1"), lambda key: ([], "q"), None, None)
+    summary = summary_of([result], asked_by="paper", split=None, mode="generated")
+    html = page.page("n", summary, [result], {"MMVP": bench}, shown)
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", html)
+    assert heads[-5:] == [
+        "generated images",
+        "no rule applied",
+        "left out",
+        "ThinkMorph %",
+        "Visual-OPSD %",
+    ]
+    assert "s/example" not in heads  # nothing was timed
+    assert "with images that it generates" in html and "protocol <code>paper</code>" in html
+    assert "<dt>split</dt>" not in html and "expected A; 1 token<" in html
+
+
+def test_every_mode_has_a_text():
+    assert set(contexts.MODE_TEXTS) == set(contexts.MODES)
+    assert len(set(contexts.MODE_TEXTS.values())) == len(contexts.MODES)
+
+
+def test_the_command_asks_for_the_same():
+    request = Request("a b", ("none", "swap"), rows=3, seed=0, ban_marker=True, against="x")
+    command = shlex.split(request.command)
+    assert command == [
+        "python",
+        "-m",
+        "opsd_jax.eval",
+        "--workdir=a b",
+        "--visual_thoughts=none,swap",
+        "--rows=3",
+        "--ban_marker",
+        "--seed=0",
+        "--against=x",
+    ]
+    assert shlex.split(Request("w").command)[3:] == ["--workdir=w"]
 
 
 def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import browser
 from opsd_jax.evaluation import charts
 from opsd_jax.evaluation import html as html_lib
 
@@ -68,6 +69,8 @@ def cells(part: str) -> list[str]:
 # Every block with a hostile text in every place that takes text.
 BLOCKS = {
     "heading": html_lib.heading(EVIL),
+    "section": html_lib.section(EVIL, html_lib.heading(EVIL)),
+    "facts": html_lib.facts([(EVIL, EVIL)]),
     "paragraph": html_lib.paragraph(f"{EVIL} **{EVIL}** `{EVIL}`"),
     "note": html_lib.note(EVIL),
     "table": html_lib.table([EVIL, "b"], [[EVIL, EVIL], ["a", 1.5]]),
@@ -117,6 +120,25 @@ def test_page_needs_nothing_from_outside():
         for link in ("href", "xlink:href"):
             assert attributes.get(link, "#").startswith("#")
     assert not re.search(r"https?:|@import|url\((?!#)", text)
+
+
+def test_contents_link_to_the_headings():
+    parts = [html_lib.heading("A `b` & c"), html_lib.heading("inner", 3), html_lib.heading("d", 4)]
+    tree = Tree(html_lib.page("t", *parts, html_lib.heading("last")))
+    ids = {a["id"]: tag for tag, a in tree.tags if "id" in a}
+    assert ids == {"c1": "h2", "c2": "h3", "c3": "h2"}
+    assert [a["href"] for a in tree.all("a")] == ["#c1", "#c2", "#c3"]
+    text = html_lib.page("t", *parts, html_lib.heading("last"))
+    assert text.index("</h1>") < text.index('<nav class="contents"') < text.index("<h2")
+    assert '<a href="#c1">A <code>b</code> &amp; c</a>' in text
+    assert "<nav" not in html_lib.page("t", *parts)  # one section needs no contents
+
+
+def test_sections_have_lower_headings():
+    parts = [html_lib.heading("in", 2), html_lib.note("<h2>"), html_lib.heading("deep", 4)]
+    tree = Tree(html_lib.page("t", html_lib.section("of all", *parts)))
+    levels = [(tag, a.get("id")) for tag, a in tree.tags if re.fullmatch(r"h\d", tag)]
+    assert [tag for tag, _ in levels] == ["h1", "h2", "h3", "h5"]
 
 
 def test_spans_of_code_and_bold():
@@ -188,6 +210,41 @@ def test_cells():
 def test_table_names_the_bad_row(rows, match):
     with pytest.raises(ValueError, match=match):
         html_lib.table(["a", "b"], rows)
+
+
+def test_empty_columns_are_left_out():
+    columns = ["task", "a", "b", "c"]
+    part = html_lib.table(columns, [["x", None, 1, math.nan], ["y", None, None, None]])
+    assert re.findall(r"<th [^>]*>(.*?)</th>", part) == ["task", "b"]
+    assert cells(part) == ["x", "1", "y", "–"]
+    part = html_lib.table(columns, [[None, 0, None, None]])
+    assert re.findall(r"<th [^>]*>(.*?)</th>", part) == ["task", "a"]  # 0 is a number
+    assert html_lib.table(columns, []).count("<th ") == 4  # of no rows nothing is known
+
+
+def test_a_cell_may_be_html_if_it_says_so():
+    image = html_lib.image(pixels(2, 2), caption="c")
+    part = html_lib.table(["a", "b"], [[html_lib.Part(image), image]])
+    assert len(Tree(part).all("img")) == 1 and cells(part)[1] == image
+
+
+def test_numbers_have_one_form():
+    assert [html_lib.fixed(x, 1) for x in (5.46, -1.66, -0.01, 0, 12345.67)] == [
+        "5.5",
+        "−1.7",
+        "0.0",
+        "0.0",
+        "12,345.7",
+    ]
+    assert [html_lib.fixed(x, 3) for x in (None, math.nan, math.inf, 0.2589)] == [
+        "–",
+        "–",
+        "∞",
+        "0.259",
+    ]
+    assert html_lib.between((-0.5, 1.53), 3) == "−0.500 to 1.530"
+    assert html_lib.between(None, 3) == "–"
+    assert [html_lib.p_value(p) for p in (1, 0.7541, 5e-128)] == ["1", "0.75", "5e−128"]
 
 
 def test_heat_colours_from_lowest_to_highest():
@@ -422,9 +479,22 @@ def test_links_lead_to_the_neighbours_that_are_shown():
     ]  # the only miss: no neighbours of its kind
 
 
-def test_many_samples_are_collapsed():
-    assert not any("open" in a for a in Tree(html_lib.samples(items(*[True] * 31))).all("details"))
-    assert all("open" in a for a in Tree(html_lib.samples(items(*[True] * 30))).all("details"))
+def test_samples_after_the_thirtieth_are_collapsed():
+    for count in (30, 31, 33):
+        are_open = [
+            "open" in a for a in Tree(html_lib.samples(items(*[True] * count))).all("details")
+        ]
+        assert are_open == [True] * 30 + [False] * (count - 30)
+
+
+def test_only_what_is_judged_can_be_filtered():
+    unjudged = html_lib.samples(items(None, None))
+    assert not Tree(unjudged).all("input") and "judged" not in "".join(Tree(unjudged).texts)
+    assert "1. maze 0" in unjudged
+    all_right = Tree(html_lib.samples(items(True, True)))
+    assert not all_right.all("input") and "".join(all_right.texts).count("✓ hit") == 2
+    mixed = Tree(html_lib.samples(items(True, None)))
+    assert [a["id"] for a in mixed.all("input")] == ["s-all", "s-hit", "s-unjudged"]
 
 
 def test_several_lists_of_samples_on_a_page_keep_their_links():
@@ -443,6 +513,25 @@ def test_several_lists_of_samples_on_a_page_keep_their_links():
         i for i in ids if i.endswith(("all", "hit", "miss"))
     }
     assert sorted({a["name"] for a in tree.all("input")}) == ["s-show", "s2_-show", "s3_-show"]
+
+
+@browser.needs_browser
+def test_a_phone_shows_every_block_without_scrolling_sideways(tmp_path):
+    long = "word " * 60 + "x" * 300
+    blocks = [
+        html_lib.facts([("command", f"`python -m {'--flag=value ' * 20}`")]),
+        html_lib.table([long, *"abcdefghijkl"], [[long[:80], *range(10_000, 10_012)]]),
+        html_lib.row(*[html_lib.image(pixels(200, 640))] * 2, html_lib.stack(html_lib.note(long))),
+        html_lib.tokens([long] * 3, [1, 2, 3], unit="nats"),
+        html_lib.samples([html_lib.Sample(long, [html_lib.paragraph(long)], True)] * 2),
+    ]
+    page = tmp_path / "page.html"
+    for parts in (blocks, BLOCKS.values()):
+        page.write_text(html_lib.page(long, *parts, html_lib.heading(long), html_lib.heading("b")))
+        assert browser.scroll_width(page, tmp_path, 390) == 390
+    wide = '<div style="width: 500px">wide</div>'  # what it would find
+    page.write_text(html_lib.page("t", wide))
+    assert browser.scroll_width(page, tmp_path, 390) > 390
 
 
 def test_parts_are_strings():
