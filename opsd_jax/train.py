@@ -42,7 +42,7 @@ from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
 from opsd_jax.run.stage_log import StageLog
-from opsd_jax.runtime import distributed, files, locks, run_folder
+from opsd_jax.runtime import allocator, distributed, files, locks, run_folder
 from opsd_jax.runtime import metrics as metrics_lib
 from opsd_jax.runtime.checkpoint import Checkpoints
 from opsd_jax.runtime.clock import CompileGuard
@@ -78,6 +78,8 @@ def main(argv) -> None:
 def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     check(config, workdir)
     several = distributed.initialize()
+    if jax.default_backend() == "cpu":
+        allocator.keep_freed_memory()
     if several and config.run_arms and not arm:
         raise ValueError(
             "several processes cannot start arms: add --config.run_arms='()', and run each arm by "
@@ -141,7 +143,8 @@ def train(
     Args:
       data_workdir: folder of the run whose data and tokenizer are used where the settings name
         none; "" for workdir.
-      on_warm: called when the checkpoint that the OPSD stage starts from is complete.
+      on_warm: called after the first step of the OPSD stage; the checkpoint that it starts from is
+        complete by then.
     Raises:
       Stopped: the process was asked to stop; what it did is saved.
       UnhealthyRunError: the run learns nothing, or breaks.
@@ -205,7 +208,8 @@ def train_stage(
     Args:
       done: step of the run's latest checkpoint; None if there is none.
       params: the weights that the stage before returned; None if this process has trained none.
-      on_start: called when the checkpoint of the weights that the stage starts from is complete.
+      on_start: called once the checkpoint of the weights that the stage starts from is complete,
+        and the stage's programs are compiled (if it has a step left).
     Returns:
       The weights of its last checkpoint (the EMA if the settings say so).
     Raises:
@@ -242,7 +246,6 @@ def train_stage(
         if kind.keeps_start and done is None:
             state_lib.save(run, stage, checkpoints, begin, state)
             checkpoints.wait()
-    on_start()
 
     stream = batches.stream(load, begin, stage.last) if begin < stage.last else iter(())
     health = Health(**config.health)
@@ -260,6 +263,8 @@ def train_stage(
     log = StageLog(run, stage, begin, guard, health)
     name, primary = os.path.basename(os.path.normpath(run.workdir)), jax.process_index() == 0
     stop.check()
+    if begin == stage.last:
+        on_start()
     with Progress(stage.last, name, stage.name, start=begin, primary=primary) as progress:
         for step in range(begin, stage.last):
             stop.promise = "saving after this step, then stopping"
@@ -272,6 +277,8 @@ def train_stage(
                 state, found = update(state, inputs.batch, *inputs.sampled)
                 jax.block_until_ready(state["step"])
             now = step + 1
+            if step == begin:
+                on_start()  # its processes find the programs that this step compiled
             log.add(found | inputs.metrics)
             samples.write(
                 run,

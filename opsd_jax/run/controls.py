@@ -62,7 +62,7 @@ class Arms:
     def __init__(self, steps: Mapping[str, int], workdir: str, argv: Sequence[str]):
         self._steps, self._workdir, self._argv = steps, workdir, argv
         self._queue = collections.deque(steps)
-        self._worker: threading.Thread | None = None
+        self._workers: list[threading.Thread] = []
         self._failed: list[str] = []
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
@@ -78,45 +78,46 @@ class Arms:
             process.terminate()
         for process in list(self._running):
             process.wait()
-        if self._worker:
-            self._worker.join()
+        self._join()
 
     def start(self) -> None:
-        """To be called when the run is warmed up: on CPUs a thread runs arms from then on."""
-        if jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1 and self._worker is None:
-            self._worker = threading.Thread(target=self._work, args=(1,), daemon=True)
-            self._worker.start()
+        """To be called when the run is warmed up: on CPUs a thread per core runs arms from then on."""
+        cores = _cores()
+        if jax.default_backend() == "cpu" and len(cores) > 1 and not self._workers:
+            for core in cores[::-1][: len(self._steps)]:
+                self._workers.append(threading.Thread(target=self._work, args=(core,), daemon=True))
+                self._workers[-1].start()
+
+    def _join(self) -> None:
+        for worker in self._workers:
+            worker.join()
 
     def finish(self) -> None:
         """Runs the arms that are left and waits for all.
 
         Raises ArmsFailedError, which names those that failed and their logs.
         """
-        self._work(0)
-        if self._worker:
-            self._worker.join()
+        if not self._workers:
+            self._work(None)
+        self._join()
         if self._failed:
             raise ArmsFailedError("control arms failed: " + "; ".join(self._failed))
 
-    def _work(self, half: int) -> None:
-        """Runs arms one after another until none is left.
+    def _work(self, core: int | None) -> None:
+        """Runs arms one after another until none is left, each on this core alone; None for all.
 
-        With a worker thread, in one half of the cores: two small programs that both spread over all
-        cores wait for each other at every matrix product.
+        Two small programs that both spread over all cores wait for each other at every matrix
+        product.
         """
-        cores = _half_of_cores(half) if self._worker else []
         while True:
             try:
                 name = self._queue.popleft()
             except IndexError:
                 return
-            self._run(name, cores)
+            self._run(name, core)
 
-    def _run(self, name: str, cores: list[int]) -> None:
-        """Runs one arm to its end, with a progress bar.
-
-        cores: those that it may use; [] for all.
-        """
+    def _run(self, name: str, core: int | None) -> None:
+        """Runs one arm to its end, with a progress bar."""
         path = run_folder.arm(self._workdir, name)
         os.makedirs(path, exist_ok=True)
         command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
@@ -127,8 +128,8 @@ class Arms:
         ):
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             self._running.add(process)
-            if cores:
-                os.sched_setaffinity(process.pid, cores)
+            if core is not None:
+                os.sched_setaffinity(process.pid, [core])
             if self._stopped:  # while it was being started
                 process.terminate()
             while process.poll() is None:
@@ -149,10 +150,8 @@ def _steps_done(workdir: str) -> int:
     return records[-1]["step"] if records else 0
 
 
-def _half_of_cores(half: int) -> list[int]:
-    """The first (0) or second (1) half of this process's cores; [] if they cannot be chosen."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    cores = sorted(os.sched_getaffinity(0))
-    middle = len(cores) // 2
-    return cores[middle:] if half else cores[:middle]
+def _cores() -> list[int | None]:
+    """Cores that this process may use; None for each where the system lets nobody choose (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [None] * (os.cpu_count() or 1)
