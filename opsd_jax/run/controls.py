@@ -132,12 +132,14 @@ class Arms:
                 os.sched_setaffinity(process.pid, [core])
             if self._stopped:  # while it was being started
                 process.terminate()
+            shown = 0
             while process.poll() is None:
                 try:
                     process.wait(_LOOK)
                 except subprocess.TimeoutExpired:
-                    if done := _steps_done(path):
+                    if (done := _steps_done(path)) != shown:  # its evaluations follow its last step
                         progress.update(done)
+                        shown = done
             if process.returncode:
                 self._failed.append(f"{name} (see {path}/log.txt)")
             self._running.discard(process)
