@@ -81,7 +81,7 @@ class Arms:
         self._join()
 
     def start(self) -> None:
-        """To be called when the run is warmed up: on CPUs a thread per core runs arms from then on."""
+        """To be called when the run is warmed up: on CPUs a thread per core then runs arms."""
         cores = _cores()
         if jax.default_backend() == "cpu" and len(cores) > 1 and not self._workers:
             for core in cores[::-1][: len(self._steps)]:
@@ -153,7 +153,7 @@ def _steps_done(workdir: str) -> int:
 
 
 def _cores() -> list[int | None]:
-    """Cores that this process may use; None for each where the system lets nobody choose (macOS)."""
+    """Cores that this process may use; None for each where the system lets nobody choose."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return [None] * (os.cpu_count() or 1)

@@ -435,7 +435,7 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
     monkeypatch.setattr(train, "check", lambda *_: None)
     monkeypatch.setattr(train, "_train", lambda *_, **__: None)
     monkeypatch.setattr(controls_lib.Arms, "finish", lambda self: (self.start(), ask()))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(controls_lib, "_cores", lambda: [None, None])
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(SystemExit) as ended:
@@ -448,23 +448,37 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
 
 
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
-    """SIGTERM to the run alone: its arm saves and stops too, and the next one is not started."""
+    """SIGTERM to the run alone: its arms save and stop too, and the next one is not started."""
     fake_python(
         tmp_path,
         monkeypatch,
         "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.02; done",
     )
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that the arm runs beside this process
+    monkeypatch.setattr(controls_lib, "_cores", lambda: [None, None])  # two arms at a time
+    logs = [tmp_path / "arms" / name / "log.txt" for name in "ab"]
     with (
         pytest.raises(SystemExit),
-        controls_lib.Arms({"a": 1, "b": 1}, str(tmp_path), []) as controls,
+        controls_lib.Arms({"a": 1, "b": 1, "c": 1}, str(tmp_path), []) as controls,
     ):
         controls.start()
-        log = tmp_path / "arms" / "a" / "log.txt"
-        while not (log.exists() and "ready" in log.read_text()):
+        while not all(log.exists() and "ready" in log.read_text() for log in logs):
             time.sleep(0.01)
         sys.exit(distributed.EXIT_STOPPED)
-    assert log.read_text() == "ready\nsaved\n" and not (tmp_path / "arms" / "b").exists()
+    assert [log.read_text() for log in logs] == ["ready\nsaved\n"] * 2
+    assert not (tmp_path / "arms" / "c").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
+def test_each_arm_has_a_core_of_its_own(tmp_path, monkeypatch):
+    core = min(os.sched_getaffinity(0))
+    fake_python(tmp_path, monkeypatch, "sleep 0.5; grep Cpus_allowed_list /proc/self/status")
+    monkeypatch.setattr(controls_lib, "_cores", lambda: [core, core])
+    with controls_lib.Arms({"a": 1, "b": 1}, str(tmp_path), []) as controls:
+        controls.start()
+        controls.finish()
+    for name in "ab":
+        log = (tmp_path / "arms" / name / "log.txt").read_text()
+        assert log.split() == ["Cpus_allowed_list:", str(core)]
 
 
 def test_the_digests_of_a_run_are_those_of_its_start(tmp_path, monkeypatch):
