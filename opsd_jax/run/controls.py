@@ -152,7 +152,7 @@ def _steps_done(workdir: str) -> int:
     return records[-1]["step"] if records else 0
 
 
-def _cores() -> list[int | None]:
+def _cores() -> Sequence[int | None]:
     """Cores that this process may use; None for each where the system lets nobody choose."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
