@@ -320,6 +320,7 @@ def workdir(tmp_path_factory):
         return small_run.trained(tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     """Prompt, sizes, budget and tokenizer are the run's own."""
     config = workdir_lib.load_config(str(workdir))

@@ -230,6 +230,7 @@ def test_every_mesh_computes_the_same(results, sizes):
     check(results, sizes)
 
 
+@pytest.mark.slow
 def test_chunks_of_the_loss_exchange_nothing(results):
     """The head is gathered before the chunks, for each side, and its gradient summed up after
     them.
@@ -246,6 +247,7 @@ def test_more_meshes_compute_the_same(slow_results, sizes):
     check(slow_results, sizes)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_something(results):
     """Tokens differ between rows, and most gradients and changes are far above the tolerance."""
     one, before = results[ONE], jax.tree.leaves(tiny.params())

@@ -13,6 +13,8 @@ from opsd_jax import divergence
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.plan import flops
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BETAS = (0.0, 0.3, 0.5, 0.9, 1.0)
 # Bare: no top-k, no clip.
 bare = functools.partial(DivergenceConfig, top_k=0, clip=0.0)

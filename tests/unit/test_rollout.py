@@ -14,6 +14,8 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig
 from opsd_jax.tokenizer import DELIMITERS, Tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EOS_DRAWN, BUDGET_SPENT = rollout.STOP_EOS, rollout.STOP_BUDGET
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
