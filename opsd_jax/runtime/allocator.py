@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
 
     XLA programs on CPUs allocate their temporary buffers anew at every call. By default such large
     blocks come from the system and go back to it, so that every step waits for the system to clear
-    some ten thousand pages: about a fifth of a step of the miniature. The process keeps the most
-    memory that it ever used. Does nothing where the C library is not GNU's.
+    their pages. From this call on the process keeps the most memory that it ever used. Does nothing
+    where the C library is not GNU's.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
