@@ -80,14 +80,11 @@ def command(workdir, *arguments) -> list[str]:
 
 
 def _jax_settings(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # a worker's own folder is in that of the session
     return {
         "jax_disable_most_optimizations": True,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
     }
 
 
