@@ -107,8 +107,12 @@ def note(content: str) -> str:
 
 def links(entries: Sequence[tuple[str, str]]) -> str:
     """A list of links: (text, address), the address relative to the page."""
-    items = [f'<li><a href="{text(address)}">{text(name)}</a></li>' for name, address in entries]
-    return f"<ul>{''.join(items)}</ul>"
+    return f"<ul>{''.join(f'<li>{link(*entry)}</li>' for entry in entries)}</ul>"
+
+
+def link(name: str, address: str) -> Part:
+    """A link, also for a cell of a table; the address is relative to the page."""
+    return Part(f'<a href="{text(address)}">{text(name)}</a>')
 
 
 def facts(entries: Sequence[tuple[str, str]]) -> str:
@@ -154,8 +158,8 @@ def between(limits: Sequence[float] | None, digits: int) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p-value with 2 significant digits."""
-    return f"{p:.2g}".replace("-", "−")
+    """A p-value with 3 decimal places, "< 0.001" where they would all be 0."""
+    return "< 0.001" if p < 0.001 else fixed(p, 3)
 
 
 # ---------------------------------------------------------------------------- layout
@@ -255,7 +259,8 @@ def heat(rows: Sequence[str], columns: Sequence[str], values, *, digits: int = 2
         f'<table class="heat"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{_join(body)}</tbody></table>"
     )
-    return stack(grid, _legend(number(low), number(high), number(-high) if negative else ""))
+    low, high, opposite = (fixed(limit, digits) for limit in (low, high, -high))
+    return stack(grid, _legend(low, high, opposite if negative else ""))
 
 
 # ---------------------------------------------------------------------------- images
@@ -323,6 +328,7 @@ def tokens(
     *,
     unit: str,
     top: float | None = None,
+    digits: int = 3,
 ) -> str:
     """Text with a background for each token: none at 0, full from `top`.
 
@@ -335,6 +341,7 @@ def tokens(
       values: [N] one value for each token, in `unit`.
       top: value of the full colour. Default: the 95th percentile of the sizes, or the greatest if
         that is 0.
+      digits: number of decimal places.
 
     Raises:
       ValueError: the numbers of pieces and values differ.
@@ -353,14 +360,14 @@ def tokens(
     def span(piece, value):
         shown = text(piece).replace("\n", "<i>↵</i>\n").replace("\t", "<i>⇥</i>\t") or "<i>∅</i>"
         look = ' class="none"' if math.isnan(value) else _colour(value, 0.0, top)
-        return f'<span{look} title="{text(f"{number(value)} {unit}")}">{shown}</span>'
+        return f'<span{look} title="{text(f"{fixed(value, digits)} {unit}")}">{shown}</span>'
 
     missing = int(np.isnan(data).sum())
-    most = f"{number(top)} {unit}{meaning}; {len(pieces)} token{'s' * (len(pieces) > 1)}"
+    most = f"{fixed(top, digits)} {unit}{meaning}; {len(pieces)} token{'s' * (len(pieces) > 1)}"
     most += f"; {missing} without value (underlined)" if missing else ""
     return (
         f'<div><div class="tokens">{"".join(map(span, pieces, data))}</div>'
-        f"{_legend('0', most, number(-top) if (data < 0).any() else '')}</div>"
+        f"{_legend('0', most, fixed(-top, digits) if (data < 0).any() else '')}</div>"
     )
 
 
@@ -442,7 +449,7 @@ def _neighbours(look: str, n: int, listed: list[int]) -> str:
 
 def _spans(content: str) -> str:
     """Escaped text, with `code` and **bold**."""
-    pattern = r"`([^`\n]+)`|\*\*(\S(?:.*?\S)?)\*\*"
+    pattern = r"`([^`\n]+)`|\*\*(\S(?:.*?\S)??)\*\*"
 
     def span(match):
         if match[1] is not None:

@@ -634,7 +634,7 @@ def test_pairs_are_found_by_what_was_asked(tmp_path):
         "66.7",
         "1",
         "1",
-        "1",
+        "1.000",
     ]
 
 

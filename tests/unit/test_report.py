@@ -103,7 +103,7 @@ def test_every_text_is_escaped_and_every_tag_closed(name):
 
 def test_attributes_hold_the_texts_unchanged():
     assert Tree(BLOCKS["image"]).all("img")[0]["alt"] == EVIL
-    assert Tree(BLOCKS["tokens"]).all("span")[0]["title"] == f"1 {EVIL}"
+    assert Tree(BLOCKS["tokens"]).all("span")[0]["title"] == f"1.000 {EVIL}"
     assert Tree(BLOCKS["lines"]).all("div", role="figure")[0]["aria-label"] == f"{EVIL} over {EVIL}"
 
 
@@ -146,6 +146,9 @@ def test_spans_of_code_and_bold():
         "<p>a <strong>b <code>c</code> d</strong> <code>e**f**</code></p>"
     )
     assert html_lib.paragraph("2 ** 3 ** 4 and `open") == "<p>2 ** 3 ** 4 and `open</p>"
+    assert html_lib.paragraph("**K** and **ab**") == (
+        "<p><strong>K</strong> and <strong>ab</strong></p>"
+    )
     assert html_lib.heading("a `b`", 3) == "<h3>a <code>b</code></h3>"
 
 
@@ -244,12 +247,18 @@ def test_numbers_have_one_form():
     ]
     assert html_lib.between((-0.5, 1.53), 3) == "−0.500 to 1.530"
     assert html_lib.between(None, 3) == "–"
-    assert [html_lib.p_value(p) for p in (1, 0.7541, 5e-128)] == ["1", "0.75", "5e−128"]
+    assert [html_lib.p_value(p) for p in (1, 0.7541, 0.001, 5e-128)] == [
+        "1.000",
+        "0.754",
+        "0.001",
+        "< 0.001",
+    ]
 
 
 def test_heat_colours_from_lowest_to_highest():
     part = html_lib.heat(["r", "s"], ["a", "b"], [[1, 3], [2, math.nan]], digits=1)
     assert cells(part) == ["1.0", "3.0", "2.0", "–"]
+    assert "".join(Tree(html_lib.heat(["r"], ["a"], [[1e-7]], digits=1)).texts).count("0.0") == 3
     strengths = [a.get("style") for a in Tree(part).all("td")]
     assert strengths == ["--v:0.0", "--v:0.9", "--v:0.45", None]
 
@@ -327,7 +336,14 @@ def test_tokens_hold_text_values_and_colours():
     )
     tree = Tree(part)
     spans = [a for a in tree.all("span") if "title" in a]
-    assert [a["title"].removesuffix(" nats") for a in spans] == ["0.5", "2", "−4", "–", "∞", "0"]
+    assert [a["title"].removesuffix(" nats") for a in spans] == [
+        "0.500",
+        "2.000",
+        "−4.000",
+        "–",
+        "∞",
+        "0.000",
+    ]
     strengths = [a.get("style", "--v:none").removeprefix("--v:") for a in spans]
     assert strengths == ["0.225", "0.9", "0.9", "none", "0.9", "0.0"]
     assert [a.get("class") for a in spans] == [None, None, "cold", "none", None, None]
@@ -339,9 +355,9 @@ def test_full_colour_is_the_95th_percentile_by_default():
     part = html_lib.tokens(["x"] * 101, list(range(101)), unit="nats")
     strengths = [float(s) for s in re.findall(r"--v:([\d.]+)", part)]
     assert strengths[95:] == [0.9] * 6 and strengths[94] < 0.9  # values 95 to 100, and 94
-    assert "95 nats (95th percentile)" in part
-    part = html_lib.tokens(["x"] * 101, [0] * 100 + [3], unit="nats")
-    assert "3 nats (greatest)" in part and part.count("--v:0.9") == 1
+    assert "95.000 nats (95th percentile)" in part
+    part = html_lib.tokens(["x"] * 101, [0] * 100 + [3], unit="nats", digits=1)
+    assert "3.0 nats (greatest)" in part and part.count("--v:0.9") == 1
     assert "--v:0.9" not in html_lib.tokens(["x"], [0], unit="nats")
     assert Tree(html_lib.tokens(["a", "b"], [math.nan, None], unit="nats"))  # nothing measured
     with pytest.raises(ValueError, match="2 pieces"):
