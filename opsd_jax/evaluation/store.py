@@ -116,6 +116,28 @@ def identity_of(folder: str) -> dict:
             raise _damaged(path, error) from error
 
 
+def finished(folder: str, identity: dict) -> dict | None:
+    """The identity of a folder's answers, if all are there and only their batches may differ.
+
+    Answers that do not depend on their batches then need not be asked again in others. The batches
+    are the `rows` of an identity: [benchmark, keys] of each.
+
+    Raises:
+      ValueError: a damaged file.
+    """
+    path = os.path.join(folder, FILE)
+    if not os.path.exists(path):
+        return None
+    kept, records = _lines(path)
+
+    def without_batches(of: dict) -> dict:
+        examples = sorted([name, key] for name, keys in of.get("rows", ()) for key in keys)
+        return {**of, "rows": examples, "batch_size": None}
+
+    is_same = without_batches(kept) == without_batches(json.loads(json.dumps(identity)))
+    return kept if is_same and len(records) == len(kept["rows"]) else None
+
+
 def forget(folder: str) -> None:
     """Removes the answers that a `Store` kept; the first process does so for all."""
     if jax.process_index() == 0:
@@ -156,6 +178,14 @@ def _read(path: str, identity: dict) -> dict[int, dict]:
 
     Raises DifferentAnswersError if there are some of another identity.
     """
+    there, records = _lines(path)
+    if records and there != identity:
+        _raise_different(path, there, identity)
+    return records
+
+
+def _lines(path: str) -> tuple[dict, dict[int, dict]]:
+    """(identity, {batch number: record}) of the complete lines of a file; {} without a line."""
     with open(path, "rb") as f:
         text = f.read()
     try:
@@ -165,9 +195,7 @@ def _read(path: str, identity: dict) -> dict[int, dict]:
         records = {record["batch"]: record for record in lines[1:]}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    if records and lines[0] != identity:
-        _raise_different(path, lines[0], identity)
-    return records
+    return lines[0] if lines else {}, records
 
 
 def _raise_different(path: str, there: dict, identity: dict) -> None:

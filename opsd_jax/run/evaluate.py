@@ -310,7 +310,8 @@ class _Mode:
       protocol: in the summary.
       facts: fingerprints of the weights, the tokenizer and the examples.
       decoding: prompts and decoding, for the identity of the answers.
-      together: whether all processes answer each batch together, or each a share of the batches.
+      together: whether all processes answer each batch together, greedily, or each a share of the
+        batches.
     """
 
     job: Job
@@ -355,7 +356,14 @@ def _answer(
     name, together = job.names[asked_in.mode], asked_in.together
     if compared:
         comparison.check_pairs(compared, asked, job.about["split"])
-    kept = store.Store(folder, asked_in.identity(batches), together)
+    by_name, identity = (
+        {benchmark.name: benchmark for benchmark in asked},
+        asked_in.identity(batches),
+    )
+    if together and (answered := store.finished(folder, identity)):
+        # Greedy answers do not depend on their batches.
+        identity, batches = answered, [(by_name[name], keys) for name, keys in answered["rows"]]
+    kept = store.Store(folder, identity, together)
     total = sum(len(batches[number][1]) for number in inference.share(batches, together))
     split, primary = job.request.split if job.tasks else "", jax.process_index() == 0
     with progress_lib.Progress(total, name, split, primary=primary) as bar:
@@ -373,7 +381,6 @@ def _answer(
     for benchmark, result in zip(asked, results):
         if benchmark.table:
             _export(folder, benchmark.table, result)
-    by_name = {benchmark.name: benchmark for benchmark in asked}
     about = {**job.about, **asked_in.facts}
     if compared:
         about["against"] = comparison.outcome(compared, results, by_name)

@@ -138,6 +138,25 @@ def test_answers_of_other_conditions_are_not_mixed(tmp_path):
     assert (tmp_path / store.FILE).read_bytes() == before
 
 
+def test_finished_answers_are_found_in_other_batches(tmp_path):
+    """Of the same examples, under the same conditions, and only if none is missing."""
+
+    def identity(batches, **changes):
+        rows = [[benchmark.name, list(keys)] for benchmark, keys in batches]
+        return {"seed": 0, "batch_size": len(rows[0][1]), "rows": rows} | changes
+
+    two, three = (inference.batches([bench("A"), bench("B", 2)], size) for size in (2, 3))
+    assert store.finished(str(tmp_path / "none"), identity(two)) is None
+    for died_at, answers in ((3, None), (None, identity(two))):
+        collect(tmp_path, two, died_at, identity(two))
+        assert store.finished(str(tmp_path), identity(three)) == answers
+    assert store.finished(str(tmp_path), identity(three, seed=1)) is None
+    fewer = inference.batches([bench("A", 4), bench("B", 2)], 2)
+    assert store.finished(str(tmp_path), identity(fewer)) is None
+    (tmp_path / store.FILE).write_text("")
+    assert store.finished(str(tmp_path), identity(two)) is None
+
+
 def test_a_run_that_answered_nothing_is_in_nobodys_way(tmp_path):
     batches = inference.batches([bench("A")], 2)
     collect(tmp_path, batches, died_at=0, identity={"batch_size": 64})
