@@ -2,10 +2,14 @@
 
 import argparse
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 
+import jax
+
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.diagnose import attention, interventions, kl, overview, selection
+from opsd_jax.diagnose import attention, interventions, kl, output, overview, selection
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import distributed, run_folder, stopping
@@ -15,15 +19,21 @@ from opsd_jax.runtime.stopping import BeforeBatch
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m opsd_jax.diagnose`; errors in the arguments end it with one line and code 1."""
     cli.start()
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "opsd_jax.diagnose", *argv])
     try:
         distributed.initialize()
         given = "".join(getattr(args, name, "") for name in ("checkpoint", "teacher", "student"))
         with stopping.stoppable("the same command starts the analysis again") as stop:
-            folder = checkpoint_lib.retry_if_gone(lambda: _run(args, stop.check), given=given)
+            folder, words = checkpoint_lib.retry_if_gone(
+                lambda: _run(args, command, stop.check), given=given
+            )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
-    print(f"written to {folder}")
+    if jax.process_index() == 0:
+        page = os.path.join(folder, run_folder.PAGE)
+        print(*words, f"the page of {os.path.basename(folder)}: {page}", sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,9 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--rows",
         type=int,
-        default=selection.ROWS,
-        help="size of a random subset of the examples of each task, 0 for all (default: "
-        f"{selection.ROWS})",
+        default=0,
+        help="size of a random subset of the examples of each task (default, or 0: all examples)",
     )
     common.add_argument(
         "--benchmarks",
@@ -103,8 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
-    """Runs the analysis that the flags ask for; the folder of its results."""
+def _run(
+    args: argparse.Namespace, command: str, before_batch: BeforeBatch
+) -> tuple[str, Sequence[str]]:
+    """Runs the analysis that the flags ask for: (the folder of its results, its main numbers)."""
     _check(args)
     workdir = os.path.normpath(args.workdir)
     workdir_lib.load_config(workdir)  # raises first if there is no run
@@ -120,6 +131,7 @@ def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
         rows=args.rows,
         batch_size=args.batch_size,
         seed=args.seed,
+        command=command,
         before_batch=before_batch,
     )
     name = args.name or "-".join([args.analysis, f"{step:06d}", *_differences(args, diagnosis)])
@@ -136,14 +148,19 @@ def _run(args: argparse.Namespace, before_batch: BeforeBatch) -> str:
         comparison = kl.Comparison(
             args.teacher or base, model, base, args.completions, args.temperature
         )
-        kl.measure(diagnosis, folder, comparison)
+        found = kl.measure(diagnosis, folder, comparison)
     elif args.analysis == "interventions":
-        interventions.measure(diagnosis, folder, model)
+        answers = diagnosis.answers(model, interventions.MODES, name)
+        found = interventions.measure(diagnosis, model, answers)
     elif args.analysis == "attention":
-        attention.measure(diagnosis, folder, model, official_scale=args.official_scale)
+        answers = diagnosis.answers(model, attention.MODES, name)
+        found = attention.measure(
+            diagnosis, folder, model, answers, official_scale=args.official_scale
+        )
     else:
-        overview.measure(diagnosis, folder, model)
-    return folder
+        found = overview.measure(diagnosis, folder, model)
+    output.write(folder, found)
+    return folder, found.words
 
 
 def _check(args: argparse.Namespace) -> None:

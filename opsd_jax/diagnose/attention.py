@@ -22,7 +22,7 @@ from opsd_jax.data.examples import PreparedExample
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import output
-from opsd_jax.diagnose.selection import Diagnosis
+from opsd_jax.diagnose.selection import Answers, Diagnosis
 from opsd_jax.evaluation import charts, contexts, html
 from opsd_jax.model import bagel
 from opsd_jax.model.attention import Groups
@@ -46,23 +46,28 @@ OFFICIAL = {"txt0->img0": (0, 1), "txt1->img1": (1, 4), "txt1->img0": (1, 1)}
 
 
 def measure(
-    diagnosis: Diagnosis, folder: str, checkpoint: str, *, official_scale: bool = False
-) -> output.Page:
-    """Measures and writes the analysis `attention` of a step folder; its page.
+    diagnosis: Diagnosis,
+    folder: str,
+    checkpoint: str,
+    answers: dict[str, Answers],
+    *,
+    official_scale: bool = False,
+) -> output.Analysis:
+    """Measures the analysis `attention` of a step folder; writes shares.npz.
 
     Args:
+      answers: those of the step folder in the modes of `MODES`, and maybe more.
       official_scale: softmax without 1 / sqrt(d), as the official recorder has it.
     """
     name = os.path.basename(folder)
     params = diagnosis.session.restore_params(checkpoint)
-    predictions = diagnosis.answers(params, MODES, name)
     kinds = [(layout, mode) for layout in LAYOUTS for mode in MODES]
     arrays, found = {}, {layout: {} for layout in LAYOUTS}
     with diagnosis.progress(len(kinds), name) as bar:
         for done, (layout, mode) in enumerate(kinds, start=1):
-            answers = predictions[mode] if layout == "teacher" else None
+            predictions = answers[mode].predictions if layout == "teacher" else None
             shares = shares_by_example(
-                diagnosis, params, layout, mode, answers, scaled=not official_scale
+                diagnosis, params, layout, mode, predictions, scaled=not official_scale
             )
             arrays |= {f"{layout}/{mode}/{task}": x for task, x in shares.items()}
             found[layout][mode] = mean_over_examples(shares)
@@ -85,7 +90,8 @@ def measure(
             layout: {mode: named(x) for mode, x in modes.items()} for layout, modes in found.items()
         },
     }
-    return output.write(folder, summary, page)
+    title = "Attention: where texts look"
+    return output.Analysis(title, summary, parts=lambda: _parts(summary))
 
 
 def shares_by_example(
@@ -102,7 +108,7 @@ def shares_by_example(
     Args:
       layout: "interleaved" (thought, image, thought; no completion), "teacher" or "student".
       mode: what takes the places of the visual thoughts; "none" for the student's layout.
-      predictions: {task: answers in that mode, see `Diagnosis.answers`}; they follow the context,
+      predictions: {task: answers in that mode, see `Answers`}; they follow the context,
         tokenised again. None for no completion.
       scaled: see `attention_shares`.
     """
@@ -290,26 +296,28 @@ def named(shares: np.ndarray) -> dict:
     }
 
 
-def page(summary: dict) -> output.Page:
-    """The page of a summary."""
+def _parts(summary: dict) -> list[str]:
+    """The parts of a summary's page."""
     shares = summary["shares"]
     scale = (
-        "1/√d as the model has it"
+        "with 1/√d, as the model has it"
         if summary["scaled"]
         else "**without 1/√d**, as the official recorder has it: sharper than the attention that "
         "acts"
     )
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.examples_text(summary)}. Share "
-            "of the attention of text tokens, mean over heads, tokens and examples; softmax "
-            f"with {scale}."
+            "Do texts look at the visual thoughts, and at true ones more than at false ones? "
+            "A share is the part of their attention that the tokens of a text pay to a part of "
+            "the context, mean over heads, tokens and examples. Equal shares for **real**, "
+            "**noise** and **swap** (another example's) mean that attention does not tell true "
+            "visual thoughts from false ones."
         ),
         html.note(
-            "**interleaved**: the examples' traces, thought – image – thought. **teacher**: the "
-            "teacher's context; its texts before (question, intro) and after (transition) the "
-            "visual thoughts, and the model's own greedy answer (completion). Delimiters of images "
-            "count apart. Noise and swap: in the places of the visual thoughts."
+            "Two layouts: **interleaved**, the examples' traces, thought – image – thought; and "
+            "**teacher**, the teacher's context with the model's own greedy answer (completion), "
+            "whose texts before the visual thoughts are question and intro, and after them the "
+            f"transition. Delimiters of images count apart. Softmax {scale}."
         ),
     ]
 
@@ -339,25 +347,29 @@ def page(summary: dict) -> output.Page:
                 html.heading(f"After the visual thoughts: {layout}, {query}"),
                 charts.lines(series, **axes),
             ]
+    official = summary["official_mean"]
     parts += [
         html.heading("As in the paper's Fig. 3b"),
         html.note(
-            "Interleaved layout, mean over layers, per cent. Paper (ThinkMorph, V*, its own "
-            "recorder): txt0->img0 2.0, txt1->img1 3.0, txt1->img0 0.4."
+            "Interleaved layout, mean over layers, per cent; in this order the figure's txt0->img0 "
+            "(paper, ThinkMorph on V*, its own recorder: 2.0), txt1->img1 (3.0), txt1->img0 (0.4)."
         ),
         html.heat(
-            list(summary["official_mean"]),
-            list(OFFICIAL),
-            [[100 * x[name] for name in OFFICIAL] for x in summary["official_mean"].values()],
+            list(official),
+            [f"{QUERIES[query]} → {KEYS[key]}" for query, key in OFFICIAL.values()],
+            [[100 * x[name] for name in OFFICIAL] for x in official.values()],
         ),
+        html.heading("All shares"),
+        html.note("Mean over layers, per cent. summary.json has every layer."),
     ]
-    parts.append(html.heading("All groups, per cent"))
     for layout, modes in shares.items():
-        for mode, queries in modes.items():
-            for query, keys in queries.items():
-                values = 100 * np.array([keys[key] for key in KEYS]).T
-                parts += [
-                    html.heading(f"{layout}, {mode}: {query}", 3),
-                    html.heat([f"layer {n}" for n in range(len(values))], list(KEYS), values),
-                ]
-    return "Attention", parts
+        rows = {
+            f"{mode}: {query}": [100 * np.mean(keys[key]) for key in KEYS]
+            for mode, queries in modes.items()
+            for query, keys in queries.items()
+        }
+        parts += [
+            html.heading(f"Layout {layout}", 3),
+            html.heat(list(rows), list(KEYS), list(rows.values())),
+        ]
+    return parts

@@ -16,7 +16,7 @@ def bootstrap(
     count: int = RESAMPLES,
     seed: int = 0,
 ) -> dict:
-    """Means over examples and the share of them that training closed, with 95 % intervals.
+    """Means over examples and the closure, with 95 % intervals.
 
     Examples are resampled within their task, `before` and `after` together (percentile intervals).
 
@@ -26,7 +26,7 @@ def bootstrap(
     Returns:
       {"tasks": [one dict per task], "macro": mean of the tasks' means, "samples": mean over all
       examples}. Each dict has n, before, before_95, and with `after` after, after_95,
-      closure = 1 - after / before, closure_95. None if there is nothing to close.
+      closure = 1 - after / before, closure_95. None where `before` is 0.
     """
     rng = generator(seed, "bootstrap")
     sides = [before] if after is None else [before, after]

@@ -1,44 +1,43 @@
 """Answers to the same examples with something else in place of the visual thoughts, in pairs."""
 
-import os
 from collections.abc import Sequence
 
 from opsd_jax.diagnose import attention, output
-from opsd_jax.diagnose.selection import Diagnosis
-from opsd_jax.evaluation import charts, html, statistics
+from opsd_jax.diagnose.selection import Answers, Diagnosis
+from opsd_jax.evaluation import contexts, html, statistics
 
 MODES = ("none", "real", "noise", "swap", "remove")
 _MOST_SAMPLES = 12  # of each task
 
 
-def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Page:
-    """Measures and writes the analysis `interventions` of a step folder; its page."""
+def measure(diagnosis: Diagnosis, checkpoint: str, answers: dict[str, Answers]) -> output.Analysis:
+    """Measures the analysis `interventions` of a step folder.
+
+    Args:
+      answers: those of the step folder in the modes of `MODES`, and maybe more.
+    """
     params = diagnosis.session.restore_params(checkpoint)
-    found = diagnosis.answers(params, MODES, os.path.basename(folder))
+    found = {mode: answers[mode].predictions for mode in MODES}
     shares_of = {}
     for mode in MODES:
         layout = "student" if mode == "none" else "teacher"
         shares = attention.shares_by_example(diagnosis, params, layout, mode, found[mode])
         mean = attention.mean_over_examples(shares).mean(axis=0)
         shares_of[mode] = attention.named(mean)["completion"]
-    output.write_lines(
-        folder,
-        "predictions.jsonl",
-        [
-            {"mode": mode, "task": task, **p}
-            for mode, by_task in found.items()
-            for task, predictions in by_task.items()
-            for p in predictions
-        ],
-    )
     summary = {
         "analysis": "interventions",
         "checkpoint": checkpoint,
         **diagnosis.facts(),
+        "evaluations": {mode: answers[mode].name for mode in MODES},
         "tasks": summarise(found, diagnosis.tasks),
         "attention_of_the_answers": shares_of,
     }
-    return output.write(folder, summary, lambda s: page(diagnosis, s, found))
+    return output.Analysis(
+        title="Interventions: does the model use its visual thoughts?",
+        summary=summary,
+        parts=lambda: _parts(diagnosis, summary, found),
+        words=in_words(summary),
+    )
 
 
 def summarise(found: dict, tasks: Sequence[str]) -> dict:
@@ -48,8 +47,8 @@ def summarise(found: dict, tasks: Sequence[str]) -> dict:
       found: {mode: {task: predictions}}.
 
     Returns:
-      {task, or "all": {mode: accuracy, interval_95, n, and what `compare` finds against "real" and
-      "none"}}.
+      {task, or "all": {mode: accuracy, interval_95, n, and what `compare` finds}}. "real" is
+      compared with "none", every other mode with both.
     """
     summary = {}
     for task in (*tasks, "all"):
@@ -61,15 +60,12 @@ def summarise(found: dict, tasks: Sequence[str]) -> dict:
         }
         summary[task] = {}
         for mode, own in hits.items():
+            references = {"none": (), "real": ("none",)}.get(mode, ("real", "none"))
             summary[task][mode] = {
                 "accuracy": sum(own) / len(own),
                 "interval_95": list(statistics.wilson(sum(own), len(own))),
                 "n": len(own),
-                **{
-                    f"against_{other}": compare(own, hits[other])
-                    for other in ("real", "none")
-                    if other != mode
-                },
+                **{f"against_{other}": compare(own, hits[other]) for other in references},
             }
     return summary
 
@@ -81,31 +77,44 @@ def compare(hits: Sequence[bool], reference: Sequence[bool]) -> dict:
     return {"only_this": gained, "only_reference": lost, "p": statistics.mcnemar(gained, lost)}
 
 
-def page(diagnosis: Diagnosis, summary: dict, found: dict) -> output.Page:
-    """The page of a summary and its answers."""
+def in_words(summary: dict) -> list[str]:
+    """The accuracies, one line per task."""
+    return [
+        f"{task}: " + ", ".join(f"{mode} {_percent(s['accuracy'])} %" for mode, s in modes.items())
+        for task, modes in _shown_tasks(summary).items()
+    ]
+
+
+def _shown_tasks(summary: dict) -> dict[str, dict]:
+    """{task: what was found}, and of several tasks also of all examples."""
+    *tasks, (_, together) = summary["tasks"].items()
+    return dict(tasks) | ({"all tasks": together} if len(tasks) > 1 else {})
+
+
+def _parts(diagnosis: Diagnosis, summary: dict, found: dict) -> list[str]:
+    """The parts of the page of a summary and its answers."""
     parts = [
         html.paragraph(
-            f"Checkpoint `{summary['checkpoint']}`, split {output.examples_text(summary)}, "
-            "greedy answers to the same examples. **none**: the student's context, image and "
-            "question; the others are the teacher's: **real** with the example's own visual "
-            "thoughts, **noise** and **swap** (another example's) in their places, **remove** "
-            "with its texts and no image."
+            "Does the model use what its visual thoughts show? It answers the same examples again "
+            "with something else in their places. A fall from **real** to **noise** or **swap** "
+            "says that it reads them; no fall from **real** to **none** says that it does not need "
+            "them."
         ),
         html.note(
-            "Bars: 95 % intervals by Wilson. p: McNemar's exact test on the examples that one mode "
-            "answers correctly and the other does not. Paper, ThinkMorph on nine benchmarks: noise "
-            "−1.5 points, text only −1.0."
+            "; ".join(f"**{mode}**: {contexts.MODE_TEXTS[mode]}" for mode in MODES)
+            + ". Greedy answers, those of the evaluations that are linked. p: McNemar's exact test "
+            "on the examples that only one of the two answers right. Paper, ThinkMorph on nine "
+            "benchmarks: noise −1.5 points, text only −1.0."
         ),
     ]
-    for task, modes in summary["tasks"].items():
-        if task != "all" or len(diagnosis.tasks) > 1:
-            parts += _accuracies("All tasks" if task == "all" else task, modes)
+    for task, modes in _shown_tasks(summary).items():
+        parts += [html.heading(task), _comparisons(modes, summary["evaluations"])]
     shares = summary["attention_of_the_answers"]
     parts += [
         html.heading("Where the answers look"),
         html.note(
-            "Share of attention in per cent, mean over heads, layers and tokens of each mode's own "
-            "answers."
+            "Share of attention in per cent that each mode's own answers pay to a part of the "
+            "context, mean over heads, layers and tokens."
         ),
         html.heat(
             list(shares),
@@ -115,52 +124,59 @@ def page(diagnosis: Diagnosis, summary: dict, found: dict) -> output.Page:
     ]
     for source, task in enumerate(diagnosis.tasks):
         parts += _samples(diagnosis, source, {mode: of[task] for mode, of in found.items()})
-    return "Interventions", parts
+    return parts
 
 
-def _accuracies(title: str, modes: dict) -> list[str]:
-    """The accuracies of all modes, and how they differ from "real" and "none"."""
-    bars = [
-        (mode, 100 * s["accuracy"], *(100 * limit for limit in s["interval_95"]))
-        for mode, s in modes.items()
-    ]
+def _comparisons(modes: dict, evaluations: dict[str, str]) -> str:
+    """How the modes differ, one pair per row, with links to their evaluations."""
+    linked = {mode: output.evaluation_link(name, mode) for mode, name in evaluations.items()}
     rows = []
     for mode, s in modes.items():
         for other in ("real", "none"):
             if c := s.get(f"against_{other}"):
-                difference = 100 * (s["accuracy"] - modes[other]["accuracy"])
-                counts = c["only_this"], c["only_reference"]
+                first, second = s["accuracy"], modes[other]["accuracy"]
                 rows.append(
-                    [f"{mode} against {other}", s["n"], difference, *counts, f"{c['p']:.2g}"]
+                    [
+                        html.Part(f"{linked[mode]} against {linked[other]}"),
+                        s["n"],
+                        _percent(first),
+                        _percent(second),
+                        _percent(first - second),
+                        c["only_this"],
+                        c["only_reference"],
+                        html.p_value(c["p"]),
+                    ]
                 )
-    columns = [
-        "",
-        "examples",
-        "difference, points",
-        "only the first right",
-        "only the second right",
-    ]
-    return [html.heading(title), charts.intervals(bars), html.table([*columns, "p"], rows)]
+    columns = ["compared", "examples", "first %", "second %", "difference, points"]
+    return html.table([*columns, "only the first right", "only the second right", "p"], rows)
 
 
 def _samples(diagnosis: Diagnosis, source: int, found: dict[str, list[dict]]) -> list[str]:
-    """Some examples of a task with the answers in all modes."""
+    """Some examples of a task with what each mode showed and the answers to it."""
     items = []
     for k, p in enumerate(found["real"][:_MOST_SAMPLES]):
-        answers = [
-            [mode, "right" if of[k]["hit"] else "wrong", of[k]["prediction"]]
-            for mode, of in found.items()
-        ]
+        rows = []
+        for mode, of in found.items():
+            images = output.images(diagnosis, source, p["index"], mode, 96)[1:]
+            verdict = "right" if of[k]["hit"] else "wrong"
+            cell = html.Part(html.row(*images)) if images else None
+            rows.append([mode, cell, verdict, of[k]["prediction"]])
+        problem, *_ = output.images(diagnosis, source, p["index"], "none")
+        columns = ["visual thoughts", "shown", "answer is", "answer"]
         items.append(
             html.Sample(
                 title=p["pid"],
                 hit=bool(p["hit"]),
                 parts=[
-                    output.images(diagnosis, source, p["index"]),
+                    problem,
                     html.paragraph(diagnosis.examples(source, p["index"]).example.question),
-                    html.table(["visual thoughts", "answer is", "answer"], answers, texts=3),
+                    html.table(columns, rows, texts=len(columns)),
                 ],
                 note=f"expected {p['expected']}; hit or miss is that of `real`",
             )
         )
-    return [html.heading(f"{diagnosis.tasks[source]}: samples"), html.samples(items)]
+    return [html.heading(f"Samples of {diagnosis.tasks[source]}"), html.samples(items)]
+
+
+def _percent(share: float) -> str:
+    return html.fixed(100 * share, 1)

@@ -71,8 +71,8 @@ class Scored:
     spans: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output.Page:
-    """Measures and writes the analysis `kl`; its page."""
+def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output.Analysis:
+    """Measures the analysis `kl`; writes tokens.jsonl."""
     teacher, base, student = _load(
         diagnosis, (comparison.teacher, comparison.base, comparison.student)
     )
@@ -112,7 +112,12 @@ def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output
         "bootstrap": bootstrap_lib.RESAMPLES,
         "completions": summaries,
     }
-    return output.write(folder, summary, lambda s: kl_page.page(diagnosis, s, found))
+    return output.Analysis(
+        title="Closure: how much visual thoughts change what the model says",
+        summary=summary,
+        parts=lambda: kl_page.parts(diagnosis, summary, found),
+        words=kl_page.in_words(summary),
+    )
 
 
 def _load(diagnosis: Diagnosis, checkpoints: Sequence[str]) -> list[dict]:

@@ -11,61 +11,94 @@ from opsd_jax.evaluation import charts, html
 SPANS = {  # parts of an "official" record that are measured again by themselves
     "answer": "The answer with its eos, by which the released script decides "
     "(`answer_span_avg_kl`):",
-    "tail": "Shared tail, the last positions whose tokens are the same in both texts:",
+    "tail": "The shared end, the last positions whose tokens are the same in both texts:",
 }
-COMPLETION_TEXTS = {
-    "base": "What the model said without visual thoughts before training.",
-    "student": "What the trained student says without visual thoughts.",
-    "data": "The examples' own text traces.",
+COMPLETION_TEXTS = {  # kind: (heading, what is compared)
+    "data": (
+        "Closure on the examples' text traces (data)",
+        "**This is the closure of the paper's Eq. 9 as `W/report.md` and the page of the run give "
+        "it**, there on all examples of the run's final split. Both read the example's own text "
+        "trace, which is the same before and after training.",
+    ),
+    "base": (
+        "Closure on samples from before training (base)",
+        "Both read what the model said without visual thoughts before training.",
+    ),
+    "student": (
+        "Closure on samples of the trained student (student)",
+        "Both read what the trained student says without visual thoughts. A change of format alone "
+        "changes this one.",
+    ),
     "official": (
-        "What the released script computes, for comparison: **not** Eq. 4. After image and "
-        "question the teacher reads thought, visual thought, thought and answer, the student the "
-        "text-only thought and the answer: each the raw text of its column in a block of its own, "
-        "with no tags added. Positions are matched from the end, so most of them compare different "
-        "words. Image sizes are the run's own."
+        "What the released script computes (official)",
+        "For comparison, and **not** Eq. 4: the two read different texts. After image and question "
+        "the teacher reads thought, visual thought, thought and answer, the student the text-only "
+        "thought and the answer: each the raw text of its column in a block of its own, with no "
+        "tags added. Positions are matched from the end, so most of them compare different words. "
+        "Image sizes are the run's own. The paper's 4.64 nats before and 1.93 after, a closure of "
+        "58 %, compare with this one, if with any.",
     ),
 }
 _MOST_SAMPLES = 4  # of each task
+_NATS = 3  # decimal places
 
 
-def page(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> output.Page:
-    """The page of a summary.
+def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> list[str]:
+    """The parts of a summary's page.
 
     Args:
       found: {kind of completion: its records, see `kl.divergences`}.
     """
-    parts = [
+    shown = [
         html.paragraph(
-            "K = KL(teacher with visual thoughts ‖ student without) on the same completion, full "
-            "vocabulary, mean over the tokens of a completion, then over examples (paper Eq. 4). "
-            f"**before**: the student is `{summary['base']}`, **after**: `{summary['student']}`; "
-            f"the teacher is `{summary['teacher']}` both times. Closed = 1 − after / before (Eq. "
-            "9)."
+            "How much do visual thoughts change what the model says, and how much of that did "
+            "training put into the student? **K** is the difference: KL(teacher with visual "
+            "thoughts ‖ student without) on the same completion, full vocabulary, nats per token, "
+            "mean over the tokens of a completion, then over examples (the paper's Eq. 4). "
+            "**Closure** = 1 − K after / K before is the share of it that training removed (Eq. "
+            "9): at 100 % the student says what the teacher says; it is negative where the student "
+            "moved away. The teacher has the weights of the start, before and after."
         ),
         html.note(
-            f"Split {output.examples_text(summary)}; sampled completions at temperature "
-            f"{summary['temperature']:g} (0: the most likely token). Intervals hold 95 %: "
-            f"{summary['bootstrap']} resamples of the examples within their task, before and after "
-            f"together, seed {summary['seed']}. Paper, on its own examples: 4.64 before, 1.93 "
-            "after, 58 % closed."
+            f"Samples are drawn at temperature {summary['temperature']:g} (0: the most likely "
+            f"token). Intervals hold 95 %: {summary['bootstrap']} resamples of the examples within "
+            "their task, before and after together."
         ),
     ]
     for kind, s in summary["completions"].items():
-        parts += [
-            html.heading(f"Completions: {kind}"),
-            html.paragraph(COMPLETION_TEXTS[kind]),
-            _table(s),
-        ]
+        heading, text = COMPLETION_TEXTS[kind]
+        shown += [html.heading(heading), html.paragraph(text), _table(s)]
         for span, text in SPANS.items():
             if s.get(span):
-                parts += [html.paragraph(text), _table(s[span])]
+                shown += [html.paragraph(text), _table(s[span])]
         names = ["before", *(["after"] if "after" in s["macro"] else [])]
-        series = {name: _by_token([record[name] for record in found[kind]]) for name in names}
-        parts += [
+        series = {
+            f"K {name}": _by_token([record[name] for record in found[kind]]) for name in names
+        }
+        shown += [
+            html.note("K at each token, a mean over the completions that are so long:"),
             charts.lines(series, x="token of the completion", y="nats"),
             _samples(diagnosis, found[kind], names),
         ]
-    return "Divergence that visual thoughts make", parts
+    return shown
+
+
+def in_words(summary: dict) -> list[str]:
+    """The closures, one line per kind of completion and task."""
+    lines = []
+    for kind, s in summary["completions"].items():
+        for task, x in s["tasks"].items():
+            values = f"K {html.fixed(x['before'], _NATS)}"
+            if "after" in x:
+                values += f" -> {html.fixed(x['after'], _NATS)} nats, {_closure_in_words(x)}"
+            lines.append(f"{task}, {kind}: {values}")
+    return lines
+
+
+def _closure_in_words(x: dict) -> str:
+    if x["closure"] is None:
+        return "no closure (K was 0)"
+    return f"closure {html.fixed(100 * x['closure'], 1)} % ({_percent_interval(x)})"
 
 
 def pieces(diagnosis: Diagnosis, ids: Sequence[int]) -> list[str]:
@@ -83,57 +116,62 @@ def _by_token(values: list[list[float]]) -> list[tuple[float, float]]:
 
 
 def _samples(diagnosis: Diagnosis, records: list[dict], names: list[str]) -> str:
-    """Some examples of each task, with the divergence at each token."""
+    """Some examples of each task, with K at each token."""
     every = np.concatenate([record[name] for record in records for name in names])
     top = float(np.percentile(every, 95)) or None
     items = []
     for source, task in enumerate(diagnosis.tasks):
         for r in [r for r in records if r["task"] == task][:_MOST_SAMPLES]:
-            parts = [
+            shown = [
                 html.paragraph(diagnosis.examples(source, r["index"]).example.question),
-                output.images(diagnosis, source, r["index"]),
+                html.row(*output.images(diagnosis, source, r["index"], "real")),
             ]
             for name in names:
-                parts += [
-                    html.note(f"{name}: {np.mean(r[name]):.4g} nats per token"),
-                    html.tokens(pieces(diagnosis, r["labels"]), r[name], unit="nats", top=top),
+                mean = html.fixed(float(np.mean(r[name])), _NATS)
+                shown += [
+                    html.note(f"K {name}: {mean} nats per token"),
+                    html.tokens(
+                        pieces(diagnosis, r["labels"]),
+                        r[name],
+                        unit="nats",
+                        top=top,
+                        digits=_NATS,
+                    ),
                 ]
-            items.append(html.Sample(title=f"{task} {r['pid']}", parts=parts))
+            items.append(html.Sample(title=f"{task} {r['pid']}", parts=shown))
     return html.samples(items)
 
 
 def _table(s: dict) -> str:
-    """Means with their intervals, by task and over all."""
-    lines = {**s["tasks"], "mean of the tasks": s["macro"], "mean of the examples": s["samples"]}
-    rows = []
-    for name, x in lines.items():
-        closed = x.get("closure")
-        rows.append(
-            [
-                name,
-                x["n"],
-                x["before"],
-                _interval(x["before_95"]),
-                x.get("after"),
-                _interval(x.get("after_95")),
-                None if closed is None else 100 * closed,
-                _interval(x.get("closure_95"), 100),
-            ]
-        )
-    spread = s["spread"]
+    """Means with their intervals, by task and, of several tasks, over all."""
+    lines = dict(s["tasks"])
+    if len(lines) > 1:
+        lines |= {"mean of the tasks": s["macro"], "mean of the examples": s["samples"]}
+    rows = [
+        [
+            name,
+            x["n"],
+            html.fixed(x["before"], _NATS),
+            html.between(x["before_95"], _NATS),
+            html.fixed(x.get("after"), _NATS),
+            html.between(x.get("after_95"), _NATS),
+            html.fixed(None if x.get("closure") is None else 100 * x["closure"], 1),
+            _percent_interval(x),
+        ]
+        for name, x in lines.items()
+    ]
+    columns = ["task", "examples", "K before", "95 %", "K after", "95 %", "closure %", "95 %"]
+    spread = {name: html.fixed(value, _NATS) for name, value in s["spread"].items()}
     return html.stack(
-        html.table(
-            ["task", "examples", "before", "95 %", "after", "95 %", "closed %", "95 %"], rows
-        ),
+        html.table(columns, rows),
         html.note(
-            f"Examples before training: median {spread['median']:.4g}, standard deviation "
-            f"{spread['std']:.4g}, largest {spread['max']:.4g}."
+            f"K before, over the examples: median {spread['median']}, standard deviation "
+            f"{spread['std']}, largest {spread['max']}."
         ),
     )
 
 
-def _interval(limits: Sequence[float] | None, scale: float = 1) -> str:
-    """ "0.1 to 0.2"; a dash for None."""
-    if limits is None:
-        return "–"
-    return f"{scale * limits[0]:.4g} to {scale * limits[1]:.4g}"
+def _percent_interval(x: dict) -> str:
+    """The interval of a closure, in per cent."""
+    limits = x.get("closure_95")
+    return html.between(limits and [100 * limit for limit in limits], 1)

@@ -24,7 +24,7 @@ from opsd_jax.model.config import ModelConfig
 def official_blocks(packer: Packer, prepared: PreparedExample) -> tuple[list, list]:
     """Blocks of an example as the released script shows it to its teacher and to its student.
 
-      teacher  [problem image] [question] [thought 0] [visual thought 0] [thought 1] [answer]
+      teacher  [problem image] [question] [thought 1] [visual thought 1] [thought 2] [answer]
       student  [problem image] [question] [text-only thought] [answer]
 
     No system prompt, intro or transition. Each text is the raw one of its column, without tags, in

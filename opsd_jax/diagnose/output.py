@@ -1,8 +1,9 @@
 """The files that an analysis writes: report.html, summary.json and arrays."""
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,25 +12,44 @@ from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import html
 from opsd_jax.runtime import files, run_folder
 
-Page = tuple[str, list[str]]  # title, HTML parts
+_WEIGHTS = {  # keys of a summary, and what the page calls them
+    "checkpoint": "weights",
+    "teacher": "weights of the teacher",
+    "base": "weights before training",
+    "student": "weights after training",
+}
 
 
-def write(folder: str, summary: dict, page: Callable[[dict], Page]) -> Page:
-    """Writes report.html and, last of all, summary.json, by the first process only.
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What an analysis found.
 
-    Args:
-      page: makes the page of the summary; called by the first process only.
-
-    Returns:
-      The page; an empty one in other processes.
+    Attributes:
+      title: of its page, or of its section on a page of several.
+      summary: content of summary.json.
+      parts: makes the HTML parts of the page, with headings of level 2; for the first process only.
+      words: the main numbers as lines for the terminal.
     """
-    if jax.process_index():
-        return "", []
-    title, parts = page(summary)
-    files.write(os.path.join(folder, run_folder.PAGE), html.page(title, *parts))
+
+    title: str
+    summary: dict
+    parts: Callable[[], list[str]]
+    words: Sequence[str] = ()
+
+
+def write(folder: str, analysis: Analysis) -> None:
+    """Writes report.html and, last of all, summary.json, by the first process only."""
+    if jax.process_index() == 0:
+        page = html.page(analysis.title, facts(analysis.summary), *analysis.parts())
+        files.write(os.path.join(folder, run_folder.PAGE), page)
+        write_summary(folder, analysis.summary)
+
+
+def write_summary(folder: str, summary: dict) -> None:
+    """Writes summary.json, by the first process only."""
+    path = os.path.join(folder, run_folder.SUMMARY)
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    files.write(os.path.join(folder, run_folder.SUMMARY), text)
-    return title, parts
+    files.write(path, text, primary=jax.process_index() == 0)
 
 
 def write_lines(folder: str, name: str, records: list[dict]) -> None:
@@ -45,20 +65,41 @@ def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def examples_text(summary: dict) -> str:
-    """The split and the examples of a summary.
+def facts(summary: dict) -> str:
+    """HTML of what a page is about: command, weights, examples, seed."""
+    return html.facts(
+        [
+            ("command", f"`{summary['command']}`"),
+            *((name, f"`{summary[key]}`") for key, name in _WEIGHTS.items() if key in summary),
+            ("examples", _examples(summary)),
+            ("split", f"`{summary['split']}`"),
+            ("seed", str(summary["seed"])),
+        ]
+    )
 
-    Such as "test, 128 of 512 examples chosen at random with seed 0".
-    """
-    parts = []
-    for task, r in summary["rows"].items():
-        name = "" if len(summary["rows"]) == 1 else f"{task}: "
-        chosen = f"{r['drawn']} of {r['of']} examples chosen at random with seed {r['seed']}"
-        parts.append(name + (chosen if r["drawn"] < r["of"] else f"all {r['of']} examples"))
-    return f"{summary['split']}, {'; '.join(parts)}"
+
+def _examples(summary: dict) -> str:
+    """The examples of each task: "maze: all 512", or a random subset."""
+    return "\n".join(
+        f"{task}: "
+        + (
+            f"a random subset, {r['drawn']} of {r['of']}, chosen with seed {r['seed']}"
+            if r["drawn"] < r["of"]
+            else f"all {r['of']}"
+        )
+        for task, r in summary["rows"].items()
+    )
 
 
-def images(diagnosis: Diagnosis, source: int, number: int) -> str:
-    """HTML of an example's problem image and visual thoughts, side by side."""
-    shown = diagnosis.selection.shown_images(source, number, "real")
-    return html.row(*(html.image(image, size=160, caption=caption) for caption, image in shown))
+def evaluation_link(name: str, text: str) -> html.Part:
+    """A link from the page of an analysis to that of an evaluation in W/eval."""
+    return html.link(text, os.path.join("..", run_folder.evaluation("..", name), run_folder.PAGE))
+
+
+def images(diagnosis: Diagnosis, source: int, number: int, mode: str, size: int = 160) -> list[str]:
+    """HTML of an example's problem image, and of what a mode shows as its visual thoughts."""
+    shown = diagnosis.selection.shown_images(source, number, mode)
+    return [
+        html.image(image, size=size, caption=caption.removesuffix(f" ({mode})"))
+        for caption, image in shown
+    ]

@@ -1,26 +1,45 @@
 """What an analysis measures: an opened run and a selection of its examples, in batches."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
+from jax.experimental import multihost_utils
 
 from opsd_jax import config as config_lib
 from opsd_jax import sharding
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples
 from opsd_jax.evaluation import contexts, inference
+from opsd_jax.evaluation import results as results_lib
 from opsd_jax.inputs import cli
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.run import evaluation_request
+from opsd_jax.run import evaluate, evaluation_request
 from opsd_jax.run import session as session_lib
+from opsd_jax.run.evaluation_request import Request
+from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import progress as progress_lib
 from opsd_jax.runtime import run_folder
 from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 from opsd_jax.tokenizer import Tokenizer
 
-ROWS = 128  # examples of each task, chosen at random, if the command does not say
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers of a model in one mode, as an evaluation in W/eval has them.
+
+    Attributes:
+      name: name of the evaluation.
+      summary: content of its summary.json.
+      predictions: {task: [prediction]}, lines of its predictions.jsonl, in the order of examples.
+    """
+
+    name: str
+    summary: dict
+    predictions: dict[str, list[dict]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +49,15 @@ class Diagnosis:
     Attributes:
       session: the run, with a model without image generation.
       selection: the examples, how they are batched, and the seed of noise.
-      split: split of the examples.
+      request: asks for an evaluation on the same examples.
+      command: the command that asks for the diagnosis.
       before_batch: called before each batch, such as `stopping.StopRequest.check`.
     """
 
     session: session_lib.Session
     selection: contexts.Selection
-    split: str
+    request: Request
+    command: str = ""
     before_batch: BeforeBatch = never_stop
 
     @property
@@ -84,7 +105,7 @@ class Diagnosis:
         return None
 
     def facts(self) -> dict:
-        """What every summary says about the examples."""
+        """What every summary says about the command and the examples."""
         rows = {
             task: {
                 "drawn": len(self.selection.numbers(source)),
@@ -93,7 +114,12 @@ class Diagnosis:
             }
             for source, task in enumerate(self.tasks)
         }
-        return {"split": self.split, "seed": self.seed, "rows": rows}
+        return {
+            "command": self.command,
+            "split": self.request.split,
+            "seed": self.seed,
+            "rows": rows,
+        }
 
     def batches(self) -> Iterator[tuple[int, list[int]]]:
         """(number of the task, numbers of the examples that this process packs) of every batch.
@@ -114,36 +140,41 @@ class Diagnosis:
 
     def progress(self, total: int, name: str) -> progress_lib.Progress:
         """A progress bar that the first process shows."""
-        return progress_lib.Progress(total, name, self.split, primary=jax.process_index() == 0)
+        primary = jax.process_index() == 0
+        return progress_lib.Progress(total, name, self.request.split, primary=primary)
 
-    def answers(self, params: dict, modes: Sequence[str], name: str) -> dict:
-        """Greedy answers in each of the modes.
+    def answers(self, checkpoint: str, modes: Sequence[str], name: str = "") -> dict[str, Answers]:
+        """Answers of the weights in a step folder: those in W/eval, or new ones, which stay there.
 
         Args:
-          params: weights, laid out for scoring.
-          modes: some of `contexts.CONTEXTS`, and "none".
-          name: title of the progress bar.
+          modes: modes of an evaluation.
+          name: name of the answers of a step folder of another run; unused for the run's own.
 
         Returns:
-          {mode: {task: [prediction]}}, predictions as in predictions.jsonl of an evaluation.
+          {mode: answers}.
         """
-        params, found = self.session.for_sampling(params), {}
-        with self.progress(self.total * len(modes), name) as bar:
-            for k, mode in enumerate(modes):
+        is_own = checkpoint_lib.is_of_run(checkpoint, self.session.workdir)
+        request = dataclasses.replace(
+            self.request, modes=tuple(modes), checkpoint=checkpoint, name="" if is_own else name
+        )
+        names = evaluate.evaluate(request, self.before_batch)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the first process has written the answers")
+        return {
+            mode: _read_answers(self.session.workdir, name)
+            for mode, name in zip(modes, names, strict=True)
+        }
 
-                def on_batch(batch: inference.Answered, done: int = k * self.total, mode=mode):
-                    bar.update(done + batch.done, mode=mode, **batch.shown)
 
-                results = contexts.answer_all(
-                    params,
-                    self.selection,
-                    mode,
-                    sampling=self.sampling(),
-                    on_batch=on_batch,
-                    before_batch=self.before_batch,
-                )
-                found[mode] = {result.name: result.predictions for result in results}
-        return found
+def _read_answers(workdir: str, name: str) -> Answers:
+    """The answers of a finished evaluation in W/eval."""
+    folder = run_folder.evaluation(workdir, name)
+    summary = results_lib.read_summary(os.path.join(folder, run_folder.SUMMARY))
+    predictions: dict[str, list[dict]] = {task: [] for task in summary["benchmarks"]}
+    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as lines:
+        for prediction in map(json.loads, lines):
+            predictions[prediction["benchmark"]].append(prediction)
+    return Answers(name, summary, predictions)
 
 
 def open_run(
@@ -151,9 +182,10 @@ def open_run(
     *,
     split: str = "",
     benchmarks: Sequence[str] = (),
-    rows: int = ROWS,
+    rows: int = 0,
     batch_size: int = 0,
     seed: int | None = None,
+    command: str = "",
     before_batch: BeforeBatch = never_stop,
 ) -> Diagnosis:
     """Opens the run (or control arm) in a workdir for its diagnosis.
@@ -165,7 +197,7 @@ def open_run(
       batch_size: examples per batch of all processes, rounded up to a multiple of the batch
         shards; 0 for config.eval.batch_size.
       seed: seed of noise, sampling and resampling; None for config.seed.
-      before_batch: called before each batch.
+      command, before_batch: see `Diagnosis`.
 
     Raises:
       FileNotFoundError: no run or no data. ValueError: unknown tasks; a task whose examples have no
@@ -199,9 +231,18 @@ def open_run(
                 f"none of the {len(numbers)} examples of {task}, {split}, has visual thoughts: "
                 "there is nothing to diagnose; choose another --split or --benchmarks"
             )
+    batch_size = -(-batch_size // shards) * shards
     wanted = min(batch_size or config.eval.batch_size, most)
     selection = dataclasses.replace(selection, batch_size=-(-wanted // shards) * shards)
-    return Diagnosis(session, selection, split, before_batch)
+    request = Request(
+        workdir,
+        benchmarks=tuple(benchmarks),
+        split=split,
+        rows=rows,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return Diagnosis(session, selection, request, command, before_batch)
 
 
 def start_checkpoint(workdir: str) -> str:

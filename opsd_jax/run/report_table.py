@@ -96,7 +96,7 @@ def _trained_scores(workdir: str) -> Scores:
     """The final scores of a run, or of a control arm.
 
     If it was measured, with the KL to the teacher before and after the stage, and the part of it
-    that was closed.
+    that training removed (the closure).
     """
     last = max(config_lib.stage_ends(load_config(workdir)).values())
     scores = _scores(workdir, last, "none")

@@ -179,7 +179,7 @@ class Evaluation:
     def _closure(self, params: dict) -> dict[str, dict]:
         """Writes eval/<step>-kl/.
 
-        Returns {task: KL before and after training, and the share of it that training closed}.
+        Returns {task: KL before and after training, and the closure}.
         """
         run, split = self.run, self.run.config.eval.final_split
         abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))

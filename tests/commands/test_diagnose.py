@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import browser
 import small_run
 import tiny
 from opsd_jax import context, distill
@@ -23,7 +24,7 @@ from opsd_jax.diagnose import __main__ as command
 from opsd_jax.diagnose import attention as looks
 from opsd_jax.diagnose import interventions, kl, official, selection
 from opsd_jax.diagnose.bootstrap import bootstrap
-from opsd_jax.evaluation import contexts, reference_kl
+from opsd_jax.evaluation import contexts, html, reference_kl
 from opsd_jax.model import attention, bagel, masks, mot
 from tiny import MODEL, TOKENIZER
 
@@ -457,9 +458,9 @@ def test_summary_of_interventions():
         "only_reference": 0,
         "p": 0.25,
     }
-    assert (
-        "against_real" not in summary["all"]["real"] and "against_none" not in summary["b"]["none"]
-    )
+    # Each pair once.
+    assert "against_real" not in summary["all"]["real"]
+    assert not [key for key in summary["b"]["none"] if key.startswith("against_")]
     low, high = summary["all"]["real"]["interval_95"]
     assert 0.30 < low < 0.31 and 0.95 < high < 0.96
 
@@ -490,27 +491,43 @@ def lines(path):
 
 
 def check_page(folder, *texts):
+    """Checks what every page has; returns it."""
     page = (folder / "report.html").read_text()
-    for text in texts:
+    for text in (*texts, "python -m opsd_jax.diagnose ", "<dt>seed</dt>"):
         assert text in page
-    assert sorted(
-        set(os.listdir(folder)) - {"tokens.jsonl", "predictions.jsonl", "shares.npz"}
-    ) == ["report.html", "summary.json"]  # and nothing half-written
+    linked = set(re.findall(r'href="([^#"]+)"', page))
+    assert all((folder / address).exists() for address in linked)
+    anchors = set(re.findall(r'href="#(.+?)"', page))
+    assert anchors and anchors <= set(re.findall(r'id="(.+?)"', page))
+    words = re.sub(r"<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    assert not re.search(r"\d[eE][-−+]\d|\bclosed\b|[{}]|visual thought 0", words)
+    return page
+
+
+def files_of(folder):
+    """And nothing half-written."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow
 def test_kl_command(workdir):
     folder, summary = run(workdir, "kl", "--rows=10")
     assert folder.name == f"kl-{LAST}-random10"
-    check_page(
+    page = check_page(
         folder,
-        "closed %",
-        "Shared tail",
+        "closure %",
+        "shared end",
         "answer_span_avg_kl",
-        "Completions: base",
+        "Closure on samples from before training (base)",
         "nats",
         "data:image/png",
     )
+    assert files_of(folder) == ["report.html", "summary.json", "tokens.jsonl"]
+    # The closure of the run's report comes first. With one task its row is the only one.
+    body = page.partition("</nav>")[2]
+    assert body.index("This is the closure of") < body.index("(base)") < body.index("(official)")
+    assert list(summary["completions"]) == ["data", "base", "student", "official"]
+    assert "mean of the tasks" not in page
     records = lines(folder / "tokens.jsonl")
     assert [summary[key].rsplit("/", 1)[1] for key in ("teacher", "base", "student")] == [
         str(small_run.WARMUP)
@@ -653,15 +670,21 @@ def test_kl_of_chosen_completions(workdir):
 def test_interventions_command(workdir):
     folder, summary = run(workdir, "interventions", "--rows=8")
     assert folder.name == f"interventions-{LAST}-random8"
-    check_page(folder, "noise against real", "McNemar", "Where the answers look")
-    found = lines(folder / "predictions.jsonl")
-    assert [p["mode"] for p in found[::8]] == list(interventions.MODES)
+    page = check_page(folder, "McNemar", "Where the answers look", "visual thought 1")
+    assert files_of(folder) == ["report.html", "summary.json"]
+    pairs = re.findall(r'">(\w+)</a> against <a href="[^"]+">(\w+)</a>', page)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 7
+    # Beside the problem each sample shows what real, noise and swap had.
+    assert page.count("<img") == 8 * (1 + 3)
+    assert summary["evaluations"] == {
+        mode: f"{LAST}-{mode}-random8" for mode in interventions.MODES
+    }
     for mode in ("none", "real"):  # what training's evaluation answered
         theirs = lines(workdir / "eval" / f"{LAST}-{mode}" / "predictions.jsonl")
         theirs = [theirs[n] for n in randomness.subset(small_run.TEST_ROWS, 8, 0)]
-        assert [p["prediction"] for p in found if p["mode"] == mode] == [
-            p["prediction"] for p in theirs
-        ]
+        assert (
+            lines(workdir / "eval" / summary["evaluations"][mode] / "predictions.jsonl") == theirs
+        )
         assert (
             summary["tasks"][small_run.TASK][mode]["accuracy"] == sum(p["hit"] for p in theirs) / 8
         )
@@ -672,41 +695,100 @@ def test_interventions_command(workdir):
         assert (shares[mode]["transition"] > 0) == (mode != "none")
 
 
+@pytest.fixture(scope="module")
+def everything(workdir):
+    """(folder and summary of `all`, modes that it asked again), in other batches than training."""
+    asked = []
+
+    class Predictor(contexts.ContextPredictor):
+        def __call__(self, *batch):
+            asked.append(self.mode)
+            return super().__call__(*batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(contexts, "ContextPredictor", Predictor)
+        found = run(workdir, "all", "--batch_size=4")
+    return *found, set(asked)
+
+
 @pytest.mark.slow
-def test_everything_on_one_page(workdir):
+def test_everything_on_one_page(workdir, everything):
     """With the answers of the weights that training started from: how it changed what true visual
-    thoughts give.
+    thoughts give. What training's evaluations have answered is not asked again.
     """
-    folder, summary = run(workdir, "all", "--rows=0")
+    folder, summary, asked = everything
     assert folder.name == f"all-{LAST}" and summary["analyses"] == [
         "kl",
         "interventions",
         "attention",
     ]
+    assert asked == {"noise", "swap", "image", "remove"}
     start = f"{small_run.WARMUP:06d}"
     assert summary["evaluations"] == [f"{LAST}-{mode}" for mode in ("none", *contexts.CONTEXTS)] + [
         f"{start}-none",
         f"{start}-real",
     ]
-    page = (folder / "report.html").read_text()
+    page = check_page(folder, "This is the closure of", "Interventions:", "Attention:")
     table = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     for name, label in (
         (f"{LAST}-real", "real"),
+        (f"{LAST}-noise", "noise"),
         (f"{start}-real", "real, before training"),
         (f"{start}-none", "none, before training"),
     ):
         found = json.loads((workdir / "eval" / name / "summary.json").read_text())["benchmarks"][
             small_run.TASK
         ]
+        link = html.link(label, f"../../eval/{name}/report.html")
         cells = next(
             cells
             for row in table
-            if (cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) and cells[0] == label
+            if (cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) and cells[0] == link
         )
-        assert float(cells[1]) == pytest.approx(100 * found["overall"], rel=1e-3) and cells[
-            2
-        ] == str(found["n"])
-    assert all((folder / name / "summary.json").exists() for name in summary["analyses"])
+        assert cells[2:5] == [
+            html.fixed(100 * found["overall"], 1),
+            str(small_run.TEST_ROWS),
+            html.fixed(found["mean_output_tokens"], 1),
+        ]
+    assert files_of(folder) == [
+        "attention/shares.npz",
+        "attention/summary.json",
+        "interventions/summary.json",
+        "kl/summary.json",
+        "kl/tokens.jsonl",
+        "report.html",
+        "summary.json",
+    ]
+    # The closure of the page is that of the run's report.
+    (reported,) = json.loads((workdir / "eval" / f"{LAST}-kl" / "summary.json").read_text())[
+        "tasks"
+    ].values()
+    found = json.loads((folder / "kl" / "summary.json").read_text())["completions"]["data"]
+    np.testing.assert_allclose(
+        [found["tasks"][small_run.TASK][key] for key in ("before", "after", "closure")],
+        [reported[key] for key in ("before", "after", "closure")],
+        rtol=1e-4,
+    )
+
+
+@browser.needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_everything(everything, tmp_path, width):
+    page = everything[0] / "report.html"
+    pixels = browser.screenshot(page, tmp_path, width, 3000)
+    assert all(part.std() > 5 for part in np.array_split(pixels, 6))
+    assert browser.scroll_width(page, tmp_path, width) == width
+
+
+@pytest.mark.slow
+def test_the_terminal_ends_with_the_page(workdir, capsys):
+    folder, summary = run(workdir, "kl", "--rows=3", "--completions=data")
+    *words, last = capsys.readouterr().out.splitlines()
+    assert last == f"the page of {folder.name}: {folder}/report.html"
+    closure = summary["completions"]["data"]["tasks"][small_run.TASK]["closure"]
+    assert words[-1].startswith(f"{small_run.TASK}, data: K ")
+    assert f" nats, closure {html.fixed(100 * closure, 1)} % (" in words[-1]
 
 
 @pytest.mark.slow
@@ -714,6 +796,7 @@ def test_attention_command(workdir):
     folder, summary = run(workdir, "attention", "--rows=8", "--batch_size=4")
     assert folder.name == f"attention-{LAST}-random8"
     check_page(folder, "Text before the visual thoughts", "txt1-&gt;img1", "share of attention, %")
+    assert files_of(folder) == ["report.html", "shares.npz", "summary.json"]
     assert summary["scaled"] and set(summary["official"]) == {"real", "noise", "swap"}
     with np.load(folder / "shares.npz", allow_pickle=False) as arrays:
         arrays = {name: arrays[name] for name in arrays}
@@ -779,7 +862,7 @@ def test_attention_command(workdir):
     [
         (
             ["kl", "--completions=base,mine"],
-            "--completions=mine: choose from base, student, data, official",
+            "--completions=mine: choose from data, base, student, official",
         ),
         (["kl", "--temperature=-1"], "--temperature is -1.0: give a number in"),
         (["kl", "--rows=-1"], "--rows is -1: give a whole number in"),

@@ -297,6 +297,14 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
             f"--name=kl{processes}",
             processes=processes,
         )
+        module(
+            "diagnose",
+            "interventions",
+            *common,
+            "--rows=5",
+            f"--name=interventions{processes}",
+            processes=processes,
+        )
 
     def read(name):
         return [json.loads(line) for line in (w / name).read_text().splitlines()]
@@ -314,3 +322,11 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
             b[k] for k in ("task", "index", "labels")
         ]
         np.testing.assert_allclose(b["before"], a["before"], atol=1e-5)
+    one, two = (
+        json.loads((w / f"diagnose/interventions{n}/summary.json").read_text()) for n in (1, COUNT)
+    )
+    assert one["tasks"] == two["tasks"]
+    for mode, shares in one["attention_of_the_answers"].items():
+        for part, share in shares.items():
+            found = two["attention_of_the_answers"][mode][part]
+            np.testing.assert_allclose(found, share, atol=1e-5)
