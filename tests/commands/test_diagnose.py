@@ -26,6 +26,7 @@ from opsd_jax.diagnose import interventions, kl, official, selection
 from opsd_jax.diagnose.bootstrap import bootstrap
 from opsd_jax.evaluation import contexts, html, reference_kl
 from opsd_jax.model import attention, bagel, masks, mot
+from opsd_jax.run import session
 from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
@@ -904,7 +905,7 @@ def test_names_and_missing_images(workdir, tmp_path, capsys, monkeypatch):
                 for s in self.sources
             ]
 
-    monkeypatch.setattr(examples, "Examples", Blind)
+    monkeypatch.setattr(session, "Examples", Blind)
     with pytest.raises(SystemExit):
         command.main(["attention", f"--workdir={workdir}", "--rows=3"])
     assert (
