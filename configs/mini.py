@@ -1,11 +1,11 @@
 """Visual-OPSD in miniature: a model of 0.2 M parameters, from random weights, on a laptop.
 
   python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini
-  python -m opsd_jax.train --config=configs/mini.py:chart --workdir=/tmp/opsd-chart
+  python -m opsd_jax.train --config=configs/mini.py:maze --workdir=/tmp/opsd-maze
   ... --arm=noise            one control arm alone
 
-  configs/mini.py:maze       paths in a maze (the default)
-                 :chart      questions about charts
+  configs/mini.py:chart      questions about charts (the default)
+                 :maze       paths in a maze: longer answers, more arms, twice the time
                  :smoke      charts with few steps, to see whether everything works
                  :draw       charts, and image generation is trained, too
 
@@ -16,11 +16,11 @@ from opsd_jax import config as config_lib
 from opsd_jax.tasks import vocabulary
 
 
-def get_config(arg: str = "maze"):
-    """The configuration; arg: maze, chart, smoke or draw, see above."""
-    task = {"smoke": "chart", "draw": "chart"}.get(arg, arg)
-    if task not in ("maze", "chart"):
-        raise ValueError(f"configs/mini.py:{arg}: choose maze, chart, smoke or draw")
+def get_config(arg: str = "chart"):
+    """The configuration; arg: chart, maze, smoke or draw, see above."""
+    if arg not in ("chart", "maze", "smoke", "draw"):
+        raise ValueError(f"configs/mini.py:{arg}: choose chart, maze, smoke or draw")
+    task = "maze" if arg == "maze" else "chart"
     c = config_lib.default()
     c.stages = ("warmup", "opsd")
 
@@ -29,8 +29,8 @@ def get_config(arg: str = "maze"):
         vocab_size=448,
         hidden_size=64,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
+        num_heads=2,
+        num_kv_heads=2,
         intermediate_size=128,
         rope_theta=100.0,
     )
@@ -45,7 +45,7 @@ def get_config(arg: str = "maze"):
 
     c.data.tasks = ({"maze": "Spatial_Navigation", "chart": "Chart_Refocus"}[task],)
     c.data.limits = ()
-    c.data.make.update(families=(task,), train=12000, validation=512, test=512)
+    c.data.make.update(families=(task,), train=10000, validation=512, test=512)
     patches = grid * grid
     # The longest texts of the task: positions in the student's context, in the teacher's and in a
     # trace; targets of the trace; budget of a completion.
@@ -56,24 +56,24 @@ def get_config(arg: str = "maze"):
     c.data.cache_rows = 20000
     c.data.threads = 1
 
-    c.warmup.update(steps={"maze": 500, "chart": 600}[task], batch_size=48)
+    c.warmup.update(steps=600, batch_size=48)
     c.warmup.optim.update(
         lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.opsd.update(steps=400, batch_size=48, accumulation=1)
+    c.opsd.update(steps=300, batch_size=48, accumulation=1)
     c.opsd.optim.update(
         lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.sft.update(steps=400, batch_size=48)
+    c.sft.update(steps=300, batch_size=48)
     c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
-    c.offline.update(steps=400, batch_size=48)
+    c.offline.update(steps=300, batch_size=48)
     c.offline.optim.update(c.opsd.optim)
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
 
     c.eval.update(
-        every=100, rows=256, visual_thoughts=("none", "real"), final_banned=True, batch_size=256
+        every=100, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=256
     )
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
@@ -82,8 +82,14 @@ def get_config(arg: str = "maze"):
     c.arms.none = {"teacher": {"visual_thoughts": "none"}}
     c.arms.sft = {"stages": ("sft",)}
     c.arms.offline = {"stages": ("offline",)}
-    c.run_arms = ("noise", "image", "sft")
+    c.run_arms = ("noise", "image")
 
+    if arg == "maze":  # harder: more examples and steps, more heads
+        c.data.make.train = 12000
+        c.model.llm.num_heads = c.model.llm.num_kv_heads = 4
+        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 500, 400, 400, 400
+        c.eval.rows = 256
+        c.run_arms = ("noise", "image", "sft")
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
         c.model.llm.num_layers = c.model.unroll = 2  # half the time to compile and to train
@@ -92,6 +98,8 @@ def get_config(arg: str = "maze"):
         c.run_arms = ("noise",)
     if arg == "draw":
         c.stages = ("autoencoder", "warmup", "opsd")
+        c.data.make.train = 12000
+        c.model.llm.num_heads = c.model.llm.num_kv_heads = 4
         # shift: latent_mean in metrics.jsonl at the end of the autoencoder's stage. scale: 1.8 /
         # latent_std, because charts differ in only a third of the latents' variance, and that third
         # has to be visible through the noise.
@@ -115,6 +123,7 @@ def get_config(arg: str = "maze"):
         c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=4)
         c.warmup.optim.update(lr=3e-3, min_lr=5e-4)
         c.drawing.update(num_timesteps=25, timestep_shift=3.0, text_scale=1.0, image_scale=1.0)
+        c.opsd.steps = c.sft.steps = c.offline.steps = 400
         c.log.samples_every = 250
         c.run_arms = ()
     return c

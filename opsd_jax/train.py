@@ -76,6 +76,7 @@ def main(argv) -> None:
 
 
 def _run(config: ConfigDict, workdir: str, arm: str) -> None:
+    allocator.share_one_arena()  # before JAX starts its threads
     check(config, workdir)
     several = distributed.initialize()
     if jax.default_backend() == "cpu":

@@ -272,7 +272,7 @@ def test_mistakes_on_the_command_line(tmp_path):
         "stray": ["error: stray: options begin with --"],
         "--workdri=x": ["error: Unknown command line flag 'workdri'. Did you mean: workdir"],
         "--config=configs/mini.py:chess": [
-            "error: configs/mini.py:chess: choose maze, chart, smoke or draw"
+            "error: configs/mini.py:chess: choose chart, maze, smoke or draw"
         ],
         "--arm=nosie": [
             "error: --arm=nosie: the config has the arms ['image', "
