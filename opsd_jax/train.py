@@ -108,11 +108,11 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
 
 
 def _report(config: ConfigDict, workdir: str) -> None:
-    """Writes the table and the page of a finished run; prints the table and, last, the path."""
+    """Writes table and page of a finished run; prints the table, what it says, and the path."""
     scores = {}
     if "opsd" in config.stages and config.eval.final_split:
         scores = report_table.collect(workdir, config.run_arms)
-        print(report_table.write(workdir, scores))
+        print(report_table.write(workdir, scores, config.run_arms))
     print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
 
 
@@ -273,7 +273,7 @@ def train_stage(
                 inputs = step_inputs.put_on_mesh(run.mesh, next(stream))
             inputs = sampler(state["params"], step, inputs)
             if step == begin:
-                logging.info("%s, first batch:\n%s", stage.name, step_inputs.shapes(inputs))
+                logging.debug("%s, first batch:\n%s", stage.name, step_inputs.shapes(inputs))
             with clock("update"):
                 state, found = update(state, inputs.batch, *inputs.sampled)
                 jax.block_until_ready(state["step"])

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping, Sequence
 
+from ml_collections import ConfigDict
+
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import results
@@ -39,21 +41,6 @@ def arm_label(name: str) -> str:
     return f"arm {name}, text only"
 
 
-def caution(steps: int, examples: int) -> str:
-    """A sentence where the numbers of a run mean little; "" where they do not.
-
-    Args:
-      steps: those of its OPSD stage.
-      examples: those of its final evaluation.
-    """
-    if min(steps, examples) >= _FEW:
-        return ""
-    return (
-        "These numbers mean little: a run this short shows that everything works "
-        f"({steps} OPSD steps, {examples} test examples)."
-    )
-
-
 def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
 
@@ -72,24 +59,51 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     return shown
 
 
-def write(workdir: str, shown: Mapping[str, Scores]) -> str:
-    """Writes W/report.md and W/report.json from what `collect` returned, and returns the table.
+def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str:
+    """Writes W/report.md and W/report.json, and returns the text of the former.
 
     An accuracy without visual thoughts is shown with that of the same weights given the true ones,
     if the final evaluation measured it: training changes how well a model reads them.
+
+    Args:
+      shown: what `collect` returned for these arms.
     """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
-    fewest = min(task["n"] for task in shown[TRAINED].values())
-    if warning := caution(load_config(workdir).opsd.steps, fewest):
-        lines += ["", warning]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([*lines, "", verdict(shown, arms, load_config(workdir))]) + "\n"
     files.write(run_folder.report(workdir), text)
     files.write_json(
         run_folder.report_data(workdir),
         [{"arm": what, "tasks": tasks} for what, tasks in shown.items()],
     )
     return text
+
+
+def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
+    """What the numbers say, in sentences, one line per task.
+
+    A caution follows where a short stage or few examples make the numbers mean little.
+    """
+    lines = []
+    for task, trained in shown[TRAINED].items():
+        parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
+        if with_thoughts := shown.get(TEACHER, {}).get(task):
+            parts.append(f"The teacher answers {_percent(with_thoughts)} with visual thoughts.")
+        if before := shown.get(START, {}).get(task):
+            parts.append(
+                f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
+                "after."
+            )
+        controls = [f"{arm} {_percent(shown[arm_label(arm)][task])}" for arm in arms]
+        if controls:
+            parts.append(f"Control arms: {', '.join(controls)}.")
+        if min(config.opsd.steps, trained["n"]) < _FEW:
+            parts.append(
+                "**These numbers mean little: a run this short shows that everything works "
+                f"({config.opsd.steps} OPSD steps, {trained['n']} test examples).**"
+            )
+        lines.append(" ".join(parts))
+    return "\n".join(lines)
 
 
 def _trained_scores(workdir: str) -> Scores:
@@ -142,7 +156,7 @@ def _row(what: str, task: str, b: dict) -> str:
         (
             what,
             task,
-            f"{100 * b['overall']:.1f} %",
+            _percent(b),
             _interval(b),
             f"{100 * real['overall']:.1f} % ({_interval(real)})" if real else "",
             f"{b['n']}",
@@ -160,3 +174,7 @@ def _line(cells: Sequence[str]) -> str:
 def _interval(b: dict) -> str:
     low, high = b["interval_95"]
     return f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _percent(b: dict) -> str:
+    return f"{100 * b['overall']:.1f} %"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import charts, html, results
+from opsd_jax.evaluation import charts, html
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.inputs import json_files
 from opsd_jax.run import report_table
@@ -58,60 +58,37 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     return path
 
 
-def _verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
-    """What the numbers say, in sentences, one paragraph per task."""
-    sentences = []
-    for task, trained in shown[report_table.TRAINED].items():
-        parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
-        if with_thoughts := shown.get(report_table.TEACHER, {}).get(task):
-            parts.append(f"The teacher answers {_percent(with_thoughts)} with visual thoughts.")
-        if before := shown.get(report_table.START, {}).get(task):
-            parts.append(
-                f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
-                "after."
-            )
-        controls = [f"{arm} {_percent(shown[report_table.arm_label(arm)][task])}" for arm in arms]
-        if controls:
-            parts.append(f"Control arms: {', '.join(controls)}.")
-        if caution := report_table.caution(config.opsd.steps, trained["n"]):
-            parts.append(f"**{caution}**")
-        sentences.append(" ".join(parts))
-    return "\n".join(sentences)
-
-
 def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
     """Accuracies with their intervals: in words, as a chart and as a table."""
-    rows = [(who, task, b) for who, tasks in shown.items() for task, b in tasks.items()]
-    several = len({task for _, task, _ in rows}) > 1
-    bars = [
-        (
-            f"{who} ({task})" if several else who,
-            100 * b["overall"],
-            *(100 * limit for limit in b["interval_95"]),
-        )
-        for who, task, b in rows
-    ]
-    columns = ["answers of", "task", "accuracy %", "with true visual thoughts %", "n", "tokens"]
-    columns += ["KL before", "KL after", "closure %"]
-    cells = [
-        [
-            who,
-            task,
-            100 * b["overall"],
-            100 * b["real"]["overall"] if "real" in b else None,
-            b["n"],
-            b["mean_output_tokens"],
-            b.get("kl_before"),
-            b.get("kl"),
-            100 * b["closure"] if "closure" in b else None,
-        ]
-        for who, task, b in rows
-    ]
+    several = max(map(len, shown.values())) > 1
+    bars, cells = [], []
+    for who, tasks in shown.items():
+        for task, b in tasks.items():
+            name = who.replace("`", "")  # the table in report.md is Markdown
+            limits = (100 * limit for limit in b["interval_95"])
+            bars.append((f"{name} ({task})" if several else name, 100 * b["overall"], *limits))
+            cells.append([name, *([task] if several else []), *_numbers(b)])
+    columns = ["answers of", *(["task"] if several else []), "accuracy %"]
+    columns += ["with true visual thoughts %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
-        html.paragraph(_verdict(shown, arms, config)),
+        html.heading("Result"),
+        html.paragraph(report_table.verdict(shown, arms, config)),
         charts.intervals(bars),
-        html.table(columns, cells, texts=2),
+        html.table(columns, cells, texts=1 + several),
         html.note(_MEANING),
+    ]
+
+
+def _numbers(b: dict) -> list:
+    """Cells of the table of results."""
+    return [
+        html.fixed(100 * b["overall"], 1),
+        html.fixed(100 * b["real"]["overall"], 1) if "real" in b else None,
+        b["n"],
+        html.fixed(b["mean_output_tokens"], 1),
+        html.fixed(b.get("kl_before"), 3),
+        html.fixed(b.get("kl"), 3),
+        html.fixed(100 * b["closure"], 0) if "closure" in b else None,
     ]
 
 
@@ -251,7 +228,3 @@ def _pages(workdir: str) -> list[str]:
             if os.path.exists(page):
                 found.append((name, os.path.relpath(page, workdir)))
     return [html.heading("More pages"), html.links(found)] if found else []
-
-
-def _percent(scores: dict) -> str:
-    return f"{results.percent({'unit': 'fraction', **scores}):.1f} %"

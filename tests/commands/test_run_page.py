@@ -32,6 +32,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     html = page.read_text()
     titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
     assert titles == [
+        "Result",
         "Curves",
         "Loss, stage warmup",
         f"Accuracy on {small_run.TASK}, text only, stage opsd",
@@ -42,11 +43,12 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         "Where the time went",
         "More pages",
     ]
+    trained = scores["OPSD, text only"][small_run.TASK]
     caution = "These numbers mean little: a run this short shows that everything works"
     assert caution in html  # four steps, twenty examples
-    assert caution in report_table.write(str(workdir), scores)  # the terminal shows what is written
+    shown = report_table.write(str(workdir), scores, ())  # in the terminal, too
+    assert caution in shown and f"{100 * trained['overall']:.1f} % after" in shown
     assert caution in (workdir / "report.md").read_text()
-    trained = scores["OPSD, text only"][small_run.TASK]
     assert f"{100 * trained['overall']:.1f} % after" in html
 
     folder = workdir / "eval" / f"{small_run.LAST:06d}-none"
