@@ -60,20 +60,20 @@ def get_config(arg: str = "chart"):
     c.warmup.optim.update(
         lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.opsd.update(steps=300, batch_size=48, accumulation=1)
+    c.opsd.update(steps=400, batch_size=32, accumulation=1)
     c.opsd.optim.update(
         lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.sft.update(steps=300, batch_size=48)
+    c.sft.update(steps=400, batch_size=32)
     c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
-    c.offline.update(steps=300, batch_size=48)
+    c.offline.update(steps=400, batch_size=32)
     c.offline.optim.update(c.opsd.optim)
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
 
     c.eval.update(
-        every=100, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=256
+        every=200, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=128
     )
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
@@ -84,11 +84,12 @@ def get_config(arg: str = "chart"):
     c.arms.offline = {"stages": ("offline",)}
     c.run_arms = ("noise", "image")
 
-    if arg == "maze":  # harder: more examples and steps, more heads
+    if arg == "maze":  # harder than charts: more examples, larger batches, more heads
         c.data.make.train = 12000
         c.model.llm.num_heads = c.model.llm.num_kv_heads = 4
-        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 500, 400, 400, 400
-        c.eval.rows = 256
+        c.warmup.steps = 500
+        c.opsd.batch_size = c.sft.batch_size = c.offline.batch_size = 48
+        c.eval.update(every=100, rows=256, batch_size=256)
         c.run_arms = ("noise", "image", "sft")
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
@@ -123,7 +124,8 @@ def get_config(arg: str = "chart"):
         c.warmup.mix.update(interleaved=0, reference=1, text=1, drawn=4)
         c.warmup.optim.update(lr=3e-3, min_lr=5e-4)
         c.drawing.update(num_timesteps=25, timestep_shift=3.0, text_scale=1.0, image_scale=1.0)
-        c.opsd.steps = c.sft.steps = c.offline.steps = 400
+        c.opsd.batch_size = c.sft.batch_size = c.offline.batch_size = 48
+        c.eval.update(every=100, rows=256, batch_size=256)
         c.log.samples_every = 250
         c.run_arms = ()
     return c

@@ -158,7 +158,7 @@ def recipe(page: str) -> str:
     spec = importlib.util.spec_from_file_location("mini", DOCS.parent / "configs" / "mini.py")
     mini = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mini)
-    presets = [mini.get_config(name) for name in ("maze", "chart", "smoke")]
+    presets = [mini.get_config(name) for name in ("chart", "maze", "smoke")]
 
     def row(match: re.Match) -> str:
         values = []
@@ -168,7 +168,7 @@ def recipe(page: str) -> str:
             values.append(f"`{_literal(config)}`")
         return f"| `{match[1]}` | {' | '.join(values)} |"
 
-    header, divider = "| key | maze | chart | smoke |\n", "|---|---|---|---|\n"
+    header, divider = "| key | chart | maze | smoke |\n", "|---|---|---|---|\n"
     before, _, after = page.partition(header + divider)
     table, end, rest = after.partition("\n\n")
     table = re.sub(r"^\| `(\S+)` \|.*$", row, table, flags=re.MULTILINE)

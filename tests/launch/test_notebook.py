@@ -159,7 +159,7 @@ def test_drive(tmp_path, monkeypatch):
     assert (mounted, made) == (["/content/drive"], ["/content/drive/MyDrive/opsd"])
     monkeypatch.chdir(tmp_path)
     found = execute("workdir", WORKDIR="", FULL=True)
-    assert found.workdir == tmp_path / "runs" / "maze" and len(mounted) == 1
+    assert found.workdir == tmp_path / "runs" / "chart" and len(mounted) == 1
 
 
 # --- all of it ------------------------------------------------------------------------------------
