@@ -246,7 +246,7 @@ class EvalConfig:
 class CheckpointConfig:
     """When checkpoints are written and which are kept (`checkpoint`)."""
 
-    every: Annotated[int, "[1, inf)"] = 500  # steps; the last of a stage is always saved and kept
+    every: Annotated[int, "[1, inf)"] = 100  # steps; the last of a stage is always saved and kept
     keep_latest: Annotated[int, "[1, inf)"] = 2
     # What may have another content than before without stopping the run.
     accept_changed: Annotated[tuple[str, ...], ("data", "tokenizer")] = ()
