@@ -65,11 +65,14 @@ def test_the_page_shows_result_curves_and_answers(workdir):
 
 
 def test_a_long_run_is_not_cautioned():
-    assert report_table.caution(200, 200) == ""
+    def verdict(steps: int, examples: int) -> str:
+        config = small_run.config(opsd__steps=steps)
+        shown = {report_table.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
+        return report_table.verdict(shown, (), config)
+
+    assert verdict(200, 200) == "**task**, 200 test examples, seed 0."
     for steps, examples in ((199, 512), (400, 128)):
-        assert f"{steps} OPSD steps, {examples} test examples" in report_table.caution(
-            steps, examples
-        )
+        assert f"{steps} OPSD steps, {examples} test examples" in verdict(steps, examples)
 
 
 def test_a_run_without_a_final_evaluation_has_curves(workdir):
