@@ -94,6 +94,8 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
                 f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
                 "after."
             )
+        else:
+            parts.append(f"After OPSD it answers {_percent(trained)} without visual thoughts.")
         controls = [f"{arm} {_percent(shown[arm_label(arm)][task])}" for arm in arms]
         if controls:
             parts.append(f"Control arms: {', '.join(controls)}.")

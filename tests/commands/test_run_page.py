@@ -70,7 +70,9 @@ def test_a_long_run_is_not_cautioned():
         shown = {report_table.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
         return report_table.verdict(shown, (), config)
 
-    assert verdict(200, 200) == "**task**, 200 test examples, seed 0."
+    assert verdict(200, 200) == (
+        "**task**, 200 test examples, seed 0. After OPSD it answers 75.0 % without visual thoughts."
+    )
     for steps, examples in ((199, 512), (400, 128)):
         assert f"{steps} OPSD steps, {examples} test examples" in verdict(steps, examples)
 
