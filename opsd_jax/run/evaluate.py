@@ -356,10 +356,8 @@ def _answer(
     name, together = job.names[asked_in.mode], asked_in.together
     if compared:
         comparison.check_pairs(compared, asked, job.about["split"])
-    by_name, identity = (
-        {benchmark.name: benchmark for benchmark in asked},
-        asked_in.identity(batches),
-    )
+    by_name = {benchmark.name: benchmark for benchmark in asked}
+    identity = asked_in.identity(batches)
     if together and (answered := store.finished(folder, identity)):
         # Greedy answers do not depend on their batches.
         identity, batches = answered, [(by_name[name], keys) for name, keys in answered["rows"]]
