@@ -261,6 +261,8 @@ class LogConfig:
     every: Annotated[int, "[1, inf)"] = 10  # steps between lines of metrics.jsonl
     # Steps between rollouts written to samples/; 0 for the first batch only.
     samples_every: Annotated[int, "[0, inf)"] = 50
+    # First and last step of a trace in profile/, counted from 1 over all stages; () for none.
+    profile_steps: Annotated[tuple[int, ...], "[1, inf)"] = ()
     tensorboard: bool = True
     wandb: str = ""  # project name; "" for none
 
@@ -430,6 +432,7 @@ def arm(config: ConfigDict, name: str, start: str = "") -> ConfigDict:
     changed.run_arms = ()
     changed.stages = ("opsd",)
     changed.init_from = start
+    changed.log.profile_steps = ()  # the run's; an arm counts its own steps
     changed.update(config.arms[name].to_dict())
     return changed
 

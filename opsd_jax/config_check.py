@@ -423,6 +423,18 @@ def _check_eval(config: ConfigDict) -> None:
 
 
 def _check_log(config: ConfigDict) -> None:
+    if steps := config.log.profile_steps:
+        shown = f"config.log.profile_steps is {steps}"
+        last = max(config_lib.stage_ends(config).values())
+        if len(steps) != 2 or steps[0] > steps[1]:
+            raise ValueError(
+                f"{shown}: give the first and the last step to trace, such as (10, 13), or () for "
+                "none"
+            )
+        if steps[1] > last:
+            raise ValueError(
+                f"{shown}, but the run has {last} steps: give steps up to {last}, or () for none"
+            )
     if config.log.wandb and not ("wandb" in sys.modules or importlib.util.find_spec("wandb")):
         raise ValueError(
             f"config.log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install -e "

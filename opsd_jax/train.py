@@ -266,8 +266,11 @@ def train_stage(
     stop.check()
     if begin == stage.last:
         on_start()
-    with Progress(stage.last, name, stage.name, start=begin, primary=primary) as progress:
-        for step in range(begin, stage.last):
+    with (
+        Progress(stage.last, name, stage.name, start=begin, primary=primary) as progress,
+        run.profile,
+    ):
+        for step in run.profile.steps(begin, stage.last):
             stop.promise = "saving after this step, then stopping"
             with clock("data"):
                 inputs = step_inputs.put_on_mesh(run.mesh, next(stream))

@@ -29,6 +29,7 @@ from opsd_jax.release import folders
 from opsd_jax.run.checks import check_batch
 from opsd_jax.runtime import checkpoint, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
+from opsd_jax.runtime import profile as profile_lib
 from opsd_jax.tokenizer import Tokenizer
 
 
@@ -47,6 +48,7 @@ class Session:
       packer: packs prepared examples into contexts of the configured buckets.
       clock: counts the wall time of each phase.
       writer: writes metrics and samples; in a session that only reads it writes nothing.
+      profile: traces some of the steps; in a session that only reads none.
     """
 
     config: ConfigDict
@@ -59,6 +61,7 @@ class Session:
     packer: Packer
     clock: clock_lib.Clock
     writer: metrics.Writer
+    profile: profile_lib.Profile
 
     @functools.cached_property
     def record(self) -> dict:
@@ -263,7 +266,8 @@ def _open_training(
         wandb=metrics.wandb_arguments(config.log.wandb, workdir, data_workdir, record),
         resume_step=(done or 0) + 1,
     )
-    session = dataclasses.replace(session, writer=writer)
+    profile = profile_lib.Profile(run_folder.profile(workdir), config.log.profile_steps, done)
+    session = dataclasses.replace(session, writer=writer, profile=profile)
     # Kept, not computed again at the first save: data that change until then are not the run's.
     session.__dict__["digests"] = digests
     return session
@@ -291,6 +295,7 @@ def _open(
         packer=Packer.from_config(config, tok),
         clock=clock,
         writer=metrics.Writer(workdir, primary=False),
+        profile=profile_lib.Profile(run_folder.profile(workdir), ()),
     )
 
 

@@ -51,11 +51,15 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts the time within the block under `phase`: sample, update, data, eval, ..."""
+        """Counts the time within the block under `phase`: sample, update, data, eval, ...
+
+        Where the run is traced (`profile.Profile`), the block is in the trace under that name.
+        """
         began = self._now()
         self._inner.append(0.0)
         try:
-            yield
+            with jax.profiler.TraceAnnotation(phase):  # in a trace of the run
+                yield
         finally:
             elapsed = self._now() - began
             self._spend(phase, elapsed - self._inner.pop())

@@ -2,6 +2,7 @@
 
 W/config.json                  every setting
 W/metrics.jsonl  W/tb/         one record per logged step; the same for TensorBoard
+W/profile/                     traces of steps, if config.log.profile_steps names some
 W/checkpoints/<step>/          weights, optimizer, schedule
 W/samples/<step>/              sampled answers, human-readable
 W/eval/<step>-<name>/          predictions.jsonl, summary.json, report.html of an evaluation
@@ -33,6 +34,11 @@ def metrics(workdir: str) -> str:
 def tensorboard(workdir: str) -> str:
     """Folder of the run's metrics for TensorBoard."""
     return os.path.join(workdir, "tb")
+
+
+def profile(workdir: str) -> str:
+    """Folder of traces of steps, for XProf and TensorBoard."""
+    return os.path.join(workdir, "profile")
 
 
 def time(workdir: str) -> str:

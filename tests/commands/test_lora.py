@@ -344,6 +344,7 @@ def initial_params(config, workdir):
         packer=None,
         clock=None,
         writer=None,
+        profile=None,
     )
     return start_lib.initial_params(run, None)
 

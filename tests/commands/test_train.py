@@ -271,6 +271,45 @@ def test_supervised_training_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_steps_of_a_run_are_traced(trained, tmp_path, monkeypatch):
+    """In each of its stages, also where it is asked to stop within them; the numbers are those of
+    metrics.jsonl, and a trace changes nothing else.
+    """
+    config = small_run.config(
+        log__profile_steps=(small_run.WARMUP, small_run.LAST - 1),
+        eval__final_split="",
+        eval__kl=False,
+    )
+    scalars, stop_at = metrics.Writer.scalars, small_run.WARMUP + 1
+
+    def scalars_and_signal(self, step, *args):
+        scalars(self, step, *args)
+        if step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(metrics.Writer, "scalars", scalars_and_signal)
+        train.train(config, str(tmp_path))
+    assert stopped.value.code == distributed.EXIT_STOPPED
+    folder = tmp_path / "profile" / "plugins" / "profile"
+    assert sorted(os.listdir(folder)) == ["000002-000002", "000003-000003"]
+    train.train(config, str(tmp_path))
+    assert sorted(os.listdir(folder)) == ["000002-000002", "000003-000003", "000004-000005"]
+    for path in folder.glob("*/*.xplane.pb"):
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        names = {event.name for plane in planes for line in plane.lines for event in line.events}
+        sampled = {"sample"} if path.parent.name > "000003" else set()
+        assert {"train", "data", "update", "checkpoint"} | sampled <= names
+    assert len(list(folder.glob("*/*.xplane.pb"))) == 3
+    assert os.listdir(tmp_path / "profile") == ["plugins"]
+    found, expected = (
+        {row["step"]: row["loss"] for row in metrics.read(w / "metrics.jsonl") if "loss" in row}
+        for w in (tmp_path, trained)
+    )
+    assert found == expected
+
+
+@pytest.mark.slow
 def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
     """And rows that a run wrote before its first checkpoint, when it was killed, do not stand there
     twice.

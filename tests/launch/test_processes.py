@@ -226,6 +226,7 @@ def workdirs(tmp_path_factory):
             "train",
             *small_run.command(found[processes])[3:],
             "--config.run_arms=()",
+            "--config.log.profile_steps=3,4",
             processes=processes,
         )
     return found
@@ -258,6 +259,17 @@ def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
         return sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
 
     assert names(1) == names(COUNT)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_each_process_writes_its_own_trace(workdirs):
+    """Also where they are on one host, by whose name the profiler calls its files."""
+    for processes, numbers in ((1, [""]), (COUNT, [f"process{n}-" for n in range(COUNT)])):
+        folder = workdirs[processes] / "profile" / "plugins" / "profile" / "000003-000004"
+        names = sorted(path.name for path in folder.glob("*.xplane.pb"))
+        hosts = {name.removeprefix(number) for name, number in zip(names, numbers, strict=True)}
+        assert len(hosts) == 1
 
 
 @pytest.mark.long

@@ -406,6 +406,21 @@ def test_buckets_of_another_shape(key, wrong, unit):
         ({"opsd__freeze": ("embed", "und", "vit", "connector")}, "nothing is left to train"),
         ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
         ({"mesh__data": -1}, "only one size can be -1"),
+        *(
+            (
+                {"log__profile_steps": steps},
+                f"config.log.profile_steps is {steps}: give the first and the last step to trace",
+            )
+            for steps in ((3,), (1, 2, 3), (3, 2))
+        ),
+        (
+            {"log__profile_steps": (0, 2)},
+            "config.log.profile_steps[0] is 0: give a whole number in [1, inf)",
+        ),
+        (
+            {"log__profile_steps": (5, 7)},  # 2 of the warm-up and 4
+            "config.log.profile_steps is (5, 7), but the run has 6 steps: give steps up to 6",
+        ),
         ({"log__wandb": "p"}, "but wandb is not installed: pip install"),
         (
             {"model__llm__num_heads": 3},
@@ -445,6 +460,18 @@ def test_an_arm_is_named_as_one_folder(name):
         config.arms[name] = ConfigDict({"seed": 1})
     with pytest.raises(ValueError, match=r"^config.arms.*: give one folder name"):
         config_check.check(config)
+
+
+def test_an_arm_traces_no_steps_unless_it_is_asked_to():
+    """It counts its own steps, so those of the run mean others there."""
+    config = small_run.config(log__profile_steps=(5, 6))
+    config.arms.noise.log = {"profile_steps": (1, 2)}
+    assert config_lib.arm(config, "noise").log.profile_steps == (1, 2)
+    del config.arms.noise["log"]
+    config.run_arms = ("noise",)
+    config_check.check(config)  # 4 steps
+    assert config_lib.arm(config, "noise").log.profile_steps == ()
+    assert config.log.profile_steps == (5, 6)
 
 
 def test_an_arm_that_will_not_run_may_wait_to_be_right():

@@ -239,6 +239,7 @@ class Made:
             packer=self.packer,
             clock=clock.Clock(),
             writer=metrics.Writer(self.workdir, primary=False),
+            profile=None,
         )
 
     def collect(self, **changes):
