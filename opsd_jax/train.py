@@ -30,6 +30,7 @@ from opsd_jax.run import (
     report_table,
     run_page,
     samples,
+    saves,
     stage_table,
     start,
     step_inputs,
@@ -164,7 +165,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
         Checkpoints(
             run_folder.checkpoints(workdir),
             keep_latest=config.checkpoint.keep_latest,
-            keep_steps=[0, *config_lib.stage_ends(config).values()],
+            keep_steps=saves.never_deleted(config),
         ) as checkpoints,
     ):
         run, done = session_lib.open_training(config, workdir, data_workdir, checkpoints)
@@ -293,8 +294,7 @@ def train_stage(
                 log.write(now, progress)
 
             stopping, evaluating = stop.reached(), evaluation.is_due(now)
-            due = now % config.checkpoint.every == 0 or now == stage.last
-            if due or stopping or evaluating:
+            if stopping or saves.saves_at(config, kind, stage.last, now):
                 with clock("checkpoint"):
                     state_lib.save(run, stage, checkpoints, now, state)
             if stopping:

@@ -1,9 +1,10 @@
-"""What a step takes of a TPU topology you do not have.
+"""What a step and a whole run take of a TPU topology you do not have.
 
     python -m opsd_jax.plan --config=C --topology=v5p:2x2x2
 
   settings -> shapes of state, contexts and trajectory, cut over the mesh -> `rollout.sample` and
-  `distill.update`, traced and compiled for the slice as the run would -> bill
+  `distill.update`, traced and compiled for the slice as the run would -> bill -> hours,
+  checkpoints and dollars of the run
 
 The compiler for TPUs (libtpu) runs on any Linux machine and assigns real buffers, so a program that
 does not fit fails here as it would on the slice. What this does not tell: numerics, measured speed,
@@ -21,19 +22,27 @@ from absl import app, flags
 
 from opsd_jax import config_flags  # defines --config
 from opsd_jax.inputs import cli, paths
-from opsd_jax.plan import bill, programs, table, topology
+from opsd_jax.plan import bill, budget, programs, table, topology
 from opsd_jax.runtime import distributed, files
 
 flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
 flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-centre network.")
 flags.DEFINE_enum("only", "", ["", *programs.STEP], "Compile this program alone.")
 flags.DEFINE_string(
-    "stage", "", "Stage of the config (default: opsd if it has one, else its first)."
+    "stage",
+    "",
+    "Stages of the config, separated by commas (default: opsd if it has one, else its first).",
 )
 flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
 flags.DEFINE_float("hbm", 0, "GiB per device, in place of the chip's own.")
 flags.DEFINE_bool(
     "quick", False, "Compile with less effort: three times faster, peaks some 5 % off."
+)
+flags.DEFINE_float(
+    "write_speed", budget.WRITE_SPEED, "GB per second that each host writes of a checkpoint."
+)
+flags.DEFINE_float(
+    "price_per_chip_hour", None, "Dollars of a chip for an hour; prints those of the whole run."
 )
 flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
 
@@ -55,6 +64,8 @@ def main(argv: list[str]) -> None:
             bucket=f.bucket,
             hbm=f.hbm,
             quick=f.quick,
+            write_speed=f.write_speed,
+            price=f.price_per_chip_hour,
         )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, sharding
 from opsd_jax import params as params_lib
-from opsd_jax.inputs import cli
-from opsd_jax.plan import advice, flops, hlo, programs
+from opsd_jax.inputs import checks, cli
+from opsd_jax.plan import advice, budget, flops, hlo, programs
 from opsd_jax.plan import topology as topology_lib
+from opsd_jax.run import saves
 
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
 # Two ways in which libtpu says how much memory a program wants, arguments and all.
@@ -34,30 +35,41 @@ def plan(
     bucket: int = -1,
     hbm: float = 0,
     quick: bool = False,
+    write_speed: float = budget.WRITE_SPEED,
+    price: float | None = None,
 ) -> dict[str, Any]:
-    """The report that --out writes: topology, mesh, parameters by group, one bill per program.
+    """The report that --out writes: topology, mesh, parameters, bills, budget of the whole run.
 
     Args:
-      stage: a stage of the config; "" for opsd if it has one, else its first.
+      stage: names of stages, separated by commas; "" for opsd if the config has it, else its first.
       only, bucket: see `programs.programs`.
       hbm: GiB per device; 0 for the chip's own.
       quick: compile with less effort.
+      write_speed: GB per second that each host writes of a checkpoint.
+      price: dollars of a chip for an hour; None if unknown.
     Raises:
-      ValueError: settings that no run would start with, or no compiler for the topology.
+      ValueError: settings that no run would start with, no compiler for the topology, or a price
+      for which no time would be modelled.
     """
     cli.check_precision()
     config_check.check(config)
-    stage = stage or ("opsd" if "opsd" in config.stages else config.stages[0])
-    if stage not in config_lib.STAGES:
-        raise ValueError(f"--stage={stage!r}: choose from {config_lib.STAGES}")
+    stages = _stages(config, stage)
+    checks.number("--write_speed", write_speed, float, "(0, inf)")
+    if price is not None:
+        _check_price(price, config, topology, stages, only)
     bound = hbm or topology.hbm
     mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices_of(topology))
-    traced = programs.programs(config, stage, mesh, bucket, only)
+    traced = [
+        (name, program)
+        for name in stages
+        for program in programs.programs(config, name, mesh, bucket, only)
+    ]
     if quick:
         jax.config.update("jax_optimization_level", "O1")
-    bills = [bill(program, topology, bound) for program in traced]
+    bills = [{"stage": name} | bill(program, topology, bound) for name, program in traced]
     for one in bills:
-        one["advice"] = [] if one["fits"] else advice.advice(one, config, stage, mesh)
+        one["advice"] = [] if one["fits"] else advice.advice(one, config, one["stage"], mesh)
+    hosts = len({device.process_index for device in mesh.devices.flat})
     return {
         "topology": topology.name,
         "slices": topology.slices,
@@ -65,14 +77,113 @@ def plan(
         "devices": topology.devices,
         "hbm_gib": bound,
         "mesh": dict(mesh.shape),
-        "stage": stage,
+        "stage": ",".join(stages),
         "bucket": bucket,
-        "parameters": params_lib.count(traced[0].arguments["params"]),
+        "parameters": params_lib.count(traced[0][1].arguments["params"]),
         "fits": all(one["fits"] for one in bills),
         "programs": bills,
+        "run": budget_of_run(config, bills, topology, hosts, write_speed, price),
         "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
         "quick": quick,
     }
+
+
+def _stages(config: ConfigDict, names: str) -> list[str]:
+    """The stages that --stage names."""
+    default = "opsd" if "opsd" in config.stages else config.stages[0]
+    stages = list(cli.names(names or default))
+    checks.names("--stage", stages, config_lib.STAGES)
+    return stages
+
+
+def _check_price(
+    price: float,
+    config: ConfigDict,
+    topology: topology_lib.Topology,
+    stages: list[str],
+    only: str,
+) -> None:
+    """Raises ValueError for a price that is no price, or has no hours to multiply."""
+    flag = "--price_per_chip_hour"
+    checks.number(flag, price, float, "(0, inf)")
+    if topology.chip is None:
+        raise ValueError(
+            f"{flag}={price:g} with --topology={topology.name}: no time is modelled for a CPU, "
+            "name a slice of TPUs, or leave the price out"
+        )
+    if only:
+        raise ValueError(
+            f"{flag}={price:g} with --only={only}: dollars need all programs of a step, leave "
+            "--only out"
+        )
+    if not set(stages) & set(config.stages):
+        raise ValueError(
+            f"{flag}={price:g} with --stage={','.join(stages)}: the run has the stages "
+            f"{tuple(config.stages)}, name one of them"
+        )
+
+
+def budget_of_run(
+    config: ConfigDict,
+    bills: list[dict[str, Any]],
+    topology: topology_lib.Topology,
+    hosts: int,
+    write_speed: float,
+    price: float | None,
+) -> dict[str, Any]:
+    """The budget of a run, from the bills of its programs.
+
+    Args:
+      bills: of the stages that were planned, each with its "stage".
+      hosts: machines that hold the chips.
+      write_speed, price: as of `plan`.
+    Returns:
+      What `budget.budget` returns, with "checkpoints" and "checkpoints_bytes": the most that the
+      run holds at once.
+    """
+    saved = saves.of_run(config)
+    stages = []
+    for name in config.stages:
+        seconds, why = _modelled(config, name, [one for one in bills if one["stage"] == name])
+        stages.append(
+            budget.StageOfRun(
+                name=name,
+                steps=config[name].steps,
+                saves=sum(stage == name for _, stage in saved),
+                checkpoint_bytes=programs.checkpoint_bytes(config, name),
+                step_seconds=seconds,
+                not_modelled=why,
+            )
+        )
+    sizes = {stage.name: stage.checkpoint_bytes for stage in stages}
+    count, size = budget.most_at_once(
+        [(step, sizes[name]) for step, name in saved],
+        config.checkpoint.keep_latest,
+        saves.never_deleted(config),
+    )
+    found = budget.budget(
+        stages, chips=topology.chips, hosts=hosts, write_speed=write_speed, price=price
+    )
+    return found | {"checkpoints": count, "checkpoints_bytes": size}
+
+
+def _modelled(
+    config: ConfigDict, stage: str, bills: list[dict[str, Any]]
+) -> tuple[tuple[float, float] | None, str]:
+    """((least, most) seconds of a step of a stage, ""), or (None, why they are not modelled)."""
+    if not programs.can_plan(config, stage):
+        return None, "plan does not know its programs"
+    if not bills:
+        known = ",".join(name for name in config.stages if programs.can_plan(config, name))
+        return None, f"not planned, --stage={known} does"
+    if not all(one["fits"] for one in bills):
+        return None, "it does not fit"
+    if stage == "opsd" and len(bills) < len(programs.STEP):
+        return None, f"leave out --only={bills[0]['program']}"
+    if any(one["seconds"] is None for one in bills):
+        return None, "no time is modelled for a CPU"
+    least, most = (sum(one["seconds"][kind] for one in bills) for kind in ("overlapped", "serial"))
+    return (least, most), ""
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ from opsd_jax import context, distill, offline, optimizer, rollout, sharding, su
 from opsd_jax import params as params_lib
 from opsd_jax.method_config import StageConfig
 from opsd_jax.model import bagel
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.rollout import RolloutConfig
 from opsd_jax.run import checks, teacher_cache
 
@@ -60,7 +61,7 @@ def programs(
       ValueError: the stage is not planned, or has no such bucket or program; its batches do not
       fill the mesh.
     """
-    if stage not in PLANNED or config_lib.trains_generation(config, stage):
+    if not can_plan(config, stage):
         raise ValueError(
             f"--stage={stage}: plan knows the programs of {', '.join(PLANNED)} without image "
             "generation"
@@ -84,6 +85,26 @@ def programs(
     return found
 
 
+def can_plan(config: ConfigDict, stage: str) -> bool:
+    """Whether the programs of a stage can be made here."""
+    return stage in PLANNED and not config_lib.trains_generation(config, stage)
+
+
+def checkpoint_bytes(config: ConfigDict, stage: str) -> int:
+    """Bytes of the arrays in a checkpoint of a stage, as they are in memory.
+
+    These are the training state and, once more, all parameters: the weights to infer with.
+    """
+    method = config_lib.stage_config(config, stage, _ENDS)
+    params = _abstract_params(config_lib.model(config))
+    state = jax.eval_shape(lambda p: optimizer.init_state(p, method), params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, params)))
+
+
+def _abstract_params(model: ModelConfig) -> dict:
+    return jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
+
+
 class _Step:
     """Shapes of what the programs of one stage's step share.
 
@@ -97,9 +118,7 @@ class _Step:
         self.config, self.stage, self.mesh, self.bucket = config, stage, mesh, bucket
         self.model = config_lib.model(config)
         self.method: StageConfig = config_lib.stage_config(config, stage, _ENDS)
-        self.params = jax.eval_shape(
-            functools.partial(bagel.init, config=self.model), jax.random.key(0)
-        )
+        self.params = _abstract_params(self.model)
         state = jax.eval_shape(lambda p: optimizer.init_state(p, self.method), self.params)
         self.state = sharding.abstract(mesh, state)
 

@@ -7,7 +7,7 @@ from opsd_jax.plan.topology import GIB
 
 
 def table(report: dict[str, Any]) -> str:
-    """One block for the topology, and one for each program."""
+    """One block for the topology, one for each program, and one for the whole run."""
     several = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     memory = f" of {report['hbm_gib']:g} GiB" if report["hbm_gib"] else ""
     mesh = ", ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
@@ -16,15 +16,17 @@ def table(report: dict[str, Any]) -> str:
         f"{memory}; mesh {mesh}",
         "parameters: " + ", ".join(f"{group} {n:,}" for group, n in report["parameters"].items()),
     ]
+    several_stages = len({bill["stage"] for bill in report["programs"]}) > 1
     for bill in report["programs"]:
-        lines += ["", *_memory(bill), *_traffic(bill), *_time(bill)]
-    return "\n".join(lines)
+        lines += ["", *_memory(bill, several_stages), *_traffic(bill), *_time(bill)]
+    return "\n".join([*lines, "", *_run(report["run"])])
 
 
-def _memory(bill: dict[str, Any]) -> list[str]:
+def _memory(bill: dict[str, Any], several_stages: bool) -> list[str]:
     compiled = bill["peak_gib"] is not None
+    of_stage = f" of {bill['stage']}" if several_stages else ""
     lines = [
-        f"{bill['program']}, for each device"
+        f"{bill['program']}{of_stage}, for each device"
         + (f" (compiled in {bill['compile_seconds']:.0f} s)" if compiled else "")
     ]
     lines += [
@@ -70,3 +72,52 @@ def _time(bill: dict[str, Any]) -> list[str]:
             f"{s['network']:.3f}"
         )
     return lines
+
+
+def _run(run: dict[str, Any]) -> list[str]:
+    lines = [f"the whole run, on {_count(run['chips'], 'chip')} of {_count(run['hosts'], 'host')}"]
+    for stage in run["stages"]:
+        saved = f"{_count(stage['saves'], 'save')} of {_size(stage['checkpoint_bytes'])}"
+        if stage["hours"] is None:
+            took = f"{_count(stage['steps'], 'step')}, {saved}: {stage['not_modelled']}"
+        else:
+            took = (
+                f"{_count(stage['steps'], 'step')} of {_range(stage['step_seconds'], '.3f')} s, "
+                f"{saved} in {stage['save_seconds']:.1f} s: {_range(stage['hours'], '.2f')} hours"
+            )
+        lines.append(f"  {stage['name']:<18} {took}")
+    lines.append(
+        f"  {'checkpoints':<18} up to {run['checkpoints']:,} at once, "
+        f"{_size(run['checkpoints_bytes'])}"
+    )
+    return lines if run["hours"] is None else [*lines, *_sum(run)]
+
+
+def _sum(run: dict[str, Any]) -> list[str]:
+    left_out = [stage["name"] for stage in run["stages"] if stage["hours"] is None]
+    name = f"sum without {', '.join(left_out)}" if left_out else "sum"
+    price = run["price_per_chip_hour"]
+    dollars = (
+        f", {_range(run['dollars'], ',.2f')} dollars at {price:g} a chip-hour" if price else ""
+    )
+    return [
+        f"  {name:<18} {_range(run['hours'], '.2f')} hours, "
+        f"{_range(run['chip_hours'], ',.1f')} chip-hours{dollars}",
+        "  assumed: all steps in the bucket planned above, completions of full length; training "
+        f"waits for each save, each host writes an equal share of it at {run['write_speed']:g} "
+        "GB/s; without start-up, compilation, waiting for data, evaluations, a cached teacher's "
+        "outputs and control arms",
+    ]
+
+
+def _range(least_and_most: tuple[float, float], digits: str) -> str:
+    least, most = least_and_most
+    return f"{least:{digits}} to {most:{digits}}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"

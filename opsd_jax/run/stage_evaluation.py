@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from opsd_jax import sharding
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
 from opsd_jax.run import evaluate as evaluate_lib
+from opsd_jax.run import saves
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
@@ -65,9 +66,7 @@ class Evaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether `during` belongs to a step; the last one of a stage has `final`."""
-        every = self.run.config.eval.every
-        is_reached = every > 0 and step % every == 0
-        return self.stage.kind.evaluates and is_reached and step < self.stage.last
+        return saves.evaluates_at(self.run.config, self.stage.kind, self.stage.last, step)
 
     def is_final_due(self, *, is_new: bool) -> bool:
         """Whether `final` belongs to the end of the stage.

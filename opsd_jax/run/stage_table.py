@@ -10,6 +10,8 @@ To add a stage, write
   its programs, in `plan.programs`, if `plan` is to compile it
 """
 
+from ml_collections import ConfigDict
+
 from opsd_jax import config as config_lib
 from opsd_jax import distill, offline, supervised
 from opsd_jax.data.batches import Batches
@@ -88,7 +90,7 @@ def of_run(run: Session) -> list[Stage]:
     return [
         Stage(
             name=name,
-            kind=_kind(run, name),
+            kind=kind_of(run.config, name),
             config=config_lib.stage_config(run.config, name, run.tokenizer),
             batches=config_lib.batches(run.config, name),
             first=first,
@@ -98,8 +100,8 @@ def of_run(run: Session) -> list[Stage]:
     ]
 
 
-def _kind(run: Session, name: str) -> Kind:
-    """A warm-up whose mix has images to generate is of another kind than one on texts."""
-    if name == "warmup" and run.config.warmup.mix.drawn:
+def kind_of(config: ConfigDict, name: str) -> Kind:
+    """The kind of a stage. A warm-up that learns to generate images is not that on texts."""
+    if name == "warmup" and config.warmup.mix.drawn:
         return KINDS["warmup with image generation"]
     return KINDS[name]

@@ -384,6 +384,7 @@ def test_report_and_table(eight):
         "parameters",
         "fits",
         "programs",
+        "run",
         "versions",
         "quick",
     }
@@ -394,6 +395,7 @@ def test_report_and_table(eight):
     )
     for program in report["programs"]:
         assert set(program) == {
+            "stage",
             "program",
             "fits",
             "hbm_gib",
@@ -426,6 +428,13 @@ def test_report_and_table(eight):
         )
     )
     assert report["parameters"]["total"] == total
+    # a CPU has bytes, but no hours
+    run = report["run"]
+    assert run["hours"] is None and (run["chips"], run["hosts"]) == (8, 1)
+    assert [stage["name"] for stage in run["stages"]] == ["warmup", "opsd"]
+    size = f"{run['stages'][1]['checkpoint_bytes'] / 1e6:.2f} MB"
+    assert f"4 steps, 4 saves of {size}: no time is modelled for a CPU\n" in done.stdout
+    assert "\nthe whole run, on 8 chips of 1 host\n" in done.stdout and " hours" not in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -502,13 +511,13 @@ def test_running_out_of_memory_is_an_answer(message, gib):
         jnp.float32,
         sharding=sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1])),
     )
-    traced = jax.jit(lambda x: x).trace(x)
+    traced, slice_of_four = jax.jit(lambda x: x).trace(x), topology_lib.parse_topology("v5p-8")
     stub = types.SimpleNamespace(
         jaxpr=traced.jaxpr, lower=lambda **_: types.SimpleNamespace(compile=fail)
     )
     found = bill.bill(
         programs.Program("update", stub, {"params": x}, {}),
-        topology_lib.parse_topology("v5p-8"),
+        slice_of_four,
         95.74,
     )
     assert (
@@ -526,9 +535,14 @@ def test_running_out_of_memory_is_an_answer(message, gib):
         "hbm_gib": 95.74,
         "mesh": {},
         "parameters": {},
-        "programs": [found],
+        "programs": [{"stage": "opsd"} | found],
+        "run": bill.budget_of_run(
+            config, [{"stage": "opsd"} | found], slice_of_four, hosts=1, write_speed=1, price=None
+        ),
     }
-    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in table.table(report)
+    shown = table.table(report)
+    assert f"does not fit: needs at least {gib:.2f} GiB of 95.74 GiB" in shown
+    assert "MB: it does not fit" in shown and " hours" not in shown
 
 
 def test_other_errors_of_the_compiler_are_not_swallowed():
@@ -667,6 +681,38 @@ def test_only_data_crosses_slices(tmp_path, tmp_path_factory):
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1} and report["devices"] == 8
     done = run("--config.mesh.fsdp=8")
     assert done.returncode == 1 and "config.mesh.data is 1 for 2 slices" in done.stderr
+
+
+@pytest.mark.slow
+def test_hours_and_dollars_of_a_run_on_a_slice(tmp_path, tmp_path_factory):
+    """Both stages of the small run on four chips of one host: the sum of what their bills say."""
+    pytest.importorskip("libtpu")
+    done = small_run.run(
+        _command(
+            "--topology=v5e:2x2",
+            "--stage=warmup,opsd",
+            "--quick",
+            "--price_per_chip_hour=4.2",
+            "--write_speed=0.001",
+            f"--out={tmp_path / 'bill.json'}",
+        ),
+        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "bill.json").read_text())
+    assert report["stage"] == "warmup,opsd"
+    of = {(one["stage"], one["program"]): one["seconds"] for one in report["programs"]}
+    assert [*of] == [("warmup", "update"), ("opsd", "sample"), ("opsd", "update")]
+    run, hours = report["run"], []
+    megabytes = {stage["name"]: stage["checkpoint_bytes"] / 1e6 for stage in run["stages"]}
+    for kind in ("overlapped", "serial"):
+        seconds = small_run.WARMUP * (of["warmup", "update"][kind] + megabytes["warmup"])
+        step = of["opsd", "sample"][kind] + of["opsd", "update"][kind]
+        hours.append((seconds + small_run.OPSD * (step + megabytes["opsd"])) / 3600)
+    assert (run["chips"], run["hosts"]) == (4, 1) and run["hours"] == pytest.approx(hours)
+    assert run["dollars"] == pytest.approx([4 * 4.2 * n for n in hours])
+    assert "\nupdate of warmup, for each device" in done.stdout
+    assert f"{run['dollars'][1]:,.2f} dollars at 4.2 a chip-hour\n" in done.stdout
 
 
 @pytest.mark.slow

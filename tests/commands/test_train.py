@@ -21,7 +21,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check, train
 from opsd_jax.data import shards
 from opsd_jax.run import controls as controls_lib
-from opsd_jax.run import session
+from opsd_jax.run import saves, session
 from opsd_jax.runtime import checkpoint, distributed, health, metrics
 
 COMMON = {
@@ -259,9 +259,12 @@ def test_supervised_training_alone(tmp_path):
         sft__mix__reference=1,
         eval__final_visual_thoughts=("none",),
         eval__final_banned=False,
+        checkpoint__every=5,
     )
     train.train(config, str(tmp_path))
     check_workdir(tmp_path, {"sft": 2}, ["none"])
+    saved = {int(folder) for folder in os.listdir(tmp_path / "checkpoints")}
+    assert saved == {step for step, _ in saves.of_run(config)} == {0, 2}  # its start and its end
     kl = json.loads((tmp_path / "eval" / "000002-kl" / "summary.json").read_text())
     assert (
         kl["start"].endswith("checkpoints/0")
