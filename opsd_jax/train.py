@@ -78,6 +78,7 @@ def main(argv) -> None:
 
 def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     allocator.share_one_arena()  # before JAX starts its threads
+    of_arm = controls.settings_of(config, workdir, arm) if arm else ()
     check(config, workdir)
     several = distributed.initialize()
     if jax.default_backend() == "cpu":
@@ -89,8 +90,8 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         )
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms and continued runs compile the same
         jax.config.update("jax_compilation_cache_dir", run_folder.compiled_programs(workdir))
-    if arm:
-        train(*controls.settings_of(config, workdir, arm), data_workdir=workdir)
+    if of_arm:
+        train(*of_arm, data_workdir=workdir)
         return
     if (
         not several

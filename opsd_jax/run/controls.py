@@ -17,6 +17,8 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_check
+from opsd_jax.data.workdir import read_record
 from opsd_jax.runtime import metrics, run_folder
 from opsd_jax.runtime.progress import Progress
 
@@ -28,15 +30,25 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
 
     Raises:
       ValueError: no such arm, or a run without an OPSD stage.
-      FileNotFoundError: the run is not warmed up.
+      ConfigMismatchError: the run has other settings than these. An arm with another seed, say,
+        would be no control of it.
+      FileNotFoundError: there is no run, or it is not warmed up.
     """
     if name not in config.arms:
-        raise ValueError(f"--arm={name}: the config has the arms {sorted(config.arms)}")
+        raise ValueError(
+            f"--arm={name}: there is no such arm; the config has the arms {sorted(config.arms)}"
+        )
     if "opsd" not in config.stages:
         raise ValueError(
             f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} "
             "has none"
         )
+    try:
+        config_check.check_unchanged(read_record(workdir), config)
+    except config_check.ConfigMismatchError as error:
+        raise config_check.ConfigMismatchError(
+            f"--arm={name} is a control of the run in {workdir}, but {error}"
+        ) from None
     step = config_lib.start_of(config, "opsd")
     start = run_folder.checkpoint(workdir, step)
     if not os.path.isdir(start):

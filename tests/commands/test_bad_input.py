@@ -275,7 +275,7 @@ def test_mistakes_on_the_command_line(tmp_path):
             "error: configs/mini.py:chess: choose chart, maze, smoke or draw"
         ],
         "--arm=nosie": [
-            "error: --arm=nosie: the config has the arms ['image', "
+            "error: --arm=nosie: there is no such arm; the config has the arms ['image', "
             "'noise', 'none', 'offline', 'sft', 'swap']"
         ],
         "--config.data.buckets.student=(36,25)": [

@@ -416,12 +416,22 @@ def test_a_run_whose_folder_is_deleted_ends_with_an_error(
 
 def test_arms_need_a_name_and_a_start(tmp_path):
     config = small_run.config()
-    with pytest.raises(ValueError, match="--arm=nosie: the config has the arms .*'noise'"):
+    with pytest.raises(ValueError, match="--arm=nosie: .* the config has the arms .*'noise'"):
         controls_lib.settings_of(config, str(tmp_path), "nosie")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        controls_lib.settings_of(config, str(tmp_path), "noise")
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     with pytest.raises(
         FileNotFoundError, match=r"checkpoints/2 does not exist: run the same command without"
     ):
         controls_lib.settings_of(config, str(tmp_path), "noise")
+    with pytest.raises(
+        config_check.ConfigMismatchError, match=r"--arm=noise is a control .*\n.*\n +seed +0 +3\n"
+    ):
+        controls_lib.settings_of(small_run.config(seed=3), str(tmp_path), "noise")
+    allowed = small_run.config(eval__rows=4, run_arms=("noise",))
+    with pytest.raises(FileNotFoundError, match="checkpoints/2 does not exist"):
+        controls_lib.settings_of(allowed, str(tmp_path), "noise")
 
 
 def fake_python(tmp_path, monkeypatch, script):
