@@ -34,6 +34,9 @@ setup(
     description="Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models",
     license="Apache-2.0",  # as the official code and weights
     packages=find_packages(include=["opsd_jax", "opsd_jax.*"]),
+    # Said explicitly, an editable installation puts this folder on the path. Otherwise, beside a
+    # clone that is named opsd_jax, Python would import that folder as an empty package.
+    package_dir={"": "."},
     package_data={"opsd_jax.evaluation": ["report.css", "report.template.html"]},
     python_requires=">=3.11",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
