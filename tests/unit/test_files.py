@@ -71,6 +71,7 @@ def test_no_other_way_of_replacing_a_file():
     assert found == {
         "runtime/files.py",
         "data/prepare.py",
+        "runtime/profile.py",
         "tasks/parquet.py",
         "tasks/vocabulary.py",
     }
