@@ -11,6 +11,8 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from absl import logging
+
 from opsd_jax import config as config_lib
 from opsd_jax import tasks
 from opsd_jax import tokenizer as tokenizer_lib
@@ -152,6 +154,10 @@ def _make(target: str, make: dict) -> None:
     folder = os.path.join(target, "made")
     if not os.path.isdir(folder):
         counts = {split: make[split] for split in tasks.SPLITS if make[split]}
+        numbers = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+        logging.info(
+            "making examples (%s) of %s in %s", numbers, ", ".join(make["families"]), target
+        )
         try:
             parquet.make_mini(
                 folder,

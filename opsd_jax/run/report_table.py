@@ -99,6 +99,18 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
         controls = [f"{arm} {_percent(shown[arm_label(arm)][task])}" for arm in arms]
         if controls:
             parts.append(f"Control arms: {', '.join(controls)}.")
+        others = {  # arms with another objective are not controls of what the teacher sees
+            arm: shown[arm_label(arm)][task]["overall"]
+            for arm in arms
+            if "stages" not in config.arms[arm]
+        }
+        if others:
+            best = max(others, key=others.__getitem__)
+            lift = 100 * (trained["overall"] - others[best])
+            parts.append(
+                f"OPSD is {abs(lift):.1f} points {'above' if lift >= 0 else 'below'} the best arm "
+                f"whose teacher saw something else, {best}."
+            )
         if min(config.opsd.steps, trained["n"]) < _FEW:
             parts.append(
                 "**These numbers mean little: a run this short shows that everything works "

@@ -28,11 +28,13 @@ _MEANING = (
     "only**: it is not; it always sees the problem image and the question. **Arms** are controls: "
     "the same training from the same weights, except that the teacher sees something else "
     "(**noise**; **image**, the problem once more; **swap**, another example's visual thoughts; "
-    "**none**, nothing), or that the objective is another one (**sft**, **offline**). What visual "
-    "thoughts teach is the lift of OPSD over these arms. **KL to teacher** compares the starting "
-    "teacher, with visual thoughts, with the student, without, on reference traces, before and "
-    "after training; **closure** is the share of it that training removed, and it is negative "
-    "where the student moved away. Intervals hold 95 % (Wilson) and say nothing about other seeds."
+    "**none**, nothing), or that the objective is another one (**sft**, **offline**). What the "
+    "content of visual thoughts teaches is the lift of OPSD over the best of the former. **KL** "
+    "compares the starting teacher, with visual thoughts, with the student, without, on reference "
+    "traces, before and after training; **closure** is the share of it that training removed, and "
+    "it is negative where the student moved away. It is no accuracy: where the KL before is small, "
+    "or the teacher is wrong, it says little. Intervals hold 95 % (Wilson) and say nothing about "
+    "other seeds."
 )
 
 
@@ -45,7 +47,12 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     config = load_config(workdir)
     folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
-    parts = _result(shown, arms, config) if shown else []
+    ends, steps = config_lib.stage_ends(config), []
+    for stage in config.stages:
+        steps.append(f"{stage} {ends[stage] - config_lib.start_of(config, stage)}")
+    facts = [("folder", f"`{workdir}`, settings in config.json"), ("steps", ", ".join(steps))]
+    parts = [html.facts([*facts, ("seed", str(config.seed))])]
+    parts += _result(shown, arms, config) if shown else []
     parts += _curves(folders, config)
     if "opsd" in config.stages:
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]

@@ -33,7 +33,7 @@ from opsd_jax.runtime import profile as profile_lib
 from opsd_jax.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Session:
     """An opened run: everything except its weights. Nothing in it changes while it is open.
 
@@ -73,6 +73,10 @@ class Session:
         """{"data": {task: digest of its prepared files}, "tokenizer": digest}."""
         data = shards_lib.digests(self.data_dir, self.config.data.tasks)
         return {"data": data, "tokenizer": self.tokenizer.digest}
+
+    def __repr__(self) -> str:
+        stages = ", ".join(self.config.stages)
+        return f"<run in {self.workdir}: stages {stages}, seed {self.config.seed}>"
 
     @property
     def page(self) -> str:
