@@ -32,8 +32,8 @@ class PrepareReport:
       rows: {"<task>/<split>": number of rows written}.
       bad_rows: every row that was left out, with the reason.
       warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
-        `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`, `duplicate_pid`,
-        `ignored_column` or `ignored_file`.
+        `no_text_trace`, `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`,
+        `duplicate_pid`, `ignored_column` or `ignored_file`.
       bytes: size of the written records.
       seconds: duration of the run that finished the work.
     """

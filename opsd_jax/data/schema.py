@@ -117,7 +117,8 @@ def read_row(
     Returns:
       The example and its warnings. Visual thoughts that are missing between others, cannot be
       decoded, or come after the last that an example can hold are left out with a warning, and an
-      example left without any gets one, too; surplus thoughts are treated in the same way.
+      example left without any gets one, too; surplus thoughts are treated in the same way. A row
+      without a text trace gets one.
 
     Raises:
       BadRowError: blank question or answer, no thought, a problem image that training could not
@@ -146,6 +147,8 @@ def read_row(
     if fault := _image_fault(row.get(_PROBLEM)):
         raise bad(_PROBLEM, fault)
     visual_thoughts, reasons = _visual_thoughts(row, len(thoughts))
+    if not text("full_text_only_thought").strip():
+        reasons.append("no_text_trace: full_text_only_thought is empty")
 
     stored = text("metadata")
     try:

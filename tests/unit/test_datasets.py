@@ -491,7 +491,11 @@ def test_rows_without_pid_get_one(tmp_path):
     for r in rows:
         del r["pid"], r["task"], r["full_text_only_thought"]
     maze(tmp_path / "s", rows)
-    assert prepare(tmp_path / "s", tmp_path / "out").warnings == ()
+    warnings = prepare(tmp_path / "s", tmp_path / "out").warnings
+    assert [(note.row, note.reason.split(":")[0]) for note in warnings] == [
+        (0, "no_text_trace"),
+        (1, "no_text_trace"),
+    ]
     example = open_source(tmp_path / "out", task="maze")[1]
     assert (example.pid, example.task) == ("train-00000-of-00001:1", "Maze")
     assert example.full_text_only_thought == ""
