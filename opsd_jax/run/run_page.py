@@ -22,6 +22,7 @@ from opsd_jax.runtime import files, metrics, run_folder
 
 Points = list[tuple[float, float]]
 
+_SEEN = {"none": "text only", "real": "with visual thoughts"}  # modes whose accuracy is charted
 _MOST_SAMPLES = 12  # of wrong answers, and of right ones
 _MEANING = (
     "**With visual thoughts**: the model is given the images of the intermediate steps. **Text "
@@ -135,11 +136,10 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
 
 def _charts_of(stage: str, found: Iterable[str]) -> list[tuple[str, str, str]]:
     """(metric, title, unit) of the charts of a stage that has these metrics."""
-    charted = [
-        (key, f"Accuracy on {key.split('/')[1]}, text only", "accuracy in %")
-        for key in found
-        if key.startswith("eval/") and key.endswith("/none")
-    ]
+    charted = []
+    for key in found:
+        if key.startswith("eval/") and (shown := _SEEN.get(key.split("/")[2])):
+            charted.append((key, f"Accuracy on {key.split('/')[1]}, {shown}", "accuracy in %"))
     if "loss" in found:
         charted.append(("loss", "Loss", "loss"))
     if stage == "opsd" and "completion_len" in found:

@@ -77,6 +77,17 @@ def test_a_long_run_is_not_cautioned():
         assert f"{steps} OPSD steps, {examples} test examples" in verdict(steps, examples)
 
 
+def test_curves_show_whether_the_teacher_learned(workdir):
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for accuracy, row in zip((0.25, 0.75), [row for row in rows if row["stage"] == "warmup"]):
+        row[f"eval/{small_run.TASK}/real"] = accuracy
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_page.write(str(workdir), {}, ())
+    html = (workdir / "report.html").read_text()
+    assert f"Accuracy on {small_run.TASK}, with visual thoughts, stage warmup" in html
+
+
 def test_a_run_without_a_final_evaluation_has_curves(workdir):
     run_page.write(str(workdir), {}, ())
     html = (workdir / "report.html").read_text()
