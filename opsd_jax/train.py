@@ -93,9 +93,8 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     if of_arm:
         train(*of_arm, data_workdir=workdir)
         return
-    if (
-        not several
-    ):  # with several, JAX handles SIGTERM, and a handler set here would replace its own
+    if not several:
+        # With several, JAX handles SIGTERM, and a handler set here would replace its own.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
     steps = {

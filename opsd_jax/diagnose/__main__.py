@@ -1,6 +1,7 @@
 """The command: parses its flags, opens the run, calls one analysis."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -124,16 +125,16 @@ def _run(
     step = checkpoint_lib.metadata(model)["step"]
     base = selection.start_checkpoint(workdir) if args.analysis in ("kl", "all") else ""
     _check_own(args, workdir, (given, getattr(args, "teacher", "")))
-    diagnosis = selection.open_run(
+    opened = selection.open_run(
         workdir,
         split=args.split,
         benchmarks=args.benchmarks,
         rows=args.rows,
         batch_size=args.batch_size,
         seed=args.seed,
-        command=command,
         before_batch=before_batch,
     )
+    diagnosis = dataclasses.replace(opened, command=command)
     name = args.name or "-".join([args.analysis, f"{step:06d}", *_differences(args, diagnosis)])
     folder = run_folder.diagnosis(workdir, name)
     if args.name and os.path.exists(os.path.join(folder, run_folder.SUMMARY)):

@@ -185,7 +185,6 @@ def open_run(
     rows: int = 0,
     batch_size: int = 0,
     seed: int | None = None,
-    command: str = "",
     before_batch: BeforeBatch = never_stop,
 ) -> Diagnosis:
     """Opens the run (or control arm) in a workdir for its diagnosis.
@@ -197,7 +196,7 @@ def open_run(
       batch_size: examples per batch of all processes, rounded up to a multiple of the batch
         shards; 0 for config.eval.batch_size.
       seed: seed of noise, sampling and resampling; None for config.seed.
-      command, before_batch: see `Diagnosis`.
+      before_batch: see `Diagnosis`.
 
     Raises:
       FileNotFoundError: no run or no data. ValueError: unknown tasks; a task whose examples have no
@@ -242,7 +241,7 @@ def open_run(
         seed=seed,
         batch_size=batch_size,
     )
-    return Diagnosis(session, selection, request, command, before_batch)
+    return Diagnosis(session, selection, request, before_batch=before_batch)
 
 
 def start_checkpoint(workdir: str) -> str:

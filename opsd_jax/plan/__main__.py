@@ -59,13 +59,15 @@ def main(argv: list[str]) -> None:
         report = bill.plan(
             f.config,
             topology.parse_topology(f.topology, f.slices),
-            stage=f.stage,
-            only=f.only,
-            bucket=f.bucket,
-            hbm=f.hbm,
-            quick=f.quick,
-            write_speed=f.write_speed,
-            price=f.price_per_chip_hour,
+            bill.Options(
+                stage=f.stage,
+                only=f.only,
+                bucket=f.bucket,
+                hbm=f.hbm,
+                quick=f.quick,
+                write_speed=f.write_speed,
+                price=f.price_per_chip_hour,
+            ),
         )
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)

@@ -1,5 +1,6 @@
 """What a step takes of each device of a topology: memory, traffic and time of its programs."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import math
@@ -26,45 +27,50 @@ _NEEDS = re.compile(
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is planned, how it is compiled, and what the run costs: the command's options.
+
+    stage: names of stages, separated by commas; "" for opsd if the config has it, else its first.
+    only, bucket: see `programs.programs`.
+    hbm: GiB per device; 0 for the chip's own.
+    quick: compile with less effort.
+    write_speed: GB per second that each host writes of a checkpoint.
+    price: dollars of a chip for an hour; None if unknown.
+    """
+
+    stage: str = ""
+    only: str = ""
+    bucket: int = -1
+    hbm: float = 0
+    quick: bool = False
+    write_speed: float = budget.WRITE_SPEED
+    price: float | None = None
+
+
 def plan(
-    config: ConfigDict,
-    topology: topology_lib.Topology,
-    *,
-    stage: str = "",
-    only: str = "",
-    bucket: int = -1,
-    hbm: float = 0,
-    quick: bool = False,
-    write_speed: float = budget.WRITE_SPEED,
-    price: float | None = None,
+    config: ConfigDict, topology: topology_lib.Topology, options: Options = Options()
 ) -> dict[str, Any]:
     """The report that --out writes: topology, mesh, parameters, bills, budget of the whole run.
 
-    Args:
-      stage: names of stages, separated by commas; "" for opsd if the config has it, else its first.
-      only, bucket: see `programs.programs`.
-      hbm: GiB per device; 0 for the chip's own.
-      quick: compile with less effort.
-      write_speed: GB per second that each host writes of a checkpoint.
-      price: dollars of a chip for an hour; None if unknown.
     Raises:
       ValueError: settings that no run would start with, no compiler for the topology, or a price
       for which no time would be modelled.
     """
     cli.check_precision()
     config_check.check(config)
-    stages = _stages(config, stage)
-    checks.number("--write_speed", write_speed, float, "(0, inf)")
-    if price is not None:
-        _check_price(price, config, topology, stages, only)
-    bound = hbm or topology.hbm
+    stages = _stages(config, options.stage)
+    checks.number("--write_speed", options.write_speed, float, "(0, inf)")
+    if options.price is not None:
+        _check_price(options.price, config, topology, stages, options.only)
+    bound = options.hbm or topology.hbm
     mesh = sharding.make_mesh(**config.mesh, devices=topology_lib.devices_of(topology))
     traced = [
         (name, program)
         for name in stages
-        for program in programs.programs(config, name, mesh, bucket, only)
+        for program in programs.programs(config, name, mesh, options.bucket, options.only)
     ]
-    if quick:
+    if options.quick:
         jax.config.update("jax_optimization_level", "O1")
     bills = [{"stage": name} | bill(program, topology, bound) for name, program in traced]
     for one in bills:
@@ -78,13 +84,13 @@ def plan(
         "hbm_gib": bound,
         "mesh": dict(mesh.shape),
         "stage": ",".join(stages),
-        "bucket": bucket,
+        "bucket": options.bucket,
         "parameters": params_lib.count(traced[0][1].arguments["params"]),
         "fits": all(one["fits"] for one in bills),
         "programs": bills,
-        "run": budget_of_run(config, bills, topology, hosts, write_speed, price),
+        "run": budget_of_run(config, bills, topology, hosts, options.write_speed, options.price),
         "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
-        "quick": quick,
+        "quick": options.quick,
     }
 
 
@@ -136,7 +142,7 @@ def budget_of_run(
     Args:
       bills: of the stages that were planned, each with its "stage".
       hosts: machines that hold the chips.
-      write_speed, price: as of `plan`.
+      write_speed, price: as of `Options`.
     Returns:
       What `budget.budget` returns, with "checkpoints" and "checkpoints_bytes": the most that the
       run holds at once.

@@ -48,11 +48,12 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     config = load_config(workdir)
     folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
-    ends, steps = config_lib.stage_ends(config), []
-    for stage in config.stages:
-        steps.append(f"{stage} {ends[stage] - config_lib.start_of(config, stage)}")
-    facts = [("folder", f"`{workdir}`, settings in config.json"), ("steps", ", ".join(steps))]
-    parts = [html.facts([*facts, ("seed", str(config.seed))])]
+    facts = [
+        ("folder", f"`{workdir}`, settings in config.json"),
+        ("steps", ", ".join(f"{stage} {config[stage].steps}" for stage in config.stages)),
+        ("seed", str(config.seed)),
+    ]
+    parts = [html.facts(facts)]
     parts += _result(shown, arms, config) if shown else []
     parts += _curves(folders, config)
     if "opsd" in config.stages:

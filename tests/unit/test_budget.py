@@ -210,4 +210,4 @@ def test_what_has_no_price_is_refused_before_anything_is_compiled(arguments, say
     arguments = {"slice": "v5p-16"} | arguments
     slice_of_eight = topology.parse_topology(arguments.pop("slice"))
     with pytest.raises(ValueError, match=re.escape(says)):
-        bill.plan(small_run.config(), slice_of_eight, **arguments)
+        bill.plan(small_run.config(), slice_of_eight, bill.Options(**arguments))
