@@ -1,6 +1,6 @@
-"""Visual-OPSD of ThinkMorph-7B as in the paper, and its controls.
+"""Visual-OPSD of ThinkMorph-7B as in the paper, its controls, and presets for slices of TPUs.
 
-  python -m opsd_jax.train --config=configs/visual_opsd.py --workdir=W \
+  python -m opsd_jax.train --config=configs/visual_opsd.py:v5p-16 --workdir=W \
       --config.init_from=ThinkMorph-7B --config.tokenizer=ThinkMorph-7B --config.data.dir=PREPARED
 
   configs/visual_opsd.py:paper    EMA teacher with real visual thoughts (the default)
@@ -15,28 +15,76 @@
                         :lora     only adapters of rank 64 are trained, at ten times the learning
                                   rate; not in the paper
 
+  configs/visual_opsd.py:v5p-16        the paper's run on a slice: v5p-8, v5p-16, v5p-32, v6e-16
+                                       or v5e-64
+                        :noise,v5p-16  another run of the list on a slice
+
+Without a slice, batches are cut for 8 devices, as in the paper. A slice changes how a batch is
+divided over devices and over time, and no number of the paper: 16 sequences a step.
+
 Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target=PREPARED
 """
 
 from opsd_jax import config as config_lib
 
+RUNS = (
+    "paper",
+    "self",
+    "fixed",
+    "noise",
+    "swap",
+    "image",
+    "none",
+    "sft",
+    "offline",
+    "lora",
+)
+
+# Slice: (mesh.fsdp, mesh.tensor), all of its chips. Chips with little memory need mesh.tensor: it
+# cuts the sampler's copy of the weights, which fsdp does not. Everything else about memory is as in
+# config.default: recomputed layers, dense attention for 512 queries at a time.
+# perf/presets.py compiles all of them.
+SLICES = {
+    "v5p-8": (4, 1),
+    "v5p-16": (8, 1),
+    "v5p-32": (16, 1),
+    "v6e-16": (4, 4),
+    "v5e-64": (16, 4),
+}
+
 
 def get_config(arg: str = "paper"):
-    """The configuration; arg: one of the names above."""
+    """The configuration; arg: a run, a slice, or both separated by a comma, see above."""
+    run, on = _run_and_slice(arg)
     c = config_lib.default()
     c.eval.final_split = ""  # the released data sets have a train split only
-    if arg in ("self", "fixed"):
-        c.teacher.kind = arg
-    elif arg in ("noise", "swap", "image", "none"):
-        c.teacher.visual_thoughts = arg
-    elif arg in ("sft", "offline"):
-        c.stages = (arg,)
-    elif arg == "lora":
+    if run in ("self", "fixed"):
+        c.teacher.kind = run
+    elif run in ("noise", "swap", "image", "none"):
+        c.teacher.visual_thoughts = run
+    elif run in ("sft", "offline"):
+        c.stages = (run,)
+    elif run == "lora":
         c.lora.update(rank=64, alpha=128.0)
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
-    elif arg != "paper":
-        raise ValueError(
-            f"configs/visual_opsd.py:{arg}: choose paper, self, fixed, noise, swap, image, none, "
-            "sft, offline or lora"
-        )
+    if on:
+        fsdp, tensor = SLICES[on]
+        # No size is -1: on a slice of another size the run ends with an error before it compiles.
+        c.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
+        for stage in ("opsd", "sft", "offline"):  # one sequence per device at a time
+            c[stage].accumulation = c[stage].batch_size // fsdp
     return c
+
+
+def _run_and_slice(arg: str) -> tuple[str, str]:
+    """The run, "paper" if none is named, and the slice, "" if none is."""
+    names = arg.split(",")
+    runs = [name for name in names if name in RUNS]
+    slices = [name for name in names if name in SLICES]
+    if len(runs) > 1 or len(slices) > 1 or len(runs) + len(slices) < len(names):
+        raise ValueError(
+            f"configs/visual_opsd.py:{arg}: name one of the runs {', '.join(RUNS)}, one of the "
+            f"slices that they fit, {', '.join(SLICES)}, or both, such as noise,v5p-16. What "
+            "another slice needs, python -m opsd_jax.plan says"
+        )
+    return (*runs, "paper")[0], (*slices, "")[0]

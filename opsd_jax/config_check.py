@@ -26,6 +26,8 @@ from opsd_jax.method_config import FlowConfig
 LEAST_SCORED = 64
 
 # Settings that may change between a run and its continuation. "log" covers "log" and "log.every".
+# Accumulation is one: its gradient is that of the whole batch, so a run may go on with a mesh that
+# needs another one.
 FREE_SETTINGS = (
     "log",
     "health",
@@ -36,6 +38,7 @@ FREE_SETTINGS = (
     "data.prefetch",
     "data.cache_rows",
     "mesh",
+    *(f"{stage}.accumulation" for stage in config_lib.STAGES),
     "arms",
     "run_arms",
 )

@@ -279,7 +279,7 @@ def test_commands_and_paths_exist(page):
         assert (ROOT / path).exists() or "NAME" in path, (
             f"{page} names {path}, which does not exist"
         )
-    for path, arg in re.findall(r"--config=([\w./]+):?(\w*)", text):
+    for path, arg in re.findall(r"--config=([\w./]+):?([\w,-]*)", text):
         if path != "FILE":
             get_config(path)(*[arg] if arg else [])
     known = leaves(config_lib.default())
