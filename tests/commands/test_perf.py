@@ -148,3 +148,97 @@ def test_sizes_that_cannot_be(name, options, says):
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 1 and says in done.stderr
+
+
+PRESETS = """\
+import sys
+
+sys.path.insert(0, {tests!r})
+import small_run
+
+SLICES = {{"v5e-4": (4, 1)}}
+
+
+def get_config(arg):
+    assert arg == "paper,v5e-4"
+    return small_run.config(stages=("opsd",))
+"""
+
+
+def presets(tmp_path, *options):
+    return subprocess.run(
+        [
+            sys.executable,
+            str(FOLDER / "presets.py"),
+            f"--config={tmp_path / 'small.py'}",
+            f"--plans={tmp_path / 'plans'}",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def report(needs, fits, hours, chips, hosts):
+    return {
+        "fits": fits,
+        "hbm_gib": 15.75,
+        "chips": chips,
+        "devices": chips,
+        "programs": [{"needs_gib": 1.0}, {"needs_gib": needs}],
+        "run": {
+            "stages": [
+                {
+                    "steps": 1000,
+                    "saves": 11,
+                    "checkpoint_bytes": 16e10,
+                    "step_seconds": hours and [3600 * n / 1000 for n in hours],
+                }
+            ],
+            "chips": chips,
+            "hosts": hosts,
+            "hours": hours,
+            "chip_hours": hours and [chips * n for n in hours],
+            "checkpoints": 4,
+            "checkpoints_bytes": 64e10,
+        },
+    }
+
+
+def test_table_of_presets_from_reports_that_are_there(tmp_path):
+    (tmp_path / "small.py").write_text('SLICES = {"v5e-4": 0, "v6e-4": 0, "v5p-8": 0}')
+    (tmp_path / "plans").mkdir()
+    for name, found in {
+        "v5e-4": report(20.0, False, None, 4, 1),
+        "v6e-4": report(3.0, True, [2.0, 2.5], 4, 1),
+        "v5p-8": report(5.0, True, [1.0, 1.5], 4, 1),
+    }.items():
+        (tmp_path / f"plans/paper-{name}.json").write_text(json.dumps(found))
+    done = presets(tmp_path, "--price_per_chip_hour=v6e=2,4")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == [
+        "| slice | chips | hosts | memory, GiB | step, s | hours | chip-hours | dollars |",
+        "|---|---|---|---|---|---|---|---|",
+        "| v5e-4 | 4 | 1 | 20.0 of 15.75: does not fit | – | – | – | – |",
+        "| v6e-4 | 4 | 1 | 3.0 of 15.75 | 7.2 to 9.0 | 2.0 to 2.5 | 8 to 10 | 16 to 20 |",
+        "| v5p-8 | 4 | 1 | 5.0 of 15.75 | 3.6 to 5.4 | 1.0 to 1.5 | 4 to 6 | 16 to 24 |",
+        "",
+        "1,000 steps, 11 saves; a checkpoint of 160.0 GB, up to 4 at once, 640.0 GB",
+    ]
+    assert "dollars" not in presets(tmp_path).stdout
+    assert "give a price above 0" in presets(tmp_path, "--price_per_chip_hour=v6e").stderr
+
+
+@pytest.mark.slow
+def test_a_preset_is_compiled_once(tmp_path):
+    """With a small config, for four chips."""
+    pytest.importorskip("libtpu")
+    text = PRESETS.format(tests=str(FOLDER.parent / "tests"))
+    (tmp_path / "small.py").write_text(text)
+    first, again = presets(tmp_path), presets(tmp_path, "--price_per_chip_hour=4.2")
+    assert first.returncode == again.returncode == 0, first.stderr
+    assert "compiling" in first.stderr and "is there" in again.stderr
+    row, priced = (done.stdout.splitlines()[2].split(" | ") for done in (first, again))
+    assert row[:3] == ["| v5e-4", "4", "1"] and row[3].endswith(" of 15.75")
+    assert len(priced) == len(row) + 1

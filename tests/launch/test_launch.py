@@ -19,6 +19,8 @@ import time
 import pytest
 import yaml
 
+from opsd_jax import config as config_lib
+from opsd_jax.run import checks
 from opsd_jax.runtime import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -364,15 +366,22 @@ def pod_of(jobset) -> dict:
     return job_of(jobset)["template"]["spec"]
 
 
-def config_of(command):
-    """The settings that a training command gives."""
-    (path,) = (word.removeprefix("--config=") for word in command if word.startswith("--config="))
+def config_file(path):
+    """The module of a config file."""
     spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    return module
+
+
+def config_of(command):
+    """The settings that a training command gives."""
+    (path,) = (word.removeprefix("--config=") for word in command if word.startswith("--config="))
+    path, _, preset = path.partition(":")
+    config = config_file(path).get_config(*[preset] if preset else [])
     for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", " ".join(command)):
-        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+        is_text = isinstance(config_lib.settings()[key].default, str)
+        config.update_from_flattened_dict({key: value if is_text else ast.literal_eval(value)})
     return config
 
 
@@ -401,13 +410,22 @@ def test_jobset_fits_its_slice(name):
     assert (f"--config.mesh.data={slices}" in container["command"]) == (slices > 1)
     assert len(jobset["metadata"]["name"]) + len("-slice-0-0-xxxxx") <= 63
     config = config_of(container["command"])
-    for rows in (
-        *(config[stage].batch_size // config[stage].accumulation for stage in config.stages),
-        config.eval.batch_size,
-    ):
-        assert rows % (job["completions"] * chips * slices) == 0, (
-            "the batch does not fit the devices"
-        )
+    devices = job["completions"] * chips * slices
+    assert -1 in config.mesh.values() or math.prod(config.mesh.values()) == devices
+    for stage in config.stages:
+        checks.check_batch(config, stage, shards=devices // config.mesh.tensor)
+
+
+def test_every_slice_with_a_preset_of_the_paper_has_a_folder():
+    """Its command is the paper's run with that preset; the other folders run the miniature."""
+    path = "configs/visual_opsd.py"
+    presets = config_file(path).SLICES
+    commands = {name: pod_of(overlaid(name))["containers"][0]["command"] for name in SLICES}
+    runs_paper = [
+        name for name, command in commands.items() if f"--config={path}:{name}" in command
+    ]
+    assert sorted(presets) == runs_paper
+    assert all("--config=configs/mini.py" in commands[name] for name in {*SLICES} - {*runs_paper})
 
 
 @pytest.mark.parametrize("name", SLICES)
