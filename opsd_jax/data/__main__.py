@@ -3,10 +3,12 @@
   python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
   python -m opsd_jax.data sizes --config=FILE [--config.data.dir=DIR ...]
+  python -m opsd_jax.data index --config=FILE [--config.data.dir=DIR ...]
 
 `prepare` converts parquet files in the released layout to ArrayRecord files that TFDS reads.
 `make-mini` makes the procedural tasks and prepares them. `sizes` prints what the examples need of
-`config.data.buckets`, and the options to give for a run on them.
+`config.data.buckets`, and the options to give for a run on them. `index` finds the bucket of each
+example ahead of a run, which then starts at once.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from opsd_jax import config_flags, tasks
-from opsd_jax.data import procedural, sizes
+from opsd_jax.data import bucket_index, procedural, sizes
 from opsd_jax.data.prepare import prepare
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import distributed
@@ -27,14 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = [argument for argument in argv if argument.startswith("--config.")]
     args = _parser().parse_args([argument for argument in argv if argument not in settings])
     try:
-        if args.command == "sizes":
-            cli.check_number("buckets", args.buckets, 1)
+        if args.command in ("sizes", "index"):
             paths.check("--workdir", args.workdir)
             config = config_flags.read([f"--config={args.config}", *settings])
-            print(sizes.report(config, args.workdir, args.buckets))
+            if args.command == "index":
+                print(bucket_index.make(config, args.workdir))
+            else:
+                cli.check_number("buckets", args.buckets, 1)
+                print(sizes.report(config, args.workdir, args.buckets))
             return
         if settings:
-            raise ValueError(f"{settings[0]}: settings belong to the command sizes")
+            raise ValueError(f"{settings[0]}: settings belong to the commands sizes and index")
         if args.command == "prepare":
             cli.check_number("limit", args.limit, 1)
             report = prepare(
@@ -95,13 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     mini.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
     fit = commands.add_parser("sizes", help="what the examples need of config.data.buckets")
-    fit.add_argument("--config", required=True, help="file of the run's settings, see configs/")
-    fit.add_argument(
-        "--config.KEY", metavar="VALUE", help="a setting, such as --config.data.dir=DIR"
+    index = commands.add_parser(
+        "index", help="the bucket of each example, kept beside the prepared data"
     )
-    fit.add_argument(
-        "--workdir", default="", help="folder of the run, if its data are there (W/data)"
-    )
+    for command in (fit, index):
+        command.add_argument(
+            "--config", required=True, help="file of the run's settings, see configs/"
+        )
+        command.add_argument(
+            "--config.KEY", metavar="VALUE", help="a setting, such as --config.data.dir=DIR"
+        )
+        command.add_argument(
+            "--workdir", default="", help="folder of the run, if its data are there (W/data)"
+        )
     fit.add_argument(
         "--buckets",
         type=int,

@@ -10,7 +10,7 @@ import numpy as np
 
 from opsd_jax.config import BatchesConfig
 from opsd_jax.context import Batch, GenerationBatch, PaddedImages, Supervised
-from opsd_jax.data.bucket_index import bucket_index
+from opsd_jax.data import bucket_index
 from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
@@ -37,7 +37,7 @@ class Batches:
     ):
         """
         Args:
-          workdir: folder of the run, where the index of buckets is kept.
+          workdir: folder of the run, for the index of buckets where that of the data is read-only.
           examples: those of the train split.
           share: see `sharding.local_batch_indices`; None for the whole batch.
         Raises:
@@ -51,11 +51,11 @@ class Batches:
                 examples.partner(source, 0)  # raises before the first step if there is none
         data, num_buckets = config.data, len(config.data.buckets.student)
         lengths: list[int | np.ndarray]
-        if num_buckets == 1 and data.on_too_long == "fail":  # packing refuses what does not fit
+        if not bucket_index.is_needed(data):
             lengths = [len(source) for source in examples.sources]
         else:
             lengths = [
-                bucket_index(
+                bucket_index.bucket_index(
                     workdir, examples, packer, n, visual_thoughts=config.visual_thoughts, data=data
                 )
                 for n in range(len(examples.sources))

@@ -254,7 +254,7 @@ def _prepare_task(
     start = time.monotonic()
     report_file, progress_file = job.target / "report.json", job.target / "progress.json"
     if overwrite:
-        for pattern in ("*.json", f"{schema.NAME}-*.array_record-*"):
+        for pattern in ("*.json", "buckets-*.npy", f"{schema.NAME}-*.array_record-*"):
             for path in job.target.glob(pattern):
                 path.unlink()
     finished = _finished_shards(job, shards)

@@ -7,7 +7,6 @@ No image is decoded: the headers of their files tell their sizes.
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,9 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, images, tokenizer
-from opsd_jax.data import procedural, schema
-from opsd_jax.data import workdir as workdir_lib
+from opsd_jax import config_check, images
+from opsd_jax.data import existing
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import checks
@@ -70,21 +68,7 @@ def report(config: ConfigDict, workdir: str = "", count: int = 1) -> str:
     Raises:
       ValueError, FileNotFoundError: settings, data or a tokenizer that the run would refuse, too.
     """
-    config_check.check(config)
-    if not (config.data.dir or workdir):
-        raise ValueError(
-            "config.data.dir is empty: give --config.data.dir=FOLDER, or --workdir=W of a run that "
-            "has its data in W/data"
-        )
-    data_dir = workdir_lib.data_dir(config, workdir)
-    procedural.check_available(config_lib.data(config), data_dir, config.tokenizer)
-    if not os.path.isdir(os.path.join(data_dir, schema.NAME)):
-        raise FileNotFoundError(
-            f"{data_dir} holds no data yet: start the run, which makes them, then ask again"
-        )
-    folder = workdir_lib.tokenizer_folder(config.tokenizer, data_dir)
-    tok = tokenizer.load(folder, vocab_size=config.model.llm.vocab_size)
-    packer = Packer.from_config(config, tok)
+    data_dir, packer = existing.open_data(config, workdir)
     rows = [row for use in _uses(config) for row in _measured(config, data_dir, packer, use)]
     used = _used_kinds(config)
     refused = [row for row in rows if used.intersection(packer.too_small(row.needs))]
@@ -104,14 +88,9 @@ def report(config: ConfigDict, workdir: str = "", count: int = 1) -> str:
     return "\n".join(lines + _contradiction(config, options))
 
 
-def _runs(config: ConfigDict) -> list[ConfigDict]:
-    """The settings of the run and of the arms that it starts."""
-    return [config, *(config_lib.arm(config, name) for name in config.run_arms)]
-
-
 def _uses(config: ConfigDict) -> list[Use]:
     """What the run and its arms read."""
-    teachers = {run.teacher.visual_thoughts for run in _runs(config)}
+    teachers = {run.teacher.visual_thoughts for run in existing.runs(config)}
     found, c = [Use("train", "training", frozenset(teachers), trains=True)], config.eval
     if c.every:
         modes = {*c.visual_thoughts, *teachers}
@@ -127,7 +106,7 @@ def _used_kinds(config: ConfigDict) -> set[str]:
     if len(config.data.buckets.student) > 1 or config.data.on_too_long == "skip":
         return {*config_lib.BUCKET_SIZES}
     used = {"student", "teacher"} if config.eval.every or config.eval.final_split else set()
-    for run in _runs(config):
+    for run in existing.runs(config):
         for stage in run.stages:
             used |= {"opsd": {"student", "teacher"}, "autoencoder": {"drawn"}}.get(stage, {"trace"})
             if config_lib.trains_generation(run, stage):

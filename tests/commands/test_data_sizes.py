@@ -248,7 +248,10 @@ def test_mistakes_end_it_with_one_line(arguments, message, folder, capsys):
 def test_settings_belong_to_sizes_alone(capsys, tmp_path):
     with pytest.raises(SystemExit):
         data.main(["prepare", f"--source={tmp_path}", "--target=T", "--config.data.dir=x"])
-    assert "--config.data.dir=x: settings belong to the command sizes" in capsys.readouterr().err
+    assert (
+        "--config.data.dir=x: settings belong to the commands sizes and index"
+        in capsys.readouterr().err
+    )
 
 
 def test_long_work_shows_progress(options, monkeypatch, capsys):

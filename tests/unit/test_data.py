@@ -10,16 +10,19 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import context, tokenizer
+from opsd_jax import context, images, tokenizer
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import arrayrecord, packing, procedural, schema, shards
+from opsd_jax.data import arrayrecord, bucket_index, packing, procedural, schema, shards
 from opsd_jax.data import batches as batches_lib
+from opsd_jax.runtime import files
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
 MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
@@ -187,7 +190,9 @@ def test_a_mixture_of_nothing():
 # --- buckets --------------------------------------------------------------------------------------
 
 
-def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypatch):
+def test_each_row_goes_to_the_first_bucket_that_it_fits(make, folder, tmp_path, monkeypatch):
+    for path in folder.rglob("buckets-*.npy"):
+        path.unlink()
     batches = make(buckets=BUCKETS, opsd__batch_size=4)
     seen = collections.Counter()
     for step in range(batches.schedule.chunk):
@@ -199,20 +204,176 @@ def test_each_row_goes_to_the_first_bucket_that_it_fits(make, tmp_path, monkeypa
         assert {row.example.task for row in prepared} <= ({MAZE} if bucket == 0 else {CHART, MAZE})
         seen[bucket] += 1
     assert min(seen[0], seen[1]) > 10
-    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("buckets-*.npy")) == [
-        CHART,
-        MAZE,
-    ]
+    found = {path.parent.parent.name: path for path in folder.rglob("buckets-*.npy")}
+    assert found.keys() == {CHART.lower(), MAZE.lower()} and not [*tmp_path.iterdir()]
     monkeypatch.setattr(
         packing.Packer, "bucket", None
     )  # the second time the index is read, not made
     assert make(buckets=BUCKETS, opsd__batch_size=4).schedule(0) == batches.schedule(0)
     monkeypatch.undo()
-    for path in tmp_path.glob("buckets-*.npy"):  # cut by a power failure
+    for path in found.values():  # cut by a power failure
         path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     for _ in range(2):
         assert make(buckets=BUCKETS, opsd__batch_size=4).schedule(0) == batches.schedule(0)
         monkeypatch.setattr(packing.Packer, "bucket", None)  # it was written again
+
+
+def test_where_data_are_read_only_the_workdir_has_the_index(make, folder, tmp_path, monkeypatch):
+    replacing = files.replacing
+
+    def refused(path):
+        if str(path).startswith(str(folder)):
+            raise OSError(30, "Read-only file system", path)
+        return replacing(path)
+
+    monkeypatch.setattr(files, "replacing", refused)
+    before = {*folder.rglob("buckets-*.npy")}
+    buckets = {
+        name: ((sizes[0][0] + 1, *sizes[0][1:]), sizes[1]) for name, sizes in BUCKETS.items()
+    }
+    batches = make(buckets=buckets)
+    names = sorted(path.name.split("-")[1] for path in tmp_path.glob("buckets-*.npy"))
+    assert names == [CHART, MAZE] and before == {*folder.rglob("buckets-*.npy")}
+    monkeypatch.setattr(packing.Packer, "bucket", None)
+    assert make(buckets=buckets).schedule(0) == batches.schedule(0)
+
+
+def test_an_index_of_other_settings_or_data_is_not_used(folder, tok):
+    c = config(folder, BUCKETS)
+    packer, examples = packing.Packer.from_config(c, tok), small_run.examples(c, tok)
+    limited = small_run.examples(config(folder, BUCKETS, data__limits=(10, 10)), tok)
+    other_data = small_run.examples(c, tok)
+    other_data.digests = ["0"] * 2
+    other_tokenizer = dataclasses.replace(tok, image_end=tok.image_start)
+    larger = dataclasses.replace(packer.buckets, student=((26, 16), (36, 25)))
+    resized = small_run.examples(config(folder, BUCKETS, images__max_size=38), tok)
+    digests = [
+        bucket_index._digest(found, by, 0, mode)
+        for found, by, mode in (
+            (examples, packer, "real"),
+            (examples, packer, "image"),
+            (limited, packer, "real"),
+            (other_data, packer, "real"),
+            (resized, packer, "real"),
+            (examples, dataclasses.replace(packer, buckets=larger), "real"),
+            (examples, dataclasses.replace(packer, tokenizer=other_tokenizer), "real"),
+        )
+    ]
+    assert len({*digests}) == len(digests)
+    assert digests[0] == bucket_index._digest(small_run.examples(c, tok), packer, 0, "real")
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """run(work): work(0) and work(1) in threads that stand for the processes of a run."""
+    local, barrier, boxes = threading.local(), threading.Barrier(2, timeout=20), [None, None]
+
+    def gathered(x):
+        boxes[local.number] = x
+        barrier.wait()
+        found = np.stack(boxes)
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(
+        bucket_index,
+        "_processes",
+        lambda: (local.number, 2) if hasattr(local, "number") else (0, 1),
+    )
+    monkeypatch.setattr(bucket_index.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(
+        bucket_index.multihost_utils, "broadcast_one_to_all", lambda x: gathered(x)[0]
+    )
+
+    def run(work):
+        def numbered(number):
+            local.number = number
+            return work(number)
+
+        with ThreadPoolExecutor(2) as pool:
+            return [pool.submit(numbered, number) for number in range(2)]
+
+    return run
+
+
+def test_each_process_measures_a_part_of_the_examples(
+    make, folder, tmp_path, monkeypatch, two_processes
+):
+    buckets = {
+        name: ((sizes[0][0] + 2, *sizes[0][1:]), sizes[1]) for name, sizes in BUCKETS.items()
+    }
+    one = make(buckets=buckets)
+    for path in folder.rglob("buckets-*.npy"):
+        path.unlink()
+    measured, bucket = [], packing.Packer.bucket
+
+    def counted(packer, example, *rest):
+        measured.append(example.example.pid)
+        return bucket(packer, example, *rest)
+
+    monkeypatch.setattr(packing.Packer, "bucket", counted)
+    for expected in (128, 0):  # the second time the first process reads the file for both
+        found = [done.result() for done in two_processes(lambda number: make(buckets=buckets))]
+        assert [batches.schedule(3) for batches in found] == [one.schedule(3)] * 2
+        assert len(measured) == len({*measured}) == expected
+        measured.clear()
+
+
+def test_an_example_that_one_process_cannot_measure_ends_all(
+    make, folder, monkeypatch, two_processes
+):
+    for path in folder.rglob("buckets-*.npy"):
+        path.unlink()
+    bucket = packing.Packer.bucket
+
+    def damaged(packer, example, *rest):
+        if example.example.pid == "maze-train-0000005":
+            raise images.UnreadableImageError("example maze-train-0000005: no image")
+        return bucket(packer, example, *rest)
+
+    monkeypatch.setattr(packing.Packer, "bucket", damaged)
+    for done in two_processes(lambda number: make(buckets=BUCKETS)):
+        with pytest.raises(images.UnreadableImageError, match="maze-train-0000005"):
+            done.result()
+
+
+def test_the_command_makes_what_a_run_and_its_arms_read(
+    folder, make, tmp_path, capsys, monkeypatch
+):
+    for path in folder.rglob("buckets-*.npy"):
+        path.unlink()
+    changes = {
+        **small_run.CHANGES,
+        "data.dir": folder,
+        "images.max_size": 40,
+        "images.min_size": 32,
+    }
+    changes |= {f"data.buckets.{name}": sizes for name, sizes in BUCKETS.items()}
+    command = [
+        "index",
+        f"--config={small_run.MINI}:smoke",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+        f"--config.data.tasks={CHART},{MAZE}",
+        "--config.data.make.families=chart,maze",
+        "--config.run_arms=image",
+    ]
+    data.main(command)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{CHART}, teacher sees real: 64 examples, 0 in bucket 0, 64 in bucket 1",
+        f"{MAZE}, teacher sees real: 64 examples, 64 in bucket 0, 0 in bucket 1",
+        f"{CHART}, teacher sees image: 64 examples, 0 in bucket 0, 64 in bucket 1",
+        f"{MAZE}, teacher sees image: 64 examples, 64 in bucket 0, 0 in bucket 1",
+    ]
+    assert len([*folder.rglob("buckets-*.npy")]) == 4 and not [*tmp_path.iterdir()]
+    monkeypatch.setattr(packing.Packer, "bucket", None)  # it reads them, too
+    data.main(command)
+    assert capsys.readouterr().out.splitlines() == said
+    make(buckets=BUCKETS), make("warmup", buckets=BUCKETS, teacher__visual_thoughts="image")
+
+    one = [f"--config.data.buckets.{name}={sizes[1:]}" for name, sizes in BUCKETS.items()]
+    data.main([*command, *one])
+    assert "nothing to do: with one bucket" in capsys.readouterr().out
 
 
 def test_rows_that_fit_no_bucket_are_named(make, tmp_path):
