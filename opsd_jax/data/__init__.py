@@ -13,8 +13,8 @@
                                            schedule       which examples it holds
                                            bucket_index   which sizes each example needs
 
-`procedural` makes the procedural tasks of a run, `workdir` finds the data of a run, `existing` opens
-them for the commands `sizes` and `index`, `tfds_builder` does what `prepare` does with TFDS itself,
-and `randomness` holds random choices that depend on a seed. TensorFlow is never imported. Preparing
+`procedural` makes the procedural tasks of a run, `workdir` finds its data, `existing` opens them
+for the commands `sizes` and `index`, `tfds_builder` does what `prepare` does with TFDS itself, and
+`randomness` holds random choices that depend on a seed. TensorFlow is never imported. Preparing
 data loads neither JAX nor the model's libraries.
 """

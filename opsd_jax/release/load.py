@@ -334,22 +334,20 @@ class _Reader:
         where: Sharding,
     ) -> jax.Array:
         """A tensor with our axes (of one layer) on the devices, in the file's dtype."""
-        slices, finite = {}, True
-
-        def read_slice(index):
-            nonlocal finite
-            at = str(index)  # devices that hold the same slice share one reading
-            if at not in slices:
-                slices[at] = safetensors_io.read(tensor, key.stored_order(index), key.order)
-                finite = finite and safetensors_io.is_finite(slices[at], tensor.dtype)
-            return slices[at]
-
         shape = key.from_release(np.broadcast_to(0, tensor.shape)).shape
-        array = jax.make_array_from_callback(shape, where, read_slice)
+        # Devices that hold the same slice share one array, those that hold other columns of the
+        # same rows one reading.
+        indices = {
+            str(index): index for index in where.addressable_devices_indices_map(shape).values()
+        }
+        stored = [key.stored_order(index) for index in indices.values()]
+        arrays, count = safetensors_io.read_slices(tensor, stored, key.order)
+        slices = dict(zip(indices, arrays))
+        array = jax.make_array_from_callback(shape, where, lambda index: slices[str(index)])
         array.block_until_ready()
         self.tensors += 1
-        self.bytes += sum(piece.nbytes for piece in slices.values())
-        if not finite:
+        self.bytes += count
+        if not all(safetensors_io.is_finite(x, tensor.dtype) for x in arrays):
             self.non_finite.append(f"non-finite {name} in {tensor.file}")
         self.progress.update(self.tensors, size=memory.format_bytes(self.bytes))
         return array

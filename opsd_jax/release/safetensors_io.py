@@ -196,40 +196,62 @@ def _open_shards(directory: str, index: str) -> dict[str, Tensor]:
 def read(
     tensor: Tensor, index: Sequence[slice] = (), order: Sequence[int] | None = None
 ) -> np.ndarray:
-    """A slice of a tensor, its axes in `order`, contiguous, in the dtype of the file.
+    """A slice of a tensor, see `read_slices`."""
+    return read_slices(tensor, [index], order)[0][0]
 
-    Of the file, only the rows of the slice are read. Columns and transposed tensors go through a
-    buffer of few rows, which stays in the processor's cache while it is read and transposed: at 7B
-    several times as fast as a transpose by XLA.
+
+def read_slices(
+    tensor: Tensor, indices: Sequence[Sequence[slice]], order: Sequence[int] | None = None
+) -> tuple[list[np.ndarray], int]:
+    """Slices of a tensor, their axes in `order`, contiguous, in the dtype of the file.
+
+    Of the file, only the rows of the slices are read, and once: slices of the same rows share one
+    reading, because devices that divide the columns of a matrix would read it as often as there are
+    devices. Columns and transposed tensors go through a buffer of few rows, which stays in the
+    processor's cache while it is read and transposed: at 7B several times as fast as a transpose by
+    XLA.
 
     Args:
-      index: a slice for each axis of the tensor; () for all of it.
-      order: for each axis of the result, the tensor's axis; None to keep them.
+      indices: for each result a slice for each axis of the tensor; () for all of it. The rows of
+        two slices are the same, or they have none in common.
+      order: for each axis of a result, the tensor's axis; None to keep them.
+    Returns:
+      (arrays, number of bytes read).
     Raises:
       ValueError: the file has become shorter since its header was read.
     """
     dtype = DTYPES[tensor.dtype]
-    bounds = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [
-        (0, size) for size in tensor.shape
-    ]
-    shape = tuple(stop - start for start, stop in bounds)
-    out = np.empty(shape if order is None else [shape[axis] for axis in order], dtype)
-    first, row_bytes = bounds[0][0] if bounds else 0, math.prod(tensor.shape[1:]) * dtype.itemsize
+    row_bytes, by_rows = math.prod(tensor.shape[1:]) * dtype.itemsize, {}
+    found, columns, count = [], [], 0
+    for index in indices:
+        bounds = [s.indices(size)[:2] for s, size in zip(index, tensor.shape)] or [
+            (0, size) for size in tensor.shape
+        ]
+        shape = tuple(stop - start for start, stop in bounds)
+        by_rows.setdefault(bounds[0] if bounds else (0, 1), []).append(len(found))
+        columns.append(tuple(slice(*pair) for pair in bounds[1:]))
+        found.append(np.empty(shape if order is None else [shape[n] for n in order], dtype))
     with open(tensor.file, "rb", buffering=0) as f:
-        if order is None and shape[1:] == tensor.shape[1:]:
-            _fill(f, tensor.offset + first * row_bytes, out)
-            return out
-        bits = out.view(_EXPONENT[tensor.dtype][0])  # NumPy moves integers faster than bfloat16
-        bits = bits if order is None else bits.transpose(np.argsort(order))
-        block = np.empty(
-            (min(shape[0], max(64, (1 << 20) // row_bytes)), *tensor.shape[1:]), bits.dtype
-        )
-        columns = tuple(slice(*pair) for pair in bounds[1:])
-        for at in range(0, shape[0], len(block)):
-            part = block[: shape[0] - at]
-            _fill(f, tensor.offset + (first + at) * row_bytes, part)
-            bits[at : at + len(block)] = part[(slice(None), *columns)]
-    return out
+        for (first, last), members in by_rows.items():
+            offset = tensor.offset + first * row_bytes
+            count += (last - first) * row_bytes
+            out = found[members[0]]
+            if order is None and out.shape[1:] == tensor.shape[1:]:
+                _fill(f, offset, out)
+                continue
+            # NumPy moves integers faster than bfloat16.
+            kind = _EXPONENT[tensor.dtype][0]
+            bits = [found[n].view(kind) for n in members]
+            if order is not None:
+                bits = [x.transpose(np.argsort(order)) for x in bits]
+            rows = min(last - first, max(64, (1 << 20) // row_bytes))
+            block = np.empty((rows, *tensor.shape[1:]), kind)
+            for at in range(0, last - first, rows):
+                part = block[: last - first - at]
+                _fill(f, offset + at * row_bytes, part)
+                for n, x in zip(members, bits):
+                    x[at : at + rows] = part[(slice(None), *columns[n])]
+    return found, count
 
 
 def _fill(file: BinaryIO, offset: int, array: np.ndarray) -> None:

@@ -319,6 +319,30 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
         assert sum(read) == rows.nbytes
 
 
+@pytest.mark.parametrize("shape", [(64, 20), (70, 300), (8, 6, 3, 2)])
+def test_slices_of_the_same_rows_are_read_once(tmp_path, monkeypatch, shape):
+    values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    save_file({"x": values}, tmp_path / "a.safetensors")
+    tensor, read = safetensors_io.header(tmp_path / "a.safetensors")["x"], []
+    fill = safetensors_io._fill
+    monkeypatch.setattr(
+        safetensors_io,
+        "_fill",
+        lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)),
+    )
+    halves = [[slice(0, size // 2), slice(size // 2, size)] for size in shape[:2]]
+    rest = [slice(None)] * (len(shape) - 2)
+    for order in (None, tuple(reversed(range(len(shape))))):
+        indices = [(rows, columns, *rest) for rows in halves[0] for columns in halves[1]]
+        found, count = safetensors_io.read_slices(tensor, indices, order)
+        for piece, index in zip(found, indices, strict=True):
+            expected = values[index] if order is None else values[index].transpose(order)
+            np.testing.assert_array_equal(piece, expected)
+            assert piece.flags.c_contiguous
+        assert sum(read) == count == values.nbytes
+        read.clear()
+
+
 @pytest.mark.slow
 def test_mesh(tmp_path):
     """On four devices every parameter is placed as `sharding` says, and equals what one device
@@ -344,22 +368,29 @@ def child(what, folder):
 
 
 def on_meshes(folder):
-    whole, mesh = read_release(folder), sharding.make_mesh(fsdp=2, tensor=2)
-    for layout, generation in (("train", True), ("rollout", False)):
+    whole, count, fill = read_release(folder), [], safetensors_io._fill
+    safetensors_io._fill = lambda f, at, array: (count.append(array.nbytes), fill(f, at, array))
+    for sizes, layout, generation in (
+        ((2, 2), "train", True),
+        ((2, 2), "rollout", False),
+        ((4, 1), "train", False),  # columns of the stored matrices
+    ):
+        mesh = sharding.make_mesh(fsdp=sizes[0], tensor=sizes[1])
+        count.clear()
         _, params = load.load(folder, generation=generation, mesh=mesh, layout=layout)
-        flat = params_lib.flatten(params)
+        read, flat = sum(count), params_lib.flatten(params)
         for path, leaf in flat.items():
             assert leaf.sharding == sharding.parameter(mesh, path, leaf.shape, layout), path
         assert sum(not leaf.sharding.is_fully_replicated for leaf in flat.values()) > 10
         found = named(params)
-        same(
-            found,
-            {
-                file: {name: x for name, x in whole[file].items() if name in found[file]}
-                for file in whole
-            },
-        )
+        expected = {
+            file: {name: x for name, x in whole[file].items() if name in found[file]}
+            for file in whole
+        }
+        same(found, expected)
         assert len(found["ae"]) == (len(whole["ae"]) if generation else 0)
+        # Four devices of one process: each byte is read once.
+        assert read == sum(x.nbytes for tensors in expected.values() for x in tensors.values())
 
 
 @pytest.mark.slow
