@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -13,7 +12,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
@@ -22,67 +20,10 @@ import yaml
 from opsd_jax import config as config_lib
 from opsd_jax.run import checks
 from opsd_jax.runtime import distributed
+from stand_ins import COMMAND, LAUNCH, ROOT, bash, calls, environment, stand_in, wait_for
 
-ROOT = pathlib.Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SLICES = sorted(path.parent.name for path in LAUNCH.glob("gke/*/kustomization.yaml"))
-COMMAND = [
-    "python",
-    "-m",
-    "opsd_jax.train",
-    "--config=configs/mini.py",
-    "--workdir=runs/a b",
-    "--config.run_arms=()",
-]
-
-
-def environment(**changes) -> dict:
-    """This process's environment without what would make a run of several processes of it."""
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("OPSD_", "SLURM_", "XLA_FLAGS", "DRY_RUN"))
-    }
-    return (
-        inherited
-        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        | {k: str(v) for k, v in changes.items()}
-    )
-
-
-def bash(script, *arguments, cwd=ROOT, timeout=120, **variables) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", LAUNCH / script, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def stand_in(folder, name: str, body: str) -> str:
-    """Puts a command `name` on a PATH, which it returns; its log gets the arguments, a NUL after
-    each, and a record separator and NUL at the end. Several may run at once, so in one write: bash
-    makes two of a newline.
-    """
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(
-        f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" $'\\x1e' >> {folder}/log\n{body}\n"
-    )
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def calls(folder) -> list[list[str]]:
-    log = folder / "log"
-    return (
-        [line.split("\0")[:-1] for line in log.read_text().split("\x1e\0")[:-1]]
-        if log.exists()
-        else []
-    )
 
 
 # --- scripts --------------------------------------------------------------------------------------
@@ -102,188 +43,6 @@ def test_shellcheck(script):
         ["shellcheck", "--severity=warning", script], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout
-
-
-def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), fails="", **variables):
-    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such
-    resource").
-    """
-    (tmp_path / "states").write_text("".join(state + "\n" for state in states))
-    path = stand_in(
-        tmp_path / "bin",
-        "gcloud",
-        f"""
-        case "$*" in
-          *describe*)
-            read -r state < {tmp_path}/states
-            sed -i 1d {tmp_path}/states
-            [[ -n $state ]] || {{ echo "NOT_FOUND" >&2; exit 1; }}
-            echo "$state" ;;
-          *scp*) cp "$5" {tmp_path}/pack.tar.gz 2> /dev/null || cp "$4" {tmp_path}/pack.tar.gz ;;
-        esac
-        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""",
-    )
-    variables = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "POLL_S": 0} | variables
-    result = bash("tpu_vm.sh", *arguments, PATH=path, **variables)
-    return result, [call[3:] for call in calls(tmp_path / "bin")]  # without gcloud compute tpus
-
-
-PLACE = ["--zone=z", "--project=p"]
-DESCRIBE = ["queued-resources", "describe", "opsd", *PLACE, "--format=value(state.state)"]
-
-
-def test_tpu_vm_creates_and_waits(tmp_path):
-    result, made = tpu_vm(
-        tmp_path, "create", states=["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    )
-    assert result.returncode == 0, result.stderr
-    create = [
-        "queued-resources",
-        "create",
-        "opsd",
-        "--node-id=opsd",
-        *PLACE,
-        "--accelerator-type=v5litepod-16",
-        "--runtime-version=v2-alpha-tpuv5-lite",
-        "--scopes=https://www.googleapis.com/auth/cloud-platform",
-    ]
-    assert made == [DESCRIBE, create, DESCRIBE, DESCRIBE, DESCRIBE]
-    assert "opsd is ACTIVE" in result.stdout
-
-
-def test_tpu_vm_creates_several_spot_slices(tmp_path):
-    _, made = tpu_vm(tmp_path, "create", states=["", "ACTIVE"], SLICES=2, SPOT=1, TYPE="v6e-16")
-    assert made[1][3:5] == ["--node-count=2", "--node-prefix=opsd"]
-    assert {"--spot", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"} <= set(
-        made[1]
-    )
-
-
-def test_tpu_vm_goes_on_waiting_for_what_is_asked_for_already(tmp_path):
-    result, made = tpu_vm(tmp_path, "create", states=["PROVISIONING", "PROVISIONING", "ACTIVE"])
-    assert result.returncode == 0 and made == [DESCRIBE] * 3
-
-
-@pytest.mark.parametrize(
-    "states, variables, message",
-    [
-        (["", "FAILED"], {}, "opsd is FAILED"),
-        (["", "WAITING_FOR_RESOURCES"], {"WAIT_S": 0}, "still WAITING_FOR_RESOURCES after 0 s"),
-        ([], {"PROJECT": ""}, "PROJECT is not set"),
-        ([], {"SLICES": "two"}, "SLICES=two"),
-        ([""], {"TYPE": "v9-8"}, "set VERSION"),
-    ],
-)
-def test_tpu_vm_says_why_it_gives_up(tmp_path, states, variables, message):
-    result, _ = tpu_vm(tmp_path, "create", states=states, **variables)
-    assert result.returncode == 1 and message in result.stderr
-
-
-def test_tpu_vm_sets_up_all_workers_of_all_slices(tmp_path):
-    result, made = tpu_vm(tmp_path, "setup", SLICES=2)
-    assert result.returncode == 0, result.stderr
-    assert [call[:2] for call in made] == [["tpu-vm", "scp"]] * 2 + [["tpu-vm", "ssh"]] * 2
-    assert [call[3] for call in made[:2]] == ["opsd-0:opsd.tar.gz", "opsd-1:opsd.tar.gz"]
-    assert sorted(call[2] for call in made[2:]) == ["opsd-0", "opsd-1"]
-    assert all("--worker=all" in call for call in made)
-    assert all(call[-1].endswith("tpu_worker.sh setup b") for call in made[2:])
-    with tarfile.open(tmp_path / "pack.tar.gz") as pack:
-        names = pack.getnames()
-    assert {
-        "opsd_jax/train.py",
-        "launch/tpu_worker.sh",
-        "setup.py",
-        "constraints/py312.txt",
-    } <= set(names)
-    assert not [name for name in names if name.startswith(".git/")]
-
-
-def test_tpu_vm_runs_the_command_word_by_word(tmp_path):
-    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND)
-    assert result.returncode == 0 and len(made) == 1 and "--worker=all" in made[0]
-    remote = made[0][-1].removeprefix("--command=")
-    assert shlex.split(remote) == ["bash", "opsd/launch/tpu_worker.sh", "run", *COMMAND]
-
-
-def test_tpu_vm_notices_a_worker_that_fails(tmp_path):
-    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND, SLICES=2, fails="opsd-1")
-    assert result.returncode == 1 and "failed on a worker" in result.stderr and len(made) == 2
-
-
-def test_tpu_vm_logs_stops_deletes(tmp_path):
-    for command in ("logs", "stop", "delete"):
-        result, made = tpu_vm(tmp_path, command, SLICES=2, WORKER=3, NODE=1)
-        assert result.returncode == 0, result.stderr
-    logs, stop, delete = made
-    assert logs[2] == "opsd-1" and "--worker=3" in logs
-    assert stop[2] == "opsd-0" and "--worker=0" in stop  # one is enough
-    assert delete == ["queued-resources", "delete", "opsd", *PLACE, "--force", "--quiet"]
-
-
-def test_dry_run_prints_the_commands_and_calls_none(tmp_path):
-    for arguments in (
-        ["create"],
-        ["setup"],
-        ["run", "--", *COMMAND],
-        ["logs"],
-        ["stop"],
-        ["delete"],
-    ):
-        result, made = tpu_vm(tmp_path, *arguments, DRY_RUN=1)
-        assert result.returncode == 0 and made == []
-        lines = result.stdout.splitlines()
-        assert lines and all(
-            shlex.split(line)[:3] == ["gcloud", "compute", "tpus"] for line in lines
-        )
-    place = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
-    result = bash("xpk.sh", "try", "--", *COMMAND, DRY_RUN=1, STORAGE="s", **place)
-    words = shlex.split(result.stdout)
-    assert words[:3] == ["xpk", "workload", "create"]
-    assert {
-        "--workload=try",
-        "--restart-on-exit-codes=43",
-        "--num-slices=1",
-        "--tpu-type=v5litepod-16",
-    } <= set(words)
-    assert shlex.split(words[-1].removeprefix("--command=")) == ["exec", *COMMAND]
-    assert "STORAGE is not set" in bash("xpk.sh", "try", "--", "x", **place).stderr
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def test_tpu_worker_starts_once_and_stops(tmp_path):
-    (tmp_path / "launch").mkdir()
-    worker = shutil.copy(LAUNCH / "tpu_worker.sh", tmp_path / "launch")
-
-    def do(*words):
-        return subprocess.run(
-            ["bash", worker, *words],
-            env=environment(SETTLE_S=0.2),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(42)); "
-        "print(sys.argv[1:], flush=True); time.sleep(60)"
-    )
-    assert do("stop").returncode == 1
-    assert do("run", sys.executable, "-c", program, "a b", "()").returncode == 0
-    wait_for(lambda: "['a b', '()']" in (tmp_path / "log.txt").read_text())
-    again = do("run", "true")
-    assert again.returncode == 1 and "a command runs already" in again.stderr
-    assert do("stop").returncode == 0
-    wait_for(
-        lambda: (tmp_path / "run.code").exists() and (tmp_path / "run.code").read_text() == "42\n"
-    )
-    broken = do("run", "bash", "-c", "echo reason; exit 7")
-    assert broken.returncode == 1 and "reason" in broken.stderr
 
 
 @pytest.mark.parametrize(
@@ -320,6 +79,23 @@ def test_slurm_asks_for_one_process_for_each_gpu_of_whole_nodes():
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert "exclusive" in options and "gpus-per-task" not in options
     assert options["signal"].startswith("TERM@")  # to the processes; "B:" would be the batch shell
+
+
+def test_xpk_gets_the_command_word_by_word():
+    place = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
+    result = bash("xpk.sh", "try", "--", *COMMAND, DRY_RUN=1, STORAGE="s", **place)
+    words = shlex.split(result.stdout)
+    assert words[:3] == ["xpk", "workload", "create"]
+    assert {
+        "--workload=try",
+        "--restart-on-exit-codes=43",
+        "--num-slices=1",
+        "--tpu-type=v5litepod-16",
+        "--max-restarts=10",
+        "--termination-grace-period-seconds=300",
+    } <= set(words)
+    assert shlex.split(words[-1].removeprefix("--command=")) == ["exec", *COMMAND]
+    assert "STORAGE is not set" in bash("xpk.sh", "try", "--", "x", **place).stderr
 
 
 # --- GKE ------------------------------------------------------------------------------------------

@@ -367,9 +367,13 @@ def test_quoted_messages_are_in_the_code():
 
     messages = {
         re.sub(r"\{[\w.:]*\}", "…", text(node))
-        for path in (ROOT / "opsd_jax").rglob("*.py")
+        for path in [*(ROOT / "opsd_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)
+    }
+    messages |= {
+        re.sub(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", "…", path.read_text(encoding="utf-8"))
+        for path in (ROOT / "launch").glob("*.sh")
     }
     rows = [row for row in tables(PAGES["docs/troubleshooting.md"]) if "message" in row]
     assert len(rows) > 20

@@ -1,0 +1,534 @@
+"""A run on Cloud TPU VMs, from your own machine: queued resources, one slice or several.
+
+  launch/tpu_vm.sh types                 lists types, their runtimes and zones
+  launch/tpu_vm.sh create                asks for the TPU and waits until it is there
+  launch/tpu_vm.sh setup                 copies this checkout to all workers, installs it, mounts
+                                         BUCKET as runs/
+  launch/tpu_vm.sh run -- COMMAND...     starts the command on all workers; again continues the run,
+                                         also where only some workers lost it
+  launch/tpu_vm.sh status                state of the TPU, and of the run on each worker
+  launch/tpu_vm.sh logs                  follows the log of a worker
+  launch/tpu_vm.sh ssh [-- COMMAND...]   a shell on a worker, or a command
+  launch/tpu_vm.sh wait [--delete]       waits until the run has ended; --delete gives the TPU back
+  launch/tpu_vm.sh stop                  all workers save and stop, and are not started again
+  launch/tpu_vm.sh delete                gives the TPU back; the bucket stays
+  launch/tpu_vm.sh job -- COMMAND...     create, setup, run and wait --delete; another TPU if this
+                                         one is taken away
+
+  launch/tpu_vm.sh run -- python -m opsd_jax.train --config=configs/mini.py --workdir=runs/mini \\
+      --config.run_arms="()"
+  WORKER=0 launch/tpu_vm.sh run -- python -m opsd_jax.data prepare --source=A --target=runs/data
+
+Variables of the environment:
+
+  PROJECT      your Google Cloud project
+  TYPE         v5e-16 (default; the API calls it v5litepod-16), v5p-8, v6e-16, ...
+  ZONE         default: the first zone that `types` lists for the type
+  BUCKET       of the runs; with hierarchical namespace, see docs/guides/several-machines.md
+  NAME         of the queued resource and of its nodes (opsd)
+  SLICES       more than 1: multislice, put config.mesh.data across them
+  SPOT         1: cheaper, may be taken away
+  VERSION      runtime; default: the usual one of the type
+  EXTRAS       further extras of the package, such as wandb
+  CREATE_ARGS  further options of `queued-resources create`, such as --reserved --internal-ips
+  SSH_ARGS     further options of ssh and scp, such as --internal-ip or --tunnel-through-iap
+  WORKER       one worker (0, 1, ...) or all. run: all; logs, ssh: 0
+  NODE         slice of that worker (0)
+  RESTARTS     how often a worker starts a lost command again, and `job` a lost TPU (10)
+  WAIT_S       how long `create` waits (7200); the request ends then, so that no TPU comes unseen
+  POLL_S       seconds between two questions for a state (30)
+  DRY_RUN      1: prints the gcloud commands and runs none
+
+Exit codes of wait and job: 0 done, 1 failed, 42 stopped, 43 lost: the same command continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+FAILED, STOPPED, LOST = 1, 42, 43
+_GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # states from which no TPU comes back
+_PATIENCE_S = 300  # for an answer of gcloud
+_SILENT = 10  # so many times in a row a worker may not answer
+_OF_ONE_PROCESS = re.compile(r"\bopsd(_jax\.| )(convert|data|generate|plan|redraw)\b")
+_WORKER = "bash opsd/launch/tpu_worker.sh"
+
+
+class LaunchError(Exception):
+    """What the user has to change or to know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A generation of TPUs.
+
+    runtime: of its VMs. cores: TensorCores that a type's name counts for each chip. sizes: of
+    slices, in chips. zones: in the US, for all customers; the first one is the default.
+    """
+
+    runtime: str
+    cores: int
+    sizes: Sequence[int]
+    zones: Sequence[str]
+
+
+_FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
+_CUBES = (4, 8, 16, 32, *range(64, 6145, 64))
+# Zones: https://cloud.google.com/tpu/docs/regions-zones, as of summer 2026.
+FAMILIES = {
+    "v5litepod": Family(
+        "v2-alpha-tpuv5-lite",
+        1,
+        _FLAT,
+        ("us-west4-a", "us-central1-a", "us-south1-a", "us-west1-c"),
+    ),
+    "v5p": Family("v2-alpha-tpuv5", 2, _CUBES, ("us-east5-a", "us-central1-a")),
+    "v6e": Family(
+        "v2-alpha-tpuv6e", 1, _FLAT, ("us-east5-b", "us-east5-a", "us-east1-d", "us-central1-b")
+    ),
+    "v4": Family("tpu-ubuntu2204-base", 2, _CUBES, ("us-central2-b",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the environment asks for, checked.
+
+    hosts: number of hosts of a slice. Arguments and lists are split into words.
+    """
+
+    name: str
+    project: str
+    type: str
+    zone: str
+    runtime: str
+    hosts: int
+    slices: int
+    spot: bool
+    bucket: str
+    extras: str
+    create_args: Sequence[str]
+    ssh_args: Sequence[str]
+    worker: str
+    node: int
+    restarts: int
+    wait_s: int
+    poll_s: int
+    dry: bool
+
+    @property
+    def place(self) -> list[str]:
+        """Options that name the place, for every command of gcloud."""
+        return [f"--zone={self.zone}", f"--project={self.project}"]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the slices."""
+        if self.slices == 1:
+            return [self.name]
+        return [f"{self.name}-{n}" for n in range(self.slices)]
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """The settings; LaunchError names the variable that is wrong, and what it may be."""
+
+    def number(name: str, default: int, least: int = 0) -> int:
+        text = environment.get(name) or str(default)
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise LaunchError(f"{name}={text}: give a whole number, at least {least}")
+        return int(text)
+
+    project = environment.get("PROJECT", "")
+    if not project:
+        raise LaunchError("PROJECT is not set: PROJECT=my-project launch/tpu_vm.sh ...")
+    slices, node = number("SLICES", 1, 1), number("NODE", 0)
+    if node >= slices:
+        raise LaunchError(f"NODE={node}: with SLICES={slices} nodes go from 0 to {slices - 1}")
+    kind, family, hosts = read_type(environment.get("TYPE") or "v5litepod-16")
+    zone = environment.get("ZONE") or family.zones[0]
+    if zone not in family.zones:
+        print(f"note: {kind} is known in {', '.join(family.zones)}, not in {zone}", file=sys.stderr)
+    worker = environment.get("WORKER", "")
+    if worker not in ("", "all") and not (re.fullmatch(r"\d+", worker) and int(worker) < hosts):
+        raise LaunchError(f"WORKER={worker}: a slice of {kind} has 0 to {hosts - 1}, or give all")
+    bucket = environment.get("BUCKET", "").removeprefix("gs://").rstrip("/")
+    if not re.fullmatch(r"[\w.-]*", bucket):
+        raise LaunchError(
+            f"BUCKET={bucket}: give the name of a bucket alone; folders in it belong into "
+            "--workdir=runs/..."
+        )
+    return Settings(
+        name=environment.get("NAME") or "opsd",
+        project=project,
+        type=kind,
+        zone=zone,
+        runtime=environment.get("VERSION") or family.runtime,
+        hosts=hosts,
+        slices=slices,
+        spot=environment.get("SPOT", "0") == "1",
+        bucket=bucket,
+        extras=environment.get("EXTRAS", ""),
+        create_args=shlex.split(environment.get("CREATE_ARGS", "")),
+        ssh_args=shlex.split(environment.get("SSH_ARGS", "")),
+        worker=worker,
+        node=node,
+        restarts=number("RESTARTS", 10),
+        wait_s=number("WAIT_S", 7200),
+        poll_s=number("POLL_S", 30),
+        dry=environment.get("DRY_RUN", "0") == "1",
+    )
+
+
+def read_type(text: str) -> tuple[str, Family, int]:
+    """(name as the API has it, family, number of hosts of a slice) of a type such as v5e-16."""
+    name, _, size = text.partition("-")
+    name = "v5litepod" if name == "v5e" else name
+    if name not in FAMILIES or not re.fullmatch(r"\d+", size):
+        raise LaunchError(
+            f"TYPE={text}: give one such as v5e-16, v5p-8, v6e-16 or v4-8 (launch/tpu_vm.sh types)"
+        )
+    family, count = FAMILIES[name], int(size)
+    if count % family.cores or count // family.cores not in family.sizes:
+        sizes = [f"{name}-{chips * family.cores}" for chips in family.sizes[:9]]
+        raise LaunchError(
+            f"TYPE={text}: there are {', '.join(sizes)}"
+            f"{', ... (TensorCores, two a chip)' if family.cores > 1 else ''}"
+        )
+    chips = count // family.cores
+    one_host = chips <= (8 if family.sizes is _FLAT else 4)
+    return f"{name}-{count}", family, 1 if one_host else chips // 4
+
+
+def outcome(reports: Sequence[str]) -> int | None:
+    """How the run ended, from what the workers say of it; None while it goes on.
+
+    Args:
+      reports: of each worker, as `tpu_worker.sh status` prints it after the name of the host.
+
+    Returns:
+      0, FAILED, STOPPED, or LOST: a worker knows of no command, or lost it without a code, as by a
+      reboot. The others then wait for it.
+    """
+    found = set(reports)
+    if found <= {"ended 0", "ended 42"} and found:
+        return STOPPED if "ended 42" in found else 0
+    if any(report.startswith("ended") for report in found - {"ended 0", "ended 42"}):
+        return FAILED
+    if not found or found & {"lost", "idle"}:
+        return LOST
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """The queued resource with its nodes, of these settings."""
+
+    settings: Settings
+
+    def create(self) -> None:
+        """Asks for the TPU, unless that was done, and waits until it is there."""
+        s = self.settings
+        if s.dry or not self.state():
+            shape = [f"--node-id={s.name}"]
+            if s.slices > 1:
+                shape = [f"--node-count={s.slices}", f"--node-prefix={s.name}"]
+            self._tpus(
+                ["queued-resources", "create", s.name, *shape, *s.place]
+                + [f"--accelerator-type={s.type}", f"--runtime-version={s.runtime}"]
+                + ["--scopes=https://www.googleapis.com/auth/cloud-platform"]
+                + [f"--valid-until-duration={s.wait_s}s"]
+                + (["--spot"] if s.spot else [])
+                + list(s.create_args)
+            )
+        waited = 0
+        while (now := self.state()) != "ACTIVE" and not s.dry:
+            if now in _GONE:
+                raise LaunchError(
+                    f"{s.name} is {now}: launch/tpu_vm.sh delete, then create again "
+                    f"(gcloud compute tpus queued-resources describe {s.name} tells why)"
+                )
+            if waited >= s.wait_s:
+                raise LaunchError(
+                    f"{s.name} is still {now or 'unknown'} after {s.wait_s} s, which was the life "
+                    "of the request: delete, then create, with another ZONE or a longer WAIT_S"
+                )
+            print(f"{s.name} is {now}; waited {waited} of {s.wait_s} s", flush=True)
+            time.sleep(s.poll_s)
+            waited += s.poll_s
+        if not s.dry:
+            print(f"{s.name} is ACTIVE")
+
+    def setup(self) -> None:
+        """Copies and installs the checkout on all workers, and mounts the bucket there."""
+        s = self.settings
+        if not s.bucket and s.slices * s.hosts > 1:
+            raise LaunchError(
+                f"BUCKET is not set: the {s.slices * s.hosts} hosts of {s.slices} x {s.type} keep "
+                "a run in a bucket, which all of them see"
+            )
+        root = pathlib.Path(__file__).resolve().parents[1]
+        with tempfile.TemporaryDirectory() as folder:
+            pack = os.path.join(folder, "opsd.tar.gz")
+            if not s.dry:
+                _pack(root, pack)
+            for node in s.nodes:
+                target = f"{node}:opsd.tar.gz"
+                self._tpus(["tpu-vm", "scp", pack, target, *s.place, *s.ssh_args, "--worker=all"])
+        extras = f"EXTRAS={shlex.quote(s.extras)} " if s.extras else ""
+        self._on_all(
+            "mkdir -p opsd && tar -xzf opsd.tar.gz -C opsd && "
+            f"{extras}{_WORKER} setup {s.bucket}".rstrip()
+        )
+
+    def run(self, words: Sequence[str]) -> None:
+        """Starts a command on all workers, or on one."""
+        s = self.settings
+        command = f"RESTARTS={s.restarts} {_WORKER} run "
+        if s.slices * s.hosts == 1:
+            self._on_all(command + shlex.join(words))
+        elif s.worker in ("", "all"):
+            if match := _OF_ONE_PROCESS.search(" ".join(words)):
+                raise LaunchError(
+                    f"{match[0]} is a command of one process: WORKER=0 launch/tpu_vm.sh run -- "
+                    "... starts it on that host alone, on its CPU"
+                )
+            self._on_all(command + shlex.join(words))
+        else:  # a TPU would wait for the processes of the other hosts
+            alone = ["env", "JAX_PLATFORMS=cpu", "OPSD_NUM_PROCESSES=1", *words]
+            self._tpus(self._ssh(s.nodes[s.node], s.worker, command + shlex.join(alone)))
+
+    def status(self) -> None:
+        """Prints the state of the TPU and of the run."""
+        now = self.state()
+        if not self.settings.dry:
+            print(f"{self.settings.name} is {now or 'not there'}")
+        if self.settings.dry or now == "ACTIVE":
+            self._on_all(f"{_WORKER} status")
+
+    def logs(self) -> None:
+        """Follows the log of a worker, or of all of a slice."""
+        s = self.settings
+        command = "tail -n 100 -F opsd/log.txt"
+        self._tpus(self._ssh(s.nodes[s.node], s.worker or "0", command))
+
+    def ssh(self, words: Sequence[str]) -> None:
+        """A shell on a worker, or a command: one line for its shell, or several words."""
+        s = self.settings
+        if not words and s.worker == "all":
+            raise LaunchError("WORKER=all: a shell is on one worker; give ssh -- COMMAND...")
+        line = words[0] if len(words) == 1 else shlex.join(words)
+        self._tpus(self._ssh(s.nodes[s.node], s.worker or "0", line))
+
+    def stop(self) -> None:
+        """All workers save, stop, and are not started again."""
+        self._on_all(f"{_WORKER} stop")
+
+    def delete(self) -> None:
+        """Gives the TPU back."""
+        s = self.settings
+        self._tpus(["queued-resources", "delete", s.name, *s.place, "--force", "--quiet"])
+
+    def wait(self) -> int:
+        """Waits until the run has ended: 0, FAILED, STOPPED or LOST."""
+        s, silent = self.settings, 0
+        while True:
+            now = self.state()
+            if now in _GONE:
+                print(f"{s.name} is {now}: the TPU was taken away")
+                return LOST
+            try:
+                said = self._on_all(f"{_WORKER} status", capture=True)
+                silent = 0
+            except LaunchError:
+                silent += 1
+                if silent >= _SILENT:
+                    print(f"{s.name} is {now or 'not there'}, and a worker does not answer")
+                    return LOST
+            else:
+                reports = re.findall(r"^worker \S+ (.+?)\s*$", said, flags=re.MULTILINE)
+                ended = 0 if s.dry else outcome(reports)
+                if ended is not None:
+                    print(said, end="", flush=True)
+                    return ended
+            time.sleep(s.poll_s)
+
+    def job(self, words: Sequence[str]) -> int:
+        """The whole life of a run, on one TPU after another; `wait`'s code of its end."""
+        s, ended = self.settings, LOST
+        for start in range(s.restarts + 1):
+            if start:
+                print(f"starting again, {start} of at most {s.restarts}", flush=True)
+            now = "" if s.dry else self.state()
+            try:
+                if now == "ACTIVE":
+                    self._continue(words)
+                else:
+                    if now in _GONE:
+                        self.delete()
+                    self.create()
+                    self.setup()
+                    self.run(words)
+            except LaunchError:
+                if now == "ACTIVE" and start == 0:
+                    raise  # it was there before this job, and may do something else
+                self.delete()
+                if now != "ACTIVE":
+                    raise  # it does not start on a new TPU: another one would not help
+                continue  # a worker does not come back
+            ended = self.wait()
+            if ended != LOST:
+                break
+        if s.dry or self.state():
+            self.delete()
+        return ended
+
+    def _continue(self, words: Sequence[str]) -> None:
+        """Starts the command where it does not run; first installs it, if that was not done."""
+        try:
+            self.run(words)
+        except LaunchError:
+            self.setup()
+            self.run(words)
+
+    def state(self) -> str:
+        """State of the queued resource; "" if there is none."""
+        s = self.settings
+        command = ["queued-resources", "describe", s.name, *s.place, "--format=value(state.state)"]
+        try:
+            return self._finish([self._start(command, capture=True, quiet=True)]).strip()
+        except LaunchError:
+            return ""
+
+    def _ssh(self, node: str, worker: str, command: str) -> list[str]:
+        s = self.settings
+        options = [*s.place, *s.ssh_args, f"--worker={worker}"]
+        return ["tpu-vm", "ssh", node, *options] + ([f"--command={command}"] if command else [])
+
+    def _tpus(self, words: Sequence[str]) -> None:
+        self._finish([self._start(words)])
+
+    def _on_all(self, command: str, *, capture: bool = False) -> str:
+        """A command on every worker of every slice, at the same time; what they print, if asked."""
+        nodes = self.settings.nodes
+        commands = [self._ssh(node, "all", command) for node in nodes]
+        return self._finish([self._start(words, capture=capture) for words in commands])
+
+    def _start(
+        self, words: Sequence[str], *, capture: bool = False, quiet: bool = False
+    ) -> subprocess.Popen | None:
+        # Only the alpha track of ssh and scp knows this option.
+        track = ["alpha"] if "--tunnel-through-iap" in words else []
+        command = ["gcloud", *track, "compute", "tpus", *words]
+        if self.settings.dry:
+            print(shlex.join(command))
+            return None
+        try:
+            return subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE if capture else None,
+                stderr=subprocess.DEVNULL if quiet else None,
+                text=True,
+            )
+        except FileNotFoundError:
+            raise LaunchError("gcloud is not installed: https://cloud.google.com/sdk") from None
+
+    def _finish(self, processes: Sequence[subprocess.Popen | None]) -> str:
+        """Waits for all; what they print, if that is captured. LaunchError if one fails."""
+        started = [process for process in processes if process]
+        said = [_output(process) for process in started]
+        if any(process.returncode for process in started):
+            print(*filter(None, said), sep="", end="", file=sys.stderr)
+            raise LaunchError("gcloud failed, or the command on a worker, see above")
+        return "".join(said)
+
+
+def _output(process: subprocess.Popen) -> str:
+    if process.stdout is None:
+        process.wait()
+        return ""
+    try:
+        return process.communicate(timeout=_PATIENCE_S)[0]
+    except subprocess.TimeoutExpired:  # a connection to a host that is gone
+        process.kill()
+        return process.communicate()[0]
+
+
+def _pack(root: pathlib.Path, target: str) -> None:
+    """Writes an archive of what git tracks, as it is now, and of new files it does not ignore.
+
+    Tests and documentation, nine tenths of the bytes, stay here.
+    """
+    names = subprocess.run(
+        ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        + ["--", ":!tests", ":!docs"],
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.split(b"\0")
+    there = [name for name in names if name and os.path.lexists(root / os.fsdecode(name))]
+    command = ["tar", "-C", root, "--null", "-T", "-", "-czf", target]
+    subprocess.run(command, input=b"\0".join(there), check=True)
+
+
+def _types() -> str:
+    lines = []
+    for name, family in FAMILIES.items():
+        count = f"{name}-{family.sizes[0] * family.cores} ... {family.sizes[-1] * family.cores}"
+        lines.append(f"{count:22} {family.runtime:20} {', '.join(family.zones)}")
+    return "\n".join(lines)
+
+
+def _after_dashes(words: Sequence[str]) -> list[str]:
+    if len(words) < 2 or words[0] != "--":
+        raise LaunchError("usage: launch/tpu_vm.sh run | job | ssh -- COMMAND...")
+    return list(words[1:])
+
+
+def main(words: Sequence[str]) -> int:
+    """The command; its exit code."""
+    verb, rest = (words[0], list(words[1:])) if words else ("", [])
+    if verb == "types":
+        print(_types())
+        return 0
+    simple = ("create", "setup", "status", "logs", "stop", "delete")
+    if verb not in (*simple, "run", "job", "ssh", "wait"):
+        raise LaunchError(f"usage:\n{__doc__}")
+    if (verb in simple and rest) or (verb == "wait" and rest not in ([], ["--delete"])):
+        raise LaunchError(f"{verb} takes no {' '.join(rest)}")
+    tpu = Tpu(read_settings(os.environ))
+    if verb == "run":
+        tpu.run(_after_dashes(rest))
+    elif verb == "job":
+        return tpu.job(_after_dashes(rest))
+    elif verb == "ssh":
+        tpu.ssh(_after_dashes(rest) if rest else [])
+    elif verb == "wait":
+        ended = tpu.wait()
+        if rest:
+            tpu.delete()
+        return ended
+    else:
+        getattr(tpu, verb)()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LaunchError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: a TPU that was asked for stays, and is billed (launch/tpu_vm.sh "
+            "status, wait --delete, delete)",
+            file=sys.stderr,
+        )
+        sys.exit(130)

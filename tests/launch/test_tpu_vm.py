@@ -1,0 +1,415 @@
+"""launch/tpu_vm.sh with a stand-in for gcloud: what it asks for, refuses and starts again."""
+
+import importlib.util
+import re
+import shlex
+import sys
+import tarfile
+
+import pytest
+
+from opsd_jax.plan import topology
+from opsd_jax.runtime import distributed
+from stand_ins import COMMAND, LAUNCH, bash, calls, stand_in
+
+spec = importlib.util.spec_from_file_location("tpu_vm_script", LAUNCH / "tpu_vm.py")
+script = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = script  # dataclasses look their module up
+spec.loader.exec_module(script)
+
+PLACE = ["--zone=us-west4-a", "--project=p"]
+DESCRIBE = ["queued-resources", "describe", "opsd", *PLACE, "--format=value(state.state)"]
+DELETE = ["queued-resources", "delete", "opsd", *PLACE, "--force", "--quiet"]
+VERBS = [
+    ["create"],
+    ["setup"],
+    ["run", "--", *COMMAND],
+    ["status"],
+    ["logs"],
+    ["ssh"],
+    ["ssh", "--", "df", "-h"],
+    ["wait"],
+    ["wait", "--delete"],
+    ["stop"],
+    ["delete"],
+    ["job", "--", *COMMAND],
+]
+
+
+def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), reports=(), fails="", **variables):
+    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such
+    resource"), and whose workers report these states of the run; the last ones stay.
+    """
+    for name, lines in (("states", states), ("reports", reports)):
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+    path = stand_in(
+        tmp_path / "bin",
+        "gcloud",
+        f"""
+        next() {{
+          read -r line < $1
+          [[ $(wc -l < $1) == 1 ]] || sed -i 1d $1
+        }}
+        case "$*" in
+          *describe*)
+            next {tmp_path}/states
+            [[ -n $line ]] || {{ echo "NOT_FOUND" >&2; exit 1; }}
+            echo "$line" ;;
+          *"tpu_worker.sh status"*)
+            next {tmp_path}/reports
+            [[ $line != silent ]] || exit 255
+            tr , '\\n' <<< "$line" | sed 's/^/worker t1v-n-1-w-0 /' ;;
+          *scp*) cp "$5" {tmp_path}/pack.tar.gz ;;
+        esac
+        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""",
+    )
+    variables = {"PROJECT": "p", "BUCKET": "b", "POLL_S": 0} | variables
+    result = bash("tpu_vm.sh", *arguments, PATH=path, **variables)
+    return result, [call[3:] for call in calls(tmp_path / "bin")]  # without gcloud compute tpus
+
+
+def kinds(made) -> list[str]:
+    """What the calls are for: describe, create, scp, delete, or what a worker is told to do."""
+    found = []
+    for call in made:
+        worker = re.search(r"tpu_worker\.sh (\w+)", call[-1])
+        found.append(worker[1] if worker else call[1])
+    return found
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"PROJECT": ""}, "PROJECT is not set"),
+        ({"SLICES": "two"}, "SLICES=two"),
+        ({"SLICES": "0"}, "SLICES=0: give a whole number, at least 1"),
+        ({"SLICES": "2", "NODE": "5"}, "NODE=5: with SLICES=2 nodes go from 0 to 1"),
+        ({"NODE": "one"}, "NODE=one"),
+        ({"WORKER": "4"}, "WORKER=4: a slice of v5litepod-16 has 0 to 3"),
+        ({"TYPE": "v9-8"}, "TYPE=v9-8: give one such as v5e-16"),
+        ({"TYPE": "v5e"}, "TYPE=v5e: give one"),
+        ({"TYPE": "v5p-31"}, "TYPE=v5p-31: there are v5p-8, v5p-16, v5p-32, v5p-64, v5p-128"),
+        ({"TYPE": "v5e-2"}, "TYPE=v5e-2: there are v5litepod-1, v5litepod-4"),
+        ({"BUCKET": "gs://b/runs"}, "BUCKET=b/runs: give the name of a bucket alone"),
+        ({"WAIT_S": "2h"}, "WAIT_S=2h"),
+    ],
+)
+def test_wrong_variables_are_named(variables, message):
+    with pytest.raises(script.LaunchError, match=re.escape(message)):
+        script.read_settings({"PROJECT": "p"} | variables)
+
+
+def test_refuses_before_it_calls_gcloud(tmp_path):
+    result, made = tpu_vm(tmp_path, "create", TYPE="v5p-31")
+    assert result.returncode == 1 and result.stderr.startswith("error: TYPE=v5p-31") and not made
+    result, made = tpu_vm(tmp_path, "setup", BUCKET="")
+    assert "BUCKET is not set: the 4 hosts of 1 x v5litepod-16" in result.stderr and not made
+    result, made = tpu_vm(tmp_path, "delete", "now")
+    assert "delete takes no now" in result.stderr and not made
+    for command in ("python -m opsd_jax.convert import", "opsd data prepare"):
+        result, made = tpu_vm(tmp_path, "run", "--", *command.split())
+        assert "is a command of one process: WORKER=0" in result.stderr and not made
+    result, _ = tpu_vm(tmp_path, "fly")
+    assert result.returncode == 1 and "tpu_vm.sh job -- COMMAND" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name, hosts",
+    [("v5e-1", 1), ("v5e-8", 1), ("v5litepod-16", 4), ("v5e-256", 64), ("v6e-8", 1), ("v6e-64", 16)]
+    + [("v5p-8", 1), ("v5p-16", 2), ("v5p-32", 4), ("v5p-4096", 512), ("v4-8", 1), ("v4-64", 8)],
+)
+def test_types_are_those_that_plan_compiles_for(name, hosts):
+    api_name, family, found = script.read_type(name)
+    parsed = topology.parse_topology(name)
+    assert api_name == name.replace("v5e", "v5litepod") and found == hosts
+    assert family.cores == parsed.chip.cores and parsed.chips in family.sizes
+
+
+def test_types_are_listed(tmp_path):
+    result, made = tpu_vm(tmp_path, "types", PROJECT="")
+    assert re.search(r"^v5p-8 .*us-east5-a", result.stdout, flags=re.MULTILINE) and not made
+
+
+# --- the TPU --------------------------------------------------------------------------------------
+
+
+def test_creates_and_waits(tmp_path):
+    result, made = tpu_vm(
+        tmp_path, "create", states=["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    )
+    assert result.returncode == 0, result.stderr
+    create = [
+        "queued-resources",
+        "create",
+        "opsd",
+        "--node-id=opsd",
+        *PLACE,
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--scopes=https://www.googleapis.com/auth/cloud-platform",
+        "--valid-until-duration=7200s",
+    ]
+    assert made == [DESCRIBE, create, DESCRIBE, DESCRIBE, DESCRIBE]
+    assert "opsd is ACTIVE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "variables, options",
+    [
+        (
+            {"SLICES": 2, "SPOT": 1, "TYPE": "v6e-16"},
+            {
+                "--node-count=2",
+                "--node-prefix=opsd",
+                "--spot",
+                "--accelerator-type=v6e-16",
+                "--runtime-version=v2-alpha-tpuv6e",
+                "--zone=us-east5-b",
+            },
+        ),
+        ({"TYPE": "v5e-16"}, {"--accelerator-type=v5litepod-16", "--zone=us-west4-a"}),
+        ({"TYPE": "v5p-8"}, {"--zone=us-east5-a", "--runtime-version=v2-alpha-tpuv5"}),
+        (
+            {"CREATE_ARGS": "--reserved --service-account=a@b", "VERSION": "v", "WAIT_S": 60},
+            {
+                "--reserved",
+                "--service-account=a@b",
+                "--runtime-version=v",
+                "--valid-until-duration=60s",
+            },
+        ),
+    ],
+)
+def test_creates_what_the_variables_say(tmp_path, variables, options):
+    _, made = tpu_vm(tmp_path, "create", states=["", "ACTIVE"], **variables)
+    assert options <= set(made[1])
+
+
+def test_a_zone_that_lacks_the_type_is_noted(tmp_path):
+    result, made = tpu_vm(tmp_path, "create", TYPE="v5p-8", ZONE="us-west4-a")
+    assert result.returncode == 0 and "--zone=us-west4-a" in made[0]
+    assert "v5p-8 is known in us-east5-a, us-central1-a, not in us-west4-a" in result.stderr
+
+
+def test_goes_on_waiting_for_what_is_asked_for_already(tmp_path):
+    result, made = tpu_vm(tmp_path, "create", states=["PROVISIONING", "PROVISIONING", "ACTIVE"])
+    assert result.returncode == 0 and made == [DESCRIBE] * 3
+
+
+@pytest.mark.parametrize(
+    "states, variables, message",
+    [
+        (["", "FAILED"], {}, "opsd is FAILED"),
+        (["", "WAITING_FOR_RESOURCES"], {"WAIT_S": 0}, "still WAITING_FOR_RESOURCES after 0 s"),
+    ],
+)
+def test_says_why_it_gives_up(tmp_path, states, variables, message):
+    result, _ = tpu_vm(tmp_path, "create", states=states, **variables)
+    assert result.returncode == 1 and message in result.stderr
+
+
+# --- the workers ----------------------------------------------------------------------------------
+
+
+def test_sets_up_all_workers_of_all_slices(tmp_path):
+    result, made = tpu_vm(tmp_path, "setup", SLICES=2, BUCKET="gs://b/", EXTRAS="wandb")
+    assert result.returncode == 0, result.stderr
+    assert [call[:2] for call in made] == [["tpu-vm", "scp"]] * 2 + [["tpu-vm", "ssh"]] * 2
+    assert [call[3] for call in made[:2]] == ["opsd-0:opsd.tar.gz", "opsd-1:opsd.tar.gz"]
+    assert sorted(call[2] for call in made[2:]) == ["opsd-0", "opsd-1"]
+    assert all("--worker=all" in call for call in made)
+    assert all(
+        call[-1].endswith("EXTRAS=wandb bash opsd/launch/tpu_worker.sh setup b")
+        for call in made[2:]
+    )
+    with tarfile.open(tmp_path / "pack.tar.gz") as pack:
+        names = pack.getnames()
+    assert {
+        "opsd_jax/train.py",
+        "launch/tpu_worker.sh",
+        "setup.py",
+        "constraints/py312.txt",
+    } <= set(names)
+    assert not [name for name in names if name.startswith((".git/", "tests/", "docs/"))]
+
+
+def test_runs_the_command_word_by_word(tmp_path):
+    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND, RESTARTS=3)
+    assert result.returncode == 0 and len(made) == 1 and "--worker=all" in made[0]
+    remote = made[0][-1].removeprefix("--command=")
+    worker = ["RESTARTS=3", "bash", "opsd/launch/tpu_worker.sh", "run"]
+    assert shlex.split(remote) == [*worker, *COMMAND]
+
+
+def test_runs_a_command_of_one_process_on_one_worker(tmp_path):
+    """Not on its TPU, which would wait for the processes of the other hosts."""
+    command = ["python", "-m", "opsd_jax.convert", "import", "--target=runs/a b"]
+    _, made = tpu_vm(tmp_path, "run", "--", *command, SLICES=2, NODE=1, WORKER=0)
+    assert len(made) == 1 and made[0][2] == "opsd-1" and "--worker=0" in made[0]
+    words = shlex.split(made[0][-1])
+    assert words[-7:] == ["env", "JAX_PLATFORMS=cpu", "OPSD_NUM_PROCESSES=1", *command][-7:]
+    _, made = tpu_vm(tmp_path, "run", "--", *command, TYPE="v5p-8")  # there is one process only
+    assert shlex.split(made[-1][-1])[-len(command) - 1 :] == ["run", *command]
+
+
+def test_notices_a_worker_that_fails(tmp_path):
+    result, made = tpu_vm(tmp_path, "run", "--", *COMMAND, SLICES=2, fails="opsd-1")
+    assert result.returncode == 1 and "the command on a worker" in result.stderr and len(made) == 2
+
+
+def test_logs_ssh_stop_delete(tmp_path):
+    for arguments in (["logs"], ["ssh"], ["ssh", "--", "df -h | head"], ["delete"], ["stop"]):
+        result, made = tpu_vm(tmp_path, *arguments, SLICES=2, WORKER=3, NODE=1)
+        assert result.returncode == 0, result.stderr
+    logs, shell, command, delete, *stop = made
+    for call in (logs, shell, command):
+        assert call[2] == "opsd-1" and "--worker=3" in call
+    assert shell[-1] == "--worker=3" and command[-1] == "--command=df -h | head"
+    assert delete == DELETE
+    # All of them: a supervisor that was not told would start the command again.
+    assert sorted(call[2] for call in stop) == ["opsd-0", "opsd-1"]
+    assert all("--worker=all" in call for call in stop)
+    result, _ = tpu_vm(tmp_path, "ssh", WORKER="all")
+    assert result.returncode == 1 and "a shell is on one worker" in result.stderr
+
+
+def test_ssh_through_a_proxy(tmp_path):
+    """Options go to ssh and scp; one of them only the alpha track knows."""
+    for options in ("--internal-ip --ssh-key-file=k", "--tunnel-through-iap"):
+        tpu_vm(tmp_path, "setup", SSH_ARGS=options)
+    plain, _, alpha, _ = made = calls(tmp_path / "bin")
+    assert {"--internal-ip", "--ssh-key-file=k"} <= set(plain) & set(made[1])
+    assert alpha[:4] == made[3][:4] == ["gcloud", "alpha", "compute", "tpus"]
+
+
+# --- waiting, and starting again ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reports, ended",
+    [
+        (["ended 0", "ended 0"], 0),
+        (["ended 42", "ended 42"], 42),
+        (["ended 0", "running"], None),
+        (["running", "running"], None),
+        (["ended 1", "running"], 1),  # its own error; the others wait for it in vain
+        (["ended 43", "ended 43"], 1),  # no restarts are left
+        (["ended 1", "lost"], 1),
+        (["lost", "running"], 43),
+        (["idle", "running"], 43),
+        ([], 43),
+    ],
+)
+def test_outcome(reports, ended):
+    assert script.outcome(reports) == ended
+
+
+def test_codes_are_those_of_a_run():
+    assert (script.STOPPED, script.LOST) == (
+        distributed.EXIT_STOPPED,
+        distributed.EXIT_PEER_LOST,
+    )
+
+
+@pytest.mark.parametrize(
+    "states, reports, code",
+    [
+        (["ACTIVE"], ["running,running", "ended 0,running", "ended 0,ended 0"], 0),
+        (["ACTIVE"], ["running,running", "ended 1,running"], 1),
+        (["ACTIVE"], ["ended 42,ended 42"], 42),
+        (["ACTIVE"], ["running,lost"], 43),
+        (["ACTIVE", "ACTIVE", "SUSPENDING"], ["running", "silent"], 43),
+        (["ACTIVE"], ["running", "silent"], 43),
+    ],
+)
+def test_waits_and_gives_the_tpu_back(tmp_path, states, reports, code):
+    result, made = tpu_vm(tmp_path, "wait", "--delete", states=states, reports=reports)
+    assert result.returncode == code, result.stderr
+    assert kinds(made)[:2] == ["describe", "status"] and made[-1] == DELETE
+    assert made.count(DELETE) == 1 and len(made) <= 2 * 11 + 1
+
+
+def test_status(tmp_path):
+    result, _ = tpu_vm(tmp_path, "status", reports=["running,ended 43"])
+    assert "opsd is ACTIVE" in result.stdout and "worker t1v-n-1-w-0 ended 43" in result.stdout
+    result, made = tpu_vm(tmp_path, "status", states=["SUSPENDED"])
+    assert "opsd is SUSPENDED" in result.stdout and kinds(made)[-1] == "describe"
+
+
+def without_waiting(made):
+    """The calls of a job but those that ask for a state."""
+    return [kind for kind in kinds(made) if kind not in ("describe", "status")]
+
+
+def test_a_job_is_done_and_deleted(tmp_path):
+    result, made = tpu_vm(
+        tmp_path, "job", "--", *COMMAND, states=["", "", "ACTIVE"], reports=["running", "ended 0"]
+    )
+    assert result.returncode == 0, result.stderr
+    assert without_waiting(made) == ["create", "scp", "setup", "run", "delete"]
+
+
+def test_a_preempted_job_gets_another_tpu(tmp_path):
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"],
+        reports=["running", "ended 0"],
+    )
+    assert result.returncode == 0, result.stderr
+    once = ["create", "scp", "setup", "run", "delete"]
+    assert without_waiting(made) == once + once
+    first, second = (call for call in made if "tpu_worker.sh run" in call[-1])
+    assert first == second  # which continues it
+
+
+def test_a_rebooted_worker_starts_its_command_again(tmp_path):
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "", "ACTIVE"],
+        reports=["running,lost", "running,running", "ended 0"],
+    )
+    assert result.returncode == 0, result.stderr
+    assert without_waiting(made) == ["create", "scp", "setup", "run", "run", "delete"]
+
+
+def test_a_job_starts_again_a_bounded_number_of_times(tmp_path):
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "", "ACTIVE"],
+        reports=["lost"],
+        RESTARTS=2,
+    )
+    assert result.returncode == 43
+    assert kinds(made).count("run") == 3 and made[-1] == DELETE
+
+
+@pytest.mark.parametrize(
+    "states, deleted", [(["", "", "ACTIVE"], True), (["ACTIVE"], False)], ids=["its own", "found"]
+)
+def test_a_job_that_does_not_start_deletes_only_its_own_tpu(tmp_path, states, deleted):
+    """On one that it found another command may run."""
+    result, made = tpu_vm(tmp_path, "job", "--", *COMMAND, states=states, fails="tpu_worker.sh run")
+    assert result.returncode == 1 and "the command on a worker" in result.stderr
+    assert (DELETE in made) == deleted
+
+
+def test_a_job_whose_tpu_does_not_come_leaves_no_request(tmp_path):
+    result, made = tpu_vm(
+        tmp_path, "job", "--", *COMMAND, states=["", "", "PROVISIONING"], WAIT_S=0
+    )
+    assert result.returncode == 1 and "still PROVISIONING after 0 s" in result.stderr
+    assert made[-1] == DELETE and "scp" not in kinds(made)
+
+
+@pytest.mark.parametrize("arguments", VERBS, ids=" ".join)
+def test_dry_run_prints_the_commands_and_calls_none(tmp_path, arguments):
+    result, made = tpu_vm(tmp_path, *arguments, DRY_RUN=1)
+    assert result.returncode == 0 and made == [], result.stderr
+    lines = result.stdout.splitlines()
+    assert lines and all(shlex.split(line)[:3] == ["gcloud", "compute", "tpus"] for line in lines)
