@@ -9,8 +9,9 @@
 set -euo pipefail
 
 TYPE=${TYPE:-v5litepod-16}
+TYPE=${TYPE/#v5e-/v5litepod-}
 SLICES=${SLICES:-1}
-RESTARTS=${RESTARTS:-50}
+RESTARTS=${RESTARTS:-10}  # each is paid for; an error that comes again by 137 (out of memory), too
 
 [[ $# -ge 3 && $2 == -- ]] || { echo "usage: $0 NAME -- COMMAND..." >&2; exit 2; }
 name=$1
@@ -20,10 +21,12 @@ for variable in CLUSTER PROJECT ZONE IMAGE STORAGE; do
 done
 
 # XPK restarts on 42 and 127-255 by itself, and on 43 (another process is gone) when told to; other codes are errors.
-# It runs the command in a shell, hence `exec`: SIGTERM has to reach Python.
+# It runs the command in a shell, hence `exec`: SIGTERM has to reach Python. Its own grace period is 30 s, in which no
+# large checkpoint is written.
 command=(xpk workload create --workload="$name" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"
   --tpu-type="$TYPE" --num-slices="$SLICES" --docker-image="$IMAGE" --storage="$STORAGE"
-  --max-restarts="$RESTARTS" --restart-on-exit-codes=43 --command="exec$(printf ' %q' "$@")")
+  --max-restarts="$RESTARTS" --restart-on-exit-codes=43 --termination-grace-period-seconds=300
+  --command="exec$(printf ' %q' "$@")")
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   printf '%q ' "${command[@]}"
   echo

@@ -47,7 +47,7 @@ def test_shellcheck(script):
 
 @pytest.mark.parametrize(
     "code, restarts, requeued",
-    [(0, 0, 0), (1, 0, 0), (42, 0, 1), (43, 3, 1), (134, 0, 1), (42, 20, 0)],
+    [(0, 0, 0), (1, 0, 0), (42, 0, 1), (43, 3, 1), (134, 0, 1), (143, 0, 1), (42, 20, 0)],
 )
 def test_slurm_starts_the_command_and_continues_what_can_be_continued(
     tmp_path, code, restarts, requeued
@@ -100,6 +100,11 @@ def test_xpk_gets_the_command_word_by_word():
 
 # --- GKE ------------------------------------------------------------------------------------------
 
+MOUNT_OPTIONS = [
+    "metadata-cache-ttl-secs=0",
+    "metadata-cache-negative-ttl-secs=0",
+    "write-global-max-blocks=1600",
+]
 CHIPS_PER_HOST = {
     "tpu-v5-lite-podslice": 4,
     "tpu-v5p-slice": 4,
@@ -222,7 +227,32 @@ def test_jobset_restarts_what_can_be_continued(name):
         container["name"] for container in pod["containers"]
     ]
     assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
-    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
+    assert pod["terminationGracePeriodSeconds"] == 300
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_pods_may_use_the_tpu_and_the_bucket(name):
+    jobset = overlaid(name)
+    (container,) = pod_of(jobset)["containers"]
+    assert container["securityContext"] == {"privileged": True}
+    annotations = job_of(jobset)["template"]["metadata"]["annotations"]
+    for limit in ("cpu", "memory", "ephemeral-storage"):
+        assert annotations[f"gke-gcsfuse/{limit}-limit"] == "0"  # none
+
+
+def test_all_places_mount_with_the_same_options():
+    """TPU VMs, XPK in the guide; GKE in `test_pods_find_each_other_and_their_folder`."""
+    worker = (LAUNCH / "tpu_worker.sh").read_text()
+    assert re.findall(r"--([\w-]+=\d+)", worker[worker.index("  gcsfuse --") :]) == MOUNT_OPTIONS
+    guide = (ROOT / "docs/guides/several-machines.md").read_text()
+    assert f"--mount-options={','.join(MOUNT_OPTIONS)}" in guide
+
+
+def test_all_places_restart_after_the_same_codes():
+    for script in ("tpu_worker.sh", "slurm.sbatch"):
+        (codes,) = re.findall(r"^\s*(42 \|[\d |]+)\)", (LAUNCH / script).read_text(), re.MULTILINE)
+        assert codes.split(" | ") == ["42", "43", "134", "137", "143"]
 
 
 @pytest.mark.parametrize("name", SLICES)
@@ -261,7 +291,7 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
     )
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
     assert (
-        "metadata-cache:ttl-secs:0" in volume["csi"]["volumeAttributes"]["mountOptions"]
+        volume["csi"]["volumeAttributes"]["mountOptions"].split(",") == MOUNT_OPTIONS
     )  # others write there too
     workdir = next(word for word in container["command"] if word.startswith("--workdir="))
     assert workdir.removeprefix("--workdir=").startswith(mount["mountPath"] + "/")
