@@ -367,7 +367,8 @@ def test_quoted_messages_are_in_the_code():
 
     messages = {
         re.sub(r"\{[\w.:]*\}", "…", text(node))
-        for path in [*(ROOT / "opsd_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for folder in ("opsd_jax", "configs", "launch")
+        for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant)
     }
