@@ -206,6 +206,9 @@ def test_every_slice_with_a_preset_of_the_paper_has_a_folder():
         name for name, command in commands.items() if f"--config={path}:{name}" in command
     ]
     assert sorted(presets) == runs_paper
+    # one run may continue on any of them, and on TPU VMs
+    paths = {tuple(word for word in commands[name] if "=runs/" in word) for name in runs_paper}
+    assert len(paths) == 1 and len(*paths) == 4
     assert all("--config=configs/mini.py" in commands[name] for name in {*SLICES} - {*runs_paper})
 
 
@@ -294,7 +297,9 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
         volume["csi"]["volumeAttributes"]["mountOptions"].split(",") == MOUNT_OPTIONS
     )  # others write there too
     workdir = next(word for word in container["command"] if word.startswith("--workdir="))
-    assert workdir.removeprefix("--workdir=").startswith(mount["mountPath"] + "/")
+    (checkout,) = re.findall(r"^WORKDIR (.*)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+    workdir = os.path.join(checkout, workdir.removeprefix("--workdir="))
+    assert workdir.startswith(mount["mountPath"] + "/")
     assert container["command"][:3] == [
         "python",
         "-m",

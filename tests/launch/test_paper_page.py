@@ -137,7 +137,6 @@ def test_tables_of_slices_are_those_of_the_presets():
     presets = {}
     exec((ROOT / "configs/visual_opsd.py").read_text(), presets)  # noqa: S102  our own file
     assert [row["preset"].strip("`") for row in shapes] == list(presets["SLICES"])
-    machine = "same"
     for row, cost in zip(shapes, costs, strict=True):
         name = row["preset"].strip("`")
         slice_ = topology.parse_topology(name)
@@ -146,7 +145,7 @@ def test_tables_of_slices_are_those_of_the_presets():
         (column,) = [key for key in row if key.startswith("GKE")]
         machine, grid = row[column].split(", ")
         text = (ROOT / f"launch/gke/{name}/kustomization.yaml").read_text()
-        assert f"machine type {machine})" in text and f"topology: {grid}\n" in patch
+        assert f"{machine})" in text and f"topology: {grid}\n" in patch
         assert grid == "x".join(map(str, slice_.grid)) and int(row["chips"]) == slice_.chips
         assert f"spec/parallelism, value: {row['hosts']}}}" in patch
         assert (cost["slice"], cost["chips"], cost["hosts"]) == (name, row["chips"], row["hosts"])
