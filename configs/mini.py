@@ -56,24 +56,24 @@ def get_config(arg: str = "chart"):
     c.data.cache_rows = 20000
     c.data.threads = 1
 
-    c.warmup.update(steps=600, batch_size=48)
+    c.warmup.update(steps=300, batch_size=48)
     c.warmup.optim.update(
-        lr=4e-3, min_lr=4e-4, warmup_steps=70, b2=0.98, eps=1e-8, weight_decay=0.01
+        kind="muon", lr=4e-3, min_lr=4e-4, warmup_steps=40, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.opsd.update(steps=400, batch_size=32, accumulation=1)
+    c.opsd.update(steps=200, batch_size=32, accumulation=1)
     c.opsd.optim.update(
-        lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01
+        kind="muon", lr=1.5e-3, min_lr=1.5e-4, warmup_steps=20, b2=0.98, eps=1e-8, weight_decay=0.01
     )
-    c.sft.update(steps=400, batch_size=32)
+    c.sft.update(steps=200, batch_size=32)
     c.sft.optim.update(c.opsd.optim)  # a copy: one override must not change both
-    c.offline.update(steps=400, batch_size=32)
+    c.offline.update(steps=200, batch_size=32)
     c.offline.optim.update(c.opsd.optim)
     c.teacher.kind = "fixed"
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
 
     c.eval.update(
-        every=200, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=128
+        every=100, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=128
     )
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}

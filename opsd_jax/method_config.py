@@ -18,23 +18,28 @@ from opsd_jax.params import GROUPS
 TEACHERS = ("ema", "self", "fixed")
 REDUCTIONS = ("completion", "token")
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 RENORMS = ("global", "channel", "text_channel")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning-rate schedule and gradient clipping. Defaults are the paper's (App. C).
+    """Optimizer, learning-rate schedule and gradient clipping. Defaults are the paper's (App. C).
 
+    kind: "adamw", or "muon": the matrices inside the model are moved by Muon (see
+      `optimizer.apply_gradients`), all other parameters by AdamW.
     lr: peak learning rate. min_lr: learning rate at the end of the cosine.
     warmup_steps: steps of the linear warm-up from 0.
     total_steps: steps of the stage, warm-up included.
     schedule: "cosine" (linear warm-up, then cosine to min_lr) or "constant" (linear warm-up, then
       lr). As in the official code, the first step has learning rate 0: it fills the moments and
       changes no parameter.
-    b1, b2, eps, weight_decay: settings of AdamW.
+    b1, b2, eps, weight_decay: settings of AdamW; b1 is also the momentum of Muon, and weight_decay
+      its decay.
     max_grad_norm: bound of the global gradient norm; 0 for none.
     """
 
+    kind: Annotated[str, OPTIMIZERS] = "adamw"
     lr: Annotated[float, "[0, 1]"] = 1e-5
     min_lr: Annotated[float, "[0, 1]"] = 1e-7
     warmup_steps: Annotated[int, "[0, inf)"] = 200

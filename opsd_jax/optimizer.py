@@ -1,9 +1,10 @@
-"""The training state and its update: gradient accumulation, clipping, AdamW, schedule and EMA.
+"""The training state and its update: gradient accumulation, clipping, AdamW or Muon, schedule and EMA.
 
 The state is one plain dict {"params", "opt", "step"} with "ema" or "teacher" as the teacher needs
 it. Only trainable leaves have a gradient, moments and an EMA.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, Real
+from optax import contrib
 
 from opsd_jax import params as params_lib
 from opsd_jax.array_types import AnyArray
@@ -41,7 +43,8 @@ def split(params: dict, config: StageConfig) -> tuple[dict, dict]:
 def init_state(params: dict, config: StageConfig) -> dict:
     """The state at the start of a stage.
 
-    params: the model's parameters, not copied. opt: Adam's moments, optax.ScaleByAdamState.
+    params: the model's parameters, not copied. opt: Adam's moments, optax.ScaleByAdamState; with
+    Muon an optax.PartitionState: the momentum of the matrices and Adam's moments of the others.
     step: int32 [], optimizer steps of the stage so far.
     ema or teacher: copies of the trainable leaves, for the moving average or the fixed teacher.
     """
@@ -97,18 +100,53 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _directions(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipped gradients as Adam's normalised directions. Of the two only Adam has a state."""
-    return optax.chain(
-        clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-    )
+    """Clipped gradients as directions of Adam or Muon. Clipping has no state."""
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.kind == "muon":
+        muon = optax.chain(
+            contrib.scale_by_muon(
+                beta=config.b1, weight_dimension_numbers=functools.partial(jax.tree.map, _in_out)
+            ),
+            optax.stateless(lambda updates, _: jax.tree.map(_like_adam, updates)),
+        )
+        adam = optax.partition({"matrix": muon, "other": adam}, _kinds_of_leaves)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), adam)
+
+
+def _kinds_of_leaves(tree: dict) -> dict:
+    """ "matrix" for each leaf that Muon moves: matrices [in, out], alone or stacked over layers."""
+
+    def kind(path, leaf):
+        names = [str(key.key) for key in path]
+        matrix = names[0] != "vae" and names[-1].endswith(("_kernel", "_lora_a", "_lora_b"))
+        return "matrix" if matrix else "other"
+
+    return jax.tree_util.tree_map_with_path(kind, tree)
+
+
+def _in_out(matrix: AnyArray) -> contrib.MuonDimensionNumbers:
+    """The axes of a matrix. The axis before them, the layers, is a batch of matrices."""
+    return contrib.MuonDimensionNumbers(matrix.ndim - 2, matrix.ndim - 1)
+
+
+def _like_adam(direction: AnyArray) -> AnyArray:
+    """Muon's direction with the usual size of Adam's, so that both take the same learning rate.
+
+    A semi-orthogonal [n, m] has entries of root mean square 1 / sqrt(max(n, m)); Adam's have about
+    0.2 (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    """
+    return 0.2 * max(direction.shape[-2:]) ** 0.5 * direction
 
 
 @jax.named_scope("optimizer")
 def apply_gradients(
     state: dict, grads: dict, config: StageConfig
 ) -> tuple[dict, dict[str, Float32[Array, ""]]]:
-    """Clipping, AdamW and EMA.
+    """Clipping, AdamW or Muon, and EMA.
+
+    Muon (Jordan et al. 2024; optax.contrib): the momentum of a matrix with its singular values
+    replaced by about 1. It needs fewer steps than AdamW where a model learns from random weights.
+    Embeddings, head, norms, biases and the autoencoder are moved by AdamW.
 
     The last operations are written out, because optax's round differently: weight decay and
     learning rate in the order of torch's AdamW, p <- p (1 - lr * decay) - lr * direction, and the

@@ -299,6 +299,12 @@ def test_layouts_of_parameters():
         for path, place in params_lib.flatten(tree).items():
             assert place == expected[path]
     assert found["step"].spec == found["opt"].count.spec == P()
+    muon = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, kind="muon"))
+    state = jax.eval_shape(lambda p: distill.init_state(p, muon), params)
+    found = params_lib.flatten(
+        sharding.tree_shardings(mesh, state)["opt"].inner_states["matrix"].inner_state[0].mu
+    )
+    assert found["llm/layers/und/q_kernel"] == expected["llm/layers/und/q_kernel"]
     with pytest.raises(ValueError):
         spec("llm/embed", (264, 32, 1))
 

@@ -428,6 +428,72 @@ def test_optimizer_against_optax(max_norm):
     assert max(tiny.distances(state["params"], params).values()) > 0.05
 
 
+def test_muon_against_its_definition():
+    """Three steps of stacked, tall and wide matrices in float64 NumPy: momentum with Nesterov's
+    look-ahead, five Newton-Schulz iterations of each matrix alone, and the size of Adam's steps.
+    Embedding, norm and autoencoder move as with AdamW.
+    """
+    optim = OptimConfig(
+        kind="muon", lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=0.0
+    )
+    rng = np.random.default_rng(0)
+
+    def tree():
+        return {
+            "llm": {
+                "embed": rng.normal(size=(5, 3)),
+                "layers": {"und": {"up_kernel": rng.normal(size=(2, 3, 4))}},
+                "norm": rng.normal(size=3),
+            },
+            "connector": {"fc1_kernel": rng.normal(size=(5, 3))},
+            "vae": {"x_kernel": rng.normal(size=(3, 3))},
+        }
+
+    def orthogonal(x):
+        if x.shape[0] > x.shape[1]:
+            return orthogonal(x.T).T
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x - (4.775 * a - 2.0315 * a @ a) @ x
+        return x
+
+    def to_jax(values):
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+
+    start, gradients = tree(), [tree() for _ in range(3)]
+    states = {}
+    for kind in ("muon", "adamw"):
+        own = dataclasses.replace(optim, kind=kind)
+        config = variant(optim=own, teacher="self", model=tiny.DRAWING)
+        state = {
+            "params": to_jax(start),
+            "opt": optimizer._directions(own).init(to_jax(start))[1],
+            "step": jnp.zeros((), jnp.int32),
+        }
+        with pytest.MonkeyPatch.context() as patch:  # this test trains all leaves, the vae, too
+            patch.setattr(optimizer, "split", lambda params, config: (params, {}))
+            update = jax.jit(functools.partial(optimizer.apply_gradients, config=config))
+            for g in gradients:
+                state, _ = update(state, to_jax(g))
+        states[kind] = params_lib.flatten(state["params"])
+
+    decay, b1 = 1 - optim.lr * optim.weight_decay, optim.b1
+    for path, scale in (("llm/layers/und/up_kernel", 4), ("connector/fc1_kernel", 5)):
+        expected = params_lib.flatten(start)[path]
+        momentum = np.zeros_like(expected)
+        for t, g in enumerate((params_lib.flatten(g)[path] for g in gradients), 1):
+            momentum = b1 * momentum + (1 - b1) * g
+            ahead = b1 * momentum / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+            matrices = ahead if ahead.ndim == 3 else ahead[None]
+            step = np.stack([orthogonal(x) for x in matrices]).reshape(ahead.shape)
+            expected = expected * decay - optim.lr * 0.2 * scale**0.5 * step
+        np.testing.assert_allclose(states["muon"][path], expected, rtol=0, atol=2e-6)
+        assert np.abs(states["adamw"][path] - expected).max() > 0.05
+    for path in ("llm/embed", "llm/norm", "vae/x_kernel"):
+        np.testing.assert_array_equal(states["muon"][path], states["adamw"][path])
+
+
 def torch_adamw(gradients, lr, b1, b2, eps):
     """Parameters that start at 0 after torch.optim.AdamW, in float64 and in the order of its
     operations: the square root of the second moment is divided by that of its bias correction, then
