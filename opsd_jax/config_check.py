@@ -313,7 +313,7 @@ def _check_stage(config: ConfigDict, stage: str) -> None:
             f"config.{stage}.batch_size {s.batch_size} is not divisible by "
             f"config.{stage}.accumulation {s.accumulation}"
         )
-    _check_schedule(config, stage)
+    _check_optimizer(config, stage)
     if "mix" in s and not any(s.mix.values()):
         raise ValueError(
             f"config.{stage}.mix is {s.mix.to_dict()}: give at least one layout a share above 0"
@@ -328,8 +328,13 @@ def _check_stage(config: ConfigDict, stage: str) -> None:
         config_lib.stage_config(config, stage, _ENDS)
 
 
-def _check_schedule(config: ConfigDict, stage: str) -> None:
+def _check_optimizer(config: ConfigDict, stage: str) -> None:
     steps, optim = config[stage].steps, config[stage].optim
+    if stage == "autoencoder" and optim.kind == "muon":
+        raise ValueError(
+            "config.autoencoder.optim.kind is 'muon', which moves no parameter of the autoencoder: "
+            "use 'adamw'"
+        )
     if optim.warmup_steps > steps:
         raise ValueError(
             f"config.{stage}.optim.warmup_steps is {optim.warmup_steps}, but the stage has {steps} "

@@ -437,6 +437,10 @@ def test_buckets_of_another_shape(key, wrong, unit):
             {"opsd__optim__schedule": "linear"},
             "config.opsd.optim.schedule is 'linear': use 'cosine' or 'constant'",
         ),
+        (
+            {"stages": ("autoencoder",), "autoencoder__optim__kind": "muon"},
+            "config.autoencoder.optim.kind is 'muon', which moves no parameter",
+        ),
         ({"rollout__refill": 3}, "config.rollout.slots 0 must be a multiple of the 1 batch shards"),
         ({"divergence__kind": "kl"}, "config.divergence.kind is 'kl'"),
         (
