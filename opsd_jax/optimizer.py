@@ -1,4 +1,4 @@
-"""The training state and its update: gradient accumulation, clipping, AdamW or Muon, schedule and EMA.
+"""The training state and its update: accumulation, clipping, AdamW or Muon, schedule and EMA.
 
 The state is one plain dict {"params", "opt", "step"} with "ema" or "teacher" as the teacher needs
 it. Only trainable leaves have a gradient, moments and an EMA.

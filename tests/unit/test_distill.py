@@ -434,7 +434,12 @@ def test_muon_against_its_definition():
     Embedding, norm and autoencoder move as with AdamW.
     """
     optim = OptimConfig(
-        kind="muon", lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=0.0
+        kind="muon",
+        lr=0.1,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.1,
+        max_grad_norm=0.0,
     )
     rng = np.random.default_rng(0)
 
