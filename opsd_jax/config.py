@@ -248,6 +248,7 @@ class CheckpointConfig:
 
     every: Annotated[int, "[1, inf)"] = 100  # steps; the last of a stage is always saved and kept
     keep_latest: Annotated[int, "[1, inf)"] = 2
+    timeout: Annotated[int, "[1, inf)"] = 1200  # seconds that a save may take in the background
     # What may have another content than before without stopping the run.
     accept_changed: Annotated[tuple[str, ...], ("data", "tokenizer")] = ()
     # Weights for inference: "student", which the official code evaluated, or "ema".

@@ -33,6 +33,7 @@ FREE_SETTINGS = (
     "health",
     "eval",
     "checkpoint.keep_latest",
+    "checkpoint.timeout",
     "checkpoint.accept_changed",
     "data.threads",
     "data.prefetch",

@@ -166,6 +166,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
             run_folder.checkpoints(workdir),
             keep_latest=config.checkpoint.keep_latest,
             keep_steps=saves.never_deleted(config),
+            timeout=config.checkpoint.timeout,
         ) as checkpoints,
     ):
         run, done = session_lib.open_training(config, workdir, data_workdir, checkpoints)
@@ -235,7 +236,9 @@ def train_stage(
         with clock("collect"):  # before the optimizer takes its memory
             cache = teacher_cache.collect(
                 run,
-                start.initial_params(run, stage.first) if params is None else params,
+                start.read(run, saves.origin(config, run.workdir, stage.name))
+                if params is None
+                else params,
                 examples,
                 before_batch=stop.check,
             )
@@ -245,9 +248,10 @@ def train_stage(
         state = state_lib.restored(run, stage, checkpoints, begin)
     else:
         state = state_lib.fresh(run, stage, params)
-        if kind.keeps_start and done is None:
-            state_lib.save(run, stage, checkpoints, begin, state)
-            checkpoints.wait()
+        if done is None and saves.saves_start(config, kind):
+            with clock("checkpoint"):
+                state_lib.save(run, stage, checkpoints, begin, state, weights_only=True)
+                checkpoints.wait()
 
     stream = batches.stream(load, begin, stage.last) if begin < stage.last else iter(())
     health = Health(**config.health)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.experimental import multihost_utils
 
-from opsd_jax import config as config_lib
 from opsd_jax import sharding
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples
@@ -17,7 +16,8 @@ from opsd_jax.evaluation import results as results_lib
 from opsd_jax.inputs import cli
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.run import evaluate, evaluation_request
+from opsd_jax.release import folders
+from opsd_jax.run import evaluate, evaluation_request, saves
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -248,7 +248,7 @@ def start_checkpoint(workdir: str) -> str:
     """The step folder that a run's OPSD (or else SFT or offline) stage started from.
 
     Raises:
-      ValueError: the run has no such stage.
+      ValueError: the run has no such stage, or kept no checkpoint of the weights.
     """
     config = workdir_lib.load_config(workdir)
     compared = ("opsd", "sft", "offline")
@@ -258,4 +258,11 @@ def start_checkpoint(workdir: str) -> str:
             f"the run in {workdir} has the stages {', '.join(config.stages)}: there is no training "
             "to compare before and after; diagnose one with an opsd, sft or offline stage"
         )
-    return run_folder.checkpoint(workdir, config_lib.start_of(config, stage))
+    folder = saves.origin(config, workdir, stage)
+    if folders.is_model(folder):
+        raise ValueError(
+            f"{workdir} has no checkpoint 0: with config.eval.kl=False a run does not save the "
+            f"weights that it starts with, here those in {folder}. There is nothing to compare "
+            "with; train with config.eval.kl=True for this analysis"
+        )
+    return folder

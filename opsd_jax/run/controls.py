@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.data.workdir import read_record
+from opsd_jax.run import saves
 from opsd_jax.runtime import metrics, run_folder
 from opsd_jax.runtime.progress import Progress
 
@@ -49,8 +50,7 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
         raise config_check.ConfigMismatchError(
             f"--arm={name} is a control of the run in {workdir}, but {error}"
         ) from None
-    step = config_lib.start_of(config, "opsd")
-    start = run_folder.checkpoint(workdir, step)
+    step, start = config_lib.start_of(config, "opsd"), saves.origin(config, workdir, "opsd")
     if not os.path.isdir(start):
         raise FileNotFoundError(
             f"{start} does not exist: run the same command without --arm first, up to step {step}"

@@ -22,9 +22,9 @@ class Kind:
       caches_teacher: the batch maker also takes the cache of a teacher's outputs, which is
         collected before the first step (see `teacher_cache`).
       evaluates: accuracy is measured during the stage and at its end.
-      keeps_start: results are compared with the weights that the stage starts with. They are saved
-        as checkpoint 0 if it is the run's first stage, and its final evaluation measures the KL to
-        them.
+      keeps_start: results are compared with the weights that the stage starts with. If it is the
+        run's first stage they may be saved as checkpoint 0 (`saves.saves_start`), and its final
+        evaluation measures the KL to them.
       starts_arms: control arms start from the weights that the stage starts with.
     """
 

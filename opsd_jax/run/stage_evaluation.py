@@ -7,15 +7,15 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from opsd_jax import sharding
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
 from opsd_jax.run import evaluate as evaluate_lib
 from opsd_jax.run import saves
+from opsd_jax.run import start as start_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.state import ema_params
-from opsd_jax.runtime import checkpoint, files, run_folder
+from opsd_jax.runtime import files, run_folder
 from opsd_jax.runtime.health import Health
 from opsd_jax.runtime.stopping import StopRequest
 
@@ -181,9 +181,8 @@ class Evaluation:
         Returns {task: KL before and after training, and the closure}.
         """
         run, split = self.run, self.run.config.eval.final_split
-        abstract = sharding.abstract(run.mesh, jax.eval_shape(lambda: params))
-        start_folder = run.checkpoint_folder(self.stage.first)
-        start = checkpoint.restore_params(start_folder, abstract)
+        origin = saves.origin(run.config, run.workdir, self.stage.name)
+        start = start_lib.read(run, origin)
 
         def kl(student):
             return reference_kl.reference_kl(
@@ -206,7 +205,7 @@ class Evaluation:
         }
         files.write_json(
             os.path.join(run.results_folder(self.stage.last, "kl"), run_folder.SUMMARY),
-            {"split": split, "start": start_folder, "unit": "nats per token", "tasks": found},
+            {"split": split, "start": origin, "unit": "nats per token", "tasks": found},
             primary=jax.process_index() == 0,
         )
         return found

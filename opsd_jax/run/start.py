@@ -22,7 +22,17 @@ def initial_params(run: Session, step: int | None):
     Raises:
       ValueError: those weights have other sizes, or other adapters, than the settings say.
     """
-    source = run.config.init_from if step is None else run.checkpoint_folder(step)
+    params = read(run, run.config.init_from if step is None else run.checkpoint_folder(step))
+    counts = params_lib.count(params)
+    logging.info("parameters: %s", ", ".join(f"{group} {n:,}" for group, n in counts.items()))
+    return params
+
+
+def read(run: Session, source: str):
+    """The weights in a folder, laid out on the mesh; random ones for "".
+
+    Raises ValueError as `initial_params`.
+    """
     if not source:
         params = _random(run)
     elif folders.is_model(source):
@@ -31,8 +41,6 @@ def initial_params(run: Session, step: int | None):
         params = _from_checkpoint(run, source)
     if run.model.lora and "lora" not in params_lib.count(params):
         params = params_lib.merge(_new_adapters(run), params)
-    counts = params_lib.count(params)
-    logging.info("parameters: %s", ", ".join(f"{group} {n:,}" for group, n in counts.items()))
     return params
 
 

@@ -45,11 +45,23 @@ def ema_params(stage: Stage, state: dict) -> dict | None:
     return None
 
 
-def save(run: Session, stage: Stage, checkpoints: Checkpoints, step: int, state: dict) -> None:
-    """Starts to save the checkpoint of a step; `checkpoints.wait()` waits until it is complete."""
+def save(
+    run: Session,
+    stage: Stage,
+    checkpoints: Checkpoints,
+    step: int,
+    state: dict,
+    *,
+    weights_only: bool = False,
+) -> None:
+    """Starts to save the checkpoint of a step; `checkpoints.wait()` waits until it is complete.
+
+    weights_only: without the training state. At the start of a stage that holds the same weights
+      once or twice more, and an optimizer that has seen nothing: `fresh` makes them again.
+    """
     checkpoints.save(
         step,
-        state,
+        None if weights_only else state,
         offered_params(run, stage, state),
         stage=stage.name,
         config=run.record,

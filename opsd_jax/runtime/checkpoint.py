@@ -1,7 +1,8 @@
 """Checkpoints of a run that survive kill -9, a full disk and another mesh.
 
 <workdir>/checkpoints/<step>/state    the training pytree {params, ema?, opt, step} to continue from
-<workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any), which eval loads
+<workdir>/checkpoints/<step>/params   the weights to infer with (the EMA, if any), which eval loads;
+                                      at the run's start these alone
 + JSON metadata                       format, stage, step, config, digests of data and tokenizer,
                                       versions
 
@@ -36,6 +37,7 @@ from opsd_jax.runtime.checkpoint_folders import (
 )
 
 FORMAT = 1  # raise it when the layout above changes
+_PIECE_BYTES = 1 << 25  # of an array in a checkpoint that `save` writes
 _DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "versions": dict}
 
 
@@ -56,15 +58,24 @@ class Checkpoints:
       directory: the folder of the step folders, `<workdir>/checkpoints`; made if missing.
       keep_latest: how many of the newest stay; at least 1.
       keep_steps: steps that are never deleted, such as the last of each stage.
+      timeout: seconds that a save may take to be written; after them it counts as failed.
     """
 
-    def __init__(self, directory, *, keep_latest: int = 2, keep_steps: Iterable[int] = ()):
+    def __init__(
+        self,
+        directory,
+        *,
+        keep_latest: int = 2,
+        keep_steps: Iterable[int] = (),
+        timeout: int = 1200,
+    ):
         if keep_latest < 1:
             raise ValueError(
                 f"keep_latest={keep_latest}: with none kept, a crash would lose the run"
             )
         self.directory = folders.absolute(directory)
         self._keep = keep_latest, tuple(int(step) for step in keep_steps)
+        self._timeout = timeout
         with _explained(f"opening the checkpoints folder {self.directory}"):
             self._open()
 
@@ -74,7 +85,11 @@ class Checkpoints:
         folders.remove_half_written(self.directory)
         # Orbax keeps all: it would delete older ones before the new one has been opened, see
         # `_settle`
-        self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=True)
+        context = ocp.Context()
+        context.async_options.timeout_secs = self._timeout
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, cleanup_tmp_directories=True, context=context
+        )
         # Orbax asks for preemption with its own numbers, from threads too. The processes would
         # agree on one of those instead of a number of `stopping.StopRequest`, which then never
         # comes: SIGTERM would be ignored.
@@ -115,7 +130,8 @@ class Checkpoints:
 
         Args:
           step: position of the run: updates done so far, over all stages.
-          state: the training pytree, any shardings.
+          state: the training pytree, any shardings; None for a checkpoint of weights alone, from
+            which a stage can start and no stage can continue.
           params: the weights to infer with; the caller chooses (the EMA, if there is one).
           stage: the stage of the run, of `config.STAGES`.
           config: settings as plain JSON types, see `config.to_json`.
@@ -141,14 +157,14 @@ class Checkpoints:
                 "the newer folders"
             )
         self.wait()
-        fresh = step != self._newest
+        fresh, items = step != self._newest, _items(state, params)
         if fresh:
             with self._writing(step):
                 self._checkpointer.save_checkpointables_async(
-                    step, {"state": state, "params": params}, custom_metadata=details, force=True
+                    step, items, custom_metadata=details, force=True
                 )
                 self._newest = step
-                self._unverified = step, jax.tree.map(_outline, {"state": state, "params": params})
+                self._unverified = step, jax.tree.map(_outline, items)
         if wait:
             self.wait()
         return fresh
@@ -269,6 +285,10 @@ def save(
 ) -> None:
     """Writes one checkpoint into the folder `directory` itself and waits for it.
 
+    Arrays are stored in pieces of at most 32 MiB, so that each of several processes that read the
+    folder later reads the pieces that its devices hold. By default Orbax makes one piece of what a
+    device holds, here the whole array, and each process would read and unpack all of it.
+
     Args:
       directory: the folder to make; it must not exist, or be empty.
       state: the training pytree, or None when there are weights only (an imported release).
@@ -287,9 +307,10 @@ def save(
                 f"{directory} exists and is not empty: choose another folder, or delete it"
             )
         directory.rmdir()  # Orbax wants to be the one that makes it
-    items = {"params": params} if state is None else {"state": state, "params": params}
+    items = _items(state, params)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = _in_flight(items)
+    context.array.saving.storage_options.chunk_byte_size = _PIECE_BYTES
     with context, _explained(f"writing the checkpoint {directory}"):
         ocp.save_checkpointables(directory, items, custom_metadata=details)
     _verify(directory, jax.tree.map(_outline, items))
@@ -452,6 +473,11 @@ def _details(step: int, stage: str, config: Mapping, digests: Mapping | None = N
         "metrics": {},  # earlier versions of the package ask for it
         "versions": {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__},
     }
+
+
+def _items(state: Any, params: Any) -> dict[str, Any]:
+    """What a checkpoint stores, by name."""
+    return {"params": params} if state is None else {"state": state, "params": params}
 
 
 def _read_metadata(directory: epath.Path) -> tuple[dict, dict]:

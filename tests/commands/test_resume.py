@@ -326,6 +326,7 @@ def test_a_run_that_took_no_step_starts_anew_with_other_settings(tmp_path):
             train.train(config, str(tmp_path / "w"))
         record = json.loads((tmp_path / "w" / "config.json").read_text())
         assert checkpoint.metadata(start)["config"] == record
+        assert {*checkpoint.contents(start)} == {"params"}
         return start.stat().st_mtime_ns, record["opsd"]["optim"]["lr"]
 
     small_run.make_data(small_run.config(), tmp_path)

@@ -1,5 +1,6 @@
 """The budget of a whole run: its arithmetic by hand, and its bytes against a real checkpoint."""
 
+import os
 import re
 import types
 
@@ -10,8 +11,10 @@ import small_run
 import tiny
 from opsd_jax import config as config_lib
 from opsd_jax import optimizer
+from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.diagnose import selection
 from opsd_jax.plan import bill, budget, programs, table, topology
-from opsd_jax.run import saves
+from opsd_jax.run import controls, saves
 from opsd_jax.run import state as state_lib
 from opsd_jax.runtime import checkpoint
 
@@ -108,6 +111,40 @@ def test_saves_of_a_run():
     assert saves.never_deleted(config) == (0, 350, 750)
     config.eval.every = 175  # what is evaluated is saved; the last step has the final evaluation
     assert [step for step, _ in saves.of_run(config)] == [175, 350, 500, 525, 700, 750]
+
+
+def test_the_start_is_saved_where_something_measures_against_it(tmp_path):
+    config = config_lib.default()
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "source.json").touch()  # an imported model
+    config.init_from = str(tmp_path)
+    assert saves.of_run(config)[0] == (0, "opsd")
+    config.eval.kl = False
+    assert saves.of_run(config)[0] == (100, "opsd")
+    config.init_from = ""  # random weights, or those of another run, may not come again
+    assert saves.of_run(config)[0] == (0, "opsd")
+
+
+def test_where_a_stage_starts(tmp_path):
+    config, workdir = config_lib.default(), str(tmp_path / "w")
+    config.eval.kl, config.init_from = False, str(tmp_path)
+    saved = str(tmp_path / "w" / "checkpoints" / "0")
+    assert saves.origin(config, workdir, "opsd") == saved  # init_from is no model
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "source.json").touch()
+    assert saves.origin(config, workdir, "opsd") == str(tmp_path)
+    config.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
+    workdir_lib.write_record(workdir, config_lib.to_json(config))
+    arm, folder = controls.settings_of(config, workdir, "noise")
+    assert (arm.init_from, folder) == (str(tmp_path), str(tmp_path / "w" / "arms" / "noise"))
+    with pytest.raises(ValueError, match=r"has no checkpoint 0: with config.eval.kl=False a run"):
+        selection.start_checkpoint(workdir)
+    os.makedirs(saved)  # as older runs have it
+    assert saves.origin(config, workdir, "opsd") == saved
+    assert controls.settings_of(config, workdir, "noise")[0].init_from == saved
+    assert selection.start_checkpoint(workdir) == saved
+    config.stages = ("warmup", "opsd")
+    assert saves.origin(config, workdir, "opsd").endswith("checkpoints/3000")
 
 
 @pytest.mark.parametrize("teacher, offered", [("ema", "ema"), ("ema", "student"), ("self", "ema")])

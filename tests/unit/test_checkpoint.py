@@ -114,6 +114,38 @@ def test_round_trip_is_exact_and_metadata_is_kept(tmp_path):
     assert checkpoint.metadata(tmp_path) == found
 
 
+def test_weights_alone_take_the_place_of_a_start(tmp_path):
+    """At step 0 the state would hold them once or twice more; nothing continues from there."""
+    weights = make_state(0)["params"]
+    with Checkpoints(tmp_path, keep_latest=1, keep_steps=(0,)) as checkpoints:
+        assert checkpoints.save(0, None, weights, stage="opsd", config={})
+        checkpoints.wait()
+        assert {*checkpoint.contents(tmp_path / "0")} == {"params"}
+        assert_same(checkpoint.restore_params(tmp_path / "0", abstract(weights)), weights)
+        keep(checkpoints, 1)
+    assert {*checkpoint.contents(tmp_path / "1")} == {"params", "state"}
+    with pytest.raises(CheckpointMismatchError, match="holds no 'state'.*not a run to continue"):
+        checkpoint.restore(tmp_path / "0", abstract(make_state(0)))
+
+
+def test_the_time_of_a_save_is_bounded(tmp_path):
+    with Checkpoints(tmp_path, timeout=7) as checkpoints:
+        assert checkpoints._checkpointer._manager._options.async_options.timeout_secs == 7
+
+
+def test_an_array_of_a_one_shot_save_is_stored_in_pieces(tmp_path, monkeypatch):
+    """By default it would be one piece, which every process that wants a part reads as a whole."""
+    import tensorstore
+
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1 << 12)
+    weights = {"w": jnp.arange(64 * 48 * 8, dtype=jnp.float32).reshape(8, 64, 48)}
+    checkpoint.save(tmp_path / "c", None, weights)
+    store = {"driver": "ocdbt", "base": f"file://{tmp_path}/c/params/", "path": "w/"}
+    layout = tensorstore.open({"driver": "zarr3", "kvstore": store}).result().chunk_layout
+    assert 4 * np.prod(layout.read_chunk.shape) <= 1 << 12
+    assert_same(checkpoint.restore_params(tmp_path / "c", abstract(weights)), weights)
+
+
 def test_what_is_kept(tmp_path):
     with Checkpoints(tmp_path, keep_latest=2, keep_steps=(3, 5)) as checkpoints:
         for step in range(1, 10):
