@@ -2,13 +2,16 @@
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 
 from absl import flags
 from absl import logging as absl_logging
@@ -17,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.inputs import paths
+from opsd_jax.runtime import growing_file
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -116,9 +120,40 @@ def log_plainly() -> None:
     """
     handler = absl_logging.get_absl_handler()
     handler.setFormatter(_Lines())
-    handler.addFilter(
-        lambda record: "opsd_jax" in record.pathname or record.levelno >= logging.WARNING
-    )
+    handler.addFilter(_is_ours)
+
+
+@contextlib.contextmanager
+def also_logging_to(path: str) -> Iterator[None]:
+    """Appends the same messages to a file, with their times, and the error that ends the block.
+
+    The terminal of a machine is gone with the machine.
+    """
+    handler, root = growing_file.LogFile(path), logging.getLogger()
+    handler.addFilter(_is_ours)
+
+    def note(level: int, message: str, exception=None) -> None:  # the terminal has it already
+        handler.handle(root.makeRecord("", level, __file__, 0, message, (), exception))
+
+    root.addHandler(handler)
+    try:
+        note(logging.INFO, shlex.join(sys.argv))
+        yield
+        note(logging.INFO, "done")
+    except SystemExit as error:
+        note(logging.INFO, f"ends with exit code {error.code}")
+        raise
+    except BaseException:
+        note(logging.ERROR, "ended by an error", sys.exc_info())
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a message is of this package, or a warning."""
+    return "opsd_jax" in record.pathname or record.levelno >= logging.WARNING
 
 
 def _help(command: types.ModuleType) -> str:

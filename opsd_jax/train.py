@@ -161,6 +161,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
     primary = jax.process_index() == 0
     with (
         locks.only_writer(workdir, inside=True, primary=primary),
+        config_flags.also_logging_to(run_folder.log(workdir, jax.process_index())),
         install_sigterm() as stop,
         Checkpoints(
             run_folder.checkpoints(workdir),
@@ -229,7 +230,8 @@ def train_stage(
     # Data first: what is wrong with them shows before anything is saved.
     examples = run.examples("train", generation=kind.generates, asked_by="training")
     share = sharding.local_batch_indices(run.mesh, stage.batches.size)
-    batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
+    with clock("data"):
+        batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
     evaluation = Evaluation(run, stage, stop)
     load = kind.load
     if kind.caches_teacher and begin < stage.last:

@@ -20,6 +20,7 @@ _SHOWN = {
     "accuracy": "accuracy",
     "completion_len": "completion_len",
     "tokens/s": "tokens_per_sec",
+    "goodput": "goodput",
 }
 
 
@@ -50,7 +51,7 @@ class StageLog:
         self._written, self._since = step, now
         if "completion_len" in values:
             values["tokens_per_sec"] = rate * values["completion_len"]
-        values |= self._guard.check()
+        values |= self._guard.check() | self._run.clock.shares()
         self._run.writer.scalars(step, self._stage.name, values)
         self._health.check(step, values)
         shown = {label: values[name] for label, name in _SHOWN.items() if name in values}

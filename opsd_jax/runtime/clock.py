@@ -16,6 +16,15 @@ from typing import Any
 
 import jax
 
+# What phases of a run count as in the shares of its time; all others are "other".
+SHARES = {
+    "sample": "steps",
+    "update": "steps",
+    "compile": "compile",
+    "data": "input",
+    "checkpoint": "checkpoint",
+    "eval": "eval",
+}
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -39,6 +48,7 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now, self._began = now, now()
         self._seconds: dict[str, float] = {}
+        self._reported: dict[str, float] = {}  # seconds by share at the last call of `shares`
         self._inner = [0.0]  # seconds that belong to inner phases, for each open phase
         self_ref = weakref.ref(self)
 
@@ -76,6 +86,24 @@ class Clock:
             "other": total - sum(phases.values()) + phases.get("other", 0.0),
             "total": total,
         }
+
+    def shares(self) -> dict[str, float]:
+        """Shares of the wall time since the last call, for the metrics; they add up to 1.
+
+        Returns:
+          {"time/steps", "time/compile", "time/input", "time/checkpoint", "time/eval",
+          "time/other"}, and "goodput": the share of "steps" in all time of this process.
+        """
+        seconds, now = self.report(), dict.fromkeys([*SHARES.values(), "other"], 0.0)
+        total = seconds.pop("total")
+        for phase, spent in seconds.items():
+            now[SHARES.get(phase, "other")] += spent
+        since = {name: spent - self._reported.get(name, 0.0) for name, spent in now.items()}
+        self._reported, elapsed = now, sum(since.values())
+        found = {
+            f"time/{name}": spent / elapsed if elapsed else 0.0 for name, spent in since.items()
+        }
+        return found | {"goodput": now["steps"] / total if total else 0.0}
 
     def table(self) -> str:
         """The report as text: seconds and per cent of the wall time, a line for each phase."""

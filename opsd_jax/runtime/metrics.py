@@ -31,7 +31,7 @@ from absl import logging
 from PIL import Image
 
 from opsd_jax.inputs import paths
-from opsd_jax.runtime import files, run_folder
+from opsd_jax.runtime import files, growing_file, run_folder
 
 
 class Means:
@@ -118,10 +118,15 @@ class Writer:
         self.workdir.mkdir(parents=True, exist_ok=True)
         _supersede(Path(run_folder.metrics(workdir)), resume_step)
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter, record_writer
 
+            record_writer.register_writer_factory(
+                growing_file.EventFiles.PREFIX, growing_file.EventFiles()
+            )
             self._tensorboard = SummaryWriter(
-                run_folder.tensorboard(workdir), purge_step=resume_step, flush_secs=30
+                growing_file.EventFiles.folder(run_folder.tensorboard(workdir)),
+                purge_step=resume_step,
+                flush_secs=int(growing_file.PERIOD),
             )
         if wandb is not None:
             try:
@@ -133,10 +138,13 @@ class Writer:
             self._wandb = client.init(
                 dir=str(self.workdir), id=_wandb_id(self.workdir), resume="allow", **wandb
             )
-        self._jsonl = open(run_folder.metrics(workdir), "a", encoding="utf-8")
+        self._jsonl = growing_file.GrowingFile(run_folder.metrics(workdir))
+        self._jsonl.write(b"")  # the file exists from the start
 
     def scalars(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
-        """Writes one line, flushed: `{"step", "time", "stage", **values}`.
+        """Writes one line: `{"step", "time", "stage", **values}`.
+
+        On a mounted bucket it is visible within `growing_file.PERIOD`.
 
         Args:
           step: updates done.
@@ -164,9 +172,8 @@ class Writer:
         record |= {key: finite.get(key) for key in numbers}
         if len(finite) < len(numbers):
             record["nonfinite"] = [key for key in numbers if key not in finite]
-        self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        self._check_kept()
+        self._jsonl.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        self._jsonl.check_kept()
         if self._tensorboard:
             for key, value in finite.items():
                 self._tensorboard.add_scalar(key if "/" in key else f"{stage}/{key}", value, step)
@@ -204,20 +211,10 @@ class Writer:
             )
         files.write(Path(run_folder.samples(self.workdir, int(step)), name), content)
 
-    def _check_kept(self) -> None:
-        """Raises FileNotFoundError for a deleted file: writing to it succeeds, the numbers are
-        lost."""
-        path = Path(run_folder.metrics(self.workdir))
-        if not path.exists() or path.stat().st_size < self._jsonl.tell():
-            raise FileNotFoundError(
-                f"{path} was deleted or replaced while the run was writing it. What the run has "
-                "not saved elsewhere is lost: start it again, and keep the folder until it ends"
-            )
-
     def close(self) -> None:
-        """Flushes and closes all."""
+        """Writes what is left and closes all."""
         if self._jsonl:
-            self._jsonl.close()
+            self._jsonl.publish()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -229,7 +226,7 @@ class Writer:
     def __exit__(self, kind, *_) -> None:
         try:
             if self._jsonl and kind is None:
-                self._check_kept()
+                self._jsonl.check_kept()
         finally:
             self.close()
 

@@ -2,6 +2,7 @@
 
 W/config.json                  every setting
 W/metrics.jsonl  W/tb/         one record per logged step; the same for TensorBoard
+W/log/<process>.txt            log messages of each process, of all its starts
 W/profile/                     traces of steps, if config.log.profile_steps names some
 W/checkpoints/<step>/          weights, optimizer, schedule
 W/samples/<step>/              sampled answers, human-readable
@@ -34,6 +35,11 @@ def metrics(workdir: str) -> str:
 def tensorboard(workdir: str) -> str:
     """Folder of the run's metrics for TensorBoard."""
     return os.path.join(workdir, "tb")
+
+
+def log(workdir: str, process: int) -> str:
+    """File of the log messages of a process."""
+    return os.path.join(workdir, "log", f"{process:03d}.txt")
 
 
 def profile(workdir: str) -> str:
