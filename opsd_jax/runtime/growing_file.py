@@ -7,6 +7,7 @@ write, and opened again, to append, by the next one. gcsfuse then uploads the fi
 2 MB on what was appended to it; hence not for every line.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -145,7 +146,6 @@ class LogFile(logging.Handler):
 
     def close(self) -> None:
         """Called by logging at its end."""
-        try:
+        with contextlib.suppress(OSError):  # as in `emit`: the run does not end with its log
             self._file.publish()
-        finally:
-            super().close()
+        super().close()

@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_flags, convert, eval, generate, redraw, train
 from opsd_jax.data import __main__ as data
@@ -36,6 +37,7 @@ OTHERS = {
     "/gs/bucket/p": "gs://bucket/p",
     "/s3/p": "the address s3://p",
 }
+CONFIG = small_run.MINI
 PATTERNS = ("exp[lr=1e-5]", "a[1]", "a]", "a*", "what?", "a\\b", "a[1]/inside")
 
 
@@ -57,6 +59,8 @@ READ = {
     "prepare --source": lambda p: data.main(["prepare", f"--source={p}", "--target=t"]),
     "prepare --target": lambda p: data.main(["prepare", "--source=s", f"--target={p}"]),
     "make-mini --target": lambda p: data.main(["make-mini", "--families=chart", f"--target={p}"]),
+    "sizes --workdir": lambda p: data.main(["sizes", f"--config={CONFIG}", f"--workdir={p}"]),
+    "index --workdir": lambda p: data.main(["index", f"--config={CONFIG}", f"--workdir={p}"]),
     "import --source": lambda p: convert.main(["import", f"--source={p}", "--target=t"]),
     "export --target": lambda p: convert.main(["export", "--source=s", f"--target={p}"]),
     "redraw --target": lambda p: redraw.main(["--workdir=w", f"--target={p}"]),

@@ -35,6 +35,8 @@ COMMON = {
     "completion_len",
     "tokens_per_sec",
     "samples_per_sec",
+    "goodput",
+    "time/steps",
     "compiles",
 }
 OF_STAGE = {

@@ -389,6 +389,36 @@ def test_clock_counts_nested_phases_once():
     assert rows[-1] == ["total", "20.0", "s", "100.0", "%"]
 
 
+def test_shares_are_of_the_time_since_the_line_before():
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+
+    def spend(**phases):
+        for phase, seconds in phases.items():
+            with clock(phase):
+                now[0] += seconds
+
+    now[0] += 2  # other
+    spend(data=1, sample=4, update=1, checkpoint=2)
+    first = clock.shares()
+    assert first == pytest.approx(
+        {
+            "time/steps": 0.5,
+            "time/compile": 0,
+            "time/input": 0.1,
+            "time/checkpoint": 0.2,
+            "time/eval": 0,
+            "time/other": 0.2,
+            "goodput": 0.5,
+        }
+    )
+    spend(eval=6, update=3, collect=1)
+    second = clock.shares()
+    shares = {name: share for name, share in second.items() if share and name != "goodput"}
+    assert shares == pytest.approx({"time/steps": 0.3, "time/eval": 0.6, "time/other": 0.1})
+    assert second["goodput"] == pytest.approx(8 / 20)  # of all time
+
+
 def test_clock_takes_compilation_out_of_the_phase_it_happens_in():
     now = [0.0]
     clock = Clock(now=lambda: now[0])
