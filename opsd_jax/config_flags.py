@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
-from opsd_jax.inputs import paths
+from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import growing_file
 
 
@@ -223,6 +223,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         sys.exit(f"error: {argument}: {reason}")
     except config_flags.config_flags.FlagOrderError as error:
         sys.exit(f"error: give --config=FILE first, then the settings that change it ({error})")
+    except flags.UnrecognizedFlagError as error:
+        sys.exit(f"error: {cli.unknown_option(f'--{error.flagname}', _options())}")
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError) as error:
@@ -237,6 +239,13 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
             "--config.opsd.steps=100"
         )
     return rest
+
+
+def _options() -> list[str]:
+    """The options of the command and the settings, which are what a user may have meant."""
+    own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
+    settings = (f"--config.{key}" for key in config_lib.default_values())
+    return ["--config", *(f"--{flag.name}" for flag in own), *settings]
 
 
 def _check_path(flag: str, path: str) -> None:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m opsd_jax.convert",
         description="Released safetensors folders <-> checkpoints of opsd_jax.",
     )

@@ -45,7 +45,7 @@ from opsd_jax.runtime import distributed, run_folder, stopping
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m opsd_jax.eval`; errors in the arguments end it with one line and code 1."""
     cli.start()
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m opsd_jax.eval",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

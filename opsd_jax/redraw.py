@@ -8,8 +8,6 @@ example gets as many images as it had, whether the model's text asks for them or
 are copied, so that a run finds all that it evaluates on.
 """
 
-import argparse
-
 from opsd_jax.inputs import cli
 from opsd_jax.run import redraw
 from opsd_jax.runtime import distributed, stopping
@@ -18,7 +16,7 @@ from opsd_jax.runtime import distributed, stopping
 def main(argv=None) -> None:
     """`python -m opsd_jax.redraw`; errors in the arguments end it with one line and code 1."""
     cli.start()
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m opsd_jax.redraw",
         description="A run's data with images that its model generates in place of their visual "
         "thoughts, to train on.",

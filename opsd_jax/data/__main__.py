@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m opsd_jax.data", description="Prepare data for training."
-    )
+    parser = cli.Parser(prog="python -m opsd_jax.data", description="Prepare data for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser(
         "prepare", help="a folder of parquet -> ArrayRecord that TFDS reads"

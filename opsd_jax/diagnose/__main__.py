@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = cli.Parser(add_help=False)
     common.add_argument(
         "--workdir",
         required=True,
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--name", default="", help="folder in W/diagnose (default: named after what is measured)"
     )
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m opsd_jax.diagnose", description="The paper's analyses of a run."
     )
     analyses = parser.add_subparsers(dest="analysis", required=True)

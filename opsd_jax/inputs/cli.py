@@ -1,10 +1,11 @@
 """What all commands share: output to a terminal of any encoding, and checks of flag values."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -20,6 +21,61 @@ def start() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command's options. Errors are one line; one about an unknown option suggests another.
+
+    argparse would first miss the required option that was misspelt, and suggest nothing.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse; ends the command with code 2 for an option that does not exist."""
+        args = list(sys.argv[1:] if args is None else args)
+        # A command with subcommands has --help alone; each subcommand's parser checks the rest.
+        options = _long_options(self.format_help())
+        if options != {"--help"}:
+            for argument in args[: args.index("--")] if "--" in args else args:
+                given = re.match(r"(--?[A-Za-z][\w.-]*)(?:=|$)", argument)
+                if given and given[1] != "-h" and not _names(given[1], options):
+                    self.error(unknown_option(given[1], options))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        """Ends the command with one line and code 2."""
+        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def unknown_option(given: str, options: Iterable[str]) -> str:
+    """What is wrong with an option that does not exist, and which one may be meant.
+
+    Args:
+      given: as typed, without its value. options: those that exist, with their hyphens.
+    """
+
+    def plain(option):
+        return option.lower().strip("-").replace("-", "").replace("_", "")
+
+    meant = {plain(option): option for option in options}
+    close = difflib.get_close_matches(plain(given), meant, n=1, cutoff=0.6)
+    return f"{given}: there is no such option" + (
+        f"; did you mean {meant[close[0]]}?" if close else ""
+    )
+
+
+def _long_options(help_text: str) -> set[str]:
+    """The options that the lines of a help text begin with."""
+    starts = re.findall(r"^  (-.*?)(?:  |$)", help_text, flags=re.MULTILINE)
+    return {option for start in starts for option in re.findall(r"--[\w-]+", start)}
+
+
+def _names(given: str, options: Iterable[str]) -> bool:
+    """Whether argparse takes what was typed for one of the options: its name or its beginning."""
+    return any(option.startswith(given) for option in options)
 
 
 # ---------------------------------------------------------------------------- types of flags

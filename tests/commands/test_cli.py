@@ -286,6 +286,39 @@ def test_every_command_shows_its_options_alike(command):
     assert ("\noptions:\n" in shown.stdout) and shown.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "module, arguments, said",
+    [
+        ("eval", ["--workdir=W", "--visual-thoughts=none"], "--visual_thoughts"),
+        ("eval", ["--work-dir=W"], "--workdir"),  # not: --workdir is missing
+        ("eval", ["-workdir=W"], "--workdir"),
+        ("diagnose.__main__", ["kl", "--workdir=W", "--completion-s=data"], "--completions"),
+        ("data.__main__", ["prepare", "--source=S", "--on-bad-row=skip"], "--on_bad_row"),
+        ("convert", ["export", "--source=S", "--target=T", "--max-shard-gb=1"], "--max_shard_gb"),
+        ("redraw", ["--workdir=W", "--traget=T"], "--target"),
+        ("generate", ["--checkpoint=C", "--max-new-tokens=3"], "--max_new_tokens"),
+    ],
+)
+def test_a_misspelt_option_is_named_with_the_one_that_is_meant(module, arguments, said, capsys):
+    import importlib
+
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"opsd_jax.{module}").main(arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(message.splitlines()) == 1
+    assert f"there is no such option; did you mean {said}? (python -m opsd_jax." in message
+
+
+def test_values_and_beginnings_of_options_are_no_misspelt_options():
+    parser = cli.Parser(prog="p")
+    parser.add_argument("--visual_thoughts")
+    parser.add_argument("--rest", nargs="*")
+    assert parser.parse_args(["--visual=a"]).visual_thoughts == "a"
+    assert parser.parse_args(["--visual_thoughts", "-1"]).visual_thoughts == "-1"
+    assert parser.parse_args(["--visual_thoughts=--x y"]).visual_thoughts == "--x y"
+    assert cli.unknown_option("--zzz", ["--workdir"]) == "--zzz: there is no such option"
+
+
 def test_one_name_for_all_commands():
     packages = {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
     modules = {
