@@ -20,6 +20,7 @@ from PIL import Image
 
 from opsd_jax import context as context_lib
 from opsd_jax import flow, images, rollout, sharding
+from opsd_jax.inputs import checks
 from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
@@ -185,8 +186,17 @@ def answer(
 ) -> Answer:
     """Answers one question about an image, or about several; see `reason`.
 
-    seed: decides what is sampled, unless the model's protocol decodes greedily.
+    Args:
+      seed: decides what is sampled, unless the model's protocol decodes greedily.
+    Raises:
+      TypeError: an argument of another type, such as the path of a model or of an image.
     """
+    checks.instance("model", model, Reasoner, "load it first, model = opsd_jax.load(W)")
+    checks.instance("question", question, str, "give its text")
+    open_it = "open it first, image = PIL.Image.open(FILE)"
+    several = isinstance(image, list | tuple)
+    for one in image if several else [image]:
+        checks.instance("image", one, Image.Image, open_it)
     given = [image] if isinstance(image, Image.Image) else list(image)
     return reason(model, [(given, question)], jax.random.key(seed), generation)[0]
 

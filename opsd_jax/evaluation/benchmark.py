@@ -14,6 +14,7 @@ from opsd_jax.data import randomness
 from opsd_jax.data.examples import Examples
 from opsd_jax.data.schema import Example
 from opsd_jax.evaluation import prompts, statistics, table_scores, tables
+from opsd_jax.inputs import checks
 from opsd_jax.tasks import maze
 
 Key = int | str
@@ -80,7 +81,12 @@ def is_hit(example: Example, text: str) -> tuple[str | None, bool]:
     """(answer found in the text, whether it is right).
 
     By the rule of a procedural task, or word for word.
+
+    Raises TypeError for other arguments, such as an `interleave.Answer` in the place of its text.
     """
+    first = "give an example of a run, opsd_jax.open_run(W).examples('test').sources[0][0]"
+    checks.instance("example", example, Example, first)
+    checks.instance("text", text, str, "give the text of an answer, answer.text")
     return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
 
 

@@ -13,6 +13,7 @@ The fields of a dataclass declare what they allow in the annotation, next to the
 import dataclasses
 import functools
 import numbers
+import os
 import re
 import typing
 
@@ -119,6 +120,19 @@ def _choose(choices: tuple[str, ...]) -> str:
     if len(choices) == 2:
         return f"use {choices[0]!r} or {choices[1]!r}"
     return f"choose from {choices}"
+
+
+def instance(name: str, value, kind: type | tuple[type, ...], fix: str) -> None:
+    """Raises TypeError, with what to do, unless an argument is of a type, or of one of several."""
+    if not isinstance(value, kind):
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise TypeError(f"{name} is {shown}, of type {type(value).__name__}: {fix}")
+
+
+def path(name: str, value) -> None:
+    """Raises TypeError unless an argument is a path: a text or a `pathlib.Path`."""
+    instance(name, value, (str, os.PathLike), "give the path of a folder, such as a run's workdir")
 
 
 def folder_name(shown: str, value: str) -> None:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from opsd_jax import config as config_lib
 from opsd_jax import images, interleave, sharding
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.inputs import paths
+from opsd_jax.inputs import checks, paths
 from opsd_jax.interleave import Protocol, Reasoner
 from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
@@ -21,7 +21,7 @@ _LARGEST = 980  # pixels per side of an image, in the official code
 
 
 def load(
-    directory: str,
+    directory: str | os.PathLike[str],
     *,
     generation: bool = False,
     protocol: str = "",
@@ -42,7 +42,10 @@ def load(
         devices along `tensor`.
     Raises:
       FileNotFoundError: not a model. ValueError: it cannot generate images; unknown protocol.
+      TypeError: something else than a path, such as an opened run.
     """
+    checks.path("directory", directory)
+    directory = os.fspath(directory)
     paths.check_given("--checkpoint", directory)
     paths.check("--tokenizer", tokenizer)
     check_protocol(protocol)

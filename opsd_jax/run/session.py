@@ -21,6 +21,7 @@ from opsd_jax.data import shards as shards_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
+from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
@@ -169,7 +170,7 @@ class Session:
 
 
 def open_run(
-    workdir: str,
+    workdir: str | os.PathLike[str],
     *,
     tasks: tuple[str, ...] = (),
     mesh: Mesh | None = None,
@@ -183,7 +184,10 @@ def open_run(
       tokenizer_folder: "" for the tokenizer of the run. With another one the data need not exist.
     Raises:
       FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
+      TypeError: something else than a path.
     """
+    checks.path("workdir", workdir)
+    workdir = os.fspath(workdir)
     config = workdir_lib.load_config(workdir)
     find = workdir_lib.data_dir if tokenizer_folder else workdir_lib.found_data_dir
     data_dir = find(config, workdir)
