@@ -10,7 +10,12 @@ and batch are divided along it), `tensor` (heads, mlp and vocabulary are divided
 
 import contextlib
 import functools
+import glob
+import importlib.util
 import math
+import os
+import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -40,6 +45,35 @@ _ROLLOUT = {logical: axis for logical, axis in _TRAIN.items() if axis == "tensor
 LAYOUTS = {"train": _TRAIN, "rollout": _ROLLOUT}
 
 
+@functools.cache
+def start_devices() -> None:
+    """Starts JAX's devices, without what libtpu writes to stderr where there is no TPU.
+
+    libtpu is installed without a TPU to compile for one (`python -m opsd_jax.plan`). It then prints
+    warnings about variables that nobody has to set. If JAX finds no device, its messages appear.
+    With several processes, `jax.distributed.initialize` comes first.
+    """
+    has_tpu = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    if has_tpu or not importlib.util.find_spec("libtpu"):
+        jax.devices()
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as written:
+            os.dup2(written.fileno(), 2)  # libtpu writes to the descriptor, not to sys.stderr
+            try:
+                jax.devices()
+            except BaseException:
+                written.seek(0)
+                os.write(kept, written.read())
+                raise
+            finally:
+                os.dup2(kept, 2)
+    finally:
+        os.close(kept)
+
+
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over all devices. One size may be -1: all remaining devices.
 
@@ -51,7 +85,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     Raises:
       ValueError: the sizes do not fit the devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        start_devices()
+        devices = jax.devices()
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(

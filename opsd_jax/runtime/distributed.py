@@ -37,6 +37,8 @@ import urllib.request
 import jax
 from absl import logging
 
+from opsd_jax import sharding
+
 EXIT_STOPPED = 42
 EXIT_PEER_LOST = 43
 _ENVIRONMENT = ("OPSD_COORDINATOR", "OPSD_NUM_PROCESSES", "OPSD_PROCESS_ID")
@@ -61,6 +63,7 @@ def initialize() -> bool:
     by_hand = _by_hand()
     count = by_hand["num_processes"] if by_hand else _cluster_size()
     if count == 1:
+        sharding.start_devices()
         return False
     heartbeat = min(timeout, _HEARTBEAT_S)
     where = f"coordinator {by_hand['coordinator_address']}" if by_hand else "cluster found by JAX"
