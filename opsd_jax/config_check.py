@@ -45,6 +45,9 @@ FREE_SETTINGS = (
 )
 
 
+_MOST_SHOWN = 12  # settings that differ, in an error message
+
+
 class ConfigMismatchError(ValueError):
     """A run would continue with other settings, data or another tokenizer than it started with."""
 
@@ -497,12 +500,15 @@ def check_unchanged(
     if not keys:
         return
     rows = [("key", "saved", "now")]
-    rows += [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys]
-    example = next((f" (such as --config.{key}={was[key]})" for key in keys if key in was), "")
+    rows += [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys[:_MOST_SHOWN]]
+    more = len(keys) - _MOST_SHOWN
+    preset = f"  and {more} more: probably another preset, --config=FILE:PRESET\n" * (more > 0)
+    example = next((f", such as --config.{key}={was[key]}" for key in keys if key in was), "")
     may = f" May change on resume: {', '.join(free)}." if free else ""
     raise ConfigMismatchError(
-        f"this run was started with other settings:\n{checks.table(rows)}\nContinue it with the "
-        f"saved ones{example}, or start a new run with another --workdir.{may}"
+        f"this run was started with other settings:\n{checks.table(rows)}\n{preset}Continue it "
+        f"with the same --config=FILE:PRESET and settings as before{example}, or start a new run "
+        f"with another --workdir.{may}"
     )
 
 

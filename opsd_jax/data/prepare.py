@@ -282,7 +282,7 @@ def _prepare_task(
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
     rows = {
-        f"{job.task.lower()}/{split}": sum(record["rows"] for s, record in records if s == split)
+        f"{job.task}/{split}": sum(record["rows"] for s, record in records if s == split)
         for split, _ in records
     }
     report = PrepareReport(

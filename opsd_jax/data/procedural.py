@@ -8,7 +8,6 @@ TARGET/visual_opsd/                   see `prepare`
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 
 from absl import logging
@@ -17,7 +16,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import tasks
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.config import DataConfig
-from opsd_jax.data import prepare, schema
+from opsd_jax.data import prepare, schema, shards
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files, locks
@@ -63,9 +62,7 @@ def check_available(data: DataConfig, target: str, tokenizer: str) -> None:
     """
     make = _to_make(data, target)
     families = {family: module.TASK for family, module in tasks.FAMILIES.items()}
-    prepared = pathlib.Path(target, schema.NAME)
-    folders = [path for path in prepared.iterdir() if path.is_dir()] if prepared.is_dir() else []
-    known = {path.name: path.name for path in folders}  # {name in lower case: name}
+    known = {task.lower(): task for task in shards.task_names(target)}
     for family in make["families"] if make else ():
         if family in families:
             known[families[family].lower()] = families[family]
@@ -201,7 +198,7 @@ def _check_same(target: str, made: dict, make: dict) -> None:
         before, now = ({key: of.get(key, "absent") for key in differs} for of in (made, make))
         raise ValueError(
             f"{target} was made with other settings: config.data.make was {before} and is now "
-            f"{now}. Give those of the folder, use its data as they are "
-            "(--config.data.make.families='()' of a run), choose another folder, or delete "
-            f"{target} to make the data again"
+            f"{now}. Give those of the folder (for a run the same --config=FILE:PRESET as before), "
+            "or choose another folder (--workdir of a run, --target of make-mini). A run uses the "
+            "data as they are with --config.data.make.families='()'"
         )

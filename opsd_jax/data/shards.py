@@ -18,6 +18,7 @@ from typing import NamedTuple
 from absl import logging
 
 from opsd_jax.data import schema
+from opsd_jax.inputs import json_files
 
 
 class Shard(NamedTuple):
@@ -41,6 +42,24 @@ class Shard(NamedTuple):
 def version_folder(target: str | os.PathLike, task: str) -> Path:
     """The folder of a task's prepared files in a TFDS data_dir."""
     return Path(target) / schema.NAME / task.lower() / schema.VERSION
+
+
+def task_names(target: str | os.PathLike) -> list[str]:
+    """Names of the prepared tasks in a TFDS data_dir, as their source folders spell them.
+
+    TFDS wants folders in lower case; `prepare` keeps the spelling in report.json.
+    """
+    folder, found = Path(target) / schema.NAME, []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            found.append(path.name)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                rows = json_files.read(str(path / schema.VERSION / "report.json"))["rows"]
+                found[-1] = next(
+                    (t for name in rows if (t := name.split("/")[0]).lower() == path.name),
+                    path.name,
+                )
+    return found
 
 
 def digests(target: str | os.PathLike, tasks: Iterable[str]) -> dict[str, str]:

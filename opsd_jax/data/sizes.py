@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, images
-from opsd_jax.data import existing
+from opsd_jax.context import TooLongError
+from opsd_jax.data import bucket_index, existing, packing
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import checks
@@ -86,6 +87,36 @@ def report(config: ConfigDict, workdir: str = "", count: int = 1) -> str:
         lines.append(f"The present settings fit all {len(rows)} examples. The smallest that do:")
     lines += ["", " ".join(f'--config.{key}="{value}"' for key, value in options.items())]
     return "\n".join(lines + _contradiction(config, options))
+
+
+def check_training(config: ConfigDict, data_dir: str, packer: Packer) -> None:
+    """Checks that all examples that a run and its arms train on fit the only bucket.
+
+    Otherwise the first batch with one that does not would end the run, after hours maybe, and other
+    buckets would be a new run. Where there are several buckets, `bucket_index` checks. Data that
+    the run makes itself are not read: their sizes are known.
+
+    Raises TooLongError, with the first example and what all need.
+    """
+    if bucket_index.is_needed(config_lib.data(config)) or not config.data.dir:
+        return
+    training, used = _uses(config)[0], _used_kinds(config)
+    rows = list(_measured(config, data_dir, packer, training))
+    refused = [row for row in rows if used.intersection(packer.too_small(row.needs))]
+    if refused:
+        kinds = [k for k in packer.too_small(refused[0].needs) if k in used]
+        first = "; ".join(
+            f"config.data.buckets.{kind} is {packer.buckets[kind][-1]}, it needs "
+            + ", ".join(
+                f"{size} {what}"
+                for size, what in zip(refused[0].needs[kind], config_lib.BUCKET_SIZES[kind])
+            )
+            for kind in kinds
+        )
+        raise TooLongError(
+            f"{len(refused)} of {len(rows)} training examples are too long, first "
+            f"{refused[0].name}: {first}. {packing.SIZES}"
+        )
 
 
 def _uses(config: ConfigDict) -> list[Use]:

@@ -55,11 +55,20 @@ def write_record(workdir: str, record: dict) -> None:
 
     Raises ConfigMismatchError if the workdir holds a run with other settings.
     """
-    path = run_folder.config(workdir)
-    if os.path.exists(path) and has_logged(workdir):
-        config_check.check_unchanged(read_record(workdir), record)
-    else:
+    if not check_same_run(workdir, record):
+        path = run_folder.config(workdir)
         files.write_json(path, record, primary=jax.process_index() == 0)
+
+
+def check_same_run(workdir: str, record: dict) -> bool:
+    """Whether a workdir holds a run that logged a step; it has these settings then.
+
+    Raises ConfigMismatchError if it has others.
+    """
+    if not (os.path.exists(run_folder.config(workdir)) and has_logged(workdir)):
+        return False
+    config_check.check_unchanged(read_record(workdir), record)
+    return True
 
 
 def has_logged(workdir: str) -> bool:

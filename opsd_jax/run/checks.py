@@ -17,13 +17,14 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     Args:
       data_workdir: folder of the run whose data and tokenizer are used; "" for workdir.
     Raises:
-      ValueError: settings or paths that cannot be used.
+      ValueError: settings or paths that cannot be used, or another run's workdir.
       FileNotFoundError: no data, no tokenizer or no weights.
     """
     cli.check_precision()
     paths.check_given("--workdir", workdir, orbax=True)
     paths.check_writable("--workdir", workdir)
     config_check.check(config)
+    workdir_lib.check_same_run(workdir, config_lib.to_json(config))
     _check_inputs(config, workdir, data_workdir or workdir)
     for name in config.run_arms:
         try:

@@ -28,7 +28,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import selection
 from opsd_jax.model import attention
 from opsd_jax.release import export, importing
-from opsd_jax.run import model
+from opsd_jax.run import checks, model
 from opsd_jax.runtime import checkpoint, locks
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -270,7 +270,8 @@ def test_mistakes_on_the_command_line(tmp_path):
         "--workdir=": ["error: --workdir is empty"],
         f"--workdir={__file__}": [f"error: --workdir={__file__}: ", "is not a folder"],
         "stray": ["error: stray: options begin with --"],
-        "--workdri=x": ["error: Unknown command line flag 'workdri'. Did you mean: workdir"],
+        "--workdri=x": ["error: --workdri: there is no such option; did you mean --workdir?"],
+        "--opsd.steps=3": ["--opsd.steps: there is no such option; did you mean --config.opsd.st"],
         "--config=configs/mini.py:chess": [
             "error: configs/mini.py:chess: choose chart, maze, smoke or draw"
         ],
@@ -526,8 +527,8 @@ def test_an_example_that_exceeds_its_bucket(tmp_path, folder):
     refused(
         context.TooLongError,
         tmp_path,
-        "config.data.buckets.trace is too small for the trace to learn from: example chart-train-",
-        f"its bucket has {positions - 9} and {patches}",
+        "training examples are too long, first chart-train-",
+        f"buckets.trace is ({positions - 9}, {patches}, {targets}), it needs {positions} positions",
         "`python -m opsd_jax.data sizes`, with the same --config options, prints",
         data__dir=str(folder),
         data__buckets__trace=((positions - 9, patches, targets),),
@@ -535,9 +536,9 @@ def test_an_example_that_exceeds_its_bucket(tmp_path, folder):
     refused(
         context.TooLongError,
         tmp_path,
-        "config.data.buckets.trace is too small for the trace to learn from: example chart-train-",
-        f"more than {targets - 9} target tokens",
-        "targets",
+        "training examples are too long, first chart-train-",
+        f"config.data.buckets.trace is ({positions}, {patches}, {targets - 9}), it needs",
+        " targets",
         data__dir=str(folder),
         data__buckets__trace=((positions, patches, targets - 9),),
     )
@@ -547,6 +548,25 @@ def test_after_such_a_refusal_the_fixed_command_runs_in_the_same_folder(tmp_path
     refused(FileNotFoundError, tmp_path, "tokenizer", tokenizer="/nowhere", data__dir=str(folder))
     record = config_lib.to_json(small_run.config(data__dir=str(folder)))
     workdir_lib.write_record(str(tmp_path / "w"), record)
+
+
+def test_another_preset_on_a_workdir_names_what_differs_and_offers_no_deletion(tmp_path):
+    """Before anything else: the data of the run would be the next to differ."""
+    record = config_lib.to_json(small_run.config())
+    workdir_lib.write_record(str(tmp_path), record)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "warmup"}\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/made.json").write_text(json.dumps(record["data"]["make"]))
+    other = small_run.config(data__make__families=("maze",))
+    with pytest.raises(config_check.ConfigMismatchError) as error:
+        checks.check(other, str(tmp_path))
+    said = " ".join(str(error.value).split())
+    assert 'data.make.families ["chart"] ["maze"]' in said
+    assert "the same --config=FILE:PRESET" in said and "another --workdir" in said
+    (tmp_path / "metrics.jsonl").unlink()  # a run that made its data and took no step
+    with pytest.raises(ValueError, match="families.*chart.*maze.*another folder") as error:
+        checks.check(other, str(tmp_path))
+    assert "delete" not in f"{said} {error.value}"
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

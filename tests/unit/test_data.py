@@ -585,7 +585,8 @@ def test_data_that_were_begun_are_finished_and_others_are_not_taken_for_them(fol
     assert len(arrayrecord.open_source(prepared)) == 8
     c.data.make.train = 9
     with pytest.raises(
-        ValueError, match="made with other settings.*'train': 8.*'train': 9.*or delete"
+        ValueError,
+        match="made with other settings.*'train': 8.*'train': 9.*same --config=.*another",
     ):
         small_run.make_data(c, tmp_path)
 

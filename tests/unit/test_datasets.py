@@ -94,8 +94,9 @@ def two_tasks(tmp_path) -> Path:
 
 def test_what_goes_in_comes_out(two_tasks, tmp_path):
     report = prepare(two_tasks, tmp_path / "out")
-    assert report.rows == {"chart_refocus/train": 4, "maze/train": 8, "maze/validation": 2}
+    assert report.rows == {"Chart_Refocus/train": 4, "Maze/train": 8, "Maze/validation": 2}
     assert report.bad_rows == report.warnings == () and report.bytes > 0 and report.seconds > 0
+    assert shards.task_names(tmp_path / "out") == ["Chart_Refocus", "Maze"]  # as spelt
     source = open_source(tmp_path / "out", "train", task="Maze")
     assert len(source) == 8
     for i, example in enumerate(source):
@@ -180,7 +181,7 @@ def test_plain_tfds_reads_it(two_tasks, tmp_path):
 )
 def test_layouts(tmp_path, layout, given):
     write(tmp_path / "s/Maze" / layout, [row(0)])
-    assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"maze/train": 1}
+    assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"Maze/train": 1}
     (example,) = parquet_files.read_examples(tmp_path / "s/Maze" / layout, task="Maze")
     assert example == open_source(tmp_path / "out", task="maze")[0]
 
@@ -215,7 +216,7 @@ def test_files_of_one_name_and_links_to_folders(tmp_path):
         tmp_path / "blob"
     )  # as from a download cache: the link has the name
     for source in (tmp_path / "s", tmp_path / "s/Maze"):
-        assert prepare(source, tmp_path / "out").rows == {"maze/train": 2}
+        assert prepare(source, tmp_path / "out").rows == {"Maze/train": 2}
     assert {e.pid for e in open_source(tmp_path / "out", task="maze")} == {"p0", "p1"}
 
 
@@ -233,12 +234,12 @@ def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
 def test_limit_and_splits(two_tasks, tmp_path):
     report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train", "train"))
     assert report.rows == {
-        "chart_refocus/train": 4,
-        "maze/train": 6,
+        "Chart_Refocus/train": 4,
+        "Maze/train": 6,
     }  # 5 of the first file, 1 of the second
     assert [e.pid for e in open_source(tmp_path / "a", task="maze")] == [f"p{i}" for i in range(6)]
     report = prepare(two_tasks / "Maze", tmp_path / "b", limit=2)
-    assert report.rows == {"maze/train": 2, "maze/validation": 2}
+    assert report.rows == {"Maze/train": 2, "Maze/validation": 2}
     shards = sorted(p.name for p in (tmp_path / "b").rglob("*train.array_record*"))
     assert shards == [
         "visual_opsd-train.array_record-00000-of-00001"
@@ -415,10 +416,10 @@ def test_bad_row(tmp_path, changes, reason):
 
     report = prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip")
     (note,) = report.bad_rows
-    assert note[:3] == (str(file), 2, "p2") and report.rows == {"maze/train": 3}
+    assert note[:3] == (str(file), 2, "p2") and report.rows == {"Maze/train": 3}
     assert note.reason in str(report) and "'p2'" in str(report)
     written = json.loads((tmp_path / "out/visual_opsd/maze/1.0.0/report.json").read_text())
-    assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"maze/train": 3}
+    assert written["bad_rows"] == [note._asdict()] and written["rows"] == {"Maze/train": 3}
     assert [e.pid for e in open_source(tmp_path / "out", task="maze")] == ["p0", "p1", "p3"]
     with pytest.raises(
         BadRowError, match=f"row 2, pid 'p2': {reason}"
@@ -584,7 +585,7 @@ def test_files_without_rows_or_broken(tmp_path):
     with pytest.raises(BadSourceError, match="train files hold no row"):
         prepare(tmp_path / "e", tmp_path / "out")
     maze(tmp_path / "all", [row(0, answer=""), row(1, answer="")])
-    with pytest.raises(BadSourceError, match="(?s)no row of maze/train is usable.*'p1'"):
+    with pytest.raises(BadSourceError, match="(?s)no row of Maze/train is usable.*'p1'"):
         prepare(tmp_path / "all", tmp_path / "out", on_bad_row="skip")
     data = good.read_bytes()
     for broken in (
@@ -690,7 +691,7 @@ def test_full_disk_then_resume(tmp_path):
     assert not list(folder.glob("*.tmp"))
     whole = prepare(tmp_path / "s", tmp_path / "whole")
     assert (
-        (report.rows, report.bytes) == (whole.rows, whole.bytes) == ({"maze/train": 9}, whole.bytes)
+        (report.rows, report.bytes) == (whole.rows, whole.bytes) == ({"Maze/train": 9}, whole.bytes)
     )
     resumed, at_once = (
         list(open_source(tmp_path / target, task="maze")) for target in ("out", "whole")
@@ -708,9 +709,9 @@ def test_killed_in_the_first_shard(tmp_path):
     (folder / "visual_opsd-train.array_record-00000-of-00001.tmp").write_bytes(
         b"left by a killed process"
     )
-    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
+    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"Maze/train": 1}
     (folder / "dataset_info.json").unlink()  # the metadata come again, too
-    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"maze/train": 1}
+    assert prepare(tmp_path / "s", tmp_path / "out", on_bad_row="skip").rows == {"Maze/train": 1}
     assert len(open_source(folder)) == 1
 
 
@@ -765,7 +766,7 @@ def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
         prepare(two_tasks / "Maze", tmp_path / "out", limit=3)
     assert str(folder) in str(error.value) and stamps(folder) == before
     assert (
-        prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["maze/train"]
+        prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["Maze/train"]
         == 3
     )
     assert len(list(folder.glob("*train.array_record*"))) == 1 and len(open_source(folder)) == 3
@@ -783,9 +784,9 @@ def test_fixing_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
         prepare(source, tmp_path / "out")
     first = stamps(folder)["visual_opsd-train.array_record-00000-of-00002"]
     write(source / "train-1.parquet", [row(2), row(3)])
-    assert prepare(source, tmp_path / "out").rows == {"maze/train": 4}
+    assert prepare(source, tmp_path / "out").rows == {"Maze/train": 4}
     write(source / "test-0.parquet", [row(4)])
-    assert prepare(source, tmp_path / "out").rows == {"maze/train": 4, "maze/test": 1}
+    assert prepare(source, tmp_path / "out").rows == {"Maze/train": 4, "Maze/test": 1}
     assert stamps(folder)["visual_opsd-train.array_record-00000-of-00002"] == first
     assert [e.pid for e in open_source(folder, "train+test")] == [f"p{i}" for i in range(5)]
     write(source / "train-0.parquet", [row(7)])  # a finished shard's file is another now
@@ -1290,4 +1291,4 @@ def test_row_groups_beyond_2_gib(tmp_path):
     found = [index for batch in parquet_files.read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
     assert [*parquet_files.read_examples(file, task="Maze")][32].pid == "p32"
-    assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"maze/train": 2}
+    assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"Maze/train": 2}
