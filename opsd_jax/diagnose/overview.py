@@ -67,7 +67,8 @@ def _answers(diagnosis: Diagnosis, answers: dict[str, Answers]) -> list[str]:
         html.paragraph(
             "How well does the model answer the same questions, depending on what it is given "
             "besides image and question? **none** is the student, **real** to **remove** are the "
-            "teacher's context. **Before training** are the weights that training started from: "
+            "teacher's context (**remove** is what the teacher of the arm none sees). **Before "
+            "training** are the weights that training started from: "
             "OPSD is to bring **none** here up to **real** there."
         )
     ]

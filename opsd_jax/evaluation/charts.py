@@ -13,7 +13,7 @@ from opsd_jax.evaluation import html
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 6.2  # inches: narrow enough that texts stay readable on a phone
+_WIDTH = 5.4  # inches: narrow enough that texts stay readable on a phone
 _DOTS = 60  # points up to which each point of a series is marked
 _COLOURS = (  # distinguishable by colour-blind readers; later series repeat them dashed
     "#0072b2",
@@ -143,7 +143,7 @@ def intervals(
         axes.grid(visible=False, axis="y")
         left = min(0.0, float(np.nanmin(numbers, initial=0.0)))
         axes.set_xlim(left * 1.1, top)
-        axes.set_xlabel(f"{html.visible(unit)}; thin lines and brackets: 95 % intervals")
+        axes.set_xlabel(f"{html.visible(unit)}; brackets: 95 % intervals")
         return _svg(figure, ", ".join(shown).replace("\n", " "))
 
 

@@ -53,9 +53,7 @@ class InterleavedPredictor:
         generation = None
         if self.mode != "none":
             generation = interleave.ImageGeneration(
-                intervention=intervention(
-                    self.mode, benchmark.name, keys, seed=self.seed, swap_from=self.swap_from
-                )
+                intervention=self.intervention(benchmark.name, keys)
             )
         ask = functools.partial(
             interleave.reason,
@@ -81,6 +79,10 @@ class InterleavedPredictor:
                 }
             )
         return {"predictions": predictions, "seconds": seconds, "compiled": compiled}
+
+    def intervention(self, name: str, keys: list[Key]) -> Intervention | None:
+        """What the mode does to the images generated for a batch of keys (`intervention`)."""
+        return intervention(self.mode, name, keys, seed=self.seed, swap_from=self.swap_from)
 
 
 def image_path(folder: str, name: str, key: Key, number: int) -> str:

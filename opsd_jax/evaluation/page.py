@@ -57,7 +57,7 @@ def _facts(summary: dict) -> str:
     )
     return html.facts(
         [
-            ("the model answers", f"{MODE_TEXTS[summary['mode']]} (mode `{summary['mode']}`)"),
+            ("the model answers", f"{MODE_TEXTS[summary['mode']]} ({_mode(summary['mode'])})"),
             ("asked", asked),
             ("weights", f"`{summary['checkpoint']}`"),
             ("examples", examples),
@@ -66,6 +66,15 @@ def _facts(summary: dict) -> str:
             ("command", f"`{summary['command']}`"),
         ]
     )
+
+
+def _mode(mode: str) -> str:
+    """The name of a mode; with what tells the two meanings of "none" apart."""
+    others = {
+        "none": ", the student's context; not what the teacher of the arm none sees",
+        "remove": ", which the teacher of the arm none sees",
+    }
+    return f"mode `{mode}`{others.get(mode, '')}"
 
 
 def _scores(summary: dict) -> list[str]:

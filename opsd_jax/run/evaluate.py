@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from PIL import Image
 
 from opsd_jax import params as params_lib
@@ -193,10 +194,17 @@ def interleaved(
     )
 
     def shown(benchmark, key):
-        given, generated = benchmark.question(key)[0], generated_images(folder, benchmark.name, key)
-        return [(f"image {n + 1}", image) for n, image in enumerate(given)] + [
-            (f"generated {n + 1}", image) for n, image in enumerate(generated)
-        ]
+        images = [(f"image {n + 1}", image) for n, image in enumerate(benchmark.question(key)[0])]
+        replace = predict.intervention(benchmark.name, [key])
+        for n, image in enumerate(generated_images(folder, benchmark.name, key)):
+            if replace is None:
+                images.append((f"generated {n + 1}", image))
+                continue
+            images.append((f"generated {n + 1}, not seen by the model", image))
+            if (seen := replace(0, n, np.asarray(image))) is not None:
+                what = mode.removeprefix("generated-")
+                images.append((f"seen instead ({what})", Image.fromarray(seen)))
+        return images
 
     return _answer(
         _Mode(
@@ -358,7 +366,8 @@ def _answer(
         comparison.check_pairs(compared, asked, job.about["split"])
     by_name = {benchmark.name: benchmark for benchmark in asked}
     identity = asked_in.identity(batches)
-    if together and (answered := store.finished(folder, identity)):
+    answered = store.finished(folder, identity)
+    if together and answered:
         # Greedy answers do not depend on their batches.
         identity, batches = answered, [(by_name[name], keys) for name, keys in answered["rows"]]
     kept = store.Store(folder, identity, together)
@@ -379,21 +388,35 @@ def _answer(
     for benchmark, result in zip(asked, results):
         if benchmark.table:
             _export(folder, benchmark.table, result)
-    about = {**job.about, **asked_in.facts}
+    about = {**job.about, **asked_in.facts, "command": job.request.command}
     if compared:
         about["against"] = comparison.outcome(compared, results, by_name)
+    elif answered:  # and only scored again, for an analysis say: the page keeps what made it
+        earlier = _earlier_summary(folder, asked_in.facts)
+        about |= {key: earlier[key] for key in ("command", "against") if key in earlier}
     summary = results_lib.write(
         folder,
         results,
         protocol=asked_in.protocol,
         mode=asked_in.mode,
-        command=job.request.command,
         ban_marker=job.request.ban_marker,
         **about,
     )
     html = page.page(name, summary, results, by_name, shown)
     files.write(os.path.join(folder, run_folder.PAGE), html)
     return summary
+
+
+def _earlier_summary(folder: str, facts: dict) -> dict:
+    """The summary in a folder of results; {} if there is none of the same model and examples.
+
+    facts: fingerprints of both.
+    """
+    path = os.path.join(folder, run_folder.SUMMARY)
+    if not os.path.exists(path):
+        return {}
+    earlier = results_lib.read_summary(path)
+    return earlier if all(earlier.get(key) == value for key, value in facts.items()) else {}
 
 
 def _export(folder: str, table: tables.Table, result: results_lib.Result) -> None:

@@ -199,6 +199,10 @@ def test_public_tables_on_the_small_model(workdir, capsys, monkeypatch):
     assert said == comparison.in_words("again", against)[0]
     assert last == comparison.in_words("again", against)[1]
     assert page_line == f"the page of again: {workdir}/eval/again/report.html"
+    run("--name=again")  # scored again: its comparison, and what made it, stay on the page
+    again = read(workdir / "eval" / "again")[0]
+    assert again["against"] == against and "--against" in again["command"]
+    assert f"Against {folder.name}" in (workdir / "eval" / "again" / "report.html").read_text()
     # the one that died twice; all programs were compiled before
     assert len(asked) == 1 + -(-len(table.rows) // 4) + -(-chart["n"] // 4)
     assert read(workdir / "eval" / "again")[1] == predictions

@@ -550,6 +550,18 @@ def test_a_phone_shows_every_block_without_scrolling_sideways(tmp_path):
     assert browser.scroll_width(page, tmp_path, 390) > 390
 
 
+@browser.needs_browser
+def test_a_wide_table_shows_on_a_phone_that_it_scrolls(tmp_path):
+    """A shadow at its right side; a table that fits has none."""
+    page, darkest = tmp_path / "page.html", []
+    for columns in (3, 30):
+        table = html_lib.table(["x"] * columns, [[""] * columns] * 30)
+        page.write_text(html_lib.page("t", "<style>td { border: 0 !important }</style>", table))
+        pixels = browser.screenshot(page, tmp_path, 500, 400)  # the least width of a window
+        darkest.append(int(np.median(pixels[250:300, 470:485], axis=0).min()))
+    assert darkest[0] > 240 > 200 > darkest[1], darkest
+
+
 def test_parts_are_strings():
     for block in (html_lib.stack, html_lib.row, lambda *parts: html_lib.page("t", *parts)):
         with pytest.raises(ValueError, match="part 1 is a list"):
