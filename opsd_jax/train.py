@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_flags, sharding
+from opsd_jax.data import sizes
 from opsd_jax.data.batches import Batches
-from opsd_jax.inputs import cli
+from opsd_jax.inputs import cli, json_files
 from opsd_jax.run import (
     controls,
     report_table,
@@ -44,6 +45,7 @@ from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
 from opsd_jax.run.stage_log import StageLog
 from opsd_jax.runtime import allocator, distributed, files, locks, run_folder
+from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.runtime import metrics as metrics_lib
 from opsd_jax.runtime.checkpoint import Checkpoints
 from opsd_jax.runtime.clock import CompileGuard
@@ -92,6 +94,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         jax.config.update("jax_compilation_cache_dir", run_folder.compiled_programs(workdir))
     if of_arm:
         train(*of_arm, data_workdir=workdir)
+        _print_times(of_arm[1])
         return
     if not several:
         # With several, JAX handles SIGTERM, and a handler set here would replace its own.
@@ -104,6 +107,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
         _train(config, workdir, workdir, arms.start)
         arms.finish()
+    _print_times(workdir)
     if jax.process_index() == 0:
         _report(config, workdir)
 
@@ -113,8 +117,33 @@ def _report(config: ConfigDict, workdir: str) -> None:
     scores = {}
     if "opsd" in config.stages and config.eval.final_split:
         scores = report_table.collect(workdir, config.run_arms)
-        print(report_table.write(workdir, scores, config.run_arms))
+        report_table.write(workdir, scores, config.run_arms)
+        print(report_table.in_terminal(scores, config.run_arms, config))
     print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
+
+
+def _print_times(workdir: str) -> None:
+    """Says where the time of a finished run went."""
+    if jax.process_index() == 0:
+        times = json_files.read(run_folder.time(workdir), fix="delete it")
+        print(f"{workdir}: where the time went\n{clock_lib.table(times)}")
+
+
+def _keep_times(run: Session, continued: bool) -> None:
+    """Adds the seconds of this command to W/time.json.
+
+    A command that trained and evaluated nothing leaves it as it is.
+
+    continued: whether there are times of earlier commands of this run.
+    """
+    path, times = run_folder.time(run.workdir), run.clock.report()
+    earlier = {}
+    if continued and os.path.exists(path):
+        if not {"update", "eval"} & times.keys():
+            return
+        earlier = json_files.read(path, fix="delete it")
+    primary = jax.process_index() == 0
+    files.write_json(path, clock_lib.added(times, earlier), primary=primary)
 
 
 def _stop(number, frame) -> None:
@@ -171,30 +200,35 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
         ) as checkpoints,
     ):
         run, done = session_lib.open_training(config, workdir, data_workdir, checkpoints)
-        with run.writer, _reporting_a_stop(workdir, checkpoints):
+        with run.writer, _reporting_a_stop(run, done is not None, checkpoints):
             # With stages warmup (0..350] and opsd (350..750]: at step 350, warmup has no step left,
             # is evaluated if that is missing, and opsd starts from its weights. At step 500, warmup
             # is skipped, and opsd continues with the state of step 500.
-            params = None
+            params, continued = None, done is not None
+            if not continued:
+                sizes.check_training(config, run.data_dir, run.packer)
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
                     params = train_stage(run, stage, done, params, checkpoints, stop, on_start)
                     done = stage.last
                     stop.check()
-            print(f"{workdir}: where the time went\n{run.clock.table()}")
-            files.write_json(run_folder.time(workdir), run.clock.report(), primary=primary)
+            _keep_times(run, continued)
     return params
 
 
 @contextlib.contextmanager
-def _reporting_a_stop(workdir: str, checkpoints: Checkpoints) -> Iterator[None]:
-    """Says how a run that is asked to stop continues, once its last checkpoint is complete."""
+def _reporting_a_stop(run: Session, continued: bool, checkpoints: Checkpoints) -> Iterator[None]:
+    """Says how a run that is asked to stop continues, once its last checkpoint is complete.
+
+    continued: see `_keep_times`.
+    """
     try:
         yield
     except Stopped:
         checkpoints.wait()  # if the last save fails, this was not a clean stop
-        print(f"stopped as asked; the same command continues {workdir}")
+        _keep_times(run, continued)
+        print(f"stopped as asked; the same command continues {run.workdir}")
         raise
 
 

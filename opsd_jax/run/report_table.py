@@ -1,5 +1,7 @@
 """The table of a run and its control arms, W/report.md and W/report.json."""
 
+import collections
+import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +10,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import results
+from opsd_jax.inputs import checks
 from opsd_jax.runtime import files, run_folder
 
 Scores = dict[str, dict]
@@ -18,6 +21,7 @@ TEACHER = "teacher: start, with visual thoughts"
 START = "start, text only"
 START_BANNED = "start, text only, `<image_start>` banned"
 TRAINED = "OPSD, text only"
+BASELINE = "always the most frequent answer"
 
 # Final evaluations of a run's start, and the names of their results.
 _STARTS = {TEACHER: "real", START: "none", START_BANNED: "none-banned"}
@@ -32,6 +36,7 @@ _HEADER = (
     "KL to teacher",
     "closure",
 )
+_SAME = 0.9  # share of the questions from which on one answer to all of them is worth a caution
 _FEW = 200  # a stage of fewer steps, or a test split of fewer examples, says little
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
 
@@ -43,6 +48,9 @@ def arm_label(name: str) -> str:
 
 def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
+
+    And of the answer that is expected most often, given to every question: it is right where the
+    expected answer equals it (where a task accepts several answers, it may be right more often).
 
     Raises:
       FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
@@ -56,11 +64,16 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     shown[TRAINED] = _trained_scores(workdir)
     for arm in arms:
         shown[arm_label(arm)] = _trained_scores(run_folder.arm(workdir, arm))
+    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    shown[BASELINE] = {}
+    for task, predictions in _predictions(workdir, last, "none").items():
+        answer, share = _most_frequent([p["expected"] for p in predictions])
+        shown[BASELINE][task] = {"overall": share, "n": len(predictions), "answer": answer}
     return shown
 
 
 def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str:
-    """Writes W/report.md and W/report.json, and returns the text of the former.
+    """Writes W/report.md and W/report.json, and returns the text of the former, Markdown.
 
     An accuracy without visual thoughts is shown with that of the same weights given the true ones,
     if the final evaluation measured it: training changes how well a model reads them.
@@ -79,10 +92,23 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     return text
 
 
+def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
+    """The main columns of the table, aligned, and the verdict, as plain text."""
+    rows: list[tuple[str, ...]] = [("answers of", "task", "accuracy", "95 % interval", "closure")]
+    for what, tasks in shown.items():
+        for task, b in tasks.items():
+            interval = _interval(b) if "interval_95" in b else ""
+            closure = f"{100 * b['closure']:.0f} %" if "kl" in b else ""
+            rows.append((what.replace("`", ""), task, _percent(b), interval, closure))
+    words = verdict(shown, arms, config).replace("`", "").replace("**", "")
+    return f"{checks.table(rows)}\n\n{words}"
+
+
 def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
     """What the numbers say, in sentences, one line per task.
 
-    A caution follows where a short stage or few examples make the numbers mean little.
+    A caution follows where the numbers mean little: answers that hardly differ between questions,
+    a teacher no better than the most frequent answer, a short stage, few examples.
     """
     lines = []
     for task, trained in shown[TRAINED].items():
@@ -99,6 +125,11 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
         controls = [f"{arm} {_percent(shown[arm_label(arm)][task])}" for arm in arms]
         if controls:
             parts.append(f"Control arms: {', '.join(controls)}.")
+        if "none" in arms:
+            parts.append(
+                "The teacher of the arm none sees its texts without any image, which is the "
+                "evaluation mode `remove`."
+            )
         others = {  # arms with another objective are not controls of what the teacher sees
             arm: shown[arm_label(arm)][task]["overall"]
             for arm in arms
@@ -111,6 +142,7 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
                 f"OPSD is {abs(lift):.1f} points {'above' if lift >= 0 else 'below'} the best arm "
                 f"whose teacher saw something else, {best}."
             )
+        parts += _cautions(shown, task)
         if min(config.opsd.steps, trained["n"]) < _FEW:
             parts.append(
                 "**These numbers mean little: a run this short shows that everything works "
@@ -118,6 +150,33 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
             )
         lines.append(" ".join(parts))
     return "\n".join(lines)
+
+
+def _cautions(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Sentences about answers to a task that do not depend on the question."""
+    parts, teacher = [], shown.get(TEACHER, {}).get(task)
+    if always := shown.get(BASELINE, {}).get(task):
+        parts.append(
+            f"The most frequent answer, `{always['answer']}`, given to every question would be "
+            f"right in {_percent(always)}."
+        )
+        if teacher and teacher["interval_95"][0] <= always["overall"]:
+            parts.append(
+                "**The teacher is not clearly better than that: it has little to teach. Train the "
+                "warm-up longer, or look at its answers.**"
+            )
+    same = []
+    for who, tasks in shown.items():
+        found = tasks.get(task, {}).get("most_given")
+        if found and found["share"] >= _SAME:
+            what = "no answer" if found["answer"] is None else f"`{found['answer']}`"
+            same.append(f"{who}: {what} to {100 * found['share']:.0f} %")
+    if same:
+        parts.append(
+            f"**(Nearly) the same answer to every question: {'; '.join(same)}. Such an accuracy "
+            "says nothing about what was learned, and neither does its closure.**"
+        )
+    return parts
 
 
 def _trained_scores(workdir: str) -> Scores:
@@ -160,7 +219,26 @@ def _scores(workdir: str, step: int, name: str) -> Scores:
 
 def _read(workdir: str, step: int, name: str) -> Scores:
     summary = results.read_summary(_summary_path(workdir, step, name))
-    return {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
+    found = {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
+    for task, predictions in _predictions(workdir, step, name).items():
+        answer, share = _most_frequent([p["answer"] for p in predictions])
+        found[task]["most_given"] = {"answer": answer, "share": share}
+    return found
+
+
+def _predictions(workdir: str, step: int, name: str) -> dict[str, list[dict]]:
+    """{task: predictions} of a final evaluation."""
+    folder, found = os.path.dirname(_summary_path(workdir, step, name)), {}
+    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as lines:
+        for prediction in map(json.loads, lines):
+            found.setdefault(prediction["benchmark"], []).append(prediction)
+    return found
+
+
+def _most_frequent(answers: Sequence[str | None]) -> tuple[str | None, float]:
+    """(the most frequent of some answers, its share)."""
+    ((answer, count),) = collections.Counter(answers).most_common(1)
+    return answer, count / len(answers)
 
 
 def _row(what: str, task: str, b: dict) -> str:
@@ -171,10 +249,10 @@ def _row(what: str, task: str, b: dict) -> str:
             what,
             task,
             _percent(b),
-            _interval(b),
+            _interval(b) if "interval_95" in b else "",
             f"{100 * real['overall']:.1f} % ({_interval(real)})" if real else "",
             f"{b['n']}",
-            f"{b['mean_output_tokens']:.1f}",
+            f"{b['mean_output_tokens']:.1f}" if "mean_output_tokens" in b else "",
             f"{b['kl_before']:.3f} -> {b['kl']:.3f}" if "kl" in b else "",
             f"{100 * b['closure']:.0f} %" if "kl" in b else "",
         )

@@ -29,7 +29,8 @@ _MEANING = (
     "only**: it is not; it always sees the problem image and the question. **Arms** are controls: "
     "the same training from the same weights, except that the teacher sees something else "
     "(**noise**; **image**, the problem once more; **swap**, another example's visual thoughts; "
-    "**none**, nothing), or that the objective is another one (**sft**, **offline**). What the "
+    "**none**, the teacher's texts without any image: the evaluation mode `remove`, not the mode "
+    "`none`), or that the objective is another one (**sft**, **offline**). What the "
     "content of visual thoughts teaches is the lift of OPSD over the best of the former. **KL** "
     "compares the starting teacher, with visual thoughts, with the student, without, on reference "
     "traces, before and after training; **closure** is the share of it that training removed, and "
@@ -74,7 +75,9 @@ def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     for who, tasks in shown.items():
         for task, b in tasks.items():
             name = who.replace("`", "")  # the table in report.md is Markdown
-            limits = (100 * limit for limit in b["interval_95"])
+            limits = (
+                [100 * limit for limit in b["interval_95"]] if "interval_95" in b else [None] * 2
+            )
             bars.append((f"{name} ({task})" if several else name, 100 * b["overall"], *limits))
             cells.append([name, *([task] if several else []), *_numbers(b)])
     columns = ["answers of", *(["task"] if several else []), "accuracy %"]
@@ -94,7 +97,7 @@ def _numbers(b: dict) -> list:
         html.fixed(100 * b["overall"], 1),
         html.fixed(100 * b["real"]["overall"], 1) if "real" in b else None,
         b["n"],
-        html.fixed(b["mean_output_tokens"], 1),
+        html.fixed(b.get("mean_output_tokens"), 1),
         html.fixed(b.get("kl_before"), 3),
         html.fixed(b.get("kl"), 3),
         html.fixed(100 * b["closure"], 0) if "closure" in b else None,
@@ -220,9 +223,7 @@ def _seconds(folders: Mapping[str, str]) -> list[str]:
     return [
         html.heading("Where the time went"),
         html.table(["phase, seconds", *times], cells),
-        html.note(
-            "The last command of each; arms run beside the run where there are cores for it."
-        ),
+        html.note("All commands of the run; arms run beside it where there are cores for them."),
     ]
 
 

@@ -17,7 +17,7 @@ from opsd_jax.runtime.progress import Progress
 _SHOWN = {
     "loss": "loss",
     "mse": "mse",
-    "accuracy": "accuracy",
+    "accuracy per token": "accuracy",
     "completion_len": "completion_len",
     "tokens/s": "tokens_per_sec",
     "goodput": "goodput",

@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -105,18 +105,27 @@ class Clock:
         }
         return found | {"goodput": now["steps"] / total if total else 0.0}
 
-    def table(self) -> str:
-        """The report as text: seconds and per cent of the wall time, a line for each phase."""
-        report = self.report()
-        share = 100 / report["total"] if report["total"] else 0.0
-        width = max(map(len, report))
-        return "\n".join(
-            f"{phase:<{width}} {seconds:10.1f} s {seconds * share:6.1f} %"
-            for phase, seconds in report.items()
-        )
-
     def _spend(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+def added(report: Mapping[str, float], earlier: Mapping[str, float]) -> dict[str, float]:
+    """A report of a continued run, with what the commands before reported, phase by phase."""
+    phases = {
+        phase: report.get(phase, 0.0) + earlier.get(phase, 0.0) for phase in {**report, **earlier}
+    }
+    last = {phase: phases.pop(phase) for phase in ("other", "total")}
+    return dict(sorted(phases.items(), key=lambda item: -item[1])) | last
+
+
+def table(report: Mapping[str, float]) -> str:
+    """A report as text: seconds and per cent of the wall time, a line for each phase."""
+    share = 100 / report["total"] if report["total"] else 0.0
+    width = max(map(len, report))
+    return "\n".join(
+        f"{phase:<{width}} {seconds:10.1f} s {seconds * share:6.1f} %"
+        for phase, seconds in report.items()
+    )
 
 
 @dataclasses.dataclass

@@ -161,8 +161,11 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     )
 
     report = (tmp_path / "w" / "report.md").read_text()
-    assert report.rstrip() in done.stdout and "where the time went" in done.stdout
     lines = report.splitlines()
+    _, words = report.rstrip().split("\n\n")
+    # Where the time went, once the arms are done; then the table and what it says, as plain text.
+    times, shown = done.stdout.split("where the time went\n")[1].split("answers of")
+    assert "total" in times and words.replace("**", "").replace("`", "") in shown
     assert sum("mean little" in line for line in lines) == 1  # the run is short
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -176,17 +179,25 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
         "start, text only, `<image_start>` banned",
         "OPSD, text only",
         "arm noise, text only",
+        "always the most frequent answer",
     ]
-    assert [bool(row[-1]) for row in rows[2:]] == [False, False, False, True, True]  # KL closure
+    closures = [bool(row[-1]) for row in rows[2:]]
+    assert closures == [False, False, False, True, True, False]
     kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())[
         "tasks"
     ]
-    assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-1][-1]
+    assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-2][-1]
     found = json.loads((tmp_path / "w" / "report.json").read_text())
-    assert len(found) == 5
+    assert len(found) == 6
+    always, folder = found[-1]["tasks"][small_run.TASK], f"{small_run.LAST:06d}-none"
+    lines = (tmp_path / "w/eval" / folder / "predictions.jsonl").read_text().splitlines()
+    expected = [json.loads(line)["expected"] for line in lines]
+    assert always["overall"] == max(map(expected.count, expected)) / len(expected)
+    assert always["n"] == len(expected)
+    assert expected.count(always["answer"]) == max(map(expected.count, expected))
     # The same row says how a trained model answers without visual thoughts, and with the true ones.
     place = rows[0].index("with true visual thoughts")
-    assert [bool(row[place]) for row in rows[2:]] == [False, True, False, True, True]
+    assert [bool(row[place]) for row in rows[2:]] == [False, True, False, True, True, False]
     for n, folder, step in (
         (1, tmp_path / "w", small_run.WARMUP),
         (3, tmp_path / "w", small_run.LAST),
@@ -232,7 +243,6 @@ def test_a_finished_run_is_left_as_it_is(trained, tmp_path):
             for path in workdir.rglob("*")
             if path.is_file()
             and not {"tb", "log"}.intersection(path.parts)  # they record each start
-            and path.name != "time.json"
         }
 
     before = contents()

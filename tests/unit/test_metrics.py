@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from opsd_jax.evaluation import statistics
+from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.runtime import metrics
 from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError, compilations
 from opsd_jax.runtime.health import Health, UnhealthyRunError
@@ -384,7 +385,7 @@ def test_clock_counts_nested_phases_once():
         "total": 20,
     }
     assert list(clock.report()) == ["update", "sample", "checkpoint", "eval", "other", "total"]
-    rows = [line.split() for line in clock.table().splitlines()]
+    rows = [line.split() for line in clock_lib.table(clock.report()).splitlines()]
     assert rows[0] == ["update", "10.0", "s", "50.0", "%"]
     assert rows[-1] == ["total", "20.0", "s", "100.0", "%"]
 
@@ -417,6 +418,20 @@ def test_shares_are_of_the_time_since_the_line_before():
     shares = {name: share for name, share in second.items() if share and name != "goodput"}
     assert shares == pytest.approx({"time/steps": 0.3, "time/eval": 0.6, "time/other": 0.1})
     assert second["goodput"] == pytest.approx(8 / 20)  # of all time
+
+
+def test_the_times_of_a_continued_run_are_those_of_all_commands():
+    earlier = {"update": 4.0, "sample": 1.0, "other": 2.0, "total": 7.0}
+    later = {"eval": 9.0, "update": 1.0, "other": 1.0, "total": 11.0}
+    both = clock_lib.added(later, earlier)
+    assert list(both.items()) == [
+        ("eval", 9.0),
+        ("update", 5.0),
+        ("sample", 1.0),
+        ("other", 3.0),
+        ("total", 18.0),
+    ]
+    assert clock_lib.added(later, {}) == later
 
 
 def test_clock_takes_compilation_out_of_the_phase_it_happens_in():
