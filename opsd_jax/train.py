@@ -206,7 +206,8 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
             # is skipped, and opsd continues with the state of step 500.
             params, continued = None, done is not None
             if not continued:
-                sizes.check_training(config, run.data_dir, run.packer)
+                with run.clock("data"):
+                    sizes.check_training(config, run.data_dir, run.packer)
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
