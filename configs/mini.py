@@ -73,7 +73,7 @@ def get_config(arg: str = "chart"):
     c.rollout.max_new_tokens = text[4]
 
     c.eval.update(
-        every=100, rows=128, visual_thoughts=("none", "real"), final_banned=True, batch_size=128
+        every=100, rows=128, visual_thoughts=("none", "real"), batch_size=128
     )
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
@@ -82,7 +82,7 @@ def get_config(arg: str = "chart"):
     c.arms.none = {"teacher": {"visual_thoughts": "none"}}
     c.arms.sft = {"stages": ("sft",)}
     c.arms.offline = {"stages": ("offline",)}
-    c.run_arms = ("noise", "image", "swap")
+    c.run_arms = ("noise", "image")
 
     if arg in ("maze", "draw"):  # tuned and measured with AdamW
         for stage in ("warmup", "opsd", "sft", "offline"):
@@ -93,7 +93,7 @@ def get_config(arg: str = "chart"):
         c.model.llm.num_heads = c.model.llm.num_kv_heads = 4
         c.warmup.steps = 500
         c.opsd.batch_size = c.sft.batch_size = c.offline.batch_size = 48
-        c.eval.update(every=100, rows=256, batch_size=256)
+        c.eval.update(rows=256, batch_size=256, final_banned=True)
         c.run_arms = ("noise", "image", "sft")
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
@@ -130,7 +130,7 @@ def get_config(arg: str = "chart"):
         c.warmup.optim.update(lr=3e-3, min_lr=5e-4)
         c.drawing.update(num_timesteps=25, timestep_shift=3.0, text_scale=1.0, image_scale=1.0)
         c.opsd.batch_size = c.sft.batch_size = c.offline.batch_size = 48
-        c.eval.update(every=100, rows=256, batch_size=256)
+        c.eval.update(rows=256, batch_size=256, final_banned=True)
         c.log.samples_every = 250
         c.run_arms = ()
     return c
