@@ -72,9 +72,7 @@ def get_config(arg: str = "chart"):
     c.divergence.update(top_k=0, clip=0.0)
     c.rollout.max_new_tokens = text[4]
 
-    c.eval.update(
-        every=100, rows=128, visual_thoughts=("none", "real"), batch_size=128
-    )
+    c.eval.update(every=100, rows=128, visual_thoughts=("none", "real"), batch_size=128)
     c.checkpoint.every = 200
     c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
     c.arms.image = {"teacher": {"visual_thoughts": "image"}}
