@@ -147,7 +147,6 @@ def budget_of_run(
       What `budget.budget` returns, with "checkpoints" and "checkpoints_bytes": the most that the
       run holds at once.
     """
-    saved = saves.of_run(config)
     stages = []
     for name in config.stages:
         seconds, why = _modelled(config, name, [one for one in bills if one["stage"] == name])
@@ -155,22 +154,27 @@ def budget_of_run(
             budget.StageOfRun(
                 name=name,
                 steps=config[name].steps,
-                saves=sum(stage == name for _, stage in saved),
+                saves=sum(stage == name for _, stage in saves.of_run(config)),
                 checkpoint_bytes=programs.checkpoint_bytes(config, name),
                 step_seconds=seconds,
                 not_modelled=why,
             )
         )
-    sizes = {stage.name: stage.checkpoint_bytes for stage in stages}
-    count, size = budget.most_at_once(
-        [(step, sizes[name]) for step, name in saved],
-        config.checkpoint.keep_latest,
-        saves.never_deleted(config),
-    )
+    count, size = checkpoints_of_run(config)
     found = budget.budget(
         stages, chips=topology.chips, hosts=hosts, write_speed=write_speed, price=price
     )
     return found | {"checkpoints": count, "checkpoints_bytes": size}
+
+
+def checkpoints_of_run(config: ConfigDict) -> tuple[int, int]:
+    """Number and bytes of the checkpoints that a run holds when they take most."""
+    sizes = {name: programs.checkpoint_bytes(config, name) for name in config.stages}
+    return budget.most_at_once(
+        [(step, sizes[name]) for step, name in saves.of_run(config)],
+        config.checkpoint.keep_latest,
+        saves.never_deleted(config),
+    )
 
 
 def _modelled(
@@ -209,8 +213,8 @@ def bill(
 
     hbm: GiB per device, None for no bound.
     """
-    arguments = {kind: _bytes_per_device(tree) for kind, tree in program.arguments.items()}
-    beside = sum(_bytes_per_device(tree) for tree in program.beside.values())
+    arguments = {kind: bytes_per_device(tree) for kind, tree in program.arguments.items()}
+    beside = sum(bytes_per_device(tree) for tree in program.beside.values())
     operations = flops.matmul_flops(program.traced.jaxpr.jaxpr, program.trips) // topology.devices
     found = {
         "program": program.name,
@@ -267,7 +271,7 @@ def bill(
 # --- memory --------------------------------------------------------------------------------------
 
 
-def _bytes_per_device(tree: programs.Shapes) -> int:
+def bytes_per_device(tree: programs.Shapes) -> int:
     """Bytes that one device holds of a pytree of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)

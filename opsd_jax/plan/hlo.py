@@ -16,6 +16,8 @@ from collections.abc import Mapping
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 # Bytes per element of the types whose name does not say their bits.
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "token": 0}
+# Calls of XLA:GPU into libraries. Their first result is an array, the others are scratch memory.
+_LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)')
 _ARRAY = re.compile(r"\b(pred|token|bf16|c64|[suf]\d+|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
 # Instructions that read and write nothing.
 _FREE = {
@@ -248,6 +250,9 @@ class _Traffic:
 
 def _touched(i: Instruction, around: Computation, computations: Module) -> int:
     """Bytes of HBM that an instruction of the computation `around` reads and writes."""
+    if i.op == "custom-call" and _LIBRARY.search(i.rest):
+        results = _arrays(i.shape, hbm_only=True)[:1]
+        return sum(results) + sum(_in_hbm(around[o].shape) for o in i.operands if o in around)
     kernel = '"tpu_custom_call"' in i.rest  # other calls allocate and assume
     if i.op in _FREE or i.op.endswith("-done") or (i.op == "custom-call" and not kernel):
         return 0
