@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "your data, or the procedural tasks, as files that training reads",
     "redraw": "a data set with visual thoughts that a model generated",
     "plan": "memory, traffic and time of a training step on a TPU slice",
+    "doctor": "checks of a new machine: devices, disk, network, kernels, speed",
 }
 
 
