@@ -96,7 +96,7 @@ def get_config(arg: str = "chart"):
     if arg == "smoke":
         c.data.make.update(train=2000, validation=128, test=128)
         c.model.llm.num_layers = c.model.unroll = 2  # half the time to compile and to train
-        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 60, 40, 40, 40
+        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 40, 30, 30, 30
         c.warmup.optim.warmup_steps = 20
         c.eval.every = 0
         c.run_arms = ("noise",)

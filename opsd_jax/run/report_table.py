@@ -170,11 +170,11 @@ def _cautions(shown: Mapping[str, Scores], task: str) -> list[str]:
         found = tasks.get(task, {}).get("most_given")
         if found and found["share"] >= _SAME:
             what = "no answer" if found["answer"] is None else f"`{found['answer']}`"
-            same.append(f"{who}: {what} to {100 * found['share']:.0f} %")
+            same.append(f"{who}, {what} to {100 * found['share']:.0f} % of them")
     if same:
         parts.append(
-            f"**(Nearly) the same answer to every question: {'; '.join(same)}. Such an accuracy "
-            "says nothing about what was learned, and neither does its closure.**"
+            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows how "
+            "often that answer is right, not what was learned; a closure beside it says little, too."
         )
     return parts
 
