@@ -173,8 +173,8 @@ def _cautions(shown: Mapping[str, Scores], task: str) -> list[str]:
             same.append(f"{who}, {what} to {100 * found['share']:.0f} % of them")
     if same:
         parts.append(
-            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows how "
-            "often that answer is right, not what was learned; a closure beside it says little, too."
+            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows "
+            "how often that answer is right, not what was learned; a closure beside it says little."
         )
     return parts
 

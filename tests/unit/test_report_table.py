@@ -42,10 +42,10 @@ def test_one_answer_to_every_question_is_named():
     same = {"most_given": {"answer": "red", "share": 0.97}}
     differs = {"most_given": {"answer": "red", "share": 0.6}}
     text, _ = verdict(teacher=scores(0.9, 0.85, **differs), trained=scores(0.3, **same))
-    assert "same answer to every question: OPSD, text only: `red` to 97 %." in text
+    assert "same answer to nearly all questions: OPSD, text only, `red` to 97 % of them." in text
     none = {"most_given": {"answer": None, "share": 1.0}}
     text, _ = verdict(teacher=scores(0.0, **none), trained=scores(0.0, **none))
-    assert "teacher: start, with visual thoughts: no answer to 100 %; OPSD, text only: no" in text
+    assert "teacher: start, with visual thoughts, no answer to 100 % of them; OPSD, text" in text
 
 
 def test_the_arm_none_is_not_the_evaluation_mode_none():
