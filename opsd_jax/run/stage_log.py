@@ -20,7 +20,6 @@ _SHOWN = {
     "accuracy per token": "accuracy",
     "completion_len": "completion_len",
     "tokens/s": "tokens_per_sec",
-    "goodput": "goodput",
 }
 
 
