@@ -32,7 +32,7 @@ Variables of the environment:
   EXTRAS       further extras of the package, such as wandb
   CREATE_ARGS  further options of `queued-resources create`, such as --reserved --internal-ips
   SSH_ARGS     further options of ssh and scp, such as --internal-ip or --tunnel-through-iap
-  WORKER       one worker (0, 1, ...) or all. run: all; logs, ssh: 0
+  WORKER       one worker (0, 1, ...) or all. logs, ssh: 0; run, status, wait, stop: all
   NODE         slice of that worker (0)
   RESTARTS     how often a worker starts a lost command again, and `job` a lost TPU (10)
   WAIT_S       how long `create` waits (7200); the request ends then, so that no TPU comes unseen
@@ -129,6 +129,11 @@ class Settings:
     def place(self) -> list[str]:
         """Options that name the place, for every command of gcloud."""
         return [f"--zone={self.zone}", f"--project={self.project}"]
+
+    @property
+    def one_worker(self) -> bool:
+        """Whether WORKER names a single one."""
+        return self.worker not in ("", "all")
 
     @property
     def nodes(self) -> list[str]:
@@ -270,6 +275,8 @@ class Tpu:
     def setup(self) -> None:
         """Copies and installs the checkout on all workers, and mounts the bucket there."""
         s = self.settings
+        if s.one_worker:
+            raise LaunchError(f"WORKER={s.worker}: setup is for all workers")
         if not s.bucket and s.slices * s.hosts > 1:
             raise LaunchError(
                 f"BUCKET is not set: the {s.slices * s.hosts} hosts of {s.slices} x {s.type} keep "
@@ -284,7 +291,7 @@ class Tpu:
                 target = f"{node}:opsd.tar.gz"
                 self._tpus(["tpu-vm", "scp", pack, target, *s.place, *s.ssh_args, "--worker=all"])
         extras = f"EXTRAS={shlex.quote(s.extras)} " if s.extras else ""
-        self._on_all(
+        self._on_workers(
             "mkdir -p opsd && tar -xzf opsd.tar.gz -C opsd && "
             f"{extras}{_WORKER} setup {s.bucket}".rstrip()
         )
@@ -292,19 +299,16 @@ class Tpu:
     def run(self, words: Sequence[str]) -> None:
         """Starts a command on all workers, or on one."""
         s = self.settings
-        command = f"RESTARTS={s.restarts} {_WORKER} run "
-        if s.slices * s.hosts == 1:
-            self._on_all(command + shlex.join(words))
-        elif s.worker in ("", "all"):
-            if match := _OF_ONE_PROCESS.search(" ".join(words)):
-                raise LaunchError(
-                    f"{match[0]} is a command of one process: WORKER=0 launch/tpu_vm.sh run -- "
-                    "... starts it on that host alone, on its CPU"
-                )
-            self._on_all(command + shlex.join(words))
-        else:  # a TPU would wait for the processes of the other hosts
-            alone = ["env", "JAX_PLATFORMS=cpu", "OPSD_NUM_PROCESSES=1", *words]
-            self._tpus(self._ssh(s.nodes[s.node], s.worker, command + shlex.join(alone)))
+        match = _OF_ONE_PROCESS.search(" ".join(words))
+        if s.slices * s.hosts > 1 and s.one_worker:
+            # A TPU would wait for the processes of the other hosts.
+            words = ["env", "JAX_PLATFORMS=cpu", "OPSD_NUM_PROCESSES=1", *words]
+        elif s.slices * s.hosts > 1 and match:
+            raise LaunchError(
+                f"{match[0]} is a command of one process: WORKER=0 launch/tpu_vm.sh run -- "
+                "... starts it on that host alone, on its CPU"
+            )
+        self._on_workers(f"RESTARTS={s.restarts} {_WORKER} run {shlex.join(words)}")
 
     def status(self) -> None:
         """Prints the state of the TPU and of the run."""
@@ -312,7 +316,7 @@ class Tpu:
         if not self.settings.dry:
             print(f"{self.settings.name} is {now or 'not there'}")
         if self.settings.dry or now == "ACTIVE":
-            self._on_all(f"{_WORKER} status")
+            print(self._on_workers(f"{_WORKER} status", capture=True), end="")
 
     def logs(self) -> None:
         """Follows the log of a worker, or of all of a slice."""
@@ -330,7 +334,7 @@ class Tpu:
 
     def stop(self) -> None:
         """All workers save, stop, and are not started again."""
-        self._on_all(f"{_WORKER} stop")
+        self._on_workers(f"{_WORKER} stop")
 
     def delete(self) -> None:
         """Gives the TPU back."""
@@ -346,7 +350,7 @@ class Tpu:
                 print(f"{s.name} is {now}: the TPU was taken away")
                 return LOST
             try:
-                said = self._on_all(f"{_WORKER} status", capture=True)
+                said = self._on_workers(f"{_WORKER} status", capture=True)
                 silent = 0
             except LaunchError:
                 silent += 1
@@ -416,10 +420,13 @@ class Tpu:
     def _tpus(self, words: Sequence[str]) -> None:
         self._finish([self._start(words)])
 
-    def _on_all(self, command: str, *, capture: bool = False) -> str:
-        """A command on every worker of every slice, at the same time; what they print, if asked."""
-        nodes = self.settings.nodes
-        commands = [self._ssh(node, "all", command) for node in nodes]
+    def _on_workers(self, command: str, *, capture: bool = False) -> str:
+        """A command on one worker, or at the same time on all of all slices; what they print."""
+        s = self.settings
+        nodes, worker = (
+            (s.nodes[s.node : s.node + 1], s.worker) if s.one_worker else (s.nodes, "all")
+        )
+        commands = [self._ssh(node, worker, command) for node in nodes]
         return self._finish([self._start(words, capture=capture) for words in commands])
 
     def _start(
@@ -493,7 +500,22 @@ def _after_dashes(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command; its exit code."""
+    """The command; its exit code. What is wrong is said in one line."""
+    try:
+        return _main(words)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: a TPU that was asked for stays, and is billed (launch/tpu_vm.sh "
+            "status, wait --delete, delete)",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _main(words: Sequence[str]) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("", [])
     if verb == "types":
         print(_types())
@@ -521,14 +543,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except LaunchError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: a TPU that was asked for stays, and is billed (launch/tpu_vm.sh "
-            "status, wait --delete, delete)",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

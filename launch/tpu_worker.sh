@@ -18,7 +18,7 @@ fail() {
   exit 1
 }
 
-is_running() { ! flock -n run.lock true; }
+is_running() { [[ -e run.lock ]] && ! flock --shared -n run.lock true; }  # shared: two may ask at once
 
 apt_get() { # waits for other users of apt: a new machine installs its updates
   local try
@@ -57,6 +57,7 @@ mount_bucket() {
   # all but 4 files at a time through the boot disk. 9: the lock of the run, which gcsfuse must not keep.
   gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --write-global-max-blocks=1600 \
     "$bucket" runs 9>&- || { echo "error: $(hostname): the bucket $bucket cannot be mounted as runs/" >&2; return 1; }
+  mkdir -p runs/logs
 }
 
 setup() {
@@ -97,7 +98,9 @@ run() {
   echo "$(hostname): started, log in opsd/log.txt"
 }
 
-copy_log() { if [[ -s run.bucket ]] && is_mounted; then mkdir -p runs/logs && cp log.txt "runs/logs/$(hostname).txt"; fi; }
+copy_log() { # nowhere, where the bucket is not mounted: runs/logs exists in it alone
+  if [[ -s run.bucket && -d runs/logs ]]; then timeout 60 cp log.txt "runs/logs/$(hostname).txt"; fi
+}
 
 # Whether the command is to be started again after this code: it saved at a signal that nobody here sent (42), another
 # process is gone (43, 134), it was killed (137), ended before it could save (143), or lost the bucket.

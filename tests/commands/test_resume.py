@@ -13,7 +13,7 @@ import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, context, train
+from opsd_jax import config_check, context, sharding, train
 from opsd_jax import eval as eval_command
 from opsd_jax import params as params_lib
 from opsd_jax.data import workdir as workdir_lib
@@ -173,6 +173,39 @@ def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypa
     # Each stage compiles its update once. The continuation, in the same process, finds it there
     # (`sharding.update_program` keeps it); a process of its own would compile it once, too.
     assert compiles == {step: int(step <= stop_at) for step in range(1, small_run.LAST + 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment, stop_at", [("compile", 1), ("save", 4)])
+def test_sigterm_while_it_compiles_or_saves(straight, tmp_path, monkeypatch, moment, stop_at):
+    """The step that compiles is taken and saved; a save that had begun is completed."""
+    first, save = sharding.update_program, checkpoint.Checkpoints.save
+
+    def signal_in_first_call(*args):
+        update = first(*args)
+
+        def call(*args):
+            signal.raise_signal(signal.SIGTERM)
+            return update(*args)
+
+        return call
+
+    def save_and_signal(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        if step == stop_at - 1:
+            signal.raise_signal(signal.SIGTERM)  # it is written in the background
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        if moment == "compile":
+            patched.setattr(sharding, "update_program", signal_in_first_call)
+        else:
+            patched.setattr(checkpoint.Checkpoints, "save", save_and_signal)
+        train.train(small_run.config(), str(tmp_path))
+    assert stopped.value.code == distributed.EXIT_STOPPED
+    assert checkpoint.metadata(tmp_path)["step"] == max(losses(tmp_path)) == stop_at
+    train.train(small_run.config(), str(tmp_path))
+    assert_same_run(tmp_path, straight)
+    assert not (tmp_path / "metrics.jsonl.superseded").exists()
 
 
 def signal_at(patched, number, module=inference, function="timed"):

@@ -640,6 +640,49 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all(tmp_path, tmp_path_fa
     finish_alone(workdir, program, given, devices=4)
 
 
+COMMANDS = """
+import sys, time
+from opsd_jax import eval as eval_command
+from opsd_jax.diagnose import __main__ as diagnose
+
+def batches(*args):
+    for n in range(600):
+        args[-1]()  # before each batch
+        print("batch", n, flush=True)
+        time.sleep(0.05)
+
+eval_command.evaluate.evaluate = diagnose._run = batches
+module, *arguments = {"eval": [eval_command], "diagnose": [diagnose, "kl"]}[sys.argv[1]]
+module.main([*arguments, "--workdir=w"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["eval", "diagnose"])
+def test_sigterm_to_one_process_stops_all_of_a_command(command):
+    """After the same batch; JAX has the handler of the signal, and the commands ask it."""
+    given = environment(
+        OPSD_NUM_PROCESSES=2, OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMANDS, command],
+            env=given | {"OPSD_PROCESS_ID": str(n)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    assert any("batch" in line for line in processes[1].stdout)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [42, 42], said
+    done = [int(re.findall(r"batch (\d+)", text)[-1]) for text in said]
+    assert done[0] == done[1] < 599
+    assert all("stopped as asked; the same command" in text for text in said)
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])

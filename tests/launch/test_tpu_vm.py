@@ -1,16 +1,21 @@
 """launch/tpu_vm.sh with a stand-in for gcloud: what it asks for, refuses and starts again."""
 
+import contextlib
 import importlib.util
+import io
+import os
 import re
 import shlex
 import sys
 import tarfile
+import types
+from unittest import mock
 
 import pytest
 
 from opsd_jax.plan import topology
 from opsd_jax.runtime import distributed
-from stand_ins import COMMAND, LAUNCH, bash, calls, stand_in
+from stand_ins import COMMAND, LAUNCH, bash, calls, environment, stand_in
 
 spec = importlib.util.spec_from_file_location("tpu_vm_script", LAUNCH / "tpu_vm.py")
 script = importlib.util.module_from_spec(spec)
@@ -64,7 +69,17 @@ def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), reports=(), fails="", **var
         [[ -z "{fails}" || "$*" != *"{fails}"* ]]""",
     )
     variables = {"PROJECT": "p", "BUCKET": "b", "POLL_S": 0} | variables
-    result = bash("tpu_vm.sh", *arguments, PATH=path, **variables)
+    found = environment(PATH=path, **variables)
+    said = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+    with (
+        mock.patch.dict(os.environ, found, clear=True),
+        contextlib.redirect_stdout(said["stdout"]),
+        contextlib.redirect_stderr(said["stderr"]),
+    ):
+        code = script.main(list(arguments))
+    result = types.SimpleNamespace(
+        returncode=code, **{name: text.getvalue() for name, text in said.items()}
+    )
     return result, [call[3:] for call in calls(tmp_path / "bin")]  # without gcloud compute tpus
 
 
@@ -128,9 +143,11 @@ def test_types_are_those_that_plan_compiles_for(name, hosts):
     assert family.cores == parsed.chip.cores and parsed.chips in family.sizes
 
 
-def test_types_are_listed(tmp_path):
-    result, made = tpu_vm(tmp_path, "types", PROJECT="")
-    assert re.search(r"^v5p-8 .*us-east5-a", result.stdout, flags=re.MULTILINE) and not made
+def test_types_are_listed():
+    result = bash("tpu_vm.sh", "types")
+    assert re.search(r"^v5p-8 .*us-east5-a", result.stdout, flags=re.MULTILINE)
+    result = bash("tpu_vm.sh", "create", PROJECT="")
+    assert result.returncode == 1 and result.stderr.startswith("error: PROJECT is not set")
 
 
 # --- the TPU --------------------------------------------------------------------------------------
@@ -255,6 +272,17 @@ def test_runs_a_command_of_one_process_on_one_worker(tmp_path):
     assert shlex.split(made[-1][-1])[-len(command) - 1 :] == ["run", *command]
 
 
+def test_one_worker_is_asked_and_stopped_alone(tmp_path):
+    """The others know of no command."""
+    for verb in ("status", "wait", "stop"):
+        result, made = tpu_vm(tmp_path, verb, WORKER=2, SLICES=2, NODE=1, reports=["ended 0"])
+        assert result.returncode == 0, result.stderr
+    asked = [call for call in made if call[0] == "tpu-vm"]
+    assert [(call[2], call[5]) for call in asked] == [("opsd-1", "--worker=2")] * 3
+    result, _ = tpu_vm(tmp_path, "setup", WORKER=2)
+    assert "setup is for all workers" in result.stderr
+
+
 def test_notices_a_worker_that_fails(tmp_path):
     result, made = tpu_vm(tmp_path, "run", "--", *COMMAND, SLICES=2, fails="opsd-1")
     assert result.returncode == 1 and "the command on a worker" in result.stderr and len(made) == 2
@@ -262,7 +290,8 @@ def test_notices_a_worker_that_fails(tmp_path):
 
 def test_logs_ssh_stop_delete(tmp_path):
     for arguments in (["logs"], ["ssh"], ["ssh", "--", "df -h | head"], ["delete"], ["stop"]):
-        result, made = tpu_vm(tmp_path, *arguments, SLICES=2, WORKER=3, NODE=1)
+        worker = {} if arguments == ["stop"] else {"WORKER": 3}
+        result, made = tpu_vm(tmp_path, *arguments, SLICES=2, NODE=1, **worker)
         assert result.returncode == 0, result.stderr
     logs, shell, command, delete, *stop = made
     for call in (logs, shell, command):

@@ -25,16 +25,19 @@ saved = w / "step"
 step = int(saved.read_text()) if saved.exists() else 0
 with open(w / "starts", "a") as file:
     print(step, file=file)
-def save(*_):
-    saved.write_text(str(step))
+def save():
+    (w / "new").write_text(str(step))
+    (w / "new").rename(saved)
+def stop(*_):
+    save()
     sys.exit(42)
-signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGTERM, stop)
 codes = pathlib.Path("codes")
 for step in range(step + 1, 2000):
     time.sleep(0.01)
     if not w.exists():
         sys.exit("runs/w is gone")
-    saved.write_text(str(step))
+    save()
     if codes.exists():
         code, *rest = codes.read_text().split()
         codes.write_text(" ".join(rest)) if rest else codes.unlink()
@@ -100,6 +103,7 @@ class Machine:
 
     @property
     def command(self) -> int:
+        wait_for((self.folder / "run.pid").exists)
         return int((self.folder / "run.pid").read_text())
 
     @property
@@ -261,7 +265,7 @@ def test_a_supervisor_that_is_killed(training):
             os.kill(process, signal.SIGKILL)
     wait_for(lambda: training.processes() == [command])
     assert training.state == "running" and "runs already" in training.run().stdout
-    assert training.do("run", "true").returncode == 1
+    assert training.do("run", "true").returncode == 1, training.log
     assert training.do("stop").returncode == 0 and training.state == "lost"
     assert training.run().returncode == 0 and continued(training, 2)
 
