@@ -274,7 +274,7 @@ def test_a_second_start_at_the_same_moment(machine):
     """Both ask for a start; one command runs."""
     with subprocess.Popen(
         ["bash", machine.folder / "launch/tpu_worker.sh", "run", sys.executable, "-c", RUN],
-        env=environment(PATH=machine.path, SETTLE_S=0.1),
+        env=environment(PATH=machine.path, SETTLE_S=0.1, COPY_S=0.1),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ):
