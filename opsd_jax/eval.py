@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=0,
         help="examples per batch (default: the run's config.eval.batch_size)",
     )
+    cli.add_tensor(parser)
+    cli.add_dtype(parser)
     parser.add_argument(
         "--on_bad_row",
         choices=("fail", "skip"),
@@ -139,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     batch_size=args.batch_size,
                     on_bad_row=args.on_bad_row,
                     against=args.against,
+                    tensor=args.tensor,
+                    dtype=args.dtype,
                 )
                 summaries |= evaluate.evaluate(request, stop.check)
     except (ValueError, OSError) as error:

@@ -79,11 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tokenizer", default="", help="folder of a tokenizer (default: the checkpoint's own)"
     )
+    cli.add_dtype(parser)
     parser.add_argument(
-        "--dtype",
-        default="",
-        choices=["", "float32", "bfloat16"],
-        help="dtype of the weights (default: as stored)",
+        "--tensor",
+        type=int,
+        default=0,
+        help="devices that the model is divided over (default: as many as divide its heads)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of sampling and noise (default: 0)"
@@ -107,6 +108,7 @@ def _run(args: argparse.Namespace) -> None:
         protocol=args.protocol,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
+        tensor=args.tensor,
     )
     protocol = _with_flags(reasoner.protocol, args)
     flow = reasoner.flow if args.steps is None else {**reasoner.flow, "num_timesteps": args.steps}
@@ -140,6 +142,7 @@ def _check(args: argparse.Namespace) -> None:
     # A budget counts the first token, bos; a denoising grid has two ends.
     for flag, least in (("rounds", 1), ("max_new_tokens", 2), ("steps", 2)):
         cli.check_number(flag, getattr(args, flag), least)
+    cli.check_tensor(args.tensor)
     cli.check_temperature(args.temperature)
     cli.check_seed(args.seed)
     args.question = cli.text("question", args.question)

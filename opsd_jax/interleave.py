@@ -217,8 +217,8 @@ def reason(
       ValueError: `generation` with a model that has no generation expert.
     """
     tokenizer, rounds = reasoner.tokenizer, reasoner.protocol.rounds if generation else 1
-    rollout_config = _rollout_config(reasoner)
-    flow_config = _flow_config(reasoner) if generation else None
+    sampling = rollout_config(reasoner)
+    flow_settings = flow_config(reasoner) if generation else None
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
     contexts = [_contexts(reasoner, question, keys, bool(generation)) for question in questions]
     answers = [Answer() for _ in questions]
@@ -226,7 +226,7 @@ def reason(
     for number in range(rounds):
         start = time.perf_counter()
         batch = [contexts[n] for n in _filled(active, len(questions))]
-        sampled = _sample_texts(reasoner, batch, next(keys), rollout_config)
+        sampled = _sample_texts(reasoner, batch, next(keys), sampling)
         seconds = time.perf_counter() - start
         texts = [tokenizer.decode(_until_bos(ids, tokenizer.bos)) for ids in sampled[: len(active)]]
         for n, ids, text in zip(active, sampled, texts):
@@ -235,7 +235,7 @@ def reason(
             contexts[n]["cond"].append(context_lib.Text(tokenizer.encode(text)))
         for answer in answers:
             answer.text_seconds += seconds
-        if not generation or not flow_config:
+        if not generation or not flow_settings:
             break
         more = generation.always and number + 1 < rounds
         active = [n for n, text in zip(active, texts) if more or context_lib.MARKER in text]
@@ -243,8 +243,8 @@ def reason(
             break
         start = time.perf_counter()
         batch = [contexts[n] for n in _filled(active, len(questions))]
-        on_step = _reporter(generation.on_step, number, flow_config.num_timesteps - 1)
-        generated = _generate(reasoner, batch, next(keys), flow_config, on_step)
+        on_step = _reporter(generation.on_step, number, flow_settings.num_timesteps - 1)
+        generated = _generate(reasoner, batch, next(keys), flow_settings, on_step)
         for n, image in zip(active, generated):
             answers[n].parts.append(image)
             seen: np.ndarray | None = image
@@ -267,7 +267,8 @@ def _filled(entries: list[int], size: int) -> list[int]:
     return entries + entries[:1] * (size - len(entries))
 
 
-def _rollout_config(reasoner: Reasoner) -> RolloutConfig:
+def rollout_config(reasoner: Reasoner) -> RolloutConfig:
+    """How a round of text is sampled."""
     config, tokenizer, protocol = reasoner.config, reasoner.tokenizer, reasoner.protocol
     return RolloutConfig(
         model=config,
@@ -281,7 +282,8 @@ def _rollout_config(reasoner: Reasoner) -> RolloutConfig:
     )
 
 
-def _flow_config(reasoner: Reasoner) -> FlowConfig:
+def flow_config(reasoner: Reasoner) -> FlowConfig:
+    """How an image is generated."""
     guidance = flow.HARNESS if reasoner.protocol.guidance == "harness" else {}
     return FlowConfig(
         model=reasoner.config,
@@ -359,12 +361,17 @@ def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
     return context_lib.Image(images.patchify(pixels, patch), grid)
 
 
+def bucketed(sequences: Sequence[Sequence[context_lib.Block]]) -> context_lib.Sizes:
+    """Sizes of the batch that sequences of blocks are packed into."""
+    needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0).tolist()
+    return context_lib.Sizes(*map(bucket, needs))
+
+
 def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
     """Sequences of blocks -> Context [B, T] of bucketed sizes."""
-    needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0).tolist()
     packed = context_lib.pack(
         sequences,
-        context_lib.Sizes(*map(bucket, needs)),
+        bucketed(sequences),
         tokenizer=reasoner.tokenizer,
         side=reasoner.config.vit.side,
         generation=reasoner.config.generation,

@@ -297,6 +297,11 @@ def merge_lora(params, lora):
     return unflatten(merged)
 
 
+def keeps_dtype(path: str) -> bool:
+    """Whether a parameter keeps its own dtype where others are cast: the scales of the norms."""
+    return "norm" in path.rsplit("/", 1)[-1]
+
+
 def in_compute_dtype(params, dtype: str):
     """Parameters as the forward pass uses them, for programs that read them many times.
 
@@ -305,7 +310,7 @@ def in_compute_dtype(params, dtype: str):
     """
 
     def cast(path, leaf):
-        return leaf if "norm" in path.rsplit("/", 1)[-1] else leaf.astype(dtype)
+        return leaf if keeps_dtype(path) else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 

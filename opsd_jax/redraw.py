@@ -37,6 +37,7 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=64, help="examples per batch (default: 64)"
     )
+    cli.add_tensor(parser)
     parser.add_argument("--seed", type=int, default=0, help="of sampling and noise (default: 0)")
     args = parser.parse_args(argv)
     try:
@@ -46,9 +47,8 @@ def main(argv=None) -> None:
                     args.workdir,
                     args.target,
                     checkpoint=args.checkpoint,
-                    seed=args.seed,
                     splits=args.splits,
-                    batch_size=args.batch_size,
+                    batches=redraw.Batches(args.batch_size, args.tensor, args.seed),
                     before_batch=stop.check,
                 )
             )

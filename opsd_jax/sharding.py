@@ -102,9 +102,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not cover {len(devices)} devices: "
             "set config.mesh so that the product of its sizes is the number of devices"
         )
-    slices = (
-        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
-    )
+    slices = _slices(devices)
     if sizes[0] % slices:
         raise ValueError(
             f"config.mesh.data is {sizes[0]} for {slices} slices: make it a multiple of them, "
@@ -120,12 +118,41 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     return Mesh(grid, AXES)
 
 
+def _slices(devices) -> int:
+    """Number of TPU slices that the devices belong to."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def inference_mesh(tensor: int, devices=None) -> Mesh:
+    """A mesh for answering questions: copies of the model, each divided over `tensor` devices.
+
+    In the rollout layout nothing is divided along `fsdp`, so it is a second axis of copies, inside
+    a slice; `data` has one copy of it for each slice.
+
+    Args:
+      tensor: devices of a copy. devices: default `jax.devices()`.
+    Raises:
+      ValueError: `tensor` does not divide the devices of a slice.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = _slices(devices)
+    if tensor < 1 or (len(devices) // slices) % tensor:
+        raise ValueError(
+            f"--tensor={tensor}: a copy of the model is divided over so many devices, and there "
+            f"are {len(devices)}{f' in {slices} slices' if slices > 1 else ''}: give a divisor of "
+            f"{len(devices) // slices}"
+        )
+    return make_mesh(slices, -1, tensor, devices)
+
+
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
     """Number of batch shards of the mesh. The batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, P())
 
@@ -135,7 +162,7 @@ def batch(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P(_BATCH))
 
 
-def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedSharding:
+def parameter(mesh: Mesh | AbstractMesh, path: str, shape, layout: str = "train") -> NamedSharding:
     """Sharding of one parameter by its path. An axis that its mesh axis does not divide stays
     whole on every device.
 
@@ -148,7 +175,7 @@ def parameter(mesh: Mesh, path: str, shape, layout: str = "train") -> NamedShard
     return NamedSharding(mesh, P(*spec))
 
 
-def tree_shardings(mesh: Mesh, abstract, layout: str = "train"):
+def tree_shardings(mesh: Mesh | AbstractMesh, abstract, layout: str = "train"):
     """Shardings of any pytree of arrays.
 
     A leaf whose path ends like a parameter's is divided like it (so Adam's moments and the EMA
@@ -166,13 +193,26 @@ def tree_shardings(mesh: Mesh, abstract, layout: str = "train"):
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def abstract(mesh: Mesh, tree_of_shapes, layout: str = "train"):
+def abstract(mesh: Mesh | AbstractMesh, tree_of_shapes, layout: str = "train"):
     """ShapeDtypeStructs with the shardings of a layout, as needed to restore a checkpoint."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree_of_shapes,
         tree_shardings(mesh, tree_of_shapes, layout),
     )
+
+
+def abstract_cache(mesh: Mesh | AbstractMesh, tree_of_shapes):
+    """ShapeDtypeStructs of keys and values [L, B, S, K, h], as programs that fill a cache cut it:
+    by sequences, and by heads where `tensor` divides them.
+    """
+
+    def cut(x):
+        heads = "tensor" if x.shape[3] % mesh.shape["tensor"] == 0 else None
+        spec = P(None, _BATCH, None, heads)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(cut, tree_of_shapes)
 
 
 def mesh_context(mesh: Mesh | None):

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--batch_size", type=int, default=0, help="(default: the run's config.eval.batch_size)"
     )
+    cli.add_tensor(common)
     common.add_argument(
         "--seed", type=int, help="seed of noise, sampling and resampling (default: the run's)"
     )
@@ -132,9 +133,9 @@ def _run(
         rows=args.rows,
         batch_size=args.batch_size,
         seed=args.seed,
-        before_batch=before_batch,
+        tensor=args.tensor,
     )
-    diagnosis = dataclasses.replace(opened, command=command)
+    diagnosis = dataclasses.replace(opened, command=command, before_batch=before_batch)
     name = args.name or "-".join([args.analysis, f"{step:06d}", *_differences(args, diagnosis)])
     folder = run_folder.diagnosis(workdir, name)
     if args.name and os.path.exists(os.path.join(folder, run_folder.SUMMARY)):

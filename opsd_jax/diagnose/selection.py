@@ -17,7 +17,7 @@ from opsd_jax.inputs import cli
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
-from opsd_jax.run import evaluate, evaluation_request, saves
+from opsd_jax.run import evaluate, evaluation_request, placement, saves
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -185,7 +185,7 @@ def open_run(
     rows: int = 0,
     batch_size: int = 0,
     seed: int | None = None,
-    before_batch: BeforeBatch = never_stop,
+    tensor: int = 0,
 ) -> Diagnosis:
     """Opens the run (or control arm) in a workdir for its diagnosis.
 
@@ -196,7 +196,7 @@ def open_run(
       batch_size: examples per batch of all processes, rounded up to a multiple of the batch
         shards; 0 for config.eval.batch_size.
       seed: seed of noise, sampling and resampling; None for config.seed.
-      before_batch: see `Diagnosis`.
+      tensor: devices that each copy of the model is divided over; 0 for the fewest that it fits on.
 
     Raises:
       FileNotFoundError: no run or no data. ValueError: unknown tasks; a task whose examples have no
@@ -204,8 +204,11 @@ def open_run(
     """
     cli.check_number("rows", rows, 0)
     cli.check_number("batch_size", batch_size, 0)
-    tasks = evaluation_request.choose_tasks(benchmarks, workdir_lib.load_config(workdir).data.tasks)
-    session = session_lib.open_run(workdir, tasks=tasks)
+    cli.check_tensor(tensor)
+    config = workdir_lib.load_config(workdir)
+    tasks = evaluation_request.choose_tasks(benchmarks, config.data.tasks)
+    mesh = placement.of_run(config, tensor=tensor, batch_size=batch_size)
+    session = session_lib.open_run(workdir, tasks=tasks, mesh=mesh)
     session = dataclasses.replace(
         session, model=dataclasses.replace(session.model, generation=None)
     )
@@ -240,8 +243,9 @@ def open_run(
         rows=rows,
         seed=seed,
         batch_size=batch_size,
+        tensor=tensor,
     )
-    return Diagnosis(session, selection, request, before_batch=before_batch)
+    return Diagnosis(session, selection, request)
 
 
 def start_checkpoint(workdir: str) -> str:

@@ -13,7 +13,7 @@ import jax
 
 from opsd_jax.doctor.result import FAILED, OK, SKIPPED, Result, judge
 from opsd_jax.plan import topology as topology_lib
-from opsd_jax.plan.topology import GIB
+from opsd_jax.runtime.chips import GIB
 
 LEAST_MEMORY = 0.6  # share of the data sheet's memory; JAX takes 75 % of a free GPU's
 LEAST_HOST_GIB = 2.0  # that compiling the 7B step takes, see docs/performance/plan.md

@@ -10,7 +10,7 @@ import numpy as np
 from opsd_jax import sharding
 from opsd_jax.doctor.result import OK, Result, judge, seconds_of
 from opsd_jax.plan.bill import UTILIZATION
-from opsd_jax.plan.topology import Chip
+from opsd_jax.runtime.chips import Chip
 
 LEAST_FLOPS = UTILIZATION  # share of the peak that `plan` counts on
 LEAST_BANDWIDTH = 0.6  # share of the data sheet's; plan counts on all of it

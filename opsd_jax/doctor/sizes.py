@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.doctor import machine
-from opsd_jax.plan.topology import GIB
+from opsd_jax.runtime.chips import GIB
 
 
 @dataclasses.dataclass(frozen=True)

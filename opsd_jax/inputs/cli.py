@@ -107,6 +107,31 @@ def text(flag: str, value: str) -> str:
         ) from error
 
 
+# ---------------------------------------------------------------------------- shared flags
+
+
+def add_tensor(parser: argparse.ArgumentParser) -> None:
+    """The flag --tensor of commands that ask a model."""
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=0,
+        help="devices that each copy of the model is divided over (default: the fewest on which "
+        "its weights and the cache of keys fit, by the memory of the chips)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The flag --dtype of commands that ask a model."""
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16"],
+        help="compute dtype, which the weights are cast to (default: the run's config.model.dtype; "
+        "of a release what its llm_config.json says, else bfloat16)",
+    )
+
+
 # ---------------------------------------------------------------------------- checks of flags
 
 
@@ -114,6 +139,11 @@ def check_number(flag: str, value: int | None, least: int) -> None:
     """Raises ValueError for a whole number below `least`. None: the flag was not given."""
     if value is not None:
         checks.number(f"--{flag}", value, int, f"[{least}, inf)")
+
+
+def check_tensor(value: int) -> None:
+    """Raises ValueError for a number of devices that no copy of a model has; 0: not given."""
+    checks.number("--tensor", value, int, "[0, inf); 0 for the default")
 
 
 def check_temperature(value: float | None) -> None:

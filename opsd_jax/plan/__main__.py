@@ -11,6 +11,9 @@ does not fit fails here as it would on the slice. What this does not tell: numer
 and what the runtime keeps for itself. `--topology=cpu:8` compiles for eight fake devices, anywhere;
 its temporary memory says little about a TPU.
 
+`--stage=eval` and `--stage=generate` say the same of answering questions, and how long N of them
+take.
+
 While the student samples, the whole training state is in memory, too, and is added to the program's
 peak; the copy of the parameters that sampled is gone when the update begins.
 """
@@ -20,7 +23,10 @@ import sys
 
 from absl import app, flags
 
-from opsd_jax import config_flags  # defines --config
+from opsd_jax import (
+    config_flags,  # defines --config
+    sharding,
+)
 from opsd_jax.inputs import cli, paths
 from opsd_jax.plan import bill, budget, programs, table, topology
 from opsd_jax.runtime import distributed, files
@@ -31,7 +37,8 @@ flags.DEFINE_enum("only", "", ["", *programs.STEP], "Compile this program alone.
 flags.DEFINE_string(
     "stage",
     "",
-    "Stages of the config, separated by commas (default: opsd if it has one, else its first).",
+    "Stages of the config, separated by commas (default: opsd if it has one, else its first); or "
+    "eval, or generate: answers of the model, without images or with.",
 )
 flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
 flags.DEFINE_float("hbm", 0, "GiB per device, in place of the chip's own.")
@@ -44,6 +51,12 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "price_per_chip_hour", None, "Dollars of a chip for an hour; prints those of the whole run."
 )
+flags.DEFINE_integer(
+    sharding.AXES[-1],
+    0,
+    "Devices of a copy that answers questions (eval, generate); 0: the fewest that fit.",
+)
+flags.DEFINE_integer("questions", 1000, "Number of questions whose hours are printed.")
 flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
 
 
@@ -67,6 +80,8 @@ def main(argv: list[str]) -> None:
                 quick=f.quick,
                 write_speed=f.write_speed,
                 price=f.price_per_chip_hour,
+                tensor=f.tensor,
+                questions=f.questions,
             ),
         )
     except (ValueError, OSError) as error:

@@ -6,7 +6,9 @@ import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import sharding
-from opsd_jax.plan.topology import GIB
+from opsd_jax.model.config import ModelConfig
+from opsd_jax.run import placement
+from opsd_jax.runtime.chips import GIB
 
 
 def advice(
@@ -31,6 +33,32 @@ def advice(
             "--bucket=0 shows the smaller bucket: config.data.buckets without the largest one, "
             "with config.data.on_too_long=skip, leaves its examples out"
         )
+    return lines
+
+
+def of_answers(
+    found: dict[str, Any], model: ModelConfig, mesh: jax.sharding.Mesh, batch_size: int
+) -> list[str]:
+    """What to change where questions cannot be answered on a host.
+
+    found: a bill of one program. mesh: devices of the host. batch_size: questions of a batch.
+    """
+    count = mesh.devices.size
+    copies, lines = sharding.batch_divisor(mesh), []
+    larger = [n for n in placement.degrees(model, count) if n > count // copies]
+    if larger:
+        lines.append(
+            f"--tensor={larger[0]}, here and for the command: each copy of the model on more "
+            f"devices ({found['bytes']['params'] / GIB:.1f} GiB of weights now)"
+        )
+    if batch_size > copies:
+        cache = found["bytes"].get("kv_cache") or found["bytes"].get("cache")
+        takes = "" if cache is None else f": the KV cache takes {cache / GIB:.1f} GiB"
+        half = -(-batch_size // 2 // copies) * copies
+        lines.append(
+            f"config.eval.batch_size={half} here, --batch_size={half} for the command{takes}"
+        )
+    lines.append("a host with more devices, or chips with more memory")
     return lines
 
 

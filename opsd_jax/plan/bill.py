@@ -15,9 +15,10 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.inputs import checks, cli
-from opsd_jax.plan import advice, budget, flops, hlo, programs
+from opsd_jax.plan import advice, answers, budget, flops, hlo, programs
 from opsd_jax.plan import topology as topology_lib
-from opsd_jax.run import saves
+from opsd_jax.run import placement, saves
+from opsd_jax.runtime.chips import GIB
 
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
 # Two ways in which libtpu says how much memory a program wants, arguments and all.
@@ -37,6 +38,8 @@ class Options:
     quick: compile with less effort.
     write_speed: GB per second that each host writes of a checkpoint.
     price: dollars of a chip for an hour; None if unknown.
+    tensor: devices of a copy of the model that answers questions; 0 for the fewest that it fits on.
+    questions: how many questions are answered.
     """
 
     stage: str = ""
@@ -46,6 +49,8 @@ class Options:
     quick: bool = False
     write_speed: float = budget.WRITE_SPEED
     price: float | None = None
+    tensor: int = 0
+    questions: int = 1000
 
 
 def plan(
@@ -59,6 +64,8 @@ def plan(
     """
     cli.check_precision()
     config_check.check(config)
+    if options.stage in answers.STAGES:
+        return _plan_answers(config, topology, options)
     stages = _stages(config, options.stage)
     checks.number("--write_speed", options.write_speed, float, "(0, inf)")
     if options.price is not None:
@@ -89,6 +96,76 @@ def plan(
         "fits": all(one["fits"] for one in bills),
         "programs": bills,
         "run": budget_of_run(config, bills, topology, hosts, options.write_speed, options.price),
+        "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
+        "quick": options.quick,
+    }
+
+
+def _plan_answers(
+    config: ConfigDict, topology: topology_lib.Topology, options: Options
+) -> dict[str, Any]:
+    """`plan` of answering questions: the programs of one host, and what N questions take."""
+    stage, price = options.stage, options.price
+    if options.only or options.bucket != -1:
+        raise ValueError(
+            f"--stage={stage} with --only or --bucket: they are of training; leave them out"
+        )
+    checks.number("--questions", options.questions, int, "[1, inf)")
+    checks.number("--tensor", options.tensor, int, "[0, inf); 0 for the fewest that fit")
+    if price is not None:
+        _check_price(price, config, topology, list(config.stages), "")
+    bound = options.hbm or topology.hbm
+    everywhere = topology_lib.devices_of(topology)
+    hosts = len({device.process_index for device in everywhere})
+    devices = [d for d in everywhere if d.process_index == everywhere[0].process_index]
+    model, batch_size = answers.model_of(config, stage), config.eval.batch_size
+    mesh = placement.mesh_within(
+        model.config,
+        devices,
+        placement.cache_of(model, batch_size),
+        memory=bound and bound * GIB,
+        tensor=options.tensor,
+        otherwise=max(config.mesh.tensor, 1),
+    )
+    copies = sharding.batch_divisor(mesh)
+    batch_size = -(-batch_size // copies) * copies
+    calls = answers.calls(model, mesh, batch_size)
+    if options.quick:
+        jax.config.update("jax_optimization_level", "O1")
+    host, bills = topology_lib.part(topology, len(devices)), []
+    for call in calls:
+        one = {"stage": stage, "times": call.times} | bill(call.program, host, bound)
+        one["advice"] = (
+            [] if one["fits"] else advice.of_answers(one, model.config, mesh, batch_size)
+        )
+        bills.append(one)
+    fits, seconds = all(one["fits"] for one in bills), None
+    if fits and topology.chip:
+        least, most = (
+            sum(one["times"] * one["seconds"][kind] for one in bills)
+            for kind in ("overlapped", "serial")
+        )
+        seconds = least, most
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "hbm_gib": bound,
+        "mesh": dict(mesh.shape),
+        "stage": stage,
+        "parameters": params_lib.count(placement.abstract_weights(model.config, mesh)),
+        "fits": fits,
+        "programs": bills,
+        "answers": answers.outlook(
+            model,
+            seconds,
+            batch_size=batch_size,
+            hosts=hosts,
+            chips=topology.chips,
+            questions=options.questions,
+            price=price,
+        ),
         "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
         "quick": options.quick,
     }
@@ -215,14 +292,15 @@ def bill(
     """
     arguments = {kind: bytes_per_device(tree) for kind, tree in program.arguments.items()}
     beside = sum(bytes_per_device(tree) for tree in program.beside.values())
-    operations = flops.matmul_flops(program.traced.jaxpr.jaxpr, program.trips) // topology.devices
+    operations = flops.matmul_flops(program.traced.jaxpr.jaxpr, program.trips)
+    operations //= 1 if program.is_whole else topology.devices
     found = {
         "program": program.name,
         "fits": None,
         "hbm_gib": hbm,
         "needs_gib": None,
         "peak_gib": None,
-        "beside_gib": beside / topology_lib.GIB,
+        "beside_gib": beside / GIB,
         "bytes": arguments | {"beside": beside},
         "flops": {"traced": operations, "cost_analysis": None},
         "hbm_bytes": None,
@@ -239,20 +317,20 @@ def bill(
         needs = max(_bytes_wanted(str(error)), sum(arguments.values())) + beside
         return found | {
             "fits": False,
-            "needs_gib": needs / topology_lib.GIB,
+            "needs_gib": needs / GIB,
             "compile_seconds": time.perf_counter() - started,
         }
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     peak = _peak_bytes(memory, platform)
     cache = _cache_bytes(program.cache, text)
-    needs = (peak + beside) / topology_lib.GIB
+    needs = (peak + beside) / GIB
     taken = hlo.traffic(text, topology.devices, program.trips)
     cost = compiled.cost_analysis() or {}
     return found | {
         "fits": hbm is None or needs <= hbm,
         "needs_gib": needs,
-        "peak_gib": peak / topology_lib.GIB,
+        "peak_gib": peak / GIB,
         "bytes": arguments
         | {
             "padding": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),

@@ -35,6 +35,7 @@ class Program:
     trips: how often its `while` loops without a fixed length run at most, from the outermost
       inwards.
     cache: shape of its keys, [L, B, T, K, head_dim]; None if it has no cache.
+    is_whole: whether every device computes all of it, instead of its share.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Program:
     beside: dict[str, Shapes]
     trips: tuple[int, ...] = (1,)
     cache: jax.ShapeDtypeStruct | None = None
+    is_whole: bool = False
 
 
 def programs(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from opsd_jax.plan.bill import UTILIZATION
-from opsd_jax.plan.topology import GIB
+from opsd_jax.runtime.chips import GIB
 
 
 def table(report: dict[str, Any]) -> str:
@@ -19,7 +19,8 @@ def table(report: dict[str, Any]) -> str:
     several_stages = len({bill["stage"] for bill in report["programs"]}) > 1
     for bill in report["programs"]:
         lines += ["", *_memory(bill, several_stages), *_traffic(bill), *_time(bill)]
-    return "\n".join([*lines, "", *_run(report["run"])])
+    last = _answers(report["answers"]) if "answers" in report else _run(report["run"])
+    return "\n".join([*lines, "", *last])
 
 
 def _memory(bill: dict[str, Any], several_stages: bool) -> list[str]:
@@ -27,6 +28,7 @@ def _memory(bill: dict[str, Any], several_stages: bool) -> list[str]:
     of_stage = f" of {bill['stage']}" if several_stages else ""
     lines = [
         f"{bill['program']}{of_stage}, for each device"
+        + (f", {bill['times']:,} times a batch" if bill.get("times", 1) > 1 else "")
         + (f" (compiled in {bill['compile_seconds']:.0f} s)" if compiled else "")
     ]
     lines += [
@@ -72,6 +74,30 @@ def _time(bill: dict[str, Any]) -> list[str]:
             f"{s['network']:.3f}"
         )
     return lines
+
+
+def _answers(found: dict[str, Any]) -> list[str]:
+    """What answering takes: the block after the programs of `--stage=eval` or `generate`."""
+    images = f" and {_count(found['images'], 'image')}" if found["images"] else ""
+    lines = [
+        f"answers, on {_count(found['chips'], 'chip')} of {_count(found['hosts'], 'host')}, in "
+        f"batches of {_count(found['batch_size'], 'question')} on each host"
+    ]
+    if found["hours"] is None:
+        return [*lines, "  no time is modelled for what does not fit, or for a CPU"]
+    price = found["price_per_chip_hour"]
+    dollars = (
+        f", {_range(found['dollars'], ',.2f')} dollars at {price:g} a chip-hour" if price else ""
+    )
+    return [
+        *lines,
+        f"  {'a batch':<18} {_range(found['seconds_per_batch'], '.2f')} s, "
+        f"{_range(found['tokens_per_sec'], ',.0f')} tokens per second of all hosts",
+        f"  {_count(found['questions'], 'question'):<18} {_range(found['hours'], '.2f')} hours, "
+        f"{_range(found['chip_hours'], ',.1f')} chip-hours{dollars}",
+        f"  assumed: each question has one image of the largest size, and {found['tokens']:,} "
+        f"tokens{images} for its answer; without start-up, loading and compilation",
+    ]
 
 
 def _run(run: dict[str, Any]) -> list[str]:

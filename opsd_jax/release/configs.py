@@ -112,6 +112,17 @@ def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
         raise ValueError(f"{summary}\n  {error}") from error
 
 
+def compute_dtype(directory: str) -> str:
+    """The dtype that the model in a folder is meant to compute in, whatever its weights are.
+
+    It is `torch_dtype` of llm_config.json (`dtype` as transformers 5 writes it); bfloat16, in which
+    the official code computes, where the file names no dtype that is implemented.
+    """
+    llm = json_files.read(os.path.join(directory, "llm_config.json"))
+    named = llm.get("torch_dtype") or llm.get("dtype")
+    return named if named in ("float32", "bfloat16") else "bfloat16"
+
+
 # --- sizes from each file ------------------------------------------------------------------------
 
 
@@ -337,9 +348,14 @@ def _compare_autoencoder(vae: VAEConfig, copy: json_files.Object) -> None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def contents(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """{file: content} of the config files of a release of these sizes."""
+def contents(config: ModelConfig, dtype: str = "") -> dict[str, dict[str, Any]]:
+    """{file: content} of the config files of a release of these sizes.
+
+    dtype: what `compute_dtype` reads back; "" leaves the key out.
+    """
     llm, vit, generation = _llm_config(config.llm), _vit_config(config.vit), config.generation
+    if dtype:
+        llm["torch_dtype"] = dtype
     top = {
         "architectures": ["Bagel"],
         "model_type": "bagel",

@@ -406,7 +406,8 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
             )
         names = [name for name in configs.FILES if generates or name != "ae_params.json"]
         folders.copy_files(release, folder, names)
-    for name, content in configs.contents(config).items():
+    dtype = (checkpoint.metadata(source)["config"].get("model") or {}).get("dtype", "")
+    for name, content in configs.contents(config, dtype).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             json_files.write(path, content)

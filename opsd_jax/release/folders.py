@@ -43,6 +43,11 @@ def read_config(directory: str, *, generation: bool = False, **compute) -> Model
     return configs.read(tokenizer_folder(directory), generation=generation, **compute)
 
 
+def compute_dtype(directory: str) -> str:
+    """The dtype that a released or imported model computes in; see `configs.compute_dtype`."""
+    return configs.compute_dtype(tokenizer_folder(directory))
+
+
 def read_import_source(directory: str) -> dict[str, str]:
     """Where the weights of an imported folder came from, as `convert import` wrote it.
 

@@ -70,8 +70,9 @@ def load(
 
     Args:
       generation: also image generation: its expert, the latent path and the autoencoder.
-      dtype: dtype of the parameters; None or "" for each as it is stored. (The compute dtype is
-        `ModelConfig.dtype`.)
+      dtype: dtype of the parameters; None or "" for each as it is stored. In the rollout layout the
+        scales of the norms stay as stored, as for the sampler of a run
+        (`params.in_compute_dtype`). (The compute dtype is `ModelConfig.dtype`.)
       mesh, layout: where they go, see `sharding`; None for the first device.
       compute: remat, unroll, query_block of `ModelConfig`.
     Raises:
@@ -90,7 +91,7 @@ def load(
     config = folders.read_config(directory, generation=generation, **compute)
     if folders.is_imported(directory):
         return config, _restore_imported(directory, config, kind, mesh, layout)
-    parameters, notes = plan(directory, config, kind)
+    parameters, notes = plan(directory, config, kind, layout)
     if jax.process_index() == 0:
         for note in notes:
             print(f"{directory}: {note}", file=sys.stderr)
@@ -115,7 +116,8 @@ def _restore_imported(directory, config, dtype, mesh, layout) -> dict[str, Any]:
     stored = folders.checkpoint_shapes(directory)
     typed = {
         path: jax.ShapeDtypeStruct(
-            leaf.shape, dtype or getattr(stored.get(path), "dtype", leaf.dtype)
+            leaf.shape,
+            _wanted_dtype(path, dtype, layout) or getattr(stored.get(path), "dtype", leaf.dtype),
         )
         for path, leaf in abstract_params(config).items()
     }
@@ -127,15 +129,20 @@ def _restore_imported(directory, config, dtype, mesh, layout) -> dict[str, Any]:
     )
 
 
+def _wanted_dtype(path: str, dtype: np.dtype | None, layout: str) -> np.dtype | None:
+    """The dtype that a parameter is read in; None for its own."""
+    return None if layout == "rollout" and params_lib.keeps_dtype(path) else dtype
+
+
 # --- the plan: which tensors fill which parameter ------------------------------------------------
 
 
 def plan(
-    directory: str, config: ModelConfig, dtype: np.dtype | None
+    directory: str, config: ModelConfig, dtype: np.dtype | None, layout: str = "train"
 ) -> tuple[list[PlannedParameter], list[str]]:
     """How the files of a released folder fill the model's parameters, from their headers alone.
 
-    dtype: dtype of all parameters; None for each as it is stored.
+    dtype: dtype of all parameters; None for each as it is stored. layout: as of `load`.
     Returns:
       (parameters, sentences for the user).
     Raises:
@@ -163,12 +170,14 @@ def plan(
     for path, leaf in abstract_params(config).items():
         found = _find_tensors(path, leaf.shape, files, findings)
         stored = {tensor.dtype for tensor in found}
+        # layers of unlike dtypes become one
+        wanted = dtype if len(stored) > 1 else _wanted_dtype(path, dtype, layout)
         if len(stored) > 1 and dtype is None:
             findings.faults.append(
                 f"mistyped {bagel_keys.key(path).template}: its layers are "
                 f"{', '.join(sorted(stored))}; choose one with --dtype"
             )
-        target = dtype or (safetensors_io.DTYPES[stored.pop()] if stored else default)
+        target = wanted or (safetensors_io.DTYPES[stored.pop()] if stored else default)
         parameters.append(PlannedParameter(path, leaf.shape, target, tuple(found)))
     for file in files.values():
         _find_surplus(file, config.generation is not None, findings)

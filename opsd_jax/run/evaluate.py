@@ -21,6 +21,7 @@ from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import model as model_lib
+from opsd_jax.run import placement
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -89,13 +90,18 @@ def open_for_contexts(job: Job) -> Opened:
 
     ValueError where no example of a task has the visual thoughts that a mode shows.
     """
-    session = session_lib.open_run(job.request.workdir, tasks=job.tasks)
+    request = job.request
+    assert job.config is not None  # only runs have contexts of training
+    config = session_lib.with_dtype(job.config, request.dtype)
+    mesh = placement.of_run(config, tensor=request.tensor, batch_size=job.batch_size)
+    session = session_lib.open_run(request.workdir, tasks=job.tasks, mesh=mesh, dtype=request.dtype)
+    text = dataclasses.replace(session.model, generation=None)
+    session = dataclasses.replace(session, model=text)
     selection = select(job, session)
-    shown = [mode for mode in job.request.modes if job.in_contexts(mode)]
-    contexts.check_visual_thoughts(selection, shown, job.request.split)
-    params = session.restore_params(job.checkpoint)
-    facts = facts_of(params, selection)
-    return Opened(session, selection, session.for_sampling(params), facts)
+    shown = [mode for mode in request.modes if job.in_contexts(mode)]
+    contexts.check_visual_thoughts(selection, shown, request.split)
+    params = session.restore_params(job.checkpoint, layout="rollout")
+    return Opened(session, selection, params, facts_of(params, selection))
 
 
 def select(job: Job, session: Session) -> contexts.Selection:
@@ -162,11 +168,14 @@ def interleaved(
 
     Each process asks its share of the questions on its own devices.
     """
-    tensor = job.config.mesh.tensor if job.config else 1
-    mesh = sharding.make_mesh(tensor=tensor, devices=jax.local_devices())
     asked = _askable_tables(job)  # before minutes of loading
     reasoner = model_lib.load(
-        job.checkpoint, generation=mode != "none", protocol=job.request.protocol, mesh=mesh
+        job.checkpoint,
+        generation=mode != "none",
+        protocol=job.request.protocol,
+        dtype=job.request.dtype,
+        batch_size=job.batch_size,
+        tensor=job.request.tensor,
     )
     facts: dict = model_facts(reasoner.params, reasoner.tokenizer)
     if job.tasks:
@@ -180,7 +189,8 @@ def interleaved(
         ]
     for benchmark in asked:
         _check_scorable(benchmark)
-    shards = sharding.batch_divisor(mesh)
+    assert reasoner.mesh is not None  # batches were announced
+    shards = sharding.batch_divisor(reasoner.mesh)
     batch_size = -(-job.batch_size // shards) * shards
     folder, protocol = job.folder(mode), job.request.protocol
     predict = InterleavedPredictor(
@@ -299,7 +309,7 @@ def model_facts(params: dict, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def facts_of(params: dict, selection: contexts.Selection) -> dict:
-    """Fingerprints of a run's model and of its examples. params: as they are stored."""
+    """Fingerprints of a run's model and of its examples. params: laid out for the sampler."""
     tokenizer = selection.packer.tokenizer
     facts = model_facts(params_lib.understanding(params), tokenizer)
     return {**facts, "data": _data_facts(selection)}

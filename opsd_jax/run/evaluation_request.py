@@ -47,6 +47,8 @@ class Request:
       on_bad_row: "fail", or "skip": rows of a table that cannot be shown are listed in the summary
         and left out.
       against: results to compare with in the report: a name in W/eval, or a folder.
+      tensor: devices that each copy of the model is divided over; 0 for the fewest that it fits on.
+      dtype: compute dtype, "float32" or "bfloat16"; "" for the model's own.
     """
 
     workdir: str
@@ -63,6 +65,8 @@ class Request:
     batch_size: int = 0
     on_bad_row: str = "fail"
     against: str = ""
+    tensor: int = 0
+    dtype: str = ""
 
     @property
     def command(self) -> str:
@@ -93,6 +97,7 @@ class Job:
       seed: seed of noise and sampling.
       subset_seed: chooses random subsets; the same for every `seed`.
       batch_size: examples per batch.
+      is_other_dtype: whether the request names another compute dtype than the model's own.
     """
 
     request: Request
@@ -105,6 +110,7 @@ class Job:
     seed: int
     subset_seed: int
     batch_size: int
+    is_other_dtype: bool = False
 
     def folder(self, mode: str) -> str:
         """Folder of the results of a mode."""
@@ -169,6 +175,9 @@ def check(request: Request, config: ConfigDict | None = None) -> Job:
         subset_seed=own_seed,
         batch_size=request.batch_size or own_size,
     )
+    if request.dtype:
+        own = config.model.dtype if config else folders.compute_dtype(checkpoint)
+        job = dataclasses.replace(job, is_other_dtype=request.dtype != own)
     names = _given_names(job) if request.name else _made_names(job, stem)
     job = dataclasses.replace(job, names=names)
     for mode in request.modes:
@@ -213,6 +222,7 @@ def _check_arguments(request: Request) -> None:
         cli.check_name(request.name)
     cli.check_number("rows", request.rows, 0)
     cli.check_number("batch_size", request.batch_size, 0)
+    cli.check_tensor(request.tensor)
     model.check_protocol(request.protocol)
 
 
@@ -314,6 +324,8 @@ def _made_names(job: Job, stem: str) -> dict[str, str]:
         differs += job.tasks
     if job.seed != job.subset_seed:
         differs.append(f"seed{job.seed}")
+    if job.is_other_dtype:
+        differs.append(request.dtype)
     names = {mode: "-".join([job.label(mode), *differs]) for mode in request.modes}
     if job.step is None:
         return {mode: f"{stem}-{name}" for mode, name in names.items()}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from opsd_jax import config as config_lib
@@ -12,11 +14,14 @@ from opsd_jax.inputs import checks, paths
 from opsd_jax.interleave import Protocol, Reasoner
 from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
+from opsd_jax.run import placement
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.session import Session
 from opsd_jax.runtime import run_folder
 
 QUERY_BLOCK = 512  # the attention scores of a large image at once would not fit into memory
+_Read = Callable[[Mesh], dict]
+"""mesh -> the weights in the compute dtype, laid out on it for the sampler."""
 _LARGEST = 980  # pixels per side of an image, in the official code
 
 
@@ -27,9 +32,12 @@ def load(
     protocol: str = "",
     tokenizer: str = "",
     dtype: str = "",
-    mesh: Mesh | None = None,
+    batch_size: int = 0,
+    tensor: int = 0,
 ) -> Reasoner:
     """Reads a released or imported folder, or the newest (or given) checkpoint of a run.
+
+    The weights go to this process's devices, divided along `tensor`, in the compute dtype.
 
     Args:
       directory: a released or imported folder, the workdir of a run, or one of its step folders.
@@ -37,38 +45,33 @@ def load(
       protocol: a name in `interleave.PROTOCOLS`; "" for the run's own prompt and sizes, and for
         "paper" of a released model.
       tokenizer: a folder; "" for the one that belongs to the model.
-      dtype: "float32" or "bfloat16"; "" as stored.
-      mesh: devices that batches of questions are placed on; None for a single question, with all
-        devices along `tensor`.
+      dtype: compute dtype, "float32" or "bfloat16"; "" for the model's own: the run's setting, or
+        that of a release (`release.folders.compute_dtype`).
+      batch_size: number of questions that are asked together, for copies of the model on all
+        devices; 0 for a single question and a single copy.
+      tensor: number of devices of a copy; 0 for the fewest that it fits on (`placement`), and for
+        as many as divide the heads where there is a single copy.
     Raises:
-      FileNotFoundError: not a model. ValueError: it cannot generate images; unknown protocol.
-      TypeError: something else than a path, such as an opened run.
+      FileNotFoundError: not a model. ValueError: it cannot generate images; unknown protocol; it
+      does not fit into the memory of the devices. TypeError: something else than a path, such as an
+      opened run.
     """
     checks.path("directory", directory)
     directory = os.fspath(directory)
     paths.check_given("--checkpoint", directory)
     paths.check("--tokenizer", tokenizer)
     check_protocol(protocol)
-    whole = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=-1)
     if folders.is_model(directory):
-        reasoner = _of_release(directory, generation, protocol or "paper", tokenizer, dtype, whole)
-        return dataclasses.replace(reasoner, mesh=mesh)
-    workdir = _workdir_of(directory)
-    session = session_lib.open_run(workdir, mesh=whole, tokenizer_folder=tokenizer)
-    sizes = dataclasses.replace(session.model, query_block=QUERY_BLOCK)
-    if dtype:
-        sizes = dataclasses.replace(sizes, dtype=dtype)
-    if generation and sizes.generation is None:
-        raise ValueError(
-            f"{directory} was trained without image generation: it has no generation expert"
-        )
-    if not generation:
-        sizes = dataclasses.replace(sizes, generation=None)
-    session = dataclasses.replace(session, model=sizes)
-    reasoner = of_run(session, session.restore_params(directory, layout="rollout"))
-    if protocol:
-        reasoner = dataclasses.replace(reasoner, flow={}, **_asked_by(protocol, reasoner.config))
-    return dataclasses.replace(reasoner, mesh=mesh)
+        model, read = _of_release(directory, generation, protocol or "paper", tokenizer, dtype)
+        own = 1
+    else:
+        model, read, own = _of_checkpoint(directory, generation, protocol, tokenizer, dtype)
+    if batch_size:
+        cache = placement.cache_of(model, batch_size)
+        devices = jax.local_devices()
+        mesh = placement.mesh(model.config, devices, cache, tensor=tensor, otherwise=own)
+        return dataclasses.replace(model, params=read(mesh), mesh=mesh)
+    return dataclasses.replace(model, params=read(placement.single_copy(model.config, tensor)))
 
 
 def check_protocol(protocol: str) -> None:
@@ -99,25 +102,53 @@ def of_run(session: Session, params: dict) -> Reasoner:
     )
 
 
+def _of_checkpoint(
+    directory: str, generation: bool, protocol: str, tokenizer: str, dtype: str
+) -> tuple[Reasoner, _Read, int]:
+    """The model of a run without its weights, how to read them, and the run's own `mesh.tensor`."""
+    workdir = _workdir_of(directory)
+    anywhere = sharding.inference_mesh(1, jax.local_devices())  # replaced before anything is read
+    session = session_lib.open_run(workdir, mesh=anywhere, tokenizer_folder=tokenizer, dtype=dtype)
+    sizes = dataclasses.replace(session.model, query_block=QUERY_BLOCK)
+    if generation and sizes.generation is None:
+        raise ValueError(
+            f"{directory} was trained without image generation: it has no generation expert"
+        )
+    if not generation:
+        sizes = dataclasses.replace(sizes, generation=None)
+    session = dataclasses.replace(session, model=sizes)
+    model = of_run(session, {})
+    if protocol:
+        model = dataclasses.replace(model, flow={}, **asked_by(protocol, sizes))
+
+    def read(mesh: Mesh) -> dict:
+        placed = dataclasses.replace(session, mesh=mesh)
+        return placed.restore_params(directory, layout="rollout")
+
+    return model, read, max(session.config.mesh.tensor, 1)
+
+
 def _of_release(
-    directory: str, generation: bool, protocol: str, tokenizer: str, dtype: str, mesh: Mesh
-) -> Reasoner:
-    """The model of a released or imported folder. There is no run, so there is no session."""
-    size = folders.read_config(directory, generation=generation).llm.vocab_size
-    tok = tokenizer_lib.load(tokenizer or folders.tokenizer_folder(directory), vocab_size=size)
-    config, params = load_lib.load(
-        directory,
-        generation=generation,
-        dtype=dtype,
-        mesh=mesh,
-        layout="rollout",
-        query_block=QUERY_BLOCK,
-    )
-    config = dataclasses.replace(config, dtype=str(params["llm"]["embed"].dtype))
-    return Reasoner(config, params, tok, **_asked_by(protocol, config))
+    directory: str, generation: bool, protocol: str, tokenizer: str, dtype: str
+) -> tuple[Reasoner, _Read]:
+    """The model of a released or imported folder without its weights, and how to read them.
+
+    There is no run, so there is no session.
+    """
+    config = folders.read_config(directory, generation=generation, query_block=QUERY_BLOCK)
+    config = dataclasses.replace(config, dtype=dtype or folders.compute_dtype(directory))
+    folder = tokenizer or folders.tokenizer_folder(directory)
+    tok = tokenizer_lib.load(folder, vocab_size=config.llm.vocab_size)
+
+    def read(mesh: Mesh) -> dict:
+        return load_lib.load(
+            directory, generation=generation, dtype=config.dtype, mesh=mesh, layout="rollout"
+        )[1]
+
+    return Reasoner(config, {}, tok, **asked_by(protocol, config)), read
 
 
-def _asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:
+def asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:
     """Fields of a Reasoner that a named protocol decides."""
     asked, vit = interleave.PROTOCOLS[protocol], config.vit
     rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, _LARGEST)

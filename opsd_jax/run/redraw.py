@@ -29,14 +29,28 @@ from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 SHARD = 512  # examples per parquet file, and what a kill can cost
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """How a model is asked for images.
+
+    Attributes:
+      size: examples per batch, rounded up to a multiple of the copies of the model.
+      tensor: devices that each copy is divided over; 0 for the fewest that it fits on.
+      seed: seed of sampling and noise.
+    """
+
+    size: int = 64
+    tensor: int = 0
+    seed: int = 0
+
+
 def redraw(
     workdir: str,
     target: str,
     *,
     checkpoint: str = "",
     splits: Sequence[str] = ("train",),
-    batch_size: int = 64,
-    seed: int = 0,
+    batches: Batches = Batches(),
     before_batch: BeforeBatch = never_stop,
 ):
     """Writes DIR/drawn/parquet/<task>/data/<split>-*.parquet, then prepares DIR from them.
@@ -49,6 +63,7 @@ def redraw(
       target: DIR, the TFDS data_dir to write.
       checkpoint: a step folder whose model generates the images; "" for the newest.
       splits: those whose visual thoughts are generated. The others are copied.
+      batches: how the model is asked.
       before_batch: called before each batch, such as `StopRequest.check`.
     Returns:
       What `prepare.prepare` returns.
@@ -62,8 +77,9 @@ def redraw(
     paths.check("--checkpoint", checkpoint)
     paths.check_given("--target", target)
     cli.check_once("splits", splits)
-    cli.check_number("batch_size", batch_size, 1)
-    cli.check_seed(seed)
+    cli.check_number("batch_size", batches.size, 1)
+    cli.check_tensor(batches.tensor)
+    cli.check_seed(batches.seed)
     used = _splits(workdir_lib.load_config(workdir))
     if unknown := set(splits) - set(used):
         raise ValueError(
@@ -75,21 +91,22 @@ def redraw(
 
     def load() -> tuple[Reasoner, dict]:
         step = checkpoint or checkpoint_lib.newest(workdir)
-        model = model_lib.load(step, generation=True)
+        model = model_lib.load(
+            step, generation=True, batch_size=batches.size, tensor=batches.tensor
+        )
         record = {
             "checkpoint": os.path.realpath(step),
             "weights": params_lib.fingerprint(model.params),
             "rows": run.digests["data"],
             "splits": list(splits),
-            "batch_size": batch_size,
-            "seed": seed,
+            "batch_size": batches.size,
+            "seed": batches.seed,
         }
         _check_claim(record_path, record)
         return model, record
 
     with locks.only_writer(target):
-        # The mesh of the model that generates: that of the training may not fit this machine.
-        run = session.open_run(workdir, mesh=sharding.make_mesh(data=1, fsdp=1, tensor=-1))
+        run = session.open_run(workdir)
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
         for number, shard in enumerate(_shards(run, used, splits, folder)):
@@ -97,8 +114,8 @@ def redraw(
                 continue
             examples = shard.read()
             if shard.split in splits:
-                key = jax.random.fold_in(jax.random.key(seed), number)
-                examples = _generate(run, model, examples, key, batch_size, before_batch)
+                key = jax.random.fold_in(jax.random.key(batches.seed), number)
+                examples = _generate(run, model, examples, key, batches.size, before_batch)
             _write(shard.path, examples)
         return prepare.prepare(os.path.join(folder, "parquet"), target)
 
@@ -181,7 +198,9 @@ def _generate(
     """
     found: list[Example] = []
     ask = run.preprocessor().question
-    size = min(batch_size, len(examples))
+    assert model.mesh is not None  # batches were announced
+    copies = sharding.batch_divisor(model.mesh)
+    size = -(-min(batch_size, len(examples)) // copies) * copies
     for start in range(0, len(examples), size):
         before_batch()
         part = examples[start : start + size]

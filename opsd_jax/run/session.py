@@ -27,6 +27,7 @@ from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
+from opsd_jax.run import placement
 from opsd_jax.run.checks import check_batch
 from opsd_jax.runtime import checkpoint, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
@@ -128,7 +129,12 @@ class Session:
         return self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens
 
     def abstract_params(self, layout: str = "train"):
-        """Shapes, dtypes and shardings of the weights, which restoring a checkpoint needs."""
+        """Shapes, dtypes and shardings of the weights, which restoring a checkpoint needs.
+
+        layout: as of `restore_params`.
+        """
+        if layout == "rollout":
+            return placement.abstract_weights(self.model, self.mesh)
         shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=self.model))
         return sharding.abstract(self.mesh, shapes, layout)
 
@@ -139,7 +145,7 @@ class Session:
 
         Args:
           layout: "train" for the update and for scoring; "rollout" for the sampler, in the dtype of
-            the computation.
+            the computation: what `for_sampling` makes of the others.
         """
         partial = self.config.model.generation.on and self.model.generation is None
         abstract = self.abstract_params(layout)
@@ -175,13 +181,15 @@ def open_run(
     tasks: tuple[str, ...] = (),
     mesh: Mesh | None = None,
     tokenizer_folder: str = "",
+    dtype: str = "",
 ) -> Session:
     """Opens the run (or control arm) in a folder for reading: evaluation, diagnosis, generation.
 
     Args:
       tasks: some of the run's tasks; () for all of them.
-      mesh: None for all devices, all but the run's `tensor` size along `fsdp`.
+      mesh: None for all devices, with copies of the model on as few as it fits on (`placement`).
       tokenizer_folder: "" for the tokenizer of the run. With another one the data need not exist.
+      dtype: compute dtype, "float32" or "bfloat16"; "" for config.model.dtype.
     Raises:
       FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
       TypeError: something else than a path.
@@ -193,8 +201,18 @@ def open_run(
     data_dir = find(config, workdir)
     if tasks:
         config = workdir_lib.with_tasks(config, tasks)
-    mesh = mesh or sharding.make_mesh(tensor=config.mesh.tensor)
+    config = with_dtype(config, dtype)
+    mesh = mesh or placement.of_run(config)
     return _open(config, workdir, data_dir, mesh, clock_lib.Clock(), tokenizer_folder)
+
+
+def with_dtype(config: ConfigDict, dtype: str) -> ConfigDict:
+    """The settings with another compute dtype; "" for their own."""
+    if not dtype:
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.dtype = dtype
+    return config
 
 
 def open_training(

@@ -141,8 +141,9 @@ class Evaluation:
         split = run.config.eval.final_split
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         selection = self._select(split)
-        facts = evaluate_lib.facts_of(params, selection)
-        opened = evaluate_lib.Opened(run, selection, self.run.for_sampling(params), facts)
+        sampled = run.for_sampling(params)
+        facts = evaluate_lib.facts_of(sampled, selection)
+        opened = evaluate_lib.Opened(run, selection, sampled, facts)
         for name, (mode, ban_marker) in self._modes().items():
             request = Request(
                 run.workdir,
@@ -154,7 +155,7 @@ class Evaluation:
             summary = self._answers(check(request, run.config), mode, opened)
             for task, found in summary.get("benchmarks", {}).items():
                 scores[f"eval/{task}/{name}"] = found["overall"]
-        del opened  # the sampler's copy of the weights
+        del opened, sampled  # the sampler's copy of the weights
         if self._measures_kl:
             for task, found in self._closure(params).items():
                 scores |= {f"kl/{task}/{k}": v for k, v in found.items() if k != "n"}

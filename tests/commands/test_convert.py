@@ -240,6 +240,15 @@ def test_other_sizes_files_and_dtypes(tmp_path, name, shards, dtype):
     same(named(params), read_release(folder))
 
 
+def test_what_the_sampler_reads(tmp_path):
+    """In the compute dtype, but for the scales of the norms."""
+    folder = write_release(tmp_path / "odd", ODD)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    _, whole = load.load(str(folder))
+    _, read = load.load(str(folder), dtype="bfloat16", mesh=mesh, layout="rollout")
+    same(named(read), named(params_lib.in_compute_dtype(whole, "bfloat16")))
+
+
 def test_dtypes(tmp_path):
     """float32 unless another is asked for."""
     folder = write_release(tmp_path / "odd", ODD, jnp.bfloat16)

@@ -58,6 +58,10 @@ def read(folder):
     ).read_text()
 
 
+def read_summary(folder):
+    return read(folder)[0]
+
+
 def error_of(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         eval.main([str(argument) for argument in arguments])
@@ -137,6 +141,25 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
         return [line.rsplit("|", 2)[0] for line in text.splitlines()]
 
     assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
+
+
+@pytest.mark.slow
+def test_another_compute_dtype(workdir):
+    """Weights are read in it as the sampler casts them; the results say so."""
+    opened = session.open_run(str(workdir), dtype="bfloat16")
+    folder = str(workdir / "checkpoints" / str(small_run.LAST))
+    read = opened.restore_params(folder, layout="rollout")
+    cast = opened.for_sampling(opened.restore_params(folder))
+    assert {str(x.dtype) for x in jax.tree.leaves(read)} == {"float32", "bfloat16"}
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(cast), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    for dtype in ("float32", "bfloat16"):  # the first is the run's own
+        eval.main([f"--workdir={workdir}", "--rows=4", f"--dtype={dtype}"])
+    own, other = (
+        read_summary(workdir / "eval" / f"{LAST}-none-random4{name}") for name in ("", "-bfloat16")
+    )
+    assert own["weights"] != other["weights"] and "--dtype=bfloat16" in other["command"]
 
 
 @pytest.mark.slow

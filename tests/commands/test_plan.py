@@ -21,6 +21,7 @@ from opsd_jax.model import bagel
 from opsd_jax.plan import advice, bill, flops, hlo, programs, table
 from opsd_jax.plan import topology as topology_lib
 from opsd_jax.run import checks
+from opsd_jax.runtime.chips import GIB
 from tests import small_run
 
 # --- topologies -----------------------------------------------------------------------------------
@@ -412,11 +413,9 @@ def test_report_and_table(eight):
         }
         assert program["fits"] and not program["advice"] and program["collectives"]
         assert program["needs_gib"] == pytest.approx(
-            program["peak_gib"] + program["bytes"]["beside"] / topology_lib.GIB
+            program["peak_gib"] + program["bytes"]["beside"] / GIB
         )
-        assert program["peak_gib"] * topology_lib.GIB >= sum(
-            program["bytes"][k] for k in ("params", "batch")
-        )
+        assert program["peak_gib"] * GIB >= sum(program["bytes"][k] for k in ("params", "batch"))
         assert program["flops"]["traced"] > 0 and program["hbm_bytes"] > 0
         assert f"\n{program['program']}, for each device" in done.stdout
     total = sum(
@@ -469,7 +468,7 @@ def test_what_does_not_fit_says_what_to_change(eight, tmp_path_factory):
 def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
     found = {
         "program": "sample",
-        "bytes": {"params": 3 * topology_lib.GIB, "kv_cache": topology_lib.GIB // 2},
+        "bytes": {"params": 3 * GIB, "kv_cache": GIB // 2},
     }
     lines = "\n".join(advice.advice(found, small_run.config(), "opsd", mesh))
     assert "config.mesh.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)" in lines
@@ -648,10 +647,7 @@ def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
     report = json.loads((tmp_path / "bill.json").read_text())
     (program,) = report["programs"]
     assert report["parameters"]["total"] > 7e9
-    assert (
-        sum(program["bytes"][k] for k in ("params", "batch"))
-        < program["peak_gib"] * topology_lib.GIB
-    )
+    assert sum(program["bytes"][k] for k in ("params", "batch")) < program["peak_gib"] * GIB
     assert program["needs_gib"] < 0.9 * report["hbm_gib"]
     if only == "update":  # weights are gathered layer by layer: not the rows of all devices
         sent = sum(c["bytes"] for c in program["collectives"].values())
@@ -721,3 +717,42 @@ def test_the_7b_step_does_not_fit_four_small_chips():
     done = _tpu("--topology=v5e-4", "--only=update", "--config.opsd.accumulation=4")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "does not fit: needs at least" in done.stdout and "config.mesh.fsdp" in done.stdout
+
+
+@pytest.mark.slow
+def test_answers_on_a_host_of_a_slice(tmp_path, tmp_path_factory):
+    """The sampler on the four chips of one host, two copies of the model; four hosts answer."""
+    pytest.importorskip("libtpu")
+    done = small_run.run(
+        _command(
+            "--topology=v5e-16",
+            "--stage=eval",
+            "--quick",
+            "--tensor=2",
+            "--questions=100",
+            "--price_per_chip_hour=2",
+            "--config.model.llm.num_kv_heads=2",
+            "--config.eval.batch_size=3",
+            f"--out={tmp_path / 'bill.json'}",
+        ),
+        env=small_run.environment(tmp_path_factory) | {"JAX_PLATFORMS": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "bill.json").read_text())
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2} and report["devices"] == 16
+    (sample,) = report["programs"]
+    found = report["answers"]
+    assert (found["batch_size"], found["hosts"], found["images"]) == (4, 4, 0)  # 3, for two copies
+    seconds = [sample["seconds"][kind] for kind in ("overlapped", "serial")]
+    assert found["seconds_per_batch"] == pytest.approx(seconds)
+    batches = math.ceil(100 / 16)
+    assert found["hours"] == pytest.approx([batches * n / 3600 for n in seconds])
+    assert found["dollars"] == pytest.approx([16 * 2 * n for n in found["hours"]])
+    assert "16 chips of 4 hosts, in batches of 4 questions on each host\n" in done.stdout
+    assert any("all-reduce" in kind for kind in sample["collectives"])
+
+
+def test_answers_are_planned_alone():
+    for options in (bill.Options("eval", only="sample"), bill.Options("generate", bucket=0)):
+        with pytest.raises(ValueError, match="with --only or --bucket: they are of training"):
+            bill.plan(small_run.config(), topology_lib.parse_topology("cpu:1"), options)

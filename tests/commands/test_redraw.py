@@ -7,12 +7,13 @@ import json
 import signal
 import types
 
+import jax
 import numpy as np
 import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import images, interleave
+from opsd_jax import images, interleave, sharding
 from opsd_jax import redraw as redraw_lib
 from opsd_jax.data import arrayrecord
 from opsd_jax.run import model as model_lib
@@ -40,9 +41,15 @@ def workdir(tmp_path, monkeypatch):
         ]
 
     model = interleave.Reasoner(
-        None, None, None, interleave.Protocol(), images.TRAINING, images.VAE
+        None,
+        None,
+        None,
+        interleave.Protocol(),
+        images.TRAINING,
+        images.VAE,
+        sharding.make_mesh(devices=jax.devices()[:1]),
     )
-    monkeypatch.setattr(model_lib, "load", lambda directory, generation: model)
+    monkeypatch.setattr(model_lib, "load", lambda directory, **_: model)
     monkeypatch.setattr(interleave, "reason", reason)
     return types.SimpleNamespace(path=str(work), calls=calls, config=config, model=model)
 
@@ -57,7 +64,9 @@ def test_redrawn_examples_differ_only_in_their_images(workdir, tmp_path, monkeyp
     target = tmp_path / "drawn"
 
     def draw(**kw):
-        return redraw.redraw(workdir.path, str(target), checkpoint="c", batch_size=4, **kw)
+        return redraw.redraw(
+            workdir.path, str(target), checkpoint="c", batches=redraw.Batches(4, **kw)
+        )
 
     draw()
     for split in ("train", workdir.config.eval.final_split):
@@ -93,7 +102,7 @@ def test_redrawn_examples_differ_only_in_their_images(workdir, tmp_path, monkeyp
     other = dataclasses.replace(
         workdir.model, params={"head": np.ones(3, np.float32)}
     )  # another model under the same path
-    monkeypatch.setattr(model_lib, "load", lambda directory, generation: other)
+    monkeypatch.setattr(model_lib, "load", lambda directory, **_: other)
     with pytest.raises(FileExistsError, match="generated with other weights"):
         draw()
     record = target / "drawn" / "redraw.json"
@@ -107,13 +116,13 @@ def test_beside_a_run_that_deletes_the_checkpoint(workdir, tmp_path, monkeypatch
     steps, load = [3, 5], model_lib.load
     monkeypatch.setattr(checkpoint, "metadata", lambda folder: {"step": steps[0]})
 
-    def rotated(directory, generation):
+    def rotated(directory, **how):
         if steps.pop(0) == 3:
             raise checkpoint.CheckpointGoneError(directory)
-        return load(directory, generation)
+        return load(directory, **how)
 
     monkeypatch.setattr(model_lib, "load", rotated)
-    redraw.redraw(workdir.path, str(tmp_path / "d"), batch_size=4)
+    redraw.redraw(workdir.path, str(tmp_path / "d"), batches=redraw.Batches(4))
     record = json.loads((tmp_path / "d" / "drawn" / "redraw.json").read_text())
     assert record["checkpoint"].endswith("w/checkpoints/5")
 

@@ -344,3 +344,140 @@ def test_two_processes_answer_and_measure_what_one_does(workdirs, tmp_path):
         for part, share in shares.items():
             found = two["attention_of_the_answers"][mode][part]
             np.testing.assert_allclose(found, share, atol=1e-5)
+
+
+# --- a released model on several devices ----------------------------------------------------------
+
+EVAL = """
+import dataclasses, time
+from opsd_jax import eval, interleave
+protocols = interleave.PROTOCOLS
+interleave.PROTOCOLS = protocols | {{
+    "paper": dataclasses.replace(protocols["paper"], max_new_tokens=24)
+}}
+ask = interleave.reason
+def slowly(model, questions, *more):
+    time.sleep({pause})
+    print("asks", len(questions), dict(model.mesh.shape), flush=True)
+    kernel = model.params["llm"]["layers"]["und"]["q_kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[-1] * {tensor} == kernel.shape[-1]
+    return ask(model, questions, *more)
+interleave.reason = slowly
+try:
+    eval.main({arguments!r})
+finally:
+    interleave.PROTOCOLS, interleave.reason = protocols, ask
+"""
+ROWS = 13
+
+
+def evaluation(name, folder, tensor, pause=0.0):
+    """The program of an evaluation of a released model on a table, 4 questions at a time."""
+    arguments = [
+        f"--workdir={folder}",
+        f"--checkpoint={folder}/released",
+        f"--data_dir={folder}",
+        "--batch_size=4",
+        f"--tensor={tensor}",
+        f"--name={name}",
+    ]
+    return EVAL.format(arguments=arguments, tensor=tensor, pause=pause)
+
+
+def predictions(folder, name):
+    return (folder / "eval" / name / "predictions.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def asked(released, tmp_path_factory):
+    """A folder with a released model, a table, and the answers "one" of a single device."""
+    import shutil
+
+    import test_benchmark_files
+
+    folder = tmp_path_factory.mktemp("asked")
+    shutil.copytree(released, folder / "released")
+    test_benchmark_files.write(folder, test_benchmark_files.mcq(ROWS))
+    with small_run.fast_compiles(tmp_path_factory):
+        exec(evaluation("one", folder, 1), {})
+    assert predictions(folder, "one").count("\n") == ROWS
+    return folder
+
+
+def environment(tmp_path_factory, devices, **variables):
+    return small_run.environment(tmp_path_factory) | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONUNBUFFERED": "1",
+        **variables,
+    }
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_devices_answer_as_one_device_does(asked, tmp_path_factory):
+    done = small_run.run(
+        [sys.executable, "-c", evaluation("copies", asked, 2)],
+        env=environment(tmp_path_factory, 4),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "asks 4 {'data': 1, 'fsdp': 2, 'tensor': 2}" in done.stdout
+    assert predictions(asked, "copies") == predictions(asked, "one")
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_an_evaluation_of_two_processes_of_which_one_dies(asked, tmp_path_factory):
+    """The other one ends with an error in time. Two processes then answer what is missing."""
+    import json
+    import re
+    import signal
+    import time
+
+    from opsd_jax.runtime import distributed
+
+    timeout, folder = 20, asked / "eval" / "two"
+
+    def begin(pause):
+        given = environment(
+            tmp_path_factory,
+            2,
+            OPSD_NUM_PROCESSES="2",
+            OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}",
+            OPSD_TIMEOUT_S=str(timeout),
+        )
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", evaluation("two", asked, 2, pause)],
+                env=given | {"OPSD_PROCESS_ID": str(n)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for n in range(2)
+        ]
+
+    def kept():
+        files = folder.glob("answers*.jsonl") if folder.is_dir() else []
+        return sum(max(path.read_text().count("\n") - 1, 0) for path in files)
+
+    processes = begin(pause=5)
+    while not kept() and not any(process.poll() for process in processes):
+        time.sleep(0.1)
+    processes[1].kill()
+    started = time.monotonic()
+    said = processes[0].communicate(timeout=300)[0]
+    assert time.monotonic() - started < timeout + 60
+    code = processes[0].returncode
+    assert code in (distributed.EXIT_PEER_LOST, -signal.SIGABRT), said[-3000:]
+    assert re.search(r"another process is gone|task.*(unhealthy|heartbeat)|coordination", said)
+    before = kept()
+    assert 1 <= before < 4 and not (folder / "summary.json").exists()
+
+    processes = begin(pause=0)
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    asks = sum(text.count("asks 4 {'data': 1, 'fsdp': 1, 'tensor': 2}") for text in said)
+    # the missing batches, and at most two of them once more for their time
+    assert 4 - before <= asks <= 4 - before + 2
+    assert predictions(asked, "two") == predictions(asked, "one")
+    assert [path.name for path in folder.glob("answers*")] == ["answers.jsonl"]
+    assert json.loads((folder / "summary.json").read_text())["benchmarks"]
