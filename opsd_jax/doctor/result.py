@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import statistics
 import sys
 import threading
@@ -80,6 +81,7 @@ def run(checks: Mapping[str, Check]) -> list[Result]:
             except Exception as error:  # whatever a driver, compiler or file system raises
                 said = (str(error).strip() or "without a message").splitlines()[0]
                 found.append(Result(name, FAILED, f"{type(error).__name__}: {said}"))
+        gc.collect()  # of a check that raised, arrays on the device
     return found
 
 
