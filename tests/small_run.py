@@ -20,7 +20,13 @@ WARMUP, OPSD = 2, 4  # steps
 LAST = WARMUP + OPSD
 TEST_ROWS = 20
 
-_STAGE = {"batch_size": 8, "optim.lr": 3e-3, "optim.min_lr": 3e-4, "optim.warmup_steps": 1}
+_STAGE = {
+    "batch_size": 8,
+    "optim.kind": "adamw",
+    "optim.lr": 3e-3,
+    "optim.min_lr": 3e-4,
+    "optim.warmup_steps": 1,
+}
 CHANGES = {
     "model.llm.hidden_size": 32,
     "model.llm.num_layers": 2,

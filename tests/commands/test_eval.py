@@ -18,7 +18,7 @@ import pytest
 import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import eval, interleave, rollout, sharding, tokenizer, train
-from opsd_jax.data import arrayrecord, examples, packing, randomness
+from opsd_jax.data import arrayrecord, examples, packing, randomness, schema
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import (
     benchmark,
@@ -497,11 +497,9 @@ def test_settings_come_back_as_they_were(trained):
 # --- what is counted ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Example:
-    pid: str
-    answer: str
-    metadata: dict
+class Example(schema.Example):
+    def __init__(self, pid: str, answer: str, metadata: dict):
+        super().__init__(pid, "", "", answer, b"", (), (), metadata=metadata)
 
     @property
     def example(self):  # it stands in for a data.PreparedExample, too
