@@ -1,4 +1,4 @@
-"""Visual-OPSD in miniature: a model of 0.2 M parameters, from random weights, on a laptop.
+"""Visual-OPSD in miniature: a model of 0.3 M parameters, from random weights, on a laptop.
 
   python -m opsd_jax.train --config=configs/mini.py --workdir=/tmp/opsd-mini
   python -m opsd_jax.train --config=configs/mini.py:maze --workdir=/tmp/opsd-maze

@@ -122,7 +122,8 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                     of_stage = series.setdefault(stage, {}).setdefault(key, {})
                     of_stage.setdefault(name, []).append((step, value))
     parts = [html.heading("Curves")]
-    for stage, found in series.items():
+    # OPSD first: it is what the run is about, and where the arms are.
+    for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
         for key, title, unit in _charts_of(stage, found):
             # A share becomes per cent.
             scale = 100 if key.startswith("eval/") else 1
