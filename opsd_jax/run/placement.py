@@ -24,7 +24,9 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.runtime import chips
 
-SHARE = 0.75  # of a device's memory for weights and cache; activations need the rest
+# Activations while contexts are read, as a multiple of the keys: 4.06 in the 7B sampler for 8
+# sequences of 6,144 positions on two v5e (the command is in docs/performance/plan.md).
+ACTIVATIONS = 4.1
 TEXT = 512  # tokens of prompt and question that are assumed
 _LARGE = 100_000  # pixels along a side of an image that every size rule shrinks
 
@@ -125,14 +127,17 @@ def degrees(model: ModelConfig, devices: int) -> list[int]:
 
 
 def fewest(model: ModelConfig, devices: int, memory: float, cache: Cache) -> int:
-    """The fewest devices per copy on which weights and cache fit; the most possible if on none.
+    """The fewest devices per copy on which a batch fits; the most possible if on none.
+
+    Weights, keys and activations are counted.
 
     Args:
       devices: number of devices that share the batch. memory: bytes of one of them.
     """
     possible = degrees(model, devices)
     for tensor in possible:
-        if _weights(model, tensor) + _keys(model, tensor, devices, cache) <= SHARE * memory:
+        keys = _keys(model, tensor, devices, cache)
+        if _weights(model, tensor) + (1 + ACTIVATIONS) * keys <= memory:
             return tensor
     return possible[-1]
 
@@ -207,7 +212,7 @@ def check_memory(model: ModelConfig, tensor: int, memory: float, kind: str) -> N
     """ValueError where a device has less memory than its part of the weights takes."""
     needed = _weights(model, tensor)
     if needed > memory:
-        larger = [n for n in degrees(model, 4096) if _weights(model, n) < SHARE * memory]
+        larger = [n for n in degrees(model, 4096) if _weights(model, n) < memory]
         fix = f"give --tensor={larger[0]} on a host with as many devices" if larger else ""
         raise ValueError(
             f"the weights in {model.dtype} take {needed / chips.GIB:.1f} GiB of each device, with "
