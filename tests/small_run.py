@@ -50,6 +50,7 @@ CHANGES = {
     },
     "rollout.max_new_tokens": 8,
     "eval.batch_size": 8,
+    "eval.final_banned": True,
     "eval.rows": 8,
     "checkpoint.every": 1,
     "checkpoint.keep_latest": 100,

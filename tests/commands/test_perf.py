@@ -36,7 +36,7 @@ def run(name, *options):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_drawing():
     lines, table = run("drawing", "--image=32x48", "--problem=32x32", "--steps=3", "--context=1200")
     assert [line["measure"] for line in lines] == ["encode", "decode"] + [
@@ -230,7 +230,7 @@ def test_table_of_presets_from_reports_that_are_there(tmp_path):
     assert "give a price above 0" in presets(tmp_path, "--price_per_chip_hour=v6e").stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_preset_is_compiled_once(tmp_path):
     """With a small config, for four chips."""
     pytest.importorskip("libtpu")

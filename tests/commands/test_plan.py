@@ -636,7 +636,11 @@ def _tpu(*arguments):
 @pytest.mark.parametrize(
     "only, arguments",
     [
-        ("update", ["--topology=v5e-16", "--config.opsd.accumulation=4", "--config.mesh.tensor=4"]),
+        pytest.param(
+            "update",
+            ["--topology=v5e-16", "--config.opsd.accumulation=4", "--config.mesh.tensor=4"],
+            marks=pytest.mark.long,
+        ),
         ("sample", ["--topology=v5e-64", "--config.opsd.accumulation=1", "--config.mesh.tensor=4"]),
     ],
 )
@@ -654,7 +658,7 @@ def test_the_7b_step_fits_a_slice(only, arguments, tmp_path):
         assert sent < 12 * 4 * report["parameters"]["total"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_only_data_crosses_slices(tmp_path, tmp_path_factory):
     """Two slices of four chips, in small: copies of the model that exchange gradients."""
     pytest.importorskip("libtpu")

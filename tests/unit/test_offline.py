@@ -155,7 +155,7 @@ def test_step_is_cross_entropy_plus_weighted_kl():
     assert found["cache_used"] == 1 and found["completion_len"] == mask.sum() / 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulation_changes_nothing():
     batch = small_batch(np.random.default_rng(3))
     whole, cut = (updated(batch, accumulation=count)[1] for count in (1, 2))
