@@ -74,7 +74,7 @@ def closing(folder: pathlib.Path) -> Result:
         "files/close",
         there,
         f"a file is complete after close; write and fsync took {1e3 * seconds:.1f} ms",
-        f"{path} was closed, but is not there or has another content: use another mount",
+        f"{path} was closed, but is missing or has other content: use another mount",
         {"write_fsync_seconds": seconds},
     )
 
@@ -189,7 +189,7 @@ def throughput(folder: pathlib.Path, size: int) -> Result:
         "read_gb_per_second": count * len(block) / reading / 1e9,
     }
     if not whole:
-        message = f"{path} was read with another content than was written: use another disk"
+        message = f"{path} did not read back as it was written: use another disk"
         return judge("files/speed", False, "", message, speeds)
     summary = (
         f"{speeds['written_gb_per_second']:.2f} GB/s written, "

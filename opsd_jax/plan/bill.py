@@ -83,21 +83,13 @@ def plan(
     for one in bills:
         one["advice"] = [] if one["fits"] else advice.advice(one, config, one["stage"], mesh)
     hosts = len({device.process_index for device in mesh.devices.flat})
-    return {
-        "topology": topology.name,
-        "slices": topology.slices,
-        "chips": topology.chips,
-        "devices": topology.devices,
-        "hbm_gib": bound,
-        "mesh": dict(mesh.shape),
+    return _head(topology, options, mesh) | {
         "stage": ",".join(stages),
         "bucket": options.bucket,
         "parameters": params_lib.count(traced[0][1].arguments["params"]),
         "fits": all(one["fits"] for one in bills),
         "programs": bills,
         "run": budget_of_run(config, bills, topology, hosts, options.write_speed, options.price),
-        "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
-        "quick": options.quick,
     }
 
 
@@ -146,13 +138,7 @@ def _plan_answers(
             for kind in ("overlapped", "serial")
         )
         seconds = least, most
-    return {
-        "topology": topology.name,
-        "slices": topology.slices,
-        "chips": topology.chips,
-        "devices": topology.devices,
-        "hbm_gib": bound,
-        "mesh": dict(mesh.shape),
+    return _head(topology, options, mesh) | {
         "stage": stage,
         "parameters": params_lib.count(placement.abstract_weights(model.config, mesh)),
         "fits": fits,
@@ -166,6 +152,20 @@ def _plan_answers(
             questions=options.questions,
             price=price,
         ),
+    }
+
+
+def _head(
+    topology: topology_lib.Topology, options: Options, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """What a report says of the devices and of how the programs are compiled."""
+    return {
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "devices": topology.devices,
+        "hbm_gib": options.hbm or topology.hbm,
+        "mesh": dict(mesh.shape),
         "versions": {"jax": jax.__version__, "libtpu": _version("libtpu")},
         "quick": options.quick,
     }

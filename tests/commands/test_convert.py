@@ -299,19 +299,25 @@ def test_position_tables_are_computed_if_they_do_not_fit(copied, capsys):
     refuses(copied, "misshapen latent_pos_embed.pos_embed")
 
 
-@pytest.mark.parametrize("shape", [(37,), (70, 300), (5, 6, 3, 2)])
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_slices(tmp_path, monkeypatch, shape, dtype):
-    """Any slice with any axes, reading the bytes of its rows and no others."""
-    values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
-    save_file({"before": values, "x": values}, tmp_path / "a.safetensors")
-    tensor, read = safetensors_io.header(tmp_path / "a.safetensors")["x"], []
-    fill = safetensors_io._fill
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """Number of bytes of each read of a safetensors file."""
+    found, fill = [], safetensors_io._fill
     monkeypatch.setattr(
         safetensors_io,
         "_fill",
-        lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)),
+        lambda f, at, array: (found.append(array.nbytes), fill(f, at, array)),
     )
+    return found
+
+
+@pytest.mark.parametrize("shape", [(37,), (70, 300), (5, 6, 3, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_slices(tmp_path, read, shape, dtype):
+    """Any slice with any axes, reading the bytes of its rows and no others."""
+    values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
+    save_file({"before": values, "x": values}, tmp_path / "a.safetensors")
+    tensor = safetensors_io.header(tmp_path / "a.safetensors")["x"]
     rng = np.random.default_rng(0)
     for _ in range(12):
         order = rng.permutation(len(shape))
@@ -329,16 +335,10 @@ def test_slices(tmp_path, monkeypatch, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(64, 20), (70, 300), (8, 6, 3, 2)])
-def test_slices_of_the_same_rows_are_read_once(tmp_path, monkeypatch, shape):
+def test_slices_of_the_same_rows_are_read_once(tmp_path, read, shape):
     values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     save_file({"x": values}, tmp_path / "a.safetensors")
-    tensor, read = safetensors_io.header(tmp_path / "a.safetensors")["x"], []
-    fill = safetensors_io._fill
-    monkeypatch.setattr(
-        safetensors_io,
-        "_fill",
-        lambda f, at, array: (read.append(array.nbytes), fill(f, at, array)),
-    )
+    tensor = safetensors_io.header(tmp_path / "a.safetensors")["x"]
     halves = [[slice(0, size // 2), slice(size // 2, size)] for size in shape[:2]]
     rest = [slice(None)] * (len(shape) - 2)
     for order in (None, tuple(reversed(range(len(shape))))):
