@@ -117,7 +117,7 @@ def add_tensor(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help="devices that each copy of the model is divided over (default: the fewest on which "
-        "its weights and the cache of keys fit, by the memory of the chips)",
+        "its weights, keys and activations fit, by the memory of the chips)",
     )
 
 
