@@ -1,6 +1,6 @@
 """Prepares data for training.
 
-  python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--on_bad_row=skip]
+  python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--columns=text:solution]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
   python -m opsd_jax.data sizes --config=FILE [--config.data.dir=DIR ...]
   python -m opsd_jax.data index --config=FILE [--config.data.dir=DIR ...]
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 on_bad_row=args.on_bad_row,
                 limit=args.limit,
                 overwrite=args.overwrite,
+                columns=args.columns,
             )
             print(report)
         else:
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("fail", "skip"),
         help="what to do about rows that cannot be trained on; skip names them in report.json "
         "(default: fail)",
+    )
+    prepare.add_argument(
+        "--columns",
+        default=(),
+        type=cli.names,
+        help="further columns to keep, such as text:solution,images:crops: a text, or an image or "
+        "a list of images, which contexts may show (default: none)",
     )
     prepare.add_argument("--limit", type=int, help="first rows of each split only")
     prepare.add_argument(

@@ -58,11 +58,14 @@ class Source:
     Attributes:
       directory: the version folder.
       split: the split as it was given.
+      columns: names of the further columns that it holds, "text:COLUMN" or "images:COLUMN".
     """
 
     def __init__(self, directory: Path, split: str, asked_by: str = ""):
         self.directory, self.split = directory, split
         builder = _builder(directory)
+        self.columns = schema.further_columns(builder.info.features)
+        encoded = (*schema.IMAGE_FEATURES, *schema.further_images(self.columns))
         for info in builder.info.splits.values():
             for path, rows in zip(info.filepaths, info.shard_lengths):
                 if shards.count_records(path) != rows:
@@ -73,7 +76,7 @@ class Source:
                     )
         try:
             self._records = builder.as_data_source(
-                split, decoders={"problem_image": RawBytes(), "reasoning_images": RawBytes()}
+                split, decoders={name: RawBytes() for name in encoded}
             )
             len(self._records)  # raises where a slice ends before it begins
         except (ValueError, KeyError) as error:

@@ -5,11 +5,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd_jax.data import schema
+from opsd_jax.inputs import columns as columns_lib
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -105,12 +106,15 @@ def open_parquet(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
         ) from error
 
 
-def columns(path: Path, present: list[str]) -> list[str]:
+def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list[str]:
     """The columns to read, of those that are present in a file.
+
+    further: names of further columns to read, "text:COLUMN" or "images:COLUMN".
 
     Raises BadSourceError if a required one is missing or a name looks misspelt.
     """
-    missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
+    asked = [columns_lib.of_files(name) for name in further]
+    missing = [column for column in (*schema.REQUIRED_COLUMNS, *asked) if column not in present]
     expected = [
         column
         for column in dict.fromkeys(
@@ -121,7 +125,7 @@ def columns(path: Path, present: list[str]) -> list[str]:
     hints = [
         f"{column!r} is not read: did you mean {close[0]!r}?"
         for column in present
-        if column not in schema.COLUMNS and not schema.is_surplus(column)
+        if column not in (*schema.COLUMNS, *asked) and not schema.is_surplus(column)
         if (close := difflib.get_close_matches(column, expected, 1, cutoff=0.85))
     ]
     if missing or hints:
@@ -133,19 +137,22 @@ def columns(path: Path, present: list[str]) -> list[str]:
             + " ".join(hints or ["Rename or add the column"])
             + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
         )
-    return [*filter(present.__contains__, schema.COLUMNS), *filter(schema.is_surplus, present)]
+    own = filter(present.__contains__, schema.COLUMNS)
+    return [*own, *filter(schema.is_surplus, present), *asked]
 
 
-def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
+def read_batches(
+    path: Path, stop: int, further: Sequence[str] = ()
+) -> Iterator[list[tuple[int, dict]]]:
     """Rows 0 .. stop-1 as lists of (row number, row).
 
-    A batch and its row group are in memory, never the whole file.
+    further: see `columns`. A batch and its row group are in memory, never the whole file.
     """
     rows, size = [], 0
     with open_parquet(path) as file:
         # One row at a time: Arrow cannot return more than 2 GiB of an image column in one batch,
         # and only the row itself tells how large it is.
-        single = file.iter_batches(1, columns=columns(path, file.schema_arrow.names))
+        single = file.iter_batches(1, columns=columns(path, file.schema_arrow.names, further))
         for index, batch in zip(range(stop), single):
             rows.append((index, batch.to_pylist()[0]))
             size += batch.nbytes
@@ -156,13 +163,15 @@ def read_batches(path: Path, stop: int) -> Iterator[list[tuple[int, dict]]]:
         yield rows
 
 
-def read_examples(path: str | os.PathLike, *, task: str) -> Iterator[schema.Example]:
-    """The examples of one parquet file in order.
+def read_examples(
+    path: str | os.PathLike, *, task: str, further: Sequence[str] = ()
+) -> Iterator[schema.Example]:
+    """The examples of one parquet file in order, with further columns (`columns`).
 
     Raises:
       BadSourceError: the file cannot be read, or lacks a column.
       BadRowError: a row cannot be trained on.
     """
-    for batch in read_batches(Path(path), sys.maxsize):
+    for batch in read_batches(Path(path), sys.maxsize, further):
         for index, row in batch:
-            yield schema.read_row(row, file=str(path), index=index, task=task)[0]
+            yield schema.read_row(row, file=str(path), index=index, task=task, columns=further)[0]

@@ -19,6 +19,7 @@ from opsd_jax.data import arrayrecord, parquet_files, schema
 from opsd_jax.data import shards as shards_lib
 from opsd_jax.data.schema import Note
 from opsd_jax.data.shards import Shard
+from opsd_jax.inputs import columns as columns_lib
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.runtime import files, locks
 from opsd_jax.runtime.progress import Progress
@@ -33,7 +34,7 @@ class PrepareReport:
       bad_rows: every row that was left out, with the reason.
       warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
         `no_text_trace`, `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`,
-        `duplicate_pid`, `ignored_column` or `ignored_file`.
+        `duplicate_pid`, `empty_column`, `ignored_column` or `ignored_file`.
       bytes: size of the written records.
       seconds: duration of the run that finished the work.
     """
@@ -93,6 +94,7 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
     limit: int | None = None,
+    columns: tuple[str, ...] = (),
 ) -> PrepareReport:
     """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, with few rows in memory.
 
@@ -111,13 +113,15 @@ def prepare(
       progress: whether to show a progress bar on a terminal. Elsewhere a line is logged per shard.
       limit: number of rows taken from the start of every split, in file order, bad rows included
         (as num_used_data of the official loader); None for all.
+      columns: further columns to keep, "text:COLUMN" for a text and "images:COLUMN" for an image or
+        a list of images.
 
     Returns:
       The report over all tasks. The report of each task is in its report.json.
 
     Raises:
       BadSourceError, BadRowError: see there.
-      FileExistsError: the target folder holds rows of other files, of other splits, of another
+      FileExistsError: the target folder holds rows of other files, splits or columns, of another
         limit, or of a file that has been edited since.
       locks.FolderInUseError: another command is writing there.
       OSError: a write failed, for example because the disk is full. Unfinished shards do not count.
@@ -128,11 +132,12 @@ def prepare(
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 row, or None for all, got {limit}")
+    schema.check_columns("--columns", columns)
     jobs = [
-        _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip")
+        _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip", columns)
         for task, folder in parquet_files.task_folders(source).items()
     ]
-    plans = [_plan_shards(job.source, splits, limit) for job in jobs]
+    plans = [_plan_shards(job, splits, limit) for job in jobs]
     total = sum(shard.rows for shards, _ in plans for shard in shards)
     with locks.only_writer(target), _progress_bar(total, progress) as advance:
         reports = [_prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)]
@@ -154,12 +159,14 @@ class _Job:
       source: its folder of parquet files.
       target: the version folder to write.
       skip_bad_rows: whether bad rows are left out instead of raised.
+      columns: names of the further columns.
     """
 
     task: str
     source: Path
     target: Path
     skip_bad_rows: bool
+    columns: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -181,12 +188,13 @@ def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _plan_shards(
-    folder: Path, splits: tuple[str, ...] | None, limit: int | None
+    job: _Job, splits: tuple[str, ...] | None, limit: int | None
 ) -> tuple[list[Shard], list[Note]]:
     """The shards of a task to write, and warnings about files, columns and pids.
 
     Nothing is decoded but the pids.
     """
+    folder, asked = job.source, [*map(columns_lib.of_files, job.columns)]
     paths_of, others = parquet_files.split_files(folder)
     if absent := set(splits or ()) - set(paths_of):
         raise schema.BadSourceError(
@@ -199,14 +207,14 @@ def _plan_shards(
     for split in dict.fromkeys(splits or paths_of):
         left, takes = limit or sys.maxsize, []
         for path in paths_of[split]:
-            columns, pids, rows = _scan(path, left)
+            columns, pids, rows = _scan(path, left, job.columns)
             left -= rows
             if rows:
                 takes.append((path, rows))
                 notes += [
                     Note(str(path), None, "", f"ignored_column: {column} is not read")
                     for column in columns
-                    if column not in schema.COLUMNS and not schema.is_surplus(column)
+                    if column not in (*schema.COLUMNS, *asked) and not schema.is_surplus(column)
                 ]
             for row, pid in enumerate(pids):
                 here = (str(path), row)
@@ -224,17 +232,21 @@ def _plan_shards(
                 file=path.relative_to(folder).as_posix(),
                 blake2b=shards_lib.checksum(path),
                 rows=rows,
+                columns=job.columns,
             )
             for i, (path, rows) in enumerate(takes)
         ]
     return shards, notes
 
 
-def _scan(path: Path, limit: int) -> tuple[list[str], list, int]:
-    """(columns, pids, number of rows) of a parquet file, of its first `limit` rows."""
+def _scan(path: Path, limit: int, further: tuple[str, ...]) -> tuple[list[str], list, int]:
+    """(columns, pids, number of rows) of a parquet file, of its first `limit` rows.
+
+    further: the further columns that it must have.
+    """
     with parquet_files.open_parquet(path) as file:
         present, rows = file.schema_arrow.names, min(limit, file.metadata.num_rows)
-        parquet_files.columns(path, present)  # raises for wrong ones
+        parquet_files.columns(path, present, further)  # raises for wrong ones
         batches = file.iter_batches(columns=["pid"]) if "pid" in present else ()
         pids = [pid for batch in batches for pid in batch["pid"].to_pylist()]
     return present, pids[:rows], rows
@@ -296,7 +308,7 @@ def _prepare_task(
         if not n:
             raise schema.BadSourceError(f"{job.source}: no row of {name} is usable:\n{report}")
     with _failures_explained(report_file):
-        _write_metadata(job.target, records)
+        _write_metadata(job, records)
         report.write(report_file)
     return report
 
@@ -328,8 +340,8 @@ def _finished_shards(job: _Job, shards: list[Shard]) -> dict[str, dict]:
     if foreign:
         raise FileExistsError(
             f"{job.target} holds something else than {job.source} as it is and as asked for now "
-            f"(other or edited files, splits or limit), e.g. {min(foreign)}: choose another "
-            "target, or replace it with --overwrite"
+            f"(other or edited files, splits, columns or limit), e.g. {min(foreign)}: choose "
+            "another target, or replace it with --overwrite"
         )
     if not job.skip_bad_rows:
         for file, index, pid, reason in (
@@ -344,7 +356,7 @@ def _is_record_of(record: dict, shard: Shard, folder: Path) -> bool:
 
     Older versions recorded the size of the parquet file where its checksum is now.
     """
-    fields = list(shard)
+    fields = shard.record()
     if isinstance(record["shard"][3], int):
         fields[3] = (folder / shard.file).stat().st_size
     return record["shard"] == fields
@@ -368,12 +380,14 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     """Converts one parquet file. Returns the shard's record for progress.json."""
     from array_record.python import array_record_module
 
-    source, serialized = job.source / shard.file, _serializer()
+    source, serialized = job.source / shard.file, _serializer(job.columns)
 
     def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[Note, ...]]:
         index, row = item
         try:
-            example, warnings = schema.read_row(row, file=str(source), index=index, task=job.task)
+            example, warnings = schema.read_row(
+                row, file=str(source), index=index, task=job.task, columns=job.columns
+            )
         except schema.BadRowError as error:
             if not job.skip_bad_rows:
                 raise
@@ -381,7 +395,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
         return serialized(example), warnings
 
     record: dict[str, Any] = {
-        "shard": list(shard),
+        "shard": shard.record(),
         "rows": 0,
         "bytes": 0,
         "bad_rows": [],
@@ -392,7 +406,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
     try:
         with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter lock
-            for batch in parquet_files.read_batches(source, shard.rows):
+            for batch in parquet_files.read_batches(source, shard.rows, job.columns):
                 for blob, notes in threads.map(convert, batch):
                     advance(1)
                     record["warnings" if blob else "bad_rows"] += notes
@@ -415,11 +429,11 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     return record
 
 
-def _serializer() -> Callable[[schema.Example], bytes]:
-    """A function that turns an example into the bytes of its record."""
+def _serializer(columns: tuple[str, ...]) -> Callable[[schema.Example], bytes]:
+    """A function that turns an example with further columns into the bytes of its record."""
     from tensorflow_datasets.core import example_serializer
 
-    features = schema.features()
+    features = schema.features(columns)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def serialized(example: schema.Example) -> bytes:
@@ -430,7 +444,7 @@ def _serializer() -> Callable[[schema.Example], bytes]:
     return serialized
 
 
-def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
+def _write_metadata(job: _Job, records: list[tuple[str, dict]]) -> None:
     """Writes the files that TFDS reads.
 
     records: (split, record for progress.json) of every shard.
@@ -441,7 +455,7 @@ def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
     for split in dict.fromkeys(split for split, _ in records):
         mine = [record for s, record in records if s == split]
         template = tfds.core.ShardedFileTemplate(
-            data_dir=directory,
+            data_dir=job.target,
             dataset_name=schema.NAME,
             split=split,
             filetype_suffix="array_record",
@@ -455,8 +469,8 @@ def _write_metadata(directory: Path, records: list[tuple[str, dict]]) -> None:
             )
         )
     tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=schema.features(),
+        data_dir=job.target,
+        features=schema.features(job.columns),
         split_infos=infos,
         version=schema.VERSION,
         check_data=False,  # the check reads with TensorFlow

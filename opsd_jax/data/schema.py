@@ -5,13 +5,14 @@ import functools
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from opsd_jax import images, tags, tasks
+from opsd_jax.inputs import columns as columns_lib
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -57,6 +58,7 @@ class Example:
       thoughts: the texts of the reasoning, in order; at least one.
       full_text_only_thought: a reasoning without images; "" where there is none.
       metadata: facts about the example, which the procedural tasks write; {} where there are none.
+      columns: further columns of the data, {"text:COLUMN": text, "images:COLUMN": encoded images}.
     """
 
     pid: str
@@ -68,6 +70,29 @@ class Example:
     thoughts: tuple[str, ...]
     full_text_only_thought: str = ""
     metadata: dict = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
+
+    def column(self, name: str) -> str | tuple[bytes, ...]:
+        """The text or the encoded images of a column: a further one, or one that all data have.
+
+        Raises KeyError if the example has no such column.
+        """
+        if name in columns_lib.OWN_TEXTS:
+            return getattr(self, columns_lib.of_files(name))
+        return self.columns[name]
+
+
+def check_columns(shown: str, names: Sequence[str]) -> None:
+    """Raises ValueError unless these are names of further columns (`inputs.columns`).
+
+    shown: the setting or flag, for the message.
+    """
+    columns_lib.check(shown, names)
+    for name in names:
+        if (column := columns_lib.of_files(name)) in COLUMNS or is_surplus(column):
+            raise ValueError(
+                f"{shown} names {name}, but {column} is a column of the schema itself: leave it out"
+            )
 
 
 class Note(NamedTuple):
@@ -105,7 +130,7 @@ class BadRowError(ValueError):
 
 
 def read_row(
-    row: Mapping[str, Any], *, file: str, index: int, task: str
+    row: Mapping[str, Any], *, file: str, index: int, task: str, columns: Sequence[str] = ()
 ) -> tuple[Example, tuple[Note, ...]]:
     """One parquet row as an Example, by the rules of the official loader.
 
@@ -113,17 +138,19 @@ def read_row(
       row: {column name: value}; images are {bytes, path} or None.
       file, index: file and number of the row, for messages and for a missing pid.
       task: name for a missing task column.
+      columns: names of further columns, "text:COLUMN" or "images:COLUMN".
 
     Returns:
       The example and its warnings. Visual thoughts that are missing between others, cannot be
       decoded, or come after the last that an example can hold are left out with a warning, and an
       example left without any gets one, too; surplus thoughts are treated in the same way. A row
-      without a text trace gets one.
+      without a text trace, or with an empty further column, gets one.
 
     Raises:
       BadRowError: blank question or answer, no thought, a problem image that training could not
         open, a value of a wrong type, metadata that are not a JSON object or cannot be scored, an
-        answer that no completion matches.
+        answer that no completion matches, an image of a further column that training could not
+        open.
     """
     pid = str(row["pid"]) if row.get("pid") is not None else f"{Path(file).stem}:{index}"
 
@@ -159,6 +186,16 @@ def read_row(
         raise bad("metadata", "is JSON, but not an object {...}")
     if fault := tasks.fault(metadata, tags.wrap_answer(text("answer"))):
         raise bad(*fault.split(" ", 1))
+    further: dict[str, str | tuple[bytes, ...]] = {}
+    for name in columns:
+        column = columns_lib.of_files(name)
+        if name.startswith(columns_lib.TEXT):
+            value = text(column)
+            further[name] = "" if tasks.is_blank(value) else value
+        else:
+            further[name] = _images(row.get(column), functools.partial(bad, column))
+        if not further[name]:
+            reasons.append(f"empty_column: {name} is empty, contexts leave it out")
     example = Example(
         pid,
         text("task") or task,
@@ -169,6 +206,7 @@ def read_row(
         thoughts,
         text("full_text_only_thought"),
         metadata,
+        further,
     )
     return example, tuple(Note(file, index, pid, reason) for reason in reasons)
 
@@ -203,6 +241,16 @@ def _visual_thoughts(
     return tuple(found), reasons
 
 
+def _images(value: Any, bad: Callable[[str], BadRowError]) -> tuple[bytes, ...]:
+    """The encoded images of a further column's value: a list of images, one image, or none."""
+    if value in (None, _NO_IMAGE):
+        return ()
+    for n, image in enumerate(value := value if isinstance(value, list) else [value]):
+        if fault := _image_fault(image):
+            raise bad(f"{fault} (image {n})")
+    return tuple(image["bytes"] for image in value)
+
+
 def is_surplus(column: str) -> bool:
     """Whether a column holds a thought or visual thought beyond the last that is read."""
     found = _NUMBERED_COLUMN.fullmatch(column)
@@ -224,8 +272,11 @@ def _image_fault(value: Any) -> str | None:
     return None
 
 
-def features() -> "tfds.features.FeaturesDict":
-    """The TFDS features of an example; `Example` documents them. TFDS returns texts as bytes."""
+def features(columns: Sequence[str] = ()) -> "tfds.features.FeaturesDict":
+    """The TFDS features of an example; `Example` documents them. TFDS returns texts as bytes.
+
+    columns: names of the further columns, "text:COLUMN" or "images:COLUMN".
+    """
     import tensorflow_datasets as tfds
 
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))
@@ -237,7 +288,23 @@ def features() -> "tfds.features.FeaturesDict":
             "reasoning_images": tfds.features.Sequence(image()),
         }
         | {f"{name}_original": tfds.features.Sequence(text()) for name in IMAGE_FEATURES}
+        | {name: text() for name in columns if name.startswith(columns_lib.TEXT)}
+        | {name: tfds.features.Sequence(image()) for name in further_images(columns)}
+        | {f"{name}{_ORIGINAL}": tfds.features.Sequence(text()) for name in further_images(columns)}
     )
+
+
+_ORIGINAL = "@original"  # no name of a column has an @
+
+
+def further_images(columns: Iterable[str]) -> list[str]:
+    """The names of further columns that hold images."""
+    return [name for name in columns if name.startswith(columns_lib.IMAGES)]
+
+
+def further_columns(names: Iterable[str]) -> tuple[str, ...]:
+    """The further columns among the names of the features of prepared files."""
+    return tuple(filter(columns_lib.is_column, names))
 
 
 def to_features(example: Example) -> dict[str, Any]:
@@ -253,11 +320,20 @@ def to_features(example: Example) -> dict[str, Any]:
         "reasoning_thoughts": list(example.thoughts),
     }
     for name, files in zip(IMAGE_FEATURES, ((example.problem_image,), example.visual_thoughts)):
-        shown = [_as_rgb(data) for data in files]
-        changed = any(one is not other for one, other in zip(shown, files))
-        record[name] = [io.BytesIO(data) for data in shown]
-        record[f"{name}_original"] = list(files) if changed else []
+        record[name], record[f"{name}_original"] = _stored(files)
+    for name, value in example.columns.items():
+        if isinstance(value, str):
+            record[name] = value
+        else:
+            record[name], record[f"{name}{_ORIGINAL}"] = _stored(value)
     return record | {"problem_image": record["problem_image"][0]}
+
+
+def _stored(files: Sequence[bytes]) -> tuple[list[io.BytesIO], list[bytes]]:
+    """(images for TFDS, the original files or [] if none was changed) of encoded images."""
+    shown = [_as_rgb(data) for data in files]
+    changed = any(one is not other for one, other in zip(shown, files))
+    return [io.BytesIO(data) for data in shown], list(files) if changed else []
 
 
 def from_features(record: Mapping[str, Any]) -> Example:
@@ -276,6 +352,12 @@ def from_features(record: Mapping[str, Any]) -> Example:
         visual_thoughts=tuple(visual_thoughts),
         thoughts=tuple(thought.decode() for thought in record["reasoning_thoughts"]),
         metadata=json.loads(record["metadata"] or "{}"),
+        columns={
+            name: record[name].decode()
+            if name.startswith(columns_lib.TEXT)
+            else tuple(list(record[f"{name}{_ORIGINAL}"]) or record[name])
+            for name in further_columns(record)
+        },
     )
 
 

@@ -30,6 +30,7 @@ class Shard(NamedTuple):
       file: path of the parquet file in the task's source folder.
       blake2b: checksum of the parquet file.
       rows: number of parquet rows, bad ones included.
+      columns: names of the further columns, in the order that they were asked for.
     """
 
     split: str
@@ -37,6 +38,12 @@ class Shard(NamedTuple):
     file: str
     blake2b: str
     rows: int
+    columns: tuple[str, ...] = ()
+
+    def record(self) -> list:
+        """The fields as progress.json has them; without columns, as older versions wrote them."""
+        fields = [*self[:-1], [*self.columns]]
+        return fields if self.columns else fields[:-1]
 
 
 def version_folder(target: str | os.PathLike, task: str) -> Path:

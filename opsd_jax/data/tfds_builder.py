@@ -6,9 +6,14 @@
 
 It holds a split in memory, and above 1000 MiB a split TFDS asks for TensorFlow. `prepare.prepare`
 writes the same folder with neither limit, continues after an interruption, and can leave bad rows
-out. Importing this module registers the data set's name with TFDS.
+out. `Config` names further columns:
+
+    VisualOpsd(config=tfds_builder.Config(name="chart_refocus", columns=("text:solution",)), ...)
+
+Importing this module registers the data set's name with TFDS.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +24,19 @@ from opsd_jax.data import parquet_files, schema
 TASKS = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")  # as released
 
 
+@dataclasses.dataclass
+class Config(tfds.core.BuilderConfig):
+    """A task, by its name in lower case.
+
+    columns: further columns to keep, "text:COLUMN" or "images:COLUMN".
+    """
+
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        schema.check_columns("columns", self.columns)
+
+
 class VisualOpsd(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder: one configuration per released task.
 
@@ -27,9 +45,7 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version(schema.VERSION)
     RELEASE_NOTES = {schema.VERSION: "First release."}
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=task.lower(), description=task) for task in TASKS
-    ]
+    BUILDER_CONFIGS = [Config(name=task.lower(), description=task) for task in TASKS]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Put <Task>/data/<split>-*.parquet into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -37,7 +53,7 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=schema.DESCRIPTION,
             disable_shuffling=True,
-            features=schema.features(),
+            features=schema.features(self.builder_config.columns),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -53,7 +69,11 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, task: str, paths: list[Path]) -> Iterator[tuple[int, dict]]:
         examples = (
-            example for path in paths for example in parquet_files.read_examples(path, task=task)
+            example
+            for path in paths
+            for example in parquet_files.read_examples(
+                path, task=task, further=self.builder_config.columns
+            )
         )
         for key, example in enumerate(examples):
             yield key, schema.to_features(example)
