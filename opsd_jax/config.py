@@ -140,6 +140,9 @@ class DataConfig:
     )
     # Number of examples taken from the start of each task's train split; () for all.
     limits: Annotated[tuple[int, ...], "[0, inf)"] = (6990, 6000, 6000, 6000)
+    # Further columns that contexts may show, such as ("text:solution", "images:crops"); the data
+    # are prepared with them.
+    columns: tuple[str, ...] = ()
     # Share of each task in a batch; () for shares by number of examples, as in the official code.
     weights: Annotated[tuple[float, ...], "[0, inf)"] = ()
     make: MakeConfig = MakeConfig()
@@ -175,9 +178,20 @@ class BatchesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherImages:
-    """What the teacher sees in place of the visual thoughts (`teacher`)."""
+class StudentContext:
+    """What the student sees (`student`)."""
 
+    # Names of the blocks of its context, in order: see `context.BlockNames`.
+    blocks: tuple[str, ...] = context.BlockNames.student
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherContext:
+    """What the teacher sees (`teacher`)."""
+
+    blocks: tuple[str, ...] = context.BlockNames.teacher
+    # What takes the place of its privileged blocks, those that the student lacks. By default they
+    # are the visual thoughts.
     visual_thoughts: Annotated[str, context.VISUAL_THOUGHTS] = "real"
 
 
@@ -318,8 +332,10 @@ def settings() -> dict[str, Setting]:
         | {"rank": Setting(0, checks.Rule(int, False, "[0, inf)"))},  # 0: no adapters
         "prompts": _of(context.Prompts),
         "images": _of(images.Resize) | _of(ImageLoading),
+        "transforms": _of(images.Transforms),
         "data": _of(DataConfig),
-        "teacher": {"kind": opsd["teacher"], "ema_decay": opsd["ema_decay"]} | _of(TeacherImages),
+        "student": _of(StudentContext),
+        "teacher": {"kind": opsd["teacher"], "ema_decay": opsd["ema_decay"]} | _of(TeacherContext),
         "divergence": _of(DivergenceConfig),
         "rollout": _of(RolloutConfig, without=("shards",))
         | {name: opsd[name] for name in ("score_seam", "eos_after_cut")}
@@ -517,6 +533,16 @@ def batches(config: ConfigDict, stage: str) -> BatchesConfig:
 def prompts(config: ConfigDict) -> context.Prompts:
     """The fixed texts of the contexts."""
     return context.Prompts(**config.prompts)
+
+
+def block_names(config: ConfigDict) -> context.BlockNames:
+    """Names of the blocks of both contexts."""
+    return context.BlockNames(tuple(config.student.blocks), tuple(config.teacher.blocks))
+
+
+def transforms(config: ConfigDict) -> images.Transforms:
+    """Parameters of the image transforms."""
+    return images.Transforms(**{**config.transforms, "crop": tuple(config.transforms.crop)})
 
 
 def resize_rule(config: ConfigDict) -> images.Resize:

@@ -18,8 +18,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import params, tasks
-from opsd_jax.inputs import checks, paths
+from opsd_jax import context, images, params, tasks
+from opsd_jax.inputs import checks, columns, paths
 from opsd_jax.method_config import FlowConfig
 
 # Tokens of a completion that opsd.max_forward_tokens must leave after the largest teacher context.
@@ -186,6 +186,7 @@ def _check_sections(config: ConfigDict) -> None:
     """Checks what depends on several settings, or on this machine. Each value alone is valid."""
     _check_run(config)
     _check_data(config)
+    _check_contexts(config)
     _check_buckets_together(config)
     _check_model(config)
     _check_mesh(config)
@@ -261,6 +262,64 @@ def _check_data(config: ConfigDict) -> None:
                 f"config.data.make.{split} is 0, but {used[split]} needs that split: "
                 "give at least 1"
             )
+
+
+def _check_contexts(config: ConfigDict) -> None:
+    """Checks the blocks of both contexts, and the control that replaces privileged ones."""
+    columns.check("config.data.columns", config.data.columns)
+    if config.data.columns and config.data.make.families and not config.data.dir:
+        raise ValueError(
+            f"config.data.columns is {config.data.columns}, which procedural data lack: of the "
+            f"texts they have {', '.join(columns.OWN_TEXTS)}, which need no declaration. Set it to "
+            "()"
+        )
+    known = (
+        *context.FIXED_TEXTS,
+        *context.CONTENTS,
+        *(f"{context.TRANSFORMED}{name}" for name in images.TRANSFORMS),
+        *columns.OWN_TEXTS,
+        *config.data.columns,
+    )
+    for role in ("student", "teacher"):
+        shown, blocks = f"config.{role}.blocks", config[role].blocks
+        for name in blocks:
+            if name in known:
+                continue
+            if name.startswith((columns.TEXT, columns.IMAGES)):
+                raise ValueError(
+                    f"{shown} names {name}, which config.data.columns does not declare: prepare "
+                    f"the data with --columns={name} and set config.data.columns=({name!r},)"
+                )
+            raise ValueError(
+                f"{shown} names {name!r}: choose from {', '.join(known)}, or text:COLUMN and "
+                "images:COLUMN of config.data.columns"
+            )
+        if not {*blocks} - {*context.FIXED_TEXTS}:
+            raise ValueError(f"{shown} is {blocks}: name at least one block of the example")
+    with _keys_named("transforms"):
+        config_lib.transforms(config)
+    check_control(config, "config.teacher.visual_thoughts", config.teacher.visual_thoughts)
+
+
+def check_control(config: ConfigDict, shown: str, mode: str) -> None:
+    """Raises ValueError where a mode changes nothing, or does what another one says.
+
+    Args:
+      shown: the setting or flag that names the mode, for the message.
+      mode: one of context.VISUAL_THOUGHTS.
+    """
+    privileged = config_lib.block_names(config).privileged
+    if mode != "real" and not privileged:
+        raise ValueError(
+            f"{shown} is {mode!r}, but the student has all blocks of the teacher: nothing would be "
+            "replaced. Set it to 'real', or name more blocks in config.teacher.blocks"
+        )
+    if mode == "image" and not {*filter(context.holds_images, privileged)} - {"image"}:
+        raise ValueError(
+            f"{shown} is 'image', which puts the problem image in the place of other images, but "
+            f"the teacher's privileged blocks are {', '.join(privileged)}: choose from 'noise', "
+            "'swap' and 'none'"
+        )
 
 
 def _check_buckets_together(config: ConfigDict) -> None:
@@ -406,6 +465,13 @@ def _check_image_generation(config: ConfigDict, stage: str) -> None:
             f"config.data.buckets.drawn is {buckets.drawn}: heights and widths must be multiples "
             f"of the {stride} pixels of a latent token"
         )
+    shown = [*filter(context.holds_images, config.student.blocks)]
+    if shown != ["image"]:
+        raise ValueError(
+            f"config.{what} trains image generation, which asks with the problem image alone, but "
+            f"the images of config.student.blocks are {shown}: leave that stage out, or give "
+            "config.student.blocks the block image and no other images"
+        )
     if config_lib.lora(config):
         raise ValueError(
             f"config.{what} trains image generation, but with config.lora only adapters are "
@@ -432,6 +498,8 @@ def _check_eval(config: ConfigDict) -> None:
                 f"config.eval.{modes} is empty, so that evaluation has nothing to do: name some of "
                 f"{config_lib.MODES}, or set config.eval.{off}"
             )
+        if asked and "image" in config.eval[modes]:
+            check_control(config, f"an entry of config.eval.{modes}", "image")
 
 
 def _check_log(config: ConfigDict) -> None:

@@ -7,6 +7,9 @@ are packed into one sequence (official: data/opsd_pack_builder.py):
   teacher  [sys] [problem image] [question] [intro] [VT image]* [transition]
   both                                                               + [completion]
 
+These are the defaults. `BlockNames` chooses other blocks for each role, and `named_blocks` makes
+them of an example's content.
+
   text block   bos + ids + eos                      causal       rope positions count up by one
   image block  vision_start + patches + vision_end  all-to-all   ONE rope position for all of it
 
@@ -36,7 +39,7 @@ N completion tokens, R targets.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,6 +49,7 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from opsd_jax import images
 from opsd_jax.array_types import AnyArray
+from opsd_jax.inputs import columns
 from opsd_jax.tags import wrap_answer, wrap_thought
 
 # Official prompts, byte for byte (data/opsd_pack_builder.py; inferencer.py for the inference
@@ -66,6 +70,13 @@ INTRO = (
 TRANSITION = (
     "Now, using your own independent reasoning, answer the problem above. Think step by step."
 )
+
+# Names of blocks. The fixed texts are fields of `Prompts`, and the others come from the example.
+FIXED_TEXTS = ("system", "intro", "transition")
+CONTENTS = ("image", "question", "visual_thoughts")
+# Names may also be "text:COLUMN" and "images:COLUMN", columns of the data (`inputs.columns`), and
+# "image@TRANSFORM", the problem image after one of `images.TRANSFORMS`.
+TRANSFORMED = "image@"
 
 VISUAL_THOUGHTS = ("real", "noise", "swap", "image", "none")
 MARKER = "<image_start>"
@@ -141,6 +152,45 @@ class Latent:
 
 
 Block = Text | Image | Latent
+
+Content = Mapping[str, np.ndarray | Sequence[Image]]
+"""What an example has for each block name: token ids int32 [n] of a text, or images. An empty
+sequence leaves the block out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockNames:
+    """Names of the blocks of both contexts, in order. The defaults are the paper's (Eq. 1, 2).
+
+    student, teacher: each name is one of `FIXED_TEXTS` or `CONTENTS`, or the name of a column
+      ("text:COLUMN" or "images:COLUMN"), or begins with `TRANSFORMED`.
+    """
+
+    student: tuple[str, ...] = ("system", "image", "question")
+    teacher: tuple[str, ...] = (
+        "system",
+        "image",
+        "question",
+        "intro",
+        "visual_thoughts",
+        "transition",
+    )
+
+    @property
+    def privileged(self) -> tuple[str, ...]:
+        """The blocks of an example that the teacher has and the student lacks, in order."""
+        return tuple(n for n in self.teacher if n not in (*self.student, *FIXED_TEXTS))
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """The blocks of an example in either context, each once."""
+        every = dict.fromkeys((*self.student, *self.teacher))
+        return tuple(name for name in every if name not in FIXED_TEXTS)
+
+
+def holds_images(name: str) -> bool:
+    """Whether a block of this name consists of images. Otherwise it is a text."""
+    return name in ("image", "visual_thoughts") or name.startswith((columns.IMAGES, TRANSFORMED))
 
 
 @functools.partial(
@@ -375,22 +425,38 @@ def _check_fit(needs: Sizes, sizes: Sizes, name: str) -> None:
         )
 
 
+def named_blocks(
+    tokenizer, prompts: Prompts, names: Sequence[str], content: Content
+) -> list[tuple[str, Block]]:
+    """(name, block) of each block of a context: the one place where names become blocks.
+
+    Args:
+      tokenizer: encodes the fixed texts.
+      names: names of the blocks in order, see `BlockNames`. Several images have the same name.
+      content: what the example has for the names that are not fixed texts.
+    """
+    found: list[tuple[str, Block]] = []
+    for name in names:
+        if name in FIXED_TEXTS:
+            found += [(name, block) for block in _prompt(tokenizer, getattr(prompts, name))]
+        elif isinstance(value := content[name], np.ndarray):
+            found.append((name, Text(value)))
+        else:
+            found += [(name, image) for image in value]
+    return found
+
+
 def student(
     tokenizer, prompts: Prompts, question: str | Int[np.ndarray, " n"], problem: Image
 ) -> list[Block]:
-    """Blocks of the student's context (paper Eq. 2 and 6): system prompt, problem image, question.
+    """Blocks of the paper's student context (Eq. 2 and 6): system prompt, problem image, question.
 
     Args:
       tokenizer: encodes the texts.
       question: text, or ids int32 [n]. `prompts.suffix` is appended only to a text.
     """
-    if isinstance(question, str):
-        ids = tokenizer.encode(question)
-        if prompts.suffix:
-            ids = np.concatenate([ids, tokenizer.encode(prompts.suffix)])
-    else:
-        ids = question
-    return [*_prompt(tokenizer, prompts.system), problem, Text(ids)]
+    content = {"image": (problem,), "question": _question(tokenizer, prompts, question)}
+    return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.student, content)]
 
 
 def teacher(
@@ -400,23 +466,74 @@ def teacher(
     problem: Image,
     visual_thoughts: Iterable[Image | None],
 ) -> list[Block]:
-    """Blocks of the teacher's context (paper Eq. 1 and 5).
+    """Blocks of the paper's teacher context (Eq. 1 and 5).
 
     They are the student's blocks, then the intro, the visual thoughts in order (None entries are
     skipped) and the transition. The reasoning texts and the answer are never part of it.
     """
-    return [
-        *student(tokenizer, prompts, question, problem),
-        *_prompt(tokenizer, prompts.intro),
-        *(vt for vt in visual_thoughts if vt is not None),
-        *_prompt(tokenizer, prompts.transition),
-    ]
+    content = {
+        "image": (problem,),
+        "question": _question(tokenizer, prompts, question),
+        "visual_thoughts": [vt for vt in visual_thoughts if vt is not None],
+    }
+    return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.teacher, content)]
+
+
+def _question(tokenizer, prompts, question):
+    if not isinstance(question, str):
+        return question
+    ids = tokenizer.encode(question)
+    return np.concatenate([ids, tokenizer.encode(prompts.suffix)]) if prompts.suffix else ids
 
 
 def _prompt(tokenizer, text):
     if isinstance(text, str):
         text = tokenizer.encode(text) if text else np.zeros(0, np.int32)
     return [Text(text)] if len(text) else []
+
+
+def replace_privileged(
+    mode: str,
+    names: Sequence[str],
+    own: Content,
+    other: Content,
+    rng: np.random.Generator | None,
+    ordinary: Int[np.ndarray, " K"] | None = None,
+) -> Content:
+    """The content that the teacher gets in a mode of `VISUAL_THOUGHTS`.
+
+    Only the privileged blocks differ from the example's own content:
+
+    real: its own.
+    noise: images as in `replace_visual_thoughts`. A text becomes as many ids, each chosen uniformly
+      from `ordinary`. `rng` gives both, in the order of the names.
+    swap: those of `other`, another example of the same task.
+    image: the problem image in place of each image. Texts are left out.
+    none: nothing: all of these blocks are left out. The fixed texts remain.
+
+    Args:
+      names: the privileged blocks, see `BlockNames.privileged`.
+      own, other: content of the example and of the other one, which is read in mode "swap" only.
+      rng, ordinary: needed in mode "noise" only. ordinary: ids of the tokens that are not special.
+    Raises:
+      ValueError: an unknown mode.
+    """
+    if mode not in VISUAL_THOUGHTS:
+        raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
+    shown: dict[str, np.ndarray | Sequence[Image]] = {}
+    for name in names:
+        value = own[name]
+        if mode == "swap":
+            shown[name] = other[name]
+        elif not isinstance(value, np.ndarray):
+            (problem,) = own["image"]
+            shown[name] = replace_visual_thoughts(mode, problem, value, (), rng)
+        elif mode == "noise":
+            assert rng is not None and ordinary is not None
+            shown[name] = rng.choice(ordinary, len(value)).astype(np.int32)
+        elif mode != "real":
+            shown[name] = ()
+    return {**own, **shown}
 
 
 def replace_visual_thoughts(
@@ -426,13 +543,13 @@ def replace_visual_thoughts(
     other: Iterable[Image | None],
     rng: np.random.Generator | None,
 ) -> list[Image]:
-    """The visual thoughts that the teacher gets in a mode of `VISUAL_THOUGHTS`.
+    """The images that take the place of some images in a mode of `VISUAL_THOUGHTS`.
 
     real: those of the example, `own`.
     noise: standard normal values of the same shapes, in normalised pixel space, sampled from `rng`
       in every call again.
     swap: those of `other`, another example of the same task.
-    image: the problem image in place of each visual thought.
+    image: the problem image in place of each image.
     none: no image. Intro and transition remain.
 
     Args:
@@ -471,11 +588,24 @@ def interleaved(
 ) -> list[Block]:
     """Blocks of an interleaved trace as the base model was trained on: text, image, text, ...
 
+    They are the paper's student context and then the `rounds`.
+    """
+    return [
+        *student(tokenizer, prompts, question, problem),
+        *rounds(tokenizer, thoughts, visual_thoughts, answer),
+    ]
+
+
+def rounds(
+    tokenizer, thoughts: Sequence[str], visual_thoughts: Iterable[Image], answer: str
+) -> list[Block]:
+    """Blocks of an interleaved trace after its context.
+
     Round i is `<think>t_i</think><image_start>`, then the image, then the next round, which starts
     with `<image_end>`. The last round ends with the answer. Every text is a training target. The
     images are Image blocks here, which become ViT tokens.
     """
-    blocks = student(tokenizer, prompts, question, problem)
+    blocks: list[Block] = []
     shown = list(visual_thoughts)[: len(thoughts)]
     for n, thought in enumerate(thoughts):
         text = (MARKER_END if 0 < n <= len(shown) else "") + wrap_thought(thought)

@@ -10,6 +10,7 @@ Axes: H, W pixels (height, width), P patches.
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import einops
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from opsd_jax.inputs import checks
 
@@ -193,6 +194,93 @@ def resize(image: Image.Image, rule: Resize, num_images: int = 1) -> UInt8[np.nd
     """
     size = rule(*image.size, num_images)
     return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+TRANSFORMS = ("crop", "blur", "low_resolution")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transforms:
+    """Parameters of the image transforms, which change what a context shows of an image.
+
+    crop: the part of the image inside a box, resized by the size rule of all images, so that a
+      small part is seen enlarged.
+    blur: after resizing, each pixel is the mean of the square of 2 * blur + 1 pixels around it;
+      the image is continued by its edge.
+    low_resolution: after resizing, both sides are divided by this number (means of squares) and
+      multiplied again (bicubic). The number of patches stays the same.
+
+    crop: left, top, right and bottom as shares of width and height. It covers every pixel that it
+      touches.
+    crop_metadata: key of an example's metadata that holds its own box; "" for the same box for all.
+    blur, low_resolution: in pixels.
+    """
+
+    crop: Annotated[tuple[float, ...], "[0, 1]"] = (0.25, 0.25, 0.75, 0.75)
+    crop_metadata: str = ""
+    blur: Annotated[int, "[1, 512]"] = 4
+    low_resolution: Annotated[int, "[2, 512]"] = 4
+
+    def __post_init__(self):
+        checks.fields(self, "transforms")
+        if fault := box_fault(self.crop):
+            raise ValueError(f"crop is {self.crop}, which {fault}")
+
+    def box(self, width: int, height: int, box: Sequence[float] = ()) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a crop in pixels; `box` instead of `crop` if given."""
+        left, top, right, bottom = box or self.crop
+        return (
+            int(left * width),
+            int(top * height),
+            min(math.ceil(right * width), width),
+            min(math.ceil(bottom * height), height),
+        )
+
+    def size(
+        self, name: str, size: tuple[int, int], rule: Resize, box: Sequence[float] = ()
+    ) -> tuple[int, int]:
+        """(width, height) of what `__call__` makes of an image of this size, in pixels."""
+        if name == "crop":
+            left, top, right, bottom = self.box(*size, box)
+            size = right - left, bottom - top
+        return rule(*size)
+
+    def __call__(
+        self, name: str, image: Image.Image, rule: Resize, box: Sequence[float] = ()
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """A Pillow RGB image after a transform and resizing: uint8 [H, W, 3].
+
+        Args:
+          name: one of `TRANSFORMS`.
+          rule: gives the size.
+          box: a crop of its own; empty for `crop`.
+        Raises:
+          ValueError: another name.
+        """
+        if name == "crop":
+            return resize(image.crop(self.box(*image.size, box)), rule)
+        resized = Image.fromarray(resize(image, rule))
+        if name == "blur":
+            return np.asarray(resized.filter(ImageFilter.BoxBlur(self.blur)))
+        if name == "low_resolution":
+            small = [max(1, side // self.low_resolution) for side in resized.size]
+            reduced = resized.resize((small[0], small[1]), Image.Resampling.BOX)
+            return np.asarray(reduced.resize(resized.size, Image.Resampling.BICUBIC))
+        raise ValueError(f"there is no image transform {name!r}: choose from {TRANSFORMS}")
+
+
+def box_fault(box: object) -> str | None:
+    """What is wrong with a crop's box; None for four shares (left, top, right, bottom)."""
+    if not (
+        isinstance(box, (tuple, list))
+        and len(box) == 4
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in box)
+        and all(0 <= x <= 1 for x in box)
+    ):
+        return "is not left, top, right, bottom, each in [0, 1]"
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return "is empty: left must be below right, and top below bottom"
+    return None
 
 
 def in_proportion(rule: Resize, stride: int, size: int, released: int) -> Resize:

@@ -107,6 +107,17 @@ class Tokenizer:
         return spelled
 
     @functools.cached_property
+    def ordinary(self) -> Int32[np.ndarray, " n"]:
+        """Ids of the tokens that text is made of, ascending, int32 [n].
+
+        Delimiters, tags and other added tokens are not among them.
+        """
+        added = {*self.backend.get_added_tokens_decoder()}
+        added |= {self.bos, self.eos, self.image_start, self.image_end}
+        ids = sorted({*self.backend.get_vocab().values()} - added)
+        return np.asarray(ids, np.int32)
+
+    @functools.cached_property
     def digest(self) -> str:
         """Checksum of what ids mean and how text is split.
 

@@ -66,6 +66,10 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
     @property
+    def ordinary(self):
+        return np.arange(256, dtype=np.int32)
+
+    @property
     def token_bytes(self):
         return [bytes([i]) for i in range(256)] + [b"<bos>", b"<eos>", b"<img>", b"</img>"]
 

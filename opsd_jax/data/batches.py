@@ -41,7 +41,7 @@ class Batches:
           examples: those of the train split.
           share: see `sharding.local_batch_indices`; None for the whole batch.
         Raises:
-          ValueError: visual thoughts are to be swapped, and a task has a single example.
+          ValueError: privileged blocks are to be swapped, and a task has a single example.
           TooLongError: an example fits no bucket, see `bucket_index`.
         """
         self._config, self.examples, self.packer = config, examples, packer

@@ -251,6 +251,8 @@ def _digest(examples: Examples, packer: Packer, source: int, visual_thoughts: st
             dataclasses.asdict(packer.prompts),
             visual_thoughts,
             generation,
+            dataclasses.asdict(packer.names),
+            dataclasses.asdict(preprocess.transforms),
         ],
         sort_keys=True,
     )

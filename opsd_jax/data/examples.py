@@ -5,18 +5,19 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as PILImage
 
 from opsd_jax import config as config_lib
-from opsd_jax import images, tags, tasks
+from opsd_jax import context, images, tags, tasks
 from opsd_jax.config import DataConfig
-from opsd_jax.context import Image
-from opsd_jax.data import arrayrecord, shards
+from opsd_jax.context import Content, Image
+from opsd_jax.data import arrayrecord, schema, shards
 from opsd_jax.data.schema import Example
+from opsd_jax.inputs import columns as columns_lib
 from opsd_jax.tokenizer import Tokenizer
 
 
@@ -31,6 +32,8 @@ class PreparedExample:
       visual_thoughts: the visual thoughts, cut into patches.
       pixels: the same images, the problem first, as the autoencoder sees them, uint8 [H, W, 3];
         empty where no images are generated.
+      further: the other blocks that contexts show, by name (`context.Content`): columns and
+        transformed images.
     """
 
     example: Example
@@ -38,6 +41,17 @@ class PreparedExample:
     problem: Image
     visual_thoughts: tuple[Image, ...]
     pixels: tuple[np.ndarray, ...] = ()
+    further: Mapping[str, np.ndarray | tuple[Image, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def content(self) -> Content:
+        """What the example has for each block of a context."""
+        return {
+            "image": (self.problem,),
+            "question": self.question,
+            "visual_thoughts": self.visual_thoughts,
+            **self.further,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +65,8 @@ class Preprocessor:
       transparency: how transparent pixels are read, see `images.open_rgb`.
       patch_size: side of a patch, in pixels.
       vae_resize: size rule of the images for the autoencoder; None to leave those out.
+      further: names of the blocks that need a column or a transform.
+      transforms: parameters of the image transforms.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +75,8 @@ class Preprocessor:
     transparency: str
     patch_size: int
     vae_resize: images.Resize | None = None
+    further: tuple[str, ...] = ()
+    transforms: images.Transforms = images.Transforms()
 
     @classmethod
     def from_config(
@@ -69,6 +87,7 @@ class Preprocessor:
         generation: whether to prepare the images for the autoencoder, too.
         """
         sizes = config_lib.generation(config) if generation else None
+        names = config_lib.block_names(config).contents
         return cls(
             tokenizer=tokenizer,
             suffix=config.prompts.suffix,
@@ -76,39 +95,98 @@ class Preprocessor:
             transparency=config.images.transparency,
             patch_size=config.model.vit.patch_size,
             vae_resize=images.vae_rule(sizes) if sizes else None,
+            further=tuple(name for name in names if name not in context.CONTENTS),
+            transforms=config_lib.transforms(config),
         )
 
     def __call__(self, example: Example) -> PreparedExample:
-        """Raises images.UnreadableImageError, with the example's pid."""
+        """Raises images.UnreadableImageError, ValueError (a wrong crop), with the example's pid."""
         with _named(example):
-            shown = [
-                images.open_rgb(data, transparency=self.transparency)
-                for data in (example.problem_image, *example.visual_thoughts)
-            ]
+            shown = [self._open(d) for d in (example.problem_image, *example.visual_thoughts)]
+            further = self._further(
+                example,
+                lambda data: self._patches(self._open(data)),
+                lambda name, box: self._cut(self.transforms(name, shown[0], self.resize, box)),
+            )
         problem, *thoughts = map(self._patches, shown)
         pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
-        return PreparedExample(example, self._question(example), problem, tuple(thoughts), pixels)
+        question = self._question(example)
+        return PreparedExample(example, question, problem, tuple(thoughts), pixels, further)
 
     def measured(self, example: Example) -> PreparedExample:
         """The example with blank images, of the sizes that the model would see.
 
-        It takes no memory and little time: only the headers of the images are read. Raises
-        images.UnreadableImageError, with the example's pid.
+        It takes no memory and little time: only the headers of the images are read. Raises the
+        errors of `__call__`.
         """
         with _named(example):
             shown = [
                 images.size_of(data) for data in (example.problem_image, *example.visual_thoughts)
             ]
-        problem, *thoughts = (self._blank_patches(*size) for size in shown)
+            further = self._further(
+                example,
+                lambda data: self._blank(*self.resize(*images.size_of(data))),
+                lambda name, box: self._blank(
+                    *self.transforms.size(name, shown[0], self.resize, box)
+                ),
+            )
+        problem, *thoughts = (self._blank(*self.resize(*size)) for size in shown)
         pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(
                 np.broadcast_to(np.uint8(0), (height, width, 3))
                 for width, height in (self.vae_resize(*size) for size in shown)
             )
-        return PreparedExample(example, self._question(example), problem, tuple(thoughts), pixels)
+        question = self._question(example)
+        return PreparedExample(example, question, problem, tuple(thoughts), pixels, further)
+
+    def _further(
+        self,
+        example: Example,
+        of_file: Callable[[bytes], Image],
+        of_problem: Callable[[str, tuple[float, ...]], Image],
+    ) -> dict[str, np.ndarray | tuple[Image, ...]]:
+        """The blocks of columns and transforms.
+
+        Args:
+          of_file: makes an image block of an encoded image.
+          of_problem: makes one of the problem image, with a transform and a box for a crop.
+        """
+        found: dict[str, np.ndarray | tuple[Image, ...]] = {}
+        for name in self.further:
+            if name.startswith(context.TRANSFORMED):
+                transform = name.removeprefix(context.TRANSFORMED)
+                box = self._box(example) if transform == "crop" else ()
+                found[name] = (of_problem(transform, box),)
+                continue
+            value = example.column(name)
+            if not isinstance(value, str):
+                found[name] = tuple(map(of_file, value))
+            else:  # a blank text leaves its block out
+                found[name] = () if tasks.is_blank(value) else self.tokenizer.encode(value)
+        return found
+
+    def _box(self, example: Example) -> tuple[float, ...]:
+        """The example's own box for a crop, () for that of the settings.
+
+        Raises ValueError if the metadata lack it or it is none.
+        """
+        key = self.transforms.crop_metadata
+        if not key:
+            return ()
+        box = example.metadata.get(key)
+        if fault := images.box_fault(box):
+            raise ValueError(
+                f"example {example.pid}: its metadata has {key} = {box!r}, which {fault}. Correct "
+                "the metadata column and prepare the data again, or set "
+                "config.transforms.crop_metadata=''"
+            )
+        return tuple(map(float, box))
+
+    def _open(self, data: bytes) -> PILImage.Image:
+        return images.open_rgb(data, transparency=self.transparency)
 
     def _question(self, example: Example) -> np.ndarray:
         question = self.tokenizer.encode(example.question)
@@ -118,16 +196,16 @@ class Preprocessor:
 
     def question(self, example: Example) -> tuple[list[PILImage.Image], str]:
         """(RGB images, text) of an example, as a question without a context around it."""
-        image = images.open_rgb(example.problem_image, transparency=self.transparency)
-        return [image], example.question + self.suffix
+        return [self._open(example.problem_image)], example.question + self.suffix
 
     def _patches(self, image: PILImage.Image) -> Image:
-        pixels = images.resize(image, self.resize)
+        return self._cut(images.resize(image, self.resize))
+
+    def _cut(self, pixels: np.ndarray) -> Image:
         grid = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
         return Image(images.patchify(pixels, self.patch_size), grid)
 
-    def _blank_patches(self, width: int, height: int) -> Image:
-        width, height = self.resize(width, height)
+    def _blank(self, width: int, height: int) -> Image:
         grid = height // self.patch_size, width // self.patch_size
         shape = grid[0] * grid[1], 3 * self.patch_size**2
         return Image(np.broadcast_to(np.uint8(0), shape), grid)
@@ -186,7 +264,7 @@ class Examples:
           split: "train", whose examples `data.limits` bounds, or another split or TFDS slice.
           asked_by: the setting or flag that names the split, for messages.
         Raises:
-          ValueError: a limit exceeds the data.
+          ValueError: a limit exceeds the data, or the data lack one of `data.columns`.
           ValueError, FileNotFoundError: see `arrayrecord.open_source`.
         """
         limits = data.limits if split == "train" and data.limits else [0] * len(data.tasks)
@@ -194,6 +272,8 @@ class Examples:
             task: _open_source(folder, split, task, limit, asked_by)
             for task, limit in zip(data.tasks, limits)
         }
+        for task, source in sources.items():
+            _check_columns(task, source, data.columns)
         return cls(sources, preprocess, data.cache_rows)
 
     @functools.cached_property
@@ -271,6 +351,31 @@ class Examples:
         if not tasks.judge(example.metadata, taught, said)[1]:
             return f"answer {example.answer!r} is read as {said!r} by the tokenizer"
         return None
+
+
+def has_content(example: Example, names: Sequence[str]) -> bool:
+    """Whether an example has anything to show in one of these blocks (`context.BlockNames`)."""
+    for name in names:
+        if name == "visual_thoughts":
+            value: str | tuple = example.visual_thoughts
+        elif name.startswith((columns_lib.TEXT, columns_lib.IMAGES)):
+            value = example.column(name)
+        else:  # the problem image, as it is or transformed, or the question
+            return True
+        if not tasks.is_blank(value) if isinstance(value, str) else value:
+            return True
+    return False
+
+
+def _check_columns(task: str, source: arrayrecord.Source, columns: Sequence[str]) -> None:
+    """Raises ValueError if a task's prepared files lack further columns."""
+    if absent := [name for name in columns if name not in source.columns]:
+        held = ", ".join(source.columns) or "none"
+        raise ValueError(
+            f"config.data.columns names {', '.join(absent)}, which the prepared {task} in "
+            f"{source.directory} lacks (its further columns: {held}): prepare it again with "
+            f"`{schema.PREPARE_COMMAND} --columns={','.join(columns)} --overwrite`"
+        )
 
 
 def _open_source(

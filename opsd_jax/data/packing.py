@@ -15,7 +15,18 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax.config import BucketsConfig
-from opsd_jax.context import Block, Context, Image, Latent, PaddedImages, Sizes, Supervised, Text
+from opsd_jax.context import (
+    Block,
+    BlockNames,
+    Content,
+    Context,
+    Image,
+    Latent,
+    PaddedImages,
+    Sizes,
+    Supervised,
+    Text,
+)
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.tokenizer import Tokenizer
@@ -45,6 +56,7 @@ class Packer:
       buckets: static sizes of the contexts.
       side: patches along a side of the vision encoder's position table.
       generation: sizes of the image-generation path; None where there is none.
+      names: names of the blocks of both contexts.
     """
 
     tokenizer: Tokenizer
@@ -52,6 +64,7 @@ class Packer:
     buckets: BucketsConfig
     side: int
     generation: GenerationConfig | None = None
+    names: BlockNames = BlockNames()
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> "Packer":
@@ -62,38 +75,67 @@ class Packer:
             buckets=BucketsConfig(**config.data.buckets),
             side=config.model.vit.side,
             generation=config_lib.generation(config),
+            names=config_lib.block_names(config),
         )
 
     # --- blocks of one example -------------------------------------------------------------------
 
     def blocks(
-        self, example: PreparedExample, kind: str, visual_thoughts: Sequence[Image] = ()
+        self, example: PreparedExample, kind: str, content: Content | None = None
     ) -> list[Block]:
         """Blocks of an example's context, in order.
 
         Args:
           kind: "student", "teacher", or a layout of traces to learn from (`config.LAYOUTS`).
-          visual_thoughts: images that the teacher sees; traces have those of the example.
+          content: what the teacher sees (`shown`); None for the example's own.
         """
-        t, p, e = self.tokenizer, self.prompts, example
-        if kind == "student":
-            return context_lib.student(t, p, e.question, e.problem)
-        if kind == "teacher":
-            return context_lib.teacher(t, p, e.question, e.problem, visual_thoughts)
+        return [block for _, block in self.named_blocks(example, kind, content)]
+
+    def named_blocks(
+        self, example: PreparedExample, kind: str, content: Content | None = None
+    ) -> list[tuple[str, Block]]:
+        """The same with the name of each block; "trace" for a block of a trace to learn from."""
+        e, content = example.example, content or example.content
+        if kind in ("student", "teacher"):
+            names = self.names.student if kind == "student" else self.names.teacher
+            return context_lib.named_blocks(self.tokenizer, self.prompts, names, content)
         if kind == "interleaved":
-            thoughts, answer = e.example.thoughts, e.example.answer
-            return context_lib.interleaved(
-                t, p, e.question, e.problem, thoughts, e.visual_thoughts, answer
+            shown = example.visual_thoughts
+            trace = context_lib.rounds(self.tokenizer, e.thoughts, shown, e.answer)
+        elif kind == "drawn":
+            trace = self._generation_trace(example)
+            return [("trace", block) for block in trace]
+        elif kind in ("reference", "text"):
+            trace = [Text(self.reference(example), loss=True)]
+        else:
+            raise ValueError(
+                f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
             )
-        if kind == "drawn":
-            return self._generation_trace(example)
-        trace = Text(self.reference(example), loss=True)
-        if kind == "reference":
-            return [*self.blocks(example, "teacher", e.visual_thoughts), trace]
-        if kind == "text":
-            return [*self.blocks(example, "student"), trace]
-        raise ValueError(
-            f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
+        role = "teacher" if kind == "reference" else "student"
+        return [*self.named_blocks(example, role), *(("trace", block) for block in trace)]
+
+    def shown(
+        self,
+        example: PreparedExample,
+        mode: str,
+        partner: PreparedExample | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Content:
+        """What the teacher sees of an example in a mode (`context.VISUAL_THOUGHTS`).
+
+        Args:
+          partner: the other example, which mode "swap" shows.
+          rng: the noise of mode "noise".
+        """
+        names = self.names.privileged
+        is_text = mode == "noise" and not all(map(context_lib.holds_images, names))
+        return context_lib.replace_privileged(
+            mode,
+            names,
+            example.content,
+            partner.content if partner else {},
+            rng,
+            self.tokenizer.ordinary if is_text else None,
         )
 
     def _generation_trace(self, example: PreparedExample) -> list[Block]:
@@ -132,7 +174,7 @@ class Packer:
     # --- batches ---------------------------------------------------------------------------------
 
     def student(self, examples: Sequence[PreparedExample], bucket: int = -1) -> Context:
-        """Student contexts: problem image and question."""
+        """Student contexts: by default problem image and question."""
         blocks = [self.blocks(example, "student") for example in examples]
         return self.pack(examples, "student", bucket, blocks)
 
@@ -144,16 +186,16 @@ class Packer:
         rngs: Sequence[np.random.Generator],
         bucket: int = -1,
     ) -> Context:
-        """Teacher contexts: those of the student, then visual thoughts.
+        """Teacher contexts: by default those of the student, then visual thoughts.
 
         Args:
-          partners: another example for each, whose visual thoughts mode "swap" shows.
+          partners: another example for each, whose privileged blocks mode "swap" shows.
           mode: one of `context.VISUAL_THOUGHTS`.
           rngs: a generator for each example, so that its noise does not depend on the others.
         """
         blocks = []
         for example, partner, rng in zip(examples, partners, rngs, strict=True):
-            shown = _shown_visual_thoughts(example, mode, partner, rng)
+            shown = self.shown(example, mode, partner, rng)
             blocks.append(self.blocks(example, "teacher", shown))
         return self.pack(examples, "teacher", bucket, blocks)
 
@@ -240,7 +282,7 @@ class Packer:
     ) -> int:
         """Index of the first bucket that an example fits in every role; -1 if it fits none.
 
-        The bucket has space for the true visual thoughts and for those of `mode`, which a partner
+        The bucket has space for the true privileged blocks and for those of `mode`, which a partner
         may have larger.
         """
         needs = self.needs(example, (mode,), partner)
@@ -259,13 +301,12 @@ class Packer:
     ) -> dict[str, np.ndarray]:
         """{kind of buckets: sizes that the example's largest context of that kind needs}.
 
-        The sizes are those of `config.BUCKET_SIZES`. The teacher sees the true visual thoughts, and
-        those of `modes`. Nothing of an image counts but its size.
+        The sizes are those of `config.BUCKET_SIZES`. The teacher sees the true privileged blocks,
+        and those of `modes`. Nothing of an image counts but its size.
         """
-        seen = [example.visual_thoughts]
-        for mode in modes:
-            if mode != "noise":  # of the sizes of the true ones
-                seen.append(_shown_visual_thoughts(example, mode, partner, None))
+        # Noise has the sizes of what it replaces.
+        others = (mode for mode in modes if mode not in ("real", "noise"))
+        seen = [self.shown(example, mode, partner) for mode in ("real", *others)]
         layouts = ["interleaved"]
         if example.example.full_text_only_thought.strip():
             layouts += ["reference", "text"]
@@ -274,7 +315,7 @@ class Packer:
         traces = [self.blocks(example, layout) for layout in layouts]
         needs = {
             "student": _need([self.blocks(example, "student")])[:2],
-            "teacher": _need([self.blocks(example, "teacher", images) for images in seen])[:2],
+            "teacher": _need([self.blocks(example, "teacher", shown) for shown in seen])[:2],
             "trace": _need(traces),
         }
         if example.pixels:
@@ -303,19 +344,6 @@ def _setting_named(kind: str) -> Iterator[None]:
         raise context_lib.TooLongError(
             f"config.data.buckets.{kind} is too small for {_SHOWN[kind]}: {error}. {SIZES}"
         ) from None
-
-
-def _shown_visual_thoughts(
-    example: PreparedExample,
-    mode: str,
-    partner: PreparedExample | None,
-    rng: np.random.Generator | None,
-) -> Sequence[Image]:
-    """The visual thoughts that the teacher sees in a mode (`context.VISUAL_THOUGHTS`)."""
-    others = partner.visual_thoughts if partner else ()
-    return context_lib.replace_visual_thoughts(
-        mode, example.problem, example.visual_thoughts, others, rng
-    )
 
 
 def _need(contexts: Sequence[Sequence[Block]]) -> np.ndarray:

@@ -159,7 +159,8 @@ def _measured(config: ConfigDict, data_dir: str, packer: Packer, use: Use) -> It
         if "swap" in modes:
             partner = examples.measured(source, examples.partner_of(source, index))
         name = f"{example.example.pid} ({examples.tasks[source]}, {use.split})"
-        for image in (example.problem, *example.visual_thoughts):
+        shown = example.content.values()
+        for image in (image for part in shown if isinstance(part, tuple) for image in part):
             try:
                 images.position_ids(image.grid, packer.side)
             except ValueError as error:

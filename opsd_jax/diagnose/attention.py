@@ -18,8 +18,8 @@ from jaxtyping import Array, Float32, Int
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
 from opsd_jax.array_types import AnyArray
+from opsd_jax.context import Block, BlockNames, Image
 from opsd_jax.data.examples import PreparedExample
-from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Answers, Diagnosis
@@ -135,22 +135,26 @@ def shares_by_example(
 def _contexts(
     diagnosis: Diagnosis, source: int, mine: Sequence[int], layout: str, mode: str
 ) -> tuple[context_lib.Context, list]:
-    """(Context [B, T] of some examples, the blocks of each)."""
-    selection = diagnosis.selection
+    """(Context [B, T] of some examples, the named blocks of each)."""
+    selection, packer = diagnosis.selection, diagnosis.selection.packer
     prepared = [diagnosis.examples(source, n) for n in mine]
-    # In the teacher's context only sizes matter here, and noise has the size of what it replaces.
-    shown = "real" if mode == "noise" and layout != "interleaved" else mode
-    seen = [_visual_thoughts(diagnosis, source, n, row, shown) for n, row in zip(mine, prepared)]
     if layout == "interleaved":
-        blocks = [
-            selection.packer.blocks(dataclasses.replace(row, visual_thoughts=tuple(images)), layout)
+        seen = [_visual_thoughts(diagnosis, source, n, row, mode) for n, row in zip(mine, prepared)]
+        named = [
+            packer.named_blocks(dataclasses.replace(row, visual_thoughts=tuple(images)), layout)
             for row, images in zip(prepared, seen)
         ]
-        return selection.packer.pack(prepared, "trace", -1, blocks), blocks
-    # The very images that the answers were given to.
+        blocks = [[block for _, block in own] for own in named]
+        return packer.pack(prepared, "trace", -1, blocks), named
+    # The very images and texts that the answers were given to.
     _, context = selection.packed(source, mine, mode)
+    partners = [diagnosis.examples.partner(source, n) if mode == "swap" else None for n in mine]
+    # Only sizes matter here, and noise has the size of what it replaces.
+    is_real = mode == "noise" or layout == "student"
+    replaced = "real" if is_real else contexts.replacement(mode)
     return context, [
-        selection.packer.blocks(row, layout, images) for row, images in zip(prepared, seen)
+        packer.named_blocks(row, layout, packer.shown(row, replaced, partner))
+        for row, partner in zip(prepared, partners)
     ]
 
 
@@ -186,7 +190,7 @@ class _Completions:
         queries, keys = (np.zeros((len(mine), length + width), np.int32) for _ in range(2))
         tokens = np.zeros((len(mine), width), np.int32)
         for b, (n, own) in enumerate(zip(mine, blocks)):
-            of_context = groups(self._packer, own, layout)
+            of_context = groups(self._packer.names, own, layout)
             queries[b, : len(of_context[0])], keys[b, : len(of_context[1])] = of_context
             if width:
                 text = [self._bos, *self._ids[source, n]]
@@ -207,10 +211,14 @@ def _visual_thoughts(
     )
 
 
-def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.ndarray]:
+def groups(
+    names: BlockNames, blocks: Sequence[tuple[str, Block]], layout: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Groups of the positions of a sequence, counted from 1; 0 for none.
 
     Args:
+      names: names of the blocks of both contexts.
+      blocks: the blocks with their names, see `Packer.named_blocks`.
       layout: "student", "teacher" or "interleaved". Text before and after are those parts of the
         teacher's context that can look at an image; in the interleaved layout only the reasoning
         that the model itself would write.
@@ -218,26 +226,39 @@ def groups(packer: Packer, blocks: list, layout: str) -> tuple[np.ndarray, np.nd
     Returns:
       int32 [T] as queries (`QUERIES`) and as keys (`KEYS`).
     """
-    prompts, queries, keys, images = packer.prompts, [], [], 0
-    names = ["system prompt"] if len(prompts.system) else []
-    names += ["question"]
-    if layout == "teacher":
-        names += [name for name in ("intro", "transition") if len(getattr(prompts, name))]
-    for block in blocks:
-        if isinstance(block, context_lib.Image):
-            images += 1
-            name = "problem image" if images == 1 else "visual thoughts"
+    queries, keys, late = [], [], False
+    for name, block in blocks:
+        is_image = isinstance(block, Image)
+        key = _key(names, name, is_image)
+        late = late or key in ("visual thoughts", "transition")
+        number = KEYS.index(key) + 1
+        if is_image:
             edge = KEYS.index("image delimiters") + 1
-            keys += [edge, *[KEYS.index(name) + 1] * (block.length - 2), edge]
+            keys += [edge, *[number] * (block.length - 2), edge]
             queries += [0] * block.length
             continue
-        name = names.pop(0) if names else "text"
-        late = images > 1 or name == "transition"
-        counted = name == "text" if layout == "interleaved" else name != "system prompt"
+        unseen = ("system prompt", "visual thoughts")  # of the texts of a context
+        counted = key == "text" if layout == "interleaved" else key not in unseen
         group = QUERIES.index("text after" if late else "text before") + 1
-        keys += [KEYS.index(name) + 1] * block.length
+        keys += [number] * block.length
         queries += [group * counted] * block.length
     return np.array(queries, np.int32), np.array(keys, np.int32)
+
+
+def _key(names: BlockNames, name: str, is_image: bool) -> str:
+    """The group of `KEYS` that a block belongs to.
+
+    All privileged blocks are counted with the visual thoughts, except the problem image itself.
+    """
+    if name == "system":
+        return "system prompt"
+    if name in ("question", "intro", "transition"):
+        return name
+    if name == "trace":
+        return "visual thoughts" if is_image else "text"
+    if name == "image" or (is_image and name not in names.privileged):
+        return "problem image"
+    return "visual thoughts" if name in names.privileged else "text"
 
 
 @sharding.on_mesh

@@ -228,9 +228,11 @@ def open_run(
     for source, task in enumerate(selection.tasks):
         numbers = selection.numbers(source)
         most = max(most, len(numbers))
-        if not any(selection.examples.sources[source][n].visual_thoughts for n in numbers):
+        if selection.without_visual_thoughts(source) == len(numbers):
+            names = selection.packer.names.privileged
+            what = "visual thoughts" if names == ("visual_thoughts",) else f"any of {names}"
             raise ValueError(
-                f"none of the {len(numbers)} examples of {task}, {split}, has visual thoughts: "
+                f"none of the {len(numbers)} examples of {task}, {split}, has {what}: "
                 "there is nothing to diagnose; choose another --split or --benchmarks"
             )
     batch_size = -(-batch_size // shards) * shards

@@ -4,8 +4,11 @@ none                 the student's context: image and question
 real                 the teacher's context with the example's own visual thoughts
 noise, swap, image   noise, another example's visual thoughts, or the problem image instead
 remove               the teacher's texts without any visual thought
+
+With other blocks (`context.BlockNames`), all privileged ones are replaced like the visual thoughts.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +22,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import images, rollout, sharding
 from opsd_jax.data import packing, randomness
-from opsd_jax.data.examples import Examples, PreparedExample
+from opsd_jax.data.examples import Examples, PreparedExample, has_content
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.randomness import generator
 from opsd_jax.evaluation import benchmark as benchmark_lib
@@ -59,7 +62,7 @@ def mode_of_teacher(visual_thoughts: str) -> str:
 
 
 def replacement(mode: str) -> str:
-    """What `context.replace_visual_thoughts` puts in place of the visual thoughts in a mode.
+    """What `context.replace_privileged` puts in place of the privileged blocks in a mode.
 
     Args:
       mode: one of `CONTEXTS`.
@@ -99,9 +102,12 @@ class Selection:
         return randomness.subset(len(self.examples.sources[source]), self.limit, self.subset_seed)
 
     def without_visual_thoughts(self, source: int) -> int:
-        """How many of the chosen examples of a task have no visual thought."""
-        stored = self.examples.sources[source]
-        return sum(not stored[n].visual_thoughts for n in self.numbers(source))
+        """How many of the chosen examples of a task have nothing in the privileged blocks.
+
+        By default these are the visual thoughts.
+        """
+        stored, names = self.examples.sources[source], self.packer.names.privileged
+        return sum(not has_content(stored[n], names) for n in self.numbers(source))
 
     def local(self, numbers: Sequence[int]) -> list[int]:
         """Those of a batch of examples that this process packs."""
@@ -128,22 +134,27 @@ class Selection:
         return prepared, self.packer.teacher(prepared, partners, replacement(mode), rngs, bucket)
 
     def shown_images(self, source: int, n: int, mode: str) -> list[tuple[str, np.ndarray]]:
-        """(caption, uint8 [H, W, 3]) of the images in an example's context, for reports."""
+        """(caption, uint8 [H, W, 3]) of the images in an example's context, for reports.
+
+        The first is the problem image, whether the context has it or not.
+        """
         example = self.examples(source, n)
         found = [("problem", _pixels(example.problem))]
-        if mode == "none":
-            return found
-        partner = self.examples.partner(source, n) if mode == "swap" else None
-        shown = context_lib.replace_visual_thoughts(
-            replacement(mode),
-            example.problem,
-            example.visual_thoughts,
-            partner.visual_thoughts if partner else (),
-            self._noise(source, n),
-        )
-        return found + [
-            (f"visual thought {k + 1} ({mode})", _pixels(image)) for k, image in enumerate(shown)
-        ]
+        kind, content = "student", example.content
+        if mode != "none":
+            partner = self.examples.partner(source, n) if mode == "swap" else None
+            noise = self._noise(source, n)
+            kind, content = "teacher", self.packer.shown(example, replacement(mode), partner, noise)
+        counts: collections.Counter[str] = collections.Counter()
+        for name, block in self.packer.named_blocks(example, kind, content):
+            # The problem image is shown once, but in mode "image" also where it replaces another.
+            if isinstance(block, context_lib.Image) and not (
+                name == "image" and block is example.problem
+            ):
+                counts[name] += 1
+                title = "visual thought" if name == "visual_thoughts" else name
+                found.append((f"{title} {counts[name]} ({mode})", _pixels(block)))
+        return found
 
     def _noise(self, source: int, n: int) -> np.random.Generator:
         return generator(self.seed, "eval visual thoughts", source, n)
@@ -199,19 +210,13 @@ def buckets_of(selection: Selection, source: int, modes: Iterable[str]) -> list[
 def _blocks_of(selection: Selection, source: int, n: int, mode: str) -> tuple[str, list]:
     """(kind of context, blocks) of an example in a mode.
 
-    Mode noise: the blocks with the real visual thoughts, which have the same sizes.
+    Mode noise: the blocks with the real content, which have the same sizes.
     """
     example, packer = selection.examples(source, n), selection.packer
     if mode == "none":
         return "student", packer.blocks(example, "student")
     partner = selection.examples.partner(source, n) if mode == "swap" else None
-    shown = context_lib.replace_visual_thoughts(
-        "real" if mode == "noise" else replacement(mode),
-        example.problem,
-        example.visual_thoughts,
-        partner.visual_thoughts if partner else (),
-        None,
-    )
+    shown = packer.shown(example, "real" if mode == "noise" else replacement(mode), partner)
     return "teacher", packer.blocks(example, "teacher", shown)
 
 
@@ -243,13 +248,15 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
 
 
 def check_visual_thoughts(selection: Selection, modes: Iterable[str], split: str) -> None:
-    """ValueError where a mode shows visual thoughts and no chosen example of a task has any."""
+    """ValueError where a mode shows privileged blocks and no chosen example of a task has any."""
+    names = selection.packer.names.privileged
+    what = "visual thoughts" if names == ("visual_thoughts",) else f"any of {', '.join(names)}"
     for mode in (mode for mode in modes if mode in CONTEXTS):
         for source, name in enumerate(selection.tasks):
             if selection.without_visual_thoughts(source) == len(selection.numbers(source)):
                 raise ValueError(
-                    f"--visual_thoughts={mode}: no example of {name}, {split}, has visual "
-                    "thoughts: leave the mode or the task out"
+                    f"--visual_thoughts={mode}: no example of {name}, {split}, has {what}: leave "
+                    "the mode or the task out"
                 )
 
 

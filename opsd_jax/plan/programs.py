@@ -192,8 +192,11 @@ def _supervised_update(step: _Step) -> Program:
 
 
 def _policy_batch(step: _Step) -> context.Batch:
-    """The contexts of student and teacher; noise in place of visual thoughts is made of floats."""
-    noise = step.config.teacher.visual_thoughts == "noise"
+    """The contexts of student and teacher; noise in place of images is made of floats."""
+    privileged = config_lib.block_names(step.config).privileged
+    noise = step.config.teacher.visual_thoughts == "noise" and any(
+        map(context.holds_images, privileged)
+    )
     buckets = step.config.data.buckets
     return context.Batch(
         step.context(*buckets.student[step.bucket]),

@@ -17,6 +17,7 @@ from opsd_jax.data import arrayrecord, prepare
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.schema import Example
 from opsd_jax.inputs import cli, json_files, paths
+from opsd_jax.inputs import columns as columns_lib
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import session
@@ -109,6 +110,7 @@ def redraw(
         run = session.open_run(workdir)
         model, record = checkpoint_lib.retry_if_gone(load, given=checkpoint)
         files.write(record_path, json.dumps(record), primary=jax.process_index() == 0)
+        columns = tuple(run.config.data.columns)  # others are not read by the run
         for number, shard in enumerate(_shards(run, used, splits, folder)):
             if os.path.exists(shard.path):
                 continue
@@ -116,8 +118,8 @@ def redraw(
             if shard.split in splits:
                 key = jax.random.fold_in(jax.random.key(batches.seed), number)
                 examples = _generate(run, model, examples, key, batches.size, before_batch)
-            _write(shard.path, examples)
-        return prepare.prepare(os.path.join(folder, "parquet"), target)
+            _write(shard.path, examples, columns)
+        return prepare.prepare(os.path.join(folder, "parquet"), target, columns=columns)
 
 
 def _splits(config: ConfigDict) -> list[str]:
@@ -225,8 +227,8 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: str, examples: list[Example]) -> None:
-    """Writes examples as a parquet file with the released columns."""
+def _write(path: str, examples: list[Example], columns: Sequence[str]) -> None:
+    """Writes examples as a parquet file with the released columns and further ones."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,6 +241,12 @@ def _write(path: str, examples: list[Example]) -> None:
         "problem_image_0": image,
         **{f"resoning_thought_{n}": text for n in thoughts},
         **{f"reasoning_image_{n}": image for n in visual},
+        **{
+            columns_lib.of_files(name): text
+            if name.startswith(columns_lib.TEXT)
+            else pa.list_(image)
+            for name in columns
+        },
     }
     records = [
         {
@@ -256,12 +264,21 @@ def _write(path: str, examples: list[Example]) -> None:
                 )
                 for n in visual
             },
+            **{columns_lib.of_files(name): _column(example, name) for name in columns},
         }
         for example in examples
     ]
     table = pa.Table.from_pylist(records, schema=pa.schema(schema))
     with files.replacing(path) as f:
         pq.write_table(table, f, row_group_size=256)
+
+
+def _column(example: Example, name: str) -> str | list[dict | None]:
+    """The value of a further column as a parquet file stores it."""
+    value, column = example.column(name), columns_lib.of_files(name)
+    if isinstance(value, str):
+        return value
+    return [_stored(data, f"{example.pid}_{column}_{n}") for n, data in enumerate(value)]
 
 
 def _at(values: Sequence, n: int):

@@ -6,6 +6,7 @@ decides itself when it writes.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 
 import jax
@@ -67,6 +68,10 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
     for n, example in enumerate(examples):
         shown = {"problem": example.problem}
         shown |= {f"vt{m}": image for m, image in enumerate(example.visual_thoughts)}
+        for name, part in example.further.items():
+            if isinstance(part, tuple):
+                safe = re.sub(r"\W", "-", name)
+                shown |= {f"{safe}-{m}": image for m, image in enumerate(part)}
         for name, image in shown.items():
             pixels = images.unpatchify(image.patches, image.grid, patch)
             run.writer.image(step.number, f"{step.stage.name}-row{n}-{name}", pixels)

@@ -8,6 +8,7 @@ is stored like this.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from opsd_jax import offline, sharding
+from opsd_jax.context import BlockNames
 from opsd_jax.data.batches import Batches
 from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.inputs import json_files
@@ -46,6 +48,9 @@ class MissingTargetsError(LookupError):
 def key(run: Session, params, examples: Examples) -> dict:
     """What cached outputs depend on; not the temperature, which is applied when training."""
     part = run.record
+    names, blocks = run.packer.names, {}
+    if names != BlockNames():  # caches of older versions have no names
+        blocks = {**dataclasses.asdict(names), "transforms": part["transforms"]}
     return {
         "format": FORMAT,
         "teacher": offline.fingerprint(params),
@@ -61,6 +66,7 @@ def key(run: Session, params, examples: Examples) -> dict:
                 examples.tasks, examples.sources, examples.digests, strict=True
             )
         },
+        **blocks,
     }
 
 

@@ -155,28 +155,35 @@ def test_groups_of_positions():
     """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5,
     transition 6, text 7, delimiters 8; queries 1 before, 2 after.
     """
-    rng, packer = (
-        np.random.default_rng(0),
-        types.SimpleNamespace(prompts=context.Prompts("a", "bc", "d")),
-    )
+    rng, usual = np.random.default_rng(0), context.BlockNames()
     problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
 
-    def names(packer, blocks, layout):
-        return [x.tolist() for x in looks.groups(packer, blocks, layout)]
+    def names(blocks, layout, own=usual):
+        return [x.tolist() for x in looks.groups(own, blocks, layout)]
 
-    teacher = context.teacher(TOKENIZER, packer.prompts, "q", problem, [thought, thought])
+    abc = context.Prompts("a", "bc", "d")
+
+    def named(role, thoughts=(), prompts=abc, own=usual, **further):
+        content = {"image": (problem,), "question": TOKENIZER.encode("q"), **further}
+        content["visual_thoughts"] = thoughts
+        return context.named_blocks(TOKENIZER, prompts, getattr(own, role), content)
+
+    teacher = named("teacher", [thought, thought])
     keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
-    assert names(packer, teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
-    assert names(packer, context.student(TOKENIZER, packer.prompts, "q", problem), "student") == [
-        [0] * 7 + [1] * 3,
-        keys[:10],
-    ]
-    removed = context.teacher(TOKENIZER, packer.prompts, "q", problem, [])
-    assert names(packer, removed, "teacher") == [[0] * 7 + [1] * 7 + [2] * 3, keys[:14] + keys[20:]]
-    bare = types.SimpleNamespace(prompts=context.Prompts("", "", ""))
-    blocks = context.student(TOKENIZER, bare.prompts, "q", problem)
-    blocks += [context.Text(np.array([5])), thought, context.Text(np.array([6, 7]))]
-    assert names(bare, blocks, "interleaved") == [
+    assert names(teacher, "teacher") == [[0] * 7 + [1] * 7 + [0] * 6 + [2] * 3, keys]
+    assert names(named("student"), "student") == [[0] * 7 + [1] * 3, keys[:10]]
+    removed = named("teacher")
+    assert names(removed, "teacher") == [[0] * 7 + [1] * 7 + [2] * 3, keys[:14] + keys[20:]]
+    # A privileged text counts with the visual thoughts, a degraded image as the problem image.
+    own = context.BlockNames(("image@blur", "question"), ("image@blur", "text:x", "question"))
+    further = {"text:x": TOKENIZER.encode("ab"), "image@blur": (problem,)}
+    told = named("teacher", own=own, **further)
+    keys_of_text = [8, 2, 2, 8] + [5] * 4 + [3] * 3
+    assert names(told, "teacher", own) == [[0] * 8 + [2] * 3, keys_of_text]
+    blocks = named("student", prompts=context.Prompts("", "", ""))
+    trace = [context.Text(np.array([5])), thought, context.Text(np.array([6, 7]))]
+    blocks += [("trace", block) for block in trace]
+    assert names(blocks, "interleaved") == [
         [0] * 7 + [1] * 3 + [0] * 3 + [2] * 4,
         [8, 2, 2, 8] + [3] * 3 + [7] * 3 + [8, 5, 8] + [7] * 4,
     ]
@@ -826,8 +833,8 @@ def test_attention_command(workdir):
     opened = selection.open_run(str(workdir), rows=8)
     params = opened.session.restore_params(str(workdir / "checkpoints" / str(small_run.LAST)))
     row = opened.examples(0, opened.selection.numbers(0)[3])
-    blocks = opened.selection.packer.blocks(row, "interleaved")
-    c = opened.selection.packer.pack([row], "trace", -1, [blocks])
+    blocks = opened.selection.packer.named_blocks(row, "interleaved")
+    c = opened.selection.packer.pack([row], "trace", -1, [[block for _, block in blocks]])
     x = bagel.embed(params, c, config=opened.model)
     first = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"]["und"])
     q, k, _ = mot.Expert(opened.model.llm).apply({"params": first}, x, method="qkv")
@@ -838,7 +845,7 @@ def test_attention_command(workdir):
     def pad(numbers):
         return np.pad(numbers, (0, c.padded_length - len(numbers)))[None]
 
-    queries, keys = map(pad, looks.groups(opened.selection.packer, blocks, "interleaved"))
+    queries, keys = map(pad, looks.groups(opened.selection.packer.names, blocks, "interleaved"))
     seen = np.asarray(masks.visible(masks.Mask(c.limit, c.segment, c.segment)))
     sums = numpy_shares(
         attention.rotate(q, rope),

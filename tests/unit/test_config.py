@@ -242,8 +242,8 @@ def set_unknown(key):
         ),
         (
             lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
-            "config.teacher lacks ema_decay, visual_thoughts: change values of config.default() "
-            "one by one",
+            "config.teacher lacks blocks, ema_decay, visual_thoughts: change values of "
+            "config.default() one by one",
         ),
         (
             lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),

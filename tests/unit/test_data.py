@@ -145,7 +145,7 @@ def test_layouts(folder, tok):
         ["image", e.question],
         ["image", e.question, "reference", "image", "now answer"],
     )
-    assert texts("student") == student and texts("teacher", row.visual_thoughts) == teacher
+    assert texts("student") == student and texts("teacher") == teacher
     assert texts("text") == [*student, trace] and texts("reference") == [*teacher, trace]
     assert texts("interleaved") == [
         *student,

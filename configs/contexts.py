@@ -1,0 +1,45 @@
+"""The miniature with other contexts: what the teacher sees beyond the student, by configuration.
+
+  python -m opsd_jax.train --config=configs/contexts.py:opsd_text --workdir=W
+
+  configs/contexts.py:opsd_text        the teacher reads the solution as a text, and sees no visual
+                                       thought
+                     :crop             the teacher also sees the middle of the image, enlarged
+                     :degraded         the student sees the image in a low resolution, the teacher
+                                       as it is; the teacher has no other information
+                     :solution_and_vt  the teacher reads the solution and sees the visual thoughts
+                     :crop,maze        on another preset of configs/mini.py; the default is chart
+
+docs/concepts/contexts.md explains the blocks.
+"""
+
+import pathlib
+import runpy
+
+ASKED = ("system", "image", "question")  # what the student sees in the paper
+SOLUTION = "text:full_text_only_thought"
+
+# {name: (blocks of the student, blocks of the teacher)}
+CONTEXTS = {
+    "opsd_text": (ASKED, (*ASKED, "intro", SOLUTION, "transition")),
+    "crop": (ASKED, (*ASKED, "intro", "image@crop", "transition")),
+    "degraded": (("system", "image@low_resolution", "question"), ASKED),
+    "solution_and_vt": (ASKED, (*ASKED, "intro", SOLUTION, "visual_thoughts", "transition")),
+}
+
+
+def get_config(arg: str = "opsd_text"):
+    """The configuration; arg: a name, and after a comma a preset of configs/mini.py, see above."""
+    name, _, preset = arg.partition(",")
+    if name not in CONTEXTS:
+        raise ValueError(f"configs/contexts.py:{arg}: choose from {', '.join(CONTEXTS)}")
+    mini = pathlib.Path(__file__).with_name("mini.py")
+    c = runpy.run_path(str(mini))["get_config"](preset or "chart")
+    c.student.blocks, c.teacher.blocks = CONTEXTS[name]
+    if SOLUTION in c.teacher.blocks:
+        buckets = c.data.buckets
+        for kind in ("teacher", "trace"):  # a solution is at most as long as the targets of a trace
+            ((positions, *rest),) = buckets[kind]
+            buckets[kind] = ((positions + buckets.trace[0][2], *rest),)
+    c.run_arms = ("noise", "swap")  # the arm image does not suit every context
+    return c

@@ -1,0 +1,478 @@
+"""Contexts by configuration: names of blocks, controls, columns, transforms and their presets."""
+
+import io
+import runpy
+
+import numpy as np
+import pytest
+import test_datasets
+from PIL import Image
+
+import small_run
+import tiny
+from opsd_jax import config as config_lib
+from opsd_jax import config_check, config_flags, context, images, tokenizer
+from opsd_jax.context import BlockNames
+from opsd_jax.data import arrayrecord, packing, prepare, procedural, schema, tfds_builder
+from opsd_jax.data import examples as examples_lib
+
+CONTEXTS = small_run.ROOT / "configs" / "contexts.py"
+get_config = runpy.run_path(str(CONTEXTS))["get_config"]
+PRESETS = ("opsd_text", "crop", "degraded", "solution_and_vt")
+SOLUTION = "text:full_text_only_thought"
+ASKED = BlockNames.student
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("data")
+    make = {"families": ["chart"], "train": 6, "validation": 0, "test": 0}
+    procedural.make_procedural(str(made), {"difficulty": "default", "seed": 0, **make})
+    return made
+
+
+def png(pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def example(n: int = 0, **changes) -> schema.Example:
+    """Images of 8 x 8 pixels, 2 x 2 patches; those of other numbers have other values."""
+    rng = np.random.default_rng(n)
+
+    def image():
+        return png(rng.integers(0, 256, (8, 8, 3)))
+
+    fields = dict(
+        pid=f"p{n}",
+        task="T",
+        question="q?" + "!" * n,
+        answer="B",
+        problem_image=image(),
+        visual_thoughts=(image(),),
+        thoughts=("a",),
+        full_text_only_thought="so " + "x" * (n + 1),
+        columns={"text:hint": "hi" * (n + 1), "images:crops": (image(), image())},
+    )
+    return schema.Example(**fields | changes)
+
+
+def prepared(row: schema.Example, names: BlockNames, **transforms):
+    """The example with patches of 4 x 4 pixels."""
+    preprocess = examples_lib.Preprocessor(
+        tiny.TOKENIZER,
+        "",
+        images.Resize(stride=4, max_size=8, min_size=8),
+        "drop",
+        4,
+        further=tuple(name for name in names.contents if name not in context.CONTENTS),
+        transforms=images.Transforms(**transforms),
+    )
+    made, measured = preprocess(row), preprocess.measured(row)
+    for name, part in made.content.items():  # blank images have the sizes of the true ones
+        other = measured.content[name]
+        if isinstance(part, tuple):
+            assert [(x.grid, x.patches.shape) for x in part] == [
+                (x.grid, x.patches.shape) for x in other
+            ]
+        else:
+            np.testing.assert_array_equal(part, other)
+    return made
+
+
+def packer(names: BlockNames) -> packing.Packer:
+    sizes = ((64, 28),)
+    buckets = config_lib.BucketsConfig(student=sizes, teacher=sizes, trace=((64, 28, 20),))
+    return packing.Packer(tiny.TOKENIZER, tiny.PROMPTS, buckets, side=6, names=names)
+
+
+def shown(blocks) -> list:
+    """Texts as they are, images as their patches."""
+    return [
+        tiny.TOKENIZER.decode(b.ids) if isinstance(b, context.Text) else b.patches.tolist()
+        for b in blocks
+    ]
+
+
+# --- blocks of a preset --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_blocks_of_a_preset(preset):
+    config = get_config(f"{preset},smoke")
+    config_check.check(config)
+    names = config_lib.block_names(config)
+    row = prepared(example(), names, crop=(0.5, 0.0, 1.0, 0.5))
+    with Image.open(io.BytesIO(row.example.problem_image)) as file:
+        pixels = np.asarray(file)
+    clean = images.patchify(pixels, 4).tolist()
+    (vt,) = row.visual_thoughts
+    crop = Image.fromarray(pixels[:4, 4:]).resize((8, 8), Image.Resampling.BICUBIC)
+    enlarged = images.patchify(np.asarray(crop), 4).tolist()
+    asked = ["sys", clean, "q?"]
+    wanted = {
+        "opsd_text": (asked, [*asked, "look", "so x", "now"]),
+        "crop": (asked, [*asked, "look", enlarged, "now"]),
+        "solution_and_vt": (asked, [*asked, "look", "so x", vt.patches.tolist(), "now"]),
+    }
+    own = packer(names)
+    student, teacher = own.blocks(row, "student"), own.blocks(row, "teacher")
+    if preset == "degraded":
+        (low,) = row.content["image@low_resolution"]
+        assert low.patches.tolist() != clean
+        wanted["degraded"] = ["sys", low.patches.tolist(), "q?"], asked
+    assert (shown(student), shown(teacher)) == wanted[preset]
+    # Traces begin with the contexts.
+    assert shown(own.blocks(row, "text"))[:-1] == shown(student)
+    assert shown(own.blocks(row, "reference"))[:-1] == shown(teacher)
+    assert shown(own.blocks(row, "interleaved"))[: len(student)] == shown(student)
+
+
+def test_tokens_of_a_context_by_hand():
+    """opsd_text, packed: bos 256, eos 257, image 258 ... 259 with 4 patches."""
+    names = config_lib.block_names(get_config("opsd_text"))
+    c = packer(names).teacher([prepared(example(), names)], [None], "real", [None])
+
+    def text(of):
+        return [256, *of.encode(), 257]
+
+    patches = [258, 0, 0, 0, 0, 259]
+    tokens = [*text("sys"), *patches, *text("q?"), *text("look"), *text("so x"), *text("now")]
+    assert c.tokens[0, : c.length[0]].tolist() == tokens and len(tokens) == c.length[0]
+    rope = [*range(5), *[5] * 6, *range(6, 6 + 4 + 6 + 6 + 5)]
+    assert c.rope_positions[0, : len(rope)].tolist() == rope
+    assert c.next_rope_position[0] == rope[-1] + 1
+
+
+def test_the_defaults_are_the_papers_contexts():
+    row = prepared(example(), BlockNames())
+    own = packer(config_lib.block_names(config_lib.default()))
+    given = tiny.TOKENIZER, tiny.PROMPTS, row.question, row.problem
+    assert shown(own.blocks(row, "student")) == shown(context.student(*given))
+    teacher = context.teacher(*given, row.visual_thoughts)
+    assert shown(own.blocks(row, "teacher")) == shown(teacher)
+    trace = context.interleaved(*given, ("a",), row.visual_thoughts, "B")
+    assert shown(own.blocks(row, "interleaved")) == shown(trace)
+
+
+def test_columns_are_blocks_and_empty_ones_are_left_out():
+    names = BlockNames(("question", "image"), ("images:crops", "question", "text:hint"))
+    assert names.privileged == ("images:crops", "text:hint")
+    row = prepared(example(), names)
+    one, two = (image.patches.tolist() for image in row.content["images:crops"])
+    assert one != two and shown(packer(names).blocks(row, "teacher")) == [one, two, "q?", "hi"]
+    bare = prepared(example(columns={"text:hint": "\u200b", "images:crops": ()}), names)
+    assert shown(packer(names).blocks(bare, "teacher")) == ["q?"]
+    assert examples_lib.has_content(row.example, names.privileged)
+    assert not examples_lib.has_content(bare.example, names.privileged)
+    assert examples_lib.has_content(bare.example, ("image@crop",))
+
+
+# --- controls ------------------------------------------------------------------------------------
+
+BOTH = BlockNames(ASKED, (*ASKED, "intro", "text:hint", "images:crops", "transition"))
+
+
+def test_controls_replace_every_privileged_block():
+    own, row, partner = packer(BOTH), prepared(example(), BOTH), prepared(example(2), BOTH)
+    clean = row.problem.patches.tolist()
+    asked = ["sys", clean, "q?", "look"]
+
+    def teacher(mode, seed=0):
+        content = own.shown(row, mode, partner, np.random.default_rng(seed))
+        return own.blocks(row, "teacher", content)
+
+    crops, others = (
+        [image.patches.tolist() for image in x.content["images:crops"]] for x in (row, partner)
+    )
+    assert shown(teacher("real")) == [*asked, "hi", *crops, "now"]
+    assert shown(teacher("swap")) == [*asked, "hihihi", *others, "now"]
+    assert shown(teacher("image")) == [*asked, clean, clean, "now"]
+    assert shown(teacher("none")) == [*asked, "now"]
+
+    noise = teacher("noise")
+    *before, text, first, second, after = noise
+    assert shown([*before, after]) == [*asked, "now"]
+    rng = np.random.default_rng(0)  # in the order of the names
+    assert text.ids.tolist() == rng.choice(np.arange(256), 2).tolist() != [*b"hi"]
+    for image in (first, second):
+        wanted = rng.standard_normal((4, 48), np.float32)
+        np.testing.assert_array_equal(image.patches, wanted)
+    assert teacher("noise", 1)[4].ids.tolist() != text.ids.tolist()
+    assert context.need(noise) == context.need(teacher("real"))
+
+
+def test_noise_has_no_special_tokens(folder):
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    special = {tok.bos, tok.eos, tok.image_start, tok.image_end}
+    special |= {*tok.backend.get_added_tokens_decoder()}
+    ids = tok.ordinary.tolist()
+    assert not special & {*ids} and special | {*ids} == {*tok.backend.get_vocab().values()}
+    assert ids == sorted(ids) and {*tok.encode("find a safe path").tolist()} <= {*ids}
+
+
+def test_a_clean_image_of_the_teacher_is_privileged():
+    names = config_lib.block_names(get_config("degraded"))
+    assert names.privileged == ("image",)
+    own, row, partner = packer(names), prepared(example(), names), prepared(example(1), names)
+    for mode, wanted in (("swap", [partner.problem.patches.tolist()]), ("none", [])):
+        content = own.shown(row, mode, partner)
+        assert shown(own.blocks(row, "teacher", content)) == ["sys", *wanted, "q?"]
+
+
+def test_buckets_and_needs_count_what_the_controls_show():
+    own, row, partner = packer(BOTH), prepared(example(), BOTH), prepared(example(2), BOTH)
+    real = own.needs(row)["teacher"].tolist()
+    # sys 5, image 6, q? 4, look 6, hi 4, two images 12, now 5
+    assert (
+        real == [42, 12] and own.needs(row, ("noise", "none", "image"))["teacher"].tolist() == real
+    )
+    assert own.needs(row, ("swap",), partner)["teacher"].tolist() == [46, 12]  # hihihi
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+RULE = images.Resize(stride=1, max_size=64, min_size=1)
+
+
+def test_a_crop_covers_the_pixels_that_its_box_touches():
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    image, transforms = Image.fromarray(pixels), images.Transforms(crop=(0.3, 0.25, 0.7, 0.9))
+    # left 2.4 -> 2, top 1.5 -> 1, right 5.6 -> 6, bottom 5.4 -> 6
+    np.testing.assert_array_equal(transforms("crop", image, RULE), pixels[1:6, 2:6])
+    assert transforms.size("crop", (8, 6), RULE) == (4, 5)
+    np.testing.assert_array_equal(
+        transforms("crop", image, RULE, (0.0, 0.0, 0.5, 0.5)), pixels[:3, :4]
+    )
+    larger = images.Resize(stride=4, max_size=8, min_size=8)
+    assert transforms.size("crop", (8, 6), larger) == (8, 8)
+    assert transforms("crop", image, larger).shape == (8, 8, 3)
+
+
+def test_a_blur_is_the_mean_of_a_square():
+    pixels = np.zeros((5, 5, 3), np.uint8)
+    pixels[2, 2] = 90
+    pixels[0, 0] = 45
+    found = images.Transforms(blur=1)("blur", Image.fromarray(pixels), RULE)
+    wanted = np.zeros((5, 5))
+    wanted[1:4, 1:4] = 10
+    # The corner counts four times in its own square, twice in those beside it.
+    wanted[0, 0] += 20
+    wanted[0, 1] += 10
+    wanted[1, 0] += 10
+    wanted[1, 1] += 5
+    np.testing.assert_array_equal(found, np.repeat(wanted[..., None], 3, 2))
+
+
+def test_a_low_resolution_is_means_and_their_bicubic_enlargement():
+    rows = np.array([0, 40, 200, 200, 100, 60, 20, 0])
+    pixels = np.repeat(np.repeat(rows[None, :, None], 4, 0), 3, 2).astype(np.uint8)
+    found = images.Transforms(low_resolution=2)("low_resolution", Image.fromarray(pixels), RULE)
+    means = np.array([20.0, 200, 80, 10])
+    # Keys' kernel with a = -1/2 at 1/4, 3/4, 5/4 and 7/4; at the ends its weights are scaled to 1.
+    weights = {0.25: 0.8671875, 0.75: 0.2265625, 1.25: -0.0703125, 1.75: -0.0234375}
+    wanted = []
+    for x in np.arange(8) / 2 + 0.25 - 0.5:
+        own = np.array([weights.get(abs(x - n), 0.0) for n in range(4)])
+        wanted.append(own @ means / own.sum())
+    wanted = np.clip(np.round(wanted), 0, 255)
+    assert found.shape == (4, 8, 3)
+    np.testing.assert_allclose(found[1, :, 0], wanted, atol=1)  # Pillow's weights have 8 bits
+    assert images.Transforms().size("low_resolution", (8, 4), RULE) == (8, 4)
+
+
+def test_an_example_may_have_its_own_crop():
+    names = BlockNames(ASKED, ("image@crop", "question"))
+    row = prepared(example(metadata={"box": [0, 0.5, 0.5, 1]}), names, crop_metadata="box")
+    with Image.open(io.BytesIO(row.example.problem_image)) as file:
+        part = file.crop((0, 4, 4, 8)).resize((8, 8), Image.Resampling.BICUBIC)
+    wanted = images.patchify(np.asarray(part), 4)
+    np.testing.assert_array_equal(row.content["image@crop"][0].patches, wanted)
+    for box, fault in (
+        (None, "which is not left, top, right, bottom"),
+        ([0, 0, 0.5], "which is not left"),
+        ([0, 0, 2, 1], "which is not left"),
+        ([0.5, 0, 0.5, 1], "which is empty"),
+    ):
+        with pytest.raises(ValueError, match=rf"^example p0: its metadata has box = .*{fault}"):
+            prepared(example(metadata={"box": box}), names, crop_metadata="box")
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+HINT = "text:hint"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"teacher.blocks": (*ASKED, HINT)},
+            "config.teacher.blocks names text:hint, which config.data.columns does not declare: "
+            r"prepare .* --columns=text:hint and set config.data.columns=\('text:hint',\)",
+        ),
+        ({"student.blocks": ("image@rotate",)}, "config.student.blocks names 'image@rotate'.*crop"),
+        ({"student.blocks": ("images",)}, "config.student.blocks names 'images': choose from sys"),
+        ({"student.blocks": ("image", "image")}, "config.student.blocks names image twice"),
+        ({"teacher.blocks": ()}, "config.teacher.blocks is .*at least one block of the example"),
+        ({"student.blocks": ("system",)}, "config.student.blocks is .*at least one block"),
+        ({"data.columns": ("hint",)}, "config.data.columns names 'hint': give text:COLUMN or"),
+        ({"data.columns": ("text:answer",)}, "names text:answer, which all data have: leave it"),
+        ({"data.columns": (HINT, "images:hint")}, "names the column hint twice"),
+        (
+            {
+                "data.columns": (HINT,),
+                "data.make.families": ("maze",),
+                "data.make.train": 1,
+                "data.make.test": 1,
+            },
+            "config.data.columns is .*which procedural data lack.*Set it to",
+        ),
+        (
+            {"teacher.blocks": ASKED, "teacher.visual_thoughts": "noise"},
+            "config.teacher.visual_thoughts is 'noise', but the student has all blocks of the",
+        ),
+        (
+            {"teacher.blocks": (*ASKED, SOLUTION), "teacher.visual_thoughts": "image"},
+            "'image', which puts the problem image .*text:full_text_only_thought: choose",
+        ),
+        (
+            {"teacher.blocks": (*ASKED, SOLUTION), "eval.final_visual_thoughts": ("image",)},
+            "an entry of config.eval.final_visual_thoughts is 'image'",
+        ),
+        ({"transforms.crop": (0.5, 0.0, 0.5, 1.0)}, "config.transforms.crop is .*which is empty"),
+        ({"transforms.crop": (0.5,)}, "config.transforms.crop is .*left, top, right, bottom"),
+        ({"transforms.blur": 0}, "config.transforms.blur is 0: give a whole number in"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message):
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        config_check.check(config)
+
+
+def test_columns_of_a_command_line():
+    names = f"system,image,question,intro,{HINT},transition"
+    config = config_flags.read(
+        [
+            f"--config={small_run.ROOT}/configs/visual_opsd.py",
+            f"--config.data.columns={HINT}",
+            f"--config.teacher.blocks={names}",
+        ]
+    )
+    config_check.check(config)
+    assert config.data.columns == (HINT,)
+    assert config_lib.block_names(config) == BlockNames(ASKED, tuple(names.split(",")))
+
+
+def test_old_settings_have_the_papers_contexts():
+    """Runs of before have no names of blocks in config.json."""
+    saved = config_lib.to_json(config_lib.default())
+    now = config_lib.default()
+    for key in ("student", "transforms"):
+        del saved[key]
+    del saved["teacher"]["blocks"], saved["data"]["columns"]
+    config_check.check_unchanged(saved, now)
+    now.teacher.blocks = (*ASKED, SOLUTION)
+    with pytest.raises(config_check.ConfigMismatchError, match="teacher.blocks"):
+        config_check.check_unchanged(saved, now)
+
+
+# --- on procedural data --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_procedural_examples_fit_the_presets(preset, folder):
+    config = get_config(preset)
+    config.data.dir, config.data.make.families = str(folder), ()
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    own, rows = packing.Packer.from_config(config, tok), small_run.examples(config, tok)
+    for n in range(6):
+        assert own.bucket(rows.measured(0, n), "swap", rows.measured(0, rows.partner_of(0, n))) == 0
+    batch = [rows(0, n) for n in range(2)]
+    for mode in ("real", "noise", "swap", "none"):
+        rngs = [np.random.default_rng(n) for n in range(2)]
+        c = own.teacher(batch, [rows.partner(0, n) for n in range(2)], mode, rngs)
+        is_noise = mode == "noise" and preset != "opsd_text"
+        assert c.patches.dtype == (np.float32 if is_noise else np.uint8)
+    own.student(batch), own.traces(batch, ["reference", "interleaved"])
+
+
+def test_data_without_a_declared_column_are_refused(folder):
+    config = small_run.config(data__dir=str(folder), data__make__families=())
+    config.data.columns = (HINT,)
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    with pytest.raises(
+        ValueError,
+        match="config.data.columns names text:hint, which the prepared Chart_Refocus in .*lacks "
+        r"\(its further columns: none\): prepare it again with .*--columns=text:hint --overwrite",
+    ):
+        small_run.examples(config, tok)
+
+
+# --- further columns of the data -----------------------------------------------------------------
+
+COLUMNS = ("text:solution", "images:crops")
+
+
+def further(n: int, **changes) -> dict:
+    """A parquet row with two further columns."""
+    crops = [test_datasets.picture(50 + n), test_datasets.picture(60 + n, "PNG", "RGBA")]
+    return test_datasets.row(n) | {"solution": f"solve {n}", "crops": crops} | changes
+
+
+def test_further_columns_are_kept(tmp_path):
+    rows = [further(0), further(1, solution=None, crops=[])]
+    test_datasets.maze(tmp_path / "s", rows)
+    report = prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS)
+    assert [note.reason for note in report.warnings] == [
+        f"empty_column: {name} is empty, contexts leave it out" for name in COLUMNS
+    ]
+    source = arrayrecord.open_source(tmp_path / "out", task="Maze")
+    assert source.columns == COLUMNS
+    assert source[0].columns == {
+        "text:solution": "solve 0",
+        "images:crops": tuple(image["bytes"] for image in rows[0]["crops"]),
+    }
+    assert source[1].columns == {"text:solution": "", "images:crops": ()}
+    again = prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS)
+    assert again == report  # nothing is written again
+    with pytest.raises(FileExistsError, match="splits, columns or limit"):
+        prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS[:1])
+
+    builder = tfds_builder.VisualOpsd(
+        config=tfds_builder.Config(name="maze", columns=COLUMNS), data_dir=str(tmp_path / "b")
+    )
+    assert {*COLUMNS} <= {*builder.info.features}
+    read = builder._generate_examples("Maze", [*tmp_path.glob("s/Maze/data/*.parquet")])
+    assert [record["text:solution"] for _, record in read] == ["solve 0", ""]
+
+
+def test_one_image_is_a_list_of_one(tmp_path):
+    test_datasets.maze(tmp_path / "s", [further(0, crops=test_datasets.picture(1))])
+    prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS[1:])
+    (found,) = arrayrecord.open_source(tmp_path / "out", task="Maze")
+    assert found.columns == {"images:crops": (test_datasets.picture(1)["bytes"],)}
+
+
+@pytest.mark.parametrize(
+    "changes, columns, message",
+    [
+        ({}, ("text:proof",), r"train-00000-of-00001.parquet has no column 'proof'; its columns: "),
+        ({"solution": 3}, COLUMNS, "row 0, pid 'p0': solution is of type int, not text"),
+        ({"crops": ["x"]}, COLUMNS, r"row 0, pid 'p0': crops is not an image .*\(image 0\)"),
+        (
+            {"crops": [{"bytes": b"no image", "path": ""}]},
+            COLUMNS,
+            r"row 0, pid 'p0': crops cannot be decoded: .*\(image 0\)",
+        ),
+        ({}, ("text:question",), "--columns names text:question, but question is a column of the"),
+        ({}, ("solution",), "--columns names 'solution': give text:COLUMN or images:COLUMN"),
+    ],
+)
+def test_columns_that_cannot_be_kept(tmp_path, changes, columns, message):
+    test_datasets.maze(tmp_path / "s", [further(0, **changes)])
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(tmp_path / "s", tmp_path / "out", columns=columns)
