@@ -34,10 +34,10 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     assert titles == [
         "Result",
         "Curves",
-        "Loss, stage warmup",
         f"Accuracy on {small_run.TASK}, text only, stage opsd",
         "Loss, stage opsd",
         "Length of the student's samples, stage opsd".replace("'", "&#x27;"),
+        "Loss, stage warmup",
         "Divergence along the answer",
         "Answers of the trained student, text only",
         "Where the time went",
