@@ -208,10 +208,16 @@ def _check_run(config: ConfigDict) -> None:
 
 def _check_run_arm(config: ConfigDict, name: str) -> None:
     """Checks an arm that the run starts by itself."""
-    if name not in config.arms or "opsd" not in config.stages:
+    if name not in config.arms:
+        meant = difflib.get_close_matches(name, config.arms, n=1)
         raise ValueError(
-            f"config.run_arms names {name!r}: arms are {sorted(config.arms)}, and they need an "
-            "opsd stage to start from"
+            f"config.run_arms names {name!r}, which is not one of the arms {sorted(config.arms)}"
+            + (f"; did you mean {meant[0]!r}?" if meant else "")
+        )
+    if "opsd" not in config.stages:
+        raise ValueError(
+            f"config.run_arms names {name!r}: an arm needs an opsd stage to start from, and "
+            f"config.stages is {config.stages}"
         )
     changed = config_lib.arm(config, name)
     try:

@@ -29,7 +29,7 @@ def main(workdirs):
         tasks = [next(iter(r[arm].values())) if arm in r else {} for r in reports]
         for name, values in (
             ("accuracy", [b.get("overall") for b in tasks]),
-            ("with visual thoughts", [b.get("real", {}).get("overall") for b in tasks]),
+            ("with true visual thoughts", [b.get("real", {}).get("overall") for b in tasks]),
             ("closure", [b.get("closure") for b in tasks]),
         ):
             found = [100 * v for v in values if v is not None]

@@ -38,7 +38,7 @@ GENERATED = ("generated", "generated-noise", "generated-swap", "generated-remove
 MODES = ("none", *CONTEXTS, *GENERATED)
 MODE_TEXTS = {
     "none": "without visual thoughts",
-    "real": "with the true visual thoughts",
+    "real": "with true visual thoughts",
     "noise": "with noise for visual thoughts",
     "swap": "with another example's visual thoughts",
     "image": "with the problem image for visual thoughts",

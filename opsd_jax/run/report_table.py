@@ -17,7 +17,7 @@ Scores = dict[str, dict]
 """{task: scores}"""
 
 # Whose answers a row of the table holds.
-TEACHER = "teacher: start, with visual thoughts"
+TEACHER = "teacher: start, with true visual thoughts"
 START = "start, text only"
 START_BANNED = "start, text only, `<image_start>` banned"
 TRAINED = "OPSD, text only"
@@ -114,7 +114,8 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     for task, trained in shown[TRAINED].items():
         parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
         if with_thoughts := shown.get(TEACHER, {}).get(task):
-            parts.append(f"The teacher answers {_percent(with_thoughts)} with visual thoughts.")
+            share = _percent(with_thoughts)
+            parts.append(f"The teacher answers {share} with true visual thoughts.")
         if before := shown.get(START, {}).get(task):
             parts.append(
                 f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "

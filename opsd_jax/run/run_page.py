@@ -22,21 +22,22 @@ from opsd_jax.runtime import files, metrics, run_folder
 
 Points = list[tuple[float, float]]
 
-_SEEN = {"none": "text only", "real": "with visual thoughts"}  # modes whose accuracy is charted
+# Modes whose accuracy is charted.
+_SEEN = {"none": "text only", "real": "with true visual thoughts"}
 _MOST_SAMPLES = 12  # of wrong answers, and of right ones
 _MEANING = (
-    "**With visual thoughts**: the model is given the images of the intermediate steps. **Text "
-    "only**: it is not; it always sees the problem image and the question. **Arms** are controls: "
-    "the same training from the same weights, except that the teacher sees something else "
-    "(**noise**; **image**, the problem once more; **swap**, another example's visual thoughts; "
-    "**none**, the teacher's texts without any image: the evaluation mode `remove`, not the mode "
-    "`none`), or that the objective is another one (**sft**, **offline**). What the "
-    "content of visual thoughts teaches is the lift of OPSD over the best of the former. **KL** "
-    "compares the starting teacher, with visual thoughts, with the student, without, on reference "
-    "traces, before and after training; **closure** is the share of it that training removed, and "
-    "it is negative where the student moved away. It is no accuracy: where the KL before is small, "
-    "or the teacher is wrong, it says little. Intervals hold 95 % (Wilson) and say nothing about "
-    "other seeds."
+    "**With true visual thoughts**: the model is given the images of the intermediate steps. "
+    "**Text only**: it is not; it always sees the problem image and the question. **Arms** are "
+    "controls: the same training from the same weights, except that the teacher sees something "
+    "else (**noise**; **image**, the problem once more; **swap**, another example's visual "
+    "thoughts; **none**, the teacher's texts without any image: the evaluation mode `remove`, "
+    "not the mode `none`), or that the objective is another one (**sft**, **offline**). What "
+    "the content of visual thoughts teaches is the lift of OPSD over the best of the former. "
+    "**KL** compares the starting teacher, with true visual thoughts, with the student, "
+    "without, on reference traces, before and after training; **closure** is the share of it "
+    "that training removed, and it is negative where the student moved away. It is no accuracy: "
+    "where the KL before is small, or the teacher is wrong, it says little. Intervals hold 95 % "
+    "(Wilson) and say nothing about other seeds."
 )
 
 

@@ -215,7 +215,7 @@ class Evaluation:
 _WORDS = {
     "none": "text only",
     "none-banned": "text only with <image_start> banned",
-    "real": "with visual thoughts",
+    "real": "with true visual thoughts",
     "teacher": "the EMA teacher",
 }
 

@@ -24,7 +24,8 @@ def initial_params(run: Session, step: int | None):
     """
     params = read(run, run.config.init_from if step is None else run.checkpoint_folder(step))
     counts = params_lib.count(params)
-    logging.info("parameters: %s", ", ".join(f"{group} {n:,}" for group, n in counts.items()))
+    groups = ", ".join(f"{group} {n:,}" for group, n in counts.items() if group != "total")
+    logging.info("the model has %s parameters (%s)", f"{counts['total']:,}", groups)
     return params
 
 

@@ -85,7 +85,7 @@ def test_curves_show_whether_the_teacher_learned(workdir):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_page.write(str(workdir), {}, ())
     html = (workdir / "report.html").read_text()
-    assert f"Accuracy on {small_run.TASK}, with visual thoughts, stage warmup" in html
+    assert f"Accuracy on {small_run.TASK}, with true visual thoughts, stage warmup" in html
 
 
 def test_a_run_without_a_final_evaluation_has_curves(workdir):

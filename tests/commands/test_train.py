@@ -174,7 +174,7 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     ]
     assert all(len(row) == len(rows[0]) for row in rows)
     assert [row[0] for row in rows[2:]] == [
-        "teacher: start, with visual thoughts",
+        "teacher: start, with true visual thoughts",
         "start, text only",
         "start, text only, `<image_start>` banned",
         "OPSD, text only",

@@ -45,7 +45,8 @@ def test_one_answer_to_every_question_is_named():
     assert "same answer to nearly all questions: OPSD, text only, `red` to 97 % of them." in text
     none = {"most_given": {"answer": None, "share": 1.0}}
     text, _ = verdict(teacher=scores(0.0, **none), trained=scores(0.0, **none))
-    assert "teacher: start, with visual thoughts, no answer to 100 % of them; OPSD, text" in text
+    teacher = "teacher: start, with true visual thoughts, no answer to 100 % of them"
+    assert f"{teacher}; OPSD, text" in text
 
 
 def test_the_arm_none_is_not_the_evaluation_mode_none():
