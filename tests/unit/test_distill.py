@@ -50,7 +50,8 @@ def case():
     completions = [[draw(5)], [draw(3), draw(2)], [draw(1)], [draw(9)]]
     params = tiny.params(seed=1)
     trainable, frozen = params_lib.partition(params)
-    other = params_lib.merge(jax.tree.map(lambda x: x * 1.2, trainable), frozen)
+    scaled = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float32(1.2)), trainable)
+    other = params_lib.merge(scaled, frozen)
     return types.SimpleNamespace(
         batch=batch,
         completions=completions,
@@ -105,7 +106,7 @@ def assert_slope(case, config, found):
 
     def loss(step):
         moved = {
-            path: x + step * found[path] / length if path in found else x
+            path: np.asarray(x) + np.float32(step / length) * found[path] if path in found else x
             for path, x in params_lib.flatten(case.params).items()
         }
         return float(first_step(case, config, params=params_lib.unflatten(moved))[1]["loss"])
@@ -294,7 +295,8 @@ def test_steps_of_an_ema_teacher(case, base):
     """
     before = params_lib.flatten(state_of(case, BASE)["params"])
     state, _ = base
-    assert all((x == before[path]).all() for path, x in params_lib.flatten(state["params"]).items())
+    for path, x in params_lib.flatten(state["params"]).items():
+        np.testing.assert_array_equal(x, before[path], err_msg=path)
     assert all(np.asarray(nu).any() for path, nu in params_lib.flatten(state["opt"].nu).items())
     state = tiny.copy(state)
     for step in (1, 2):
@@ -310,9 +312,8 @@ def test_steps_of_an_ema_teacher(case, base):
         assert min(moved.values()) > 1e-6
         new = params_lib.flatten(state["params"])
         for path, x in params_lib.flatten(state["ema"]).items():
-            np.testing.assert_allclose(
-                x, 0.9 * ema[path] + 0.1 * new[path], atol=1e-6, err_msg=path
-            )
+            expected = 0.9 * np.asarray(ema[path]) + 0.1 * np.asarray(new[path])
+            np.testing.assert_allclose(x, expected, atol=1e-6, err_msg=path)
     assert set(state) == {"params", "opt", "step", "ema"}
     assert "connector/position_table" not in params_lib.flatten(state["ema"])
 
@@ -341,9 +342,8 @@ def test_init_state_copies_the_teacher(case):
         mine, its = params_lib.flatten(state["params"]), params_lib.flatten(state[key])
         assert mine.keys() - its.keys() == {"connector/position_table"}
         for path, x in its.items():
-            assert (x == mine[path]).all() and x.unsafe_buffer_pointer() != mine[
-                path
-            ].unsafe_buffer_pointer()
+            np.testing.assert_array_equal(x, mine[path], err_msg=path)
+            assert x.unsafe_buffer_pointer() != mine[path].unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize(
