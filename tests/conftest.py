@@ -6,6 +6,10 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import xla_flags  # noqa: E402
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.QUICK}".strip()
+
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
+import xla_flags
 from opsd_jax import config as config_lib
 from opsd_jax import convert, distill, sharding
 from opsd_jax import params as params_lib
@@ -362,7 +363,7 @@ def test_mesh(tmp_path):
 
 
 def child(what, folder):
-    flags = {"mesh": "--xla_force_host_platform_device_count=4"}.get(what, "")
+    flags = xla_flags.devices(4) if what == "mesh" else xla_flags.QUICK
     path = os.pathsep.join(map(str, pathlib.Path(__file__).resolve().parents[1:3]))
     found = subprocess.run(
         [sys.executable, __file__, what, str(folder)],

@@ -89,6 +89,7 @@ def smaller(config: ConfigDict):
             yield kind, changed
 
 
+@pytest.mark.slow
 def test_the_printed_line_fits_all_examples_and_one_less_does_not(options, capsys):
     out = printed(capsys, *options)
     config = settings(options, out)

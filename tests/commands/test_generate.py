@@ -174,6 +174,7 @@ def test_text_of_a_batch_is_that_of_each_question_alone(model):
     assert together == [run(model, [question])[0].text for question in questions]
 
 
+@pytest.mark.slow
 def test_seeds_generate_different_images(model):
     def draw(seed):
         asked = [([picture(0, 16, 16)], "a")]

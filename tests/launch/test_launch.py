@@ -17,6 +17,7 @@ import time
 import pytest
 import yaml
 
+import xla_flags
 from opsd_jax import config as config_lib
 from opsd_jax.run import checks
 from opsd_jax.runtime import distributed
@@ -572,7 +573,7 @@ def two_processes(workdir, tmp_path_factory, every, **variables):
         **{
             k: v for k, v in small_run.environment(tmp_path_factory).items() if k.startswith("JAX_")
         },
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        XLA_FLAGS=xla_flags.devices(2),
         OPSD_NUM_PROCESSES=2,
         OPSD_COORDINATOR=f"127.0.0.1:{20000 + os.getpid() % 20000}",
         **variables,
@@ -594,7 +595,7 @@ def finish_alone(workdir, program, given, devices):
     """One process continues a run of two to its end."""
     alone = given | {
         "OPSD_NUM_PROCESSES": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags.devices(devices),
     }
     del alone["OPSD_COORDINATOR"]
     result = subprocess.run(

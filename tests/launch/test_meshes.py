@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import tiny
+import xla_flags
 from opsd_jax import distill, divergence, rollout, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.plan import hlo
@@ -189,7 +190,7 @@ def results_of(meshes, folder):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags.devices(8),
         "PYTHONPATH": os.pathsep.join(map(str, here.parents[1:3])),
     }
     command = [sys.executable, here, folder, *map(name_of, meshes)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import small_run
+import xla_flags
 
 COUNT, DEVICES, STEPS = 2, 4, (0, 5)
 # (data, fsdp, tensor): micro steps. Processes hold one half each of `fsdp`, of `data`, or of every
@@ -132,6 +133,7 @@ def two(data_dir, tmp_path_factory):
     }
     env |= {
         "DEVICES": str(DEVICES),
+        "XLA_FLAGS": xla_flags.QUICK,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, here.parents[1:3])),
     }
@@ -199,6 +201,7 @@ def module(name, *arguments, processes=1):
     }
     env |= {
         "DEVICES": str(DEVICES),
+        "XLA_FLAGS": xla_flags.QUICK,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(here),
         "JAX_PLATFORMS": "cpu",
@@ -406,7 +409,7 @@ def asked(released, tmp_path_factory):
 
 def environment(tmp_path_factory, devices, **variables):
     return small_run.environment(tmp_path_factory) | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags.devices(devices),
         "PYTHONUNBUFFERED": "1",
         **variables,
     }

@@ -786,6 +786,7 @@ def test_the_command_asks_for_the_same():
     assert shlex.split(Request("w").command)[3:] == ["--workdir=w"]
 
 
+@pytest.mark.slow
 def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
     import jax
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import tiny
+import xla_flags
 from opsd_jax import context, distill, flow, rollout
 from opsd_jax.context import Text
 from opsd_jax.model import attention, bagel, flash, masks
@@ -547,7 +548,7 @@ def test_sampling_on_several_devices_goes_through_the_kernel():
         """
     env = dict(
         os.environ,
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=xla_flags.devices(4),
         JAX_PLATFORMS="cpu",
         PYTHONPATH=os.pathsep.join(map(str, pathlib.Path(__file__).resolve().parents[:3])),
     )
@@ -588,9 +589,7 @@ def test_several_devices_compute_their_own_rows_and_heads():
             np.testing.assert_allclose(ours, its, atol=5e-6)
         print("the same")
         """
-    env = dict(
-        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
-    )
+    env = dict(os.environ, XLA_FLAGS=xla_flags.devices(4), JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "the same", done.stderr[-2000:]
 

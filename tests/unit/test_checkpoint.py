@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+import xla_flags
 from opsd_jax.runtime import checkpoint, checkpoint_folders, stopping
 from opsd_jax.runtime.checkpoint import (
     CheckpointError,
@@ -646,7 +647,7 @@ def test_saved_on_eight_devices_restored_on_four(tmp_path):
                       all((np.asarray(found[key]) == value[key]).all() for key in found))
     """
     for count in (8, 4):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        flags = {"XLA_FLAGS": xla_flags.devices(count)}
         out = finish(child(code, tmp_path / "c", count, env=flags))
     assert out.split() == ["True"] * 4
 

@@ -106,7 +106,9 @@ def assert_slope(case, config, found):
 
     def loss(step):
         moved = {
-            path: np.asarray(x) + np.float32(step / length) * found[path] if path in found else x
+            path: jnp.asarray(np.asarray(x) + np.float32(step / length) * found[path])
+            if path in found
+            else x
             for path, x in params_lib.flatten(case.params).items()
         }
         return float(first_step(case, config, params=params_lib.unflatten(moved))[1]["loss"])
@@ -195,6 +197,7 @@ def test_loss_and_signals_against_numpy(case, base):
     assert metrics["lr"] == 0
 
 
+@pytest.mark.slow
 def test_token_reduction_weights_and_two_micro_steps(case):
     """Every token alike, both terms, the batch cut in two: value by NumPy, gradient by
     differences.

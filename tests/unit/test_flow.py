@@ -583,6 +583,7 @@ def test_image_generation_equals_the_definition(params, scene, case, guided):
         np.testing.assert_allclose(found[n, : rows * columns], expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_guidance_matters(params, scene):
     """The cases of the test above differ by far more than its tolerance."""
     results = [

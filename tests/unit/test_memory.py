@@ -106,6 +106,7 @@ def rows_of_logits(compiled) -> int:
 # --- logits ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_update_never_holds_the_logits_of_more_than_a_chunk():
     """96 rows are scored for each role.
 

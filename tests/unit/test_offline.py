@@ -163,6 +163,7 @@ def test_accumulation_changes_nothing():
         np.testing.assert_allclose(whole[name], cut[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_tokens_without_a_teacher_are_counted_and_have_no_kl():
     batch = small_batch(np.random.default_rng(4))
     lost = dataclasses.replace(batch, labels=np.full_like(batch.labels, -1))

@@ -67,6 +67,7 @@ def called(planned, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_programs_are_those_that_a_batch_calls(model, planned, called):
     picture = Image.fromarray(np.full((90, 90, 3), 7, np.uint8))
     interleave.reason(

@@ -201,6 +201,7 @@ def test_a_queue_samples_what_lanes_for_all_sample(crowd, sizes):
     assert rollout.utilisation(queued, slots) == queued.num_fed.sum() / (steps * slots)
 
 
+@pytest.mark.slow
 def test_a_queue_with_logits_and_a_remainder(sampled, crowd):
     """Seven rows by four slots, greedy, with a banned marker; logits of every fed token."""
     packed = jax.tree.map(lambda x: x[:7], crowd.packed)

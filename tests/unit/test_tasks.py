@@ -206,6 +206,7 @@ def test_train_holds_mazes_that_validation_would_call_duplicates():
     assert len(set(looks)) < 500
 
 
+@pytest.mark.slow
 def test_exhausted_space():
     with pytest.raises(
         ValueError, match=r"maze/test: only \d+ of 1000 distinct problems .* ask for fewer"
@@ -572,6 +573,7 @@ def test_make_mini(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["mini"]
 
 
+@pytest.mark.slow
 def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
     """`generate` uses up the small mazes first; a subset of the first rows must not hold them
     all.
