@@ -308,6 +308,8 @@ def train_stage(
     stop.check()
     if begin == stage.last:
         on_start()
+    else:
+        logging.info("%s: compiling its programs, then the first step", stage.name)
     with (
         Progress(stage.last, name, stage.name, start=begin, primary=primary) as progress,
         run.profile,

@@ -290,7 +290,8 @@ def _prepare_task(
         with _failures_explained(job.target / shard.name):
             finished[shard.name] = _write_shard(job, shard, advance)
             files.write_json(progress_file, finished)
-        logging.info("%s: %d rows", job.target / shard.name, finished[shard.name]["rows"])
+        rows = finished[shard.name]["rows"]
+        logging.info("wrote %s rows of the split %s: %s", f"{rows:,}", shard.split, shard.name)
 
     records = [(shard.split, finished[shard.name]) for shard in shards]
     rows = {
