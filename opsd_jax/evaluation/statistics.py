@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from scipy import stats
-
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion, in 0..1 (Wilson's score interval); (0, 1) for n = 0.
@@ -18,6 +16,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
         raise ValueError(f"{successes} successes of {n}: need 0 <= successes <= n")
     if n == 0:
         return 0.0, 1.0
+    from scipy import stats  # a second to import, and many commands compute no interval
+
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -54,4 +54,6 @@ def mcnemar(wins: int, losses: int) -> float:
     """
     if not wins + losses:
         return 1.0
+    from scipy import stats  # as in `wilson`
+
     return float(stats.binomtest(min(wins, losses), wins + losses).pvalue)
