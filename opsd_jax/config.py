@@ -423,6 +423,29 @@ def default() -> ConfigDict:
     return config
 
 
+def from_json(record: Mapping) -> ConfigDict:
+    """Settings as `to_json` wrote them, such as a run's W/config.json; the inverse of it.
+
+    Settings that the record lacks have their defaults: it may be older than they are. Keys that are
+    no settings are kept, for `config_check.check` to name.
+
+    Raises TypeError, ValueError, KeyError or AttributeError for values of another type.
+    """
+    config, usual = default(), default()
+    arms = {name: _tuples(arm, usual) for name, arm in record.get("arms", {}).items()}
+    config.update({**_tuples(record, usual), "arms": arms})
+    return config
+
+
+def _tuples(value, usual):
+    """A value of JSON whose lists are tuples, at all depths, where the default is a tuple."""
+    if isinstance(value, Mapping) and isinstance(usual, ConfigDict):
+        return {key: _tuples(item, usual.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and (usual is None or isinstance(usual, tuple)):
+        return tuple(_tuples(item, usual) for item in value)
+    return value
+
+
 def default_values() -> dict[str, Value]:
     """{"group.key": default} of all settings but `arms`, whose keys are free."""
     return {key: setting.default for key, setting in settings().items()}

@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from absl import flags
 from absl import logging as absl_logging
@@ -19,17 +19,19 @@ from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
-from opsd_jax.inputs import cli, paths
+from opsd_jax.inputs import cli, json_files, paths
 from opsd_jax.runtime import growing_file
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads FILE or FILE:ARGUMENT.
+    """Reads FILE.py, FILE.py:ARGUMENT, or FILE.json: settings as in a run's W/config.json.
 
     An error in the file ends the command with one line that names the file and the line.
     """
 
     def parse(self, path):
+        if path.endswith(".json"):
+            return _from_json(path).lock()
         file, _, argument = path.partition(":")
         spec = importlib.util.spec_from_file_location("config_file", file)
         try:
@@ -67,6 +69,33 @@ class _ConfigFile(flags.ArgumentParser):
         return config.lock()
 
 
+def _from_json(path: str) -> ConfigDict:
+    """The settings in a JSON file; what is wrong with it ends the command with one line."""
+    try:
+        record = json_files.read(
+            path, "give a run's config.json, or a Python file", fix="repair it"
+        )
+        if unknown := _unknown_key(record, config_lib.default()):
+            raise ValueError(f"{path}: {config_check.unknown(unknown)}")
+        try:
+            return config_lib.from_json(record)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path} holds a setting of another type: {error}") from error
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _unknown_key(record: Mapping, known: ConfigDict, prefix: str = "") -> str:
+    """The first key of a record that is no setting; "" if there is none."""
+    for name, value in record.items():
+        if name not in known:
+            return prefix + name
+        if isinstance(value, Mapping) and isinstance(known[name], ConfigDict) and name != "arms":
+            if found := _unknown_key(value, known[name], f"{prefix}{name}."):
+                return found
+    return ""
+
+
 class _Tuple(flags.ArgumentParser):
     """Reads a tuple as Python writes it, or its elements separated by commas: a,b.
 
@@ -94,7 +123,7 @@ def _define(flag_values: flags.FlagValues, argv: list[str] | None = None) -> Non
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "File with get_config(); see configs/.",
+        "File with get_config(), see configs/, or the config.json of a run.",
         flag_values,
         lock_config=True,
         sys_argv=argv,

@@ -26,14 +26,13 @@ def load_config(workdir: str) -> ConfigDict:
       FileNotFoundError: there is no run.
       ValueError: its record of the settings is damaged.
     """
-    record, config = read_record(workdir), config_lib.default()
+    record = read_record(workdir)
     try:
-        config.update(record)  # JSON's lists become tuples where the default is one
+        return config_lib.from_json(record)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{workdir}/config.json holds settings of another type ({error}): {_WRITE_AGAIN}"
         ) from error
-    return config
 
 
 def read_record(workdir: str) -> dict:

@@ -555,6 +555,42 @@ def test_config_files_that_are_wrong(text, message, tmp_path):
     assert "\n" not in ended.value.code
 
 
+def test_a_json_file_repeats_a_run(tmp_path):
+    """W/config.json as --config: the same settings, tuples as tuples, and further changes."""
+    config = small_run.config()
+    config.arms.limited = {"stages": ("sft",), "data": {"limits": (3,), "buckets": {"drawn": ()}}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_lib.to_json(config)))
+    found = config_flags.read([f"--config={path}", "--config.opsd.steps=9"])
+    assert found.opsd.steps == 9 and found.is_locked
+    with found.unlocked():
+        found.opsd.steps = config.opsd.steps
+    assert found.to_dict() == config.to_dict()  # == of a list and a tuple is False
+    assert found.data.buckets.trace == config.data.buckets.trace
+    assert found.arms.limited.data.limits == (3,)
+    config_check.check(found)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "mine.json is missing: give a run's config.json, or a Python file"),
+        ("{", "mine.json is not valid JSON (Expecting property name"),
+        ("[]", "mine.json holds a list, not a JSON object"),
+        ('{"opsd": {"stepz": 3}}', "mine.json: there is no setting 'stepz' in config.opsd. Did"),
+        ('{"opsd": {"steps": "x"}}', "mine.json holds a setting of another type: "),
+        ('{"arms": 3}', "mine.json holds a setting of another type: "),
+    ],
+)
+def test_json_files_that_are_wrong(text, message, tmp_path):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        config_flags.read([f"--config={path}"])
+    assert ended.value.code.startswith(f"error: {tmp_path}") and message in ended.value.code
+
+
 TUPLES = [
     (key, setting.rule)
     for key, setting in config_lib.settings().items()
