@@ -280,7 +280,7 @@ def test_commands_and_paths_exist(page):
             f"{page} names {path}, which does not exist"
         )
     for path, arg in re.findall(r"--config=([\w./]+):?([\w,-]*)", text):
-        if path != "FILE":
+        if path != "FILE" and not path.endswith(".json"):  # the latter are files of runs
             get_config(path)(*[arg] if arg else [])
     known = leaves(config_lib.default())
     for key in re.findall(r"--config\.([\w.]+)=", text):
