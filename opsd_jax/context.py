@@ -309,6 +309,7 @@ def pack(
     side: int,
     generation=None,
     names: Sequence[str] | None = None,
+    patch_dim: int = 1,
 ) -> Context:
     """Packs a batch of sequences, each a list of blocks, into one Context.
 
@@ -321,6 +322,7 @@ def pack(
       side: number of rows, and of columns, of the vision tower's position table, in patches.
       generation: GenerationConfig, sizes of the model's latents. None without image generation.
       names: a name of each sequence's example, for error messages.
+      patch_dim: C, where no sequence has an image.
     Returns:
       Context of static shape [B, T], with latents [B, G, C] if `sizes` has any.
     Raises:
@@ -334,7 +336,7 @@ def pack(
             f"packing {sizes.latents} latents per sequence needs the sizes of the model's latents: "
             "pass generation, or set latents to 0"
         )
-    width = image_blocks[0].patches.shape[1] if image_blocks else 1
+    width = image_blocks[0].patches.shape[1] if image_blocks else patch_dim
     dtype = np.result_type(*{b.patches.dtype for b in image_blocks}) if image_blocks else np.uint8
     if dtype != np.uint8:  # a float batch is normalised as a whole
         dtype = np.dtype(np.float32)
@@ -646,6 +648,7 @@ def supervise(
     side: int,
     generation=None,
     names: Sequence[str] | None = None,
+    patch_dim: int = 1,
 ) -> Supervised:
     """Packs sequences of blocks; blocks with `loss` give the targets.
 
@@ -657,7 +660,13 @@ def supervise(
       TooLongError: a sequence does not fit its bucket (see `pack`) or has more than R targets.
     """
     packed = pack(
-        sequences, sizes, tokenizer=tokenizer, side=side, generation=generation, names=names
+        sequences,
+        sizes,
+        tokenizer=tokenizer,
+        side=side,
+        generation=generation,
+        names=names,
+        patch_dim=patch_dim,
     )
     shape = len(sequences), sizes.targets
     positions, labels, mask = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, bool))

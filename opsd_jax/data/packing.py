@@ -57,6 +57,7 @@ class Packer:
       side: patches along a side of the vision encoder's position table.
       generation: sizes of the image-generation path; None where there is none.
       names: names of the blocks of both contexts.
+      patch_dim: values of a patch, for batches without any image.
     """
 
     tokenizer: Tokenizer
@@ -65,6 +66,7 @@ class Packer:
     side: int
     generation: GenerationConfig | None = None
     names: BlockNames = BlockNames()
+    patch_dim: int = 1
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> "Packer":
@@ -76,6 +78,7 @@ class Packer:
             side=config.model.vit.side,
             generation=config_lib.generation(config),
             names=config_lib.block_names(config),
+            patch_dim=config_lib.model(config).vit.patch_dim,
         )
 
     # --- blocks of one example -------------------------------------------------------------------
@@ -214,6 +217,7 @@ class Packer:
                 side=self.side,
                 generation=self.generation,
                 names=[example.example.pid for example in examples],
+                patch_dim=self.patch_dim,
             )
 
     def pack(
@@ -231,6 +235,7 @@ class Packer:
                 tokenizer=self.tokenizer,
                 side=self.side,
                 names=[example.example.pid for example in examples],
+                patch_dim=self.patch_dim,
             )
 
     def images(self, examples: Sequence[PreparedExample | None], bucket: int = -1) -> PaddedImages:

@@ -50,7 +50,7 @@ def key(run: Session, params, examples: Examples) -> dict:
     part = run.record
     names, blocks = run.packer.names, {}
     if names != BlockNames():  # caches of older versions have no names
-        blocks = {**dataclasses.asdict(names), "transforms": part["transforms"]}
+        blocks["blocks"] = {**dataclasses.asdict(names), "transforms": part["transforms"]}
     return {
         "format": FORMAT,
         "teacher": offline.fingerprint(params),

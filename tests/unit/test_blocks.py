@@ -1,7 +1,9 @@
 """Contexts by configuration: names of blocks, controls, columns, transforms and their presets."""
 
 import io
+import json
 import runpy
+import types
 
 import numpy as np
 import pytest
@@ -11,10 +13,23 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, config_flags, context, images, tokenizer
+from opsd_jax import config_check, config_flags, context, images, offline, tokenizer
 from opsd_jax.context import BlockNames
-from opsd_jax.data import arrayrecord, packing, prepare, procedural, schema, tfds_builder
+from opsd_jax.data import __main__ as data
+from opsd_jax.data import (
+    arrayrecord,
+    bucket_index,
+    packing,
+    parquet_files,
+    prepare,
+    procedural,
+    schema,
+    tfds_builder,
+)
 from opsd_jax.data import examples as examples_lib
+from opsd_jax.evaluation import contexts
+from opsd_jax.plan import programs
+from opsd_jax.run import redraw, teacher_cache
 
 CONTEXTS = small_run.ROOT / "configs" / "contexts.py"
 get_config = runpy.run_path(str(CONTEXTS))["get_config"]
@@ -400,6 +415,82 @@ def test_procedural_examples_fit_the_presets(preset, folder):
     own.student(batch), own.traces(batch, ["reference", "interleaved"])
 
 
+@pytest.mark.parametrize(
+    "preset, mode, captions",
+    [
+        ("crop", "none", ["problem"]),
+        ("crop", "swap", ["problem", "image@crop 1 (swap)"]),
+        ("crop", "remove", ["problem"]),
+        ("degraded", "none", ["problem", "image@low_resolution 1 (none)"]),
+        ("degraded", "real", ["problem"]),
+        ("degraded", "noise", ["problem", "image 1 (noise)"]),
+        ("solution_and_vt", "image", ["problem", "visual thought 1 (image)"]),
+    ],
+)
+def test_what_reports_show(preset, mode, captions, folder):
+    config = get_config(preset)
+    config.data.dir, config.data.make.families = str(folder), ()
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    own, rows = packing.Packer.from_config(config, tok), small_run.examples(config, tok)
+    selection = contexts.Selection(rows, own, None, batch_size=1)
+    shown = selection.shown_images(0, 0, mode)
+    assert [caption for caption, _ in shown] == captions
+    assert {image.shape for _, image in shown} == {(40, 40, 3)}
+    assert selection.without_visual_thoughts(0) == 0
+    contexts.check_fit(selection, (mode,))
+
+
+def test_a_context_without_images_has_patches_of_the_same_width(folder):
+    config = get_config("degraded")
+    config.data.dir, config.data.make.families = str(folder), ()
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    own, rows = packing.Packer.from_config(config, tok), small_run.examples(config, tok)
+    c = own.teacher([rows(0, 0)], [None], "none", [None])
+    assert c.patches.shape == own.student([rows(0, 0)]).patches.shape[:1] + (50, 192)
+    assert not c.patch_image.any()
+
+
+def test_caches_depend_on_the_blocks(folder, monkeypatch):
+    config = get_config("crop")
+    config.data.dir, config.data.make.families = str(folder), ()
+    tok = tokenizer.load(folder / "made" / "tokenizer")
+    monkeypatch.setattr(offline, "fingerprint", lambda params: "weights")
+
+    def of(**changes):
+        c = config.copy_and_resolve_references()
+        c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        own, rows = packing.Packer.from_config(c, tok), small_run.examples(c, tok)
+        run = types.SimpleNamespace(config=c, packer=own, record=config_lib.to_json(c))
+        digest = bucket_index._digest(rows, own, 0, "real")
+        return digest, teacher_cache.key(run, None, rows)
+
+    usual = of(teacher__blocks=BlockNames.teacher)
+    assert "blocks" not in usual[1]  # as before
+    found = [
+        usual,
+        of(),
+        of(transforms__crop=(0.0, 0.0, 0.5, 0.5)),
+        of(student__blocks=("system", "image@blur", "question")),
+    ]
+    for of_kind in zip(*found):
+        assert len({json.dumps(x) for x in of_kind}) == len(found)
+    assert of() == found[1] and {key["teacher"] for _, key in found} == {"weights"}
+
+
+@pytest.mark.parametrize(
+    "names, dtype", [(("visual_thoughts",), "float32"), ((SOLUTION,), "uint8")]
+)
+def test_the_plan_knows_that_noise_of_texts_are_ids(names, dtype):
+    config = config_lib.default()
+    config.teacher.update(blocks=(*ASKED, *names), visual_thoughts="noise")
+
+    def made(*sizes, dtype="uint8"):
+        return np.dtype(dtype)
+
+    step = types.SimpleNamespace(config=config, bucket=0, context=made)
+    assert programs._policy_batch(step).teacher == np.dtype(dtype)
+
+
 def test_data_without_a_declared_column_are_refused(folder):
     config = small_run.config(data__dir=str(folder), data__make__families=())
     config.data.columns = (HINT,)
@@ -423,7 +514,7 @@ def further(n: int, **changes) -> dict:
     return test_datasets.row(n) | {"solution": f"solve {n}", "crops": crops} | changes
 
 
-def test_further_columns_are_kept(tmp_path):
+def test_further_columns_are_kept(tmp_path, capsys):
     rows = [further(0), further(1, solution=None, crops=[])]
     test_datasets.maze(tmp_path / "s", rows)
     report = prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS)
@@ -437,8 +528,9 @@ def test_further_columns_are_kept(tmp_path):
         "images:crops": tuple(image["bytes"] for image in rows[0]["crops"]),
     }
     assert source[1].columns == {"text:solution": "", "images:crops": ()}
-    again = prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS)
-    assert again == report  # nothing is written again
+    options = [f"--source={tmp_path}/s", f"--target={tmp_path}/out"]
+    data.main(["prepare", *options, f"--columns={','.join(COLUMNS)}"])
+    assert str(report) in capsys.readouterr().out  # nothing is written again
     with pytest.raises(FileExistsError, match="splits, columns or limit"):
         prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS[:1])
 
@@ -448,6 +540,16 @@ def test_further_columns_are_kept(tmp_path):
     assert {*COLUMNS} <= {*builder.info.features}
     read = builder._generate_examples("Maze", [*tmp_path.glob("s/Maze/data/*.parquet")])
     assert [record["text:solution"] for _, record in read] == ["solve 0", ""]
+
+
+def test_redrawn_examples_keep_them(tmp_path):
+    test_datasets.maze(tmp_path / "s", [further(0), further(1, solution="")])
+    (path,) = tmp_path.glob("s/Maze/data/*.parquet")
+    rows = [*parquet_files.read_examples(path, task="Maze", further=COLUMNS)]
+    redraw._write(str(tmp_path / "w.parquet"), rows, COLUMNS)
+    assert [
+        *parquet_files.read_examples(tmp_path / "w.parquet", task="Maze", further=COLUMNS)
+    ] == rows
 
 
 def test_one_image_is_a_list_of_one(tmp_path):
