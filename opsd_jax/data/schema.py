@@ -303,8 +303,11 @@ def further_images(columns: Iterable[str]) -> list[str]:
 
 
 def further_columns(names: Iterable[str]) -> tuple[str, ...]:
-    """The further columns among the names of the features of prepared files."""
-    return tuple(filter(columns_lib.is_column, names))
+    """The further columns among the names of the features of prepared files, sorted.
+
+    TFDS reads the features of a folder in an order that differs between processes.
+    """
+    return tuple(sorted(filter(columns_lib.is_column, names)))
 
 
 def to_features(example: Example) -> dict[str, Any]:
