@@ -44,6 +44,7 @@ from opsd_jax.model.config import (
     ViTConfig,
 )
 from opsd_jax.runtime.health import Health
+from opsd_jax.weighting import PositionsConfig
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 LAYOUTS = ("interleaved", "reference", "text", "drawn")  # of traces, see `data.packing`
@@ -591,6 +592,28 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
     )
 
 
+def training_budget(config: ConfigDict) -> int:
+    """Budget of fed tokens of a completion in training: rollout.max_new_tokens, or less.
+
+    Where no position from `opsd.positions.limit` on counts, sampling ends there. bos and the
+    delimiters of image skips are fed in addition to the tokens that the limit counts.
+    """
+    budget, limit = config.rollout.max_new_tokens, config.opsd.positions.limit
+    needed = limit + 1 + 2 * config.rollout.max_image_skips
+    return min(budget, needed) if limit else budget
+
+
+def health(config: ConfigDict, stage: str) -> Health:
+    """What is watched during a stage.
+
+    Completions that end at `opsd.positions.limit` are not expected to end by themselves.
+    """
+    values = {**config.health}
+    if stage == "opsd" and config.opsd.positions.limit:
+        values |= {"max_unfinished": None, "min_eos_rate": None}
+    return Health(**values)
+
+
 def stage_config(config: ConfigDict, stage: str, tokenizer) -> StageConfig:
     """The configuration of one stage's update.
 
@@ -616,6 +639,7 @@ def stage_config(config: ConfigDict, stage: str, tokenizer) -> StageConfig:
             jsd_weight=s.jsd_weight,
             ce_weight=s.ce_weight,
             max_forward_tokens=s.max_forward_tokens,
+            positions=PositionsConfig(**s.positions),
             score_seam=config.rollout.score_seam,
             eos_after_cut=config.rollout.eos_after_cut,
         )

@@ -438,6 +438,12 @@ def _check_opsd(config: ConfigDict) -> None:
         raise ValueError(
             "config.opsd.jsd_weight and config.opsd.ce_weight are both 0: nothing would be learned"
         )
+    budget = config_lib.training_budget(config)
+    if s.positions.skip >= budget:
+        raise ValueError(
+            f"config.opsd.positions.skip is {s.positions.skip}, but a completion has at most "
+            f"{budget} positions: skip fewer, or raise config.rollout.max_new_tokens"
+        )
     largest = config.data.buckets.teacher[-1][0]
     least = min(LEAST_SCORED, config.rollout.max_new_tokens)
     if s.max_forward_tokens < largest + 2 + least:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opsd_jax import context as context_lib
-from opsd_jax import divergence, optimizer, rollout, sharding
+from opsd_jax import divergence, optimizer, rollout, sharding, weighting
 from opsd_jax import params as params_lib
 from opsd_jax.array_types import AnyArray
 from opsd_jax.context import Batch, Completion, Context
@@ -58,7 +58,7 @@ def scored_completion(
 
     An empty completion becomes the single token eos (which then occurs twice, as token and as
     label). A completion that exceeds max_forward_tokens together with the teacher's context is
-    truncated for both roles.
+    truncated for both roles. Of its positions those of `config.positions` count.
 
     Args:
       trajectory: B completions of up to N tokens.
@@ -81,13 +81,21 @@ def scored_completion(
         context_lib.completion, bos=config.bos, eos=config.eos, eos_label=eos_label
     )
     if not config.score_seam:
-        return between(tokens, mask & (index < kept[:, None]))
+        return _counting(between(tokens, mask & (index < kept[:, None])), config)
     empty = jnp.pad(empty, ((0, 0), (1, 0)))
     fed = jnp.where(empty, config.eos, trajectory.fed)
     block = between(fed[:, 1:], index < kept[:, None])
     chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
     is_end = jnp.arange(index.size + 1) == kept[:, None]
-    return dataclasses.replace(block, mask=block.mask & (chosen | is_end))
+    block = dataclasses.replace(block, mask=block.mask & (chosen | is_end))
+    return _counting(block, config)
+
+
+def _counting(completion, config):
+    """The completion with the positions that count as its mask."""
+    return dataclasses.replace(
+        completion, mask=weighting.counted(completion.mask, config.positions)
+    )
 
 
 def is_cut(
@@ -146,7 +154,8 @@ def update_step(
       student_entropy, teacher_entropy, and `jsd_by_position` [N + 1].
     """
     completion = scored_completion(trajectory, batch.teacher.length, config)
-    weights = divergence.token_weights(completion.mask, config.reduction)
+    relative = weighting.by_position(completion.mask, config.positions)
+    weights = divergence.token_weights(relative, config.reduction)
     trainable, frozen = optimizer.split(state["params"], config)
     teacher = jax.lax.stop_gradient(teacher_params(state, config))
 

@@ -237,11 +237,14 @@ def cross_entropy(
     )
 
 
-def token_weights(mask: Bool[AnyArray, "B N"], reduction: str) -> Float32[Array, "B N"]:
+def token_weights(
+    mask: Bool[AnyArray, "B N"] | Float32[AnyArray, "B N"], reduction: str
+) -> Float32[Array, "B N"]:
     """Weight of each token in the loss; the weights add up to 1 over the batch (paper Eq. 7).
 
     Args:
-      mask: bool [B, N], tokens that count.
+      mask: bool [B, N], tokens that count; or float32 [B, N] of at least 0, how much each counts
+        relative to the others.
       reduction: "token", all tokens have the same weight; or "completion", the mean over the tokens
         of each completion first, and then over completions.
     Returns:
@@ -249,8 +252,13 @@ def token_weights(mask: Bool[AnyArray, "B N"], reduction: str) -> Float32[Array,
     """
     counted = jnp.asarray(mask, jnp.float32)
     if reduction == "token":
-        return counted / jnp.maximum(jnp.sum(counted), 1)
-    return counted / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) / mask.shape[0]
+        return counted / _or_one(jnp.sum(counted))
+    return counted / _or_one(jnp.sum(counted, axis=1, keepdims=True)) / mask.shape[0]
+
+
+def _or_one(total):
+    """Sums to divide by: 1 in the place of 0, where nothing counts."""
+    return jnp.where(total > 0, total, 1)
 
 
 def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chunk: int) -> Any:

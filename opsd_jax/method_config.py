@@ -14,6 +14,7 @@ from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.params import GROUPS
+from opsd_jax.weighting import PositionsConfig
 
 TEACHERS = ("ema", "self", "fixed")
 REDUCTIONS = ("completion", "token")
@@ -86,6 +87,7 @@ class DistillConfig(StageConfig):
       yes).
     score_seam: whether the delimiters that an image skip fed between two rounds are scored, exactly
       as sampled (official: no).
+    positions: which positions of a completion count, see `weighting`.
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, moments
       or EMA. With LoRA (`model.lora`) only the adapters are trained, and this must be empty.
     """
@@ -101,6 +103,7 @@ class DistillConfig(StageConfig):
     max_forward_tokens: Annotated[int, "[1, inf)"] = 10240
     eos_after_cut: bool = True
     score_seam: bool = False
+    positions: PositionsConfig = PositionsConfig()
     freeze: Annotated[tuple[str, ...], GROUPS] = ()
 
     def __post_init__(self):

@@ -50,7 +50,7 @@ from opsd_jax.runtime import metrics as metrics_lib
 from opsd_jax.runtime.checkpoint import Checkpoints
 from opsd_jax.runtime.clock import CompileGuard
 from opsd_jax.runtime.distributed import EXIT_STOPPED
-from opsd_jax.runtime.health import Health, UnhealthyRunError
+from opsd_jax.runtime.health import UnhealthyRunError
 from opsd_jax.runtime.progress import Progress
 from opsd_jax.runtime.stopping import Stopped, StopRequest, install_sigterm
 
@@ -291,7 +291,7 @@ def train_stage(
                 checkpoints.wait()
 
     stream = batches.stream(load, begin, stage.last) if begin < stage.last else iter(())
-    health = Health(**config.health)
+    health = config_lib.health(config, stage.name)
     if begin > stage.first:
         records = metrics_lib.read(run_folder.metrics(run.workdir))
         history = [record for record in records if record["stage"] == stage.name]

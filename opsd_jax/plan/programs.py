@@ -209,7 +209,13 @@ def _sampling(step: _Step) -> RolloutConfig:
     # not all zeros.
     size = step.model.llm.vocab_size
     marker = rollout.Marker.build([bytes([n]) for n in range(min(size, 256))], size)
-    return config_lib.rollout(step.config, _ENDS, marker, shards=sharding.batch_divisor(step.mesh))
+    return config_lib.rollout(
+        step.config,
+        _ENDS,
+        marker,
+        shards=sharding.batch_divisor(step.mesh),
+        max_new_tokens=config_lib.training_budget(step.config),
+    )
 
 
 def _random_key(step: _Step) -> jax.ShapeDtypeStruct:

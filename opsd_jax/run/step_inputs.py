@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opsd_jax import config as config_lib
 from opsd_jax import rollout, sharding
 from opsd_jax.data.batches import Batches
 from opsd_jax.data.examples import PreparedExample
@@ -79,7 +80,8 @@ class Completions:
 
     def __init__(self, run: Session, batches: Batches, guard: CompileGuard):
         self._run, self._batches = run, batches
-        self._config, self._retries = run.sampling(), run.config.rollout.empty_retries
+        self._config = run.sampling(max_new_tokens=config_lib.training_budget(run.config))
+        self._retries = run.config.rollout.empty_retries
         self._sample = guard.watch("sample", rollout.sample, batches.schedule.num_buckets)
         self._key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
 
