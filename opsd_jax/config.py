@@ -156,14 +156,28 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnPolicyBatches:
+    """What the completions of a batch are (`opsd`)."""
+
+    # Completions of each question: a batch holds batch_size / completions questions.
+    completions: Annotated[int, "[1, inf)"] = 1
+    # Share of a batch's sequences whose completion is the example's text trace.
+    reference_share: Annotated[float, "[0, 1]"] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchesConfig:
     """How the batches of one stage are made; the values that `batches` takes from several groups.
 
     Attributes:
       stage: one of STAGES.
-      size: number of examples of the global batch.
+      size: number of sequences of the global batch.
+      completions: number of sequences of each example; it divides the size.
+      num_references: sequences of a batch whose completion is the example's text trace.
+      tokens: tokens that a completion has space for.
       seed: seed of the schedule and of noise.
       visual_thoughts: what the teacher sees, one of context.VISUAL_THOUGHTS.
+      contrast: whether batches also hold the teacher's context with swapped privileged blocks.
       mix: ratios of the layouts of traces, {layout: ratio}; {} for a stage without traces.
       generation: whether batches also hold images as the autoencoder sees them.
       data: shares of the tasks, what happens to examples that fit no bucket, threads.
@@ -171,11 +185,20 @@ class BatchesConfig:
 
     stage: str
     size: int
+    completions: int
+    num_references: int
+    tokens: int
     seed: int
     visual_thoughts: str
+    contrast: bool
     mix: Mapping[str, int]
     generation: bool
     data: DataConfig
+
+    @property
+    def measured(self) -> str:
+        """What the teacher sees in the largest of its contexts besides the true blocks."""
+        return "swap" if self.contrast else self.visual_thoughts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +329,10 @@ class Setting:
     rule: checks.Rule | None
 
 
+# Fields of DistillConfig that are settings of the teacher, under the same names.
+_OF_TEACHER = ("ema_decay", "snapshot_every", "contrast", "contrast_with")
+
+
 @functools.cache
 def settings() -> dict[str, Setting]:
     """{"group.key": setting} of all settings but `arms`, whose keys are free."""
@@ -336,7 +363,9 @@ def settings() -> dict[str, Setting]:
         "transforms": _of(images.Transforms),
         "data": _of(DataConfig),
         "student": _of(StudentContext),
-        "teacher": {"kind": opsd["teacher"], "ema_decay": opsd["ema_decay"]} | _of(TeacherContext),
+        "teacher": {"kind": opsd["teacher"]}
+        | {name: opsd[name] for name in _OF_TEACHER}
+        | _of(TeacherContext),
         "divergence": _of(DivergenceConfig),
         "rollout": _of(RolloutConfig, without=("shards",))
         | {name: opsd[name] for name in ("score_seam", "eos_after_cut")}
@@ -346,9 +375,10 @@ def settings() -> dict[str, Setting]:
         | _group("mix", _of(TraceMix)),
         "opsd": _stage(
             DistillConfig,
-            without=("divergence", "teacher", "ema_decay", "score_seam", "eos_after_cut"),
+            without=("divergence", "teacher", *_OF_TEACHER, "score_seam", "eos_after_cut"),
             accumulation=2,
-        ),
+        )
+        | _of(OnPolicyBatches),
         "sft": _stage(SupervisedConfig, optim=OptimConfig(total_steps=2000))
         | _group("mix", _of(TextMix)),
         "offline": _stage(OfflineConfig, optim=OptimConfig(total_steps=8000)) | _of(CacheConfig),
@@ -478,6 +508,11 @@ def arm(config: ConfigDict, name: str, start: str = "") -> ConfigDict:
     return changed
 
 
+def contrasts_swapped(config: ConfigDict) -> bool:
+    """Whether the target of OPSD is contrasted with the teacher under swapped privileged blocks."""
+    return config.teacher.contrast > 0 and config.teacher.contrast_with == "swap"
+
+
 def trains_generation(config: ConfigDict, stage: str) -> bool:
     """Whether a stage trains image generation, and so needs images as the autoencoder sees them."""
     return stage == "autoencoder" or (stage == "warmup" and config.warmup.mix.drawn > 0)
@@ -543,11 +578,16 @@ def data(config: ConfigDict) -> DataConfig:
 
 def batches(config: ConfigDict, stage: str) -> BatchesConfig:
     """How the batches of a stage are made."""
+    s = config[stage]
     return BatchesConfig(
         stage=stage,
-        size=config[stage].batch_size,
+        size=s.batch_size,
+        completions=s.get("completions", 1),
+        num_references=round(s.get("reference_share", 0.0) * s.batch_size),
+        tokens=training_budget(config) - 1,  # bos is fed, too
         seed=config.seed,
         visual_thoughts=config.teacher.visual_thoughts,
+        contrast=stage == "opsd" and contrasts_swapped(config),
         mix={**config[stage].get("mix", {})},
         generation=trains_generation(config, stage),
         data=data(config),
@@ -635,11 +675,12 @@ def stage_config(config: ConfigDict, stage: str, tokenizer) -> StageConfig:
             eos=tokenizer.eos,
             divergence=DivergenceConfig(**config.divergence),
             teacher=config.teacher.kind,
-            ema_decay=config.teacher.ema_decay,
+            **{name: config.teacher[name] for name in _OF_TEACHER},
             jsd_weight=s.jsd_weight,
             ce_weight=s.ce_weight,
             max_forward_tokens=s.max_forward_tokens,
             positions=PositionsConfig(**s.positions),
+            token_weights=s.token_weights,
             score_seam=config.rollout.score_seam,
             eos_after_cut=config.rollout.eos_after_cut,
         )

@@ -438,12 +438,7 @@ def _check_opsd(config: ConfigDict) -> None:
         raise ValueError(
             "config.opsd.jsd_weight and config.opsd.ce_weight are both 0: nothing would be learned"
         )
-    budget = config_lib.training_budget(config)
-    if s.positions.skip >= budget:
-        raise ValueError(
-            f"config.opsd.positions.skip is {s.positions.skip}, but a completion has at most "
-            f"{budget} positions: skip fewer, or raise config.rollout.max_new_tokens"
-        )
+    _check_objective(config)
     largest = config.data.buckets.teacher[-1][0]
     least = min(LEAST_SCORED, config.rollout.max_new_tokens)
     if s.max_forward_tokens < largest + 2 + least:
@@ -454,6 +449,49 @@ def _check_opsd(config: ConfigDict) -> None:
             f"{largest + 2 + least} ({least} tokens to score), or "
             f"{largest + 2 + config.rollout.max_new_tokens} so that none is cut, or make that "
             "bucket smaller"
+        )
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """Checks what the loss of OPSD compares, and which completions it has."""
+    s, seen = config.opsd, config.teacher.visual_thoughts
+    for key, used in (
+        ("teacher.contrast", config.teacher.contrast > 0),
+        ("opsd.token_weights", s.token_weights == "advantage"),
+    ):
+        if used and not config_lib.block_names(config).privileged:
+            raise ValueError(
+                f"config.{key} compares the teacher with itself without its privileged blocks, but "
+                "the student has all of them: name more blocks in config.teacher.blocks, or leave "
+                f"config.{key} as it is by default"
+            )
+    if config_lib.contrasts_swapped(config) and seen in ("swap", "image"):
+        raise ValueError(
+            f"config.teacher.contrast_with is 'swap' with config.teacher.visual_thoughts {seen!r}: "
+            "contrast 'real', 'noise' or 'none' with it, or set "
+            "config.teacher.contrast_with='none'"
+        )
+    if s.batch_size % s.completions:
+        raise ValueError(
+            f"config.opsd.batch_size {s.batch_size} is not divisible by config.opsd.completions "
+            f"{s.completions}: a batch holds all completions of its questions"
+        )
+    if s.completions > 1 and config.rollout.greedy:
+        raise ValueError(
+            f"config.opsd.completions is {s.completions} with config.rollout.greedy, which gives a "
+            "question the same completion each time: set one of them back"
+        )
+    if config.teacher.kind == "snapshot" and config.teacher.snapshot_every >= s.steps:
+        raise ValueError(
+            f"config.teacher.snapshot_every is {config.teacher.snapshot_every}, but the stage has "
+            f"{s.steps} steps, so that the teacher would stay as it starts: give less than "
+            "config.opsd.steps, or set config.teacher.kind='fixed'"
+        )
+    budget = config_lib.training_budget(config)
+    if s.positions.skip >= budget:
+        raise ValueError(
+            f"config.opsd.positions.skip is {s.positions.skip}, but a completion has at most "
+            f"{budget} positions: skip fewer, or raise config.rollout.max_new_tokens"
         )
 
 

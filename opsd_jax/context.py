@@ -690,7 +690,26 @@ def supervise(
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["tokens", "mask", "cut"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class References:
+    """Texts that take the place of some of the sampled completions of a batch.
+
+    tokens: int32 [B, N], token ids, 0 after the end.
+    mask: bool [B, N], True at tokens; nowhere in a sequence that keeps its sampled completion.
+    cut: bool [B], whether the text goes on after N tokens.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    cut: np.ndarray
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["student", "teacher", "contrast", "references"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -698,10 +717,15 @@ class Batch:
 
     student: Context [B, T], question and problem image.
     teacher: Context [B, T'], the same followed by the privileged content.
+    contrast: Context [B, T'], the teacher's with the privileged blocks of other examples; None
+      where no target is contrasted with it.
+    references: texts in the place of sampled completions; None where there are none.
     """
 
     student: Context
     teacher: Context
+    contrast: Context | None = None
+    references: References | None = None
 
 
 @functools.partial(

@@ -3,6 +3,7 @@
   student   C_S + completion   forward with gradient      theta
   teacher   C_T + completion   forward without gradient   theta, their EMA, or the initial weights
 
+Token weights and contrastive targets take one more forward pass of the teacher in another context.
 Both roles are the same function on the same completion tokens, so that their positions align one to
 one. `update` is one jitted program: both forward passes, divergence, backward pass, clipping,
 AdamW, EMA. The state is donated. Official: scripts/visual_opsd/train_visual_opsd.py.
@@ -21,7 +22,7 @@ from opsd_jax import context as context_lib
 from opsd_jax import divergence, optimizer, rollout, sharding, weighting
 from opsd_jax import params as params_lib
 from opsd_jax.array_types import AnyArray
-from opsd_jax.context import Batch, Completion, Context
+from opsd_jax.context import Batch, Completion, Context, References
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.method_config import DistillConfig
 from opsd_jax.method_config import OptimConfig as OptimConfig
@@ -98,6 +99,39 @@ def _counting(completion, config):
     )
 
 
+def with_references(
+    trajectory: Trajectory, references: References | None, *, bos: int
+) -> Trajectory:
+    """Completions with references in the place of some: what is scored.
+
+    A reference that goes on after its N tokens ends like a completion that used up its budget.
+
+    Args:
+      trajectory: B completions of up to N tokens. references: References [B, N].
+    """
+    if references is None:
+        return trajectory
+    given = references.mask[:, 0]
+    count = jnp.sum(references.mask, axis=1, dtype=jnp.int32)
+    ended = jnp.where(references.cut, rollout.STOP_BUDGET, rollout.STOP_EOS)
+    instead = dataclasses.replace(
+        trajectory,
+        tokens=jnp.asarray(references.tokens),
+        mask=jnp.asarray(references.mask),
+        logprobs=jnp.zeros_like(trajectory.logprobs),
+        num_skips=jnp.zeros_like(trajectory.num_skips),
+        stop=ended.astype(trajectory.stop.dtype),
+        fed=jnp.pad(references.tokens, ((0, 0), (1, 0)), constant_values=bos),
+        fed_sampled=jnp.pad(references.mask, ((0, 0), (1, 0))),
+        num_fed=count + 1,
+    )
+
+    def choose(reference, sampled):
+        return jnp.where(given.reshape(-1, *[1] * (sampled.ndim - 1)), reference, sampled)
+
+    return jax.tree.map(choose, instead, trajectory)
+
+
 def is_cut(
     trajectory: Trajectory, teacher_length: Int[AnyArray, " B"], config: DistillConfig
 ) -> Bool[Array, " B"]:
@@ -151,11 +185,15 @@ def update_step(
       (state, metrics): float32 scalars loss, jsd, ce, lr, grad_norm, completion_len, scored_len
       (scored positions of a completion, its end included), cut_rate (completions that
       max_forward_tokens truncated), eos_rate, image_skip_rate, teacher_topk_mass, clip_fraction,
-      student_entropy, teacher_entropy, and `jsd_by_position` [N + 1].
+      student_entropy, teacher_entropy, with the weights "advantage" their mean advantage, and
+      `jsd_by_position` [N + 1].
     """
-    completion = scored_completion(trajectory, batch.teacher.length, config)
+    scored = with_references(trajectory, batch.references, bos=config.bos)
+    completion = scored_completion(scored, batch.teacher.length, config)
     relative = weighting.by_position(completion.mask, config.positions)
     weights = divergence.token_weights(relative, config.reduction)
+    # The sum of such weights over the batch is known after all micro steps only.
+    normalised_last = config.token_weights != "none" and config.reduction == "token"
     trainable, frozen = optimizer.split(state["params"], config)
     teacher = jax.lax.stop_gradient(teacher_params(state, config))
 
@@ -168,19 +206,28 @@ def update_step(
             )
         with jax.named_scope("student"):
             hidden_s = score(params, batch.student, completion, config=config.model)
+        others = _other_states(teacher, hidden_s, batch, completion, config)
         jsd, ce, signals = divergence.chunked(
             hidden_s,
             params["llm"]["head"],
-            hidden_t,
+            _target(hidden_t, others, config),
             teacher["llm"]["head"],
             completion.labels,
             config.divergence,
         )
+        if config.token_weights == "advantage":
+            signals["advantage"] = weighting.advantage(
+                hidden_t, others["none"], teacher["llm"]["head"], config.divergence.chunk
+            )
+        if config.token_weights != "none":
+            own = signals[config.token_weights]
+            weights = weighting.reweighted(weights, own, config.reduction)
         value = config.jsd_weight * jnp.sum(jsd * weights)
         if config.ce_weight:
             value += config.ce_weight * jnp.sum(ce * weights)
         mask = completion.mask.astype(jnp.float32)
-        return value, {
+        total = {"weight": jnp.sum(weights)} if normalised_last else {}
+        return value, total | {
             "loss": value,
             "jsd": jnp.sum(jsd * weights),
             "ce": jnp.sum(ce * weights),
@@ -190,20 +237,56 @@ def update_step(
 
     inputs = (batch, completion, weights)
     grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    if normalised_last:
+        total = found.pop("weight")
+        total = jnp.where(total > 0, total, 1)
+        grads = jax.tree.map(lambda x: x / total, grads)
+        found |= {name: found[name] / total for name in ("loss", "jsd", "ce")}
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
-    scored = completion.mask.astype(jnp.float32)
+    counted = completion.mask.astype(jnp.float32)
     sums = found.pop("sums")
     return state, {
         **found,
         **step_metrics,
-        **{name: total / jnp.maximum(jnp.sum(scored), 1) for name, total in sums.items()},
+        **{name: total / jnp.maximum(jnp.sum(counted), 1) for name, total in sums.items()},
         "completion_len": _mean(jnp.sum(trajectory.mask, axis=1)),
         "scored_len": _mean(jnp.sum(completion.mask, axis=1)),
-        "cut_rate": _mean(is_cut(trajectory, batch.teacher.length, config)),
+        "cut_rate": _mean(is_cut(scored, batch.teacher.length, config)),
         "eos_rate": _mean(trajectory.stop == rollout.STOP_EOS),
         "image_skip_rate": _mean(trajectory.num_skips > 0),
-        "jsd_by_position": found["jsd_by_position"] / jnp.maximum(jnp.sum(scored, axis=0), 1),
+        "jsd_by_position": found["jsd_by_position"] / jnp.maximum(jnp.sum(counted, axis=0), 1),
     }
+
+
+def _other_states(teacher, hidden_s, batch, completion, config):
+    """{context: hidden states [B, N + 1, D] of the teacher in it}, of the contexts that are needed.
+
+    "none" is the student's context, "swap" that of `batch.contrast`. A teacher that is the student
+    has the student's hidden states in the student's context.
+    """
+    needed = {config.contrast_with} if config.contrast else set()
+    if config.token_weights == "advantage":
+        needed.add("none")
+    found = {}
+    with jax.named_scope("teacher"):
+        if "none" in needed and config.teacher == "self":
+            found["none"] = hidden_s
+        elif "none" in needed:
+            found["none"] = score(teacher, batch.student, completion, config=config.model)
+        if "swap" in needed:
+            found["swap"] = score(teacher, batch.contrast, completion, config=config.model)
+    return jax.lax.stop_gradient(found)
+
+
+def _target(hidden_t, others, config):
+    """Hidden states of the target: the teacher's, or contrasted with those in another context.
+
+    The head is linear, so that this is log p + a (log p - log p'), up to the normalisation.
+    """
+    if not config.contrast:
+        return hidden_t
+    wide, other = hidden_t.astype(jnp.float32), others[config.contrast_with].astype(jnp.float32)
+    return (wide + config.contrast * (wide - other)).astype(hidden_t.dtype)
 
 
 def _mean(x):

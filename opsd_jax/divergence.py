@@ -22,7 +22,9 @@ from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import checks
 
 KINDS = ("jsd", "sampled_reverse_kl")
+SUPPORTS = ("teacher", "student", "union")
 _KEPT = "the teacher's largest entries"  # the name of values that `jax.checkpoint` saves
+_NEVER = -1e30  # a logit of an entry that does not count, finite so that differences are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +41,22 @@ class DivergenceConfig:
       form.
     top_k: both sides are restricted to the teacher's top_k entries and renormalised. 0 keeps the
       whole vocabulary.
+    support: whose top_k entries those are: "teacher" (official), "student", or "union", the entries
+      that are among the top_k of either side.
     tail: whether one more entry holds all other probability on each side, instead of
       renormalising. The official code has no such entry.
     clip: upper bound, 0 for none.
     clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over the vocabulary,
       which is what the official code does, whatever it calls it. "token" bounds the sum.
     chunk: number of tokens per sequence whose logits exist at once in `chunked`: the logits of one
-      side if top_k restricts them, else of both.
+      side if they are restricted to the teacher's top_k, else of both.
     """
 
     kind: Annotated[str, KINDS] = "jsd"
     beta: Annotated[float, "[0, 1]"] = 0.5
     temperature: Annotated[float, checks.TEMPERATURE] = 1.0
     top_k: Annotated[int, "[0, inf)"] = 256
+    support: Annotated[str, SUPPORTS] = "teacher"
     tail: bool = False
     clip: Annotated[float, "[0, inf)"] = 0.05
     clip_unit: Annotated[str, ("entry", "token")] = "entry"
@@ -59,16 +64,25 @@ class DivergenceConfig:
 
     def __post_init__(self):
         checks.fields(self, "divergence")
+        if self.support != "teacher" and (self.kind != "jsd" or not self.top_k):
+            raise ValueError(
+                f"divergence.support is {self.support!r}, but with divergence.kind {self.kind!r} "
+                f"and divergence.top_k {self.top_k} the whole vocabulary is compared: use "
+                "divergence.kind='jsd' with a top_k, or divergence.support='teacher'"
+            )
 
 
-def _of_teacher(logits, config):
+def _of_teacher(logits, config, student_logits=None):
     """What the divergence needs of the teacher's logits [..., V].
 
     The logits are divided by the temperature, in float32.
 
+    Args:
+      student_logits: [..., V], needed unless config.support is "teacher".
     Returns:
-      With top_k: (the largest entries [..., K], their indices int32 [..., K], logsumexp of all
-      entries [..., 1]). Without: (all entries [..., V],).
+      With top_k: (the kept entries [..., K], their indices int32 [..., K], logsumexp of all
+      entries [..., 1]); with the union of two supports also which of its 2 top_k entries count,
+      bool [..., K]. Without top_k: (all entries [..., V],).
     """
 
     def scaled(x):
@@ -76,14 +90,25 @@ def _of_teacher(logits, config):
 
     if not _restricts(config, logits.shape[-1]):
         return (scaled(logits),)
+    total = jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True)
+    if config.support == "teacher":
+        top, index = _largest(logits, config.top_k)
+        return scaled(top), index, total
+    _, index = _largest(jax.lax.stop_gradient(student_logits), config.top_k)
+    counts: tuple[AnyArray, ...] = ()
+    if config.support == "union":
+        both = [_largest(logits, config.top_k)[1], index]
+        index = jnp.sort(jnp.concatenate(both, axis=-1), axis=-1)
+        counts = (jnp.diff(index, axis=-1, prepend=-1) > 0,)  # the second of two equals does not
+    found = scaled(jnp.take_along_axis(logits, index, axis=-1)), index, total, *counts
+    return tuple(checkpoint_name(x, _KEPT) for x in found)
+
+
+def _largest(logits, count: int):
+    """The largest entries of [..., V] and their indices, [..., count] each."""
     # Two-dimensional like XLA's own top-k, which copies all logits of another shape first.
-    top, index = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), config.top_k)
-    kept = (*logits.shape[:-1], config.top_k)
-    return (
-        scaled(top).reshape(kept),
-        index.reshape(kept),
-        jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True),
-    )
+    found = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
+    return tuple(x.reshape(*logits.shape[:-1], count) for x in found)
 
 
 def _restricts(config, vocabulary: int) -> bool:
@@ -108,10 +133,12 @@ def _log_probs(student_logits, teacher, config):
             jax.nn.log_softmax(teacher[0], axis=-1),
             jnp.ones(student.shape[:-1], jnp.float32),
         )
-    top, index, of_teacher = teacher
+    top, index, of_teacher, *counts = teacher
     # All that the backward pass needs: with these saved, `over_chunks` does not compute the
     # student's logits again.
     kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
+    if counts:
+        kept = [jnp.where(counts[0], x, _NEVER) for x in kept]
     total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), of_teacher]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
     mass = jnp.exp(inside[1] - total[1])[..., 0]
@@ -163,9 +190,8 @@ def generalized_jsd(
       teacher_topk_mass; clip_fraction, the share of entries (or of tokens) above the bound;
       student_entropy and teacher_entropy in nats, over the kept entries, after the temperature.
     """
-    return _divergence(
-        student_logits, _of_teacher(jax.lax.stop_gradient(teacher_logits), config), config
-    )
+    teacher = _of_teacher(jax.lax.stop_gradient(teacher_logits), config, student_logits)
+    return _divergence(student_logits, teacher, config)
 
 
 def _divergence(student_logits, teacher, config):
@@ -175,6 +201,9 @@ def _divergence(student_logits, teacher, config):
     clipped = jnp.zeros(entries.shape[:-1], jnp.float32)
     if config.clip and config.clip_unit == "entry":
         clipped = jnp.mean(entries > config.clip, axis=-1, dtype=jnp.float32)
+        if len(teacher) == 4:  # some entries do not count
+            left_out = jnp.sum(~teacher[3], axis=-1)
+            clipped *= entries.shape[-1] / (entries.shape[-1] - left_out)
         entries = jnp.minimum(entries, config.clip)
     values = jnp.sum(entries, axis=-1)
     if config.clip and config.clip_unit == "token":
@@ -251,14 +280,10 @@ def token_weights(
       float32 [B, N].
     """
     counted = jnp.asarray(mask, jnp.float32)
+    least = 1 if mask.dtype == bool else jnp.finfo(jnp.float32).tiny  # to divide by
     if reduction == "token":
-        return counted / _or_one(jnp.sum(counted))
-    return counted / _or_one(jnp.sum(counted, axis=1, keepdims=True)) / mask.shape[0]
-
-
-def _or_one(total):
-    """Sums to divide by: 1 in the place of 0, where nothing counts."""
-    return jnp.where(total > 0, total, 1)
+        return counted / jnp.maximum(jnp.sum(counted), least)
+    return counted / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), least) / mask.shape[0]
 
 
 def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chunk: int) -> Any:
@@ -334,7 +359,8 @@ def chunked(
       all float32. Padding has values too: mask them.
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    first = config.kind == "jsd" and _restricts(config, student_head.shape[1])
+    restricts = _restricts(config, student_head.shape[1]) and config.support == "teacher"
+    first = config.kind == "jsd" and restricts
     teacher: tuple[AnyArray, ...] = (teacher_hidden,)
     if first:
         # The teacher's K entries of all tokens are computed before any logits of the student
@@ -350,7 +376,7 @@ def chunked(
         logits_s = project(hidden_s, heads[0])
         if not first:
             logits_t = project(teacher[0], heads[1])
-            teacher = _of_teacher(logits_t, config)
+            teacher = _of_teacher(logits_t, config, logits_s)
         values, signals = _divergence(logits_s, teacher, config)
         if config.kind == "sampled_reverse_kl":
             values = sampled_reverse_kl(logits_s, logits_t, label, config.temperature)

@@ -14,9 +14,10 @@ from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.params import GROUPS
-from opsd_jax.weighting import PositionsConfig
+from opsd_jax.weighting import WEIGHTS, PositionsConfig
 
-TEACHERS = ("ema", "self", "fixed")
+CONTRASTS = ("none", "swap")
+TEACHERS = ("ema", "self", "fixed", "snapshot")
 REDUCTIONS = ("completion", "token")
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
@@ -75,9 +76,11 @@ class DistillConfig(StageConfig):
 
     bos, eos: token ids.
     divergence: divergence between teacher and student.
-    teacher: "ema" (official default), "self" (the current weights: one pytree), or "fixed" (the
-      weights at the start of the stage).
+    teacher: "ema" (official default), "self" (the current weights: one pytree), "fixed" (the
+      weights at the start of the stage), or "snapshot" (those after the last step that
+      snapshot_every divides).
     ema_decay: decay of the teacher's moving average per optimizer step.
+    snapshot_every: optimizer steps between two snapshots.
     jsd_weight, ce_weight: weights of the divergence and of the cross entropy on the sampled tokens.
     reduction: "completion" averages each completion first and then over completions (official:
       short completions weigh as much as long ones); "token" weighs all tokens alike.
@@ -88,6 +91,11 @@ class DistillConfig(StageConfig):
     score_seam: whether the delimiters that an image skip fed between two rounds are scored, exactly
       as sampled (official: no).
     positions: which positions of a completion count, see `weighting`.
+    token_weights: what each token's terms are multiplied by, relative to the others: "none",
+      "teacher_entropy" (that of the metrics), or "advantage", see `weighting.advantage`.
+    contrast: a in the target log p + a (log p - log p'), renormalised, with the teacher's p in its
+      own and p' in another context; 0 for p. contrast_with: that context: "none" is the student's,
+      "swap" the one in `batch.contrast`, with the privileged blocks of another example.
     freeze: parameter groups (`params.GROUPS`) that are not trained; they have no gradient, moments
       or EMA. With LoRA (`model.lora`) only the adapters are trained, and this must be empty.
     """
@@ -97,6 +105,7 @@ class DistillConfig(StageConfig):
     divergence: DivergenceConfig = DivergenceConfig()
     teacher: Annotated[str, TEACHERS] = "ema"
     ema_decay: Annotated[float, "[0, 1]"] = 0.995
+    snapshot_every: Annotated[int, "[1, inf)"] = 100
     jsd_weight: Annotated[float, "[0, inf)"] = 1.0
     ce_weight: Annotated[float, "[0, inf)"] = 0.0
     reduction: Annotated[str, REDUCTIONS] = "completion"
@@ -104,6 +113,9 @@ class DistillConfig(StageConfig):
     eos_after_cut: bool = True
     score_seam: bool = False
     positions: PositionsConfig = PositionsConfig()
+    token_weights: Annotated[str, WEIGHTS] = "none"
+    contrast: Annotated[float, "[0, 100]"] = 0.0
+    contrast_with: Annotated[str, CONTRASTS] = "none"
     freeze: Annotated[tuple[str, ...], GROUPS] = ()
 
     def __post_init__(self):

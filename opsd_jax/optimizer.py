@@ -46,7 +46,8 @@ def init_state(params: dict, config: StageConfig) -> dict:
     params: the model's parameters, not copied. opt: Adam's moments, optax.ScaleByAdamState; with
     Muon an optax.PartitionState: the momentum of the matrices and Adam's moments of the others.
     step: int32 [], optimizer steps of the stage so far.
-    ema or teacher: copies of the trainable leaves, for the moving average or the fixed teacher.
+    ema or teacher: copies of the trainable leaves: the moving average, or the weights of a fixed
+      teacher or of the last snapshot.
     """
     trainable, _ = split(params, config)
     state = {
@@ -142,7 +143,7 @@ def _like_adam(direction: AnyArray) -> AnyArray:
 def apply_gradients(
     state: dict, grads: dict, config: StageConfig
 ) -> tuple[dict, dict[str, Float32[Array, ""]]]:
-    """Clipping, AdamW or Muon, and EMA.
+    """Clipping, AdamW or Muon, and the teacher's weights where they follow the student's.
 
     Muon (Jordan et al. 2024; optax.contrib): the momentum of a matrix with its singular values
     replaced by about 1. It needs fewer steps than AdamW where a model learns from random weights.
@@ -173,6 +174,11 @@ def apply_gradients(
     if isinstance(config, DistillConfig) and config.teacher == "ema":
         decay = config.ema_decay
         new["ema"] = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], trainable)
+    if isinstance(config, DistillConfig) and config.teacher == "snapshot":
+        due = new["step"] % config.snapshot_every == 0
+        new["teacher"] = jax.tree.map(
+            lambda t, p: jnp.where(due, p, t), state["teacher"], trainable
+        )
     return new, {"grad_norm": optax.tree.norm(grads), "lr": rate}
 
 

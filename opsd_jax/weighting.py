@@ -11,10 +11,13 @@ from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
+from opsd_jax import divergence
 from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import checks
+
+WEIGHTS = ("none", "teacher_entropy", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +82,45 @@ def by_position(
     if not config.power:
         return mask
     return jnp.where(mask, (1.0 + jnp.arange(mask.shape[1])) ** config.power, 0)
+
+
+def advantage(
+    hidden: Float[AnyArray, "B N D"],
+    without: Float[AnyArray, "B N D"],
+    head: Float[AnyArray, "D V"],
+    chunk: int,
+) -> Float32[Array, "B N"]:
+    """KL(teacher with privileged content || teacher without) of each token, in nats.
+
+    Over the whole vocabulary at temperature 1; not below 0. The logits of a chunk exist at a time.
+
+    Args:
+      hidden, without: the teacher's hidden states [B, N, D] after its own and after the student's
+        context.
+      head: its head [D, V]. chunk: see `divergence.over_chunks`.
+    Returns:
+      float32 [B, N].
+    """
+    exact = divergence.DivergenceConfig(beta=0.0, top_k=0, clip=0.0, chunk=chunk)
+    labels = jnp.zeros(hidden.shape[:2], jnp.int32)  # of the cross entropy, which is not computed
+    values, _, _ = divergence.chunked(without, head, hidden, head, labels, exact, with_ce=False)
+    return jnp.maximum(values, 0)
+
+
+def reweighted(
+    weights: Float32[Array, "B N"], values: Float32[Array, "B N"], reduction: str
+) -> Float32[Array, "B N"]:
+    """Weights in a mean, times a value of each token.
+
+    With the reduction "completion" the weights of a completion add up to what they did before (0
+    where all values are 0). With "token" the sum is that of the whole batch, which a micro step
+    does not know: the caller divides the loss and its gradient by the sum over all micro steps.
+
+    Args:
+      weights: [B, N], as `divergence.token_weights` returns them. values: [B, N], at least 0.
+    """
+    found = weights * values
+    if reduction == "token":
+        return found
+    total = jnp.sum(found, axis=1, keepdims=True)
+    return found * (jnp.sum(weights, axis=1, keepdims=True) / jnp.where(total > 0, total, 1))

@@ -3,13 +3,15 @@
 A host needs the step number alone to resume, and any number of hosts read the same global batches.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from opsd_jax.config import BatchesConfig
-from opsd_jax.context import Batch, GenerationBatch, PaddedImages, Supervised
+from opsd_jax.context import Batch, GenerationBatch, PaddedImages, References, Supervised
 from opsd_jax.data import bucket_index
 from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.data.packing import Packer
@@ -46,7 +48,7 @@ class Batches:
         """
         self._config, self.examples, self.packer = config, examples, packer
         self.share = range(config.size) if share is None else share
-        if config.stage == "opsd" and config.visual_thoughts == "swap":
+        if config.stage == "opsd" and config.measured == "swap":
             for source in range(len(examples.sources)):
                 examples.partner(source, 0)  # raises before the first step if there is none
         data, num_buckets = config.data, len(config.data.buckets.student)
@@ -56,29 +58,62 @@ class Batches:
         else:
             lengths = [
                 bucket_index.bucket_index(
-                    workdir, examples, packer, n, visual_thoughts=config.visual_thoughts, data=data
+                    workdir, examples, packer, n, visual_thoughts=config.measured, data=data
                 )
                 for n in range(len(examples.sources))
             ]
         self.schedule = BatchSchedule(
-            lengths, data.weights or None, range(num_buckets), config.size, config.seed
+            lengths,
+            data.weights or None,
+            range(num_buckets),
+            config.size // config.completions,
+            config.seed,
         )
+        if config.num_references:  # before the first step, if a task has none
+            for source in range(len(examples.sources)):
+                packer.reference(examples.measured(source, 0))
 
     def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[PreparedExample]]:
-        """Student and teacher contexts of the batch, and its examples.
+        """Student and teacher contexts of the batch, one to contrast, and its examples.
+
+        Where a question has several completions, its contexts repeat in adjacent sequences.
 
         attempt: above 0 for another batch of the same step, see `BatchSchedule`.
         """
         bucket, pairs = self.schedule(step, attempt)
-        examples = [self.examples(*pairs[n]) for n in self.share]
-        mode, seed = self._config.visual_thoughts, self._config.seed
-        partners = [
-            self.examples.partner(*pairs[n]) if mode == "swap" else None for n in self.share
-        ]
-        rngs = [generator(seed, "visual thoughts", step, attempt, n) for n in self.share]
+        config = self._config
+        numbers = [n // config.completions for n in self.share]  # of the question of each sequence
+        asked = list(dict.fromkeys(numbers))
+        examples = [self.examples(*pairs[n]) for n in asked]
+        swaps = config.measured == "swap"
+        partners = [self.examples.partner(*pairs[n]) if swaps else None for n in asked]
+        rngs = [generator(config.seed, "visual thoughts", step, attempt, n) for n in asked]
         student = self.packer.student(examples, bucket)
-        teacher = self.packer.teacher(examples, partners, mode, rngs, bucket)
-        return Batch(student, teacher), examples
+        teacher = self.packer.teacher(examples, partners, config.visual_thoughts, rngs, bucket)
+        contrast = None
+        if config.contrast:
+            contrast = self.packer.teacher(examples, partners, "swap", rngs, bucket)
+        batch = Batch(student, teacher, contrast)
+        if config.completions > 1:
+            repeated = [asked.index(n) for n in numbers]
+            batch = jax.tree.map(lambda x: x[repeated], batch)
+            examples = [examples[n] for n in repeated]
+        if config.num_references:
+            batch = dataclasses.replace(batch, references=self._references(step, examples))
+        return batch, examples
+
+    def _references(self, step: int, examples: Sequence[PreparedExample]) -> References:
+        """Text traces of the sequences that learn from one at a step; examples: of each sequence.
+
+        Seed and step choose the sequences, the same number of each global batch.
+        """
+        config = self._config
+        order = generator(config.seed, "references", step).permutation(config.size)
+        chosen = set(order[: config.num_references].tolist())
+        return self.packer.in_place_of_completions(
+            [example if n in chosen else None for n, example in zip(self.share, examples)],
+            config.tokens,
+        )
 
     def traces(self, step: int) -> tuple[Supervised | GenerationBatch, list[PreparedExample]]:
         """Supervised traces in the layouts of the stage's mix, and their examples.

@@ -121,7 +121,7 @@ def make(config: ConfigDict, workdir: str = "") -> str:
             )
             examples = Examples.open(data, data_dir, "train", preprocess, asked_by="training")
             for source, task in enumerate(examples.tasks):
-                mode = batches.visual_thoughts
+                mode = batches.measured
                 key = examples.sources[source].directory, _digest(examples, packer, source, mode)
                 if key not in found:
                     index = bucket_index(

@@ -23,6 +23,7 @@ from opsd_jax.context import (
     Image,
     Latent,
     PaddedImages,
+    References,
     Sizes,
     Supervised,
     Text,
@@ -169,8 +170,8 @@ class Packer:
         if not e.full_text_only_thought.strip():
             raise ValueError(
                 f"example {e.pid} has no full_text_only_thought, which text and reference traces "
-                "need: fill the column, or set the stage's mix to interleaved examples only and "
-                "config.eval.kl to False"
+                "need: fill the column, or set the stage's mix to interleaved examples only, "
+                "config.opsd.reference_share to 0 and config.eval.kl to False"
             )
         return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
 
@@ -279,6 +280,26 @@ class Packer:
                 )
             tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
         return tokens, mask
+
+    def in_place_of_completions(
+        self, examples: Sequence[PreparedExample | None], tokens: int
+    ) -> References:
+        """Text traces in the place of completions; None where the completion is sampled.
+
+        tokens: N, the most tokens of a completion. A trace is cut there, as a completion is.
+        """
+        found = References(
+            np.zeros((len(examples), tokens), np.int32),
+            np.zeros((len(examples), tokens), bool),
+            np.zeros(len(examples), bool),
+        )
+        for b, example in enumerate(examples):
+            if example is not None:
+                ids = self.reference(example)
+                found.cut[b] = len(ids) > tokens
+                ids = ids[:tokens]
+                found.tokens[b, : len(ids)], found.mask[b, : len(ids)] = ids, True
+        return found
 
     # --- the bucket of an example ----------------------------------------------------------------
 

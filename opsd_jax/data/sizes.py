@@ -121,8 +121,10 @@ def check_training(config: ConfigDict, data_dir: str, packer: Packer) -> None:
 
 def _uses(config: ConfigDict) -> list[Use]:
     """What the run and its arms read."""
-    teachers = {run.teacher.visual_thoughts for run in existing.runs(config)}
-    found, c = [Use("train", "training", frozenset(teachers), trains=True)], config.eval
+    runs = existing.runs(config)
+    teachers = {run.teacher.visual_thoughts for run in runs}
+    contrasts = {"swap" for run in runs if config_lib.contrasts_swapped(run)}
+    found, c = [Use("train", "training", frozenset(teachers | contrasts), trains=True)], config.eval
     if c.every:
         modes = {*c.visual_thoughts, *teachers}
         found.append(Use(c.split, "config.eval.split", frozenset(modes)))

@@ -198,9 +198,23 @@ def _policy_batch(step: _Step) -> context.Batch:
         map(context.holds_images, privileged)
     )
     buckets = step.config.data.buckets
+    teacher = buckets.teacher[step.bucket]
     return context.Batch(
         step.context(*buckets.student[step.bucket]),
-        step.context(*buckets.teacher[step.bucket], dtype=jnp.float32 if noise else jnp.uint8),
+        step.context(*teacher, dtype=jnp.float32 if noise else jnp.uint8),
+        step.context(*teacher) if config_lib.contrasts_swapped(step.config) else None,
+        _references(step),
+    )
+
+
+def _references(step: _Step) -> context.References | None:
+    batches = config_lib.batches(step.config, "opsd")
+    if not batches.num_references:
+        return None
+    return context.References(
+        step.array(batches.tokens),
+        step.array(batches.tokens, dtype=jnp.bool_),
+        step.array(dtype=jnp.bool_),
     )
 
 
@@ -242,7 +256,11 @@ def _sample(step: _Step) -> Program:
         "sample",
         traced,
         {"params": params, "batch": batch.student},
-        step.held | {"params": _in_training_alone(step, params), "batch": batch.teacher},
+        step.held
+        | {
+            "params": _in_training_alone(step, params),
+            "batch": dataclasses.replace(batch, student=None),
+        },
         trips=_sampler_trips(sampling, step.batch_size),
         cache=cache["k"],
     )

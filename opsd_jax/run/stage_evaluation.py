@@ -14,7 +14,7 @@ from opsd_jax.run import start as start_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
-from opsd_jax.run.state import ema_params
+from opsd_jax.run.state import moving_teacher
 from opsd_jax.runtime import files, run_folder
 from opsd_jax.runtime.health import Health
 from opsd_jax.runtime.stopping import StopRequest
@@ -91,14 +91,14 @@ class Evaluation:
     def during(self, step: int, state: dict, health: Health) -> None:
         """Logs {"eval/<task>/<mode>": accuracy} on the validation examples.
 
-        With an EMA teacher also the accuracy of the teacher.
+        With a teacher that follows the student also the accuracy of the teacher.
         """
         c, scores = self.run.config, {}
         self._stop.promise = f"step {step} is saved; stopping after this batch of the evaluation"
         with self.run.clock("eval"):
             for mode in c.eval.visual_thoughts:
                 scores |= self._accuracies(state["params"], mode, mode)
-            if teacher := ema_params(self.stage, state):
+            if teacher := moving_teacher(self.stage, state):
                 mode = contexts.mode_of_teacher(c.teacher.visual_thoughts)
                 scores |= self._accuracies(teacher, mode, "teacher")
         logging.info("step %d, %s: %s", step, c.eval.split, _in_words(scores))
@@ -216,7 +216,7 @@ _WORDS = {
     "none": "text only",
     "none-banned": "text only with <image_start> banned",
     "real": "with true visual thoughts",
-    "teacher": "the EMA teacher",
+    "teacher": "the teacher",
 }
 
 

@@ -45,6 +45,13 @@ def ema_params(stage: Stage, state: dict) -> dict | None:
     return None
 
 
+def moving_teacher(stage: Stage, state: dict) -> dict | None:
+    """The weights of a teacher that follows the student: its EMA or snapshot; else None."""
+    if isinstance(stage.config, DistillConfig) and stage.config.teacher in ("ema", "snapshot"):
+        return distill.teacher_params(state, stage.config)
+    return None
+
+
 def save(
     run: Session,
     stage: Stage,

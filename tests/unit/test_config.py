@@ -242,8 +242,8 @@ def set_unknown(key):
         ),
         (
             lambda c: setattr(c, "teacher", ConfigDict({"kind": "ema"})),
-            "config.teacher lacks blocks, ema_decay, visual_thoughts: change values of "
-            "config.default() one by one",
+            "config.teacher lacks blocks, contrast, contrast_with, ema_decay, snapshot_every, "
+            "visual_thoughts: change values of config.default() one by one",
         ),
         (
             lambda c: c.arms.update(noise={"teacher": {"visul_thoughts": "noise"}}),
@@ -404,6 +404,37 @@ def test_buckets_of_another_shape(key, wrong, unit):
         ({"eval__final_visual_thoughts": ()}, "config.eval.final_visual_thoughts is empty"),
         ({"eval__visual_thoughts": (), "eval__every": 2}, "config.eval.visual_thoughts is empty"),
         ({"opsd__freeze": ("embed", "und", "vit", "connector")}, "nothing is left to train"),
+        (
+            {"opsd__completions": 3},
+            "config.opsd.batch_size 8 is not divisible by config.opsd.completions 3",
+        ),
+        (
+            {"opsd__completions": 2, "rollout__greedy": True},
+            "gives a question the same completion each time",
+        ),
+        (
+            {"teacher__kind": "snapshot", "teacher__snapshot_every": 4},
+            "config.teacher.snapshot_every is 4, but the stage has 4 steps",
+        ),
+        (
+            {
+                "teacher__contrast": 1.0,
+                "teacher__contrast_with": "swap",
+                "teacher__visual_thoughts": "swap",
+            },
+            "config.teacher.contrast_with is 'swap' with config.teacher.visual_thoughts 'swap'",
+        ),
+        (
+            {
+                "opsd__token_weights": "advantage",
+                "teacher__blocks": ("system", "image", "question", "transition"),
+            },
+            "config.opsd.token_weights compares the teacher with itself",
+        ),
+        (
+            {"divergence__support": "union", "divergence__top_k": 0},
+            "config.divergence.support is 'union', but with",
+        ),
         ({"opsd__freeze": ("wit",)}, "config.opsd.freeze names 'wit': choose from"),
         ({"mesh__data": -1}, "only one size can be -1"),
         *(

@@ -528,6 +528,64 @@ def test_two_hosts_share_what_one_would_have(make, stage):
                     )
 
 
+def test_a_question_has_several_completions_on_all_hosts(make):
+    """8 sequences are 4 questions, each twice; a host may have one of the two."""
+    several = make(opsd__completions=2, teacher__visual_thoughts="noise")
+    batch, rows = several.opsd(3)
+    assert pids(rows)[::2] == pids(rows)[1::2] and len(set(pids(rows))) == 4
+    for name, array in arrays(batch.teacher).items():
+        np.testing.assert_array_equal(array[::2], array[1::2], err_msg=name)
+    share = [1, 2, 5]
+    part, mine = make(share=share, opsd__completions=2, teacher__visual_thoughts="noise").opsd(3)
+    assert pids(mine) == [pids(rows)[n] for n in share]
+    assert_same(batch.student, part.student, share)
+    assert_same(batch.teacher, part.teacher, share)
+
+
+def test_references_in_the_place_of_completions(make, tok):
+    """A quarter of 8 sequences at every step, others at other steps, the same on all hosts."""
+    settings = dict(opsd__reference_share=0.25, rollout__max_new_tokens=100)
+    batches, chosen = make(**settings), []
+    for step in range(6):
+        batch, rows = batches.opsd(step)
+        found = batch.references
+        assert found.tokens.shape == (8, 99) and not found.cut.any()
+        given = np.flatnonzero(found.mask[:, 0]).tolist()
+        assert len(given) == 2
+        for n in given:
+            e = rows[n].example
+            text = context.text_trace(e.full_text_only_thought, e.answer)
+            assert tok.decode(found.tokens[n][found.mask[n]]) == text
+        assert not found.mask[[n for n in range(8) if n not in given]].any()
+        chosen.append(tuple(given))
+    assert len(set(chosen)) > 2
+    share = [0, *chosen[2]]
+    part = make(share=share, **settings).opsd(2)[0].references
+    whole = batches.opsd(2)[0].references
+    np.testing.assert_array_equal(part.tokens, whole.tokens[share])
+    cut = make(opsd__reference_share=1.0, rollout__max_new_tokens=9).opsd(0)[0].references
+    assert cut.mask.all() and cut.cut.all() and cut.tokens.shape == (8, 8)
+    assert make().opsd(0)[0].references is None
+
+
+def test_swapped_contexts_to_contrast(make):
+    batch, rows = make(teacher__contrast=1.0, teacher__contrast_with="swap").opsd(1)
+    assert_same(batch.contrast, make(teacher__visual_thoughts="swap").opsd(1)[0].teacher)
+    assert_same(batch.teacher, make().opsd(1)[0].teacher)
+    assert make(teacher__contrast=1.0).opsd(1)[0].contrast is None
+
+
+def test_references_need_traces(make, monkeypatch):
+    read = arrayrecord.Source.__getitem__
+
+    def without_trace(self, index):
+        return dataclasses.replace(read(self, index), full_text_only_thought="")
+
+    monkeypatch.setattr(arrayrecord.Source, "__getitem__", without_trace)
+    with pytest.raises(ValueError, match="no full_text_only_thought.*opsd.reference_share to 0"):
+        make(opsd__reference_share=0.5)
+
+
 def test_attempts_bring_other_rows(make):
     batches = make()
     first, *others = [pids(batches.opsd(2, attempt)[1]) for attempt in range(4)]

@@ -339,7 +339,7 @@ def test_a_fixed_teacher_and_frozen_groups_stay(case):
 
 
 def test_init_state_copies_the_teacher(case):
-    for teacher, key in (("ema", "ema"), ("fixed", "teacher")):
+    for teacher, key in (("ema", "ema"), ("fixed", "teacher"), ("snapshot", "teacher")):
         state = distill.init_state(case.params, variant(teacher=teacher))
         assert set(state) == {"params", "opt", "step", key} and state["step"] == 0
         mine, its = params_lib.flatten(state["params"]), params_lib.flatten(state[key])
@@ -352,7 +352,7 @@ def test_init_state_copies_the_teacher(case):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(teacher="nobody"), r"'nobody': choose from \('ema', 'self', 'fixed'\)"),
+        (dict(teacher="nobody"), r"'nobody': choose from \('ema', 'self', 'fixed', 'snapshot'\)"),
         (dict(reduction="sum"), "use 'completion' or 'token'"),
         (dict(accumulation=0), r"accumulation is 0: give a whole number in \[1, inf\)"),
     ],
@@ -429,6 +429,23 @@ def test_optimizer_against_optax(max_norm):
         for ours, theirs in zip(found, (expected, ema, slots[0].mu)):
             assert max(tiny.distances(ours, theirs).values()) < 2e-6
     assert max(tiny.distances(state["params"], params).values()) > 0.05
+
+
+def test_a_snapshot_is_taken_every_second_step():
+    """Also where the state was restored in between: its step says what is due."""
+    optim = OptimConfig(lr=0.1, schedule="constant", warmup_steps=0)
+    config = variant(optim=optim, teacher="snapshot", snapshot_every=2)
+    update = jax.jit(functools.partial(optimizer.apply_gradients, config=config))
+    state = distill.init_state({"llm": {"norm": jnp.ones(3)}}, config)
+    norms, held = [state["params"]["llm"]["norm"]], []
+    for _ in range(5):
+        state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, state))
+        state, _ = update(state, {"llm": {"norm": jnp.ones(3)}})
+        norms.append(state["params"]["llm"]["norm"])
+        held.append(state["teacher"]["llm"]["norm"])
+    assert all((a != b).all() for a, b in zip(norms, norms[1:]))
+    for found, at in zip(held, (0, 2, 2, 4, 4)):
+        np.testing.assert_array_equal(found, norms[at])
 
 
 def test_muon_against_its_definition():

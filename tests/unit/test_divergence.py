@@ -277,6 +277,9 @@ def test_signals(logits):
         {"top_k": -1},
         {"clip": -0.1},
         {"clip_unit": "row"},
+        {"support": "both"},
+        {"support": "union", "top_k": 0},
+        {"support": "student", "kind": "sampled_reverse_kl"},
         {"chunk": 0},
     ],
 )
@@ -491,3 +494,92 @@ def test_cross_entropy_in_bfloat16():
     ours = divergence.cross_entropy(logits, labels)
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+
+
+# --- support --------------------------------------------------------------------------------------
+
+
+def on_support(student, teacher, support, top_k, beta=0.5, clip=0.0):
+    """(value, mass of the teacher, share of clipped entries) of single tokens, by sets of entries
+    and in float64.
+    """
+    found = []
+    for s, t in zip(np.float64(student), np.float64(teacher)):
+        own = {"student": set(np.argsort(-s)[:top_k]), "teacher": set(np.argsort(-t)[:top_k])}
+        own["union"] = own["student"] | own["teacher"]
+        index = sorted(own[support])
+        value = reference.generalized_jsd(s[None, index], t[None, index], beta=beta, clip=clip)
+        p_s, p_t = reference.softmax(s[index]), reference.softmax(t[index])
+        m = (p_s + p_t) / 2
+        entries = p_t * np.log(p_t / m) / 2 + p_s * np.log(p_s / m) / 2
+        found.append((value[0], reference.softmax(t)[index].sum(), np.mean(entries > clip)))
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.02])
+@pytest.mark.parametrize("support", divergence.SUPPORTS)
+def test_whose_entries_are_compared(logits, support, clip):
+    """Sets of 8 entries of each side; of the 16 of a union those in both count once."""
+    student, teacher = logits
+    teacher = teacher + 0.7 * student  # so that the two sets share some entries, not all
+    config = bare(top_k=8, support=support, clip=clip)
+    values, signals = divergence.generalized_jsd(student, teacher, config)
+    wanted, mass, clipped = on_support(student, teacher, support, 8, clip=clip)
+    np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(signals["teacher_topk_mass"], mass, rtol=1e-5)
+    if clip:
+        np.testing.assert_allclose(signals["clip_fraction"], clipped, rtol=1e-5)
+    others = [on_support(student, teacher, s, 8, clip=clip)[0] for s in divergence.SUPPORTS]
+    assert sum(np.abs(values - other).max() < 1e-3 for other in others) == 1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_gradient_on_a_union_by_finite_differences(logits, beta):
+    student, teacher = logits
+    config = bare(top_k=8, support="union", beta=beta)
+
+    def total(s):
+        return jnp.sum(divergence.generalized_jsd(s, teacher, config)[0])
+
+    gradient = np.asarray(jax.grad(total)(student))
+    for n in range(student.shape[1]):
+        bump = 1e-6 * np.eye(student.shape[1])[n]
+        ends = [
+            on_support(np.float64(student) + sign * bump, teacher, "union", 8, beta=beta)[0]
+            for sign in (1, -1)
+        ]
+        np.testing.assert_allclose(gradient[:, n], (ends[0] - ends[1]) / 2e-6, atol=3e-6)
+    assert np.abs(gradient).max() > 1e-3
+
+
+def test_a_union_with_a_tail_adds_up_to_one(logits):
+    config = bare(top_k=5, tail=True, support="union")
+    student, teacher = logits
+    found = divergence._of_teacher(teacher, config, student)
+    log_s, log_t, _ = divergence._log_probs(student, found, config)
+    assert log_s.shape == (6, 11)
+    np.testing.assert_allclose(np.exp(log_s).sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_t).sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_chunked_on_another_support(model, support):
+    """Values, signals and gradients as from full logits."""
+    config = DivergenceConfig(chunk=5, top_k=6, clip=0.05, support=support)
+
+    def differentiate(function):
+        def loss(hidden, head):
+            parts = model | {"student_hidden": hidden, "student_head": head}
+            values, _, signals = function(**parts, config=config)
+            return jnp.sum(values), (values, signals)
+
+        both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, found), gradients = both(model["student_hidden"], model["student_head"])
+        return found, gradients
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4),
+        differentiate(divergence.chunked),
+        differentiate(whole),
+    )

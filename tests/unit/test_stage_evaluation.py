@@ -25,7 +25,7 @@ def test_an_ema_teacher_is_evaluated_in_its_own_context(monkeypatch, visual_thou
         return [result]
 
     monkeypatch.setattr(contexts, "answer_all", evaluate)
-    monkeypatch.setattr(stage_evaluation, "ema_params", lambda stage, state: "teacher")
+    monkeypatch.setattr(stage_evaluation, "moving_teacher", lambda stage, state: "teacher")
     found = object.__new__(stage_evaluation.Evaluation)
     found.run = types.SimpleNamespace(
         config=config,
