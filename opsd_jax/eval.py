@@ -101,6 +101,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ban_marker", action="store_true", help="never sample what completes <image_start>"
     )
     parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        help="answers sampled for each example of the run's tasks, for pass@k (default, or 0: one "
+        "greedy answer)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="of --samples (default: the run's config.rollout.temperature)",
+    )
+    parser.add_argument(
         "--seed",
         default=(None,),
         type=cli.whole_numbers,
@@ -136,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     split=args.split,
                     rows=args.rows,
                     ban_marker=args.ban_marker,
+                    samples=args.samples,
+                    temperature=args.temperature,
                     seed=seed,
                     name=name,
                     batch_size=args.batch_size,

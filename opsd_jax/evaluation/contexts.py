@@ -269,12 +269,16 @@ class ContextPredictor:
       selection: the selection of the examples.
       mode: one of `CONTEXTS`, or "none".
       sampling: how answers are decoded. Greedy decoding makes them independent of batches.
+      samples: answers that are sampled for each example; 0 for one greedy answer.
+      seed: seed of the samples. They also depend on the batch that the example is in.
     """
 
     params: dict
     selection: Selection
     mode: str
     sampling: RolloutConfig
+    samples: int = 0
+    seed: int = 0
 
     def __call__(self, number: int, benchmark: Benchmark, keys: list[int]) -> dict:
         selection, source = self.selection, self.selection.tasks.index(benchmark.name)
@@ -283,13 +287,25 @@ class ContextPredictor:
         _, packed = selection.packed(source, local, self.mode, bucket)
         packed, placed = selection.put((packed, np.asarray(local, np.int32)))
 
-        key = jax.random.key(0)  # greedy decoding does not use it
+        keys_of_samples = [jax.random.key(0)]  # greedy decoding does not use it
+        if self.samples:
+            of_batch = jax.random.fold_in(jax.random.key(self.seed), number)
+            keys_of_samples = list(jax.random.split(of_batch, self.samples))
 
         def ask():
-            return rollout.sample(self.params, packed, key, config=self.sampling)
+            return [
+                rollout.sample(self.params, packed, key, config=self.sampling)
+                for key in keys_of_samples
+            ]
 
         found, seconds, compiled = inference.timed(ask)
-        predictions = self._read(found, placed, source)
+        every = [self._read(one, placed, source) for one in found]
+        predictions = every[0]
+        if self.samples:
+            predictions = {
+                n: first | {"samples": [_as_sample(one[n]) for one in every]}
+                for n, first in predictions.items()
+            }
         return {
             "predictions": [predictions[key] for key in keys],
             "seconds": seconds,
@@ -322,6 +338,11 @@ class ContextPredictor:
                 "image_skips": int(found.num_skips[b]),
             }
         return predictions
+
+
+def _as_sample(prediction: dict) -> dict:
+    """What is kept of each of several answers to an example."""
+    return {key: prediction[key] for key in ("prediction", "answer", "hit", "tokens", "stop")}
 
 
 def answer_all(

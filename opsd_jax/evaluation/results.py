@@ -21,7 +21,8 @@ class Result:
     Attributes:
       name: name of the benchmark.
       predictions: dicts with index, prediction, hit, tokens; of prepared examples also pid, answer,
-        expected, stop.
+        expected, stop; where several answers were sampled, `samples` has them all, of which the
+        prediction is the first.
       seconds: time to answer, without batches that compiled a program.
       timed: number of examples that `seconds` covers.
       judged: scores by another rule than the share of hits, see `Benchmark.judge`.
@@ -63,11 +64,29 @@ class Result:
                 "eos_rate": sum(p["stop"] == "eos" for p in self.predictions) / n,
                 "image_skip_rate": sum(p["image_skips"] > 0 for p in self.predictions) / n,
             }
+        if "samples" in self.predictions[0]:
+            found |= self._of_samples()
         if self.without_visual_thoughts is not None:
             found["without_visual_thoughts"] = self.without_visual_thoughts
         if "pictures" in self.predictions[0]:
             found["pictures_per_sample"] = sum(p["pictures"] for p in self.predictions) / n
         return found
+
+    def _of_samples(self) -> dict:
+        """What summary.json says of several sampled answers to each example.
+
+        pass_at_k has k = 1, 2, 4, ... and the number of answers.
+        """
+        right = [sum(sample["hit"] for sample in p["samples"]) for p in self.predictions]
+        count = len(self.predictions[0]["samples"])
+        powers = [2**n for n in range(count.bit_length()) if 2**n < count]
+        return {
+            "samples": count,
+            "pass_at_k": {
+                str(k): sum(statistics.pass_at_k(count, c, k) for c in right) / len(right)
+                for k in (*powers, count)
+            },
+        }
 
 
 def collect(

@@ -43,6 +43,19 @@ def wilson_of_mean(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
     return max(mean - below, 0.0), min(mean + above, 1.0)
 
 
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of k answers is right, from n sampled answers, c of them right.
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, Eq. 1).
+
+    Raises:
+      ValueError: not 0 <= c <= n, or not 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} answers with {c} right: need 0 <= c <= n, 1 <= k <= n")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """p-value of McNemar's exact two-sided test of paired answers.
 

@@ -126,9 +126,15 @@ def in_contexts(
 ) -> dict:
     """Answers the tasks of a run in the contexts of a mode, packed as in training; the summary."""
     selection, config = opened.selection, opened.session.config
-    sampling = opened.session.evaluation_sampling(ban_marker=job.request.ban_marker)
+    changes, restricted = {"ban_marker": job.request.ban_marker}, {}
+    if job.sampled:
+        changes |= {"greedy": False, "temperature": job.sampled["temperature"]}
+        restricted = {key: config.rollout[key] for key in ("top_k", "top_p")}
+    sampling = opened.session.evaluation_sampling(**changes)
     asked = contexts.benchmarks(selection, (mode,))
-    predict = contexts.ContextPredictor(opened.params, selection, mode, sampling)
+    predict = contexts.ContextPredictor(
+        opened.params, selection, mode, sampling, job.request.samples, job.seed
+    )
 
     def shown(benchmark, key):
         return selection.shown_images(selection.tasks.index(benchmark.name), key, mode)
@@ -137,12 +143,13 @@ def in_contexts(
         _Mode(
             job=job,
             mode=mode,
-            protocol=f"mini-greedy-{job.label(mode)}",
+            protocol=f"mini-{'sampled' if job.sampled else 'greedy'}-{job.label(mode)}",
             facts=opened.facts,
             decoding={
                 "max_new_tokens": sampling.max_new_tokens,
                 "prompts": config.prompts.to_dict(),
                 "images": config.images.to_dict(),
+                **restricted,
             },
             together=True,
         ),

@@ -13,7 +13,7 @@ from opsd_jax.data import arrayrecord
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import store, tables
 from opsd_jax.evaluation.contexts import CONTEXTS, GENERATED, MODES
-from opsd_jax.inputs import cli, paths
+from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.release import folders
 from opsd_jax.run import model
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -39,6 +39,9 @@ class Request:
         several times); 0 for all. The subset depends on config.seed (0 for a model that is not a
         run), so that results of several seeds stay paired.
       ban_marker: never sample what completes <image_start>.
+      samples: answers that are sampled for each example of the run's tasks, for pass@k; 0 for one
+        greedy answer.
+      temperature: of these samples; None for config.rollout.temperature.
       seed: seed of noise and sampling; None for the run's.
       name: name of the results. "" makes one that says what was measured, so that a rerun replaces
         equals by equals: <step>-<mode>[-banned][-<protocol>], and more where split, rows, tasks or
@@ -60,6 +63,8 @@ class Request:
     split: str = "test"
     rows: int = 0
     ban_marker: bool = False
+    samples: int = 0
+    temperature: float | None = None
     seed: int | None = None
     name: str = ""
     batch_size: int = 0
@@ -134,7 +139,18 @@ class Job:
             "split": self.request.split if self.tasks else None,
             "step": self.step,
             "asked_by": self.request.protocol or "run",
+            **self.sampled,
         }
+
+    @property
+    def sampled(self) -> dict:
+        """How many answers are sampled, and how; {} for greedy answers."""
+        if not self.request.samples:
+            return {}
+        assert self.config is not None  # only the tasks of a run are sampled
+        own, given = self.config.rollout.temperature, self.request.temperature
+        temperature = own if given is None else given
+        return {"samples": self.request.samples, "temperature": temperature}
 
 
 def check(request: Request, config: ConfigDict | None = None) -> Job:
@@ -221,6 +237,14 @@ def _check_arguments(request: Request) -> None:
     if request.name:
         cli.check_name(request.name)
     cli.check_number("rows", request.rows, 0)
+    cli.check_number("samples", request.samples, 0)
+    if request.temperature is not None:
+        checks.number("--temperature", request.temperature, float, checks.TEMPERATURE)
+        if not request.samples:
+            raise ValueError(
+                f"--temperature={request.temperature} without --samples: answers are greedy. Give "
+                "--samples=K, the number of answers that are sampled for each example"
+            )
     cli.check_number("batch_size", request.batch_size, 0)
     cli.check_tensor(request.tensor)
     model.check_protocol(request.protocol)
@@ -272,6 +296,11 @@ def _check_modes(request: Request, *, public: bool) -> None:
         raise ValueError(
             "--ban_marker is for tasks of a run without a protocol and without image generation"
         )
+    if request.samples and (request.protocol or public or set(request.modes) & set(GENERATED)):
+        raise ValueError(
+            "--samples is for tasks of a run without a protocol and without image generation: "
+            "leave it out, or leave --protocol, --data_dir and generated images out"
+        )
     if request.name and request.modes == ("generated-swap",):
         raise ValueError(
             "--visual_thoughts=generated-swap with a --name: it shows what other rows generated in "
@@ -322,6 +351,10 @@ def _made_names(job: Job, stem: str) -> dict[str, str]:
         differs += asked if request.benchmarks else ["public"]
     elif job.tasks != tuple(config.data.tasks):
         differs += job.tasks
+    if request.samples:
+        differs.append(f"samples{request.samples}")
+    if request.temperature is not None:
+        differs.append(f"temperature{request.temperature:g}")
     if job.seed != job.subset_seed:
         differs.append(f"seed{job.seed}")
     if job.is_other_dtype:

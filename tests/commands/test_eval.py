@@ -26,6 +26,8 @@ from opsd_jax.evaluation import (
     contexts,
     inference,
     reference_kl,
+    results,
+    statistics,
     table_scores,
     tables,
 )
@@ -353,6 +355,43 @@ def test_tasks_by_a_protocol_and_the_texts_alone(workdir):
     assert summary["benchmarks"][small_run.TASK]["n"] == 3 and '"pid"' in predictions
 
 
+def test_pass_at_k():
+    """By hand: of 4 answers 1 is right. Of the 6 pairs 3 have it, and 3 of the 4 triples."""
+    found = [statistics.pass_at_k(4, 1, k) for k in (1, 2, 3, 4)]
+    assert found == [0.25, 0.5, 0.75, 1.0]
+    assert [statistics.pass_at_k(3, c, 2) for c in range(4)] == pytest.approx([0, 2 / 3, 1, 1])
+    with pytest.raises(ValueError, match="pass@3 of 2 answers"):
+        statistics.pass_at_k(2, 1, 3)
+
+
+def test_scores_of_several_answers():
+    """Three examples, of whose 3 answers 0, 1 and 3 are right, the first one of the last only."""
+    hits = [[False, False, False], [False, True, False], [True, True, True]]
+    predictions = [
+        {"hit": own[0], "tokens": 5, "samples": [{"hit": hit} for hit in own]} for own in hits
+    ]
+    found = results.Result("task", predictions, 1.0, 3).summary()
+    assert found["samples"] == 3 and found["overall"] == 1 / 3
+    assert found["pass_at_k"] == pytest.approx({"1": 4 / 9, "2": (0 + 2 / 3 + 1) / 3, "3": 2 / 3})
+
+
+@pytest.mark.slow
+def test_several_answers_to_a_question(workdir):
+    arguments = [f"--workdir={workdir}", "--samples=3", "--temperature=0.7", "--rows=6"]
+    eval.main(arguments)
+    folder = workdir / "eval" / f"{LAST}-none-random6-samples3-temperature0.7"
+    summary, predictions = read(folder)
+    assert (summary["samples"], summary["temperature"]) == (3, 0.7)
+    assert summary["protocol"] == "mini-sampled-none"
+    rows = [json.loads(line) for line in predictions.splitlines()]
+    assert len(rows) == 6 and all(len(row["samples"]) == 3 for row in rows)
+    assert all(row["samples"][0]["prediction"] == row["prediction"] for row in rows)
+    assert any(len({s["prediction"] for s in row["samples"]}) > 1 for row in rows)
+    shutil.rmtree(folder)
+    eval.main(arguments)
+    assert read(folder)[1] == predictions  # the same command repeats them
+
+
 @pytest.mark.slow
 def test_the_name_tells_what_was_measured(workdir):
     def run(*arguments):
@@ -442,6 +481,8 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
         ),
         (["--data_dir=/nowhere"], "no benchmark file in /nowhere: put NAME.tsv there"),
         (["--ban_marker", "--protocol=paper"], "--ban_marker is for tasks of a run"),
+        (["--samples=2", "--protocol=paper"], "--samples is for tasks of a run"),
+        (["--temperature=0.5"], "--temperature=0.5 without --samples: answers are greedy"),
         (["--visual_thoughts=generated"], "was trained without image generation"),
         (["--against=gone", "--rows=1"], "--against=gone: no "),
         (
