@@ -1,7 +1,9 @@
-"""Data of a run: from released parquet files to batches of packed contexts.
+"""Data of a run: from parquet or JSONL files to batches of packed contexts.
 
-    SOURCE/<Task>/data/train-*.parquet     parquet_files  folders and files, read row by row
-        | prepare                          schema         a parquet row as an `Example`
+    SOURCE/<Task>/data/train-*.parquet     source_files   folders, files and their splits
+        |                                  parquet_files  rows of parquet
+        |                                  jsonl_files    rows of JSONL, and the images they name
+        | prepare                          schema         a row as an `Example`
         v
     TARGET/visual_opsd/<task>/1.0.0/       shards         files of a prepared task, checksums
         | arrayrecord.open_source          arrayrecord    random access to `Example`s

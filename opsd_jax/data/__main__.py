@@ -1,14 +1,14 @@
 """Prepares data for training.
 
-  python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR [--columns=text:solution]
+  python -m opsd_jax.data prepare --source=DIR --target=DIR [--columns=text:solution]
   python -m opsd_jax.data make-mini --target=DIR [--families=maze,chart] [--train=4000]
   python -m opsd_jax.data sizes --config=FILE [--config.data.dir=DIR ...]
   python -m opsd_jax.data index --config=FILE [--config.data.dir=DIR ...]
 
-`prepare` converts parquet files in the released layout to ArrayRecord files that TFDS reads.
-`make-mini` makes the procedural tasks and prepares them. `sizes` prints what the examples need of
-`config.data.buckets`, and the options to give for a run on them. `index` finds the bucket of each
-example ahead of a run, which then starts at once.
+`prepare` converts parquet files in the released layout, or JSONL files, to ArrayRecord files that
+TFDS reads. `make-mini` makes the procedural tasks and prepares them. `sizes` prints what the
+examples need of `config.data.buckets`, and the options to give for a run on them. `index` finds the
+bucket of each example ahead of a run, which then starts at once.
 """
 
 import argparse
@@ -62,12 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m opsd_jax.data", description="Prepare data for training.")
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser(
-        "prepare", help="a folder of parquet -> ArrayRecord that TFDS reads"
+        "prepare", help="a folder of parquet or JSONL -> ArrayRecord that TFDS reads"
     )
     prepare.add_argument(
         "--source",
         required=True,
-        help="<Task>/data/train-*.parquet, the released layout, or one task",
+        help="<Task>/data/train-*.parquet, the released layout, or <Task>/train.jsonl, with "
+        "columns by name or chat messages; or one task",
     )
     prepare.add_argument("--target", required=True, help="the TFDS data_dir to write")
     prepare.add_argument(

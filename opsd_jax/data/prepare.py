@@ -1,4 +1,4 @@
-"""Parquet files of the released layout become ArrayRecord files that TFDS reads.
+"""Parquet and JSONL files become ArrayRecord files that TFDS reads.
 
 `shards` describes the folder that is written. Encoded images are copied bit by bit.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from opsd_jax.data import arrayrecord, parquet_files, schema
+from opsd_jax.data import arrayrecord, jsonl_files, schema, source_files
 from opsd_jax.data import shards as shards_lib
 from opsd_jax.data.schema import Note
 from opsd_jax.data.shards import Shard
@@ -34,9 +34,11 @@ class PrepareReport:
       bad_rows: every row that was left out, with the reason.
       warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
         `no_text_trace`, `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`,
-        `duplicate_pid`, `empty_column`, `ignored_column` or `ignored_file`.
+        `duplicate_pid`, `empty_column`, `ignored_column` or `ignored_file`, and for chat messages
+        with `no_thought`, `ignored_turn`, `ignored_text` or `ignored_key`.
       bytes: size of the written records.
       seconds: duration of the run that finished the work.
+      formats: {"<task>/<split>": name of the format that was read}; {} of older versions.
     """
 
     rows: dict[str, int]
@@ -44,6 +46,7 @@ class PrepareReport:
     warnings: tuple[Note, ...]
     bytes: int
     seconds: float
+    formats: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -51,6 +54,9 @@ class PrepareReport:
             f"({', '.join(f'{k} {n}' for k, n in self.rows.items())}), {self.bytes / 1e6:.1f} MB "
             f"in {self.seconds:.1f} s"
         ]
+        for found in dict.fromkeys(self.formats.values()):
+            names = [name for name, other in self.formats.items() if other == found]
+            lines.append(f"read as {found}: {', '.join(names)}")
         if self.bad_rows:
             lines += [
                 f"{len(self.bad_rows)} bad rows left out:",
@@ -104,7 +110,7 @@ def prepare(
     all files are checked before a byte is written.
 
     Args:
-      source: a folder of <Task>/data/<split>-*.parquet, or one such task.
+      source: a folder of <Task>/data/<split>-*.parquet or .jsonl, or one such task.
       target: the TFDS data_dir.
       on_bad_row: "fail" raises at the first bad row; "skip" leaves bad rows out and names them in
         the report.
@@ -135,10 +141,10 @@ def prepare(
     schema.check_columns("--columns", columns)
     jobs = [
         _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip", columns)
-        for task, folder in parquet_files.task_folders(source).items()
+        for task, folder in source_files.task_folders(source).items()
     ]
     plans = [_plan_shards(job, splits, limit) for job in jobs]
-    total = sum(shard.rows for shards, _ in plans for shard in shards)
+    total = sum(shard.rows for shards, *_ in plans for shard in shards)
     with locks.only_writer(target), _progress_bar(total, progress) as advance:
         reports = [_prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)]
     return PrepareReport(
@@ -147,6 +153,7 @@ def prepare(
         warnings=sum((report.warnings for report in reports), ()),
         bytes=sum(report.bytes for report in reports),
         seconds=sum(report.seconds for report in reports),
+        formats={name: f for report in reports for name, f in report.formats.items()},
     )
 
 
@@ -156,7 +163,7 @@ class _Job:
 
     Attributes:
       task: name of the task.
-      source: its folder of parquet files.
+      source: its folder of files.
       target: the version folder to write.
       skip_bad_rows: whether bad rows are left out instead of raised.
       columns: names of the further columns.
@@ -189,13 +196,13 @@ def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
 
 def _plan_shards(
     job: _Job, splits: tuple[str, ...] | None, limit: int | None
-) -> tuple[list[Shard], list[Note]]:
-    """The shards of a task to write, and warnings about files, columns and pids.
+) -> tuple[list[Shard], list[Note], dict[str, str]]:
+    """The shards of a task to write, warnings about files, columns and pids, and the formats.
 
     Nothing is decoded but the pids.
     """
     folder, asked = job.source, [*map(columns_lib.of_files, job.columns)]
-    paths_of, others = parquet_files.split_files(folder)
+    paths_of, others = source_files.split_files(folder)
     if absent := set(splits or ()) - set(paths_of):
         raise schema.BadSourceError(
             f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(paths_of)}"
@@ -203,23 +210,24 @@ def _plan_shards(
     reason = f"ignored_file: its name starts with none of {', '.join(schema.SPLITS)}"
     notes = [Note(str(path), None, "", reason) for path in others]
     first_places: dict[str, tuple[str, int]] = {}  # {pid: file and row of its first occurrence}
-    shards = []
+    shards, formats = [], {}
     for split in dict.fromkeys(splits or paths_of):
         left, takes = limit or sys.maxsize, []
         for path in paths_of[split]:
-            columns, pids, rows = _scan(path, left, job.columns)
-            left -= rows
-            if rows:
-                takes.append((path, rows))
+            scan = source_files.scan(path, left, job.columns)
+            left -= scan.rows
+            if scan.rows:
+                takes.append((path, scan))
                 notes += [
-                    Note(str(path), None, "", f"ignored_column: {column} is not read")
-                    for column in columns
+                    Note(str(path), None, "", f"ignored_column: {column} is not read{hint}")
+                    for column in scan.columns
                     if column not in (*schema.COLUMNS, *asked) and not schema.is_surplus(column)
+                    for hint in [_hint(column)]
                 ]
-            for row, pid in enumerate(pids):
+            for row, pid in enumerate(scan.pids):
                 here = (str(path), row)
                 if pid is not None and (there := first_places.setdefault(str(pid), here)) != here:
-                    reason = f"duplicate_pid: first in {there[0]}, row {there[1]}"
+                    reason = f"duplicate_pid: first in {there[0]}, {schema.place(*there)}"
                     notes.append(Note(*here, str(pid), reason))
         if not takes:
             raise schema.BadSourceError(
@@ -230,26 +238,22 @@ def _plan_shards(
                 split=split,
                 name=f"{schema.NAME}-{split}.array_record-{i:05d}-of-{len(takes):05d}",
                 file=path.relative_to(folder).as_posix(),
-                blake2b=shards_lib.checksum(path),
-                rows=rows,
+                blake2b=scan.checksum,
+                rows=scan.rows,
                 columns=job.columns,
             )
-            for i, (path, rows) in enumerate(takes)
+            for i, (path, scan) in enumerate(takes)
         ]
-    return shards, notes
+        formats[f"{job.task}/{split}"] = " and ".join(
+            dict.fromkeys(scan.format for _, scan in takes)
+        )
+    return shards, notes, formats
 
 
-def _scan(path: Path, limit: int, further: tuple[str, ...]) -> tuple[list[str], list, int]:
-    """(columns, pids, number of rows) of a parquet file, of its first `limit` rows.
-
-    further: the further columns that it must have.
-    """
-    with parquet_files.open_parquet(path) as file:
-        present, rows = file.schema_arrow.names, min(limit, file.metadata.num_rows)
-        parquet_files.columns(path, present, further)  # raises for wrong ones
-        batches = file.iter_batches(columns=["pid"]) if "pid" in present else ()
-        pids = [pid for batch in batches for pid in batch["pid"].to_pylist()]
-    return present, pids[:rows], rows
+def _hint(column: str) -> str:
+    """How to keep a column that chats often have; "" for another."""
+    name = jsonl_files.OPTIONAL.get(column)
+    return f", --columns={name} keeps it" if name else ""
 
 
 # --- writing a task ------------------------------------------------------------------------------
@@ -259,6 +263,7 @@ def _prepare_task(
     job: _Job,
     shards: list[Shard],
     notes: list[Note],
+    formats: dict[str, str],
     overwrite: bool,
     advance: Callable[[int], None],
 ) -> PrepareReport:
@@ -304,6 +309,7 @@ def _prepare_task(
         tuple(notes) + tuple(Note(*note) for _, record in records for note in record["warnings"]),
         sum(record["bytes"] for _, record in records),
         time.monotonic() - start,
+        formats,
     )
     for name, n in rows.items():
         if not n:
@@ -378,16 +384,15 @@ def _is_whole(path: Path, record: dict) -> bool:
 
 
 def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Converts one parquet file. Returns the shard's record for progress.json."""
+    """Converts one file. Returns the shard's record for progress.json."""
     from array_record.python import array_record_module
 
     source, serialized = job.source / shard.file, _serializer(job.columns)
 
-    def convert(item: tuple[int, dict]) -> tuple[bytes | None, tuple[Note, ...]]:
-        index, row = item
+    def convert(row: schema.Row) -> tuple[bytes | None, tuple[Note, ...]]:
         try:
-            example, warnings = schema.read_row(
-                row, file=str(source), index=index, task=job.task, columns=job.columns
+            example, warnings = source_files.to_example(
+                row, file=str(source), task=job.task, columns=job.columns
             )
         except schema.BadRowError as error:
             if not job.skip_bad_rows:
@@ -407,7 +412,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
     try:
         with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter lock
-            for batch in parquet_files.read_batches(source, shard.rows, job.columns):
+            for batch in source_files.read_batches(source, shard.rows, job.columns):
                 for blob, notes in threads.map(convert, batch):
                     advance(1)
                     record["warnings" if blob else "bad_rows"] += notes

@@ -1,4 +1,4 @@
-"""One example of the released data set, its columns, and how a parquet row becomes an example."""
+"""One example of the released data set, its columns, and how a row becomes an example."""
 
 import dataclasses
 import functools
@@ -96,9 +96,10 @@ def check_columns(shown: str, names: Sequence[str]) -> None:
 
 
 class Note(NamedTuple):
-    """A remark about a row of a parquet file, or about the whole file.
+    """A remark about a row of a parquet or JSONL file, or about the whole file.
 
-    Rows count from 0; the row is None for the whole file.
+    Rows count from 0; the row is None for the whole file. The message about a row of a JSONL file
+    names its line, as editors count them: from 1.
     """
 
     file: str
@@ -107,16 +108,23 @@ class Note(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        row = f", row {self.row}, pid {self.pid!r}" if self.row is not None else ""
+        row = ""
+        if self.row is not None:
+            row = f", {place(self.file, self.row)}, pid {self.pid!r}"
         return f"{self.file}{row}: {self.reason}"
 
 
+def place(file: str, row: int) -> str:
+    """A row in messages: "line 1" is the first of a JSONL file, "row 0" that of a parquet file."""
+    return f"line {row + 1}" if file.endswith(".jsonl") else f"row {row}"
+
+
 class BadSourceError(ValueError):
-    """A folder or file that holds no usable parquet rows."""
+    """A folder or file that holds no usable rows."""
 
 
 class BadRowError(ValueError):
-    """A parquet row that cannot be trained on."""
+    """A row of a parquet or JSONL file that cannot be trained on."""
 
     def __init__(self, file: str, row: int, pid: str, column: str, fault: str):
         super().__init__(file, row, pid, column, fault)  # all arguments, so that it can be pickled
@@ -124,15 +132,49 @@ class BadRowError(ValueError):
 
     def __str__(self) -> str:
         return (
-            f"{self.note}. Fix the row in the parquet file, or leave bad rows out with "
+            f"{self.note}. Fix the row in the file, or leave bad rows out with "
             f"`{PREPARE_COMMAND} --on_bad_row=skip`, which counts and names them"
         )
+
+
+class Row(NamedTuple):
+    """A row as a file gives it.
+
+    Attributes:
+      index: its number, from 0.
+      values: {column of the schema, or further column: value}, as `read_row` takes them.
+      remarks: reasons of warnings that reading gave.
+      fault: why there are no values, if there are none.
+    """
+
+    index: int
+    values: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+    fault: BadRowError | None = None
+
+
+class Scan(NamedTuple):
+    """What is known of a file's rows before they are read.
+
+    Attributes:
+      format: name of the format, for people.
+      columns: names of the columns, by the schema.
+      pids: the pid of each row, None where it has none; [] if the file has no such column.
+      rows: number of rows.
+      checksum: of the file and of the images that it names.
+    """
+
+    format: str
+    columns: list[str]
+    pids: list
+    rows: int
+    checksum: str
 
 
 def read_row(
     row: Mapping[str, Any], *, file: str, index: int, task: str, columns: Sequence[str] = ()
 ) -> tuple[Example, tuple[Note, ...]]:
-    """One parquet row as an Example, by the rules of the official loader.
+    """One row as an Example, by the rules of the official loader.
 
     Args:
       row: {column name: value}; images are {bytes, path} or None.

@@ -1,7 +1,7 @@
 """The files of a prepared task: where they are, their checksums, and the record of finished ones.
 
 TARGET/visual_opsd/<task>/1.0.0/
-    visual_opsd-train.array_record-00000-of-00003   one shard for each parquet file
+    visual_opsd-train.array_record-00000-of-00003   one shard for each file
     dataset_info.json, features.json                what plain TFDS reads
     progress.json                                   records of finished shards: a rerun keeps them
     report.json                                     rows, bad rows, warnings; written last
@@ -22,14 +22,14 @@ from opsd_jax.inputs import json_files
 
 
 class Shard(NamedTuple):
-    """One output file: the first `rows` rows of one parquet file.
+    """One output file: the first `rows` rows of one parquet or JSONL file.
 
     Attributes:
       split: the split that it belongs to.
       name: name of the ArrayRecord file.
-      file: path of the parquet file in the task's source folder.
-      blake2b: checksum of the parquet file.
-      rows: number of parquet rows, bad ones included.
+      file: path of that file in the task's source folder.
+      blake2b: checksum of that file and of the images that it names.
+      rows: number of its rows, bad ones included.
       columns: names of the further columns, in the order that they were asked for.
     """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from opsd_jax.data import parquet_files, schema
+from opsd_jax.data import schema, source_files
 
 TASKS = ("Visual_Search", "Spatial_Navigation", "Jigsaw_Assembly", "Chart_Refocus")  # as released
 
@@ -46,7 +46,7 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(schema.VERSION)
     RELEASE_NOTES = {schema.VERSION: "First release."}
     BUILDER_CONFIGS = [Config(name=task.lower(), description=task) for task in TASKS]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put <Task>/data/<split>-*.parquet into manual_dir."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put <Task>/data/<split>-*.parquet or .jsonl into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -57,21 +57,21 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        folders = parquet_files.task_folders(dl_manager.manual_dir)
+        folders = source_files.task_folders(dl_manager.manual_dir)
         task = next((task for task in folders if task.lower() == self.builder_config.name), None)
         if task is None:
             raise schema.BadSourceError(
                 f"{dl_manager.manual_dir} has no {self.builder_config.description}, "
                 f"only {', '.join(folders)}: move the folder there"
             )
-        files, _ = parquet_files.split_files(folders[task])
+        files, _ = source_files.split_files(folders[task])
         return {split: self._generate_examples(task, paths) for split, paths in files.items()}
 
     def _generate_examples(self, task: str, paths: list[Path]) -> Iterator[tuple[int, dict]]:
         examples = (
             example
             for path in paths
-            for example in parquet_files.read_examples(
+            for example in source_files.read_examples(
                 path, task=task, further=self.builder_config.columns
             )
         )

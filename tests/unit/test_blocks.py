@@ -20,10 +20,10 @@ from opsd_jax.data import (
     arrayrecord,
     bucket_index,
     packing,
-    parquet_files,
     prepare,
     procedural,
     schema,
+    source_files,
     tfds_builder,
 )
 from opsd_jax.data import examples as examples_lib
@@ -545,10 +545,10 @@ def test_further_columns_are_kept(tmp_path, capsys):
 def test_redrawn_examples_keep_them(tmp_path):
     test_datasets.maze(tmp_path / "s", [further(0), further(1, solution="")])
     (path,) = tmp_path.glob("s/Maze/data/*.parquet")
-    rows = [*parquet_files.read_examples(path, task="Maze", further=COLUMNS)]
+    rows = [*source_files.read_examples(path, task="Maze", further=COLUMNS)]
     redraw._write(str(tmp_path / "w.parquet"), rows, COLUMNS)
     assert [
-        *parquet_files.read_examples(tmp_path / "w.parquet", task="Maze", further=COLUMNS)
+        *source_files.read_examples(tmp_path / "w.parquet", task="Maze", further=COLUMNS)
     ] == rows
 
 

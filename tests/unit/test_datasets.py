@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from opsd_jax import images
-from opsd_jax.data import arrayrecord, parquet_files, schema, shards
+from opsd_jax.data import arrayrecord, parquet_files, schema, shards, source_files
 from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.data.arrayrecord import open_source
 from opsd_jax.data.prepare import prepare
@@ -182,7 +182,7 @@ def test_plain_tfds_reads_it(two_tasks, tmp_path):
 def test_layouts(tmp_path, layout, given):
     write(tmp_path / "s/Maze" / layout, [row(0)])
     assert prepare(tmp_path / "s" / given, tmp_path / "out").rows == {"Maze/train": 1}
-    (example,) = parquet_files.read_examples(tmp_path / "s/Maze" / layout, task="Maze")
+    (example,) = source_files.read_examples(tmp_path / "s/Maze" / layout, task="Maze")
     assert example == open_source(tmp_path / "out", task="maze")[0]
 
 
@@ -204,7 +204,7 @@ def test_slices(two_tasks, tmp_path, split, want):
     assert [e.pid for e in prepared] == [f"p{i}" for i in want]
     assert len(prepared) == len(want)
     files = sorted((two_tasks / "Maze").rglob("*.parquet"))  # train files, then validation
-    rows = [e for file in files for e in parquet_files.read_examples(file, task="Maze")]
+    rows = [e for file in files for e in source_files.read_examples(file, task="Maze")]
     assert list(prepared) == [rows[i] for i in want]
 
 
@@ -409,7 +409,7 @@ def test_bad_row(tmp_path, changes, reason):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(
         error.value
     )  # as from a worker process
-    examples = parquet_files.read_examples(file, task="Maze")
+    examples = source_files.read_examples(file, task="Maze")
     assert [next(examples).pid, next(examples).pid] == ["p0", "p1"]
     with pytest.raises(BadRowError, match=f"row 2, pid 'p2': {reason}"):
         next(examples)
@@ -533,7 +533,7 @@ def test_columns_with_wrong_names(tmp_path, bad, message):
     file = maze(tmp_path / "s", [bad])
     for attempt in (
         lambda: prepare(tmp_path / "s", tmp_path / "out"),
-        lambda: next(parquet_files.read_examples(file, task="Maze")),
+        lambda: next(source_files.read_examples(file, task="Maze")),
     ):
         with pytest.raises(BadSourceError, match=message) as error:
             attempt()
@@ -834,14 +834,14 @@ def test_without_tensorflow_and_by_builder_class(two_tasks, tmp_path):
     """In a fresh process: TensorFlow is never imported, and nothing slow before it is needed."""
     script = textwrap.dedent("""
         import sys
-        from opsd_jax.data import arrayrecord, parquet_files, prepare, schedule
+        from opsd_jax.data import arrayrecord, prepare, schedule, source_files
         slow = {"tensorflow_datasets", "pyarrow", "pandas", "tensorflow", "array_record", "jax"}
         assert not slow & set(sys.modules), slow & set(sys.modules)
         source, target, built = sys.argv[1:]
         prepare.prepare(source, target)
         examples = list(arrayrecord.open_source(target, task="chart_refocus"))
         file = source + "/Chart_Refocus/train-00000-of-00001.parquet"
-        assert examples == list(parquet_files.read_examples(file, task="Chart_Refocus"))
+        assert examples == list(source_files.read_examples(file, task="Chart_Refocus"))
 
         import tensorflow_datasets as tfds
         from opsd_jax.data.tfds_builder import VisualOpsd
@@ -1290,5 +1290,5 @@ def test_row_groups_beyond_2_gib(tmp_path):
     assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).total_byte_size > 2**31
     found = [index for batch in parquet_files.read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
-    assert [*parquet_files.read_examples(file, task="Maze")][32].pid == "p32"
+    assert [*source_files.read_examples(file, task="Maze")][32].pid == "p32"
     assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"Maze/train": 2}

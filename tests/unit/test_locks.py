@@ -13,7 +13,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import convert, redraw
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import parquet_files, prepare, procedural
+from opsd_jax.data import prepare, procedural, source_files
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.runtime import locks
 
@@ -88,7 +88,7 @@ def test_every_command_that_makes_a_folder(tmp_path, holder, capsys, monkeypatch
         with pytest.raises(SystemExit) as error:
             command()
         assert error.value.code == 1 and says in capsys.readouterr().err, name
-    monkeypatch.setattr(parquet_files, "task_folders", lambda source: {})
+    monkeypatch.setattr(source_files, "task_folders", lambda source: {})
     with pytest.raises(locks.FolderInUseError, match=says):
         prepare.prepare(source, target)
     assert not target.exists()

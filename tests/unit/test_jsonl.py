@@ -1,0 +1,288 @@
+"""opsd_jax/data/jsonl_files: both JSONL formats, what is refused, and the files that come out."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from opsd_jax.data import source_files
+from opsd_jax.data.arrayrecord import open_source
+from opsd_jax.data.prepare import prepare
+from opsd_jax.data.schema import BadRowError, BadSourceError
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, BLUE, GREEN = map(png, ("red", "blue", "green"))
+B64 = base64.b64encode(BLUE).decode()
+NAMED = {
+    "pid": "p0",
+    "question": "Which? ü",
+    "answer": "red",
+    "image": "images/red.png",
+    "thoughts": ["look", "it is red"],
+    "visual_thoughts": [B64],
+    "text_trace": "I see red.",
+}
+CHAT = {
+    "pid": "c0",
+    "messages": [
+        {"role": "user", "content": "<image>\nWhich?"},
+        {"role": "assistant", "content": "I see red.\n<answer> red </answer>"},
+    ],
+    "images": ["images/red.png"],
+    "teacher_prompt": "<image>It is the first.",
+    "teacher_images": ["images/green.png", {"bytes": B64, "path": None}],
+    "solution": "Red, because.",
+}
+KEPT = ("text:teacher_prompt", "images:teacher_images", "text:solution")
+
+
+def write(folder: Path, *lines: dict | str, name: str = "train.jsonl") -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for colour, data in (("red", RED), ("green", GREEN)):
+        (folder / f"images/{colour}.png").write_bytes(data)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return folder / name
+
+
+def turns(user, assistant, *before: dict) -> list[dict]:
+    return [
+        *before,
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": assistant},
+    ]
+
+
+def read(path: Path, *further: str):
+    return list(source_files.read_examples(path, task="T", further=further))
+
+
+def test_columns_by_name(tmp_path):
+    released = {
+        "question": "Why?",
+        "answer": "so",
+        "problem_image_0": {"bytes": None, "path": "images/green.png"},
+        "resoning_thought_0": "hm",
+        "reasoning_image_0": "data:image/png;base64," + B64,
+        "task": "Other",
+        "metadata": {"a": [1, "é"]},
+        "hint": "left",
+        "crops": "images/red.png",
+    }
+    path = write(tmp_path, NAMED, released)
+    first, second = read(path, "text:hint", "images:crops")
+    assert (first.pid, first.task, first.question, first.answer) == ("p0", "T", "Which? ü", "red")
+    assert (first.problem_image, first.visual_thoughts) == (RED, (BLUE,))
+    assert first.thoughts == ("look", "it is red") and first.full_text_only_thought == "I see red."
+    assert first.columns == {"text:hint": "", "images:crops": ()}
+    assert (second.pid, second.task, second.problem_image) == ("train:1", "Other", GREEN)
+    assert (second.visual_thoughts, second.thoughts) == ((BLUE,), ("hm",))
+    assert second.metadata == {"a": [1, "é"]}
+    assert second.columns == {"text:hint": "left", "images:crops": (RED,)}
+
+
+def test_chats(tmp_path):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]
+    before = ({"role": "system", "content": "S"}, *turns("a", "b"))
+    said = "<answer>no</answer> or <answer>so</answer>."
+    path = write(
+        tmp_path,
+        CHAT,
+        {"messages": turns("Which one?", "green"), "images": "images/green.png"},
+        {"messages": turns(parts, said, *before), "images": [B64], "metadata": '{"a": 1}'},
+    )
+    first, second, third = read(path, *KEPT)
+    assert (first.pid, first.question, first.answer) == ("c0", "Which?", "red")
+    assert (first.problem_image, first.visual_thoughts) == (RED, ())
+    assert (first.full_text_only_thought, first.thoughts) == ("I see red.", ("I see red.",))
+    assert first.columns == {
+        "text:teacher_prompt": "It is the first.",
+        "images:teacher_images": (GREEN, BLUE),
+        "text:solution": "Red, because.",
+    }
+    assert (second.pid, second.question, second.answer) == ("train:1", "Which one?", "green")
+    assert (second.full_text_only_thought, second.thoughts) == ("", ("green",))
+    assert (third.question, third.answer, third.metadata) == ("Why?", "so", {"a": 1})
+    assert (third.problem_image, third.thoughts) == (BLUE, ("<answer>no</answer> or",))
+
+    report = prepare(tmp_path, tmp_path / "out")
+    assert f"read as JSONL with chat messages: {tmp_path.name}/train" in str(report)
+    kinds = [(note.row, note.reason.split(":")[0]) for note in report.warnings]
+    assert kinds == [
+        *[(None, "ignored_column")] * 3,
+        (0, "no_visual_thought"),
+        (1, "no_visual_thought"),
+        (1, "no_text_trace"),
+        (1, "no_thought"),
+        (2, "no_visual_thought"),
+        (2, "ignored_turn"),
+        (2, "ignored_text"),
+    ]
+    assert "teacher_images is not read, --columns=images:teacher_images keeps it" in str(
+        [note.reason for note in report.warnings]
+    )
+
+
+@pytest.mark.parametrize("kind", ["named", "chat"])
+def test_the_prepared_files_are_those_of_parquet(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    def image(data):
+        return {"bytes": data, "path": None}
+
+    row = {"pid": "p0", "question": "Which? ü", "answer": "red", "problem_image_0": image(RED)}
+    row |= {"resoning_thought_0": "look", "resoning_thought_1": "it is red"}
+    row |= {"reasoning_image_0": image(BLUE), "full_text_only_thought": "I see red."}
+    line, columns = NAMED, ()
+    if kind == "chat":
+        line, columns = CHAT, KEPT
+        row = {"pid": "c0", "question": "Which?", "answer": "red", "problem_image_0": image(RED)}
+        row |= {"resoning_thought_0": "I see red.", "full_text_only_thought": "I see red."}
+        row |= {"teacher_prompt": "It is the first.", "solution": "Red, because."}
+        row |= {"teacher_images": [image(GREEN), image(BLUE)]}
+    write(tmp_path / "a/T", line)
+    (tmp_path / "b/T").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "b/T/train.parquet")
+    reports = [prepare(tmp_path / s, tmp_path / f"{s}-out", columns=columns) for s in ("a", "b")]
+    one, other = (tmp_path / f"{s}-out/visual_opsd/t/1.0.0" for s in ("a", "b"))
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    assert len(names) == 5  # the records, two files for TFDS, progress.json, report.json
+    for name in set(names) - {"progress.json", "report.json"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert [r.formats["T/train"] for r in reports] == [
+        {"named": "JSONL with columns by name", "chat": "JSONL with chat messages"}[kind],
+        "parquet",
+    ]
+
+
+def named(**changes) -> dict:
+    return {key: value for key, value in (NAMED | changes).items() if value != "absent"}
+
+
+def chat(**changes) -> dict:
+    return {key: value for key, value in (CHAT | changes).items() if value != "absent"}
+
+
+BAD = {
+    "not JSON": ('{"question": ', "line is not JSON"),
+    "empty": ("", "line is empty"),
+    "list": ("[1]", "line is a JSON list"),
+    "twice": ('{"answer": "a", "answer": "b"}', "has the key 'answer' twice"),
+    "surrogate": (json.dumps(named(answer="\ud800")), "not UTF-8"),
+    "missing": (named(answer="absent"), "answer is missing"),
+    "no image": (named(image="absent"), "image is missing"),
+    "both": (named(problem_image_0=B64), "problem_image_0 and another key both give"),
+    "type": (named(answer=7), "answer is of type int"),
+    "pid": (named(pid=[1]), "pid is of type list"),
+    "thoughts": (named(thoughts="look"), "thoughts is of type str, not a list"),
+    "no thought": (named(thoughts=[]), "hold no thought"),
+    "image type": (named(image=7), "problem_image_0 is of type int"),
+    "image keys": (named(image={"url": "x"}), "not an image {bytes, path}"),
+    "absolute": (named(image="/etc/red.png"), "give a path below"),
+    "drive": (named(image="C:\\red.png"), "give a path below"),
+    "outside": (named(image="images/../../red.png"), "give a path below"),
+    "address": (named(image="https://a/red.png"), "download the image"),
+    "no file": (named(visual_thoughts=["no.png"]), "reasoning_image_0 is .*no such file"),
+    "empty file": (named(image="images/empty.png"), "empty file"),
+    "no picture": (named(image="train.jsonl"), "problem_image_0 cannot be decoded"),
+    "base64": (named(image={"bytes": "%%"}), "not valid base64"),
+    "data URL": (named(image="data:image/png,x"), "not in base64"),
+    "a chat": (chat(), "messages belongs to chats"),
+}
+BAD_CHATS = {
+    "no messages": (chat(messages="absent"), "messages is missing"),
+    "messages": (chat(messages="hi"), "not a list of objects"),
+    "role": (chat(messages=[{"role": "tool", "content": ""}]), 'the role "tool" in turn 0'),
+    "no user": (chat(messages=CHAT["messages"][1:]), "no user turn"),
+    "no answer": (chat(messages=CHAT["messages"][:1]), "must end with a user turn and one"),
+    "content": (chat(messages=turns("a", 7)), "has a int as content of turn 1"),
+    "part": (chat(messages=turns([{"type": "image", "image": "x"}], "a")), "has the part"),
+    "two images": (chat(images=["images/red.png"] * 2), "show 2 images: one image per question"),
+    "two marks": (chat(messages=turns("<image><image>a", "b")), "show 2 images"),
+    "no images": (chat(images=[]), "images is missing or empty"),
+    "mark in the answer": (chat(messages=turns("a", "<image>b")), "in the assistant turn"),
+    "open tag": (chat(messages=turns("a", "<answer>b")), "answer"),
+    "no question": (chat(messages=turns("<image>", "b")), "question is empty"),
+    "named": (named(), "question belongs to lines with columns by name"),
+}
+
+
+@pytest.mark.parametrize("good, bad", [(NAMED, BAD), (CHAT, BAD_CHATS)], ids=["named", "chat"])
+def test_bad_lines(tmp_path, good, bad):
+    path = write(tmp_path / "T", good, *(line for line, _ in bad.values()), good)
+    (tmp_path / "T/images/empty.png").touch()
+    with pytest.raises(BadRowError, match=r"train\.jsonl, line 2, pid .*--on_bad_row=skip"):
+        prepare(tmp_path, tmp_path / "out")
+    report = prepare(tmp_path, tmp_path / "out", on_bad_row="skip")
+    assert report.rows == {"T/train": 2}
+    assert [(note.file, note.row) for note in report.bad_rows] == [
+        (str(path), n) for n in range(1, len(bad) + 1)
+    ]
+    for note, (name, (_, reason)) in zip(report.bad_rows, bad.items()):
+        with pytest.raises(BadRowError, match=reason):
+            raise BadRowError(*note[:3], *note.reason.split(" ", 1))
+        assert f"line {note.row + 1}" in str(note), name
+    assert [e.pid for e in open_source(tmp_path / "out", task="T")] == [good["pid"]] * 2
+
+
+SOURCES = {
+    "misspelt": ((named(text_traces="x", text_trace="absent"),), (), "did you mean 'text_trace'"),
+    "schema": ((named(resoning_thoght_2="x"),), (), "did you mean 'resoning_thought_2'"),
+    "no column": ((named(answer="absent"),), (), "has no column 'answer'"),
+    "further": ((NAMED,), ("text:hint",), "has no column 'hint'"),
+    "further chat": ((CHAT,), ("text:hint",), "has no key 'hint'"),
+    "own key": ((NAMED,), ("text:thoughts",), "names thoughts, which JSONL files have"),
+    "two formats": ((NAMED | CHAT,), (), "both 'messages' and 'question'"),
+    "no object": (("x", "y"), (), "no line that is a JSON object: line 1 is not JSON"),
+    "empty": ((), (), "train files hold no row"),
+}
+
+
+@pytest.mark.parametrize("lines, columns, message", SOURCES.values(), ids=SOURCES)
+def test_files_that_are_refused(tmp_path, lines, columns, message):
+    write(tmp_path / "T", *lines)
+    with pytest.raises(BadSourceError, match=message):
+        prepare(tmp_path, tmp_path / "out", columns=columns)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders(tmp_path):
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "T/data", NAMED | {"pid": split}, name=f"{split}.jsonl")
+    write(tmp_path / "T/data", NAMED, name="other.jsonl")
+    report = prepare(tmp_path, tmp_path / "out", limit=1)
+    assert report.rows == {"T/train": 1, "T/validation": 1, "T/test": 1}
+    assert [note.reason.split(":")[0] for note in report.warnings] == ["ignored_file"]
+    (tmp_path / "T/data/train.parquet").touch()
+    with pytest.raises(BadSourceError, match="parquet and JSONL files .*Keep one kind"):
+        prepare(tmp_path, tmp_path / "out")
+
+
+def test_an_edited_image_is_seen(tmp_path):
+    write(tmp_path / "T", NAMED, NAMED)
+    prepare(tmp_path, tmp_path / "out", limit=1)
+    prepare(tmp_path, tmp_path / "out", limit=1)
+    (tmp_path / "T/images/red.png").write_bytes(GREEN)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        prepare(tmp_path, tmp_path / "out", limit=1)
+    prepare(tmp_path, tmp_path / "out", limit=1, overwrite=True)
+    assert open_source(tmp_path / "out", task="T")[0].problem_image == GREEN
+
+
+def test_few_lines_are_in_memory(tmp_path, monkeypatch):
+    path = write(tmp_path, *[NAMED] * 70)
+    sizes = [len(batch) for batch in source_files.read_batches(path, 65)]
+    assert sizes == [32, 32, 1]
+    monkeypatch.setattr("opsd_jax.data.jsonl_files._BATCH_BYTES", 1)
+    assert [len(batch) for batch in source_files.read_batches(path, 3)] == [1, 1, 1]
