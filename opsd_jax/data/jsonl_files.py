@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from absl import logging
+
 from opsd_jax import tags
 from opsd_jax.data import parquet_files, schema
 from opsd_jax.inputs import columns as columns_lib
@@ -186,11 +188,15 @@ def _rows(
             _check_pid(values)
             values = _with_images(values, path.parent, further)
             row = schema.Row(index, values, tuple(remarks))
-        except _FaultError as error:
+        except (_FaultError, RecursionError) as error:
+            if isinstance(error, RecursionError):
+                error = _FaultError("line", "has too many brackets inside each other")
             pid = line.get("pid")
             pid = str(pid) if isinstance(pid, str | int) else f"{path.stem}:{index}"
             fault = schema.BadRowError(str(path), index, pid, *error.args)
             row = schema.Row(index, {}, fault=fault)
+        if (index + 1) % 10_000 == 0:  # of a slow file system
+            logging.info("%s: %s lines read, with their images", path, f"{index + 1:,}")
         yield raw, line, row
 
 

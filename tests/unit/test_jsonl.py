@@ -179,6 +179,7 @@ BAD = {
     "empty": ("", "line is empty"),
     "list": ("[1]", "line is a JSON list"),
     "twice": ('{"answer": "a", "answer": "b"}', "has the key 'answer' twice"),
+    "deep": ("[" * 9999, "line is not JSON"),
     "surrogate": (json.dumps(named(answer="\ud800")), "not UTF-8"),
     "missing": (named(answer="absent"), "answer is missing"),
     "no image": (named(image="absent"), "image is missing"),
@@ -267,6 +268,26 @@ def test_folders(tmp_path):
     (tmp_path / "T/data/train.parquet").touch()
     with pytest.raises(BadSourceError, match="parquet and JSONL files .*Keep one kind"):
         prepare(tmp_path, tmp_path / "out")
+
+
+def test_oddities_are_those_of_parquet(tmp_path):
+    """A mark at the start, ends of lines, nine thoughts, and visual thoughts that do not open."""
+    line = named(thoughts=[str(n) for n in range(9)], visual_thoughts=["train.jsonl", None, B64])
+    path = write(tmp_path / "T", line)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    report = prepare(tmp_path, tmp_path / "out")
+    (example,) = open_source(tmp_path / "out", task="T")
+    assert (example.visual_thoughts, example.thoughts) == ((BLUE,), tuple("01234567"))
+    first, *others = (note.reason for note in report.warnings)
+    assert first.startswith("dropped_visual_thought: reasoning_image_0 cannot be decoded")
+    assert others == [
+        "dropped_visual_thought: reasoning_image_1 is missing",
+        "dropped_thought: resoning_thought_8 is not read, a row holds 8",
+    ]
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line))
+    report = prepare(tmp_path, tmp_path / "out", overwrite=True)
+    (same,) = (note for note in report.warnings if note.reason.startswith("duplicate_pid"))
+    assert str(same) == f"{path}, line 2, pid 'p0': duplicate_pid: first in {path}, line 1"
 
 
 def test_an_edited_image_is_seen(tmp_path):
