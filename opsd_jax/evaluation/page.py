@@ -195,7 +195,7 @@ def _sample(p: dict, benchmark: Benchmark, shown: _Shown) -> html.Sample:
     title = str(p.get("pid", key))
     about = f"{p['tokens']} token{'s' * (p['tokens'] != 1)}"
     if "answer" in p:  # of a task: short
-        found = "no answer" if p["answer"] is None else p["answer"]
+        found = "no <answer> tag" if p["answer"] is None else p["answer"]
         title += f": {found}" + (f" (expected {p['expected']})" if found != p["expected"] else "")
     else:
         about = f"expected {p['expected']}; {about}"
