@@ -70,3 +70,57 @@ def mcnemar(wins: int, losses: int) -> float:
     from scipy import stats  # as in `wilson`
 
     return float(stats.binomtest(min(wins, losses), wins + losses).pvalue)
+
+
+def paired_interval(
+    differences: Sequence[np.ndarray], *, shared: bool, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of a mean paired difference over seeds and questions, by bootstrap.
+
+    A resample takes seeds with replacement, then questions with replacement, and the mean over
+    both; the interval holds the middle 95 % of the means. Where all seeds answered the same
+    questions, a resample takes the same questions for all of its seeds: what is easy for one seed
+    is easy for the others, and questions taken independently for each seed would make the interval
+    too narrow (seeds and questions are crossed; Owen 2007, The Annals of Applied Statistics).
+
+    With few seeds the interval is too narrow, with one it is about the questions alone: a bootstrap
+    cannot show values that were not measured.
+
+    Args:
+      differences: for each seed [n] what one model scored minus what the other did, question by
+        question, such as 1 for an answer that only the first gives correctly.
+      shared: whether position i is the same question for all seeds.
+      resamples: number of resamples. seed: of the resamples; the same seed gives the same interval.
+    Raises:
+      ValueError: no seed, a seed without questions, or shared questions in different numbers.
+    """
+    values = [np.asarray(part, np.float64) for part in differences]
+    sizes = {len(part) for part in values}
+    if not values or 0 in sizes or (shared and len(sizes) > 1):
+        raise ValueError(
+            f"{len(values)} seeds with {sorted(sizes)} questions: give at least one of each, and "
+            "equally many for all seeds if they are shared"
+        )
+    rng = randomness.generator(seed, "paired interval")
+    chosen = rng.integers(len(values), size=(resamples, len(values)))
+    if shared:
+        means = _resampled_means(np.stack(values), resamples, rng)  # [seeds, resamples]
+        found = np.take_along_axis(means.T, chosen, axis=1)
+    else:
+        found = np.zeros(chosen.shape)
+        for number, part in enumerate(values):
+            places = chosen == number
+            found[places] = _resampled_means(part[None], int(places.sum()), rng)[0]
+    low, high = np.percentile(found.mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """[S, count] means of resamples of the columns of values [S, n], the same for all rows."""
+    n = values.shape[1]
+    block = max(1, _AT_ONCE // values.size)
+    parts = [
+        values[:, rng.integers(n, size=(min(block, count - first), n))].mean(axis=-1)
+        for first in range(0, count, block)
+    ]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((len(values), 0))
