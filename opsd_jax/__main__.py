@@ -9,6 +9,7 @@ from opsd_jax.inputs import cli
 
 COMMANDS = {
     "train": "a training run and its control arms",
+    "study": "a grid of runs and control arms, and one table of them",
     "eval": "accuracy, tokens and seconds on a split or on public benchmarks",
     "diagnose": "divergence per token, interventions and attention of a run",
     "generate": "one answer, with generated images if asked",

@@ -345,13 +345,13 @@ def _parts(summary: dict) -> list[str]:
     def line(layout, mode, query, key):
         return [(n, 100 * share) for n, share in enumerate(shares[layout][mode][query][key])]
 
-    axes = {"x": "layer", "y": "share of attention, %"}
+    x, y = "layer", "share of attention, %"
     before = {
         f"{layout}: problem image": line(layout, "real", "text before", "problem image")
         for layout in shares
         if "text before" in shares[layout]["real"]
     }
-    parts += [html.heading("Text before the visual thoughts"), charts.lines(before, **axes)]
+    parts += [html.heading("Text before the visual thoughts"), charts.lines(before, x=x, y=y)]
     for layout, query in (
         ("interleaved", "text after"),
         ("teacher", "completion"),
@@ -366,7 +366,7 @@ def _parts(summary: dict) -> list[str]:
         if series:
             parts += [
                 html.heading(f"After the visual thoughts: {layout}, {query}"),
-                charts.lines(series, **axes),
+                charts.lines(series, x=x, y=y),
             ]
     official = summary["official_mean"]
     parts += [

@@ -43,13 +43,21 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, float | None]]], *, x: str, y: str) -> str:
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float | None]]],
+    *,
+    x: str,
+    y: str,
+    thin: Mapping[str, Sequence[Sequence[tuple[float, float | None]]]] | None = None,
+) -> str:
     """A line chart with a legend.
 
     Args:
       series: {name: points (x, y)}, connected in their order. A point whose y is None, NaN or
         infinite interrupts the line, and the legend counts it.
       x, y: labels of the axes, with units.
+      thin: {name of a series: several lines of points}, drawn thin in its colour, for example the
+        seeds that the series is the mean of.
 
     Raises:
       ValueError: more series than can be told apart.
@@ -79,6 +87,14 @@ def lines(series: Mapping[str, Sequence[tuple[float, float | None]]], *, x: str,
                 marker=".",
                 markevery=seen if seen.sum() <= _DOTS else _alone(seen),
             )
+            for line in (thin or {}).get(name, ()):
+                axes.plot(
+                    *_points(line).T,
+                    color=_COLOURS[number % len(_COLOURS)],
+                    linewidth=0.7,
+                    alpha=0.45,
+                    zorder=1,
+                )
             missing = len(data) - int(seen.sum())
             more = f" ({missing} without value)" if missing else ""
             labels.append(html.visible(name) + (more if seen.any() else " (– no values)"))

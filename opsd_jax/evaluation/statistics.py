@@ -3,6 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from opsd_jax.data import randomness
+
+_AT_ONCE = 1 << 22  # values that are resampled at the same time
+
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion, in 0..1 (Wilson's score interval); (0, 1) for n = 0.

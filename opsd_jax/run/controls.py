@@ -149,19 +149,14 @@ class Arms:
                 try:
                     process.wait(_LOOK)
                 except subprocess.TimeoutExpired:
-                    if (done := _steps_done(path)) != shown:  # its evaluations follow its last step
+                    if (
+                        done := metrics.last_step(run_folder.metrics(path))
+                    ) != shown:  # its evaluations follow its last step
                         progress.update(done)
                         shown = done
             if process.returncode:
                 self._failed.append(f"{name} (see {path}/log.txt)")
             self._running.discard(process)
-
-
-def _steps_done(workdir: str) -> int:
-    """The last step in the metrics of a run that is going on."""
-    path = run_folder.metrics(workdir)
-    records = metrics.read(path) if os.path.exists(path) else []
-    return records[-1]["step"] if records else 0
 
 
 def _cores() -> Sequence[int | None]:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
 from opsd_jax.run import evaluate as evaluate_lib
@@ -13,11 +14,37 @@ from opsd_jax.run import saves
 from opsd_jax.run import start as start_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
-from opsd_jax.run.stage import Stage
+from opsd_jax.run.stage import Kind, Stage
 from opsd_jax.run.state import moving_teacher
 from opsd_jax.runtime import files, run_folder
 from opsd_jax.runtime.health import Health
 from opsd_jax.runtime.stopping import StopRequest
+
+
+def _final_modes(config: ConfigDict) -> dict[str, tuple[str, bool]]:
+    c = config.eval
+    modes = {mode: (mode, False) for mode in c.final_visual_thoughts}
+    return modes | ({"none-banned": ("none", True)} if c.final_banned else {})
+
+
+def _measures_kl(config: ConfigDict, kind: Kind) -> bool:
+    return config.eval.kl and kind.keeps_start
+
+
+def missing_results(config: ConfigDict, workdir: str, kind: Kind, last: int) -> list[str]:
+    """Files of the final evaluation of a stage that do not exist, [] where it is complete.
+
+    kind: of the stage. last: its last step.
+    """
+    names = [*_final_modes(config), *(["kl"] if _measures_kl(config, kind) else [])]
+    paths = [
+        os.path.join(
+            run_folder.evaluation(workdir, run_folder.evaluation_name(last, name)),
+            run_folder.SUMMARY,
+        )
+        for name in names
+    ]
+    return [path for path in paths if not os.path.exists(path)]
 
 
 class Evaluation:
@@ -118,19 +145,17 @@ class Evaluation:
 
     def _modes(self) -> dict[str, tuple[str, bool]]:
         """What the final evaluation measures: {name: (mode, ban_marker)}."""
-        c = self.run.config.eval
-        modes = {mode: (mode, False) for mode in c.final_visual_thoughts}
-        return modes | ({"none-banned": ("none", True)} if c.final_banned else {})
+        return _final_modes(self.run.config)
 
     @property
     def _measures_kl(self) -> bool:
-        return self.run.config.eval.kl and self.stage.kind.keeps_start
+        return _measures_kl(self.run.config, self.stage.kind)
 
     def _is_complete(self) -> bool:
         """Whether all results of `final` exist."""
-        names = [*self._modes(), *(["kl"] if self._measures_kl else [])]
-        folders = (self.run.results_folder(self.stage.last, name) for name in names)
-        return all(os.path.exists(os.path.join(folder, run_folder.SUMMARY)) for folder in folders)
+        return not missing_results(
+            self.run.config, self.run.workdir, self.stage.kind, self.stage.last
+        )
 
     def final(self, params: dict) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/, as `opsd_jax.eval` does.

@@ -72,6 +72,12 @@ def read(metrics_jsonl: str | os.PathLike) -> list[dict]:
     return [_record(line, f"{metrics_jsonl}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
+def last_step(metrics_jsonl: str | os.PathLike) -> int:
+    """The last step of a run that is going on; 0 before its first record."""
+    records = read(metrics_jsonl) if os.path.exists(metrics_jsonl) else []
+    return records[-1]["step"] if records else 0
+
+
 def wandb_arguments(project: str, workdir: str, group: str, settings: dict) -> dict | None:
     """Arguments of `wandb.init`; None for a run that does not log to Weights & Biases.
 

@@ -1,0 +1,109 @@
+"""The command: reads a study, runs what is left of it, and writes its table and its page.
+
+  python -m opsd_jax.study --config=configs/study.py --workdir=S
+
+The same command continues a study. Exit codes: 0 all jobs are done; 1 wrong arguments, or a job
+failed (the table says which); 42 stopped as asked, after all commands have saved.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from opsd_jax import config_flags
+from opsd_jax.inputs import cli, paths
+from opsd_jax.runtime import distributed, locks, stopping
+from opsd_jax.study import grid, jobs, page, scores, slots, table
+
+_CHANGES = "--config.changes."  # of the runs' settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m opsd_jax.study`; exit codes are in the module's docstring."""
+    cli.start()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    settings = [argument for argument in argv if argument.startswith("--config.")]
+    args = _parser().parse_args([argument for argument in argv if argument not in settings])
+    try:
+        paths.check_given("--workdir", args.workdir, orbax=True)
+        study = grid.read(*_given(args.config, settings, args.workdir))
+        if args.list:
+            grid.write_settings(study)
+            for job in jobs.left(study):
+                print(shlex.join(job.command()))
+            return
+        paths.check_writable("--workdir", args.workdir)
+        if os.environ.get("OPSD_NUM_PROCESSES", "1") != "1":
+            raise ValueError(
+                "a study starts its commands on one machine, and OPSD_NUM_PROCESSES is "
+                f"{os.environ['OPSD_NUM_PROCESSES']}: print them with --list, start each on all "
+                "machines, then give this command without --list for the table"
+            )
+        with locks.only_writer(study.workdir, inside=True):
+            failed = _run(study)
+    except (ValueError, OSError, RuntimeError) as error:
+        distributed.end_with_error(error)
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(study.jobs)} jobs are not done; see above")
+
+
+def _given(config: str, settings: Sequence[str], workdir: str):
+    """Arguments of `grid.read`. Raises ValueError for a setting that a study does not have."""
+    known = grid.default()
+    for argument in settings:
+        key = argument.removeprefix("--config.").partition("=")[0]
+        if key.partition(".")[0] not in known:
+            raise ValueError(
+                f"{argument}: a study has no such setting, only {', '.join(known)}. A setting of "
+                f"all its runs is changed by {_CHANGES}{key}=VALUE"
+            )
+    changes = [a for a in settings if a.startswith(_CHANGES)]
+    own = [argument for argument in settings if argument not in changes]
+    of_runs = [argument.replace(_CHANGES, "--config.", 1) for argument in changes]
+    return config_flags.read([f"--config={config}", *own]), workdir, of_runs
+
+
+def _run(study: grid.Study) -> dict[str, str]:
+    """Runs the study and writes what it found; {name of a job: why it is not done}."""
+    grid.write_settings(study)
+    failed: dict[str, str] = {}
+    if any(jobs.left(study)):
+        runs = [job.config for job in study.jobs if job.is_run]
+        with stopping.stoppable("the same command continues the study") as stop:
+            stop.promise = "asking all commands to save and to stop"
+            failed = jobs.run(study, slots.divide(study.parallel, runs), stop)
+    found = scores.read(study)
+    rows = scores.rows(study, found, failed)
+    table.write(study, rows, failed)
+    print(table.in_terminal(rows))
+    print(f"the page of the study: {page.write(study, found, rows)}")
+    return failed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m opsd_jax.study",
+        description="A grid of runs and control arms, and one table of them.",
+    )
+    parser.add_argument("--config", required=True, help="file of the study, see configs/study.py")
+    parser.add_argument(
+        "--config.KEY",
+        metavar="VALUE",
+        help="a setting of the study, such as --config.seeds=0,1; --config.changes.KEY is a "
+        "setting of all its runs",
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the study; a study that it holds is continued"
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the commands that are left, runs before their arms, and start none",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

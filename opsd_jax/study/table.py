@@ -1,0 +1,106 @@
+"""The table of a study: S/study.json, S/study.md, and its main columns for the terminal."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from opsd_jax.evaluation import html
+from opsd_jax.inputs import checks
+from opsd_jax.runtime import files
+from opsd_jax.study.grid import Study
+
+HEADER = (
+    "group",
+    "arm",
+    "task",
+    "accuracy %",
+    "each seed",
+    "difference",
+    "95 % interval",
+    "with true visual thoughts %",
+    "tokens",
+    "KL before",
+    "KL after",
+    "closure %",
+    "status",
+)
+TEXTS = 3  # columns at the left that are texts
+_IN_TERMINAL = ("group", "arm", "task", "accuracy %", "each seed", "difference", "95 % interval")
+
+
+def meaning(reference: str) -> str:
+    """What the columns mean, with **bold** as in Markdown."""
+    return (
+        "**Accuracy** is without visual thoughts, the mean over seeds. **Difference** is the "
+        f"accuracy minus that of {reference}, in percentage points, of the same seeds and "
+        "questions, with the interval of a bootstrap over seeds and questions. With few seeds that "
+        "interval is too narrow, with one it is about the questions alone. **start** and "
+        "**teacher** are the weights that OPSD and all arms start from, without visual thoughts "
+        "and with them. **KL** is that between teacher and student, before and after; **closure** "
+        "is the share of it that training removed."
+    )
+
+
+def write(study: Study, rows: Sequence[Mapping], failed: Mapping[str, str]) -> None:
+    """Writes S/study.json and S/study.md.
+
+    Args:
+      rows: see `scores.rows`. failed: {name of a job: why it is not done}.
+    """
+    jobs = [
+        {
+            "group": job.group,
+            "seed": job.seed,
+            "arm": job.arm,
+            "workdir": os.path.relpath(job.workdir, study.workdir),
+            "status": "done" if job.is_done() else failed.get(job.name, "not done"),
+        }
+        for job in study.jobs
+    ]
+    record = {"reference": study.reference, "rows": list(rows), "jobs": jobs}
+    files.write_json(os.path.join(study.workdir, "study.json"), record)
+    lines = [_line(HEADER), "|---" * len(HEADER) + "|", *(_line(cells(row)) for row in rows)]
+    text = "\n".join([*lines, "", meaning(study.reference)]) + "\n"
+    files.write(os.path.join(study.workdir, "study.md"), text)
+
+
+def in_terminal(rows: Sequence[Mapping]) -> str:
+    """The main columns, and what is missing, as plain text."""
+    columns = [HEADER.index(name) for name in _IN_TERMINAL]
+    table = [_IN_TERMINAL, *(tuple(cells(row)[n] for n in columns) for row in rows)]
+    missing = [
+        f"{row['group']} {row['arm']}: {row['status']}" for row in rows if row["status"] != "done"
+    ]
+    return "\n".join([checks.table(table), *dict.fromkeys(missing)])
+
+
+def cells(row: Mapping) -> list[str]:
+    """The cells of a row, as texts."""
+    versus = row["difference"] or {"mean": None, "interval_95": None}
+    limits = versus["interval_95"]
+    return [
+        row["group"],
+        row["arm"],
+        row["task"],
+        _percent(row["accuracy"]),
+        ", ".join(_percent(accuracy) for accuracy in row["seeds"].values()),
+        _percent(versus["mean"]),
+        html.between([100 * limit for limit in limits] if limits else None, 1),
+        _percent(row["real"]),
+        _number(row["tokens"], 1),
+        _number(row["kl_before"], 3),
+        _number(row["kl"], 3),
+        _percent(row["closure"], 0),
+        row["status"],
+    ]
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return _number(None if share is None else 100 * share, digits)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return html.fixed(value, digits)
+
+
+def _line(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
