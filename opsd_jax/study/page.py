@@ -57,7 +57,8 @@ def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
             bars.append((label, mean, min(low, mean), max(high, mean)))
     parts = [html.heading("Result")]
     parts += [html.paragraph(f"**Missing**: {text}") for text in dict.fromkeys(missing)]
-    parts += [html.table(table.HEADER, [table.cells(row) for row in rows], texts=table.TEXTS)]
+    cells = [table.cells(row)[:-1] for row in rows]  # without the status, which is above
+    parts += [html.table(table.HEADER[:-1], cells, texts=table.TEXTS)]
     parts += [html.note(table.meaning(study.reference))]
     if bars:
         top = max(1.0, 1.1 * max(bar[3] or 0.0 for bar in bars))

@@ -421,6 +421,16 @@ def test_lines_meet_their_points(figures):
         assert low <= first and last <= high <= 1.1 * last  # every point is within the axes
 
 
+def test_thin_lines_have_the_colour_of_their_series_and_no_entry_in_the_legend(figures):
+    seeds = [[(0, 1), (1, 3)], [(0, 3), (1, 5)]]
+    charts.lines({"a": [(0, 2), (1, 4)], "b": [(0, 0)]}, x="x", y="y", thin={"a": seeds})
+    mean, *thin, other = figures[0].axes[0].lines
+    assert [line.get_xydata().tolist() for line in thin] == [[[0, 1], [1, 3]], [[0, 3], [1, 5]]]
+    assert {line.get_color() for line in thin} == {mean.get_color()} != {other.get_color()}
+    assert all(line.get_linewidth() < mean.get_linewidth() for line in thin)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+
+
 def test_missing_points_interrupt_a_line(figures):
     y = [1, 2, math.nan, 3, math.inf, 1, None, 2, 2]
     points = list(enumerate(y))
