@@ -6,10 +6,8 @@ and the next study waits for them.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +21,6 @@ from opsd_jax.study.slots import Slot
 
 _LOOK = 0.5  # seconds between two looks at the commands
 _INTERVAL = 30.0  # seconds between two lines about how far they are, where there is no terminal
-_SET_PDEATHSIG = 1  # of prctl(2)
 
 Command = Callable[[Job], Sequence[str]]
 
@@ -135,12 +132,11 @@ class _Jobs:
         }
         with open(job.log, "a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                self._command(job),
+                _launched(self._command(job), slot.cores),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
-                preexec_fn=_prepared(slot.cores),
             )
         self._running[job] = _Running(slot, process, time.monotonic())
         begun = "continues" if _steps(job) else "starts"
@@ -182,20 +178,11 @@ class _Jobs:
         self._progress.update(done, jobs=jobs, running=", ".join(states) or "none")
 
 
-def _prepared(cores: Sequence[int]) -> Callable[[], None]:
-    """What a new process does first: takes its cores, and stops if the study is gone."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    study = os.getpid()
-
-    def prepare() -> None:
-        if cores:
-            os.sched_setaffinity(0, cores)
-        if library:
-            library.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != study:  # it was killed before the line above
-                os._exit(1)
-
-    return prepare
+def _launched(command: Sequence[str], cores: Sequence[int]) -> list[str]:
+    """The command on these cores, () for all, see launch.py."""
+    path = os.path.join(os.path.dirname(__file__), "launch.py")
+    numbers = ",".join(map(str, cores))
+    return [sys.executable, "-S", path, str(os.getpid()), numbers, *command]
 
 
 def _steps(job: Job) -> int:

@@ -291,21 +291,30 @@ def test_a_command_that_ends_without_results_failed(tmp_path):
 
 
 def test_a_stop_ends_all_commands(tmp_path):
-    study, stop, pids = grid.read(given(), str(tmp_path / "S")), StopRequest(), []
+    study, paths = grid.read(given(), str(tmp_path / "S")), []
+
+    class Stop(StopRequest):
+        def reached(self):  # when both commands run
+            return len(paths) == 2 and all(p.exists() and p.read_text() for p in paths)
 
     def command(job):
-        stop.is_set = len(pids) == 1
-        pids.append(tmp_path / f"pid{len(pids)}")
-        return ["sh", "-c", f"echo $$ > {pids[-1]}; exec sleep 60"]
+        paths.append(tmp_path / f"pid{len(paths)}")
+        return ["sh", "-c", f"echo $$ > {paths[-1]}; exec sleep 60"]
 
-    began = time.monotonic()
     with pytest.raises(Stopped) as stopped:
-        jobs.run(study, [slots.Slot()] * 2, stop, command=command, look=0.2)
-    assert stopped.value.code == 42 and time.monotonic() - began < 20 and len(pids) == 2
-    for path in pids:
-        if path.exists():  # it may have been stopped before it wrote its number
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(path.read_text()), 0)
+        jobs.run(study, [slots.Slot()] * 2, Stop(), command=command, look=0.05)
+    assert stopped.value.code == 42
+    for path in paths:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system chooses cores")
+def test_a_command_has_the_cores_of_its_slot():
+    code = "import os; print(*os.sched_getaffinity(0))"
+    core = min(os.sched_getaffinity(0))
+    words = jobs._launched([sys.executable, "-c", code], (core,))
+    assert subprocess.check_output(words, text=True).split() == [str(core)]
 
 
 def test_a_folder_that_is_in_use_is_waited_for(tmp_path, capsys):
@@ -330,7 +339,7 @@ def test_commands_stop_when_the_study_is_killed(tmp_path):
         "import subprocess, sys, time\n"
         "from opsd_jax.study import jobs\n"
         "words = ['sh', '-c', 'echo $$ > %s; exec sleep 60' % sys.argv[1]]\n"
-        "subprocess.Popen(words, preexec_fn=jobs._prepared(()))\n"
+        "subprocess.Popen(jobs._launched(words, ()))\n"
         "time.sleep(60)\n"
     )
     path = tmp_path / "pid"
