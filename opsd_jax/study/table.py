@@ -82,7 +82,7 @@ def cells(row: Mapping) -> list[str]:
         row["arm"],
         row["task"],
         _percent(row["accuracy"]),
-        ", ".join(_percent(accuracy) for accuracy in row["seeds"].values()),
+        ", ".join(_percent(accuracy) for accuracy in row["seeds"].values()) or _percent(None),
         _percent(versus["mean"]),
         html.between([100 * limit for limit in limits] if limits else None, 1),
         _percent(row["real"]),

@@ -378,6 +378,8 @@ def test_rows_of_two_seeds_by_hand(tmp_path):
     assert -1 <= low < -0.25 < high <= 1
     assert (noise["difference"]["seeds"], noise["difference"]["rows"]) == ([0, 1], 4)
     assert start["difference"]["mean"] == -0.625
+    unmeasured = {**opsd, "seeds": {}, "accuracy": None, "real": None, "tokens": None}
+    assert table.cells(unmeasured)[3:-1] == ["–"] * 9
 
     table.write(study, found, {})
     lines = (tmp_path / "S" / "study.md").read_text().splitlines()
