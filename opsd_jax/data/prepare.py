@@ -88,6 +88,8 @@ class PrepareReport:
         notes = {
             key: tuple(Note(**note) for note in fields[key]) for key in ("bad_rows", "warnings")
         }
+        if not isinstance(fields.get("formats", {}), dict):
+            raise TypeError(f"formats is {fields['formats']!r}, not a dict")
         return cls(**fields | notes)
 
 
