@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from opsd_jax import config_flags, tasks
 from opsd_jax.data import bucket_index, procedural, sizes
-from opsd_jax.data.prepare import prepare
+from opsd_jax.data.prepare import Part, prepare
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import distributed
 
@@ -45,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = prepare(
                 args.source,
                 args.target,
+                Part(limit=args.limit, columns=args.columns),
                 on_bad_row=args.on_bad_row,
-                limit=args.limit,
                 overwrite=args.overwrite,
-                columns=args.columns,
             )
             print(report)
         else:

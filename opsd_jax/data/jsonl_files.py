@@ -46,8 +46,6 @@ _IMAGE_COLUMNS = ("problem_image_0", *schema.VISUAL_THOUGHT_COLUMNS)
 # How PNG, JPEG, GIF and WebP files begin in base64, which has no "." that a file's name has.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Lines in memory at a time, or fewer where their images are large.
-_BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20
 
 
 class _FaultError(ValueError):
@@ -88,7 +86,7 @@ def read_batches(path: Path, stop: int, further: Sequence[str] = ()) -> Iterator
     for raw, _, row in _rows(path, stop, further):
         rows.append(row)
         size += len(raw) + sum(map(len, _encoded(row.values)))
-        if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
+        if len(rows) == schema.BATCH_ROWS or size >= schema.BATCH_BYTES:
             yield rows
             rows, size = [], 0
     if rows:

@@ -12,9 +12,6 @@ from opsd_jax.inputs import columns as columns_lib
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-# Parquet rows in memory at a time, or fewer where they are large.
-_BATCH_ROWS, _BATCH_BYTES = 32, 64 << 20
-
 
 @contextlib.contextmanager
 def open_parquet(path: Path) -> Iterator["pyarrow.parquet.ParquetFile"]:
@@ -98,7 +95,7 @@ def read_batches(
         for index, batch in zip(range(stop), single):
             rows.append((index, batch.to_pylist()[0]))
             size += batch.nbytes
-            if len(rows) == _BATCH_ROWS or size >= _BATCH_BYTES:
+            if len(rows) == schema.BATCH_ROWS or size >= schema.BATCH_BYTES:
                 yield rows
                 rows, size = [], 0
     if rows:

@@ -93,16 +93,36 @@ class PrepareReport:
         return cls(**fields | notes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of a source that is prepared.
+
+    Attributes:
+      splits: which splits; None for all that the source has.
+      limit: number of rows taken from the start of every split, in file order, bad rows included
+        (as num_used_data of the official loader); None for all.
+      columns: further columns to keep, "text:COLUMN" for a text and "images:COLUMN" for an image or
+        a list of images.
+    """
+
+    splits: tuple[str, ...] | None = None
+    limit: int | None = None
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 row, or None for all, got {self.limit}")
+        schema.check_columns("--columns", self.columns)
+
+
 def prepare(
     source: str | os.PathLike,
     target: str | os.PathLike,
+    part: Part = Part(),
     *,
     on_bad_row: str = "fail",
-    splits: tuple[str, ...] | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    limit: int | None = None,
-    columns: tuple[str, ...] = (),
 ) -> PrepareReport:
     """Writes TARGET/visual_opsd/<task>/1.0.0/ for every task in SOURCE, with few rows in memory.
 
@@ -114,15 +134,11 @@ def prepare(
     Args:
       source: a folder of <Task>/data/<split>-*.parquet or .jsonl, or one such task.
       target: the TFDS data_dir.
+      part: what of the source is prepared.
       on_bad_row: "fail" raises at the first bad row; "skip" leaves bad rows out and names them in
         the report.
-      splits: the splits to prepare; None for all that are present.
       overwrite: whether to replace a different preparation in the target folder.
       progress: whether to show a progress bar on a terminal. Elsewhere a line is logged per shard.
-      limit: number of rows taken from the start of every split, in file order, bad rows included
-        (as num_used_data of the official loader); None for all.
-      columns: further columns to keep, "text:COLUMN" for a text and "images:COLUMN" for an image or
-        a list of images.
 
     Returns:
       The report over all tasks. The report of each task is in its report.json.
@@ -138,14 +154,11 @@ def prepare(
     paths.check_given("--target", target)
     if on_bad_row not in ("fail", "skip"):
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 row, or None for all, got {limit}")
-    schema.check_columns("--columns", columns)
     jobs = [
-        _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip", columns)
+        _Job(task, folder, shards_lib.version_folder(target, task), on_bad_row == "skip", part)
         for task, folder in source_files.task_folders(source).items()
     ]
-    plans = [_plan_shards(job, splits, limit) for job in jobs]
+    plans = [_plan_shards(job) for job in jobs]
     total = sum(shard.rows for shards, *_ in plans for shard in shards)
     with locks.only_writer(target), _progress_bar(total, progress) as advance:
         reports = [_prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)]
@@ -168,14 +181,14 @@ class _Job:
       source: its folder of files.
       target: the version folder to write.
       skip_bad_rows: whether bad rows are left out instead of raised.
-      columns: names of the further columns.
+      part: what is prepared of it.
     """
 
     task: str
     source: Path
     target: Path
     skip_bad_rows: bool
-    columns: tuple[str, ...] = ()
+    part: Part
 
 
 @contextlib.contextmanager
@@ -197,15 +210,15 @@ def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _plan_shards(
-    job: _Job, splits: tuple[str, ...] | None, limit: int | None
+    job: _Job,
 ) -> tuple[list[Shard], list[Note], dict[str, str]]:
     """The shards of a task to write, warnings about files, columns and pids, and the formats.
 
     Nothing is decoded but the pids.
     """
-    folder, asked = job.source, [*map(columns_lib.of_files, job.columns)]
+    folder, asked = job.source, [*map(columns_lib.of_files, job.part.columns)]
     paths_of, others = source_files.split_files(folder)
-    if absent := set(splits or ()) - set(paths_of):
+    if absent := set(job.part.splits or ()) - set(paths_of):
         raise schema.BadSourceError(
             f"{folder} has no split {', '.join(sorted(absent))}, only {', '.join(paths_of)}"
         )
@@ -213,10 +226,10 @@ def _plan_shards(
     notes = [Note(str(path), None, "", reason) for path in others]
     first_places: dict[str, tuple[str, int]] = {}  # {pid: file and row of its first occurrence}
     shards, formats = [], {}
-    for split in dict.fromkeys(splits or paths_of):
-        left, takes = limit or sys.maxsize, []
+    for split in dict.fromkeys(job.part.splits or paths_of):
+        left, takes = job.part.limit or sys.maxsize, []
         for path in paths_of[split]:
-            scan = source_files.scan(path, left, job.columns)
+            scan = source_files.scan(path, left, job.part.columns)
             left -= scan.rows
             if scan.rows:
                 takes.append((path, scan))
@@ -242,7 +255,7 @@ def _plan_shards(
                 file=path.relative_to(folder).as_posix(),
                 blake2b=scan.checksum,
                 rows=scan.rows,
-                columns=job.columns,
+                columns=job.part.columns,
             )
             for i, (path, scan) in enumerate(takes)
         ]
@@ -389,12 +402,12 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     """Converts one file. Returns the shard's record for progress.json."""
     from array_record.python import array_record_module
 
-    source, serialized = job.source / shard.file, _serializer(job.columns)
+    source, serialized = job.source / shard.file, _serializer(job.part.columns)
 
     def convert(row: schema.Row) -> tuple[bytes | None, tuple[Note, ...]]:
         try:
             example, warnings = source_files.to_example(
-                row, file=str(source), task=job.task, columns=job.columns
+                row, file=str(source), task=job.task, columns=job.part.columns
             )
         except schema.BadRowError as error:
             if not job.skip_bad_rows:
@@ -414,7 +427,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
     try:
         with ThreadPoolExecutor() as threads:  # Pillow decodes without the interpreter lock
-            for batch in source_files.read_batches(source, shard.rows, job.columns):
+            for batch in source_files.read_batches(source, shard.rows, job.part.columns):
                 for blob, notes in threads.map(convert, batch):
                     advance(1)
                     record["warnings" if blob else "bad_rows"] += notes
@@ -478,7 +491,7 @@ def _write_metadata(job: _Job, records: list[tuple[str, dict]]) -> None:
         )
     tfds.folder_dataset.write_metadata(
         data_dir=job.target,
-        features=schema.features(job.columns),
+        features=schema.features(job.part.columns),
         split_infos=infos,
         version=schema.VERSION,
         check_data=False,  # the check reads with TensorFlow

@@ -40,6 +40,9 @@ COLUMNS = (
 _NUMBERED_COLUMN = re.compile(r"(resoning_thought|reasoning_image)_(\d+)")
 _NO_IMAGE = {"bytes": None, "path": None}  # what some writers store for None
 
+# Rows of a source file in memory at a time, or fewer where their images are large.
+BATCH_ROWS, BATCH_BYTES = 32, 64 << 20
+
 # Features of the prepared files: encoded images, and texts that have the same name in `Example`.
 IMAGE_FEATURES = ("problem_image", "reasoning_images")
 TEXT_FEATURES = ("pid", "task", "question", "answer", "full_text_only_thought")
@@ -157,7 +160,7 @@ class Scan(NamedTuple):
     """What is known of a file's rows before they are read.
 
     Attributes:
-      format: name of the format, for people.
+      format: human-readable name of the format.
       columns: names of the columns, by the schema.
       pids: the pid of each row, None where it has none; [] if the file has no such column.
       rows: number of rows.

@@ -229,10 +229,9 @@ def open_run(
         numbers = selection.numbers(source)
         most = max(most, len(numbers))
         if selection.without_visual_thoughts(source) == len(numbers):
-            names = selection.packer.names.privileged
-            what = "visual thoughts" if names == ("visual_thoughts",) else f"any of {names}"
             raise ValueError(
-                f"none of the {len(numbers)} examples of {task}, {split}, has {what}: "
+                f"none of the {len(numbers)} examples of {task}, {split}, has "
+                f"{selection.privileged}: "
                 "there is nothing to diagnose; choose another --split or --benchmarks"
             )
     batch_size = -(-batch_size // shards) * shards

@@ -109,6 +109,12 @@ class Selection:
         stored, names = self.examples.sources[source], self.packer.names.privileged
         return sum(not has_content(stored[n], names) for n in self.numbers(source))
 
+    @property
+    def privileged(self) -> str:
+        """The privileged blocks in messages that say that an example has none of them."""
+        names = self.packer.names.privileged
+        return "visual thoughts" if names == ("visual_thoughts",) else f"any of {', '.join(names)}"
+
     def local(self, numbers: Sequence[int]) -> list[int]:
         """Those of a batch of examples that this process packs."""
         return [numbers[n] for n in sharding.local_batch_indices(self.mesh, len(numbers))]
@@ -249,13 +255,12 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
 
 def check_visual_thoughts(selection: Selection, modes: Iterable[str], split: str) -> None:
     """ValueError where a mode shows privileged blocks and no chosen example of a task has any."""
-    names = selection.packer.names.privileged
-    what = "visual thoughts" if names == ("visual_thoughts",) else f"any of {', '.join(names)}"
     for mode in (mode for mode in modes if mode in CONTEXTS):
         for source, name in enumerate(selection.tasks):
             if selection.without_visual_thoughts(source) == len(selection.numbers(source)):
                 raise ValueError(
-                    f"--visual_thoughts={mode}: no example of {name}, {split}, has {what}: leave "
+                    f"--visual_thoughts={mode}: no example of {name}, {split}, has "
+                    f"{selection.privileged}: leave "
                     "the mode or the task out"
                 )
 

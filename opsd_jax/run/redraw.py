@@ -119,7 +119,8 @@ def redraw(
                 key = jax.random.fold_in(jax.random.key(batches.seed), number)
                 examples = _generate(run, model, examples, key, batches.size, before_batch)
             _write(shard.path, examples, columns)
-        return prepare.prepare(os.path.join(folder, "parquet"), target, columns=columns)
+        part = prepare.Part(columns=columns)
+        return prepare.prepare(os.path.join(folder, "parquet"), target, part)
 
 
 def _splits(config: ConfigDict) -> list[str]:

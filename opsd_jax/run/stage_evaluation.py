@@ -22,6 +22,7 @@ from opsd_jax.runtime.stopping import StopRequest
 
 
 def _final_modes(config: ConfigDict) -> dict[str, tuple[str, bool]]:
+    """What the final evaluation of a stage measures: {name: (mode, ban_marker)}."""
     c = config.eval
     modes = {mode: (mode, False) for mode in c.final_visual_thoughts}
     return modes | ({"none-banned": ("none", True)} if c.final_banned else {})
@@ -102,7 +103,9 @@ class Evaluation:
         """
         if not (self.stage.kind.evaluates and self.run.config.eval.final_split):
             return False
-        return is_new or not self._is_complete()
+        return is_new or bool(
+            missing_results(self.run.config, self.run.workdir, self.stage.kind, self.stage.last)
+        )
 
     def is_missing(self, step: int, history: list[dict]) -> bool:
         """Whether the stage's records in metrics.jsonl, `history`, lack the scores of a step.
@@ -143,19 +146,9 @@ class Evaluation:
         )
         return {f"eval/{r.name}/{name}": r.hits / len(r.predictions) for r in results}
 
-    def _modes(self) -> dict[str, tuple[str, bool]]:
-        """What the final evaluation measures: {name: (mode, ban_marker)}."""
-        return _final_modes(self.run.config)
-
     @property
     def _measures_kl(self) -> bool:
         return _measures_kl(self.run.config, self.stage.kind)
-
-    def _is_complete(self) -> bool:
-        """Whether all results of `final` exist."""
-        return not missing_results(
-            self.run.config, self.run.workdir, self.stage.kind, self.stage.last
-        )
 
     def final(self, params: dict) -> None:
         """Evaluates the whole final split and writes eval/<step>-<mode>/, as `opsd_jax.eval` does.
@@ -169,7 +162,7 @@ class Evaluation:
         sampled = run.for_sampling(params)
         facts = evaluate_lib.facts_of(sampled, selection)
         opened = evaluate_lib.Opened(run, selection, sampled, facts)
-        for name, (mode, ban_marker) in self._modes().items():
+        for name, (mode, ban_marker) in _final_modes(self.run.config).items():
             request = Request(
                 run.workdir,
                 (mode,),

@@ -517,7 +517,7 @@ def further(n: int, **changes) -> dict:
 def test_further_columns_are_kept(tmp_path, capsys):
     rows = [further(0), further(1, solution=None, crops=[])]
     test_datasets.maze(tmp_path / "s", rows)
-    report = prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS)
+    report = prepare.prepare(tmp_path / "s", tmp_path / "out", prepare.Part(columns=COLUMNS))
     assert [note.reason for note in report.warnings] == [
         f"empty_column: {name} is empty, contexts leave it out" for name in COLUMNS
     ]
@@ -532,7 +532,7 @@ def test_further_columns_are_kept(tmp_path, capsys):
     data.main(["prepare", *options, f"--columns={','.join(COLUMNS)}"])
     assert str(report) in capsys.readouterr().out  # nothing is written again
     with pytest.raises(FileExistsError, match="splits, columns or limit"):
-        prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS[:1])
+        prepare.prepare(tmp_path / "s", tmp_path / "out", prepare.Part(columns=COLUMNS[:1]))
 
     builder = tfds_builder.VisualOpsd(
         config=tfds_builder.Config(name="maze", columns=COLUMNS), data_dir=str(tmp_path / "b")
@@ -554,7 +554,7 @@ def test_redrawn_examples_keep_them(tmp_path):
 
 def test_one_image_is_a_list_of_one(tmp_path):
     test_datasets.maze(tmp_path / "s", [further(0, crops=test_datasets.picture(1))])
-    prepare.prepare(tmp_path / "s", tmp_path / "out", columns=COLUMNS[1:])
+    prepare.prepare(tmp_path / "s", tmp_path / "out", prepare.Part(columns=COLUMNS[1:]))
     (found,) = arrayrecord.open_source(tmp_path / "out", task="Maze")
     assert found.columns == {"images:crops": (test_datasets.picture(1)["bytes"],)}
 
@@ -577,4 +577,4 @@ def test_one_image_is_a_list_of_one(tmp_path):
 def test_columns_that_cannot_be_kept(tmp_path, changes, columns, message):
     test_datasets.maze(tmp_path / "s", [further(0, **changes)])
     with pytest.raises(ValueError, match=message):
-        prepare.prepare(tmp_path / "s", tmp_path / "out", columns=columns)
+        prepare.prepare(tmp_path / "s", tmp_path / "out", prepare.Part(columns=columns))

@@ -20,7 +20,7 @@ from opsd_jax import images
 from opsd_jax.data import arrayrecord, parquet_files, schema, shards, source_files
 from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.data.arrayrecord import open_source
-from opsd_jax.data.prepare import prepare
+from opsd_jax.data.prepare import Part, prepare
 from opsd_jax.data.schedule import BatchSchedule
 from opsd_jax.data.schema import BadRowError, BadSourceError
 
@@ -232,13 +232,13 @@ def test_sources_pickle_and_are_shared_by_threads(two_tasks, tmp_path):
 
 
 def test_limit_and_splits(two_tasks, tmp_path):
-    report = prepare(two_tasks, tmp_path / "a", limit=6, splits=("train", "train"))
+    report = prepare(two_tasks, tmp_path / "a", Part(limit=6, splits=("train", "train")))
     assert report.rows == {
         "Chart_Refocus/train": 4,
         "Maze/train": 6,
     }  # 5 of the first file, 1 of the second
     assert [e.pid for e in open_source(tmp_path / "a", task="maze")] == [f"p{i}" for i in range(6)]
-    report = prepare(two_tasks / "Maze", tmp_path / "b", limit=2)
+    report = prepare(two_tasks / "Maze", tmp_path / "b", Part(limit=2))
     assert report.rows == {"Maze/train": 2, "Maze/validation": 2}
     shards = sorted(p.name for p in (tmp_path / "b").rglob("*train.array_record*"))
     assert shards == [
@@ -563,13 +563,13 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(BadSourceError, match="upper and lower case"):
         prepare(tmp_path / "case", tmp_path / "out")
     with pytest.raises(BadSourceError, match="Maze has no split test, only train"):
-        prepare(tmp_path / "case/Maze", tmp_path / "out", splits=("train", "test"))
+        prepare(tmp_path / "case/Maze", tmp_path / "out", Part(splits=("train", "test")))
     maze(tmp_path / "two", [row(0)])
     write(tmp_path / "two/Chart/train-0.parquet", [row(0)])
     with pytest.raises(ValueError, match="on_bad_row.*'ignore'"):
         prepare(tmp_path / "two", tmp_path / "out", on_bad_row="ignore")
     with pytest.raises(ValueError, match="limit"):
-        prepare(tmp_path / "two", tmp_path / "out", limit=0)
+        prepare(tmp_path / "two", tmp_path / "out", Part(limit=0))
     assert not (tmp_path / "out").exists()
 
 
@@ -624,7 +624,7 @@ def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
         return [len(batch) for batch in parquet_files.read_batches(file, stop)]
 
     assert sizes() == [32, 32, 6] and sizes(33) == [32, 1] and sizes(0) == []
-    monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(schema, "BATCH_BYTES", 1)
     assert sizes() == [1] * 70
     assert [index for batch in parquet_files.read_batches(file, 70) for index, _ in batch] == [
         *range(70)
@@ -763,10 +763,12 @@ def test_rerun_changes_nothing_and_replaces_only_when_told(two_tasks, tmp_path):
     assert prepare(two_tasks / "Maze", tmp_path / "out") == first and stamps(folder) == before
     assert prepare(two_tasks / "Maze", tmp_path / "out", on_bad_row="skip") == first
     with pytest.raises(FileExistsError, match="--overwrite") as error:
-        prepare(two_tasks / "Maze", tmp_path / "out", limit=3)
+        prepare(two_tasks / "Maze", tmp_path / "out", Part(limit=3))
     assert str(folder) in str(error.value) and stamps(folder) == before
     assert (
-        prepare(two_tasks / "Maze", tmp_path / "out", limit=3, overwrite=True).rows["Maze/train"]
+        prepare(two_tasks / "Maze", tmp_path / "out", Part(limit=3), overwrite=True).rows[
+            "Maze/train"
+        ]
         == 3
     )
     assert len(list(folder.glob("*train.array_record*"))) == 1 and len(open_source(folder)) == 3
@@ -1291,4 +1293,4 @@ def test_row_groups_beyond_2_gib(tmp_path):
     found = [index for batch in parquet_files.read_batches(file, 33) for index, _ in batch]
     assert found == [*range(33)]
     assert [*source_files.read_examples(file, task="Maze")][32].pid == "p32"
-    assert prepare(tmp_path / "s", tmp_path / "out", limit=2).rows == {"Maze/train": 2}
+    assert prepare(tmp_path / "s", tmp_path / "out", Part(limit=2)).rows == {"Maze/train": 2}

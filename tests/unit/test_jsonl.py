@@ -10,7 +10,7 @@ from PIL import Image
 
 from opsd_jax.data import source_files
 from opsd_jax.data.arrayrecord import open_source
-from opsd_jax.data.prepare import prepare
+from opsd_jax.data.prepare import Part, prepare
 from opsd_jax.data.schema import BadRowError, BadSourceError
 
 
@@ -153,7 +153,9 @@ def test_the_prepared_files_are_those_of_parquet(tmp_path, kind):
     write(tmp_path / "a/T", line)
     (tmp_path / "b/T").mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "b/T/train.parquet")
-    reports = [prepare(tmp_path / s, tmp_path / f"{s}-out", columns=columns) for s in ("a", "b")]
+    reports = [
+        prepare(tmp_path / s, tmp_path / f"{s}-out", Part(columns=columns)) for s in ("a", "b")
+    ]
     one, other = (tmp_path / f"{s}-out/visual_opsd/t/1.0.0" for s in ("a", "b"))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
@@ -254,7 +256,7 @@ SOURCES = {
 def test_files_that_are_refused(tmp_path, lines, columns, message):
     write(tmp_path / "T", *lines)
     with pytest.raises(BadSourceError, match=message):
-        prepare(tmp_path, tmp_path / "out", columns=columns)
+        prepare(tmp_path, tmp_path / "out", Part(columns=columns))
     assert not (tmp_path / "out").exists()
 
 
@@ -262,7 +264,7 @@ def test_folders(tmp_path):
     for split in ("train", "validation", "test"):
         write(tmp_path / "T/data", NAMED | {"pid": split}, name=f"{split}.jsonl")
     write(tmp_path / "T/data", NAMED, name="other.jsonl")
-    report = prepare(tmp_path, tmp_path / "out", limit=1)
+    report = prepare(tmp_path, tmp_path / "out", Part(limit=1))
     assert report.rows == {"T/train": 1, "T/validation": 1, "T/test": 1}
     assert [note.reason.split(":")[0] for note in report.warnings] == ["ignored_file"]
     (tmp_path / "T/data/train.parquet").touch()
@@ -292,12 +294,12 @@ def test_oddities_are_those_of_parquet(tmp_path):
 
 def test_an_edited_image_is_seen(tmp_path):
     write(tmp_path / "T", NAMED, NAMED)
-    prepare(tmp_path, tmp_path / "out", limit=1)
-    prepare(tmp_path, tmp_path / "out", limit=1)
+    prepare(tmp_path, tmp_path / "out", Part(limit=1))
+    prepare(tmp_path, tmp_path / "out", Part(limit=1))
     (tmp_path / "T/images/red.png").write_bytes(GREEN)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        prepare(tmp_path, tmp_path / "out", limit=1)
-    prepare(tmp_path, tmp_path / "out", limit=1, overwrite=True)
+        prepare(tmp_path, tmp_path / "out", Part(limit=1))
+    prepare(tmp_path, tmp_path / "out", Part(limit=1), overwrite=True)
     assert open_source(tmp_path / "out", task="T")[0].problem_image == GREEN
 
 
@@ -305,5 +307,5 @@ def test_few_lines_are_in_memory(tmp_path, monkeypatch):
     path = write(tmp_path, *[NAMED] * 70)
     sizes = [len(batch) for batch in source_files.read_batches(path, 65)]
     assert sizes == [32, 32, 1]
-    monkeypatch.setattr("opsd_jax.data.jsonl_files._BATCH_BYTES", 1)
+    monkeypatch.setattr("opsd_jax.data.schema.BATCH_BYTES", 1)
     assert [len(batch) for batch in source_files.read_batches(path, 3)] == [1, 1, 1]

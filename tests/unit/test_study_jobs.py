@@ -81,7 +81,7 @@ def finish(job: grid.Job, hits: str = "1100", real: str = "1111") -> None:
 
 
 class Commands:
-    """Stands in for the trainer: each command copies the results of a finished job.
+    """A command in place of the trainer: each one copies the results of a finished job.
 
     codes: {name of a job: exit code}, of those that fail instead.
     """
