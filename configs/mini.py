@@ -94,12 +94,12 @@ def get_config(arg: str = "chart"):
         c.eval.update(rows=256, batch_size=256, final_banned=True)
         c.run_arms = ("noise", "image", "sft")
     if arg == "smoke":
-        c.data.make.update(train=2000, validation=128, test=128)
+        c.data.make.update(train=1000, validation=128, test=128)
         c.model.llm.num_layers = c.model.unroll = 2  # half the time to compile and to train
-        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 40, 30, 30, 30
-        c.warmup.optim.warmup_steps = 20
+        c.warmup.steps, c.opsd.steps, c.sft.steps, c.offline.steps = 30, 20, 20, 20
+        c.warmup.optim.warmup_steps = c.opsd.optim.warmup_steps = 10
         c.eval.every = 0
-        c.run_arms = ("noise",)
+        c.run_arms = ("image",)  # by the programs of the run; noise would compile its own
     if arg == "draw":
         c.stages = ("autoencoder", "warmup", "opsd")
         c.data.make.train = 12000

@@ -73,7 +73,7 @@ def config(**changes):
 
 
 def command(workdir, *arguments) -> list[str]:
-    """The training command, with the arm of configs/mini.py:smoke; `arguments` come last."""
+    """The training command, with the arm `noise`; `arguments` come last."""
     changes = [f"--config.{key}={value}" for key, value in CHANGES.items()]
     return [
         sys.executable,
@@ -82,6 +82,7 @@ def command(workdir, *arguments) -> list[str]:
         f"--config={MINI}:smoke",
         f"--workdir={workdir}",
         *changes,
+        "--config.run_arms=noise",
         *arguments,
     ]
 
