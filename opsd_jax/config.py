@@ -220,11 +220,13 @@ class TeacherContext:
 
 
 @dataclasses.dataclass(frozen=True)
-class EmptyCompletions:
-    """What happens where a completion is empty (`rollout`)."""
+class TrainingRollouts:
+    """How training uses the sampler (`rollout`)."""
 
     # New examples for a batch that holds an empty completion; after them it becomes one eos.
     empty_retries: Annotated[int, "[0, inf)"] = 3
+    # Devices that share a copy of the weights while completions are sampled; 0: chosen.
+    tensor: Annotated[int, "[0, inf)"] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +371,7 @@ def settings() -> dict[str, Setting]:
         "divergence": _of(DivergenceConfig),
         "rollout": _of(RolloutConfig, without=("shards",))
         | {name: opsd[name] for name in ("score_seam", "eos_after_cut")}
-        | _of(EmptyCompletions),
+        | _of(TrainingRollouts),
         "autoencoder": _stage(AutoencoderConfig, optim=OptimConfig(lr=1e-4, total_steps=2000)),
         "warmup": _stage(ImageGenerationConfig, optim=OptimConfig(total_steps=3000))
         | _group("mix", _of(TraceMix)),
@@ -624,8 +626,8 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
       marker: see `rollout.Marker`.
       changes: fields with other values, for evaluation.
     """
-    scored = ("score_seam", "eos_after_cut", "empty_retries")
-    values = {k: v for k, v in config.rollout.items() if k not in scored}
+    others = ("score_seam", "eos_after_cut", "empty_retries", "tensor")
+    values = {k: v for k, v in config.rollout.items() if k not in others}
     text = dataclasses.replace(model(config), generation=None)
     return RolloutConfig(
         model=text, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, **(values | changes)

@@ -39,6 +39,7 @@ FREE_SETTINGS = (
     "data.prefetch",
     "data.cache_rows",
     "mesh",
+    "rollout.tensor",
     *(f"{stage}.accumulation" for stage in config_lib.STAGES),
     "arms",
     "run_arms",

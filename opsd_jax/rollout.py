@@ -102,6 +102,7 @@ def relayout_program(mesh: jax.sharding.Mesh, params: dict, dtype: str) -> Calla
     generation.
 
     Args:
+      mesh: the sampler's, see `sharding.regrouped`.
       params: arrays or ShapeDtypeStructs with the shardings of the returned function's arguments.
       dtype: the compute dtype.
     """

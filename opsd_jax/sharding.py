@@ -6,6 +6,8 @@ and batch are divided along it), `tensor` (heads, mlp and vocabulary are divided
   train layout     parameters divided along fsdp and tensor, gathered layer by layer when used
   rollout layout   parameters divided along tensor only: with weights divided along fsdp, decoding
                    would gather each layer's weights again for every token
+
+Training has two meshes of the same devices: one for the update, one for the sampler (`regrouped`).
 """
 
 import contextlib
@@ -145,6 +147,34 @@ def inference_mesh(tensor: int, devices=None) -> Mesh:
             f"{len(devices) // slices}"
         )
     return make_mesh(slices, -1, tensor, devices)
+
+
+def regrouped(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in the same order, `tensor` neighbours for each copy of the weights.
+
+      update    fsdp 8, tensor 1    0 | 1 | 2 | 3 | 4 | 5 | 6 | 7
+      sampler   fsdp 2, tensor 4    0 1 2 3 | 4 5 6 7
+
+    One program can take arrays on one of the meshes and return them on the other, because the order
+    of the devices is the same.
+
+    Raises:
+      ValueError: `tensor` does not divide the devices of a slice.
+    """
+    if tensor == mesh.shape["tensor"]:
+        return mesh
+    within = devices_of_slice(mesh)
+    if within % tensor:
+        raise ValueError(
+            f"config.rollout.tensor={tensor}: a copy of the weights is divided over so many "
+            f"devices of a slice, which has {within}: give a divisor of {within}, or 0"
+        )
+    return Mesh(mesh.devices.reshape(mesh.devices.size // within, -1, tensor), AXES)
+
+
+def devices_of_slice(mesh: Mesh) -> int:
+    """Number of the mesh's devices that one TPU slice has."""
+    return mesh.devices.size // _slices(mesh.devices.reshape(-1))
 
 
 def batch_divisor(mesh: Mesh | AbstractMesh) -> int:
@@ -369,6 +399,22 @@ def put_batch(mesh: Mesh, host_batch):
     return jax.tree.map(put, host_batch)
 
 
+def move_batch(mesh: Mesh, tree):
+    """Arrays [B, ...] cut as a batch on `mesh`, from another mesh of the same devices in order.
+
+    Arrays that are on `mesh` are returned as they are.
+    """
+    wanted = batch(mesh)
+    if all(x.sharding == wanted for x in jax.tree.leaves(tree)):
+        return tree
+    return _identity(wanted)(tree)
+
+
+@functools.cache
+def _identity(wanted: NamedSharding):
+    return jax.jit(lambda tree: tree, out_shardings=wanted)
+
+
 def gather_to_host(tree):
     """NumPy arrays of the whole batch on every process, in the order of the mesh.
 
@@ -385,6 +431,7 @@ def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
     them in different orders and then wait for each other forever.
 
     Args:
+      mesh: has the devices of the tree's mesh in the same order.
       abstract: the tree, as arrays or ShapeDtypeStructs with shardings.
       layout: "train" or "rollout". cast: pytree -> pytree of the same structure.
     """
@@ -394,7 +441,9 @@ def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
     moved = [
         n
         for n, (x, y, place) in enumerate(zip(leaves, wanted, places))
-        if x.dtype != y.dtype or not x.sharding.is_equivalent_to(place, x.ndim)
+        if x.dtype != y.dtype
+        or getattr(x.sharding, "mesh", None) != mesh
+        or not x.sharding.is_equivalent_to(place, x.ndim)
     ]
 
     def program(some):

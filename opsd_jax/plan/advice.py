@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from opsd_jax import config as config_lib
 from opsd_jax import sharding
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.run import placement
@@ -99,13 +100,16 @@ def _smaller_cache(found: dict[str, Any], stage: str) -> str:
 def _of_sampler(
     found: dict[str, Any], config: ConfigDict, stage: str, mesh: jax.sharding.Mesh
 ) -> list[str]:
+    mesh = placement.of_rollouts(config, mesh)
     lines, shards = [], sharding.batch_divisor(mesh)
     if not config.rollout.slots and config[stage].batch_size > shards:
         lines.append(
             f"config.rollout.slots={shards} keeps the cache of one sequence per device at a time"
         )
-    lines.append(
-        f"config.mesh.tensor={2 * (mesh.devices.size // shards)} halves the sampler's own copy of "
-        f"the weights ({found['bytes']['params'] / GIB:.1f} GiB), which mesh.fsdp does not cut"
-    )
+    more = 2 * mesh.shape["tensor"]
+    if more in placement.degrees(config_lib.model(config), more):
+        lines.append(
+            f"config.rollout.tensor={more} halves the sampler's own copy of the weights "
+            f"({found['bytes']['params'] / GIB:.1f} GiB)"
+        )
     return lines

@@ -18,6 +18,7 @@ from opsd_jax.inputs import checks, cli
 from opsd_jax.plan import advice, answers, budget, flops, hlo, programs
 from opsd_jax.plan import topology as topology_lib
 from opsd_jax.run import placement, saves
+from opsd_jax.runtime import chips
 from opsd_jax.runtime.chips import GIB
 
 UTILIZATION = 0.5  # share of the peak that matrix products are assumed to reach
@@ -84,6 +85,7 @@ def plan(
         one["advice"] = [] if one["fits"] else advice.advice(one, config, one["stage"], mesh)
     hosts = len({device.process_index for device in mesh.devices.flat})
     return _head(topology, options, mesh) | {
+        "rollout_mesh": dict(placement.of_rollouts(config, mesh).shape),
         "stage": ",".join(stages),
         "bucket": options.bucket,
         "parameters": params_lib.count(traced[0][1].arguments["params"]),
@@ -404,11 +406,12 @@ def step_seconds(
     Args:
       operations: floating point operations per device. taken: what `hlo.traffic` returns.
     Returns:
-      Seconds: {"compute", "hbm", "network", "overlapped", "serial"}.
+      Seconds: {"compute", "hbm", "network", "latency", "overlapped", "serial"}.
       compute: products at UTILIZATION of the peak. hbm: its traffic at full bandwidth.
-      network: collectives along one axis of the torus, both directions, at full speed, and what
-      crosses slices at DCN. overlapped: the longest of the three. serial: the longer of compute and
-      hbm, then the network. The truth should be between these two, or beyond them if operations are
+      network: collectives along one axis of the torus, both directions, at full speed, what crosses
+      slices at DCN, and the latency. latency: `chips.LATENCY` for each collective.
+      overlapped: the longest of compute, hbm and network. serial: the longer of compute and hbm,
+      then the network. The truth should be between these two, or beyond them if operations are
       small.
     """
     chip = topology.chip
@@ -418,13 +421,16 @@ def step_seconds(
     across_slices = sent.pop("send", 0)
     compute = operations / (chip.flops * UTILIZATION)
     hbm = taken["hbm_bytes"] / chip.bandwidth
+    latency = chips.LATENCY * sum(counted["count"] for counted in taken["collectives"].values())
     network = sum(sent.values()) / (2 * chip.link) + across_slices / (
         topology_lib.DCN / chip.devices
     )
+    network += latency
     return {
         "compute": compute,
         "hbm": hbm,
         "network": network,
+        "latency": latency,
         "overlapped": max(compute, hbm, network),
         "serial": max(compute, hbm) + network,
     }

@@ -16,7 +16,7 @@ from opsd_jax.method_config import StageConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.rollout import RolloutConfig
-from opsd_jax.run import checks, teacher_cache
+from opsd_jax.run import checks, placement, teacher_cache
 
 PLANNED = ("warmup", "opsd", "sft", "offline")  # stages whose programs are planned
 # Programs of a step on the policy; supervised stages have "update" alone.
@@ -111,6 +111,7 @@ class _Step:
     """Shapes of what the programs of one stage's step share.
 
     config, stage, mesh, bucket: as in `programs`.
+    sampling_mesh: the devices of `mesh` as the sampler uses them.
     method: configuration of the step function.
     params: {nested: shapes} of the model, without shardings.
     state: shapes of the training state, cut over the mesh.
@@ -118,6 +119,7 @@ class _Step:
 
     def __init__(self, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, bucket: int):
         self.config, self.stage, self.mesh, self.bucket = config, stage, mesh, bucket
+        self.sampling_mesh = placement.of_rollouts(config, mesh)
         self.model = config_lib.model(config)
         self.method: StageConfig = config_lib.stage_config(config, stage, _ENDS)
         self.params = _abstract_params(self.model)
@@ -227,39 +229,48 @@ def _sampling(step: _Step) -> RolloutConfig:
         step.config,
         _ENDS,
         marker,
-        shards=sharding.batch_divisor(step.mesh),
+        shards=sharding.batch_divisor(step.sampling_mesh),
         max_new_tokens=config_lib.training_budget(step.config),
     )
 
 
-def _random_key(step: _Step) -> jax.ShapeDtypeStruct:
+def _random_key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(step.mesh))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+
+
+def _cut(mesh: jax.sharding.Mesh, batch: Shapes) -> Shapes:
+    """Shapes of a batch, cut over a mesh."""
+    cut = sharding.batch(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), batch)
 
 
 def _sample(step: _Step) -> Program:
     """The sampler; the training state is in memory, too."""
     batch, sampling = _policy_batch(step), _sampling(step)
+    student = _cut(step.sampling_mesh, batch.student)
     params = sharding.abstract(
-        step.mesh,
+        step.sampling_mesh,
         jax.eval_shape(
             lambda p: params_lib.in_compute_dtype(params_lib.understanding(p), step.model.dtype),
             step.params,
         ),
         "rollout",
     )
-    traced = rollout.sample.trace(params, batch.student, _random_key(step), config=sampling)
+    traced = rollout.sample.trace(params, student, _random_key(step.sampling_mesh), config=sampling)
     lanes = min(sampling.slots or step.batch_size, step.batch_size)
     positions = batch.student.padded_length + sampling.max_new_tokens
     cache = jax.eval_shape(lambda: bagel.init_cache(lanes, positions, config=step.model))
     return Program(
         "sample",
         traced,
-        {"params": params, "batch": batch.student},
+        {"params": params, "batch": student},
         step.held
         | {
             "params": _in_training_alone(step, params),
-            "batch": dataclasses.replace(batch, student=None),
+            "batch": batch
+            if student.tokens.sharding != batch.student.tokens.sharding
+            else dataclasses.replace(batch, student=None),
         },
         trips=_sampler_trips(sampling, step.batch_size),
         cache=cache["k"],
@@ -300,13 +311,13 @@ def _sampler_trips(sampling: RolloutConfig, sequences: int) -> tuple[int, ...]:
 def _policy_update(step: _Step) -> Program:
     """Scores of both roles, loss and update on sampled completions."""
     batch, sampling = _policy_batch(step), _sampling(step)
-    trajectory = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(step.mesh)),
+    trajectory = _cut(
+        step.mesh,
         jax.eval_shape(
             functools.partial(rollout.sample, config=sampling),
             step.params,
             batch.student,
-            _random_key(step),
+            _random_key(step.mesh),
         ),
     )
     update = sharding.update_program(distill.update_step, step.state, step.method)

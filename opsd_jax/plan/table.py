@@ -10,7 +10,9 @@ def table(report: dict[str, Any]) -> str:
     """One block for the topology, one for each program, and one for the whole run."""
     several = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     memory = f" of {report['hbm_gib']:g} GiB" if report["hbm_gib"] else ""
-    mesh = ", ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
+    mesh = _sizes(report["mesh"])
+    if report.get("rollout_mesh", report["mesh"]) != report["mesh"]:
+        mesh += f"; of the sampler {_sizes(report['rollout_mesh'])}"
     lines = [
         f"{several}{report['topology']}: {report['chips']} chips, {report['devices']} devices"
         f"{memory}; mesh {mesh}",
@@ -21,6 +23,10 @@ def table(report: dict[str, Any]) -> str:
         lines += ["", *_memory(bill, several_stages), *_traffic(bill), *_time(bill)]
     last = _answers(report["answers"]) if "answers" in report else _run(report["run"])
     return "\n".join([*lines, "", *last])
+
+
+def _sizes(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {n}" for axis, n in mesh.items())
 
 
 def _memory(bill: dict[str, Any], several_stages: bool) -> list[str]:
@@ -71,7 +77,7 @@ def _time(bill: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {'modelled':<18} {s['overlapped']:>9.3f} to {s['serial']:.3f} s: compute "
             f"{s['compute']:.3f} (at {UTILIZATION:.0%} of peak), HBM {s['hbm']:.3f}, network "
-            f"{s['network']:.3f}"
+            f"{s['network']:.3f} ({s['latency']:.3f} of it latency)"
         )
     return lines
 

@@ -122,7 +122,7 @@ def _of_checkpoint(
         model = dataclasses.replace(model, flow={}, **asked_by(protocol, sizes))
 
     def read(mesh: Mesh) -> dict:
-        placed = dataclasses.replace(session, mesh=mesh)
+        placed = dataclasses.replace(session, mesh=mesh, sampling_mesh=mesh)
         return placed.restore_params(directory, layout="rollout")
 
     return model, read, max(session.config.mesh.tensor, 1)

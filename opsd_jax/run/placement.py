@@ -208,6 +208,64 @@ def single_copy(model: ModelConfig, tensor: int) -> Mesh:
     return mesh(model, devices[:tensor], Cache(0, 0), tensor=tensor, otherwise=1)
 
 
+def of_rollouts(config: ConfigDict, mesh: Mesh) -> Mesh:
+    """The devices of a training mesh as they sample completions, in training and evaluations.
+
+    config.rollout.tensor of them share a copy of the weights. Where that is 0, it is the number
+    with the shortest decoding step by the chip's data sheet (`_decoding_step`), and that of `mesh`
+    where there is none, as for a CPU.
+
+    Raises:
+      ValueError: config.rollout.tensor does not divide the devices, or leaves more copies than the
+        batches have sequences for.
+    """
+    batches = _sampled_batches(config)
+    if tensor := config.rollout.tensor:
+        found = sharding.regrouped(mesh, tensor)
+        copies = sharding.batch_divisor(found)
+        for key, size in batches.items():
+            if size % copies:
+                raise ValueError(
+                    f"config.rollout.tensor={tensor} makes {copies} copies of the weights, and "
+                    f"config.{key} is {size}: make that a multiple of {copies}, or raise "
+                    "config.rollout.tensor"
+                )
+        return found
+    chip = chips.data_sheet(mesh.devices.flat[0])
+    if chip is None:
+        return mesh
+    model = dataclasses.replace(config_lib.model(config), generation=None)
+    possible = [mesh]
+    for tensor in degrees(model, sharding.devices_of_slice(mesh)):
+        other = sharding.regrouped(mesh, tensor)
+        if not any(size % sharding.batch_divisor(other) for size in batches.values()):
+            possible.append(other)
+    cache = cache_of_run(config, max(batches.values()))
+    return min(possible, key=lambda other: _decoding_step(model, other, cache, chip))
+
+
+def _sampled_batches(config: ConfigDict) -> dict[str, int]:
+    """{key: size} of the batches that the sampler gets, and of its lanes."""
+    sizes = {}
+    if "opsd" in config.stages:
+        sizes |= {"opsd.batch_size": config.opsd.batch_size, "rollout.slots": config.rollout.slots}
+    if config.eval.every or config.eval.final_split or not sizes:
+        sizes |= {"eval.batch_size": config.eval.batch_size, "eval.slots": config.eval.slots}
+    return {key: size for key, size in sizes.items() if size}
+
+
+def _decoding_step(model: ModelConfig, mesh: Mesh, cache: Cache, chip: chips.Chip) -> float:
+    """Seconds of one decoding step, modelled.
+
+    Each device reads its part of weights and keys. In each layer the devices of a copy add up the
+    outputs of attention and of the MLP.
+    """
+    tensor = mesh.shape["tensor"]
+    read = _weights(model, tensor) + _keys(model, tensor, mesh.devices.size, cache)
+    sums = 2 * model.llm.num_layers if tensor > 1 else 0
+    return read / chip.bandwidth + sums * chips.LATENCY
+
+
 def check_memory(model: ModelConfig, tensor: int, memory: float, kind: str) -> None:
     """ValueError where a device has less memory than its part of the weights takes."""
     needed = _weights(model, tensor)

@@ -45,6 +45,7 @@ class Session:
       data_dir: folder of its prepared data, a TFDS data_dir.
       model: sizes of the network, and how it is computed.
       mesh: devices, with the axes of `sharding`.
+      sampling_mesh: the same devices in the same order, as answers are sampled on them.
       tokenizer: the tokenizer of the run's data.
       marker: finds the image-start marker in a stream of tokens.
       packer: packs prepared examples into contexts of the configured buckets.
@@ -58,6 +59,7 @@ class Session:
     data_dir: str
     model: ModelConfig
     mesh: Mesh
+    sampling_mesh: Mesh
     tokenizer: Tokenizer
     marker: Marker
     packer: Packer
@@ -108,7 +110,7 @@ class Session:
 
     def sampling(self, **changes) -> RolloutConfig:
         """Config of the training rollouts, with changes by name."""
-        shards = sharding.batch_divisor(self.mesh)
+        shards = sharding.batch_divisor(self.sampling_mesh)
         return config_lib.rollout(
             self.config, self.tokenizer, self.marker, shards=shards, **changes
         )
@@ -134,7 +136,7 @@ class Session:
         layout: as of `restore_params`.
         """
         if layout == "rollout":
-            return placement.abstract_weights(self.model, self.mesh)
+            return placement.abstract_weights(self.model, self.sampling_mesh)
         shapes = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=self.model))
         return sharding.abstract(self.mesh, shapes, layout)
 
@@ -159,7 +161,7 @@ class Session:
         places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
         if places not in self._relayouts:
             dtype = self.config.model.dtype
-            self._relayouts[places] = rollout.relayout_program(self.mesh, params, dtype)
+            self._relayouts[places] = rollout.relayout_program(self.sampling_mesh, params, dtype)
         return self._relayouts[places](params)
 
     @functools.cached_property
@@ -273,6 +275,7 @@ def _open_training(
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("data is made")
         session = _open(config, workdir, data_dir, mesh, clock)
+        session = dataclasses.replace(session, sampling_mesh=placement.of_rollouts(config, mesh))
         digests = session.digests
     if saved:
         config_check.check_digests(
@@ -316,6 +319,7 @@ def _open(
         data_dir=data_dir,
         model=config_lib.model(config),
         mesh=mesh,
+        sampling_mesh=mesh,
         tokenizer=tok,
         marker=Marker.build(tok.token_bytes, size),
         packer=Packer.from_config(config, tok),

@@ -79,13 +79,17 @@ class Evaluation:
         if split not in self._examples:
             self._examples[split] = self.run.examples(split, asked_by=asked_by)
 
-    def _select(self, split: str, limit: int = 0) -> contexts.Selection:
-        """The examples of an opened split, or a random subset of each task."""
+    def _select(self, split: str, limit: int = 0, *, scored: bool = False) -> contexts.Selection:
+        """The examples of an opened split, or a random subset of each task.
+
+        scored: whether traces are scored, by the weights as they are trained; if not, answers are
+          sampled.
+        """
         c = self.run.config
         return contexts.Selection(
             examples=self._examples[split],
             packer=self.run.packer,
-            mesh=self.run.mesh,
+            mesh=self.run.mesh if scored else self.run.sampling_mesh,
             batch_size=c.eval.batch_size,
             limit=limit,
             subset_seed=c.seed,
@@ -207,7 +211,7 @@ class Evaluation:
             return reference_kl.reference_kl(
                 start,
                 student,
-                self._select(split),
+                self._select(split, scored=True),
                 config=run.model,
                 before_batch=self._stop.check,
             )

@@ -90,25 +90,25 @@ class Completions:
         with self._run.clock("sample"):
             params = self._run.for_sampling(params)
             key = jax.random.fold_in(self._key, step)
-            trajectory = self._sample(params, inputs.batch.student, key, config=self._config)
+            trajectory = self._completions(params, inputs, key)
             attempt = 0
             while attempt < self._retries and not _all_have_tokens(trajectory):
                 attempt += 1
                 inputs = put_on_mesh(self._run.mesh, self._batches.opsd(step, attempt))
-                trajectory = self._sample(
-                    params,
-                    inputs.batch.student,
-                    jax.random.fold_in(key, attempt),
-                    config=self._config,
-                )
+                trajectory = self._completions(params, inputs, jax.random.fold_in(key, attempt))
         return dataclasses.replace(
             inputs,
-            sampled=(trajectory,),
+            sampled=(sharding.move_batch(self._run.mesh, trajectory),),
             metrics={
                 "empty_retries": attempt,
                 "slot_utilisation": rollout.utilisation(trajectory, self._config.slots),
             },
         )
+
+    def _completions(self, params, inputs: StepInputs, key) -> rollout.Trajectory:
+        """Completions of the batch, as the sampler's mesh holds them."""
+        student = sharding.move_batch(self._run.sampling_mesh, inputs.batch.student)
+        return self._sample(params, student, key, config=self._config)
 
 
 def _all_have_tokens(trajectory: rollout.Trajectory) -> bool:

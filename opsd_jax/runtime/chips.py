@@ -5,6 +5,9 @@ import dataclasses
 import jax
 
 GIB = 2**30
+# Seconds that a collective takes however little it sends. An order of magnitude, not measured: a
+# few hops of a microsecond each, and starting it.
+LATENCY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,12 @@ GPUS = {
 def of_device(device: jax.Device) -> Chip | None:
     """The data sheet of a TPU; None for what is no TPU, or an unknown one."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+
+
+def data_sheet(device: jax.Device) -> Chip | None:
+    """The data sheet of a TPU or a GPU; None for a CPU or what is not listed."""
+    every = (*CHIPS.values(), *GPUS.values())
+    return next((chip for chip in every if device.device_kind in chip.kinds), None)
 
 
 def memory(device: jax.Device) -> float | None:

@@ -102,6 +102,15 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
             )
         (found[f"{layout}_tokens"],) = whole(mesh, sampled.fed)
         found[f"{layout}_programs"] = rollout.sample._cache_size() - programs
+    if mesh.size > 1 and mesh.shape["tensor"] == 1:  # two devices for each copy of the weights
+        others, placed = sharding.regrouped(mesh, 2), put(host(params))
+        placed = wait(sharding.relayout_program(others, placed, "rollout")(placed))
+        student = wait(sharding.move_batch(others, batch.student))
+        sampled = wait(rollout.sample(placed, student, jax.random.key(1), config=SAMPLING))
+        assert {x.sharding.mesh for x in jax.tree.leaves((placed, student))} == {others}
+        sampled = wait(sharding.move_batch(mesh, sampled))
+        assert sampled.tokens.sharding == batch.student.tokens.sharding
+        (found["regrouped_tokens"],) = whole(mesh, sampled.fed)
 
     config = dataclasses.replace(CONFIG, accumulation=accumulation)
     state = put(host(distill.init_state(params, config)))
@@ -215,6 +224,9 @@ def check(results, sizes):
         if f"{layout}_tokens" in here:
             np.testing.assert_array_equal(here[f"{layout}_tokens"], one["rollout_tokens"])
             assert here[f"{layout}_programs"] == 1
+    assert ("regrouped_tokens" in here) == (sizes[2] == 1 and sizes != ONE)
+    if "regrouped_tokens" in here:
+        np.testing.assert_array_equal(here["regrouped_tokens"], one["rollout_tokens"])
     np.testing.assert_allclose(here["losses"], one["losses"], rtol=0, atol=1e-5)
     for key in one:
         if key.startswith(("grad", "leaf")):  # gradients are smaller than parameters

@@ -35,6 +35,7 @@ def test_an_ema_teacher_is_evaluated_in_its_own_context(monkeypatch, visual_thou
         for_sampling=lambda params: params,
         packer=None,
         mesh=None,
+        sampling_mesh=None,
     )
     found.stage, found._examples = types.SimpleNamespace(name="opsd"), {"validation": None}
     found._stop = types.SimpleNamespace(promise="", check=lambda: None)
