@@ -11,7 +11,8 @@
   launch/tpu_vm.sh ssh [-- COMMAND...]   a shell on a worker, or a command
   launch/tpu_vm.sh wait [--delete]       waits until the run has ended; --delete gives the TPU back
   launch/tpu_vm.sh stop                  all workers save and stop, and are not started again
-  launch/tpu_vm.sh delete                gives the TPU back; the bucket stays
+  launch/tpu_vm.sh delete                gives the TPU back, and asks until it is gone; the bucket
+                                         stays
   launch/tpu_vm.sh job -- COMMAND...     create, setup, run and wait --delete; another TPU if this
                                          one is taken away
 
@@ -36,15 +37,20 @@ Variables of the environment:
   NODE         slice of that worker (0)
   RESTARTS     how often a worker starts a lost command again, and `job` a lost TPU (10)
   WAIT_S       how long `create` waits (7200); the request ends then, so that no TPU comes unseen
+  MAX_S        how long `wait` and `job` wait for the end of a command (0: for ever); then
+               `wait --delete` and `job` stop it and give the TPU back
   POLL_S       seconds between two questions for a state (30)
   DRY_RUN      1: prints the gcloud commands and runs none
 
-Exit codes of wait and job: 0 done, 1 failed, 42 stopped, 43 lost: the same command continues.
+Exit codes of wait and job: 0 done, 1 failed, 42 stopped, 43 lost, 124 not done within MAX_S; after
+the last three the same command continues.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -55,16 +61,24 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-FAILED, STOPPED, LOST = 1, 42, 43
+import calls
+from calls import Answer, LaunchError
+
+FAILED, STOPPED, LOST, OVER = 1, 42, 43, 124
 _GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # states from which no TPU comes back
-_PATIENCE_S = 300  # for an answer of gcloud
+_PATIENCE_S = 120  # for an answer of gcloud
+_COMMAND_S = 1800  # for any other command of gcloud that nobody watches
+_DELETE_S = 3600  # as long a deletion is tried again
 _SILENT = 10  # so many times in a row a worker may not answer
+_PACK_MB = 50  # of the checkout; without tests and documentation it has less than 5
+_NO_ANSWER = -1
+_ALIVE = "-oServerAliveInterval=30"  # ssh ends 90 s after its host has gone
 _OF_ONE_PROCESS = re.compile(r"\bopsd(_jax\.| )(convert|data|generate|plan|redraw)\b")
 _WORKER = "bash opsd/launch/tpu_worker.sh"
 
 
-class LaunchError(Exception):
-    """What the user has to change or to know."""
+class StateUnknownError(LaunchError):
+    """gcloud cannot say whether there is a TPU: no network, or no valid login."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +136,7 @@ class Settings:
     node: int
     restarts: int
     wait_s: int
+    max_s: int
     poll_s: int
     dry: bool
 
@@ -147,10 +162,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """The settings; LaunchError names the variable that is wrong, and what it may be."""
 
     def number(name: str, default: int, least: int = 0) -> int:
-        text = environment.get(name) or str(default)
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise LaunchError(f"{name}={text}: give a whole number, at least {least}")
-        return int(text)
+        return calls.number(environment, name, default, least)
 
     project = environment.get("PROJECT", "")
     if not project:
@@ -188,6 +200,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         node=node,
         restarts=number("RESTARTS", 10),
         wait_s=number("WAIT_S", 7200),
+        max_s=number("MAX_S", 0),
         poll_s=number("POLL_S", 30),
         dry=environment.get("DRY_RUN", "0") == "1",
     )
@@ -235,9 +248,13 @@ def outcome(reports: Sequence[str]) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """The queued resource with its nodes, of these settings."""
+    """The queued resource with its nodes, of these settings.
+
+    unattended: nobody watches: no command of gcloud may take longer than _COMMAND_S, or ask.
+    """
 
     settings: Settings
+    unattended: bool = False
 
     def create(self) -> None:
         """Asks for the TPU, unless that was done, and waits until it is there."""
@@ -254,8 +271,9 @@ class Tpu:
                 + (["--spot"] if s.spot else [])
                 + list(s.create_args)
             )
-        waited = 0
-        while (now := self.state()) != "ACTIVE" and not s.dry:
+        started = time.monotonic()
+        while (now := self._state_or_why()) != "ACTIVE" and not s.dry:
+            waited = time.monotonic() - started
             if now in _GONE:
                 raise LaunchError(
                     f"{s.name} is {now}: launch/tpu_vm.sh delete, then create again "
@@ -263,12 +281,11 @@ class Tpu:
                 )
             if waited >= s.wait_s:
                 raise LaunchError(
-                    f"{s.name} is still {now or 'unknown'} after {s.wait_s} s, which was the life "
-                    "of the request: delete, then create, with another ZONE or a longer WAIT_S"
+                    f"{s.name} is still {now or 'not there'} after {s.wait_s} s, which was the "
+                    "life of the request: delete, then create, with another ZONE or a longer WAIT_S"
                 )
-            print(f"{s.name} is {now}; waited {waited} of {s.wait_s} s", flush=True)
+            print(f"{s.name} is {now}; waited {waited:.0f} of {s.wait_s} s", flush=True)
             time.sleep(s.poll_s)
-            waited += s.poll_s
         if not s.dry:
             print(f"{s.name} is ACTIVE")
 
@@ -289,7 +306,8 @@ class Tpu:
                 _pack(root, pack)
             for node in s.nodes:
                 target = f"{node}:opsd.tar.gz"
-                self._tpus(["tpu-vm", "scp", pack, target, *s.place, *s.ssh_args, "--worker=all"])
+                options = [*s.place, *s.ssh_args, f"--scp-flag={_ALIVE}", "--worker=all"]
+                self._tpus(["tpu-vm", "scp", pack, target, *options])
         extras = f"EXTRAS={shlex.quote(s.extras)} " if s.extras else ""
         self._on_workers(
             "mkdir -p opsd && tar -xzf opsd.tar.gz -C opsd && "
@@ -337,42 +355,106 @@ class Tpu:
         self._on_workers(f"{_WORKER} stop")
 
     def delete(self) -> None:
-        """Gives the TPU back."""
-        s = self.settings
-        self._tpus(["queued-resources", "delete", s.name, *s.place, "--force", "--quiet"])
+        """Gives the TPU back, and asks again until there is none.
 
-    def wait(self) -> int:
-        """Waits until the run has ended: 0, FAILED, STOPPED or LOST."""
-        s, silent = self.settings, 0
+        Raises LaunchError if there may still be one after an hour.
+        """
+        s, now = self.settings, ""
+        command = ["queued-resources", "delete", s.name, *s.place, "--force", "--quiet"]
+        tpu = dataclasses.replace(self, unattended=True)
+        end = time.monotonic() + _DELETE_S
         while True:
-            now = self.state()
-            if now in _GONE:
-                print(f"{s.name} is {now}: the TPU was taken away")
-                return LOST
-            try:
-                said = self._on_workers(f"{_WORKER} status", capture=True)
-                silent = 0
-            except LaunchError:
-                silent += 1
-                if silent >= _SILENT:
-                    print(f"{s.name} is {now or 'not there'}, and a worker does not answer")
-                    return LOST
-            else:
-                reports = re.findall(r"^worker \S+ (.+?)\s*$", said, flags=re.MULTILINE)
-                ended = 0 if s.dry else outcome(reports)
-                if ended is not None:
-                    print(said, end="", flush=True)
-                    return ended
+            if now != "DELETING":
+                with contextlib.suppress(LaunchError):  # gcloud has said why
+                    tpu._tpus(command)
+            now = self._state_or_why()
+            if not now:
+                if not s.dry:
+                    print(f"there is no {s.name} in {s.zone} now")
+                return
+            if time.monotonic() >= end:
+                raise LaunchError(
+                    f"STILL BILLED: {s.name} in {s.zone} is {now}, and could not be deleted within "
+                    f"{_DELETE_S} s. Give it back: launch/tpu_vm.sh delete, or "
+                    f"https://console.cloud.google.com/compute/tpus?project={s.project}"
+                )
+            print(f"{s.name} is {now}, and may be billed; trying again", flush=True)
             time.sleep(s.poll_s)
+
+    def wait(self, end: float = math.inf) -> int:
+        """Waits until the run has ended: 0, FAILED, STOPPED or LOST; OVER at a monotonic time.
+
+        Silence of a worker counts only while gcloud can say that there is a TPU: otherwise it is
+        this machine that is cut off, and the run may go on well.
+        """
+        s, silent, noted = self.settings, 0, False
+        while True:
+            try:
+                now, noted = self.state(), False
+            except StateUnknownError as error:
+                now = None
+                if not noted:
+                    print(f"{error}; waiting until it can be asked", flush=True)
+                    noted = True
+            if now in _GONE or (now == "" and not s.dry):
+                print(f"{s.name} is {now or 'not there'}: the TPU was taken away")
+                return LOST
+            if now is not None:
+                ended = self._ended()
+                silent = silent + 1 if ended == _NO_ANSWER else 0
+                if silent >= _SILENT:
+                    print(f"{s.name} is {now}, and a worker does not answer")
+                    return LOST
+                if ended not in (None, _NO_ANSWER):
+                    return ended
+            if time.monotonic() >= end:
+                print(f"{s.name}: the command has not ended within MAX_S={s.max_s} s")
+                return OVER
+            time.sleep(s.poll_s)
+
+    def _ended(self) -> int | None:
+        """How the run ended, which is printed; None while it goes on; _NO_ANSWER of a worker."""
+        try:
+            said = self._on_workers(f"{_WORKER} status", capture=True)
+        except LaunchError:
+            return _NO_ANSWER
+        reports = re.findall(r"^worker \S+ (.+?)\s*$", said, flags=re.MULTILINE)
+        ended = 0 if self.settings.dry else outcome(reports)
+        if ended is not None:
+            print(said, end="", flush=True)
+        if ended == FAILED and "running" in reports:
+            print("the other workers wait for it: launch/tpu_vm.sh stop, before the next run")
+        return ended
+
+    def end_of_waiting(self) -> float:
+        """The monotonic time at which MAX_S, counted from now, are over."""
+        return time.monotonic() + (self.settings.max_s or math.inf)
+
+    def wait_and_delete(self) -> int:
+        """`wait`, at most MAX_S; then gives the TPU back."""
+        tpu = dataclasses.replace(self, unattended=True)
+        return tpu._give_back(tpu.wait(tpu.end_of_waiting()))
+
+    def _give_back(self, ended: int) -> int:
+        """Deletes the TPU, a command that still runs being asked to save before; `ended`."""
+        if ended == OVER:
+            with contextlib.suppress(LaunchError):  # it hangs
+                self.stop()
+        self.delete()
+        return ended
 
     def job(self, words: Sequence[str]) -> int:
         """The whole life of a run, on one TPU after another; `wait`'s code of its end."""
-        s, ended = self.settings, LOST
+        return dataclasses.replace(self, unattended=True)._job(words)
+
+    def _job(self, words: Sequence[str]) -> int:
+        s, ended, end = self.settings, LOST, self.end_of_waiting()
+        now = "" if s.dry else self.state()  # not known: it ends here, and has begun nothing
         for start in range(s.restarts + 1):
-            if start:
-                print(f"starting again, {start} of at most {s.restarts}", flush=True)
-            now = "" if s.dry else self.state()
             try:
+                if start:
+                    print(f"starting again, {start} of at most {s.restarts}", flush=True)
+                    now = self._known_state()
                 if now == "ACTIVE":
                     self._continue(words)
                 else:
@@ -388,12 +470,10 @@ class Tpu:
                 if now != "ACTIVE":
                     raise  # it does not start on a new TPU: another one would not help
                 continue  # a worker does not come back
-            ended = self.wait()
+            ended = self.wait(end)
             if ended != LOST:
                 break
-        if s.dry or self.state():
-            self.delete()
-        return ended
+        return self._give_back(ended)
 
     def _continue(self, words: Sequence[str]) -> None:
         """Starts the command where it does not run; first installs it, if that was not done."""
@@ -404,21 +484,46 @@ class Tpu:
             self.run(words)
 
     def state(self) -> str:
-        """State of the queued resource; "" if there is none."""
+        """State of the queued resource; "" if there is none.
+
+        Raises StateUnknownError if gcloud cannot say.
+        """
         s = self.settings
         command = ["queued-resources", "describe", s.name, *s.place, "--format=value(state.state)"]
+        for answer in self._ask([command], capture=True):
+            if answer.code == 0:
+                return answer.out.strip()
+            if not re.search(r"\bNOT_FOUND\b", answer.err):
+                lines = answer.err.strip().splitlines() or ["gcloud said nothing"]
+                raise StateUnknownError(f"the state of {s.name} cannot be asked: {lines[-1]}")
+        return ""
+
+    def _state_or_why(self) -> str:
+        """`state`, or "unknown (...)" with what gcloud said."""
         try:
-            return self._finish([self._start(command, capture=True, quiet=True)]).strip()
-        except LaunchError:
-            return ""
+            return self.state()
+        except StateUnknownError as error:
+            return f"unknown ({error})"
+
+    def _known_state(self) -> str:
+        """`state`, asked until gcloud can say; StateUnknownError after an hour."""
+        end = time.monotonic() + _DELETE_S
+        while True:
+            try:
+                return self.state()
+            except StateUnknownError:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(self.settings.poll_s)
 
     def _ssh(self, node: str, worker: str, command: str) -> list[str]:
         s = self.settings
-        options = [*s.place, *s.ssh_args, f"--worker={worker}"]
+        # ssh takes the first value of an option: that of SSH_ARGS, if it has one.
+        options = [*s.place, *s.ssh_args, f"--ssh-flag={_ALIVE}", f"--worker={worker}"]
         return ["tpu-vm", "ssh", node, *options] + ([f"--command={command}"] if command else [])
 
     def _tpus(self, words: Sequence[str]) -> None:
-        self._finish([self._start(words)])
+        self._gcloud([words])
 
     def _on_workers(self, command: str, *, capture: bool = False) -> str:
         """A command on one worker, or at the same time on all of all slices; what they print."""
@@ -426,53 +531,36 @@ class Tpu:
         nodes, worker = (
             (s.nodes[s.node : s.node + 1], s.worker) if s.one_worker else (s.nodes, "all")
         )
-        commands = [self._ssh(node, worker, command) for node in nodes]
-        return self._finish([self._start(words, capture=capture) for words in commands])
+        return self._gcloud([self._ssh(node, worker, command) for node in nodes], capture=capture)
 
-    def _start(
-        self, words: Sequence[str], *, capture: bool = False, quiet: bool = False
-    ) -> subprocess.Popen | None:
-        # Only the alpha track of ssh and scp knows this option.
-        track = ["alpha"] if "--tunnel-through-iap" in words else []
-        command = ["gcloud", *track, "compute", "tpus", *words]
-        if self.settings.dry:
-            print(shlex.join(command))
-            return None
-        try:
-            return subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE if capture else None,
-                stderr=subprocess.DEVNULL if quiet else None,
-                text=True,
-            )
-        except FileNotFoundError:
-            raise LaunchError("gcloud is not installed: https://cloud.google.com/sdk") from None
-
-    def _finish(self, processes: Sequence[subprocess.Popen | None]) -> str:
-        """Waits for all; what they print, if that is captured. LaunchError if one fails."""
-        started = [process for process in processes if process]
-        said = [_output(process) for process in started]
-        if any(process.returncode for process in started):
-            print(*filter(None, said), sep="", end="", file=sys.stderr)
+    def _gcloud(self, several: Sequence[Sequence[str]], *, capture: bool = False) -> str:
+        """What commands print that run at the same time; LaunchError if one fails."""
+        answers = self._ask(several, capture=capture)
+        if any(answer.code for answer in answers):
+            for answer in answers:
+                print(answer.out, answer.err, sep="", end="", file=sys.stderr)
             raise LaunchError("gcloud failed, or the command on a worker, see above")
-        return "".join(said)
+        return "".join(answer.out for answer in answers)
 
-
-def _output(process: subprocess.Popen) -> str:
-    if process.stdout is None:
-        process.wait()
-        return ""
-    try:
-        return process.communicate(timeout=_PATIENCE_S)[0]
-    except subprocess.TimeoutExpired:  # a connection to a host that is gone
-        process.kill()
-        return process.communicate()[0]
+    def _ask(self, several: Sequence[Sequence[str]], *, capture: bool) -> list[Answer]:
+        """The answers to `gcloud compute tpus ...`, all called at the same time."""
+        # Only the alpha track of ssh and scp knows this option.
+        commands = [
+            ["gcloud", *(["alpha"] * ("--tunnel-through-iap" in words)), "compute", "tpus", *words]
+            for words in several
+        ]
+        if self.settings.dry:
+            print(*map(shlex.join, commands), sep="\n")
+            return []
+        limit = _PATIENCE_S if capture else _COMMAND_S if self.unattended else None
+        return calls.answers(commands, capture=capture, limit_s=limit)
 
 
 def _pack(root: pathlib.Path, target: str) -> None:
     """Writes an archive of what git tracks, as it is now, and of new files it does not ignore.
 
-    Tests and documentation, nine tenths of the bytes, stay here.
+    Tests and documentation, nine tenths of the bytes, stay here. Raises LaunchError for more than
+    _PACK_MB, which are no code.
     """
     names = subprocess.run(
         ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -481,8 +569,24 @@ def _pack(root: pathlib.Path, target: str) -> None:
         check=True,
     ).stdout.split(b"\0")
     there = [name for name in names if name and os.path.lexists(root / os.fsdecode(name))]
+    sizes = {os.fsdecode(name): _size(root / os.fsdecode(name)) for name in there}
+    if sum(sizes.values()) > _PACK_MB * 1e6:
+        largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
+        raise LaunchError(
+            f"{sum(sizes.values()) / 1e6:,.0f} MB of {root} would be copied to every host, which "
+            f"is more than code has ({_PACK_MB} MB). The largest: "
+            + ", ".join(f"{name} ({sizes[name] / 1e6:,.0f} MB)" for name in largest)
+            + ". Move such files elsewhere, or name them in .gitignore"
+        )
     command = ["tar", "-C", root, "--null", "-T", "-", "-czf", target]
     subprocess.run(command, input=b"\0".join(there), check=True)
+
+
+def _size(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files of a folder, which git names where it holds another one."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(_size(inner) for inner in path.iterdir())
+    return path.lstat().st_size
 
 
 def _types() -> str:
@@ -533,10 +637,7 @@ def _main(words: Sequence[str]) -> int:
     elif verb == "ssh":
         tpu.ssh(_after_dashes(rest) if rest else [])
     elif verb == "wait":
-        ended = tpu.wait()
-        if rest:
-            tpu.delete()
-        return ended
+        return tpu.wait_and_delete() if rest else tpu.wait(tpu.end_of_waiting())
     else:
         getattr(tpu, verb)()
     return 0

@@ -3,11 +3,14 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tarfile
+import time
 import types
 from unittest import mock
 
@@ -17,6 +20,7 @@ from opsd_jax.plan import topology
 from opsd_jax.runtime import distributed
 from stand_ins import COMMAND, LAUNCH, bash, calls, environment, stand_in
 
+sys.path.insert(0, str(LAUNCH))  # as it is for a script of this folder
 spec = importlib.util.spec_from_file_location("tpu_vm_script", LAUNCH / "tpu_vm.py")
 script = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = script  # dataclasses look their module up
@@ -25,6 +29,7 @@ spec.loader.exec_module(script)
 PLACE = ["--zone=us-west4-a", "--project=p"]
 DESCRIBE = ["queued-resources", "describe", "opsd", *PLACE, "--format=value(state.state)"]
 DELETE = ["queued-resources", "delete", "opsd", *PLACE, "--force", "--quiet"]
+GIVEN_BACK = [DELETE, DESCRIBE]
 VERBS = [
     ["create"],
     ["setup"],
@@ -41,9 +46,17 @@ VERBS = [
 ]
 
 
-def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), reports=(), fails="", **variables):
-    """tpu_vm.sh with a gcloud that tells these states one after another ("" is "no such
-    resource"), and whose workers report these states of the run; the last ones stay.
+def tpu_vm(
+    tmp_path, *arguments, states=("ACTIVE",), reports=(), fails="", times=99, limits=(), **variables
+):
+    """tpu_vm.sh with a stand-in for gcloud.
+
+    states: that it tells one after another; the last one stays. "" is "no such resource", until
+    one is created; deleting goes on with the next "". "auth": it cannot say.
+    reports: states of the run on the workers, in the same way. "silent": ssh fails. "hangs": ssh
+    does not end, nor does what it has started.
+    fails: commands that fail, so many `times`; after "hangs " those that do not end.
+    limits: (name, value) of constants of the script.
     """
     for name, lines in (("states", states), ("reports", reports)):
         (tmp_path / name).write_text("".join(line + "\n" for line in lines))
@@ -51,28 +64,48 @@ def tpu_vm(tmp_path, *arguments, states=("ACTIVE",), reports=(), fails="", **var
         tmp_path / "bin",
         "gcloud",
         f"""
+        hang() {{
+          sleep 60 &
+          echo $! >> {tmp_path}/hanging
+          wait
+        }}
+        if [[ -n "{fails}" && "$*" == *"{fails.removeprefix("hangs ")}"* ]]; then
+          echo >> {tmp_path}/failed
+          if [[ $(wc -l < {tmp_path}/failed) -le {times} ]]; then
+            [[ "{fails}" != hangs* ]] || hang
+            exit 1
+          fi
+        fi
         next() {{
           read -r line < $1
-          [[ $(wc -l < $1) == 1 ]] || sed -i 1d $1
+          [[ $(wc -l < $1) == 1 || $1 == */states && -z $line ]] || sed -i 1d $1
         }}
         case "$*" in
           *describe*)
             next {tmp_path}/states
-            [[ -n $line ]] || {{ echo "NOT_FOUND" >&2; exit 1; }}
+            [[ $line != auth ]] || {{ echo "ERROR: cannot refresh your auth tokens" >&2; exit 1; }}
+            [[ -n $line ]] || {{ echo "ERROR: NOT_FOUND: no opsd" >&2; exit 1; }}
             echo "$line" ;;
+          *"queued-resources create"*) sed -i '/./,$!d' {tmp_path}/states ;;
+          *"queued-resources delete"*)
+            sed -n '/^$/,$p' {tmp_path}/states > {tmp_path}/left
+            [[ -s {tmp_path}/left ]] || echo > {tmp_path}/left
+            mv {tmp_path}/left {tmp_path}/states ;;
           *"tpu_worker.sh status"*)
             next {tmp_path}/reports
             [[ $line != silent ]] || exit 255
+            [[ $line != hangs ]] || hang
             tr , '\\n' <<< "$line" | sed 's/^/worker t1v-n-1-w-0 /' ;;
+          *alpha*) ;;
           *scp*) cp "$5" {tmp_path}/pack.tar.gz ;;
-        esac
-        [[ -z "{fails}" || "$*" != *"{fails}"* ]]""",
+        esac""",
     )
     variables = {"PROJECT": "p", "BUCKET": "b", "POLL_S": 0} | variables
     found = environment(PATH=path, **variables)
     said = {"stdout": io.StringIO(), "stderr": io.StringIO()}
     with (
         mock.patch.dict(os.environ, found, clear=True),
+        mock.patch.dict(vars(script), limits),
         contextlib.redirect_stdout(said["stdout"]),
         contextlib.redirect_stderr(said["stderr"]),
     ):
@@ -278,7 +311,7 @@ def test_one_worker_is_asked_and_stopped_alone(tmp_path):
         result, made = tpu_vm(tmp_path, verb, WORKER=2, SLICES=2, NODE=1, reports=["ended 0"])
         assert result.returncode == 0, result.stderr
     asked = [call for call in made if call[0] == "tpu-vm"]
-    assert [(call[2], call[5]) for call in asked] == [("opsd-1", "--worker=2")] * 3
+    assert [(call[2], call[6]) for call in asked] == [("opsd-1", "--worker=2")] * 3
     result, _ = tpu_vm(tmp_path, "setup", WORKER=2)
     assert "setup is for all workers" in result.stderr
 
@@ -293,7 +326,7 @@ def test_logs_ssh_stop_delete(tmp_path):
         worker = {} if arguments == ["stop"] else {"WORKER": 3}
         result, made = tpu_vm(tmp_path, *arguments, SLICES=2, NODE=1, **worker)
         assert result.returncode == 0, result.stderr
-    logs, shell, command, delete, *stop = made
+    logs, shell, command, delete, _, *stop = made
     for call in (logs, shell, command):
         assert call[2] == "opsd-1" and "--worker=3" in call
     assert shell[-1] == "--worker=3" and command[-1] == "--command=df -h | head"
@@ -312,6 +345,48 @@ def test_ssh_through_a_proxy(tmp_path):
     plain, _, alpha, _ = made = calls(tmp_path / "bin")
     assert {"--internal-ip", "--ssh-key-file=k"} <= set(plain) & set(made[1])
     assert alpha[:4] == made[3][:4] == ["gcloud", "alpha", "compute", "tpus"]
+
+
+def test_ssh_notices_that_its_host_is_gone(tmp_path):
+    """Unless the user says otherwise: ssh takes the first value of an option."""
+    own = "--ssh-flag=-oServerAliveInterval=5"
+    _, (scp, setup) = tpu_vm(tmp_path, "setup", SSH_ARGS=own)
+    assert "--scp-flag=-oServerAliveInterval=30" in scp
+    assert setup.index(own) < setup.index("--ssh-flag=-oServerAliveInterval=30")
+
+
+def test_files_that_are_no_code_are_not_copied_to_the_hosts(tmp_path):
+    root, target = tmp_path / "checkout", tmp_path / "pack.tar.gz"
+    root.mkdir()
+    for repository in (root, root / "other"):
+        subprocess.run(["git", "init", "-q", repository], check=True)
+    (root / "train.py").write_text("")
+    script._pack(root, target)
+    with tarfile.open(target) as pack:
+        assert "train.py" in pack.getnames()
+    for name in ("weights", "other/data"):
+        with open(root / name, "wb") as file:
+            file.truncate(40 * 10**6)
+    with pytest.raises(script.LaunchError, match=r"80 MB .*weights \(40 MB\)") as error:
+        script._pack(root, target)
+    assert "other/ (40 MB)" in str(error.value)
+
+
+def test_what_the_guide_downloads_and_makes_is_ignored():
+    names = ("ThinkMorph-7B", "thinkmorph", "parquet", "prepared", "tables", "venv", "checkpoints")
+    names += ("runs", "samples", "tb", "eval", "eval-thinkmorph", "visual-opsd-7b")
+    found = subprocess.run(
+        ["git", "-C", LAUNCH.parent, "check-ignore", *(f"{name}/file" for name in names)],
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [f"{name}/file" for name in names]
+    tracked = subprocess.run(
+        ["git", "-C", LAUNCH.parent, "ls-files", "--cached", "--ignored", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+    )
+    assert tracked.stdout == ""
 
 
 # --- waiting, and starting again ------------------------------------------------------------------
@@ -357,8 +432,109 @@ def test_codes_are_those_of_a_run():
 def test_waits_and_gives_the_tpu_back(tmp_path, states, reports, code):
     result, made = tpu_vm(tmp_path, "wait", "--delete", states=states, reports=reports)
     assert result.returncode == code, result.stderr
-    assert kinds(made)[:2] == ["describe", "status"] and made[-1] == DELETE
-    assert made.count(DELETE) == 1 and len(made) <= 2 * 11 + 1
+    assert kinds(made)[:2] == ["describe", "status"] and made[-2:] == GIVEN_BACK
+    assert made.count(DELETE) == 1 and len(made) <= 2 * 11 + 2
+
+
+def test_silence_counts_only_while_gcloud_can_say_what_there_is(tmp_path):
+    """A machine that sleeps, or is cut off, tells nothing of a run."""
+    result, made = tpu_vm(
+        tmp_path,
+        *("wait", "--delete"),
+        states=["ACTIVE", *["auth"] * 12, "ACTIVE"],
+        reports=[*["silent"] * 6, "running", *["silent"] * 6, "ended 0"],
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cannot refresh your auth tokens; waiting until") == 1
+    assert kinds(made).count("status") == 14 and made[-2:] == GIVEN_BACK
+
+
+def hanging(tmp_path):
+    """Processes that a stand-in has left behind."""
+    found = (tmp_path / "hanging").read_text().split()
+    asked = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(found)], capture_output=True)
+    return [state for state in asked.stdout.decode().split() if not state.startswith("Z")]
+
+
+def test_a_host_that_hangs_is_lost(tmp_path):
+    """Also if what gcloud has started keeps its output open."""
+    started = time.monotonic()
+    limits = [("_PATIENCE_S", 0.3), ("_SILENT", 2)]
+    result, made = tpu_vm(tmp_path, "wait", "--delete", reports=["hangs"], limits=limits)
+    assert result.returncode == 43 and time.monotonic() - started < 10
+    assert "killed, as it did not end in time: gcloud compute tpus tpu-vm ssh" in result.stderr
+    assert made[-2:] == GIVEN_BACK and not hanging(tmp_path)
+
+
+def test_a_tpu_that_is_not_there_is_not_waited_for(tmp_path):
+    result, made = tpu_vm(tmp_path, "wait", states=[""])
+    assert result.returncode == 43 and made == [DESCRIBE]
+
+
+def clock(step):
+    """Time that goes on by so many seconds whenever it is asked for."""
+    ticks = itertools.count(0, step)
+    return types.SimpleNamespace(monotonic=lambda: next(ticks), sleep=lambda seconds: None)
+
+
+@pytest.mark.parametrize("stops", [True, False], ids=["stops", "hangs"])
+def test_what_takes_longer_than_max_s_is_stopped_and_given_back(tmp_path, stops):
+    common = {"reports": ["running"], "MAX_S": 100}
+    common["fails"] = "" if stops else "tpu_worker.sh stop"
+    for number, arguments in enumerate((["wait", "--delete"], ["job", "--", *COMMAND])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        result, made = tpu_vm(folder, *arguments, limits=[("time", clock(30))], **common)
+        assert result.returncode == 124 and "within MAX_S=100 s" in result.stdout
+        assert kinds(made)[-3:] == ["stop", "delete", "describe"]
+        assert 1 <= kinds(made).count("status") <= 4
+
+
+def test_a_wait_alone_stops_nothing(tmp_path):
+    result, made = tpu_vm(
+        tmp_path, "wait", reports=["running"], MAX_S=100, limits=[("time", clock(30))]
+    )
+    assert result.returncode == 124 and {*kinds(made)} == {"describe", "status"}
+
+
+def test_a_failure_of_one_worker_says_that_the_others_go_on(tmp_path):
+    result, _ = tpu_vm(tmp_path, "wait", reports=["ended 1,running"])
+    assert result.returncode == 1 and "tpu_vm.sh stop, before the next run" in result.stdout
+    result, _ = tpu_vm(tmp_path, "wait", reports=["ended 1,ended 1"])
+    assert result.returncode == 1 and "tpu_vm.sh stop" not in result.stdout
+
+
+# --- giving it back -------------------------------------------------------------------------------
+
+
+def test_deletes_until_it_is_gone(tmp_path):
+    result, made = tpu_vm(
+        tmp_path, "delete", states=["ACTIVE"], fails="queued-resources delete", times=2
+    )
+    assert result.returncode == 0 and made == GIVEN_BACK * 3
+    assert result.stdout.count("opsd is ACTIVE, and may be billed") == 2
+    assert "there is no opsd in us-west4-a now" in result.stdout
+
+
+def test_a_tpu_that_is_being_deleted_is_waited_for(tmp_path):
+    fails = {"fails": "queued-resources delete"}  # the stand-in would delete at once
+    result, made = tpu_vm(tmp_path, "delete", states=["DELETING", "DELETING", ""], **fails)
+    assert result.returncode == 0 and made == [DELETE, *[DESCRIBE] * 3]
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "auth"])
+def test_says_that_a_tpu_is_still_billed(tmp_path, state):
+    result, made = tpu_vm(
+        tmp_path,
+        *("wait", "--delete"),
+        states=["ACTIVE", state],
+        reports=["ended 0"],
+        fails="queued-resources delete",
+        limits=[("_DELETE_S", 0)],
+    )
+    assert result.returncode == 1 and made[-2:] == GIVEN_BACK
+    assert "STILL BILLED: opsd in us-west4-a is" in result.stderr
+    assert ("auth tokens" in result.stderr) == (state == "auth")
 
 
 def test_status(tmp_path):
@@ -385,7 +561,7 @@ def test_a_preempted_job_gets_another_tpu(tmp_path):
     result, made = tpu_vm(
         tmp_path,
         *("job", "--", *COMMAND),
-        states=["", "", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"],
+        states=["", "ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"],
         reports=["running", "ended 0"],
     )
     assert result.returncode == 0, result.stderr
@@ -415,7 +591,7 @@ def test_a_job_starts_again_a_bounded_number_of_times(tmp_path):
         RESTARTS=2,
     )
     assert result.returncode == 43
-    assert kinds(made).count("run") == 3 and made[-1] == DELETE
+    assert kinds(made).count("run") == 3 and made[-2:] == GIVEN_BACK
 
 
 @pytest.mark.parametrize(
@@ -433,7 +609,52 @@ def test_a_job_whose_tpu_does_not_come_leaves_no_request(tmp_path):
         tmp_path, "job", "--", *COMMAND, states=["", "", "PROVISIONING"], WAIT_S=0
     )
     assert result.returncode == 1 and "still PROVISIONING after 0 s" in result.stderr
-    assert made[-1] == DELETE and "scp" not in kinds(made)
+    assert made[-2:] == GIVEN_BACK and "scp" not in kinds(made)
+
+
+def test_a_job_that_cannot_ask_begins_nothing(tmp_path):
+    """What is there may run something else."""
+    result, made = tpu_vm(tmp_path, "job", "--", *COMMAND, states=["auth", "ACTIVE"])
+    assert result.returncode == 1 and made == [DESCRIBE]
+    assert "the state of opsd cannot be asked: ERROR: cannot refresh" in result.stderr
+    result, made = tpu_vm(tmp_path, "create", states=["auth", "ACTIVE"])
+    assert result.returncode == 1 and made == [DESCRIBE] * 2
+
+
+def test_a_job_gives_its_tpu_back_although_gcloud_failed(tmp_path):
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "ACTIVE", "ACTIVE", "auth"],
+        reports=["ended 0"],
+        fails="queued-resources delete",
+        times=1,
+    )
+    assert result.returncode == 0, result.stderr
+    assert made[-4:] == GIVEN_BACK * 2
+
+
+def test_a_job_waits_for_its_tpu_while_gcloud_cannot_say(tmp_path):
+    """Neither while it comes, nor after it was lost, does that end the job."""
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "PROVISIONING", "auth", "ACTIVE", "ACTIVE", "auth", "auth", "ACTIVE"],
+        reports=["lost", "ended 0"],
+    )
+    assert result.returncode == 0, result.stderr
+    assert without_waiting(made) == ["create", "scp", "setup", "run", "run", "delete"]
+
+
+def test_a_command_of_a_job_that_hangs_ends(tmp_path):
+    result, made = tpu_vm(
+        tmp_path,
+        *("job", "--", *COMMAND),
+        states=["", "ACTIVE"],
+        fails="hangs tpu_worker.sh setup",
+        limits=[("_COMMAND_S", 0.3)],
+    )
+    assert result.returncode == 1 and made[-2:] == GIVEN_BACK and not hanging(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", VERBS, ids=" ".join)

@@ -1,0 +1,102 @@
+"""Commands of other programs, with a limit of time, for tpu_vm.py and gke.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+
+class LaunchError(Exception):
+    """What the user has to change or to know."""
+
+
+def number(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    """A variable that is a whole number; LaunchError names it if it is none, or is too small."""
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise LaunchError(f"{name}={text}: give a whole number, at least {least}")
+    return int(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Exit code of a command, and what it printed, if that was captured."""
+
+    code: int
+    out: str = ""
+    err: str = ""
+
+
+def answers(
+    commands: Sequence[Sequence[str]],
+    *,
+    capture: bool,
+    limit_s: float | None,
+    given: str | None = None,
+) -> list[Answer]:
+    """Runs commands at the same time and waits for all.
+
+    Args:
+      capture: their output is returned, and else printed.
+      limit_s: a command that takes longer is killed with all that it started, such as ssh, which
+        would else keep its output open. None for no limit: only then may it ask the user something.
+      given: what each reads from its input, which needs a limit.
+    Raises:
+      LaunchError: a program is not installed.
+    """
+    pipe = subprocess.PIPE if capture else None
+    source = None if limit_s is None else subprocess.DEVNULL
+    processes: list[subprocess.Popen] = []
+    try:
+        for command in commands:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    stdin=source if given is None else subprocess.PIPE,
+                    stdout=pipe,
+                    stderr=pipe,
+                    text=True,
+                    start_new_session=limit_s is not None,
+                )
+            )
+        end = None if limit_s is None else time.monotonic() + limit_s
+        return [_answer(process, end, given) for process in processes]
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{error.filename} is not installed: https://cloud.google.com/sdk"
+        ) from None
+    finally:
+        for process in processes:
+            if process.poll() is None:  # Ctrl-C, which reaches no other session
+                _kill(process)
+
+
+def _answer(process: subprocess.Popen, end: float | None, given: str | None) -> Answer:
+    try:
+        left = None if end is None else max(end - time.monotonic(), 0)
+        out, err = process.communicate(given, timeout=left)
+        return Answer(process.returncode, out or "", err or "")
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        command = shlex.join(process.args)
+        return Answer(process.returncode, err=f"killed, as it did not end in time: {command}\n")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kills a process, and all that it started if it leads a session."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:
+            stream.close()
