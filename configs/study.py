@@ -1,30 +1,39 @@
-"""Studies of the miniature: groups, arms and seeds, from shared warm-ups, in one table.
+"""Questions about the method, in miniature: groups, arms and seeds from shared warm-ups.
 
   python -m opsd_jax.study --config=configs/study.py:content --workdir=S
 
   configs/study.py:content     is it what visual thoughts show, or that something is shown? The
                                teacher sees them (the reference), the problem image, another
                                example's, noise, or nothing (the default)
-                  :traces      SFT with 100, 500, 2,000 and all text traces against OPSD
-                  :length      how many tokens of a completion are sampled and count
+                  :traces      few text traces for warm-up and SFT; OPSD has the visual thoughts of
+                               all examples
+                  :wrong       the same where a third of the traces is wrong
+                  :length      only the first 30 or 60 % of a completion count
                   :loss        the divergence: interpolation, clip, support, weights, contrast
                   :teacher     fixed, moving average, current weights, snapshots
-                  :policy      the student's samples, text traces among them or alone, SFT, offline
+                  :policy      the student's samples, text traces among them, offline, SFT
                   :privileged  what the teacher sees beyond the student: visual thoughts, the
-                               solution as a text, both, or the middle of the image, enlarged
+                               solution as a text, or both
+                  :transfer    a warm-up on charts and mazes, then OPSD on one of them
+                  :all         all of these
                   :smoke       two seeds and an arm, a few steps, to see whether everything works
+                  :content,loss,chart   several questions; only the groups that are named
 
-At 7B the same arms have another base: --config.base=configs/visual_opsd.py:v5p-8, and
---config.changes.KEY=VALUE for what that file leaves open. docs/guides/study.md explains the keys.
+All of them may have the same --workdir, one after the other or all at once: a warm-up and an arm
+that several questions need are trained once. The last command writes the table of its questions.
+
+At 7B the arms of the charts have another base: --config=configs/study.py:content,own with
+--config.base=configs/visual_opsd.py:v5p-8, and --config.changes.KEY=VALUE for what that file leaves
+open. docs/guides/study.md explains the keys.
 """
 
 import pathlib
-import runpy
 
 from opsd_jax.study import grid
 
 _HERE = pathlib.Path(__file__).parent
-MINI = str(_HERE / "mini.py")
+MINI, CONTEXTS = str(_HERE / "mini.py"), str(_HERE / "contexts.py")
+OWN = "own"  # the group whose base is the study's
 
 
 def nested(**changes):
@@ -39,67 +48,139 @@ def nested(**changes):
     return found
 
 
-def _content(c):
-    for control in ("image", "swap", "noise", "none"):
-        c.arms[control] = nested(teacher__visual_thoughts=control)
+# A run that goes wrong is a result here, not a reason to stop.
+_UNWATCHED = dict(
+    health__min_length_fraction=0.0,
+    health__min_eos_rate=0.0,
+    health__teacher_floor=0.0,
+    health__teacher_entropy_rise=0.0,
+    health__max_unfinished=0.0,
+)
+# Fewer steps than the presets of mini.py have: there, OPSD ends so close to its teacher that
+# variants of it could not be told apart. And a study has many runs.
+_SHORT = dict(opsd__steps=100, sft__steps=100, offline__steps=100, eval__every=50)
+_CHART = dict(warmup__steps=200, **_SHORT)
+_MAZE = dict(  # with the optimizer and the batches of the charts
+    warmup__steps=400,
+    warmup__optim__kind="muon",
+    **_SHORT,
+    opsd__batch_size=32,
+    opsd__optim__kind="muon",
+    sft__batch_size=32,
+    sft__optim__kind="muon",
+    eval__rows=128,
+    eval__final_banned=False,
+)
+# Charts and mazes in one run: images keep their sizes, 40 and 32 pixels.
+_BOTH = dict(
+    data__tasks=("Chart_Refocus", "Spatial_Navigation"),
+    data__make__families=("chart", "maze"),
+    data__make__train=6000,
+    data__buckets__student=((36, 25),),
+    data__buckets__teacher=((70, 50),),
+    data__buckets__trace=((87, 50, 41),),
+    images__min_size=32,
+    model__llm__num_heads=4,
+    model__llm__num_kv_heads=4,
+    rollout__max_new_tokens=43,
+    warmup__steps=500,
+    **_SHORT,
+)
+_WRONG = dict(data__make__wrong_traces=1 / 3)
 
 
-def _traces(c):
-    """OPSD needs no text traces; with few examples it is compared with SFT on the same ones."""
-    c.arms["sft-all"] = nested(stages=("sft",))
-    for count in (100, 500, 2000):
-        c.arms[f"sft-{count}"] = nested(stages=("sft",), data__limits=(count,))
-        c.arms[f"opsd-{count}"] = nested(data__limits=(count,))
+def _few(count):
+    return dict(data__trace_limits=(count,))
 
 
-def _length(c):
-    """Of charts, and of mazes, whose completions are longer."""
-    c.groups = {"chart": {}, "maze": {}}
-    c.base_of = {"maze": f"{MINI}:maze"}
-    for limit in (4, 8):
-        c.arms[f"limit-{limit}"] = nested(opsd__positions__limit=limit)
-    for percent in (25, 50):
-        c.arms[f"first-{percent}"] = nested(opsd__positions__first_fraction=percent / 100)
-    c.arms["skip-4"] = nested(opsd__positions__skip=4)
-    c.arms["power"] = nested(opsd__positions__power=-0.5)
+# {group: (base, changed settings of its runs)}. A group has a warm-up of its own for each seed.
+GROUPS = {
+    "chart": (MINI, _CHART),
+    "chart-100": (MINI, _CHART | _few(100)),
+    "chart-500": (MINI, _CHART | _few(500)),
+    "chart-2000": (MINI, _CHART | _few(2000)),
+    "chart-wrong-500": (MINI, _CHART | _few(500) | _WRONG),
+    "chart-wrong": (MINI, _CHART | _WRONG),
+    "chart-text": (f"{CONTEXTS}:opsd_text", _CHART),
+    "chart-text-vt": (f"{CONTEXTS}:solution_and_vt", _CHART),
+    "maze": (f"{MINI}:maze", _MAZE),
+    "maze-2000": (f"{MINI}:maze", _MAZE | _few(2000)),
+    "both": (MINI, _BOTH),
+}
 
+# {arm: its changed settings}. The run's own OPSD stage is the arm `opsd` of every group.
+ARMS = {
+    "image": dict(teacher__visual_thoughts="image"),
+    "swap": dict(teacher__visual_thoughts="swap"),
+    "noise": dict(teacher__visual_thoughts="noise"),
+    "none": dict(teacher__visual_thoughts="none"),
+    "sft": dict(stages=("sft",)),
+    "first-30": dict(opsd__positions__first_fraction=0.3),
+    "first-60": dict(opsd__positions__first_fraction=0.6),
+    "beta-0": dict(divergence__beta=0.0),
+    "beta-100": dict(divergence__beta=1.0),
+    "clip": dict(divergence__clip=0.05),
+    "top8": dict(divergence__top_k=8),
+    "top8-union": dict(divergence__top_k=8, divergence__support="union"),
+    "sampled": dict(divergence__kind="sampled_reverse_kl"),
+    "teacher-entropy": dict(opsd__token_weights="teacher_entropy"),
+    "advantage": dict(opsd__token_weights="advantage"),
+    "contrast": dict(teacher__contrast=0.5),
+    "ema": dict(teacher__kind="ema"),
+    "self": dict(teacher__kind="self"),
+    "snapshot": dict(teacher__kind="snapshot"),
+    "mixed": dict(opsd__reference_share=0.5),
+    "offline": dict(stages=("offline",)),
+    "only-charts": dict(data__weights=(1.0, 0.0)),
+    "only-mazes": dict(data__weights=(0.0, 1.0)),
+}
 
-def _loss(c):
-    for percent in (0, 10, 90, 100):
-        c.arms[f"beta-{percent}"] = nested(divergence__beta=percent / 100)
-    c.arms["clip"] = nested(divergence__clip=0.05)
-    for support in ("teacher", "student", "union"):
-        c.arms[f"top8-{support}"] = nested(divergence__top_k=8, divergence__support=support)
-    c.arms["sampled"] = nested(divergence__kind="sampled_reverse_kl")
-    for weights in ("teacher_entropy", "advantage"):
-        c.arms[weights] = nested(opsd__token_weights=weights)
-    c.arms["contrast"] = nested(teacher__contrast=0.5)
+# Further changes for the charts.
+ARMS_OF_CHARTS = {
+    "snapshot": dict(teacher__snapshot_every=25),
+    # As many examples as 100 steps have: the teacher reads no others beforehand.
+    "offline": dict(data__limits=(3200,)),
+}
 
-
-def _teacher(c):
-    """The base's teacher is fixed."""
-    c.arms["ema"] = nested(teacher__kind="ema")
-    c.arms["ema-fast"] = nested(teacher__kind="ema", teacher__ema_decay=0.98)
-    c.arms["self"] = nested(teacher__kind="self")
-    c.arms["snapshot"] = nested(teacher__kind="snapshot", teacher__snapshot_every=50)
-
-
-def _policy(c):
-    c.arms["samples-4"] = nested(opsd__completions=4)
-    c.arms["mixed"] = nested(opsd__reference_share=0.5)
-    c.arms["traces"] = nested(opsd__reference_share=1.0)
-    c.arms["offline"] = nested(stages=("offline",))
-    c.arms["sft"] = nested(stages=("sft",))
-
-
-def _privileged(c):
-    """Each has a warm-up of its own: contexts are compared through their controls."""
-    contexts = str(_HERE / "contexts.py")
-    names = [name for name in runpy.run_path(contexts)["CONTEXTS"] if name != "degraded"]
-    c.groups = {name: {} for name in ("visual_thoughts", *names)}
-    c.base_of = {name: f"{contexts}:{name}" for name in names}
-    for control in ("swap", "noise", "none"):
-        c.arms[control] = nested(teacher__visual_thoughts=control)
+_FEW_ARMS = ("sft",)
+# {question: (title, {group: its arms})}
+QUESTIONS = {
+    "content": (
+        "Content or format",
+        dict.fromkeys(("chart", "maze"), ("image", "swap", "noise", "none")),
+    ),
+    "traces": (
+        "Few text traces",
+        dict.fromkeys(
+            ("chart-100", "chart-500", "chart-2000", "chart", "maze-2000", "maze"),
+            _FEW_ARMS,
+        ),
+    ),
+    "wrong": (
+        "A third of the text traces wrong",
+        dict.fromkeys(("chart-wrong-500", "chart-wrong"), _FEW_ARMS),
+    ),
+    "length": (
+        "How much of a completion counts",
+        dict.fromkeys(("chart", "maze"), ("first-30", "first-60")),
+    ),
+    "loss": (
+        "The loss",
+        {
+            "chart": (
+                *("beta-0", "beta-100", "clip", "top8", "top8-union", "sampled"),
+                *("teacher-entropy", "advantage", "contrast"),
+            )
+        },
+    ),
+    "teacher": ("The teacher's weights", {"chart": ("ema", "self", "snapshot")}),
+    "policy": ("Whose completions", {"chart": ("mixed", "offline", "sft")}),
+    "privileged": (
+        "What the teacher sees",
+        dict.fromkeys(("chart", "chart-text", "chart-text-vt"), ("swap",)),
+    ),
+    "transfer": ("From one task to another", {"both": ("only-charts", "only-mazes")}),
+}
 
 
 def _smoke(c):
@@ -126,23 +207,48 @@ def _smoke(c):
     )
 
 
-PRESETS = {
-    "content": _content,
-    "traces": _traces,
-    "length": _length,
-    "loss": _loss,
-    "teacher": _teacher,
-    "policy": _policy,
-    "privileged": _privileged,
-    "smoke": _smoke,
-}
+def _asked(c, names, groups):
+    """Adds the questions with these names, of these groups alone if there are any."""
+    for name in names:
+        title, arms_of = QUESTIONS[name]
+        shown = {group: arms for group, arms in arms_of.items() if not groups or group in groups}
+        if groups == [OWN] and "chart" in arms_of:
+            shown = {OWN: arms_of["chart"]}
+        if not shown:
+            continue
+        c.questions[title] = shown
+        for group, arms in shown.items():
+            if group not in c.groups:
+                base, changes = GROUPS.get(group, ("", {}))
+                c.groups[group] = nested(**changes, **(_UNWATCHED if base else {}))
+                c.arms_of[group] = ()
+                if base:
+                    c.base_of[group] = base
+            c.arms_of[group] = tuple(dict.fromkeys((*c.arms_of[group], *arms)))
+            for arm in arms:
+                more = {} if group == OWN else ARMS_OF_CHARTS.get(arm, {})
+                c.arms[arm] = nested(**ARMS[arm], **more)
 
 
-def get_config(preset: str = "content"):
-    """The settings of a study; preset: see above."""
-    if preset not in PRESETS:
-        raise ValueError(f"configs/study.py:{preset}: choose from {', '.join(PRESETS)}")
+def get_config(arg: str = "content"):
+    """The settings of a study; arg: names of questions and groups, see above."""
     c = grid.default()
-    c.base, c.seeds = MINI, (0, 1, 2)
-    PRESETS[preset](c)
+    if arg == "smoke":
+        _smoke(c)
+        return c
+    words = arg.split(",")
+    known = (*QUESTIONS, "all", *GROUPS, OWN)
+    if wrong := [word for word in words if word not in known]:
+        raise ValueError(
+            f"configs/study.py:{arg}: {wrong[0]!r} is no question and no group: choose from "
+            f"{', '.join(known)}, or smoke"
+        )
+    names = [word for word in words if word in QUESTIONS]
+    c.base, c.seeds, c.groups = MINI, (0, 1, 2), {}
+    groups = [word for word in words if word in GROUPS or word == OWN]
+    _asked(c, names or list(QUESTIONS), groups)
+    if not c.groups:
+        raise ValueError(
+            f"configs/study.py:{arg}: none of these questions has the groups {', '.join(groups)}"
+        )
     return c

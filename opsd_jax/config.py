@@ -47,6 +47,7 @@ from opsd_jax.runtime.health import Health
 from opsd_jax.weighting import PositionsConfig
 
 STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
+TRACED = ("warmup", "sft", "offline")  # stages that learn from traces of the examples
 LAYOUTS = ("interleaved", "reference", "text", "drawn")  # of traces, see `data.packing`
 # What evaluation may show: the visual thoughts of a mode, or ("remove") the teacher's texts alone.
 MODES = (*context.VISUAL_THOUGHTS, "remove")
@@ -98,6 +99,8 @@ class MakeConfig:
     test: Annotated[int, "[0, inf)"] = 0
     difficulty: Annotated[str, ("easy", "default", "hard")] = "default"
     seed: Annotated[int, checks.SEED] = 0
+    # Share of the train examples whose text trace is that of another example, with a wrong answer.
+    wrong_traces: Annotated[float, "[0, 1]"] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +144,8 @@ class DataConfig:
     )
     # Number of examples taken from the start of each task's train split; () for all.
     limits: Annotated[tuple[int, ...], "[0, inf)"] = (6990, 6000, 6000, 6000)
+    # Number of them whose traces the stages of `TRACED` read; () for no other number than limits.
+    trace_limits: Annotated[tuple[int, ...], "[0, inf)"] = ()
     # Further columns that contexts may show, such as ("text:solution", "images:crops"); the data
     # are prepared with them.
     columns: tuple[str, ...] = ()
@@ -578,6 +583,16 @@ def data(config: ConfigDict) -> DataConfig:
     return DataConfig(**{**c, "make": MakeConfig(**c.make), "buckets": BucketsConfig(**c.buckets)})
 
 
+def data_of(config: ConfigDict, stage: str) -> DataConfig:
+    """The data of a stage: those with `data.trace_limits` in force where it reads traces."""
+    found = data(config)
+    if stage not in TRACED or not found.trace_limits:
+        return found
+    pairs = zip(found.limits or found.trace_limits, found.trace_limits, strict=True)
+    limits = tuple(min(filter(None, pair), default=0) for pair in pairs)
+    return dataclasses.replace(found, limits=limits)
+
+
 def batches(config: ConfigDict, stage: str) -> BatchesConfig:
     """How the batches of a stage are made."""
     s = config[stage]
@@ -592,7 +607,7 @@ def batches(config: ConfigDict, stage: str) -> BatchesConfig:
         contrast=stage == "opsd" and contrasts_swapped(config),
         mix={**config[stage].get("mix", {})},
         generation=trains_generation(config, stage),
-        data=data(config),
+        data=data_of(config, stage),
     )
 
 

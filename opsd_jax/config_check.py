@@ -238,7 +238,7 @@ def _check_data(config: ConfigDict) -> None:
     data = config.data
     if not data.tasks:
         raise ValueError("config.data.tasks is empty: name at least one")
-    for name in ("limits", "weights"):
+    for name in ("limits", "trace_limits", "weights"):
         if data[name] and len(data[name]) != len(data.tasks):
             raise ValueError(
                 f"config.data.{name} needs one number for each of config.data.tasks, or (); it is "
@@ -476,6 +476,12 @@ def _check_objective(config: ConfigDict) -> None:
         raise ValueError(
             f"config.opsd.batch_size {s.batch_size} is not divisible by config.opsd.completions "
             f"{s.completions}: a batch holds all completions of its questions"
+        )
+    if s.reference_share and config.data.trace_limits:
+        raise ValueError(
+            f"config.opsd.reference_share is {s.reference_share} with config.data.trace_limits "
+            f"{config.data.trace_limits}: a batch of OPSD has all examples, and some of them must "
+            "not show their trace. Set one of them back"
         )
     if s.completions > 1 and config.rollout.greedy:
         raise ValueError(

@@ -263,7 +263,9 @@ def train_stage(
         logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, kind.about)
 
     # Data first: what is wrong with them shows before anything is saved.
-    examples = run.examples("train", generation=kind.generates, asked_by="training")
+    examples = run.examples(
+        "train", generation=kind.generates, asked_by="training", stage=stage.name
+    )
     share = sharding.local_batch_indices(run.mesh, stage.batches.size)
     with clock("data"):
         batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)

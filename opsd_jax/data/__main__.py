@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from opsd_jax import config_flags, tasks
 from opsd_jax.data import bucket_index, procedural, sizes
 from opsd_jax.data.prepare import Part, prepare
-from opsd_jax.inputs import cli, paths
+from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.runtime import distributed
 
 
@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         help="named settings of each family",
     )
     mini.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
+    mini.add_argument(
+        "--wrong_traces",
+        type=float,
+        default=0.0,
+        help="share of the train examples whose text trace is wrong (default: 0)",
+    )
     fit = commands.add_parser("sizes", help="what the examples need of config.data.buckets")
     index = commands.add_parser(
         "index", help="the bucket of each example, kept beside the prepared data"
@@ -143,11 +149,13 @@ def _make_settings(args: argparse.Namespace) -> dict:
             "--train, --validation and --test are all 0: give at least one split an example"
         )
     cli.check_seed(args.seed)
+    checks.number("--wrong_traces", args.wrong_traces, float, "[0, 1]")
     return {
         "families": args.families,
         **counts,
         "difficulty": args.difficulty,
         "seed": args.seed,
+        "wrong_traces": args.wrong_traces,
     }
 
 

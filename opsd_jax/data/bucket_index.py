@@ -119,7 +119,8 @@ def make(config: ConfigDict, workdir: str = "") -> str:
             preprocess = Preprocessor.from_config(
                 run, packer.tokenizer, generation=batches.generation
             )
-            examples = Examples.open(data, data_dir, "train", preprocess, asked_by="training")
+            own = config_lib.data_of(run, stage)
+            examples = Examples.open(own, data_dir, "train", preprocess, asked_by="training")
             for source, task in enumerate(examples.tasks):
                 mode = batches.measured
                 key = examples.sources[source].directory, _digest(examples, packer, source, mode)

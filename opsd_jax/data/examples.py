@@ -386,6 +386,7 @@ def _open_source(
     if limit > len(source):
         raise ValueError(
             f"config.data.limits asks for the first {limit} examples of {task}, but {folder} holds "
-            f"{len(source)} for {split}: give at most that, or 0 for all"
+            f"{len(source)} for {split}: give at most that (of data.trace_limits, too), or 0 for "
+            "all"
         )
     return arrayrecord.open_source(folder, f"{split}[:{limit}]", task=task) if limit else source

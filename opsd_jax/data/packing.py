@@ -105,7 +105,7 @@ class Packer:
             return context_lib.named_blocks(self.tokenizer, self.prompts, names, content)
         if kind == "interleaved":
             shown = example.visual_thoughts
-            trace = context_lib.rounds(self.tokenizer, e.thoughts, shown, e.answer)
+            trace = context_lib.rounds(self.tokenizer, e.thoughts, shown, e.trace_answer)
         elif kind == "drawn":
             trace = self._generation_trace(example)
             return [("trace", block) for block in trace]
@@ -173,7 +173,8 @@ class Packer:
                 "need: fill the column, or set the stage's mix to interleaved examples only, "
                 "config.opsd.reference_share to 0 and config.eval.kl to False"
             )
-        return self.tokenizer.encode(context_lib.text_trace(e.full_text_only_thought, e.answer))
+        trace = context_lib.text_trace(e.full_text_only_thought, e.trace_answer)
+        return self.tokenizer.encode(trace)
 
     # --- batches ---------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from absl import logging
 from opsd_jax import config as config_lib
 from opsd_jax import tasks
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.config import DataConfig
+from opsd_jax.config import DataConfig, MakeConfig
 from opsd_jax.data import prepare, schema, shards
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import json_files
@@ -162,6 +162,7 @@ def _make(target: str, make: dict) -> None:
                 counts=counts,
                 seed=make["seed"],
                 difficulty=make["difficulty"],
+                wrong=make["wrong_traces"],
             )
         except BaseException:  # nothing was begun: the corrected command may have other settings
             os.remove(os.path.join(target, _RECORD))
@@ -180,6 +181,8 @@ def _make(target: str, make: dict) -> None:
 def _made_with(target: str) -> dict | None:
     """The settings with which procedural data were begun in a folder; None if none were.
 
+    Settings that are younger than the folder have their defaults.
+
     Raises ValueError if the record is damaged.
     """
     path = os.path.join(target, _RECORD)
@@ -189,7 +192,7 @@ def _made_with(target: str) -> dict | None:
     made = json_files.read(path, fix=fix)
     if not isinstance(made.get("families"), list):
         raise ValueError(f"{path} names no families: {fix}")
-    return made
+    return config_lib.to_json(dataclasses.asdict(MakeConfig())) | made
 
 
 def _check_same(target: str, made: dict, make: dict) -> None:

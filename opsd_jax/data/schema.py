@@ -75,6 +75,11 @@ class Example:
     metadata: dict = dataclasses.field(default_factory=dict)
     columns: dict[str, str | tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def trace_answer(self) -> str:
+        """The answer that traces end with: the gold one, unless the metadata name another."""
+        return self.metadata.get("trace_answer", self.answer)
+
     def column(self, name: str) -> str | tuple[bytes, ...]:
         """The text or the encoded images of a column: a further one, or one that all data have.
 

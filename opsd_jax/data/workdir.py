@@ -78,11 +78,12 @@ def has_logged(workdir: str) -> bool:
 
 
 def with_tasks(config: ConfigDict, chosen: Iterable[str]) -> ConfigDict:
-    """A copy of the settings with some of the tasks, each with its own entry of `data.limits`."""
-    config = config.copy_and_resolve_references()
-    limits = dict(zip(config.data.tasks, config.data.limits))
-    config.data.tasks = tuple(chosen)
-    config.data.limits = tuple(limits[task] for task in config.data.tasks if limits)
+    """A copy of the settings with some of the tasks, each with its own entries of the limits."""
+    config, chosen = config.copy_and_resolve_references(), tuple(chosen)
+    for key in ("limits", "trace_limits"):
+        limits = dict(zip(config.data.tasks, config.data[key]))
+        config.data[key] = tuple(limits[task] for task in chosen if limits)
+    config.data.tasks = chosen
     return config
 
 

@@ -98,14 +98,18 @@ class Session:
         """
         return Preprocessor.from_config(self.config, self.tokenizer, generation=generation)
 
-    def examples(self, split: str, *, generation: bool = False, asked_by: str = "") -> Examples:
+    def examples(
+        self, split: str, *, generation: bool = False, asked_by: str = "", stage: str = ""
+    ) -> Examples:
         """Prepared examples of a split.
 
         Args:
           generation: see `preprocessor`.
           asked_by: the setting or flag that names the split, for messages.
+          stage: the stage that they are for; "" for all that the run has.
         """
-        data, preprocess = config_lib.data(self.config), self.preprocessor(generation=generation)
+        data = config_lib.data_of(self.config, stage)
+        preprocess = self.preprocessor(generation=generation)
         return Examples.open(data, self.data_dir, split, preprocess, asked_by=asked_by)
 
     def sampling(self, **changes) -> RolloutConfig:

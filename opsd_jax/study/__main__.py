@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "machines, then give this command without --list for the table"
             )
         with locks.only_writer(study.workdir, inside=True):
-            failed = _run(study)
+            failed = _run(study, start=not args.table)
     except (ValueError, OSError, RuntimeError) as error:
         distributed.end_with_error(error)
     if failed:
@@ -65,11 +65,15 @@ def _given(config: str, settings: Sequence[str], workdir: str):
     return config_flags.read([f"--config={config}", *own]), workdir, of_runs
 
 
-def _run(study: grid.Study) -> dict[str, str]:
-    """Runs the study and writes what it found; {name of a job: why it is not done}."""
-    grid.write_settings(study)
+def _run(study: grid.Study, *, start: bool) -> dict[str, str]:
+    """Runs the study and writes what it found; {name of a job: why it is not done}.
+
+    start: whether to start what is left.
+    """
     failed: dict[str, str] = {}
-    if any(jobs.left(study)):
+    if start:
+        grid.write_settings(study)
+    if start and any(jobs.left(study)):
         runs = [job.config for job in study.jobs if job.is_run]
         with stopping.stoppable("the same command continues the study") as stop:
             stop.promise = "asking all commands to save and to stop"
@@ -77,7 +81,7 @@ def _run(study: grid.Study) -> dict[str, str]:
     found = scores.read(study)
     rows = scores.rows(study, found, failed)
     table.write(study, rows, failed)
-    print(table.in_terminal(rows))
+    print(table.in_terminal(study, rows))
     print(f"the page of the study: {page.write(study, found, rows)}")
     return failed
 
@@ -101,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         "--list",
         action="store_true",
         help="print the commands that are left, runs before their arms, and start none",
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="write the table and the page of what is done, and start nothing",
     )
     return parser
 

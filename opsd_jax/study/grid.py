@@ -18,6 +18,13 @@ OPSD = "opsd"  # the name of a run's own OPSD stage among the arms
 _OF_ALL = ("eval.final_split", "data.dir", "data.tasks")  # else answers could not be compared
 
 
+class InOrder(ConfigDict):
+    """A ConfigDict whose keys keep the order in which they were set; others sort them."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"sort_keys": False, **kwargs})
+
+
 def default() -> ConfigDict:
     """The settings of a study, which config files change.
 
@@ -29,18 +36,21 @@ def default() -> ConfigDict:
     arms: {name: changed settings of a control arm}, as `arms` of a run.
     arms_of: {group: names of its arms}; a group that is not named has all.
     reference: the arm that others are compared with; "opsd" is the run's own OPSD stage.
+    questions: {title: {group: names of arms}}, a table for each; {} for one table of all. The rows
+      of the reference and of the start are in all of them.
     parallel: number of jobs at a time; 0 for what cores or devices allow, see `slots`.
     """
-    return ConfigDict(
+    return InOrder(
         {
             "base": "",
-            "changes": ConfigDict(),
+            "changes": InOrder(),
             "seeds": (0,),
-            "groups": ConfigDict({"all": ConfigDict()}),
-            "base_of": ConfigDict(),
-            "arms": ConfigDict(),
-            "arms_of": ConfigDict(),
+            "groups": InOrder({"all": InOrder()}),
+            "base_of": InOrder(),
+            "arms": InOrder(),
+            "arms_of": InOrder(),
             "reference": OPSD,
+            "questions": InOrder(),
             "parallel": 0,
         }
     )
@@ -104,6 +114,19 @@ class Job:
         return not stage_evaluation.missing_results(self.config, self.workdir, kind, self.last)
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One table of a study.
+
+    Attributes:
+      title: its heading; "" for the only table of a study.
+      arms: {group: its arms in the table, the reference included}.
+    """
+
+    title: str
+    arms: Mapping[str, tuple[str, ...]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
     """A study whose settings were checked.
@@ -112,12 +135,14 @@ class Study:
       workdir: its folder, an absolute path.
       jobs: by group, then seed; a run comes before its arms.
       reference: arm that others are compared with. parallel: see `default`.
+      questions: its tables, at least one.
     """
 
     workdir: str
     jobs: tuple[Job, ...]
     reference: str
     parallel: int
+    questions: tuple[Question, ...]
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -149,7 +174,7 @@ def read(given: ConfigDict, workdir: str, overrides: Sequence[str] = ()) -> Stud
     workdir = os.path.abspath(workdir)
     jobs: list[Job] = []
     for group in given.groups:
-        names = given.arms_of.get(group, tuple(given.arms))
+        names = _arms_of(given, group)
         base = config_flags.read([f"--config={given.base_of.get(group, given.base)}", *overrides])
         changes = [given.changes, _overridden(base, overrides), given.groups[group]]
         config = _changed(f"group {group}", base, changes)
@@ -158,11 +183,11 @@ def read(given: ConfigDict, workdir: str, overrides: Sequence[str] = ()) -> Stud
         for seed in given.seeds:
             of_seed = config.copy_and_resolve_references()
             of_seed.seed = seed
-            jobs += _jobs(group, of_seed, os.path.join(workdir, "runs", group))
+            jobs += _jobs(group, of_seed, os.path.join(workdir, "runs", group), names)
         _check_arms(group, config)
     for job in jobs:
         _check_same(job)
-    return Study(workdir, tuple(jobs), given.reference, given.parallel)
+    return Study(workdir, tuple(jobs), given.reference, given.parallel, _questions(given))
 
 
 def write_settings(study: Study) -> None:
@@ -172,11 +197,34 @@ def write_settings(study: Study) -> None:
             files.write_json(job.settings, config_lib.to_json(job.config))
 
 
-def _jobs(group: str, config: ConfigDict, folder: str) -> list[Job]:
+def _arms_of(given: ConfigDict, group: str) -> tuple[str, ...]:
+    """Names of a group's control arms."""
+    return tuple(given.arms_of.get(group, tuple(given.arms)))
+
+
+def _questions(given: ConfigDict) -> tuple[Question, ...]:
+    """The tables of a study."""
+    if not given.questions:
+        return (Question("", {group: (OPSD, *_arms_of(given, group)) for group in given.groups}),)
+    return tuple(
+        Question(
+            title,
+            {
+                group: tuple(dict.fromkeys((given.reference, *parts[group])))
+                for group in given.groups
+                if group in parts
+            },
+        )
+        for title, parts in given.questions.items()
+    )
+
+
+def _jobs(group: str, config: ConfigDict, folder: str, names: Sequence[str]) -> list[Job]:
+    """The jobs of one run. names: its control arms, in order."""
     run = os.path.join(folder, f"seed{config.seed}")
     arms = {OPSD: config}
     start = run_folder.checkpoint(run, config_lib.start_of(config, "opsd"))
-    arms |= {name: config_lib.arm(config, name, start) for name in config.arms}
+    arms |= {name: config_lib.arm(config, name, start) for name in names}
     return [Job(group, config.seed, arm, c, f"{run}.json", run) for arm, c in arms.items()]
 
 
@@ -255,8 +303,15 @@ def _check(given: ConfigDict) -> None:
         checks.names(f"config.arms_of.{group}", names, tuple(given.arms))
         checks.once(f"config.arms_of.{group}", names)
     for group in given.groups:
-        arms = (OPSD, *given.arms_of.get(group, tuple(given.arms)))
+        arms = (OPSD, *_arms_of(given, group))
         checks.choice(f"config.reference, of group {group},", given.reference, arms)
+    for title, parts in given.questions.items():
+        shown = f"config.questions[{title!r}]"
+        if not isinstance(parts, ConfigDict):
+            raise ValueError(f"{shown} is {parts!r}: give {{group: names of arms}}")
+        for group, names in parts.items():
+            checks.choice(shown, group, tuple(given.groups))
+            checks.names(f"{shown}[{group!r}]", names, (OPSD, *_arms_of(given, group)))
 
 
 def _check_arms(group: str, config: ConfigDict) -> None:

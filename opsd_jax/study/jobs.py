@@ -7,12 +7,15 @@ and the next study waits for them.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from opsd_jax import config as config_lib
 from opsd_jax.runtime import locks, metrics, run_folder
 from opsd_jax.runtime.progress import Progress
 from opsd_jax.runtime.stopping import StopRequest
@@ -125,6 +128,7 @@ class _Jobs:
 
     def _start(self, job: Job) -> None:
         slot = self._free.pop(0)
+        _share_data(self._study, job)
         environment = {
             "JAX_COMPILATION_CACHE_DIR": run_folder.compiled_programs(self._study.workdir),
             **os.environ,
@@ -176,6 +180,21 @@ class _Jobs:
             done = min(done, self._total - 1)
         jobs = f"{self._done}/{len(self._study.jobs)}"
         self._progress.update(done, jobs=jobs, running=", ".join(states) or "none")
+
+
+def _share_data(study: Study, job: Job) -> None:
+    """Links the data of a run that makes its own to a folder of all runs with the same ones.
+
+    The run whose command is the first makes them. A run that has data already is left alone.
+    """
+    data, own = job.config.data, run_folder.data(job.workdir)
+    if not job.is_run or data.dir or not data.make.families or os.path.lexists(own):
+        return
+    made_with = json.dumps(config_lib.to_json(data.make), sort_keys=True)
+    name = hashlib.sha256(made_with.encode()).hexdigest()[:8]
+    shared = os.path.join(run_folder.data(study.workdir), name)
+    os.makedirs(shared, exist_ok=True)
+    os.symlink(os.path.relpath(shared, os.path.realpath(job.workdir)), own)
 
 
 def _launched(command: Sequence[str], cores: Sequence[int]) -> list[str]:

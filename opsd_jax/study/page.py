@@ -46,8 +46,21 @@ def write(study: Study, scores: Scores, rows: Sequence[Mapping]) -> str:
 
 
 def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
-    """What is missing, the table, and the differences as a chart."""
+    """What is missing, and the tables."""
     missing = [f"{r['group']} {r['arm']}: {r['status']}" for r in rows if r["status"] != "done"]
+    parts = [html.heading("Result")]
+    parts += [html.paragraph(f"**Missing**: {text}") for text in dict.fromkeys(missing)]
+    parts += [html.note(table.meaning(study.reference))]
+    for title, own in table.by_question(study, rows):
+        of_question = _table(study, own)
+        parts += [html.section(title, *of_question)] if title else of_question
+    return parts
+
+
+def _table(study: Study, rows: Sequence[Mapping]) -> list[str]:
+    """One table, and its differences as a chart."""
+    cells = [table.cells(row)[:-1] for row in rows]  # without the status, which is above
+    parts = [html.table(table.HEADER[:-1], cells, texts=table.TEXTS)]
     bars: list[tuple[str, float | None, float | None, float | None]] = []
     for row in rows:
         if versus := row["difference"]:
@@ -55,11 +68,6 @@ def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
             low, high = (100 * limit for limit in versus["interval_95"])
             label = f"{row['group']}: {row['arm']} ({row['task']})"
             bars.append((label, mean, min(low, mean), max(high, mean)))
-    parts = [html.heading("Result")]
-    parts += [html.paragraph(f"**Missing**: {text}") for text in dict.fromkeys(missing)]
-    cells = [table.cells(row)[:-1] for row in rows]  # without the status, which is above
-    parts += [html.table(table.HEADER[:-1], cells, texts=table.TEXTS)]
-    parts += [html.note(table.meaning(study.reference))]
     if bars:
         top = max(1.0, 1.1 * max(bar[3] or 0.0 for bar in bars))
         parts += [

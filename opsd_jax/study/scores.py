@@ -163,9 +163,10 @@ def rows(study: Study, scores: Scores, failed: Mapping[str, str]) -> list[dict]:
     Args:
       failed: {name of a job: why it is not done}.
     Returns:
-      dicts with group, arm, task, accuracy, seeds {seed: accuracy}, difference (see `difference`;
-      None for the reference), real, tokens, kl_before, kl, closure (means over seeds; None where
-      they were not measured), and status: "done", or what is missing.
+      dicts with group, arm, task, accuracy, seeds {seed: accuracy}, difference and gain (see
+      `difference`: from the reference, and of a trained arm from the start; None for others),
+      real, tokens, kl_before, kl, closure (means over seeds; None where they were not measured),
+      and status: "done", or what is missing.
     """
     found = []
     for group in study.groups:
@@ -181,16 +182,19 @@ def rows(study: Study, scores: Scores, failed: Mapping[str, str]) -> list[dict]:
                     key: _mean([getattr(score, key) for score in own.values()])
                     for key in ("accuracy", "real", "tokens", "kl_before", "kl", "closure")
                 }
-                versus = None
-                if arm != study.reference:
-                    versus = difference(seeds, of_group.get(study.reference, {}), task)
+                versus = {
+                    other: difference(seeds, of_group.get(other, {}), task)
+                    for other in (study.reference, START)
+                    if other != arm
+                }
                 found.append(
                     {
                         "group": group,
                         "arm": arm,
                         "task": task,
                         "seeds": {seed: score.accuracy for seed, score in own.items()},
-                        "difference": versus,
+                        "difference": versus.get(study.reference),
+                        "gain": None if arm == TEACHER else versus.get(START),
                         **means,
                         "status": status,
                     }

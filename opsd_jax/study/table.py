@@ -7,6 +7,7 @@ from opsd_jax.evaluation import html
 from opsd_jax.inputs import checks
 from opsd_jax.runtime import files
 from opsd_jax.study.grid import Study
+from opsd_jax.study.scores import START, TEACHER
 
 HEADER = (
     "group",
@@ -16,6 +17,8 @@ HEADER = (
     "each seed",
     "difference",
     "95 % interval",
+    "gain",
+    "interval of the gain",
     "with true visual thoughts %",
     "tokens",
     "KL before",
@@ -26,6 +29,9 @@ HEADER = (
 TEXTS = 3  # columns at the left that are texts
 _IN_TERMINAL = ("group", "arm", "task", "accuracy %", "each seed", "difference", "95 % interval")
 
+Rows = Sequence[Mapping]
+"""Rows of the table, see `scores.rows`."""
+
 
 def meaning(reference: str) -> str:
     """What the columns mean, with **bold** as in Markdown."""
@@ -35,16 +41,32 @@ def meaning(reference: str) -> str:
         "questions, with the interval of a bootstrap over seeds and questions. With few seeds that "
         "interval is too narrow, with one it is about the questions alone. **start** and "
         "**teacher** are the weights that OPSD and all arms start from, without visual thoughts "
-        "and with them. **KL** is that between teacher and student, before and after; **closure** "
-        "is the share of it that training removed."
+        "and with them. **Gain** is the accuracy minus that of the start. **KL** is that "
+        "between teacher and student, before and after; **closure** is the share of it that "
+        "training removed."
     )
 
 
-def write(study: Study, rows: Sequence[Mapping], failed: Mapping[str, str]) -> None:
+def by_question(study: Study, rows: Rows) -> list[tuple[str, Rows]]:
+    """(title, rows) of each table of a study; those of the start are in all of their group."""
+    return [
+        (
+            question.title,
+            [
+                row
+                for group, arms in question.arms.items()
+                for row in rows
+                if row["group"] == group and row["arm"] in (START, TEACHER, *arms)
+            ],
+        )
+        for question in study.questions
+    ]
+
+
+def write(study: Study, rows: Rows, failed: Mapping[str, str]) -> None:
     """Writes S/study.json and S/study.md.
 
-    Args:
-      rows: see `scores.rows`. failed: {name of a job: why it is not done}.
+    failed: {name of a job: why it is not done}.
     """
     jobs = [
         {
@@ -56,35 +78,40 @@ def write(study: Study, rows: Sequence[Mapping], failed: Mapping[str, str]) -> N
         }
         for job in study.jobs
     ]
-    record = {"reference": study.reference, "rows": list(rows), "jobs": jobs}
-    files.write_json(os.path.join(study.workdir, "study.json"), record)
-    lines = [_line(HEADER), "|---" * len(HEADER) + "|", *(_line(cells(row)) for row in rows)]
-    text = "\n".join([*lines, "", meaning(study.reference)]) + "\n"
+    questions = {question.title: question.arms for question in study.questions if question.title}
+    record = {"reference": study.reference, "questions": questions, "rows": list(rows)}
+    files.write_json(os.path.join(study.workdir, "study.json"), record | {"jobs": jobs})
+    lines: list[str] = []
+    for title, own in by_question(study, rows):
+        lines += [f"## {title}", ""] if title else []
+        lines += [_line(HEADER), "|---" * len(HEADER) + "|", *(_line(cells(row)) for row in own)]
+        lines.append("")
+    text = "\n".join([*lines, meaning(study.reference)]) + "\n"
     files.write(os.path.join(study.workdir, "study.md"), text)
 
 
-def in_terminal(rows: Sequence[Mapping]) -> str:
-    """The main columns, and what is missing, as plain text."""
-    columns = [HEADER.index(name) for name in _IN_TERMINAL]
-    table = [_IN_TERMINAL, *(tuple(cells(row)[n] for n in columns) for row in rows)]
+def in_terminal(study: Study, rows: Rows) -> str:
+    """The main columns of all tables, and what is missing, as plain text."""
+    columns, lines = [HEADER.index(name) for name in _IN_TERMINAL], list[str]()
+    for title, own in by_question(study, rows):
+        table = [_IN_TERMINAL, *(tuple(cells(row)[n] for n in columns) for row in own)]
+        lines += [*([title] if title else []), checks.table(table)]
     missing = [
         f"{row['group']} {row['arm']}: {row['status']}" for row in rows if row["status"] != "done"
     ]
-    return "\n".join([checks.table(table), *dict.fromkeys(missing)])
+    return "\n".join([*lines, *dict.fromkeys(missing)])
 
 
 def cells(row: Mapping) -> list[str]:
     """The cells of a row, as texts."""
-    versus = row["difference"] or {"mean": None, "interval_95": None}
-    limits = versus["interval_95"]
     return [
         row["group"],
         row["arm"],
         row["task"],
         _percent(row["accuracy"]),
         ", ".join(_percent(accuracy) for accuracy in row["seeds"].values()) or _percent(None),
-        _percent(versus["mean"]),
-        html.between([100 * limit for limit in limits] if limits else None, 1),
+        *_points(row["difference"]),
+        *_points(row["gain"]),
         _percent(row["real"]),
         _number(row["tokens"], 1),
         _number(row["kl_before"], 3),
@@ -92,6 +119,14 @@ def cells(row: Mapping) -> list[str]:
         _percent(row["closure"], 0),
         row["status"],
     ]
+
+
+def _points(versus: Mapping | None) -> tuple[str, str]:
+    """A difference and its interval, in percentage points."""
+    if versus is None:
+        return _percent(None), html.between(None, 1)
+    limits = [100 * limit for limit in versus["interval_95"]]
+    return _percent(versus["mean"]), html.between(limits, 1)
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

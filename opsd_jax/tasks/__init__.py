@@ -102,6 +102,9 @@ def fault(metadata: dict, taught: str) -> str | None:
         return "answer has <answer> without </answer>, so no completion matches it"
     if is_blank(reference):
         return "answer is empty"
+    taught_by_traces = metadata.get("trace_answer", "any")
+    if not isinstance(taught_by_traces, str) or is_blank(taught_by_traces):
+        return f"metadata has trace_answer {taught_by_traces!r}, which is no answer"
     if "family" not in metadata:
         return None
     family = metadata["family"]

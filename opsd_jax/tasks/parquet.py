@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opsd_jax.inputs import paths as paths_lib
-from opsd_jax.tasks import FAMILIES, generate, generator
+from opsd_jax.tasks import FAMILIES, generate, generator, wrong_traces
 from opsd_jax.tasks.example import TaskExample
 from opsd_jax.tasks.vocabulary import build_tokenizer
 
@@ -87,6 +87,7 @@ def make_mini(
     counts: Mapping[str, int],
     seed: int = 0,
     difficulty: str = "default",
+    wrong: float = 0.0,
 ) -> None:
     """Makes a data set of procedural tasks and the tokenizer for it.
 
@@ -101,6 +102,8 @@ def make_mini(
       counts: number of examples of each family by split, such as {"train": 4000, "validation": 512,
         "test": 512}.
       families, seed, difficulty: as for `generate`.
+      wrong: share of the train split whose text trace is wrong, see `wrong_traces`; no other
+        content depends on it.
     Raises:
       FileExistsError: `target` holds anything. A failure leaves no target, and what a killed
         process left is removed.
@@ -120,7 +123,11 @@ def make_mini(
                 stream = generate(family, split, count, seed=seed, difficulty=difficulty)
                 examples = list(stream)
                 order = generator(f"order/{seed}/{split}/{family}").permutation(count)
-                write((examples[n] for n in order), unfinished / "parquet", split=split)
+                examples = [examples[n] for n in order]
+                if wrong and split == "train":
+                    rng = generator(f"wrong traces/{seed}/{family}")
+                    examples = wrong_traces.mixed_in(examples, wrong, rng)
+                write(examples, unfinished / "parquet", split=split)
         build_tokenizer(unfinished / "tokenizer")
         os.replace(unfinished, target)
     finally:

@@ -475,6 +475,14 @@ def test_buckets_of_another_shape(key, wrong, unit):
         ({"rollout__refill": 3}, "config.rollout.slots 0 must be a multiple of the 1 batch shards"),
         ({"divergence__kind": "kl"}, "config.divergence.kind is 'kl'"),
         (
+            {"data__trace_limits": (3, 4)},
+            "config.data.trace_limits needs one number for each of config.data.tasks",
+        ),
+        (
+            {"data__trace_limits": (3,), "opsd__reference_share": 0.5},
+            "config.opsd.reference_share is 0.5 with config.data.trace_limits (3,)",
+        ),
+        (
             {"run_arms": ("sft",), "sft__optim__warmup_steps": 50},
             "config.arms.sft: config.sft.optim.warmup_steps is 50",
         ),
@@ -539,6 +547,7 @@ def test_zero_where_it_means_something():
         ),
         (["--train=-1"], "--train is -1: give a whole number in [0, inf)"),
         (["--seed=-1"], "--seed is -1: give a whole number in [0, "),
+        (["--wrong_traces=2"], "--wrong_traces is 2.0: give a number in [0, 1]"),
         (
             ["--train=0", "--validation=0", "--test=0"],
             "are all 0: give at least one split an example",

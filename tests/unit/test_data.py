@@ -22,6 +22,8 @@ from opsd_jax import context, images, tokenizer
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import arrayrecord, bucket_index, packing, procedural, schema, shards
 from opsd_jax.data import batches as batches_lib
+from opsd_jax.data import examples as examples_lib
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.runtime import files
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
@@ -721,6 +723,58 @@ def test_a_named_folder_without_data_is_an_error(tmp_path, folder):
     killed(f"--target={begun}", "--families=chart", "--train=4", "--validation=1", "--test=1")
     small_run.make_data(config(begun, data__make__families=()), tmp_path)
     assert len(arrayrecord.open_source(begun, "train", task=CHART)) == 4
+
+
+def test_data_that_are_older_than_a_setting_have_its_default(tmp_path):
+    c = small_run.config(data__make__train=4, data__make__validation=1, data__make__test=1)
+    small_run.make_data(c, tmp_path)
+    path = tmp_path / "data" / "made.json"
+    record = json.loads(path.read_text())
+    assert record.pop("wrong_traces") == 0.0
+    path.write_text(json.dumps(record))
+    small_run.make_data(c, tmp_path)
+    c.data.make.wrong_traces = 0.5
+    with pytest.raises(ValueError, match="made with other.*'wrong_traces': 0.0.*traces': 0.5"):
+        small_run.make_data(c, tmp_path)
+
+
+def test_traces_end_with_the_answer_that_they_teach(tmp_path, tok):
+    """Wrong traces: what is scored and shown is the gold answer, what is learnt the other one."""
+    changes = dict(data__make__train=12, data__make__validation=1, data__make__test=1)
+    c = small_run.config(data__make__wrong_traces=0.5, **changes)
+    small_run.make_data(c, tmp_path)
+    examples = small_run.examples(c, tok, data_dir=tmp_path / "data")
+    packer = packing.Packer.from_config(c, tok)
+    wrong = 0
+    for n in range(12):
+        prepared = examples(0, n)
+        example, found = prepared.example, []
+        for layout in ("text", "reference", "interleaved"):
+            *_, last = packer.blocks(prepared, layout)
+            found.append(tok.decode(last.ids).partition("<answer>")[2])
+        assert {text.partition("</answer>")[0] for text in found} == {example.trace_answer}
+        assert example.answer == example.metadata["answer"]
+        wrong += example.trace_answer != example.answer
+    assert wrong == 6
+    examples.check_references(0, range(12))  # raises nothing
+
+
+def test_stages_with_traces_have_limits_of_their_own(folder, tok):
+    def lengths(stage, **changes):
+        c = config(folder, **changes)
+        preprocess = examples_lib.Preprocessor.from_config(c, tok)
+        data = config_lib.data_of(c, stage)
+        found = examples_lib.Examples.open(data, str(folder), "train", preprocess)
+        return [len(source) for source in found.sources]
+
+    few = dict(data__trace_limits=(5, 0))
+    assert lengths("opsd", **few) == lengths("autoencoder", **few) == [64, 64]
+    assert lengths("warmup", **few) == lengths("sft", **few) == lengths("offline", **few) == [5, 64]
+    assert lengths("sft", data__limits=(3, 7), **few) == [3, 7]
+    assert lengths("opsd", data__limits=(0, 7), **few) == [64, 7]
+    assert config_lib.batches(config(folder, **few), "sft").data.limits == (5, 0)
+    part = workdir_lib.with_tasks(config(folder, **few), (MAZE,))
+    assert part.data.trace_limits == (0,) and part.data.limits == ()
 
 
 def test_rows_beyond_a_split_name_the_setting(folder, tok):

@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 from ml_collections import ConfigDict
@@ -22,6 +24,7 @@ from opsd_jax.study import __main__ as command_line
 from opsd_jax.study import grid, jobs, page, scores, slots, table
 
 PATH = small_run.ROOT / "configs" / "study.py"
+PRESETS = "content traces wrong length loss teacher policy privileged transfer".split()
 ARMS = ("opsd", "noise", "sft")
 
 
@@ -94,7 +97,8 @@ class Commands:
         if job.name in self.codes:
             return ["sh", "-c", f"echo first; echo error: {job.name}; exit {self.codes[job.name]}"]
         prepared = self.folder / job.name.replace(" ", "-")
-        for mode, hits in (("none", "1100"), ("real", "1111")):
+        number = zlib.crc32(job.name.encode()) % 16  # other answers for each job
+        for mode, hits in (("none", f"{number:04b}"), ("real", "1111")):
             write_results(prepared, job.last, mode, hits)
         start = run_folder.checkpoint(job.run, 2)
         words = ["cp", "-r", f"{prepared}/eval", job.workdir]
@@ -162,6 +166,9 @@ def test_command_line_then_group_count_more_than_changes(tmp_path):
         ({"arms": {"y": {"opsd": {"batch_size": -1}}}}, "config.arms.y.opsd.batch_size is -1"),
         ({"arms": {"y": {"eval": {"final_split": "train"}}}}, "arm y changes eval.final_split"),
         ({"further": 1}, "config.further: a study has no such setting"),
+        ({"questions": {"Q": {"x": ()}}}, "config.questions['Q'] is 'x'"),
+        ({"questions": {"Q": {"all": ("x",)}}}, "config.questions['Q']['all'] names 'x'"),
+        ({"questions": {"Q": ()}}, "config.questions['Q'] is ()"),
     ],
 )
 def test_wrong_settings_are_named(changes, message, tmp_path):
@@ -190,17 +197,64 @@ def test_a_run_that_exists_keeps_its_settings(tmp_path):
         grid.read(given(changes={"warmup": {"steps": 3}}), str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "preset",
-    "content traces length loss teacher policy privileged smoke".split(),
-)
-def test_presets_are_valid(preset, tmp_path):
-    study = grid.read(config_flags.read([f"--config={PATH}:{preset}"]), str(tmp_path))
-    for group in study.groups:
-        reference = next(j for j in study.jobs if j.group == group and j.is_run)
+def test_groups_and_arms_keep_their_order(tmp_path):
+    c = grid.default()
+    c.base = f"{small_run.MINI}:smoke"
+    c.groups = {"b": {}, "a": {}}
+    c.arms = {"sft": {"stages": ("sft",)}}
+    c.arms.noise = {"teacher": {"visual_thoughts": "noise"}}
+    c.arms.image = {"teacher": {"visual_thoughts": "image"}}
+    study = grid.read(c, str(tmp_path))
+    assert study.groups == ("b", "a") and study.arms("a") == ("opsd", "sft", "noise", "image")
+    c.questions = {"Z": {"a": ("noise",), "b": ("image", "sft")}, "A": {"a": ()}}
+    first, second = grid.read(c, str(tmp_path)).questions
+    assert (first.title, second.title) == ("Z", "A")
+    assert [*first.arms.items()] == [("b", ("opsd", "image", "sft")), ("a", ("opsd", "noise"))]
+    assert second.arms == {"a": ("opsd",)}
+
+
+def preset(name, folder):
+    return grid.read(config_flags.read([f"--config={PATH}:{name}"]), str(folder))
+
+
+def test_presets_are_valid_and_share_their_runs(tmp_path):
+    """A run or an arm has the same settings in every preset, so that they may share a folder."""
+    studies = {name: preset(name, tmp_path) for name in (*PRESETS, "all", "smoke")}
+    jobs_of_all = {job.name: job for job in studies["all"].jobs}
+    for name in PRESETS:
+        for job in studies[name].jobs:
+            found, known = (config_lib.to_json(j.config) for j in (job, jobs_of_all[job.name]))
+            assert found | {"arms": {}} == known | {"arms": {}}
+    for study in studies.values():
         for job in study.jobs:
-            if job.group == group and not job.is_run and job.seed == reference.seed:
-                assert job.config != reference.config
+            assert job.is_run or job.config != study.run_of(job).config
+    of_all = studies["all"].questions
+    assert [q for name in PRESETS for q in studies[name].questions] == [*of_all]
+    asked = {(group, arm) for q in of_all for group, arms in q.arms.items() for arm in arms}
+    assert asked == {(job.group, job.arm) for job in jobs_of_all.values()}
+
+
+def test_a_preset_of_some_groups(tmp_path):
+    maze = preset("content,traces,maze", tmp_path)
+    assert maze.groups == ("maze",)
+    assert maze.arms("maze") == ("opsd", "image", "swap", "noise", "none", "sft")
+    own = config_flags.read([f"--config={PATH}:content,own"])
+    own.base = f"{small_run.MINI}:smoke"
+    (run,) = (job for job in grid.read(own, str(tmp_path)).jobs if job.is_run and job.seed == 0)
+    assert run.config.opsd.steps == 20 and run.config.health.teacher_floor == 0.5
+    with pytest.raises(SystemExit, match="'chess' is no question and no group: choose from"):
+        preset("content,chess", tmp_path)
+    with pytest.raises(SystemExit, match="none of these questions has the groups both"):
+        preset("content,both", tmp_path)
+
+
+def test_transfer_trains_on_one_task_and_asks_both(tmp_path):
+    study = preset("transfer", tmp_path)
+    weights = {job.arm: job.config.data.weights for job in study.jobs}
+    assert weights == {"opsd": (), "only-charts": (1.0, 0.0), "only-mazes": (0.0, 1.0)}
+    assert {job.config.data.tasks for job in study.jobs} == {
+        ("Chart_Refocus", "Spatial_Navigation")
+    }
 
 
 def test_a_setting_of_a_run_is_no_setting_of_a_study(tmp_path, capsys):
@@ -257,6 +311,57 @@ def test_all_jobs_run_and_finished_ones_never_again(tmp_path, capsys):
     assert run(study, again) == {} and again.started == []
 
 
+def test_a_study_that_was_killed_gives_the_same_table(tmp_path):
+    """Killed with one job done and one whose evaluation is half written."""
+    whole, killed = (grid.read(given(), str(tmp_path / name)) for name in "ab")
+    assert run(whole, Commands(tmp_path / "of-a")) == {}
+
+    class Stop(StopRequest):
+        def reached(self):
+            return any(job.is_done() for job in killed.jobs) and len(first.started) > 1
+
+    class Slow(Commands):
+        def __call__(self, job):
+            found = super().__call__(job)
+            return found if len(self.started) == 1 else ["sleep", "60"]
+
+    first = Slow(tmp_path / "of-b")
+    with pytest.raises(Stopped):
+        jobs.run(killed, [slots.Slot()], Stop(), command=first, look=0.01)
+    half = next(job for job in killed.jobs if not job.is_done())
+    write_results(half.workdir, half.last, "none", "1111")
+    folder = pathlib.Path(run_folder.evaluation(half.workdir, f"{half.last:06d}-none"))
+    (folder / run_folder.SUMMARY).unlink()
+    found = scores.rows(killed, scores.read(killed), {})
+    assert [row["accuracy"] is None for row in found] == [False, True, True]
+
+    again = Commands(tmp_path / "of-b")
+    assert run(killed, again) == {}
+    assert len(again.started) == len(killed.jobs) - 1
+    tables = []
+    for study in (whole, killed):
+        table.write(study, scores.rows(study, scores.read(study), {}), {})
+        folder = pathlib.Path(study.workdir)
+        tables.append([(folder / name).read_bytes() for name in ("study.json", "study.md")])
+    assert tables[0] == tables[1]
+    assert len({row["accuracy"] for row in json.loads(tables[0][0])["rows"]}) > 1
+
+
+def test_runs_with_the_same_procedural_data_share_them(tmp_path):
+    groups = {"a": {}, "b": {"data": {"limits": (3,)}}, "c": {"data": {"make": {"seed": 1}}}}
+    groups["d"] = {"data": {"dir": str(tmp_path)}}
+    study = grid.read(given(groups=groups, arms_of=dict.fromkeys("abcd", ())), str(tmp_path / "S"))
+    own = pathlib.Path(run_folder.data(study.jobs[1].workdir))  # of an earlier command
+    own.mkdir(parents=True)
+    assert run(study, Commands(tmp_path)) == {}
+    places = {job.name: pathlib.Path(run_folder.data(job.workdir)) for job in study.jobs}
+    shared = places["a seed 0"].resolve()
+    assert shared.parent == tmp_path / "S" / "data" and os.readlink(places["a seed 0"])[0] == "."
+    assert places["b seed 0"].resolve() == places["b seed 1"].resolve() == shared
+    assert places["c seed 0"].resolve() == places["c seed 1"].resolve() != shared
+    assert places["a seed 1"].resolve() == own and not places["d seed 0"].exists()
+
+
 def test_a_failed_job_is_named_and_the_others_go_on(tmp_path, capsys):
     study = grid.read(given(), str(tmp_path / "S"))
     failed = run(study, Commands(tmp_path, {"all seed 0": 3, "all seed 1 sft": 1}))
@@ -274,8 +379,8 @@ def test_a_failed_job_is_named_and_the_others_go_on(tmp_path, capsys):
     status = {row["arm"]: row["status"] for row in found}
     assert status["opsd"] == f"seed 0 {of_run}"
     assert status["sft"].endswith(f"; seed 1 failed (exit code 1), see {logs[1]}")
-    assert f"all sft: {status['sft']}" in table.in_terminal(found)
-    assert [row["seeds"] for row in found if row["arm"] == "noise"] == [{1: 0.5}]
+    assert f"all sft: {status['sft']}" in table.in_terminal(study, found)
+    assert [[*row["seeds"]] for row in found if row["arm"] == "noise"] == [[1]]
 
     # An arm starts although its run failed, if that was warmed up.
     os.makedirs(run_folder.checkpoint(study.jobs[0].run, 2))
@@ -377,9 +482,11 @@ def test_rows_of_two_seeds_by_hand(tmp_path):
     low, high = noise["difference"]["interval_95"]
     assert -1 <= low < -0.25 < high <= 1
     assert (noise["difference"]["seeds"], noise["difference"]["rows"]) == ([0, 1], 4)
-    assert start["difference"]["mean"] == -0.625
+    assert start["difference"]["mean"] == -0.625 and start["gain"] is None
+    assert (opsd["gain"]["mean"], noise["gain"]["mean"]) == (0.625, 0.375)
     unmeasured = {**opsd, "seeds": {}, "accuracy": None, "real": None, "tokens": None}
-    assert table.cells(unmeasured)[3:-1] == ["–"] * 9
+    unmeasured["gain"] = None
+    assert table.cells(unmeasured)[3:-1] == ["–"] * 11
 
     table.write(study, found, {})
     lines = (tmp_path / "S" / "study.md").read_text().splitlines()
@@ -393,6 +500,30 @@ def test_rows_of_two_seeds_by_hand(tmp_path):
     assert record["jobs"][1]["workdir"] == "runs/all/seed0/arms/noise"
     again = scores.rows(study, scores.read(study), {})
     assert again == found  # the interval, too
+
+
+def test_each_question_has_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_samples", lambda study, group: [])  # there are no data
+    c = given(seeds=(0,), questions={"Noise?": {"all": ("noise",)}, "Traces?": {"all": ("sft",)}})
+    study = grid.read(c, str(tmp_path / "S"))
+    for job in study.jobs:
+        finish(job)
+        if job.is_run:
+            write_results(job.workdir, job.start, "none", "0000")
+    rows = scores.rows(study, scores.read(study), {})
+    table.write(study, rows, {})
+    lines = (tmp_path / "S" / "study.md").read_text().splitlines()
+    found = [line.split(" | ")[1] if " | " in line else line for line in lines]
+    head, of_all = ["arm", "|---" * len(table.HEADER) + "|"], ["start", "opsd"]
+    assert found[:6] == ["## Noise?", "", *head, *of_all] and found[6:8] == ["noise", ""]
+    assert found[8:14] == ["## Traces?", "", *head, *of_all] and found[14:16] == ["sft", ""]
+    record = json.loads((tmp_path / "S" / "study.json").read_text())
+    assert record["questions"]["Traces?"] == {"all": ["opsd", "sft"]} and len(record["rows"]) == 4
+    html = pathlib.Path(page.write(study, scores.read(study), rows)).read_text()
+    titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
+    assert titles[:3] == ["Result", "Noise?", "Traces?"]
+    bars = re.findall(r"all: (\w+) \(", html)
+    assert {*bars} == {"start", "noise", "sft"}
 
 
 def test_answers_that_cannot_be_compared_are_refused(tmp_path):

@@ -24,6 +24,7 @@ from opsd_jax.tasks import (
     parquet,
     score,
     vocabulary,
+    wrong_traces,
 )
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
@@ -573,6 +574,55 @@ def test_make_mini(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["mini"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_traces_are_those_of_other_examples(family):
+    rows = rows_of(family, "train", 60)
+    by_pid = {row.pid: row for row in rows}
+    found = wrong_traces.mixed_in(rows, 1 / 3, tasks.generator("x"))
+    wrong = ["trace_of" in row.metadata for row in found]
+    assert wrong == [n % 3 == 2 for n in range(60)]  # of every first n rows a third
+    same_question = 0
+    for before, row, is_wrong in zip(rows, found, wrong):
+        if not is_wrong:
+            assert row is before
+            continue
+        other = by_pid[row.metadata["trace_of"]]
+        assert row.thoughts == other.thoughts and other is not before
+        assert row.full_text_only_thought == other.full_text_only_thought
+        assert row.metadata["trace_answer"] == other.answer
+        assert not score(row.metadata, other.answer) and score(row.metadata, row.answer)
+        assert tasks.fault(row.metadata, f"<answer>{row.answer}</answer>") is None
+        assert row.visual_thoughts is before.visual_thoughts and row.answer == before.answer
+        same_question += other.question == row.question
+    assert same_question == 20 or family == "search"  # whose questions are many
+
+
+def test_wrong_traces_need_a_wrong_answer():
+    (row,) = rows_of("chart", "train", 1)
+    with pytest.raises(ValueError, match="has no wrong trace: of 2 examples of its split none"):
+        wrong_traces.mixed_in([row, row], 0.5, tasks.generator("x"))
+
+
+def test_wrong_traces_leave_all_else_of_the_data_alone(tmp_path):
+    import pyarrow.parquet as pq
+
+    def made(name, **settings):
+        parquet.make_mini(
+            tmp_path / name, families=["chart"], counts={"train": 40, "test": 20}, **settings
+        )
+        folder = tmp_path / name / "parquet" / "Chart_Refocus" / "data"
+        return {split: (folder / f"{split}-00000-of-00001.parquet") for split in ("train", "test")}
+
+    right, wrong = made("a"), made("b", wrong=0.5)
+    assert right["test"].read_bytes() == wrong["test"].read_bytes()
+    before, after = (pq.read_table(files["train"]) for files in (right, wrong))
+    changed = {"resoning_thought_1", "full_text_only_thought", "metadata"}
+    for column in before.column_names:
+        assert before[column].equals(after[column]) == (column not in changed), column
+    marked = ["trace_answer" in json.loads(text) for text in after["metadata"].to_pylist()]
+    assert marked == [False, True] * 20
+
+
 @pytest.mark.slow
 def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
     """`generate` uses up the small mazes first; a subset of the first rows must not hold them
@@ -604,6 +654,9 @@ def test_the_first_rows_of_a_split_are_like_all_of_it(tmp_path):
         ({}, "<answer>B", "answer has <answer> without </answer>"),
         ({}, "<answer> </answer>", "answer is empty"),
         ({}, "<answer>\u200b</answer>", "answer is empty"),
+        ({"trace_answer": "C"}, "<answer>B</answer>", None),
+        ({"trace_answer": " "}, "<answer>B</answer>", "metadata has trace_answer ' ', which is no"),
+        ({"trace_answer": 7}, "<answer>B</answer>", "metadata has trace_answer 7, which is no"),
         ({"family": "chess"}, "<answer>n7</answer>", "metadata has family 'chess'"),
         ({"family": ["maze"]}, "<answer>n7</answer>", "metadata has family"),
         *[
