@@ -641,7 +641,9 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
       marker: see `rollout.Marker`.
       changes: fields with other values, for evaluation.
     """
-    others = ("score_seam", "eos_after_cut", "empty_retries", "tensor")
+    others = {"score_seam", "eos_after_cut"} | {
+        f.name for f in dataclasses.fields(TrainingRollouts)
+    }
     values = {k: v for k, v in config.rollout.items() if k not in others}
     text = dataclasses.replace(model(config), generation=None)
     return RolloutConfig(

@@ -293,8 +293,7 @@ def _mean(x):
     return jnp.mean(x.astype(jnp.float32))
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+@sharding.jit_on_mesh(static_argnames=("config", "temperature"))
 def kl_to_student(
     teacher: dict,
     student: dict,

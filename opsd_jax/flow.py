@@ -167,8 +167,7 @@ class Conditioning:
     context_size: int
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config",))
+@sharding.jit_on_mesh(static_argnames=("config",))
 def prefill(
     params: dict, contexts: Context, positions: LatentPositions, *, config: ModelConfig
 ) -> tuple[Conditioning, Cache]:
@@ -245,8 +244,7 @@ def velocities(
     return velocity.reshape(count // batch, *x.shape), written
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "x"))
+@sharding.jit_on_mesh(static_argnames=("config",), donate_argnames=("cache", "x"))
 def denoise(
     params: dict,
     conditioning: Conditioning,
@@ -380,8 +378,7 @@ def to_latents(
     )
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config",))
+@sharding.jit_on_mesh(static_argnames=("config",))
 def encode(
     params: dict,
     pixels: Float[AnyArray, "B height width 3"],
@@ -402,8 +399,7 @@ def encode(
     return vae.scale * (mean + jnp.exp(log_variance / 2) * noise - vae.shift)
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("grid", "config"))
+@sharding.jit_on_mesh(static_argnames=("grid", "config"))
 def decode(
     params: dict,
     tokens: Float[AnyArray, "B G C"],

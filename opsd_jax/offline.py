@@ -153,8 +153,7 @@ def step(
     }
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config", "top_k", "chunk"))
+@sharding.jit_on_mesh(static_argnames=("config", "top_k", "chunk"))
 def teacher_outputs(
     params: dict,
     with_thoughts: context_lib.Supervised,

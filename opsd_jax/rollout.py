@@ -211,8 +211,7 @@ class Queue:
     results: Completions
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config", "return_logits"))
+@sharding.jit_on_mesh(static_argnames=("config", "return_logits"))
 def sample(
     params: dict,
     context: Context,

@@ -6,7 +6,6 @@ and of keys.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 
@@ -261,8 +260,7 @@ def _key(names: BlockNames, name: str, is_image: bool) -> str:
     return "visual thoughts" if name in names.privileged else "text"
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames=("config", "scaled"))
+@sharding.jit_on_mesh(static_argnames=("config", "scaled"))
 def attention_shares(
     params: dict,
     context: context_lib.Context,

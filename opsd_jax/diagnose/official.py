@@ -5,9 +5,7 @@ Letters: B batch, R scored positions.
 """
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
@@ -80,8 +78,7 @@ def align_ends(teacher: context_lib.Supervised, student: context_lib.Supervised)
     return Pairs(of_teacher, of_student, labels, mask, tail)
 
 
-@sharding.on_mesh
-@functools.partial(jax.jit, static_argnames="config")
+@sharding.jit_on_mesh(static_argnames="config")
 def paired_kl(
     teacher: dict,
     student: dict,

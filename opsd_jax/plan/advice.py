@@ -106,7 +106,7 @@ def _of_sampler(
         lines.append(
             f"config.rollout.slots={shards} keeps the cache of one sequence per device at a time"
         )
-    more = 2 * mesh.shape["tensor"]
+    more = 2 * sharding.devices_per_copy(mesh)
     if more in placement.degrees(config_lib.model(config), more):
         lines.append(
             f"config.rollout.tensor={more} halves the sampler's own copy of the weights "

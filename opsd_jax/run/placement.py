@@ -260,7 +260,7 @@ def _decoding_step(model: ModelConfig, mesh: Mesh, cache: Cache, chip: chips.Chi
     Each device reads its part of weights and keys. In each layer the devices of a copy add up the
     outputs of attention and of the MLP.
     """
-    tensor = mesh.shape["tensor"]
+    tensor = sharding.devices_per_copy(mesh)
     read = _weights(model, tensor) + _keys(model, tensor, mesh.devices.size, cache)
     sums = 2 * model.llm.num_layers if tensor > 1 else 0
     return read / chip.bandwidth + sums * chips.LATENCY
