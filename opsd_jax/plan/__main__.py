@@ -25,6 +25,7 @@ from absl import app, flags
 
 from opsd_jax import (
     config_flags,  # defines --config
+    interleave,
     sharding,
 )
 from opsd_jax.inputs import cli, paths
@@ -57,6 +58,9 @@ flags.DEFINE_integer(
     "Devices of a copy that answers questions (eval, generate); 0: the fewest that fit.",
 )
 flags.DEFINE_integer("questions", 1000, "Number of questions whose hours are printed.")
+flags.DEFINE_enum(
+    "protocol", "paper", [*interleave.PROTOCOLS], "How questions are asked (eval, generate)."
+)
 flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
 
 
@@ -82,6 +86,7 @@ def main(argv: list[str]) -> None:
                 price=f.price_per_chip_hour,
                 tensor=f.tensor,
                 questions=f.questions,
+                protocol=f.protocol,
             ),
         )
     except (ValueError, OSError) as error:

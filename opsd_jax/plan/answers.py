@@ -48,10 +48,11 @@ class Call:
     times: int
 
 
-def model_of(config: ConfigDict, stage: str) -> Reasoner:
+def model_of(config: ConfigDict, stage: str, protocol: str = "paper") -> Reasoner:
     """The model that answers, without weights, as `run.model.load` makes that of a release.
 
     stage: "eval", or "generate", for which image generation is on whatever the settings say.
+    protocol: one of `interleave.PROTOCOLS`.
     """
     generation = None
     if stage == "generate":
@@ -61,7 +62,7 @@ def model_of(config: ConfigDict, stage: str) -> Reasoner:
     sizes = dataclasses.replace(
         config_lib.model(config), generation=generation, query_block=model_lib.QUERY_BLOCK
     )
-    return Reasoner(sizes, {}, _TOKENIZER, **model_lib.asked_by("paper", sizes))
+    return Reasoner(sizes, {}, _TOKENIZER, **model_lib.asked_by(protocol, sizes))
 
 
 def calls(model: Reasoner, mesh: jax.sharding.Mesh, batch_size: int) -> list[Call]:

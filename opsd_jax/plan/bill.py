@@ -40,7 +40,7 @@ class Options:
     write_speed: GB per second that each host writes of a checkpoint.
     price: dollars of a chip for an hour; None if unknown.
     tensor: devices of a copy of the model that answers questions; 0 for the fewest that it fits on.
-    questions: how many questions are answered.
+    questions: how many questions are answered. protocol: by which they are asked.
     """
 
     stage: str = ""
@@ -52,6 +52,7 @@ class Options:
     price: float | None = None
     tensor: int = 0
     questions: int = 1000
+    protocol: str = "paper"
 
 
 def plan(
@@ -112,7 +113,8 @@ def _plan_answers(
     everywhere = topology_lib.devices_of(topology)
     hosts = len({device.process_index for device in everywhere})
     devices = [d for d in everywhere if d.process_index == everywhere[0].process_index]
-    model, batch_size = answers.model_of(config, stage), config.eval.batch_size
+    model = answers.model_of(config, stage, options.protocol)
+    batch_size = config.eval.batch_size
     mesh = placement.mesh_within(
         model.config,
         devices,
@@ -226,17 +228,18 @@ def budget_of_run(
       What `budget.budget` returns, with "checkpoints" and "checkpoints_bytes": the most that the
       run holds at once.
     """
-    stages = []
+    stages, saved = [], saves.of_run(config)
     for name in config.stages:
         seconds, why = _modelled(config, name, [one for one in bills if one["stage"] == name])
         stages.append(
             budget.StageOfRun(
                 name=name,
                 steps=config[name].steps,
-                saves=sum(stage == name for _, stage in saves.of_run(config)),
+                saves=sum(stage == name for _, stage in saved),
                 checkpoint_bytes=programs.checkpoint_bytes(config, name),
                 step_seconds=seconds,
                 not_modelled=why,
+                start_bytes=programs.start_bytes(config) if (0, name) in saved else 0,
             )
         )
     count, size = checkpoints_of_run(config)
@@ -249,8 +252,9 @@ def budget_of_run(
 def checkpoints_of_run(config: ConfigDict) -> tuple[int, int]:
     """Number and bytes of the checkpoints that a run holds when they take most."""
     sizes = {name: programs.checkpoint_bytes(config, name) for name in config.stages}
+    start = programs.start_bytes(config)
     return budget.most_at_once(
-        [(step, sizes[name]) for step, name in saves.of_run(config)],
+        [(step, sizes[name] if step else start) for step, name in saves.of_run(config)],
         config.checkpoint.keep_latest,
         saves.never_deleted(config),
     )

@@ -1,6 +1,6 @@
 """Hours, bytes of checkpoints and dollars of a whole run, from the modelled time of its steps.
 
-  seconds of a stage   steps x seconds of a step + saves x seconds of a save
+  seconds of a stage   steps x seconds of a step + seconds of its saves
   seconds of a save    bytes of a checkpoint / (hosts x bytes per second of a host)
   chip-hours           hours x chips;  dollars = chip-hours x price
 
@@ -25,6 +25,8 @@ class StageOfRun:
     checkpoint_bytes: bytes of the arrays in one of them.
     step_seconds: (least, most) modelled seconds of a step; None if they are not modelled.
     not_modelled: why they are not, and what to do; "" if they are.
+    start_bytes: bytes of the arrays in that of the start, which has the weights alone; 0 if the
+      stage saves none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class StageOfRun:
     checkpoint_bytes: int
     step_seconds: tuple[float, float] | None
     not_modelled: str = ""
+    start_bytes: int = 0
 
 
 def save_seconds(checkpoint_bytes: int, hosts: int, write_speed: float) -> float:
@@ -43,14 +46,15 @@ def save_seconds(checkpoint_bytes: int, hosts: int, write_speed: float) -> float
     return checkpoint_bytes / (hosts * write_speed * 1e9)
 
 
-def stage_hours(stage: StageOfRun, seconds_per_save: float) -> tuple[float, float] | None:
+def stage_hours(stage: StageOfRun, hosts: int, write_speed: float) -> tuple[float, float] | None:
     """(least, most) hours of a stage if training waits for every save; None if not modelled."""
     if stage.step_seconds is None:
         return None
-    least, most = (
-        (stage.steps * seconds + stage.saves * seconds_per_save) / 3600
-        for seconds in stage.step_seconds
-    )
+    written = stage.saves * stage.checkpoint_bytes
+    if stage.start_bytes:
+        written += stage.start_bytes - stage.checkpoint_bytes
+    saving = save_seconds(written, hosts, write_speed)
+    least, most = ((stage.steps * seconds + saving) / 3600 for seconds in stage.step_seconds)
     return least, most
 
 
@@ -94,12 +98,12 @@ def budget(
       {"stages", "chips", "hosts", "write_speed", "price_per_chip_hour", "hours", "chip_hours",
       "dollars"}. Times are (least, most), those of the run sums over the stages that are modelled;
       None where nothing is modelled, and dollars also without a price. An entry of "stages" has the
-      fields of `StageOfRun` with "save_seconds" and "hours".
+      fields of `StageOfRun` with "save_seconds", of `checkpoint_bytes`, and "hours".
     """
     entries = []
     for stage in stages:
         seconds = save_seconds(stage.checkpoint_bytes, hosts, write_speed)
-        hours = stage_hours(stage, seconds)
+        hours = stage_hours(stage, hosts, write_speed)
         entries.append(dataclasses.asdict(stage) | {"save_seconds": seconds, "hours": hours})
     modelled = [entry["hours"] for entry in entries if entry["hours"] is not None]
     hours = tuple(map(sum, zip(*modelled))) if modelled else None

@@ -100,7 +100,16 @@ def checkpoint_bytes(config: ConfigDict, stage: str) -> int:
     method = config_lib.stage_config(config, stage, _ENDS)
     params = _abstract_params(config_lib.model(config))
     state = jax.eval_shape(lambda p: optimizer.init_state(p, method), params)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, params)))
+    return _bytes((state, params))
+
+
+def start_bytes(config: ConfigDict) -> int:
+    """Bytes of the arrays in the checkpoint of a run's start: the weights alone."""
+    return _bytes(_abstract_params(config_lib.model(config)))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _abstract_params(model: ModelConfig) -> dict:

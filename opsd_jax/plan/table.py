@@ -109,13 +109,17 @@ def _answers(found: dict[str, Any]) -> list[str]:
 def _run(run: dict[str, Any]) -> list[str]:
     lines = [f"the whole run, on {_count(run['chips'], 'chip')} of {_count(run['hosts'], 'host')}"]
     for stage in run["stages"]:
-        saved = f"{_count(stage['saves'], 'save')} of {_size(stage['checkpoint_bytes'])}"
+        start = stage["start_bytes"]
+        saves = _count(stage["saves"] - (start > 0), "save")
+        saved = f"{saves} of {_size(stage['checkpoint_bytes'])}"
+        first = f" and one of {_size(start)}" if start else ""
         if stage["hours"] is None:
-            took = f"{_count(stage['steps'], 'step')}, {saved}: {stage['not_modelled']}"
+            took = f"{_count(stage['steps'], 'step')}, {saved}{first}: {stage['not_modelled']}"
         else:
             took = (
                 f"{_count(stage['steps'], 'step')} of {_range(stage['step_seconds'], '.3f')} s, "
-                f"{saved} in {stage['save_seconds']:.1f} s: {_range(stage['hours'], '.2f')} hours"
+                f"{saved} in {stage['save_seconds']:.1f} s{first}: "
+                f"{_range(stage['hours'], '.2f')} hours"
             )
         lines.append(f"  {stage['name']:<18} {took}")
     lines.append(

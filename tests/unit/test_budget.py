@@ -1,5 +1,6 @@
 """The budget of a whole run: its arithmetic by hand, and its bytes against a real checkpoint."""
 
+import dataclasses
 import os
 import re
 import types
@@ -34,6 +35,13 @@ def test_hours_and_dollars_by_hand():
     assert found["hours"] == pytest.approx((7630 / 3600, 11430 / 3600))
     assert found["chip_hours"] == pytest.approx((7630 / 450, 11430 / 450))
     assert found["dollars"] == pytest.approx((4 * 7630 / 450, 4 * 11430 / 450))
+
+
+def test_the_start_is_saved_in_less_time():
+    """10 GB of weights, then 40 GB twice, at 1 GB a second."""
+    stage = dataclasses.replace(OPSD, start_bytes=10 * 10**9)
+    found = budget.budget([stage], chips=8, hosts=2, write_speed=0.5, price=None)
+    assert found["hours"] == pytest.approx((7290 / 3600, 10890 / 3600))
 
 
 def test_what_is_not_modelled_is_not_in_the_sum():
@@ -94,6 +102,9 @@ def test_the_table_says_it():
         "68.32 to 101.92 dollars at 4.2 a chip-hour"
     )
     assert "at 0.5 GB/s; without start-up, compilation" in assumed
+    start = dataclasses.replace(OPSD, start_bytes=8 * 10**9)
+    report["run"] = run | budget.budget([start], chips=8, hosts=2, write_speed=0.5, price=None)
+    assert "s, 2 saves of 40.0 GB in 40.0 s and one of 8.0 GB: 2.02" in table.table(report)
     report["run"] = run | {"hours": None, "chip_hours": None, "dollars": None}
     assert table.table(report).splitlines()[-1] == kept  # no sum, and nothing assumed for it
 
@@ -167,7 +178,12 @@ def test_bytes_are_those_of_a_real_checkpoint(tmp_path, teacher, offered, kind):
     stage = types.SimpleNamespace(name="opsd", config=method)
     params = tiny.params(config_lib.model(config))
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        state_lib.save(run, stage, checkpoints, 0, optimizer.init_state(params, method))
+        state = optimizer.init_state(params, method)
+        state_lib.save(run, stage, checkpoints, 0, state)
+        state_lib.save(run, stage, checkpoints, 1, state, weights_only=True)
+    ((name, start),) = checkpoint.contents(tmp_path / "1").items()
+    on_disk = sum(array.size * array.dtype.itemsize for array in start.values())
+    assert name == "params" and programs.start_bytes(config) == on_disk
     items = checkpoint.contents(tmp_path / "0")
     arrays = [array for item in items.values() for array in item.values()]
     on_disk = sum(array.size * array.dtype.itemsize for array in arrays)
@@ -223,6 +239,22 @@ def test_a_step_is_the_sum_of_its_programs(bills, seconds, why):
     assert found["checkpoints_bytes"] == (
         small_run.WARMUP * warmup["checkpoint_bytes"] + small_run.OPSD * opsd["checkpoint_bytes"]
     )
+
+
+def test_the_checkpoint_of_the_start_has_the_weights_alone():
+    config = small_run.config(stages=("opsd",))
+    found = bill.budget_of_run(
+        config, [], topology.parse_topology("v5p-16"), hosts=2, write_speed=1.0, price=None
+    )
+    (opsd,) = found["stages"]
+    weights = 4 * sum(x.size for x in jax.tree.leaves(tiny.params(config_lib.model(config))))
+    assert opsd["start_bytes"] == weights and opsd["saves"] == 1 + small_run.OPSD
+    # all are kept
+    assert found["checkpoints_bytes"] == weights + small_run.OPSD * opsd["checkpoint_bytes"]
+    of_two = bill.budget_of_run(
+        small_run.config(), [], topology.parse_topology("v5p-16"), 2, 1.0, None
+    )
+    assert [stage["start_bytes"] for stage in of_two["stages"]] == [0, 0]
 
 
 def test_a_stage_that_plan_does_not_know_has_bytes_but_no_hours():

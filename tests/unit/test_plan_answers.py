@@ -152,3 +152,6 @@ def test_largest_image_of_the_released_model():
     model = answers.model_of(config_lib.default(), "eval")
     image, _ = placement.largest_question(model)
     assert image.grid == (70, 70) and model.protocol.max_new_tokens == 1024
+    model = answers.model_of(config_lib.default(), "eval", "harness")
+    image, _ = placement.largest_question(model)
+    assert image.grid == (70, 70) and model.protocol.max_new_tokens == 4096
