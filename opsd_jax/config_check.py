@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +22,15 @@ from opsd_jax import config as config_lib
 from opsd_jax import context, images, params, tasks
 from opsd_jax.inputs import checks, columns, paths
 from opsd_jax.method_config import FlowConfig
+from opsd_jax.runtime import run_folder
 
 # Tokens of a completion that opsd.max_forward_tokens must leave after the largest teacher context.
 LEAST_SCORED = 64
 
 # Settings that may change between a run and its continuation. "log" covers "log" and "log.every".
 # Accumulation is one: its gradient is that of the whole batch, so a run may go on with a mesh that
-# needs another one.
+# needs another one. So are the places of data and tokenizer, whose content is compared
+# (`check_digests`).
 FREE_SETTINGS = (
     "log",
     "health",
@@ -38,6 +41,8 @@ FREE_SETTINGS = (
     "data.threads",
     "data.prefetch",
     "data.cache_rows",
+    "data.dir",
+    "tokenizer",
     "mesh",
     "rollout.tensor",
     *(f"{stage}.accumulation" for stage in config_lib.STAGES),
@@ -603,14 +608,19 @@ def check_unchanged(
     *,
     free: Iterable[str] = FREE_SETTINGS,
     defaults: Mapping | None = None,
+    workdir: str = "",
 ) -> None:
     """Raises ConfigMismatchError, with the differences, unless two configurations are the same.
+
+    Weights to start from are the same ones if both paths lead to one place or, of a control arm, to
+    the same checkpoint of its run, wherever that is now.
 
     Args:
       saved, current: settings, compared as `config.to_json` writes them.
       free: keys that may change; "log" covers "log" and "log.every", not "logger".
       defaults: values of settings before they existed, taken for keys that `saved` lacks; None for
         `config.default()`.
+      workdir: folder of the run or control arm that has the settings; "" for none.
     """
     free = tuple(free)
     before = config_lib.default() if defaults is None else defaults
@@ -621,6 +631,7 @@ def check_unchanged(
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
         and not any(key == name or key.startswith(name + ".") for name in free)
+        and not (key == "init_from" and _same_start(was.get(key), now.get(key), workdir))
     ]
     if not keys:
         return
@@ -635,6 +646,18 @@ def check_unchanged(
         f"with the same --config=FILE:PRESET and settings as before{example}, or start a new run "
         f"with another --workdir.{may}"
     )
+
+
+def _same_start(was: str | None, now: str | None, workdir: str) -> bool:
+    """Whether two values of init_from, as JSON, are the same weights, see `check_unchanged`."""
+    before, after = (json.loads(value or '""') for value in (was, now))
+    if not (before and after):
+        return False
+    before, after = os.path.realpath(before), os.path.realpath(after)
+    run = run_folder.run_of(workdir) if workdir else ""
+    checkpoints = os.path.realpath(run_folder.checkpoints(run)) if run else ""
+    is_moved = os.path.split(after) == (checkpoints, os.path.basename(before))
+    return before == after or is_moved
 
 
 def _flat(value, key: str = "") -> dict[str, str]:

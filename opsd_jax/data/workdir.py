@@ -66,8 +66,22 @@ def check_same_run(workdir: str, record: dict) -> bool:
     """
     if not (os.path.exists(run_folder.config(workdir)) and has_logged(workdir)):
         return False
-    config_check.check_unchanged(read_record(workdir), record)
+    config_check.check_unchanged(read_record(workdir), record, workdir=workdir)
     return True
+
+
+def write_places(workdir: str, record: dict) -> None:
+    """Writes the places of a continued run's data, tokenizer and initial weights to its record.
+
+    They may be others than before. The content of data and tokenizer has been compared by now.
+    """
+    if jax.process_index() != 0:
+        return
+    found = read_record(workdir)
+    places = {key: record[key] for key in ("tokenizer", "init_from")}
+    places["data"] = found["data"] | {"dir": record["data"]["dir"]}
+    if found | places != found:
+        files.write_json(run_folder.config(workdir), found | places)
 
 
 def has_logged(workdir: str) -> bool:

@@ -263,7 +263,7 @@ def _open_training(
     saved = None
     if done is not None:
         saved = checkpoints.metadata(done)
-        config_check.check_unchanged(saved["config"], record)
+        config_check.check_unchanged(saved["config"], record, workdir=workdir)
         logging.info("continuing %s at step %d (%s)", workdir, done, saved["stage"])
     workdir_lib.write_record(workdir, record)
     clock = clock_lib.Clock()
@@ -286,12 +286,15 @@ def _open_training(
             saved.get("digests") or {}, digests, accepted=config.checkpoint.accept_changed
         )
     elif config.init_from:
+        # A control arm trains on the run's data, too.
+        own = digests if run_folder.run_of(workdir) else {"tokenizer": digests["tokenizer"]}
         config_check.check_digests(
-            _tokenizer_of_origin(config.init_from),
-            {"tokenizer": digests["tokenizer"]},
+            _digests_of_origin(config.init_from),
+            own,
             whose=config.init_from,
             accepted=config.checkpoint.accept_changed,
         )
+    workdir_lib.write_places(workdir, record)
     writer = metrics.Writer(  # last: it sets aside lines of steps that will be repeated
         workdir,
         primary=primary,
@@ -333,8 +336,10 @@ def _open(
     )
 
 
-def _tokenizer_of_origin(origin: str) -> dict:
-    """{"tokenizer": digest} of the weights that a run starts from; {} if they come without one."""
+def _digests_of_origin(origin: str) -> dict:
+    """Digests that the weights have which a run starts from: of the tokenizer at most, or none, for
+    a model; of a run's checkpoint also of its data.
+    """
     if not folders.is_model(origin):
         return checkpoint.metadata(origin).get("digests") or {}
     folder = folders.tokenizer_folder(origin)

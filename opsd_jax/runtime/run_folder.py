@@ -77,6 +77,12 @@ def arm(workdir: str, name: str) -> str:
     return os.path.join(workdir, "arms", name)
 
 
+def run_of(workdir: str) -> str:
+    """Folder W of the run whose control arm has the folder W/arms/NAME; "" for any other folder."""
+    run, arms = os.path.split(os.path.dirname(os.path.abspath(workdir)))
+    return run if arms == "arms" else ""
+
+
 def data(workdir: str) -> str:
     """Folder of the run's own data."""
     return os.path.join(workdir, "data")

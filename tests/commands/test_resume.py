@@ -21,6 +21,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import __main__ as diagnose
 from opsd_jax.diagnose import kl
 from opsd_jax.evaluation import inference
+from opsd_jax.run import controls
 from opsd_jax.runtime import checkpoint, distributed, metrics
 
 pytestmark = pytest.mark.usefixtures("fast_compiles", "own_programs")
@@ -426,6 +427,41 @@ def test_other_data_or_another_tokenizer_in_the_same_place(straight, tmp_path):
         tmp_path / "new" / "metrics.jsonl"
     ).exists()
     train.train(small_run.config(checkpoint__accept_changed=("data", "tokenizer")), str(workdir))
+
+
+@pytest.mark.slow
+def test_a_moved_run_and_its_arm_go_on(straight, tmp_path, monkeypatch):
+    """Also with data and tokenizer in another place, if they are the same."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(straight, first)
+    train.train(*controls.settings_of(small_run.config(), str(first), "noise"), data_workdir=first)
+    before = losses(first / "arms" / "noise")
+    shutil.move(first, second)
+    shutil.move(second / "data", tmp_path / "data")
+    shutil.rmtree(second / "arms" / "noise" / "checkpoints" / str(small_run.OPSD))
+    shutil.rmtree(second / "checkpoints" / str(small_run.LAST))
+    monkeypatch.chdir(tmp_path)
+    moved = small_run.config(data__dir="data", tokenizer="data/made/tokenizer")
+    train.train(moved, "second")
+    assert_same_run(second, straight)
+    train.train(*controls.settings_of(moved, "second", "noise"), data_workdir="second")
+    arm = second / "arms" / "noise"
+    assert losses(arm) == before and len(before) == small_run.OPSD
+    for folder, start in ((second, ""), (arm, f"second/checkpoints/{small_run.WARMUP}")):
+        record = json.loads((folder / "config.json").read_text())
+        assert (record["data"]["dir"], record["init_from"]) == ("data", start)
+
+    other = small_run.config(data__make__seed=5)
+    small_run.make_data(other, tmp_path / "other")
+    shutil.copy(tmp_path / "data" / "made.json", tmp_path / "other" / "data")
+    elsewhere = small_run.config(data__dir="other/data", tokenizer="data/made/tokenizer")
+    for config, workdir in (
+        (elsewhere, "second"),
+        controls.settings_of(elsewhere, "second", "swap"),  # it has not begun
+    ):
+        with pytest.raises(config_check.ConfigMismatchError, match="another content of data"):
+            train.train(config, workdir, data_workdir="second")
+    assert json.loads((second / "config.json").read_text())["data"]["dir"] == "data"
 
 
 @pytest.mark.parametrize(

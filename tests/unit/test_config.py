@@ -742,6 +742,27 @@ def test_check_unchanged_shows_all_differences_and_the_fix():
     assert "log.every" not in text and "betas" not in text and "depth" not in text
 
 
+def test_weights_to_start_from_are_the_same_wherever_they_are(tmp_path, monkeypatch):
+    """Typed in another way or, of an arm, in the checkpoints of its moved run."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(was, now, workdir=""):
+        config_check.check_unchanged({"init_from": was}, {"init_from": now}, workdir=workdir)
+
+    check("runs/model", str(tmp_path / "runs" / "model"))
+    check("/old/w/checkpoints/350", "new/checkpoints/350", "new/arms/noise")
+    for was, now, workdir in (
+        ("runs/model", "runs/other", ""),
+        ("/old/w/checkpoints/350", "new/checkpoints/350", "new"),
+        ("/old/w/checkpoints/300", "new/checkpoints/350", "new/arms/noise"),
+        ("/old/w/checkpoints/350", "other/checkpoints/350", "new/arms/noise"),
+        ("", "new/checkpoints/350", "new/arms/noise"),
+        ("new/checkpoints/350", "", "new/arms/noise"),
+    ):
+        with pytest.raises(config_check.ConfigMismatchError, match="init_from"):
+            check(was, now, workdir)
+
+
 def test_a_setting_that_is_newer_than_the_run_had_its_default():
     saved, defaults = {"model": {"depth": 4}}, {"model": {"depth": 2, "new": False, "other": 1}}
 
