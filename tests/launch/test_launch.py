@@ -113,6 +113,18 @@ CHIPS_PER_HOST = {
 }  # in slices of several hosts
 
 
+def replace(jobset: dict, changes: list[dict]) -> None:
+    """What the replacements of a JSON patch do."""
+    for change in changes:
+        assert change["op"] == "replace"
+        *way, last = [int(key) if key.isdigit() else key for key in change["path"].split("/")[1:]]
+        place = jobset
+        for key in way:
+            place = place[key]
+        assert last in place, f"{change['path']} is replaced, and is not there"
+        place[last] = change["value"]
+
+
 def overlaid(name: str) -> dict:
     """gke_jobset.yaml as launch/gke/<name> changes it: its patches are replacements, and its
     images.
@@ -122,16 +134,7 @@ def overlaid(name: str) -> dict:
     (base,) = overlay["resources"]
     jobset = yaml.safe_load((folder / base).read_text())
     for patch in overlay["patches"]:
-        for change in yaml.safe_load(patch["patch"]):
-            assert change["op"] == "replace"
-            *way, last = [
-                int(key) if key.isdigit() else key for key in change["path"].split("/")[1:]
-            ]
-            place = jobset
-            for key in way:
-                place = place[key]
-            assert last in place, f"{name} replaces {change['path']}, which is not there"
-            place[last] = change["value"]
+        replace(jobset, yaml.safe_load(patch["patch"]))
     (image,) = overlay["images"]
     for container in pod_of(jobset)["containers"]:
         assert container["image"] == image["name"]
@@ -221,7 +224,7 @@ def test_jobset_restarts_what_can_be_continued(name):
         job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
     )  # a lost host restarts the whole set
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
-    ((rule,), (policy,)) = (
+    ((rule,), (policy, limit)) = (
         job["podFailurePolicy"]["rules"],
         jobset["spec"]["failurePolicy"]["rules"],
     )
@@ -231,6 +234,8 @@ def test_jobset_restarts_what_can_be_continued(name):
         container["name"] for container in pod["containers"]
     ]
     assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert (limit["action"], limit["onJobFailureReasons"]) == ("FailJobSet", ["DeadlineExceeded"])
+    assert job["activeDeadlineSeconds"] == 86400
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
     assert pod["terminationGracePeriodSeconds"] == 300
 
@@ -349,6 +354,8 @@ def test_dockerfile_names_what_there_is():
     copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
     assert {"opsd_jax", "configs", "setup.py", "constraints"} == set(copied)
     assert all((ROOT / source).exists() for source in copied)
+    sent = (ROOT / ".dockerignore").read_text().splitlines()[1:]
+    assert sent[0] == "*" and {line[1:] for line in sent if line[0] == "!"} == set(copied)
     version = re.search(r"^FROM python:3\.(\d+)", "\n".join(lines), flags=re.MULTILINE)[1]
     (constraints,) = re.findall(r"-c (\S+)", "\n".join(lines))
     assert constraints == f"constraints/py3{version}.txt" and (ROOT / constraints).exists()

@@ -2,9 +2,11 @@
 stand-ins for what needs a network, a cloud or a cluster.
 """
 
+import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,19 +37,17 @@ STAND_INS = {
           *rsync*gs://*/*) for last; do :; done
             [[ $last == gs://* ]] || { mkdir -p "$last" && touch "$last/summary.md"; } ;;
           *projectNumber*) echo 123 ;;
+          *"billing projects describe"*) echo 0X0X0X-0X0X0X-0X0X0X ;;
           *"storage cat"*) echo '{"step": 10}' ;;
         esac""",
     "git": """
         out=${3#--output=}
         [[ $1 != archive ]] || tar -czf "$out" -C "$ROOT" launch configs
         [[ "$*" != *ls-files* ]] || printf 'launch/tpu_vm.sh\\0'""",
-    "kubectl": """
-        case "$1" in
-          kustomize) cat "${@: -1}/kustomization.yaml" ;;
-          apply) cat > "$TINY/applied" ;;
-        esac""",
+    "kubectl": """[[ $1 != kustomize ]] || { cat "${@: -1}/kustomization.yaml"; echo; }""",
     "docker": "",
-    "sbatch": "",
+    "sbatch": "echo 7",
+    "ssh-keygen": "",
     "sudo": "",
     "pip": "",
     "ssh-add": "",
@@ -86,7 +86,7 @@ def machine(tmp_path, released):
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "DRY_RUN": "1",  # launch/tpu_vm.sh prints its commands
+        "DRY_RUN": "1",  # launch/tpu_vm.sh prints its commands, and gke.sh its JobSets
     }
 
 
@@ -114,13 +114,30 @@ def test_the_commands_in_order(machine, tmp_path):
 
     # No place is left that the user would have to fill in by hand.
     called = (pathlib.Path(machine["TINY"]) / "log").read_text()
-    applied = (pathlib.Path(machine["TINY"]) / "applied").read_text()
-    for text in (called, applied, done.stdout):
+    for text in (called, done.stdout):
         assert not re.search(r"=(\s|$)|gs:///|my-bucket|PROJECT_NUMBER", text)
-    assert "bucketName\n        value: my-project-opsd" in applied
     assert "--config=configs/visual_opsd.py:v5p-16 --workdir=runs/visual-opsd" in done.stdout
     for command in ("opsd_jax.eval", "queued-resources create", "queued-resources delete"):
         assert command in done.stdout
+    assert "--dependency=afterok:7" in called
+    # Results are kept outside of the checkout, which is copied to the hosts.
+    kept = pathlib.Path(machine["HOME"]) / "opsd-results"
+    assert {"samples", "eval", "visual-opsd-7b"} <= {path.name for path in kept.iterdir()}
+    # The same commands on GKE as on TPU VMs.
+    jobsets = [json.loads(line) for line in done.stdout.splitlines() if '"patches"' in line]
+    changes = [json.loads(jobset["patches"][0]["patch"]) for jobset in jobsets]
+    values = [{change["path"].split("/")[-1]: change["value"] for change in c} for c in changes]
+    assert [value["name"] for value in values] == (
+        ["doctor", "mini", "trial", "train", "paper", "paper-before", "harness", "harness-before"]
+    )
+    assert {value["bucketName"] for value in values} == {"my-project-opsd"}
+    assert {value["image"] for value in values} == {"us-docker.pkg.dev/my-project/opsd/opsd:latest"}
+    on_vms = [
+        shlex.split(shlex.split(line)[-1].partition("tpu_worker.sh run ")[2])
+        for line in done.stdout.splitlines()
+        if "tpu_worker.sh run " in line
+    ]
+    assert [value["command"] for value in values] == on_vms
 
 
 def tables():
@@ -130,22 +147,61 @@ def tables():
         yield [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def test_tables_of_slices_are_those_of_the_presets():
-    shapes, costs = None, None
-    for rows in tables():
-        shapes, costs = (rows, costs) if "preset" in rows[0] else (shapes, rows)
-    presets = {}
-    exec((ROOT / "configs/visual_opsd.py").read_text(), presets)  # noqa: S102  our own file
-    assert [row["preset"].strip("`") for row in shapes] == list(presets["SLICES"])
-    for row, cost in zip(shapes, costs, strict=True):
+def presets() -> list[str]:
+    """Names of the slices of configs/visual_opsd.py."""
+    found = {}
+    exec((ROOT / "configs/visual_opsd.py").read_text(), found)  # noqa: S102  our own file
+    return list(found["SLICES"])
+
+
+def variables(tmp_path, name: str) -> dict[str, str]:
+    """What the page's file of variables sets for a slice."""
+    (text,) = re.findall(r"^cat > ~/opsd.env <<'END'\n(.*?)^END$", PAGE, re.DOTALL | re.MULTILINE)
+    (tmp_path / "opsd.env").write_text(text.replace("export TYPE=v5p-16", f"export TYPE={name}"))
+    script = f"env -i bash -c 'source {tmp_path}/opsd.env; env'"
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    return dict(line.split("=", 1) for line in shown.splitlines())
+
+
+def test_tables_of_slices_are_those_of_the_presets(tmp_path):
+    (shapes,) = [rows for rows in tables() if "preset" in rows[0]]
+    costs, answers = [rows for rows in tables() if "slice" in rows[0]]
+    assert [row["preset"].strip("`") for row in shapes] == presets()
+    for row, cost, of_answers in zip(shapes, costs, answers, strict=True):
         name = row["preset"].strip("`")
         slice_ = topology.parse_topology(name)
-        folder = yaml.safe_load((ROOT / f"launch/gke/{name}/kustomization.yaml").read_text())
-        patch = folder["patches"][0]["patch"]
-        (column,) = [key for key in row if key.startswith("GKE")]
-        machine, grid = row[column].split(", ")
         text = (ROOT / f"launch/gke/{name}/kustomization.yaml").read_text()
-        assert f"{machine})" in text and f"topology: {grid}\n" in patch
-        assert grid == "x".join(map(str, slice_.grid)) and int(row["chips"]) == slice_.chips
+        patch = yaml.safe_load(text)["patches"][0]["patch"]
+        given = variables(tmp_path, name)
+        assert f"{given['MACHINE']})" in text
+        assert f"topology: {given['TOPOLOGY']}\n" in patch
+        assert given["TOPOLOGY"] == "x".join(map(str, slice_.grid))
+        assert int(row["chips"]) == slice_.chips and row["hosts"] == given["HOSTS"]
         assert f"spec/parallelism, value: {row['hosts']}}}" in patch
         assert (cost["slice"], cost["chips"], cost["hosts"]) == (name, row["chips"], row["hosts"])
+        assert (of_answers["slice"], of_answers["BATCH"]) == (name, given["BATCH"])
+        dollars = float(of_answers["chip-hours"]) * float(given["PRICE"])
+        assert float(of_answers["dollars"]) == pytest.approx(dollars, abs=2)
+        assert given["REGION"] == "us-east5" and given["ZONE"] == "us-east5-a"
+
+
+def test_zones_are_those_of_the_launcher_and_all_are_searched_at_the_end():
+    sys.path.insert(0, str(ROOT / "launch"))
+    import tpu_vm
+
+    (loop,) = re.findall(r"^for zone in \$ZONE (.*); do$", PAGE, flags=re.MULTILINE)
+    searched = set()
+    (shapes,) = [rows for rows in tables() if "preset" in rows[0]]
+    for row in shapes:
+        (column,) = [key for key in row if key.startswith("zones")]
+        _, family, _ = tpu_vm.read_type(row["preset"].strip("`"))
+        assert row[column].split(", ") == list(family.zones)
+        searched |= {*family.zones}
+    assert set(loop.split()) == searched
+
+
+def test_what_deletes_names_the_variable_that_is_not_set():
+    """In a shell that has not read the file of variables, `gs://$BUCKET` would be `gs://`."""
+    for line in SCRIPT.splitlines():
+        if re.search(r"gcloud .*\b(rm|delete)\b", line):
+            assert re.search(r"\$\{\w+:\?source ~/opsd.env\}", line), line

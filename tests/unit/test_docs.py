@@ -311,7 +311,8 @@ def test_every_shell_block_says_how_it_is_tested(page):
 def test_options_of_commands_exist(page):
     """Of commands in blocks and in the text; those in blocks are read by the command's parser."""
     for _, content in shell_blocks(PAGES[page]):
-        for words in commands(content.replace("&&", "\n")):
+        content = re.sub(r"^\w+=\$\((.*?)\)$", r"\1", content, flags=re.DOTALL | re.MULTILINE)
+        for words in commands(content.replace("&&", "\n").replace("$BATCH", "16")):
             if "-m" in words and words[words.index("-m") + 1].startswith("opsd_jax."):
                 check_command(page, words[words.index("-m") + 1 :])
     prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
