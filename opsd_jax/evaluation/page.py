@@ -41,7 +41,10 @@ def page(
 def _facts(summary: dict) -> str:
     """Which model was asked what, and by which command."""
     scores = summary["benchmarks"]
-    asked = "as in training: the run's own prompts and image sizes, greedy"
+    decoding = "greedy"
+    if "samples" in summary:
+        decoding = f"{summary['samples']} answers sampled at temperature {summary['temperature']:g}"
+    asked = f"as in training: the run's own prompts and image sizes, {decoding}"
     if summary["asked_by"] != "run":
         asked = f"by the protocol `{summary['asked_by']}`"
     if summary["ban_marker"]:
@@ -82,7 +85,11 @@ def _scores(summary: dict) -> list[str]:
     scores = summary["benchmarks"]
     columns: dict[str, tuple[str, Callable[[str, dict], html.Cell]]] = {
         "benchmark": ("", lambda task, s: task),
-        "score %": ("", lambda task, s: html.fixed(results_lib.percent(s), 1)),
+        "score %": (
+            "of the first answer" if "samples" in summary else "",
+            lambda task, s: html.fixed(results_lib.percent(s), 1),
+        ),
+        **_pass_at_k(scores),
         "examples": ("", lambda task, s: results_lib.counted(s)),
         "tokens": ("mean length of an answer", lambda task, s: _one(s["mean_output_tokens"])),
         "s/example": (
@@ -122,6 +129,19 @@ def _scores(summary: dict) -> list[str]:
         if details := {**s["categories"], **s.get("extras", {})}:
             parts += [html.heading(task, 3), html.table(["by", "value"], list(details.items()))]
     return parts
+
+
+def _pass_at_k(
+    scores: Mapping[str, dict],
+) -> dict[str, tuple[str, Callable[[str, dict], html.Cell]]]:
+    """The columns of several sampled answers, {head: (meaning, cell)}; {} where there are none."""
+
+    def column(k: str):
+        return lambda task, s: html.fixed(100 * s["pass_at_k"][k], 1) if "pass_at_k" in s else None
+
+    ks = {k: None for s in scores.values() for k in s.get("pass_at_k", ())}
+    texts = {k: f"probability that one of {k} answers is right" for k in ks if k != "1"}
+    return {f"pass@{k} %": (texts.get(k, "share of right answers"), column(k)) for k in ks}
 
 
 def _one(value: float | None) -> str | None:
@@ -194,6 +214,9 @@ def _sample(p: dict, benchmark: Benchmark, shown: _Shown) -> html.Sample:
     key = p["index"]
     title = str(p.get("pid", key))
     about = f"{p['tokens']} token{'s' * (p['tokens'] != 1)}"
+    if "samples" in p:
+        right = sum(bool(sample["hit"]) for sample in p["samples"])
+        about += f"; the first of {len(p['samples'])} answers, of which {right} are right"
     if "answer" in p:  # of a task: short
         found = "no <answer> tag" if p["answer"] is None else p["answer"]
         title += f": {found}" + (f" (expected {p['expected']})" if found != p["expected"] else "")

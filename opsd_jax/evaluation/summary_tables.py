@@ -36,10 +36,13 @@ def write_table(workdir: str) -> str:
 def table(summaries: dict[str, dict]) -> str:
     """Markdown table of summaries by name: score with its 95 % interval, tokens, seconds.
 
-    Public benchmarks also have the paper's scores.
+    Public benchmarks also have the paper's scores, and sampled answers pass@k.
     """
-    public = any(b in tables.PAPER for s in summaries.values() for b in s["benchmarks"])
+    found = [(name, b) for s in summaries.values() for name, b in s["benchmarks"].items()]
+    public = any(name in tables.PAPER for name, _ in found)
+    sampled = any("pass_at_k" in b for _, b in found)
     head = ["run", "task", "accuracy", "95 % interval", "n", "tokens", "s/sample"]
+    head += ["pass@k"] if sampled else []
     head += ["paper: ThinkMorph", "paper: Visual-OPSD"] if public else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, summary in summaries.items():
@@ -50,6 +53,9 @@ def table(summaries: dict[str, dict]) -> str:
                 f"| {name} | {task} | {percent(b):.1f} % | {100 * low:.1f}–{100 * high:.1f} "
                 f"| {counted(b)} | {b['mean_output_tokens']:.1f} | {seconds} |"
             )
+            if sampled:
+                shares = b.get("pass_at_k", {}).items()
+                line += f" {', '.join(f'{k}: {100 * x:.1f} %' for k, x in shares)} |"
             if public:
                 teacher, student = tables.PAPER.get(task, (None, None))
                 line += f" {teacher} | {student} |" if teacher else " | |"

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import shutil
 import types
 
@@ -24,10 +25,12 @@ from opsd_jax.evaluation import (
     benchmark,
     comparison,
     contexts,
+    html,
     inference,
     reference_kl,
     results,
     statistics,
+    summary_tables,
     table_scores,
     tables,
 )
@@ -373,6 +376,12 @@ def test_scores_of_several_answers():
     found = results.Result("task", predictions, 1.0, 3).summary()
     assert found["samples"] == 3 and found["overall"] == 1 / 3
     assert found["pass_at_k"] == pytest.approx({"1": 4 / 9, "2": (0 + 2 / 3 + 1) / 3, "3": 2 / 3})
+    greedy = {key: found[key] for key in found if key not in ("samples", "pass_at_k")}
+    lines = summary_tables.table(
+        {"some": {"benchmarks": {"task": found}}, "one": {"benchmarks": {"task": greedy}}}
+    ).splitlines()
+    assert lines[0].endswith(" | pass@k |") and lines[3].endswith(" |  |")
+    assert lines[2].endswith("| 1: 44.4 %, 2: 55.6 %, 3: 66.7 % |")
 
 
 @pytest.mark.slow
@@ -387,6 +396,16 @@ def test_several_answers_to_a_question(workdir):
     assert len(rows) == 6 and all(len(row["samples"]) == 3 for row in rows)
     assert all(row["samples"][0]["prediction"] == row["prediction"] for row in rows)
     assert any(len({s["prediction"] for s in row["samples"]}) > 1 for row in rows)
+    page = (folder / "report.html").read_text()
+    assert "3 answers sampled at temperature 0.7" in page and "greedy" not in page
+    pass_at_k = summary["benchmarks"][small_run.TASK]["pass_at_k"]
+    shares = [html.fixed(100 * share, 1) for share in pass_at_k.values()]
+    heads = re.findall(r"<th[^>]*>(.*?)</th>", page)
+    first = heads.index("pass@1 %")
+    assert heads[first : first + 3] == ["pass@1 %", "pass@2 %", "pass@3 %"]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", page)[first : first + 3] == shares
+    right = sum(sample["hit"] for sample in rows[0]["samples"])
+    assert f"; the first of 3 answers, of which {right} are right" in page
     shutil.rmtree(folder)
     eval.main(arguments)
     assert read(folder)[1] == predictions  # the same command repeats them
