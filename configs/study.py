@@ -122,7 +122,6 @@ ARMS = {
     "clip": dict(divergence__clip=0.05),
     "top8": dict(divergence__top_k=8),
     "top8-union": dict(divergence__top_k=8, divergence__support="union"),
-    "sampled": dict(divergence__kind="sampled_reverse_kl"),
     "teacher-entropy": dict(opsd__token_weights="teacher_entropy"),
     "advantage": dict(opsd__token_weights="advantage"),
     "contrast": dict(teacher__contrast=0.5),
@@ -168,7 +167,7 @@ QUESTIONS = {
         "The loss",
         {
             "chart": (
-                *("beta-0", "beta-100", "clip", "top8", "top8-union", "sampled"),
+                *("beta-0", "beta-100", "clip", "top8", "top8-union"),
                 *("teacher-entropy", "advantage", "contrast"),
             )
         },
