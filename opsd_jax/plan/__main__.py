@@ -61,7 +61,7 @@ flags.DEFINE_integer("questions", 1000, "Number of questions whose hours are pri
 flags.DEFINE_enum(
     "protocol", "paper", [*interleave.PROTOCOLS], "How questions are asked (eval, generate)."
 )
-flags.DEFINE_string("out", "", "Also write the bill to this JSON file.")
+flags.DEFINE_string("out", "", "Also write the report to this JSON file.")
 
 
 def main(argv: list[str]) -> None:

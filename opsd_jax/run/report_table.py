@@ -83,7 +83,8 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
-    text = "\n".join([*lines, "", verdict(shown, arms, load_config(workdir))]) + "\n"
+    words = [f"- {line}" for line in verdict(shown, arms, load_config(workdir))]
+    text = "\n".join([*lines, "", *words]) + "\n"
     files.write(run_folder.report(workdir), text)
     files.write_json(
         run_folder.report_data(workdir),
@@ -100,84 +101,95 @@ def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: Config
             interval = _interval(b) if "interval_95" in b else ""
             closure = f"{100 * b['closure']:.0f} %" if "kl" in b else ""
             rows.append((what.replace("`", ""), task, _percent(b), interval, closure))
-    words = verdict(shown, arms, config).replace("`", "").replace("**", "")
+    words = "\n".join(verdict(shown, arms, config)).replace("`", "").replace("**", "")
     return f"{checks.table(rows)}\n\n{words}"
 
 
-def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
-    """What the numbers say, in sentences, one line per task.
+def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """What the numbers say, as Markdown, one line per statement.
 
-    A caution follows where the numbers mean little: answers that hardly differ between questions,
-    a teacher no better than the most frequent answer, a short stage, few examples.
+    The lines of a task begin with cautions where its numbers mean little: a short stage, few
+    examples, a teacher no better than the most frequent answer. Answers that hardly differ between
+    questions are named at the end.
     """
     lines = []
     for task, trained in shown[TRAINED].items():
-        parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
-        if with_thoughts := shown.get(TEACHER, {}).get(task):
-            share = _percent(with_thoughts)
-            parts.append(f"The teacher answers {share} with true visual thoughts.")
-        if before := shown.get(START, {}).get(task):
-            parts.append(
-                f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} "
-                "after."
-            )
-        else:
-            parts.append(f"After OPSD it answers {_percent(trained)} without visual thoughts.")
-        controls = [f"{arm} {_percent(shown[arm_label(arm)][task])}" for arm in arms]
-        if controls:
-            parts.append(f"Control arms: {', '.join(controls)}.")
-        if "none" in arms:
-            parts.append(
-                "The teacher of the arm none sees its texts without any image, which is the "
-                "evaluation mode `remove`."
-            )
-        others = {  # arms with another objective are not controls of what the teacher sees
-            arm: shown[arm_label(arm)][task]["overall"]
-            for arm in arms
-            if "stages" not in config.arms[arm]
-        }
-        if others:
-            best = max(others, key=others.__getitem__)
-            lift = 100 * (trained["overall"] - others[best])
-            parts.append(
-                f"OPSD is {abs(lift):.1f} points {'above' if lift >= 0 else 'below'} the best arm "
-                f"whose teacher saw something else, {best}."
-            )
-        parts += _cautions(shown, task)
         if min(config.opsd.steps, trained["n"]) < _FEW:
-            parts.append(
+            lines.append(
                 "**These numbers mean little: a run this short shows that everything works "
                 f"({config.opsd.steps} OPSD steps, {trained['n']} test examples).**"
             )
-        lines.append(" ".join(parts))
-    return "\n".join(lines)
-
-
-def _cautions(shown: Mapping[str, Scores], task: str) -> list[str]:
-    """Sentences about answers to a task that do not depend on the question."""
-    parts, teacher = [], shown.get(TEACHER, {}).get(task)
-    if always := shown.get(BASELINE, {}).get(task):
-        parts.append(
-            f"The most frequent answer, `{always['answer']}`, given to every question would be "
-            f"right in {_percent(always)}."
-        )
-        if teacher and teacher["interval_95"][0] <= always["overall"]:
-            parts.append(
-                "**The teacher is not clearly better than that: it has little to teach. Train the "
-                "warm-up longer, or look at its answers.**"
+        always, teacher = shown.get(BASELINE, {}).get(task), shown.get(TEACHER, {}).get(task)
+        if always and teacher and teacher["interval_95"][0] <= always["overall"]:
+            lines.append(
+                "**The teacher is not clearly better than the most frequent answer: it has little "
+                "to teach. Train the warm-up longer, or look at its answers.**"
             )
+        lines.append(_gain(shown, task, config))
+        if arms:
+            lines.append(_controls(shown, task, arms, config))
+        if "none" in arms:
+            lines.append(
+                "The teacher of the arm none sees its texts without any image, which is the "
+                "evaluation mode `remove`."
+            )
+        if always:
+            lines.append(
+                f"The most frequent answer, `{always['answer']}`, given to every question would "
+                f"be right in {_percent(always)}."
+            )
+        if same := _same_answers(shown, task):
+            lines.append(
+                f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy "
+                "shows how often that answer is right, not what was learned; a closure beside it "
+                "says little."
+            )
+    return lines
+
+
+def _gain(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> str:
+    """What the student gained on a task."""
+    trained = shown[TRAINED][task]
+    parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
+    if with_thoughts := shown.get(TEACHER, {}).get(task):
+        share = _percent(with_thoughts)
+        parts.append(f"The teacher answers {share} with true visual thoughts.")
+    if before := shown.get(START, {}).get(task):
+        parts.append(
+            f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} after."
+        )
+    else:
+        parts.append(f"After OPSD it answers {_percent(trained)} without visual thoughts.")
+    return " ".join(parts)
+
+
+def _controls(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> str:
+    """The accuracies of the control arms, and the distance to the best one."""
+    of = {arm: shown[arm_label(arm)][task] for arm in arms}
+    text = f"Control arms: {', '.join(f'{arm} {_percent(b)}' for arm, b in of.items())}."
+    # arms with another objective are not controls of what the teacher sees
+    others = {arm: b["overall"] for arm, b in of.items() if "stages" not in config.arms[arm]}
+    if others:
+        best = max(others, key=others.__getitem__)
+        lift = 100 * (shown[TRAINED][task]["overall"] - others[best])
+        text += (
+            f" OPSD is {abs(lift):.1f} points {'above' if lift >= 0 else 'below'} the best control "
+            f"({best})."
+        )
+    return text
+
+
+def _same_answers(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Whose answers to a task hardly depend on the question, and what they are."""
     same = []
     for who, tasks in shown.items():
         found = tasks.get(task, {}).get("most_given")
         if found and found["share"] >= _SAME:
             what = "no answer" if found["answer"] is None else f"`{found['answer']}`"
             same.append(f"{who}, {what} to {100 * found['share']:.0f} % of them")
-    if same:
-        parts.append(
-            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows "
-            "how often that answer is right, not what was learned; a closure beside it says little."
-        )
-    return parts
+    return same
 
 
 def _trained_scores(workdir: str) -> Scores:

@@ -85,7 +85,7 @@ def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     columns += ["with true visual thoughts %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
-        html.paragraph(report_table.verdict(shown, arms, config)),
+        *(html.paragraph(line) for line in report_table.verdict(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),
         html.note(_MEANING),

@@ -68,7 +68,7 @@ def test_a_long_run_is_not_cautioned():
     def verdict(steps: int, examples: int) -> str:
         config = small_run.config(opsd__steps=steps)
         shown = {report_table.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
-        return report_table.verdict(shown, (), config)
+        return "\n".join(report_table.verdict(shown, (), config))
 
     assert verdict(200, 200) == (
         "**task**, 200 test examples, seed 0. After OPSD it answers 75.0 % without visual thoughts."

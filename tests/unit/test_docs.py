@@ -150,6 +150,18 @@ def test_every_setting_is_documented_with_its_default():
     assert wrong == {}
 
 
+def test_steps_of_the_example_run_are_those_of_its_stages():
+    """A checkpoint or an evaluation that a page names by its step is one of the README's run."""
+    ends = {*config_lib.stage_ends(get_config("configs/mini.py")("chart")).values()}
+    found = {
+        (name, int(step))
+        for name, page in PAGES.items()
+        for step in re.findall(r"opsd-mini/checkpoints/(\d+)|--against=W/eval/(\d+)-", page)
+        for step in filter(None, step)
+    }
+    assert len(found) >= 4 and {step for _, step in found} <= ends
+
+
 def test_every_range_is_documented():
     shown = {}
     for row in tables(PAGES["docs/reference/configuration.md"]):

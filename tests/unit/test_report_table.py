@@ -18,7 +18,7 @@ def verdict(*, teacher, trained, arms=()):
         report_table.BASELINE: {TASK: {"overall": 0.3, "n": 500, "answer": "red"}},
     }
     config = small_run.config(opsd__steps=300)
-    text = report_table.verdict(shown, arms, config)
+    text = "\n".join(report_table.verdict(shown, arms, config))
     return text, report_table.in_terminal(shown, arms, config)
 
 
@@ -35,7 +35,7 @@ def test_a_teacher_above_the_most_frequent_answer_is_not_cautioned():
 
 def test_a_teacher_no_better_than_the_most_frequent_answer_has_little_to_teach():
     text, _ = verdict(teacher=scores(0.35, 0.29), trained=scores(0.3))
-    assert "**The teacher is not clearly better than that: it has little to teach." in text
+    assert text.startswith("**The teacher is not clearly better than the most frequent answer: it")
 
 
 def test_one_answer_to_every_question_is_named():
@@ -47,6 +47,12 @@ def test_one_answer_to_every_question_is_named():
     text, _ = verdict(teacher=scores(0.0, **none), trained=scores(0.0, **none))
     teacher = "teacher: start, with true visual thoughts, no answer to 100 % of them"
     assert f"{teacher}; OPSD, text" in text
+
+
+def test_the_best_control_is_named():
+    text, _ = verdict(teacher=scores(0.9, 0.85), trained=scores(0.8), arms=("noise", "image"))
+    line = "Control arms: noise 20.0 %, image 20.0 %. OPSD is 60.0 points above the best control"
+    assert f"\n{line} (noise)." in text
 
 
 def test_the_arm_none_is_not_the_evaluation_mode_none():
