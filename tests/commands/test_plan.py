@@ -474,9 +474,13 @@ def test_a_sampler_that_does_not_fit_is_told_of_its_copy(mesh):
         "program": "sample",
         "bytes": {"params": 3 * GIB, "kv_cache": GIB // 2},
     }
-    lines = "\n".join(advice.advice(found, small_run.config(), "opsd", mesh))
-    assert "config.rollout.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)" in lines
+    config = small_run.config(model__llm__num_kv_heads=2)
+    lines = "\n".join(advice.advice(found, config, "opsd", mesh))
+    copy = "config.rollout.tensor=2 halves the sampler's own copy of the weights (3.0 GiB)"
+    assert copy in lines
     assert "the KV cache takes 0.5 GiB" in lines and "accumulation" not in lines
+    config.model.llm.num_kv_heads = 1  # which two devices cannot share
+    assert copy not in "\n".join(advice.advice(found, config, "opsd", mesh))
 
 
 def test_bad_arguments_end_with_one_line(tmp_path_factory):
