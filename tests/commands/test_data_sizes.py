@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
     """Charts and mazes, whose images and texts have other sizes."""
     made = tmp_path_factory.mktemp("data")
     make = {"families": ["chart", "maze"], "train": 24, "validation": 8, "test": 8}
-    procedural.make_procedural(str(made), {"difficulty": "default", "seed": 0, **make})
+    procedural.make_procedural(
+        str(made), {"difficulty": "default", "wrong_traces": 0.0, "seed": 0, **make}
+    )
     return made
 
 

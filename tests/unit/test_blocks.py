@@ -42,7 +42,9 @@ ASKED = BlockNames.student
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
     make = {"families": ["chart"], "train": 6, "validation": 0, "test": 0}
-    procedural.make_procedural(str(made), {"difficulty": "default", "seed": 0, **make})
+    procedural.make_procedural(
+        str(made), {"difficulty": "default", "wrong_traces": 0.0, "seed": 0, **make}
+    )
     return made
 
 
