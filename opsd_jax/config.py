@@ -132,6 +132,15 @@ BUCKET_SIZES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class ScreenConfig:
+    """Which training examples OPSD leaves out (`data.screen`), see `run.screening`."""
+
+    on: bool = False
+    # Nats per token by which the teacher's context must raise the reference of an example.
+    margin: Annotated[float, "(-inf, inf)"] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data of a run and how batches of them are made (`data`)."""
 
@@ -155,6 +164,7 @@ class DataConfig:
     buckets: BucketsConfig = BucketsConfig()
     # "skip" leaves out examples that fit no bucket and names them in <workdir>/too_long.json.
     on_too_long: Annotated[str, ("fail", "skip")] = "fail"
+    screen: ScreenConfig = ScreenConfig()
     threads: Annotated[int, "[1, inf)"] = 4  # that decode and pack batches ahead of the step
     prefetch: Annotated[int, "[0, inf)"] = 4  # batches held ready
     cache_rows: Annotated[int, "[0, inf)"] = 0  # examples kept decoded and tokenised in memory
@@ -525,6 +535,18 @@ def trains_generation(config: ConfigDict, stage: str) -> bool:
     return stage == "autoencoder" or (stage == "warmup" and config.warmup.mix.drawn > 0)
 
 
+def screened_stages(config: ConfigDict) -> tuple[str, ...]:
+    """The stages that train on the examples that screening keeps; () where it is off.
+
+    Screening measures before the first of them. In a run without OPSD, such as a control arm, they
+    are the stages in its place.
+    """
+    if not config.data.screen.on:
+        return ()
+    instead = tuple(stage for stage in config.stages if stage in ("sft", "offline"))
+    return ("opsd",) if "opsd" in config.stages else instead
+
+
 def stage_ends(config: ConfigDict) -> dict[str, int]:
     """The step at which each stage ends: {"warmup": 350, "opsd": 750}."""
     ends, at = {}, 0
@@ -580,7 +602,8 @@ def lora(config: ConfigDict) -> LoRAConfig | None:
 def data(config: ConfigDict) -> DataConfig:
     """The data of a run and how batches of them are made."""
     c = config.data
-    return DataConfig(**{**c, "make": MakeConfig(**c.make), "buckets": BucketsConfig(**c.buckets)})
+    groups = {"make": MakeConfig, "buckets": BucketsConfig, "screen": ScreenConfig}
+    return DataConfig(**{**c, **{name: group(**c[name]) for name, group in groups.items()}})
 
 
 def data_of(config: ConfigDict, stage: str) -> DataConfig:

@@ -311,6 +311,7 @@ def _check_contexts(config: ConfigDict) -> None:
     with _keys_named("transforms"):
         config_lib.transforms(config)
     check_control(config, "config.teacher.visual_thoughts", config.teacher.visual_thoughts)
+    _check_screen(config)
 
 
 def check_control(config: ConfigDict, shown: str, mode: str) -> None:
@@ -331,6 +332,23 @@ def check_control(config: ConfigDict, shown: str, mode: str) -> None:
             f"{shown} is 'image', which puts the problem image in the place of other images, but "
             f"the teacher's privileged blocks are {', '.join(privileged)}: choose from 'noise', "
             "'swap' and 'none'"
+        )
+
+
+def _check_screen(config: ConfigDict) -> None:
+    """Checks that screening has contexts to compare, and a stage that leaves examples out."""
+    if not config.data.screen.on:
+        return
+    if not config_lib.block_names(config).privileged:
+        raise ValueError(
+            "config.data.screen.on compares the teacher's context with the student's, but the "
+            "student has all blocks of the teacher: name more blocks in config.teacher.blocks, or "
+            "set config.data.screen.on=False"
+        )
+    if not config_lib.screened_stages(config):
+        raise ValueError(
+            "config.data.screen.on leaves examples out of the stages opsd, sft and offline, and "
+            f"config.stages is {config.stages}: set config.data.screen.on=False"
         )
 
 

@@ -324,3 +324,33 @@ def kl_to_student(
         with_ce=False,
     )
     return values
+
+
+@sharding.jit_on_mesh(static_argnames=("config", "chunk"))
+def log_prob_gain(
+    params: dict, batch: Batch, completion: Completion, *, config: ModelConfig, chunk: int
+) -> Float32[Array, " B"]:
+    """What the teacher's context adds to the log-probability of completions, in nats per token.
+
+        mean over the positions of log p(y_n | C_T, y_<n) - log p(y_n | C_S, y_<n)
+
+    Over the full vocabulary at temperature 1.
+
+    Args:
+      batch: contexts of B examples. completion: Completion [B, N + 1], its end included.
+      chunk: number of positions per sequence whose logits exist at the same time.
+    Returns:
+      float32 [B]; 0 for a completion without any position that counts.
+    """
+    student, teacher = (
+        divergence.chunked_cross_entropy(
+            score(params, context, completion, config=config),
+            params["llm"]["head"],
+            completion.labels,
+            chunk,
+        )[0]
+        for context in (batch.student, batch.teacher)
+    )
+    mask = completion.mask.astype(jnp.float32)
+    total = jnp.sum((student - teacher) * mask, axis=1)
+    return total / jnp.maximum(jnp.sum(mask, axis=1), 1)

@@ -32,6 +32,7 @@ from opsd_jax.run import (
     run_page,
     samples,
     saves,
+    screening,
     stage_table,
     start,
     step_inputs,
@@ -270,6 +271,10 @@ def train_stage(
     with clock("data"):
         batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
     evaluation = Evaluation(run, stage, stop)
+    if stage.name in config_lib.screened_stages(config) and begin < stage.last:
+        with clock("screen"):
+            kept = screening.kept_rows(run, stage, batches, params, before_batch=stop.check)
+        batches = batches.only(kept)
     load = kind.load
     if kind.caches_teacher and begin < stage.last:
         with clock("collect"):  # before the optimizer takes its memory

@@ -3,9 +3,9 @@
 A host needs the step number alone to resume, and any number of hosts read the same global batches.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ class Batches:
 
     Attributes:
       examples, packer: what the batches are made of.
+      buckets: for each task the bucket of each example, int [examples]; -1 is left out.
       schedule: which examples the batch of a step holds.
       share: positions in the global batch that this process makes.
     """
@@ -52,26 +53,41 @@ class Batches:
             for source in range(len(examples.sources)):
                 examples.partner(source, 0)  # raises before the first step if there is none
         data, num_buckets = config.data, len(config.data.buckets.student)
-        lengths: list[int | np.ndarray]
         if not bucket_index.is_needed(data):
-            lengths = [len(source) for source in examples.sources]
+            self.buckets = [
+                np.full(len(source), num_buckets - 1, np.int32) for source in examples.sources
+            ]
         else:
-            lengths = [
+            self.buckets = [
                 bucket_index.bucket_index(
                     workdir, examples, packer, n, visual_thoughts=config.measured, data=data
                 )
                 for n in range(len(examples.sources))
             ]
-        self.schedule = BatchSchedule(
-            lengths,
-            data.weights or None,
-            range(num_buckets),
-            config.size // config.completions,
-            config.seed,
-        )
+        self.schedule = self._schedule()
         if config.num_references:  # before the first step, if a task has none
             for source in range(len(examples.sources)):
                 packer.reference(examples.measured(source, 0))
+
+    def _schedule(self) -> BatchSchedule:
+        config = self._config
+        return BatchSchedule(
+            self.buckets,
+            config.data.weights or None,
+            range(len(config.data.buckets.student)),
+            config.size // config.completions,
+            config.seed,
+        )
+
+    def only(self, kept: Sequence[np.ndarray]) -> "Batches":
+        """Batches of some of the examples.
+
+        kept: for each task which ones, bool [examples].
+        """
+        found = copy.copy(self)
+        found.buckets = [np.where(k, b, -1) for k, b in zip(kept, self.buckets, strict=True)]
+        found.schedule = found._schedule()
+        return found
 
     def opsd(self, step: int, attempt: int = 0) -> tuple[Batch, list[PreparedExample]]:
         """Student and teacher contexts of the batch, one to contrast, and its examples.
@@ -140,7 +156,7 @@ class Batches:
 
     def stream(
         self, make: Callable[["Batches", int], tuple], start: int, stop: int
-    ) -> Iterator[tuple[Any, list[PreparedExample]]]:
+    ) -> Iterator[tuple]:
         """make(self, step) for the steps start .. stop-1, made ahead of time in threads.
 
         make: a batch maker, such as `Batches.opsd`.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
+from opsd_jax import tags
 from opsd_jax.config import BucketsConfig
 from opsd_jax.context import (
     Block,
@@ -268,18 +269,40 @@ class Packer:
         Returns:
           Token ids int32 [B, R], and bool [B, R], true at tokens and false at padding.
         """
-        width = self.buckets.trace[-1][2]
+        ids = [self.reference(example) for example in examples]
+        return self._padded(examples, ids, -1, "set config.eval.kl to False")
+
+    def references_or_answers(
+        self, examples: Sequence[PreparedExample], bucket: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same, padded for a bucket; of an example without a text-only trace its answer."""
+        ids = [
+            self.reference(example)
+            if example.example.full_text_only_thought.strip()
+            else self.tokenizer.encode(tags.wrap_answer(example.example.answer))
+            for example in examples
+        ]
+        return self._padded(examples, ids, bucket, "set config.data.screen.on to False")
+
+    def _padded(
+        self, examples: Sequence[PreparedExample], ids: Sequence[np.ndarray], bucket: int, fix: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of traces, and which are no padding: int32 and bool [B, R].
+
+        fix: what else than a larger bucket helps where a trace is too long.
+        """
+        width = self.buckets.trace[bucket][2]
         tokens = np.zeros((len(examples), width), np.int32)
         mask = np.zeros((len(examples), width), bool)
-        for b, example in enumerate(examples):
-            ids = self.reference(example)
-            if len(ids) > width:
+        for b, (example, trace) in enumerate(zip(examples, ids, strict=True)):
+            if len(trace) > width:
+                which = "the largest" if bucket in (-1, len(self.buckets.trace) - 1) else "one"
                 raise context_lib.TooLongError(
-                    f"the text trace of example {example.example.pid} has {len(ids)} tokens, the "
-                    f"largest of config.data.buckets.trace has space for {width}: enlarge it, or "
-                    f"set config.eval.kl to False. {SIZES}"
+                    f"the text trace of example {example.example.pid} has {len(trace)} tokens, "
+                    f"{which} of config.data.buckets.trace has space for {width}: enlarge it, or "
+                    f"{fix}. {SIZES}"
                 )
-            tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+            tokens[b, : len(trace)], mask[b, : len(trace)] = trace, True
         return tokens, mask
 
     def in_place_of_completions(

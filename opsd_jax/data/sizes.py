@@ -144,6 +144,8 @@ def _used_kinds(config: ConfigDict) -> set[str]:
             used |= {"opsd": {"student", "teacher"}, "autoencoder": {"drawn"}}.get(stage, {"trace"})
             if config_lib.trains_generation(run, stage):
                 used.add("drawn")
+        if run.data.screen.on:  # it scores the traces
+            used.add("trace")
     return used
 
 

@@ -11,6 +11,7 @@ from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import results
 from opsd_jax.inputs import checks
+from opsd_jax.run import screening
 from opsd_jax.runtime import files, run_folder
 
 Scores = dict[str, dict]
@@ -83,8 +84,8 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
-    words = [f"- {line}" for line in verdict(shown, arms, load_config(workdir))]
-    text = "\n".join([*lines, "", *words]) + "\n"
+    sentences = [*verdict(shown, arms, load_config(workdir)), *screening.lines(workdir, arms)]
+    text = "\n".join([*lines, "", *(f"- {line}" for line in sentences)]) + "\n"
     files.write(run_folder.report(workdir), text)
     files.write_json(
         run_folder.report_data(workdir),

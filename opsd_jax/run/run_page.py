@@ -15,7 +15,7 @@ from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import charts, html
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.inputs import json_files
-from opsd_jax.run import report_table
+from opsd_jax.run import report_table, screening
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.report_table import Scores
 from opsd_jax.runtime import files, metrics, run_folder
@@ -57,6 +57,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     ]
     parts = [html.facts(facts)]
     parts += _result(shown, arms, config) if shown else []
+    parts += _screening(workdir, arms)
     parts += _curves(folders, config)
     if "opsd" in config.stages:
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
@@ -89,6 +90,34 @@ def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),
         html.note(_MEANING),
+    ]
+
+
+def _screening(workdir: str, arms: Sequence[str]) -> list[str]:
+    """Which training examples were left out, [] where none were screened."""
+    cells = [
+        [
+            name,
+            task,
+            *(counts[key] for key in ("examples", "kept", "left_out", "too_long")),
+            *(html.fixed(counts[f"mean_gain_{key}"], 4) for key in ("kept", "left_out")),
+        ]
+        for name, one in screening.of_runs(workdir, arms).items()
+        for task, counts in one["tasks"].items()
+    ]
+    if not cells:
+        return []
+    columns = ["run", "task", "examples", "kept", "left out", "fit no bucket"]
+    columns += ["mean gain of the kept", "of those left out"]
+    return [
+        html.heading("Training examples"),
+        *(html.paragraph(line) for line in screening.lines(workdir, arms)),
+        html.table(columns, cells, texts=2),
+        html.note(
+            "The gain of an example is what the teacher's context adds to the mean log-probability "
+            "of its reference, in nats per token, for the weights that OPSD starts from. Examples "
+            "below the margin are left out; screen.json has the gain of each."
+        ),
     ]
 
 

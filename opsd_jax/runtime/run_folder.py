@@ -5,6 +5,7 @@ W/metrics.jsonl  W/tb/         one record per logged step; the same for TensorBo
 W/log/<process>.txt            log messages of each process, of all its starts
 W/profile/                     traces of steps, if config.log.profile_steps names some
 W/checkpoints/<step>/          weights, optimizer, schedule
+W/screen.json                  gains of the training examples, where config.data.screen is on
 W/samples/<step>/              sampled answers, human-readable
 W/eval/<step>-<name>/          predictions.jsonl, summary.json, report.html of an evaluation
 W/diagnose/<name>/             summary.json, report.html of an analysis
@@ -50,6 +51,11 @@ def profile(workdir: str) -> str:
 def time(workdir: str) -> str:
     """File of the seconds that each phase of the run took."""
     return os.path.join(workdir, "time.json")
+
+
+def screening(workdir: str) -> str:
+    """File of the gains of the training examples."""
+    return os.path.join(workdir, "screen.json")
 
 
 def report(workdir: str) -> str:

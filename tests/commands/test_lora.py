@@ -345,6 +345,7 @@ def initial_params(config, workdir):
         data_dir=str(workdir / "data"),
         model=config_lib.model(config),
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        sampling_mesh=None,
         tokenizer=None,
         marker=None,
         packer=None,

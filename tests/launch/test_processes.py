@@ -5,6 +5,7 @@ The processes exist as children only (this file, run by launch/local_multiproces
 rows, and assemble the batches of a small data set; the first leaves .npz files.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -230,6 +231,8 @@ def workdirs(tmp_path_factory):
             *small_run.command(found[processes])[3:],
             "--config.run_arms=()",
             "--config.log.profile_steps=3,4",
+            "--config.data.screen.on=True",
+            "--config.data.screen.margin=-10",  # keeps all examples, whatever is rounded
             processes=processes,
         )
     return found
@@ -264,6 +267,11 @@ def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
         return sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
 
     assert names(1) == names(COUNT)
+
+    one, two = (json.loads((workdirs[n] / "screen.json").read_text()) for n in (1, COUNT))
+    for task, found in one["gains"].items():
+        assert two["gains"][task]["pid"] == found["pid"] and None not in found["gain"]
+        np.testing.assert_allclose(two["gains"][task]["gain"], found["gain"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long

@@ -674,6 +674,26 @@ def test_kl_to_student_against_numpy(case):
     assert np.asarray(kl(case.params, case.params, case.batch))[mask].min() > 1e-3
 
 
+@pytest.mark.parametrize("chunk", [4, 192])
+def test_log_prob_gain_against_numpy(case, chunk):
+    """Mean log-probability of the labels in both contexts, over the positions that count."""
+    completion = distill.scored_completion(case.trajectory, case.batch.teacher.length, BASE)
+    blank = dataclasses.replace(completion, mask=completion.mask.at[2].set(False))
+    mask, labels = np.asarray(blank.mask), np.asarray(blank.labels)
+    found = distill.log_prob_gain(case.params, case.batch, blank, config=tiny.MODEL, chunk=chunk)
+    of = [
+        np.take_along_axis(
+            np.log(softmax(np.asarray(model_logits(case.params, c, blank), np.float64))),
+            labels[..., None],
+            axis=-1,
+        )[..., 0]
+        for c in (case.batch.teacher, case.batch.student)
+    ]
+    expected = [(t - s)[m].mean() if m.any() else 0 for t, s, m in zip(*of, mask)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.delete(expected, 2)).min() > 1e-3 and expected[2] == 0
+
+
 def test_supervised_training(case):
     """The first loss is the cross entropy that `score` gives on the same completions (two ways to
     pack one sequence), and twenty steps on one batch lower it.

@@ -235,6 +235,7 @@ class Made:
             data_dir=config.data.dir,
             model=config_lib.model(config),
             mesh=self.mesh,
+            sampling_mesh=self.mesh,
             tokenizer=self.tokenizer,
             marker=marker.Marker.build(self.tokenizer.token_bytes, size),
             packer=self.packer,
