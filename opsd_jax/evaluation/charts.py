@@ -64,6 +64,7 @@ def lines(
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if len(series) > 2 * len(_COLOURS):
         raise ValueError(
@@ -99,6 +100,8 @@ def lines(
             more = f" ({missing} without value)" if missing else ""
             labels.append(html.visible(name) + (more if seen.any() else " (– no values)"))
         axes.set(xlabel=html.visible(x), ylabel=html.visible(y))
+        if all(np.all(data[:, 0] == np.round(data[:, 0])) for data in points.values()):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, tokens
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         return _svg(figure, f"{y} over {x}")
 

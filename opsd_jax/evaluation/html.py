@@ -84,7 +84,8 @@ def _with_contents(body: str) -> tuple[str, str]:
         f'<li class="level{level}"><a href="#c{n}">{inside}</a></li>'
         for n, (level, inside) in enumerate(found, start=1)
     ]
-    return f'<nav class="contents" aria-label="contents"><ul>{_join(items)}</ul></nav>\n', body
+    listed = f"<details><summary>Contents</summary><ul>{_join(items)}</ul></details>"
+    return f'<nav class="contents" aria-label="contents">{listed}</nav>\n', body
 
 
 # ---------------------------------------------------------------------------- texts

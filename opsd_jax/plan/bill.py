@@ -110,9 +110,8 @@ def _plan_answers(
     if price is not None:
         _check_price(price, config, topology, list(config.stages), "")
     bound = options.hbm or topology.hbm
-    everywhere = topology_lib.devices_of(topology)
-    hosts = len({device.process_index for device in everywhere})
-    devices = [d for d in everywhere if d.process_index == everywhere[0].process_index]
+    host, hosts = topology_lib.of_a_host(topology, topology_lib.devices_of(topology))
+    devices = topology_lib.devices_of(host)
     model = answers.model_of(config, stage, options.protocol)
     batch_size = config.eval.batch_size
     mesh = placement.mesh_within(
@@ -128,7 +127,7 @@ def _plan_answers(
     calls = answers.calls(model, mesh, batch_size)
     if options.quick:
         jax.config.update("jax_optimization_level", "O1")
-    host, bills = topology_lib.part(topology, len(devices)), []
+    bills = []
     for call in calls:
         one = {"stage": stage, "times": call.times} | bill(call.program, host, bound)
         one["advice"] = (

@@ -62,10 +62,20 @@ class Topology:
         return (closed,) * len(self.grid) + (False,) * (3 - len(self.grid))
 
 
-def part(topology: Topology, devices: int) -> Topology:
-    """So many devices of a slice, as a topology of their own: those of one host."""
-    chips = devices // topology.chip.devices if topology.chip else devices
-    return Topology(topology.family, (chips, *[1] * (len(topology.grid) - 1)))
+def of_a_host(topology: Topology, devices: Sequence[jax.Device]) -> tuple[Topology, int]:
+    """(the first host of a slice as a slice of its own, number of hosts).
+
+    A program of one host is compiled for the former: libtpu 0.0.50 refuses one for some devices of
+    a larger slice, whose numbers are not 0, 1, 2 and so on.
+
+    devices: those of the whole topology.
+    """
+    hosts = {device.process_index for device in devices}
+    if topology.chip is None or len(hosts) == 1:
+        return topology, 1
+    own = [d.coords for d in devices if d.process_index == devices[0].process_index]
+    grid = tuple(max(along) - min(along) + 1 for along in zip(*own))
+    return Topology(topology.family, grid[: len(topology.grid)]), len(hosts)
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

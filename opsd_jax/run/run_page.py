@@ -154,6 +154,7 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
     parts = [html.heading("Curves")]
     # OPSD first: it is what the run is about, and where the arms are.
     for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
+        shown = []
         for key, title, unit in _charts_of(stage, found):
             # A share becomes per cent.
             scale = 100 if key.startswith("eval/") else 1
@@ -162,10 +163,10 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                 for name, points in found[key].items()
             }
             if max(map(len, lines.values())) > 1:
-                parts += [
-                    html.heading(f"{title}, stage {stage}", 3),
-                    charts.lines(lines, x="step of the stage", y=unit),
-                ]
+                chart = charts.lines(lines, x="step of the stage", y=unit)
+                shown.append(html.stack(html.heading(f"{title}, stage {stage}", 3), chart))
+        if shown:
+            parts.append(html.row(*shown))
     return parts
 
 

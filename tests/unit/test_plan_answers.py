@@ -1,6 +1,7 @@
 """`plan --stage=eval` and `generate`: they compile what the commands call; the hours by hand."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +141,26 @@ def test_what_does_not_fit_is_told_what_helps(model):
 
 
 def test_one_host_of_a_slice():
-    whole = topology_lib.parse_topology("v5e-16")
-    assert topology_lib.part(whole, 4).devices == 4
-    assert topology_lib.part(topology_lib.parse_topology("tpu7x-16"), 8).chips == 4
+    def of(name: str, *host: int):
+        """The slice in hosts of so many chips along each axis."""
+        whole = topology_lib.parse_topology(name)
+        devices = [
+            types.SimpleNamespace(
+                coords=(*at, *[0] * (3 - len(at))),
+                process_index=tuple(n // size for n, size in zip(at, host)),
+            )
+            for at in np.ndindex(*whole.grid)
+            for _ in range(whole.chip.devices)
+        ]
+        return topology_lib.of_a_host(whole, devices)
+
+    host, hosts = of("v5e-16", 2, 2)
+    assert (host.name, host.devices, hosts) == ("v5e:2x2", 4, 4)
+    host, hosts = of("tpu7x-16", 2, 2, 1)
+    assert (host.name, host.chips, host.devices, hosts) == ("tpu7x:2x2x1", 4, 8, 2)
+    assert of("v5p-8", 2, 2, 1) == (topology_lib.parse_topology("v5p-8"), 1)
+    fake = topology_lib.parse_topology("cpu:8")
+    assert topology_lib.of_a_host(fake, jax.devices()) == (fake, 1)
 
 
 def test_largest_image_of_the_released_model():
