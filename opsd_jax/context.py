@@ -8,7 +8,8 @@ are packed into one sequence (official: data/opsd_pack_builder.py):
   both                                                               + [completion]
 
 These are the defaults. `BlockNames` chooses other blocks for each role, and `named_blocks` makes
-them of an example's content.
+them of an example's content. Where a question has places of images (`tags.PLACE`), it is several
+text blocks, with the problem images between them.
 
   text block   bos + ids + eos                      causal       rope positions count up by one
   image block  vision_start + patches + vision_end  all-to-all   ONE rope position for all of it
@@ -50,7 +51,7 @@ from jaxtyping import Array, Bool, Int, Int32
 from opsd_jax import images
 from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import columns
-from opsd_jax.tags import wrap_answer, wrap_thought
+from opsd_jax.tags import around_places, places_fault, wrap_answer, wrap_thought
 
 # Official prompts, byte for byte (data/opsd_pack_builder.py; inferencer.py for the inference
 # variant, which has newlines around it and no space after "i.e.", so its token ids differ).
@@ -153,9 +154,10 @@ class Latent:
 
 Block = Text | Image | Latent
 
-Content = Mapping[str, np.ndarray | Sequence[Image]]
-"""What an example has for each block name: token ids int32 [n] of a text, or images. An empty
-sequence leaves the block out."""
+Content = Mapping[str, np.ndarray | Sequence[np.ndarray | Image]]
+"""What an example has for each block name: token ids int32 [n] of a text, the ids of each text
+around the places in a question (`question_ids`), or images. An empty sequence leaves the block out.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,28 +438,66 @@ def named_blocks(
       tokenizer: encodes the fixed texts.
       names: names of the blocks in order, see `BlockNames`. Several images have the same name.
       content: what the example has for the names that are not fixed texts.
+    Returns:
+      The blocks in order. The images of "image", or where the context lacks it those of the first
+      transform, are in the places of the question if there are as many. Otherwise they are where
+      their name is.
     """
+    placed, in_places = _placed(names, content)
     found: list[tuple[str, Block]] = []
     for name in names:
         if name in FIXED_TEXTS:
             found += [(name, block) for block in _prompt(tokenizer, getattr(prompts, name))]
         elif isinstance(value := content[name], np.ndarray):
             found.append((name, Text(value)))
+        elif holds_images(name):
+            found += [(name, image) for image in _images(value) if name != placed]
         else:
-            found += [(name, image) for image in value]
+            for n, ids in enumerate(_texts(value)):
+                found += [(name, Text(ids))] if len(ids) else []
+                found += [(placed, image) for image in in_places[n : n + 1]]
     return found
 
 
+def _placed(names: Sequence[str], content: Content) -> tuple[str, list[Image]]:
+    """(name, images) of the blocks that are in the places of the question; ("", []) without any."""
+    if "question" not in names or isinstance(content["question"], np.ndarray):
+        return "", []
+    problems = [name for name in names if name == "image" or name.startswith(TRANSFORMED)]
+    name = "image" if "image" in problems else next(iter(problems), "")
+    shown = _images(content[name]) if name else []
+    return (name, shown) if len(shown) + 1 == len(content["question"]) else ("", [])
+
+
+def _images(value: np.ndarray | Sequence[np.ndarray | Image]) -> list[Image]:
+    """The images that an example has for a block."""
+    return [part for part in value if isinstance(part, Image)]
+
+
+def _texts(value: np.ndarray | Sequence[np.ndarray | Image]) -> list[np.ndarray]:
+    """The ids of the texts that an example has for a block."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [part for part in value if isinstance(part, np.ndarray)]
+
+
 def student(
-    tokenizer, prompts: Prompts, question: str | Int[np.ndarray, " n"], problem: Image
+    tokenizer,
+    prompts: Prompts,
+    question: str | Int[np.ndarray, " n"],
+    problem: Image | Sequence[Image],
 ) -> list[Block]:
     """Blocks of the paper's student context (Eq. 2 and 6): system prompt, problem image, question.
 
     Args:
       tokenizer: encodes the texts.
-      question: text, or ids int32 [n]. `prompts.suffix` is appended only to a text.
+      question: text, or ids int32 [n]. Only a text may have places of images, and only to a text
+        `prompts.suffix` is appended.
+      problem: the problem image, or several.
+    Raises:
+      ValueError: the text has another number of places than there are images.
     """
-    content = {"image": (problem,), "question": _question(tokenizer, prompts, question)}
+    content = _asked(tokenizer, prompts, question, problem)
     return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.student, content)]
 
 
@@ -465,7 +505,7 @@ def teacher(
     tokenizer,
     prompts: Prompts,
     question: str | Int[np.ndarray, " n"],
-    problem: Image,
+    problem: Image | Sequence[Image],
     visual_thoughts: Iterable[Image | None],
 ) -> list[Block]:
     """Blocks of the paper's teacher context (Eq. 1 and 5).
@@ -473,19 +513,34 @@ def teacher(
     They are the student's blocks, then the intro, the visual thoughts in order (None entries are
     skipped) and the transition. The reasoning texts and the answer are never part of it.
     """
-    content = {
-        "image": (problem,),
-        "question": _question(tokenizer, prompts, question),
-        "visual_thoughts": [vt for vt in visual_thoughts if vt is not None],
-    }
+    content = _asked(tokenizer, prompts, question, problem)
+    content = {**content, "visual_thoughts": [vt for vt in visual_thoughts if vt is not None]}
     return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.teacher, content)]
 
 
-def _question(tokenizer, prompts, question):
-    if not isinstance(question, str):
-        return question
-    ids = tokenizer.encode(question)
-    return np.concatenate([ids, tokenizer.encode(prompts.suffix)]) if prompts.suffix else ids
+def _asked(tokenizer, prompts, question, problem) -> Content:
+    shown = (problem,) if isinstance(problem, Image) else tuple(problem)
+    if isinstance(question, str):
+        if fault := places_fault(question, len(shown)):
+            raise ValueError(f"the question {fault}")
+        question = question_ids(tokenizer, question, prompts.suffix)
+    return {"image": shown, "question": question}
+
+
+def question_ids(
+    tokenizer, question: str, suffix: str = ""
+) -> Int32[np.ndarray, " n"] | tuple[Int32[np.ndarray, " _"], ...]:
+    """The ids of a question, or where it has places of images of each text around them.
+
+    suffix: text that is appended to the last one.
+    """
+    ids = [
+        tokenizer.encode(text) if text else np.zeros(0, np.int32)
+        for text in around_places(question)
+    ]
+    if suffix:
+        ids[-1] = np.concatenate([ids[-1], tokenizer.encode(suffix)])
+    return ids[0] if len(ids) == 1 else tuple(ids)
 
 
 def _prompt(tokenizer, text):
@@ -510,7 +565,7 @@ def replace_privileged(
     noise: images as in `replace_visual_thoughts`. A text becomes as many ids, each chosen uniformly
       from `ordinary`. `rng` gives both, in the order of the names.
     swap: those of `other`, another example of the same task.
-    image: the problem image in place of each image. Texts are left out.
+    image: the first problem image in place of each image. Texts are left out.
     none: nothing: all of these blocks are left out. The fixed texts remain.
 
     Args:
@@ -522,17 +577,18 @@ def replace_privileged(
     """
     if mode not in VISUAL_THOUGHTS:
         raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
-    shown: dict[str, np.ndarray | Sequence[Image]] = {}
+    shown: dict[str, np.ndarray | Sequence[np.ndarray | Image]] = {}
     for name in names:
         value = own[name]
         if mode == "swap":
             shown[name] = other[name]
-        elif not isinstance(value, np.ndarray):
-            (problem,) = own["image"]
-            shown[name] = replace_visual_thoughts(mode, problem, value, (), rng)
+        elif holds_images(name):
+            problem = _images(own["image"])[0]
+            shown[name] = replace_visual_thoughts(mode, problem, _images(value), (), rng)
         elif mode == "noise":
             assert rng is not None and ordinary is not None
-            shown[name] = rng.choice(ordinary, len(value)).astype(np.int32)
+            noise = [rng.choice(ordinary, len(ids)).astype(np.int32) for ids in _texts(value)]
+            shown[name] = noise[0] if isinstance(value, np.ndarray) else noise
         elif mode != "real":
             shown[name] = ()
     return {**own, **shown}
@@ -551,7 +607,7 @@ def replace_visual_thoughts(
     noise: standard normal values of the same shapes, in normalised pixel space, sampled from `rng`
       in every call again.
     swap: those of `other`, another example of the same task.
-    image: the problem image in place of each image.
+    image: the problem image in place of each image; the first, if the example has several.
     none: no image. Intro and transition remain.
 
     Args:
@@ -583,7 +639,7 @@ def interleaved(
     tokenizer,
     prompts: Prompts,
     question: str | Int[np.ndarray, " n"],
-    problem: Image,
+    problem: Image | Sequence[Image],
     thoughts: Sequence[str],
     visual_thoughts: Iterable[Image],
     answer: str,
@@ -735,7 +791,7 @@ class Batch:
 class PaddedImages:
     """The images of B examples as the autoencoder sees them.
 
-    The problem image is the first of an example; its visual thoughts follow.
+    The problem images are the first of an example; its visual thoughts follow.
 
     pixels: uint8 [B, M, H, W, 3], M images per example, each in the upper left corner.
     sizes: int32 [B, M, 2], height and width of each image in pixels; 0 where there is none.

@@ -468,8 +468,8 @@ def with_latents(
     that is encoded alone.
 
     Args:
-      context: Context [B, T], packed with latents of any values. Image 0 of a sequence is its
-        latent image 1, and a later image m is its latent images 2 m (noised) and 2 m + 1 (clean).
+      context: Context [B, T], packed with latents of any values. Its latent images are the images
+        in order; an image to generate is two of them, the first one noised.
       pixels: [B, M, height, width, 3].
       sizes: [B, M, 2], height and width in pixels, 0 where there is no image.
       noise: [B, M, rows, columns, z], noise of the posterior.
@@ -487,7 +487,11 @@ def with_latents(
     tokens: Any = to_tokens(encoded, generation.patch)
     size, columns = tokens.shape[1], pixels.shape[3] // generation.stride
     row, column = latents.table_ids // generation.side, latents.table_ids % generation.side
-    at = latents.image // 2 * size + row * columns + column
+    noised = latents.noised[:, -latents.image.shape[1] :]
+    begins = (noised > 0) & (noised != jnp.pad(noised, ((0, 0), (1, 0)))[:, :-1])
+    earlier = jnp.cumsum(begins, axis=1) - (noised > 0)  # noised images before this one
+    image = jnp.maximum(latents.image - 1 - earlier, 0)
+    at = image * size + row * columns + column
     tokens = jnp.take_along_axis(tokens.reshape(batch, count * size, -1), at[:, :, None], axis=1)
     tokens = jnp.where(latents.image[:, :, None] > 0, jax.lax.stop_gradient(tokens), 0.0)
     return dataclasses.replace(context, latents=dataclasses.replace(latents, tokens=tokens))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import jax
 
-from opsd_jax import images, interleave
+from opsd_jax import images, interleave, tags
 from opsd_jax.evaluation import answer_files
 from opsd_jax.inputs import cli, paths
 from opsd_jax.run import model as model_lib
@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--image", action="append", default=[], help="path of an image; may be given several times"
     )
-    parser.add_argument("--question", required=True, help="text of the question")
+    parser.add_argument(
+        "--question",
+        required=True,
+        help="text of the question; images are where it has <image>, and before it without any",
+    )
     parser.add_argument(
         "--visual_thoughts",
         default="none",
@@ -114,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
     flow = reasoner.flow if args.steps is None else {**reasoner.flow, "num_timesteps": args.steps}
     reasoner = dataclasses.replace(reasoner, protocol=protocol, flow=flow)
     opened = [images.open_rgb(path, transparency=protocol.transparency) for path in args.image]
-    questions, bars = [(opened, args.question)], {}
+    bars: dict[int, progress.Progress] = {}
 
     def on_step(number, done, steps):
         bar = bars.setdefault(number, progress.Progress(steps, f"image {number + 1}"))
@@ -124,11 +128,14 @@ def _run(args: argparse.Namespace) -> None:
 
     options = interleave.ImageGeneration(args.always_draw, on_step=on_step)
     answers = interleave.reason(
-        reasoner, questions, jax.random.key(args.seed), options if generation else None
+        reasoner,
+        [(opened, tags.around_places(args.question))],
+        jax.random.key(args.seed),
+        options if generation else None,
     )
     _print(answers[0], args.out)
     if args.out:
-        answer_files.write(args.out, questions, answers)
+        answer_files.write(args.out, [(opened, args.question)], answers)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -146,8 +153,10 @@ def _check(args: argparse.Namespace) -> None:
     cli.check_temperature(args.temperature)
     cli.check_seed(args.seed)
     args.question = cli.text("question", args.question)
-    if not args.question.strip():
+    if not args.question.replace(tags.PLACE, "").strip():
         raise ValueError("the question is empty: give --question=TEXT")
+    if fault := tags.places_fault(args.question, len(args.image)):
+        raise ValueError(f"--question {fault}; each --image is one")
     paths.check_given("--checkpoint", args.checkpoint)
     paths.check("--out", args.out)
     if args.out:

@@ -19,15 +19,16 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from opsd_jax import context as context_lib
-from opsd_jax import flow, images, rollout, sharding
+from opsd_jax import flow, images, rollout, sharding, tags
 from opsd_jax.inputs import checks
 from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
 
 VISUAL_THOUGHTS = ("none", "generated")
-Question = tuple[Sequence[Image.Image], str]
-"""(Pillow RGB images, text)."""
+Question = tuple[Sequence[Image.Image], str | Sequence[str]]
+"""(Pillow RGB images, text), all images before the text; or (images, the texts around them), one
+more than images (`tags.around_places`)."""
 Intervention = Callable[[int, int, np.ndarray], np.ndarray | None]
 """(batch entry, round, generated image uint8 [H, W, 3]) -> the image that the model sees instead of
 the generated one, or None for none.
@@ -145,7 +146,7 @@ class Answer:
 _Contexts = dict[str, list]
 """The contexts of a question, {branch of guidance: blocks}.
 
-  cond    system, images, question          grows with every round
+  cond    system, images, question          grows with every round; or images between texts
   text    system, images                    what guidance by text compares with
   image   system, question                  what guidance by images compares with
 """
@@ -187,9 +188,11 @@ def answer(
     """Answers one question about an image, or about several; see `reason`.
 
     Args:
+      question: its text. Images are where it has `<image>`, and before it without any.
       seed: decides what is sampled, unless the model's protocol decodes greedily.
     Raises:
       TypeError: an argument of another type, such as the path of a model or of an image.
+      ValueError: the text has another number of `<image>` than there are images.
     """
     checks.instance("model", model, Reasoner, "load it first, model = opsd_jax.load(W)")
     checks.instance("question", question, str, "give its text")
@@ -198,7 +201,10 @@ def answer(
     for one in image if several else [image]:
         checks.instance("image", one, Image.Image, open_it)
     given = [image] if isinstance(image, Image.Image) else list(image)
-    return reason(model, [(given, question)], jax.random.key(seed), generation)[0]
+    if fault := tags.places_fault(question, len(given)):
+        raise ValueError(f"the question {fault}")
+    asked = given, tags.around_places(question)
+    return reason(model, [asked], jax.random.key(seed), generation)[0]
 
 
 def reason(
@@ -325,18 +331,18 @@ def _contexts(
       keys: PRNG keys, one per image, of the noise of its latents.
     """
     question_images, text = question
-    system_block, question_block = (
+    texts = (text,) if isinstance(text, str) else text
+    system, *asked = (
         [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
-        for t in (reasoner.protocol.system, text)
+        for t in (reasoner.protocol.system, *texts)
     )
-    image_blocks = []
-    for image in question_images:
-        image_blocks += _image_blocks(reasoner, image, next(keys), generation)
-    return {
-        "cond": system_block + image_blocks + question_block,
-        "text": system_block + image_blocks,
-        "image": system_block + question_block,
-    }
+    shown = [_image_blocks(reasoner, image, next(keys), generation) for image in question_images]
+    first = len(shown) + 1 - len(asked)  # images before the first text
+    parts = [system, *shown[:first]]
+    for n, own in enumerate(asked, first):
+        parts += [own, *shown[n : n + 1]]
+    branches = {"cond": parts, "text": [system, *shown], "image": [system, *asked]}
+    return {branch: sum(blocks, []) for branch, blocks in branches.items()}
 
 
 def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:

@@ -65,7 +65,8 @@ class Source:
         self.directory, self.split = directory, split
         builder = _builder(directory)
         self.columns = schema.further_columns(builder.info.features)
-        encoded = (*schema.IMAGE_FEATURES, *schema.further_images(self.columns))
+        more = filter(builder.info.features.__contains__, [schema.MORE_PROBLEMS])
+        encoded = (*schema.IMAGE_FEATURES, *more, *schema.further_images(self.columns))
         for info in builder.info.splits.values():
             for path, rows in zip(info.filepaths, info.shard_lengths):
                 if shards.count_records(path) != rows:

@@ -30,7 +30,7 @@ from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files
 from opsd_jax.runtime.progress import Progress
 
-_VERSION = 1  # part of the digest: raise it when `Packer.needs` counts otherwise
+_VERSION = 2  # part of the digest: raise it when `Packer.needs` counts otherwise
 _LEFT_OUT, _UNKNOWN = -1, -2  # in the place of a bucket
 _MANY = 1000  # examples: a progress bar is shown for more
 

@@ -27,27 +27,35 @@ class PreparedExample:
 
     Attributes:
       example: the example itself.
-      question: token ids of the question and the prompts' suffix, int [N].
-      problem: the problem image, cut into patches.
+      question: token ids of the question and the prompts' suffix, int [N]; of each text around the
+        places of images in the question, where it has any (`context.question_ids`).
+      problem: the first problem image, cut into patches.
       visual_thoughts: the visual thoughts, cut into patches.
-      pixels: the same images, the problem first, as the autoencoder sees them, uint8 [H, W, 3];
-        empty where no images are generated.
+      pixels: the same images, the problem images first, as the autoencoder sees them, uint8
+        [H, W, 3]; empty where no images are generated.
       further: the other blocks that contexts show, by name (`context.Content`): columns and
         transformed images.
+      more_problems: the problem images after the first, cut into patches.
     """
 
     example: Example
-    question: np.ndarray
+    question: np.ndarray | tuple[np.ndarray, ...]
     problem: Image
     visual_thoughts: tuple[Image, ...]
     pixels: tuple[np.ndarray, ...] = ()
     further: Mapping[str, np.ndarray | tuple[Image, ...]] = dataclasses.field(default_factory=dict)
+    more_problems: tuple[Image, ...] = ()
+
+    @property
+    def problems(self) -> tuple[Image, ...]:
+        """All problem images, cut into patches."""
+        return self.problem, *self.more_problems
 
     @property
     def content(self) -> Content:
         """What the example has for each block of a context."""
         return {
-            "image": (self.problem,),
+            "image": self.problems,
             "question": self.question,
             "visual_thoughts": self.visual_thoughts,
             **self.further,
@@ -100,20 +108,19 @@ class Preprocessor:
         )
 
     def __call__(self, example: Example) -> PreparedExample:
-        """Raises images.UnreadableImageError, ValueError (a wrong crop), with the example's pid."""
+        """Raises images.UnreadableImageError, ValueError (a wrong crop, or another number of places
+        in the question than of images), with the example's pid."""
         with _named(example):
-            shown = [self._open(d) for d in (example.problem_image, *example.visual_thoughts)]
+            shown = [self._open(d) for d in (*example.problem_images, *example.visual_thoughts)]
             further = self._further(
                 example,
                 lambda data: self._patches(self._open(data)),
-                lambda name, box: self._cut(self.transforms(name, shown[0], self.resize, box)),
+                lambda name, n, box: self._cut(self.transforms(name, shown[n], self.resize, box)),
             )
-        problem, *thoughts = map(self._patches, shown)
         pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
-        question = self._question(example)
-        return PreparedExample(example, question, problem, tuple(thoughts), pixels, further)
+        return self._prepared(example, [*map(self._patches, shown)], pixels, further)
 
     def measured(self, example: Example) -> PreparedExample:
         """The example with blank images, of the sizes that the model would see.
@@ -123,43 +130,63 @@ class Preprocessor:
         """
         with _named(example):
             shown = [
-                images.size_of(data) for data in (example.problem_image, *example.visual_thoughts)
+                images.size_of(data) for data in (*example.problem_images, *example.visual_thoughts)
             ]
             further = self._further(
                 example,
                 lambda data: self._blank(*self.resize(*images.size_of(data))),
-                lambda name, box: self._blank(
-                    *self.transforms.size(name, shown[0], self.resize, box)
+                lambda name, n, box: self._blank(
+                    *self.transforms.size(name, shown[n], self.resize, box)
                 ),
             )
-        problem, *thoughts = (self._blank(*self.resize(*size)) for size in shown)
+        blank = [self._blank(*self.resize(*size)) for size in shown]
         pixels: tuple[np.ndarray, ...] = ()
         if self.vae_resize:
             pixels = tuple(
                 np.broadcast_to(np.uint8(0), (height, width, 3))
                 for width, height in (self.vae_resize(*size) for size in shown)
             )
-        question = self._question(example)
-        return PreparedExample(example, question, problem, tuple(thoughts), pixels, further)
+        return self._prepared(example, blank, pixels, further)
+
+    def _prepared(
+        self,
+        example: Example,
+        shown: Sequence[Image],
+        pixels: tuple[np.ndarray, ...],
+        further: dict[str, np.ndarray | tuple[Image, ...]],
+    ) -> PreparedExample:
+        """shown: the problem images, then the visual thoughts."""
+        _check_places(example)
+        count = len(example.problem_images)
+        return PreparedExample(
+            example,
+            context.question_ids(self.tokenizer, example.question, self.suffix),
+            shown[0],
+            tuple(shown[count:]),
+            pixels,
+            further,
+            tuple(shown[1:count]),
+        )
 
     def _further(
         self,
         example: Example,
         of_file: Callable[[bytes], Image],
-        of_problem: Callable[[str, tuple[float, ...]], Image],
+        of_problem: Callable[[str, int, tuple[float, ...]], Image],
     ) -> dict[str, np.ndarray | tuple[Image, ...]]:
         """The blocks of columns and transforms.
 
         Args:
           of_file: makes an image block of an encoded image.
-          of_problem: makes one of the problem image, with a transform and a box for a crop.
+          of_problem: makes one of a problem image, with a transform, the number of the image, and a
+            box for a crop.
         """
         found: dict[str, np.ndarray | tuple[Image, ...]] = {}
         for name in self.further:
             if name.startswith(context.TRANSFORMED):
                 transform = name.removeprefix(context.TRANSFORMED)
-                box = self._box(example) if transform == "crop" else ()
-                found[name] = (of_problem(transform, box),)
+                boxes = self._boxes(example, transform)
+                found[name] = tuple(of_problem(transform, n, box) for n, box in enumerate(boxes))
                 continue
             value = example.column(name)
             if not isinstance(value, str):
@@ -168,35 +195,39 @@ class Preprocessor:
                 found[name] = () if tasks.is_blank(value) else self.tokenizer.encode(value)
         return found
 
-    def _box(self, example: Example) -> tuple[float, ...]:
-        """The example's own box for a crop, () for that of the settings.
+    def _boxes(self, example: Example, transform: str) -> list[tuple[float, ...]]:
+        """The example's own box for a crop of each problem image, () for that of the settings.
 
-        Raises ValueError if the metadata lack it or it is none.
+        The metadata have one box for all images, or a list of one for each. Raises ValueError if
+        they lack it or it is none.
         """
-        key = self.transforms.crop_metadata
-        if not key:
-            return ()
-        box = example.metadata.get(key)
-        if fault := images.box_fault(box):
+        count, key = len(example.problem_images), self.transforms.crop_metadata
+        if not key or transform != "crop":
+            return [()] * count
+        found = example.metadata.get(key)
+        several = isinstance(found, list) and len(found) == count and isinstance(found[0], list)
+        boxes = found if several else [found] * count
+        if fault := next(filter(None, map(images.box_fault, boxes)), None):
             raise ValueError(
-                f"example {example.pid}: its metadata has {key} = {box!r}, which {fault}. Correct "
-                "the metadata column and prepare the data again, or set "
+                f"example {example.pid}: its metadata has {key} = {found!r}, which {fault}. "
+                "Correct the metadata column and prepare the data again, or set "
                 "config.transforms.crop_metadata=''"
             )
-        return tuple(map(float, box))
+        return [tuple(map(float, box)) for box in boxes]
 
     def _open(self, data: bytes) -> PILImage.Image:
         return images.open_rgb(data, transparency=self.transparency)
 
-    def _question(self, example: Example) -> np.ndarray:
-        question = self.tokenizer.encode(example.question)
-        return np.concatenate(
-            [question, self.tokenizer.encode(self.suffix)] if self.suffix else [question]
-        )
+    def question(self, example: Example) -> tuple[list[PILImage.Image], str | tuple[str, ...]]:
+        """(RGB images, text) of an example, as a question without a context around it.
 
-    def question(self, example: Example) -> tuple[list[PILImage.Image], str]:
-        """(RGB images, text) of an example, as a question without a context around it."""
-        return [self._open(example.problem_image)], example.question + self.suffix
+        Instead of a text, the texts around the places of images, where the question has any
+        (`interleave.Question`).
+        """
+        _check_places(example)
+        *before, last = tags.around_places(example.question)
+        opened, text = [*map(self._open, example.problem_images)], last + self.suffix
+        return opened, (*before, text) if before else text
 
     def _patches(self, image: PILImage.Image) -> Image:
         return self._cut(images.resize(image, self.resize))
@@ -209,6 +240,18 @@ class Preprocessor:
         grid = height // self.patch_size, width // self.patch_size
         shape = grid[0] * grid[1], 3 * self.patch_size**2
         return Image(np.broadcast_to(np.uint8(0), shape), grid)
+
+
+def _check_places(example: Example) -> None:
+    """Raises ValueError if a question has another number of places than the example has images.
+
+    Preparation refuses it. This check is for folders that an older version prepared.
+    """
+    if fault := tags.places_fault(example.question, len(example.problem_images)):
+        raise ValueError(
+            f"example {example.pid}: its question {fault}. Correct it in the source and prepare "
+            "the data again with --overwrite"
+        )
 
 
 @contextlib.contextmanager

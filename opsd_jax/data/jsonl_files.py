@@ -25,7 +25,11 @@ NAMED, CHAT = "JSONL with columns by name", "JSONL with chat messages"
 
 # Keys of lines with columns by name, beside the columns of the schema.
 _FRIENDLY = {"image": "problem_image_0", "text_trace": "full_text_only_thought"}
-_LISTS = {"thoughts": "resoning_thought_", "visual_thoughts": "reasoning_image_"}
+_LISTS = {
+    "images": schema.PROBLEM_COLUMNS,
+    "thoughts": "resoning_thought_",
+    "visual_thoughts": "reasoning_image_",
+}
 # Keys of chat lines that --columns may keep: {key: its name there}.
 OPTIONAL = {
     "teacher_prompt": "text:teacher_prompt",
@@ -41,8 +45,7 @@ _CHAT_COLUMNS = (
     "resoning_thought_0",
     "full_text_only_thought",
 )
-_IMAGE = "<image>"  # place of an image in the text of a turn
-_IMAGE_COLUMNS = ("problem_image_0", *schema.VISUAL_THOUGHT_COLUMNS)
+_SECOND_IMAGE = f"{schema.PROBLEM_COLUMNS}1"
 # How PNG, JPEG, GIF and WebP files begin in base64, which has no "." that a file's name has.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -63,9 +66,11 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
     kind, digest = _format(path), hashlib.blake2b(digest_size=16)
     keys: dict[str, None] = {}
     pids: list = []
+    several = False
     for raw, line, row in _rows(path, stop, further):
         keys |= dict.fromkeys(line)
         pids.append(row.values.get("pid"))
+        several |= row.values.get(_SECOND_IMAGE) is not None
         digest.update(raw)
         if row.fault is not None:  # a missing image that is there later changes the checksum
             digest.update(str(row.fault.note.reason).encode("utf-8", "replace"))
@@ -73,7 +78,7 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     present = _present(path, kind, list(keys), further) if pids else []
-    return schema.Scan(kind, present, pids, len(pids), digest.hexdigest())
+    return schema.Scan(kind, present, pids, len(pids), digest.hexdigest(), several)
 
 
 def read_batches(path: Path, stop: int, further: Sequence[str] = ()) -> Iterator[list[schema.Row]]:
@@ -130,8 +135,9 @@ def _format(path: Path) -> str:
 
 def _is_named_only(key: str) -> bool:
     """Whether only lines with columns by name have a key."""
-    of_schema = (key in schema.COLUMNS and key not in _SHARED) or schema.is_surplus(key)
-    return of_schema or key in _FRIENDLY or key in _LISTS
+    if key in (*_SHARED, *_CHAT_KEYS):
+        return False
+    return schema.is_of_schema(key) or key in _FRIENDLY or key in _LISTS
 
 
 def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> list[str]:
@@ -151,7 +157,7 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
         return [*_CHAT_COLUMNS, *(key for key in keys if key not in _CHAT_KEYS)]
     friendly = [*_FRIENDLY, *_LISTS]
     for key in keys:
-        known = key in schema.COLUMNS or key in friendly or key in asked or schema.is_surplus(key)
+        known = schema.is_of_schema(key) or key in friendly or key in asked
         others = [name for name in friendly if name not in keys]
         if not known and (close := difflib.get_close_matches(key, others, 1, cutoff=0.85)):
             raise schema.BadSourceError(f"{path}: {key!r} is not read: did you mean {close[0]!r}?")
@@ -240,11 +246,15 @@ def _with_images(values: dict[str, Any], folder: Path, further: Sequence[str]) -
     for column, value in values.items():
         if column in several and isinstance(value, list):
             found[column] = [_image(image, column, folder) for image in value]
-        elif column in several or column in _IMAGE_COLUMNS:
+        elif column in several or _is_image(column):
             found[column] = _image(value, column, folder)
         elif column == "metadata" and isinstance(value, dict):
             found[column] = json.dumps(value)
     return found
+
+
+def _is_image(column: str) -> bool:
+    return column in schema.VISUAL_THOUGHT_COLUMNS or schema.is_problem_image(column)
 
 
 # --- the two formats -----------------------------------------------------------------------------
@@ -266,7 +276,7 @@ def _from_named(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], lis
                 raise _FaultError(key, f"and another key both give {column}: leave one out")
             values[column] = item
     if "problem_image_0" not in values:
-        raise _FaultError("image", "is missing, and so is problem_image_0")
+        raise _FaultError("image", "is missing, and so are images and problem_image_0")
     for column in ("question", "answer"):
         if column not in values:
             raise _FaultError(column, "is missing")
@@ -293,18 +303,18 @@ def _from_chat(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list
     asked_text, said = turns[users[-1]][1], turns[-1][1]
     shown = line.get("images")
     shown = shown if isinstance(shown, list) else [] if shown is None else [shown]
-    count = max(len(shown), asked_text.count(_IMAGE))
-    if count > 1:
-        raise _FaultError(
-            "images",
-            f"and {_IMAGE} of the last user turn show {count} images: one image per question is "
-            "read. Images that only the teacher sees belong in teacher_images",
-        )
     if not shown:
-        raise _FaultError("images", "is missing or empty: give the image of the question")
-    if _IMAGE in said:
+        raise _FaultError("images", "is missing or empty: give the images of the question")
+    if fault := tags.places_fault(asked_text, len(shown)):
         raise _FaultError(
-            "messages", f"has {_IMAGE} in the assistant turn: such images belong in teacher_images"
+            "messages",
+            f"{fault}. Images that only the teacher sees belong in teacher_images, and those of "
+            "earlier turns are not read",
+        )
+    if tags.PLACE in said:
+        raise _FaultError(
+            "messages",
+            f"has {tags.PLACE} in the assistant turn: such images belong in teacher_images",
         )
     trace, answer, after = tags.split_answer(said) or ("", said.strip(), "")
     if after:
@@ -314,13 +324,19 @@ def _from_chat(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list
     # Keys that a run does not ask for stay out, whatever they hold.
     values = {key: line[key] for key in line if key in asked or key in _SHARED}
     if isinstance(prompt := values.get("teacher_prompt"), str):
-        values["teacher_prompt"] = _without_marks(prompt)
-    texts = (_without_marks(asked_text), answer, shown[0], trace or answer, trace)
-    return values | dict(zip(_CHAT_COLUMNS, texts, strict=True)), remarks
+        values["teacher_prompt"] = _without_places(prompt)
+    # Places before the text say no more than a text without places.
+    between = len(tags.around_places(asked_text)) > 1
+    question = asked_text.strip() if between else _without_places(asked_text)
+    first, *more = shown
+    texts = (question, answer, first, trace or answer, trace)
+    values |= dict(zip(_CHAT_COLUMNS, texts, strict=True))
+    values |= {f"{schema.PROBLEM_COLUMNS}{n}": image for n, image in enumerate(more, 1)}
+    return values, remarks
 
 
-def _without_marks(text: str) -> str:
-    return text.replace(_IMAGE, "").strip()
+def _without_places(text: str) -> str:
+    return text.replace(tags.PLACE, "").strip()
 
 
 def _turns(messages: Any) -> tuple[list[tuple[str, str]], list[str]]:
@@ -364,7 +380,7 @@ def _text(content: Any, turn: int) -> str:
                 texts.append(text)
                 continue
             case {"type": "image", **rest} if not rest:
-                texts.append(_IMAGE)
+                texts.append(tags.PLACE)
                 continue
         raise _FaultError(
             "messages",

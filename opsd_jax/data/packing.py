@@ -151,12 +151,12 @@ class Packer:
         """
         sizes, generation = iter(example.pixels), self.generation
         blocks: list[Block] = []
-        for block in self.blocks(example, "interleaved"):
+        for name, block in self.named_blocks(example, "interleaved"):
             if isinstance(block, Image):
                 height, width, _ = next(sizes).shape
                 grid = height // generation.stride, width // generation.stride
                 empty = np.zeros((grid[0] * grid[1], generation.latent_dim), np.float32)
-                if any(isinstance(b, Image) for b in blocks):  # the first image is the problem
+                if name == "trace":  # the others are the problem images
                     blocks.append(Latent(empty, grid, noised=True))
                 blocks.append(Latent(empty, grid))
             blocks.append(block)
@@ -180,7 +180,7 @@ class Packer:
     # --- batches ---------------------------------------------------------------------------------
 
     def student(self, examples: Sequence[PreparedExample], bucket: int = -1) -> Context:
-        """Student contexts: by default problem image and question."""
+        """Student contexts: by default problem images and question."""
         blocks = [self.blocks(example, "student") for example in examples]
         return self.pack(examples, "student", bucket, blocks)
 

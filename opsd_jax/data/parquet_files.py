@@ -42,7 +42,9 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
         columns(path, present, further)  # raises for wrong ones
         batches = file.iter_batches(columns=["pid"]) if "pid" in present else ()
         pids = [pid for batch in batches for pid in batch["pid"].to_pylist()]
-    return schema.Scan("parquet", present, pids[:rows], rows, shards.checksum(path) if rows else "")
+    checksum = shards.checksum(path) if rows else ""
+    several = any(schema.is_problem_image(column) for column in _numbered(present))
+    return schema.Scan("parquet", present, pids[:rows], rows, checksum, several)
 
 
 def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list[str]:
@@ -64,7 +66,7 @@ def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list
     hints = [
         f"{column!r} is not read: did you mean {close[0]!r}?"
         for column in present
-        if column not in (*schema.COLUMNS, *asked) and not schema.is_surplus(column)
+        if column not in asked and not schema.is_of_schema(column)
         if (close := difflib.get_close_matches(column, expected, 1, cutoff=0.85))
     ]
     if missing or hints:
@@ -77,7 +79,12 @@ def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list
             + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
         )
     own = filter(present.__contains__, schema.COLUMNS)
-    return [*own, *filter(schema.is_surplus, present), *asked]
+    return [*own, *_numbered(present), *asked]
+
+
+def _numbered(present: Sequence[str]) -> list[str]:
+    """Columns of the schema that `schema.COLUMNS` does not list, as their numbers have no end."""
+    return [c for c in present if schema.is_of_schema(c) and c not in schema.COLUMNS]
 
 
 def read_batches(

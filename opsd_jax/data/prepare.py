@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -23,6 +23,9 @@ from opsd_jax.inputs import columns as columns_lib
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.runtime import files, locks
 from opsd_jax.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +228,7 @@ def _plan_shards(
     reason = f"ignored_file: its name starts with none of {', '.join(schema.SPLITS)}"
     notes = [Note(str(path), None, "", reason) for path in others]
     first_places: dict[str, tuple[str, int]] = {}  # {pid: file and row of its first occurrence}
-    shards, formats = [], {}
+    shards, formats, several = [], {}, []
     for split in dict.fromkeys(job.part.splits or paths_of):
         left, takes = job.part.limit or sys.maxsize, []
         for path in paths_of[split]:
@@ -233,10 +236,11 @@ def _plan_shards(
             left -= scan.rows
             if scan.rows:
                 takes.append((path, scan))
+                several.append(scan.several_images)
                 notes += [
                     Note(str(path), None, "", f"ignored_column: {column} is not read{hint}")
                     for column in scan.columns
-                    if column not in (*schema.COLUMNS, *asked) and not schema.is_surplus(column)
+                    if column not in asked and not schema.is_of_schema(column)
                     for hint in [_hint(column)]
                 ]
             for row, pid in enumerate(scan.pids):
@@ -262,6 +266,8 @@ def _plan_shards(
         formats[f"{job.task}/{split}"] = " and ".join(
             dict.fromkeys(scan.format for _, scan in takes)
         )
+    if any(several):  # all files of a task have the same features
+        shards = [shard._replace(several_images=True) for shard in shards]
     return shards, notes, formats
 
 
@@ -330,7 +336,8 @@ def _prepare_task(
         if not n:
             raise schema.BadSourceError(f"{job.source}: no row of {name} is usable:\n{report}")
     with _failures_explained(report_file):
-        _write_metadata(job, records)
+        features = schema.features(job.part.columns, shards[0].several_images)
+        _write_metadata(job, records, features)
         report.write(report_file)
     return report
 
@@ -402,7 +409,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     """Converts one file. Returns the shard's record for progress.json."""
     from array_record.python import array_record_module
 
-    source, serialized = job.source / shard.file, _serializer(job.part.columns)
+    source, serialized = job.source / shard.file, _serializer(shard)
 
     def convert(row: schema.Row) -> tuple[bytes | None, tuple[Note, ...]]:
         try:
@@ -450,22 +457,26 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     return record
 
 
-def _serializer(columns: tuple[str, ...]) -> Callable[[schema.Example], bytes]:
-    """A function that turns an example with further columns into the bytes of its record."""
+def _serializer(shard: Shard) -> Callable[[schema.Example], bytes]:
+    """A function that turns an example of a shard into the bytes of its record."""
     from tensorflow_datasets.core import example_serializer
 
-    features = schema.features(columns)
+    several = shard.several_images
+    features = schema.features(shard.columns, several)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def serialized(example: schema.Example) -> bytes:
-        record = serializer.get_tf_example(features.encode_example(schema.to_features(example)))
+        values = features.encode_example(schema.to_features(example, several))
+        record = serializer.get_tf_example(values)
         # Without this, each process would have its own order of fields and so its own digest.
         return record.SerializeToString(deterministic=True)
 
     return serialized
 
 
-def _write_metadata(job: _Job, records: list[tuple[str, dict]]) -> None:
+def _write_metadata(
+    job: _Job, records: list[tuple[str, dict]], features: "tfds.features.FeaturesDict"
+) -> None:
     """Writes the files that TFDS reads.
 
     records: (split, record for progress.json) of every shard.
@@ -491,7 +502,7 @@ def _write_metadata(job: _Job, records: list[tuple[str, dict]]) -> None:
         )
     tfds.folder_dataset.write_metadata(
         data_dir=job.target,
-        features=schema.features(job.part.columns),
+        features=features,
         split_infos=infos,
         version=schema.VERSION,
         check_data=False,  # the check reads with TensorFlow

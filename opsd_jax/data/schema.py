@@ -27,6 +27,7 @@ PREPARE_COMMAND = "python -m opsd_jax.data prepare --source=PARQUET_DIR --target
 THOUGHT_COLUMNS = tuple(f"resoning_thought_{i}" for i in range(ROUNDS))
 VISUAL_THOUGHT_COLUMNS = tuple(f"reasoning_image_{i}" for i in range(ROUNDS))
 _PROBLEM = "problem_image_0"
+PROBLEM_COLUMNS = "problem_image_"  # and a number from 0: further problem images are numbered, too
 REQUIRED_COLUMNS = ("question", "answer", _PROBLEM, THOUGHT_COLUMNS[0])
 COLUMNS = (
     "pid",
@@ -38,6 +39,7 @@ COLUMNS = (
     "metadata",
 )
 _NUMBERED_COLUMN = re.compile(r"(resoning_thought|reasoning_image)_(\d+)")
+_PROBLEM_COLUMN = re.compile(PROBLEM_COLUMNS + r"(0|[1-9]\d{0,3})")
 _NO_IMAGE = {"bytes": None, "path": None}  # what some writers store for None
 
 # Rows of a source file in memory at a time, or fewer where their images are large.
@@ -45,23 +47,27 @@ BATCH_ROWS, BATCH_BYTES = 32, 64 << 20
 
 # Features of the prepared files: encoded images, and texts that have the same name in `Example`.
 IMAGE_FEATURES = ("problem_image", "reasoning_images")
+# The problem images after the first; only where a task has rows with several.
+MORE_PROBLEMS = "more_problem_images"
 TEXT_FEATURES = ("pid", "task", "question", "answer", "full_text_only_thought")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question about an image, with the interleaved reasoning that leads to its answer.
+    """A question about images, with the interleaved reasoning that leads to its answer.
 
     Attributes:
       pid: identifier of the example; "<file stem>:<row>" where the source has none.
       task: the value of the task column, or else the name of the task's folder.
-      question, answer: texts as in the source, never blank.
-      problem_image: the encoded image (PNG, JPEG, ...).
+      question, answer: texts as in the source, never blank. The question may have as many places of
+        images (`tags.PLACE`) as there are problem images.
+      problem_image: the encoded image (PNG, JPEG, ...) of the question, or the first of several.
       visual_thoughts: the encoded images of the reasoning, in order; may be empty.
       thoughts: the texts of the reasoning, in order; at least one.
       full_text_only_thought: a reasoning without images; "" where there is none.
       metadata: facts about the example, which the procedural tasks write; {} where there are none.
       columns: further columns of the data, {"text:COLUMN": text, "images:COLUMN": encoded images}.
+      more_problem_images: the encoded images of the question after the first.
     """
 
     pid: str
@@ -74,6 +80,12 @@ class Example:
     full_text_only_thought: str = ""
     metadata: dict = dataclasses.field(default_factory=dict)
     columns: dict[str, str | tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
+    more_problem_images: tuple[bytes, ...] = ()
+
+    @property
+    def problem_images(self) -> tuple[bytes, ...]:
+        """All encoded images of the question, in order."""
+        return self.problem_image, *self.more_problem_images
 
     @property
     def trace_answer(self) -> str:
@@ -97,7 +109,7 @@ def check_columns(shown: str, names: Sequence[str]) -> None:
     """
     columns_lib.check(shown, names)
     for name in names:
-        if (column := columns_lib.of_files(name)) in COLUMNS or is_surplus(column):
+        if is_of_schema(column := columns_lib.of_files(name)):
             raise ValueError(
                 f"{shown} names {name}, but {column} is a column of the schema itself: leave it out"
             )
@@ -170,6 +182,7 @@ class Scan(NamedTuple):
       pids: the pid of each row, None where it has none; [] if the file has no such column.
       rows: number of rows.
       checksum: of the file and of the images that it names.
+      several_images: whether a row may have several problem images.
     """
 
     format: str
@@ -177,6 +190,7 @@ class Scan(NamedTuple):
     pids: list
     rows: int
     checksum: str
+    several_images: bool = False
 
 
 def read_row(
@@ -197,10 +211,10 @@ def read_row(
       without a text trace, or with an empty further column, gets one.
 
     Raises:
-      BadRowError: blank question or answer, no thought, a problem image that training could not
-        open, a value of a wrong type, metadata that are not a JSON object or cannot be scored, an
-        answer that no completion matches, an image of a further column that training could not
-        open.
+      BadRowError: blank question or answer, no thought, a problem image that is missing or that
+        training could not open, another number of places in the question than of problem images, a
+        value of a wrong type, metadata that are not a JSON object or cannot be scored, an answer
+        that no completion matches, an image of a further column that training could not open.
     """
     pid = str(row["pid"]) if row.get("pid") is not None else f"{Path(file).stem}:{index}"
 
@@ -213,16 +227,20 @@ def read_row(
             raise bad(column, f"is of type {type(value).__name__}, not text")
         return value or ""
 
-    for column in ("question", "answer"):
-        if tasks.is_blank(text(column)):
+    for column, value in (
+        ("question", text("question").replace(tags.PLACE, "")),
+        ("answer", text("answer")),
+    ):
+        if tasks.is_blank(value):
             raise bad(column, "is empty")
     thoughts = tuple(t for t in map(text, THOUGHT_COLUMNS) if t.strip())
     if not thoughts:
         raise bad(
             THOUGHT_COLUMNS[0], f"and the columns up to {THOUGHT_COLUMNS[-1]} hold no thought"
         )
-    if fault := _image_fault(row.get(_PROBLEM)):
-        raise bad(_PROBLEM, fault)
+    problems = _problem_images(row, bad)
+    if fault := tags.places_fault(text("question"), len(problems)):
+        raise bad("question", fault)
     visual_thoughts, reasons = _visual_thoughts(row, len(thoughts))
     if not text("full_text_only_thought").strip():
         reasons.append("no_text_trace: full_text_only_thought is empty")
@@ -251,14 +269,32 @@ def read_row(
         text("task") or task,
         text("question"),
         text("answer"),
-        row[_PROBLEM]["bytes"],
+        problems[0],
         visual_thoughts,
         thoughts,
         text("full_text_only_thought"),
         metadata,
         further,
+        problems[1:],
     )
     return example, tuple(Note(file, index, pid, reason) for reason in reasons)
+
+
+def _problem_images(
+    row: Mapping[str, Any], bad: Callable[[str, str], BadRowError]
+) -> tuple[bytes, ...]:
+    """The encoded problem images of a row, up to the last that it has."""
+    numbers = [int(found[1]) for found in map(_PROBLEM_COLUMN.fullmatch, row) if found]
+    given = [n for n in numbers if row[f"{PROBLEM_COLUMNS}{n}"] not in (None, _NO_IMAGE)]
+    shown = []
+    for n in range(max(given, default=0) + 1):
+        value = row.get(column := f"{PROBLEM_COLUMNS}{n}")
+        if isinstance(value, list):
+            raise bad(column, f"is a list: give its images in {PROBLEM_COLUMNS}0, ..._1 and so on")
+        if fault := _image_fault(value):
+            raise bad(column, fault)
+        shown.append(value["bytes"])
+    return tuple(shown)
 
 
 def _visual_thoughts(
@@ -301,6 +337,16 @@ def _images(value: Any, bad: Callable[[str], BadRowError]) -> tuple[bytes, ...]:
     return tuple(image["bytes"] for image in value)
 
 
+def is_of_schema(column: str) -> bool:
+    """Whether the schema has a column: one of `COLUMNS`, or one with a higher number."""
+    return column in COLUMNS or is_surplus(column) or is_problem_image(column)
+
+
+def is_problem_image(column: str) -> bool:
+    """Whether a column holds a problem image: the first, or one of several."""
+    return _PROBLEM_COLUMN.fullmatch(column) is not None
+
+
 def is_surplus(column: str) -> bool:
     """Whether a column holds a thought or visual thought beyond the last that is read."""
     found = _NUMBERED_COLUMN.fullmatch(column)
@@ -322,14 +368,19 @@ def _image_fault(value: Any) -> str | None:
     return None
 
 
-def features(columns: Sequence[str] = ()) -> "tfds.features.FeaturesDict":
+def features(
+    columns: Sequence[str] = (), several_images: bool = False
+) -> "tfds.features.FeaturesDict":
     """The TFDS features of an example; `Example` documents them. TFDS returns texts as bytes.
 
-    columns: names of the further columns, "text:COLUMN" or "images:COLUMN".
+    Args:
+      columns: names of the further columns, "text:COLUMN" or "images:COLUMN".
+      several_images: whether an example may have several problem images.
     """
     import tensorflow_datasets as tfds
 
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))
+    more = [MORE_PROBLEMS] if several_images else []
     return tfds.features.FeaturesDict(
         {name: text() for name in (*TEXT_FEATURES, "metadata")}
         | {
@@ -337,9 +388,9 @@ def features(columns: Sequence[str] = ()) -> "tfds.features.FeaturesDict":
             "reasoning_thoughts": tfds.features.Sequence(text()),
             "reasoning_images": tfds.features.Sequence(image()),
         }
-        | {f"{name}_original": tfds.features.Sequence(text()) for name in IMAGE_FEATURES}
+        | {f"{name}_original": tfds.features.Sequence(text()) for name in (*IMAGE_FEATURES, *more)}
         | {name: text() for name in columns if name.startswith(columns_lib.TEXT)}
-        | {name: tfds.features.Sequence(image()) for name in further_images(columns)}
+        | {name: tfds.features.Sequence(image()) for name in (*more, *further_images(columns))}
         | {f"{name}{_ORIGINAL}": tfds.features.Sequence(text()) for name in further_images(columns)}
     )
 
@@ -360,13 +411,16 @@ def further_columns(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(filter(columns_lib.is_column, names)))
 
 
-def to_features(example: Example) -> dict[str, Any]:
+def to_features(example: Example, several_images: bool = False) -> dict[str, Any]:
     """The example as TFDS encodes it. Images are given as files, which it stores verbatim; arrays
     would need TensorFlow.
 
     Plain TFDS would decode RGBA or CMYK to four channels and a palette to its indices. So a file
     that is neither RGB nor grey is stored as RGB, and the original files are stored in
     `<feature>_original`, which is [] if no file was changed.
+
+    several_images: whether the features have a place for further problem images. ValueError where
+      they do not, and the example has some.
     """
     record = {name: getattr(example, name) for name in TEXT_FEATURES} | {
         "metadata": json.dumps(example.metadata) if example.metadata else "",
@@ -379,6 +433,14 @@ def to_features(example: Example) -> dict[str, Any]:
             record[name] = value
         else:
             record[name], record[f"{name}{_ORIGINAL}"] = _stored(value)
+    more = example.more_problem_images
+    if several_images:
+        record[MORE_PROBLEMS], record[f"{MORE_PROBLEMS}_original"] = _stored(more)
+    elif more:
+        raise ValueError(
+            f"example {example.pid} has {1 + len(more)} problem images, and these features hold "
+            "one: prepare it with several_images=True"
+        )
     return record | {"problem_image": record["problem_image"][0]}
 
 
@@ -411,6 +473,9 @@ def from_features(record: Mapping[str, Any]) -> Example:
             else tuple(list(record[f"{name}{_ORIGINAL}"]) or record[name])
             for name in further_columns(record)
         },
+        more_problem_images=tuple(
+            list(record.get(f"{MORE_PROBLEMS}_original", ())) or record.get(MORE_PROBLEMS, ())
+        ),
     )
 
 

@@ -31,6 +31,7 @@ class Shard(NamedTuple):
       blake2b: checksum of that file and of the images that it names.
       rows: number of its rows, bad ones included.
       columns: names of the further columns, in the order that they were asked for.
+      several_images: whether a row of the task may have several problem images.
     """
 
     split: str
@@ -39,11 +40,15 @@ class Shard(NamedTuple):
     blake2b: str
     rows: int
     columns: tuple[str, ...] = ()
+    several_images: bool = False
 
     def record(self) -> list:
-        """The fields as progress.json has them; without columns, as older versions wrote them."""
-        fields = [*self[:-1], [*self.columns]]
-        return fields if self.columns else fields[:-1]
+        """The fields as progress.json has them.
+
+        The last ones are left out where older versions, which lack them, would write the same file.
+        """
+        fields = [*self[:5], [*self.columns], self.several_images]
+        return fields if self.several_images else fields[: 6 if self.columns else 5]
 
 
 def version_folder(target: str | os.PathLike, task: str) -> Path:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, images
-from opsd_jax.context import TooLongError
+from opsd_jax.context import Image, TooLongError
 from opsd_jax.data import bucket_index, existing, packing
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
@@ -163,8 +163,8 @@ def _measured(config: ConfigDict, data_dir: str, packer: Packer, use: Use) -> It
         if "swap" in modes:
             partner = examples.measured(source, examples.partner_of(source, index))
         name = f"{example.example.pid} ({examples.tasks[source]}, {use.split})"
-        shown = example.content.values()
-        for image in (image for part in shown if isinstance(part, tuple) for image in part):
+        parts = (part for part in example.content.values() if isinstance(part, tuple))
+        for image in (block for part in parts for block in part if isinstance(block, Image)):
             try:
                 images.position_ids(image.grid, packer.side)
             except ValueError as error:

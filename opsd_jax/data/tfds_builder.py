@@ -6,7 +6,7 @@
 
 It holds a split in memory, and above 1000 MiB a split TFDS asks for TensorFlow. `prepare.prepare`
 writes the same folder with neither limit, continues after an interruption, and can leave bad rows
-out. `Config` names further columns:
+out. `Config` names further columns, and allows several problem images in a row:
 
     VisualOpsd(config=tfds_builder.Config(name="chart_refocus", columns=("text:solution",)), ...)
 
@@ -29,9 +29,11 @@ class Config(tfds.core.BuilderConfig):
     """A task, by its name in lower case.
 
     columns: further columns to keep, "text:COLUMN" or "images:COLUMN".
+    several_images: whether a row may have several problem images.
     """
 
     columns: tuple[str, ...] = ()
+    several_images: bool = False
 
     def __post_init__(self):
         schema.check_columns("columns", self.columns)
@@ -53,7 +55,9 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=schema.DESCRIPTION,
             disable_shuffling=True,
-            features=schema.features(self.builder_config.columns),
+            features=schema.features(
+                self.builder_config.columns, self.builder_config.several_images
+            ),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -76,4 +80,4 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
             )
         )
         for key, example in enumerate(examples):
-            yield key, schema.to_features(example)
+            yield key, schema.to_features(example, self.builder_config.several_images)

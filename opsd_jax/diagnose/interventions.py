@@ -155,21 +155,22 @@ def _samples(diagnosis: Diagnosis, source: int, found: dict[str, list[dict]]) ->
     """Some examples of a task with what each mode showed and the answers to it."""
     items = []
     for k, p in enumerate(found["real"][:_MOST_SAMPLES]):
-        rows = []
+        rows, example = [], diagnosis.examples(source, p["index"])
         for mode, of in found.items():
-            images = output.images(diagnosis, source, p["index"], mode, 96)[1:]
+            images = output.images(diagnosis, source, p["index"], mode, 96)
+            images = images[len(example.problems) :]
             verdict = "right" if of[k]["hit"] else "wrong"
             cell = html.Part(html.row(*images)) if images else None
             rows.append([mode, cell, verdict, of[k]["prediction"]])
-        problem, *_ = output.images(diagnosis, source, p["index"], "none")
+        problems = output.images(diagnosis, source, p["index"], "none")[: len(example.problems)]
         columns = ["visual thoughts", "shown", "answer is", "answer"]
         items.append(
             html.Sample(
                 title=p["pid"],
                 hit=bool(p["hit"]),
                 parts=[
-                    problem,
-                    html.paragraph(diagnosis.examples(source, p["index"]).example.question),
+                    *problems,
+                    html.paragraph(example.example.question),
                     html.table(columns, rows, texts=len(columns)),
                 ],
                 note=f"expected {p['expected']}; hit or miss is that of `real`",

@@ -35,7 +35,9 @@ def official_blocks(packer: Packer, prepared: PreparedExample) -> tuple[list, li
         return context_lib.Text(packer.tokenizer.encode(text), True)
 
     example = prepared.example
-    ask = [prepared.problem, context_lib.Text(prepared.question)]
+    names, no_fixed_texts = ("image", "question"), context_lib.Prompts()
+    named = context_lib.named_blocks(packer.tokenizer, no_fixed_texts, names, prepared.content)
+    ask = [block for _, block in named]
     answer = scored(example.answer)
     thoughts = example.thoughts[:2]
     first, *rest = map(scored, thoughts)

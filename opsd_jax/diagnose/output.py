@@ -97,7 +97,7 @@ def evaluation_link(name: str, text: str) -> html.Part:
 
 
 def images(diagnosis: Diagnosis, source: int, number: int, mode: str, size: int = 160) -> list[str]:
-    """HTML of an example's problem image, and of what a mode shows as its visual thoughts."""
+    """HTML of an example's problem images, and of what a mode shows as its visual thoughts."""
     shown = diagnosis.selection.shown_images(source, number, mode)
     return [
         html.image(image, size=size, caption=caption.removesuffix(f" ({mode})"))

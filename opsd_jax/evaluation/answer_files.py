@@ -46,12 +46,14 @@ def earlier(directory: str) -> list[str]:
 
 def write(
     directory: str,
-    questions: Sequence[interleave.Question],
+    questions: Sequence[tuple[Sequence[Image.Image], str]],
     answers: Sequence[interleave.Answer],
 ) -> list[str]:
     """Writes the files of each answer; returns the paths of the overviews, N.png.
 
     All files that an earlier call left in the folder are replaced.
+
+    questions: (images, text) of each.
     """
     paths.check_given("--out", directory)
     os.makedirs(directory, exist_ok=True)

@@ -1,6 +1,6 @@
 """A benchmark as the evaluation loop sees it: questions by key, and a rule that scores the answers.
 
-of_examples   prepared examples of a task: one image and one question; the rule of the task scores
+of_examples   prepared examples of a task: images and a question; the rule of the task scores
 of_table      a public table (`tables`): images and prompts; the rules of the public harness score
 """
 
@@ -37,7 +37,7 @@ class Benchmark:
     Attributes:
       name: name of the benchmark.
       keys: keys of its examples, in order: numbers of a task's examples, or indices of a table.
-      question: key -> (Pillow RGB images, text).
+      question: key -> (Pillow RGB images, text, or texts around them), see `interleave.Question`.
       expected: key -> the right answer.
       judge: {key: text} -> ({key: what its line in predictions.jsonl gets besides, with "hit"},
         what the summary gets: overall, unit, n, categories, interval_95 and more; None where the
@@ -56,7 +56,7 @@ class Benchmark:
 
     name: str
     keys: tuple[Key, ...]
-    question: Callable[[Key], tuple[list[Image.Image], str]]
+    question: Callable[[Key], tuple[list[Image.Image], str | tuple[str, ...]]]
     expected: Callable[[Key], str]
     judge: Callable[[dict[Key, str]], tuple[dict[Key, dict], dict | None]]
     size: Callable[[Key], int] = _no_size
@@ -66,6 +66,11 @@ class Benchmark:
     subset: dict | None = None
     left_out: tuple[Key, ...] = ()
     without_visual_thoughts: int | None = None
+
+    def text(self, key: Key) -> str:
+        """The text of a question, with a mark at the place of each image between its parts."""
+        text = self.question(key)[1]
+        return text if isinstance(text, str) else f" {tags.PLACE} ".join(text).strip()
 
     def without(self, keys: Iterable[Key]) -> "Benchmark":
         """The same benchmark with some of its keys left out."""

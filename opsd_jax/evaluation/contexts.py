@@ -142,10 +142,13 @@ class Selection:
     def shown_images(self, source: int, n: int, mode: str) -> list[tuple[str, np.ndarray]]:
         """(caption, uint8 [H, W, 3]) of the images in an example's context, for reports.
 
-        The first is the problem image, whether the context has it or not.
+        The first are the problem images, whether the context has them or not.
         """
         example = self.examples(source, n)
-        found = [("problem", _pixels(example.problem))]
+        found = [
+            (f"problem {k}" if example.more_problems else "problem", _pixels(image))
+            for k, image in enumerate(example.problems, 1)
+        ]
         kind, content = "student", example.content
         if mode != "none":
             partner = self.examples.partner(source, n) if mode == "swap" else None
@@ -153,9 +156,9 @@ class Selection:
             kind, content = "teacher", self.packer.shown(example, replacement(mode), partner, noise)
         counts: collections.Counter[str] = collections.Counter()
         for name, block in self.packer.named_blocks(example, kind, content):
-            # The problem image is shown once, but in mode "image" also where it replaces another.
+            # A problem image is shown once, but in mode "image" also where it replaces another.
             if isinstance(block, context_lib.Image) and not (
-                name == "image" and block is example.problem
+                name == "image" and any(block is image for image in example.problems)
             ):
                 counts[name] += 1
                 title = "visual thought" if name == "visual_thoughts" else name

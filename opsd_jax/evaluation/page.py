@@ -225,7 +225,7 @@ def _sample(p: dict, benchmark: Benchmark, shown: _Shown) -> html.Sample:
     size = 320 if benchmark.table else 160
     images = [html.image(image, size=size, caption=text) for text, image in shown(benchmark, key)]
     texts = html.stack(
-        html.paragraph(benchmark.question(key)[1]),
+        html.paragraph(benchmark.text(key)),
         html.paragraph(p["prediction"]),
         html.note(about),
     )

@@ -234,12 +234,13 @@ def _write(path: str, examples: list[Example], columns: Sequence[str]) -> None:
     import pyarrow.parquet as pq
 
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
+    problems = range(max(len(example.problem_images) for example in examples))
     thoughts = range(max(len(example.thoughts) for example in examples))
     visual = range(max(len(example.visual_thoughts) for example in examples))
     names = ("pid", "question", "answer", "task", "full_text_only_thought", "metadata")
     schema = {
         **dict.fromkeys(names, text),
-        "problem_image_0": image,
+        **{f"problem_image_{n}": image for n in problems},
         **{f"resoning_thought_{n}": text for n in thoughts},
         **{f"reasoning_image_{n}": image for n in visual},
         **{
@@ -257,7 +258,12 @@ def _write(path: str, examples: list[Example], columns: Sequence[str]) -> None:
             "task": example.task,
             "full_text_only_thought": example.full_text_only_thought,
             "metadata": json.dumps(example.metadata),
-            "problem_image_0": _stored(example.problem_image, f"{example.pid}.png"),
+            **{
+                f"problem_image_{n}": _stored(
+                    _at(example.problem_images, n), _problem_file(example.pid, n)
+                )
+                for n in problems
+            },
             **{f"resoning_thought_{n}": _at(example.thoughts, n) for n in thoughts},
             **{
                 f"reasoning_image_{n}": _stored(
@@ -280,6 +286,11 @@ def _column(example: Example, name: str) -> str | list[dict | None]:
     if isinstance(value, str):
         return value
     return [_stored(data, f"{example.pid}_{column}_{n}") for n, data in enumerate(value)]
+
+
+def _problem_file(pid: str, number: int) -> str:
+    """The path that a parquet file names for a problem image; for the first as in the release."""
+    return f"{pid}_problem_{number}.png" if number else f"{pid}.png"
 
 
 def _at(values: Sequence, n: int):

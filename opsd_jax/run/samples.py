@@ -66,7 +66,7 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
     examples, patch = step.inputs.examples[:EXAMPLES], run.model.vit.patch_size
     lines = []
     for n, example in enumerate(examples):
-        shown = {"problem": example.problem}
+        shown = {_problem_name(m): image for m, image in enumerate(example.problems)}
         shown |= {f"vt{m}": image for m, image in enumerate(example.visual_thoughts)}
         for name, part in example.further.items():
             if isinstance(part, tuple):
@@ -95,9 +95,9 @@ def write_rollouts(run: Session, step: FinishedStep) -> None:
         return
     (trajectory,) = step.inputs.sampled
     for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
-        problem = example.problem
-        pixels = images.unpatchify(problem.patches, problem.grid, run.model.vit.patch_size)
-        run.writer.image(step.number, f"rollout{n}-problem", pixels)
+        for m, problem in enumerate(example.problems):
+            pixels = images.unpatchify(problem.patches, problem.grid, run.model.vit.patch_size)
+            run.writer.image(step.number, f"rollout{n}-{_problem_name(m)}", pixels)
     profile = jax.device_get(step.metrics["jsd_by_position"])
     lines = [f"{n:5d}  {x:.6f}" for n, x in enumerate(profile)]
     run.writer.text(step.number, "jsd-by-position", "\n".join(lines))
@@ -128,8 +128,8 @@ def write_reconstructions(run: Session, step: FinishedStep) -> None:
 def write_generated_images(run: Session, step: FinishedStep) -> None:
     """What the model generates for the first examples: its text and its first image.
 
-    The image is shown beside the problem and the true visual thought. At the last step, and every
-    config.log.samples_every steps.
+    The image is shown beside the problem images and the first true visual thought. At the last
+    step, and every config.log.samples_every steps.
     """
     if not (step.number == step.stage.last or step.is_sampled(run)):
         return
@@ -146,11 +146,17 @@ def write_generated_images(run: Session, step: FinishedStep) -> None:
     )
     lines = []
     for n, (example, answer) in enumerate(zip(examples, answers)):
-        shown = images.montage([[*example.pixels[:2], answer.images[0]]])
+        beside = example.pixels[: len(example.problems) + 1]
+        shown = images.montage([[*beside, answer.images[0]]])
         run.writer.image(step.number, f"drawing{n}", shown)
         source = example.example
         lines.append(f"{source.pid}, expected {source.answer!r}: " + answer.text)
     run.writer.text(step.number, "drawings", "\n".join(lines))
+
+
+def _problem_name(number: int) -> str:
+    """The name of a problem image in names of files, counted from 0."""
+    return f"problem{number}" if number else "problem"
 
 
 def _contexts(host) -> dict[str, Context]:

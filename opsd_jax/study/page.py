@@ -174,7 +174,7 @@ def _sample(
     folder = workdir_lib.found_data_dir(job.config, job.workdir)
     source = arrayrecord.open_source(folder, job.config.eval.final_split, task)
     example = source[index]
-    shown = [("problem", example.problem_image)]
+    shown = [("problem", data) for data in example.problem_images]
     shown += [(f"visual thought {n}", data) for n, data in enumerate(example.visual_thoughts, 1)]
     pictures = [html.image(images.open_rgb(data), size=160, caption=name) for name, data in shown]
     cells = [

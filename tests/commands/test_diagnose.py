@@ -276,7 +276,7 @@ def official_row(texts, rng):
     example = types.SimpleNamespace(
         thoughts=thoughts, answer=answer, full_text_only_thought=text_only, pid="p"
     )
-    row = types.SimpleNamespace(
+    row = examples.PreparedExample(
         example=example,
         question=np.array([5, 6], np.int32),
         problem=tiny.image(rng),

@@ -265,6 +265,44 @@ def test_batches_hold_images_of_their_rows_with_latents(prepared):
     )
 
 
+def test_latents_are_those_of_their_images(prepared, monkeypatch):
+    """Two problem images and two visual thoughts; a fake encoder gives every token the number of
+    its image.
+    """
+    config = tiny_config(data__buckets__trace=((400, 200, 200),))
+    config.data.buckets.drawn = ((216, 5, 48, 48),)
+    more = png(7, 16, 16), png(8, 24, 24)
+    asked = dataclasses.replace(
+        example(0), question="is <image> <image>?", more_problem_images=more[:1]
+    )
+    asked = dataclasses.replace(
+        asked, visual_thoughts=(*asked.visual_thoughts, more[1]), thoughts=("a", "b", "c")
+    )
+    rows = prepared(config, [asked, example(1)])
+    packer = packing.Packer.from_config(config, tiny.TOKENIZER)
+    traces = packer.traces(rows, ["drawn", "drawn"])
+    images = packer.images(rows)
+    kinds = ["".join(type(b).__name__[0] for b in packer.blocks(r, "drawn")) for r in rows]
+    assert kinds == ["TTLILITTLLITLLIT", "TLITTLLIT"]
+
+    def tokens(encoded, patch):
+        numbers = np.arange(10, dtype=np.float32) % 5
+        return np.broadcast_to(numbers[:, None, None], (10, 36, C))
+
+    monkeypatch.setattr(flow, "encode", lambda params, pixels, noise, config: pixels)
+    monkeypatch.setattr(flow, "to_tokens", tokens)
+    noise = np.zeros((2, 5, 12, 12, 4), np.float32)
+    found = flow.with_latents(
+        {}, traces.context, images.pixels, images.sizes, noise, config=tiny.DRAWING
+    )
+    assert not images.sizes[0, 4].any() and images.sizes[0, 3].any()
+    for b, wanted in enumerate([[0, 1, 2, 2, 3, 3], [0, 1, 1]]):
+        number = traces.context.latents.image[b]
+        for n, image in enumerate(wanted, 1):
+            assert (found.latents.tokens[b][number == n] == image).all() and (number == n).any()
+        assert number.max() == len(wanted)
+
+
 @pytest.mark.parametrize(
     "bucket, fits",
     [

@@ -88,6 +88,34 @@ def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     )
 
 
+def test_images_are_where_the_places_of_the_question_are(model):
+    shown = [picture(n, 8, 8 * n) for n in (1, 2)]
+    grids = [(2, 2), (2, 4)]
+
+    def branches(*question):
+        found = interleave._contexts(
+            model, question, iter(jax.random.split(jax.random.key(0))), False
+        )
+        return {
+            name: [
+                tiny.TOKENIZER.decode(b.ids) if isinstance(b, context.Text) else b.grid
+                for b in blocks
+            ]
+            for name, blocks in found.items()
+        }
+
+    assert branches(shown, ("Is", "", "?")) == {
+        "cond": ["sys", "Is", *grids, "?"],
+        "text": ["sys", *grids],
+        "image": ["sys", "Is", "?"],
+    }
+    assert branches(shown, ("", "as", ""))["cond"] == ["sys", grids[0], "as", grids[1]]
+    one_text = branches(shown, "q")
+    assert one_text == branches(shown, ("q",)) and one_text["cond"] == ["sys", *grids, "q"]
+    with pytest.raises(ValueError, match="the question has 1 place <image> for 2 images"):
+        interleave.answer(model, shown, "In <image>?")
+
+
 @pytest.mark.slow
 def test_rounds_alternate_and_images_enter_the_context(model, recorded):
     steps = []
@@ -302,6 +330,8 @@ def test_command_answers_in_text_without_reading_the_generation_path(
         (["--visual_thoughts=generated"], "needs --out=FOLDER"),
         (["--always_draw"], "--always_draw needs --visual_thoughts=generated"),
         (["--question="], "the question is empty"),
+        (["--question=<image>"], "the question is empty"),
+        (["--question=Is <image> as <image>?"], "--question has 2 places <image> for 1 image"),
         (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
         (["--image={folder}/config.json"], "config.json: cannot decode"),
         (["--tokenizer={folder}/.."], "holds no tokenizer"),
