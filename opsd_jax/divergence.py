@@ -10,7 +10,7 @@ Axes: B batch, N completion tokens, D embedding, V vocabulary, K entries kept.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,36 +72,48 @@ class DivergenceConfig:
             )
 
 
-def _of_teacher(logits, config, student_logits=None):
-    """What the divergence needs of the teacher's logits [..., V].
+class _Teacher(NamedTuple):
+    """What the divergence needs of the teacher's logits, after the temperature.
 
-    The logits are divided by the temperature, in float32.
+    Attributes:
+      entries: float32 [..., K], the kept entries; all V of them without top_k.
+      places: int32 [..., K], their places in the vocabulary. None without top_k, as the next two.
+      total: float32 [..., 1], logsumexp of all entries.
+      counts: bool [..., K], which entries count: the union of two supports names some entries
+        twice. None if all count.
+    """
+
+    entries: AnyArray
+    places: AnyArray | None = None
+    total: AnyArray | None = None
+    counts: AnyArray | None = None
+
+
+def _of_teacher(logits, config, student_logits=None) -> _Teacher:
+    """What the divergence needs of the teacher's logits [..., V].
 
     Args:
       student_logits: [..., V], needed unless config.support is "teacher".
-    Returns:
-      With top_k: (the kept entries [..., K], their indices int32 [..., K], logsumexp of all
-      entries [..., 1]); with the union of two supports also which of its 2 top_k entries count,
-      bool [..., K]. Without top_k: (all entries [..., V],).
     """
 
     def scaled(x):
         return (x / config.temperature).astype(jnp.float32)
 
     if not _restricts(config, logits.shape[-1]):
-        return (scaled(logits),)
+        return _Teacher(scaled(logits))
     total = jax.nn.logsumexp(scaled(logits), axis=-1, keepdims=True)
     if config.support == "teacher":
         top, index = _largest(logits, config.top_k)
-        return scaled(top), index, total
+        return _Teacher(scaled(top), index, total)
     _, index = _largest(jax.lax.stop_gradient(student_logits), config.top_k)
-    counts: tuple[AnyArray, ...] = ()
+    counts = None
     if config.support == "union":
         both = [_largest(logits, config.top_k)[1], index]
         index = jnp.sort(jnp.concatenate(both, axis=-1), axis=-1)
-        counts = (jnp.diff(index, axis=-1, prepend=-1) > 0,)  # the second of two equals does not
-    found = scaled(jnp.take_along_axis(logits, index, axis=-1)), index, total, *counts
-    return tuple(checkpoint_name(x, _KEPT) for x in found)
+        counts = jnp.diff(index, axis=-1, prepend=-1) > 0  # the second of two equals does not
+    entries = scaled(jnp.take_along_axis(logits, index, axis=-1))
+    found = _Teacher(entries, index, total, counts)
+    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), found)
 
 
 def _largest(logits, count: int):
@@ -130,16 +142,16 @@ def _log_probs(student_logits, teacher, config):
     if not _restricts(config, student.shape[-1]):
         return (
             jax.nn.log_softmax(student, axis=-1),
-            jax.nn.log_softmax(teacher[0], axis=-1),
+            jax.nn.log_softmax(teacher.entries, axis=-1),
             jnp.ones(student.shape[:-1], jnp.float32),
         )
-    top, index, of_teacher, *counts = teacher
     # All that the backward pass needs: with these saved, `over_chunks` does not compute the
     # student's logits again.
-    kept = [checkpoint_name(jnp.take_along_axis(student, index, axis=-1), _KEPT), top]
-    if counts:
-        kept = [jnp.where(counts[0], x, _NEVER) for x in kept]
-    total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), of_teacher]
+    own = checkpoint_name(jnp.take_along_axis(student, teacher.places, axis=-1), _KEPT)
+    kept = [own, teacher.entries]
+    if teacher.counts is not None:
+        kept = [jnp.where(teacher.counts, x, _NEVER) for x in kept]
+    total = [jax.nn.logsumexp(student, axis=-1, keepdims=True), teacher.total]
     inside = [jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in kept]
     mass = jnp.exp(inside[1] - total[1])[..., 0]
     if not config.tail:
@@ -201,8 +213,8 @@ def _divergence(student_logits, teacher, config):
     clipped = jnp.zeros(entries.shape[:-1], jnp.float32)
     if config.clip and config.clip_unit == "entry":
         clipped = jnp.mean(entries > config.clip, axis=-1, dtype=jnp.float32)
-        if len(teacher) == 4:  # some entries do not count
-            left_out = jnp.sum(~teacher[3], axis=-1)
+        if teacher.counts is not None:
+            left_out = jnp.sum(~teacher.counts, axis=-1)
             clipped *= entries.shape[-1] / (entries.shape[-1] - left_out)
         entries = jnp.minimum(entries, config.clip)
     values = jnp.sum(entries, axis=-1)
@@ -248,6 +260,18 @@ def sampled_reverse_kl(
     return -jax.lax.stop_gradient(log_t - log_s) * log_s
 
 
+def _of_kind(student_logits, teacher_logits, tokens, config):
+    """(values, signals) of the divergence `config.kind` from logits [..., V]: each kind is here.
+
+    All kinds have the signals of `generalized_jsd`, so that runs can be compared.
+    """
+    if config.kind == "sampled_reverse_kl":
+        _, signals = generalized_jsd(student_logits, teacher_logits, config)
+        values = sampled_reverse_kl(student_logits, teacher_logits, tokens, config.temperature)
+        return values, signals
+    return generalized_jsd(student_logits, teacher_logits, config)
+
+
 def cross_entropy(
     logits: Float[AnyArray, "*any V"], labels: Int[AnyArray, "*any"]
 ) -> Float32[Array, "*any"]:
@@ -286,7 +310,7 @@ def token_weights(
     return counted / jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), least) / mask.shape[0]
 
 
-def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chunk: int) -> Any:
+def over_chunks(function: Callable, heads: Any, arrays: Sequence[Any], chunk: int) -> Any:
     """function(heads, *arrays) over chunks of axis 1, with rematerialisation.
 
     A chunk's logits are therefore never saved. Values named _KEPT are saved, K numbers per token.
@@ -294,13 +318,13 @@ def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chun
 
     Args:
       heads: tree of arrays [D, V] that all tokens share.
-      arrays: [B, N, ...] each.
+      arrays: trees of [B, N, ...].
       chunk: upper bound of the number of tokens per sequence in a chunk. Chunks have equal sizes
         (1,025 tokens by 192 are 6 chunks of 171), and the padding of the last one is cut off again.
     Returns:
       tree of [B, N, ...].
     """
-    n = arrays[0].shape[1]
+    n = jax.tree.leaves(arrays)[0].shape[1]
     count = -(-n // chunk)
     size = -(-n // count)
     keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
@@ -315,7 +339,7 @@ def over_chunks(function: Callable, heads: Any, arrays: Sequence[AnyArray], chun
         body = jax.checkpoint(
             lambda _, xs: (None, function(heads, *xs)), policy=keep, prevent_cse=False
         )
-        _, out = jax.lax.scan(body, None, tuple(map(split, arrays)))
+        _, out = jax.lax.scan(body, None, jax.tree.map(split, arrays))
         return jax.tree.map(
             lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :n], out
         )
@@ -347,7 +371,7 @@ def chunked(
     config: DivergenceConfig,
     with_ce: bool = True,
 ) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"], dict[str, Float32[Array, "B N"]]]:
-    """`generalized_jsd`, or `sampled_reverse_kl`, from hidden states, chunk by chunk.
+    """The divergence `config.kind` (`_of_kind`) from hidden states, chunk by chunk.
 
     Args:
       student_hidden, teacher_hidden: [B, N, D].
@@ -359,32 +383,33 @@ def chunked(
       all float32. Padding has values too: mask them.
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    restricts = _restricts(config, student_head.shape[1]) and config.support == "teacher"
-    first = config.kind == "jsd" and restricts
-    teacher: tuple[AnyArray, ...] = (teacher_hidden,)
+    # The JSD on the teacher's own entries: its K entries of all tokens are computed before any
+    # logits of the student exist. This halves the memory.
+    first = (
+        config.kind == "jsd"
+        and config.support == "teacher"
+        and _restricts(config, student_head.shape[1])
+    )
+    teacher = teacher_hidden
     if first:
-        # The teacher's K entries of all tokens are computed before any logits of the student
-        # exist. This halves the memory.
         teacher = over_chunks(
             lambda head, h: _of_teacher(project(h, head), config),
             teacher_head,
-            teacher,
+            (teacher_hidden,),
             config.chunk,
         )
 
-    def piece(heads, hidden_s, label, *teacher):
+    def piece(heads, hidden_s, label, teacher):
         logits_s = project(hidden_s, heads[0])
-        if not first:
-            logits_t = project(teacher[0], heads[1])
-            teacher = _of_teacher(logits_t, config, logits_s)
-        values, signals = _divergence(logits_s, teacher, config)
-        if config.kind == "sampled_reverse_kl":
-            values = sampled_reverse_kl(logits_s, logits_t, label, config.temperature)
+        if first:
+            values, signals = _divergence(logits_s, teacher, config)
+        else:
+            values, signals = _of_kind(logits_s, project(teacher, heads[1]), label, config)
         ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
         return values, ce, signals
 
     heads = (student_head,) if first else (student_head, teacher_head)
-    return over_chunks(piece, heads, (student_hidden, labels, *teacher), config.chunk)
+    return over_chunks(piece, heads, (student_hidden, labels, teacher), config.chunk)
 
 
 @jax.named_scope("cross_entropy")
