@@ -39,12 +39,12 @@ def open_source(
     started, finished = (directory / "progress.json").exists(), (directory / "report.json").exists()
     if started and not finished:
         raise FileNotFoundError(
-            f"{directory} is not finished: run `{schema.PREPARE_COMMAND}` again, it continues "
-            "where it stopped"
+            f"{directory} is not finished: run `{_prepare(directory)}` again, it continues where "
+            "it stopped"
         )
     if not (directory / "dataset_info.json").exists():
         raise FileNotFoundError(
-            f"{directory} holds no prepared data: make it with `{schema.PREPARE_COMMAND}`, and "
+            f"{directory} holds no prepared data: make it with `{schema.prepare_command()}`, and "
             f"give DIR/{schema.NAME}/<task>/{schema.VERSION}, or DIR and the task"
         )
     return Source(directory, split, asked_by)
@@ -72,8 +72,8 @@ class Source:
                 if shards.count_records(path) != rows:
                     raise FileNotFoundError(
                         f"{path} is missing or truncated (it should hold {rows} rows): copy it "
-                        f"again, or run `{schema.PREPARE_COMMAND}` again, which writes damaged "
-                        "files again"
+                        f"again, or run `{_prepare(directory)}` again, which writes damaged files "
+                        "again"
                     )
         try:
             self._records = builder.as_data_source(
@@ -104,7 +104,7 @@ class Source:
             raise ValueError(
                 f"{self.directory}, example {index} of {self.split}: it cannot be read ({error}): "
                 "its file, or features.json, is damaged; delete the folder and run "
-                f"`{schema.PREPARE_COMMAND}` again"
+                f"`{_prepare(self.directory)}` again"
             ) from error
 
     def __reduce__(self):
@@ -142,11 +142,16 @@ def describes(directory: Path, lengths: dict[str, list[int]]) -> bool:
     return lengths == {name: info.shard_lengths for name, info in splits.items()}
 
 
+def _prepare(directory: Path) -> str:
+    """The command that prepares the folder in which a version folder is."""
+    return schema.prepare_command(target=Path(*directory.parts[:-3]))
+
+
 def _builder(directory: Path) -> "tfds.core.DatasetBuilder":
     """The TFDS builder of a prepared folder. Raises ValueError, which names the damaged file."""
     import tensorflow_datasets as tfds
 
-    fix = f"run `{schema.PREPARE_COMMAND}` again, which writes it again"
+    fix = f"run `{_prepare(directory)}` again, which writes it again"
     for name in ("features.json", "dataset_info.json"):  # the builder reads both
         try:
             if name == "features.json":

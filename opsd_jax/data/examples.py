@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -417,7 +418,8 @@ def _check_columns(task: str, source: arrayrecord.Source, columns: Sequence[str]
         raise ValueError(
             f"config.data.columns names {', '.join(absent)}, which the prepared {task} in "
             f"{source.directory} lacks (its further columns: {held}): prepare it again with "
-            f"`{schema.PREPARE_COMMAND} --columns={','.join(columns)} --overwrite`"
+            f"`{schema.prepare_command(target=Path(*source.directory.parts[:-3]))} "
+            f"--columns={','.join(columns)} --overwrite`"
         )
 
 

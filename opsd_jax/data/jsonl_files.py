@@ -149,11 +149,8 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
             "leave it out, or rename the key"
         )
     if kind == CHAT:
-        if missing := [key for key in asked if key not in keys]:
-            raise schema.BadSourceError(
-                f"{path} has no key {missing[0]!r}, which --columns names; its keys: "
-                f"{', '.join(keys)}"
-            )
+        free = [key for key in keys if key not in (*_CHAT_KEYS, *_SHARED)]
+        schema.check_further(path, free, further, "key")
         return [*_CHAT_COLUMNS, *(key for key in keys if key not in _CHAT_KEYS)]
     friendly = [*_FRIENDLY, *_LISTS]
     for key in keys:
@@ -163,8 +160,37 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
             raise schema.BadSourceError(f"{path}: {key!r} is not read: did you mean {close[0]!r}?")
     names = _FRIENDLY | {key: f"{prefix}0" for key, prefix in _LISTS.items()}
     present = list(dict.fromkeys(names.get(key, key) for key in keys))
+    schema.check_further(path, keys, further, "key")
+    missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
+    if missing and not parquet_files.misspelt(present, further):
+        own = _keys({})
+        wanted = ", ".join(dict.fromkeys(repr(own.get(c, c).partition("[")[0]) for c in missing))
+        raise schema.BadSourceError(
+            f"{path} has no key {wanted}; its keys: {', '.join(keys)}. Rename or add the key"
+        )
     parquet_files.columns(path, present, further)  # raises for wrong ones
     return present
+
+
+# What columns are in messages about chats.
+_CHAT_NAMES = {
+    "problem_image_0": "images",
+    "resoning_thought_0": "messages",
+    "full_text_only_thought": "the reasoning of the assistant turn",
+}
+
+
+def _keys(line: Mapping[str, Any]) -> dict[str, str]:
+    """{column: key} where a line has, or a user would write, another name than the schema's."""
+    found = {}
+    for key, prefix in _LISTS.items():
+        items = line.get(key)
+        count = max(schema.ROUNDS, len(items) if isinstance(items, list) else 0)
+        found |= {f"{prefix}{n}": f"{key}[{n}]" for n in range(count)}
+    for key, column in _FRIENDLY.items():
+        if key in line or not any(k in line and column.startswith(p) for k, p in _LISTS.items()):
+            found[column] = key
+    return {column: key for column, key in found.items() if column not in line}
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -186,19 +212,23 @@ def _rows(
     kind = _format(path)
     for index, raw in zip(range(stop), _lines(path)):
         line: dict = {}
+        names: Mapping[str, str] = {}
         try:
             line = _parse(raw)
+            names = _CHAT_NAMES if kind == CHAT else _keys(line)
             values, remarks = (_from_chat if kind == CHAT else _from_named)(line, further)
             _check_pid(values)
             values = _with_images(values, path.parent, further)
-            row = schema.Row(index, values, tuple(remarks))
+            row = schema.Row(index, values, tuple(remarks), names=names)
         except (_FaultError, RecursionError) as error:
             if isinstance(error, RecursionError):
                 error = _FaultError("line", "has too many brackets inside each other")
             pid = line.get("pid")
             pid = str(pid) if isinstance(pid, str | int) else f"{path.stem}:{index}"
-            fault = schema.BadRowError(str(path), index, pid, *error.args)
-            row = schema.Row(index, {}, fault=fault)
+            column, fault = error.args
+            column = names.get(column, column)
+            bad = schema.BadRowError(str(path), index, pid, column, fault)
+            row = schema.Row(index, {}, fault=bad)
         if (index + 1) % 10_000 == 0:  # of a slow file system
             logging.info("%s: %s lines read, with their images", path, f"{index + 1:,}")
         yield raw, line, row

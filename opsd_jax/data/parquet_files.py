@@ -55,20 +55,8 @@ def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list
     Raises BadSourceError if a required one is missing or a name looks misspelt.
     """
     asked = [columns_lib.of_files(name) for name in further]
-    missing = [column for column in (*schema.REQUIRED_COLUMNS, *asked) if column not in present]
-    expected = [
-        column
-        for column in dict.fromkeys(
-            (*missing, *schema.THOUGHT_COLUMNS, *schema.VISUAL_THOUGHT_COLUMNS)
-        )
-        if column not in present
-    ]
-    hints = [
-        f"{column!r} is not read: did you mean {close[0]!r}?"
-        for column in present
-        if column not in asked and not schema.is_of_schema(column)
-        if (close := difflib.get_close_matches(column, expected, 1, cutoff=0.85))
-    ]
+    missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
+    hints = misspelt(present, further)
     if missing or hints:
         fault = (
             f"has no column {', '.join(map(repr, missing))}" if missing else "has unknown columns"
@@ -78,6 +66,7 @@ def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list
             + " ".join(hints or ["Rename or add the column"])
             + " (the released files do spell 'resoning_thought_0' but 'reasoning_image_0')"
         )
+    schema.check_further(path, present, further, "column")
     own = filter(present.__contains__, schema.COLUMNS)
     return [*own, *_numbered(present), *asked]
 
@@ -85,6 +74,19 @@ def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list
 def _numbered(present: Sequence[str]) -> list[str]:
     """Columns of the schema that `schema.COLUMNS` does not list, as their numbers have no end."""
     return [c for c in present if schema.is_of_schema(c) and c not in schema.COLUMNS]
+
+
+def misspelt(present: Sequence[str], further: Sequence[str] = ()) -> list[str]:
+    """Sentences about columns that are not read and look like columns of the schema."""
+    asked = [columns_lib.of_files(name) for name in further]
+    known = (*schema.REQUIRED_COLUMNS, *schema.THOUGHT_COLUMNS, *schema.VISUAL_THOUGHT_COLUMNS)
+    expected = [column for column in dict.fromkeys(known) if column not in present]
+    return [
+        f"{column!r} is not read: did you mean {close[0]!r}?"
+        for column in present
+        if column not in asked and not schema.is_of_schema(column)
+        if (close := difflib.get_close_matches(column, expected, 1, cutoff=0.85))
+    ]
 
 
 def read_batches(

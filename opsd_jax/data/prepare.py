@@ -163,8 +163,16 @@ def prepare(
     ]
     plans = [_plan_shards(job) for job in jobs]
     total = sum(shard.rows for shards, *_ in plans for shard in shards)
-    with locks.only_writer(target), _progress_bar(total, progress) as advance:
-        reports = [_prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)]
+    try:
+        with locks.only_writer(target), _progress_bar(total, progress) as advance:
+            reports = [
+                _prepare_task(job, *plan, overwrite, advance) for job, plan in zip(jobs, plans)
+            ]
+    except schema.BadRowError as error:
+        error.command = schema.prepare_command(source, target)
+        if part.columns:
+            error.command += f" --columns={','.join(part.columns)}"
+        raise
     return PrepareReport(
         rows={name: n for report in reports for name, n in report.rows.items()},
         bad_rows=sum((report.bad_rows for report in reports), ()),

@@ -116,9 +116,9 @@ def _no_data(target: str) -> str:
             f"--config.data.dir={os.path.dirname(os.path.abspath(target))}"
         )
     return (
-        f"{target} holds no data: make them with `python -m opsd_jax.data prepare "
-        f"--source=PARQUET_DIR --target={target}` or `python -m opsd_jax.data make-mini "
-        f"--target={target}`, or give --config.data.dir=FOLDER that holds {schema.NAME}/. "
+        f"{target} holds no data: make them with `{schema.prepare_command(target=target)}` or "
+        f"`python -m opsd_jax.data make-mini --target={target}`, or give "
+        f"--config.data.dir=FOLDER that holds {schema.NAME}/. "
         "Procedural data (config.data.make.families) are made by the run itself only where "
         "config.data.dir is empty"
     )

@@ -1,6 +1,7 @@
 """One example of the released data set, its columns, and how a row becomes an example."""
 
 import dataclasses
+import difflib
 import functools
 import io
 import json
@@ -21,7 +22,6 @@ NAME, VERSION = "visual_opsd", "1.0.0"  # of the TFDS data set
 DESCRIPTION = "Questions about an image with interleaved textual and visual reasoning."
 SPLITS = ("train", "validation", "test")
 ROUNDS = 8  # thoughts, and visual thoughts, that an example can hold
-PREPARE_COMMAND = "python -m opsd_jax.data prepare --source=PARQUET_DIR --target=DIR"
 
 # Columns of the parquet files. The first name is misspelt in the released files.
 THOUGHT_COLUMNS = tuple(f"resoning_thought_{i}" for i in range(ROUNDS))
@@ -50,6 +50,11 @@ IMAGE_FEATURES = ("problem_image", "reasoning_images")
 # The problem images after the first; only where a task has rows with several.
 MORE_PROBLEMS = "more_problem_images"
 TEXT_FEATURES = ("pid", "task", "question", "answer", "full_text_only_thought")
+
+
+def prepare_command(source: object = "SOURCE_DIR", target: object = "DIR") -> str:
+    """The command that prepares files, for messages; the names in capitals are not known there."""
+    return f"python -m opsd_jax.data prepare --source={source} --target={target}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +149,12 @@ class BadSourceError(ValueError):
 
 
 class BadRowError(ValueError):
-    """A row of a parquet or JSONL file that cannot be trained on."""
+    """A row of a parquet or JSONL file that cannot be trained on.
+
+    command: what prepares the files; `prepare` puts its own folders here.
+    """
+
+    command = prepare_command()
 
     def __init__(self, file: str, row: int, pid: str, column: str, fault: str):
         super().__init__(file, row, pid, column, fault)  # all arguments, so that it can be pickled
@@ -153,8 +163,21 @@ class BadRowError(ValueError):
     def __str__(self) -> str:
         return (
             f"{self.note}. Fix the row in the file, or leave bad rows out with "
-            f"`{PREPARE_COMMAND} --on_bad_row=skip`, which counts and names them"
+            f"`{self.command} --on_bad_row=skip`, which counts and names them"
         )
+
+    def under(self, names: Mapping[str, str]) -> "BadRowError":
+        """The error with the file's own names of columns (`Row.names`)."""
+        *where, column, fault = self.args
+        return BadRowError(*where, names.get(column, column), in_file(fault, names))
+
+
+def in_file(text: str, names: Mapping[str, str]) -> str:
+    """A message with the file's own names of columns (`Row.names`); quoted texts stay."""
+    if not names:
+        return text
+    every = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w./'\"])({every})(?![\w./'\"])", lambda found: names[found[1]], text)
 
 
 class Row(NamedTuple):
@@ -165,12 +188,14 @@ class Row(NamedTuple):
       values: {column of the schema, or further column: value}, as `read_row` takes them.
       remarks: reasons of warnings that reading gave.
       fault: why there are no values, if there are none.
+      names: {column: what the file calls it}, for messages, where the file has another name.
     """
 
     index: int
     values: dict[str, Any]
     remarks: tuple[str, ...] = ()
     fault: BadRowError | None = None
+    names: Mapping[str, str] = {}
 
 
 class Scan(NamedTuple):
@@ -241,7 +266,7 @@ def read_row(
     problems = _problem_images(row, bad)
     if fault := tags.places_fault(text("question"), len(problems)):
         raise bad("question", fault)
-    visual_thoughts, reasons = _visual_thoughts(row, len(thoughts))
+    visual_thoughts, reasons = _visual_thoughts(row, len(thoughts), columns)
     if not text("full_text_only_thought").strip():
         reasons.append("no_text_trace: full_text_only_thought is empty")
 
@@ -298,7 +323,7 @@ def _problem_images(
 
 
 def _visual_thoughts(
-    row: Mapping[str, Any], num_thoughts: int
+    row: Mapping[str, Any], num_thoughts: int, columns: Sequence[str]
 ) -> tuple[tuple[bytes, ...], list[str]]:
     """The encoded visual thoughts of a row, and the reasons of its warnings."""
     found, reasons = [], []
@@ -317,7 +342,8 @@ def _visual_thoughts(
             kind = "dropped_thought" if column.startswith("resoning") else "dropped_visual_thought"
             reasons.append(f"{kind}: {column} is not read, a row holds {ROUNDS}")
     if not found:
-        reasons.append("no_visual_thought: the teacher sees what the student sees")
+        unless = f", unless its blocks show {' or '.join(columns)}" if columns else ""
+        reasons.append(f"no_visual_thought: the teacher sees what the student sees{unless}")
     # In an interleaved trace, each visual thought follows a thought and precedes another.
     if len(found) >= num_thoughts:
         reasons.append(
@@ -325,6 +351,24 @@ def _visual_thoughts(
             f"show {num_thoughts - 1} of {len(found)}; the teacher sees all"
         )
     return tuple(found), reasons
+
+
+def check_further(path: Path, present: Iterable[str], further: Sequence[str], kind: str) -> None:
+    """Raises BadSourceError if a file lacks a further column.
+
+    Args:
+      present: names that the file has. further: the columns, "text:COLUMN" or "images:COLUMN".
+      kind: what the file's format calls a column, for the message.
+    """
+    asked = {columns_lib.of_files(name): name for name in further}
+    free = [name for name in present if name not in asked]
+    for column, name in asked.items():
+        if column in present:
+            continue
+        type_of = name.removesuffix(column)
+        close = difflib.get_close_matches(column, free, 1)
+        hint = f"did you mean {type_of}{close[0]}?" if close else f"it has {', '.join(free)}"
+        raise BadSourceError(f"{path} has no {kind} {column!r}, as --columns={name} asks: {hint}")
 
 
 def _images(value: Any, bad: Callable[[str], BadRowError]) -> tuple[bytes, ...]:

@@ -23,7 +23,8 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
     source = Path(os.path.abspath(source))  # a link keeps its name, which may be the task's
     if not source.is_dir():
         raise schema.BadSourceError(
-            f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet"
+            f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet "
+            "or <Task>/train.jsonl"
         )
     named = source.parent if source.name == "data" else source  # `source` is <Task>/data
     folders = [named] if _files(source) else []
@@ -41,8 +42,8 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
     if not tasks:
         inside = [path.name for path in sorted(source.iterdir())][:10]
         raise schema.BadSourceError(
-            f"{source} holds no parquet: looked for *.parquet and data/*.parquet, and for "
-            f"*.jsonl and data/*.jsonl, in it and in its folders; it holds {inside}. "
+            f"{source} holds no parquet and no JSONL: looked for *.parquet, *.jsonl, "
+            f"data/*.parquet and data/*.jsonl in it and in its folders; it holds {inside}. "
             f"File names start with {', '.join(schema.SPLITS)}"
         )
     for task in tasks:
@@ -115,11 +116,15 @@ def to_example(
     """The example of a row and its warnings; arguments and errors of `schema.read_row`."""
     if row.fault is not None:
         raise row.fault
-    example, notes = schema.read_row(
-        row.values, file=file, index=row.index, task=task, columns=columns
-    )
+    try:
+        example, notes = schema.read_row(
+            row.values, file=file, index=row.index, task=task, columns=columns
+        )
+    except schema.BadRowError as error:
+        raise error.under(row.names) from None
+    own = (note._replace(reason=schema.in_file(note.reason, row.names)) for note in notes)
     remarks = (schema.Note(file, row.index, example.pid, remark) for remark in row.remarks)
-    return example, (*notes, *remarks)
+    return example, (*own, *remarks)
 
 
 def read_examples(

@@ -155,7 +155,8 @@ def test_a_source_without_parquet(tmp_path, capsys):
     status, _, error = prepare(tmp_path, capsys)
     assert (
         status == 1
-        and f"{tmp_path} holds no parquet: looked for *.parquet and data/*.parquet" in error
+        and f"{tmp_path} holds no parquet and no JSONL: looked for *.parquet, *.jsonl, data/*"
+        in error
     )
 
 
@@ -396,7 +397,7 @@ def test_batches_that_the_mesh_does_not_divide(tmp_path, folder):
 @pytest.mark.parametrize("families", [(), ("chart",)])
 def test_no_data(tmp_path, families):
     away = str(tmp_path / "away")
-    command = f"python -m opsd_jax.data prepare --source=PARQUET_DIR --target={away}"
+    command = f"python -m opsd_jax.data prepare --source=SOURCE_DIR --target={away}"
     refused(
         FileNotFoundError,
         tmp_path,

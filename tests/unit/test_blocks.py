@@ -566,7 +566,11 @@ def test_one_image_is_a_list_of_one(tmp_path):
 @pytest.mark.parametrize(
     "changes, columns, message",
     [
-        ({}, ("text:proof",), r"train-00000-of-00001.parquet has no column 'proof'; its columns: "),
+        (
+            {},
+            ("text:proof",),
+            r"train-00000-of-00001.parquet has no column 'proof', as --columns=text:proof ",
+        ),
         ({"solution": 3}, COLUMNS, "row 0, pid 'p0': solution is of type int, not text"),
         ({"crops": ["x"]}, COLUMNS, r"row 0, pid 'p0': crops is not an image .*\(image 0\)"),
         (

@@ -546,7 +546,8 @@ def test_sources_that_are_none(tmp_path):
         prepare(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty/images").mkdir(parents=True)
     with pytest.raises(
-        BadSourceError, match=r"no parquet.*\*\.parquet and data/\*\.parquet.*images.*train, "
+        BadSourceError,
+        match=r"no parquet and no JSONL.*\*\.parquet, \*\.jsonl, data/.*images.*train, ",
     ):
         prepare(tmp_path / "empty", tmp_path / "out")
     write(tmp_path / "s/Maze/part-0.parquet", [row(0)])

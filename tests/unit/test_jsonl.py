@@ -117,6 +117,13 @@ def test_chats(tmp_path):
     report = prepare(tmp_path, tmp_path / "out")
     assert f"read as JSONL with chat messages: {tmp_path.name}/train" in str(report)
     kinds = [(note.row, note.reason.split(":")[0]) for note in report.warnings]
+    assert "no_text_trace: the reasoning of the assistant turn is empty" in [
+        note.reason for note in report.warnings
+    ]
+    kept = prepare(tmp_path, tmp_path / "kept", Part(columns=("text:solution",)))
+    for found, blocks in ((report, ""), (kept, ", unless its blocks show text:solution")):
+        said = f"no_visual_thought: the teacher sees what the student sees{blocks}"
+        assert [note.reason for note in found.warnings].count(said) == 3
     assert kinds == [
         *[(None, "ignored_column")] * 3,
         (0, "no_visual_thought"),
@@ -189,16 +196,27 @@ BAD = {
     "type": (named(answer=7), "answer is of type int"),
     "pid": (named(pid=[1]), "pid is of type list"),
     "thoughts": (named(thoughts="look"), "thoughts is of type str, not a list"),
-    "no thought": (named(thoughts=[]), "hold no thought"),
-    "image type": (named(image=7), "problem_image_0 is of type int"),
+    "no thought": (
+        named(thoughts=[]),
+        r"thoughts\[0\] and the columns up to thoughts\[7\] hold no thought",
+    ),
+    "image type": (named(image=7), "image is of type int"),
     "image keys": (named(image={"url": "x"}), "not an image {bytes, path}"),
     "absolute": (named(image="/etc/red.png"), "give a path below"),
     "drive": (named(image="C:\\red.png"), "give a path below"),
     "outside": (named(image="images/../../red.png"), "give a path below"),
     "address": (named(image="https://a/red.png"), "download the image"),
-    "no file": (named(visual_thoughts=["no.png"]), "reasoning_image_0 is .*no such file"),
+    "no file": (named(image="no.png"), "image is .*no such file"),
+    "no visual thought": (
+        named(visual_thoughts=["images/red.png", "no.png"]),
+        r"visual_thoughts\[1\] is .*no such file",
+    ),
+    "no file of the schema": (
+        named(image="absent", problem_image_0="problem_image_0.png"),
+        'problem_image_0 is "problem_image_0.png", and there is no such file',
+    ),
     "empty file": (named(image="images/empty.png"), "empty file"),
-    "no picture": (named(image="train.jsonl"), "problem_image_0 cannot be decoded"),
+    "no picture": (named(image="train.jsonl"), "image cannot be decoded"),
     "base64": (named(image={"bytes": "%%"}), "not valid base64"),
     "data URL": (named(image="data:image/png,x"), "not in base64"),
     "a chat": (chat(), "messages belongs to chats"),
@@ -225,8 +243,11 @@ BAD_CHATS = {
 def test_bad_lines(tmp_path, good, bad):
     path = write(tmp_path / "T", good, *(line for line, _ in bad.values()), good)
     (tmp_path / "T/images/empty.png").touch()
-    with pytest.raises(BadRowError, match=r"train\.jsonl, line 2, pid .*--on_bad_row=skip"):
+    with pytest.raises(
+        BadRowError, match=r"train\.jsonl, line 2, pid .*--on_bad_row=skip"
+    ) as found:
         prepare(tmp_path, tmp_path / "out")
+    assert f"--source={tmp_path} --target={tmp_path / 'out'} --on_bad_row" in str(found.value)
     report = prepare(tmp_path, tmp_path / "out", on_bad_row="skip")
     assert report.rows == {"T/train": 2}
     assert [(note.file, note.row) for note in report.bad_rows] == [
@@ -242,9 +263,20 @@ def test_bad_lines(tmp_path, good, bad):
 SOURCES = {
     "misspelt": ((named(text_traces="x", text_trace="absent"),), (), "did you mean 'text_trace'"),
     "schema": ((named(resoning_thoght_2="x"),), (), "did you mean 'resoning_thought_2'"),
-    "no column": ((named(answer="absent"),), (), "has no column 'answer'"),
-    "further": ((NAMED,), ("text:hint",), "has no column 'hint'"),
+    "no column": ((named(answer="absent"),), (), "has no key 'answer'; its keys: "),
+    "further": (
+        (NAMED,),
+        ("text:hint",),
+        "has no key 'hint', as --columns=text:hint asks: it has ",
+    ),
     "further chat": ((CHAT,), ("text:hint",), "has no key 'hint'"),
+    "similar": (
+        (named(hint="x"),),
+        ("text:hints",),
+        "'hints', as --columns=text:hints asks: did you mean text:hint?",
+    ),
+    "similar in a chat": ((CHAT,), ("text:solutions",), "did you mean text:solution?"),
+    "no thoughts": ((named(thoughts="absent"),), (), "has no key 'thoughts'; its keys: pid, "),
     "own key": ((NAMED,), ("text:thoughts",), "names thoughts, which JSONL files have"),
     "two formats": ((NAMED | CHAT,), (), "both 'messages' and 'question'"),
     "no object": (("x", "y"), (), "no line that is a JSON object: line 1 is not JSON"),
@@ -281,10 +313,10 @@ def test_oddities_are_those_of_parquet(tmp_path):
     (example,) = open_source(tmp_path / "out", task="T")
     assert (example.visual_thoughts, example.thoughts) == ((BLUE,), tuple("01234567"))
     first, *others = (note.reason for note in report.warnings)
-    assert first.startswith("dropped_visual_thought: reasoning_image_0 cannot be decoded")
+    assert first.startswith("dropped_visual_thought: visual_thoughts[0] cannot be decoded")
     assert others == [
-        "dropped_visual_thought: reasoning_image_1 is missing",
-        "dropped_thought: resoning_thought_8 is not read, a row holds 8",
+        "dropped_visual_thought: visual_thoughts[1] is missing",
+        "dropped_thought: thoughts[8] is not read, a row holds 8",
     ]
     path.write_text(json.dumps(line) + "\n" + json.dumps(line))
     report = prepare(tmp_path, tmp_path / "out", overwrite=True)
