@@ -215,27 +215,49 @@ def _check_run(config: ConfigDict) -> None:
 def _check_run_arm(config: ConfigDict, name: str) -> None:
     """Checks an arm that the run starts by itself."""
     if name not in config.arms:
-        meant = difflib.get_close_matches(name, config.arms, n=1)
         raise ValueError(
             f"config.run_arms names {name!r}, which is not one of the arms {sorted(config.arms)}"
-            + (f"; did you mean {meant[0]!r}?" if meant else "")
+            + checks.did_you_mean(name, config.arms)
         )
     if "opsd" not in config.stages:
         raise ValueError(
             f"config.run_arms names {name!r}: an arm needs an opsd stage to start from, and "
             f"config.stages is {config.stages}"
         )
-    changed = config_lib.arm(config, name)
-    try:
-        _check_sections(changed)
-    except ValueError as error:
-        raise ValueError(f"config.arms.{name}: {error}") from None
-    for c in (config, changed):
+    if fault := _arm_fault(config, name):
+        raise ValueError(f"config.arms.{name}: {fault}. {_other_arms(config, name)}")
+    for c in (config, config_lib.arm(config, name)):
         if not c.eval.final_split or "none" not in c.eval.final_visual_thoughts:
             raise ValueError(
                 "config.run_arms ends with a table of text-only accuracies: set "
                 "config.eval.final_split, and 'none' in config.eval.final_visual_thoughts"
             )
+
+
+def _arm_fault(config: ConfigDict, name: str) -> str:
+    """What is wrong with the settings of an arm that exists; "" for nothing."""
+    try:
+        _check_sections(config_lib.arm(config, name))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _other_arms(config: ConfigDict, name: str) -> str:
+    """Which arms to start instead of a wrong one, for messages.
+
+    Those of the run that are right. In the place of a control of what the teacher sees also noise
+    and swap, which any privileged blocks have.
+    """
+
+    def seen(arm: str) -> str:
+        return config.arms[arm].get("teacher", {}).get("visual_thoughts", "")
+
+    controls = [arm for arm in config.arms if seen(name) and seen(arm) in ("noise", "swap")]
+    wanted = dict.fromkeys((*config.run_arms, *controls))
+    right = [arm for arm in wanted if arm in config.arms and not _arm_fault(config, arm)]
+    others = f"give --config.run_arms={','.join(right)}, or " if right else "give "
+    return f"Or leave the arm out: {others}--config.run_arms='()' for no arm"
 
 
 def _check_data(config: ConfigDict) -> None:

@@ -270,11 +270,15 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     return rest
 
 
+def options() -> list[str]:
+    """All settings of a run, as options."""
+    return [f"--config.{key}" for key in config_lib.default_values()]
+
+
 def _options() -> list[str]:
     """The options of the command and the settings, which are what a user may have meant."""
     own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-    settings = (f"--config.{key}" for key in config_lib.default_values())
-    return ["--config", *(f"--{flag.name}" for flag in own), *settings]
+    return ["--config", *(f"--{flag.name}" for flag in own), *options()]
 
 
 def _check_path(flag: str, path: str) -> None:

@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--name",
         default="",
-        help="of the results in W/eval (default: <step>-<mode>[-banned][-<protocol>])",
+        help="of the results in W/eval (default: <step>-<mode>, then what differs from the run's "
+        "own evaluation: [-banned][-<protocol>][-<split>][-random<rows>][-<benchmarks>]"
+        "[-samples<K>][-temperature<T>][-seed<N>][-<dtype>])",
     )
     args, summaries = parser.parse_args(argv), {}
     try:

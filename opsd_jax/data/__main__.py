@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "index", help="the bucket of each example, kept beside the prepared data"
     )
     for command in (fit, index):
+        command.settings = config_flags.options()
         command.add_argument(
             "--config", required=True, help="file of the run's settings, see configs/"
         )

@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config.KEY", metavar="VALUE", help="a setting, such as --config.model.attention=flash"
     )
+    parser.settings = config_flags.options()
     return parser
 
 

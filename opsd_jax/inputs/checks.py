@@ -11,11 +11,13 @@ The fields of a dataclass declare what they allow in the annotation, next to the
 """
 
 import dataclasses
+import difflib
 import functools
 import numbers
 import os
 import re
 import typing
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -114,6 +116,12 @@ def names(name: str, values, choices: tuple[str, ...] = ()) -> None:
         if choices and value not in choices:
             raise ValueError(f"{name} names {value!r}: {_choose(choices)}")
     once(name, values)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """ "; did you mean 'noise'?" with the most similar choice; "" where none is similar."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _choose(choices: tuple[str, ...]) -> str:

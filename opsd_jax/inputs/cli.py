@@ -11,6 +11,8 @@ import jax
 
 from opsd_jax.inputs import checks
 
+_MOST_MEANT = 3  # options that an unknown one may stand for, in an error message
+
 
 def start() -> None:
     """Prints characters that the terminal's encoding lacks as escapes such as \\u2013.
@@ -30,7 +32,11 @@ class Parser(argparse.ArgumentParser):
     """Of a command's options. Errors are one line; one about an unknown option suggests another.
 
     argparse would first miss the required option that was misspelt, and suggest nothing.
+
+    settings: options --config.KEY of the command, which are suggested, too.
     """
+
+    settings: Sequence[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse; ends the command with code 2 for an option that does not exist."""
@@ -41,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             for argument in args[: args.index("--")] if "--" in args else args:
                 given = re.match(r"(--?[A-Za-z][\w.-]*)(?:=|$)", argument)
                 if given and given[1] != "-h" and not _names(given[1], options):
-                    self.error(unknown_option(given[1], options))
+                    self.error(unknown_option(given[1], [*options, *self.settings]))
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
@@ -57,14 +63,22 @@ def unknown_option(given: str, options: Iterable[str]) -> str:
       given: as typed, without its value. options: those that exist, with their hyphens.
     """
 
-    def plain(option):
+    def plain(option: str) -> str:
         return option.lower().strip("-").replace("-", "").replace("_", "")
 
-    meant = {plain(option): option for option in options}
-    close = difflib.get_close_matches(plain(given), meant, n=1, cutoff=0.6)
-    return f"{given}: there is no such option" + (
-        f"; did you mean {meant[close[0]]}?" if close else ""
-    )
+    wanted = plain(given)
+    named: dict[str, list[str]] = {}
+    for option in options:
+        name = plain(option)
+        # "config.opsd.optim.lr", and "lr" for those who leave the groups out
+        for part in {name, name.rpartition(".")[2]}:
+            named.setdefault(part, []).append(option)
+    meant = [o for o in named.get(wanted.rpartition(".")[2], ()) if plain(o).endswith(wanted)]
+    if not meant:
+        close = difflib.get_close_matches(wanted, named, n=1, cutoff=0.6)
+        meant = [option for name in close for option in named[name]]
+    shown = " or ".join(meant[:_MOST_MEANT]) + (" ..." if meant[_MOST_MEANT:] else "")
+    return f"{given}: there is no such option" + (f"; did you mean {shown}?" if meant else "")
 
 
 def _long_options(help_text: str) -> set[str]:

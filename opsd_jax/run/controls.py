@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.data.workdir import read_record
+from opsd_jax.inputs import checks, paths
 from opsd_jax.run import saves
 from opsd_jax.runtime import metrics, run_folder
 from opsd_jax.runtime.progress import Progress
@@ -38,11 +39,18 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
     if name not in config.arms:
         raise ValueError(
             f"--arm={name}: there is no such arm; the config has the arms {sorted(config.arms)}"
+            + checks.did_you_mean(name, config.arms)
         )
     if "opsd" not in config.stages:
         raise ValueError(
             f"--arm={name}: arms start where the OPSD stage does; config.stages {config.stages} "
             "has none"
+        )
+    paths.check_given("--workdir", workdir, orbax=True)
+    if not os.path.exists(record := run_folder.config(workdir)):
+        raise FileNotFoundError(
+            f"{record} does not exist: run the same command without --arm first; the arm {name} "
+            "starts from the weights with which the OPSD stage of that run begins"
         )
     try:
         config_check.check_unchanged(read_record(workdir), config)

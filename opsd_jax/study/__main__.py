@@ -12,12 +12,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from opsd_jax import config as config_lib
 from opsd_jax import config_flags
-from opsd_jax.inputs import cli, paths
+from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.runtime import distributed, locks, stopping
 from opsd_jax.study import grid, jobs, page, scores, slots, table
 
 _CHANGES = "--config.changes."  # of the runs' settings
+_PRESETS = (  # of configs/study.py, for the help
+    "content",
+    "traces",
+    "wrong",
+    "length",
+    "loss",
+    "teacher",
+    "policy",
+    "privileged",
+    "transfer",
+    "all",
+    "smoke",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,16 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths.check_given("--workdir", args.workdir, orbax=True)
         study = grid.read(*_given(args.config, settings, args.workdir))
         if args.list:
-            grid.write_settings(study)
-            for job in jobs.left(study):
-                print(shlex.join(job.command()))
+            _list(study)
             return
         paths.check_writable("--workdir", args.workdir)
-        if os.environ.get("OPSD_NUM_PROCESSES", "1") != "1":
+        if not args.table and os.environ.get("OPSD_NUM_PROCESSES", "1") != "1":
             raise ValueError(
                 "a study starts its commands on one machine, and OPSD_NUM_PROCESSES is "
-                f"{os.environ['OPSD_NUM_PROCESSES']}: print them with --list, start each on all "
-                "machines, then give this command without --list for the table"
+                f"{os.environ['OPSD_NUM_PROCESSES']}: write their settings with --table, print "
+                "them with --list, start each on all machines, then give --table again"
             )
         with locks.only_writer(study.workdir, inside=True):
             failed = _run(study, start=not args.table)
@@ -49,6 +61,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {len(failed)} of {len(study.jobs)} jobs are not done; see above")
 
 
+def _list(study: grid.Study) -> None:
+    """Prints the commands that are left; writes nothing."""
+    left = list(jobs.left(study))
+    for job in left:
+        print(shlex.join(job.command()))
+    if any(not os.path.exists(job.settings) for job in left):
+        print(
+            "the files of settings that these commands read are not written yet: give the command "
+            "with --table in the place of --list first",
+            file=sys.stderr,
+        )
+
+
 def _given(config: str, settings: Sequence[str], workdir: str):
     """Arguments of `grid.read`. Raises ValueError for a setting that a study does not have."""
     known = grid.default()
@@ -56,8 +81,14 @@ def _given(config: str, settings: Sequence[str], workdir: str):
         key = argument.removeprefix("--config.").partition("=")[0]
         if key.partition(".")[0] not in known:
             raise ValueError(
-                f"{argument}: a study has no such setting, only {', '.join(known)}. A setting of "
-                f"all its runs is changed by {_CHANGES}{key}=VALUE"
+                f"{argument}: a study has no such setting, only {', '.join(known)}"
+                + (
+                    (
+                        key not in config_lib.default_values()
+                        and checks.did_you_mean(key.partition(".")[0], known)
+                    )
+                    or f". A setting of all its runs is changed by {_CHANGES}{key}=VALUE"
+                )
             )
     changes = [a for a in settings if a.startswith(_CHANGES)]
     own = [argument for argument in settings if argument not in changes]
@@ -71,8 +102,7 @@ def _run(study: grid.Study, *, start: bool) -> dict[str, str]:
     start: whether to start what is left.
     """
     failed: dict[str, str] = {}
-    if start:
-        grid.write_settings(study)
+    grid.write_settings(study)
     if start and any(jobs.left(study)):
         runs = [job.config for job in study.jobs if job.is_run]
         with stopping.stoppable("the same command continues the study") as stop:
@@ -91,7 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m opsd_jax.study",
         description="A grid of runs and control arms, and one table of them.",
     )
-    parser.add_argument("--config", required=True, help="file of the study, see configs/study.py")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="file of the study, such as configs/study.py:content; its first lines explain the "
+        f"presets: {', '.join(_PRESETS)}",
+    )
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
@@ -104,13 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--list",
         action="store_true",
-        help="print the commands that are left, runs before their arms, and start none",
+        help="print the commands that are left, runs before their arms; write and start nothing",
     )
     parser.add_argument(
         "--table",
         action="store_true",
-        help="write the table and the page of what is done, and start nothing",
+        help="write the settings of the runs, the table and the page of what is done, and start "
+        "nothing",
     )
+    of_runs = (key for key in config_lib.default_values() if key.rpartition(".")[2] != "seed")
+    parser.settings = [f"--config.{key}" for key in grid.default()]
+    parser.settings += [f"{_CHANGES}{key}" for key in of_runs]
     return parser
 
 

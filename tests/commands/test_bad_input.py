@@ -278,7 +278,7 @@ def test_mistakes_on_the_command_line(tmp_path):
         ],
         "--arm=nosie": [
             "error: --arm=nosie: there is no such arm; the config has the arms ['image', "
-            "'noise', 'none', 'offline', 'sft', 'swap']"
+            "'noise', 'none', 'offline', 'sft', 'swap']; did you mean 'noise'?"
         ],
         "--config.data.buckets.student=(36,25)": [
             "error: config.data.buckets.student is (36, 25): give a tuple that holds"

@@ -1,6 +1,7 @@
 """What all commands share: terminals without UTF-8, and checks of flag values."""
 
 import ast
+import importlib
 import io
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from opsd_jax import config_flags
 from opsd_jax.__main__ import COMMANDS
 from opsd_jax.inputs import cli
 
@@ -151,8 +153,6 @@ def test_ranges(check, good, bad):
     ],
 )
 def test_what_does_not_parse_is_named_by_its_flag(module, arguments, flag, capsys):
-    import importlib
-
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"opsd_jax.{module}").main(arguments)
     message = capsys.readouterr().err
@@ -301,13 +301,45 @@ def test_every_command_shows_its_options_alike(command):
     ],
 )
 def test_a_misspelt_option_is_named_with_the_one_that_is_meant(module, arguments, said, capsys):
-    import importlib
-
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"opsd_jax.{module}").main(arguments)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and len(message.splitlines()) == 1
     assert f"there is no such option; did you mean {said}? (python -m opsd_jax." in message
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--seed", "--config.seed or --config.data.make.seed"),
+        ("--opsd.steps", "--config.opsd.steps"),
+        ("--opsd.stesp", "--config.opsd.steps"),
+        ("--run-arms", "--config.run_arms"),
+        ("--run_arm", "--config.run_arms"),
+        ("--max_token", "--config.rollout.max_new_tokens"),
+        ("--tokeniser", "--config.tokenizer"),
+        ("--workdr", "--workdir"),
+        ("--optim.lr", "--config.autoencoder.optim.lr or --config.warmup.optim.lr or"),
+    ],
+)
+def test_a_setting_without_config_is_suggested(given, said):
+    message = cli.unknown_option(given, ["--workdir", "--arm", *config_flags.options()])
+    assert message.startswith(f"{given}: there is no such option; did you mean {said}"), message
+
+
+@pytest.mark.parametrize(
+    "module, arguments, said",
+    [
+        ("data.__main__", ["sizes", "--config=C", "--cache-rows=1"], "--config.data.cache_rows"),
+        ("doctor.__main__", ["--attention=flash"], "--config.model.attention"),
+        ("study.__main__", ["--workdir=S", "--seed=1"], "--config.seeds"),
+        ("study.__main__", ["--workdir=S", "--init-from=A"], "--config.changes.init_from"),
+    ],
+)
+def test_commands_that_take_settings_suggest_them(module, arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"opsd_jax.{module}").main(arguments)
+    assert f"; did you mean {said}?" in capsys.readouterr().err
 
 
 def test_values_and_beginnings_of_options_are_no_misspelt_options():

@@ -430,9 +430,11 @@ def test_a_run_whose_folder_is_deleted_ends_with_an_error(
 
 def test_arms_need_a_name_and_a_start(tmp_path):
     config = small_run.config()
-    with pytest.raises(ValueError, match="--arm=nosie: .* the config has the arms .*'noise'"):
+    with pytest.raises(ValueError, match="--arm=nosie: .*; did you mean 'noise'?"):
         controls_lib.settings_of(config, str(tmp_path), "nosie")
-    with pytest.raises(FileNotFoundError, match="holds no run"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config.json does not exist: run the same .* without --arm"
+    ):
         controls_lib.settings_of(config, str(tmp_path), "noise")
     (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     with pytest.raises(

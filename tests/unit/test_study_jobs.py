@@ -265,6 +265,35 @@ def test_a_setting_of_a_run_is_no_setting_of_a_study(tmp_path, capsys):
     assert "is changed by --config.changes.opsd.steps=VALUE" in capsys.readouterr().err
 
 
+def test_a_misspelt_setting_of_a_study_is_named_with_the_one_that_is_meant(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main([f"--config={PATH}:smoke", f"--workdir={tmp_path}", "--config.seds=3"])
+    assert "config.seds=3: a study has no such" in (said := capsys.readouterr().err)
+    assert said.strip().endswith("; did you mean 'seeds'?")
+
+
+def test_help_names_all_presets(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    named = " ".join(capsys.readouterr().out.split())
+    assert f"presets: {', '.join([*PRESETS, 'all', 'smoke'])}" in named
+
+
+def test_a_list_of_commands_writes_nothing(tmp_path, capsys):
+    command = [f"--config={PATH}:smoke", f"--workdir={tmp_path / 'S'}"]
+    command_line.main([*command, "--list"])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == len(preset("smoke", tmp_path).jobs) > 1
+    assert "with --table in the place of --list first" in said.err
+    assert not (tmp_path / "S").exists()
+    command_line.main([*command, "--table"])
+    written = [line.split("--config=")[1].split()[0] for line in said.out.splitlines()]
+    assert all(pathlib.Path(path).is_file() for path in written)
+    capsys.readouterr()
+    command_line.main([*command, "--list"])
+    assert capsys.readouterr() == (said.out, "")
+
+
 # --- slots ---------------------------------------------------------------------------------------
 
 
