@@ -11,6 +11,7 @@ W/arms/NAME, from the weights with which W's first OPSD step began.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -24,7 +25,9 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_flags, sharding
 from opsd_jax.data import sizes
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.batches import Batches
+from opsd_jax.data.examples import Examples
 from opsd_jax.inputs import cli, json_files
 from opsd_jax.run import (
     controls,
@@ -40,7 +43,7 @@ from opsd_jax.run import (
 )
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
-from opsd_jax.run.checks import check
+from opsd_jax.run.checks import check, check_privileged
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
@@ -209,6 +212,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
             if not continued:
                 with run.clock("data"):
                     sizes.check_training(config, run.data_dir, run.packer)
+                    check_privileged(config, functools.partial(_examples_of, run, data_workdir))
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
@@ -217,6 +221,13 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
                     stop.check()
             _keep_times(run, continued)
     return params
+
+
+def _examples_of(run: Session, data_workdir: str, config: ConfigDict) -> Examples:
+    """The training examples of a run under its settings, or under those of one of its arms."""
+    data_dir = workdir_lib.data_dir(config, data_workdir)
+    opened = dataclasses.replace(run, config=config, data_dir=data_dir)
+    return opened.examples("train", asked_by="training")
 
 
 @contextlib.contextmanager

@@ -326,6 +326,19 @@ class Examples:
         when it is asked for."""
         return [shards.digest(source.directory) for source in self.sources]
 
+    def __len__(self) -> int:
+        """Number of examples of all tasks."""
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index: int) -> Example:
+        """An example, counted through the tasks in order. Raises IndexError beyond the last."""
+        place = range(len(self))[index]
+        for source in self.sources:
+            if place < len(source):
+                return source[place]
+            place -= len(source)
+        raise AssertionError  # range has raised
+
     def __call__(self, source: int, index: int) -> PreparedExample:
         """The example of an index in a source. Raises images.UnreadableImageError."""
         key = source, index
@@ -361,6 +374,17 @@ class Examples:
                 "its config.data.limits, or leave the task out"
             )
         return (index + size // 2) % size
+
+    def without(self, names: Sequence[str]) -> list[str]:
+        """The tasks of which no example has anything to show in one of these blocks.
+
+        The examples of a task are read up to the first that has something.
+        """
+        return [
+            task
+            for task, source in zip(self.tasks, self.sources)
+            if not any(has_content(source[n], names) for n in range(len(source)))
+        ]
 
     def check_references(self, source: int, indices: Iterable[int]) -> None:
         """Checks that a completion can match the stored answers of examples.

@@ -172,12 +172,16 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
     return present
 
 
-# What columns are in messages about chats.
-_CHAT_NAMES = {
-    "problem_image_0": "images",
-    "resoning_thought_0": "messages",
-    "full_text_only_thought": "the reasoning of the assistant turn",
-}
+def _chat_names(line: Mapping[str, Any]) -> dict[str, str]:
+    """{column: what it is in a chat}, for messages."""
+    shown = line.get("images")
+    count = max(1, len(shown) if isinstance(shown, list) else 0)
+    one = {f"{schema.PROBLEM_COLUMNS}0": "images"}
+    several = {f"{schema.PROBLEM_COLUMNS}{n}": f"images[{n}]" for n in range(count)}
+    return (several if count > 1 else one) | {
+        "resoning_thought_0": "messages",
+        "full_text_only_thought": "the reasoning of the assistant turn",
+    }
 
 
 def _keys(line: Mapping[str, Any]) -> dict[str, str]:
@@ -215,7 +219,7 @@ def _rows(
         names: Mapping[str, str] = {}
         try:
             line = _parse(raw)
-            names = _CHAT_NAMES if kind == CHAT else _keys(line)
+            names = (_chat_names if kind == CHAT else _keys)(line)
             values, remarks = (_from_chat if kind == CHAT else _from_named)(line, further)
             _check_pid(values)
             values = _with_images(values, path.parent, further)

@@ -93,6 +93,27 @@ class Example:
         return self.problem_image, *self.more_problem_images
 
     @property
+    def image(self) -> Image.Image:
+        """The problem image, or the first of several, decoded as training does by default.
+
+        Raises images.UnreadableImageError.
+        """
+        return images.open_rgb(self.problem_image, transparency="drop")
+
+    @property
+    def all_images(self) -> list[Image.Image]:
+        """All problem images, decoded, as `opsd_jax.answer` takes them for questions with several.
+
+        Raises images.UnreadableImageError.
+        """
+        return [images.open_rgb(data, transparency="drop") for data in self.problem_images]
+
+    @property
+    def visual_images(self) -> tuple[Image.Image, ...]:
+        """The visual thoughts, decoded. Raises images.UnreadableImageError."""
+        return tuple(images.open_rgb(data, transparency="drop") for data in self.visual_thoughts)
+
+    @property
     def trace_answer(self) -> str:
         """The answer that traces end with: the gold one, unless the metadata name another."""
         return self.metadata.get("trace_answer", self.answer)

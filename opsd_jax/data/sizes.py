@@ -6,7 +6,9 @@ No image is decoded: the headers of their files tell their sizes.
 """
 
 import dataclasses
+import functools
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,15 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, images
+from opsd_jax import config_check, images, tasks, tokenizer
 from opsd_jax.context import Image, TooLongError
-from opsd_jax.data import bucket_index, existing, packing
+from opsd_jax.data import bucket_index, existing, packing, schema
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import checks
 from opsd_jax.runtime.progress import Progress
+from opsd_jax.tasks import parquet, vocabulary
 
 _MANY = 1000  # examples: a progress bar is shown for more
+_SAMPLE = 64  # examples of a family: their texts differ in length by a few tokens at most
+_SPARE = 8  # positions that a longer example than those may need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,63 @@ def check_training(config: ConfigDict, data_dir: str, packer: Packer) -> None:
     """
     if bucket_index.is_needed(config_lib.data(config)) or not config.data.dir:
         return
-    training, used = _uses(config)[0], _used_kinds(config)
-    rows = list(_measured(config, data_dir, packer, training))
+    rows = list(_measured(config, data_dir, packer, _uses(config)[0]))
+    if refused := _refused(config, packer, rows):
+        raise TooLongError(f"{refused}. {packing.SIZES}")
+
+
+def check_unmade(config: ConfigDict) -> None:
+    """Checks a few of the procedural examples that a run makes itself, before it makes them.
+
+    The buckets of such data are known, but other prompts, blocks or image sizes need others.
+
+    Raises TooLongError, with the first example and what these need; the errors of a tokenizer.
+    """
+    data = config_lib.data(config)
+    if data.dir or not data.make.train or data.on_too_long == "skip":
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not config.tokenizer:
+            vocabulary.build_tokenizer(folder)
+        size = config.model.llm.vocab_size
+        tok = tokenizer.load(config.tokenizer or folder, vocab_size=size)
+    sources = {}
+    for family in data.make.families:
+        task = tasks.FAMILIES[family].TASK
+        if task.lower() in map(str.lower, data.tasks):
+            count, seed = min(data.make.train, _SAMPLE), data.make.seed
+            stream = tasks.generate(
+                family, "train", count, seed=seed, difficulty=data.make.difficulty
+            )
+            sources[task] = [
+                schema.read_row(row, file=task, index=n, task=task)[0]
+                for n, row in enumerate(parquet.rows(stream, task))
+            ]
+    packer, use = Packer.from_config(config, tok), _uses(config)[0]
+    examples = Examples(sources, _preprocessor(config, packer))
+    rows = [
+        _need(examples, packer, use, (s, n))
+        for s, source in enumerate(examples.sources)
+        for n in range(len(source))
+    ]
+    if refused := _refused(config, packer, rows):
+        small = dict.fromkeys(kind for row in rows for kind in packer.too_small(row.needs))
+        largest = _largest(rows)
+        spare = {kind: (_SPARE, *[0] * (len(largest[kind]) - 1)) for kind in small}
+        options = " ".join(
+            f'--config.data.buckets.{kind}="({tuple(map(int, sizes))},)"'
+            for kind in small
+            for sizes in [np.maximum(np.add(largest[kind], spare[kind]), packer.buckets[kind][-1])]
+        )
+        raise TooLongError(
+            f"Of the first examples that the run would make {refused}. Other prompts, blocks or "
+            f"image sizes need other buckets: give {options}"
+        )
+
+
+def _refused(config: ConfigDict, packer: Packer, rows: Sequence[Row]) -> str:
+    """How many training examples do not fit the largest bucket, and why the first; "" for none."""
+    used = _used_kinds(config)
     refused = [row for row in rows if used.intersection(packer.too_small(row.needs))]
     if refused:
         kinds = [k for k in packer.too_small(refused[0].needs) if k in used]
@@ -113,10 +173,11 @@ def check_training(config: ConfigDict, data_dir: str, packer: Packer) -> None:
             )
             for kind in kinds
         )
-        raise TooLongError(
+        return (
             f"{len(refused)} of {len(rows)} training examples are too long, first "
-            f"{refused[0].name}: {first}. {packing.SIZES}"
+            f"{refused[0].name}: {first}"
         )
+    return ""
 
 
 def _uses(config: ConfigDict) -> list[Use]:
@@ -151,33 +212,9 @@ def _used_kinds(config: ConfigDict) -> set[str]:
 
 def _measured(config: ConfigDict, data_dir: str, packer: Packer, use: Use) -> Iterator[Row]:
     """What the examples of a split need, in order."""
-    data = config_lib.data(config)
-    generates = any(config_lib.trains_generation(config, stage) for stage in config.stages)
-    preprocess = Preprocessor.from_config(config, packer.tokenizer, generation=generates)
+    data, preprocess = config_lib.data(config), _preprocessor(config, packer)
     examples = Examples.open(data, data_dir, use.split, preprocess, asked_by=use.setting)
-    modes = {"none" if mode == "remove" else mode for mode in use.modes}
-
-    def measure(place: tuple[int, int]) -> Row:
-        source, index = place
-        example, partner = examples.measured(source, index), None
-        if "swap" in modes:
-            partner = examples.measured(source, examples.partner_of(source, index))
-        name = f"{example.example.pid} ({examples.tasks[source]}, {use.split})"
-        parts = (part for part in example.content.values() if isinstance(part, tuple))
-        for image in (block for part in parts for block in part if isinstance(block, Image)):
-            try:
-                images.position_ids(image.grid, packer.side)
-            except ValueError as error:
-                raise ValueError(f"example {name}: {error}") from None
-        needs, answer = packer.needs(example, sorted(modes), partner), 0
-        if use.traces or example.example.full_text_only_thought.strip():
-            answer = len(packer.reference(example)) + 1
-        if not use.trains:
-            needs = {kind: needs[kind] for kind in ("student", "teacher")}
-            if use.traces:
-                needs["trace"] = np.array([0, 0, answer - 1])
-        return Row(name, use.trains, needs, answer)
-
+    measure = functools.partial(_need, examples, packer, use)
     places = [(s, n) for s, source in enumerate(examples.sources) for n in range(len(source))]
     with (
         ThreadPoolExecutor(data.threads) as pool,
@@ -186,6 +223,35 @@ def _measured(config: ConfigDict, data_dir: str, packer: Packer, use: Use) -> It
         for done, row in enumerate(pool.map(measure, places), 1):
             bar.update(done)
             yield row
+
+
+def _preprocessor(config: ConfigDict, packer: Packer) -> Preprocessor:
+    generates = any(config_lib.trains_generation(config, stage) for stage in config.stages)
+    return Preprocessor.from_config(config, packer.tokenizer, generation=generates)
+
+
+def _need(examples: Examples, packer: Packer, use: Use, place: tuple[int, int]) -> Row:
+    """What an example needs. place: its source and its index there."""
+    source, index = place
+    example, partner = examples.measured(source, index), None
+    modes = {"none" if mode == "remove" else mode for mode in use.modes}
+    if "swap" in modes:
+        partner = examples.measured(source, examples.partner_of(source, index))
+    name = f"{example.example.pid} ({examples.tasks[source]}, {use.split})"
+    parts = (part for part in example.content.values() if isinstance(part, tuple))
+    for image in (block for part in parts for block in part if isinstance(block, Image)):
+        try:
+            images.position_ids(image.grid, packer.side)
+        except ValueError as error:
+            raise ValueError(f"example {name}: {error}") from None
+    needs, answer = packer.needs(example, sorted(modes), partner), 0
+    if use.traces or example.example.full_text_only_thought.strip():
+        answer = len(packer.reference(example)) + 1
+    if not use.trains:
+        needs = {kind: needs[kind] for kind in ("student", "teacher")}
+        if use.traces:
+            needs["trace"] = np.array([0, 0, answer - 1])
+    return Row(name, use.trains, needs, answer)
 
 
 def _options(rows: Sequence[Row], count: int) -> dict[str, int | tuple]:

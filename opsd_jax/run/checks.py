@@ -1,11 +1,15 @@
 """Checks of a run before anything is made."""
 
+from collections.abc import Callable, Sequence
+
+from absl import logging
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
-from opsd_jax.data import procedural
+from opsd_jax.data import existing, procedural, sizes
 from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.data.examples import Examples
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, run_folder
@@ -26,6 +30,8 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     config_check.check(config)
     workdir_lib.check_same_run(workdir, config_lib.to_json(config))
     _check_inputs(config, workdir, data_workdir or workdir)
+    if not checkpoint.is_begun(workdir):
+        sizes.check_unmade(config)
     for name in config.run_arms:
         try:
             arm = config_lib.arm(config, name)
@@ -54,6 +60,57 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
                 f"config.init_from={config.init_from!r} is not a model and holds no checkpoint: "
                 f"{error}"
             ) from None
+
+
+def check_privileged(config: ConfigDict, open_examples: Callable[[ConfigDict], Examples]) -> None:
+    """Checks that the teachers of a run and of its arms see something that the student does not.
+
+    A teacher without privileged content by the settings passes: without privileged blocks, or with
+    `teacher.visual_thoughts` "none". Tasks that have nothing to show beside others that have are
+    logged.
+
+    Args:
+      open_examples: opens the training examples of the settings.
+    Raises ValueError if no example has anything in the privileged blocks.
+    """
+    for name, run in zip(("", *config.run_arms), existing.runs(config), strict=True):
+        names = config_lib.block_names(run).privileged
+        if (
+            not {"opsd", "offline"}.intersection(run.stages)
+            or run.teacher.visual_thoughts == "none"
+            or not names
+        ):
+            continue
+        examples = open_examples(run)
+        lacking = examples.without(names)
+        blocks = " or ".join(names)
+        if len(lacking) < len(examples.tasks):
+            if lacking:
+                logging.warning(
+                    "no example of %s has %s: there, teacher and student see the same",
+                    ", ".join(lacking),
+                    blocks,
+                )
+            continue
+        held = sorted({c for source in examples.sources for c in source.columns} - {*names})
+        hint = f"The data also hold {', '.join(held)}: set" if held else "Prepare such data, or set"
+        shown = f"config.arms.{name}: " if name else ""
+        raise ValueError(
+            f"{shown}no example of {', '.join(lacking)} has {blocks}, so teacher and student see "
+            f"the same. {hint} {_teacher_of(run, held)}. To train so all the same, set "
+            "config.teacher.visual_thoughts='none'"
+        )
+
+
+def _teacher_of(config: ConfigDict, held: Sequence[str]) -> str:
+    """Options with which the teacher sees the columns that data hold, or else the text trace."""
+    shown = tuple(held) or ("text:full_text_only_thought",)
+    privileged = config_lib.block_names(config).privileged
+    blocks = [name for name in config.teacher.blocks if name not in privileged]
+    last = blocks.index("transition") if "transition" in blocks else len(blocks)
+    blocks[last:last] = shown
+    columns = f"--config.data.columns={','.join(held)} and " if held else ""
+    return f"{columns}--config.teacher.blocks={','.join(blocks)}"
 
 
 def check_batch(config: ConfigDict, stage: str, shards: int) -> None:

@@ -138,6 +138,7 @@ def _table(examples: list[TaskExample], task: str) -> "pyarrow.Table":
     """The pyarrow.Table of a shard."""
     import pyarrow as pa
 
+    records = rows(examples, task)
     image, text = pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()
     schema = pa.schema(
         {
@@ -153,6 +154,14 @@ def _table(examples: list[TaskExample], task: str) -> "pyarrow.Table":
             "metadata": text,
         }
     )
+    return pa.Table.from_pylist(records, schema=schema)
+
+
+def rows(examples: Iterable[TaskExample], task: str) -> list[dict]:
+    """The examples as rows with the released columns: {column: value}.
+
+    Raises ValueError for an example of another task, or without two thoughts and a visual thought.
+    """
     records = []
     problem, thought = "problem_image_0", "reasoning_image_0"
     for example in examples:
@@ -186,7 +195,7 @@ def _table(examples: list[TaskExample], task: str) -> "pyarrow.Table":
                 "metadata": json.dumps(example.metadata),
             }
         )
-    return pa.Table.from_pylist(records, schema=schema)
+    return records
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -1,7 +1,9 @@
 """`python -m opsd_jax.data sizes`: what examples need of data.buckets."""
 
+import ast
 import importlib.util
 import os
+import re
 import shlex
 
 import numpy as np
@@ -15,6 +17,7 @@ from opsd_jax.data import __main__ as data
 from opsd_jax.data import packing, procedural, sizes
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import contexts
+from opsd_jax.run import checks
 
 MAZE = "Spatial_Navigation"
 CONFIG = f"--config={small_run.MINI}:smoke"
@@ -262,3 +265,29 @@ def test_long_work_shows_progress(options, monkeypatch, capsys):
     data.main(["sizes", CONFIG, *options])
     assert "measuring train  48/48" in capsys.readouterr().err
     assert config_lib.BUCKET_SIZES.keys() == {"student", "teacher", "trace", "drawn"}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *(f"mini.py:{name}" for name in ("chart", "maze", "smoke", "draw")),
+        *(f"contexts.py:{name}" for name in ("opsd_text", "crop", "degraded")),
+        *(f"contexts.py:{name},maze" for name in ("opsd_text", "solution_and_vt")),
+    ],
+)
+def test_presets_fit_the_data_that_they_make(preset):
+    sizes.check_unmade(config_flags.read([f"--config={small_run.ROOT}/configs/{preset}"]))
+
+
+def test_longer_prompts_are_refused_before_data_are_made(tmp_path):
+    """The message has the options for data that do not exist yet, and with them a run begins."""
+    config = small_run.config(prompts__intro="look at these images and use them")
+    with pytest.raises(context.TooLongError, match="config.data.buckets.teacher is ") as found:
+        checks.check(config, str(tmp_path / "w"))
+    assert not os.listdir(tmp_path)
+    assert "config.data.buckets.student" not in str(found.value)
+    options = re.findall(r'--config.(data.buckets.\w+)="(.*?)"', str(found.value))
+    assert [key for key, _ in options] == ["data.buckets.teacher", "data.buckets.trace"]
+    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in options})
+    checks.check(config, str(tmp_path / "w"))
+    checks.check(small_run.config(), str(tmp_path / "w"))

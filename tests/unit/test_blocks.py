@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import types
 
@@ -29,6 +30,7 @@ from opsd_jax.data import (
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.evaluation import contexts
 from opsd_jax.plan import programs
+from opsd_jax.run import checks as run_checks
 from opsd_jax.run import redraw, teacher_cache
 
 CONTEXTS = small_run.ROOT / "configs" / "contexts.py"
@@ -386,6 +388,22 @@ def test_columns_of_a_command_line():
     assert config_lib.block_names(config) == BlockNames(ASKED, tuple(names.split(",")))
 
 
+def test_an_arm_that_does_not_suit_the_blocks_is_left_out():
+    """The message names that arm alone, and the others that a run with these blocks can have."""
+    config = config_flags.read([f"--config={small_run.ROOT}/configs/mini.py"])
+    config.teacher.blocks, config.run_arms = (*ASKED, SOLUTION), ("image", "sft")
+    with pytest.raises(ValueError) as found:
+        config_check.check(config)
+    (said, others) = str(found.value).split(" Or leave the arm out: ")
+    assert said.startswith("config.arms.image: ") and "noise" not in said.partition(":")[0]
+    assert others == "give --config.run_arms=sft,noise,swap, or --config.run_arms='()' for no arm"
+    config.run_arms = ("sft", "noise", "swap")
+    config_check.check(config)
+    config.sft.optim.warmup_steps = 10**6
+    with pytest.raises(ValueError, match="config.arms.sft: .*: give --config.run_arms=noise,swap"):
+        config_check.check(config)
+
+
 def test_old_settings_have_the_papers_contexts():
     """Runs of before have no names of blocks in config.json."""
     saved = config_lib.to_json(config_lib.default())
@@ -586,3 +604,90 @@ def test_columns_that_cannot_be_kept(tmp_path, changes, columns, message):
     test_datasets.maze(tmp_path / "s", [further(0, **changes)])
     with pytest.raises(ValueError, match=message):
         prepare.prepare(tmp_path / "s", tmp_path / "out", prepare.Part(columns=columns))
+
+
+# --- examples ------------------------------------------------------------------------------------
+
+
+class Source(list):
+    """Examples in memory, with the columns that a prepared source names."""
+
+    columns = (HINT, "images:crops")
+
+
+def opened(*tasks: list[schema.Example]) -> examples_lib.Examples:
+    return examples_lib.Examples({f"T{n}": Source(task) for n, task in enumerate(tasks)}, None)
+
+
+def bare(n: int) -> schema.Example:
+    return example(n, visual_thoughts=(), columns={})
+
+
+@pytest.mark.parametrize(
+    "changes, refused",
+    [
+        ({}, True),
+        ({"teacher.visual_thoughts": "noise"}, True),
+        ({"stages": ("offline",)}, True),
+        ({"stages": ("sft",)}, False),
+        ({"teacher.visual_thoughts": "none"}, False),  # nothing privileged is intended
+        ({"teacher.blocks": ASKED}, False),
+        ({"student.blocks": ("system", "image@low_resolution", "question")}, False),
+        ({"teacher.blocks": (*ASKED, SOLUTION)}, False),
+        ({"teacher.blocks": (*ASKED, "image@crop")}, False),
+    ],
+)
+def test_a_teacher_that_sees_what_the_student_sees_is_refused(changes, refused):
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    found = opened([bare(0), bare(1)])
+    if not refused:
+        run_checks.check_privileged(config, lambda _: found)
+        return
+    with pytest.raises(ValueError, match="no example of T0 has visual_thoughts, so teacher and"):
+        run_checks.check_privileged(config, lambda _: found)
+    run_checks.check_privileged(config, lambda _: opened([bare(0), example(1)]))
+
+
+def test_the_options_of_a_refused_teacher_are_right():
+    config = config_lib.default()
+    with pytest.raises(ValueError, match="The data also hold images:crops, text:") as found:
+        run_checks.check_privileged(config, lambda _: opened([bare(0)]))
+    options = re.findall(r"--config.(\S+)=(\S+?)\.? ", str(found.value))
+    config.update_from_flattened_dict({key: tuple(v.split(",")) for key, v in options})
+    assert config.teacher.blocks == (*ASKED, "intro", "images:crops", HINT, "transition")
+    config_check.check(config)
+
+
+def test_one_task_without_anything_privileged_is_logged(caplog):
+    with caplog.at_level("WARNING"):
+        run_checks.check_privileged(
+            config_lib.default(), lambda _: opened([bare(0)], [bare(1), example(2)])
+        )
+    assert "no example of T0 has visual_thoughts" in caplog.text
+
+
+def test_an_arm_whose_teacher_sees_nothing_is_refused():
+    config = config_lib.default()
+    config.teacher.blocks = (*ASKED, SOLUTION)
+    config.arms.vt = {"teacher": {"blocks": (*ASKED, "visual_thoughts")}}
+    config.run_arms = ("vt",)
+    with pytest.raises(ValueError, match="^config.arms.vt: no example of T0"):
+        run_checks.check_privileged(config, lambda _: opened([bare(0)]))
+
+
+def test_examples_are_counted_through_the_tasks():
+    found = opened([example(0), example(1)], [], [example(2)])
+    assert len(found) == 3 and [e.pid for e in found] == [example(n).pid for n in range(3)]
+    assert found[-1].pid == example(2).pid
+    for wrong in (3, -4):
+        with pytest.raises(IndexError):
+            found[wrong]
+
+
+def test_images_of_an_example_are_decoded():
+    some = example(1)
+    assert png(np.asarray(some.image)) == some.problem_image and some.image.size == (8, 8)
+    assert [png(np.asarray(image)) for image in some.visual_images] == [*some.visual_thoughts]
+    more = example(1, more_problem_images=(example(2).problem_image,))
+    assert [png(np.asarray(image)) for image in more.all_images] == [*more.problem_images]

@@ -301,8 +301,8 @@ NUMBERS = "has {} place.* <image> for {} image"
 BAD = {
     "few places": (NAMED | {"question": "<image>?"}, "question", NUMBERS.format(1, 2)),
     "many places": (NAMED | {"images": ["a.png"]}, "question", NUMBERS.format(2, 1)),
-    "a hole": (NAMED | {"images": ["a.png", None, "b.png"]}, "problem_image_1", "is missing"),
-    "no file": (NAMED | {"images": ["a.png", "x.png"]}, "problem_image_1", "no such file"),
+    "a hole": (NAMED | {"images": ["a.png", None, "b.png"]}, r"images\[1\]", "is missing"),
+    "no file": (NAMED | {"images": ["a.png", "x.png"]}, r"images\[1\]", "no such file"),
     "both": (NAMED | {"image": "a.png"}, "image", "another key both give problem_image_0"),
     "no list": (NAMED | {"images": "a.png"}, "images", "is of type str, not a list"),
     "empty list": (NAMED | {"images": []}, "image", "is missing, and so are images"),
@@ -312,6 +312,7 @@ BAD_CHATS = {
     "few places": (chat("<image>?", ["a.png", "b.png"]), "messages", NUMBERS.format(1, 2)),
     "many places": (chat(PLACED, ["a.png"]), "messages", NUMBERS.format(2, 1)),
     "only places": (chat("<image> <image>", ["a.png", "b.png"]), "question", "is empty"),
+    "no file": (chat("Same?", ["a.png", "x.png"]), r"images\[1\]", "no such file"),
 }
 
 
