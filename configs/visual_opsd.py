@@ -40,9 +40,10 @@ RUNS = (
     "lora",
 )
 
-# Slice: (mesh.fsdp, mesh.tensor), all of its chips. Chips with little memory need mesh.tensor: it
-# cuts the sampler's copy of the weights, which fsdp does not. Everything else about memory is as in
-# config.default: recomputed layers, dense attention for 512 queries at a time.
+# Slice: (mesh.fsdp, mesh.tensor), all of its chips. A batch of 16 cannot be divided over more than
+# 16 of them, and v6e takes longer without mesh.tensor (docs/performance/plan.md). The sampler has a
+# mesh of its own, `rollout.tensor`. Everything else about memory is as in config.default:
+# recomputed layers, dense attention for 512 queries at a time.
 # perf/presets.py compiles all of them.
 SLICES = {
     "v5p-8": (4, 1),
