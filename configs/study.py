@@ -17,7 +17,8 @@
                   :transfer    a warm-up on charts and mazes, then OPSD on one of them
                   :all         all of these
                   :smoke       two seeds and an arm, a few steps, to see whether everything works
-                  :content,loss,chart   several questions; only the groups that are named
+                  :content,loss,charts  several questions; only the groups that are named. `charts`
+                               and `mazes` name all groups of that task
 
 All of them may have the same --workdir, one after the other or all at once: a warm-up and an arm
 that several questions need are trained once. The last command writes the table of its questions.
@@ -236,7 +237,11 @@ def get_config(arg: str = "content"):
         _smoke(c)
         return c
     words = arg.split(",")
-    known = (*QUESTIONS, "all", *GROUPS, OWN)
+    families = {
+        "charts": [group for group in GROUPS if group.startswith("chart")],
+        "mazes": [group for group in GROUPS if group.startswith("maze")],
+    }
+    known = (*QUESTIONS, "all", *families, *GROUPS, OWN)
     if wrong := [word for word in words if word not in known]:
         raise ValueError(
             f"configs/study.py:{arg}: {wrong[0]!r} is no question and no group: choose from "
@@ -245,6 +250,7 @@ def get_config(arg: str = "content"):
     names = [word for word in words if word in QUESTIONS]
     c.base, c.seeds, c.groups = MINI, (0, 1, 2), {}
     groups = [word for word in words if word in GROUPS or word == OWN]
+    groups += [group for word in words for group in families.get(word, ())]
     _asked(c, names or list(QUESTIONS), groups)
     if not c.groups:
         raise ValueError(

@@ -238,6 +238,9 @@ def test_a_preset_of_some_groups(tmp_path):
     maze = preset("content,traces,maze", tmp_path)
     assert maze.groups == ("maze",)
     assert maze.arms("maze") == ("opsd", "image", "swap", "noise", "none", "sft")
+    charts = ("chart-100", "chart-500", "chart-2000", "chart")
+    assert preset("traces,charts", tmp_path).groups == charts
+    assert preset("traces,mazes", tmp_path).groups == ("maze-2000", "maze")
     own = config_flags.read([f"--config={PATH}:content,own"])
     own.base = f"{small_run.MINI}:smoke"
     (run,) = (job for job in grid.read(own, str(tmp_path)).jobs if job.is_run and job.seed == 0)
