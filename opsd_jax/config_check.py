@@ -326,7 +326,7 @@ def _check_contexts(config: ConfigDict) -> None:
                 )
             raise ValueError(
                 f"{shown} names {name!r}: choose from {', '.join(known)}, or text:COLUMN and "
-                "images:COLUMN of config.data.columns"
+                f"images:COLUMN of config.data.columns{checks.did_you_mean(name, known)}"
             )
         if not {*blocks} - {*context.FIXED_TEXTS}:
             raise ValueError(f"{shown} is {blocks}: name at least one block of the example")

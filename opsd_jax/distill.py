@@ -6,7 +6,7 @@
 Token weights and contrastive targets take one more forward pass of the teacher in another context.
 Both roles are the same function on the same completion tokens, so that their positions align one to
 one. `update` is one jitted program: both forward passes, divergence, backward pass, clipping,
-AdamW, EMA. The state is donated. Official: scripts/visual_opsd/train_visual_opsd.py.
+AdamW or Muon, EMA. The state is donated. Official: scripts/visual_opsd/train_visual_opsd.py.
 
 Letters: B batch, T sequence, N completion tokens, D embedding.
 """

@@ -71,8 +71,10 @@ def main(argv) -> None:
     cli.start()
     config_flags.log_plainly()
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    if workdir is None or config is None:
-        sys.exit("error: give --config=configs/mini.py and --workdir=FOLDER")
+    if config is None:
+        sys.exit("error: --config is missing: give a file of settings, --config=configs/mini.py")
+    if workdir is None:
+        sys.exit("error: --workdir is missing: give --workdir=FOLDER, where the run is kept")
     try:
         _run(config, workdir, flags.FLAGS.arm)
     except (ValueError, OSError, UnhealthyRunError, controls.ArmsFailedError) as error:
@@ -272,7 +274,8 @@ def train_stage(
     if params is None and begin == stage.first:
         params = start.initial_params(run, done)
     if begin < stage.last:
-        logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, kind.about)
+        what = stage_table.about(config, stage.name)
+        logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, what)
 
     # Data first: what is wrong with them shows before anything is saved.
     examples = run.examples(

@@ -11,6 +11,7 @@ import jax
 
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, output, overview, selection
+from opsd_jax.evaluation import summary_tables
 from opsd_jax.inputs import cli, paths
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import distributed, run_folder, stopping
@@ -162,6 +163,8 @@ def _run(
     else:
         found = overview.measure(diagnosis, folder, model)
     output.write(folder, found)
+    if args.analysis != "kl":
+        summary_tables.write_table(workdir)  # with the answers that were asked for
     return folder, found.words
 
 

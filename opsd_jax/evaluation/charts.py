@@ -49,6 +49,7 @@ def lines(
     x: str,
     y: str,
     thin: Mapping[str, Sequence[Sequence[tuple[float, float | None]]]] | None = None,
+    percent: bool = False,
 ) -> str:
     """A line chart with a legend.
 
@@ -58,6 +59,7 @@ def lines(
       x, y: labels of the axes, with units.
       thin: {name of a series: several lines of points}, drawn thin in its colour, for example the
         seeds that the series is the mean of.
+      percent: whether the axis of y goes from 0 to 100, as for accuracies.
 
     Raises:
       ValueError: more series than can be told apart.
@@ -100,6 +102,8 @@ def lines(
             more = f" ({missing} without value)" if missing else ""
             labels.append(html.visible(name) + (more if seen.any() else " (– no values)"))
         axes.set(xlabel=html.visible(x), ylabel=html.visible(y))
+        if percent:
+            axes.set_ylim(-2, 102)
         if all(np.all(data[:, 0] == np.round(data[:, 0])) for data in points.values()):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, tokens
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -38,6 +38,10 @@ class Parser(argparse.ArgumentParser):
 
     settings: Sequence[str] = ()
 
+    def __init__(self, *args, **kwargs):
+        # Otherwise --sample=8 would silently be --samples=8.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse; ends the command with code 2 for an option that does not exist."""
         args = list(sys.argv[1:] if args is None else args)
@@ -46,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         if options != {"--help"}:
             for argument in args[: args.index("--")] if "--" in args else args:
                 given = re.match(r"(--?[A-Za-z][\w.-]*)(?:=|$)", argument)
-                if given and given[1] != "-h" and not _names(given[1], options):
+                if given and given[1] != "-h" and given[1] not in options:
                     self.error(unknown_option(given[1], [*options, *self.settings]))
         return super().parse_known_args(args, namespace)
 
@@ -85,11 +89,6 @@ def _long_options(help_text: str) -> set[str]:
     """The options that the lines of a help text begin with."""
     starts = re.findall(r"^  (-.*?)(?:  |$)", help_text, flags=re.MULTILINE)
     return {option for start in starts for option in re.findall(r"--[\w-]+", start)}
-
-
-def _names(given: str, options: Iterable[str]) -> bool:
-    """Whether argparse takes what was typed for one of the options: its name or its beginning."""
-    return any(option.startswith(given) for option in options)
 
 
 # ---------------------------------------------------------------------------- types of flags

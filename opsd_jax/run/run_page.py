@@ -148,10 +148,20 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
             for key, value in row.items():
                 # An arm of another stage is compared with OPSD, except for its loss.
                 stage = row["stage"] if name == "run" or key == "loss" else "opsd"
-                if isinstance(value, int | float):
-                    of_stage = series.setdefault(stage, {}).setdefault(key, {})
-                    of_stage.setdefault(name, []).append((step, value))
-    parts = [html.heading("Curves")]
+                if not isinstance(value, int | float):
+                    continue
+                if name == "run" and key.startswith("eval/") and row["step"] == starts.get("opsd"):
+                    for other in folders:  # the arms begin with the same weights
+                        of_opsd = series.setdefault("opsd", {}).setdefault(key, {})
+                        of_opsd[other] = [(0, value)]
+                of_stage = series.setdefault(stage, {}).setdefault(key, {})
+                of_stage.setdefault(name, []).append((step, value))
+    note = (
+        f"Accuracies are of up to {config.eval.rows or 'all'} examples of the split "
+        f"`{config.eval.split}` while a stage goes on, and of the split "
+        f"`{config.eval.final_split}` at its start and its end."
+    )
+    parts = [html.heading("Curves"), html.note(note)]
     # OPSD first: it is what the run is about, and where the arms are.
     for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
         shown = []
@@ -163,7 +173,9 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                 for name, points in found[key].items()
             }
             if max(map(len, lines.values())) > 1:
-                chart = charts.lines(lines, x="step of the stage", y=unit)
+                chart = charts.lines(
+                    lines, x="step of the stage", y=unit, percent=key.startswith("eval/")
+                )
                 shown.append(html.stack(html.heading(f"{title}, stage {stage}", 3), chart))
         if shown:
             parts.append(html.row(*shown))
@@ -211,13 +223,14 @@ def _samples(workdir: str, last: int, split: str) -> list[str]:
         chosen = [p for p in predictions if bool(p["hit"]) == hit]
         items += [_sample(p, selection) for p in chosen[:_MOST_SAMPLES]]
     wrong = sum(not p["hit"] for p in predictions)
+    shown = min(wrong, _MOST_SAMPLES)
     return [
         html.heading("Answers of the trained student, text only"),
         html.note(
-            f"{len(items)} of {len(predictions)} test examples: up to {_MOST_SAMPLES} of the "
-            f"{wrong} wrong answers, then right ones. The student sees the problem image; the "
-            "visual thoughts are shown for comparison. An answer that differs from the expected "
-            "one can be right where several are, as for paths in a maze."
+            f"{len(items)} of {len(predictions)} test examples: {shown} of the {wrong} wrong "
+            f"answers, then {len(items) - shown} right ones. The student sees the problem image; "
+            "the visual thoughts are shown for comparison. An answer that differs from the "
+            "expected one can be right where several are, as for paths in a maze."
         ),
         html.samples(items),
     ]

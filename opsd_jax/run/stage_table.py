@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import distill, offline, supervised
+from opsd_jax.context import BlockNames
 from opsd_jax.data.batches import Batches
 from opsd_jax.run import samples, teacher_cache
 from opsd_jax.run.session import Session
@@ -49,10 +50,7 @@ KINDS = {
         evaluates=True,
     ),
     "opsd": Kind(
-        about=(
-            "the student answers without visual thoughts; on its own tokens it "
-            "learns from the teacher, which sees them"
-        ),
+        about="the student learns on its own tokens from the teacher, which sees more than it",
         step=distill.update_step,
         load=Batches.opsd,
         sampler=Completions,
@@ -81,6 +79,26 @@ KINDS = {
         keeps_start=True,
     ),
 }
+
+
+# What the teacher sees in the place of the visual thoughts, with the blocks of the paper.
+_SEEN = {
+    "real": "sees them",
+    "noise": "sees noise in their place",
+    "swap": "sees those of another example",
+    "image": "sees the problem image in their place",
+    "none": "does not see them either",
+}
+
+
+def about(config: ConfigDict, name: str) -> str:
+    """What the model learns in a stage, for the terminal."""
+    if name == "opsd" and config_lib.block_names(config) == BlockNames():
+        return (
+            "the student answers without visual thoughts; on its own tokens it learns from the "
+            f"teacher, which {_SEEN[config.teacher.visual_thoughts]}"
+        )
+    return kind_of(config, name).about
 
 
 def of_run(run: Session) -> list[Stage]:

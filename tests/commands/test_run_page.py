@@ -35,6 +35,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         "Result",
         "Curves",
         f"Accuracy on {small_run.TASK}, text only, stage opsd",
+        f"Accuracy on {small_run.TASK}, with true visual thoughts, stage opsd",
         "Loss, stage opsd",
         "Length of the student's samples, stage opsd".replace("'", "&#x27;"),
         "Loss, stage warmup",
