@@ -98,8 +98,8 @@ def test_the_page_shows_result_curves_and_answers(study):
     assert titles[:2] == ["Result", "Difference to opsd"]
     assert "Group all" in titles and "Loss, stage opsd" in html
     assert "Answers side by side, all, seed 0" in titles
-    assert html.count("<details") == 8 and html.count("<img") == 2 * 8
-    cells = re.findall(r"<td[^>]*>(noise|opsd)</td>", html.partition("<details")[2])
+    assert html.count("<details class") == 8 and html.count("<img") == 2 * 8
+    cells = re.findall(r"<td[^>]*>(noise|opsd)</td>", html.partition("<details class")[2])
     assert cells == ["opsd", "noise"] * 8
     links = re.findall(r'<li><a href="([^#].*?)">', html)
     assert links and all((study[0] / link).exists() for link in links)

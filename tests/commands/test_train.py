@@ -165,7 +165,9 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     _, words = report.rstrip().split("\n\n")
     # Where the time went, once the arms are done; then the table and what it says, as plain text.
     times, shown = done.stdout.split("where the time went\n")[1].split("answers of")
-    assert "total" in times and words.replace("**", "").replace("`", "") in shown
+    said = [line.removeprefix("- ") for line in words.splitlines()]
+    assert "total" in times
+    assert "\n".join(said).replace("**", "").replace("`", "") in shown
     assert sum("mean little" in line for line in lines) == 1  # the run is short
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
