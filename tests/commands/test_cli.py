@@ -342,11 +342,14 @@ def test_commands_that_take_settings_suggest_them(module, arguments, said, capsy
     assert f"; did you mean {said}?" in capsys.readouterr().err
 
 
-def test_values_and_beginnings_of_options_are_no_misspelt_options():
+def test_values_are_no_misspelt_options_and_beginnings_are(capsys):
     parser = cli.Parser(prog="p")
     parser.add_argument("--visual_thoughts")
     parser.add_argument("--rest", nargs="*")
-    assert parser.parse_args(["--visual=a"]).visual_thoughts == "a"
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--visual=a"])
+    assert ended.value.code == 2
+    assert "--visual: there is no such option" in capsys.readouterr().err
     assert parser.parse_args(["--visual_thoughts", "-1"]).visual_thoughts == "-1"
     assert parser.parse_args(["--visual_thoughts=--x y"]).visual_thoughts == "--x y"
     assert cli.unknown_option("--zzz", ["--workdir"]) == "--zzz: there is no such option"
