@@ -9,12 +9,31 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 class LaunchError(Exception):
     """What the user has to change or to know."""
+
+
+FAILED, INTERRUPTED = 1, 130  # exit codes
+
+
+def ended(command: Callable[[Sequence[str]], int], words: Sequence[str], interrupted: str) -> int:
+    """Exit code of a command of these words. What is wrong is said in one line.
+
+    interrupted: what goes on after Ctrl-C, and how it can be ended.
+    """
+    try:
+        return command(words)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def number(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:

@@ -21,8 +21,8 @@ Variables of the environment:
   POLL_S    seconds between two questions for its state (30)
   DRY_RUN   1: prints the JobSet, and starts nothing
 
-Exit codes: 0 done, 1 failed, 43 it is not there any more, or no nodes came, 124 not done within
-MAX_S; after the last two the same command continues.
+Exit codes: 0 done, 1 failed, 43 it was deleted by someone else, or no nodes came, 124 not done
+within MAX_S; after the last two the same command continues.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Any
 import calls
 from calls import LaunchError
 
-FAILED, LOST, OVER = 1, 43, 124
+FAILED, LOST, OVER = calls.FAILED, 43, 124
 FOLDER = pathlib.Path(__file__).resolve().parent / "gke"
 _PATIENCE_S = 120  # for an answer of kubectl
 _DELETE_S = 900  # for deleting a JobSet, whose Pods have 300 s to save
@@ -198,16 +198,18 @@ class Job:
                 ran = fine = time.monotonic()
             else:
                 if found is None:
-                    return self._say("is not there any more", LOST)
+                    self._say("no longer exists: it was deleted by someone else")
+                    return LOST
                 if ended := found.get("status", {}).get("terminalState"):
                     self._print_log()
-                    return self._say(_how(found), 0 if ended == "Completed" else FAILED)
+                    self._say(_how(found))
+                    return 0 if ended == "Completed" else FAILED
                 trouble = set() if runs(found) else self._troubles()
                 now = self._progress(found, trouble)
                 ran = time.monotonic() if runs(found) else ran
                 fine = time.monotonic() if not trouble else fine
             if now != said:
-                self._say(now, 0)
+                self._say(now)
                 said = now
             if found and time.monotonic() - fine > _TROUBLE_S:
                 self._print_log()
@@ -239,17 +241,16 @@ class Job:
                     f"STILL BILLED: {self.name} could not be deleted within an hour "
                     f"({answer.err.strip()}): kubectl delete jobset {self.name}"
                 )
-            self._say(f"could not be deleted ({answer.err.strip()}); trying again", 0)
+            self._say(f"could not be deleted ({answer.err.strip()}); trying again")
             time.sleep(self.settings.poll_s)
 
     def _end(self, why: str, code: int) -> int:
-        self._say(f"{why}: deleting it, so that nothing is billed", 0)
+        self._say(f"{why}: deleting it, so that nothing is billed")
         self.delete()
         return code
 
-    def _say(self, what: str, code: int) -> int:
+    def _say(self, what: str) -> None:
         print(f"{self.name} {what}", flush=True)
-        return code
 
     def _progress(self, found: Mapping[str, Any], trouble: set[str]) -> str:
         restarts = found.get("status", {}).get("restarts", 0)
@@ -297,19 +298,12 @@ def _kubectl(*words: str, given: str | None = None) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command; its exit code. What is wrong is said in one line."""
-    try:
-        return _main(words)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: what was started goes on, and is billed (launch/gke.sh NAME waits for "
-            "it, kubectl delete jobset NAME ends it)",
-            file=sys.stderr,
-        )
-        return 130
+    """The command; its exit code."""
+    goes_on = (
+        "what was started goes on, and is billed (launch/gke.sh NAME waits for it, kubectl delete "
+        "jobset NAME ends it)"
+    )
+    return calls.ended(_main, words, goes_on)
 
 
 def _main(words: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ from collections.abc import Mapping, Sequence
 import calls
 from calls import Answer, LaunchError
 
-FAILED, STOPPED, LOST, OVER = 1, 42, 43, 124
+FAILED, STOPPED, LOST, OVER = calls.FAILED, 42, 43, 124
 _GONE = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # states from which no TPU comes back
 _PATIENCE_S = 120  # for an answer of gcloud
 _COMMAND_S = 1800  # for any other command of gcloud that nobody watches
@@ -604,19 +604,12 @@ def _after_dashes(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command; its exit code. What is wrong is said in one line."""
-    try:
-        return _main(words)
-    except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: a TPU that was asked for stays, and is billed (launch/tpu_vm.sh "
-            "status, wait --delete, delete)",
-            file=sys.stderr,
-        )
-        return 130
+    """The command; its exit code."""
+    goes_on = (
+        "a TPU that was asked for stays, and is billed (launch/tpu_vm.sh status, wait --delete, "
+        "delete)"
+    )
+    return calls.ended(_main, words, goes_on)
 
 
 def _main(words: Sequence[str]) -> int:

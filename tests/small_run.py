@@ -72,6 +72,28 @@ def config(**changes):
     return c
 
 
+def two_tasks(folder, **changes):
+    """`config` of charts and mazes, which take different buckets; their data are in `folder`."""
+    c = config(
+        **dict(
+            data__dir=str(folder),
+            data__tasks=(TASK, "Spatial_Navigation"),
+            data__make__families=("chart", "maze"),
+            data__make__train=20,
+            data__cache_rows=200,
+            images__max_size=40,
+            images__min_size=32,
+        )
+        | changes
+    )
+    c.data.buckets.update(
+        student=((25, 16), (36, 25)),
+        teacher=((50, 32), (70, 50)),
+        trace=((87, 32, 41), (90, 50, 41)),
+    )
+    return c
+
+
 def command(workdir, *arguments) -> list[str]:
     """The training command, with the arm `noise`; `arguments` come last."""
     changes = [f"--config.{key}={value}" for key, value in CHANGES.items()]

@@ -258,6 +258,7 @@ def _sample(step: _Step) -> Program:
     """The sampler; the training state is in memory, too."""
     batch, sampling = _policy_batch(step), _sampling(step)
     student = _cut(step.sampling_mesh, batch.student)
+    is_moved = step.sampling_mesh != step.mesh  # then the update's copy stays beside it
     params = sharding.abstract(
         step.sampling_mesh,
         jax.eval_shape(
@@ -277,9 +278,7 @@ def _sample(step: _Step) -> Program:
         step.held
         | {
             "params": _in_training_alone(step, params),
-            "batch": batch
-            if student.tokens.sharding != batch.student.tokens.sharding
-            else dataclasses.replace(batch, student=None),
+            "batch": batch if is_moved else dataclasses.replace(batch, student=None),
         },
         trips=_sampler_trips(sampling, step.batch_size),
         cache=cache["k"],

@@ -156,12 +156,15 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                         of_opsd[other] = [(0, value)]
                 of_stage = series.setdefault(stage, {}).setdefault(key, {})
                 of_stage.setdefault(name, []).append((step, value))
-    note = (
-        f"Accuracies are of up to {config.eval.rows or 'all'} examples of the split "
-        f"`{config.eval.split}` while a stage goes on, and of the split "
-        f"`{config.eval.final_split}` at its start and its end."
-    )
-    parts = [html.heading("Curves"), html.note(note)]
+    parts = [html.heading("Curves")]
+    if config.eval.every and config.eval.final_split:
+        parts.append(
+            html.note(
+                f"Accuracies while a stage goes on are of {config.eval.rows or 'all'} examples of "
+                f"the split `{config.eval.split}`, those at its start and its end of all of "
+                f"`{config.eval.final_split}`."
+            )
+        )
     # OPSD first: it is what the run is about, and where the arms are.
     for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
         shown = []

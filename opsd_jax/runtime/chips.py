@@ -79,11 +79,6 @@ GPUS = {
 }
 
 
-def of_device(device: jax.Device) -> Chip | None:
-    """The data sheet of a TPU; None for what is no TPU, or an unknown one."""
-    return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
-
-
 def data_sheet(device: jax.Device) -> Chip | None:
     """The data sheet of a TPU or a GPU; None for a CPU or what is not listed."""
     every = (*CHIPS.values(), *GPUS.values())
@@ -92,7 +87,8 @@ def data_sheet(device: jax.Device) -> Chip | None:
 
 def memory(device: jax.Device) -> float | None:
     """Bytes that programs on a device may have; None where that is not known, as on a CPU."""
-    if chip := of_device(device):
+    chip = data_sheet(device)
+    if chip and device.platform == "tpu":
         return chip.hbm * GIB
     if device.platform == "cpu":
         return None

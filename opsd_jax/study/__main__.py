@@ -80,15 +80,11 @@ def _given(config: str, settings: Sequence[str], workdir: str):
     for argument in settings:
         key = argument.removeprefix("--config.").partition("=")[0]
         if key.partition(".")[0] not in known:
+            meant = checks.did_you_mean(key.partition(".")[0], known)
+            if key in config_lib.default_values() or not meant:
+                meant = f". A setting of all its runs is changed by {_CHANGES}{key}=VALUE"
             raise ValueError(
-                f"{argument}: a study has no such setting, only {', '.join(known)}"
-                + (
-                    (
-                        key not in config_lib.default_values()
-                        and checks.did_you_mean(key.partition(".")[0], known)
-                    )
-                    or f". A setting of all its runs is changed by {_CHANGES}{key}=VALUE"
-                )
+                f"{argument}: a study has no such setting, only {', '.join(known)}{meant}"
             )
     changes = [a for a in settings if a.startswith(_CHANGES)]
     own = [argument for argument in settings if argument not in changes]

@@ -92,7 +92,7 @@ def write(study: Study, rows: Rows, failed: Mapping[str, str]) -> None:
 
 def in_terminal(study: Study, rows: Rows) -> str:
     """The main columns of all tables, and what is missing, as plain text."""
-    columns, lines = [HEADER.index(name) for name in _IN_TERMINAL], list[str]()
+    columns, lines = [HEADER.index(name) for name in _IN_TERMINAL], []
     for title, own in by_question(study, rows):
         table = [_IN_TERMINAL, *(tuple(cells(row)[n] for n in columns) for row in own)]
         lines += [*([title] if title else []), checks.table(table)]

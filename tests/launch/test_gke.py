@@ -230,7 +230,7 @@ def test_waits_again_for_one_that_was_started(tmp_path):
 
 def test_one_that_is_gone_is_not_waited_for(tmp_path):
     result, _ = gke(tmp_path, "try", states=["runs", "runs", ""])
-    assert result.returncode == 43 and "is not there any more" in result.stdout
+    assert result.returncode == 43 and "no longer exists" in result.stdout
 
 
 @pytest.mark.parametrize(

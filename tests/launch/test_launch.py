@@ -121,7 +121,7 @@ def replace(jobset: dict, changes: list[dict]) -> None:
         place = jobset
         for key in way:
             place = place[key]
-        assert last in place, f"{change['path']} is replaced, and is not there"
+        assert last in place, f"{change['path']} is replaced, but does not exist"
         place[last] = change["value"]
 
 

@@ -189,27 +189,10 @@ def folder(tmp_path_factory):
 
 def config(folder, **changes):
     """Two tasks; mazes and charts take different buckets."""
-    c = small_run.config(
-        **dict(
-            data__dir=str(folder),
-            data__tasks=(small_run.TASK, MAZE),
-            data__make__families=("chart", "maze"),
-            data__make__train=20,
-            images__max_size=40,
-            images__min_size=32,
-            data__cache_rows=200,
-            stages=("offline",),
-            offline__batch_size=4,
-            offline__top_k=300,
-        )
-        | changes
+    return small_run.two_tasks(
+        folder,
+        **dict(stages=("offline",), offline__batch_size=4, offline__top_k=300) | changes,
     )
-    c.data.buckets.update(
-        student=((25, 16), (36, 25)),
-        teacher=((50, 32), (70, 50)),
-        trace=((87, 32, 41), (90, 50, 41)),
-    )
-    return c
 
 
 class Made:

@@ -41,29 +41,17 @@ def folder(tmp_path_factory):
 
 def config(folder, **changes):
     """Two tasks; mazes and charts take different buckets."""
-    c = small_run.config(
+    return small_run.two_tasks(
+        folder,
         **dict(
-            data__dir=str(folder),
-            data__tasks=(TASK, MAZE),
-            data__make__families=("chart", "maze"),
             data__make__train=EXAMPLES,
-            data__cache_rows=200,
             data__screen__on=True,
-            images__max_size=40,
-            images__min_size=32,
             stages=("opsd",),
             opsd__batch_size=12,
             opsd__accumulation=2,
-            run_arms=(),
         )
-        | changes
+        | changes,
     )
-    c.data.buckets.update(
-        student=((25, 16), (36, 25)),
-        teacher=((50, 32), (70, 50)),
-        trace=((87, 32, 41), (90, 50, 41)),
-    )
-    return c
 
 
 class Opened:
