@@ -230,6 +230,11 @@ def _asked(c, names, groups):
                 c.arms[arm] = nested(**ARMS[arm], **more)
 
 
+def _groups_of(names):
+    """The groups of these questions, each once."""
+    return dict.fromkeys(group for name in names for group in QUESTIONS[name][1])
+
+
 def get_config(arg: str = "content"):
     """The settings of a study; arg: names of questions and groups, see above."""
     c = grid.default()
@@ -254,6 +259,7 @@ def get_config(arg: str = "content"):
     _asked(c, names or list(QUESTIONS), groups)
     if not c.groups:
         raise ValueError(
-            f"configs/study.py:{arg}: none of these questions has the groups {', '.join(groups)}"
+            f"configs/study.py:{arg}: none of these questions has the groups "
+            f"{', '.join(groups)}; they have {', '.join(_groups_of(names))}"
         )
     return c

@@ -249,6 +249,10 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     except flags.IllegalFlagValueError as error:
         argument, _, reason = str(error).removeprefix("flag ").partition(": ")
         reason = next((fix for part, fix in _FIXES.items() if part in reason), reason)
+        if "as a ConfigDict" in reason:
+            group = argument.partition("=")[0]
+            inside = [option for option in options() if option.startswith(f"{group}.")]
+            reason = f"a group of settings, which takes no value: give {' or '.join(inside[:3])}"
         sys.exit(f"error: {argument}: {reason}")
     except config_flags.config_flags.FlagOrderError as error:
         sys.exit(f"error: give --config=FILE first, then the settings that change it ({error})")

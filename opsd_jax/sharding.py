@@ -168,8 +168,8 @@ def regrouped(mesh: Mesh, tensor: int) -> Mesh:
     within = devices_of_slice(mesh)
     if within % tensor:
         raise ValueError(
-            f"config.rollout.tensor={tensor}: a copy of the weights is divided over so many "
-            f"devices of a slice, which has {within}: give a divisor of {within}, or 0"
+            f"config.rollout.tensor={tensor} must divide the number of devices of a slice, here "
+            f"{within}: give a divisor of it, or 0 for the default"
         )
     return Mesh(mesh.devices.reshape(mesh.devices.size // within, -1, tensor), AXES)
 

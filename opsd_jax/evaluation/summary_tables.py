@@ -41,7 +41,8 @@ def table(summaries: dict[str, dict]) -> str:
     found = [(name, b) for s in summaries.values() for name, b in s["benchmarks"].items()]
     public = any(name in tables.PAPER for name, _ in found)
     sampled = any("pass_at_k" in b for _, b in found)
-    head = ["run", "task", "accuracy", "95 % interval", "n", "tokens", "s/sample"]
+    accuracy = "accuracy (first answer)" if sampled else "accuracy"
+    head = ["run", "task", accuracy, "95 % interval", "n", "tokens", "s/sample"]
     head += ["pass@k"] if sampled else []
     head += ["paper: ThinkMorph", "paper: Visual-OPSD"] if public else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -44,8 +44,8 @@ class Request:
       temperature: of these samples; None for config.rollout.temperature.
       seed: seed of noise and sampling; None for the run's.
       name: name of the results. "" makes one that says what was measured, so that a rerun replaces
-        equals by equals: <step>-<mode>[-banned][-<protocol>], and more where split, rows, tasks or
-        seed are not the run's own.
+        equals by equals: <step>-<mode>, then banned and the protocol if given, and more where
+        split, rows, tasks or seed are not the run's own.
       batch_size: 0 for config.eval.batch_size (16 for a model that is not a run).
       on_bad_row: "fail", or "skip": rows of a table that cannot be shown are listed in the summary
         and left out.

@@ -38,7 +38,7 @@ _HEADER = (
     "closure",
 )
 _SAME = 0.9  # share of the questions from which on one answer to all of them is worth a caution
-_FEW = 200  # a stage of fewer steps, or a test split of fewer examples, says little
+FEW = 200  # a stage of fewer steps, or a test split of fewer examples, says little
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
 
 
@@ -115,7 +115,7 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     """
     lines = []
     for task, trained in shown[TRAINED].items():
-        if min(config.opsd.steps, trained["n"]) < _FEW:
+        if min(config.opsd.steps, trained["n"]) < FEW:
             lines.append(
                 "**These numbers mean little: a run this short shows that everything works "
                 f"({config.opsd.steps} OPSD steps, {trained['n']} test examples).**"
@@ -139,7 +139,12 @@ def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
                 f"The most frequent answer, `{always['answer']}`, given to every question would "
                 f"be right in {_percent(always)}."
             )
-        if same := _same_answers(shown, task):
+        if without := _given_most(shown, task, nothing=True):
+            lines.append(
+                f"No answer was found in nearly all texts of: {'; '.join(without)}. An answer "
+                "stands between <answer> and </answer>."
+            )
+        if same := _given_most(shown, task, nothing=False):
             lines.append(
                 f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy "
                 "shows how often that answer is right, not what was learned; a closure beside it "
@@ -182,14 +187,17 @@ def _controls(
     return text
 
 
-def _same_answers(shown: Mapping[str, Scores], task: str) -> list[str]:
-    """Whose answers to a task hardly depend on the question, and what they are."""
+def _given_most(shown: Mapping[str, Scores], task: str, *, nothing: bool) -> list[str]:
+    """Whose answers to a task hardly depend on the question, and what they are.
+
+    nothing: those in whose texts no answer was found, or else the others.
+    """
     same = []
     for who, tasks in shown.items():
         found = tasks.get(task, {}).get("most_given")
-        if found and found["share"] >= _SAME:
-            what = "no answer" if found["answer"] is None else f"`{found['answer']}`"
-            same.append(f"{who}, {what} to {100 * found['share']:.0f} % of them")
+        if found and found["share"] >= _SAME and (found["answer"] is None) == nothing:
+            what = "" if nothing else f"`{found['answer']}` to "
+            same.append(f"{who}, {what}{100 * found['share']:.0f} % of them")
     return same
 
 

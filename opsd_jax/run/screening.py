@@ -366,8 +366,8 @@ def in_words(tasks: Mapping[str, Mapping], margin: float) -> list[str]:
         parts = [f"Screening kept {counts['kept']:,} of {counts['examples']:,} examples of {task}"]
         if counts["left_out"]:
             parts.append(
-                f"the teacher's context raises the reference of {counts['left_out']:,} by less "
-                f"than {margin:g} nats per token"
+                f"the gain of {counts['left_out']:,} is below the margin of {margin:g} nats per "
+                "token"
             )
         if counts["too_long"]:
             parts.append(f"{counts['too_long']:,} fit no bucket")

@@ -272,6 +272,7 @@ def _open_training(
     attention.check_platform(config.model.attention, mesh.devices.flat[0].platform)
     for stage in config.stages:
         check_batch(config, stage, sharding.batch_divisor(mesh))
+    sampling_mesh = placement.of_rollouts(config, mesh)
     data_dir = workdir_lib.data_dir(config, data_workdir)
     with clock("data"):
         if primary:
@@ -279,7 +280,7 @@ def _open_training(
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("data is made")
         session = _open(config, workdir, data_dir, mesh, clock)
-        session = dataclasses.replace(session, sampling_mesh=placement.of_rollouts(config, mesh))
+        session = dataclasses.replace(session, sampling_mesh=sampling_mesh)
         digests = session.digests
     if saved:
         config_check.check_digests(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from opsd_jax import config as config_lib
 from opsd_jax import config_flags
 from opsd_jax.inputs import checks, cli, paths
-from opsd_jax.runtime import distributed, locks, stopping
+from opsd_jax.runtime import distributed, locks, run_folder, stopping
 from opsd_jax.study import grid, jobs, page, scores, slots, table
 
 _CHANGES = "--config.changes."  # of the runs' settings
@@ -42,11 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args([argument for argument in argv if argument not in settings])
     try:
         paths.check_given("--workdir", args.workdir, orbax=True)
+        if args.list and args.table:
+            raise ValueError("--list with --table: give one of them")
         study = grid.read(*_given(args.config, settings, args.workdir))
         if args.list:
             _list(study)
             return
         paths.check_writable("--workdir", args.workdir)
+        if os.path.exists(run_folder.config(study.workdir)):
+            raise ValueError(
+                f"--workdir={args.workdir} is the folder of a run: give the study another one"
+            )
         if not args.table and os.environ.get("OPSD_NUM_PROCESSES", "1") != "1":
             raise ValueError(
                 "a study starts its commands on one machine, and OPSD_NUM_PROCESSES is "
@@ -66,10 +72,12 @@ def _list(study: grid.Study) -> None:
     left = list(jobs.left(study))
     for job in left:
         print(shlex.join(job.command()))
+    if not left:
+        print(f"all {len(study.jobs)} jobs are done", file=sys.stderr)
     if any(not os.path.exists(job.settings) for job in left):
         print(
             "the files of settings that these commands read are not written yet: give the command "
-            "with --table in the place of --list first",
+            "with --table first, then with --list again",
             file=sys.stderr,
         )
 

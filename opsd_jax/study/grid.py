@@ -271,6 +271,11 @@ def _overridden(base: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 def _check(given: ConfigDict) -> None:
     """Checks the study's own settings."""
     usual = default()
+    if "stages" in given:
+        raise ValueError(
+            "--config names a file of a run's settings: give that as --config.base, beside "
+            "--config=configs/study.py:content"
+        )
     for key in given:
         if key not in usual:
             raise ValueError(f"config.{key}: a study has no such setting, only {', '.join(usual)}")

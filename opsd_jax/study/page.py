@@ -50,6 +50,7 @@ def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
     missing = [f"{r['group']} {r['arm']}: {r['status']}" for r in rows if r["status"] != "done"]
     parts = [html.heading("Result")]
     parts += [html.paragraph(f"**Missing**: {text}") for text in dict.fromkeys(missing)]
+    parts += [html.paragraph(text) for text in table.caution(rows)]
     parts += [html.note(table.meaning(study.reference))]
     for title, own in table.by_question(study, rows):
         of_question = _table(study, own)

@@ -163,7 +163,7 @@ def rows(study: Study, scores: Scores, failed: Mapping[str, str]) -> list[dict]:
     Args:
       failed: {name of a job: why it is not done}.
     Returns:
-      dicts with group, arm, task, accuracy, seeds {seed: accuracy}, difference and gain (see
+      dicts with group, arm, task, accuracy, seeds {seed: accuracy}, difference and over_start (see
       `difference`: from the reference, and of a trained arm from the start; None for others),
       real, tokens, kl_before, kl, closure (means over seeds; None where they were not measured),
       and status: "done", or what is missing.
@@ -194,7 +194,7 @@ def rows(study: Study, scores: Scores, failed: Mapping[str, str]) -> list[dict]:
                         "task": task,
                         "seeds": {seed: score.accuracy for seed, score in own.items()},
                         "difference": versus.get(study.reference),
-                        "gain": None if arm == TEACHER else versus.get(START),
+                        "over_start": None if arm == TEACHER else versus.get(START),
                         **means,
                         "status": status,
                     }

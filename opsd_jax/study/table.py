@@ -3,8 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from opsd_jax.evaluation import html
 from opsd_jax.inputs import checks
+from opsd_jax.run.report_table import FEW
 from opsd_jax.runtime import files
 from opsd_jax.study.grid import Study
 from opsd_jax.study.scores import START, TEACHER
@@ -17,8 +20,8 @@ HEADER = (
     "each seed",
     "difference",
     "95 % interval",
-    "gain",
-    "interval of the gain",
+    "over start",
+    "interval over start",
     "with true visual thoughts %",
     "tokens",
     "KL before",
@@ -41,10 +44,19 @@ def meaning(reference: str) -> str:
         "questions, with the interval of a bootstrap over seeds and questions. With few seeds that "
         "interval is too narrow, with one it is about the questions alone. **start** and "
         "**teacher** are the weights that OPSD and all arms start from, without visual thoughts "
-        "and with them. **Gain** is the accuracy minus that of the start. **KL** is that "
+        "and with them. **Over start** is the accuracy minus that of the start. **KL** is that "
         "between teacher and student, before and after; **closure** is the share of it that "
         "training removed."
     )
+
+
+def caution(rows: Rows) -> list[str]:
+    """A sentence where the accuracies are of few questions; [] where they are not."""
+    counts = [row["difference"]["rows"] for row in rows if row["difference"]]
+    least = min((int(np.min(count)) for count in counts), default=FEW)
+    if least >= FEW:
+        return []
+    return [f"These numbers mean little: they are of {least} test examples."]
 
 
 def by_question(study: Study, rows: Rows) -> list[tuple[str, Rows]]:
@@ -86,7 +98,7 @@ def write(study: Study, rows: Rows, failed: Mapping[str, str]) -> None:
         lines += [f"## {title}", ""] if title else []
         lines += [_line(HEADER), "|---" * len(HEADER) + "|", *(_line(cells(row)) for row in own)]
         lines.append("")
-    text = "\n".join([*lines, meaning(study.reference)]) + "\n"
+    text = "\n".join([*lines, *caution(rows), meaning(study.reference)]) + "\n"
     files.write(os.path.join(study.workdir, "study.md"), text)
 
 
@@ -99,7 +111,7 @@ def in_terminal(study: Study, rows: Rows) -> str:
     missing = [
         f"{row['group']} {row['arm']}: {row['status']}" for row in rows if row["status"] != "done"
     ]
-    return "\n".join([*lines, *dict.fromkeys(missing)])
+    return "\n".join([*lines, *dict.fromkeys(missing), *caution(rows)])
 
 
 def cells(row: Mapping) -> list[str]:
@@ -111,7 +123,7 @@ def cells(row: Mapping) -> list[str]:
         _percent(row["accuracy"]),
         ", ".join(_percent(accuracy) for accuracy in row["seeds"].values()) or _percent(None),
         *_points(row["difference"]),
-        *_points(row["gain"]),
+        *_points(row["over_start"]),
         _percent(row["real"]),
         _number(row["tokens"], 1),
         _number(row["kl_before"], 3),

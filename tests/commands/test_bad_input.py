@@ -267,6 +267,10 @@ def test_mistakes_on_the_command_line(tmp_path):
             '"opsd.optim"',
         ],
         "--config.opsd.steps=abc": ["error: --config.opsd.steps=abc: give a whole number\n"],
+        "--config.data.screen=True": [
+            "error: --config.data.screen=True: a group of settings, which takes no value: give "
+            "--config.data.screen.on or --config.data.screen.margin\n"
+        ],
         "--config.opsd.optim.lr=abc": ["error: --config.opsd.optim.lr=abc: give a number\n"],
         "--workdir=": ["error: --workdir is empty"],
         f"--workdir={__file__}": [f"error: --workdir={__file__}: ", "is not a folder"],

@@ -114,7 +114,9 @@ def test_a_sampler_whose_copies_do_not_divide_the_batch():
     with pytest.raises(ValueError, match=message):
         placement.of_rollouts(config, mesh)
     config.rollout.tensor = 3
-    with pytest.raises(ValueError, match="rollout.tensor=3: .* slice, which has 8: give a divisor"):
+    with pytest.raises(
+        ValueError, match="rollout.tensor=3 must divide .* slice, here 8: give a divisor"
+    ):
         placement.of_rollouts(config, mesh)
     config.rollout.tensor = 0  # 4 sequences for at most 4 copies
     assert placement.of_rollouts(config, mesh).shape["tensor"] == 4

@@ -45,8 +45,9 @@ def test_one_answer_to_every_question_is_named():
     assert "same answer to nearly all questions: OPSD, text only, `red` to 97 % of them." in text
     none = {"most_given": {"answer": None, "share": 1.0}}
     text, _ = verdict(teacher=scores(0.0, **none), trained=scores(0.0, **none))
-    teacher = "teacher: start, with true visual thoughts, no answer to 100 % of them"
-    assert f"{teacher}; OPSD, text" in text
+    teacher = "teacher: start, with true visual thoughts, 100 % of them"
+    assert f"No answer was found in nearly all texts of: {teacher}; OPSD, text" in text
+    assert "same answer" not in text
 
 
 def test_the_best_control_is_named():

@@ -474,8 +474,8 @@ def test_reports_say_what_was_left_out(tmp_path):
     )
     arms = ("noise", "other", "off")
     expected = (
-        f"Screening kept 600 of 1,000 examples of {TASK}; the teacher's context raises the "
-        "reference of 399 by less than 0.01 nats per token; 1 fit no bucket."
+        f"Screening kept 600 of 1,000 examples of {TASK}; the gain of 399 is below the margin of "
+        "0.01 nats per token; 1 fit no bucket."
     )
     assert screening.lines(tmp_path, arms) == [
         expected,

@@ -287,7 +287,7 @@ def test_a_list_of_commands_writes_nothing(tmp_path, capsys):
     command_line.main([*command, "--list"])
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == len(preset("smoke", tmp_path).jobs) > 1
-    assert "with --table in the place of --list first" in said.err
+    assert "with --table first, then with --list again" in said.err
     assert not (tmp_path / "S").exists()
     command_line.main([*command, "--table"])
     written = [line.split("--config=")[1].split()[0] for line in said.out.splitlines()]
@@ -295,6 +295,33 @@ def test_a_list_of_commands_writes_nothing(tmp_path, capsys):
     capsys.readouterr()
     command_line.main([*command, "--list"])
     assert capsys.readouterr() == (said.out, "")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--list", "--table"], "--list with --table: give one of them"),
+        ([], "run is the folder of a run: give the study another one"),
+        ([f"--config={small_run.MINI}:smoke"], "--config names a file of a run's settings"),
+    ],
+)
+def test_what_is_no_study_is_refused(tmp_path, capsys, arguments, message):
+    files.write_json(tmp_path / "run" / "config.json", {})
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([f"--config={PATH}:smoke", f"--workdir={tmp_path / 'run'}", *arguments])
+    assert message in f"{ended.value}{capsys.readouterr().err}"
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+def test_few_questions_are_cautioned():
+    def rows(*counts):
+        return [{"difference": None}, *({"difference": {"rows": count}} for count in counts)]
+
+    assert table.caution(rows(512, 20)) == [
+        "These numbers mean little: they are of 20 test examples."
+    ]
+    assert table.caution(rows(512, [512, 150]))[0].endswith("of 150 test examples.")
+    assert table.caution(rows(512, 200)) == table.caution(rows()) == []
 
 
 # --- slots ---------------------------------------------------------------------------------------
@@ -514,10 +541,10 @@ def test_rows_of_two_seeds_by_hand(tmp_path):
     low, high = noise["difference"]["interval_95"]
     assert -1 <= low < -0.25 < high <= 1
     assert (noise["difference"]["seeds"], noise["difference"]["rows"]) == ([0, 1], 4)
-    assert start["difference"]["mean"] == -0.625 and start["gain"] is None
-    assert (opsd["gain"]["mean"], noise["gain"]["mean"]) == (0.625, 0.375)
+    assert start["difference"]["mean"] == -0.625 and start["over_start"] is None
+    assert (opsd["over_start"]["mean"], noise["over_start"]["mean"]) == (0.625, 0.375)
     unmeasured = {**opsd, "seeds": {}, "accuracy": None, "real": None, "tokens": None}
-    unmeasured["gain"] = None
+    unmeasured["over_start"] = None
     assert table.cells(unmeasured)[3:-1] == ["–"] * 11
 
     table.write(study, found, {})
