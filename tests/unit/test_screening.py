@@ -589,4 +589,4 @@ def test_a_run_leaves_out_what_does_not_help(folder, tmp_path, monkeypatch):
     of_arm = json.loads((w / "arms" / "image" / "screen.json").read_text())
     assert of_arm == record
     (line,) = screening.lines(str(w), ["image"])  # of both
-    assert line.startswith("Screening kept 24 of 48 examples of Colours; the teacher's context")
+    assert line.startswith("Screening kept 24 of 48 examples of Colours; the gain of 24 is below")
