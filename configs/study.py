@@ -106,6 +106,7 @@ GROUPS = {
     "chart-text-vt": (f"{CONTEXTS}:solution_and_vt", _CHART),
     "maze": (f"{MINI}:maze", _MAZE),
     "maze-2000": (f"{MINI}:maze", _MAZE | _few(2000)),
+    "maze-wrong": (f"{MINI}:maze", _MAZE | _WRONG),
     "both": (MINI, _BOTH),
 }
 
@@ -135,8 +136,8 @@ ARMS = {
     "only-mazes": dict(data__weights=(0.0, 1.0)),
 }
 
-# Further changes for the charts.
-ARMS_OF_CHARTS = {
+# Further changes for the short runs of the miniature.
+ARMS_IN_MINIATURE = {
     "snapshot": dict(teacher__snapshot_every=25),
     # As many examples as 100 steps have: the teacher reads no others beforehand.
     "offline": dict(data__limits=(3200,)),
@@ -158,7 +159,7 @@ QUESTIONS = {
     ),
     "wrong": (
         "A third of the text traces wrong",
-        dict.fromkeys(("chart-wrong-500", "chart-wrong"), _FEW_ARMS),
+        dict.fromkeys(("chart-wrong-500", "chart-wrong", "maze-wrong"), _FEW_ARMS),
     ),
     "length": (
         "How much of a completion counts",
@@ -166,15 +167,22 @@ QUESTIONS = {
     ),
     "loss": (
         "The loss",
-        {
-            "chart": (
+        dict.fromkeys(
+            ("chart", "maze"),
+            (
                 *("beta-0", "beta-100", "clip", "top8", "top8-union"),
                 *("teacher-entropy", "advantage", "contrast"),
-            )
-        },
+            ),
+        ),
     ),
-    "teacher": ("The teacher's weights", {"chart": ("ema", "self", "snapshot")}),
-    "policy": ("Whose completions", {"chart": ("mixed", "offline", "sft")}),
+    "teacher": (
+        "The teacher's weights",
+        dict.fromkeys(("chart", "maze"), ("ema", "self", "snapshot")),
+    ),
+    "policy": (
+        "Whose completions",
+        dict.fromkeys(("chart", "maze"), ("mixed", "offline", "sft")),
+    ),
     "privileged": (
         "What the teacher sees",
         dict.fromkeys(("chart", "chart-text", "chart-text-vt"), ("swap",)),
@@ -226,7 +234,7 @@ def _asked(c, names, groups):
                     c.base_of[group] = base
             c.arms_of[group] = tuple(dict.fromkeys((*c.arms_of[group], *arms)))
             for arm in arms:
-                more = {} if group == OWN else ARMS_OF_CHARTS.get(arm, {})
+                more = {} if group == OWN else ARMS_IN_MINIATURE.get(arm, {})
                 c.arms[arm] = nested(**ARMS[arm], **more)
 
 
