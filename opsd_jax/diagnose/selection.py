@@ -196,7 +196,7 @@ def open_run(
       batch_size: examples per batch of all processes, rounded up to a multiple of the batch
         shards; 0 for config.eval.batch_size.
       seed: seed of noise, sampling and resampling; None for config.seed.
-      tensor: devices that each copy of the model is divided over; 0 for the fewest that it fits on.
+      tensor: devices that each copy of the model is divided over; 0 for `placement.fastest`.
 
     Raises:
       FileNotFoundError: no run or no data. ValueError: unknown tasks; a task whose examples have no

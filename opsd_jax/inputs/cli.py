@@ -129,8 +129,9 @@ def add_tensor(parser: argparse.ArgumentParser) -> None:
         "--tensor",
         type=int,
         default=0,
-        help="devices that each copy of the model is divided over (default: the fewest on which "
-        "its weights, keys and activations fit, by the memory of the chips)",
+        help="devices that each copy of the model is divided over (default: of the "
+        "numbers with which its weights, keys and activations fit, the fastest for text and the "
+        "fewest for images, by the data sheet of the chips)",
     )
 
 

@@ -55,7 +55,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
     sharding.AXES[-1],
     0,
-    "Devices of a copy that answers questions (eval, generate); 0: the fewest that fit.",
+    "Devices of a copy that answers questions (eval, generate); 0: as the commands choose.",
 )
 flags.DEFINE_integer("questions", 1000, "Number of questions whose hours are printed.")
 flags.DEFINE_enum(

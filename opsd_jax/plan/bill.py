@@ -39,7 +39,7 @@ class Options:
     quick: compile with less effort.
     write_speed: GB per second that each host writes of a checkpoint.
     price: dollars of a chip for an hour; None if unknown.
-    tensor: devices of a copy of the model that answers questions; 0 for the fewest that it fits on.
+    tensor: devices of a copy of the model that answers questions; 0 for `placement.fastest`.
     questions: how many questions are answered. protocol: by which they are asked.
     """
 
@@ -106,7 +106,7 @@ def _plan_answers(
             f"--stage={stage} with --only or --bucket: they are of training; leave them out"
         )
     checks.number("--questions", options.questions, int, "[1, inf)")
-    checks.number("--tensor", options.tensor, int, "[0, inf); 0 for the fewest that fit")
+    checks.number("--tensor", options.tensor, int, "[0, inf); 0 as the commands choose")
     if price is not None:
         _check_price(price, config, topology, list(config.stages), "")
     bound = options.hbm or topology.hbm

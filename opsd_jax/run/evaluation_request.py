@@ -50,7 +50,7 @@ class Request:
       on_bad_row: "fail", or "skip": rows of a table that cannot be shown are listed in the summary
         and left out.
       against: results to compare with in the report: a name in W/eval, or a folder.
-      tensor: devices that each copy of the model is divided over; 0 for the fewest that it fits on.
+      tensor: devices that each copy of the model is divided over; 0 for `placement.fastest`.
       dtype: compute dtype, "float32" or "bfloat16"; "" for the model's own.
     """
 

@@ -49,8 +49,8 @@ def load(
         that of a release (`release.folders.compute_dtype`).
       batch_size: number of questions that are asked together, for copies of the model on all
         devices; 0 for a single question and a single copy.
-      tensor: number of devices of a copy; 0 for the fewest that it fits on (`placement`), and for
-        as many as divide the heads where there is a single copy.
+      tensor: number of devices of a copy; 0 for `placement.fastest`, and for as many as
+        divide the heads where there is a single copy.
     Raises:
       FileNotFoundError: not a model. ValueError: it cannot generate images; unknown protocol; it
       does not fit into the memory of the devices. TypeError: something else than a path, such as an

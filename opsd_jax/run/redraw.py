@@ -36,7 +36,7 @@ class Batches:
 
     Attributes:
       size: examples per batch, rounded up to a multiple of the copies of the model.
-      tensor: devices that each copy is divided over; 0 for the fewest that it fits on.
+      tensor: devices that each copy is divided over; 0 for `placement.fastest`.
       seed: seed of sampling and noise.
     """
 
