@@ -75,6 +75,13 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionSwitch:
+    """Whether the model has a vision tower (`model.vit`); without one it reads text alone."""
+
+    on: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageSwitch:
     """Whether the model has an image-generation path (`model.generation`)."""
 
@@ -122,7 +129,7 @@ class BucketsConfig:
         return getattr(self, kind)
 
 
-# What the numbers of an entry of data.buckets count; each is at least 1.
+# What the numbers of an entry of data.buckets count; each is at least 1, except patches.
 BUCKET_SIZES = {
     "student": ("positions", "patches"),
     "teacher": ("positions", "patches"),
@@ -356,7 +363,7 @@ def settings() -> dict[str, Setting]:
     opsd = _of(DistillConfig)
     groups = {
         "": _of(RunConfig),
-        "model": _of(ModelConfig, without=("generation", "lora")),
+        "model": _of(ModelConfig, without=("vit", "generation", "lora")),
         # Sizes of ThinkMorph-7B.
         "model.llm": _of(
             LLMConfig,
@@ -367,9 +374,8 @@ def settings() -> dict[str, Setting]:
             num_kv_heads=4,
             intermediate_size=18944,
         ),
-        "model.vit": _of(
-            ViTConfig, hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304
-        ),
+        "model.vit": _of(VisionSwitch)
+        | _of(ViTConfig, hidden_size=1152, num_layers=26, num_heads=16, intermediate_size=4304),
         "model.generation": _of(ImageSwitch)
         | _of(VAEConfig)
         | _of(GenerationConfig, without=("vae",)),
@@ -568,9 +574,10 @@ def model(config: ConfigDict) -> ModelConfig:
         for name, value in config.model.items()
         if name not in ("llm", "vit", "generation")
     }
+    llm, vit = dict(config.model.llm), dict(config.model.vit)
     return ModelConfig(
-        llm=LLMConfig(**config.model.llm),
-        vit=ViTConfig(**config.model.vit),
+        llm=LLMConfig(**llm | {"rope_llama3": tuple(map(float, llm["rope_llama3"]))}),
+        vit=ViTConfig(**vit) if vit.pop("on") else None,
         generation=generation(config),
         lora=lora(config),
         **compute,

@@ -168,18 +168,25 @@ def _check_value(value, shown: str, key: str) -> None:
             checks.once(shown, [element.lower() for element in value])
 
 
+_OR_NO_PATCHES = " (patches: of at least 0)"
+
+
 def _check_buckets(value, shown: str, counted: tuple[str, ...]) -> None:
     """Checks the shape and order of buckets. counted: what the numbers of each bucket count."""
     if not all(
         isinstance(sizes, (tuple, list))
         and len(sizes) == len(counted)
-        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+        and all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= (name != "patches")
+            for n, name in zip(sizes, counted)
+        )
         for sizes in value
     ):
         example = tuple(2 ** (11 - n) for n in range(len(counted)))
         raise ValueError(
             f"{shown} is {value}: give a tuple that holds one ({', '.join(counted)}) for each "
-            f"bucket, in whole numbers of at least 1, such as ({example},)"
+            f"bucket, in whole numbers of at least 1{_OR_NO_PATCHES * ('patches' in counted)}, "
+            f"such as ({example},)"
         )
     if any(any(a > b for a, b in zip(small, large)) for small, large in zip(value, value[1:])):
         raise ValueError(f"{shown} is {value}: sizes must not fall from one bucket to the next")
@@ -393,8 +400,35 @@ def _check_model(config: ConfigDict) -> None:
             f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
             f"{config.model.vit.patch_size}: images are cut into whole patches"
         )
+    if network.vit is None:
+        _check_text_alone(config)
     if network.generation:
         FlowConfig(network, 0, 1, **config.drawing)
+
+
+def _check_text_alone(config: ConfigDict) -> None:
+    """Checks that a model without a vision tower is shown no image."""
+    off = "config.model.vit.on is False, so the model reads text alone, but"
+    for role in ("student", "teacher"):
+        blocks = config[role].blocks
+        if shown := [name for name in blocks if context.holds_images(name)]:
+            rest = tuple(name for name in blocks if name not in shown)
+            raise ValueError(
+                f"{off} config.{role}.blocks names {', '.join(shown)}, which are images: set it to "
+                f"{rest}"
+            )
+    for kind in ("student", "teacher", "trace"):
+        if any(sizes[1] for sizes in config.data.buckets[kind]):
+            raise ValueError(
+                f"{off} config.data.buckets.{kind} is {config.data.buckets[kind]}: set the second "
+                "number of each entry, patches, to 0"
+            )
+    for stage in config.stages:
+        if config[stage].get("mix", {}).get("interleaved", 0):
+            raise ValueError(
+                f"{off} config.{stage}.mix.interleaved is {config[stage].mix.interleaved}: set it "
+                "to 0, since interleaved traces hold images"
+            )
 
 
 def _check_mesh(config: ConfigDict) -> None:

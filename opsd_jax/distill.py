@@ -209,15 +209,15 @@ def update_step(
         others = _other_states(teacher, hidden_s, batch, completion, config)
         jsd, ce, signals = divergence.chunked(
             hidden_s,
-            params["llm"]["head"],
+            bagel.head(params),
             _target(hidden_t, others, config),
-            teacher["llm"]["head"],
+            bagel.head(teacher),
             completion.labels,
             config.divergence,
         )
         if config.token_weights == "advantage":
             signals["advantage"] = weighting.advantage(
-                hidden_t, others["none"], teacher["llm"]["head"], config.divergence.chunk
+                hidden_t, others["none"], bagel.head(teacher), config.divergence.chunk
             )
         if config.token_weights != "none":
             own = signals[config.token_weights]
@@ -316,9 +316,9 @@ def kl_to_student(
     exact = DivergenceConfig(beta=0.0, top_k=0, clip=0.0, temperature=temperature, chunk=64)
     values, _, _ = divergence.chunked(
         score(student, batch.student, completion, config=config),
-        student["llm"]["head"],
+        bagel.head(student),
         score(teacher, batch.teacher, completion, config=config),
-        teacher["llm"]["head"],
+        bagel.head(teacher),
         completion.labels,
         exact,
         with_ce=False,
@@ -345,7 +345,7 @@ def log_prob_gain(
     student, teacher = (
         divergence.chunked_cross_entropy(
             score(params, context, completion, config=config),
-            params["llm"]["head"],
+            bagel.head(params),
             completion.labels,
             chunk,
         )[0]

@@ -348,6 +348,10 @@ def _contexts(
 def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
     """The blocks of an image: as latents if images are generated, and as ViT patches."""
     config = reasoner.config
+    if config.vit is None:
+        raise ValueError(
+            "the model has no vision tower and reads text alone: ask it without an image"
+        )
     vit_pixels, vae_pixels = resize_for_model(image, reasoner)
     patches = _patch_block(vit_pixels, config.vit.patch_size)
     if not generation:
@@ -379,7 +383,7 @@ def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
         sequences,
         bucketed(sequences),
         tokenizer=reasoner.tokenizer,
-        side=reasoner.config.vit.side,
+        side=reasoner.config.patches_per_side,
         generation=reasoner.config.generation,
     )
     return sharding.put_batch(reasoner.mesh, packed) if reasoner.mesh else packed

@@ -38,6 +38,7 @@ from opsd_jax import divergence, optimizer, sharding, supervised
 from opsd_jax import params as params_lib
 from opsd_jax.array_types import AnyArray
 from opsd_jax.method_config import OfflineConfig
+from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
 
@@ -135,7 +136,7 @@ def step(
 
         hidden = supervised.target_states(params, traces, config.model)
         ce, correct, kl = divergence.over_chunks(
-            piece, params["llm"]["head"], (hidden, traces.labels, log_probs, indices), config.chunk
+            piece, bagel.head(params), (hidden, traces.labels, log_probs, indices), config.chunk
         )
         ce, kl = jnp.sum(ce * weights), jnp.sum(kl * share)
         value = ce + config.weight * kl
@@ -184,7 +185,7 @@ def teacher_outputs(
         kl = jnp.maximum(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), 0)
         return log_probs.astype(jnp.float16), indices.astype(jnp.int32), kl.astype(jnp.float16)
 
-    return divergence.over_chunks(piece, params["llm"]["head"], states, chunk)
+    return divergence.over_chunks(piece, bagel.head(params), states, chunk)
 
 
 def fingerprint(params: dict) -> str:

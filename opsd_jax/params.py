@@ -45,6 +45,7 @@ class Fact:
 
 
 def _linear(path, axes, group, bias=True):
+    """The facts of a matrix and of its bias, which need not be in every model."""
     facts = [Fact(f"{path}_kernel", axes, group)]
     if bias:
         facts.append(Fact(f"{path}_bias", axes[:-2] + axes[-1:], group))
@@ -56,13 +57,14 @@ def _expert(expert, group):
     layers, facts = f"llm/layers/{expert}", []
     for letter, axis in (("q", "heads"), ("k", "kv"), ("v", "kv")):
         facts += _linear(f"{layers}/{letter}", ("layers", "embed", axis), group)
-    facts += _linear(f"{layers}/o", ("layers", "heads", "embed"), group, bias=False)
+    further = expert == "und"  # only decoders that have no other expert have more biases
+    facts += _linear(f"{layers}/o", ("layers", "heads", "embed"), group, bias=further)
     for word, axes in (
         ("gate", ("layers", "embed", "mlp")),
         ("up", ("layers", "embed", "mlp")),
         ("down", ("layers", "mlp", "embed")),
     ):
-        facts += _linear(f"{layers}/{word}", axes, group, bias=False)
+        facts += _linear(f"{layers}/{word}", axes, group, bias=further)
     for norm in ("q_norm", "k_norm", "input_norm", "post_norm"):
         facts.append(Fact(f"{layers}/{norm}", ("layers", None), group))
     return facts

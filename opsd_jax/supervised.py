@@ -65,7 +65,7 @@ def sft_step(
         params = params_lib.merge(trainable, frozen)
         hidden = target_states(params, traces, config.model)
         ce, correct = divergence.chunked_cross_entropy(
-            hidden, params["llm"]["head"], traces.labels, config.chunk
+            hidden, bagel.head(params), traces.labels, config.chunk
         )
         value = jnp.sum(ce * weights)
         return value, {"loss": value, "ce": value, "correct": jnp.sum(correct * traces.mask)}
@@ -116,7 +116,7 @@ def image_generation_step(
         )
         errors, _, hidden = flow.loss(params, context, times, noise, config=model)
         ce, correct = divergence.chunked_cross_entropy(
-            at_targets(hidden, traces), params["llm"]["head"], traces.labels, config.chunk
+            at_targets(hidden, traces), bagel.head(params), traces.labels, config.chunk
         )
         ce, mse = jnp.sum(ce * weights), jnp.sum(errors * share[:, :, None])
         value = config.ce_weight * ce + config.mse_weight * mse

@@ -80,7 +80,7 @@ class Packer:
             side=config.model.vit.side,
             generation=config_lib.generation(config),
             names=config_lib.block_names(config),
-            patch_dim=config_lib.model(config).vit.patch_dim,
+            patch_dim=config_lib.model(config).patch_dim,
         )
 
     # --- blocks of one example -------------------------------------------------------------------

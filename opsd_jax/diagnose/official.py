@@ -110,9 +110,9 @@ def paired_kl(
 
     values, _, _ = divergence.chunked(
         states(student, student_context, student_positions),
-        student["llm"]["head"],
+        bagel.head(student),
         states(teacher, teacher_context, teacher_positions),
-        teacher["llm"]["head"],
+        bagel.head(teacher),
         student_positions,
         exact,
         with_ce=False,

@@ -12,6 +12,7 @@ A single query (decoding) is computed densely in all modes: its scores take litt
 Letters: B batch, T queries, S keys, H heads, K kv heads, G = H // K, h head_dim.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -190,18 +191,44 @@ def _cudnn(q, k, v, mask):
     return out[:, :t].reshape(b, t, heads * h)
 
 
+def rope_frequencies(
+    head_dim: int, theta: float, llama3: tuple[float, ...] = ()
+) -> Float32[Array, " frequencies"]:
+    """Frequencies of rotary positions (inv_freq), in radians per position, float32 [h / 2].
+
+    Official: transformers, modeling_rope_utils.py.
+
+    Args:
+      head_dim: h. theta: base of the frequencies.
+      llama3: (factor, low, high, original). Wavelengths above original / low are multiplied by
+        factor, those below original / high stay, and the frequencies between are interpolated. ()
+        for no scaling.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if not llama3:
+        return frequencies
+    factor, low, high, original = llama3
+    turns = original * frequencies / (2 * math.pi)  # original / wavelength
+    share = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - share) * frequencies / factor + share * frequencies
+
+
 def rope_tables(
-    positions: Int[AnyArray, "B T"], head_dim: int, theta: float, bfloat16: bool = False
+    positions: Int[AnyArray, "B T"],
+    head_dim: int,
+    theta: float,
+    bfloat16: bool = False,
+    llama3: tuple[float, ...] = (),
 ) -> tuple[Float32[Array, "B T 1 h"], Float32[Array, "B T 1 h"]]:
     """Cosines and sines of the rotation angles, float32 [B, T, 1, h] each.
 
     Both halves of the last axis are equal (rotate-half form).
 
     Args:
-      positions: int32 [B, T], rope positions. head_dim: h. theta: base of the frequencies.
+      positions: int32 [B, T], rope positions. head_dim, theta, llama3: see `rope_frequencies`.
       bfloat16: whether the frequencies are rounded to bfloat16, see `ModelConfig.rope_bfloat16`.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = rope_frequencies(head_dim, theta, llama3)
     if bfloat16:  # not a cast to bfloat16 and back, which XLA may remove
         frequencies = jax.lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=7)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies

@@ -1,7 +1,7 @@
 """Public API of the network: pure functions of a plain dict of parameters.
 
 The dict is {"llm", "vit", "connector"}, and {"latent", "vae"} as well if the model generates
-images.
+images; {"llm"} alone if the model reads text alone.
 
 Letters: B batch, T sequence, P patches, G latent tokens, C values of a latent token, D embedding,
 V vocabulary, L layers, S columns of the cache, K kv heads, h head_dim.
@@ -84,9 +84,11 @@ def init(key: PRNGKeyArray, *, config: ModelConfig) -> dict:
             jnp.zeros((1, experts), jnp.int32),
             mask,
         ),
-        "vit": _vit(c).init(keys[1], jnp.zeros((1, 1, c.vit.patch_dim)), ids, ids),
-        "connector": _connector(c).init(keys[2], jnp.zeros((1, 1, c.vit.hidden_size)), ids),
     }
+    if c.vit:
+        patches, features = (jnp.zeros((1, 1, n)) for n in (c.vit.patch_dim, c.vit.hidden_size))
+        variables["vit"] = _vit(c).init(keys[1], patches, ids, ids)
+        variables["connector"] = _connector(c).init(keys[2], features, ids)
     params = {name: tree["params"] for name, tree in variables.items()}
     if c.generation:
         g, v = c.generation, c.generation.vae
@@ -142,9 +144,17 @@ def embed(
       context: Context of T positions, P patches and G latent tokens.
       latents, times: float32 [B, G, C] and [B, G], noisy latent tokens and their flow times, which
         replace the context's clean ones (at time 0).
+    Raises:
+      ValueError: the context has images, and the model has no vision tower.
     """
     x = embed_tokens(params, context.tokens, config=config)
     if context.patches.shape[1]:
+        if config.vit is None:
+            raise ValueError(
+                f"the context has {context.patches.shape[1]} patches of images per sequence, but "
+                "the model has no vision tower and reads text alone: leave the images out, or use "
+                "a model with model.vit.on"
+            )
         encoded = encode_images(params, context, config=config)
         sequence = jnp.arange(x.shape[0])[:, None]
         x = x.at[sequence, context.patch_positions].set(encoded, mode="drop")
@@ -295,10 +305,16 @@ def init_cache(batch: int, columns: int, *, config: ModelConfig) -> Cache:
     return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
 
 
+def head(params: dict) -> Float[AnyArray, "D V"]:
+    """The output head [D, V]; of a tied head, the transposed embedding table."""
+    llm = params["llm"]
+    return llm["head"] if "head" in llm else llm["embed"].T
+
+
 @jax.named_scope("head")
 def logits(params: dict, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any V"]:
     """Hidden states [..., D] -> float32 logits [..., V]."""
-    return divergence.project(hidden, params["llm"]["head"])
+    return divergence.project(hidden, head(params))
 
 
 @jax.named_scope("vae_encoder")

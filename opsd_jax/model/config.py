@@ -14,7 +14,17 @@ ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-    """Qwen2 mixture-of-transformers decoder (official: modeling/bagel/qwen2_navit.py)."""
+    """The decoder. Defaults are those of BAGEL's Qwen2 (official: modeling/bagel/qwen2_navit.py).
+
+    head_dim: size of a head; num_heads * head_dim need not be hidden_size.
+    qkv_bias, output_bias, mlp_bias: whether the projections to q, k and v, the output projection,
+      and the three matrices of the MLP have biases.
+    qk_norm: whether q and k are normalised per head before rotary positions are applied.
+    tied_head: whether the output head is the embedding table. There is no parameter "head" then.
+    rope_llama3: the frequencies of rotary positions are scaled as in Llama 3 by (factor,
+      low_freq_factor, high_freq_factor, original_max_position_embeddings), see
+      `attention.rope_frequencies`; () for no scaling.
+    """
 
     vocab_size: Annotated[int, "[1, inf)"]
     hidden_size: Annotated[int, "[1, inf)"]
@@ -25,6 +35,12 @@ class LLMConfig:
     rope_theta: Annotated[float, "(0, inf)"] = 1e6
     rms_norm_eps: Annotated[float, "(0, 1]"] = 1e-6
     head_dim: Annotated[int, "[0, inf)"] = 0  # 0: hidden_size // num_heads
+    qkv_bias: bool = True
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = True
+    tied_head: bool = False
+    rope_llama3: Annotated[tuple[float, ...], "(0, inf)"] = ()
 
     def __post_init__(self):
         checks.fields(self, "model.llm")
@@ -45,10 +61,13 @@ class LLMConfig:
                 f"model.llm.head_dim {self.head_dim} is odd: make it even, since rotary positions "
                 "rotate pairs of values"
             )
-        if self.hidden_size % 4:
+        if self.rope_llama3 and (
+            len(self.rope_llama3) != 4 or self.rope_llama3[1] >= self.rope_llama3[2]
+        ):
             raise ValueError(
-                f"model.llm.hidden_size {self.hidden_size} is not divisible by 4: make it a "
-                "multiple of 4, since the table of 2-D positions needs it"
+                f"model.llm.rope_llama3 is {self.rope_llama3}: give (factor, low_freq_factor, "
+                "high_freq_factor, original_max_position_embeddings), the second below the third, "
+                "or () for no scaling"
             )
 
 
@@ -172,6 +191,8 @@ class LoRAConfig:
 class ModelConfig:
     """The whole network and how it is computed.
 
+    vit: sizes of the vision tower; None where the model reads text alone. The tower and its
+      connector are then not in the parameter tree.
     generation: sizes of the image-generation path; None where the model generates no images. The
       generation expert (`*_moe_gen` weights), the latent path and the autoencoder are then not in
       the parameter tree and cost no memory.
@@ -191,7 +212,7 @@ class ModelConfig:
     """
 
     llm: LLMConfig
-    vit: ViTConfig
+    vit: ViTConfig | None = None
     generation: GenerationConfig | None = None
     lora: LoRAConfig | None = None
     dtype: Annotated[str, ("float32", "bfloat16")] = "bfloat16"
@@ -203,3 +224,28 @@ class ModelConfig:
 
     def __post_init__(self):
         checks.fields(self, "model")
+        if self.vit is None and self.generation is not None:
+            raise ValueError(
+                "model.generation.on is True, but the model has no vision tower, which reads the "
+                "generated images again: set model.vit.on=True, or model.generation.on=False"
+            )
+        if self.generation is not None and (self.llm.output_bias or self.llm.mlp_bias):
+            raise ValueError(
+                "model.llm.output_bias and mlp_bias are not implemented for a model with a "
+                "generation expert: set them to False, or model.generation.on=False"
+            )
+        if self.vit is not None and self.llm.hidden_size % 4:
+            raise ValueError(
+                f"model.llm.hidden_size {self.llm.hidden_size} is not divisible by 4: make it a "
+                "multiple of 4, since the table of 2-D positions needs it"
+            )
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values of a patch; 1 for a model that reads text alone."""
+        return self.vit.patch_dim if self.vit else 1
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a side of the position table; 1 for a model that reads text alone."""
+        return self.vit.side if self.vit else 1

@@ -1,7 +1,9 @@
-"""Qwen2 decoder as a mixture of transformers: two sets of weights, one attention, scanned layers.
+"""The decoder: a mixture of transformers with two sets of weights, one attention, scanned layers.
 
 Text, image delimiters and ViT tokens run through the understanding expert `und`, latent tokens
 through the generation expert `gen` (official: modeling/bagel/qwen2_navit.py, Qwen2MoTDecoderLayer).
+Decoders of other families (Qwen2, Qwen3, Llama) are `und` alone; `LLMConfig` says which biases and
+norms they have.
 
 Letters: as in `attention`; L layers, D embedding.
 """
@@ -49,21 +51,25 @@ class Expert(nn.Module):
         d, h, f = c.hidden_size, c.head_dim, c.intermediate_size
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         self.input_norm = self.param("input_norm", ones, (d,))
+
+        def matrix(name, init, shape, biased):
+            setattr(self, f"{name}_kernel", self.param(f"{name}_kernel", init, shape))
+            bias = self.param(f"{name}_bias", zeros, shape[1:]) if biased else None
+            setattr(self, f"{name}_bias", bias)
+
         for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
-            setattr(
-                self, f"{name}_kernel", self.param(f"{name}_kernel", matrix_init, (d, heads * h))
-            )
-            setattr(self, f"{name}_bias", self.param(f"{name}_bias", zeros, (heads * h,)))
+            matrix(name, matrix_init, (d, heads * h), c.qkv_bias)
         # Normalised q and k bound a score by sqrt(h). Small heads start with larger gains, so that
         # attention can be as sharp from the start as with the official model's heads of 128.
         gain = nn.initializers.constant((128 / h) ** 0.25)
-        self.q_norm = self.param("q_norm", gain, (h,))
-        self.k_norm = self.param("k_norm", gain, (h,))
-        self.o_kernel = self.param("o_kernel", _residual(c.num_layers), (c.num_heads * h, d))
+        if c.qk_norm:
+            self.q_norm = self.param("q_norm", gain, (h,))
+            self.k_norm = self.param("k_norm", gain, (h,))
+        matrix("o", _residual(c.num_layers), (c.num_heads * h, d), c.output_bias)
         self.post_norm = self.param("post_norm", ones, (d,))
-        self.gate_kernel = self.param("gate_kernel", matrix_init, (d, f))
-        self.up_kernel = self.param("up_kernel", matrix_init, (d, f))
-        self.down_kernel = self.param("down_kernel", _residual(c.num_layers), (f, d))
+        matrix("gate", matrix_init, (d, f), c.mlp_bias)
+        matrix("up", matrix_init, (d, f), c.mlp_bias)
+        matrix("down", _residual(c.num_layers), (f, d), c.mlp_bias)
         if self.lora:
             for name in self.lora.targets:
                 width, out = getattr(self, f"{name}_kernel").shape
@@ -78,9 +84,9 @@ class Expert(nn.Module):
                     self.param(f"{name}_lora_b", zeros, (self.lora.rank, out)),
                 )
 
-    def _dense(self, name, x, bias=None):
-        """x [..., in] times the matrix `name`, plus its adapter if it has one: [..., out]."""
-        y = dense(x, getattr(self, f"{name}_kernel"), bias)
+    def _dense(self, name, x):
+        """x [..., in] times the matrix `name`, plus its bias and its adapter if any: [..., out]."""
+        y = dense(x, getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias"))
         if self.lora is None or name not in self.lora.targets:
             return y
         low = dense(x, getattr(self, f"{name}_lora_a"))
@@ -89,19 +95,22 @@ class Expert(nn.Module):
     def qkv(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
-        """x [B, T, D] -> normalised q [B, T, H, h] and k [B, T, K, h], and v [B, T, K, h].
+        """x [B, T, D] -> q [B, T, H, h], k [B, T, K, h] and v [B, T, K, h].
 
-        Rotary positions are not applied yet.
+        q and k are normalised if the decoder does that. Rotary positions are not applied yet.
         """
         c = self.config
         x = rms_norm(x, self.input_norm, c.rms_norm_eps)
 
-        def heads(y):
+        def heads(name):
+            y = self._dense(name, x)
             return y.reshape(*y.shape[:2], -1, c.head_dim)
 
-        q = rms_norm(heads(self._dense("q", x, self.q_bias)), self.q_norm, c.rms_norm_eps)
-        k = rms_norm(heads(self._dense("k", x, self.k_bias)), self.k_norm, c.rms_norm_eps)
-        return q, k, heads(self._dense("v", x, self.v_bias))
+        q, k = heads("q"), heads("k")
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm, c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm, c.rms_norm_eps)
+        return q, k, heads("v")
 
     def output(
         self, x: Float[Array, "B T D"], attended: Float[Array, "B T _"]
@@ -197,13 +206,16 @@ class Decoder(nn.Module):
         self.param(
             "embed", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
         )
-        self.param("head", matrix_init, (c.hidden_size, c.vocab_size))
+        if not c.tied_head:
+            self.param("head", matrix_init, (c.hidden_size, c.vocab_size))
         if self.latents and not self.config.generation:
             raise ValueError(
                 "latent tokens need the generation expert, which this model does not have: set "
                 "model.generation"
             )
-        rope = attention.rope_tables(positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16)
+        rope = attention.rope_tables(
+            positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16, c.rope_llama3
+        )
         record = None if groups is None else (mask, groups)
         laid = masks.lay_out(mask, x.shape[1], self.config.attention)
         block = Block

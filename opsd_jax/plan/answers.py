@@ -111,7 +111,7 @@ class _Batch:
             [blocks],
             interleave.bucketed([blocks]),
             tokenizer=_TOKENIZER,
-            side=self.model.config.vit.side,
+            side=self.model.config.patches_per_side,
             generation=self.model.config.generation,
         )
         return jax.tree.map(lambda x: self.array(*x.shape[1:], dtype=x.dtype, count=count), packed)

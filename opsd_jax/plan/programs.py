@@ -163,7 +163,7 @@ class _Step:
             rope_positions=sequence,
             limit=sequence,
             segment=sequence,
-            patches=self.array(patches, self.model.vit.patch_dim, dtype=dtype),
+            patches=self.array(patches, self.model.patch_dim, dtype=dtype),
             patch_table_ids=patch,
             patch_image=patch,
             patch_positions=patch,

@@ -47,17 +47,20 @@ class Cache:
 
 
 def largest_question(reasoner: Reasoner, generated: int = 0) -> list[context.Block]:
-    """The blocks of a question with one image of the largest size and `TEXT` tokens.
+    """The blocks of a question with one image of the largest size, if the model sees images, and
+    `TEXT` tokens.
 
     Args:
       reasoner: its sizes and rules; it needs no weights.
       generated: rounds before this one, each a text of full length and an image.
     """
     model = reasoner.config
-    width, height = reasoner.vit(_LARGE, _LARGE)
-    grid = (height // model.vit.patch_size, width // model.vit.patch_size)
-    patches = np.zeros((grid[0] * grid[1], model.vit.patch_dim), np.uint8)
-    image: list[context.Block] = [context.Image(patches, grid)]
+    image: list[context.Block] = []
+    if model.vit:
+        width, height = reasoner.vit(_LARGE, _LARGE)
+        grid = (height // model.vit.patch_size, width // model.vit.patch_size)
+        patches = np.zeros((grid[0] * grid[1], model.patch_dim), np.uint8)
+        image = [context.Image(patches, grid)]
     if sizes := model.generation:
         width, height = reasoner.vae(_LARGE, _LARGE)
         rows, columns = height // sizes.stride, width // sizes.stride

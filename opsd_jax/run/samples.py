@@ -63,7 +63,7 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
     """Images and texts of the first examples of the stage's first batch, as the model sees them."""
     if step.number != step.stage.first + 1:
         return
-    examples, patch = step.inputs.examples[:EXAMPLES], run.model.vit.patch_size
+    examples, patch = step.inputs.examples[:EXAMPLES], run.config.model.vit.patch_size
     lines = []
     for n, example in enumerate(examples):
         shown = {_problem_name(m): image for m, image in enumerate(example.problems)}
@@ -93,10 +93,10 @@ def write_rollouts(run: Session, step: FinishedStep) -> None:
         return
     if jax.process_count() > 1:  # examples of other hosts are not on this one
         return
-    (trajectory,) = step.inputs.sampled
+    (trajectory,), patch = step.inputs.sampled, run.config.model.vit.patch_size
     for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
         for m, problem in enumerate(example.problems):
-            pixels = images.unpatchify(problem.patches, problem.grid, run.model.vit.patch_size)
+            pixels = images.unpatchify(problem.patches, problem.grid, patch)
             run.writer.image(step.number, f"rollout{n}-{_problem_name(m)}", pixels)
     profile = jax.device_get(step.metrics["jsd_by_position"])
     lines = [f"{n:5d}  {x:.6f}" for n, x in enumerate(profile)]

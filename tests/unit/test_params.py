@@ -14,6 +14,10 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import GenerationConfig, LLMConfig, ModelConfig, ViTConfig
 
 BOTH = tiny.DRAWING
+# every bias that a decoder of another family can have
+BIASED = dataclasses.replace(
+    tiny.MODEL, llm=dataclasses.replace(tiny.MODEL.llm, output_bias=True, mlp_bias=True)
+)
 SEVEN_B = ModelConfig(
     llm=LLMConfig(
         vocab_size=152064,
@@ -38,6 +42,11 @@ def abstract(config):
 def test_every_parameter_has_a_row_and_every_row_a_parameter():
     leaves = params_lib.flatten(abstract(BOTH))
     in_vae = {path for path in leaves if path.startswith("vae/")}
+    own = params_lib.flatten(abstract(BIASED))
+    assert own.keys() - leaves.keys() == {
+        f"llm/layers/und/{name}_bias" for name in ("o", "gate", "up", "down")
+    }
+    leaves |= own
     assert leaves.keys() - in_vae == params_lib.TABLE.keys() and len(in_vae) > 80
     for path, leaf in leaves.items():
         row = params_lib.fact(path)
@@ -50,7 +59,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
         path
         for path, row in params_lib.TABLE.items()
         if row.group not in ("gen", "latent", "vae") and not path.startswith("latent/")
-    }
+    } - (own.keys() - params_lib.flatten(abstract(BOTH)).keys())
     assert params_lib.fact("latent/position_table").group == "fixed"
     for wrong in (
         "llm/bias",
