@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     cli.add_tensor(parser)
     cli.add_dtype(parser)
+    cli.add_compute_every(parser)
     parser.add_argument(
         "--on_bad_row",
         choices=("fail", "skip"),
@@ -128,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="",
         help="of the results in W/eval (default: <step>-<mode>, then what differs from the run's "
         "own evaluation: [-banned][-<protocol>][-<split>][-random<rows>][-<benchmarks>]"
-        "[-samples<K>][-temperature<T>][-seed<N>][-<dtype>])",
+        "[-samples<K>][-temperature<T>][-seed<N>][-<dtype>]"
+        "[-every<N>])",
     )
     args, summaries = parser.parse_args(argv), {}
     try:
@@ -159,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     against=args.against,
                     tensor=args.tensor,
                     dtype=args.dtype,
+                    compute_every=args.compute_every,
                 )
                 summaries |= evaluate.evaluate(request, stop.check)
     except (ValueError, OSError) as error:

@@ -11,16 +11,24 @@ everything before the user's latest text (text), and the user's texts without im
 contexts follow one another on the batch axis and run as one forward pass. Their keys and values are
 computed once, and each step overwrites those of the block in place.
 
-Axes: B images, R branches (1 to 3), G latent tokens, C values of a latent token (patch row, patch
-column, z), T positions of a context, S keys, L layers, K key/value heads, h head size, D embedding,
-M images of an example, height and width in pixels, rows and columns of latents, z channels of a
-latent.
+Velocities change slowly from step to step. With `FlowConfig.compute_every` = n only every n-th is
+computed, and those between are extrapolated (TaylorSeer, arXiv 2503.06923, with the velocity of
+each branch as the feature: guidance stays exact in what it combines). n = 3, degree 1:
+
+  step       0  1  2  3  4  5  6  7 ...      the first degree + 1 steps of a phase are computed
+  computed   *  *        *        *
+
+Axes: B images, R branches (1 to 3), N computed velocities that are kept, G latent tokens, C values
+of a latent token (patch row, patch column, z), T positions of a context, S keys, L layers, K
+key/value heads, h head size, D embedding, M images of an example, height and width in pixels, rows
+and columns of latents, z channels of a latent.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -66,6 +74,51 @@ def guided_steps(config: FlowConfig) -> tuple[int, int]:
     if len(config.branches) == 1 or not len(inside):
         return 0, 0
     return int(inside[0]), int(inside[-1]) + 1
+
+
+class Phase(NamedTuple):
+    """Steps begin .. end - 1, all of them guided or none."""
+
+    begin: int
+    end: int
+    guided: bool
+
+
+def phases(config: FlowConfig) -> list[Phase]:
+    """All steps, in order: before, inside and after the interval of guidance."""
+    first, last = guided_steps(config)
+    found = [
+        Phase(0, first, False),
+        Phase(first, last, True),
+        Phase(last, config.num_timesteps - 1, False),
+    ]
+    return [phase for phase in found if phase.begin < phase.end]
+
+
+def computed_steps(config: FlowConfig) -> Bool[np.ndarray, " steps"]:
+    """Which steps compute their velocities, bool [num_timesteps - 1]; see the module's example."""
+    computed = np.zeros(config.num_timesteps - 1, bool)
+    for phase in phases(config):
+        first = min(phase.begin + config.extrapolation, phase.end - 1)
+        computed[phase.begin : first] = True
+        computed[first : phase.end : config.compute_every] = True
+    return computed
+
+
+def extrapolated(
+    velocities: Float[AnyArray, "N R B G C"],
+    times: Float[AnyArray, " N"],
+    t: Float[AnyArray, ""],
+) -> Float[AnyArray, "R B G C"]:
+    """The polynomial of degree N - 1 in flow time through velocities at N times, at time t.
+
+    Lagrange's form: v(t) = sum_j v_j prod_(i != j) (t - t_i) / (t_j - t_i).
+    """
+    total: Any = 0.0
+    for j in range(len(velocities)):
+        factors = [(t - times[i]) / (times[j] - times[i]) for i in range(len(velocities)) if i != j]
+        total += math.prod(factors) * velocities[j]
+    return total
 
 
 def guide(
@@ -244,39 +297,96 @@ def velocities(
     return velocity.reshape(count // batch, *x.shape), written
 
 
-@sharding.jit_on_mesh(static_argnames=("config",), donate_argnames=("cache", "x"))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "cache", "velocities", "times"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """What the denoising steps of B images change.
+
+    x: [B, G, C], the noised images.
+    cache: keys and values, see `Conditioning`.
+    velocities: float32 [N, R, B, G, C], those computed last, the newest first; N = 0 where all
+      steps are computed.
+    times: float32 [N], their flow times.
+    """
+
+    x: jax.Array
+    cache: Cache
+    velocities: jax.Array
+    times: jax.Array
+
+
+def start(x: Float[Array, "B G C"], cache: Cache, *, config: FlowConfig) -> Denoising:
+    """The state at the beginning of a phase.
+
+    Args:
+      x: [B, G, C], which `denoise` donates. cache: that of all branches of the phase.
+    """
+    kept = config.extrapolation + 1 if config.compute_every > 1 else 0
+    branches = cache["k"].shape[1] // x.shape[0]
+    return Denoising(x, cache, jnp.zeros((kept, branches, *x.shape)), jnp.zeros(kept))
+
+
+@sharding.jit_on_mesh(static_argnames=("config",), donate_argnames=("state",))
 def denoise(
     params: dict,
     conditioning: Conditioning,
-    cache: Cache,
-    x: Float[Array, "B G C"],
+    state: Denoising,
     first: Int[Array, ""],
     last: Int[Array, ""],
     *,
     config: FlowConfig,
-) -> tuple[Float[Array, "B G C"], Cache]:
+) -> Denoising:
     """Euler steps first .. last - 1. Both are traced: one program runs any number of steps.
 
     The steps are guided if there are contexts of several branches.
 
     Args:
-      cache: see `Conditioning`. It is donated.
-      x: [B, G, C], the noised images before the first step. It is donated.
+      state: of the images before the first step. It is donated.
+      first: a step that computes its velocities.
     Returns:
-      (x [B, G, C] after the last step, cache).
+      The state after the last step.
     """
-    times = jnp.asarray(timesteps(config))
+    grid, computed = timesteps(config), computed_steps(config)
+    times = jnp.asarray(grid)
+    # step -> the next one that computes its velocities
+    own = np.where(computed, np.arange(len(computed)), len(computed))
+    after = jnp.asarray(np.append(np.minimum.accumulate(own[::-1])[::-1][1:], len(computed)))
 
-    def step(n, carry):
-        x, cache = carry
-        branches, cache = velocities(params, conditioning, cache, x, times[n], config=config)
+    def euler(x, branches, n):
         velocity: AnyArray = branches[0]
         if len(branches) > 1:
             image = branches[2] if len(branches) > 2 else None
             velocity = guide(velocity, branches[1], image, conditioning.positions.real, config)
-        return x - velocity * (times[n] - times[n + 1]), cache
+        return x - velocity * (times[n] - times[n + 1])
 
-    return jax.lax.fori_loop(first, last, step, (x, cache))
+    def step(n, state):
+        branches, cache = velocities(
+            params, conditioning, state.cache, state.x, times[n], config=config
+        )
+        found, moments = state.velocities, state.times
+        if len(found):
+            found = jnp.concatenate([branches[None], found[:-1]])
+            moments = jnp.concatenate([times[n][None], moments[:-1]])
+        return Denoising(euler(state.x, branches, n), cache, found, moments)
+
+    if config.compute_every == 1:
+        return jax.lax.fori_loop(first, last, step, state)
+
+    def group(carry):
+        n, state = carry
+        state, end = step(n, state), jnp.minimum(after[n], last)
+
+        def between(k, x):
+            return euler(x, extrapolated(state.velocities, state.times, times[k]), k)
+
+        x = jax.lax.fori_loop(n + 1, end, between, state.x)
+        return end, dataclasses.replace(state, x=x)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < last, group, (first, state))[1]
 
 
 def generate(
@@ -296,8 +406,8 @@ def generate(
     Args:
       contexts, positions: as in `prefill`.
       noise: float32 [B, G, C], x at t = 1.
-      on_step: called with the number of steps done, every `every` steps. None runs all steps of a
-        phase (guided or not) in one call.
+      on_step: called with the number of steps done, every `every` steps, or a few later where the
+        next step is extrapolated. None runs all steps of a phase in one call.
     Returns:
       float32 [B, G, C], latent tokens at t = 0.
     Raises:
@@ -310,24 +420,27 @@ def generate(
             f"contexts, branch by branch, not {contexts.rope_positions.shape[0]}"
         )
     conditioning, cache = prefill(params, contexts, positions, config=config.model)
-    x, steps = jnp.array(noise), config.num_timesteps - 1
-    first, last = guided_steps(config)
-    for begin, end, guided in ((0, first, False), (first, last, True), (last, steps, False)):
-        if begin == end:
-            continue
+    x = jnp.array(noise)
+    computed = np.flatnonzero(computed_steps(config)).tolist()
+    for phase in phases(config):
         # Without guidance the cond branch is enough. Its keys are copied once.
-        one_branch = not guided and needed > batch
+        one_branch = not phase.guided and needed > batch
         used, keys = (
             _cond_branch(conditioning, cache, batch) if one_branch else (conditioning, cache)
         )
-        for start in range(begin, end, every if on_step else steps):
-            stop = min(start + every, end) if on_step else end
-            x, keys = denoise(params, used, keys, x, start, stop, config=config)
+        state, done = start(x, keys, config=config), phase.begin
+        while done < phase.end:
+            stop = phase.end
             if on_step:
-                jax.block_until_ready(x)
+                stop = min([stop, *(n for n in computed if n >= done + every)])
+            state = denoise(params, used, state, done, stop, config=config)
+            if on_step:
+                jax.block_until_ready(state.x)
                 on_step(stop)
-        if guided:
-            cache = keys  # the previous cache was donated
+            done = stop
+        x = state.x
+        if phase.guided:
+            cache = state.cache  # the previous cache was donated
     return x
 
 

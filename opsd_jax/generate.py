@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="points of the denoising grid, one more than steps (default: the run's; of a release, "
         "50)",
     )
+    cli.add_compute_every(parser)
     parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
     parser.add_argument(
         "--temperature", type=float, help="temperature of the text; 0: most likely token"
@@ -115,7 +116,11 @@ def _run(args: argparse.Namespace) -> None:
         tensor=args.tensor,
     )
     protocol = _with_flags(reasoner.protocol, args)
-    flow = reasoner.flow if args.steps is None else {**reasoner.flow, "num_timesteps": args.steps}
+    flow = dict(reasoner.flow)
+    if args.steps is not None:
+        flow["num_timesteps"] = args.steps
+    if args.compute_every:
+        flow["compute_every"] = args.compute_every
     reasoner = dataclasses.replace(reasoner, protocol=protocol, flow=flow)
     opened = [images.open_rgb(path, transparency=protocol.transparency) for path in args.image]
     bars: dict[int, progress.Progress] = {}
@@ -141,6 +146,7 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Checks the flags before minutes of loading."""
     generation = args.visual_thoughts == "generated"
+    cli.check_compute_every(args.compute_every, generation)
     if generation and not args.out:
         raise ValueError("--visual_thoughts=generated needs --out=FOLDER for the images")
     if not generation and args.always_draw:

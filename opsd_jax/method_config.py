@@ -249,6 +249,9 @@ class FlowConfig:
     interval: guidance applies where low < t <= high.
     renorm: "global", "channel" or "text_channel", see `flow.guide`.
     renorm_min: the guided velocity is not scaled down below this share.
+    compute_every: the velocities of every n-th step are computed, the others extrapolated; 1 for
+      all, as in the official code (see `flow`).
+    extrapolation: degree of the polynomial through the last computed velocities.
     """
 
     model: ModelConfig
@@ -261,6 +264,8 @@ class FlowConfig:
     interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
     renorm_min: Annotated[float, "[0, 1]"] = 0.0
+    compute_every: Annotated[int, "[1, inf)"] = 1
+    extrapolation: Annotated[int, "[0, 2]"] = 1
 
     def __post_init__(self):
         if self.model.generation is None:

@@ -319,21 +319,22 @@ def main(argv):
         denoise, runs = None, []
         for _ in range(args.repeats + 1):
             (conditioning, cache), preparing = timed(prepare, params, *inputs)
-            x, bounds = jnp.array(noise), (jnp.int32(0), jnp.int32(steps))
+            bounds = (jnp.int32(0), jnp.int32(steps))
+            cache_mib = sum(a.nbytes for a in cache.values()) / MIB
+            state = flow.start(jnp.array(noise), cache, config=config)
             if denoise is None:
                 denoise, made = compiled(
                     flow.denoise,
                     params,
                     conditioning,
-                    cache,
-                    x,
+                    state,
                     *bounds,
                     config=config,
                 )
-            cache_mib = sum(a.nbytes for a in cache.values()) / MIB
-            (x, cache), denoising = timed(denoise, params, conditioning, cache, x, *bounds)
+            state, denoising = timed(denoise, params, conditioning, state, *bounds)
             runs.append((preparing, denoising))
-            del cache
+            x = state.x
+            del cache, state
         if not np.isfinite(x).all():
             sys.exit("the drawn latents are not finite")
         size = {

@@ -383,16 +383,16 @@ def _image(config: ConfigDict, setting: Setting) -> Timing:
     ]
 
     bounds = (jnp.int32(0), jnp.int32(setting.steps))
-    traced = flow.denoise.trace(params, conditioning, cache, noise, *bounds, config=settings)
+    state = flow.start(jnp.copy(noise), cache, config=settings)
+    traced = flow.denoise.trace(params, conditioning, state, *bounds, config=settings)
     denoise, more_compiling = _compiled(traced)
     whole = settings.num_timesteps - 1
     parts.append((whole / setting.steps, modelled(traced, denoise, (setting.steps,), devices)))
-    x = jnp.copy(noise)
 
     def some_steps():
-        nonlocal x, cache
-        x, cache = denoise(params, conditioning, cache, x, *bounds)  # both are donated
-        return x
+        nonlocal state
+        state = denoise(params, conditioning, state, *bounds)  # it is donated
+        return state.x
 
     step = seconds_of(some_steps, limits.measurement, 3) / setting.steps
     traced = flow.decode.trace(params, noise, grid=wanted, config=model)
@@ -402,7 +402,7 @@ def _image(config: ConfigDict, setting: Setting) -> Timing:
     return Timing(
         prefilling + whole * step + decoding,
         _sum(parts),
-        bool(jnp.all(jnp.isfinite(x))),
+        bool(jnp.all(jnp.isfinite(state.x))),
         compiling + more_compiling + last_compiling,
         {
             "prefill_seconds": prefilling,

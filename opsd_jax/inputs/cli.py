@@ -146,6 +146,18 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compute_every(parser: argparse.ArgumentParser) -> None:
+    """The flag --compute_every of commands that generate images."""
+    parser.add_argument(
+        "--compute_every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compute every N-th denoising step of generated images and extrapolate between "
+        "(default: the run's config.drawing.compute_every; of a release 1, all)",
+    )
+
+
 # ---------------------------------------------------------------------------- checks of flags
 
 
@@ -158,6 +170,18 @@ def check_number(flag: str, value: int | None, least: int) -> None:
 def check_tensor(value: int) -> None:
     """Raises ValueError for a number of devices that no copy of a model has; 0: not given."""
     checks.number("--tensor", value, int, "[0, inf); 0 for the default")
+
+
+def check_compute_every(value: int, generates: bool) -> None:
+    """Raises ValueError for a number of steps that makes no sense; 0: not given.
+
+    generates: whether images are generated.
+    """
+    checks.number("--compute_every", value, int, "[0, inf); 0 for the default")
+    if value and not generates:
+        raise ValueError(
+            f"--compute_every={value} is for generated images: give --visual_thoughts=generated"
+        )
 
 
 def check_temperature(value: float | None) -> None:

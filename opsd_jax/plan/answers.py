@@ -12,6 +12,7 @@ Each question has one image of the largest size.
 """
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -194,35 +195,45 @@ def _prefill(batch: _Batch) -> tuple[Program, flow.Conditioning, flow.Cache]:
 def _denoise(batch: _Batch, conditioning: flow.Conditioning, cache: flow.Cache) -> list[Program]:
     """The steps of an image with guidance, and those without, after the cond contexts alone."""
     config, (_, tokens) = interleave.flow_config(batch.model), _latents(batch)
-    first, last = flow.guided_steps(config)
-    steps, found = config.num_timesteps - 1, []
+    computed, found = flow.computed_steps(config), []
     x = batch.array(tokens, batch.model.config.generation.latent_dim)
     number = batch.whole(dtype=jnp.int32)
 
-    def add(name, trips, conditioning, cache, beside):
+    def add(name, guided, conditioning, cache, beside):
+        own = [phase for phase in flow.phases(config) if phase.guided == guided]
+        trips = sum(int(computed[phase.begin : phase.end].sum()) for phase in own)
+        if not trips:
+            return
+        state = jax.eval_shape(functools.partial(flow.start, config=config), x, cache)
+        state = dataclasses.replace(
+            state,
+            x=x,
+            cache=cache,
+            velocities=batch.whole(*state.velocities.shape),
+            times=batch.whole(*state.times.shape),
+        )
         traced = flow.denoise.trace(
-            batch.params, conditioning, cache, x, number, number, config=config
+            batch.params, conditioning, state, number, number, config=config
         )
-        arguments = {"batch": (conditioning, x), "cache": cache}
-        found.append(batch.program(name, traced, arguments, trips=(trips,), beside=beside))
+        arguments = {
+            "batch": (conditioning, x, state.velocities, state.times),
+            "cache": cache,
+        }
+        between = () if config.compute_every == 1 else (config.compute_every - 1,)
+        found.append(batch.program(name, traced, arguments, trips=(trips, *between), beside=beside))
 
-    if last > first:
-        add("denoise", last - first, conditioning, cache, {})
-    if steps > last - first:
-        cond = dataclasses.replace(
-            conditioning,
-            segment=batch.array(*conditioning.segment.shape[1:], dtype=jnp.int32),
-            rope_position=batch.array(dtype=jnp.int32),
-        )
-        columns = conditioning.segment.shape[1]
-        own = sharding.abstract_cache(
-            batch.mesh,
-            jax.eval_shape(
-                lambda: bagel.init_cache(batch.size, columns, config=batch.model.config)
-            ),
-        )
-        beside = {"cache": cache} if len(config.branches) > 1 else {}
-        add("denoise_cond", steps - (last - first), cond, own, beside)
+    add("denoise", True, conditioning, cache, {})
+    cond = dataclasses.replace(
+        conditioning,
+        segment=batch.array(*conditioning.segment.shape[1:], dtype=jnp.int32),
+        rope_position=batch.array(dtype=jnp.int32),
+    )
+    columns = conditioning.segment.shape[1]
+    own = sharding.abstract_cache(
+        batch.mesh,
+        jax.eval_shape(lambda: bagel.init_cache(batch.size, columns, config=batch.model.config)),
+    )
+    add("denoise_cond", False, cond, own, {"cache": cache} if len(config.branches) > 1 else {})
     return found
 
 

@@ -184,6 +184,8 @@ def interleaved(
         batch_size=job.batch_size,
         tensor=job.request.tensor,
     )
+    if every := job.request.compute_every:
+        reasoner = dataclasses.replace(reasoner, flow={**reasoner.flow, "compute_every": every})
     facts: dict = model_facts(reasoner.params, reasoner.tokenizer)
     if job.tasks:
         selection = _select_for(job, reasoner)

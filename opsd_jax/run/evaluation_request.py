@@ -52,6 +52,7 @@ class Request:
       against: results to compare with in the report: a name in W/eval, or a folder.
       tensor: devices that each copy of the model is divided over; 0 for `placement.fastest`.
       dtype: compute dtype, "float32" or "bfloat16"; "" for the model's own.
+      compute_every: of generated images, see `FlowConfig`; 0 for the run's own.
     """
 
     workdir: str
@@ -72,6 +73,7 @@ class Request:
     against: str = ""
     tensor: int = 0
     dtype: str = ""
+    compute_every: int = 0
 
     @property
     def command(self) -> str:
@@ -247,6 +249,7 @@ def _check_arguments(request: Request) -> None:
             )
     cli.check_number("batch_size", request.batch_size, 0)
     cli.check_tensor(request.tensor)
+    cli.check_compute_every(request.compute_every, bool(set(request.modes) & set(GENERATED)))
     model.check_protocol(request.protocol)
 
 
@@ -360,6 +363,10 @@ def _made_names(job: Job, stem: str) -> dict[str, str]:
     if job.is_other_dtype:
         differs.append(request.dtype)
     names = {mode: "-".join([job.label(mode), *differs]) for mode in request.modes}
+    own = 1 if request.protocol or not config else config.drawing.compute_every
+    if request.compute_every not in (0, own):
+        shown = f"-every{request.compute_every}"
+        names = {mode: name + shown * (mode in GENERATED) for mode, name in names.items()}
     if job.step is None:
         return {mode: f"{stem}-{name}" for mode, name in names.items()}
     return {mode: run_folder.evaluation_name(job.step, name) for mode, name in names.items()}

@@ -291,7 +291,8 @@ def test_command_generates_images(released, tmp_path, capsys):
         released,
         "--visual_thoughts=generated",
         "--always_draw",
-        "--steps=3",
+        "--steps=4",
+        "--compute_every=2",
         "--rounds=2",
         f"--out={tmp_path}",
     )

@@ -481,6 +481,36 @@ def test_guidance(rng, renorm, scales, minimum):
 
 # ---- image generation
 
+
+@pytest.mark.parametrize(
+    "changes, computed",
+    [
+        ({}, "1111111"),
+        ({"compute_every": 2}, "1111011"),  # phases of 2, 4 and 1 steps
+        ({"compute_every": 3, "interval": (0.0, 1.0)}, "1100100"),  # all are guided
+        ({"compute_every": 3, "extrapolation": 2, "interval": (0.0, 1.0)}, "1110010"),
+        ({"compute_every": 2, "extrapolation": 0, "text_scale": 1.0}, "1010101"),
+        ({"compute_every": 9, "text_scale": 1.0}, "1100000"),
+    ],
+)
+def test_which_steps_compute_their_velocities(changes, computed):
+    config = config_of(**{**MIDDLE, **changes})
+    assert "".join(map(str, flow.computed_steps(config).astype(int))) == computed
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_polynomials_are_extrapolated_exactly(degree):
+    rng = np.random.default_rng(degree)
+    coefficients = rng.standard_normal((degree + 1, 3, 2, 4, C))
+
+    def polynomial(t):
+        return sum(c * t**n for n, c in enumerate(coefficients))
+
+    times = np.linspace(0.6, 0.8, degree + 1)
+    found = flow.extrapolated(np.stack([polynomial(t) for t in times]), times, np.asarray(0.5))
+    np.testing.assert_allclose(found, polynomial(0.5), rtol=1e-9, atol=1e-9)
+
+
 MIDDLE = {
     "num_timesteps": 8,
     "interval": (0.5, 0.9),
@@ -540,12 +570,19 @@ def generated_by_hand(params, scene, n, config):
     grid_points = np.linspace(1, 0, config.num_timesteps)
     times = config.timestep_shift * grid_points / (1 + (config.timestep_shift - 1) * grid_points)
     x, guided = scene.noise[n, :count].astype(np.float64), []
-    for t, following in zip(times, times[1:]):
+    computed, kept = flow.computed_steps(config), {}
+    for step, (t, following) in enumerate(zip(times, times[1:])):
 
         def v(branch):
-            return Sequence(params, [*scene.rows[branch][n], (Latent(x, grid), x, t)]).velocity()[
-                -count:
-            ]
+            known = kept.setdefault(branch, [])
+            if not computed[step]:  # the polynomial through the last ones
+                moments, values = zip(*known[-config.extrapolation - 1 :])
+                powers = np.vander(moments, increasing=True)
+                solved = np.linalg.solve(powers, np.reshape(values, (len(values), -1)))
+                return (t ** np.arange(len(values)) @ solved).reshape(count, -1)
+            sequence = Sequence(params, [*scene.rows[branch][n], (Latent(x, grid), x, t)])
+            known.append((t, sequence.velocity()[-count:]))
+            return known[-1][1]
 
         guided.append(len(config.branches) > 1 and config.interval[0] < t <= config.interval[1])
         if guided[-1]:
@@ -569,8 +606,14 @@ def generated_by_hand(params, scene, n, config):
         ({**MIDDLE, "image_scale": 1.0, "renorm": "channel"}, [0, 0, 1, 1, 1, 1, 0]),
         ({**MIDDLE, "interval": (0.5, 0.5)}, [0] * 7),
         ({**MIDDLE, "model": dataclasses.replace(DRAWING, query_block=4)}, [0, 0, 1, 1, 1, 1, 0]),
+        ({**MIDDLE, "compute_every": 2}, [0, 0, 1, 1, 1, 1, 0]),
+        ({**MIDDLE, **flow.HARNESS, "compute_every": 3, "extrapolation": 2}, [1] * 7),
+        ({**MIDDLE, **flow.HARNESS, "compute_every": 4, "extrapolation": 0}, [1] * 7),
     ],
-    ids=["middle", "harness", "unguided", "two", "never", "query_block"],
+    ids=[
+        *("middle", "harness", "unguided", "two", "never", "query_block"),
+        *("every_second", "every_third", "repeated"),
+    ],
 )
 def test_image_generation_equals_the_definition(params, scene, case, guided):
     config = config_of(**case)
@@ -599,10 +642,18 @@ def test_guidance_matters(params, scene):
                 )
 
 
-def test_image_generation_in_pieces_equals_one_call(params, scene):
-    config, done = config_of(**MIDDLE), []
+@pytest.mark.parametrize(
+    "changes, pieces",
+    [
+        ({}, {3: [2, 5, 6, 7], 1: [1, 2, 3, 4, 5, 6, 7], 100: [2, 6, 7]}),
+        ({"compute_every": 2}, {3: [2, 5, 6, 7], 1: [1, 2, 3, 5, 6, 7]}),
+        ({"compute_every": 3, **flow.HARNESS}, {1: [1, 4, 7], 2: [4, 7], 100: [7]}),
+    ],
+)
+def test_image_generation_in_pieces_equals_one_call(params, scene, changes, pieces):
+    config, done = config_of(**{**MIDDLE, **changes}), []
     at_once = generated(params, scene, config)
-    for every, expected in ((3, [2, 5, 6, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [2, 6, 7])):
+    for every, expected in pieces.items():
         done.clear()
         np.testing.assert_array_equal(
             generated(params, scene, config, on_step=done.append, every=every), at_once
@@ -653,13 +704,13 @@ def test_arguments_survive_and_nothing_recompiles(params, scene):
     np.testing.assert_array_equal(noise, scene.noise)
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_steps_do_not_copy_the_cache(guided):
+@pytest.mark.parametrize("guided, every", [(True, 1), (False, 1), (True, 3)])
+def test_steps_do_not_copy_the_cache(guided, every):
     """12 layers after 2,048 slots: the cache is updated in place, and what a step needs beside it
     is small.
     """
     model = dataclasses.replace(DRAWING, llm=dataclasses.replace(DRAWING.llm, num_layers=12))
-    config = config_of(model=model)
+    config = config_of(model=model, compute_every=every)
 
     def struct(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -673,11 +724,11 @@ def test_steps_do_not_copy_the_cache(guided):
     )
     cache = jax.eval_shape(lambda: bagel.init_cache(rows, keys, config=model))
     params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
+    x = struct(1, 4, C, dtype=jnp.float32)
     lowered = flow.denoise.lower(
         params,
         conditioning,
-        cache,
-        struct(1, 4, C, dtype=jnp.float32),
+        jax.eval_shape(functools.partial(flow.start, config=config), x, cache),
         struct(),
         struct(),
         config=config,
