@@ -176,12 +176,13 @@ class Lanes:
     t: int32 [B], tokens of the sequence that were fed before the current one.
     token: int32 [B], the token that is fed next.
     position: int32 [B], rope position of the first fed token.
-    segment: int32 [B, T + F], 1 at cache columns that hold keys of the sequence.
+    segment: int32 [B, S], 1 at cache columns that hold keys of the sequence; S is T + F, rounded up
+      to whole blocks (`bagel.cache_columns`).
     done: bool [B], the sequence is finished and the lane is free.
     inject: int32 [B], 1 where bos is fed next, after the eos of an image skip.
     marker: int32 [B], state of the marker's automaton in the current round.
     completions: Completions of the sequences in the lanes.
-    cache: {"k", "v": [L, B, T + F, K, h]}, or None before the prefill.
+    cache: {"k", "v": [L, B, S, K, h]}, or None before the prefill.
     """
 
     step: jax.Array
@@ -238,7 +239,8 @@ def sample(
     if not config.slots or config.slots >= queued:  # every sequence has its own lane
         lanes = _begin(jnp.arange(queued), context, config, return_logits)
         with jax.named_scope("prefill"):
-            empty = bagel.init_cache(queued, size + budget, config=model)
+            columns = bagel.cache_columns(size + budget, config=model)
+            empty = bagel.init_cache(queued, columns, config=model)
             _, cache = bagel.read(
                 params, context, config=model, cache=empty, key_segment=lanes.segment
             )
@@ -259,6 +261,8 @@ def _begin(
     """
     batch, budget = numbers.shape[0], config.max_new_tokens
     zeros = jnp.zeros(batch, jnp.int32)
+    size = context.segment.shape[1]
+    columns = bagel.cache_columns(size + budget, config=config.model)
     logits = jnp.zeros((batch, budget, config.model.llm.vocab_size)) if return_logits else None
     return Lanes(
         step=jnp.int32(0),
@@ -266,7 +270,7 @@ def _begin(
         t=zeros,
         token=zeros + config.bos,
         position=jnp.asarray(context.next_rope_position),
-        segment=jnp.pad(context.segment, ((0, 0), (0, budget))),
+        segment=jnp.pad(context.segment, ((0, 0), (0, columns - size))),
         done=jnp.zeros(batch, bool),
         inject=zeros,
         marker=zeros,
@@ -488,7 +492,9 @@ def _sample_queue(params, context, rng, config, return_logits):
     lanes = dataclasses.replace(
         _begin(jnp.full(batch, queued), empty, config, return_logits),
         done=jnp.ones(batch, bool),
-        cache=bagel.init_cache(batch, size + budget, config=model),
+        cache=bagel.init_cache(
+            batch, bagel.cache_columns(size + budget, config=model), config=model
+        ),
     )
     results = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), lanes.completions)
     queue = jax.lax.while_loop(

@@ -102,6 +102,64 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, heads * h)
 
 
+@jax.named_scope("attention")
+def attend_to_blocks(
+    q: Float[AnyArray, "B 1 H h"],
+    keys: Float[AnyArray, "L B S K h"],
+    values: Float[AnyArray, "L B S K h"],
+    layer: Int[Array, ""],
+    blocks: masks.KeyBlocks,
+) -> Float[Array, "B 1 H*h"]:
+    """`attend` of one query per sequence to the keys of a layer, block by block.
+
+    The softmax is computed in one pass: sum and output are rescaled where a block has a larger
+    score (arXiv 1805.02867). Blocks without any key are not read.
+
+    Args:
+      q: [B, 1, H, h]. keys, values: [L, B, S, K, h], of all layers.
+      layer: number of the layer.
+      blocks: which keys are seen. A query that attends to no key gets a finite output.
+    Returns:
+      [B, 1, H * h].
+    """
+    b, _, heads, h = q.shape
+    kv_heads, size = keys.shape[3], blocks.size
+    grouped = q.reshape(b, kv_heads, heads // kv_heads, h) * jnp.asarray(h**-0.5, q.dtype)
+
+    def one(n, carry):
+        largest, total, out = carry
+        start = blocks.order[n] * size
+
+        def cut(x):  # sliced where it is used: the layer's keys as an array would be a copy
+            part = jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, b, size, kv_heads, h))
+            return part[0].astype(q.dtype)
+
+        scores = jnp.einsum(
+            "bkgh,bskh->bkgs", grouped, cut(keys), preferred_element_type=jnp.float32
+        )
+        seen = jax.lax.dynamic_slice(blocks.seen, (0, start), (b, size))
+        scores += jnp.where(seen, 0.0, _HIDDEN)[:, None, None]
+        new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights, before = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
+        more = jnp.einsum(
+            "bkgs,bskh->bkgh",
+            weights.astype(q.dtype),
+            cut(values),
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            new,
+            total * before + jnp.sum(weights, axis=-1),
+            out * before[..., None] + more,
+        )
+
+    begin = jnp.full(grouped.shape[:3], _HIDDEN), jnp.zeros(grouped.shape[:3])
+    empty = jnp.zeros(grouped.shape, jnp.float32)
+    _, total, out = jax.lax.fori_loop(0, blocks.used, one, (*begin, empty))
+    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    return out.astype(q.dtype).reshape(b, 1, heads * h)
+
+
 class Groups(NamedTuple):
     """Groups of queries and keys between which attention is recorded, see `shares`.
 

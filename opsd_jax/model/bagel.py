@@ -298,6 +298,15 @@ def extend_order(order: Int[AnyArray, "B _"], size: int) -> Int[Array, "B {size}
     return jnp.concatenate([order, more], axis=1)
 
 
+def cache_columns(positions: int, *, config: ModelConfig) -> int:
+    """Columns of the cache of a sampler: whole blocks of `config.key_block` if there are several.
+
+    positions: number of positions that it has to hold.
+    """
+    size = config.key_block
+    return positions if not size or positions <= size else -(-positions // size) * size
+
+
 def init_cache(batch: int, columns: int, *, config: ModelConfig) -> Cache:
     """Cache of zeros, {"k", "v": [L, B, S, K, h]} in the compute dtype. columns: S."""
     c = config.llm

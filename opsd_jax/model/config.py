@@ -203,6 +203,9 @@ class ModelConfig:
     query_block: number of queries for which dense attention computes scores at a time; 0 for all at
       once. A generated image of 4,096 tokens after a long context needs it: scores at once would
       take tens of GiB.
+    key_block: number of keys that decoding attends to at a time; 0 for all at once. Blocks in which
+      no sequence has a key are skipped. XLA:TPU copies the keys of a layer before use where they
+      exceed its on-chip memory, and does not copy such blocks.
     attention: "dense" (scores in memory), "flash" (own kernel, TPU), "cudnn" (cuDNN's kernel, GPU,
       bfloat16) or "flash_interpret" (the TPU kernel run slowly anywhere, for tests); see
       `model.attention`. The autoencoder, with one head of all channels, is always dense.
@@ -219,6 +222,7 @@ class ModelConfig:
     remat: Annotated[str, ("none", "full")] = "full"
     unroll: Annotated[int, "[1, inf)"] = 1
     query_block: Annotated[int, "[0, inf)"] = 512
+    key_block: Annotated[int, "[0, inf)"] = 0
     attention: Annotated[str, ATTENTION] = "dense"
     rope_bfloat16: bool = False
 

@@ -67,6 +67,27 @@ class Plan(NamedTuple):
     query_blocks: jax.Array
 
 
+class KeyBlocks(NamedTuple):
+    """A mask of single queries over keys in blocks, of which only those with keys are read.
+
+      block       0 1 2 3        order  0 2 1 3
+      has keys    # . # .        used   2
+
+    seen: bool [B, S], True where the query attends to a key; S is a multiple of the blocks.
+    order: int32 [J], numbers of the blocks, those to which any query attends first.
+    used: int32 [], the number of these.
+    """
+
+    seen: jax.Array
+    order: jax.Array
+    used: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Keys per block."""
+        return self.seen.shape[1] // self.order.shape[0]
+
+
 def visible(mask: Mask) -> Bool[Array, "B T S"]:
     """The mask as an array, True where a query attends to a key."""
     key_order = mask.key_order
@@ -79,6 +100,26 @@ def visible(mask: Mask) -> Bool[Array, "B T S"]:
         key_noised = mask.key_noised[:, None, :]
         seen &= (key_noised == 0) | (key_noised == mask.query_noised[:, :, None])
     return seen
+
+
+def key_blocks(mask: Mask, size: int) -> KeyBlocks:
+    """The mask of a single query per sequence, for `attention.attend_to_blocks`.
+
+    Args:
+      mask: vectors with T = 1. size: keys per block.
+    Raises:
+      ValueError: the number of keys is no multiple of it.
+    """
+    seen = visible(mask)[:, 0]
+    batch, keys = seen.shape
+    if keys % size:
+        raise ValueError(
+            f"{keys} keys are no multiple of model.key_block={size}: make a cache with as many "
+            "columns as bagel.cache_columns says"
+        )
+    unused = ~jnp.any(seen.reshape(batch, -1, size), axis=(0, 2))
+    order = jnp.argsort(unused, stable=True).astype(jnp.int32)
+    return KeyBlocks(seen, order, jnp.sum(~unused, dtype=jnp.int32))
 
 
 def lay_out(mask: Mask, queries: int, kind: str) -> Bool[Array, "B _ S"] | Plan:

@@ -8,6 +8,8 @@ norms they have.
 Letters: as in `attention`; L layers, D embedding.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -161,11 +163,17 @@ class Block(nn.Module):
                 )
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = (
-                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
-                for name in ("k", "v")
+        if isinstance(mask, masks.KeyBlocks):
+            attended = attention.attend_to_blocks(q, cache["k"], cache["v"], layer, mask)
+        else:
+            if cache is not None:
+                k, v = (
+                    jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
+                    for name in ("k", "v")
+                )
+            attended = attention.attend(
+                q, k, v, mask, self.config.query_block, self.config.attention
             )
-        attended = attention.attend(q, k, v, mask, self.config.query_block, self.config.attention)
         x = self._route("output", x, attended)
         shares = None
         if record is not None:
@@ -217,7 +225,10 @@ class Decoder(nn.Module):
             positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16, c.rope_llama3
         )
         record = None if groups is None else (mask, groups)
-        laid = masks.lay_out(mask, x.shape[1], self.config.attention)
+        laid: Any = masks.lay_out(mask, x.shape[1], self.config.attention)
+        size, columns = self.config.key_block, mask.key_segment.shape[1]
+        if cache is not None and x.shape[1] == 1 and 0 < size < columns:
+            laid = masks.key_blocks(mask, size)
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan, CSE cannot undo it

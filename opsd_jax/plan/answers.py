@@ -26,6 +26,7 @@ from opsd_jax import flow, interleave, rollout, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.interleave import Reasoner
 from opsd_jax.model import bagel
+from opsd_jax.plan import programs
 from opsd_jax.plan.programs import Program, Shapes
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import placement
@@ -49,20 +50,21 @@ class Call:
     times: int
 
 
-def model_of(config: ConfigDict, stage: str, protocol: str = "paper") -> Reasoner:
+def model_of(
+    config: ConfigDict, stage: str, protocol: str = "paper", platform: str = "tpu"
+) -> Reasoner:
     """The model that answers, without weights, as `run.model.load` makes that of a release.
 
     stage: "eval", or "generate", for which image generation is on whatever the settings say.
-    protocol: one of `interleave.PROTOCOLS`.
+    protocol: one of `interleave.PROTOCOLS`. platform: of the devices.
     """
     generation = None
     if stage == "generate":
         config = config.copy_and_resolve_references()
         config.model.generation.on = True
         generation = config_lib.generation(config)
-    sizes = dataclasses.replace(
-        config_lib.model(config), generation=generation, query_block=model_lib.QUERY_BLOCK
-    )
+    sizes = dataclasses.replace(config_lib.model(config), generation=generation)
+    sizes = model_lib.in_blocks(sizes, platform)
     return Reasoner(sizes, {}, _TOKENIZER, **model_lib.asked_by(protocol, sizes))
 
 
@@ -148,13 +150,14 @@ def _sample(batch: _Batch) -> Program:
     traced = rollout.sample.trace(
         batch.params, contexts, batch.whole(dtype=key.dtype), config=sampling
     )
-    columns = contexts.rope_positions.shape[1] + sampling.max_new_tokens
+    positions = contexts.rope_positions.shape[1] + sampling.max_new_tokens
+    columns = bagel.cache_columns(positions, config=model.config)
     cache = jax.eval_shape(lambda: bagel.init_cache(batch.size, columns, config=model.config))
     return batch.program(
         "sample",
         traced,
         {"batch": contexts},
-        trips=(sampling.max_new_tokens,),
+        trips=(sampling.max_new_tokens, *programs.key_blocks(columns, model.config)),
         cache=cache["k"],
     )
 

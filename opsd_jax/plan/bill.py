@@ -112,7 +112,8 @@ def _plan_answers(
     bound = options.hbm or topology.hbm
     host, hosts = topology_lib.of_a_host(topology, topology_lib.devices_of(topology))
     devices = topology_lib.devices_of(host)
-    model = answers.model_of(config, stage, options.protocol)
+    platform = devices[0].platform
+    model = answers.model_of(config, stage, options.protocol, platform)
     batch_size = config.eval.batch_size
     mesh = placement.mesh_within(
         model.config,

@@ -295,8 +295,8 @@ def _read(name: str, inside: Computation, computations: Module) -> int:
         for n in (n for n, operand in enumerate(user.operands) if operand == name):
             if n == 0 and user.op in ("dynamic-slice", "slice", "gather"):
                 total += sum(_arrays(user.shape))
-            elif user.op == "bitcast":
-                total += _read(user.name, inside, computations)
+            elif user.op == "bitcast":  # as the result of a nested fusion it is used outside
+                total += whole if user.root else _read(user.name, inside, computations)
             elif user.op == "fusion":
                 inner = computations[user.named("calls")[0]]
                 total += _read(_parameters(inner)[n], inner, computations)

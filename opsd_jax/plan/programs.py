@@ -270,7 +270,8 @@ def _sample(step: _Step) -> Program:
     traced = rollout.sample.trace(params, student, _random_key(step.sampling_mesh), config=sampling)
     lanes = min(sampling.slots or step.batch_size, step.batch_size)
     positions = batch.student.padded_length + sampling.max_new_tokens
-    cache = jax.eval_shape(lambda: bagel.init_cache(lanes, positions, config=step.model))
+    columns = bagel.cache_columns(positions, config=step.model)
+    cache = jax.eval_shape(lambda: bagel.init_cache(lanes, columns, config=step.model))
     return Program(
         "sample",
         traced,
@@ -280,7 +281,7 @@ def _sample(step: _Step) -> Program:
             "params": _in_training_alone(step, params),
             "batch": batch if is_moved else dataclasses.replace(batch, student=None),
         },
-        trips=_sampler_trips(sampling, step.batch_size),
+        trips=(*_sampler_trips(sampling, step.batch_size), *key_blocks(columns, step.model)),
         cache=cache["k"],
     )
 
@@ -302,6 +303,14 @@ def _in_training_alone(step: _Step, sampled: Shapes) -> dict[str, jax.ShapeDtype
 
     trained = params_lib.flatten(step.state["params"])
     return {path: leaf for path, leaf in trained.items() if not is_shared(path, leaf)}
+
+
+def key_blocks(columns: int, model: ModelConfig) -> tuple[int, ...]:
+    """Trips of the loop over blocks of keys in a decoding step, if there is one; all are read.
+
+    columns: columns of the cache.
+    """
+    return (columns // model.key_block,) if 0 < model.key_block < columns else ()
 
 
 def _sampler_trips(sampling: RolloutConfig, sequences: int) -> tuple[int, ...]:

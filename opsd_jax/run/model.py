@@ -12,6 +12,7 @@ from opsd_jax import images, interleave, sharding
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.inputs import checks, paths
 from opsd_jax.interleave import Protocol, Reasoner
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
 from opsd_jax.run import placement
@@ -20,6 +21,7 @@ from opsd_jax.run.session import Session
 from opsd_jax.runtime import run_folder
 
 QUERY_BLOCK = 512  # the attention scores of a large image at once would not fit into memory
+KEY_BLOCK = 1024  # see `ModelConfig`
 _Read = Callable[[Mesh], dict]
 """mesh -> the weights in the compute dtype, laid out on it for the sampler."""
 _LARGEST = 980  # pixels per side of an image, in the official code
@@ -74,6 +76,21 @@ def load(
     return dataclasses.replace(model, params=read(placement.single_copy(model.config, tensor)))
 
 
+def in_blocks(sizes: ModelConfig, platform: str) -> ModelConfig:
+    """The model as it answers questions: attention in blocks of queries, and of keys on a TPU.
+
+    A TPU copies the keys of a layer otherwise. A GPU waits for the host at every block.
+
+    platform: of the devices, "cpu", "gpu" or "tpu".
+    """
+    key_block = KEY_BLOCK if platform == "tpu" else 0
+    return dataclasses.replace(sizes, query_block=QUERY_BLOCK, key_block=key_block)
+
+
+def _platform() -> str:
+    return jax.local_devices()[0].platform
+
+
 def check_protocol(protocol: str) -> None:
     """ValueError for the name of an unknown protocol; "" means the run's own."""
     if protocol and protocol not in interleave.PROTOCOLS:
@@ -109,7 +126,7 @@ def _of_checkpoint(
     workdir = _workdir_of(directory)
     anywhere = sharding.inference_mesh(1, jax.local_devices())  # replaced before anything is read
     session = session_lib.open_run(workdir, mesh=anywhere, tokenizer_folder=tokenizer, dtype=dtype)
-    sizes = dataclasses.replace(session.model, query_block=QUERY_BLOCK)
+    sizes = in_blocks(session.model, _platform())
     if generation and sizes.generation is None:
         raise ValueError(
             f"{directory} was trained without image generation: it has no generation expert"
@@ -135,7 +152,7 @@ def _of_release(
 
     There is no run, so there is no session.
     """
-    config = folders.read_config(directory, generation=generation, query_block=QUERY_BLOCK)
+    config = in_blocks(folders.read_config(directory, generation=generation), _platform())
     config = dataclasses.replace(config, dtype=dtype or folders.compute_dtype(directory))
     folder = tokenizer or folders.tokenizer_folder(directory)
     tok = tokenizer_lib.load(folder, vocab_size=config.llm.vocab_size)

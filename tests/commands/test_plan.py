@@ -18,7 +18,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.model import bagel
-from opsd_jax.plan import advice, bill, flops, hlo, programs, table
+from opsd_jax.plan import advice, answers, bill, flops, hlo, programs, table
 from opsd_jax.plan import topology as topology_lib
 from opsd_jax.run import checks
 from opsd_jax.runtime.chips import GIB
@@ -195,6 +195,29 @@ ENTRY %main (a: f32[100,64], b: f32[1,64], c: s32[]) -> f32[100,64] {
 }
 """
     assert hlo.traffic(module, 1)["hbm_bytes"] == 64 * 4 + 4 + 64 * 4
+
+
+def test_a_matrix_behind_a_nested_bitcast_is_read():
+    module = """\
+%same (w: bf16[64,32]) -> bf16[64,32] {
+  %w = bf16[64,32]{1,0} parameter(0)
+  ROOT %view = bf16[64,32]{1,0} bitcast(%w)
+}
+
+%product (x: bf16[2,64], w.1: bf16[64,32]) -> bf16[2,32] {
+  %x = bf16[2,64]{1,0} parameter(0)
+  %w.1 = bf16[64,32]{1,0} parameter(1)
+  %inner = bf16[64,32]{1,0} fusion(%w.1), kind=kLoop, calls=%same
+  ROOT %y = bf16[2,32]{1,0} convolution(%x, %inner), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: bf16[2,64], b: bf16[64,32]) -> bf16[2,32] {
+  %a = bf16[2,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  ROOT %out = bf16[2,32]{1,0} fusion(%a, %b), kind=kOutput, calls=%product
+}
+"""
+    assert hlo.traffic(module, 1)["hbm_bytes"] == 2 * (2 * 64 + 64 * 32 + 2 * 32)
 
 
 def test_traffic_of_a_real_module():
@@ -768,3 +791,63 @@ def test_answers_are_planned_alone():
     for options in (bill.Options("eval", only="sample"), bill.Options("generate", bucket=0)):
         with pytest.raises(ValueError, match="with --only or --bucket: they are of training"):
             bill.plan(small_run.config(), topology_lib.parse_topology("cpu:1"), options)
+
+
+# --- what a decoding step of the real widths reads --------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequences", [1, 16, 64])
+def test_decoding_on_a_tpu_reads_weights_and_keys_once(sequences):
+    """Two layers of the 7B model on one v5p: no layer's weights or keys are copied before use.
+
+    XLA would copy 64 sequences' keys of a layer, 235 MB, without `model.key_block`.
+    """
+    slice_of_four = topology_lib.parse_topology("v5p-8")
+    device = topology_lib.devices_of(slice_of_four)[0]
+    config = config_lib.default()
+    config.model.llm.num_layers = config.model.vit.num_layers = 2
+    model = answers.model_of(config, "eval")
+    mesh = sharding.inference_mesh(1, [device])
+    (call,) = answers.calls(model, mesh, sequences)
+    level = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O1")
+    try:
+        text = call.program.traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    finally:
+        jax.config.update("jax_optimization_level", level)
+    computations, entry = hlo.read_hlo(text)
+    (decoding,) = (
+        body
+        for i in computations[entry].values()
+        if i.op == "while" and hlo._trips(i, computations) is None
+        for body in i.named("body")
+    )
+    blocks = call.program.trips[-1]
+    step = hlo._Traffic(computations, 1)
+    step.visit(decoding, 1, (blocks,))
+    llm, columns = model.config.llm, blocks * model.config.key_block
+    keys = 2 * llm.num_layers * sequences * columns * llm.num_kv_heads * llm.head_dim * 2
+    weights = sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for path, x in params_lib.flatten(call.program.arguments["params"]).items()
+        if path.startswith("llm/") and path != "llm/embed"
+    )
+    assert step.hbm_bytes < 1.15 * (weights + keys) + 150e6, (step.hbm_bytes, weights, keys)
+    assert step.hbm_bytes > weights + keys
+    copied = [
+        sum(hlo._arrays(i.shape))
+        for body in _bodies(decoding, computations)
+        for i in computations[body].values()
+        if i.op in ("copy", "copy-start", "reshape") or "dynamic-slice" in i.name.split("_")[-2:]
+    ]
+    assert max(copied, default=0) < 20e6
+
+
+def _bodies(name, computations):
+    """A computation and the bodies of the loops in it."""
+    found = [name]
+    for i in computations[name].values():
+        if i.op == "while":
+            found += [other for body in i.named("body") for other in _bodies(body, computations)]
+    return found

@@ -104,6 +104,31 @@ def test_query_blocks_with_masks_that_broadcast(block):
         )
 
 
+def test_blocks_of_keys_compute_the_same():
+    """Those without keys are not read: NaN in them, and in other layers, has no effect."""
+    q, k, v, mask = drawn(1, 24, seed=1)
+    mask = mask.at[0].set(True).at[:, :, 4:12].set(False).at[:, :, 16:20].set(False)
+    mask = mask.at[1, :, 12:15].set(True)
+    used = jnp.any(mask, axis=(0, 1))[:, None, None]
+    cache = [
+        jnp.full((3, *x.shape), jnp.nan).at[1].set(jnp.where(used, x, jnp.nan)) for x in (k, v)
+    ]
+    order = jnp.array([0, 3, 5, 1, 2, 4], jnp.int32)
+    blocks = masks.KeyBlocks(mask[:, 0], order, jnp.int32(3))
+    found = jax.jit(attention.attend_to_blocks)(q, *cache, jnp.int32(1), blocks)
+    np.testing.assert_allclose(found, dense(q, k, v, mask), atol=1e-6)
+
+
+def test_which_blocks_of_keys_are_read():
+    segment = jnp.zeros((2, 12), jnp.int32).at[0, 9].set(1).at[1, :2].set(1)
+    mask = masks.Mask(jnp.full((1, 1), 12), jnp.ones((2, 1), jnp.int32), segment)
+    blocks = masks.key_blocks(mask, 3)
+    assert blocks.order.tolist() == [0, 3, 1, 2] and int(blocks.used) == 2 and blocks.size == 3
+    np.testing.assert_array_equal(blocks.seen, segment > 0)
+    with pytest.raises(ValueError, match="12 keys are no multiple of model.key_block=5"):
+        masks.key_blocks(mask, 5)
+
+
 def test_query_blocks_need_less_memory():
     """Scores at once take B * H * T * S floats; in blocks a small share of it."""
     shapes = [

@@ -105,6 +105,22 @@ def test_decoding_equals_the_full_forward(sampled):
         )
 
 
+def in_blocks(config, size=8):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, key_block=size))
+
+
+def test_keys_in_blocks_sample_the_same(sampled):
+    """28 + 14 positions in six blocks of 8 columns."""
+    config = in_blocks(sampled.config)
+    assert bagel.cache_columns(28 + 14, config=config.model) == 48
+    trajectory, logits = rollout.sample(
+        sampled.params, sampled.context, jax.random.key(11), config=config, return_logits=True
+    )
+    for name in ("tokens", "mask", "fed", "num_fed", "stop"):
+        np.testing.assert_array_equal(getattr(trajectory, name), getattr(sampled.trajectory, name))
+    np.testing.assert_allclose(logits, sampled.logits, atol=2e-4)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(sampled):
     greedy = dataclasses.replace(sampled.config, greedy=True)
 
@@ -177,8 +193,9 @@ def crowd(sampled):
         dict(slots=4, refill=4),
         dict(slots=6, refill=2, shards=2),
         dict(slots=8, refill=8, shards=4),
+        dict(slots=5, refill=1, model=in_blocks(tiny.rollout_config()).model),
     ],
-    ids=str,
+    ids=lambda sizes: "-".join(f"{key}={value}" for key, value in sizes.items())[:40],
 )
 def test_a_queue_samples_what_lanes_for_all_sample(crowd, sizes):
     """Sampled, with image skips: the columns of the ring are reused and nothing of the row before
