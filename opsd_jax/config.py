@@ -390,7 +390,7 @@ def settings() -> dict[str, Setting]:
         | {name: opsd[name] for name in _OF_TEACHER}
         | _of(TeacherContext),
         "divergence": _of(DivergenceConfig),
-        "rollout": _of(RolloutConfig, without=("shards",))
+        "rollout": _of(RolloutConfig, without=("shards", "further_ends"))
         | {name: opsd[name] for name in ("score_seam", "eos_after_cut")}
         | _of(TrainingRollouts),
         "autoencoder": _stage(AutoencoderConfig, optim=OptimConfig(lr=1e-4, total_steps=2000)),
@@ -676,8 +676,15 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
     }
     values = {k: v for k, v in config.rollout.items() if k not in others}
     text = dataclasses.replace(model(config), generation=None)
+    # BAGEL ends its answers with eos alone, whatever else its folder names.
+    ends = () if text.vit else tokenizer.further_ends
     return RolloutConfig(
-        model=text, bos=tokenizer.bos, eos=tokenizer.eos, marker=marker, **(values | changes)
+        model=text,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        further_ends=ends,
+        marker=marker,
+        **(values | changes),
     )
 
 

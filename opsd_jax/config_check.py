@@ -439,7 +439,7 @@ def _check_mesh(config: ConfigDict) -> None:
 
 
 # The token ids of a tokenizer that may not have been made yet.
-_ENDS = types.SimpleNamespace(bos=0, eos=1)
+_ENDS = types.SimpleNamespace(bos=0, eos=1, further_ends=())
 
 
 def _check_rollout(config: ConfigDict) -> None:

@@ -280,6 +280,7 @@ def rollout_config(reasoner: Reasoner) -> RolloutConfig:
         model=config,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
+        further_ends=() if config.vit else tokenizer.further_ends,
         marker=rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size),
         max_new_tokens=protocol.max_new_tokens,
         greedy=protocol.greedy,

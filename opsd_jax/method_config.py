@@ -190,7 +190,8 @@ def _check_generates(model: ModelConfig, what: str) -> None:
 class RolloutConfig:
     """How completions are sampled. Defaults are those of the official launcher.
 
-    bos, eos: token ids. marker: where `<image_start>` is in a stream of tokens.
+    bos, eos: token ids. further_ends: ids that end a completion as eos does.
+    marker: where `<image_start>` is in a stream of tokens.
     max_new_tokens: budget of fed tokens, all rounds together. greedy: argmax instead of sampling.
     temperature, top_k (0: off), top_p (1: off): settings of the sampling distribution.
     max_image_skips: rounds that are continued after the marker. ban_marker: tokens that would
@@ -216,6 +217,7 @@ class RolloutConfig:
     slots: Annotated[int, "[0, inf)"] = 0
     refill: Annotated[int, "[0, inf)"] = 0
     shards: Annotated[int, "[1, inf)"] = 1
+    further_ends: tuple[int, ...] = ()
 
     def __post_init__(self):
         checks.fields(self, "rollout")

@@ -334,7 +334,10 @@ def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lan
 
     # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
     used = t + 1
-    ends = (sampled == config.eos) & (inject == 0)
+    ends = sampled == config.eos
+    for end in config.further_ends:
+        ends |= sampled == end
+    ends &= inject == 0
     again = (
         ends
         & (out.num_skips < config.max_image_skips)

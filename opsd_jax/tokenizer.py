@@ -44,13 +44,18 @@ _PROBE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer of the library `tokenizers`, and the token ids of its four delimiters."""
+    """A tokenizer of the library `tokenizers`, and the token ids of its four delimiters.
+
+    image_start, image_end: -1 where the tokenizer of a model that reads text alone has none.
+    further_ends: ids beside eos that its folder says an answer ends with.
+    """
 
     backend: "tokenizers.Tokenizer"
     bos: int
     eos: int
     image_start: int
     image_end: int
+    further_ends: tuple[int, ...] = ()
 
     @functools.cached_property
     def encode(self) -> Callable[[str], np.ndarray]:
@@ -169,7 +174,9 @@ def check_there(directory: str | os.PathLike) -> list[str]:
     return files
 
 
-def load(directory: str | os.PathLike, *, vocab_size: int | None = None) -> Tokenizer:
+def load(
+    directory: str | os.PathLike, *, vocab_size: int | None = None, images: bool = True
+) -> Tokenizer:
     """Reads a tokenizer folder.
 
     The folder has tokenizer_config.json, and either tokenizer.json or vocab.json and merges.txt. If
@@ -184,6 +191,7 @@ def load(directory: str | os.PathLike, *, vocab_size: int | None = None) -> Toke
     Args:
       vocab_size: number of rows in the embedding of the model that will read the ids. None if
         there is no model.
+      images: whether the model sees images, so that their delimiters must be there.
     Raises:
       FileNotFoundError: there is no tokenizer.
       ValueError: its files do not parse or contradict each other, it is not byte-level, it loses
@@ -216,8 +224,8 @@ def load(directory: str | os.PathLike, *, vocab_size: int | None = None) -> Toke
             )
     _check_bytes(directory, backend)
     _check_lossless(directory, backend)
-    missing = [token for token in DELIMITERS.values() if token not in vocabulary]
-    if missing:
+    needed = [token for name, token in DELIMITERS.items() if images or name in ("bos", "eos")]
+    if missing := [token for token in needed if token not in vocabulary]:
         raise ValueError(
             f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
             "(Qwen2.5's tokenizers have all four)"
@@ -230,7 +238,28 @@ def load(directory: str | os.PathLike, *, vocab_size: int | None = None) -> Toke
             "tokenizer that belongs to the model, or for a new model set vocab_size to at least "
             f"{vocabulary[largest] + 1}"
         )
-    return Tokenizer(backend, **{name: vocabulary[token] for name, token in DELIMITERS.items()})
+    ids = {name: vocabulary.get(token, -1) for name, token in DELIMITERS.items()}
+    ends = tuple(n for n in end_tokens(directory, vocab_size) if n != ids["eos"])
+    return Tokenizer(backend, **ids, further_ends=ends)
+
+
+def end_tokens(directory: str | os.PathLike, vocab_size: int | None = None) -> tuple[int, ...]:
+    """Ids that generation_config.json in a folder says an answer ends with; () without the file.
+
+    Raises:
+      ValueError: they are no ids of the model.
+    """
+    path = os.path.join(directory, "generation_config.json")
+    if not os.path.isfile(path):
+        return ()
+    named = json_files.read(path).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(n) is int and 0 <= n < (vocab_size or _MOST) for n in ids):
+        raise ValueError(
+            f"{path}: eos_token_id is {json_files.shown(named)}: give an id below "
+            f"{vocab_size or _MOST}, or a list of them"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def _added(config) -> dict[int, dict]:

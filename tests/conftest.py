@@ -21,6 +21,7 @@ install_import_hook(list(array_types.CHECKED), "array_checks.arguments_and_resul
 pytest.register_assert_rewrite("parity", "reference", "small_run", "tiny")
 
 DEFAULT_GOLDENS = pathlib.Path(__file__).parent / "goldens"
+DEFAULT_HF_GOLDENS = pathlib.Path(__file__).parent / "goldens_hf"
 
 
 def pytest_addoption(parser):
@@ -30,12 +31,19 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="golden data to replay (default: tests/goldens); any sizes and seeds",
     )
+    parser.addoption(
+        "--hf_goldens",
+        default=str(DEFAULT_HF_GOLDENS),
+        metavar="DIR",
+        help="golden data of other model families (default: tests/goldens_hf); any sizes and seeds",
+    )
 
 
 def pytest_configure(config):
-    folder = config.getoption("--goldens")
-    if not os.path.isdir(folder):
-        raise pytest.UsageError(f"--goldens={folder} is not a folder")
+    for option in ("--goldens", "--hf_goldens"):
+        folder = config.getoption(option)
+        if not os.path.isdir(folder):
+            raise pytest.UsageError(f"{option}={folder} is not a folder")
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def open_data(config: ConfigDict, workdir: str = "") -> tuple[str, Packer]:
             f"{data_dir} holds no data yet: start the run, which makes them, then ask again"
         )
     folder = workdir_lib.tokenizer_folder(config.tokenizer, data_dir)
-    tok = tokenizer.load(folder, vocab_size=config.model.llm.vocab_size)
+    tok = tokenizer.load(folder, vocab_size=config.model.llm.vocab_size, images=config.model.vit.on)
     return data_dir, Packer.from_config(config, tok)
 
 

@@ -124,7 +124,9 @@ def check_unmade(config: ConfigDict) -> None:
         if not config.tokenizer:
             vocabulary.build_tokenizer(folder)
         size = config.model.llm.vocab_size
-        tok = tokenizer.load(config.tokenizer or folder, vocab_size=size)
+        tok = tokenizer.load(
+            config.tokenizer or folder, vocab_size=size, images=config.model.vit.on
+        )
     sources = {}
     for family in data.make.families:
         task = tasks.FAMILIES[family].TASK

@@ -17,7 +17,9 @@ from opsd_jax import context, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.context import Image, Text
 
-IDS = types.SimpleNamespace(bos=0, eos=1, image_start=2, image_end=3)  # any ids
+IDS = types.SimpleNamespace(  # any ids
+    bos=0, eos=1, image_start=2, image_end=3, further_ends=()
+)
 _FIRST = 4  # smallest id of a text
 _SMALL = 2**20  # values of a matrix that the host makes faster than a program is compiled
 

@@ -142,7 +142,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         default="",
         choices=["", "float32", "bfloat16"],
         help="compute dtype, which the weights are cast to (default: the run's config.model.dtype; "
-        "of a release what its llm_config.json says, else bfloat16)",
+        "of a release what its config files say, else bfloat16)",
     )
 
 

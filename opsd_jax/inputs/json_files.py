@@ -111,6 +111,18 @@ class Object:
         )
         return tuple(found) if isinstance(found, list) else found
 
+    def numbers(self, key: str, default=_REQUIRED) -> tuple[float, ...] | None:
+        """A list of finite numbers, as a tuple."""
+        found = self._get(
+            key,
+            "a list of numbers",
+            default,
+            lambda x: (
+                isinstance(x, list) and all(type(n) in (int, float) and math.isfinite(n) for n in x)
+            ),
+        )
+        return tuple(map(float, found)) if isinstance(found, list) else found
+
     def flag(self, key: str, default=_REQUIRED) -> bool | None:
         """A boolean."""
         return self._get(key, "true or false", default, lambda x: isinstance(x, bool))

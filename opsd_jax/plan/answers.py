@@ -36,6 +36,7 @@ IMAGES = 1  # generated images of a question; there is one more round of text
 _TOKENIZER: Any = types.SimpleNamespace(  # any ids and bytes: they are constants of the programs
     bos=0,
     eos=1,
+    further_ends=(),
     image_start=2,
     image_end=3,
     token_bytes=[bytes([n]) for n in range(256)],

@@ -21,7 +21,8 @@ from opsd_jax.run import checks, placement, teacher_cache
 PLANNED = ("warmup", "opsd", "sft", "offline")  # stages whose programs are planned
 # Programs of a step on the policy; supervised stages have "update" alone.
 STEP = ("sample", "update")
-_ENDS = types.SimpleNamespace(bos=0, eos=1)  # any two ids: they are constants of the program
+# Any two ids: they are constants of the program.
+_ENDS = types.SimpleNamespace(bos=0, eos=1, further_ends=())
 
 Shapes = Any  # a pytree of jax.ShapeDtypeStruct with shardings
 

@@ -1,4 +1,4 @@
-"""Config files of a released folder: llm_config.json, vit_config.json, config.json, ae_params.json.
+"""Config files of BAGEL's releases: llm_config.json, vit_config.json, config.json, ae_params.json.
 
 Sizes are read with their types and ranges. Keys that change the computation are refused unless
 their value is the one that is computed here: a release that was trained with another one would load
@@ -6,6 +6,7 @@ and give wrong numbers.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from opsd_jax.inputs import json_files
@@ -47,7 +48,7 @@ _IMPLEMENTED = {
 # How a network is computed if the caller does not say.
 COMPUTE = {"dtype": "float32", "remat": "none", "query_block": 0}
 # Upper bounds that only a damaged number exceeds. They bound time and memory until the error.
-_MOST_LAYERS = 1000
+MOST_LAYERS = 1000
 _MOST_PATCHES = 512  # on a side
 
 
@@ -68,7 +69,7 @@ def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
     llm, vit, top = _open(directory, problems)
     copies = {"llm_config": top.child("llm_config"), "vit_config": top.child("vit_config")}
     for name, found in (("llm_config", llm), ("vit_config", vit), ("config", top), *copies.items()):
-        _refuse_unimplemented(name, found)
+        refuse_unimplemented(_IMPLEMENTED[name], found)
     top.flag("visual_gen", default=None)
     language, vision = _language(llm), _vision(vit)
     latent, vae = _generation(directory, top) if generation else ({}, None)
@@ -118,7 +119,11 @@ def compute_dtype(directory: str) -> str:
     It is `torch_dtype` of llm_config.json (`dtype` as transformers 5 writes it); bfloat16, in which
     the official code computes, where the file names no dtype that is implemented.
     """
-    llm = json_files.read(os.path.join(directory, "llm_config.json"))
+    return dtype_of(json_files.read(os.path.join(directory, "llm_config.json")))
+
+
+def dtype_of(llm: Mapping[str, Any]) -> str:
+    """The compute dtype that the content of a config file names, as in `compute_dtype`."""
     named = llm.get("torch_dtype") or llm.get("dtype")
     return named if named in ("float32", "bfloat16") else "bfloat16"
 
@@ -149,11 +154,11 @@ def _language(llm: json_files.Object) -> dict[str, Any]:
     return {
         "vocab_size": llm.integer("vocab_size"),
         "hidden_size": llm.integer("hidden_size", most=1 << 20),
-        "num_hidden_layers": llm.integer("num_hidden_layers", most=_MOST_LAYERS),
+        "num_hidden_layers": llm.integer("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": heads if null else llm.integer("num_key_value_heads"),
         "intermediate_size": llm.integer("intermediate_size"),
-        "rope_theta": _rope_theta(llm),
+        "rope_theta": rope(llm)[0],
         "rms_norm_eps": llm.number("rms_norm_eps"),
         "head_dim": llm.integer("head_dim", most=1 << 20, default=None),
     }
@@ -163,7 +168,7 @@ def _vision(vit: json_files.Object) -> dict[str, Any]:
     """Sizes of the vision tower under the keys of vit_config.json; None for a faulty one."""
     return {
         "hidden_size": vit.integer("hidden_size", most=1 << 20),
-        "num_hidden_layers": vit.integer("num_hidden_layers", least=2, most=_MOST_LAYERS),
+        "num_hidden_layers": vit.integer("num_hidden_layers", least=2, most=MOST_LAYERS),
         "num_attention_heads": vit.integer("num_attention_heads"),
         "intermediate_size": vit.integer("intermediate_size"),
         "patch_size": vit.integer("patch_size", most=1 << 12),
@@ -207,11 +212,11 @@ def _autoencoder(directory: str, problems: list[str]) -> VAEConfig | None:
     if not os.path.isfile(path):
         return VAEConfig()
     found = json_files.Object("ae_params.json", json_files.read(path), problems)
-    _refuse_unimplemented("ae_params", found)
+    refuse_unimplemented(_IMPLEMENTED["ae_params"], found)
     values = dict(
         channels=found.integer("ch", most=1 << 16),
         multipliers=found.integers("ch_mult", most=1 << 10),
-        num_res_blocks=found.integer("num_res_blocks", most=_MOST_LAYERS),
+        num_res_blocks=found.integer("num_res_blocks", most=MOST_LAYERS),
         z_channels=found.integer("z_channels", most=1 << 16),
         scale=found.number("scale_factor"),
         shift=found.number("shift_factor", positive=False),
@@ -235,12 +240,14 @@ def _autoencoder(directory: str, problems: list[str]) -> VAEConfig | None:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def _refuse_unimplemented(name: str, found: json_files.Object) -> None:
+def refuse_unimplemented(
+    implemented: Mapping[str, tuple[Any, ...]], found: json_files.Object
+) -> None:
     """Adds a problem for every value that changes the computation and is not implemented.
 
-    name: a key of `_IMPLEMENTED`.
+    implemented: the values of each key that are, the usual one first.
     """
-    for key, values in _IMPLEMENTED[name].items():
+    for key, values in implemented.items():
         # compared as JSON, because True equals 1 in Python
         spelled = [json_files.shown(value) for value in values]
         if found.has(key) and json_files.shown(found.values[key]) not in spelled:
@@ -250,37 +257,62 @@ def _refuse_unimplemented(name: str, found: json_files.Object) -> None:
                 "value cannot be used here",
             )
     layers = found.values.get("layer_types")  # transformers 5
-    if (
-        name == "llm_config"
-        and layers is not None
-        and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers))
+    if layers is not None and not (
+        isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     ):
         found.refuse("layer_types", ', but only "full_attention" is implemented')
 
 
-def _rope_theta(llm: json_files.Object, required: bool = True) -> float | None:
-    """The base of the rotary positions.
+# Keys of rotary positions of type "llama3", in the order of `LLMConfig.rope_llama3`.
+LLAMA3 = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
-    It is a key of its own (transformers 4) or in rope_parameters (transformers 5). Any other kind
-    of rotary positions than the default is a problem.
+
+def rope(
+    llm: json_files.Object, *, required: bool = True, scaled: bool = False
+) -> tuple[float | None, tuple[float, ...]]:
+    """The base of the rotary positions and their scaling: (theta, `LLMConfig.rope_llama3`).
+
+    The base is a key of its own (transformers 4) or in rope_parameters (transformers 5), the
+    scaling is in rope_scaling or in rope_parameters. Any kind of rotary positions that is not
+    implemented is a problem.
+
+    Args:
+      required: whether a missing base is a problem; None without.
+      scaled: whether the type "llama3" is implemented; else only "default".
     """
     found = {"rope_theta": llm.number("rope_theta", default=None)}
-    names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    scalings: dict[str, tuple[float, ...]] = {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = llm.child(key)
-        kinds = [rope.values[name] for name in ("rope_type", "type") if rope.has(name)]
+        kinds = {rope.values[name] for name in ("rope_type", "type") if _is_text(rope, name)}
+        names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        is_llama3 = scaled and kinds == {"llama3"}
+        if is_llama3:
+            names |= {*LLAMA3}
         if (
             {name for name in rope.values if rope.has(name)} - names
-            or any(kind != "default" for kind in kinds)
+            or not (is_llama3 or kinds <= {"default"})
+            or any(rope.has(name) and not _is_text(rope, name) for name in ("rope_type", "type"))
             or rope.values.get("partial_rotary_factor", 1) not in (1, None)
         ):
+            further = ', and "llama3" with its four numbers, are' if scaled else ", is"
             llm.refuse(
                 key,
-                ', but only rope_type "default", which has no further keys than rope_theta, is '
-                "implemented",
+                ', but only rope_type "default", which has no further keys than rope_theta'
+                f"{further} implemented",
             )
-        else:
-            found[f"{key}.rope_theta"] = rope.number("rope_theta", default=None)
+            continue
+        found[f"{key}.rope_theta"] = rope.number("rope_theta", default=None)
+        if is_llama3:
+            numbers = [rope.number(name) for name in LLAMA3]
+            scalings[key] = tuple(float(n) for n in numbers if n is not None)
+        elif kinds:
+            scalings[key] = ()
     given = {key: value for key, value in found.items() if value is not None}
     if len(set(given.values())) > 1:
         llm.problems.append(
@@ -288,9 +320,18 @@ def _rope_theta(llm: json_files.Object, required: bool = True) -> float | None:
             + " and ".join(f"{llm.prefix}{key} is {value}" for key, value in given.items())
             + ": which one is right?"
         )
+    if len(set(scalings.values())) > 1:
+        llm.problems.append(
+            f"{llm.file}: {llm.prefix}rope_parameters and {llm.prefix}rope_scaling differ: which "
+            "one is right?"
+        )
     if not given and required and not llm.has("rope_theta"):
         llm.problems.append(f"{llm.file} lacks 'rope_theta': give a positive number")
-    return next(iter(given.values()), None)
+    return next(iter(given.values()), None), next(iter(scalings.values()), ())
+
+
+def _is_text(found: json_files.Object, key: str) -> bool:
+    return isinstance(found.values.get(key), str)
 
 
 def _compare_copy(name: str, sizes: dict[str, Any], copy: json_files.Object) -> None:
@@ -299,7 +340,7 @@ def _compare_copy(name: str, sizes: dict[str, Any], copy: json_files.Object) -> 
     The copy may count the vision layers as they are in the weights, one less.
     """
     values = dict(copy.values)
-    if name == "llm_config" and (theta := _rope_theta(copy, required=False)):
+    if name == "llm_config" and (theta := rope(copy, required=False)[0]):
         values["rope_theta"] = theta
     for key in sizes.keys() & {key for key, value in values.items() if value is not None}:
         allowed = [sizes[key]]

@@ -17,10 +17,10 @@ import numpy as np
 from opsd_jax import params as params_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import checks, json_files, paths
-from opsd_jax.model.config import LoRAConfig, ModelConfig
+from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import (
     bagel_keys,
-    configs,
+    families,
     folders,
     importing,
     load,
@@ -28,6 +28,7 @@ from opsd_jax.release import (
     metadata,
     safetensors_io,
 )
+from opsd_jax.release.keys import TOKENIZER_FILES
 from opsd_jax.runtime import checkpoint, run_folder
 
 # Bytes of parameters that are taken from a checkpoint at a time (or one larger parameter).
@@ -95,14 +96,24 @@ def export_release(
         )
     with folders.build_target(target) as made:
         found = _open_source(source, name)
-        origin = "" if base == "none" else _find_base(found, base)
+        if found.config.vit is None and base not in ("", "none"):
+            raise ValueError(
+                f"--base={base}: the model in {source} reads text alone and takes no image "
+                "generation from a base: leave --base out"
+            )
+        needs_base = base != "none" and found.config.vit is not None
+        origin = _find_base(found, base) if needs_base else ""
         config = _merged_config(found, origin)
         outline, tensors = _merged_tensors(found, origin, config)
         if dtype:
             outline = {key: (shape, jnp.dtype(dtype)) for key, (shape, _) in outline.items()}
         _write_side_files(made, found.directory, origin, config)
-        written = safetensors_io.write(made, outline, tensors, found.name, int(max_shard_gb * 1e9))
-    if config.generation is None:
+        # Only folders of BAGEL may have the weights in ema.safetensors.
+        name = found.name if config.vit is not None else "model"
+        written = safetensors_io.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
+    if config.vit is None:
+        print(f"{target}: a model of the family {families.family(config)}")
+    elif config.generation is None:
         print(f"{target}: the understanding path only; config.json says visual_gen false")
     elif not found.generates:
         print(f"{target}: image generation is that of {origin}")
@@ -264,7 +275,7 @@ def _merged_tensors(
     if absent := [path for path in wanted if path not in shapes and _is_adapter(path)]:
         raise ValueError(f"{at} lacks the adapters that its metadata names: {', '.join(absent)}")
 
-    parts = [_of_checkpoint(at, shapes, source.parts, config.lora)]
+    parts = [_of_checkpoint(at, shapes, source.parts, config)]
     wanted = {path: leaf for path, leaf in wanted.items() if not _is_adapter(path)}
     missing = {path: leaf for path, leaf in wanted.items() if path not in shapes}
     if missing and folders.is_released(origin):
@@ -272,14 +283,16 @@ def _merged_tensors(
     elif missing and origin:
         others = folders.checkpoint_shapes(origin)
         parts.append(
-            _of_checkpoint(origin, {path: others[path] for path in missing if path in others}, {})
+            _of_checkpoint(
+                origin, {path: others[path] for path in missing if path in others}, {}, config
+            )
         )
     outline = {}
     for entries, _ in parts:
         outline |= entries
     absent = []
     for path, leaf in wanted.items():
-        key = bagel_keys.key(path)
+        key = families.key(config, path)
         if (key.file, key.names(leaf.shape)[0]) not in outline:
             absent.append(key.template)
     if absent:
@@ -297,17 +310,17 @@ def _of_checkpoint(
     directory: str,
     shapes: Shapes,
     parts: Mapping[str, str],
-    lora: LoRAConfig | None = None,
+    config: ModelConfig,
 ) -> tuple[safetensors_io.Outline, Tensors]:
     """(outline, tensors) of parameters of a checkpoint, adapters added to their matrices.
 
-    parts: see `_Source`. lora: sizes of the adapters among the parameters.
+    parts: see `_Source`. config: sizes, also of the adapters among the parameters.
     """
     adapters = {path: leaf for path, leaf in shapes.items() if _is_adapter(path)}
     matrices = {path: leaf for path, leaf in shapes.items() if path not in adapters}
     outline = {}
     for path, leaf in matrices.items():
-        key = bagel_keys.key(path)
+        key = families.key(config, path)
         entry = (key.tensor_shape(leaf.shape), np.dtype(leaf.dtype))
         outline |= {(key.file, name): entry for name in key.names(leaf.shape)}
 
@@ -317,13 +330,13 @@ def _of_checkpoint(
         factors = {path: adapters[path] for pair in pairs.values() for path in pair}
         arrays = _restore(directory, {**group, **factors}, parts)
         for path in group:
-            key, array = bagel_keys.key(path), arrays[path]
+            key, array = families.key(config, path), arrays[path]
             pair = [arrays[factor] for factor in pairs.get(path, ())]
             for n, name in enumerate(key.names(array.shape)):
                 tensor = array[n] if key.stacked else array
                 if pair:
                     a, b = (factor[n] for factor in pair)
-                    tensor = np.asarray(params_lib.merge_matrix(tensor, a, b, lora))
+                    tensor = np.asarray(params_lib.merge_matrix(tensor, a, b, config.lora))
                 yield key.file, name, key.to_release(tensor)
 
     # a generator for each group, so that nothing of it is left when the next one is read
@@ -391,6 +404,8 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
     Config files are those of the release that the weights descend from, or are made from the sizes.
     The tokenizer is that of the run, or of the release.
     """
+    if config.vit is None:
+        origin = _model_of_origin(source)
     release = next(
         (folders.tokenizer_folder(at) for at in (source, origin) if at and folders.is_model(at)),
         "",
@@ -404,22 +419,32 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
                 f"the config files in {release} say other sizes than the weights of {source}:\n"
                 f"  {found}\n  {config}"
             )
-        names = [name for name in configs.FILES if generates or name != "ae_params.json"]
+        names = folders.config_files(config)
+        names = tuple(name for name in names if generates or name != "ae_params.json")
         folders.copy_files(release, folder, names)
     dtype = (checkpoint.metadata(source)["config"].get("model") or {}).get("dtype", "")
-    for name, content in configs.contents(config, dtype).items():
+    for name, content in folders.config_contents(config, dtype).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             json_files.write(path, content)
-    if not generates:  # the file of a whole release says that it generates images
+    # The file of a whole release of BAGEL says that it generates images.
+    if config.vit is not None and not generates:
         path = os.path.join(folder, "config.json")
         json_files.write(path, json_files.read(path) | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release
     if tokenizer:
         importing.check_tokenizer(tokenizer, config)
-        folders.copy_files(tokenizer, folder, bagel_keys.TOKENIZER_FILES)
-    if not any(os.path.isfile(os.path.join(folder, name)) for name in bagel_keys.TOKENIZER_FILES):
+        folders.copy_files(tokenizer, folder, TOKENIZER_FILES)
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         print(f"{source}: no tokenizer files found; copy them into the target")
+
+
+def _model_of_origin(directory: str) -> str:
+    """The released or imported folder that a checkpoint descends from; "" if there is none now."""
+    at = directory
+    while at and os.path.isdir(at) and not folders.is_model(at):
+        at = _origin(at)
+    return at if at and os.path.isdir(at) else ""
 
 
 def _tokenizer_of(source: str) -> str:

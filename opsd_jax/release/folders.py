@@ -1,6 +1,7 @@
 """Folders that hold a model: as released (safetensors), or as `convert import` makes them.
 
-A released folder has weights as safetensors, config files and tokenizer files. An imported one has
+A released folder has weights as safetensors, config files and tokenizer files. One of BAGEL has
+llm_config.json, one of another family config.json beside its weights. An imported one has
 checkpoints/0/ (Orbax, the weights alone) and release/ (the config and tokenizer files of the
 release, and source.json, which says where the weights came from).
 """
@@ -8,19 +9,35 @@ release, and source.json, which says where the weights came from).
 import contextlib
 import os
 import shutil
+import types
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 
 from opsd_jax.inputs import json_files
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.release import configs
+from opsd_jax.release import configs, decoder_configs, safetensors_io
 from opsd_jax.runtime import checkpoint, locks
 
 
 def is_released(directory: str) -> bool:
     """Whether it is a folder in the layout of the releases."""
+    return _is_bagel(directory) or (
+        os.path.isfile(os.path.join(directory, "config.json"))
+        and any(safetensors_io.has_weights(directory, stem) for stem in ("model", "ema"))
+    )
+
+
+def _is_bagel(directory: str) -> bool:
     return os.path.isfile(os.path.join(directory, "llm_config.json"))
+
+
+def _configs(directory: str) -> types.ModuleType:
+    """The module that reads the config files in a folder."""
+    if not _is_bagel(directory) and os.path.isfile(os.path.join(directory, "config.json")):
+        return decoder_configs
+    return configs
 
 
 def is_imported(directory: str) -> bool:
@@ -40,12 +57,25 @@ def tokenizer_folder(directory: str) -> str:
 
 def read_config(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
     """ModelConfig from the config files of a released or imported folder; see `configs.read`."""
-    return configs.read(tokenizer_folder(directory), generation=generation, **compute)
+    folder = tokenizer_folder(directory)
+    return _configs(folder).read(folder, generation=generation, **compute)
 
 
 def compute_dtype(directory: str) -> str:
     """The dtype that a released or imported model computes in; see `configs.compute_dtype`."""
-    return configs.compute_dtype(tokenizer_folder(directory))
+    folder = tokenizer_folder(directory)
+    return _configs(folder).compute_dtype(folder)
+
+
+def config_files(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the config files in a release of a model."""
+    return (configs if config.vit is not None else decoder_configs).FILES
+
+
+def config_contents(config: ModelConfig, dtype: str = "") -> dict[str, dict[str, Any]]:
+    """{file: content} of the config files of a release of a model; see `configs.contents`."""
+    module = configs if config.vit is not None else decoder_configs
+    return module.contents(config, dtype)
 
 
 def read_import_source(directory: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from opsd_jax import params as params_lib
 from opsd_jax import tokenizer
 from opsd_jax.inputs import json_files, paths
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.release import bagel_keys, configs, folders, load, memory, safetensors_io
+from opsd_jax.release import folders, load, memory, safetensors_io
+from opsd_jax.release.keys import TOKENIZER_FILES
 from opsd_jax.runtime import checkpoint, run_folder
 
 
@@ -28,15 +29,18 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     paths.check_given("--target", target, orbax=True)
     if not folders.is_released(source):
         raise FileNotFoundError(
-            f"--source={source} is not a released folder: it has no llm_config.json"
+            f"--source={source} is not a released folder: it has neither llm_config.json nor a "
+            "config.json beside weights in safetensors"
         )
     with folders.build_target(target) as made:
-        check_tokenizer(source, folders.read_config(source))
-        config, params = load.load(source, generation=not only, dtype=dtype)
+        config = folders.read_config(source)
+        check_tokenizer(source, config)
+        generation = not only and config.vit is not None
+        config, params = load.load(source, generation=generation, dtype=dtype)
         kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
         release = os.path.join(made, "release")
         os.makedirs(release)
-        folders.copy_files(source, release, configs.FILES + bagel_keys.TOKENIZER_FILES)
+        folders.copy_files(source, release, folders.config_files(config) + TOKENIZER_FILES)
         json_files.write(
             os.path.join(release, "source.json"),
             {
@@ -81,4 +85,5 @@ def check_tokenizer(directory: str, config: ModelConfig) -> None:
     if "tokenizer_config.json" in files and (
         "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
     ):
-        tokenizer.load(directory, vocab_size=config.llm.vocab_size)
+        sees_images = config.vit is not None
+        tokenizer.load(directory, vocab_size=config.llm.vocab_size, images=sees_images)

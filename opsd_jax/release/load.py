@@ -5,6 +5,7 @@ one error that lists everything that is wrong) -> each tensor's slices, straight
 that hold them
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -25,7 +26,8 @@ from opsd_jax.inputs import paths
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.siglip import sincos_table
-from opsd_jax.release import bagel_keys, folders, memory, safetensors_io
+from opsd_jax.release import bagel_keys, families, folders, memory, safetensors_io
+from opsd_jax.release.keys import Key
 from opsd_jax.runtime import checkpoint
 from opsd_jax.runtime import progress as progress_lib
 
@@ -37,6 +39,7 @@ _MOST_FAULTS = 1000  # tensors that an error lists
 class PlannedParameter:
     """One parameter and what fills it.
 
+    key: where a release stores it.
     shape, dtype: shape and dtype of the parameter.
     tensors: where its tensors are stored: one, or one for each layer in order.
     table: the parameter itself, if it is a table of fixed positions that is computed; no tensors
@@ -44,14 +47,11 @@ class PlannedParameter:
     """
 
     path: str
+    key: Key
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: tuple[safetensors_io.Tensor, ...]
     table: np.ndarray | None = None
-
-    @property
-    def key(self) -> bagel_keys.Key:
-        return bagel_keys.key(self.path)
 
 
 def load(
@@ -85,13 +85,14 @@ def load(
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     if not folders.is_model(directory):
         raise FileNotFoundError(
-            f"{directory} is not a released folder (no llm_config.json) and was not made by "
-            "`python -m opsd_jax.convert import`"
+            f"{directory} is not a released folder (no llm_config.json, nor a config.json beside "
+            "weights in safetensors) and was not made by `python -m opsd_jax.convert import`"
         )
     config = folders.read_config(directory, generation=generation, **compute)
     if folders.is_imported(directory):
         return config, _restore_imported(directory, config, kind, mesh, layout)
     parameters, notes = plan(directory, config, kind, layout)
+    _check_tied_head(directory, config)
     if jax.process_index() == 0:
         for note in notes:
             print(f"{directory}: {note}", file=sys.stderr)
@@ -165,22 +166,23 @@ def plan(
             "there is model.safetensors and ema.safetensors; the weights of model.safetensors are "
             "read"
         )
-    default = dtype or _dtype_of(tensors.get(bagel_keys.key("llm/embed").template))
+    default = dtype or _dtype_of(tensors.get(families.key(config, "llm/embed").template))
     parameters = []
     for path, leaf in abstract_params(config).items():
-        found = _find_tensors(path, leaf.shape, files, findings)
+        key = families.key(config, path)
+        found = _find_tensors(path, key, leaf.shape, files, findings)
         stored = {tensor.dtype for tensor in found}
         # layers of unlike dtypes become one
         wanted = dtype if len(stored) > 1 else _wanted_dtype(path, dtype, layout)
         if len(stored) > 1 and dtype is None:
             findings.faults.append(
-                f"mistyped {bagel_keys.key(path).template}: its layers are "
+                f"mistyped {key.template}: its layers are "
                 f"{', '.join(sorted(stored))}; choose one with --dtype"
             )
         target = wanted or (safetensors_io.DTYPES[stored.pop()] if stored else default)
-        parameters.append(PlannedParameter(path, leaf.shape, target, tuple(found)))
+        parameters.append(PlannedParameter(path, key, leaf.shape, target, tuple(found)))
     for file in files.values():
-        _find_surplus(file, config.generation is not None, findings)
+        _find_surplus(file, config, findings)
     findings.check(directory)
     return [_with_table(parameter) for parameter in parameters], findings.notes
 
@@ -223,13 +225,17 @@ class _Findings:
 
 
 def _find_tensors(
-    path: str, our_shape: tuple[int, ...], files: Mapping[str, _File], findings: _Findings
+    path: str,
+    key: Key,
+    our_shape: tuple[int, ...],
+    files: Mapping[str, _File],
+    findings: _Findings,
 ) -> list[safetensors_io.Tensor]:
     """The tensors of a parameter that fit; a fault for each other one.
 
     A table of fixed positions may be absent or have another number of rows: a note.
     """
-    key, fixed = bagel_keys.key(path), params_lib.fact(path).group == "fixed"
+    fixed = params_lib.fact(path).group == "fixed"
     file, shape, found = files[key.file], key.tensor_shape(our_shape), []
     for name in key.names(our_shape):
         file.used.add(name)
@@ -263,18 +269,32 @@ def _dtype_of(tensor: safetensors_io.Tensor | None) -> np.dtype | None:
     return None if tensor is None else safetensors_io.DTYPES.get(tensor.dtype)
 
 
-def _find_surplus(file: _File, generation: bool, findings: _Findings) -> None:
-    """A fault for each tensor that no parameter uses.
+def _find_surplus(file: _File, config: ModelConfig, findings: _Findings) -> None:
+    """A fault for each tensor that no parameter uses, unless its family leaves it on disk."""
+    unread = {name: families.unread(config, name) for name in file.tensors if name not in file.used}
+    findings.faults += [f"surplus {name} in {file.name}" for name, why in unread.items() if not why]
+    for why, count in collections.Counter(filter(None, unread.values())).items():
+        findings.notes.append(
+            f"{count} tensors {why} stay on disk" if count > 1 else f"1 tensor {why} stays on disk"
+        )
 
-    generation: whether image generation is read; without it, its tensors stay on disk.
+
+def _check_tied_head(directory: str, config: ModelConfig) -> None:
+    """Raises ValueError if a tied head is in the files and has other weights than the embedding.
+
+    transformers 5 would use both.
     """
-    left = [name for name in file.tensors if name not in file.used]
-    ignored = [
-        name for name in left if not generation and bagel_keys.GENERATION_KEYS.fullmatch(name)
-    ]
-    findings.faults += [f"surplus {name} in {file.name}" for name in left if name not in ignored]
-    if ignored:
-        findings.notes.append(f"{len(ignored)} tensors of the generation expert stay on disk")
+    if not config.llm.tied_head:
+        return
+    tensors, _ = safetensors_io.open_weights(directory)
+    names = [families.key(config, f"llm/{part}").template for part in ("embed", "head")]
+    embed, head = map(tensors.get, names)
+    if embed is None or head is None or safetensors_io.same(embed, head):
+        return
+    raise ValueError(
+        f"{directory} holds {names[1]} with other weights than {names[0]}, but its config.json "
+        "says tie_word_embeddings true: set it to false, or delete the tensor"
+    )
 
 
 def _with_table(parameter: PlannedParameter) -> PlannedParameter:
@@ -339,7 +359,7 @@ class _Reader:
         self,
         name: str,
         tensor: safetensors_io.Tensor,
-        key: bagel_keys.Key,
+        key: Key,
         where: Sharding,
     ) -> jax.Array:
         """A tensor with our axes (of one layer) on the devices, in the file's dtype."""

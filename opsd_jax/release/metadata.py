@@ -31,12 +31,15 @@ def model_config(settings: Mapping[str, Any], directory: str) -> ModelConfig:
         f"the metadata of {directory}", settings if isinstance(settings, dict) else {}, []
     )
     model, adapters = found.child("model"), found.child("lora")
-    if not (model.has("llm") and model.has("vit")):
+    if not (model.has("llm") and "vit" in model.values):
         raise ValueError(
             f"the metadata of {directory} has no config.model.llm and .vit: it is not a checkpoint "
             "of a run or of `convert import`"
         )
-    llm, vit = _fields(LLMConfig, model.child("llm")), _fields(ViTConfig, model.child("vit"))
+    llm, vision = _fields(LLMConfig, model.child("llm")), model.child("vit")
+    # null (of an import), or off (of a run): the model reads text alone
+    sees = model.has("vit") and vision.values.get("on", True)
+    vit = _fields(ViTConfig, vision) if sees else None
     sizes = model.child("generation")
     generation = vae = lora = None
     if sizes.values and sizes.values.get("on", True):
@@ -51,7 +54,7 @@ def model_config(settings: Mapping[str, Any], directory: str) -> ModelConfig:
     try:
         return ModelConfig(
             llm=LLMConfig(**llm),
-            vit=ViTConfig(**vit),
+            vit=vit and ViTConfig(**vit),
             lora=lora and LoRAConfig(**lora),
             generation=generation and GenerationConfig(vae=VAEConfig(**vae), **generation),
             **configs.COMPUTE,
@@ -72,6 +75,7 @@ def _fields(kind: type, found: json_files.Object) -> dict[str, Any]:
         float: lambda name, **default: found.number(name, positive=False, **default),
         bool: found.flag,
         tuple[int, ...]: found.integers,
+        tuple[float, ...]: found.numbers,
         tuple[str, ...]: found.texts,
     }
     hints, values = typing.get_type_hints(kind), {}

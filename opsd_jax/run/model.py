@@ -155,7 +155,8 @@ def _of_release(
     config = in_blocks(folders.read_config(directory, generation=generation), _platform())
     config = dataclasses.replace(config, dtype=dtype or folders.compute_dtype(directory))
     folder = tokenizer or folders.tokenizer_folder(directory)
-    tok = tokenizer_lib.load(folder, vocab_size=config.llm.vocab_size)
+    sees_images = config.vit is not None
+    tok = tokenizer_lib.load(folder, vocab_size=config.llm.vocab_size, images=sees_images)
 
     def read(mesh: Mesh) -> dict:
         return load_lib.load(
@@ -185,7 +186,8 @@ def _workdir_of(directory: str) -> str:
         workdir = os.path.normpath(os.path.join(directory, "..", ".."))
     if not os.path.isfile(run_folder.config(workdir)):
         raise FileNotFoundError(
-            f"{directory} is not a released folder (no llm_config.json), nor one that `python -m "
-            "opsd_jax.convert import` made (no release/), nor a run (no config.json)"
+            f"{directory} is not a released folder (no llm_config.json, nor a config.json beside "
+            "weights in safetensors), nor one that `python -m opsd_jax.convert import` made (no "
+            "release/), nor a run (no config.json)"
         )
     return workdir

@@ -320,7 +320,8 @@ def _open(
 ) -> Session:
     size = config.model.llm.vocab_size
     named = tokenizer_folder or config.tokenizer
-    tok = tokenizer.load(workdir_lib.tokenizer_folder(named, data_dir), vocab_size=size)
+    folder = workdir_lib.tokenizer_folder(named, data_dir)
+    tok = tokenizer.load(folder, vocab_size=size, images=config.model.vit.on)
     return Session(
         config=config,
         workdir=workdir,
@@ -346,4 +347,5 @@ def _digests_of_origin(origin: str) -> dict:
     folder = folders.tokenizer_folder(origin)
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return {}
-    return {"tokenizer": tokenizer.load(folder).digest}
+    sees_images = folders.read_config(origin).vit is not None
+    return {"tokenizer": tokenizer.load(folder, images=sees_images).digest}

@@ -665,3 +665,36 @@ def test_digest_tells_merges_apart(tmp_path):
         digests.append(loaded.digest)
         ids.append(loaded.encode("abc").tolist())
     assert ids[0] != ids[1] and digests[0] != digests[1]
+
+
+# --- tokenizers of models that read text alone ---------------------------------------------------
+
+
+def test_delimiters_of_images_may_be_absent(tmp_path):
+    added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    folder = write(tmp_path / "t", with_json=True, added=added)
+    found = tokenizer.load(folder, images=False)
+    assert (found.image_start, found.image_end) == (-1, -1) and found.bos + 1 == found.eos
+    with pytest.raises(ValueError, match="vision_start"):
+        tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"), [(None, ()), (0, (0,)), ([3, "eos", 5, 3], (3, 5)), ("eos", ())]
+)
+def test_further_ends(tmp_path, named, wanted):
+    """generation_config.json names one id or a list; eos is not a further one."""
+    folder = write(tmp_path / "t", with_json=True)
+    assert tokenizer.load(folder).further_ends == ()
+    eos = tokenizer.load(folder).eos
+    ids = [eos if n == "eos" else n for n in named] if isinstance(named, list) else named
+    ids = eos if named == "eos" else ids
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert tokenizer.load(folder).further_ends == wanted
+
+
+@pytest.mark.parametrize("wrong", ["<|im_end|>", [1, 300], [-1], [True]])
+def test_ends_that_are_no_ids(tmp_path, wrong):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is"):
+        tokenizer.end_tokens(tmp_path, 300)
