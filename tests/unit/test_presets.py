@@ -17,7 +17,11 @@ _spec = importlib.util.spec_from_file_location("paper", PATH)
 paper = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(paper)
 # How a batch is divided; all other settings are the paper's.
-DIVISION = {"mesh.fsdp", "mesh.tensor", *(f"{s}.accumulation" for s in ("opsd", "sft", "offline"))}
+DIVISION = {
+    *("mesh.fsdp", "mesh.tensor"),
+    "model.key_block",  # the order of sums in decoding
+    *(f"{s}.accumulation" for s in ("opsd", "sft", "offline")),
+}
 
 
 def flat(config):
