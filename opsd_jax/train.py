@@ -126,6 +126,7 @@ def _report(config: ConfigDict, workdir: str) -> None:
         report_table.write(workdir, scores, config.run_arms)
         print(report_table.in_terminal(scores, config.run_arms, config))
     print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
+    run_page.caution_pages(workdir)
 
 
 def _print_times(workdir: str) -> None:

@@ -13,6 +13,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, output, overview, selection
 from opsd_jax.evaluation import summary_tables
 from opsd_jax.inputs import cli, paths
+from opsd_jax.run import report_table
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import distributed, run_folder, stopping
 from opsd_jax.runtime.stopping import BeforeBatch
@@ -162,10 +163,12 @@ def _run(
         )
     else:
         found = overview.measure(diagnosis, folder, model)
-    output.write(folder, found)
+    is_own = checkpoint_lib.is_of_run(model, workdir)
+    cautions = report_table.cautions_of(workdir) if is_own else []
+    output.write(folder, found, cautions)
     if args.analysis != "kl":
         summary_tables.write_table(workdir)  # with the answers that were asked for
-    return folder, found.words
+    return folder, [*found.words, *map(report_table.plain, cautions)]
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from opsd_jax import distill, rollout, sharding
 from opsd_jax.diagnose import bootstrap as bootstrap_lib
 from opsd_jax.diagnose import kl_page, official, output
 from opsd_jax.diagnose.selection import Diagnosis
+from opsd_jax.run import report_table
 
 COMPLETIONS = tuple(kl_page.COMPLETION_TEXTS)
 
@@ -116,7 +117,7 @@ def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output
         title="Closure: how much visual thoughts change what the model says",
         summary=summary,
         parts=lambda: kl_page.parts(diagnosis, summary, found),
-        words=kl_page.in_words(summary),
+        words=kl_page.in_words(summary, report_table.closures_of(diagnosis.session.workdir)),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import charts, html
+from opsd_jax.run import report_table
 
 SPANS = {  # parts of an "official" record that are measured again by themselves
     "answer": "The answer with its eos, by which the released script decides "
@@ -68,6 +69,9 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
     for kind, s in summary["completions"].items():
         heading, text = COMPLETION_TEXTS[kind]
         shown += [html.heading(heading), html.paragraph(text), _table(s)]
+        if kind == "data":  # what the closure is to be compared with
+            of_run = report_table.closures_of(diagnosis.session.workdir)
+            shown += [html.paragraph(f"{line}.") for line in of_run]
         for span, text in SPANS.items():
             if s.get(span):
                 shown += [html.paragraph(text), _table(s[span])]
@@ -83,8 +87,11 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
     return shown
 
 
-def in_words(summary: dict) -> list[str]:
-    """The closures, one line per kind of completion and task."""
+def in_words(summary: dict, of_run: Sequence[str]) -> list[str]:
+    """The closures, one line per kind of completion and task.
+
+    of_run: those in the table of the run, see `report_table.closures_of`; after kind "data".
+    """
     lines = []
     for kind, s in summary["completions"].items():
         for task, x in s["tasks"].items():
@@ -92,6 +99,7 @@ def in_words(summary: dict) -> list[str]:
             if "after" in x:
                 values += f" -> {html.fixed(x['after'], _NATS)} nats, {_closure_in_words(x)}"
             lines.append(f"{task}, {kind}: {values}")
+        lines += of_run if kind == "data" else []
     return lines
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import html
+from opsd_jax.run import report_table
 from opsd_jax.runtime import files, run_folder
 
 _WEIGHTS = {  # keys of a summary, and what the page calls them
@@ -37,10 +38,14 @@ class Analysis:
     words: Sequence[str] = ()
 
 
-def write(folder: str, analysis: Analysis) -> None:
-    """Writes report.html and, last of all, summary.json, by the first process only."""
+def write(folder: str, analysis: Analysis, cautions: Sequence[str] = ()) -> None:
+    """Writes report.html and, last of all, summary.json, by the first process only.
+
+    cautions: of the run, see `report_table.cautions_of`.
+    """
     if jax.process_index() == 0:
-        page = html.page(analysis.title, facts(analysis.summary), *analysis.parts())
+        above = [facts(analysis.summary), html.cautions(cautions, report_table.OF_THE_RUN)]
+        page = html.page(analysis.title, *above, *analysis.parts())
         files.write(os.path.join(folder, run_folder.PAGE), page)
         write_summary(folder, analysis.summary)
 

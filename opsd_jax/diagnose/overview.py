@@ -6,6 +6,8 @@ from opsd_jax.diagnose import attention, interventions, kl, output, selection
 from opsd_jax.diagnose.selection import Answers, Diagnosis
 from opsd_jax.evaluation import charts, contexts, html, results
 
+_TIMED = 0.01  # seconds: shorter answers of a toy are mostly overhead, whose ratios say nothing
+
 
 def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Analysis:
     """Evaluates a step folder in every mode that the model and its examples allow, then diagnoses
@@ -68,8 +70,8 @@ def _answers(diagnosis: Diagnosis, answers: dict[str, Answers]) -> list[str]:
             "How well does the model answer the same questions, depending on what it is given "
             "besides image and question? **none** is the student, **real** to **remove** are the "
             "teacher's context (**remove** is what the teacher of the arm none sees). **Before "
-            "training** are the weights that training started from: "
-            "OPSD is to bring **none** here up to **real** there."
+            "training** are the weights that training started from. OPSD works where **none** is "
+            "as accurate as **real, before training**."
         )
     ]
     for task in diagnosis.tasks:
@@ -83,6 +85,7 @@ def _scores(task: str, answers: dict[str, Answers]) -> list[str]:
     """The scores of a task in all modes."""
     scores = {label: a.summary["benchmarks"][task] for label, a in answers.items()}
     text = scores["none"]["seconds_per_sample"]
+    is_timed = bool(text) and text >= _TIMED
     rows = []
     for label, a in answers.items():
         b = scores[label]
@@ -95,7 +98,7 @@ def _scores(task: str, answers: dict[str, Answers]) -> list[str]:
                 results.counted(b),
                 html.fixed(b["mean_output_tokens"], 1),
                 html.fixed(seconds, 4),
-                html.fixed(seconds and text and seconds / text, 1),
+                html.fixed(seconds / text, 1) if seconds and is_timed else None,
                 b["timed_samples"],
                 html.fixed(pictures, 1),
             ]
@@ -111,7 +114,7 @@ def _scores(task: str, answers: dict[str, Answers]) -> list[str]:
         html.table(columns, rows, texts=2),
         html.note(
             "Each mode links to the page of its evaluation, with all misses. Intervals hold 95 % "
-            "(Wilson). Seconds leave out batches that compiled a program. Paper: generating images "
-            "takes 14.3 times as long as answering in text."
+            "(Wilson). Seconds leave out batches that compiled a program."
+            + (" Paper: generating images takes 14.3 times as long as text." if is_timed else "")
         ),
     ]

@@ -37,6 +37,7 @@ Cell = Part | str | int | float | bool | None
 _SMALL = 128  # pixels: shorter images keep every pixel
 _OPEN_SAMPLES = 30  # samples after these are shown collapsed
 _SAMPLES = '<section class="samples">'
+_CAUTIONS = '<section class="cautions">'
 
 
 def page(title: str, *parts: str) -> str:
@@ -104,6 +105,21 @@ def paragraph(content: str) -> str:
 def note(content: str) -> str:
     """A small grey paragraph with `code` and **bold**."""
     return f'<p class="note">{_spans(content)}</p>'
+
+
+def cautions(lines: Sequence[str], title: str = "") -> str:
+    """A box of cautions, one below the other, in bold; without any it is there and not visible.
+
+    title: a small line above them. See `with_cautions`.
+    """
+    shown = [paragraph(f"**{line}**") for line in lines]
+    return f"{_CAUTIONS}{_join([*([note(title)] if title and lines else []), *shown])}</section>"
+
+
+def with_cautions(document: str, lines: Sequence[str], title: str = "") -> str:
+    """A page with these cautions in its box; as it was if it has none."""
+    pattern = re.escape(_CAUTIONS) + ".*?</section>"
+    return re.sub(pattern, lambda _: cautions(lines, title), document, count=1, flags=re.DOTALL)
 
 
 def links(entries: Sequence[tuple[str, str]]) -> str:

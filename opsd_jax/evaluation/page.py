@@ -20,6 +20,7 @@ def page(
     results: Sequence[results_lib.Result],
     benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
+    cautions: Sequence[str] = (),
 ) -> str:
     """HTML of one evaluation.
 
@@ -29,8 +30,9 @@ def page(
       results: the answers to each benchmark. Up to 100 misses and 20 hits of each are shown.
       benchmarks: {name: benchmark} of the results.
       shown: (benchmark, key) -> [(caption, image)], what the model saw of a question.
+      cautions: HTML of the cautions of the run whose weights answered; () of other weights.
     """
-    parts = [_facts(summary), html.heading("Scores"), *_scores(summary)]
+    parts = [_facts(summary), *cautions, html.heading("Scores"), *_scores(summary)]
     if "against" in summary:
         parts += _comparison(summary["against"])
     for result in results:

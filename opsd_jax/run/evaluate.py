@@ -15,13 +15,22 @@ from PIL import Image
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.evaluation import benchmark as benchmark_lib
-from opsd_jax.evaluation import comparison, contexts, inference, page, store, table_scores, tables
+from opsd_jax.evaluation import (
+    comparison,
+    contexts,
+    html,
+    inference,
+    page,
+    store,
+    table_scores,
+    tables,
+)
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import model as model_lib
-from opsd_jax.run import placement
+from opsd_jax.run import placement, report_table
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -421,9 +430,17 @@ def _answer(
         ban_marker=job.request.ban_marker,
         **about,
     )
-    html = page.page(name, summary, results, by_name, shown)
-    files.write(os.path.join(folder, run_folder.PAGE), html)
+    document = page.page(name, summary, results, by_name, shown, _cautions(job))
+    files.write(os.path.join(folder, run_folder.PAGE), document)
     return summary
+
+
+def _cautions(job: Job) -> list[str]:
+    """HTML of the cautions of the run whose weights answer; [] for weights of another model."""
+    workdir = job.request.workdir
+    if job.config is None or not checkpoint_lib.is_of_run(job.checkpoint, workdir):
+        return []
+    return [html.cautions(report_table.cautions_of(workdir), report_table.OF_THE_RUN)]
 
 
 def _earlier_summary(folder: str, facts: dict) -> dict:

@@ -24,6 +24,8 @@ START_BANNED = "start, text only, `<image_start>` banned"
 TRAINED = "OPSD, text only"
 BASELINE = "always the most frequent answer"
 
+OF_THE_RUN = "Cautions of the run, from its own results (W/report.md):"  # on other pages
+
 # Final evaluations of a run's start, and the names of their results.
 _STARTS = {TEACHER: "real", START: "none", START_BANNED: "none-banned"}
 _HEADER = (
@@ -37,9 +39,13 @@ _HEADER = (
     "KL to teacher",
     "closure",
 )
-_SAME = 0.9  # share of the questions from which on one answer to all of them is worth a caution
-FEW = 200  # a stage of fewer steps, or a test split of fewer examples, says little
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+
+# From where on a number is worth a caution.
+FEW = 200  # steps of a stage, or test examples: with fewer, 95 % intervals reach 7 points each way
+_MOST = 0.9  # share of the questions: what is left can hardly change an accuracy
+_FEW_ANSWERS = 0.5  # of as many different answers as the right ones are: half of them never come
+_NEAR = 0.1  # between two closures: their own intervals are up to so wide (docs/results.md)
 
 
 def arm_label(name: str) -> str:
@@ -102,54 +108,210 @@ def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: Config
             interval = _interval(b) if "interval_95" in b else ""
             closure = f"{100 * b['closure']:.0f} %" if "kl" in b else ""
             rows.append((what.replace("`", ""), task, _percent(b), interval, closure))
-    words = "\n".join(verdict(shown, arms, config)).replace("`", "").replace("**", "")
-    return f"{checks.table(rows)}\n\n{words}"
+    return "\n".join([checks.table(rows), "", *map(plain, verdict(shown, arms, config))])
+
+
+def plain(line: str) -> str:
+    """A line of Markdown without its marks, for the terminal."""
+    return line.replace("`", "").replace("**", "")
 
 
 def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
-    """What the numbers say, as Markdown, one line per statement.
+    """What the numbers say, as Markdown, one line per statement; first the cautions, in bold."""
+    bold = [f"**{line}**" for line in cautions(shown, arms, config)]
+    return bold + statements(shown, arms, config)
 
-    The lines of a task begin with cautions where its numbers mean little: a short stage, few
-    examples, a teacher no better than the most frequent answer. Answers that hardly differ between
-    questions are named at the end.
-    """
+
+def statements(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """What was learned, as Markdown, task by task: the verdict without its cautions."""
     lines = []
-    for task, trained in shown[TRAINED].items():
-        if min(config.opsd.steps, trained["n"]) < FEW:
-            lines.append(
-                "**These numbers mean little: a run this short shows that everything works "
-                f"({config.opsd.steps} OPSD steps, {trained['n']} test examples).**"
-            )
-        always, teacher = shown.get(BASELINE, {}).get(task), shown.get(TEACHER, {}).get(task)
-        if always and teacher and teacher["interval_95"][0] <= always["overall"]:
-            lines.append(
-                "**The teacher is not clearly better than the most frequent answer: it has little "
-                "to teach. Train the warm-up longer, or look at its answers.**"
-            )
+    for task in shown[TRAINED]:
         lines.append(_gain(shown, task, config))
         if arms:
             lines.append(_controls(shown, task, arms, config))
-        if "none" in arms:
-            lines.append(
-                "The teacher of the arm none sees its texts without any image, which is the "
-                "evaluation mode `remove`."
-            )
-        if always:
+        if always := shown.get(BASELINE, {}).get(task):
             lines.append(
                 f"The most frequent answer, `{always['answer']}`, given to every question would "
                 f"be right in {_percent(always)}."
             )
-        if without := _given_most(shown, task, nothing=True):
-            lines.append(
-                f"No answer was found in nearly all texts of: {'; '.join(without)}. An answer "
-                "stands between <answer> and </answer>."
-            )
-        if same := _given_most(shown, task, nothing=False):
-            lines.append(
-                f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy "
-                "shows how often that answer is right, not what was learned; a closure beside it "
-                "says little."
-            )
+    if "none" in arms:
+        lines.append(
+            "The teacher of the arm none sees its texts without any image, which is the "
+            "evaluation mode `remove`."
+        )
+    return lines
+
+
+def cautions(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """Why the numbers mean less than they seem to, a line each; [] where nothing speaks for it.
+
+    What holds for the whole run comes first, once. Where a run has several tasks, every other line
+    begins with the name of its task.
+    """
+    trained = shown[TRAINED]
+    lines: list[str] = []
+    few = [task for task, b in trained.items() if min(config.opsd.steps, b["n"]) < FEW]
+    if len(few) == len(trained):
+        lines.append(_too_short(config, sorted({b["n"] for b in trained.values()})))
+    for task, b in trained.items():
+        found = [
+            *([_too_short(config, [b["n"]])] if task in few and len(few) < len(trained) else []),
+            *_teacher_knows_little(shown, task),
+            *_reads_worse(shown, task),
+            *_closure_without_content(shown, task, arms, config),
+            *_start_asks(shown, task),
+            *_hardly_differing(shown, task),
+        ]
+        lines += [f"{task}: {line}" for line in found] if len(trained) > 1 else found
+    return lines
+
+
+def cautions_of(workdir: str) -> list[str]:
+    """The cautions of a run with the arms in its run_arms that are done, for other pages.
+
+    [] while its results are not complete, or where it has no OPSD stage.
+    """
+    shown, arms = _finished(workdir)
+    return cautions(shown, arms, load_config(workdir)) if shown else []
+
+
+def closures_of(workdir: str) -> list[str]:
+    """A line for each task with the closures of a run and of its arms that are done.
+
+    [] where none was measured for an arm: there is nothing to compare.
+    """
+    shown, arms = _finished(workdir)
+    lines = []
+    for task in shown.get(TRAINED, {}):
+        rows = {"OPSD": TRAINED} | {f"arm {arm}": arm_label(arm) for arm in arms}
+        found = {name: shown[row][task].get("closure") for name, row in rows.items()}
+        measured = [f"{name} {100 * x:.0f} %" for name, x in found.items() if x is not None]
+        if len(measured) > 1:
+            lines.append(f"{task}, closures in the run's table: {', '.join(measured)}")
+    return lines
+
+
+def _finished(workdir: str) -> tuple[dict[str, Scores], list[str]]:
+    """(what `collect` returns, the arms in it) of a run; ({}, []) while results are missing."""
+    config = load_config(workdir)
+    if "opsd" not in config.stages or not config.eval.final_split:
+        return {}, []
+    folders = {arm: run_folder.arm(workdir, arm) for arm in config.run_arms}
+    arms = [arm for arm, folder in folders.items() if os.path.exists(_last_summary(folder))]
+    try:
+        return collect(workdir, arms), arms
+    except (FileNotFoundError, ValueError):  # a page of one result must not fail for another one
+        return {}, []
+
+
+def _last_summary(workdir: str) -> str:
+    """The scores of the final evaluation of a run, or of an arm; "" where there is no run."""
+    if not os.path.exists(run_folder.config(workdir)):
+        return ""
+    return _summary_path(workdir, max(config_lib.stage_ends(load_config(workdir)).values()), "none")
+
+
+def _too_short(config: ConfigDict, counts: Sequence[int]) -> str:
+    examples = " and ".join(map(str, counts))
+    return (
+        "These numbers mean little: a run this short shows that everything works "
+        f"({config.opsd.steps} OPSD steps, {examples} test examples)."
+    )
+
+
+def _teacher_knows_little(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where the interval of the teacher reaches down to what one answer to all would get."""
+    always, teacher = shown.get(BASELINE, {}).get(task), shown.get(TEACHER, {}).get(task)
+    if not (always and teacher and teacher["interval_95"][0] <= always["overall"]):
+        return []
+    return [
+        "The teacher is not clearly better than the most frequent answer: it has little to teach. "
+        "Train the warm-up longer, or look at its answers."
+    ]
+
+
+def _reads_worse(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where the intervals before and after training, with true visual thoughts, do not overlap."""
+    before, after = shown.get(TEACHER, {}).get(task), shown[TRAINED][task].get("real")
+    if not (before and after and after["interval_95"][1] < before["interval_95"][0]):
+        return []
+    return [
+        "Training made the model worse at reading true visual thoughts: with them the same weights "
+        f"now answer {_percent(after)}, before OPSD {_percent(before)}."
+    ]
+
+
+def _closure_without_content(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> list[str]:
+    """Where a control, whose teacher saw other content, has nearly the closure of OPSD."""
+    own = shown[TRAINED][task].get("closure")
+    if own is None:
+        return []
+    found = {
+        arm: shown[arm_label(arm)][task].get("closure") for arm in _content_controls(arms, config)
+    }
+    near = [
+        f"{arm} {100 * closure:.0f} %"
+        for arm, closure in found.items()
+        if closure is not None and own - closure < _NEAR
+    ]
+    if not near:
+        return []
+    return [
+        "The closure shows nothing about the content of visual thoughts: it is "
+        f"{100 * own:.0f} %, and nearly so where the teacher saw other content ({', '.join(near)})."
+    ]
+
+
+def _start_asks(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where nearly all answers of the start without visual thoughts ask for an image."""
+    share = shown.get(START, {}).get(task, {}).get("image_skip_rate", 0)
+    if share < _MOST:
+        return []
+    line = (
+        f"The start asks for an image in {100 * share:.0f} % of its text-only answers, and gets "
+        "none: a part of what OPSD gains over it may be the format."
+    )
+    if START_BANNED not in shown:
+        line += " `eval --ban_marker` of its checkpoint shows what it answers where it cannot ask."
+    return [line]
+
+
+def _hardly_differing(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Whose answers hardly depend on the question."""
+    nothing: list[str] = []
+    same: list[str] = []
+    few: list[str] = []
+    right = 0
+    for who, tasks in shown.items():
+        b = tasks.get(task, {})
+        most, common = b.get("most_given"), b.get("common")
+        if most and most["share"] >= _MOST:
+            share = f"{100 * most['share']:.0f} % of them"
+            if most["answer"] is None:
+                nothing.append(f"{who}, {share}")
+            else:
+                same.append(f"{who}, `{most['answer']}` to {share}")
+        elif common and 1 < len(common["given"]) <= _FEW_ANSWERS * common["right"]:
+            few.append(f"{who}, {' and '.join(f'`{answer}`' for answer in common['given'])}")
+            right = common["right"]
+    lines = []
+    if nothing:
+        lines.append(
+            f"No answer was found in nearly all texts of: {'; '.join(nothing)}. An answer stands "
+            "between <answer> and </answer>."
+        )
+    if same:
+        lines.append(
+            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows "
+            "how often that answer is right, not what was learned; a closure beside it says little."
+        )
+    if few:
+        lines.append(
+            f"The same few answers to nearly all questions: {'; '.join(few)}. Of the right answers "
+            f"it takes {right} to cover as many. Questions with another right answer are missed."
+        )
     return lines
 
 
@@ -162,10 +324,16 @@ def _gain(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> str:
         parts.append(f"The teacher answers {share} with true visual thoughts.")
     if before := shown.get(START, {}).get(task):
         parts.append(
-            f"Without them it answers {_percent(before)} before OPSD and {_percent(trained)} after."
+            f"Without them the student answers {_percent(before)} before OPSD and "
+            f"{_percent(trained)} after."
         )
     else:
-        parts.append(f"After OPSD it answers {_percent(trained)} without visual thoughts.")
+        parts.append(f"After OPSD the student answers {_percent(trained)} without visual thoughts.")
+    if with_thoughts and "real" in trained and not _reads_worse(shown, task):
+        parts.append(
+            f"With true visual thoughts the same weights now answer {_percent(trained['real'])}, "
+            f"before OPSD {_percent(with_thoughts)}."
+        )
     return " ".join(parts)
 
 
@@ -175,30 +343,22 @@ def _controls(
     """The accuracies of the control arms, and the distance to the best one."""
     of = {arm: shown[arm_label(arm)][task] for arm in arms}
     text = f"Control arms: {', '.join(f'{arm} {_percent(b)}' for arm, b in of.items())}."
-    # arms with another objective are not controls of what the teacher sees
-    others = {arm: b["overall"] for arm, b in of.items() if "stages" not in config.arms[arm]}
+    others = {arm: of[arm]["overall"] for arm in _content_controls(arms, config)}
     if others:
-        best = max(others, key=others.__getitem__)
-        lift = 100 * (shown[TRAINED][task]["overall"] - others[best])
-        text += (
-            f" OPSD is {abs(lift):.1f} points {'above' if lift >= 0 else 'below'} the best control "
-            f"({best})."
-        )
+        best = max(others.values())
+        names = [arm for arm, accuracy in others.items() if accuracy == best]
+        what = f"the best control{'s' * (len(names) > 1)} ({' and '.join(names)})"
+        lift = round(100 * (shown[TRAINED][task]["overall"] - best), 1)
+        if lift == 0:
+            text += f" OPSD is no better than {what}."
+        else:
+            text += f" OPSD is {abs(lift):.1f} points {'above' if lift > 0 else 'below'} {what}."
     return text
 
 
-def _given_most(shown: Mapping[str, Scores], task: str, *, nothing: bool) -> list[str]:
-    """Whose answers to a task hardly depend on the question, and what they are.
-
-    nothing: those in whose texts no answer was found, or else the others.
-    """
-    same = []
-    for who, tasks in shown.items():
-        found = tasks.get(task, {}).get("most_given")
-        if found and found["share"] >= _SAME and (found["answer"] is None) == nothing:
-            what = "" if nothing else f"`{found['answer']}` to "
-            same.append(f"{who}, {what}{100 * found['share']:.0f} % of them")
-    return same
+def _content_controls(arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """The arms without those that have another objective: they control what the teacher sees."""
+    return [arm for arm in arms if "stages" not in config.arms[arm]]
 
 
 def _trained_scores(workdir: str) -> Scores:
@@ -243,8 +403,16 @@ def _read(workdir: str, step: int, name: str) -> Scores:
     summary = results.read_summary(_summary_path(workdir, step, name))
     found = {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
     for task, predictions in _predictions(workdir, step, name).items():
-        answer, share = _most_frequent([p["answer"] for p in predictions])
+        given = [p["answer"] for p in predictions]
+        answer, share = _most_frequent(given)
         found[task]["most_given"] = {"answer": answer, "share": share}
+        if any(answer is not None for answer in given):
+            found[task]["common"] = {
+                "given": _common([answer for answer in given if answer is not None]),
+                "right": len(_common([p["expected"] for p in predictions])),
+            }
+        if "image_skip_rate" in summary["benchmarks"][task]:
+            found[task]["image_skip_rate"] = summary["benchmarks"][task]["image_skip_rate"]
     return found
 
 
@@ -261,6 +429,17 @@ def _most_frequent(answers: Sequence[str | None]) -> tuple[str | None, float]:
     """(the most frequent of some answers, its share)."""
     ((answer, count),) = collections.Counter(answers).most_common(1)
     return answer, count / len(answers)
+
+
+def _common(answers: Sequence[str]) -> list[str]:
+    """The fewest different answers that make up `_MOST` of some, the most frequent first."""
+    needed, common = _MOST * len(answers), []
+    for answer, count in collections.Counter(answers).most_common():
+        if needed <= 0:
+            break
+        common.append(answer)
+        needed -= count
+    return common
 
 
 def _row(what: str, task: str, b: dict) -> str:

@@ -70,6 +70,20 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     return path
 
 
+def caution_pages(workdir: str) -> None:
+    """Puts the cautions of a finished run on the pages of its evaluations and analyses.
+
+    The evaluations of a stage are written before the results of the run are complete.
+    """
+    cautions = report_table.cautions_of(workdir)
+    for _, page in _found_pages(workdir):
+        with open(page, encoding="utf-8") as file:
+            before = file.read()
+        after = html.with_cautions(before, cautions, report_table.OF_THE_RUN)
+        if after != before:
+            files.write(page, after)
+
+
 def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
     """Accuracies with their intervals: in words, as a chart and as a table."""
     several = max(map(len, shown.values())) > 1
@@ -86,7 +100,8 @@ def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     columns += ["with true visual thoughts %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
-        *(html.paragraph(line) for line in report_table.verdict(shown, arms, config)),
+        html.cautions(report_table.cautions(shown, arms, config)),
+        *(html.paragraph(line) for line in report_table.statements(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),
         html.note(_MEANING),
@@ -277,11 +292,15 @@ def _seconds(folders: Mapping[str, str]) -> list[str]:
 
 def _pages(workdir: str) -> list[str]:
     """Links to the pages of the run's evaluations and analyses."""
+    found = [(name, os.path.relpath(page, workdir)) for name, page in _found_pages(workdir)]
+    return [html.heading("More pages"), html.links(found)] if found else []
+
+
+def _found_pages(workdir: str) -> list[tuple[str, str]]:
+    """(name, path) of the pages of the run's evaluations and analyses."""
     found = []
     for folder in (run_folder.evaluations(workdir), run_folder.diagnosis(workdir, "")):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        for name in names:
-            page = os.path.join(folder, name, run_folder.PAGE)
-            if os.path.exists(page):
-                found.append((name, os.path.relpath(page, workdir)))
-    return [html.heading("More pages"), html.links(found)] if found else []
+        pages = [(name, os.path.join(folder, name, run_folder.PAGE)) for name in names]
+        found += [(name, page) for name, page in pages if os.path.exists(page)]
+    return found

@@ -102,12 +102,9 @@ class Progress:
             self._bars.update(self._task, completed=done, numbers=numbers, left=left)
         elif self._primary and (now - self._shown >= self._interval or done >= self._total):
             self._shown = now
-            print(
-                f"{self._title}  {done}/{self._total}  {numbers}  elapsed "
-                f"{_hms(now - self._began)}  left {left}",
-                file=self._file,
-                flush=True,
-            )
+            times = f"elapsed {_hms(now - self._began)}  left {left}"
+            parts = filter(None, (self._title, f"{done}/{self._total}", numbers, times))
+            print("  ".join(parts), file=self._file, flush=True)
 
     def _left(self, now: float, done: int) -> str:
         """Time for the rest at the rate since the first update; "?" before it is known."""

@@ -72,7 +72,8 @@ def test_a_long_run_is_not_cautioned():
         return "\n".join(report_table.verdict(shown, (), config))
 
     assert verdict(200, 200) == (
-        "**task**, 200 test examples, seed 0. After OPSD it answers 75.0 % without visual thoughts."
+        "**task**, 200 test examples, seed 0. After OPSD the student answers 75.0 % without visual "
+        "thoughts."
     )
     for steps, examples in ((199, 512), (400, 128)):
         assert f"{steps} OPSD steps, {examples} test examples" in verdict(steps, examples)
@@ -87,6 +88,18 @@ def test_curves_show_whether_the_teacher_learned(workdir):
     run_page.write(str(workdir), {}, ())
     html = (workdir / "report.html").read_text()
     assert f"Accuracy on {small_run.TASK}, with true visual thoughts, stage warmup" in html
+
+
+def test_the_pages_of_its_evaluations_have_the_cautions_of_the_run(workdir):
+    """Those of the warm-up were written before the run had results."""
+    page = workdir / "eval" / f"{small_run.WARMUP:06d}-none" / "report.html"
+    caution = "<strong>These numbers mean little: a run this short"
+    assert '<section class="cautions"></section>' in page.read_text()
+    run_page.caution_pages(str(workdir))
+    assert page.read_text().count(caution) == 1
+    (workdir / "eval" / f"{small_run.LAST:06d}-none" / "summary.json").unlink()
+    run_page.caution_pages(str(workdir))  # a result is missing
+    assert caution not in page.read_text()
 
 
 def test_a_run_without_a_final_evaluation_has_curves(workdir):

@@ -303,6 +303,10 @@ def test_progress_prints_plain_lines_now_and_then(monkeypatch):
         f"{n}/100" for n in (41, 51, 61, 71, 81, 91, 100)
     ]
     assert shown[1] == "maze opsd  51/100  loss 0.1235  note ok  elapsed 0:00:11  left 0:00:49"
+    file = io.StringIO()
+    with Progress(2, "arm noise", file=file) as progress:
+        progress.update(2)  # without numbers
+    assert file.getvalue() == "arm noise  2/2  elapsed 0:00:00  left 0:00:00\n"
     silent = io.StringIO()
     with Progress(5, primary=False, file=silent) as progress:
         progress.update(5)

@@ -73,6 +73,7 @@ BLOCKS = {
     "facts": html_lib.facts([(EVIL, EVIL)]),
     "paragraph": html_lib.paragraph(f"{EVIL} **{EVIL}** `{EVIL}`"),
     "note": html_lib.note(EVIL),
+    "cautions": html_lib.cautions([EVIL, f"`{EVIL}`"], EVIL),
     "table": html_lib.table([EVIL, "b"], [[EVIL, EVIL], ["a", 1.5]]),
     "empty table": html_lib.table([EVIL], []),
     "image": html_lib.image(pixels(4, 4), caption=EVIL),
@@ -362,6 +363,19 @@ def test_full_colour_is_the_95th_percentile_by_default():
     assert Tree(html_lib.tokens(["a", "b"], [math.nan, None], unit="nats"))  # nothing measured
     with pytest.raises(ValueError, match="2 pieces"):
         html_lib.tokens(["a", "b"], [1], unit="nats")
+
+
+# ---------------------------------------------------------------------------- cautions
+def test_cautions_of_a_page_are_exchanged():
+    page = html_lib.page("a", html_lib.cautions([]), html_lib.paragraph("b"))
+    empty = '<section class="cautions"></section>'
+    assert page.count(empty) == 1
+    told = html_lib.with_cautions(page, [r"few \1 examples", EVIL], "of the run")
+    assert Tree(told) and html.unescape(told).count(r"<strong>few \1 examples</strong>") == 1
+    assert told.index("of the run") < told.index("few") < told.index("<p>b</p>")
+    assert html_lib.with_cautions(told, []) == page
+    without = html_lib.page("a", html_lib.paragraph("b"))
+    assert html_lib.with_cautions(without, ["few"]) == without
 
 
 # ---------------------------------------------------------------------------- charts

@@ -1,33 +1,58 @@
 """What the table of a run says in words."""
 
+import pytest
+
 import small_run
 from opsd_jax.run import report_table
 
-TASK = "Dots"
+TASK, OTHER = "Dots", "Lines"
 
 
-def scores(share, low=0.0, **more):
-    return {TASK: {"overall": share, "interval_95": [low, 1.0], "n": 500, **more}}
+def scores(share, low=0.0, *, n=500, **more):
+    return {TASK: {"overall": share, "interval_95": [low, 1.0], "n": n, **more}}
 
 
-def verdict(*, teacher, trained, arms=()):
+def table(*, teacher, trained, arms=(), start=None, arm=None):
+    """A table; arm: the scores of each arm."""
     shown = {
         report_table.TEACHER: teacher,
+        **({report_table.START: start} if start else {}),
         report_table.TRAINED: trained,
-        **{report_table.arm_label(arm): scores(0.2) for arm in arms},
-        report_table.BASELINE: {TASK: {"overall": 0.3, "n": 500, "answer": "red"}},
+        **{report_table.arm_label(name): arm or scores(0.2) for name in arms},
+        report_table.BASELINE: {
+            task: {"overall": 0.3, "n": 500, "answer": "red"} for task in trained
+        },
     }
-    config = small_run.config(opsd__steps=300)
-    text = "\n".join(report_table.verdict(shown, arms, config))
-    return text, report_table.in_terminal(shown, arms, config)
+    return shown, arms, small_run.config(opsd__steps=300)
 
 
-def test_a_teacher_above_the_most_frequent_answer_is_not_cautioned():
-    text, shown = verdict(teacher=scores(0.9, 0.85), trained=scores(0.8))
+def verdict(**given):
+    said = table(**given)
+    return "\n".join(report_table.verdict(*said)), report_table.in_terminal(*said)
+
+
+def cautions(**given):
+    return report_table.cautions(*table(**given))
+
+
+def test_a_good_run_is_not_cautioned():
+    good = {
+        "image_skip_rate": 0.0,
+        "most_given": {"answer": "red", "share": 0.3},
+        "common": {"given": ["red", "blue", "green"], "right": 5},
+    }
+    teacher = scores(1.0, 0.99, **good)
+    trained = scores(0.98, 0.96, closure=0.53, real={"overall": 1.0, "interval_95": [0.99, 1.0]})
+    arm = scores(0.38, 0.33, closure=0.42, **good)
+    given = dict(teacher=teacher, trained=trained, start=scores(0.22, **good), arm=arm)
+    assert cautions(**given, arms=("noise", "image")) == []
+    text, shown = verdict(**given, arms=("noise", "image"))
     assert (
         "The most frequent answer, `red`, given to every question would be right in 30.0 %" in text
     )
-    assert "**Dots**" in text and text.count("**") == 2  # nothing else is bold
+    assert text.startswith("**Dots**") and text.count("**") == 2  # nothing else is bold
+    assert "Without them the student answers 22.0 % before OPSD and 98.0 % after." in text
+    assert "With true visual thoughts the same weights now answer 100.0 %, before OPSD" in text
     assert "**" not in shown and "`" not in shown
     rows = [" ".join(line.split()) for line in shown.splitlines()]
     assert "always the most frequent answer Dots 30.0 %" in rows
@@ -36,10 +61,53 @@ def test_a_teacher_above_the_most_frequent_answer_is_not_cautioned():
 def test_a_teacher_no_better_than_the_most_frequent_answer_has_little_to_teach():
     text, _ = verdict(teacher=scores(0.35, 0.29), trained=scores(0.3))
     assert text.startswith("**The teacher is not clearly better than the most frequent answer: it")
+    assert cautions(teacher=scores(0.35, 0.31), trained=scores(0.3)) == []
+
+
+def test_reading_visual_thoughts_worse_than_before():
+    """Where the intervals do not overlap: 83.4 % up to 86.4, before 100 % from 99.3 on."""
+
+    def found(high):
+        real = {"overall": 0.834, "interval_95": [0.799, high]}
+        return verdict(teacher=scores(1.0, 0.993), trained=scores(0.8, real=real))
+
+    text, shown = found(0.864)
+    line = "with them the same weights now answer 83.4 %, before OPSD 100.0 %."
+    assert text.startswith("**Training made the model worse at reading true visual thoughts: ")
+    assert line in text and line in shown and text.count("83.4") == 1
+    text, _ = found(0.994)
+    assert "worse" not in text and "the same weights now answer 83.4 %, before OPSD" in text
+
+
+@pytest.mark.parametrize("arm, named", [(0.7, True), (0.61, True), (0.59, False), (0.9, True)])
+def test_a_closure_that_other_content_reaches(arm, named):
+    given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8, closure=0.7))
+    found = cautions(**given, arms=("swap",), arm=scores(0.2, closure=arm))
+    assert found == [
+        "The closure shows nothing about the content of visual thoughts: it is 70 %, and nearly so "
+        f"where the teacher saw other content (swap {100 * arm:.0f} %)."
+    ] * int(named)
+    # an arm with another objective sees the same content
+    assert cautions(**given, arms=("sft",), arm=scores(0.2, closure=arm)) == []
+
+
+def test_a_start_that_asks_for_images():
+    given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8))
+    (line,) = cautions(**given, start=scores(0.4, image_skip_rate=0.95))
+    assert line.startswith("The start asks for an image in 95 % of its text-only answers")
+    assert "`eval --ban_marker`" in line
+    assert cautions(**given, start=scores(0.4, image_skip_rate=0.85)) == []
+    shown, *rest = table(**given, start=scores(0.4, image_skip_rate=0.95))
+    shown[report_table.START_BANNED] = scores(0.3)
+    (line,) = report_table.cautions(shown, *rest)
+    assert "--ban_marker" not in line  # its row is there
 
 
 def test_one_answer_to_every_question_is_named():
-    same = {"most_given": {"answer": "red", "share": 0.97}}
+    same = {
+        "most_given": {"answer": "red", "share": 0.97},
+        "common": {"given": ["red"], "right": 5},
+    }
     differs = {"most_given": {"answer": "red", "share": 0.6}}
     text, _ = verdict(teacher=scores(0.9, 0.85, **differs), trained=scores(0.3, **same))
     assert "same answer to nearly all questions: OPSD, text only, `red` to 97 % of them." in text
@@ -50,10 +118,56 @@ def test_one_answer_to_every_question_is_named():
     assert "same answer" not in text
 
 
-def test_the_best_control_is_named():
-    text, _ = verdict(teacher=scores(0.9, 0.85), trained=scores(0.8), arms=("noise", "image"))
-    line = "Control arms: noise 20.0 %, image 20.0 %. OPSD is 60.0 points above the best control"
-    assert f"\n{line} (noise)." in text
+def test_few_different_answers_are_named():
+    """81 and 47 of 128 answers are two of the five that make up 90 % of the right ones."""
+    given = ["n6"] * 81 + ["n7"] * 47
+    right = ["n5"] * 34 + ["n6"] * 29 + ["n7"] * 26 + ["n4"] * 22 + ["n8"] * 10 + ["n3"] * 7
+    assert report_table._common(given) == ["n6", "n7"]  # 81 of 128 are 63 %
+    assert len(report_table._common(right)) == 5  # four are 111, 87 %; five 121, 95 %
+
+    def found(answers, right=5):
+        common = {"given": answers, "right": right}
+        most = {"answer": "n6", "share": 0.63}
+        trained = scores(0.24, common=common, most_given=most)
+        return cautions(teacher=scores(0.9, 0.85), trained=trained)
+
+    (line,) = found(["n6", "n7"])
+    assert line == (
+        "The same few answers to nearly all questions: OPSD, text only, `n6` and `n7`. Of the "
+        "right answers it takes 5 to cover as many. Questions with another right answer are missed."
+    )
+    assert found(["n6", "n7", "n5"]) == []  # more than half as many as the right ones
+    assert found(["yes", "no"], right=2) == []
+
+
+def test_cautions_of_several_tasks_name_theirs_and_those_of_the_run_come_once():
+    teacher = scores(0.9, 0.85) | {OTHER: scores(0.35, 0.29)[TASK]}
+    trained = scores(0.8) | {OTHER: scores(0.3)[TASK]}
+    (line,) = cautions(teacher=teacher, trained=trained)
+    assert line.startswith(f"{OTHER}: The teacher is not clearly better than the most frequent")
+    trained = scores(0.8, n=128) | {OTHER: scores(0.3, n=100)[TASK]}
+    first, second = cautions(teacher=teacher, trained=trained)
+    assert first.startswith("These numbers mean little") and second == line
+    assert first.endswith("(300 OPSD steps, 100 and 128 test examples).")
+    trained = scores(0.8, n=128) | {OTHER: scores(0.3)[TASK]}
+    first, second = cautions(teacher=teacher, trained=trained)
+    assert first.startswith(f"{TASK}: These numbers mean little") and second == line
+    text, _ = verdict(teacher=teacher, trained=trained)
+    assert text.index("mean little") < text.index(line) < text.index(f"**{TASK}**")
+
+
+def test_the_best_controls_are_named():
+    def found(**given):
+        return verdict(teacher=scores(0.9, 0.85), arms=("noise", "image", "sft"), **given)[0]
+
+    line = "Control arms: noise 20.0 %, image 20.0 %, sft 20.0 %. OPSD is"
+    assert f"\n{line} 60.0 points above the best controls (noise and image)." in found(
+        trained=scores(0.8)
+    )
+    assert f"{line} no better than the best controls (noise and image)." in found(
+        trained=scores(0.2)
+    )
+    assert f"{line} 10.0 points below the best controls" in found(trained=scores(0.1))
 
 
 def test_the_arm_none_is_not_the_evaluation_mode_none():
