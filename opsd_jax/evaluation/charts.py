@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from opsd_jax.evaluation import html
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 5.4  # inches: narrow enough that texts stay readable on a phone
+_WIDTH = 4.0  # inches: on a phone, 364 pixels wide, texts of 9 points then have 11 pixels
+_LINE = 48  # characters of the font that fit the width
+_ROW = 0.19  # inches of a line of text, and of half a bar
+_LEGEND = 20  # characters up to which two entries of a legend fit beside each other
 _DOTS = 60  # points up to which each point of a series is marked
 _COLOURS = (  # distinguishable by colour-blind readers; later series repeat them dashed
     "#0072b2",
@@ -76,7 +80,7 @@ def lines(
     if not any(np.isfinite(data[:, 1]).any() for data in points.values()):
         return html.note(f"– no values of {y} over {x} ({', '.join(points)})")
     with rc_context(_STYLE):
-        columns = 2 if max(map(len, points)) < 40 else 1
+        columns = 2 if max(map(len, points)) <= _LEGEND else 1
         height = 2.8 + 0.2 * -(-len(points) // columns)
         figure = Figure((_WIDTH, height), layout="constrained")
         axes = figure.subplots()
@@ -116,7 +120,9 @@ def intervals(
     unit: str = "%",
     top: float = 100,
 ) -> str:
-    """Horizontal bars with their 95 % intervals and the numbers.
+    """Horizontal bars with their 95 % intervals, below their labels and numbers.
+
+    Labels above the bars leave them the whole width, on a phone, too.
 
     Args:
       rows: (label, value, low, high), all in `unit`. A value of None or NaN is a dash without bar
@@ -142,11 +148,17 @@ def intervals(
                 f"low <= value <= high <= top={top}"
             )
     value, low, high = numbers.T
-    places = np.arange(len(rows))
+    shown = [
+        _above(html.visible(label), _numbers(entry, unit))
+        for label, entry in zip(labels, numbers.tolist())
+    ]
+    # Vertically in lines of text: a bar takes one, and the gap below it another.
+    heights = np.array([text.count("\n") + 3 for text in shown])
+    places = np.cumsum(heights) - 1.5
     with rc_context(_STYLE):
-        figure = Figure((_WIDTH, 0.6 + 0.42 * len(rows)), layout="constrained")
+        figure = Figure((_WIDTH, 0.5 + _ROW * heights.sum()), layout="constrained")
         axes = figure.subplots()
-        axes.barh(places, np.nan_to_num(value), height=0.6, color="#9dc3e6")
+        axes.barh(places, np.nan_to_num(value), height=1, color="#9dc3e6")
         axes.errorbar(
             value,
             places,
@@ -157,17 +169,22 @@ def intervals(
             capsize=3,
             markersize=4,
         )
-        shown = [
-            html.visible(label) + "\n" + _numbers(entry, unit)
-            for label, entry in zip(labels, numbers.tolist())
-        ]
-        axes.set_yticks(places, shown)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        left = min(0.0, float(np.nanmin(numbers, initial=0.0)))
-        axes.set_xlim(left * 1.1, top)
+        left = 1.1 * min(0.0, float(np.nanmin(numbers, initial=0.0)))
+        for place, text in zip(places, shown):
+            axes.text(left, place - 0.6, text, va="bottom", linespacing=1.1)
+        axes.set_yticks([])
+        axes.set_ylim(heights.sum(), 0)  # the first on top
+        axes.set_xlim(left, top)
         axes.set_xlabel(f"{html.visible(unit)}; brackets: 95 % intervals")
         return _svg(figure, ", ".join(shown).replace("\n", " "))
+
+
+def _above(label: str, number: str) -> str:
+    """The lines above a bar: its label, and the number after it where both fit a line."""
+    lines = textwrap.wrap(f"{label}:", _LINE)
+    if len(lines[-1]) + 1 + len(number) <= _LINE:
+        return "\n".join([*lines[:-1], f"{lines[-1]} {number}"])
+    return "\n".join([*lines, number])
 
 
 def _points(entries: Sequence[tuple[float, float | None]]) -> np.ndarray:

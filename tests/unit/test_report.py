@@ -391,19 +391,30 @@ def test_intervals_show_what_they_say(figures):
     label = charts.intervals(
         [("maze", 50, 40, 62.55), ("jigsaw", 25, None, None), ("none", math.nan, 1, 2)]
     )
-    assert label == "maze 50.0 % (40.0 to 62.5), jigsaw 25.0 %, none –"
+    assert label == "maze: 50.0 % (40.0 to 62.5), jigsaw: 25.0 %, none: –"
     (axes,) = figures[0].axes
     assert axes.get_xlim() == (0, 100) and axes.get_xscale() == "linear"
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 50), (0, 25), (0, 0)]
     (whiskers,) = axes.collections
     ends = [path.vertices[:, 0].tolist() for path in whiskers.get_paths()]
     assert ends[:2] == [[40, 62.55], [25, 25]]
-    assert [tick.get_text().split("\n")[0] for tick in axes.get_yticklabels()] == [
-        "maze",
-        "jigsaw",
-        "none",
-    ]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["maze: 50.0 % (40.0 to 62.5)", "jigsaw: 25.0 %", "none: –"]
     assert axes.yaxis_inverted()  # the first on top
+    tops = [bar.get_y() for bar in axes.patches]  # each text ends above its own bar
+    assert all(top - 1 < text.get_position()[1] < top for text, top in zip(axes.texts, tops))
+
+
+def test_long_labels_of_bars_are_wrapped(figures):
+    long = "teacher: start, with true visual thoughts"  # 42 characters with its colon
+    charts.intervals([(long, 100, 99, 100), (f"{long} {long}", 50, 40, 60), ("b", 1, 0, 2)])
+    (axes,) = figures[0].axes
+    lines = [text.get_text().splitlines() for text in axes.texts]
+    assert [len(found) for found in lines] == [2, 3, 1]
+    assert lines[0] == [f"{long}:", "100.0 % (99.0 to 100.0)"]
+    assert max(len(line) for found in lines for line in found) <= 48
+    # in lines, each with a bar and a gap after the text: 4, 5 and 3; the middle of the bar
+    assert [bar.get_y() + 0.5 for bar in axes.patches] == [2.5, 7.5, 10.5]
 
 
 def test_intervals_below_zero(figures):
@@ -412,7 +423,8 @@ def test_intervals_below_zero(figures):
     low, high = axes.get_xlim()
     assert low < -6 and high == 10
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, -4), (0, 5)]
-    assert "−4 points (−6 to 2)" in axes.get_yticklabels()[0].get_text()
+    assert axes.texts[0].get_text() == "a: −4 points (−6 to 2)"
+    assert axes.texts[0].get_position()[0] == low  # at the left edge
 
 
 @pytest.mark.parametrize(
