@@ -1,0 +1,78 @@
+"""configs/qwen3.py, qwen2_5.py and smollm2.py: sizes of the released models, and their slices."""
+
+import functools
+import math
+import runpy
+
+import jax
+import pytest
+
+import small_run
+from opsd_jax import config as config_lib
+from opsd_jax import config_check
+from opsd_jax import params as params_lib
+from opsd_jax.model import bagel
+from opsd_jax.plan import topology
+from opsd_jax.release import families
+from opsd_jax.run import checks
+
+# Numbers of parameters of the released models, a tied head counted once.
+COUNTS = {
+    ("qwen3", "0.6B"): 596_049_920,
+    ("qwen3", "1.7B"): 1_720_574_976,
+    ("qwen3", "4B"): 4_022_468_096,
+    ("qwen3", "8B"): 8_190_735_360,
+    ("qwen2_5", "0.5B"): 494_032_768,
+    ("qwen2_5", "1.5B"): 1_543_714_304,
+    ("qwen2_5", "3B"): 3_085_938_688,
+    ("qwen2_5", "7B"): 7_615_616_512,
+    ("smollm2", "135M"): 134_515_008,
+    ("smollm2", "360M"): 361_821_120,
+    ("smollm2", "1.7B"): 1_711_376_384,
+}
+FAMILY = {"qwen3": "qwen3", "qwen2_5": "qwen2", "smollm2": "llama"}
+
+
+@functools.cache
+def module(name):
+    return runpy.run_path(str(small_run.ROOT / "configs" / f"{name}.py"))
+
+
+def test_every_size_is_counted():
+    assert {(name, size) for name in FAMILY for size in module(name)["SIZES"]} == COUNTS.keys()
+    for name in FAMILY:
+        assert module(name)["get_config"]() == module(name)["get_config"](
+            next(iter(module(name)["SIZES"]))
+        )
+
+
+@pytest.mark.parametrize(("name", "size"), COUNTS)
+def test_sizes_of_the_released_models(name, size):
+    config = module(name)["get_config"](size)
+    config_check.check(config)
+    model = config_lib.model(config)
+    params = jax.eval_shape(functools.partial(bagel.init, config=model), jax.random.key(0))
+    assert params.keys() == {"llm"}
+    assert params_lib.count(params)["total"] == COUNTS[name, size]
+    assert families.family(model) == FAMILY[name]
+
+
+@pytest.mark.parametrize("slice_name", ["v5p-8", "v6e-16", "v5e-16"])
+@pytest.mark.parametrize("size", ["0.6B", "8B"])
+def test_slices(size, slice_name):
+    config = module("qwen3")["get_config"](f"{size},{slice_name}")
+    config_check.check(config)
+    assert math.prod(config.mesh.values()) == topology.parse_topology(slice_name).devices
+    for stage in config.stages:
+        shards = config.mesh.data * config.mesh.fsdp
+        checks.check_batch(config, stage, shards)
+        assert config[stage].batch_size == config[stage].accumulation * shards
+    assert config.model.llm.num_kv_heads % config.mesh.tensor == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"), [("qwen3", "7B"), ("qwen3", "8B,v5p-64"), ("qwen2_5", ""), ("smollm2", "8B")]
+)
+def test_other_words_are_refused(name, arg):
+    with pytest.raises(ValueError, match=f"configs/{name}.py:{arg}: choose"):
+        module(name)["get_config"](arg)
