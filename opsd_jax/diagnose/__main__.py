@@ -168,7 +168,8 @@ def _run(
     output.write(folder, found, cautions)
     if args.analysis != "kl":
         summary_tables.write_table(workdir)  # with the answers that were asked for
-    return folder, [*found.words, *map(report_table.plain, cautions)]
+    words = [report_table.OF_THE_RUN, *map(report_table.plain, cautions)] if cautions else []
+    return folder, [*found.words, *words]
 
 
 def _check(args: argparse.Namespace) -> None:

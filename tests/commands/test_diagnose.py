@@ -800,7 +800,8 @@ def test_the_terminal_ends_with_the_page(workdir, capsys):
     assert f" nats, closure {html.fixed(100 * closure, 1)} % (" in words[number]
     cautions = report_table.cautions_of(str(workdir))
     assert cautions[0].startswith("These numbers mean little")
-    assert words[number + 1 :] == [line.replace("`", "") for line in cautions]
+    assert words[number + 1] == report_table.OF_THE_RUN
+    assert words[number + 2 :] == [line.replace("`", "") for line in cautions]
     page = (folder / "report.html").read_text()
     assert page.count('<section class="cautions">') == 1 and f"<strong>{cautions[0]}" in page
 
