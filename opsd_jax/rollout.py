@@ -35,6 +35,7 @@ vocabulary, D shards.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -293,16 +294,12 @@ def _begin(
 def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lanes: Lanes) -> Lanes:
     """Feeds one token in every lane and samples the next. size: T, where the ring begins."""
     model, budget = config.model, config.max_new_tokens
-    t, token, done, inject = lanes.t, lanes.token, lanes.done, lanes.inject
-    out = lanes.completions
-    table = jnp.asarray(config.marker.table)
-    seen = table.shape[0] - 1
-
+    t, done, out = lanes.t, lanes.done, lanes.completions
     column = size + lanes.step % budget
     segment = jax.lax.dynamic_update_slice_in_dim(
         lanes.segment, jnp.ones_like(t)[:, None], column, axis=1
     )
-    x = bagel.embed_tokens(params, token[:, None], config=model)
+    x = bagel.embed_tokens(params, lanes.token[:, None], config=model)
     # All keys of the segment are in the past: admission removed those of the lane's previous
     # sequence.
     hidden, cache = bagel.forward(
@@ -317,40 +314,10 @@ def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lan
         offset=column,
     )
     raw = bagel.logits(params, hidden[:, 0])
-    logits = raw
-    if config.ban_marker:
-        logits = jnp.where(table[lanes.marker] == seen, -jnp.inf, logits)
-    logits = _restrict(logits, config)
-    if config.greedy:
-        sampled = jnp.argmax(logits, axis=-1)
-    else:
-        keys = jax.vmap(lambda n, t: jax.random.fold_in(jax.random.fold_in(rng, n), t))(
-            lanes.sequence, t
-        )
-        sampled = jax.vmap(jax.random.categorical)(keys, logits)
-    sampled = sampled.astype(jnp.int32)
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    logprob = jnp.take_along_axis(log_probs, sampled[:, None], axis=1)[:, 0]
-
-    # What is fed next. A skip forces two tokens: eos at once, and after it (inject == 1) bos.
+    sampled, logprob = _choose(raw, rng, config, lanes)
+    after = _feed(sampled, config, lanes)
+    over, content, again = after.over, after.content, after.again
     used = t + 1
-    ends = sampled == config.eos
-    for end in config.further_ends:
-        ends |= sampled == end
-    ends &= inject == 0
-    again = (
-        ends
-        & (out.num_skips < config.max_image_skips)
-        & (budget - used > 1)
-        & (lanes.marker == seen)
-        & ~done
-    )
-    forced = jnp.where(again, config.eos, config.bos)
-    is_forced = again | (inject == 1)
-    stops = (ends & ~again) | (used == budget)
-    over = done | stops
-    content = ~(over | is_forced)
-    token = jnp.where(over, 0, jnp.where(is_forced, forced, sampled))
     # Updates out of bounds are dropped. The update is mapped over lanes. Without this, devices
     # would exchange their lanes at every token.
     written, fed = jnp.where(content, out.count, budget), jnp.where(over, budget, used)
@@ -358,33 +325,110 @@ def _step(params: dict, rng: PRNGKeyArray, config: RolloutConfig, size: int, lan
     kept = out.logits
     if kept is not None:
         kept = write(kept, jnp.where(done, budget, t), raw)
+    stops = after.stops & ~done
     return Lanes(
         step=lanes.step + 1,
         sequence=lanes.sequence,
         t=jnp.where(done, t, used),
-        token=token,
+        token=after.token,
         position=lanes.position,
         segment=segment,
         done=over,
         inject=jnp.where(again, 1, 0),
-        marker=jnp.where(
-            content,
-            table[lanes.marker, sampled].astype(jnp.int32),
-            jnp.where(is_forced, 0, lanes.marker),
-        ),
+        marker=after.marker,
         completions=Completions(
             tokens=write(out.tokens, written, sampled),
             logprobs=write(out.logprobs, written, logprob),
             count=out.count + content,
-            fed=write(out.fed, fed, token),
+            fed=write(out.fed, fed, after.token),
             fed_sampled=write(out.fed_sampled, fed, content | again),
             num_fed=jnp.where(over, out.num_fed, used + 1),
             num_skips=out.num_skips + again,
-            stop=jnp.where(stops & ~done, jnp.where(ends, STOP_EOS, STOP_BUDGET), out.stop),
-            ended=jnp.where(stops & ~done, lanes.step + 1, out.ended),
+            stop=jnp.where(stops, jnp.where(after.ends, STOP_EOS, STOP_BUDGET), out.stop),
+            ended=jnp.where(stops, lanes.step + 1, out.ended),
             logits=kept,
         ),
         cache=cache,
+    )
+
+
+def _choose(
+    raw: Float32[Array, "B V"], rng: PRNGKeyArray, config: RolloutConfig, lanes: Lanes
+) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
+    """The token that each lane samples, int32 [B], and its log-probability in what it is sampled
+    from.
+
+    raw: logits after the token that was fed.
+    """
+    logits = raw
+    if config.ban_marker:
+        table = jnp.asarray(config.marker.table)
+        logits = jnp.where(table[lanes.marker] == table.shape[0] - 1, -jnp.inf, logits)
+    logits = _restrict(logits, config)
+    if config.greedy:
+        sampled = jnp.argmax(logits, axis=-1)
+    else:
+        keys = jax.vmap(lambda n, t: jax.random.fold_in(jax.random.fold_in(rng, n), t))(
+            lanes.sequence, lanes.t
+        )
+        sampled = jax.vmap(jax.random.categorical)(keys, logits)
+    sampled = sampled.astype(jnp.int32)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return sampled, jnp.take_along_axis(log_probs, sampled[:, None], axis=1)[:, 0]
+
+
+class _Fed(NamedTuple):
+    """What is fed next in each lane; all [B].
+
+    token: int32. ends: bool, the sampled token is an eos that counts. stops: bool, the sequence
+    ends with it. over: bool, the lane is free. content: bool, the sampled token is fed and belongs
+    to the completion. again: bool, an image skip begins. marker: int32, the automaton's state.
+    """
+
+    token: jax.Array
+    ends: jax.Array
+    stops: jax.Array
+    over: jax.Array
+    content: jax.Array
+    again: jax.Array
+    marker: jax.Array
+
+
+def _feed(sampled: Int[Array, " B"], config: RolloutConfig, lanes: Lanes) -> _Fed:
+    """What follows the sampled tokens.
+
+      the round's text            sampled   fed next
+      ends in <image_start>       eos       eos, then bos whatever is sampled: an image skip
+      anything else               eos       nothing: the sequence stops
+      anything                    another   the sampled token
+
+    A skip needs room for both tokens, and that skips are left; `Lanes.inject` marks the bos.
+    """
+    table = jnp.asarray(config.marker.table)
+    seen = table.shape[0] - 1
+    used, done, inject = lanes.t + 1, lanes.done, lanes.inject
+    ends = (sampled == config.eos) & (inject == 0)
+    again = (
+        ends
+        & (lanes.completions.num_skips < config.max_image_skips)
+        & (config.max_new_tokens - used > 1)
+        & (lanes.marker == seen)
+        & ~done
+    )
+    is_forced = again | (inject == 1)
+    stops = (ends & ~again) | (used == config.max_new_tokens)
+    over = done | stops
+    content = ~(over | is_forced)
+    forced = jnp.where(again, config.eos, config.bos)
+    following = table[lanes.marker, sampled].astype(jnp.int32)
+    return _Fed(
+        token=jnp.where(over, 0, jnp.where(is_forced, forced, sampled)),
+        ends=ends,
+        stops=stops,
+        over=over,
+        content=content,
+        again=again,
+        marker=jnp.where(content, following, jnp.where(is_forced, 0, lanes.marker)),
     )
 
 

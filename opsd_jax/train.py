@@ -279,30 +279,8 @@ def train_stage(
         logging.info("%s, steps %d to %d: %s", stage.name, begin + 1, stage.last, what)
 
     # Data first: what is wrong with them shows before anything is saved.
-    examples = run.examples(
-        "train", generation=kind.generates, asked_by="training", stage=stage.name
-    )
-    share = sharding.local_batch_indices(run.mesh, stage.batches.size)
-    with clock("data"):
-        batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
+    batches, stream = _data_of(run, stage, begin, params, stop)
     evaluation = Evaluation(run, stage, stop)
-    if stage.name in config_lib.screened_stages(config) and begin < stage.last:
-        with clock("screen"):
-            kept = screening.kept_rows(run, stage, batches, params, before_batch=stop.check)
-        batches = batches.only(kept)
-    load = kind.load
-    if kind.caches_teacher and begin < stage.last:
-        with clock("collect"):  # before the optimizer takes its memory
-            cache = teacher_cache.collect(
-                run,
-                start.read(run, saves.origin(config, run.workdir, stage.name))
-                if params is None
-                else params,
-                examples,
-                before_batch=stop.check,
-            )
-        load = functools.partial(load, cache=cache)
-
     if begin > stage.first:
         state = state_lib.restored(run, stage, checkpoints, begin)
     else:
@@ -311,8 +289,6 @@ def train_stage(
             with clock("checkpoint"):
                 state_lib.save(run, stage, checkpoints, begin, state, weights_only=True)
                 checkpoints.wait()
-
-    stream = batches.stream(load, begin, stage.last) if begin < stage.last else iter(())
     health = config_lib.health(config, stage.name)
     if begin > stage.first:
         records = metrics_lib.read(run_folder.metrics(run.workdir))
@@ -375,6 +351,38 @@ def train_stage(
             evaluation.final(params)
     stop.promise = "stopping before the next step"
     return params
+
+
+def _data_of(
+    run: Session, stage: Stage, begin: int, params, stop: StopRequest
+) -> tuple[Batches, Iterator]:
+    """The batches of a stage, and an iterator over those of the steps from `begin` on.
+
+    Where the stage needs it, the examples are screened first, or a teacher is cached.
+
+    params: the weights that the stage starts from; None where it is continued.
+    """
+    config, kind, clock = run.config, stage.kind, run.clock
+    examples = run.examples(
+        "train", generation=kind.generates, asked_by="training", stage=stage.name
+    )
+    share = sharding.local_batch_indices(run.mesh, stage.batches.size)
+    with clock("data"):
+        batches = Batches(stage.batches, run.workdir, examples, run.packer, share=share)
+    if begin == stage.last:
+        return batches, iter(())
+    if stage.name in config_lib.screened_stages(config):
+        with clock("screen"):
+            kept = screening.kept_rows(run, stage, batches, params, before_batch=stop.check)
+        batches = batches.only(kept)
+    load = kind.load
+    if kind.caches_teacher:
+        with clock("collect"):  # before the optimizer takes its memory
+            if params is None:
+                params = start.read(run, saves.origin(config, run.workdir, stage.name))
+            cache = teacher_cache.collect(run, params, examples, before_batch=stop.check)
+        load = functools.partial(load, cache=cache)
+    return batches, batches.stream(load, begin, stage.last)
 
 
 if __name__ == "__main__":
