@@ -58,6 +58,7 @@ class ByteTokenizer:
     eos: int = 257
     image_start: int = 258
     image_end: int = 259
+    further_ends: tuple[int, ...] = ()
 
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
