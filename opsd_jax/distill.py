@@ -25,10 +25,10 @@ from opsd_jax.array_types import AnyArray
 from opsd_jax.context import Batch, Completion, Context, References
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.method_config import DistillConfig
-from opsd_jax.method_config import OptimConfig as OptimConfig
+from opsd_jax.method_config import OptimConfig as OptimConfig  # for callers of `init_state`
 from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.optimizer import init_state as init_state
+from opsd_jax.optimizer import init_state as init_state  # makes the state of `update`
 from opsd_jax.rollout import Trajectory
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -83,10 +83,10 @@ def scored_completion(
     )
     if not config.score_seam:
         return _counting(between(tokens, mask & (index < kept[:, None])), config)
-    empty = jnp.pad(empty, ((0, 0), (1, 0)))
-    fed = jnp.where(empty, config.eos, trajectory.fed)
+    only_eos = jnp.pad(empty, ((0, 0), (1, 0)))  # `fed` begins with bos
+    fed = jnp.where(only_eos, config.eos, trajectory.fed)
     block = between(fed[:, 1:], index < kept[:, None])
-    chosen = jnp.pad((trajectory.fed_sampled | empty)[:, 1:], ((0, 0), (0, 1)))
+    chosen = jnp.pad((trajectory.fed_sampled | only_eos)[:, 1:], ((0, 0), (0, 1)))
     is_end = jnp.arange(index.size + 1) == kept[:, None]
     block = dataclasses.replace(block, mask=block.mask & (chosen | is_end))
     return _counting(block, config)
@@ -231,8 +231,8 @@ def update_step(
             "loss": value,
             "jsd": jnp.sum(jsd * weights),
             "ce": jnp.sum(ce * weights),
-            "sums": {name: jnp.sum(x * mask) for name, x in signals.items()},
-            "jsd_by_position": jnp.sum(jsd * mask, axis=0),
+            "signal_sums": {name: jnp.sum(x * mask) for name, x in signals.items()},
+            "jsd_sums": jnp.sum(jsd * mask, axis=0),
         }
 
     inputs = (batch, completion, weights)
@@ -244,17 +244,17 @@ def update_step(
         found |= {name: found[name] / total for name in ("loss", "jsd", "ce")}
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
     counted = completion.mask.astype(jnp.float32)
-    sums = found.pop("sums")
+    signal_sums, jsd_sums = found.pop("signal_sums"), found.pop("jsd_sums")
     return state, {
         **found,
         **step_metrics,
-        **{name: total / jnp.maximum(jnp.sum(counted), 1) for name, total in sums.items()},
+        **{name: x / jnp.maximum(jnp.sum(counted), 1) for name, x in signal_sums.items()},
         "completion_len": _mean(jnp.sum(trajectory.mask, axis=1)),
         "scored_len": _mean(jnp.sum(completion.mask, axis=1)),
         "cut_rate": _mean(is_cut(scored, batch.teacher.length, config)),
         "eos_rate": _mean(trajectory.stop == rollout.STOP_EOS),
         "image_skip_rate": _mean(trajectory.num_skips > 0),
-        "jsd_by_position": found["jsd_by_position"] / jnp.maximum(jnp.sum(counted, axis=0), 1),
+        "jsd_by_position": jsd_sums / jnp.maximum(jnp.sum(counted, axis=0), 1),
     }
 
 

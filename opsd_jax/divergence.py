@@ -383,33 +383,35 @@ def chunked(
       all float32. Padding has values too: mask them.
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    # The JSD on the teacher's own entries: its K entries of all tokens are computed before any
-    # logits of the student exist. This halves the memory.
-    first = (
-        config.kind == "jsd"
-        and config.support == "teacher"
-        and _restricts(config, student_head.shape[1])
-    )
-    teacher = teacher_hidden
-    if first:
-        teacher = over_chunks(
-            lambda head, h: _of_teacher(project(h, head), config),
+
+    def with_cross_entropy(logits, label, found):
+        values, signals = found
+        ce = cross_entropy(logits, label) if with_ce else jnp.zeros_like(values)
+        return values, ce, signals
+
+    def from_entries(head, hidden, label, teacher):
+        logits = project(hidden, head)
+        return with_cross_entropy(logits, label, _divergence(logits, teacher, config))
+
+    def from_states(heads, hidden, label, hidden_t):
+        logits = project(hidden, heads[0])
+        found = _of_kind(logits, project(hidden_t, heads[1]), label, config)
+        return with_cross_entropy(logits, label, found)
+
+    restricted = _restricts(config, student_head.shape[1])
+    if config.kind == "jsd" and config.support == "teacher" and restricted:
+        # The teacher's K entries of all tokens are computed before any logits of the student exist.
+        # This halves the memory.
+        entries = over_chunks(
+            lambda head, hidden: _of_teacher(project(hidden, head), config),
             teacher_head,
             (teacher_hidden,),
             config.chunk,
         )
-
-    def piece(heads, hidden_s, label, teacher):
-        logits_s = project(hidden_s, heads[0])
-        if first:
-            values, signals = _divergence(logits_s, teacher, config)
-        else:
-            values, signals = _of_kind(logits_s, project(teacher, heads[1]), label, config)
-        ce = cross_entropy(logits_s, label) if with_ce else jnp.zeros_like(values)
-        return values, ce, signals
-
-    heads = (student_head,) if first else (student_head, teacher_head)
-    return over_chunks(piece, heads, (student_hidden, labels, teacher), config.chunk)
+        arrays = (student_hidden, labels, entries)
+        return over_chunks(from_entries, student_head, arrays, config.chunk)
+    arrays = (student_hidden, labels, teacher_hidden)
+    return over_chunks(from_states, (student_head, teacher_head), arrays, config.chunk)
 
 
 @jax.named_scope("cross_entropy")

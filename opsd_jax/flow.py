@@ -163,9 +163,7 @@ def guide(
 # --- generation -----------------------------------------------------------------------------------
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["table_ids", "real"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentPositions:
     """Positions of the latent tokens of B images, padded at the end to G tokens per image.
@@ -195,11 +193,7 @@ def latent_positions(grids: Sequence[tuple[int, int]], tokens: int, side: int) -
     return LatentPositions(ids, real)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["segment", "rope_position", "positions"],
-    meta_fields=["context_size"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
     """What the denoising steps of B images read and do not change.
@@ -217,7 +211,7 @@ class Conditioning:
     segment: AnyArray
     rope_position: AnyArray
     positions: LatentPositions
-    context_size: int
+    context_size: int = dataclasses.field(metadata={"static": True})
 
 
 @sharding.jit_on_mesh(static_argnames=("config",))
@@ -297,11 +291,7 @@ def velocities(
     return velocity.reshape(count // batch, *x.shape), written
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["x", "cache", "velocities", "times"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Denoising:
     """What the denoising steps of B images change.

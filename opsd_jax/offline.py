@@ -26,7 +26,6 @@ vocabulary.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +41,7 @@ from opsd_jax.model import bagel
 from opsd_jax.model.config import ModelConfig
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["traces", "labels", "log_probs", "indices", "weights"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cached:
     """Text traces with the cached outputs of the teacher.

@@ -45,7 +45,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
 from opsd_jax.context import Context
-from opsd_jax.marker import Marker as Marker
+from opsd_jax.marker import Marker as Marker  # a part of `RolloutConfig`
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import bagel
 from opsd_jax.model.masks import Mask
@@ -53,21 +53,7 @@ from opsd_jax.model.masks import Mask
 STOP_BUDGET, STOP_EOS = 0, 1
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens",
-        "mask",
-        "logprobs",
-        "num_skips",
-        "stop",
-        "fed",
-        "fed_sampled",
-        "num_fed",
-        "ended",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """Sampled completions. N = max_new_tokens - 1, F = max_new_tokens.
