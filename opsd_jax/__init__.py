@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {  # {name here: (module, name there)}
     "open_run": ("opsd_jax.run.session", "open_run"),
     "load": ("opsd_jax.run.model", "load"),
-    "answer": ("opsd_jax.interleave", "answer"),
+    "answer": ("opsd_jax.run.answering", "answer"),
     "score": ("opsd_jax.evaluation.benchmark", "is_hit"),
 }
 

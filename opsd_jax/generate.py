@@ -10,8 +10,12 @@
       system, image, question -> text -> if it contains <image_start>: an image is generated and
       enters the context -> text -> ...
 
-The answer goes to stdout. Images, the answer as JSON and an overview go to --out. Sizes of images,
-prompt and decoding are those of a named protocol, `interleave.PROTOCOLS`.
+The answer goes to stdout. Images, the answer as JSON and an overview go to --out.
+
+The model of a run answers in text as `python -m opsd_jax.eval` does: with the run's prompts, sizes
+and budget, greedily, and a text that asks for an image is continued without it (an image skip).
+With --protocol, and for a released model, sizes, prompt and decoding are those of a named protocol,
+`interleave.PROTOCOLS`, and an answer in text ends where it asks for an image.
 Official: inferencer.py, InterleaveInferencer.
 """
 
@@ -21,11 +25,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from opsd_jax import images, interleave, tags
 from opsd_jax.evaluation import answer_files
 from opsd_jax.inputs import cli, paths
+from opsd_jax.run import answering
 from opsd_jax.run import model as model_lib
 from opsd_jax.runtime import distributed, progress
 
@@ -132,15 +135,16 @@ def _run(args: argparse.Namespace) -> None:
             bar.close()
 
     options = interleave.ImageGeneration(args.always_draw, on_step=on_step)
-    answers = interleave.reason(
+    answer = answering.answer(
         reasoner,
-        [(opened, tags.around_places(args.question))],
-        jax.random.key(args.seed),
-        options if generation else None,
+        opened,
+        args.question,
+        seed=args.seed,
+        generation=options if generation else None,
     )
-    _print(answers[0], args.out)
+    _print(answer, args.out)
     if args.out:
-        answer_files.write(args.out, [(opened, args.question)], answers)
+        answer_files.write(args.out, [(opened, args.question)], [answer])
 
 
 def _check(args: argparse.Namespace) -> None:

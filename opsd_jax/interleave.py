@@ -19,8 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from opsd_jax import context as context_lib
-from opsd_jax import flow, images, rollout, sharding, tags
-from opsd_jax.inputs import checks
+from opsd_jax import flow, images, rollout, sharding
 from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
@@ -49,6 +48,8 @@ class Protocol:
         bos.
       guidance: "official" (inferencer.py) or "harness".
       rounds: largest number of rounds of text.
+      max_image_skips: where no images are generated, how often a text that asks for one is
+        continued without it, as in training. The official inferencer stops there: 0.
     """
 
     system: str = context_lib.SYSTEM_INFERENCE
@@ -60,6 +61,7 @@ class Protocol:
     max_new_tokens: int = 1024
     guidance: str = "official"
     rounds: int = 3
+    max_image_skips: int = 0
 
 
 PROTOCOLS = {
@@ -78,6 +80,21 @@ PROTOCOLS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingContexts:
+    """What the contexts of a run's student and teacher consist of.
+
+    Attributes:
+      prompts: their fixed texts.
+      names: names of their blocks.
+      transforms: parameters of the transforms that make some of these blocks.
+    """
+
+    prompts: context_lib.Prompts
+    names: context_lib.BlockNames
+    transforms: images.Transforms
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Reasoner:
     """A model with all that it needs to answer questions.
 
@@ -89,6 +106,8 @@ class Reasoner:
       vit, vae: size rules of images for the ViT and for the autoencoder.
       mesh: devices that batches are placed on; None leaves the placement to JAX (one question).
       flow: changes to the defaults of `FlowConfig` and to the protocol's guidance.
+      training: contexts of the run that the model is of, in which `opsd_jax.answer` asks it; None
+        for a released model, and for a run's that is asked by a named protocol.
     """
 
     config: ModelConfig
@@ -99,6 +118,13 @@ class Reasoner:
     vae: images.Resize
     mesh: Mesh | None = None
     flow: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: TrainingContexts | None = None
+
+    def __repr__(self) -> str:
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        asked = "as in its run" if self.training else "by a protocol"
+        images_too = ", generates images" if self.config.generation else ""
+        return f"<model of {count:,} parameters, asked {asked}{images_too}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +150,13 @@ class Answer:
     Attributes:
       parts: texts (str) and generated images (uint8 [H, W, 3]) in order.
       tokens: number of sampled tokens.
+      image_skips: how often the text asked for an image and was continued without it.
       text_seconds, image_seconds: time that the whole batch took for text and for images.
     """
 
     parts: list[str | np.ndarray] = dataclasses.field(default_factory=list)
     tokens: int = 0
+    image_skips: int = 0
     text_seconds: float = 0.0
     image_seconds: float = 0.0
 
@@ -177,36 +205,6 @@ def bucket(n: int, step: int = 16) -> int:
     return size
 
 
-def answer(
-    model: Reasoner,
-    image: Image.Image | Sequence[Image.Image],
-    question: str,
-    *,
-    seed: int = 0,
-    generation: ImageGeneration | None = None,
-) -> Answer:
-    """Answers one question about an image, or about several; see `reason`.
-
-    Args:
-      question: its text. Images are where it has `<image>`, and before it without any.
-      seed: decides what is sampled, unless the model's protocol decodes greedily.
-    Raises:
-      TypeError: an argument of another type, such as the path of a model or of an image.
-      ValueError: the text has another number of `<image>` than there are images.
-    """
-    checks.instance("model", model, Reasoner, "load it first, model = opsd_jax.load(W)")
-    checks.instance("question", question, str, "give its text")
-    open_it = "open it first, image = PIL.Image.open(FILE)"
-    several = isinstance(image, list | tuple)
-    for one in image if several else [image]:
-        checks.instance("image", one, Image.Image, open_it)
-    given = [image] if isinstance(image, Image.Image) else list(image)
-    if fault := tags.places_fault(question, len(given)):
-        raise ValueError(f"the question {fault}")
-    asked = given, tags.around_places(question)
-    return reason(model, [asked], jax.random.key(seed), generation)[0]
-
-
 def reason(
     reasoner: Reasoner,
     questions: Sequence[Question],
@@ -215,6 +213,9 @@ def reason(
 ) -> list[Answer]:
     """Answers a batch of questions with text, and with generated images if `generation` is given.
 
+    A question is asked as it is: system prompt, images, text. `opsd_jax.answer` also adds the other
+    blocks of a run's contexts.
+
     Args:
       key: a PRNG key.
     Returns:
@@ -222,17 +223,18 @@ def reason(
     Raises:
       ValueError: `generation` with a model that has no generation expert.
     """
-    tokenizer, rounds = reasoner.tokenizer, reasoner.protocol.rounds if generation else 1
-    sampling = rollout_config(reasoner)
-    flow_settings = flow_config(reasoner) if generation else None
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
     contexts = [_contexts(reasoner, question, keys, bool(generation)) for question in questions]
+    if generation is None:
+        return complete(reasoner, [own["cond"] for own in contexts], next(keys))
+    tokenizer, rounds = reasoner.tokenizer, reasoner.protocol.rounds
+    sampling, flow_settings = rollout_config(reasoner, generation=True), flow_config(reasoner)
     answers = [Answer() for _ in questions]
     active = list(range(len(questions)))
     for number in range(rounds):
         start = time.perf_counter()
-        batch = [contexts[n] for n in _filled(active, len(questions))]
-        sampled = _sample_texts(reasoner, batch, next(keys), sampling)
+        batch = [contexts[n]["cond"] for n in _filled(active, len(questions))]
+        sampled, _ = _sample_texts(reasoner, batch, next(keys), sampling)
         seconds = time.perf_counter() - start
         texts = [tokenizer.decode(_until_bos(ids, tokenizer.bos)) for ids in sampled[: len(active)]]
         for n, ids, text in zip(active, sampled, texts):
@@ -241,16 +243,14 @@ def reason(
             contexts[n]["cond"].append(context_lib.Text(tokenizer.encode(text)))
         for answer in answers:
             answer.text_seconds += seconds
-        if not generation or not flow_settings:
-            break
         more = generation.always and number + 1 < rounds
         active = [n for n, text in zip(active, texts) if more or context_lib.MARKER in text]
         if not active:
             break
         start = time.perf_counter()
-        batch = [contexts[n] for n in _filled(active, len(questions))]
+        asking = [contexts[n] for n in _filled(active, len(questions))]
         on_step = _reporter(generation.on_step, number, flow_settings.num_timesteps - 1)
-        generated = _generate(reasoner, batch, next(keys), flow_settings, on_step)
+        generated = _generate(reasoner, asking, next(keys), flow_settings, on_step)
         for n, image in zip(active, generated):
             answers[n].parts.append(image)
             seen: np.ndarray | None = image
@@ -265,6 +265,32 @@ def reason(
     return answers
 
 
+def complete(
+    reasoner: Reasoner, contexts: Sequence[Sequence[context_lib.Block]], key: jax.Array
+) -> list[Answer]:
+    """Answers a batch of contexts, each a list of blocks, with text.
+
+    A run's texts are those that its evaluation reads: whole, and with its image skips.
+
+    Args:
+      key: a PRNG key.
+    Returns:
+      An answer per context.
+    """
+    tokenizer, start = reasoner.tokenizer, time.perf_counter()
+    sampled, skips = _sample_texts(reasoner, contexts, key, rollout_config(reasoner))
+    seconds = time.perf_counter() - start
+    return [
+        Answer(
+            [tokenizer.decode(ids if reasoner.training else _until_bos(ids, tokenizer.bos))],
+            len(ids),
+            count,
+            seconds,
+        )
+        for ids, count in zip(sampled, skips, strict=True)
+    ]
+
+
 def _filled(entries: list[int], size: int) -> list[int]:
     """Entries of a batch, filled up with the first one.
 
@@ -273,8 +299,12 @@ def _filled(entries: list[int], size: int) -> list[int]:
     return entries + entries[:1] * (size - len(entries))
 
 
-def rollout_config(reasoner: Reasoner) -> RolloutConfig:
-    """How a round of text is sampled."""
+def rollout_config(reasoner: Reasoner, *, generation: bool = False) -> RolloutConfig:
+    """How a round of text is sampled.
+
+    generation: whether images that a text asks for are generated. Otherwise they are skipped, or
+      the answer ends there (`Protocol.max_image_skips`).
+    """
     config, tokenizer, protocol = reasoner.config, reasoner.tokenizer, reasoner.protocol
     return RolloutConfig(
         model=config,
@@ -285,7 +315,7 @@ def rollout_config(reasoner: Reasoner) -> RolloutConfig:
         max_new_tokens=protocol.max_new_tokens,
         greedy=protocol.greedy,
         temperature=protocol.temperature,
-        max_image_skips=0,
+        max_image_skips=0 if generation else protocol.max_image_skips,
     )
 
 
@@ -308,13 +338,17 @@ def _reporter(
 
 
 def _sample_texts(
-    reasoner: Reasoner, contexts: list[_Contexts], key: jax.Array, config: RolloutConfig
-) -> list[np.ndarray]:
-    """The token ids that the model samples after each context, int32 [n]."""
-    packed = _pack([own["cond"] for own in contexts], reasoner)
+    reasoner: Reasoner,
+    contexts: Sequence[Sequence[context_lib.Block]],
+    key: jax.Array,
+    config: RolloutConfig,
+) -> tuple[list[np.ndarray], list[int]]:
+    """(token ids int32 [n], number of image skips) that the model samples after each context."""
+    packed = _pack(contexts, reasoner)
     trajectory = rollout.sample(reasoner.params, packed, key, config=config)
     tokens, mask = np.asarray(trajectory.tokens), np.asarray(trajectory.mask)
-    return [tokens[b][mask[b]] for b in range(len(contexts))]
+    ids = [tokens[b][mask[b]] for b in range(len(contexts))]
+    return ids, np.asarray(trajectory.num_skips).tolist()
 
 
 def _until_bos(ids: np.ndarray, bos: int) -> np.ndarray:
@@ -346,18 +380,23 @@ def _contexts(
     return {branch: sum(blocks, []) for branch, blocks in branches.items()}
 
 
-def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
-    """The blocks of an image: as latents if images are generated, and as ViT patches."""
-    config = reasoner.config
-    if config.vit is None:
+def image_block(image: Image.Image, reasoner: Reasoner) -> context_lib.Image:
+    """The block of ViT patches of an image. ValueError for a model that reads text alone."""
+    vit = reasoner.config.vit
+    if vit is None:
         raise ValueError(
             "the model has no vision tower and reads text alone: ask it without an image"
         )
-    vit_pixels, vae_pixels = resize_for_model(image, reasoner)
-    patches = _patch_block(vit_pixels, config.vit.patch_size)
+    return _patch_block(resize_for_model(image, reasoner)[0], vit.patch_size)
+
+
+def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
+    """The blocks of an image: as latents if images are generated, and as ViT patches."""
+    patches = image_block(image, reasoner)
     if not generation:
         return [patches]
-    sizes = config.generation
+    config, sizes = reasoner.config, reasoner.config.generation
+    _, vae_pixels = resize_for_model(image, reasoner)
     rows, columns = (side // sizes.stride for side in vae_pixels.shape[:2])
     shape = (1, rows * sizes.patch, columns * sizes.patch, sizes.vae.z_channels)
     noise = jax.random.normal(key, shape)
@@ -378,7 +417,9 @@ def bucketed(sequences: Sequence[Sequence[context_lib.Block]]) -> context_lib.Si
     return context_lib.Sizes(*map(bucket, needs))
 
 
-def _pack(sequences: list[list], reasoner: Reasoner) -> context_lib.Context:
+def _pack(
+    sequences: Sequence[Sequence[context_lib.Block]], reasoner: Reasoner
+) -> context_lib.Context:
     """Sequences of blocks -> Context [B, T] of bucketed sizes."""
     packed = context_lib.pack(
         sequences,

@@ -89,7 +89,7 @@ def is_hit(example: Example, text: str) -> tuple[str | None, bool]:
 
     Raises TypeError for other arguments, such as an `interleave.Answer` in the place of its text.
     """
-    first = "give an example of a run, opsd_jax.open_run(W).examples('test').sources[0][0]"
+    first = "give an example of a run, opsd_jax.open_run(W).examples('test')[0]"
     checks.instance("example", example, Example, first)
     checks.instance("text", text, str, "give the text of an answer, answer.text")
     return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)

@@ -63,6 +63,11 @@ class InterleavedPredictor:
             generation,
         )
         answers, seconds, compiled = inference.timed(ask)
+
+        def skips(answer):  # an answer by a protocol, or with generated images, has none
+            is_skipped = generation is None and self.reasoner.protocol.max_image_skips > 0
+            return {"image_skips": answer.image_skips} if is_skipped else {}
+
         predictions = []
         for key, answer in zip(keys, answers):  # without those that fill the batch up
             for n, image in enumerate(answer.images):
@@ -76,6 +81,7 @@ class InterleavedPredictor:
                     "expected": benchmark.expected(key),
                     "tokens": answer.tokens,
                     "pictures": len(answer.images),
+                    **skips(answer),
                 }
             )
         return {"predictions": predictions, "seconds": seconds, "compiled": compiled}

@@ -60,10 +60,9 @@ class Result:
         if self.subset:
             found["rows"] = self.subset
         if "stop" in self.predictions[0]:
-            found |= {
-                "eos_rate": sum(p["stop"] == "eos" for p in self.predictions) / n,
-                "image_skip_rate": sum(p["image_skips"] > 0 for p in self.predictions) / n,
-            }
+            found["eos_rate"] = sum(p["stop"] == "eos" for p in self.predictions) / n
+        if "image_skips" in self.predictions[0]:
+            found["image_skip_rate"] = sum(p["image_skips"] > 0 for p in self.predictions) / n
         if "samples" in self.predictions[0]:
             found |= self._of_samples()
         if self.without_visual_thoughts is not None:

@@ -240,7 +240,7 @@ def interleaved(
             mode=mode,
             protocol=f"{protocol or 'run'}-{mode}",
             facts=facts,
-            decoding={**dataclasses.asdict(reasoner.protocol), "drawing": reasoner.flow},
+            decoding={**_protocol_facts(reasoner, mode), "drawing": reasoner.flow},
             together=False,
         ),
         asked,
@@ -250,6 +250,16 @@ def interleaved(
         compared,
         before_batch,
     )
+
+
+def _protocol_facts(reasoner: Reasoner, mode: str) -> dict:
+    """The protocol as a dict.
+
+    Image skips are left out where there are none, as in answers that an older version began.
+    """
+    facts = dataclasses.asdict(reasoner.protocol)
+    skips = facts.pop("max_image_skips")
+    return {**facts, "max_image_skips": skips} if skips and mode == "none" else facts
 
 
 def _select_for(job: Job, reasoner: Reasoner) -> contexts.Selection:

@@ -11,7 +11,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import images, interleave, sharding
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.inputs import checks, paths
-from opsd_jax.interleave import Protocol, Reasoner
+from opsd_jax.interleave import Protocol, Reasoner, TrainingContexts
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
 from opsd_jax.release import load as load_lib
@@ -44,8 +44,8 @@ def load(
     Args:
       directory: a released or imported folder, the workdir of a run, or one of its step folders.
       generation: also read the weights that generate images; without it they stay on disk.
-      protocol: a name in `interleave.PROTOCOLS`; "" for the run's own prompt and sizes, and for
-        "paper" of a released model.
+      protocol: a name in `interleave.PROTOCOLS`; "" for the run's own contexts, sizes and image
+        skips, and for "paper" of a released model.
       tokenizer: a folder; "" for the one that belongs to the model.
       dtype: compute dtype, "float32" or "bfloat16"; "" for the model's own: the run's setting, or
         that of a release (`release.folders.compute_dtype`).
@@ -98,7 +98,7 @@ def check_protocol(protocol: str) -> None:
 
 
 def of_run(session: Session, params: dict) -> Reasoner:
-    """The model of a run as it answers by itself: prompt, sizes and flow settings of the run.
+    """The model of a run as it answers by itself: contexts, sizes and flow settings of the run.
 
     params: as `session.model` describes them. Questions are asked one by one, without a mesh.
     """
@@ -107,6 +107,10 @@ def of_run(session: Session, params: dict) -> Reasoner:
         system=c.prompts.system,
         transparency=c.images.transparency,
         max_new_tokens=session.answer_budget,
+        max_image_skips=c.rollout.max_image_skips,
+    )
+    training = TrainingContexts(
+        config_lib.prompts(c), config_lib.block_names(c), config_lib.transforms(c)
     )
     return Reasoner(
         session.model,
@@ -116,6 +120,7 @@ def of_run(session: Session, params: dict) -> Reasoner:
         config_lib.resize_rule(c),
         _vae_rule(session.model),
         flow=dict(c.drawing),
+        training=training,
     )
 
 
@@ -136,7 +141,7 @@ def _of_checkpoint(
     session = dataclasses.replace(session, model=sizes)
     model = of_run(session, {})
     if protocol:
-        model = dataclasses.replace(model, flow={}, **asked_by(protocol, sizes))
+        model = dataclasses.replace(model, flow={}, training=None, **asked_by(protocol, sizes))
 
     def read(mesh: Mesh) -> dict:
         placed = dataclasses.replace(session, mesh=mesh, sampling_mesh=mesh)

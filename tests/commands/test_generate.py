@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import opsd_jax
 import small_run
 import tiny
 from opsd_jax import context, generate, images, interleave, rollout, tokenizer
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import answer_files, montage
+from opsd_jax.evaluation import answer_files, contexts, montage
+from opsd_jax.run import answering
 
 
 def picture(seed, height, width):
@@ -113,7 +115,7 @@ def test_images_are_where_the_places_of_the_question_are(model):
     one_text = branches(shown, "q")
     assert one_text == branches(shown, ("q",)) and one_text["cond"] == ["sys", *grids, "q"]
     with pytest.raises(ValueError, match="the question has 1 place <image> for 2 images"):
-        interleave.answer(model, shown, "In <image>?")
+        opsd_jax.answer(model, shown, "In <image>?")
 
 
 @pytest.mark.slow
@@ -359,11 +361,8 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
     tok = tokenizer.load(str(workdir / "data" / "made" / "tokenizer"))
     row = small_run.examples(config, tok, "test", data_dir=workdir / "data").sources[0][0]
     images.open_rgb(row.problem_image).save(tmp_path / "chart.png")
-    predictions = (
-        (workdir / "eval" / f"{small_run.LAST:06d}-none" / "predictions.jsonl")
-        .read_text()
-        .splitlines()
-    )
+    name = f"{small_run.LAST:06d}-none"
+    found = json.loads((workdir / "eval" / name / "predictions.jsonl").open().readline())
     for folder in (workdir, workdir / "checkpoints" / str(small_run.LAST)):
         generate.main(
             [
@@ -372,11 +371,7 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
                 f"--question={row.question}",
             ]
         )
-        found = json.loads(predictions[0])
-        if not found[
-            "image_skips"
-        ]:  # the evaluation skips as training does, a single answer does not
-            assert capsys.readouterr().out == found["prediction"] + "\n"
+        assert capsys.readouterr().out == found["prediction"] + "\n"
     with pytest.raises(SystemExit):
         generate.main(
             [
@@ -387,6 +382,72 @@ def test_a_run_answers_as_its_evaluation_did(workdir, tmp_path, capsys):
             ]
         )
     assert "was trained without image generation" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_in_its_own_contexts(workdir, monkeypatch):
+    """In each mode the texts are those of an evaluation, with its image skips."""
+    run, model = opsd_jax.open_run(workdir), opsd_jax.load(workdir)
+    test = run.examples("test")
+
+    # Every text asks for an image, and eos takes the place of a token that texts have.
+    marker = rollout.Marker(np.ones((2, model.config.llm.vocab_size), np.int8), "always")
+    monkeypatch.setattr(rollout.Marker, "build", lambda *_, **__: marker)
+    blocks = answering._blocks(model, model.training, test[0], ("none", None, 0))
+    ((start, *ids),), _ = interleave._sample_texts(
+        model, [blocks], jax.random.key(0), interleave.rollout_config(model)
+    )
+    end, head = next(i for i in ids if i != start), model.params["llm"]["head"]
+    head = head.at[:, run.tokenizer.eos].set(head[:, end]).at[:, end].set(0)
+    llm = {**model.params["llm"], "head": head}
+    model = dataclasses.replace(model, params={**model.params, "llm": llm})
+
+    run = dataclasses.replace(run, marker=marker)
+    skips = 0
+    for mode in ("none", "real", "swap", "remove"):
+        for n, expected in evaluated(run, model.params, mode).items():
+            partner = test[test.partner_of(0, n)] if mode == "swap" else None
+            found = opsd_jax.answer(model, test[n], visual_thoughts=mode, partner=partner)
+            assert (found.text, found.tokens) == (expected["prediction"], expected["tokens"])
+            assert found.image_skips == expected["image_skips"]
+            skips += found.image_skips
+            if mode == "none":
+                plain = opsd_jax.answer(model, test[n].image, test[n].question)
+                assert plain.text == found.text
+    assert skips > 0
+    noise = [opsd_jax.answer(model, test[0], visual_thoughts="noise", seed=n) for n in (0, 0)]
+    assert noise[0].text == noise[1].text
+
+    for changes, message in (
+        (
+            {"partner": test[1]},
+            "'swap' shows those of another example: give partner",
+        ),
+        ({"visual_thoughts": "true"}, "visual_thoughts is 'true': choose from"),
+        ({"visual_thoughts": "generated"}, "generation=opsd_jax.interleave.ImageGeneration"),
+        ({"question": "What?"}, "an example has a question of its own"),
+        ({"visual_thoughts": "real", "generation": WHEN_ASKED}, "give one of both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opsd_jax.answer(model, test[0], **changes)
+    with pytest.raises(ValueError, match="give one in the place of image and question"):
+        opsd_jax.answer(model, test[0].image, "What?", visual_thoughts="real")
+    names = context.BlockNames(student=("question", "text:hint"))
+    training = dataclasses.replace(model.training, names=names)
+    with pytest.raises(ValueError, match="the run's student sees text:hint, which a question"):
+        opsd_jax.answer(dataclasses.replace(model, training=training), test[0].image, "What?")
+    with pytest.raises(ValueError, match="load a run, without a protocol"):
+        asked_by = dataclasses.replace(model, training=None)
+        opsd_jax.answer(asked_by, test[0], visual_thoughts="real")
+
+
+def evaluated(run, params, mode):
+    """{number: prediction} of an evaluation of a few examples of the test split."""
+    selection = contexts.Selection(
+        run.examples("test"), run.packer, run.mesh, batch_size=4, limit=4
+    )
+    (result,) = contexts.answer_all(params, selection, mode, sampling=run.evaluation_sampling())
+    return {p["index"]: p for p in result.predictions}
 
 
 # --- a folder that is used again

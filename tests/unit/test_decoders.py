@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import opsd_jax
 import small_run
 import tiny
 from opsd_jax import config as config_lib
@@ -96,7 +97,7 @@ def test_images_are_refused_by_a_model_that_reads_text_alone():
     sizes = images.Resize(), images.Resize()
     asked = interleave.Reasoner(config, {}, tiny.TOKENIZER, interleave.Protocol(), *sizes)
     with pytest.raises(ValueError, match="reads text alone: ask it without an image"):
-        interleave.answer(asked, Image.new("RGB", (8, 8)), "Which?")
+        opsd_jax.answer(asked, Image.new("RGB", (8, 8)), "Which?")
 
 
 def test_llama3_frequencies():
