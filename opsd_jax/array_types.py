@@ -37,6 +37,7 @@ CHECKED = (
     "opsd_jax.model.layers",
     "opsd_jax.model.masks",
     "opsd_jax.model.mot",
+    "opsd_jax.model.qwen_vision",
     "opsd_jax.model.siglip",
     "opsd_jax.model.vae",
     "opsd_jax.offline",

@@ -382,7 +382,9 @@ def settings() -> dict[str, Setting]:
         "lora": _of(LoRAConfig, alpha=16.0)
         | {"rank": Setting(0, checks.Rule(int, False, "[0, inf)"))},  # 0: no adapters
         "prompts": _of(context.Prompts),
-        "images": _of(images.Resize) | _of(ImageLoading),
+        "images": _of(images.Resize)
+        | {"min_pixels": _of(images.SmartResize)["min_pixels"]}
+        | _of(ImageLoading),
         "transforms": _of(images.Transforms),
         "data": _of(DataConfig),
         "student": _of(StudentContext),
@@ -575,6 +577,7 @@ def model(config: ConfigDict) -> ModelConfig:
         if name not in ("llm", "vit", "generation")
     }
     llm, vit = dict(config.model.llm), dict(config.model.vit)
+    vit |= {name: tuple(map(float, vit[name])) for name in ("mean", "std")}
     return ModelConfig(
         llm=LLMConfig(**llm | {"rope_llama3": tuple(map(float, llm["rope_llama3"]))}),
         vit=ViTConfig(**vit) if vit.pop("on") else None,
@@ -656,9 +659,11 @@ def transforms(config: ConfigDict) -> images.Transforms:
     return images.Transforms(**{**config.transforms, "crop": tuple(config.transforms.crop)})
 
 
-def resize_rule(config: ConfigDict) -> images.Resize:
-    """The size rule of all images."""
-    return images.Resize(**{k: v for k, v in config.images.items() if k != "transparency"})
+def resize_rule(config: ConfigDict) -> images.Rule:
+    """The size rule of all images: that of the model's family."""
+    rule = images.Resize if config.model.vit.kind == "siglip" else images.SmartResize
+    names = [field.name for field in dataclasses.fields(rule)]
+    return rule(**{name: config.images[name] for name in names})
 
 
 def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> RolloutConfig:

@@ -395,11 +395,20 @@ def _check_model(config: ConfigDict) -> None:
     """Checks the network, the size rule of its images, and image generation."""
     with _keys_named():
         network = config_lib.model(config)
-    if config.images.stride != config.model.vit.patch_size:
+    vit = config.model.vit
+    if config.images.stride != vit.patch_size * vit.merge:
+        merged = f" * config.model.vit.merge {vit.merge}" if vit.merge > 1 else ""
         raise ValueError(
             f"config.images.stride {config.images.stride} must equal config.model.vit.patch_size "
-            f"{config.model.vit.patch_size}: images are cut into whole patches"
+            f"{vit.patch_size}{merged}: images are cut into whole patches"
         )
+    for kind in ("student", "teacher", "trace"):
+        if any(sizes[1] % vit.merge**2 for sizes in config.data.buckets[kind]):
+            raise ValueError(
+                f"config.data.buckets.{kind} is {config.data.buckets[kind]}: make the second "
+                f"number of each entry, patches, a multiple of {vit.merge**2}, since {vit.merge} x "
+                f"{vit.merge} patches become one token"
+            )
     if network.vit is None:
         _check_text_alone(config)
     if network.generation:

@@ -14,6 +14,11 @@ text blocks, with the problem images between them.
   text block   bos + ids + eos                      causal       rope positions count up by one
   image block  vision_start + patches + vision_end  all-to-all   ONE rope position for all of it
 
+Models whose positions follow from the grids of images (Qwen2.5-VL, Qwen3-VL) read an image as
+merge blocks of patches, one token for each, which are causal like texts:
+
+  image block  vision_start + merge blocks + vision_end   rope positions of three dimensions
+
 No token sees a later block. A position is the index of a token in the arrays. Example with one
 text block of 1 id and one image of 2 patches:
 
@@ -21,6 +26,10 @@ text block of 1 id and one image of 2 patches:
   token          bos   x   eos  <img   .   .  img>
   rope position   0    1    2    3     3   3   3      the next block starts at 4
   limit           1    2    3    7     7   7   7      position i sees positions j < limit[i]
+
+With three dimensions (time, row, column) a text counts up all three by one, and the token at row r
+and column c of an image that starts at p has (p, p + r, p + c). The next token continues with p +
+the longer side of the image, in tokens. Official: transformers, get_rope_index.
 
 For image generation, an image is also present as VAE latents (official: data/interleave_datasets,
 bagel.py). The generation expert processes the latent tokens, so they follow all others, from a
@@ -46,7 +55,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32, Shaped
 
 from opsd_jax import images
 from opsd_jax.array_types import AnyArray
@@ -105,32 +114,50 @@ class Text:
 
     ids: int32 [n], without delimiters.
     loss: whether its tokens and its closing eos are training targets.
+    delimited: whether bos and eos are around it. Other families' texts hold their own delimiters.
     """
 
     ids: np.ndarray
     loss: bool = False
+    delimited: bool = True
 
     @property
     def length(self) -> int:
         """Number of tokens, delimiters included."""
-        return len(self.ids) + 2
+        return len(self.ids) + 2 * self.delimited
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
     """An image block.
 
-    patches: [n, C], uint8, or float32 that is already normalised to [-1, 1].
+    patches: [n, C], uint8, or float32 that is already normalised to [-1, 1]. Their order is that of
+      `images.patchify` with the same merge.
     grid: numbers of rows and columns of patches.
+    merge: patches along a side of the merge block that becomes one token; 1: each patch is a token.
     """
 
     patches: np.ndarray
     grid: tuple[int, int]
+    merge: int = 1
 
     @property
     def length(self) -> int:
         """Number of tokens, delimiters included."""
-        return len(self.patches) + 2
+        return len(self.patches) // self.merge**2 + 2
+
+
+def image_block(pixels: Shaped[np.ndarray, "H W 3"], patch: int, merge: int = 1) -> Image:
+    """The block of an image of the model's size.
+
+    Args:
+      pixels: [H, W, 3], uint8, or float32 in [-1, 1].
+      patch: pixels along a side of a patch. merge: see `Image`.
+    Raises:
+      ValueError: H or W is not a multiple of patch * merge.
+    """
+    grid = pixels.shape[0] // patch, pixels.shape[1] // patch
+    return Image(images.patchify(pixels, patch, merge), grid, merge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +260,7 @@ class Latents:
         "length",
         "next_rope_position",
         "latents",
+        "patch_cells",
     ],
     meta_fields=[],
 )
@@ -243,16 +271,20 @@ class Context:
     With latents, rope_positions, limit and segment have T + G entries per sequence instead of T.
 
     tokens: int32 [B, T], the id of each text token or delimiter, 0 at patches and padding.
-    rope_positions: int32 [B, T].
+    rope_positions: int32 [B, T]; [B, T, 3] (time, row, column) where the model's positions follow
+      from the grids of images.
     limit: int32 [B, T], a query at position i sees positions j < limit[i].
     segment: int32 [B, T], document number, 0 at padding. No token sees another document.
     patches: uint8 or float32 [B, P, C], all images of the sequence one after another.
-    patch_table_ids: int32 [B, P], row * side + column in the vision tower's position table.
+    patch_table_ids: int32 [B, P], row * side + column in the vision tower's position table; 0
+      where there are `patch_cells` instead.
     patch_image: int32 [B, P], number of the image in its sequence, from 1; 0 at padding.
-    patch_positions: int32 [B, P], position of each patch, T at padding.
+    patch_positions: int32 [B, P], position of the token that each patch is part of, T at padding.
     length: int32 [B], number of positions in use.
     next_rope_position: int32 [B], rope position of the first token that follows.
     latents: Latents, or None if the batch was packed without latents.
+    patch_cells: int32 [B, P, 4], row and column of each patch in its image, and the image's rows
+      and columns, in patches; 0 at padding. None where a table of positions has `patch_table_ids`.
     """
 
     tokens: np.ndarray
@@ -266,11 +298,12 @@ class Context:
     length: np.ndarray
     next_rope_position: np.ndarray
     latents: Latents | None = None
+    patch_cells: np.ndarray | None = None
 
     @property
     def padded_length(self) -> int:
         """Static number of positions, T or T + G."""
-        return self.rope_positions.shape[1]
+        return self.limit.shape[1]
 
 
 class TooLongError(ValueError):
@@ -321,7 +354,9 @@ def pack(
       sequences: the blocks of each sequence, B lists.
       sizes: the bucket.
       tokenizer: gives the four delimiter ids.
-      side: number of rows, and of columns, of the vision tower's position table, in patches.
+      side: number of rows, and of columns, of the vision tower's position table, in patches. 0
+        where positions follow from the grids of images: rope positions then have three dimensions,
+        and the context has `patch_cells`.
       generation: GenerationConfig, sizes of the model's latents. None without image generation.
       names: a name of each sequence's example, for error messages.
       patch_dim: C, where no sequence has an image.
@@ -330,7 +365,8 @@ def pack(
     Raises:
       TooLongError: a sequence needs more positions, patches or latents than the bucket has. Nothing
         is truncated.
-      ValueError: latents without `generation`, or an image that is larger than its position table.
+      ValueError: latents without `generation`, an image that is larger than its position table, or
+        a number of patches in the bucket that does not divide into merge blocks.
     """
     image_blocks = [b for blocks in sequences for b in blocks if isinstance(b, Image)]
     if sizes.latents and generation is None:
@@ -345,9 +381,12 @@ def pack(
     n, ints = len(sequences), functools.partial(np.zeros, dtype=np.int32)
     tokens = ints((n, sizes.positions))
     every = n, sizes.positions + sizes.latents
-    rope_positions, limit, segment, order, noised = (ints(every) for _ in range(5))
+    # A position of one dimension is one of three that are equal. The first of them is kept.
+    rope_positions = ints((*every, 3))
+    limit, segment, order, noised = (ints(every) for _ in range(4))
     values = np.zeros((n, sizes.patches, width), dtype)
     patch_table_ids, patch_image = ints((n, sizes.patches)), ints((n, sizes.patches))
+    patch_cells = ints((n, sizes.patches, 4))
     patch_positions = np.full((n, sizes.patches), sizes.positions, np.int32)
     latent_tokens = np.zeros(
         (n, sizes.latents, generation.latent_dim if generation else 0), np.float32
@@ -364,8 +403,9 @@ def pack(
             stop = place + block.length
             if isinstance(block, Text):
                 own = np.arange(at, at + block.length)
-                tokens[b, own] = [tokenizer.bos, *block.ids, tokenizer.eos]
-                rope_positions[b, own] = np.arange(rope, rope + block.length)
+                own_ids = [tokenizer.bos, *block.ids, tokenizer.eos]
+                tokens[b, own] = own_ids if block.delimited else block.ids
+                rope_positions[b, own] = np.arange(rope, rope + block.length)[:, None]
                 limit[b, own] = np.arange(place + 1, stop + 1)
                 at, advance = at + block.length, block.length
             elif isinstance(block, Image):
@@ -376,10 +416,17 @@ def pack(
                 values[b, new] = (
                     block.patches if dtype == np.uint8 else images.normalize(block.patches)
                 )
-                patch_table_ids[b, new] = images.position_ids(block.grid, side)
                 patch_image[b, new] = number
-                patch_positions[b, new] = own[1:-1]
-                at, patch, advance = at + block.length, new.stop, 1
+                patch_positions[b, new] = np.repeat(own[1:-1], block.merge**2)
+                if side:
+                    patch_table_ids[b, new] = images.position_ids(block.grid, side)
+                    rope_positions[b, own], limit[b, own], advance = rope, stop, 1
+                else:
+                    patch_cells[b, new] = images.cells(block.grid, block.merge)
+                    relative, advance = _rope_of_image(block, sizes)
+                    rope_positions[b, own] = rope + relative
+                    limit[b, own] = np.arange(place + 1, stop + 1)
+                at, patch = at + block.length, new.stop
             else:
                 new = slice(latent, latent + len(block.tokens))
                 own = np.array([at, *(sizes.positions + np.arange(new.start, new.stop)), at + 1])
@@ -389,16 +436,15 @@ def pack(
                 latent_table_ids[b, new] = images.position_ids(block.grid, generation.side)
                 latent_image[b, new] = generated
                 noised[b, own] = generated if block.noised else 0
-                at, latent, advance = at + 2, new.stop, 0 if block.noised else 1
-            if not isinstance(block, Text):
                 rope_positions[b, own], limit[b, own] = rope, stop
+                at, latent, advance = at + 2, new.stop, 0 if block.noised else 1
             order[b, own], segment[b, own] = np.arange(place, stop), 1
             place, rope = stop, rope + advance
         length[b], next_rope_position[b] = place, rope
     latents = Latents(latent_tokens, latent_table_ids, latent_image, order, noised)
     return Context(
         tokens,
-        rope_positions,
+        rope_positions[:, :, 0] if side else rope_positions,
         limit,
         segment,
         values,
@@ -408,7 +454,27 @@ def pack(
         length,
         next_rope_position,
         latents if sizes.latents else None,
+        None if side else patch_cells,
     )
+
+
+def _rope_of_image(block: Image, sizes: Sizes) -> tuple[Int32[np.ndarray, "_ 3"], int]:
+    """Rope positions of an image block's tokens, and by how much they advance those after it.
+
+    They have three dimensions, relative to that of vision_start. The delimiters count as text.
+    """
+    if sizes.patches % block.merge**2:
+        raise ValueError(
+            f"a bucket of {sizes.patches} patches does not divide into merge blocks of "
+            f"{block.merge}x{block.merge} patches: make the patches of data.buckets multiples of "
+            f"{block.merge**2}"
+        )
+    rows, columns = (count // block.merge for count in block.grid)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    inside = 1 + np.stack([np.zeros_like(row), row, column], axis=1)
+    end = 1 + max(rows, columns)
+    relative = np.concatenate([np.zeros((1, 3)), inside, np.full((1, 3), end)])
+    return relative.astype(np.int32), end + 1
 
 
 def _named(index: int, names: Sequence[str] | None) -> str:
@@ -735,6 +801,11 @@ def supervise(
         start = done = 0
         for block in blocks:
             if isinstance(block, Text) and block.loss:
+                if not block.delimited:
+                    raise ValueError(
+                        f"{_named(b, names)} has a text with targets, but without the bos and eos "
+                        "that begin and end them: make it a text with delimiters"
+                    )
                 new = slice(done, done + len(block.ids) + 1)
                 positions[b, new] = np.arange(start, start + len(block.ids) + 1)
                 labels[b, new] = [*block.ids, tokenizer.eos]
@@ -868,19 +939,23 @@ def completion(
 
 def following(
     context: Context, count: int
-) -> tuple[Int32[Array, "B N"], Int32[Array, "B N"], Int32[Array, "B N"]]:
+) -> tuple[Int32[Array, "B N"] | Int32[Array, "B N 3"], Int32[Array, "B N"], Int32[Array, "B N"]]:
     """Vectors of `count` text tokens after each sequence's context.
 
     They have the positions T .. T + count - 1 in every sequence. The gap between a shorter context
     and T is padding, which no token sees. Rope positions continue without a gap.
 
     Returns:
-      (rope positions, limit, segment), int32 [B, count] each.
+      (rope positions, limit, segment), int32 [B, count] each; the rope positions [B, count, 3]
+      where those of the context have three dimensions.
     """
     index = jnp.arange(count, dtype=jnp.int32)
     shape = (context.tokens.shape[0], count)
+    rope = jnp.asarray(context.next_rope_position)[:, None] + index
+    if context.rope_positions.ndim == 3:
+        rope = jnp.broadcast_to(rope[:, :, None], (*shape, 3))
     return (
-        jnp.asarray(context.next_rope_position)[:, None] + index,
+        rope,
         jnp.broadcast_to(context.padded_length + 1 + index, shape),
         jnp.ones(shape, jnp.int32),
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import einops
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt8
+from jaxtyping import Float32, Int32, Shaped, UInt8
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from opsd_jax.inputs import checks
@@ -87,6 +87,61 @@ class Resize:
             w, h = scaled(w, h, self.max_size / max(w, h))
         return w, h
 
+
+@dataclasses.dataclass(frozen=True)
+class SmartResize:
+    """The size rule of Qwen2.5-VL and Qwen3-VL (official: transformers, smart_resize), in pixels.
+
+    stride: both sides are multiples of it: the pixels along a side of a token.
+    min_pixels, max_pixels: bounds of the number of pixels of each image. The defaults are those of
+      Qwen2.5-VL; Qwen3-VL has 65,536 and 16,777,216.
+    """
+
+    stride: Annotated[int, "[1, inf)"] = 28
+    min_pixels: Annotated[int, "[1, inf)"] = 3136
+    max_pixels: Annotated[int, "[1, inf)"] = 12_845_056
+
+    def __post_init__(self):
+        checks.fields(self, "images")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"images.min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}: "
+                "lower the first or raise the second"
+            )
+
+    def __call__(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
+        """(width, height) of the resized image, in pixels.
+
+        The first rounding is Python's (half to even).
+
+        Args:
+          width, height: size of the image in pixels.
+          num_images: not used: each image has the bounds for itself.
+        Raises:
+          ValueError: an image without pixels, or with one side more than 200 times the other.
+        """
+        if min(width, height) < 1:
+            raise ValueError(
+                f"an image of {width} x {height} pixels has nothing to resize: leave the row out"
+            )
+        if max(width, height) > _MOST_ASPECT * min(width, height):
+            raise ValueError(
+                f"an image of {width} x {height} pixels has one side more than {_MOST_ASPECT} "
+                "times the other, which the processor of Qwen's models refuses: crop it or leave "
+                "the row out"
+            )
+        sides = height, width  # in the official order of factors: floats are rounded
+        h, w = (round(side / self.stride) * self.stride for side in sides)
+        if h * w > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            h, w = (max(1, math.floor(x / scale / self.stride)) * self.stride for x in sides)
+        elif h * w < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            h, w = (math.ceil(x * scale / self.stride) * self.stride for x in sides)
+        return w, h
+
+
+_MOST_ASPECT = 200
 
 TRAINING = Resize()
 """What the ViT sees in training, for student and teacher alike: one resize, on loading
@@ -183,7 +238,11 @@ def size_of(data: bytes) -> tuple[int, int]:
         ) from e
 
 
-def resize(image: Image.Image, rule: Resize, num_images: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+Rule = Resize | SmartResize
+"""The size rule of a model's images."""
+
+
+def resize(image: Image.Image, rule: Rule, num_images: int = 1) -> UInt8[np.ndarray, "H W 3"]:
     """A Pillow RGB image resized with the bicubic filter: uint8 [H, W, 3].
 
     Args:
@@ -237,7 +296,7 @@ class Transforms:
         )
 
     def size(
-        self, name: str, size: tuple[int, int], rule: Resize, box: Sequence[float] = ()
+        self, name: str, size: tuple[int, int], rule: Rule, box: Sequence[float] = ()
     ) -> tuple[int, int]:
         """(width, height) of what `__call__` makes of an image of this size, in pixels."""
         if name == "crop":
@@ -246,7 +305,7 @@ class Transforms:
         return rule(*size)
 
     def __call__(
-        self, name: str, image: Image.Image, rule: Resize, box: Sequence[float] = ()
+        self, name: str, image: Image.Image, rule: Rule, box: Sequence[float] = ()
     ) -> UInt8[np.ndarray, "H W 3"]:
         """A Pillow RGB image after a transform and resizing: uint8 [H, W, 3].
 
@@ -331,24 +390,41 @@ def two_stage(
     return resize(first, vae_rule), resize(first, vit_rule)
 
 
-def patchify(pixels: Shaped[np.ndarray, "H W 3"], patch: int) -> Shaped[np.ndarray, "P C"]:
+def patchify(
+    pixels: Shaped[np.ndarray, "H W 3"], patch: int, merge: int = 1
+) -> Shaped[np.ndarray, "P C"]:
     """Cuts an image into square patches of p = `patch` pixels per side.
 
     Args:
       pixels: [H, W, 3].
+      merge: patches along a side of a merge block, whose patches follow one another.
     Returns:
-      [P, p * p * 3] with P = H/p * W/p patches in row-major order. The order inside a patch is row,
-      column, rgb (rgb fastest).
+      [P, p * p * 3] with P = H/p * W/p patches: merge blocks in row-major order, and in a block its
+      patches in row-major order. The order inside a patch is row, column, rgb (rgb fastest).
     Raises:
-      ValueError: H or W is not a multiple of p.
+      ValueError: H or W is not a multiple of p * merge.
     """
     h, w, _ = pixels.shape
-    if h % patch or w % patch:
+    if h % (patch * merge) or w % (patch * merge):
         raise ValueError(
-            f"an image of {h}x{w} pixels does not divide into patches of {patch}: "
+            f"an image of {h}x{w} pixels does not divide into patches of {patch * merge}: "
             "check the resize stride"
         )
-    return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
+    return einops.rearrange(
+        pixels, "(h m p) (w n q) c -> (h w m n) (p q c)", m=merge, n=merge, p=patch, q=patch
+    )
+
+
+def cells(grid: tuple[int, int], merge: int) -> Int32[np.ndarray, "P 4"]:
+    """Row and column of each patch, and the rows and columns of its image: int32 [P, 4].
+
+    The patches are in the order of `patchify`.
+
+    Args:
+      grid: numbers of rows and columns of patches. merge: patches along a side of a merge block.
+    """
+    ordered = einops.rearrange(np.indices(grid), "x (h m) (w n) -> (h w m n) x", m=merge, n=merge)
+    return np.concatenate([ordered, np.broadcast_to(grid, ordered.shape)], axis=1).astype(np.int32)
 
 
 def normalize(pixels: Any) -> Any:
@@ -365,8 +441,32 @@ def normalize(pixels: Any) -> Any:
     return (pixels.astype(np.float32) / 255 - 0.5) / 0.5
 
 
+def pixel_values(
+    patches: UInt8[np.ndarray, "P C"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    frames: int = 2,
+) -> Float32[np.ndarray, "P _"]:
+    """Patches as the processors of Qwen2.5-VL and Qwen3-VL return them: float32 [P, frames * C].
+
+    The model itself takes uint8 patches of one frame, normalises them on the device and adds up the
+    kernels of the frames (`model.qwen_vision`).
+
+    Args:
+      patches: uint8 [P, C] in merge blocks, see `patchify`.
+      mean, std: of the three channels, in [0, 1].
+      frames: of a patch (temporal patch). A still image is repeated.
+    Returns:
+      (value / 255 - mean) / std; the order in a patch is channel, frame, row, column.
+    """
+    values = einops.rearrange(patches, "P (pixel c) -> P c pixel", c=3)
+    scaled = (values.astype(np.float64) * (1 / 255)).astype(np.float32)
+    centre, scale = (np.asarray(x, np.float32)[:, None] for x in (mean, std))
+    return einops.repeat((scaled - centre) / scale, "P c pixel -> P (c t pixel)", t=frames)
+
+
 def unpatchify(
-    patches: Shaped[np.ndarray, "P C"], grid: tuple[int, int], patch: int
+    patches: Shaped[np.ndarray, "P C"], grid: tuple[int, int], patch: int, merge: int = 1
 ) -> Shaped[np.ndarray, "H W 3"]:
     """Inverse of `patchify`.
 
@@ -374,13 +474,13 @@ def unpatchify(
       patches: [P, p * p * 3].
       grid: numbers of rows and columns of patches, P = rows * columns.
       patch: p, pixels per side of a patch.
+      merge: patches along a side of a merge block.
     Returns:
       [H, W, 3].
     """
-    rows, columns = grid
-    return einops.rearrange(
-        patches, "(h w) (p q c) -> (h p) (w q) c", h=rows, w=columns, p=patch, q=patch
-    )
+    rows, columns = (count // merge for count in grid)
+    sizes = {"h": rows, "w": columns, "m": merge, "n": merge, "p": patch, "q": patch}
+    return einops.rearrange(patches, "(h w m n) (p q c) -> (h m p) (w n q) c", **sizes)
 
 
 def position_ids(grid: tuple[int, int], side: int) -> Int32[np.ndarray, " P"]:

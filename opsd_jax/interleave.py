@@ -114,7 +114,7 @@ class Reasoner:
     params: dict
     tokenizer: Tokenizer
     protocol: Protocol
-    vit: images.Resize
+    vit: images.Rule
     vae: images.Resize
     mesh: Mesh | None = None
     flow: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -186,7 +186,7 @@ def resize_for_model(
     UInt8[np.ndarray, "vit_height vit_width 3"], UInt8[np.ndarray, "vae_height vae_width 3"]
 ]:
     """Pixels of a Pillow RGB image for the ViT and for the autoencoder."""
-    if reasoner.protocol.two_stages:  # also where no image is generated
+    if reasoner.protocol.two_stages and not reasoner.config.has_grids:  # also without generation
         vae_pixels, vit_pixels = images.two_stage(image, reasoner.vae, reasoner.vit)
         return vit_pixels, vae_pixels
     return images.resize(image, reasoner.vit), images.resize(image, reasoner.vae)
@@ -387,7 +387,8 @@ def image_block(image: Image.Image, reasoner: Reasoner) -> context_lib.Image:
         raise ValueError(
             "the model has no vision tower and reads text alone: ask it without an image"
         )
-    return _patch_block(resize_for_model(image, reasoner)[0], vit.patch_size)
+    pixels = resize_for_model(image, reasoner)[0]
+    return context_lib.image_block(pixels, vit.patch_size, vit.merge)
 
 
 def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
@@ -404,11 +405,6 @@ def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, genera
     latents = flow.encode(reasoner.params, pixels, noise, config=config)[0]
     tokens = np.asarray(flow.to_tokens(latents, sizes.patch))
     return [context_lib.Latent(tokens, (rows, columns)), patches]
-
-
-def _patch_block(pixels: np.ndarray, patch: int) -> context_lib.Image:
-    grid = (pixels.shape[0] // patch, pixels.shape[1] // patch)
-    return context_lib.Image(images.patchify(pixels, patch), grid)
 
 
 def bucketed(sequences: Sequence[Sequence[context_lib.Block]]) -> context_lib.Sizes:

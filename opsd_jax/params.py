@@ -91,6 +91,24 @@ def _vit():
     return facts
 
 
+def _qwen_vision():
+    """The facts of what the towers of Qwen2.5-VL and Qwen3-VL have in addition (`_vit`)."""
+    facts = [Fact("vit/patch_convolution", (None,) * 4 + ("vit_embed",), "vit")]
+    for matrix, axes in (
+        ("qkv", ("vit_embed", None)),  # parts of three matrices, which devices would not share
+        ("gate", ("vit_embed", "vit_mlp")),
+        ("up", ("vit_embed", "vit_mlp")),
+        ("down", ("vit_mlp", "vit_embed")),
+    ):
+        facts += _linear(f"vit/layers/{matrix}", ("layers", *axes), "vit")
+    for merger, stacked in (("merger", ()), ("deepstack", ("layers",))):
+        for kind in ("scale", "bias"):
+            facts.append(Fact(f"connector/{merger}/norm_{kind}", (*stacked, None), "connector"))
+        for matrix, axes in (("fc1", ("vit_embed", "vit_mlp")), ("fc2", ("vit_mlp", "embed"))):
+            facts += _linear(f"connector/{merger}/{matrix}", (*stacked, *axes), "connector")
+    return facts
+
+
 TABLE = {
     fact.path: fact
     for fact in [
@@ -101,6 +119,7 @@ TABLE = {
         *_expert("und", "und"),
         *_expert("gen", "gen"),
         *_vit(),
+        *_qwen_vision(),
         *_linear("connector/fc1", (None, "embed"), "connector"),
         *_linear("connector/fc2", (None, "embed"), "connector"),
         Fact("connector/position_table", (None, "embed"), "fixed"),

@@ -222,7 +222,7 @@ def sample(
       ValueError: the sequences do not divide into config.shards.
     """
     model, budget = config.model, config.max_new_tokens
-    queued, size = context.rope_positions.shape
+    queued, size = context.limit.shape
     if not config.slots or config.slots >= queued:  # every sequence has its own lane
         lanes = _begin(jnp.arange(queued), context, config, return_logits)
         with jax.named_scope("prefill"):
@@ -445,7 +445,7 @@ def _sample_queue(params, context, rng, config, return_logits):
     sequences at a time.
     """
     model, budget = config.model, config.max_new_tokens
-    (queued, size), shards, batch = context.rope_positions.shape, config.shards, config.slots
+    (queued, size), shards, batch = context.limit.shape, config.shards, config.slots
     if queued % shards:
         raise ValueError(
             f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards: "

@@ -46,6 +46,36 @@ DRAWING = dataclasses.replace(
         side=6,
     ),
 )
+# The towers of Qwen: windows of 2 x 2 tokens in two of three layers; outputs of the layers 2 and 0
+# for the decoder's first layers.
+_MROPE = dataclasses.replace(MODEL.llm, mrope=(2, 1, 1))
+_QWEN_TOWER = ViTConfig(
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    intermediate_size=24,
+    patch_size=4,
+    side=0,
+    kind="qwen2_5_vl",
+    merge=2,
+    temporal_patch=2,
+    window=16,
+    full_layers=(1,),
+    mean=(0.48, 0.46, 0.41),
+    std=(0.27, 0.26, 0.28),
+)
+QWEN = {
+    "qwen2_5_vl": dataclasses.replace(
+        MODEL, llm=dataclasses.replace(_MROPE, qk_norm=False, tied_head=True), vit=_QWEN_TOWER
+    ),
+    "qwen3_vl": dataclasses.replace(
+        MODEL,
+        llm=dataclasses.replace(_MROPE, qkv_bias=False, mrope_interleaved=True),
+        vit=dataclasses.replace(
+            _QWEN_TOWER, kind="qwen3_vl", side=5, window=0, full_layers=(), deepstack=(2, 0)
+        ),
+    ),
+}
 POSITIONS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
 PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
 
@@ -125,6 +155,11 @@ def copy(tree):
 
 def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Image:
     return context.Image(rng.integers(0, 256, (grid[0] * grid[1], patch_dim), np.uint8), grid)
+
+
+def merged_image(rng, grid=(4, 4)) -> context.Image:
+    """An image for the models `QWEN`, whose rows and columns of patches are even."""
+    return context.Image(image(rng, grid).patches, grid, QWEN["qwen3_vl"].vit.merge)
 
 
 def latent(rng, grid=(2, 2), noised: bool = False) -> context.Latent:

@@ -73,6 +73,7 @@ class Preprocessor:
       resize: size rule of the images that are cut into patches.
       transparency: how transparent pixels are read, see `images.open_rgb`.
       patch_size: side of a patch, in pixels.
+      merge: patches along a side of the block that becomes one token.
       vae_resize: size rule of the images for the autoencoder; None to leave those out.
       further: names of the blocks that need a column or a transform.
       transforms: parameters of the image transforms.
@@ -80,9 +81,10 @@ class Preprocessor:
 
     tokenizer: Tokenizer
     suffix: str
-    resize: images.Resize
+    resize: images.Rule
     transparency: str
     patch_size: int
+    merge: int = 1
     vae_resize: images.Resize | None = None
     further: tuple[str, ...] = ()
     transforms: images.Transforms = images.Transforms()
@@ -103,6 +105,7 @@ class Preprocessor:
             resize=config_lib.resize_rule(config),
             transparency=config.images.transparency,
             patch_size=config.model.vit.patch_size,
+            merge=config.model.vit.merge,
             vae_resize=images.vae_rule(sizes) if sizes else None,
             further=tuple(name for name in names if name not in context.CONTENTS),
             transforms=config_lib.transforms(config),
@@ -234,13 +237,12 @@ class Preprocessor:
         return self._cut(images.resize(image, self.resize))
 
     def _cut(self, pixels: np.ndarray) -> Image:
-        grid = pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
-        return Image(images.patchify(pixels, self.patch_size), grid)
+        return context.image_block(pixels, self.patch_size, self.merge)
 
     def _blank(self, width: int, height: int) -> Image:
         grid = height // self.patch_size, width // self.patch_size
         shape = grid[0] * grid[1], 3 * self.patch_size**2
-        return Image(np.broadcast_to(np.uint8(0), shape), grid)
+        return Image(np.broadcast_to(np.uint8(0), shape), grid, self.merge)
 
 
 def _check_places(example: Example) -> None:

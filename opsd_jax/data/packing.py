@@ -56,7 +56,7 @@ class Packer:
       tokenizer: tokenizer of all texts.
       prompts: the fixed texts of the contexts.
       buckets: static sizes of the contexts.
-      side: patches along a side of the vision encoder's position table.
+      side: patches along a side of the vision encoder's position table; see `context.pack`.
       generation: sizes of the image-generation path; None where there is none.
       names: names of the blocks of both contexts.
       patch_dim: values of a patch, for batches without any image.
@@ -73,14 +73,15 @@ class Packer:
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> "Packer":
         """The packer of a run's settings."""
+        model = config_lib.model(config)
         return cls(
             tokenizer=tokenizer,
             prompts=config_lib.prompts(config),
             buckets=BucketsConfig(**config.data.buckets),
-            side=config.model.vit.side,
+            side=model.patches_per_side,
             generation=config_lib.generation(config),
             names=config_lib.block_names(config),
-            patch_dim=config_lib.model(config).patch_dim,
+            patch_dim=model.patch_dim,
         )
 
     # --- blocks of one example -------------------------------------------------------------------

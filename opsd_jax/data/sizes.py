@@ -243,7 +243,8 @@ def _need(examples: Examples, packer: Packer, use: Use, place: tuple[int, int]) 
     parts = (part for part in example.content.values() if isinstance(part, tuple))
     for image in (block for part in parts for block in part if isinstance(block, Image)):
         try:
-            images.position_ids(image.grid, packer.side)
+            if packer.side:
+                images.position_ids(image.grid, packer.side)
         except ValueError as error:
             raise ValueError(f"example {name}: {error}") from None
     needs, answer = packer.needs(example, sorted(modes), partner), 0

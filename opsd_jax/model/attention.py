@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opsd_jax.array_types import AnyArray
@@ -271,25 +272,54 @@ def rope_frequencies(
     return (1 - share) * frequencies / factor + share * frequencies
 
 
+def rope_axes(mrope: tuple[int, ...], interleaved: bool) -> tuple[int, ...]:
+    """Which dimension of a position each frequency turns with: 0 time, 1 row, 2 column.
+
+    mrope (3, 3, 2), one after another: 0 0 0 1 1 1 2 2, interleaved: 0 1 2 0 1 2 0 1. Interleaved,
+    the n-th row is at 3 n + 1, the n-th column at 3 n + 2, and all other places are of time.
+    Official: transformers, Qwen2.5-VL and Qwen3-VL (apply_interleaved_mrope).
+
+    Args:
+      mrope, interleaved: `mrope` and `mrope_interleaved` of LLMConfig.
+    """
+    if not interleaved:
+        return tuple(axis for axis, count in enumerate(mrope) for _ in range(count))
+    return tuple(n % 3 if n < 3 * mrope[n % 3] else 0 for n in range(sum(mrope)))
+
+
 def rope_tables(
-    positions: Int[AnyArray, "B T"],
+    positions: Int[AnyArray, "B T"] | Int[AnyArray, "B T axes"],
     head_dim: int,
     theta: float,
     bfloat16: bool = False,
     llama3: tuple[float, ...] = (),
+    axes: tuple[int, ...] = (),
 ) -> tuple[Float32[Array, "B T 1 h"], Float32[Array, "B T 1 h"]]:
     """Cosines and sines of the rotation angles, float32 [B, T, 1, h] each.
 
-    Both halves of the last axis are equal (rotate-half form).
-
     Args:
-      positions: int32 [B, T], rope positions. head_dim, theta, llama3: see `rope_frequencies`.
+      positions: int32 [B, T], rope positions; [B, T, 3] for positions of three dimensions. Those
+        of a model with three dimensions may be [B, T] where all three are equal, as in texts.
+      head_dim, theta, llama3: see `rope_frequencies`.
       bfloat16: whether the frequencies are rounded to bfloat16, see `ModelConfig.rope_bfloat16`.
+      axes: the dimension that each frequency turns with, see `rope_axes`.
     """
     frequencies = rope_frequencies(head_dim, theta, llama3)
     if bfloat16:  # not a cast to bfloat16 and back, which XLA may remove
         frequencies = jax.lax.reduce_precision(frequencies, exponent_bits=8, mantissa_bits=7)
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies
+    by_frequency = positions[:, :, None]
+    if positions.ndim == 3:
+        by_frequency = positions[:, :, np.asarray(axes)]
+    return half_split(by_frequency.astype(jnp.float32) * frequencies)
+
+
+def half_split(
+    angles: Float32[AnyArray, "B T _"],
+) -> tuple[Float32[Array, "B T 1 h"], Float32[Array, "B T 1 h"]]:
+    """Cosines and sines of angles [B, T, h / 2], float32 [B, T, 1, h] each.
+
+    Both halves of the last axis are equal (rotate-half form).
+    """
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
     return jnp.cos(angles), jnp.sin(angles)
 

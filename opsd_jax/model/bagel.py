@@ -18,24 +18,29 @@ from opsd_jax import context as context_lib
 from opsd_jax import divergence, images
 from opsd_jax.array_types import AnyArray
 from opsd_jax.context import Context
-from opsd_jax.model import attention, mot, siglip, vae
+from opsd_jax.model import attention, mot, qwen_vision, siglip, vae
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.model.latent import LatentPath
 from opsd_jax.model.masks import Mask
 from opsd_jax.model.mot import Cache
+
+_NOWHERE = 2**30  # a position past the end of every sequence
 
 
 class Embedded(NamedTuple):
     """T embedded positions, as `forward` reads them.
 
     x: [B, T, D]. positions: int32 [B, T], rope positions; [B, 1] if all are equal.
+      [B, T, 3] where they have three dimensions.
     mask: which keys each query attends to. Without a cache the keys are those of the same
       positions. With a cache they are its columns.
+    deep: features of images that are added after the first layers; None for none.
     """
 
     x: AnyArray
     positions: AnyArray
     mask: Mask
+    deep: mot.Deep | None = None
 
 
 def _decoder(config, latents=0):
@@ -43,12 +48,15 @@ def _decoder(config, latents=0):
 
 
 def _vit(config):
-    return siglip.Encoder(
+    tower = qwen_vision if config.has_grids else siglip
+    return tower.Encoder(
         config.vit, config.unroll, config.attention, config.remat, config.query_block
     )
 
 
 def _connector(config):
+    if config.has_grids:
+        return qwen_vision.Connector(config.vit, config.llm.hidden_size)
     return siglip.Connector(config.llm.hidden_size, config.vit.side)
 
 
@@ -85,7 +93,14 @@ def init(key: PRNGKeyArray, *, config: ModelConfig) -> dict:
             mask,
         ),
     }
-    if c.vit:
+    if c.has_grids:
+        count = c.vit.merge**2  # the patches of one merge block
+        image = jnp.zeros((1, count), jnp.int32)
+        patches = jnp.zeros((1, count, c.vit.patch_dim))
+        cells = jnp.zeros((1, count, 4), jnp.int32)
+        encoded, variables["vit"] = _vit(c).init_with_output(keys[1], patches, cells, image)
+        variables["connector"] = _connector(c).init(keys[2], *encoded)
+    elif c.vit:
         patches, features = (jnp.zeros((1, 1, n)) for n in (c.vit.patch_dim, c.vit.hidden_size))
         variables["vit"] = _vit(c).init(keys[1], patches, ids, ids)
         variables["connector"] = _connector(c).init(keys[2], features, ids)
@@ -107,16 +122,24 @@ def init(key: PRNGKeyArray, *, config: ModelConfig) -> dict:
 
 
 @jax.named_scope("vision")
-def encode_images(params: dict, context: Context, *, config: ModelConfig) -> Float[Array, "B P D"]:
-    """Embeddings of the context's patches for the decoder: [B, P, D].
+def encode_images(params: dict, context: Context, *, config: ModelConfig) -> Float[Array, "B _ D"]:
+    """Embeddings of the context's images for the decoder: [B, P, D].
 
-    Vision tower and connector, which adds the 2-D positions.
+    Vision tower and connector, which adds the 2-D positions or merges patches: [B, P / merge^2, D].
     """
+    return _encode(params, context, config)[0]
+
+
+def _encode(params, context, config):
+    """(`encode_images`, features that are added after the decoder's first layers or None)."""
+    vit, connector = {"params": params["vit"]}, {"params": params["connector"]}
+    if config.has_grids:
+        patches = qwen_vision.normalize(context.patches, config.vit).astype(config.dtype)
+        encoded = _vit(config).apply(vit, patches, context.patch_cells, context.patch_image)
+        return _connector(config).apply(connector, *encoded)
     patches = images.normalize(context.patches).astype(config.dtype)
-    x = _vit(config).apply(
-        {"params": params["vit"]}, patches, context.patch_table_ids, context.patch_image
-    )
-    return _connector(config).apply({"params": params["connector"]}, x, context.patch_table_ids)
+    x = _vit(config).apply(vit, patches, context.patch_table_ids, context.patch_image)
+    return _connector(config).apply(connector, x, context.patch_table_ids), None
 
 
 def embed_tokens(
@@ -138,7 +161,8 @@ def embed(
 
     These are token embeddings, with the encoded patches at the patches' positions and the latent
     tokens at the end. Patches are scattered, not gathered, so that the backward pass is a plain
-    gather. The position of a padding patch is T, which drops it.
+    gather. The position of a padding patch is T, which drops it. Features that belong after the
+    decoder's first layers are left out: `embed_deep` has them.
 
     Args:
       context: Context of T positions, P patches and G latent tokens.
@@ -147,7 +171,23 @@ def embed(
     Raises:
       ValueError: the context has images, and the model has no vision tower.
     """
-    x = embed_tokens(params, context.tokens, config=config)
+    return embed_deep(params, context, config=config, latents=latents, times=times)[0]
+
+
+def embed_deep(
+    params: dict,
+    context: Context,
+    *,
+    config: ModelConfig,
+    latents: Float[AnyArray, "B G C"] | None = None,
+    times: Float[AnyArray, "B G"] | None = None,
+) -> tuple[Float[Array, "B _ D"], mot.Deep | None]:
+    """(`embed`, features of images that are added after the decoder's first layers).
+
+    The features are None for a model or a context without any. Their padding has no position in a
+    longer sequence, either.
+    """
+    x, deep = embed_tokens(params, context.tokens, config=config), None
     if context.patches.shape[1]:
         if config.vit is None:
             raise ValueError(
@@ -155,15 +195,21 @@ def embed(
                 "the model has no vision tower and reads text alone: leave the images out, or use "
                 "a model with model.vit.on"
             )
-        encoded = encode_images(params, context, config=config)
+        with jax.named_scope("vision"):
+            encoded, features = _encode(params, context, config)
         sequence = jnp.arange(x.shape[0])[:, None]
-        x = x.at[sequence, context.patch_positions].set(encoded, mode="drop")
+        positions = context.patch_positions
+        if config.vit.merge > 1:
+            positions = positions[:, :: config.vit.merge**2]
+        x = x.at[sequence, positions].set(encoded, mode="drop")
+        if features is not None:
+            deep = mot.Deep(features, jnp.where(positions < x.shape[1], positions, _NOWHERE))
     if context.latents is None:
-        return x
+        return x, deep
     latents = context.latents.tokens if latents is None else latents
     times = jnp.zeros((1, 1)) if times is None else times
     more = embed_latents(params, latents, times, context.latents.table_ids, config=config)
-    return jnp.concatenate([x, more], axis=1)
+    return jnp.concatenate([x, more], axis=1), deep
 
 
 def embed_with_completion(
@@ -173,14 +219,15 @@ def embed_with_completion(
 
     context: Context of T positions. tokens: int32 [B, N], the completion.
     """
-    parts = [embed(params, context, config=config), embed_tokens(params, tokens, config=config)]
+    first, deep = embed_deep(params, context, config=config)
+    parts = [first, embed_tokens(params, tokens, config=config)]
     vectors = zip(
         (context.rope_positions, context.limit, context.segment),
         context_lib.following(context, tokens.shape[1]),
     )
     x = jnp.concatenate(parts, axis=1)
     positions, limit, segment = (jnp.concatenate(pair, axis=1) for pair in vectors)
-    return Embedded(x, positions, Mask(limit, segment, segment))
+    return Embedded(x, positions, Mask(limit, segment, segment), deep)
 
 
 @jax.named_scope("latent")
@@ -274,11 +321,11 @@ def read(
     Returns:
       (hidden [B, T + G, D], cache).
     """
-    x = embed(params, context, config=config, latents=latents, times=times)
+    x, deep = embed_deep(params, context, config=config, latents=latents, times=times)
     segment, found = context.segment, context.latents
     mask = Mask(context.limit, segment, segment if key_segment is None else key_segment)
     if found is None:
-        inputs = Embedded(x, context.rope_positions, mask)
+        inputs = Embedded(x, context.rope_positions, mask, deep)
         return forward(params, inputs, config=config, cache=cache)
     mask = mask._replace(key_order=extend_order(found.order, mask.key_segment.shape[1]))
     if cache is None:

@@ -10,6 +10,7 @@ from opsd_jax.inputs import checks
 from opsd_jax.params import LORA_TARGETS
 
 ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
+TOWERS = ("siglip", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,10 @@ class LLMConfig:
     rope_llama3: the frequencies of rotary positions are scaled as in Llama 3 by (factor,
       low_freq_factor, high_freq_factor, original_max_position_embeddings), see
       `attention.rope_frequencies`; () for no scaling.
+    mrope: number of frequencies of rotary positions that turn with time, with the row and with the
+      column of a position, for positions of three dimensions; () for positions of one.
+    mrope_interleaved: whether the three kinds of frequencies alternate (Qwen3-VL), or follow one
+      another (Qwen2.5-VL); see `attention.rope_axes`.
     """
 
     vocab_size: Annotated[int, "[1, inf)"]
@@ -41,6 +46,8 @@ class LLMConfig:
     qk_norm: bool = True
     tied_head: bool = False
     rope_llama3: Annotated[tuple[float, ...], "(0, inf)"] = ()
+    mrope: Annotated[tuple[int, ...], "[0, inf)"] = ()
+    mrope_interleaved: bool = False
 
     def __post_init__(self):
         checks.fields(self, "model.llm")
@@ -69,14 +76,28 @@ class LLMConfig:
                 "high_freq_factor, original_max_position_embeddings), the second below the third, "
                 "or () for no scaling"
             )
+        if self.mrope and (len(self.mrope) != 3 or sum(self.mrope) != self.head_dim // 2):
+            raise ValueError(
+                f"model.llm.mrope is {self.mrope}: give three numbers (time, row, column) with the "
+                f"sum head_dim / 2 = {self.head_dim // 2}, or () for positions of one dimension"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """SigLIP NaViT encoder.
+    """The vision tower: SigLIP NaViT of BAGEL, or the tower of Qwen2.5-VL or Qwen3-VL.
 
-    num_layers: number of layers that run (the release configures 27 and keeps 26).
-    side: patches along a side of the position tables; patch id = row * side + column.
+    kind: which of the three. The fields after layer_norm_eps are for the other two alone.
+    num_layers: number of layers that run (BAGEL's release configures 27 and keeps 26).
+    side: patches along a side of the position tables; patch id = row * side + column. Qwen3-VL
+      resamples its table to the size of each image. Qwen2.5-VL has none: 0.
+    layer_norm_eps: of the layer norms; of the RMS norms in Qwen2.5-VL.
+    merge: patches along a side of a merge block, whose patches become one token.
+    temporal_patch: frames of a patch. A still image is repeated.
+    window: pixels along a side of a window of attention; 0 for none.
+    full_layers: the layers that attend to the whole image where there are windows.
+    deepstack: the layers whose outputs the decoder adds after its own first layers.
+    mean, std: of the pixel values of each channel, in [0, 1], by which they are normalised.
     """
 
     hidden_size: Annotated[int, "[1, inf)"]
@@ -84,8 +105,16 @@ class ViTConfig:
     num_heads: Annotated[int, "[1, inf)"]
     intermediate_size: Annotated[int, "[1, inf)"]
     patch_size: Annotated[int, "[1, inf)"] = 14
-    side: Annotated[int, "[1, inf)"] = 70
+    side: Annotated[int, "[0, inf)"] = 70
     layer_norm_eps: Annotated[float, "(0, 1]"] = 1e-6
+    kind: Annotated[str, TOWERS] = "siglip"
+    merge: Annotated[int, "[1, inf)"] = 1
+    temporal_patch: Annotated[int, "[1, inf)"] = 1
+    window: Annotated[int, "[0, inf)"] = 0
+    full_layers: Annotated[tuple[int, ...], "[0, inf)"] = ()
+    deepstack: Annotated[tuple[int, ...], "[0, inf)"] = ()
+    mean: Annotated[tuple[float, ...], "[0, 1]"] = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[float, ...], "(0, 1]"] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
         checks.fields(self, "model.vit")
@@ -94,10 +123,49 @@ class ViTConfig:
                 f"model.vit.hidden_size {self.hidden_size} is not divisible by its num_heads "
                 f"{self.num_heads}: change one of them"
             )
+        if fault := self._fault():
+            raise ValueError(f"model.vit.kind is {self.kind!r}, {fault}")
+
+    def _fault(self):
+        """What does not suit the kind of tower; None if all does."""
+        if self.kind == "siglip":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            if given := [name for name in _OF_QWEN if getattr(self, name) != defaults[name]]:
+                return f"which has no {', '.join(given)}: leave the default, or set another kind"
+        elif self.hidden_size // self.num_heads % 4:
+            return (
+                f"whose heads of {self.hidden_size // self.num_heads} are not divisible by 4, "
+                "which rotary positions of two dimensions need: change hidden_size or num_heads"
+            )
+        elif len(self.mean) != 3 or len(self.std) != 3:
+            return "whose mean and std are of three channels: give three numbers for each"
+        if self.kind != "qwen2_5_vl" and self.side < 1:
+            return "which has a table of positions: set side to its patches along a side"
+        if self.window % (self.patch_size * self.merge):
+            return (
+                f"but window {self.window} is not a multiple of patch_size * merge = "
+                f"{self.patch_size * self.merge} pixels: change one of them"
+            )
+        if any(layer >= self.num_layers for layer in (*self.full_layers, *self.deepstack)):
+            return (
+                f"but full_layers {self.full_layers} or deepstack {self.deepstack} name a layer "
+                f"past the last of {self.num_layers}: count layers from 0"
+            )
+        return None
 
     @property
     def patch_dim(self) -> int:
+        """Number of values of a patch of one frame."""
         return self.patch_size * self.patch_size * 3
+
+    @property
+    def stride(self) -> int:
+        """Pixels along a side of a token. Sides of an image are multiples of it."""
+        return self.patch_size * self.merge
+
+
+# The fields of ViTConfig that SigLIP does not have.
+_OF_QWEN = ("merge", "temporal_patch", "window", "full_layers", "deepstack", "mean", "std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +306,23 @@ class ModelConfig:
                 "model.llm.output_bias and mlp_bias are not implemented for a model with a "
                 "generation expert: set them to False, or model.generation.on=False"
             )
-        if self.vit is not None and self.llm.hidden_size % 4:
+        if self.has_grids != bool(self.llm.mrope):
+            raise ValueError(
+                "rotary positions of three dimensions (model.llm.mrope) belong to the towers of "
+                f"Qwen2.5-VL and Qwen3-VL (model.vit.kind), but mrope is {self.llm.mrope} and "
+                f"{self.vit.kind if self.vit else 'there is no tower'}: set both or neither"
+            )
+        if self.has_grids and self.generation is not None:
+            raise ValueError(
+                f"model.vit.kind is {self.vit.kind!r}, whose family generates no images: set "
+                "model.generation.on=False"
+            )
+        if self.has_grids and len(self.vit.deepstack) > self.llm.num_layers:
+            raise ValueError(
+                f"model.vit.deepstack names {len(self.vit.deepstack)} layers, but the decoder has "
+                f"{self.llm.num_layers}, one of which reads each: name fewer"
+            )
+        if self.vit is not None and not self.has_grids and self.llm.hidden_size % 4:
             raise ValueError(
                 f"model.llm.hidden_size {self.llm.hidden_size} is not divisible by 4: make it a "
                 "multiple of 4, since the table of 2-D positions needs it"
@@ -250,6 +334,16 @@ class ModelConfig:
         return self.vit.patch_dim if self.vit else 1
 
     @property
+    def has_grids(self) -> bool:
+        """Whether positions follow from the grids of images: the towers of Qwen, not SigLIP."""
+        return self.vit is not None and self.vit.kind != "siglip"
+
+    @property
     def patches_per_side(self) -> int:
-        """Patches along a side of the position table; 1 for a model that reads text alone."""
-        return self.vit.side if self.vit else 1
+        """`side` of `context.pack`: patches along a side of the tower's position table.
+
+        1 for a model that reads text alone. 0 where positions follow from the grids of images.
+        """
+        if self.vit is None:
+            return 1
+        return 0 if self.has_grids else self.vit.side

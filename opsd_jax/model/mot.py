@@ -8,7 +8,7 @@ norms they have.
 Letters: as in `attention`; L layers, D embedding.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -125,6 +125,35 @@ class Expert(nn.Module):
             return x + self._dense("down", gated)
 
 
+class Deep(NamedTuple):
+    """Features of images that are added to hidden states after the first layers (DeepStack).
+
+    features: [N, B, M, D], those of M tokens of images for each of the first N layers.
+    positions: int32 [B, M], position of each token; T at padding.
+    """
+
+    features: AnyArray
+    positions: AnyArray
+
+
+def _add_features(
+    x: Float[Array, "B T D"], deep: Deep, layer: Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """x [B, T, D] with the features that belong after a layer, if any do.
+
+    The features of all layers are an input of the scan as a whole. Padded with zeros to one input
+    for each layer, they would take num_layers / N times the memory.
+    """
+    count = deep.features.shape[0]
+
+    def add(x):
+        own = jax.lax.dynamic_index_in_dim(deep.features, layer, keepdims=False)
+        sequence = jnp.arange(x.shape[0])[:, None]
+        return x.at[sequence, deep.positions].add(own.astype(x.dtype), mode="drop")
+
+    return jax.lax.cond(layer < count, add, lambda x: x, x)
+
+
 class Block(nn.Module):
     """One decoder layer.
 
@@ -151,7 +180,7 @@ class Block(nn.Module):
         other = getattr(self.gen, method)(*(x[:, cut:] for x in args))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), mine, other)
 
-    def __call__(self, carry, rope, mask, offset, record=None):
+    def __call__(self, carry, rope, mask, offset, record=None, deep=None):
         x, cache, layer = carry
         x = sharding.constrain_batch(x)
         q, k, v = self._route("qkv", x)
@@ -175,6 +204,8 @@ class Block(nn.Module):
                 q, k, v, mask, self.config.query_block, self.config.attention
             )
         x = self._route("output", x, attended)
+        if deep is not None:
+            x = _add_features(x, deep, layer)
         shares = None
         if record is not None:
             seen, groups = record
@@ -187,9 +218,11 @@ class Decoder(nn.Module):
 
     `__call__` maps embeddings x [B, T, D] to normalised hidden states [B, T, D]. With a cache the
     new keys are written at columns offset .. offset + T - 1 of its S columns, and queries attend to
-    all columns that the mask allows. positions: rope positions [B, T], or [B, 1] if all are equal.
+    all columns that the mask allows. positions: rope positions [B, T], or [B, 1] if all are equal;
+    [B, T, 3] where they have three dimensions.
     The last `latents` of the T positions are latent tokens. Returns (hidden, cache).
 
+    deep: `Deep`; None where nothing is added to the hidden states.
     groups: `attention.Groups`. Their shares of attention in each layer, float32 [L, B, M, N], are
       then a third result; None for no record.
 
@@ -204,8 +237,9 @@ class Decoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[AnyArray, "B _"],
+        positions: Int[AnyArray, "B _"] | Int[AnyArray, "B _ 3"],
         mask: masks.Mask,
+        deep: Deep | None = None,
         cache: Cache | None = None,
         offset: Int[Array, ""] | int = 0,
         groups: attention.Groups | None = None,
@@ -222,7 +256,12 @@ class Decoder(nn.Module):
                 "model.generation"
             )
         rope = attention.rope_tables(
-            positions, c.head_dim, c.rope_theta, self.config.rope_bfloat16, c.rope_llama3
+            positions,
+            c.head_dim,
+            c.rope_theta,
+            self.config.rope_bfloat16,
+            c.rope_llama3,
+            attention.rope_axes(c.mrope, c.mrope_interleaved),
         )
         record = None if groups is None else (mask, groups)
         laid: Any = masks.lay_out(mask, x.shape[1], self.config.attention)
@@ -237,10 +276,10 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_layers,
-            in_axes=(nn.broadcast,) * 4,
+            in_axes=(nn.broadcast,) * 5,
             unroll=self.config.unroll,
         )(self.config, self.latents, name="layers")
-        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, laid, offset, record)
+        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, laid, offset, record, deep)
         cut = x.shape[1] - self.latents
         norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         hidden = rms_norm(x[:, :cut], norm, c.rms_norm_eps)

@@ -151,7 +151,7 @@ def _sample(batch: _Batch) -> Program:
     traced = rollout.sample.trace(
         batch.params, contexts, batch.whole(dtype=key.dtype), config=sampling
     )
-    positions = contexts.rope_positions.shape[1] + sampling.max_new_tokens
+    positions = contexts.limit.shape[1] + sampling.max_new_tokens
     columns = bagel.cache_columns(positions, config=model.config)
     cache = jax.eval_shape(lambda: bagel.init_cache(batch.size, columns, config=model.config))
     return batch.program(
@@ -184,7 +184,7 @@ def _prefill(batch: _Batch) -> tuple[Program, flow.Conditioning, flow.Cache]:
         batch.whole(batch.size, tokens, dtype=jnp.bool_),
     )
     traced = flow.prefill.trace(batch.params, contexts, positions, config=model.config)
-    (count, size), keys = contexts.rope_positions.shape, 2 + tokens
+    (count, size), keys = contexts.limit.shape, 2 + tokens
     conditioning = flow.Conditioning(
         batch.array(size + keys, dtype=jnp.int32, count=count),
         batch.array(dtype=jnp.int32, count=count),

@@ -159,9 +159,10 @@ class _Step:
     def context(self, positions: int, patches: int, dtype=jnp.uint8) -> context.Context:
         """A packed batch of so many positions and patches per sequence."""
         sequence, patch = self.array(positions), self.array(patches)
+        grids = self.model.has_grids
         return context.Context(
             tokens=sequence,
-            rope_positions=sequence,
+            rope_positions=self.array(positions, 3) if grids else sequence,
             limit=sequence,
             segment=sequence,
             patches=self.array(patches, self.model.patch_dim, dtype=dtype),
@@ -170,6 +171,7 @@ class _Step:
             patch_positions=patch,
             length=self.array(),
             next_rope_position=self.array(),
+            patch_cells=self.array(patches, 4) if grids else None,
         )
 
 

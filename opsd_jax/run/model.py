@@ -174,8 +174,10 @@ def _of_release(
 def asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:
     """Fields of a Reasoner that a named protocol decides."""
     asked, vit = interleave.PROTOCOLS[protocol], config.vit
-    rule = asked.vit
-    if vit:
+    rule: images.Rule = asked.vit
+    if vit and config.has_grids:
+        rule = images.SmartResize(vit.stride)
+    elif vit:
         rule = images.in_proportion(asked.vit, vit.patch_size, vit.side * vit.patch_size, _LARGEST)
     return {"protocol": asked, "vit": rule, "vae": _vae_rule(config)}
 

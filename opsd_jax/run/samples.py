@@ -73,7 +73,7 @@ def write_first_batch(run: Session, step: FinishedStep) -> None:
                 safe = re.sub(r"\W", "-", name)
                 shown |= {f"{safe}-{m}": image for m, image in enumerate(part)}
         for name, image in shown.items():
-            pixels = images.unpatchify(image.patches, image.grid, patch)
+            pixels = images.unpatchify(image.patches, image.grid, patch, image.merge)
             run.writer.image(step.number, f"{step.stage.name}-row{n}-{name}", pixels)
         source = example.example
         lines.append(f"== {source.pid}: {source.question} -> {source.answer}")
@@ -96,7 +96,7 @@ def write_rollouts(run: Session, step: FinishedStep) -> None:
     (trajectory,), patch = step.inputs.sampled, run.config.model.vit.patch_size
     for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
         for m, problem in enumerate(example.problems):
-            pixels = images.unpatchify(problem.patches, problem.grid, patch)
+            pixels = images.unpatchify(problem.patches, problem.grid, patch, problem.merge)
             run.writer.image(step.number, f"rollout{n}-{_problem_name(m)}", pixels)
     profile = jax.device_get(step.metrics["jsd_by_position"])
     lines = [f"{n:5d}  {x:.6f}" for n, x in enumerate(profile)]

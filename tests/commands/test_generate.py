@@ -68,7 +68,7 @@ WHEN_ASKED = interleave.ImageGeneration()
 
 def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     (answer,) = run(model, [([picture(0, 12, 16)], "what?")])
-    image = interleave._patch_block(images.resize(picture(0, 12, 16), model.vit), 4)
+    image = context.image_block(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
         context.Text(tiny.TOKENIZER.encode("sys")),
         image,

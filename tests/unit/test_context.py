@@ -353,7 +353,7 @@ def test_unused_latents_change_nothing_else(rng):
     )
     assert with_room.padded_length == 35 and without.padded_length == 30
     for field in dataclasses.fields(context.Context):
-        if field.name != "latents":
+        if field.name not in ("latents", "patch_cells"):  # which this model has not
             ours, its = (getattr(packed, field.name) for packed in (with_room, without))
             np.testing.assert_array_equal(
                 ours[:, :30] if ours.ndim > 1 else ours, its, err_msg=field.name

@@ -46,20 +46,24 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter():
     assert own.keys() - leaves.keys() == {
         f"llm/layers/und/{name}_bias" for name in ("o", "gate", "up", "down")
     }
-    leaves |= own
+    of_qwen = {}
+    for model in tiny.QWEN.values():
+        of_qwen |= params_lib.flatten(abstract(model))
+    leaves |= own | {path: leaf for path, leaf in of_qwen.items() if path not in leaves}
     assert leaves.keys() - in_vae == params_lib.TABLE.keys() and len(in_vae) > 80
     for path, leaf in leaves.items():
         row = params_lib.fact(path)
         assert row.path == path and len(row.axes) == leaf.ndim and row.group in params_lib.GROUPS
-        assert row.stacked == ("/layers/" in path) == (row.axes[0] == "layers")
+        of_layers = "/layers/" in path or "/deepstack/" in path
+        assert row.stacked == of_layers == (row.axes[0] == "layers")
         assert (row.group == "vae") == (path in in_vae)
-        assert leaf.shape[0] == 2 or not row.stacked
+        assert leaf.shape[0] in (2, 3) or not row.stacked
     without = params_lib.flatten(abstract(tiny.MODEL))
     assert without.keys() == {
         path
         for path, row in params_lib.TABLE.items()
         if row.group not in ("gen", "latent", "vae") and not path.startswith("latent/")
-    } - (own.keys() - params_lib.flatten(abstract(BOTH)).keys())
+    } - ((own.keys() | of_qwen.keys()) - params_lib.flatten(abstract(BOTH)).keys())
     assert params_lib.fact("latent/position_table").group == "fixed"
     for wrong in (
         "llm/bias",
