@@ -682,7 +682,7 @@ def rollout(config: ConfigDict, tokenizer, marker: Marker | None, **changes) -> 
     values = {k: v for k, v in config.rollout.items() if k not in others}
     text = dataclasses.replace(model(config), generation=None)
     # BAGEL ends its answers with eos alone, whatever else its folder names.
-    ends = () if text.vit else tokenizer.further_ends
+    ends = () if text.is_bagel else tokenizer.further_ends
     return RolloutConfig(
         model=text,
         bos=tokenizer.bos,

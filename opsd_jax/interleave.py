@@ -186,7 +186,8 @@ def resize_for_model(
     UInt8[np.ndarray, "vit_height vit_width 3"], UInt8[np.ndarray, "vae_height vae_width 3"]
 ]:
     """Pixels of a Pillow RGB image for the ViT and for the autoencoder."""
-    if reasoner.protocol.two_stages and not reasoner.config.has_grids:  # also without generation
+    # also where no image is generated
+    if reasoner.protocol.two_stages and isinstance(reasoner.vit, images.Resize):
         vae_pixels, vit_pixels = images.two_stage(image, reasoner.vae, reasoner.vit)
         return vit_pixels, vae_pixels
     return images.resize(image, reasoner.vit), images.resize(image, reasoner.vae)
@@ -310,7 +311,7 @@ def rollout_config(reasoner: Reasoner, *, generation: bool = False) -> RolloutCo
         model=config,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
-        further_ends=() if config.vit else tokenizer.further_ends,
+        further_ends=() if config.is_bagel else tokenizer.further_ends,
         marker=rollout.Marker.build(tokenizer.token_bytes, config.llm.vocab_size),
         max_new_tokens=protocol.max_new_tokens,
         greedy=protocol.greedy,

@@ -1,4 +1,4 @@
-"""Replays of golden data of transformers' models: Qwen2, Qwen3 and Llama decoders.
+"""Replays of golden data of transformers' models: Qwen2, Qwen3, Llama, Qwen2.5-VL and Qwen3-VL.
 
 `--hf_goldens=DIR` takes any sizes and seeds: a case is a folder FAMILY/CASE with the model's folder
 as transformers writes it and the inputs and results, see the goldens' README. Tolerances are those
@@ -7,8 +7,10 @@ of tolerances.json.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +19,24 @@ import pytest
 
 import parity.inputs
 from opsd_jax import context as context_lib
-from opsd_jax import distill, divergence, rollout, tokenizer
+from opsd_jax import distill, divergence, images, rollout, tokenizer
 from opsd_jax import params as params_lib
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.inputs import json_files
-from opsd_jax.model import attention, bagel, masks
+from opsd_jax.model import attention, bagel, masks, mot, qwen_vision
 from opsd_jax.release import (
-    decoder_configs,
     export,
     families,
+    folders,
     importing,
     load,
+    qwen_vl_configs,
     safetensors_io,
 )
 
 # What a folder of goldens has beside families; each has its own tests.
 OTHERS = ("preprocess", "tokenizer", "real_smollm2")
-# Families that have goldens, and no implementation yet.
-NOT_YET = ("qwen2_5_vl", "qwen3_vl")
+KNOWN = (*families.DECODERS, *qwen_vl_configs.ARCHITECTURES)
 BETAS = {"jsd": 0.5, "fkl": 0.0, "rkl": 1.0}
 
 
@@ -43,7 +45,7 @@ def cases(root: pathlib.Path, *, known: bool) -> list[str]:
     return sorted(
         f"{path.parent.parent.name}/{path.parent.name}"
         for path in root.glob("*/*/model")
-        if (path.parent.parent.name in families.DECODERS) == known
+        if (path.parent.parent.name in KNOWN) == known
     )
 
 
@@ -53,6 +55,11 @@ def pytest_generate_tests(metafunc):
         if argument in metafunc.fixturenames:
             names = cases(root, known=known)
             metafunc.parametrize(argument, names or [None], ids=names or ["none"], scope="module")
+    if "preprocessed" in metafunc.fixturenames:
+        path = root / "preprocess" / "preprocess.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        names = [*found.get("results", {})]
+        metafunc.parametrize("preprocessed", names or [None], ids=names or ["none"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,65 @@ class Case:
         while name.format(count) in self.tensors:
             count += 1
         return range(count)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The delimiters of images; the others are not in these contexts."""
+        ids = json_files.read(f"{self.folder}/config.json")
+        return types.SimpleNamespace(
+            bos=-1,
+            eos=-1,
+            image_start=ids.get("vision_start_token_id"),
+            image_end=ids.get("vision_end_token_id"),
+        )
+
+    @functools.cached_property
+    def images(self):
+        """{name: block} of the images, from their files."""
+        rule = folders.size_rule(self.folder, self.config)
+        vit = self.config.vit
+        return {
+            name: context_lib.image_block(
+                images.resize(
+                    images.open_rgb(pathlib.Path(self.folder).parent / facts["png"]), rule
+                ),
+                vit.patch_size,
+                vit.merge,
+            )
+            for name, facts in self.settings.get("images", {}).items()
+        }
+
+    def blocks(self, ids, shown=()):
+        """Blocks of a row: texts without delimiters, and images in their places in the ids."""
+        blocks, at = [], 0
+        for name in shown:
+            image = self.images[name]
+            start = at + ids[at:].tolist().index(self.tokenizer.image_start)
+            blocks += [context_lib.Text(ids[at:start], delimited=False), image]
+            at = start + image.length
+            assert ids[at - 1] == self.tokenizer.image_end
+        return [*blocks, context_lib.Text(ids[at:], delimited=False)]
+
+    def shown(self, r):
+        """Names of the images in a prompt."""
+        return self.settings["prompts"][r]["images"] if self.images else []
+
+    def context(self, rows):
+        """Context of the blocks of each row, padded at the end."""
+        needs = [context_lib.need(blocks) for blocks in rows]
+        return context_lib.pack(
+            rows,
+            context_lib.Sizes(*(max(sizes) for sizes in zip(*needs))),
+            tokenizer=self.tokenizer,
+            side=self.config.patches_per_side,
+            patch_dim=self.config.patch_dim,
+        )
+
+    def prompts(self, end=None):
+        """Context of all rows, up to a token."""
+        return self.context(
+            [self.blocks(self.tensors[f"row{r}.ids"][:end], self.shown(r)) for r in self.rows()]
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,7 +194,9 @@ def forward(params, ids, positions, segment, *, config):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_hf_forward(case, side):
-    """Hidden states and logits of each row, in a padded batch."""
+    """Hidden states and logits of each row, in a padded batch of texts."""
+    if case.images:
+        pytest.skip("rows have images: test_hf_forward_of_contexts")
     ids, positions, real = (
         case.tensors[f"{side}.{name}"] for name in ("input_ids", "position_ids", "attention_mask")
     )
@@ -141,23 +209,183 @@ def test_hf_forward(case, side):
         case.near(logits[r][real[r]], case.tensors[f"row{r}.logits"], "logits", f"row{r}")
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def read(params, context, *, config):
+    """(hidden, logits) of packed contexts."""
+    hidden = bagel.read(params, context, config=config)[0]
+    return hidden, bagel.logits(params, hidden)
+
+
+def test_hf_forward_of_contexts(case):
+    """Positions, hidden states and logits of each row, with its images, from packed contexts."""
+    context = case.prompts()
+    hidden, logits = map(np.asarray, read(case.params, context, config=case.config))
+    for r in case.rows():
+        ids = case.tensors[f"row{r}.ids"]
+        used = slice(len(ids))
+        if case.images:
+            positions = case.tensors[f"row{r}.position_ids"]
+            np.testing.assert_array_equal(context.rope_positions[r, used].T, positions)
+            delta = case.settings["prompts"][r]["rope_delta"]
+            assert context.next_rope_position[r] == len(ids) + delta
+        case.near(hidden[r, used], case.tensors[f"row{r}.hidden"], "hidden", f"row{r}")
+        case.near(logits[r, used], case.tensors[f"row{r}.logits"], "logits", f"row{r}")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embedded(params, context, *, config):
+    x, deep = bagel.embed_deep(params, context, config=config)
+    mask = masks.Mask(context.limit, context.segment, context.segment)
+    return bagel.Embedded(x, context.rope_positions, mask, deep)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode(params, inputs, *, config):
+    return bagel.forward(params, inputs, config=config)[0]
+
+
+def first_layers(case, count):
+    """(config, params) of a decoder with the first layers alone."""
+    config = case.config
+    if config.vit and config.vit.deepstack:  # at most one for each layer
+        vit = dataclasses.replace(config.vit, deepstack=config.vit.deepstack[:count])
+        config = dataclasses.replace(config, vit=vit)
+    return parity.inputs.first_layers(config, case.params, "llm", count)
+
+
 def test_hf_layers(case):
     """The residual stream after each layer, compared after the final norm."""
     wanted = case.tensors["row0.layer_out"]
     assert len(wanted) == case.config.llm.num_layers
-    ids = case.tensors["row0.ids"][None]
-    positions, segment = np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids)
+    context = case.context([case.blocks(case.tensors["row0.ids"], case.shown(0))])
+    inputs = embedded(case.params, context, config=case.config)
     for n, residual in enumerate(wanted):
-        config, params = parity.inputs.first_layers(case.config, case.params, "llm", n + 1)
-        hidden, _ = forward(params, ids, positions, segment, config=config)
+        config, params = first_layers(case, n + 1)
+        hidden = decode(params, inputs, config=config)
+        if inputs.deep is not None and n < len(inputs.deep.features):
+            # the golden residual is that before the features of the images are added
+            added = mot.Deep(inputs.deep.features[n:], inputs.deep.positions)
+            residual = np.asarray(
+                mot._add_features(jnp.asarray(residual[None]), added, jnp.int32(0))
+            )[0]
         normed = parity.inputs.normed(residual, case.config, case.params)
         case.near(hidden[0], normed, "layer_out", f"layer {n}")
 
 
 def test_hf_rope_frequencies(case):
+    if "rope_inv_freq" not in case.tensors:
+        assert case.images  # of these families the positions of all rows are stored instead
+        return
     llm = case.config.llm
     found = attention.rope_frequencies(llm.head_dim, llm.rope_theta, llm.rope_llama3)
     np.testing.assert_allclose(found, case.tensors["rope_inv_freq"], rtol=5e-6)
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def encode(params, context, *, config):
+    """What the tower and the mergers make of the images of one row, step by step."""
+    vit, tower = config.vit, params["vit"]
+    patches = qwen_vision.normalize(context.patches, vit)
+    kernel = jnp.sum(tower["patch_convolution"], axis=0).reshape(-1, vit.hidden_size)
+    steps = {"vit_patch_embed": patches @ kernel + tower.get("patch_bias", 0)}
+    if vit.kind == "qwen3_vl":
+        steps["pos_embed"] = qwen_vision.resample(tower["position"], context.patch_cells)
+    last, taps = bagel._vit(config).apply(
+        {"params": tower}, patches, context.patch_cells, context.patch_image
+    )
+    steps["vit_last_hidden"] = last
+    steps["vit_out"], deep = bagel._connector(config).apply(
+        {"params": params["connector"]}, last, taps
+    )
+    for n in range(len(vit.deepstack)):
+        steps[f"deepstack{n}"] = deep[n]
+    return {name: values[0] for name, values in steps.items()}
+
+
+def test_hf_images(case):
+    """Pixel values, places, windows and features of all images, packed into one row."""
+    if not case.images:
+        pytest.skip("the family reads text alone")
+    vit, blocks = case.config.vit, [*case.images.values()]
+    context = case.context([blocks])
+    found = encode(case.params, context, config=case.config)
+    at = 0
+    for name, block in case.images.items():
+
+        def golden(what, name=name):
+            return case.tensors[f"img.{name}.{what}"]
+
+        assert [1, *block.grid] == golden("grid_thw").tolist()
+        own = slice(at, at + len(block.patches))
+        at = own.stop
+        np.testing.assert_array_equal(context.patch_cells[0, own, :2], golden("vit_pos_hw"))
+        if f"img.{name}.pixel_values" in case.tensors:  # the carried copy lacks them
+            values = images.pixel_values(block.patches, vit.mean, vit.std, vit.temporal_patch)
+            near = case.tolerances["pixel_values"]["after_the_same_uint8_resize"]
+            np.testing.assert_allclose(values, golden("pixel_values"), rtol=0, atol=near)
+        if vit.window:
+            numbers = qwen_vision.window_numbers(
+                context.patch_cells, context.patch_image, vit.window // vit.patch_size
+            )[0, own][:: vit.merge**2]
+            order = np.argsort(numbers, kind="stable")
+            np.testing.assert_array_equal(order, golden("window_index"))
+            ends = np.cumsum(np.unique(numbers, return_counts=True)[1]) * vit.merge**2
+            np.testing.assert_array_equal(ends, golden("cu_window_seqlens")[1:])
+        merged = slice(own.start // vit.merge**2, own.stop // vit.merge**2)
+        for what, values in found.items():
+            part = merged if what == "vit_out" or what.startswith("deepstack") else own
+            tolerance = "deepstack" if what.startswith("deepstack") else what
+            case.near(values[part], golden(what), tolerance, f"{name} {what}")
+
+
+def test_hf_preprocessing(preprocessed, pytestconfig):
+    """Bytes of the resized image, grid and pixel values, by their checksums."""
+    if preprocessed is None:
+        pytest.skip("the folder has no preprocessing")
+    folder = pathlib.Path(pytestconfig.getoption("--hf_goldens")) / "preprocess"
+    facts = json.loads((folder / "preprocess.json").read_text())
+    wanted, (image, family, limits) = facts["results"][preprocessed], preprocessed.split(".")
+    processor = facts["processors"][family]
+    patch, merge = processor["patch_size"], processor["merge_size"]
+    rule = images.SmartResize(patch * merge, *processor["limits"][limits])
+    opened = images.open_rgb(folder / "images" / f"{image}.png")
+    assert checksum(np.asarray(opened)) == facts["images"][image]["rgb_sha256"]
+    pixels = images.resize(opened, rule)
+    assert list(pixels.shape[:2]) == wanted["resized_hw"]
+    assert checksum(pixels) == wanted["resized_u8_hwc_sha256"]
+    block = context_lib.image_block(pixels, patch, merge)
+    assert [1, *block.grid] == wanted["grid_thw"]
+    assert block.length - 2 == wanted["n_image_tokens"]
+    values = images.pixel_values(
+        block.patches,
+        processor["image_mean"],
+        processor["image_std"],
+        processor["temporal_patch_size"],
+    )
+    assert list(values.shape) == wanted["pixel_values_shape"]
+    assert checksum(values) == wanted["pixel_values_f32_sha256"]
+
+
+def checksum(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def test_hf_smart_resize(pytestconfig):
+    path = pathlib.Path(pytestconfig.getoption("--hf_goldens")) / "preprocess" / "preprocess.json"
+    if not path.is_file():
+        pytest.skip("the folder has no preprocessing")
+    rows = json.loads(path.read_text())["smart_resize"]["rows"]
+    assert len(rows) > 20
+    for height, width, stride, smallest, largest, wanted in rows:
+        rule = images.SmartResize(stride, smallest, largest)
+        if wanted is None:
+            with pytest.raises(ValueError, match="more than 200 times"):
+                rule(width, height)
+        else:
+            assert rule(width, height) == (wanted[1], wanted[0]), (height, width, stride)
 
 
 # --- losses and gradients ------------------------------------------------------------------------
@@ -206,8 +434,8 @@ def check_gradient(case, loss, grads):
 
 @functools.partial(jax.jit, static_argnames="config")
 @functools.partial(jax.value_and_grad, has_aux=True)
-def cross_entropy(params, ids, positions, segment, labels, *, config):
-    hidden, _ = forward(params, ids, positions, segment, config=config)
+def cross_entropy(params, context, labels, *, config):
+    hidden = bagel.read(params, context, config=config)[0]
     counts = labels >= 0
     values, _ = divergence.chunked_cross_entropy(
         hidden, bagel.head(params), jnp.maximum(labels, 0), chunk=5
@@ -217,17 +445,14 @@ def cross_entropy(params, ids, positions, segment, labels, *, config):
 
 
 def test_hf_cross_entropy(case):
-    ids, positions, real = (
-        case.tensors[f"right.{name}"] for name in ("input_ids", "position_ids", "attention_mask")
-    )
-    labels = np.full_like(ids, -100)
+    context = case.prompts()
+    labels = np.full(context.tokens.shape, -100, np.int32)
     for r in case.rows():
-        labels[r][real[r]] = case.tensors[f"row{r}.labels"]
-    (loss, values), grads = cross_entropy(
-        case.params, ids, positions, real.astype(np.int32), labels, config=case.config
-    )
+        labels[r, : context.length[r]] = case.tensors[f"row{r}.labels"]
+    (loss, values), grads = cross_entropy(case.params, context, labels, config=case.config)
     for r in case.rows():
-        case.near(values[r][real[r]], case.tensors[f"row{r}.ce"], "ce_per_row", f"row{r}")
+        own = values[r, : context.length[r]]
+        case.near(own, case.tensors[f"row{r}.ce"], "ce_per_row", f"row{r}")
     assert (labels >= 0).sum() == case.settings["ce"]["n_labels"]
     case.near(loss, case.settings["ce"]["loss"], "losses", "loss")
     check_gradient(case, "ce", grads)
@@ -237,26 +462,6 @@ def padded(rows):
     """Rows of unlike lengths as an array, 0 at their ends."""
     longest = max(map(len, rows))
     return np.stack([np.pad(row, (0, longest - len(row))) for row in rows]).astype(np.int32)
-
-
-def context_of(rows):
-    """Context of the token ids of each row, one text without delimiters."""
-    tokens, lengths = padded(rows), np.array([*map(len, rows)], np.int32)
-    index = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    used = (index < lengths[:, None]).astype(np.int32)
-    none = np.zeros((len(tokens), 0), np.int32)
-    return context_lib.Context(
-        tokens=tokens,
-        rope_positions=index * used,
-        limit=(index + 1) * used,
-        segment=used,
-        patches=np.zeros((len(tokens), 0, 1), np.uint8),
-        patch_table_ids=none,
-        patch_image=none,
-        patch_positions=none,
-        length=lengths,
-        next_rope_position=lengths,
-    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -289,7 +494,16 @@ def side_of(case, role, rows):
     ids, index = (
         [case.tensors[f"distill.row{r}.{role}_{name}"] for r in rows] for name in ("ids", "index")
     )
-    context = context_of([own[: at[0]] for own, at in zip(ids, index)])
+    names = [row.get(f"{role}_images", ()) for row in case.settings["distill"]["rows"]]
+    context = case.context(
+        [case.blocks(own[: at[0]], shown) for own, at, shown in zip(ids, index, names)]
+    )
+    for r, at in zip(rows, index):
+        if case.images:
+            name = f"distill.row{r}.{role}_position_ids"
+            positions = context.rope_positions[r, : at[0]].T
+            np.testing.assert_array_equal(positions, case.tensors[name][:, : at[0]])
+            assert (case.tensors[name][:, at[0]] == context.next_rope_position[r]).all()
     tokens, labels = (padded([own[at + shift] for own, at in zip(ids, index)]) for shift in (0, 1))
     counts = np.array([len(at) for at in index])
     mask = np.arange(tokens.shape[1]) < counts[:, None]
@@ -346,16 +560,13 @@ def test_hf_greedy(case, ends):
         greedy=True,
         max_image_skips=0,
     )
-    prompts = [case.tensors[f"row{r}.ids"] for r in rows]
-    first = np.array([ids[-1] for ids in prompts])
-    found, logits = sample(
-        case.params, context_of([ids[:-1] for ids in prompts]), first, config=config
-    )
+    first = np.array([case.tensors[f"row{r}.ids"][-1] for r in rows])
+    found, logits = sample(case.params, case.prompts(-1), first, config=config)
     for r in rows:
         tokens = case.tensors[f"row{r}.greedy_{'eos_' * ends}tokens"].tolist()
-        stopped = ends and case.settings["greedy_eos"]["stopped"][r]
+        stopped = ends and tokens[-1] in named
         if stopped:
-            assert tokens.pop() in named
+            tokens.pop()
         assert (found.stop[r] == rollout.STOP_EOS) == stopped
         assert found.tokens[r][found.mask[r]].tolist() == tokens
         steps = len(tokens) + stopped
@@ -383,7 +594,7 @@ def test_hf_folder_round_trip(case, tmp_path):
     wanted = tensors_of(case.folder)
     assert tensors_of(exported) == wanted
     assert wanted.keys() == {*case.settings["tensors_in_file"]}
-    for name in ("config.json", "generation_config.json"):
+    for name in (*folders.config_files(case.config), "generation_config.json"):
         there, back = (pathlib.Path(folder) / name for folder in (case.folder, exported))
         assert back.read_bytes() == there.read_bytes()
     assert load.load(imported)[0] == case.config
@@ -396,17 +607,15 @@ def test_hf_folder_round_trip(case, tmp_path):
 
 def test_hf_config_is_written_as_it_is_read(case, tmp_path):
     """The config.json of a run that has no released folder."""
-    for name, content in decoder_configs.contents(case.config, "float32").items():
+    for name, content in folders.config_contents(case.config, "float32").items():
         json_files.write(str(tmp_path / name), content)
-    assert decoder_configs.read(str(tmp_path)) == case.config
-    assert decoder_configs.compute_dtype(str(tmp_path)) == "float32"
+    assert folders.read_config(str(tmp_path)) == case.config
+    assert folders.compute_dtype(str(tmp_path)) == "float32"
 
 
 def test_hf_other_families(other_case):
-    """A folder of a family without an implementation is an error here, unless it is known."""
+    """A folder of a family without an implementation is an error here."""
     if other_case is None:
         return
     family = other_case.split("/")[0]
-    if family in NOT_YET:
-        pytest.skip(f"the family {family} is not implemented yet")
     assert family in OTHERS, f"{other_case}: no test replays the family {family}"

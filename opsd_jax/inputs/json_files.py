@@ -96,17 +96,17 @@ class Object:
         return self._get(key, "a text", default, lambda x: isinstance(x, str))
 
     def integers(
-        self, key: str, *, most: int = 1 << 24, default=_REQUIRED
+        self, key: str, *, least: int = 1, most: int = 1 << 24, default=_REQUIRED
     ) -> tuple[int, ...] | None:
-        """A list of at least one positive whole number, as a tuple."""
+        """A list of whole numbers in [least, most], as a tuple; not empty if all are positive."""
         found = self._get(
             key,
-            f"a list of whole numbers from 1 to {most}",
+            f"a list of whole numbers from {least} to {most}",
             default,
             lambda x: (
                 isinstance(x, list)
-                and x != []
-                and all(type(n) is int and 1 <= n <= most for n in x)
+                and (x != [] or least < 1)
+                and all(type(n) is int and least <= n <= most for n in x)
             ),
         )
         return tuple(found) if isinstance(found, list) else found

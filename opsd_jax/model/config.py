@@ -334,6 +334,11 @@ class ModelConfig:
         return self.vit.patch_dim if self.vit else 1
 
     @property
+    def is_bagel(self) -> bool:
+        """Whether the model is of BAGEL's family, by its vision tower."""
+        return self.vit is not None and self.vit.kind == "siglip"
+
+    @property
     def has_grids(self) -> bool:
         """Whether positions follow from the grids of images: the towers of Qwen, not SigLIP."""
         return self.vit is not None and self.vit.kind != "siglip"

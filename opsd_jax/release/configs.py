@@ -273,7 +273,7 @@ LLAMA3 = (
 
 
 def rope(
-    llm: json_files.Object, *, required: bool = True, scaled: bool = False
+    llm: json_files.Object, *, required: bool = True, scaled: bool = False, sections: bool = False
 ) -> tuple[float | None, tuple[float, ...]]:
     """The base of the rotary positions and their scaling: (theta, `LLMConfig.rope_llama3`).
 
@@ -284,6 +284,8 @@ def rope(
     Args:
       required: whether a missing base is a problem; None without.
       scaled: whether the type "llama3" is implemented; else only "default".
+      sections: whether positions may have three dimensions: type "mrope", which is "default" with
+        a section of the frequencies for each dimension.
     """
     found = {"rope_theta": llm.number("rope_theta", default=None)}
     scalings: dict[str, tuple[float, ...]] = {}
@@ -291,6 +293,9 @@ def rope(
         rope = llm.child(key)
         kinds = {rope.values[name] for name in ("rope_type", "type") if _is_text(rope, name)}
         names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if sections:
+            names |= {"mrope_section", "mrope_interleaved"}
+            kinds = {"default" if kind == "mrope" else kind for kind in kinds}
         is_llama3 = scaled and kinds == {"llama3"}
         if is_llama3:
             names |= {*LLAMA3}

@@ -57,11 +57,11 @@ def read(directory: str, *, generation: bool = False, **compute) -> ModelConfig:
             "do without image generation"
         )
     configs.refuse_unimplemented(_IMPLEMENTED | _OF_FAMILY[family], found)
-    _refuse_windows(family, found)
-    sizes = _sizes(family, found)
+    refuse_windows(family, found)
+    fields = sizes(family, found)
     found.check(summary)
     try:
-        return ModelConfig(llm=LLMConfig(**sizes), **configs.COMPUTE | compute)
+        return ModelConfig(llm=LLMConfig(**fields), **configs.COMPUTE | compute)
     except ValueError as error:
         raise ValueError(f"{summary}\n  {error}") from error
 
@@ -71,15 +71,21 @@ def compute_dtype(directory: str) -> str:
     return configs.dtype_of(json_files.read(os.path.join(directory, "config.json")))
 
 
-def _sizes(family: str, found: json_files.Object) -> dict[str, Any]:
-    """The fields of LLMConfig; None for a faulty one."""
+def sizes(family: str, found: json_files.Object, *, sections: bool = False) -> dict[str, Any]:
+    """The fields of LLMConfig but for positions of three dimensions; None for a faulty one.
+
+    Args:
+      family: one of `families.DECODERS`, whose rules hold.
+      found: the object with the keys of the decoder.
+      sections: whether positions may have three dimensions.
+    """
     heads = found.integer("num_attention_heads")
     # as in transformers: null (of Llama also no key) for as many key heads as query heads
     alone = found.values.get("num_key_value_heads", 0 if family != "llama" else None) is None
     head_dim = found.integer("head_dim", most=1 << 20, default=None)
     if head_dim is None and family == "qwen3":
         head_dim = _QWEN3_HEAD
-    theta, llama3 = configs.rope(found, required=family != "llama", scaled=True)
+    theta, llama3 = configs.rope(found, required=family != "llama", scaled=True, sections=sections)
     biased = family == "qwen2" or found.flag("attention_bias", default=False)
     return {
         "vocab_size": found.integer("vocab_size"),
@@ -100,7 +106,7 @@ def _sizes(family: str, found: json_files.Object) -> dict[str, Any]:
     }
 
 
-def _refuse_windows(family: str, found: json_files.Object) -> None:
+def refuse_windows(family: str, found: json_files.Object) -> None:
     """Adds a problem where some layer would attend to a window of keys alone.
 
     A number as sliding_window is none by itself: releases have it with use_sliding_window false.

@@ -96,12 +96,13 @@ def export_release(
         )
     with folders.build_target(target) as made:
         found = _open_source(source, name)
-        if found.config.vit is None and base not in ("", "none"):
+        is_bagel = found.config.is_bagel
+        if not is_bagel and base not in ("", "none"):
             raise ValueError(
-                f"--base={base}: the model in {source} reads text alone and takes no image "
+                f"--base={base}: the model in {source} is not of BAGEL's family and takes no image "
                 "generation from a base: leave --base out"
             )
-        needs_base = base != "none" and found.config.vit is not None
+        needs_base = base != "none" and is_bagel
         origin = _find_base(found, base) if needs_base else ""
         config = _merged_config(found, origin)
         outline, tensors = _merged_tensors(found, origin, config)
@@ -109,9 +110,9 @@ def export_release(
             outline = {key: (shape, jnp.dtype(dtype)) for key, (shape, _) in outline.items()}
         _write_side_files(made, found.directory, origin, config)
         # Only folders of BAGEL may have the weights in ema.safetensors.
-        name = found.name if config.vit is not None else "model"
+        name = found.name if is_bagel else "model"
         written = safetensors_io.write(made, outline, tensors, name, int(max_shard_gb * 1e9))
-    if config.vit is None:
+    if not is_bagel:
         print(f"{target}: a model of the family {families.family(config)}")
     elif config.generation is None:
         print(f"{target}: the understanding path only; config.json says visual_gen false")
@@ -404,7 +405,7 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
     Config files are those of the release that the weights descend from, or are made from the sizes.
     The tokenizer is that of the run, or of the release.
     """
-    if config.vit is None:
+    if not config.is_bagel:
         origin = _model_of_origin(source)
     release = next(
         (folders.tokenizer_folder(at) for at in (source, origin) if at and folders.is_model(at)),
@@ -428,7 +429,7 @@ def _write_side_files(folder: str, source: str, origin: str, config: ModelConfig
         if not os.path.isfile(path):
             json_files.write(path, content)
     # The file of a whole release of BAGEL says that it generates images.
-    if config.vit is not None and not generates:
+    if config.is_bagel and not generates:
         path = os.path.join(folder, "config.json")
         json_files.write(path, json_files.read(path) | {"visual_gen": False})
     tokenizer = _tokenizer_of(source) or release

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 
+from opsd_jax import images
 from opsd_jax.inputs import json_files
 from opsd_jax.model.config import ModelConfig
-from opsd_jax.release import configs, decoder_configs, safetensors_io
+from opsd_jax.release import configs, decoder_configs, qwen_vl_configs, safetensors_io
 from opsd_jax.runtime import checkpoint, locks
 
 
@@ -35,9 +36,18 @@ def _is_bagel(directory: str) -> bool:
 
 def _configs(directory: str) -> types.ModuleType:
     """The module that reads the config files in a folder."""
-    if not _is_bagel(directory) and os.path.isfile(os.path.join(directory, "config.json")):
-        return decoder_configs
-    return configs
+    path = os.path.join(directory, "config.json")
+    if _is_bagel(directory) or not os.path.isfile(path):
+        return configs
+    family = json_files.read(path).get("model_type")
+    return qwen_vl_configs if family in qwen_vl_configs.ARCHITECTURES else decoder_configs
+
+
+def _configs_of(config: ModelConfig) -> types.ModuleType:
+    """The module that reads and writes the config files of a model."""
+    if config.is_bagel:
+        return configs
+    return qwen_vl_configs if config.has_grids else decoder_configs
 
 
 def is_imported(directory: str) -> bool:
@@ -67,15 +77,24 @@ def compute_dtype(directory: str) -> str:
     return _configs(folder).compute_dtype(folder)
 
 
+def size_rule(directory: str, config: ModelConfig) -> images.SmartResize | None:
+    """The size rule of images that the files of a released or imported folder say.
+
+    None for a family whose rule does not depend on them. Raises ValueError for faulty files.
+    """
+    if not config.has_grids:
+        return None
+    return qwen_vl_configs.size_rule(tokenizer_folder(directory))
+
+
 def config_files(config: ModelConfig) -> tuple[str, ...]:
     """The names of the config files in a release of a model."""
-    return (configs if config.vit is not None else decoder_configs).FILES
+    return _configs_of(config).FILES
 
 
 def config_contents(config: ModelConfig, dtype: str = "") -> dict[str, dict[str, Any]]:
     """{file: content} of the config files of a release of a model; see `configs.contents`."""
-    module = configs if config.vit is not None else decoder_configs
-    return module.contents(config, dtype)
+    return _configs_of(config).contents(config, dtype)
 
 
 def read_import_source(directory: str) -> dict[str, str]:

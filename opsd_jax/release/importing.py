@@ -35,7 +35,7 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     with folders.build_target(target) as made:
         config = folders.read_config(source)
         check_tokenizer(source, config)
-        generation = not only and config.vit is not None
+        generation = not only and config.is_bagel
         config, params = load.load(source, generation=generation, dtype=dtype)
         kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
         release = os.path.join(made, "release")

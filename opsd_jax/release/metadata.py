@@ -74,7 +74,8 @@ def _fields(kind: type, found: json_files.Object) -> dict[str, Any]:
         int: lambda name, **default: found.integer(name, least=0, **default),
         float: lambda name, **default: found.number(name, positive=False, **default),
         bool: found.flag,
-        tuple[int, ...]: found.integers,
+        str: found.text,
+        tuple[int, ...]: lambda name, **default: found.integers(name, least=0, **default),
         tuple[float, ...]: found.numbers,
         tuple[str, ...]: found.texts,
     }

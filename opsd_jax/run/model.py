@@ -168,7 +168,10 @@ def _of_release(
             directory, generation=generation, dtype=config.dtype, mesh=mesh, layout="rollout"
         )[1]
 
-    return Reasoner(config, {}, tok, **asked_by(protocol, config)), read
+    asked = asked_by(protocol, config)
+    if rule := folders.size_rule(directory, config):
+        asked["vit"] = rule
+    return Reasoner(config, {}, tok, **asked), read
 
 
 def asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:

@@ -195,7 +195,7 @@ def test_the_command_and_its_errors(copied, tmp_path, capsys):
         convert.main(
             ["export", f"--source={target}", f"--target={tmp_path / 'x'}", f"--base={folder}"]
         )
-    assert "reads text alone and takes no image generation" in capsys.readouterr().err
+    assert "is not of BAGEL's family and takes no image" in capsys.readouterr().err
     convert.main(["export", f"--source={target}", f"--target={tmp_path / 'y'}"])
     assert "a model of the family qwen2" in capsys.readouterr().out
     stored = load.load(str(tmp_path / "y"), dtype=None)[1]
