@@ -395,6 +395,7 @@ def _check_model(config: ConfigDict) -> None:
     """Checks the network, the size rule of its images, and image generation."""
     with _keys_named():
         network = config_lib.model(config)
+        config_lib.resize_rule(config)
     vit = config.model.vit
     if config.images.stride != vit.patch_size * vit.merge:
         merged = f" * config.model.vit.merge {vit.merge}" if vit.merge > 1 else ""

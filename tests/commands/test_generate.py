@@ -338,7 +338,7 @@ def test_command_answers_in_text_without_reading_the_generation_path(
         (["--image={folder}/nothing.png"], "nothing.png: there is no such file"),
         (["--image={folder}/config.json"], "config.json: cannot decode"),
         (["--tokenizer={folder}/.."], "holds no tokenizer"),
-        (["--checkpoint={folder}/.."], "is not a released folder (no llm_config.json)"),
+        (["--checkpoint={folder}/.."], "is not a released folder (no llm_config.json"),
     ],
 )
 def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):
