@@ -328,7 +328,7 @@ def test_hf_images(case):
             np.testing.assert_allclose(values, golden("pixel_values"), rtol=0, atol=near)
         if vit.window:
             numbers = qwen_vision.window_numbers(
-                context.patch_cells, context.patch_image, vit.window // vit.patch_size
+                context.patch_cells, context.patch_image, vit.window_side
             )[0, own][:: vit.merge**2]
             order = np.argsort(numbers, kind="stable")
             np.testing.assert_array_equal(order, golden("window_index"))

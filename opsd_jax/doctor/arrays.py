@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import config as config_lib
 from opsd_jax import context, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.context import Image, Text
+from opsd_jax.model.config import ModelConfig
 
 IDS = types.SimpleNamespace(  # any ids
     bos=0, eos=1, image_start=2, image_end=3, further_ends=()
@@ -76,14 +78,14 @@ def text(rng: np.random.Generator, count: int, vocabulary: int) -> Text:
     return Text(rng.integers(_FIRST, vocabulary, max(count - 2, 1)).astype(np.int32))
 
 
-def image(rng: np.random.Generator, patches: int, side: int, width: int) -> Image:
-    """A square image block of random pixels, with at most so many patches.
-
-    Args:
-      side: patches along a side of the position table. width: values of a patch.
-    """
-    rows = max(min(math.isqrt(patches), side), 1)
-    return Image(rng.integers(0, 256, (rows * rows, width), np.uint8), (rows, rows))
+def image(rng: np.random.Generator, patches: int, model: ModelConfig) -> Image:
+    """A square image block of random pixels, with at most so many patches."""
+    rows, merge = math.isqrt(patches), model.vit.merge
+    if side := model.patches_per_side:  # a table of positions
+        rows = min(rows, side)
+    rows = max(rows // merge, 1) * merge
+    pixels = rng.integers(0, 256, (rows * rows, model.patch_dim), np.uint8)
+    return Image(pixels, (rows, rows), merge)
 
 
 def contexts(config: ConfigDict, bucket: int, batch: int) -> context.Batch:
@@ -97,14 +99,15 @@ def contexts(config: ConfigDict, bucket: int, batch: int) -> context.Batch:
       Batch [B, T] of NumPy arrays. Its images have the bucket's patches, as far as squares allow.
     """
     rng, vocabulary = np.random.default_rng(0), config.model.llm.vocab_size
-    side, width = config.model.vit.side, 3 * config.model.vit.patch_size**2
+    model = config_lib.model(config)
+    per_token = model.vit.merge**2
     student = context.Sizes(*config.data.buckets.student[bucket])
     teacher = context.Sizes(*config.data.buckets.teacher[bucket])
 
     def pack(blocks, sizes):
-        return context.pack([blocks] * batch, sizes, tokenizer=IDS, side=side)
+        return context.pack([blocks] * batch, sizes, tokenizer=IDS, side=model.patches_per_side)
 
-    problem = image(rng, min(student.patches, student.positions - 8), side, width)
+    problem = image(rng, min(student.patches, (student.positions - 8) * per_token), model)
     spare = max(student.positions - problem.length - 3, 8)
     question: list[context.Block] = [
         text(rng, spare // 2, vocabulary),
@@ -113,7 +116,7 @@ def contexts(config: ConfigDict, bucket: int, batch: int) -> context.Batch:
     ]
     used = context.need(question)
     left = teacher.positions - used.positions - 8
-    thought = image(rng, min(teacher.patches - used.patches, left), side, width)
+    thought = image(rng, min(teacher.patches - used.patches, left * per_token), model)
     spare = max(teacher.positions - used.positions - thought.length - 3, 8)
     privileged: list[context.Block] = [
         text(rng, spare // 2, vocabulary),

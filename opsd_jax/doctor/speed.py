@@ -442,7 +442,7 @@ def _image_contexts(
     latent = context.Latent(
         rng.standard_normal((problem[0] * problem[1], generation.latent_dim), np.float32), problem
     )
-    seen = arrays.image(rng, max(pixels // vit.patch_size, 1) ** 2, vit.side, vit.patch_dim)
+    seen = arrays.image(rng, max(pixels // vit.patch_size, 1) ** 2, model)
     system, question, thought = (arrays.text(rng, n, vocabulary) for n in (112, 62, 202))
     blocks: dict[str, list[context.Block]] = {
         "cond": [system, latent, seen, question, thought],

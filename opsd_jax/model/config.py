@@ -141,10 +141,10 @@ class ViTConfig:
             return "whose mean and std are of three channels: give three numbers for each"
         if self.kind != "qwen2_5_vl" and self.side < 1:
             return "which has a table of positions: set side to its patches along a side"
-        if self.window % (self.patch_size * self.merge):
+        if 0 < self.window < self.stride:
             return (
-                f"but window {self.window} is not a multiple of patch_size * merge = "
-                f"{self.patch_size * self.merge} pixels: change one of them"
+                f"but window {self.window} is smaller than a token of {self.stride} x "
+                f"{self.stride} pixels: enlarge it, or set 0 for none"
             )
         if any(layer >= self.num_layers for layer in (*self.full_layers, *self.deepstack)):
             return (
@@ -157,6 +157,11 @@ class ViTConfig:
     def patch_dim(self) -> int:
         """Number of values of a patch of one frame."""
         return self.patch_size * self.patch_size * 3
+
+    @property
+    def window_side(self) -> int:
+        """Patches along a side of a window, those of whole tokens."""
+        return self.window // self.stride * self.merge
 
     @property
     def stride(self) -> int:

@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         window = image
         if c.window:
             full[:] = np.isin(np.arange(c.num_layers), c.full_layers)
-            window = window_numbers(cells, image, c.window // c.patch_size)
+            window = window_numbers(cells, image, c.window_side)
         taps = jnp.zeros((count, *x.shape), x.dtype) if count else None
         rope = rope_tables(cells, c.hidden_size // c.num_heads)
         layer = nn.remat(Layer, prevent_cse=False) if self.remat == "full" else Layer

@@ -332,6 +332,11 @@ def test_contexts_fill_their_bucket():
     assert batch.student.tokens.shape == (2, 96) and batch.teacher.tokens.shape == (2, 192)
     assert 88 <= batch.student.length[0] < 96 and 180 <= batch.teacher.length[0] < 192
     assert batch.student.patch_image.max() == 1 and batch.teacher.patch_image.max() == 2
+    config.model.llm.update(mrope=(4, 2, 2))  # a tower of Qwen: 4 patches are a token
+    config.model.vit.update(kind="qwen3_vl", merge=2)
+    batch = arrays.contexts(config, 0, 2)
+    assert batch.teacher.rope_positions.shape == (2, 192, 3)
+    assert 88 <= batch.student.length[0] < 96 and (batch.student.patch_image[0] > 0).sum() == 64
 
 
 def test_kernels(case):

@@ -196,6 +196,21 @@ def test_ways_to_compute(family, rng):
     np.testing.assert_array_equal(kernel[0], kernel[1])  # a still image: equal frames
 
 
+@pytest.mark.slow
+def test_windows_in_the_kernel(rng):
+    """The TPU's kernel, run slowly, with several windows in each of its blocks of patches."""
+    model = tiny.QWEN["qwen2_5_vl"]
+    c = pack([[tiny.merged_image(rng, (6, 6)), tiny.merged_image(rng, (12, 8))]], 80, 256)
+    patches = qwen_vision.normalize(c.patches, model.vit)
+    dense, kernel = (
+        jax.jit(qwen_vision.Encoder(model.vit, kind=kind).apply)(
+            {"params": tiny.params(model)["vit"]}, patches, c.patch_cells, c.patch_image
+        )[0]
+        for kind in ("dense", "flash_interpret")
+    )
+    np.testing.assert_allclose(dense[0, :132], kernel[0, :132], atol=1e-5)
+
+
 def test_windows_and_whole_images_differ(rng):
     model = tiny.QWEN["qwen2_5_vl"]
     c = pack([[tiny.merged_image(rng, (6, 6))]])
@@ -203,6 +218,8 @@ def test_windows_and_whole_images_differ(rng):
     everywhere = dataclasses.replace(model.vit, full_layers=(0, 1, 2))
     whole, _ = encode(dataclasses.replace(model, vit=everywhere), c)
     assert np.abs(windows - whole)[0, :36].max() > 1e-2
+    uneven = dataclasses.replace(model.vit, window=19)  # whole tokens count: 2 of 8 pixels
+    np.testing.assert_array_equal(windows, encode(dataclasses.replace(model, vit=uneven), c)[0])
     small = pack([[tiny.merged_image(rng, (4, 4))]])  # one window
     np.testing.assert_allclose(
         encode(model, small)[0][0, :16],
@@ -286,7 +303,7 @@ def test_model_without_grids_of_images_has_positions_of_one_dimension(rng):
     [
         ({"kind": "siglip", "side": 6, "window": 0, "full_layers": ()}, "has no merge"),
         ({"num_heads": 8}, "heads of 2 are not divisible by 4"),
-        ({"window": 12}, "window 12 is not a multiple of patch_size \\* merge = 8"),
+        ({"window": 7}, "window 7 is smaller than a token of 8 x 8 pixels"),
         ({"full_layers": (3,)}, "name a layer past the last of 3"),
         ({"mean": (0.5,)}, "mean and std are of three channels"),
         ({"kind": "qwen3_vl"}, "which has a table of positions: set side"),
