@@ -66,6 +66,19 @@ def test_both_spellings_are_read(family, dialect, tmp_path):
     assert families.family(config) == family
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_is_read(family, tmp_path):
+    """Its own configuration class reads our files and writes them in its spelling."""
+    import transformers
+
+    folder = written(tmp_path, family)
+    ours = json.loads((tmp_path / "config.json").read_text())
+    transformers.AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in theirs["text_config"] and theirs != ours
+    assert folders.read_config(folder) == tiny.QWEN[family]
+
+
 def test_bounds_of_images_are_read_in_both_places(tmp_path):
     folder = written(tmp_path, "qwen2_5_vl")
     name = "preprocessor_config.json"
