@@ -94,6 +94,9 @@ class Source:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} examples, {self.split} of {self.directory}>"
+
     def __getitem__(self, index: int) -> schema.Example:
         index = operator.index(index)
         if not 0 <= index < len(self):

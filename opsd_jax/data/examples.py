@@ -4,9 +4,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -332,14 +334,32 @@ class Examples:
         """Number of examples of all tasks."""
         return sum(map(len, self.sources))
 
-    def __getitem__(self, index: int) -> Example:
-        """An example, counted through the tasks in order. Raises IndexError beyond the last."""
-        place = range(len(self))[index]
+    def __repr__(self) -> str:
+        counts = (f"{task} {len(source)}" for task, source in zip(self.tasks, self.sources))
+        return f"<{len(self)} examples: {', '.join(counts)}>"
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index):
+        """An example, counted through the tasks in order, or a list of the examples of a slice.
+
+        Raises IndexError beyond the last.
+        """
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        place = operator.index(index)
+        place += len(self) * (place < 0)
+        if not 0 <= place < len(self):
+            raise IndexError(f"example {index} of {len(self)}: give 0 to {len(self) - 1}")
         for source in self.sources:
             if place < len(source):
                 return source[place]
             place -= len(source)
-        raise AssertionError  # range has raised
+        raise AssertionError  # place is below the sum
 
     def __call__(self, source: int, index: int) -> PreparedExample:
         """The example of an index in a source. Raises images.UnreadableImageError."""

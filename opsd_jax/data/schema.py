@@ -57,7 +57,7 @@ def prepare_command(source: object = "SOURCE_DIR", target: object = "DIR") -> st
     return f"python -m opsd_jax.data prepare --source={source} --target={target}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Example:
     """A question about images, with the interleaved reasoning that leads to its answer.
 
@@ -86,6 +86,13 @@ class Example:
     metadata: dict = dataclasses.field(default_factory=dict)
     columns: dict[str, str | tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
     more_problem_images: tuple[bytes, ...] = ()
+
+    def __repr__(self) -> str:
+        """Without the encoded images."""
+        return (
+            f"<example {self.pid} of {self.task}: {self.question!r}, answer {self.answer!r}, "
+            f"images {len(self.problem_images)}, visual thoughts {len(self.visual_thoughts)}>"
+        )
 
     @property
     def problem_images(self) -> tuple[bytes, ...]:

@@ -1,7 +1,6 @@
 """What an analysis measures: an opened run and a selection of its examples, in batches."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 
@@ -171,9 +170,8 @@ def _read_answers(workdir: str, name: str) -> Answers:
     folder = run_folder.evaluation(workdir, name)
     summary = results_lib.read_summary(os.path.join(folder, run_folder.SUMMARY))
     predictions: dict[str, list[dict]] = {task: [] for task in summary["benchmarks"]}
-    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as lines:
-        for prediction in map(json.loads, lines):
-            predictions[prediction["benchmark"]].append(prediction)
+    for prediction in results_lib.read_predictions(folder):
+        predictions[prediction["benchmark"]].append(prediction)
     return Answers(name, summary, predictions)
 
 

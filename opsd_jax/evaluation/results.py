@@ -160,6 +160,21 @@ def write(
     return summary
 
 
+def read_predictions(directory: str) -> list[dict]:
+    """The lines of predictions.jsonl in a folder of results: one dict per answer, in order.
+
+    Raises FileNotFoundError where there are none, ValueError for a damaged file.
+    """
+    path = os.path.join(directory, run_folder.PREDICTIONS)
+    with open(path, encoding="utf-8") as lines:
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete its folder, and evaluate again"
+            ) from error
+
+
 _IN_SUMMARIES = ("overall", "unit", "n", "interval_95", "mean_output_tokens", "seconds_per_sample")
 
 

@@ -13,24 +13,31 @@ from opsd_jax.runtime import files, run_folder
 
 
 def write_table(workdir: str) -> str:
-    """Writes W/eval/summary.md, the tables of all summaries in W/eval, and returns its text.
+    """Writes W/eval/summary.md, the tables of all summaries in W/eval, and returns its text."""
+    summaries = read_all(workdir)
+    text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
+    path = os.path.join(run_folder.evaluations(workdir), "summary.md")
+    files.write(path, text, primary=jax.process_index() == 0)
+    return text
+
+
+def read_all(workdir: str) -> dict[str, dict]:
+    """{name: content of its summary.json} of the finished evaluations in W/eval, by name.
 
     A summary that cannot be read is left out, with a warning.
     """
     folder, summaries = run_folder.evaluations(workdir), {}
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name, run_folder.SUMMARY)
         if os.path.exists(path):
             try:
                 summary = read_summary(path)
             except (OSError, ValueError) as error:
-                logging.warning("left out of summary.md: %s", error)
+                logging.warning("an evaluation is left out: %s", error)
                 continue
             if "benchmarks" in summary:  # a summary of the KL has none
                 summaries[name] = summary
-    text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
-    files.write(os.path.join(folder, "summary.md"), text, primary=jax.process_index() == 0)
-    return text
+    return summaries
 
 
 def table(summaries: dict[str, dict]) -> str:

@@ -1,7 +1,6 @@
 """The table of a run and its control arms, W/report.md and W/report.json."""
 
 import collections
-import json
 import os
 from collections.abc import Mapping, Sequence
 
@@ -419,9 +418,8 @@ def _read(workdir: str, step: int, name: str) -> Scores:
 def _predictions(workdir: str, step: int, name: str) -> dict[str, list[dict]]:
     """{task: predictions} of a final evaluation."""
     folder, found = os.path.dirname(_summary_path(workdir, step, name)), {}
-    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as lines:
-        for prediction in map(json.loads, lines):
-            found.setdefault(prediction["benchmark"], []).append(prediction)
+    for prediction in results.read_predictions(folder):
+        found.setdefault(prediction["benchmark"], []).append(prediction)
     return found
 
 

@@ -3,7 +3,6 @@
 It is made from the files of the run and of its control arms alone, so it can be made at any time.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import charts, html
+from opsd_jax.evaluation import charts, html, results
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.inputs import json_files
 from opsd_jax.run import report_table, screening
@@ -232,8 +231,7 @@ def _divergence(workdir: str, start: int, last: int) -> list[str]:
 def _samples(workdir: str, last: int, split: str) -> list[str]:
     """Answers of the trained student to a split with their images, wrong ones first."""
     folder = run_folder.evaluation(workdir, run_folder.evaluation_name(last, "none"))
-    with open(os.path.join(folder, run_folder.PREDICTIONS), encoding="utf-8") as file:
-        predictions = [json.loads(line) for line in file]
+    predictions = results.read_predictions(folder)
     session = session_lib.open_run(workdir)
     selection = Selection(session.examples(split), session.packer, session.mesh, batch_size=1)
     items = []

@@ -6,6 +6,7 @@ eval, diagnose, generate, redraw     open_run        only reads
 
 import dataclasses
 import functools
+import json
 import os
 
 import jax
@@ -21,6 +22,7 @@ from opsd_jax.data import shards as shards_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
+from opsd_jax.evaluation import results, summary_tables
 from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
 from opsd_jax.method_config import RolloutConfig
@@ -33,6 +35,25 @@ from opsd_jax.runtime import checkpoint, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
 from opsd_jax.runtime import profile as profile_lib
 from opsd_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report:
+    """The table of a run and its control arms. Printing it prints `text`.
+
+    Attributes:
+      text: the table and what it says, Markdown, as in W/report.md.
+      records: one dict per row: "arm" (whose answers), "task", and the scores of W/report.json
+        under their names there. `pandas.DataFrame(report.records)` is the table.
+    """
+
+    text: str
+    records: list[dict]
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = _repr_markdown_ = __str__  # also in notebooks
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +103,13 @@ class Session:
         stages = ", ".join(self.config.stages)
         return f"<run in {self.workdir}: stages {stages}, seed {self.config.seed}>"
 
+    def __dir__(self) -> list[str]:
+        """What a reader of the run needs; everything else is there, too, for the commands."""
+        return [
+            *("config", "evaluations", "examples", "page", "predictions", "read_metrics", "report"),
+            *("checkpoint_folder", "data_dir", "model", "restore_params", "tokenizer", "workdir"),
+        ]
+
     @property
     def page(self) -> str:
         """Path of the run's page, W/report.html, which a finished run has."""
@@ -90,6 +118,53 @@ class Session:
     def read_metrics(self) -> list[dict]:
         """The records of metrics.jsonl, one dict per logged step."""
         return metrics.read(run_folder.metrics(self.workdir))
+
+    def report(self) -> Report:
+        """The table of the finished run and its control arms.
+
+        Raises FileNotFoundError before the run has ended, ValueError for a damaged file.
+        """
+        path, text = run_folder.report_data(self.workdir), run_folder.report(self.workdir)
+        if not (os.path.exists(path) and os.path.exists(text)):
+            run = run_folder.run_of(self.workdir)
+            fix = f"open the run of this arm, {run}" if run else "the run writes it at its end"
+            raise FileNotFoundError(
+                f"{path} is missing: {fix}. evaluations() has what has been evaluated"
+            )
+        try:
+            with open(path, encoding="utf-8") as file:
+                records = [
+                    {"arm": row["arm"], "task": task, **scores}
+                    for row in json.load(file)
+                    for task, scores in row["tasks"].items()
+                ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): give the run's command again, which writes it"
+            ) from error
+        with open(text, encoding="utf-8") as file:
+            return Report(file.read(), records)
+
+    def evaluations(self) -> dict[str, dict]:
+        """{name: content of summary.json} of the finished evaluations, W/eval/NAME, by name."""
+        return summary_tables.read_all(self.workdir)
+
+    def predictions(self, name: str) -> list[dict]:
+        """The answers of a finished evaluation, one dict per line of predictions.jsonl.
+
+        Args:
+          name: a key of `evaluations`, such as "000500-none".
+        Raises:
+          FileNotFoundError: there is no such evaluation. ValueError: a damaged file.
+        """
+        folder = run_folder.evaluation(self.workdir, name)
+        if not os.path.isfile(os.path.join(folder, run_folder.PREDICTIONS)):
+            known = self.evaluations()
+            raise FileNotFoundError(
+                f"{self.workdir} has no evaluation {name!r}: choose from "
+                f"{', '.join(known) or 'none so far'}{checks.did_you_mean(name, known)}"
+            )
+        return results.read_predictions(folder)
 
     def preprocessor(self, *, generation: bool = False) -> Preprocessor:
         """How examples are turned into tokens and patches.

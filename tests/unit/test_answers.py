@@ -527,7 +527,7 @@ def test_a_summary_that_is_cut_ends_no_other_evaluation(tmp_path, content, caplo
         and (tmp_path / "eval" / "summary.md").read_text() == table
     )
     assert (
-        f"left out of summary.md: {tmp_path}/eval/bad/summary.json " in caplog.text
+        f"an evaluation is left out: {tmp_path}/eval/bad/summary.json " in caplog.text
         and "evaluate again" in caplog.text
     )
     with pytest.raises(

@@ -1,5 +1,6 @@
 """The calls that users make from Python: wrong arguments say what to give."""
 
+import dataclasses
 import inspect
 import pathlib
 
@@ -8,6 +9,10 @@ from PIL import Image
 
 import opsd_jax
 from opsd_jax import interleave
+from opsd_jax.data import examples, schema
+from opsd_jax.evaluation import results
+from opsd_jax.run import session
+from opsd_jax.runtime import run_folder
 
 
 def model():
@@ -53,3 +58,86 @@ def test_paths_may_be_pathlib(tmp_path):
     for call in (opsd_jax.load, opsd_jax.open_run):
         with pytest.raises(FileNotFoundError, match="no-run"):
             call(pathlib.Path(tmp_path, "no-run"))
+
+
+# --- the results of a run
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of which nothing is opened but its folder."""
+    found = object.__new__(session.Session)
+    object.__setattr__(found, "workdir", str(tmp_path))
+    return found
+
+
+def evaluated(run, name, *predictions):
+    """Writes the results of an evaluation."""
+    scored = [{"index": n, "tokens": 1, **p} for n, p in enumerate(predictions)]
+    results.write(
+        run_folder.evaluation(run.workdir, name),
+        [results.Result("Chart_Refocus", scored, 1.0, len(scored))],
+        checkpoint="c",
+        seed=0,
+        protocol="p",
+    )
+
+
+def test_evaluations_and_their_predictions(run):
+    assert run.evaluations() == {}
+    evaluated(run, "000006-none", {"prediction": "a", "hit": True}, {"prediction": "b", "hit": 0})
+    evaluated(run, "000006-real", {"prediction": "c", "hit": True})
+    found = run.evaluations()
+    assert list(found) == ["000006-none", "000006-real"]
+    assert found["000006-none"]["benchmarks"]["Chart_Refocus"]["overall"] == 0.5
+    assert [p["prediction"] for p in run.predictions("000006-none")] == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="'000006-nome'.*did you mean '000006-none'"):
+        run.predictions("000006-nome")
+    path = pathlib.Path(run_folder.evaluation(run.workdir, "000006-real"), run_folder.PREDICTIONS)
+    path.write_text('{"index": 0')
+    with pytest.raises(ValueError, match="predictions.jsonl is damaged .* evaluate again"):
+        run.predictions("000006-real")
+
+
+def test_the_report(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="report.json is missing: the run writes it at its"):
+        run.report()
+    (tmp_path / "report.md").write_text("| a table |")
+    (tmp_path / "report.json").write_text('[{"arm": "OPSD", "tasks": {"A": {"overall": 0.5}}}]')
+    report = run.report()
+    assert report.records == [{"arm": "OPSD", "task": "A", "overall": 0.5}]
+    assert str(report) == repr(report) == "| a table |"
+    (tmp_path / "report.json").write_text('[{"arm": "OPSD"}]')
+    with pytest.raises(ValueError, match="report.json is damaged .*tasks.*run's command again"):
+        run.report()
+    object.__setattr__(run, "workdir", run_folder.arm(run.workdir, "noise"))
+    with pytest.raises(FileNotFoundError, match=f"open the run of this arm, {tmp_path}"):
+        run.report()
+
+
+def test_dir_of_a_run_is_what_it_has(run):
+    assert all(hasattr(session.Session, name) or name in FIELDS for name in dir(run))
+    assert len(dir(run)) < 20
+
+
+FIELDS = {field.name for field in dataclasses.fields(session.Session)}
+
+
+# --- examples
+
+
+def example(n):
+    return schema.Example(f"p{n}", "T", "q?", "B", b"x" * 999, (b"y" * 999,), ("a",))
+
+
+def test_examples_are_indexed_sliced_and_shown():
+    held = {"T": [example(0), example(1)], "U": [example(2)]}
+    found = examples.Examples(held, preprocess=None)
+    assert [found[n].pid for n in (0, 2, -1, -3)] == ["p0", "p2", "p2", "p0"]
+    assert [x.pid for x in found[1:]] == ["p1", "p2"] and found[5:] == []
+    assert [x.pid for x in found[::-1]] == ["p2", "p1", "p0"]
+    for n in (3, -4):
+        with pytest.raises(IndexError, match=f"example {n} of 3: give 0 to 2"):
+            found[n]
+    assert repr(found) == "<3 examples: T 2, U 1>"
+    assert repr(example(0)) == "<example p0 of T: 'q?', answer 'B', images 1, visual thoughts 1>"
