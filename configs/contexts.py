@@ -16,6 +16,8 @@ docs/concepts/contexts.md explains the blocks.
 import pathlib
 import runpy
 
+from opsd_jax.inputs import checks
+
 ASKED = ("system", "image", "question")  # what the student sees in the paper
 SOLUTION = "text:full_text_only_thought"
 
@@ -32,7 +34,10 @@ def get_config(arg: str = "opsd_text"):
     """The configuration; arg: a name, and after a comma a preset of configs/mini.py, see above."""
     name, _, preset = arg.partition(",")
     if name not in CONTEXTS:
-        raise ValueError(f"configs/contexts.py:{arg}: choose from {', '.join(CONTEXTS)}")
+        raise ValueError(
+            f"configs/contexts.py:{arg}: choose from {', '.join(CONTEXTS)}"
+            + checks.did_you_mean(name, CONTEXTS)
+        )
     mini = pathlib.Path(__file__).with_name("mini.py")
     c = runpy.run_path(str(mini))["get_config"](preset or "chart")
     c.student.blocks, c.teacher.blocks = CONTEXTS[name]

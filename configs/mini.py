@@ -13,13 +13,19 @@ The code is that of the 7B model; only numbers differ. Settings were chosen on t
 """
 
 from opsd_jax import config as config_lib
+from opsd_jax.inputs import checks
 from opsd_jax.tasks import vocabulary
+
+PRESETS = ("chart", "maze", "smoke", "draw")
 
 
 def get_config(arg: str = "chart"):
     """The configuration; arg: chart, maze, smoke or draw, see above."""
-    if arg not in ("chart", "maze", "smoke", "draw"):
-        raise ValueError(f"configs/mini.py:{arg}: choose chart, maze, smoke or draw")
+    if arg not in PRESETS:
+        raise ValueError(
+            f"configs/mini.py:{arg}: choose from {', '.join(PRESETS)}"
+            + checks.did_you_mean(arg, PRESETS)
+        )
     task = "maze" if arg == "maze" else "chart"
     c = config_lib.default()
     c.stages = ("warmup", "opsd")

@@ -12,6 +12,8 @@ Sizes are those of the released config.json. configs/text_opsd.py has the other 
 import pathlib
 import runpy
 
+from opsd_jax.inputs import checks
+
 # Size: (vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied_head)
 SIZES = {
     "0.5B": (151936, 896, 24, 14, 2, 4864, True),
@@ -24,7 +26,10 @@ SIZES = {
 def get_config(arg: str = "0.5B"):
     """The configuration; arg: a size, see above."""
     if arg not in SIZES:
-        raise ValueError(f"configs/qwen2_5.py:{arg}: choose from {', '.join(SIZES)}")
+        raise ValueError(
+            f"configs/qwen2_5.py:{arg}: choose from {', '.join(SIZES)}"
+            + checks.did_you_mean(arg, SIZES)
+        )
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
     vocabulary, hidden_size, num_layers, num_heads, num_kv_heads, width, tied_head = SIZES[arg]

@@ -12,6 +12,8 @@ Sizes are those of the released config.json. configs/text_opsd.py has the other 
 import pathlib
 import runpy
 
+from opsd_jax.inputs import checks
+
 # Size: (hidden_size, num_layers, num_heads, intermediate_size, tied_head)
 SIZES = {
     "0.6B": (1024, 28, 16, 3072, True),
@@ -30,6 +32,8 @@ def get_config(arg: str = "0.6B"):
         raise ValueError(
             f"configs/qwen3.py:{arg}: choose a size from {', '.join(SIZES)}, and after a comma, if "
             f"at all, a slice from {', '.join(SLICES)}"
+            + (checks.did_you_mean(size, SIZES) if size not in SIZES else "")
+            + (checks.did_you_mean(on, SLICES) if on else "")
         )
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()

@@ -12,6 +12,8 @@ Sizes are those of the released config.json. configs/text_opsd.py has the other 
 import pathlib
 import runpy
 
+from opsd_jax.inputs import checks
+
 # Size: (hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, rope_theta)
 SIZES = {
     "135M": (576, 30, 9, 3, 1536, 1e5),
@@ -23,7 +25,10 @@ SIZES = {
 def get_config(arg: str = "135M"):
     """The configuration; arg: a size, see above."""
     if arg not in SIZES:
-        raise ValueError(f"configs/smollm2.py:{arg}: choose from {', '.join(SIZES)}")
+        raise ValueError(
+            f"configs/smollm2.py:{arg}: choose from {', '.join(SIZES)}"
+            + checks.did_you_mean(arg, SIZES)
+        )
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
     hidden_size, num_layers, num_heads, num_kv_heads, width, rope_theta = SIZES[arg]

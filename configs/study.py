@@ -30,6 +30,7 @@ open. docs/guides/study.md explains the keys.
 
 import pathlib
 
+from opsd_jax.inputs import checks
 from opsd_jax.study import grid
 
 _HERE = pathlib.Path(__file__).parent
@@ -258,7 +259,7 @@ def get_config(arg: str = "content"):
     if wrong := [word for word in words if word not in known]:
         raise ValueError(
             f"configs/study.py:{arg}: {wrong[0]!r} is no question and no group: choose from "
-            f"{', '.join(known)}, or smoke"
+            f"{', '.join(known)}, or smoke{checks.did_you_mean(wrong[0], [*known, 'smoke'])}"
         )
     names = [word for word in words if word in QUESTIONS]
     c.base, c.seeds, c.groups = MINI, (0, 1, 2), {}

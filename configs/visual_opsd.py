@@ -26,6 +26,7 @@ Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target
 """
 
 from opsd_jax import config as config_lib
+from opsd_jax.inputs import checks
 
 RUNS = (
     "paper",
@@ -88,5 +89,10 @@ def _run_and_slice(arg: str) -> tuple[str, str]:
             f"configs/visual_opsd.py:{arg}: name one of the runs {', '.join(RUNS)}, one of the "
             f"slices that they fit, {', '.join(SLICES)}, or both, such as noise,v5p-16. What "
             "another slice needs, python -m opsd_jax.plan says"
+            + "".join(
+                checks.did_you_mean(name, [*RUNS, *SLICES])
+                for name in names
+                if name not in (*RUNS, *SLICES)
+            )
         )
     return (*runs, "paper")[0], (*slices, "")[0]

@@ -223,7 +223,8 @@ def _check_run_arm(config: ConfigDict, name: str) -> None:
     """Checks an arm that the run starts by itself."""
     if name not in config.arms:
         raise ValueError(
-            f"config.run_arms names {name!r}, which is not one of the arms {sorted(config.arms)}"
+            f"config.run_arms names {name!r}, which is not one of the arms "
+            + ", ".join(sorted(config.arms))
             + checks.did_you_mean(name, config.arms)
         )
     if "opsd" not in config.stages:

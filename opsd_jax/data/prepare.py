@@ -54,7 +54,7 @@ class PrepareReport:
     def __str__(self) -> str:
         lines = [
             f"{sum(self.rows.values())} rows "
-            f"({', '.join(f'{k} {n}' for k, n in self.rows.items())}), {self.bytes / 1e6:.1f} MB "
+            f"({', '.join(f'{k} {n}' for k, n in self.rows.items())}), {_size(self.bytes)} "
             f"in {self.seconds:.1f} s"
         ]
         for found in dict.fromkeys(self.formats.values()):
@@ -277,6 +277,11 @@ def _plan_shards(
     if any(several):  # all files of a task have the same features
         shards = [shard._replace(several_images=True) for shard in shards]
     return shards, notes, formats
+
+
+def _size(count: int) -> str:
+    """A number of bytes in MB, or a small one in kB."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _hint(column: str) -> str:

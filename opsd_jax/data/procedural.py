@@ -16,7 +16,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import tasks
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.config import DataConfig, MakeConfig
-from opsd_jax.data import prepare, schema, shards
+from opsd_jax.data import prepare, schema, shards, source_files
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.inputs import json_files
 from opsd_jax.runtime import files, locks
@@ -115,6 +115,12 @@ def _no_data(target: str) -> str:
             f"{target} holds no data itself: give the folder that it is in, "
             f"--config.data.dir={os.path.dirname(os.path.abspath(target))}"
         )
+    if _is_source(target):
+        return (
+            f"{target} holds parquet or JSONL files, which are not prepared yet: "
+            f"`{schema.prepare_command(source=target)}` with another folder for DIR, then "
+            "--config.data.dir=DIR"
+        )
     return (
         f"{target} holds no data: make them with `{schema.prepare_command(target=target)}` or "
         f"`python -m opsd_jax.data make-mini --target={target}`, or give "
@@ -122,6 +128,14 @@ def _no_data(target: str) -> str:
         "Procedural data (config.data.make.families) are made by the run itself only where "
         "config.data.dir is empty"
     )
+
+
+def _is_source(folder: str) -> bool:
+    """Whether a folder holds files that `prepare` reads."""
+    try:
+        return bool(source_files.task_folders(folder))
+    except schema.BadSourceError:
+        return False
 
 
 # --- for a command -------------------------------------------------------------------------------

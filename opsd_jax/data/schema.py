@@ -375,10 +375,15 @@ def _visual_thoughts(
     # In an interleaved trace, each visual thought follows a thought and precedes another.
     if len(found) >= num_thoughts:
         reasons.append(
-            f"unused_visual_thought: between {num_thoughts} thoughts interleaved traces "
-            f"show {num_thoughts - 1} of {len(found)}; the teacher sees all"
+            f"unused_visual_thought: {_count(len(found), 'visual thought')} and "
+            f"{_count(num_thoughts, 'thought')}: interleaved traces show those between two "
+            f"thoughts, here {num_thoughts - 1 or 'none'}; the teacher sees all"
         )
     return tuple(found), reasons
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def check_further(path: Path, present: Iterable[str], further: Sequence[str], kind: str) -> None:

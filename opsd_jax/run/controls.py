@@ -38,7 +38,8 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
     """
     if name not in config.arms:
         raise ValueError(
-            f"--arm={name}: there is no such arm; the config has the arms {sorted(config.arms)}"
+            f"--arm={name}: there is no such arm; the config has the arms "
+            + ", ".join(sorted(config.arms))
             + checks.did_you_mean(name, config.arms)
         )
     if "opsd" not in config.stages:
@@ -157,10 +158,9 @@ class Arms:
                 try:
                     process.wait(_LOOK)
                 except subprocess.TimeoutExpired:
-                    if (
-                        done := metrics.last_step(run_folder.metrics(path))
-                    ) != shown:  # its evaluations follow its last step
-                        progress.update(done)
+                    done, numbers = metrics.progress(run_folder.metrics(path))
+                    if done != shown:  # its evaluations follow its last step
+                        progress.update(done, **numbers)
                         shown = done
             if process.returncode:
                 self._failed.append(f"{name} (see {path}/log.txt)")

@@ -575,9 +575,17 @@ def _explained(doing: str, fix: Callable[[], str] = str) -> Iterator[None]:
 
 
 def _if_damaged(directory: epath.Path) -> str:
+    """What to do about a step folder whose files may be damaged."""
+    others = [step for step in folders.complete(directory.parent) if str(step) != directory.name]
+    if not others:
+        return (
+            "If its files are damaged, copy them again, or delete that folder and start anew: no "
+            "other checkpoint beside it is complete"
+        )
     return (
-        "If its files are damaged, delete that folder: the newest of the others is used then "
-        f"({folders.complete(directory.parent)})"
+        "If its files are damaged, commands that only read the run take another one, "
+        f"--checkpoint={directory.parent}/{others[-1]}; or delete that folder: the newest of the "
+        f"others is used then ({', '.join(map(str, others))})"
     )
 
 

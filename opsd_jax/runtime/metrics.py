@@ -74,8 +74,17 @@ def read(metrics_jsonl: str | os.PathLike) -> list[dict]:
 
 def last_step(metrics_jsonl: str | os.PathLike) -> int:
     """The last step of a run that is going on; 0 before its first record."""
+    return progress(metrics_jsonl)[0]
+
+
+def progress(metrics_jsonl: str | os.PathLike) -> tuple[int, dict[str, float]]:
+    """(last step, {"loss": last loss}) of a run that is going on.
+
+    (0, {}) before its first record.
+    """
     records = read(metrics_jsonl) if os.path.exists(metrics_jsonl) else []
-    return records[-1]["step"] if records else 0
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    return records[-1]["step"] if records else 0, {"loss": losses[-1]} if losses else {}
 
 
 def wandb_arguments(project: str, workdir: str, group: str, settings: dict) -> dict | None:

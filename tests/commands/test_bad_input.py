@@ -278,11 +278,14 @@ def test_mistakes_on_the_command_line(tmp_path):
         "--workdri=x": ["error: --workdri: there is no such option; did you mean --workdir?"],
         "--opsd.steps=3": ["--opsd.steps: there is no such option; did you mean --config.opsd.st"],
         "--config=configs/mini.py:chess": [
-            "error: configs/mini.py:chess: choose chart, maze, smoke or draw"
+            "error: configs/mini.py:chess: choose from chart, maze, smoke, draw"
+        ],
+        "--config=configs/mini.py:smok": [
+            "choose from chart, maze, smoke, draw; did you mean 'smoke'?"
         ],
         "--arm=nosie": [
-            "error: --arm=nosie: there is no such arm; the config has the arms ['image', "
-            "'noise', 'none', 'offline', 'sft', 'swap']; did you mean 'noise'?"
+            "error: --arm=nosie: there is no such arm; the config has the arms image, noise, none, "
+            "offline, sft, swap; did you mean 'noise'?"
         ],
         "--config.data.buckets.student=(36,25)": [
             "error: config.data.buckets.student is (36, 25): give a tuple that holds"

@@ -347,7 +347,7 @@ def test_damaged_files_and_strange_checkpoints(tmp_path):
     )
     os.truncate(largest, 100)
     with pytest.raises(
-        CheckpointError, match=rf"(?s){tmp_path}/2 failed.*delete that folder.*\[1, 2\]"
+        CheckpointError, match=rf"(?s){tmp_path}/2 failed.*delete that folder.*\(1\)"
     ):
         checkpoint.restore_params(tmp_path, abstract(state))
     ocp.save_checkpointables(tmp_path / "foreign", {"params": state})
@@ -452,9 +452,19 @@ def test_cut_files_name_the_folder_and_the_fix(tmp_path, name):
         (tmp_path / "3" / name).write_bytes(content)
         with pytest.raises(
             CheckpointError,
-            match=rf"(?s){tmp_path}/3.*delete that folder: the newest of the others",
+            match=rf"(?s){tmp_path}/3.*delete that folder and start anew: no other checkpoint",
         ):
             checkpoint.restore_params(tmp_path, weights)
+
+
+def test_beside_a_damaged_checkpoint_the_others_are_named(tmp_path):
+    """Not the damaged one, and first what changes nothing."""
+    weights = {"w": jnp.arange(6.0)}
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / str(step), None, weights, step=step)
+    said = checkpoint._if_damaged(tmp_path / "3")
+    assert f"take another one, --checkpoint={tmp_path}/2; or delete that folder" in said
+    assert said.endswith("the newest of the others is used then (1, 2)")
 
 
 @pytest.mark.parametrize(

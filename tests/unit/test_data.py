@@ -901,3 +901,15 @@ def test_the_data_command_loads_neither_flax_nor_optax():
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_unprepared_files_in_the_place_of_data_are_recognised(tmp_path):
+    """The command of the message writes elsewhere than into the source."""
+    (tmp_path / "Bars").mkdir()
+    (tmp_path / "Bars" / "train.jsonl").write_text("{}\n")
+    data = config_lib.data(small_run.config(data__dir=str(tmp_path)))
+    with pytest.raises(
+        FileNotFoundError, match="parquet or JSONL files, which are not prepared"
+    ) as e:
+        procedural.check_available(data, str(tmp_path), "")
+    assert f"--source={tmp_path} --target=DIR` with another folder for DIR" in str(e.value)

@@ -389,8 +389,8 @@ def test_thoughts_beyond_the_eighth_are_named_by_row(tmp_path):
         (
             1,
             "p1",
-            "unused_visual_thought: between 8 thoughts interleaved "
-            "traces show 7 of 8; the teacher sees all",
+            "unused_visual_thought: 8 visual thoughts and 8 thoughts: interleaved traces show "
+            "those between two thoughts, here 7; the teacher sees all",
         ),
     ]
     example = open_source(tmp_path / "out", task="maze")[1]
@@ -462,7 +462,7 @@ def test_visual_thoughts_that_are_left_out_are_named(tmp_path):
     assert [(n.row, n.reason.split(": ")[0], n.reason.split()[1]) for n in report.warnings] == [
         (0, "dropped_visual_thought", "reasoning_image_0"),
         (1, "dropped_visual_thought", "reasoning_image_1"),
-        (1, "unused_visual_thought", "between"),
+        (1, "unused_visual_thought", "2"),
         (2, "dropped_visual_thought", "reasoning_image_0"),
         (2, "no_visual_thought", "the"),
         (3, "no_visual_thought", "the"),

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import runpy
 
 import pytest
 
@@ -81,3 +82,23 @@ def test_a_run_continues_on_another_slice():
         config_check.check_unchanged(saved, paper.get_config(name))
     with pytest.raises(config_check.ConfigMismatchError, match="teacher.visual_thoughts"):
         config_check.check_unchanged(saved, paper.get_config("noise,v5p-16"))
+
+
+@pytest.mark.parametrize(
+    "file, given, meant",
+    [
+        ("contexts", "degradd", "degraded"),
+        ("contexts", "crop,smok", "smoke"),
+        ("mini", "smok", "smoke"),
+        ("qwen2_5", "0.5b", "0.5B"),
+        ("qwen3", "1.7b", "1.7B"),
+        ("qwen3", "1.7B,v5p8", "v5p-8"),
+        ("smollm2", "135m", "135M"),
+        ("study", "contnt", "content"),
+        ("visual_opsd", "nose,v5p-16", "noise"),
+    ],
+)
+def test_a_misspelt_preset_names_the_one_that_is_meant(file, given, meant):
+    get_config = runpy.run_path(str(small_run.ROOT / "configs" / f"{file}.py"))["get_config"]
+    with pytest.raises(ValueError, match=f"; did you mean '{meant}'"):
+        get_config(given)
