@@ -131,7 +131,7 @@ def _blocks(
     shown: tuple[str, Example | None, int],
 ) -> list[Block]:
     """The blocks of an example's context. shown: (mode, partner, seed), as `answer` takes them."""
-    (mode, partner, seed), names = shown, training.names
+    (mode, partner, seed), names, vit = shown, training.names, model.config.vit
     packer = Packer(
         model.tokenizer,
         training.prompts,
@@ -144,7 +144,8 @@ def _blocks(
         suffix=training.prompts.suffix,
         resize=model.vit,
         transparency=model.protocol.transparency,
-        patch_size=model.config.vit.patch_size if model.config.vit else model.vit.stride,
+        patch_size=vit.patch_size if vit else model.vit.stride,
+        merge=vit.merge if vit else 1,
         further=tuple(name for name in names.contents if name not in context_lib.CONTENTS),
         transforms=training.transforms,
     )

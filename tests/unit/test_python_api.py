@@ -2,16 +2,19 @@
 
 import dataclasses
 import inspect
+import io
 import pathlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import opsd_jax
-from opsd_jax import interleave
+import tiny
+from opsd_jax import context, images, interleave
 from opsd_jax.data import examples, schema
 from opsd_jax.evaluation import results
-from opsd_jax.run import session
+from opsd_jax.run import answering, session
 from opsd_jax.runtime import run_folder
 
 
@@ -141,3 +144,36 @@ def test_examples_are_indexed_sliced_and_shown():
             found[n]
     assert repr(found) == "<3 examples: T 2, U 1>"
     assert repr(example(0)) == "<example p0 of T: 'q?', answer 'B', images 1, visual thoughts 1>"
+
+
+# --- what a run's model is shown
+
+
+@pytest.mark.parametrize("sizes", [tiny.MODEL, *tiny.QWEN.values()])
+def test_an_example_and_its_question_alone_are_shown_alike(sizes):
+    """Both ways to ask make the same blocks, for towers that merge patches, too."""
+    tower, names = sizes.vit, context.BlockNames()
+    model = interleave.Reasoner(
+        sizes,
+        {},
+        tiny.TOKENIZER,
+        interleave.Protocol(transparency="drop"),
+        images.Resize(tower.patch_size * tower.merge, 24, 8),
+        images.Resize(),
+        training=interleave.TrainingContexts(
+            context.Prompts(system="sys", suffix=" Say."), names, images.Transforms()
+        ),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    row = schema.Example("p", "T", "q?", "B", file.getvalue(), (file.getvalue(),), ("a",))
+    asked = answering._blocks(model, model.training, row, ("none", None, 0))
+    plain = answering._plain_blocks(model, model.training, [row.image], row.question)
+    taught = answering._blocks(model, model.training, row, ("real", None, 0))
+    assert len(asked) == len(plain) == 3 and len(taught) > 3
+    for one, other in zip(asked, plain):
+        assert type(one) is type(other) and one.length == other.length
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+    assert asked[1].length == 24 // tower.merge**2 + 2
