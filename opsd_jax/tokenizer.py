@@ -26,6 +26,11 @@ DELIMITERS = {
     "image_start": "<|vision_start|>",
     "image_end": "<|vision_end|>",
 }
+# Bytes that ordinary text lacks: control characters, those that UTF-8 never has, and those of
+# Unicode's planes without characters. SmolLM2's vocabulary lacks 21 of them.
+_RARE = frozenset(
+    {*range(32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*map(ord, "\t\n\r")}
+)
 # Qwen2's split rule. Each digit is a token of its own.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -62,11 +67,17 @@ class Tokenizer:
         """A function from a text to its ids, int32 [n], without delimiters.
 
         It keeps the ids of recent texts, because prompts and questions recur in every example, and
-        traces in every epoch. The arrays are read-only.
+        traces in every epoch. The arrays are read-only. ValueError for a text with a byte that is
+        `lacking`.
         """
 
         @functools.lru_cache(maxsize=1 << 16)
         def encode(text: str) -> Int32[np.ndarray, " n"]:
+            if self.lacking and (lost := self.lacking.intersection(text.encode())):
+                raise ValueError(
+                    f"the tokenizer has no token for the byte {min(lost):#04x} in the text "
+                    f"{json_files.shown(text)}: remove the character"
+                )
             ids = np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
             ids.setflags(write=False)
             return ids
@@ -110,6 +121,12 @@ class Tokenizer:
                 token.encode() if token in added else bytes(to_byte[char] for char in token)
             )
         return spelled
+
+    @functools.cached_property
+    def lacking(self) -> frozenset[int]:
+        """The bytes without a token; only some that no ordinary text has (`_RARE`)."""
+        vocabulary = self.backend.get_vocab()
+        return frozenset(b for b, char in _byte_alphabet().items() if char not in vocabulary)
 
     @functools.cached_property
     def ordinary(self) -> Int32[np.ndarray, " n"]:
@@ -345,9 +362,10 @@ def _of_vocabulary(directory, config, added):
 
 
 def _check_bytes(directory, backend) -> None:
-    """Raises ValueError unless the tokens are spelled in bytes, and every byte has a token."""
+    """Raises ValueError unless the tokens are spelled in bytes, and the bytes of texts have one."""
     alphabet = set(_byte_alphabet().values())
-    if not backend.get_vocab().keys() >= alphabet:
+    needed = {char for byte, char in _byte_alphabet().items() if byte not in _RARE}
+    if not backend.get_vocab().keys() >= needed:
         raise ValueError(
             f"the tokenizer in {directory} has no token for some bytes, so it would drop text: use "
             "a tokenizer of byte-level BPE, such as Qwen2's"

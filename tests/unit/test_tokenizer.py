@@ -628,6 +628,30 @@ def test_not_byte_level(tmp_path):
         tokenizer.load(tmp_path)
 
 
+def test_bytes_that_no_ordinary_text_has(tmp_path):
+    """SmolLM2's vocabulary has no token for some of them. A text with one is refused."""
+    import json
+
+    folder = write(tmp_path / "a", with_json=True)
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = stored["model"]["vocab"]
+    alphabet = tokenizer._byte_alphabet()
+    for byte in (0x04, 0xF1):
+        vocabulary[alphabet[byte] * 40] = vocabulary.pop(alphabet[byte])
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    tok = tokenizer.load(folder)
+    assert tok.lacking == {0x04, 0xF1} and tok.decode(tok.encode("a b")) == "a b"
+    with pytest.raises(
+        ValueError, match=r"no token for the byte 0x04 in the text \"a\\u0004b\": rem"
+    ):
+        tok.encode("a\x04b")
+    vocabulary["aaaaaaaaaaaaaa"] = vocabulary.pop(alphabet[0xF3])
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ValueError, match="has no token for some bytes"):
+        tokenizer.load(folder)
+
+
 def test_digest_tells_vocabularies_apart(folder, tok):
     """The same folder again, and its other form, are the same tokenizer; swapped tokens or
     delimiters are not.
