@@ -249,6 +249,8 @@ class TrainingRollouts:
     empty_retries: Annotated[int, "[0, inf)"] = 3
     # Devices that share a copy of the weights while completions are sampled; 0: chosen.
     tensor: Annotated[int, "[0, inf)"] = 0
+    # Sample with the decoder's matrices rounded to int8. Evaluations and both scores do not.
+    int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

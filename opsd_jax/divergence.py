@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 
 from opsd_jax import sharding
 from opsd_jax.array_types import AnyArray
@@ -348,13 +348,13 @@ def over_chunks(function: Callable, heads: Any, arrays: Sequence[Any], chunk: in
 
 
 def project(
-    hidden: Float[AnyArray, "*any D"], head: Float[AnyArray, "D V"]
+    hidden: Float[AnyArray, "*any D"], head: Float[AnyArray, "D V"] | Int8[AnyArray, "D V"]
 ) -> Float32[Array, "*any V"]:
     """Logits of hidden states, computed in the dtype of the hidden states.
 
     Args:
       hidden: [..., D].
-      head: [D, V].
+      head: [D, V]; of int8 without its scale.
     Returns:
       float32 [..., V].
     """

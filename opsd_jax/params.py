@@ -188,9 +188,23 @@ def _lora_fact(path):
     )
 
 
+# Scales of the matrices that `in_int8` rounds, one for each output.
+_INT8 = {
+    **{
+        f"llm/layers/und/{matrix}_kernel": f"llm/layers/und/{matrix}_scale"
+        for matrix in LORA_TARGETS
+    },
+    "llm/head": "llm/head_scale",
+}
+_SCALES = {
+    scale: Fact(scale, TABLE[matrix].axes[:-2] + TABLE[matrix].axes[-1:], TABLE[matrix].group)
+    for matrix, scale in _INT8.items()
+}
+
+
 def find(path: str) -> Fact | None:
     """The facts about the parameter at a path, or None if the path names no known parameter."""
-    return TABLE.get(path) or _vae_fact(path) or _lora_fact(path)
+    return TABLE.get(path) or _vae_fact(path) or _lora_fact(path) or _SCALES.get(path)
 
 
 def fact(path: str) -> Fact:
@@ -334,6 +348,36 @@ def in_compute_dtype(params, dtype: str):
         return leaf if keeps_dtype(path) else leaf.astype(dtype)
 
     return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def in_int8(params):
+    """Parameters whose decoder matrices are rounded to int8, for a sampler that reads half as much.
+
+    A matrix W [..., D, E] of the understanding expert's layers, or the head, becomes int8 values
+    and a float32 scale [..., E] beside it, the largest magnitude of each output's column over 127:
+    x W = (x values) scale, up to half a scale for each value. A tied head is the embedding table
+    and stays.
+
+    params: in the compute dtype, without parameters of image generation.
+    """
+    flat = flatten(params)
+    for path, scale_path in _INT8.items():
+        if path not in flat:
+            continue
+        matrix = flat[path].astype(jnp.float32)
+        scale = jnp.maximum(jnp.max(jnp.abs(matrix), axis=-2), jnp.finfo(jnp.float32).tiny) / 127
+        flat[path] = jnp.round(matrix / scale[..., None, :]).astype(jnp.int8)
+        flat[scale_path] = scale
+    return unflatten(flat)
+
+
+def for_sampling(params, dtype: str, int8: bool = False):
+    """Parameters as the sampler reads them: those that text needs, in the compute dtype.
+
+    int8: see `in_int8`.
+    """
+    own = in_compute_dtype(understanding(params), dtype)
+    return in_int8(own) if int8 else own
 
 
 def count(params) -> dict[str, int]:

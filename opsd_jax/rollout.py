@@ -82,22 +82,24 @@ class Trajectory:
     ended: jax.Array | None = None
 
 
-def relayout_program(mesh: jax.sharding.Mesh, params: dict, dtype: str) -> Callable[[dict], dict]:
+def relayout_program(
+    mesh: jax.sharding.Mesh, params: dict, dtype: str, int8: bool = False
+) -> Callable[[dict], dict]:
     """A function that maps trained parameters to those that the sampler uses.
 
     These are in the rollout layout and the compute dtype, without the parameters of image
-    generation.
+    generation (`params.for_sampling`).
 
     Args:
       mesh: the sampler's, see `sharding.regrouped`.
       params: arrays or ShapeDtypeStructs with the shardings of the returned function's arguments.
-      dtype: the compute dtype.
+      dtype: the compute dtype. int8: whether matrices are rounded to int8.
     """
     program = sharding.relayout_program(
         mesh,
         params_lib.understanding(params),
         "rollout",
-        cast=lambda tree: params_lib.in_compute_dtype(tree, dtype),
+        cast=lambda tree: params_lib.for_sampling(tree, dtype, int8),
     )
     return lambda params: program(params_lib.understanding(params))
 

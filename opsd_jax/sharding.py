@@ -458,43 +458,50 @@ def gather_to_host(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def relayout_program(mesh: Mesh, abstract, layout: str, cast=lambda tree: tree):
-    """A function that casts a tree of arrays and moves it to a layout.
+def relayout_program(
+    mesh: Mesh, abstract: dict, layout: str, cast: Callable[[dict], dict] = lambda tree: tree
+):
+    """A function that casts a tree of parameters and moves it to a layout.
 
-    Leaves whose dtype and sharding do not change are returned as they are; all others are moved in
+    Leaves whose dtype and sharding do not change are returned as they are; all others are made in
     one compiled program. One program, because processes that start one transfer per leaf may start
     them in different orders and then wait for each other forever.
 
     Args:
       mesh: has the devices of the tree's mesh in the same order.
       abstract: the tree, as arrays or ShapeDtypeStructs with shardings.
-      layout: "train" or "rollout". cast: pytree -> pytree of the same structure.
+      layout: "train" or "rollout".
+      cast: maps the tree to one that may have more leaves. A leaf that keeps its path and dtype
+        keeps its values.
     """
-    leaves, structure = jax.tree.flatten(abstract)
-    wanted = jax.tree.leaves(jax.eval_shape(cast, abstract))
-    places = jax.tree.leaves(tree_shardings(mesh, abstract, layout))
-    moved = [
-        n
-        for n, (x, y, place) in enumerate(zip(leaves, wanted, places))
-        if x.dtype != y.dtype
-        or getattr(x.sharding, "mesh", None) != mesh
-        or not x.sharding.is_equivalent_to(place, x.ndim)
-    ]
+    shapes = jax.eval_shape(cast, abstract)
+    before, wanted = params_lib.flatten(abstract), params_lib.flatten(shapes)
+    places = params_lib.flatten(tree_shardings(mesh, shapes, layout))
+
+    def stays(path):
+        x = before.get(path)
+        return (
+            x is not None
+            and x.dtype == wanted[path].dtype
+            and getattr(x.sharding, "mesh", None) == mesh
+            and x.sharding.is_equivalent_to(places[path], x.ndim)
+        )
+
+    moved = [path for path in wanted if not stays(path)]
+    read = [path for path in before if not (path in wanted and stays(path))]
 
     def program(some):
         # zeros that are not used are not computed
-        whole = [jnp.zeros(x.shape, x.dtype) for x in leaves]
-        for n, x in zip(moved, some):
-            whole[n] = x
-        cast_leaves = jax.tree.leaves(cast(jax.tree.unflatten(structure, whole)))
-        return [cast_leaves[n] for n in moved]
+        whole = {path: jnp.zeros(x.shape, x.dtype) for path, x in before.items()}
+        cast_leaves = params_lib.flatten(cast(params_lib.unflatten(whole | some)))
+        return {path: cast_leaves[path] for path in moved}
 
-    program = jax.jit(program, out_shardings=[places[n] for n in moved])
+    program = jax.jit(program, out_shardings={path: places[path] for path in moved})
 
     def apply(arrays):
-        flat = jax.tree.leaves(arrays)
-        for n, x in zip(moved, program([flat[n] for n in moved]) if moved else ()):
-            flat[n] = x
-        return jax.tree.unflatten(structure, flat)
+        flat = params_lib.flatten(arrays)
+        made = program({path: flat[path] for path in read}) if moved else {}
+        found = {path: made[path] if path in made else flat[path] for path in wanted}
+        return params_lib.unflatten(found)
 
     return apply

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, Int8, PRNGKeyArray
 
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, images
@@ -361,16 +361,20 @@ def init_cache(batch: int, columns: int, *, config: ModelConfig) -> Cache:
     return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
 
 
-def head(params: dict) -> Float[AnyArray, "D V"]:
-    """The output head [D, V]; of a tied head, the transposed embedding table."""
+def head(params: dict) -> Float[AnyArray, "D V"] | Int8[AnyArray, "D V"]:
+    """The output head [D, V]; of a tied head, the transposed embedding table.
+
+    In the sampler's parameters it may be int8, without its scale (`params.in_int8`).
+    """
     llm = params["llm"]
     return llm["head"] if "head" in llm else llm["embed"].T
 
 
 @jax.named_scope("head")
 def logits(params: dict, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any V"]:
-    """Hidden states [..., D] -> float32 logits [..., V]."""
-    return divergence.project(hidden, head(params))
+    """Hidden states [..., D] -> float32 logits [..., V]; the head may be in int8."""
+    found = divergence.project(hidden, head(params))
+    return found * params["llm"]["head_scale"] if "head_scale" in params["llm"] else found
 
 
 @jax.named_scope("vae_encoder")

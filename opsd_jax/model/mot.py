@@ -88,7 +88,13 @@ class Expert(nn.Module):
 
     def _dense(self, name, x):
         """x [..., in] times the matrix `name`, plus its bias and its adapter if any: [..., out]."""
-        y = dense(x, getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias"))
+        scale = f"{name}_scale"  # of a matrix in int8
+        y = dense(
+            x,
+            getattr(self, f"{name}_kernel"),
+            getattr(self, f"{name}_bias"),
+            self.get_variable("params", scale) if self.has_variable("params", scale) else None,
+        )
         if self.lora is None or name not in self.lora.targets:
             return y
         low = dense(x, getattr(self, f"{name}_lora_a"))

@@ -58,6 +58,9 @@ class Instruction:
         ]
 
 
+# Inside of a fused operation: another shape, or another layout of what is read.
+_VIEWS = ("bitcast", "copy")
+
 Computation = Mapping[str, Instruction]  # by the instruction's name
 Module = Mapping[str, Computation]  # by the computation's name
 
@@ -295,14 +298,24 @@ def _read(name: str, inside: Computation, computations: Module) -> int:
         for n in (n for n, operand in enumerate(user.operands) if operand == name):
             if n == 0 and user.op in ("dynamic-slice", "slice", "gather"):
                 total += sum(_arrays(user.shape))
-            elif user.op == "bitcast":  # as the result of a nested fusion it is used outside
-                total += whole if user.root else _read(user.name, inside, computations)
+            elif user.op in _VIEWS:
+                total += _read(user.name, inside, computations)
             elif user.op == "fusion":
                 inner = computations[user.named("calls")[0]]
                 total += _read(_parameters(inner)[n], inner, computations)
+                if _is_view(inner, _parameters(inner)[n]):  # then it is used where the result is
+                    total += _read(user.name, inside, computations)
             elif n or user.op != "dynamic-update-slice":  # that leaves the rest of it in place
                 total += whole
     return min(total, whole)
+
+
+def _is_view(inside: Computation, parameter: str) -> bool:
+    """Whether the result of a fused computation is a parameter, in another shape or layout."""
+    found = next(i for i in inside.values() if i.root)
+    while found.op in _VIEWS:
+        found = inside[found.operands[0]]
+    return found.name == parameter
 
 
 def _written(root: Instruction, inside: Computation, computations: Module) -> int:

@@ -265,7 +265,7 @@ def _sample(step: _Step) -> Program:
     params = sharding.abstract(
         step.sampling_mesh,
         jax.eval_shape(
-            lambda p: params_lib.in_compute_dtype(params_lib.understanding(p), step.model.dtype),
+            lambda p: params_lib.for_sampling(p, step.model.dtype, step.config.rollout.int8),
             step.params,
         ),
         "rollout",

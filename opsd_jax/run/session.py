@@ -232,15 +232,19 @@ class Session:
         abstract = self.abstract_params(layout)
         return checkpoint.restore_params(checkpoint_folder, abstract, partial=partial)
 
-    def for_sampling(self, params):
+    def for_sampling(self, params, *, int8: bool = False):
         """The weights laid out for the sampler, in the dtype of the computation.
 
         One program is compiled for each layout that weights come in.
+
+        int8: whether matrices are rounded to int8, as config.rollout.int8 says of the samples that
+          a stage trains on.
         """
-        places = tuple((x.dtype, x.sharding) for x in jax.tree.leaves(params))
+        places = (int8, *((x.dtype, x.sharding) for x in jax.tree.leaves(params)))
         if places not in self._relayouts:
-            dtype = self.config.model.dtype
-            self._relayouts[places] = rollout.relayout_program(self.sampling_mesh, params, dtype)
+            self._relayouts[places] = rollout.relayout_program(
+                self.sampling_mesh, params, self.config.model.dtype, int8
+            )
         return self._relayouts[places](params)
 
     @functools.cached_property

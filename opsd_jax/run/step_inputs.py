@@ -88,7 +88,7 @@ class Completions:
     def __call__(self, params, step: int, inputs: StepInputs) -> StepInputs:
         """Samples for the batch of a step, and frees the sampler's copy of the weights."""
         with self._run.clock("sample"):
-            params = self._run.for_sampling(params)
+            params = self._run.for_sampling(params, int8=self._run.config.rollout.int8)
             key = jax.random.fold_in(self._key, step)
             trajectory = self._completions(params, inputs, key)
             attempt = 0

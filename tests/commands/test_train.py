@@ -18,7 +18,7 @@ from PIL import Image
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, train
+from opsd_jax import config_check, rollout, train
 from opsd_jax.data import shards
 from opsd_jax.run import controls as controls_lib
 from opsd_jax.run import saves, session
@@ -569,3 +569,18 @@ def test_the_digests_of_a_run_are_those_of_its_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, "digests", fail)
     assert run.digests is there and set(there) == {"data", "tokenizer"}
+
+
+@pytest.mark.slow
+def test_training_samples_with_int8_weights_and_evaluates_without(tmp_path, monkeypatch):
+    seen = []
+
+    def sample(params, context, key, *, config, of=rollout.sample, **named):
+        seen.append((params["llm"]["head"].dtype.name, config.greedy))
+        return of(params, context, key, config=config, **named)
+
+    monkeypatch.setattr(rollout, "sample", sample)
+    config = small_run.config(rollout__int8=True, eval__final_banned=False)
+    train.train(config, str(tmp_path / "w"))
+    assert set(seen) == {("int8", False), ("float32", True)}
+    assert sum(dtype == "int8" for dtype, _ in seen) == small_run.OPSD

@@ -123,6 +123,31 @@ def test_flatten_and_unflatten():
     assert params_lib.unflatten(params_lib.flatten(tree)) == tree
 
 
+def test_int8_rounds_each_output_by_its_own_scale():
+    params = tiny.params()
+    rounded = params_lib.flatten(params_lib.for_sampling(params, "float32", int8=True))
+    before = params_lib.flatten(params)
+    matrices = {
+        path for path in before if path.startswith("llm/layers/und/") and path.endswith("_kernel")
+    } | {"llm/head"}
+    assert len(matrices) == 8
+    for path in matrices:
+        values, scale = rounded[path], rounded[path.removesuffix("_kernel") + "_scale"]
+        assert values.dtype == jnp.int8 and scale.dtype == jnp.float32
+        column = np.abs(before[path]).max(axis=-2)
+        np.testing.assert_allclose(scale, column / 127, rtol=1e-6)
+        assert (np.abs(values).max(axis=-2) == 127).all()
+        error = np.abs(values * np.asarray(scale)[..., None, :] - before[path])
+        assert (error <= 0.5001 * np.asarray(scale)[..., None, :]).all()
+        fact = params_lib.fact(path.removesuffix("_kernel") + "_scale")
+        axes = params_lib.fact(path).axes
+        assert fact.axes == (*axes[:-2], axes[-1]) and len(fact.axes) == scale.ndim
+    others = before.keys() - matrices
+    assert others < rounded.keys() and len(rounded) == len(before) + len(matrices)
+    for path in others:
+        np.testing.assert_array_equal(rounded[path], before[path])
+
+
 def test_counts_of_the_released_size():
     """By hand from the shapes of BAGEL-7B-MoT: 14.7 billion, 8.1 of them without the
     image-generation path.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tiny
-from opsd_jax import context, rollout
+from opsd_jax import context, rollout, sharding
+from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
 from opsd_jax.model.config import LLMConfig
 from opsd_jax.tokenizer import DELIMITERS, Tokenizer
@@ -119,6 +120,32 @@ def test_keys_in_blocks_sample_the_same(sampled):
     for name in ("tokens", "mask", "fed", "num_fed", "stop"):
         np.testing.assert_array_equal(getattr(trajectory, name), getattr(sampled.trajectory, name))
     np.testing.assert_allclose(logits, sampled.logits, atol=2e-4)
+
+
+def test_int8_weights_compute_what_they_stand_for(sampled):
+    """The sampler with int8 matrices against float32 matrices of the same values."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    placed = jax.device_put(sampled.params, place)
+    rounded = rollout.relayout_program(mesh, placed, "float32", int8=True)(placed)
+    flat = params_lib.flatten(rounded)
+    same = {
+        path: leaf * flat[scale][..., None, :]
+        for path, leaf in flat.items()
+        if leaf.dtype == "int8"
+        for scale in [path.removesuffix("_kernel") + "_scale"]
+    }
+    kept = {path: leaf for path, leaf in flat.items() if not path.endswith("_scale")}
+    kept |= {path: leaf for path, leaf in flat.items() if path.startswith("vit/")}
+    (found, logits), (expected, wanted) = (
+        rollout.sample(
+            params, sampled.context, jax.random.key(11), config=sampled.config, return_logits=True
+        )
+        for params in (rounded, params_lib.unflatten(kept | same))
+    )
+    np.testing.assert_array_equal(found.fed, expected.fed)
+    np.testing.assert_allclose(logits, wanted, atol=5e-4)
+    assert np.abs(np.asarray(logits) - sampled.logits).max() > 1e-3  # something was rounded
 
 
 def test_a_row_does_not_depend_on_its_neighbours(sampled):
