@@ -56,6 +56,7 @@ def model_of(
 ) -> Reasoner:
     """The model that answers, without weights, as `run.model.load` makes that of a release.
 
+    config: sizes of the model; of `drawing` which steps are computed, as --compute_every says.
     stage: "eval", or "generate", for which image generation is on whatever the settings say.
     protocol: one of `interleave.PROTOCOLS`. platform: of the devices.
     """
@@ -66,7 +67,9 @@ def model_of(
         generation = config_lib.generation(config)
     sizes = dataclasses.replace(config_lib.model(config), generation=generation)
     sizes = model_lib.in_blocks(sizes, platform)
-    return Reasoner(sizes, {}, _TOKENIZER, **model_lib.asked_by(protocol, sizes))
+    asked = model_lib.asked_by(protocol, sizes)
+    own = {key: config.drawing[key] for key in ("compute_every", "extrapolation")}
+    return Reasoner(sizes, {}, _TOKENIZER, **asked, flow=own)
 
 
 def calls(model: Reasoner, mesh: jax.sharding.Mesh, batch_size: int) -> list[Call]:
