@@ -243,7 +243,7 @@ def _need(examples: Examples, packer: Packer, use: Use, place: tuple[int, int]) 
     parts = (part for part in example.content.values() if isinstance(part, tuple))
     for image in (block for part in parts for block in part if isinstance(block, Image)):
         try:
-            if packer.side:
+            if packer.side > 1:  # 0: a tower of any size; 1: the model reads text alone
                 images.position_ids(image.grid, packer.side)
         except ValueError as error:
             raise ValueError(f"example {name}: {error}") from None

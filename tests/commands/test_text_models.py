@@ -8,8 +8,9 @@ import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import interleave, train
+from opsd_jax import train
 from opsd_jax.release import export, families, folders
+from opsd_jax.run import answering
 from opsd_jax.run import model as model_lib
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
@@ -115,7 +116,7 @@ def test_an_exported_folder_answers_as_its_run(trained, exported):
         model = model_lib.load(str(source), dtype="float32", protocol="paper")
         protocol = dataclasses.replace(model.protocol, max_new_tokens=6)
         model = dataclasses.replace(model, protocol=protocol)
-        answers.append(interleave.answer(model, [], "which bar is higher ?"))
+        answers.append(answering.answer(model, [], "which bar is higher ?"))
     assert answers[0].tokens == answers[1].tokens > 0
     assert answers[0].text == answers[1].text
 
