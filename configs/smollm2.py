@@ -4,9 +4,11 @@
       --config.init_from=SmolLM2-135M-Instruct --config.tokenizer=SmolLM2-135M-Instruct \
       --config.data.dir=PREPARED
 
-  configs/smollm2.py:135M   360M or 1.7B; 135M is the default
+  configs/smollm2.py:135M         360M or 1.7B; 135M is the default
+                    :arithmetic   135M on arithmetic word problems that the run makes, on a CPU
 
-Sizes are those of the released config.json. configs/text_opsd.py has the other settings.
+examples/smollm2.py makes the folder of the 135M model. Sizes are those of the released config.json.
+configs/text_opsd.py has the other settings.
 """
 
 import pathlib
@@ -21,17 +23,27 @@ SIZES = {
     "1.7B": (2048, 24, 32, 32, 8192, 1.3e5),
 }
 
+# Texts of :arithmetic.
+SYSTEM = (
+    "Solve the problem step by step, and give the final answer as a number at the end, wrapped in "
+    "<answer></answer> tags."
+)
+INTRO = "A worked solution of the problem:"
+
 
 def get_config(arg: str = "135M"):
-    """The configuration; arg: a size, see above."""
-    if arg not in SIZES:
+    """The configuration; arg: a size or arithmetic, see above."""
+    known = (*SIZES, "arithmetic")
+    if arg not in known:
         raise ValueError(
-            f"configs/smollm2.py:{arg}: choose from {', '.join(SIZES)}"
-            + checks.did_you_mean(arg, SIZES)
+            f"configs/smollm2.py:{arg}: choose from {', '.join(known)}"
+            + checks.did_you_mean(arg, known)
         )
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
-    hidden_size, num_layers, num_heads, num_kv_heads, width, rope_theta = SIZES[arg]
+    hidden_size, num_layers, num_heads, num_kv_heads, width, rope_theta = SIZES.get(
+        arg, SIZES["135M"]
+    )
     c.model.llm.update(
         vocab_size=49152,
         hidden_size=hidden_size,
@@ -45,4 +57,40 @@ def get_config(arg: str = "135M"):
         qk_norm=False,
         tied_head=True,
     )
+    return _arithmetic(c) if arg == "arithmetic" else c
+
+
+def _arithmetic(c):
+    """OPSD on procedural word problems; the teacher also reads the worked solution.
+
+    A warm-up teaches the form of answers, with the solution and without. Adapters alone are trained
+    (LoRA), so that a step is affordable on two CPU cores.
+    """
+    c.model.dtype = "float32"
+    c.model.remat = "none"
+    c.lora.rank = 16
+    c.prompts.update(system=SYSTEM, intro=INTRO, transition="")
+    c.data.tasks = ("Arithmetic",)
+    c.data.limits = ()
+    c.data.make.update(families=("arithmetic",), difficulty="easy")
+    c.data.make.update(train=2000, validation=128, test=256)
+    c.data.buckets.student = ((80, 0),)
+    c.data.buckets.teacher = ((122, 0),)
+    c.data.buckets.trace = ((168, 0, 46),)
+    c.data.threads = 1
+    c.stages = ("warmup", "opsd")
+    c.warmup.update(steps=20, batch_size=8)
+    c.opsd.update(steps=40, batch_size=8, accumulation=1)
+    c.sft.update(steps=40, batch_size=8, accumulation=1)
+    for stage in ("warmup", "opsd", "sft"):
+        c[stage].optim.update(lr=5e-4, min_lr=5e-5, warmup_steps=5, b2=0.98, weight_decay=0.0)
+    c.teacher.kind = "fixed"
+    c.rollout.max_new_tokens = 47
+    c.eval.update(every=0, batch_size=32, final_split="test")
+    c.eval.final_visual_thoughts = ("none", "real")
+    c.checkpoint.every = 20
+    c.arms.swap = {"teacher": {"visual_thoughts": "swap"}}
+    c.arms.none = {"teacher": {"visual_thoughts": "none"}}
+    c.arms.sft = {"stages": ("sft",)}
+    c.run_arms = ("swap", "none", "sft")
     return c

@@ -631,7 +631,8 @@ def replace_privileged(
     noise: images as in `replace_visual_thoughts`. A text becomes as many ids, each chosen uniformly
       from `ordinary`. `rng` gives both, in the order of the names.
     swap: those of `other`, another example of the same task.
-    image: the first problem image in place of each image. Texts are left out.
+    image: the first problem image in place of each image, nothing for a question without one.
+      Texts are left out.
     none: nothing: all of these blocks are left out. The fixed texts remain.
 
     Args:
@@ -649,7 +650,7 @@ def replace_privileged(
         if mode == "swap":
             shown[name] = other[name]
         elif holds_images(name):
-            problem = _images(own["image"])[0]
+            problem = next(iter(_images(own["image"])), None)
             shown[name] = replace_visual_thoughts(mode, problem, _images(value), (), rng)
         elif mode == "noise":
             assert rng is not None and ordinary is not None
@@ -662,7 +663,7 @@ def replace_privileged(
 
 def replace_visual_thoughts(
     mode: str,
-    problem: Image,
+    problem: Image | None,
     own: Iterable[Image | None],
     other: Iterable[Image | None],
     rng: np.random.Generator | None,
@@ -673,7 +674,8 @@ def replace_visual_thoughts(
     noise: standard normal values of the same shapes, in normalised pixel space, sampled from `rng`
       in every call again.
     swap: those of `other`, another example of the same task.
-    image: the problem image in place of each image; the first, if the example has several.
+    image: the problem image in place of each image; the first, if the example has several. No
+      image, if it has none (`problem` is None).
     none: no image. Intro and transition remain.
 
     Args:
@@ -690,7 +692,7 @@ def replace_visual_thoughts(
     if mode == "swap":
         return [vt for vt in other if vt is not None]
     if mode == "image":
-        return [problem for _ in mine]
+        return [problem for _ in mine if problem is not None]
     if mode == "none":
         return []
     raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")

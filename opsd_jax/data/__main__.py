@@ -92,9 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     mini.add_argument("--target", required=True, help="the TFDS data_dir to write")
     mini.add_argument(
         "--families",
-        default=tuple(tasks.FAMILIES),
+        default=tasks.VISUAL,
         type=cli.names,
-        help=f"{', '.join(tasks.FAMILIES)}; several separated by commas (default: all)",
+        help=f"{', '.join(tasks.FAMILIES)}; several separated by commas (default: those with "
+        f"images, {', '.join(tasks.VISUAL)})",
     )
     for split, count in (("train", 4000), ("validation", 512), ("test", 512)):
         mini.add_argument(f"--{split}", type=int, default=count, help="examples of each family")

@@ -65,8 +65,9 @@ class Source:
         self.directory, self.split = directory, split
         builder = _builder(directory)
         self.columns = schema.further_columns(builder.info.features)
-        more = filter(builder.info.features.__contains__, [schema.MORE_PROBLEMS])
-        encoded = (*schema.IMAGE_FEATURES, *more, *schema.further_images(self.columns))
+        own = (*schema.IMAGE_FEATURES, schema.MORE_PROBLEMS, schema.PROBLEMS)
+        held = filter(builder.info.features.__contains__, own)
+        encoded = (*held, *schema.further_images(self.columns))
         for info in builder.info.splits.values():
             for path, rows in zip(info.filepaths, info.shard_lengths):
                 if shards.count_records(path) != rows:
@@ -158,9 +159,10 @@ def _builder(directory: Path) -> "tfds.core.DatasetBuilder":
     for name in ("features.json", "dataset_info.json"):  # the builder reads both
         try:
             if name == "features.json":
-                absent = {*schema.TEXT_FEATURES, *schema.IMAGE_FEATURES} - {
-                    *tfds.features.FeatureConnector.from_config(directory)
-                }
+                held = {*tfds.features.FeatureConnector.from_config(directory)}
+                absent = {*schema.TEXT_FEATURES, *schema.IMAGE_FEATURES} - held
+                if schema.PROBLEMS in held:  # in the place of a single problem image
+                    absent.discard(schema.IMAGE_FEATURES[0])
                 if absent:
                     raise ValueError(f"it lacks {', '.join(sorted(absent))}")
             else:

@@ -32,27 +32,20 @@ class PreparedExample:
       example: the example itself.
       question: token ids of the question and the prompts' suffix, int [N]; of each text around the
         places of images in the question, where it has any (`context.question_ids`).
-      problem: the first problem image, cut into patches.
+      problems: the problem images, cut into patches; () for a question without any.
       visual_thoughts: the visual thoughts, cut into patches.
       pixels: the same images, the problem images first, as the autoencoder sees them, uint8
-        [H, W, 3]; empty where no images are generated.
+        [H, W, 3]; None where no images are generated.
       further: the other blocks that contexts show, by name (`context.Content`): columns and
         transformed images.
-      more_problems: the problem images after the first, cut into patches.
     """
 
     example: Example
     question: np.ndarray | tuple[np.ndarray, ...]
-    problem: Image
+    problems: tuple[Image, ...]
     visual_thoughts: tuple[Image, ...]
-    pixels: tuple[np.ndarray, ...] = ()
+    pixels: tuple[np.ndarray, ...] | None = None
     further: Mapping[str, np.ndarray | tuple[Image, ...]] = dataclasses.field(default_factory=dict)
-    more_problems: tuple[Image, ...] = ()
-
-    @property
-    def problems(self) -> tuple[Image, ...]:
-        """All problem images, cut into patches."""
-        return self.problem, *self.more_problems
 
     @property
     def content(self) -> Content:
@@ -123,7 +116,7 @@ class Preprocessor:
                 lambda data: self._patches(self._open(data)),
                 lambda name, n, box: self._cut(self.transforms(name, shown[n], self.resize, box)),
             )
-        pixels: tuple[np.ndarray, ...] = ()
+        pixels: tuple[np.ndarray, ...] | None = None
         if self.vae_resize:
             pixels = tuple(images.resize(image, self.vae_resize) for image in shown)
         return self._prepared(example, [*map(self._patches, shown)], pixels, further)
@@ -146,7 +139,7 @@ class Preprocessor:
                 ),
             )
         blank = [self._blank(*self.resize(*size)) for size in shown]
-        pixels: tuple[np.ndarray, ...] = ()
+        pixels: tuple[np.ndarray, ...] | None = None
         if self.vae_resize:
             pixels = tuple(
                 np.broadcast_to(np.uint8(0), (height, width, 3))
@@ -158,7 +151,7 @@ class Preprocessor:
         self,
         example: Example,
         shown: Sequence[Image],
-        pixels: tuple[np.ndarray, ...],
+        pixels: tuple[np.ndarray, ...] | None,
         further: dict[str, np.ndarray | tuple[Image, ...]],
     ) -> PreparedExample:
         """shown: the problem images, then the visual thoughts."""
@@ -167,11 +160,10 @@ class Preprocessor:
         return PreparedExample(
             example,
             context.question_ids(self.tokenizer, example.question, self.suffix),
-            shown[0],
+            tuple(shown[:count]),
             tuple(shown[count:]),
             pixels,
             further,
-            tuple(shown[1:count]),
         )
 
     def _further(
@@ -450,8 +442,10 @@ def has_content(example: Example, names: Sequence[str]) -> bool:
             value: str | tuple = example.visual_thoughts
         elif name.startswith((columns_lib.TEXT, columns_lib.IMAGES)):
             value = example.column(name)
-        else:  # the problem image, as it is or transformed, or the question
+        elif name == "question":
             return True
+        else:  # the problem images, as they are or transformed
+            value = example.problem_images
         if not tasks.is_blank(value) if isinstance(value, str) else value:
             return True
     return False

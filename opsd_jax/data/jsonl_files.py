@@ -66,11 +66,12 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
     kind, digest = _format(path), hashlib.blake2b(digest_size=16)
     keys: dict[str, None] = {}
     pids: list = []
-    several = False
+    several = optional = False
     for raw, line, row in _rows(path, stop, further):
         keys |= dict.fromkeys(line)
         pids.append(row.values.get("pid"))
         several |= row.values.get(_SECOND_IMAGE) is not None
+        optional |= row.fault is None and row.values.get(_CHAT_COLUMNS[2]) is None
         digest.update(raw)
         if row.fault is not None:  # a missing image that is there later changes the checksum
             digest.update(str(row.fault.note.reason).encode("utf-8", "replace"))
@@ -78,7 +79,7 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     present = _present(path, kind, list(keys), further) if pids else []
-    return schema.Scan(kind, present, pids, len(pids), digest.hexdigest(), several)
+    return schema.Scan(kind, present, pids, len(pids), digest.hexdigest(), several, optional)
 
 
 def read_batches(path: Path, stop: int, further: Sequence[str] = ()) -> Iterator[list[schema.Row]]:
@@ -309,8 +310,6 @@ def _from_named(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], lis
             if column in values:
                 raise _FaultError(key, f"and another key both give {column}: leave one out")
             values[column] = item
-    if "problem_image_0" not in values:
-        raise _FaultError("image", "is missing, and so are images and problem_image_0")
     for column in ("question", "answer"):
         if column not in values:
             raise _FaultError(column, "is missing")
@@ -337,8 +336,6 @@ def _from_chat(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list
     asked_text, said = turns[users[-1]][1], turns[-1][1]
     shown = line.get("images")
     shown = shown if isinstance(shown, list) else [] if shown is None else [shown]
-    if not shown:
-        raise _FaultError("images", "is missing or empty: give the images of the question")
     if fault := tags.places_fault(asked_text, len(shown)):
         raise _FaultError(
             "messages",
@@ -362,7 +359,7 @@ def _from_chat(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list
     # Places before the text say no more than a text without places.
     between = len(tags.around_places(asked_text)) > 1
     question = asked_text.strip() if between else _without_places(asked_text)
-    first, *more = shown
+    first, *more = shown or [None]
     texts = (question, answer, first, trace or answer, trace)
     values |= dict(zip(_CHAT_COLUMNS, texts, strict=True))
     values |= {f"{schema.PROBLEM_COLUMNS}{n}": image for n, image in enumerate(more, 1)}

@@ -104,7 +104,13 @@ class Packer:
         e, content = example.example, content or example.content
         if kind in ("student", "teacher"):
             names = self.names.student if kind == "student" else self.names.teacher
-            return context_lib.named_blocks(self.tokenizer, self.prompts, names, content)
+            blocks = context_lib.named_blocks(self.tokenizer, self.prompts, names, content)
+            if not blocks:
+                raise ValueError(
+                    f"example {e.pid} has nothing to show in config.{kind}.blocks, which are "
+                    f"{', '.join(names)}: add the question, or leave the example out"
+                )
+            return blocks
         if kind == "interleaved":
             shown = example.visual_thoughts
             trace = context_lib.rounds(self.tokenizer, e.thoughts, shown, e.trace_answer)
@@ -150,7 +156,7 @@ class Packer:
         Each image is shown as latents and then as patches, and each visual thought before that as
         noised latents. The latents are filled in on the device (`flow.with_latents`).
         """
-        sizes, generation = iter(example.pixels), self.generation
+        sizes, generation = iter(example.pixels or ()), self.generation
         blocks: list[Block] = []
         for name, block in self.named_blocks(example, "interleaved"):
             if isinstance(block, Image):
@@ -212,7 +218,7 @@ class Packer:
         """Traces to learn from, each example in its layout (`config.LAYOUTS`)."""
         # All batches of a stage that trains image generation hold latents, whatever the layouts are
         # in this process's part of a batch.
-        latents = self.buckets.drawn[bucket][0] if examples[0].pixels else 0
+        latents = self.buckets.drawn[bucket][0] if examples[0].pixels is not None else 0
         with _setting_named("trace"):
             return context_lib.supervise(
                 [self.blocks(example, layout) for example, layout in zip(examples, layouts)],
@@ -251,7 +257,7 @@ class Packer:
         pixels = np.zeros((len(examples), count, height, width, 3), np.uint8)
         sizes = np.zeros((len(examples), count, 2), np.int32)
         for b, example in enumerate(examples):
-            shown = example.pixels if example else ()
+            shown = (example.pixels or ()) if example else ()
             if len(shown) > count or any(x.shape[0] > height or x.shape[1] > width for x in shown):
                 found = ", ".join(f"{x.shape[0]}x{x.shape[1]}" for x in shown)
                 raise context_lib.TooLongError(
@@ -361,7 +367,7 @@ class Packer:
         layouts = ["interleaved"]
         if example.example.full_text_only_thought.strip():
             layouts += ["reference", "text"]
-        if example.pixels:
+        if example.pixels is not None:
             layouts.append("drawn")
         traces = [self.blocks(example, layout) for layout in layouts]
         needs = {
@@ -369,9 +375,9 @@ class Packer:
             "teacher": _need([self.blocks(example, "teacher", shown) for shown in seen])[:2],
             "trace": _need(traces),
         }
-        if example.pixels:
+        if example.pixels is not None:
             latents = context_lib.need(traces[-1]).latents
-            height, width = np.max([x.shape[:2] for x in example.pixels], axis=0)
+            height, width = np.max([(0, 0), *(x.shape[:2] for x in example.pixels)], axis=0)
             needs["drawn"] = np.array([latents, len(example.pixels), height, width])
         return needs
 

@@ -40,11 +40,45 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
     with open_parquet(path) as file:
         present, rows = file.schema_arrow.names, min(stop, file.metadata.num_rows)
         columns(path, present, further)  # raises for wrong ones
+        optional = _lacks_images(path, file, further)
         batches = file.iter_batches(columns=["pid"]) if "pid" in present else ()
         pids = [pid for batch in batches for pid in batch["pid"].to_pylist()]
     checksum = shards.checksum(path) if rows else ""
     several = any(schema.is_problem_image(column) for column in _numbered(present))
-    return schema.Scan("parquet", present, pids[:rows], rows, checksum, several)
+    return schema.Scan("parquet", present, pids[:rows], rows, checksum, several, optional)
+
+
+def _lacks_images(path: Path, file: "pyarrow.parquet.ParquetFile", further: Sequence[str]) -> bool:
+    """Whether rows of a file have no problem image: all without the column, or some.
+
+    Raises BadSourceError for a file without the column that seems to have it under another name.
+    """
+    import pyarrow
+
+    arrow, first = file.schema_arrow, f"{schema.PROBLEM_COLUMNS}0"
+    if first not in arrow.names:
+        asked = [columns_lib.of_files(name) for name in further]
+        for field in arrow:
+            own = field.name in asked or schema.is_of_schema(field.name)
+            if not own and pyarrow.types.is_struct(field.type) and "bytes" in field.type.names:
+                raise schema.BadSourceError(
+                    f"{path} has no column {first!r}, but {field.name!r} seems to hold images: "
+                    f"rename it to {first!r}, or drop it for questions without an image"
+                )
+        return True
+    kind = arrow.field(first).type
+    if not pyarrow.types.is_struct(kind) or "bytes" not in kind.names:
+        return False  # no image {bytes, path}: reading its rows says so
+    leaves = [file.schema.column(n).path for n in range(len(file.schema))]
+    leaf = leaves.index(f"{first}.bytes")
+    for n in range(file.metadata.num_row_groups):
+        statistics = file.metadata.row_group(n).column(leaf).statistics
+        if statistics is not None and statistics.has_null_count and not statistics.null_count:
+            continue
+        for batch in file.iter_batches(schema.BATCH_ROWS, row_groups=[n], columns=[first]):
+            if any(value in (None, schema.NO_IMAGE) for value in batch[first].to_pylist()):
+                return True
+    return False
 
 
 def columns(path: Path, present: list[str], further: Sequence[str] = ()) -> list[str]:
@@ -79,7 +113,9 @@ def _numbered(present: Sequence[str]) -> list[str]:
 def misspelt(present: Sequence[str], further: Sequence[str] = ()) -> list[str]:
     """Sentences about columns that are not read and look like columns of the schema."""
     asked = [columns_lib.of_files(name) for name in further]
-    known = (*schema.REQUIRED_COLUMNS, *schema.THOUGHT_COLUMNS, *schema.VISUAL_THOUGHT_COLUMNS)
+    first = f"{schema.PROBLEM_COLUMNS}0"
+    own = (*schema.THOUGHT_COLUMNS, *schema.VISUAL_THOUGHT_COLUMNS)
+    known = (*schema.REQUIRED_COLUMNS, first, *own)
     expected = [column for column in dict.fromkeys(known) if column not in present]
     return [
         f"{column!r} is not read: did you mean {close[0]!r}?"

@@ -35,10 +35,11 @@ class PrepareReport:
     Attributes:
       rows: {"<task>/<split>": number of rows written}.
       bad_rows: every row that was left out, with the reason.
-      warnings: every oddity in rows that were kept; reasons start with `no_visual_thought`,
-        `no_text_trace`, `dropped_visual_thought`, `dropped_thought`, `unused_visual_thought`,
-        `duplicate_pid`, `empty_column`, `ignored_column` or `ignored_file`, and for chat messages
-        with `no_thought`, `ignored_turn`, `ignored_text` or `ignored_key`.
+      warnings: every oddity in rows that were kept; reasons start with `no_image`,
+        `no_visual_thought`, `no_text_trace`, `dropped_visual_thought`, `dropped_thought`,
+        `unused_visual_thought`, `duplicate_pid`, `empty_column`, `ignored_column` or
+        `ignored_file`, and for chat messages with `no_thought`, `ignored_turn`, `ignored_text` or
+        `ignored_key`.
       bytes: size of the written records.
       seconds: duration of the run that finished the work.
       formats: {"<task>/<split>": name of the format that was read}; {} of older versions.
@@ -236,7 +237,7 @@ def _plan_shards(
     reason = f"ignored_file: its name starts with none of {', '.join(schema.SPLITS)}"
     notes = [Note(str(path), None, "", reason) for path in others]
     first_places: dict[str, tuple[str, int]] = {}  # {pid: file and row of its first occurrence}
-    shards, formats, several = [], {}, []
+    shards, formats, several, optional = [], {}, False, False
     for split in dict.fromkeys(job.part.splits or paths_of):
         left, takes = job.part.limit or sys.maxsize, []
         for path in paths_of[split]:
@@ -244,7 +245,8 @@ def _plan_shards(
             left -= scan.rows
             if scan.rows:
                 takes.append((path, scan))
-                several.append(scan.several_images)
+                several |= scan.several_images
+                optional |= scan.optional_image
                 notes += [
                     Note(str(path), None, "", f"ignored_column: {column} is not read{hint}")
                     for column in scan.columns
@@ -274,8 +276,8 @@ def _plan_shards(
         formats[f"{job.task}/{split}"] = " and ".join(
             dict.fromkeys(scan.format for _, scan in takes)
         )
-    if any(several):  # all files of a task have the same features
-        shards = [shard._replace(several_images=True) for shard in shards]
+    # All files of a task have the same features.
+    shards = [s._replace(several_images=several, optional_image=optional) for s in shards]
     return shards, notes, formats
 
 
@@ -349,7 +351,7 @@ def _prepare_task(
         if not n:
             raise schema.BadSourceError(f"{job.source}: no row of {name} is usable:\n{report}")
     with _failures_explained(report_file):
-        features = schema.features(job.part.columns, shards[0].several_images)
+        features = _features(shards[0])
         _write_metadata(job, records, features)
         report.write(report_file)
     return report
@@ -470,16 +472,20 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[int], None]) -> dic
     return record
 
 
+def _features(shard: Shard) -> "tfds.features.FeaturesDict":
+    return schema.features(shard.columns, shard.several_images, shard.optional_image)
+
+
 def _serializer(shard: Shard) -> Callable[[schema.Example], bytes]:
     """A function that turns an example of a shard into the bytes of its record."""
     from tensorflow_datasets.core import example_serializer
 
-    several = shard.several_images
-    features = schema.features(shard.columns, several)
+    several, optional = shard.several_images, shard.optional_image
+    features = _features(shard)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def serialized(example: schema.Example) -> bytes:
-        values = features.encode_example(schema.to_features(example, several))
+        values = features.encode_example(schema.to_features(example, several, optional))
         record = serializer.get_tf_example(values)
         # Without this, each process would have its own order of fields and so its own digest.
         return record.SerializeToString(deterministic=True)

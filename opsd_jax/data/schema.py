@@ -28,11 +28,12 @@ THOUGHT_COLUMNS = tuple(f"resoning_thought_{i}" for i in range(ROUNDS))
 VISUAL_THOUGHT_COLUMNS = tuple(f"reasoning_image_{i}" for i in range(ROUNDS))
 _PROBLEM = "problem_image_0"
 PROBLEM_COLUMNS = "problem_image_"  # and a number from 0: further problem images are numbered, too
-REQUIRED_COLUMNS = ("question", "answer", _PROBLEM, THOUGHT_COLUMNS[0])
+REQUIRED_COLUMNS = ("question", "answer", THOUGHT_COLUMNS[0])
 COLUMNS = (
     "pid",
     "task",
-    *REQUIRED_COLUMNS[:3],
+    *REQUIRED_COLUMNS[:2],
+    _PROBLEM,
     *THOUGHT_COLUMNS,
     *VISUAL_THOUGHT_COLUMNS,
     "full_text_only_thought",
@@ -40,7 +41,7 @@ COLUMNS = (
 )
 _NUMBERED_COLUMN = re.compile(r"(resoning_thought|reasoning_image)_(\d+)")
 _PROBLEM_COLUMN = re.compile(PROBLEM_COLUMNS + r"(0|[1-9]\d{0,3})")
-_NO_IMAGE = {"bytes": None, "path": None}  # what some writers store for None
+NO_IMAGE = {"bytes": None, "path": None}  # what some writers store for None
 
 # Rows of a source file in memory at a time, or fewer where their images are large.
 BATCH_ROWS, BATCH_BYTES = 32, 64 << 20
@@ -49,6 +50,8 @@ BATCH_ROWS, BATCH_BYTES = 32, 64 << 20
 IMAGE_FEATURES = ("problem_image", "reasoning_images")
 # The problem images after the first; only where a task has rows with several.
 MORE_PROBLEMS = "more_problem_images"
+# All problem images, in the place of both; only where a task has rows without any.
+PROBLEMS = "problem_images"
 TEXT_FEATURES = ("pid", "task", "question", "answer", "full_text_only_thought")
 
 
@@ -59,14 +62,15 @@ def prepare_command(source: object = "SOURCE_DIR", target: object = "DIR") -> st
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Example:
-    """A question about images, with the interleaved reasoning that leads to its answer.
+    """A question, mostly about images, with the interleaved reasoning that leads to its answer.
 
     Attributes:
       pid: identifier of the example; "<file stem>:<row>" where the source has none.
       task: the value of the task column, or else the name of the task's folder.
       question, answer: texts as in the source, never blank. The question may have as many places of
         images (`tags.PLACE`) as there are problem images.
-      problem_image: the encoded image (PNG, JPEG, ...) of the question, or the first of several.
+      problem_image: the encoded image (PNG, JPEG, ...) of the question, or the first of several;
+        None for a question without one.
       visual_thoughts: the encoded images of the reasoning, in order; may be empty.
       thoughts: the texts of the reasoning, in order; at least one.
       full_text_only_thought: a reasoning without images; "" where there is none.
@@ -79,7 +83,7 @@ class Example:
     task: str
     question: str
     answer: str
-    problem_image: bytes
+    problem_image: bytes | None
     visual_thoughts: tuple[bytes, ...]
     thoughts: tuple[str, ...]
     full_text_only_thought: str = ""
@@ -96,15 +100,22 @@ class Example:
 
     @property
     def problem_images(self) -> tuple[bytes, ...]:
-        """All encoded images of the question, in order."""
+        """All encoded images of the question, in order; () for a question without any."""
+        if self.problem_image is None:
+            return ()
         return self.problem_image, *self.more_problem_images
 
     @property
     def image(self) -> Image.Image:
         """The problem image, or the first of several, decoded as training does by default.
 
-        Raises images.UnreadableImageError.
+        Raises images.UnreadableImageError, and ValueError for a question without an image.
         """
+        if self.problem_image is None:
+            raise ValueError(
+                f"example {self.pid} has no image: its question is asked without one, as "
+                "answer(model, example) does"
+            )
         return images.open_rgb(self.problem_image, transparency="drop")
 
     @property
@@ -236,6 +247,7 @@ class Scan(NamedTuple):
       rows: number of rows.
       checksum: of the file and of the images that it names.
       several_images: whether a row may have several problem images.
+      optional_image: whether a row may have none.
     """
 
     format: str
@@ -244,6 +256,7 @@ class Scan(NamedTuple):
     rows: int
     checksum: str
     several_images: bool = False
+    optional_image: bool = False
 
 
 def read_row(
@@ -261,13 +274,14 @@ def read_row(
       The example and its warnings. Visual thoughts that are missing between others, cannot be
       decoded, or come after the last that an example can hold are left out with a warning, and an
       example left without any gets one, too; surplus thoughts are treated in the same way. A row
-      without a text trace, or with an empty further column, gets one.
+      without a problem image, without a text trace, or with an empty further column, gets one.
 
     Raises:
-      BadRowError: blank question or answer, no thought, a problem image that is missing or that
-        training could not open, another number of places in the question than of problem images, a
-        value of a wrong type, metadata that are not a JSON object or cannot be scored, an answer
-        that no completion matches, an image of a further column that training could not open.
+      BadRowError: blank question or answer, no thought, a problem image that is named and has no
+        bytes, that is missing before others, or that training could not open, another number of
+        places in the question than of problem images, a value of a wrong type, metadata that are
+        not a JSON object or cannot be scored, an answer that no completion matches, an image of a
+        further column that training could not open.
     """
     pid = str(row["pid"]) if row.get("pid") is not None else f"{Path(file).stem}:{index}"
 
@@ -295,6 +309,8 @@ def read_row(
     if fault := tags.places_fault(text("question"), len(problems)):
         raise bad("question", fault)
     visual_thoughts, reasons = _visual_thoughts(row, len(thoughts), columns)
+    if not problems:
+        reasons.insert(0, "no_image: the question is asked without an image")
     if not text("full_text_only_thought").strip():
         reasons.append("no_text_trace: full_text_only_thought is empty")
 
@@ -322,7 +338,7 @@ def read_row(
         text("task") or task,
         text("question"),
         text("answer"),
-        problems[0],
+        problems[0] if problems else None,
         visual_thoughts,
         thoughts,
         text("full_text_only_thought"),
@@ -336,11 +352,11 @@ def read_row(
 def _problem_images(
     row: Mapping[str, Any], bad: Callable[[str, str], BadRowError]
 ) -> tuple[bytes, ...]:
-    """The encoded problem images of a row, up to the last that it has."""
+    """The encoded problem images of a row, up to the last that it has; () where it has none."""
     numbers = [int(found[1]) for found in map(_PROBLEM_COLUMN.fullmatch, row) if found]
-    given = [n for n in numbers if row[f"{PROBLEM_COLUMNS}{n}"] not in (None, _NO_IMAGE)]
+    given = [n for n in numbers if row[f"{PROBLEM_COLUMNS}{n}"] not in (None, NO_IMAGE)]
     shown = []
-    for n in range(max(given, default=0) + 1):
+    for n in range(max(given, default=-1) + 1):
         value = row.get(column := f"{PROBLEM_COLUMNS}{n}")
         if isinstance(value, list):
             raise bad(column, f"is a list: give its images in {PROBLEM_COLUMNS}0, ..._1 and so on")
@@ -358,7 +374,7 @@ def _visual_thoughts(
     present = [
         i
         for i, column in enumerate(VISUAL_THOUGHT_COLUMNS)
-        if row.get(column) not in (None, _NO_IMAGE)
+        if row.get(column) not in (None, NO_IMAGE)
     ]
     for column in VISUAL_THOUGHT_COLUMNS[: max(present, default=-1) + 1]:
         if fault := _image_fault(row.get(column)):
@@ -366,7 +382,7 @@ def _visual_thoughts(
         else:
             found.append(row[column]["bytes"])
     for column in filter(is_surplus, row):
-        if row[column] not in (None, "", _NO_IMAGE):
+        if row[column] not in (None, "", NO_IMAGE):
             kind = "dropped_thought" if column.startswith("resoning") else "dropped_visual_thought"
             reasons.append(f"{kind}: {column} is not read, a row holds {ROUNDS}")
     if not found:
@@ -406,7 +422,7 @@ def check_further(path: Path, present: Iterable[str], further: Sequence[str], ki
 
 def _images(value: Any, bad: Callable[[str], BadRowError]) -> tuple[bytes, ...]:
     """The encoded images of a further column's value: a list of images, one image, or none."""
-    if value in (None, _NO_IMAGE):
+    if value in (None, NO_IMAGE):
         return ()
     for n, image in enumerate(value := value if isinstance(value, list) else [value]):
         if fault := _image_fault(image):
@@ -432,7 +448,7 @@ def is_surplus(column: str) -> bool:
 
 def _image_fault(value: Any) -> str | None:
     """What is wrong with the value of an image column; None for an image that training can open."""
-    if value in (None, _NO_IMAGE):
+    if value in (None, NO_IMAGE):
         return "is missing"
     if not isinstance(value, Mapping) or not isinstance(value.get("bytes"), bytes | None):
         return "is not an image {bytes, path}"
@@ -446,28 +462,34 @@ def _image_fault(value: Any) -> str | None:
 
 
 def features(
-    columns: Sequence[str] = (), several_images: bool = False
+    columns: Sequence[str] = (), several_images: bool = False, optional_image: bool = False
 ) -> "tfds.features.FeaturesDict":
     """The TFDS features of an example; `Example` documents them. TFDS returns texts as bytes.
 
     Args:
       columns: names of the further columns, "text:COLUMN" or "images:COLUMN".
       several_images: whether an example may have several problem images.
+      optional_image: whether an example may have none. Then one feature has all of them.
     """
     import tensorflow_datasets as tfds
 
     text, image = tfds.features.Text, functools.partial(tfds.features.Image, shape=(None, None, 3))
-    more = [MORE_PROBLEMS] if several_images else []
+    first, thoughts = IMAGE_FEATURES
+    lists = [PROBLEMS] if optional_image else [MORE_PROBLEMS] if several_images else []
+    single = [] if optional_image else [first]
     return tfds.features.FeaturesDict(
         {name: text() for name in (*TEXT_FEATURES, "metadata")}
+        | {name: image() for name in single}
+        | {"reasoning_thoughts": tfds.features.Sequence(text())}
         | {
-            "problem_image": image(),
-            "reasoning_thoughts": tfds.features.Sequence(text()),
-            "reasoning_images": tfds.features.Sequence(image()),
+            f"{name}_original": tfds.features.Sequence(text())
+            for name in (*single, thoughts, *lists)
         }
-        | {f"{name}_original": tfds.features.Sequence(text()) for name in (*IMAGE_FEATURES, *more)}
         | {name: text() for name in columns if name.startswith(columns_lib.TEXT)}
-        | {name: tfds.features.Sequence(image()) for name in (*more, *further_images(columns))}
+        | {
+            name: tfds.features.Sequence(image())
+            for name in (thoughts, *lists, *further_images(columns))
+        }
         | {f"{name}{_ORIGINAL}": tfds.features.Sequence(text()) for name in further_images(columns)}
     )
 
@@ -488,7 +510,9 @@ def further_columns(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(filter(columns_lib.is_column, names)))
 
 
-def to_features(example: Example, several_images: bool = False) -> dict[str, Any]:
+def to_features(
+    example: Example, several_images: bool = False, optional_image: bool = False
+) -> dict[str, Any]:
     """The example as TFDS encodes it. Images are given as files, which it stores verbatim; arrays
     would need TensorFlow.
 
@@ -496,29 +520,36 @@ def to_features(example: Example, several_images: bool = False) -> dict[str, Any
     that is neither RGB nor grey is stored as RGB, and the original files are stored in
     `<feature>_original`, which is [] if no file was changed.
 
-    several_images: whether the features have a place for further problem images. ValueError where
-      they do not, and the example has some.
+    several_images, optional_image: see `features`. ValueError where these features do not hold the
+      example's problem images.
     """
     record = {name: getattr(example, name) for name in TEXT_FEATURES} | {
         "metadata": json.dumps(example.metadata) if example.metadata else "",
         "reasoning_thoughts": list(example.thoughts),
     }
-    for name, files in zip(IMAGE_FEATURES, ((example.problem_image,), example.visual_thoughts)):
+    first, thoughts = IMAGE_FEATURES
+    problems, more = example.problem_images[:1], example.problem_images[1:]
+    parts = {thoughts: example.visual_thoughts}
+    if optional_image:
+        parts[PROBLEMS] = example.problem_images
+    elif several_images:
+        parts |= {first: problems, MORE_PROBLEMS: more}
+    else:
+        parts[first] = problems
+    if not optional_image and (not problems or more and not several_images):
+        fix = "several_images=True" if more else "optional_image=True"
+        raise ValueError(
+            f"example {example.pid} has {len(example.problem_images)} problem images, and these "
+            f"features hold one: prepare it with {fix}"
+        )
+    for name, files in parts.items():
         record[name], record[f"{name}_original"] = _stored(files)
     for name, value in example.columns.items():
         if isinstance(value, str):
             record[name] = value
         else:
             record[name], record[f"{name}{_ORIGINAL}"] = _stored(value)
-    more = example.more_problem_images
-    if several_images:
-        record[MORE_PROBLEMS], record[f"{MORE_PROBLEMS}_original"] = _stored(more)
-    elif more:
-        raise ValueError(
-            f"example {example.pid} has {1 + len(more)} problem images, and these features hold "
-            "one: prepare it with several_images=True"
-        )
-    return record | {"problem_image": record["problem_image"][0]}
+    return record if optional_image else record | {first: record[first][0]}
 
 
 def _stored(files: Sequence[bytes]) -> tuple[list[io.BytesIO], list[bytes]]:
@@ -531,17 +562,20 @@ def _stored(files: Sequence[bytes]) -> tuple[list[io.BytesIO], list[bytes]]:
 def from_features(record: Mapping[str, Any]) -> Example:
     """The example of a record that TFDS read with its images left encoded."""
     # Folders of older versions have no originals: there, every image is the original.
-    (problem,), visual_thoughts = (
-        list(record.get(f"{name}_original", ())) or shown
-        for name, shown in (
-            ("problem_image", [record["problem_image"]]),
-            ("reasoning_images", record["reasoning_images"]),
-        )
-    )
+
+    def files(name: str, shown: Iterable[bytes]) -> list[bytes]:
+        return [*record.get(f"{name}_original", ())] or [*shown]
+
+    first, thoughts = IMAGE_FEATURES
+    if PROBLEMS in record:
+        problems = files(PROBLEMS, record[PROBLEMS])
+    else:
+        problems = files(first, [record[first]])
+        problems += files(MORE_PROBLEMS, record.get(MORE_PROBLEMS, ()))
     return Example(
         **{name: record[name].decode() for name in TEXT_FEATURES},
-        problem_image=problem,
-        visual_thoughts=tuple(visual_thoughts),
+        problem_image=problems[0] if problems else None,
+        visual_thoughts=tuple(files(thoughts, record[thoughts])),
         thoughts=tuple(thought.decode() for thought in record["reasoning_thoughts"]),
         metadata=json.loads(record["metadata"] or "{}"),
         columns={
@@ -550,9 +584,7 @@ def from_features(record: Mapping[str, Any]) -> Example:
             else tuple(list(record[f"{name}{_ORIGINAL}"]) or record[name])
             for name in further_columns(record)
         },
-        more_problem_images=tuple(
-            list(record.get(f"{MORE_PROBLEMS}_original", ())) or record.get(MORE_PROBLEMS, ())
-        ),
+        more_problem_images=tuple(problems[1:]),
     )
 
 

@@ -32,6 +32,7 @@ class Shard(NamedTuple):
       rows: number of its rows, bad ones included.
       columns: names of the further columns, in the order that they were asked for.
       several_images: whether a row of the task may have several problem images.
+      optional_image: whether a row of the task may have none.
     """
 
     split: str
@@ -41,14 +42,16 @@ class Shard(NamedTuple):
     rows: int
     columns: tuple[str, ...] = ()
     several_images: bool = False
+    optional_image: bool = False
 
     def record(self) -> list:
         """The fields as progress.json has them.
 
         The last ones are left out where older versions, which lack them, would write the same file.
         """
-        fields = [*self[:5], [*self.columns], self.several_images]
-        return fields if self.several_images else fields[: 6 if self.columns else 5]
+        fields = [*self[:5], [*self.columns], self.several_images, self.optional_image]
+        used = 8 if self.optional_image else 7 if self.several_images else 6 if self.columns else 5
+        return fields[:used]
 
 
 def version_folder(target: str | os.PathLike, task: str) -> Path:

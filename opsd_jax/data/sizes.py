@@ -284,13 +284,18 @@ def _largest(rows: Sequence[Row]) -> dict[str, tuple[int, ...]]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """Lines: of each size the median, the 95th percentile, the largest, and who needs that."""
+    """Lines: of each size the median, the 95th percentile, the largest, and who needs that.
+
+    A size that no example needs has no line.
+    """
     lines = [("", "", "median", "95 %", "largest", "of example")]
     for kind, counted in config_lib.BUCKET_SIZES.items():
         having = [row for row in rows if kind in row.needs]
         for column, what in enumerate(counted if having else ()):
             values = np.array([row.needs[kind][column] for row in having])
             values, owners = values[values > 0], [r for r, n in zip(having, values) if n > 0]
+            if not owners:  # patches of questions without images
+                continue
             lines.append(
                 (
                     kind if column == 0 else "",

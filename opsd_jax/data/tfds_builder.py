@@ -6,7 +6,7 @@
 
 It holds a split in memory, and above 1000 MiB a split TFDS asks for TensorFlow. `prepare.prepare`
 writes the same folder with neither limit, continues after an interruption, and can leave bad rows
-out. `Config` names further columns, and allows several problem images in a row:
+out. `Config` names further columns, and allows several problem images in a row, or none:
 
     VisualOpsd(config=tfds_builder.Config(name="chart_refocus", columns=("text:solution",)), ...)
 
@@ -29,11 +29,13 @@ class Config(tfds.core.BuilderConfig):
     """A task, by its name in lower case.
 
     columns: further columns to keep, "text:COLUMN" or "images:COLUMN".
-    several_images: whether a row may have several problem images.
+    several_images: whether a row may have several problem images. optional_image: whether it may
+      have none.
     """
 
     columns: tuple[str, ...] = ()
     several_images: bool = False
+    optional_image: bool = False
 
     def __post_init__(self):
         schema.check_columns("columns", self.columns)
@@ -56,7 +58,9 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
             description=schema.DESCRIPTION,
             disable_shuffling=True,
             features=schema.features(
-                self.builder_config.columns, self.builder_config.several_images
+                self.builder_config.columns,
+                self.builder_config.several_images,
+                self.builder_config.optional_image,
             ),
         )
 
@@ -80,4 +84,9 @@ class VisualOpsd(tfds.core.GeneratorBasedBuilder):
             )
         )
         for key, example in enumerate(examples):
-            yield key, schema.to_features(example, self.builder_config.several_images)
+            yield (
+                key,
+                schema.to_features(
+                    example, self.builder_config.several_images, self.builder_config.optional_image
+                ),
+            )

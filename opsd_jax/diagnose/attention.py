@@ -205,8 +205,9 @@ def _visual_thoughts(
     """Images in the places of an example's visual thoughts."""
     rng = generator(diagnosis.seed, "diagnose visual thoughts", source, number)
     other = diagnosis.examples.partner(source, number).visual_thoughts if mode == "swap" else ()
+    problem = next(iter(row.problems), None)
     return context_lib.replace_visual_thoughts(
-        contexts.replacement(mode), row.problem, row.visual_thoughts, other, rng
+        contexts.replacement(mode), problem, row.visual_thoughts, other, rng
     )
 
 

@@ -146,7 +146,7 @@ class Selection:
         """
         example = self.examples(source, n)
         found = [
-            (f"problem {k}" if example.more_problems else "problem", _pixels(image))
+            (f"problem {k}" if len(example.problems) > 1 else "problem", _pixels(image))
             for k, image in enumerate(example.problems, 1)
         ]
         kind, content = "student", example.content

@@ -120,7 +120,7 @@ def write_reconstructions(run: Session, step: FinishedStep) -> None:
     if jax.process_count() > 1:  # a program of one host's images would wait for the others
         return
     for n, example in enumerate(step.inputs.examples[:EXAMPLES]):
-        for m, pixels in enumerate(example.pixels):
+        for m, pixels in enumerate(example.pixels or ()):
             pair = images.montage([[pixels], [_reconstruction(run, step.params, pixels)]])
             run.writer.image(step.number, f"reconstruction{n}-{m}", pair)
 
@@ -146,7 +146,7 @@ def write_generated_images(run: Session, step: FinishedStep) -> None:
     )
     lines = []
     for n, (example, answer) in enumerate(zip(examples, answers)):
-        beside = example.pixels[: len(example.problems) + 1]
+        beside = (example.pixels or ())[: len(example.problems) + 1]
         shown = images.montage([[*beside, answer.images[0]]])
         run.writer.image(step.number, f"drawing{n}", shown)
         source = example.example

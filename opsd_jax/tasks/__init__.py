@@ -1,10 +1,10 @@
 """Procedural visual-reasoning tasks whose intermediate step is an image (the visual thought).
 
 There are four families, one module each, modelled on the four released data sets but small enough
-for a laptop: `maze`, `jigsaw`, `search`, `chart`. Each has TASK (name of the released data set),
-DIFFICULTY (named settings), `make` (one random problem and its canonical key), `score`, `fault`,
-and the WORDS of its texts; where other answers than the stored one are right, also a RULE that says
-so.
+for a laptop: `maze`, `jigsaw`, `search`, `chart`. A fifth, `arithmetic`, has texts alone. Each has
+TASK (name of the released data set), DIFFICULTY (named settings), `make` (one random problem and
+its canonical key), `score`, `fault`, and the WORDS of its texts; where other answers than the
+stored one are right, also a RULE that says so.
 
 Train, validation and test are disjoint by construction: the hash of a problem's canonical key
 decides to which split the problem belongs. The key leaves out what makes near-duplicates (see each
@@ -20,12 +20,22 @@ from typing import Any
 import numpy as np
 
 from opsd_jax.tags import extract_answer
-from opsd_jax.tasks import chart, jigsaw, maze, search
+from opsd_jax.tasks import arithmetic, chart, jigsaw, maze, search
 from opsd_jax.tasks.example import TaskExample
 
-FAMILIES = {"maze": maze, "jigsaw": jigsaw, "search": search, "chart": chart}
+FAMILIES = {
+    "maze": maze,
+    "jigsaw": jigsaw,
+    "search": search,
+    "chart": chart,
+    "arithmetic": arithmetic,
+}
+VISUAL = ("maze", "jigsaw", "search", "chart")  # the families with images
 # The tenths of all hashes that belong to each split.
 SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}
+
+# Fields that families of texts leave out.
+_NO_IMAGES = {"problem_image": None, "visual_thoughts": ()}
 
 # Rejections without a problem in between that end a stream. A split that is not exhausted accepts
 # about every tenth problem at least.
@@ -141,7 +151,8 @@ def _stream(
         key, fields = module.make(rng, **settings)
         identity = key
         if split == "train":
-            identity += fields["question"].encode() + fields["problem_image"].tobytes()
+            image = fields.get("problem_image")
+            identity += fields["question"].encode() + (b"" if image is None else image.tobytes())
         identity = _hash(identity)
         if identity in seen or _hash(family.encode() + key) % 10 not in tenths:
             rejections += 1
@@ -157,7 +168,7 @@ def _stream(
             pid=f"{family}-{split}-{index:07d}",
             task=module.TASK,
             full_text_only_thought=" ".join(fields["thoughts"]),
-            **fields | {"metadata": {"family": family, **fields["metadata"]}},
+            **_NO_IMAGES | fields | {"metadata": {"family": family, **fields["metadata"]}},
         )
         index += 1
         rejections = 0

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskExample:
-    """A visual question with the steps that lead to its answer.
+    """A question, visual but in families of texts, with the steps that lead to its answer.
 
     The full trace reads: thoughts[0], visual_thoughts[0], thoughts[1], answer. Texts are plain
     words separated by single spaces, without tags.
@@ -17,7 +17,7 @@ class TaskExample:
         "maze-train-0000012".
       question: text of the question.
       answer: the gold answer; `tasks.score` may accept others as well.
-      problem_image: uint8 [H, W, 3].
+      problem_image: uint8 [H, W, 3]; None in families of texts.
       thoughts: texts of the reasoning, one more than there are visual thoughts.
       visual_thoughts: images of the intermediate steps, uint8 [H, W, 3].
       task: name of the task in the released data, such as "Spatial_Navigation".
@@ -28,7 +28,7 @@ class TaskExample:
     pid: str
     question: str
     answer: str
-    problem_image: np.ndarray
+    problem_image: np.ndarray | None
     thoughts: tuple[str, ...]
     visual_thoughts: tuple[np.ndarray, ...]
     task: str

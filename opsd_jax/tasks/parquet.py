@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opsd_jax.inputs import paths as paths_lib
-from opsd_jax.tasks import FAMILIES, generate, generator, wrong_traces
+from opsd_jax.tasks import VISUAL, generate, generator, wrong_traces
 from opsd_jax.tasks.example import TaskExample
 from opsd_jax.tasks.vocabulary import build_tokenizer
 
@@ -42,7 +42,7 @@ def write(
     Raises:
       FileExistsError: there are shards of this split and `overwrite` is false.
       ValueError: there are no examples, or examples of two tasks, or one that does not have two
-        thoughts and one visual thought.
+        thoughts and one visual thought; without a problem image, one thought and no visual one.
     """
     import pyarrow.parquet as pq
 
@@ -83,7 +83,7 @@ def write(
 def make_mini(
     target: str | os.PathLike,
     *,
-    families: Iterable[str] = tuple(FAMILIES),
+    families: Iterable[str] = VISUAL,
     counts: Mapping[str, int],
     seed: int = 0,
     difficulty: str = "default",
@@ -154,13 +154,17 @@ def _table(examples: list[TaskExample], task: str) -> "pyarrow.Table":
             "metadata": text,
         }
     )
+    for name in {*schema.names} - {*records[0]}:  # of images, in families of texts
+        schema = schema.remove(schema.get_field_index(name))
     return pa.Table.from_pylist(records, schema=schema)
 
 
 def rows(examples: Iterable[TaskExample], task: str) -> list[dict]:
-    """The examples as rows with the released columns: {column: value}.
+    """The examples as rows with the released columns: {column: value}; without those of images,
+    and of the thought after one, in families of texts.
 
-    Raises ValueError for an example of another task, or without two thoughts and a visual thought.
+    Raises ValueError for an example of another task, or with another number of thoughts and visual
+    thoughts: two and one, or one and none without a problem image.
     """
     records = []
     problem, thought = "problem_image_0", "reasoning_image_0"
@@ -170,31 +174,31 @@ def rows(examples: Iterable[TaskExample], task: str) -> list[dict]:
                 f"example {example.pid} is of task {example.task}, others of {task}; write each "
                 "task on its own"
             )
-        if (len(example.thoughts), len(example.visual_thoughts)) != (2, 1):
+        wanted = (1, 0) if example.problem_image is None else (2, 1)
+        if (len(example.thoughts), len(example.visual_thoughts)) != wanted:
             raise ValueError(
                 f"example {example.pid} has {len(example.thoughts)} thoughts and "
-                f"{len(example.visual_thoughts)} visual thoughts; the released schema holds 2 and 1"
+                f"{len(example.visual_thoughts)} visual thoughts; the schema of its task holds "
+                f"{wanted[0]} and {wanted[1]}"
             )
-        records.append(
-            {
-                "pid": example.pid,
-                "question": example.question,
-                "answer": example.answer,
-                problem: {
-                    "bytes": _png(example.problem_image),
-                    "path": f"{example.pid}_{problem}.png",
-                },
-                "resoning_thought_0": example.thoughts[0],
-                thought: {
-                    "bytes": _png(example.visual_thoughts[0]),
-                    "path": f"{example.pid}_{thought}.png",
-                },
-                "resoning_thought_1": example.thoughts[1],
-                "task": example.task,
-                "full_text_only_thought": example.full_text_only_thought,
-                "metadata": json.dumps(example.metadata),
-            }
-        )
+        record = {
+            "pid": example.pid,
+            "question": example.question,
+            "answer": example.answer,
+            "resoning_thought_0": example.thoughts[0],
+            "task": example.task,
+            "full_text_only_thought": example.full_text_only_thought,
+            "metadata": json.dumps(example.metadata),
+        }
+        if example.problem_image is not None:
+            record["resoning_thought_1"] = example.thoughts[1]
+            for column, image in (
+                (problem, example.problem_image),
+                (thought, example.visual_thoughts[0]),
+            ):
+                path = f"{example.pid}_{column}.png"
+                record[column] = {"bytes": _png(image), "path": path}
+        records.append(record)
     return records
 
 

@@ -169,7 +169,7 @@ def test_tokens_of_a_context_by_hand():
 def test_the_defaults_are_the_papers_contexts():
     row = prepared(example(), BlockNames())
     own = packer(config_lib.block_names(config_lib.default()))
-    given = tiny.TOKENIZER, tiny.PROMPTS, row.question, row.problem
+    given = tiny.TOKENIZER, tiny.PROMPTS, row.question, row.problems[0]
     assert shown(own.blocks(row, "student")) == shown(context.student(*given))
     teacher = context.teacher(*given, row.visual_thoughts)
     assert shown(own.blocks(row, "teacher")) == shown(teacher)
@@ -197,7 +197,7 @@ BOTH = BlockNames(ASKED, (*ASKED, "intro", "text:hint", "images:crops", "transit
 
 def test_controls_replace_every_privileged_block():
     own, row, partner = packer(BOTH), prepared(example(), BOTH), prepared(example(2), BOTH)
-    clean = row.problem.patches.tolist()
+    clean = row.problems[0].patches.tolist()
     asked = ["sys", clean, "q?", "look"]
 
     def teacher(mode, seed=0):
@@ -237,7 +237,7 @@ def test_a_clean_image_of_the_teacher_is_privileged():
     names = config_lib.block_names(get_config("degraded"))
     assert names.privileged == ("image",)
     own, row, partner = packer(names), prepared(example(), names), prepared(example(1), names)
-    for mode, wanted in (("swap", [partner.problem.patches.tolist()]), ("none", [])):
+    for mode, wanted in (("swap", [partner.problems[0].patches.tolist()]), ("none", [])):
         content = own.shown(row, mode, partner)
         assert shown(own.blocks(row, "teacher", content)) == ["sys", *wanted, "q?"]
 

@@ -110,9 +110,9 @@ def test_rows(folder, tok):
     ] * 2
     row = rows(0, 3)
     assert tok.decode(row.question) == row.example.question + " now answer"
-    assert row.problem.grid == row.visual_thoughts[0].grid == (5, 5)
-    assert row.problem.patches.shape == (25, 192)
-    assert rows(1, 3).problem.grid == (4, 4) and row.problem.patches.dtype == np.uint8
+    assert row.problems[0].grid == row.visual_thoughts[0].grid == (5, 5)
+    assert row.problems[0].patches.shape == (25, 192)
+    assert rows(1, 3).problems[0].grid == (4, 4) and row.problems[0].patches.dtype == np.uint8
     assert rows(0, 3) is row  # kept in memory ...
     rows(0, 4), rows(0, 5)
     assert rows(0, 3) is not row and len(rows._cache) == 2  # ... as long as there is space
@@ -440,7 +440,7 @@ def test_a_bucket_fits_what_replaces_the_visual_thoughts(folder, tok, mode):
     if mode == "swap":
         row, partner = maze, dataclasses.replace(maze, visual_thoughts=chart.visual_thoughts)
     else:  # a problem image larger than its visual thought; student and trace fit the first bucket
-        row, partner = dataclasses.replace(maze, problem=chart.problem), None
+        row, partner = dataclasses.replace(maze, problems=chart.problems), None
         buckets = dataclasses.replace(
             packer.buckets,
             student=((40, 25), (41, 25)),
@@ -479,11 +479,11 @@ def test_what_the_teacher_sees_in_each_mode(make):
     second = slice(25, 50)  # patches after the problem's
     for n, row in enumerate(shown["rows"]):
         for mode in ("real", "swap", "image"):
-            np.testing.assert_array_equal(shown[mode].patches[n, :25], row.problem.patches)
+            np.testing.assert_array_equal(shown[mode].patches[n, :25], row.problems[0].patches)
         np.testing.assert_array_equal(
             shown["real"].patches[n, second], row.visual_thoughts[0].patches
         )
-        np.testing.assert_array_equal(shown["image"].patches[n, second], row.problem.patches)
+        np.testing.assert_array_equal(shown["image"].patches[n, second], row.problems[0].patches)
         assert (shown["swap"].patches[n, second] != row.visual_thoughts[0].patches).any()
     assert (
         shown["noise"].patches.dtype == np.float32 and (shown["none"].patch_image.max(1) == 1).all()

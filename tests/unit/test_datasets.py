@@ -264,7 +264,10 @@ BAD_ROWS = {
     "blank question": ({"question": " \n"}, "question is empty"),
     "no question": ({"question": None}, "question is empty"),
     "no answer": ({"answer": ""}, "answer is empty"),
-    "no picture": ({"problem_image_0": None}, "problem_image_0 is missing"),
+    "a place without a picture": (
+        {"problem_image_0": None, "question": "Is <image>?"},
+        "question has 1 place <image> for 0 images",
+    ),
     "path only": (
         {"problem_image_0": {"bytes": None, "path": "a.png"}},
         "problem_image_0 holds no bytes",

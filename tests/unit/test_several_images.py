@@ -305,7 +305,7 @@ BAD = {
     "no file": (NAMED | {"images": ["a.png", "x.png"]}, r"images\[1\]", "no such file"),
     "both": (NAMED | {"image": "a.png"}, "image", "another key both give problem_image_0"),
     "no list": (NAMED | {"images": "a.png"}, "images", "is of type str, not a list"),
-    "empty list": (NAMED | {"images": []}, "image", "is missing, and so are images"),
+    "empty list": (NAMED | {"images": []}, "question", "has 2 places <image> for 0 images"),
     "only places": (NAMED | {"question": "<image> <image>"}, "question", "is empty"),
 }
 BAD_CHATS = {

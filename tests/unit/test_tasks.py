@@ -18,6 +18,7 @@ from PIL import Image
 from opsd_jax import tasks
 from opsd_jax.tasks import (
     FAMILIES,
+    VISUAL,
     extract_answer,
     generate,
     jigsaw,
@@ -49,7 +50,7 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "default", "hard"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_rows_are_whole_and_gold_answers_score(family, difficulty):
     rows = rows_of(family, "train", 200, difficulty=difficulty)
     assert len({row.pid for row in rows}) == 200 and rows[12].pid == f"{family}-train-0000012"
@@ -71,7 +72,7 @@ def test_rows_are_whole_and_gold_answers_score(family, difficulty):
         assert row.full_text_only_thought == " ".join(row.thoughts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_streams_are_reproducible_and_differ_by_seed_and_split(family):
     def stream(count, seed, split="train"):
         return [
@@ -413,7 +414,7 @@ def test_each_word_is_one_token(tokenizer):
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "default", "hard"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_traces_take_one_token_a_word(tokenizer, family, difficulty):
     for row in rows_of(family, "train", 50, difficulty=difficulty):
         trace = (
@@ -574,7 +575,7 @@ def test_make_mini(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["mini"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_wrong_traces_are_those_of_other_examples(family):
     rows = rows_of(family, "train", 60)
     by_pid = {row.pid: row for row in rows}

@@ -57,6 +57,18 @@ def test_sizes_of_the_released_models(name, size):
     assert families.family(model) == FAMILY[name]
 
 
+def test_word_problems_of_smollm2():
+    """The preset's data are made by the run, in texts alone, and its teacher reads the solution."""
+    config = module("smollm2")["get_config"]("arithmetic")
+    config_check.check(config)
+    assert config_lib.block_names(config).privileged == ("text:full_text_only_thought",)
+    assert config.data.make.families == ("arithmetic",) and set(config.run_arms) <= {*config.arms}
+    size = module("smollm2")["get_config"]("135M")
+    assert config.model.llm == size.model.llm
+    with pytest.raises(ValueError, match="choose from 135M, 360M, 1.7B, arithmetic"):
+        module("smollm2")["get_config"]("arithmetics")
+
+
 @pytest.mark.parametrize("slice_name", ["v5p-8", "v6e-16", "v5e-16"])
 @pytest.mark.parametrize("size", ["0.6B", "8B"])
 def test_slices(size, slice_name):
