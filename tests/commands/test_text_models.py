@@ -128,3 +128,41 @@ def test_a_run_starts_from_a_released_folder(exported, data, tmp_path):
     other = config("llama", data, init_from=str(exported), model__llm__rope_theta=50.0)
     with pytest.raises(ValueError, match="set config.model to them"):
         train.train(other, str(tmp_path / "other"))
+
+
+WORD_PROBLEMS = {
+    "data__tasks": ("Arithmetic",),
+    "data__make__families": ("arithmetic",),
+    "data__make__difficulty": "easy",
+    # spelled in bytes
+    "data__buckets__student": ((200, 0),),
+    "data__buckets__teacher": ((270, 0),),
+    "data__buckets__trace": ((400, 0, 120),),
+}
+
+
+@pytest.mark.slow
+def test_opsd_of_questions_without_images(tmp_path):
+    """The run makes the data. Its samples, evaluations with and without the solution, and pages."""
+    teacher = {"final_visual_thoughts": ("none", "swap"), "kl": False, "final_banned": False}
+    changes = WORD_PROBLEMS | {f"eval__{key}": value for key, value in teacher.items()}
+    fields = {f"model__llm__{key}": value for key, value in FAMILIES["llama"].items()}
+    train.train(small_run.config(**TEXT | fields | changes), str(tmp_path))
+    check_run(tmp_path)
+    for mode in ("none", "swap"):
+        folder = tmp_path / "eval" / f"000002-{mode}"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["benchmarks"]["Arithmetic"]["n"] == small_run.TEST_ROWS
+        page = (folder / "report.html").read_text()
+        assert "How many" in page and "<img" not in page
+    assert "How many" in next(tmp_path.glob("samples/*/opsd-first-batch.txt")).read_text()
+    assert not [*tmp_path.glob("samples/**/*.png")]
+
+
+def test_a_teacher_that_sees_nothing_more_is_refused(tmp_path):
+    """A model that sees images, with the paper's blocks: nobody sees any."""
+    changes = {"stages": ("opsd",), "eval__every": 0, "eval__final_split": ""}
+    with pytest.raises(
+        ValueError, match="no example of Arithmetic has visual_thoughts, so teacher"
+    ):
+        train.train(small_run.config(**WORD_PROBLEMS | changes), str(tmp_path))
