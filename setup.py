@@ -19,6 +19,7 @@ core = [
     "einops>=0.8",
     "jaxtyping>=0.3.2",  # shapes of arrays in signatures; pure Python, checked in tests only
     "transformers>=5",
+    "jinja2>=3.1",  # transformers renders chat templates with it
     "tokenizers>=0.22",
     "safetensors>=0.5",  # tokenizer and weight files; never torch
     "ml_collections>=1.1",

@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsd_jax import context, images, tasks
+from opsd_jax import context, images, tasks, tokenizer
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
@@ -314,7 +314,7 @@ class CheckpointConfig:
     keep_latest: Annotated[int, "[1, inf)"] = 2
     timeout: Annotated[int, "[1, inf)"] = 1200  # seconds that a save may take in the background
     # What may have another content than before without stopping the run.
-    accept_changed: Annotated[tuple[str, ...], ("data", "tokenizer")] = ()
+    accept_changed: Annotated[tuple[str, ...], ("data", "tokenizer", "chat_template")] = ()
     # Weights for inference: "student", which the official code evaluated, or "ema".
     params: Annotated[str, ("student", "ema")] = "student"
 
@@ -649,6 +649,17 @@ def batches(config: ConfigDict, stage: str) -> BatchesConfig:
 def prompts(config: ConfigDict) -> context.Prompts:
     """The fixed texts of the contexts."""
     return context.Prompts(**config.prompts)
+
+
+def load_tokenizer(config: ConfigDict, folder: str) -> tokenizer.Tokenizer:
+    """The tokenizer of a folder in the form of a run's contexts; raises as `tokenizer.load`."""
+    return tokenizer.load(
+        folder,
+        vocab_size=config.model.llm.vocab_size,
+        images=config.model.vit.on,
+        form=config.prompts.form,
+        thinking=config.prompts.thinking,
+    )
 
 
 def block_names(config: ConfigDict) -> context.BlockNames:

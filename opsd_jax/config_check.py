@@ -204,6 +204,7 @@ def _check_sections(config: ConfigDict) -> None:
     _check_model(config)
     _check_mesh(config)
     _check_rollout(config)
+    _check_prompts(config)
     for stage in config.stages:
         _check_stage(config, stage)
     _check_offline(config)
@@ -626,6 +627,36 @@ def _check_image_generation(config: ConfigDict, stage: str) -> None:
         )
 
 
+def _check_prompts(config: ConfigDict) -> None:
+    """Checks that nothing in chat form needs BAGEL's image marker."""
+    if config.prompts.form == "bagel":
+        if config.prompts.thinking:
+            raise ValueError(
+                "config.prompts.thinking is True, but config.prompts.form is 'bagel', which has no "
+                "thinking mode: set form to 'chat', or thinking to False"
+            )
+        return
+    chat = "config.prompts.form is 'chat', in which models have no marker that asks for images, but"
+    if config.rollout.max_image_skips:
+        raise ValueError(
+            f"{chat} config.rollout.max_image_skips is {config.rollout.max_image_skips}: set it "
+            "to 0"
+        )
+    if config.eval.final_banned:
+        raise ValueError(f"{chat} config.eval.final_banned is True: set it to False")
+    if config.model.generation.on:
+        raise ValueError(
+            f"{chat} config.model.generation.on is True: set it to False, or "
+            "config.prompts.form='bagel'"
+        )
+    for stage in config.stages:
+        if count := config[stage].get("mix", {}).get("interleaved", 0):
+            raise ValueError(
+                f"{chat} config.{stage}.mix.interleaved is {count}: set it to 0, since interleaved "
+                "traces ask for images with the marker"
+            )
+
+
 def _check_offline(config: ConfigDict) -> None:
     if "offline" in config.stages and config.teacher.visual_thoughts != "real":
         raise ValueError(
@@ -759,9 +790,10 @@ def check_digests(
     """Raises ConfigMismatchError, with the differences, unless data and tokenizer are the same.
 
     Args:
-      saved, current: {"data": {task: digest}, "tokenizer": digest}. What `saved` lacks is accepted,
-        with a warning: it was written before there were digests.
-      accepted: "data", "tokenizer": what may differ (config.checkpoint.accept_changed).
+      saved, current: {"data": {task: digest}, "tokenizer": digest}, in chat form with a
+        "chat_template". What `saved` lacks is accepted, with a warning: it was written before there
+        were digests.
+      accepted: which of these may differ (config.checkpoint.accept_changed).
       whose: the owner of the data and tokenizer in `saved`, for messages.
     """
     rows, kinds = [("what", "was", "now")], []

@@ -27,6 +27,10 @@ text block of 1 id and one image of 2 patches:
   rope position   0    1    2    3     3   3   3      the next block starts at 4
   limit           1    2    3    7     7   7   7      position i sees positions j < limit[i]
 
+In chat form (`Prompts.form`), a context is a conversation up to the assistant's turn: the system
+prompt, and all other blocks in the user's turn. The texts have no bos and eos of their own, and the
+chat template's texts around them are blocks, too (`chat`).
+
 With three dimensions (time, row, column) a text counts up all three by one, and the token at row r
 and column c of an image that starts at p has (p, p + r, p + c). The next token continues with p +
 the longer side of the image, in tokens. Official: transformers, get_rope_index.
@@ -50,14 +54,14 @@ N completion tokens, R targets.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Shaped
 
-from opsd_jax import images
+from opsd_jax import chat, images
 from opsd_jax.array_types import AnyArray
 from opsd_jax.inputs import columns
 from opsd_jax.tags import around_places, places_fault, wrap_answer, wrap_thought
@@ -95,17 +99,23 @@ MARKER_END = "<image_end>"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The fixed texts of the contexts. An empty text leaves its block out.
+    """The fixed texts of the contexts, and their form. An empty text leaves its block out.
 
     system: first block of both contexts.
     intro, transition: texts before and after the teacher's visual thoughts.
     suffix: text that is appended to the question.
+    form: "bagel", in which bos and eos are around each text; "chat", turns of system, user and
+      assistant by the chat template of the tokenizer's folder.
+    thinking: whether an assistant's turn in chat form begins with the model's thoughts, where its
+      template has that choice. Otherwise Qwen3's begins with an empty think block.
     """
 
     system: str = SYSTEM_TRAINING
     intro: str = INTRO
     transition: str = TRANSITION
     suffix: str = ""
+    form: Annotated[str, ("bagel", "chat")] = "bagel"
+    thinking: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +124,14 @@ class Text:
 
     ids: int32 [n], without delimiters.
     loss: whether its tokens and its closing eos are training targets.
-    delimited: whether bos and eos are around it. Other families' texts hold their own delimiters.
+    delimited: whether bos and eos are around it. In chat form the template's texts delimit it.
+    noise: of a `NoisedText`, until `conversation` has put it in place.
     """
 
     ids: np.ndarray
     loss: bool = False
     delimited: bool = True
+    noise: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -181,7 +193,20 @@ class Latent:
 
 Block = Text | Image | Latent
 
-Content = Mapping[str, np.ndarray | Sequence[np.ndarray | Image]]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisedText:
+    """A text of a context in chat form whose tokens become noise where they are in the context.
+
+    ids: int32 [n], the text. Its tokens in a context may be fewer, as neighbours merge.
+    noise: int32 [n], what takes their place, so that the context has the same length.
+    """
+
+    ids: np.ndarray
+    noise: np.ndarray
+
+
+Content = Mapping[str, np.ndarray | NoisedText | Sequence[np.ndarray | NoisedText | Image]]
 """What an example has for each block name: token ids int32 [n] of a text, the ids of each text
 around the places in a question (`question_ids`), or images. An empty sequence leaves the block out.
 """
@@ -507,27 +532,64 @@ def named_blocks(
     Returns:
       The blocks in order. The images of "image", or where the context lacks it those of the first
       transform, are in the places of the question if there are as many. Otherwise they are where
-      their name is.
+      their name is. In chat form, tokens of the template are blocks named `chat.TEMPLATE`.
     """
+    found = _listed(tokenizer, prompts, names, content)
+    if prompts.form == "bagel":
+        return found
+    own = [block.ids for name, block in found if name == "system" and isinstance(block, Text)]
+    system = own[0] if own else np.zeros(0, np.int32)
+    return conversation(tokenizer, system, [item for item in found if item[0] != "system"])
+
+
+def conversation(
+    tokenizer, system: Int[np.ndarray, " n"], turn: Sequence[tuple[str, Block]]
+) -> list[tuple[str, Block]]:
+    """(name, block) of each block of a context in chat form.
+
+    Args:
+      tokenizer: was loaded in chat form.
+      system: ids of the system prompt, none of them for the template's own.
+      turn: texts and images of the user's turn, with their names.
+    Raises:
+      ValueError: see `chat.encode`.
+    """
+    parts = [
+        chat.Part(name, block.ids, block.noise)
+        if isinstance(block, Text)
+        else chat.Part(name, None)
+        for name, block in turn
+    ]
+    shown = (block for _, block in turn if isinstance(block, Image))
+    return [
+        (name, next(shown) if ids is None else Text(ids, delimited=False))
+        for name, ids in chat.encode(tokenizer, system, parts)
+    ]
+
+
+def _listed(
+    tokenizer, prompts: Prompts, names: Sequence[str], content: Content
+) -> list[tuple[str, Block]]:
+    """The named blocks of a context in BAGEL's form."""
     placed, in_places = _placed(names, content)
     found: list[tuple[str, Block]] = []
     for name in names:
         if name in FIXED_TEXTS:
             found += [(name, block) for block in _prompt(tokenizer, getattr(prompts, name))]
-        elif isinstance(value := content[name], np.ndarray):
-            found.append((name, Text(value)))
+        elif isinstance(value := content[name], np.ndarray | NoisedText):
+            found.append((name, _text(value)))
         elif holds_images(name):
             found += [(name, image) for image in _images(value) if name != placed]
         else:
-            for n, ids in enumerate(_texts(value)):
-                found += [(name, Text(ids))] if len(ids) else []
+            for n, text in enumerate(map(_text, _texts(value))):
+                found += [(name, text)] if len(text.ids) else []
                 found += [(placed, image) for image in in_places[n : n + 1]]
     return found
 
 
 def _placed(names: Sequence[str], content: Content) -> tuple[str, list[Image]]:
     """(name, images) of the blocks that are in the places of the question; ("", []) without any."""
-    if "question" not in names or isinstance(content["question"], np.ndarray):
+    if "question" not in names or isinstance(content["question"], np.ndarray | NoisedText):
         return "", []
     problems = [name for name in names if name == "image" or name.startswith(TRANSFORMED)]
     name = "image" if "image" in problems else next(iter(problems), "")
@@ -535,16 +597,26 @@ def _placed(names: Sequence[str], content: Content) -> tuple[str, list[Image]]:
     return (name, shown) if len(shown) + 1 == len(content["question"]) else ("", [])
 
 
-def _images(value: np.ndarray | Sequence[np.ndarray | Image]) -> list[Image]:
+_Value = np.ndarray | NoisedText | Sequence[np.ndarray | NoisedText | Image]
+
+
+def _images(value: _Value) -> list[Image]:
     """The images that an example has for a block."""
-    return [part for part in value if isinstance(part, Image)]
+    every = () if isinstance(value, NoisedText) else value
+    return [part for part in every if isinstance(part, Image)]
 
 
-def _texts(value: np.ndarray | Sequence[np.ndarray | Image]) -> list[np.ndarray]:
-    """The ids of the texts that an example has for a block."""
-    if isinstance(value, np.ndarray):
+def _texts(value: _Value) -> list[np.ndarray | NoisedText]:
+    """The texts that an example has for a block."""
+    if isinstance(value, np.ndarray | NoisedText):
         return [value]
-    return [part for part in value if isinstance(part, np.ndarray)]
+    return [part for part in value if isinstance(part, np.ndarray | NoisedText)]
+
+
+def _text(value: np.ndarray | NoisedText) -> Text:
+    if isinstance(value, np.ndarray):
+        return Text(value)
+    return Text(value.ids, noise=value.noise)
 
 
 def student(
@@ -600,10 +672,10 @@ def question_ids(
 
     suffix: text that is appended to the last one.
     """
-    ids = [
-        tokenizer.encode(text) if text else np.zeros(0, np.int32)
-        for text in around_places(question)
-    ]
+    texts = [*around_places(question)]
+    if suffix and tokenizer.chat:  # one text for its template
+        texts[-1], suffix = texts[-1] + suffix, ""
+    ids = [tokenizer.encode(text) if text else np.zeros(0, np.int32) for text in texts]
     if suffix:
         ids[-1] = np.concatenate([ids[-1], tokenizer.encode(suffix)])
     return ids[0] if len(ids) == 1 else tuple(ids)
@@ -622,6 +694,7 @@ def replace_privileged(
     other: Content,
     rng: np.random.Generator | None,
     ordinary: Int[np.ndarray, " K"] | None = None,
+    noised: bool = False,
 ) -> Content:
     """The content that the teacher gets in a mode of `VISUAL_THOUGHTS`.
 
@@ -629,7 +702,8 @@ def replace_privileged(
 
     real: its own.
     noise: images as in `replace_visual_thoughts`. A text becomes as many ids, each chosen uniformly
-      from `ordinary`. `rng` gives both, in the order of the names.
+      from `ordinary`. `rng` gives both, in the order of the names. With `noised` it becomes a
+      `NoisedText` of them.
     swap: those of `other`, another example of the same task.
     image: the first problem image in place of each image, nothing for a question without one.
       Texts are left out.
@@ -644,7 +718,7 @@ def replace_privileged(
     """
     if mode not in VISUAL_THOUGHTS:
         raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
-    shown: dict[str, np.ndarray | Sequence[np.ndarray | Image]] = {}
+    shown: dict[str, _Value] = {}
     for name in names:
         value = own[name]
         if mode == "swap":
@@ -654,8 +728,10 @@ def replace_privileged(
             shown[name] = replace_visual_thoughts(mode, problem, _images(value), (), rng)
         elif mode == "noise":
             assert rng is not None and ordinary is not None
-            noise = [rng.choice(ordinary, len(ids)).astype(np.int32) for ids in _texts(value)]
-            shown[name] = noise[0] if isinstance(value, np.ndarray) else noise
+            texts = [ids for ids in _texts(value) if isinstance(ids, np.ndarray)]
+            noise = [rng.choice(ordinary, len(ids)).astype(np.int32) for ids in texts]
+            every = [*map(NoisedText, texts, noise)] if noised else noise
+            shown[name] = every[0] if isinstance(value, np.ndarray) else every
         elif mode != "real":
             shown[name] = ()
     return {**own, **shown}
@@ -688,7 +764,8 @@ def replace_visual_thoughts(
     if mode == "real":
         return mine
     if mode == "noise":
-        return [Image(rng.standard_normal(vt.patches.shape, np.float32), vt.grid) for vt in mine]
+        noise = [rng.standard_normal(vt.patches.shape, np.float32) for vt in mine]
+        return [Image(values, vt.grid, vt.merge) for values, vt in zip(noise, mine)]
     if mode == "swap":
         return [vt for vt in other if vt is not None]
     if mode == "image":

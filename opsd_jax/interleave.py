@@ -214,17 +214,19 @@ def reason(
 ) -> list[Answer]:
     """Answers a batch of questions with text, and with generated images if `generation` is given.
 
-    A question is asked as it is: system prompt, images, text. `opsd_jax.answer` also adds the other
-    blocks of a run's contexts.
+    A question is asked as it is: system prompt, images, text; in the form of the tokenizer.
+    `opsd_jax.answer` also adds the other blocks of a run's contexts.
 
     Args:
       key: a PRNG key.
     Returns:
       An answer per question.
     Raises:
-      ValueError: `generation` with a model that has no generation expert.
+      ValueError: `generation` with a model that has no generation expert, or in chat form.
     """
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
+    if generation and reasoner.tokenizer.chat:
+        raise ValueError("a model that is asked in chat form generates no images: ask for text")
     contexts = [_contexts(reasoner, question, keys, bool(generation)) for question in questions]
     if generation is None:
         return complete(reasoner, [own["cond"] for own in contexts], next(keys))
@@ -281,9 +283,11 @@ def complete(
     tokenizer, start = reasoner.tokenizer, time.perf_counter()
     sampled, skips = _sample_texts(reasoner, contexts, key, rollout_config(reasoner))
     seconds = time.perf_counter() - start
+    # What begins a completion in chat form is an ordinary token.
+    cut = not (reasoner.training or tokenizer.chat)
     return [
         Answer(
-            [tokenizer.decode(ids if reasoner.training else _until_bos(ids, tokenizer.bos))],
+            [tokenizer.decode(_until_bos(ids, tokenizer.bos) if cut else ids)],
             len(ids),
             count,
             seconds,
@@ -368,6 +372,8 @@ def _contexts(
     """
     question_images, text = question
     texts = (text,) if isinstance(text, str) else text
+    if reasoner.tokenizer.chat:
+        return {"cond": _conversation(reasoner, question_images, texts)}
     system, *asked = (
         [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
         for t in (reasoner.protocol.system, *texts)
@@ -379,6 +385,26 @@ def _contexts(
         parts += [own, *shown[n : n + 1]]
     branches = {"cond": parts, "text": [system, *shown], "image": [system, *asked]}
     return {branch: sum(blocks, []) for branch, blocks in branches.items()}
+
+
+def _conversation(
+    reasoner: Reasoner, question_images: Sequence[Image.Image], texts: Sequence[str]
+) -> list[context_lib.Block]:
+    """The blocks of a question in chat form: system prompt, and the user's images and texts."""
+    encode = reasoner.tokenizer.encode
+    shown: list[context_lib.Block] = [image_block(image, reasoner) for image in question_images]
+    asked = [context_lib.Text(encode(text) if text else np.zeros(0, np.int32)) for text in texts]
+    first = len(shown) + 1 - len(asked)  # images before the first text
+    turn = shown[:first]
+    for n, own in enumerate(asked, first):
+        turn += [*([own] if len(own.ids) else []), *shown[n : n + 1]]
+    system = reasoner.protocol.system
+    named = context_lib.conversation(
+        reasoner.tokenizer,
+        encode(system) if system else np.zeros(0, np.int32),
+        [("image" if isinstance(b, context_lib.Image) else "question", b) for b in turn],
+    )
+    return [block for _, block in named]
 
 
 def image_block(image: Image.Image, reasoner: Reasoner) -> context_lib.Image:

@@ -1,4 +1,4 @@
-"""A released tokenizer folder, Qwen2's or the miniature's: four delimiters, `encode` and `decode`.
+"""A released tokenizer folder: delimiters, `encode` and `decode`.
 
 The delimiters are resolved by name, never by counting added tokens: transformers 5 no longer lists
 them in `special_tokens_map`, so the official helper counts existing tokens as new.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, SupportsInt
 import numpy as np
 from jaxtyping import Int32
 
+from opsd_jax import chat_template
+from opsd_jax.chat_template import ChatTemplate
 from opsd_jax.inputs import json_files
 
 if TYPE_CHECKING:
@@ -51,8 +53,12 @@ _PROBE = (
 class Tokenizer:
     """A tokenizer of the library `tokenizers`, and the token ids of its four delimiters.
 
+    bos, eos: the tokens before and after a text. In chat form, of a completion alone: the last
+      token of the text with which the template begins the assistant's turn, and the token with
+      which it ends the turn.
     image_start, image_end: -1 where the tokenizer of a model that reads text alone has none.
     further_ends: ids beside eos that its folder says an answer ends with.
+    chat: the chat template; None in BAGEL's form.
     """
 
     backend: "tokenizers.Tokenizer"
@@ -61,6 +67,7 @@ class Tokenizer:
     image_start: int
     image_end: int
     further_ends: tuple[int, ...] = ()
+    chat: ChatTemplate | None = None
 
     @functools.cached_property
     def encode(self) -> Callable[[str], np.ndarray]:
@@ -144,6 +151,7 @@ class Tokenizer:
         """Checksum of what ids mean and how text is split.
 
         It covers the bytes of every token, the merges, and the ids of the delimiters and of a text.
+        It is the same in chat form: the chat template has a checksum of its own.
         A checksum of the file would not do, because its format differs between versions of the
         library.
         """
@@ -154,6 +162,8 @@ class Tokenizer:
         # Older versions of the library store a merge as one string, newer ones as a pair.
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         delimiters = [self.bos, self.eos, self.image_start, self.image_end]
+        if self.chat:
+            delimiters = [*_delimiters(self.backend.get_vocab()).values()]
         found.update(json.dumps([merges, delimiters, self.encode(_PROBE).tolist()]).encode())
         return found.hexdigest()
 
@@ -192,7 +202,12 @@ def check_there(directory: str | os.PathLike) -> list[str]:
 
 
 def load(
-    directory: str | os.PathLike, *, vocab_size: int | None = None, images: bool = True
+    directory: str | os.PathLike,
+    *,
+    vocab_size: int | None = None,
+    images: bool = True,
+    form: str = "bagel",
+    thinking: bool = False,
 ) -> Tokenizer:
     """Reads a tokenizer folder.
 
@@ -209,10 +224,14 @@ def load(
       vocab_size: number of rows in the embedding of the model that will read the ids. None if
         there is no model.
       images: whether the model sees images, so that their delimiters must be there.
+      form: "bagel", texts between <|im_start|> and <|im_end|>; "chat", by the folder's chat
+        template, which needs neither of them; "" where no context is made, for any folder.
+      thinking: see `chat_template.read`.
     Raises:
       FileNotFoundError: there is no tokenizer.
       ValueError: its files do not parse or contradict each other, it is not byte-level, it loses
-        text, it has dropout, a delimiter is missing, or an id is beyond the embedding.
+        text, it has dropout, a delimiter is missing, an id is beyond the embedding, or the chat
+        template cannot be used.
     """
     files = check_there(directory)
     again = "copy the folder of the released model's tokenizer again"
@@ -241,11 +260,13 @@ def load(
             )
     _check_bytes(directory, backend)
     _check_lossless(directory, backend)
-    needed = [token for name, token in DELIMITERS.items() if images or name in ("bos", "eos")]
+    wanted = {"image_start": images, "image_end": images}
+    needed = [token for name, token in DELIMITERS.items() if wanted.get(name, form == "bagel")]
     if missing := [token for token in needed if token not in vocabulary]:
         raise ValueError(
             f"the tokenizer in {directory} lacks {missing}: use the folder released with the model "
-            "(Qwen2.5's tokenizers have all four)"
+            "(Qwen2.5's tokenizers have all four), or config.prompts.form='chat' with a model of "
+            "text alone that has a chat template"
         )
     largest = max(vocabulary, key=vocabulary.get)
     if vocabulary[largest] >= (vocab_size or _MOST):
@@ -255,9 +276,38 @@ def load(
             "tokenizer that belongs to the model, or for a new model set vocab_size to at least "
             f"{vocabulary[largest] + 1}"
         )
-    ids = {name: vocabulary.get(token, -1) for name, token in DELIMITERS.items()}
+    ids, template = _delimiters(vocabulary), None
+    if form == "chat":
+        template = chat_template.read(directory, thinking=thinking)
+        ids["bos"], ids["eos"] = _ends_of_completion(backend, template)
     ends = tuple(n for n in end_tokens(directory, vocab_size) if n != ids["eos"])
-    return Tokenizer(backend, **ids, further_ends=ends)
+    return Tokenizer(backend, **ids, further_ends=ends, chat=template)
+
+
+def _delimiters(vocabulary: dict[str, int]) -> dict[str, int]:
+    """The ids of the four delimiters by their names; -1 for one that a vocabulary lacks."""
+    return {name: vocabulary.get(token, -1) for name, token in DELIMITERS.items()}
+
+
+def _ends_of_completion(backend, template: ChatTemplate) -> tuple[int, int]:
+    """The tokens before and after a completion: the last that the template writes, and its end.
+
+    Raises ValueError for a template that ends the assistant's turn with no token of its own.
+    """
+    *_, begun = template.layout(system=False, kinds=(chat_template.TEXT,))
+    end = template.end()
+    before, after = (
+        backend.encode(text if isinstance(text, str) else "", add_special_tokens=False).ids
+        for text in (begun, end)
+    )
+    if not before or not after or after[0] not in backend.get_added_tokens_decoder():
+        raise ValueError(
+            f"the chat template in {template.path} writes {end!r} after the assistant's turn, "
+            "which begins with no special token, or begins the turn with nothing: a completion "
+            "would not end. Use the template of the model's folder, or set "
+            "config.prompts.form='bagel'"
+        )
+    return before[-1], after[0]
 
 
 def end_tokens(directory: str | os.PathLike, vocab_size: int | None = None) -> tuple[int, ...]:

@@ -89,6 +89,7 @@ class ByteTokenizer:
     image_start: int = 258
     image_end: int = 259
     further_ends: tuple[int, ...] = ()
+    chat = None
 
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)

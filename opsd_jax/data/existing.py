@@ -5,7 +5,7 @@ import os
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, tokenizer
+from opsd_jax import config_check
 from opsd_jax.data import procedural, schema
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.packing import Packer
@@ -33,7 +33,7 @@ def open_data(config: ConfigDict, workdir: str = "") -> tuple[str, Packer]:
             f"{data_dir} holds no data yet: start the run, which makes them, then ask again"
         )
     folder = workdir_lib.tokenizer_folder(config.tokenizer, data_dir)
-    tok = tokenizer.load(folder, vocab_size=config.model.llm.vocab_size, images=config.model.vit.on)
+    tok = config_lib.load_tokenizer(config, folder)
     return data_dir, Packer.from_config(config, tok)
 
 

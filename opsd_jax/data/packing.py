@@ -148,6 +148,7 @@ class Packer:
             partner.content if partner else {},
             rng,
             self.tokenizer.ordinary if is_text else None,
+            noised=self.prompts.form == "chat",
         )
 
     def _generation_trace(self, example: PreparedExample) -> list[Block]:
@@ -364,7 +365,8 @@ class Packer:
         # Noise has the sizes of what it replaces.
         others = (mode for mode in modes if mode not in ("real", "noise"))
         seen = [self.shown(example, mode, partner) for mode in ("real", *others)]
-        layouts = ["interleaved"]
+        is_bagel = self.prompts.form == "bagel"  # only its traces are interleaved with images
+        layouts = ["interleaved"] if is_bagel else []
         if example.example.full_text_only_thought.strip():
             layouts += ["reference", "text"]
         if example.pixels is not None:
@@ -373,7 +375,7 @@ class Packer:
         needs = {
             "student": _need([self.blocks(example, "student")])[:2],
             "teacher": _need([self.blocks(example, "teacher", shown) for shown in seen])[:2],
-            "trace": _need(traces),
+            "trace": _need(traces or [[]]),
         }
         if example.pixels is not None:
             latents = context_lib.need(traces[-1]).latents

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, images, tasks, tokenizer
+from opsd_jax import config_check, images, tasks
 from opsd_jax.context import Image, TooLongError
 from opsd_jax.data import bucket_index, existing, packing, schema
 from opsd_jax.data.examples import Examples, Preprocessor
@@ -123,10 +123,7 @@ def check_unmade(config: ConfigDict) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not config.tokenizer:
             vocabulary.build_tokenizer(folder)
-        size = config.model.llm.vocab_size
-        tok = tokenizer.load(
-            config.tokenizer or folder, vocab_size=size, images=config.model.vit.on
-        )
+        tok = config_lib.load_tokenizer(config, config.tokenizer or folder)
     sources = {}
     for family in data.make.families:
         task = tasks.FAMILIES[family].TASK

@@ -149,9 +149,14 @@ def _run(
                 f"example {pid} has no full_text_only_thought, which --completions=data needs: "
                 "give --completions=base,student,official"
             )
-        comparison = kl.Comparison(
-            args.teacher or base, model, base, args.completions, args.temperature
-        )
+        possible = kl.completions(diagnosis.session.config)
+        kinds = possible if args.completions == kl.COMPLETIONS else args.completions
+        if absent := [kind for kind in kinds if kind not in possible]:
+            raise ValueError(
+                f"--completions={absent[0]}: the released script measures texts between BAGEL's "
+                f"bos and eos, and config.prompts.form is 'chat': choose from {', '.join(possible)}"
+            )
+        comparison = kl.Comparison(args.teacher or base, model, base, kinds, args.temperature)
         found = kl.measure(diagnosis, folder, comparison)
     elif args.analysis == "interventions":
         answers = diagnosis.answers(model, interventions.MODES, name)

@@ -60,8 +60,10 @@ def measure(
     """
     name = os.path.basename(folder)
     params = diagnosis.session.restore_params(checkpoint)
-    kinds = [(layout, mode) for layout in LAYOUTS for mode in MODES]
-    arrays, found = {}, {layout: {} for layout in LAYOUTS}
+    is_bagel = diagnosis.selection.packer.prompts.form == "bagel"
+    layouts = LAYOUTS if is_bagel else LAYOUTS[1:]  # interleaved traces are BAGEL's
+    kinds = [(layout, mode) for layout in layouts for mode in MODES]
+    arrays, found = {}, {layout: {} for layout in layouts}
     with diagnosis.progress(len(kinds), name) as bar:
         for done, (layout, mode) in enumerate(kinds, start=1):
             predictions = answers[mode].predictions if layout == "teacher" else None
@@ -73,7 +75,7 @@ def measure(
             bar.update(done)
     official = {
         mode: {name: shares[:, m, k].tolist() for name, (m, k) in OFFICIAL.items()}
-        for mode, shares in found["interleaved"].items()
+        for mode, shares in found.get("interleaved", {}).items()
     }
     output.write_arrays(os.path.join(folder, "shares.npz"), arrays)
     summary = {
@@ -358,7 +360,7 @@ def _parts(summary: dict) -> list[str]:
     ):
         series = {
             f"{mode}: {key}": line(layout, mode, query, key)
-            for mode in shares[layout]
+            for mode in shares.get(layout, ())
             if query in shares[layout][mode]
             for key in ("visual thoughts", "problem image")
         }
@@ -367,18 +369,21 @@ def _parts(summary: dict) -> list[str]:
                 html.heading(f"After the visual thoughts: {layout}, {query}"),
                 charts.lines(series, x=x, y=y),
             ]
-    official = summary["official_mean"]
+    if official := summary["official_mean"]:
+        parts += [
+            html.heading("As in the paper's Fig. 3b"),
+            html.note(
+                "Interleaved layout, mean over layers, per cent; in this order the figure's "
+                "txt0->img0 (paper, ThinkMorph on V*, its own recorder: 2.0), txt1->img1 (3.0), "
+                "txt1->img0 (0.4)."
+            ),
+            html.heat(
+                list(official),
+                [f"{QUERIES[query]} → {KEYS[key]}" for query, key in OFFICIAL.values()],
+                [[100 * x[name] for name in OFFICIAL] for x in official.values()],
+            ),
+        ]
     parts += [
-        html.heading("As in the paper's Fig. 3b"),
-        html.note(
-            "Interleaved layout, mean over layers, per cent; in this order the figure's txt0->img0 "
-            "(paper, ThinkMorph on V*, its own recorder: 2.0), txt1->img1 (3.0), txt1->img0 (0.4)."
-        ),
-        html.heat(
-            list(official),
-            [f"{QUERIES[query]} → {KEYS[key]}" for query, key in OFFICIAL.values()],
-            [[100 * x[name] for name in OFFICIAL] for x in official.values()],
-        ),
         html.heading("All shares"),
         html.note("Mean over layers, per cent. summary.json has every layer."),
     ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from opsd_jax import context as context_lib
 from opsd_jax import distill, rollout, sharding
@@ -19,6 +20,11 @@ from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.run import report_table
 
 COMPLETIONS = tuple(kl_page.COMPLETION_TEXTS)
+
+
+def completions(config: ConfigDict) -> tuple[str, ...]:
+    """The kinds of completions that a run can be measured on; "official" is BAGEL's form."""
+    return tuple(k for k in COMPLETIONS if k != "official" or config.prompts.form == "bagel")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,11 @@ def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Analys
     before = {}
     if os.path.realpath(base) != os.path.realpath(checkpoint):
         before = diagnosis.answers(base, ("none", "real"))
-    kinds = tuple(k for k in kl.COMPLETIONS if k != "data" or diagnosis.without_trace() is None)
+    kinds = tuple(
+        k
+        for k in kl.completions(session.config)
+        if k != "data" or diagnosis.without_trace() is None
+    )
     comparison = kl.Comparison(teacher=base, student=checkpoint, base=base, kinds=kinds)
     place = {name: os.path.join(folder, name) for name in ("kl", "interventions", "attention")}
     found = [

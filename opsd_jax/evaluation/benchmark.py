@@ -137,17 +137,25 @@ _HARNESS_RULE = (
 )
 
 
-def of_table(table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0) -> Benchmark:
+def of_table(
+    table: tables.Table, *, cache: str, limit: int = 0, seed: int = 0, in_chat: bool = False
+) -> Benchmark:
     """A public table as a benchmark.
 
     Args:
       cache: see `prompts.images`. limit, seed: see `tables.subset`.
+      in_chat: whether images are where the prompt has them, as in a conversation. Otherwise they
+        come first, with the marks of the harness's wrapper in the text.
     """
     part = tables.subset(table, limit, seed)
     rows = {row.index: row for row in part.rows}
 
     def question(key):
-        text, places = prompts.wrapper(prompts.messages(rows[key]))
+        parts = prompts.messages(rows[key])
+        text: str | tuple[str, ...]
+        text, places = prompts.wrapper(parts)
+        if in_chat:
+            text, places = prompts.conversation(parts)
         shown = prompts.images(rows[key], cache=cache)
         return [shown[place] for place in places], text
 

@@ -95,6 +95,22 @@ def messages(row: TableRow) -> list[int | str]:
     return parts
 
 
+def conversation(parts: list[int | str]) -> tuple[tuple[str, ...], list[int]]:
+    """(texts, places) of `messages` as a user's turn in chat form, with images where they are.
+
+    texts: the texts around the images, one more than images; an empty one between neighbours.
+    places: those of the images in `images(row)`, in order.
+    """
+    texts, places = [""], []
+    for part in parts:
+        if isinstance(part, int):
+            texts.append("")
+            places.append(part)
+        else:
+            texts[-1] += part
+    return tuple(texts), places
+
+
 def wrapper(parts: list[int | str]) -> tuple[str, list[int]]:
     """(text, places) that the harness's wrapper makes of `messages`.
 

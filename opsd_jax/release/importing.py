@@ -85,5 +85,9 @@ def check_tokenizer(directory: str, config: ModelConfig) -> None:
     if "tokenizer_config.json" in files and (
         "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
     ):
-        sees_images = config.vit is not None
-        tokenizer.load(directory, vocab_size=config.llm.vocab_size, images=sees_images)
+        tokenizer.load(
+            directory,
+            vocab_size=config.llm.vocab_size,
+            images=config.vit is not None,
+            form="bagel" if config.is_bagel else "",
+        )

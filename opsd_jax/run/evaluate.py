@@ -156,7 +156,7 @@ def in_contexts(
             facts=opened.facts,
             decoding={
                 "max_new_tokens": sampling.max_new_tokens,
-                "prompts": config.prompts.to_dict(),
+                "prompts": opened.session.prompts_record,
                 "images": config.images.to_dict(),
                 **restricted,
             },
@@ -275,8 +275,13 @@ def _askable_tables(job: Job) -> list[Benchmark]:
     """
     cache = "jpeg75" if job.request.protocol == "harness" else "lossless"
     limit, seed = job.request.rows, job.subset_seed
+    if job.config is None:
+        in_chat = model_lib.is_in_chat(job.checkpoint)
+    else:
+        in_chat = job.config.prompts.form == "chat"
     asked = [
-        benchmark_lib.of_table(table, cache=cache, limit=limit, seed=seed) for table in job.tables
+        benchmark_lib.of_table(table, cache=cache, limit=limit, seed=seed, in_chat=in_chat)
+        for table in job.tables
     ]
     broken = {benchmark.name: benchmark_lib.broken(benchmark) for benchmark in asked}
     broken = {name: rows for name, rows in broken.items() if rows}
@@ -331,6 +336,8 @@ def model_facts(params: dict, tokenizer: Tokenizer) -> dict[str, str]:
     text = params_lib.flatten(understanding)
     rest = {path: leaf for path, leaf in params_lib.flatten(params).items() if path not in text}
     facts = {"weights": params_lib.fingerprint(understanding), "tokenizer": tokenizer.digest}
+    if tokenizer.chat:
+        facts["chat_template"] = tokenizer.chat.digest
     if rest:
         facts["generation_weights"] = params_lib.fingerprint(params_lib.unflatten(rest))
     return facts

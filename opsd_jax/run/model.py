@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from opsd_jax import chat_template, images, interleave, sharding
 from opsd_jax import config as config_lib
-from opsd_jax import images, interleave, sharding
 from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.inputs import checks, paths
 from opsd_jax.interleave import Protocol, Reasoner, TrainingContexts
@@ -160,8 +160,13 @@ def _of_release(
     config = in_blocks(folders.read_config(directory, generation=generation), _platform())
     config = dataclasses.replace(config, dtype=dtype or folders.compute_dtype(directory))
     folder = tokenizer or folders.tokenizer_folder(directory)
-    sees_images = config.vit is not None
-    tok = tokenizer_lib.load(folder, vocab_size=config.llm.vocab_size, images=sees_images)
+    in_chat = is_in_chat(directory, tokenizer)
+    tok = tokenizer_lib.load(
+        folder,
+        vocab_size=config.llm.vocab_size,
+        images=config.vit is not None,
+        form="chat" if in_chat else "bagel",
+    )
 
     def read(mesh: Mesh) -> dict:
         return load_lib.load(
@@ -169,9 +174,21 @@ def _of_release(
         )[1]
 
     asked = asked_by(protocol, config)
+    if in_chat:  # the protocols' system prompts are BAGEL's
+        asked["protocol"] = dataclasses.replace(asked["protocol"], system="")
     if rule := folders.size_rule(directory, config):
         asked["vit"] = rule
     return Reasoner(config, {}, tok, **asked), read
+
+
+def is_in_chat(directory: str, tokenizer: str = "") -> bool:
+    """Whether a released or imported model is asked in chat form.
+
+    That is one of another family than BAGEL whose tokenizer folder has a chat template.
+    """
+    folder = tokenizer or folders.tokenizer_folder(directory)
+    is_bagel = folders.read_config(directory, generation=False).is_bagel
+    return not is_bagel and chat_template.is_there(folder)
 
 
 def asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:

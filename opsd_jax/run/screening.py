@@ -113,7 +113,7 @@ def _facts(run: Session, examples: Examples, weights: str) -> dict:
         "format": FORMAT,
         "model": part["model"],
         "lora": part["lora"],
-        "prompts": part["prompts"],
+        "prompts": run.prompts_record,
         "images": part["images"],
         "transforms": part["transforms"],
         "blocks": dataclasses.asdict(run.packer.names),

@@ -95,9 +95,24 @@ class Session:
 
     @functools.cached_property
     def digests(self) -> dict:
-        """{"data": {task: digest of its prepared files}, "tokenizer": digest}."""
+        """{"data": {task: digest of its prepared files}, "tokenizer": digest}.
+
+        In chat form also "chat_template": digest.
+        """
         data = shards_lib.digests(self.data_dir, self.config.data.tasks)
-        return {"data": data, "tokenizer": self.tokenizer.digest}
+        found = {"data": data, "tokenizer": self.tokenizer.digest}
+        return found | ({"chat_template": chat.digest} if (chat := self.tokenizer.chat) else {})
+
+    @property
+    def prompts_record(self) -> dict:
+        """What the texts of contexts depend on, for the identity of results, besides tokens.
+
+        In BAGEL's form it is that of older versions.
+        """
+        found = {**self.record["prompts"]}
+        if self.tokenizer.chat:
+            return found | {"template": self.tokenizer.chat.digest}
+        return {key: value for key, value in found.items() if key not in ("form", "thinking")}
 
     def __repr__(self) -> str:
         stages = ", ".join(self.config.stages)
@@ -397,10 +412,9 @@ def _open(
     clock: clock_lib.Clock,
     tokenizer_folder: str = "",
 ) -> Session:
-    size = config.model.llm.vocab_size
     named = tokenizer_folder or config.tokenizer
     folder = workdir_lib.tokenizer_folder(named, data_dir)
-    tok = tokenizer.load(folder, vocab_size=size, images=config.model.vit.on)
+    tok = config_lib.load_tokenizer(config, folder)
     return Session(
         config=config,
         workdir=workdir,
@@ -409,7 +423,7 @@ def _open(
         mesh=mesh,
         sampling_mesh=mesh,
         tokenizer=tok,
-        marker=Marker.build(tok.token_bytes, size),
+        marker=Marker.build(tok.token_bytes, config.model.llm.vocab_size),
         packer=Packer.from_config(config, tok),
         clock=clock,
         writer=metrics.Writer(workdir, primary=False),
@@ -426,5 +440,7 @@ def _digests_of_origin(origin: str) -> dict:
     folder = folders.tokenizer_folder(origin)
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return {}
-    sees_images = folders.read_config(origin).vit is not None
-    return {"tokenizer": tokenizer.load(folder, images=sees_images).digest}
+    model = folders.read_config(origin)
+    form = "bagel" if model.is_bagel else ""
+    found = tokenizer.load(folder, images=model.vit is not None, form=form)
+    return {"tokenizer": found.digest}

@@ -57,7 +57,7 @@ def key(run: Session, params, examples: Examples) -> dict:
         "top_k": kept_entries(run.config),
         "model": part["model"],
         "lora": part["lora"],
-        "prompts": part["prompts"],
+        "prompts": run.prompts_record,
         "images": part["images"],
         "buckets": part["data"]["buckets"],
         "rows": {
