@@ -20,7 +20,7 @@ def get_config():
     """The configuration; sizes of the model, data and tokenizer are left to set."""
     c = config_lib.default()
     c.model.vit.on = False
-    c.prompts.update(system=SYSTEM, intro=INTRO)
+    c.prompts.update(system=SYSTEM, intro=INTRO, form="chat")
     c.student.blocks = ASKED
     c.teacher.blocks = (*ASKED, "intro", SOLUTION, "transition")
     c.data.buckets.student = ((512, 0), (2048, 0))

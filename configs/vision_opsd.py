@@ -6,6 +6,9 @@ What configs/qwen2_5_vl.py and configs/qwen3_vl.py share; sizes are theirs.
 
 from opsd_jax import config as config_lib
 
+SYSTEM = (
+    "Think step by step, and give the final answer at the end, wrapped in <answer></answer> tags."
+)
 TOKENS = 1280  # of the largest image
 
 
@@ -26,5 +29,7 @@ def get_config(patch_size: int):
     c.data.buckets.student = ((1024, 2 * TOKENS), (2048, 4 * TOKENS))
     c.data.buckets.teacher = ((2048, 4 * TOKENS), (4096, 8 * TOKENS))
     c.data.buckets.trace = ((2048, 2 * TOKENS, 1024), (5120, 8 * TOKENS, 2048))
+    c.prompts.update(system=SYSTEM, form="chat")
+    c.warmup.mix.update(interleaved=0, reference=1, text=1)
     c.rollout.max_image_skips = 0  # these models ask for no images
     return c

@@ -482,7 +482,8 @@ def test_caches_depend_on_the_blocks(folder, monkeypatch):
         c = config.copy_and_resolve_references()
         c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
         own, rows = packing.Packer.from_config(c, tok), small_run.examples(c, tok)
-        run = types.SimpleNamespace(config=c, packer=own, record=config_lib.to_json(c))
+        record = config_lib.to_json(c)
+        run = types.SimpleNamespace(config=c, packer=own, record=record, prompts_record={})
         digest = bucket_index._digest(rows, own, 0, "real")
         return digest, teacher_cache.key(run, None, rows)
 
