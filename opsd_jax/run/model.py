@@ -141,7 +141,8 @@ def _of_checkpoint(
     session = dataclasses.replace(session, model=sizes)
     model = of_run(session, {})
     if protocol:
-        model = dataclasses.replace(model, flow={}, training=None, **asked_by(protocol, sizes))
+        asked = asked_by(protocol, sizes, in_chat=session.tokenizer.chat is not None)
+        model = dataclasses.replace(model, flow={}, training=None, **asked)
 
     def read(mesh: Mesh) -> dict:
         placed = dataclasses.replace(session, mesh=mesh, sampling_mesh=mesh)
@@ -173,9 +174,7 @@ def _of_release(
             directory, generation=generation, dtype=config.dtype, mesh=mesh, layout="rollout"
         )[1]
 
-    asked = asked_by(protocol, config)
-    if in_chat:  # the protocols' system prompts are BAGEL's
-        asked["protocol"] = dataclasses.replace(asked["protocol"], system="")
+    asked = asked_by(protocol, config, in_chat=in_chat)
     if rule := folders.size_rule(directory, config):
         asked["vit"] = rule
     return Reasoner(config, {}, tok, **asked), read
@@ -191,9 +190,14 @@ def is_in_chat(directory: str, tokenizer: str = "") -> bool:
     return not is_bagel and chat_template.is_there(folder)
 
 
-def asked_by(protocol: str, config: config_lib.ModelConfig) -> dict:
-    """Fields of a Reasoner that a named protocol decides."""
+def asked_by(protocol: str, config: config_lib.ModelConfig, *, in_chat: bool = False) -> dict:
+    """Fields of a Reasoner that a named protocol decides.
+
+    in_chat: whether questions are asked in chat form, without the protocol's system prompt, which
+      is BAGEL's.
+    """
     asked, vit = interleave.PROTOCOLS[protocol], config.vit
+    asked = dataclasses.replace(asked, system="") if in_chat else asked
     rule: images.Rule = asked.vit
     if vit and config.has_grids:
         rule = images.SmartResize(vit.stride)

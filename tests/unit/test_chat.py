@@ -166,9 +166,8 @@ def test_thinking_decides_on_an_empty_think_block():
 
 
 def test_a_template_whose_date_is_todays_gets_a_fixed_one():
-    text = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}"
-    )
+    text = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}"
+    text += "{% endif %}"
     template = ChatTemplate(text + "{{ date_string }} {{ messages[0]['content'] }}>", "")
     assert template.layout(system=False, kinds=("text",)) == ("26 Jul 2024 ", Slot(0), ">")
 
