@@ -69,7 +69,8 @@ def _arithmetic(c):
     c.model.dtype = "float32"
     c.model.remat = "none"
     c.lora.rank = 16
-    c.prompts.update(system=SYSTEM, intro=INTRO, transition="")
+    # Buckets and budget are those of BAGEL's form. The warm-up teaches the form of answers anyway.
+    c.prompts.update(system=SYSTEM, intro=INTRO, transition="", form="bagel")
     c.data.tasks = ("Arithmetic",)
     c.data.limits = ()
     c.data.make.update(families=("arithmetic",), difficulty="easy")
