@@ -69,8 +69,7 @@ def _arithmetic(c):
     c.model.dtype = "float32"
     c.model.remat = "none"
     c.lora.rank = 16
-    # Buckets and budget are those of BAGEL's form. The warm-up teaches the form of answers anyway.
-    c.prompts.update(system=SYSTEM, intro=INTRO, transition="", form="bagel")
+    c.prompts.update(system=SYSTEM, intro=INTRO, transition="")
     c.data.tasks = ("Arithmetic",)
     c.data.limits = ()
     c.data.make.update(families=("arithmetic",), difficulty="easy")
