@@ -386,16 +386,19 @@ def _feed(sampled: Int[Array, " B"], config: RolloutConfig, lanes: Lanes) -> _Fe
     """What follows the sampled tokens.
 
       the round's text            sampled   fed next
-      ends in <image_start>       eos       eos, then bos whatever is sampled: an image skip
-      anything else               eos       nothing: the sequence stops
+      contains <image_start>      an end    eos, then bos whatever is sampled: an image skip
+      anything else               an end    nothing: the sequence stops
       anything                    another   the sampled token
 
-    A skip needs room for both tokens, and that skips are left; `Lanes.inject` marks the bos.
+    An end is eos or one of `further_ends`. A skip needs room for both tokens, and that skips are left; `Lanes.inject` marks the bos.
     """
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1
     used, done, inject = lanes.t + 1, lanes.done, lanes.inject
-    ends = (sampled == config.eos) & (inject == 0)
+    ends = sampled == config.eos
+    for end in config.further_ends:
+        ends |= sampled == end
+    ends &= inject == 0
     again = (
         ends
         & (lanes.completions.num_skips < config.max_image_skips)

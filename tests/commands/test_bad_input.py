@@ -332,8 +332,8 @@ def test_mistakes_on_the_command_line(tmp_path):
         ),
         (
             {"run_arms": ("nosie",)},
-            r"config.run_arms names 'nosie', which is not one of the arms \['image', 'noise', "
-            r"'none', 'offline', 'sft', 'swap'\]; did you mean 'noise'\?",
+            r"config.run_arms names 'nosie', which is not one of the arms image, noise, "
+            r"none, offline, sft, swap; did you mean 'noise'\?",
         ),
         (
             {"opsd.accumulation": 3},
