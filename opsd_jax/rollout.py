@@ -390,7 +390,8 @@ def _feed(sampled: Int[Array, " B"], config: RolloutConfig, lanes: Lanes) -> _Fe
       anything else               an end    nothing: the sequence stops
       anything                    another   the sampled token
 
-    An end is eos or one of `further_ends`. A skip needs room for both tokens, and that skips are left; `Lanes.inject` marks the bos.
+    An end is eos or one of `further_ends`. A skip needs room for both tokens, and that skips are
+    left; `Lanes.inject` marks the bos.
     """
     table = jnp.asarray(config.marker.table)
     seen = table.shape[0] - 1

@@ -1,6 +1,7 @@
 """The table of a run and its control arms, W/report.md and W/report.json."""
 
 import collections
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -39,11 +40,13 @@ _HEADER = (
     "closure",
 )
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+_RATES = ("image_skip_rate", "eos_rate")
 
 # From where on a number is worth a caution.
 FEW = 200  # steps of a stage, or test examples: with fewer, 95 % intervals reach 7 points each way
 _MOST = 0.9  # share of the questions: what is left can hardly change an accuracy
 _FEW_ANSWERS = 0.5  # of as many different answers as the right ones are: half of them never come
+_CUT = 0.1  # of the answers: as many may be wrong for that reason alone
 _NEAR = 0.1  # between two closures: their own intervals are up to so wide (docs/results.md)
 
 
@@ -107,7 +110,9 @@ def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: Config
             interval = _interval(b) if "interval_95" in b else ""
             closure = f"{100 * b['closure']:.0f} %" if "kl" in b else ""
             rows.append((what.replace("`", ""), task, _percent(b), interval, closure))
-    return "\n".join([checks.table(rows), "", *map(plain, verdict(shown, arms, config))])
+    warned = [f"caution: {plain(line)}" for line in cautions(shown, arms, config)]
+    said = map(plain, statements(shown, arms, config))
+    return "\n".join([checks.table(rows), "", *warned, *said])
 
 
 def plain(line: str) -> str:
@@ -157,9 +162,11 @@ def cautions(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDic
             *([_too_short(config, [b["n"]])] if task in few and len(few) < len(trained) else []),
             *_teacher_knows_little(shown, task),
             *_reads_worse(shown, task),
+            *_like_a_control(shown, task, arms, config),
             *_closure_without_content(shown, task, arms, config),
-            *_start_asks(shown, task),
+            *_start_asks(shown, task, config),
             *_hardly_differing(shown, task),
+            *_cut_off(shown, task, config),
         ]
         lines += [f"{task}: {line}" for line in found] if len(trained) > 1 else found
     return lines
@@ -263,17 +270,64 @@ def _closure_without_content(
     ]
 
 
-def _start_asks(shown: Mapping[str, Scores], task: str) -> list[str]:
+def _like_a_control(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> list[str]:
+    """Where OPSD is not clearly better than the best arm whose teacher saw other content.
+
+    The 95 % interval of the difference of two independent shares of the same number of questions
+    reaches 0. The answers are to the same questions, so the true interval is narrower at most.
+    """
+    others = {arm: shown[arm_label(arm)][task] for arm in _content_controls(arms, config)}
+    if not others:
+        return []
+    name, best = max(others.items(), key=lambda pair: pair[1]["overall"])
+    own = shown[TRAINED][task]
+    lift = own["overall"] - best["overall"]
+    reach = 1.96 * math.sqrt(
+        sum(b["overall"] * (1 - b["overall"]) / max(b["n"], 1) for b in (own, best))
+    )
+    if lift > reach:
+        return []
+    return [
+        f"OPSD is not clearly better than the control {name}, whose teacher saw other content: "
+        f"{_percent(own)} and {_percent(best)}, {100 * lift:.1f} points apart, where chance alone "
+        f"makes up to {100 * reach:.1f}."
+    ]
+
+
+def _cut_off(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
+    """Where many answers of the trained student did not end within the budget."""
+    share = 1 - shown[TRAINED][task].get("eos_rate", 1)
+    if share < _CUT:
+        return []
+    budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    return [
+        f"{100 * share:.0f} % of the student's answers are cut off at {budget} tokens "
+        "(`rollout.max_new_tokens`, of evaluations `eval.max_new_tokens`): raise it, or look at "
+        "them; `python -m opsd_jax.data sizes` says what the text traces need."
+    ]
+
+
+def _start_asks(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
     """Where nearly all answers of the start without visual thoughts ask for an image."""
-    share = shown.get(START, {}).get(task, {}).get("image_skip_rate", 0)
+    start = shown.get(START, {}).get(task, {})
+    share = start.get("image_skip_rate", 0)
     if share < _MOST:
         return []
     line = (
         f"The start asks for an image in {100 * share:.0f} % of its text-only answers, and gets "
-        "none: a part of what OPSD gains over it may be the format."
+        "none."
     )
+    if shown[TRAINED][task]["overall"] > start["overall"]:
+        line = f"{line[:-1]}: a part of what OPSD gains over it may be the format."
     if START_BANNED not in shown:
-        line += " `eval --ban_marker` of its checkpoint shows what it answers where it cannot ask."
+        ends = config_lib.stage_ends(config)
+        step = max([ends[stage] for stage in ends if ends[stage] < ends["opsd"]], default=0)
+        line += (
+            f" `eval --checkpoint=W/checkpoints/{step} --ban_marker` shows what it answers where "
+            "it cannot ask."
+        )
     return [line]
 
 
@@ -410,8 +464,8 @@ def _read(workdir: str, step: int, name: str) -> Scores:
                 "given": _common([answer for answer in given if answer is not None]),
                 "right": len(_common([p["expected"] for p in predictions])),
             }
-        if "image_skip_rate" in summary["benchmarks"][task]:
-            found[task]["image_skip_rate"] = summary["benchmarks"][task]["image_skip_rate"]
+        measured = summary["benchmarks"][task]
+        found[task] |= {key: measured[key] for key in _RATES if key in measured}
     return found
 
 

@@ -95,12 +95,47 @@ def test_a_start_that_asks_for_images():
     given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8))
     (line,) = cautions(**given, start=scores(0.4, image_skip_rate=0.95))
     assert line.startswith("The start asks for an image in 95 % of its text-only answers")
-    assert "`eval --ban_marker`" in line
+    assert "may be the format. `eval --checkpoint=W/checkpoints/2 --ban_marker` shows" in line
     assert cautions(**given, start=scores(0.4, image_skip_rate=0.85)) == []
+    (line,) = cautions(**given, start=scores(0.8, image_skip_rate=0.95))
+    assert "gains" not in line
     shown, *rest = table(**given, start=scores(0.4, image_skip_rate=0.95))
     shown[report_table.START_BANNED] = scores(0.3)
     (line,) = report_table.cautions(shown, *rest)
     assert "--ban_marker" not in line  # its row is there
+
+
+@pytest.mark.parametrize(
+    "own, best, clear",
+    [
+        (0.438, 0.430, False),  # 1.96 sqrt((.438 .562 + .430 .570) / 500) is 6.1 points
+        (0.495, 0.430, True),
+        (0.485, 0.430, False),
+        (0.300, 0.430, False),
+    ],
+)
+def test_a_control_that_chance_does_not_tell_from_opsd(own, best, clear):
+    given = dict(teacher=scores(0.9, 0.85), trained=scores(own), arm=scores(best))
+    found = cautions(**given, arms=("image",))
+    assert len(found) == (not clear)
+    if own == 0.438:
+        assert found == [
+            "OPSD is not clearly better than the control image, whose teacher saw other content: "
+            "43.8 % and 43.0 %, 0.8 points apart, where chance alone makes up to 6.1."
+        ]
+        shown = report_table.in_terminal(*table(**given, arms=("image",)))
+        assert "\ncaution: OPSD is not clearly better than" in shown
+    assert cautions(**given, arms=("sft",)) == []  # its data are others
+
+
+@pytest.mark.parametrize("rate, named", [(0.0, True), (0.85, True), (0.95, False)])
+def test_answers_that_the_budget_cuts_off(rate, named):
+    found = cautions(teacher=scores(0.9, 0.85), trained=scores(0.8, eos_rate=rate))
+    assert len(found) == named
+    if named:
+        assert (
+            f"{100 * (1 - rate):.0f} % of the student's answers are cut off at 8 tokens" in found[0]
+        )
 
 
 def test_one_answer_to_every_question_is_named():
