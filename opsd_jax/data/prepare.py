@@ -156,6 +156,11 @@ def prepare(
     """
     paths.check_given("--source", source)
     paths.check_given("--target", target)
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ValueError(
+            f"--target={target} is the --source: prepared files would lie between the rows that "
+            "they are made of. Give another folder"
+        )
     if on_bad_row not in ("fail", "skip"):
         raise ValueError(f"on_bad_row must be 'fail' or 'skip', got {on_bad_row!r}")
     jobs = [

@@ -800,6 +800,13 @@ def test_fixing_a_row_or_adding_a_split_keeps_the_other_shards(tmp_path):
         prepare(source, tmp_path / "out")
 
 
+def test_a_source_is_no_target(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    with pytest.raises(ValueError, match="is the --source: .* Give another folder"):
+        prepare(tmp_path / "rows", tmp_path / "link")
+
+
 def test_broken_and_absent_targets(two_tasks, tmp_path):
     prepare(two_tasks / "Maze", tmp_path / "out")
     folder = tmp_path / "out/visual_opsd/maze/1.0.0"
