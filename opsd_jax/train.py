@@ -125,6 +125,8 @@ def _report(config: ConfigDict, workdir: str) -> None:
         scores = report_table.collect(workdir, config.run_arms)
         report_table.write(workdir, scores, config.run_arms)
         print(report_table.in_terminal(scores, config.run_arms, config))
+        for line in report_table.other_arms(workdir, config.run_arms):
+            print(line)
     print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
     run_page.caution_pages(workdir)
 

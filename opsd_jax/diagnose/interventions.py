@@ -78,11 +78,18 @@ def compare(hits: Sequence[bool], reference: Sequence[bool]) -> dict:
 
 
 def in_words(summary: dict) -> list[str]:
-    """The accuracies, one line per task."""
-    return [
-        f"{task}: " + ", ".join(f"{mode} {_percent(s['accuracy'])} %" for mode, s in modes.items())
-        for task, modes in _shown_tasks(summary).items()
-    ]
+    """The accuracies with their 95 % intervals, one line per task."""
+    lines = []
+    for task, modes in _shown_tasks(summary).items():
+        count = next(iter(modes.values()))["n"]
+        shown = [
+            f"{mode} {_percent(s['accuracy'])} ({' to '.join(map(_percent, s['interval_95']))})"
+            for mode, s in modes.items()
+        ]
+        lines.append(
+            f"{task}, correct of {count} examples with these visual thoughts, %: {', '.join(shown)}"
+        )
+    return lines
 
 
 def _shown_tasks(summary: dict) -> dict[str, dict]:

@@ -92,7 +92,11 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
     lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
-    sentences = [*verdict(shown, arms, load_config(workdir)), *screening.lines(workdir, arms)]
+    sentences = [
+        *verdict(shown, arms, load_config(workdir)),
+        *screening.lines(workdir, arms),
+        *other_arms(workdir, arms),
+    ]
     text = "\n".join([*lines, "", *(f"- {line}" for line in sentences)]) + "\n"
     files.write(run_folder.report(workdir), text)
     files.write_json(
@@ -100,6 +104,24 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
         [{"arm": what, "tasks": tasks} for what, tasks in shown.items()],
     )
     return text
+
+
+def other_arms(workdir: str, arms: Sequence[str]) -> list[str]:
+    """A line about finished arms of a run that its table does not have, if there are any."""
+    folder = os.path.dirname(run_folder.arm(workdir, "_"))
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    done = [
+        name
+        for name in names
+        if name not in arms and os.path.exists(_last_summary(run_folder.arm(workdir, name)))
+    ]
+    if not done:
+        return []
+    every = ", ".join(f"'{name}'" for name in sorted({*arms, *done}))
+    return [
+        f"Not shown: the finished arms {', '.join(done)}, which config.run_arms does not name; "
+        f'--config.run_arms="({every},)" shows all.'
+    ]
 
 
 def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:

@@ -56,6 +56,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     ]
     parts = [html.facts(facts)]
     parts += _result(shown, arms, config) if shown else []
+    parts += [html.note(line) for line in report_table.other_arms(workdir, arms)]
     parts += _screening(workdir, arms)
     parts += _curves(folders, config)
     if "opsd" in config.stages:

@@ -208,3 +208,15 @@ def test_the_best_controls_are_named():
 def test_the_arm_none_is_not_the_evaluation_mode_none():
     text, _ = verdict(teacher=scores(0.9, 0.85), trained=scores(0.8), arms=("none",))
     assert "the arm none sees its texts without any image, which is the evaluation mode" in text
+
+
+def test_finished_arms_that_are_not_in_the_table_are_named(tmp_path, monkeypatch):
+    for name in ("image", "swap", "noise"):
+        (tmp_path / "arms" / name).mkdir(parents=True)
+    done = {str(tmp_path / "arms" / name): str(tmp_path) for name in ("image", "swap")}
+    monkeypatch.setattr(report_table, "_last_summary", lambda folder: done.get(folder, ""))
+    (line,) = report_table.other_arms(str(tmp_path), ("image",))
+    assert line.startswith("Not shown: the finished arms swap, which") and "noise" not in line
+    assert "--config.run_arms=\"('image', 'swap',)\" shows all" in line
+    assert report_table.other_arms(str(tmp_path), ("image", "swap")) == []
+    assert report_table.other_arms(str(tmp_path / "elsewhere"), ()) == []
