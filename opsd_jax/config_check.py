@@ -11,9 +11,11 @@ import difflib
 import importlib.util
 import json
 import os
+import shlex
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -718,6 +720,11 @@ def _keys_named(stage: str = "") -> Iterator[None]:
 # --- a run and its continuation ------------------------------------------------------------------
 
 
+def _tuples(value: Any) -> Any:
+    """A setting as a flag takes it: JSON has lists in the place of tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def check_unchanged(
     saved: Mapping,
     current: Mapping,
@@ -753,9 +760,14 @@ def check_unchanged(
         return
     rows = [("key", "saved", "now")]
     rows += [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys[:_MOST_SHOWN]]
-    more = len(keys) - _MOST_SHOWN
+    more = max(len(keys) - _MOST_SHOWN, 0)
     preset = f"  and {more} more: probably another preset, --config=FILE:PRESET\n" * (more > 0)
-    example = next((f", such as --config.{key}={was[key]}" for key in keys if key in was), "")
+    flags = [
+        shlex.quote(f"--config.{key}={_tuples(was[key])}")
+        for key in keys
+        if key in was and not more
+    ]
+    example = f", which are {' '.join(flags)}" if flags else ""
     may = f" May change on resume: {', '.join(free)}." if free else ""
     raise ConfigMismatchError(
         f"this run was started with other settings:\n{checks.table(rows)}\n{preset}Continue it "

@@ -740,6 +740,9 @@ def test_check_unchanged_shows_all_differences_and_the_fix():
     ):
         assert row in text, row
     assert "log.every" not in text and "betas" not in text and "depth" not in text
+    with pytest.raises(config_check.ConfigMismatchError) as caught:  # what a shell takes
+        config_check.check_unchanged({"b": [[36, 25]], "n": 1}, {"b": [[70, 50]], "n": 2})
+    assert "as before, which are '--config.b=((36, 25),)' --config.n=1, or" in str(caught.value)
 
 
 def test_weights_to_start_from_are_the_same_wherever_they_are(tmp_path, monkeypatch):
