@@ -763,7 +763,7 @@ def check_unchanged(
     more = max(len(keys) - _MOST_SHOWN, 0)
     preset = f"  and {more} more: probably another preset, --config=FILE:PRESET\n" * (more > 0)
     flags = [
-        shlex.quote(f"--config.{key}={_tuples(was[key])}")
+        shlex.quote(f"--config.{key}={_tuples(json.loads(was[key]))}")
         for key in keys
         if key in was and not more
     ]
