@@ -444,6 +444,7 @@ def cross_entropy(params, context, labels, *, config):
     return jnp.sum(values) / jnp.sum(counts), values
 
 
+@pytest.mark.slow
 def test_hf_cross_entropy(case):
     context = case.prompts()
     labels = np.full(context.tokens.shape, -100, np.int32)
@@ -510,6 +511,7 @@ def side_of(case, role, rows):
     return context, context_lib.Completion(tokens, labels, mask)
 
 
+@pytest.mark.slow
 def test_hf_distillation(case):
     """Divergences of the completion after both prompts, from our contexts and divergence code."""
     rows = case.rows("distill.row{}.student_ids")

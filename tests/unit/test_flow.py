@@ -642,6 +642,7 @@ def test_guidance_matters(params, scene):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, pieces",
     [
