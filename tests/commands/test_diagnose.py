@@ -596,14 +596,14 @@ def test_kl_command(workdir):
             [],
             [
                 [
-                    row.problem,
+                    row.problems[0],
                     text(e.question),
                     text(e.thoughts[0]),
                     row.visual_thoughts[0],
                     text(e.thoughts[1]),
                     text(e.answer),
                 ],
-                [row.problem, text(e.question), text(e.full_text_only_thought), text(e.answer)],
+                [row.problems[0], text(e.question), text(e.full_text_only_thought), text(e.answer)],
             ],
         )
         for params, blocks in zip((teacher, student), sequences):

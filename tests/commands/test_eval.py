@@ -746,7 +746,7 @@ def test_contexts_of_the_modes(trained):
         own, other = rows(0, n), rows(0, (n + small_run.TEST_ROWS // 2) % small_run.TEST_ROWS)
         np.testing.assert_array_equal(shown["real"][b], own.visual_thoughts[0].patches)
         np.testing.assert_array_equal(shown["swap"][b], other.visual_thoughts[0].patches)
-        np.testing.assert_array_equal(shown["image"][b], own.problem.patches)
+        np.testing.assert_array_equal(shown["image"][b], own.problems[0].patches)
     np.testing.assert_array_equal(shown["noise"], get("noise")[1].patches[:, 25:])
     assert (get("noise", 1)[1].patches[:, 25:] != shown["noise"]).mean() > 0.99
 

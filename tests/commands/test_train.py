@@ -166,6 +166,10 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     # Where the time went, once the arms are done; then the table and what it says, as plain text.
     times, shown = done.stdout.split("where the time went\n")[1].split("answers of")
     said = [line.removeprefix("- ") for line in words.splitlines()]
+    said = [
+        f"caution: {line}" if line.startswith("**") and line.endswith("**") else line
+        for line in said
+    ]
     assert "total" in times
     assert "\n".join(said).replace("**", "").replace("`", "") in shown
     assert sum("mean little" in line for line in lines) == 1  # the run is short

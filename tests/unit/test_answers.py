@@ -792,7 +792,7 @@ def test_weights_that_only_generate_images_have_a_fingerprint_of_their_own():
 
     import tiny
 
-    whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t")
+    whole, tok = tiny.params(config=tiny.DRAWING), types.SimpleNamespace(digest="t", chat=None)
     facts = evaluate.model_facts(whole, tok)
     alone = evaluate.model_facts(params_lib.understanding(whole), tok)
     assert {key: facts[key] for key in alone} == alone and set(facts) - set(alone) == {
