@@ -142,13 +142,19 @@ def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, capsys, changes, fault)
     assert len(arrayrecord.open_source(tmp_path / "out", task="Maze")) == 2
 
 
-@pytest.mark.parametrize("column", ["question", "answer", "problem_image_0", "resoning_thought_0"])
+@pytest.mark.parametrize("column", ["question", "answer", "resoning_thought_0"])
 def test_a_missing_column_is_named(tmp_path, capsys, column):
     path = parquet(tmp_path, drop=column)
     status, _, error = prepare(tmp_path, capsys)
     assert status == 1 and f"error: {path} has no column '{column}'" in error
     assert "Rename or add the column" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_questions_without_a_column_of_images_are_told(tmp_path, capsys):
+    parquet(tmp_path, drop="problem_image_0")
+    status, told, error = prepare(tmp_path, capsys)
+    assert status == 0 and "no_image" in told + error
 
 
 def test_a_source_without_parquet(tmp_path, capsys):

@@ -279,7 +279,7 @@ def official_row(texts, rng):
     row = examples.PreparedExample(
         example=example,
         question=np.array([5, 6], np.int32),
-        problem=tiny.image(rng),
+        problems=(tiny.image(rng),),
         visual_thoughts=(tiny.image(rng, (1, 2)), tiny.image(rng)),
     )
     return types.SimpleNamespace(tokenizer=TOKENIZER, side=MODEL.vit.side), row
@@ -342,7 +342,7 @@ def test_values_of_the_official_script():
     def text(text):
         return context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
 
-    ask, shown = [row.problem, context.Text(row.question)], row.visual_thoughts[0]
+    ask, shown = [*row.problems, context.Text(row.question)], row.visual_thoughts[0]
     full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
 
     def every(params, blocks):
