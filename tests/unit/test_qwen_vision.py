@@ -109,7 +109,7 @@ def test_normalisation_of_floats_is_that_of_bytes(rng):
     values = images.pixel_values(patches[0], vit.mean, vit.std).reshape(2, 3, 2, -1)
     own = np.asarray(ours)[0].reshape(2, -1, 3)
     for frame in range(2):
-        np.testing.assert_allclose(np.moveaxis(values[:, :, frame], 1, -1), own, atol=2e-6)
+        np.testing.assert_allclose(np.moveaxis(values[:, :, frame], 1, -1), own, rtol=1e-6, atol=2e-6)
 
 
 def test_windows(rng):
@@ -166,9 +166,9 @@ def test_images_do_not_see_each_other_nor_padding(family, rng):
     first, second = tiny.merged_image(rng, (4, 6)), tiny.merged_image(rng, (8, 2))
     both, taps = encode(model, pack([[first, second]]))
     alone, own_taps = encode(model, pack([[second]], patches=16))
-    np.testing.assert_allclose(both[0, 24:40], alone[0], atol=2e-6)
+    np.testing.assert_allclose(both[0, 24:40], alone[0], rtol=1e-6, atol=2e-6)
     if taps is not None:
-        np.testing.assert_allclose(taps[:, 0, 24:40], own_taps[:, 0], atol=2e-6)
+        np.testing.assert_allclose(taps[:, 0, 24:40], own_taps[:, 0], rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.slow
