@@ -134,6 +134,9 @@ def _define(flag_values: flags.FlagValues, argv: list[str] | None = None) -> Non
 _define(flags.FLAGS)
 
 
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
+
 class _Lines(logging.Formatter):
     """The message alone, or after its level from warnings on."""
 
@@ -182,7 +185,8 @@ def also_logging_to(path: str) -> Iterator[None]:
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Whether a message is of this package, or a warning."""
-    return "opsd_jax" in record.pathname or record.levelno >= logging.WARNING
+    # A virtual environment may lie in a folder of the package's name.
+    return record.pathname.startswith(_PACKAGE) or record.levelno >= logging.WARNING
 
 
 def _help(command: types.ModuleType) -> str:

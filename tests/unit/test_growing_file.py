@@ -3,6 +3,7 @@
 import builtins
 import logging
 import os
+import pathlib
 import shutil
 import threading
 import time
@@ -141,3 +142,16 @@ def test_the_log_is_kept_with_the_run(mount):
     with pytest.raises(SystemExit), config_flags.also_logging_to(f"{mount.here}/log/000.txt"):
         raise SystemExit(42)
     assert mount.shows("log/000.txt").decode().endswith("INFO ends with exit code 42\n")
+
+
+def test_messages_of_packages_in_a_folder_of_our_name_are_not_ours():
+    """As in a clone with its virtual environment: opsd_jax/.venv."""
+    root = pathlib.Path(config_flags.__file__).parents[1]
+
+    def is_ours(path, level=logging.INFO):
+        return config_flags._is_ours(logging.LogRecord("", level, str(path), 1, "text", (), None))
+
+    installed = root / ".venv" / "lib" / "site-packages" / "orbax" / "checkpoint.py"
+    assert is_ours(root / "opsd_jax" / "run" / "session.py") and not is_ours(installed)
+    assert not is_ours("/clones/opsd_jax/.venv/orbax.py")
+    assert is_ours(installed, logging.WARNING)
