@@ -22,8 +22,8 @@ from unittest import mock
 
 from absl import flags
 
+from opsd_jax import blocks
 from opsd_jax import config as config_lib
-from opsd_jax import context
 
 DOCS = pathlib.Path(__file__).parent
 
@@ -67,10 +67,10 @@ def configuration(page: str) -> str:
 
 
 def _literal(value: config_lib.Value) -> str:
-    """A default as Python writes it, with double quotes; a long text by its name in `context`."""
-    for name, text in vars(context).items():
+    """A default as Python writes it, with double quotes; a long text by its name in `blocks`."""
+    for name, text in vars(blocks).items():
         if name.isupper() and isinstance(text, str) and text == value:
-            return f"context.{name}"
+            return f"blocks.{name}"
     return repr(value).replace("'", '"')
 
 

@@ -23,6 +23,7 @@ import numpy as np
 AnyArray = jax.Array | np.ndarray
 
 CHECKED = (
+    "opsd_jax.blocks",
     "opsd_jax.context",
     "opsd_jax.distill",
     "opsd_jax.divergence",

@@ -20,7 +20,8 @@ from typing import Annotated
 import numpy as np
 from ml_collections import ConfigDict
 
-from opsd_jax import context, images, tasks, tokenizer
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import images, tasks, tokenizer
 from opsd_jax.divergence import DivergenceConfig
 from opsd_jax.inputs import checks
 from opsd_jax.marker import Marker
@@ -50,7 +51,7 @@ STAGES = ("autoencoder", "warmup", "opsd", "sft", "offline")
 TRACED = ("warmup", "sft", "offline")  # stages that learn from traces of the examples
 LAYOUTS = ("interleaved", "reference", "text", "drawn")  # of traces, see `data.packing`
 # What evaluation may show: the visual thoughts of a mode, or ("remove") the teacher's texts alone.
-MODES = (*context.VISUAL_THOUGHTS, "remove")
+MODES = (*blocks_lib.VISUAL_THOUGHTS, "remove")
 
 Value = bool | int | float | str | tuple
 
@@ -198,7 +199,7 @@ class BatchesConfig:
       num_references: sequences of a batch whose completion is the example's text trace.
       tokens: tokens that a completion has space for.
       seed: seed of the schedule and of noise.
-      visual_thoughts: what the teacher sees, one of context.VISUAL_THOUGHTS.
+      visual_thoughts: what the teacher sees, one of blocks.VISUAL_THOUGHTS.
       contrast: whether batches also hold the teacher's context with swapped privileged blocks.
       mix: ratios of the layouts of traces, {layout: ratio}; {} for a stage without traces.
       generation: whether batches also hold images as the autoencoder sees them.
@@ -227,18 +228,18 @@ class BatchesConfig:
 class StudentContext:
     """What the student sees (`student`)."""
 
-    # Names of the blocks of its context, in order: see `context.BlockNames`.
-    blocks: tuple[str, ...] = context.BlockNames.student
+    # Names of the blocks of its context, in order: see `blocks.BlockNames`.
+    blocks: tuple[str, ...] = blocks_lib.BlockNames.student
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherContext:
     """What the teacher sees (`teacher`)."""
 
-    blocks: tuple[str, ...] = context.BlockNames.teacher
+    blocks: tuple[str, ...] = blocks_lib.BlockNames.teacher
     # What takes the place of its privileged blocks, those that the student lacks. By default they
     # are the visual thoughts.
-    visual_thoughts: Annotated[str, context.VISUAL_THOUGHTS] = "real"
+    visual_thoughts: Annotated[str, blocks_lib.VISUAL_THOUGHTS] = "real"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +384,7 @@ def settings() -> dict[str, Setting]:
         | _of(GenerationConfig, without=("vae",)),
         "lora": _of(LoRAConfig, alpha=16.0)
         | {"rank": Setting(0, checks.Rule(int, False, "[0, inf)"))},  # 0: no adapters
-        "prompts": _of(context.Prompts),
+        "prompts": _of(blocks_lib.Prompts),
         "images": _of(images.Resize)
         | {"min_pixels": _of(images.SmartResize)["min_pixels"]}
         | _of(ImageLoading),
@@ -646,9 +647,9 @@ def batches(config: ConfigDict, stage: str) -> BatchesConfig:
     )
 
 
-def prompts(config: ConfigDict) -> context.Prompts:
+def prompts(config: ConfigDict) -> blocks_lib.Prompts:
     """The fixed texts of the contexts."""
-    return context.Prompts(**config.prompts)
+    return blocks_lib.Prompts(**config.prompts)
 
 
 def load_tokenizer(config: ConfigDict, folder: str) -> tokenizer.Tokenizer:
@@ -662,9 +663,9 @@ def load_tokenizer(config: ConfigDict, folder: str) -> tokenizer.Tokenizer:
     )
 
 
-def block_names(config: ConfigDict) -> context.BlockNames:
+def block_names(config: ConfigDict) -> blocks_lib.BlockNames:
     """Names of the blocks of both contexts."""
-    return context.BlockNames(tuple(config.student.blocks), tuple(config.teacher.blocks))
+    return blocks_lib.BlockNames(tuple(config.student.blocks), tuple(config.teacher.blocks))
 
 
 def transforms(config: ConfigDict) -> images.Transforms:

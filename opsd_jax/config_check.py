@@ -20,8 +20,9 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
-from opsd_jax import context, images, params, tasks
+from opsd_jax import images, params, tasks
 from opsd_jax.inputs import checks, columns, paths
 from opsd_jax.method_config import FlowConfig
 from opsd_jax.runtime import run_folder
@@ -319,9 +320,9 @@ def _check_contexts(config: ConfigDict) -> None:
             "()"
         )
     known = (
-        *context.FIXED_TEXTS,
-        *context.CONTENTS,
-        *(f"{context.TRANSFORMED}{name}" for name in images.TRANSFORMS),
+        *blocks_lib.FIXED_TEXTS,
+        *blocks_lib.CONTENTS,
+        *(f"{blocks_lib.TRANSFORMED}{name}" for name in images.TRANSFORMS),
         *columns.OWN_TEXTS,
         *config.data.columns,
     )
@@ -339,7 +340,7 @@ def _check_contexts(config: ConfigDict) -> None:
                 f"{shown} names {name!r}: choose from {', '.join(known)}, or text:COLUMN and "
                 f"images:COLUMN of config.data.columns{checks.did_you_mean(name, known)}"
             )
-        if not {*blocks} - {*context.FIXED_TEXTS}:
+        if not {*blocks} - {*blocks_lib.FIXED_TEXTS}:
             raise ValueError(f"{shown} is {blocks}: name at least one block of the example")
     with _keys_named("transforms"):
         config_lib.transforms(config)
@@ -352,7 +353,7 @@ def check_control(config: ConfigDict, shown: str, mode: str) -> None:
 
     Args:
       shown: the setting or flag that names the mode, for the message.
-      mode: one of context.VISUAL_THOUGHTS.
+      mode: one of blocks.VISUAL_THOUGHTS.
     """
     privileged = config_lib.block_names(config).privileged
     if mode != "real" and not privileged:
@@ -360,7 +361,7 @@ def check_control(config: ConfigDict, shown: str, mode: str) -> None:
             f"{shown} is {mode!r}, but the student has all blocks of the teacher: nothing would be "
             "replaced. Set it to 'real', or name more blocks in config.teacher.blocks"
         )
-    if mode == "image" and not {*filter(context.holds_images, privileged)} - {"image"}:
+    if mode == "image" and not {*filter(blocks_lib.holds_images, privileged)} - {"image"}:
         raise ValueError(
             f"{shown} is 'image', which puts the problem image in the place of other images, but "
             f"the teacher's privileged blocks are {', '.join(privileged)}: choose from 'noise', "
@@ -425,7 +426,7 @@ def _check_text_alone(config: ConfigDict) -> None:
     off = "config.model.vit.on is False, so the model reads text alone, but"
     for role in ("student", "teacher"):
         blocks = config[role].blocks
-        if shown := [name for name in blocks if context.holds_images(name)]:
+        if shown := [name for name in blocks if blocks_lib.holds_images(name)]:
             rest = tuple(name for name in blocks if name not in shown)
             raise ValueError(
                 f"{off} config.{role}.blocks names {', '.join(shown)}, which are images: set it to "
@@ -615,7 +616,7 @@ def _check_image_generation(config: ConfigDict, stage: str) -> None:
             f"config.data.buckets.drawn is {buckets.drawn}: heights and widths must be multiples "
             f"of the {stride} pixels of a latent token"
         )
-    shown = [*filter(context.holds_images, config.student.blocks)]
+    shown = [*filter(blocks_lib.holds_images, config.student.blocks)]
     if shown != ["image"]:
         raise ValueError(
             f"config.{what} trains image generation, which asks with the problem image alone, but "

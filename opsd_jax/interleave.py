@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import flow, images, rollout, sharding
 from opsd_jax.method_config import FlowConfig, RolloutConfig
@@ -52,7 +53,7 @@ class Protocol:
         continued without it, as in training. The official inferencer stops there: 0.
     """
 
-    system: str = context_lib.SYSTEM_INFERENCE
+    system: str = blocks_lib.SYSTEM_INFERENCE
     vit: images.Resize = images.TRAINING
     two_stages: bool = False
     transparency: str = "white"
@@ -89,8 +90,8 @@ class TrainingContexts:
       transforms: parameters of the transforms that make some of these blocks.
     """
 
-    prompts: context_lib.Prompts
-    names: context_lib.BlockNames
+    prompts: blocks_lib.Prompts
+    names: blocks_lib.BlockNames
     transforms: images.Transforms
 
 
@@ -243,11 +244,11 @@ def reason(
         for n, ids, text in zip(active, sampled, texts):
             answers[n].parts.append(text)
             answers[n].tokens += len(ids)
-            contexts[n]["cond"].append(context_lib.Text(tokenizer.encode(text)))
+            contexts[n]["cond"].append(blocks_lib.Text(tokenizer.encode(text)))
         for answer in answers:
             answer.text_seconds += seconds
         more = generation.always and number + 1 < rounds
-        active = [n for n, text in zip(active, texts) if more or context_lib.MARKER in text]
+        active = [n for n, text in zip(active, texts) if more or blocks_lib.MARKER in text]
         if not active:
             break
         start = time.perf_counter()
@@ -269,7 +270,7 @@ def reason(
 
 
 def complete(
-    reasoner: Reasoner, contexts: Sequence[Sequence[context_lib.Block]], key: jax.Array
+    reasoner: Reasoner, contexts: Sequence[Sequence[blocks_lib.Block]], key: jax.Array
 ) -> list[Answer]:
     """Answers a batch of contexts, each a list of blocks, with text.
 
@@ -344,7 +345,7 @@ def _reporter(
 
 def _sample_texts(
     reasoner: Reasoner,
-    contexts: Sequence[Sequence[context_lib.Block]],
+    contexts: Sequence[Sequence[blocks_lib.Block]],
     key: jax.Array,
     config: RolloutConfig,
 ) -> tuple[list[np.ndarray], list[int]]:
@@ -375,7 +376,7 @@ def _contexts(
     if reasoner.tokenizer.chat:
         return {"cond": _conversation(reasoner, question_images, texts)}
     system, *asked = (
-        [context_lib.Text(reasoner.tokenizer.encode(t))] if t else []
+        [blocks_lib.Text(reasoner.tokenizer.encode(t))] if t else []
         for t in (reasoner.protocol.system, *texts)
     )
     shown = [_image_blocks(reasoner, image, next(keys), generation) for image in question_images]
@@ -389,25 +390,25 @@ def _contexts(
 
 def _conversation(
     reasoner: Reasoner, question_images: Sequence[Image.Image], texts: Sequence[str]
-) -> list[context_lib.Block]:
+) -> list[blocks_lib.Block]:
     """The blocks of a question in chat form: system prompt, and the user's images and texts."""
     encode = reasoner.tokenizer.encode
-    shown: list[context_lib.Block] = [image_block(image, reasoner) for image in question_images]
-    asked = [context_lib.Text(encode(text) if text else np.zeros(0, np.int32)) for text in texts]
+    shown: list[blocks_lib.Block] = [image_block(image, reasoner) for image in question_images]
+    asked = [blocks_lib.Text(encode(text) if text else np.zeros(0, np.int32)) for text in texts]
     first = len(shown) + 1 - len(asked)  # images before the first text
     turn = shown[:first]
     for n, own in enumerate(asked, first):
         turn += [*([own] if len(own.ids) else []), *shown[n : n + 1]]
     system = reasoner.protocol.system
-    named = context_lib.conversation(
+    named = blocks_lib.conversation(
         reasoner.tokenizer,
         encode(system) if system else np.zeros(0, np.int32),
-        [("image" if isinstance(b, context_lib.Image) else "question", b) for b in turn],
+        [("image" if isinstance(b, blocks_lib.Image) else "question", b) for b in turn],
     )
     return [block for _, block in named]
 
 
-def image_block(image: Image.Image, reasoner: Reasoner) -> context_lib.Image:
+def image_block(image: Image.Image, reasoner: Reasoner) -> blocks_lib.Image:
     """The block of ViT patches of an image. ValueError for a model that reads text alone."""
     vit = reasoner.config.vit
     if vit is None:
@@ -415,7 +416,7 @@ def image_block(image: Image.Image, reasoner: Reasoner) -> context_lib.Image:
             "the model has no vision tower and reads text alone: ask it without an image"
         )
     pixels = resize_for_model(image, reasoner)[0]
-    return context_lib.image_block(pixels, vit.patch_size, vit.merge)
+    return blocks_lib.image_block(pixels, vit.patch_size, vit.merge)
 
 
 def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, generation: bool) -> list:
@@ -431,17 +432,17 @@ def _image_blocks(reasoner: Reasoner, image: Image.Image, key: jax.Array, genera
     pixels = images.normalize(vae_pixels[None])
     latents = flow.encode(reasoner.params, pixels, noise, config=config)[0]
     tokens = np.asarray(flow.to_tokens(latents, sizes.patch))
-    return [context_lib.Latent(tokens, (rows, columns)), patches]
+    return [blocks_lib.Latent(tokens, (rows, columns)), patches]
 
 
-def bucketed(sequences: Sequence[Sequence[context_lib.Block]]) -> context_lib.Sizes:
+def bucketed(sequences: Sequence[Sequence[blocks_lib.Block]]) -> context_lib.Sizes:
     """Sizes of the batch that sequences of blocks are packed into."""
     needs = np.max([context_lib.need(blocks) for blocks in sequences], axis=0).tolist()
     return context_lib.Sizes(*map(bucket, needs))
 
 
 def _pack(
-    sequences: Sequence[Sequence[context_lib.Block]], reasoner: Reasoner
+    sequences: Sequence[Sequence[blocks_lib.Block]], reasoner: Reasoner
 ) -> context_lib.Context:
     """Sequences of blocks -> Context [B, T] of bucketed sizes."""
     packed = context_lib.pack(
@@ -459,7 +460,7 @@ def _generated_grid(contexts: _Contexts, side: int) -> tuple[int, int]:
 
     They are those of the question's last image, or of the largest square without one.
     """
-    grids = [block.grid for block in contexts["text"] if isinstance(block, context_lib.Latent)]
+    grids = [block.grid for block in contexts["text"] if isinstance(block, blocks_lib.Latent)]
     return grids[-1] if grids else (side, side)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from opsd_jax import context as context_lib
+from opsd_jax import blocks as blocks_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Marker:
 
     @classmethod
     def build(
-        cls, token_bytes: Sequence[bytes], vocab_size: int, text: str = context_lib.MARKER
+        cls, token_bytes: Sequence[bytes], vocab_size: int, text: str = blocks_lib.MARKER
     ) -> "Marker":
         """The automaton of `text` for a vocabulary.
 

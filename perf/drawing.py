@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, flow, images
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
@@ -116,21 +117,21 @@ def random_params(config: ModelConfig):
     return jax.block_until_ready(params_lib.unflatten(leaves))
 
 
-def vit_image(rng, size: tuple[int, int], config: ModelConfig) -> context.Image:
+def vit_image(rng, size: tuple[int, int], config: ModelConfig) -> blocks_lib.Image:
     """Random pixels as the ViT gets an image of `size` (height, width) pixels: see
     `images.Resize`.
     """
     patch = config.vit.patch_size
     width, height = images.Resize(stride=patch)(size[1], size[0])
     grid = (height // patch, width // patch)
-    return context.Image(
+    return blocks_lib.Image(
         rng.integers(0, 256, (grid[0] * grid[1], config.vit.patch_dim), np.uint8), grid
     )
 
 
-def text(rng, count: int, config: ModelConfig) -> context.Text:
+def text(rng, count: int, config: ModelConfig) -> blocks_lib.Text:
     """A text block of `count` random ids."""
-    return context.Text(rng.integers(5, config.llm.vocab_size, count).astype(np.int32))
+    return blocks_lib.Text(rng.integers(5, config.llm.vocab_size, count).astype(np.int32))
 
 
 def compiled(function, *args, **static):
@@ -220,7 +221,7 @@ def contexts(args, config: flow.FlowConfig, problem: np.ndarray):
     image.
     """
     m, g, rng = config.model, config.model.generation, np.random.default_rng(0)
-    latent = context.Latent(problem, tuple(n // g.stride for n in args.problem))
+    latent = blocks_lib.Latent(problem, tuple(n // g.stride for n in args.problem))
     seen = vit_image(rng, args.problem, m)
     system, question, thought = (text(rng, n, m) for n in (110, 60, 200))
     rows = {

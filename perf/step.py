@@ -46,6 +46,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, distill, divergence, rollout, sharding
 
@@ -106,7 +107,7 @@ def contexts(batch: int, model) -> context.Batch:
     rng = np.random.default_rng(0)
 
     def image():
-        return context.Image(
+        return blocks_lib.Image(
             rng.integers(0, 256, (GRID[0] * GRID[1], model.vit.patch_dim), np.uint8), GRID
         )
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import parity.inputs
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import distill, divergence, images, rollout, tokenizer
 from opsd_jax import params as params_lib
@@ -102,7 +103,7 @@ class Case:
         rule = folders.size_rule(self.folder, self.config)
         vit = self.config.vit
         return {
-            name: context_lib.image_block(
+            name: blocks_lib.image_block(
                 images.resize(
                     images.open_rgb(pathlib.Path(self.folder).parent / facts["png"]), rule
                 ),
@@ -118,10 +119,10 @@ class Case:
         for name in shown:
             image = self.images[name]
             start = at + ids[at:].tolist().index(self.tokenizer.image_start)
-            blocks += [context_lib.Text(ids[at:start], delimited=False), image]
+            blocks += [blocks_lib.Text(ids[at:start], delimited=False), image]
             at = start + image.length
             assert ids[at - 1] == self.tokenizer.image_end
-        return [*blocks, context_lib.Text(ids[at:], delimited=False)]
+        return [*blocks, blocks_lib.Text(ids[at:], delimited=False)]
 
     def shown(self, r):
         """Names of the images in a prompt."""
@@ -356,7 +357,7 @@ def test_hf_preprocessing(preprocessed, pytestconfig):
     pixels = images.resize(opened, rule)
     assert list(pixels.shape[:2]) == wanted["resized_hw"]
     assert checksum(pixels) == wanted["resized_u8_hwc_sha256"]
-    block = context_lib.image_block(pixels, patch, merge)
+    block = blocks_lib.image_block(pixels, patch, merge)
     assert [1, *block.grid] == wanted["grid_thw"]
     assert block.length - 2 == wanted["n_image_tokens"]
     values = images.pixel_values(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import rollout, tokenizer
 from opsd_jax.marker import Marker
@@ -65,7 +66,7 @@ def model(folder):
 
 def packed(ids, config, tok):
     """Context [1, T] of token ids without further delimiters."""
-    block = context_lib.Text(np.asarray(ids, np.int32), delimited=False)
+    block = blocks_lib.Text(np.asarray(ids, np.int32), delimited=False)
     return context_lib.pack(
         [[block]], context_lib.Sizes(len(ids), 0), tokenizer=tok, side=config.patches_per_side
     )

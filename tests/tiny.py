@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, rollout
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
@@ -77,7 +78,7 @@ QWEN = {
     ),
 }
 POSITIONS, PATCHES = 64, 28  # the bucket that every context of `rows` fits
-PROMPTS = context.Prompts(system="sys", intro="look", transition="now")
+PROMPTS = blocks_lib.Prompts(system="sys", intro="look", transition="now")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,21 +155,23 @@ def copy(tree):
     return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding, may_alias=False), tree)
 
 
-def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> context.Image:
-    return context.Image(rng.integers(0, 256, (grid[0] * grid[1], patch_dim), np.uint8), grid)
+def image(rng, grid=(2, 2), patch_dim: int = MODEL.vit.patch_dim) -> blocks_lib.Image:
+    return blocks_lib.Image(rng.integers(0, 256, (grid[0] * grid[1], patch_dim), np.uint8), grid)
 
 
-def merged_image(rng, grid=(4, 4)) -> context.Image:
+def merged_image(rng, grid=(4, 4)) -> blocks_lib.Image:
     """An image for the models `QWEN`, whose rows and columns of patches are even."""
-    return context.Image(image(rng, grid).patches, grid, QWEN["qwen3_vl"].vit.merge)
+    return blocks_lib.Image(image(rng, grid).patches, grid, QWEN["qwen3_vl"].vit.merge)
 
 
-def latent(rng, grid=(2, 2), noised: bool = False) -> context.Latent:
+def latent(rng, grid=(2, 2), noised: bool = False) -> blocks_lib.Latent:
     tokens = rng.standard_normal((grid[0] * grid[1], DRAWING.generation.latent_dim), np.float32)
-    return context.Latent(tokens, grid, noised)
+    return blocks_lib.Latent(tokens, grid, noised)
 
 
-def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: int | None = None):
+def rows(
+    rng, count: int, prompts: blocks_lib.Prompts = PROMPTS, visual_thoughts: int | None = None
+):
     """Random rows of different lengths, 0 to 2 visual thoughts: (student rows, teacher rows) of
     blocks.
     """
@@ -182,9 +185,9 @@ def rows(rng, count: int, prompts: context.Prompts = PROMPTS, visual_thoughts: i
         thoughts = rng.integers(0, 3) if visual_thoughts is None else visual_thoughts
         made.append((question, image(rng, grid()), [image(rng, grid()) for _ in range(thoughts)]))
     return (
-        [context.student(TOKENIZER, prompts, q, problem) for q, problem, _ in made],
+        [blocks_lib.student(TOKENIZER, prompts, q, problem) for q, problem, _ in made],
         [
-            context.teacher(TOKENIZER, prompts, q, problem, thoughts)
+            blocks_lib.teacher(TOKENIZER, prompts, q, problem, thoughts)
             for q, problem, thoughts in made
         ],
     )
@@ -246,7 +249,7 @@ def random_trajectory(rng, count: int, budget: int) -> rollout.Trajectory:
 
 
 @functools.cache
-def marker(text: str = context.MARKER) -> rollout.Marker:
+def marker(text: str = blocks_lib.MARKER) -> rollout.Marker:
     return rollout.Marker.build(TOKENIZER.token_bytes, MODEL.llm.vocab_size, text)
 
 

@@ -61,7 +61,7 @@ def bucket_index(
 
     Args:
       workdir: folder of the run; "" to write nothing there.
-      visual_thoughts: what the teacher sees, one of `context.VISUAL_THOUGHTS`.
+      visual_thoughts: what the teacher sees, one of `blocks.VISUAL_THOUGHTS`.
     Raises:
       TooLongError, with the pids of the first ones: examples fit no bucket and are not skipped.
       OSError: a new index can be written in neither folder.

@@ -14,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image as PILImage
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
-from opsd_jax import context, images, tags, tasks
+from opsd_jax import images, tags, tasks
+from opsd_jax.blocks import Content, Image
 from opsd_jax.config import DataConfig
-from opsd_jax.context import Content, Image
 from opsd_jax.data import arrayrecord, schema, shards
 from opsd_jax.data.schema import Example
 from opsd_jax.inputs import columns as columns_lib
@@ -31,7 +32,7 @@ class PreparedExample:
     Attributes:
       example: the example itself.
       question: token ids of the question and the prompts' suffix, int [N]; of each text around the
-        places of images in the question, where it has any (`context.question_ids`).
+        places of images in the question, where it has any (`blocks.question_ids`).
       problems: the problem images, cut into patches; () for a question without any.
       visual_thoughts: the visual thoughts, cut into patches.
       pixels: the same images, the problem images first, as the autoencoder sees them, uint8
@@ -102,7 +103,7 @@ class Preprocessor:
             patch_size=config.model.vit.patch_size,
             merge=config.model.vit.merge,
             vae_resize=images.vae_rule(sizes) if sizes else None,
-            further=tuple(name for name in names if name not in context.CONTENTS),
+            further=tuple(name for name in names if name not in blocks_lib.CONTENTS),
             transforms=config_lib.transforms(config),
         )
 
@@ -159,7 +160,7 @@ class Preprocessor:
         count = len(example.problem_images)
         return PreparedExample(
             example,
-            context.question_ids(self.tokenizer, example.question, self.suffix),
+            blocks_lib.question_ids(self.tokenizer, example.question, self.suffix),
             tuple(shown[:count]),
             tuple(shown[count:]),
             pixels,
@@ -181,8 +182,8 @@ class Preprocessor:
         """
         found: dict[str, np.ndarray | tuple[Image, ...]] = {}
         for name in self.further:
-            if name.startswith(context.TRANSFORMED):
-                transform = name.removeprefix(context.TRANSFORMED)
+            if name.startswith(blocks_lib.TRANSFORMED):
+                transform = name.removeprefix(blocks_lib.TRANSFORMED)
                 boxes = self._boxes(example, transform)
                 found[name] = tuple(of_problem(transform, n, box) for n, box in enumerate(boxes))
                 continue
@@ -231,7 +232,7 @@ class Preprocessor:
         return self._cut(images.resize(image, self.resize))
 
     def _cut(self, pixels: np.ndarray) -> Image:
-        return context.image_block(pixels, self.patch_size, self.merge)
+        return blocks_lib.image_block(pixels, self.patch_size, self.merge)
 
     def _blank(self, width: int, height: int) -> Image:
         grid = height // self.patch_size, width // self.patch_size
@@ -436,7 +437,7 @@ class Examples:
 
 
 def has_content(example: Example, names: Sequence[str]) -> bool:
-    """Whether an example has anything to show in one of these blocks (`context.BlockNames`)."""
+    """Whether an example has anything to show in one of these blocks (`blocks.BlockNames`)."""
     for name in names:
         if name == "visual_thoughts":
             value: str | tuple = example.visual_thoughts

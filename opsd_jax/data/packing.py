@@ -12,23 +12,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import tags
+from opsd_jax.blocks import Block, BlockNames, Content, Image, Latent, Text
 from opsd_jax.config import BucketsConfig
-from opsd_jax.context import (
-    Block,
-    BlockNames,
-    Content,
-    Context,
-    Image,
-    Latent,
-    PaddedImages,
-    References,
-    Sizes,
-    Supervised,
-    Text,
-)
+from opsd_jax.context import Context, PaddedImages, References, Sizes, Supervised
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.tokenizer import Tokenizer
@@ -63,7 +53,7 @@ class Packer:
     """
 
     tokenizer: Tokenizer
-    prompts: context_lib.Prompts
+    prompts: blocks_lib.Prompts
     buckets: BucketsConfig
     side: int
     generation: GenerationConfig | None = None
@@ -104,7 +94,7 @@ class Packer:
         e, content = example.example, content or example.content
         if kind in ("student", "teacher"):
             names = self.names.student if kind == "student" else self.names.teacher
-            blocks = context_lib.named_blocks(self.tokenizer, self.prompts, names, content)
+            blocks = blocks_lib.named_blocks(self.tokenizer, self.prompts, names, content)
             if not blocks:
                 raise ValueError(
                     f"example {e.pid} has nothing to show in config.{kind}.blocks, which are "
@@ -113,7 +103,7 @@ class Packer:
             return blocks
         if kind == "interleaved":
             shown = example.visual_thoughts
-            trace = context_lib.rounds(self.tokenizer, e.thoughts, shown, e.trace_answer)
+            trace = blocks_lib.rounds(self.tokenizer, e.thoughts, shown, e.trace_answer)
         elif kind == "drawn":
             trace = self._generation_trace(example)
             return [("trace", block) for block in trace]
@@ -133,15 +123,15 @@ class Packer:
         partner: PreparedExample | None = None,
         rng: np.random.Generator | None = None,
     ) -> Content:
-        """What the teacher sees of an example in a mode (`context.VISUAL_THOUGHTS`).
+        """What the teacher sees of an example in a mode (`blocks.VISUAL_THOUGHTS`).
 
         Args:
           partner: the other example, which mode "swap" shows.
           rng: the noise of mode "noise".
         """
         names = self.names.privileged
-        is_text = mode == "noise" and not all(map(context_lib.holds_images, names))
-        return context_lib.replace_privileged(
+        is_text = mode == "noise" and not all(map(blocks_lib.holds_images, names))
+        return blocks_lib.replace_privileged(
             mode,
             names,
             example.content,
@@ -182,7 +172,7 @@ class Packer:
                 "need: fill the column, or set the stage's mix to interleaved examples only, "
                 "config.opsd.reference_share to 0 and config.eval.kl to False"
             )
-        trace = context_lib.text_trace(e.full_text_only_thought, e.trace_answer)
+        trace = blocks_lib.text_trace(e.full_text_only_thought, e.trace_answer)
         return self.tokenizer.encode(trace)
 
     # --- batches ---------------------------------------------------------------------------------
@@ -204,7 +194,7 @@ class Packer:
 
         Args:
           partners: another example for each, whose privileged blocks mode "swap" shows.
-          mode: one of `context.VISUAL_THOUGHTS`.
+          mode: one of `blocks.VISUAL_THOUGHTS`.
           rngs: a generator for each example, so that its noise does not depend on the others.
         """
         blocks = []

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, images, tasks
-from opsd_jax.context import Image, TooLongError
+from opsd_jax.blocks import Image
+from opsd_jax.context import TooLongError
 from opsd_jax.data import bucket_index, existing, packing, schema
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer

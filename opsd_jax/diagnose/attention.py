@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import sharding
 from opsd_jax.array_types import AnyArray
-from opsd_jax.context import Block, BlockNames, Image
+from opsd_jax.blocks import Block, BlockNames, Image
 from opsd_jax.data.examples import PreparedExample
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import output
@@ -208,7 +209,7 @@ def _visual_thoughts(
     rng = generator(diagnosis.seed, "diagnose visual thoughts", source, number)
     other = diagnosis.examples.partner(source, number).visual_thoughts if mode == "swap" else ()
     problem = next(iter(row.problems), None)
-    return context_lib.replace_visual_thoughts(
+    return blocks_lib.replace_visual_thoughts(
         contexts.replacement(mode), problem, row.visual_thoughts, other, rng
     )
 

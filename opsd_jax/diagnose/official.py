@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, sharding
 from opsd_jax.array_types import AnyArray
@@ -32,11 +33,11 @@ def official_blocks(packer: Packer, prepared: PreparedExample) -> tuple[list, li
     """
 
     def scored(text):
-        return context_lib.Text(packer.tokenizer.encode(text), True)
+        return blocks_lib.Text(packer.tokenizer.encode(text), True)
 
     example = prepared.example
-    names, no_fixed_texts = ("image", "question"), context_lib.Prompts()
-    named = context_lib.named_blocks(packer.tokenizer, no_fixed_texts, names, prepared.content)
+    names, no_fixed_texts = ("image", "question"), blocks_lib.Prompts()
+    named = blocks_lib.named_blocks(packer.tokenizer, no_fixed_texts, names, prepared.content)
     ask = [block for _, block in named]
     answer = scored(example.answer)
     thoughts = example.thoughts[:2]

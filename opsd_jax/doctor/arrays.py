@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, rollout
 from opsd_jax import params as params_lib
-from opsd_jax.context import Image, Text
+from opsd_jax.blocks import Image, Text
 from opsd_jax.model.config import ModelConfig
 
 IDS = types.SimpleNamespace(  # any ids
@@ -109,7 +110,7 @@ def contexts(config: ConfigDict, bucket: int, batch: int) -> context.Batch:
 
     problem = image(rng, min(student.patches, (student.positions - 8) * per_token), model)
     spare = max(student.positions - problem.length - 3, 8)
-    question: list[context.Block] = [
+    question: list[blocks_lib.Block] = [
         text(rng, spare // 2, vocabulary),
         problem,
         text(rng, spare // 2, vocabulary),
@@ -118,7 +119,7 @@ def contexts(config: ConfigDict, bucket: int, batch: int) -> context.Batch:
     left = teacher.positions - used.positions - 8
     thought = image(rng, min(teacher.patches - used.patches, left * per_token), model)
     spare = max(teacher.positions - used.positions - thought.length - 3, 8)
-    privileged: list[context.Block] = [
+    privileged: list[blocks_lib.Block] = [
         text(rng, spare // 2, vocabulary),
         thought,
         text(rng, spare // 2, vocabulary),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, flow, optimizer, sharding
 from opsd_jax import params as params_lib
@@ -439,12 +440,12 @@ def _image_contexts(
     """
     model, vocabulary = settings.model, config.model.llm.vocab_size
     generation, vit = model.generation, model.vit
-    latent = context.Latent(
+    latent = blocks_lib.Latent(
         rng.standard_normal((problem[0] * problem[1], generation.latent_dim), np.float32), problem
     )
     seen = arrays.image(rng, max(pixels // vit.patch_size, 1) ** 2, model)
     system, question, thought = (arrays.text(rng, n, vocabulary) for n in (112, 62, 202))
-    blocks: dict[str, list[context.Block]] = {
+    blocks: dict[str, list[blocks_lib.Block]] = {
         "cond": [system, latent, seen, question, thought],
         "text": [system, latent, seen],
         "image": [system, question],

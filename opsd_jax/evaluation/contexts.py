@@ -5,7 +5,7 @@ real                 the teacher's context with the example's own visual thought
 noise, swap, image   noise, another example's visual thoughts, or the problem image instead
 remove               the teacher's texts without any visual thought
 
-With other blocks (`context.BlockNames`), all privileged ones are replaced like the visual thoughts.
+With other blocks (`blocks.BlockNames`), all privileged ones are replaced like the visual thoughts.
 """
 
 import collections
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import images, rollout, sharding
@@ -62,7 +63,7 @@ def mode_of_teacher(visual_thoughts: str) -> str:
 
 
 def replacement(mode: str) -> str:
-    """What `context.replace_privileged` puts in place of the privileged blocks in a mode.
+    """What `blocks.replace_privileged` puts in place of the privileged blocks in a mode.
 
     Args:
       mode: one of `CONTEXTS`.
@@ -157,7 +158,7 @@ class Selection:
         counts: collections.Counter[str] = collections.Counter()
         for name, block in self.packer.named_blocks(example, kind, content):
             # A problem image is shown once, but in mode "image" also where it replaces another.
-            if isinstance(block, context_lib.Image) and not (
+            if isinstance(block, blocks_lib.Image) and not (
                 name == "image" and any(block is image for image in example.problems)
             ):
                 counts[name] += 1
@@ -169,7 +170,7 @@ class Selection:
         return generator(self.seed, "eval visual thoughts", source, n)
 
 
-def _pixels(image: context_lib.Image) -> np.ndarray:
+def _pixels(image: blocks_lib.Image) -> np.ndarray:
     """uint8 [H, W, 3] of an image's patches, which may be normalised."""
     patches = image.patches
     if patches.dtype != np.uint8:

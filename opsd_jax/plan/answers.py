@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context as context_lib
 from opsd_jax import flow, interleave, rollout, sharding
@@ -112,7 +113,7 @@ class _Batch:
         """An array that is whole on every device."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(self.mesh))
 
-    def contexts(self, blocks: list[context_lib.Block], count: int) -> context_lib.Context:
+    def contexts(self, blocks: list[blocks_lib.Block], count: int) -> context_lib.Context:
         """Shapes of a batch of contexts that are as large as a list of blocks."""
         packed = context_lib.pack(
             [blocks],
@@ -171,7 +172,7 @@ def _latents(batch: _Batch) -> tuple[tuple[int, int], int]:
     (block,) = (
         block
         for block in placement.largest_question(batch.model)
-        if isinstance(block, context_lib.Latent)
+        if isinstance(block, blocks_lib.Latent)
     )
     return block.grid, interleave.bucket(block.grid[0] * block.grid[1])
 
@@ -179,7 +180,7 @@ def _latents(batch: _Batch) -> tuple[tuple[int, int], int]:
 def _prefill(batch: _Batch) -> tuple[Program, flow.Conditioning, flow.Cache]:
     """The contexts of all branches of guidance before an image; and what the steps read of them."""
     model, branches = batch.model, len(interleave.flow_config(batch.model).branches)
-    text = context_lib.Text(jnp.zeros(model.protocol.max_new_tokens, jnp.int32))
+    text = blocks_lib.Text(jnp.zeros(model.protocol.max_new_tokens, jnp.int32))
     contexts = batch.contexts([*placement.largest_question(model), text], branches * batch.size)
     _, tokens = _latents(batch)
     positions = flow.LatentPositions(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, distill, offline, optimizer, rollout, sharding, supervised
 from opsd_jax import params as params_lib
@@ -209,7 +210,7 @@ def _policy_batch(step: _Step) -> context.Batch:
     """The contexts of student and teacher; noise in place of images is made of floats."""
     privileged = config_lib.block_names(step.config).privileged
     noise = step.config.teacher.visual_thoughts == "noise" and any(
-        map(context.holds_images, privileged)
+        map(blocks_lib.holds_images, privileged)
     )
     buckets = step.config.data.buckets
     teacher = buckets.teacher[step.bucket]

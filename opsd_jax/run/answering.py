@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import jax
 from PIL import Image
 
-from opsd_jax import context as context_lib
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import images, interleave, tags
+from opsd_jax.blocks import Block
 from opsd_jax.config import BucketsConfig
-from opsd_jax.context import Block
 from opsd_jax.data import randomness
 from opsd_jax.data.examples import Preprocessor
 from opsd_jax.data.packing import Packer
@@ -146,7 +146,7 @@ def _blocks(
         transparency=model.protocol.transparency,
         patch_size=vit.patch_size if vit else model.vit.stride,
         merge=vit.merge if vit else 1,
-        further=tuple(name for name in names.contents if name not in context_lib.CONTENTS),
+        further=tuple(name for name in names.contents if name not in blocks_lib.CONTENTS),
         transforms=training.transforms,
     )
     prepared = prepare(example)
@@ -166,7 +166,7 @@ def _plain_blocks(
     ValueError where the student sees blocks that only an example has.
     """
     names = training.names.student
-    plain = ("image", "question", *context_lib.FIXED_TEXTS)
+    plain = ("image", "question", *blocks_lib.FIXED_TEXTS)
     if absent := [name for name in names if name not in plain]:
         raise ValueError(
             f"the run's student sees {', '.join(absent)}, which a question alone does not have: "
@@ -174,8 +174,8 @@ def _plain_blocks(
         )
     content = {
         "image": [interleave.image_block(image, model) for image in shown],
-        "question": context_lib.question_ids(model.tokenizer, question, training.prompts.suffix),
+        "question": blocks_lib.question_ids(model.tokenizer, question, training.prompts.suffix),
     }
     return [
-        b for _, b in context_lib.named_blocks(model.tokenizer, training.prompts, names, content)
+        b for _, b in blocks_lib.named_blocks(model.tokenizer, training.prompts, names, content)
     ]

@@ -17,8 +17,9 @@ from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
-from opsd_jax import context, interleave, sharding
+from opsd_jax import interleave, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.interleave import Reasoner
 from opsd_jax.model import bagel
@@ -46,7 +47,7 @@ class Cache:
 # --- what is needed ------------------------------------------------------------------------------
 
 
-def largest_question(reasoner: Reasoner, generated: int = 0) -> list[context.Block]:
+def largest_question(reasoner: Reasoner, generated: int = 0) -> list[blocks_lib.Block]:
     """The blocks of a question with one image of the largest size, if the model sees images, and
     `TEXT` tokens.
 
@@ -55,19 +56,19 @@ def largest_question(reasoner: Reasoner, generated: int = 0) -> list[context.Blo
       generated: rounds before this one, each a text of full length and an image.
     """
     model = reasoner.config
-    image: list[context.Block] = []
+    image: list[blocks_lib.Block] = []
     if model.vit:
         width, height = reasoner.vit(_LARGE, _LARGE)
         grid = (height // model.vit.patch_size, width // model.vit.patch_size)
         patches = np.zeros((grid[0] * grid[1], model.patch_dim), np.uint8)
-        image = [context.Image(patches, grid, model.vit.merge)]
+        image = [blocks_lib.Image(patches, grid, model.vit.merge)]
     if sizes := model.generation:
         width, height = reasoner.vae(_LARGE, _LARGE)
         rows, columns = height // sizes.stride, width // sizes.stride
         latents = np.zeros((rows * columns, sizes.latent_dim), np.float32)
-        image = [context.Latent(latents, (rows, columns)), *image]
-    text = context.Text(np.zeros(reasoner.protocol.max_new_tokens, np.int32))
-    question = context.Text(np.zeros(TEXT, np.int32))
+        image = [blocks_lib.Latent(latents, (rows, columns)), *image]
+    text = blocks_lib.Text(np.zeros(reasoner.protocol.max_new_tokens, np.int32))
+    question = blocks_lib.Text(np.zeros(TEXT, np.int32))
     return [*image, question, *[text, *image] * generated]
 
 

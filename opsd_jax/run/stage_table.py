@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax import distill, offline, supervised
-from opsd_jax.context import BlockNames
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data.batches import Batches
 from opsd_jax.run import samples, teacher_cache
 from opsd_jax.run.session import Session

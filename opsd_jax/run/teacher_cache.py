@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from opsd_jax import offline, sharding
-from opsd_jax.context import BlockNames
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data.batches import Batches
 from opsd_jax.data.examples import Examples, PreparedExample
 from opsd_jax.inputs import json_files

@@ -18,6 +18,7 @@ import pytest
 import browser
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, distill
 from opsd_jax.data import examples, randomness
 from opsd_jax.diagnose import __main__ as command
@@ -155,18 +156,18 @@ def test_groups_of_positions():
     """Slot by slot: system prompt 1, problem image 2, question 3, intro 4, visual thoughts 5,
     transition 6, text 7, delimiters 8; queries 1 before, 2 after.
     """
-    rng, usual = np.random.default_rng(0), context.BlockNames()
+    rng, usual = np.random.default_rng(0), blocks_lib.BlockNames()
     problem, thought = tiny.image(rng, (1, 2)), tiny.image(rng, (1, 1))
 
     def names(blocks, layout, own=usual):
         return [x.tolist() for x in looks.groups(own, blocks, layout)]
 
-    abc = context.Prompts("a", "bc", "d")
+    abc = blocks_lib.Prompts("a", "bc", "d")
 
     def named(role, thoughts=(), prompts=abc, own=usual, **further):
         content = {"image": (problem,), "question": TOKENIZER.encode("q"), **further}
         content["visual_thoughts"] = thoughts
-        return context.named_blocks(TOKENIZER, prompts, getattr(own, role), content)
+        return blocks_lib.named_blocks(TOKENIZER, prompts, getattr(own, role), content)
 
     teacher = named("teacher", [thought, thought])
     keys = [1] * 3 + [8, 2, 2, 8] + [3] * 3 + [4] * 4 + [8, 5, 8] * 2 + [6] * 3
@@ -175,13 +176,13 @@ def test_groups_of_positions():
     removed = named("teacher")
     assert names(removed, "teacher") == [[0] * 7 + [1] * 7 + [2] * 3, keys[:14] + keys[20:]]
     # A privileged text counts with the visual thoughts, a degraded image as the problem image.
-    own = context.BlockNames(("image@blur", "question"), ("image@blur", "text:x", "question"))
+    own = blocks_lib.BlockNames(("image@blur", "question"), ("image@blur", "text:x", "question"))
     further = {"text:x": TOKENIZER.encode("ab"), "image@blur": (problem,)}
     told = named("teacher", own=own, **further)
     keys_of_text = [8, 2, 2, 8] + [5] * 4 + [3] * 3
     assert names(told, "teacher", own) == [[0] * 8 + [2] * 3, keys_of_text]
-    blocks = named("student", prompts=context.Prompts("", "", ""))
-    trace = [context.Text(np.array([5])), thought, context.Text(np.array([6, 7]))]
+    blocks = named("student", prompts=blocks_lib.Prompts("", "", ""))
+    trace = [blocks_lib.Text(np.array([5])), thought, blocks_lib.Text(np.array([6, 7]))]
     blocks += [("trace", block) for block in trace]
     assert names(blocks, "interleaved") == [
         [0] * 7 + [1] * 3 + [0] * 3 + [2] * 4,
@@ -292,7 +293,7 @@ def one_by_one(blocks):
         for block in blocks
         for n in (
             [START, *[PATCH] * len(block.patches), END]
-            if isinstance(block, context.Image)
+            if isinstance(block, blocks_lib.Image)
             else [BOS, *block.ids, EOS]
         )
     ]
@@ -340,9 +341,9 @@ def test_values_of_the_official_script():
     )
 
     def text(text):
-        return context.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+        return blocks_lib.Text(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
 
-    ask, shown = [*row.problems, context.Text(row.question)], row.visual_thoughts[0]
+    ask, shown = [*row.problems, blocks_lib.Text(row.question)], row.visual_thoughts[0]
     full_logits = jax.jit(lambda p, c: bagel.logits(p, bagel.read(p, c, config=MODEL)[0]))
 
     def every(params, blocks):
@@ -591,7 +592,7 @@ def test_kl_command(workdir):
     )
     for r in [r for r in records if r["completion"] == "official"][:2]:
         row = opened.examples(0, r["index"])
-        e, text = row.example, lambda text: context.Text(opened.tokenizer.encode(text))
+        e, text = row.example, lambda text: blocks_lib.Text(opened.tokenizer.encode(text))
         scored, sequences = (
             [],
             [
@@ -611,7 +612,7 @@ def test_kl_command(workdir):
             own = [
                 n
                 for start, block in zip(starts[2:], blocks[2:])
-                if isinstance(block, context.Text)
+                if isinstance(block, blocks_lib.Text)
                 for n in range(start, start + block.length - 1)
             ]
             packed = context.pack(

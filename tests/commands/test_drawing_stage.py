@@ -16,6 +16,7 @@ from PIL import Image
 
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import (
     config_check,
@@ -144,7 +145,7 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     assert (
         "".join(type(block).__name__[0] for block in blocks) == "TLITTLLIT"
     )  # Text, Latent, Image
-    first, last = (block for block in blocks if isinstance(block, context.Text) and block.loss)
+    first, last = (block for block in blocks if isinstance(block, blocks_lib.Text) and block.loss)
 
     # inference: its texts and its image are those of the trace
     contexts, tokenizer = [], Saying()
@@ -182,10 +183,10 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     for name, found in (("drawing", drawing), ("answering", answering)):
         assert [type(block) for block in found] == [type(block) for block in trained[name]]
         for a, b in zip(found, trained[name]):
-            if isinstance(a, context.Latent):
+            if isinstance(a, blocks_lib.Latent):
                 assert a.grid == b.grid and not a.noised and not b.noised
             else:
-                for field in ("ids",) if isinstance(a, context.Text) else ("patches",):
+                for field in ("ids",) if isinstance(a, blocks_lib.Text) else ("patches",):
                     np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     assert [type(block) for block in asked] == [type(block) for block in blocks[:4]]
 
@@ -197,7 +198,7 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     def fill(blocks):
         return [
             dataclasses.replace(b, tokens=problem if n == 1 else thought)
-            if isinstance(b, context.Latent)
+            if isinstance(b, blocks_lib.Latent)
             else b
             for n, b in enumerate(blocks)
         ]
@@ -235,7 +236,7 @@ def test_traces_are_the_contexts_of_image_generation(prepared, monkeypatch):
     )
     after, _ = jitted(bagel.read)(params, answer, config=model)
     texts = [
-        sum(2 if isinstance(b, context.Latent) else b.length for b in row)
+        sum(2 if isinstance(b, blocks_lib.Latent) else b.length for b in row)
         for row in (blocks[:-1], answering)
     ]
     one, other = (h[0, start : start + last.length] for h, start in zip((hidden, after), texts))

@@ -12,7 +12,8 @@ from PIL import Image
 import opsd_jax
 import small_run
 import tiny
-from opsd_jax import context, generate, images, interleave, rollout, tokenizer
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import generate, images, interleave, rollout, tokenizer
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import answer_files, contexts, montage
 from opsd_jax.run import answering
@@ -68,11 +69,11 @@ WHEN_ASKED = interleave.ImageGeneration()
 
 def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     (answer,) = run(model, [([picture(0, 12, 16)], "what?")])
-    image = context.image_block(images.resize(picture(0, 12, 16), model.vit), 4)
+    image = blocks_lib.image_block(images.resize(picture(0, 12, 16), model.vit), 4)
     blocks = [
-        context.Text(tiny.TOKENIZER.encode("sys")),
+        blocks_lib.Text(tiny.TOKENIZER.encode("sys")),
         image,
-        context.Text(tiny.TOKENIZER.encode("what?")),
+        blocks_lib.Text(tiny.TOKENIZER.encode("what?")),
     ]
     found = rollout.sample(
         model.params,
@@ -100,7 +101,7 @@ def test_images_are_where_the_places_of_the_question_are(model):
         )
         return {
             name: [
-                tiny.TOKENIZER.decode(b.ids) if isinstance(b, context.Text) else b.grid
+                tiny.TOKENIZER.decode(b.ids) if isinstance(b, blocks_lib.Text) else b.grid
                 for b in blocks
             ]
             for name, blocks in found.items()
@@ -432,7 +433,7 @@ def test_a_run_is_asked_in_its_own_contexts(workdir, monkeypatch):
             opsd_jax.answer(model, test[0], **changes)
     with pytest.raises(ValueError, match="give one in the place of image and question"):
         opsd_jax.answer(model, test[0].image, "What?", visual_thoughts="real")
-    names = context.BlockNames(student=("question", "text:hint"))
+    names = blocks_lib.BlockNames(student=("question", "text:hint"))
     training = dataclasses.replace(model.training, names=names)
     with pytest.raises(ValueError, match="the run's student sees text:hint, which a question"):
         opsd_jax.answer(dataclasses.replace(model, training=training), test[0].image, "What?")

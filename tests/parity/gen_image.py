@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import divergence, flow
 from opsd_jax.model import bagel
@@ -33,11 +34,11 @@ def scene(tensors, facts, whole_model, tokenizer):
     latents = np.asarray(flow.encode(params, pixels, noise, config=config))[0]
     grid = tuple(n // generation.patch for n in latents.shape[:2])
     picture = [
-        context_lib.Latent(np.asarray(flow.to_tokens(latents, generation.patch)), grid),
+        blocks_lib.Latent(np.asarray(flow.to_tokens(latents, generation.patch)), grid),
         image_block(tensors["vit_image"], config.vit.patch_size),
     ]
     system, question, generated = (
-        [context_lib.Text(tensors[f"{name}_ids"])]
+        [blocks_lib.Text(tensors[f"{name}_ids"])]
         for name in ("system", "question", "generated_text")
     )
     contexts = {
@@ -270,14 +271,14 @@ def train_rows(tensors, facts, whole_model):
         assert [side // generation.stride for side in picture.shape[1:]] == grid
         rows, columns = (side * generation.patch for side in grid)
         encoded.append(
-            context_lib.Latent(
+            blocks_lib.Latent(
                 flow.to_tokens(values[:rows, :columns], generation.patch), tuple(grid)
             )
         )
 
     def block(n, step, k):
         if step.startswith("text"):
-            return context_lib.Text(tensors[f"sample{n}.text{k}"], loss="(loss)" in step)
+            return blocks_lib.Text(tensors[f"sample{n}.text{k}"], loss="(loss)" in step)
         if step == "vit":
             return image_block(tensors[f"sample{n}.image{k}"], config.vit.patch_size)
         return dataclasses.replace(encoded.pop(0), noised="noised" in step)

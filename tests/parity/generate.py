@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import rollout
 from opsd_jax.model import bagel, masks
@@ -13,9 +14,9 @@ from parity.replay import close, compare, equal, matching, path_of, read
 
 
 def prompt_blocks(tensors, tokenizer, patch):
-    prompts = context_lib.Prompts(tensors.get("system_ids", ""), "", "")
+    prompts = blocks_lib.Prompts(tensors.get("system_ids", ""), "", "")
     problem = image_block(tensors["image"], patch)
-    return context_lib.student(tokenizer, prompts, tensors["question_ids"], problem)
+    return blocks_lib.student(tokenizer, prompts, tensors["question_ids"], problem)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import types
 import jax
 import numpy as np
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import distill, divergence, images
 from opsd_jax.divergence import DivergenceConfig
@@ -35,7 +36,7 @@ def delimiters(bos_token_id, eos_token_id, start_of_image, end_of_image, **_):
 def image_block(pixels, patch):
     """float32 [3, H, W] -> an image block."""
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
-    return context_lib.Image(images.patchify(pixels.transpose(1, 2, 0), patch), grid)
+    return blocks_lib.Image(images.patchify(pixels.transpose(1, 2, 0), patch), grid)
 
 
 def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
@@ -44,7 +45,7 @@ def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
     def ids(name):
         return tensors.get(f"{prefix}{name}_ids", np.zeros(0, np.int32))
 
-    prompts = context_lib.Prompts(ids("system"), ids("intro"), ids("transition"))
+    prompts = blocks_lib.Prompts(ids("system"), ids("intro"), ids("transition"))
     question = np.concatenate([ids("question"), ids("instruction")])
     problem = image_block(tensors[f"{prefix}problem_image"], patch)
     thoughts = {
@@ -54,8 +55,8 @@ def role_blocks(tensors, tokenizer, patch, settings, prefix=""):
     missing = settings.get("vt_is_none", [False] * (max(thoughts, default=-1) + 1))
     thoughts = [None if none else thoughts[n] for n, none in enumerate(missing)]
     return (
-        context_lib.student(tokenizer, prompts, question, problem),
-        context_lib.teacher(tokenizer, prompts, question, problem, thoughts),
+        blocks_lib.student(tokenizer, prompts, question, problem),
+        blocks_lib.teacher(tokenizer, prompts, question, problem, thoughts),
     )
 
 

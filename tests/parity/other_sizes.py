@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from opsd_jax import context as context_lib
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import flow, rollout
 from opsd_jax.method_config import RENORMS
 from opsd_jax.model import bagel
@@ -64,15 +64,15 @@ def test_other_sizes(tmp_path):
         return rng.integers(10, 380, n).astype(np.int32)
 
     def picture(rows, columns):
-        return context_lib.Image(
+        return blocks_lib.Image(
             rng.uniform(-1, 1, (rows * columns, 75)).astype(np.float32), (rows, columns)
         )
 
-    prompts = context_lib.Prompts(ids(6), ids(3), ids(4))
+    prompts = blocks_lib.Prompts(ids(6), ids(3), ids(4))
     question, problem, answer = ids(5), picture(3, 7), ids(8)
     roles = [
-        context_lib.student(tokenizer, prompts, question, problem),
-        context_lib.teacher(
+        blocks_lib.student(tokenizer, prompts, question, problem),
+        blocks_lib.teacher(
             tokenizer, prompts, question, problem, [picture(2, 4), None, picture(6, 1)]
         ),
     ]
@@ -127,12 +127,12 @@ def test_other_sizes_draw(tmp_path):
     close(latents, hwc(reference.encode(pixels, noise)))
 
     def text(n):
-        return context_lib.Text(rng.integers(10, 380, n).astype(np.int32))
+        return blocks_lib.Text(rng.integers(10, 380, n).astype(np.int32))
 
     system, question, answer = text(4), text(6), text(3)
     picture = [
-        context_lib.Latent(np.asarray(flow.to_tokens(latents, 3)), (2, 3)),
-        context_lib.Image(np.tanh(normal(2 * 4, 75)), (2, 4)),
+        blocks_lib.Latent(np.asarray(flow.to_tokens(latents, 3)), (2, 3)),
+        blocks_lib.Image(np.tanh(normal(2 * 4, 75)), (2, 4)),
     ]
     contexts = [[system, *picture, question, answer], [system, *picture], [system, question]]
     grid, initial = (1, 4), normal(4, 72)

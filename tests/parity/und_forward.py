@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax.model import bagel
 from parity.inputs import (
@@ -26,7 +27,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
     """
     tensors, settings = read(goldens, "und_forward", und_forward)
     config, params = model
-    target = context_lib.Text(tensors["completion_ids"], loss=True)
+    target = blocks_lib.Text(tensors["completion_ids"], loss=True)
     rows = [
         [*blocks, target]
         for blocks in role_blocks(tensors, tokenizer, config.vit.patch_size, settings)
@@ -44,7 +45,7 @@ def test_und_forward(goldens, und_forward, model, tokenizer):
         facts, n = settings[role], len(golden("packed_position_ids"))
         assert context.length[r] == facts["sequence_length"] == n
         assert [b.length for b in rows[r]] == facts["split_lens"]
-        modes = ["causal" if isinstance(b, context_lib.Text) else "full" for b in rows[r]]
+        modes = ["causal" if isinstance(b, blocks_lib.Text) else "full" for b in rows[r]]
         assert modes == facts["attn_modes"]
         equal(context.tokens[r, golden("packed_text_indexes")], golden("packed_text_ids"))
         equal(context.rope_positions[r, :n], golden("packed_position_ids"))

@@ -21,7 +21,7 @@ import pytest
 import tiny
 import xla_flags
 from opsd_jax import context, distill, flow, rollout
-from opsd_jax.context import Text
+from opsd_jax.blocks import Text
 from opsd_jax.model import attention, bagel, flash, masks
 from tiny import DRAWING, MODEL, TOKENIZER, image, latent
 

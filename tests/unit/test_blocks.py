@@ -13,9 +13,10 @@ from PIL import Image
 
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, config_flags, context, images, offline, tokenizer
-from opsd_jax.context import BlockNames
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import (
     arrayrecord,
@@ -85,7 +86,7 @@ def prepared(row: schema.Example, names: BlockNames, **transforms):
         images.Resize(stride=4, max_size=8, min_size=8),
         "drop",
         4,
-        further=tuple(name for name in names.contents if name not in context.CONTENTS),
+        further=tuple(name for name in names.contents if name not in blocks_lib.CONTENTS),
         transforms=images.Transforms(**transforms),
     )
     made, measured = preprocess(row), preprocess.measured(row)
@@ -94,7 +95,8 @@ def prepared(row: schema.Example, names: BlockNames, **transforms):
         if isinstance(part, np.ndarray):
             return part.tolist()
         return [
-            (x.grid, x.patches.shape) if isinstance(x, context.Image) else x.tolist() for x in part
+            (x.grid, x.patches.shape) if isinstance(x, blocks_lib.Image) else x.tolist()
+            for x in part
         ]
 
     for name, part in made.content.items():
@@ -111,7 +113,7 @@ def packer(names: BlockNames) -> packing.Packer:
 def shown(blocks) -> list:
     """Texts as they are, images as their patches."""
     return [
-        tiny.TOKENIZER.decode(b.ids) if isinstance(b, context.Text) else b.patches.tolist()
+        tiny.TOKENIZER.decode(b.ids) if isinstance(b, blocks_lib.Text) else b.patches.tolist()
         for b in blocks
     ]
 
@@ -170,10 +172,10 @@ def test_the_defaults_are_the_papers_contexts():
     row = prepared(example(), BlockNames())
     own = packer(config_lib.block_names(config_lib.default()))
     given = tiny.TOKENIZER, tiny.PROMPTS, row.question, row.problems[0]
-    assert shown(own.blocks(row, "student")) == shown(context.student(*given))
-    teacher = context.teacher(*given, row.visual_thoughts)
+    assert shown(own.blocks(row, "student")) == shown(blocks_lib.student(*given))
+    teacher = blocks_lib.teacher(*given, row.visual_thoughts)
     assert shown(own.blocks(row, "teacher")) == shown(teacher)
-    trace = context.interleaved(*given, ("a",), row.visual_thoughts, "B")
+    trace = blocks_lib.interleaved(*given, ("a",), row.visual_thoughts, "B")
     assert shown(own.blocks(row, "interleaved")) == shown(trace)
 
 

@@ -12,12 +12,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import chat_template, config_check, context
 from opsd_jax import config as config_lib
 from opsd_jax import tokenizer as tokenizer_lib
+from opsd_jax.blocks import Image, Prompts, Text
 from opsd_jax.chat import TEMPLATE
 from opsd_jax.chat_template import IMAGE_TEXT, ChatTemplate, Slot
-from opsd_jax.context import Image, Prompts, Text
 
 TEMPLATES = pathlib.Path(__file__).parents[1] / "goldens_hf" / "tokenizer"
 FAMILIES = ("qwen2_5", "qwen3", "qwen2_5_vl", "qwen3_vl", "smollm2")
@@ -29,7 +30,7 @@ LLAMA = (
 )
 LLAMA_TOKENS = ("<|begin|>", "<|end|>", "<|head|>", "<|tail|>", "<|eot|>")
 QWEN_TOKENS = (*tokenizer_lib.DELIMITERS.values(), "<|image_pad|>", "<|endoftext|>")
-NAMES = context.BlockNames(
+NAMES = blocks_lib.BlockNames(
     ("system", "image", "question"),
     ("system", "image", "question", "intro", "text:solution", "transition"),
 )
@@ -87,7 +88,7 @@ def ids_of(tokenizer, text):
 
 def content(tokenizer, question="What is it?", solution="It is a cat.", images=()):
     return {
-        "question": context.question_ids(tokenizer, question),
+        "question": blocks_lib.question_ids(tokenizer, question),
         "text:solution": tokenizer.encode(solution),
         "image": images,
     }
@@ -246,7 +247,7 @@ def test_a_tokenizer_without_im_start_is_accepted_in_chat_form_alone(tmp_path):
     assert found.decode([found.bos]) == "\n\n"
     assert found.digest == tokenizer_lib.load(folder, images=False, form="").digest
     own = content(found, question="\n What is it? \n")
-    named = context.named_blocks(found, PROMPTS, ("system", "question"), own)
+    named = blocks_lib.named_blocks(found, PROMPTS, ("system", "question"), own)
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "\n What is it? \n"},
@@ -268,7 +269,7 @@ def test_a_template_without_an_end_is_refused(tmp_path):
 def test_tokens_of_a_context_by_hand(qwen):
     """Names, tokens and lengths of a teacher's context."""
     tok = qwen["qwen2_5"]
-    named = context.named_blocks(
+    named = blocks_lib.named_blocks(
         tok, PROMPTS, ("system", "question", "intro", "text:solution"), content(tok)
     )
     texts = [(name, tok.decode(block.ids)) for name, block in named]
@@ -297,9 +298,9 @@ def test_tokens_are_those_of_the_rendered_conversation(qwen, family, system):
     tok, own = qwen[family], dataclasses.replace(PROMPTS, system=system)
     for question in ("What is it?", "\n  Two\n\n", "0 + 1 = ?\n"):
         given = content(tok, question)
-        student = context.named_blocks(tok, own, ("system", "question"), given)
+        student = blocks_lib.named_blocks(tok, own, ("system", "question"), given)
         names = ("system", "question", "intro", "text:solution", "transition")
-        teacher = context.named_blocks(tok, own, names, given)
+        teacher = blocks_lib.named_blocks(tok, own, names, given)
         joined = "\n\n".join([question, "Read it:", "It is a cat.", "Now answer."])
         for named, text in ((student, question), (teacher, joined)):
             messages = [{"role": "system", "content": system}] if system else []
@@ -312,7 +313,7 @@ def test_images_are_where_the_turn_has_them(qwen, family):
     """In places of the question, with rope positions of three dimensions around them."""
     tok, shown = qwen[family], (image(1.0), image(-1.0))
     given = content(tok, "Is <image> like <image>?", images=shown)
-    named = context.named_blocks(tok, PROMPTS, NAMES.teacher, given)
+    named = blocks_lib.named_blocks(tok, PROMPTS, NAMES.teacher, given)
     assert [block for _, block in named if isinstance(block, Image)] == list(shown)
     assert [n for n, b in named if n in ("image", "question")] == [
         "question", "image", "question", "image", "question",
@@ -337,7 +338,7 @@ def test_images_are_where_the_turn_has_them(qwen, family):
 def test_a_completion_follows_the_last_token_of_the_template(qwen):
     """Of a trace: "\\n" predicts its first token, and its last one <|im_end|>."""
     tok = qwen["smollm2"]
-    asked = context.named_blocks(tok, PROMPTS, ("system", "question"), content(tok))
+    asked = blocks_lib.named_blocks(tok, PROMPTS, ("system", "question"), content(tok))
     answer = Text(tok.encode("a cat"), loss=True)
     found = context.supervise(
         [[*(b for _, b in asked), answer]],
@@ -367,10 +368,10 @@ def test_noise_takes_the_place_of_as_many_tokens(qwen):
     tok, given = qwen["qwen3"], content(qwen["qwen3"], images=(image(),))
     rng = np.random.default_rng(0)
     names = ("question", "text:solution", "intro")
-    noise = context.replace_privileged(
+    noise = blocks_lib.replace_privileged(
         "noise", ("text:solution",), given, {}, rng, tok.ordinary, noised=True
     )
-    true, false = (context.named_blocks(tok, PROMPTS, names, c) for c in (given, noise))
+    true, false = (blocks_lib.named_blocks(tok, PROMPTS, names, c) for c in (given, noise))
     assert [(n, len(b.ids)) for n, b in true] == [(n, len(b.ids)) for n, b in false]
     for (name, a), (_, b) in zip(true, false):
         assert (name == "text:solution") != np.array_equal(a.ids, b.ids)
@@ -380,22 +381,22 @@ def test_noise_takes_the_place_of_as_many_tokens(qwen):
 
 def test_a_suffix_is_encoded_with_the_question(qwen):
     tok = qwen["qwen3"]
-    ids = context.question_ids(tok, "What is it?", "\n\nNow answer.")
+    ids = blocks_lib.question_ids(tok, "What is it?", "\n\nNow answer.")
     assert ids.tolist() == ids_of(tok, "What is it?\n\nNow answer.")
     plain = dataclasses.replace(tok, chat=None)
-    apart = context.question_ids(plain, "What is it?", "\n\nNow answer.")
+    apart = blocks_lib.question_ids(plain, "What is it?", "\n\nNow answer.")
     assert apart.tolist() != ids.tolist()
 
 
 def test_a_tokenizer_without_its_template_is_refused(qwen):
     plain = dataclasses.replace(qwen["qwen3"], chat=None)
     with pytest.raises(ValueError, match="load it with form='chat'"):
-        context.named_blocks(plain, PROMPTS, ("question",), content(plain))
+        blocks_lib.named_blocks(plain, PROMPTS, ("question",), content(plain))
 
 
 def test_noise_of_images_keeps_their_merge_blocks():
     given = {"image": (image(),), "images:crops": (image(),)}
-    noise = context.replace_privileged(
+    noise = blocks_lib.replace_privileged(
         "noise", ("images:crops",), given, {}, np.random.default_rng(0)
     )
     assert noise["images:crops"][0].length == image().length
@@ -427,5 +428,5 @@ def test_settings_that_need_the_marker_are_refused(changes, message):
 
 def test_bagel_is_the_default_and_its_blocks_are_delimited():
     assert config_lib.prompts(config_lib.default()) == Prompts()
-    blocks = context.student(tiny.TOKENIZER, Prompts(), "a", image())
+    blocks = blocks_lib.student(tiny.TOKENIZER, Prompts(), "a", image())
     assert all(block.delimited for block in blocks if isinstance(block, Text))

@@ -19,11 +19,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import small_run
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import (
     config_check,
     config_flags,
-    context,
     convert,
     distill,
     eval,
@@ -85,7 +85,7 @@ def test_choices_hold_their_defaults():
     for key, setting in chosen.items():
         setting.rule.check(key, setting.default)
     assert settings["warmup.freeze"].rule.allowed == params.GROUPS
-    assert settings["teacher.visual_thoughts"].rule.allowed == context.VISUAL_THOUGHTS
+    assert settings["teacher.visual_thoughts"].rule.allowed == blocks_lib.VISUAL_THOUGHTS
 
 
 # --- numbers -------------------------------------------------------------------------------------

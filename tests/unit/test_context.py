@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opsd_jax import context, images
-from opsd_jax.context import Image, Latent, Prompts, Text
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import context, images, tags
+from opsd_jax.blocks import Image, Latent, Prompts, Text
 from opsd_jax.model.masks import Mask, visible
 from tiny import DRAWING, ENDS, PROMPTS, TOKENIZER, image, latent, pack
 
@@ -72,7 +73,7 @@ def in_sequence(packed, row):
 
 def test_student_position_by_position(rng):
     problem = image(rng, (1, 2))
-    packed = pack([context.student(TOKENIZER, SHORT, "ab", problem)], positions=13, patches=3)
+    packed = pack([blocks_lib.student(TOKENIZER, SHORT, "ab", problem)], positions=13, patches=3)
     s, a, b = ids("sab")
     assert packed.tokens[0].tolist() == [BOS, s, EOS, IMAGE, 0, 0, IMAGE_END, BOS, a, b, EOS, 0, 0]
     assert packed.rope_positions[0].tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 0, 0]
@@ -102,8 +103,8 @@ def test_student_position_by_position(rng):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_teacher_is_the_student_plus_references(rng, count):
     problem, thoughts = image(rng, (2, 2)), [image(rng, (1, 3)), image(rng, (2, 1))][:count]
-    mine = context.student(TOKENIZER, PROMPTS, "why?", problem)
-    blocks = context.teacher(TOKENIZER, PROMPTS, "why?", problem, [None, *thoughts, None])
+    mine = blocks_lib.student(TOKENIZER, PROMPTS, "why?", problem)
+    blocks = blocks_lib.teacher(TOKENIZER, PROMPTS, "why?", problem, [None, *thoughts, None])
     assert [ids("look"), ids("now")] == [blocks[3].ids.tolist(), blocks[-1].ids.tolist()]
     assert [b.length for b in blocks[:3]] == [b.length for b in mine] and blocks[4:-1] == thoughts
     packed = pack([mine, blocks])
@@ -121,8 +122,8 @@ def test_teacher_is_the_student_plus_references(rng, count):
 
 
 def test_rows_of_different_lengths_do_not_touch(rng):
-    short = context.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
-    long = context.teacher(
+    short = blocks_lib.student(TOKENIZER, SHORT, "a", image(rng, (1, 1)))
+    long = blocks_lib.teacher(
         TOKENIZER, PROMPTS, "a long question", image(rng, (3, 3)), [image(rng, (3, 1))]
     )
     together, alone = pack([short, long]), pack([short])
@@ -134,19 +135,22 @@ def test_rows_of_different_lengths_do_not_touch(rng):
 @pytest.mark.parametrize("left_out", ["system", "intro", "transition"])
 def test_every_prompt_may_be_left_out(rng, left_out):
     prompts = dataclasses.replace(SHORT, **{left_out: ""})
-    blocks = context.teacher(TOKENIZER, prompts, "q", image(rng), [image(rng)])
+    blocks = blocks_lib.teacher(TOKENIZER, prompts, "q", image(rng), [image(rng)])
     texts = [bytes(b.ids.tolist()).decode() for b in blocks if isinstance(b, Text)]
     assert texts == [t for t in (prompts.system, "q", prompts.intro, prompts.transition) if t]
 
 
 def test_suffix_follows_the_question(rng):
-    blocks = context.student(TOKENIZER, Prompts(system="", suffix=" end"), "q", image(rng))
+    blocks = blocks_lib.student(TOKENIZER, Prompts(system="", suffix=" end"), "q", image(rng))
     assert blocks[1].ids.tolist() == ids("q end")
-    assert context.student(TOKENIZER, SHORT, np.array([7, 8]), image(rng))[2].ids.tolist() == [7, 8]
+    assert blocks_lib.student(TOKENIZER, SHORT, np.array([7, 8]), image(rng))[2].ids.tolist() == [
+        7,
+        8,
+    ]
 
 
 def test_too_long_names_the_example_and_the_fix(rng):
-    row = context.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
+    row = blocks_lib.student(TOKENIZER, SHORT, "question", image(rng, (2, 2)))
     assert pack([row], positions=19, patches=4).length == 19  # fits exactly, nothing cut
     with pytest.raises(
         context.TooLongError,
@@ -346,7 +350,7 @@ def test_latents_that_do_not_fit(rng):
 
 
 def test_unused_latents_change_nothing_else(rng):
-    rows = [context.student(TOKENIZER, PROMPTS, "q", image(rng, (1, 2))), [Text(np.array([1]))]]
+    rows = [blocks_lib.student(TOKENIZER, PROMPTS, "q", image(rng, (1, 2))), [Text(np.array([1]))]]
     with_room, without = (
         draw_pack(rows, positions=30, patches=4, latents=5),
         pack(rows, positions=30, patches=4),
@@ -375,7 +379,7 @@ def test_visual_thought_modes(rng):
     own = [real[0], None, real[1]]
 
     def replace(mode):
-        return context.replace_visual_thoughts(mode, problem, own, other, rng)
+        return blocks_lib.replace_visual_thoughts(mode, problem, own, other, rng)
 
     assert replace("real") == real
     assert replace("swap") == [other[1]]
@@ -393,7 +397,7 @@ def test_visual_thought_modes(rng):
 
 
 def test_noise_is_standard_normal(rng):
-    (noise,) = context.replace_visual_thoughts(
+    (noise,) = blocks_lib.replace_visual_thoughts(
         "noise", image(rng), [image(rng, (5, 5), 4000)], [], rng
     )
     values = noise.patches.ravel()  # 100,000 of them: a standard error is 0.003
@@ -406,7 +410,7 @@ def test_official_prompts_byte_for_byte():
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     facts = {
-        name: (len(getattr(context, name)), sha(getattr(context, name)))
+        name: (len(getattr(blocks_lib, name)), sha(getattr(blocks_lib, name)))
         for name in ("SYSTEM_TRAINING", "SYSTEM_INFERENCE", "INTRO", "TRANSITION")
     }
     assert facts == {
@@ -415,12 +419,12 @@ def test_official_prompts_byte_for_byte():
         "INTRO": (203, "1c74bdc0c9ecd965"),
         "TRANSITION": (88, "91987117d9d1b511"),
     }
-    training, inference = context.SYSTEM_TRAINING, context.SYSTEM_INFERENCE
+    training, inference = blocks_lib.SYSTEM_TRAINING, blocks_lib.SYSTEM_INFERENCE
     assert training == training.strip() and inference == f"\n{inference.strip()}\n"
     assert "i.e. <answer>" in training and "i.e.<answer>" in inference
     assert inference.strip().replace("i.e.<", "i.e. <") == training
     assert "</image_end>" in training  # the odd closing tag is the original's
-    assert Prompts() == Prompts(training, context.INTRO, context.TRANSITION, "")
+    assert Prompts() == Prompts(training, blocks_lib.INTRO, blocks_lib.TRANSITION, "")
 
 
 # ---- completions
@@ -457,8 +461,8 @@ def test_positions_after_a_context_equal_one_packed_sequence(rng):
     block.
     """
     rows = [
-        context.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
-        context.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
+        blocks_lib.student(TOKENIZER, SHORT, "ab", image(rng, (1, 2))),
+        blocks_lib.teacher(TOKENIZER, SHORT, "abc", image(rng, (2, 1)), [image(rng, (2, 2))]),
     ]
     packed = pack(rows, positions=40)
     positions, limit, segment = map(np.asarray, context.following(packed, 5))
@@ -487,11 +491,11 @@ def test_positions_after_a_context_equal_one_packed_sequence(rng):
 
 
 def test_wrappers_are_idempotent():
-    assert context.wrap_thought(" so it is ") == "<think>so it is</think>"
-    assert context.wrap_answer("B\n") == "<answer>B</answer>"
-    for wrap in (context.wrap_thought, context.wrap_answer):
+    assert tags.wrap_thought(" so it is ") == "<think>so it is</think>"
+    assert tags.wrap_answer("B\n") == "<answer>B</answer>"
+    for wrap in (tags.wrap_thought, tags.wrap_answer):
         assert wrap(wrap("x")) == wrap("x")
-    assert context.text_trace("t", "<answer>B</answer>") == "<think>t</think><answer>B</answer>"
+    assert blocks_lib.text_trace("t", "<answer>B</answer>") == "<think>t</think><answer>B</answer>"
 
 
 @pytest.mark.parametrize(
@@ -518,8 +522,8 @@ def test_wrappers_are_idempotent():
 )
 def test_interleaved_structure(rng, thoughts, count, texts):
     problem, drawn = image(rng), [image(rng) for _ in range(count)]
-    blocks = context.interleaved(TOKENIZER, PROMPTS, "q", problem, thoughts, drawn, "B")
-    prompt = context.student(TOKENIZER, PROMPTS, "q", problem)
+    blocks = blocks_lib.interleaved(TOKENIZER, PROMPTS, "q", problem, thoughts, drawn, "B")
+    prompt = blocks_lib.student(TOKENIZER, PROMPTS, "q", problem)
     assert [b.ids.tolist() for b in blocks[:3:2]] == [b.ids.tolist() for b in prompt[::2]]
     assert blocks[1] is problem
     number = {id(vt): n for n, vt in enumerate(drawn)}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import small_run
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, images, tokenizer
 from opsd_jax.data import __main__ as data
@@ -27,7 +28,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.runtime import files
 
 CHART, MAZE = "Chart_Refocus", "Spatial_Navigation"
-MODES = [mode for mode in context.VISUAL_THOUGHTS if mode != "none"]
+MODES = [mode for mode in blocks_lib.VISUAL_THOUGHTS if mode != "none"]
 BUCKETS = {  # positions, patches (and targets). The first fits a maze, 16 patches; a chart has 25
     "student": ((25, 16), (36, 25)),
     "teacher": ((50, 32), (70, 50)),
@@ -137,7 +138,7 @@ def test_layouts(folder, tok):
 
     def texts(kind, *args):
         return [
-            tok.decode(b.ids) if isinstance(b, context.Text) else "image"
+            tok.decode(b.ids) if isinstance(b, blocks_lib.Text) else "image"
             for b in packer.blocks(row, kind, *args)
         ]
 
@@ -471,7 +472,7 @@ def test_batches_are_a_function_of_seed_and_step(make, mode):
 
 def test_what_the_teacher_sees_in_each_mode(make):
     shown = {}
-    for mode in context.VISUAL_THOUGHTS:
+    for mode in blocks_lib.VISUAL_THOUGHTS:
         batches = make(teacher__visual_thoughts=mode, data__tasks=(CHART,))
         batch, rows = batches.opsd(0)
         shown[mode] = batch.teacher
@@ -556,7 +557,7 @@ def test_references_in_the_place_of_completions(make, tok):
         assert len(given) == 2
         for n in given:
             e = rows[n].example
-            text = context.text_trace(e.full_text_only_thought, e.answer)
+            text = blocks_lib.text_trace(e.full_text_only_thought, e.answer)
             assert tok.decode(found.tokens[n][found.mask[n]]) == text
         assert not found.mask[[n for n in range(8) if n not in given]].any()
         chosen.append(tuple(given))
@@ -844,7 +845,7 @@ def test_what_training_teaches_is_right(qwen, tok, answer):
     example = schema.Example(
         "p", "T", "Which?", answer, b"", (), ("look",), "<answer>C</answer> or so"
     )
-    taught = context.text_trace(example.full_text_only_thought, answer)
+    taught = blocks_lib.text_trace(example.full_text_only_thought, answer)
     for t in (qwen, tok):
         assert benchmark.is_hit(example, t.decode(t.encode(taught)))[1]
         for wrong in ("<answer>C</answer>", "B", "<answer></answer>", "<answer>B"):

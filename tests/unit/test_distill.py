@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, distill, divergence, optimizer, rollout, sharding, supervised
 from opsd_jax import params as params_lib
 from opsd_jax.distill import DistillConfig, OptimConfig
@@ -701,7 +702,7 @@ def test_supervised_training(case):
     tokens = [[token for part in rounds for token in part] for rounds in case.completions]
     blocks, _ = tiny.rows(np.random.default_rng(5), ROWS)
     packed = context.supervise(
-        [[*row, context.Text(np.array(ids), loss=True)] for row, ids in zip(blocks, tokens)],
+        [[*row, blocks_lib.Text(np.array(ids), loss=True)] for row, ids in zip(blocks, tokens)],
         context.Sizes(tiny.POSITIONS, tiny.PATCHES, targets=12),
         tokenizer=tiny.TOKENIZER,
         side=6,

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, context
 from opsd_jax.__main__ import COMMANDS
@@ -103,8 +104,8 @@ def leaves(config, prefix="") -> dict:
 
 
 def value_of(cell: str):
-    if cell.startswith("context."):
-        return getattr(context, cell.removeprefix("context."))
+    if cell.startswith("blocks."):
+        return getattr(blocks_lib, cell.removeprefix("blocks."))
     return ast.literal_eval(cell)
 
 
@@ -412,10 +413,13 @@ def test_figure_of_the_contexts():
         return [int(text.text) for text in group.iter(name("text")) if text.get("class") == "rope"]
 
     drawn = {group.get("aria-label"): ids(group) for group in svg.iter(name("g"))}
-    prompts = context.Prompts(system="sss", intro="i", transition="t")
+    prompts = blocks_lib.Prompts(system="sss", intro="i", transition="t")
     problem = tiny.image(np.random.default_rng(0))
     asked = (tiny.TOKENIZER, prompts, "qq", problem)
-    rows = {"student": context.student(*asked), "teacher": context.teacher(*asked, [problem] * 2)}
+    rows = {
+        "student": blocks_lib.student(*asked),
+        "teacher": blocks_lib.teacher(*asked, [problem] * 2),
+    }
     for role, row in rows.items():
         packed = tiny.pack([row])
         behind = np.asarray(context.following(packed, 4)[0][0])

@@ -18,7 +18,7 @@ import reference
 import tiny
 from opsd_jax import flow, rollout
 from opsd_jax import params as params_lib
-from opsd_jax.context import Image, Latent, Text
+from opsd_jax.blocks import Image, Latent, Text
 from opsd_jax.method_config import RENORMS
 from opsd_jax.model import bagel, masks
 from tiny import DRAWING, TOKENIZER, image, latent

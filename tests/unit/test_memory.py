@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, distill, divergence, rollout, sharding, supervised
 from opsd_jax.method_config import SupervisedConfig
 from opsd_jax.model import bagel
@@ -45,7 +46,7 @@ MODEL = ModelConfig(
 CONFIG = distill.DistillConfig(
     model=MODEL, **tiny.ENDS, divergence=divergence.DivergenceConfig(chunk=CHUNK), ce_weight=0.5
 )
-QUESTION = context.Text(np.arange(3, dtype=np.int32))
+QUESTION = blocks_lib.Text(np.arange(3, dtype=np.int32))
 CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -139,7 +140,7 @@ def test_the_definition_from_logits_does_hold_them():
 
 @pytest.mark.slow
 def test_supervised_steps_never_hold_the_logits_of_more_than_a_chunk():
-    targets = context.Text(np.arange(40, dtype=np.int32), loss=True)
+    targets = blocks_lib.Text(np.arange(40, dtype=np.int32), loss=True)
     batch = context.supervise(
         [[QUESTION, targets]] * ROWS,
         context.Sizes(64, 0, BUDGET),

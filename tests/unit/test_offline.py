@@ -13,6 +13,7 @@ import pytest
 
 import small_run
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, context, distill, marker, offline, sharding, tokenizer, train
 from opsd_jax.data import batches as batches_lib
@@ -103,7 +104,7 @@ def small_batch(rng, count=4, targets=9, k=6):
     blocks, _ = tiny.rows(rng, count)
     lengths = rng.integers(2, targets, count)
     rows = [
-        [*row, context.Text(rng.integers(0, 256, n).astype(np.int32), loss=True)]
+        [*row, blocks_lib.Text(rng.integers(0, 256, n).astype(np.int32), loss=True)]
         for row, n in zip(blocks, lengths)
     ]
     traces = context.supervise(

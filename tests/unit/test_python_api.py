@@ -11,7 +11,8 @@ from PIL import Image
 
 import opsd_jax
 import tiny
-from opsd_jax import context, images, interleave
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import images, interleave
 from opsd_jax.data import examples, schema
 from opsd_jax.evaluation import results
 from opsd_jax.run import answering, session
@@ -152,7 +153,7 @@ def test_examples_are_indexed_sliced_and_shown():
 @pytest.mark.parametrize("sizes", [tiny.MODEL, *tiny.QWEN.values()])
 def test_an_example_and_its_question_alone_are_shown_alike(sizes):
     """Both ways to ask make the same blocks, for towers that merge patches, too."""
-    tower, names = sizes.vit, context.BlockNames()
+    tower, names = sizes.vit, blocks_lib.BlockNames()
     model = interleave.Reasoner(
         sizes,
         {},
@@ -161,7 +162,7 @@ def test_an_example_and_its_question_alone_are_shown_alike(sizes):
         images.Resize(tower.patch_size * tower.merge, 24, 8),
         images.Resize(),
         training=interleave.TrainingContexts(
-            context.Prompts(system="sys", suffix=" Say."), names, images.Transforms()
+            blocks_lib.Prompts(system="sys", suffix=" Say."), names, images.Transforms()
         ),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)

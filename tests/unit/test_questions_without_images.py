@@ -12,7 +12,7 @@ import test_datasets
 from test_blocks import packer, png, prepared, shown
 
 from opsd_jax import tasks
-from opsd_jax.context import BlockNames
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.data import schema, shards, sizes, source_files, tfds_builder

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, distill, images
 from opsd_jax.model import attention, bagel, mot, qwen_vision
 from opsd_jax.model.config import ViTConfig
@@ -30,7 +31,7 @@ def pack(blocks, positions=60, patches=64):
 
 
 def text(*ids):
-    return context.Text(np.array(ids, np.int32), delimited=False)
+    return blocks_lib.Text(np.array(ids, np.int32), delimited=False)
 
 
 def encode(model, packed):
@@ -79,7 +80,7 @@ def test_merge_blocks_must_fit_the_bucket(rng):
         pack([[tiny.merged_image(rng)]], patches=30)
     with pytest.raises(ValueError, match="text with targets, but without the bos and eos"):
         context.supervise(
-            [[context.Text(np.array([1]), loss=True, delimited=False)]],
+            [[blocks_lib.Text(np.array([1]), loss=True, delimited=False)]],
             context.Sizes(4, 0, 4),
             tokenizer=tiny.TOKENIZER,
             side=0,
@@ -88,7 +89,7 @@ def test_merge_blocks_must_fit_the_bucket(rng):
 
 def test_patches_of_merge_blocks_are_put_together_again(rng):
     pixels = rng.integers(0, 256, (24, 40, 3), np.uint8)
-    block = context.image_block(pixels, 4, 2)
+    block = blocks_lib.image_block(pixels, 4, 2)
     assert block.grid == (6, 10) and block.length == 15 + 2
     row, column = images.cells(block.grid, 2)[13, :2]
     own = pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
@@ -294,7 +295,7 @@ def test_completions_are_scored_as_they_are_decoded(family, rng):
 
 
 def test_model_without_grids_of_images_has_positions_of_one_dimension(rng):
-    packed = tiny.pack([[context.Text(np.array([1]))]])
+    packed = tiny.pack([[blocks_lib.Text(np.array([1]))]])
     assert packed.rope_positions.shape == (1, tiny.POSITIONS) and packed.patch_cells is None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import context, rollout, sharding
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
@@ -51,7 +52,7 @@ def sampled():
     """
     params = tiny.params()
     params["llm"]["head"] = params["llm"]["head"].at[:, tiny.TOKENIZER.eos].multiply(3)
-    spelled = [context.MARKER.encode() if n % 2 else b"x" for n in range(256)]
+    spelled = [blocks_lib.MARKER.encode() if n % 2 else b"x" for n in range(256)]
     config = tiny.rollout_config(
         marker=rollout.Marker.build(spelled, 264),
         max_new_tokens=14,
@@ -489,9 +490,9 @@ def chain():
     params["llm"]["norm"] = np.ones(width, np.float32)
 
     blocks = [
-        context.student(
+        blocks_lib.student(
             tokenizer,
-            context.Prompts(system=""),
+            blocks_lib.Prompts(system=""),
             np.array([known + n] * (1 + n % 3)),
             tiny.image(rng, (1 + n % 2, 1)),
         )
@@ -531,7 +532,7 @@ def official_loop(draw, config, spelled):
         rounds.append(generated)
         if skips >= config.max_image_skips or len(generated) >= remaining or budget - len(fed) <= 1:
             break
-        if context.MARKER not in text_of(spelled, generated):
+        if blocks_lib.MARKER not in text_of(spelled, generated):
             break
         fed.append(config.eos)
         skips += 1
@@ -578,11 +579,11 @@ def test_a_banned_marker_is_never_completed(chain):
 
     free, banned = draw(), draw(ban_marker=True)
     drew = np.array(
-        [context.MARKER in text_of(chain.spelled, content(free, row)) for row in range(CHAINS)]
+        [blocks_lib.MARKER in text_of(chain.spelled, content(free, row)) for row in range(CHAINS)]
     )
     assert 20 < drew.sum() < 90 and not banned.num_skips.any()
     for row in range(CHAINS):
-        assert context.MARKER not in text_of(chain.spelled, content(banned, row))
+        assert blocks_lib.MARKER not in text_of(chain.spelled, content(banned, row))
         assert (banned.fed[row].tolist() == free.fed[row].tolist()) == (not drew[row])
 
 

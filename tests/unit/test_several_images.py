@@ -15,9 +15,10 @@ from test_blocks import ASKED, packer, png, prepared, shown
 
 import small_run
 import tiny
-from opsd_jax import context, images, tags
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import images, tags
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.context import BlockNames
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data import __main__ as data
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.data import packing, schema, shards, sizes, source_files, tfds_builder
@@ -82,8 +83,8 @@ def test_two_images_position_by_position():
     """bos 256, eos 257, image 258 ... 259; the images have 1 and 2 patches."""
     rng = np.random.default_rng(0)
     first, second = tiny.image(rng, (1, 1)), tiny.image(rng, (1, 2))
-    prompts = context.Prompts(system="", suffix="!")
-    blocks = context.student(tiny.TOKENIZER, prompts, "a <image> b <image>", [first, second])
+    prompts = blocks_lib.Prompts(system="", suffix="!")
+    blocks = blocks_lib.student(tiny.TOKENIZER, prompts, "a <image> b <image>", [first, second])
     packed = tiny.pack([blocks], positions=16, patches=4)
     a, b, end = map(ord, "ab!")
     assert packed.tokens[0].tolist() == [
@@ -97,7 +98,7 @@ def test_two_images_position_by_position():
     np.testing.assert_array_equal(packed.patches[0, 1:3], second.patches)
     assert (packed.length[0], packed.next_rope_position[0]) == (16, 11)
     with pytest.raises(ValueError, match="the question has 2 places <image> for 1 image"):
-        context.student(tiny.TOKENIZER, prompts, PLACED, first)
+        blocks_lib.student(tiny.TOKENIZER, prompts, PLACED, first)
 
 
 def test_images_are_where_the_places_are():
@@ -111,7 +112,7 @@ def test_images_are_where_the_places_are():
     assert shown(own.blocks(row, "interleaved"))[:6] == asked
     assert shown(own.blocks(row, "reference"))[:9] == [*asked, "look", vt, "now"]
     given = tiny.TOKENIZER, tiny.PROMPTS, PLACED, row.problems
-    assert shown(context.teacher(*given, row.visual_thoughts)) == [*asked, "look", vt, "now"]
+    assert shown(blocks_lib.teacher(*given, row.visual_thoughts)) == [*asked, "look", vt, "now"]
     named = own.named_blocks(row, "student")
     assert [name for name, _ in named] == [
         *("system", "question", "image", "question", "image", "question")
@@ -188,8 +189,8 @@ def test_controls_of_a_question_that_only_the_teacher_has():
     rng = np.random.default_rng(0)
     wanted = [rng.choice(np.arange(256), n).tolist() for n in (2, 2, 1)]
     blocks = own.blocks(row, "teacher", content)
-    assert [b.ids.tolist() for b in blocks[1:] if isinstance(b, context.Text)] == wanted
-    assert patches(b for b in blocks if isinstance(b, context.Image)) == patches(row.problems)
+    assert [b.ids.tolist() for b in blocks[1:] if isinstance(b, blocks_lib.Text)] == wanted
+    assert patches(b for b in blocks if isinstance(b, blocks_lib.Image)) == patches(row.problems)
     content = own.shown(row, "none")
     assert shown(own.blocks(row, "teacher", content)) == ["sys", *patches(row.problems)]
 

@@ -12,7 +12,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from opsd_jax import context, rollout, tokenizer
+from opsd_jax import blocks as blocks_lib
+from opsd_jax import rollout, tokenizer
 
 # Qwen2.5's: its split rule, and the first eleven added tokens in their order (151643 to 151653
 # there).
@@ -35,9 +36,9 @@ ADDED = [
     "<|vision_end|>",
 ]
 CORPUS = [
-    context.SYSTEM_TRAINING,
-    context.INTRO,
-    context.TRANSITION,
+    blocks_lib.SYSTEM_TRAINING,
+    blocks_lib.INTRO,
+    blocks_lib.TRANSITION,
     "<think>the red box is left of the blue "
     "box</think><image_start><image_end><think>so it is B</think>"
     "<answer>B</answer>",
@@ -56,8 +57,8 @@ TEXTS = [
     "\x00\x07 \u200d\u00a0",
     "Ġ Ċ ▁",
     "a <|im_end|><|im_start|> b<|vision_start|>",
-    context.SYSTEM_TRAINING,
-    context.SYSTEM_INFERENCE,
+    blocks_lib.SYSTEM_TRAINING,
+    blocks_lib.SYSTEM_INFERENCE,
 ]
 
 
@@ -387,7 +388,7 @@ def finds(marker, ids) -> bool:
 
 
 def test_marker_across_merged_tokens(tok):
-    alone = tok.encode(context.MARKER).tolist()
+    alone = tok.encode(blocks_lib.MARKER).tolist()
     assert len(alone) > 1
     inside = tok.encode("<think>the red box</think><image_start><image_end>").tolist()
     spelled = [tok.token_bytes[n] for n in inside]
@@ -397,7 +398,7 @@ def test_marker_across_merged_tokens(tok):
     marker = rollout.Marker.build(
         tok.token_bytes, 152_064 // 100
     )  # more rows than tokens, as released
-    assert marker.table.shape == (len(context.MARKER) + 1, 1520)
+    assert marker.table.shape == (len(blocks_lib.MARKER) + 1, 1520)
     assert finds(marker, alone) and finds(marker, inside) and finds(marker, [1519, *inside, 1519])
     for text in ("<image_start", "<image_ start>", "<image_end>", "image_start>", ""):
         assert not finds(marker, tok.encode(text)), text
@@ -424,7 +425,7 @@ def test_system_prompts(tok):
         "Finally conclude with the final answer wrapped in <answer></answer> tags, "
         "i.e.<answer> answer here </answer>.\n"
     )
-    assert context.SYSTEM_TRAINING == training and context.SYSTEM_INFERENCE == inference
+    assert blocks_lib.SYSTEM_TRAINING == training and blocks_lib.SYSTEM_INFERENCE == inference
     seen, shown = tok.encode(training).tolist(), tok.encode(inference).tolist()
     assert tok.decode(seen) == training and tok.decode(shown) == inference
     inner = tok.encode(inference.strip()).tolist()
