@@ -41,6 +41,7 @@ from opsd_jax.run import (
     step_inputs,
     teacher_cache,
 )
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
 from opsd_jax.run.checks import check, check_privileged
@@ -122,7 +123,7 @@ def _report(config: ConfigDict, workdir: str) -> None:
     """Writes table and page of a finished run; prints the table, what it says, and the path."""
     scores = {}
     if "opsd" in config.stages and config.eval.final_split:
-        scores = report_table.collect(workdir, config.run_arms)
+        scores = scores_lib.collect(workdir, config.run_arms)
         report_table.write(workdir, scores, config.run_arms)
         print(report_table.in_terminal(scores, config.run_arms, config))
         for line in report_table.other_arms(workdir, config.run_arms):

@@ -13,6 +13,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, output, overview, selection
 from opsd_jax.evaluation import summary_tables
 from opsd_jax.inputs import cli, paths
+from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 from opsd_jax.runtime import distributed, run_folder, stopping
@@ -169,11 +170,11 @@ def _run(
     else:
         found = overview.measure(diagnosis, folder, model)
     is_own = checkpoint_lib.is_of_run(model, workdir)
-    cautions = report_table.cautions_of(workdir) if is_own else []
+    cautions = cautions_lib.of_run(workdir) if is_own else []
     output.write(folder, found, cautions)
     if args.analysis != "kl":
         summary_tables.write_table(workdir)  # with the answers that were asked for
-    words = [report_table.OF_THE_RUN, *map(report_table.plain, cautions)] if cautions else []
+    words = [cautions_lib.OF_THE_RUN, *map(report_table.plain, cautions)] if cautions else []
     return folder, [*found.words, *words]
 
 

@@ -17,7 +17,7 @@ from opsd_jax import distill, rollout, sharding
 from opsd_jax.diagnose import bootstrap as bootstrap_lib
 from opsd_jax.diagnose import kl_page, official, output
 from opsd_jax.diagnose.selection import Diagnosis
-from opsd_jax.run import report_table
+from opsd_jax.run import cautions as cautions_lib
 
 COMPLETIONS = tuple(kl_page.COMPLETION_TEXTS)
 
@@ -123,7 +123,7 @@ def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output
         title="Closure: how much visual thoughts change what the model says",
         summary=summary,
         parts=lambda: kl_page.parts(diagnosis, summary, found),
-        words=kl_page.in_words(summary, report_table.closures_of(diagnosis.session.workdir)),
+        words=kl_page.in_words(summary, cautions_lib.closures_of(diagnosis.session.workdir)),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import charts, html
-from opsd_jax.run import report_table
+from opsd_jax.run import cautions as cautions_lib
 
 SPANS = {  # parts of an "official" record that are measured again by themselves
     "answer": "The answer with its eos, by which the released script decides "
@@ -70,7 +70,7 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
         heading, text = COMPLETION_TEXTS[kind]
         shown += [html.heading(heading), html.paragraph(text), _table(s)]
         if kind == "data":  # what the closure is to be compared with
-            of_run = report_table.closures_of(diagnosis.session.workdir)
+            of_run = cautions_lib.closures_of(diagnosis.session.workdir)
             shown += [html.paragraph(f"{line}.") for line in of_run]
         for span, text in SPANS.items():
             if s.get(span):
@@ -90,7 +90,7 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
 def in_words(summary: dict, of_run: Sequence[str]) -> list[str]:
     """The closures, one line per kind of completion and task.
 
-    of_run: those in the table of the run, see `report_table.closures_of`; after kind "data".
+    of_run: those in the table of the run, see `cautions_lib.closures_of`; after kind "data".
     """
     lines = []
     for kind, s in summary["completions"].items():

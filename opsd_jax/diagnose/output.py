@@ -10,7 +10,7 @@ import numpy as np
 
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import html
-from opsd_jax.run import report_table
+from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.runtime import files, run_folder
 
 _WEIGHTS = {  # keys of a summary, and what the page calls them
@@ -41,10 +41,10 @@ class Analysis:
 def write(folder: str, analysis: Analysis, cautions: Sequence[str] = ()) -> None:
     """Writes report.html and, last of all, summary.json, by the first process only.
 
-    cautions: of the run, see `report_table.cautions_of`.
+    cautions: of the run, see `cautions_lib.of_run`.
     """
     if jax.process_index() == 0:
-        above = [facts(analysis.summary), html.cautions(cautions, report_table.OF_THE_RUN)]
+        above = [facts(analysis.summary), html.cautions(cautions, cautions_lib.OF_THE_RUN)]
         page = html.page(analysis.title, *above, *analysis.parts())
         files.write(os.path.join(folder, run_folder.PAGE), page)
         write_summary(folder, analysis.summary)

@@ -108,13 +108,13 @@ def key_blocks(mask: Mask, size: int) -> KeyBlocks:
     Args:
       mask: vectors with T = 1. size: keys per block.
     Raises:
-      ValueError: the number of keys is no multiple of it.
+      ValueError: the number of keys is not a multiple of it.
     """
     seen = visible(mask)[:, 0]
     batch, keys = seen.shape
     if keys % size:
         raise ValueError(
-            f"{keys} keys are no multiple of model.key_block={size}: make a cache with as many "
+            f"{keys} keys are not a multiple of model.key_block={size}: make a cache with as many "
             "columns as bagel.cache_columns says"
         )
     unused = ~jnp.any(seen.reshape(batch, -1, size), axis=(0, 2))

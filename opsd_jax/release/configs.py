@@ -436,12 +436,10 @@ def contents(config: ModelConfig, dtype: str = "") -> dict[str, dict[str, Any]]:
     return files
 
 
-def _llm_config(llm: LLMConfig) -> dict[str, Any]:
-    content = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+def decoder_sizes(llm: LLMConfig) -> dict[str, Any]:
+    """The sizes of a decoder, as the config files of all families spell them."""
+    return {
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
         "vocab_size": llm.vocab_size,
         "hidden_size": llm.hidden_size,
         "num_hidden_layers": llm.num_layers,
@@ -450,6 +448,15 @@ def _llm_config(llm: LLMConfig) -> dict[str, Any]:
         "intermediate_size": llm.intermediate_size,
         "rope_theta": llm.rope_theta,
         "rms_norm_eps": llm.rms_norm_eps,
+    }
+
+
+def _llm_config(llm: LLMConfig) -> dict[str, Any]:
+    content = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": False,
+        **decoder_sizes(llm),
     }
     if llm.head_dim * llm.num_heads != llm.hidden_size:
         content["head_dim"] = llm.head_dim

@@ -135,16 +135,8 @@ def contents(config: ModelConfig, dtype: str = "") -> dict[str, dict[str, Any]]:
     content = {
         "architectures": [families.DECODERS[family]],
         "model_type": family,
-        "hidden_act": "silu",
-        "vocab_size": llm.vocab_size,
-        "hidden_size": llm.hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_heads,
-        "num_key_value_heads": llm.num_kv_heads,
-        "intermediate_size": llm.intermediate_size,
-        "rope_theta": llm.rope_theta,
+        **configs.decoder_sizes(llm),
         "rope_scaling": None,
-        "rms_norm_eps": llm.rms_norm_eps,
         "tie_word_embeddings": llm.tied_head,
     }
     if llm.rope_llama3:

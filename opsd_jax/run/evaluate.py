@@ -29,8 +29,9 @@ from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
 from opsd_jax.interleave import Reasoner
+from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import model as model_lib
-from opsd_jax.run import placement, report_table
+from opsd_jax.run import placement
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -457,7 +458,7 @@ def _cautions(job: Job) -> list[str]:
     workdir = job.request.workdir
     if job.config is None or not checkpoint_lib.is_of_run(job.checkpoint, workdir):
         return []
-    return [html.cautions(report_table.cautions_of(workdir), report_table.OF_THE_RUN)]
+    return [html.cautions(cautions_lib.of_run(workdir), cautions_lib.OF_THE_RUN)]
 
 
 def _earlier_summary(folder: str, facts: dict) -> dict:

@@ -14,6 +14,7 @@ from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import charts, html, results
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.inputs import json_files
+from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table, screening
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.report_table import Scores
@@ -44,7 +45,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """Writes W/report.html and returns its path.
 
     Args:
-      shown: what `report_table.collect` returned; {} for a run without a final evaluation.
+      shown: what `scores_lib.collect` returned; {} for a run without a final evaluation.
       arms: control arms of the run that are done.
     """
     config = load_config(workdir)
@@ -75,11 +76,11 @@ def caution_pages(workdir: str) -> None:
 
     The evaluations of a stage are written before the results of the run are complete.
     """
-    cautions = report_table.cautions_of(workdir)
+    cautions = cautions_lib.of_run(workdir)
     for _, page in _found_pages(workdir):
         with open(page, encoding="utf-8") as file:
             before = file.read()
-        after = html.with_cautions(before, cautions, report_table.OF_THE_RUN)
+        after = html.with_cautions(before, cautions, cautions_lib.OF_THE_RUN)
         if after != before:
             files.write(page, after)
 
@@ -100,7 +101,7 @@ def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict
     columns += ["with true visual thoughts %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
-        html.cautions(report_table.cautions(shown, arms, config)),
+        html.cautions(cautions_lib.cautions(shown, arms, config)),
         *(html.paragraph(line) for line in report_table.statements(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),

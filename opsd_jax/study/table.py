@@ -7,7 +7,7 @@ import numpy as np
 
 from opsd_jax.evaluation import html
 from opsd_jax.inputs import checks
-from opsd_jax.run.report_table import FEW
+from opsd_jax.run.cautions import FEW
 from opsd_jax.runtime import files
 from opsd_jax.study.grid import Study
 from opsd_jax.study.scores import START, TEACHER

@@ -27,7 +27,8 @@ from opsd_jax.diagnose import interventions, kl, official, selection
 from opsd_jax.diagnose.bootstrap import bootstrap
 from opsd_jax.evaluation import contexts, html, reference_kl
 from opsd_jax.model import attention, bagel, masks, mot
-from opsd_jax.run import report_table, session
+from opsd_jax.run import cautions as cautions_lib
+from opsd_jax.run import session
 from tiny import MODEL, TOKENIZER
 
 LAST = f"{small_run.LAST:06d}"
@@ -799,9 +800,9 @@ def test_the_terminal_ends_with_the_page(workdir, capsys):
     number = next(n for n, line in enumerate(words) if ", data: K " in line)
     assert words[number].startswith(f"{small_run.TASK}, data: K ")
     assert f" nats, closure {html.fixed(100 * closure, 1)} % (" in words[number]
-    cautions = report_table.cautions_of(str(workdir))
+    cautions = cautions_lib.of_run(str(workdir))
     assert cautions[0].startswith("These numbers mean little")
-    assert words[number + 1] == report_table.OF_THE_RUN
+    assert words[number + 1] == cautions_lib.OF_THE_RUN
     assert words[number + 2 :] == [line.replace("`", "") for line in cautions]
     page = (folder / "report.html").read_text()
     assert page.count('<section class="cautions">') == 1 and f"<strong>{cautions[0]}" in page

@@ -10,6 +10,7 @@ import pytest
 import browser
 import small_run
 from opsd_jax.run import report_table, run_page
+from opsd_jax.run import scores as scores_lib
 
 pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
 
@@ -26,7 +27,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     with open(workdir / "metrics.jsonl", "a") as file:  # one evaluation while it trained
         row = {"step": small_run.LAST - 1, "stage": "opsd", f"eval/{small_run.TASK}/none": 0.5}
         file.write(json.dumps(row) + "\n")
-    scores = report_table.collect(str(workdir), ())
+    scores = scores_lib.collect(str(workdir), ())
     page = workdir / "report.html"
     assert run_page.write(str(workdir), scores, ()) == str(page)
     html = page.read_text()
@@ -68,7 +69,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
 def test_a_long_run_is_not_cautioned():
     def verdict(steps: int, examples: int) -> str:
         config = small_run.config(opsd__steps=steps)
-        shown = {report_table.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
+        shown = {scores_lib.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
         return "\n".join(report_table.verdict(shown, (), config))
 
     assert verdict(200, 200) == (
@@ -111,7 +112,7 @@ def test_a_run_without_a_final_evaluation_has_curves(workdir):
 @browser.needs_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(workdir, tmp_path, width):
-    run_page.write(str(workdir), report_table.collect(str(workdir), ()), ())
+    run_page.write(str(workdir), scores_lib.collect(str(workdir), ()), ())
     page = workdir / "report.html"
     pixels = browser.screenshot(page, tmp_path, width, 3000)
     assert pixels.shape == (3000, width)

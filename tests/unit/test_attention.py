@@ -125,7 +125,7 @@ def test_which_blocks_of_keys_are_read():
     blocks = masks.key_blocks(mask, 3)
     assert blocks.order.tolist() == [0, 3, 1, 2] and int(blocks.used) == 2 and blocks.size == 3
     np.testing.assert_array_equal(blocks.seen, segment > 0)
-    with pytest.raises(ValueError, match="12 keys are no multiple of model.key_block=5"):
+    with pytest.raises(ValueError, match="12 keys are not a multiple of model.key_block=5"):
         masks.key_blocks(mask, 5)
 
 

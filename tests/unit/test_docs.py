@@ -27,6 +27,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check, context
 from opsd_jax.__main__ import COMMANDS
 from opsd_jax.run import report_table
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.study import grid
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -431,7 +432,7 @@ def run(tmp_path_factory):
     """What the pages call W and /tmp/opsd-mini: a finished run, and the commands done on it."""
     workdir = tmp_path_factory.mktemp("docs") / "run"
     shutil.copytree(small_run.trained(tmp_path_factory), workdir)
-    report_table.write(str(workdir), report_table.collect(str(workdir), ()), ())
+    report_table.write(str(workdir), scores_lib.collect(str(workdir), ()), ())
     return workdir, set()
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 import small_run
+from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table
+from opsd_jax.run import scores as scores_lib
 
 TASK, OTHER = "Dots", "Lines"
 
@@ -15,11 +17,11 @@ def scores(share, low=0.0, *, n=500, **more):
 def table(*, teacher, trained, arms=(), start=None, arm=None):
     """A table; arm: the scores of each arm."""
     shown = {
-        report_table.TEACHER: teacher,
-        **({report_table.START: start} if start else {}),
-        report_table.TRAINED: trained,
-        **{report_table.arm_label(name): arm or scores(0.2) for name in arms},
-        report_table.BASELINE: {
+        scores_lib.TEACHER: teacher,
+        **({scores_lib.START: start} if start else {}),
+        scores_lib.TRAINED: trained,
+        **{scores_lib.arm_label(name): arm or scores(0.2) for name in arms},
+        scores_lib.BASELINE: {
             task: {"overall": 0.3, "n": 500, "answer": "red"} for task in trained
         },
     }
@@ -32,7 +34,7 @@ def verdict(**given):
 
 
 def cautions(**given):
-    return report_table.cautions(*table(**given))
+    return cautions_lib.cautions(*table(**given))
 
 
 def test_a_good_run_is_not_cautioned():
@@ -100,8 +102,8 @@ def test_a_start_that_asks_for_images():
     (line,) = cautions(**given, start=scores(0.8, image_skip_rate=0.95))
     assert "gains" not in line
     shown, *rest = table(**given, start=scores(0.4, image_skip_rate=0.95))
-    shown[report_table.START_BANNED] = scores(0.3)
-    (line,) = report_table.cautions(shown, *rest)
+    shown[scores_lib.START_BANNED] = scores(0.3)
+    (line,) = cautions_lib.cautions(shown, *rest)
     assert "--ban_marker" not in line  # its row is there
 
 
@@ -157,8 +159,8 @@ def test_few_different_answers_are_named():
     """81 and 47 of 128 answers are two of the five that make up 90 % of the right ones."""
     given = ["n6"] * 81 + ["n7"] * 47
     right = ["n5"] * 34 + ["n6"] * 29 + ["n7"] * 26 + ["n4"] * 22 + ["n8"] * 10 + ["n3"] * 7
-    assert report_table._common(given) == ["n6", "n7"]  # 81 of 128 are 63 %
-    assert len(report_table._common(right)) == 5  # four are 111, 87 %; five 121, 95 %
+    assert scores_lib._common(given) == ["n6", "n7"]  # 81 of 128 are 63 %
+    assert len(scores_lib._common(right)) == 5  # four are 111, 87 %; five 121, 95 %
 
     def found(answers, right=5):
         common = {"given": answers, "right": right}
@@ -214,7 +216,7 @@ def test_finished_arms_that_are_not_in_the_table_are_named(tmp_path, monkeypatch
     for name in ("image", "swap", "noise"):
         (tmp_path / "arms" / name).mkdir(parents=True)
     done = {str(tmp_path / "arms" / name): str(tmp_path) for name in ("image", "swap")}
-    monkeypatch.setattr(report_table, "_last_summary", lambda folder: done.get(folder, ""))
+    monkeypatch.setattr(report_table, "last_summary", lambda folder: done.get(folder, ""))
     (line,) = report_table.other_arms(str(tmp_path), ("image",))
     assert line.startswith("Not shown: the finished arms swap, which") and "noise" not in line
     assert "--config.run_arms=\"('image', 'swap',)\" shows all" in line

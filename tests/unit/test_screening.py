@@ -23,6 +23,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.prepare import prepare
 from opsd_jax.model import bagel
 from opsd_jax.run import report_table, run_page, screening, session, stage_table
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.runtime import files
 from opsd_jax.runtime.stopping import Stopped
 
@@ -482,7 +483,7 @@ def test_reports_say_what_was_left_out(tmp_path):
         f"arm other: {expected.replace('600', '700').replace('399', '299')}",
     ]
     row = {"overall": 0.5, "n": 10, "interval_95": (0.2, 0.8), "mean_output_tokens": 3.0}
-    shown = {report_table.TRAINED: {TASK: row}}
+    shown = {scores_lib.TRAINED: {TASK: row}}
     assert f"- {expected}" in report_table.write(str(tmp_path), shown, ()).splitlines()
     page = "".join(run_page._screening(str(tmp_path), arms))
     assert "600" in page and "arm other" in page and "−0.1250" in page and "arm off" not in page

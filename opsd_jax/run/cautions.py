@@ -1,0 +1,257 @@
+"""Why the numbers of a run mean less than they seem to."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax.data.workdir import load_config
+from opsd_jax.run.scores import (
+    BASELINE,
+    MOST,
+    START,
+    START_BANNED,
+    TEACHER,
+    TRAINED,
+    Scores,
+    arm_label,
+    collect,
+    content_controls,
+    last_summary,
+    percent,
+)
+from opsd_jax.runtime import run_folder
+
+OF_THE_RUN = "Cautions of the run, from its own results (W/report.md):"  # on other pages
+
+# From where on a number is worth a caution.
+FEW = 200  # steps of a stage, or test examples: with fewer, 95 % intervals reach 7 points each way
+_FEW_ANSWERS = 0.5  # of as many different answers as the right ones are: half of them never come
+_CUT = 0.1  # of the answers: as many may be wrong for that reason alone
+_NEAR = 0.1  # between two closures: their own intervals are up to so wide (docs/results.md)
+
+
+def cautions(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """Why the numbers mean less than they seem to, a line each; [] where nothing speaks for it.
+
+    What holds for the whole run comes first, once. Where a run has several tasks, every other line
+    begins with the name of its task.
+    """
+    trained = shown[TRAINED]
+    lines: list[str] = []
+    few = [task for task, b in trained.items() if min(config.opsd.steps, b["n"]) < FEW]
+    if len(few) == len(trained):
+        lines.append(_too_short(config, sorted({b["n"] for b in trained.values()})))
+    for task, b in trained.items():
+        found = [
+            *([_too_short(config, [b["n"]])] if task in few and len(few) < len(trained) else []),
+            *_teacher_knows_little(shown, task),
+            *reads_worse(shown, task),
+            *_like_a_control(shown, task, arms, config),
+            *_closure_without_content(shown, task, arms, config),
+            *_start_asks(shown, task, config),
+            *_hardly_differing(shown, task),
+            *_cut_off(shown, task, config),
+        ]
+        lines += [f"{task}: {line}" for line in found] if len(trained) > 1 else found
+    return lines
+
+
+def _too_short(config: ConfigDict, counts: Sequence[int]) -> str:
+    examples = " and ".join(map(str, counts))
+    return (
+        "These numbers mean little: a run this short shows that everything works "
+        f"({config.opsd.steps} OPSD steps, {examples} test examples)."
+    )
+
+
+def _teacher_knows_little(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where the interval of the teacher reaches down to what one answer to all would get."""
+    always, teacher = (
+        shown.get(BASELINE, {}).get(task),
+        shown.get(TEACHER, {}).get(task),
+    )
+    if not (always and teacher and teacher["interval_95"][0] <= always["overall"]):
+        return []
+    return [
+        "The teacher is not clearly better than the most frequent answer: it has little to teach. "
+        "Train the warm-up longer, or look at its answers."
+    ]
+
+
+def reads_worse(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where the intervals before and after training, with true visual thoughts, do not overlap."""
+    before, after = (
+        shown.get(TEACHER, {}).get(task),
+        shown[TRAINED][task].get("real"),
+    )
+    if not (before and after and after["interval_95"][1] < before["interval_95"][0]):
+        return []
+    return [
+        "Training made the model worse at reading true visual thoughts: with them the same weights "
+        f"now answer {percent(after)}, before OPSD {percent(before)}."
+    ]
+
+
+def _closure_without_content(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> list[str]:
+    """Where a control, whose teacher saw other content, has nearly the closure of OPSD."""
+    own = shown[TRAINED][task].get("closure")
+    if own is None:
+        return []
+    found = {
+        arm: shown[arm_label(arm)][task].get("closure") for arm in content_controls(arms, config)
+    }
+    near = [
+        f"{arm} {100 * closure:.0f} %"
+        for arm, closure in found.items()
+        if closure is not None and own - closure < _NEAR
+    ]
+    if not near:
+        return []
+    return [
+        "The closure shows nothing about the content of visual thoughts: it is "
+        f"{100 * own:.0f} %, and nearly so where the teacher saw other content ({', '.join(near)})."
+    ]
+
+
+def _like_a_control(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> list[str]:
+    """Where OPSD is not clearly better than the best arm whose teacher saw other content.
+
+    The 95 % interval of the difference of two independent shares of the same number of questions
+    reaches 0. The answers are to the same questions, so the true interval is narrower at most.
+    """
+    others = {arm: shown[arm_label(arm)][task] for arm in content_controls(arms, config)}
+    if not others:
+        return []
+    name, best = max(others.items(), key=lambda pair: pair[1]["overall"])
+    own = shown[TRAINED][task]
+    lift = own["overall"] - best["overall"]
+    reach = 1.96 * math.sqrt(
+        sum(b["overall"] * (1 - b["overall"]) / max(b["n"], 1) for b in (own, best))
+    )
+    if lift > reach:
+        return []
+    return [
+        f"OPSD is not clearly better than the control {name}, whose teacher saw other content: "
+        f"{percent(own)} and {percent(best)}, {100 * lift:.1f} points apart, where chance alone "
+        f"makes up to {100 * reach:.1f}."
+    ]
+
+
+def _cut_off(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
+    """Where many answers of the trained student did not end within the budget."""
+    share = 1 - shown[TRAINED][task].get("eos_rate", 1)
+    if share < _CUT:
+        return []
+    budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    return [
+        f"{100 * share:.0f} % of the student's answers are cut off at {budget} tokens "
+        "(`rollout.max_new_tokens`, of evaluations `eval.max_new_tokens`): raise it, or look at "
+        "them; `python -m opsd_jax.data sizes` says what the text traces need."
+    ]
+
+
+def _start_asks(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
+    """Where nearly all answers of the start without visual thoughts ask for an image."""
+    start = shown.get(START, {}).get(task, {})
+    share = start.get("image_skip_rate", 0)
+    if share < MOST:
+        return []
+    line = (
+        f"The start asks for an image in {100 * share:.0f} % of its text-only answers, and gets "
+        "none."
+    )
+    if shown[TRAINED][task]["overall"] > start["overall"]:
+        line = f"{line[:-1]}: a part of what OPSD gains over it may be the format."
+    if START_BANNED not in shown:
+        ends = config_lib.stage_ends(config)
+        step = max([ends[stage] for stage in ends if ends[stage] < ends["opsd"]], default=0)
+        line += (
+            f" `eval --checkpoint=W/checkpoints/{step} --ban_marker` shows what it answers where "
+            "it cannot ask."
+        )
+    return [line]
+
+
+def _hardly_differing(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Whose answers hardly depend on the question."""
+    nothing: list[str] = []
+    same: list[str] = []
+    few: list[str] = []
+    right = 0
+    for who, tasks in shown.items():
+        b = tasks.get(task, {})
+        most, common = b.get("most_given"), b.get("common")
+        if most and most["share"] >= MOST:
+            share = f"{100 * most['share']:.0f} % of them"
+            if most["answer"] is None:
+                nothing.append(f"{who}, {share}")
+            else:
+                same.append(f"{who}, `{most['answer']}` to {share}")
+        elif common and 1 < len(common["given"]) <= _FEW_ANSWERS * common["right"]:
+            few.append(f"{who}, {' and '.join(f'`{answer}`' for answer in common['given'])}")
+            right = common["right"]
+    lines = []
+    if nothing:
+        lines.append(
+            f"No answer was found in nearly all texts of: {'; '.join(nothing)}. An answer stands "
+            "between <answer> and </answer>."
+        )
+    if same:
+        lines.append(
+            f"The same answer to nearly all questions: {'; '.join(same)}. Such an accuracy shows "
+            "how often that answer is right, not what was learned; a closure beside it says little."
+        )
+    if few:
+        lines.append(
+            f"The same few answers to nearly all questions: {'; '.join(few)}. Of the right answers "
+            f"it takes {right} to cover as many. Questions with another right answer are missed."
+        )
+    return lines
+
+
+# --- for other pages -----------------------------------------------------------------------------
+
+
+def of_run(workdir: str) -> list[str]:
+    """The cautions of a run with the arms in its run_arms that are done, for other pages.
+
+    [] while its results are not complete, or where it has no OPSD stage.
+    """
+    shown, arms = _finished(workdir)
+    return cautions(shown, arms, load_config(workdir)) if shown else []
+
+
+def closures_of(workdir: str) -> list[str]:
+    """A line for each task with the closures of a run and of its arms that are done.
+
+    [] where none was measured for an arm: there is nothing to compare.
+    """
+    shown, arms = _finished(workdir)
+    lines = []
+    for task in shown.get(TRAINED, {}):
+        rows = {"OPSD": TRAINED} | {f"arm {arm}": arm_label(arm) for arm in arms}
+        found = {name: shown[row][task].get("closure") for name, row in rows.items()}
+        measured = [f"{name} {100 * x:.0f} %" for name, x in found.items() if x is not None]
+        if len(measured) > 1:
+            lines.append(f"{task}, closures in the run's table: {', '.join(measured)}")
+    return lines
+
+
+def _finished(workdir: str) -> tuple[dict[str, Scores], list[str]]:
+    """(what `collect` returns, the arms in it) of a run; ({}, []) while results are missing."""
+    config = load_config(workdir)
+    if "opsd" not in config.stages or not config.eval.final_split:
+        return {}, []
+    folders = {arm: run_folder.arm(workdir, arm) for arm in config.run_arms}
+    arms = [arm for arm, folder in folders.items() if os.path.exists(last_summary(folder))]
+    try:
+        return collect(workdir, arms), arms
+    except (FileNotFoundError, ValueError):  # a page of one result must not fail for another one
+        return {}, []

@@ -1,0 +1,156 @@
+"""Scores of a finished run and of its control arms, read from its evaluations."""
+
+import collections
+import os
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from opsd_jax import config as config_lib
+from opsd_jax.data.workdir import load_config
+from opsd_jax.evaluation import results
+from opsd_jax.runtime import run_folder
+
+Scores = dict[str, dict]
+"""{task: scores}"""
+# Whose answers a row of the table holds.
+TEACHER = "teacher: start, with true visual thoughts"
+START = "start, text only"
+START_BANNED = "start, text only, `<image_start>` banned"
+TRAINED = "OPSD, text only"
+BASELINE = "always the most frequent answer"
+# Final evaluations of a run's start, and the names of their results.
+_STARTS = {TEACHER: "real", START: "none", START_BANNED: "none-banned"}
+_SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
+_RATES = ("image_skip_rate", "eos_rate")
+
+# Share of the questions: what is left can hardly change an accuracy.
+MOST = 0.9
+
+
+def arm_label(name: str) -> str:
+    """Label of the row of a control arm."""
+    return f"arm {name}, text only"
+
+
+def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
+    """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
+
+    And of the answer that is expected most often, given to every question: it is right where the
+    expected answer equals it (where a task accepts several answers, it may be right more often).
+
+    Raises:
+      FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
+    """
+    start = config_lib.start_of(load_config(workdir), "opsd")
+    shown = {
+        what: _scores(workdir, start, name)
+        for what, name in _STARTS.items()
+        if os.path.exists(_summary_path(workdir, start, name))
+    }
+    shown[TRAINED] = _trained_scores(workdir)
+    for arm in arms:
+        shown[arm_label(arm)] = _trained_scores(run_folder.arm(workdir, arm))
+    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    shown[BASELINE] = {}
+    for task, predictions in _predictions(workdir, last, "none").items():
+        answer, share = _most_frequent([p["expected"] for p in predictions])
+        shown[BASELINE][task] = {"overall": share, "n": len(predictions), "answer": answer}
+    return shown
+
+
+def last_summary(workdir: str) -> str:
+    """The scores of the final evaluation of a run, or of an arm; "" where there is no run."""
+    if not os.path.exists(run_folder.config(workdir)):
+        return ""
+    return _summary_path(workdir, max(config_lib.stage_ends(load_config(workdir)).values()), "none")
+
+
+def content_controls(arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """The arms without those that have another objective: they control what the teacher sees."""
+    return [arm for arm in arms if "stages" not in config.arms[arm]]
+
+
+def _trained_scores(workdir: str) -> Scores:
+    """The final scores of a run, or of a control arm.
+
+    If it was measured, with the KL to the teacher before and after the stage, and the part of it
+    that training removed (the closure).
+    """
+    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    scores = _scores(workdir, last, "none")
+    path = _summary_path(workdir, last, "kl")
+    if os.path.exists(path):
+        for task, kl in results.read_summary(path)["tasks"].items():
+            scores[task] |= {
+                "kl": kl["after"],
+                "kl_before": kl["before"],
+                "closure": kl["closure"],
+            }
+    return scores
+
+
+def _summary_path(workdir: str, step: int, name: str) -> str:
+    """The scores of an evaluation of the run's checkpoint of a step."""
+    return os.path.join(
+        run_folder.evaluation(workdir, run_folder.evaluation_name(step, name)), run_folder.SUMMARY
+    )
+
+
+def _scores(workdir: str, step: int, name: str) -> Scores:
+    """Scores of a final evaluation.
+
+    Those without visual thoughts also have `real`: how the same weights answer with the true ones.
+    """
+    found = _read(workdir, step, name)
+    if name == "none" and os.path.exists(_summary_path(workdir, step, "real")):
+        for task, b in _read(workdir, step, "real").items():
+            found[task]["real"] = {key: b[key] for key in ("overall", "interval_95")}
+    return found
+
+
+def _read(workdir: str, step: int, name: str) -> Scores:
+    summary = results.read_summary(_summary_path(workdir, step, name))
+    found = {task: {key: b[key] for key in _SHOWN} for task, b in summary["benchmarks"].items()}
+    for task, predictions in _predictions(workdir, step, name).items():
+        given = [p["answer"] for p in predictions]
+        answer, share = _most_frequent(given)
+        found[task]["most_given"] = {"answer": answer, "share": share}
+        if any(answer is not None for answer in given):
+            found[task]["common"] = {
+                "given": _common([answer for answer in given if answer is not None]),
+                "right": len(_common([p["expected"] for p in predictions])),
+            }
+        measured = summary["benchmarks"][task]
+        found[task] |= {key: measured[key] for key in _RATES if key in measured}
+    return found
+
+
+def _predictions(workdir: str, step: int, name: str) -> dict[str, list[dict]]:
+    """{task: predictions} of a final evaluation."""
+    folder, found = os.path.dirname(_summary_path(workdir, step, name)), {}
+    for prediction in results.read_predictions(folder):
+        found.setdefault(prediction["benchmark"], []).append(prediction)
+    return found
+
+
+def _most_frequent(answers: Sequence[str | None]) -> tuple[str | None, float]:
+    """(the most frequent of some answers, its share)."""
+    ((answer, count),) = collections.Counter(answers).most_common(1)
+    return answer, count / len(answers)
+
+
+def _common(answers: Sequence[str]) -> list[str]:
+    """The fewest different answers that make up `MOST` of some, the most frequent first."""
+    needed, common = MOST * len(answers), []
+    for answer, count in collections.Counter(answers).most_common():
+        if needed <= 0:
+            break
+        common.append(answer)
+        needed -= count
+    return common
+
+
+def percent(b: dict) -> str:
+    """The accuracy of scores, as text."""
+    return f"{100 * b['overall']:.1f} %"
