@@ -81,9 +81,9 @@ run() {
     echo "$(hostname): runs already, log in opsd/log.txt"
     return
   fi
-  mount_bucket || exit 1
   exec 9> run.lock
   flock -w 5 9 || fail "another command is being started here"
+  mount_bucket || exit 1  # with the lock: of two at once, each would unmount the bucket of the other
   rm -f run.code run.stop run.pid
   echo "$words" > run.command
   export PATH=$PWD/venv/bin:$PATH RESTARTS
