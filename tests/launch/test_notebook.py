@@ -1,5 +1,7 @@
 """The Colab notebook: its cells are run without the installation, as a program or one by one."""
 
+import ast
+import importlib
 import json
 import os
 import pathlib
@@ -53,6 +55,28 @@ def test_compiles_and_carries_no_output():
     assert found == ["settings", "checkout", "accelerator", "install", "devices", "workdir"]
     assert NOTEBOOK["nbformat"] == 4
     assert NOTEBOOK["cells"][0]["cell_type"] == "markdown" and len(cells("markdown")) >= 8
+
+
+def test_what_it_uses_of_the_package_exists():
+    """Linters and the type checker do not read notebooks, and only a slow test runs the cells."""
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells("code")))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("opsd_jax"):
+            for alias in node.names:
+                package = importlib.import_module(node.module)
+                if not hasattr(package, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                modules[alias.asname or alias.name] = getattr(package, alias.name)
+    used = [
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+    ]
+    assert {name for name, _ in used} == set(modules)
+    assert [use for use in used if not hasattr(modules[use[0]], use[1])] == []
 
 
 def test_leaves_the_environment_alone():
