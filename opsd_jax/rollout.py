@@ -40,7 +40,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, Shaped
 
 from opsd_jax import params as params_lib
 from opsd_jax import sharding
@@ -443,105 +443,172 @@ def _result(out: Completions) -> Trajectory | tuple[Trajectory, Float32[Array, "
 # --- the queue -----------------------------------------------------------------------------------
 
 
-def _sample_queue(params, context, rng, config, return_logits):
-    """`sample` with fewer lanes than sequences.
+class _Shares(NamedTuple):
+    """How a queue is divided over the D batch shards; all are numbers of one shard but `shards`.
 
-    Until all sequences are done, it admits sequences to free lanes, then decodes until enough lanes
-    are free again. Each shard has b = B / D lanes and q = Q / D sequences, and admits up to g
-    sequences at a time.
+    shards: D. sequences: q = Q / D. lanes: b = B / D. group: g, sequences admitted at a time.
     """
-    model, budget = config.model, config.max_new_tokens
-    (queued, size), shards, batch = context.limit.shape, config.shards, config.slots
+
+    shards: int
+    sequences: int
+    lanes: int
+    group: int
+
+    @property
+    def first(self) -> Int[Array, "D 1"]:
+        """Number of each shard's first sequence."""
+        return jnp.arange(self.shards)[:, None] * self.sequences
+
+
+def _shares(queued: int, config: RolloutConfig) -> _Shares:
+    """Raises ValueError if the `queued` sequences do not divide into config.shards."""
+    shards = config.shards
     if queued % shards:
         raise ValueError(
             f"{queued} sequences cannot be shared by the {shards} batch shards of rollout.shards: "
             "make their number a multiple of it"
         )
-    waiting, own, group = queued // shards, batch // shards, min(config.group, batch) // shards
-    first = jnp.arange(shards)[:, None] * waiting  # number of a shard's first sequence
-    pick = jax.vmap(lambda x, at: x[at])  # [D, n, ..], [D, g] -> [D, g, ..]
-    put = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
-    step = functools.partial(_step, params, rng, config, size)
+    group = min(config.group, config.slots) // shards
+    return _Shares(shards, queued // shards, config.slots // shards, group)
 
-    def split(x, n):
-        return x.reshape(shards, n, *x.shape[1:])
 
-    def join(x):
-        return x.reshape(-1, *x.shape[2:])
+def _split(x: Shaped[Array, "Dn ..."], shards: int) -> Shaped[Array, "D n ..."]:
+    return x.reshape(shards, -1, *x.shape[1:])
 
-    def left(queue):
-        return waiting - queue.next  # [D], sequences that wait
 
-    def harvest(queue):
-        """Copies the lanes' completions; a sequence that is not done is copied again later."""
-        # the number of the sequence in an empty lane is Q or more, so that it is dropped
-        at = split(queue.lanes.sequence, own) - first
-        at = jnp.where((at >= 0) & (at < waiting), at, waiting)
-        return jax.tree.map(
-            lambda x, new: join(put(split(x, waiting), at, split(new, own))),
-            queue.results,
-            queue.lanes.completions,
-        )
+def _join(x: Shaped[Array, "D n ..."]) -> Shaped[Array, "Dn ..."]:
+    return x.reshape(-1, *x.shape[2:])
 
-    @jax.named_scope("admit")
-    def admit(queue):
-        """Takes up to `group` sequences per shard into free lanes."""
-        lanes, results, free = queue.lanes, harvest(queue), split(queue.lanes.done, own)
-        lane = jnp.argsort(~free, axis=1)[:, :group]  # stable: free lanes first
-        number = queue.next[:, None] + jnp.arange(group)
-        takes = jnp.take_along_axis(free, lane, axis=1) & (number < waiting)
-        lane = jnp.where(takes, lane, own)  # out of bounds: dropped
+
+def _put(
+    x: Shaped[Array, "Dn ..."], at: Int[Array, "D m"], values: Shaped[Array, "Dm ..."]
+) -> Shaped[Array, "Dn ..."]:
+    """Writes `values` at the places `at` of each shard's part; n and more are dropped.
+
+    shards 2, x [a b c | d e f], at [[2], [0]], values [u | v]  ->  [a b u | v e f]
+    """
+    write = jax.vmap(lambda part, at, value: part.at[at].set(value, mode="drop"))
+    return _join(write(_split(x, at.shape[0]), at, _split(values, at.shape[0])))
+
+
+def _sample_queue(
+    params: dict,
+    context: Context,
+    rng: PRNGKeyArray,
+    config: RolloutConfig,
+    return_logits: bool,
+) -> Trajectory | tuple[Trajectory, Float32[Array, "Q F V"]]:
+    """`sample` with fewer lanes than sequences.
+
+    Until all sequences are done, it admits sequences to free lanes, then decodes until enough lanes
+    are free again.
+    """
+    (queued, size), batch = context.limit.shape, config.slots
+    shares = _shares(queued, config)
+
+    def decode(queue: Queue) -> Queue:
+        return dataclasses.replace(queue, lanes=_step(params, rng, config, size, queue.lanes))
+
+    def admit(queue: Queue) -> Queue:
+        lane, number = _admissible(queue, shares)
         some = jax.tree.map(
-            lambda x: join(pick(split(jnp.asarray(x), waiting), jnp.minimum(number, waiting - 1))),
+            lambda x: _take(jnp.asarray(x), jnp.minimum(number, shares.sequences - 1)),
             context,
         )
-        with jax.named_scope("prefill"):
-            _, read = bagel.read(
-                params,
-                some,
-                config=model,
-                cache=bagel.init_cache(shards * group, size, config=model),
-                key_segment=some.segment,
-            )
-        new = _begin(join(first + number), some, config, return_logits)
+        new = _prefilled(params, some, _join(shares.first + number), config, return_logits)
+        return Queue(
+            _with_new(queue.lanes, new, lane),
+            queue.next + (lane < shares.lanes).sum(axis=1),
+            _harvest(queue, shares),
+        )
 
-        def taken(x, value):
-            return join(put(split(x, own), lane, split(value, group)))
-
-        names = (field.name for field in dataclasses.fields(Lanes))
-        updates = {
-            name: jax.tree.map(taken, getattr(lanes, name), getattr(new, name))
-            for name in names
-            if name not in ("step", "cache")
-        }
-        cache = jax.tree.map(lambda x, value: _put_keys(x, value, lane), lanes.cache, read)
-        lanes = dataclasses.replace(lanes, **updates, cache=cache)
-        return Queue(lanes, queue.next + takes.sum(axis=1), results)
-
-    def decodes(queue):
-        """Whether to decode without new sequences: a shard that has some lacks free lanes."""
-        wanted, done = jnp.minimum(group, left(queue)), queue.lanes.done
-        free = split(done, own).sum(axis=1)  # [D]
-        return ~jnp.all(done) & ((wanted.sum() == 0) | jnp.any(free < wanted))
-
-    def decode(queue):
-        return dataclasses.replace(queue, lanes=step(queue.lanes))
-
+    # Lanes without a sequence: their number is none of the Q, so that nothing is kept of them.
     empty = jax.tree.map(lambda x: jnp.repeat(x[:1], batch, axis=0), context)
+    columns = bagel.cache_columns(size + config.max_new_tokens, config=config.model)
     lanes = dataclasses.replace(
         _begin(jnp.full(batch, queued), empty, config, return_logits),
         done=jnp.ones(batch, bool),
-        cache=bagel.init_cache(
-            batch, bagel.cache_columns(size + budget, config=model), config=model
-        ),
+        cache=bagel.init_cache(batch, columns, config=config.model),
     )
     results = jax.tree.map(lambda x: jnp.zeros((queued, *x.shape[1:]), x.dtype), lanes.completions)
     queue = jax.lax.while_loop(
-        lambda queue: ~jnp.all(queue.lanes.done) | jnp.any(left(queue) > 0),
-        lambda queue: jax.lax.while_loop(decodes, decode, admit(queue)),
-        Queue(lanes, jnp.zeros(shards, jnp.int32), results),
+        lambda queue: ~jnp.all(queue.lanes.done) | jnp.any(queue.next < shares.sequences),
+        lambda queue: jax.lax.while_loop(
+            functools.partial(_keeps_decoding, shares=shares), decode, admit(queue)
+        ),
+        Queue(lanes, jnp.zeros(shares.shards, jnp.int32), results),
     )
-    return _result(harvest(queue))
+    return _result(_harvest(queue, shares))
+
+
+def _harvest(queue: Queue, shares: _Shares) -> Completions:
+    """The results with the lanes' completions. One that is not done is copied again later."""
+    at = _split(queue.lanes.sequence, shares.shards) - shares.first
+    at = jnp.where((at >= 0) & (at < shares.sequences), at, shares.sequences)  # dropped
+    return jax.tree.map(lambda x, new: _put(x, at, new), queue.results, queue.lanes.completions)
+
+
+def _admissible(queue: Queue, shares: _Shares) -> tuple[Int[Array, "D g"], Int[Array, "D g"]]:
+    """Which lane takes which sequence next, up to g per shard.
+
+    Returns:
+      lane: int32 [D, g], lane within the shard; b where none is free or no sequence waits.
+      number: int32 [D, g], sequence within the shard; q and more where none waits.
+    """
+    free = _split(queue.lanes.done, shares.shards)
+    lane = jnp.argsort(~free, axis=1)[:, : shares.group]  # stable: free lanes first
+    number = queue.next[:, None] + jnp.arange(shares.group)
+    takes = jnp.take_along_axis(free, lane, axis=1) & (number < shares.sequences)
+    return jnp.where(takes, lane, shares.lanes), number
+
+
+def _take(x: Shaped[Array, "Q ..."], at: Int[Array, "D g"]) -> Shaped[Array, "Dg ..."]:
+    """What stands at the places `at` of each shard's part."""
+    return _join(jax.vmap(lambda part, at: part[at])(_split(x, at.shape[0]), at))
+
+
+@jax.named_scope("admit")
+def _prefilled(
+    params: dict,
+    context: Context,
+    numbers: Int[Array, " Dg"],
+    config: RolloutConfig,
+    return_logits: bool,
+) -> Lanes:
+    """Lanes of new sequences, with the keys of their contexts [L, Dg, T, K, h] as the cache."""
+    count, size = context.limit.shape
+    with jax.named_scope("prefill"):
+        _, keys = bagel.read(
+            params,
+            context,
+            config=config.model,
+            cache=bagel.init_cache(count, size, config=config.model),
+            key_segment=context.segment,
+        )
+    return dataclasses.replace(_begin(numbers, context, config, return_logits), cache=keys)
+
+
+@jax.named_scope("admit")
+def _with_new(lanes: Lanes, new: Lanes, lane: Int[Array, "D g"]) -> Lanes:
+    """`lanes` with `new` in the places `lane`; b and more are dropped. The steps go on."""
+    updates = {
+        field.name: jax.tree.map(
+            lambda x, value: _put(x, lane, value),
+            getattr(lanes, field.name),
+            getattr(new, field.name),
+        )
+        for field in dataclasses.fields(Lanes)
+        if field.name not in ("step", "cache")
+    }
+    cache = jax.tree.map(lambda x, value: _put_keys(x, value, lane), lanes.cache, new.cache)
+    return dataclasses.replace(lanes, **updates, cache=cache)
+
+
+def _keeps_decoding(queue: Queue, shares: _Shares) -> Bool[Array, ""]:
+    """Whether to decode without new sequences: a shard that has some lacks free lanes."""
+    wanted = jnp.minimum(shares.group, shares.sequences - queue.next)  # [D]
+    free = _split(queue.lanes.done, shares.shards).sum(axis=1)
+    return ~jnp.all(queue.lanes.done) & ((wanted.sum() == 0) | jnp.any(free < wanted))
 
 
 def _put_keys(
