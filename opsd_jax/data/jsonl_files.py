@@ -202,10 +202,20 @@ def _keys(line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, one in memory at a time. Raises BadSourceError."""
+    """The lines of a file, one in memory at a time, without empty ones at its end.
+
+    Raises BadSourceError.
+    """
+    empty = []
     try:
         with open(path, "rb") as file:
-            yield from file
+            for line in file:
+                if not line.strip():
+                    empty.append(line)
+                    continue
+                yield from empty
+                empty.clear()
+                yield line
     except OSError as error:
         raise schema.BadSourceError(f"{path} cannot be read ({error})") from error
 

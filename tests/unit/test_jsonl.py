@@ -260,6 +260,14 @@ def test_bad_lines(tmp_path, good, bad):
     assert [e.pid for e in open_source(tmp_path / "out", task="T")] == [good["pid"]] * 2
 
 
+def test_empty_lines_at_the_end(tmp_path):
+    """An editor adds them; one between two lines is a fault (above)."""
+    path = write(tmp_path / "T", NAMED)
+    path.write_bytes(path.read_bytes() + b"\n  \r\n\n")
+    report = prepare(tmp_path, tmp_path / "out")
+    assert (report.rows, report.bad_rows) == ({"T/train": 1}, ())
+
+
 SOURCES = {
     "misspelt": ((named(text_traces="x", text_trace="absent"),), (), "did you mean 'text_trace'"),
     "schema": ((named(resoning_thoght_2="x"),), (), "did you mean 'resoning_thought_2'"),
@@ -281,6 +289,7 @@ SOURCES = {
     "two formats": ((NAMED | CHAT,), (), "both 'messages' and 'question'"),
     "no object": (("x", "y"), (), "no line that is a JSON object: line 1 is not JSON"),
     "empty": ((), (), "train files hold no row"),
+    "empty lines": (("", ""), (), "train files hold no row"),
 }
 
 
