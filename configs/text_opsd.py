@@ -38,6 +38,7 @@ def with_slice(c, slices, name):
     fsdp, tensor = slices[name]
     c.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
     c.model.key_block = 1024  # for TPUs
+    c.model.attention = "auto"
     for stage in ("opsd", "sft", "offline"):
         c[stage].accumulation = c[stage].batch_size // fsdp
     return c

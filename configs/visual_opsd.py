@@ -74,6 +74,7 @@ def get_config(arg: str = "paper"):
         # No size is -1: on a slice of another size the run ends with an error before it compiles.
         c.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
         c.model.key_block = 1024  # for TPUs
+        c.model.attention = "auto"
         for stage in ("opsd", "sft", "offline"):  # one sequence per device at a time
             c[stage].accumulation = c[stage].batch_size // fsdp
     return c

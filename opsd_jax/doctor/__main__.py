@@ -32,10 +32,8 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from opsd_jax import config as config_lib
 from opsd_jax import config_check, config_flags
 from opsd_jax.doctor import (
-    arrays,
     kernels,
     machine,
     network,
@@ -50,6 +48,7 @@ from opsd_jax.doctor.result import Check, SkipError
 from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.plan import bill
 from opsd_jax.plan import topology as topology_lib
+from opsd_jax.run import attention_check
 from opsd_jax.runtime import distributed, files
 
 NAMES = (
@@ -167,7 +166,6 @@ def _checks(config: ConfigDict, scale: sizes.Scale, workdir: str, began: float) 
     topology = topology_lib.of_devices(devices)
     chip = topology.chip if topology else None
     limits = result.Limits(began + scale.total, scale.measurement)
-    model = config_lib.model(config)
     setting = speed.Setting(
         config,
         devices,
@@ -187,13 +185,9 @@ def _checks(config: ConfigDict, scale: sizes.Scale, workdir: str, began: float) 
         return checked
 
     def attention():
-        contexts = arrays.contexts(config, -1, 1)
-        cases = [
-            kernels.case("student", contexts.student, scale.tokens, model),
-            kernels.case("teacher", contexts.teacher, scale.tokens, model),
-        ]
-        kinds = ("dense", *kernels.OF_PLATFORM.get(devices[0].platform, ()))
-        yield from kernels.checks(cases, kinds, model.query_block, limits)
+        cases = attention_check.cases_of(config, scale.tokens)
+        kinds = ("dense", *attention_check.OF_PLATFORM.get(devices[0].platform, ()))
+        yield from kernels.checks(cases, kinds, config.model.query_block, limits)
 
     def between_processes():
         yield from network.all_reduce(jax.devices(), scale.sent)

@@ -26,12 +26,12 @@ from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax import context, flow, optimizer, sharding
 from opsd_jax import params as params_lib
-from opsd_jax.doctor import arrays
 from opsd_jax.doctor.result import Limits, Result, SkipError, judge, seconds_of
 from opsd_jax.method_config import FlowConfig
 from opsd_jax.model import bagel
 from opsd_jax.plan import bill, flops, hlo, programs
 from opsd_jax.plan import topology as topology_lib
+from opsd_jax.run import random_arrays
 
 # Shares of a device's memory that weights (of the sampler, of image generation) and the training
 # state may take. The rest is for caches, activations, gradients and copies in the compute dtype.
@@ -99,7 +99,7 @@ def update(setting: Setting) -> Iterator[Result]:
 
     def held(config: ConfigDict, layers: int) -> int:
         config = _with_layers(config, layers)
-        method = config_lib.stage_config(config, "opsd", arrays.IDS)
+        method = config_lib.stage_config(config, "opsd", random_arrays.IDS)
         params = _abstract(config_lib.model(config))
         state = jax.eval_shape(lambda params: optimizer.init_state(params, method), params)
         return _bytes(_mesh(setting.devices), state, "train")
@@ -292,9 +292,9 @@ def _sample(config: ConfigDict, setting: Setting) -> Timing:
     """The sampler with its whole budget, and with a budget of two tokens, which is the prefill."""
     mesh, budget = _mesh(setting.devices), setting.limits.measurement
     (program,) = programs.programs(config, "opsd", mesh, _BUCKET, "sample")
-    params = arrays.weights(program.arguments["params"])
-    batch = arrays.contexts(config, _BUCKET, config.opsd.batch_size)
-    batch = arrays.put(batch.student, program.arguments["batch"])
+    params = random_arrays.weights(program.arguments["params"])
+    batch = random_arrays.contexts(config, _BUCKET, config.opsd.batch_size)
+    batch = random_arrays.put(batch.student, program.arguments["batch"])
     key = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
     compiled, compiling = _compiled(program.traced)
     trajectory = compiled(params, batch, key)
@@ -324,17 +324,19 @@ def _update(config: ConfigDict, setting: Setting) -> Timing:
     mesh = _mesh(setting.devices)
     (program,) = programs.programs(config, "opsd", mesh, _BUCKET, "update")
     batch_shapes, trajectory_shapes = program.arguments["batch"]
-    method = config_lib.stage_config(config, "opsd", arrays.IDS)
+    method = config_lib.stage_config(config, "opsd", random_arrays.IDS)
 
     def start(params):
         return optimizer.init_state(params, method)
 
-    params = arrays.weights(program.arguments["params"])
+    params = random_arrays.weights(program.arguments["params"])
     places = sharding.tree_shardings(mesh, jax.eval_shape(start, params))
     state = jax.jit(start, out_shardings=places)(params)
     del params
-    batch = arrays.put(arrays.contexts(config, _BUCKET, config.opsd.batch_size), batch_shapes)
-    trajectory = arrays.trajectory(trajectory_shapes, config.model.llm.vocab_size)
+    batch = random_arrays.put(
+        random_arrays.contexts(config, _BUCKET, config.opsd.batch_size), batch_shapes
+    )
+    trajectory = random_arrays.trajectory(trajectory_shapes, config.model.llm.vocab_size)
     compiled, compiling = _compiled(program.traced)
     metrics: dict[str, jax.Array] = {}
 
@@ -361,11 +363,13 @@ def _image(config: ConfigDict, setting: Setting) -> Timing:
     devices, limits = setting.devices[:1], setting.limits
     mesh, model = _mesh(devices), config_lib.model(config)
     everywhere, generation = sharding.replicated(mesh), model.generation
-    params = arrays.weights(
+    params = random_arrays.weights(
         sharding.abstract(mesh, _cast(_abstract(model), model.dtype), "rollout")
     )
     asked = {**config.drawing, **flow.HARNESS}
-    settings = FlowConfig(model, arrays.IDS.image_start, arrays.IDS.image_end, **asked)
+    settings = FlowConfig(
+        model, random_arrays.IDS.image_start, random_arrays.IDS.image_end, **asked
+    )
     rng = np.random.default_rng(0)
     problem, wanted = (
         (min(max(side // generation.stride, 1), generation.side),) * 2 for side in setting.pixels
@@ -443,8 +447,8 @@ def _image_contexts(
     latent = blocks_lib.Latent(
         rng.standard_normal((problem[0] * problem[1], generation.latent_dim), np.float32), problem
     )
-    seen = arrays.image(rng, max(pixels // vit.patch_size, 1) ** 2, model)
-    system, question, thought = (arrays.text(rng, n, vocabulary) for n in (112, 62, 202))
+    seen = random_arrays.image(rng, max(pixels // vit.patch_size, 1) ** 2, model)
+    system, question, thought = (random_arrays.text(rng, n, vocabulary) for n in (112, 62, 202))
     blocks: dict[str, list[blocks_lib.Block]] = {
         "cond": [system, latent, seen, question, thought],
         "text": [system, latent, seen],
@@ -456,5 +460,5 @@ def _image_contexts(
         sizes,
         side=vit.side,
         generation=generation,
-        tokenizer=arrays.IDS,
+        tokenizer=random_arrays.IDS,
     )

@@ -1,7 +1,7 @@
 """Attention with masks given as vectors (see `masks`), and rotary positions.
 
-A setting (`ModelConfig.attention`) selects how attention is computed. It is never derived from the
-backend:
+A setting (`ModelConfig.attention`) selects how attention is computed. Only "auto" depends on the
+machine, and a run resolves it when it starts (`run.attention_check`):
 
   dense   scores in memory, all at once or some queries at a time; any device
   flash   the kernel of `flash`, which reads the vectors of the mask; TPU

@@ -9,7 +9,7 @@ from typing import Annotated
 from opsd_jax.inputs import checks
 from opsd_jax.params import LORA_TARGETS
 
-ATTENTION = ("dense", "flash", "cudnn", "flash_interpret")
+ATTENTION = ("dense", "auto", "flash", "cudnn", "flash_interpret")
 TOWERS = ("siglip", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -280,8 +280,9 @@ class ModelConfig:
       no sequence has a key are skipped. XLA:TPU copies the keys of a layer before use where they
       exceed its on-chip memory, and does not copy such blocks.
     attention: "dense" (scores in memory), "flash" (own kernel, TPU), "cudnn" (cuDNN's kernel, GPU,
-      bfloat16) or "flash_interpret" (the TPU kernel run slowly anywhere, for tests); see
-      `model.attention`. The autoencoder, with one head of all channels, is always dense.
+      bfloat16), "flash_interpret" (the TPU kernel run slowly anywhere, for tests), or "auto" (a run
+      chooses, `run.attention_check`; elsewhere as "dense"); see `model.attention`. The autoencoder,
+      with one head of all channels, is always dense.
     rope_bfloat16: round the decoder's rotary frequencies (inv_freq) to bfloat16, up to 0.37 % off,
       as the official trainer does under FSDP, which casts buffers. The official inference code does
       not.

@@ -67,7 +67,7 @@ def _of_update(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> list[
     lines, s, shards = [], config[stage], sharding.batch_divisor(mesh)
     if config.model.remat == "none":
         lines.append("config.model.remat=full recomputes activations instead of keeping them")
-    if config.model.attention == "dense":
+    if config.model.attention in ("dense", "auto"):
         if not config.model.query_block:
             lines.append(
                 "config.model.query_block=512 computes attention for 512 queries at a time"

@@ -29,7 +29,7 @@ from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
-from opsd_jax.run import placement
+from opsd_jax.run import attention_check, placement
 from opsd_jax.run.checks import check_batch
 from opsd_jax.runtime import checkpoint, metrics, run_folder
 from opsd_jax.runtime import clock as clock_lib
@@ -202,11 +202,18 @@ class Session:
         preprocess = self.preprocessor(generation=generation)
         return Examples.open(data, self.data_dir, split, preprocess, asked_by=asked_by)
 
+    @functools.cached_property
+    def computed(self) -> ConfigDict:
+        """The settings as programs have them: `config` with the attention that was chosen."""
+        config = self.config.copy_and_resolve_references()
+        config.model.attention = self.model.attention
+        return config
+
     def sampling(self, **changes) -> RolloutConfig:
         """Config of the training rollouts, with changes by name."""
         shards = sharding.batch_divisor(self.sampling_mesh)
         return config_lib.rollout(
-            self.config, self.tokenizer, self.marker, shards=shards, **changes
+            self.computed, self.tokenizer, self.marker, shards=shards, **changes
         )
 
     def evaluation_sampling(self, **changes) -> RolloutConfig:
@@ -419,7 +426,10 @@ def _open(
         config=config,
         workdir=workdir,
         data_dir=data_dir,
-        model=config_lib.model(config),
+        model=dataclasses.replace(
+            config_lib.model(config),
+            attention=attention_check.chosen(config, mesh.devices.flat[0].platform),
+        ),
         mesh=mesh,
         sampling_mesh=mesh,
         tokenizer=tok,

@@ -34,7 +34,7 @@ from opsd_jax.evaluation import (
     table_scores,
     tables,
 )
-from opsd_jax.run import controls, evaluate, session
+from opsd_jax.run import attention_check, controls, evaluate, session, stage_table
 from opsd_jax.run.evaluation_request import Request
 from opsd_jax.runtime import checkpoint as checkpoint_lib
 
@@ -146,6 +146,17 @@ def test_it_repeats_what_training_measured(trained, workdir, capsys):
         return [line.rsplit("|", 2)[0] for line in text.splitlines()]
 
     assert set(rows(table)) < set(rows((trained / "eval" / "summary.md").read_text()))
+
+
+@pytest.mark.slow
+def test_programs_have_the_attention_that_was_chosen(workdir, monkeypatch):
+    """For model.attention "auto"; the record of the settings keeps what was asked for."""
+    monkeypatch.setattr(attention_check, "chosen", lambda config, platform: "flash_interpret")
+    run = session.open_run(str(workdir))
+    stages = [stage.config.model for stage in stage_table.of_run(run)]
+    models = [run.model, run.sampling().model, run.evaluation_sampling().model, *stages]
+    assert {model.attention for model in models} == {"flash_interpret"}
+    assert run.record["model"]["attention"] == "dense"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import tiny
-from opsd_jax.doctor import arrays, kernels, machine, network, rates, report, sizes, speed, storage
+from opsd_jax.doctor import kernels, machine, network, rates, report, sizes, speed, storage
 from opsd_jax.doctor.result import (
     FAILED,
     OK,
@@ -31,6 +31,7 @@ from opsd_jax.doctor.result import (
 )
 from opsd_jax.model import attention
 from opsd_jax.plan import hlo, topology
+from opsd_jax.run import attention_check, random_arrays
 
 FOR_EVER = Limits(float("inf"), 0.0)
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -322,19 +323,19 @@ def test_products_that_are_wrong(monkeypatch):
 def case():
     config = sizes.default_config("cpu")
     model = dataclasses.replace(tiny.MODEL, attention="dense")
-    batch = arrays.contexts(config, 0, 1)
-    return kernels.case("teacher", batch.teacher, 8, model)
+    batch = random_arrays.contexts(config, 0, 1)
+    return attention_check.case("teacher", batch.teacher, 8, model)
 
 
 def test_contexts_fill_their_bucket():
     config = sizes.default_config("cpu")
-    batch = arrays.contexts(config, 0, 2)
+    batch = random_arrays.contexts(config, 0, 2)
     assert batch.student.tokens.shape == (2, 96) and batch.teacher.tokens.shape == (2, 192)
     assert 88 <= batch.student.length[0] < 96 and 180 <= batch.teacher.length[0] < 192
     assert batch.student.patch_image.max() == 1 and batch.teacher.patch_image.max() == 2
     config.model.llm.update(mrope=(4, 2, 2))  # a tower of Qwen: 4 patches are a token
     config.model.vit.update(kind="qwen3_vl", merge=2)
-    batch = arrays.contexts(config, 0, 2)
+    batch = random_arrays.contexts(config, 0, 2)
     assert batch.teacher.rope_positions.shape == (2, 192, 3)
     assert 88 <= batch.student.length[0] < 96 and (batch.student.patch_image[0] > 0).sum() == 64
 
@@ -353,7 +354,7 @@ def test_kernels(case):
         (found[name],) = kernels.checks([case], ("dense",), 0, FOR_EVER, attend)
     assert {one.status for one in found.values()} == {OK, FAILED}
     assert found["right"].status == OK
-    assert max(found["right"].values["errors"].values()) < kernels.TOLERANCE / 2
+    assert max(found["right"].values["errors"].values()) < attention_check.TOLERANCE / 2
     assert "config.model.attention='dense'" in found["blind"].summary
     assert found["broken"].summary == "NotImplementedError: Mosaic failed to compile"
 
@@ -364,11 +365,11 @@ def test_errors_of_a_kernel():
     real = np.array([[True, True, False]])
     found = wanted.copy()
     found[0, 2] = np.nan  # padding
-    assert kernels.relative_error(found, wanted, real) == 0
+    assert attention_check.relative_error(found, wanted, real) == 0
     found[0, 1] *= 1.1
-    assert kernels.relative_error(found, wanted, real) == pytest.approx(0.1)
+    assert attention_check.relative_error(found, wanted, real) == pytest.approx(0.1)
     found[0, 0] = np.nan
-    assert not kernels.relative_error(found, wanted, real) <= 1e9
+    assert not attention_check.relative_error(found, wanted, real) <= 1e9
 
 
 # --- speed ----------------------------------------------------------------------------------------
