@@ -10,38 +10,28 @@
                      :solution_and_vt  the teacher reads the solution and sees the visual thoughts
                      :crop,maze        on another preset of configs/mini.py; the default is chart
 
-docs/concepts/contexts.md explains the blocks.
+opsd_jax/presets.py has the blocks of each name; docs/concepts/contexts.md explains them.
 """
 
 import pathlib
 import runpy
 
+from opsd_jax import presets
 from opsd_jax.inputs import checks
-
-ASKED = ("system", "image", "question")  # what the student sees in the paper
-SOLUTION = "text:full_text_only_thought"
-
-# {name: (blocks of the student, blocks of the teacher)}
-CONTEXTS = {
-    "opsd_text": (ASKED, (*ASKED, "intro", SOLUTION, "transition")),
-    "crop": (ASKED, (*ASKED, "intro", "image@crop", "transition")),
-    "degraded": (("system", "image@low_resolution", "question"), ASKED),
-    "solution_and_vt": (ASKED, (*ASKED, "intro", SOLUTION, "visual_thoughts", "transition")),
-}
 
 
 def get_config(arg: str = "opsd_text"):
     """The configuration; arg: a name, and after a comma a preset of configs/mini.py, see above."""
     name, _, preset = arg.partition(",")
-    if name not in CONTEXTS:
+    if name not in presets.CONTEXTS:
         raise ValueError(
-            f"configs/contexts.py:{arg}: choose from {', '.join(CONTEXTS)}"
-            + checks.did_you_mean(name, CONTEXTS)
+            f"configs/contexts.py:{arg}: choose from {', '.join(presets.CONTEXTS)}"
+            + checks.did_you_mean(name, presets.CONTEXTS)
         )
     mini = pathlib.Path(__file__).with_name("mini.py")
     c = runpy.run_path(str(mini))["get_config"](preset or "chart")
-    c.student.blocks, c.teacher.blocks = CONTEXTS[name]
-    if SOLUTION in c.teacher.blocks:
+    presets.use_contexts(c, name)
+    if presets.SOLUTION in c.teacher.blocks:
         buckets = c.data.buckets
         for kind in ("teacher", "trace"):  # a solution is at most as long as the targets of a trace
             ((positions, *rest),) = buckets[kind]

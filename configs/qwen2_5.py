@@ -4,7 +4,8 @@
       --config.init_from=Qwen2.5-7B-Instruct --config.tokenizer=Qwen2.5-7B-Instruct \
       --config.data.dir=PREPARED
 
-  configs/qwen2_5.py:0.5B   1.5B, 3B or 7B; 0.5B is the default
+  configs/qwen2_5.py:0.5B       1.5B, 3B or 7B; 0.5B is the default
+                    :7B,v5p-8   on a slice: v5p-8, v6e-16 or v5e-16
 
 Sizes are those of the released config.json. configs/text_opsd.py has the other settings.
 """
@@ -12,7 +13,7 @@ Sizes are those of the released config.json. configs/text_opsd.py has the other 
 import pathlib
 import runpy
 
-from opsd_jax.inputs import checks
+from opsd_jax import presets
 
 # Size: (vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied_head)
 SIZES = {
@@ -24,15 +25,11 @@ SIZES = {
 
 
 def get_config(arg: str = "0.5B"):
-    """The configuration; arg: a size, see above."""
-    if arg not in SIZES:
-        raise ValueError(
-            f"configs/qwen2_5.py:{arg}: choose from {', '.join(SIZES)}"
-            + checks.did_you_mean(arg, SIZES)
-        )
+    """The configuration; arg: a size, and after a comma a slice, see above."""
+    size, on = presets.size_and_slice("configs/qwen2_5.py", arg, SIZES)
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
-    vocabulary, hidden_size, num_layers, num_heads, num_kv_heads, width, tied_head = SIZES[arg]
+    vocabulary, hidden_size, num_layers, num_heads, num_kv_heads, width, tied_head = SIZES[size]
     c.model.llm.update(
         vocab_size=vocabulary,
         hidden_size=hidden_size,
@@ -46,4 +43,6 @@ def get_config(arg: str = "0.5B"):
         qk_norm=False,
         tied_head=tied_head,
     )
+    if on:
+        presets.use_slice(c, on)
     return c

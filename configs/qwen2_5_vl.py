@@ -4,13 +4,16 @@
       --config.init_from=Qwen2.5-VL-7B-Instruct --config.tokenizer=Qwen2.5-VL-7B-Instruct \
       --config.data.dir=PREPARED
 
-  configs/qwen2_5_vl.py:3B   or 7B; 3B is the default
+  configs/qwen2_5_vl.py:3B         or 7B; 3B is the default
+                       :7B,v5p-8   on a slice: v5p-8, v6e-16 or v5e-16
 
 Sizes are those of the released config.json. configs/vision_opsd.py has the other settings.
 """
 
 import pathlib
 import runpy
+
+from opsd_jax import presets
 
 # Size: (vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied_head)
 SIZES = {
@@ -20,11 +23,10 @@ SIZES = {
 
 
 def get_config(arg: str = "3B"):
-    """The configuration; arg: a size, see above."""
-    if arg not in SIZES:
-        raise ValueError(f"configs/qwen2_5_vl.py:{arg}: choose a size from {', '.join(SIZES)}")
+    """The configuration; arg: a size, and after a comma a slice, see above."""
+    size, on = presets.size_and_slice("configs/qwen2_5_vl.py", arg, SIZES)
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("vision_opsd.py")))
-    vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, width, tied_head = SIZES[arg]
+    vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, width, tied_head = SIZES[size]
     c = shared["get_config"](patch_size=14)
     c.model.llm.update(
         vocab_size=vocab_size,
@@ -51,4 +53,6 @@ def get_config(arg: str = "3B"):
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711),
     )
+    if on:
+        presets.use_slice(c, on)
     return c

@@ -12,7 +12,7 @@ Sizes are those of the released config.json. configs/text_opsd.py has the other 
 import pathlib
 import runpy
 
-from opsd_jax.inputs import checks
+from opsd_jax import presets
 
 # Size: (hidden_size, num_layers, num_heads, intermediate_size, tied_head)
 SIZES = {
@@ -21,20 +21,11 @@ SIZES = {
     "4B": (2560, 36, 32, 9728, True),
     "8B": (4096, 36, 32, 12288, False),
 }
-# Slice: (mesh.fsdp, mesh.tensor), all of its chips.
-SLICES = {"v5p-8": (4, 1), "v6e-16": (4, 4), "v5e-16": (4, 4)}
 
 
 def get_config(arg: str = "0.6B"):
     """The configuration; arg: a size, and after a comma a slice, see above."""
-    size, _, on = arg.partition(",")
-    if size not in SIZES or on not in ("", *SLICES):
-        raise ValueError(
-            f"configs/qwen3.py:{arg}: choose a size from {', '.join(SIZES)}, and after a comma, if "
-            f"at all, a slice from {', '.join(SLICES)}"
-            + (checks.did_you_mean(size, SIZES) if size not in SIZES else "")
-            + (checks.did_you_mean(on, SLICES) if on else "")
-        )
+    size, on = presets.size_and_slice("configs/qwen3.py", arg, SIZES)
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
     hidden_size, num_layers, num_heads, intermediate_size, tied_head = SIZES[size]
@@ -52,4 +43,6 @@ def get_config(arg: str = "0.6B"):
         qk_norm=True,
         tied_head=tied_head,
     )
-    return shared["with_slice"](c, SLICES, on) if on else c
+    if on:
+        presets.use_slice(c, on)
+    return c

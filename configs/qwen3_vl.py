@@ -5,13 +5,16 @@ thoughts.
       --config.init_from=Qwen3-VL-8B-Instruct --config.tokenizer=Qwen3-VL-8B-Instruct \
       --config.data.dir=PREPARED
 
-  configs/qwen3_vl.py:2B   4B or 8B; 2B is the default
+  configs/qwen3_vl.py:2B         4B or 8B; 2B is the default
+                     :8B,v5p-8   on a slice: v5p-8, v6e-16 or v5e-16
 
 Sizes are those of the released config.json. configs/vision_opsd.py has the other settings.
 """
 
 import pathlib
 import runpy
+
+from opsd_jax import presets
 
 # The towers: (hidden_size, num_layers, intermediate_size, deepstack)
 SMALL = (1024, 24, 4096, (5, 11, 17))
@@ -25,11 +28,10 @@ SIZES = {
 
 
 def get_config(arg: str = "2B"):
-    """The configuration; arg: a size, see above."""
-    if arg not in SIZES:
-        raise ValueError(f"configs/qwen3_vl.py:{arg}: choose a size from {', '.join(SIZES)}")
+    """The configuration; arg: a size, and after a comma a slice, see above."""
+    size, on = presets.size_and_slice("configs/qwen3_vl.py", arg, SIZES)
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("vision_opsd.py")))
-    hidden_size, num_layers, num_heads, width, tied_head, tower = SIZES[arg]
+    hidden_size, num_layers, num_heads, width, tied_head, tower = SIZES[size]
     c = shared["get_config"](patch_size=16)
     c.model.llm.update(
         vocab_size=151936,
@@ -55,4 +57,6 @@ def get_config(arg: str = "2B"):
         side=48,
         deepstack=tower[3],
     )
+    if on:
+        presets.use_slice(c, on)
     return c

@@ -5,6 +5,7 @@
       --config.data.dir=PREPARED
 
   configs/smollm2.py:135M         360M or 1.7B; 135M is the default
+                    :1.7B,v5p-8   on a slice: v5p-8, v6e-16 or v5e-16
                     :arithmetic   135M on arithmetic word problems that the run makes, on a CPU
 
 examples/smollm2.py makes the folder of the 135M model. Sizes are those of the released config.json.
@@ -14,7 +15,7 @@ configs/text_opsd.py has the other settings.
 import pathlib
 import runpy
 
-from opsd_jax.inputs import checks
+from opsd_jax import presets
 
 # Size: (hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, rope_theta)
 SIZES = {
@@ -32,17 +33,12 @@ INTRO = "A worked solution of the problem:"
 
 
 def get_config(arg: str = "135M"):
-    """The configuration; arg: a size or arithmetic, see above."""
-    known = (*SIZES, "arithmetic")
-    if arg not in known:
-        raise ValueError(
-            f"configs/smollm2.py:{arg}: choose from {', '.join(known)}"
-            + checks.did_you_mean(arg, known)
-        )
+    """The configuration; arg: a size or arithmetic, and after a comma a slice, see above."""
+    name, on = presets.size_and_slice("configs/smollm2.py", arg, (*SIZES, "arithmetic"))
     shared = runpy.run_path(str(pathlib.Path(__file__).with_name("text_opsd.py")))
     c = shared["get_config"]()
     hidden_size, num_layers, num_heads, num_kv_heads, width, rope_theta = SIZES.get(
-        arg, SIZES["135M"]
+        name, SIZES["135M"]
     )
     c.model.llm.update(
         vocab_size=49152,
@@ -57,7 +53,11 @@ def get_config(arg: str = "135M"):
         qk_norm=False,
         tied_head=True,
     )
-    return _arithmetic(c) if arg == "arithmetic" else c
+    if name == "arithmetic":
+        c = _arithmetic(c)
+    if on:
+        presets.use_slice(c, on)
+    return c
 
 
 def _arithmetic(c):

@@ -4,6 +4,7 @@ What configs/qwen2_5.py, configs/qwen3.py and configs/smollm2.py share; sizes ar
 """
 
 from opsd_jax import config as config_lib
+from opsd_jax import presets
 
 SYSTEM = (
     "Think step by step, and give the final answer at the end, wrapped in <answer></answer> tags."
@@ -13,16 +14,16 @@ INTRO = (
     "not quote it."
 )
 ASKED = ("system", "question")
-SOLUTION = "text:full_text_only_thought"
 
 
 def get_config():
     """The configuration; sizes of the model, data and tokenizer are left to set."""
     c = config_lib.default()
     c.model.vit.on = False
+    c.data.limits = ()  # the default has those of the paper's four data sets
     c.prompts.update(system=SYSTEM, intro=INTRO, form="chat")
     c.student.blocks = ASKED
-    c.teacher.blocks = (*ASKED, "intro", SOLUTION, "transition")
+    c.teacher.blocks = (*ASKED, "intro", presets.SOLUTION, "transition")
     c.data.buckets.student = ((512, 0), (2048, 0))
     c.data.buckets.teacher = ((1536, 0), (4096, 0))
     c.data.buckets.trace = ((1536, 0, 1024), (4096, 0, 2048))
@@ -30,15 +31,4 @@ def get_config():
     c.rollout.max_image_skips = 0  # text models ask for no images
     c.eval.visual_thoughts = ("none",)
     c.eval.final_split = ""
-    return c
-
-
-def with_slice(c, slices, name):
-    """Divides the batches of a configuration over a slice; slices: {name: (fsdp, tensor)}."""
-    fsdp, tensor = slices[name]
-    c.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
-    c.model.key_block = 1024  # for TPUs
-    c.model.attention = "auto"
-    for stage in ("opsd", "sft", "offline"):
-        c[stage].accumulation = c[stage].batch_size // fsdp
     return c

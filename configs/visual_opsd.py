@@ -14,6 +14,8 @@
                         :offline  :sft with KL to a teacher whose log-probabilities are cached first
                         :lora     only adapters of rank 64 are trained, at ten times the learning
                                   rate; not in the paper
+                        :opsd_text, :crop, :degraded, :solution_and_vt
+                                  other contexts, see configs/contexts.py; not in the paper
 
   configs/visual_opsd.py:v5p-16        the paper's run on a slice: v5p-8, v5p-16, v5p-32, v6e-16
                                        or v5e-64
@@ -26,6 +28,7 @@ Prepare the data once: python -m opsd_jax.data prepare --source=PARQUET --target
 """
 
 from opsd_jax import config as config_lib
+from opsd_jax import presets
 from opsd_jax.inputs import checks
 
 RUNS = (
@@ -39,6 +42,7 @@ RUNS = (
     "sft",
     "offline",
     "lora",
+    *presets.CONTEXTS,
 )
 
 # Slice: (mesh.fsdp, mesh.tensor), all of its chips. A batch of 16 cannot be divided over more than
@@ -66,17 +70,14 @@ def get_config(arg: str = "paper"):
         c.teacher.visual_thoughts = run
     elif run in ("sft", "offline"):
         c.stages = (run,)
+    elif run in presets.CONTEXTS:
+        presets.use_contexts(c, run)
     elif run == "lora":
         c.lora.update(rank=64, alpha=128.0)
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
     if on:
         fsdp, tensor = SLICES[on]
-        # No size is -1: on a slice of another size the run ends with an error before it compiles.
-        c.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
-        c.model.key_block = 1024  # for TPUs
-        c.model.attention = "auto"
-        for stage in ("opsd", "sft", "offline"):  # one sequence per device at a time
-            c[stage].accumulation = c[stage].batch_size // fsdp
+        presets.use_mesh(c, fsdp, tensor)
     return c
 
 

@@ -1,10 +1,11 @@
 """Table of a run on all slices that have a preset: python perf/presets.py --plans=FOLDER
 
-Compiles the training step for each slice of configs/visual_opsd.py (`SLICES` there) with `python -m
-opsd_jax.plan`, one after the other, each some minutes on a core, and prints one Markdown table. The
-reports of plan stay in --plans=FOLDER as RUN-SLICE.json. A report that is there already is not made
-again, so a second call with a price, or after an interruption, compiles only what is missing.
-Delete the folder after a change of the code or of the config.
+Compiles the training step for each slice of configs/visual_opsd.py (`SLICES` there), or of another
+file with --config and a size as --run, with `python -m opsd_jax.plan`, one after the other, each
+some minutes on a core, and prints one Markdown table. The reports of plan stay in --plans=FOLDER as
+RUN-SLICE.json. A report that is there already is not made again, so a second call with a price, or
+after an interruption, compiles only what is missing. Delete the folder after a change of the code
+or of the config.
 
   python perf/presets.py --plans=/tmp/plans --price_per_chip_hour=v5p=4.2,v6e=2.7,v5e=1.2
 
@@ -25,6 +26,8 @@ import pathlib
 import subprocess
 import sys
 from typing import Any
+
+from opsd_jax import presets
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "visual_opsd.py"
@@ -49,11 +52,11 @@ def price_of(text: str) -> dict[str, float]:
 
 
 def slices_of(config: pathlib.Path) -> list[str]:
-    """Names of the slices that a config file has presets for."""
+    """Names of the slices that a config file has presets for: its own, or those of all models."""
     spec = importlib.util.spec_from_file_location("config_file", config)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.SLICES)
+    return list(getattr(module, "SLICES", presets.SLICES))
 
 
 def report_of(config: pathlib.Path, run: str, name: str, plans: pathlib.Path) -> dict[str, Any]:
@@ -124,8 +127,8 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plans", type=pathlib.Path, required=True, help="folder of the reports")
-    parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="file with SLICES")
-    parser.add_argument("--run", default="paper", help="a run of the config, such as sft")
+    parser.add_argument("--config", type=pathlib.Path, default=CONFIG, help="a file of configs/")
+    parser.add_argument("--run", default="paper", help="a run or size, such as sft")
     parser.add_argument("--price_per_chip_hour", type=price_of, default={}, help="see above")
     args = parser.parse_args(arguments)
     os.makedirs(args.plans, exist_ok=True)

@@ -119,8 +119,13 @@ def names(name: str, values, choices: tuple[str, ...] = ()) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'noise'?" with the most similar choice; "" where none is similar."""
-    close = difflib.get_close_matches(name, list(choices), n=1)
+    """ "; did you mean 'noise'?" with the most similar choice; "" where none is similar.
+
+    One that differs in upper and lower case alone is the most similar.
+    """
+    known = list(choices)
+    close = [choice for choice in known if choice.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -9,7 +9,7 @@ from opsd_jax import config as config_lib
 from opsd_jax import config_check
 from opsd_jax.data import existing, procedural, sizes
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.data.examples import Examples
+from opsd_jax.data.examples import Examples, has_content
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, run_folder
@@ -99,6 +99,27 @@ def check_privileged(config: ConfigDict, open_examples: Callable[[ConfigDict], E
             f"{shown}no example of {', '.join(lacking)} has {blocks}, so teacher and student see "
             f"the same. {hint} {_teacher_of(run, held)}. To train so all the same, set "
             "config.teacher.visual_thoughts='none'"
+        )
+
+
+def warn_of_unseen_images(config: ConfigDict, examples: Examples) -> None:
+    """Logs the tasks whose questions have images that neither student nor teacher is shown.
+
+    The first example of a task is read.
+    """
+    shown = {*config.student.blocks, *config.teacher.blocks}
+    if any(name.partition("@")[0] == "image" for name in shown):
+        return
+    unseen = [
+        task
+        for task, source in zip(examples.tasks, examples.sources)
+        if len(source) and has_content(source[0], ("image",))
+    ]
+    if unseen:
+        logging.warning(
+            "questions of %s have images, and neither config.student.blocks nor "
+            "config.teacher.blocks has the block image: nobody sees them",
+            ", ".join(unseen),
         )
 
 

@@ -670,6 +670,19 @@ def test_one_task_without_anything_privileged_is_logged(caplog):
     assert "no example of T0 has visual_thoughts" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "block, seen", [("question", False), ("image", True), ("image@blur", True)]
+)
+def test_images_that_nobody_sees_are_logged(caplog, block, seen):
+    config = config_lib.default()
+    config.student.blocks = ("system", "question")
+    config.teacher.blocks = ("system", block, SOLUTION)
+    text_alone = example(2, problem_image=None)
+    with caplog.at_level("WARNING"):
+        run_checks.warn_of_unseen_images(config, opened([example(0)], [text_alone], []))
+    assert ("questions of T0 have images" in caplog.text) != seen and "T1" not in caplog.text
+
+
 def test_an_arm_whose_teacher_sees_nothing_is_refused():
     config = config_lib.default()
     config.teacher.blocks = (*ASKED, SOLUTION)

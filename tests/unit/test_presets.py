@@ -21,6 +21,7 @@ _spec.loader.exec_module(paper)
 DIVISION = {
     *("mesh.fsdp", "mesh.tensor"),
     "model.key_block",  # the order of sums in decoding
+    "model.attention",  # the kernel, if it equals dense attention
     *(f"{s}.accumulation" for s in ("opsd", "sft", "offline")),
 }
 
@@ -93,6 +94,8 @@ def test_a_run_continues_on_another_slice():
         ("qwen2_5", "0.5b", "0.5B"),
         ("qwen3", "1.7b", "1.7B"),
         ("qwen3", "1.7B,v5p8", "v5p-8"),
+        ("qwen2_5_vl", "7b", "7B"),
+        ("llama", "8b,v5p-8", "8B"),
         ("smollm2", "135m", "135M"),
         ("study", "contnt", "content"),
         ("visual_opsd", "nose,v5p-16", "noise"),

@@ -1,4 +1,4 @@
-"""configs/qwen3.py, qwen2_5.py and smollm2.py: sizes of the released models, and their slices."""
+"""Configs of text models: sizes of the released ones, and the slices of all but BAGEL."""
 
 import functools
 import math
@@ -26,11 +26,14 @@ COUNTS = {
     ("qwen2_5", "1.5B"): 1_543_714_304,
     ("qwen2_5", "3B"): 3_085_938_688,
     ("qwen2_5", "7B"): 7_615_616_512,
+    ("llama", "1B"): 1_235_814_400,
+    ("llama", "3B"): 3_212_749_824,
+    ("llama", "8B"): 8_030_261_248,
     ("smollm2", "135M"): 134_515_008,
     ("smollm2", "360M"): 361_821_120,
     ("smollm2", "1.7B"): 1_711_376_384,
 }
-FAMILY = {"qwen3": "qwen3", "qwen2_5": "qwen2", "smollm2": "llama"}
+FAMILY = {"qwen3": "qwen3", "qwen2_5": "qwen2", "smollm2": "llama", "llama": "llama"}
 
 
 @functools.cache
@@ -65,14 +68,18 @@ def test_word_problems_of_smollm2():
     assert config.data.make.families == ("arithmetic",) and set(config.run_arms) <= {*config.arms}
     size = module("smollm2")["get_config"]("135M")
     assert config.model.llm == size.model.llm
-    with pytest.raises(ValueError, match="choose from 135M, 360M, 1.7B, arithmetic"):
+    with pytest.raises(ValueError, match="choose from 135M, 360M, 1.7B, arithmetic, and"):
         module("smollm2")["get_config"]("arithmetics")
 
 
 @pytest.mark.parametrize("slice_name", ["v5p-8", "v6e-16", "v5e-16"])
-@pytest.mark.parametrize("size", ["0.6B", "8B"])
-def test_slices(size, slice_name):
-    config = module("qwen3")["get_config"](f"{size},{slice_name}")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("qwen3", "0.6B"), ("qwen3", "8B"), ("qwen2_5", "0.5B"), ("smollm2", "360M"), ("llama", "8B")]
+    + [("qwen2_5_vl", "3B"), ("qwen2_5_vl", "7B"), ("qwen3_vl", "8B")],
+)
+def test_slices(name, size, slice_name):
+    config = module(name)["get_config"](f"{size},{slice_name}")
     config_check.check(config)
     assert math.prod(config.mesh.values()) == topology.parse_topology(slice_name).devices
     for stage in config.stages:
@@ -83,7 +90,9 @@ def test_slices(size, slice_name):
 
 
 @pytest.mark.parametrize(
-    ("name", "arg"), [("qwen3", "7B"), ("qwen3", "8B,v5p-64"), ("qwen2_5", ""), ("smollm2", "8B")]
+    ("name", "arg"),
+    [("qwen3", "7B"), ("qwen3", "8B,v5p-64"), ("qwen2_5", ""), ("smollm2", "8B"), ("llama", "2B")]
+    + [("qwen3_vl", "3B"), ("qwen2_5_vl", "7B,v4-8")],
 )
 def test_other_words_are_refused(name, arg):
     with pytest.raises(ValueError, match=f"configs/{name}.py:{arg}: choose"):

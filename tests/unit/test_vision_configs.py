@@ -52,5 +52,5 @@ def test_sizes_of_the_released_models(name, size):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_sizes_are_refused(name):
-    with pytest.raises(ValueError, match=f"configs/{name}.py:9B: choose a size"):
+    with pytest.raises(ValueError, match=f"configs/{name}.py:9B: choose from"):
         module(name)["get_config"]("9B")
