@@ -61,7 +61,7 @@ def initialize() -> bool:
         return jax.process_count() > 1
     timeout = _number("OPSD_TIMEOUT_S", 300, least=1)
     by_hand = _by_hand()
-    count = by_hand["num_processes"] if by_hand else _cluster_size()
+    count = by_hand["num_processes"] if by_hand else cluster_size()
     if count == 1:
         sharding.start_devices()
         return False
@@ -132,7 +132,7 @@ def _number(name: str, default, least: int) -> int:
     return int(text)
 
 
-def _cluster_size() -> int:
+def cluster_size() -> int:
     """Number of processes that Slurm or Cloud TPUs started for this run; 1 elsewhere."""
     slurm_step = {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}  # not the batch script
     if slurm_step <= os.environ.keys():

@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"--workdir={args.workdir} is the folder of a run: give the study another one"
             )
-        if not args.table and os.environ.get("OPSD_NUM_PROCESSES", "1") != "1":
+        count = os.environ.get("OPSD_NUM_PROCESSES") or str(distributed.cluster_size())
+        if not args.table and count != "1":
             raise ValueError(
-                "a study starts its commands on one machine, and OPSD_NUM_PROCESSES is "
-                f"{os.environ['OPSD_NUM_PROCESSES']}: write their settings with --table, print "
-                "them with --list, start each on all machines, then give --table again"
+                f"a study starts its commands on one machine, and this is one of {count} "
+                "processes (OPSD_NUM_PROCESSES, Slurm or a TPU of several hosts). On one machine, "
+                "write their settings with --table and print them with --list; start each on all "
+                "machines, then give --table again"
             )
         with locks.only_writer(study.workdir, inside=True):
             failed = _run(study, start=not args.table)

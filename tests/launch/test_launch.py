@@ -292,7 +292,7 @@ def test_pods_find_each_other_and_their_folder(name, monkeypatch):
     for variable, value in given.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
-    assert distributed._cluster_size() == hosts * slices
+    assert distributed.cluster_size() == hosts * slices
     # the workdir is in the mounted bucket
     (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
     assert (
@@ -387,7 +387,7 @@ def test_a_single_process_joins_nothing(alone):
 
 def test_one_process_by_name_looks_for_no_cluster(alone):
     alone.setenv("OPSD_NUM_PROCESSES", "1")
-    alone.setattr(distributed, "_cluster_size", lambda: pytest.fail("looked for a cluster"))
+    alone.setattr(distributed, "cluster_size", lambda: pytest.fail("looked for a cluster"))
     assert distributed.initialize() is False
 
 
@@ -421,9 +421,9 @@ def test_wrong_environment_is_named(alone, given, message):
 def test_slurm_is_found_in_a_step_only(alone):
     for name, value in {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
         alone.setenv(name, value)
-    assert distributed._cluster_size() == 1  # the batch script
+    assert distributed.cluster_size() == 1  # the batch script
     alone.setenv("SLURM_STEP_NODELIST", "node[1-2]")
-    assert distributed._cluster_size() == 16
+    assert distributed.cluster_size() == 16
 
 
 @pytest.mark.parametrize(
@@ -441,13 +441,13 @@ def test_tpu_vms_ask_their_metadata(alone, endpoints, slices, size):
         distributed, "_metadata", {"worker-network-endpoints": endpoints, "tpu-env": slices}.get
     )
     alone.setattr(distributed.glob, "glob", lambda pattern: [])
-    assert distributed._cluster_size() == 1  # no chips
+    assert distributed.cluster_size() == 1  # no chips
     alone.setattr(
         distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else []
     )
-    assert distributed._cluster_size() == size
+    assert distributed.cluster_size() == size
     alone.setenv("JAX_PLATFORMS", "cpu")
-    assert distributed._cluster_size() == 1
+    assert distributed.cluster_size() == 1
 
 
 def test_a_lost_peer_is_told_from_an_error():

@@ -18,7 +18,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, config_flags
 from opsd_jax.evaluation import charts
-from opsd_jax.runtime import files, run_folder
+from opsd_jax.runtime import distributed, files, run_folder
 from opsd_jax.runtime.stopping import Stopped, StopRequest
 from opsd_jax.study import __main__ as command_line
 from opsd_jax.study import grid, jobs, page, scores, slots, table
@@ -311,6 +311,21 @@ def test_what_is_no_study_is_refused(tmp_path, capsys, arguments, message):
         command_line.main([f"--config={PATH}:smoke", f"--workdir={tmp_path / 'run'}", *arguments])
     assert message in f"{ended.value}{capsys.readouterr().err}"
     assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+def test_one_of_several_processes_is_refused(tmp_path, capsys, monkeypatch):
+    """On two hosts two studies would write one folder; nobody sets a variable on Slurm and GKE."""
+    arguments = [f"--config={PATH}:smoke", f"--workdir={tmp_path / 'S'}"]
+    monkeypatch.delenv("OPSD_NUM_PROCESSES", raising=False)
+    monkeypatch.setattr(distributed, "cluster_size", lambda: 4)
+    for given, count in ((None, 4), ("2", 2)):
+        if given:
+            monkeypatch.setenv("OPSD_NUM_PROCESSES", given)
+        with pytest.raises(SystemExit) as ended:
+            command_line.main(arguments)
+        said = f"{ended.value}{capsys.readouterr().err}"
+        assert f"and this is one of {count} processes" in said
+    assert not (tmp_path / "S").exists()
 
 
 def test_few_questions_are_cautioned():
