@@ -19,6 +19,7 @@ class LaunchError(Exception):
 
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
+_OF_ONE_PROCESS = re.compile(r"\bopsd(_jax\.| )(convert|data|generate|plan|redraw|study)\b")
 
 
 def ended(command: Callable[[Sequence[str]], int], words: Sequence[str], interrupted: str) -> int:
@@ -44,6 +45,23 @@ def number(environment: Mapping[str, str], name: str, default: int, least: int =
     return int(text)
 
 
+def refuse_on_several_hosts(words: Sequence[str], hosts: int, instead: str) -> None:
+    """Raises LaunchError if this command would do the same, or write the same files, on each host.
+
+    instead: how a command of one process is started.
+    """
+    match = _OF_ONE_PROCESS.search(" ".join(words))
+    if hosts == 1 or not match:
+        return
+    if match[2] == "study":
+        raise LaunchError(
+            f"{match[0]} starts its commands on one machine, and here are {hosts} hosts: take a "
+            "slice of one host, such as v5p-8, or start what `study --list` prints, command by "
+            "command (docs/guides/study.md)"
+        )
+    raise LaunchError(f"{match[0]} is a command of one process: {instead}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """Exit code of a command, and what it printed, if that was captured."""
@@ -59,19 +77,22 @@ def answers(
     capture: bool,
     limit_s: float | None,
     given: str | None = None,
+    interactive: bool = False,
 ) -> list[Answer]:
     """Runs commands at the same time and waits for all.
 
     Args:
       capture: their output is returned, and else printed.
       limit_s: a command that takes longer is killed with all that it started, such as ssh, which
-        would else keep its output open. None for no limit: only then may it ask the user something.
+        would else keep its output open. None for no limit: only then may ssh ask for a passphrase.
       given: what each reads from its input, which needs a limit.
+      interactive: they read what the user types. Others read nothing: ssh would take the lines that
+        were pasted after its own, which the shell has not read yet.
     Raises:
       LaunchError: a program is not installed.
     """
     pipe = subprocess.PIPE if capture else None
-    source = None if limit_s is None else subprocess.DEVNULL
+    source = None if interactive else subprocess.DEVNULL
     processes: list[subprocess.Popen] = []
     try:
         for command in commands:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -45,7 +46,7 @@ FAILED, LOST, OVER = calls.FAILED, 43, 124
 FOLDER = pathlib.Path(__file__).resolve().parent / "gke"
 _PATIENCE_S = 120  # for an answer of kubectl
 _DELETE_S = 900  # for deleting a JobSet, whose Pods have 300 s to save
-_TROUBLE_S = 600  # as long as a container may fail to start, while its node is billed
+_TROUBLE_S = 600  # as long as containers may take to start, while their node is billed
 _STARTING = ("ContainerCreating", "PodInitializing")
 _LABEL = "jobset.sigs.k8s.io/jobset-name"
 _JOB = "/spec/replicatedJobs/0/template/spec"
@@ -100,6 +101,12 @@ def check_name(name: str) -> None:
         )
 
 
+def hosts(folder: str) -> int:
+    """Number of Pods of the JobSet of a folder of launch/gke, of all slices together."""
+    text = (FOLDER / folder / "kustomization.yaml").read_text(encoding="utf-8")
+    return math.prod(map(int, re.findall(r"/(?:replicas|parallelism), value: (\d+)}", text)))
+
+
 def changes(settings: Settings, name: str, words: Sequence[str]) -> list[dict[str, Any]]:
     """What differs from the JobSet of the folder, as operations of a JSON patch."""
     container, image = f"{_POD}/containers/0", settings.image
@@ -150,13 +157,21 @@ def runs(found: Mapping[str, Any]) -> bool:
     return sum(job.get("ready", 0) for job in status) >= wanted
 
 
-def troubles(pods: Mapping[str, Any]) -> set[str]:
-    """Why containers do not start, such as ImagePullBackOff; without those that are starting."""
-    found = set()
+def troubles(pods: Mapping[str, Any]) -> dict[str, str]:
+    """{reason: name of a Pod}: why containers that have a node do not run, as ImagePullBackOff.
+
+    ContainerCreating is one, too: images are pulled then, and the bucket is mounted, or cannot be.
+    """
+    found: dict[str, str] = {}
     for pod in pods["items"]:
-        for container in pod.get("status", {}).get("containerStatuses", []):
-            reason = container.get("state", {}).get("waiting", {}).get("reason", "")
-            found |= {reason} - {"", *_STARTING}
+        status = pod.get("status", {})
+        if status.get("phase") != "Pending" or not pod["spec"].get("nodeName"):
+            continue
+        containers = [status.get(f"{kind}Statuses", []) for kind in ("initContainer", "container")]
+        states = [container.get("state", {}) for container in sum(containers, [])]
+        reasons = [state["waiting"]["reason"] for state in states if "waiting" in state]
+        for reason in reasons or _STARTING[:1]:
+            found.setdefault(reason, pod["metadata"]["name"])
     return found
 
 
@@ -169,6 +184,13 @@ class Job:
 
     def start(self, words: Sequence[str]) -> None:
         """Applies the JobSet, unless it runs already. LaunchError if it runs another command."""
+        kind = self.settings.type
+        calls.refuse_on_several_hosts(
+            words,
+            hosts(kind),
+            f"{kind} has {hosts(kind)} hosts. Start it on one machine, and copy what it made into "
+            "the bucket (docs/guides/reproduce-paper.md, step 5)",
+        )
         if self.settings.dry:
             print(jobset(self.settings, self.name, words), end="")
             return
@@ -204,7 +226,7 @@ class Job:
                     self._print_log()
                     self._say(_how(found))
                     return 0 if ended == "Completed" else FAILED
-                trouble = set() if runs(found) else self._troubles()
+                trouble = {} if runs(found) else self._troubles()
                 now = self._progress(found, trouble)
                 ran = time.monotonic() if runs(found) else ran
                 fine = time.monotonic() if not trouble else fine
@@ -212,8 +234,10 @@ class Job:
                 self._say(now)
                 said = now
             if found and time.monotonic() - fine > _TROUBLE_S:
+                self._print_warnings(sorted(set(trouble.values())))
                 self._print_log()
-                return self._end(f"does not start: {now}", FAILED)
+                reasons = ", ".join(sorted(trouble))
+                return self._end(f"has not started within {_TROUBLE_S} s ({reasons})", FAILED)
             if found and time.monotonic() - ran > s.wait_s:
                 return self._end(f"has not started within WAIT_S={s.wait_s} s", LOST)
             if time.monotonic() > end:
@@ -252,19 +276,29 @@ class Job:
     def _say(self, what: str) -> None:
         print(f"{self.name} {what}", flush=True)
 
-    def _progress(self, found: Mapping[str, Any], trouble: set[str]) -> str:
+    def _progress(self, found: Mapping[str, Any], trouble: Mapping[str, str]) -> str:
         restarts = found.get("status", {}).get("restarts", 0)
         again = f", started again {restarts} times" if restarts else ""
+        if failing := sorted(set(trouble) - set(_STARTING)):
+            return f"does not start: {', '.join(failing)}{again}"
         if trouble:
-            return f"does not start: {', '.join(sorted(trouble))}{again}"
+            return f"has nodes; its containers are created{again}"
         if not runs(found):
             return f"waits for nodes and Pods{again}"
         log = f"kubectl logs -f -l {_LABEL}={self.name} -c train --prefix --tail=-1"
         return f"runs{again}; its log: {log} --max-log-requests=64"
 
-    def _troubles(self) -> set[str]:
+    def _troubles(self) -> dict[str, str]:
         answer = _ask("get", "pods", f"--selector={_LABEL}={self.name}", "--output=json")
-        return troubles(json.loads(answer.out)) if answer.code == 0 else set()
+        return troubles(json.loads(answer.out)) if answer.code == 0 else {}
+
+    def _print_warnings(self, pods: Sequence[str]) -> None:
+        """What the cluster says of Pods that do not start, such as a bucket that is not there."""
+        lines = '{range .items[*]}{.involvedObject.name} {.reason}: {.message}{"\\n"}{end}'
+        for pod in pods:
+            which = f"--field-selector=involvedObject.name={pod},type=Warning"
+            answer = _ask("get", "events", which, f"--output=jsonpath={lines}")
+            print(answer.out or answer.err, end="", flush=True)
 
     def _print_log(self) -> None:
         """The last lines of each Pod, where there is one."""

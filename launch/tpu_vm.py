@@ -37,7 +37,7 @@ Variables of the environment:
   NODE         slice of that worker (0)
   RESTARTS     how often a worker starts a lost command again, and `job` a lost TPU (10)
   WAIT_S       how long `create` waits (7200); the request ends then, so that no TPU comes unseen
-  MAX_S        how long `wait` and `job` wait for the end of a command (0: for ever); then
+  MAX_S        how long `wait` and `job` wait for the end of a command (86400; 0: for ever); then
                `wait --delete` and `job` stop it and give the TPU back
   POLL_S       seconds between two questions for a state (30)
   DRY_RUN      1: prints the gcloud commands and runs none
@@ -73,7 +73,6 @@ _SILENT = 10  # so many times in a row a worker may not answer
 _PACK_MB = 50  # of the checkout; without tests and documentation it has less than 5
 _NO_ANSWER = -1
 _ALIVE = "-oServerAliveInterval=30"  # ssh ends 90 s after its host has gone
-_OF_ONE_PROCESS = re.compile(r"\bopsd(_jax\.| )(convert|data|generate|plan|redraw)\b")
 _WORKER = "bash opsd/launch/tpu_worker.sh"
 
 
@@ -200,7 +199,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         node=node,
         restarts=number("RESTARTS", 10),
         wait_s=number("WAIT_S", 7200),
-        max_s=number("MAX_S", 0),
+        max_s=number("MAX_S", 86400),
         poll_s=number("POLL_S", 30),
         dry=environment.get("DRY_RUN", "0") == "1",
     )
@@ -317,14 +316,14 @@ class Tpu:
     def run(self, words: Sequence[str]) -> None:
         """Starts a command on all workers, or on one."""
         s = self.settings
-        match = _OF_ONE_PROCESS.search(" ".join(words))
         if s.slices * s.hosts > 1 and s.one_worker:
             # A TPU would wait for the processes of the other hosts.
             words = ["env", "JAX_PLATFORMS=cpu", "OPSD_NUM_PROCESSES=1", *words]
-        elif s.slices * s.hosts > 1 and match:
-            raise LaunchError(
-                f"{match[0]} is a command of one process: WORKER=0 launch/tpu_vm.sh run -- "
-                "... starts it on that host alone, on its CPU"
+        else:
+            calls.refuse_on_several_hosts(
+                words,
+                s.slices * s.hosts,
+                "WORKER=0 launch/tpu_vm.sh run -- ... starts it on that host alone, on its CPU",
             )
         self._on_workers(f"RESTARTS={s.restarts} {_WORKER} run {shlex.join(words)}")
 
@@ -348,7 +347,7 @@ class Tpu:
         if not words and s.worker == "all":
             raise LaunchError("WORKER=all: a shell is on one worker; give ssh -- COMMAND...")
         line = words[0] if len(words) == 1 else shlex.join(words)
-        self._tpus(self._ssh(s.nodes[s.node], s.worker or "0", line))
+        self._gcloud([self._ssh(s.nodes[s.node], s.worker or "0", line)], interactive=True)
 
     def stop(self) -> None:
         """All workers save, stop, and are not started again."""
@@ -533,16 +532,28 @@ class Tpu:
         )
         return self._gcloud([self._ssh(node, worker, command) for node in nodes], capture=capture)
 
-    def _gcloud(self, several: Sequence[Sequence[str]], *, capture: bool = False) -> str:
+    def _gcloud(
+        self,
+        several: Sequence[Sequence[str]],
+        *,
+        capture: bool = False,
+        interactive: bool = False,
+    ) -> str:
         """What commands print that run at the same time; LaunchError if one fails."""
-        answers = self._ask(several, capture=capture)
+        answers = self._ask(several, capture=capture, interactive=interactive)
         if any(answer.code for answer in answers):
             for answer in answers:
                 print(answer.out, answer.err, sep="", end="", file=sys.stderr)
             raise LaunchError("gcloud failed, or the command on a worker, see above")
         return "".join(answer.out for answer in answers)
 
-    def _ask(self, several: Sequence[Sequence[str]], *, capture: bool) -> list[Answer]:
+    def _ask(
+        self,
+        several: Sequence[Sequence[str]],
+        *,
+        capture: bool,
+        interactive: bool = False,
+    ) -> list[Answer]:
         """The answers to `gcloud compute tpus ...`, all called at the same time."""
         # Only the alpha track of ssh and scp knows this option.
         commands = [
@@ -553,7 +564,7 @@ class Tpu:
             print(*map(shlex.join, commands), sep="\n")
             return []
         limit = _PATIENCE_S if capture else _COMMAND_S if self.unattended else None
-        return calls.answers(commands, capture=capture, limit_s=limit)
+        return calls.answers(commands, capture=capture, limit_s=limit, interactive=interactive)
 
 
 def _pack(root: pathlib.Path, target: str) -> None:

@@ -43,17 +43,30 @@ def found(state: str, command=COMMAND) -> str:
     return json.dumps({"spec": {"replicatedJobs": jobs}, "status": status})
 
 
-def pods(reason: str) -> str:
-    """Two Pods, one of which has no node yet, and one whose container waits for a reason."""
-    waits = {"containerStatuses": [{"state": {"waiting": {"reason": reason}}}]}
-    return json.dumps({"items": [{"status": {"phase": "Pending"}}, {"status": waits}]})
+def pods(reason: str, kind="containerStatuses") -> str:
+    """Two Pods, the second of which has a node, where its container waits for a reason.
+
+    "no nodes": neither has one. "": no container is reported yet.
+    """
+    items = [
+        {"metadata": {"name": f"try-{n}"}, "spec": {}, "status": {"phase": "Pending"}}
+        for n in range(2)
+    ]
+    if reason != "no nodes":
+        items[1]["spec"]["nodeName"] = "tpu-1"
+    if reason not in ("no nodes", ""):
+        items[1]["status"][kind] = [
+            {"state": {"running": {}}},
+            {"state": {"waiting": {"reason": reason}}},
+        ]
+    return json.dumps({"items": items})
 
 
-def gke(tmp_path, *arguments, states, why="ContainerCreating", limits=(), command=COMMAND, **more):
+def gke(tmp_path, *arguments, states, why="no nodes", limits=(), command=COMMAND, **more):
     """launch/gke.sh with a kubectl that tells these states one after another; the last one stays.
 
     "" is "no such JobSet", until one is applied; deleting goes on with the next "". "cut off": it
-    cannot say. why: the reason for which a container waits.
+    cannot say. why: the reason for which a container waits, as of `pods`.
     """
     kinds = ("waits", "runs", "again", "Completed", "Failed")
     for state in kinds:
@@ -73,6 +86,7 @@ def gke(tmp_path, *arguments, states, why="ContainerCreating", limits=(), comman
             [[ -n $line ]] || {{ echo 'Error from server (NotFound): no "try"' >&2; exit 1; }}
             cat "$line.json" ;;
           "get pods") cat pods.json ;;
+          "get events") echo "try-1 FailedMount: bucket b: not found" ;;
           "delete jobset")
             sed -n '/^$/,$p' states > left
             [[ -s left ]] || echo > left
@@ -179,6 +193,23 @@ def test_what_is_wrong_is_named(tmp_path, arguments, variables, message):
     assert made in ([], [GET])
 
 
+@pytest.mark.parametrize("folder", SLICES)
+def test_a_command_of_one_process_is_refused_on_several_hosts(tmp_path, folder):
+    (job,) = overlaid(folder)["spec"]["replicatedJobs"]
+    count = job["replicas"] * job["template"]["spec"]["parallelism"]
+    assert script.hosts(folder) == count
+    for command, message in (
+        ("python -m opsd_jax.convert import", f"is a command of one process: {folder} has {count}"),
+        ("opsd study --config=c", f"on one machine, and here are {count} hosts"),
+    ):
+        place = {"states": ["", "Completed"], "TYPE": folder}
+        result, made = gke(tmp_path, "try", "--", *command.split(), **place)
+        assert (result.returncode, message in result.stderr) == (
+            (1, True) if count > 1 else (0, False)
+        )
+        assert count == 1 or not made
+
+
 # --- starting and waiting -------------------------------------------------------------------------
 
 
@@ -236,11 +267,14 @@ def test_one_that_is_gone_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize(
     "states, why, variables, code, message",
     [
-        (["", "waits"], "ContainerCreating", {"WAIT_S": 100}, 43, "within WAIT_S=100 s"),
+        (["", "waits"], "no nodes", {"WAIT_S": 100}, 43, "within WAIT_S=100 s"),
         (["", "waits"], "ImagePullBackOff", {}, 1, "does not start: ImagePullBackOff"),
-        (["", "runs"], "", {"MAX_S": 100}, 124, "has not ended within MAX_S=100 s"),
+        (["", "waits"], "ContainerCreating", {}, 1, "within 600 s (ContainerCreating)"),
+        (["", "waits"], "PodInitializing", {}, 1, "try-1 FailedMount: bucket b: not found"),
+        (["", "waits"], "", {}, 1, "has nodes; its containers are created"),
+        (["", "runs"], "no nodes", {"MAX_S": 100}, 124, "has not ended within MAX_S=100 s"),
     ],
-    ids=["no nodes", "no image", "too long"],
+    ids=["no nodes", "no image", "no bucket", "no bucket, a sidecar", "no kubelet", "too long"],
 )
 def test_what_costs_without_an_end_is_deleted(tmp_path, states, why, variables, code, message):
     limits = [("time", clock(20))]
@@ -249,6 +283,21 @@ def test_what_costs_without_an_end_is_deleted(tmp_path, states, why, variables, 
     )
     assert result.returncode == code and message in result.stdout, result.stdout
     assert made[-1] == DELETE
+
+
+def test_the_cluster_is_asked_why_a_pod_does_not_start(tmp_path):
+    limits = [("time", clock(20))]
+    states, why = ["", "waits"], "ContainerCreating"
+    result, made = gke(tmp_path, "try", "--", *COMMAND, states=states, why=why, limits=limits)
+    (asked,) = [call for call in made if call[:2] == ["get", "events"]]
+    assert asked[2] == "--field-selector=involvedObject.name=try-1,type=Warning"
+    assert asked[3].startswith("--output=jsonpath=") and asked[3].endswith('{"\\n"}{end}')
+    # The usual minutes of a start are no trouble yet.
+    assert "does not start" not in result.stdout
+    assert script.troubles(json.loads(pods("X", "initContainerStatuses"))) == {"X": "try-1"}
+    ended = json.loads(pods("X"))
+    ended["items"][1]["status"]["phase"] = "Succeeded"
+    assert script.troubles(ended) == {}
 
 
 def test_a_machine_that_is_cut_off_does_not_delete(tmp_path):

@@ -160,6 +160,8 @@ def test_refuses_before_it_calls_gcloud(tmp_path):
     for command in ("python -m opsd_jax.convert import", "opsd data prepare"):
         result, made = tpu_vm(tmp_path, "run", "--", *command.split())
         assert "is a command of one process: WORKER=0" in result.stderr and not made
+    result, made = tpu_vm(tmp_path, "run", "--", *"python -m opsd_jax.study --config=c".split())
+    assert "on one machine, and here are 4 hosts: take a slice" in result.stderr and not made
     result, _ = tpu_vm(tmp_path, "fly")
     assert result.returncode == 1 and "tpu_vm.sh job -- COMMAND" in result.stderr
 
@@ -314,6 +316,31 @@ def test_one_worker_is_asked_and_stopped_alone(tmp_path):
     assert [(call[2], call[6]) for call in asked] == [("opsd-1", "--worker=2")] * 3
     result, _ = tpu_vm(tmp_path, "setup", WORKER=2)
     assert "setup is for all workers" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["create", "setup", "run -- x", "stop", "logs", "wait", "delete"])
+def test_lines_that_were_pasted_after_a_command_are_run(tmp_path, verb):
+    """ssh reads its input to the end: a shell without bracketed paste would lose them."""
+    path = stand_in(
+        tmp_path / "bin", "gcloud", '[[ $* != *describe* ]] || echo ACTIVE\ncat > "$SWALLOWED"'
+    )
+    pasted = f"{LAUNCH}/tpu_vm.sh {verb}\necho the next line\n"
+    swallowed = tmp_path / "swallowed"
+    place = {"PROJECT": "p", "BUCKET": "b", "POLL_S": 0, "MAX_S": 1, "SWALLOWED": swallowed}
+    limits = {"timeout": 60, "capture_output": True, "text": True}
+    env = environment(PATH=path, **place)
+    if verb == "delete":  # the stand-in's TPU would never be gone
+        (tmp_path / "bin/gcloud").write_text(
+            (tmp_path / "bin/gcloud")
+            .read_text()
+            .replace("echo ACTIVE", "{ echo NOT_FOUND >&2; exit 1; }")
+        )
+    result = subprocess.run(["bash"], input=pasted, env=env, **limits)
+    assert "the next line" in result.stdout and swallowed.read_text() == ""
+    if verb == "logs":  # a shell on a worker reads what is typed
+        typed = f"{LAUNCH}/tpu_vm.sh ssh\nls\n"
+        subprocess.run(["bash"], input=typed, env=env, **limits)
+        assert swallowed.read_text() == "ls\n"
 
 
 def test_notices_a_worker_that_fails(tmp_path):
@@ -488,6 +515,12 @@ def test_what_takes_longer_than_max_s_is_stopped_and_given_back(tmp_path, stops)
         assert result.returncode == 124 and "within MAX_S=100 s" in result.stdout
         assert kinds(made)[-3:] == ["stop", "delete", "describe"]
         assert 1 <= kinds(made).count("status") <= 4
+
+
+def test_without_max_s_a_day_is_the_end():
+    read = script.read_settings
+    assert read({"PROJECT": "p"}).max_s == 86400
+    assert script.Tpu(read({"PROJECT": "p", "MAX_S": "0"})).end_of_waiting() == float("inf")
 
 
 def test_a_wait_alone_stops_nothing(tmp_path):
