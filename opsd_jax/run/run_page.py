@@ -18,7 +18,7 @@ from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table, screening
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.report_table import Scores
-from opsd_jax.runtime import files, metrics, run_folder
+from opsd_jax.runtime import clock, files, metrics, run_folder
 
 Points = list[tuple[float, float]]
 
@@ -283,11 +283,23 @@ def _seconds(folders: Mapping[str, str]) -> list[str]:
     }
     phases = list(dict.fromkeys(phase for time in times.values() for phase in time))
     cells = [[phase, *(time.get(phase) for time in times.values())] for phase in phases]
+    waited = [_waiting(folders[name]) for name in times]
+    cells.append(["the device waited between steps, %", *waited])
     return [
         html.heading("Where the time went"),
         html.table(["phase, seconds", *times], cells),
-        html.note("All commands of the run; arms run beside it where there are cores for them."),
+        html.note(
+            "All commands of the run; arms run beside it where there are cores for them. The last "
+            "row is the share of the steps' time in which the device waited for input, a "
+            "checkpoint, or the host."
+        ),
     ]
+
+
+def _waiting(folder: str) -> float | None:
+    """Per cent of the steps' time of a run in which the device waited; None if nothing says."""
+    share = clock.waiting(metrics.read(run_folder.metrics(folder)))
+    return None if share is None else 100 * share
 
 
 def _pages(workdir: str) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +108,28 @@ class Clock:
 
     def _spend(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+def waiting(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of the time of steps in which the device waited for the host.
+
+    For input, a checkpoint, or whatever else the host did between steps. Compilation and evaluation
+    are left out, and so are records during which a program was compiled.
+
+    Args:
+      records: of metrics.jsonl, with what `Clock.shares` returns.
+    Returns:
+      None if no record says.
+    """
+    waited = worked = 0.0
+    logged = [record for record in records if "time/steps" in record]
+    for before, record in itertools.pairwise(logged):
+        if record["time/compile"] > 0:
+            continue
+        seconds = record["time"] - before["time"]
+        waited += seconds * sum(record[f"time/{name}"] for name in ("input", "checkpoint", "other"))
+        worked += seconds * record["time/steps"]
+    return waited / (waited + worked) if worked > 0 else None
 
 
 def added(report: Mapping[str, float], earlier: Mapping[str, float]) -> dict[str, float]:

@@ -664,3 +664,22 @@ def test_importing_it_is_cheap():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert shown.stdout == "[]\n"
+
+
+def test_the_share_of_waiting():
+    """Weighted by time; without records while a program was compiled, and without evaluation."""
+
+    def record(time, **shares):
+        names = ("steps", "compile", "input", "checkpoint", "eval", "other")
+        return {"time": time} | {f"time/{name}": shares.get(name, 0.0) for name in names}
+
+    records = [
+        record(0, compile=0.5, steps=0.5),
+        record(10, steps=0.9, input=0.1),
+        {"time": 12, "eval/T/none": 0.5},  # of an evaluation
+        record(30, steps=0.4, eval=0.5, checkpoint=0.05, other=0.05),
+        record(40, compile=0.9, input=0.1),
+    ]
+    waited, worked = 10 * 0.1 + 20 * 0.1, 10 * 0.9 + 20 * 0.4
+    assert clock_lib.waiting(records) == pytest.approx(waited / (waited + worked))
+    assert clock_lib.waiting(records[:1]) is None and clock_lib.waiting([]) is None
