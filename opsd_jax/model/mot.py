@@ -166,57 +166,91 @@ class Block(nn.Module):
     The carry of the scan is (x, cache, layer). A cache passed as scan inputs and outputs would be
     copied whole at every decode step.
 
-    The last `latents` positions run through the expert `gen`, the others through `und`. The
-    boundary is static, so that each expert computes its own positions only.
+    Hidden states, rotary tables and masks of queries are tuples of one entry for each expert, `und`
+    and then `gen`; of one entry where no position is a latent token. Joined in each layer, 2 and
+    4,096 positions would make blocks of 4,098, which no chip divides evenly.
     """
 
     config: ModelConfig
-    latents: int = 0
 
     def setup(self):
         self.und = Expert(self.config.llm, self.config.lora)
         if self.config.generation:
             self.gen = Expert(self.config.llm)
 
-    def _route(self, method, *args):
-        if not self.latents:
-            return getattr(self.und, method)(*args)
-        cut = args[0].shape[1] - self.latents
-        mine = getattr(self.und, method)(*(x[:, :cut] for x in args))
-        other = getattr(self.gen, method)(*(x[:, cut:] for x in args))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), mine, other)
-
-    def __call__(self, carry, rope, mask, offset, record=None, deep=None):
-        x, cache, layer = carry
-        x = sharding.constrain_batch(x)
-        q, k, v = self._route("qkv", x)
-        q, k = attention.rotate(q, rope), attention.rotate(k, rope)
-        if cache is not None:
-            cache = {
-                name: jax.lax.dynamic_update_slice(
-                    cache[name], new[None].astype(cache[name].dtype), (layer, 0, offset, 0, 0)
-                )
-                for name, new in (("k", k), ("v", v))
-            }
-        if isinstance(mask, masks.KeyBlocks):
-            attended = attention.attend_to_blocks(q, cache["k"], cache["v"], layer, mask)
+    def __call__(self, carry, ropes, laid, offset, record=None, deep=None):
+        xs, cache, layer = carry
+        c, dtype = self.config, xs[0].dtype
+        experts = (self.und, self.gen) if len(xs) > 1 else (self.und,)
+        xs = [sharding.constrain_batch(x) for x in xs]
+        queries, keys, values = [], [], []
+        for expert, x, rope in zip(experts, xs, ropes, strict=True):
+            q, k, v = expert.qkv(x)
+            queries.append(attention.rotate(q, rope))
+            keys.append(attention.rotate(k, rope))
+            values.append(v)
+        if cache is None:
+            k, v = _joined(keys), _joined(values)
         else:
-            if cache is not None:
-                k, v = (
-                    jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(x.dtype)
-                    for name in ("k", "v")
-                )
-            attended = attention.attend(
-                q, k, v, mask, self.config.query_block, self.config.attention
+            cache = {
+                "k": _written(cache["k"], keys, layer, offset),
+                "v": _written(cache["v"], values, layer, offset),
+            }
+            k, v = (
+                jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(dtype)
+                for name in ("k", "v")
             )
-        x = self._route("output", x, attended)
-        if deep is not None:
-            x = _add_features(x, deep, layer)
+
+        def attend(q, mask):
+            if isinstance(mask, masks.KeyBlocks):
+                return attention.attend_to_blocks(q, cache["k"], cache["v"], layer, mask)
+            return attention.attend(q, k, v, mask, c.query_block, c.attention)
+
+        xs = [
+            expert.output(x, attend(q, mask))
+            for expert, x, q, mask in zip(experts, xs, queries, laid, strict=True)
+        ]
+        if deep is not None:  # of models whose positions are all of one expert
+            xs[0] = _add_features(xs[0], deep, layer)
         shares = None
         if record is not None:
             seen, groups = record
-            shares = attention.shares(q, k, seen, groups, self.config.query_block)
-        return (sharding.constrain_batch(x), cache, layer + 1), shares
+            shares = attention.shares(_joined(queries), k, seen, groups, c.query_block)
+        return (tuple(map(sharding.constrain_batch, xs)), cache, layer + 1), shares
+
+
+def _joined(parts: list[Float[Array, "B _ K h"]]) -> Float[Array, "B T K h"]:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _written(
+    cache: Float[Array, "L B S K h"],
+    parts: list[Float[Array, "B _ K h"]],
+    layer: Int[Array, ""],
+    offset: Int[Array, ""] | int,
+) -> Float[Array, "L B S K h"]:
+    """The cache with the keys of a layer at the columns from `offset` on, part after part."""
+    for part in parts:
+        cache = jax.lax.dynamic_update_slice(
+            cache, part[None].astype(cache.dtype), (layer, 0, offset, 0, 0)
+        )
+        offset = offset + part.shape[1]
+    return cache
+
+
+def _divided(x: AnyArray, cut: int) -> tuple[AnyArray, AnyArray]:
+    """x [B, T, ...] before and after a position; twice x [B, 1, ...], which holds for all."""
+    return (x, x) if x.shape[1] == 1 else (x[:, :cut], x[:, cut:])
+
+
+def _divided_mask(mask: masks.Mask, cut: int) -> list[masks.Mask]:
+    """The masks of the queries before and after a position."""
+    vectors = {
+        name: _divided(x, cut)
+        for name, x in mask._asdict().items()
+        if x is not None and not name.startswith("key")
+    }
+    return [mask._replace(**{name: x[n] for name, x in vectors.items()}) for n in (0, 1)]
 
 
 class Decoder(nn.Module):
@@ -270,10 +304,16 @@ class Decoder(nn.Module):
             attention.rope_axes(c.mrope, c.mrope_interleaved),
         )
         record = None if groups is None else (mask, groups)
-        laid: Any = masks.lay_out(mask, x.shape[1], self.config.attention)
+        xs, ropes, parts, cut = [x], [rope], [mask], x.shape[1] - self.latents
+        if self.latents:
+            xs, parts = [x[:, :cut], x[:, cut:]], _divided_mask(mask, cut)
+            ropes = list(zip(*(_divided(table, cut) for table in rope)))
+        laid: list[Any] = [
+            masks.lay_out(mask, x.shape[1], self.config.attention) for x, mask in zip(xs, parts)
+        ]
         size, columns = self.config.key_block, mask.key_segment.shape[1]
         if cache is not None and x.shape[1] == 1 and 0 < size < columns:
-            laid = masks.key_blocks(mask, size)
+            laid = [masks.key_blocks(mask, size)]
         block = Block
         if self.config.remat == "full":
             block = nn.remat(Block, prevent_cse=False)  # inside a scan, CSE cannot undo it
@@ -284,15 +324,13 @@ class Decoder(nn.Module):
             length=c.num_layers,
             in_axes=(nn.broadcast,) * 5,
             unroll=self.config.unroll,
-        )(self.config, self.latents, name="layers")
-        (x, cache, _), shares = layers((x, cache, jnp.int32(0)), rope, laid, offset, record, deep)
-        cut = x.shape[1] - self.latents
+        )(self.config, name="layers")
+        carry = (tuple(xs), cache, jnp.int32(0))
+        (xs, cache, _), shares = layers(carry, tuple(ropes), tuple(laid), offset, record, deep)
         norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
-        hidden = rms_norm(x[:, :cut], norm, c.rms_norm_eps)
+        normed = [rms_norm(xs[0], norm, c.rms_norm_eps)]
         if self.config.generation:
             norm_gen = self.param("norm_gen", nn.initializers.ones, (c.hidden_size,))
-            if self.latents:
-                hidden = jnp.concatenate(
-                    [hidden, rms_norm(x[:, cut:], norm_gen, c.rms_norm_eps)], axis=1
-                )
+            normed += [rms_norm(x, norm_gen, c.rms_norm_eps) for x in xs[1:]]
+        hidden = jnp.concatenate(normed, axis=1) if self.latents else normed[0]
         return (hidden, cache) if groups is None else (hidden, cache, shares)
