@@ -38,13 +38,8 @@ OPTIONAL = {
 }
 _CHAT_KEYS = ("messages", "images")
 _SHARED = ("pid", "task", "metadata")  # columns of the schema that chat lines may have
-_CHAT_COLUMNS = (
-    "question",
-    "answer",
-    "problem_image_0",
-    "resoning_thought_0",
-    "full_text_only_thought",
-)
+_FIRST_THOUGHT, _TRACE = "resoning_thought_0", "full_text_only_thought"
+_CHAT_COLUMNS = ("question", "answer", "problem_image_0", _FIRST_THOUGHT, _TRACE)
 _SECOND_IMAGE = f"{schema.PROBLEM_COLUMNS}1"
 # How PNG, JPEG, GIF and WebP files begin in base64, which has no "." that a file's name has.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
@@ -161,6 +156,8 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
             raise schema.BadSourceError(f"{path}: {key!r} is not read: did you mean {close[0]!r}?")
     names = _FRIENDLY | {key: f"{prefix}0" for key, prefix in _LISTS.items()}
     present = list(dict.fromkeys(names.get(key, key) for key in keys))
+    if not any(map(_is_of_rounds, keys)):
+        present.append(_FIRST_THOUGHT)  # see `_from_named`
     schema.check_further(path, keys, further, "key")
     missing = [column for column in schema.REQUIRED_COLUMNS if column not in present]
     if missing and not parquet_files.misspelt(present, further):
@@ -306,7 +303,11 @@ def _is_image(column: str) -> bool:
 
 
 def _from_named(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The columns of a line that has them by name; no remarks. Raises _FaultError."""
+    """The columns of a line that has them by name, and remarks. Raises _FaultError.
+
+    Thoughts stand between visual thoughts. A line that names neither, such as a question of a text
+    model, has its text trace as its one thought.
+    """
     if "messages" in line:
         raise _FaultError("messages", "belongs to chats, and this file has columns by name")
     values: dict[str, Any] = {}
@@ -323,7 +324,19 @@ def _from_named(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], lis
     for column in ("question", "answer"):
         if column not in values:
             raise _FaultError(column, "is missing")
-    return values, []
+    if any(_is_of_rounds(key) for key, value in line.items() if value):
+        return values, []
+    trace = values.get(_TRACE)
+    values[_FIRST_THOUGHT] = trace or values["answer"]
+    return values, [] if trace else ["no_thought: the line has no thoughts and no text_trace"]
+
+
+def _is_of_rounds(key: str) -> bool:
+    """Whether a key by name gives thoughts or visual thoughts."""
+    return key in ("thoughts", "visual_thoughts") or key in (
+        *schema.THOUGHT_COLUMNS,
+        *schema.VISUAL_THOUGHT_COLUMNS,
+    )
 
 
 def _from_chat(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -260,6 +260,21 @@ def test_bad_lines(tmp_path, good, bad):
     assert [e.pid for e in open_source(tmp_path / "out", task="T")] == [good["pid"]] * 2
 
 
+def test_a_text_question_needs_no_thoughts(tmp_path):
+    """Its text trace is its thought, or else its answer."""
+    line = {"question": "1 + 2 = ?", "answer": "3", "text_trace": "1 + 2 = 3."}
+    bare = {"question": "2 + 2 = ?", "answer": "4", "thoughts": None, "visual_thoughts": []}
+    write(tmp_path / "T", line, bare)
+    write(tmp_path / "T", line, name="test.jsonl")  # no line has a key of thoughts
+    report = prepare(tmp_path, tmp_path / "out")
+    assert report.rows == {"T/train": 2, "T/test": 1} and not report.bad_rows
+    source = open_source(tmp_path / "out", task="T")
+    assert [e.thoughts for e in source] == [("1 + 2 = 3.",), ("4",)]
+    assert [note.reason for note in report.warnings if note.reason.startswith("no_thought")] == [
+        "no_thought: the line has no thoughts and no text_trace"
+    ]
+
+
 def test_empty_lines_at_the_end(tmp_path):
     """An editor adds them; one between two lines is a fault (above)."""
     path = write(tmp_path / "T", NAMED)
