@@ -1,12 +1,17 @@
 """The timing scripts run at tiny size and report what their readers look for."""
 
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+
+import small_run
 
 FOLDER = pathlib.Path(__file__).parents[2] / "perf"
 
@@ -34,6 +39,44 @@ def run(name, *options):
     return [json.loads(s) for s in lines if s.startswith("{")], [
         s for s in lines if s.startswith("|")
     ]
+
+
+@pytest.fixture
+def int8(monkeypatch):
+    """The module perf/int8.py."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("int8")
+
+
+def test_agreement_of_samples(int8):
+    """The second answer differs from its second token on, and what follows no longer counts."""
+    tokens = np.array([[5, 6, 7], [5, 6, 0]])
+    mask = np.array([[True, True, True], [True, True, False]])
+    one = types.SimpleNamespace(tokens=tokens, mask=mask, logprobs=np.zeros((2, 3)))
+    other = types.SimpleNamespace(
+        tokens=np.array([[5, 6, 7], [5, 9, 0]]),
+        mask=mask,
+        logprobs=np.array([[0.1, -0.2, 0.0], [0.1, 9.0, 9.0]]),
+    )
+    assert int8.compare(one, other) == pytest.approx(
+        {
+            "tokens": 5,
+            "equal": 4 / 5,
+            "answers": 1 / 2,
+            "mean_difference": 0.1,
+            "largest_difference": 0.2,
+        }
+    )
+
+
+@pytest.mark.slow
+def test_int8_samples_of_a_run(int8, tmp_path_factory, capsys):
+    int8.main([f"--workdir={small_run.trained(tmp_path_factory)}", "--rows=4"])
+    lines = capsys.readouterr().out.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [one["samples"] for one in found] == ["greedy", "sampled"]
+    assert all(one["rows"] == 4 and one["largest_difference"] > 0 for one in found)
+    assert sum(line.startswith("|") for line in lines) == 4
 
 
 @pytest.mark.long
