@@ -1,5 +1,7 @@
 """The timing scripts run at tiny size and report what their readers look for."""
 
+import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -8,10 +10,14 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 import small_run
+from opsd_jax import distill
+from opsd_jax.model import bagel
+from opsd_jax.plan import flops
 
 FOLDER = pathlib.Path(__file__).parents[2] / "perf"
 
@@ -285,3 +291,209 @@ def test_a_preset_is_compiled_once(tmp_path):
     row, priced = (done.stdout.splitlines()[2].split(" | ") for done in (first, again))
     assert row[:3] == ["| v5e-4", "4", "1"] and row[3].endswith(" of 15.75")
     assert len(priced) == len(row) + 1
+
+
+# --- against PyTorch, which is not installed here ------------------------------------------------
+
+
+@pytest.fixture
+def perf(monkeypatch):
+    """perf/NAME.py as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def constants(path):
+    """What a file assigns at its top level, without running the rest of it."""
+    body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+    found = {}
+    exec(compile(ast.Module(body, type_ignores=[]), path, "exec"), found)
+    return found
+
+
+def test_torch_baseline_has_the_sizes_and_settings_of_step(perf):
+    own, drawing, step = constants(FOLDER / "torch_baseline.py"), perf("drawing"), perf("step")
+    for size, parts in own["SIZES"].items():
+        model = drawing.SIZES[size]
+        for name, given in parts.items():
+            # all that is not given is the default
+            assert type(getattr(model, name))(**given) == getattr(model, name), (size, name)
+    assert (own["GRID"], own["GRID"]) == step.GRID
+    assert (own["SIDE"], own["PATCH_DIM"]) == (model.vit.side, model.vit.patch_dim)
+    assert (own["ROPE_THETA"], own["NORM_EPS"]) == (model.llm.rope_theta, model.llm.rms_norm_eps)
+    assert own["NORM_EPS"] == model.vit.layer_norm_eps
+    tokenizer = vars(drawing.TOKENIZER)
+    assert {name: own[name.upper()] for name in tokenizer} == tokenizer
+    lengths = [
+        sum(2 + (own["GRID"] ** 2 if block == "image" else block) for block in own[role])
+        for role in ("STUDENT", "TEACHER")
+    ]
+    rows = step.contexts(1, drawing.SIZES["tiny"])
+    assert lengths == [rows.student.padded_length, rows.teacher.padded_length]
+    config = distill.DistillConfig(model=model, bos=own["BOS"], eos=own["EOS"])
+    loss, optim = config.divergence, config.optim
+    assert (own["TOP_K"], own["CLIP"], own["BETA"]) == (loss.top_k, loss.clip, loss.beta)
+    assert (loss.kind, loss.support, loss.tail, loss.clip_unit, loss.temperature) == (
+        "jsd",
+        "teacher",
+        False,
+        "entry",
+        1.0,
+    )
+    assert (own["LR"], own["MIN_LR"], own["WARMUP"], own["TOTAL"]) == (
+        optim.lr,
+        optim.min_lr,
+        optim.warmup_steps,
+        optim.total_steps,
+    )
+    assert (*own["BETAS"], own["ADAM_EPS"], 0.0) == (
+        optim.b1,
+        optim.b2,
+        optim.eps,
+        optim.weight_decay,
+    )
+    assert (own["MAX_GRAD_NORM"], own["EMA_DECAY"]) == (optim.max_grad_norm, config.ema_decay)
+    assert (config.teacher, optim.kind, config.reduction) == ("ema", "adamw", "completion")
+    for name in ("PEAK_SIZES", "PEAK_REPEATS"):
+        assert getattr(perf("against_torch"), name) == own[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+def test_operations_of_an_update_are_those_of_the_traced_one(perf, batch):
+    """Without recomputation. The tower's attention of the traced one joins the teacher's images."""
+    drawing, step, against_torch = (perf(n) for n in ("drawing", "step", "against_torch"))
+    model = dataclasses.replace(drawing.SIZES["mid"], generation=None)
+    config = distill.DistillConfig(model=model, bos=1, eos=2)
+    params = jax.eval_shape(lambda key: bagel.init(key, config=model), jax.random.key(0))
+    state = jax.eval_shape(lambda params: distill.init_state(params, config), params)
+    rows, completions = step.contexts(batch, model), step.trajectory(batch, 128, model)
+    traced = jax.make_jaxpr(lambda *x: distill.update_step(*x, config=config))(
+        state, rows, completions
+    )
+    line = {
+        "batch": batch,
+        "tokens": 128,
+        "student_positions": rows.student.padded_length + 129,
+        "teacher_positions": rows.teacher.padded_length + 129,
+    }
+    counted = against_torch.update_operations(model, line)
+    assert counted == pytest.approx(flops.matmul_flops(traced.jaxpr), rel=0.03)
+
+
+def recorded(side, number, part, batch, seconds, **more):
+    line = {"side": side, "round": number, "part": part, "size": "mid", "batch": batch}
+    line |= {"parameters": 64375552, "seconds": seconds, "cpu_seconds": 2 * seconds}
+    return line | {"peak_mib": 1000.0 if side == "ours" else 1500.0, "tokens": 128} | more
+
+
+def a_peak(side, number, rate):
+    return {"side": side, "round": number, "part": "peak", "operations_per_second": rate}
+
+
+def test_table_of_ratios(perf):
+    long = {"student_positions": 421, "teacher_positions": 1005}
+    lines = [a_peak("ours", 0, 60e9), a_peak("torch", 0, 163.011428352e9), a_peak("ours", 1, 1e9)]
+    for number, ours, theirs in ((0, 1.0, 2.0), (1, 2.0, 3.0), (2, 4.0, 4.0)):
+        lines += [
+            recorded("torch", number, "decode", 16, theirs),  # the order changes nothing
+            recorded("ours", number, "decode", 16, ours),
+            recorded("ours", number, "train", 1, 2 * ours, **long),
+            recorded("torch", number, "train", 1, theirs, **long),
+        ]
+    assert perf("against_torch").table(lines).splitlines() == [
+        "| case | ours, s | PyTorch, s | PyTorch / ours | CPU-seconds, PyTorch / ours | memory, "
+        "PyTorch / ours | share of peak, ours | PyTorch |",
+        "|---|---|---|---|---|---|---|---|",
+        "| decode, batch 16 | 2 | 3 | 1.50 (1.00–2.00) | 1.50 (1.00–2.00) | 1.50 (1.50–1.50) | – "
+        "| – |",
+        "| update, batch 1 | 4 | 3 | 0.75 (0.50–1.00) | 0.75 (0.50–1.00) | 1.50 (1.50–1.50) | 25 % "
+        "| 33 % |",
+    ]
+    lines[-1]["parameters"] += 1
+    with pytest.raises(SystemExit, match=r"64,375,552 \(ours\) and 64,375,552 \(torch\) and "):
+        perf("against_torch").table(lines)
+
+
+def stand_in(tmp_path, body):
+    """A program in the place of a Python with PyTorch."""
+    path = tmp_path / "python"
+    path.write_text(f"#!{sys.executable}\n{body}")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--torch_python is missing"),
+        (["--torch_python=/nowhere/bin/python"], "/nowhere/bin/python: No such file or directory"),
+        (["--torch_python=/nowhere/bin/python"], "python -m venv VENV && VENV/bin/pip install to"),
+        (["--torch_python={without}"], "cannot import torch (No module named 'torch'): install"),
+        (["--torch_python={without}"], "own, python -m venv VENV"),
+        (["--torch_python={without}", "--rounds=0"], "--rounds=0: give at least 1"),
+    ],
+)
+def test_without_a_python_that_has_torch(perf, tmp_path, capsys, options, says):
+    without = stand_in(tmp_path, "raise SystemExit(\"No module named 'torch'\")\n")
+    with pytest.raises(SystemExit) as ended:
+        perf("against_torch").main([option.format(without=without) for option in options])
+    assert says in f"{ended.value}{capsys.readouterr().err}"
+
+
+THEIRS = """\
+import json, sys
+if "-c" in sys.argv:
+    sys.exit()
+given = dict(word[2:].split("=") for word in sys.argv[2:])
+line = {"part": given["part"], "size": given["size"], "batch": int(given["batch"])}
+if given["part"] == "peak":
+    print(json.dumps({"part": "peak", "operations_per_second": 1e9}))
+else:
+    line |= {"parameters": 282752, "seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 1000.0}
+    print(json.dumps(line))
+"""
+
+
+def test_the_sides_take_turns(perf, tmp_path, monkeypatch, capsys):
+    module, ran = perf("against_torch"), []
+
+    def run(side, part, batch, number, args):
+        ran.append((number, part, batch, side))
+        return a_peak(side, number, 1e9) if not batch else recorded(side, number, part, batch, 1.0)
+
+    monkeypatch.setattr(module, "run", run)
+    lines = tmp_path / "lines.json"
+    python = stand_in(tmp_path, THEIRS)
+    options = ["--rounds=2", "--decode_batch=1,16", "--train_batch=", f"--json={lines}"]
+    module.main([f"--torch_python={python}", *options])
+    both = [("ours", "torch"), ("torch", "ours")]
+    cases = [("peak", 0), ("decode", 1), ("decode", 16)]
+    assert ran == [(n, *case, side) for n in (0, 1) for case in cases for side in both[n]]
+    printed = capsys.readouterr().out.splitlines()
+    assert json.loads(lines.read_text()) == [json.loads(line) for line in printed[:12]]
+    assert printed[12:] == module.table([json.loads(line) for line in printed[:12]]).splitlines()
+
+
+@pytest.mark.slow
+def test_against_torch(tmp_path):
+    """With a stand-in for the other side."""
+    command = [
+        sys.executable,
+        str(FOLDER / "against_torch.py"),
+        f"--torch_python={stand_in(tmp_path, THEIRS)}",
+        "--size=tiny",
+        "--rounds=1",
+        "--repeats=1",
+        "--tokens=5",
+        "--decode_batch=1",
+        "--train_batch=",
+    ]
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    *lines, _, _, row = done.stdout.splitlines()
+    peak, _, ours, theirs = map(json.loads, lines)
+    assert peak["operations_per_second"] > 1e9
+    assert ours["parameters"] == theirs["parameters"] and ours["tokens"] == 5
+    assert row.startswith("| decode, batch 1 | ")
