@@ -48,13 +48,13 @@ def run(name, *options):
 
 
 @pytest.fixture
-def int8(monkeypatch):
-    """The module perf/int8.py."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("int8")
+def perf(monkeypatch):
+    """perf/NAME.py as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
 
 
-def test_agreement_of_samples(int8):
+def test_agreement_of_samples(perf):
     """The second answer differs from its second token on, and what follows no longer counts."""
     tokens = np.array([[5, 6, 7], [5, 6, 0]])
     mask = np.array([[True, True, True], [True, True, False]])
@@ -64,7 +64,7 @@ def test_agreement_of_samples(int8):
         mask=mask,
         logprobs=np.array([[0.1, -0.2, 0.0], [0.1, 9.0, 9.0]]),
     )
-    assert int8.compare(one, other) == pytest.approx(
+    assert perf("int8").compare(one, other) == pytest.approx(
         {
             "tokens": 5,
             "equal": 4 / 5,
@@ -76,8 +76,8 @@ def test_agreement_of_samples(int8):
 
 
 @pytest.mark.slow
-def test_int8_samples_of_a_run(int8, tmp_path_factory, capsys):
-    int8.main([f"--workdir={small_run.trained(tmp_path_factory)}", "--rows=4"])
+def test_int8_samples_of_a_run(perf, tmp_path_factory, capsys):
+    perf("int8").main([f"--workdir={small_run.trained(tmp_path_factory)}", "--rows=4"])
     lines = capsys.readouterr().out.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     assert [one["samples"] for one in found] == ["greedy", "sampled"]
@@ -294,13 +294,6 @@ def test_a_preset_is_compiled_once(tmp_path):
 
 
 # --- against PyTorch, which is not installed here ------------------------------------------------
-
-
-@pytest.fixture
-def perf(monkeypatch):
-    """perf/NAME.py as a module."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module
 
 
 def constants(path):
