@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
+    from opsd_jax.runtime.terminal_bars import Bars
 
 _lock = threading.Lock()
 _bars: dict[TextIO, tuple[Bars, int]] = {}  # {terminal: (its bars, number of open ones)}
@@ -17,20 +17,13 @@ _bars: dict[TextIO, tuple[Bars, int]] = {}  # {terminal: (its bars, number of op
 
 def _open_bars(file: TextIO) -> Bars:
     """The bars of a terminal, which has one live display for all of them."""
-    from rich import progress
     from rich.console import Console
+
+    from opsd_jax.runtime.terminal_bars import Bars
 
     with _lock:
         if file not in _bars:
-            columns = (
-                "{task.description}",
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                "{task.fields[numbers]}",
-                progress.TimeElapsedColumn(),
-                "left {task.fields[left]}",
-            )
-            bars = progress.Progress(*columns, console=Console(file=file))
+            bars = Bars(Console(file=file), _hms)
             bars.start()
             _bars[file] = bars, 0
         bars, count = _bars[file]
@@ -85,15 +78,15 @@ class Progress:
         if primary and self._file.isatty():
             self._bars = _open_bars(self._file)
             self._task = self._bars.add_task(
-                self._title, total=total, completed=start, numbers="", left="?"
+                self._title, total=total, completed=start, numbers=(), left="?"
             )
 
     def update(self, done: int, **fields: float | str) -> None:
         """Shows that `done` of the total is done, and the fields after it."""
-        numbers = "  ".join(
+        numbers = [
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in fields.items()
-        )
+        ]
         now = time.monotonic()
         if self._first is None:
             self._first = now, done
@@ -103,7 +96,7 @@ class Progress:
         elif self._primary and (now - self._shown >= self._interval or done >= self._total):
             self._shown = now
             times = f"elapsed {_hms(now - self._began)}  left {left}"
-            parts = filter(None, (self._title, f"{done}/{self._total}", numbers, times))
+            parts = filter(None, (self._title, f"{done}/{self._total}", *numbers, times))
             print("  ".join(parts), file=self._file, flush=True)
 
     def _left(self, now: float, done: int) -> str:

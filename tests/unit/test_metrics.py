@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from opsd_jax.evaluation import statistics
 from opsd_jax.runtime import clock as clock_lib
@@ -22,6 +23,7 @@ from opsd_jax.runtime.clock import Clock, CompileGuard, TooManyCompilesError, co
 from opsd_jax.runtime.health import Health, UnhealthyRunError
 from opsd_jax.runtime.metrics import Means, Writer
 from opsd_jax.runtime.progress import Progress
+from opsd_jax.runtime.terminal_bars import Bars
 
 # ---------------------------------------------------------------------------- numbers
 
@@ -322,6 +324,48 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
     assert (
         "maze opsd" in shown and "7/10" in shown and "loss 0.5" in shown and "elapsed" not in shown
     )
+
+
+def frame(width, *bars):
+    """The lines of a terminal of a width: bars of (title, total, done, numbers), a minute on."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    shown = Bars(console, lambda seconds: "0:01:00")
+    for title, total, done, numbers in bars:
+        shown.add_task(title, total=total, completed=done, numbers=numbers, left="0:00:36")
+    console.print(shown.make_tasks_table(shown.tasks))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+RUN = "W opsd", 1000, 300, ("loss 0.04321", "completion_len 9.01", "tokens/s 1415")
+ARM = "arm noise", 1000, 20, ("jsd 0.5", "stage opsd")
+LONG = "a-long-name-of-a-workdir-of-a-run offline", 16000, 12000, ()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+@pytest.mark.parametrize("bars", [(RUN,), (RUN, ARM), (ARM, LONG)])
+def test_steps_and_the_time_left_are_readable_at_every_width(width, bars):
+    lines = frame(width, *bars)
+    assert len(lines) == len(bars)  # none goes over two lines
+    for line, (title, total, done, numbers) in zip(lines, bars):
+        assert len(line) <= width
+        assert f" {done}/{total} " in line and line.endswith(" left 0:00:36")
+        assert line.startswith(title[:7])
+        if width >= 60:
+            assert " 0:01:00 " in line
+        if width >= 80 and done > total / 10:
+            assert "━" in line
+        for number in numbers:  # whole or not at all
+            assert (number in line) or number.split()[0] not in line
+
+
+def test_numbers_leave_a_narrow_line_from_the_last_on():
+    def shown(width):
+        return [number for number in RUN[3] if number in frame(width, RUN, ARM)[0]]
+
+    assert shown(120) == [*RUN[3]]
+    assert shown(80) == ["loss 0.04321"]
+    assert shown(40) == []
 
 
 def test_bars_of_several_threads_share_a_terminal(monkeypatch):
