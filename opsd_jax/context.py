@@ -197,104 +197,203 @@ def pack(
       ValueError: latents without `generation`, an image that is larger than its position table, or
         a number of patches in the bucket that does not divide into merge blocks.
     """
-    image_blocks = [b for blocks in sequences for b in blocks if isinstance(b, Image)]
     if sizes.latents and generation is None:
         raise ValueError(
             f"packing {sizes.latents} latents per sequence needs the sizes of the model's latents: "
             "pass generation, or set latents to 0"
         )
-    width = image_blocks[0].patches.shape[1] if image_blocks else patch_dim
-    dtype = np.result_type(*{b.patches.dtype for b in image_blocks}) if image_blocks else np.uint8
-    if dtype != np.uint8:  # a float batch is normalised as a whole
-        dtype = np.dtype(np.float32)
-    n, ints = len(sequences), functools.partial(np.zeros, dtype=np.int32)
-    tokens = ints((n, sizes.positions))
-    every = n, sizes.positions + sizes.latents
-    # A position of one dimension is one of three that are equal. The first of them is kept.
-    rope_positions = ints((*every, 3))
-    limit, segment, order, noised = (ints(every) for _ in range(4))
-    values = np.zeros((n, sizes.patches, width), dtype)
-    patch_table_ids, patch_image = ints((n, sizes.patches)), ints((n, sizes.patches))
-    patch_cells = ints((n, sizes.patches, 4))
-    patch_positions = np.full((n, sizes.patches), sizes.positions, np.int32)
-    latent_tokens = np.zeros(
-        (n, sizes.latents, generation.latent_dim if generation else 0), np.float32
-    )
-    latent_table_ids, latent_image = ints((n, sizes.latents)), ints((n, sizes.latents))
-    length, next_rope_position = ints(n), ints(n)
-    for b, blocks in enumerate(sequences):
-        _check_fit(need(blocks), sizes, _named(b, names))
-        # `place` is the place in the sequence; `at`, `patch` and `latent` are the next free
-        # position, patch and latent token; `number` and `generated` count the image and latent
-        # blocks.
-        place = rope = at = patch = latent = number = generated = 0
+    packed = _Arrays.empty(sequences, sizes, generation, patch_dim)
+    for number, blocks in enumerate(sequences):
+        _check_fit(need(blocks), sizes, _named(number, names))
+        row = packed.row(number)
+        end = _Cursor()
         for block in blocks:
-            stop = place + block.length
             if isinstance(block, Text):
-                own = np.arange(at, at + block.length)
-                own_ids = [tokenizer.bos, *block.ids, tokenizer.eos]
-                tokens[b, own] = own_ids if block.delimited else block.ids
-                rope_positions[b, own] = np.arange(rope, rope + block.length)[:, None]
-                limit[b, own] = np.arange(place + 1, stop + 1)
-                at, advance = at + block.length, block.length
+                own, advance = _put_text(row, end, block, tokenizer)
             elif isinstance(block, Image):
-                own = np.arange(at, at + block.length)
-                tokens[b, own[0]], tokens[b, own[-1]] = tokenizer.image_start, tokenizer.image_end
-                number += 1
-                new = slice(patch, patch + len(block.patches))
-                values[b, new] = (
-                    block.patches if dtype == np.uint8 else images.normalize(block.patches)
-                )
-                patch_image[b, new] = number
-                patch_positions[b, new] = np.repeat(own[1:-1], block.merge**2)
-                if side:
-                    patch_table_ids[b, new] = images.position_ids(block.grid, side)
-                    rope_positions[b, own], limit[b, own], advance = rope, stop, 1
-                else:
-                    patch_cells[b, new] = images.cells(block.grid, block.merge)
-                    relative, advance = _rope_of_image(block, sizes)
-                    rope_positions[b, own] = rope + relative
-                    limit[b, own] = np.arange(place + 1, stop + 1)
-                at, patch = at + block.length, new.stop
+                own, advance = _put_image(row, end, block, tokenizer, side)
             else:
-                new = slice(latent, latent + len(block.tokens))
-                own = np.array([at, *(sizes.positions + np.arange(new.start, new.stop)), at + 1])
-                tokens[b, at], tokens[b, at + 1] = tokenizer.image_start, tokenizer.image_end
-                generated += 1
-                latent_tokens[b, new] = block.tokens
-                latent_table_ids[b, new] = images.position_ids(block.grid, generation.side)
-                latent_image[b, new] = generated
-                noised[b, own] = generated if block.noised else 0
-                rope_positions[b, own], limit[b, own] = rope, stop
-                at, latent, advance = at + 2, new.stop, 0 if block.noised else 1
-            order[b, own], segment[b, own] = np.arange(place, stop), 1
-            place, rope = stop, rope + advance
-        length[b], next_rope_position[b] = place, rope
-    latents = Latents(latent_tokens, latent_table_ids, latent_image, order, noised)
-    return Context(
-        tokens,
-        rope_positions[:, :, 0] if side else rope_positions,
-        limit,
-        segment,
-        values,
-        patch_table_ids,
-        patch_image,
-        patch_positions,
-        length,
-        next_rope_position,
-        latents if sizes.latents else None,
-        None if side else patch_cells,
-    )
+                own, advance = _put_latent(row, end, block, tokenizer, generation.side)
+            stop = end.place + block.length
+            row.order[own], row.segment[own] = np.arange(end.place, stop), 1
+            end.place, end.rope = stop, end.rope + advance
+        packed.length[number], packed.next_rope_position[number] = end.place, end.rope
+    return packed.context(side, with_latents=sizes.latents > 0)
 
 
-def _rope_of_image(block: Image, sizes: Sizes) -> tuple[Int32[np.ndarray, "_ 3"], int]:
+@dataclasses.dataclass
+class _Arrays:
+    """The arrays of `Context` and `Latents` while they are filled, of all sequences or of one.
+
+    rope_positions always have three dimensions here. A position of one is one of three equal ones.
+    """
+
+    tokens: np.ndarray
+    rope_positions: np.ndarray
+    limit: np.ndarray
+    segment: np.ndarray
+    order: np.ndarray
+    noised: np.ndarray
+    patches: np.ndarray
+    patch_table_ids: np.ndarray
+    patch_image: np.ndarray
+    patch_positions: np.ndarray
+    patch_cells: np.ndarray
+    latent_tokens: np.ndarray
+    latent_table_ids: np.ndarray
+    latent_image: np.ndarray
+    length: np.ndarray
+    next_rope_position: np.ndarray
+
+    @classmethod
+    def empty(
+        cls, sequences: Sequence[Sequence[Block]], sizes: Sizes, generation, patch_dim: int
+    ) -> "_Arrays":
+        """Padding for a bucket. Patches are float32 if those of any image are no bytes."""
+        found = [b.patches for blocks in sequences for b in blocks if isinstance(b, Image)]
+        width = found[0].shape[1] if found else patch_dim
+        # a float batch is normalised as a whole
+        dtype = np.uint8 if all(patches.dtype == np.uint8 for patches in found) else np.float32
+        n, ints = len(sequences), functools.partial(np.zeros, dtype=np.int32)
+        channels = generation.latent_dim if generation else 0
+        every = n, sizes.positions + sizes.latents
+        shown, drawn = (n, sizes.patches), (n, sizes.latents)
+        return cls(
+            tokens=ints((n, sizes.positions)),
+            rope_positions=ints((*every, 3)),
+            limit=ints(every),
+            segment=ints(every),
+            order=ints(every),
+            noised=ints(every),
+            patches=np.zeros((*shown, width), dtype),
+            patch_table_ids=ints(shown),
+            patch_image=ints(shown),
+            patch_positions=np.full(shown, sizes.positions, np.int32),
+            patch_cells=ints((*shown, 4)),
+            latent_tokens=np.zeros((*drawn, channels), np.float32),
+            latent_table_ids=ints(drawn),
+            latent_image=ints(drawn),
+            length=ints(n),
+            next_rope_position=ints(n),
+        )
+
+    def row(self, number: int) -> "_Arrays":
+        """Views of the arrays of one sequence."""
+        views = {f.name: getattr(self, f.name)[number] for f in dataclasses.fields(self)}
+        return _Arrays(**views)
+
+    def context(self, side: int, *, with_latents: bool) -> Context:
+        """The filled batch; side: see `pack`."""
+        latents = Latents(
+            self.latent_tokens, self.latent_table_ids, self.latent_image, self.order, self.noised
+        )
+        return Context(
+            self.tokens,
+            self.rope_positions[:, :, 0] if side else self.rope_positions,
+            self.limit,
+            self.segment,
+            self.patches,
+            self.patch_table_ids,
+            self.patch_image,
+            self.patch_positions,
+            self.length,
+            self.next_rope_position,
+            latents if with_latents else None,
+            None if side else self.patch_cells,
+        )
+
+
+@dataclasses.dataclass
+class _Cursor:
+    """Where the next block of a sequence begins.
+
+    place: in the sequence. rope: rope position. position, patch, latent: the next free entries of
+    the arrays. images, drawn: image and latent blocks so far.
+    """
+
+    place: int = 0
+    rope: int = 0
+    position: int = 0
+    patch: int = 0
+    latent: int = 0
+    images: int = 0
+    drawn: int = 0
+
+    def take(self, count: int) -> Int[np.ndarray, " count"]:
+        """The next `count` positions."""
+        first, self.position = self.position, self.position + count
+        return np.arange(first, self.position)
+
+
+def _put_text(row: _Arrays, end: _Cursor, block: Text, tokenizer) -> tuple[np.ndarray, int]:
+    """Adds a text, causal. Returns its positions, and by how much it advances the rope position."""
+    own = end.take(block.length)
+    ids = [tokenizer.bos, *block.ids, tokenizer.eos]
+    row.tokens[own] = ids if block.delimited else block.ids
+    row.rope_positions[own] = np.arange(end.rope, end.rope + block.length)[:, None]
+    row.limit[own] = np.arange(end.place + 1, end.place + block.length + 1)
+    return own, block.length
+
+
+def _put_image(
+    row: _Arrays, end: _Cursor, block: Image, tokenizer, side: int
+) -> tuple[np.ndarray, int]:
+    """Adds an image between its delimiters; see `_put_text`.
+
+    With a position table (side > 0) all of its positions see all of it and share a rope position,
+    as in BAGEL. Without, it is causal and has rope positions of three dimensions, as in Qwen-VL.
+    """
+    own = end.take(block.length)
+    row.tokens[own[0]], row.tokens[own[-1]] = tokenizer.image_start, tokenizer.image_end
+    end.images += 1
+    new = slice(end.patch, end.patch + len(block.patches))
+    end.patch = new.stop
+    as_bytes = row.patches.dtype == np.uint8
+    row.patches[new] = block.patches if as_bytes else images.normalize(block.patches)
+    row.patch_image[new] = end.images
+    row.patch_positions[new] = np.repeat(own[1:-1], block.merge**2)
+    stop = end.place + block.length
+    if side:
+        row.patch_table_ids[new] = images.position_ids(block.grid, side)
+        row.rope_positions[own], row.limit[own] = end.rope, stop
+        return own, 1
+    row.patch_cells[new] = images.cells(block.grid, block.merge)
+    relative, advance = _rope_of_image(block, len(row.patches))
+    row.rope_positions[own] = end.rope + relative
+    row.limit[own] = np.arange(end.place + 1, stop + 1)
+    return own, advance
+
+
+def _put_latent(
+    row: _Arrays, end: _Cursor, block: Latent, tokenizer, side: int
+) -> tuple[np.ndarray, int]:
+    """Adds an image as latents, whose tokens are after the other T positions; see `_put_text`.
+
+    A noised image does not advance the rope position: its clean version follows at the same one.
+    side: rows of the latents' position table.
+    """
+    first, last = end.take(2)
+    new = slice(end.latent, end.latent + len(block.tokens))
+    end.latent, end.drawn = new.stop, end.drawn + 1
+    own = np.array([first, *(len(row.tokens) + np.arange(new.start, new.stop)), last])
+    row.tokens[first], row.tokens[last] = tokenizer.image_start, tokenizer.image_end
+    row.latent_tokens[new] = block.tokens
+    row.latent_table_ids[new] = images.position_ids(block.grid, side)
+    row.latent_image[new] = end.drawn
+    row.noised[own] = end.drawn if block.noised else 0
+    row.rope_positions[own], row.limit[own] = end.rope, end.place + block.length
+    return own, 0 if block.noised else 1
+
+
+def _rope_of_image(block: Image, patches: int) -> tuple[Int32[np.ndarray, "_ 3"], int]:
     """Rope positions of an image block's tokens, and by how much they advance those after it.
 
     They have three dimensions, relative to that of vision_start. The delimiters count as text.
+    patches: of the bucket.
     """
-    if sizes.patches % block.merge**2:
+    if patches % block.merge**2:
         raise ValueError(
-            f"a bucket of {sizes.patches} patches does not divide into merge blocks of "
+            f"a bucket of {patches} patches does not divide into merge blocks of "
             f"{block.merge}x{block.merge} patches: make the patches of data.buckets multiples of "
             f"{block.merge**2}"
         )
