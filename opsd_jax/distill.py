@@ -83,6 +83,15 @@ def scored_completion(
     )
     if not config.score_seam:
         return _counting(between(tokens, mask & (index < kept[:, None])), config)
+    # After an image skip, the sequence is scored as it was fed (`context.completion` puts bos
+    # before `fed[:, 1:]`). A position counts if the model chose the token that it predicts. With
+    # the marker m:
+    #
+    #   fed          bos  c1   m    eos  bos  d1   d2
+    #   fed_sampled  0    1    1    1    0    1    1
+    #   position     bos  c1   m    eos  bos  d1   d2
+    #   predicts     c1   m    eos  bos  d1   d2   eos
+    #   counts       1    1    1    0    1    1    (is_end)
     only_eos = jnp.pad(empty, ((0, 0), (1, 0)))  # `fed` begins with bos
     fed = jnp.where(only_eos, config.eos, trajectory.fed)
     block = between(fed[:, 1:], index < kept[:, None])
@@ -92,7 +101,7 @@ def scored_completion(
     return _counting(block, config)
 
 
-def _counting(completion, config):
+def _counting(completion: Completion, config: DistillConfig) -> Completion:
     """The completion with the positions that count as its mask."""
     return dataclasses.replace(
         completion, mask=weighting.counted(completion.mask, config.positions)
@@ -142,7 +151,7 @@ def is_cut(
     return teacher_length + _length(trajectory, config) + 2 > config.max_forward_tokens
 
 
-def _length(trajectory, config):
+def _length(trajectory: Trajectory, config: DistillConfig) -> Int[Array, " B"]:
     """Number of tokens of each completion, int32 [B]; 1 for an empty one.
 
     With score_seam the delimiters between rounds count as well.
