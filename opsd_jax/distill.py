@@ -103,9 +103,8 @@ def scored_completion(
 
 def _counting(completion: Completion, config: DistillConfig) -> Completion:
     """The completion with the positions that count as its mask."""
-    return dataclasses.replace(
-        completion, mask=weighting.counted(completion.mask, config.positions)
-    )
+    counted = weighting.counted(completion.mask, config.positions)
+    return dataclasses.replace(completion, mask=jnp.asarray(counted))
 
 
 def with_references(
@@ -148,10 +147,11 @@ def is_cut(
 
     teacher_length: int32 [B], number of used positions of the teacher's context.
     """
-    return teacher_length + _length(trajectory, config) + 2 > config.max_forward_tokens
+    needed = teacher_length + _length(trajectory, config) + 2
+    return jnp.asarray(needed > config.max_forward_tokens)
 
 
-def _length(trajectory: Trajectory, config: DistillConfig) -> Int[Array, " B"]:
+def _length(trajectory: Trajectory, config: DistillConfig) -> Int[AnyArray, " B"]:
     """Number of tokens of each completion, int32 [B]; 1 for an empty one.
 
     With score_seam the delimiters between rounds count as well.
