@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import glob
 import importlib.util
 import logging
 import os
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
 from opsd_jax import config_check
-from opsd_jax.inputs import cli, json_files, paths
+from opsd_jax.inputs import checks, cli, json_files, paths
 from opsd_jax.runtime import growing_file
 
 
@@ -38,7 +39,7 @@ class _ConfigFile(flags.ArgumentParser):
             if not os.path.isfile(file) or spec is None:
                 raise ValueError(
                     "there is no such Python file: give one with get_config(), such as "
-                    "configs/mini.py"
+                    f"configs/mini.py{_similar_file(file)}"
                 )
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -67,6 +68,15 @@ class _ConfigFile(flags.ArgumentParser):
             where = f"{file}, line {lines[-1]}: " if lines else f"{file}: "
             sys.exit(f"error: {said}" if said.startswith(path) else f"error: {where}{said}")
         return config.lock()
+
+
+def _similar_file(path: str) -> str:
+    """ "; did you mean 'configs/mini.py'?", of the files beside `path` and in configs/; or ""."""
+    folders = dict.fromkeys((os.path.dirname(path), "configs"))
+    there = [file for folder in folders for file in glob.glob(os.path.join(folder, "*.py"))]
+    names = {os.path.basename(file): file for file in reversed(there)}
+    close = names.get(checks.closest(os.path.basename(path), names))
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def _from_json(path: str) -> ConfigDict:
@@ -253,6 +263,9 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     except flags.IllegalFlagValueError as error:
         argument, _, reason = str(error).removeprefix("flag ").partition(": ")
         reason = next((fix for part, fix in _FIXES.items() if part in reason), reason)
+        if one_of := re.search("should be one of <(.*)>", reason):
+            value = argument.partition("=")[2]
+            reason = checks.choose_from(value, filter(None, one_of[1].split("|")))
         if "as a ConfigDict" in reason:
             group = argument.partition("=")[0]
             inside = [option for option in options() if option.startswith(f"{group}.")]

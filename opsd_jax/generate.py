@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.instead = {"--workdir": "--checkpoint"}
     parser.add_argument(
         "--checkpoint",
         required=True,

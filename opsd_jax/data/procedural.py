@@ -18,7 +18,7 @@ from opsd_jax import tokenizer as tokenizer_lib
 from opsd_jax.config import DataConfig, MakeConfig
 from opsd_jax.data import prepare, schema, shards, source_files
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.inputs import json_files
+from opsd_jax.inputs import checks, json_files
 from opsd_jax.runtime import files, locks
 from opsd_jax.tasks import parquet
 
@@ -77,6 +77,7 @@ def check_available(data: DataConfig, target: str, tokenizer: str) -> None:
             )
             raise ValueError(
                 f"config.data.tasks names {task!r}, which the data in {target} lack: {more}"
+                f"{checks.did_you_mean(task, known.values())}"
             )
     if tokenizer or make is None:
         tokenizer_lib.check_there(workdir_lib.tokenizer_folder(tokenizer, target))

@@ -12,7 +12,7 @@ import jax
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import attention, interventions, kl, output, overview, selection
 from opsd_jax.evaluation import summary_tables
-from opsd_jax.inputs import cli, paths
+from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table
 from opsd_jax.runtime import checkpoint as checkpoint_lib
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     compared = analyses.add_parser(
         "kl", parents=[common], help="how much visual thoughts change what the model says"
     )
+    compared.instead = {"--checkpoint": "--student or --teacher"}
     compared.add_argument(
         "--teacher", default="", help="a step folder (default: where the run's OPSD stage started)"
     )
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         ("attention", "attention to images, layer by layer"),
     ):
         analysis = analyses.add_parser(name, parents=[common], help=text)
+        analysis.instead = {"--student": "--checkpoint", "--teacher": "--checkpoint"}
         analysis.add_argument(
             "--checkpoint", default="", help="a step folder (default: the newest of the run)"
         )
@@ -124,11 +126,13 @@ def _run(
     _check(args)
     workdir = os.path.normpath(args.workdir)
     workdir_lib.load_config(workdir)  # raises first if there is no run
-    given = args.student if args.analysis == "kl" else args.checkpoint
-    model = given or checkpoint_lib.newest(workdir)
+    flag = "student" if args.analysis == "kl" else "checkpoint"
+    model = checkpoint_lib.step_folder(f"--{flag}", getattr(args, flag), workdir)
+    if getattr(args, "teacher", ""):
+        args.teacher = checkpoint_lib.step_folder("--teacher", args.teacher, workdir)
     step = checkpoint_lib.metadata(model)["step"]
     base = selection.start_checkpoint(workdir) if args.analysis in ("kl", "all") else ""
-    _check_own(args, workdir, (given, getattr(args, "teacher", "")))
+    _check_own(args, workdir, (model, getattr(args, "teacher", "")))
     opened = selection.open_run(
         workdir,
         split=args.split,
@@ -191,7 +195,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.analysis == "kl":
         for kind in args.completions:
             if kind not in kl.COMPLETIONS:
-                raise ValueError(f"--completions={kind}: choose from {', '.join(kl.COMPLETIONS)}")
+                raise ValueError(
+                    f"--completions={kind}: {checks.choose_from(kind, kl.COMPLETIONS)}"
+                )
         cli.check_once("completions", args.completions)
         cli.check_temperature(args.temperature)
 

@@ -102,7 +102,7 @@ def holds(allowed: str, value) -> bool:
 def choice(name: str, value, choices: tuple[str, ...]) -> None:
     """Raises ValueError, with name, value and choices, unless a value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}: {_choose(choices)}")
+        raise ValueError(f"{name} is {value!r}: {_choose(value, choices)}")
 
 
 def names(name: str, values, choices: tuple[str, ...] = ()) -> None:
@@ -114,7 +114,7 @@ def names(name: str, values, choices: tuple[str, ...] = ()) -> None:
         if not isinstance(value, str):
             raise ValueError(f"{name} is {values!r}: give names, each in quotes")
         if choices and value not in choices:
-            raise ValueError(f"{name} names {value!r}: {_choose(choices)}")
+            raise ValueError(f"{name} names {value!r}: {_choose(value, choices)}")
     once(name, values)
 
 
@@ -123,16 +123,26 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
     One that differs in upper and lower case alone is the most similar.
     """
+    return f"; did you mean {close!r}?" if (close := closest(name, choices)) else ""
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """The most similar choice; "" where none is similar. See `did_you_mean`."""
     known = list(choices)
     close = [choice for choice in known if choice.lower() == name.lower()]
-    close = close or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return next(iter(close or difflib.get_close_matches(name, known, n=1)), "")
 
 
-def _choose(choices: tuple[str, ...]) -> str:
+def choose_from(name: str, choices: Iterable[str]) -> str:
+    """ "choose from noise, swap; did you mean 'noise'?", for a name that is none of the choices."""
+    known = list(choices)
+    return f"choose from {', '.join(known)}{did_you_mean(name, known)}"
+
+
+def _choose(value, choices: tuple[str, ...]) -> str:
     if len(choices) == 2:
         return f"use {choices[0]!r} or {choices[1]!r}"
-    return f"choose from {choices}"
+    return f"choose from {choices}{did_you_mean(str(value), choices)}"
 
 
 def instance(name: str, value, kind: type | tuple[type, ...], fix: str) -> None:

@@ -5,7 +5,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
@@ -34,9 +35,11 @@ class Parser(argparse.ArgumentParser):
     argparse would first miss the required option that was misspelt, and suggest nothing.
 
     settings: options --config.KEY of the command, which are suggested, too.
+    instead: {option that other commands have: what this one has in its place}.
     """
 
     settings: Sequence[str] = ()
+    instead: Mapping[str, str] = types.MappingProxyType({})
 
     def __init__(self, *args, **kwargs):
         # Otherwise --sample=8 would silently be --samples=8.
@@ -51,11 +54,15 @@ class Parser(argparse.ArgumentParser):
             for argument in args[: args.index("--")] if "--" in args else args:
                 given = re.match(r"(--?[A-Za-z][\w.-]*)(?:=|$)", argument)
                 if given and given[1] != "-h" and given[1] not in options:
+                    if own := self.instead.get(given[1]):
+                        self.error(f"{given[1]}: there is no such option; did you mean {own}?")
                     self.error(unknown_option(given[1], [*options, *self.settings]))
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        """Ends the command with one line and code 2."""
+        """Ends the command with one line and code 2; a misspelt choice with the one meant."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            message += checks.did_you_mean(found[1], re.split(r"'?, '?", found[2].strip("'")))
         print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
 

@@ -30,7 +30,8 @@ class Request:
       workdir: folder of the run, or of an arm; with a released model in `checkpoint`, a folder
         for results.
       modes: what the model sees, see `opsd_jax.eval`.
-      checkpoint: a step folder; "" for the newest one of the run; or a released or imported model.
+      checkpoint: a step folder, or one of which the newest step is taken, see
+        `checkpoint.step_folder`; "" for the newest one of the run; or a released or imported model.
       benchmarks: tasks or families of the run, and public tables; () for all that there are.
       data_dir: folder of the public tables.
       protocol: a name in `interleave.PROTOCOLS`; "" for the run's own contexts, greedy.
@@ -214,11 +215,12 @@ def choose_tasks(benchmarks: Sequence[str], task_names: Sequence[str]) -> tuple[
         if module.TASK in task_names
     }
     known = {task.lower(): task for task in task_names} | families
+    asked = [*task_names, *families]
     for name in benchmarks:
         if name.lower() not in known:
             raise ValueError(
                 f"--benchmarks={name}: this run has the tasks {', '.join(task_names)} (or, by "
-                f"family, {', '.join(families) or 'none'})"
+                f"family, {', '.join(families) or 'none'}){checks.did_you_mean(name, asked)}"
             )
     return tuple(dict.fromkeys(known[name.lower()] for name in benchmarks)) or tuple(task_names)
 
@@ -231,7 +233,7 @@ def _check_arguments(request: Request) -> None:
     cli.check_precision()
     for mode in request.modes:
         if mode not in MODES:
-            raise ValueError(f"--visual_thoughts={mode}: choose from {', '.join(MODES)}")
+            raise ValueError(f"--visual_thoughts={mode}: {checks.choose_from(mode, MODES)}")
     cli.check_once("visual_thoughts", request.modes)
     cli.check_once("benchmarks", request.benchmarks)
     if request.seed is not None:
@@ -269,7 +271,10 @@ def _choose_benchmarks(
     files = tables.find(data_dir) if data_dir else {}
     rest = [name for name in asked if name not in files]
     if data_dir and (wrong := [b for b in rest if b in tables.KINDS or config is None]):
-        raise ValueError(f"--benchmarks={wrong[0]}: {data_dir} holds {', '.join(files)}")
+        raise ValueError(
+            f"--benchmarks={wrong[0]}: {data_dir} holds {', '.join(files)}"
+            f"{checks.did_you_mean(wrong[0], files)}"
+        )
     if not data_dir and (absent := [b for b in rest if b in tables.KINDS]):
         raise ValueError(
             f"--benchmarks={absent[0]} is a public table: give --data_dir=FOLDER that holds "
@@ -313,14 +318,12 @@ def _check_modes(request: Request, *, public: bool) -> None:
 
 def _choose_checkpoint(request: Request) -> tuple[str, int]:
     """(step folder, step) of a run's checkpoint: the one that was given, or the newest."""
-    steps = run_folder.checkpoints(request.workdir)
-    checkpoint = request.checkpoint or checkpoint_lib.newest(request.workdir)
+    checkpoint = checkpoint_lib.step_folder("--checkpoint", request.checkpoint, request.workdir)
     step = checkpoint_lib.metadata(checkpoint)["step"]
-    parent = os.path.dirname(os.path.normpath(checkpoint))
-    if not request.name and os.path.realpath(parent) != os.path.realpath(steps):
+    if not request.name and not checkpoint_lib.is_of_run(checkpoint, request.workdir):
         raise ValueError(
-            f"--checkpoint={checkpoint} is not a step of {steps}: give --name=NAME for its results "
-            f"in {request.workdir}/eval"
+            f"--checkpoint={checkpoint} is not a step of {run_folder.checkpoints(request.workdir)}:"
+            f" give --name=NAME for its results in {request.workdir}/eval"
         )
     return checkpoint, step
 

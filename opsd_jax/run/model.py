@@ -94,7 +94,9 @@ def _platform() -> str:
 def check_protocol(protocol: str) -> None:
     """ValueError for the name of an unknown protocol; "" means the run's own."""
     if protocol and protocol not in interleave.PROTOCOLS:
-        raise ValueError(f"--protocol={protocol}: choose from {', '.join(interleave.PROTOCOLS)}")
+        raise ValueError(
+            f"--protocol={protocol}: {checks.choose_from(protocol, interleave.PROTOCOLS)}"
+        )
 
 
 def of_run(session: Session, params: dict) -> Reasoner:

@@ -421,6 +421,37 @@ def of_newest(directory, work: Callable[[epath.Path], Any]) -> Any:
             )
 
 
+def step_folder(flag: str, given: str, workdir: str) -> str:
+    """The step folder that a flag of a command on a run names.
+
+    Args:
+      flag: its name, for messages. given: a step folder; or a checkpoints folder or a workdir, of
+        which the newest step is taken; "" for the run's own.
+      workdir: of the run.
+    Raises CheckpointNotFoundError, which lists the steps of the run where there is no such folder.
+    """
+    if not given:
+        return newest(workdir)
+    by_number = is_of_run(given, workdir) and os.path.basename(os.path.normpath(given)).isdigit()
+    if not os.path.isdir(given) and not by_number:
+        steps = folders.complete(folders.absolute(run_folder.checkpoints(workdir)))
+        found = f"and {workdir} has no complete checkpoint: start its training again"
+        if steps:
+            found = (
+                f"the run in {workdir} has the steps {', '.join(map(str, steps))}: give "
+                f"{flag}={run_folder.checkpoint(workdir, steps[-1])}"
+            )
+        raise CheckpointNotFoundError(f"{flag}={given}: there is no such folder; {found}")
+    if folders.is_complete(folders.absolute(given)):
+        return given
+    folder = os.path.normpath(given)
+    if os.path.basename(folder) == os.path.basename(run_folder.checkpoints(folder)):
+        folder = os.path.dirname(folder) or "."
+    if os.path.isdir(run_folder.checkpoints(folder)):
+        return newest(folder)
+    return str(resolve(given))
+
+
 def newest(workdir: str) -> str:
     """The step folder of a run's newest checkpoint.
 

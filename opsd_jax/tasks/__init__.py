@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from opsd_jax.inputs import checks
 from opsd_jax.tags import extract_answer
 from opsd_jax.tasks import arithmetic, chart, jigsaw, maze, search
 from opsd_jax.tasks.example import TaskExample
@@ -187,5 +188,5 @@ def _hash(data: bytes) -> int:
 def _known(table: Mapping[str, Any], name: str | None, what: str) -> Any:
     """table[name]. Raises ValueError, which lists the names, if there is no such entry."""
     if name not in table:
-        raise ValueError(f"unknown {what}: {name!r}; choose from {', '.join(table)}")
+        raise ValueError(f"unknown {what}: {name!r}; {checks.choose_from(str(name), table)}")
     return table[name]

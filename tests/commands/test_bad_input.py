@@ -329,7 +329,7 @@ def test_mistakes_on_the_command_line(tmp_path):
         (
             {"stages": ("warmup", "opd")},
             r"config.stages names 'opd': choose from \('autoencoder', 'warmup', "
-            r"'opsd', 'sft', 'offline'\)",
+            r"'opsd', 'sft', 'offline'\); did you mean 'opsd'\?",
         ),
         ({"stages": ()}, "config.stages is empty"),
         (
@@ -347,7 +347,7 @@ def test_mistakes_on_the_command_line(tmp_path):
         ),
         (
             {"teacher.visual_thoughts": "reel"},
-            "config.teacher.visual_thoughts is 'reel': choose from",
+            "config.teacher.visual_thoughts is 'reel': choose from .*; did you mean 'real'",
         ),
         ({"images.stride": 16}, "config.images.stride 16 must equal config.model.vit.patch_size 8"),
         (

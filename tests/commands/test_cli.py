@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+import small_run
 from opsd_jax import config_flags
 from opsd_jax.__main__ import COMMANDS
 from opsd_jax.inputs import cli
@@ -340,6 +342,55 @@ def test_commands_that_take_settings_suggest_them(module, arguments, said, capsy
     with pytest.raises(SystemExit):
         importlib.import_module(f"opsd_jax.{module}").main(arguments)
     assert f"; did you mean {said}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "module, arguments, said",
+    [
+        ("diagnose.__main__", ["kll", "--workdir=W"], "'kl'"),
+        ("diagnose.__main__", ["kl", "--checkpoint=C"], "--student or --teacher"),
+        ("diagnose.__main__", ["attention", "--student=C"], "--checkpoint"),
+        ("generate", ["--workdir=W", "--question=Q"], "--checkpoint"),
+        ("generate", ["--checkpoint=C", "--question=Q", "--protocol=papr"], "'paper'"),
+        ("data.__main__", ["prepar", "--source=S"], "'prepare'"),
+        ("data.__main__", ["make-mini", "--target=T", "--difficulty=hrad"], "'hard'"),
+        ("convert", ["exprot", "--source=S"], "'export'"),
+    ],
+)
+def test_a_misspelt_choice_is_named_with_the_one_that_is_meant(module, arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"opsd_jax.{module}").main(arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(message.splitlines()) == 1
+    assert f"; did you mean {said}" in message
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("configs/mimi.py", "configs/mini.py"),
+        ("mini.py", "configs/mini.py"),
+        ("configs/mini", "configs/mini.py"),
+        ("config/qwen3.py:8B", "configs/qwen3.py"),
+        ("configs/zzzzzz.py", ""),
+    ],
+)
+def test_a_misspelt_config_file_is_named_with_the_one_that_is_meant(given, said, monkeypatch):
+    monkeypatch.chdir(small_run.ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        config_flags.read([f"--config={given}"])
+    hint = f"; did you mean {said!r}?" if said else ""
+    assert str(stopped.value).endswith(
+        f"there is no such Python file: give one with get_config(), such as configs/mini.py{hint}"
+    )
+
+
+def test_a_misspelt_choice_of_an_absl_flag(monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_enum("only", "", ["", "sample", "update"], "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit, match="--only=sampel: choose from sample, update; did you mean"):
+        config_flags.parse_flags(["plan", "--only=sampel"])
 
 
 def test_values_are_no_misspelt_options_and_beginnings_are(capsys):

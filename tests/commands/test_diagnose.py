@@ -889,7 +889,8 @@ def test_attention_command(workdir):
         ),
         (["interventions", "--split=dev"], "dev"),
         (["interventions", "--checkpoint={}/checkpoints/77"], "no such checkpoint"),
-        (["kl", "--teacher=/tmp"], "is not a step of"),
+        (["kl", "--teacher=77"], "--teacher=77: there is no such folder; the run in"),
+        (["kl", "--student={}/eval"], "/eval: no checkpoint there"),
     ],
 )
 def test_what_cannot_be_diagnosed(workdir, capsys, arguments, message):

@@ -489,6 +489,9 @@ def test_an_arm_finds_its_data_with_its_run(workdir, capsys):
             ["--visual_thoughts=reel"],
             "--visual_thoughts=reel: choose from none, real, noise, swap, image, remove, generated",
         ),
+        (["--visual_thoughts=reel"], "generated-remove; did you mean 'real'?"),
+        (["--benchmarks=Chart_Refocsu"], "; did you mean 'Chart_Refocus'?"),
+        (["--checkpoint=77"], "--checkpoint=77: there is no such folder; the run in"),
         (["--visual_thoughts="], "--visual_thoughts=: choose from"),
         (
             ["--benchmarks=maze"],

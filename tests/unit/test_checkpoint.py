@@ -293,6 +293,36 @@ def test_mismatch_lists_every_difference_at_once(tmp_path):
     assert str(tmp_path / "c") in text and "opt/1/0/count" not in text  # what agrees is not listed
 
 
+def test_a_flag_names_a_step_or_a_folder_whose_newest_step_is_taken(tmp_path, monkeypatch):
+    run, params = tmp_path / "run", {"w": jnp.ones(2)}
+    for step in (30, 50):
+        checkpoint.save(run / "checkpoints" / str(step), None, params, step=step)
+    checkpoint.save(tmp_path / "kept" / "7", None, params, step=7)
+
+    def named(given, workdir=run):
+        return checkpoint.step_folder("--checkpoint", str(given), str(workdir))
+
+    newest = f"{run}/checkpoints/50"
+    for given in ("", run, f"{run}/", run / "checkpoints", f"{run}/checkpoints/", newest):
+        assert named(given) == newest
+    assert named(run / "checkpoints" / "30") == f"{run}/checkpoints/30"
+    assert named(tmp_path / "kept") == f"{tmp_path}/kept/7"
+    monkeypatch.chdir(run)
+    assert named("checkpoints") == "./checkpoints/50"
+
+    for absent in ("40", "checkpoint", tmp_path / "away" / "50"):
+        with pytest.raises(CheckpointNotFoundError) as raised:
+            named(absent)
+        assert str(raised.value) == (
+            f"--checkpoint={absent}: there is no such folder; the run in {run} has the steps 30, "
+            f"50: give --checkpoint={run}/checkpoints/50"
+        )
+    with pytest.raises(CheckpointNotFoundError, match=r"/40: no such .*beside it: \[30, 50\]"):
+        named(run / "checkpoints" / "40")
+    with pytest.raises(CheckpointNotFoundError, match="empty has no complete checkpoint: start"):
+        named("40", tmp_path / "empty")
+
+
 def test_no_checkpoint_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match="nothere: no such folder"):
         checkpoint.restore(tmp_path / "nothere", {})
