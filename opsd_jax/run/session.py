@@ -73,6 +73,8 @@ class Session:
       clock: counts the wall time of each phase.
       writer: writes metrics and samples; in a session that only reads it writes nothing.
       profile: traces some of the steps; in a session that only reads none.
+      known_digests: of a run that trains, `digests` when it was opened: data that change until the
+        first save are not the run's. None: they are computed when they are asked for.
     """
 
     config: ConfigDict
@@ -87,6 +89,7 @@ class Session:
     clock: clock_lib.Clock
     writer: metrics.Writer
     profile: profile_lib.Profile
+    known_digests: dict | None = None
 
     @functools.cached_property
     def record(self) -> dict:
@@ -99,9 +102,13 @@ class Session:
 
         In chat form also "chat_template": digest.
         """
+        if self.known_digests is not None:
+            return self.known_digests
         data = shards_lib.digests(self.data_dir, self.config.data.tasks)
         found = {"data": data, "tokenizer": self.tokenizer.digest}
-        return found | ({"chat_template": chat.digest} if (chat := self.tokenizer.chat) else {})
+        if self.tokenizer.chat:
+            found["chat_template"] = self.tokenizer.chat.digest
+        return found
 
     @property
     def prompts_record(self) -> dict:
@@ -405,10 +412,7 @@ def _open_training(
         resume_step=(done or 0) + 1,
     )
     profile = profile_lib.Profile(run_folder.profile(workdir), config.log.profile_steps, done)
-    session = dataclasses.replace(session, writer=writer, profile=profile)
-    # Kept, not computed again at the first save: data that change until then are not the run's.
-    session.__dict__["digests"] = digests
-    return session
+    return dataclasses.replace(session, writer=writer, profile=profile, known_digests=digests)
 
 
 def _open(
