@@ -222,12 +222,12 @@ def named_blocks(
       transform, are in the places of the question if there are as many. Otherwise they are where
       their name is. In chat form, tokens of the template are blocks named `chat.TEMPLATE`.
     """
-    found = _listed(tokenizer, prompts, names, content)
+    named = _listed(tokenizer, prompts, names, content)
     if prompts.form == "bagel":
-        return found
-    own = [block.ids for name, block in found if name == "system" and isinstance(block, Text)]
+        return named
+    own = [block.ids for name, block in named if name == "system" and isinstance(block, Text)]
     system = own[0] if own else np.zeros(0, np.int32)
-    return conversation(tokenizer, system, [item for item in found if item[0] != "system"])
+    return conversation(tokenizer, system, [item for item in named if item[0] != "system"])
 
 
 def conversation(
@@ -260,19 +260,19 @@ def _listed(
 ) -> list[tuple[str, Block]]:
     """The named blocks of a context in BAGEL's form."""
     placed, in_places = _placed(names, content)
-    found: list[tuple[str, Block]] = []
+    named: list[tuple[str, Block]] = []
     for name in names:
         if name in FIXED_TEXTS:
-            found += [(name, block) for block in _prompt(tokenizer, getattr(prompts, name))]
+            named += [(name, block) for block in _prompt(tokenizer, getattr(prompts, name))]
         elif isinstance(value := content[name], np.ndarray | NoisedText):
-            found.append((name, _text(value)))
+            named.append((name, _text(value)))
         elif holds_images(name):
-            found += [(name, image) for image in _images(value) if name != placed]
+            named += [(name, image) for image in _images(value) if name != placed]
         else:
             for n, text in enumerate(map(_text, _texts(value))):
-                found += [(name, text)] if len(text.ids) else []
-                found += [(placed, image) for image in in_places[n : n + 1]]
-    return found
+                named += [(name, text)] if len(text.ids) else []
+                named += [(placed, image) for image in in_places[n : n + 1]]
+    return named
 
 
 def _placed(names: Sequence[str], content: Content) -> tuple[str, list[Image]]:

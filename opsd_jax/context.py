@@ -250,10 +250,10 @@ class _Arrays:
         cls, sequences: Sequence[Sequence[Block]], sizes: Sizes, generation, patch_dim: int
     ) -> "_Arrays":
         """Padding for a bucket. Patches are float32 if those of any image are no bytes."""
-        found = [b.patches for blocks in sequences for b in blocks if isinstance(b, Image)]
-        width = found[0].shape[1] if found else patch_dim
+        of_images = [b.patches for blocks in sequences for b in blocks if isinstance(b, Image)]
+        width = of_images[0].shape[1] if of_images else patch_dim
         # a float batch is normalised as a whole
-        dtype = np.uint8 if all(patches.dtype == np.uint8 for patches in found) else np.float32
+        dtype = np.uint8 if all(patches.dtype == np.uint8 for patches in of_images) else np.float32
         n, ints = len(sequences), functools.partial(np.zeros, dtype=np.int32)
         channels = generation.latent_dim if generation else 0
         every = n, sizes.positions + sizes.latents

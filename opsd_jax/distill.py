@@ -245,17 +245,17 @@ def update_step(
         }
 
     inputs = (batch, completion, weights)
-    grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    grads, sums = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
     if normalised_last:
-        total = found.pop("weight")
+        total = sums.pop("weight")
         total = jnp.where(total > 0, total, 1)
         grads = jax.tree.map(lambda x: x / total, grads)
-        found |= {name: found[name] / total for name in ("loss", "jsd", "ce")}
+        sums |= {name: sums[name] / total for name in ("loss", "jsd", "ce")}
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
     counted = completion.mask.astype(jnp.float32)
-    signal_sums, jsd_sums = found.pop("signal_sums"), found.pop("jsd_sums")
+    signal_sums, jsd_sums = sums.pop("signal_sums"), sums.pop("jsd_sums")
     return state, {
-        **found,
+        **sums,
         **step_metrics,
         **{name: x / jnp.maximum(jnp.sum(counted), 1) for name, x in signal_sums.items()},
         "completion_len": _mean(jnp.sum(trajectory.mask, axis=1)),
@@ -276,15 +276,15 @@ def _other_states(teacher, hidden_s, batch, completion, config):
     needed = {config.contrast_with} if config.contrast else set()
     if config.token_weights == "advantage":
         needed.add("none")
-    found = {}
+    others = {}
     with jax.named_scope("teacher"):
         if "none" in needed and config.teacher == "self":
-            found["none"] = hidden_s
+            others["none"] = hidden_s
         elif "none" in needed:
-            found["none"] = score(teacher, batch.student, completion, config=config.model)
+            others["none"] = score(teacher, batch.student, completion, config=config.model)
         if "swap" in needed:
-            found["swap"] = score(teacher, batch.contrast, completion, config=config.model)
-    return jax.lax.stop_gradient(found)
+            others["swap"] = score(teacher, batch.contrast, completion, config=config.model)
+    return jax.lax.stop_gradient(others)
 
 
 def _target(hidden_t, others, config):

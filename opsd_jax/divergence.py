@@ -112,15 +112,15 @@ def _of_teacher(logits, config, student_logits=None) -> _Teacher:
         index = jnp.sort(jnp.concatenate(both, axis=-1), axis=-1)
         counts = jnp.diff(index, axis=-1, prepend=-1) > 0  # the second of two equals does not
     entries = scaled(jnp.take_along_axis(logits, index, axis=-1))
-    found = _Teacher(entries, index, total, counts)
-    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), found)
+    target = _Teacher(entries, index, total, counts)
+    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), target)
 
 
 def _largest(logits, count: int):
     """The largest entries of [..., V] and their indices, [..., count] each."""
     # Two-dimensional like XLA's own top-k, which copies all logits of another shape first.
-    found = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
-    return tuple(x.reshape(*logits.shape[:-1], count) for x in found)
+    largest = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
+    return tuple(x.reshape(*logits.shape[:-1], count) for x in largest)
 
 
 def _restricts(config, vocabulary: int) -> bool:
@@ -159,9 +159,11 @@ def _log_probs(student_logits, teacher, config):
     # log(1 - mass), with the mass at most one float32 step below 1: for an empty tail the result is
     # very small, not -inf.
     tails = [jnp.log1p(-jnp.minimum(jnp.exp(i - t), 1 - 2.0**-24)) for i, t in zip(inside, total)]
-    return *(
-        jnp.concatenate([k - t, tail], axis=-1) for k, t, tail in zip(kept, total, tails)
-    ), mass
+    log_s, log_t = (
+        jnp.concatenate([entries - of_all, tail], axis=-1)
+        for entries, of_all, tail in zip(kept, total, tails)
+    )
+    return log_s, log_t, mass
 
 
 def _entries(log_s, log_t, beta):
@@ -384,8 +386,8 @@ def chunked(
     """
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
 
-    def with_cross_entropy(logits, label, found):
-        values, signals = found
+    def with_cross_entropy(logits, label, measured):
+        values, signals = measured
         ce = cross_entropy(logits, label) if with_ce else jnp.zeros_like(values)
         return values, ce, signals
 
@@ -395,8 +397,8 @@ def chunked(
 
     def from_states(heads, hidden, label, hidden_t):
         logits = project(hidden, heads[0])
-        found = _of_kind(logits, project(hidden_t, heads[1]), label, config)
-        return with_cross_entropy(logits, label, found)
+        measured = _of_kind(logits, project(hidden_t, heads[1]), label, config)
+        return with_cross_entropy(logits, label, measured)
 
     restricted = _restricts(config, student_head.shape[1])
     if config.kind == "jsd" and config.support == "teacher" and restricted:

@@ -87,12 +87,12 @@ class Phase(NamedTuple):
 def phases(config: FlowConfig) -> list[Phase]:
     """All steps, in order: before, inside and after the interval of guidance."""
     first, last = guided_steps(config)
-    found = [
+    phases = [
         Phase(0, first, False),
         Phase(first, last, True),
         Phase(last, config.num_timesteps - 1, False),
     ]
-    return [phase for phase in found if phase.begin < phase.end]
+    return [phase for phase in phases if phase.begin < phase.end]
 
 
 def computed_steps(config: FlowConfig) -> Bool[np.ndarray, " steps"]:
@@ -357,11 +357,11 @@ def denoise(
         branches, cache = velocities(
             params, conditioning, state.cache, state.x, times[n], config=config
         )
-        found, moments = state.velocities, state.times
-        if len(found):
-            found = jnp.concatenate([branches[None], found[:-1]])
+        kept, moments = state.velocities, state.times
+        if len(kept):
+            kept = jnp.concatenate([branches[None], kept[:-1]])
             moments = jnp.concatenate([times[n][None], moments[:-1]])
-        return Denoising(euler(state.x, branches, n), cache, found, moments)
+        return Denoising(euler(state.x, branches, n), cache, kept, moments)
 
     if config.compute_every == 1:
         return jax.lax.fori_loop(first, last, step, state)

@@ -138,13 +138,13 @@ def step(
         return value, {"loss": value, "ce": ce, "kl": kl, "correct": jnp.sum(correct * traces.mask)}
 
     inputs = traces, batch.log_probs, batch.indices, weights, shares(batch.weights, used)
-    grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    grads, metrics = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
     targets = jnp.sum(traces.mask, dtype=jnp.float32)
     return state, {
         "cache_used": jnp.sum(used, dtype=jnp.float32) / jnp.maximum(targets, 1),
-        **supervised.target_metrics(traces, found.pop("correct")),
-        **found,
+        **supervised.target_metrics(traces, metrics.pop("correct")),
+        **metrics,
         **step_metrics,
     }
 

@@ -634,11 +634,11 @@ def _put_keys(
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
-    found = jax.lax.scatter(
+    written = jax.lax.scatter(
         cache.reshape(layers, shards, -1, columns, heads, width),
         lane[:, :, None],
         new.reshape(layers, shards, group, -1, heads, width),
         numbers,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
     )
-    return found.reshape(cache.shape)
+    return written.reshape(cache.shape)

@@ -70,10 +70,10 @@ def sft_step(
         value = jnp.sum(ce * weights)
         return value, {"loss": value, "ce": value, "correct": jnp.sum(correct * traces.mask)}
 
-    grads, found = optimizer.accumulate(loss, trainable, (batch, weights), config.accumulation)
+    grads, metrics = optimizer.accumulate(loss, trainable, (batch, weights), config.accumulation)
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
-    counts = target_metrics(batch, found.pop("correct"))
-    return state, {**found, **counts, **step_metrics}
+    counts = target_metrics(batch, metrics.pop("correct"))
+    return state, {**metrics, **counts, **step_metrics}
 
 
 def image_generation_step(
@@ -124,10 +124,10 @@ def image_generation_step(
         return value, {"loss": value, "ce": ce, "mse": mse, "correct": correct}
 
     inputs = (traces, batch.images, weights, posterior, noise, times, share)
-    grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    grads, metrics = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
-    counts = target_metrics(traces, found.pop("correct"))
-    return state, {**found, **counts, **step_metrics}
+    counts = target_metrics(traces, metrics.pop("correct"))
+    return state, {**metrics, **counts, **step_metrics}
 
 
 def autoencoder_step(
@@ -175,7 +175,7 @@ def autoencoder_step(
         }
 
     inputs = (batch, share, latent_share, noise)
-    grads, found = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
+    grads, metrics = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
-    variance = jnp.maximum(found.pop("square") - found["latent_mean"] ** 2, 0.0)
-    return state, {**found, "latent_std": jnp.sqrt(variance), **step_metrics}
+    variance = jnp.maximum(metrics.pop("square") - metrics["latent_mean"] ** 2, 0.0)
+    return state, {**metrics, "latent_std": jnp.sqrt(variance), **step_metrics}

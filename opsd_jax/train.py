@@ -324,16 +324,16 @@ def train_stage(
             if step == begin:
                 logging.debug("%s, first batch:\n%s", stage.name, step_inputs.shapes(inputs))
             with clock("update"):
-                state, found = update(state, inputs.batch, *inputs.sampled)
+                state, measured = update(state, inputs.batch, *inputs.sampled)
                 jax.block_until_ready(state["step"])
             now = step + 1
             if step == begin:
                 on_start()  # its processes find the programs that this step compiled
-            log.add(found | inputs.metrics)
+            log.add(measured | inputs.metrics)
             samples.write(
                 run,
                 kind.samples,
-                samples.FinishedStep(stage, begin, now, inputs, found, state["params"]),
+                samples.FinishedStep(stage, begin, now, inputs, measured, state["params"]),
             )
             if now % config.log.every == 0 or now == stage.last:
                 log.write(now, progress)

@@ -119,8 +119,8 @@ def reweighted(
     Args:
       weights: [B, N], as `divergence.token_weights` returns them. values: [B, N], at least 0.
     """
-    found = weights * values
+    weighted = weights * values
     if reduction == "token":
-        return found
-    total = jnp.sum(found, axis=1, keepdims=True)
-    return found * (jnp.sum(weights, axis=1, keepdims=True) / jnp.where(total > 0, total, 1))
+        return weighted
+    total = jnp.sum(weighted, axis=1, keepdims=True)
+    return weighted * (jnp.sum(weights, axis=1, keepdims=True) / jnp.where(total > 0, total, 1))

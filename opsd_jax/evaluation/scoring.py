@@ -186,14 +186,13 @@ def accepted(answer: Any) -> list[str]:
 
 
 def relaxed(extracted: str, truth: str, *, fork: bool) -> bool:
-    """Whether a chart answer is within 5 % of the truth.
-
-    Where the rule for numbers does not apply: whether it is the same text.
+    """Whether a chart answer is within 5 % of the truth, or else the same text.
 
     fork=False: the usual definition, 5 % of the truth. fork=True: what the harness does, 5 % of the
-    answer: 95 for 100 is wrong, 105.2 for 100 right. The number that the error is relative to must
-      not be zero; otherwise
-    texts are compared: for fork=True "0" differs from "0.0". "nan" equals no number.
+    answer: 95 for 100 is wrong, 105.2 for 100 right.
+
+    Texts are compared where one of the two is no number, or where the number that the error is
+    relative to is zero: for fork=True "0" differs from "0.0". "nan" equals no number.
     """
     reference, other = map(number, (extracted, truth) if fork else (truth, extracted))
     if reference and other is not None:

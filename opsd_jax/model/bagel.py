@@ -322,15 +322,15 @@ def read(
       (hidden [B, T + G, D], cache).
     """
     x, deep = embed_deep(params, context, config=config, latents=latents, times=times)
-    segment, found = context.segment, context.latents
+    segment, packed = context.segment, context.latents
     mask = Mask(context.limit, segment, segment if key_segment is None else key_segment)
-    if found is None:
+    if packed is None:
         inputs = Embedded(x, context.rope_positions, mask, deep)
         return forward(params, inputs, config=config, cache=cache)
-    mask = mask._replace(key_order=extend_order(found.order, mask.key_segment.shape[1]))
+    mask = mask._replace(key_order=extend_order(packed.order, mask.key_segment.shape[1]))
     if cache is None:
-        mask = mask._replace(query_noised=found.noised, key_noised=found.noised)
-    count = found.tokens.shape[1]
+        mask = mask._replace(query_noised=packed.noised, key_noised=packed.noised)
+    count = packed.tokens.shape[1]
     inputs = Embedded(x, context.rope_positions, mask)
     return forward(params, inputs, config=config, cache=cache, latents=count)
 
@@ -373,8 +373,8 @@ def head(params: dict) -> Float[AnyArray, "D V"] | Int8[AnyArray, "D V"]:
 @jax.named_scope("head")
 def logits(params: dict, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any V"]:
     """Hidden states [..., D] -> float32 logits [..., V]; the head may be in int8."""
-    found = divergence.project(hidden, head(params))
-    return found * params["llm"]["head_scale"] if "head_scale" in params["llm"] else found
+    unscaled = divergence.project(hidden, head(params))
+    return unscaled * params["llm"]["head_scale"] if "head_scale" in params["llm"] else unscaled
 
 
 @jax.named_scope("vae_encoder")
