@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 from opsd_jax import chat_template
 from opsd_jax.chat_template import ChatTemplate
-from opsd_jax.inputs import json_files
+from opsd_jax.inputs import json_files, paths
 
 if TYPE_CHECKING:
     import tokenizers
@@ -186,8 +186,11 @@ def check_there(directory: str | os.PathLike) -> list[str]:
     """
     files = os.listdir(directory) if os.path.isdir(directory) else []
     if "tokenizer_config.json" not in files:
+        fault = " holds no tokenizer (no tokenizer_config.json)"
+        if not os.path.isdir(directory):
+            fault = f": {paths.absent(directory)}"
         raise FileNotFoundError(
-            f"{directory} holds no tokenizer (no tokenizer_config.json): give the folder of the "
+            f"{directory}{fault}: give the folder of the "
             "released model's tokenizer as --config.tokenizer=FOLDER, or for generate as "
             "--tokenizer=FOLDER. For a small model with random weights, `python -m opsd_jax.data "
             "make-mini --target=DIR --families=maze --train=1 --validation=0 --test=0` makes a "

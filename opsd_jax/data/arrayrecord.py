@@ -36,7 +36,7 @@ def open_source(
       ValueError: an unknown split, or a damaged file, which the message names.
     """
     directory = shards.version_folder(directory, task) if task is not None else Path(directory)
-    started, finished = (directory / "progress.json").exists(), (directory / "report.json").exists()
+    started, finished = (directory / "progress.json").exists(), (directory / shards.REPORT).exists()
     if started and not finished:
         raise FileNotFoundError(
             f"{directory} is not finished: run `{_prepare(directory)}` again, it continues where "

@@ -310,7 +310,7 @@ def _prepare_task(
 ) -> PrepareReport:
     """Writes a task's missing or damaged shards, the files for TFDS, and the report."""
     start = time.monotonic()
-    report_file, progress_file = job.target / "report.json", job.target / "progress.json"
+    report_file, progress_file = job.target / shards_lib.REPORT, job.target / "progress.json"
     if overwrite:
         for pattern in ("*.json", "buckets-*.npy", f"{schema.NAME}-*.array_record-*"):
             for path in job.target.glob(pattern):

@@ -79,8 +79,14 @@ def check_available(data: DataConfig, target: str, tokenizer: str) -> None:
                 f"config.data.tasks names {task!r}, which the data in {target} lack: {more}"
                 f"{checks.did_you_mean(task, known.values())}"
             )
+    folder = workdir_lib.tokenizer_folder(tokenizer, target)
+    if make is None and not tokenizer and not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"config.tokenizer is empty, and the data in {target} come with no tokenizer: give the "
+            "folder of the model's, --config.tokenizer=FOLDER"
+        )
     if tokenizer or make is None:
-        tokenizer_lib.check_there(workdir_lib.tokenizer_folder(tokenizer, target))
+        tokenizer_lib.check_there(folder)
 
 
 def _to_make(data: DataConfig, target: str) -> dict | None:

@@ -20,6 +20,8 @@ from absl import logging
 from opsd_jax.data import schema
 from opsd_jax.inputs import json_files
 
+REPORT = "report.json"
+
 
 class Shard(NamedTuple):
     """One output file: the first `rows` rows of one parquet or JSONL file.
@@ -69,7 +71,7 @@ def task_names(target: str | os.PathLike) -> list[str]:
         if path.is_dir():
             found.append(path.name)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                rows = json_files.read(str(path / schema.VERSION / "report.json"))["rows"]
+                rows = json_files.read(str(path / schema.VERSION / REPORT))["rows"]
                 found[-1] = next(
                     (t for name in rows if (t := name.split("/")[0]).lower() == path.name),
                     path.name,

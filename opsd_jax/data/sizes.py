@@ -20,6 +20,7 @@ from opsd_jax import config_check, images, tasks
 from opsd_jax.blocks import Image
 from opsd_jax.context import TooLongError
 from opsd_jax.data import bucket_index, existing, packing, schema
+from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.inputs import checks
@@ -124,7 +125,11 @@ def check_unmade(config: ConfigDict) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not config.tokenizer:
             vocabulary.build_tokenizer(folder)
-        tok = config_lib.load_tokenizer(config, config.tokenizer or folder)
+        try:
+            tok = config_lib.load_tokenizer(config, config.tokenizer or folder)
+        except ValueError as error:  # the temporary folder says nothing
+            made = workdir_lib.tokenizer_folder(config.tokenizer, "W/data")
+            raise ValueError(str(error).replace(folder, made)) from error
     sources = {}
     for family in data.make.families:
         task = tasks.FAMILIES[family].TASK

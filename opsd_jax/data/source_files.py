@@ -22,8 +22,9 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
     """
     source = Path(os.path.abspath(source))  # a link keeps its name, which may be the task's
     if not source.is_dir():
+        fault = "is not a folder" if source.exists() else "does not exist"
         raise schema.BadSourceError(
-            f"{source} is not a folder; --source is the folder with <Task>/data/train-*.parquet "
+            f"{source} {fault}; --source is the folder with <Task>/data/train-*.parquet "
             "or <Task>/train.jsonl"
         )
     named = source.parent if source.name == "data" else source  # `source` is <Task>/data

@@ -70,6 +70,13 @@ def check_given(name: str, path: str | os.PathLike, *, orbax: bool = False) -> N
     check(name, path, orbax=orbax)
 
 
+def absent(folder: str | os.PathLike) -> str:
+    """What a message says of a folder that does not exist, and that may be a name on a hub."""
+    on_hub = re.fullmatch(r"(?=.*[A-Za-z])\w[\w.-]*(/[\w.-]+)?", os.fspath(folder))
+    hint = " (models are not downloaded by their name on a hub)" if on_hub else ""
+    return f"there is no such folder{hint}"
+
+
 def check_writable(name: str, folder: str | os.PathLike) -> None:
     """Raises ValueError unless files can be written in the folder; makes nothing.
 

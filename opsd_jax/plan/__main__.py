@@ -68,8 +68,10 @@ def main(argv: list[str]) -> None:
     """The command; exit code 3 if something does not fit."""
     cli.start()
     f = flags.FLAGS
-    if f.config is None or not f.topology:
-        sys.exit("error: give --config=configs/visual_opsd.py and --topology=v5p:2x2x2")
+    if f.config is None:
+        sys.exit("error: --config is missing: give a file of settings, --config=configs/mini.py")
+    if not f.topology:
+        sys.exit("error: --topology is missing: give a slice, --topology=v5p:2x2x2, or cpu:8")
     try:
         if f.out:
             _check_out(f.out)

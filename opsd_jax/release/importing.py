@@ -27,6 +27,10 @@ def import_release(source: str, target: str, *, only: str = "", dtype: str = "")
     """
     paths.check_given("--source", source)
     paths.check_given("--target", target, orbax=True)
+    if not os.path.isdir(source):
+        raise FileNotFoundError(
+            f"--source={source}: {paths.absent(source)}: give the folder of a released model"
+        )
     if not folders.is_released(source):
         raise FileNotFoundError(
             f"--source={source} is not a released folder: it has neither llm_config.json nor a "

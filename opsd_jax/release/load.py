@@ -83,6 +83,11 @@ def load(
     kind = None if not dtype else jnp.dtype(dtype)
     if kind is not None and kind not in safetensors_io.DTYPES.values():
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(
+            f"{directory}: {paths.absent(directory)}: give the folder of a released or imported "
+            "model"
+        )
     if not folders.is_model(directory):
         raise FileNotFoundError(
             f"{directory} is not a released folder (no llm_config.json, nor a config.json beside "

@@ -1,15 +1,16 @@
 """Checks of a run before anything is made."""
 
+import os
 from collections.abc import Callable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from opsd_jax import chat_template, config_check
 from opsd_jax import config as config_lib
-from opsd_jax import config_check
-from opsd_jax.data import existing, procedural, sizes
+from opsd_jax.data import existing, procedural, shards, sizes
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.data.examples import Examples, has_content
+from opsd_jax.data.examples import Examples, Preprocessor, has_content
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, run_folder
@@ -32,6 +33,7 @@ def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
     _check_inputs(config, workdir, data_workdir or workdir)
     if not checkpoint.is_begun(workdir):
         sizes.check_unmade(config)
+        _check_prepared(config, data_workdir or workdir)
     for name in config.run_arms:
         try:
             arm = config_lib.arm(config, name)
@@ -48,11 +50,25 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
         )  # before anything is looked up
     data_dir = workdir_lib.data_dir(config, data_workdir)
     procedural.check_available(config_lib.data(config), data_dir, config.tokenizer)
+    own_tokenizer = workdir_lib.tokenizer_folder("", data_dir)
     if (
-        config.init_from
-        and not folders.is_model(config.init_from)
-        and not checkpoint.is_begun(workdir)
+        not config.tokenizer
+        and config.prompts.form == "chat"
+        and not chat_template.is_there(own_tokenizer)
     ):
+        raise ValueError(
+            "config.tokenizer is empty, and config.prompts.form='chat' needs the chat template of "
+            "a model: give the model's folder, --config.tokenizer="
+            f"{config.init_from or 'FOLDER (for SmolLM2, examples/smollm2.py makes one)'}"
+        )
+    begun = checkpoint.is_begun(workdir)
+    by_number = os.path.basename(os.path.normpath(config.init_from)).isdigit()
+    if config.init_from and not begun and not by_number and not os.path.isdir(config.init_from):
+        raise checkpoint.CheckpointNotFoundError(
+            f"config.init_from={config.init_from!r}: {paths.absent(config.init_from)}: give a "
+            "released or imported model, a run's workdir, or one of its step folders"
+        )
+    if config.init_from and not folders.is_model(config.init_from) and not begun:
         try:
             checkpoint.resolve(config.init_from)
         except checkpoint.CheckpointNotFoundError as error:
@@ -62,7 +78,28 @@ def _check_inputs(config: ConfigDict, workdir: str, data_workdir: str) -> None:
             ) from None
 
 
-def check_privileged(config: ConfigDict, open_examples: Callable[[ConfigDict], Examples]) -> None:
+def _check_prepared(config: ConfigDict, data_workdir: str) -> None:
+    """Checks what only the data and the tokenizer tell, where the data are complete already."""
+    data, data_dir = config_lib.data(config), workdir_lib.data_dir(config, data_workdir)
+    folders_of_tasks = [shards.version_folder(data_dir, task) for task in data.tasks]
+    if not all(os.path.exists(folder / shards.REPORT) for folder in folders_of_tasks):
+        return
+    folder = workdir_lib.tokenizer_folder(config.tokenizer, data_dir)
+    preprocess = Preprocessor.from_config(config, config_lib.load_tokenizer(config, folder))
+
+    def opened(run: ConfigDict, split: str = "train", asked_by: str = "training") -> Examples:
+        return Examples.open(config_lib.data(run), data_dir, split, preprocess, asked_by=asked_by)
+
+    if config.eval.every:
+        opened(config, config.eval.split, "config.eval.split (unused where config.eval.every=0)")
+    if config.eval.final_split:
+        opened(config, config.eval.final_split, "config.eval.final_split ('' for no evaluation)")
+    check_privileged(config, opened, logs=False)
+
+
+def check_privileged(
+    config: ConfigDict, open_examples: Callable[[ConfigDict], Examples], *, logs: bool = True
+) -> None:
     """Checks that the teachers of a run and of its arms see something that the student does not.
 
     A teacher without privileged content by the settings passes: without privileged blocks, or with
@@ -71,6 +108,7 @@ def check_privileged(config: ConfigDict, open_examples: Callable[[ConfigDict], E
 
     Args:
       open_examples: opens the training examples of the settings.
+      logs: whether such tasks are logged.
     Raises ValueError if no example has anything in the privileged blocks.
     """
     for name, run in zip(("", *config.run_arms), existing.runs(config), strict=True):
@@ -85,7 +123,7 @@ def check_privileged(config: ConfigDict, open_examples: Callable[[ConfigDict], E
         lacking = examples.without(names)
         blocks = " or ".join(names)
         if len(lacking) < len(examples.tasks):
-            if lacking:
+            if lacking and logs:
                 logging.warning(
                     "no example of %s has %s: there, teacher and student see the same",
                     ", ".join(lacking),

@@ -217,10 +217,15 @@ def _workdir_of(directory: str) -> str:
     workdir = directory
     if not os.path.isdir(run_folder.checkpoints(directory)):
         workdir = os.path.normpath(os.path.join(directory, "..", ".."))
-    if not os.path.isfile(run_folder.config(workdir)):
+    if os.path.isfile(run_folder.config(workdir)):
+        return workdir  # a step that is not there is named with those that are
+    if not os.path.isdir(directory):
         raise FileNotFoundError(
-            f"{directory} is not a released folder (no llm_config.json, nor a config.json beside "
-            "weights in safetensors), nor one that `python -m opsd_jax.convert import` made (no "
-            "release/), nor a run (no config.json)"
+            f"--checkpoint={directory}: {paths.absent(directory)}: give a released or imported "
+            "model, a run's workdir, or one of its step folders"
         )
-    return workdir
+    raise FileNotFoundError(
+        f"{directory} is not a released folder (no llm_config.json, nor a config.json beside "
+        "weights in safetensors), nor one that `python -m opsd_jax.convert import` made (no "
+        "release/), nor a run (no config.json)"
+    )

@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opsd_jax.inputs import checks, json_files
+from opsd_jax.inputs import checks, json_files, paths
 from opsd_jax.runtime import checkpoint_folders as folders
 from opsd_jax.runtime import run_folder
 from opsd_jax.runtime.checkpoint_folders import (
@@ -441,7 +441,7 @@ def step_folder(flag: str, given: str, workdir: str) -> str:
                 f"the run in {workdir} has the steps {', '.join(map(str, steps))}: give "
                 f"{flag}={run_folder.checkpoint(workdir, steps[-1])}"
             )
-        raise CheckpointNotFoundError(f"{flag}={given}: there is no such folder; {found}")
+        raise CheckpointNotFoundError(f"{flag}={given}: {paths.absent(given)}; {found}")
     if folders.is_complete(folders.absolute(given)):
         return given
     folder = os.path.normpath(given)

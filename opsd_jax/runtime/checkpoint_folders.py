@@ -83,7 +83,7 @@ def resolve(directory: str | os.PathLike) -> epath.Path:
         )
     if not folder.exists():
         raise CheckpointNotFoundError(
-            f"{folder}: no such folder. Give a workdir, its checkpoints or one step"
+            f"{folder}: there is no such folder: give a workdir, its checkpoints or one step"
         )
     names = sorted(path.name for path in folder.iterdir())
     there = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -32,6 +32,16 @@ def write_json(path: str | os.PathLike, value: Any, *, primary: bool = True) -> 
     write(path, json.dumps(value, indent=1), primary=primary)
 
 
+def make_folder(folder: str | os.PathLike) -> None:
+    """Makes a folder that may exist. Raises OSError, with what to do, where there can be none."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{os.fspath(folder)}: the folder cannot be made ({error.strerror}): give another path"
+        ) from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yields a new file, open for writing, that replaces `path` when the block ends.
@@ -40,7 +50,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     within the block leaves `<path>.<process id>.tmp`.
     """
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder(os.path.dirname(os.path.abspath(path)))
     unfinished = f"{path}.{os.getpid()}.tmp"  # two commands may write the same table at once
     try:
         with open(unfinished, "wb") as file:

@@ -13,6 +13,8 @@ import os
 import threading
 from collections.abc import Callable
 
+from opsd_jax.runtime import files
+
 PERIOD = 30.0  # seconds after a write within which a file is closed
 
 Timer = Callable[[float, Callable[[], None]], threading.Timer]
@@ -132,8 +134,8 @@ class LogFile(logging.Handler):
     """
 
     def __init__(self, path: str):
+        files.make_folder(os.path.dirname(path))  # first: logging keeps every handler
         super().__init__()
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         self._file = GrowingFile(path)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 

@@ -16,6 +16,7 @@ from typing import TextIO
 from absl import logging
 
 from opsd_jax.inputs import paths
+from opsd_jax.runtime import files
 
 _held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
     "folders whose lock a caller in this thread has", default=frozenset()
@@ -42,6 +43,7 @@ def only_writer(
 
     Raises:
       FolderInUseError: names the process that writes there and its machine.
+      OSError: a workdir cannot be made.
     """
     paths.check_given("folder", folder)
     folder = os.path.realpath(folder)
@@ -49,6 +51,8 @@ def only_writer(
         yield
         return
     parent, name = os.path.split(folder)
+    if inside:
+        files.make_folder(folder)
     path = os.path.join(folder, "lock") if inside else os.path.join(parent, f".{name}.lock")
     file = _lock(path, folder, wait)
     held = _held.set(_held.get() | {folder})

@@ -6,6 +6,7 @@ Faults of single functions are tested beside them; here they come through the co
 
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -20,16 +21,16 @@ from PIL import Image
 import small_run
 import tiny
 from opsd_jax import config as config_lib
-from opsd_jax import config_check, context, eval, tasks, tokenizer, train
+from opsd_jax import config_check, config_flags, context, eval, tasks, tokenizer, train
 from opsd_jax.data import __main__ as data
-from opsd_jax.data import arrayrecord, procedural
+from opsd_jax.data import arrayrecord, procedural, sizes
 from opsd_jax.data import prepare as prepare_lib
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.diagnose import selection
 from opsd_jax.model import attention
 from opsd_jax.release import export, importing
 from opsd_jax.run import checks, model
-from opsd_jax.runtime import checkpoint, locks
+from opsd_jax.runtime import checkpoint, growing_file, locks
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -434,12 +435,74 @@ def test_no_data_of_a_task(tmp_path, folder):
     )
 
 
+@pytest.mark.parametrize(
+    "splits, shown, changes, message",
+    [
+        (("train",), ["i.png"], {}, "config.eval.final_split.*'test'"),
+        (("train", "test"), [], {}, "no example of Asked has visual_thoughts, so teacher and"),
+        (
+            ("train", "test"),
+            ["i.png"],
+            {"model__llm__vocab_size": 9},
+            "made/tokenizer has ids up to .*but the model has 9 embeddings",
+        ),
+        (("train", "test"), ["i.png"], {}, ""),
+    ],
+)
+def test_what_prepared_data_lack_is_said_before_anything_is_made(
+    tmp_path, folder, splits, shown, changes, message
+):
+    source = tmp_path / "Asked"
+    source.mkdir()
+    (source / "i.png").write_bytes(png()["bytes"])
+    line = {"question": "Which?", "answer": "red", "image": "i.png", "thoughts": ["a", "b"]}
+    for split in splits:
+        text = json.dumps(line | {"visual_thoughts": shown, "pid": split})
+        (source / f"{split}.jsonl").write_text(text + "\n")
+    prepare_lib.prepare(source, tmp_path / "data", progress=False)
+    config = small_run.config(
+        data__dir=str(tmp_path / "data"),
+        data__tasks=("Asked",),
+        data__make__families=(),
+        tokenizer=str(folder / "made" / "tokenizer"),
+        **changes,
+    )
+    if not message:
+        train.check(config, str(tmp_path / "w"))
+        return
+    with pytest.raises(ValueError, match=message):
+        train.train(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
+def test_chat_form_without_a_tokenizer_names_the_setting(tmp_path):
+    config = config_flags.read([f"--config={small_run.ROOT}/configs/smollm2.py:arithmetic"])
+    with pytest.raises(ValueError, match="^config.tokenizer is empty, .*examples/smollm2.py makes"):
+        train.train(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(ValueError, match="W/data/made/tokenizer has ids up to") as raised:
+        sizes.check_unmade(small_run.config(model__llm__vocab_size=9))
+    assert "/tmp" not in str(raised.value)
+
+
+def test_a_folder_that_the_system_refuses(tmp_path):
+    """No folder can be made in /proc, whose permissions say that root may."""
+    root = logging.root.handlers[:]
+    with pytest.raises(OSError, match="^/proc/x: the folder cannot be made .*: give another path"):
+        with locks.only_writer("/proc/x", inside=True):
+            pass
+    before = len(logging._handlerList)
+    with pytest.raises(OSError):
+        growing_file.LogFile("/proc/x/log/000.txt")
+    assert len(logging._handlerList) == before and logging.root.handlers == root
+
+
 def test_no_tokenizer(tmp_path, folder):
     away = str(tmp_path / "away")
     refused(
         FileNotFoundError,
         tmp_path,
-        f"{away} holds no tokenizer",
+        f"{away}: there is no such folder: give",
         "--config.tokenizer=FOLDER",
         "`python -m opsd_jax.data make-mini --target=DIR --families=maze --train=1 --validation=0 "
         "--test=0` makes a small one in DIR/made/tokenizer",
@@ -459,7 +522,7 @@ def test_no_tokenizer(tmp_path, folder):
         folder / "visual_opsd", tmp_path / "prepared" / "visual_opsd"
     )  # data that no tokenizer comes with
     with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}/prepared/made/tokenizer holds no tokenizer"
+        FileNotFoundError, match=f"^config.tokenizer is empty, and the data in {tmp_path}/prepared"
     ):
         train.train(
             small_run.config(data__dir=str(tmp_path / "prepared"), data__tasks=(only,)),
@@ -607,7 +670,7 @@ def test_starting_from_half_a_save_or_from_nothing(tmp_path, folder):
     refused(
         checkpoint.CheckpointNotFoundError,
         tmp_path,
-        "/nowhere: no such folder. Give a workdir",
+        "config.init_from='/nowhere': there is no such folder: give a released",
         data__dir=str(folder),
         init_from="/nowhere",
     )

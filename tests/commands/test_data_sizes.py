@@ -230,7 +230,7 @@ def test_what_contradicts_the_printed_line_is_told(options, capsys):
         ([CONFIG, "--workdir=/nowhere"], "/nowhere/data holds no data yet: start the run"),
         ([CONFIG, "--buckets=0"], "--buckets is 0: give a whole number in [1, inf)"),
         ([CONFIG, "--config.opsd.steps=-1"], "config.opsd.steps is -1: give"),
-        ([CONFIG, *DATA, "--config.tokenizer=/x"], "/x holds no tokenizer"),
+        ([CONFIG, *DATA, "--config.tokenizer=/x"], "/x: there is no such folder: give"),
         ([CONFIG, *DATA, "--config.model.llm.vocab_size=300"], "but the model has 300 embeddings"),
         (
             [CONFIG, *DATA, "--config.model.llm.vocab_size=512",

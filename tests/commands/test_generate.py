@@ -340,6 +340,11 @@ def test_command_answers_in_text_without_reading_the_generation_path(
         (["--image={folder}/config.json"], "config.json: cannot decode"),
         (["--tokenizer={folder}/.."], "holds no tokenizer"),
         (["--checkpoint={folder}/.."], "is not a released folder (no llm_config.json"),
+        (["--checkpoint=/nowhere"], "--checkpoint=/nowhere: there is no such folder: give a rel"),
+        (
+            ["--checkpoint=Qwen/Qwen3-0.6B"],
+            "--checkpoint=Qwen/Qwen3-0.6B: there is no such folder (models are not downloaded",
+        ),
     ],
 )
 def test_bad_arguments_end_with_one_line(released, arguments, message, capsys):

@@ -200,3 +200,17 @@ def test_checkpoints_in_folders_with_odd_but_accepted_names(tmp_path):
             checkpoint.restore_params(tmp_path / name, weights)["a"].tolist()
             == weights["a"].tolist()
         )
+
+
+@pytest.mark.parametrize(
+    "config, topology, message",
+    [
+        (None, "cpu:8", "--config is missing: give a file of settings"),
+        (config_lib.default(), "", "--topology is missing: give a slice, --topology=v5p:2x2x2"),
+    ],
+)
+def test_plan_names_the_option_that_is_missing(config, topology, message):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        of_flags(plan.main, config=config, topology=topology)

@@ -882,8 +882,12 @@ def prepared(tmp_path_factory):
             dict(data__tasks=("Chart_Refocus", "chart_refocus")),
             "data.tasks names chart_refocus twice",
         ),
-        (dict(tokenizer="NOWHERE"), "NOWHERE holds no tokenizer"),
-        (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE' .*no such folder"),
+        (dict(tokenizer="NOWHERE"), "NOWHERE: there is no such folder: give"),
+        (dict(init_from="NOWHERE"), "config.init_from='.*NOWHERE': there is no such folder"),
+        (
+            dict(init_from="org/Qwen3-0.6B"),
+            r"'org/Qwen3-0.6B': there is no such folder \(models are not downloaded by their name",
+        ),
         (
             dict(init_from="PREPARED"),
             "config.init_from='.*' is not a model and holds no checkpoint",
