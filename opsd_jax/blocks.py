@@ -203,6 +203,14 @@ class BlockNames:
         return tuple(name for name in every if name not in FIXED_TEXTS)
 
 
+def replaces_images(names: BlockNames) -> bool:
+    """Whether there are images that mode "image" puts the problem image in the place of.
+
+    Without any, it leaves the privileged blocks out, as mode "none" does.
+    """
+    return bool({*filter(holds_images, names.privileged)} - {"image"})
+
+
 def holds_images(name: str) -> bool:
     """Whether a block of this name consists of images. Otherwise it is a text."""
     return name in ("image", "visual_thoughts") or name.startswith((columns.IMAGES, TRANSFORMED))

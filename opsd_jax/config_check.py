@@ -348,24 +348,32 @@ def _check_contexts(config: ConfigDict) -> None:
     _check_screen(config)
 
 
-def check_control(config: ConfigDict, shown: str, mode: str) -> None:
+NOT_PRIVILEGED = (
+    "the student has all blocks of the teacher, so that it is taught nothing that it does not see: "
+    "name more blocks in config.teacher.blocks"
+)
+
+
+def check_control(config: ConfigDict, shown: str, mode: str, nothing: str = "none") -> None:
     """Raises ValueError where a mode changes nothing, or does what another one says.
 
     Args:
       shown: the setting or flag that names the mode, for the message.
       mode: one of blocks.VISUAL_THOUGHTS.
+      nothing: what the setting or flag calls the mode "none" of these.
     """
-    privileged = config_lib.block_names(config).privileged
+    names = config_lib.block_names(config)
+    privileged = names.privileged
     if mode != "real" and not privileged:
         raise ValueError(
             f"{shown} is {mode!r}, but the student has all blocks of the teacher: nothing would be "
             "replaced. Set it to 'real', or name more blocks in config.teacher.blocks"
         )
-    if mode == "image" and not {*filter(blocks_lib.holds_images, privileged)} - {"image"}:
+    if mode == "image" and not blocks_lib.replaces_images(names):
         raise ValueError(
             f"{shown} is 'image', which puts the problem image in the place of other images, but "
             f"the teacher's privileged blocks are {', '.join(privileged)}: choose from 'noise', "
-            "'swap' and 'none'"
+            f"'swap' and {nothing!r}"
         )
 
 
@@ -680,7 +688,7 @@ def _check_eval(config: ConfigDict) -> None:
                 f"{config_lib.MODES}, or set config.eval.{off}"
             )
         if asked and "image" in config.eval[modes]:
-            check_control(config, f"an entry of config.eval.{modes}", "image")
+            check_control(config, f"an entry of config.eval.{modes}", "image", "remove")
 
 
 def _check_log(config: ConfigDict) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -125,10 +126,12 @@ def _report(config: ConfigDict, workdir: str) -> None:
     if "opsd" in config.stages and config.eval.final_split:
         scores = scores_lib.collect(workdir, config.run_arms)
         report_table.write(workdir, scores, config.run_arms)
-        print(report_table.in_terminal(scores, config.run_arms, config))
+        print(report_table.in_terminal(scores, config.run_arms, config, workdir))
         for line in report_table.other_arms(workdir, config.run_arms):
             print(line)
-    print(f"the page of the run: {run_page.write(workdir, scores, config.run_arms)}")
+    command = shlex.join(["python", "-m", "opsd_jax.train", *sys.argv[1:]])
+    page = run_page.write(workdir, scores, config.run_arms, command)
+    print(f"the page of the run: {page}")
     run_page.caution_pages(workdir)
 
 

@@ -23,7 +23,7 @@ from opsd_jax.data.examples import PreparedExample
 from opsd_jax.data.randomness import generator
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Answers, Diagnosis
-from opsd_jax.evaluation import charts, contexts, html
+from opsd_jax.evaluation import charts, contexts, html, wording
 from opsd_jax.model import bagel
 from opsd_jax.model.attention import Groups
 from opsd_jax.model.config import ModelConfig
@@ -93,7 +93,9 @@ def measure(
         },
     }
     title = "Attention: where texts look"
-    return output.Analysis(title, summary, parts=lambda: _parts(summary))
+    return output.Analysis(
+        title, summary, parts=lambda: _parts(summary, diagnosis.selection.packer.names)
+    )
 
 
 def shares_by_example(
@@ -319,7 +321,7 @@ def named(shares: np.ndarray) -> dict:
     }
 
 
-def _parts(summary: dict) -> list[str]:
+def _parts(summary: dict, names: BlockNames) -> list[str]:
     """The parts of a summary's page."""
     shares = summary["shares"]
     scale = (
@@ -328,6 +330,10 @@ def _parts(summary: dict) -> list[str]:
         else "**without 1/√d**, as the official recorder has it: sharper than the attention that "
         "acts"
     )
+    here = ""
+    if wording.of_blocks(names) != wording.VISUAL_THOUGHTS:
+        listed = wording.listed(names.privileged, images=True)
+        here = f" Here **visual thoughts** are the privileged blocks: {listed}."
     parts = [
         html.paragraph(
             "Do texts look at the visual thoughts, and at true ones more than at false ones? "
@@ -340,7 +346,7 @@ def _parts(summary: dict) -> list[str]:
             "Two layouts: **interleaved**, the examples' traces, thought – image – thought; and "
             "**teacher**, the teacher's context with the model's own greedy answer (completion), "
             "whose texts before the visual thoughts are question and intro, and after them the "
-            f"transition. Delimiters of images count apart. Softmax {scale}."
+            f"transition. Delimiters of images count apart. Softmax {scale}.{here}"
         ),
     ]
 

@@ -1,10 +1,12 @@
 """Bootstrap intervals of divergences before and after training."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from opsd_jax.data.randomness import generator
+from opsd_jax.evaluation import statistics
 
 RESAMPLES = 2000
 
@@ -26,7 +28,8 @@ def bootstrap(
     Returns:
       {"tasks": [one dict per task], "macro": mean of the tasks' means, "samples": mean over all
       examples}. Each dict has n, before, before_95, and with `after` after, after_95,
-      closure = 1 - after / before, closure_95. None where `before` is 0.
+      closure = 1 - after / before, closure_95. Both are None where `before` is too small for a
+      closure, of the examples or of a resample (see `statistics.closure`).
     """
     rng = generator(seed, "bootstrap")
     sides = [before] if after is None else [before, after]
@@ -54,8 +57,8 @@ def _summary(means: np.ndarray, n: int) -> dict:
     """
     found = {"n": int(n), **_interval("before", means[0])}
     if len(means) > 1:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            closure = 1 - means[1] / means[0]
+        every = [statistics.closure(*pair) for pair in means.T]
+        closure = np.array([math.nan if x is None else x for x in every])
         found |= {**_interval("after", means[1]), **_interval("closure", closure)}
     return found
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from opsd_jax.diagnose import attention, output
 from opsd_jax.diagnose.selection import Answers, Diagnosis
-from opsd_jax.evaluation import contexts, html, statistics
+from opsd_jax.evaluation import html, statistics
+from opsd_jax.evaluation.wording import Words
 
 MODES = ("none", "real", "noise", "swap", "remove")
 _MOST_SAMPLES = 12  # of each task
@@ -33,10 +34,10 @@ def measure(diagnosis: Diagnosis, checkpoint: str, answers: dict[str, Answers]) 
         "attention_of_the_answers": shares_of,
     }
     return output.Analysis(
-        title="Interventions: does the model use its visual thoughts?",
+        title=f"Interventions: does the model use its {diagnosis.words.content}?",
         summary=summary,
         parts=lambda: _parts(diagnosis, summary, found),
-        words=in_words(summary),
+        words=in_words(summary, diagnosis.words),
     )
 
 
@@ -77,8 +78,8 @@ def compare(hits: Sequence[bool], reference: Sequence[bool]) -> dict:
     return {"only_this": gained, "only_reference": lost, "p": statistics.mcnemar(gained, lost)}
 
 
-def in_words(summary: dict) -> list[str]:
-    """The accuracies with their 95 % intervals, one line per task."""
+def in_words(summary: dict, words: Words) -> list[str]:
+    """The accuracies with their 95 % intervals, one line per task. words: of the run."""
     lines = []
     for task, modes in _shown_tasks(summary).items():
         count = next(iter(modes.values()))["n"]
@@ -87,7 +88,8 @@ def in_words(summary: dict) -> list[str]:
             for mode, s in modes.items()
         ]
         lines.append(
-            f"{task}, correct of {count} examples with these visual thoughts, %: {', '.join(shown)}"
+            f"{task}, correct of {count} examples with {words.verb('these', 'this')} "
+            f"{words.content}, %: {', '.join(shown)}"
         )
     return lines
 
@@ -100,15 +102,17 @@ def _shown_tasks(summary: dict) -> dict[str, dict]:
 
 def _parts(diagnosis: Diagnosis, summary: dict, found: dict) -> list[str]:
     """The parts of the page of a summary and its answers."""
+    words = diagnosis.words
     parts = [
         html.paragraph(
-            "Does the model use what its visual thoughts show? It answers the same examples again "
-            "with something else in their places. A fall from **real** to **noise** or **swap** "
-            "says that it reads them; no fall from **real** to **none** says that it does not need "
-            "them."
+            f"Does the model use what its {words.content} {words.verb('show', 'shows')}? It "
+            "answers the same examples again with something else in "
+            f"{words.verb('their places', 'its place')}. A fall from **real** to **noise** or "
+            f"**swap** says that it reads {words.them}; no fall from **real** to **none** says "
+            f"that it does not need {words.them}."
         ),
         html.note(
-            "; ".join(f"**{mode}**: {contexts.MODE_TEXTS[mode]}" for mode in MODES)
+            "; ".join(f"**{mode}**: {words.modes[mode]}" for mode in MODES)
             + ". Greedy answers, those of the evaluations that are linked. p: McNemar's exact test "
             "on the examples that only one of the two answers right. Paper, ThinkMorph on nine "
             "benchmarks: noise −1.5 points, text only −1.0."
@@ -170,7 +174,7 @@ def _samples(diagnosis: Diagnosis, source: int, found: dict[str, list[dict]]) ->
             cell = html.Part(html.row(*images)) if images else None
             rows.append([mode, cell, verdict, of[k]["prediction"]])
         problems = output.images(diagnosis, source, p["index"], "none")[: len(example.problems)]
-        columns = ["visual thoughts", "shown", "answer is", "answer"]
+        columns = [diagnosis.words.content, "shown", "answer is", "answer"]
         items.append(
             html.Sample(
                 title=p["pid"],

@@ -119,8 +119,10 @@ def measure(diagnosis: Diagnosis, folder: str, comparison: Comparison) -> output
         "bootstrap": bootstrap_lib.RESAMPLES,
         "completions": summaries,
     }
+    words = diagnosis.words
     return output.Analysis(
-        title="Closure: how much visual thoughts change what the model says",
+        title=f"Closure: how much {words.content} {words.verb('change', 'changes')} what the model "
+        "says",
         summary=summary,
         parts=lambda: kl_page.parts(diagnosis, summary, found),
         words=kl_page.in_words(summary, cautions_lib.closures_of(diagnosis.session.workdir)),

@@ -6,7 +6,7 @@ import numpy as np
 
 from opsd_jax.diagnose import output
 from opsd_jax.diagnose.selection import Diagnosis
-from opsd_jax.evaluation import charts, html
+from opsd_jax.evaluation import charts, html, statistics
 from opsd_jax.run import cautions as cautions_lib
 
 SPANS = {  # parts of an "official" record that are measured again by themselves
@@ -14,7 +14,7 @@ SPANS = {  # parts of an "official" record that are measured again by themselves
     "(`answer_span_avg_kl`):",
     "tail": "The shared end, the last positions whose tokens are the same in both texts:",
 }
-COMPLETION_TEXTS = {  # kind: (heading, what is compared)
+COMPLETION_TEXTS = {  # kind: (heading, what is compared; {without} is of the run's `Words`)
     "data": (
         "Closure on the examples' text traces (data)",
         "**This is the closure of the paper's Eq. 9 as `W/report.md` and the page of the run give "
@@ -23,12 +23,12 @@ COMPLETION_TEXTS = {  # kind: (heading, what is compared)
     ),
     "base": (
         "Closure on samples from before training (base)",
-        "Both read what the model said without visual thoughts before training.",
+        "Both read what the model said {without} before training.",
     ),
     "student": (
         "Closure on samples of the trained student (student)",
-        "Both read what the trained student says without visual thoughts. A change of format alone "
-        "changes this one.",
+        "Both read what the trained student says {without}. A change of format alone changes this "
+        "one.",
     ),
     "official": (
         "What the released script computes (official)",
@@ -40,6 +40,11 @@ COMPLETION_TEXTS = {  # kind: (heading, what is compared)
         "58 %, compare with this one, if with any.",
     ),
 }
+_COLOURS = (
+    "Samples: the colour of a token is its K. It is full from the number at the right of the scale "
+    "on, the 95th percentile of all tokens of this kind: the largest 5 % look the same. Point at a "
+    "token to see its own."
+)
 _MOST_SAMPLES = 4  # of each task
 _NATS = 3  # decimal places
 
@@ -50,12 +55,14 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
     Args:
       found: {kind of completion: its records, see `kl.divergences`}.
     """
+    words = diagnosis.words
     shown = [
         html.paragraph(
-            "How much do visual thoughts change what the model says, and how much of that did "
-            "training put into the student? **K** is the difference: KL(teacher with visual "
-            "thoughts ‖ student without) on the same completion, full vocabulary, nats per token, "
-            "mean over the tokens of a completion, then over examples (the paper's Eq. 4). "
+            f"How much {words.verb('do', 'does')} {words.content} change what the model says, and "
+            "how much of that did training put into the student? **K** is the difference: "
+            f"KL(teacher with {words.content} ‖ student without) on the same completion, full "
+            "vocabulary, nats per token, mean over the tokens of a completion, then over examples "
+            "(the paper's Eq. 4). "
             "**Closure** = 1 − K after / K before is the share of it that training removed (Eq. "
             "9): at 100 % the student says what the teacher says; it is negative where the student "
             "moved away. The teacher has the weights of the start, before and after."
@@ -68,7 +75,11 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
     ]
     for kind, s in summary["completions"].items():
         heading, text = COMPLETION_TEXTS[kind]
-        shown += [html.heading(heading), html.paragraph(text), _table(s)]
+        shown += [
+            html.heading(heading),
+            html.paragraph(text.format(without=words.without)),
+            _table(s),
+        ]
         if kind == "data":  # what the closure is to be compared with
             of_run = cautions_lib.closures_of(diagnosis.session.workdir)
             shown += [html.paragraph(f"{line}.") for line in of_run]
@@ -82,6 +93,7 @@ def parts(diagnosis: Diagnosis, summary: dict, found: dict[str, list[dict]]) -> 
         shown += [
             html.note("K at each token, a mean over the completions that are so long:"),
             charts.lines(series, x="token of the completion", y="nats"),
+            html.note(_COLOURS),
             _samples(diagnosis, found[kind], names),
         ]
     return shown
@@ -105,7 +117,7 @@ def in_words(summary: dict, of_run: Sequence[str]) -> list[str]:
 
 def _closure_in_words(x: dict) -> str:
     if x["closure"] is None:
-        return "no closure (K was 0)"
+        return f"no closure (K before is below {statistics.LEAST_KL:g} nats)"
     return f"closure {html.fixed(100 * x['closure'], 1)} % ({_percent_interval(x)})"
 
 

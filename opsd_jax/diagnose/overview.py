@@ -5,6 +5,7 @@ import os
 from opsd_jax.diagnose import attention, interventions, kl, output, selection
 from opsd_jax.diagnose.selection import Answers, Diagnosis
 from opsd_jax.evaluation import charts, contexts, html, results
+from opsd_jax.evaluation.wording import Words
 
 _TIMED = 0.01  # seconds: shorter answers of a toy are mostly overhead, whose ratios say nothing
 
@@ -19,7 +20,8 @@ def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Analys
     session, name = diagnosis.session, os.path.basename(folder)
     base = selection.start_checkpoint(session.workdir)
     generated = contexts.GENERATED if session.config.model.generation.on else ()
-    answers = diagnosis.answers(checkpoint, ("none", *contexts.CONTEXTS, *generated), name)
+    modes = ("none", *contexts.modes_of(diagnosis.selection), *generated)
+    answers = diagnosis.answers(checkpoint, modes, name)
     before = {}
     if os.path.realpath(base) != os.path.realpath(checkpoint):
         before = diagnosis.answers(base, ("none", "real"))
@@ -50,7 +52,8 @@ def measure(diagnosis: Diagnosis, folder: str, checkpoint: str) -> output.Analys
     def parts():
         return [
             html.section(
-                "Answers: with and without visual thoughts", *_answers(diagnosis, by_mode)
+                f"Answers: with and without {diagnosis.words.content}",
+                *_answers(diagnosis, by_mode),
             ),
             *(html.section(analysis.title, *analysis.parts()) for analysis in found),
         ]
@@ -81,12 +84,12 @@ def _answers(diagnosis: Diagnosis, answers: dict[str, Answers]) -> list[str]:
     for task in diagnosis.tasks:
         if len(diagnosis.tasks) > 1:
             parts.append(html.heading(task))
-        parts += _scores(task, answers)
+        parts += _scores(task, answers, diagnosis.words)
     return parts
 
 
-def _scores(task: str, answers: dict[str, Answers]) -> list[str]:
-    """The scores of a task in all modes."""
+def _scores(task: str, answers: dict[str, Answers], words: Words) -> list[str]:
+    """The scores of a task in all modes. words: of the run."""
     scores = {label: a.summary["benchmarks"][task] for label, a in answers.items()}
     text = scores["none"]["seconds_per_sample"]
     is_timed = bool(text) and text >= _TIMED
@@ -97,7 +100,7 @@ def _scores(task: str, answers: dict[str, Answers]) -> list[str]:
         rows.append(
             [
                 output.evaluation_link(a.name, label),
-                contexts.MODE_TEXTS[a.summary["mode"]],
+                words.modes[a.summary["mode"]],
                 html.fixed(results.percent(b), 1),
                 results.counted(b),
                 html.fixed(b["mean_output_tokens"], 1),

@@ -10,8 +10,9 @@ from jax.experimental import multihost_utils
 from opsd_jax import sharding
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples
-from opsd_jax.evaluation import contexts, inference
+from opsd_jax.evaluation import contexts, inference, wording
 from opsd_jax.evaluation import results as results_lib
+from opsd_jax.evaluation.wording import Words
 from opsd_jax.inputs import cli
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model.config import ModelConfig
@@ -83,6 +84,11 @@ class Diagnosis:
     def seed(self) -> int:
         """Seed of noise, sampling and resampling."""
         return self.selection.seed
+
+    @property
+    def words(self) -> Words:
+        """What pages call the privileged content of the run."""
+        return wording.of_blocks(self.selection.packer.names)
 
     @property
     def total(self) -> int:

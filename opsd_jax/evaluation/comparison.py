@@ -19,12 +19,14 @@ class Compared:
       name: name of their evaluation.
       split: split of the tasks' examples.
       hits: {benchmark: {identity of an example (`Benchmark.identify`): whether the answer was
-        right}}.
+        right}}, without those that several examples have.
+      twice: {benchmark: identities that several examples have}: nothing says which one is the pair.
     """
 
     name: str
     split: str | None
     hits: dict[str, dict[tuple[str, Hashable], bool]]
+    twice: dict[str, set[tuple[str, Hashable]]] = dataclasses.field(default_factory=dict)
 
 
 def read_results(workdir: str, against: str) -> Compared:
@@ -44,7 +46,7 @@ def read_results(workdir: str, against: str) -> Compared:
             f"--against={against}: no {absent[-1]}: give a name in {workdir}/eval, or such a "
             "folder, of a finished evaluation"
         )
-    summary, hits, twice = read_summary(record), {}, set()
+    summary, hits, twice = read_summary(record), {}, {}
     try:
         with open(path, encoding="utf-8") as f:
             for p in map(json.loads, f):
@@ -55,15 +57,17 @@ def read_results(workdir: str, against: str) -> Compared:
                     else (summary["benchmarks"][name]["md5"], str(p["index"]))
                 )
                 if identity in hits.setdefault(name, {}):
-                    twice.add((name, identity))
+                    twice.setdefault(name, set()).add(identity)
                 hits[name][identity] = bool(p["hit"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--against={against}: {path} is damaged ({error!r}): evaluate again"
         ) from error
-    for name, identity in twice:  # ambiguous: nothing says which one is the pair
-        del hits[name][identity]
-    return Compared(os.path.basename(os.path.normpath(folder)), summary.get("split"), hits)
+    for name, identities in twice.items():
+        for identity in identities:
+            del hits[name][identity]
+    name = os.path.basename(os.path.normpath(folder))
+    return Compared(name, summary.get("split"), hits, twice)
 
 
 def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | None) -> None:
@@ -75,7 +79,7 @@ def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | No
     Args:
       chosen: the benchmarks. split: split of the tasks among them.
     Raises:
-      ValueError: other benchmarks, another split, or other examples.
+      ValueError: other benchmarks, another split, other examples, or too few that are told apart.
     """
     shared = [benchmark for benchmark in chosen if benchmark.name in compared.hits]
     start = f"--against={compared.name}"
@@ -92,7 +96,17 @@ def check_pairs(compared: Compared, chosen: Sequence[Benchmark], split: str | No
     for benchmark in shared:
         here = {benchmark.identify(key) for key in benchmark.keys}
         there, others = compared.hits[benchmark.name], 0
+        alike = here & compared.twice.get(benchmark.name, set())
         pairs = len(here & there.keys())
+        if alike and pairs < sum(benchmark.identify(key) in alike for key in benchmark.keys):
+            pids = sorted({str(pid) for pid, _ in alike})
+            shown = ", ".join(pids[:5]) + (", ..." if len(pids) > 5 else "")
+            raise ValueError(
+                f"{start}: {benchmark.name} has {len(benchmark.keys)} examples, and only {pairs} "
+                "have a pid and an answer that no other one has; of the rest, nothing says which "
+                f"answers are a pair. Give each example a pid of its own (not so: {shown}), "
+                "prepare the data again, and evaluate both again"
+            )
         if not benchmark.table:
             others = len({name for name, _ in here} & {name for name, _ in there.keys() - here})
         if 2 * pairs < min(len(here), len(there)) or not pairs or 10 * others > pairs:

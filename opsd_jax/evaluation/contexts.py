@@ -37,19 +37,6 @@ from opsd_jax.runtime.stopping import BeforeBatch, never_stop
 CONTEXTS = tuple(mode for mode in config_lib.MODES if mode != "none")
 GENERATED = ("generated", "generated-noise", "generated-swap", "generated-remove")
 MODES = ("none", *CONTEXTS, *GENERATED)
-MODE_TEXTS = {
-    "none": "without visual thoughts",
-    "real": "with true visual thoughts",
-    "noise": "with noise for visual thoughts",
-    "swap": "with another example's visual thoughts",
-    "image": "with the problem image for visual thoughts",
-    "remove": "with the teacher's texts, no visual thoughts",
-    "generated": "with images that it generates",
-    "generated-noise": "with noise for the images that it generates",
-    "generated-swap": "with images generated for another example",
-    "generated-remove": "without the images that it generates",
-}
-"""What the model answers with in each mode."""
 
 
 def mode_of_teacher(visual_thoughts: str) -> str:
@@ -114,6 +101,8 @@ class Selection:
     def privileged(self) -> str:
         """The privileged blocks in messages that say that an example has none of them."""
         names = self.packer.names.privileged
+        if not names:
+            return "a privileged block (the student has all blocks of the teacher)"
         return "visual thoughts" if names == ("visual_thoughts",) else f"any of {', '.join(names)}"
 
     def local(self, numbers: Sequence[int]) -> list[int]:
@@ -257,8 +246,25 @@ def check_fit(selection: Selection, modes: Iterable[str], *, traces: bool = Fals
                 packer.references([example])
 
 
+def modes_of(selection: Selection) -> tuple[str, ...]:
+    """`CONTEXTS`, without "image" where it would be the mode "remove" of a task."""
+    replaces = blocks_lib.replaces_images(selection.packer.names) and all(
+        _has_problem_images(selection, source) for source in range(len(selection.tasks))
+    )
+    return tuple(mode for mode in CONTEXTS if replaces or mode != "image")
+
+
+def _has_problem_images(selection: Selection, source: int) -> bool:
+    """Whether a chosen example of a task has a problem image."""
+    stored = selection.examples.sources[source]
+    return any(has_content(stored[n], ("image",)) for n in selection.numbers(source))
+
+
 def check_visual_thoughts(selection: Selection, modes: Iterable[str], split: str) -> None:
-    """ValueError where a mode shows privileged blocks and no chosen example of a task has any."""
+    """ValueError where no chosen example of a task has what a mode shows.
+
+    These are the privileged blocks; in mode "image" also a problem image.
+    """
     for mode in (mode for mode in modes if mode in CONTEXTS):
         for source, name in enumerate(selection.tasks):
             if selection.without_visual_thoughts(source) == len(selection.numbers(source)):
@@ -266,6 +272,12 @@ def check_visual_thoughts(selection: Selection, modes: Iterable[str], split: str
                     f"--visual_thoughts={mode}: no example of {name}, {split}, has "
                     f"{selection.privileged}: leave "
                     "the mode or the task out"
+                )
+            if mode == "image" and not _has_problem_images(selection, source):
+                raise ValueError(
+                    f"--visual_thoughts=image: no example of {name}, {split}, has a problem image "
+                    "to show in the place of others: leave the mode or the task out, or choose "
+                    "remove, which shows the teacher's texts alone"
                 )
 
 

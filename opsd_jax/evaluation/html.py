@@ -380,7 +380,10 @@ def tokens(
         return f'<span{look} title="{text(f"{fixed(value, digits)} {unit}")}">{shown}</span>'
 
     missing = int(np.isnan(data).sum())
-    most = f"{fixed(top, digits)} {unit}{meaning}; {len(pieces)} token{'s' * (len(pieces) > 1)}"
+    more = " and more" if sizes.size and sizes.max() > top else ""
+    most = (
+        f"{fixed(top, digits)} {unit}{meaning}{more}; {len(pieces)} token{'s' * (len(pieces) > 1)}"
+    )
     most += f"; {missing} without value (underlined)" if missing else ""
     return (
         f'<div><div class="tokens">{"".join(map(span, pieces, data))}</div>'

@@ -8,7 +8,7 @@ from PIL import Image
 from opsd_jax.evaluation import charts, html, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
-from opsd_jax.evaluation.contexts import MODE_TEXTS
+from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
 
 _MOST_MISSES, _MOST_HITS = 100, 20  # that are shown of each benchmark
 _Shown = Callable[[Benchmark, Key], Sequence[tuple[str, np.ndarray | Image.Image]]]
@@ -21,6 +21,7 @@ def page(
     benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
     cautions: Sequence[str] = (),
+    words: Words = VISUAL_THOUGHTS,
 ) -> str:
     """HTML of one evaluation.
 
@@ -31,17 +32,19 @@ def page(
       benchmarks: {name: benchmark} of the results.
       shown: (benchmark, key) -> [(caption, image)], what the model saw of a question.
       cautions: HTML of the cautions of the run whose weights answered; () of other weights.
+      words: of the run that was asked.
     """
-    parts = [_facts(summary), *cautions, html.heading("Scores"), *_scores(summary)]
+    mode = words.modes[summary["mode"]]
+    parts = [_facts(summary, mode), *cautions, html.heading("Scores"), *_scores(summary)]
     if "against" in summary:
         parts += _comparison(summary["against"])
     for result in results:
         parts += _samples(result, benchmarks[result.name], shown)
-    return html.page(f"Evaluation {name}: {MODE_TEXTS[summary['mode']]}", *parts)
+    return html.page(f"Evaluation {name}: {mode}", *parts)
 
 
-def _facts(summary: dict) -> str:
-    """Which model was asked what, and by which command."""
+def _facts(summary: dict, mode: str) -> str:
+    """Which model was asked what, and by which command. mode: in words."""
     scores = summary["benchmarks"]
     decoding = "greedy"
     if "samples" in summary:
@@ -62,7 +65,7 @@ def _facts(summary: dict) -> str:
     )
     return html.facts(
         [
-            ("the model answers", f"{MODE_TEXTS[summary['mode']]} ({_mode(summary['mode'])})"),
+            ("the model answers", f"{mode} ({_mode(summary['mode'])})"),
             ("asked", asked),
             ("weights", f"`{summary['checkpoint']}`"),
             ("examples", examples),

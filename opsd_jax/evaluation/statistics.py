@@ -7,6 +7,7 @@ import numpy as np
 
 from opsd_jax.data import randomness
 
+LEAST_KL = 1e-4  # nats per token: below it, a KL may be nothing but rounding
 _AT_ONCE = 1 << 22  # values that are resampled at the same time
 
 
@@ -47,6 +48,18 @@ def wilson_of_mean(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
         for side in (0, 1)
     )
     return max(mean - below, 0.0), min(mean + above, 1.0)
+
+
+def closure(before: float, after: float) -> float | None:
+    """The share of the KL to the teacher that training removed, 1 - after / before (Eq. 9).
+
+    Args:
+      before, after: nats per token.
+    Returns:
+      None where `before` is below `LEAST_KL`: teacher and student say the same from the start, and
+      the quotient would be one of rounding errors.
+    """
+    return None if before < LEAST_KL else 1 - after / before
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -137,6 +137,6 @@ def _speed_lines(name: str, slow: dict, other: str, fast: dict) -> list[str]:
             lines.append(
                 f"| {task} | {name} | {other} | {long.get('pictures_per_sample', 0):.2f} "
                 f"| {long['seconds_per_sample']:.4f} | {short['seconds_per_sample']:.4f} "
-                f"| {ratio:.1f}x | {gain:+.1f} |"
+                f"| {ratio:.1f}x | {f'{gain:+.1f}'.replace('-', '−')} |"
             )
     return lines

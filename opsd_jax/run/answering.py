@@ -122,6 +122,12 @@ def _check_mode(
         raise ValueError(
             f"{start}: the teacher's context is that of a run: load a run, without a protocol"
         )
+    if mode == "image" and not blocks_lib.replaces_images(model.training.names):
+        privileged = ", ".join(model.training.names.privileged) or "none"
+        raise ValueError(
+            f"{start} puts the problem image in the place of other images, but the teacher's "
+            f"privileged blocks are {privileged}: choose from 'noise', 'swap' and 'remove'"
+        )
 
 
 def _blocks(

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
+from opsd_jax import config_check
 from opsd_jax.data.workdir import load_config
+from opsd_jax.evaluation import html, statistics
+from opsd_jax.evaluation.wording import Words
+from opsd_jax.run.evaluation_request import Request
 from opsd_jax.run.scores import (
     BASELINE,
     MOST,
@@ -16,11 +20,14 @@ from opsd_jax.run.scores import (
     TEACHER,
     TRAINED,
     Scores,
-    arm_label,
+    arm_key,
+    closure_text,
     collect,
     content_controls,
+    label,
     last_summary,
     percent,
+    words_of,
 )
 from opsd_jax.runtime import run_folder
 
@@ -33,14 +40,20 @@ _CUT = 0.1  # of the answers: as many may be wrong for that reason alone
 _NEAR = 0.1  # between two closures: their own intervals are up to so wide (docs/results.md)
 
 
-def cautions(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+def cautions(
+    shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict, workdir: str
+) -> list[str]:
     """Why the numbers mean less than they seem to, a line each; [] where nothing speaks for it.
 
     What holds for the whole run comes first, once. Where a run has several tasks, every other line
     begins with the name of its task.
+
+    workdir: folder of the run, for commands.
     """
-    trained = shown[TRAINED]
+    trained, words = shown[TRAINED], words_of(config)
     lines: list[str] = []
+    if not config_lib.block_names(config).privileged:
+        lines.append(f"Nothing is privileged: {config_check.NOT_PRIVILEGED}.")
     few = [task for task, b in trained.items() if min(config.opsd.steps, b["n"]) < FEW]
     if len(few) == len(trained):
         lines.append(_too_short(config, sorted({b["n"] for b in trained.values()})))
@@ -48,11 +61,12 @@ def cautions(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDic
         found = [
             *([_too_short(config, [b["n"]])] if task in few and len(few) < len(trained) else []),
             *_teacher_knows_little(shown, task),
-            *reads_worse(shown, task),
+            *reads_worse(shown, task, words),
             *_like_a_control(shown, task, arms, config),
+            *_no_closure(shown, task),
             *_closure_without_content(shown, task, arms, config),
-            *_start_asks(shown, task, config),
-            *_hardly_differing(shown, task),
+            *_start_asks(shown, task, config, workdir),
+            *_hardly_differing(shown, task, words),
             *_cut_off(shown, task, config),
         ]
         lines += [f"{task}: {line}" for line in found] if len(trained) > 1 else found
@@ -81,8 +95,11 @@ def _teacher_knows_little(shown: Mapping[str, Scores], task: str) -> list[str]:
     ]
 
 
-def reads_worse(shown: Mapping[str, Scores], task: str) -> list[str]:
-    """Where the intervals before and after training, with true visual thoughts, do not overlap."""
+def reads_worse(shown: Mapping[str, Scores], task: str, words: Words) -> list[str]:
+    """Where the intervals before and after training, with true visual thoughts, do not overlap.
+
+    words: of the run, as below.
+    """
     before, after = (
         shown.get(TEACHER, {}).get(task),
         shown[TRAINED][task].get("real"),
@@ -90,8 +107,19 @@ def reads_worse(shown: Mapping[str, Scores], task: str) -> list[str]:
     if not (before and after and after["interval_95"][1] < before["interval_95"][0]):
         return []
     return [
-        "Training made the model worse at reading true visual thoughts: with them the same weights "
-        f"now answer {percent(after)}, before OPSD {percent(before)}."
+        f"Training made the model worse at reading {words.true}: with {words.them} the same "
+        f"weights now answer {percent(after)}, before OPSD {percent(before)}."
+    ]
+
+
+def _no_closure(shown: Mapping[str, Scores], task: str) -> list[str]:
+    """Where the KL to the teacher before training was too small for a closure."""
+    trained = shown[TRAINED][task]
+    if "kl_before" not in trained or trained["closure"] is not None:
+        return []
+    return [
+        "There is no closure: before training, the student already said what the teacher says (KL "
+        f"{trained['kl_before']:.1g} nats per token, less than {statistics.LEAST_KL:g})."
     ]
 
 
@@ -99,22 +127,22 @@ def _closure_without_content(
     shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
 ) -> list[str]:
     """Where a control, whose teacher saw other content, has nearly the closure of OPSD."""
-    own = shown[TRAINED][task].get("closure")
+    trained = shown[TRAINED][task]
+    own = trained.get("closure")
     if own is None:
         return []
-    found = {
-        arm: shown[arm_label(arm)][task].get("closure") for arm in content_controls(arms, config)
-    }
+    found = {arm: shown[arm_key(arm)][task] for arm in content_controls(arms, config)}
     near = [
-        f"{arm} {100 * closure:.0f} %"
-        for arm, closure in found.items()
-        if closure is not None and own - closure < _NEAR
+        f"{arm} {closure_text(b)}"
+        for arm, b in found.items()
+        if b.get("closure") is not None and own - b["closure"] < _NEAR
     ]
     if not near:
         return []
     return [
-        "The closure shows nothing about the content of visual thoughts: it is "
-        f"{100 * own:.0f} %, and nearly so where the teacher saw other content ({', '.join(near)})."
+        f"The closure shows nothing about {words_of(config).subject}: it is "
+        f"{closure_text(trained)}, and nearly so where the teacher saw other content "
+        f"({', '.join(near)})."
     ]
 
 
@@ -126,7 +154,7 @@ def _like_a_control(
     The 95 % interval of the difference of two independent shares of the same number of questions
     reaches 0. The answers are to the same questions, so the true interval is narrower at most.
     """
-    others = {arm: shown[arm_label(arm)][task] for arm in content_controls(arms, config)}
+    others = {arm: shown[arm_key(arm)][task] for arm in content_controls(arms, config)}
     if not others:
         return []
     name, best = max(others.items(), key=lambda pair: pair[1]["overall"])
@@ -139,8 +167,8 @@ def _like_a_control(
         return []
     return [
         f"OPSD is not clearly better than the control {name}, whose teacher saw other content: "
-        f"{percent(own)} and {percent(best)}, {100 * lift:.1f} points apart, where chance alone "
-        f"makes up to {100 * reach:.1f}."
+        f"{percent(own)} and {percent(best)}, {html.fixed(100 * lift, 1)} points apart, where "
+        f"chance alone makes up to {100 * reach:.1f}."
     ]
 
 
@@ -157,35 +185,41 @@ def _cut_off(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list
     ]
 
 
-def _start_asks(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
+def _start_asks(
+    shown: Mapping[str, Scores], task: str, config: ConfigDict, workdir: str
+) -> list[str]:
     """Where nearly all answers of the start without visual thoughts ask for an image."""
-    start = shown.get(START, {}).get(task, {})
+    start, banned = (shown.get(who, {}).get(task, {}) for who in (START, START_BANNED))
     share = start.get("image_skip_rate", 0)
     if share < MOST:
         return []
-    line = (
-        f"The start asks for an image in {100 * share:.0f} % of its text-only answers, and gets "
-        "none."
-    )
-    if shown[TRAINED][task]["overall"] > start["overall"]:
-        line = f"{line[:-1]}: a part of what OPSD gains over it may be the format."
-    if START_BANNED not in shown:
-        ends = config_lib.stage_ends(config)
-        step = max([ends[stage] for stage in ends if ends[stage] < ends["opsd"]], default=0)
-        line += (
-            f" `eval --checkpoint=W/checkpoints/{step} --ban_marker` shows what it answers where "
-            "it cannot ask."
-        )
-    return [line]
+    asks = f"The start asks for an image in {100 * share:.0f} % of its {words_of(config).answers}"
+    gains = shown[TRAINED][task]["overall"] > start["overall"]
+    format_counts = "a part of what OPSD gains over it may be the format"
+    if banned:
+        is_better = banned["overall"] > start["overall"]
+        why = f": {format_counts}" if gains and is_better else ""
+        return [
+            f"{asks}, and gets none. Where it cannot ask, it answers {percent(banned)} in the "
+            f"place of {percent(start)}{why}."
+        ]
+    step = config_lib.start_of(config, "opsd")
+    checkpoint = run_folder.checkpoint(workdir, step)
+    command = Request(workdir, checkpoint=checkpoint, ban_marker=True).command
+    return [
+        f"{asks}, and gets none{f': {format_counts}' if gains else ''}. `{command}` shows what it "
+        "answers where it cannot ask."
+    ]
 
 
-def _hardly_differing(shown: Mapping[str, Scores], task: str) -> list[str]:
+def _hardly_differing(shown: Mapping[str, Scores], task: str, words: Words) -> list[str]:
     """Whose answers hardly depend on the question."""
     nothing: list[str] = []
     same: list[str] = []
     few: list[str] = []
     right = 0
-    for who, tasks in shown.items():
+    for key, tasks in shown.items():
+        who = label(key, words)
         b = tasks.get(task, {})
         most, common = b.get("most_given"), b.get("common")
         if most and most["share"] >= MOST:
@@ -225,7 +259,7 @@ def of_run(workdir: str) -> list[str]:
     [] while its results are not complete, or where it has no OPSD stage.
     """
     shown, arms = _finished(workdir)
-    return cautions(shown, arms, load_config(workdir)) if shown else []
+    return cautions(shown, arms, load_config(workdir), workdir) if shown else []
 
 
 def closures_of(workdir: str) -> list[str]:
@@ -236,9 +270,8 @@ def closures_of(workdir: str) -> list[str]:
     shown, arms = _finished(workdir)
     lines = []
     for task in shown.get(TRAINED, {}):
-        rows = {"OPSD": TRAINED} | {f"arm {arm}": arm_label(arm) for arm in arms}
-        found = {name: shown[row][task].get("closure") for name, row in rows.items()}
-        measured = [f"{name} {100 * x:.0f} %" for name, x in found.items() if x is not None]
+        texts = {who: closure_text(shown[who][task]) for who in (TRAINED, *map(arm_key, arms))}
+        measured = [f"{who} {text}" for who, text in texts.items() if text]
         if len(measured) > 1:
             lines.append(f"{task}, closures in the run's table: {', '.join(measured)}")
     return lines

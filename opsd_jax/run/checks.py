@@ -102,9 +102,9 @@ def check_privileged(
 ) -> None:
     """Checks that the teachers of a run and of its arms see something that the student does not.
 
-    A teacher without privileged content by the settings passes: without privileged blocks, or with
-    `teacher.visual_thoughts` "none". Tasks that have nothing to show beside others that have are
-    logged.
+    A teacher without privileged content by the settings passes: without privileged blocks, which is
+    logged, or with `teacher.visual_thoughts` "none". Tasks that have nothing to show beside others
+    that have are logged.
 
     Args:
       open_examples: opens the training examples of the settings.
@@ -116,8 +116,11 @@ def check_privileged(
         if (
             not {"opsd", "offline"}.intersection(run.stages)
             or run.teacher.visual_thoughts == "none"
-            or not names
         ):
+            continue
+        shown = f"config.arms.{name}: " if name else ""
+        if not names:
+            logging.warning("%s%s", shown, config_check.NOT_PRIVILEGED)
             continue
         examples = open_examples(run)
         lacking = examples.without(names)
@@ -132,7 +135,6 @@ def check_privileged(
             continue
         held = sorted({c for source in examples.sources for c in source.columns} - {*names})
         hint = f"The data also hold {', '.join(held)}: set" if held else "Prepare such data, or set"
-        shown = f"config.arms.{name}: " if name else ""
         raise ValueError(
             f"{shown}no example of {', '.join(lacking)} has {blocks}, so teacher and student see "
             f"the same. {hint} {_teacher_of(run, held)}. To train so all the same, set "

@@ -24,6 +24,7 @@ from opsd_jax.evaluation import (
     store,
     table_scores,
     tables,
+    wording,
 )
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
@@ -32,6 +33,7 @@ from opsd_jax.interleave import Reasoner
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import placement
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -448,7 +450,8 @@ def _answer(
         ban_marker=job.request.ban_marker,
         **about,
     )
-    document = page.page(name, summary, results, by_name, shown, _cautions(job))
+    words = scores_lib.words_of(job.config) if job.config else wording.VISUAL_THOUGHTS
+    document = page.page(name, summary, results, by_name, shown, _cautions(job), words)
     files.write(os.path.join(folder, run_folder.PAGE), document)
     return summary
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from opsd_jax import config_check
 from opsd_jax import tasks as task_families
 from opsd_jax.data import arrayrecord
 from opsd_jax.data import workdir as workdir_lib
@@ -174,6 +175,8 @@ def check(request: Request, config: ConfigDict | None = None) -> Job:
         config = workdir_lib.load_config(request.workdir)
     files, tasks = _choose_benchmarks(request, config)
     _check_modes(request, public=bool(files))
+    if config is not None and "image" in request.modes:
+        config_check.check_control(config, "--visual_thoughts", "image", "remove")
     checkpoint, step, stem = request.checkpoint, None, ""
     if released:
         stem = os.path.basename(os.path.abspath(checkpoint))

@@ -15,24 +15,15 @@ from opsd_jax.run.scores import (
     TEACHER,
     TRAINED,
     Scores,
-    arm_label,
+    arm_key,
+    closure_text,
     content_controls,
+    label,
     last_summary,
     percent,
+    words_of,
 )
 from opsd_jax.runtime import files, run_folder
-
-_HEADER = (
-    "arm",
-    "task",
-    "accuracy",
-    "95 % interval",
-    "with true visual thoughts",
-    "n",
-    "tokens",
-    "KL to teacher",
-    "closure",
-)
 
 
 def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str:
@@ -44,10 +35,15 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     Args:
       shown: what `collect` returned for these arms.
     """
-    lines = [_line(_HEADER), "|---" * len(_HEADER) + "|"]
-    lines += [_row(what, task, b) for what, tasks in shown.items() for task, b in tasks.items()]
+    config = load_config(workdir)
+    words = words_of(config)
+    named = {label(who, words): tasks for who, tasks in shown.items()}
+    header = ["arm", "task", "accuracy", "95 % interval", words.given]
+    header += ["n", "tokens", "KL to teacher", "closure"]
+    lines = [_line(header), "|---" * len(header) + "|"]
+    lines += [_row(what, task, b) for what, tasks in named.items() for task, b in tasks.items()]
     sentences = [
-        *verdict(shown, arms, load_config(workdir)),
+        *verdict(shown, arms, config, workdir),
         *screening.lines(workdir, arms),
         *other_arms(workdir, arms),
     ]
@@ -55,7 +51,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     files.write(run_folder.report(workdir), text)
     files.write_json(
         run_folder.report_data(workdir),
-        [{"arm": what, "tasks": tasks} for what, tasks in shown.items()],
+        [{"arm": what, "tasks": tasks} for what, tasks in named.items()],
     )
     return text
 
@@ -78,15 +74,22 @@ def other_arms(workdir: str, arms: Sequence[str]) -> list[str]:
     ]
 
 
-def in_terminal(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> str:
-    """The main columns of the table, aligned, and the verdict, as plain text."""
+def in_terminal(
+    shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict, workdir: str
+) -> str:
+    """The main columns of the table, aligned, and the verdict, as plain text.
+
+    workdir: folder of the run, here and in `verdict`.
+    """
+    words = words_of(config)
     rows: list[tuple[str, ...]] = [("answers of", "task", "accuracy", "95 % interval", "closure")]
     for what, tasks in shown.items():
         for task, b in tasks.items():
             interval = _interval(b) if "interval_95" in b else ""
-            closure = f"{100 * b['closure']:.0f} %" if "kl" in b else ""
-            rows.append((what.replace("`", ""), task, percent(b), interval, closure))
-    warned = [f"caution: {plain(line)}" for line in cautions_lib.cautions(shown, arms, config)]
+            name = label(what, words).replace("`", "")
+            rows.append((name, task, percent(b), interval, closure_text(b)))
+    found = cautions_lib.cautions(shown, arms, config, workdir)
+    warned = [f"caution: {plain(line)}" for line in found]
     said = map(plain, statements(shown, arms, config))
     return "\n".join([checks.table(rows), "", *warned, *said])
 
@@ -96,9 +99,11 @@ def plain(line: str) -> str:
     return line.replace("`", "").replace("**", "")
 
 
-def verdict(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+def verdict(
+    shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict, workdir: str
+) -> list[str]:
     """What the numbers say, as Markdown, one line per statement; first the cautions, in bold."""
-    bold = [f"**{line}**" for line in cautions_lib.cautions(shown, arms, config)]
+    bold = [f"**{line}**" for line in cautions_lib.cautions(shown, arms, config, workdir)]
     return bold + statements(shown, arms, config)
 
 
@@ -116,29 +121,29 @@ def statements(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigD
             )
     if "none" in arms:
         lines.append(
-            "The teacher of the arm none sees its texts without any image, which is the "
-            "evaluation mode `remove`."
+            "The teacher of the arm none sees its texts without "
+            f"{words_of(config).no_part}, which is the evaluation mode `remove`."
         )
     return lines
 
 
 def _gain(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> str:
     """What the student gained on a task."""
-    trained = shown[TRAINED][task]
+    trained, words = shown[TRAINED][task], words_of(config)
     parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
     if with_thoughts := shown.get(TEACHER, {}).get(task):
         share = percent(with_thoughts)
-        parts.append(f"The teacher answers {share} with true visual thoughts.")
+        parts.append(f"The teacher answers {share} {words.given}.")
     if before := shown.get(START, {}).get(task):
         parts.append(
-            f"Without them the student answers {percent(before)} before OPSD and "
+            f"{words.instead} the student answers {percent(before)} before OPSD and "
             f"{percent(trained)} after."
         )
     else:
-        parts.append(f"After OPSD the student answers {percent(trained)} without visual thoughts.")
-    if with_thoughts and "real" in trained and not cautions_lib.reads_worse(shown, task):
+        parts.append(f"After OPSD the student answers {percent(trained)} {words.without}.")
+    if with_thoughts and "real" in trained and not cautions_lib.reads_worse(shown, task, words):
         parts.append(
-            f"With true visual thoughts the same weights now answer {percent(trained['real'])}, "
+            f"With {words.true} the same weights now answer {percent(trained['real'])}, "
             f"before OPSD {percent(with_thoughts)}."
         )
     return " ".join(parts)
@@ -148,7 +153,7 @@ def _controls(
     shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
 ) -> str:
     """The accuracies of the control arms, and the distance to the best one."""
-    of = {arm: shown[arm_label(arm)][task] for arm in arms}
+    of = {arm: shown[arm_key(arm)][task] for arm in arms}
     text = f"Control arms: {', '.join(f'{arm} {percent(b)}' for arm, b in of.items())}."
     others = {arm: of[arm]["overall"] for arm in content_controls(arms, config)}
     if others:
@@ -176,7 +181,7 @@ def _row(what: str, task: str, b: dict) -> str:
             f"{b['n']}",
             f"{b['mean_output_tokens']:.1f}" if "mean_output_tokens" in b else "",
             f"{b['kl_before']:.3f} -> {b['kl']:.3f}" if "kl" in b else "",
-            f"{100 * b['closure']:.0f} %" if "kl" in b else "",
+            closure_text(b),
         )
     )
 

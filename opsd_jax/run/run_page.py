@@ -9,44 +9,75 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
+from opsd_jax.blocks import BlockNames
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import charts, html, results
+from opsd_jax.evaluation import charts, html, results, wording
 from opsd_jax.evaluation.contexts import Selection
+from opsd_jax.evaluation.wording import NOTHING, VISUAL_THOUGHTS, Words
 from opsd_jax.inputs import json_files
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table, screening
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.report_table import Scores
 from opsd_jax.runtime import clock, files, metrics, run_folder
 
 Points = list[tuple[float, float]]
 
-# Modes whose accuracy is charted.
-_SEEN = {"none": "text only", "real": "with true visual thoughts"}
 _MOST_SAMPLES = 12  # of wrong answers, and of right ones
-_MEANING = (
-    "**With true visual thoughts**: the model is given the images of the intermediate steps. "
-    "**Text only**: it is not; it always sees the problem image and the question. **Arms** are "
-    "controls: the same training from the same weights, except that the teacher sees something "
-    "else (**noise**; **image**, the problem once more; **swap**, another example's visual "
-    "thoughts; **none**, the teacher's texts without any image: the evaluation mode `remove`, "
-    "not the mode `none`), or that the objective is another one (**sft**, **offline**). What "
-    "the content of visual thoughts teaches is the lift of OPSD over the best of the former. "
-    "**KL** compares the starting teacher, with true visual thoughts, with the student, "
-    "without, on reference traces, before and after training; **closure** is the share of it "
-    "that training removed, and it is negative where the student moved away. It is no accuracy: "
-    "where the KL before is small, or the teacher is wrong, it says little. Intervals hold 95 % "
-    "(Wilson) and say nothing about other seeds."
-)
+_EXAMPLES = {  # of the visual thoughts of `BlockNames`, in words
+    VISUAL_THOUGHTS: "the images of the intermediate steps",
+    NOTHING: "what the teacher is given; no block of the example is privileged",
+}
 
 
-def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str:
+def meaning(names: BlockNames, *, images: bool) -> str:
+    """What the words of the table mean, with **bold** as in Markdown.
+
+    Args:
+      names: the blocks of the run. images: whether its examples have problem images.
+    """
+    words = wording.of_blocks(names)
+    given = _EXAMPLES.get(words) or wording.listed(names.privileged, images=images)
+    seen = wording.listed(_contents(names.student), images=images)
+    noise = "**noise**"
+    if blocks_lib.replaces_images(names):
+        noise += "; **image**, the problem once more"
+    return (
+        f"**{_capital(words.given)}**: the model is given {given}. "
+        f"**{_capital(words.alone)}**: it is not; it always sees {seen}. **Arms** are "
+        "controls: the same training from the same weights, except that the teacher sees something "
+        f"else ({noise}; **swap**, another example's {words.content}; **none**, the teacher's "
+        f"texts without {words.no_part}: the evaluation mode `remove`, not the mode `none`), or "
+        "that the objective is another one (**sft**, **offline**). What "
+        f"{words.subject} teaches is the accuracy of OPSD minus that of the best arm whose teacher "
+        "sees something else. "
+        f"**KL** compares the starting teacher, {words.given}, with the student, "
+        "without, on reference traces, before and after training; **closure** is the share of it "
+        "that training removed, and it is negative where the student moved away. It is no "
+        "accuracy: where the KL before is small, or the teacher is wrong, it says little. "
+        "Intervals hold 95 % (Wilson) and say nothing about other seeds."
+    )
+
+
+def _contents(blocks: Iterable[str]) -> list[str]:
+    """The blocks of the example among these."""
+    return [name for name in blocks if name not in blocks_lib.FIXED_TEXTS]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], command: str = "") -> str:
     """Writes W/report.html and returns its path.
 
     Args:
       shown: what `scores_lib.collect` returned; {} for a run without a final evaluation.
       arms: control arms of the run that are done.
+      command: the command that trained the run; "" leaves it out.
     """
     config = load_config(workdir)
     folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
@@ -54,17 +85,20 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
         ("folder", f"`{workdir}`, settings in config.json"),
         ("steps", ", ".join(f"{stage} {config[stage].steps}" for stage in config.stages)),
         ("seed", str(config.seed)),
+        *([("command", f"`{command}`")] if command else []),
     ]
+    selection = _selection(workdir, config.eval.final_split) if shown else None
     parts = [html.facts(facts)]
-    parts += _result(shown, arms, config) if shown else []
+    if selection:
+        parts += _result(workdir, shown, arms, selection)
     parts += [html.note(line) for line in report_table.other_arms(workdir, arms)]
     parts += _screening(workdir, arms)
     parts += _curves(folders, config)
     if "opsd" in config.stages:
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
         parts += _divergence(workdir, first, last)
-        if shown:
-            parts += _samples(workdir, last, config.eval.final_split)
+        if selection:
+            parts += _samples(workdir, last, selection)
     parts += [*_seconds(folders), *_pages(workdir)]
     name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
     files.write(path, html.page(f"Run {name}", *parts))
@@ -85,27 +119,42 @@ def caution_pages(workdir: str) -> None:
             files.write(page, after)
 
 
-def _result(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigDict) -> list[str]:
+def _selection(workdir: str, split: str) -> Selection:
+    """The examples of a split of a run."""
+    session = session_lib.open_run(workdir)
+    return Selection(session.examples(split), session.packer, session.mesh, batch_size=1)
+
+
+def _have_images(selection: Selection) -> bool:
+    """Whether an example of the selection has a problem image."""
+    return len(selection.examples.without(("image",))) < len(selection.tasks)
+
+
+def _result(
+    workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], selection: Selection
+) -> list[str]:
     """Accuracies with their intervals: in words, as a chart and as a table."""
+    config, names = load_config(workdir), selection.packer.names
+    words = wording.of_blocks(names)
     several = max(map(len, shown.values())) > 1
     bars, cells = [], []
     for who, tasks in shown.items():
         for task, b in tasks.items():
-            name = who.replace("`", "")  # the table in report.md is Markdown
+            name = report_table.plain(scores_lib.label(who, words))
             limits = (
                 [100 * limit for limit in b["interval_95"]] if "interval_95" in b else [None] * 2
             )
             bars.append((f"{name} ({task})" if several else name, 100 * b["overall"], *limits))
             cells.append([name, *([task] if several else []), *_numbers(b)])
     columns = ["answers of", *(["task"] if several else []), "accuracy %"]
-    columns += ["with true visual thoughts %", "n", "tokens", "KL before", "KL after", "closure %"]
+    columns += [f"{words.given} %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
-        html.cautions(cautions_lib.cautions(shown, arms, config)),
+        html.cautions(cautions_lib.cautions(shown, arms, config, workdir)),
         *(html.paragraph(line) for line in report_table.statements(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),
-        html.note(_MEANING),
+        html.note(meaning(names, images=_have_images(selection))),
     ]
 
 
@@ -146,7 +195,7 @@ def _numbers(b: dict) -> list:
         html.fixed(b.get("mean_output_tokens"), 1),
         html.fixed(b.get("kl_before"), 3),
         html.fixed(b.get("kl"), 3),
-        html.fixed(100 * b["closure"], 0) if "closure" in b else None,
+        html.fixed(100 * b["closure"], 0) if b.get("closure") is not None else None,
     ]
 
 
@@ -169,10 +218,10 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                 if name == "run" and key.startswith("eval/") and row["step"] == starts.get("opsd"):
                     for other in folders:  # the arms begin with the same weights
                         of_opsd = series.setdefault("opsd", {}).setdefault(key, {})
-                        of_opsd[other] = [(0, value)]
+                        of_opsd[_line(other, "opsd")] = [(0, value)]
                 of_stage = series.setdefault(stage, {}).setdefault(key, {})
-                of_stage.setdefault(name, []).append((step, value))
-    parts = [html.heading("Curves")]
+                of_stage.setdefault(_line(name, stage), []).append((step, value))
+    parts, words = [html.heading("Curves")], scores_lib.words_of(config)
     if config.eval.every and config.eval.final_split:
         parts.append(
             html.note(
@@ -184,7 +233,7 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
     # OPSD first: it is what the run is about, and where the arms are.
     for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
         shown = []
-        for key, title, unit in _charts_of(stage, found):
+        for key, title, unit in _charts_of(stage, found, words):
             # A share becomes per cent.
             scale = 100 if key.startswith("eval/") else 1
             lines = {
@@ -201,11 +250,19 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
     return parts
 
 
-def _charts_of(stage: str, found: Iterable[str]) -> list[tuple[str, str, str]]:
+def _line(name: str, stage: str) -> str:
+    """The name of a line in the charts of a stage, as the table calls it.
+
+    name: "run", or that of an arm.
+    """
+    return scores_lib.TRAINED if (name, stage) == ("run", "opsd") else name
+
+
+def _charts_of(stage: str, found: Iterable[str], words: Words) -> list[tuple[str, str, str]]:
     """(metric, title, unit) of the charts of a stage that has these metrics."""
-    charted = []
+    charted, modes = [], {"none": words.alone, "real": words.given}
     for key in found:
-        if key.startswith("eval/") and (shown := _SEEN.get(key.split("/")[2])):
+        if key.startswith("eval/") and (shown := modes.get(key.split("/")[2])):
             charted.append((key, f"Accuracy on {key.split('/')[1]}, {shown}", "accuracy in %"))
     if "loss" in found:
         charted.append(("loss", "Loss", "loss"))
@@ -230,28 +287,40 @@ def _divergence(workdir: str, start: int, last: int) -> list[str]:
     ]
 
 
-def _samples(workdir: str, last: int, split: str) -> list[str]:
-    """Answers of the trained student to a split with their images, wrong ones first."""
+def _samples(workdir: str, last: int, selection: Selection) -> list[str]:
+    """Answers of the trained student with their images, wrong ones first."""
     folder = run_folder.evaluation(workdir, run_folder.evaluation_name(last, "none"))
     predictions = results.read_predictions(folder)
-    session = session_lib.open_run(workdir)
-    selection = Selection(session.examples(split), session.packer, session.mesh, batch_size=1)
-    items = []
+    names, images = selection.packer.names, _have_images(selection)
+    words, items = wording.of_blocks(names), []
     for hit in (False, True):
         chosen = [p for p in predictions if bool(p["hit"]) == hit]
         items += [_sample(p, selection) for p in chosen[:_MOST_SAMPLES]]
     wrong = sum(not p["hit"] for p in predictions)
     shown = min(wrong, _MOST_SAMPLES)
     return [
-        html.heading("Answers of the trained student, text only"),
+        html.heading(f"Answers of the trained student, {words.alone}"),
         html.note(
             f"{len(items)} of {len(predictions)} test examples: {shown} of the {wrong} wrong "
-            f"answers, then {len(items) - shown} right ones. The student sees the problem image; "
-            "the visual thoughts are shown for comparison. An answer that differs from the "
-            "expected one can be right where several are, as for paths in a maze."
+            f"answers, then {len(items) - shown} right ones. {_shown(names, images)} An answer "
+            "that differs from the expected one can be right where several are, as for paths in a "
+            "maze."
         ),
         html.samples(items),
     ]
+
+
+def _shown(names: BlockNames, images: bool) -> str:
+    """What of a sample the student sees. images: whether examples have problem images."""
+    seen = _contents(names.student)
+    if images and "image" in seen:
+        seen.remove("question")  # which is shown as a text
+    more = ""
+    if wording.of_blocks(names) == VISUAL_THOUGHTS:
+        more = "; the visual thoughts are shown for comparison"
+    elif any(map(blocks_lib.holds_images, names.privileged)):
+        more = "; other images are shown for comparison"
+    return f"The student sees {wording.listed(seen, images=images)}{more}."
 
 
 def _sample(prediction: dict, selection: Selection) -> html.Sample:

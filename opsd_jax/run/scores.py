@@ -8,17 +8,18 @@ from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import results
+from opsd_jax.evaluation import html, results, wording
+from opsd_jax.evaluation.wording import Words
 from opsd_jax.runtime import run_folder
 
 Scores = dict[str, dict]
 """{task: scores}"""
-# Whose answers a row of the table holds.
-TEACHER = "teacher: start, with true visual thoughts"
-START = "start, text only"
-START_BANNED = "start, text only, `<image_start>` banned"
-TRAINED = "OPSD, text only"
-BASELINE = "always the most frequent answer"
+# Whose answers a row of the table holds; those of a control arm have `arm_key`. See `label`.
+TEACHER = "teacher"
+START = "start"
+START_BANNED = "start, banned"
+TRAINED = "OPSD"
+BASELINE = "baseline"
 # Final evaluations of a run's start, and the names of their results.
 _STARTS = {TEACHER: "real", START: "none", START_BANNED: "none-banned"}
 _SHOWN = ("overall", "interval_95", "n", "mean_output_tokens", "seconds_per_sample")
@@ -28,13 +29,28 @@ _RATES = ("image_skip_rate", "eos_rate")
 MOST = 0.9
 
 
-def arm_label(name: str) -> str:
-    """Label of the row of a control arm."""
-    return f"arm {name}, text only"
+def arm_key(name: str) -> str:
+    """Whose answers the row of a control arm holds."""
+    return f"arm {name}"
+
+
+def words_of(config: ConfigDict) -> Words:
+    """What the tables and pages of a run call what its teacher sees and its student lacks."""
+    return wording.of_blocks(config_lib.block_names(config))
+
+
+def label(who: str, words: Words) -> str:
+    """Label of a row, as Markdown. who: `TEACHER` etc., or `arm_key`. words: of the run."""
+    labels = {
+        TEACHER: f"teacher: start, {words.given}",
+        START_BANNED: f"{START}, {words.alone}, `<image_start>` banned",
+        BASELINE: "always the most frequent answer",
+    }
+    return labels.get(who, f"{who}, {words.alone}")
 
 
 def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
-    """{whose answers: their scores} of a run's start, of the trained run and of its control arms.
+    """{whose answers (`label`): their scores} of a run's start, the trained run and its arms.
 
     And of the answer that is expected most often, given to every question: it is right where the
     expected answer equals it (where a task accepts several answers, it may be right more often).
@@ -50,7 +66,7 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     }
     shown[TRAINED] = _trained_scores(workdir)
     for arm in arms:
-        shown[arm_label(arm)] = _trained_scores(run_folder.arm(workdir, arm))
+        shown[arm_key(arm)] = _trained_scores(run_folder.arm(workdir, arm))
     last = max(config_lib.stage_ends(load_config(workdir)).values())
     shown[BASELINE] = {}
     for task, predictions in _predictions(workdir, last, "none").items():
@@ -75,7 +91,7 @@ def _trained_scores(workdir: str) -> Scores:
     """The final scores of a run, or of a control arm.
 
     If it was measured, with the KL to the teacher before and after the stage, and the part of it
-    that training removed (the closure).
+    that training removed: the closure, None where the KL before was too small for one.
     """
     last = max(config_lib.stage_ends(load_config(workdir)).values())
     scores = _scores(workdir, last, "none")
@@ -154,3 +170,9 @@ def _common(answers: Sequence[str]) -> list[str]:
 def percent(b: dict) -> str:
     """The accuracy of scores, as text."""
     return f"{100 * b['overall']:.1f} %"
+
+
+def closure_text(b: dict) -> str:
+    """The closure of scores, as text; "" where there is none."""
+    closure = b.get("closure")
+    return "" if closure is None else f"{html.fixed(100 * closure, 0)} %"

@@ -8,9 +8,11 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from opsd_jax.evaluation import contexts, reference_kl, store, summary_tables
+from opsd_jax.evaluation import contexts, html, reference_kl, statistics, store, summary_tables
+from opsd_jax.evaluation.wording import Words
 from opsd_jax.run import evaluate as evaluate_lib
 from opsd_jax.run import saves
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import start as start_lib
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
@@ -135,7 +137,8 @@ class Evaluation:
             if teacher := moving_teacher(self.stage, state):
                 mode = contexts.mode_of_teacher(c.teacher.visual_thoughts)
                 scores |= self._accuracies(teacher, mode, "teacher")
-        logging.info("step %d, %s: %s", step, c.eval.split, _in_words(scores))
+        said = _in_words(scores, scores_lib.words_of(c))
+        logging.info("step %d, %s: %s", step, c.eval.split, said)
         self.run.writer.scalars(step, self.stage.name, scores)
         health.check(step, scores)
 
@@ -179,11 +182,11 @@ class Evaluation:
                 scores[f"eval/{task}/{name}"] = found["overall"]
         del opened, sampled  # the sampler's copy of the weights
         if self._measures_kl:
-            for task, found in self._closure(params).items():
-                scores |= {f"kl/{task}/{k}": v for k, v in found.items() if k != "n"}
+            scores |= _kl_scores(self._closure(params))
         summary_tables.write_table(run.workdir)
         run.writer.scalars(step, self.stage.name, scores)
-        logging.info("step %d, %s: %s", step, split, _in_words(scores))
+        said = _in_words(scores, scores_lib.words_of(run.config))
+        logging.info("step %d, %s: %s", step, split, said)
 
     def _answers(self, job: Job, mode: str, opened: evaluate_lib.Opened) -> dict:
         """The summary of `job.in_contexts`.
@@ -201,7 +204,7 @@ class Evaluation:
     def _closure(self, params: dict) -> dict[str, dict]:
         """Writes eval/<step>-kl/.
 
-        Returns {task: KL before and after training, and the closure}.
+        Returns {task: KL before and after training, and the closure (see `statistics.closure`)}.
         """
         run, split = self.run, self.run.config.eval.final_split
         origin = saves.origin(run.config, run.workdir, self.stage.name)
@@ -222,7 +225,7 @@ class Evaluation:
                 "before": before[task]["kl"],
                 "after": after[task]["kl"],
                 "n": after[task]["n"],
-                "closure": 1 - after[task]["kl"] / before[task]["kl"],
+                "closure": statistics.closure(before[task]["kl"], after[task]["kl"]),
             }
             for task in after
         }
@@ -234,20 +237,31 @@ class Evaluation:
         return found
 
 
-_WORDS = {
-    "none": "text only",
-    "none-banned": "text only with <image_start> banned",
-    "real": "with true visual thoughts",
-    "teacher": "the teacher",
-}
+def _kl_scores(found: dict[str, dict]) -> dict[str, float]:
+    """What metrics.jsonl has of `Evaluation._closure`: its numbers, without what has none."""
+    return {
+        f"kl/{task}/{key}": value
+        for task, measured in found.items()
+        for key, value in measured.items()
+        if key != "n" and value is not None
+    }
 
 
-def _in_words(scores: dict[str, float]) -> str:
-    """{"eval/maze/none": 0.5, "kl/maze/closure": 0.4} -> "maze text only 50 %, closure 40 %"."""
+def _in_words(scores: dict[str, float], words: Words) -> str:
+    """{"eval/maze/none": 0.5, "kl/maze/closure": 0.4} -> "maze text only 50.0 %, closure 40.0 %".
+
+    words: of the run.
+    """
+    shown = {
+        "none": words.alone,
+        "none-banned": f"{words.alone} with <image_start> banned",
+        "real": words.given,
+        "teacher": "the teacher",
+    }
     tasks: dict[str, list[str]] = {}
     for key, score in scores.items():
         kind, task, name = key.split("/")
         if kind == "eval" or name == "closure":
-            share = f"{_WORDS.get(name, name)} {100 * score:.1f} %"
+            share = f"{shown.get(name, name)} {html.fixed(100 * score, 1)} %"
             tasks.setdefault(task, []).append(share)
     return "; ".join(f"{task} {', '.join(shares)}" for task, shares in tasks.items())

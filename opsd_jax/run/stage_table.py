@@ -17,6 +17,7 @@ from opsd_jax import distill, offline, supervised
 from opsd_jax.blocks import BlockNames
 from opsd_jax.data.batches import Batches
 from opsd_jax.run import samples, teacher_cache
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Kind, Stage
 from opsd_jax.run.step_inputs import Completions, Nothing, RandomKey
@@ -33,7 +34,7 @@ KINDS = {
         generates=True,
     ),
     "warmup": Kind(
-        about="the model learns from text traces to reason with and without visual thoughts",
+        about="the model learns from text traces to reason with and without privileged content",
         step=supervised.sft_step,
         load=Batches.traces,
         sampler=Nothing,
@@ -93,6 +94,9 @@ _SEEN = {
 
 def about(config: ConfigDict, name: str) -> str:
     """What the model learns in a stage, for the terminal."""
+    if name == "warmup" and not config.warmup.mix.drawn:
+        content = scores_lib.words_of(config).content
+        return f"the model learns from text traces to reason with and without {content}"
     if name == "opsd" and config_lib.block_names(config) == BlockNames():
         return (
             "the student answers without visual thoughts; on its own tokens it learns from the "

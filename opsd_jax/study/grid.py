@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, config_flags
 from opsd_jax.data import workdir as workdir_lib
+from opsd_jax.evaluation import wording
+from opsd_jax.evaluation.wording import Words
 from opsd_jax.inputs import checks
 from opsd_jax.run import stage_evaluation, stage_table
 from opsd_jax.runtime import files, run_folder
@@ -154,6 +156,12 @@ class Study:
 
     def seeds(self, group: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(job.seed for job in self.jobs if job.group == group))
+
+    @property
+    def words(self) -> Words:
+        """What tables and pages call the privileged content of the runs."""
+        runs = [job.config for job in self.jobs if job.is_run]
+        return wording.of_runs(map(config_lib.block_names, runs))
 
     def run_of(self, job: Job) -> Job:
         """The run that an arm starts from."""

@@ -12,6 +12,7 @@ from opsd_jax import images
 from opsd_jax.data import arrayrecord
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import charts, html
+from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
 from opsd_jax.runtime import files, metrics, run_folder
 from opsd_jax.study import scores as scores_lib
 from opsd_jax.study import table
@@ -51,7 +52,7 @@ def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
     parts = [html.heading("Result")]
     parts += [html.paragraph(f"**Missing**: {text}") for text in dict.fromkeys(missing)]
     parts += [html.paragraph(text) for text in table.caution(rows)]
-    parts += [html.note(table.meaning(study.reference))]
+    parts += [html.note(table.meaning(study.reference, study.words))]
     for title, own in table.by_question(study, rows):
         of_question = _table(study, own)
         parts += [html.section(title, *of_question)] if title else of_question
@@ -61,7 +62,7 @@ def _result(study: Study, rows: Sequence[Mapping]) -> list[str]:
 def _table(study: Study, rows: Sequence[Mapping]) -> list[str]:
     """One table, and its differences as a chart."""
     cells = [table.cells(row)[:-1] for row in rows]  # without the status, which is above
-    parts = [html.table(table.HEADER[:-1], cells, texts=table.TEXTS)]
+    parts = [html.table(table.header(study.words)[:-1], cells, texts=table.TEXTS)]
     bars: list[tuple[str, float | None, float | None, float | None]] = []
     for row in rows:
         if versus := row["difference"]:
@@ -88,7 +89,7 @@ def _curves(study: Study, group: str) -> list[str]:
         path = run_folder.metrics(job.workdir)
         if job.group != group or not os.path.exists(path):
             continue
-        for key, points in _series(job, metrics.read(path)).items():
+        for key, points in _series(job, metrics.read(path), study.words).items():
             found.setdefault(key, {}).setdefault(job.arm, []).append(points)
     parts = []
     for (title, unit), arms in sorted(found.items(), key=lambda item: item[0][0]):
@@ -105,8 +106,11 @@ def _curves(study: Study, group: str) -> list[str]:
     return parts or [html.note("– no curves yet")]
 
 
-def _series(job: Job, records: Sequence[Mapping]) -> dict[tuple[str, str], Points]:
-    """{(title, unit): points} of a job, from the start of its OPSD stage on."""
+def _series(job: Job, records: Sequence[Mapping], words: Words) -> dict[tuple[str, str], Points]:
+    """{(title, unit): points} of a job, from the start of its OPSD stage on.
+
+    words: of the study.
+    """
     found: dict[tuple[str, str], Points] = {}
     for record in records:
         if record["step"] <= job.start:
@@ -118,7 +122,7 @@ def _series(job: Job, records: Sequence[Mapping]) -> dict[tuple[str, str], Point
             if key == "loss":
                 found.setdefault((f"Loss, stage {record['stage']}", "loss"), []).append(point)
             elif key.startswith("eval/") and key.endswith("/none"):
-                name = f"Accuracy on {key.split('/')[1]}, without visual thoughts"
+                name = f"Accuracy on {key.split('/')[1]}, {words.without}"
                 points = found.setdefault((name, "accuracy in %"), [])
                 points.append((point[0], 100 * point[1]))
     return found
@@ -159,12 +163,19 @@ def _samples(study: Study, group: str) -> list[str]:
             f"Answers side by side, {group}, seed {seed}",
             html.note(
                 f"{len(items)} of {len(answers)} questions; {differ} are answered right by some "
-                "and wrong by others, and these come first. All answer without visual thoughts, "
-                "which are shown for comparison. ✓ and ✗ are those of the reference."
+                f"and wrong by others, and these come first. All answer {study.words.without}, "
+                f"{_compared(study.words)}. ✓ and ✗ are those of the reference."
             ),
             html.samples(items),
         )
     ]
+
+
+def _compared(words: Words) -> str:
+    """What the samples show besides the questions."""
+    if words == VISUAL_THOUGHTS:
+        return "which are shown for comparison"
+    return "and visual thoughts are shown where an example has them"
 
 
 def _sample(

@@ -6,29 +6,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from opsd_jax.evaluation import html
+from opsd_jax.evaluation.wording import Words
 from opsd_jax.inputs import checks
 from opsd_jax.run.cautions import FEW
 from opsd_jax.runtime import files
 from opsd_jax.study.grid import Study
 from opsd_jax.study.scores import START, TEACHER
 
-HEADER = (
-    "group",
-    "arm",
-    "task",
-    "accuracy %",
-    "each seed",
-    "difference",
-    "95 % interval",
-    "over start",
-    "interval over start",
-    "with true visual thoughts %",
-    "tokens",
-    "KL before",
-    "KL after",
-    "closure %",
-    "status",
-)
 TEXTS = 3  # columns at the left that are texts
 _IN_TERMINAL = ("group", "arm", "task", "accuracy %", "each seed", "difference", "95 % interval")
 
@@ -36,17 +20,38 @@ Rows = Sequence[Mapping]
 """Rows of the table, see `scores.rows`."""
 
 
-def meaning(reference: str) -> str:
-    """What the columns mean, with **bold** as in Markdown."""
+def header(words: Words) -> tuple[str, ...]:
+    """The heads of the columns. words: of the study."""
     return (
-        "**Accuracy** is without visual thoughts, the mean over seeds. **Difference** is the "
+        "group",
+        "arm",
+        "task",
+        "accuracy %",
+        "each seed",
+        "difference",
+        "95 % interval",
+        "over start",
+        "interval over start",
+        f"{words.given} %",
+        "tokens",
+        "KL before",
+        "KL after",
+        "closure %",
+        "status",
+    )
+
+
+def meaning(reference: str, words: Words) -> str:
+    """What the columns mean, with **bold** as in Markdown. words: of the study."""
+    return (
+        f"**Accuracy** is {words.without}, the mean over seeds. **Difference** is the "
         f"accuracy minus that of {reference}, in percentage points, of the same seeds and "
         "questions, with the interval of a bootstrap over seeds and questions. With few seeds that "
         "interval is too narrow, with one it is about the questions alone. **start** and "
-        "**teacher** are the weights that OPSD and all arms start from, without visual thoughts "
-        "and with them. **Over start** is the accuracy minus that of the start. **KL** is that "
-        "between teacher and student, before and after; **closure** is the share of it that "
-        "training removed."
+        "**teacher** are the weights that OPSD and all arms start from, "
+        f"{words.without} and with {words.them}. **Over start** is the accuracy minus that of the "
+        "start. **KL** is that between teacher and student, before and after; **closure** is the "
+        "share of it that training removed."
     )
 
 
@@ -94,17 +99,19 @@ def write(study: Study, rows: Rows, failed: Mapping[str, str]) -> None:
     record = {"reference": study.reference, "questions": questions, "rows": list(rows)}
     files.write_json(os.path.join(study.workdir, "study.json"), record | {"jobs": jobs})
     lines: list[str] = []
+    heads = header(study.words)
     for title, own in by_question(study, rows):
         lines += [f"## {title}", ""] if title else []
-        lines += [_line(HEADER), "|---" * len(HEADER) + "|", *(_line(cells(row)) for row in own)]
+        lines += [_line(heads), "|---" * len(heads) + "|", *(_line(cells(row)) for row in own)]
         lines.append("")
-    text = "\n".join([*lines, *caution(rows), meaning(study.reference)]) + "\n"
+    text = "\n".join([*lines, *caution(rows), meaning(study.reference, study.words)]) + "\n"
     files.write(os.path.join(study.workdir, "study.md"), text)
 
 
 def in_terminal(study: Study, rows: Rows) -> str:
     """The main columns of all tables, and what is missing, as plain text."""
-    columns, lines = [HEADER.index(name) for name in _IN_TERMINAL], []
+    heads, lines = header(study.words), []
+    columns = [heads.index(name) for name in _IN_TERMINAL]
     for title, own in by_question(study, rows):
         table = [_IN_TERMINAL, *(tuple(cells(row)[n] for n in columns) for row in own)]
         lines += [*([title] if title else []), checks.table(table)]

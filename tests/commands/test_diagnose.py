@@ -386,6 +386,8 @@ def test_intervals_of_the_bootstrap():
     assert noisy["closure_95"][0] < 0.75 - 0.02 and noisy["closure_95"][1] > 0.75 + 0.02
     nothing = bootstrap([np.zeros(3)], [np.zeros(3)])["macro"]
     assert nothing["closure"] is None and nothing["closure_95"] is None and nothing["before"] == 0
+    rounding = bootstrap([np.full(3, 1e-9)], [np.full(3, 5e-3)])["macro"]
+    assert rounding["closure"] is None and rounding["closure_95"] is None
     assert "after" not in bootstrap(before)["macro"]
 
 

@@ -29,7 +29,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         file.write(json.dumps(row) + "\n")
     scores = scores_lib.collect(str(workdir), ())
     page = workdir / "report.html"
-    assert run_page.write(str(workdir), scores, ()) == str(page)
+    assert run_page.write(str(workdir), scores, (), "python -m opsd_jax.train") == str(page)
     html = page.read_text()
     titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
     assert titles == [
@@ -45,7 +45,10 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         "Where the time went",
         "More pages",
     ]
-    trained = scores["OPSD, text only"][small_run.TASK]
+    assert "<dt>command</dt><dd><code>python -m opsd_jax.train</code>" in html
+    seen = "The student sees the problem image; the visual thoughts are shown for comparison. An"
+    assert seen in html and "it always sees the problem image and the question. " in html
+    trained = scores[scores_lib.TRAINED][small_run.TASK]
     caution = "These numbers mean little: a run this short shows that everything works"
     assert caution in html  # four steps, twenty examples
     shown = report_table.write(str(workdir), scores, ())  # in the terminal, too
@@ -70,7 +73,7 @@ def test_a_long_run_is_not_cautioned():
     def verdict(steps: int, examples: int) -> str:
         config = small_run.config(opsd__steps=steps)
         shown = {scores_lib.TRAINED: {"task": {"overall": 0.75, "n": examples}}}
-        return "\n".join(report_table.verdict(shown, (), config))
+        return "\n".join(report_table.verdict(shown, (), config, "W"))
 
     assert verdict(200, 200) == (
         "**task**, 200 test examples, seed 0. After OPSD the student answers 75.0 % without visual "

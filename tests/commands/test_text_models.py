@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import train
 from opsd_jax.release import export, families, folders
-from opsd_jax.run import answering
+from opsd_jax.run import answering, run_page
 from opsd_jax.run import model as model_lib
+from opsd_jax.run import scores as scores_lib
 
 pytestmark = pytest.mark.usefixtures("fast_compiles")
 
@@ -155,8 +157,14 @@ def test_opsd_of_questions_without_images(tmp_path):
         assert summary["benchmarks"]["Arithmetic"]["n"] == small_run.TEST_ROWS
         page = (folder / "report.html").read_text()
         assert "How many" in page and "<img" not in page
+        what = {"none": "without", "swap": "with another example&#x27;s"}[mode]
+        assert f"Evaluation 000002-{mode}: {what} privileged content" in page
     assert "How many" in next(tmp_path.glob("samples/*/opsd-first-batch.txt")).read_text()
     assert not [*tmp_path.glob("samples/**/*.png")]
+    scores = scores_lib.collect(str(tmp_path), ())
+    page = pathlib.Path(run_page.write(str(tmp_path), scores, ())).read_text()
+    assert "OPSD, question alone" in page and "it always sees the question. " in page
+    assert "visual thought" not in page and "problem image" not in page
 
 
 def test_a_teacher_that_sees_nothing_more_is_refused(tmp_path):

@@ -20,6 +20,7 @@ import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, rollout, train
 from opsd_jax.data import shards
+from opsd_jax.evaluation import html
 from opsd_jax.run import controls as controls_lib
 from opsd_jax.run import saves, session
 from opsd_jax.runtime import checkpoint, distributed, health, metrics
@@ -192,7 +193,7 @@ def test_the_command_from_an_empty_folder(tmp_path, tmp_path_factory):
     kl = json.loads((arm / "eval" / f"{small_run.OPSD:06d}-kl" / "summary.json").read_text())[
         "tasks"
     ]
-    assert f"{100 * kl[small_run.TASK]['closure']:.0f} %" == rows[-2][-1]
+    assert f"{html.fixed(100 * kl[small_run.TASK]['closure'], 0)} %" == rows[-2][-1]
     found = json.loads((tmp_path / "w" / "report.json").read_text())
     assert len(found) == 6
     always, folder = found[-1]["tasks"][small_run.TASK], f"{small_run.LAST:06d}-none"

@@ -27,6 +27,7 @@ from opsd_jax.evaluation import (
     store,
     summary_tables,
     tables,
+    wording,
 )
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.run import evaluate
@@ -598,6 +599,14 @@ ROWS = [(f"p{n}", "ABCD"[n % 4], n % 3 == 0) for n in range(40)]
             "T has 20 examples here and 25 there, of which 5 are the same",
         ),
         (ROWS, [("same", "A", True)] * 40, "test", "of which 0 are the same"),
+        (
+            [("same", "A", True)] * 16 + ROWS[1:3],
+            [("same", "A", False)] * 16 + ROWS[1:3],
+            "test",
+            "T has 18 examples, and only 2 have a pid and an answer that no other one has.*not so: "
+            "same",
+        ),
+        ([*ROWS, ROWS[0]], [*ROWS, ROWS[0]], "test", None),  # one of 40 is left out
     ],
 )
 def test_only_the_same_questions_are_compared(tmp_path, here, there, split, message):
@@ -765,8 +774,9 @@ def test_the_page_of_a_public_table_has_the_columns_that_tasks_lack():
 
 
 def test_every_mode_has_a_text():
-    assert set(contexts.MODE_TEXTS) == set(contexts.MODES)
-    assert len(set(contexts.MODE_TEXTS.values())) == len(contexts.MODES)
+    assert set(wording.VISUAL_THOUGHTS.modes) == set(contexts.MODES)
+    for words in (wording.VISUAL_THOUGHTS, wording.PRIVILEGED, wording.NOTHING):
+        assert len(set(words.modes.values())) == len(contexts.MODES)
 
 
 def test_the_command_asks_for_the_same():

@@ -31,8 +31,9 @@ from opsd_jax.data import (
 from opsd_jax.data import examples as examples_lib
 from opsd_jax.evaluation import contexts
 from opsd_jax.plan import programs
+from opsd_jax.run import answering, evaluation_request, redraw, teacher_cache
 from opsd_jax.run import checks as run_checks
-from opsd_jax.run import redraw, teacher_cache
+from opsd_jax.run.evaluation_request import Request
 
 CONTEXTS = small_run.ROOT / "configs" / "contexts.py"
 get_config = runpy.run_path(str(CONTEXTS))["get_config"]
@@ -681,6 +682,42 @@ def test_images_that_nobody_sees_are_logged(caplog, block, seen):
     with caplog.at_level("WARNING"):
         run_checks.warn_of_unseen_images(config, opened([example(0)], [text_alone], []))
     assert ("questions of T0 have images" in caplog.text) != seen and "T1" not in caplog.text
+
+
+def test_a_teacher_without_privileged_blocks_is_logged(caplog):
+    config = config_lib.default()
+    with caplog.at_level("WARNING"):
+        run_checks.check_privileged(config, lambda _: opened([example(0)]))
+        assert not caplog.text
+        config.teacher.blocks = ASKED
+        run_checks.check_privileged(config, lambda _: opened([example(0)]))
+    assert "the student has all blocks of the teacher" in caplog.text
+
+
+def test_the_problem_image_takes_the_place_of_images_alone():
+    """Mode image of `eval` and of `answer`, where it would be the mode remove."""
+    config = config_lib.default()
+    config.teacher.blocks = (*ASKED, SOLUTION)
+    with pytest.raises(ValueError, match="--visual_thoughts is 'image', which puts.*and 'remove'"):
+        evaluation_request.check(Request("w", ("none", "image")), config)
+    training = types.SimpleNamespace(names=config_lib.block_names(config))
+    model = types.SimpleNamespace(training=training)
+    with pytest.raises(ValueError, match="visual_thoughts='image' puts.*full_text_only_thought"):
+        answering._check_mode(model, example(0), "image", None, None)
+    training.names = BlockNames()
+    answering._check_mode(model, example(0), "image", None, None)
+
+
+def test_the_problem_image_is_shown_where_examples_have_one():
+    def check(*examples):
+        found = opened(list(examples))
+        packer = types.SimpleNamespace(names=BlockNames())
+        selection = contexts.Selection(found, packer, None, batch_size=1)
+        contexts.check_visual_thoughts(selection, ["image"], "test")
+
+    check(example(0, problem_image=None), example(1))
+    with pytest.raises(ValueError, match="no example of T0, test, has a problem image"):
+        check(example(0, problem_image=None))
 
 
 def test_an_arm_whose_teacher_sees_nothing_is_refused():

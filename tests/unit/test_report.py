@@ -356,9 +356,9 @@ def test_full_colour_is_the_95th_percentile_by_default():
     part = html_lib.tokens(["x"] * 101, list(range(101)), unit="nats")
     strengths = [float(s) for s in re.findall(r"--v:([\d.]+)", part)]
     assert strengths[95:] == [0.9] * 6 and strengths[94] < 0.9  # values 95 to 100, and 94
-    assert "95.000 nats (95th percentile)" in part
+    assert "95.000 nats (95th percentile) and more; 101 tokens" in part
     part = html_lib.tokens(["x"] * 101, [0] * 100 + [3], unit="nats", digits=1)
-    assert "3.0 nats (greatest)" in part and part.count("--v:0.9") == 1
+    assert "3.0 nats (greatest);" in part and part.count("--v:0.9") == 1
     assert "--v:0.9" not in html_lib.tokens(["x"], [0], unit="nats")
     assert Tree(html_lib.tokens(["a", "b"], [math.nan, None], unit="nats"))  # nothing measured
     with pytest.raises(ValueError, match="2 pieces"):

@@ -1,11 +1,17 @@
 """What the table of a run says in words."""
 
+import json
+
 import pytest
 
 import small_run
+from opsd_jax import config as config_lib
+from opsd_jax.blocks import BlockNames
+from opsd_jax.evaluation import wording
 from opsd_jax.run import cautions as cautions_lib
-from opsd_jax.run import report_table
+from opsd_jax.run import report_table, run_page, stage_evaluation
 from opsd_jax.run import scores as scores_lib
+from opsd_jax.study import table as study_table
 
 TASK, OTHER = "Dots", "Lines"
 
@@ -20,12 +26,12 @@ def table(*, teacher, trained, arms=(), start=None, arm=None):
         scores_lib.TEACHER: teacher,
         **({scores_lib.START: start} if start else {}),
         scores_lib.TRAINED: trained,
-        **{scores_lib.arm_label(name): arm or scores(0.2) for name in arms},
+        **{scores_lib.arm_key(name): arm or scores(0.2) for name in arms},
         scores_lib.BASELINE: {
             task: {"overall": 0.3, "n": 500, "answer": "red"} for task in trained
         },
     }
-    return shown, arms, small_run.config(opsd__steps=300)
+    return shown, arms, small_run.config(opsd__steps=300), "a b"
 
 
 def verdict(**given):
@@ -81,6 +87,85 @@ def test_reading_visual_thoughts_worse_than_before():
     assert "worse" not in text and "the same weights now answer 83.4 %, before OPSD" in text
 
 
+def test_a_run_without_a_closure_says_so():
+    """Teacher and student said the same before training."""
+    kl = {"kl_before": 3e-9, "kl": 0.02, "closure": None}
+    given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8, **kl))
+    (line,) = cautions(**given, arms=("noise",), arm=scores(0.2, closure=0.9))
+    assert line.startswith("There is no closure: before training, the student already said what")
+    assert "(KL 3e-09 nats per token, less than 0.0001)" in line
+    text, shown = verdict(**given)
+    assert line in text and line in shown
+    (row,) = [row for row in shown.splitlines() if row.startswith("  OPSD")]
+    assert row.split()[-1] == "0.0–100.0"  # its last cell, the closure, is empty
+
+
+SEEN = ("system", "question")
+HINT = "text:hint"
+CONTEXTS = {  # teacher's blocks: words of the table
+    (*SEEN, "intro", HINT): ("with privileged content", "question alone"),
+    (*SEEN, "intro"): ("with the teacher's blocks", "question alone"),
+    (*SEEN, "intro", "visual_thoughts"): ("with true visual thoughts", "text only"),
+}
+
+
+@pytest.mark.parametrize("blocks", CONTEXTS)
+def test_words_are_those_of_the_blocks(blocks):
+    """A run without visual thoughts does not speak of them."""
+    shown, arms, config, workdir = table(
+        teacher=scores(0.9, 0.85),
+        trained=scores(0.6, closure=0.7, real={"overall": 0.5, "interval_95": [0.4, 0.6]}),
+        start=scores(0.4, image_skip_rate=0.95),
+        arms=("noise", "none"),
+        arm=scores(0.55, closure=0.69),
+    )
+    config.student.blocks, config.teacher.blocks = SEEN, blocks
+    given, alone = CONTEXTS[blocks]
+    text = "\n".join(
+        [
+            *report_table.verdict(shown, arms, config, workdir),
+            report_table.in_terminal(shown, arms, config, workdir),
+            run_page.meaning(config_lib.block_names(config), images=False),
+        ]
+    )
+    for line in (f"teacher: start, {given}", f"OPSD, {alone}", f"arm noise, {alone}"):
+        assert f"\n  {line} " in text
+    assert f"The teacher answers 90.0 % {given}." in text
+    assert "it always sees the question." in text and "problem image" not in text
+    assert ("Nothing is privileged: the student has all blocks" in text) == (HINT not in text) * (
+        "true visual" not in text
+    )
+    if "visual_thoughts" not in blocks:
+        assert "visual thought" not in text and "any image" not in text and "text only" not in text
+
+
+def test_words_of_a_stage_and_of_a_study():
+    scored = {"eval/maze/none": 0.5, "eval/maze/real": 0.6, "kl/maze/closure": -0.4}
+    said = stage_evaluation._in_words(scored, wording.VISUAL_THOUGHTS)
+    assert said == "maze text only 50.0 %, with true visual thoughts 60.0 %, closure −40.0 %"
+    said = stage_evaluation._in_words(scored, wording.PRIVILEGED)
+    assert said.startswith("maze question alone 50.0 %, with privileged content 60.0 %")
+    own, other = BlockNames(), BlockNames(SEEN, (*SEEN, HINT))
+    assert wording.of_runs([own, own]) == wording.VISUAL_THOUGHTS
+    assert wording.of_runs([own, other]) == wording.of_runs([other]) == wording.PRIVILEGED
+    head = study_table.header(wording.PRIVILEGED)
+    assert "with privileged content %" in head and "closure %" in head
+    meaning = study_table.meaning("opsd", wording.PRIVILEGED)
+    assert "is without privileged content, the mean" in meaning and "visual" not in meaning
+
+
+def test_curves_have_the_names_of_the_table(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_page.charts, "lines", lambda lines, **_: drawn.append([*lines]) or "")
+    config = small_run.config()
+    for folder, stages in ((tmp_path, ("warmup", "opsd")), (tmp_path / "arms", ("opsd",))):
+        folder.mkdir(exist_ok=True)
+        rows = [{"step": n, "stage": stage, "loss": 1.0} for stage in stages for n in (3, 4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_page._curves({"run": str(tmp_path), "arm noise": str(tmp_path / "arms")}, config)
+    assert drawn == [["OPSD", "arm noise"], ["run"]]
+
+
 @pytest.mark.parametrize("arm, named", [(0.7, True), (0.61, True), (0.59, False), (0.9, True)])
 def test_a_closure_that_other_content_reaches(arm, named):
     given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8, closure=0.7))
@@ -97,14 +182,20 @@ def test_a_start_that_asks_for_images():
     given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8))
     (line,) = cautions(**given, start=scores(0.4, image_skip_rate=0.95))
     assert line.startswith("The start asks for an image in 95 % of its text-only answers")
-    assert "may be the format. `eval --checkpoint=W/checkpoints/2 --ban_marker` shows" in line
+    command = (
+        "python -m opsd_jax.eval '--workdir=a b' '--checkpoint=a b/checkpoints/2' --ban_marker"
+    )
+    assert f"may be the format. `{command}` shows what it answers where it cannot ask." in line
     assert cautions(**given, start=scores(0.4, image_skip_rate=0.85)) == []
     (line,) = cautions(**given, start=scores(0.8, image_skip_rate=0.95))
     assert "gains" not in line
     shown, *rest = table(**given, start=scores(0.4, image_skip_rate=0.95))
-    shown[scores_lib.START_BANNED] = scores(0.3)
-    (line,) = cautions_lib.cautions(shown, *rest)
-    assert "--ban_marker" not in line  # its row is there
+    for banned, part in ((0.3, False), (0.5, True)):  # its row is there: no command
+        shown[scores_lib.START_BANNED] = scores(banned)
+        (line,) = cautions_lib.cautions(shown, *rest)
+        start = f"gets none. Where it cannot ask, it answers {100 * banned:.1f} % in the place of"
+        end = ": a part of what OPSD gains over it may be the format." if part else "."
+        assert line.endswith(f"{start} 40.0 %{end}")
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,35 @@ def test_an_ema_teacher_is_evaluated_in_its_own_context(monkeypatch, visual_thou
     assert asked == [("student", "none"), ("teacher", mode)]
     assert logged == {"eval/T/none": 0.5, "eval/T/teacher": 0.5}
     assert contexts.replacement(mode) == visual_thoughts
+
+
+@pytest.mark.parametrize(
+    "before, after, closure", [(0.5, 0.2, 0.6), (0.5, 0.6, -0.2), (1e-9, 5e-3, None), (0, 0, None)]
+)
+def test_a_closure_of_rounding_errors_is_none(tmp_path, monkeypatch, before, after, closure):
+    """A teacher that says what the student says: the quotient would be any number."""
+    config = config_lib.default()
+    config.eval.final_split = "test"
+    found = object.__new__(stage_evaluation.Evaluation)
+    found.run = types.SimpleNamespace(
+        config=config,
+        workdir=str(tmp_path),
+        model=None,
+        results_folder=lambda step, name: str(tmp_path / name),
+    )
+    found.stage = types.SimpleNamespace(name="opsd", last=7)
+    found._stop = types.SimpleNamespace(check=lambda: None)
+    values = {"start": before, "end": after}
+    monkeypatch.setattr(stage_evaluation.saves, "origin", lambda *_: "W/0")
+    monkeypatch.setattr(stage_evaluation.start_lib, "read", lambda *_: "start")
+    monkeypatch.setattr(found, "_select", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(
+        stage_evaluation.reference_kl,
+        "reference_kl",
+        lambda start, student, *_, **__: {"T": {"kl": values[student], "n": 3}},
+    )
+    (of_task,) = found._closure("end").values()
+    assert of_task["closure"] == (None if closure is None else pytest.approx(closure))
+    scores = stage_evaluation._kl_scores({"T": of_task})
+    assert ("kl/T/closure" in scores) == (closure is not None)
+    assert scores["kl/T/after"] == after and None not in scores.values()

@@ -588,7 +588,7 @@ def test_each_question_has_a_table(tmp_path, monkeypatch):
     table.write(study, rows, {})
     lines = (tmp_path / "S" / "study.md").read_text().splitlines()
     found = [line.split(" | ")[1] if " | " in line else line for line in lines]
-    head, of_all = ["arm", "|---" * len(table.HEADER) + "|"], ["start", "opsd"]
+    head, of_all = ["arm", "|---" * len(table.header(study.words)) + "|"], ["start", "opsd"]
     assert found[:6] == ["## Noise?", "", *head, *of_all] and found[6:8] == ["noise", ""]
     assert found[8:14] == ["## Traces?", "", *head, *of_all] and found[14:16] == ["sft", ""]
     record = json.loads((tmp_path / "S" / "study.json").read_text())
