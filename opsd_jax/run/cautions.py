@@ -117,9 +117,10 @@ def _no_closure(shown: Mapping[str, Scores], task: str) -> list[str]:
     trained = shown[TRAINED][task]
     if "kl_before" not in trained or trained["closure"] is not None:
         return []
+    before = f"{trained['kl_before']:.1g}".replace("-", "−")
     return [
         "There is no closure: before training, the student already said what the teacher says (KL "
-        f"{trained['kl_before']:.1g} nats per token, less than {statistics.LEAST_KL:g})."
+        f"{before} nats per token, less than {statistics.LEAST_KL:g})."
     ]
 
 

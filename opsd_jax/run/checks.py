@@ -108,7 +108,7 @@ def check_privileged(
 
     Args:
       open_examples: opens the training examples of the settings.
-      logs: whether such tasks are logged.
+      logs: whether what passes so is logged.
     Raises ValueError if no example has anything in the privileged blocks.
     """
     for name, run in zip(("", *config.run_arms), existing.runs(config), strict=True):
@@ -120,7 +120,8 @@ def check_privileged(
             continue
         shown = f"config.arms.{name}: " if name else ""
         if not names:
-            logging.warning("%s%s", shown, config_check.NOT_PRIVILEGED)
+            if logs:
+                logging.warning("%s%s", shown, config_check.NOT_PRIVILEGED)
             continue
         examples = open_examples(run)
         lacking = examples.without(names)

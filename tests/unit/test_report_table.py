@@ -93,7 +93,7 @@ def test_a_run_without_a_closure_says_so():
     given = dict(teacher=scores(0.9, 0.85), trained=scores(0.8, **kl))
     (line,) = cautions(**given, arms=("noise",), arm=scores(0.2, closure=0.9))
     assert line.startswith("There is no closure: before training, the student already said what")
-    assert "(KL 3e-09 nats per token, less than 0.0001)" in line
+    assert "(KL 3e−09 nats per token, less than 0.0001)" in line
     text, shown = verdict(**given)
     assert line in text and line in shown
     (row,) = [row for row in shown.splitlines() if row.startswith("  OPSD")]
