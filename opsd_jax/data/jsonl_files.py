@@ -43,6 +43,7 @@ _CHAT_COLUMNS = ("question", "answer", "problem_image_0", _FIRST_THOUGHT, _TRACE
 _SECOND_IMAGE = f"{schema.PROBLEM_COLUMNS}1"
 # How PNG, JPEG, GIF and WebP files begin in base64, which has no "." that a file's name has.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+_IMAGE_FILE = re.compile(r"[^\s:]+\.(png|jpe?g|gif|webp|bmp|tiff?)", re.IGNORECASE)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -61,9 +62,11 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
     kind, digest = _format(path), hashlib.blake2b(digest_size=16)
     keys: dict[str, None] = {}
     pids: list = []
+    likely: dict[str, Any] = {}  # {key: a value of it that looks like an image}
     several = optional = False
     for raw, line, row in _rows(path, stop, further):
         keys |= dict.fromkeys(line)
+        likely |= {key: value for key, value in line.items() if _is_likely_image(value)}
         pids.append(row.values.get("pid"))
         several |= row.values.get(_SECOND_IMAGE) is not None
         optional |= row.fault is None and row.values.get(_CHAT_COLUMNS[2]) is None
@@ -74,6 +77,7 @@ def scan(path: Path, stop: int, further: Sequence[str] = ()) -> schema.Scan:
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     present = _present(path, kind, list(keys), further) if pids else []
+    _check_image_keys(path, kind, list(keys), likely, further)
     return schema.Scan(kind, present, pids, len(pids), digest.hexdigest(), several, optional)
 
 
@@ -168,6 +172,42 @@ def _present(path: Path, kind: str, keys: list[str], further: Sequence[str]) -> 
         )
     parquet_files.columns(path, present, further)  # raises for wrong ones
     return present
+
+
+def _check_image_keys(
+    path: Path, kind: str, keys: list[str], likely: Mapping[str, Any], further: Sequence[str]
+) -> None:
+    """Checks that no key that is not read has the problem images of a file that names none.
+
+    likely: {key: a value of it that looks like an image}. Raises BadSourceError.
+    """
+    own = ("images",) if kind == CHAT else ("image", "images")
+    if any(key in own or schema.is_problem_image(key) for key in keys):
+        return
+    read = [columns_lib.of_files(name) for name in further]
+    for key, value in likely.items():
+        if key in (*read, *OPTIONAL, *_LISTS) or schema.is_of_schema(key):
+            continue
+        wanted = "images" if kind == CHAT or isinstance(value, list) else "image"
+        raise schema.BadSourceError(
+            f"{path} has no key {wanted!r}, but {key!r} seems to hold images "
+            f"({json_files.shown(value)}): rename it to {wanted!r}, or drop it for questions "
+            "without an image"
+        )
+
+
+def _is_likely_image(value: Any) -> bool:
+    """Whether a value of any key looks like an image, or like a list of them."""
+    match value:
+        case [first, *_]:
+            return not isinstance(first, list) and _is_likely_image(first)
+        case {"bytes": _}:
+            return True
+        case str():
+            return _IMAGE_FILE.fullmatch(value) is not None or value.startswith(
+                ("data:image/", *_BASE64_STARTS)
+            )
+    return False
 
 
 def _chat_names(line: Mapping[str, Any]) -> dict[str, str]:
@@ -325,6 +365,12 @@ def _from_named(line: dict, further: Sequence[str]) -> tuple[dict[str, Any], lis
         if column not in values:
             raise _FaultError(column, "is missing")
     if any(_is_of_rounds(key) for key, value in line.items() if value):
+        if not any(line.get(key) for key in ("thoughts", *schema.THOUGHT_COLUMNS)):
+            raise _FaultError(
+                "thoughts",
+                "is missing or empty, and the line has visual thoughts, which stand between "
+                "thoughts: give thoughts, or leave both out",
+            )
         return values, []
     trace = values.get(_TRACE)
     values[_FIRST_THOUGHT] = trace or values["answer"]
@@ -454,7 +500,11 @@ def _image(value: Any, column: str, folder: Path) -> dict[str, Any] | None:
     """
     if isinstance(value, dict):
         if not value or set(value) - {"bytes", "path"}:
-            raise _FaultError(column, f"is {json_files.shown(value)}, not an image {{bytes, path}}")
+            raise _FaultError(
+                column,
+                f"is {json_files.shown(value)}, not an image {{bytes, path}}: give its path, "
+                'base64, or {"bytes": base64}',
+            )
         if value.get("bytes") is not None:
             return _decoded(value["bytes"], column)
         value = value.get("path")

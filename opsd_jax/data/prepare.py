@@ -70,7 +70,7 @@ class PrepareReport:
         for note in self.warnings:
             kinds.setdefault(note.reason.split(":")[0], []).append(note)
         lines += [
-            f"warning {kind}: {len(notes)} (first: {notes[0]}; all in report.json)"
+            f"warning {kind}: {len(notes)} (first: {_without_kind(notes[0])}; all in report.json)"
             for kind, notes in kinds.items()
         ]
         return "\n".join(lines)
@@ -284,6 +284,11 @@ def _plan_shards(
     # All files of a task have the same features.
     shards = [s._replace(several_images=several, optional_image=optional) for s in shards]
     return shards, notes, formats
+
+
+def _without_kind(note: Note) -> Note:
+    """The note with its reason alone, where the kind is said already."""
+    return note._replace(reason=note.reason.partition(": ")[2] or note.reason)
 
 
 def _size(count: int) -> str:

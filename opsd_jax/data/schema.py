@@ -303,7 +303,8 @@ def read_row(
     thoughts = tuple(t for t in map(text, THOUGHT_COLUMNS) if t.strip())
     if not thoughts:
         raise bad(
-            THOUGHT_COLUMNS[0], f"and the columns up to {THOUGHT_COLUMNS[-1]} hold no thought"
+            THOUGHT_COLUMNS[0],
+            f"and the columns up to {THOUGHT_COLUMNS[-1]} hold no thought: give one at least",
         )
     problems = _problem_images(row, bad)
     if fault := tags.places_fault(text("question"), len(problems)):
@@ -451,7 +452,11 @@ def _image_fault(value: Any) -> str | None:
     if value in (None, NO_IMAGE):
         return "is missing"
     if not isinstance(value, Mapping) or not isinstance(value.get("bytes"), bytes | None):
-        return "is not an image {bytes, path}"
+        given = "bare bytes" if isinstance(value, bytes) else f"of type {type(value).__name__}"
+        return (
+            f'is {given}, not an image {{bytes, path}}: give {{"bytes": the encoded file, "path": '
+            "None}"
+        )
     if not value.get("bytes"):
         return f"holds no bytes (path: {value.get('path')!r}); embed the images in the parquet file"
     try:

@@ -10,6 +10,7 @@ from opsd_jax.data import jsonl_files, parquet_files, schema
 
 JSONL = ".jsonl"
 SUFFIXES = (".parquet", JSONL)
+_NOT_READ = (".csv", ".tsv", ".json", ".xlsx", ".arrow", ".feather", ".tar", ".zip", ".gz")
 
 
 def task_folders(source: str | os.PathLike) -> dict[str, Path]:
@@ -45,7 +46,7 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
         raise schema.BadSourceError(
             f"{source} holds no parquet and no JSONL: looked for *.parquet, *.jsonl, "
             f"data/*.parquet and data/*.jsonl in it and in its folders; it holds {inside}. "
-            f"File names start with {', '.join(schema.SPLITS)}"
+            f"{_other_files(source)}File names start with {', '.join(schema.SPLITS)}"
         )
     for task in tasks:
         if not re.fullmatch(r"[\w.-]+", task):
@@ -57,6 +58,18 @@ def task_folders(source: str | os.PathLike) -> dict[str, Path]:
             f"{source}: {list(tasks)} differ in upper and lower case only; rename a folder"
         )
     return tasks
+
+
+def _other_files(source: Path) -> str:
+    """A sentence about the first file of rows in a format that is not read; "" without one."""
+    for place in ("", "*/", "data/", "*/data/"):
+        for path in sorted(source.glob(f"{place}*")):
+            if path.name.lower().endswith(_NOT_READ):
+                return (
+                    f"{path.relative_to(source)} is in a format that is not read: write its rows "
+                    "as JSON objects, one a line, to a .jsonl file, or as parquet. "
+                )
+    return ""
 
 
 def _files(folder: Path) -> list[Path]:

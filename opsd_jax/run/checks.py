@@ -164,6 +164,21 @@ def warn_of_unseen_images(config: ConfigDict, examples: Examples) -> None:
         )
 
 
+def warn_of_absent_images(config: ConfigDict, examples: Examples) -> None:
+    """Logs the tasks of which no question has an image, though a context shows the block image.
+
+    It may have been under another name in the files. Examples are read up to the first with one.
+    """
+    shown = {*config.student.blocks, *config.teacher.blocks}
+    if "image" in shown and (absent := examples.without(("image",))):
+        logging.warning(
+            "no question of %s has an image, though the contexts have the block image: they "
+            "are asked without one. If that is wrong, see what `data prepare` said of keys and "
+            "columns that are not read (ignored_column in its report.json)",
+            ", ".join(absent),
+        )
+
+
 def _teacher_of(config: ConfigDict, held: Sequence[str]) -> str:
     """Options with which the teacher sees the columns that data hold, or else the text trace."""
     shown = tuple(held) or ("text:full_text_only_thought",)

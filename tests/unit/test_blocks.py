@@ -594,7 +594,11 @@ def test_one_image_is_a_list_of_one(tmp_path):
             r"train-00000-of-00001.parquet has no column 'proof', as --columns=text:proof ",
         ),
         ({"solution": 3}, COLUMNS, "row 0, pid 'p0': solution is of type int, not text"),
-        ({"crops": ["x"]}, COLUMNS, r"row 0, pid 'p0': crops is not an image .*\(image 0\)"),
+        (
+            {"crops": ["x"]},
+            COLUMNS,
+            r"row 0, pid 'p0': crops is of type str, not an image .*\(image 0\)",
+        ),
         (
             {"crops": [{"bytes": b"no image", "path": ""}]},
             COLUMNS,
@@ -718,6 +722,16 @@ def test_the_problem_image_is_shown_where_examples_have_one():
     check(example(0, problem_image=None), example(1))
     with pytest.raises(ValueError, match="no example of T0, test, has a problem image"):
         check(example(0, problem_image=None))
+
+
+@pytest.mark.parametrize("blocks, shown", [(ASKED, True), (("system", "question"), False)])
+def test_tasks_without_the_image_that_contexts_show_are_logged(caplog, blocks, shown):
+    config = config_lib.default()
+    config.student.blocks, config.teacher.blocks = blocks, (*blocks, SOLUTION)
+    text_alone = example(2, problem_image=None)
+    with caplog.at_level("WARNING"):
+        run_checks.warn_of_absent_images(config, opened([text_alone, example(0)], [text_alone]))
+    assert ("no question of T1 has an image" in caplog.text) == shown and "T0" not in caplog.text
 
 
 def test_an_arm_whose_teacher_sees_nothing_is_refused():

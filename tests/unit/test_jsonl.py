@@ -197,8 +197,12 @@ BAD = {
     "pid": (named(pid=[1]), "pid is of type list"),
     "thoughts": (named(thoughts="look"), "thoughts is of type str, not a list"),
     "no thought": (
-        named(thoughts=[]),
+        named(thoughts=[" "]),
         r"thoughts\[0\] and the columns up to thoughts\[7\] hold no thought",
+    ),
+    "no thoughts": (
+        named(thoughts="absent"),
+        "thoughts is missing or empty, and the line has visual thoughts, .*give thoughts, or",
     ),
     "image type": (named(image=7), "image is of type int"),
     "image keys": (named(image={"url": "x"}), "not an image {bytes, path}"),
@@ -275,6 +279,35 @@ def test_a_text_question_needs_no_thoughts(tmp_path):
     ]
 
 
+def test_keys_beside_images_and_kept_ones_are_no_misnamed_images(tmp_path):
+    """Also texts that name a file, and addresses of where a question is from."""
+    write(tmp_path / "A", NAMED | {"preview": "images/red.png"})
+    alone = named(image="absent", crops="images/red.png")
+    write(tmp_path / "B", alone | {"source": "https://a.b/c.png", "hint": "see images/red.png"})
+    chat = {"messages": turns("Which?", "red"), "teacher_images": ["images/red.png"]}
+    write(tmp_path / "C", chat)
+    prepare(tmp_path / "A", tmp_path / "out")
+    prepare(tmp_path / "B", tmp_path / "out", Part(columns=("images:crops",)))
+    prepare(tmp_path / "C", tmp_path / "out")
+
+
+def test_a_warning_says_its_kind_once(tmp_path):
+    path = write(tmp_path / "T", named(image="absent"))
+    said = str(prepare(tmp_path, tmp_path / "out"))
+    assert (
+        f"warning no_image: 1 (first: {path}, line 1, pid 'p0': the question is asked without an "
+        "image; all in report.json)"
+    ) in said
+
+
+@pytest.mark.parametrize("name", ["train.csv", "data/train.tsv", "train.jsonl.gz"])
+def test_files_in_another_format_are_named(tmp_path, name):
+    (tmp_path / "T" / name).parent.mkdir(parents=True)
+    (tmp_path / "T" / name).touch()
+    with pytest.raises(BadSourceError, match=f"T/{name} is in a format that is not read: write"):
+        prepare(tmp_path, tmp_path / "out")
+
+
 def test_empty_lines_at_the_end(tmp_path):
     """An editor adds them; one between two lines is a fault (above)."""
     path = write(tmp_path / "T", NAMED)
@@ -302,6 +335,24 @@ SOURCES = {
     "no thoughts": ((named(thoughts="absent"),), (), "has no key 'thoughts'; its keys: pid, "),
     "own key": ((NAMED,), ("text:thoughts",), "names thoughts, which JSONL files have"),
     "two formats": ((NAMED | CHAT,), (), "both 'messages' and 'question'"),
+    "image": (
+        (named(image="absent", img="images/red.png"),),
+        (),
+        "has no key 'image', but 'img' seems to hold images .\"images/red.png\".: rename it to",
+    ),
+    "images": (
+        (named(image="absent"), named(image="absent", pictures=["images/red.png"])),
+        (),
+        "has no key 'images', but 'pictures' seems to hold images",
+    ),
+    "base64": ((named(image="absent", picture=B64),), (), "'picture' seems to hold images"),
+    "URL": ((named(image="absent", i="data:image/png;base64,x"),), (), "'i' seems to hold images"),
+    "object": ((named(image="absent", i={"bytes": B64}),), (), "'i' seems to hold images"),
+    "image of a chat": (
+        ({"messages": turns("Which?", "red"), "img": "images/red.png"},),
+        (),
+        "has no key 'images', but 'img' seems to hold images",
+    ),
     "no object": (("x", "y"), (), "no line that is a JSON object: line 1 is not JSON"),
     "empty": ((), (), "train files hold no row"),
     "empty lines": (("", ""), (), "train files hold no row"),
