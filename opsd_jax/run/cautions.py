@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -67,7 +68,7 @@ def cautions(
             *_closure_without_content(shown, task, arms, config),
             *_start_asks(shown, task, config, workdir),
             *_hardly_differing(shown, task, words),
-            *_cut_off(shown, task, config),
+            *_cut_off(shown, task, config, workdir),
         ]
         lines += [f"{task}: {line}" for line in found] if len(trained) > 1 else found
     return lines
@@ -173,16 +174,21 @@ def _like_a_control(
     ]
 
 
-def _cut_off(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> list[str]:
+def _cut_off(shown: Mapping[str, Scores], task: str, config: ConfigDict, workdir: str) -> list[str]:
     """Where many answers of the trained student did not end within the budget."""
     share = 1 - shown[TRAINED][task].get("eos_rate", 1)
     if share < _CUT:
         return []
+    options = (
+        f"--config={run_folder.config(workdir)}",
+        f"--workdir={run_folder.run_of(workdir) or workdir}",  # where the data are, of an arm, too
+    )
+    command = shlex.join(["python", "-m", "opsd_jax.data", "sizes", *options])
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
     return [
         f"{100 * share:.0f} % of the student's answers are cut off at {budget} tokens "
         "(`rollout.max_new_tokens`, of evaluations `eval.max_new_tokens`): raise it, or look at "
-        "them; `python -m opsd_jax.data sizes` says what the text traces need."
+        f"them; `{command}` says what the text traces need."
     ]
 
 

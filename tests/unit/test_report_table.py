@@ -229,6 +229,8 @@ def test_answers_that_the_budget_cuts_off(rate, named):
         assert (
             f"{100 * (1 - rate):.0f} % of the student's answers are cut off at 8 tokens" in found[0]
         )
+        command = "python -m opsd_jax.data sizes '--config=a b/config.json' '--workdir=a b'"
+        assert f"look at them; `{command}` says what" in found[0]
 
 
 def test_one_answer_to_every_question_is_named():
