@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 import types
@@ -54,6 +55,7 @@ FREE_SETTINGS = (
 )
 
 
+_NAME = re.compile(r"(?!True|False|None)[A-Za-z][\w.:@-]*")  # in a tuple on a command line
 _MOST_SHOWN = 12  # settings that differ, in an error message
 
 
@@ -734,6 +736,14 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def _as_typed(value: Any) -> Any:
+    """A value in JSON as an option takes it: names separated by commas, or as Python writes it."""
+    names = value if isinstance(value, list) else []
+    if names and all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        return ",".join(names)
+    return _tuples(value)
+
+
 def check_unchanged(
     saved: Mapping,
     current: Mapping,
@@ -772,7 +782,7 @@ def check_unchanged(
     more = max(len(keys) - _MOST_SHOWN, 0)
     preset = f"  and {more} more: probably another preset, --config=FILE:PRESET\n" * (more > 0)
     flags = [
-        shlex.quote(f"--config.{key}={_tuples(json.loads(was[key]))}")
+        shlex.quote(f"--config.{key}={_as_typed(json.loads(was[key]))}")
         for key in keys
         if key in was and not more
     ]

@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max_shard_gb",
         default=5,
         type=float,
-        help="cut larger files and write an index (default 5), which the official demo reads; 0 "
-        "for one file, which the official trainer wants",
+        help="cut larger files and write an index, which the official demo reads; 0 for one file, "
+        "which the official trainer wants (default: 5)",
     )
     for command in (reading, writing):
         command.add_argument(

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         distributed.end_with_error(error)
     if jax.process_index() == 0:
-        print(summary_tables.write_table(args.workdir))
+        print(summary_tables.write_table(args.workdir, [*summaries]))
         for name, summary in summaries.items():
             if "against" in summary:
                 print(*comparison.in_words(name, summary["against"]), sep="\n")

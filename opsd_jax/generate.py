@@ -80,11 +80,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "50)",
     )
     cli.add_compute_every(parser)
-    parser.add_argument("--max_new_tokens", type=int, help="budget of a round of text")
     parser.add_argument(
-        "--temperature", type=float, help="temperature of the text; 0: most likely token"
+        "--max_new_tokens",
+        type=int,
+        help="budget of a round of text (default: the run's; of a release, or with --protocol, the "
+        "protocol's)",
     )
-    parser.add_argument("--rounds", type=int, help="largest number of rounds of text")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="temperature of the text; 0: most likely token (default: 0; of a release, or "
+        "with --protocol, the protocol's)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="largest number of rounds of text (default: the protocol's)"
+    )
     parser.add_argument(
         "--tokenizer", default="", help="folder of a tokenizer (default: the checkpoint's own)"
     )

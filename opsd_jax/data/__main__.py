@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="further columns to keep, such as text:solution,images:crops: a text, or an image or "
         "a list of images, which contexts may show (default: none)",
     )
-    prepare.add_argument("--limit", type=int, help="first rows of each split only")
+    prepare.add_argument("--limit", type=int, help="first rows of each split only (default: all)")
     prepare.add_argument(
         "--overwrite", action="store_true", help="replace rows prepared from other files"
     )

@@ -2,6 +2,7 @@
 
 import collections
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,14 +12,32 @@ from opsd_jax.evaluation import tables
 from opsd_jax.evaluation.results import counted, percent, read_summary
 from opsd_jax.runtime import files, run_folder
 
+_MOST_IN_TERMINAL = 6  # results that a terminal shows all of
 
-def write_table(workdir: str) -> str:
-    """Writes W/eval/summary.md, the tables of all summaries in W/eval, and returns its text."""
+
+def write_table(workdir: str, new: Sequence[str] = ()) -> str:
+    """Writes W/eval/summary.md, the tables of all summaries in W/eval; returns its text.
+
+    new: names of the summaries that a command has just made. Where there are many others, the text
+      that is returned has these alone, and says where all are.
+    """
     summaries = read_all(workdir)
-    text = "\n\n".join(filter(None, [table(summaries), seeds(summaries), speeds(summaries)])) + "\n"
+    text = _tables(summaries, summaries, summaries)
     path = os.path.join(run_folder.evaluations(workdir), "summary.md")
     files.write(path, text, primary=jax.process_index() == 0)
-    return text
+    shown = {name: summaries[name] for name in new if name in summaries}
+    if not shown or len(summaries) <= max(len(shown), _MOST_IN_TERMINAL):
+        return text
+    found = []
+    for asked in (_asked_in_any_seed, _asked_alike):  # what they are compared with
+        wanted = [asked(summary) for summary in shown.values()]
+        found.append({name: s for name, s in summaries.items() if asked(s) in wanted})
+    return f"{_tables(shown, *found)}\nall {len(summaries)} results of {workdir}: {path}\n"
+
+
+def _tables(scored: dict[str, dict], in_seeds: dict[str, dict], in_modes: dict[str, dict]) -> str:
+    """The three tables, each of some summaries by name; one without lines is left out."""
+    return "\n\n".join(filter(None, [table(scored), seeds(in_seeds), speeds(in_modes)])) + "\n"
 
 
 def read_all(workdir: str) -> dict[str, dict]:
@@ -80,7 +99,7 @@ def seeds(summaries: dict[str, dict]) -> str:
     """Markdown table of mean and standard deviation of summaries that differ only in the seed."""
     groups = collections.defaultdict(dict)
     for summary in summaries.values():
-        alike = [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
+        alike = _asked_in_any_seed(summary)
         for task, b in summary["benchmarks"].items():
             groups[task, counted(b), *map(str, [*alike, b.get("rows")])].setdefault(
                 summary["seed"], (summary, b)
@@ -117,6 +136,11 @@ def speeds(summaries: dict[str, dict]) -> str:
         "speed-up (paper: 14.3x) | accuracy gained |"
     )
     return "\n".join([head, "|---" * 8 + "|", *lines])
+
+
+def _asked_in_any_seed(summary: dict) -> list:
+    """What two summaries that differ only in the seed have in common."""
+    return [_model_of(summary), *(summary.get(key) for key in ("protocol", "split"))]
 
 
 def _asked_alike(summary: dict) -> list:

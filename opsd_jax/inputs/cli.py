@@ -45,6 +45,15 @@ class Parser(argparse.ArgumentParser):
         # Otherwise --sample=8 would silently be --samples=8.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def add_argument(self, *names, **options):
+        """As in argparse; the help of an option ends with its default, unless it names one."""
+        default, help_text = options.get("default"), options.get("help")
+        unsaid = default not in (None, "", (), [], argparse.SUPPRESS)
+        if help_text and unsaid and "default" not in help_text:
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            options["help"] = f"{help_text} (default: {shown})"
+        return super().add_argument(*names, **options)
+
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse; ends the command with code 2 for an option that does not exist."""
         args = list(sys.argv[1:] if args is None else args)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import io
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -287,6 +288,40 @@ def test_every_command_shows_its_options_alike(command):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(f"usage: python -m opsd_jax.{command} [-h]")
     assert ("\noptions:\n" in shown.stdout) and shown.stderr == ""
+
+
+# Options that need not be given, and then do nothing.
+_OPTIONAL = {"--data_dir", "--against", "--image", "--out", "--only", "--workdir", "--config.KEY"}
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        ("eval", []),
+        ("generate", []),
+        ("convert", ["import"]),
+        ("convert", ["export"]),
+        ("redraw", []),
+        ("doctor.__main__", []),
+        ("study.__main__", []),
+        ("data.__main__", ["prepare"]),
+        ("data.__main__", ["make-mini"]),
+        ("data.__main__", ["sizes"]),
+        ("diagnose.__main__", ["kl"]),
+        ("diagnose.__main__", ["attention"]),
+    ],
+)
+def test_every_option_says_its_default_once(module, arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"opsd_jax.{module}").main([*arguments, "--help"])
+    usage, shown = capsys.readouterr().out.split("\noptions:\n")
+    for part in re.split(r"\n(?=  -)", shown):
+        option, value, text = (" ".join(part.split()) + " .").split(" ", 2)
+        takes_value = value.isupper() or value.startswith("{")
+        required = f"[{option} " not in usage
+        if takes_value and not required and option not in _OPTIONAL:
+            assert text.count("default:") + text.count("(default, or 0:") == 1, part
 
 
 @pytest.mark.parametrize(

@@ -503,6 +503,22 @@ def results(folder, rows, **more):
     )
 
 
+def test_the_terminal_shows_the_new_results_alone_where_there_are_many(tmp_path):
+    for n in range(5):
+        results(tmp_path / "eval" / f"old{n}", [("a", "A", True)], mode="none", split=f"s{n}")
+    results(tmp_path / "eval" / "new", [("a", "A", False)], mode="generated", split="s3")
+    said = summary_tables.write_table(str(tmp_path), ["new"])
+    assert said == (tmp_path / "eval" / "summary.md").read_text()  # six are few
+    results(tmp_path / "eval" / "old5", [("a", "A", True)], mode="none", split="s5")
+    said = summary_tables.write_table(str(tmp_path), ["new"])
+    scores, times, where = said.strip().split("\n\n")
+    assert "| new | T |" in scores and "old" not in scores
+    assert "| T | new | old3 |" in times  # what it is compared with
+    assert where == f"all 7 results of {tmp_path}: {tmp_path}/eval/summary.md"
+    whole = (tmp_path / "eval" / "summary.md").read_text()
+    assert whole == summary_tables.write_table(str(tmp_path)) and "| old5 | T |" in whole
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -9,8 +9,10 @@ import contextlib
 import functools
 import json
 import math
+import operator
 import os
 import pathlib
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -743,6 +745,33 @@ def test_check_unchanged_shows_all_differences_and_the_fix():
     with pytest.raises(config_check.ConfigMismatchError) as caught:  # what a shell takes
         config_check.check_unchanged({"b": [[36, 25]], "n": 1}, {"b": [[70, 50]], "n": 2})
     assert "as before, which are '--config.b=((36, 25),)' --config.n=1, or" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, option",
+    [
+        ("data.tasks", ("Shapes",), "--config.data.tasks=Shapes"),
+        ("stages", ("warmup", "opsd"), "--config.stages=warmup,opsd"),
+        (
+            "student.blocks",
+            ("image@crop", "text:a_b"),
+            "--config.student.blocks=image@crop,text:a_b",
+        ),
+        ("data.tasks", ("1",), """'--config.data.tasks=('"'"'1'"'"',)'"""),
+        ("data.tasks", ("None",), """'--config.data.tasks=('"'"'None'"'"',)'"""),
+        ("run_arms", (), "'--config.run_arms=()'"),
+        ("data.limits", (3,), "'--config.data.limits=(3,)'"),
+    ],
+)
+def test_the_options_of_other_settings_are_short_and_read_as_meant(key, value, option):
+    saved, current = config_lib.default(), config_lib.default()
+    saved.update_from_flattened_dict({key: value})
+    current.update_from_flattened_dict({key: (7,) if key == "data.limits" else ("Other",)})
+    with pytest.raises(config_check.ConfigMismatchError) as caught:
+        config_check.check_unchanged(saved, current, free=())
+    assert f"as before, which are {option}, or" in str(caught.value)
+    read = config_flags.read([f"--config={small_run.ROOT}/configs/mini.py", *shlex.split(option)])
+    assert functools.reduce(operator.getitem, key.split("."), read) == value
 
 
 def test_weights_to_start_from_are_the_same_wherever_they_are(tmp_path, monkeypatch):
