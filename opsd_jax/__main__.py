@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else "."
         print(f"error: no command {name!r}{meant} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [name, *rest]
