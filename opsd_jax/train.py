@@ -273,6 +273,15 @@ def train_stage(
 ):
     """Takes the steps of one stage that are left, with an optimizer and a schedule of its own.
 
+    Where it begins:
+
+      done                     params  begins at    with
+      None                     None    stage.first  initial weights: a new run
+      stage.first              given   stage.first  the weights of the stage before
+      stage.first              None    stage.first  those of the checkpoint between two stages
+      between first and last   None    done         the state in the checkpoint
+      stage.last               None    stage.last   no step left: a missing evaluation, if any
+
     Args:
       done: step of the run's latest checkpoint; None if there is none.
       params: the weights that the stage before returned; None if this process has trained none.
