@@ -261,7 +261,10 @@ def _plan_shards(
             for row, pid in enumerate(scan.pids):
                 here = (str(path), row)
                 if pid is not None and (there := first_places.setdefault(str(pid), here)) != here:
-                    reason = f"duplicate_pid: first in {there[0]}, {schema.place(*there)}"
+                    reason = (
+                        f"duplicate_pid: first in {there[0]}, {schema.place(*there)}; comparisons "
+                        "of evaluations cannot pair the two where they have the same answer"
+                    )
                     notes.append(Note(*here, str(pid), reason))
         if not takes:
             raise schema.BadSourceError(

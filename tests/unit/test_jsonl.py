@@ -396,7 +396,10 @@ def test_oddities_are_those_of_parquet(tmp_path):
     path.write_text(json.dumps(line) + "\n" + json.dumps(line))
     report = prepare(tmp_path, tmp_path / "out", overwrite=True)
     (same,) = (note for note in report.warnings if note.reason.startswith("duplicate_pid"))
-    assert str(same) == f"{path}, line 2, pid 'p0': duplicate_pid: first in {path}, line 1"
+    assert str(same) == (
+        f"{path}, line 2, pid 'p0': duplicate_pid: first in {path}, line 1; comparisons of "
+        "evaluations cannot pair the two where they have the same answer"
+    )
 
 
 def test_an_edited_image_is_seen(tmp_path):
