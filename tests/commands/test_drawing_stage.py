@@ -4,6 +4,7 @@ run.
 
 import dataclasses
 import functools
+import importlib
 import io
 import shutil
 import types
@@ -595,7 +596,9 @@ def small_draw(**changes):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, capsys):
+def test_a_run_learns_to_draw_and_continues_exactly(
+    tmp_path_factory, tmp_path, capsys, monkeypatch
+):
     with small_run.fast_compiles(tmp_path_factory):
         straight, again = tmp_path / "straight", tmp_path / "again"
         train.train(small_draw(), str(straight))
@@ -659,3 +662,17 @@ def test_a_run_learns_to_draw_and_continues_exactly(tmp_path_factory, tmp_path, 
         assert Image.open(tmp_path / "out" / "0-0.png").size == (40, 40)
         text = model_lib.load(str(straight), generation=False)
         assert text.config.generation is None and "vae" not in text.params
+
+        # perf/fewer_steps.py; so few steps as this run has are all computed
+        monkeypatch.syspath_prepend(small_run.ROOT / "perf")
+        fewer_steps = importlib.import_module("fewer_steps")
+        monkeypatch.setattr(fewer_steps, "SETTINGS", ((1, 1), (3, 1)))
+        sheet = tmp_path / "fewer.png"
+        capsys.readouterr()
+        fewer_steps.main([f"--workdir={straight}", "--rows=3", "--batch_size=2", f"--out={sheet}"])
+        lines = capsys.readouterr().out.splitlines()[2:4]
+        assert [line[:26] for line in lines] == [
+            "| 1 | – | 100% | 0.0 | 0.0",
+            "| 3 | 1 | 100% | 0.0 | 0.0",
+        ]
+        assert Image.open(sheet).size == (160 * 4, 160 * 3)
