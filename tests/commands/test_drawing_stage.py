@@ -671,8 +671,6 @@ def test_a_run_learns_to_draw_and_continues_exactly(
         capsys.readouterr()
         fewer_steps.main([f"--workdir={straight}", "--rows=3", "--batch_size=2", f"--out={sheet}"])
         lines = capsys.readouterr().out.splitlines()[2:4]
-        assert [line[:26] for line in lines] == [
-            "| 1 | – | 100% | 0.0 | 0.0",
-            "| 3 | 1 | 100% | 0.0 | 0.0",
-        ]
+        assert lines[0].startswith("| 1 | – | 100% | 0.0 |")
+        assert lines[1].startswith("| 3 | 1 | 100% | 0.0 |")
         assert Image.open(sheet).size == (160 * 4, 160 * 3)
