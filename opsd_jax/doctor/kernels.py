@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from opsd_jax.doctor.result import Limits, Result, judge, seconds_of
+from opsd_jax.doctor.result import OK, Limits, Result, judge, seconds_of
 from opsd_jax.model import attention
 from opsd_jax.run import attention_check
 from opsd_jax.run.attention_check import QUERY_BLOCK, TOLERANCE, Attend, Case
@@ -32,6 +32,12 @@ def checks(
         for kind in kinds:
             limits.check()
             yield compare(one, kind, reference, limits.measurement, attend, query_block)
+
+
+def taken(found: list[Result], kinds: tuple[str, ...]) -> str:
+    """The kernel that model.attention "auto" takes: the last one that is right in all cases."""
+    wrong = {one.name.split("/")[1] for one in found if one.status != OK}
+    return [kind for kind in ("dense", *kinds) if kind not in wrong or kind == "dense"][-1]
 
 
 def compare(

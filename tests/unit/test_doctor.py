@@ -359,6 +359,16 @@ def test_kernels(case):
     assert found["broken"].summary == "NotImplementedError: Mosaic failed to compile"
 
 
+def test_the_kernel_that_auto_takes():
+    def named(kind, case, status=OK):
+        return Result(f"attention/{kind}/{case}", status, "")
+
+    right = [named("dense", "student"), named("flash", "student"), named("flash", "vision tower")]
+    assert kernels.taken(right, ("dense", "flash")) == "flash"
+    assert kernels.taken([*right, named("flash", "teacher", FAILED)], ("dense", "flash")) == "dense"
+    assert kernels.taken(right[:1], ("dense",)) == "dense"
+
+
 def test_errors_of_a_kernel():
     wanted = np.zeros((1, 3, 4), np.float32)
     wanted[0, :2] = 1.0
