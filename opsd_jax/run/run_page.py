@@ -230,6 +230,13 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
                 f"`{config.eval.final_split}`."
             )
         )
+    if len(folders) > 1:
+        parts.append(
+            html.note(
+                "Each arm's loss is that to its own teacher, so a lower one is no better result: a "
+                "teacher that sees little is easy to imitate. Compare accuracies and closures."
+            )
+        )
     # OPSD first: it is what the run is about, and where the arms are.
     for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
         shown = []
