@@ -26,7 +26,7 @@ def test_all_checks_on_a_cpu(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert done.value.code == 0, shown.out
     found = json.loads(out.read_text())
-    assert found["ok"] and shown.out.strip().splitlines()[-1].startswith("all 20 checks")
+    assert found["ok"] and shown.out.strip().splitlines()[-1].startswith("all 22 checks")
     status = {check["name"]: check["status"] for check in found["checks"]}
     assert {name.partition("/")[0] for name in status} == {*NAMES}
     skipped = {"memory/device", "network/all-reduce", "network/workdir"}
@@ -35,6 +35,7 @@ def test_all_checks_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert values["decode"]["tokens"] == 8 and values["update"]["student_positions"] == 96
     assert values["image"]["steps"] == 49 and values["image"]["seconds"] > 0
     assert values["attention/flash_interpret/teacher"]["positions"] == 200
+    assert values["attention/flash_interpret/vision tower"]["errors"]["dv"] < 0.02
     assert found["settings"]["model"]["llm"]["num_layers"] == 2
     assert list((tmp_path / "W").iterdir()) == []
 
