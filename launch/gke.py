@@ -293,7 +293,7 @@ class Job:
         return troubles(json.loads(answer.out)) if answer.code == 0 else {}
 
     def _print_warnings(self, pods: Sequence[str]) -> None:
-        """What the cluster says of Pods that do not start, such as a bucket that is not there."""
+        """What the cluster says of Pods that do not start, such as a missing bucket."""
         lines = '{range .items[*]}{.involvedObject.name} {.reason}: {.message}{"\\n"}{end}'
         for pod in pods:
             which = f"--field-selector=involvedObject.name={pod},type=Warning"

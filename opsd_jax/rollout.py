@@ -563,7 +563,7 @@ def _admissible(queue: Queue, shares: _Shares) -> tuple[Int[Array, "D g"], Int[A
 
 
 def _take(x: Shaped[Array, "Q ..."], at: Int[Array, "D g"]) -> Shaped[Array, "Dg ..."]:
-    """What stands at the places `at` of each shard's part."""
+    """The entries `at` of each shard's part."""
     return _join(jax.vmap(lambda part, at: part[at])(_split(x, at.shape[0]), at))
 
 

@@ -45,12 +45,7 @@ from opsd_jax.run import (
 from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
-from opsd_jax.run.checks import (
-    check,
-    check_privileged,
-    warn_of_absent_images,
-    warn_of_unseen_images,
-)
+from opsd_jax.run.checks import check, check_privileged, warn_of_images
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
@@ -227,9 +222,7 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
                 with run.clock("data"):
                     sizes.check_training(config, run.data_dir, run.packer)
                     check_privileged(config, functools.partial(_examples_of, run, data_workdir))
-                    examples = _examples_of(run, data_workdir, config)
-                    warn_of_unseen_images(config, examples)
-                    warn_of_absent_images(config, examples)
+                    warn_of_images(config, _examples_of(run, data_workdir, config))
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing

@@ -8,12 +8,17 @@ from ml_collections import ConfigDict
 
 from opsd_jax import chat_template, config_check
 from opsd_jax import config as config_lib
+from opsd_jax.blocks import TRANSFORMED
 from opsd_jax.data import existing, procedural, shards, sizes
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples, Preprocessor, has_content
 from opsd_jax.inputs import cli, paths
 from opsd_jax.release import folders
 from opsd_jax.runtime import checkpoint, run_folder
+
+# What asks for a split, for messages.
+SPLIT = "config.eval.split (unused where config.eval.every=0)"
+FINAL_SPLIT = "config.eval.final_split ('' for no evaluation)"
 
 
 def check(config: ConfigDict, workdir: str, data_workdir: str = "") -> None:
@@ -91,9 +96,9 @@ def _check_prepared(config: ConfigDict, data_workdir: str) -> None:
         return Examples.open(config_lib.data(run), data_dir, split, preprocess, asked_by=asked_by)
 
     if config.eval.every:
-        opened(config, config.eval.split, "config.eval.split (unused where config.eval.every=0)")
+        opened(config, config.eval.split, SPLIT)
     if config.eval.final_split:
-        opened(config, config.eval.final_split, "config.eval.final_split ('' for no evaluation)")
+        opened(config, config.eval.final_split, FINAL_SPLIT)
     check_privileged(config, opened, logs=False)
 
 
@@ -143,13 +148,22 @@ def check_privileged(
         )
 
 
-def warn_of_unseen_images(config: ConfigDict, examples: Examples) -> None:
-    """Logs the tasks whose questions have images that neither student nor teacher is shown.
+def warn_of_images(config: ConfigDict, examples: Examples) -> None:
+    """Logs tasks whose problem images nobody is shown, or that lack what a context should show.
 
-    The first example of a task is read.
+    Images may have been under another name in the files. Of a task with images one example is read.
     """
     shown = {*config.student.blocks, *config.teacher.blocks}
-    if any(name.partition("@")[0] == "image" for name in shown):
+    if "image" in shown:
+        if absent := examples.without(("image",)):
+            logging.warning(
+                "no question of %s has an image, though the contexts have the block image: they "
+                "are asked without one. If that is wrong, see what `data prepare` said of keys and "
+                "columns that are not read (ignored_column in its report.json)",
+                ", ".join(absent),
+            )
+        return
+    if any(name.startswith(TRANSFORMED) for name in shown):
         return
     unseen = [
         task
@@ -161,21 +175,6 @@ def warn_of_unseen_images(config: ConfigDict, examples: Examples) -> None:
             "questions of %s have images, and neither config.student.blocks nor "
             "config.teacher.blocks has the block image: nobody sees them",
             ", ".join(unseen),
-        )
-
-
-def warn_of_absent_images(config: ConfigDict, examples: Examples) -> None:
-    """Logs the tasks of which no question has an image, though a context shows the block image.
-
-    It may have been under another name in the files. Examples are read up to the first with one.
-    """
-    shown = {*config.student.blocks, *config.teacher.blocks}
-    if "image" in shown and (absent := examples.without(("image",))):
-        logging.warning(
-            "no question of %s has an image, though the contexts have the block image: they "
-            "are asked without one. If that is wrong, see what `data prepare` said of keys and "
-            "columns that are not read (ignored_column in its report.json)",
-            ", ".join(absent),
         )
 
 

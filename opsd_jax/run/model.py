@@ -218,7 +218,7 @@ def _workdir_of(directory: str) -> str:
     if not os.path.isdir(run_folder.checkpoints(directory)):
         workdir = os.path.normpath(os.path.join(directory, "..", ".."))
     if os.path.isfile(run_folder.config(workdir)):
-        return workdir  # a step that is not there is named with those that are
+        return workdir  # the error of an absent step names those that exist
     if not os.path.isdir(directory):
         raise FileNotFoundError(
             f"--checkpoint={directory}: {paths.absent(directory)}: give a released or imported "

@@ -210,7 +210,7 @@ class Session:
         return Examples.open(data, self.data_dir, split, preprocess, asked_by=asked_by)
 
     @functools.cached_property
-    def computed(self) -> ConfigDict:
+    def program_config(self) -> ConfigDict:
         """The settings as programs have them: `config` with the attention that was chosen."""
         config = self.config.copy_and_resolve_references()
         config.model.attention = self.model.attention
@@ -220,7 +220,7 @@ class Session:
         """Config of the training rollouts, with changes by name."""
         shards = sharding.batch_divisor(self.sampling_mesh)
         return config_lib.rollout(
-            self.computed, self.tokenizer, self.marker, shards=shards, **changes
+            self.program_config, self.tokenizer, self.marker, shards=shards, **changes
         )
 
     def evaluation_sampling(self, **changes) -> RolloutConfig:

@@ -14,6 +14,7 @@ from opsd_jax.run import evaluate as evaluate_lib
 from opsd_jax.run import saves
 from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import start as start_lib
+from opsd_jax.run.checks import FINAL_SPLIT, SPLIT
 from opsd_jax.run.evaluation_request import Job, Request, check
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Kind, Stage
@@ -68,12 +69,12 @@ class Evaluation:
         if c.every:
             teacher = contexts.mode_of_teacher(run.config.teacher.visual_thoughts)
             modes = {*c.visual_thoughts, teacher}
-            self._open(c.split, "config.eval.split (unused where config.eval.every=0)")
+            self._open(c.split, SPLIT)
             contexts.check_fit(self._select(c.split, c.rows), modes)
         if c.final_split:
             kl = {"none", "real"} if self._measures_kl else set()
             modes = {*c.final_visual_thoughts, *kl}
-            self._open(c.final_split, "config.eval.final_split ('' for no evaluation)")
+            self._open(c.final_split, FINAL_SPLIT)
             contexts.check_fit(self._select(c.final_split), modes, traces=bool(kl))
 
     def _open(self, split: str, asked_by: str) -> None:

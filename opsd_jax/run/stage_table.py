@@ -113,7 +113,7 @@ def of_run(run: Session) -> list[Stage]:
         Stage(
             name=name,
             kind=kind_of(run.config, name),
-            config=config_lib.stage_config(run.computed, name, run.tokenizer),
+            config=config_lib.stage_config(run.program_config, name, run.tokenizer),
             batches=config_lib.batches(run.config, name),
             first=first,
             last=last,

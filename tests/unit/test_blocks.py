@@ -684,7 +684,7 @@ def test_images_that_nobody_sees_are_logged(caplog, block, seen):
     config.teacher.blocks = ("system", block, SOLUTION)
     text_alone = example(2, problem_image=None)
     with caplog.at_level("WARNING"):
-        run_checks.warn_of_unseen_images(config, opened([example(0)], [text_alone], []))
+        run_checks.warn_of_images(config, opened([example(0)], [text_alone], []))
     assert ("questions of T0 have images" in caplog.text) != seen and "T1" not in caplog.text
 
 
@@ -730,7 +730,7 @@ def test_tasks_without_the_image_that_contexts_show_are_logged(caplog, blocks, s
     config.student.blocks, config.teacher.blocks = blocks, (*blocks, SOLUTION)
     text_alone = example(2, problem_image=None)
     with caplog.at_level("WARNING"):
-        run_checks.warn_of_absent_images(config, opened([text_alone, example(0)], [text_alone]))
+        run_checks.warn_of_images(config, opened([text_alone, example(0)], [text_alone]))
     assert ("no question of T1 has an image" in caplog.text) == shown and "T0" not in caplog.text
 
 
