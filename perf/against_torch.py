@@ -190,8 +190,8 @@ def check_python(path: str) -> None:
         reason = (done.stderr.splitlines() or [f"ended with {done.returncode}"])[-1]
         sys.exit(
             f"--torch_python={path} cannot import torch ({reason}): install it there, {INSTALL}; "
-            "opsd_jax does not need it, so give it a virtual environment of its own, python -m venv "
-            "VENV"
+            "opsd_jax does not need it, so give it a virtual environment of its own, "
+            "python -m venv VENV"
         )
 
 
