@@ -1,6 +1,6 @@
 """OPSD of a text model: the student reads the question, the teacher also a worked solution.
 
-What configs/qwen2_5.py, configs/qwen3.py and configs/smollm2.py share; sizes are theirs.
+What configs/qwen2_5.py, qwen3.py, llama.py and smollm2.py share; sizes are theirs.
 """
 
 from opsd_jax import config as config_lib

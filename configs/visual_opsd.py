@@ -47,8 +47,8 @@ RUNS = (
 
 # Slice: (mesh.fsdp, mesh.tensor), all of its chips. A batch of 16 cannot be divided over more than
 # 16 of them, and v6e takes longer without mesh.tensor (docs/performance/plan.md). The sampler has a
-# mesh of its own, `rollout.tensor`. Everything else about memory is as in config.default:
-# recomputed layers, dense attention for 512 queries at a time.
+# mesh of its own, `rollout.tensor`. `presets.use_mesh` has what else a slice sets; the rest is as
+# in config.default: recomputed layers, queries of dense attention 512 at a time.
 # perf/presets.py compiles all of them.
 SLICES = {
     "v5p-8": (4, 1),

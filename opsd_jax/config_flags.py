@@ -33,7 +33,9 @@ class _ConfigFile(flags.ArgumentParser):
     def parse(self, path):
         if path.endswith(".json"):
             return _from_json(path).lock()
-        file, _, argument = path.partition(":")
+        file, colon, argument = path.partition(":")
+        if colon and not argument:
+            sys.exit(f"error: --config={path} ends with a colon: name a preset after it, or none")
         spec = importlib.util.spec_from_file_location("config_file", file)
         try:
             if not os.path.isfile(file) or spec is None:
@@ -257,7 +259,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
     for argument, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = argument.partition("=")
         if name.lstrip("-") == "config":
-            _check_path("--config", value if equals else following)
+            path = value if equals else following
+            _check_path("--config", path.removesuffix(":"))  # "FILE:" is no address
     try:
         rest = values(argv)
     except flags.IllegalFlagValueError as error:

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--workdir", required=True, help="of a run, or of one of its arms: W/arms/NAME"
+        "--workdir",
+        required=True,
+        help="of a run, whose newest checkpoint is evaluated, or of one of its arms: W/arms/NAME",
     )
     parser.add_argument(
         "--checkpoint",

@@ -25,27 +25,40 @@ def size_and_slice(file: str, arg: str, sizes: Iterable[str]) -> tuple[str, str]
 
     Raises ValueError, which names the file, for any other.
     """
-    size, _, on = arg.partition(",")
+    size, comma, on = arg.partition(",")
     known = list(sizes)
-    if size not in known or on not in ("", *SLICES):
-        raise ValueError(
-            f"{file}:{arg}: choose from {', '.join(known)}, and after a comma, if at all, a slice "
-            f"from {', '.join(SLICES)}"
-            + (checks.did_you_mean(size, known) if size not in known else "")
-            + (checks.did_you_mean(on, SLICES) if on not in ("", *SLICES) else "")
-        )
-    return size, on
+    if size in known and (on in SLICES or not comma):
+        return size, on
+    meant = [checks.closest(size, known), *([checks.closest(on, SLICES)] if comma else [])]
+    hint = f"; did you mean {','.join(meant)!r}?" if all(meant) else ""
+    raise ValueError(
+        f"{file}:{arg}: choose from {', '.join(known)}, and after a comma, if at all, a slice "
+        f"from {', '.join(SLICES)}{hint}"
+    )
 
 
 def use_slice(c: ConfigDict, name: str) -> None:
-    """Settings for a slice of `SLICES`. Few kv heads are not divided over chips."""
+    """Settings for a slice of `SLICES`.
+
+    kv heads that four chips cannot share are not divided, so that the batch is divided further.
+    Raises ValueError for a batch that is too small for it.
+    """
     chips, tensor = SLICES[name]
-    tensor = 1 if c.model.llm.num_kv_heads % tensor else tensor
+    if c.model.llm.num_kv_heads % tensor:
+        tensor = 1
+    least = min(c[stage].batch_size for stage in ("opsd", "sft", "offline"))
+    if least % (chips // tensor):
+        raise ValueError(
+            f"a batch of {least} sequences cannot be divided over the {chips} chips of {name} for "
+            f"{c.model.llm.num_kv_heads} kv heads: choose a smaller slice"
+        )
     use_mesh(c, chips // tensor, tensor)
 
 
 def use_mesh(c: ConfigDict, fsdp: int, tensor: int) -> None:
-    """Settings for all chips of a slice of TPUs: its mesh, and one sequence per device at a time.
+    """Settings for all chips of a slice of TPUs: its mesh, keys in blocks, the choice of a kernel.
+
+    In OPSD, SFT and offline, one sequence at a time for each of the fsdp shards of a batch.
 
     No size of the mesh is -1: on a slice of another size the run ends with an error before it
     compiles.

@@ -86,10 +86,12 @@ class Source:
             reason = re.split(r"Should be|See format|\n", str(error))[0].strip(" .")
             if "0 length" in reason or "__len__" in reason:  # TFDS and Python about an empty slice
                 reason = "it holds no example"
+            name, held = max(builder.info.splits.items(), key=lambda item: item[1].num_examples)
+            part = f"{name}[:{min(64, max(held.num_examples // 2, 1))}]"
             raise ValueError(
                 f"{asked} {split!r} of {directory}: {reason}. The folder has the splits "
                 f"{', '.join(builder.info.splits)}: give one of them, or a part of one, such as "
-                "'train[:64]'"
+                f"{part!r}"
             ) from error
 
     def __len__(self) -> int:

@@ -81,17 +81,19 @@ def report(config: ConfigDict, workdir: str = "", count: int = 1) -> str:
     used = _used_kinds(config)
     refused = [row for row in rows if used.intersection(packer.too_small(row.needs))]
     options = _options(rows, count)
+    # A split that is read twice counts once.
+    count_all, count_refused = (len({row.name for row in some}) for some in (rows, refused))
     longest = max(row.answer for row in rows)
     if longest > config.rollout.max_new_tokens:
         options["rollout.max_new_tokens"] = longest
     lines = [*_table(rows), ""]
     if refused:
         lines.append(
-            f"The present settings refuse {len(refused)} of {len(rows)} examples "
-            f"({100 * len(refused) / len(rows):.1f} %). These fit all:"
+            f"The present settings refuse {count_refused} of {count_all} examples "
+            f"({100 * count_refused / count_all:.1f} %). These fit all:"
         )
     else:
-        lines.append(f"The present settings fit all {len(rows)} examples. The smallest that do:")
+        lines.append(f"The present settings fit all {count_all} examples. The smallest that do:")
     lines += ["", " ".join(f'--config.{key}="{value}"' for key, value in options.items())]
     return "\n".join(lines + _contradiction(config, options))
 

@@ -186,13 +186,15 @@ def _checks(config: ConfigDict, scale: sizes.Scale, workdir: str, began: float) 
 
     def attention():
         cases = attention_check.cases_of(config, scale.tokens)
-        kinds = ("dense", *attention_check.OF_PLATFORM.get(devices[0].platform, ()))
-        found = []
+        platform, found = devices[0].platform, []
+        kernel = attention_check.OF_PLATFORM.get(platform, "dense")
+        kinds = tuple(dict.fromkeys(("dense", kernel)))
         for one in kernels.checks(cases, kinds, config.model.query_block, limits):
             found.append(one)
             yield one
         if config.model.attention == "auto":  # what follows measures what a run would take
-            config.model.attention = kernels.taken(found, kinds)
+            taken = kernels.taken(found, attention_check.candidate(config, platform))
+            config.model.attention = taken
 
     def between_processes():
         yield from network.all_reduce(jax.devices(), scale.sent)

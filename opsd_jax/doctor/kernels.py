@@ -34,10 +34,13 @@ def checks(
             yield compare(one, kind, reference, limits.measurement, attend, query_block)
 
 
-def taken(found: list[Result], kinds: tuple[str, ...]) -> str:
-    """The kernel that model.attention "auto" takes: the last one that is right in all cases."""
-    wrong = {one.name.split("/")[1] for one in found if one.status != OK}
-    return [kind for kind in ("dense", *kinds) if kind not in wrong or kind == "dense"][-1]
+def taken(found: list[Result], kernel: str) -> str:
+    """What model.attention "auto" takes: a kernel that was compared and right in all cases.
+
+    kernel: see `attention_check.candidate`.
+    """
+    of_kernel = [one for one in found if one.name.split("/")[1] == kernel]
+    return kernel if of_kernel and all(one.status == OK for one in of_kernel) else "dense"
 
 
 def compare(
@@ -60,8 +63,7 @@ def compare(
     except (
         Exception
     ) as error:  # a kernel that does not compile: the other kernels are still checked
-        said = (str(error).strip() or "without a message").splitlines()[0]
-        return judge(name, False, "", f"{type(error).__name__}: {said}", {})
+        return judge(name, False, "", attention_check.said_by(error), {})
     forward, both = attention_check.programs(kind, query_block, attend)
     mask = attention_check.laid_out(one, kind)
     seconds = {

@@ -28,6 +28,7 @@ from opsd_jax.run.scores import (
     label,
     last_summary,
     percent,
+    split_of,
     words_of,
 )
 from opsd_jax.runtime import run_folder
@@ -55,6 +56,11 @@ def cautions(
     lines: list[str] = []
     if not config_lib.block_names(config).privileged:
         lines.append(f"Nothing is privileged: {config_check.NOT_PRIVILEGED}.")
+    if split_of(config) == "train":
+        lines.append(
+            f"The final evaluation is of the split `{config.eval.final_split}`, on which the run "
+            "trained: these accuracies say little about other questions."
+        )
     few = [task for task, b in trained.items() if min(config.opsd.steps, b["n"]) < FEW]
     if len(few) == len(trained):
         lines.append(_too_short(config, sorted({b["n"] for b in trained.values()})))
@@ -78,7 +84,7 @@ def _too_short(config: ConfigDict, counts: Sequence[int]) -> str:
     examples = " and ".join(map(str, counts))
     return (
         "These numbers mean little: a run this short shows that everything works "
-        f"({config.opsd.steps} OPSD steps, {examples} test examples)."
+        f"({config.opsd.steps} OPSD steps, {examples} {split_of(config)} examples)."
     )
 
 

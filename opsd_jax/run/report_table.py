@@ -21,6 +21,7 @@ from opsd_jax.run.scores import (
     label,
     last_summary,
     percent,
+    split_of,
     words_of,
 )
 from opsd_jax.runtime import files, run_folder
@@ -130,7 +131,7 @@ def statements(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigD
 def _gain(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> str:
     """What the student gained on a task."""
     trained, words = shown[TRAINED][task], words_of(config)
-    parts = [f"**{task}**, {trained['n']} test examples, seed {config.seed}."]
+    parts = [f"**{task}**, {trained['n']} {split_of(config)} examples, seed {config.seed}."]
     if with_thoughts := shown.get(TEACHER, {}).get(task):
         share = percent(with_thoughts)
         parts.append(f"The teacher answers {share} {words.given}.")

@@ -98,7 +98,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
         parts += _divergence(workdir, first, last)
         if selection:
-            parts += _samples(workdir, last, selection)
+            parts += _samples(workdir, last, selection, scores_lib.split_of(config))
     parts += [*_seconds(folders), *_pages(workdir)]
     name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
     files.write(path, html.page(f"Run {name}", *parts))
@@ -294,7 +294,7 @@ def _divergence(workdir: str, start: int, last: int) -> list[str]:
     ]
 
 
-def _samples(workdir: str, last: int, selection: Selection) -> list[str]:
+def _samples(workdir: str, last: int, selection: Selection, split: str) -> list[str]:
     """Answers of the trained student with their images, wrong ones first."""
     folder = run_folder.evaluation(workdir, run_folder.evaluation_name(last, "none"))
     predictions = results.read_predictions(folder)
@@ -308,7 +308,7 @@ def _samples(workdir: str, last: int, selection: Selection) -> list[str]:
     return [
         html.heading(f"Answers of the trained student, {words.alone}"),
         html.note(
-            f"{len(items)} of {len(predictions)} test examples: {shown} of the {wrong} wrong "
+            f"{len(items)} of {len(predictions)} {split} examples: {shown} of the {wrong} wrong "
             f"answers, then {len(items) - shown} right ones. {_shown(names, images)} An answer "
             "that differs from the expected one can be right where several are, as for paths in a "
             "maze."

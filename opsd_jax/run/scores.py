@@ -34,6 +34,11 @@ def arm_key(name: str) -> str:
     return f"arm {name}"
 
 
+def split_of(config: ConfigDict) -> str:
+    """The split of the final evaluation without a slice: "train" of "train[:64]"."""
+    return config.eval.final_split.partition("[")[0]
+
+
 def words_of(config: ConfigDict) -> Words:
     """What the tables and pages of a run call what its teacher sees and its student lacks."""
     return wording.of_blocks(config_lib.block_names(config))

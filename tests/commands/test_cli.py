@@ -420,6 +420,12 @@ def test_a_misspelt_config_file_is_named_with_the_one_that_is_meant(given, said,
     )
 
 
+def test_a_config_file_with_a_colon_and_no_preset(monkeypatch):
+    monkeypatch.chdir(small_run.ROOT)
+    with pytest.raises(SystemExit, match="configs/qwen3.py: ends with a colon: name a preset"):
+        config_flags.read(["--config=configs/qwen3.py:"])
+
+
 def test_a_misspelt_choice_of_an_absl_flag(monkeypatch):
     values = flags.FlagValues()
     flags.DEFINE_enum("only", "", ["", "sample", "update"], "", flag_values=values)

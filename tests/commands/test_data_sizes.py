@@ -137,6 +137,11 @@ def test_refusals_are_counted(options, capsys):
                   "--config.data.buckets.teacher=((99, 50),)",
                   "--config.data.buckets.trace=((99, 50, 50),)")  # fmt: skip
     assert "The present settings refuse 40 of 80 examples (50.0 %). These fit all:" in out
+    again = printed(capsys, *options, "--config.eval.final_split=train",
+                    "--config.data.buckets.student=((60, 24),)",
+                    "--config.data.buckets.teacher=((99, 50),)",
+                    "--config.data.buckets.trace=((99, 50, 50),)")  # fmt: skip
+    assert int(again.partition(" examples (50.0 %)")[0].split()[-1]) < 80  # each counts once
 
 
 def test_several_buckets(options, capsys):

@@ -270,6 +270,17 @@ def test_few_different_answers_are_named():
     assert found(["yes", "no"], right=2) == []
 
 
+def test_examples_that_the_run_trained_on_are_not_called_test_examples():
+    """The split is named, and such an accuracy needs a caution."""
+    given = table(teacher=scores(0.9, 0.85), trained=scores(0.8))
+    assert "500 test examples" in "\n".join(report_table.verdict(*given))
+    given[2].eval.final_split = "train[:64]"
+    text = "\n".join(report_table.verdict(*given))
+    assert "500 train examples" in text and "test examples" not in text
+    (line,) = cautions_lib.cautions(*given)
+    assert "is of the split `train[:64]`, on which the run trained" in line
+
+
 def test_cautions_of_several_tasks_name_theirs_and_those_of_the_run_come_once():
     teacher = scores(0.9, 0.85) | {OTHER: scores(0.35, 0.29)[TASK]}
     trained = scores(0.8) | {OTHER: scores(0.3)[TASK]}

@@ -89,10 +89,15 @@ def test_slices(name, size, slice_name):
     assert config.model.llm.num_kv_heads % config.mesh.tensor == 0
 
 
+def test_a_slice_for_which_the_batch_is_too_small():
+    with pytest.raises(ValueError, match="8 sequences cannot be divided over the 16 chips of v6e"):
+        module("smollm2")["get_config"]("arithmetic,v6e-16")
+
+
 @pytest.mark.parametrize(
     ("name", "arg"),
     [("qwen3", "7B"), ("qwen3", "8B,v5p-64"), ("qwen2_5", ""), ("smollm2", "8B"), ("llama", "2B")]
-    + [("qwen3_vl", "3B"), ("qwen2_5_vl", "7B,v4-8")],
+    + [("qwen3", "8B,"), ("qwen3", ",v5p-8"), ("qwen3_vl", "3B"), ("qwen2_5_vl", "7B,v4-8")],
 )
 def test_other_words_are_refused(name, arg):
     with pytest.raises(ValueError, match=f"configs/{name}.py:{arg}: choose"):
