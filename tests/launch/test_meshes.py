@@ -92,6 +92,7 @@ def run(mesh, accumulation: int, part=slice(None)) -> dict:
         {},
     )
     assert batch.student.tokens.sharding.spec == P(("data", "fsdp"))
+    jax.clear_caches()  # an earlier mesh of this process may have had the same programs
     for layout in ("rollout", "train")[:accumulation]:
         programs = rollout.sample._cache_size()
         for _ in range(2):
