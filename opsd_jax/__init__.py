@@ -1,9 +1,13 @@
 """Visual-OPSD in JAX: on-policy self-distillation of unified multimodal models, built for TPUs.
 
-    run = opsd_jax.open_run("W")                    settings, examples and metrics of a run
-    model = opsd_jax.load("W")                      a model that answers questions
+    run = opsd_jax.open_run(W)                      settings, examples and results of a run
+    model = opsd_jax.load(W)                        a model that answers questions
     answer = opsd_jax.answer(model, image, "...")   its text, and images if it generates some
-    opsd_jax.score(example, answer.text)            (answer found in the text, whether it is right)
+    opsd_jax.score(example, answer.text)            the answer in a text, and whether it is right
+
+    config = opsd_jax.read_config(FILE, {...})      settings of a file, with changes
+    run = opsd_jax.train_run(config, W)             trains a run and its control arms
+    opsd_jax.evaluate_run(W, "real")                evaluates its newest checkpoint
 
 These names are imported when they are first used: `import opsd_jax` alone loads no library.
 """
@@ -17,7 +21,10 @@ _PUBLIC = {  # {name here: (module, name there)}
     "open_run": ("opsd_jax.run.session", "open_run"),
     "load": ("opsd_jax.run.model", "load"),
     "answer": ("opsd_jax.run.answering", "answer"),
-    "score": ("opsd_jax.evaluation.benchmark", "is_hit"),
+    "score": ("opsd_jax.evaluation.benchmark", "score"),
+    "read_config": ("opsd_jax.config_file", "read"),
+    "train_run": ("opsd_jax.train", "train_run"),
+    "evaluate_run": ("opsd_jax.run.evaluate", "evaluate_run"),
 }
 
 

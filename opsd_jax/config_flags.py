@@ -3,109 +3,32 @@
 import argparse
 import ast
 import contextlib
-import glob
-import importlib.util
 import logging
 import os
 import re
 import shlex
 import sys
-import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from opsd_jax import config as config_lib
-from opsd_jax import config_check
-from opsd_jax.inputs import checks, cli, json_files, paths
+from opsd_jax import config_check, config_file
+from opsd_jax.inputs import checks, cli
 from opsd_jax.runtime import growing_file
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Reads FILE.py, FILE.py:ARGUMENT, or FILE.json: settings as in a run's W/config.json.
-
-    An error in the file ends the command with one line that names the file and the line.
-    """
+    """Reads a file of settings; an error in it ends the command with one line."""
 
     def parse(self, path):
-        if path.endswith(".json"):
-            return _from_json(path).lock()
-        file, colon, argument = path.partition(":")
-        if colon and not argument:
-            sys.exit(f"error: --config={path} ends with a colon: name a preset after it, or none")
-        spec = importlib.util.spec_from_file_location("config_file", file)
         try:
-            if not os.path.isfile(file) or spec is None:
-                raise ValueError(
-                    "there is no such Python file: give one with get_config(), such as "
-                    f"configs/mini.py{_similar_file(file)}"
-                )
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            if not hasattr(module, "get_config"):
-                raise ValueError(
-                    "it has no function get_config(), which returns the settings; see "
-                    "configs/mini.py"
-                )
-            config = module.get_config(*[argument] if argument else [])
-            if not isinstance(config, ConfigDict):
-                raise ValueError(
-                    f"get_config() returned {config!r:.40}: return the ConfigDict of "
-                    "opsd_jax.config.default(), with changed values"
-                )
-        except Exception as error:  # whatever the file does
-            origin, said = spec and spec.origin, str(error).partition("\n")[0]
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if frame.filename == origin
-            ]
-            if isinstance(error, SyntaxError) and error.filename == origin:
-                lines = [error.lineno]
-            if not isinstance(error, (ValueError, OSError)):
-                said = f"{type(error).__name__}: {said}"
-            where = f"{file}, line {lines[-1]}: " if lines else f"{file}: "
-            sys.exit(f"error: {said}" if said.startswith(path) else f"error: {where}{said}")
-        return config.lock()
-
-
-def _similar_file(path: str) -> str:
-    """ "; did you mean 'configs/mini.py'?", of the files beside `path` and in configs/; or ""."""
-    folders = dict.fromkeys((os.path.dirname(path), "configs"))
-    there = [file for folder in folders for file in glob.glob(os.path.join(folder, "*.py"))]
-    names = {os.path.basename(file): file for file in reversed(there)}
-    close = names.get(checks.closest(os.path.basename(path), names))
-    return f"; did you mean {close!r}?" if close else ""
-
-
-def _from_json(path: str) -> ConfigDict:
-    """The settings in a JSON file; what is wrong with it ends the command with one line."""
-    try:
-        record = json_files.read(
-            path, "give a run's config.json, or a Python file", fix="repair it"
-        )
-        if unknown := _unknown_key(record, config_lib.default()):
-            raise ValueError(f"{path}: {config_check.unknown(unknown)}")
-        try:
-            return config_lib.from_json(record)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{path} holds a setting of another type: {error}") from error
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _unknown_key(record: Mapping, known: ConfigDict, prefix: str = "") -> str:
-    """The first key of a record that is no setting; "" if there is none."""
-    for name, value in record.items():
-        if name not in known:
-            return prefix + name
-        if isinstance(value, Mapping) and isinstance(known[name], ConfigDict) and name != "arms":
-            if found := _unknown_key(value, known[name], f"{prefix}{name}."):
-                return found
-    return ""
+            return config_file.read(path)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
 
 class _Tuple(flags.ArgumentParser):
@@ -256,11 +179,6 @@ _FIXES = {
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
-    for argument, following in zip(argv, [*argv[1:], ""]):
-        name, equals, value = argument.partition("=")
-        if name.lstrip("-") == "config":
-            path = value if equals else following
-            _check_path("--config", path.removesuffix(":"))  # "FILE:" is no address
     try:
         rest = values(argv)
     except flags.IllegalFlagValueError as error:
@@ -303,11 +221,3 @@ def _options() -> list[str]:
     """The options of the command and the settings, which are what a user may have meant."""
     own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
     return ["--config", *(f"--{flag.name}" for flag in own), *options()]
-
-
-def _check_path(flag: str, path: str) -> None:
-    """Ends the command where a path cannot be used (`paths.check_given`)."""
-    try:
-        paths.check_given(flag, path)
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -252,18 +252,25 @@ def update_step(
         grads = jax.tree.map(lambda x: x / total, grads)
         sums |= {name: sums[name] / total for name in ("loss", "jsd", "ce")}
     state, step_metrics = optimizer.apply_gradients(state, grads, config)
-    counted = completion.mask.astype(jnp.float32)
-    signal_sums, jsd_sums = sums.pop("signal_sums"), sums.pop("jsd_sums")
+    mask = completion.mask.astype(jnp.float32)
+    signals, jsd_sums = sums.pop("signal_sums"), sums.pop("jsd_sums")
     return state, {
         **sums,
         **step_metrics,
-        **{name: x / jnp.maximum(jnp.sum(counted), 1) for name, x in signal_sums.items()},
+        **{name: x / jnp.maximum(jnp.sum(mask), 1) for name, x in signals.items()},
+        **_of_samples(trajectory, completion),
+        "cut_rate": _mean(is_cut(scored, batch.teacher.length, config)),
+        "jsd_by_position": jsd_sums / jnp.maximum(jnp.sum(mask, axis=0), 1),
+    }
+
+
+def _of_samples(trajectory: Trajectory, completion: Completion) -> dict[str, Float32[Array, ""]]:
+    """Means over the student's samples. completion: the positions that are scored of them."""
+    return {
         "completion_len": _mean(jnp.sum(trajectory.mask, axis=1)),
         "scored_len": _mean(jnp.sum(completion.mask, axis=1)),
-        "cut_rate": _mean(is_cut(scored, batch.teacher.length, config)),
         "eos_rate": _mean(trajectory.stop == rollout.STOP_EOS),
         "image_skip_rate": _mean(trajectory.num_skips > 0),
-        "jsd_by_position": jsd_sums / jnp.maximum(jnp.sum(counted, axis=0), 1),
     }
 
 

@@ -26,7 +26,9 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--target", required=True, help="the TFDS data_dir to write")
     parser.add_argument(
-        "--checkpoint", default="", help="a step folder (default: the newest of the run)"
+        "--checkpoint",
+        default="",
+        help="a step folder, or a released or imported model (default: the newest of the run)",
     )
     parser.add_argument(
         "--splits",

@@ -29,7 +29,7 @@ from opsd_jax.data import sizes
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.batches import Batches
 from opsd_jax.data.examples import Examples
-from opsd_jax.inputs import cli, json_files
+from opsd_jax.inputs import checks, cli, json_files
 from opsd_jax.run import (
     controls,
     report_table,
@@ -45,7 +45,8 @@ from opsd_jax.run import (
 from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run import state as state_lib
-from opsd_jax.run.checks import check, check_privileged, warn_of_images
+from opsd_jax.run.checks import check, check_privileged, images_caution
+from opsd_jax.run.scores import Scores
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Stage
 from opsd_jax.run.stage_evaluation import Evaluation
@@ -90,14 +91,9 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     allocator.share_one_arena()  # before JAX starts its threads
     of_arm = controls.settings_of(config, workdir, arm) if arm else ()
     check(config, workdir)
-    several = distributed.initialize()
-    if jax.default_backend() == "cpu":
+    several, on_cpu = distributed.initialize(), jax.default_backend() == "cpu"
+    if on_cpu:
         allocator.keep_freed_memory()
-    if several and config.run_arms and not arm:
-        raise ValueError(
-            "several processes cannot start arms: add --config.run_arms='()', and run each arm by "
-            "a command of its own, with --arm=NAME, when this run is done"
-        )
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms and continued runs compile the same
         jax.config.update("jax_compilation_cache_dir", run_folder.compiled_programs(workdir))
     if of_arm:
@@ -108,31 +104,86 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         # With several, JAX handles SIGTERM, and a handler set here would replace its own.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
-    steps = {
-        name: max(config_lib.stage_ends(config_lib.arm(config, name)).values())
-        for name in config.run_arms
-    }
-    with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
-        _train(config, workdir, workdir, arms.start)
-        arms.finish()
+    if on_cpu and not several:
+        steps = {
+            name: max(config_lib.stage_ends(config_lib.arm(config, name)).values())
+            for name in config.run_arms
+        }
+        with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
+            _train(config, workdir, workdir, arms.start)
+            arms.finish()
+    else:
+        _train_in_turn(config, workdir)
     _print_times(workdir)
     if jax.process_index() == 0:
-        _report(config, workdir)
+        command = shlex.join(["python", "-m", "opsd_jax.train", *sys.argv[1:]])
+        scores, page = _write_report(config, workdir, command)
+        if scores:
+            print(report_table.in_terminal(scores, config.run_arms, config, workdir))
+            for line in report_table.other_arms(workdir, config.run_arms):
+                print(line)
+        print(f"the page of the run: {page}")
 
 
-def _report(config: ConfigDict, workdir: str) -> None:
-    """Writes table and page of a finished run; prints the table, what it says, and the path."""
+def _train_in_turn(config: ConfigDict, workdir: str) -> None:
+    """Trains a run and then its control arms in this process, which holds the devices.
+
+    An accelerator belongs to one process, so that arms cannot be processes of their own there.
+
+    Raises:
+      controls.ArmsFailedError: arms that learn nothing, or break; the others are done.
+    """
+    train(config, workdir)
+    failed = []
+    for name in config.run_arms:
+        logging.info("arm %s: starts", name)
+        try:
+            train(*controls.settings_of(config, workdir, name), data_workdir=workdir)
+        except UnhealthyRunError as error:  # the same on all processes
+            failed.append(f"{name} ({error})")
+    if failed:
+        raise controls.ArmsFailedError(f"control arms failed: {'; '.join(failed)}")
+
+
+def train_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Session:
+    """Trains a run and its control arms, writes its table and page, and opens it.
+
+    A run that the folder holds is continued. Arms follow one after another, in this process.
+
+    Args:
+      config: the settings, see `opsd_jax.read_config`.
+      workdir: folder of the run.
+    Returns:
+      The run, as `opsd_jax.open_run` opens it.
+    Raises:
+      controls.ArmsFailedError: the run is done, but arms learn nothing, or break.
+      Further errors are those of `train`.
+    """
+    checks.instance("config", config, ConfigDict, "read it first, opsd_jax.read_config(FILE)")
+    checks.path("workdir", workdir)
+    workdir = os.fspath(workdir)
+    _train_in_turn(config, workdir)
+    if jax.process_index() == 0:
+        _write_report(config, workdir)
+    return session_lib.open_run(workdir)
+
+
+def _write_report(
+    config: ConfigDict, workdir: str, command: str = ""
+) -> tuple[dict[str, Scores], str]:
+    """Writes table and page of a finished run.
+
+    command: the command of the run, for the page; "" where there was none.
+
+    Returns (the scores in the table, {} of a run without one; the path of the page).
+    """
     scores = {}
     if "opsd" in config.stages and config.eval.final_split:
         scores = scores_lib.collect(workdir, config.run_arms)
         report_table.write(workdir, scores, config.run_arms)
-        print(report_table.in_terminal(scores, config.run_arms, config, workdir))
-        for line in report_table.other_arms(workdir, config.run_arms):
-            print(line)
-    command = shlex.join(["python", "-m", "opsd_jax.train", *sys.argv[1:]])
     page = run_page.write(workdir, scores, config.run_arms, command)
-    print(f"the page of the run: {page}")
     run_page.caution_pages(workdir)
+    return scores, page
 
 
 def _print_times(workdir: str) -> None:
@@ -222,7 +273,8 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
                 with run.clock("data"):
                     sizes.check_training(config, run.data_dir, run.packer)
                     check_privileged(config, functools.partial(_examples_of, run, data_workdir))
-                    warn_of_images(config, _examples_of(run, data_workdir, config))
+                    if caution := images_caution(config, _examples_of(run, data_workdir, config)):
+                        logging.warning("%s", caution)
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
                     on_start = on_warm if stage.kind.starts_arms else _do_nothing
@@ -297,21 +349,11 @@ def train_stage(
     # Data first: what is wrong with them shows before anything is saved.
     batches, stream = _data_of(run, stage, begin, params, stop)
     evaluation = Evaluation(run, stage, stop)
-    if begin > stage.first:
-        state = state_lib.restored(run, stage, checkpoints, begin)
-    else:
-        state = state_lib.fresh(run, stage, params)
-        if done is None and saves.saves_start(config, kind):
-            with clock("checkpoint"):
-                state_lib.save(run, stage, checkpoints, begin, state, weights_only=True)
-                checkpoints.wait()
-    health = config_lib.health(config, stage.name)
-    if begin > stage.first:
-        records = metrics_lib.read(run_folder.metrics(run.workdir))
-        history = [record for record in records if record["stage"] == stage.name]
-        health.replay(history)
-        if evaluation.is_due(begin) and evaluation.is_missing(begin, history):
-            evaluation.during(begin, state, health)  # the run was stopped while it evaluated
+    state = _state_of(run, stage, begin, params, checkpoints, is_new=done is None)
+    health, history = config_lib.health(config, stage.name), _history(run, stage, begin)
+    health.replay(history)
+    if begin > stage.first and evaluation.is_due(begin) and evaluation.is_missing(begin, history):
+        evaluation.during(begin, state, health)  # the run was stopped while it evaluated
 
     guard = CompileGuard()
     update = sharding.update_program(kind.step, state, stage.config)
@@ -367,6 +409,33 @@ def train_stage(
             evaluation.final(params)
     stop.promise = "stopping before the next step"
     return params
+
+
+def _state_of(
+    run: Session, stage: Stage, begin: int, params, checkpoints: Checkpoints, *, is_new: bool
+) -> dict:
+    """The state in which a stage takes its next step: that of a checkpoint, or a fresh one.
+
+    The weights that a new run starts from are saved, where something needs them later.
+
+    params: the weights that the stage starts from; None where it is continued.
+    """
+    if begin > stage.first:
+        return state_lib.restored(run, stage, checkpoints, begin)
+    state = state_lib.fresh(run, stage, params)
+    if is_new and saves.saves_start(run.config, stage.kind):
+        with run.clock("checkpoint"):
+            state_lib.save(run, stage, checkpoints, begin, state, weights_only=True)
+            checkpoints.wait()
+    return state
+
+
+def _history(run: Session, stage: Stage, begin: int) -> list[dict]:
+    """What the run logged of the stage up to a step; [] where the stage starts there."""
+    if begin == stage.first:
+        return []
+    records = metrics_lib.read(run_folder.metrics(run.workdir))
+    return [record for record in records if record["stage"] == stage.name]
 
 
 def _data_of(

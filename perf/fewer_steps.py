@@ -55,7 +55,7 @@ def generate(reasoner: interleave.Reasoner, asked: list, examples: list, batch_s
         seconds.append(answers[0].image_seconds / batch_size)
         for example, answer in zip(examples[start : start + batch_size], answers):
             images.append(answer.images[0])
-            right += bool(opsd_jax.score(example, answer.text)[1])
+            right += bool(opsd_jax.score(example, answer.text).right)
     steps = flow.computed_steps(interleave.flow_config(reasoner))
     return Found(images, right, min(seconds), float(np.mean(steps)))
 

@@ -6,6 +6,7 @@ of_table      a public table (`tables`): images and prompts; the rules of the pu
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -82,17 +83,27 @@ class Benchmark:
         )
 
 
-def is_hit(example: Example, text: str) -> tuple[str | None, bool]:
-    """(answer found in the text, whether it is right).
+class Score(NamedTuple):
+    """How a text answers a question.
 
-    By the rule of a procedural task, or word for word.
+    Attributes:
+      answer: what the text gives as its answer; None where it has none.
+      right: whether that is the expected answer, or another one that the task accepts.
+    """
+
+    answer: str | None
+    right: bool
+
+
+def score(example: Example, text: str) -> Score:
+    """Judges the answer in a text, by the rule of a procedural task, or word for word.
 
     Raises TypeError for other arguments, such as an `interleave.Answer` in the place of its text.
     """
     first = "give an example of a run, opsd_jax.open_run(W).examples('test')[0]"
     checks.instance("example", example, Example, first)
     checks.instance("text", text, str, "give the text of an answer, answer.text")
-    return tasks.judge(example.metadata, tags.wrap_answer(example.answer), text)
+    return Score(*tasks.judge(example.metadata, tags.wrap_answer(example.answer), text))
 
 
 def of_examples(examples: Examples, source: int, *, limit: int = 0, seed: int = 0) -> Benchmark:
@@ -117,7 +128,7 @@ def of_examples(examples: Examples, source: int, *, limit: int = 0, seed: int = 
     def judge(texts):
         found = {}
         for key, text in texts.items():
-            answer, hit = is_hit(stored[key], text)
+            answer, hit = score(stored[key], text)
             found[key] = {"pid": stored[key].pid, "answer": answer, "hit": hit}
         return found, None
 

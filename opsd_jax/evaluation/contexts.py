@@ -346,7 +346,7 @@ class ContextPredictor:
                 self.selection.examples.sources[source][n],
             )
             text = self.selection.packer.tokenizer.decode(ids)
-            answer, hit = benchmark_lib.is_hit(example, text)
+            answer, hit = benchmark_lib.score(example, text)
             predictions[n] = {
                 "index": n,
                 "pid": example.pid,

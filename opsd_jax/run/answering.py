@@ -22,7 +22,7 @@ _MODES = ("none", *CONTEXTS)
 
 def answer(
     model: Reasoner,
-    image: Image.Image | Sequence[Image.Image] | Example,
+    about: Image.Image | Sequence[Image.Image] | Example,
     question: str | None = None,
     *,
     visual_thoughts: str = "none",
@@ -38,7 +38,7 @@ def answer(
     does: its text ends where it asks for an image.
 
     Args:
-      image: the image or images of the question, or an example of a run, which has both.
+      about: the image or images of a question, or an example of a run, which has the question, too.
       question: its text; None with an example. Images are where it has `<image>`, and before it
         without any.
       visual_thoughts: "none" asks the student. "real", "noise", "swap", "image" and "remove" ask
@@ -53,37 +53,37 @@ def answer(
         not go together, or blocks that only an example has.
     """
     checks.instance("model", model, Reasoner, "load it first, model = opsd_jax.load(W)")
-    shown = _check_question(image, question)
-    _check_mode(model, image, visual_thoughts, partner, generation)
+    shown = _check_question(about, question)
+    _check_mode(model, about, visual_thoughts, partner, generation)
     key = jax.random.key(seed)
     if model.training and not generation:
-        if isinstance(image, Example):
-            blocks = _blocks(model, model.training, image, (visual_thoughts, partner, seed))
+        if isinstance(about, Example):
+            blocks = _blocks(model, model.training, about, (visual_thoughts, partner, seed))
         else:
             blocks = _plain_blocks(model, model.training, shown, question or "")
         return interleave.complete(model, [blocks], key)[0]
     suffix = model.training.prompts.suffix if model.training else ""
     text = question
-    if isinstance(image, Example):
-        how, text = model.protocol.transparency, image.question
-        shown = [images.open_rgb(data, transparency=how) for data in image.problem_images]
+    if isinstance(about, Example):
+        how, text = model.protocol.transparency, about.question
+        shown = [images.open_rgb(data, transparency=how) for data in about.problem_images]
     *before, last = tags.around_places(text or "")
     return interleave.reason(model, [(shown, (*before, last + suffix))], key, generation)[0]
 
 
 def _check_question(
-    image: Image.Image | Sequence[Image.Image] | Example, question: str | None
+    about: Image.Image | Sequence[Image.Image] | Example, question: str | None
 ) -> list[Image.Image]:
     """Checks a question and its images; the images, [] for an example."""
-    if isinstance(image, Example):
+    if isinstance(about, Example):
         if question is not None:
             raise ValueError("an example has a question of its own: leave question out")
         return []
     checks.instance("question", question, str, "give its text")
     open_it = "open it first, image = PIL.Image.open(FILE)"
-    for one in image if isinstance(image, list | tuple) else [image]:
-        checks.instance("image", one, Image.Image, open_it)
-    given = [image] if isinstance(image, Image.Image) else list(image)
+    for image in about if isinstance(about, list | tuple) else [about]:
+        checks.instance("image", image, Image.Image, open_it)
+    given = [about] if isinstance(about, Image.Image) else list(about)
     if fault := tags.places_fault(str(question), len(given)):
         raise ValueError(f"the question {fault}")
     return given
@@ -91,7 +91,7 @@ def _check_question(
 
 def _check_mode(
     model: Reasoner,
-    image: Image.Image | Sequence[Image.Image] | Example,
+    about: Image.Image | Sequence[Image.Image] | Example,
     mode: str,
     partner: Example | None,
     generation: ImageGeneration | None,
@@ -113,7 +113,7 @@ def _check_mode(
     start = f"visual_thoughts={mode!r}"
     if generation:
         raise ValueError(f"{start} with generation: the teacher is shown images, give one of both")
-    if not isinstance(image, Example):
+    if not isinstance(about, Example):
         raise ValueError(
             f"{start} shows what an example has: give one in the place of image and question, "
             "example = opsd_jax.open_run(W).examples('test')[0]"

@@ -148,34 +148,30 @@ def check_privileged(
         )
 
 
-def warn_of_images(config: ConfigDict, examples: Examples) -> None:
-    """Logs tasks whose problem images nobody is shown, or that lack what a context should show.
+def images_caution(config: ConfigDict, examples: Examples) -> str:
+    """Which tasks' problem images nobody is shown, or lack what a context should show; "" for none.
 
     Images may have been under another name in the files. Of a task with images one example is read.
     """
     shown = {*config.student.blocks, *config.teacher.blocks}
     if "image" in shown:
-        if absent := examples.without(("image",)):
-            logging.warning(
-                "no question of %s has an image, though the contexts have the block image: they "
-                "are asked without one. If that is wrong, see what `data prepare` said of keys and "
-                "columns that are not read (ignored_column in its report.json)",
-                ", ".join(absent),
-            )
-        return
+        absent = examples.without(("image",))
+        return bool(absent) * (
+            f"No question of {', '.join(absent)} has an image, though the contexts have the block "
+            "image: they are asked without one. If that is wrong, see what `data prepare` said of "
+            "keys and columns that are not read (ignored_column in its report.json)."
+        )
     if any(name.startswith(TRANSFORMED) for name in shown):
-        return
+        return ""
     unseen = [
         task
         for task, source in zip(examples.tasks, examples.sources)
         if len(source) and has_content(source[0], ("image",))
     ]
-    if unseen:
-        logging.warning(
-            "questions of %s have images, and neither config.student.blocks nor "
-            "config.teacher.blocks has the block image: nobody sees them",
-            ", ".join(unseen),
-        )
+    return bool(unseen) * (
+        f"Questions of {', '.join(unseen)} have images, and neither config.student.blocks nor "
+        "config.teacher.blocks has the block image: nobody sees them."
+    )
 
 
 def _teacher_of(config: ConfigDict, held: Sequence[str]) -> str:

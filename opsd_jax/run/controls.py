@@ -1,9 +1,10 @@
 """Control arms: ordinary runs that start from the weights with which a run's OPSD stage began.
 
-A control arm is a named set of changes to the run's settings (`config.arms`). Each is a process of
-its own in W/arms/NAME, with the run's own command line plus --arm=NAME, so that it can also be
-run alone. On CPUs an arm runs while the main run does (a model this small leaves a second core
-idle). On accelerators, which belong to one process, arms run one after another after the main run.
+A control arm is a named set of changes to the run's settings (`config.arms`), kept in W/arms/NAME.
+The run's own command line plus --arm=NAME runs it alone. On a CPU each arm is a process with that
+command (`Arms`), which runs while the main run does: a model this small leaves a second core idle.
+An accelerator belongs to one process, and several processes work together: there the run's own
+process trains its arms, one after another, when the run is done.
 """
 
 import collections
@@ -13,7 +14,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-import jax
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
@@ -72,7 +72,9 @@ class ArmsFailedError(RuntimeError):
 
 
 class Arms:
-    """Runs the control arms of a run as processes; a context manager: if the run stops, so do they.
+    """Runs a run's control arms as processes on CPUs; if the run stops, so do they.
+
+    A context manager.
 
     Args:
       steps: {name of an arm: number of its steps}, in the order in which they run.
@@ -102,9 +104,9 @@ class Arms:
         self._join()
 
     def start(self) -> None:
-        """To be called when the run is warmed up: on CPUs a thread per core then runs arms."""
+        """To be called when the run is warmed up: a thread per core then runs arms."""
         cores = _cores()
-        if jax.default_backend() == "cpu" and len(cores) > 1 and not self._workers:
+        if len(cores) > 1 and not self._workers:
             for core in cores[::-1][: len(self._steps)]:
                 self._workers.append(threading.Thread(target=self._work, args=(core,), daemon=True))
                 self._workers[-1].start()

@@ -6,7 +6,8 @@ interleaved   tasks and public tables, by a protocol, with image generation or w
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from opsd_jax.evaluation import (
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
+from opsd_jax.inputs import checks
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import model as model_lib
@@ -45,6 +47,31 @@ from opsd_jax.tokenizer import Tokenizer
 
 Shown = Callable[[Benchmark, Key], list[tuple[str, Image.Image]]]
 """(benchmark, key) -> (caption, image) of what the report shows of an example."""
+
+
+def evaluate_run(
+    workdir: str | os.PathLike[str],
+    visual_thoughts: str | Sequence[str] = "none",
+    **options: Any,
+) -> dict[str, dict]:
+    """Answers the questions of a run's data, as `python -m opsd_jax.eval` does.
+
+    Args:
+      workdir: folder of a run or of one of its arms; the results are written there.
+      visual_thoughts: one or several modes of `--visual_thoughts`, such as ("none", "real").
+      options: further fields of `Request` by name, such as split="validation" or rows=64.
+    Returns:
+      {name of the results: content of summary.json}. The run's `predictions` has the answers.
+    Raises:
+      FileNotFoundError: no run, or no checkpoint. ValueError: a wrong option. TypeError: an option
+      that there is not, or no path.
+    """
+    checks.path("workdir", workdir)
+    for name in options:
+        if name not in (fields := [field.name for field in dataclasses.fields(Request)]):
+            raise TypeError(f"{name}: {checks.choose_from(name, fields[2:])}")
+    modes = (visual_thoughts,) if isinstance(visual_thoughts, str) else tuple(visual_thoughts)
+    return evaluate(Request(os.fspath(workdir), modes, **options))
 
 
 def evaluate(request: Request, before_batch: BeforeBatch = never_stop) -> dict[str, dict]:

@@ -19,6 +19,7 @@ from opsd_jax.data.schema import Example
 from opsd_jax.inputs import cli, json_files, paths
 from opsd_jax.inputs import columns as columns_lib
 from opsd_jax.interleave import Reasoner
+from opsd_jax.release import folders
 from opsd_jax.run import model as model_lib
 from opsd_jax.run import session
 from opsd_jax.run.session import Session
@@ -62,7 +63,9 @@ def redraw(
     Args:
       workdir: folder of the run, or of a control arm.
       target: DIR, the TFDS data_dir to write.
-      checkpoint: a step folder whose model generates the images; "" for the newest.
+      checkpoint: a step folder whose model generates the images, or one of which the newest step is
+        taken, see `checkpoint.step_folder`, or a released or imported model; "" for the run's
+        newest.
       splits: those whose visual thoughts are generated. The others are copied.
       batches: how the model is asked.
       before_batch: called before each batch, such as `StopRequest.check`.
@@ -91,7 +94,9 @@ def redraw(
     record_path = os.path.join(folder, "redraw.json")
 
     def load() -> tuple[Reasoner, dict]:
-        step = checkpoint or checkpoint_lib.newest(workdir)
+        step = checkpoint
+        if not (checkpoint and folders.is_model(checkpoint)):
+            step = checkpoint_lib.step_folder("--checkpoint", checkpoint, workdir)
         model = model_lib.load(
             step, generation=True, batch_size=batches.size, tensor=batches.tensor
         )

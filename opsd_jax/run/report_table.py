@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from opsd_jax.data.workdir import load_config
+from opsd_jax.evaluation import html
 from opsd_jax.inputs import checks
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import screening
@@ -16,6 +17,7 @@ from opsd_jax.run.scores import (
     TRAINED,
     Scores,
     arm_key,
+    best_controls,
     closure_text,
     content_controls,
     label,
@@ -156,16 +158,18 @@ def _controls(
     """The accuracies of the control arms, and the distance to the best one."""
     of = {arm: shown[arm_key(arm)][task] for arm in arms}
     text = f"Control arms: {', '.join(f'{arm} {percent(b)}' for arm, b in of.items())}."
-    others = {arm: of[arm]["overall"] for arm in content_controls(arms, config)}
-    if others:
-        best = max(others.values())
-        names = [arm for arm, accuracy in others.items() if accuracy == best]
+    if names := best_controls(shown, task, content_controls(arms, config)):
+        trained, best = shown[TRAINED][task], of[names[0]]["overall"]
         what = f"the best control{'s' * (len(names) > 1)} ({' and '.join(names)})"
-        lift = round(100 * (shown[TRAINED][task]["overall"] - best), 1)
+        lift = round(100 * (trained["overall"] - best), 1)
         if lift == 0:
-            text += f" OPSD is no better than {what}."
+            text += f" OPSD is no better than {what}"
         else:
-            text += f" OPSD is {abs(lift):.1f} points {'above' if lift > 0 else 'below'} {what}."
+            text += f" OPSD is {abs(lift):.1f} points {'above' if lift > 0 else 'below'} {what}"
+        if limits := trained.get("lead_interval_95"):
+            interval = html.between([100 * limit for limit in limits], 1)
+            text += f" (95 % interval of the difference: {interval})"
+        text += "."
     return text
 
 

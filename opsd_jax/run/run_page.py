@@ -3,12 +3,16 @@
 It is made from the files of the run and of its control arms alone, so it can be made at any time.
 """
 
+import datetime
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+import opsd_jax
 from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax.blocks import BlockNames
@@ -21,6 +25,7 @@ from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table, screening
 from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
+from opsd_jax.run.checks import images_caution
 from opsd_jax.run.report_table import Scores
 from opsd_jax.runtime import clock, files, metrics, run_folder
 
@@ -86,6 +91,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
         ("steps", ", ".join(f"{stage} {config[stage].steps}" for stage in config.stages)),
         ("seed", str(config.seed)),
         *([("command", f"`{command}`")] if command else []),
+        ("made", f"{_now():%Y-%m-%d %H:%M} UTC by {_versions()}"),
     ]
     selection = _selection(workdir, config.eval.final_split) if shown else None
     parts = [html.facts(facts)]
@@ -103,6 +109,16 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
     name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
     files.write(path, html.page(f"Run {name}", *parts))
     return path
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _versions() -> str:
+    """The software that this process uses."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"opsd_jax {opsd_jax.__version__}, jax {jax.__version__}, Python {python}"
 
 
 def caution_pages(workdir: str) -> None:
@@ -137,6 +153,8 @@ def _result(
     config, names = load_config(workdir), selection.packer.names
     words = wording.of_blocks(names)
     several = max(map(len, shown.values())) > 1
+    cautions = cautions_lib.cautions(shown, arms, config, workdir)
+    cautions.append(images_caution(config, selection.examples))
     bars, cells = [], []
     for who, tasks in shown.items():
         for task, b in tasks.items():
@@ -150,7 +168,7 @@ def _result(
     columns += [f"{words.given} %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
-        html.cautions(cautions_lib.cautions(shown, arms, config, workdir)),
+        html.cautions(list(filter(None, cautions))),
         *(html.paragraph(line) for line in report_table.statements(shown, arms, config)),
         charts.intervals(bars),
         html.table(columns, cells, texts=1 + several),
@@ -199,28 +217,16 @@ def _numbers(b: dict) -> list:
     ]
 
 
+Series = dict[str, dict[str, dict[str, Points]]]
+"""{stage: {metric: {name of the line: its points}}}"""
+
+
 def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
     """Loss of each stage; accuracy and length of the samples in the OPSD stage, and of the arms.
 
     Args:
       folders: {"run": W, "arm NAME": W/arms/NAME, ...}.
     """
-    series: dict[str, dict[str, dict[str, Points]]] = {}  # {stage: {key: {name: points}}}
-    starts = {stage: config_lib.start_of(config, stage) for stage in config.stages}
-    for name, folder in folders.items():
-        for row in metrics.read(run_folder.metrics(folder)):
-            step = row["step"] - (starts.get(row["stage"], 0) if name == "run" else 0)
-            for key, value in row.items():
-                # An arm of another stage is compared with OPSD, except for its loss.
-                stage = row["stage"] if name == "run" or key == "loss" else "opsd"
-                if not isinstance(value, int | float):
-                    continue
-                if name == "run" and key.startswith("eval/") and row["step"] == starts.get("opsd"):
-                    for other in folders:  # the arms begin with the same weights
-                        of_opsd = series.setdefault("opsd", {}).setdefault(key, {})
-                        of_opsd[_line(other, "opsd")] = [(0, value)]
-                of_stage = series.setdefault(stage, {}).setdefault(key, {})
-                of_stage.setdefault(_line(name, stage), []).append((step, value))
     parts, words = [html.heading("Curves")], scores_lib.words_of(config)
     if config.eval.every and config.eval.final_split:
         parts.append(
@@ -238,7 +244,9 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
             )
         )
     # OPSD first: it is what the run is about, and where the arms are.
-    for stage, found in sorted(series.items(), key=lambda item: item[0] != "opsd"):
+    for stage, found in sorted(
+        _series(folders, config).items(), key=lambda item: item[0] != "opsd"
+    ):
         shown = []
         for key, title, unit in _charts_of(stage, found, words):
             # A share becomes per cent.
@@ -255,6 +263,29 @@ def _curves(folders: Mapping[str, str], config: ConfigDict) -> list[str]:
         if shown:
             parts.append(html.row(*shown))
     return parts
+
+
+def _series(folders: Mapping[str, str], config: ConfigDict) -> Series:
+    """The numbers in metrics.jsonl of a run and its arms, by step of the stage.
+
+    An arm of another stage is compared with OPSD, except for its loss.
+    """
+    series: Series = {}
+    starts = {stage: config_lib.start_of(config, stage) for stage in config.stages}
+    for name, folder in folders.items():
+        for row in metrics.read(run_folder.metrics(folder)):
+            step = row["step"] - (starts.get(row["stage"], 0) if name == "run" else 0)
+            for key, value in row.items():
+                stage = row["stage"] if name == "run" or key == "loss" else "opsd"
+                if not isinstance(value, int | float):
+                    continue
+                if name == "run" and key.startswith("eval/") and row["step"] == starts.get("opsd"):
+                    for other in folders:  # the arms begin with the same weights
+                        of_opsd = series.setdefault("opsd", {}).setdefault(key, {})
+                        of_opsd[_line(other, "opsd")] = [(0, value)]
+                of_stage = series.setdefault(stage, {}).setdefault(key, {})
+                of_stage.setdefault(_line(name, stage), []).append((step, value))
+    return series
 
 
 def _line(name: str, stage: str) -> str:

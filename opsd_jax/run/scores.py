@@ -2,13 +2,14 @@
 
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import html, results, wording
+from opsd_jax.evaluation import html, results, statistics, wording
 from opsd_jax.evaluation.wording import Words
 from opsd_jax.runtime import run_folder
 
@@ -63,7 +64,8 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     Raises:
       FileNotFoundError: an evaluation is missing. ValueError: its summary is damaged.
     """
-    start = config_lib.start_of(load_config(workdir), "opsd")
+    config = load_config(workdir)
+    start, last = config_lib.start_of(config, "opsd"), max(config_lib.stage_ends(config).values())
     shown = {
         what: _scores(workdir, start, name)
         for what, name in _STARTS.items()
@@ -72,12 +74,39 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     shown[TRAINED] = _trained_scores(workdir)
     for arm in arms:
         shown[arm_key(arm)] = _trained_scores(run_folder.arm(workdir, arm))
-    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    for task, b in shown[TRAINED].items():
+        if best := best_controls(shown, task, content_controls(arms, config)):
+            b["lead_interval_95"] = _lead_interval(workdir, best[0], task)
     shown[BASELINE] = {}
     for task, predictions in _predictions(workdir, last, "none").items():
         answer, share = _most_frequent([p["expected"] for p in predictions])
         shown[BASELINE][task] = {"overall": share, "n": len(predictions), "answer": answer}
     return shown
+
+
+def best_controls(shown: Mapping[str, Scores], task: str, arms: Sequence[str]) -> list[str]:
+    """Those of some arms that have the highest accuracy on a task, [] of no arm."""
+    accuracies = {arm: shown[arm_key(arm)][task]["overall"] for arm in arms}
+    return [arm for arm, accuracy in accuracies.items() if accuracy == max(accuracies.values())]
+
+
+def _lead_interval(workdir: str, arm: str, task: str) -> tuple[float, float] | None:
+    """95 % interval of the accuracy of a trained run minus that of an arm, over the questions.
+
+    Answers to the same question are a pair. None where run and arm answered other questions.
+    """
+    own, theirs = (_hits(folder, task) for folder in (workdir, run_folder.arm(workdir, arm)))
+    if own.keys() != theirs.keys():
+        return None
+    differences = np.array([hit - theirs[question] for question, hit in own.items()])
+    return statistics.paired_interval([differences], shared=True)
+
+
+def _hits(workdir: str, task: str) -> dict[tuple, int]:
+    """{question: 1 for a right answer, 0 for a wrong one} of a task in the last evaluation."""
+    last = max(config_lib.stage_ends(load_config(workdir)).values())
+    predictions = _predictions(workdir, last, "none")[task]
+    return {(p["pid"], p["index"], p["expected"]): int(p["hit"]) for p in predictions}
 
 
 def last_summary(workdir: str) -> str:

@@ -735,7 +735,7 @@ def test_batches_are_filled_with_the_last_row():
     ],
 )
 def test_hits(metadata, gold, text, expected):
-    assert benchmark.is_hit(Example("", gold, metadata), text) == expected
+    assert benchmark.score(Example("", gold, metadata), text) == expected
 
 
 @pytest.mark.slow

@@ -528,6 +528,32 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{number.name}: stopping")
 
 
+def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monkeypatch):
+    """It belongs to that process. An arm that breaks leaves the others alone, and is named."""
+    trained = []
+
+    def train_one(config, workdir, data_workdir=""):
+        trained.append((workdir, data_workdir))
+        if workdir.endswith("image"):
+            raise health.UnhealthyRunError("loss is nan")
+
+    monkeypatch.setattr(train, "check", lambda *_: None)
+    monkeypatch.setattr(train, "train", train_one)
+    monkeypatch.setattr(controls_lib, "settings_of", lambda c, w, name: (c, f"{w}/arms/{name}"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    config = small_run.config(run_arms=("noise", "image", "swap"))
+    try:
+        with pytest.raises(controls_lib.ArmsFailedError) as error:
+            train._run(config, str(tmp_path), "")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert str(error.value) == "control arms failed: image (loss is nan)"
+    run = str(tmp_path)
+    assert trained == [(run, ""), *((f"{run}/arms/{n}", run) for n in ("noise", "image", "swap"))]
+
+
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
     """SIGTERM to the run alone: its arms save and stop too, and the next one is not started."""
     fake_python(

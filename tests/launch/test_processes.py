@@ -229,7 +229,7 @@ def workdirs(tmp_path_factory):
         module(
             "train",
             *small_run.command(found[processes])[3:],
-            "--config.run_arms=()",
+            "--config.run_arms=noise",
             "--config.log.profile_steps=3,4",
             "--config.data.screen.on=True",
             "--config.data.screen.margin=-10",  # keeps all examples, whatever is rounded
@@ -241,32 +241,39 @@ def workdirs(tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_whole_run_of_two_processes_is_that_of_one(workdirs):
-    """Warm-up, sampling, updates, evaluations and checkpoints."""
+    """Warm-up, sampling, updates, evaluations, checkpoints and a control arm.
+
+    One process starts the arm as another one, two train it when the run is done.
+    """
     from opsd_jax.runtime import metrics
 
-    one, two = (metrics.read(str(workdirs[n] / "metrics.jsonl")) for n in (1, COUNT))
-    assert [(row["step"], row["stage"]) for row in one] == [
-        (row["step"], row["stage"]) for row in two
-    ]
-    assert len(one) >= small_run.LAST
-    for a, b in zip(one, two):
-        same = {
-            key
-            for key in a
-            if not key.endswith(("_per_sec", "seconds", "goodput"))
-            and not key.startswith("time/")
-            and isinstance(a[key], float)
-        }
-        assert same <= b.keys()
-        for key in same:
-            np.testing.assert_allclose(
-                b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"step {a['step']} {key}"
-            )
+    for of, steps in ((".", small_run.LAST), ("arms/noise", small_run.OPSD)):
+        one, two = (metrics.read(str(workdirs[n] / of / "metrics.jsonl")) for n in (1, COUNT))
+        assert [(row["step"], row["stage"]) for row in one] == [
+            (row["step"], row["stage"]) for row in two
+        ]
+        assert len(one) >= steps
+        for a, b in zip(one, two):
+            same = {
+                key
+                for key in a
+                if not key.endswith(("_per_sec", "seconds", "goodput"))
+                and not key.startswith("time/")
+                and isinstance(a[key], float)
+            }
+            assert same <= b.keys()
+            for key in same:
+                np.testing.assert_allclose(
+                    b[key], a[key], rtol=1e-4, atol=1e-5, err_msg=f"{of} step {a['step']} {key}"
+                )
 
     def names(n):
         return sorted(p.relative_to(workdirs[n]) for p in (workdirs[n] / "eval").rglob("*"))
 
     assert names(1) == names(COUNT)
+
+    one, two = (json.loads((workdirs[n] / "report.json").read_text()) for n in (1, COUNT))
+    assert [row["arm"] for row in one] == [row["arm"] for row in two] and len(one) >= 4
 
     one, two = (json.loads((workdirs[n] / "screen.json").read_text()) for n in (1, COUNT))
     for task, found in one["gains"].items():

@@ -678,15 +678,13 @@ def test_one_task_without_anything_privileged_is_logged(caplog):
 @pytest.mark.parametrize(
     "block, seen", [("question", False), ("image", True), ("image@blur", True)]
 )
-def test_images_that_nobody_sees_are_logged(caplog, block, seen):
+def test_a_caution_about_images_that_nobody_sees(block, seen):
     config = config_lib.default()
     config.student.blocks = ("system", "question")
     config.teacher.blocks = ("system", block, SOLUTION)
     text_alone = example(2, problem_image=None)
-    with caplog.at_level("WARNING"):
-        run_checks.warn_of_images(config, opened([example(0)], [text_alone], []))
-    lines = [line for line in caplog.messages if "have images" in line]
-    assert [line[:27] for line in lines] == ["questions of T0 have images"] * (not seen)
+    said = run_checks.images_caution(config, opened([example(0)], [text_alone], []))
+    assert said[:27] == "Questions of T0 have images" * (not seen)
 
 
 def test_a_teacher_without_privileged_blocks_is_logged(caplog):
@@ -726,13 +724,13 @@ def test_the_problem_image_is_shown_where_examples_have_one():
 
 
 @pytest.mark.parametrize("blocks, shown", [(ASKED, True), (("system", "question"), False)])
-def test_tasks_without_the_image_that_contexts_show_are_logged(caplog, blocks, shown):
+def test_a_caution_about_tasks_without_the_image_that_contexts_show(blocks, shown):
     config = config_lib.default()
     config.student.blocks, config.teacher.blocks = blocks, (*blocks, SOLUTION)
     text_alone = example(2, problem_image=None)
-    with caplog.at_level("WARNING"):
-        run_checks.warn_of_images(config, opened([text_alone, example(0)], [text_alone]))
-    assert ("no question of T1 has an image" in caplog.text) == shown and "T0" not in caplog.text
+    said = run_checks.images_caution(config, opened([text_alone, example(0)], [text_alone]))
+    assert said.startswith("No question of T1 has an image, though" * shown) and "T0" not in said
+    assert bool(said) == shown
 
 
 def test_an_arm_whose_teacher_sees_nothing_is_refused():

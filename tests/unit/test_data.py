@@ -847,9 +847,9 @@ def test_what_training_teaches_is_right(qwen, tok, answer):
     )
     taught = blocks_lib.text_trace(example.full_text_only_thought, answer)
     for t in (qwen, tok):
-        assert benchmark.is_hit(example, t.decode(t.encode(taught)))[1]
+        assert benchmark.score(example, t.decode(t.encode(taught))).right
         for wrong in ("<answer>C</answer>", "B", "<answer></answer>", "<answer>B"):
-            assert not benchmark.is_hit(example, wrong)[1]
+            assert not benchmark.score(example, wrong).right
 
 
 def test_rows_that_no_completion_matches_are_named_before_sampling(folder, qwen):

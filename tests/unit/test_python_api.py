@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import io
+import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -56,6 +58,65 @@ def test_an_argument_of_another_type(call, said):
     with pytest.raises(TypeError) as error:
         call()
     assert said in str(error.value)
+
+
+def test_every_public_name_has_its_signature_in_the_docs():
+    """For readers without the site, on which `:::` shows them."""
+    page = pathlib.Path(__file__).parents[2] / "docs" / "reference" / "python-api.md"
+    first = page.read_text().split("```text\n")[1].split("```")[0]
+    shown = dict(re.findall(r"^\w+ = opsd_jax\.(\w+)\((.*)\)$", first, re.M))
+    for name in opsd_jax._PUBLIC:
+        signature = inspect.signature(inspect.unwrap(getattr(opsd_jax, name)))
+        names = [
+            f"{'**' * (p.kind is p.VAR_KEYWORD)}{p.name}"
+            + ("" if p.default is p.empty else f"={p.default!r}".replace("'", '"'))
+            for p in signature.parameters.values()
+        ]
+        assert ", ".join(names) == shown[name].replace("*, ", ""), name
+
+
+# --- settings of a file
+
+MINI = "configs/mini.py:smoke"
+
+
+def test_settings_of_a_file_with_changes():
+    config = opsd_jax.read_config(MINI, {"opsd.steps": 10, "run_arms": (), "opsd.optim.lr": 1})
+    assert (config.opsd.steps, config.run_arms, config.opsd.optim.lr) == (10, (), 1.0)
+    assert config.is_locked and opsd_jax.read_config(pathlib.Path("configs/mini.py")).seed == 0
+
+
+@pytest.mark.parametrize(
+    "path, changes, said",
+    [
+        (MINI, {"opsd.stepz": 1}, "no setting 'stepz' in config.opsd. Did you mean \"steps\"?"),
+        (MINI, {"opsd": 1}, "opsd is a group of settings: change opsd.accumulation or opsd."),
+        (MINI, {"opsd.steps": 2.5}, "opsd.steps=2.5 is of type float: give one of type int"),
+        (MINI, {"run_arms": "noise"}, "run_arms='noise': give a tuple, ('noise',)"),
+        ("configs/mimi.py", {}, "no such Python file.*did you mean 'configs/mini.py'"),
+        ("configs/mini.py:smok", {}, "did you mean 'smoke'"),
+    ],
+)
+def test_settings_that_there_are_not(path, changes, said):
+    with pytest.raises(ValueError, match=re.escape(said).replace("\\.\\*", ".*")):
+        opsd_jax.read_config(path, changes)
+
+
+def test_what_a_run_and_an_evaluation_are_asked_for(tmp_path):
+    with pytest.raises(TypeError, match="config is 'configs/mini.py', of type str: read it first"):
+        opsd_jax.train_run("configs/mini.py", tmp_path)
+    with pytest.raises(TypeError, match="row: choose from .*did you mean 'rows'"):
+        opsd_jax.evaluate_run(tmp_path, row=3)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        opsd_jax.evaluate_run(tmp_path, ("none", "real"), rows=3)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_score_says_what_it_found():
+    row = schema.Example("p", "T", "q?", "B", b"", (), ())
+    assert opsd_jax.score(row, "<answer>B</answer>") == ("B", True)
+    found = opsd_jax.score(row, "<answer>C</answer>")
+    assert (found.answer, found.right) == ("C", False)
 
 
 def test_paths_may_be_pathlib(tmp_path):
