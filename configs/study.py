@@ -108,6 +108,8 @@ GROUPS = {
     "maze": (f"{MINI}:maze", _MAZE),
     "maze-2000": (f"{MINI}:maze", _MAZE | _few(2000)),
     "maze-wrong": (f"{MINI}:maze", _MAZE | _WRONG),
+    "maze-text": (f"{CONTEXTS}:opsd_text,maze", _MAZE),
+    "maze-text-vt": (f"{CONTEXTS}:solution_and_vt,maze", _MAZE),
     "both": (MINI, _BOTH),
 }
 
@@ -186,7 +188,10 @@ QUESTIONS = {
     ),
     "privileged": (
         "What the teacher sees",
-        dict.fromkeys(("chart", "chart-text", "chart-text-vt"), ("swap",)),
+        dict.fromkeys(
+            ("chart", "chart-text", "chart-text-vt", "maze", "maze-text", "maze-text-vt"),
+            ("swap",),
+        ),
     ),
     "transfer": ("From one task to another", {"both": ("only-charts", "only-mazes")}),
 }
