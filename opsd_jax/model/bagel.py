@@ -25,6 +25,7 @@ from opsd_jax.model.masks import Mask
 from opsd_jax.model.mot import Cache
 
 _NOWHERE = 2**30  # a position past the end of every sequence
+_LARGE, _MOST_PARTS = 2**27, 8  # entries of a head that a CPU multiplies in parts; number of parts
 
 
 class Embedded(NamedTuple):
@@ -373,8 +374,33 @@ def head(params: dict) -> Float[AnyArray, "D V"] | Int8[AnyArray, "D V"]:
 @jax.named_scope("head")
 def logits(params: dict, hidden: Float[AnyArray, "*any D"]) -> Float32[Array, "*any V"]:
     """Hidden states [..., D] -> float32 logits [..., V]; the head may be in int8."""
-    unscaled = divergence.project(hidden, head(params))
+    matrix = head(params)
+    if matrix.dtype == hidden.dtype == jnp.bfloat16 and matrix.size >= _LARGE:
+        unscaled = jax.lax.platform_dependent(
+            hidden, matrix, cpu=_project_in_parts, default=divergence.project
+        )
+    else:
+        unscaled = divergence.project(hidden, matrix)
     return unscaled * params["llm"]["head_scale"] if "head_scale" in params["llm"] else unscaled
+
+
+def _project_in_parts(
+    hidden: Float[AnyArray, "*any D"], matrix: Float[AnyArray, "D V"]
+) -> Float32[Array, "*any V"]:
+    """`divergence.project`, a part of the vocabulary after the other.
+
+    XLA for CPUs makes a float32 copy of a bfloat16 matrix before a product. Of the whole head of
+    the 7B model that is 2 GiB.
+    """
+    parts = next(count for count in range(_MOST_PARTS, 0, -1) if matrix.shape[1] % count == 0)
+    width = matrix.shape[1] // parts
+
+    def part(number):
+        columns = jax.lax.dynamic_slice_in_dim(matrix, number * width, width, axis=1)
+        return divergence.project(hidden, columns)
+
+    found = jax.lax.map(part, jnp.arange(parts))  # [parts, ..., width]
+    return jnp.moveaxis(found, 0, -2).reshape(*hidden.shape[:-1], matrix.shape[1])
 
 
 @jax.named_scope("vae_encoder")

@@ -303,3 +303,31 @@ def test_the_sampler_makes_logits_of_the_last_token_alone():
     """
     assert rows_of_logits(sampler(2, 64)) == SAMPLED.llm.hidden_size < 2 * POSITIONS
     assert (2, VOCAB) in shapes(sampler(2, 64))
+
+
+def test_a_cpu_holds_an_eighth_of_a_large_head_in_float32(monkeypatch):
+    """A product of bfloat16 needs a float32 copy there. The values are those of one product."""
+    width, vocab = 64, 8 * 4096
+
+    def head(dtype):
+        return jax.ShapeDtypeStruct((width, vocab), dtype)
+
+    def temporary():
+        program = jax.jit(lambda m, h: bagel.logits({"llm": {"head": m}}, h))
+        lowered = program.lower(
+            head(jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, width), jnp.bfloat16)
+        )
+        options = CODE | sharding._BFLOAT16_ON_CPU  # as programs of bfloat16 are compiled
+        return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+    of_whole = 4 * width * vocab
+    assert temporary() >= of_whole
+    monkeypatch.setattr(bagel, "_LARGE", width * vocab)
+    assert temporary() < of_whole / 4
+
+    hidden, matrix = (
+        jax.random.normal(jax.random.key(n), shape).astype(jnp.bfloat16)
+        for n, shape in enumerate([(2, 3, 16), (16, 72)])
+    )
+    parts = bagel._project_in_parts(hidden, matrix)
+    np.testing.assert_array_equal(parts, divergence.project(hidden, matrix))
