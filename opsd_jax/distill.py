@@ -201,52 +201,12 @@ def update_step(
     completion = scored_completion(scored, batch.teacher.length, config)
     relative = weighting.by_position(completion.mask, config.positions)
     weights = divergence.token_weights(relative, config.reduction)
-    # The sum of such weights over the batch is known after all micro steps only.
-    normalised_last = config.token_weights != "none" and config.reduction == "token"
     trainable, frozen = optimizer.split(state["params"], config)
     teacher = jax.lax.stop_gradient(teacher_params(state, config))
-
-    def loss(trainable, inputs):
-        batch, completion, weights = inputs
-        params = params_lib.merge(trainable, frozen)
-        with jax.named_scope("teacher"):
-            hidden_t = jax.lax.stop_gradient(
-                score(teacher, batch.teacher, completion, config=config.model)
-            )
-        with jax.named_scope("student"):
-            hidden_s = score(params, batch.student, completion, config=config.model)
-        others = _other_states(teacher, hidden_s, batch, completion, config)
-        jsd, ce, signals = divergence.chunked(
-            hidden_s,
-            bagel.head(params),
-            _target(hidden_t, others, config),
-            bagel.head(teacher),
-            completion.labels,
-            config.divergence,
-        )
-        if config.token_weights == "advantage":
-            signals["advantage"] = weighting.advantage(
-                hidden_t, others["none"], bagel.head(teacher), config.divergence.chunk
-            )
-        if config.token_weights != "none":
-            own = signals[config.token_weights]
-            weights = weighting.reweighted(weights, own, config.reduction)
-        value = config.jsd_weight * jnp.sum(jsd * weights)
-        if config.ce_weight:
-            value += config.ce_weight * jnp.sum(ce * weights)
-        mask = completion.mask.astype(jnp.float32)
-        total = {"weight": jnp.sum(weights)} if normalised_last else {}
-        return value, total | {
-            "loss": value,
-            "jsd": jnp.sum(jsd * weights),
-            "ce": jnp.sum(ce * weights),
-            "signal_sums": {name: jnp.sum(x * mask) for name, x in signals.items()},
-            "jsd_sums": jnp.sum(jsd * mask, axis=0),
-        }
-
+    loss = functools.partial(_loss, frozen=frozen, teacher=teacher, config=config)
     inputs = (batch, completion, weights)
     grads, sums = optimizer.accumulate(loss, trainable, inputs, config.accumulation)
-    if normalised_last:
+    if _is_normalised_last(config):
         total = sums.pop("weight")
         total = jnp.where(total > 0, total, 1)
         grads = jax.tree.map(lambda x: x / total, grads)
@@ -262,6 +222,65 @@ def update_step(
         "cut_rate": _mean(is_cut(scored, batch.teacher.length, config)),
         "jsd_by_position": jsd_sums / jnp.maximum(jnp.sum(mask, axis=0), 1),
     }
+
+
+def _is_normalised_last(config: DistillConfig) -> bool:
+    """Whether the weights' sum over the batch is known after all micro steps only."""
+    return config.token_weights != "none" and config.reduction == "token"
+
+
+def _loss(
+    trainable: dict,
+    inputs: tuple[Batch, Completion, Float32[Array, "B _"]],
+    *,
+    frozen: dict,
+    teacher: dict,
+    config: DistillConfig,
+) -> tuple[Float32[Array, ""], dict]:
+    """The loss of a micro step (paper Eq. 7), and sums over its tokens for the metrics.
+
+    Args:
+      trainable, frozen: the student's parameters. teacher: those of the teacher.
+      inputs: (contexts, completions, weights [B, N + 1] of their positions).
+    """
+    batch, completion, weights = inputs
+    params = params_lib.merge(trainable, frozen)
+    with jax.named_scope("teacher"):
+        hidden_t = jax.lax.stop_gradient(
+            score(teacher, batch.teacher, completion, config=config.model)
+        )
+    with jax.named_scope("student"):
+        hidden_s = score(params, batch.student, completion, config=config.model)
+    others = _other_states(teacher, hidden_s, batch, completion, config)
+    jsd, ce, signals = divergence.chunked(
+        hidden_s,
+        bagel.head(params),
+        _target(hidden_t, others, config),
+        bagel.head(teacher),
+        completion.labels,
+        config.divergence,
+    )
+    if config.token_weights == "advantage":
+        signals["advantage"] = weighting.advantage(
+            hidden_t, others["none"], bagel.head(teacher), config.divergence.chunk
+        )
+    if config.token_weights != "none":
+        own = signals[config.token_weights]
+        weights = weighting.reweighted(weights, own, config.reduction)
+    value = config.jsd_weight * jnp.sum(jsd * weights)
+    if config.ce_weight:
+        value += config.ce_weight * jnp.sum(ce * weights)
+    mask = completion.mask.astype(jnp.float32)
+    sums = {
+        "loss": value,
+        "jsd": jnp.sum(jsd * weights),
+        "ce": jnp.sum(ce * weights),
+        "signal_sums": {name: jnp.sum(x * mask) for name, x in signals.items()},
+        "jsd_sums": jnp.sum(jsd * mask, axis=0),
+    }
+    if _is_normalised_last(config):
+        sums["weight"] = jnp.sum(weights)
+    return value, sums
 
 
 def _of_samples(trajectory: Trajectory, completion: Completion) -> dict[str, Float32[Array, ""]]:

@@ -17,7 +17,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -89,7 +89,7 @@ def main(argv) -> None:
 
 def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     allocator.share_one_arena()  # before JAX starts its threads
-    of_arm = controls.settings_of(config, workdir, arm) if arm else ()
+    of_arm = controls.settings_of(config, workdir, arm) if arm else None
     check(config, workdir)
     several, on_cpu = distributed.initialize(), jax.default_backend() == "cpu"
     if on_cpu:
@@ -97,58 +97,68 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # arms and continued runs compile the same
         jax.config.update("jax_compilation_cache_dir", run_folder.compiled_programs(workdir))
     if of_arm:
-        train(*of_arm, data_workdir=workdir)
-        _print_times(of_arm[1])
+        arm_config, arm_workdir = of_arm
+        train(arm_config, arm_workdir, data_workdir=workdir)
+        _print_times(arm_workdir)
         return
     if not several:
         # With several, JAX handles SIGTERM, and a handler set here would replace its own.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
-    if on_cpu and not several:
-        steps = {
-            name: max(config_lib.stage_ends(config_lib.arm(config, name)).values())
-            for name in config.run_arms
-        }
-        with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
-            _train(config, workdir, workdir, arms.start)
-            arms.finish()
-    else:
-        _train_in_turn(config, workdir)
+    beside = on_cpu and not several
+    failed = (_train_beside if beside else _train_in_turn)(config, workdir)
     _print_times(workdir)
     if jax.process_index() == 0:
         command = shlex.join(["python", "-m", "opsd_jax.train", *sys.argv[1:]])
-        scores, page = _write_report(config, workdir, command)
+        arms = [name for name in config.run_arms if name not in failed]
+        scores, page = _write_report(config, workdir, arms, command)
         if scores:
-            print(report_table.in_terminal(scores, config.run_arms, config, workdir))
+            print(report_table.in_terminal(scores, arms, config, workdir))
             for line in report_table.other_arms(workdir, config.run_arms):
                 print(line)
         print(f"the page of the run: {page}")
+    if failed:
+        raise controls.ArmsFailedError(failed, config.run_arms)
 
 
-def _train_in_turn(config: ConfigDict, workdir: str) -> None:
+def _train_beside(config: ConfigDict, workdir: str) -> dict[str, str]:
+    """Trains a run, and its control arms in processes that run beside it and after it.
+
+    Returns {name: where its log is} of arms that failed.
+    """
+    steps = {
+        name: max(config_lib.stage_ends(config_lib.arm(config, name)).values())
+        for name in config.run_arms
+    }
+    with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
+        _train(config, workdir, workdir, arms.start)
+        return arms.finish()
+
+
+def _train_in_turn(config: ConfigDict, workdir: str) -> dict[str, str]:
     """Trains a run and then its control arms in this process, which holds the devices.
 
     An accelerator belongs to one process, so that arms cannot be processes of their own there.
 
-    Raises:
-      controls.ArmsFailedError: arms that learn nothing, or break; the others are done.
+    Returns {name: why} of arms that learned nothing, or broke.
     """
-    train(config, workdir)
-    failed = []
+    _train(config, workdir, workdir, _do_nothing)
+    failed = {}
     for name in config.run_arms:
         logging.info("arm %s: starts", name)
+        arm_config, arm_workdir = controls.settings_of(config, workdir, name)
         try:
-            train(*controls.settings_of(config, workdir, name), data_workdir=workdir)
+            train(arm_config, arm_workdir, data_workdir=workdir)
         except UnhealthyRunError as error:  # the same on all processes
-            failed.append(f"{name} ({error})")
-    if failed:
-        raise controls.ArmsFailedError(f"control arms failed: {'; '.join(failed)}")
+            failed[name] = str(error)
+    return failed
 
 
 def train_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Session:
     """Trains a run and its control arms, writes its table and page, and opens it.
 
-    A run that the folder holds is continued. Arms follow one after another, in this process.
+    A run that the folder holds is continued. Arms follow one after another, in this process, which
+    is the only one. Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says, if it is set.
 
     Args:
       config: the settings, see `opsd_jax.read_config`.
@@ -156,32 +166,38 @@ def train_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Session:
     Returns:
       The run, as `opsd_jax.open_run` opens it.
     Raises:
-      controls.ArmsFailedError: the run is done, but arms learn nothing, or break.
+      controls.ArmsFailedError: the run is done, but arms learn nothing, or break. Its table and
+        page are written, without these arms.
       Further errors are those of `train`.
     """
     checks.instance("config", config, ConfigDict, "read it first, opsd_jax.read_config(FILE)")
     checks.path("workdir", workdir)
     workdir = os.fspath(workdir)
-    _train_in_turn(config, workdir)
-    if jax.process_index() == 0:
-        _write_report(config, workdir)
+    check(config, workdir)
+    failed = _train_in_turn(config, workdir)
+    arms = [name for name in config.run_arms if name not in failed]
+    settings = run_folder.config(workdir)
+    call = f"opsd_jax.train_run(opsd_jax.read_config({settings!r}), {workdir!r})"
+    _write_report(config, workdir, arms, call)
+    if failed:
+        raise controls.ArmsFailedError(failed, config.run_arms)
     return session_lib.open_run(workdir)
 
 
 def _write_report(
-    config: ConfigDict, workdir: str, command: str = ""
+    config: ConfigDict, workdir: str, arms: Sequence[str], command: str
 ) -> tuple[dict[str, Scores], str]:
     """Writes table and page of a finished run.
 
-    command: the command of the run, for the page; "" where there was none.
+    arms: its control arms that are done. command: what trained the run, for the page.
 
     Returns (the scores in the table, {} of a run without one; the path of the page).
     """
     scores = {}
     if "opsd" in config.stages and config.eval.final_split:
-        scores = scores_lib.collect(workdir, config.run_arms)
-        report_table.write(workdir, scores, config.run_arms)
-    page = run_page.write(workdir, scores, config.run_arms, command)
+        scores = scores_lib.collect(workdir, arms)
+        report_table.write(workdir, scores, arms)
+    page = run_page.write(workdir, scores, arms, command)
     run_page.caution_pages(workdir)
     return scores, page
 

@@ -119,7 +119,7 @@ class Example:
         return images.open_rgb(self.problem_image, transparency="drop")
 
     @property
-    def all_images(self) -> list[Image.Image]:
+    def opened_images(self) -> list[Image.Image]:
         """All problem images, decoded, as `opsd_jax.answer` takes them for questions with several.
 
         Raises images.UnreadableImageError.

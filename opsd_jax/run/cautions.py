@@ -1,6 +1,5 @@
 """Why the numbers of a run mean less than they seem to."""
 
-import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from opsd_jax import config_check
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import html, statistics
 from opsd_jax.evaluation.wording import Words
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run.evaluation_request import Request
 from opsd_jax.run.scores import (
     BASELINE,
@@ -157,26 +157,16 @@ def _closure_without_content(
 def _like_a_control(
     shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
 ) -> list[str]:
-    """Where OPSD is not clearly better than the best arm whose teacher saw other content.
-
-    The 95 % interval of the difference of two independent shares of the same number of questions
-    reaches 0. The answers are to the same questions, so the true interval is narrower at most.
-    """
-    others = {arm: shown[arm_key(arm)][task] for arm in content_controls(arms, config)}
-    if not others:
+    """Where the interval of the lead over the best control of the content reaches 0."""
+    lead = scores_lib.lead(shown, task, arms, config)
+    if lead is None or lead.interval_95[0] > 0:
         return []
-    name, best = max(others.items(), key=lambda pair: pair[1]["overall"])
-    own = shown[TRAINED][task]
-    lift = own["overall"] - best["overall"]
-    reach = 1.96 * math.sqrt(
-        sum(b["overall"] * (1 - b["overall"]) / max(b["n"], 1) for b in (own, best))
-    )
-    if lift > reach:
-        return []
+    best = shown[arm_key(lead.over[0])][task]
+    interval = html.between([100 * limit for limit in lead.interval_95], 1)
     return [
-        f"OPSD is not clearly better than the control {name}, whose teacher saw other content: "
-        f"{percent(own)} and {percent(best)}, {html.fixed(100 * lift, 1)} points apart, where "
-        f"chance alone makes up to {100 * reach:.1f}."
+        f"OPSD is not clearly better than the control {lead.over[0]}, whose teacher saw other "
+        f"content: {percent(shown[TRAINED][task])} and {percent(best)}, "
+        f"{html.fixed(100 * lead.points, 1)} points apart (95 % interval: {interval})."
     ]
 
 

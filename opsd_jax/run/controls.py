@@ -68,7 +68,18 @@ def settings_of(config: ConfigDict, workdir: str, name: str) -> tuple[ConfigDict
 
 
 class ArmsFailedError(RuntimeError):
-    """The run itself is done, but a control arm failed."""
+    """The run itself is done, and so is its page, but control arms failed.
+
+    failed: {name of an arm: why it failed, or where that is written}. arms: all names.
+    """
+
+    def __init__(self, failed: Mapping[str, str], arms: Sequence[str]):
+        rest = ",".join(arm for arm in arms if arm not in failed) or "'()'"
+        why = "; ".join(f"{arm} ({reason})" for arm, reason in failed.items())
+        super().__init__(
+            f"control arms failed: {why}. Table and page are without them. The same command tries "
+            f"again; --config.run_arms={rest} leaves them out"
+        )
 
 
 class Arms:
@@ -86,7 +97,7 @@ class Arms:
         self._steps, self._workdir, self._argv = steps, workdir, argv
         self._queue = collections.deque(steps)
         self._workers: list[threading.Thread] = []
-        self._failed: list[str] = []
+        self._failed: dict[str, str] = {}
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -115,16 +126,15 @@ class Arms:
         for worker in self._workers:
             worker.join()
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, str]:
         """Runs the arms that are left and waits for all.
 
-        Raises ArmsFailedError, which names those that failed and their logs.
+        Returns {name: where its log is} of those that failed.
         """
         if not self._workers:
             self._work(None)
         self._join()
-        if self._failed:
-            raise ArmsFailedError("control arms failed: " + "; ".join(self._failed))
+        return self._failed
 
     def _work(self, core: int | None) -> None:
         """Runs arms one after another until none is left, each on this core alone; None for all.
@@ -165,7 +175,7 @@ class Arms:
                         progress.update(done, **numbers)
                         shown = done
             if process.returncode:
-                self._failed.append(f"{name} (see {path}/log.txt)")
+                self._failed[name] = f"see {path}/log.txt"
             self._running.discard(process)
 
 

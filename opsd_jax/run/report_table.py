@@ -9,6 +9,7 @@ from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import html
 from opsd_jax.inputs import checks
 from opsd_jax.run import cautions as cautions_lib
+from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import screening
 from opsd_jax.run.scores import (
     BASELINE,
@@ -17,9 +18,7 @@ from opsd_jax.run.scores import (
     TRAINED,
     Scores,
     arm_key,
-    best_controls,
     closure_text,
-    content_controls,
     label,
     last_summary,
     percent,
@@ -40,11 +39,14 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     """
     config = load_config(workdir)
     words = words_of(config)
-    named = {label(who, words): tasks for who, tasks in shown.items()}
     header = ["arm", "task", "accuracy", "95 % interval", words.given]
     header += ["n", "tokens", "KL to teacher", "closure"]
     lines = [_line(header), "|---" * len(header) + "|"]
-    lines += [_row(what, task, b) for what, tasks in named.items() for task, b in tasks.items()]
+    lines += [
+        _row(label(who, words), task, b)
+        for who, tasks in shown.items()
+        for task, b in tasks.items()
+    ]
     sentences = [
         *verdict(shown, arms, config, workdir),
         *screening.lines(workdir, arms),
@@ -54,7 +56,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str]) -> str
     files.write(run_folder.report(workdir), text)
     files.write_json(
         run_folder.report_data(workdir),
-        [{"arm": what, "tasks": tasks} for what, tasks in named.items()],
+        [{"who": who, "arm": label(who, words), "tasks": tasks} for who, tasks in shown.items()],
     )
     return text
 
@@ -122,12 +124,26 @@ def statements(shown: Mapping[str, Scores], arms: Sequence[str], config: ConfigD
                 f"The most frequent answer, `{always['answer']}`, given to every question would "
                 f"be right in {percent(always)}."
             )
+    lines += _missing_arms(arms, config)
     if "none" in arms:
         lines.append(
             "The teacher of the arm none sees its texts without "
             f"{words_of(config).no_part}, which is the evaluation mode `remove`."
         )
     return lines
+
+
+def _missing_arms(arms: Sequence[str], config: ConfigDict) -> list[str]:
+    """A line about the arms that the run should have and that are not done, if there are any."""
+    if not (missing := [arm for arm in config.run_arms if arm not in arms]):
+        return []
+    rest = ",".join(arm for arm in config.run_arms if arm in arms) or "'()'"
+    one = len(missing) == 1
+    return [
+        f"**Not shown, because {'it is' if one else 'they are'} not done: the "
+        f"{'arm' if one else 'arms'} {', '.join(missing)}.** W/arms/NAME/log says why. The same "
+        f"command tries again; `--config.run_arms={rest}` leaves {'it' if one else 'them'} out."
+    ]
 
 
 def _gain(shown: Mapping[str, Scores], task: str, config: ConfigDict) -> str:
@@ -158,18 +174,15 @@ def _controls(
     """The accuracies of the control arms, and the distance to the best one."""
     of = {arm: shown[arm_key(arm)][task] for arm in arms}
     text = f"Control arms: {', '.join(f'{arm} {percent(b)}' for arm, b in of.items())}."
-    if names := best_controls(shown, task, content_controls(arms, config)):
-        trained, best = shown[TRAINED][task], of[names[0]]["overall"]
-        what = f"the best control{'s' * (len(names) > 1)} ({' and '.join(names)})"
-        lift = round(100 * (trained["overall"] - best), 1)
-        if lift == 0:
+    if lead := scores_lib.lead(shown, task, arms, config):
+        what = f"the best control{'s' * (len(lead.over) > 1)} ({' and '.join(lead.over)})"
+        points = round(100 * lead.points, 1)
+        if points == 0:
             text += f" OPSD is no better than {what}"
         else:
-            text += f" OPSD is {abs(lift):.1f} points {'above' if lift > 0 else 'below'} {what}"
-        if limits := trained.get("lead_interval_95"):
-            interval = html.between([100 * limit for limit in limits], 1)
-            text += f" (95 % interval of the difference: {interval})"
-        text += "."
+            text += f" OPSD is {abs(points):.1f} points {'above' if points > 0 else 'below'} {what}"
+        interval = html.between([100 * limit for limit in lead.interval_95], 1)
+        text += f" (95 % interval of the difference: {interval})."
     return text
 
 

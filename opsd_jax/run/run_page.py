@@ -63,7 +63,9 @@ def meaning(names: BlockNames, *, images: bool) -> str:
         "without, on reference traces, before and after training; **closure** is the share of it "
         "that training removed, and it is negative where the student moved away. It is no "
         "accuracy: where the KL before is small, or the teacher is wrong, it says little. "
-        "Intervals hold 95 % (Wilson) and say nothing about other seeds."
+        "Intervals hold 95 %, over questions (Wilson's; of a difference Newcombe's, for pairs of "
+        "answers). They say nothing about other seeds, nor about the choice of the best of several "
+        "arms."
     )
 
 

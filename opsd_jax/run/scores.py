@@ -3,8 +3,8 @@
 import collections
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import config as config_lib
@@ -75,8 +75,8 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     for arm in arms:
         shown[arm_key(arm)] = _trained_scores(run_folder.arm(workdir, arm))
     for task, b in shown[TRAINED].items():
-        if best := best_controls(shown, task, content_controls(arms, config)):
-            b["lead_interval_95"] = _lead_interval(workdir, best[0], task)
+        if best := _best_controls(shown, task, content_controls(arms, config)):
+            b["lead_interval_95"] = _paired_lead(workdir, best[0], task)
     shown[BASELINE] = {}
     for task, predictions in _predictions(workdir, last, "none").items():
         answer, share = _most_frequent([p["expected"] for p in predictions])
@@ -84,22 +84,54 @@ def collect(workdir: str, arms: Sequence[str]) -> dict[str, Scores]:
     return shown
 
 
-def best_controls(shown: Mapping[str, Scores], task: str, arms: Sequence[str]) -> list[str]:
+class Lead(NamedTuple):
+    """How far a trained run is ahead of the controls whose teacher saw other content.
+
+    Attributes:
+      over: the arms with the highest accuracy among them.
+      points: accuracy of the run minus theirs, in -1..1.
+      interval_95: of `points`, over questions. That the best of several arms was chosen widens it
+        no further.
+    """
+
+    over: list[str]
+    points: float
+    interval_95: tuple[float, float]
+
+
+def lead(
+    shown: Mapping[str, Scores], task: str, arms: Sequence[str], config: ConfigDict
+) -> Lead | None:
+    """The lead on a task over the best of these arms; None without a control of the content.
+
+    shown: what `collect` returned. Without "lead_interval_95", the answers are to other questions.
+    """
+    best, own = _best_controls(shown, task, content_controls(arms, config)), shown[TRAINED][task]
+    if not best:
+        return None
+    theirs = shown[arm_key(best[0])][task]
+    interval = own.get("lead_interval_95") or statistics.unpaired_difference(
+        *((round(b["overall"] * b["n"]), b["n"]) for b in (own, theirs))
+    )
+    return Lead(best, own["overall"] - theirs["overall"], tuple(interval))
+
+
+def _best_controls(shown: Mapping[str, Scores], task: str, arms: Sequence[str]) -> list[str]:
     """Those of some arms that have the highest accuracy on a task, [] of no arm."""
     accuracies = {arm: shown[arm_key(arm)][task]["overall"] for arm in arms}
     return [arm for arm, accuracy in accuracies.items() if accuracy == max(accuracies.values())]
 
 
-def _lead_interval(workdir: str, arm: str, task: str) -> tuple[float, float] | None:
-    """95 % interval of the accuracy of a trained run minus that of an arm, over the questions.
+def _paired_lead(workdir: str, arm: str, task: str) -> tuple[float, float] | None:
+    """95 % interval of the accuracy of a trained run minus that of an arm.
 
     Answers to the same question are a pair. None where run and arm answered other questions.
     """
     own, theirs = (_hits(folder, task) for folder in (workdir, run_folder.arm(workdir, arm)))
     if own.keys() != theirs.keys():
         return None
-    differences = np.array([hit - theirs[question] for question, hit in own.items()])
-    return statistics.paired_interval([differences], shared=True)
+    pairs = collections.Counter((hit, theirs[question]) for question, hit in own.items())
+    return statistics.paired_difference(pairs[1, 1], pairs[1, 0], pairs[0, 1], pairs[0, 0])
 
 
 def _hits(workdir: str, task: str) -> dict[tuple, int]:

@@ -43,8 +43,9 @@ class Report:
 
     Attributes:
       text: the table and what it says, Markdown, as in W/report.md.
-      records: one dict per row: "arm" (whose answers), "task", and the scores of W/report.json
-        under their names there. `pandas.DataFrame(report.records)` is the table.
+      records: one dict per row: "who" answered ("teacher", "start", "OPSD", "arm noise", "baseline"
+        and more, see W/report.json), "arm" (the same in words), "task", and the scores of
+        W/report.json under their names there. `pandas.DataFrame(report.records)` is the table.
     """
 
     text: str
@@ -156,7 +157,7 @@ class Session:
         try:
             with open(path, encoding="utf-8") as file:
                 records = [
-                    {"arm": row["arm"], "task": task, **scores}
+                    {"who": row.get("who", row["arm"]), "arm": row["arm"], "task": task, **scores}
                     for row in json.load(file)
                     for task, scores in row["tasks"].items()
                 ]

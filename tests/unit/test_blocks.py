@@ -757,4 +757,4 @@ def test_images_of_an_example_are_decoded():
     assert png(np.asarray(some.image)) == some.problem_image and some.image.size == (8, 8)
     assert [png(np.asarray(image)) for image in some.visual_images] == [*some.visual_thoughts]
     more = example(1, more_problem_images=(example(2).problem_image,))
-    assert [png(np.asarray(image)) for image in more.all_images] == [*more.problem_images]
+    assert [png(np.asarray(image)) for image in more.opened_images] == [*more.problem_images]

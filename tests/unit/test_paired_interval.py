@@ -1,4 +1,4 @@
-"""The bootstrap interval of a paired difference, against cases that are computed by hand."""
+"""Intervals of differences: bootstrap and closed form, against cases computed by hand."""
 
 import numpy as np
 import pytest
@@ -50,3 +50,36 @@ def test_blocks_of_resamples_do_not_change_the_interval(monkeypatch):
     whole = statistics.paired_interval(seeds, shared=True, resamples=100)
     monkeypatch.setattr(statistics, "_AT_ONCE", 400)  # two resamples of 3 x 50 at a time
     assert statistics.paired_interval(seeds, shared=True, resamples=100) == whole
+
+
+# --- the difference of two accuracies
+
+
+def test_the_interval_of_a_difference_of_pairs():
+    """The first example is of Newcombe's paper (36, 12, 2 and 0 of 50 pairs)."""
+    np.testing.assert_allclose(
+        statistics.paired_difference(36, 12, 2, 0), (0.0569, 0.3404), atol=5e-5
+    )
+    low, high = statistics.paired_difference(100, 5, 25, 382)
+    assert statistics.paired_difference(100, 25, 5, 382) == pytest.approx((-high, -low))
+    # Agreement tells more than different questions do.
+    unpaired = statistics.unpaired_difference((105, 512), (125, 512))
+    assert unpaired[0] < low < high < 0 < unpaired[1]
+    for counts in ((0, 0, 0, 16), (16, 0, 0, 0)):  # no answer differs: the interval has a width
+        low, high = statistics.paired_difference(*counts)
+        assert low == pytest.approx(-high) and 0.15 < high < 0.25
+
+
+def test_of_unpaired_answers():
+    low, high = statistics.unpaired_difference((56, 70), (48, 80))
+    assert (low, high) == pytest.approx((0.0524, 0.3339), abs=5e-5)  # Newcombe, method 10
+
+
+def test_the_interval_of_pairs_covers_the_true_difference():
+    """In about 95 of 100 draws, near the ends, too."""
+    rng = np.random.default_rng(0)
+    for chances in ((0.5, 0.2, 0.1, 0.2), (0.9, 0.06, 0.02, 0.02)):
+        draws = rng.multinomial(100, chances, size=400)
+        limits = [statistics.paired_difference(*map(int, draw)) for draw in draws]
+        inside = np.mean([low <= chances[1] - chances[2] <= high for low, high in limits])
+        assert inside >= 0.93

@@ -168,9 +168,12 @@ def test_the_report(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="report.json is missing: the run writes it at its"):
         run.report()
     (tmp_path / "report.md").write_text("| a table |")
-    (tmp_path / "report.json").write_text('[{"arm": "OPSD", "tasks": {"A": {"overall": 0.5}}}]')
+    (tmp_path / "report.json").write_text(
+        '[{"who": "OPSD", "arm": "OPSD, text only", "tasks": {"A": {"overall": 0.5}}}]'
+    )
     report = run.report()
-    assert report.records == [{"arm": "OPSD", "task": "A", "overall": 0.5}]
+    row = {"who": "OPSD", "arm": "OPSD, text only", "task": "A", "overall": 0.5}
+    assert report.records == [row]
     assert str(report) == repr(report) == "| a table |"
     (tmp_path / "report.json").write_text('[{"arm": "OPSD"}]')
     with pytest.raises(ValueError, match="report.json is damaged .*tasks.*run's command again"):

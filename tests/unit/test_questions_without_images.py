@@ -63,7 +63,7 @@ def test_lines_without_an_image(tmp_path, line):
     assert source[0] == example
     with pytest.raises(ValueError, match="example train:0 has no image"):
         source[0].image  # noqa: B018
-    assert source[0].all_images == []
+    assert source[0].opened_images == []
     plain = tfds.data_source("visual_opsd/t", data_dir=str(tmp_path / "out"), split="train")
     assert len(plain[0]["problem_images"]) == 0 and "problem_image" not in plain[0]
 

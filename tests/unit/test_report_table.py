@@ -201,7 +201,7 @@ def test_a_start_that_asks_for_images():
 @pytest.mark.parametrize(
     "own, best, clear",
     [
-        (0.438, 0.430, False),  # 1.96 sqrt((.438 .562 + .430 .570) / 500) is 6.1 points
+        (0.438, 0.430, False),  # 1.96 sqrt((.438 .562 + .430 .570) / 500) is 6.1 points, too
         (0.495, 0.430, True),
         (0.485, 0.430, False),
         (0.300, 0.430, False),
@@ -214,7 +214,7 @@ def test_a_control_that_chance_does_not_tell_from_opsd(own, best, clear):
     if own == 0.438:
         assert found == [
             "OPSD is not clearly better than the control image, whose teacher saw other content: "
-            "43.8 % and 43.0 %, 0.8 points apart, where chance alone makes up to 6.1."
+            "43.8 % and 43.0 %, 0.8 points apart (95 % interval: −5.3 to 6.9)."
         ]
         shown = report_table.in_terminal(*table(**given, arms=("image",)))
         assert "\ncaution: OPSD is not clearly better than" in shown
@@ -302,13 +302,37 @@ def test_the_best_controls_are_named():
         return verdict(teacher=scores(0.9, 0.85), arms=("noise", "image", "sft"), **given)[0]
 
     line = "Control arms: noise 20.0 %, image 20.0 %, sft 20.0 %. OPSD is"
-    assert f"\n{line} 60.0 points above the best controls (noise and image)." in found(
-        trained=scores(0.8)
-    )
-    assert f"{line} no better than the best controls (noise and image)." in found(
-        trained=scores(0.2)
-    )
-    assert f"{line} 10.0 points below the best controls" in found(trained=scores(0.1))
+    best = "the best controls (noise and image) (95 % interval of the difference:"
+    assert f"\n{line} 60.0 points above {best} 54.7 to 64.6)." in found(trained=scores(0.8))
+    assert f"{line} no better than {best} −5.0 to 5.0)." in found(trained=scores(0.2))
+    assert f"{line} 10.0 points below {best} −14.4 to −5.6)." in found(trained=scores(0.1))
+
+
+def test_pairs_of_answers_decide_whether_opsd_is_better_than_a_control():
+    """The sentence and the caution use one interval: that of pairs, where there are pairs."""
+
+    def found(**more):
+        trained = scores(0.23, **more)
+        text, _ = verdict(
+            teacher=scores(0.9, 0.85), trained=trained, arm=scores(0.2), arms=("noise",)
+        )
+        return text
+
+    caution = "**OPSD is not clearly better than the control noise, whose teacher saw other content"
+    apart = f"{caution}: 23.0 % and 20.0 %, 3.0 points apart (95 % interval: −2.1 to 8.1).**"
+    assert apart in found() and "(95 % interval of the difference: −2.1 to 8.1)." in found()
+    paired = found(lead_interval_95=(0.011, 0.05))
+    assert caution not in paired and "(95 % interval of the difference: 1.1 to 5.0)." in paired
+
+
+def test_arms_that_are_not_done_are_named():
+    given = table(teacher=scores(0.9, 0.85), trained=scores(0.8), arms=("noise",))
+    given[2].run_arms = ("noise", "image", "swap")
+    text = "\n".join(report_table.verdict(*given))
+    assert "**Not shown, because they are not done: the arms image, swap.** W/arms/NAME/log" in text
+    assert "`--config.run_arms=noise` leaves them out." in text
+    given[2].run_arms = ("noise",)
+    assert "Not shown" not in "\n".join(report_table.verdict(*given))
 
 
 def test_the_arm_none_is_not_the_evaluation_mode_none():
