@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Shaped
 
 from opsd_jax import chat, images
-from opsd_jax.inputs import columns
+from opsd_jax.inputs import checks, columns
 from opsd_jax.tags import around_places, places_fault, wrap_answer, wrap_thought
 
 # Official prompts, byte for byte (data/opsd_pack_builder.py; inferencer.py for the inference
@@ -412,8 +412,7 @@ def replace_privileged(
     Raises:
       ValueError: an unknown mode.
     """
-    if mode not in VISUAL_THOUGHTS:
-        raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
+    checks.choice("visual_thoughts", mode, VISUAL_THOUGHTS)
     shown: dict[str, _Value] = {}
     for name in names:
         value = own[name]
@@ -468,7 +467,7 @@ def replace_visual_thoughts(
         return [problem for _ in mine if problem is not None]
     if mode == "none":
         return []
-    raise ValueError(f"visual_thoughts is {mode!r}: choose from {VISUAL_THOUGHTS}")
+    raise ValueError(f"visual_thoughts is {mode!r}: {checks.choose_from(mode, VISUAL_THOUGHTS)}")
 
 
 def text_trace(full_text_only_thought: str, answer: str) -> str:

@@ -500,6 +500,8 @@ def _tuples(value, usual):
     """A value of JSON whose lists are tuples, at all depths, where the default is a tuple."""
     if isinstance(value, Mapping) and isinstance(usual, ConfigDict):
         return {key: _tuples(item, usual.get(key)) for key, item in value.items()}
+    if value is None:
+        raise TypeError("null is no value of a setting")
     if isinstance(value, list) and (usual is None or isinstance(usual, tuple)):
         return tuple(_tuples(item, usual) for item in value)
     return value

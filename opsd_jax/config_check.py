@@ -74,35 +74,68 @@ def check(config: ConfigDict) -> None:
             f"config is a {type(config).__name__}: get_config() returns the ConfigDict of "
             "opsd_jax.config.default(), with changed values"
         )
-    _check_group(config, config_lib.default(), "config", "")
+    check_values(config)
     _check_sections(config)
-    for name, changes in config.arms.items():
-        checks.folder_name(f"config.arms.{name}", name)  # its folder is <workdir>/arms/<name>
-        if not isinstance(changes, ConfigDict):
-            raise ValueError(
-                f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such "
-                'as {"teacher": {"visual_thoughts": "noise"}}'
-            )
-        _check_group(changes, config_lib.default(), f"config.arms.{name}", "", partial=True)
     for name in config.run_arms:
         _check_run_arm(config, name)
 
 
+def check_values(config: ConfigDict, *, partial: bool = False) -> None:
+    """Raises ValueError for unknown keys, and for values that are wrong by themselves.
+
+    partial: whether keys may be missing.
+    """
+    _check_group(config, config_lib.default(), "config", "", partial)
+    for name, changes in config.get("arms", {}).items():
+        check_arm(name, changes)
+
+
+def check_arm(name: str, changes: object) -> None:
+    """Raises ValueError for a wrong name of an arm, or for changes that no arm can make."""
+    checks.folder_name(f"config.arms.{name}", name)  # its folder is <workdir>/arms/<name>
+    if not isinstance(changes, ConfigDict):
+        raise ValueError(
+            f"config.arms.{name} is {changes!r}: give the settings that the arm changes, such "
+            'as {"teacher": {"visual_thoughts": "noise"}}'
+        )
+    _check_group(changes, config_lib.default(), f"config.arms.{name}", "", partial=True)
+
+
+def wrong_value(record: Mapping) -> str:
+    """What is wrong with the first wrong key or value of settings as JSON; "" for nothing."""
+    try:
+        check_values(ConfigDict(record), partial=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def unknown(key: str) -> str:
-    """The message about a key that is not a setting, with the most similar one that is."""
-    group, path = config_lib.default(), []
-    for part in key.split("."):
+    """The message about a key that is not a setting, with the most similar one that is.
+
+    A key in an arm is one, too, where the arm is not there or does not change that setting.
+    """
+    parts, path = key.split("."), ["config"]
+    if parts[0] == "arms":
+        path, parts = [*path, *parts[:2]], parts[2:]
+    whole, group = ".".join([*path, *parts]), config_lib.default()
+    for part in parts:
         if part not in group:
             close = difflib.get_close_matches(part, group, 1) or _similar_elsewhere(part)
             hint = "All of them are in opsd_jax/config.py."
             if close:
                 names = " or ".join(f'"{name}"' for name in close)
                 hint = f"Did you mean {names}?"
-            return f"there is no setting '{part}' in {'.'.join(['config', *path])}. {hint}"
+            return f"there is no setting '{part}' in {'.'.join(path)}. {hint}"
         group, path = group[part], [*path, part]
         if not isinstance(group, ConfigDict):
             break
-    return f"{'.'.join(['config', *path])} is not a group of settings"
+    if ".".join(path) == whole:
+        return (
+            f"the settings have no {whole}. Arms, and the settings that each of them changes, are "
+            "added in a config file, or from Python by the changes of read_config"
+        )
+    return f"{'.'.join(path)} is not a group of settings"
 
 
 def _similar_elsewhere(part: str) -> list[str]:
@@ -142,17 +175,18 @@ def _check_group(
             continue
         value = config[name]
         if not isinstance(usual, ConfigDict):
-            _check_value(value, f"{shown}.{name}", prefix + name)
+            check_value(value, f"{shown}.{name}", prefix + name)
         elif not isinstance(value, ConfigDict):
+            inside = ", ".join(usual) or 'NAME = {"group": {"setting": value}}'  # of arms
             raise ValueError(
                 f"{shown}.{name} is {value!r}, but it is a group of settings: set one of "
-                f"{', '.join(usual)} in it"
+                f"{inside} in it"
             )
         elif prefix + name != "arms":
             _check_group(value, usual, f"{shown}.{name}", f"{prefix}{name}.", partial)
 
 
-def _check_value(value, shown: str, key: str) -> None:
+def check_value(value, shown: str, key: str) -> None:
     """Checks one value by itself: type, range, choices. shown: name of the setting in messages."""
     setting = config_lib.settings()[key]
     usual, rule = setting.default, setting.rule
@@ -162,7 +196,9 @@ def _check_value(value, shown: str, key: str) -> None:
     elif isinstance(usual, str) and not isinstance(value, str):
         raise ValueError(f"{shown} is {value!r}: give a text")
     elif isinstance(usual, tuple) and not isinstance(value, (tuple, list)):
-        raise ValueError(f"{shown} is {value!r}: give a tuple, such as {usual or '()'}")
+        text = isinstance(value, str)
+        fix = tuple(value.split(",")) if text else f"such as {usual or '()'}"
+        raise ValueError(f"{shown} is {value!r}: give a tuple, {fix}")
     elif key.startswith("data.buckets."):
         _check_buckets(value, shown, config_lib.BUCKET_SIZES[key.rpartition(".")[2]])
     elif rule:
@@ -222,7 +258,9 @@ def _check_run(config: ConfigDict) -> None:
     paths.check("config.tokenizer", config.tokenizer)
     paths.check("config.data.dir", config.data.dir)
     if not config.stages:
-        raise ValueError(f"config.stages is empty: name at least one of {config_lib.STAGES}")
+        raise ValueError(
+            f"config.stages is empty: name at least one of {', '.join(config_lib.STAGES)}"
+        )
 
 
 def _check_run_arm(config: ConfigDict, name: str) -> None:

@@ -4,7 +4,7 @@ import glob
 import importlib.util
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,53 +19,91 @@ def read(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None)
 
         read_config("configs/mini.py:smoke", {"opsd.steps": 10, "run_arms": ()})
 
+    A change may also add a control arm, with the settings that it changes:
+
+        {"arms.far": {"teacher": {"blocks": ("image", "question")}}, "run_arms": ("far",)}
+
     Args:
       path: a Python file with a function get_config(), and after a colon what it is called with; or
         a run's W/config.json.
-      changes: {name of a setting, such as "opsd.steps": its value}.
+      changes: {name of a setting, such as "opsd.steps" or "arms.far.opsd.steps": its value}.
     Raises:
       ValueError, OSError: there is no such file, what it does goes wrong (the message names the
-        line), or a change is unknown or has a value of another type.
-      TypeError: `path` is no path.
+        line), or a change is unknown or has a wrong value.
+      TypeError: `path` is no path, or `changes` no dict.
     """
     checks.instance("path", path, (str, os.PathLike), "give a file, such as 'configs/mini.py'")
-    path = os.fspath(path)
-    # "FILE.py:" is read as an address elsewhere; `_of_python` says what it lacks.
-    paths.check_given("--config", path.removesuffix(":") if path.endswith(".py:") else path)
-    config = (_of_json if path.endswith(".json") else _of_python)(path).lock()
+    fix = 'give a dict, such as {"opsd.steps": 10}'
+    checks.instance("changes", {} if changes is None else changes, Mapping, fix)
+    config = of_file("path", os.fspath(path))
     for key, value in (changes or {}).items():
+        checks.instance("a key of changes", key, str, fix)
         _change(config, key, value)
-    return config
+    return config.lock()
+
+
+def of_file(shown: str, path: str) -> ConfigDict:
+    """The settings in a file, see `read`, without changes and locked.
+
+    shown: the argument or flag that names the file, for messages.
+    """
+    # "FILE.py:" is read as an address elsewhere; `_of_python` says what it lacks.
+    paths.check_given(shown, path.removesuffix(":") if path.endswith(".py:") else path)
+    return (_of_json(path) if path.endswith(".json") else _of_python(shown, path)).lock()
 
 
 def _change(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets a setting, in place."""
-    *groups, name = key.split(".")
+    """Sets a setting, or what an arm changes, in place."""
+    *groups, name = path = key.split(".")
+    if groups[:1] == ["arms"]:
+        with config.unlocked(), config.ignore_type():  # what an arm held may be an int for a float
+            _change_arm(config, path[1:], value)
+        return
     group = config
     for part in groups:
         group = group.get(part) if isinstance(group, ConfigDict) else None
     if not isinstance(group, ConfigDict) or name not in group:
         raise ValueError(config_check.unknown(key))
     if isinstance(group[name], ConfigDict):
-        inside = [f"{key}.{setting}" for setting in group[name]]
+        inside = [f"{key}.{setting}" for setting in group[name]] or [f"{key}.NAME"]
         raise ValueError(f"{key} is a group of settings: change {' or '.join(inside[:3])}")
-    if isinstance(group[name], tuple) and isinstance(value, str):
-        raise ValueError(f"{key}={value!r}: give a tuple, {(value,)!r}")
-    try:
-        group[name] = value
-    except TypeError as error:
-        given, needed = type(value).__name__, type(group[name]).__name__
-        raise ValueError(
-            f"{key}={value!r} is of type {given}: give one of type {needed}"
-        ) from error
+    config_check.check_value(value, key, key)
+    group[name] = _typed(key, value)
 
 
-def _of_python(path: str) -> ConfigDict:
+def _change_arm(config: ConfigDict, path: Sequence[str], value: Any) -> None:
+    """Sets one setting of an arm, adding the arm if it is new; of a dict each, in place.
+
+    path: the arm, then the groups and the setting, or some of them with a dict as value.
+    """
+    arm, *inside = path
+    if isinstance(value, (Mapping, ConfigDict)):
+        if not inside:
+            config.arms[arm] = ConfigDict()
+        for key, one in value.items():
+            _change_arm(config, [*path, *str(key).split(".")], one)
+        return
+
+    def grouped(setting):
+        for part in reversed(inside):
+            setting = {part: setting}
+        return setting
+
+    config_check.check_arm(arm, ConfigDict(grouped(value)) if inside else value)
+    config.arms.update({arm: grouped(_typed(".".join(inside), value))})
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A value that was checked, of its setting's own type: ml_collections takes no NumPy scalar."""
+    return type(config_lib.settings()[key].default)(value)
+
+
+def _of_python(shown: str, path: str) -> ConfigDict:
     """What get_config() of a Python file returns. path: FILE.py or FILE.py:ARGUMENT."""
     file, colon, argument = path.partition(":")
     if colon and not argument:
         raise ValueError(
-            f"--config={path} ends with a colon: name a preset after it, or leave it out"
+            f"{shown}={path} ends with a colon: name a preset after it, or leave it out"
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
     try:
@@ -114,20 +152,6 @@ def _similar_file(path: str) -> str:
 def _of_json(path: str) -> ConfigDict:
     """The settings in a JSON file."""
     record = json_files.read(path, "give a run's config.json, or a Python file", fix="repair it")
-    if unknown := _unknown_key(record, config_lib.default()):
-        raise ValueError(f"{path}: {config_check.unknown(unknown)}")
-    try:
-        return config_lib.from_json(record)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} holds a setting of another type: {error}") from error
-
-
-def _unknown_key(record: Mapping, known: ConfigDict, prefix: str = "") -> str:
-    """The first key of a record that is no setting; "" if there is none."""
-    for name, value in record.items():
-        if name not in known:
-            return prefix + name
-        if isinstance(value, Mapping) and isinstance(known[name], ConfigDict) and name != "arms":
-            if found := _unknown_key(value, known[name], f"{prefix}{name}."):
-                return found
-    return ""
+    if fault := config_check.wrong_value(record):
+        raise ValueError(f"{path}: {fault}")
+    return config_lib.from_json(record)

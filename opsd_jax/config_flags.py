@@ -26,7 +26,7 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, path):
         try:
-            return config_file.read(path)
+            return config_file.of_file("--config", path)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 
@@ -190,7 +190,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> list[str]:
         if "as a ConfigDict" in reason:
             group = argument.partition("=")[0]
             inside = [option for option in options() if option.startswith(f"{group}.")]
-            reason = f"a group of settings, which takes no value: give {' or '.join(inside[:3])}"
+            shown = " or ".join(inside[:3]) or f"{group}.KEY=VALUE"  # arms have keys of their own
+            reason = f"a group of settings, which takes no value: give {shown}"
         sys.exit(f"error: {argument}: {reason}")
     except config_flags.config_flags.FlagOrderError as error:
         sys.exit(f"error: give --config=FILE first, then the settings that change it ({error})")

@@ -39,17 +39,17 @@ class DivergenceConfig:
       mixture form are 0.
     temperature: divides both logits. The result is multiplied by its square, except in the sampled
       form.
-    top_k: both sides are restricted to the teacher's top_k entries and renormalised. 0 keeps the
-      whole vocabulary.
-    support: whose top_k entries those are: "teacher" (official), "student", or "union", the entries
-      that are among the top_k of either side.
+    top_k: both sides are restricted to the top_k entries of `support` and renormalised. 0 keeps
+      the whole vocabulary.
+    support: whose entries of highest probability are kept: "teacher" (official), "student", or
+      "union", those that are among the top_k of either side.
     tail: whether one more entry holds all other probability on each side, instead of
       renormalising. The official code has no such entry.
     clip: upper bound, 0 for none.
     clip_unit: "entry" bounds every (token, vocabulary) entry before the sum over the vocabulary,
       which is what the official code does, whatever it calls it. "token" bounds the sum.
     chunk: number of tokens per sequence whose logits exist at once in `chunked`: the logits of one
-      side if they are restricted to the teacher's top_k, else of both.
+      side if they are restricted to the top_k of the teacher, else of both.
     """
 
     kind: Annotated[str, KINDS] = "jsd"

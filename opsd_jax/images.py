@@ -325,7 +325,9 @@ class Transforms:
             small = [max(1, side // self.low_resolution) for side in resized.size]
             reduced = resized.resize((small[0], small[1]), Image.Resampling.BOX)
             return np.asarray(reduced.resize(resized.size, Image.Resampling.BICUBIC))
-        raise ValueError(f"there is no image transform {name!r}: choose from {TRANSFORMS}")
+        raise ValueError(
+            f"there is no image transform {name!r}: {checks.choose_from(name, TRANSFORMS)}"
+        )
 
 
 def box_fault(box: object) -> str | None:

@@ -195,15 +195,20 @@ def resize_for_model(
 
 
 def bucket(n: int, step: int = 16) -> int:
-    """The least of step * 2^k and step * 3 * 2^k that holds n: few shapes, so few compilations.
+    """The least of step * 2^k and step * 3/2 * 2^k that holds n: few shapes, so few compilations.
 
-    0 for n = 0.
+    16, 24, 32, 48, 64, 96, ... for a step of 16; 0 for n = 0.
+
+    Raises ValueError for a step that is no power of two, or below 2.
     """
+    if step < 2 or step & (step - 1):
+        raise ValueError(f"step is {step}: give a power of two, at least 2")
     if not n:
         return 0
     size = step
     while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+        is_power = size & (size - 1) == 0
+        size = size * 3 // 2 if is_power else size // 3 * 4
     return size
 
 

@@ -276,8 +276,7 @@ class FlowConfig:
                 "(import the checkpoint without --only=understanding)"
             )
         checks.fields(self, "drawing")
-        if self.renorm not in RENORMS:
-            raise ValueError(f"renorm is {self.renorm!r}: choose from {RENORMS}")
+        checks.choice("renorm", self.renorm, RENORMS)
 
     @property
     def branches(self) -> tuple[str, ...]:

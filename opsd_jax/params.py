@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from opsd_jax.array_types import AnyArray
+from opsd_jax.inputs import checks
 
 # The matrices of a decoder layer that can have adapters.
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -237,10 +238,10 @@ def partition(params, freeze=(), *, generation: bool = False):
     Raises:
       ValueError: an unknown group, `freeze` together with adapters, or nothing is left to train.
     """
-    unknown = set(freeze) - set(GROUPS)
-    if unknown:
+    if unknown := sorted(set(freeze) - set(GROUPS)):
         raise ValueError(
-            f"freeze names unknown parameter groups {sorted(unknown)}: choose from {GROUPS}"
+            f"freeze names unknown parameter groups {unknown}: "
+            f"{checks.choose_from(unknown[0], GROUPS)}"
         )
     frozen_groups = {"fixed", "vae", *freeze, *(() if generation else GENERATION_GROUPS)}
     flat = flatten(params)

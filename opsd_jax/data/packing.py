@@ -20,6 +20,7 @@ from opsd_jax.blocks import Block, BlockNames, Content, Image, Latent, Text
 from opsd_jax.config import BucketsConfig
 from opsd_jax.context import Context, PaddedImages, References, Sizes, Supervised
 from opsd_jax.data.examples import PreparedExample
+from opsd_jax.inputs import checks
 from opsd_jax.model.config import GenerationConfig
 from opsd_jax.tokenizer import Tokenizer
 
@@ -110,9 +111,8 @@ class Packer:
         elif kind in ("reference", "text"):
             trace = [Text(self.reference(example), loss=True)]
         else:
-            raise ValueError(
-                f"unknown layout {kind!r}: choose student, teacher or one of {config_lib.LAYOUTS}"
-            )
+            known = ("student", "teacher", *config_lib.LAYOUTS)
+            raise ValueError(f"unknown layout {kind!r}: {checks.choose_from(kind, known)}")
         role = "teacher" if kind == "reference" else "student"
         return [*self.named_blocks(example, role), *(("trace", block) for block in trace)]
 

@@ -30,9 +30,8 @@ def load_config(workdir: str) -> ConfigDict:
     try:
         return config_lib.from_json(record)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{workdir}/config.json holds settings of another type ({error}): {_WRITE_AGAIN}"
-        ) from error
+        fault = config_check.wrong_value(record) or f"it holds settings of another type ({error})"
+        raise ValueError(f"{workdir}/config.json: {fault}. To repair it, {_WRITE_AGAIN}") from error
 
 
 def read_record(workdir: str) -> dict:

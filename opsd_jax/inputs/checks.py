@@ -136,13 +136,14 @@ def closest(name: str, choices: Iterable[str]) -> str:
 def choose_from(name: str, choices: Iterable[str]) -> str:
     """ "choose from noise, swap; did you mean 'noise'?", for a name that is none of the choices."""
     known = list(choices)
-    return f"choose from {', '.join(known)}{did_you_mean(name, known)}"
+    shown = ", ".join(choice or "''" for choice in known)
+    return f"choose from {shown}{did_you_mean(name, known)}"
 
 
 def _choose(value, choices: tuple[str, ...]) -> str:
     if len(choices) == 2:
         return f"use {choices[0]!r} or {choices[1]!r}"
-    return f"choose from {choices}{did_you_mean(str(value), choices)}"
+    return choose_from(str(value), choices)
 
 
 def instance(name: str, value, kind: type | tuple[type, ...], fix: str) -> None:

@@ -59,7 +59,10 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Session:
-    """An opened run: everything except its weights. Nothing in it changes while it is open.
+    """An opened run: everything except its weights.
+
+    Its fields stay the same while it is open. The clock counts and the writer writes, and programs
+    and digests are kept once they are made.
 
     Attributes:
       config: all settings of the run.

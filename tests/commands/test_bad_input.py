@@ -329,8 +329,8 @@ def test_mistakes_on_the_command_line(tmp_path):
     [
         (
             {"stages": ("warmup", "opd")},
-            r"config.stages names 'opd': choose from \('autoencoder', 'warmup', "
-            r"'opsd', 'sft', 'offline'\); did you mean 'opsd'\?",
+            r"config.stages names 'opd': choose from autoencoder, warmup, "
+            r"opsd, sft, offline; did you mean 'opsd'\?",
         ),
         ({"stages": ()}, "config.stages is empty"),
         (

@@ -265,6 +265,13 @@ def test_buckets_are_few_and_hold():
     ]
 
 
+@pytest.mark.parametrize("step", [0, 1, 6, 24, -16])
+def test_steps_of_buckets_that_are_no_powers_of_two(step):
+    """Of 6, the sizes would go on as 8 and 12, and never end for 1."""
+    with pytest.raises(ValueError, match=f"step is {step}: give a power of two"):
+        interleave.bucket(100, step)
+
+
 def test_page_shows_texts_and_images():
     long = montage.column(["word" * 500, picture(0, 8, 16)])
     short = montage.column(["word", picture(0, 8, 16)])

@@ -263,7 +263,7 @@ def test_settings():
         ({"rank": 2, "targets": ()}, r"lora.targets is empty, so rank 2 adapts nothing"),
         (
             {"rank": 2, "targets": ("q", "w")},
-            r"config.lora.targets names 'w': choose from \('q', 'k'",
+            r"config.lora.targets names 'w': choose from q, k",
         ),
         ({"rank": 2, "targets": ("q", "q")}, "config.lora.targets names q twice: give each once"),
     ],

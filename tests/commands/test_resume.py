@@ -487,6 +487,19 @@ def test_a_damaged_record_of_the_settings_names_the_file_and_the_fix(tmp_path, c
     assert workdir_lib.load_config(str(tmp_path)).opsd.steps == small_run.OPSD
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ({"opsd": {"steps": "abc"}}, "config.opsd.steps is 'abc': give a whole number in"),
+        ({"seed": None}, "config.seed is None: give a whole number in"),
+    ],
+)
+def test_a_wrong_value_in_the_record_is_named(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: {said}"):
+        workdir_lib.load_config(str(tmp_path))
+
+
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     older = config_lib.to_json(small_run.config())
     del older["model"]["rope_bfloat16"], older["arms"]

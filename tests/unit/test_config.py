@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import pathlib
+import re
 import shlex
 
 import jax
@@ -283,7 +284,8 @@ def test_keys_that_are_not_settings(change, message, tmp_path):
         ("log.tensorboard", "yes", "give True or False"),
         ("teacher.kind", None, "give a text"),
         ("data.dir", 3, "give a text"),
-        ("stages", "opsd", "give a tuple, such as"),
+        ("stages", "opsd", "give a tuple, ('opsd',)"),
+        ("run_arms", "noise,swap", "give a tuple, ('noise', 'swap')"),
         ("data.tasks", 3, "give a tuple, such as"),
         ("run_arms", None, "give a tuple, such as ()"),
         ("stages", (1,), "give names, each in quotes"),
@@ -393,11 +395,11 @@ def test_buckets_of_another_shape(key, wrong, unit):
         ),
         (
             {"data__make__families": ("chess",)},
-            "config.data.make.families names 'chess': choose from ('maze', ",
+            "config.data.make.families names 'chess': choose from maze, ",
         ),
         (
             {"data__make__difficulty": "odd"},
-            "config.data.make.difficulty is 'odd': choose from ('easy', ",
+            "config.data.make.difficulty is 'odd': choose from easy, ",
         ),
         (
             {"images__transparency": "black"},
@@ -619,9 +621,21 @@ def test_a_json_file_repeats_a_run(tmp_path):
         (None, "mine.json is missing: give a run's config.json, or a Python file"),
         ("{", "mine.json is not valid JSON (Expecting property name"),
         ("[]", "mine.json holds a list, not a JSON object"),
-        ('{"opsd": {"stepz": 3}}', "mine.json: there is no setting 'stepz' in config.opsd. Did"),
-        ('{"opsd": {"steps": "x"}}', "mine.json holds a setting of another type: "),
-        ('{"arms": 3}', "mine.json holds a setting of another type: "),
+        (
+            '{"opsd": {"stepz": 3}}',
+            "mine.json: config.opsd.stepz: there is no setting 'stepz' in config.opsd. Did",
+        ),
+        (
+            '{"opsd": {"steps": "x"}}',
+            "mine.json: config.opsd.steps is 'x': give a whole number in [",
+        ),
+        ('{"opsd": {"steps": null}}', "mine.json: config.opsd.steps is None: give a whole number"),
+        ('{"opsd": 3}', "mine.json: config.opsd is 3, but it is a group of settings: set one of "),
+        ('{"arms": 3}', "config.arms is 3, but it is a group of settings: set one of NAME = {"),
+        (
+            '{"arms": {"far": {"teacher": {"blocks": "image"}}}}',
+            "mine.json: config.arms.far.teacher.blocks is 'image': give a tuple, ('image',)",
+        ),
     ],
 )
 def test_json_files_that_are_wrong(text, message, tmp_path):
@@ -631,6 +645,21 @@ def test_json_files_that_are_wrong(text, message, tmp_path):
     with pytest.raises(SystemExit) as ended:
         config_flags.read([f"--config={path}"])
     assert ended.value.code.startswith(f"error: {tmp_path}") and message in ended.value.code
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ("arms.far.opsd.steps=5", "the settings have no config.arms.far.opsd.steps. Arms, and"),
+        ("arms.noise.opsd.steps=5", "the settings have no config.arms.noise.opsd.steps. Arms, and"),
+        ("arms.noise.teecher.x=1", "no setting 'teecher' in config.arms.noise. Did you mean \"te"),
+        ("arms.noise.opsd.steps.x=1", "config.arms.noise.opsd.steps is not a group of settings"),
+        ("arms.noise=3", "a group of settings, which takes no value: give --config.arms.noise.KEY"),
+    ],
+)
+def test_settings_of_arms_that_the_file_does_not_have(option, said):
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        config_flags.read([f"--config={small_run.MINI}", f"--config.{option}"])
 
 
 TUPLES = [

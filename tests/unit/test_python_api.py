@@ -86,13 +86,49 @@ def test_settings_of_a_file_with_changes():
     assert config.is_locked and opsd_jax.read_config(pathlib.Path("configs/mini.py")).seed == 0
 
 
+def test_an_arm_of_ones_own():
+    """Added whole or setting by setting; one of the file's gets a further change, or is another."""
+    blocks = ["image", "question"]
+    config = opsd_jax.read_config(
+        MINI,
+        {
+            "arms.far": {"teacher": {"blocks": blocks}, "opsd.steps": np.int64(3)},
+            "arms.near.teacher.blocks": blocks,
+            "arms.noise.opsd.optim.lr": 1,
+            "arms.swap": {"seed": 7},
+            "run_arms": ("far", "near"),
+        },
+    )
+    assert config.arms.far.to_dict() == {"teacher": {"blocks": (*blocks,)}, "opsd": {"steps": 3}}
+    assert config.arms.near.to_dict() == {"teacher": {"blocks": (*blocks,)}}
+    noise = {"teacher": {"visual_thoughts": "noise"}, "opsd": {"optim": {"lr": 1.0}}}
+    assert config.arms.noise.to_dict() == noise and config.arms.swap.to_dict() == {"seed": 7}
+    assert config.run_arms == ("far", "near") and config.is_locked and config.arms.is_locked
+    assert "far" not in opsd_jax.read_config(MINI).arms
+
+
+@pytest.mark.parametrize("changes", [[("opsd.steps", 10)], "opsd.steps=10", {("opsd", "steps"): 1}])
+def test_changes_that_are_no_dict_of_settings(changes):
+    with pytest.raises(TypeError, match=r'give a dict, such as {"opsd.steps": 10}'):
+        opsd_jax.read_config(MINI, changes)
+
+
 @pytest.mark.parametrize(
     "path, changes, said",
     [
         (MINI, {"opsd.stepz": 1}, "no setting 'stepz' in config.opsd. Did you mean \"steps\"?"),
         (MINI, {"opsd": 1}, "opsd is a group of settings: change opsd.accumulation or opsd."),
-        (MINI, {"opsd.steps": 2.5}, "opsd.steps=2.5 is of type float: give one of type int"),
-        (MINI, {"run_arms": "noise"}, "run_arms='noise': give a tuple, ('noise',)"),
+        (MINI, {"opsd.steps": 2.5}, "opsd.steps is 2.5: give a whole number in [1, inf)"),
+        (MINI, {"opsd.steps": None}, "opsd.steps is None: give a whole number in [1, inf)"),
+        (MINI, {"opsd.steps": -1}, "opsd.steps is -1: give a whole number in [1, inf)"),
+        (MINI, {"run_arms": "noise"}, "run_arms is 'noise': give a tuple, ('noise',)"),
+        (MINI, {"arms": {}}, "arms is a group of settings: change arms."),
+        (MINI, {"arms.far": 3}, "config.arms.far is 3: give the settings that the arm changes"),
+        (MINI, {"arms.far.teecher.blocks": ()}, 'in config. Did you mean "teacher"?'),
+        (MINI, {"arms.far": {"teacher": {"block": ()}}}, 'config.teacher. Did you mean "blocks"?'),
+        (MINI, {"arms.far.opsd.steps": 0}, "config.arms.far.opsd.steps is 0: give a whole number"),
+        (MINI, {"arms.far.opsd": 0}, "config.arms.far.opsd is 0, but it is a group of settings"),
+        (MINI, {"arms.../far": {"seed": 1}}, "give one folder name"),
         ("configs/mimi.py", {}, "no such Python file.*did you mean 'configs/mini.py'"),
         ("configs/mini.py:smok", {}, "did you mean 'smoke'"),
     ],
