@@ -22,7 +22,7 @@ from unittest import mock
 
 from absl import flags
 
-from opsd_jax import blocks
+from opsd_jax import blocks, config_flags
 from opsd_jax import config as config_lib
 
 DOCS = pathlib.Path(__file__).parent
@@ -95,13 +95,6 @@ def commands(page: str) -> str:
 
 def options(command: str, sub: str = "") -> Iterator[tuple[str, str]]:
     """(option, meaning) of a command: "data", "make-mini"."""
-    module = _module(command)
-    by_module = flags.FLAGS.flags_by_module_dict()
-    if module.__name__ in by_module:
-        own = sorted(by_module[module.__name__], key=lambda flag: flag.name)
-        for flag in [flags.FLAGS["config"], *own]:
-            yield f"--{flag.name}", _meaning(flag.help, flag.default, flag.boolean)
-        return
     parser = parser_of(command)
     (groups,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)] or [None]
     if groups and sub:
@@ -125,7 +118,7 @@ def _module(command: str) -> types.ModuleType:
 
 @functools.cache
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command, as its `main` builds it."""
+    """The parser of a command: as its `main` builds it, or of what it declares to absl."""
 
     class Parsed(BaseException):
         pass
@@ -134,7 +127,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         raise Parsed(parser)
 
     module = _module(command)
-
+    if module.__name__ in flags.FLAGS.flags_by_module_dict():
+        return config_flags.parser_of(module)
     with mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
         try:
             module.main([])
@@ -145,7 +139,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def _meaning(text: str, default, is_switch: bool) -> str:
     """The help text in one line, with the default where the text does not tell it."""
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+    text = " ".join(text.split()).replace("%%", "%")  # argparse has % twice
+    text = text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
     text = re.sub(r"(?<![\w`*])(\*)(?![\w`*])", r"\\\1", text)
     if "default" in text or is_switch or default in (None, "", (), []) or default == (None,):
         return text

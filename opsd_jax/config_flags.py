@@ -58,7 +58,7 @@ def _define(flag_values: flags.FlagValues, argv: list[str] | None = None) -> Non
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "File with get_config(), see configs/, or the config.json of a run.",
+        "file with get_config(), see configs/, or the config.json of a run",
         flag_values,
         lock_config=True,
         sys_argv=argv,
@@ -124,8 +124,12 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.pathname.startswith(_PACKAGE) or record.levelno >= logging.WARNING
 
 
-def _help(command: types.ModuleType) -> str:
-    """The options of a command and what it does, in the form that argparse gives other commands."""
+# What the commands with these flags refuse to run without; they say so themselves.
+_REQUIRED = frozenset({"config", "workdir", "topology"})
+
+
+def parser_of(command: types.ModuleType) -> argparse.ArgumentParser:
+    """The options of a command and what it does, as the other commands declare them to argparse."""
     spec = command.__spec__
     prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
     parser = argparse.ArgumentParser(
@@ -135,16 +139,22 @@ def _help(command: types.ModuleType) -> str:
     )
     own = flags.FLAGS.get_flags_for_module(command)
     for flag in [flags.FLAGS["config"], *own]:
-        default = f" (default: {flag.value})" if flag.value not in (None, "") else ""
-        text = (flag.help + default).replace("%", "%%")  # argparse fills in % itself
+        text, choices = flag.help, None
+        if isinstance(flag, flags.EnumFlag):
+            text = text.partition(">: ")[2]  # absl puts the choices before the text
+            choices = list(filter(None, flag.parser.enum_values))
+        if "default" not in text and not flag.boolean and flag.default not in (None, ""):
+            text += f" (default: {flag.default})"
+        shown = {"help": text.replace("%", "%%")}  # argparse fills in % itself
         if flag.boolean:
-            parser.add_argument(f"--{flag.name}", action="store_true", help=text)
+            parser.add_argument(f"--{flag.name}", action="store_true", **shown)
         else:
-            parser.add_argument(f"--{flag.name}", help=text)
+            required = flag.name in _REQUIRED
+            parser.add_argument(f"--{flag.name}", required=required, choices=choices, **shown)
     parser.add_argument(
         "--config.KEY", metavar="VALUE", help="a setting, such as --config.opsd.steps=100"
     )
-    return parser.format_help()
+    return parser
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -154,7 +164,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     with one line that names the argument.
     """
     if not {"-h", "--help", "-help", "--h"}.isdisjoint(argv):
-        print(_help(sys.modules["__main__"]), end="")
+        print(parser_of(sys.modules["__main__"]).format_help(), end="")
         sys.exit(0)
     return _parse(argv, flags.FLAGS)
 

@@ -32,36 +32,36 @@ from opsd_jax.inputs import cli, paths
 from opsd_jax.plan import bill, budget, programs, table, topology
 from opsd_jax.runtime import distributed, files
 
-flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8.")
-flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data-centre network.")
-flags.DEFINE_enum("only", "", ["", *programs.STEP], "Compile this program alone.")
+flags.DEFINE_string("topology", "", "v5p:2x2x2, a name such as v5e-64, or cpu:8")
+flags.DEFINE_integer("slices", 1, "slices of that topology, joined by the data-centre network")
+flags.DEFINE_enum("only", "", ["", *programs.STEP], "compile this program alone")
 flags.DEFINE_string(
     "stage",
     "",
-    "Stages of the config, separated by commas (default: opsd if it has one, else its first); or "
-    "eval, or generate: answers of the model, without images or with.",
+    "stages of the config, separated by commas (default: opsd if it has one, else its first); or "
+    "eval, or generate: answers of the model, without images or with",
 )
-flags.DEFINE_integer("bucket", -1, "Which of config.data.buckets; -1 is the largest.")
-flags.DEFINE_float("hbm", 0, "GiB per device, in place of the chip's own.")
+flags.DEFINE_integer("bucket", -1, "which of config.data.buckets; -1 is the largest")
+flags.DEFINE_float("hbm", 0, "GiB of a device (default, or 0: as many as the chip has)")
 flags.DEFINE_bool(
-    "quick", False, "Compile with less effort: three times faster, peaks some 5 % off."
+    "quick", False, "compile with less effort: three times faster, peaks some 5 % off"
 )
 flags.DEFINE_float(
-    "write_speed", budget.WRITE_SPEED, "GB per second that each host writes of a checkpoint."
+    "write_speed", budget.WRITE_SPEED, "GB per second that each host writes of a checkpoint"
 )
 flags.DEFINE_float(
-    "price_per_chip_hour", None, "Dollars of a chip for an hour; prints those of the whole run."
+    "price_per_chip_hour", None, "dollars of a chip for an hour; prints those of the whole run"
 )
 flags.DEFINE_integer(
     sharding.AXES[-1],
     0,
-    "Devices of a copy that answers questions (eval, generate); 0: as the commands choose.",
+    "devices of a copy that answers questions (eval, generate); 0: as the commands choose",
 )
-flags.DEFINE_integer("questions", 1000, "Number of questions whose hours are printed.")
+flags.DEFINE_integer("questions", 1000, "number of questions whose hours are printed")
 flags.DEFINE_enum(
-    "protocol", "paper", [*interleave.PROTOCOLS], "How questions are asked (eval, generate)."
+    "protocol", "paper", [*interleave.PROTOCOLS], "how questions are asked (eval, generate)"
 )
-flags.DEFINE_string("out", "", "Also write the report to this JSON file.")
+flags.DEFINE_string("out", "", "also write the report to this JSON file")
 
 
 def main(argv: list[str]) -> None:

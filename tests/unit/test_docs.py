@@ -204,10 +204,18 @@ def test_arms_of_the_miniature():
 
 
 def test_the_numbers_at_the_start_are_those_of_the_results():
-    """Means of the default preset, rounded, on the first pages; of start and OPSD each seed."""
+    """Means of the default preset, rounded, on the first pages; of start and OPSD each seed.
+
+    The table's decimal gives the number of right answers, from which whole per cents are rounded.
+    """
     charts = PAGES["docs/results.md"].partition("### Charts")[2].partition("### Maze")[0]
+    (questions,) = map(int, re.findall(r"\((\d+) charts\)", charts))
+
+    def per_cent(shown):
+        return 100 * round(float(shown) * questions / 100) / questions
+
     seeds = {
-        row["arm"]: [float(row[f"seed {n}"]) for n in range(3)]
+        row["arm"]: [per_cent(row[f"seed {n}"]) for n in range(3)]
         for row in tables(charts)
         if row.get("measure") == "accuracy" and "banned" not in row["arm"]
     }
@@ -245,6 +253,16 @@ def test_every_option_of_every_command_has_a_meaning():
     for row in rows:
         meaning = re.sub(r"^required; ?|\(default: .*\)", "", row["meaning"])
         assert re.search(r"\w", meaning) or row["option"] == "--batch_size", row
+
+
+@pytest.mark.parametrize("command, path", [("train", "train.py"), ("plan", "plan/__main__.py")])
+def test_options_that_a_command_needs_are_marked(command, path):
+    """Of the commands that check them themselves: those that a message asks for."""
+    source = (ROOT / "opsd_jax" / path).read_text(encoding="utf-8")
+    needed = set(re.findall(r"error: (--\w+) is missing", source))
+    options = dict(generate().options(command))
+    assert len(needed) == 2
+    assert needed == {name for name in options if options[name].startswith("required; ")}
 
 
 def test_a_setting_with_choices_names_them():
