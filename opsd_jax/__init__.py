@@ -17,23 +17,26 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {  # {name here: (module, name there)}
-    "open_run": ("opsd_jax.run.session", "open_run"),
-    "load": ("opsd_jax.run.model", "load"),
-    "answer": ("opsd_jax.run.answering", "answer"),
-    "score": ("opsd_jax.evaluation.benchmark", "score"),
-    "read_config": ("opsd_jax.config_file", "read"),
-    "train_run": ("opsd_jax.train", "train_run"),
-    "evaluate_run": ("opsd_jax.run.evaluate", "evaluate_run"),
+# {name here: (module, name there, {option in its messages: the argument, if it has another name})}
+_PUBLIC: dict[str, tuple[str, str, dict[str, str]]] = {
+    "open_run": ("opsd_jax.run.session", "open_run", {}),
+    "load": ("opsd_jax.run.model", "load", {"checkpoint": "directory"}),
+    "answer": ("opsd_jax.run.answering", "answer", {}),
+    "score": ("opsd_jax.evaluation.benchmark", "score", {}),
+    "read_config": ("opsd_jax.config_file", "read", {"config": "path"}),
+    "train_run": ("opsd_jax.train", "train_run", {}),
+    "evaluate_run": ("opsd_jax.run.evaluate", "evaluate_run", {}),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'opsd_jax' has no attribute {name!r}")
-    module, there = _PUBLIC[name]
-    return getattr(importlib.import_module(module), there)
+    module, there, options = _PUBLIC[name]
+    calls = importlib.import_module("opsd_jax.inputs.calls")
+    function = calls.named(getattr(importlib.import_module(module), there), options)
+    return globals().setdefault(name, function)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC]
+    return sorted({*globals(), *_PUBLIC})

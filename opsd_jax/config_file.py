@@ -35,21 +35,18 @@ def read(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None)
     checks.instance("path", path, (str, os.PathLike), "give a file, such as 'configs/mini.py'")
     fix = 'give a dict, such as {"opsd.steps": 10}'
     checks.instance("changes", {} if changes is None else changes, Mapping, fix)
-    config = of_file("path", os.fspath(path))
+    config = of_file(os.fspath(path))
     for key, value in (changes or {}).items():
         checks.instance("a key of changes", key, str, fix)
         _change(config, key, value)
     return config.lock()
 
 
-def of_file(shown: str, path: str) -> ConfigDict:
-    """The settings in a file, see `read`, without changes and locked.
-
-    shown: the argument or flag that names the file, for messages.
-    """
+def of_file(path: str) -> ConfigDict:
+    """The settings in a file, see `read`, without changes and locked."""
     # "FILE.py:" is read as an address elsewhere; `_of_python` says what it lacks.
-    paths.check_given(shown, path.removesuffix(":") if path.endswith(".py:") else path)
-    return (_of_json(path) if path.endswith(".json") else _of_python(shown, path)).lock()
+    paths.check_given("--config", path.removesuffix(":") if path.endswith(".py:") else path)
+    return (_of_json(path) if path.endswith(".json") else _of_python(path)).lock()
 
 
 def _change(config: ConfigDict, key: str, value: Any) -> None:
@@ -98,12 +95,12 @@ def _typed(key: str, value: Any) -> Any:
     return type(config_lib.settings()[key].default)(value)
 
 
-def _of_python(shown: str, path: str) -> ConfigDict:
+def _of_python(path: str) -> ConfigDict:
     """What get_config() of a Python file returns. path: FILE.py or FILE.py:ARGUMENT."""
     file, colon, argument = path.partition(":")
     if colon and not argument:
         raise ValueError(
-            f"{shown}={path} ends with a colon: name a preset after it, or leave it out"
+            f"--config={path} ends with a colon: name a preset after it, or leave it out"
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
     try:

@@ -26,7 +26,7 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, path):
         try:
-            return config_file.of_file("--config", path)
+            return config_file.of_file(path)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
 

@@ -192,7 +192,7 @@ def check_there(directory: str | os.PathLike) -> list[str]:
         raise FileNotFoundError(
             f"{directory}{fault}: give the folder of the "
             "released model's tokenizer as --config.tokenizer=FOLDER, or for generate as "
-            "--tokenizer=FOLDER. For a small model with random weights, `python -m opsd_jax.data "
+            "`--tokenizer=FOLDER`. For a small model with random weights, `python -m opsd_jax.data "
             "make-mini --target=DIR --families=maze --train=1 --validation=0 --test=0` makes a "
             "small one in DIR/made/tokenizer"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opsd_jax.data import schema, shards
+from opsd_jax.inputs import checks
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -33,8 +34,10 @@ def open_source(
     Raises:
       FileNotFoundError: the folder is missing, its preparation is unfinished, or a shard is missing
         or truncated.
-      ValueError: an unknown split, or a damaged file, which the message names.
+      ValueError: an unknown split, or a damaged file, which the message names. TypeError: a split
+        that is no text.
     """
+    checks.instance(asked_by or "split", split, str, "give the name of a split, such as 'test'")
     directory = shards.version_folder(directory, task) if task is not None else Path(directory)
     started, finished = (directory / "progress.json").exists(), (directory / shards.REPORT).exists()
     if started and not finished:

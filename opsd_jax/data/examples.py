@@ -420,8 +420,8 @@ class Examples:
                 f"no completion can be right for {len(found)} examples of {self.tasks[source]} in "
                 f"{self.sources[source].directory}: "
                 f"{'; '.join(found[:5])}{' ...' if found[5:] else ''}. Correct them in the parquet "
-                "files and prepare the folder again with --overwrite, or leave them out with "
-                "--on_bad_row=skip --overwrite"
+                "files and prepare the folder again with `--overwrite`, or leave them out with "
+                "`--on_bad_row=skip --overwrite`"
             )
 
     def _reference_fault(self, example: Example) -> str | None:

@@ -160,7 +160,10 @@ class Diagnosis:
         """
         is_own = checkpoint_lib.is_of_run(checkpoint, self.session.workdir)
         request = dataclasses.replace(
-            self.request, modes=tuple(modes), checkpoint=checkpoint, name="" if is_own else name
+            self.request,
+            visual_thoughts=tuple(modes),
+            checkpoint=checkpoint,
+            name="" if is_own else name,
         )
         names = evaluate.evaluate(request, self.before_batch)
         if jax.process_count() > 1:

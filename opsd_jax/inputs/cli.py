@@ -12,6 +12,7 @@ import jax
 
 from opsd_jax.inputs import checks
 
+DTYPES = ("float32", "bfloat16")  # of a computation
 _MOST_MEANT = 3  # options that an unknown one may stand for, in an error message
 
 
@@ -156,7 +157,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="",
-        choices=["", "float32", "bfloat16"],
+        choices=["", *DTYPES],
         help="compute dtype, which the weights are cast to (default: the run's config.model.dtype; "
         "of a release what its config files say, else bfloat16)",
     )
@@ -186,6 +187,12 @@ def check_number(flag: str, value: int | None, least: int) -> None:
 def check_tensor(value: int) -> None:
     """Raises ValueError for a number of devices that no copy of a model has; 0: not given."""
     checks.number("--tensor", value, int, "[0, inf); 0 for the default")
+
+
+def check_dtype(value: str) -> None:
+    """Raises ValueError for a compute dtype that there is not; "": not given."""
+    if value:
+        checks.choice("--dtype", value, DTYPES)
 
 
 def check_compute_every(value: int, generates: bool) -> None:

@@ -30,7 +30,7 @@ from opsd_jax.evaluation import (
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.interleaved import InterleavedPredictor, generated_images
-from opsd_jax.inputs import checks
+from opsd_jax.inputs import calls, checks
 from opsd_jax.interleave import Reasoner
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import model as model_lib
@@ -67,11 +67,16 @@ def evaluate_run(
       that there is not, or no path.
     """
     checks.path("workdir", workdir)
+    _, _, *further = [field.name for field in dataclasses.fields(Request)]
     for name in options:
-        if name not in (fields := [field.name for field in dataclasses.fields(Request)]):
-            raise TypeError(f"{name}: {checks.choose_from(name, fields[2:])}")
-    modes = (visual_thoughts,) if isinstance(visual_thoughts, str) else tuple(visual_thoughts)
-    return evaluate(Request(os.fspath(workdir), modes, **options))
+        if name not in further:
+            known = ("visual_thoughts", *further)
+            raise TypeError(f"there is no option {name!r}: {checks.choose_from(name, known)}")
+    if "benchmarks" in options:
+        options["benchmarks"] = calls.names("benchmarks", options["benchmarks"])
+    modes = calls.names("visual_thoughts", visual_thoughts)
+    with calls.naming({name: name for name in further}):
+        return evaluate(Request(os.fspath(workdir), modes, **options))
 
 
 def evaluate(request: Request, before_batch: BeforeBatch = never_stop) -> dict[str, dict]:
@@ -91,7 +96,7 @@ def evaluate(request: Request, before_batch: BeforeBatch = never_stop) -> dict[s
         if request.against:
             compared = comparison.read_results(request.workdir, request.against)
         opened, summaries = None, {}
-        for mode in request.modes:
+        for mode in request.visual_thoughts:
             if job.in_contexts(mode):
                 opened = opened or open_for_contexts(job)
                 summary = in_contexts(job, mode, opened, compared, before_batch)
@@ -137,7 +142,7 @@ def open_for_contexts(job: Job) -> Opened:
     text = dataclasses.replace(session.model, generation=None)
     session = dataclasses.replace(session, model=text)
     selection = select(job, session)
-    shown = [mode for mode in request.modes if job.in_contexts(mode)]
+    shown = [mode for mode in request.visual_thoughts if job.in_contexts(mode)]
     contexts.check_visual_thoughts(selection, shown, request.split)
     params = session.restore_params(job.checkpoint, layout="rollout")
     return Opened(session, selection, params, facts_of(params, selection))

@@ -30,7 +30,7 @@ class Request:
     Attributes:
       workdir: folder of the run, or of an arm; with a released model in `checkpoint`, a folder
         for results.
-      modes: what the model sees, see `opsd_jax.eval`.
+      visual_thoughts: the modes, what the model sees, see `opsd_jax.eval`.
       checkpoint: a step folder, or one of which the newest step is taken, see
         `checkpoint.step_folder`; "" for the newest one of the run; or a released or imported model.
       benchmarks: tasks or families of the run, and public tables; () for all that there are.
@@ -58,7 +58,7 @@ class Request:
     """
 
     workdir: str
-    modes: tuple[str, ...] = ("none",)
+    visual_thoughts: tuple[str, ...] = ("none",)
     checkpoint: str = ""
     benchmarks: tuple[str, ...] = ()
     data_dir: str = ""
@@ -85,9 +85,8 @@ class Request:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            flag = "--visual_thoughts" if field.name == "modes" else f"--{field.name}"
             text = ",".join(value) if isinstance(value, tuple) else str(value)
-            flags.append(flag if value is True else f"{flag}={text}")
+            flags.append(f"--{field.name}" + ("" if value is True else f"={text}"))
         return shlex.join(flags)
 
 
@@ -175,7 +174,7 @@ def check(request: Request, config: ConfigDict | None = None) -> Job:
         config = workdir_lib.load_config(request.workdir)
     files, tasks = _choose_benchmarks(request, config)
     _check_modes(request, public=bool(files))
-    if config is not None and "image" in request.modes:
+    if config is not None and "image" in request.visual_thoughts:
         config_check.check_control(config, "--visual_thoughts", "image", "remove")
     checkpoint, step, stem = request.checkpoint, None, ""
     if released:
@@ -202,7 +201,7 @@ def check(request: Request, config: ConfigDict | None = None) -> Job:
         job = dataclasses.replace(job, is_other_dtype=request.dtype != own)
     names = _given_names(job) if request.name else _made_names(job, stem)
     job = dataclasses.replace(job, names=names)
-    for mode in request.modes:
+    for mode in request.visual_thoughts:
         paths.check_writable("--workdir", job.folder(mode))
     return job
 
@@ -233,11 +232,15 @@ def _check_arguments(request: Request) -> None:
     paths.check_given("--workdir", request.workdir, orbax=True)
     for flag in ("checkpoint", "data_dir", "against"):
         paths.check(f"--{flag}", getattr(request, flag))
+    for name in ("split", "protocol", "name"):
+        checks.instance(f"--{name}", getattr(request, name), str, "give a text")
+    checks.choice("--on_bad_row", request.on_bad_row, ("fail", "skip"))
+    cli.check_dtype(request.dtype)
     cli.check_precision()
-    for mode in request.modes:
+    for mode in request.visual_thoughts:
         if mode not in MODES:
             raise ValueError(f"--visual_thoughts={mode}: {checks.choose_from(mode, MODES)}")
-    cli.check_once("visual_thoughts", request.modes)
+    cli.check_once("visual_thoughts", request.visual_thoughts)
     cli.check_once("benchmarks", request.benchmarks)
     if request.seed is not None:
         cli.check_seed(request.seed)
@@ -254,7 +257,9 @@ def _check_arguments(request: Request) -> None:
             )
     cli.check_number("batch_size", request.batch_size, 0)
     cli.check_tensor(request.tensor)
-    cli.check_compute_every(request.compute_every, bool(set(request.modes) & set(GENERATED)))
+    cli.check_compute_every(
+        request.compute_every, bool(set(request.visual_thoughts) & set(GENERATED))
+    )
     model.check_protocol(request.protocol)
 
 
@@ -292,7 +297,7 @@ def _choose_benchmarks(
 
 def _check_modes(request: Request, *, public: bool) -> None:
     """Checks that modes, tables, protocol and marker go together."""
-    by_teacher = [mode for mode in request.modes if mode in CONTEXTS]
+    by_teacher = [mode for mode in request.visual_thoughts if mode in CONTEXTS]
     if public and by_teacher:
         raise ValueError(
             f"--visual_thoughts={by_teacher[0]}: public tables hold no visual thoughts of their "
@@ -303,16 +308,20 @@ def _check_modes(request: Request, *, public: bool) -> None:
             f"--protocol={request.protocol} with --visual_thoughts={by_teacher[0]}: the teacher's "
             "contexts are those of training, without a protocol"
         )
-    if request.ban_marker and (request.protocol or public or set(request.modes) & set(GENERATED)):
+    if request.ban_marker and (
+        request.protocol or public or set(request.visual_thoughts) & set(GENERATED)
+    ):
         raise ValueError(
             "--ban_marker is for tasks of a run without a protocol and without image generation"
         )
-    if request.samples and (request.protocol or public or set(request.modes) & set(GENERATED)):
+    if request.samples and (
+        request.protocol or public or set(request.visual_thoughts) & set(GENERATED)
+    ):
         raise ValueError(
             "--samples is for tasks of a run without a protocol and without image generation: "
             "leave it out, or leave --protocol, --data_dir and generated images out"
         )
-    if request.name and request.modes == ("generated-swap",):
+    if request.name and request.visual_thoughts == ("generated-swap",):
         raise ValueError(
             "--visual_thoughts=generated-swap with a --name: it shows what other rows generated in "
             "mode generated of the same name, so give --visual_thoughts=generated,generated-swap"
@@ -333,7 +342,7 @@ def _choose_checkpoint(request: Request) -> tuple[str, int]:
 
 def _given_names(job: Job) -> dict[str, str]:
     """{mode: name of its results} of a request with a name. FileExistsError where it is taken."""
-    name, modes = job.request.name, job.request.modes
+    name, modes = job.request.name, job.request.visual_thoughts
     names = {m: name if len(modes) == 1 else f"{name}-{job.label(m)}" for m in modes}
     for folder in (run_folder.evaluation(job.request.workdir, n) for n in names.values()):
         if os.path.exists(os.path.join(folder, run_folder.SUMMARY)) and not store.is_begun(folder):
@@ -368,7 +377,7 @@ def _made_names(job: Job, stem: str) -> dict[str, str]:
         differs.append(f"seed{job.seed}")
     if job.is_other_dtype:
         differs.append(request.dtype)
-    names = {mode: "-".join([job.label(mode), *differs]) for mode in request.modes}
+    names = {mode: "-".join([job.label(mode), *differs]) for mode in request.visual_thoughts}
     own = 1 if request.protocol or not config else config.drawing.compute_every
     if request.compute_every not in (0, own):
         shown = f"-every{request.compute_every}"

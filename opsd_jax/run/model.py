@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from opsd_jax import chat_template, images, interleave, sharding
 from opsd_jax import config as config_lib
 from opsd_jax import tokenizer as tokenizer_lib
-from opsd_jax.inputs import checks, paths
+from opsd_jax.inputs import checks, cli, paths
 from opsd_jax.interleave import Protocol, Reasoner, TrainingContexts
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.release import folders
@@ -63,6 +63,9 @@ def load(
     paths.check_given("--checkpoint", directory)
     paths.check("--tokenizer", tokenizer)
     check_protocol(protocol)
+    cli.check_dtype(dtype)
+    cli.check_number("batch_size", batch_size, 0)
+    cli.check_tensor(tensor)
     if folders.is_model(directory):
         model, read = _of_release(directory, generation, protocol or "paper", tokenizer, dtype)
         own = 1

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -23,7 +24,7 @@ from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.data.examples import Examples, Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.evaluation import results, summary_tables
-from opsd_jax.inputs import checks
+from opsd_jax.inputs import calls, checks, cli
 from opsd_jax.marker import Marker
 from opsd_jax.method_config import RolloutConfig
 from opsd_jax.model import attention, bagel
@@ -296,7 +297,7 @@ class Session:
 def open_run(
     workdir: str | os.PathLike[str],
     *,
-    tasks: tuple[str, ...] = (),
+    tasks: str | Sequence[str] = (),
     mesh: Mesh | None = None,
     tokenizer_folder: str = "",
     dtype: str = "",
@@ -304,21 +305,24 @@ def open_run(
     """Opens the run (or control arm) in a folder for reading: evaluation, diagnosis, generation.
 
     Args:
-      tasks: some of the run's tasks; () for all of them.
+      tasks: one or some of the run's tasks; () for all of them.
       mesh: None for all devices, with copies of the model on as few as it fits on (`placement`).
       tokenizer_folder: "" for the tokenizer of the run. With another one the data need not exist.
       dtype: compute dtype, "float32" or "bfloat16"; "" for config.model.dtype.
     Raises:
-      FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings.
-      TypeError: something else than a path.
+      FileNotFoundError: no run, no data or no tokenizer. ValueError: damaged settings, or a task
+        that the run does not have. TypeError: something else than a path.
     """
     checks.path("workdir", workdir)
     workdir = os.fspath(workdir)
     config = workdir_lib.load_config(workdir)
+    tasks = calls.names("tasks", tasks)
+    checks.names("tasks", tasks, tuple(config.data.tasks))
     find = workdir_lib.data_dir if tokenizer_folder else workdir_lib.found_data_dir
     data_dir = find(config, workdir)
     if tasks:
         config = workdir_lib.with_tasks(config, tasks)
+    cli.check_dtype(dtype)
     config = with_dtype(config, dtype)
     mesh = mesh or placement.of_run(config)
     return _open(config, workdir, data_dir, mesh, clock_lib.Clock(), tokenizer_folder)

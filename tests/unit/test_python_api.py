@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import json
 import os
 import pathlib
 import re
@@ -14,9 +15,11 @@ from PIL import Image
 import opsd_jax
 import tiny
 from opsd_jax import blocks as blocks_lib
+from opsd_jax import config as config_lib
 from opsd_jax import images, interleave
 from opsd_jax.data import examples, schema
 from opsd_jax.evaluation import results
+from opsd_jax.inputs import calls
 from opsd_jax.run import answering, session
 from opsd_jax.runtime import run_folder
 
@@ -42,9 +45,9 @@ IMAGE = Image.new("RGB", (8, 8))
         ),
         (
             lambda: answer(model(), "dots.png", "How many?"),
-            "image is 'dots.png', of type str: open it first, image = PIL.Image.open(FILE)",
+            "about is 'dots.png', of type str: open it first, image = PIL.Image.open(FILE)",
         ),
-        (lambda: answer(model(), [b"..."], "How many?"), "image is b'...', of type bytes"),
+        (lambda: answer(model(), [b"..."], "How many?"), "about[0] is b'...', of type bytes"),
         (lambda: answer(model(), IMAGE, None), "question is None, of type NoneType: give"),
         (
             lambda: opsd_jax.score("/tmp/w", "<answer>3</answer>"),
@@ -141,11 +144,107 @@ def test_settings_that_there_are_not(path, changes, said):
 def test_what_a_run_and_an_evaluation_are_asked_for(tmp_path):
     with pytest.raises(TypeError, match="config is 'configs/mini.py', of type str: read it first"):
         opsd_jax.train_run("configs/mini.py", tmp_path)
-    with pytest.raises(TypeError, match="row: choose from .*did you mean 'rows'"):
+    with pytest.raises(TypeError, match="no option 'row': choose from .*did you mean 'rows'"):
         opsd_jax.evaluate_run(tmp_path, row=3)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         opsd_jax.evaluate_run(tmp_path, ("none", "real"), rows=3)
     assert os.listdir(tmp_path) == []
+
+
+# --- what errors call arguments
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A folder with the settings of a run, and nothing else."""
+    config = config_lib.to_json(opsd_jax.read_config(MINI))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda w: opsd_jax.load(w, protocol="papr"), "protocol=papr: choose from paper, harn"),
+        (lambda w: opsd_jax.load(""), "directory is empty (an unset shell variable?): give a"),
+        (lambda w: opsd_jax.load("/no/run"), "directory=/no/run: there is no such folder: give"),
+        (lambda w: opsd_jax.load(w, tokenizer="gs://t"), "tokenizer='gs://t' is an address"),
+        (lambda w: opsd_jax.load(w, dtype="float16"), "dtype is 'float16': use 'float32' or"),
+        (lambda w: opsd_jax.load(w, tensor=-1), "tensor is -1: give a whole number in"),
+        (lambda w: opsd_jax.load(w, batch_size=-1), "batch_size is -1: give a whole number"),
+        (lambda w: opsd_jax.open_run(""), "workdir is empty (an unset shell variable?)"),
+        (lambda w: opsd_jax.open_run("/no/run"), "give the workdir of a run of `python -m opsd_"),
+        (
+            lambda w: opsd_jax.open_run(w, tasks="Chart_Refocsu"),
+            "tasks names 'Chart_Refocsu': choose from Chart_Refocus; did you mean 'Chart_Refocus'?",
+        ),
+        (lambda w: opsd_jax.open_run(w, tasks=3), "tasks is 3, of type int: give a name, or a"),
+        (lambda w: opsd_jax.read_config(""), "path is empty (an unset shell variable?)"),
+        (lambda w: opsd_jax.read_config("mini.py:"), "path=mini.py: ends with a colon"),
+        (lambda w: opsd_jax.train_run(opsd_jax.read_config(MINI), ""), "workdir is empty (an"),
+        (
+            lambda w: opsd_jax.train_run(opsd_jax.read_config(MINI), "/proc/version/w"),
+            "workdir=/proc/version/w: /proc/version is not a folder",
+        ),
+        (
+            lambda w: opsd_jax.train_run(opsd_jax.read_config(MINI, {"run_arms": ("x",)}), w),
+            "config.run_arms names 'x', which is not one of the arms",
+        ),
+        (lambda w: opsd_jax.evaluate_run(w, "reel"), "visual_thoughts=reel: choose from none, r"),
+        (
+            lambda w: opsd_jax.evaluate_run(w, benchmarks="Chart_Refocsu"),
+            "benchmarks=Chart_Refocsu: this run has the tasks Chart_Refocus (or, by family, chart)",
+        ),
+        (
+            lambda w: opsd_jax.evaluate_run(w, benchmarks=("Chart_Refocus",) * 2),
+            "benchmarks names Chart_Refocus twice: give each once",
+        ),
+        (lambda w: opsd_jax.evaluate_run(w, modes="real"), "no option 'modes': choose from visu"),
+        (lambda w: opsd_jax.evaluate_run(w, rows="3"), "rows is '3': give a whole number in"),
+        (lambda w: opsd_jax.evaluate_run(w, split=3), "split is 3, of type int: give a text"),
+        (lambda w: opsd_jax.evaluate_run(w, on_bad_row="x"), "on_bad_row is 'x': use 'fail'"),
+        (
+            lambda w: opsd_jax.evaluate_run(w, temperature=1.0),
+            "temperature=1.0 without samples: answers are greedy. Give samples=K, the number",
+        ),
+        (
+            lambda w: opsd_jax.evaluate_run(w, checkpoint="/tmp/no-step"),
+            "checkpoint=/tmp/no-step: there is no such folder",
+        ),
+    ],
+)
+def test_errors_name_the_arguments(record, call, said):
+    with pytest.raises((TypeError, ValueError, OSError)) as error:
+        call(record)
+    assert str(error.value).startswith(said) or f" {said}" in str(error.value)
+    assert os.listdir(record) == ["config.json"]
+
+
+def test_one_benchmark_is_a_text(record):
+    """It is known, so that only the checkpoint is missing."""
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        opsd_jax.evaluate_run(record, benchmarks="Chart_Refocus", split="test")
+    with pytest.raises(FileNotFoundError, match="has no data"):
+        opsd_jax.open_run(record, tasks="Chart_Refocus")
+
+
+def test_what_of_a_message_is_renamed():
+    """Options that are arguments; not those of commands that are quoted, of others, or in paths."""
+    with pytest.raises(ValueError) as error:
+        with calls.naming({"split": "split", "checkpoint": "directory"}):
+            raise ValueError(
+                "--checkpoint=/w/--split and '--split': give --split=a, --config.eval.rows=3. Or "
+                "run `x --split=b`, --splits=c, --overwrite"
+            )
+    assert str(error.value) == (
+        "directory=/w/--split and '--split': give split=a, config.eval.rows=3. Or run "
+        "`x --split=b`, --splits=c, --overwrite"
+    )
+
+
+def test_public_calls_keep_their_identity():
+    assert opsd_jax.load is opsd_jax.load and opsd_jax.load.__name__ == "load"
+    assert {"load", "answer", "__version__"} <= {*dir(opsd_jax)}
 
 
 def test_a_score_says_what_it_found():
