@@ -81,10 +81,11 @@ def _check_question(
         return []
     checks.instance("question", question, str, "give its text")
     open_it = "open it first, image = PIL.Image.open(FILE)"
-    several = isinstance(about, list | tuple)
-    given = list(about) if several else [about]
+    if not isinstance(about, list | tuple):
+        checks.instance("about", about, Image.Image, open_it)
+    given = [about] if isinstance(about, Image.Image) else list(about)
     for n, image in enumerate(given):
-        checks.instance(f"about[{n}]" if several else "about", image, Image.Image, open_it)
+        checks.instance(f"about[{n}]", image, Image.Image, open_it)
     if fault := tags.places_fault(str(question), len(given)):
         raise ValueError(f"the question {fault}")
     return given
