@@ -11,7 +11,7 @@ import numpy as np
 from opsd_jax.diagnose.selection import Diagnosis
 from opsd_jax.evaluation import html
 from opsd_jax.run import cautions as cautions_lib
-from opsd_jax.runtime import files, run_folder
+from opsd_jax.runtime import files, provenance, run_folder
 
 _WEIGHTS = {  # keys of a summary, and what the page calls them
     "checkpoint": "weights",
@@ -74,7 +74,7 @@ def facts(summary: dict) -> str:
     """HTML of what a page is about: command, weights, examples, seed."""
     return html.facts(
         [
-            ("command", f"`{summary['command']}`"),
+            *provenance.facts(summary["command"]),
             *((name, f"`{summary[key]}`") for key, name in _WEIGHTS.items() if key in summary),
             ("examples", _examples(summary)),
             ("split", f"`{summary['split']}`"),

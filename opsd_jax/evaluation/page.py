@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from opsd_jax.evaluation import charts, html, tables
+from opsd_jax.evaluation import charts, html, shown_answers, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
 from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
+from opsd_jax.runtime import provenance
 
 _MOST_MISSES, _MOST_HITS = 100, 20  # that are shown of each benchmark
 _Shown = Callable[[Benchmark, Key], Sequence[tuple[str, np.ndarray | Image.Image]]]
@@ -44,7 +45,7 @@ def page(
 
 
 def _facts(summary: dict, mode: str) -> str:
-    """Which model was asked what, and by which command. mode: in words."""
+    """Which model was asked what, and what made the page. mode: in words."""
     scores = summary["benchmarks"]
     decoding = "greedy"
     if "samples" in summary:
@@ -71,7 +72,7 @@ def _facts(summary: dict, mode: str) -> str:
             ("examples", examples),
             *([("split", f"`{summary['split']}`")] if summary["split"] else []),
             ("seed", str(summary["seed"])),
-            ("command", f"`{summary['command']}`"),
+            *provenance.facts(summary["command"]),
         ]
     )
 
@@ -189,7 +190,11 @@ def _samples(result: results_lib.Result, benchmark: Benchmark, shown: _Shown) ->
     misses, hits = (
         [p for p in result.predictions if bool(p["hit"]) == right] for right in (False, True)
     )
-    chosen = [*_spread(misses, _MOST_MISSES), *_spread(hits, _MOST_HITS)]
+    chosen = [
+        p
+        for some, most in ((misses, _MOST_MISSES), (hits, _MOST_HITS))
+        for p in shown_answers.spread(some, most, lambda _: result.name)
+    ]
     return [
         html.heading(f"Answers to {result.name}"),
         html.paragraph(benchmark.rule),
@@ -202,36 +207,21 @@ def _samples(result: results_lib.Result, benchmark: Benchmark, shown: _Shown) ->
     ]
 
 
-def _spread(predictions: Sequence[dict], most: int) -> list[dict]:
-    """All predictions, or `most` of them at even distances."""
-    shown = min(most, len(predictions))
-    return [predictions[n * len(predictions) // shown] for n in range(shown)]
-
-
 def _portion(kind: str, count: int, most: int) -> str:
     if count <= most:
-        return f"all {count} {kind}" if count else f"no {kind} (there are none)"
+        return f"all {count} {kind}" if count else f"no {kind}"
     return f"{most} of {count} {kind}, evenly spaced"
 
 
 def _sample(p: dict, benchmark: Benchmark, shown: _Shown) -> html.Sample:
     """An answer with the images that the model saw."""
     key = p["index"]
-    title = str(p.get("pid", key))
-    about = f"{p['tokens']} token{'s' * (p['tokens'] != 1)}"
-    if "samples" in p:
-        right = sum(bool(sample["hit"]) for sample in p["samples"])
-        about += f"; the first of {len(p['samples'])} answers, of which {right} are right"
-    if "answer" in p:  # of a task: short
-        found = "no <answer> tag" if p["answer"] is None else p["answer"]
-        title += f": {found}" + (f" (expected {p['expected']})" if found != p["expected"] else "")
-    else:
-        about = f"expected {p['expected']}; {about}"
     size = 320 if benchmark.table else 160
     images = [html.image(image, size=size, caption=text) for text, image in shown(benchmark, key)]
     texts = html.stack(
         html.paragraph(benchmark.text(key)),
         html.paragraph(p["prediction"]),
-        html.note(about),
+        html.note(shown_answers.note(p)),
     )
+    title = shown_answers.title(p)
     return html.Sample(title=title, hit=bool(p["hit"]), parts=[html.row(*images, texts)])

@@ -3,21 +3,17 @@
 It is made from the files of the run and of its control arms alone, so it can be made at any time.
 """
 
-import datetime
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import opsd_jax
 from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
 from opsd_jax.blocks import BlockNames
 from opsd_jax.data.workdir import load_config
-from opsd_jax.evaluation import charts, html, results, wording
+from opsd_jax.evaluation import charts, html, results, shown_answers, wording
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.evaluation.wording import NOTHING, VISUAL_THOUGHTS, Words
 from opsd_jax.inputs import json_files
@@ -27,7 +23,7 @@ from opsd_jax.run import scores as scores_lib
 from opsd_jax.run import session as session_lib
 from opsd_jax.run.checks import images_caution
 from opsd_jax.run.report_table import Scores
-from opsd_jax.runtime import clock, files, metrics, run_folder
+from opsd_jax.runtime import clock, files, metrics, provenance, run_folder
 
 Points = list[tuple[float, float]]
 
@@ -59,6 +55,7 @@ def meaning(names: BlockNames, *, images: bool) -> str:
         "that the objective is another one (**sft**, **offline**). What "
         f"{words.subject} teaches is the accuracy of OPSD minus that of the best arm whose teacher "
         "sees something else. "
+        "**n** is the number of questions, **tokens** the mean length of an answer. "
         f"**KL** compares the starting teacher, {words.given}, with the student, "
         "without, on reference traces, before and after training; **closure** is the share of it "
         "that training removed, and it is negative where the student moved away. It is no "
@@ -92,8 +89,7 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
         ("folder", f"`{workdir}`, settings in config.json"),
         ("steps", ", ".join(f"{stage} {config[stage].steps}" for stage in config.stages)),
         ("seed", str(config.seed)),
-        *([("command", f"`{command}`")] if command else []),
-        ("made", f"{_now():%Y-%m-%d %H:%M} UTC by {_versions()}"),
+        *provenance.facts(command),
     ]
     selection = _selection(workdir, config.eval.final_split) if shown else None
     parts = [html.facts(facts)]
@@ -104,23 +100,13 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
     parts += _curves(folders, config)
     if "opsd" in config.stages:
         first, last = config_lib.start_of(config, "opsd"), config_lib.stage_ends(config)["opsd"]
-        parts += _divergence(workdir, first, last)
+        parts += _divergence(workdir, first, last, config)
         if selection:
             parts += _samples(workdir, last, selection, scores_lib.split_of(config))
     parts += [*_seconds(folders), *_pages(workdir)]
     name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
     files.write(path, html.page(f"Run {name}", *parts))
     return path
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
-
-
-def _versions() -> str:
-    """The software that this process uses."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return f"opsd_jax {opsd_jax.__version__}, jax {jax.__version__}, Python {python}"
 
 
 def caution_pages(workdir: str) -> None:
@@ -161,12 +147,10 @@ def _result(
     for who, tasks in shown.items():
         for task, b in tasks.items():
             name = report_table.plain(scores_lib.label(who, words))
-            limits = (
-                [100 * limit for limit in b["interval_95"]] if "interval_95" in b else [None] * 2
-            )
-            bars.append((f"{name} ({task})" if several else name, 100 * b["overall"], *limits))
+            low, high = _limits(b) or (None, None)
+            bars.append((f"{name} ({task})" if several else name, 100 * b["overall"], low, high))
             cells.append([name, *([task] if several else []), *_numbers(b)])
-    columns = ["answers of", *(["task"] if several else []), "accuracy %"]
+    columns = ["answers of", *(["task"] if several else []), "accuracy %", "95 % interval"]
     columns += [f"{words.given} %", "n", "tokens", "KL before", "KL after", "closure %"]
     return [
         html.heading("Result"),
@@ -206,10 +190,19 @@ def _screening(workdir: str, arms: Sequence[str]) -> list[str]:
     ]
 
 
+def _limits(b: dict) -> tuple[float, float] | None:
+    """Both ends of the interval of an accuracy in per cent; None for one without."""
+    if "interval_95" not in b:
+        return None
+    low, high = b["interval_95"]
+    return 100 * low, 100 * high
+
+
 def _numbers(b: dict) -> list:
     """Cells of the table of results."""
     return [
         html.fixed(100 * b["overall"], 1),
+        html.between(_limits(b), 1),
         html.fixed(100 * b["real"]["overall"], 1) if "real" in b else None,
         b["n"],
         html.fixed(b.get("mean_output_tokens"), 1),
@@ -311,7 +304,7 @@ def _charts_of(stage: str, found: Iterable[str], words: Words) -> list[tuple[str
     return charted
 
 
-def _divergence(workdir: str, start: int, last: int) -> list[str]:
+def _divergence(workdir: str, start: int, last: int, config: ConfigDict) -> list[str]:
     """Divergence along the student's samples, of the first and the last step that were kept."""
     kept: dict[str, Points] = {}
     for step in (start + 1, last):
@@ -322,9 +315,32 @@ def _divergence(workdir: str, start: int, last: int) -> list[str]:
         return []
     return [
         html.heading("Divergence along the answer"),
-        html.note("Mean divergence between teacher and student at each token of the samples."),
+        html.note(
+            "Mean between teacher and student at each token of the samples: "
+            f"{divergence_in_words(config.divergence, config.model.llm.vocab_size)}."
+        ),
         charts.lines(kept, x="token of the answer", y="divergence in nats"),
     ]
+
+
+def divergence_in_words(c: ConfigDict, vocabulary: int) -> str:
+    """Which divergence a run measures. c: config.divergence. vocabulary: number of its entries."""
+    at = "" if c.temperature == 1 else f", at temperature {c.temperature:g}"
+    if c.kind == "sampled_reverse_kl":
+        return (
+            "the loss at the sampled token whose gradient is the policy gradient of the reverse "
+            f"KL(student ‖ teacher), over the whole vocabulary{at}"
+        )
+    kinds = {0: "forward KL(teacher ‖ student)", 1: "reverse KL(student ‖ teacher)"}
+    kind = kinds.get(c.beta, f"generalised Jensen-Shannon divergence with β = {c.beta:g}")
+    over = "the whole vocabulary"
+    if 0 < c.top_k < vocabulary:
+        whose = {"teacher": "teacher", "student": "student", "union": "teacher or the student"}
+        rest = "one more for all others" if c.tail else "renormalised"
+        over = f"the {c.top_k} most probable tokens of the {whose[c.support]}, {rest}"
+    bounded = {"entry": "each vocabulary entry's part", "token": "the sum of each token"}
+    most = f"; {bounded[c.clip_unit]} is at most {c.clip:g} nats" if c.clip else ""
+    return f"the {kind} over {over}{at and at + ', times its square'}{most}"
 
 
 def _samples(workdir: str, last: int, selection: Selection, split: str) -> list[str]:
@@ -334,17 +350,18 @@ def _samples(workdir: str, last: int, selection: Selection, split: str) -> list[
     names, images = selection.packer.names, _have_images(selection)
     words, items = wording.of_blocks(names), []
     for hit in (False, True):
-        chosen = [p for p in predictions if bool(p["hit"]) == hit]
-        items += [_sample(p, selection) for p in chosen[:_MOST_SAMPLES]]
+        some = [p for p in predictions if bool(p["hit"]) == hit]
+        chosen = shown_answers.spread(some, _MOST_SAMPLES, lambda p: p["benchmark"])
+        items += [_sample(p, selection) for p in chosen]
     wrong = sum(not p["hit"] for p in predictions)
     shown = min(wrong, _MOST_SAMPLES)
     return [
         html.heading(f"Answers of the trained student, {words.alone}"),
         html.note(
             f"{len(items)} of {len(predictions)} {split} examples: {shown} of the {wrong} wrong "
-            f"answers, then {len(items) - shown} right ones. {_shown(names, images)} An answer "
-            "that differs from the expected one can be right where several are, as for paths in a "
-            "maze."
+            f"answers, then {len(items) - shown} right ones, evenly spaced in each task. "
+            f"{_shown(names, images)} An answer that differs from the expected one can be right "
+            "where several are, as for paths in a maze."
         ),
         html.samples(items),
     ]
@@ -372,14 +389,14 @@ def _sample(prediction: dict, selection: Selection) -> html.Sample:
     ]
     example = selection.examples.sources[source][n]
     return html.Sample(
-        title=f"{prediction['benchmark']} {prediction['pid']}",
+        title=f"{prediction['benchmark']} {shown_answers.title(prediction)}",
         hit=bool(prediction["hit"]),
         parts=[
             html.row(*shown),
             html.paragraph(example.question),
             html.paragraph(prediction["prediction"]),
         ],
-        note=f"expected {prediction['expected']}; {prediction['tokens']} tokens",
+        note=shown_answers.note(prediction),
     )
 
 

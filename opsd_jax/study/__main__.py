@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m opsd_jax.study`; exit codes are in the module's docstring."""
     cli.start()
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = shlex.join(["python", "-m", "opsd_jax.study", *argv])
     settings = [argument for argument in argv if argument.startswith("--config.")]
     args = _parser().parse_args([argument for argument in argv if argument not in settings])
     try:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "machines, then give --table again"
             )
         with locks.only_writer(study.workdir, inside=True):
-            failed = _run(study, start=not args.table)
+            failed = _run(study, command, start=not args.table)
     except (ValueError, OSError, RuntimeError) as error:
         distributed.end_with_error(error)
     if failed:
@@ -102,10 +103,12 @@ def _given(config: str, settings: Sequence[str], workdir: str):
     return config_flags.read([f"--config={config}", *own]), workdir, of_runs
 
 
-def _run(study: grid.Study, *, start: bool) -> dict[str, str]:
+def _run(study: grid.Study, command: str, *, start: bool) -> dict[str, str]:
     """Runs the study and writes what it found; {name of a job: why it is not done}.
 
-    start: whether to start what is left.
+    Args:
+      command: for the page.
+      start: whether to start what is left.
     """
     failed: dict[str, str] = {}
     grid.write_settings(study)
@@ -118,7 +121,7 @@ def _run(study: grid.Study, *, start: bool) -> dict[str, str]:
     rows = scores.rows(study, found, failed)
     table.write(study, rows, failed)
     print(table.in_terminal(study, rows))
-    print(f"the page of the study: {page.write(study, found, rows)}")
+    print(f"the page of the study: {page.write(study, found, rows, command)}")
     return failed
 
 

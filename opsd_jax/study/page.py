@@ -11,9 +11,9 @@ import numpy as np
 from opsd_jax import images
 from opsd_jax.data import arrayrecord
 from opsd_jax.data import workdir as workdir_lib
-from opsd_jax.evaluation import charts, html
+from opsd_jax.evaluation import charts, html, shown_answers
 from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
-from opsd_jax.runtime import files, metrics, run_folder
+from opsd_jax.runtime import files, metrics, provenance, run_folder
 from opsd_jax.study import scores as scores_lib
 from opsd_jax.study import table
 from opsd_jax.study.grid import Job, Study
@@ -25,14 +25,20 @@ _MOST_SAMPLES = 8  # of each group
 _MOST_LINES = 8  # of a chart
 
 
-def write(study: Study, scores: Scores, rows: Sequence[Mapping]) -> str:
-    """Writes S/study.html and returns its path. rows: see `scores.rows`."""
+def write(study: Study, scores: Scores, rows: Sequence[Mapping], command: str = "") -> str:
+    """Writes S/study.html and returns its path.
+
+    Args:
+      rows: see `scores.rows`.
+      command: the command of the study; "" leaves it out.
+    """
     done = sum(job.is_done() for job in study.jobs)
     facts = [
         ("folder", f"`{study.workdir}`"),
         ("jobs", f"{done} of {len(study.jobs)} done"),
         ("seeds", "; ".join(f"{g}: {', '.join(map(str, study.seeds(g)))}" for g in study.groups)),
         ("reference", f"the arm **{study.reference}**"),
+        *provenance.facts(command),
     ]
     parts = [html.facts(facts), *_result(study, rows)]
     for group in study.groups:
@@ -155,15 +161,18 @@ def _samples(study: Study, group: str) -> list[str]:
     def agree(key: tuple[str, int]) -> bool:
         return len({bool(p["hit"]) for p in answers[key].values()}) == 1
 
-    chosen = sorted(answers, key=agree)[:_MOST_SAMPLES]
+    differing = [key for key in answers if not agree(key)]
+    chosen = shown_answers.spread(differing, _MOST_SAMPLES, lambda key: key[0])
+    alike = [key for key in answers if agree(key)]
+    chosen += shown_answers.spread(alike, _MOST_SAMPLES - len(chosen), lambda key: key[0])
     items = [_sample(study, jobs[0], key, answers[key]) for key in chosen]
-    differ = sum(not agree(key) for key in answers)
     return [
         html.section(
             f"Answers side by side, {group}, seed {seed}",
             html.note(
-                f"{len(items)} of {len(answers)} questions; {differ} are answered right by some "
-                f"and wrong by others, and these come first. All answer {study.words.without}, "
+                f"{len(items)} of {len(answers)} questions, evenly spaced in each task; "
+                f"{len(differing)} are answered right by some and wrong by others, and these come "
+                f"first. All answer {study.words.without}, "
                 f"{_compared(study.words)}. ✓ and ✗ are those of the reference."
             ),
             html.samples(items),

@@ -9,6 +9,8 @@ import pytest
 
 import browser
 import small_run
+from opsd_jax.evaluation import shown_answers
+from opsd_jax.evaluation.html import text
 from opsd_jax.run import report_table, run_page
 from opsd_jax.run import scores as scores_lib
 
@@ -58,12 +60,21 @@ def test_the_page_shows_result_curves_and_answers(workdir):
 
     folder = workdir / "eval" / f"{small_run.LAST:06d}-none"
     lines = (folder / "predictions.jsonl").read_text().splitlines()
-    hits = [bool(json.loads(line)["hit"]) for line in lines]
+    answers = [json.loads(line) for line in lines]
+    hits = [bool(p["hit"]) for p in answers]
     wrong, right = min(12, hits.count(False)), min(12, hits.count(True))
     assert len(re.findall("<details class", html)) == wrong + right
     assert [mark == "hit" for mark in re.findall('<details class="(hit|miss)"', html)] == (
         [False] * wrong + [True] * right
     )
+    of_each = [[p for p in answers if bool(p["hit"]) == hit] for hit in (False, True)]
+    chosen = [p for some in of_each for p in shown_answers.spread(some, 12, lambda p: "")]
+    titles = re.findall(r"</b>\d+\. (.*?)</summary>", html)
+    assert titles == [text(f"{small_run.TASK} {shown_answers.title(p)}") for p in chosen]
+    interval = " to ".join(f"{100 * limit:.1f}" for limit in trained["interval_95"])
+    assert '<th scope="col">95 % interval</th>' in html and f"<td>{interval}</td>" in html
+    assert "**" not in html and "<strong>n</strong> is the number of questions" in html
+    assert "Mean between teacher and student at each token of the samples: the generalised" in html
     assert html.count("<img") == 2 * (wrong + right)  # the problem and one visual thought each
     links = re.findall(r'<li><a href="([^#].*?)">', html)
     assert links and all((workdir / link).exists() for link in links)

@@ -96,6 +96,7 @@ def test_the_page_shows_result_curves_and_answers(study):
     html = (study[0] / "study.html").read_text()
     titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
     assert titles[:2] == ["Result", "Difference to opsd"]
+    assert "<dt>command</dt><dd><code>python -m opsd_jax.study --config=" in html
     assert "Group all" in titles and "Loss, stage opsd" in html
     assert "Answers side by side, all, seed 0" in titles
     assert html.count("<details class") == 8 and html.count("<img") == 2 * 8

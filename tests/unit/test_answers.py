@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 from PIL import Image
 
+import opsd_jax
 from opsd_jax import interleave, tasks
 from opsd_jax import params as params_lib
 from opsd_jax.evaluation import (
@@ -24,6 +25,7 @@ from opsd_jax.evaluation import (
     inference,
     interleaved,
     page,
+    shown_answers,
     store,
     summary_tables,
     tables,
@@ -727,10 +729,38 @@ def test_the_page_shows_all_misses_first():
     assert "1. p0: B (expected A)" in html and "41. p1: A</summary>" in html
 
 
+def test_answers_of_all_benchmarks_are_shown():
+    """Equally many of each, evenly spaced; what one has too few for goes to the others."""
+    counts = {"b": 40, "a": 2, "c": 30}
+    every = [f"{name}{n:02d}" for name, count in counts.items() for n in range(count)]
+    shown = shown_answers.spread(every, 12, lambda item: item[0])
+    assert " ".join(shown) == "b00 b08 b16 b24 b32 a00 a01 c00 c06 c12 c18 c24"
+    assert shown_answers.spread(every, 100, lambda item: item[0]) == every
+    assert shown_answers.spread(every, 0, lambda item: item[0]) == []
+    assert shown_answers.spread(every, 2, lambda item: item[0]) == ["b00", "c00"]
+    assert shown_answers.spread([], 12, lambda item: item[0]) == []
+
+
+@pytest.mark.parametrize(
+    "answer, title",
+    [
+        ({"answer": "A", "expected": "A"}, "p3: A"),
+        ({"answer": "B", "expected": "A"}, "p3: B (expected A)"),
+        ({"answer": None, "expected": "A"}, "p3: no <answer> tag (expected A)"),
+        ({"expected": "A"}, "p3"),  # of a public table
+    ],
+)
+def test_titles_of_answers(answer, title):
+    prediction = {"index": 3, "pid": "p3", "tokens": 1, **answer}
+    assert shown_answers.title(prediction) == title
+    said = "" if "answer" in answer else "expected A; "
+    assert shown_answers.note(prediction) == f"{said}1 token"
+
+
 def test_the_page_says_how_many_misses_it_leaves_out():
     html = page_of([False] * 250)
     assert html.count('<details class="miss"') == 100
-    assert "Shown: 100 of 250 misses, evenly spaced, then no hits (there are none)." in html
+    assert "Shown: 100 of 250 misses, evenly spaced, then no hits." in html
     titles = re.findall(r"</b>\d+\. p(\d+):", html)
     assert titles == [str(n * 250 // 100) for n in range(100)]
 
@@ -741,7 +771,8 @@ def test_the_page_of_a_task_says_what_it_is_in_plain_words():
     for entry in (
         "<dt>weights</dt><dd><code>c</code></dd>",
         "<dt>seed</dt><dd>7</dd>",
-        "<dt>command</dt><dd><code>python -m x</code></dd>",
+        "<dt>command</dt><dd><code>python -m x</code></dd>\n<dt>made</dt><dd>20",
+        f" UTC by opsd_jax {opsd_jax.__version__}, jax {jax.__version__}, Python 3.",
         "<dt>split</dt><dd><code>test</code></dd>",
         "<dt>examples</dt><dd>T: all 2</dd>",
         "<code>&lt;image_start&gt;</code> is never sampled",

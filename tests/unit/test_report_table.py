@@ -1,6 +1,8 @@
 """What the table of a run says in words."""
 
 import json
+import re
+import types
 
 import pytest
 
@@ -137,6 +139,72 @@ def test_words_are_those_of_the_blocks(blocks):
     )
     if "visual_thoughts" not in blocks:
         assert "visual thought" not in text and "any image" not in text and "text only" not in text
+
+
+def test_samples_of_a_run_are_of_all_tasks(monkeypatch):
+    """Predictions are grouped by task, so that the first ones would be of the first task."""
+    predictions = [
+        {"benchmark": task, "index": n, "pid": f"{task}{n}", "prediction": "x", "tokens": 2}
+        | {"hit": n % 2, "answer": None, "expected": "y"}
+        for task in (TASK, OTHER)
+        for n in range(60)
+    ]
+    monkeypatch.setattr(run_page.results, "read_predictions", lambda folder: predictions)
+    example = types.SimpleNamespace(question="q?")
+    selection = types.SimpleNamespace(
+        tasks=(TASK, OTHER),
+        packer=types.SimpleNamespace(names=BlockNames()),
+        examples=types.SimpleNamespace(without=lambda names: [], sources=[[example] * 60] * 2),
+        shown_images=lambda source, n, mode: [],
+    )
+    html = "".join(run_page._samples("w", 3, selection, "test"))
+    titles = re.findall(r"</b>\d+\. (.*?)</summary>", html)
+    shown = [f"{task} {task}{n}" for task in (TASK, OTHER) for n in range(0, 60, 10)]
+    assert titles[:12] == [f"{name}: no &lt;answer&gt; tag (expected y)" for name in shown]
+    assert [title.split()[0] for title in titles[12:]] == [TASK] * 6 + [OTHER] * 6
+    assert "24 of 120 test examples: 12 of the 60 wrong answers, then 12 right ones" in html
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {},
+            "the generalised Jensen-Shannon divergence with β = 0.5 over the 256 most probable "
+            "tokens of the teacher, renormalised; each vocabulary entry's part is at most 0.05 "
+            "nats",
+        ),
+        (
+            {"beta": 0.0, "top_k": 0, "clip": 0.0},
+            "the forward KL(teacher ‖ student) over the whole vocabulary",
+        ),
+        (
+            {
+                "beta": 1.0,
+                "support": "union",
+                "tail": True,
+                "clip_unit": "token",
+                "temperature": 2.0,
+            },
+            "the reverse KL(student ‖ teacher) over the 256 most probable tokens of the teacher or "
+            "the student, one more for all others, at temperature 2, times its square; the sum of "
+            "each token is at most 0.05 nats",
+        ),
+        (
+            {"top_k": 448, "clip": 0.0},
+            "the generalised Jensen-Shannon divergence with β = 0.5 over the whole vocabulary",
+        ),
+        (
+            {"kind": "sampled_reverse_kl"},
+            "the loss at the sampled token whose gradient is the policy gradient of the reverse "
+            "KL(student ‖ teacher), over the whole vocabulary",
+        ),
+    ],
+)
+def test_the_divergence_in_words(changes, said):
+    config = config_lib.default().divergence
+    config.update(changes)
+    assert run_page.divergence_in_words(config, 448) == said
 
 
 def test_words_of_a_stage_and_of_a_study():

@@ -593,7 +593,8 @@ def test_each_question_has_a_table(tmp_path, monkeypatch):
     assert found[8:14] == ["## Traces?", "", *head, *of_all] and found[14:16] == ["sft", ""]
     record = json.loads((tmp_path / "S" / "study.json").read_text())
     assert record["questions"]["Traces?"] == {"all": ["opsd", "sft"]} and len(record["rows"]) == 4
-    html = pathlib.Path(page.write(study, scores.read(study), rows)).read_text()
+    html = pathlib.Path(page.write(study, scores.read(study), rows, "python -m x")).read_text()
+    assert "<dt>command</dt><dd><code>python -m x</code></dd>\n<dt>made</dt><dd>20" in html
     titles = re.findall(r"<h[23] id=.*?>(.*?)</h[23]>", html)
     assert titles[:3] == ["Result", "Noise?", "Traces?"]
     bars = re.findall(r"all: (\w+) \(", html)
