@@ -50,6 +50,9 @@ def workdir(tmp_path, monkeypatch):
         sharding.make_mesh(devices=jax.devices()[:1]),
     )
     monkeypatch.setattr(model_lib, "load", lambda directory, **_: model)
+    monkeypatch.setattr(  # the checkpoint "c" is faked, too
+        checkpoint, "step_folder", lambda flag, given, workdir: given or checkpoint.newest(workdir)
+    )
     monkeypatch.setattr(interleave, "reason", reason)
     return types.SimpleNamespace(path=str(work), calls=calls, config=config, model=model)
 
