@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import opsd_jax
 import small_run
 from opsd_jax import config as config_lib
 from opsd_jax import config_check, rollout, train
@@ -561,6 +562,25 @@ def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monke
         )
         assert trained == [run, *(f"{run}/arms/{name}" for name in ("noise", "image", "swap"))]
         assert written == [["noise", "swap"]]
+
+
+@pytest.mark.slow
+def test_a_run_and_its_arm_from_python(trained, tmp_path):
+    """The run is that of the command; its arm follows in the same process."""
+    config = small_run.config(run_arms=("noise",))
+    config.data.dir = str(trained / "data")
+    run = opsd_jax.train_run(config, tmp_path)
+    assert [row["who"] for row in run.report().records] == [
+        *("teacher", "start", "start, banned", "OPSD", "arm noise", "baseline")
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert "opsd_jax.train_run(opsd_jax.read_config(" in page and "UTC by opsd_jax" in page
+    losses = [row["loss"] for row in run.read_metrics() if "loss" in row]
+    of_command = [row["loss"] for row in metrics.read(trained / "metrics.jsonl") if "loss" in row]
+    assert losses == of_command
+    (found,) = opsd_jax.evaluate_run(run.workdir, "real", rows=8).values()
+    assert found["benchmarks"][small_run.TASK]["n"] == 8
+    assert len(opsd_jax.train_run(config, tmp_path).read_metrics()) == len(run.read_metrics())
 
 
 def test_an_arm_does_not_outlive_the_run(tmp_path, monkeypatch):
