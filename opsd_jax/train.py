@@ -61,8 +61,8 @@ from opsd_jax.runtime.health import UnhealthyRunError
 from opsd_jax.runtime.progress import Progress
 from opsd_jax.runtime.stopping import Stopped, StopRequest, install_sigterm
 
-flags.DEFINE_string("workdir", None, "Folder of the run; a run that it holds is continued.")
-flags.DEFINE_string("arm", "", "Run this control arm, from the warm-up of the run in --workdir.")
+flags.DEFINE_string("workdir", None, "folder of the run; a run that it holds is continued")
+flags.DEFINE_string("arm", "", "run this control arm, from the warm-up of the run in --workdir")
 
 
 def main(argv) -> None:

@@ -175,7 +175,7 @@ def _controls(
     of = {arm: shown[arm_key(arm)][task] for arm in arms}
     text = f"Control arms: {', '.join(f'{arm} {percent(b)}' for arm, b in of.items())}."
     if lead := scores_lib.lead(shown, task, arms, config):
-        what = f"the best control{'s' * (len(lead.over) > 1)} ({' and '.join(lead.over)})"
+        what = f"the best control{'s' * (len(lead.over) > 1)}, {' and '.join(lead.over)}"
         points = round(100 * lead.points, 1)
         if points == 0:
             text += f" OPSD is no better than {what}"

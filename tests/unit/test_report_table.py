@@ -370,7 +370,7 @@ def test_the_best_controls_are_named():
         return verdict(teacher=scores(0.9, 0.85), arms=("noise", "image", "sft"), **given)[0]
 
     line = "Control arms: noise 20.0 %, image 20.0 %, sft 20.0 %. OPSD is"
-    best = "the best controls (noise and image) (95 % interval of the difference:"
+    best = "the best controls, noise and image (95 % interval of the difference:"
     assert f"\n{line} 60.0 points above {best} 54.7 to 64.6)." in found(trained=scores(0.8))
     assert f"{line} no better than {best} −5.0 to 5.0)." in found(trained=scores(0.2))
     assert f"{line} 10.0 points below {best} −14.4 to −5.6)." in found(trained=scores(0.1))
