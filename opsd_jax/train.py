@@ -140,16 +140,21 @@ def _train_in_turn(config: ConfigDict, workdir: str) -> dict[str, str]:
 
     An accelerator belongs to one process, so that arms cannot be processes of their own there.
 
-    Returns {name: why} of arms that learned nothing, or broke.
+    Returns {name: why} of arms that failed.
     """
+    # Of several processes, one alone may fail, and the others would wait for it. What makes a run
+    # unhealthy is the same on all.
+    alone = (ValueError, OSError, jax.errors.JaxRuntimeError)
+    caught = (UnhealthyRunError, *(alone if jax.process_count() == 1 else ()))
     _train(config, workdir, workdir, _do_nothing)
     failed = {}
     for name in config.run_arms:
         logging.info("arm %s: starts", name)
-        arm_config, arm_workdir = controls.settings_of(config, workdir, name)
         try:
+            arm_config, arm_workdir = controls.settings_of(config, workdir, name)
             train(arm_config, arm_workdir, data_workdir=workdir)
-        except UnhealthyRunError as error:  # the same on all processes
+        except caught as error:
+            logging.debug("where the error of arm %s comes from:", name, exc_info=error)
             failed[name] = str(error)
     return failed
 
@@ -166,8 +171,8 @@ def train_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Session:
     Returns:
       The run, as `opsd_jax.open_run` opens it.
     Raises:
-      controls.ArmsFailedError: the run is done, but arms learn nothing, or break. Its table and
-        page are written, without these arms.
+      controls.ArmsFailedError: the run is done, but arms failed. Its table and page are written,
+        without these arms.
       Further errors are those of `train`.
     """
     checks.instance("config", config, ConfigDict, "read it first, opsd_jax.read_config(FILE)")

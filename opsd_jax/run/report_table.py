@@ -68,7 +68,8 @@ def other_arms(workdir: str, arms: Sequence[str]) -> list[str]:
     done = [
         name
         for name in names
-        if name not in arms and os.path.exists(last_summary(run_folder.arm(workdir, name)))
+        if name not in {*arms, *load_config(workdir).run_arms}
+        and os.path.exists(last_summary(run_folder.arm(workdir, name)))
     ]
     if not done:
         return []
@@ -138,11 +139,14 @@ def _missing_arms(arms: Sequence[str], config: ConfigDict) -> list[str]:
     if not (missing := [arm for arm in config.run_arms if arm not in arms]):
         return []
     rest = ",".join(arm for arm in config.run_arms if arm in arms) or "'()'"
-    one = len(missing) == 1
+    logs = " and ".join(f"arms/{arm}/log" for arm in missing)
+    if len(missing) == 1:
+        named, says, them = f"it is not done: the arm {missing[0]}", "says", "it"
+    else:
+        named, says, them = f"they are not done: the arms {', '.join(missing)}", "say", "them"
     return [
-        f"**Not shown, because {'it is' if one else 'they are'} not done: the "
-        f"{'arm' if one else 'arms'} {', '.join(missing)}.** W/arms/NAME/log says why. The same "
-        f"command tries again; `--config.run_arms={rest}` leaves {'it' if one else 'them'} out."
+        f"**Not shown, because {named}.** In the folder of the run, {logs} {says} why. The same "
+        f"command tries again; `--config.run_arms={rest}` leaves {them} out."
     ]
 
 

@@ -6,17 +6,20 @@ It is made from the files of the run and of its control arms alone, so it can be
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from opsd_jax import blocks as blocks_lib
 from opsd_jax import config as config_lib
+from opsd_jax import params as params_lib
 from opsd_jax.blocks import BlockNames
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import charts, html, results, shown_answers, wording
 from opsd_jax.evaluation.contexts import Selection
 from opsd_jax.evaluation.wording import NOTHING, VISUAL_THOUGHTS, Words
 from opsd_jax.inputs import json_files
+from opsd_jax.model import bagel
 from opsd_jax.run import cautions as cautions_lib
 from opsd_jax.run import report_table, screening
 from opsd_jax.run import scores as scores_lib
@@ -85,14 +88,8 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
     """
     config = load_config(workdir)
     folders = {"run": workdir} | {f"arm {arm}": run_folder.arm(workdir, arm) for arm in arms}
-    facts = [
-        ("folder", f"`{workdir}`, settings in config.json"),
-        ("steps", ", ".join(f"{stage} {config[stage].steps}" for stage in config.stages)),
-        ("seed", str(config.seed)),
-        *provenance.facts(command),
-    ]
     selection = _selection(workdir, config.eval.final_split) if shown else None
-    parts = [html.facts(facts)]
+    parts = [html.facts([*_settings(workdir, config), *provenance.facts(command)])]
     if selection:
         parts += _result(workdir, shown, arms, selection)
     parts += [html.note(line) for line in report_table.other_arms(workdir, arms)]
@@ -107,6 +104,23 @@ def write(workdir: str, shown: Mapping[str, Scores], arms: Sequence[str], comman
     name, path = os.path.basename(os.path.abspath(workdir)), run_folder.page(workdir)
     files.write(path, html.page(f"Run {name}", *parts))
     return path
+
+
+def _settings(workdir: str, config: ConfigDict) -> list[tuple[str, str]]:
+    """(name, content with `code`) of the settings that say what kind of run it is."""
+    model = config_lib.model(config)
+    params = jax.eval_shape(lambda: bagel.init(jax.random.key(0), config=model))
+    steps = [
+        f"{stage} {config[stage].steps} with batches of {config[stage].batch_size}"
+        for stage in config.stages
+    ]
+    return [
+        ("folder", f"`{workdir}`, settings in config.json"),
+        ("model", f"{params_lib.count(params)['total']:,} parameters"),
+        ("steps", ", ".join(steps)),
+        *([("teacher", config.teacher.kind)] if "opsd" in config.stages else []),
+        ("seed", str(config.seed)),
+    ]
 
 
 def caution_pages(workdir: str) -> None:

@@ -154,7 +154,8 @@ class Session:
         path, text = run_folder.report_data(self.workdir), run_folder.report(self.workdir)
         if not (os.path.exists(path) and os.path.exists(text)):
             run = run_folder.run_of(self.workdir)
-            fix = f"open the run of this arm, {run}" if run else "the run writes it at its end"
+            again = "the run's command writes it when the run is done"
+            fix = f"open the run of this arm, {run}" if run else again
             raise FileNotFoundError(
                 f"{path} is missing: {fix}. evaluations() has what has been evaluated"
             )

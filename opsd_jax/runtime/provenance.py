@@ -1,6 +1,9 @@
 """What made a page: the command, the time, and the versions of the software."""
 
 import datetime
+import functools
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -21,4 +24,25 @@ def _now() -> datetime.datetime:
 def _versions() -> str:
     """The software that this process uses."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return f"opsd_jax {opsd_jax.__version__}, jax {jax.__version__}, Python {python}"
+    commit = f" (commit {found})" if (found := _commit()) else ""
+    return f"opsd_jax {opsd_jax.__version__}{commit}, jax {jax.__version__}, Python {python}"
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of the clone that the package is in, with "-dirty" after it if files differ.
+
+    "" for an installed package, which may lie in somebody else's repository.
+    """
+    folder = pathlib.Path(opsd_jax.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

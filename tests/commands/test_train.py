@@ -526,7 +526,11 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{number.name}: stopping")
 
 
-def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [health.UnhealthyRunError("loss is nan"), ValueError("loss is nan"), OSError("loss is nan")],
+)
+def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monkeypatch, error):
     """It belongs to that process. An arm that breaks leaves the others alone, and is named."""
     run, trained, written = str(tmp_path), [], []
 
@@ -534,7 +538,7 @@ def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monke
         assert data_workdir == run
         trained.append(workdir)
         if workdir.endswith("image"):
-            raise health.UnhealthyRunError("loss is nan")
+            raise error
 
     def write_report(config, workdir, arms, command):
         written.append(arms)
@@ -551,12 +555,12 @@ def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monke
     for command in (lambda: train._run(config, run, ""), lambda: train.train_run(config, run)):
         trained.clear(), written.clear()
         try:
-            with pytest.raises(controls_lib.ArmsFailedError) as error:
+            with pytest.raises(controls_lib.ArmsFailedError) as failed:
                 command()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        assert str(error.value) == (
+        assert str(failed.value) == (
             "control arms failed: image (loss is nan). Table and page are without them. The same "
             "command tries again; --config.run_arms=noise,swap leaves them out"
         )

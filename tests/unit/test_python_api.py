@@ -300,7 +300,7 @@ def test_evaluations_and_their_predictions(run):
 
 
 def test_the_report(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="report.json is missing: the run writes it at its"):
+    with pytest.raises(FileNotFoundError, match="report.json is missing: the run's command"):
         run.report()
     (tmp_path / "report.md").write_text("| a table |")
     (tmp_path / "report.json").write_text(

@@ -397,7 +397,8 @@ def test_arms_that_are_not_done_are_named():
     given = table(teacher=scores(0.9, 0.85), trained=scores(0.8), arms=("noise",))
     given[2].run_arms = ("noise", "image", "swap")
     text = "\n".join(report_table.verdict(*given))
-    assert "**Not shown, because they are not done: the arms image, swap.** W/arms/NAME/log" in text
+    assert "**Not shown, because they are not done: the arms image, swap.** In the" in text
+    assert "arms/image/log and arms/swap/log say why" in text
     assert "`--config.run_arms=noise` leaves them out." in text
     given[2].run_arms = ("noise",)
     assert "Not shown" not in "\n".join(report_table.verdict(*given))
@@ -413,8 +414,12 @@ def test_finished_arms_that_are_not_in_the_table_are_named(tmp_path, monkeypatch
         (tmp_path / "arms" / name).mkdir(parents=True)
     done = {str(tmp_path / "arms" / name): str(tmp_path) for name in ("image", "swap")}
     monkeypatch.setattr(report_table, "last_summary", lambda folder: done.get(folder, ""))
+    named = types.SimpleNamespace(run_arms=())
+    monkeypatch.setattr(report_table, "load_config", lambda _: named)
     (line,) = report_table.other_arms(str(tmp_path), ("image",))
     assert line.startswith("Not shown: the finished arms swap, which") and "noise" not in line
     assert "--config.run_arms=\"('image', 'swap',)\" shows all" in line
     assert report_table.other_arms(str(tmp_path), ("image", "swap")) == []
     assert report_table.other_arms(str(tmp_path / "elsewhere"), ()) == []
+    named.run_arms = ("swap",)  # an arm of the run that failed at its end
+    assert report_table.other_arms(str(tmp_path), ("image",)) == []
