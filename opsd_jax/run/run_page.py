@@ -48,7 +48,7 @@ def meaning(names: BlockNames, *, images: bool) -> str:
     seen = wording.listed(_contents(names.student), images=images)
     noise = "**noise**"
     if blocks_lib.replaces_images(names):
-        noise += "; **image**, the problem once more"
+        noise += "; **image**, the problem image once more"
     return (
         f"**{_capital(words.given)}**: the model is given {given}. "
         f"**{_capital(words.alone)}**: it is not; it always sees {seen}. **Arms** are "
@@ -383,10 +383,7 @@ def _samples(workdir: str, last: int, selection: Selection, split: str) -> list[
 
 def _shown(names: BlockNames, images: bool) -> str:
     """What of a sample the student sees. images: whether examples have problem images."""
-    seen = _contents(names.student)
-    if images and "image" in seen:
-        seen.remove("question")  # which is shown as a text
-    more = ""
+    seen, more = _contents(names.student), ""
     if wording.of_blocks(names) == VISUAL_THOUGHTS:
         more = "; the visual thoughts are shown for comparison"
     elif any(map(blocks_lib.holds_images, names.privileged)):

@@ -48,8 +48,9 @@ def test_the_page_shows_result_curves_and_answers(workdir):
         "More pages",
     ]
     assert "<dt>command</dt><dd><code>python -m opsd_jax.train</code>" in html
-    seen = "The student sees the problem image; the visual thoughts are shown for comparison. An"
-    assert seen in html and "it always sees the problem image and the question. " in html
+    seen = "The student sees the problem image and the question; the visual thoughts are shown for"
+    assert f"{seen} comparison. An" in html
+    assert "it always sees the problem image and the question. " in html
     trained = scores[scores_lib.TRAINED][small_run.TASK]
     caution = "These numbers mean little: a run this short shows that everything works"
     assert caution in html  # four steps, twenty examples
