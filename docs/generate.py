@@ -26,6 +26,9 @@ from opsd_jax import blocks, config_flags
 from opsd_jax import config as config_lib
 
 DOCS = pathlib.Path(__file__).parent
+_VERBOSITY = (
+    "1 also shows where in the code an error comes from, and the shapes of each stage's first batch"
+)
 
 
 def configuration(page: str) -> str:
@@ -106,6 +109,8 @@ def options(command: str, sub: str = "") -> Iterator[tuple[str, str]]:
                 meaning = f"{' or '.join(f'`{c}`' for c in action.choices if c)}; {meaning}"
             required = "required; " if action.required else ""
             yield action.option_strings[-1], required + meaning
+    if command == "train":  # absl's own
+        yield "--verbosity", _VERBOSITY
 
 
 def _module(command: str) -> types.ModuleType:

@@ -146,9 +146,8 @@ def add_tensor(parser: argparse.ArgumentParser) -> None:
         "--tensor",
         type=int,
         default=0,
-        help="devices that each copy of the model is divided over (default: of the "
-        "numbers with which its weights, keys and activations fit, the fastest for text and the "
-        "fewest for images, by the data sheet of the chips)",
+        help="devices of one copy of the model (default: chosen for speed, see "
+        "docs/guides/evaluate.md)",
     )
 
 
