@@ -204,27 +204,14 @@ def test_arms_of_the_miniature():
 
 
 def test_the_numbers_at_the_start_are_those_of_the_results():
-    """Means of the default preset, rounded, on the first pages; of start and OPSD each seed.
-
-    The table's decimal gives the number of right answers, from which whole per cents are rounded.
-    """
+    """Means of the default preset on the first pages; of start and OPSD each seed, too."""
     charts = PAGES["docs/results.md"].partition("### Charts")[2].partition("### Maze")[0]
-    (questions,) = map(int, re.findall(r"\((\d+) charts\)", charts))
-
-    def per_cent(shown):
-        return 100 * round(float(shown) * questions / 100) / questions
-
-    seeds = {
-        row["arm"]: [per_cent(row[f"seed {n}"]) for n in range(3)]
-        for row in tables(charts)
-        if row.get("measure") == "accuracy" and "banned" not in row["arm"]
-    }
-    assert len(seeds) == 6
-    shown = [f"{round(sum(values) / 3)} %" for values in seeds.values()]
+    rows = [row for row in tables(charts) if row.get("measure") == "accuracy"]
+    assert len(rows) == 6
+    shown = [f"{row['mean ± sd'].partition(' ± ')[0]} %" for row in rows]
     for n, arm in ((1, "start, text only"), (2, "OPSD, text only")):
-        assert list(seeds)[n] == arm
-        first, second, third = map(round, seeds[arm])
-        shown[n] += f" ({first}, {second} and {third}"
+        assert rows[n]["arm"] == arm
+        shown[n] += f" ({rows[n]['seed 0']}, {rows[n]['seed 1']} and {rows[n]['seed 2']}"
     pages = {"README.md": "correct", "docs/index.md": "accuracy"}
     pages["docs/get-started.md"] = "mean of seeds 0 to 2"
     for page, column in pages.items():
