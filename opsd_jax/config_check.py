@@ -818,7 +818,7 @@ def check_unchanged(
     rows = [("key", "saved", "now")]
     rows += [(key, was.get(key, "absent"), now.get(key, "absent")) for key in keys[:_MOST_SHOWN]]
     more = max(len(keys) - _MOST_SHOWN, 0)
-    preset = f"  and {more} more: probably another preset, --config=FILE:PRESET\n" * (more > 0)
+    preset = f"  and {more} more: probably another preset of the settings file\n" * (more > 0)
     flags = [
         shlex.quote(f"--config.{key}={_as_typed(json.loads(was[key]))}")
         for key in keys
@@ -828,7 +828,7 @@ def check_unchanged(
     may = f" May change on resume: {', '.join(free)}." if free else ""
     raise ConfigMismatchError(
         f"this run was started with other settings:\n{checks.table(rows)}\n{preset}Continue it "
-        f"with the same --config=FILE:PRESET and settings as before{example}, or start a new run "
+        f"with the same settings file, preset and settings as before{example}, or start a new run "
         f"with another --workdir.{may}"
     )
 

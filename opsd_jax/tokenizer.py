@@ -191,10 +191,10 @@ def check_there(directory: str | os.PathLike) -> list[str]:
             fault = f": {paths.absent(directory)}"
         raise FileNotFoundError(
             f"{directory}{fault}: give the folder of the "
-            "released model's tokenizer as --config.tokenizer=FOLDER, or for generate as "
-            "`--tokenizer=FOLDER`. For a small model with random weights, `python -m opsd_jax.data "
-            "make-mini --target=DIR --families=maze --train=1 --validation=0 --test=0` makes a "
-            "small one in DIR/made/tokenizer"
+            "released model's tokenizer as --config.tokenizer=FOLDER of a run, or as "
+            "--tokenizer=FOLDER to ask a model. For a small model with random weights, "
+            "`python -m opsd_jax.data make-mini --target=DIR --families=maze --train=1 "
+            "--validation=0 --test=0` makes a small one in DIR/made/tokenizer"
         )
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         raise FileNotFoundError(

@@ -38,6 +38,8 @@ _SMALL = 128  # pixels: shorter images keep every pixel
 _OPEN_SAMPLES = 30  # samples after these are shown collapsed
 _SAMPLES = '<section class="samples">'
 _CAUTIONS = '<section class="cautions">'
+_INTERVAL = r"\S+ to \S+"  # as `between` writes it
+_ONE_LINE = ' style="white-space: nowrap"'
 
 
 def page(title: str, *parts: str) -> str:
@@ -227,10 +229,13 @@ def table(
         if n < texts or not shown or any(cells[n] != _DASH for cells in shown)
     ]
     looks = {n: ' class="left"' if n < texts else "" for n in kept}
+
+    def shown_cell(n: int, content: str) -> str:
+        whole = n >= texts and re.fullmatch(_INTERVAL, content)
+        return f"<td{looks[n]}{_ONE_LINE if whole else ''}>{content}</td>"
+
     head = "".join(f'<th scope="col"{looks[n]}>{text(columns[n])}</th>' for n in kept)
-    body = [
-        f"<tr>{''.join(f'<td{looks[n]}>{cells[n]}</td>' for n in kept)}</tr>" for cells in shown
-    ]
+    body = [f"<tr>{''.join(shown_cell(n, cells[n]) for n in kept)}</tr>" for cells in shown]
     if not body:
         body = [f'<tr><td class="left" colspan="{len(kept)}">{_DASH} no rows</td></tr>']
     return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{_join(body)}</tbody></table>")

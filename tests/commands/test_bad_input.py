@@ -639,7 +639,7 @@ def test_another_preset_on_a_workdir_names_what_differs_and_offers_no_deletion(t
         checks.check(other, str(tmp_path))
     said = " ".join(str(error.value).split())
     assert 'data.make.families ["chart"] ["maze"]' in said
-    assert "the same --config=FILE:PRESET" in said and "another --workdir" in said
+    assert "the same settings file, preset and settings" in said and "another --workdir" in said
     (tmp_path / "metrics.jsonl").unlink()  # a run that made its data and took no step
     with pytest.raises(ValueError, match="families.*chart.*maze.*another folder") as error:
         checks.check(other, str(tmp_path))

@@ -248,6 +248,9 @@ def test_numbers_have_one_form():
     ]
     assert html_lib.between((-0.5, 1.53), 3) == "−0.500 to 1.530"
     assert html_lib.between(None, 3) == "–"
+    row = ["from a to b", html_lib.between((99.3, 100), 1), "one of many"]
+    (nowrap,) = re.findall("<td[^>]*nowrap[^>]*>(.*?)</td>", html_lib.table(["a", "b", "c"], [row]))
+    assert nowrap == "99.3 to 100.0"  # an interval stays on one line
     assert [html_lib.p_value(p) for p in (1, 0.7541, 0.001, 5e-128)] == [
         "1.000",
         "0.754",
