@@ -73,7 +73,7 @@ def test_the_page_shows_result_curves_and_answers(workdir):
     titles = re.findall(r"</b>\d+\. (.*?)</summary>", html)
     assert titles == [text(f"{small_run.TASK} {shown_answers.title(p)}") for p in chosen]
     interval = " to ".join(f"{100 * limit:.1f}" for limit in trained["interval_95"])
-    assert '<th scope="col">95 % interval</th>' in html and f"<td>{interval}</td>" in html
+    assert '<th scope="col">95 % interval</th>' in html and f">{interval}</td>" in html
     assert "**" not in html and "<strong>n</strong> is the number of questions" in html
     assert "Mean between teacher and student at each token of the samples: the generalised" in html
     assert html.count("<img") == 2 * (wrong + right)  # the problem and one visual thought each
