@@ -315,7 +315,7 @@ def test_sizes_in_prose_are_those_of_plan():
 
 def test_every_preset_is_compiled():
     """As the page's first warning says."""
-    (rows,) = [rows for rows in tables(PLAN) if "of it latency" in rows[0]]
+    (rows,) = [rows for rows in tables(PLAN) if {"of it latency", "fits"} <= rows[0].keys()]
     assert list(dict.fromkeys(row["slice"] for row in rows)) == presets()
     assert {row["fits"] for row in rows} == {"yes"}
 
