@@ -159,7 +159,7 @@ covers 8 pixels and a latent token 2 latents along each side."""
 
 
 def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
-    """A Pillow RGB image of encoded bytes, a path, or a uint8 array [H, W, 3].
+    """A Pillow RGB image of encoded bytes, a path, a Pillow image, or a uint8 array [H, W, 3].
 
     As in the official code, the EXIF orientation is ignored, the first frame of an animation is
     used, and the high bytes of 16-bit RGB. Grey values of more than 8 bits are refused, because
@@ -183,33 +183,24 @@ def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
                 f"{list(data.shape)}: convert it to 8-bit RGB"
             )
         return Image.fromarray(data)
-    source: str | io.BytesIO
-    if isinstance(data, bytes):
+    source: str | io.BytesIO = ""
+    if isinstance(data, Image.Image):
+        name = f"an image of {data.width} x {data.height} pixels"
+    elif isinstance(data, bytes):
         name = f"an image of {len(data):,} bytes that begin with {data[:12]!r}"
         source = io.BytesIO(data)
     elif isinstance(data, (str, os.PathLike)):
         name = source = os.fspath(data)
     else:
         raise UnreadableImageError(
-            f"an image is encoded bytes, a path or an array, not {type(data).__name__}: "
-            "replace it or leave the row out"
+            "an image is encoded bytes, a path, a Pillow image or an array, not "
+            f"{type(data).__name__}: replace it or leave the row out"
         )
     try:
-        image: Image.Image
+        if isinstance(data, Image.Image):
+            return _in_rgb(data, transparency)
         with Image.open(source) as image:
-            if image.width * image.height > LARGEST:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            if image.mode[0] in "IF":
-                raise ValueError(
-                    f"its grey values have more than 8 bits, mode {image.mode}: save it with 8"
-                )
-            image.load()
-        if transparency == "white" and image.has_transparency_data:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGB", image.size, (255, 255, 255))
-            canvas.paste(image, mask=image.getchannel("A"))
-            return canvas
-        return image if image.mode == "RGB" else image.convert("RGB")
+            return _in_rgb(image, transparency)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise UnreadableImageError(
             f"{name} is too large ({e}): scale it down to at most {LARGEST:,} pixels"
@@ -220,6 +211,23 @@ def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
         raise UnreadableImageError(
             f"cannot decode {name} ({reason}): replace it or leave the row out"
         ) from e
+
+
+def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:
+    """An opened image as `open_rgb` gives it."""
+    if image.width * image.height > LARGEST:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"its grey values have more than 8 bits, mode {image.mode}: save it with 8"
+        )
+    image.load()
+    if transparency == "white" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -21,14 +21,17 @@ from PIL import Image
 from opsd_jax import blocks as blocks_lib
 from opsd_jax import context as context_lib
 from opsd_jax import flow, images, rollout, sharding
+from opsd_jax.inputs import checks
 from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
 
 VISUAL_THOUGHTS = ("none", "generated")
 Question = tuple[Sequence[Image.Image], str | Sequence[str]]
-"""(Pillow RGB images, text), all images before the text; or (images, the texts around them), one
-more than images (`tags.around_places`)."""
+"""(Pillow images, text), all images before the text; or (images, the texts around them), one more
+than images (`tags.around_places`). Images of other modes than RGB are read as `images.open_rgb`
+reads files.
+"""
 Intervention = Callable[[int, int, np.ndarray], np.ndarray | None]
 """(batch entry, round, generated image uint8 [H, W, 3]) -> the image that the model sees instead of
 the generated one, or None for none.
@@ -212,6 +215,63 @@ def bucket(n: int, step: int = 16) -> int:
     return size
 
 
+def check_generation(reasoner: Reasoner, generation: Any) -> None:
+    """Checks what a user gives as an `ImageGeneration` or None.
+
+    TypeError for something else, ValueError for a model that generates no images.
+    """
+    if generation is None:
+        return
+    fix = "give opsd_jax.interleave.ImageGeneration(), or None for text alone"
+    checks.instance("generation", generation, ImageGeneration, fix)
+    if reasoner.tokenizer.chat:
+        raise ValueError("a model that is asked in chat form generates no images: ask for text")
+    if reasoner.config.generation is None:
+        raise ValueError(
+            "generation: the model was loaded without image generation. Load it with: "
+            "model = opsd_jax.load(W, generation=True)"
+        )
+
+
+def _checked(reasoner: Reasoner, questions: Any) -> list[Question]:
+    """The questions of a user with RGB images. TypeError, ValueError: see `reason`."""
+    checks.instance("questions", questions, Sequence, "give a list of (images, text)")
+    if not questions:
+        raise ValueError("questions is empty: give at least one, ([image], text)")
+    found: list[Question] = []
+    for n, question in enumerate(questions):
+        shown = f"questions[{n}]"
+        checks.instance(shown, question, Sequence, "give ([image], text)")
+        if len(question) != 2:
+            raise ValueError(f"{shown} has {len(question)} entries: give ([image], text)")
+        given, text = question
+        fix = "give a list of images, [image], or [] for none"
+        checks.instance(f"{shown}[0]", given, Sequence, fix)
+        checks.instance(f"{shown}[1]", text, Sequence, "give a text")
+        texts = (text,) if isinstance(text, str) else text
+        if not isinstance(text, str) and len(texts) not in (1, len(given) + 1):
+            raise ValueError(
+                f"{shown} has {len(given)} images and {len(texts)} texts: give one text, or one "
+                "more than images"
+            )
+        check_images(f"{shown}[0]", given)
+        # An RGB image is taken as it is: it may have been opened by another rule.
+        how = reasoner.protocol.transparency
+        rgb = [
+            image if image.mode == "RGB" else images.open_rgb(image, transparency=how)
+            for image in given
+        ]
+        found.append((rgb, texts))
+    return found
+
+
+def check_images(shown: str, given: Sequence[Any]) -> None:
+    """Raises TypeError for what is no Pillow image. shown: what the user calls the sequence."""
+    for n, image in enumerate(given):
+        fix = "open it first, image = PIL.Image.open(FILE)"
+        checks.instance(f"{shown}[{n}]", image, Image.Image, fix)
+
+
 def reason(
     reasoner: Reasoner,
     questions: Sequence[Question],
@@ -224,15 +284,18 @@ def reason(
     `opsd_jax.answer` also adds the other blocks of a run's contexts.
 
     Args:
+      questions: at least one.
       key: a PRNG key.
     Returns:
       An answer per question.
     Raises:
-      ValueError: `generation` with a model that has no generation expert, or in chat form.
+      TypeError: an argument of another type.
+      ValueError: `generation` with a model that has no generation expert, or in chat form; no
+        questions; a text that does not fit its images; an image that cannot be read.
     """
+    check_generation(reasoner, generation)
+    questions = _checked(reasoner, questions)
     keys = (jax.random.fold_in(key, n) for n in itertools.count())
-    if generation and reasoner.tokenizer.chat:
-        raise ValueError("a model that is asked in chat form generates no images: ask for text")
     contexts = [_contexts(reasoner, question, keys, bool(generation)) for question in questions]
     if generation is None:
         return complete(reasoner, [own["cond"] for own in contexts], next(keys))

@@ -14,7 +14,7 @@ from opsd_jax.data.examples import Preprocessor
 from opsd_jax.data.packing import Packer
 from opsd_jax.data.schema import Example
 from opsd_jax.evaluation.contexts import CONTEXTS, GENERATED, replacement
-from opsd_jax.inputs import checks
+from opsd_jax.inputs import checks, cli
 from opsd_jax.interleave import Answer, ImageGeneration, Reasoner, TrainingContexts
 
 _MODES = ("none", *CONTEXTS)
@@ -38,7 +38,8 @@ def answer(
     does: its text ends where it asks for an image.
 
     Args:
-      about: the image or images of a question, or an example of a run, which has the question, too.
+      about: the image or images of a question, of any mode that files have, or an example of a run,
+        which has the question, too.
       question: its text; None with an example. Images are where it has `<image>`, and before it
         without any.
       visual_thoughts: "none" asks the student. "real", "noise", "swap", "image" and "remove" ask
@@ -50,11 +51,16 @@ def answer(
     Raises:
       TypeError: an argument of another type, such as the path of a model or of an image.
       ValueError: the text has another number of `<image>` than there are images, arguments that do
-        not go together, or blocks that only an example has.
+        not go together, blocks that only an example has, `generation` with a model that was loaded
+        without, or an image of grey values with more than 8 bits.
     """
     checks.instance("model", model, Reasoner, "load it first, model = opsd_jax.load(W)")
-    shown = _check_question(about, question)
+    given = _check_question(about, question)
+    cli.check_seed(seed)
     _check_mode(model, about, visual_thoughts, partner, generation)
+    interleave.check_generation(model, generation)
+    how = model.protocol.transparency
+    shown = [images.open_rgb(image, transparency=how) for image in given]
     key = jax.random.key(seed)
     if model.training and not generation:
         if isinstance(about, Example):
@@ -65,7 +71,7 @@ def answer(
     suffix = model.training.prompts.suffix if model.training else ""
     text = question
     if isinstance(about, Example):
-        how, text = model.protocol.transparency, about.question
+        text = about.question
         shown = [images.open_rgb(data, transparency=how) for data in about.problem_images]
     *before, last = tags.around_places(text or "")
     return interleave.reason(model, [(shown, (*before, last + suffix))], key, generation)[0]
@@ -79,13 +85,17 @@ def _check_question(
         if question is not None:
             raise ValueError("an example has a question of its own: leave question out")
         return []
-    checks.instance("question", question, str, "give its text")
     open_it = "open it first, image = PIL.Image.open(FILE)"
     if not isinstance(about, list | tuple):
         checks.instance("about", about, Image.Image, open_it)
     given = [about] if isinstance(about, Image.Image) else list(about)
-    for n, image in enumerate(given):
-        checks.instance(f"about[{n}]", image, Image.Image, open_it)
+    if any(isinstance(entry, Example) for entry in given):
+        raise TypeError(
+            f"about is a list of {len(given)} examples: ask them one by one, "
+            "opsd_jax.answer(model, example)"
+        )
+    interleave.check_images("about", given)
+    checks.instance("question", question, str, "give its text")
     if fault := tags.places_fault(str(question), len(given)):
         raise ValueError(f"the question {fault}")
     return given
@@ -105,6 +115,9 @@ def _check_mode(
             "generation=opsd_jax.interleave.ImageGeneration(), whose intervention changes them"
         )
     checks.choice("visual_thoughts", mode, _MODES)
+    if partner is not None:
+        fix = "give an example, opsd_jax.open_run(W).examples('test')[1]"
+        checks.instance("partner", partner, Example, fix)
     if (mode == "swap") != (partner is not None):
         raise ValueError(
             "visual_thoughts='swap' shows those of another example: give partner=EXAMPLE with it, "

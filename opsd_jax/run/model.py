@@ -61,6 +61,8 @@ def load(
     checks.path("directory", directory)
     directory = os.fspath(directory)
     paths.check_given("--checkpoint", directory)
+    fix = "give a folder, or '' for the one that belongs to the model"
+    checks.instance("tokenizer", tokenizer, (str, os.PathLike), fix)
     paths.check("--tokenizer", tokenizer)
     check_protocol(protocol)
     cli.check_dtype(dtype)

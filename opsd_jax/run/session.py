@@ -185,6 +185,7 @@ class Session:
         Raises:
           FileNotFoundError: there is no such evaluation. ValueError: a damaged file.
         """
+        checks.instance("name", name, str, 'give a key of evaluations(), such as "000500-none"')
         folder = run_folder.evaluation(self.workdir, name)
         if not os.path.isfile(os.path.join(folder, run_folder.PREDICTIONS)):
             known = self.evaluations()
@@ -315,6 +316,10 @@ def open_run(
         that the run does not have. TypeError: something else than a path.
     """
     checks.path("workdir", workdir)
+    if mesh is not None:
+        checks.instance("mesh", mesh, Mesh, "give a jax.sharding.Mesh, or None for all devices")
+    fix = "give a folder, or '' for the tokenizer of the run"
+    checks.instance("tokenizer_folder", tokenizer_folder, (str, os.PathLike), fix)
     workdir = os.fspath(workdir)
     config = workdir_lib.load_config(workdir)
     tasks = calls.names("tasks", tasks)

@@ -67,6 +67,29 @@ ALWAYS = interleave.ImageGeneration(always=True)
 WHEN_ASKED = interleave.ImageGeneration()
 
 
+@pytest.mark.parametrize("transparency", ["white", "drop"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_an_image_of_any_mode_is_shown_as_its_file_is(
+    model, transparency, mode, tmp_path, recorded
+):
+    """To `reason`, and to `answer` by a protocol; `generate` opens files with `open_rgb`."""
+    protocol = dataclasses.replace(model.protocol, transparency=transparency)
+    model = dataclasses.replace(model, protocol=protocol)
+    image = picture(0, 12, 16)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(picture(1, 12, 16).convert("L"))
+    image = image.convert(mode)
+    image.save(tmp_path / "image.tif")
+    rgb = images.open_rgb(tmp_path / "image.tif", transparency=transparency)
+    expected = blocks_lib.image_block(images.resize(rgb, model.vit), 4)
+    run(model, [([image], "what?")])
+    with tiny.quick_compiles():
+        opsd_jax.answer(model, image, "what?")
+    for (batch,) in recorded:
+        np.testing.assert_array_equal(batch[1].patches, expected.patches)
+    assert len(recorded) == 2
+
+
 def test_text_is_what_the_sampler_gives_after_the_packed_question(model):
     (answer,) = run(model, [([picture(0, 12, 16)], "what?")])
     image = blocks_lib.image_block(images.resize(picture(0, 12, 16), model.vit), 4)

@@ -62,6 +62,34 @@ def test_open_bytes_path_and_array(pixels, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
+@pytest.mark.parametrize("transparency", ["white", "drop"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_an_opened_image_is_read_like_its_file(mode, transparency, pixels, tmp_path):
+    image = Image.fromarray(pixels)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(pixels[..., 0]))
+    path, options = tmp_path / "image.tif", {}
+    if mode == "P":  # a transparent colour of a palette
+        image, path, options = image.quantize(8), tmp_path / "image.png", {"transparency": 3}
+    image = image.convert(mode)
+    image.save(path, **options)
+    expected = np.asarray(images.open_rgb(path, transparency=transparency))
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+        for _ in range(2):  # it stays as it is, and open
+            found = images.open_rgb(opened, transparency=transparency)
+            assert found.mode == "RGB" and opened.mode == mode
+            np.testing.assert_array_equal(np.asarray(found), expected)
+    if mode in ("P", "RGBA", "LA"):
+        other = images.open_rgb(path, transparency={"white": "drop", "drop": "white"}[transparency])
+        assert (np.asarray(other) != expected).any()
+
+
+def test_an_opened_image_of_16_bits_is_refused():
+    with pytest.raises(UnreadableImageError, match="more than 8 bits, mode I;16: save it with 8"):
+        images.open_rgb(Image.fromarray(np.full((4, 5), 999, np.uint16)))
+
+
 HTML = b"<!DOCTYPE html><html>Not found</html>"
 
 

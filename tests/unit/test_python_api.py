@@ -25,12 +25,20 @@ from opsd_jax.runtime import run_folder
 
 
 def model():
-    return object.__new__(interleave.Reasoner)  # without weights
+    """A model without weights that answers text alone."""
+    protocol = interleave.Protocol()
+    tok, sizes = tiny.TOKENIZER, images.Resize(4, 24, 8)
+    return interleave.Reasoner(tiny.MODEL, {}, tok, protocol, sizes, sizes)
 
 
-def answer(*arguments):
+def answer(*arguments, **options):
     """`opsd_jax.answer` without the type checks that the tests add, which users do not have."""
-    return inspect.unwrap(opsd_jax.answer)(*arguments)
+    with calls.naming({"seed": "seed"}):
+        return inspect.unwrap(answering.answer)(*arguments, **options)
+
+
+def reason(*arguments):
+    return inspect.unwrap(interleave.reason)(model(), *arguments)
 
 
 IMAGE = Image.new("RGB", (8, 8))
@@ -49,6 +57,25 @@ IMAGE = Image.new("RGB", (8, 8))
         ),
         (lambda: answer(model(), [b"..."], "How many?"), "about[0] is b'...', of type bytes"),
         (lambda: answer(model(), IMAGE, None), "question is None, of type NoneType: give"),
+        (lambda: answer(model(), None), "about is None, of type NoneType: open it first"),
+        (lambda: answer(model(), [example(0), example(1)]), "about is a list of 2 examples: ask"),
+        (
+            lambda: answer(model(), example(0), visual_thoughts="swap", partner=3),
+            "partner is 3, of type int: give an example",
+        ),
+        (
+            lambda: answer(model(), IMAGE, "q", generation=True),
+            "generation is True, of type bool: give opsd_jax.interleave.ImageGeneration()",
+        ),
+        (lambda: reason([(IMAGE, "q")], None), "questions[0][0] is <PIL.Image.Image"),
+        (lambda: reason([(["a.png"], "q")], None), "questions[0][0][0] is 'a.png', of type str"),
+        (lambda: reason([([IMAGE], None)], None), "questions[0][1] is None, of type NoneType"),
+        (lambda: inspect.unwrap(opsd_jax.load)("w", tokenizer=None), "tokenizer is None"),
+        (lambda: inspect.unwrap(opsd_jax.open_run)("w", mesh=3), "mesh is 3, of type int: give a"),
+        (
+            lambda: inspect.unwrap(session.Session.predictions)(None, None),
+            'name is None, of type NoneType: give a key of evaluations(), such as "000500-none"',
+        ),
         (
             lambda: opsd_jax.score("/tmp/w", "<answer>3</answer>"),
             "example is '/tmp/w', of type str: give an example of a run, opsd_jax.open_run(W).ex",
@@ -59,6 +86,34 @@ IMAGE = Image.new("RGB", (8, 8))
 )
 def test_an_argument_of_another_type(call, said):
     with pytest.raises(TypeError) as error:
+        call()
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (
+            lambda: answer(model(), IMAGE, "q", generation=interleave.ImageGeneration()),
+            "loaded without image generation. Load it with: model = opsd_jax.load(W, generation=",
+        ),
+        (
+            lambda: reason([([], "q")], None, interleave.ImageGeneration()),
+            "loaded without image generation",
+        ),
+        (lambda: answer(model(), IMAGE, "q", seed="a"), "seed is 'a': give a whole number in [0,"),
+        (lambda: answer(model(), IMAGE, "q", seed=-1), "seed is -1: give a whole number in [0,"),
+        (lambda: reason([], None), "questions is empty: give at least one"),
+        (lambda: reason([([IMAGE],)], None), "questions[0] has 1 entries: give ([image], text)"),
+        (lambda: reason([([IMAGE] * 2, ("a", "b"))], None), "has 2 images and 2 texts: give one"),
+        (
+            lambda: answer(model(), Image.fromarray(np.full((4, 5), 999, np.uint16)), "q"),
+            "mode I;16: save it with 8",
+        ),
+    ],
+)
+def test_a_wrong_argument(call, said):
+    with pytest.raises(ValueError) as error:
         call()
     assert said in str(error.value)
 
