@@ -18,7 +18,7 @@ chat template's texts around them are blocks, too (`chat`).
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Int, Int32, Shaped
@@ -330,6 +330,7 @@ def student(
       problem: the problem image, or several.
     Raises:
       ValueError: the text has another number of places than there are images.
+      TypeError: pixels or a Pillow image in the place of a block.
     """
     content = _asked(tokenizer, prompts, question, problem)
     return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.student, content)]
@@ -348,12 +349,27 @@ def teacher(
     skipped) and the transition. The reasoning texts and the answer are never part of it.
     """
     content = _asked(tokenizer, prompts, question, problem)
-    content = {**content, "visual_thoughts": [vt for vt in visual_thoughts if vt is not None]}
+    _check_block("visual_thoughts", visual_thoughts)
+    thoughts = [vt for vt in visual_thoughts if vt is not None]
+    for n, thought in enumerate(thoughts):
+        _check_block(f"visual_thoughts[{n}]", thought, Image)
+    content = {**content, "visual_thoughts": thoughts}
     return [b for _, b in named_blocks(tokenizer, prompts, BlockNames.teacher, content)]
 
 
+def _check_block(name: str, value: Any, kind: type | tuple[type, ...] = (Image, Iterable)) -> None:
+    """Raises TypeError for an image that is no block, which would be left out of a context."""
+    fix = "make a block of it, blocks.image_block(pixels, patch)"
+    if hasattr(value, "shape"):
+        raise TypeError(f"{name} is an array of shape {tuple(value.shape)}: {fix}")
+    checks.instance(name, value, kind, fix)
+
+
 def _asked(tokenizer, prompts, question, problem) -> Content:
+    _check_block("problem", problem)
     shown = (problem,) if isinstance(problem, Image) else tuple(problem)
+    for n, image in enumerate(shown):
+        _check_block(f"problem[{n}]", image, Image)
     if isinstance(question, str):
         if fault := places_fault(question, len(shown)):
             raise ValueError(f"the question {fault}")

@@ -29,7 +29,8 @@ def read(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None)
       changes: {name of a setting, such as "opsd.steps" or "arms.far.opsd.steps": its value}.
     Raises:
       ValueError, OSError: there is no such file, what it does goes wrong (the message names the
-        line), or a change is unknown or has a wrong value.
+        line), a change is unknown or has a wrong value, or the settings contradict each other after
+        the changes. Those of a file alone are checked when the run starts.
       TypeError: `path` is no path, or `changes` no dict.
     """
     checks.instance("path", path, (str, os.PathLike), "give a file, such as 'configs/mini.py'")
@@ -39,6 +40,8 @@ def read(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None)
     for key, value in (changes or {}).items():
         checks.instance("a key of changes", key, str, fix)
         _change(config, key, value)
+    if changes:  # a file alone may be incomplete
+        config_check.check(config)
     return config.lock()
 
 

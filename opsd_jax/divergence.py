@@ -204,6 +204,11 @@ def generalized_jsd(
       teacher_topk_mass; clip_fraction, the share of entries (or of tokens) above the bound;
       student_entropy and teacher_entropy in nats, over the kept entries, after the temperature.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits {list(student_logits.shape)} and teacher_logits "
+            f"{list(teacher_logits.shape)}: give equal shapes"
+        )
     teacher = _of_teacher(jax.lax.stop_gradient(teacher_logits), config, student_logits)
     return _divergence(student_logits, teacher, config)
 
@@ -305,6 +310,7 @@ def token_weights(
     Returns:
       float32 [B, N].
     """
+    checks.choice("reduction", reduction, ("token", "completion"))
     counted = jnp.asarray(mask, jnp.float32)
     least = 1 if mask.dtype == bool else jnp.finfo(jnp.float32).tiny  # to divide by
     if reduction == "token":

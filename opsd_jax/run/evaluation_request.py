@@ -234,6 +234,9 @@ def _check_arguments(request: Request) -> None:
         paths.check(f"--{flag}", getattr(request, flag))
     for name in ("split", "protocol", "name"):
         checks.instance(f"--{name}", getattr(request, name), str, "give a text")
+    checks.instance("--ban_marker", request.ban_marker, bool, "give True or False")
+    if not request.visual_thoughts:
+        raise ValueError(f"--visual_thoughts names nothing: choose from {', '.join(MODES)}")
     checks.choice("--on_bad_row", request.on_bad_row, ("fail", "skip"))
     cli.check_dtype(request.dtype)
     cli.check_precision()

@@ -1,5 +1,6 @@
 """Contexts by configuration: names of blocks, controls, columns, transforms and their presets."""
 
+import inspect
 import io
 import json
 import re
@@ -758,3 +759,15 @@ def test_images_of_an_example_are_decoded():
     assert [png(np.asarray(image)) for image in some.visual_images] == [*some.visual_thoughts]
     more = example(1, more_problem_images=(example(2).problem_image,))
     assert [png(np.asarray(image)) for image in more.opened_images] == [*more.problem_images]
+
+
+@pytest.mark.parametrize("given", [np.zeros((32, 32, 3), np.uint8), [np.zeros((8, 8, 3))], 3])
+def test_pixels_in_the_place_of_a_block_are_refused(given):
+    """They would be left out of the context."""
+    fix = r"make a block of it, blocks.image_block\(pixels, patch\)"
+    prompts, block = blocks_lib.Prompts(), blocks_lib.image_block(np.zeros((8, 8, 3), np.uint8), 4)
+    student, teacher = (inspect.unwrap(f) for f in (blocks_lib.student, blocks_lib.teacher))
+    with pytest.raises(TypeError, match=f"problem.* {fix}"):
+        student(tiny.TOKENIZER, prompts, "a", given)
+    with pytest.raises(TypeError, match=f"visual_thoughts.* {fix}"):
+        teacher(tiny.TOKENIZER, prompts, "a", block, given)

@@ -1,6 +1,7 @@
 """The divergence: definition, limits, switches, and the chunked form that training uses."""
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -583,3 +584,15 @@ def test_chunked_on_another_support(model, support):
         differentiate(divergence.chunked),
         differentiate(whole),
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 6)])
+def test_logits_of_unequal_shapes_are_refused(shape):
+    jsd = inspect.unwrap(divergence.generalized_jsd)
+    with pytest.raises(ValueError, match=r"student_logits \[2, 5\] and teacher_logits"):
+        jsd(np.zeros((2, 5)), np.zeros(shape), divergence.DivergenceConfig())
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="reduction is 'tokn': use 'token' or 'completion'"):
+        divergence.token_weights(np.ones((2, 3), bool), "tokn")

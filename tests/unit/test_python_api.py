@@ -150,14 +150,14 @@ def test_an_arm_of_ones_own():
     config = opsd_jax.read_config(
         MINI,
         {
-            "arms.far": {"teacher": {"blocks": blocks}, "opsd.steps": np.int64(3)},
+            "arms.far": {"teacher": {"blocks": blocks}, "opsd.steps": np.int64(20)},
             "arms.near.teacher.blocks": blocks,
             "arms.noise.opsd.optim.lr": 1,
             "arms.swap": {"seed": 7},
             "run_arms": ("far", "near"),
         },
     )
-    assert config.arms.far.to_dict() == {"teacher": {"blocks": (*blocks,)}, "opsd": {"steps": 3}}
+    assert config.arms.far.to_dict() == {"teacher": {"blocks": (*blocks,)}, "opsd": {"steps": 20}}
     assert config.arms.near.to_dict() == {"teacher": {"blocks": (*blocks,)}}
     noise = {"teacher": {"visual_thoughts": "noise"}, "opsd": {"optim": {"lr": 1.0}}}
     assert config.arms.noise.to_dict() == noise and config.arms.swap.to_dict() == {"seed": 7}
@@ -186,6 +186,12 @@ def test_changes_that_are_no_dict_of_settings(changes):
         (MINI, {"arms.far": {"teacher": {"block": ()}}}, 'config.teacher. Did you mean "blocks"?'),
         (MINI, {"arms.far.opsd.steps": 0}, "config.arms.far.opsd.steps is 0: give a whole number"),
         (MINI, {"arms.far.opsd": 0}, "config.arms.far.opsd is 0, but it is a group of settings"),
+        (
+            MINI,
+            {"run_arms": ("nois",)},
+            "config.run_arms names 'nois', which is not one of the arms",
+        ),
+        (MINI, {"opsd.batch_size": 7, "opsd.accumulation": 2}, "7 is not divisible by"),
         (MINI, {"arms.../far": {"seed": 1}}, "give one folder name"),
         ("configs/mimi.py", {}, "no such Python file.*did you mean 'configs/mini.py'"),
         ("configs/mini.py:smok", {}, "did you mean 'smoke'"),
@@ -256,6 +262,8 @@ def record(tmp_path):
         ),
         (lambda w: opsd_jax.evaluate_run(w, modes="real"), "no option 'modes': choose from visu"),
         (lambda w: opsd_jax.evaluate_run(w, rows="3"), "rows is '3': give a whole number in"),
+        (lambda w: opsd_jax.evaluate_run(w, ban_marker="yes"), "ban_marker is 'yes', of type str"),
+        (lambda w: opsd_jax.evaluate_run(w, ()), "visual_thoughts names nothing: choose from none"),
         (lambda w: opsd_jax.evaluate_run(w, split=3), "split is 3, of type int: give a text"),
         (lambda w: opsd_jax.evaluate_run(w, on_bad_row="x"), "on_bad_row is 'x': use 'fail'"),
         (
