@@ -30,6 +30,8 @@ _PUBLIC: dict[str, tuple[str, str, dict[str, str]]] = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "interleave":  # a module: importing it sets the name
+        return importlib.import_module("opsd_jax.interleave")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'opsd_jax' has no attribute {name!r}")
     module, there, options = _PUBLIC[name]
@@ -39,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, "interleave"})

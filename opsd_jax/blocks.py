@@ -114,6 +114,14 @@ class Image:
     grid: tuple[int, int]
     merge: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a grid of another number of patches."""
+        if len(self.patches) != self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"an image block has {len(self.patches)} patches and the grid {self.grid}: give "
+                "rows and columns whose product is the number of patches"
+            )
+
     @property
     def length(self) -> int:
         """Number of tokens, delimiters included."""

@@ -178,7 +178,16 @@ def teacher_params(state: dict, config: DistillConfig) -> dict:
 def update(
     state: dict, batch: Batch, trajectory: Trajectory, *, config: DistillConfig
 ) -> tuple[dict, dict[str, Float32[Array, "..."]]]:
-    """One optimizer step of on-policy self-distillation, jitted and donated; see `update_step`."""
+    """One optimizer step of on-policy self-distillation, jitted and donated; see `update_step`.
+
+    ValueError where batch and trajectory have different numbers of sequences.
+    """
+    given, wanted = trajectory.tokens.shape[0], batch.student.length.shape[0]
+    if given != wanted:
+        raise ValueError(
+            f"the trajectory has {given} sequences and the batch {wanted}: give the completions "
+            "that were sampled for this batch"
+        )
     return sharding.update_program(update_step, state, config)(state, batch, trajectory)
 
 

@@ -771,3 +771,8 @@ def test_pixels_in_the_place_of_a_block_are_refused(given):
         student(tiny.TOKENIZER, prompts, "a", given)
     with pytest.raises(TypeError, match=f"visual_thoughts.* {fix}"):
         teacher(tiny.TOKENIZER, prompts, "a", block, given)
+
+
+def test_a_grid_of_another_number_of_patches_is_refused():
+    with pytest.raises(ValueError, match=r"has 4 patches and the grid \(1, 2\)"):
+        blocks_lib.Image(np.zeros((4, 48), np.uint8), (1, 2))

@@ -747,3 +747,9 @@ def test_a_profile_reads_like_the_code(case):
     sample = names(rollout.sample.lower(case.params, case.batch.student, key, config=config))
     for name in ("prefill", "decode", "head"):
         assert f"{name}/" in sample, name
+
+
+def test_a_trajectory_of_another_batch_is_refused(case):
+    fewer = jax.tree.map(lambda x: x[:3], case.trajectory)
+    with pytest.raises(ValueError, match="the trajectory has 3 sequences and the batch 4"):
+        distill.update({}, case.batch, fewer, config=BASE)

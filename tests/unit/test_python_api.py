@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -308,6 +310,11 @@ def test_what_of_a_message_is_renamed():
 def test_public_calls_keep_their_identity():
     assert opsd_jax.load is opsd_jax.load and opsd_jax.load.__name__ == "load"
     assert {"load", "answer", "__version__"} <= {*dir(opsd_jax)}
+
+
+def test_interleave_is_reachable_after_the_import_alone():
+    code = "import opsd_jax; assert 'interleave' in dir(opsd_jax); opsd_jax.interleave.Reasoner"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_score_says_what_it_found():
