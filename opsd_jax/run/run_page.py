@@ -47,7 +47,7 @@ def meaning(names: BlockNames, *, images: bool) -> str:
     given = _EXAMPLES.get(words) or wording.listed(names.privileged, images=images)
     seen = wording.listed(_contents(names.student), images=images)
     noise = "**noise**"
-    if blocks_lib.replaces_images(names):
+    if images and blocks_lib.replaces_images(names):
         noise += "; **image**, the problem image once more"
     return (
         f"**{_capital(words.given)}**: the model is given {given}. "
