@@ -89,6 +89,10 @@ class Source:
             reason = re.split(r"Should be|See format|\n", str(error))[0].strip(" .")
             if "0 length" in reason or "__len__" in reason:  # TFDS and Python about an empty slice
                 reason = "it holds no example"
+            if not builder.info.splits:
+                raise ValueError(
+                    f"{directory}/dataset_info.json names no split: prepare the data again"
+                ) from error
             name, held = max(builder.info.splits.items(), key=lambda item: item[1].num_examples)
             part = f"{name}[:{min(64, max(held.num_examples // 2, 1))}]"
             raise ValueError(
