@@ -501,7 +501,7 @@ def _tuples(value, usual):
     if isinstance(value, Mapping) and isinstance(usual, ConfigDict):
         return {key: _tuples(item, usual.get(key)) for key, item in value.items()}
     if value is None:
-        raise TypeError("null is no value of a setting")
+        raise TypeError("a setting cannot be null")
     if isinstance(value, list) and (usual is None or isinstance(usual, tuple)):
         return tuple(_tuples(item, usual) for item in value)
     return value

@@ -113,7 +113,7 @@ def wrong_value(record: Mapping) -> str:
 def unknown(key: str) -> str:
     """The message about a key that is not a setting, with the most similar one that is.
 
-    A key in an arm is one, too, where the arm is not there or does not change that setting.
+    Keys of an arm are unknown, too, where the arm does not exist or does not change that setting.
     """
     parts, path = key.split("."), ["config"]
     if parts[0] == "arms":

@@ -106,37 +106,40 @@ def _of_python(path: str) -> ConfigDict:
             f"--config={path} ends with a colon: name a preset after it, or leave it out"
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
+    if not os.path.isfile(file) or spec is None or spec.loader is None:
+        raise ValueError(
+            f"{file}: there is no such Python file: give one with get_config(), such as "
+            f"configs/mini.py{_similar_file(file)}"
+        )
+    module = importlib.util.module_from_spec(spec)
     try:
-        if not os.path.isfile(file) or spec is None or spec.loader is None:
-            raise ValueError(
-                "there is no such Python file: give one with get_config(), such as "
-                f"configs/mini.py{_similar_file(file)}"
-            )
-        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError(
-                "it has no function get_config(), which returns the settings; see configs/mini.py"
-            )
-        config = module.get_config(*[argument] if argument else [])
-        if not isinstance(config, ConfigDict):
-            raise ValueError(
-                f"get_config() returned {config!r:.40}: return the ConfigDict of "
-                "opsd_jax.config.default(), with changed values"
-            )
+        make = getattr(module, "get_config", None)
+        config = make(*[argument] if argument else []) if make else None
     except Exception as error:  # whatever the file does
-        origin, said = spec and spec.origin, str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0]
         lines: list[int | None] = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == origin
+            if frame.filename == spec.origin
         ]
-        if isinstance(error, SyntaxError) and error.filename == origin:
+        if isinstance(error, SyntaxError) and error.filename == spec.origin:
             lines = [error.lineno]
         if not isinstance(error, (ValueError, OSError)):
             said = f"{type(error).__name__}: {said}"
         where = f"{file}, line {lines[-1]}: " if lines else f"{file}: "
+        # An error about the argument names the file and the argument itself.
         raise ValueError(said if said.startswith(path) else where + said) from error
+    if make is None:
+        raise ValueError(
+            f"{file}: it has no function get_config(), which returns the settings; see "
+            "configs/mini.py"
+        )
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{file}: get_config() returned {config!r:.40}: return the ConfigDict of "
+            "opsd_jax.config.default(), with changed values"
+        )
     return config
 
 

@@ -202,7 +202,7 @@ def bucket(n: int, step: int = 16) -> int:
 
     16, 24, 32, 48, 64, 96, ... for a step of 16; 0 for n = 0.
 
-    Raises ValueError for a step that is no power of two, or below 2.
+    Raises ValueError for a step that is not a power of two, or is below 2.
     """
     if step < 2 or step & (step - 1):
         raise ValueError(f"step is {step}: give a power of two, at least 2")

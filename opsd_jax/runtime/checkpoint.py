@@ -38,7 +38,6 @@ from opsd_jax.runtime.checkpoint_folders import (
 
 FORMAT = 1  # raise it when the layout above changes
 _PIECE_BYTES = 1 << 25  # of an array in a checkpoint that `save` writes
-_ALONE = 1 << 30  # bytes of an array from which on it is read alone, see `_in_turn`
 _DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "versions": dict}
 
 
@@ -561,51 +560,14 @@ def _load(
         )
     abstract = jax.tree.map(_placed, abstract)
     _check_structure(directory, item, stored[item], abstract, convert, partial)
-    parts, loaded = _in_turn(abstract), {}
-    for part in parts:
-        context = ocp.Context()
-        context.pytree.loading.partial_load = partial or len(parts) > 1
-        context.memory.read_concurrent_bytes = _in_flight(part)
-        with (
-            context,
-            _explained(
-                f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)
-            ),
-        ):
-            found = ocp.load_checkpointables(directory, {item: part})[item]
-        if len(parts) == 1:
-            return found
-        loaded |= _paths(found)
-    return _nested(loaded)
-
-
-def _in_turn(tree: Any) -> list[Any]:
-    """Parts of a tree that are read one after the other: large arrays alone, the largest first.
-
-    Orbax holds an array a second time while it reads it. The largest ones are read while there is
-    room for that: of the 7B model three have 3.5 GiB each. Trees that are no nested dicts stay
-    whole.
-    """
-    leaves = _paths(tree)
-    sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items()}
-    large = sorted((p for p, size in sizes.items() if size >= _ALONE), key=lambda p: -sizes[p])
-    rest = {path: leaf for path, leaf in leaves.items() if path not in large}
-    if not large or jax.tree.structure(_nested(leaves)) != jax.tree.structure(tree):
-        return [tree]
-    parts = [{path: leaves[path]} for path in large] + [rest] * bool(rest)
-    return [_nested(part) for part in parts]
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict:
-    """{"a": {"b": leaf}} of {"a/b": leaf}."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        inner = tree
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[name] = leaf
-    return tree
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    context.memory.read_concurrent_bytes = _in_flight(abstract)
+    with (
+        context,
+        _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)),
+    ):
+        return ocp.load_checkpointables(directory, {item: abstract})[item]
 
 
 def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
