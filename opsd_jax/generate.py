@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--visual_thoughts",
         default="none",
-        choices=interleave.VISUAL_THOUGHTS,
+        choices=interleave.IMAGE_MODES,
         help="whether the model may generate images (default: none)",
     )
     parser.add_argument(

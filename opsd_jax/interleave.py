@@ -26,7 +26,7 @@ from opsd_jax.method_config import FlowConfig, RolloutConfig
 from opsd_jax.model.config import ModelConfig
 from opsd_jax.tokenizer import Tokenizer
 
-VISUAL_THOUGHTS = ("none", "generated")
+IMAGE_MODES = ("none", "generated")
 Question = tuple[Sequence[Image.Image], str | Sequence[str]]
 """(Pillow images, text), all images before the text; or (images, the texts around them), one more
 than images (`tags.around_places`). Images of other modes than RGB are read as `images.open_rgb`

@@ -331,7 +331,7 @@ def _parts(summary: dict, names: BlockNames) -> list[str]:
         "acts"
     )
     here = ""
-    if wording.of_blocks(names) != wording.VISUAL_THOUGHTS:
+    if wording.of_blocks(names) != wording.OF_VISUAL_THOUGHTS:
         listed = wording.listed(names.privileged, images=True)
         here = f" Here **visual thoughts** are the privileged blocks: {listed}."
     parts = [

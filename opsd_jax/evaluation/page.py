@@ -8,7 +8,7 @@ from PIL import Image
 from opsd_jax.evaluation import charts, html, shown_answers, tables
 from opsd_jax.evaluation import results as results_lib
 from opsd_jax.evaluation.benchmark import Benchmark, Key
-from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
+from opsd_jax.evaluation.wording import OF_VISUAL_THOUGHTS, Words
 from opsd_jax.runtime import provenance
 
 _MOST_MISSES, _MOST_HITS = 100, 20  # that are shown of each benchmark
@@ -22,7 +22,7 @@ def page(
     benchmarks: Mapping[str, Benchmark],
     shown: _Shown,
     cautions: Sequence[str] = (),
-    words: Words = VISUAL_THOUGHTS,
+    words: Words = OF_VISUAL_THOUGHTS,
 ) -> str:
     """HTML of one evaluation.
 

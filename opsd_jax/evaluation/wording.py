@@ -63,7 +63,7 @@ class Words:
         return plural if self.is_plural else singular
 
 
-VISUAL_THOUGHTS = Words(
+OF_VISUAL_THOUGHTS = Words(
     content="visual thoughts",
     is_plural=True,
     true="true visual thoughts",
@@ -75,7 +75,7 @@ VISUAL_THOUGHTS = Words(
     without="without visual thoughts",
     instead="Without them",
 )
-PRIVILEGED = Words(
+OF_PRIVILEGED = Words(
     content="privileged content",
     is_plural=False,
     true="privileged content",
@@ -87,8 +87,8 @@ PRIVILEGED = Words(
     without="without privileged content",
     instead="Without it",
 )
-NOTHING = dataclasses.replace(
-    PRIVILEGED,
+OF_NOTHING = dataclasses.replace(
+    OF_PRIVILEGED,
     true="the teacher's blocks",
     them="them",
     without="with the student's blocks",
@@ -100,14 +100,14 @@ NOTHING = dataclasses.replace(
 def of_blocks(names: BlockNames) -> Words:
     """The words of a run with these blocks."""
     if names.privileged == ("visual_thoughts",):
-        return VISUAL_THOUGHTS
-    return PRIVILEGED if names.privileged else NOTHING
+        return OF_VISUAL_THOUGHTS
+    return OF_PRIVILEGED if names.privileged else OF_NOTHING
 
 
 def of_runs(every: Iterable[BlockNames]) -> Words:
     """The words of runs in one table: those of each where they agree."""
     found = {of_blocks(names) for names in every}
-    return found.pop() if len(found) == 1 else PRIVILEGED
+    return found.pop() if len(found) == 1 else OF_PRIVILEGED
 
 
 def listed(blocks: Iterable[str], *, images: bool) -> str:

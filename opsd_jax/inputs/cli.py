@@ -70,11 +70,39 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        """Ends the command with one line and code 2; a misspelt choice with the one meant."""
-        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
-            message += checks.did_you_mean(found[1], re.split(r"'?, '?", found[2].strip("'")))
-        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
+        """Ends the command with one line and code 2."""
+        said = _plain(message, self.format_usage())
+        print(f"error: {said} ({self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+
+def _plain(message: str, usage: str) -> str:
+    """An error of argparse in the words of the other errors: what was typed, and what to do.
+
+    "argument --rows: invalid int value: 'x'" becomes "--rows=x: give a whole number".
+
+    usage: of the command; it has the names of subcommands, "{prepare,sizes}".
+    """
+    name, colon, problem = message.removeprefix("argument ").partition(": ")
+    if not colon or message == problem:
+        return message
+    if problem == "expected one argument":
+        return f"{name} has no value: write {name}=VALUE"
+    if name == "the following arguments are required":
+        missing, subcommands = problem.split(", "), re.search(r"\{([^}]*)\}", usage)
+        if not missing[0].startswith("-") and subcommands:
+            return f"no {missing[0]} is given: choose from {subcommands[1].replace(',', ', ')}"
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    if name == "unrecognized arguments":
+        return f"{problem}: no option takes this; options are written --NAME=VALUE"
+    if found := re.fullmatch(r"invalid (int|float) value: '(.*)'", problem, re.DOTALL):
+        kind = "whole number" if found[1] == "int" else "number"
+        return f"{name}={found[2]}: give a {kind}"
+    if found := re.fullmatch(r"invalid choice: '(.*)' \(choose from (.*)\)", problem, re.DOTALL):
+        choices = re.split(r"'?, '?", found[2].strip("'"))
+        given = f"{name}={found[1]}" if name.startswith("-") else f"there is no {name} {found[1]!r}"
+        return f"{given}: {checks.choose_from(found[1], filter(None, choices))}"
+    return f"{name}: {problem}"
 
 
 def unknown_option(given: str, options: Iterable[str]) -> str:

@@ -482,7 +482,7 @@ def _answer(
         ban_marker=job.request.ban_marker,
         **about,
     )
-    words = scores_lib.words_of(job.config) if job.config else wording.VISUAL_THOUGHTS
+    words = scores_lib.words_of(job.config) if job.config else wording.OF_VISUAL_THOUGHTS
     document = page.page(name, summary, results, by_name, shown, _cautions(job), words)
     files.write(os.path.join(folder, run_folder.PAGE), document)
     return summary

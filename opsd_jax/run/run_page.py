@@ -17,7 +17,7 @@ from opsd_jax.blocks import BlockNames
 from opsd_jax.data.workdir import load_config
 from opsd_jax.evaluation import charts, html, results, shown_answers, wording
 from opsd_jax.evaluation.contexts import Selection
-from opsd_jax.evaluation.wording import NOTHING, VISUAL_THOUGHTS, Words
+from opsd_jax.evaluation.wording import OF_NOTHING, OF_VISUAL_THOUGHTS, Words
 from opsd_jax.inputs import json_files
 from opsd_jax.model import bagel
 from opsd_jax.run import cautions as cautions_lib
@@ -32,8 +32,8 @@ Points = list[tuple[float, float]]
 
 _MOST_SAMPLES = 12  # of wrong answers, and of right ones
 _EXAMPLES = {  # of the visual thoughts of `BlockNames`, in words
-    VISUAL_THOUGHTS: "the images of the intermediate steps",
-    NOTHING: "what the teacher is given; no block of the example is privileged",
+    OF_VISUAL_THOUGHTS: "the images of the intermediate steps",
+    OF_NOTHING: "what the teacher is given; no block of the example is privileged",
 }
 
 
@@ -384,7 +384,7 @@ def _samples(workdir: str, last: int, selection: Selection, split: str) -> list[
 def _shown(names: BlockNames, images: bool) -> str:
     """What of a sample the student sees. images: whether examples have problem images."""
     seen, more = _contents(names.student), ""
-    if wording.of_blocks(names) == VISUAL_THOUGHTS:
+    if wording.of_blocks(names) == OF_VISUAL_THOUGHTS:
         more = "; the visual thoughts are shown for comparison"
     elif any(map(blocks_lib.holds_images, names.privileged)):
         more = "; other images are shown for comparison"

@@ -20,7 +20,7 @@ from opsd_jax.run import samples, teacher_cache
 from opsd_jax.run import scores as scores_lib
 from opsd_jax.run.session import Session
 from opsd_jax.run.stage import Kind, Stage
-from opsd_jax.run.step_inputs import Completions, Nothing, RandomKey
+from opsd_jax.run.step_inputs import Nothing, RandomKey, StudentSamples
 
 FIRST_BATCH = samples.write_first_batch
 
@@ -54,7 +54,7 @@ KINDS = {
         about="the student learns on its own tokens from the teacher, which sees more than it",
         step=distill.update_step,
         load=Batches.opsd,
-        sampler=Completions,
+        sampler=StudentSamples,
         samples=(FIRST_BATCH, samples.write_rollouts),
         evaluates=True,
         keeps_start=True,

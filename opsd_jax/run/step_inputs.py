@@ -69,7 +69,7 @@ class RandomKey:
         return dataclasses.replace(inputs, sampled=(jax.random.fold_in(self._key, step),))
 
 
-class Completions:
+class StudentSamples:
     """The student's completions of the batch, sampled with its current weights.
 
     A batch in which a completion is empty is replaced by one of other examples, at most

@@ -12,7 +12,7 @@ from opsd_jax import images
 from opsd_jax.data import arrayrecord
 from opsd_jax.data import workdir as workdir_lib
 from opsd_jax.evaluation import charts, html, shown_answers
-from opsd_jax.evaluation.wording import VISUAL_THOUGHTS, Words
+from opsd_jax.evaluation.wording import OF_VISUAL_THOUGHTS, Words
 from opsd_jax.runtime import files, metrics, provenance, run_folder
 from opsd_jax.study import scores as scores_lib
 from opsd_jax.study import table
@@ -182,7 +182,7 @@ def _samples(study: Study, group: str) -> list[str]:
 
 def _compared(words: Words) -> str:
     """What the samples show besides the questions."""
-    if words == VISUAL_THOUGHTS:
+    if words == OF_VISUAL_THOUGHTS:
         return "which are shown for comparison"
     return "and visual thoughts are shown where an example has them"
 

@@ -209,16 +209,16 @@ def test_the_divergence_in_words(changes, said):
 
 def test_words_of_a_stage_and_of_a_study():
     scored = {"eval/maze/none": 0.5, "eval/maze/real": 0.6, "kl/maze/closure": -0.4}
-    said = stage_evaluation._in_words(scored, wording.VISUAL_THOUGHTS)
+    said = stage_evaluation._in_words(scored, wording.OF_VISUAL_THOUGHTS)
     assert said == "maze text only 50.0 %, with true visual thoughts 60.0 %, closure −40.0 %"
-    said = stage_evaluation._in_words(scored, wording.PRIVILEGED)
+    said = stage_evaluation._in_words(scored, wording.OF_PRIVILEGED)
     assert said.startswith("maze question alone 50.0 %, with privileged content 60.0 %")
     own, other = BlockNames(), BlockNames(SEEN, (*SEEN, HINT))
-    assert wording.of_runs([own, own]) == wording.VISUAL_THOUGHTS
-    assert wording.of_runs([own, other]) == wording.of_runs([other]) == wording.PRIVILEGED
-    head = study_table.header(wording.PRIVILEGED)
+    assert wording.of_runs([own, own]) == wording.OF_VISUAL_THOUGHTS
+    assert wording.of_runs([own, other]) == wording.of_runs([other]) == wording.OF_PRIVILEGED
+    head = study_table.header(wording.OF_PRIVILEGED)
     assert "with privileged content %" in head and "closure %" in head
-    meaning = study_table.meaning("opsd", wording.PRIVILEGED)
+    meaning = study_table.meaning("opsd", wording.OF_PRIVILEGED)
     assert "is without privileged content, the mean" in meaning and "visual" not in meaning
 
 
