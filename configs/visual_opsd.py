@@ -45,17 +45,19 @@ RUNS = (
     *presets.CONTEXTS,
 )
 
-# Slice: (mesh.fsdp, mesh.tensor), all of its chips. A batch of 16 cannot be divided over more than
-# 16 of them, and v6e takes longer without mesh.tensor (docs/performance/plan.md). The sampler has a
+# Slice: (mesh.fsdp, mesh.tensor, sequences that a shard of fsdp takes at a time), all of its chips.
+# A batch of 16 cannot be divided over more than 16 of them, and v6e takes longer without
+# mesh.tensor (docs/performance/plan.md). A v5p has the memory for all of its sequences at once, so
+# that weights are gathered once a pass. The sampler has a
 # mesh of its own, `rollout.tensor`. `presets.use_mesh` has what else a slice sets; the rest is as
 # in config.default: recomputed layers, queries of dense attention 512 at a time.
 # perf/presets.py compiles all of them.
 SLICES = {
-    "v5p-8": (4, 1),
-    "v5p-16": (8, 1),
-    "v5p-32": (16, 1),
-    "v6e-16": (4, 4),
-    "v5e-64": (16, 4),
+    "v5p-8": (4, 1, 4),
+    "v5p-16": (8, 1, 2),
+    "v5p-32": (16, 1, 1),
+    "v6e-16": (4, 4, 1),
+    "v5e-64": (16, 4, 1),
 }
 
 
@@ -76,8 +78,7 @@ def get_config(arg: str = "paper"):
         c.lora.update(rank=64, alpha=128.0)
         c.opsd.optim.update(lr=1e-4, min_lr=1e-6)
     if on:
-        fsdp, tensor = SLICES[on]
-        presets.use_mesh(c, fsdp, tensor)
+        presets.use_mesh(c, *SLICES[on])
     return c
 
 

@@ -6,8 +6,9 @@ from ml_collections import ConfigDict
 
 from opsd_jax.inputs import checks
 
-# Slice: (its chips, mesh.tensor where the heads allow it); for models of up to 8B parameters.
-SLICES = {"v5p-8": (4, 1), "v6e-16": (16, 4), "v5e-16": (16, 4)}
+# Slice: (its chips, mesh.tensor where the heads allow it, sequences of a batch that a chip of fsdp
+# takes at a time); for models of up to 8B parameters.
+SLICES = {"v5p-8": (4, 1, 4), "v6e-16": (16, 4, 1), "v5e-16": (16, 4, 1)}
 
 ASKED = ("system", "image", "question")  # what the student sees in the paper
 SOLUTION = "text:full_text_only_thought"
@@ -43,7 +44,7 @@ def use_slice(c: ConfigDict, name: str) -> None:
     kv heads that four chips cannot share are not divided, so that the batch is divided further.
     Raises ValueError for a batch that is too small for it.
     """
-    chips, tensor = SLICES[name]
+    chips, tensor, at_once = SLICES[name]
     if c.model.llm.num_kv_heads % tensor:
         tensor = 1
     least = min(c[stage].batch_size for stage in ("opsd", "sft", "offline"))
@@ -52,13 +53,14 @@ def use_slice(c: ConfigDict, name: str) -> None:
             f"a batch of {least} sequences cannot be divided over the {chips} chips of {name} for "
             f"{c.model.llm.num_kv_heads} kv heads: choose a smaller slice"
         )
-    use_mesh(c, chips // tensor, tensor)
+    use_mesh(c, chips // tensor, tensor, at_once)
 
 
-def use_mesh(c: ConfigDict, fsdp: int, tensor: int) -> None:
+def use_mesh(c: ConfigDict, fsdp: int, tensor: int, at_once: int) -> None:
     """Settings for all chips of a slice of TPUs: its mesh, keys in blocks, the choice of a kernel.
 
-    In OPSD, SFT and offline, one sequence at a time for each of the fsdp shards of a batch.
+    In OPSD, SFT and offline, at most at_once sequences at a time for each of the fsdp shards of a
+    batch. More of them gather the weights less often and need more memory.
 
     No size of the mesh is -1: on a slice of another size the run ends with an error before it
     compiles.
@@ -67,7 +69,7 @@ def use_mesh(c: ConfigDict, fsdp: int, tensor: int) -> None:
     c.model.key_block = 1024
     c.model.attention = "auto"
     for stage in ("opsd", "sft", "offline"):
-        c[stage].accumulation = c[stage].batch_size // fsdp
+        c[stage].accumulation = max(1, c[stage].batch_size // (fsdp * at_once))
 
 
 def use_contexts(c: ConfigDict, name: str) -> None:

@@ -204,7 +204,7 @@ def test_arms_of_the_miniature():
 
 
 def test_the_numbers_at_the_start_are_those_of_the_results():
-    """Means of the default preset on the first pages; of start and OPSD each seed, too."""
+    """Means of the default preset on the first pages, in tables each seed of the students."""
     charts = PAGES["docs/results.md"].partition("### Charts")[2].partition("### Maze")[0]
     rows = [row for row in tables(charts) if row.get("measure") == "accuracy"]
     assert len(rows) == 6
@@ -212,12 +212,23 @@ def test_the_numbers_at_the_start_are_those_of_the_results():
     for n, arm in ((1, "start, text only"), (2, "OPSD, text only")):
         assert rows[n]["arm"] == arm
         shown[n] += f" ({rows[n]['seed 0']}, {rows[n]['seed 1']} and {rows[n]['seed 2']}"
-    pages = {"README.md": "correct", "docs/index.md": "accuracy"}
-    pages["docs/get-started.md"] = "mean of seeds 0 to 2"
+    means = [float(row["mean ± sd"].partition(" ± ")[0]) for row in rows]
+    stated = re.search(
+        r"answers ([\d.]+) % without .* was ([\d.]+) %, and with them ([\d.]+) %\."
+        r".* ends at ([\d.]+) to ([\d.]+) %",
+        " ".join(PAGES["docs/index.md"].split()),
+    )
+    controls = sorted(means[3:])
+    assert [*map(float, stated.groups())] == [*means[2::-1], controls[0], controls[-1]]
+    pages = {"README.md": "correct", "docs/get-started.md": "mean of seeds 0 to 2"}
     for page, column in pages.items():
         rows = [row[column].replace("*", "") for row in tables(PAGES[page]) if column in row]
         assert len(rows) >= 6
         assert all(map(str.startswith, rows, shown)), page
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 130
 
 
 def get_config(path: str):

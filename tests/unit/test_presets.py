@@ -40,7 +40,8 @@ def test_a_slice_changes_no_number_of_the_run(run, name):
         assert config[stage].batch_size == 16
         shards = config.mesh.data * config.mesh.fsdp
         checks.check_batch(config, stage, shards)
-        assert config[stage].batch_size == config[stage].accumulation * shards  # one row each
+        _, _, at_once = paper.SLICES[name]
+        assert config[stage].batch_size == config[stage].accumulation * shards * at_once
     # all chips of the slice, and no other number of them
     assert math.prod(config.mesh.values()) == topology.parse_topology(name).devices
     assert config.model.llm.num_kv_heads % config.mesh.tensor == 0

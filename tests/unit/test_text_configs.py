@@ -9,7 +9,7 @@ import pytest
 
 import small_run
 from opsd_jax import config as config_lib
-from opsd_jax import config_check
+from opsd_jax import config_check, presets
 from opsd_jax import params as params_lib
 from opsd_jax.model import bagel
 from opsd_jax.plan import topology
@@ -85,7 +85,8 @@ def test_slices(name, size, slice_name):
     for stage in config.stages:
         shards = config.mesh.data * config.mesh.fsdp
         checks.check_batch(config, stage, shards)
-        assert config[stage].batch_size == config[stage].accumulation * shards
+        _, _, at_once = presets.SLICES[slice_name]
+        assert config[stage].batch_size == config[stage].accumulation * shards * at_once
     assert config.model.llm.num_kv_heads % config.mesh.tensor == 0
 
 
