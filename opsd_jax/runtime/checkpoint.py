@@ -27,8 +27,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opsd_jax.inputs import checks, json_files, paths
+from opsd_jax.runtime import allocator, run_folder
 from opsd_jax.runtime import checkpoint_folders as folders
-from opsd_jax.runtime import run_folder
 from opsd_jax.runtime.checkpoint_folders import (
     CheckpointError,
     CheckpointGoneError,
@@ -565,6 +565,7 @@ def _load(
     context.memory.read_concurrent_bytes = _in_flight(abstract)
     with (
         context,
+        allocator.returning_blocks(_PIECE_BYTES // 2),
         _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)),
     ):
         return ocp.load_checkpointables(directory, {item: abstract})[item]
