@@ -4,7 +4,7 @@
   seconds of a save    bytes of a checkpoint / (hosts x bytes per second of a host)
   chip-hours           hours x chips;  dollars = chip-hours x price
 
-Start-up, compilation, waiting for data, evaluations and control arms are not included.
+Start-up, compilation, waiting for data, screening, evaluations and control arms are not included.
 """
 
 import dataclasses

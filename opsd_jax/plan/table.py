@@ -141,8 +141,8 @@ def _sum(run: dict[str, Any]) -> list[str]:
         f"{_range(run['chip_hours'], ',.1f')} chip-hours{dollars}",
         "  assumed: all steps in the bucket planned above, completions of full length; training "
         f"waits for each save, each host writes an equal share of it at {run['write_speed']:g} "
-        "GB/s; without start-up, compilation, waiting for data, evaluations, a cached teacher's "
-        "outputs and control arms",
+        "GB/s; without start-up, compilation, waiting for data, screening, evaluations, a cached "
+        "teacher's outputs and control arms",
     ]
 
 
