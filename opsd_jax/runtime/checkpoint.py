@@ -38,6 +38,7 @@ from opsd_jax.runtime.checkpoint_folders import (
 
 FORMAT = 1  # raise it when the layout above changes
 _PIECE_BYTES = 1 << 25  # of an array in a checkpoint that `save` writes
+_ALONE = 1 << 30  # bytes of an array from which on it is read alone, see `_in_turn`
 _DETAILS = {"format": int, "stage": str, "step": int, "config": dict, "versions": dict}
 
 
@@ -560,15 +561,38 @@ def _load(
         )
     abstract = jax.tree.map(_placed, abstract)
     _check_structure(directory, item, stored[item], abstract, convert, partial)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    context.memory.read_concurrent_bytes = _in_flight(abstract)
-    with (
-        context,
-        allocator.returning_blocks(_PIECE_BYTES // 2),
-        _explained(f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)),
-    ):
-        return ocp.load_checkpointables(directory, {item: abstract})[item]
+    found = abstract
+    for part in [abstract] if partial else _in_turn(abstract):  # Orbax takes one of both
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        context.memory.read_concurrent_bytes = _in_flight(part)
+        with (
+            context,
+            allocator.returning_blocks(_PIECE_BYTES // 2),
+            _explained(
+                f"reading {item!r} of checkpoint {directory}", lambda: _if_damaged(directory)
+            ),
+        ):
+            read = ocp.load_checkpointables(directory, {item: part})[item]
+        found = jax.tree.map(lambda old, new: old if new is ... else new, found, read)
+    return found
+
+
+def _in_turn(tree: Any) -> list[Any]:
+    """The tree with some of its arrays each time; `...`, which Orbax leaves out, for the others.
+
+    Large arrays come alone, the largest first, then all others. Orbax holds an array a second time
+    while it reads it: so the largest ones are read while there is room for that.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    large = sorted((n for n, size in enumerate(sizes) if size >= _ALONE), key=lambda n: -sizes[n])
+    others = [n for n in range(len(leaves)) if n not in large]
+    return [
+        structure.unflatten([leaf if n in read else ... for n, leaf in enumerate(leaves)])
+        for read in [*([n] for n in large), others]
+        if read
+    ] or [tree]
 
 
 def _verify(directory: epath.Path, given: Mapping[str, Any]) -> None:
@@ -627,7 +651,8 @@ def _in_flight(tree) -> int:
     By default it copies all arrays at once; with less than the largest array it fails.
     """
     return (1 << 28) + max(
-        (leaf.size * leaf.dtype.itemsize for leaf in _paths(tree).values()), default=0
+        (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf is not ...),
+        default=0,
     )
 
 

@@ -271,6 +271,34 @@ def test_params_may_change_their_floating_dtype_or_be_a_part(tmp_path):
 # ---------------------------------------------------------------------------- errors
 
 
+def test_large_arrays_are_read_one_after_the_other(tmp_path, monkeypatch):
+    """Orbax holds what it reads twice; little else is there while the largest array is read."""
+    from orbax.checkpoint import v1 as ocp
+
+    tree = {
+        "a": {"small": jnp.arange(3.0), "large": jnp.arange(400.0)},
+        "larger": jnp.arange(600.0),
+        "n": jnp.arange(5),
+    }
+    checkpoint.save(tmp_path / "0", None, tree)
+    asked, load = [], ocp.load_checkpointables
+
+    def recorded(directory, items):
+        leaves = jax.tree.leaves_with_path(items["params"])
+        asked.append([jax.tree_util.keystr(path) for path, leaf in leaves if leaf is not ...])
+        return load(directory, items)
+
+    monkeypatch.setattr(ocp, "load_checkpointables", recorded)
+    monkeypatch.setattr(checkpoint, "_ALONE", 1000)
+    found = checkpoint.restore_params(tmp_path / "0", tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    assert asked == [["['larger']"], ["['a']['large']"], ["['a']['small']", "['n']"]]
+    monkeypatch.setattr(checkpoint, "_ALONE", 1 << 30)
+    checkpoint.restore_params(tmp_path / "0", tree)
+    assert len(asked) == 4 and len(asked[-1]) == 4
+
+
 def test_mismatch_lists_every_difference_at_once(tmp_path):
     state = make_state(1, width=4)
     checkpoint.save(tmp_path / "c", state, state["params"])
