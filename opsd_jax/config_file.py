@@ -65,6 +65,10 @@ def _change(config: ConfigDict, key: str, value: Any) -> None:
     if not isinstance(group, ConfigDict) or name not in group:
         raise ValueError(config_check.unknown(key))
     if isinstance(group[name], ConfigDict):
+        if isinstance(value, (Mapping, ConfigDict)) and value:
+            for inner, one in value.items():
+                _change(config, f"{key}.{inner}", one)
+            return
         inside = [f"{key}.{setting}" for setting in group[name]] or [f"{key}.NAME"]
         raise ValueError(f"{key} is a group of settings: change {' or '.join(inside[:3])}")
     config_check.check_value(value, key, key)

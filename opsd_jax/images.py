@@ -68,7 +68,7 @@ class Resize:
         """
         if min(width, height) < 1:
             raise ValueError(
-                f"an image of {width} x {height} pixels has nothing to resize: leave the row out"
+                f"an image of {width} x {height} pixels has nothing to resize: replace it"
             )
 
         def snap(x):
@@ -122,7 +122,7 @@ class SmartResize:
         """
         if min(width, height) < 1:
             raise ValueError(
-                f"an image of {width} x {height} pixels has nothing to resize: leave the row out"
+                f"an image of {width} x {height} pixels has nothing to resize: replace it"
             )
         if max(width, height) > _MOST_ASPECT * min(width, height):
             raise ValueError(
@@ -194,7 +194,7 @@ def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
     else:
         raise UnreadableImageError(
             "an image is encoded bytes, a path, a Pillow image or an array, not "
-            f"{type(data).__name__}: replace it or leave the row out"
+            f"{type(data).__name__}: replace it"
         )
     try:
         if isinstance(data, Image.Image):
@@ -208,9 +208,7 @@ def open_rgb(data: object, *, transparency: str = "white") -> Image.Image:
     except Exception as e:  # decoders raise arbitrary exceptions on damaged bytes
         known = not isinstance(e, UnidentifiedImageError)
         reason = f"{type(e).__name__}: {e}" if known else "not an image format that Pillow knows"
-        raise UnreadableImageError(
-            f"cannot decode {name} ({reason}): replace it or leave the row out"
-        ) from e
+        raise UnreadableImageError(f"cannot decode {name} ({reason}): replace it") from e
 
 
 def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:
@@ -242,7 +240,7 @@ def size_of(data: bytes) -> tuple[int, int]:
     except Exception as e:  # as in `open_rgb`
         raise UnreadableImageError(
             f"cannot read the size of an image of {len(data):,} bytes that begin with "
-            f"{data[:12]!r} ({type(e).__name__}: {e}): replace it or leave the row out"
+            f"{data[:12]!r} ({type(e).__name__}: {e}): replace it"
         ) from e
 
 

@@ -268,7 +268,7 @@ def _checked(reasoner: Reasoner, questions: Any) -> list[Question]:
 def check_images(shown: str, given: Sequence[Any]) -> None:
     """Raises TypeError for what is no Pillow image. shown: what the user calls the sequence."""
     for n, image in enumerate(given):
-        fix = "open it first, image = PIL.Image.open(FILE)"
+        fix = "give a Pillow image, PIL.Image.open(FILE), or Image.fromarray of a uint8 array"
         checks.instance(f"{shown}[{n}]", image, Image.Image, fix)
 
 

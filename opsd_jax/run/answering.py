@@ -85,7 +85,7 @@ def _check_question(
         if question is not None:
             raise ValueError("an example has a question of its own: leave question out")
         return []
-    open_it = "open it first, image = PIL.Image.open(FILE)"
+    open_it = "give a Pillow image, PIL.Image.open(FILE), or Image.fromarray of a uint8 array"
     if not isinstance(about, list | tuple):
         checks.instance("about", about, Image.Image, open_it)
     given = [about] if isinstance(about, Image.Image) else list(about)

@@ -67,6 +67,7 @@ def cautions(
     for task, b in trained.items():
         found = [
             *([_too_short(config, [b["n"]])] if task in few and len(few) < len(trained) else []),
+            *_answers_worse(shown, task, words),
             *_teacher_knows_little(shown, task),
             *reads_worse(shown, task, words),
             *_like_a_control(shown, task, arms, config),
@@ -99,6 +100,17 @@ def _teacher_knows_little(shown: Mapping[str, Scores], task: str) -> list[str]:
     return [
         "The teacher is not clearly better than the most frequent answer: it has little to teach. "
         "Train the warm-up longer, or look at its answers."
+    ]
+
+
+def _answers_worse(shown: Mapping[str, Scores], task: str, words: Words) -> list[str]:
+    """Where OPSD ends below its start, and their intervals do not overlap."""
+    before, after = shown.get(START, {}).get(task), shown[TRAINED][task]
+    if not (before and after["interval_95"][1] < before["interval_95"][0]):
+        return []
+    return [
+        f"OPSD made the answers worse: {words.without} {percent(after)} are right, before OPSD "
+        f"{percent(before)}. See docs/guides/read-a-run.md for what to try."
     ]
 
 

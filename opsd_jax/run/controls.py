@@ -154,7 +154,9 @@ class Arms:
         path = run_folder.arm(self._workdir, name)
         os.makedirs(path, exist_ok=True)
         command = [sys.executable, "-m", "opsd_jax.train", *self._argv, f"--arm={name}"]
-        print(f"arm {name}: starts, log in {path}/log.txt", file=sys.stderr, flush=True)
+        # Text and end of line in one call: arms start at the same time.
+        sys.stderr.write(f"arm {name}: starts, log in {path}/log.txt\n")
+        sys.stderr.flush()
         with (
             open(os.path.join(path, "log.txt"), "a", encoding="utf-8") as log,
             Progress(self._steps[name], f"arm {name}") as progress,

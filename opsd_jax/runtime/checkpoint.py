@@ -426,13 +426,16 @@ def step_folder(flag: str, given: str, workdir: str) -> str:
     """The step folder that a flag of a command on a run names.
 
     Args:
-      flag: its name, for messages. given: a step folder; or a checkpoints folder or a workdir, of
-        which the newest step is taken; "" for the run's own.
+      flag: its name, for messages. given: a step folder, or the number of a step of the run; or a
+        checkpoints folder or a workdir, of which the newest step is taken; "" for the run's own.
       workdir: of the run.
     Raises CheckpointNotFoundError, which lists the steps of the run where there is no such folder.
     """
     if not given:
         return newest(workdir)
+    if given.isdigit() and not os.path.exists(given):
+        own = run_folder.checkpoint(workdir, int(given))
+        given = own if os.path.isdir(own) else given
     by_number = is_of_run(given, workdir) and os.path.basename(os.path.normpath(given)).isdigit()
     if not os.path.isdir(given) and not by_number:
         steps = folders.complete(folders.absolute(run_folder.checkpoints(workdir)))

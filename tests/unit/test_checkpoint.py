@@ -333,7 +333,7 @@ def test_a_flag_names_a_step_or_a_folder_whose_newest_step_is_taken(tmp_path, mo
     newest = f"{run}/checkpoints/50"
     for given in ("", run, f"{run}/", run / "checkpoints", f"{run}/checkpoints/", newest):
         assert named(given) == newest
-    assert named(run / "checkpoints" / "30") == f"{run}/checkpoints/30"
+    assert named(run / "checkpoints" / "30") == named("30") == f"{run}/checkpoints/30"
     assert named(tmp_path / "kept") == f"{tmp_path}/kept/7"
     monkeypatch.chdir(run)
     assert named("checkpoints") == "./checkpoints/50"

@@ -103,16 +103,12 @@ HTML = b"<!DOCTYPE html><html>Not found</html>"
     ],
 )
 def test_unreadable_bytes(data, said, tmp_path):
-    with pytest.raises(
-        UnreadableImageError, match=f"{re.escape(said)}.*replace it or leave the row out"
-    ):
+    with pytest.raises(UnreadableImageError, match=f"{re.escape(said)}.*replace it"):
         images.open_rgb(data)
     path = tmp_path / "row 7.png"
     path.write_bytes(data)
     for source in (path, str(path)):
-        with pytest.raises(
-            UnreadableImageError, match=f"{re.escape(str(path))} .*replace it or leave the row out"
-        ):
+        with pytest.raises(UnreadableImageError, match=f"{re.escape(str(path))} .*replace it"):
             images.open_rgb(source)
 
 
@@ -147,9 +143,7 @@ def test_any_damage_is_one_error(pixels):
 
 def test_missing_file_and_directory(tmp_path):
     for path in (tmp_path / "absent.png", tmp_path):
-        with pytest.raises(
-            UnreadableImageError, match=f"cannot decode {path} .*replace it or leave the row out"
-        ):
+        with pytest.raises(UnreadableImageError, match=f"cannot decode {path} .*replace it"):
             images.open_rgb(path)
 
 

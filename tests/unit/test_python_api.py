@@ -55,11 +55,11 @@ IMAGE = Image.new("RGB", (8, 8))
         ),
         (
             lambda: answer(model(), "dots.png", "How many?"),
-            "about is 'dots.png', of type str: open it first, image = PIL.Image.open(FILE)",
+            "about is 'dots.png', of type str: give a Pillow image, PIL.Image.open(FILE), or Image.f",
         ),
         (lambda: answer(model(), [b"..."], "How many?"), "about[0] is b'...', of type bytes"),
         (lambda: answer(model(), IMAGE, None), "question is None, of type NoneType: give"),
-        (lambda: answer(model(), None), "about is None, of type NoneType: open it first"),
+        (lambda: answer(model(), None), "about is None, of type NoneType: give a Pillow image"),
         (lambda: answer(model(), [example(0), example(1)]), "about is a list of 2 examples: ask"),
         (
             lambda: answer(model(), example(0), visual_thoughts="swap", partner=3),
@@ -144,6 +144,9 @@ def test_settings_of_a_file_with_changes():
     config = opsd_jax.read_config(MINI, {"opsd.steps": 10, "run_arms": (), "opsd.optim.lr": 1})
     assert (config.opsd.steps, config.run_arms, config.opsd.optim.lr) == (10, (), 1.0)
     assert config.is_locked and opsd_jax.read_config(pathlib.Path("configs/mini.py")).seed == 0
+    nested = {"opsd": {"steps": 30, "optim": {"lr": 1}}, "arms": {"far": {"seed": 7}}}
+    config = opsd_jax.read_config(MINI, nested)
+    assert (config.opsd.steps, config.opsd.optim.lr, config.arms.far.seed) == (30, 1.0, 7)
 
 
 def test_an_arm_of_ones_own():
@@ -177,6 +180,8 @@ def test_changes_that_are_no_dict_of_settings(changes):
     "path, changes, said",
     [
         (MINI, {"opsd.stepz": 1}, "no setting 'stepz' in config.opsd. Did you mean \"steps\"?"),
+        (MINI, {"opsd": {"stepz": 1}}, "there is no setting 'stepz' in config.opsd. Did you mean"),
+        (MINI, {"opsd": {}}, "opsd is a group of settings: change opsd.accumulation or opsd."),
         (MINI, {"opsd": 1}, "opsd is a group of settings: change opsd.accumulation or opsd."),
         (MINI, {"opsd.steps": 2.5}, "opsd.steps is 2.5: give a whole number in [1, inf)"),
         (MINI, {"opsd.steps": None}, "opsd.steps is None: give a whole number in [1, inf)"),

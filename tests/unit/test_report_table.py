@@ -89,6 +89,21 @@ def test_reading_visual_thoughts_worse_than_before():
     assert "worse" not in text and "the same weights now answer 83.4 %, before OPSD" in text
 
 
+def test_answers_that_are_worse_than_before():
+    """Where the intervals do not overlap: 6.7 % up to 0.298, before 66.7 % from 0.417 on."""
+
+    def found(low):
+        start = {"overall": 0.667, "interval_95": [low, 0.848], "n": 500}
+        trained = {"overall": 0.067, "interval_95": [0.012, 0.298], "n": 500}
+        given = {"start": {TASK: start}, "trained": {TASK: trained}}
+        return cautions(teacher=scores(1.0, 0.9), **given)
+
+    (line,) = found(0.417)
+    assert line.startswith("OPSD made the answers worse: without visual thoughts 6.7 % are right, ")
+    assert "before OPSD 66.7 %." in line
+    assert found(0.29) == []
+
+
 def test_a_run_without_a_closure_says_so():
     """Teacher and student said the same before training."""
     kl = {"kl_before": 3e-9, "kl": 0.02, "closure": None}
