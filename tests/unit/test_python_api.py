@@ -55,7 +55,7 @@ IMAGE = Image.new("RGB", (8, 8))
         ),
         (
             lambda: answer(model(), "dots.png", "How many?"),
-            "about is 'dots.png', of type str: give a Pillow image, PIL.Image.open(FILE), or Image.f",
+            "about is 'dots.png', of type str: give a Pillow image, PIL.Image.open(FILE), or",
         ),
         (lambda: answer(model(), [b"..."], "How many?"), "about[0] is b'...', of type bytes"),
         (lambda: answer(model(), IMAGE, None), "question is None, of type NoneType: give"),
