@@ -79,7 +79,7 @@ def main(argv) -> None:
     if workdir is None:
         sys.exit("error: --workdir is missing: give --workdir=FOLDER, where the run is kept")
     try:
-        _run(config, workdir, flags.FLAGS.arm)
+        _run_command(config, workdir, flags.FLAGS.arm)
     except (ValueError, OSError, UnhealthyRunError, controls.ArmsFailedError) as error:
         if distributed.peer_is_lost(error):
             raise
@@ -87,7 +87,7 @@ def main(argv) -> None:
         distributed.end_with_error(error)
 
 
-def _run(config: ConfigDict, workdir: str, arm: str) -> None:
+def _run_command(config: ConfigDict, workdir: str, arm: str) -> None:
     allocator.share_one_arena()  # before JAX starts its threads
     of_arm = controls.settings_of(config, workdir, arm) if arm else None
     check(config, workdir)
@@ -106,7 +106,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)  # while it trains, `train` handles them
     beside = on_cpu and not several
-    failed = (_train_beside if beside else _train_in_turn)(config, workdir)
+    failed = (_train_with_arms_beside if beside else _train_and_then_arms)(config, workdir)
     _print_times(workdir)
     if jax.process_index() == 0:
         command = shlex.join(["python", "-m", "opsd_jax.train", *sys.argv[1:]])
@@ -121,7 +121,7 @@ def _run(config: ConfigDict, workdir: str, arm: str) -> None:
         raise controls.ArmsFailedError(failed, config.run_arms)
 
 
-def _train_beside(config: ConfigDict, workdir: str) -> dict[str, str]:
+def _train_with_arms_beside(config: ConfigDict, workdir: str) -> dict[str, str]:
     """Trains a run, and its control arms in processes that run beside it and after it.
 
     Returns {name: where its log is} of arms that failed.
@@ -131,11 +131,11 @@ def _train_beside(config: ConfigDict, workdir: str) -> dict[str, str]:
         for name in config.run_arms
     }
     with controls.Arms(steps, workdir, sys.argv[1:]) as arms:
-        _train(config, workdir, workdir, arms.start)
+        _train_alone(config, workdir, workdir, arms.start)
         return arms.finish()
 
 
-def _train_in_turn(config: ConfigDict, workdir: str) -> dict[str, str]:
+def _train_and_then_arms(config: ConfigDict, workdir: str) -> dict[str, str]:
     """Trains a run and then its control arms in this process, which holds the devices.
 
     An accelerator belongs to one process, so that arms cannot be processes of their own there.
@@ -146,7 +146,7 @@ def _train_in_turn(config: ConfigDict, workdir: str) -> dict[str, str]:
     # unhealthy is the same on all.
     alone = (ValueError, OSError, jax.errors.JaxRuntimeError)
     caught = (UnhealthyRunError, *(alone if jax.process_count() == 1 else ()))
-    _train(config, workdir, workdir, _do_nothing)
+    _train_alone(config, workdir, workdir, _do_nothing)
     failed = {}
     for name in config.run_arms:
         logging.info("arm %s: starts", name)
@@ -179,7 +179,7 @@ def train_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Session:
     checks.path("workdir", workdir)
     workdir = os.fspath(workdir)
     check(config, workdir)
-    failed = _train_in_turn(config, workdir)
+    failed = _train_and_then_arms(config, workdir)
     arms = [name for name in config.run_arms if name not in failed]
     settings = run_folder.config(workdir)
     call = f"opsd_jax.train_run(opsd_jax.read_config({settings!r}), {workdir!r})"
@@ -252,26 +252,28 @@ def train(
     workdir: str,
     *,
     data_workdir: str = "",
-    on_warm: Callable[[], None] = _do_nothing,
+    start_arms: Callable[[], None] = _do_nothing,
 ):
     """Checks the settings, runs or continues a run, and returns its final weights.
 
     Args:
       data_workdir: folder of the run whose data and tokenizer are used where the settings name
         none; "" for workdir.
-      on_warm: called after the first step of the OPSD stage; the checkpoint that it starts from is
-        complete by then.
+      start_arms: called after the first step of the OPSD stage; the checkpoint that it starts
+        from is complete by then.
     Raises:
       Stopped: the process was asked to stop; what it did is saved.
       UnhealthyRunError: the run learns nothing, or breaks.
       ValueError, OSError: settings, data or files are wrong.
     """
     check(config, workdir, data_workdir)
-    return _train(config, workdir, data_workdir or workdir, on_warm)
+    return _train_alone(config, workdir, data_workdir or workdir, start_arms)
 
 
-def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callable[[], None]):
-    """`train`, of settings that were checked."""
+def _train_alone(
+    config: ConfigDict, workdir: str, data_workdir: str, start_arms: Callable[[], None]
+):
+    """`train`, of settings that were checked: a run or an arm, without the arms of a run."""
     primary = jax.process_index() == 0
     with (
         locks.only_writer(workdir, inside=True, primary=primary),
@@ -298,8 +300,8 @@ def _train(config: ConfigDict, workdir: str, data_workdir: str, on_warm: Callabl
                         logging.warning("%s", caution)
             for stage in stage_table.of_run(run):
                 if done is None or done <= stage.last:
-                    on_start = on_warm if stage.kind.starts_arms else _do_nothing
-                    params = train_stage(run, stage, done, params, checkpoints, stop, on_start)
+                    then = start_arms if stage.kind.starts_arms else _do_nothing
+                    params = train_stage(run, stage, done, params, checkpoints, stop, then)
                     done = stage.last
                     stop.check()
             _keep_times(run, continued)
@@ -335,7 +337,7 @@ def train_stage(
     params,
     checkpoints: Checkpoints,
     stop: StopRequest,
-    on_start: Callable[[], None],
+    start_arms: Callable[[], None],
 ):
     """Takes the steps of one stage that are left, with an optimizer and a schedule of its own.
 
@@ -351,7 +353,7 @@ def train_stage(
     Args:
       done: step of the run's latest checkpoint; None if there is none.
       params: the weights that the stage before returned; None if this process has trained none.
-      on_start: called once the checkpoint of the weights that the stage starts from is complete,
+      start_arms: called once the checkpoint of the weights that the stage starts from is complete,
         and the stage's programs are compiled (if it has a step left).
     Returns:
       The weights of its last checkpoint (the EMA if the settings say so).
@@ -384,7 +386,7 @@ def train_stage(
     name, primary = os.path.basename(os.path.normpath(run.workdir)), jax.process_index() == 0
     stop.check()
     if begin == stage.last:
-        on_start()
+        start_arms()
     else:
         logging.info("%s: compiling its programs, then the first step", stage.name)
     with (
@@ -403,7 +405,7 @@ def train_stage(
                 jax.block_until_ready(state["step"])
             now = step + 1
             if step == begin:
-                on_start()  # its processes find the programs that this step compiled
+                start_arms()  # its processes find the programs that this step compiled
             log.add(measured | inputs.metrics)
             samples.write(
                 run,

@@ -348,7 +348,9 @@ def test_opsd_alone_starts_from_a_saved_checkpoint(trained, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_lib.to_json(config)))
     started = []
     train.train(
-        config, str(tmp_path), on_warm=lambda: started.append(checkpoint.metadata(tmp_path)["step"])
+        config,
+        str(tmp_path),
+        start_arms=lambda: started.append(checkpoint.metadata(tmp_path)["step"]),
     )
     assert started == [0]
     check_metrics(tmp_path, {"opsd": small_run.OPSD})
@@ -489,7 +491,7 @@ def test_what_is_no_fault_of_the_code_is_told_in_one_line(monkeypatch, capsys, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(train, "_run", fail)
+    monkeypatch.setattr(train, "_run_command", fail)
     monkeypatch.setattr(train.flags, "FLAGS", types.SimpleNamespace(config=1, workdir="w", arm=""))
     with pytest.raises(SystemExit) as stopped:
         train.main([])
@@ -512,13 +514,13 @@ def test_asked_to_stop_while_only_arms_run(tmp_path, monkeypatch, capsys, number
         signal.raise_signal(number)
 
     monkeypatch.setattr(train, "check", lambda *_: None)
-    monkeypatch.setattr(train, "_train", lambda *_, **__: None)
+    monkeypatch.setattr(train, "_train_alone", lambda *_, **__: None)
     monkeypatch.setattr(controls_lib.Arms, "finish", lambda self: (self.start(), ask()))
     monkeypatch.setattr(controls_lib, "_cores", lambda: [None, None])
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(SystemExit) as ended:
-            train._run(small_run.config(run_arms=("noise",)), str(tmp_path), "")
+            train._run_command(small_run.config(run_arms=("noise",)), str(tmp_path), "")
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -534,7 +536,7 @@ def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monke
     """It belongs to that process. An arm that breaks leaves the others alone, and is named."""
     run, trained, written = str(tmp_path), [], []
 
-    def train_one(config, workdir, data_workdir, on_warm):
+    def train_one(config, workdir, data_workdir, start_arms):
         assert data_workdir == run
         trained.append(workdir)
         if workdir.endswith("image"):
@@ -545,14 +547,17 @@ def test_arms_on_an_accelerator_follow_in_the_process_of_the_run(tmp_path, monke
         return {}, "page"
 
     monkeypatch.setattr(train, "check", lambda *_: None)
-    monkeypatch.setattr(train, "_train", train_one)
+    monkeypatch.setattr(train, "_train_alone", train_one)
     monkeypatch.setattr(train, "_print_times", lambda _: None)
     monkeypatch.setattr(train, "_write_report", write_report)
     monkeypatch.setattr(controls_lib, "settings_of", lambda c, w, name: (c, f"{w}/arms/{name}"))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     config = small_run.config(run_arms=("noise", "image", "swap"))
-    for command in (lambda: train._run(config, run, ""), lambda: train.train_run(config, run)):
+    for command in (
+        lambda: train._run_command(config, run, ""),
+        lambda: train.train_run(config, run),
+    ):
         trained.clear(), written.clear()
         try:
             with pytest.raises(controls_lib.ArmsFailedError) as failed:
