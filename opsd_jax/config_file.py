@@ -111,8 +111,9 @@ def _of_python(path: str) -> ConfigDict:
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
     if not os.path.isfile(file) or spec is None or spec.loader is None:
+        fault = "not a Python file" if os.path.isfile(file) else "there is no such Python file"
         raise ValueError(
-            f"{file}: there is no such Python file: give one with get_config(), such as "
+            f"{file}: {fault}: give one with get_config(), such as "
             f"configs/mini.py{_similar_file(file)}"
         )
     module = importlib.util.module_from_spec(spec)

@@ -181,6 +181,7 @@ def test_changes_that_are_no_dict_of_settings(changes):
     [
         (MINI, {"opsd.stepz": 1}, "no setting 'stepz' in config.opsd. Did you mean \"steps\"?"),
         (MINI, {"opsd": {"stepz": 1}}, "there is no setting 'stepz' in config.opsd. Did you mean"),
+        ("README.md", {}, "README.md: not a Python file: give one with get_config(), such as"),
         (MINI, {"opsd": {}}, "opsd is a group of settings: change opsd.accumulation or opsd."),
         (MINI, {"opsd": 1}, "opsd is a group of settings: change opsd.accumulation or opsd."),
         (MINI, {"opsd.steps": 2.5}, "opsd.steps is 2.5: give a whole number in [1, inf)"),
