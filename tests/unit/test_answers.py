@@ -823,7 +823,7 @@ def test_the_page_of_a_public_table_has_the_columns_that_tasks_lack():
 
 def test_every_mode_has_a_text():
     assert set(wording.OF_VISUAL_THOUGHTS.modes) == set(contexts.MODES)
-    for words in (wording.OF_VISUAL_THOUGHTS, wording.PRIVILEGED, wording.NOTHING):
+    for words in (wording.OF_VISUAL_THOUGHTS, wording.OF_PRIVILEGED, wording.OF_NOTHING):
         assert len(set(words.modes.values())) == len(contexts.MODES)
 
 
